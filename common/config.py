@@ -1,0 +1,342 @@
+"""Settings: YAML in, frozen models out. The only place that reads YAML.
+
+Two owners, two files: a run file is the coordinator's, a site file is the hospital's. A simulation file is a run,
+a partition of a data set into sites, and an executor. Anything that affects privacy has no default.
+
+Paths are relative to the file they are written in. `${NAME}` and `${NAME:-default}` are taken from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+
+from common.errors import describe
+from common.plugins import Frozen, LocalPath, Spec
+from common.types import BadInput, Unit
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+"""Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
+MAX_PUBLIC_SIZE = 100_000_000
+
+
+# --- the coordinator's file ------------------------------------------------------------------------------------------
+
+
+class Privacy(Frozen):
+    """Requested privacy of a whole run. Exactly one of target_epsilon and noise_multiplier; the other follows.
+
+    A site accounts at its own delta and refuses what its budget does not cover.
+    """
+
+    unit: Unit
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    target_epsilon: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Privacy:
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("expected exactly one of target_epsilon and noise_multiplier")
+        return self
+
+
+class Cohort(Frozen):
+    """Which sites are asked in a round, and how many replies a task needs to be updated."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_sites: PositiveInt = 1
+    min_replies_per_task: PositiveInt = 1
+    timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+
+
+class RunConfig(Frozen):
+    """One federated run, as the coordinator asks for it."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    backbone: Spec
+    tasks: Annotated[dict[Name, Spec], Field(min_length=1)]
+    solver: Spec
+    privacy: Privacy | Literal["non_private"]
+    aggregation: Spec
+    cohort: Cohort = Cohort()
+    max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
+    """A reply whose L2 norm over all heads exceeds this is set aside."""
+
+
+# --- the hospital's file ---------------------------------------------------------------------------------------------
+
+
+class Budget(Frozen):
+    """What the registry may spend in total, for ever."""
+
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Allow(Frozen):
+    """What this site agrees to. `any` must be written; nothing is allowed by omission."""
+
+    tasks: list[Name] | Literal["any"]
+    backbones: list[Digest] | Literal["any"]
+    solvers: list[str] | Literal["any"]
+    non_private: bool = False
+
+
+class SiteTask(Frozen):
+    """Where one task's labels are in the site's own data.
+
+    Attributes:
+        source: name of an entry in `sources`.
+        column: the label column; or one column for each label of a multi-label task, in the task's label order.
+        values: local value -> task value; without it, local values are the task's own.
+        missing: what an empty label means: `skip` (the record has no label for this task) or `refuse` (an error).
+        unmapped: what a value outside `values` and the task's labels means, likewise.
+        public_size: declared, public number of units; weights and divisors use it, never the true count.
+    """
+
+    source: str
+    column: str | list[str]
+    values: dict[str, str] | None = None
+    missing: Literal["skip", "refuse"]
+    unmapped: Literal["skip", "refuse"] = "refuse"
+    public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)]
+
+
+class Split(Frozen):
+    """Held-out units. By a keyed hash of the unit's id, or as a source's own split column says.
+
+    A unit never changes sides when rows are added or reordered.
+    """
+
+    test_fraction: Annotated[float, Field(ge=0, lt=1)]
+    salt: str = ""
+
+
+class SiteConfig(Frozen):
+    """One data holder."""
+
+    name: Name
+    registry: Name
+    unit: Unit
+    budget: Budget
+    allow: Allow
+    sources: Annotated[dict[Name, Spec], Field(min_length=1)]
+    tasks: Annotated[dict[Name, SiteTask], Field(min_length=1)]
+    split: Split
+    on_bad_record: Literal["skip", "stop"]
+    state_dir: LocalPath
+    cache_dir: LocalPath | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> SiteConfig:
+        for name, task in self.tasks.items():
+            if task.source not in self.sources:
+                raise ValueError(
+                    f"tasks.{name}.source: expected one of {', '.join(self.sources)}, got {task.source!r}"
+                )
+        return self
+
+
+# --- a simulation ----------------------------------------------------------------------------------------------------
+
+
+class SimulatedTask(Frozen):
+    """Like `SiteTask`; public_size is per simulated site."""
+
+    source: str
+    column: str | list[str]
+    values: dict[str, str] | None = None
+    missing: Literal["skip", "refuse"]
+    unmapped: Literal["skip", "refuse"] = "refuse"
+    public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)] | dict[Name, int]
+    sites: list[Name] | Literal["all"] = "all"
+
+
+class Partition(Frozen):
+    """How one data set becomes several sites.
+
+    iid: shuffled evenly; dirichlet: label skew of strength `alpha` over the task `by`; column: one site for each value
+    of column `by`; natural: each site brings its own sources under `sites`.
+    """
+
+    kind: Literal["iid", "dirichlet", "column", "natural"]
+    num_sites: PositiveInt | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    by: str | None = None
+    sites: dict[Name, dict[Name, Spec]] | None = None
+    split: Literal["source", "hash", "stratified"] = "hash"
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Partition:
+        needed = {
+            "iid": ("num_sites",),
+            "dirichlet": ("num_sites", "alpha", "by"),
+            "column": ("by",),
+            "natural": ("sites",),
+        }[self.kind]
+        for field in needed:
+            if getattr(self, field) is None:
+                raise ValueError(f"partition.{field}: expected a value for kind {self.kind!r}, got nothing")
+        return self
+
+
+class Executor(Frozen):
+    """in_process: all sites in this process, through Flower's own encoding. flower: Ray actors."""
+
+    kind: Literal["in_process", "flower"] = "in_process"
+    cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_site: Annotated[float, Field(ge=0)] = 0.0
+    ray_address: str | None = None
+
+
+Baseline = Literal["local", "non_private", "central", "random_backbone"]
+
+
+class Sweep(Frozen):
+    """Several runs: every combination of the listed values, once per seed."""
+
+    seeds: Annotated[list[int], Field(min_length=1)]
+    values: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+
+
+class SimulationConfig(Frozen):
+    """A run, a partition of a data set into sites, and an executor."""
+
+    run: RunConfig
+    sources: dict[Name, Spec] = {}
+    tasks: Annotated[dict[Name, SimulatedTask], Field(min_length=1)]
+    partition: Partition
+    unit: Unit
+    budget: Budget
+    on_bad_record: Literal["skip", "stop"] = "skip"
+    executor: Executor = Executor()
+    baselines: list[Baseline] = []
+    non_private_solver: Spec | None = None
+    """Solver of the non-private baselines; needed where any is asked for."""
+    pretrain: Spec | None = None
+    expect: dict[Name, Literal["beats_random_backbone"]] = {}
+    noise_seed: int | None = None
+    """For papers only: the result is reproducible, not private."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache_dir: LocalPath
+    runs_dir: LocalPath
+    sweep: Sweep | None = None
+
+    @model_validator(mode="after")
+    def _tasks_agree(self) -> SimulationConfig:
+        for name in self.run.tasks:
+            if name not in self.tasks:
+                raise ValueError(f"tasks.{name}: expected where this task's labels are, got nothing")
+        if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
+            raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
+        return self
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
+    """A validated model from a YAML file.
+
+    Args:
+        model: RunConfig, SiteConfig or SimulationConfig.
+        path: the file.
+        overrides: "key.path=value" strings; the value is YAML; one that starts with "./" or "../" is a path relative
+            to the working directory.
+
+    Raises:
+        BadInput: in one sentence what is wrong and where.
+    """
+    return parse(model, read_yaml(path, overrides), base=path.resolve().parent)
+
+
+def parse(model: type[Model], values: Mapping[str, Any], *, base: Path) -> Model:
+    """A validated model from plain values; relative paths in it are relative to `base`."""
+    try:
+        return model.model_validate(values, context={"base": base})
+    except ValidationError as error:
+        raise BadInput(describe(error, model)) from error
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML mapping with environment variables filled in and overrides applied."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: expected a readable YAML file, got {type(error).__name__}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise BadInput(f"{path}: expected valid YAML, got a syntax error{where}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: expected keys and values, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    filled = _fill(values, "")
+    assert isinstance(filled, dict)
+    return filled
+
+
+def write_yaml(path: Path, model: BaseModel) -> None:
+    """Write a model as YAML, readable by `load`."""
+    values = model.model_dump(mode="json", exclude_none=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise BadInput(f"--set {override}: expected key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {key}: expected a YAML value, got {text!r}") from error
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        value = str(Path(value).resolve())
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        inner = target.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise BadInput(f"--set {key}: {parent} is a value, not a group of keys")
+        target = inner
+    target[last] = value
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _fill(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _fill(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_fill(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise BadInput(f"{key}: environment variable {match[1]} is not set")
+        return found
+
+    return _VARIABLE.sub(lookup, value)

@@ -1,0 +1,80 @@
+"""One clear sentence for a wrong setting: key path, what was expected, what was got, the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ValidationError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (nearest: 'x')` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first error of a pydantic validation as one sentence."""
+    # An unknown key usually explains the missing one beside it: say it first.
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(([prefix] if prefix else []) + path) or "the file"
+    got = first.get("input")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1])
+        hint = nearest(path[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
+        return f"{key}: unknown key{hint}{more}"
+    if first["type"] == "missing":
+        return f"{key}: expected a value, got nothing; write it explicitly{more}"
+    if first["type"] in {"literal_error", "enum"}:
+        expected = str(first.get("ctx", {}).get("expected", "another value"))
+        hint = nearest(str(got), [word.strip(" '") for word in expected.replace(" or ", ",").split(",")])
+        return f"{key}: expected {expected}, got {got!r}{hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "expected")
+    shown = "" if first["type"] == "value_error" else f", got {_short(got)}"
+    return f"{key}: {message}{shown}{more}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _fields_at(model: object, path: list[str]) -> set[str]:
+    """Field names of the model that sits at a key path, as far as annotations tell."""
+    for part in path:
+        model = _step(model, part)
+    return {
+        name
+        for candidate in _models_in(model)
+        for name in candidate.model_fields
+    }
+
+
+def _step(annotation: object, part: str) -> object:
+    for model in _models_in(annotation):
+        if part in model.model_fields:
+            return model.model_fields[part].annotation
+    for candidate in _flatten(annotation):
+        arguments = typing.get_args(candidate)
+        if arguments:
+            return arguments[-1]
+    return None
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    return [item for item in _flatten(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
+
+
+def _flatten(annotation: object) -> list[object]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Union or origin is types.UnionType:
+        return [flat for option in typing.get_args(annotation) for flat in _flatten(option)]
+    if origin is typing.Annotated:
+        return _flatten(typing.get_args(annotation)[0])
+    return [annotation]

@@ -1,0 +1,111 @@
+"""Plug-ins are found by file name: one file in a plug-in folder is one `kind` in YAML.
+
+A plug-in file defines exactly one final class derived from `Plugin`: a frozen pydantic model whose fields are the
+settings a user writes and whose methods fulfil the folder's Protocol. Adding a kind adds one file and edits none.
+Only the file that a configuration names is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError, ValidationInfo, model_validator
+
+from common.errors import describe, nearest
+from common.types import BadInput
+
+
+class Frozen(BaseModel):
+    """Base of every settings model: immutable, unknown keys refused, non-finite numbers refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Plugin(Frozen):
+    """Base of every plug-in class. `kind` is the file's name."""
+
+    kind: str
+
+
+class Spec(BaseModel):
+    """An unresolved plug-in setting: `kind` and whatever else its file declares.
+
+    Kept raw where the reading room may not import the plug-in's room; resolved with `resolve`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: str
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="after")
+    def _remember_base(self, info: ValidationInfo) -> Spec:
+        if info.context and "base" in info.context:
+            self._base = info.context["base"]
+        return self
+
+
+def _relative_to_file(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base") or Path.cwd()
+    return (base / path.expanduser()).resolve()
+
+
+LocalPath = Annotated[Path, AfterValidator(_relative_to_file)]
+"""A path; a relative one is relative to the file it is written in."""
+
+
+def kinds(package: str) -> list[str]:
+    """Names of all plug-ins in a folder, sorted."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise BadInput(f"{package} is not a plug-in folder")
+    found = pkgutil.iter_modules(spec.submodule_search_locations)
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def plugin_class(package: str, kind: str, key: str = "kind") -> type[Plugin]:
+    """The class behind a kind.
+
+    Raises:
+        BadInput: no such kind; names the nearest valid one.
+    """
+    known = kinds(package)
+    if kind not in known:
+        raise BadInput(f"{key}: expected one of {', '.join(known)}, got {kind!r}{nearest(kind, known)}")
+    module = importlib.import_module(f"{package}.{kind}")
+    found = [
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, Plugin) and member.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
+    return found[0]
+
+
+def resolve(package: str, spec: Spec | Mapping[str, Any], key: str) -> Any:
+    """The plug-in instance a setting asks for.
+
+    Args:
+        package: dotted plug-in folder, such as "common.tasks".
+        spec: `kind` plus the kind's own settings.
+        key: where the setting stands in its file, for error messages.
+
+    Raises:
+        BadInput: unknown kind, unknown or wrong setting; names the key, what was expected and what was got.
+    """
+    base = spec._base if isinstance(spec, Spec) else Path.cwd()
+    values = spec.model_dump() if isinstance(spec, Spec) else dict(spec)
+    kind = values.get("kind")
+    if not isinstance(kind, str):
+        raise BadInput(f"{key}.kind: expected one of {', '.join(kinds(package))}, got {kind!r}")
+    cls = plugin_class(package, kind, f"{key}.kind")
+    try:
+        return cls.model_validate(values, context={"base": base})
+    except ValidationError as error:
+        raise BadInput(describe(error, cls, key)) from error

@@ -1,0 +1,154 @@
+"""The values that cross a room's border: heads, plans, contributions, refusals.
+
+Everything here is immutable and free of behaviour that touches records.
+
+Shapes: heads are plain NumPy float32 arrays, so that a message never carries anything executable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Params = Mapping[str, NDArray[np.float32]]
+"""One head: parameter name -> float32 array."""
+
+Heads = Mapping[str, Params]
+"""Task name -> head."""
+
+Relation = Literal["add_remove"]
+RELATION: Relation = "add_remove"
+"""The only neighbouring relation in use: one unit's records are added or removed."""
+
+
+class HeadwaterError(Exception):
+    """Root of the errors a user can act on; the message is one sentence for a person.
+
+    HeadwaterError
+    |-- BadInput            a file, key, value or argument is wrong (exit code 2)
+    |   `-- BadRecord       one record cannot be used (row and file are named, never its content)
+    |-- DigestMismatch      weights are not the ones that were agreed on
+    |-- BudgetExhausted     a reservation would exceed the registry's budget
+    |-- LedgerDamaged       the ledger's chain does not verify
+    `-- RunFailed           a run ended without a usable result
+    """
+
+
+class BadInput(HeadwaterError):
+    """A file, key, value or argument is wrong."""
+
+
+class BadRecord(BadInput):
+    """One record cannot be used. The message states why and holds nothing of the record's content."""
+
+
+class DigestMismatch(HeadwaterError):
+    """Weights differ from the digest that was agreed on."""
+
+
+class BudgetExhausted(HeadwaterError):
+    """A reservation would exceed the registry's budget."""
+
+
+class LedgerDamaged(HeadwaterError):
+    """A ledger's chain does not verify."""
+
+
+class RunFailed(HeadwaterError):
+    """A run ended without a usable result."""
+
+
+class Unit(StrEnum):
+    """What one budget protects."""
+
+    EXAMPLE = "example"
+    PATIENT = "patient"
+
+
+class Refusal(StrEnum):
+    """The fixed list of reasons a site may give. Nothing more detailed leaves a site."""
+
+    UNKNOWN_RUN = "unknown_run"
+    TASK_NOT_ALLOWED = "task_not_allowed"
+    BACKBONE_NOT_ALLOWED = "backbone_not_allowed"
+    SOLVER_NOT_ALLOWED = "solver_not_allowed"
+    UNIT_DIFFERS = "unit_differs"
+    BUDGET = "budget"
+    BAD_REQUEST = "bad_request"
+    NOT_PREPARED = "not_prepared"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The public numbers of one private computation: what a site does in one round.
+
+    Sampling, clipping, noise and accounting are all read from here, so that they cannot drift apart.
+
+    Attributes:
+        sampling_rate: probability with which each unit takes part in a step, in (0, 1]; 1 is full batch.
+        steps: noised releases in one round, at least 1.
+        clip_norm: L2 bound on one unit's summed gradient over all heads; None without privacy.
+        noise_multiplier: standard deviation of the noise divided by clip_norm; 0 without privacy.
+        unit: what one budget protects.
+    """
+
+    sampling_rate: float
+    steps: int
+    clip_norm: float | None
+    noise_multiplier: float
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sampling_rate <= 1.0:
+            raise BadInput(f"sampling_rate: expected a number in (0, 1], got {self.sampling_rate}")
+        if self.steps < 1:
+            raise BadInput(f"steps: expected at least 1, got {self.steps}")
+        if not 0.0 <= self.noise_multiplier < float("inf"):
+            raise BadInput(f"noise_multiplier: expected a finite number >= 0, got {self.noise_multiplier}")
+        if self.private and not (self.clip_norm is not None and 0.0 < self.clip_norm < float("inf")):
+            raise BadInput(f"clip_norm: expected a finite number > 0, got {self.clip_norm}")
+
+    @property
+    def private(self) -> bool:
+        """Whether noise is added at all."""
+        return self.noise_multiplier > 0.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a site releases after one round: per task, new head minus the head it was sent."""
+
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class BackboneBlob:
+    """A frozen backbone as it travels: how to build it, its weights, and the digest both must match.
+
+    Attributes:
+        spec: JSON text of the backbone's settings without any path.
+        weights: safetensors bytes of the state dict.
+        digest: 64 hex digits over architecture, preprocessing and weights.
+    """
+
+    spec: str
+    weights: bytes
+    digest: str
+
+
+def heads_digest(heads: Heads) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters, independent of mapping order."""
+    sha = hashlib.sha256()
+    for task in sorted(heads):
+        for name in sorted(heads[task]):
+            array = np.ascontiguousarray(heads[task][name], dtype="<f4")
+            sha.update(f"{task}\0{name}\0{array.shape}\0".encode())
+            sha.update(array.tobytes())
+    return sha.hexdigest()
