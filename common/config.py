@@ -57,6 +57,7 @@ class Cohort(Frozen):
     min_sites: PositiveInt = 1
     min_replies_per_task: PositiveInt = 1
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    join_timeout_s: Annotated[float, Field(gt=0)] = 120.0
 
 
 class RunConfig(Frozen):
@@ -144,9 +145,7 @@ class SiteConfig(Frozen):
     def _sources_exist(self) -> SiteConfig:
         for name, task in self.tasks.items():
             if task.source not in self.sources:
-                raise ValueError(
-                    f"tasks.{name}.source: expected one of {', '.join(self.sources)}, got {task.source!r}"
-                )
+                raise ValueError(f"tasks.{name}.source: expected one of {', '.join(self.sources)}, got {task.source!r}")
         return self
 
 
@@ -214,6 +213,18 @@ class Sweep(Frozen):
     values: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
 
 
+class Pretrain(Frozen):
+    """How `simulations pretrain` trains the run's backbone on public records."""
+
+    source: Spec
+    column: str
+    labels: Annotated[list[str], Field(min_length=2)]
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: Annotated[float, Field(gt=0)]
+    seed: int
+
+
 class SimulationConfig(Frozen):
     """A run, a partition of a data set into sites, and an executor."""
 
@@ -228,7 +239,7 @@ class SimulationConfig(Frozen):
     baselines: list[Baseline] = []
     non_private_solver: Spec | None = None
     """Solver of the non-private baselines; needed where any is asked for."""
-    pretrain: Spec | None = None
+    pretrain: Pretrain | None = None
     expect: dict[Name, Literal["beats_random_backbone"]] = {}
     noise_seed: int | None = None
     """For papers only: the result is reproducible, not private."""
@@ -294,6 +305,12 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     filled = _fill(values, "")
     assert isinstance(filled, dict)
     return filled
+
+
+def as_override(key: str, value: Any) -> str:
+    """The "key.path=value" string that sets a key to a plain value."""
+    text: str = yaml.safe_dump(value, default_flow_style=True)
+    return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
 
 def write_yaml(path: Path, model: BaseModel) -> None:

@@ -20,7 +20,8 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     """The first error of a pydantic validation as one sentence."""
     # An unknown key usually explains the missing one beside it: say it first.
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
+    # pydantic names validators and the options of a union inside the path; a user wrote neither.
+    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
     key = ".".join(([prefix] if prefix else []) + path) or "the file"
     got = first.get("input")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -49,11 +50,7 @@ def _fields_at(model: object, path: list[str]) -> set[str]:
     """Field names of the model that sits at a key path, as far as annotations tell."""
     for part in path:
         model = _step(model, part)
-    return {
-        name
-        for candidate in _models_in(model)
-        for name in candidate.model_fields
-    }
+    return {name for candidate in _models_in(model) for name in candidate.model_fields}
 
 
 def _step(annotation: object, part: str) -> object:

@@ -148,7 +148,7 @@ def heads_digest(heads: Heads) -> str:
     sha = hashlib.sha256()
     for task in sorted(heads):
         for name in sorted(heads[task]):
-            array = np.ascontiguousarray(heads[task][name], dtype="<f4")
+            array = np.asarray(heads[task][name], dtype="<f4", order="C")
             sha.update(f"{task}\0{name}\0{array.shape}\0".encode())
             sha.update(array.tobytes())
     return sha.hexdigest()

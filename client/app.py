@@ -1,0 +1,102 @@
+"""The edge between Flower and a site: decode, call one function, encode. No exception's text crosses it.
+
+Flower sends an exception's message to the coordinator; therefore every handler answers with a payload, whatever happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.site import DeclinedRequest, Site, finish, join, prepare_run, train
+from common import wire
+from common.config import SiteConfig, load
+from common.privacy.noise import Entropy, os_entropy
+from common.types import BadInput, Refusal
+
+_log = logging.getLogger(__name__)
+SITE_VARIABLE = "HEADWATER_SITE"
+
+OpenSite = Callable[[Context], SiteConfig]
+
+
+def site_from_environment(context: Context) -> SiteConfig:
+    """The settings of the site this process serves.
+
+    HEADWATER_SITE names a site file; or, for Flower's simulation engine, a folder of site files of which the node's
+    `partition-id` picks one in alphabetical order.
+    """
+    value = os.environ.get(SITE_VARIABLE)
+    if not value:
+        raise BadInput(f"expected a site file in the environment variable {SITE_VARIABLE}")
+    path = Path(value)
+    if path.is_dir():
+        files = sorted(path.glob("*/site.yaml"))
+        path = files[int(context.node_config["partition-id"])]
+    return load(SiteConfig, path)
+
+
+def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_entropy) -> ClientApp:
+    """A ClientApp for one site.
+
+    Args:
+        open_site: which site a message is for.
+        entropy: where noise keys come from; anything but the default is for tests and simulations only.
+    """
+    app = ClientApp()
+
+    def answer(message: Message, context: Context, handle: Callable[[Site], RecordDict]) -> Message:
+        name = ""
+        try:
+            site = Site(open_site(context), entropy)
+            name = site.config.name
+            records = _answer(site, handle)
+        except Exception:
+            _log.exception("a request failed at this site")
+            records = wire.encode(wire.Declined(Refusal.INTERNAL, name))
+        return Message(records, reply_to=message)
+
+    @app.query(wire.JOIN.removeprefix("query."))
+    def on_join(message: Message, context: Context) -> Message:
+        return answer(
+            message, context, lambda site: wire.encode(join(site, wire.decode(message.content, wire.JoinRequest)))
+        )
+
+    @app.query(wire.PREPARE.removeprefix("query."))
+    def on_prepare(message: Message, context: Context) -> Message:
+        return answer(
+            message,
+            context,
+            lambda site: wire.encode(prepare_run(site, wire.decode(message.content, wire.PrepareRequest))),
+        )
+
+    @app.train()
+    def on_train(message: Message, context: Context) -> Message:
+        return answer(message, context, lambda site: train(site, wire.decode(message.content, wire.TrainRequest)))
+
+    @app.query(wire.FINISH.removeprefix("query."))
+    def on_finish(message: Message, context: Context) -> Message:
+        return answer(
+            message, context, lambda site: wire.encode(finish(site, wire.decode(message.content, wire.FinishRequest)))
+        )
+
+    return app
+
+
+def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
+    try:
+        return handle(site)
+    except DeclinedRequest as declined:
+        refusal, detail = declined.refusal, declined.detail
+    except BadInput as error:
+        refusal, detail = Refusal.BAD_REQUEST, str(error)
+    site.journal.write("declined", refusal=refusal.value, detail=detail)
+    return wire.encode(wire.Declined(refusal, site.config.name))
+
+
+app = make_app()

@@ -1,0 +1,307 @@
+"""One site's side of a run: join, prepare, train, finish. What leaves is decided here and nowhere else.
+
+The order inside `train` is the promise: the identical request gets the stored bytes; the ledger is charged durably
+before a record is touched; the reply is stored before it is sent, so that noise is never drawn twice for one request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from flwr.app import RecordDict
+
+from client.backbone_store import BackboneStore
+from client.data import open_units, prepare
+from client.features import FeatureStore
+from client.ledger import Ledger
+from client.solvers import Solver, open_solver
+from common import wire
+from common.config import Privacy, RunConfig, SiteConfig, parse
+from common.files import private_folder, write_atomic
+from common.heads import load_parameters
+from common.journal import FileJournal, Journal
+from common.privacy.accounting import Mechanism
+from common.privacy.noise import Entropy, NoiseStream
+from common.tasks import Task, open_task
+from common.types import BadInput, BudgetExhausted, Delta, DigestMismatch, Heads, Plan, Refusal, heads_digest
+
+_log = logging.getLogger(__name__)
+
+
+class DeclinedRequest(Exception):
+    """A request this site does not fulfil. The refusal is sent; the detail stays in the site's own journal."""
+
+    def __init__(self, refusal: Refusal, detail: str) -> None:
+        super().__init__(f"{refusal.value}: {detail}")
+        self.refusal = refusal
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Site:
+    """A data holder: its settings, where its noise keys come from, and who is told how far encoding is."""
+
+    config: SiteConfig
+    entropy: Entropy
+    progress: Callable[[int, int], None] | None = None
+
+    @property
+    def journal(self) -> Journal:
+        """The site's own record of what it sent and refused."""
+        return FileJournal(private_folder(self.config.state_dir) / "site.jsonl")
+
+    def ledger(self) -> Ledger:
+        """What this site's registry has spent."""
+        config = self.config
+        return Ledger.open(
+            config.state_dir / "ledgers",
+            registry=config.registry,
+            unit=config.unit,
+            epsilon_cap=config.budget.epsilon,
+            delta=config.budget.delta,
+        )
+
+    def backbones(self) -> BackboneStore:
+        """Backbones received so far."""
+        return BackboneStore(self.config.state_dir / "backbones")
+
+    def features(self) -> FeatureStore:
+        """Cached features; sites of one simulation may share the folder."""
+        return FeatureStore((self.config.cache_dir or self.config.state_dir) / "features")
+
+    def device(self) -> torch.device:
+        """The device to encode and train on."""
+        wanted = self.config.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise BadInput("device: expected a CUDA device, found none; write `device: auto` or `cpu`")
+        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a site agreed to in one run, as kept on its disk."""
+
+    run_id: str
+    run: RunConfig
+    backbone_digest: str
+    folder: Path
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """Requested privacy; None in a non-private run."""
+        return None if self.run.privacy == "non_private" else self.run.privacy
+
+    def tasks(self, config: SiteConfig) -> dict[str, Task]:
+        """The run's tasks that this site takes part in."""
+        return {
+            name: open_task(spec, f"tasks.{name}")
+            for name, spec in self.run.tasks.items()
+            if name in config.tasks and (config.allow.tasks == "any" or name in config.allow.tasks)
+        }
+
+
+# --- the four requests -----------------------------------------------------------------------------------------------
+
+
+def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
+    """Agree to a run or decline it; nothing is spent and no record is opened.
+
+    Raises:
+        DeclinedRequest: a task, backbone, solver, unit or the whole run's price is not acceptable here.
+    """
+    joined = _read_offer(site, request)
+    tasks = joined.tasks(site.config)
+    if not tasks:
+        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
+    _check_allowed(site.config, joined)
+    plan = _plan(site.config, joined)
+    whole_run = Mechanism.of(replace(plan, steps=plan.steps * joined.run.rounds))
+    ledger = site.ledger()
+    if plan.private and not ledger.affords([whole_run]):
+        raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
+    offer = {"run": dict(request.run), "backbone_digest": request.backbone_digest}
+    write_atomic(private_folder(joined.folder) / "offer.json", json.dumps(offer).encode())
+    site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
+    return wire.JoinReply(
+        site=site.config.name,
+        tasks={name: site.config.tasks[name].public_size for name in tasks},
+        unit=site.config.unit,
+        delta=site.config.budget.delta,
+        budget_epsilon=site.config.budget.epsilon,
+        has_backbone=site.backbones().has(request.backbone_digest),
+    )
+
+
+def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
+    """Receive the backbone where it was missing, encode records, write the run's label arrays.
+
+    Raises:
+        DeclinedRequest: not joined, or the backbone is not the one agreed on.
+    """
+    joined = _joined(site, request.run_id)
+    if request.backbone is not None and request.backbone.digest != joined.backbone_digest:
+        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "another backbone than the one agreed on was sent")
+    store = site.backbones()
+    try:
+        backbone = store.put(request.backbone) if request.backbone else store.open(joined.backbone_digest)
+    except DigestMismatch as error:
+        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
+    tasks = joined.tasks(site.config)
+    preparation = prepare(
+        site.config,
+        tasks,
+        {name: backbone for name in tasks},
+        site.features(),
+        joined.folder / "data",
+        device=site.device(),
+        progress=site.progress,
+    )
+    # Last: its presence marks complete preparation.
+    write_atomic(joined.folder / "prepared.json", json.dumps({"feature_dim": backbone.feature_dim}).encode())
+    site.journal.write("prepared", run=joined.run_id, problems=len(preparation.problems))
+    return wire.Ready()
+
+
+def train(site: Site, request: wire.TrainRequest) -> RecordDict:
+    """One round's contribution, or the stored one if this very request was answered before.
+
+    Raises:
+        DeclinedRequest: not joined or prepared, heads that do not fit, or a budget that does not cover the plan.
+    """
+    joined = _joined(site, request.run_id)
+    digest = wire.request_digest(wire.encode(request))
+    stored = joined.folder / "replies" / digest
+    if stored.exists():
+        site.journal.write("resent", run=joined.run_id, round=request.round, bytes=stored.stat().st_size)
+        return wire.from_bytes(stored.read_bytes())
+    tasks = _requested_tasks(site, joined, request)
+    heads = _heads(joined, tasks, request.heads)
+    plan = _plan(site.config, joined)
+    ledger = site.ledger()
+    try:
+        reservation = ledger.reserve(
+            Mechanism.of(plan),
+            run=joined.run_id,
+            round=request.round,
+            request=digest,
+            allow_infinite=site.config.allow.non_private,
+        )
+    except BudgetExhausted as error:
+        raise DeclinedRequest(Refusal.BUDGET, str(error)) from error
+    reply = wire.encode(wire.TrainReply(_solve(site, joined, request.round, tasks, heads, plan), plan))
+    data = wire.to_bytes(reply)
+    private_folder(stored.parent)
+    write_atomic(stored, data)
+    ledger.commit(reservation)
+    site.journal.write(
+        "sent", run=joined.run_id, round=request.round, what="delta", mechanism=plan.steps, bytes=len(data)
+    )
+    return reply
+
+
+def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
+    """Keep the run's final heads, verified by digest."""
+    joined = _joined(site, request.run_id)
+    if heads_digest(request.heads) != request.digest:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "the final heads differ from their digest")
+    records = wire.encode(request)
+    write_atomic(joined.folder / "final_heads.bin", wire.to_bytes(records))
+    site.journal.write("finished", run=joined.run_id, heads=request.digest)
+    return wire.Ready()
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
+    try:
+        run = parse(RunConfig, request.run, base=Path("/nonexistent"))
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+    return Joined(request.run_id, run, request.backbone_digest, _run_folder(site, request.run_id))
+
+
+def _joined(site: Site, run_id: str) -> Joined:
+    folder = _run_folder(site, run_id)
+    if not (folder / "offer.json").exists():
+        raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run")
+    offer = json.loads((folder / "offer.json").read_text(encoding="utf-8"))
+    run = parse(RunConfig, offer["run"], base=folder)
+    return Joined(run_id, run, offer["backbone_digest"], folder)
+
+
+def _run_folder(site: Site, run_id: str) -> Path:
+    # A run id comes from the network and becomes a folder name.
+    if not run_id or len(run_id) > 128 or not all(char.isalnum() or char in "-_" for char in run_id):
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "the run's id is not a plain name")
+    return site.config.state_dir / "runs" / run_id
+
+
+def _check_allowed(config: SiteConfig, joined: Joined) -> None:
+    allow = config.allow
+    if allow.backbones != "any" and joined.backbone_digest not in allow.backbones:
+        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "the backbone's digest is not allowed here")
+    if allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
+        raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "the solver is not allowed here")
+    if joined.privacy is None and not allow.non_private:
+        raise DeclinedRequest(
+            Refusal.SOLVER_NOT_ALLOWED, "the run is not private and this site's file does not allow it"
+        )
+    if joined.privacy is not None and joined.privacy.unit != config.unit:
+        raise DeclinedRequest(Refusal.UNIT_DIFFERS, f"the run protects {joined.privacy.unit}, this site {config.unit}")
+
+
+def _plan(config: SiteConfig, joined: Joined) -> Plan:
+    try:
+        solver: Solver = open_solver(joined.run.solver, "solver")
+        plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+    if solver.private != plan.private or plan.private != (joined.privacy is not None):
+        raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
+    return plan
+
+
+def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest) -> dict[str, Task]:
+    tasks = joined.tasks(site.config)
+    if not 1 <= request.round <= joined.run.rounds:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "the round is outside the run")
+    if set(request.heads) != set(tasks):
+        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
+    if not (joined.folder / "prepared.json").exists():
+        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared")
+    return tasks
+
+
+def _heads(joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
+    feature_dim = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dim"]
+    modules = {}
+    for name, task in tasks.items():
+        module = task.head(feature_dim)
+        try:
+            load_parameters(module, heads[name])
+        except BadInput as error:
+            raise DeclinedRequest(Refusal.BAD_REQUEST, f"{name}: {error}") from error
+        modules[name] = module
+    return modules
+
+
+def _solve(
+    site: Site, joined: Joined, round_: int, tasks: Mapping[str, Task], heads: Mapping[str, torch.nn.Module], plan: Plan
+) -> Delta:
+    device = site.device()
+    # The purpose names everything that makes a release distinct; a key from the operating system ignores it.
+    stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/{round_}"))
+    return open_solver(joined.run.solver, "solver").solve(
+        {name: head.to(device) for name, head in heads.items()},
+        tasks,
+        open_units(joined.folder / "data", "train", list(tasks), device),
+        plan=plan,
+        public_sizes={name: site.config.tasks[name].public_size for name in tasks},
+        stream=stream,
+    )

@@ -1,0 +1,273 @@
+"""Typed messages and the only place that spells Flower's record keys.
+
+A payload is one frozen dataclass; `encode` turns it into a RecordDict, `decode` back. Public scalars travel as one JSON
+text, arrays as raw little-endian float32 with their shape, the backbone as safetensors bytes. Nothing is unpickled, and
+every size is checked before memory is allocated for it.
+
+Every field that a site sends is listed here with its privacy reason:
+
+| payload | field | reason |
+|---|---|---|
+| JoinReply | site, tasks (names and public sizes), unit, delta, budget_epsilon | public by declaration in the site file |
+| JoinReply | has_backbone | depends on earlier public messages only |
+| Ready | - | nothing but the fact of an answer |
+| TrainReply | heads | charged: the contribution |
+| TrainReply | plan | public numbers derived from the request |
+| Declined | refusal | one word of a fixed list |
+| Declined | site | public by declaration in the site file |
+
+What is not hidden: the time a site takes to answer grows with its number of records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from common.types import BackboneBlob, BadInput, Delta, Heads, Plan, Refusal, Unit
+
+JOIN = "query.join"
+PREPARE = "query.prepare"
+TRAIN = "train"
+FINISH = "query.finish"
+
+_PUBLIC = "public"
+_HEAD = "head/"
+_BACKBONE = "backbone"
+_RAW = "raw.f4"
+MAX_JSON_BYTES = 1 << 20
+MAX_HEAD_BYTES = 1 << 30
+MAX_TASKS = 1024
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """What the coordinator proposes: a run without any path, and the digest of its backbone."""
+
+    run_id: str
+    run: Mapping[str, Any]
+    backbone_digest: str
+
+
+@dataclass(frozen=True)
+class JoinReply:
+    """What a site declares about itself."""
+
+    site: str
+    tasks: Mapping[str, int]
+    unit: Unit
+    delta: float
+    budget_epsilon: float
+    has_backbone: bool
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """Get ready to train; carries the backbone where the site lacks it."""
+
+    run_id: str
+    backbone: BackboneBlob | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Done."""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Train these heads for one round."""
+
+    run_id: str
+    round: int
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """A site's contribution and the public numbers it was made with."""
+
+    delta: Delta
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class FinishRequest:
+    """The final heads and their digest."""
+
+    run_id: str
+    heads: Heads
+    digest: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A refusal, from the fixed list, and the declared name of who refuses ("" when its file cannot be read)."""
+
+    refusal: Refusal
+    site: str
+
+
+Request = JoinRequest | PrepareRequest | TrainRequest | FinishRequest
+Reply = JoinReply | Ready | TrainReply | Declined
+Payload = Request | Reply
+_Payload = TypeVar("_Payload")
+
+
+def encode(payload: Payload) -> RecordDict:
+    """A payload as Flower records."""
+    match payload:
+        case JoinRequest(run_id, run, digest):
+            return _records(payload, run_id=run_id, run=dict(run), backbone_digest=digest)
+        case JoinReply():
+            return _records(payload, **asdict(payload))
+        case PrepareRequest(run_id, None):
+            return _records(payload, run_id=run_id)
+        case PrepareRequest(run_id, BackboneBlob(spec, weights, digest)):
+            records = _records(payload, run_id=run_id)
+            records[_BACKBONE] = ConfigRecord({"spec": spec, "weights": weights, "digest": digest})
+            return records
+        case TrainRequest(run_id, round_, heads):
+            return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
+        case TrainReply(delta, plan):
+            return _with_heads(_records(payload, plan=asdict(plan)), delta.heads)
+        case FinishRequest(run_id, heads, digest):
+            return _with_heads(_records(payload, run_id=run_id, digest=digest), heads)
+        case Declined(refusal, site):
+            return _records(payload, refusal=refusal.value, site=site)
+        case Ready():
+            return _records(payload)
+
+
+def decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
+    """The payload of a message.
+
+    Raises:
+        BadInput: the message is not a well-formed `expected`; says which part is wrong.
+    """
+    try:
+        return _decode(records, expected)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"malformed {expected.__name__}: {type(error).__name__}") from error
+
+
+def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
+    public = _public(records)
+    kind = public.pop("payload", None)
+    if kind != expected.__name__:
+        raise BadInput(f"expected a {expected.__name__}, got another kind of message")
+    allowed = {_PUBLIC}
+    if expected is PrepareRequest:
+        allowed |= {_BACKBONE}
+        public["backbone"] = _blob(records)
+    elif expected in (TrainRequest, FinishRequest, TrainReply):
+        heads = {key.removeprefix(_HEAD): _params(records, key) for key in records if key.startswith(_HEAD)}
+        allowed |= {_HEAD + task for task in heads}
+        public["heads"] = heads
+    extra = set(records) - allowed
+    if extra or len(records) > MAX_TASKS:
+        raise BadInput(f"{expected.__name__}: {len(extra)} unexpected record(s)")
+    if expected is TrainReply:
+        public = {"delta": Delta(public.pop("heads")), "plan": _plan(public.pop("plan")), **public}
+    elif expected is JoinReply:
+        public["unit"] = Unit(public["unit"])
+        _check_join(public)
+    elif expected is Declined:
+        public["refusal"] = Refusal(public["refusal"])
+        public["site"] = str(public["site"])[:64]
+    return expected(**public)
+
+
+def _check_join(public: Mapping[str, Any]) -> None:
+    tasks = public["tasks"]
+    sizes_valid = isinstance(tasks, dict) and all(
+        isinstance(name, str) and type(size) is int and size >= 1 for name, size in tasks.items()
+    )
+    numbers = (public["delta"], public["budget_epsilon"])
+    numbers_valid = all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in numbers)
+    if not (sizes_valid and numbers_valid and isinstance(public["site"], str)):
+        raise BadInput("JoinReply: expected a name, positive public sizes, delta and budget")
+
+
+def _plan(values: Mapping[str, Any]) -> Plan:
+    return Plan(**{**values, "unit": Unit(values["unit"])})
+
+
+def _records(payload: Payload, **public: Any) -> RecordDict:
+    # Sorted keys and no spaces: the same payload is the same bytes.
+    text = json.dumps({"payload": type(payload).__name__, **public}, sort_keys=True, separators=(",", ":"))
+    return RecordDict({_PUBLIC: ConfigRecord({"json": text})})
+
+
+def _public(records: RecordDict) -> dict[str, Any]:
+    text = records.config_records[_PUBLIC]["json"]
+    if not isinstance(text, str) or len(text) > MAX_JSON_BYTES:
+        raise BadInput("expected a short public part")
+    public = json.loads(text)
+    if not isinstance(public, dict):
+        raise BadInput("expected a public part with keys")
+    return public
+
+
+def _with_heads(records: RecordDict, heads: Heads) -> RecordDict:
+    for task in sorted(heads):
+        arrays = {name: _array(values) for name, values in sorted(heads[task].items())}
+        records[_HEAD + task] = ArrayRecord(arrays)
+    return records
+
+
+def _array(values: np.ndarray) -> Array:
+    little = np.asarray(values, dtype="<f4", order="C")  # Not ascontiguousarray: it turns a scalar into a vector.
+    return Array(dtype="float32", shape=tuple(little.shape), stype=_RAW, data=little.tobytes())
+
+
+def _params(records: RecordDict, key: str) -> dict[str, np.ndarray]:
+    return {name: _values(array) for name, array in records.array_records[key].items()}
+
+
+def _values(array: Array) -> np.ndarray:
+    # Checked before use: a shape that promises more than the bytes hold allocates nothing.
+    count = math.prod(array.shape) if all(side >= 0 for side in array.shape) else -1
+    if array.stype != _RAW or array.dtype != "float32" or len(array.data) != 4 * count or 4 * count > MAX_HEAD_BYTES:
+        raise BadInput("expected a float32 array whose bytes match its shape")
+    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape).astype(np.float32)
+
+
+def _blob(records: RecordDict) -> BackboneBlob | None:
+    if _BACKBONE not in records:
+        return None
+    record = records.config_records[_BACKBONE]
+    spec, weights, digest = record["spec"], record["weights"], record["digest"]
+    if not (isinstance(spec, str) and isinstance(weights, bytes) and isinstance(digest, str)):
+        raise BadInput("expected a backbone's settings, weights and digest")
+    return BackboneBlob(spec=spec, weights=weights, digest=digest)
+
+
+def encoded_size(records: RecordDict) -> int:
+    """Bytes of the records in Flower's own encoding, as they cross the network."""
+    return sum(len(nested.deflate()) for nested in get_all_nested_objects(records).values())
+
+
+def to_bytes(records: RecordDict) -> bytes:
+    """Records as bytes for a site's reply store."""
+    return recorddict_to_proto(records).SerializeToString(deterministic=True)
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """Records from `to_bytes`."""
+    return recorddict_from_proto(RecordDictProto.FromString(data))
+
+
+def request_digest(records: RecordDict) -> str:
+    """64 hex digits that identify a request: equal requests get the identical stored reply."""
+    return hashlib.sha256(to_bytes(records)).hexdigest()

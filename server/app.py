@@ -1,0 +1,33 @@
+"""The edge between Flower and the coordinator: read the run file, call one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.backbones import open_pretrained
+from common.config import RunConfig, load
+from common.journal import FileJournal
+from common.types import BadInput
+from server.results import new_run_folder, write_results
+from server.rounds import run_federation
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the file that the run configuration names (`flwr run . --run-config 'run-file="..."'`)."""
+    run_file, run_dir = str(context.run_config.get("run-file", "")), str(context.run_config.get("run-dir", ""))
+    if not run_file:
+        raise BadInput("run-file: expected the path of a run file, got nothing")
+    run = load(RunConfig, Path(run_file))
+    folder = new_run_folder(Path(run_dir or "runs"), run.name)
+    backbone = open_pretrained(run.backbone, "backbone")
+    journal = FileJournal(folder / "journal.jsonl")
+    outcome = run_federation(
+        grid, run, backbone, run_id=folder.name, folder=folder, journal=journal, executor="deployment"
+    )
+    write_results(folder, run, backbone.digest, outcome.heads)

@@ -1,0 +1,200 @@
+"""Every report is a view of the journal: the summary (stable JSON) and the tables a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from common.types import RELATION
+
+Facts = list[dict[str, Any]]
+Summary = dict[str, Any]
+
+BASELINES = {
+    "local": "each site alone (same privacy)",
+    "non_private": "federated, no privacy",
+    "central": "central, no privacy",
+    "random_backbone": "random backbone",
+}
+
+
+def summarize(facts: Facts) -> Summary:
+    """The run's summary, schema 1 (documented in README).
+
+    Args:
+        facts: the journal's lines.
+    """
+    about = _last(facts, "run_started") or {}
+    ended = _last(facts, "run_ended")
+    rounds = [fact for fact in facts if fact["event"] == "round"]
+    return {
+        "schema": 1,
+        "run": about.get("name"),
+        "path": about.get("path"),
+        "executor": about.get("executor"),
+        "rounds": len(rounds),
+        "status": "completed" if ended and all(ended["updates"].values()) else "failed",
+        "backbone": about.get("backbone"),
+        "tasks": {name: _task(facts, name, kind) for name, kind in about.get("tasks", {}).items()},
+        "sites": _sites(facts, rounds),
+        "bytes": _bytes(facts, rounds),
+        "seconds": _seconds(facts, rounds),
+    }
+
+
+def tables(summary: Summary) -> Group:
+    """What the run brought and what it cost, for a terminal."""
+    return Group(_results_table(summary), _sites_table(summary), Text(_footnote(summary)))
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def _last(facts: Facts, event: str) -> dict[str, Any] | None:
+    found = [fact for fact in facts if fact["event"] == event]
+    return found[-1] if found else None
+
+
+def _task(facts: Facts, name: str, kind: str) -> dict[str, Any]:
+    ended = _last(facts, "run_ended")
+    updates = ended["updates"].get(name, 0) if ended else 0
+    metrics = next((fact for fact in facts if fact["event"] == "metrics" and fact["task"] == name), None)
+    return {
+        "kind": kind,
+        "status": "updated" if updates else "never_updated",
+        "updates": updates,
+        "sites": sorted(fact["site"] for fact in facts if fact["event"] == "joined" and name in fact["tasks"]),
+        "metrics": metrics["pooled"] if metrics else {},
+        "per_site": metrics["per_site"] if metrics else {},
+        "baselines": {
+            fact["name"]: fact["metrics"][name]
+            for fact in facts
+            if fact["event"] == "baseline" and name in fact["metrics"]
+        },
+    }
+
+
+def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
+    sites: dict[str, Any] = {}
+    for fact in facts:
+        if fact["event"] == "joined":
+            sites[fact["site"]] = {
+                "status": "completed",
+                "reason": None,
+                "epsilon": None,
+                "delta": fact["delta"],
+                "unit": fact["unit"],
+                "relation": RELATION,
+                "budget_epsilon": fact["budget_epsilon"],
+                "rounds": sum(fact["site"] in item["sites"] for item in rounds),
+            }
+    for fact in facts:
+        if fact["event"] == "set_aside":
+            empty = dict.fromkeys(("epsilon", "delta", "unit", "relation", "budget_epsilon"))
+            site = sites.setdefault(fact["site"], {**empty, "rounds": 0})
+            declined = fact["reason"].startswith("declined")
+            site["status"] = "partial" if site["rounds"] else ("declined" if declined else "set_aside")
+            site["reason"] = fact["reason"]
+        elif fact["event"] == "epsilon":
+            sites[fact["site"]]["epsilon"] = fact["epsilon"]
+    return dict(sorted(sites.items()))
+
+
+def _bytes(facts: Facts, rounds: Facts) -> dict[str, int | None]:
+    down = [size["down"] for item in rounds for size in item["sites"].values()]
+    up = [size["up"] for item in rounds for size in item["sites"].values()]
+    backbone = [fact["bytes"] for fact in facts if fact["event"] == "backbone_sent"]
+    return {
+        "down_per_site_round": _mean(down),
+        "up_per_site_round": _mean(up),
+        "backbone_per_site": max(backbone) if backbone else None,
+    }
+
+
+def _mean(values: list[int]) -> int | None:
+    return round(sum(values) / len(values)) if values else None
+
+
+def _seconds(facts: Facts, rounds: Facts) -> dict[str, float]:
+    times = [fact["time"] for fact in facts]
+    features = _last(facts, "features_ready")
+    return {
+        "total": round(times[-1] - times[0], 3) if times else 0.0,
+        "features": features["seconds"] if features else 0.0,
+        "training": round(sum(item["seconds"] for item in rounds), 3),
+        "baselines": round(sum(fact["seconds"] for fact in facts if fact["event"] == "baseline"), 3),
+    }
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _results_table(summary: Summary) -> Table:
+    shown = [name for name in BASELINES if any(name in task["baselines"] for task in summary["tasks"].values())]
+    private = any(site["epsilon"] is not None for site in summary["sites"].values())
+    table = Table(title=f"{summary['run']}: pooled held-out records", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("federated, private" if private else "federated", style="bold", justify="right")
+    for name in shown:
+        table.add_column(BASELINES[name], justify="right")
+    for task, facts in summary["tasks"].items():
+        for position, metric in enumerate(facts["metrics"]):
+            values = [facts["metrics"], *(facts["baselines"].get(name, {}) for name in shown)]
+            table.add_row(task if position == 0 else "", metric, *(_number(value.get(metric)) for value in values))
+    return table
+
+
+def _sites_table(summary: Summary) -> Table:
+    table = Table(title="sites", title_justify="left")
+    for column in ("site", "tasks", "status", "rounds", "epsilon of budget", "delta", "unit, neighbours"):
+        table.add_column(column)
+    for name, site in summary["sites"].items():
+        tasks = [task for task, facts in summary["tasks"].items() if name in facts["sites"]]
+        status = site["status"] + (f" ({site['reason']})" if site["reason"] else "")
+        table.add_row(
+            name,
+            ", ".join(tasks),
+            status,
+            str(site["rounds"]),
+            _spent(site),
+            f"{site['delta']:g}" if site["delta"] else "",
+            f"{site['unit']}, {site['relation']}" if site["unit"] else "",
+        )
+    return table
+
+
+def _spent(site: Mapping[str, Any]) -> str:
+    if site["epsilon"] is None:
+        return "not private" if site["rounds"] else "nothing"
+    return f"{site['epsilon']:.2f} of {site['budget_epsilon']:.2f}"
+
+
+def _footnote(summary: Summary) -> str:
+    size, seconds = summary["bytes"], summary["seconds"]
+    return (
+        f"bytes per site and round: {_count(size['down_per_site_round'])} down, {_count(size['up_per_site_round'])} up; "
+        f"backbone once per site: {_count(size['backbone_per_site'])}\n"
+        f"seconds: {seconds['total']:.1f} in all, {seconds['features']:.1f} features, {seconds['training']:.1f} training, "
+        f"{seconds['baselines']:.1f} baselines\n"
+        "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
+    )
+
+
+def _count(value: int | None) -> str:
+    return "none sent" if value is None else f"{value:,}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def failures(summary: Summary) -> Iterable[str]:
+    """What went wrong, one sentence each; nothing when the run is whole."""
+    for name, task in summary["tasks"].items():
+        if task["status"] == "never_updated":
+            yield f"task {name} was never updated: no site's contribution was accepted"

@@ -1,0 +1,89 @@
+"""A run's folder: its name, the facts about how it was made, and the heads it produced."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+import time
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from common.config import RunConfig
+from common.files import write_atomic
+from common.journal import read
+from common.types import Heads
+from server.report import Summary, summarize
+
+PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "torch", "torchmetrics", "torchvision")
+ROOMS = ("common", "client", "server", "simulations")
+
+
+def new_run_folder(parent: Path, name: str) -> Path:
+    """A new folder `<name>-<time>-<four hex digits>`; its name is the run's id."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = parent / f"{name}-{stamp}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_environment(path: Path, seeds: Mapping[str, int | None]) -> None:
+    """Package versions, a digest of the project's own code, and the seeds."""
+    versions = {item.metadata["Name"]: item.version for item in distributions()}
+    facts = {
+        "python": platform.python_version(),
+        "packages": {name: versions[name] for name in PACKAGES if name in versions},
+        "code_digest": code_digest(),
+        "seeds": dict(seeds),
+    }
+    write_atomic(path, json.dumps(facts, indent=2).encode())
+
+
+def code_digest() -> str:
+    """SHA-256 over the project's Python files, by relative path and content."""
+    root = Path(__file__).resolve().parents[1]
+    sha = hashlib.sha256()
+    for path in sorted(file for room in ROOMS for file in (root / room).rglob("*.py")):
+        sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+def write_results(folder: Path, run: RunConfig, backbone_digest: str, heads: Heads) -> Summary:
+    """Write `summary.json` from the journal, and the heads; the summary."""
+    summary = summarize(read(folder / "journal.jsonl"))
+    epsilon = {name: site["epsilon"] for name, site in summary["sites"].items() if site["rounds"]}
+    save_heads(folder, run, backbone_digest, heads, epsilon)
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+    return summary
+
+
+def save_heads(
+    folder: Path, run: RunConfig, backbone_digest: str, heads: Heads, epsilon: Mapping[str, float | None]
+) -> None:
+    """Write `heads/<task>.safetensors`; the metadata says what each head is for and what it cost.
+
+    Args:
+        folder: the run's folder.
+        run: the run, for the tasks' settings.
+        backbone_digest: the backbone the heads belong on.
+        heads: final heads.
+        epsilon: spent in this run by site; None for a non-private site.
+    """
+    (folder / "heads").mkdir(exist_ok=True)
+    for task, params in heads.items():
+        settings = run.tasks[task].model_dump(mode="json")
+        about = {
+            "task": task,
+            "settings": json.dumps(settings),
+            "labels": json.dumps(settings.get("labels")),
+            "backbone_digest": backbone_digest,
+            "epsilon": json.dumps(dict(epsilon)),
+        }
+        arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
+        write_atomic(folder / "heads" / f"{task}.safetensors", save(arrays, metadata=about))

@@ -1,0 +1,145 @@
+"""Command line of the simulator: `python -m simulations run | check | resume | sweep | pretrain`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config import SimulationConfig, load
+from common.console import EXIT_FAILED, reported_errors, shown_progress
+from server.report import Summary, failures, tables
+from simulations.experiment import check as check_config
+from simulations.experiment import resume as resume_run
+from simulations.experiment import run as run_config
+from simulations.pretrain import pretrain as pretrain_backbone
+from simulations.sweep import Row
+from simulations.sweep import sweep as run_sweep
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Config = Annotated[Path, typer.Argument(help="A simulation file, such as configs/simulations/demo.yaml")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set run.rounds=5 (repeatable)")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout and nothing else")]
+
+
+@app.command()
+def run(config: Config, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Run a simulation.
+
+    Example: python -m simulations run configs/simulations/demo.yaml --set run.privacy.target_epsilon=3
+    """
+    with reported_errors():
+        with shown_progress() as observe:
+            summary = run_config(config, out=out, overrides=set_ or [], observe=observe)
+        _finish(summary, load(SimulationConfig, config, set_ or []), json_)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The folder of an interrupted run")], json_: Json = False
+) -> None:
+    """Continue an interrupted run from its last whole round.
+
+    Example: python -m simulations resume runs/demo-20260102-030405-abcd
+    """
+    with reported_errors():
+        with shown_progress() as observe:
+            summary = resume_run(folder, observe=observe)
+        _finish(summary, load(SimulationConfig, folder / "config.yaml"), json_)
+
+
+@app.command()
+def check(config: Config, set_: Set = None) -> None:
+    """Validate a simulation file without running it.
+
+    Example: python -m simulations check configs/simulations/demo.yaml
+    """
+    with reported_errors():
+        loaded = load(SimulationConfig, config, set_ or [])
+        check_config(loaded)
+        typer.echo(f"{config}: valid; {len(loaded.run.tasks)} task(s), {loaded.run.rounds} round(s)")
+
+
+@app.command()
+def sweep(config: Config, set_: Set = None, out: Out = None, json_: Json = False) -> None:
+    """Run every combination of a file's `sweep` section, once per seed.
+
+    Example: python -m simulations sweep configs/simulations/brain_mri.yaml --out runs/sweep
+    """
+    with reported_errors():
+        with shown_progress() as observe:
+            path, rows = run_sweep(config, set_ or [], out, observe)
+        if json_:
+            typer.echo(json.dumps([vars(row) for row in rows], indent=2))
+        else:
+            Console().print(_sweep_table(rows))
+            typer.echo(f"rows: {path}")
+
+
+@app.command()
+def pretrain(config: Config, set_: Set = None) -> None:
+    """Train a simulation's small backbone on its public records; kept when nothing changed.
+
+    Example: python -m simulations pretrain configs/simulations/demo.yaml
+    """
+    with reported_errors():
+        with shown_progress() as observe:
+            result = pretrain_backbone(load(SimulationConfig, config, set_ or []), observe)
+        if result.cached:
+            typer.echo(f"backbone: {result.path} is up to date")
+        else:
+            typer.echo(
+                f"backbone: {result.path} written; accuracy on its own public records {result.train_accuracy:.3f}"
+            )
+
+
+def _finish(summary: Summary, config: SimulationConfig, as_json: bool) -> None:
+    console = Console(stderr=as_json, width=None)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        console.print(tables(summary))
+        typer.echo(f"results: {summary['path']}")
+    problems = [*failures(summary), *_missed(summary, config)]
+    for problem in problems:
+        typer.echo(f"error: {problem}", err=True)
+    if problems:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _missed(summary: Summary, config: SimulationConfig) -> list[str]:
+    """Expectations of the simulation file that the result does not meet; says so when it does."""
+    missed = []
+    for task in config.expect:
+        facts = summary["tasks"][task]
+        metric = next(iter(facts["metrics"]))
+        got, random = facts["metrics"][metric], facts["baselines"].get("random_backbone", {}).get(metric)
+        beaten = got is not None and random is not None and got > random
+        verdict = f"task {task}: transfer reaches {metric} {got:.3f}, a random backbone {random:.3f}"
+        if beaten:
+            typer.echo(verdict, err=True)
+        else:
+            missed.append(f"{verdict}: transfer does not beat the random backbone")
+    return missed
+
+
+def _sweep_table(rows: list[Row]) -> Table:
+    table = Table(title="sweep: mean and standard deviation over seeds", title_justify="left")
+    for name in (*(rows[0].values if rows else ()), "task", "metric", "mean", "std", "runs"):
+        table.add_column(name)
+    for row in rows:
+        values = [str(value) for value in row.values.values()]
+        table.add_row(*values, row.task, row.metric, f"{row.mean:.3f}", f"{row.std:.3f}", str(row.runs))
+    return table
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    app()

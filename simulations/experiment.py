@@ -1,0 +1,300 @@
+"""One simulation from its settings to its summary: sites, federation, evaluation, baselines, report.
+
+Invariant: everything a report says is in the run's journal; everything the run used is in its folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from client.app import make_app
+from client.site import Site
+from client.solvers import open_solver
+from common.backbones import Backbone, open_pretrained, open_random
+from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
+from common.journal import FileJournal, read
+from common.privacy.noise import Entropy, SeededEntropy, os_entropy
+from common.tasks import Task, open_task
+from common.types import BadInput, Heads, RunFailed
+from server.aggregators import open_aggregator
+from server.checkpoint import Checkpoint, load_checkpoint
+from server.report import Summary
+from server.results import new_run_folder, write_environment, write_results
+from server.rounds import Observe, Outcome, run_federation
+from simulations.baselines import pool, train_alone
+from simulations.evaluate import Values, evaluate, units_of
+from simulations.flower import run_on_flower
+from simulations.in_process import InProcessGrid
+from simulations.partition import build_sites, read_sites
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    del phase, done, total
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A simulation on its way: settings, opened parts, its folder, and who is told the progress."""
+
+    config: SimulationConfig
+    tasks: Mapping[str, Task]
+    backbone: Backbone
+    folder: Path
+    entropy: Entropy
+    observe: Observe
+
+    @property
+    def journal(self) -> FileJournal:
+        """The run's journal."""
+        return FileJournal(self.folder / "journal.jsonl")
+
+    @property
+    def run_id(self) -> str:
+        """The run's id: its folder's name."""
+        return self.folder.name
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """Requested privacy; None in a non-private run."""
+        return None if self.config.run.privacy == "non_private" else self.config.run.privacy
+
+
+def check(config: SimulationConfig) -> Mapping[str, Task]:
+    """Resolve every plug-in a simulation names, without running anything; its tasks.
+
+    Raises:
+        BadInput: the first setting that is wrong.
+    """
+    run = config.run
+    tasks = {name: open_task(spec, f"run.tasks.{name}") for name, spec in run.tasks.items()}
+    solver = open_solver(run.solver, "run.solver")
+    open_aggregator(run.aggregation, "run.aggregation")
+    privacy = None if run.privacy == "non_private" else run.privacy
+    if privacy is not None and privacy.unit != config.unit:
+        raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
+    solver.plan(privacy, config.unit, run.rounds)
+    if config.non_private_solver is not None:
+        other = open_solver(config.non_private_solver, "non_private_solver")
+        if other.private:
+            raise BadInput(f"non_private_solver.kind: expected a solver without privacy, got {other.kind!r}")
+    return tasks
+
+
+def run(
+    config: SimulationConfig | Path | str,
+    *,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    entropy: Entropy | None = None,
+    observe: Observe = _silent,
+) -> Summary:
+    """Run a simulation and return its summary (its schema is in README).
+
+    Args:
+        config: a simulation, or the path of its file.
+        out: the run's folder, new or empty; by default a new one under the simulation's `runs_dir`.
+        overrides: "key.path=value", for a file.
+        entropy: where noise keys come from, for tests; by default the operating system, or `noise_seed`.
+        observe: told the progress.
+
+    Raises:
+        BadInput: a setting or input that is wrong.
+        RunFailed: the run ended without a usable result.
+    """
+    if not isinstance(config, SimulationConfig):
+        config = load(SimulationConfig, Path(config), overrides)
+    tasks = check(config)
+    backbone = open_pretrained(config.run.backbone, "run.backbone")
+    folder = _new_folder(config, out)
+    write_yaml(folder / "config.yaml", config)
+    write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
+    sites = build_sites(config, folder / "sites")
+    experiment = Experiment(config, tasks, backbone, folder, entropy or _entropy(config), observe)
+    return _complete(experiment, sites, resume=None)
+
+
+def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _silent) -> Summary:
+    """Continue a run whose process died, from its last whole round; ledgers are kept, never reset.
+
+    Raises:
+        BadInput: the folder is not a run's, or the run has already ended.
+    """
+    config = load(SimulationConfig, folder / "config.yaml")
+    if any(fact["event"] == "run_ended" for fact in read(folder / "journal.jsonl")):
+        raise BadInput(f"{folder}: expected a run that was interrupted, got one that has ended")
+    path = folder / "checkpoint.safetensors"
+    checkpoint = load_checkpoint(path) if path.exists() else None
+    backbone = open_pretrained(config.run.backbone, "run.backbone")
+    sites = read_sites(folder / "sites")
+    experiment = Experiment(config, check(config), backbone, folder, entropy or _entropy(config), observe)
+    return _complete(experiment, sites, checkpoint)
+
+
+def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:
+    config, run_ = experiment.config, experiment.config.run
+    try:
+        outcome = _federate(experiment, run_, experiment.backbone, sites, experiment.folder, resume)
+    except RunFailed:
+        write_results(experiment.folder, run_, experiment.backbone.digest, {})
+        raise
+    _write_epsilon(experiment, sites)
+    _write_metrics(experiment, sites, outcome)
+    for name in config.baselines:
+        experiment.observe(f"baseline {name}", 0, 1)
+        started = time.monotonic()
+        metrics = _BASELINES[name](experiment, sites)
+        experiment.journal.write("baseline", name=name, metrics=metrics, seconds=round(time.monotonic() - started, 3))
+        experiment.observe(f"baseline {name}", 1, 1)
+    return write_results(experiment.folder, run_, experiment.backbone.digest, outcome.heads)
+
+
+def _new_folder(config: SimulationConfig, out: Path | None) -> Path:
+    if out is None:
+        return new_run_folder(config.runs_dir, config.run.name)
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: expected a new or empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out.resolve()
+
+
+def _entropy(config: SimulationConfig) -> Entropy:
+    return os_entropy if config.noise_seed is None else SeededEntropy(config.noise_seed)
+
+
+def _federate(
+    experiment: Experiment,
+    run_: RunConfig,
+    backbone: Backbone,
+    sites: Sequence[SiteConfig],
+    folder: Path,
+    resume: Checkpoint | None = None,
+) -> Outcome:
+    """The same coordinator and site code on the executor the simulation names."""
+    by_position = list(sites)
+    app = make_app(lambda context: by_position[int(context.node_config["partition-id"])], experiment.entropy)
+    executor = experiment.config.executor
+
+    def coordinate(grid: Grid) -> Outcome:
+        return run_federation(
+            grid,
+            run_,
+            backbone,
+            run_id=folder.name,
+            folder=folder,
+            journal=FileJournal(folder / "journal.jsonl"),
+            executor=executor.kind,
+            observe=experiment.observe if folder == experiment.folder else _silent,
+            resume=resume,
+        )
+
+    if executor.kind == "flower":
+        return run_on_flower(app, len(sites), executor, coordinate)
+    return coordinate(InProcessGrid(app, len(sites)))
+
+
+# --- what only a simulator sees --------------------------------------------------------------------------------------
+
+
+def _write_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
+    if experiment.privacy is None:
+        return
+    for site in sites:
+        epsilon = Site(site, os_entropy).ledger().run_epsilon(experiment.run_id)
+        if epsilon > 0:
+            experiment.journal.write("epsilon", site=site.name, epsilon=epsilon)
+
+
+def _write_metrics(experiment: Experiment, sites: Sequence[SiteConfig], outcome: Outcome) -> None:
+    held_out = units_of(sites, experiment.run_id, experiment.tasks, "test")
+    for task, result in evaluate(outcome.heads, experiment.tasks, held_out).items():
+        per_site = {site: dict(values) for site, values in result.per_site.items()}
+        experiment.journal.write("metrics", task=task, pooled=dict(result.pooled), per_site=per_site)
+
+
+def _pooled(experiment: Experiment, heads: Heads, sites: Sequence[SiteConfig], run_id: str) -> dict[str, Values]:
+    held_out = units_of(sites, run_id, experiment.tasks, "test")
+    return {task: dict(result.pooled) for task, result in evaluate(heads, experiment.tasks, held_out).items()}
+
+
+def _local(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, dict[str, float | None]]:
+    """Each site alone with the same privacy: per task the mean over its sites, each on the pooled held-out records."""
+    solver = open_solver(experiment.config.run.solver, "run.solver")
+    train = units_of(sites, experiment.run_id, experiment.tasks, "train")
+    results: dict[str, list[Values]] = {}
+    for site in sites:
+        if site.name not in train:
+            continue
+        own = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
+        heads = train_alone(
+            experiment.config.run,
+            solver,
+            experiment.privacy,
+            own,
+            train[site.name],
+            {name: site.tasks[name].public_size for name in own},
+            site.unit,
+            experiment.entropy,
+            f"local/{site.name}",
+        )
+        for task, values in _pooled(experiment, heads, sites, experiment.run_id).items():
+            results.setdefault(task, []).append(values)
+    return {task: _mean(values) for task, values in results.items()}
+
+
+def _mean(values: list[Values]) -> dict[str, float | None]:
+    means: dict[str, float | None] = {}
+    for name in values[0]:
+        defined = [value for item in values if (value := item[name]) is not None]
+        means[name] = sum(defined) / len(defined) if defined else None
+    return means
+
+
+def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+    train = units_of(sites, experiment.run_id, experiment.tasks, "train")
+    tasks = {name: task for name, task in experiment.tasks.items() if any(name in own.tasks for own in train.values())}
+    sizes = {
+        name: sum(site.tasks[name].public_size for site in sites if site.name in train and name in site.tasks)
+        for name in tasks
+    }
+    assert experiment.config.non_private_solver is not None
+    solver = open_solver(experiment.config.non_private_solver, "non_private_solver")
+    unit = experiment.config.unit
+    units = pool(train, tasks)
+    heads = train_alone(experiment.config.run, solver, None, tasks, units, sizes, unit, experiment.entropy, "central")
+    return _pooled(experiment, heads, sites, experiment.run_id)
+
+
+def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+    del sites  # These sites' files forbid it.
+    config = experiment.config
+    run_ = config.run.model_copy(update={"solver": config.non_private_solver, "privacy": "non_private"})
+    return _again(experiment, run_, experiment.backbone, "non_private")
+
+
+def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+    del sites  # Their ledgers are the real run's.
+    run_ = experiment.config.run
+    backbone = open_random(run_.backbone, "run.backbone", seed=run_.seed)
+    return _again(experiment, run_, backbone, "random_backbone")
+
+
+def _again(experiment: Experiment, run_: RunConfig, backbone: Backbone, name: str) -> dict[str, Values]:
+    """The federation once more under other conditions, with sites and ledgers of its own."""
+    folder = experiment.folder / "baselines" / name
+    folder.mkdir(parents=True)
+    sites = build_sites(experiment.config, folder / "sites", non_private=run_.privacy == "non_private")
+    outcome = _federate(experiment, run_, backbone, sites, folder)
+    return _pooled(experiment, outcome.heads, sites, folder.name)
+
+
+_BASELINES = {
+    "local": _local,
+    "non_private": _non_private,
+    "central": _central,
+    "random_backbone": _random_backbone,
+}

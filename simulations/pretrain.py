@@ -1,0 +1,108 @@
+"""Train a run's small backbone on public records, so that a demo needs no download.
+
+The result is cached: a file whose metadata carries the digest of the settings and records it was made from is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from client.sources import open_source
+from common.backbones import open_untrained
+from common.config import SimulationConfig
+from common.files import write_atomic
+from common.types import BadInput
+from server.rounds import Observe
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where the weights are and how well they fit the public records."""
+
+    path: Path
+    train_accuracy: float | None
+    cached: bool
+
+
+def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
+    """Train the run's backbone with a linear classifier on the simulation's public source.
+
+    Raises:
+        BadInput: the simulation has no `pretrain` section or its backbone no file to write to.
+    """
+    plan = config.pretrain
+    if plan is None:
+        raise BadInput("pretrain: expected a section that says how to train the backbone, got nothing")
+    untrained = open_untrained(config.run.backbone, "run.backbone", seed=plan.seed)
+    if untrained.weights_path is None:
+        raise BadInput("run.backbone.weights: expected a file to write the weights to, got nothing")
+    source = open_source(plan.source, "pretrain.source").open()
+    made_from = _digest(config, source.digest())
+    if _is_cached(untrained.weights_path, made_from):
+        return Pretrained(untrained.weights_path, None, cached=True)
+    index = source.index()
+    unknown = {record.cells[plan.column] for record in index} - set(plan.labels)
+    if unknown:
+        raise BadInput(f"pretrain.labels: {len(unknown)} value(s) of column {plan.column!r} are not listed")
+    items = torch.stack([untrained.preprocess(source.load(position)) for position in range(len(index))])
+    labels = torch.tensor([plan.labels.index(record.cells[plan.column]) for record in index])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        classifier = nn.Linear(untrained.feature_dim, len(plan.labels))
+        accuracy = _fit(untrained.module, classifier, items, labels, config, observe)
+    state = {name: tensor.contiguous() for name, tensor in untrained.module.state_dict().items()}
+    untrained.weights_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(untrained.weights_path, save(state, metadata={"made_from": made_from}))
+    return Pretrained(untrained.weights_path, accuracy, cached=False)
+
+
+def _fit(
+    encoder: nn.Module,
+    classifier: nn.Module,
+    items: torch.Tensor,
+    labels: torch.Tensor,
+    config: SimulationConfig,
+    observe: Observe,
+) -> float:
+    plan = config.pretrain
+    assert plan is not None
+    model = nn.Sequential(encoder, classifier).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
+    for epoch in range(plan.epochs):
+        observe("pretraining", epoch, plan.epochs)
+        for batch in torch.randperm(len(items)).split(plan.batch_size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(items[batch]), labels[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    observe("pretraining", plan.epochs, plan.epochs)
+    model.eval()
+    with torch.inference_mode():
+        return float((model(items).argmax(1) == labels).float().mean())
+
+
+def _digest(config: SimulationConfig, source_digest: str) -> str:
+    assert config.pretrain is not None
+    backbone = config.run.backbone.model_dump(mode="json")
+    backbone.pop("weights", None)
+    facts = {"pretrain": config.pretrain.model_dump(mode="json"), "backbone": backbone, "records": source_digest}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_cached(path: Path, made_from: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool((file.metadata() or {}).get("made_from") == made_from)
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,99 @@
+"""Several runs of one simulation: every combination of listed values, once per seed. Features are encoded once."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import SimulationConfig, as_override, load
+from common.types import BadInput
+from server.report import Summary
+from server.results import new_run_folder
+from server.rounds import Observe
+from simulations.experiment import check, run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination and task: the main metric's mean and standard deviation over the seeds."""
+
+    values: dict[str, Any]
+    task: str
+    metric: str
+    mean: float
+    std: float
+    runs: int
+
+
+def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Observe) -> tuple[Path, list[Row]]:
+    """Run every combination; the CSV with one row per run and task, and the summary rows.
+
+    Args:
+        path: a simulation file with a `sweep` section.
+        overrides: "key.path=value", applied to every run.
+        out: folder for the runs and `sweep.csv`.
+        observe: told the progress.
+
+    Raises:
+        BadInput: no `sweep` section, or one of the combinations is not valid; found before anything runs.
+    """
+    config = load(SimulationConfig, path, overrides)
+    if config.sweep is None:
+        raise BadInput("sweep: expected a section with seeds and values, got nothing")
+    keys = list(config.sweep.values)
+    combinations = [dict(zip(keys, values, strict=True)) for values in itertools.product(*config.sweep.values.values())]
+    plans = []
+    for values in combinations:
+        for seed in config.sweep.seeds:
+            chosen = {**values, "run.seed": seed, "partition.seed": seed}
+            texts = [as_override(key, value) for key, value in chosen.items()]
+            one = load(SimulationConfig, path, [*overrides, *texts])
+            check(one)
+            plans.append((values, seed, one))
+    folder = out or new_run_folder(config.runs_dir, f"{config.run.name}-sweep")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for position, (values, seed, one) in enumerate(plans):
+        observe("sweep", position, len(plans))
+        summary = run(one, out=folder / f"{position:03d}")
+        results.append((values, seed, summary))
+        _write_csv(folder / "sweep.csv", keys, results)  # After every run: an interrupted sweep keeps its rows.
+    observe("sweep", len(plans), len(plans))
+    return folder / "sweep.csv", _aggregate(combinations, results)
+
+
+def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], int, Summary]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [*keys, "seed", "task", "metric", "value", "local", "non_private", "central", "random_backbone"]
+        )
+        for values, seed, summary in results:
+            for task, facts in summary["tasks"].items():
+                for metric, value in facts["metrics"].items():
+                    others = [facts["baselines"].get(name, {}).get(metric) for name in _BASELINE_COLUMNS]
+                    writer.writerow([*values.values(), seed, task, metric, value, *others])
+
+
+_BASELINE_COLUMNS = ("local", "non_private", "central", "random_backbone")
+
+
+def _aggregate(combinations: list[dict[str, Any]], results: list[tuple[dict[str, Any], int, Summary]]) -> list[Row]:
+    rows = []
+    for values in combinations:
+        own = [summary for combination, _, summary in results if combination == values]
+        for task, facts in own[0]["tasks"].items():
+            metric = next(iter(facts["metrics"]), None)
+            if metric is None:
+                continue
+            numbers = [summary["tasks"][task]["metrics"].get(metric) for summary in own]
+            defined = [number for number in numbers if number is not None]
+            if defined:
+                std = statistics.stdev(defined) if len(defined) > 1 else 0.0
+                rows.append(Row(values, task, metric, statistics.mean(defined), std, len(defined)))
+    return rows

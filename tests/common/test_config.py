@@ -1,0 +1,164 @@
+"""Settings: what is valid is read, what is wrong is answered with one sentence that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.config import Privacy, RunConfig, SiteConfig, load, parse, read_yaml, write_yaml
+from common.types import BadInput
+
+RUN: dict[str, Any] = {
+    "name": "trial",
+    "seed": 1,
+    "rounds": 2,
+    "backbone": {"kind": "identity", "dim": 3},
+    "tasks": {"disease": {"kind": "classification", "labels": ["no", "yes"]}},
+    "solver": {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0},
+    "privacy": {"unit": "example", "delta": 1e-5, "target_epsilon": 3.0},
+    "aggregation": {"kind": "mean"},
+}
+SITE: dict[str, Any] = {
+    "name": "north",
+    "registry": "north-patients",
+    "unit": "example",
+    "budget": {"epsilon": 3.0, "delta": 1e-5},
+    "allow": {"tasks": "any", "backbones": "any", "solvers": ["dp_sgd"]},
+    "sources": {"rows": {"kind": "table", "path": "rows.csv"}},
+    "tasks": {"disease": {"source": "rows", "column": "sick", "missing": "skip", "public_size": 10}},
+    "split": {"test_fraction": 0.2},
+    "on_bad_record": "skip",
+    "state_dir": "state",
+}
+
+
+def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A deep copy with one key set, or removed for None."""
+    copy = yaml.safe_load(yaml.safe_dump(values))
+    *parents, last = key.split(".")
+    target = copy
+    for parent in parents:
+        target = target[parent]
+    if value is None:
+        del target[last]
+    else:
+        target[last] = value
+    return copy
+
+
+def test_a_valid_run_and_site_are_read() -> None:
+    assert parse(RunConfig, RUN, base=Path()).rounds == 2
+    assert parse(SiteConfig, SITE, base=Path()).tasks["disease"].public_size == 10
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rounds", 0, ["rounds", "greater than or equal to 1", "got 0"]),
+        ("rounds", "many", ["rounds", "integer", "'many'"]),
+        ("name", "../escape", ["name", "'../escape'"]),
+        ("privacy.unit", "pateint", ["privacy", "unit", "'patient'", "'pateint'", "nearest"]),
+        ("privacy.delta", 0, ["delta", "greater than 0", "got 0"]),
+        ("privacy.delta", None, ["delta", "expected a value", "explicitly"]),
+        ("privacy.unit", None, ["unit", "expected a value"]),
+        ("tasks", {}, ["tasks", "at least 1"]),
+        ("seed", float("nan"), ["seed"]),
+    ],
+)
+def test_a_wrong_value_names_key_expectation_and_value(key: str, value: Any, said: list[str]) -> None:
+    with pytest.raises(BadInput) as caught:
+        parse(RunConfig, changed(RUN, key, value), base=Path())
+    assert all(word in str(caught.value) for word in said), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("ronds", "rounds"), ("cohort", None), ("privacy.target_epsilom", "target_epsilon")]
+)
+def test_an_unknown_key_names_the_nearest_valid_one(key: str, nearest: str | None) -> None:
+    values = changed(RUN, key, {"fractoin": 1.0} if nearest is None else 1)
+    with pytest.raises(BadInput, match=f"nearest: '{nearest or 'fraction'}'"):
+        parse(RunConfig, values, base=Path())
+
+
+@pytest.mark.parametrize("both", [{}, {"target_epsilon": 1.0, "noise_multiplier": 1.0}])
+def test_exactly_one_of_epsilon_and_noise_is_written(both: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match="exactly one of"):
+        parse(Privacy, {"unit": "example", "delta": 1e-5, **both}, base=Path())
+
+
+@pytest.mark.parametrize("key", ["budget", "unit", "budget.delta", "allow", "registry", "on_bad_record"])
+def test_nothing_that_affects_privacy_has_a_default_at_a_site(key: str) -> None:
+    with pytest.raises(BadInput, match="expected a value, got nothing"):
+        parse(SiteConfig, changed(SITE, key, None), base=Path())
+
+
+def test_a_task_must_name_one_of_the_sites_sources() -> None:
+    with pytest.raises(BadInput, match=r"tasks.disease.source: expected one of rows, got 'elsewhere'"):
+        parse(SiteConfig, changed(SITE, "tasks.disease.source", "elsewhere"), base=Path())
+
+
+def test_paths_are_relative_to_the_file_they_are_written_in(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "site.yaml").write_text(yaml.safe_dump(SITE))
+    assert load(SiteConfig, tmp_path / "deep" / "site.yaml").state_dir == tmp_path / "deep" / "state"
+
+
+def test_an_overridden_path_is_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "site.yaml").write_text(yaml.safe_dump(SITE))
+    monkeypatch.chdir(tmp_path)
+    assert load(SiteConfig, Path("deep/site.yaml"), ["state_dir=./here"]).state_dir == tmp_path / "here"
+
+
+def test_overrides_go_through_the_same_models(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(RUN))
+    assert load(RunConfig, path, ["rounds=7", "privacy.target_epsilon=1.5"]).rounds == 7
+    with pytest.raises(BadInput, match="rounds"):
+        load(RunConfig, path, ["rounds=-1"])
+    with pytest.raises(BadInput, match="key.path=value"):
+        load(RunConfig, path, ["rounds"])
+    with pytest.raises(BadInput, match="name is a value, not a group"):
+        load(RunConfig, path, ["name.deeper=1"])
+
+
+def test_the_environment_fills_in_variables_and_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: ${HEADWATER_TEST_A}\nb: ${HEADWATER_TEST_B:-there}/x\n")
+    monkeypatch.setenv("HEADWATER_TEST_A", "here")
+    assert read_yaml(path) == {"a": "here", "b": "there/x"}
+    monkeypatch.delenv("HEADWATER_TEST_A")
+    with pytest.raises(BadInput, match="a: environment variable HEADWATER_TEST_A is not set"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "\x00"])
+def test_a_file_that_is_not_a_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=r"x\.yaml: expected"):
+        read_yaml(path)
+
+
+def test_a_yaml_tag_builds_no_object(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: !!python/object/apply:os.getcwd []")
+    with pytest.raises(BadInput):
+        read_yaml(path)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="expected a readable YAML file, got FileNotFoundError"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    run = parse(RunConfig, RUN, base=tmp_path)
+    write_yaml(tmp_path / "run.yaml", run)
+    assert load(RunConfig, tmp_path / "run.yaml") == run

@@ -1,0 +1,97 @@
+"""The rooms' import rules, read from the source: who may import whom, and through which doors heavy packages come."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("common", "client", "server", "simulations")
+MAY_IMPORT = {
+    "common": {"common"},
+    "client": {"client", "common"},
+    "server": {"server", "common"},
+    "simulations": {"simulations", "server", "client", "common"},
+}
+DOORS = {
+    "flwr": (
+        "common/wire.py",
+        "client/app.py",
+        "client/node.py",
+        "client/site.py",
+        "server/",
+        "simulations/in_process.py",
+        "simulations/flower.py",
+        "simulations/experiment.py",
+    ),
+    "ray": ("simulations/flower.py",),
+    "opacus": ("client/solvers/", "common/privacy/"),
+    "yaml": ("common/config.py",),
+    "sklearn": ("client/sources/", "simulations/"),
+}
+
+
+def sources() -> list[Path]:
+    return sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file names in an import, wherever the import stands, and in `import_module("...")`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide their room"
+            found.add(node.module or "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            head = node.value.split(".")[0]
+            if head in ROOMS and "." in node.value and node.value.replace(".", "").replace("_", "").isalpha():
+                found.add(node.value)  # A dotted module name in a string: resolve("common.tasks", ...).
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_room_imports_only_the_rooms_it_may(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    used = {name.split(".")[0] for name in imports(path)} & set(ROOMS)
+    assert used <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_heavy_packages_come_in_through_their_doors(path: Path) -> None:
+    relative = path.relative_to(ROOT).as_posix()
+    for package, doors in DOORS.items():
+        if package in {name.split(".")[0] for name in imports(path)}:
+            assert relative.startswith(doors), f"{relative} imports {package}; its doors are {doors}"
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    modules = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+        for path in sources()
+    }
+    graph = {}
+    for name, path in modules.items():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        named = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module]
+        graph[name] = {target for target in named if target in modules and target != name}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_coordinator_cannot_reach_a_record() -> None:
+    """The security officer's check: no file of the server or of what it imports names a data reader."""
+    for path in [*(ROOT / "server").rglob("*.py"), *(ROOT / "common").rglob("*.py")]:
+        assert not {name for name in imports(path) if name.startswith("client")}, path
