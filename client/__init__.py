@@ -1,0 +1,1 @@
+"""One site: the only code that may see a record."""

@@ -1,6 +1,6 @@
 """The edge between Flower and a site: decode, call one function, encode. No exception's text crosses it.
 
-Flower sends an exception's message to the coordinator; therefore every handler answers with a payload, whatever happens.
+Flower sends an exception's message to the coordinator; so every handler answers with a payload, whatever happens.
 """
 
 from __future__ import annotations

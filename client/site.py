@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from common.heads import load_parameters
+from common.privacy.accounting import Mechanism
 from flwr.app import RecordDict
 
 from client.backbone_store import BackboneStore
@@ -23,9 +25,7 @@ from client.solvers import Solver, open_solver
 from common import wire
 from common.config import Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder, write_atomic
-from common.heads import load_parameters
 from common.journal import FileJournal, Journal
-from common.privacy.accounting import Mechanism
 from common.privacy.noise import Entropy, NoiseStream
 from common.tasks import Task, open_task
 from common.types import BadInput, BudgetExhausted, Delta, DigestMismatch, Heads, Plan, Refusal, heads_digest

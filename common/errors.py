@@ -47,16 +47,17 @@ def _short(value: object) -> str:
 
 
 def _fields_at(model: object, path: list[str]) -> set[str]:
-    """Field names of the model that sits at a key path, as far as annotations tell."""
+    """Keys of the model that sits at a key path, as far as annotations tell."""
     for part in path:
         model = _step(model, part)
-    return {name for candidate in _models_in(model) for name in candidate.model_fields}
+    return {field.alias or name for item in _models_in(model) for name, field in item.model_fields.items()}
 
 
 def _step(annotation: object, part: str) -> object:
     for model in _models_in(annotation):
-        if part in model.model_fields:
-            return model.model_fields[part].annotation
+        for name, field in model.model_fields.items():
+            if part == (field.alias or name):
+                return field.annotation
     for candidate in _flatten(annotation):
         arguments = typing.get_args(candidate)
         if arguments:

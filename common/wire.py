@@ -8,7 +8,7 @@ Every field that a site sends is listed here with its privacy reason:
 
 | payload | field | reason |
 |---|---|---|
-| JoinReply | site, tasks (names and public sizes), unit, delta, budget_epsilon | public by declaration in the site file |
+| JoinReply | site, tasks (names and public sizes), unit, delta, budget_epsilon | public by declaration |
 | JoinReply | has_backbone | depends on earlier public messages only |
 | Ready | - | nothing but the fact of an answer |
 | TrainReply | heads | charged: the contribution |
@@ -26,10 +26,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -131,11 +131,15 @@ def encode(payload: Payload) -> RecordDict:
             return _records(payload, run_id=run_id, run=dict(run), backbone_digest=digest)
         case JoinReply():
             return _records(payload, **asdict(payload))
-        case PrepareRequest(run_id, None):
-            return _records(payload, run_id=run_id)
-        case PrepareRequest(run_id, BackboneBlob(spec, weights, digest)):
+        case PrepareRequest(run_id, blob):
             records = _records(payload, run_id=run_id)
-            records[_BACKBONE] = ConfigRecord({"spec": spec, "weights": weights, "digest": digest})
+            if blob is not None:
+                values: dict[str, ConfigRecordValues] = {
+                    "spec": blob.spec,
+                    "weights": blob.weights,
+                    "digest": blob.digest,
+                }
+                records[_BACKBONE] = ConfigRecord(values)
             return records
         case TrainRequest(run_id, round_, heads):
             return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
@@ -147,6 +151,8 @@ def encode(payload: Payload) -> RecordDict:
             return _records(payload, refusal=refusal.value, site=site)
         case Ready():
             return _records(payload)
+        case _:
+            assert_never(payload)
 
 
 def decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
@@ -260,7 +266,8 @@ def encoded_size(records: RecordDict) -> int:
 
 def to_bytes(records: RecordDict) -> bytes:
     """Records as bytes for a site's reply store."""
-    return recorddict_to_proto(records).SerializeToString(deterministic=True)
+    data: bytes = recorddict_to_proto(records).SerializeToString(deterministic=True)
+    return data
 
 
 def from_bytes(data: bytes) -> RecordDict:

@@ -1,0 +1,1 @@
+"""The coordinator: the only code that sees many sites; it cannot import a data reader."""

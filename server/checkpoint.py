@@ -33,7 +33,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         flat |= {f"head/{task}/{name}": array for name, array in params.items()}
     for task, state in checkpoint.states.items():
         flat |= {f"state/{task}/{part}/{name}": array for part in state for name, array in state[part].items()}
-    flat = {name: np.ascontiguousarray(array) for name, array in flat.items()}
+    flat = {name: np.asarray(array, order="C") for name, array in flat.items()}
     about = {
         "run_id": checkpoint.run_id,
         "rounds_done": str(checkpoint.rounds_done),

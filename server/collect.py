@@ -1,7 +1,7 @@
 """Replies as they come in: one bad reply is set aside with its reason and the round goes on.
 
-What is checked: the sender was asked; the payload is well formed; tasks, names and shapes are those that were sent; every
-value is finite; the norm is bounded; the plan is the one every site was asked for.
+What is checked: the sender was asked; the payload is well formed; tasks, names and shapes are those that were sent;
+every value is finite; the norm is bounded.
 """
 
 from __future__ import annotations

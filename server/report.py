@@ -176,11 +176,11 @@ def _spent(site: Mapping[str, Any]) -> str:
 
 def _footnote(summary: Summary) -> str:
     size, seconds = summary["bytes"], summary["seconds"]
+    down, up = _count(size["down_per_site_round"]), _count(size["up_per_site_round"])
+    times = ", ".join(f"{seconds[name]:.1f} {name}" for name in ("features", "training", "baselines"))
     return (
-        f"bytes per site and round: {_count(size['down_per_site_round'])} down, {_count(size['up_per_site_round'])} up; "
-        f"backbone once per site: {_count(size['backbone_per_site'])}\n"
-        f"seconds: {seconds['total']:.1f} in all, {seconds['features']:.1f} features, {seconds['training']:.1f} training, "
-        f"{seconds['baselines']:.1f} baselines\n"
+        f"bytes per site and round: {down} down, {up} up; backbone once per site: {_count(size['backbone_per_site'])}\n"
+        f"seconds: {seconds['total']:.1f} in all; {times}\n"
         "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     )
 

@@ -85,5 +85,5 @@ def save_heads(
             "backbone_digest": backbone_digest,
             "epsilon": json.dumps(dict(epsilon)),
         }
-        arrays = {name: np.ascontiguousarray(array) for name, array in params.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in params.items()}
         write_atomic(folder / "heads" / f"{task}.safetensors", save(arrays, metadata=about))

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.heads import initial_heads, parameters
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common import wire
 from common.backbones import Backbone
 from common.config import MAX_PUBLIC_SIZE, RunConfig
-from common.heads import initial_heads, parameters
 from common.journal import Journal
 from common.tasks import open_task
 from common.types import BadInput, Heads, RunFailed, heads_digest

@@ -20,7 +20,7 @@ from common.config import Privacy, RunConfig
 from common.heads import initial_heads, load_parameters, parameters
 from common.privacy.noise import Entropy, NoiseStream
 from common.tasks import Task
-from common.types import Heads, Unit
+from common.types import Heads, Params, Unit
 from server.aggregators import Weighted, open_aggregator
 
 
@@ -50,7 +50,7 @@ def train_alone(
     """
     dims = {name: units.tasks[name].features_RD.shape[1] for name in tasks}
     modules = initial_heads(tasks, dims, run.seed)
-    heads = {name: parameters(module) for name, module in modules.items()}
+    heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
     aggregator = open_aggregator(run.aggregation, "aggregation")
     states = {name: aggregator.start(params) for name, params in heads.items()}
     plan = solver.plan(privacy, unit, run.rounds)

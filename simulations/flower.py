@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from flwr.app import Context
+from flwr.app import ConfigRecordValues, Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -42,8 +42,10 @@ def run_on_flower(app: ClientApp, num_sites: int, executor: Executor, coordinate
             failures.append(error)  # The engine would replace it by one of its own.
             raise
 
-    resources = {"num_cpus": executor.cpus_per_site, "num_gpus": executor.gpus_per_site}
-    init = {"address": executor.ray_address} if executor.ray_address else {"include_dashboard": False}
+    backend: dict[str, dict[str, ConfigRecordValues]] = {
+        "client_resources": {"num_cpus": executor.cpus_per_site, "num_gpus": executor.gpus_per_site},
+        "init_args": {"address": executor.ray_address} if executor.ray_address else {"include_dashboard": False},
+    }
     logging.getLogger("flwr").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -52,7 +54,7 @@ def run_on_flower(app: ClientApp, num_sites: int, executor: Executor, coordinate
                 server_app=server_app,
                 client_app=app,
                 num_supernodes=num_sites,
-                backend_config={"client_resources": resources, "init_args": init},
+                backend_config=backend,
             )
     except RuntimeError as error:
         if not failures:

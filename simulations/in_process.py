@@ -1,16 +1,15 @@
 """The default executor: every site in this process, every message through Flower's own encoding.
 
-It is the specification that Ray and deployment agree with: each message is deflated to Flower's bytes and inflated again
-before the ClientApp sees it, and so is the reply.
+It is the specification that Ray and deployment agree with: each message is deflated to Flower's bytes and inflated
+again before the ClientApp sees it, and so is the reply.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -20,11 +19,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 FIRST_NODE_ID = 100
 
+SiteApp = Callable[[Message, Context], Message]
+"""A ClientApp, as the grid sees it."""
+
 
 class InProcessGrid(Grid):
     """A Grid that calls one ClientApp for `num_sites` nodes, one after the other."""
 
-    def __init__(self, app: ClientApp, num_sites: int) -> None:
+    def __init__(self, app: SiteApp, num_sites: int) -> None:
         # Flower refuses to build a Message outside a run.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self._app = app

@@ -231,7 +231,7 @@ def _dirichlet(
     names = list(chosen)
     for label in sorted(set(labels)):
         if label not in shares:
-            shares[label] = rng.dirichlet([partition.alpha] * len(names))
+            shares[label] = rng.dirichlet([partition.alpha or 1.0] * len(names))
         members = [group for group, own in zip(groups, labels, strict=True) if own == label]
         order = [members[i] for i in rng.permutation(len(members))]
         cuts = np.round(np.cumsum(shares[label])[:-1] * len(order)).astype(int)

@@ -79,9 +79,10 @@ def _fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
     for epoch in range(plan.epochs):
         observe("pretraining", epoch, plan.epochs)
-        for batch in torch.randperm(len(items)).split(plan.batch_size):
+        for batch in torch.split(torch.randperm(len(items)), plan.batch_size):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(items[batch]), labels[batch]).backward()
+            loss = nn.functional.cross_entropy(model(items[batch]), labels[batch])
+            torch.autograd.backward(loss)
             optimizer.step()
         schedule.step()
     observe("pretraining", plan.epochs, plan.epochs)

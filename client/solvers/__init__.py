@@ -30,6 +30,10 @@ class Solver(Protocol):
     kind: str
     private: bool
 
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Settings with every required key, that the contract suite runs."""
+
     def plan(self, privacy: Privacy | None, unit: Unit, rounds: int) -> Plan:
         """The public numbers of one of `rounds` equal rounds.
 

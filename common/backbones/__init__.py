@@ -1,5 +1,301 @@
 """Frozen pre-trained encoders. One file is one kind; see `Kind` for what it must provide.
 
-A coordinator calls `pretrained` to load weights; a site receives them by digest and calls `from_blob`, which builds
-the same architecture, loads strictly and verifies. Both end in a `Backbone`, frozen and in eval mode for ever.
+A coordinator calls `open_pretrained` to load weights; a site receives them by digest and calls `from_blob`, which
+builds the same architecture, loads strictly and verifies. Both end in a `Backbone`: frozen and in eval mode for ever.
+
+# Shapes: B examples, D features, K classes of the pre-training.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from common.backbones._projection import Projection, ProjectionLayer, projection_state
+from common.backbones._weights import digest_of, load_strict
+from common.plugins import Spec, resolve
+from common.types import BackboneBlob, BadInput, DigestMismatch
+
+MAX_WEIGHT_BYTES = 8 << 30
+MAX_SPEC_CHARS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An encoder: module and number of features.
+
+    Attributes:
+        module: batch of preprocessed items -> raw features B x `feature_dim`.
+        feature_dim: before any projection.
+    """
+
+    module: nn.Module
+    feature_dim: int
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a kind takes from its weights.
+
+    Attributes:
+        state: tensors of `Kind.architecture().module`, by name.
+        classifier_KD: weights of the pre-training's classifier, for a projection; None where there are none.
+        shift_D: predicted mean of the features, for a projection; None where nothing predicts it.
+    """
+
+    state: Mapping[str, Tensor]
+    classifier_KD: Tensor | None = None
+    shift_D: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small instance of a kind that needs nothing but a folder: every kind is tested with its own.
+
+    Attributes:
+        settings: what a user would write.
+        items: at least four different source items.
+    """
+
+    settings: Mapping[str, Any]
+    items: Sequence[Any]
+
+
+class Kind(Protocol):
+    """What a plug-in file's class provides: settings, architecture, weights, preprocessing.
+
+    Law (tests/contracts/test_backbones.py), stated for the `Backbone` made from it: frozen, deterministic, independent
+    of the batch an item stands in; its digest changes with any weight, setting or preprocessing step that shapes
+    features and with nothing else.
+
+    Messages of `BadInput` begin with the setting's own name; the caller puts the key in front.
+
+    Attributes:
+        kind: file name of the plug-in.
+        projection: what happens to the features before they leave the backbone.
+    """
+
+    kind: str
+    projection: Projection | None
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """A small instance for tests; files it needs are written to `folder`, the same on every call."""
+
+    def resolved(self) -> Kind:
+        """The same settings with everything that shapes features explicit and no location of weights.
+
+        This is what travels to the sites and what the digest covers. Resolving twice changes nothing.
+        """
+
+    def architecture(self) -> Architecture:
+        """A new encoder, initialised from torch's current generator."""
+
+    def pretrained(self) -> Pretrained:
+        """The weights. Called at the coordinator only. Raises BadInput: missing, misfit, a pickle with code."""
+
+    def random(self) -> Pretrained:
+        """Weights drawn from torch's current generator. Raises BadInput where the kind has no weights."""
+
+    def weights_file(self) -> Path | None:
+        """The local file that `pretrained` reads, if it reads one."""
+
+    def preprocess(self, item: Any) -> Tensor:
+        """One source item as one input, without a batch dimension.
+
+        Raises:
+            BadRecord: the item cannot be used; the message holds nothing of its content.
+        """
+
+    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]:
+        """The settings as plain values (pydantic's)."""
+
+
+@final
+class FrozenEncoder(nn.Module):
+    """Encoder, then projection: no parameter takes a gradient, and eval mode never ends."""
+
+    def __init__(self, encoder: nn.Module, projection: ProjectionLayer) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projection = projection
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stay in eval mode, whatever is asked: BatchNorm statistics of a frozen backbone never move."""
+        del mode
+        super().train(False)
+        return self
+
+    def forward(self, items_B: Tensor) -> Tensor:
+        """features_BD in float32."""
+        features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32))
+        return features_BD
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen backbone, ready to encode.
+
+    Attributes:
+        kind: its resolved settings.
+        spec: JSON text of them, canonical: the same settings are the same text.
+        digest: 64 hex digits over `spec` and every weight.
+        feature_dim: number of features per item.
+        device: where it encodes.
+    """
+
+    kind: Kind
+    spec: str
+    digest: str
+    feature_dim: int
+    module: FrozenEncoder = dataclasses.field(repr=False)
+    device: torch.device
+
+    def public_spec(self) -> dict[str, Any]:
+        """The resolved settings as plain values; they hold no path."""
+        values: dict[str, Any] = json.loads(self.spec)
+        return values
+
+    def preprocess(self, item: Any) -> Tensor:
+        """One source item as one input. Raises BadRecord."""
+        return self.kind.preprocess(item)
+
+    def encode(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
+        """features_BD of preprocessed items, float32, on the CPU; heads can be trained on them."""
+        batch = items_B if isinstance(items_B, Tensor) else torch.stack(list(items_B))
+        # Again before every use: `train()` on an inner module would not pass through FrozenEncoder.train.
+        self.module.train(False)
+        with torch.inference_mode():
+            features_BD: Tensor = self.module(batch.to(self.device))
+        # Cloned outside: autograd refuses inference tensors, and heads train on these.
+        return features_BD.cpu().clone()
+
+    def blob(self) -> BackboneBlob:
+        """The backbone as it travels."""
+        state = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+        return BackboneBlob(spec=self.spec, weights=save(state), digest=self.digest)
+
+    def to(self, device: torch.device) -> Backbone:
+        """The same backbone on a device. The module moves: do not use the old value."""
+        return dataclasses.replace(self, module=self.module.to(device), device=device)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """An encoder to pre-train: not frozen, in train mode, freshly initialised.
+
+    Attributes:
+        kind: its settings.
+        module: batch of preprocessed items -> raw features; its state is what `Kind.pretrained` reads.
+        feature_dim: number of raw features.
+        weights_path: the file that `open_pretrained` will read.
+    """
+
+    kind: Kind
+    module: nn.Module
+    feature_dim: int
+    weights_path: Path | None
+
+    def preprocess(self, item: Any) -> Tensor:
+        """One source item as one input. Raises BadRecord."""
+        return self.kind.preprocess(item)
+
+
+def open_pretrained(spec: Spec | Mapping[str, Any], key: str) -> Backbone:
+    """The backbone a run asks for, with its weights. Torch's generators are left as they were.
+
+    Raises:
+        BadInput: unknown kind or setting; weights missing, misfit, or not plain tensors; a projection they do
+            not allow.
+    """
+    kind: Kind = resolve("common.backbones", spec, key)
+    with torch.random.fork_rng(devices=[]):
+        return _assemble(kind, kind.pretrained, key)
+
+
+def open_random(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Backbone:
+    """The same architecture and preprocessing with random weights, reproducible from `seed`.
+
+    Raises:
+        BadInput: the kind has no weights that could be random; an unknown kind or setting.
+    """
+    kind: Kind = resolve("common.backbones", spec, key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _assemble(kind, kind.random, key)
+
+
+def open_untrained(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Untrained:
+    """The architecture a run asks for, trainable, its initial weights reproducible from `seed`."""
+    kind: Kind = resolve("common.backbones", spec, key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = kind.architecture()
+    return Untrained(kind, encoder.module, encoder.feature_dim, kind.weights_file())
+
+
+def from_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> Backbone:
+    """The backbone that was sent, verified against its digest. Nothing in it is executed or unpickled.
+
+    Args:
+        blob: settings, weights and digest as received.
+        max_weight_bytes: larger weights are refused unread.
+
+    Raises:
+        DigestMismatch: settings or weights are not the ones the digest names.
+        BadInput: malformed or oversized; settings that are not resolved; weights that do not fit the architecture.
+    """
+    if len(blob.weights) > max_weight_bytes or len(blob.spec) > MAX_SPEC_CHARS:
+        raise BadInput(f"backbone: expected at most {max_weight_bytes} bytes of weights, got {len(blob.weights)}")
+    try:
+        state = load(blob.weights)
+        values = json.loads(blob.spec)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
+    # Before anything is built: settings that nobody vouches for could ask for any amount of memory.
+    if digest_of(blob.spec, state.items()) != blob.digest:
+        raise DigestMismatch("backbone: the received settings and weights are not the ones that were agreed on")
+    if not isinstance(values, dict):
+        raise BadInput("backbone: expected settings with keys")
+    kind: Kind = resolve("common.backbones", values, "backbone")
+    if _canonical(kind.resolved()) != blob.spec:
+        raise BadInput("backbone: expected resolved settings without any location of weights")
+    with torch.random.fork_rng(devices=[]):
+        return _frozen(kind, state, "backbone: the received weights")
+
+
+def _assemble(kind: Kind, weights: Callable[[], Pretrained], key: str) -> Backbone:
+    try:
+        parts = weights()
+        state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
+        projection = projection_state(kind.projection, parts.classifier_KD, parts.shift_D)
+        state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
+        return _frozen(kind.resolved(), state, "weights")
+    except BadInput as error:
+        raise BadInput(f"{key}.{error}") from error
+
+
+def _frozen(resolved: Kind, state: Mapping[str, Tensor], source: str) -> Backbone:
+    encoder = resolved.architecture()
+    projection = ProjectionLayer(resolved.projection, encoder.feature_dim)
+    module = FrozenEncoder(encoder.module, projection)
+    load_strict(module, state, source)
+    spec = _canonical(resolved)
+    digest = digest_of(spec, module.state_dict().items())
+    return Backbone(resolved, spec, digest, projection.out_dim, module, torch.device("cpu"))
+
+
+def _canonical(kind: Kind) -> str:
+    return json.dumps(kind.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))

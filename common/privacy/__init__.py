@@ -1,0 +1,1 @@
+"""What privacy needs in every room: accounting, clipping, noise, audit statistics."""

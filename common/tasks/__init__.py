@@ -5,13 +5,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from common.plugins import Spec, resolve
+
+Sums = Mapping[str, Tensor]
+"""State of all of a task's metrics, "metric.state" -> tensor: plain sums, so that several sites' add up."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small instance of a kind: every kind is tested with its own.
+
+    Attributes:
+        settings: what a user would write.
+        cells: label cells of at least four records, as a site would read them.
+    """
+
+    settings: Mapping[str, Any]
+    cells: Sequence[Sequence[str]]
 
 
 @runtime_checkable
@@ -28,6 +46,10 @@ class Task(Protocol):
 
     kind: str
     scale: float
+
+    @classmethod
+    def example(cls) -> Example:
+        """A small instance for tests."""
 
     def head(self, feature_dim: int) -> nn.Module:
         """A new trainable head, features_BD -> outputs; initialised from torch's current generator."""
@@ -59,3 +81,42 @@ def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:
     """The task a setting asks for. Raises BadInput naming the key."""
     task: Task = resolve("common.tasks", spec, key)
     return task
+
+
+def metric_sums(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """State of the task's metrics over a batch, which may be empty.
+
+    Args:
+        task: whose metrics.
+        outputs: of its head.
+        labels: as encoded; only records that have a label.
+    """
+    sums = {}
+    # Sums of squares cancel in R2: never in float32.
+    exact = labels.double() if labels.is_floating_point() else labels
+    for name, metric in task.metrics().items():
+        metric.to(outputs.device)
+        if len(outputs) > 0:
+            metric.update(task.scores(outputs.detach()), exact)
+        for state, value in metric.metric_state.items():
+            assert isinstance(value, Tensor)
+            sums[f"{name}.{state}"] = value.cpu()
+    return sums
+
+
+def merge_sums(first: Sums, second: Sums) -> dict[str, Tensor]:
+    """State over both batches: the sum, entry by entry. Raises KeyError where they are not of one task."""
+    return {key: first[key] + second[key] for key in first.keys() | second.keys()}
+
+
+def metric_values(task: Task, sums: Sums) -> dict[str, float]:
+    """The metrics that sums amount to, the main one first; NaN where undefined."""
+    values = {}
+    for name, metric in task.metrics().items():
+        for state in metric.metric_state:
+            setattr(metric, state, sums[f"{name}.{state}"])
+        with warnings.catch_warnings():
+            # torchmetrics misses `update`; the state was filled directly.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            values[name] = float(metric.compute())
+    return values

@@ -59,5 +59,9 @@ def weighted_mean(deltas: Sequence[Weighted]) -> dict[str, np.ndarray]:
         deltas, key=lambda item: (item.weight, *(item.delta[name].tobytes() for name in sorted(item.delta)))
     )
     total = sum(item.weight for item in ordered)
-    names = ordered[0].delta
-    return {name: sum(item.weight / total * item.delta[name].astype(np.float64) for item in ordered) for name in names}
+    mean: dict[str, np.ndarray] = {}
+    for name, first in ordered[0].delta.items():
+        mean[name] = np.zeros(first.shape)
+        for item in ordered:
+            mean[name] += item.weight / total * item.delta[name]
+    return mean

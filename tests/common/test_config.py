@@ -122,7 +122,7 @@ def test_overrides_go_through_the_same_models(tmp_path: Path) -> None:
     assert load(RunConfig, path, ["rounds=7", "privacy.target_epsilon=1.5"]).rounds == 7
     with pytest.raises(BadInput, match="rounds"):
         load(RunConfig, path, ["rounds=-1"])
-    with pytest.raises(BadInput, match="key.path=value"):
+    with pytest.raises(BadInput, match=r"key\.path=value"):
         load(RunConfig, path, ["rounds"])
     with pytest.raises(BadInput, match="name is a value, not a group"):
         load(RunConfig, path, ["name.deeper=1"])

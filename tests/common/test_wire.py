@@ -92,7 +92,7 @@ def test_an_array_that_is_not_plain_float32_is_refused(array: Array) -> None:
     ],
 )
 def test_a_malformed_message_is_refused_with_a_sentence(records: RecordDict) -> None:
-    with pytest.raises(BadInput, match="TrainReply|public part"):
+    with pytest.raises(BadInput, match=r"TrainReply|public part"):
         wire.decode(records, wire.TrainReply)
 
 

@@ -1,0 +1,210 @@
+"""An append-only file of facts that tells when it was edited, cut, reordered, emptied or replaced by an older copy.
+
+One folder holds `chain.jsonl` (one JSON object a line; each ends in an HMAC-SHA256 over the line before and itself),
+`chain.key` (32 random bytes, owner-only), `anchor.json` (how many lines there are and the last one's HMAC) and `lock`.
+
+Order of an append, under the lock: line, fsync, anchor, fsync. So after a crash at any moment
+
+* half a line beyond the anchor was never acknowledged to anyone: it is removed, and a "sealed" fact says so;
+* one whole, valid line beyond the anchor counts, and the anchor follows;
+* fewer valid lines than the anchor says is never a crash: the chain is damaged.
+
+A folder is created whole, under another name, and renamed: a missing file in it is damage too.
+
+Limit, stated: who can write the whole folder and read its key, or restores an older backup of all of it, can roll it
+back unseen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.files import flush_folder, private_folder, write_atomic
+from common.types import LedgerDamaged
+
+_CHAIN, _KEY, _ANCHOR, _LOCK = "chain.jsonl", "chain.key", "anchor.json", "lock"
+_KEY_BYTES = 32
+_START = "0" * 64
+
+
+@dataclass
+class OpenChain:
+    """The verified facts of a chain whose lock is held, and the one way to add to them."""
+
+    _folder: Path
+    _key: bytes
+    _last_mac: str
+    entries: list[dict[str, Any]]
+
+    def append(self, event: str, facts: Mapping[str, Any]) -> int:
+        """Add one fact; it is on disk and anchored when this returns its number (from 0)."""
+        number = len(self.entries)
+        entry = {"n": number, "time": round(time.time(), 3), "event": event, **facts}
+        body = json.dumps(entry, separators=(",", ":"), allow_nan=False)
+        mac = _mac(self._key, self._last_mac, body)
+        _write_through(self._folder / _CHAIN, f'{body[:-1]},"mac":"{mac}"}}\n'.encode())
+        _write_anchor(self._folder, self._key, number + 1, mac)
+        self.entries.append(entry)
+        self._last_mac = mac
+        return number
+
+
+def create(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
+    """A new chain with its first fact; nothing happens if there already is one, or another process is faster."""
+    if folder.exists():
+        return
+    private_folder(folder.parent)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        key = os.urandom(_KEY_BYTES)
+        write_atomic(draft / _KEY, key)
+        write_atomic(draft / _LOCK, b"")
+        write_atomic(draft / _CHAIN, b"")
+        OpenChain(draft, key, _START, []).append(event, facts)
+        os.rename(draft, folder)  # Fails on a folder that is not empty: then the other process created it.
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not folder.exists():
+            raise
+    flush_folder(folder.parent)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[OpenChain]:
+    """The chain, verified as a whole and healed from a crash, while no other process or thread has it.
+
+    Raises:
+        LedgerDamaged: a file is missing, or a line or the anchor does not verify; says what was seen.
+    """
+    with _locked(folder):
+        yield _verified(folder)
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDWR)
+    except FileNotFoundError as error:
+        raise LedgerDamaged(f"ledger {folder.name}: its file {_LOCK!r} is missing") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # Released by the operating system if the process dies.
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _verified(folder: Path) -> OpenChain:
+    key = _read(folder, _KEY)
+    if len(key) != _KEY_BYTES:
+        raise LedgerDamaged(f"ledger {folder.name}: its key does not have {_KEY_BYTES} bytes")
+    length, anchored_mac = _read_anchor(folder, key)
+    data = _read(folder, _CHAIN)
+    entries, macs, end = _whole_lines(data, key)
+    _check_against_anchor(folder.name, macs, data[end:], length, anchored_mac)
+    chain = OpenChain(folder, key, macs[-1] if macs else _START, entries)
+    if end < len(data):
+        _cut(folder / _CHAIN, end)
+        chain.append("sealed", {"bytes": len(data) - end})
+    elif len(macs) > length:
+        _write_anchor(folder, key, len(macs), macs[-1])
+    return chain
+
+
+def _whole_lines(data: bytes, key: bytes) -> tuple[list[dict[str, Any]], list[str], int]:
+    """Facts and HMACs of the valid lines from the start, and where they end."""
+    entries: list[dict[str, Any]] = []
+    macs: list[str] = []
+    end = 0
+    for line in data.splitlines(keepends=True):
+        body, mac = _split(line)
+        if mac is None or not hmac.compare_digest(mac, _mac(key, macs[-1] if macs else _START, body)):
+            break
+        entries.append(json.loads(body))
+        macs.append(mac)
+        end += len(line)
+    return entries, macs, end
+
+
+def _check_against_anchor(name: str, macs: list[str], rest: bytes, length: int, anchored_mac: str) -> None:
+    found = len(macs)
+    # A newline inside the rest means that a whole line, or more than one, does not verify.
+    if found < length and b"\n" in rest:
+        raise LedgerDamaged(f"ledger {name}: entry {found + 1} of {length} was edited, moved or removed")
+    if found < length:
+        raise LedgerDamaged(
+            f"ledger {name}: it holds {found} whole entries where its anchor says {length}; it was cut or replaced "
+            "by an older copy"
+        )
+    if b"\n" in rest[:-1]:
+        raise LedgerDamaged(f"ledger {name}: after entry {found} stands more than a torn line")
+    if length and macs[length - 1] != anchored_mac:
+        raise LedgerDamaged(f"ledger {name}: entry {length} is not the one its anchor names")
+
+
+def _split(line: bytes) -> tuple[str, str | None]:
+    """The authenticated part of a line and its HMAC; None where the line has no such form."""
+    head, separator, tail = line.rpartition(b',"mac":"')
+    if not separator or len(tail) != 67 or not tail.endswith(b'"}\n') or not tail.isascii():
+        return "", None
+    return head.decode(errors="replace") + "}", tail[:64].decode()
+
+
+def _mac(key: bytes, previous: str, body: str) -> str:
+    return hmac.new(key, f"{previous}\n{body}".encode(), hashlib.sha256).hexdigest()
+
+
+# --- anchor and bytes ------------------------------------------------------------------------------------------------
+
+
+def _write_anchor(folder: Path, key: bytes, length: int, mac: str) -> None:
+    anchor = {"length": length, "last": mac, "mac": _mac(key, "anchor", f"{length} {mac}")}
+    write_atomic(folder / _ANCHOR, json.dumps(anchor).encode())
+
+
+def _read_anchor(folder: Path, key: bytes) -> tuple[int, str]:
+    try:
+        anchor = json.loads(_read(folder, _ANCHOR))
+        length, last, mac = int(anchor["length"]), str(anchor["last"]), str(anchor["mac"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LedgerDamaged(f"ledger {folder.name}: its anchor cannot be read") from error
+    if not hmac.compare_digest(mac.encode(), _mac(key, "anchor", f"{length} {last}").encode()):
+        raise LedgerDamaged(f"ledger {folder.name}: its anchor does not verify with its key")
+    return length, last
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise LedgerDamaged(f"ledger {folder.name}: its file {name!r} is missing") from error
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cut(path: Path, length: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(length)
+        os.fsync(file.fileno())

@@ -1,0 +1,102 @@
+"""Plain SGD on the same objective as `dp_sgd`: no clipping, no noise, no promise. For baselines.
+
+A deployed site declines it unless its own file allows it; its ledger then shows an infinite epsilon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from client.solvers import _objective
+from client.units import Units
+from common.config import PositiveInt, Privacy
+from common.plugins import Plugin
+from common.privacy.noise import NoiseStream
+from common.tasks import Task
+from common.types import BadInput, Delta, Plan, Unit
+
+
+@final
+class Sgd(Plugin):
+    """Settings of SGD without privacy.
+
+    Attributes:
+        sampling_rate: probability with which each unit takes part in a step; 1 is full batch.
+        steps: steps in one round.
+        learning_rate: of the step on the mean gradient.
+        momentum: of that step.
+        weight_decay: of that step.
+    """
+
+    kind: Literal["sgd"]
+    private: ClassVar[bool] = False
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: PositiveInt
+    learning_rate: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Settings with every required key."""
+        return {"kind": "sgd", "sampling_rate": 0.5, "steps": 3, "learning_rate": 0.5}
+
+    def plan(self, privacy: Privacy | None, unit: Unit, rounds: int) -> Plan:
+        """A plan without noise.
+
+        Raises:
+            BadInput: privacy is asked for.
+        """
+        del rounds
+        if privacy is not None:
+            raise BadInput("solver.kind: sgd gives no privacy; expected `privacy: non_private`, or a private solver")
+        return Plan(self.sampling_rate, self.steps, None, 0.0, unit)
+
+    def solve(
+        self,
+        heads: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        units: Units,
+        *,
+        plan: Plan,
+        public_sizes: Mapping[str, int],
+        stream: NoiseStream,
+    ) -> Delta:
+        """Train copies of the heads and return what changed. See `client.solvers.Solver.solve`.
+
+        Raises:
+            RunFailed: training diverged.
+        """
+        copies = _objective.trainable_copies(heads)
+        optimizer = torch.optim.SGD(
+            [parameter for head in copies.values() for parameter in head.parameters() if parameter.requires_grad],
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        divisors = _objective.expected_units(plan, public_sizes)
+        usable = _objective.usable(units)
+        for _ in range(plan.steps):
+            optimizer.zero_grad(set_to_none=True)
+            batch = _objective.batch_of(usable, _objective.participants(usable, plan, stream))
+            loss = _objective.loss_sum(copies, tasks, batch)
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            _divide(copies, divisors)
+            optimizer.step()
+        return _objective.difference(copies, heads)
+
+
+def _divide(heads: Mapping[str, nn.Module], divisors: Mapping[str, float]) -> None:
+    """Scale gradients as `dp_sgd` does. A task without a record has a zero gradient: momentum and decay still act."""
+    for name, head in heads.items():
+        for parameter in head.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad /= divisors[name]

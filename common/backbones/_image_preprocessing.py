@@ -1,0 +1,84 @@
+"""How an image becomes an input of an ImageNet-style encoder: resize, crop, scale to [0, 1], standardise."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.models import WeightsEnum
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from common.backbones._images import rgb
+from common.plugins import Frozen
+from common.types import BadInput
+
+Positive = Annotated[float, Field(gt=0)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class ImagePreprocessing(Frozen):
+    """Settings of the steps, in their order.
+
+    Attributes:
+        resize: pixels. With a crop, of the shorter side; without, of both sides.
+        crop: side of the square cut from the middle; null keeps the whole image.
+        mean: per RGB channel, subtracted from values in [0, 1].
+        std: per RGB channel, divided by.
+        interpolation: of the resizing.
+        antialias: true resizes as Pillow does, which torchvision's own preprocessing of images uses.
+    """
+
+    resize: Side
+    crop: Side | None
+    mean: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = True
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> ImagePreprocessing:
+        if self.crop is not None and self.crop > self.resize:
+            raise ValueError(f"crop: expected at most resize ({self.resize}), got {self.crop}")
+        return self
+
+    @classmethod
+    def of_weights(cls, weights: WeightsEnum) -> ImagePreprocessing:
+        """The preprocessing that torchvision ships with its weights.
+
+        Raises:
+            BadInput: they use an interpolation that is not offered here.
+        """
+        preset = weights.transforms()
+        if preset.interpolation.value not in ("bilinear", "bicubic"):
+            raise BadInput(f"preprocess: expected explicit settings, {weights} use {preset.interpolation.value}")
+        return cls(
+            resize=preset.resize_size[0],
+            crop=preset.crop_size[0],
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+            interpolation=preset.interpolation.value,
+            antialias=bool(preset.antialias),
+        )
+
+    @property
+    def side(self) -> int:
+        """Height and width of the inputs."""
+        return self.crop or self.resize
+
+    def apply(self, item: Any) -> Tensor:
+        """float32, 3 x H x W, from a PIL image or uint8 array. Raises BadRecord."""
+        image = rgb(item)
+        size = [self.resize, self.resize] if self.crop is None else [self.resize]
+        mode = InterpolationMode(self.interpolation)
+        if self.antialias:
+            pixels = transforms.pil_to_tensor(transforms.resize(image, size, mode))
+        else:
+            pixels = transforms.resize(transforms.pil_to_tensor(image), size, mode, antialias=False)
+        if self.crop is not None:
+            pixels = transforms.center_crop(pixels, [self.crop, self.crop])
+        scaled = transforms.convert_image_dtype(pixels, torch.float32)
+        standardised: Tensor = transforms.normalize(scaled, self.mean, self.std)
+        return standardised

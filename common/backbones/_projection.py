@@ -1,0 +1,162 @@
+"""A fixed projection of features, made from public weights only (PRIVACY.md, section 5).
+
+# Shapes: B examples, D raw features, P projected features, K classes of the pre-training.
+
+Fewer dimensions mean less noise under the same privacy, and normalised features bound each record's gradient. Nothing
+here depends on a private record: the directions are the classifier's, the shift is the last BatchNorm's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.special import ndtr
+from torch import Tensor, nn
+
+from common.plugins import Frozen
+from common.types import BadInput
+
+Array = NDArray[np.float64]
+
+_ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Mish,
+)
+
+
+class Projection(Frozen):
+    """What happens to the encoder's features before they leave the backbone: shift, then project, then normalise.
+
+    Attributes:
+        dim: number of top right singular vectors of the pre-training classifier's weights (minus their class mean) to
+            project on; null keeps the features as they are.
+        shift: `batch_norm` subtracts the mean that the last BatchNorm's parameters predict after its ReLU.
+        normalize: whether features are divided by their L2 norm.
+    """
+
+    dim: Annotated[int, Field(ge=1)] | None = None
+    shift: Literal["none", "batch_norm"] = "none"
+    normalize: bool
+
+
+@final
+class ProjectionLayer(nn.Module):
+    """`Projection` as buffers, so that it is part of a backbone's state, blob and digest."""
+
+    shift: Tensor
+    matrix: Tensor
+
+    def __init__(self, settings: Projection | None, encoder_dim: int) -> None:
+        super().__init__()
+        self._settings = settings or Projection(normalize=False)
+        self.out_dim = self._settings.dim or encoder_dim
+        if self._settings.shift != "none":
+            self.register_buffer("shift", torch.zeros(encoder_dim))
+        if self._settings.dim is not None:
+            self.register_buffer("matrix", torch.zeros(encoder_dim, self._settings.dim))
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """features_BP; a feature vector of zeros stays zero."""
+        if self._settings.shift != "none":
+            features_BD = features_BD - self.shift
+        features_BP = features_BD if self._settings.dim is None else features_BD @ self.matrix
+        if not self._settings.normalize:
+            return features_BP
+        unit_BP: Tensor = nn.functional.normalize(features_BP, dim=1)
+        return unit_BP
+
+
+def projection_state(
+    settings: Projection | None, classifier_KD: Tensor | None, shift_D: Tensor | None
+) -> dict[str, Tensor]:
+    """The buffers of a `ProjectionLayer`.
+
+    Raises:
+        BadInput: the settings ask for what the pre-training did not leave; names the key.
+    """
+    state: dict[str, Tensor] = {}
+    if settings is None:
+        return state
+    if settings.shift != "none":
+        if shift_D is None:
+            raise BadInput(
+                "projection.shift: expected 'none', got 'batch_norm' for an encoder that does not end in a "
+                "BatchNorm followed by a ReLU"
+            )
+        state["shift"] = shift_D
+    if settings.dim is not None:
+        if classifier_KD is None:
+            raise BadInput(f"projection.dim: expected null for weights without a classifier, got {settings.dim}")
+        state["matrix"] = top_directions(classifier_KD, settings.dim)
+    return state
+
+
+def top_directions(classifier_KD: Tensor, dim: int) -> Tensor:
+    """The `dim` directions (D x dim, orthonormal columns) in which a classifier's rows vary most around their mean.
+
+    Computed in float64; each column's largest entry by magnitude is made positive, because the sign of a singular
+    vector is arbitrary.
+
+    Raises:
+        BadInput: the centred weights have fewer than `dim` independent directions.
+    """
+    weights_KD = classifier_KD.detach().cpu().to(torch.float64)
+    centred_KD = weights_KD - weights_KD.mean(dim=0)
+    _, singular, directions = torch.linalg.svd(centred_KD, full_matrices=False)
+    # As numpy.linalg.matrix_rank: what lies below is rounding.
+    floor = singular[0] * max(centred_KD.shape) * torch.finfo(torch.float32).eps
+    rank = int((singular > floor).sum())
+    if dim > rank:
+        raise BadInput(f"projection.dim: expected at most {rank}, the rank of the classifier's weights, got {dim}")
+    matrix_DP: Tensor = directions[:dim].T
+    largest_P = matrix_DP.abs().argmax(dim=0)
+    signs_P = torch.sign(matrix_DP[largest_P, torch.arange(dim)])
+    oriented_DP: Tensor = matrix_DP * signs_P
+    return oriented_DP.to(torch.float32).contiguous()
+
+
+def batch_norm_shift(encoder: nn.Module) -> Tensor | None:
+    """The mean that an encoder's last BatchNorm and its ReLU or ReLU6 give each channel; None where it ends otherwise.
+
+    mu_j = E[clip(N(beta_j, gamma_j^2), 0, cap)], cap 6 or infinite, in closed form. Global average pooling keeps it. A
+    residual connection after the BatchNorm is ignored.
+    """
+    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    activations = [module for module in encoder.modules() if isinstance(module, _ACTIVATIONS)]
+    if not norms or not norms[-1].affine or not activations:
+        return None
+    if not isinstance(activations[-1], nn.ReLU | nn.ReLU6):
+        return None
+    cap = 6.0 if isinstance(activations[-1], nn.ReLU6) else math.inf
+    means = clipped_normal_mean(_float64(norms[-1].bias), np.abs(_float64(norms[-1].weight)), cap)
+    return torch.from_numpy(means.astype(np.float32))
+
+
+def clipped_normal_mean(mean: Array, std: Array, cap: float) -> Array:
+    """E[clip(X, 0, cap)] for independent X ~ N(mean, std^2); std 0 gives clip(mean, 0, cap)."""
+    safe = np.where(std > 0, std, 1.0)
+    low, high = -mean / safe, (cap - mean) / safe
+    inside = mean * (ndtr(high) - ndtr(low)) + safe * (_density(low) - _density(high))
+    above = cap * ndtr(-high) if math.isfinite(cap) else 0.0
+    means: Array = np.where(std > 0, inside + above, np.clip(mean, 0.0, cap))
+    return means
+
+
+def _density(z: Array) -> Array:
+    values: Array = np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+    return values
+
+
+def _float64(parameter: Tensor) -> Array:
+    return parameter.detach().cpu().to(torch.float64).numpy()

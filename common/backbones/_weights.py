@@ -1,0 +1,98 @@
+"""Weights as plain tensors: reading files without executing them, loading strictly, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.types import BadInput
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+_COUNTER = ".num_batches_tracked"
+
+
+def read_state(path: Path, key: str = "weights") -> dict[str, Tensor]:
+    """The tensors of a weights file by name. Nothing in the file is executed.
+
+    Args:
+        path: `.safetensors`, or a state dict saved by torch as `.pth` or `.pt`.
+        key: the setting that names the file, for messages.
+
+    Raises:
+        BadInput: missing, unreadable, of another type, or a pickle that holds more than names and tensors.
+    """
+    if path.suffix not in SUFFIXES:
+        raise BadInput(f"{key}: expected a file that ends in {', '.join(SUFFIXES)}, got {path}")
+    if not path.is_file():
+        raise BadInput(f"{key}: expected a weights file, found none at {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, key)
+    except (OSError, SafetensorError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise BadInput(f"{key}: expected readable weights, got a damaged or unreadable file {path}") from error
+    return state
+
+
+def _load_pickle(path: Path, key: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BadInput(f"{key}: refused {path}: it is a pickle that holds more than plain tensors") from error
+    plain = isinstance(state, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+    if not plain:
+        raise BadInput(f"{key}: expected a state dict (parameter name to tensor) in {path}, got another structure")
+    return dict(state)
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a module whose names, shapes and types they must match exactly.
+
+    Values are copied rather than handed to `load_state_dict`, whose hooks rename and reshape some old models' weights
+    by a version number that safetensors does not carry. BatchNorm's batch counters may be absent (older files lack
+    them): eval mode never reads them, and they become 0.
+
+    Args:
+        module: the architecture to fill.
+        state: tensors by name.
+        source: where the weights come from, for messages.
+
+    Raises:
+        BadInput: a name is missing or unexpected, or a shape or type differs; names the first of each.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
+    unexpected = [name for name in state if name not in own]
+    differing = [name for name, tensor in state.items() if name in own and not _alike(tensor, own[name])]
+    if missing or unexpected or differing:
+        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape or type", differing)]
+        listed = ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in parts if names)
+        raise BadInput(f"{source} does not fit the architecture: {listed}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in state:
+                tensor.copy_(state[name])
+            else:
+                tensor.zero_()
+
+
+def _alike(given: Tensor, expected: Tensor) -> bool:
+    return given.shape == expected.shape and given.dtype == expected.dtype
+
+
+def digest_of(spec: str, state: Iterable[tuple[str, Tensor]]) -> str:
+    """64 hex digits over a backbone's settings and every tensor's name, type, shape and bytes, in order of name."""
+    sha = hashlib.sha256(f"headwater backbone 1\0{spec}\0".encode())
+    for name, tensor in sorted(state, key=lambda item: item[0]):
+        data = tensor.detach().cpu().contiguous()
+        sha.update(f"{name}\0{data.dtype}\0{tuple(data.shape)}\0".encode())
+        # As raw bytes: NumPy has no bfloat16.
+        sha.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

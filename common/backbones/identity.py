@@ -1,0 +1,113 @@
+"""No encoder: the features are given. Rows of a table by declared public columns, or vectors as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, final
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from common.backbones import Architecture, Example, Pretrained
+from common.backbones._columns import Column
+from common.backbones._projection import Projection
+from common.plugins import Plugin
+from common.types import BadInput, BadRecord
+
+
+@final
+class Identity(Plugin):
+    """Settings of given features. Exactly one of `columns` and `dim`.
+
+    Attributes:
+        columns: what is made of each column, in this order; other columns of a record are not read.
+        dim: length of vectors that already are features.
+        missing_values: cell texts that mean an empty cell; the empty text always does.
+        projection: only its `normalize` is possible here.
+    """
+
+    kind: Literal["identity"] = "identity"
+    columns: Annotated[tuple[Column, ...], Field(min_length=1)] | None = None
+    dim: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    missing_values: tuple[str, ...] = ("",)
+    projection: Projection | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Identity:
+        if (self.columns is None) == (self.dim is None):
+            raise ValueError("expected exactly one of columns and dim")
+        names = [column.name for column in self.columns or ()]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"columns: expected each column once, got {repeated!r} twice")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """A number that may be missing, and a category."""
+        del folder
+        settings = {
+            "kind": "identity",
+            "columns": [
+                {"name": "age", "range": [0, 100], "missing": 50, "indicator": True},
+                {"name": "sex", "levels": [0, 1], "missing": "refuse"},
+            ],
+            "missing_values": ["", "?"],
+        }
+        items = [{"age": "25", "sex": "1"}, {"age": "?", "sex": "0"}, {"age": "300", "sex": "1.0"}]
+        return Example(settings, [*items, {"age": "75.5", "sex": "0"}])
+
+    def resolved(self) -> Identity:
+        """The same: there is nothing to locate."""
+        return self
+
+    def architecture(self) -> Architecture:
+        """The identity, on all columns' inputs or the vector's length."""
+        dim = self.dim if self.dim is not None else sum(column.width for column in self.columns or ())
+        return Architecture(nn.Identity(), dim)
+
+    def pretrained(self) -> Pretrained:
+        """No weights."""
+        return Pretrained({})
+
+    def random(self) -> Pretrained:
+        """Refused: there are no weights."""
+        raise BadInput("kind: expected a backbone with weights, got 'identity', which has none to draw at random")
+
+    def weights_file(self) -> Path | None:
+        """None."""
+        return None
+
+    def preprocess(self, item: Any) -> Tensor:
+        """float32 vector of finite values from a mapping column -> text, or from a vector.
+
+        Raises:
+            BadRecord: a column is absent, or a cell or value cannot be used; no content is named.
+        """
+        if self.columns is None:
+            return self._vector(item)
+        if not isinstance(item, Mapping):
+            raise BadRecord("expected a row with named columns")
+        return torch.tensor([value for column in self.columns for value in column.inputs(self._cell(item, column))])
+
+    def _cell(self, row: Mapping[str, Any], column: Column) -> str | None:
+        if column.name not in row:
+            raise BadRecord(f"column {column.name!r}: expected it in the row, found none of that name")
+        text = str(row[column.name]).strip()
+        return None if text == "" or text in self.missing_values else text
+
+    def _vector(self, item: Any) -> Tensor:
+        if isinstance(item, Mapping):
+            raise BadRecord("expected a vector of numbers, got a row with named columns")
+        try:
+            values = np.asarray(item, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise BadRecord("expected a vector of numbers") from error
+        if values.shape != (self.dim,):
+            raise BadRecord(f"expected a vector of {self.dim} numbers, got an array of another shape")
+        if not np.isfinite(values).all():
+            raise BadRecord("expected finite numbers")
+        return torch.from_numpy(values.copy())

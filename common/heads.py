@@ -1,0 +1,67 @@
+"""Heads as values: modules to train, float32 arrays to send, and the way between the two."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from common.tasks import Task
+from common.types import BadInput, Params
+
+
+def initial_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], seed: int) -> dict[str, nn.Module]:
+    """A new head for each task, reproducible from the seed and the task's name alone.
+
+    Adding, removing or reordering other tasks does not change a head; torch's generators are left as they were.
+    """
+    return {name: _initial_head(name, task, feature_dims[name], seed) for name, task in tasks.items()}
+
+
+def _initial_head(name: str, task: Task, feature_dim: int, seed: int) -> nn.Module:
+    digest = hashlib.sha256(f"headwater head {seed} {name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        return task.head(feature_dim)
+
+
+def parameters(module: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """Float32 copies of a head's parameters, by name."""
+    return {name: parameter.detach().cpu().numpy().astype(np.float32) for name, parameter in module.named_parameters()}
+
+
+def load_parameters(module: nn.Module, params: Params) -> None:
+    """Put parameters into a head, in place.
+
+    Raises:
+        BadInput: names or shapes are not the head's, or a value is not finite; the head is unchanged.
+    """
+    own = dict(module.named_parameters())
+    _check(params, {name: tuple(parameter.shape) for name, parameter in own.items()})
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(np.array(params[name], dtype=np.float32)))
+
+
+def apply_delta(params: Params, delta: Params) -> dict[str, NDArray[np.float32]]:
+    """A head moved by a delta.
+
+    Raises:
+        BadInput: names or shapes differ, or a value of the delta is not finite.
+    """
+    _check(delta, {name: array.shape for name, array in params.items()})
+    return {name: (array + delta[name]).astype(np.float32) for name, array in params.items()}
+
+
+def _check(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if set(params) != set(shapes):
+        raise BadInput(f"head: expected parameters {sorted(shapes)}, got {sorted(params)}")
+    for name, shape in shapes.items():
+        if params[name].shape != shape:
+            raise BadInput(f"head: expected shape {shape} for {name}, got {params[name].shape}")
+        if not np.isfinite(params[name]).all():
+            raise BadInput(f"head: expected finite values in {name}")

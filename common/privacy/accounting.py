@@ -1,0 +1,265 @@
+"""What a multiset of noised releases costs, composed at once. Epsilons are never added.
+
+Relation: add or remove one unit. Every value returned is an upper bound on the true epsilon; the bounds are
+
+* full batch only: exact Gaussian DP (Dong, Roth, Su 2022), mu_total = sqrt(sum of T / sigma^2);
+* Poisson sampling: the upper end of the PRV accountant (Gopi, Lee, Wutschitz 2021) as implemented in Opacus, never
+  above the Renyi bound (Mironov 2017) or the price without amplification, which also bound.
+
+The tests compare with dp_accounting's privacy loss distributions (Doroshenko et al. 2022).
+
+Limit, stated: PRV composition is proven for mechanisms fixed in advance. Within a run they are; a coordinator who picks
+the next run's numbers after seeing this one's output is outside that proof (Rogers et al. 2016).
+
+Opacus is imported only where sampling is used: accounting of full-batch runs does without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from common.privacy.gaussian import gdp_epsilon, gdp_mu
+from common.types import BadInput, Plan
+
+_History = tuple[tuple[float, float, int], ...]
+"""Sampled Gaussians as (noise multiplier, sampling rate, steps), sorted, equal ones merged."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One reservation as the ledger keeps it: `steps` noised sums over Poisson samples of the units.
+
+    Attributes:
+        kind: "gaussian", or "none" for a release without noise.
+        noise_multiplier: standard deviation of the noise in what becomes visible, divided by `sensitivity`.
+        sampling_rate: probability with which a unit takes part in a step; 1 is full batch.
+        steps: number of releases.
+        sensitivity: L2 bound on one unit's part in one release (the clip norm); None without a bound.
+        noise_share: this site's part of the visible noise's standard deviation; 1 when the site adds all of it.
+        min_sites: sites that must be summed before anything becomes visible; None when the site is seen alone.
+        colluding: how many of them may lie about their noise.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["gaussian", "none"]
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    sensitivity: float | None
+    noise_share: float = 1.0
+    min_sites: int | None = None
+    colluding: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "gaussian") != (0.0 < self.noise_multiplier < math.inf):
+            raise BadInput(f"noise_multiplier: expected > 0 for gaussian and 0 for none, got {self.noise_multiplier}")
+        if not 0.0 < self.sampling_rate <= 1.0:
+            raise BadInput(f"sampling_rate: expected a number in (0, 1], got {self.sampling_rate}")
+        if self.steps < 1:
+            raise BadInput(f"steps: expected at least 1, got {self.steps}")
+        if self.kind == "gaussian" and not 0.0 < (self.sensitivity or 0.0) < math.inf:
+            raise BadInput(f"sensitivity: expected a finite number > 0, got {self.sensitivity}")
+        honest = (self.min_sites or 1) - (self.colluding or 0)
+        # Independent shares add in variance: the honest sites' shares must make up the whole noise by themselves.
+        if not 0.0 < self.noise_share <= 1.0 or honest * self.noise_share**2 < 1.0 - 1e-9:
+            raise BadInput("noise_share: the honest sites' shares do not add up to the noise that is accounted")
+
+    @classmethod
+    def of(cls, plan: Plan) -> Mechanism:
+        """What one round of a plan releases."""
+        return cls(
+            kind="gaussian" if plan.private else "none",
+            noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate,
+            steps=plan.steps,
+            sensitivity=plan.clip_norm,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Mechanism:
+        """The inverse of `to_dict`.
+
+        Raises:
+            BadInput: a key is unknown or missing, or a value has another type; nothing is coerced.
+        """
+        try:
+            # Through JSON: pydantic's strict mode takes a mapping for a dataclass only there.
+            return TypeAdapter(cls).validate_json(json.dumps(dict(values)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(f"mechanism.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
+    """An upper bound on epsilon of all mechanisms together, under add/remove of one unit.
+
+    Infinite as soon as one release has no noise, 0 without any mechanism. Computed once per distinct content.
+
+    Raises:
+        BadInput: delta is not in (0, 1).
+    """
+    history = _history(mechanisms, delta)
+    return math.inf if history is None else _epsilon(history, delta)
+
+
+def covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> bool:
+    """Whether `epsilon` of all mechanisms together is at most `cap`; cheaper than `epsilon` while far below it.
+
+    Raises:
+        BadInput: delta is not in (0, 1).
+    """
+    history = _history(mechanisms, delta)
+    if history is None:
+        return cap == math.inf
+    return _loose_epsilon(history, delta) <= cap or _epsilon(history, delta) <= cap
+
+
+def noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most `target_epsilon`.
+
+    Guarantee: `epsilon` of the result is at most the target. Exact to 1e-7 for full batch.
+
+    Raises:
+        BadInput: an argument is outside its range.
+    """
+    if not 0.0 < target_epsilon < math.inf:
+        raise BadInput(f"target_epsilon: expected a finite number > 0, got {target_epsilon}")
+    if not 0.0 < delta < 1.0:
+        raise BadInput(f"delta: expected a number in (0, 1), got {delta}")
+    if not 0.0 < sampling_rate <= 1.0:
+        raise BadInput(f"sampling_rate: expected a number in (0, 1], got {sampling_rate}")
+    if steps < 1:
+        raise BadInput(f"steps: expected at least 1, got {steps}")
+    return _calibrated(target_epsilon, delta, sampling_rate, steps)
+
+
+def rounded_up(value: float, digits: int = 2) -> float:
+    """An epsilon for display: never shown smaller than it is."""
+    if not math.isfinite(value):
+        return value
+    return float(Decimal(value).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+
+
+# --- composition -----------------------------------------------------------------------------------------------------
+
+
+_MESH_POINTS = 2.0**20
+"""More points cost seconds and let FFT rounding reach small deltas."""
+
+_SMALLEST_ERROR, _LARGEST_ERROR = 0.002, 0.5
+"""What the PRV accountant may add to epsilon. Opacus' choice of domain is safe for errors below 1."""
+
+
+def _history(mechanisms: Iterable[Mechanism], delta: float) -> _History | None:
+    """Everything that counts, in one form for equal contents; None when a release has no noise."""
+    if not 0.0 < delta < 1.0:
+        raise BadInput(f"delta: expected a number in (0, 1), got {delta}")
+    steps: Counter[tuple[float, float]] = Counter()
+    for mechanism in mechanisms:
+        if mechanism.kind == "none":
+            return None
+        steps[mechanism.noise_multiplier, mechanism.sampling_rate] += mechanism.steps
+    full = math.fsum(count / sigma**2 for (sigma, rate), count in steps.items() if rate == 1.0)
+    sampled = sorted((sigma, rate, count) for (sigma, rate), count in steps.items() if rate < 1.0)
+    # Full-batch Gaussians are one: their inverse variances add up exactly.
+    return (*sampled, (full**-0.5, 1.0, 1)) if full > 0.0 else tuple(sampled)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(history: _History, delta: float) -> float:
+    loose = _loose_epsilon(history, delta)
+    error = _prv_error(loose, delta, sum(count for _, _, count in history))
+    if all(rate == 1.0 for _, rate, _ in history) or not loose > _SMALLEST_ERROR or error > _LARGEST_ERROR:
+        return loose
+    from opacus.accountants import PRVAccountant
+
+    prv = PRVAccountant()
+    prv.history = list(history)
+    try:
+        return min(loose, _of_opacus(lambda: prv.get_epsilon(delta, eps_error=error)))
+    except (RuntimeError, ValueError):  # Its mesh cannot hold this history; the loose bound stands.
+        return loose
+
+
+@lru_cache(maxsize=4096)
+def _loose_epsilon(history: _History, delta: float) -> float:
+    """Exact for full batch; else the smaller of the Renyi bound and the price without amplification."""
+    # Sampling never costs more than taking everyone.
+    unamplified = gdp_epsilon(math.sqrt(math.fsum(count / sigma**2 for sigma, _, count in history)), delta)
+    if all(rate == 1.0 for _, rate, _ in history) or unamplified <= _SMALLEST_ERROR:
+        return unamplified
+    from opacus.accountants import RDPAccountant
+
+    renyi = RDPAccountant()
+    renyi.history = list(history)
+    return min(unamplified, _of_opacus(lambda: renyi.get_epsilon(delta)))
+
+
+def _of_opacus(bound: Callable[[], float]) -> float:
+    """A bound of one of Opacus' accountants; infinite where it computed NaN."""
+    # They warn at the last Renyi order and take log(0) at rate 1; both leave the bounds valid.
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        value = float(bound())
+    return value if value >= 0.0 else math.inf
+
+
+def _prv_error(loose: float, delta: float, steps: int) -> float:
+    """The error to allow the PRV accountant (it is added to epsilon): 0.3 %, more if the mesh grew too fine."""
+    mesh_at_error_1 = 2.0 * (1.5 * loose + 3.0) * math.sqrt(steps * math.log(12e3 / delta) / 2.0)
+    return max(_SMALLEST_ERROR, 0.003 * loose, mesh_at_error_1 / _MESH_POINTS)
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+_TOLERANCE = 1e-3
+
+
+@lru_cache(maxsize=1024)
+def _calibrated(target: float, delta: float, rate: float, steps: int) -> float:
+    mu = gdp_mu(target, delta)
+    unamplified = math.sqrt(steps) / mu * (1.0 + 1e-7)
+    if rate == 1.0:
+        return unamplified
+
+    def excess(sigma: float) -> float:
+        """Above 0 where the noise does not suffice; nearly linear in log sigma."""
+        return math.log(_epsilon(((sigma, rate, steps),), delta) / target)
+
+    # The central limit of sampled Gaussians (Bu et al. 2020) understates a little: a good first guess.
+    guess = min(unamplified, math.log1p((mu / rate) ** 2 / steps) ** -0.5)
+    return _smallest(excess, guess, unamplified)
+
+
+def _smallest(excess: Callable[[float], float], guess: float, enough: float) -> float:
+    """The smallest sigma with excess <= 0, to the tolerance: secant steps in log sigma inside a shrinking bracket."""
+    low, high = 0.0, enough
+    sigma, slope = guess, -1.0
+    previous: tuple[float, float] | None = None
+    while high > low * (1.0 + _TOLERANCE):
+        value = excess(sigma)
+        low, high = (sigma, high) if value > 0.0 else (low, sigma)
+        if previous is not None and previous[0] != sigma:
+            slope = min(-0.1, (value - previous[1]) / math.log(sigma / previous[0]))
+        previous = (sigma, value)
+        # Aim a third of the tolerance to the safe side, so that the bracket closes from both ends.
+        aim = sigma * math.exp(-value / slope) * (1.0 + _TOLERANCE / 3.0 if value > 0.0 else 1.0 - _TOLERANCE / 3.0)
+        middle = math.sqrt(low * high) if low > 0.0 else high / 2.0
+        sigma = aim if low < aim < high else middle
+    return high

@@ -1,0 +1,46 @@
+"""One unit, one gradient, one bound: from records' gradients of several heads to units that can be clipped jointly.
+
+Invariant: whatever a unit's records hold, absurd or not finite, the unit's joint gradient is finite afterwards and
+depends on that unit's records alone. A clip factor applied to it then bounds the unit's part of any sum.
+
+# Shapes: R records, U units, P parameters; a gradient is R x (parameter's shape) or U x (parameter's shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sum_by_unit(gradient_R: Tensor, unit_R: Tensor, num_units: int) -> Tensor:
+    """Records' gradients of one parameter summed per unit; units without a record get zero.
+
+    Args:
+        gradient_R: one gradient for each record, already weighted.
+        unit_R: index of the record's unit in [0, num_units).
+        num_units: U.
+    """
+    if len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device)):
+        return gradient_R
+    sums_U = gradient_R.new_zeros((num_units, *gradient_R.shape[1:]))
+    return sums_U.index_add_(0, unit_R, gradient_R)
+
+
+def joint_norms(gradients_U: Sequence[Tensor]) -> Tensor:
+    """norm_U: each unit's L2 norm over all parameters of all heads."""
+    norms_UP = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients_U], dim=1)
+    norm_U: Tensor = torch.linalg.vector_norm(norms_UP, dim=1)
+    return norm_U
+
+
+def neutralised(gradients_U: Sequence[Tensor]) -> list[Tensor]:
+    """The same gradients with every unit set to zero whose joint norm is not finite.
+
+    A clip factor cannot do this: 0 * inf and NaN are NaN, and one such unit would reach every weight.
+    """
+    spoiled_U = ~torch.isfinite(joint_norms(gradients_U))
+    if not bool(spoiled_U.any()):
+        return list(gradients_U)
+    return [gradient.masked_fill(spoiled_U.reshape(-1, *([1] * (gradient.dim() - 1))), 0.0) for gradient in gradients_U]

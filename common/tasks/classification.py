@@ -1,0 +1,102 @@
+"""One of several classes for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from common.cells import CellName, CellNames, position
+from common.plugins import Plugin
+from common.tasks import Example
+from common.tasks._head import HeadSettings
+from common.tasks._metrics import (
+    Accuracy,
+    Auroc,
+    ClassRate,
+    rate_of,
+    recall,
+    true_negative_rate,
+)
+from common.types import BadRecord
+
+# PyTorch's own mark of a label that contributes no loss.
+_MISSING = -100
+
+
+@final
+class Classification(Plugin):
+    """Settings of a classification.
+
+    Attributes:
+        labels: the classes, in the order of the head's outputs.
+        positive: of two classes the one that AUROC, sensitivity and specificity are about; by default the last.
+        scale: public factor on this task's loss, applied before joint clipping.
+        head_settings: shape of the head, `head` in a file.
+    """
+
+    kind: Literal["classification"] = "classification"
+    labels: Annotated[CellNames, Field(min_length=2)]
+    positive: CellName | None = None
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+
+    @model_validator(mode="after")
+    def _positive_is_a_label(self) -> Classification:
+        if self.positive is not None and (len(self.labels) != 2 or self.positive not in self.labels):
+            raise ValueError(f"positive: expected one of two labels, got {self.positive!r} for {len(self.labels)}")
+        return self
+
+    @classmethod
+    def example(cls) -> Example:
+        """Three classes."""
+        settings = {"kind": "classification", "labels": ["none", "glioma", "meningioma"]}
+        return Example(settings, [["glioma"], ["none"], ["meningioma"], ["none"]])
+
+    def head(self, feature_dim: int) -> nn.Module:
+        """features_BD -> logits_BK."""
+        return self.head_settings.build(feature_dim, len(self.labels))
+
+    def encode(self, cells: Sequence[str]) -> Tensor:
+        """Class index (int64) from one cell. Raises BadRecord."""
+        index = position(cells[0], self.labels) if len(cells) == 1 else None
+        if index is None:
+            raise BadRecord("expected one of the task's labels in one column")
+        return torch.tensor(index)
+
+    def missing(self) -> Tensor:
+        """A mark that cross entropy ignores."""
+        return torch.tensor(_MISSING)
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of each example."""
+        return nn.functional.cross_entropy(outputs, labels, reduction="none", ignore_index=_MISSING)
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Probabilities B x K."""
+        return outputs.softmax(dim=1)
+
+    def metrics(self) -> dict[str, Metric]:
+        """Accuracy first. Of two classes the positive one's, of more the mean over the classes that occur."""
+        num_classes = len(self.labels)
+        positive = self._positive()
+        return {
+            "accuracy": Accuracy(num_classes=num_classes),
+            "balanced_accuracy": ClassRate(num_classes, rate_of(recall, None)),
+            "auroc": Auroc(num_classes, num_classes, only=positive),
+            "sensitivity": ClassRate(num_classes, rate_of(recall, positive)),
+            "specificity": ClassRate(num_classes, rate_of(true_negative_rate, positive)),
+        }
+
+    def decode(self, outputs: Tensor) -> list[str]:
+        """The most probable label of each example."""
+        return [self.labels[index] for index in outputs.argmax(dim=1).tolist()]
+
+    def _positive(self) -> int | None:
+        if len(self.labels) != 2:
+            return None
+        return 1 if self.positive is None else self.labels.index(self.positive)

@@ -1,0 +1,192 @@
+"""One site's promise: refusals spend nothing, repeats cost nothing, and no text of its own leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.site import DeclinedRequest, Site, finish, join, prepare_run, train
+from common import wire
+from common.backbones import Backbone
+from common.config import SiteConfig
+from common.heads import initial_heads, parameters
+from common.privacy.noise import os_entropy
+from common.tasks import open_task
+from common.types import BackboneBlob, Heads, Refusal, heads_digest
+from server.rounds import offer_of
+from tests.tiny import TASKS, backbone, run_config, site_config
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    yield Site(site_config(tmp_path, "north"), os_entropy)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Backbone:
+    return backbone()
+
+
+def offer(frozen: Backbone, **changes: Any) -> wire.JoinRequest:
+    return wire.JoinRequest("run-1", offer_of(run_config(**changes), frozen), frozen.digest)
+
+
+def heads(frozen: Backbone, names: tuple[str, ...] = ("colour", "size")) -> Heads:
+    tasks = {name: open_task(TASKS[name], name) for name in names}
+    modules = initial_heads(tasks, {name: frozen.feature_dim for name in names}, 0)
+    return {name: parameters(module) for name, module in modules.items()}
+
+
+def ready(site: Site, frozen: Backbone, **changes: Any) -> None:
+    join(site, offer(frozen, **changes))
+    prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+
+
+def spent(site: Site) -> float:
+    return site.ledger().spent().reserved_epsilon
+
+
+def test_a_round_is_charged_and_its_reply_fits_the_request(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    reply = wire.decode(train(site, wire.TrainRequest("run-1", 1, heads(frozen))), wire.TrainReply)
+    assert {
+        task: {name: array.shape for name, array in params.items()} for task, params in reply.delta.heads.items()
+    } == {task: {name: array.shape for name, array in params.items()} for task, params in heads(frozen).items()}
+    assert spent(site) > 0
+
+
+def test_a_repeated_request_gets_identical_bytes_and_costs_nothing(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    request = wire.TrainRequest("run-1", 1, heads(frozen))
+    first = wire.to_bytes(train(site, request))
+    after = spent(site)
+    assert wire.to_bytes(train(site, request)) == first
+    assert spent(site) == after
+    # Anything else is a new charge with new noise.
+    other = wire.to_bytes(train(site, wire.TrainRequest("run-1", 2, heads(frozen))))
+    assert other != first
+    assert spent(site) > after
+
+
+def refused(site: Site, frozen: Backbone, **changes: Any) -> Refusal:
+    with pytest.raises(DeclinedRequest) as caught:
+        join(site, offer(frozen, **changes))
+    return caught.value.refusal
+
+
+SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0}
+PATIENT = {"unit": "patient", "delta": 1e-5, "noise_multiplier": 2.0}
+LOUD = {"unit": "example", "delta": 1e-5, "noise_multiplier": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("site_changes", "run_changes", "reason"),
+    [
+        ({"allow": {"tasks": [], "backbones": "any", "solvers": "any"}}, {}, Refusal.TASK_NOT_ALLOWED),
+        ({"allow": {"tasks": "any", "backbones": [], "solvers": "any"}}, {}, Refusal.BACKBONE_NOT_ALLOWED),
+        ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, Refusal.SOLVER_NOT_ALLOWED),
+        ({}, {"solver": SGD, "privacy": "non_private"}, Refusal.SOLVER_NOT_ALLOWED),
+        ({}, {"solver": SGD}, Refusal.BAD_REQUEST),
+        ({}, {"privacy": PATIENT}, Refusal.UNIT_DIFFERS),
+        ({}, {"privacy": LOUD}, Refusal.BUDGET),
+        ({}, {"rounds": 100_000}, Refusal.BUDGET),
+        ({}, {"solver": {"kind": "dp_sgd"}}, Refusal.BAD_REQUEST),
+        ({}, {"solver": {"kind": "../../evil"}}, Refusal.BAD_REQUEST),
+    ],
+)
+def test_a_run_that_is_not_acceptable_is_declined_and_spends_nothing(
+    tmp_path: Path,
+    frozen: Backbone,
+    site_changes: dict[str, Any],
+    run_changes: dict[str, Any],
+    reason: Refusal,
+) -> None:
+    site = Site(site_config(tmp_path, "north", **site_changes), os_entropy)
+    assert refused(site, frozen, **run_changes) is reason
+    assert spent(site) == 0
+
+
+@pytest.mark.parametrize("run_id", ["", "../run", "a/b", "a" * 200, "run\x00"])
+def test_a_run_id_that_is_not_a_plain_name_is_declined(site: Site, frozen: Backbone, run_id: str) -> None:
+    with pytest.raises(DeclinedRequest) as caught:
+        join(site, wire.JoinRequest(run_id, offer_of(run_config(), frozen), frozen.digest))
+    assert caught.value.refusal is Refusal.BAD_REQUEST
+
+
+def bad_shape(good: Heads) -> Heads:
+    return {**good, "size": {name: np.zeros((7,), np.float32) for name in good["size"]}}
+
+
+def not_finite(good: Heads) -> Heads:
+    return {**good, "size": {name: array * np.float32("nan") for name, array in good["size"].items()}}
+
+
+@pytest.mark.parametrize(
+    ("change", "round_", "reason"),
+    [
+        (lambda good: good, 0, Refusal.BAD_REQUEST),
+        (lambda good: good, 3, Refusal.BAD_REQUEST),
+        (lambda good: {"size": good["size"]}, 1, Refusal.TASK_NOT_ALLOWED),
+        (lambda good: {**good, "x": good["size"]}, 1, Refusal.TASK_NOT_ALLOWED),
+        (bad_shape, 1, Refusal.BAD_REQUEST),
+        (not_finite, 1, Refusal.BAD_REQUEST),
+    ],
+)
+def test_a_bad_train_request_is_declined_and_spends_nothing(
+    site: Site, frozen: Backbone, change: Any, round_: int, reason: Refusal
+) -> None:
+    ready(site, frozen)
+    with pytest.raises(DeclinedRequest) as caught:
+        train(site, wire.TrainRequest("run-1", round_, change(heads(frozen))))
+    assert caught.value.refusal is reason
+    assert spent(site) == 0
+
+
+def test_training_before_preparing_is_declined_and_spends_nothing(site: Site, frozen: Backbone) -> None:
+    with pytest.raises(DeclinedRequest) as caught:
+        train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    assert caught.value.refusal is Refusal.UNKNOWN_RUN
+    join(site, offer(frozen))
+    with pytest.raises(DeclinedRequest) as caught:
+        train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    assert caught.value.refusal is Refusal.NOT_PREPARED
+    assert spent(site) == 0
+
+
+def test_a_backbone_that_is_not_the_agreed_one_is_refused_and_not_kept(site: Site, frozen: Backbone) -> None:
+    join(site, offer(frozen))
+    blob = frozen.blob()
+    for tampered in (
+        BackboneBlob(blob.spec, blob.weights, "0" * 64),
+        BackboneBlob(blob.spec.replace('"dim":4', '"dim":5'), blob.weights, blob.digest),
+    ):
+        with pytest.raises(DeclinedRequest) as caught:
+            prepare_run(site, wire.PrepareRequest("run-1", tampered))
+        assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
+    assert not site.backbones().has(frozen.digest)
+
+
+def test_final_heads_that_differ_from_their_digest_are_refused(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    with pytest.raises(DeclinedRequest):
+        finish(site, wire.FinishRequest("run-1", heads(frozen), "0" * 64))
+    finish(site, wire.FinishRequest("run-1", heads(frozen), heads_digest(heads(frozen))))
+
+
+def test_equal_run_seeds_give_different_noise(tmp_path: Path, frozen: Backbone) -> None:
+    """Two sites with the same records and the same run differ in their noise alone."""
+    replies = []
+    for name in ("first", "second"):
+        records = site_config(tmp_path, "north").sources
+        config: SiteConfig = site_config(
+            tmp_path, name, sources=json.loads(json.dumps({k: v.model_dump() for k, v in records.items()}))
+        )
+        own = Site(config, os_entropy)
+        ready(own, frozen)
+        replies.append(wire.to_bytes(train(own, wire.TrainRequest("run-1", 1, heads(frozen)))))
+    assert replies[0] != replies[1]

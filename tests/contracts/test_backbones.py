@@ -1,0 +1,192 @@
+"""Every backbone kind found in the folder, each with its own example: frozen, deterministic, independent of the batch,
+with a digest that names exactly what shapes features, and a blob that travels and is verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from common.backbones import Backbone, Example, from_blob, open_pretrained, open_random
+from common.plugins import kinds, plugin_class
+from common.types import BackboneBlob, BadInput, DigestMismatch
+
+KINDS = kinds("common.backbones")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def example_of(kind: str, folder: Path) -> Example:
+    return plugin_class("common.backbones", kind).example(folder)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Example:
+    return example_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def backbone(example: Example) -> Backbone:
+    return open_pretrained(example.settings, "backbone")
+
+
+def inputs_of(backbone: Backbone, example: Example) -> Tensor:
+    return torch.stack([backbone.preprocess(item) for item in example.items])
+
+
+def state_of(backbone: Backbone) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.module.state_dict().items()}
+
+
+def test_features_are_finite_float32_of_the_stated_width(backbone: Backbone, example: Example) -> None:
+    features_BD = backbone.encode(inputs_of(backbone, example))
+    assert features_BD.shape == (len(example.items), backbone.feature_dim)
+    assert features_BD.dtype == torch.float32
+    assert torch.isfinite(features_BD).all()
+    assert len({tuple(row.tolist()) for row in features_BD}) > 1, "the example's items must differ"
+
+
+def test_encoding_twice_gives_the_same_bits_and_opening_twice_the_same_backbone(
+    backbone: Backbone, example: Example
+) -> None:
+    inputs = inputs_of(backbone, example)
+    again = open_pretrained(example.settings, "backbone")
+    assert torch.equal(backbone.encode(inputs), backbone.encode(inputs))
+    assert torch.equal(backbone.encode(inputs), again.encode(inputs_of(again, example)))
+    assert again.digest == backbone.digest
+
+
+def test_an_items_features_do_not_depend_on_its_batch(backbone: Backbone, example: Example) -> None:
+    inputs = inputs_of(backbone, example)
+    alone = torch.cat([backbone.encode(item.unsqueeze(0)) for item in inputs])
+    torch.testing.assert_close(backbone.encode(inputs), alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backbone.encode(inputs.flip(0)).flip(0), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_train_thaws_nothing(backbone: Backbone, example: Example) -> None:
+    inputs = inputs_of(backbone, example)
+    before, features = state_of(backbone), backbone.encode(inputs)
+    backbone.module.train()
+    for module in backbone.module.modules():
+        module.train()
+    assert torch.equal(backbone.encode(inputs), features)
+    assert not any(parameter.requires_grad for parameter in backbone.module.parameters())
+    after = state_of(backbone)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_heads_train_on_encoded_features(backbone: Backbone, example: Example) -> None:
+    features = backbone.encode(inputs_of(backbone, example))
+    head = nn.Linear(backbone.feature_dim, 2)
+    head(features).square().sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_opening_leaves_torchs_generator_as_it_was(example: Example) -> None:
+    before = torch.random.get_rng_state()
+    from_blob(open_pretrained(example.settings, "backbone").blob())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_resolving_twice_changes_nothing_and_leaves_no_location(backbone: Backbone, example: Example) -> None:
+    assert backbone.kind.resolved() == backbone.kind
+    assert backbone.kind.weights_file() is None
+    weights = example.settings.get("weights")
+    assert weights is None or str(weights) not in backbone.spec
+    assert json.loads(backbone.spec) == backbone.public_spec()
+
+
+def test_a_blob_becomes_the_same_backbone(backbone: Backbone, example: Example) -> None:
+    received = from_blob(backbone.blob())
+    inputs = inputs_of(received, example)
+    assert received.digest == backbone.digest
+    assert received.feature_dim == backbone.feature_dim
+    assert torch.equal(received.encode(inputs), backbone.encode(inputs_of(backbone, example)))
+
+
+def test_any_changed_tensor_is_a_digest_mismatch(backbone: Backbone) -> None:
+    blob = backbone.blob()
+    names = list(state_of(backbone))
+    for name in {*names[:: max(1, len(names) // 8)], *names[-2:]}:
+        state = load(blob.weights)
+        flat = state[name].reshape(-1)
+        flat[-1] += 1
+        with pytest.raises(DigestMismatch):
+            from_blob(dataclasses.replace(blob, weights=save(state)))
+
+
+def test_changed_settings_are_a_digest_mismatch(backbone: Backbone) -> None:
+    blob = backbone.blob()
+    other = json.dumps({**backbone.public_spec(), "projection": {"normalize": True}}, sort_keys=True)
+    with pytest.raises(DigestMismatch):
+        from_blob(dataclasses.replace(blob, spec=other))
+
+
+def test_malformed_and_oversized_blobs_are_bad_input(backbone: Backbone) -> None:
+    blob = backbone.blob()
+    for bad in (
+        dataclasses.replace(blob, weights=b"\x80\x04."),
+        dataclasses.replace(blob, spec="{"),
+        BackboneBlob("[]", b"", ""),
+    ):
+        with pytest.raises(BadInput):
+            from_blob(bad)
+    with pytest.raises(BadInput, match="at most"):
+        from_blob(blob, max_weight_bytes=len(blob.weights) - 1)
+
+
+def test_a_projection_of_the_same_weights_is_another_backbone(backbone: Backbone, example: Example) -> None:
+    other = open_pretrained({**example.settings, "projection": {"normalize": True}}, "backbone")
+    assert other.digest != backbone.digest
+    norms = other.encode(inputs_of(other, example)).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_a_random_backbone_has_the_same_shape_and_other_features(backbone: Backbone, example: Example) -> None:
+    if not state_of(backbone):
+        with pytest.raises(BadInput, match="backbone.kind"):
+            open_random(example.settings, "backbone", seed=1)
+        return
+    first, same, other = (open_random(example.settings, "backbone", seed=seed) for seed in (1, 1, 2))
+    inputs = inputs_of(backbone, example)
+    assert first.spec == backbone.spec
+    assert first.digest == same.digest
+    assert len({first.digest, other.digest, backbone.digest}) == 3
+    assert torch.equal(first.encode(inputs), same.encode(inputs))
+    assert first.encode(inputs).shape == backbone.encode(inputs).shape
+
+
+def test_an_unusable_item_is_a_bad_record_that_does_not_repeat_it(backbone: Backbone) -> None:
+    secret = "Jane Doe 1970"
+    with pytest.raises(BadInput) as caught:
+        backbone.preprocess(secret)
+    assert secret not in str(caught.value)
+
+
+def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
+    here = {}
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        here[kind] = open_pretrained(example_of(kind, tmp_path / kind).settings, "backbone").digest
+    script = (
+        "import json, sys; from pathlib import Path\n"
+        "from common.backbones import open_pretrained\n"
+        "from common.plugins import kinds, plugin_class\n"
+        "root = Path(sys.argv[1])\n"
+        "example = lambda kind: plugin_class('common.backbones', kind).example(root / kind)\n"
+        "digests = {kind: open_pretrained(example(kind).settings, 'backbone').digest"
+        " for kind in kinds('common.backbones')}\n"
+        "print(json.dumps(digests))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout) == here

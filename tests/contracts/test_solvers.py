@@ -1,0 +1,322 @@
+"""The law of `client.solvers`, for every kind in the folder.
+
+Neighbours are two sites of which one has one unit more. Sums are read off the released delta: with one step, the heads
+fixed and the divisor 1, the delta is minus the learning rate times the released sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from torch import Tensor, nn
+
+from client.solvers import Solver, open_solver
+from client.units import TaskRecords, Units
+from common.config import Privacy
+from common.heads import initial_heads, parameters
+from common.plugins import kinds, plugin_class
+from common.privacy.accounting import Mechanism
+from common.privacy.noise import NoiseStream
+from common.tasks import Task, open_task
+from common.types import BadInput, Delta, Plan, Unit
+
+KINDS = kinds("client.solvers")
+PRIVATE = [kind for kind in KINDS if plugin_class("client.solvers", kind).private]
+FEATURES, DEAD = 6, 150
+PRIVACY = Privacy(unit=Unit.PATIENT, delta=1e-5, noise_multiplier=0.7)
+KEY = bytes(range(32))
+# Task names that are also attributes of torch modules.
+TASKS: dict[str, Task] = {
+    "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "grade"),
+    "keys": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 3.0}, "keys"),
+    "train": open_task({"kind": "regression", "range": [-1, 1], "head": {"hidden": 4}}, "train"),
+}
+
+
+class SilentStream(NoiseStream):
+    """Real coins, no noise: shows what the noise would cover."""
+
+    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape)
+
+
+class CountingStream(NoiseStream):
+    """A real stream that remembers what was drawn from it."""
+
+    def __init__(self, key: bytes) -> None:
+        NoiseStream.__init__(self, key)
+        self.draws: list[int] = []
+        self.tosses: list[np.ndarray] = []
+
+    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
+        self.draws.append(int(np.prod(shape)))
+        return NoiseStream.gaussian(self, shape)
+
+    def coins(self, count: int, probability: float) -> np.ndarray:
+        self.tosses.append(NoiseStream.coins(self, count, probability))
+        return self.tosses[-1]
+
+
+@dataclass(frozen=True)
+class Person:
+    """One unit: its records as (seed, absurd value or None), and for each record and task whether it has a label."""
+
+    records: tuple[tuple[int, float | None], ...]
+    labelled: tuple[bool, ...]
+
+
+ABSURD = st.sampled_from(
+    [None, None, None, 0.0, 1e-30, 1e6, 1e18, 1e30, 3e38, float("inf"), float("-inf"), float("nan")]
+)
+PEOPLE = st.builds(
+    Person,
+    records=st.lists(st.tuples(st.integers(0, 999), ABSURD), min_size=0, max_size=3).map(tuple),
+    labelled=st.tuples(*[st.booleans()] * (3 * len(TASKS))),
+)
+
+
+def site(people: list[Person]) -> Units:
+    """Units with `FEATURES` features, a value of which may be absurd, and `DEAD` ones that are always zero."""
+    features, unit, seeds = [], [], []
+    for index, person in enumerate(people):
+        for seed, absurd in person.records:
+            row = np.random.default_rng(seed).normal(size=FEATURES).astype(np.float32)
+            if absurd is not None:
+                row[seed % FEATURES] = absurd
+            features.append(np.concatenate([row, np.zeros(DEAD, np.float32)]))
+            unit.append(index)
+            seeds.append(seed)
+    features_RD = torch.from_numpy(np.array(features, np.float32).reshape(-1, FEATURES + DEAD))
+    unit_R = torch.tensor(unit, dtype=torch.long)
+    tasks = {}
+    for number, name in enumerate(TASKS):
+        mask = [label for person in people for label in person.labelled[number :: len(TASKS)][: len(person.records)]]
+        mask_R = torch.tensor(mask, dtype=torch.bool)
+        tasks[name] = TaskRecords.of(features_RD, labels_for(name, seeds), mask_R, unit_R, len(people))
+    return Units(len(people), tasks)
+
+
+def labels_for(name: str, seeds: list[int]) -> Tensor:
+    seed_R = torch.tensor(seeds, dtype=torch.long)
+    if name == "grade":
+        return seed_R % 3
+    if name == "keys":
+        return torch.stack([seed_R % 2, seed_R % 5 % 2], dim=1).float()
+    return (seed_R % 7).float() / 3.5 - 1.0
+
+
+def heads() -> dict[str, nn.Module]:
+    """Heads with weights that are not zero, so that every layer has a gradient."""
+    made = initial_heads(TASKS, {name: FEATURES + DEAD for name in TASKS}, seed=5)
+    generator = torch.Generator().manual_seed(7)
+    for head in made.values():
+        for parameter in head.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return made
+
+
+HEADS = heads()
+
+
+def solver_of(kind: str) -> Solver:
+    return open_solver(plugin_class("client.solvers", kind).example(), "solver")
+
+
+def plan_of(kind: str, **changes: float) -> Plan:
+    private = kind in PRIVATE
+    plan = solver_of(kind).plan(PRIVACY if private else None, Unit.PATIENT, 1)
+    return replace(plan, **changes)
+
+
+def solve(kind: str, units: Units, plan: Plan, stream: NoiseStream, public_size: int = 1) -> Delta:
+    return solver_of(kind).solve(
+        HEADS, TASKS, units, plan=plan, public_sizes={name: public_size for name in TASKS}, stream=stream
+    )
+
+
+def released_sum(kind: str, units: Units, plan: Plan, public_size: int) -> np.ndarray:
+    """All heads' sum of one step as one vector."""
+    delta = solve(kind, units, plan, SilentStream(KEY), public_size)
+    divisor = plan.sampling_rate * public_size / plugin_class("client.solvers", kind).example()["learning_rate"]
+    return -divisor * flat(delta)
+
+
+def flat(delta: Delta) -> np.ndarray:
+    arrays = [delta.heads[task][name] for task in sorted(delta.heads) for name in sorted(delta.heads[task])]
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float64)
+
+
+def dead_weights(delta: Delta) -> np.ndarray:
+    """Changes of weights that no record touches: noise and nothing else."""
+    grids = [delta.heads["grade"]["weight"], delta.heads["keys"]["weight"], delta.heads["train"]["0.weight"]]
+    return np.concatenate([grid[:, FEATURES:].ravel() for grid in grids]).astype(np.float64)
+
+
+def has_scale(values: np.ndarray, std: float) -> bool:
+    """Whether values may come from N(0, std^2): chi-square, both tails, false alarm once in a million."""
+    tail = chi2.cdf(np.sum((values / std) ** 2), len(values))
+    return 5e-7 < tail < 1 - 5e-7
+
+
+def are_poisson(counts: np.ndarray, trials: int, rate: float) -> bool:
+    """Whether counts may be Binomial(trials, rate), one for each unit: dispersion, both tails."""
+    tail = chi2.cdf(np.sum((counts - trials * rate) ** 2) / (trials * rate * (1 - rate)), len(counts))
+    return 5e-7 < tail < 1 - 5e-7
+
+
+SOME = [Person(((seed, None), (seed + 1, None))[: 1 + seed % 2], (True,) * 9) for seed in range(12)]
+
+
+# --- privacy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+@settings(max_examples=60, deadline=None)
+@given(
+    people=st.lists(PEOPLE, max_size=4),
+    more=PEOPLE,
+    clip_norm=st.sampled_from([0.5, 4.0]),
+    rate=st.sampled_from([1.0, 0.5]),
+)
+def test_one_unit_more_moves_the_released_sum_by_at_most_the_clip_norm(
+    kind: str, people: list[Person], more: Person, clip_norm: float, rate: float
+) -> None:
+    plan = plan_of(kind, steps=1, sampling_rate=rate, clip_norm=clip_norm)
+    size = round(1 / rate)
+    # The unit is the last one, so that its neighbours' coins are the same.
+    moved = released_sum(kind, site([*people, more]), plan, size) - released_sum(kind, site(people), plan, size)
+    assert np.linalg.norm(moved) <= clip_norm * (1 + 1e-5) + 1e-5
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_one_ordinary_unit_with_all_tasks_uses_the_whole_clip_norm(kind: str) -> None:
+    """The bound above is not kept by releasing nothing."""
+    plan = plan_of(kind, steps=1, sampling_rate=1.0, clip_norm=0.5)
+    moved = released_sum(kind, site(SOME[:1]), plan, 1)
+    assert np.linalg.norm(moved) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
+def test_noise_has_the_claimed_scale_where_no_record_reaches(kind: str, people: list[Person]) -> None:
+    plan = plan_of(kind, steps=4, sampling_rate=0.5, clip_norm=0.3)
+    delta = solve(kind, site(people), plan, NoiseStream(KEY), public_size=2)
+    learning_rate = plugin_class("client.solvers", kind).example()["learning_rate"]
+    noise = dead_weights(delta) / learning_rate
+    claimed = plan.noise_multiplier * 0.3 * np.sqrt(plan.steps)
+    assert has_scale(noise, claimed)
+    assert not has_scale(noise, claimed * 2 / 3)
+    assert not has_scale(noise, claimed * 3 / 2)
+    assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 5 / np.sqrt(len(noise))
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
+def test_the_accounted_mechanism_is_the_one_that_ran(kind: str, people: list[Person]) -> None:
+    plan = plan_of(kind, sampling_rate=0.1)
+    stream = CountingStream(KEY)
+    solve(kind, site(people), plan, stream)
+    accounted = Mechanism.of(plan)
+    weights = sum(parameter.numel() for head in HEADS.values() for parameter in head.parameters())
+    assert stream.draws == [weights] * accounted.steps
+    assert accounted.noise_multiplier == plan.noise_multiplier == PRIVACY.noise_multiplier
+    assert accounted.sensitivity == plan.clip_norm
+    assert accounted.sampling_rate == plan.sampling_rate
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_a_private_kind_declines_a_run_without_privacy(kind: str) -> None:
+    with pytest.raises(BadInput, match="privacy"):
+        solver_of(kind).plan(None, Unit.EXAMPLE, 1)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PRIVATE])
+def test_a_kind_without_privacy_declines_a_private_run_and_says_none(kind: str) -> None:
+    with pytest.raises(BadInput, match="privacy"):
+        solver_of(kind).plan(PRIVACY, Unit.EXAMPLE, 1)
+    assert Mechanism.of(plan_of(kind)).kind == "none"
+
+
+# --- every kind ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_take_part_by_independent_coins_of_the_plans_rate(kind: str) -> None:
+    stream = CountingStream(KEY)
+    steps, units = 60, 40
+    plan = plan_of(kind, steps=steps, sampling_rate=0.25)
+    solve(kind, site([Person((), (False,) * 9)] * units), plan, stream)
+    counts = np.array(stream.tosses).sum(axis=0)
+    assert are_poisson(counts, steps, 0.25)
+    shuffled = np.full(units, steps * 0.25)  # Fixed batches of shuffled units: each takes part equally often.
+    assert not are_poisson(shuffled, steps, 0.25)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_coin_decides_whether_a_unit_moves_the_heads(kind: str) -> None:
+    plan = plan_of(kind, steps=1, sampling_rate=0.5)
+    coins = NoiseStream(KEY).coins(len(SOME), 0.5)
+    sampled = [person for person, coin in zip(SOME, coins, strict=True) if coin]
+    everyone = replace(plan, sampling_rate=1.0)
+    assert 0 < len(sampled) < len(SOME)
+    assert released_sum(kind, site(SOME), plan, 2) == pytest.approx(
+        released_sum(kind, site(sampled), everyone, 1), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_streams_give_equal_bits_and_other_keys_other_ones(kind: str) -> None:
+    plan = plan_of(kind)
+    first, again, other = (solve(kind, site(SOME), plan, NoiseStream(key)) for key in (KEY, KEY, bytes(32)))
+    assert np.array_equal(flat(first), flat(again))
+    assert not np.array_equal(flat(first), flat(other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
+def test_a_delta_has_the_heads_names_shapes_and_type_and_leaves_them_alone(kind: str, people: list[Person]) -> None:
+    before = {name: parameters(head) for name, head in HEADS.items()}
+    delta = solve(kind, site(people), plan_of(kind), NoiseStream(KEY))
+    assert delta.heads.keys() == HEADS.keys()
+    for name, head in HEADS.items():
+        assert {key: (value.shape, value.dtype) for key, value in delta.heads[name].items()} == {
+            key: (value.shape, np.float32) for key, value in before[name].items()
+        }
+        after = parameters(head)
+        assert all(np.array_equal(after[key], value) for key, value in before[name].items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_label_contributes_nothing_and_changes_no_weight(kind: str) -> None:
+    """A patient with two records, one of them without label, counts half, not one."""
+    plan = plan_of(kind, steps=1, sampling_rate=1.0)
+    if plan.private:
+        plan = replace(plan, clip_norm=1e6)
+    both = Person(((3, None), (3, None)), (True,) * 9)
+    half = Person(((3, None), (3, None)), (True,) * 3 + (False,) * 6)
+    none = Person(((3, None), (3, None)), (False,) * 9)
+    assert released_sum(kind, site([half]), plan, 1) == pytest.approx(
+        released_sum(kind, site([both]), plan, 1) / 2, abs=1e-5
+    )
+    assert not released_sum(kind, site([none]), plan, 1).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_divisor_is_the_declared_size_not_the_true_one(kind: str) -> None:
+    plan = plan_of(kind, steps=1, sampling_rate=1.0)
+    once = flat(solve(kind, site(SOME), plan, SilentStream(KEY), public_size=1))
+    tenth = flat(solve(kind, site(SOME), plan, SilentStream(KEY), public_size=10))
+    assert once == pytest.approx(10 * tenth, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_with_features_that_are_not_finite_leave_the_heads_finite(kind: str) -> None:
+    spoiled = [Person(((seed, value),), (True,) * 9) for seed, value in enumerate([float("nan"), float("inf")])]
+    delta = solve(kind, site([*SOME, *spoiled]), plan_of(kind, sampling_rate=1.0), NoiseStream(KEY))
+    assert np.isfinite(flat(delta)).all()

@@ -1,0 +1,172 @@
+"""From one data set to sites: every record in exactly one site, patients whole, both splits everywhere, reproducible."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import SimulationConfig, SiteConfig, parse
+from common.types import BadInput
+from simulations.partition import build_sites, read_sites
+from tests.tiny import run_config
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 rows of 60 patients, three colours, a ward and a split column."""
+    path = tmp_path_factory.mktemp("data") / "rows.csv"
+    rng = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["x", "colour", "patient", "ward", "side"])
+        for row in range(240):
+            patient = row % 60
+            colour = ["red", "green", "blue"][patient % 3]
+            side = "test" if patient % 5 == 0 else "train"
+            writer.writerow([f"{rng.normal():.6f}", colour, f"p{patient}", f"Ward {patient % 2}", side])
+    return path
+
+
+def simulation(table: Path, partition: dict[str, Any], **changes: Any) -> SimulationConfig:
+    unit = changes.get("unit", "example")
+    run = run_config(
+        tasks={"colour": {"kind": "classification", "labels": ["red", "green", "blue"]}},
+        privacy={"unit": unit, "delta": 1e-5, "noise_multiplier": 2.0},
+        backbone={"kind": "identity", "columns": [{"name": "x", "range": [-4, 4], "missing": "refuse"}]},
+    )
+    values: dict[str, Any] = {
+        "run": run.model_dump(mode="json", exclude_none=True),
+        "sources": {
+            "rows": {
+                "kind": "table",
+                "path": str(table),
+                "inputs": ["x"],
+                "patient_column": "patient",
+                "split_column": "side",
+            }
+        },
+        "tasks": {"colour": {"source": "rows", "column": "colour", "missing": "refuse", "public_size": 50}},
+        "partition": partition,
+        "unit": unit,
+        "budget": {"epsilon": 10.0, "delta": 1e-5},
+        "cache_dir": "cache",
+        "runs_dir": "runs",
+    }
+    return parse(SimulationConfig, {**values, **changes}, base=table.parent)
+
+
+def rows_of(site: SiteConfig) -> list[tuple[int, str]]:
+    path = Path(str(site.sources["rows"].model_dump()["rows"]))
+    with path.open() as file:
+        return [(int(line["row"]), line["split"]) for line in csv.DictReader(file)]
+
+
+PARTITIONS: list[dict[str, Any]] = [
+    {"kind": "iid", "num_sites": 4, "split": "source"},
+    {"kind": "iid", "num_sites": 4, "split": "hash"},
+    {"kind": "iid", "num_sites": 4, "split": "stratified", "test_fraction": 0.25},
+    {"kind": "dirichlet", "num_sites": 4, "alpha": 0.3, "by": "colour", "split": "source"},
+]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("unit", ["example", "patient"])
+def test_every_record_is_in_exactly_one_site(tmp_path: Path, table: Path, partition: dict[str, Any], unit: str) -> None:
+    sites = build_sites(simulation(table, partition, unit=unit), tmp_path)
+    held = [row for site in sites for row, _ in rows_of(site)]
+    assert sorted(held) == list(range(1, 241))
+
+
+@pytest.mark.parametrize("partition", PARTITIONS[:1] + PARTITIONS[3:])
+def test_a_patients_records_stay_together(tmp_path: Path, table: Path, partition: dict[str, Any]) -> None:
+    sites = build_sites(simulation(table, partition, unit="patient"), tmp_path)
+    owners: dict[int, set[str]] = {}
+    for site in sites:
+        for row, _ in rows_of(site):
+            owners.setdefault((row - 1) % 60, set()).add(site.name)
+    assert all(len(names) == 1 for names in owners.values())
+
+
+def test_iid_sites_have_equal_shares_of_train_and_test(tmp_path: Path, table: Path) -> None:
+    sites = build_sites(simulation(table, PARTITIONS[0]), tmp_path)
+    assert [Counter(side for _, side in rows_of(site)) for site in sites] == [Counter(train=48, test=12)] * 4
+
+
+def test_dirichlet_skews_labels_and_gives_train_and_test_the_same_skew(tmp_path: Path, table: Path) -> None:
+    sites = build_sites(simulation(table, PARTITIONS[3]), tmp_path)
+    shares = {}
+    for side in ("train", "test"):
+        counts = np.array(
+            [[sum(r % 3 == c for r, s in rows_of(site) if s == side) for c in (1, 2, 0)] for site in sites]
+        )
+        shares[side] = counts / counts.sum(axis=0)
+    assert shares["train"].max() > 0.5  # Even shares would be 0.25.
+    np.testing.assert_allclose(shares["train"], shares["test"], atol=0.07)
+
+
+def test_a_partition_is_reproducible_and_depends_on_its_seed(tmp_path: Path, table: Path) -> None:
+    def held(folder: str, seed: int) -> list[list[tuple[int, str]]]:
+        config = simulation(table, {**PARTITIONS[0], "seed": seed})
+        return [rows_of(site) for site in build_sites(config, tmp_path / folder)]
+
+    assert held("a", 1) == held("b", 1)
+    assert held("a2", 1) != held("c", 2)
+
+
+def test_a_column_makes_one_site_for_each_value(tmp_path: Path, table: Path) -> None:
+    values = simulation(table, {"kind": "column", "by": "ward", "split": "hash"})
+    config = values.model_copy(
+        update={
+            "tasks": {
+                "colour": values.tasks["colour"],
+                "ward": values.tasks["colour"].model_copy(update={"column": "ward"}),
+            }
+        }
+    )
+    sites = build_sites(config, tmp_path)
+    assert [site.name for site in sites] == ["ward-0", "ward-1"]
+    assert [len(rows_of(site)) for site in sites] == [120, 120]
+
+
+def test_natural_sites_bring_their_own_sources(tmp_path: Path, table: Path) -> None:
+    source = simulation(table, PARTITIONS[0]).sources["rows"].model_dump()
+    partition = {"kind": "natural", "sites": {"north": {"rows": source}, "south": {"rows": source}}}
+    sites = build_sites(simulation(table, partition, sources={}), tmp_path)
+    assert [site.name for site in sites] == ["north", "south"]
+
+
+def test_written_site_files_are_read_back_equal(tmp_path: Path, table: Path) -> None:
+    sites = build_sites(simulation(table, PARTITIONS[0]), tmp_path)
+    assert read_sites(tmp_path) == sites
+
+
+@pytest.mark.parametrize(
+    ("partition", "tasks", "said"),
+    [
+        ({"kind": "iid", "num_sites": 2}, {"sites": ["site-9"]}, "tasks.colour.sites: expected sites among"),
+        (
+            {"kind": "iid", "num_sites": 2},
+            {"public_size": {"site-1": 5}},
+            "tasks.colour.public_size: expected a number",
+        ),
+        ({"kind": "iid", "num_sites": 2}, {"sites": ["site-1"]}, "site 'site-2' has none"),
+        ({"kind": "dirichlet", "num_sites": 2, "alpha": 1.0, "by": "nothing"}, {}, "partition.by: expected a task"),
+        ({"kind": "column", "by": "nothing"}, {}, "partition.by: expected one of the source's columns"),
+    ],
+)
+def test_a_partition_that_cannot_be_made_says_why(
+    tmp_path: Path, table: Path, partition: dict[str, Any], tasks: dict[str, Any], said: str
+) -> None:
+    task = {"source": "rows", "column": "colour", "missing": "refuse", "public_size": 50, **tasks}
+    with pytest.raises(BadInput, match=said):
+        build_sites(simulation(table, partition, tasks={"colour": task}), tmp_path)
+
+
+def test_a_kind_without_its_settings_is_refused(table: Path) -> None:
+    with pytest.raises(BadInput, match=r"partition\.alpha: expected a value for kind 'dirichlet'"):
+        simulation(table, {"kind": "dirichlet", "num_sites": 2, "by": "colour"})

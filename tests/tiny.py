@@ -1,0 +1,82 @@
+"""A small real federation for tests: well-separated vectors, one npz file per site, the `identity` backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.backbones import Backbone, open_pretrained
+from common.config import RunConfig, SiteConfig, parse
+
+DIM = 4
+TASKS = {
+    "colour": {"kind": "classification", "labels": ["red", "green", "blue"]},
+    "size": {"kind": "classification", "labels": ["small", "large"]},
+}
+
+
+def run_config(**changes: Any) -> RunConfig:
+    """A private full-batch run of two tasks; `changes` replace whole top-level keys."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "rounds": 2,
+        "backbone": {"kind": "identity", "dim": DIM},
+        "tasks": TASKS,
+        "solver": {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0},
+        "privacy": {"unit": "example", "delta": 1e-5, "noise_multiplier": 2.0},
+        "aggregation": {"kind": "mean"},
+        "cohort": {"min_sites": 1, "timeout_s": 5, "join_timeout_s": 1},
+    }
+    return parse(RunConfig, {**values, **changes}, base=Path.cwd())
+
+
+def backbone() -> Backbone:
+    """The run's backbone."""
+    return open_pretrained(run_config().backbone, "backbone")
+
+
+def write_records(path: Path, seed: int, count: int = 40) -> None:
+    """An npz file with a train and a test part; colours are corners of a simplex, sizes a direction."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for part, number in (("train", count), ("test", count // 2)):
+        colour, size = rng.integers(0, 3, number), rng.integers(0, 2, number)
+        vectors = 0.3 * rng.normal(size=(number, DIM))
+        vectors[np.arange(number), colour] += 1.0
+        vectors[:, 3] += 2.0 * size - 1.0
+        arrays[f"{part}_x"] = vectors.astype(np.float32)
+        arrays[f"{part}_colour"] = np.array(["red", "green", "blue"])[colour]
+        arrays[f"{part}_size"] = np.array(["small", "large"])[size]
+    np.savez(path, **arrays)
+
+
+def site_config(folder: Path, name: str, **changes: Any) -> SiteConfig:
+    """A site with records of its own under `folder`; `changes` replace whole top-level keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        write_records(path, seed=sum(name.encode()))
+    columns = {"colour": "colour", "size": "size"}
+    parts = {
+        part: {"inputs": f"{part}_x", "columns": {column: f"{part}_{column}" for column in columns}}
+        for part in ("train", "test")
+    }
+    values: dict[str, Any] = {
+        "name": name,
+        "registry": f"{name}-registry",
+        "unit": "example",
+        "budget": {"epsilon": 100.0, "delta": 1e-5},
+        "allow": {"tasks": "any", "backbones": "any", "solvers": "any"},
+        "sources": {"records": {"kind": "npz", "path": str(path), "parts": parts}},
+        "tasks": {
+            task: {"source": "records", "column": task, "missing": "refuse", "public_size": 40} for task in TASKS
+        },
+        "split": {"test_fraction": 0.0},
+        "on_bad_record": "stop",
+        "state_dir": str(folder / f"{name}-state"),
+        "device": "cpu",
+    }
+    return parse(SiteConfig, {**values, **changes}, base=folder)
