@@ -1,7 +1,7 @@
 """From a site's sources to units: labels mapped, held-out units chosen, arrays written once and opened each round.
 
-Invariant: a unit is on one side of the split only, and stays there when rows are added or reordered; what cannot be used
-is named by file and row in the site's own `problems.csv`, counted, and skipped or fatal as the site's file says.
+Invariant: a unit is on one side of the split only, and stays there when rows are added or reordered; what cannot be
+used is named by file and row in the site's own `problems.csv`, counted, and skipped or fatal as its file says.
 """
 
 from __future__ import annotations

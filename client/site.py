@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from common.heads import load_parameters
-from common.privacy.accounting import Mechanism
 from flwr.app import RecordDict
 
 from client.backbone_store import BackboneStore
 from client.data import open_units, prepare
 from client.features import FeatureStore
 from client.ledger import Ledger
-from client.solvers import Solver, open_solver
+from client.solvers import Solver, one_thread, open_solver
 from common import wire
 from common.config import Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder, write_atomic
+from common.heads import load_parameters
 from common.journal import FileJournal, Journal
+from common.privacy.accounting import Mechanism
 from common.privacy.noise import Entropy, NoiseStream
 from common.tasks import Task, open_task
 from common.types import BadInput, BudgetExhausted, Delta, DigestMismatch, Heads, Plan, Refusal, heads_digest
@@ -297,11 +297,12 @@ def _solve(
     device = site.device()
     # The purpose names everything that makes a release distinct; a key from the operating system ignores it.
     stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/{round_}"))
-    return open_solver(joined.run.solver, "solver").solve(
-        {name: head.to(device) for name, head in heads.items()},
-        tasks,
-        open_units(joined.folder / "data", "train", list(tasks), device),
-        plan=plan,
-        public_sizes={name: site.config.tasks[name].public_size for name in tasks},
-        stream=stream,
-    )
+    with one_thread():
+        return open_solver(joined.run.solver, "solver").solve(
+            {name: head.to(device) for name, head in heads.items()},
+            tasks,
+            open_units(joined.folder / "data", "train", list(tasks), device),
+            plan=plan,
+            public_sizes={name: site.config.tasks[name].public_size for name in tasks},
+            stream=stream,
+        )

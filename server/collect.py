@@ -1,7 +1,7 @@
 """Replies as they come in: one bad reply is set aside with its reason and the round goes on.
 
 What is checked: the sender was asked; the payload is well formed; tasks, names and shapes are those that were sent;
-every value is finite; the norm is bounded.
+every value is finite; the norm is bounded; the plan is as private as the run asks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from flwr.app import Message
 
 from common import wire
-from common.types import BadInput, Delta, Heads
+from common.config import RunConfig
+from common.types import BadInput, Delta, Heads, Plan
 
 _Reply = TypeVar("_Reply")
 
@@ -75,6 +76,17 @@ class _Refused(BadInput):
     def __init__(self, declined: wire.Declined) -> None:
         super().__init__(f"declined: {declined.refusal.value}")
         self.site = declined.site
+
+
+def check_plan(plan: Plan, run: RunConfig) -> None:
+    """Refuse a contribution that was not made as the run asks.
+
+    Raises:
+        BadInput: a private run answered without noise or the other way round, or with another unit.
+    """
+    private = run.privacy != "non_private"
+    if plan.private != private or (run.privacy != "non_private" and plan.unit != run.privacy.unit):
+        raise BadInput("expected a plan with the run's privacy and unit, got another one")
 
 
 def check_delta(delta: Delta, sent: Heads, max_norm: float) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from common.types import RELATION
+from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.types import RELATION, Plan, Unit
 
 Facts = list[dict[str, Any]]
 Summary = dict[str, Any]
 
 BASELINES = {
-    "local": "each site alone (same privacy)",
-    "non_private": "federated, no privacy",
-    "central": "central, no privacy",
-    "random_backbone": "random backbone",
+    "local": "site alone\nprivate",
+    "non_private": "federated\nnot private",
+    "central": "central\nnot private",
+    "random_backbone": "federated\nprivate\nrandom\nbackbone",
 }
 
 
@@ -85,7 +87,7 @@ def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
             sites[fact["site"]] = {
                 "status": "completed",
                 "reason": None,
-                "epsilon": None,
+                "epsilon": _accounted(fact, rounds),
                 "delta": fact["delta"],
                 "unit": fact["unit"],
                 "relation": RELATION,
@@ -102,6 +104,19 @@ def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
         elif fact["event"] == "epsilon":
             sites[fact["site"]]["epsilon"] = fact["epsilon"]
     return dict(sorted(sites.items()))
+
+
+def _accounted(joined: Mapping[str, Any], rounds: Facts) -> float | None:
+    """Epsilon of the accepted contributions, from their public plans; None without privacy.
+
+    A site may have spent more than the coordinator accepted: its own ledger has the last word, and a simulation puts
+    that in its place.
+    """
+    own = [item["sites"][joined["site"]]["plan"] for item in rounds if joined["site"] in item["sites"]]
+    plans = [Plan(**{**plan, "unit": Unit(plan["unit"])}) for plan in own]
+    if not plans or not all(plan.private for plan in plans):
+        return None
+    return epsilon([Mechanism.of(plan) for plan in plans], joined["delta"])
 
 
 def _bytes(facts: Facts, rounds: Facts) -> dict[str, int | None]:
@@ -136,10 +151,10 @@ def _seconds(facts: Facts, rounds: Facts) -> dict[str, float]:
 def _results_table(summary: Summary) -> Table:
     shown = [name for name in BASELINES if any(name in task["baselines"] for task in summary["tasks"].values())]
     private = any(site["epsilon"] is not None for site in summary["sites"].values())
-    table = Table(title=f"{summary['run']}: pooled held-out records", title_justify="left")
+    table = Table(title=f"{summary['run']}: pooled held-out records", title_justify="left", box=box.SIMPLE)
     table.add_column("task")
-    table.add_column("metric")
-    table.add_column("federated, private" if private else "federated", style="bold", justify="right")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("federated\nprivate" if private else "federated\nnot private", style="bold", justify="right")
     for name in shown:
         table.add_column(BASELINES[name], justify="right")
     for task, facts in summary["tasks"].items():
@@ -150,8 +165,8 @@ def _results_table(summary: Summary) -> Table:
 
 
 def _sites_table(summary: Summary) -> Table:
-    table = Table(title="sites", title_justify="left")
-    for column in ("site", "tasks", "status", "rounds", "epsilon of budget", "delta", "unit, neighbours"):
+    table = Table(title="sites", title_justify="left", box=box.SIMPLE)
+    for column in ("site", "tasks", "status", "rounds", "epsilon\nof budget", "delta", "unit\nneighbours"):
         table.add_column(column)
     for name, site in summary["sites"].items():
         tasks = [task for task, facts in summary["tasks"].items() if name in facts["sites"]]
@@ -163,7 +178,7 @@ def _sites_table(summary: Summary) -> Table:
             str(site["rounds"]),
             _spent(site),
             f"{site['delta']:g}" if site["delta"] else "",
-            f"{site['unit']}, {site['relation']}" if site["unit"] else "",
+            f"{site['unit']}\n{site['relation']}" if site["unit"] else "",
         )
     return table
 
@@ -171,7 +186,7 @@ def _sites_table(summary: Summary) -> Table:
 def _spent(site: Mapping[str, Any]) -> str:
     if site["epsilon"] is None:
         return "not private" if site["rounds"] else "nothing"
-    return f"{site['epsilon']:.2f} of {site['budget_epsilon']:.2f}"
+    return f"{rounded_up(site['epsilon']):.2f}\nof {site['budget_epsilon']:.2f}"
 
 
 def _footnote(summary: Summary) -> str:

@@ -10,23 +10,23 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.heads import initial_heads, parameters
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common import wire
 from common.backbones import Backbone
 from common.config import MAX_PUBLIC_SIZE, RunConfig
+from common.heads import initial_heads, parameters
 from common.journal import Journal
 from common.tasks import open_task
 from common.types import BadInput, Heads, RunFailed, heads_digest
 from server.aggregators import State, Weighted, open_aggregator
 from server.checkpoint import Checkpoint, save_checkpoint
-from server.collect import SetAside, check_delta, read_replies
+from server.collect import SetAside, check_delta, check_plan, read_replies
 
 Observe = Callable[[str, int, int], None]
 """Told what is under way: phase, done, total."""
@@ -211,10 +211,11 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
         reply, size = good[member.node_id]
         try:
             check_delta(reply.delta, sent_heads[member.node_id], desk.run.max_delta_norm)
+            check_plan(reply.plan, desk.run)
         except BadInput as error:
             aside.append(SetAside(member.node_id, str(error)))
             continue
-        accepted[member.site] = {"down": down[member.node_id], "up": size}
+        accepted[member.site] = {"down": down[member.node_id], "up": size, "plan": asdict(reply.plan)}
         for task, delta in reply.delta.heads.items():
             by_task[task].append(Weighted(float(member.tasks[task]), delta))
     _write_aside(desk, aside, names, at="train", round=round_)

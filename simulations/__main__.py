@@ -1,4 +1,4 @@
-"""Command line of the simulator: `python -m simulations run | check | resume | sweep | pretrain`."""
+"""Command line of the simulator: `python -m simulations run | check | resume | sweep | pretrain | sites`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from server.report import Summary, failures, tables
 from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
 from simulations.experiment import run as run_config
+from simulations.experiment import write_files
 from simulations.pretrain import pretrain as pretrain_backbone
 from simulations.sweep import Row
 from simulations.sweep import sweep as run_sweep
@@ -53,6 +54,19 @@ def resume(
         with shown_progress() as observe:
             summary = resume_run(folder, observe=observe)
         _finish(summary, load(SimulationConfig, folder / "config.yaml"), json_)
+
+
+@app.command()
+def sites(
+    config: Config, folder: Annotated[Path, typer.Argument(help="A new or empty folder")], set_: Set = None
+) -> None:
+    """Write a simulation as a run file and site files, for `flwr run`.
+
+    Example: python -m simulations sites configs/simulations/demo.yaml runs/demo-files
+    """
+    with reported_errors():
+        written = write_files(load(SimulationConfig, config, set_ or []), folder)
+        typer.echo(f"{folder}/run.yaml and {len(written)} site files under {folder}/sites")
 
 
 @app.command()

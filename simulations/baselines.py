@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from client.solvers import Solver
+from client.solvers import Solver, one_thread
 from client.units import TaskRecords, Units
 from common.config import Privacy, RunConfig
 from common.heads import initial_heads, load_parameters, parameters
@@ -58,7 +58,8 @@ def train_alone(
         for name, params in heads.items():
             load_parameters(modules[name], params)
         stream = NoiseStream(entropy(f"{purpose}/{round_}"))
-        delta = solver.solve(modules, tasks, units, plan=plan, public_sizes=public_sizes, stream=stream)
+        with one_thread():
+            delta = solver.solve(modules, tasks, units, plan=plan, public_sizes=public_sizes, stream=stream)
         for name, change in delta.heads.items():
             heads[name], states[name] = aggregator.update(heads[name], states[name], [Weighted(1.0, change)])
     return heads

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from client.data import open_units
-from common.heads import load_parameters
 
+from client.data import open_units
 from client.units import Units
 from common.config import SiteConfig
+from common.heads import load_parameters
 from common.tasks import Task, merge_sums, metric_sums, metric_values
 from common.types import Heads
 

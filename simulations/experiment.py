@@ -18,6 +18,7 @@ from client.solvers import open_solver
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
 from common.journal import FileJournal, read
+from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
 from common.tasks import Task, open_task
 from common.types import BadInput, Heads, RunFailed
@@ -133,6 +134,20 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _
     sites = read_sites(folder / "sites")
     experiment = Experiment(config, check(config), backbone, folder, entropy or _entropy(config), observe)
     return _complete(experiment, sites, checkpoint)
+
+
+def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
+    """Write a simulation as the files of its two owners: `run.yaml` and `sites/<site>/site.yaml`, for `flwr run`.
+
+    Raises:
+        BadInput: a setting that is wrong, or a folder that is not empty.
+    """
+    check(config)
+    _new_folder(config, folder)
+    kind = resolve("common.backbones", config.run.backbone, "run.backbone")
+    settings = Spec(**kind.model_dump(mode="json", exclude_none=True))  # Paths made absolute.
+    write_yaml(folder / "run.yaml", config.run.model_copy(update={"backbone": settings}))
+    return build_sites(config, folder.resolve() / "sites")
 
 
 def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:

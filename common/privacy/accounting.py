@@ -185,7 +185,7 @@ def _history(mechanisms: Iterable[Mechanism], delta: float) -> _History | None:
 def _epsilon(history: _History, delta: float) -> float:
     loose = _loose_epsilon(history, delta)
     error = _prv_error(loose, delta, sum(count for _, _, count in history))
-    if all(rate == 1.0 for _, rate, _ in history) or not loose > _SMALLEST_ERROR or error > _LARGEST_ERROR:
+    if all(rate == 1.0 for _, rate, _ in history) or loose <= _SMALLEST_ERROR or error > _LARGEST_ERROR:
         return loose
     from opacus.accountants import PRVAccountant
 

@@ -48,7 +48,9 @@ def test_twenty_rounds_cost_the_composed_truth_not_the_last_round(tmp_path: Path
         ledger.commit(charge(ledger, round_mechanism, round_=number))
     spent = opened(tmp_path, cap=6.0).spent()
     bounds = [
-        pld.from_gaussian_mechanism(1.5, sampling_prob=0.1, pessimistic_estimate=pessimistic)
+        pld.from_gaussian_mechanism(
+            1.5, sampling_prob=0.1, pessimistic_estimate=pessimistic, value_discretization_interval=5e-4
+        )
         .self_compose(200)
         .get_epsilon_for_delta(DELTA)
         for pessimistic in (False, True)

@@ -1,4 +1,4 @@
-"""The round loop against real sites, of which one misbehaves: the round stands, the offender is named, the rest count."""
+"""The round loop against real sites, one of which misbehaves: the round stands and the offender is named."""
 
 from __future__ import annotations
 
