@@ -1,7 +1,7 @@
 """An append-only file of facts that tells when it was edited, cut, reordered, emptied or replaced by an older copy.
 
-One folder holds `chain.jsonl` (one JSON object a line; each ends in an HMAC-SHA256 over the line before and itself),
-`chain.key` (32 random bytes, owner-only), `anchor.json` (how many lines there are and the last one's HMAC) and `lock`.
+One folder holds `ledger.jsonl` (one JSON object a line; each ends in an HMAC-SHA256 over the line before and itself),
+`ledger.key` (32 random bytes, owner-only), `anchor.json` (how many lines there are and the last one's HMAC) and `lock`.
 
 Order of an append, under the lock: line, fsync, anchor, fsync. So after a crash at any moment
 
@@ -34,7 +34,7 @@ from typing import Any
 from common.files import flush_folder, private_folder, write_atomic
 from common.types import LedgerDamaged
 
-_CHAIN, _KEY, _ANCHOR, _LOCK = "chain.jsonl", "chain.key", "anchor.json", "lock"
+_CHAIN, _KEY, _ANCHOR, _LOCK = "ledger.jsonl", "ledger.key", "anchor.json", "lock"
 _KEY_BYTES = 32
 _START = "0" * 64
 

@@ -214,9 +214,9 @@ class Sweep(Frozen):
 
 
 class Pretrain(Frozen):
-    """How `simulations pretrain` trains the run's backbone on public records."""
+    """How `simulations pretrain` trains the run's backbone on public records, those of all its sources together."""
 
-    source: Spec
+    sources: Annotated[list[Spec], Field(min_length=1)]
     column: str
     labels: Annotated[list[str], Field(min_length=2)]
     epochs: PositiveInt

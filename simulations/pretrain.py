@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from client.sources import open_source
-from common.backbones import open_untrained
-from common.config import SimulationConfig
+from client.sources import Source, open_source
+from common.backbones import Untrained, open_untrained
+from common.backbones.small_cnn import pretrained_tensors
+from common.config import Pretrain, SimulationConfig
 from common.files import write_atomic
 from common.types import BadInput
 from server.rounds import Observe
@@ -44,24 +45,31 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     untrained = open_untrained(config.run.backbone, "run.backbone", seed=plan.seed)
     if untrained.weights_path is None:
         raise BadInput("run.backbone.weights: expected a file to write the weights to, got nothing")
-    source = open_source(plan.source, "pretrain.source").open()
-    made_from = _digest(config, source.digest())
+    sources = [open_source(spec, f"pretrain.sources.{i}").open() for i, spec in enumerate(plan.sources)]
+    made_from = _digest(config, [source.digest() for source in sources])
     if _is_cached(untrained.weights_path, made_from):
         return Pretrained(untrained.weights_path, None, cached=True)
-    index = source.index()
-    unknown = {record.cells[plan.column] for record in index} - set(plan.labels)
-    if unknown:
-        raise BadInput(f"pretrain.labels: {len(unknown)} value(s) of column {plan.column!r} are not listed")
-    items = torch.stack([untrained.preprocess(source.load(position)) for position in range(len(index))])
-    labels = torch.tensor([plan.labels.index(record.cells[plan.column]) for record in index])
+    items, labels = _records(plan, sources, untrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         classifier = nn.Linear(untrained.feature_dim, len(plan.labels))
         accuracy = _fit(untrained.module, classifier, items, labels, config, observe)
-    state = {name: tensor.contiguous() for name, tensor in untrained.module.state_dict().items()}
+    state = pretrained_tensors(untrained.module, classifier)
     untrained.weights_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(untrained.weights_path, save(state, metadata={"made_from": made_from}))
     return Pretrained(untrained.weights_path, accuracy, cached=False)
+
+
+def _records(plan: Pretrain, sources: list[Source], untrained: Untrained) -> tuple[torch.Tensor, torch.Tensor]:
+    items, labels = [], []
+    for source in sources:
+        for position, record in enumerate(source.index()):
+            name = record.cells.get(plan.column)
+            if name not in plan.labels:
+                raise BadInput(f"pretrain.labels: {record.file} row {record.row} has another label in {plan.column!r}")
+            items.append(untrained.preprocess(source.load(position)))
+            labels.append(plan.labels.index(name))
+    return torch.stack(items), torch.tensor(labels)
 
 
 def _fit(
@@ -91,11 +99,11 @@ def _fit(
         return float((model(items).argmax(1) == labels).float().mean())
 
 
-def _digest(config: SimulationConfig, source_digest: str) -> str:
+def _digest(config: SimulationConfig, source_digests: list[str]) -> str:
     assert config.pretrain is not None
     backbone = config.run.backbone.model_dump(mode="json")
     backbone.pop("weights", None)
-    facts = {"pretrain": config.pretrain.model_dump(mode="json"), "backbone": backbone, "records": source_digest}
+    facts = {"pretrain": config.pretrain.model_dump(mode="json"), "backbone": backbone, "records": source_digests}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

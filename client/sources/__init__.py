@@ -6,7 +6,7 @@ row number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,11 @@ class Record:
         row: 1-based row (or position) in `file`, for messages to the site's own staff.
         file: name of the file that lists or holds the record.
         key: identity that survives reordering and re-export: a relative path or a hash of the content.
-        patient: patient id, None where the source has none.
+        patient: patient id, "" where it is blank, None where the source has none.
         split: "train" or "test" where the source decides, else None.
         cells: label columns, column name -> text ("" is missing).
+        identified: whether an equal key means the same record, so that it may not stand on both sides of a split.
+            Two people can have equal rows in a table; two equal pictures are one.
     """
 
     row: int
@@ -33,6 +35,7 @@ class Record:
     patient: str | None = field(repr=False)
     split: str | None
     cells: Mapping[str, str] = field(repr=False)
+    identified: bool = True
 
 
 class Source(Protocol):
@@ -58,11 +61,32 @@ class Source(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Example:
+    """A small instance of a kind: every kind is tested with its own.
+
+    Attributes:
+        settings: what a user would write.
+        secrets: texts of the written files (names, labels, patient ids) that no repr and no error may show.
+    """
+
+    settings: Mapping[str, Any]
+    secrets: Sequence[str] = ()
+
+
 class SourceKind(Protocol):
-    """What a plug-in file's class provides: settings, and `open`."""
+    """What a plug-in file's class provides: settings, and `open`.
+
+    Attributes:
+        rows: a CSV that restricts a site to some of the source's records; client/records.py applies it.
+    """
 
     kind: str
     rows: Path | None
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """At least four different records for tests; their files are written to `folder`, the same on every call."""
 
     def open(self) -> Source:
         """The opened source. Raises BadInput when the file is missing or lacks a column."""

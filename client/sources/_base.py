@@ -1,4 +1,4 @@
-"""What the kinds share: the restriction to some rows, and identities that survive reordering."""
+"""What the kinds share: the restriction to some rows, and an unambiguous digest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class SourceSettings(Plugin):
     """Base of every source's settings.
 
     Attributes:
-        rows: a CSV `row,split` of 1-based positions in the source's index; client/data.py applies it, so that sites
+        rows: a CSV `row,split` of 1-based positions in the source's index; client/records.py applies it, so that sites
             that share a source share its cached features.
     """
 

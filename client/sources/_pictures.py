@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
+import zlib
+from pathlib import Path
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 from PIL.ImageOps import exif_transpose
 
 from common.types import BadRecord
+
+# What Pillow's decoders were seen to raise, or document, when they meet arbitrary bytes.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def read_picture(file: IO[bytes]) -> Image.Image:
     """A fully decoded picture, turned as its EXIF says. Raises BadRecord: not a picture, or truncated."""
     try:
-        with Image.open(file) as opened:
+        # Pillow's warnings describe the file, and a picture with doubtful EXIF is still a picture.
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
             opened.load()
             turned: Image.Image = exif_transpose(opened)
             return turned
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadRecord("unreadable image") from error
+    except _UNREADABLE:
+        # From None: Pillow's own message may name the file, and so a patient.
+        raise BadRecord("unreadable image") from None
+
+
+def write_example_pictures(folder: Path, names: list[str]) -> None:
+    """Small different PNG pictures, the same on every call."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
-from client.sources import Record
+from client.sources import Example, Record
 from client.sources._base import SourceSettings, digest
 from client.sources._scatter import scatter
 
@@ -25,6 +26,12 @@ class Digits(SourceSettings):
     classes: Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(min_length=1)]
     canvas: Annotated[int, Field(ge=13)] = 20
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Two of the digits; there is nothing secret in them."""
+        del folder
+        return Example({"kind": "digits", "classes": [3, 8], "seed": 1})
 
     def open(self) -> ScatteredDigits:
         """The scattered digits."""
@@ -49,7 +56,7 @@ class ScatteredDigits:
 
     def digest(self) -> str:
         """Over all pictures."""
-        return digest([b"digits", self.images.tobytes()])
+        return digest([str(self.images.shape).encode(), self.images.tobytes()])
 
     def index(self) -> list[Record]:
         """All digits in scikit-learn's order."""

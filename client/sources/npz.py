@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from client.sources import Record
+from client.sources import Example, Record
 from client.sources._base import SourceSettings, digest
 from common.plugins import Frozen, LocalPath
-from common.types import BadInput, BadRecord
+from common.types import BadInput
+
+# What zipfile, zlib and numpy raise when they meet arbitrary bytes, an unknown compression or a password.
+_UNREADABLE = (EOFError, OSError, RuntimeError, SyntaxError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 class Part(Frozen):
-    """One part of the file: an input array and a label array for each column."""
+    """One part of the file.
+
+    Attributes:
+        inputs: array of images or vectors, one record each.
+        columns: column -> array of labels.
+        patient: array of patient ids.
+    """
 
     inputs: str
     columns: dict[str, str]
     patient: str | None = None
+
+    def per_record(self) -> list[str]:
+        """Arrays with one value for each record."""
+        return [*self.columns.values(), *([self.patient] if self.patient else [])]
 
 
 class Npz(SourceSettings):
@@ -33,31 +50,73 @@ class Npz(SourceSettings):
 
     kind: Literal["npz"]
     path: LocalPath
-    parts: dict[Literal["train", "test", "all"], Part]
+    parts: Annotated[dict[Literal["train", "test", "all"], Part], Field(min_length=1)]
     names: dict[str, str] = {}
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Three pictures to train on, two held out, labels as numbers with names."""
+        pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
+        np.savez(
+            folder / "arrays.npz",
+            train_x=pictures[:3],
+            test_x=pictures[3:],
+            train_y=np.array([0, 1, 1], dtype=np.uint8),
+            test_y=np.array([1, 0], dtype=np.uint8),
+            train_patient=np.array(["q7-ann", "q7-bea", "q7-bea"]),
+            test_patient=np.array(["q7-cem", "q7-dan"]),
+            classes=np.array(["z-benign", "z-malignant"]),
+        )
+        parts = {
+            part: {"inputs": f"{part}_x", "columns": {"finding": f"{part}_y"}, "patient": f"{part}_patient"}
+            for part in ("train", "test")
+        }
+        path = str(folder / "arrays.npz")
+        settings = {"kind": "npz", "path": path, "parts": parts, "names": {"finding": "classes"}}
+        return Example(settings, ["q7-", "z-benign", "z-malignant"])
 
     def open(self) -> Arrays:
         """The opened file. Raises BadInput: missing, not an npz file, an array missing or of another length."""
         try:
-            data = self.path.read_bytes()
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in self._wanted()}
-        except KeyError as error:
-            raise BadInput(f"{self.path}: expected an array called {error.args[0].split()[0]}, got none") from error
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{self.path}: expected a readable .npz file, got {type(error).__name__}") from error
+            with self.path.open("rb") as whole:
+                sha = hashlib.file_digest(whole, "sha256").hexdigest()
+                # np.load would also take a single array or a pickle.
+                if not zipfile.is_zipfile(whole):
+                    raise BadInput(f"{self.path}: expected an .npz file, got another format")
+                whole.seek(0)
+                with np.load(whole, allow_pickle=False) as file:
+                    absent = [name for name in self._wanted() if name not in file.files]
+                    if absent:
+                        raise BadInput(f"{self.path}: expected an array {absent[0]!r}, found none of that name")
+                    arrays = {name: np.asarray(file[name]) for name in self._wanted()}
+        except _UNREADABLE as error:
+            raise BadInput(
+                f"{self.path}: expected a readable .npz file without Python objects, got {type(error).__name__}"
+            ) from None
         for part in self.parts.values():
-            length = len(arrays[part.inputs])
-            for name in (*part.columns.values(), *([part.patient] if part.patient else [])):
-                if len(arrays[name]) != length:
-                    raise BadInput(f"{self.path}: expected {name} to be as long as {part.inputs} ({length})")
-        return Arrays(self, hashlib.sha256(data).hexdigest(), arrays)
+            self._check(part, arrays)
+        return Arrays(self, sha, arrays)
 
     def _wanted(self) -> list[str]:
         wanted = list(self.names.values())
         for part in self.parts.values():
-            wanted += [part.inputs, *part.columns.values(), *([part.patient] if part.patient else [])]
+            wanted += [part.inputs, *part.per_record()]
         return wanted
+
+    def _check(self, part: Part, arrays: Mapping[str, np.ndarray]) -> None:
+        if arrays[part.inputs].ndim < 2:
+            raise BadInput(f"{self.path}: expected {part.inputs!r} to hold one image or vector for each record")
+        for name in part.per_record():
+            if arrays[name].shape != arrays[part.inputs].shape[:1]:
+                raise BadInput(f"{self.path}: expected {name!r} to hold one value for each record of {part.inputs!r}")
+        for column, array in self.names.items():
+            numbers, names = arrays.get(part.columns.get(column, "")), arrays[array]
+            if numbers is None:
+                continue
+            if numbers.dtype.kind not in "iu" or names.ndim != 1:
+                raise BadInput(f"{self.path}: expected whole numbers in column {column!r} and a list of their names")
+            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(names):
+                raise BadInput(f"{self.path}: expected a name for each number in column {column!r}")
 
 
 @dataclass(frozen=True)
@@ -70,37 +129,32 @@ class Arrays:
 
     def digest(self) -> str:
         """Over the file's bytes and which arrays are the inputs."""
-        order = ",".join(f"{name}:{part.inputs}" for name, part in self.settings.parts.items())
-        return digest([self.sha.encode(), order.encode()])
+        parts = [text.encode() for name, part in self.settings.parts.items() for text in (name, part.inputs)]
+        return digest([self.sha.encode(), *parts])
 
     def index(self) -> list[Record]:
-        """Records part by part, in the file's order."""
+        """Records part by part, in the file's order; `row` counts on from part to part."""
         records: list[Record] = []
         for split, part in self.settings.parts.items():
             inputs = self.arrays[part.inputs]
             columns = {column: self._texts(column, name) for column, name in part.columns.items()}
-            patients = None if part.patient is None else [str(value) for value in self.arrays[part.patient]]
+            patients = None if part.patient is None else _as_texts(self.arrays[part.patient])
             for row in range(len(inputs)):
                 records.append(
                     Record(
                         row=len(records) + 1,
                         file=self.settings.path.name,
                         key=hashlib.sha256(np.ascontiguousarray(inputs[row]).tobytes()).hexdigest(),
-                        patient=patients[row] if patients else None,
+                        patient=patients[row] if patients is not None else None,
                         split=None if split == "all" else split,
                         cells={column: texts[row] for column, texts in columns.items()},
                     )
                 )
         return records
 
-    def _texts(self, column: str, array: str) -> list[str]:
-        values = self.arrays[array]
-        if column in self.settings.names:
-            names = self.arrays[self.settings.names[column]]
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < len(names):
-                raise BadInput(f"{self.settings.path}: column {column!r} has a number outside its names")
-            values = names[values]
-        return [str(value) for value in values]
+    def _texts(self, column: str, name: str) -> list[str]:
+        values = self.arrays[name]
+        return _as_texts(self.arrays[self.settings.names[column]][values] if column in self.settings.names else values)
 
     def load(self, position: int) -> Any:
         """One image or vector."""
@@ -109,4 +163,11 @@ class Arrays:
             if position < len(inputs):
                 return inputs[position]
             position -= len(inputs)
-        raise BadRecord("no such row")
+        raise IndexError("no record at this position")
+
+
+def _as_texts(values: np.ndarray) -> list[str]:
+    """Labels or ids as text; NaN is a missing one."""
+    if values.dtype.kind == "S":
+        return [value.decode("utf-8", errors="replace").strip() for value in values.tolist()]
+    return ["" if value != value else str(value).strip() for value in values.tolist()]

@@ -2,107 +2,119 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import pandas as pd
+from pydantic import Field, model_validator
 
-from client.sources import Record
+from client.sources import Example, Record
 from client.sources._base import SourceSettings, digest
+from client.sources._frame import Separator, read_frame, require_columns
 from common.plugins import LocalPath
-from common.types import BadInput
 
 
 class Table(SourceSettings):
     """Settings of a table.
 
     Attributes:
+        separator: of a text file: one character, or `whitespace`.
         columns: names of the columns of a file without a header.
         inputs: columns given to the backbone; labels never are by accident.
+        patient_column: column of patient ids.
+        split_column: column of `train`, `test` or nothing.
         missing_values: texts that mean "nothing"; they are read as "".
         complete: columns that must not be missing: rows that lack one are no records at all.
     """
 
     kind: Literal["table"]
     path: LocalPath
-    separator: str = ","
+    separator: Separator = ","
     header: bool = True
     columns: list[str] | None = None
-    inputs: list[str]
+    inputs: Annotated[list[str], Field(min_length=1)]
     patient_column: str | None = None
     split_column: str | None = None
     missing_values: list[str] = [""]
     complete: list[str] = []
 
+    @model_validator(mode="after")
+    def _names_come_from_one_place(self) -> Table:
+        if self.header == (self.columns is not None):
+            raise ValueError("columns: expected names exactly where `header: false` says that the file has none")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Five rows, one incomplete, two equal but for the patient."""
+        lines = [
+            ["age", "dose", "patient", "finding"],
+            ["41", "1.0", "q7-ann", "z-benign"],
+            ["52", "", "q7-bea", "z-malignant"],
+            ["63", "0.5", "q7-cem", "z-benign"],
+            ["74", "2", "q7-dan", "z-malignant"],
+            ["41", "1.0", "q7-eve", "z-malignant"],
+            ["85", "3", "q7-fay", "z-benign"],
+        ]
+        with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
+        settings = {
+            "kind": "table",
+            "path": str(folder / "rows.csv"),
+            "inputs": ["age", "dose"],
+            "patient_column": "patient",
+            "complete": ["dose"],
+        }
+        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+
     def open(self) -> Rows:
         """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
-        frame = read_frame(self.path, self.separator, self.columns if not self.header else None)
-        named = [*self.inputs, *self.complete, *filter(None, (self.patient_column, self.split_column))]
-        for name in named:
-            if name not in frame.columns:
-                raise BadInput(f"{self.path}: expected a column {name!r}; it has {', '.join(map(str, frame.columns))}")
+        frame = read_frame(self.path, self.separator, self.columns)
+        require_columns(frame, self.path, [*self.inputs, *self.complete, self.patient_column, self.split_column])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
-        lines = list(range(1, len(frame) + 1))
         if self.complete:
-            whole = (frame[self.complete] != "").all(axis=1)
-            lines = [line for line, keep in zip(lines, whole, strict=True) if keep]
-            frame = frame[whole]
-        return Rows(self, frame.to_dict("records"), tuple(lines))
-
-
-def read_frame(path: LocalPath, separator: str = ",", columns: list[str] | None = None) -> pd.DataFrame:
-    """A table with every cell as stripped text; "" where a cell is empty.
-
-    Args:
-        path: .parquet, or text in any other case.
-        separator: between the cells of a text file.
-        columns: names for a file without a header.
-    """
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path).astype("string").fillna("")
-        else:
-            frame = pd.read_csv(
-                path,
-                sep=separator,
-                dtype=str,
-                keep_default_na=False,
-                skipinitialspace=True,
-                header=None if columns else "infer",
-                names=columns,
-            )
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from error
-    return frame.map(str.strip)
+            frame = frame[(frame[self.complete] != "").all(axis=1)]
+        return Rows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An opened table."""
+    """An opened table.
+
+    Attributes:
+        rows: its records.
+        numbers: where each stands among the file's rows, the header and blank lines not counted.
+    """
 
     settings: Table
     rows: list[dict[str, str]] = field(repr=False)
-    lines: tuple[int, ...] = field(repr=False)
+    numbers: tuple[int, ...] = field(repr=False)
 
     def digest(self) -> str:
         """Over the input columns of all rows."""
-        return digest("\0".join([name, *(row[name] for row in self.rows)]).encode() for name in self.settings.inputs)
+        inputs = self.settings.inputs
+        return digest(text.encode() for texts in (inputs, *map(self._inputs, self.rows)) for text in texts)
+
+    def _inputs(self, row: Mapping[str, str]) -> list[str]:
+        return [row[name] for name in self.settings.inputs]
 
     def index(self) -> list[Record]:
-        """Rows in the file's order; `row` counts the file's data rows."""
+        """Rows in the file's order. Rows with equal inputs have equal keys: they fall on the same side of a split."""
         own = self.settings
         return [
             Record(
-                row=line,
+                row=number,
                 file=own.path.name,
-                key=hashlib.sha256("\0".join(row[name] for name in own.inputs).encode()).hexdigest(),
+                key=hashlib.sha256("\0".join(self._inputs(row)).encode()).hexdigest(),
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
+                identified=False,
             )
-            for line, row in zip(self.lines, self.rows, strict=True)
+            for number, row in zip(self.numbers, self.rows, strict=True)
         ]
 
     def load(self, position: int) -> Mapping[str, Any]:

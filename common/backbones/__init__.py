@@ -50,11 +50,13 @@ class Pretrained:
         state: tensors of `Kind.architecture().module`, by name.
         classifier_KD: weights of the pre-training's classifier, for a projection; None where there are none.
         shift_D: predicted mean of the features, for a projection; None where nothing predicts it.
+        scale: factor on the features; 1 unless the weights are random.
     """
 
     state: Mapping[str, Tensor]
     classifier_KD: Tensor | None = None
     shift_D: Tensor | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Kind(Protocol):
         """The weights. Called at the coordinator only. Raises BadInput: missing, misfit, a pickle with code."""
 
     def random(self) -> Pretrained:
-        """Weights drawn from torch's current generator. Raises BadInput where the kind has no weights."""
+        """Weights drawn from torch's current generator (see `_random`). Raises BadInput if the kind has no weights."""
 
     def weights_file(self) -> Path | None:
         """The local file that `pretrained` reads, if it reads one."""
@@ -122,11 +124,14 @@ class Kind(Protocol):
 
 @final
 class FrozenEncoder(nn.Module):
-    """Encoder, then projection: no parameter takes a gradient, and eval mode never ends."""
+    """Encoder, scale, projection: no parameter takes a gradient, and eval mode never ends."""
+
+    scale: Tensor
 
     def __init__(self, encoder: nn.Module, projection: ProjectionLayer) -> None:
         super().__init__()
         self.encoder = encoder
+        self.register_buffer("scale", torch.ones(()))
         self.projection = projection
         self.requires_grad_(False)
         self.train(False)
@@ -139,7 +144,7 @@ class FrozenEncoder(nn.Module):
 
     def forward(self, items_B: Tensor) -> Tensor:
         """features_BD in float32."""
-        features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32))
+        features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32) * self.scale)
         return features_BD
 
 
@@ -280,6 +285,7 @@ def _assemble(kind: Kind, weights: Callable[[], Pretrained], key: str) -> Backbo
     try:
         parts = weights()
         state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
+        state["scale"] = torch.tensor(parts.scale)
         projection = projection_state(kind.projection, parts.classifier_KD, parts.shift_D)
         state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
         return _frozen(kind.resolved(), state, "weights")

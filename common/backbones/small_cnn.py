@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.backbones import Architecture, Example, Pretrained
 from common.backbones._images import grey
 from common.backbones._projection import Projection, batch_norm_shift
+from common.backbones._random import random_weights
 from common.backbones._weights import load_strict, read_state
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput, BadRecord
@@ -100,7 +101,7 @@ class SmallCnn(Plugin):
         encoder = self.architecture()
         # More classes than features, so that any projection the pre-trained weights allow is possible here too.
         classifier = nn.Linear(encoder.feature_dim, encoder.feature_dim + 1)
-        return self._parts(encoder, classifier.weight.detach())
+        return random_weights(encoder, classifier.weight, torch.rand(4, 1, self.input_size, self.input_size))
 
     def weights_file(self) -> Path | None:
         """The file that pre-training writes."""

@@ -18,6 +18,7 @@ from torchvision import models
 from common.backbones import Architecture, Example, Pretrained
 from common.backbones._image_preprocessing import ImagePreprocessing
 from common.backbones._projection import Projection, batch_norm_shift
+from common.backbones._random import random_weights
 from common.backbones._weights import load_strict, read_state
 from common.errors import nearest
 from common.plugins import LocalPath, Plugin
@@ -113,7 +114,11 @@ class Torchvision(Plugin):
 
     def random(self) -> Pretrained:
         """Weights as torchvision initialises them."""
-        return self._parts(self._full())
+        encoder, classifier = self._split(self._full())
+        # Standardised images have about mean 0 and variance 1.
+        side = self._preprocessing().side
+        architecture = Architecture(encoder, classifier.in_features)
+        return random_weights(architecture, classifier.weight, torch.randn(4, 3, side, side))
 
     def weights_file(self) -> Path | None:
         """The local weights, if they are local."""

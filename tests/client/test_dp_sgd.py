@@ -38,6 +38,18 @@ class SilentStream(NoiseStream):
         return np.zeros(shape)
 
 
+class CountingSilentStream(SilentStream):
+    """Also counts how often noise was drawn."""
+
+    def __init__(self, key: bytes) -> None:
+        NoiseStream.__init__(self, key)
+        self.draws = 0
+
+    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
+        self.draws += 1
+        return np.zeros(shape)
+
+
 def heads() -> dict[str, nn.Module]:
     made = initial_heads(TASKS, {name: FEATURES for name in TASKS}, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -64,11 +76,11 @@ def site(seed: int, num_units: int, records_per_unit: int, *, missing: float = 0
     return Units(num_units, tasks)
 
 
-def first(units: Units, count: int) -> Units:
-    """The first units of a site with one record each."""
-    rows = slice(count)
+def part(units: Units, rows: slice) -> Units:
+    """Some units of a site with one record each."""
+    count = len(range(units.num_units)[rows])
     tasks = {
-        name: TaskRecords.of(t.features_RD[rows], t.labels[rows], t.mask_R[rows], t.unit_R[rows], count)
+        name: TaskRecords.of(t.features_RD[rows], t.labels[rows], t.mask_R[rows], torch.arange(count), count)
         for name, t in units.tasks.items()
     }
     return Units(count, tasks)
@@ -124,14 +136,23 @@ def test_the_released_sum_is_that_of_a_loop_over_units(
             assert -delta.heads[name][key] * SIZES[name] == pytest.approx(value, abs=1e-5, rel=1e-5)
 
 
-def test_a_sample_clipped_in_parts_gives_the_same_sum_and_one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = site(3, 30, 2)
-    whole = solve(solver(), units, plan(steps=3, rate=0.5), NoiseStream(KEY))
-    monkeypatch.setattr(_private_step, "_CHUNK_VALUES", 400)  # A few units at once; the memory bound is no setting.
-    parts = solve(solver(), units, plan(steps=3, rate=0.5), NoiseStream(KEY))
-    for name in TASKS:
-        for key, value in whole.heads[name].items():
-            assert parts.heads[name][key] == pytest.approx(value, abs=1e-5)
+def test_a_sample_too_large_for_memory_is_clipped_in_parts_and_noised_once() -> None:
+    wide = {
+        "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": {"hidden": 4096}}, "grade")
+    }
+    modules = initial_heads(wide, {"grade": FEATURES}, seed=1)
+    weights = sum(parameter.numel() for parameter in modules["grade"].parameters())
+    count = 1 + _private_step._CHUNK_VALUES // weights
+    everyone = site(3, count, 1, missing=0.0).only(["grade"])
+    stream = CountingSilentStream(KEY)
+
+    def released_sum(units: Units) -> np.ndarray:
+        delta = solver().solve(modules, wide, units, plan=plan(), public_sizes={"grade": 1}, stream=stream)
+        return np.concatenate([value.ravel() for value in delta.heads["grade"].values()])
+
+    parts = released_sum(part(everyone, slice(9))) + released_sum(part(everyone, slice(9, count)))
+    assert released_sum(everyone) == pytest.approx(parts, abs=1e-4)
+    assert stream.draws == 3
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.4])
@@ -192,7 +213,7 @@ def test_the_number_of_tasks_is_not_in_the_price() -> None:
         delta = solver().solve(
             modules,
             {name: TASKS[name] for name in names},
-            first(units, 1).only(names),
+            part(units, slice(1)).only(names),
             plan=plan(clip_norm=0.2),
             public_sizes={name: 1 for name in names},
             stream=SilentStream(KEY),

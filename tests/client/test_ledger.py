@@ -84,7 +84,7 @@ def test_a_refused_charge_spends_nothing_and_is_logged(tmp_path: Path) -> None:
     charge(ledger, gaussian(30.0))  # A smaller one still passes.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(sigmas=st.lists(st.floats(0.5, 20), min_size=1, max_size=8))
 def test_the_composed_total_never_exceeds_the_cap(
     sigmas: list[float], tmp_path_factory: pytest.TempPathFactory
@@ -216,7 +216,7 @@ def test_registries_do_not_share_a_ledger(tmp_path: Path) -> None:
 def test_a_damaged_ledger_stops_every_use(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     charge(ledger, gaussian(2.0))
-    path = tmp_path / "oncology" / "chain.jsonl"
+    path = tmp_path / "oncology" / "ledger.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"noise_multiplier":2.0', b'"noise_multiplier":9.0'))
     for use in (lambda: opened(tmp_path), ledger.spent, ledger.entries, lambda: charge(ledger, gaussian(9.0))):
         with pytest.raises(LedgerDamaged, match="oncology"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.backbones import Backbone, open_pretrained
@@ -25,6 +25,7 @@ def inputs(backbone: Backbone, row: Any) -> list[float]:
     return values
 
 
+@settings(deadline=None)
 @given(value=st.floats(-1000, 1000))
 def test_a_number_is_scaled_by_its_range_and_clipped(value: float) -> None:
     (scaled,) = inputs(table(AGE), {"age": repr(value)})
@@ -76,7 +77,7 @@ def test_vectors_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("values", "message"),
     [
         ({}, "exactly one of columns and dim"),
         ({"dim": 3, "columns": [AGE]}, "exactly one of columns and dim"),
@@ -93,9 +94,9 @@ def test_vectors_are_taken_as_they_are() -> None:
         ({"dim": 3, "projection": {"dim": 2, "normalize": True}}, r"backbone\.projection\.dim: expected null"),
     ],
 )
-def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        open_pretrained({"kind": "identity", **settings}, "backbone")
+        open_pretrained({"kind": "identity", **values}, "backbone")
 
 
 def test_ranges_levels_and_imputed_values_are_part_of_the_digest() -> None:

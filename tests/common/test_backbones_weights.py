@@ -104,7 +104,7 @@ def test_a_digest_covers_settings_names_types_shapes_and_every_byte() -> None:
     changed[5] = changed[5].nextafter(torch.tensor(9.0))
     others = [
         digest_of("spec ", state.items()),
-        digest_of("spec", {"c": state["a"], "b": state["b"]}.items()),
+        digest_of("spec", {"aa": state["a"], "b": state["b"]}.items()),
         digest_of("spec", {**state, "a": state["a"].reshape(2, 3)}.items()),
         digest_of("spec", {**state, "a": state["a"].view(torch.int32)}.items()),
         digest_of("spec", {**state, "a": changed}.items()),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cells import number, position
@@ -32,6 +32,7 @@ def test_yaml_numbers_are_labels_and_cells_match_them_as_numbers(cell: str) -> N
     assert classification().decode(torch.eye(3)) == ["5", "6", "7"]
 
 
+@settings(deadline=None)
 @given(value=st.one_of(st.integers(-(10**6), 10**6), st.floats(allow_nan=False, allow_infinity=False)))
 def test_a_number_survives_its_text(value: float) -> None:
     assert number(str(value)) == float(value)
@@ -46,7 +47,7 @@ def test_text_wins_over_number_and_other_spellings_are_no_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("values", "message"),
     [
         ({"kind": "classification", "labels": ["a"]}, r"tasks\.t\.labels"),
         ({"kind": "classification", "labels": ["a", "a"]}, "distinct"),
@@ -67,9 +68,9 @@ def test_text_wins_over_number_and_other_spellings_are_no_numbers() -> None:
         ({"kind": "clasification"}, "nearest: 'classification'"),
     ],
 )
-def test_wrong_settings_are_one_sentence_with_the_key(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_one_sentence_with_the_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
-        open_task(settings, "tasks.t")
+        open_task(values, "tasks.t")
     assert str(caught.value).startswith("tasks.t")
 
 
@@ -77,6 +78,12 @@ def test_several_cells_or_none_are_no_class() -> None:
     for cells in ([], ["5", "6"], [""]):
         with pytest.raises(BadRecord):
             classification().encode(cells)
+
+
+def test_a_classes_loss_is_its_negative_log_probability() -> None:
+    outputs = torch.tensor([[0.0, 1.0, -2.0]]).expand(3, 3)
+    expected = outputs[0].double().exp().sum().log() - outputs[0].double()
+    torch.testing.assert_close(classification().losses(outputs, torch.arange(3)).double(), expected)
 
 
 def test_a_missing_class_costs_nothing() -> None:

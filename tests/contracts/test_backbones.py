@@ -82,6 +82,16 @@ def test_train_thaws_nothing(backbone: Backbone, example: Example) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_encodes_the_same_features(backbone: Backbone, example: Example) -> None:
+    inputs = inputs_of(backbone, example)
+    features = backbone.encode(inputs)
+    moved = backbone.to(torch.device("cuda"))
+    # TF32 convolutions keep three decimal places.
+    torch.testing.assert_close(moved.encode(inputs), features, rtol=1e-2, atol=1e-2)
+    assert moved.blob() == open_pretrained(example.settings, "backbone").blob()
+
+
 def test_heads_train_on_encoded_features(backbone: Backbone, example: Example) -> None:
     features = backbone.encode(inputs_of(backbone, example))
     head = nn.Linear(backbone.feature_dim, 2)
@@ -150,7 +160,7 @@ def test_a_projection_of_the_same_weights_is_another_backbone(backbone: Backbone
 
 
 def test_a_random_backbone_has_the_same_shape_and_other_features(backbone: Backbone, example: Example) -> None:
-    if not state_of(backbone):
+    if not list(backbone.module.parameters()):
         with pytest.raises(BadInput, match="backbone.kind"):
             open_random(example.settings, "backbone", seed=1)
         return
@@ -161,6 +171,20 @@ def test_a_random_backbone_has_the_same_shape_and_other_features(backbone: Backb
     assert len({first.digest, other.digest, backbone.digest}) == 3
     assert torch.equal(first.encode(inputs), same.encode(inputs))
     assert first.encode(inputs).shape == backbone.encode(inputs).shape
+
+
+def test_random_features_are_as_large_as_real_ones_and_differ_between_items(example: Example) -> None:
+    plain = {**example.settings, "projection": None}
+    shifted = {**example.settings, "projection": {"shift": "batch_norm", "normalize": True}}
+    if not list(open_pretrained(plain, "backbone").module.parameters()):
+        pytest.skip("this kind has no weights")
+    for settings in (plain, shifted):
+        backbone = open_random(settings, "backbone", seed=1)
+        features_BD = backbone.encode(inputs_of(backbone, example))
+        if settings is plain:
+            assert 0.1 < features_BD.square().mean().sqrt() < 10
+        # An untrained BatchNorm normalises nothing: without care all items end in one point.
+        assert features_BD.std(0).norm() > 0.01 * features_BD.norm(dim=1).mean()
 
 
 def test_an_unusable_item_is_a_bad_record_that_does_not_repeat_it(backbone: Backbone) -> None:

@@ -153,14 +153,14 @@ def flat(delta: Delta) -> np.ndarray:
 
 
 def dead_weights(delta: Delta) -> np.ndarray:
-    """Changes of weights that no record touches: noise and nothing else."""
+    """Changes of weights that no record touches, one row for each output: noise and nothing else."""
     grids = [delta.heads["grade"]["weight"], delta.heads["keys"]["weight"], delta.heads["train"]["0.weight"]]
-    return np.concatenate([grid[:, FEATURES:].ravel() for grid in grids]).astype(np.float64)
+    return np.concatenate([grid[:, FEATURES:] for grid in grids]).astype(np.float64)
 
 
 def has_scale(values: np.ndarray, std: float) -> bool:
     """Whether values may come from N(0, std^2): chi-square, both tails, false alarm once in a million."""
-    tail = chi2.cdf(np.sum((values / std) ** 2), len(values))
+    tail = chi2.cdf(np.sum((values / std) ** 2), values.size)
     return 5e-7 < tail < 1 - 5e-7
 
 
@@ -213,7 +213,16 @@ def test_noise_has_the_claimed_scale_where_no_record_reaches(kind: str, people: 
     assert has_scale(noise, claimed)
     assert not has_scale(noise, claimed * 2 / 3)
     assert not has_scale(noise, claimed * 3 / 2)
-    assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 5 / np.sqrt(len(noise))
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_every_class_task_and_weight_has_noise_of_its_own(kind: str) -> None:
+    plan = plan_of(kind, steps=2, sampling_rate=1.0)
+    noise = dead_weights(solve(kind, site(SOME), plan, NoiseStream(KEY)))
+    between_rows = np.corrcoef(noise) - np.eye(len(noise))
+    assert np.abs(between_rows).max() < 5 / np.sqrt(DEAD)
+    flattened = noise.ravel()
+    assert abs(np.corrcoef(flattened[:-1], flattened[1:])[0, 1]) < 5 / np.sqrt(flattened.size)
 
 
 @pytest.mark.parametrize("kind", PRIVATE)
@@ -294,13 +303,17 @@ def test_a_delta_has_the_heads_names_shapes_and_type_and_leaves_them_alone(kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_label_contributes_nothing_and_changes_no_weight(kind: str) -> None:
-    """A patient with two records, one of them without label, counts half, not one."""
+    """A patient's two equal records count like one; when one of them has no label, they count half."""
     plan = plan_of(kind, steps=1, sampling_rate=1.0)
     if plan.private:
         plan = replace(plan, clip_norm=1e6)
+    one = Person(((3, None),), (True,) * 9)
     both = Person(((3, None), (3, None)), (True,) * 9)
     half = Person(((3, None), (3, None)), (True,) * 3 + (False,) * 6)
     none = Person(((3, None), (3, None)), (False,) * 9)
+    assert released_sum(kind, site([both]), plan, 1) == pytest.approx(
+        released_sum(kind, site([one]), plan, 1), abs=1e-5
+    )
     assert released_sum(kind, site([half]), plan, 1) == pytest.approx(
         released_sum(kind, site([both]), plan, 1) / 2, abs=1e-5
     )

@@ -1,0 +1,83 @@
+"""Read a table with every cell as text. No message repeats a cell, and none a column name that the file holds: where a
+file has no header, its first record would be taken for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+from pydantic import AfterValidator
+
+from common.types import BadInput
+
+WHITESPACE = "whitespace"
+
+
+def _one_character(value: str) -> str:
+    if len(value) != 1 and value != WHITESPACE:
+        raise ValueError(f"expected one character or {WHITESPACE!r}, got {value!r}")
+    return value
+
+
+Separator = Annotated[str, AfterValidator(_one_character)]
+"""What stands between the cells of a text file: one character, or any amount of white space."""
+
+
+def read_frame(path: Path, separator: str = ",", columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A table of stripped texts; "" where a cell is empty or a row ends early.
+
+    Args:
+        path: .parquet, or text in any other case.
+        separator: see `Separator`.
+        columns: names for a text file without a header.
+
+    Returns:
+        The table, without columns whose name occurs twice: to ask for one of them is an error.
+
+    Raises:
+        BadInput: missing, unreadable, a row longer than the first, or another number of columns than `columns`.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            frame = pd.read_parquet(path).astype("string")
+            frame.columns = [str(name) for name in frame.columns]
+        else:
+            frame = _read_text(path, separator)
+    except (OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        # From None: a parser's own message may quote the file.
+        raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from None
+    if path.suffix.lower() != ".parquet":
+        if columns is None:
+            columns, frame = [str(name).strip() for name in frame.iloc[0].fillna("")], frame.iloc[1:]
+        if len(columns) != frame.shape[1]:
+            raise BadInput(f"{path}: expected {len(columns)} columns, as many as `columns` names, got {frame.shape[1]}")
+        frame.columns = list(columns)
+    frame = frame.loc[:, ~frame.columns.duplicated(keep=False)].reset_index(drop=True)
+    return frame.fillna("").map(str.strip)
+
+
+def _read_text(path: Path, separator: str) -> pd.DataFrame:
+    # Always without a header: pandas silently takes leading columns for an index where the first row is longer than
+    # the names.
+    return pd.read_csv(
+        path,
+        sep=r"\s+" if separator == WHITESPACE else separator,
+        header=None,
+        dtype=str,
+        keep_default_na=False,
+        skipinitialspace=True,
+        encoding="utf-8-sig",
+    )
+
+
+def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]) -> None:
+    """Raise BadInput for the first name that is no column of the table."""
+    for name in names:
+        if name is not None and name not in frame.columns:
+            raise BadInput(
+                f"{path}: expected exactly one column {name!r} among its {frame.shape[1]}; see the file's first line, "
+                "or name the columns of a file without a header"
+            )

@@ -1,0 +1,156 @@
+"""Every source kind found in the folder, each with its own example: a deterministic order, a digest that moves with the
+content, and nothing of a record in any repr or error, also where its files are damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.sources import Example, Source, open_source
+from common.plugins import kinds, plugin_class
+from common.types import BadInput, BadRecord
+
+UNREADABLE = "unreadable"
+GARBAGE = b"\x00q7-garbage\xff"
+
+
+@pytest.fixture(params=kinds("client.sources"))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def example(kind: str, tmp_path: Path) -> Example:
+    return plugin_class("client.sources", kind).example(tmp_path)
+
+
+def opened(example: Example) -> Source:
+    return open_source(example.settings, "sources.rows").open()
+
+
+def plain(item: Any) -> Any:
+    """Content that can be compared."""
+    if isinstance(item, Image.Image):
+        return item.mode, item.size, item.tobytes()
+    if isinstance(item, np.ndarray):
+        return item.dtype.str, item.shape, item.tobytes()
+    return dict(item)
+
+
+def contents(source: Source) -> list[Any]:
+    """Every record's content, or that it has none."""
+    found: list[Any] = []
+    for position in range(len(source.index())):
+        try:
+            found.append(plain(source.load(position)))
+        except BadRecord:
+            found.append(UNREADABLE)
+    return found
+
+
+def damaged(folder: Path) -> Iterator[Path]:
+    """The folder with one file changed in one place at a time; restored between and after."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole, status = path.read_bytes(), path.stat()
+        places = sorted({len(whole) * step // 16 for step in range(16)})
+        flipped = [whole[:at] + bytes([whole[at] ^ 0x15]) + whole[at + 1 :] for at in places]
+        for number, data in enumerate([*flipped, whole[: len(whole) // 2], b"", GARBAGE, GARBAGE + whole]):
+            path.write_bytes(data)
+            # A clock tick later: two writes within one would look the same.
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (number + 1) * 10**9))
+            yield path
+        path.unlink()
+        yield path
+        path.write_bytes(whole)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def shown(error: BaseException) -> str:
+    """All that a log would show of an error."""
+    return "".join(traceback.format_exception(error)) + repr(error)
+
+
+def test_opening_twice_gives_the_same_records_in_the_same_order(example: Example) -> None:
+    first, second = opened(example), opened(example)
+    assert first.index() == second.index()
+    assert first.digest() == second.digest()
+    assert contents(first) == contents(second)
+
+
+def test_the_index_is_complete_and_keys_do_not_depend_on_where_the_data_lie(
+    kind: str, example: Example, tmp_path: Path
+) -> None:
+    index = opened(example).index()
+    assert len(index) >= 4
+    assert len({record.row for record in index}) == len(index)
+    assert all(record.row >= 1 and record.file and record.key for record in index)
+    assert all(record.split in (None, "train", "test") for record in index)
+    assert all(record.cells and record.cells.keys() == index[0].cells.keys() for record in index)
+    assert all(isinstance(cell, str) for record in index for cell in record.cells.values())
+    (tmp_path / "elsewhere").mkdir()
+    moved = opened(plugin_class("client.sources", kind).example(tmp_path / "elsewhere"))
+    assert [dataclasses.replace(record, file="") for record in moved.index()] == [
+        dataclasses.replace(record, file="") for record in index
+    ]
+
+
+def test_the_example_shows_different_content(example: Example) -> None:
+    source = opened(example)
+    assert len({str(item) for item in contents(source)}) >= 4
+    assert re.fullmatch("[0-9a-f]{64}", source.digest())
+
+
+def test_restricting_a_source_to_rows_leaves_index_and_digest_whole(example: Example, tmp_path: Path) -> None:
+    restricted = Example({**example.settings, "rows": str(tmp_path / "not-read-here.csv")})
+    assert opened(restricted).digest() == opened(example).digest()
+    assert opened(restricted).index() == opened(example).index()
+
+
+def test_the_digest_changes_whenever_any_content_changes(example: Example, tmp_path: Path) -> None:
+    before = opened(example)
+    digest, whole = before.digest(), contents(before)
+    for path in damaged(tmp_path):
+        try:
+            source = opened(example)
+        except BadInput:
+            continue
+        if contents(source) != whole:
+            assert source.digest() != digest, f"{path.name} was changed"
+    assert opened(example).digest() == digest
+
+
+def test_no_repr_and_no_error_shows_a_record_however_its_files_are_damaged(example: Example, tmp_path: Path) -> None:
+    secrets = [*example.secrets, "q7-garbage"]
+    kind = open_source(example.settings, "sources.rows")
+    for _ in [None, *damaged(tmp_path)]:
+        errors: list[BaseException] = []
+        try:
+            source = kind.open()
+            texts = [repr(source), str(source), *map(repr, source.index())]
+            for position in range(len(source.index())):
+                try:
+                    source.load(position)
+                except BadRecord as error:
+                    errors.append(error)
+        except BadInput as error:
+            texts = []
+            errors.append(error)
+        for text in [*texts, *map(shown, errors)]:
+            assert not [secret for secret in secrets if secret in text]
+
+
+def test_an_error_names_the_file_that_is_missing(example: Example, tmp_path: Path) -> None:
+    if "path" not in example.settings:
+        pytest.skip("this kind reads no file")
+    absent = Example({**example.settings, "path": str(tmp_path / "absent.csv")})
+    with pytest.raises(BadInput, match=r"absent\.csv: expected"):
+        opened(absent)
