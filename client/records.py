@@ -140,13 +140,16 @@ def _chosen(rows: Path | None, count: int) -> dict[int, str]:
     chosen: dict[int, str] = {}
     try:
         with rows.open(newline="", encoding="utf-8-sig") as file:
-            for line in csv.DictReader(file):
+            reader = csv.DictReader(file)
+            if not {"row", "split"} <= set(reader.fieldnames or ()):
+                raise BadInput(f"{rows}: expected columns row,split in its first line")
+            for line in reader:
                 position = int(line["row"]) - 1
                 if not 0 <= position < count or position in chosen:
                     raise BadInput(f"{rows}: expected each row once and within the source, got {position + 1}")
                 chosen[position] = (line["split"] or "").strip()
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise BadInput(f"{rows}: expected columns row,split, got {type(error).__name__}") from None
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise BadInput(f"{rows}: expected rows of a number and a side, got {type(error).__name__}") from None
     return chosen
 
 

@@ -170,7 +170,7 @@ def roll_call(desk: Desk, backbone: Backbone) -> list[Member]:
             budget_epsilon=reply.budget_epsilon,
         )
     _write_aside(desk, aside, {}, at="join")
-    return _enough(desk, list(members.values()), "joined")
+    return _enough(desk, list(members.values()), "joined", aside)
 
 
 def hand_out(desk: Desk, members: list[Member], backbone: Backbone) -> list[Member]:
@@ -190,7 +190,7 @@ def hand_out(desk: Desk, members: list[Member], backbone: Backbone) -> list[Memb
         if not member.has_backbone:
             desk.journal.write("backbone_sent", site=member.site, bytes=sent[member.node_id])
     _write_aside(desk, aside, names, at="prepare")
-    return _enough(desk, [member for member in members if member.node_id in good], "ready")
+    return _enough(desk, [member for member in members if member.node_id in good], "ready", aside)
 
 
 def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int) -> tuple[Checkpoint, set[str]]:
@@ -272,9 +272,10 @@ def _join_problem(run: RunConfig, reply: wire.JoinReply, members: Mapping[str, M
     return None
 
 
-def _enough(desk: Desk, members: list[Member], what: str) -> list[Member]:
+def _enough(desk: Desk, members: list[Member], what: str, aside: list[SetAside]) -> list[Member]:
     if len(members) < desk.run.cohort.min_sites:
-        raise RunFailed(f"expected at least {desk.run.cohort.min_sites} site(s) {what}, got {len(members)}")
+        reasons = ", ".join(sorted({item.reason for item in aside})) or "no site was there"
+        raise RunFailed(f"expected at least {desk.run.cohort.min_sites} site(s) {what}, got {len(members)}: {reasons}")
     return sorted(members, key=lambda member: member.site)
 
 

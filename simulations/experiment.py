@@ -114,7 +114,7 @@ def run(
     folder = _new_folder(config, out)
     write_yaml(folder / "config.yaml", config)
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
-    sites = build_sites(config, folder / "sites")
+    sites = build_sites(config, folder / "sites", non_private=config.run.privacy == "non_private")
     experiment = Experiment(config, tasks, backbone, folder, entropy or _entropy(config), observe)
     return _complete(experiment, sites, resume=None)
 
@@ -147,7 +147,7 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
     kind = resolve("common.backbones", config.run.backbone, "run.backbone")
     settings = Spec(**kind.model_dump(mode="json", exclude_none=True))  # Paths made absolute.
     write_yaml(folder / "run.yaml", config.run.model_copy(update={"backbone": settings}))
-    return build_sites(config, folder.resolve() / "sites")
+    return build_sites(config, folder.resolve() / "sites", non_private=config.run.privacy == "non_private")
 
 
 def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:

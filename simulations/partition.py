@@ -48,7 +48,7 @@ def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = F
         config: the simulation.
         folder: receives `<site>/site.yaml`, the rows and later the site's state (its ledger too: repeating a simulation
             never exhausts a budget).
-        non_private: whether these sites accept a run without privacy, for baselines.
+        non_private: whether these sites accept a run without privacy.
 
     Raises:
         BadInput: a partition that leaves a site without any of its tasks' sources, or names unknown sites.

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 from pydantic import AfterValidator
 
 from common.types import BadInput
@@ -42,11 +44,10 @@ def read_frame(path: Path, separator: str = ",", columns: Sequence[str] | None =
     """
     try:
         if path.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(path).astype("string")
-            frame.columns = [str(name) for name in frame.columns]
+            frame = _read_parquet(path)
         else:
             frame = _read_text(path, separator)
-    except (OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
         # From None: a parser's own message may quote the file.
         raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from None
     if path.suffix.lower() != ".parquet":
@@ -57,6 +58,17 @@ def read_frame(path: Path, separator: str = ",", columns: Sequence[str] | None =
         frame.columns = list(columns)
     frame = frame.loc[:, ~frame.columns.duplicated(keep=False)].reset_index(drop=True)
     return frame.fillna("").map(str.strip)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    # Not pandas.read_parquet: it follows what pandas once wrote about the table, which hides an index column and, where
+    # it is damaged, fails in ways without end. A missing whole number must not turn the others into 1.0 either.
+    table = pyarrow.parquet.read_table(path)
+    # Text that is no UTF-8 would otherwise fail later, with a message that quotes the cell.
+    table.validate(full=True)
+    frame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+    frame.columns = [str(name) for name in frame.columns]
+    return frame.astype("string")
 
 
 def _read_text(path: Path, separator: str) -> pd.DataFrame:

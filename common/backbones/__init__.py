@@ -3,7 +3,7 @@
 A coordinator calls `open_pretrained` to load weights; a site receives them by digest and calls `from_blob`, which
 builds the same architecture, loads strictly and verifies. Both end in a `Backbone`: frozen and in eval mode for ever.
 
-# Shapes: B examples, D features, K classes of the pre-training.
+# Shapes: B examples, D features.
 """
 
 from __future__ import annotations
@@ -13,113 +13,35 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from common.backbones._projection import Projection, ProjectionLayer, projection_state
+from common.backbones._kind import Architecture, Example, Kind, Pretrained
+from common.backbones._projection import ProjectionLayer, projection_state
 from common.backbones._weights import digest_of, load_strict
 from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
 
+__all__ = [
+    "Architecture",
+    "Backbone",
+    "Example",
+    "FrozenEncoder",
+    "Kind",
+    "Pretrained",
+    "Untrained",
+    "from_blob",
+    "open_pretrained",
+    "open_random",
+    "open_untrained",
+]
+
 MAX_WEIGHT_BYTES = 8 << 30
 MAX_SPEC_CHARS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """An encoder: module and number of features.
-
-    Attributes:
-        module: batch of preprocessed items -> raw features B x `feature_dim`.
-        feature_dim: before any projection.
-    """
-
-    module: nn.Module
-    feature_dim: int
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a kind takes from its weights.
-
-    Attributes:
-        state: tensors of `Kind.architecture().module`, by name.
-        classifier_KD: weights of the pre-training's classifier, for a projection; None where there are none.
-        shift_D: predicted mean of the features, for a projection; None where nothing predicts it.
-        scale: factor on the features; 1 unless the weights are random.
-    """
-
-    state: Mapping[str, Tensor]
-    classifier_KD: Tensor | None = None
-    shift_D: Tensor | None = None
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Example:
-    """A small instance of a kind that needs nothing but a folder: every kind is tested with its own.
-
-    Attributes:
-        settings: what a user would write.
-        items: at least four different source items.
-    """
-
-    settings: Mapping[str, Any]
-    items: Sequence[Any]
-
-
-class Kind(Protocol):
-    """What a plug-in file's class provides: settings, architecture, weights, preprocessing.
-
-    Law (tests/contracts/test_backbones.py), stated for the `Backbone` made from it: frozen, deterministic, independent
-    of the batch an item stands in; its digest changes with any weight, setting or preprocessing step that shapes
-    features and with nothing else.
-
-    Messages of `BadInput` begin with the setting's own name; the caller puts the key in front.
-
-    Attributes:
-        kind: file name of the plug-in.
-        projection: what happens to the features before they leave the backbone.
-    """
-
-    kind: str
-    projection: Projection | None
-
-    @classmethod
-    def example(cls, folder: Path) -> Example:
-        """A small instance for tests; files it needs are written to `folder`, the same on every call."""
-
-    def resolved(self) -> Kind:
-        """The same settings with everything that shapes features explicit and no location of weights.
-
-        This is what travels to the sites and what the digest covers. Resolving twice changes nothing.
-        """
-
-    def architecture(self) -> Architecture:
-        """A new encoder, initialised from torch's current generator."""
-
-    def pretrained(self) -> Pretrained:
-        """The weights. Called at the coordinator only. Raises BadInput: missing, misfit, a pickle with code."""
-
-    def random(self) -> Pretrained:
-        """Weights drawn from torch's current generator (see `_random`). Raises BadInput if the kind has no weights."""
-
-    def weights_file(self) -> Path | None:
-        """The local file that `pretrained` reads, if it reads one."""
-
-    def preprocess(self, item: Any) -> Tensor:
-        """One source item as one input, without a batch dimension.
-
-        Raises:
-            BadRecord: the item cannot be used; the message holds nothing of its content.
-        """
-
-    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]:
-        """The settings as plain values (pydantic's)."""
 
 
 @final
@@ -267,7 +189,7 @@ def from_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
     try:
         state = load(blob.weights)
         values = json.loads(blob.spec)
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
     # Before anything is built: settings that nobody vouches for could ask for any amount of memory.
     if digest_of(blob.spec, state.items()) != blob.digest:
