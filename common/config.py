@@ -222,6 +222,8 @@ class Pretrain(Frozen):
     epochs: PositiveInt
     batch_size: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)]
+    max_shift: Annotated[int, Field(ge=0)] = 0
+    """Each batch is moved, around the edge, by up to this many pixels: augmentation."""
     seed: int
 
 

@@ -89,7 +89,9 @@ def _fit(
         observe("pretraining", epoch, plan.epochs)
         for batch in torch.split(torch.randperm(len(items)), plan.batch_size):
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(items[batch]), labels[batch])
+            shift = torch.randint(-plan.max_shift, plan.max_shift + 1, (2,)).tolist()
+            moved = torch.roll(items[batch], shift, dims=(-2, -1))
+            loss = nn.functional.cross_entropy(model(moved), labels[batch])
             torch.autograd.backward(loss)
             optimizer.step()
         schedule.step()

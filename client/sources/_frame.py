@@ -43,10 +43,7 @@ def read_frame(path: Path, separator: str = ",", columns: Sequence[str] | None =
         BadInput: missing, unreadable, a row longer than the first, or another number of columns than `columns`.
     """
     try:
-        if path.suffix.lower() == ".parquet":
-            frame = _read_parquet(path)
-        else:
-            frame = _read_text(path, separator)
+        frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, separator)
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
         # From None: a parser's own message may quote the file.
         raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from None

@@ -40,7 +40,7 @@ def test_a_missing_whole_number_leaves_the_others_whole(tmp_path: Path) -> None:
 def test_text_that_is_no_text_is_refused_without_being_quoted(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pa.table({"a": ["q7-secret"] * 3}), path, use_dictionary=False, compression="none")
-    path.write_bytes(path.read_bytes().replace(b"q7-secret", b"q7-s\xffcret", 1))
+    path.write_bytes(path.read_bytes().replace(b"q7-secret", b"q7-s\xffcret"))
     with pytest.raises(BadInput, match=r"t\.parquet: expected a readable table") as caught:
         opened(path)
     assert "q7" not in "".join(traceback.format_exception(caught.value))
@@ -51,7 +51,7 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> N
     pd.DataFrame({"a": ["q7-secret"] * 3, "b": [1, 2, 3], "c": pd.to_datetime(["2020-01-01"] * 3)}).to_parquet(path)
     whole = path.read_bytes()
     refused = 0
-    for _ in range(500):
+    for _ in range(300):
         data = bytearray(whole)
         for _ in range(generator.randint(1, 3)):
             data[generator.randrange(len(data))] = generator.randrange(256)
@@ -61,4 +61,4 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> N
         except BadInput as error:
             refused += 1
             assert "q7" not in "".join(traceback.format_exception(error))
-    assert refused > 100
+    assert refused >= 100

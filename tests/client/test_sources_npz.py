@@ -50,6 +50,12 @@ def test_equal_content_has_an_equal_key_wherever_it_stands(tmp_path: Path) -> No
     assert [record.key for record in second] == [first[2].key, first[2].key, first[0].key]
 
 
+def test_other_content_and_other_inputs_have_another_digest(tmp_path: Path) -> None:
+    other = {"all": {"inputs": "z", "columns": {"label": "y"}}}
+    digests = {npz(write(tmp_path, x=x, y=LABELS, z=-X)).digest() for x in (X, X + 1)}
+    assert len({*digests, npz(tmp_path / "rows.npz", other).digest()}) == 3
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

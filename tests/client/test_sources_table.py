@@ -126,10 +126,11 @@ def test_a_wrong_setting_is_named(tmp_path: Path, settings: dict[str, Any], expe
     assert expected in str(caught.value)
 
 
-CELL = st.text("ab\x001,| ", max_size=3)
+# Few different texts, so that rows often differ only in where one cell ends.
+CELL = st.text("a\x00", max_size=2)
 
 
-@given(first=st.lists(st.tuples(CELL, CELL), max_size=3), second=st.lists(st.tuples(CELL, CELL), max_size=3))
+@given(first=st.lists(st.tuples(CELL, CELL), max_size=2), second=st.lists(st.tuples(CELL, CELL), max_size=2))
 def test_digests_agree_exactly_where_the_inputs_do(
     first: list[tuple[str, str]], second: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -4,6 +4,7 @@ content, and nothing of a record in any repr or error, also where its files are 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import traceback
@@ -23,6 +24,12 @@ UNREADABLE = "unreadable"
 GARBAGE = b"\x00q7-garbage\xff"
 
 
+def example_of(kind: str, folder: Path) -> Example:
+    cls: Any = plugin_class("client.sources", kind)
+    found: Example = cls.example(folder)
+    return found
+
+
 @pytest.fixture(params=kinds("client.sources"))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -30,7 +37,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def example(kind: str, tmp_path: Path) -> Example:
-    return plugin_class("client.sources", kind).example(tmp_path)
+    return example_of(kind, tmp_path)
 
 
 def opened(example: Example) -> Source:
@@ -97,7 +104,7 @@ def test_the_index_is_complete_and_keys_do_not_depend_on_where_the_data_lie(
     assert all(record.cells and record.cells.keys() == index[0].cells.keys() for record in index)
     assert all(isinstance(cell, str) for record in index for cell in record.cells.values())
     (tmp_path / "elsewhere").mkdir()
-    moved = opened(plugin_class("client.sources", kind).example(tmp_path / "elsewhere"))
+    moved = opened(example_of(kind, tmp_path / "elsewhere"))
     assert [dataclasses.replace(record, file="") for record in moved.index()] == [
         dataclasses.replace(record, file="") for record in index
     ]
@@ -131,7 +138,7 @@ def test_the_digest_changes_whenever_any_content_changes(example: Example, tmp_p
 def test_no_repr_and_no_error_shows_a_record_however_its_files_are_damaged(example: Example, tmp_path: Path) -> None:
     secrets = [*example.secrets, "q7-garbage"]
     kind = open_source(example.settings, "sources.rows")
-    for _ in [None, *damaged(tmp_path)]:
+    for _ in itertools.chain([tmp_path], damaged(tmp_path)):
         errors: list[BaseException] = []
         try:
             source = kind.open()
