@@ -18,13 +18,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first error of a pydantic validation as one sentence."""
+    # Of a union's options, a group of keys was meant where one was written: the word beside it explains nothing.
+    errors = [item for item in error.errors() if item["type"] != "literal_error" or not isinstance(item["input"], dict)]
+    errors = errors or list(error.errors())
     # An unknown key usually explains the missing one beside it: say it first.
-    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
     # pydantic names validators and the options of a union inside the path; a user wrote neither.
     path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
     key = ".".join(([prefix] if prefix else []) + path) or "the file"
     got = first.get("input")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
         hint = nearest(path[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")

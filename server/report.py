@@ -93,16 +93,19 @@ def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
                 "relation": RELATION,
                 "budget_epsilon": fact["budget_epsilon"],
                 "rounds": sum(fact["site"] in item["sites"] for item in rounds),
+                "left_out": None,
             }
     for fact in facts:
         if fact["event"] == "set_aside":
-            empty = dict.fromkeys(("epsilon", "delta", "unit", "relation", "budget_epsilon"))
+            empty = dict.fromkeys(("epsilon", "delta", "unit", "relation", "budget_epsilon", "left_out"))
             site = sites.setdefault(fact["site"], {**empty, "rounds": 0})
             declined = fact["reason"].startswith("declined")
             site["status"] = "partial" if site["rounds"] else ("declined" if declined else "set_aside")
             site["reason"] = fact["reason"]
         elif fact["event"] == "epsilon":
             sites[fact["site"]]["epsilon"] = fact["epsilon"]
+        elif fact["event"] == "left_out":
+            sites[fact["site"]]["left_out"] = {"records": fact["records"], "listed": fact["listed"]}
     return dict(sorted(sites.items()))
 
 
@@ -193,8 +196,13 @@ def _footnote(summary: Summary) -> str:
     size, seconds = summary["bytes"], summary["seconds"]
     down, up = _count(size["down_per_site_round"]), _count(size["up_per_site_round"])
     times = ", ".join(f"{seconds[name]:.1f} {name}" for name in ("features", "training", "baselines"))
+    left_out = "".join(
+        f"{name}: {site['left_out']['records']} record(s) left out, listed in {site['left_out']['listed']}\n"
+        for name, site in summary["sites"].items()
+        if site["left_out"]
+    )
     return (
-        f"bytes per site and round: {down} down, {up} up; backbone once per site: {_count(size['backbone_per_site'])}\n"
+        f"{left_out}bytes per site and round: {down} down, {up} up; backbone once per site: {_count(size['backbone_per_site'])}\n"
         f"seconds: {seconds['total']:.1f} in all; {times}\n"
         "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     )

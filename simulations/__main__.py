@@ -133,6 +133,9 @@ def _missed(summary: Summary, config: SimulationConfig) -> list[str]:
     missed = []
     for task in config.expect:
         facts = summary["tasks"][task]
+        if not facts["metrics"]:
+            missed.append(f"task {task}: no result to compare with the random backbone")
+            continue
         metric = next(iter(facts["metrics"]))
         got, random = facts["metrics"][metric], facts["baselines"].get("random_backbone", {}).get(metric)
         beaten = got is not None and random is not None and got > random

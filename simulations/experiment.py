@@ -13,7 +13,9 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from client.app import make_app
+from client.data import PROBLEMS
 from client.site import Site
+from client.sources import open_source
 from client.solvers import open_solver
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
@@ -28,10 +30,10 @@ from server.report import Summary
 from server.results import new_run_folder, write_environment, write_results
 from server.rounds import Observe, Outcome, run_federation
 from simulations.baselines import pool, train_alone
-from simulations.evaluate import Values, evaluate, units_of
+from simulations.evaluate import Values, evaluate, run_data, units_of
 from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
-from simulations.partition import build_sites, read_sites
+from simulations.partition import build_sites, read_sites, source_settings
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -72,7 +74,10 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
         BadInput: the first setting that is wrong.
     """
     run = config.run
+    resolve("common.backbones", run.backbone, "run.backbone")
     tasks = {name: open_task(spec, f"run.tasks.{name}") for name, spec in run.tasks.items()}
+    for key, spec in source_settings(config).items():
+        open_source(spec, key)
     solver = open_solver(run.solver, "run.solver")
     open_aggregator(run.aggregation, "run.aggregation")
     privacy = None if run.privacy == "non_private" else run.privacy
@@ -152,11 +157,17 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
 
 def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:
     config, run_ = experiment.config, experiment.config.run
+    if config.on_bad_record == "stop":
+        # A site that stops at a bad record stops the simulation, before anything is trained.
+        cohort = run_.cohort.model_copy(update={"min_sites": len(sites)})
+        run_ = run_.model_copy(update={"cohort": cohort})
     try:
         outcome = _federate(experiment, run_, experiment.backbone, sites, experiment.folder, resume)
-    except RunFailed:
+    except RunFailed as error:
         write_results(experiment.folder, run_, experiment.backbone.digest, {})
-        raise
+        details = [f"{site.name}: {detail}" for site in sites if (detail := _refusal_detail(site))]
+        raise RunFailed("; ".join([str(error), *details[:1]])) from error
+    _write_left_out(experiment, sites)
     _write_epsilon(experiment, sites)
     _write_metrics(experiment, sites, outcome)
     for name in config.baselines:
@@ -213,6 +224,20 @@ def _federate(
 
 
 # --- what only a simulator sees --------------------------------------------------------------------------------------
+
+
+def _refusal_detail(site: SiteConfig) -> str | None:
+    """Why a site declined, from its own journal: what a coordinator never learns."""
+    declined = [fact for fact in read(site.state_dir / "site.jsonl") if fact["event"] == "declined"]
+    return declined[-1]["detail"] if declined else None
+
+
+def _write_left_out(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
+    for site in sites:
+        prepared = [fact for fact in read(site.state_dir / "site.jsonl") if fact["event"] == "prepared"]
+        if prepared and prepared[-1]["problems"]:
+            where = run_data(site, experiment.run_id).with_name(PROBLEMS)
+            experiment.journal.write("left_out", site=site.name, records=prepared[-1]["problems"], listed=str(where))
 
 
 def _write_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:

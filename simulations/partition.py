@@ -59,6 +59,14 @@ def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = F
     return [_write_site(config, layout, name, folder / name, non_private) for name in names]
 
 
+def source_settings(config: SimulationConfig) -> dict[str, Spec]:
+    """Every source a simulation names, by its key path."""
+    named = {f"sources.{name}": spec for name, spec in config.sources.items()}
+    for site, sources in (config.partition.sites or {}).items():
+        named |= {f"partition.sites.{site}.{name}": spec for name, spec in sources.items()}
+    return named
+
+
 def _check_site_names(config: SimulationConfig, names: list[str]) -> None:
     for task_name, task in config.tasks.items():
         for key, listed in (("sites", task.sites), ("public_size", task.public_size)):

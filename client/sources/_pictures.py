@@ -14,7 +14,7 @@ from PIL.ImageOps import exif_transpose
 
 from common.types import BadRecord
 
-# What Pillow's decoders were seen to raise, or document, when they meet arbitrary bytes.
+# Pillow's decoders raise many things on arbitrary bytes; one that is missed would end a whole preparation.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +107,7 @@ class Rows:
             Record(
                 row=number,
                 file=own.path.name,
-                key=hashlib.sha256("\0".join(self._inputs(row)).encode()).hexdigest(),
+                key=digest(text.encode() for text in self._inputs(row)),
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,

@@ -128,6 +128,16 @@ def test_each_side_has_its_records_features_and_labels(tmp_path: Path) -> None:
     assert set(units(tmp_path, tasks=["size"]).tasks) == {"size"}
 
 
+def test_a_mask_stands_beside_its_own_records_on_each_side(tmp_path: Path) -> None:
+    sides = ["test", "train", "test", "train", "train"]
+    write(
+        tmp_path, [[1, 1, colour, 5, "", side] for colour, side in zip(["red", "", "", "blue", ""], sides, strict=True)]
+    )
+    prepared(tmp_path, site(tmp_path, tasks={"colour": task("colour", missing="skip"), "size": task("size")}))
+    assert units(tmp_path).tasks["colour"].mask_R.tolist() == [False, True, False]
+    assert units(tmp_path, "test").tasks["colour"].mask_R.tolist() == [True, False]
+
+
 def test_a_patient_is_one_unit_across_sources_and_shares_its_weight_among_its_records(tmp_path: Path) -> None:
     write(tmp_path, [[*row[:5], ""] for row in ROWS])
     write(tmp_path, [[0, 0, "red", 1, patient, ""] for patient in ("dan", "cem", "cem", "cem")], "more.csv")
@@ -141,7 +151,7 @@ def test_a_patient_is_one_unit_across_sources_and_shares_its_weight_among_its_re
     assert prepared(tmp_path, config).num_units == {"train": 4, "test": 0}
     found = units(tmp_path)
     colour, size = found.tasks["colour"], found.tasks["size"]
-    people = {}
+    people: dict[str, int] = {}
     for name, records, patients in (("colour", colour, "ann bea ann cem"), ("size", size, "dan cem cem cem")):
         for unit, patient in zip(records.unit_R.tolist(), patients.split(), strict=True):
             assert people.setdefault(patient, unit) == unit, name
@@ -343,7 +353,8 @@ def test_a_canary_in_ids_paths_labels_and_contents_shows_up_nowhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    example = plugin_class("client.sources", "manifest").example(tmp_path)
+    manifest: Any = plugin_class("client.sources", "manifest")
+    example = manifest.example(tmp_path)
     (tmp_path / "q7-ann-1.png").write_bytes(b"q7-no-picture")
     images = small_net(6)
     finding = {

@@ -1,9 +1,10 @@
-"""Parquet files as other tools write and as disks damage them: every cell is text, no cell is in a message."""
+"""Parquet files and zips as other tools write and as disks damage them: no cell and no name is in a message."""
 
 from __future__ import annotations
 
 import random
 import traceback
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from client.sources import Source, open_source
-from common.types import BadInput
+from client.sources._pictures import write_example_pictures
+from common.types import BadInput, BadRecord
 
 
 def opened(path: Path, **settings: Any) -> Source:
@@ -62,3 +64,34 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> N
             refused += 1
             assert "q7" not in "".join(traceback.format_exception(error))
     assert refused >= 100
+
+
+PICTURES = ["benign/q7-ann.bmp", "benign/q7-bea.bmp"]
+
+
+def zipped(folder: Path, names: list[str]) -> Path:
+    """A zip with the pictures in the order of `names`, stored under the names of PICTURES."""
+    write_example_pictures(folder, PICTURES)
+    with zipfile.ZipFile(folder / "scans.zip", "w") as archive:
+        for name, stored_as in zip(names, PICTURES, strict=True):
+            archive.writestr(stored_as, (folder / name).read_bytes())
+    return folder / "scans.zip"
+
+
+def of_zip(path: Path) -> Source:
+    return open_source({"kind": "image_folder", "path": str(path)}, "sources.scans").open()
+
+
+def test_another_picture_of_equal_size_changes_the_digest_of_a_zip(tmp_path: Path) -> None:
+    first, second = (of_zip(zipped(tmp_path, names)) for names in (PICTURES, PICTURES[::-1]))
+    assert first.index() == second.index()
+    assert first.digest() != second.digest()
+
+
+def test_no_error_shows_the_name_of_a_damaged_picture_in_a_zip(tmp_path: Path) -> None:
+    path = zipped(tmp_path, PICTURES)
+    content = (tmp_path / PICTURES[0]).read_bytes()
+    path.write_bytes(path.read_bytes().replace(content[-40:], bytes(40), 1))
+    with pytest.raises(BadRecord) as caught:
+        of_zip(path).load(0)
+    assert "q7" not in "".join(traceback.format_exception(caught.value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,12 @@ class Payload:
 
 def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    for name, write_file in {
+    files: dict[str, Callable[[Path], object]] = {
         "plain.npz": lambda path: path.write_bytes(pickle.dumps(Payload(mark))),
         "object.npz": lambda path: np.savez(path, x=X, y=np.array([Payload(mark)] * 4, dtype=object)),
-        "single.npz": lambda path: path.write_bytes(b""),
-    }.items():
+        "empty.npz": lambda path: path.write_bytes(b""),
+    }
+    for name, write_file in files.items():
         write_file(tmp_path / name)
         with pytest.raises(BadInput, match=f"{name}: expected"):
             npz(tmp_path / name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from client.sources import Source, open_source
@@ -126,12 +126,16 @@ def test_a_wrong_setting_is_named(tmp_path: Path, settings: dict[str, Any], expe
     assert expected in str(caught.value)
 
 
-# Few different texts, so that rows often differ only in where one cell ends.
-CELL = st.text("a\x00", max_size=2)
+CELL = st.text("ab\x00", max_size=2)
+ROWS = st.lists(st.tuples(CELL, CELL), max_size=2)
 
 
-@given(first=st.lists(st.tuples(CELL, CELL), max_size=2), second=st.lists(st.tuples(CELL, CELL), max_size=2))
-def test_digests_agree_exactly_where_the_inputs_do(
+@given(first=ROWS, second=ROWS)
+@example(first=[("a", "")], second=[("", "a")])
+@example(first=[("a", "b")], second=[("a", "b"), ("", "")])
+@example(first=[("a\x00", "b")], second=[("a", "\x00b")])
+@example(first=[("a", "b")], second=[("a", "b")])
+def test_digests_and_keys_agree_exactly_where_the_inputs_do(
     first: list[tuple[str, str]], second: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     sources = []
@@ -140,11 +144,14 @@ def test_digests_agree_exactly_where_the_inputs_do(
         pd.DataFrame(rows, columns=["a", "b"], dtype="string").to_parquet(path)
         sources.append(table(path))
     assert (sources[0].digest() == sources[1].digest()) == (loaded(sources[0]) == loaded(sources[1]))
+    if first and second:
+        keys = [source.index()[0].key for source in sources]
+        assert (keys[0] == keys[1]) == (loaded(sources[0])[0] == loaded(sources[1])[0])
 
 
 @pytest.mark.parametrize("hospital", FED_HEART)
 def test_the_four_hospitals_have_the_published_numbers_of_rows(assets: Path, hospital: str) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "header": False,
         "columns": HEART_COLUMNS,
         "inputs": [f"column_{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)],

@@ -20,7 +20,7 @@ from tests.tiny import run_config, site_config
 
 TOP = {"schema", "run", "path", "executor", "rounds", "status", "backbone", "tasks", "sites", "bytes", "seconds"}
 TASK = {"kind", "status", "updates", "sites", "metrics", "per_site", "baselines"}
-SITE = {"status", "reason", "epsilon", "delta", "unit", "relation", "budget_epsilon", "rounds"}
+SITE = {"status", "reason", "epsilon", "delta", "unit", "relation", "budget_epsilon", "rounds", "left_out"}
 
 
 @pytest.fixture(scope="module")
