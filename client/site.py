@@ -120,9 +120,11 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
     _check_allowed(site.config, joined)
     plan = _plan(site.config, joined)
-    whole_run = Mechanism.of(replace(plan, steps=plan.steps * joined.run.rounds))
     ledger = site.ledger()
-    if plan.private and not ledger.affords([whole_run]):
+    # A resumed run was partly paid for; each round's reservation stays the gate.
+    paid = {charge.round for charge in ledger.charges() if charge.run == joined.run_id}
+    rounds = joined.run.rounds - len(paid)
+    if plan.private and rounds > 0 and not ledger.affords([Mechanism.of(replace(plan, steps=plan.steps * rounds))]):
         raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
     offer = {"run": dict(request.run), "backbone_digest": request.backbone_digest}
     write_atomic(private_folder(joined.folder) / "offer.json", json.dumps(offer).encode())

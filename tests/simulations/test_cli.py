@@ -1,0 +1,261 @@
+"""The simulator's command line: what it answers to good and to bad input, and what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from simulations.__main__ import app
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(simulation_file: Path) -> Command:
+    """Run a verb on the small simulation; keyword-like strings become `--set`."""
+
+    def run(verb: str, *overrides: str, options: tuple[str, ...] = ()) -> Result:
+        sets = [word for override in overrides for word in ("--set", override)]
+        return CliRunner().invoke(app, [verb, str(simulation_file), *sets, *options])
+
+    return run
+
+
+def refused(result: Result, exit_code: int, *said: str) -> None:
+    """One sentence on stderr, no traceback, nothing else."""
+    assert result.exit_code == exit_code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output
+    assert all(word in lines[0] for word in said), lines[0]
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_run_leaves_all_it_promises(command: Command, tmp_path: Path) -> None:
+    result = command("run", options=("--out", str(tmp_path / "out")))
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    for name in ("journal.jsonl", "summary.json", "config.yaml", "environment.json", "checkpoint.safetensors"):
+        assert (out / name).exists(), name
+    environment = json.loads((out / "environment.json").read_text())
+    assert set(environment) == {"python", "packages", "code_digest", "seeds"} and "torch" in environment["packages"]
+    with safe_open(out / "heads" / "colour.safetensors", framework="numpy") as file:
+        about = file.metadata()
+    assert json.loads(about["labels"]) == ["red", "blue"]
+    assert len(about["backbone_digest"]) == 64
+    assert set(json.loads(about["epsilon"])) == {"site-1", "site-2", "site-3"}
+    assert (out / "sites" / "site-1" / "state" / "ledgers").is_dir()
+
+
+def test_json_is_the_summary_and_nothing_else(command: Command) -> None:
+    result = command("run", options=("--json",))
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert summary["status"] == "completed"
+    assert 7.9 < summary["sites"]["site-2"]["epsilon"] <= 8.0
+    assert summary["tasks"]["colour"]["metrics"]["accuracy"] > 0.8
+    assert json.loads(Path(summary["path"], "summary.json").read_text()) == summary
+
+
+def test_repeating_a_run_never_exhausts_a_budget(command: Command) -> None:
+    for _ in range(3):
+        assert command("run").exit_code == 0
+
+
+def test_a_non_private_run_shows_null_epsilon(command: Command) -> None:
+    sgd = "run.solver={kind: sgd, sampling_rate: 1.0, steps: 2, learning_rate: 1.0}"
+    result = command("run", "run.privacy=non_private", sgd, options=("--json",))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sites"]["site-1"]["epsilon"] is None
+
+
+def test_all_baselines_are_beside_the_result(command: Command) -> None:
+    sgd = "non_private_solver={kind: sgd, sampling_rate: 1.0, steps: 20, learning_rate: 1.0}"
+    result = command("run", sgd, "baselines=[local, non_private, central]", options=("--json",))
+    baselines = json.loads(result.stdout)["tasks"]["colour"]["baselines"]
+    assert set(baselines) == {"local", "non_private", "central"}
+    assert all(values["accuracy"] > 0.7 for values in baselines.values())
+
+
+def test_a_failed_expectation_is_said_and_exits_non_zero(command: Command) -> None:
+    result = command("run", "expect={colour: beats_random_backbone}")
+    refused(result, 1, "colour", "no result to compare")
+
+
+def test_check_validates_and_runs_nothing(command: Command, tmp_path: Path) -> None:
+    result = command("check")
+    assert result.exit_code == 0 and "valid" in result.stdout
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.ronds=3", ("run.ronds: unknown key", "nearest: 'rounds'")),
+        ("run.rounds=many", ("run.rounds", "integer", "'many'")),
+        ("run.privacy.unit=pateint", ("run.privacy.unit", "'patient'", "'pateint'")),
+        ("run.privacy.unit=patient", ("run.privacy.unit", "sites' unit 'example'")),
+        ("run.solver.clip_nrom=1", ("run.solver.clip_nrom: unknown key", "nearest: 'clip_norm'")),
+        ("run.solver.kind=dp_sdg", ("run.solver.kind", "nearest: 'dp_sgd'")),
+        ("run.backbone.kind=identty", ("run.backbone.kind", "nearest: 'identity'")),
+        ("run.tasks.colour.kind=classify", ("run.tasks.colour.kind", "nearest: 'classification'")),
+        ("run.tasks.colour.labels=[red]", ("run.tasks.colour.labels", "at least 2")),
+        ("run.aggregation.kind=fedadm", ("run.aggregation.kind", "nearest: 'fedadam'")),
+        ("sources.rows.kind=tabel", ("sources.rows.kind", "nearest: 'table'")),
+        ("partition.kind=natural", ("partition.sites: expected a value",)),
+        ("baselines=[central]", ("non_private_solver: expected a solver",)),
+        ("baselines=[centrl]", ("baselines", "nearest: 'central'")),
+        ("run.solver.sampling_rate=1.5", ("run.solver.sampling_rate", "got 1.5")),
+        ("run.privacy.target_epsilon=-1", ("run.privacy.target_epsilon", "greater than 0", "got -1")),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(command: Command, override: str, said: tuple[str, ...]) -> None:
+    refused(command("check", override), 2, *said)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sources.rows.path=./nowhere.csv", ("nowhere.csv",)),
+        ("tasks.colour.column=color", ("tasks.colour.column", "'color'")),
+        ("tasks.colour.sites=[site-9]", ("tasks.colour.sites", "'site-9'")),
+        ("partition.kind=column", ("partition.by",)),
+    ],
+)
+def test_data_that_are_not_there_are_one_sentence(command: Command, override: str, said: tuple[str, ...]) -> None:
+    result = command("run", override)
+    refused(result, result.exit_code, *said)
+    assert result.exit_code in (1, 2)
+
+
+def test_a_file_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    refused(CliRunner().invoke(app, ["run", str(tmp_path / "none.yaml")]), 2, "expected a readable YAML file")
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(command: Command, tmp_path: Path) -> None:
+    refused(command("run", options=("--out", str(tmp_path))), 2, "expected a new or empty folder")
+
+
+def test_a_budget_that_covers_no_request_ends_the_run_with_the_reason(command: Command) -> None:
+    refused(command("run", "budget.epsilon=1"), 1, "declined: budget")
+
+
+def add_row(simulation_file: Path, *cells: str) -> None:
+    with (simulation_file.parent / "rows.csv").open("a", newline="") as file:
+        csv.writer(file).writerow(cells)
+
+
+@pytest.mark.parametrize(
+    "cells", [("0.1", "0.2", "CANARY"), ("CANARY", "0.2", "red"), ("0.1", "", "red"), ("1", "1", "")]
+)
+def test_a_bad_record_stops_or_is_skipped_as_the_file_says(
+    command: Command, simulation_file: Path, cells: tuple[str, ...]
+) -> None:
+    add_row(simulation_file, *cells)
+    stopped = command("run", "on_bad_record=stop")
+    refused(stopped, 1, "rows.csv row 181")
+    assert "CANARY" not in stopped.output
+    skipped = command("run", "on_bad_record=skip", options=("--json",))
+    assert skipped.exit_code == 0, skipped.output
+    left_out = [site["left_out"] for site in json.loads(skipped.stdout)["sites"].values() if site["left_out"]]
+    assert [item["records"] for item in left_out] == [1]
+    listed = Path(left_out[0]["listed"]).read_text()
+    assert "rows.csv,181" in listed and "CANARY" not in listed
+
+
+def test_missing_and_unreadable_images_are_named_by_row_and_the_run_goes_on(
+    command: Command, simulation_file: Path
+) -> None:
+    folder = simulation_file.parent
+    with (folder / "images.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "colour"])
+        for number in range(30):
+            colour = ["red", "blue"][number % 2]
+            Image.new("L", (12, 12), 40 + 150 * (number % 2) + number).save(folder / f"{number}.png")
+            writer.writerow([f"{number}.png", colour])
+        (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+        writer.writerows([["broken.png", "red"], ["gone.png", "red"]])
+    weights = folder / "cnn.safetensors"
+    from safetensors.torch import save_file
+
+    from common.backbones.small_cnn import SmallCnn, pretrained_tensors
+
+    settings = {"kind": "small_cnn", "input_size": 12, "channels": [4, 8]}
+    save_file(pretrained_tensors(SmallCnn.model_validate(settings).architecture().module, None), weights)
+    overrides = [
+        f"run.backbone={{kind: small_cnn, input_size: 12, channels: [4, 8], weights: {weights}}}",
+        f"sources.rows={{kind: manifest, path: {folder / 'images.csv'}, image: image}}",
+    ]
+    refused(command("run", *overrides, "on_bad_record=stop"), 1, "images.csv row 3")
+    result = command("run", *overrides, options=("--json",))
+    assert result.exit_code == 0, result.output
+    assert sum((s["left_out"] or {"records": 0})["records"] for s in json.loads(result.stdout)["sites"].values()) == 2
+
+
+def test_a_site_without_records_is_left_standing(command: Command, simulation_file: Path) -> None:
+    """Forty sites share few records: some train on nothing and still answer."""
+    lines = (simulation_file.parent / "rows.csv").read_text().splitlines()
+    (simulation_file.parent / "rows.csv").write_text("\n".join(lines[:8]) + "\n")
+    result = command("run", "partition.num_sites=9", "run.rounds=1", options=("--json",))
+    assert result.exit_code == 0, result.output
+    assert {site["status"] for site in json.loads(result.stdout)["sites"].values()} == {"completed"}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: torch.save({"weight": object()}, path), "pickle"),
+        (lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), "does not fit"),
+        (lambda path: path.write_bytes(b"nothing of the sort"), "weights"),
+    ],
+    ids=["pickle", "misfit", "garbage"],
+)
+def test_weights_that_cannot_be_used_are_refused(
+    command: Command, tmp_path: Path, make: Callable[[Path], None], said: str
+) -> None:
+    path = tmp_path / "weights.pth"
+    make(path)
+    backbone = (
+        "run.backbone={kind: torchvision, model: mobilenet_v3_small, weights: " + str(path) + ", preprocess: "
+        "{resize: 32, crop: null, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}"
+    )
+    refused(command("run", backbone), 2, "run.backbone.weights", said)
+
+
+def test_a_sweep_writes_a_row_for_each_run_and_metric_and_encodes_once(command: Command, tmp_path: Path) -> None:
+    sweep = "sweep={seeds: [1, 2], values: {run.privacy.target_epsilon: [1.0, 8.0]}}"
+    result = command("sweep", sweep, options=("--out", str(tmp_path / "sweep"), "--json"))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(row["values"], row["runs"]) for row in rows] == [
+        ({"run.privacy.target_epsilon": 1.0}, 2),
+        ({"run.privacy.target_epsilon": 8.0}, 2),
+    ]
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    accuracy = [float(line["value"]) for line in lines if line["metric"] == "accuracy"]
+    assert len(accuracy) == 4
+    assert rows[1]["mean"] == pytest.approx(sum(accuracy[2:]) / 2)
+    entries = [path for path in (tmp_path / "cache" / "features").iterdir() if not path.name.startswith(".")]
+    assert len(entries) == 1
+
+
+def test_a_sweep_with_a_bad_combination_runs_nothing(command: Command, tmp_path: Path) -> None:
+    result = command("sweep", "sweep={seeds: [1], values: {run.rounds: [1, 0]}}")
+    refused(result, 2, "run.rounds", "got 0")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "resume", "sweep", "pretrain", "sites"])
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0 and "Example:" in result.output

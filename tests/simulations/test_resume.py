@@ -1,0 +1,55 @@
+"""A run whose process died continues from its last whole round: the same heads, and no charge twice or forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from client.ledger import Ledger
+from client.site import Site
+from common.privacy.noise import SeededEntropy, os_entropy
+from common.types import BadInput
+from server.checkpoint import load_checkpoint
+from simulations.experiment import resume, run
+from simulations.partition import read_sites
+
+
+class Interrupted(Exception):
+    """Stands for the process's death."""
+
+
+def interrupt_after(rounds: int):  # type: ignore[no-untyped-def]
+    def observe(phase: str, done: int, total: int) -> None:
+        if phase == "rounds" and done == rounds:
+            raise Interrupted
+
+    return observe
+
+
+def ledgers(folder: Path) -> list[Ledger]:
+    return [Site(site, os_entropy).ledger() for site in read_sites(folder / "sites")]
+
+
+def test_a_resumed_run_makes_the_heads_of_an_uninterrupted_one(simulation_file: Path, tmp_path: Path) -> None:
+    whole = run(simulation_file, out=tmp_path / "whole" / "run", entropy=SeededEntropy(1))
+    with pytest.raises(Interrupted):
+        run(simulation_file, out=tmp_path / "cut" / "run", entropy=SeededEntropy(1), observe=interrupt_after(2))
+    spent = [ledger.spent().spent_epsilon for ledger in ledgers(tmp_path / "cut" / "run")]
+    summary = resume(tmp_path / "cut" / "run", entropy=SeededEntropy(1))
+    assert summary["status"] == "completed"
+    assert summary["rounds"] == whole["rounds"] == 3
+    heads = {
+        name: load_checkpoint(tmp_path / name / "run" / "checkpoint.safetensors").heads for name in ("whole", "cut")
+    }
+    for name, array in heads["whole"]["colour"].items():
+        assert array.tobytes() == heads["cut"]["colour"][name].tobytes()
+    after = [ledger.spent().spent_epsilon for ledger in ledgers(tmp_path / "cut" / "run")]
+    assert all(later > earlier > 0 for earlier, later in zip(spent, after, strict=True))
+    assert after == [ledger.spent().spent_epsilon for ledger in ledgers(tmp_path / "whole" / "run")]
+
+
+def test_a_run_that_ended_is_not_resumed(simulation_file: Path, tmp_path: Path) -> None:
+    run(simulation_file, out=tmp_path / "run")
+    with pytest.raises(BadInput, match="has ended"):
+        resume(tmp_path / "run")
