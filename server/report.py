@@ -201,8 +201,9 @@ def _footnote(summary: Summary) -> str:
         for name, site in summary["sites"].items()
         if site["left_out"]
     )
+    backbone = _count(size["backbone_per_site"])
     return (
-        f"{left_out}bytes per site and round: {down} down, {up} up; backbone once per site: {_count(size['backbone_per_site'])}\n"
+        f"{left_out}bytes per site and round: {down} down, {up} up; backbone once per site: {backbone}\n"
         f"seconds: {seconds['total']:.1f} in all; {times}\n"
         "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     )

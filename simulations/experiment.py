@@ -15,8 +15,8 @@ from flwr.serverapp import Grid
 from client.app import make_app
 from client.data import PROBLEMS
 from client.site import Site
-from client.sources import open_source
 from client.solvers import open_solver
+from client.sources import open_source
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
 from common.journal import FileJournal, read

@@ -1,0 +1,54 @@
+"""What README shows works: the plug-in it prints, the files and commands it names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import SimulationConfig, load
+from common.plugins import kinds
+from server.aggregators import Weighted
+from simulations.experiment import check
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_plug_in_in_readme_works(tmp_path: Path) -> None:
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    path = tmp_path / "median.py"
+    path.write_text(block[1])
+    spec = importlib.util.spec_from_file_location("median", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rule = module.Median(kind="median")
+    deltas = [Weighted(weight, {"w": np.array([value], np.float32)}) for weight, value in ((1, 1), (9, 2), (1, 1e6))]
+    new, _ = rule.update({"w": np.array([10.0], np.float32)}, {}, deltas)
+    assert new["w"].tolist() == [12.0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "simulations").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_simulation_in_the_repository_is_valid_and_in_readme(path: Path) -> None:
+    assert check(load(SimulationConfig, path))
+    assert path.name in README
+
+
+@pytest.mark.parametrize(
+    "package", ["common.backbones", "common.tasks", "client.sources", "client.solvers", "server.aggregators"]
+)
+def test_every_kind_stands_in_readme(package: str) -> None:
+    missing = [kind for kind in kinds(package) if kind not in README]
+    assert not missing
+
+
+def test_every_file_readme_names_exists() -> None:
+    for name in re.findall(
+        r"`((?:tests|configs|common|client|server|simulations|docs|benchmarks)/[\w/.]+\.\w+)`", README
+    ):
+        assert (ROOT / name).exists() or name == "server/aggregators/median.py", name
