@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml
 		{ echo "error: Python 3.11 or newer is needed; name it with: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --quiet --editable ".[test]"
 	@touch $@
 
 clean:

@@ -1,23 +1,30 @@
-"""Command line of the simulator: `python -m simulations run | check | resume | sweep | pretrain | sites`."""
+"""Command line of the simulator: `python -m simulations run | plan | check | resume | sweep | pretrain | sites`."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from client.audit import AuditResult
+from client.forecast import as_json, forecast, table
 from common.config import SimulationConfig, load
 from common.console import EXIT_FAILED, reported_errors, shown_progress
+from common.privacy.accounting import rounded_up
 from server.report import Summary, failures, tables
+from simulations.audit import audit_simulation
 from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
 from simulations.experiment import run as run_config
 from simulations.experiment import write_files
+from simulations.partition import build_sites
 from simulations.pretrain import pretrain as pretrain_backbone
 from simulations.sweep import Row
 from simulations.sweep import sweep as run_sweep
@@ -82,6 +89,48 @@ def check(config: Config, set_: Set = None) -> None:
 
 
 @app.command()
+def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Say what a simulation would cost each site and whether it can be useful; nothing is encoded or spent.
+
+    Example: python -m simulations plan configs/simulations/demo.yaml --set run.privacy.target_epsilon=1
+    """
+    with reported_errors():
+        loaded = load(SimulationConfig, config, set_ or [])
+        check_config(loaded)
+        with TemporaryDirectory() as folder:
+            built = build_sites(loaded, Path(folder) / "sites", non_private=loaded.run.privacy == "non_private")
+            outlooks = [forecast(site, loaded.run, len(built)) for site in built]
+        if json_:
+            typer.echo(json.dumps({"sites": [as_json(each) for each in outlooks]}, indent=2, allow_nan=False))
+            return
+        Console().print(table(outlooks))
+        for each in outlooks:
+            for warning in each.warnings:
+                typer.echo(f"warning: {each.site}: {warning}")
+
+
+@app.command()
+def audit(config: Config, set_: Set = None, json_: Json = False) -> None:
+    """Audit a simulation's privacy on synthetic records; exit code 1 when something it claims is refuted.
+
+    Example: python -m simulations audit configs/simulations/demo.yaml --json
+    """
+    with reported_errors():
+        loaded = load(SimulationConfig, config, set_ or [])
+        check_config(loaded)
+        with shown_progress() as observe:
+            result = audit_simulation(loaded, observe)
+        if json_:
+            typer.echo(json.dumps(result.to_dict(), indent=2))
+        else:
+            Console().print(_audit_table(result))
+        for reason in result.reasons:
+            typer.echo(f"error: {reason}", err=True)
+        if not result.passed:
+            raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def sweep(config: Config, set_: Set = None, out: Out = None, json_: Json = False) -> None:
     """Run every combination of a file's `sweep` section, once per seed.
 
@@ -115,11 +164,11 @@ def pretrain(config: Config, set_: Set = None) -> None:
 
 
 def _finish(summary: Summary, config: SimulationConfig, as_json: bool) -> None:
-    console = Console(stderr=as_json, width=None)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:
-        console.print(tables(summary))
+        # A pipe has no width of its own; tables need about a hundred columns.
+        Console(width=None if sys.stdout.isatty() else 100).print(tables(summary))
         typer.echo(f"results: {summary['path']}")
     problems = [*failures(summary), *_missed(summary, config)]
     for problem in problems:
@@ -144,6 +193,22 @@ def _missed(summary: Summary, config: SimulationConfig) -> list[str]:
         else:
             missed.append(f"{verdict}: transfer does not beat the random backbone")
     return missed
+
+
+def _audit_table(result: AuditResult) -> Table:
+    table = Table(title=f"audit: {'passed' if result.passed else 'FAILED'}", title_justify="left", show_header=False)
+    for name, value in (
+        ("epsilon claimed", f"{rounded_up(result.epsilon_claimed):.2f}"),
+        ("epsilon at least, 95 % confidence", f"{result.epsilon_lower_95:.2f}"),
+        ("epsilon at least, 99.9 % confidence (the gate)", f"{result.epsilon_lower_99_9:.2f}"),
+        ("epsilon at least, 95 %, no distribution assumed", f"{result.epsilon_lower_one_run_95:.2f}"),
+        ("released noise / accounted noise", f"{result.noise_std_ratio:.3f}"),
+        ("delta, rounds, noised steps audited", f"{result.delta:g}, {result.rounds}, {result.steps}"),
+        ("canaries", str(result.canaries)),
+        ("seconds", f"{result.seconds:.1f}"),
+    ):
+        table.add_row(name, value)
+    return table
 
 
 def _sweep_table(rows: list[Row]) -> Table:
