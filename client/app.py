@@ -17,7 +17,7 @@ from client.site import DeclinedRequest, Site, finish, join, prepare_run, train
 from common import wire
 from common.config import SiteConfig, load
 from common.privacy.noise import Entropy, os_entropy
-from common.types import BadInput, Refusal
+from common.types import BadInput, LedgerDamaged, Refusal
 
 _log = logging.getLogger(__name__)
 SITE_VARIABLE = "HEADWATER_SITE"
@@ -95,6 +95,9 @@ def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
         refusal, detail = declined.refusal, declined.detail
     except BadInput as error:
         refusal, detail = Refusal.BAD_REQUEST, str(error)
+    except LedgerDamaged as error:
+        # To the coordinator the same word as an exhausted budget: what was seen is the security officer's alone.
+        refusal, detail = Refusal.BUDGET, str(error)
     site.journal.write("declined", refusal=refusal.value, detail=detail)
     return wire.encode(wire.Declined(refusal, site.config.name))
 

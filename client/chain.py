@@ -25,7 +25,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +66,8 @@ def create(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
     if folder.exists():
         return
     private_folder(folder.parent)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    draft = _draft(folder, [(event, facts)])
     try:
-        key = os.urandom(_KEY_BYTES)
-        write_atomic(draft / _KEY, key)
-        write_atomic(draft / _LOCK, b"")
-        write_atomic(draft / _CHAIN, b"")
-        OpenChain(draft, key, _START, []).append(event, facts)
         os.rename(draft, folder)  # Fails on a folder that is not empty: then the other process created it.
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
@@ -92,6 +87,66 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
         yield _verified(folder)
 
 
+def verifiable(folder: Path) -> list[dict[str, Any]]:
+    """The facts from the start of a damaged chain that still verify with its key; none without key or file."""
+    try:
+        entries, _, _ = _whole_lines(_read(folder, _CHAIN), _read(folder, _KEY))
+    except LedgerDamaged:
+        return []
+    return entries
+
+
+def legible(folder: Path) -> list[dict[str, Any]]:
+    """Whatever of a damaged chain can be read, verified or not. Only ever to be used to assume worse."""
+    try:
+        lines = _read(folder, _CHAIN).splitlines()
+    except LedgerDamaged:
+        return []
+    entries = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            entries.append(entry)
+    return entries
+
+
+def replace(folder: Path, aside: Path, facts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Put a new chain, with a new key, in a damaged one's place; the damaged files are kept under another name.
+
+    A crash leaves the old chain, or none at all; the caller must take a missing chain for a damaged one.
+
+    Args:
+        folder: the chain's.
+        aside: where its old files go; nothing may be there.
+        facts: of the new chain, as (event, facts).
+    """
+    draft = _draft(folder, facts)
+    if folder.exists():
+        os.rename(folder, aside)
+    os.rename(draft, folder)
+    flush_folder(folder.parent)
+
+
+def _draft(folder: Path, facts: Sequence[tuple[str, Mapping[str, Any]]]) -> Path:
+    """A whole new chain under another name beside `folder`."""
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        key = os.urandom(_KEY_BYTES)
+        write_atomic(draft / _KEY, key)
+        write_atomic(draft / _LOCK, b"")
+        write_atomic(draft / _CHAIN, b"")
+        chain = OpenChain(draft, key, _START, [])
+        for event, about in facts:
+            chain.append(event, about)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return draft
+
+
 # --- verification ----------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +158,12 @@ def _locked(folder: Path) -> Iterator[None]:
         raise LedgerDamaged(f"ledger {folder.name}: its file {_LOCK!r} is missing") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # Released by the operating system if the process dies.
+        try:
+            current = os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK))
+        except FileNotFoundError:
+            current = False
+        if not current:
+            raise LedgerDamaged(f"ledger {folder.name}: it was replaced by a recovery meanwhile; ask again")
         yield
     finally:
         os.close(descriptor)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from client.exclusions import Exclusions
 from client.features import Features, FeatureStore, Progress
 from client.records import SIDES, Member, Problem, Side, labels_of, place, usable
 from client.sources import open_source
@@ -77,15 +78,18 @@ def prepare(
             patient on both sides of a source's own split.
     """
     sources = {name: config.tasks[name].source for name in tasks}
+    exclusions = Exclusions.read(config.state_dir)
     found: list[Member] = []
     problems: list[Problem] = []
     features: dict[str, Features] = {}
     for source in sorted(set(sources.values())):
         kind = open_source(config.sources[source], f"sources.{source}")
-        opened = kind.open()
+        opened = exclusions.applied(kind.open())
         backbone = next(backbones[task] for task in tasks if sources[task] == source)
         features[source] = store.open_or_encode(opened, backbone, device=device, progress=progress)
-        members, bad = usable(source, opened.index(), features[source], kind.rows, config.unit)
+        index = opened.index()
+        left_out = exclusions.positions(index)
+        members, bad = usable(source, index, features[source], kind.rows, config.unit, left_out)
         found += members
         problems += bad
     found, bad = place(found, config.split)

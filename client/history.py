@@ -3,7 +3,7 @@
 A pure view: nothing here reads or writes a file. The whole history is composed at once; epsilons are never added, with
 one exception that is a bound and not an estimate. After a recovery (client/recovery.py) nothing but a pair (epsilon,
 delta) is known of what may have left before. Such a pair composes with what follows only by basic composition (Dwork
-and Roth 2014, Theorem 3.16): epsilons and deltas both add up. No Gaussian is a bound for it, because a pair says nothing
+and Roth 2014, Theorem 3.16): epsilons and deltas both add up. No Gaussian is a bound for it: a pair says nothing
 about the losses beyond its epsilon.
 """
 

@@ -16,38 +16,16 @@ Rules:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from client import chain
-from common.privacy.accounting import Mechanism, covered, epsilon, rounded_up
-from common.types import RELATION, BadInput, BudgetExhausted, Unit
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a ledger promises to keep.
-
-    Attributes:
-        unit: what the budget protects.
-        epsilon_cap: all the registry may ever spend, at `delta`.
-        delta: the site's own.
-        relation: which data sets count as neighbours.
-    """
-
-    unit: Unit
-    epsilon_cap: float
-    delta: float
-    relation: str = RELATION
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.epsilon_cap < math.inf:
-            raise BadInput(f"budget.epsilon: expected a finite number > 0, got {self.epsilon_cap}")
-        if not 0.0 < self.delta < 1.0:
-            raise BadInput(f"budget.delta: expected a number in (0, 1), got {self.delta}")
+from client.history import Charge, History, Terms
+from common.files import write_atomic
+from common.privacy.accounting import Mechanism, rounded_up
+from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
 
 
 @dataclass(frozen=True)
@@ -55,25 +33,6 @@ class Reservation:
     """A durable charge, by the number of its entry."""
 
     number: int
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One reservation, committed or not.
-
-    Attributes:
-        run: the run it was made for.
-        round: the round of that run.
-        request: digest of the request.
-        mechanism: what may have been released.
-        committed: whether the reply is known to be stored.
-    """
-
-    run: str
-    round: int
-    request: str
-    mechanism: Mechanism
-    committed: bool
 
 
 @dataclass(frozen=True)
@@ -117,9 +76,29 @@ class Ledger:
         """
         wanted = Terms(unit, epsilon_cap, delta)
         place = folder / registry
-        chain.create(place, "created", {"registry": registry, **asdict(wanted)})
+        if cls.find(folder, registry) is None:
+            chain.create(place, "created", {"registry": registry, **asdict(wanted)})
+            write_atomic(marker(place), b"")
         with chain.exclusive(place) as opened:
-            _refuse_differences(_terms(opened.entries), wanted, registry)
+            _refuse_differences(History.of(opened.entries).terms, wanted, registry)
+        return cls(place)
+
+    @classmethod
+    def find(cls, folder: Path, registry: str) -> Ledger | None:
+        """The ledger of a registry as it is, whatever a site file says now; None where there never was one.
+
+        Raises:
+            LedgerDamaged: there was one, and its folder is gone.
+        """
+        place = folder / registry
+        # The marker first: it is written after the folder, so that one being created is never taken for a lost one.
+        marked = marker(place).exists()
+        if not place.exists():
+            if marked:
+                raise LedgerDamaged(f"ledger {registry}: its folder is missing")
+            return None
+        if not marked:
+            write_atomic(marker(place), b"")
         return cls(place)
 
     def reserve(
@@ -139,12 +118,11 @@ class Ledger:
         """
         facts = {"run": run, "round": round, "request": request, "mechanism": mechanism.to_dict()}
         with chain.exclusive(self._folder) as opened:
-            terms = _terms(opened.entries)
-            everything = [*_mechanisms(_charges(opened.entries)), mechanism]
-            if _within(everything, terms) or (allow_infinite and mechanism.kind == "none"):
+            history = History.of(opened.entries)
+            if history.within_cap([mechanism]) or (allow_infinite and mechanism.kind == "none"):
                 return Reservation(opened.append("reserved", facts))
             opened.append("refused", facts)
-        total = epsilon(everything, terms.delta)
+        total, terms = history.epsilon([mechanism]), history.terms
         raise BudgetExhausted(
             f"registry {self._folder.name}: this charge would bring epsilon to {rounded_up(total)}, beyond the budget "
             f"of {terms.epsilon_cap} at delta {terms.delta}"
@@ -157,38 +135,36 @@ class Ledger:
             BadInput: there is no such reservation, or it was committed before.
         """
         with chain.exclusive(self._folder) as opened:
-            charge = _charges(opened.entries).get(reservation.number)
+            charge = History.of(opened.entries).charges.get(reservation.number)
             if charge is None or charge.committed:
                 raise BadInput(f"reservation {reservation.number}: expected one that is open")
             opened.append("committed", {"reserved": reservation.number})
 
     def spent(self) -> Spent:
         """The balance now."""
-        entries = self.entries()
-        terms, charges = _terms(entries), _charges(entries)
-        committed = [charge.mechanism for charge in charges.values() if charge.committed]
+        history = self.history()
         return Spent(
             registry=self._folder.name,
-            terms=terms,
-            spent_epsilon=epsilon(committed, terms.delta),
-            reserved_epsilon=epsilon(_mechanisms(charges), terms.delta),
+            terms=history.terms,
+            spent_epsilon=history.epsilon(committed_only=True),
+            reserved_epsilon=history.epsilon(),
         )
 
     def affords(self, mechanisms: Iterable[Mechanism]) -> bool:
         """Whether these, together with the whole history, stay within the cap. Nothing is charged or logged."""
-        entries = self.entries()
-        terms = _terms(entries)
-        return _within([*_mechanisms(_charges(entries)), *mechanisms], terms)
+        return self.history().within_cap(mechanisms)
 
     def charges(self) -> list[Charge]:
         """All charges in order."""
-        return list(_charges(self.entries()).values())
+        return list(self.history().charges.values())
 
     def run_epsilon(self, run: str) -> float:
         """Epsilon of one run's own charges, reserved or committed; 0 for a run that was never charged."""
-        entries = self.entries()
-        mechanisms = [charge.mechanism for charge in _charges(entries).values() if charge.run == run]
-        return epsilon(mechanisms, _terms(entries).delta)
+        return self.history().run_epsilon(run)
+
+    def history(self) -> History:
+        """Terms and charges, verified now."""
+        return History.of(self.entries())
 
     def entries(self) -> list[dict[str, Any]]:
         """Every verified entry in order: charges, refusals, amendments, sealed crashes."""
@@ -196,61 +172,40 @@ class Ledger:
             return opened.entries
 
 
-def amend(folder: Path, *, registry: str, unit: Unit, epsilon_cap: float, delta: float) -> None:
+def amend(folder: Path, *, registry: str, unit: Unit, epsilon_cap: float, delta: float, reason: str = "") -> None:
     """Change a ledger's unit, cap or delta in a logged entry. What was spent stays spent.
+
+    Args:
+        folder: of all ledgers.
+        registry: whose ledger.
+        unit: of the new terms.
+        epsilon_cap: of the new terms.
+        delta: of the new terms.
+        reason: why, for the log.
 
     Raises:
         BadInput: there is no such ledger, nothing would change, or the unit would change after a charge.
         LedgerDamaged: the file does not verify.
     """
-    place = folder / registry
-    if not place.exists():
+    if Ledger.find(folder, registry) is None:
         raise BadInput(f"registry {registry}: it has no ledger yet")
     wanted = Terms(unit, epsilon_cap, delta)
-    with chain.exclusive(place) as opened:
-        before = _terms(opened.entries)
+    with chain.exclusive(folder / registry) as opened:
+        history = History.of(opened.entries)
+        before = history.terms
         if before == wanted:
             raise BadInput(f"registry {registry}: the ledger already has these terms")
-        if before.unit != wanted.unit and _charges(opened.entries):
+        if before.unit != wanted.unit and (history.charges or history.assumed):
             raise BadInput(
                 f"registry {registry}: unit: expected {before.unit.value}, got {wanted.unit.value}; it cannot change "
                 "after the first charge, because what was spent per one unit does not bound the loss of the other"
             )
-        opened.append("amended", {"before": asdict(before), **asdict(wanted)})
+        opened.append("amended", {"before": asdict(before), **asdict(wanted), "reason": reason})
 
 
-# --- reading entries -------------------------------------------------------------------------------------------------
-
-_TOLERANCE = 1.0 + 1e-9
-"""Rounding of sums, so that a plan calibrated to the cap is not refused for its last bit."""
-
-
-def _within(mechanisms: list[Mechanism], terms: Terms) -> bool:
-    return covered(mechanisms, terms.delta, terms.epsilon_cap * _TOLERANCE)
-
-
-def _terms(entries: list[dict[str, Any]]) -> Terms:
-    last = [entry for entry in entries if entry["event"] in {"created", "amended"}][-1]
-    return Terms(Unit(last["unit"]), float(last["epsilon_cap"]), float(last["delta"]), last["relation"])
-
-
-def _charges(entries: list[dict[str, Any]]) -> dict[int, Charge]:
-    committed = {entry["reserved"] for entry in entries if entry["event"] == "committed"}
-    return {
-        entry["n"]: Charge(
-            run=entry["run"],
-            round=entry["round"],
-            request=entry["request"],
-            mechanism=Mechanism.from_dict(entry["mechanism"]),
-            committed=entry["n"] in committed,
-        )
-        for entry in entries
-        if entry["event"] == "reserved"
-    }
-
-
-def _mechanisms(charges: Mapping[int, Charge]) -> list[Mechanism]:
-    return [charge.mechanism for charge in charges.values()]
+def marker(place: Path) -> Path:
+    """The file beside a ledger's folder that says there is, or was, one."""
+    return place.with_name(f".{place.name}.created")
 
 
 def _refuse_differences(ledger: Terms, wanted: Terms, registry: str) -> None:

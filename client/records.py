@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -56,7 +56,12 @@ class Member:
 
 
 def usable(
-    source: str, index: list[Record], features: Features, rows: Path | None, unit: Unit
+    source: str,
+    index: list[Record],
+    features: Features,
+    rows: Path | None,
+    unit: Unit,
+    left_out: Container[int] = (),
 ) -> tuple[list[Member], list[Problem]]:
     """Records of one source that have features and a unit, not yet placed on a side.
 
@@ -66,12 +71,15 @@ def usable(
         features: of all its records.
         rows: the CSV that restricts the site to some of them, if there is one.
         unit: what one budget protects.
+        left_out: positions of excluded records, which are named nowhere.
 
     Raises:
         BadInput: the unit is the patient and the source knows none; `rows` cannot be read; a side is unknown.
     """
     members, problems = [], []
     for position, stated in _chosen(rows, len(index)).items():
+        if position in left_out:
+            continue
         record = index[position]
         if unit is Unit.PATIENT and record.patient is None:
             raise BadInput(f"sources.{source}: the unit is patient, and the source has no patients; name its column")

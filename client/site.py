@@ -28,7 +28,17 @@ from common.journal import FileJournal, Journal
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import Entropy, NoiseStream
 from common.tasks import Task, open_task
-from common.types import BadInput, BudgetExhausted, Delta, DigestMismatch, Heads, Plan, Refusal, heads_digest
+from common.types import (
+    BadInput,
+    BudgetExhausted,
+    Delta,
+    DigestMismatch,
+    Heads,
+    LedgerDamaged,
+    Plan,
+    Refusal,
+    heads_digest,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +66,14 @@ class Site:
         return FileJournal(private_folder(self.config.state_dir) / "site.jsonl")
 
     def ledger(self) -> Ledger:
-        """What this site's registry has spent."""
+        """What this site's registry has spent.
+
+        Raises:
+            LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
+        """
         config = self.config
+        if self.has_replies() and not (config.state_dir / "ledgers").exists():
+            raise LedgerDamaged(f"ledger {config.registry}: the folder of all ledgers is missing")
         return Ledger.open(
             config.state_dir / "ledgers",
             registry=config.registry,
@@ -66,13 +82,21 @@ class Site:
             delta=config.budget.delta,
         )
 
+    def has_replies(self) -> bool:
+        """Whether a reply is stored from any run: then something may have left."""
+        return any((self.config.state_dir / "runs").glob("*/replies/*"))
+
     def backbones(self) -> BackboneStore:
         """Backbones received so far."""
         return BackboneStore(self.config.state_dir / "backbones")
 
     def features(self) -> FeatureStore:
         """Cached features; sites of one simulation may share the folder."""
-        return FeatureStore((self.config.cache_dir or self.config.state_dir) / "features")
+        return FeatureStore(self.features_folder())
+
+    def features_folder(self) -> Path:
+        """Where cached features are."""
+        return (self.config.cache_dir or self.config.state_dir) / "features"
 
     def device(self) -> torch.device:
         """The device to encode and train on."""
@@ -118,8 +142,8 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     tasks = joined.tasks(site.config)
     if not tasks:
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
-    _check_allowed(site.config, joined)
-    plan = _plan(site.config, joined)
+    check_allowed(site.config, joined)
+    plan = plan_of(site.config, joined)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
     paid = {charge.round for charge in ledger.charges() if charge.run == joined.run_id}
@@ -183,7 +207,7 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
         return wire.from_bytes(stored.read_bytes())
     tasks = _requested_tasks(site, joined, request)
     heads = _heads(joined, tasks, request.heads)
-    plan = _plan(site.config, joined)
+    plan = plan_of(site.config, joined)
     ledger = site.ledger()
     try:
         reservation = ledger.reserve(
@@ -244,7 +268,8 @@ def _run_folder(site: Site, run_id: str) -> Path:
     return site.config.state_dir / "runs" / run_id
 
 
-def _check_allowed(config: SiteConfig, joined: Joined) -> None:
+def check_allowed(config: SiteConfig, joined: Joined) -> None:
+    """Whether a run's backbone, solver and privacy are acceptable here. Raises DeclinedRequest."""
     allow = config.allow
     if allow.backbones != "any" and joined.backbone_digest not in allow.backbones:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "the backbone's digest is not allowed here")
@@ -258,7 +283,8 @@ def _check_allowed(config: SiteConfig, joined: Joined) -> None:
         raise DeclinedRequest(Refusal.UNIT_DIFFERS, f"the run protects {joined.privacy.unit}, this site {config.unit}")
 
 
-def _plan(config: SiteConfig, joined: Joined) -> Plan:
+def plan_of(config: SiteConfig, joined: Joined) -> Plan:
+    """The public numbers of one round of a run here. Raises DeclinedRequest."""
     try:
         solver: Solver = open_solver(joined.run.solver, "solver")
         plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)

@@ -74,6 +74,8 @@ class RunConfig(Frozen):
     cohort: Cohort = Cohort()
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
     """A reply whose L2 norm over all heads exceeds this is set aside."""
+    audit: Literal["required", "on_request"] = "on_request"
+    """`required`: a privacy audit must pass, else nothing is trained and no head is exported; see the verb `audit`."""
 
 
 # --- the hospital's file ---------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from server.checkpoint import Checkpoint, load_checkpoint
 from server.report import Summary
 from server.results import new_run_folder, write_environment, write_results
 from server.rounds import Observe, Outcome, run_federation
+from simulations.audit import audit_simulation, required
 from simulations.baselines import pool, train_alone
 from simulations.evaluate import Values, evaluate, run_data, units_of
 from simulations.flower import run_on_flower
@@ -84,6 +85,8 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
+    if run.audit == "required" and privacy is None:
+        raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
     if config.non_private_solver is not None:
         other = open_solver(config.non_private_solver, "non_private_solver")
         if other.private:
@@ -161,6 +164,8 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
         # A site that stops at a bad record stops the simulation, before anything is trained.
         cohort = run_.cohort.model_copy(update={"min_sites": len(sites)})
         run_ = run_.model_copy(update={"cohort": cohort})
+    if run_.audit == "required":
+        _audit(experiment)
     try:
         outcome = _federate(experiment, run_, experiment.backbone, sites, experiment.folder, resume)
     except RunFailed as error:
@@ -177,6 +182,17 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
         experiment.journal.write("baseline", name=name, metrics=metrics, seconds=round(time.monotonic() - started, 3))
         experiment.observe(f"baseline {name}", 1, 1)
     return write_results(experiment.folder, run_, experiment.backbone.digest, outcome.heads)
+
+
+def _audit(experiment: Experiment) -> None:
+    """Pass the audit before anything is trained or spent. Raises RunFailed; the summary then says failed."""
+    result = audit_simulation(experiment.config, experiment.observe, experiment.entropy)
+    experiment.journal.write("audit", **result.to_dict())
+    try:
+        required(result)
+    except RunFailed:
+        write_results(experiment.folder, experiment.config.run, experiment.backbone.digest, {})
+        raise
 
 
 def _new_folder(config: SimulationConfig, out: Path | None) -> Path:

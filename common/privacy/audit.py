@@ -71,7 +71,9 @@ def upper_rate(events: NDArray[np.int64], trials: int, error: float) -> Floats:
     return np.where(events < trials, beta.ppf(1.0 - error, events + 1, np.maximum(trials - events, 1)), 1.0)
 
 
-def lower_epsilon(canaries: Canaries, *, delta: float, confidence: float, trade_off: Literal["gaussian", "any"]) -> float:
+def lower_epsilon(
+    canaries: Canaries, *, delta: float, confidence: float, trade_off: Literal["gaussian", "any"]
+) -> float:
     """A lower bound on epsilon at `delta`, false with probability at most 1 - confidence.
 
     It assumes that canaries do not disturb each other, which orthogonal ones do not.
@@ -85,27 +87,37 @@ def lower_epsilon(canaries: Canaries, *, delta: float, confidence: float, trade_
             epsilon >= log((1 - delta - FNR) / FPR) and the same with the errors exchanged (Kairouz et al. 2015).
     """
     choosing, judging = canaries.halves()
-    error = (1.0 - confidence) / 2.0  # Both error rates are bounded at once.
+    bound = _lower_mu if trade_off == "gaussian" else _lower_any
     thresholds = np.unique(choosing.score_M)
-    if not len(thresholds):
-        return 0.0
-    best = int(np.argmax(_epsilons(choosing, thresholds, delta, error, trade_off, rank=True)))
-    return float(_epsilons(judging, thresholds[best : best + 1], delta, error, trade_off)[0])
+    # The same threshold at every confidence, so that more confidence never shows more.
+    best = int(np.argmax(bound(*_error_rates(choosing, thresholds, _CHOOSING_ERROR), delta)))
+    # Half each: both error rates are bounded at once.
+    rates = _error_rates(judging, thresholds[best : best + 1], (1.0 - confidence) / 2.0)
+    value = float(bound(*rates, delta)[0])
+    return gdp_epsilon(value, delta) if trade_off == "gaussian" and value > 0.0 else max(value, 0.0)
 
 
-def _epsilons(
-    canaries: Canaries, thresholds: Floats, delta: float, error: float, trade_off: str, rank: bool = False
-) -> Floats:
-    """Bound for each threshold; with `rank` only something that grows with it."""
+_CHOOSING_ERROR = 0.01
+
+
+def _error_rates(canaries: Canaries, thresholds: Floats, error: float) -> tuple[Floats, Floats]:
+    """For each threshold upper bounds on both errors of calling every score from it on "included": (FPR, FNR)."""
     inside = np.sort(canaries.score_M[canaries.included_M])
     outside = np.sort(canaries.score_M[~canaries.included_M])
-    missed = upper_rate(np.searchsorted(inside, thresholds, side="left"), len(inside), error)
-    accused = upper_rate(len(outside) - np.searchsorted(outside, thresholds, side="left"), len(outside), error)
-    if trade_off == "gaussian":
-        mu = np.where((missed < 1.0) & (accused < 1.0), ndtri(1.0 - accused) - ndtri(missed), 0.0)
-        return mu if rank else np.array([gdp_epsilon(max(value, 0.0), delta) if value > 0.0 else 0.0 for value in mu])
+    accused = len(outside) - np.searchsorted(outside, thresholds, side="left")
+    missed = np.searchsorted(inside, thresholds, side="left")
+    return upper_rate(accused, len(outside), error), upper_rate(missed, len(inside), error)
+
+
+def _lower_mu(accused: Floats, missed: Floats, delta: float) -> Floats:
+    del delta
+    informed = (accused < 1.0) & (missed < 1.0)
+    return np.where(informed, -ndtri(np.where(informed, accused, 0.5)) - ndtri(np.where(informed, missed, 0.5)), 0.0)
+
+
+def _lower_any(accused: Floats, missed: Floats, delta: float) -> Floats:
     ratios = np.maximum((1.0 - delta - missed) / accused, (1.0 - delta - accused) / missed)
-    return np.log(np.maximum(ratios, 1.0))
+    return np.asarray(np.log(np.maximum(ratios, 1.0)))
 
 
 def one_run_epsilon(canaries: Canaries, *, delta: float, confidence: float) -> float:
@@ -168,7 +180,9 @@ def noise_scale(noise_SWF: Floats) -> NoiseScale:
     """
     ratio = float(np.sqrt(np.mean(noise_SWF**2)))
     if not _is_standard(noise_SWF):
-        return NoiseScale(ratio, (f"released noise has {ratio:.3g} times the standard deviation that is accounted for",))
+        return NoiseScale(
+            ratio, (f"released noise has {ratio:.3g} times the standard deviation that is accounted for",)
+        )
     problems = []
     for axis, what in enumerate(("from step to step", "from weight to weight", "from feature to feature")):
         length = noise_SWF.shape[axis]

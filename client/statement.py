@@ -1,0 +1,147 @@
+"""The page a security officer reads: everything a site released or refused, from its ledger and its journal.
+
+A release is a ledger's charge; its bytes are those of the stored reply, whatever the journal says. A charge without a
+stored reply is shown too: a crash may have happened anywhere after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from client.ledger import Ledger
+from common.config import SiteConfig
+from common.journal import read
+from common.privacy.accounting import Mechanism
+
+
+@dataclass(frozen=True)
+class Release:
+    """One charge and what left for it.
+
+    Attributes:
+        time: seconds since 1970 when it was reserved.
+        run: for which run.
+        round: of that run.
+        mechanism: what was charged.
+        bytes: of the stored reply; None where none is stored.
+        resent: how often the identical bytes were sent again, for nothing.
+    """
+
+    time: float
+    run: str
+    round: int
+    mechanism: Mechanism
+    bytes: int | None
+    resent: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request or charge that was refused; `detail` never leaves the site."""
+
+    time: float
+    source: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something done to the ledger or by the site's staff."""
+
+    time: float
+    event: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """All three, each in order of time."""
+
+    releases: tuple[Release, ...]
+    refusals: tuple[Refused, ...]
+    changes: tuple[Change, ...]
+
+
+def statement(config: SiteConfig) -> Statement:
+    """What a site released, refused and changed.
+
+    Raises:
+        LedgerDamaged: the registry's ledger does not verify.
+    """
+    ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
+    entries = [] if ledger is None else ledger.entries()
+    facts = read(config.state_dir / "site.jsonl")
+    releases = [_release(config, entry, facts) for entry in entries if entry["event"] == "reserved"]
+    refusals = [
+        *(Refused(fact["time"], "request", fact["refusal"], fact["detail"]) for fact in facts if _is(fact, "declined")),
+        *(
+            Refused(entry["time"], "ledger", "budget", f"{entry['run']} round {entry['round']}")
+            for entry in entries
+            if _is(entry, "refused")
+        ),
+    ]
+    changes = [
+        *(Change(entry["time"], entry["event"], _change(entry)) for entry in entries if entry["event"] in _CHANGES),
+        *(Change(fact["time"], "purged", f"{fact['new']} new exclusion(s)") for fact in facts if _is(fact, "purged")),
+    ]
+    return Statement(
+        tuple(releases),
+        tuple(sorted(refusals, key=lambda each: each.time)),
+        tuple(sorted(changes, key=lambda each: each.time)),
+    )
+
+
+def as_json(page: Statement) -> dict[str, Any]:
+    """The page as plain values."""
+    return asdict(page)
+
+
+def in_words(mechanism: Mechanism) -> str:
+    """A mechanism as a person reads it."""
+    if mechanism.kind == "none":
+        return f"{mechanism.steps} without noise: epsilon is infinite"
+    return (
+        f"{mechanism.steps} Gaussian, noise {mechanism.noise_multiplier:.4g}, rate {mechanism.sampling_rate:g}, "
+        f"sensitivity {mechanism.sensitivity:g}"
+    )
+
+
+_CHANGES = {"created", "amended", "sealed", "recovered", "assumed"}
+
+
+def _is(fact: Mapping[str, Any], event: str) -> bool:
+    return bool(fact.get("event") == event)
+
+
+def _release(config: SiteConfig, entry: Mapping[str, Any], facts: list[dict[str, Any]]) -> Release:
+    stored = config.state_dir / "runs" / entry["run"] / "replies" / entry["request"]
+    resent = sum(
+        fact.get("run") == entry["run"] and fact.get("round") == entry["round"] for fact in facts if _is(fact, "resent")
+    )
+    time = entry.get("original", entry)["time"]
+    size = stored.stat().st_size if entry["request"] and stored.is_file() else None
+    return Release(time, entry["run"], entry["round"], Mechanism.from_dict(entry["mechanism"]), size, resent)
+
+
+def _change(entry: Mapping[str, Any]) -> str:
+    match entry["event"]:
+        case "amended":
+            before = entry["before"]
+            changed = [
+                f"{name} {before[name]} -> {entry[name]}"
+                for name in ("unit", "epsilon_cap", "delta")
+                if before[name] != entry[name]
+            ]
+            return f"{', '.join(changed)}; reason: {entry.get('reason') or 'none given'}"
+        case "recovered":
+            return f"{entry['seen']}; reason: {entry['reason']}; damaged files: {entry['kept_aside']}"
+        case "assumed":
+            known = "infinite" if entry["epsilon"] is None else entry["epsilon"]
+            return f"everything before counts as epsilon {known} at delta {entry['delta']}"
+        case "sealed":
+            return f"a line torn by a crash was removed ({entry['bytes']} bytes)"
+        case _:
+            return f"unit {entry['unit']}, budget {entry['epsilon_cap']} at delta {entry['delta']}"

@@ -1,0 +1,26 @@
+"""The privacy audit of a simulation: its run as the site with the smallest declared sizes would take part in it."""
+
+from __future__ import annotations
+
+from client.audit import AuditResult, Observe, audit_run
+from common.config import SimulationConfig
+from common.privacy.noise import Entropy, os_entropy
+from common.types import RunFailed
+
+
+def audit_simulation(config: SimulationConfig, observe: Observe, entropy: Entropy = os_entropy) -> AuditResult:
+    """Audit with all of the run's tasks at one site, where clipping has the most to do together.
+
+    Raises:
+        BadInput: the run promises no privacy, or asks for a solver or task that cannot be audited.
+        RunFailed: nothing could be measured.
+    """
+    declared = {name: config.tasks[name].public_size for name in config.run.tasks}
+    sizes = {name: size if isinstance(size, int) else min(size.values()) for name, size in declared.items()}
+    return audit_run(config.run, config.unit, sizes, entropy=entropy, observe=observe)
+
+
+def required(result: AuditResult) -> None:
+    """Raise RunFailed, naming the first reason, unless the audit passed."""
+    if not result.passed:
+        raise RunFailed(f"the privacy audit failed, so no head is exported: {result.reasons[0]}")
