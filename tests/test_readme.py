@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import SimulationConfig, load
+from common.config import RunConfig, SimulationConfig, SiteConfig, load
 from common.plugins import kinds
 from server.aggregators import Weighted
 from simulations.experiment import check
@@ -37,6 +37,14 @@ def test_the_plug_in_in_readme_works(tmp_path: Path) -> None:
 def test_every_simulation_in_the_repository_is_valid_and_in_readme(path: Path) -> None:
     assert check(load(SimulationConfig, path))
     assert path.name in README
+
+
+def test_the_example_run_and_site_files_are_valid_and_the_run_is_the_demos() -> None:
+    run = load(RunConfig, ROOT / "configs" / "runs" / "demo.yaml")
+    demo = load(SimulationConfig, ROOT / "configs" / "simulations" / "demo.yaml")
+    assert run.model_dump() == demo.run.model_dump()
+    site = load(SiteConfig, ROOT / "configs" / "sites" / "example.yaml")
+    assert set(site.tasks) == set(run.tasks)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOW = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1_000_000, "clip_norm": 1.0, "learning_rate": 0.1}
 FAINT = {"unit": "example", "delta": 1e-5, "noise_multiplier": 2000.0}
 
-# Imports once, then forks a process for each line "folder place" it reads and prints its id; for "reap" it prints how the
-# last one ended. Each does one round. It says where it is by a file and waits there for the file `go`, or dies there.
+# Imports once, then forks a process for each line "folder place" it reads and prints its id; for "reap" it prints how
+# the last one ended. Each does one round. It says where it is by a file and waits there for the file `go`.
 ROUNDS = """
 import os, resource, signal, sys, time
 from pathlib import Path

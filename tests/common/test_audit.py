@@ -164,7 +164,7 @@ def test_shuffled_epochs_are_not_poisson() -> None:
 
 
 def test_one_coin_for_all_units_is_not_poisson() -> None:
-    coins = np.random.default_rng(0).random((60, 1)) < 0.5
+    coins = np.random.default_rng(0).permutation(60)[:, None] < 30
     assert any("size of a sample" in problem for problem in participation_problems(np.repeat(coins, 200, axis=1), 0.5))
 
 
