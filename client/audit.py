@@ -5,10 +5,7 @@ that chooses the heads of every step, which the promise covers: each of the run'
 `solver.solve` of its own, canaries (Nasr et al. 2023; Steinke et al. 2023) are scored over all of them, and the plan of
 a whole round is then checked against that one step.
 
-Everything is measured relative to what one clipped unit moves, so that neither learning rates nor divisors need to be
-known: noise is right if it is `noise_multiplier` times the largest part of a unit in the release.
-
-False alarms: the epsilon gate at 99.9 % at most once in 1000 audits; the other statistical tests together at most once
+False alarms: the epsilon gate at 99.9 % at most once in 1000 audits; the other statistical tests together about once
 in 500,000; the rest is exact to rounding.
 """
 
@@ -23,14 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from client.canaries import Planted, ProbeStream, SilentStream, plant
+from client.audit_lab import PROBES, STILL, Audited, Lab
+from client.canaries import ProbeStream, SilentStream, plant
 from client.ledger import Ledger
-from client.solvers import Solver, one_thread, open_solver
-from client.units import Units
+from client.solvers import one_thread, open_solver
 from common.config import RunConfig
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.audit import (
-    Bools,
     Canaries,
     Floats,
     canary_scores,
@@ -42,17 +38,10 @@ from common.privacy.audit import (
     spread_is_poisson,
 )
 from common.privacy.noise import Entropy, NoiseStream, os_entropy
-from common.tasks import Task, open_task
-from common.types import BadInput, Plan, RunFailed, Unit
-
-Accountant = Callable[[Plan, int, float], float]
-"""(plan of a round, rounds, delta) -> the epsilon a site shows after them."""
+from common.tasks import open_task
+from common.types import BadInput, Plan, Unit
 
 Observe = Callable[[str, int, int], None]
-
-_PROBES = 8
-_STILL = 10**9
-"""Factor on declared sizes that makes weights stand still: then a round's steps all answer alike."""
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -94,35 +83,6 @@ class AuditResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {**asdict(self), "reasons": list(self.reasons)}
-
-
-@dataclass(frozen=True)
-class Audited:
-    """What is audited, by its real parts: tests pass broken ones.
-
-    Attributes:
-        solver: whose `solve` is called.
-        plan: of one round.
-        tasks: clipped jointly.
-        public_sizes: task -> declared number of units.
-        rounds: of the run.
-        delta: of the claim.
-        entropy: where the keys of coins and noise come from, by round.
-        accountant: what the site would show.
-        num_canaries: more give tighter bounds and take longer.
-        max_steps: noised sums to ask for at most.
-    """
-
-    solver: Solver
-    plan: Plan
-    tasks: Mapping[str, Task]
-    public_sizes: Mapping[str, int]
-    rounds: int
-    delta: float
-    entropy: Entropy
-    accountant: Accountant
-    num_canaries: int = 1000
-    max_steps: int = 200
 
 
 def audit_run(
@@ -180,7 +140,7 @@ def audit(audited: Audited, observe: Observe = _silent) -> AuditResult:
         num_canaries=audited.num_canaries,
         stream=NoiseStream(audited.entropy("audit/records")),
     )
-    lab = _Lab(audited, planted)
+    lab = Lab(audited, planted)
     with one_thread():
         reasons = [*_step_problems(lab), *_round_problems(lab), *_sampling_problems(lab)]
         canaries, noise_SWF = _attack(lab, observe)
@@ -229,86 +189,6 @@ def ledger_epsilon(plan: Plan, rounds: int, delta: float) -> float:
         return ledger().spent().reserved_epsilon
 
 
-# --- asking the solver -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Lab:
-    """The audited solver with the planted records before it.
-
-    A release is read as task -> (canaries' columns, free columns).
-    """
-
-    audited: Audited
-    planted: Planted
-
-    @property
-    def clip_norm(self) -> float:
-        clip_norm = self.audited.plan.clip_norm
-        assert clip_norm is not None
-        return clip_norm
-
-    @property
-    def step(self) -> Plan:
-        """The plan of one step."""
-        return replace(self.audited.plan, steps=1)
-
-    def first(self, count: int) -> Bools:
-        """The first few canaries."""
-        return np.arange(self.planted.num_canaries) < count
-
-    def ask(
-        self, units: Units, plan: Plan, stream: NoiseStream, sizes_factor: int = 1
-    ) -> dict[str, tuple[Floats, Floats]]:
-        """What one call of the solver releases."""
-        sizes = {name: size * sizes_factor for name, size in self.audited.public_sizes.items()}
-        delta = self.audited.solver.solve(
-            self.planted.heads, self.audited.tasks, units, plan=plan, public_sizes=sizes, stream=stream
-        )
-        return {
-            name: (self.planted.canaries_in(delta, name), self.planted.free_in(delta, name))
-            for name in self.audited.tasks
-        }
-
-    def gains(self, plan: Plan, sizes_factor: int = 1, scale: float = 1.0) -> dict[str, float]:
-        """Task -> released change / summed gradient, from clipped canaries without noise."""
-        present = self.first(_PROBES)
-        units = self.planted.units(present, background=False, scale=scale)
-        released = self.ask(units, plan, ProbeStream(0.0), sizes_factor)
-        gains = {}
-        for name, (canaries, _) in released.items():
-            direction = self.planted.direction[name][:, present]
-            gains[name] = float((canaries[:, present] * direction).sum() / (direction**2).sum() / self.clip_norm)
-            if not np.isfinite(gains[name]) or gains[name] == 0.0:
-                raise RunFailed(f"audit: task {name}: a canary does not reach the release; nothing can be measured")
-        return gains
-
-    def reach(self, gains: Mapping[str, float]) -> float:
-        """How far a round of standing weights moves along a canary that takes part in every step; one step is 1.
-
-        As a length over all tasks: weight decay turns a gradient a little from one task to another.
-        """
-        present = self.first(_PROBES)
-        units = self.planted.units(present, background=False)
-        released = self.ask(units, self.audited.plan, ProbeStream(0.0), _STILL)
-        parts = [canaries[:, present] / (gains[name] * self.clip_norm) for name, (canaries, _) in released.items()]
-        return float(np.linalg.norm(np.concatenate(parts), axis=0).mean())
-
-    def signals(self, released: Mapping[str, tuple[Floats, Floats]], gains: Mapping[str, float]) -> Floats:
-        """signal_M: the release along each canary's direction; a clipped canary's part is 1."""
-        return np.asarray(
-            sum(
-                (canaries * self.planted.direction[name]).sum(axis=0) / (gains[name] * self.clip_norm)
-                for name, (canaries, _) in released.items()
-            )
-        )
-
-    def noise(self, released: Mapping[str, tuple[Floats, Floats]], gains: Mapping[str, float]) -> Floats:
-        """W x FREE: released noise / the claimed standard deviation of one step."""
-        claimed = self.audited.plan.noise_multiplier * self.clip_norm
-        return np.concatenate([free / (gains[name] * claimed) for name, (_, free) in released.items()])
-
-
 # --- exact checks ----------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +196,7 @@ def _close(values: Floats, expected: float = 1.0) -> bool:
     return bool(np.allclose(values, expected, rtol=0.01, atol=0.0))
 
 
-def _step_problems(lab: _Lab) -> Iterator[str]:
+def _step_problems(lab: Lab) -> Iterator[str]:
     """One step: clipping, and a divisor that does not depend on the records."""
     gains = lab.gains(lab.step)
     larger = lab.gains(lab.step, scale=10.0)
@@ -324,7 +204,7 @@ def _step_problems(lab: _Lab) -> Iterator[str]:
         yield "a unit's part of a release grows with its features: it is not clipped"
     nobody = lab.planted.units(lab.first(0), background=False)
     one = lab.planted.units(lab.first(1), background=False)
-    many = lab.planted.units(lab.first(_PROBES), background=True)
+    many = lab.planted.units(lab.first(PROBES), background=True)
     empty, single, full = (
         lab.noise(lab.ask(units, lab.step, ProbeStream(1.0)), gains) for units in (nobody, one, many)
     )
@@ -334,13 +214,13 @@ def _step_problems(lab: _Lab) -> Iterator[str]:
         yield "the divisor of a release depends on the true number of units"
 
 
-def _round_problems(lab: _Lab) -> Iterator[str]:
+def _round_problems(lab: Lab) -> Iterator[str]:
     """A whole round: as many noised steps as the plan says, each with the noise it says."""
     plan, units = lab.audited.plan, lab.planted.units(lab.first(0), background=False)
-    gains, listening = lab.gains(lab.step, _STILL), ProbeStream(1.0)
+    gains, listening = lab.gains(lab.step, STILL), ProbeStream(1.0)
     reach = lab.reach(gains)
     # Every step's noise 1: their sum, relative to what a unit in every step moves, is the noise multiplier.
-    ratio = lab.noise(lab.ask(units, plan, listening, _STILL), gains) / reach
+    ratio = lab.noise(lab.ask(units, plan, listening, STILL), gains) / reach
     steps = listening.drawn / lab.planted.num_weights()
     if steps != plan.steps:
         yield f"a round draws noise for {steps:g} steps, and {plan.steps} are accounted for"
@@ -352,25 +232,25 @@ def _round_problems(lab: _Lab) -> Iterator[str]:
         return
     real = NoiseStream(lab.audited.entropy("audit/round"))
     # Steps may have different weights (momentum); independent noise then varies by at least 1 / steps of the sum.
-    if not enough_noise(lab.noise(lab.ask(units, plan, real, _STILL), gains) * np.sqrt(plan.steps) / reach):
+    if not enough_noise(lab.noise(lab.ask(units, plan, real, STILL), gains) * np.sqrt(plan.steps) / reach):
         yield "a round's noise varies less than that of as many independent steps"
 
 
-def _sampling_problems(lab: _Lab) -> Iterator[str]:
+def _sampling_problems(lab: Lab) -> Iterator[str]:
     """Who takes part, seen in releases without noise: no counter of the solver is trusted."""
     plan = lab.audited.plan
     rate = plan.sampling_rate
     present = lab.first(200)
     units = lab.planted.units(present, background=False)
     stream = SilentStream(lab.audited.entropy("audit/coins"))
-    gains = lab.gains(lab.step, _STILL)
+    gains = lab.gains(lab.step, STILL)
     num_steps = 2 if rate == 1.0 else min(200, max(30, int(np.ceil(2.0 / rate))))
-    signals = [lab.signals(lab.ask(units, lab.step, stream, _STILL), gains)[present] for _ in range(num_steps)]
+    signals = [lab.signals(lab.ask(units, lab.step, stream, STILL), gains)[present] for _ in range(num_steps)]
     problems = list(participation_problems(np.array(signals) > 0.5, rate))
     yield from problems
     rounds = -(-num_steps // plan.steps)
     reach = lab.reach(gains)
-    shares = [lab.signals(lab.ask(units, plan, stream, _STILL), gains)[present] / reach for _ in range(rounds)]
+    shares = [lab.signals(lab.ask(units, plan, stream, STILL), gains)[present] / reach for _ in range(rounds)]
     if not problems and not spread_is_poisson(np.sum(shares, axis=0) * plan.steps, rounds * plan.steps, rate):
         yield "how often a unit takes part in a round does not vary as with Poisson sampling"
 
@@ -378,7 +258,7 @@ def _sampling_problems(lab: _Lab) -> Iterator[str]:
 # --- statistical checks ----------------------------------------------------------------------------------------------
 
 
-def _attack(lab: _Lab, observe: Observe) -> tuple[Canaries, Floats]:
+def _attack(lab: Lab, observe: Observe) -> tuple[Canaries, Floats]:
     """All steps of the run with half of the canaries among the records: their scores, and noise_SWF."""
     audited, plan = lab.audited, lab.audited.plan
     included_M = NoiseStream(audited.entropy("audit/inclusion")).coins(audited.num_canaries, 0.5)

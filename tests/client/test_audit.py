@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from client.audit import Audited, AuditResult, audit, audit_run, ledger_epsilon
+from client.audit import AuditResult, audit, audit_run, ledger_epsilon
+from client.audit_lab import Audited
 from client.ledger import Ledger
 from client.solvers import Solver, open_solver
 from client.units import TaskRecords, Units
@@ -314,6 +315,22 @@ def test_noise_that_is_drawn_once_for_a_round_is_caught() -> None:
         return Bent(stream, bend)
 
     assert "times what the plan says" in said(broken(parts, stream=once))
+
+
+def test_noise_that_thins_out_after_the_first_step_of_a_round_is_caught() -> None:
+    """Neighbouring values share their noise: a constant passes through unchanged, but the spread is a quarter."""
+
+    def thinning(stream: NoiseStream) -> NoiseStream:
+        draws = itertools.count()
+
+        def bend(noise: np.ndarray) -> np.ndarray:
+            return noise if next(draws) == 0 else np.convolve(np.pad(noise, 8, "wrap"), np.ones(17) / 17, "valid")
+
+        return Bent(stream, bend)
+
+    assert said(broken(audited(), stream=thinning)) == (
+        "a round's noise varies less than that of as many independent steps"
+    )
 
 
 def test_the_true_number_of_units_as_divisor_is_caught() -> None:
