@@ -1,4 +1,4 @@
-"""Command line of one site: `python -m client budget | plan | log | amend | recover | purge`."""
+"""Command line of one site: `python -m client budget | plan | audit | log | amend | recover | purge`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rich.table import Table
 from client import budget as budgets
 from client import forecast as forecasts
 from client import statement as statements
+from client.audit import audit_run
+from client.audit_page import audit_table
 from client.budget import Balance, rounded_down
 from client.ledger import amend as amend_ledger
 from client.purge import Purged
@@ -25,7 +27,7 @@ from client.recovery import recover as recover_ledger
 from client.site import DeclinedRequest, Joined, Site, plan_of
 from client.statement import Statement, in_words
 from common.config import RunConfig, SiteConfig, load
-from common.console import reported_errors
+from common.console import EXIT_FAILED, reported_errors
 from common.privacy.accounting import Mechanism, rounded_up
 from common.privacy.noise import os_entropy
 from common.types import BadInput, Plan
@@ -81,6 +83,26 @@ def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) ->
         Console().print(forecasts.table([outlook]))
         for warning in outlook.warnings:
             typer.echo(f"warning: {outlook.site}: {warning}")
+
+
+@app.command()
+def audit(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) -> None:
+    """Attack a run's solver on synthetic records, as it would run here; exit code 1 when a claim is refuted.
+
+    Example: python -m client audit site.yaml run.yaml --json
+    """
+    with reported_errors():
+        config, wanted = load(SiteConfig, site, set_ or []), load(RunConfig, run)
+        sizes = {name: task.public_size for name, task in config.tasks.items() if name in wanted.tasks}
+        result = audit_run(wanted, config.unit, sizes, delta=config.budget.delta)
+        if json_:
+            _print_json(result.to_dict())
+        else:
+            Console().print(audit_table(result))
+        for reason in result.reasons:
+            typer.echo(f"error: {reason}", err=True)
+        if not result.passed:
+            raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """The page a security officer reads: everything a site released or refused, from its ledger and its journal.
 
 A release is a ledger's charge; its bytes are those of the stored reply, whatever the journal says. A charge without a
-stored reply is shown too: a crash may have happened anywhere after it.
+stored reply is shown too: a crash may have happened anywhere after it. So is a reply that only the journal knows: a
+recovery keeps no charge that did not verify.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Release:
         time: seconds since 1970 when it was reserved.
         run: for which run.
         round: of that run.
-        mechanism: what was charged.
+        mechanism: what was charged; None where only the journal knows of the release.
         bytes: of the stored reply; None where none is stored.
         resent: how often the identical bytes were sent again, for nothing.
     """
@@ -32,7 +33,7 @@ class Release:
     time: float
     run: str
     round: int
-    mechanism: Mechanism
+    mechanism: Mechanism | None
     bytes: int | None
     resent: int
 
@@ -75,6 +76,12 @@ def statement(config: SiteConfig) -> Statement:
     entries = [] if ledger is None else ledger.entries()
     facts = read(config.state_dir / "site.jsonl")
     releases = [_release(config, entry, facts) for entry in entries if entry["event"] == "reserved"]
+    known = {(each.run, each.round) for each in releases}
+    releases += [
+        Release(fact["time"], fact["run"], fact["round"], None, fact["bytes"], _resent(facts, fact))
+        for fact in facts
+        if _is(fact, "sent") and (fact["run"], fact["round"]) not in known
+    ]
     refusals = [
         *(Refused(fact["time"], "request", fact["refusal"], fact["detail"]) for fact in facts if _is(fact, "declined")),
         *(
@@ -88,7 +95,7 @@ def statement(config: SiteConfig) -> Statement:
         *(Change(fact["time"], "purged", f"{fact['new']} new exclusion(s)") for fact in facts if _is(fact, "purged")),
     ]
     return Statement(
-        tuple(releases),
+        tuple(sorted(releases, key=lambda each: each.time)),
         tuple(sorted(refusals, key=lambda each: each.time)),
         tuple(sorted(changes, key=lambda each: each.time)),
     )
@@ -99,8 +106,10 @@ def as_json(page: Statement) -> dict[str, Any]:
     return asdict(page)
 
 
-def in_words(mechanism: Mechanism) -> str:
+def in_words(mechanism: Mechanism | None) -> str:
     """A mechanism as a person reads it."""
+    if mechanism is None:
+        return "lost with a damaged ledger"
     if mechanism.kind == "none":
         return f"{mechanism.steps} without noise: epsilon is infinite"
     return (
@@ -118,12 +127,17 @@ def _is(fact: Mapping[str, Any], event: str) -> bool:
 
 def _release(config: SiteConfig, entry: Mapping[str, Any], facts: list[dict[str, Any]]) -> Release:
     stored = config.state_dir / "runs" / entry["run"] / "replies" / entry["request"]
-    resent = sum(
-        fact.get("run") == entry["run"] and fact.get("round") == entry["round"] for fact in facts if _is(fact, "resent")
-    )
     time = entry.get("original", entry)["time"]
     size = stored.stat().st_size if entry["request"] and stored.is_file() else None
-    return Release(time, entry["run"], entry["round"], Mechanism.from_dict(entry["mechanism"]), size, resent)
+    return Release(
+        time, entry["run"], entry["round"], Mechanism.from_dict(entry["mechanism"]), size, _resent(facts, entry)
+    )
+
+
+def _resent(facts: list[dict[str, Any]], release: Mapping[str, Any]) -> int:
+    """How often the journal says that a round's reply was sent again."""
+    resent = [(fact["run"], fact["round"]) for fact in facts if _is(fact, "resent")]
+    return resent.count((release["run"], release["round"]))
 
 
 def _change(entry: Mapping[str, Any]) -> str:

@@ -13,11 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.audit import AuditResult
+from client.audit_page import audit_table
 from client.forecast import as_json, forecast, table
 from common.config import SimulationConfig, load
 from common.console import EXIT_FAILED, reported_errors, shown_progress
-from common.privacy.accounting import rounded_up
 from server.report import Summary, failures, tables
 from simulations.audit import audit_simulation
 from simulations.experiment import check as check_config
@@ -123,7 +122,7 @@ def audit(config: Config, set_: Set = None, json_: Json = False) -> None:
         if json_:
             typer.echo(json.dumps(result.to_dict(), indent=2))
         else:
-            Console().print(_audit_table(result))
+            Console().print(audit_table(result))
         for reason in result.reasons:
             typer.echo(f"error: {reason}", err=True)
         if not result.passed:
@@ -193,22 +192,6 @@ def _missed(summary: Summary, config: SimulationConfig) -> list[str]:
         else:
             missed.append(f"{verdict}: transfer does not beat the random backbone")
     return missed
-
-
-def _audit_table(result: AuditResult) -> Table:
-    table = Table(title=f"audit: {'passed' if result.passed else 'FAILED'}", title_justify="left", show_header=False)
-    for name, value in (
-        ("epsilon claimed", f"{rounded_up(result.epsilon_claimed):.2f}"),
-        ("epsilon at least, 95 % confidence", f"{result.epsilon_lower_95:.2f}"),
-        ("epsilon at least, 99.9 % confidence (the gate)", f"{result.epsilon_lower_99_9:.2f}"),
-        ("epsilon at least, 95 %, no distribution assumed", f"{result.epsilon_lower_one_run_95:.2f}"),
-        ("released noise / accounted noise", f"{result.noise_std_ratio:.3f}"),
-        ("delta, rounds, noised steps audited", f"{result.delta:g}, {result.rounds}, {result.steps}"),
-        ("canaries", str(result.canaries)),
-        ("seconds", f"{result.seconds:.1f}"),
-    ):
-        table.add_row(name, value)
-    return table
 
 
 def _sweep_table(rows: list[Row]) -> Table:

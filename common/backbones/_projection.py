@@ -122,7 +122,8 @@ def top_directions(classifier_KD: Tensor, dim: int) -> Tensor:
     matrix_DP: Tensor = directions[:dim].T
     largest_P = matrix_DP.abs().argmax(dim=0)
     signs_P = torch.sign(matrix_DP[largest_P, torch.arange(dim)])
-    oriented_DP: Tensor = matrix_DP * signs_P
+    # The last digits depend on the number of threads; the digest must not.
+    oriented_DP: Tensor = (matrix_DP * signs_P).round(decimals=6)
     return oriented_DP.to(torch.float32).contiguous()
 
 

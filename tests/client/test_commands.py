@@ -194,6 +194,8 @@ def test_a_damaged_ledger_makes_the_site_decline_with_one_word_until_it_is_recov
     page = said("log", tmp_path / "site.yaml")
     assert [each["event"] for each in page["changes"]] == ["recovered", "assumed"]
     assert "edited" in page["refusals"][0]["detail"]
+    # What was released stays on the page, although its charge no longer verifies.
+    assert [(each["run"], each["round"], each["mechanism"]) for each in page["releases"]] == [("run-1", 1, None)]
 
 
 def test_stating_less_than_the_cap_is_refused(tmp_path: Path, frozen: Backbone) -> None:
@@ -425,3 +427,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
         (("amend", site, "--reason", "x"), "no ledger"),
     ):
         assert word in refused(invoke(*command), 2)
+
+
+def test_an_audit_of_the_run_as_it_would_run_here_passes_and_is_json(tmp_path: Path) -> None:
+    page = said("audit", written(tmp_path), run_file(tmp_path))
+    assert {"epsilon_claimed", "epsilon_lower_95", "epsilon_lower_99_9", "noise_std_ratio", "passed"} <= set(page)
+    assert page["passed"] is True
+    assert page["epsilon_lower_99_9"] <= page["epsilon_claimed"]
+
+
+def test_an_audit_of_a_run_without_privacy_is_refused(tmp_path: Path) -> None:
+    sgd = {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0}
+    run = run_file(tmp_path, solver=sgd, privacy="non_private")
+    refused(invoke("audit", written(tmp_path), run), 2)

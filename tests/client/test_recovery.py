@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -217,12 +218,26 @@ def test_wherever_a_ledger_is_cut_recovery_never_shows_less_than_what_left(
     assert recovered(place).epsilon >= max(truth, CAP)
 
 
-def test_a_writer_that_waited_for_a_replaced_chain_does_not_write_to_it(tmp_path: Path) -> None:
-    """The lock it gets is that of the files kept aside."""
+def test_a_writer_that_waited_while_the_chain_was_replaced_does_not_write_to_either(tmp_path: Path) -> None:
+    """The lock it gets is that of the files kept aside: another process may hold the new one's."""
     place = tmp_path / "chain"
     chain.create(place, "created", {})
+    seen: list[str] = []
+
+    def write() -> None:
+        try:
+            with chain.exclusive(place) as late:
+                late.append("late", {})
+        except LedgerDamaged as error:
+            seen.append(str(error))
+
+    waiting = threading.Thread(target=write)
     with chain.exclusive(place):
-        pass
-    chain.replace(place, tmp_path / "aside", [("recovered", {})])
+        waiting.start()
+        waiting.join(timeout=0.2)
+        assert waiting.is_alive()
+        chain.replace(place, tmp_path / "aside", [("recovered", {})])
+    waiting.join(timeout=60)
+    assert len(seen) == 1 and "replaced by a recovery" in seen[0]
     with chain.exclusive(place) as now:
         assert [entry["event"] for entry in now.entries] == ["recovered"]

@@ -48,6 +48,19 @@ def test_directions_do_not_depend_on_the_order_or_offset_of_classes(seed: int) -
     torch.testing.assert_close(top_directions(classifier, 1), top_directions(moved, 1), rtol=0, atol=2e-3)
 
 
+def test_directions_do_not_depend_on_the_number_of_threads() -> None:
+    classifier_KD = torch.randn(1000, 640, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(top_directions(classifier_KD, 64))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_each_directions_largest_entry_is_positive() -> None:
     for sign in (1, -1):
         matrix = top_directions(sign * random_classifier(), 5)
