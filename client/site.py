@@ -189,7 +189,9 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     )
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps({"feature_dim": backbone.feature_dim}).encode())
-    site.journal.write("prepared", run=joined.run_id, problems=len(preparation.problems))
+    site.journal.write(
+        "prepared", run=joined.run_id, problems=sum(problem.row is not None for problem in preparation.problems)
+    )
     return wire.Ready()
 
 

@@ -259,6 +259,8 @@ class SimulationConfig(Frozen):
                 raise ValueError(f"tasks.{name}: expected where this task's labels are, got nothing")
         if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
+        if self.expect and "random_backbone" not in self.baselines:
+            raise ValueError("baselines: expected random_backbone among them, because `expect` compares with it")
         return self
 
 

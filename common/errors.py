@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,9 +24,8 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     errors = errors or list(error.errors())
     # An unknown key usually explains the missing one beside it: say it first.
     first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
-    # pydantic names validators and the options of a union inside the path; a user wrote neither.
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
-    key = ".".join(([prefix] if prefix else []) + path) or "the file"
+    path = _path(first)
+    key = _key(first, prefix)
     got = first.get("input")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -33,7 +33,9 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         hint = nearest(path[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
         return f"{key}: unknown key{hint}{more}"
     if first["type"] == "missing":
-        return f"{key}: expected a value, got nothing; write it explicitly{more}"
+        # All at once: who writes a file from nothing would be told one key a try.
+        keys = [_key(item, prefix) for item in errors if item["type"] == "missing"]
+        return f"{', '.join(keys)}: expected a value, got nothing; write it explicitly"
     if first["type"] in {"literal_error", "enum"}:
         expected = str(first.get("ctx", {}).get("expected", "another value"))
         hint = nearest(str(got), [word.strip(" '") for word in expected.replace(" or ", ",").split(",")])
@@ -42,6 +44,15 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     message = message.replace("Input should be", "expected")
     shown = "" if first["type"] == "value_error" else f", got {_short(got)}"
     return f"{key}: {message}{shown}{more}"
+
+
+def _path(item: ErrorDetails) -> list[str]:
+    """Key path; pydantic names validators and the options of a union inside it, a user wrote neither."""
+    return [str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal["))]
+
+
+def _key(item: ErrorDetails, prefix: str) -> str:
+    return ".".join(([prefix] if prefix else []) + _path(item)) or "the file"
 
 
 def _short(value: object) -> str:

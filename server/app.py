@@ -6,12 +6,14 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
 
 from common.backbones import open_pretrained
-from common.config import RunConfig, load
+from common.config import RunConfig, load, write_yaml
 from common.journal import FileJournal
 from common.types import BadInput
-from server.results import new_run_folder, write_results
+from server.report import FLOWER_APP, tables
+from server.results import new_run_folder, write_environment, write_results
 from server.rounds import run_federation
 
 app = ServerApp()
@@ -25,9 +27,14 @@ def main(grid: Grid, context: Context) -> None:
         raise BadInput("run-file: expected the path of a run file, got nothing")
     run = load(RunConfig, Path(run_file))
     folder = new_run_folder(Path(run_dir or "runs"), run.name)
+    write_yaml(folder / "config.yaml", run)
+    write_environment(folder / "environment.json", {"run": run.seed})
     backbone = open_pretrained(run.backbone, "backbone")
     journal = FileJournal(folder / "journal.jsonl")
     outcome = run_federation(
-        grid, run, backbone, run_id=folder.name, folder=folder, journal=journal, executor="deployment"
+        grid, run, backbone, run_id=folder.name, folder=folder, journal=journal, executor=FLOWER_APP
     )
-    write_results(folder, run, backbone.digest, outcome.heads)
+    summary = write_results(folder, run, backbone.digest, outcome.heads)
+    console = Console(width=100)
+    console.print(tables(summary))
+    console.print(f"results: {folder}", soft_wrap=True)

@@ -16,6 +16,9 @@ from common.types import RELATION, Plan, Unit
 Facts = list[dict[str, Any]]
 Summary = dict[str, Any]
 
+FLOWER_APP = "flower_app"
+"""Executor of `flwr run`: sites may be anywhere, and nothing of their held-out records is seen."""
+
 BASELINES = {
     "local": "site alone\nprivate",
     "non_private": "federated\nnot private",
@@ -50,7 +53,9 @@ def summarize(facts: Facts) -> Summary:
 
 def tables(summary: Summary) -> Group:
     """What the run brought and what it cost, for a terminal."""
-    return Group(_results_table(summary), _sites_table(summary), Text(_footnote(summary)))
+    return Group(
+        _results_table(summary), _sites_table(summary), Text(_footnote(summary), no_wrap=True, overflow="ignore")
+    )
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------
@@ -222,3 +227,5 @@ def failures(summary: Summary) -> Iterable[str]:
     for name, task in summary["tasks"].items():
         if task["status"] == "never_updated":
             yield f"task {name} was never updated: no site's contribution was accepted"
+        elif not task["metrics"] and summary["executor"] != FLOWER_APP:
+            yield f"task {name} could not be evaluated: no site holds out a record with its label"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 
@@ -23,7 +24,7 @@ from common.journal import FileJournal, read
 from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
 from common.tasks import Task, open_task
-from common.types import BadInput, Heads, RunFailed
+from common.types import BadInput, Heads, Refusal, RunFailed
 from server.aggregators import open_aggregator
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.report import Summary
@@ -170,8 +171,13 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
         outcome = _federate(experiment, run_, experiment.backbone, sites, experiment.folder, resume)
     except RunFailed as error:
         write_results(experiment.folder, run_, experiment.backbone.digest, {})
-        details = [f"{site.name}: {detail}" for site in sites if (detail := _refusal_detail(site))]
-        raise RunFailed("; ".join([str(error), *details[:1]])) from error
+        for site in sites:
+            fact = _refusal(site)
+            if fact is not None and fact["refusal"] == Refusal.BAD_REQUEST:
+                raise BadInput(f"{site.name}: {fact['detail']}") from error
+            if fact is not None:
+                raise RunFailed(f"{error}; {site.name}: {fact['detail']}") from error
+        raise
     _write_left_out(experiment, sites)
     _write_epsilon(experiment, sites)
     _write_metrics(experiment, sites, outcome)
@@ -242,10 +248,10 @@ def _federate(
 # --- what only a simulator sees --------------------------------------------------------------------------------------
 
 
-def _refusal_detail(site: SiteConfig) -> str | None:
+def _refusal(site: SiteConfig) -> dict[str, Any] | None:
     """Why a site declined, from its own journal: what a coordinator never learns."""
     declined = [fact for fact in read(site.state_dir / "site.jsonl") if fact["event"] == "declined"]
-    return declined[-1]["detail"] if declined else None
+    return declined[-1] if declined else None
 
 
 def _write_left_out(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:

@@ -262,6 +262,8 @@ def _with_split(
 
 def _stratified(config: SimulationConfig, source: str, index: list[Record]) -> list[tuple[int, str]]:
     """A split of one site's records that keeps the labels' shares (of the first task on the source)."""
+    if any(record.patient for record in index):
+        raise BadInput("partition.split: stratified divides single records; write hash, which keeps patients whole")
     task = next(task for task in config.tasks.values() if task.source == source)
     columns = [task.column] if isinstance(task.column, str) else task.column
     values = task.values or {}
