@@ -33,6 +33,12 @@ def test_the_plug_in_in_readme_works(tmp_path: Path) -> None:
     assert new["w"].tolist() == [12.0]
 
 
+def test_the_whole_simulation_in_readme_is_valid(tmp_path: Path) -> None:
+    block = next(text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if text.startswith("run:"))
+    (tmp_path / "chest.yaml").write_text(block)
+    assert check(load(SimulationConfig, tmp_path / "chest.yaml"))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "simulations").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_simulation_in_the_repository_is_valid_and_in_readme(path: Path) -> None:
     assert check(load(SimulationConfig, path))
