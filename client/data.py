@@ -92,7 +92,7 @@ def prepare(
         members, bad = usable(source, index, features[source], kind.rows, config.unit, left_out)
         found += members
         problems += bad
-    found, bad = place(found, config.split)
+    found, bad = place(found, config.split, config.unit)
     problems += bad
     arrays: dict[str, Tensor] = {}
     for name, task in tasks.items():

@@ -95,18 +95,21 @@ def usable(
     return members, problems
 
 
-def place(members: Iterable[Member], split: Split) -> tuple[list[Member], list[Problem]]:
+def place(members: Iterable[Member], split: Split, unit: Unit) -> tuple[list[Member], list[Problem]]:
     """Every member on its side, those left out that stand on both.
 
-    A source's own split goes before the hash, for all records of a patient: they stay together also where the unit is
-    the example, and across sources.
+    A source's own split goes before the hash. Where the unit is the patient, for all records of a patient and across
+    sources. Where it is the example, for that record alone: a record that moved a patient's others, which are units
+    of their own, would change the training sum by more than one unit may. Without a stated side, records of a patient
+    share their hash and stay together in either case.
 
     Raises:
         BadInput: the sources' own splits put a patient on both sides.
     """
     members = list(members)
     stated = _stated_patients(members)
-    placed = [replace(member, side=_side(member, stated, split)) for member in members]
+    decided = stated if unit is Unit.PATIENT else {}
+    placed = [replace(member, side=_side(member, decided, split)) for member in members]
     train = {_identity(member) for member in placed if member.side == SIDES.index("train")}
     kept, problems = [], []
     for member in placed:

@@ -6,8 +6,8 @@ before a record is touched; the reply is stored before it is sent, so that noise
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,9 @@ from common.types import (
     heads_digest,
 )
 
-_log = logging.getLogger(__name__)
+STOPPED = "stopped.txt"
+MAX_STEPS = 1_000_000
+"""Steps of a whole run; more would hold a site for hours."""
 
 
 class DeclinedRequest(Exception):
@@ -72,8 +74,8 @@ class Site:
             LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
         """
         config = self.config
-        if self.has_replies() and not (config.state_dir / "ledgers").exists():
-            raise LedgerDamaged(f"ledger {config.registry}: the folder of all ledgers is missing")
+        if self.has_replies() and Ledger.find(config.state_dir / "ledgers", config.registry) is None:
+            raise LedgerDamaged(f"ledger {config.registry}: it is missing at a site that has answered before")
         return Ledger.open(
             config.state_dir / "ledgers",
             registry=config.registry,
@@ -138,6 +140,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     Raises:
         DeclinedRequest: a task, backbone, solver, unit or the whole run's price is not acceptable here.
     """
+    _refuse_while_stopped(site)
     joined = _read_offer(site, request)
     tasks = joined.tasks(site.config)
     if not tasks:
@@ -150,8 +153,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     rounds = joined.run.rounds - len(paid)
     if plan.private and rounds > 0 and not ledger.affords([Mechanism.of(replace(plan, steps=plan.steps * rounds))]):
         raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
-    offer = {"run": dict(request.run), "backbone_digest": request.backbone_digest}
-    write_atomic(private_folder(joined.folder) / "offer.json", json.dumps(offer).encode())
+    write_atomic(private_folder(joined.folder) / "offer.json", _offer_bytes(request))
     site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
     return wire.JoinReply(
         site=site.config.name,
@@ -169,6 +171,7 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     Raises:
         DeclinedRequest: not joined, or the backbone is not the one agreed on.
     """
+    _refuse_while_stopped(site)
     joined = _joined(site, request.run_id)
     if request.backbone is not None and request.backbone.digest != joined.backbone_digest:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "another backbone than the one agreed on was sent")
@@ -178,17 +181,22 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     except DigestMismatch as error:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
     tasks = joined.tasks(site.config)
-    preparation = prepare(
-        site.config,
-        tasks,
-        {name: backbone for name in tasks},
-        site.features(),
-        joined.folder / "data",
-        device=site.device(),
-        progress=site.progress,
-    )
+    try:
+        preparation = prepare(
+            site.config,
+            tasks,
+            dict.fromkeys(tasks, backbone),
+            site.features(),
+            joined.folder / "data",
+            device=site.device(),
+            progress=site.progress,
+        )
+    except BadInput as error:
+        _stop(site, str(error))
+        raise
+    prepared = {"feature_dim": backbone.feature_dim, "offer": _digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
-    write_atomic(joined.folder / "prepared.json", json.dumps({"feature_dim": backbone.feature_dim}).encode())
+    write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
     site.journal.write(
         "prepared", run=joined.run_id, problems=sum(problem.row is not None for problem in preparation.problems)
     )
@@ -235,6 +243,12 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
 def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
     """Keep the run's final heads, verified by digest."""
     joined = _joined(site, request.run_id)
+    tasks = joined.tasks(site.config)
+    if set(request.heads) != set(tasks):
+        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
+    if not (joined.folder / "prepared.json").exists():
+        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared")
+    _heads(joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the final heads differ from their digest")
     records = wire.encode(request)
@@ -251,7 +265,38 @@ def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
         run = parse(RunConfig, request.run, base=Path("/nonexistent"))
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
-    return Joined(request.run_id, run, request.backbone_digest, _run_folder(site, request.run_id))
+    folder = _run_folder(site, request.run_id)
+    kept = folder / "offer.json"
+    # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
+    # failure depend on a record.
+    if kept.exists() and kept.read_bytes() != _offer_bytes(request):
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "another offer was made under the same run id")
+    return Joined(request.run_id, run, request.backbone_digest, folder)
+
+
+def _offer_bytes(request: wire.JoinRequest) -> bytes:
+    offer = {"run": dict(request.run), "backbone_digest": request.backbone_digest}
+    return json.dumps(offer, sort_keys=True).encode()
+
+
+def _digest_of_offer(folder: Path) -> str:
+    return hashlib.sha256((folder / "offer.json").read_bytes()).hexdigest()
+
+
+def _stop(site: Site, detail: str) -> None:
+    """Answer nobody until the site's staff has looked.
+
+    Whether records stop a preparation is a fact about them. A coordinator that could ask again, with other labels or
+    ranges, would learn a fact each time; so it learns one for each time a person clears the stop.
+    """
+    write_atomic(private_folder(site.config.state_dir) / STOPPED, detail.encode())
+
+
+def _refuse_while_stopped(site: Site) -> None:
+    path = site.config.state_dir / STOPPED
+    if path.exists():
+        detail = path.read_text(encoding="utf-8")
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
 
 
 def _joined(site: Site, run_id: str) -> Joined:
@@ -265,7 +310,8 @@ def _joined(site: Site, run_id: str) -> Joined:
 
 def _run_folder(site: Site, run_id: str) -> Path:
     # A run id comes from the network and becomes a folder name.
-    if not run_id or len(run_id) > 128 or not all(char.isalnum() or char in "-_" for char in run_id):
+    plain = run_id.isascii() and all(char.isalnum() or char in "-_" for char in run_id)
+    if not run_id or len(run_id) > 128 or not plain:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the run's id is not a plain name")
     return site.config.state_dir / "runs" / run_id
 
@@ -292,6 +338,8 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
         plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+    if plan.steps * joined.run.rounds > MAX_STEPS:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
     if solver.private != plan.private or plan.private != (joined.privacy is not None):
         raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan
@@ -303,8 +351,9 @@ def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest) -> 
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the round is outside the run")
     if set(request.heads) != set(tasks):
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
-    if not (joined.folder / "prepared.json").exists():
-        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared")
+    path = joined.folder / "prepared.json"
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["offer"] != _digest_of_offer(joined.folder):
+        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared, or for another offer")
     return tasks
 
 

@@ -39,9 +39,9 @@ class Privacy(Frozen):
     """
 
     unit: Unit
-    delta: Annotated[float, Field(gt=0, lt=1)]
+    delta: Annotated[float, Field(ge=1e-12, lt=1)]
     target_epsilon: Annotated[float, Field(gt=0)] | None = None
-    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Privacy:

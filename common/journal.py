@@ -49,9 +49,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     facts = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            facts.append(json.loads(line))
+            fact = json.loads(line)
         except json.JSONDecodeError:
             continue  # Torn by a crash while writing.
+        if isinstance(fact, dict) and "event" in fact:
+            facts.append(fact)
     return facts

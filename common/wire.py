@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, assert_never
@@ -180,6 +181,8 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
         heads = {key.removeprefix(_HEAD): _params(records, key) for key in records if key.startswith(_HEAD)}
         allowed |= {_HEAD + task for task in heads}
         public["heads"] = heads
+    if not isinstance(public.get("run_id", ""), str) or type(public.get("round", 1)) is not int:
+        raise BadInput(f"{expected.__name__}: expected a run's id and a round's number")
     extra = set(records) - allowed
     if extra or len(records) > MAX_TASKS:
         raise BadInput(f"{expected.__name__}: {len(extra)} unexpected record(s)")
@@ -188,10 +191,19 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     elif expected is JoinReply:
         public["unit"] = Unit(public["unit"])
         _check_join(public)
+    elif expected is JoinRequest:
+        _check_offer(public)
     elif expected is Declined:
         public["refusal"] = Refusal(public["refusal"])
         public["site"] = str(public["site"])[:64]
     return expected(**public)
+
+
+def _check_offer(public: Mapping[str, Any]) -> None:
+    digest = public["backbone_digest"]
+    # The digest becomes a folder's name at the site.
+    if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
+        raise BadInput("JoinRequest: expected a digest of 64 hex digits")
 
 
 def _check_join(public: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ class Checkpoint:
     rounds_done: int
     heads: Heads
     states: Mapping[str, State]
+    updates: Mapping[str, int]
+    """How often each task was updated."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -37,7 +39,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     about = {
         "run_id": checkpoint.run_id,
         "rounds_done": str(checkpoint.rounds_done),
-        "tasks": json.dumps(sorted(checkpoint.heads)),
+        "updates": json.dumps(dict(checkpoint.updates)),
     }
     write_atomic(path, save(flat, metadata=about))
 
@@ -52,15 +54,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        tasks = json.loads(about["tasks"])
-        heads: dict[str, dict[str, np.ndarray]] = {task: {} for task in tasks}
-        states: dict[str, dict[str, dict[str, np.ndarray]]] = {task: {} for task in tasks}
+        updates = json.loads(about["updates"])
+        heads: dict[str, dict[str, np.ndarray]] = {task: {} for task in updates}
+        states: dict[str, dict[str, dict[str, np.ndarray]]] = {task: {} for task in updates}
         for key, array in arrays.items():
             kind, task, *rest = key.split("/")
             if kind == "head":
                 heads[task][rest[0]] = array
             else:
                 states[task].setdefault(rest[0], {})[rest[1]] = array
-        return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states)
+        return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states, updates)
     except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
         raise BadInput(f"{path}: expected a checkpoint, got {type(error).__name__}") from error

@@ -125,16 +125,14 @@ def run_federation(
     members = hand_out(desk, members, backbone)
     journal.write("features_ready", seconds=round(time.monotonic() - started, 3))
     state = resume or _new_state(desk, backbone)
-    updates = {task: 0 for task in run.tasks}
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         observe("rounds", round_ - 1, run.rounds)
-        state, updated = one_round(desk, members, state, round_)
-        updates = {task: count + (task in updated) for task, count in updates.items()}
+        state = one_round(desk, members, state, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     bring_home(desk, members, state.heads)
-    journal.write("run_ended", updates=updates, heads=heads_digest(state.heads))
-    return Outcome(state.heads, updates)
+    journal.write("run_ended", updates=dict(state.updates), heads=heads_digest(state.heads))
+    return Outcome(state.heads, state.updates)
 
 
 def offer_of(run: RunConfig, backbone: Backbone) -> dict[str, Any]:
@@ -193,8 +191,8 @@ def hand_out(desk: Desk, members: list[Member], backbone: Backbone) -> list[Memb
     return _enough(desk, [member for member in members if member.node_id in good], "ready", aside)
 
 
-def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int) -> tuple[Checkpoint, set[str]]:
-    """Ask a cohort to train, aggregate task by task; the new state and the tasks that were updated."""
+def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int) -> Checkpoint:
+    """Ask a cohort to train, aggregate task by task; the new state."""
     started = time.monotonic()
     cohort = _sample(desk.run, members, round_)
     sent_heads = {member.node_id: {task: state.heads[task] for task in sorted(member.tasks)} for member in cohort}
@@ -228,7 +226,7 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
         updated=sorted(updated),
         seconds=round(time.monotonic() - started, 4),
     )
-    return new, updated
+    return new
 
 
 def bring_home(desk: Desk, members: list[Member], heads: Heads) -> None:
@@ -250,7 +248,7 @@ def _new_state(desk: Desk, backbone: Backbone) -> Checkpoint:
     heads = {name: parameters(module) for name, module in modules.items()}
     aggregator = open_aggregator(desk.run.aggregation, "aggregation")
     states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}
-    return Checkpoint(desk.run_id, 0, heads, states)
+    return Checkpoint(desk.run_id, 0, heads, states, dict.fromkeys(heads, 0))
 
 
 def _wait_for_nodes(desk: Desk) -> list[int]:
@@ -297,7 +295,8 @@ def _aggregate(
             continue
         heads[task], states[task] = aggregator.update(heads[task], states[task], deltas)
         updated.add(task)
-    return Checkpoint(state.run_id, round_, heads, states), updated
+    updates = {task: count + (task in updated) for task, count in state.updates.items()}
+    return Checkpoint(state.run_id, round_, heads, states, updates), updated
 
 
 def _write_aside(desk: Desk, aside: list[SetAside], names: Mapping[int, str], **where: Any) -> None:

@@ -5,6 +5,7 @@ Invariant: everything a report says is in the run's journal; everything the run 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,10 +136,12 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _
         BadInput: the folder is not a run's, or the run has already ended.
     """
     config = load(SimulationConfig, folder / "config.yaml")
-    if any(fact["event"] == "run_ended" for fact in read(folder / "journal.jsonl")):
+    if (folder / "summary.json").exists():
         raise BadInput(f"{folder}: expected a run that was interrupted, got one that has ended")
     path = folder / "checkpoint.safetensors"
     checkpoint = load_checkpoint(path) if path.exists() else None
+    if checkpoint is not None and checkpoint.run_id != folder.resolve().name:
+        raise BadInput(f"{path}: expected a checkpoint of this run, got one of {checkpoint.run_id}")
     backbone = open_pretrained(config.run.backbone, "run.backbone")
     sites = read_sites(folder / "sites")
     experiment = Experiment(config, check(config), backbone, folder, entropy or _entropy(config), observe)
@@ -348,6 +351,7 @@ def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dic
 def _again(experiment: Experiment, run_: RunConfig, backbone: Backbone, name: str) -> dict[str, Values]:
     """The federation once more under other conditions, with sites and ledgers of its own."""
     folder = experiment.folder / "baselines" / name
+    shutil.rmtree(folder, ignore_errors=True)  # Of an attempt that was interrupted.
     folder.mkdir(parents=True)
     sites = build_sites(experiment.config, folder / "sites", non_private=run_.privacy == "non_private")
     outcome = _federate(experiment, run_, backbone, sites, folder)

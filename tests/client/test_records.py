@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from client.records import SIDES, Member, place
 from client.sources import Record
 from common.config import Split
-from common.types import BadInput
+from common.types import BadInput, Unit
 
 HALF = Split(test_fraction=0.5, salt="pepper")
 TRAIN, TEST = SIDES.index("train"), SIDES.index("test")
@@ -26,7 +26,7 @@ def member(
 
 def sides(members: list[Member], split: Split = HALF) -> dict[tuple[str, str, str | None], int | None]:
     """Each member's side after placing."""
-    placed, _ = place(members, split)
+    placed, _ = place(members, split, Unit.PATIENT)
     return {(found.source, found.record.key, found.record.patient): found.side for found in placed}
 
 
@@ -57,7 +57,7 @@ STATED = st.builds(
 @given(st.lists(STATED, max_size=12))
 def test_no_patient_and_no_record_stands_on_both_sides(members: list[Member]) -> None:
     try:
-        placed, problems = place(members, HALF)
+        placed, problems = place(members, HALF, Unit.PATIENT)
     except BadInput:
         stated = {(found.record.patient, found.side) for found in members if found.side is not None}
         assert any({(patient, TRAIN), (patient, TEST)} <= stated for patient, _ in stated if patient)
@@ -76,7 +76,7 @@ def test_no_patient_and_no_record_stands_on_both_sides(members: list[Member]) ->
 @given(st.lists(STATED, max_size=12))
 def test_a_stated_side_is_kept(members: list[Member]) -> None:
     try:
-        placed, _ = place(members, HALF)
+        placed, _ = place(members, HALF, Unit.PATIENT)
     except BadInput:
         return
     for before in members:
@@ -96,12 +96,14 @@ def test_the_rest_of_a_patient_follows_what_a_source_states() -> None:
 def test_a_patient_stated_on_both_sides_is_an_error_that_names_the_rows_only() -> None:
     members = [member("a", "q7-ann", TRAIN), member("b", "q7-ann", TEST, source="bloods")]
     with pytest.raises(BadInput, match=r"both sides of the split: scans\.csv row 98 and bloods\.csv row 99") as caught:
-        place(members, HALF)
+        place(members, HALF, Unit.PATIENT)
     assert "q7" not in str(caught.value)
 
 
 def test_a_record_stated_on_both_sides_is_not_tested_on() -> None:
-    placed, problems = place([member("a", side=TEST), member("a", side=TRAIN), member("b", side=TEST)], HALF)
+    placed, problems = place(
+        [member("a", side=TEST), member("a", side=TRAIN), member("b", side=TEST)], HALF, Unit.PATIENT
+    )
     assert [(found.record.key, found.side) for found in placed] == [("a", TRAIN), ("b", TEST)]
     assert [(problem.file, problem.row, problem.reason) for problem in problems] == [
         ("scans.csv", 98, "the same record is on the train side")
@@ -110,7 +112,7 @@ def test_a_record_stated_on_both_sides_is_not_tested_on() -> None:
 
 def test_equal_rows_of_a_table_may_be_two_people() -> None:
     members = [member("a", side=side, identified=False) for side in (TEST, TRAIN)]
-    placed, problems = place(members, HALF)
+    placed, problems = place(members, HALF, Unit.PATIENT)
     assert len(placed) == 2
     assert not problems
 
@@ -126,3 +128,15 @@ def test_the_hash_holds_out_the_fraction_that_was_asked_for(fraction: float) -> 
 def test_another_salt_holds_out_others() -> None:
     members = [member(f"k{number}") for number in range(100)]
     assert sides(members) != sides(members, Split(test_fraction=0.5, salt="another"))
+
+
+def test_one_record_more_moves_no_other_where_each_is_a_unit_of_its_own() -> None:
+    """A stated side that carried a patient's other records along would move the training sum by many units at once."""
+    for number in range(20):
+        patient = f"p{number}"
+        members = [member(key, patient) for key in "abcdef"]
+        before, _ = place(members, HALF, Unit.EXAMPLE)
+        for side in (TRAIN, TEST):
+            after, _ = place([*members, member("new", patient, side)], HALF, Unit.EXAMPLE)
+            assert [found.side for found in after[:-1]] == [found.side for found in before]
+            assert after[-1].side == side

@@ -17,7 +17,7 @@ from common.config import SiteConfig
 from common.heads import initial_heads, parameters
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BackboneBlob, Heads, Refusal, heads_digest
+from common.types import BackboneBlob, BadInput, Heads, LedgerDamaged, Refusal, heads_digest
 from server.rounds import offer_of
 from tests.tiny import TASKS, backbone, run_config, site_config
 
@@ -190,3 +190,63 @@ def test_equal_run_seeds_give_different_noise(tmp_path: Path, frozen: Backbone) 
         ready(own, frozen)
         replies.append(wire.to_bytes(train(own, wire.TrainRequest("run-1", 1, heads(frozen)))))
     assert replies[0] != replies[1]
+
+
+def test_a_second_offer_under_the_same_run_id_is_declined_and_an_identical_one_is_not(
+    site: Site, frozen: Backbone
+) -> None:
+    """With other labels than the prepared ones, a round would fail or not as a record has it: an exact bit for free."""
+    ready(site, frozen)
+    fewer = {**TASKS, "colour": {"kind": "classification", "labels": ["red", "green"]}}
+    assert refused(site, frozen, tasks=fewer) is Refusal.BAD_REQUEST
+    assert join(site, offer(frozen)).site == "north"
+    train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+
+
+def test_data_prepared_for_another_offer_are_not_trained_on(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    kept = site.config.state_dir / "runs" / "run-1" / "offer.json"
+    kept.write_text(kept.read_text().replace('"rounds": 2', '"rounds": 3'))
+    with pytest.raises(DeclinedRequest) as caught:
+        train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    assert caught.value.refusal is Refusal.NOT_PREPARED
+    assert spent(site) == 0
+
+
+def test_a_stop_at_a_bad_record_answers_every_later_offer_alike(site: Site, frozen: Backbone) -> None:
+    """Else a coordinator could bisect a label's values with one free question after another."""
+    fewer = {**TASKS, "colour": {"kind": "classification", "labels": ["red", "green"]}}
+    join(site, offer(frozen, tasks=fewer))
+    with pytest.raises(BadInput, match="row"):
+        prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+    for name in ("run-2", "run-3"):
+        with pytest.raises(DeclinedRequest, match="stopped since") as caught:
+            join(site, wire.JoinRequest(name, offer_of(run_config(), frozen), frozen.digest))
+        assert caught.value.refusal is Refusal.BAD_REQUEST
+    (site.config.state_dir / "stopped.txt").unlink()
+    join(site, wire.JoinRequest("run-2", offer_of(run_config(), frozen), frozen.digest))
+
+
+def test_a_run_of_absurdly_many_steps_is_declined_however_loud_its_noise(site: Site, frozen: Backbone) -> None:
+    solver = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 10**9, "clip_norm": 1.0, "learning_rate": 1.0}
+    loud = {"unit": "example", "delta": 1e-5, "noise_multiplier": 1e9}
+    assert refused(site, frozen, solver=solver, privacy=loud) is Refusal.BAD_REQUEST
+
+
+def test_another_registry_at_a_site_that_has_answered_is_no_fresh_budget(
+    tmp_path: Path, site: Site, frozen: Backbone
+) -> None:
+    ready(site, frozen)
+    train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    renamed = Site(site_config(tmp_path, "north", registry="another"), os_entropy)
+    with pytest.raises(LedgerDamaged, match="missing at a site that has answered"):
+        renamed.ledger()
+
+
+@pytest.mark.parametrize("change", [not_finite, bad_shape, lambda good: {**good, "evil": good["size"]}])
+def test_final_heads_that_do_not_fit_are_refused(site: Site, frozen: Backbone, change: Any) -> None:
+    ready(site, frozen)
+    wrong = change(heads(frozen))
+    with pytest.raises(DeclinedRequest):
+        finish(site, wire.FinishRequest("run-1", wrong, heads_digest(wrong)))
+    assert not (site.config.state_dir / "runs" / "run-1" / "final_heads.bin").exists()

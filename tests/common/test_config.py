@@ -61,7 +61,7 @@ def test_a_valid_run_and_site_are_read() -> None:
         ("rounds", "many", ["rounds", "integer", "'many'"]),
         ("name", "../escape", ["name", "'../escape'"]),
         ("privacy.unit", "pateint", ["privacy", "unit", "'patient'", "'pateint'", "nearest"]),
-        ("privacy.delta", 0, ["delta", "greater than 0", "got 0"]),
+        ("privacy.delta", 0, ["delta", "greater than or equal to", "got 0"]),
         ("privacy.delta", None, ["delta", "expected a value", "explicitly"]),
         ("privacy.unit", None, ["unit", "expected a value"]),
         ("tasks", {}, ["tasks", "at least 1"]),

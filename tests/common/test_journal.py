@@ -33,3 +33,12 @@ def test_a_value_that_is_not_a_number_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert read(tmp_path / "none.jsonl") == []
+
+
+def test_a_line_that_is_no_fact_is_passed_over(tmp_path: Path) -> None:
+    journal = FileJournal(tmp_path / "journal.jsonl")
+    journal.write("first")
+    with journal.path.open("ab") as file:
+        file.write(b"\xff\xfe\x00\n[1]\n{}\n")
+    journal.write("second")
+    assert [fact["event"] for fact in read(journal.path)] == ["first", "second"]

@@ -135,3 +135,17 @@ def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
             words = stated[payload.__name__].replace(",", " ").split()
             name = travels_as.get((payload.__name__, field.name), field.name)
             assert name in words, f"{payload.__name__}.{field.name} has no reason"
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "/etc", "d" * 5000, 7, "D" * 64, "d" * 63])
+def test_a_digest_that_could_be_a_path_is_refused(digest: object) -> None:
+    records = wire.encode(wire.JoinRequest("run", {}, digest))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="64 hex digits"):
+        wire.decode(records, wire.JoinRequest)
+
+
+@pytest.mark.parametrize(("run_id", "round_"), [(["run"], 1), ("run", "1"), ("run", True), (3, 1)])
+def test_a_run_or_round_of_another_type_is_refused(run_id: object, round_: object) -> None:
+    records = wire.encode(wire.TrainRequest(run_id, round_, {}))  # type: ignore[arg-type]
+    with pytest.raises(BadInput):
+        wire.decode(records, wire.TrainRequest)

@@ -18,9 +18,9 @@ HEADS = {
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     states = {"a": {"first": HEADS["a"], "second": HEADS["a"]}, "b": {}}
-    save_checkpoint(tmp_path / "c", Checkpoint("run-1", 3, HEADS, states))
+    save_checkpoint(tmp_path / "c", Checkpoint("run-1", 3, HEADS, states, {"a": 3, "b": 2}))
     back = load_checkpoint(tmp_path / "c")
-    assert (back.run_id, back.rounds_done, set(back.states)) == ("run-1", 3, {"a", "b"})
+    assert (back.run_id, back.rounds_done, back.updates) == ("run-1", 3, {"a": 3, "b": 2})
     assert heads_digest(back.heads) == heads_digest(HEADS)
     assert heads_digest(back.states["a"]) == heads_digest(states["a"])
 

@@ -31,6 +31,7 @@ def federate(
     saboteur: str | None = None,
     distort: Distort | None = None,
     kind: str = wire.TRAIN,
+    run_id: str = "run-1",
     **changes: Any,
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Run two rounds; one site's replies of a kind go through `distort`. Outcome and journal."""
@@ -48,7 +49,7 @@ def federate(
         InProcessGrid(app, len(sites)),
         run_config(**changes),
         backbone(),
-        run_id="run-1",
+        run_id=run_id,
         folder=folder,
         journal=FileJournal(folder / "journal.jsonl"),
         executor="in_process",
@@ -221,5 +222,5 @@ def test_later_rounds_carry_heads_only_and_the_backbone_travels_once(tmp_path: P
     site = site_config(tmp_path, "east")
     _, facts = federate(tmp_path / "run-1", [site])
     assert [fact["event"] for fact in facts].count("backbone_sent") == 1
-    _, facts = federate(tmp_path / "run-2", [site], name="again")
+    _, facts = federate(tmp_path / "run-2", [site], run_id="run-2")
     assert not [fact for fact in facts if fact["event"] == "backbone_sent"]

@@ -53,3 +53,26 @@ def test_a_run_that_ended_is_not_resumed(simulation_file: Path, tmp_path: Path) 
     run(simulation_file, out=tmp_path / "run")
     with pytest.raises(BadInput, match="has ended"):
         resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("phase", ["rounds", "baseline local"])
+def test_a_run_that_died_after_its_last_round_is_completed(simulation_file: Path, tmp_path: Path, phase: str) -> None:
+    def observe(name: str, done: int, total: int) -> None:
+        if name == phase and (done == total or name != "rounds"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(simulation_file, out=tmp_path / "run", overrides=["baselines=[local]"], observe=observe)
+    summary = resume(tmp_path / "run")
+    assert summary["status"] == "completed"
+    assert summary["tasks"]["colour"]["updates"] == 3
+    assert summary["tasks"]["colour"]["metrics"] and summary["tasks"]["colour"]["baselines"]["local"]
+
+
+def test_another_runs_checkpoint_is_not_resumed(simulation_file: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with pytest.raises(Interrupted):
+            run(simulation_file, out=tmp_path / name, observe=interrupt_after(2))
+    (tmp_path / "one" / "checkpoint.safetensors").replace(tmp_path / "two" / "checkpoint.safetensors")
+    with pytest.raises(BadInput, match="expected a checkpoint of this run"):
+        resume(tmp_path / "two")
