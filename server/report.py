@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -53,9 +53,10 @@ def summarize(facts: Facts) -> Summary:
 
 def tables(summary: Summary) -> Group:
     """What the run brought and what it cost, for a terminal."""
-    return Group(
-        _results_table(summary), _sites_table(summary), Text(_footnote(summary), no_wrap=True, overflow="ignore")
-    )
+    evaluated = any(task["metrics"] for task in summary["tasks"].values())
+    results: list[RenderableType] = [_results_table(summary)] if evaluated else []
+    footnote = Text(_footnote(summary, evaluated), no_wrap=True, overflow="ignore")
+    return Group(*results, _sites_table(summary), footnote)
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def _spent(site: Mapping[str, Any]) -> str:
     return f"{rounded_up(site['epsilon']):.2f}\nof {site['budget_epsilon']:.2f}"
 
 
-def _footnote(summary: Summary) -> str:
+def _footnote(summary: Summary, evaluated: bool) -> str:
     size, seconds = summary["bytes"], summary["seconds"]
     down, up = _count(size["down_per_site_round"]), _count(size["up_per_site_round"])
     times = ", ".join(f"{seconds[name]:.1f} {name}" for name in ("features", "training", "baselines"))
@@ -207,10 +208,10 @@ def _footnote(summary: Summary) -> str:
         if site["left_out"]
     )
     backbone = _count(size["backbone_per_site"])
+    view = "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     return (
         f"{left_out}bytes per site and round: {down} down, {up} up; backbone once per site: {backbone}\n"
-        f"seconds: {seconds['total']:.1f} in all; {times}\n"
-        "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
+        f"seconds: {seconds['total']:.1f} in all; {times}" + (f"\n{view}" if evaluated else "")
     )
 
 
