@@ -321,7 +321,7 @@ def as_override(key: str, value: Any) -> str:
 
 def write_yaml(path: Path, model: BaseModel) -> None:
     """Write a model as YAML, readable by `load`."""
-    values = model.model_dump(mode="json", exclude_none=True)
+    values = model.model_dump(mode="json")  # None too: a written null may be required (`crop: null`).
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

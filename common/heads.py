@@ -47,16 +47,6 @@ def load_parameters(module: nn.Module, params: Params) -> None:
             parameter.copy_(torch.from_numpy(np.array(params[name], dtype=np.float32)))
 
 
-def apply_delta(params: Params, delta: Params) -> dict[str, NDArray[np.float32]]:
-    """A head moved by a delta.
-
-    Raises:
-        BadInput: names or shapes differ, or a value of the delta is not finite.
-    """
-    _check(delta, {name: array.shape for name, array in params.items()})
-    return {name: (array + delta[name]).astype(np.float32) for name, array in params.items()}
-
-
 def _check(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if set(params) != set(shapes):
         raise BadInput(f"head: expected parameters {sorted(shapes)}, got {sorted(params)}")

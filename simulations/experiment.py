@@ -122,7 +122,7 @@ def run(
     tasks = check(config)
     backbone = open_pretrained(config.run.backbone, "run.backbone")
     folder = _new_folder(config, out)
-    write_yaml(folder / "config.yaml", config)
+    write_yaml(folder / "config.yaml", standalone(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
     sites = build_sites(config, folder / "sites", non_private=config.run.privacy == "non_private")
     experiment = Experiment(config, tasks, backbone, folder, entropy or _entropy(config), observe)
@@ -156,10 +156,25 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
     """
     check(config)
     _new_folder(config, folder)
-    kind = resolve("common.backbones", config.run.backbone, "run.backbone")
-    settings = Spec(**kind.model_dump(mode="json", exclude_none=True))  # Paths made absolute.
-    write_yaml(folder / "run.yaml", config.run.model_copy(update={"backbone": settings}))
+    write_yaml(folder / "run.yaml", standalone(config).run)
     return build_sites(config, folder.resolve() / "sites", non_private=config.run.privacy == "non_private")
+
+
+def standalone(config: SimulationConfig) -> SimulationConfig:
+    """The same simulation with absolute paths: it means the same in whatever folder it is written."""
+
+    def absolute(package: str, spec: Spec) -> Spec:
+        return Spec(**resolve(package, spec, "").model_dump(mode="json", by_alias=True))
+
+    run_ = config.run.model_copy(update={"backbone": absolute("common.backbones", config.run.backbone)})
+    sources = {name: absolute("client.sources", spec) for name, spec in config.sources.items()}
+    sites = {
+        site: {name: absolute("client.sources", spec) for name, spec in own.items()}
+        for site, own in (config.partition.sites or {}).items()
+    }
+    partition = config.partition.model_copy(update={"sites": sites or None})
+    # Pre-training is over when a run begins.
+    return config.model_copy(update={"run": run_, "sources": sources, "partition": partition, "pretrain": None})
 
 
 def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import RunConfig, SimulationConfig, SiteConfig, load
-from common.plugins import kinds
+from common.config import RunConfig, SimulationConfig, SiteConfig, load, write_yaml
+from common.plugins import kinds, resolve
 from server.aggregators import Weighted
-from simulations.experiment import check
+from simulations.experiment import check, standalone
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +51,16 @@ def test_the_example_run_and_site_files_are_valid_and_the_run_is_the_demos() -> 
     assert run.model_dump() == demo.run.model_dump()
     site = load(SiteConfig, ROOT / "configs" / "sites" / "example.yaml")
     assert set(site.tasks) == set(run.tasks)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "simulations").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_simulation_means_the_same_when_it_is_written_elsewhere(path: Path, tmp_path: Path) -> None:
+    config = load(SimulationConfig, path)
+    write_yaml(tmp_path / "config.yaml", standalone(config))
+    back = load(SimulationConfig, tmp_path / "config.yaml")
+    assert check(back) == check(config)
+    written, read = (resolve("common.backbones", each.run.backbone, "backbone") for each in (config, back))
+    assert written == read
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.heads import apply_delta, initial_heads, load_parameters, parameters
+from common.heads import initial_heads, load_parameters, parameters
 from common.tasks import Task, open_task
 from common.types import BadInput, heads_digest
 
@@ -60,14 +60,4 @@ def test_a_head_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     for params in wrong:
         with pytest.raises(BadInput, match="head: expected"):
             load_parameters(module, params)
-        with pytest.raises(BadInput, match="head: expected"):
-            apply_delta(good, params)
     assert all(not array.any() for array in parameters(module).values())
-
-
-def test_a_delta_is_added_to_new_arrays() -> None:
-    params = {"w": np.array([1.0, 2.0], dtype=np.float32)}
-    moved = apply_delta(params, {"w": np.array([0.5, -0.5], dtype=np.float32)})
-    assert moved["w"].tolist() == [1.5, 1.5]
-    assert params["w"].tolist() == [1.0, 2.0]
-    assert moved["w"].dtype == np.float32

@@ -69,6 +69,20 @@ def test_a_run_that_died_after_its_last_round_is_completed(simulation_file: Path
     assert summary["tasks"]["colour"]["metrics"] and summary["tasks"]["colour"]["baselines"]["local"]
 
 
+def test_a_run_is_resumed_from_whatever_folder_it_was_put_in(simulation_file: Path, tmp_path: Path) -> None:
+    """The baseline opens the sources again: their paths were relative to the simulation's file, not to the run."""
+
+    def observe(name: str, done: int, total: int) -> None:
+        if name == "baseline non_private":
+            raise Interrupted
+
+    sgd = "non_private_solver={kind: sgd, sampling_rate: 1.0, steps: 5, learning_rate: 1.0}"
+    out = tmp_path / "far" / "away" / "from" / "it"
+    with pytest.raises(Interrupted):
+        run(simulation_file, out=out, overrides=["baselines=[non_private]", sgd], observe=observe)
+    assert resume(out)["tasks"]["colour"]["baselines"]["non_private"]["accuracy"] > 0.7
+
+
 def test_another_runs_checkpoint_is_not_resumed(simulation_file: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         with pytest.raises(Interrupted):
