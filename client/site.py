@@ -25,6 +25,7 @@ from common.config import Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder, write_atomic
 from common.heads import load_parameters
 from common.journal import FileJournal, Journal
+from common.offers import offer_bytes
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import Entropy, NoiseStream
 from common.tasks import Task, open_task
@@ -153,7 +154,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     rounds = joined.run.rounds - len(paid)
     if plan.private and rounds > 0 and not ledger.affords([Mechanism.of(replace(plan, steps=plan.steps * rounds))]):
         raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
-    write_atomic(private_folder(joined.folder) / "offer.json", _offer_bytes(request))
+    write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbone_digest))
     site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
     return wire.JoinReply(
         site=site.config.name,
@@ -269,14 +270,9 @@ def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
     kept = folder / "offer.json"
     # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
     # failure depend on a record.
-    if kept.exists() and kept.read_bytes() != _offer_bytes(request):
+    if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbone_digest):
         raise DeclinedRequest(Refusal.BAD_REQUEST, "another offer was made under the same run id")
     return Joined(request.run_id, run, request.backbone_digest, folder)
-
-
-def _offer_bytes(request: wire.JoinRequest) -> bytes:
-    offer = {"run": dict(request.run), "backbone_digest": request.backbone_digest}
-    return json.dumps(offer, sort_keys=True).encode()
 
 
 def _digest_of_offer(folder: Path) -> str:

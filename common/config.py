@@ -127,8 +127,44 @@ class Split(Frozen):
     salt: str = ""
 
 
+class NoisedEvaluation(Frozen):
+    """Held-out units are evaluated in noised counts, from a share of the budget fixed beforehand.
+
+    Attributes:
+        share: part of the budget that evaluations of all runs together may spend, and nothing else may.
+        evaluations: how many the share pays for; each is noised accordingly.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    evaluations: PositiveInt
+
+
+class Coordinator(Frozen):
+    """Whom a deployed site joins.
+
+    Attributes:
+        address: host and port of the coordinator, such as `federation.example.org:9092`.
+        ca: certificate of the authority that signed the coordinator's.
+        key: this site's private key; it never leaves.
+        health_port: loopback port of the health service; None for none.
+    """
+
+    address: Annotated[str, StringConstraints(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
+    ca: LocalPath
+    key: LocalPath
+    health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
 class SiteConfig(Frozen):
-    """One data holder."""
+    """One data holder.
+
+    Attributes:
+        evaluation: of held-out units; `local`: only on this machine, nothing about them is ever sent.
+        approval: `required`: runs are joined after `python -m client approve`; `automatic`: whatever `allow` covers.
+        coordinator: whom to join; None where a simulation carries the messages.
+        own_backbones: opened from here instead of being received, where a run's backbone has their digest.
+        plugins: folder of the site's own source kinds, one file each.
+    """
 
     name: Name
     registry: Name
@@ -139,6 +175,11 @@ class SiteConfig(Frozen):
     tasks: Annotated[dict[Name, SiteTask], Field(min_length=1)]
     split: Split
     on_bad_record: Literal["skip", "stop"]
+    evaluation: NoisedEvaluation | Literal["local"]
+    approval: Literal["required", "automatic"] = "required"
+    coordinator: Coordinator | None = None
+    own_backbones: list[Spec] = []
+    plugins: LocalPath | None = None
     state_dir: LocalPath
     cache_dir: LocalPath | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -239,6 +280,7 @@ class SimulationConfig(Frozen):
     unit: Unit
     budget: Budget
     on_bad_record: Literal["skip", "stop"] = "skip"
+    evaluation: NoisedEvaluation | Literal["local"] = "local"
     executor: Executor = Executor()
     baselines: list[Baseline] = []
     non_private_solver: Spec | None = None

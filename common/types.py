@@ -75,6 +75,8 @@ class Refusal(StrEnum):
     """The fixed list of reasons a site may give. Nothing more detailed leaves a site."""
 
     UNKNOWN_RUN = "unknown_run"
+    VERSION = "version"
+    NOT_APPROVED = "not_approved"
     TASK_NOT_ALLOWED = "task_not_allowed"
     BACKBONE_NOT_ALLOWED = "backbone_not_allowed"
     SOLVER_NOT_ALLOWED = "solver_not_allowed"

@@ -22,6 +22,7 @@ from common.backbones import Backbone
 from common.config import MAX_PUBLIC_SIZE, RunConfig
 from common.heads import initial_heads, parameters
 from common.journal import Journal
+from common.offers import offer_of
 from common.tasks import open_task
 from common.types import BadInput, Heads, RunFailed, heads_digest
 from server.aggregators import State, Weighted, open_aggregator
@@ -133,13 +134,6 @@ def run_federation(
     bring_home(desk, members, state.heads)
     journal.write("run_ended", updates=dict(state.updates), heads=heads_digest(state.heads))
     return Outcome(state.heads, state.updates)
-
-
-def offer_of(run: RunConfig, backbone: Backbone) -> dict[str, Any]:
-    """The run as a site sees it: the backbone's settings stand without any path of the coordinator."""
-    offer = run.model_dump(mode="json")
-    offer["backbone"] = backbone.public_spec()
-    return offer
 
 
 def roll_call(desk: Desk, backbone: Backbone) -> list[Member]:

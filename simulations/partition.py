@@ -102,6 +102,8 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
         tasks=tasks,
         split=Split(test_fraction=0.0 if explicit else config.partition.test_fraction, salt=str(config.partition.seed)),
         on_bad_record=config.on_bad_record,
+        evaluation=config.evaluation,
+        approval="automatic",
         state_dir=folder / "state",
         cache_dir=config.cache_dir,
         device=config.device,

@@ -28,6 +28,7 @@ DOORS = {
     ),
     "ray": ("simulations/flower.py",),
     "opacus": ("client/solvers/", "common/privacy/"),
+    "grpc": ("common/health.py",),
     "yaml": ("common/config.py",),
     "sklearn": ("client/sources/", "simulations/"),
 }

@@ -76,6 +76,8 @@ def site_config(folder: Path, name: str, **changes: Any) -> SiteConfig:
         },
         "split": {"test_fraction": 0.0},
         "on_bad_record": "stop",
+        "evaluation": "local",
+        "approval": "automatic",
         "state_dir": str(folder / f"{name}-state"),
         "device": "cpu",
     }

@@ -26,12 +26,12 @@ from common import wire
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import write_yaml
 from common.heads import initial_heads, parameters
+from common.offers import offer_of
 from common.plugins import Spec
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged
-from server.rounds import offer_of
 from simulations.in_process import InProcessGrid
 from tests.tiny import TASKS, backbone, run_config, site_config
 

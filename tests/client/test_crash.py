@@ -22,11 +22,11 @@ from client.site import Site, join, prepare_run, train
 from common import wire
 from common.backbones import Backbone
 from common.heads import initial_heads, parameters
+from common.offers import offer_of
 from common.privacy.accounting import epsilon
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import Heads
-from server.rounds import offer_of
 from tests.tiny import TASKS, backbone, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -74,6 +74,7 @@ def site(folder: Path, **changes: Any) -> SiteConfig:
         "tasks": {"colour": task("colour"), "size": task("size")},
         "split": {"test_fraction": 0.0},
         "on_bad_record": "skip",
+        "evaluation": "local",
         "state_dir": "state",
         **changes,
     }

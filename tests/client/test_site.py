@@ -15,10 +15,10 @@ from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig
 from common.heads import initial_heads, parameters
+from common.offers import offer_of
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BackboneBlob, BadInput, Heads, LedgerDamaged, Refusal, heads_digest
-from server.rounds import offer_of
 from tests.tiny import TASKS, backbone, run_config, site_config
 
 

@@ -31,6 +31,7 @@ SITE: dict[str, Any] = {
     "tasks": {"disease": {"source": "rows", "column": "sick", "missing": "skip", "public_size": 10}},
     "split": {"test_fraction": 0.2},
     "on_bad_record": "skip",
+    "evaluation": "local",
     "state_dir": "state",
 }
 
@@ -90,7 +91,7 @@ def test_exactly_one_of_epsilon_and_noise_is_written(both: dict[str, float]) -> 
         parse(Privacy, {"unit": "example", "delta": 1e-5, **both}, base=Path())
 
 
-@pytest.mark.parametrize("key", ["budget", "unit", "budget.delta", "allow", "registry", "on_bad_record"])
+@pytest.mark.parametrize("key", ["budget", "unit", "budget.delta", "allow", "registry", "on_bad_record", "evaluation"])
 def test_nothing_that_affects_privacy_has_a_default_at_a_site(key: str) -> None:
     with pytest.raises(BadInput, match="expected a value, got nothing"):
         parse(SiteConfig, changed(SITE, key, None), base=Path())
