@@ -236,14 +236,21 @@ def _print_balance(account: Balance) -> None:
         caption="each line is composed by itself; epsilons do not add up",
         caption_justify="left",
     )
-    for name in ("run", "epsilon", "rounds", "charges", "without a stored reply"):
+    for name in ("run", "epsilon", "rounds", "evaluations", "charges", "without a stored reply"):
         table.add_column(name)
     for run in account.runs:
-        table.add_row(run.run, f"{rounded_up(run.epsilon):g}", str(run.rounds), str(run.charges), str(run.open))
+        counts = (run.rounds, run.evaluations, run.charges, run.open)
+        table.add_row(run.run, f"{rounded_up(run.epsilon):g}", *map(str, counts))
     Console().print(table)
     typer.echo(f"spent     {rounded_up(account.spent_epsilon):g}")
     typer.echo(f"reserved  {rounded_up(account.reserved_epsilon):g}   (spent, and charges whose reply may have left)")
     typer.echo(f"left      {rounded_down(account.left_epsilon, 2):g} of {terms.epsilon_cap:g}")
+    if account.evaluation is not None:
+        held = account.evaluation
+        typer.echo(
+            f"held      share {held.share:g} for evaluations: {held.left} of {held.evaluations} left at noise "
+            f"{held.noise_multiplier:.4g}; those charged cost {rounded_up(held.spent_epsilon):g} by themselves"
+        )
     if account.affordable is not None:
         rest = account.affordable
         noise, rate, steps = rest.plan.noise_multiplier, rest.plan.sampling_rate, rest.plan.steps
@@ -259,12 +266,13 @@ def _print_statement(page: Statement) -> None:
     console.print(
         _table(
             "releases",
-            ("time (UTC)", "run", "round", "mechanism", "bytes", "resent"),
+            ("time (UTC)", "run", "round", "for", "mechanism", "bytes", "resent"),
             [
                 (
                     _utc(each.time),
                     each.run,
                     str(each.round),
+                    each.purpose,
                     in_words(each.mechanism),
                     "no stored reply" if each.bytes is None else str(each.bytes),
                     str(each.resent),

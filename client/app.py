@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import DeclinedRequest, Site, finish, join, prepare_run, train
+from client.site import DeclinedRequest, Site, evaluate, finish, join, prepare_run, train
 from common import wire
 from common.config import SiteConfig, load
 from common.privacy.noise import Entropy, os_entropy
@@ -78,6 +78,10 @@ def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
         return answer(message, context, lambda site: train(site, wire.decode(message.content, wire.TrainRequest)))
+
+    @app.evaluate()
+    def on_evaluate(message: Message, context: Context) -> Message:
+        return answer(message, context, lambda site: evaluate(site, wire.decode(message.content, wire.EvaluateRequest)))
 
     @app.query(wire.FINISH.removeprefix("query."))
     def on_finish(message: Message, context: Context) -> Message:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from client.history import History, Terms
+from client.history import EVALUATION, History, Terms
 from client.ledger import Ledger
+from client.share import evaluations_left, noise_multiplier, unspent
 from client.site import Joined, plan_of
-from common.config import RunConfig, SiteConfig, parse
-from common.privacy.accounting import Mechanism, rounded_up
+from common.config import NoisedEvaluation, RunConfig, SiteConfig, parse
+from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.types import BadInput, Plan
 
 MAX_ROUNDS = 100_000
@@ -26,7 +27,8 @@ class RunSpent:
     Attributes:
         run: its id.
         epsilon: of its charges alone.
-        rounds: distinct rounds that were charged.
+        rounds: distinct rounds of training that were charged.
+        evaluations: distinct rounds after which an evaluation was charged.
         charges: reservations; more than `rounds` where a round was charged again.
         open: reservations whose reply is not known to be stored; they count all the same.
     """
@@ -34,6 +36,7 @@ class RunSpent:
     run: str
     epsilon: float
     rounds: int
+    evaluations: int
     charges: int
     open: int
 
@@ -48,6 +51,25 @@ class Affordable:
 
 
 @dataclass(frozen=True)
+class EvaluationShare:
+    """What evaluations of held-out units may spend.
+
+    Attributes:
+        share: of the budget, in Gaussian-DP terms (client/share.py).
+        evaluations: that it pays for in all.
+        left: that it still pays for.
+        noise_multiplier: of one.
+        spent_epsilon: of all that were charged, by themselves.
+    """
+
+    share: float
+    evaluations: int
+    left: int
+    noise_multiplier: float
+    spent_epsilon: float
+
+
+@dataclass(frozen=True)
 class Balance:
     """A registry's account.
 
@@ -59,6 +81,7 @@ class Balance:
         runs: in order of their first charge.
         affordable: for the last run's plan or another; None without any.
         amendment_due: whether the site file says other terms than the ledger.
+        evaluation: the share for evaluations; None where held-out units are evaluated locally.
     """
 
     registry: str
@@ -68,6 +91,7 @@ class Balance:
     runs: tuple[RunSpent, ...]
     affordable: Affordable | None
     amendment_due: bool
+    evaluation: EvaluationShare | None
 
     @property
     def left_epsilon(self) -> float:
@@ -101,7 +125,7 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         LedgerDamaged: the ledger does not verify.
         DeclinedRequest: `run` has no plan here.
     """
-    history = history_of(config)
+    history, share = history_of(config), share_of(config)
     joined = _last_run(config, history) if run is None else Joined(run.name, run, "", config.state_dir)
     return Balance(
         registry=config.registry,
@@ -111,14 +135,36 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         runs=tuple(_run(history, name) for name in dict.fromkeys(charge.run for charge in history.charges.values())),
         affordable=None if joined is None else _affordable(config, history, joined),
         amendment_due=history.terms != terms_of(config),
+        evaluation=None if share is None else evaluation_share(share, history),
     )
 
 
-def affordable_rounds(history: History, plan: Plan) -> int:
-    """How many rounds of a plan the rest of the budget covers, at most MAX_ROUNDS; 0 without privacy."""
+def share_of(config: SiteConfig) -> NoisedEvaluation | None:
+    """What a site's file holds for evaluations; None where they are local."""
+    return None if config.evaluation == "local" else config.evaluation
+
+
+def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationShare:
+    """What a share amounts to after a history."""
+    charged = [charge.mechanism for charge in history.charges.values() if charge.purpose == EVALUATION]
+    return EvaluationShare(
+        share=share.share,
+        evaluations=share.evaluations,
+        left=evaluations_left(share, history),
+        noise_multiplier=noise_multiplier(share, history.terms),
+        spent_epsilon=epsilon(charged, history.terms.delta),
+    )
+
+
+def affordable_rounds(history: History, plan: Plan, share: NoisedEvaluation | None = None) -> int:
+    """How many rounds of a plan the rest of the budget covers, at most MAX_ROUNDS; 0 without privacy.
+
+    What is unspent of a share for evaluations stays held back.
+    """
+    held = unspent(share, history)
 
     def covers(rounds: int) -> bool:
-        return history.within_cap([Mechanism.of(_repeated(plan, rounds))])
+        return history.within_cap([Mechanism.of(_repeated(plan, rounds)), *held])
 
     if not plan.private or not covers(1):
         return 0
@@ -152,6 +198,7 @@ def as_json(account: Balance) -> dict[str, Any]:
                 "epsilon": shown(run.epsilon),
                 "infinite": math.isinf(run.epsilon),
                 "rounds": run.rounds,
+                "evaluations": run.evaluations,
                 "charges": run.charges,
                 "open": run.open,
             }
@@ -166,6 +213,9 @@ def as_json(account: Balance) -> dict[str, Any]:
             "sampling_rate": affordable.plan.sampling_rate,
             "steps": affordable.plan.steps,
         },
+        "evaluation": "local"
+        if account.evaluation is None
+        else {**asdict(account.evaluation), "spent_epsilon": shown(account.evaluation.spent_epsilon)},
     }
 
 
@@ -184,7 +234,8 @@ def _run(history: History, name: str) -> RunSpent:
     return RunSpent(
         run=name,
         epsilon=history.run_epsilon(name),
-        rounds=len({charge.round for charge in own}),
+        rounds=len({charge.round for charge in own if charge.purpose != EVALUATION}),
+        evaluations=len({charge.round for charge in own if charge.purpose == EVALUATION}),
         charges=len(own),
         open=sum(not charge.committed for charge in own),
     )
@@ -202,7 +253,7 @@ def _last_run(config: SiteConfig, history: History) -> Joined | None:
 
 def _affordable(config: SiteConfig, history: History, joined: Joined) -> Affordable:
     plan = plan_of(config, joined)
-    return Affordable(joined.run_id, affordable_rounds(history, plan), plan)
+    return Affordable(joined.run_id, affordable_rounds(history, plan, share_of(config)), plan)
 
 
 def _repeated(plan: Plan, rounds: int) -> Plan:

@@ -22,10 +22,12 @@ from typing import Any
 
 from rich.table import Table
 
-from client.budget import affordable_rounds, history_of, shown
+from client.budget import affordable_rounds, history_of, share_of, shown
+from client.history import History
+from client.share import evaluation_mechanism, evaluations_left, unspent
 from client.site import DeclinedRequest, Joined, check_allowed, plan_of
 from common.backbones import open_untrained
-from common.config import RunConfig, SiteConfig
+from common.config import NoisedEvaluation, RunConfig, SiteConfig
 from common.plugins import Spec
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.tasks import Task
@@ -46,9 +48,12 @@ class Forecast:
         noise_multiplier: as the solver would use it; 0 without privacy.
         rounds: of the run.
         round_epsilon: of one round alone.
-        run_epsilon: of the whole run alone.
-        final_epsilon: of history and run together.
+        run_epsilon: of the whole run's training alone.
+        evaluation_epsilon: of its evaluations alone.
+        final_epsilon: of history, training and evaluations together.
         rounds_affordable: how many such rounds the budget covers.
+        evaluations: that the run asks for and the site's share pays for.
+        evaluation_noise: standard deviation of the noise in each of their counts, in units; 0 without any.
         noise_to_signal: of one round at this site.
         run_noise_to_signal: of the whole run, averaged over sites and rounds.
         warnings: why the site would decline, or why the result cannot be useful.
@@ -65,8 +70,11 @@ class Forecast:
     rounds: int
     round_epsilon: float
     run_epsilon: float
+    evaluation_epsilon: float
     final_epsilon: float
     rounds_affordable: int
+    evaluations: int
+    evaluation_noise: float
     noise_to_signal: float
     run_noise_to_signal: float
     warnings: tuple[str, ...]
@@ -89,7 +97,8 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     any_backbone = config.model_copy(update={"allow": config.allow.model_copy(update={"backbones": "any"})})
     joined = Joined("plan", run, "", Path())
     tasks, plan, history = joined.tasks(config), plan_of(config, joined), history_of(config)
-    whole = Mechanism.of(replace(plan, steps=plan.steps * run.rounds))
+    whole, share = Mechanism.of(replace(plan, steps=plan.steps * run.rounds)), share_of(config)
+    evaluations = _evaluations(run, share, history, len(tasks))
     delta = history.terms.delta
     size = max((config.tasks[name].public_size for name in tasks), default=0)
     per_round = 0.0
@@ -108,13 +117,17 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
         rounds=run.rounds,
         round_epsilon=epsilon([Mechanism.of(plan)], delta),
         run_epsilon=epsilon([whole], delta),
-        final_epsilon=history.epsilon([whole]),
-        rounds_affordable=affordable_rounds(history, plan),
+        evaluation_epsilon=epsilon(evaluations, delta),
+        final_epsilon=history.epsilon([whole, *evaluations]),
+        rounds_affordable=affordable_rounds(history, plan, share),
+        evaluations=len(evaluations),
+        evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
         noise_to_signal=per_round,
         run_noise_to_signal=per_round / math.sqrt(num_sites * run.rounds),
         warnings=(),
     )
-    return replace(outlook, warnings=tuple(_warnings(any_backbone, joined, outlook, history.within_cap([whole]))))
+    affords = history.within_cap([whole, *unspent(share, history)])
+    return replace(outlook, warnings=tuple(_warnings(any_backbone, joined, outlook, affords)))
 
 
 def feature_dim(backbone: Spec) -> int:
@@ -130,7 +143,7 @@ def feature_dim(backbone: Spec) -> int:
 
 def as_json(outlook: Forecast) -> dict[str, Any]:
     """The outlook as plain values; an infinite epsilon is null, and `infinite` says so."""
-    epsilons = ("spent_epsilon", "round_epsilon", "run_epsilon", "final_epsilon")
+    epsilons = ("spent_epsilon", "round_epsilon", "run_epsilon", "evaluation_epsilon", "final_epsilon")
     values = asdict(outlook) | {name: shown(getattr(outlook, name)) for name in epsilons}
     return values | {"infinite": math.isinf(outlook.final_epsilon)}
 
@@ -158,6 +171,9 @@ _ROWS: Mapping[str, Callable[[Forecast], str]] = {
     "epsilon at end": lambda each: _shown_up(each.final_epsilon),
     "budget": lambda each: f"{each.budget_epsilon:g}",
     "affords rounds": lambda each: str(each.rounds_affordable),
+    "evaluations": lambda each: str(each.evaluations),
+    "  their epsilon": lambda each: _shown_up(each.evaluation_epsilon),
+    "  noise in a count": lambda each: f"{each.evaluation_noise:.1f}",
     "noise/signal": lambda each: f"{each.noise_to_signal:.2f}",
     "  over the run": lambda each: f"{each.run_noise_to_signal:.2f}",
 }
@@ -165,6 +181,20 @@ _ROWS: Mapping[str, Callable[[Forecast], str]] = {
 
 def _num_parameters(tasks: Mapping[str, Task], dim: int) -> int:
     return sum(parameter.numel() for task in tasks.values() for parameter in task.head(dim).parameters())
+
+
+def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: History, num_tasks: int) -> list[Mechanism]:
+    """Those the run asks for, as far as the share pays for them."""
+    if run.evaluation is None or share is None or num_tasks == 0:
+        return []
+    answered = min(run.evaluation.times(run.rounds), evaluations_left(share, history))
+    return [evaluation_mechanism(share, history.terms, num_tasks)] * answered
+
+
+def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
+    """The largest standard deviation of the noise over the tasks, in a count where each unit is one."""
+    assert mechanism.sensitivity is not None
+    return mechanism.noise_multiplier * mechanism.sensitivity * max(task.counts_norm() for task in tasks.values())
 
 
 def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bool) -> list[str]:
@@ -175,12 +205,21 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
         check_allowed(config, joined)
     except DeclinedRequest as declined:
         found.append(f"the site would decline: {declined.detail}")
+    asked = joined.run.evaluation
+    if asked is not None and config.evaluation == "local":
+        found.append("the site would send no evaluation: its file says `local`")
+    elif asked is not None and outlook.evaluations < asked.times(outlook.rounds):
+        found.append(
+            f"the run asks for {asked.times(outlook.rounds)} evaluation(s), the share pays for {outlook.evaluations}; "
+            "the site would decline the others"
+        )
     if joined.privacy is None:
         return [*found, "the run is not private: epsilon is infinite"]
+    held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
     if not affords:
         found.append(
             f"the site would decline: the run would bring epsilon to {rounded_up(outlook.final_epsilon):g}, beyond the "
-            f"budget of {outlook.budget_epsilon:g}; the rest affords {outlook.rounds_affordable} of "
+            f"budget of {outlook.budget_epsilon:g}{held}; the rest affords {outlook.rounds_affordable} of "
             f"{outlook.rounds} round(s)"
         )
     target = joined.privacy.target_epsilon

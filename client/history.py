@@ -12,10 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from common.privacy.accounting import Mechanism, covered, epsilon
 from common.types import RELATION, BadInput, Unit
+
+Purpose = Literal["training", "evaluation"]
+TRAINING: Purpose = "training"
+EVALUATION: Purpose = "evaluation"
 
 _TOLERANCE = 1.0 + 1e-9
 """Rounding of sums, so that a plan calibrated to the cap is not refused for its last bit."""
@@ -54,6 +58,7 @@ class Charge:
         request: digest of the request.
         mechanism: what may have been released.
         committed: whether the reply is known to be stored.
+        purpose: training, or evaluation from its own share of the budget.
     """
 
     run: str
@@ -61,6 +66,7 @@ class Charge:
     request: str
     mechanism: Mechanism
     committed: bool
+    purpose: Purpose = TRAINING
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ def _charges(entries: Sequence[Mapping[str, Any]]) -> dict[int, Charge]:
             request=entry["request"],
             mechanism=Mechanism.from_dict(entry["mechanism"]),
             committed=entry["n"] in committed,
+            # Entries without it are older than evaluations.
+            purpose=EVALUATION if entry.get("purpose") == EVALUATION else TRAINING,
         )
         for entry in entries
         if entry["event"] == "reserved"

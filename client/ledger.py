@@ -16,13 +16,16 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from client import chain
-from client.history import Charge, History, Terms
+from client.history import EVALUATION, TRAINING, Charge, History, Purpose, Terms
+from client.share import evaluation_mechanism, unspent, within_share
+from common.config import NoisedEvaluation
 from common.files import write_atomic
 from common.privacy.accounting import Mechanism, rounded_up
 from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
@@ -102,7 +105,14 @@ class Ledger:
         return cls(place)
 
     def reserve(
-        self, mechanism: Mechanism, *, run: str, round: int, request: str, allow_infinite: bool = False
+        self,
+        mechanism: Mechanism,
+        *,
+        run: str,
+        round: int,
+        request: str,
+        allow_infinite: bool = False,
+        share: NoisedEvaluation | None = None,
     ) -> Reservation:
         """Charge a mechanism before any record is touched; durable when this returns.
 
@@ -112,20 +122,59 @@ class Ledger:
             round: for which of its rounds.
             request: digest of the request, for the log only.
             allow_infinite: whether the site lets a mechanism without noise pass; epsilon is infinite from then on.
+            share: of evaluations: what is unspent of it stays affordable.
 
         Raises:
-            BudgetExhausted: history and charge together exceed the cap; the refusal is logged, nothing is spent.
+            BudgetExhausted: history, charge and unspent share together exceed the cap; the refusal is logged, nothing
+                is spent.
         """
-        facts = {"run": run, "round": round, "request": request, "mechanism": mechanism.to_dict()}
         with chain.exclusive(self._folder) as opened:
             history = History.of(opened.entries)
-            if history.within_cap([mechanism]) or (allow_infinite and mechanism.kind == "none"):
+            held = unspent(share, history)
+            facts = _facts(TRAINING, mechanism, run, round, request)
+            if history.within_cap([mechanism, *held]) or (allow_infinite and mechanism.kind == "none"):
                 return Reservation(opened.append("reserved", facts))
             opened.append("refused", facts)
-        total, terms = history.epsilon([mechanism]), history.terms
+        total, terms = history.epsilon([mechanism, *held]), history.terms
+        beside = " and what is held for evaluations" if held else ""
         raise BudgetExhausted(
-            f"registry {self._folder.name}: this charge would bring epsilon to {rounded_up(total)}, beyond the budget "
-            f"of {terms.epsilon_cap} at delta {terms.delta}"
+            f"registry {self._folder.name}: this charge{beside} would bring epsilon to {rounded_up(total)}, beyond the "
+            f"budget of {terms.epsilon_cap} at delta {terms.delta}"
+        )
+
+    def reserve_evaluation(
+        self,
+        share: NoisedEvaluation,
+        num_tasks: int,
+        *,
+        run: str,
+        round: int,
+        request: str,
+        allow_infinite: bool = False,
+    ) -> tuple[Reservation, Mechanism]:
+        """Charge one evaluation to its share before any held-out record is touched; what was charged.
+
+        Args:
+            share: as the site's file says.
+            num_tasks: evaluated in this one release.
+            run: for which run.
+            round: after which of its rounds.
+            request: digest of the request, for the log only.
+            allow_infinite: whether evaluations go on after a release without noise.
+
+        Raises:
+            BudgetExhausted: the share, or the cap, does not cover it; the refusal is logged, nothing is spent.
+        """
+        with chain.exclusive(self._folder) as opened:
+            history = History.of(opened.entries)
+            mechanism = evaluation_mechanism(share, history.terms, num_tasks)
+            facts = _facts(EVALUATION, mechanism, run, round, request)
+            lost = allow_infinite and history.epsilon() == math.inf
+            if within_share(share, history, mechanism) and (lost or history.within_cap([mechanism])):
+                return Reservation(opened.append("reserved", facts)), mechanism
+            opened.append("refused", facts)
+        raise BudgetExhausted(
+            f"registry {self._folder.name}: one more evaluation would exceed its share of {share.share:g} of the budget"
         )
 
     def commit(self, reservation: Reservation) -> None:
@@ -150,9 +199,10 @@ class Ledger:
             reserved_epsilon=history.epsilon(),
         )
 
-    def affords(self, mechanisms: Iterable[Mechanism]) -> bool:
-        """Whether these, together with the whole history, stay within the cap. Nothing is charged or logged."""
-        return self.history().within_cap(mechanisms)
+    def affords(self, mechanisms: Iterable[Mechanism], share: NoisedEvaluation | None = None) -> bool:
+        """Whether these, the whole history and an unspent share stay within the cap. Nothing is charged or logged."""
+        history = self.history()
+        return history.within_cap([*mechanisms, *unspent(share, history)])
 
     def charges(self) -> list[Charge]:
         """All charges in order."""
@@ -201,6 +251,10 @@ def amend(folder: Path, *, registry: str, unit: Unit, epsilon_cap: float, delta:
                 "after the first charge, because what was spent per one unit does not bound the loss of the other"
             )
         opened.append("amended", {"before": asdict(before), **asdict(wanted), "reason": reason})
+
+
+def _facts(purpose: Purpose, mechanism: Mechanism, run: str, round: int, request: str) -> dict[str, Any]:
+    return {"run": run, "round": round, "request": request, "mechanism": mechanism.to_dict(), "purpose": purpose}
 
 
 def marker(place: Path) -> Path:

@@ -17,11 +17,14 @@ from flwr.app import RecordDict
 
 from client.backbone_store import BackboneStore
 from client.data import open_units, prepare
+from client.evaluation import noised_sums
 from client.features import FeatureStore
-from client.ledger import Ledger
+from client.history import EVALUATION, TRAINING, Purpose
+from client.ledger import Ledger, Reservation
+from client.replies import Replies, ReplyDamaged
 from client.solvers import Solver, one_thread, open_solver
 from common import wire
-from common.config import Privacy, RunConfig, SiteConfig, parse
+from common.config import NoisedEvaluation, Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder, write_atomic
 from common.heads import load_parameters
 from common.journal import FileJournal, Journal
@@ -62,6 +65,11 @@ class Site:
     config: SiteConfig
     entropy: Entropy
     progress: Callable[[int, int], None] | None = None
+
+    @property
+    def share(self) -> NoisedEvaluation | None:
+        """The part of the budget that is held for evaluations; None where held-out units are evaluated locally."""
+        return None if self.config.evaluation == "local" else self.config.evaluation
 
     @property
     def journal(self) -> Journal:
@@ -132,7 +140,7 @@ class Joined:
         }
 
 
-# --- the four requests -----------------------------------------------------------------------------------------------
+# --- the five requests -----------------------------------------------------------------------------------------------
 
 
 def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
@@ -150,9 +158,10 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     plan = plan_of(site.config, joined)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
-    paid = {charge.round for charge in ledger.charges() if charge.run == joined.run_id}
+    paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (joined.run_id, TRAINING)}
     rounds = joined.run.rounds - len(paid)
-    if plan.private and rounds > 0 and not ledger.affords([Mechanism.of(replace(plan, steps=plan.steps * rounds))]):
+    whole = [Mechanism.of(replace(plan, steps=plan.steps * rounds))] if rounds > 0 else []
+    if plan.private and whole and not ledger.affords(whole, site.share):
         raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
     write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbone_digest))
     site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
@@ -211,34 +220,63 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
         DeclinedRequest: not joined or prepared, heads that do not fit, or a budget that does not cover the plan.
     """
     joined = _joined(site, request.run_id)
-    digest = wire.request_digest(wire.encode(request))
-    stored = joined.folder / "replies" / digest
-    if stored.exists():
-        site.journal.write("resent", run=joined.run_id, round=request.round, bytes=stored.stat().st_size)
-        return wire.from_bytes(stored.read_bytes())
-    tasks = _requested_tasks(site, joined, request)
-    heads = _heads(joined, tasks, request.heads)
-    plan = plan_of(site.config, joined)
-    ledger = site.ledger()
-    try:
-        reservation = ledger.reserve(
+
+    def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
+        tasks = _requested_tasks(site, joined, request)
+        heads = _heads(joined, tasks, request.heads)
+        plan = plan_of(site.config, joined)
+        reservation = site.ledger().reserve(
             Mechanism.of(plan),
             run=joined.run_id,
             round=request.round,
             request=digest,
             allow_infinite=site.config.allow.non_private,
+            share=site.share,
         )
-    except BudgetExhausted as error:
-        raise DeclinedRequest(Refusal.BUDGET, str(error)) from error
-    reply = wire.encode(wire.TrainReply(_solve(site, joined, request.round, tasks, heads, plan), plan))
-    data = wire.to_bytes(reply)
-    private_folder(stored.parent)
-    write_atomic(stored, data)
-    ledger.commit(reservation)
-    site.journal.write(
-        "sent", run=joined.run_id, round=request.round, what="delta", mechanism=plan.steps, bytes=len(data)
-    )
-    return reply
+        delta = _solve(site, joined, request.round, tasks, heads, plan)
+        return wire.TrainReply(delta, plan), reservation, plan.steps
+
+    return _answered_once(site, joined, request, TRAINING, answer)
+
+
+def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
+    """Noised statistics of held-out units under these heads, or the stored ones; charged to the share for evaluations.
+
+    Raises:
+        DeclinedRequest: not joined or prepared, a round the run does not evaluate, heads that do not fit, a share that
+            does not cover it, or a site that evaluates locally only.
+    """
+    joined = _joined(site, request.run_id)
+    share, asked = site.share, joined.run.evaluation
+    if share is None:
+        raise DeclinedRequest(Refusal.EVALUATION_LOCAL, "this site's file says: nothing about held-out units is sent")
+    if asked is None or not asked.due(request.round, joined.run.rounds):
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "the run does not evaluate after this round")
+
+    def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
+        tasks = _requested_tasks(site, joined, request)
+        heads = _heads(joined, tasks, request.heads)
+        reservation, mechanism = site.ledger().reserve_evaluation(
+            share,
+            len(tasks),
+            run=joined.run_id,
+            round=request.round,
+            request=digest,
+            allow_infinite=site.config.allow.non_private,
+        )
+        device = site.device()
+        stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/evaluation/{request.round}"))
+        with one_thread():
+            sums = noised_sums(
+                {name: head.to(device) for name, head in heads.items()},
+                tasks,
+                open_units(joined.folder / "data", "test", list(tasks), device),
+                mechanism=mechanism,
+                stream=stream,
+            )
+        return wire.EvaluateReply(sums, mechanism.noise_multiplier), reservation, mechanism.steps
+
+    return _answered_once(site, joined, request, EVALUATION, answer)
 
 
 def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
@@ -341,7 +379,45 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
     return plan
 
 
-def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest) -> dict[str, Task]:
+def _answered_once(
+    site: Site,
+    joined: Joined,
+    request: wire.TrainRequest | wire.EvaluateRequest,
+    what: Purpose,
+    answer: Callable[[str], tuple[wire.Reply, Reservation, int]],
+) -> RecordDict:
+    """The stored reply to this very request; else a new one, stored before it is sent.
+
+    Args:
+        site: who answers.
+        joined: the run.
+        request: what is asked.
+        what: for the journal.
+        answer: given the request's digest, charges and computes: the reply, its charge, and the number of releases.
+    """
+    digest = wire.request_digest(wire.encode(request))
+    replies = Replies(joined.folder)
+    about = {"run": joined.run_id, "round": request.round, "what": what}
+    try:
+        with replies.exclusive():
+            stored = replies.find(digest)
+            if stored is not None:
+                site.journal.write("resent", **about, bytes=len(stored))
+                return wire.from_bytes(stored)
+            reply, reservation, num_releases = answer(digest)
+            records = wire.encode(reply)
+            data = wire.to_bytes(records)
+            replies.store(digest, data)
+            site.ledger().commit(reservation)
+    except BudgetExhausted as error:
+        raise DeclinedRequest(Refusal.BUDGET, str(error)) from error
+    except ReplyDamaged as error:
+        raise DeclinedRequest(Refusal.INTERNAL, str(error)) from error
+    site.journal.write("sent", **about, mechanism=num_releases, bytes=len(data))
+    return records
+
+
+def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest | wire.EvaluateRequest) -> dict[str, Task]:
     tasks = joined.tasks(site.config)
     if not 1 <= request.round <= joined.run.rounds:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the round is outside the run")

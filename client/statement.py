@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from client.history import EVALUATION, TRAINING
 from client.ledger import Ledger
 from common.config import SiteConfig
 from common.journal import read
@@ -25,6 +26,7 @@ class Release:
         time: seconds since 1970 when it was reserved.
         run: for which run.
         round: of that run.
+        purpose: training, or evaluation of held-out units.
         mechanism: what was charged; None where only the journal knows of the release.
         bytes: of the stored reply; None where none is stored.
         resent: how often the identical bytes were sent again, for nothing.
@@ -33,6 +35,7 @@ class Release:
     time: float
     run: str
     round: int
+    purpose: str
     mechanism: Mechanism | None
     bytes: int | None
     resent: int
@@ -76,16 +79,16 @@ def statement(config: SiteConfig) -> Statement:
     entries = [] if ledger is None else ledger.entries()
     facts = read(config.state_dir / "site.jsonl")
     releases = [_release(config, entry, facts) for entry in entries if entry["event"] == "reserved"]
-    known = {(each.run, each.round) for each in releases}
+    known = {(each.run, each.round, each.purpose) for each in releases}
     releases += [
-        Release(fact["time"], fact["run"], fact["round"], None, fact["bytes"], _resent(facts, fact))
+        Release(fact["time"], fact["run"], fact["round"], _purpose(fact), None, fact["bytes"], _resent(facts, fact))
         for fact in facts
-        if _is(fact, "sent") and (fact["run"], fact["round"]) not in known
+        if _is(fact, "sent") and (fact["run"], fact["round"], _purpose(fact)) not in known
     ]
     refusals = [
         *(Refused(fact["time"], "request", fact["refusal"], fact["detail"]) for fact in facts if _is(fact, "declined")),
         *(
-            Refused(entry["time"], "ledger", "budget", f"{entry['run']} round {entry['round']}")
+            Refused(entry["time"], "ledger", "budget", f"{entry['run']} round {entry['round']} {_purpose(entry)}")
             for entry in entries
             if _is(entry, "refused")
         ),
@@ -129,15 +132,19 @@ def _release(config: SiteConfig, entry: Mapping[str, Any], facts: list[dict[str,
     stored = config.state_dir / "runs" / entry["run"] / "replies" / entry["request"]
     time = entry.get("original", entry)["time"]
     size = stored.stat().st_size if entry["request"] and stored.is_file() else None
-    return Release(
-        time, entry["run"], entry["round"], Mechanism.from_dict(entry["mechanism"]), size, _resent(facts, entry)
-    )
+    mechanism = Mechanism.from_dict(entry["mechanism"])
+    return Release(time, entry["run"], entry["round"], _purpose(entry), mechanism, size, _resent(facts, entry))
+
+
+def _purpose(fact: Mapping[str, Any]) -> str:
+    """Of a ledger's entry or a journal's line; older ones than evaluations are all of training."""
+    return EVALUATION if EVALUATION in (fact.get("purpose"), fact.get("what")) else TRAINING
 
 
 def _resent(facts: list[dict[str, Any]], release: Mapping[str, Any]) -> int:
     """How often the journal says that a round's reply was sent again."""
-    resent = [(fact["run"], fact["round"]) for fact in facts if _is(fact, "resent")]
-    return resent.count((release["run"], release["round"]))
+    resent = [(fact["run"], fact["round"], _purpose(fact)) for fact in facts if _is(fact, "resent")]
+    return resent.count((release["run"], release["round"], _purpose(release)))
 
 
 def _change(entry: Mapping[str, Any]) -> str:

@@ -60,6 +60,20 @@ class Cohort(Frozen):
     join_timeout_s: Annotated[float, Field(gt=0)] = 120.0
 
 
+class Evaluation(Frozen):
+    """After which rounds the sites evaluate the heads on held-out units: every `every`th, and the last."""
+
+    every: PositiveInt
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Whether the heads are evaluated after this round of so many."""
+        return round_ == rounds or (1 <= round_ < rounds and round_ % self.every == 0)
+
+    def times(self, rounds: int) -> int:
+        """How many evaluations a run of so many rounds asks for."""
+        return -(-rounds // self.every)
+
+
 class RunConfig(Frozen):
     """One federated run, as the coordinator asks for it."""
 
@@ -72,6 +86,8 @@ class RunConfig(Frozen):
     privacy: Privacy | Literal["non_private"]
     aggregation: Spec
     cohort: Cohort = Cohort()
+    evaluation: Evaluation | None = None
+    """None: no site is asked. What an evaluation costs and how much noise it has, each site's own file says."""
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
     """A reply whose L2 norm over all heads exceeds this is set aside."""
     audit: Literal["required", "on_request"] = "on_request"

@@ -82,6 +82,8 @@ class Refusal(StrEnum):
     SOLVER_NOT_ALLOWED = "solver_not_allowed"
     UNIT_DIFFERS = "unit_differs"
     BUDGET = "budget"
+    AUDIT = "audit"
+    EVALUATION_LOCAL = "evaluation_local"
     BAD_REQUEST = "bad_request"
     NOT_PREPARED = "not_prepared"
     INTERNAL = "internal"

@@ -13,6 +13,8 @@ Every field that a site sends is listed here with its privacy reason:
 | Ready | - | nothing but the fact of an answer |
 | TrainReply | heads | charged: the contribution |
 | TrainReply | plan | public numbers derived from the request |
+| EvaluateReply | sums | charged: noised sums of held-out units' bounded statistics, from a share fixed beforehand |
+| EvaluateReply | noise_multiplier | follows from the share, cap and delta of the site file: public by declaration |
 | Declined | refusal | one word of a fixed list |
 | Declined | site | public by declaration in the site file |
 
@@ -40,6 +42,7 @@ from common.types import BackboneBlob, BadInput, Delta, Heads, Plan, Refusal, Un
 JOIN = "query.join"
 PREPARE = "query.prepare"
 TRAIN = "train"
+EVALUATE = "evaluate"
 FINISH = "query.finish"
 
 _PUBLIC = "public"
@@ -103,6 +106,28 @@ class TrainReply:
 
 
 @dataclass(frozen=True)
+class EvaluateRequest:
+    """Evaluate these heads, which a round ended with, on held-out units."""
+
+    run_id: str
+    round: int
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Noised sums of held-out units' statistics: task -> "sums" -> vector.
+
+    Attributes:
+        sums: each task's in units of its bound on one unit; all tasks of a unit together are one release.
+        noise_multiplier: standard deviation of the noise / bound on one unit over all tasks, sqrt(number of tasks).
+    """
+
+    sums: Heads
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
 class FinishRequest:
     """The final heads and their digest."""
 
@@ -119,10 +144,11 @@ class Declined:
     site: str
 
 
-Request = JoinRequest | PrepareRequest | TrainRequest | FinishRequest
-Reply = JoinReply | Ready | TrainReply | Declined
+Request = JoinRequest | PrepareRequest | TrainRequest | EvaluateRequest | FinishRequest
+Reply = JoinReply | Ready | TrainReply | EvaluateReply | Declined
 Payload = Request | Reply
 _Payload = TypeVar("_Payload")
+_WITH_HEADS = (TrainRequest, TrainReply, EvaluateRequest, EvaluateReply, FinishRequest)
 
 
 def encode(payload: Payload) -> RecordDict:
@@ -142,10 +168,12 @@ def encode(payload: Payload) -> RecordDict:
                 }
                 records[_BACKBONE] = ConfigRecord(values)
             return records
-        case TrainRequest(run_id, round_, heads):
+        case TrainRequest(run_id, round_, heads) | EvaluateRequest(run_id, round_, heads):
             return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
         case TrainReply(delta, plan):
             return _with_heads(_records(payload, plan=asdict(plan)), delta.heads)
+        case EvaluateReply(sums, noise_multiplier):
+            return _with_heads(_records(payload, noise_multiplier=noise_multiplier), sums)
         case FinishRequest(run_id, heads, digest):
             return _with_heads(_records(payload, run_id=run_id, digest=digest), heads)
         case Declined(refusal, site):
@@ -177,7 +205,7 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     if expected is PrepareRequest:
         allowed |= {_BACKBONE}
         public["backbone"] = _blob(records)
-    elif expected in (TrainRequest, FinishRequest, TrainReply):
+    elif expected in _WITH_HEADS:
         heads = {key.removeprefix(_HEAD): _params(records, key) for key in records if key.startswith(_HEAD)}
         allowed |= {_HEAD + task for task in heads}
         public["heads"] = heads
@@ -188,6 +216,10 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
         raise BadInput(f"{expected.__name__}: {len(extra)} unexpected record(s)")
     if expected is TrainReply:
         public = {"delta": Delta(public.pop("heads")), "plan": _plan(public.pop("plan")), **public}
+    elif expected is EvaluateReply:
+        public["sums"] = public.pop("heads")
+        if not (type(public["noise_multiplier"]) is float and 0.0 < public["noise_multiplier"] < math.inf):
+            raise BadInput("EvaluateReply: expected a finite noise multiplier > 0")
     elif expected is JoinReply:
         public["unit"] = Unit(public["unit"])
         _check_join(public)

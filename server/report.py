@@ -55,6 +55,8 @@ def tables(summary: Summary) -> Group:
     """What the run brought and what it cost, for a terminal."""
     evaluated = any(task["metrics"] for task in summary["tasks"].values())
     results: list[RenderableType] = [_results_table(summary)] if evaluated else []
+    if any(task["evaluation"] for task in summary["tasks"].values()):
+        results.append(_evaluation_table(summary))
     footnote = Text(_footnote(summary, evaluated), no_wrap=True, overflow="ignore")
     return Group(*results, _sites_table(summary), footnote)
 
@@ -78,6 +80,7 @@ def _task(facts: Facts, name: str, kind: str) -> dict[str, Any]:
         "sites": sorted(fact["site"] for fact in facts if fact["event"] == "joined" and name in fact["tasks"]),
         "metrics": metrics["pooled"] if metrics else {},
         "per_site": metrics["per_site"] if metrics else {},
+        "evaluation": _evaluation(facts, name),
         "baselines": {
             fact["name"]: fact["metrics"][name]
             for fact in facts
@@ -86,25 +89,38 @@ def _task(facts: Facts, name: str, kind: str) -> dict[str, Any]:
     }
 
 
+def _evaluation(facts: Facts, name: str) -> dict[str, Any] | None:
+    """What sites released of their held-out units, noised and charged; None where none did."""
+    rounds = [{"round": fact["round"], **fact["tasks"][name]} for fact in _evaluations(facts) if name in fact["tasks"]]
+    return {**rounds[-1], "rounds": rounds} if rounds else None
+
+
+def _evaluations(facts: Facts) -> Facts:
+    """The last evaluation after each round: a resumed run repeats what it got."""
+    return list({fact["round"]: fact for fact in facts if fact["event"] == "evaluation"}.values())
+
+
 def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
+    evaluations = _evaluations(facts)
     sites: dict[str, Any] = {}
     for fact in facts:
         if fact["event"] == "joined":
             sites[fact["site"]] = {
                 "status": "completed",
                 "reason": None,
-                "epsilon": _accounted(fact, rounds),
+                "epsilon": _accounted(fact, rounds, evaluations),
                 "delta": fact["delta"],
                 "unit": fact["unit"],
                 "relation": RELATION,
                 "budget_epsilon": fact["budget_epsilon"],
                 "rounds": sum(fact["site"] in item["sites"] for item in rounds),
+                "evaluations": sum(fact["site"] in item["noise"] for item in evaluations),
                 "left_out": None,
             }
     for fact in facts:
         if fact["event"] == "set_aside":
             empty = dict.fromkeys(("epsilon", "delta", "unit", "relation", "budget_epsilon", "left_out"))
-            site = sites.setdefault(fact["site"], {**empty, "rounds": 0})
+            site = sites.setdefault(fact["site"], {**empty, "rounds": 0, "evaluations": 0})
             declined = fact["reason"].startswith("declined")
             site["status"] = "partial" if site["rounds"] else ("declined" if declined else "set_aside")
             site["reason"] = fact["reason"]
@@ -115,8 +131,8 @@ def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
     return dict(sorted(sites.items()))
 
 
-def _accounted(joined: Mapping[str, Any], rounds: Facts) -> float | None:
-    """Epsilon of the accepted contributions, from their public plans; None without privacy.
+def _accounted(joined: Mapping[str, Any], rounds: Facts, evaluations: Facts) -> float | None:
+    """Epsilon of the accepted contributions and evaluations, from their public numbers; None without privacy.
 
     A site may have spent more than the coordinator accepted: its own ledger has the last word, and a simulation puts
     that in its place.
@@ -125,7 +141,9 @@ def _accounted(joined: Mapping[str, Any], rounds: Facts) -> float | None:
     plans = [Plan(**{**plan, "unit": Unit(plan["unit"])}) for plan in own]
     if not plans or not all(plan.private for plan in plans):
         return None
-    return epsilon([Mechanism.of(plan) for plan in plans], joined["delta"])
+    noises = [item["noise"][joined["site"]] for item in evaluations if joined["site"] in item["noise"]]
+    held_out = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
+    return epsilon([*(Mechanism.of(plan) for plan in plans), *held_out], joined["delta"])
 
 
 def _bytes(facts: Facts, rounds: Facts) -> dict[str, int | None]:
@@ -170,6 +188,28 @@ def _results_table(summary: Summary) -> Table:
         for position, metric in enumerate(facts["metrics"]):
             values = [facts["metrics"], *(facts["baselines"].get(name, {}) for name in shown)]
             table.add_row(task if position == 0 else "", metric, *(_number(value.get(metric)) for value in values))
+    return table
+
+
+def _evaluation_table(summary: Summary) -> Table:
+    title = f"{summary['run']}: held-out units as the sites released them: noised, charged to their budgets"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in ("task", "metric", "noised", "standard error\nof the noise", "after round", "sites"):
+        table.add_column(column, justify="right" if column.startswith(("noised", "standard")) else "left")
+    for task, facts in summary["tasks"].items():
+        found = facts["evaluation"]
+        if found is None:
+            continue
+        for position, (metric, value) in enumerate(found["metrics"].items()):
+            first = position == 0
+            table.add_row(
+                task if first else "",
+                metric,
+                _number(value),
+                _number(found["standard_errors"][metric]),
+                str(found["round"]) if first else "",
+                str(len(found["sites"])) if first else "",
+            )
     return table
 
 

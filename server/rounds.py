@@ -1,4 +1,4 @@
-"""The coordinator's side of a run: roll call, hand out the backbone, rounds, heads home. One readable loop.
+"""The coordinator's side of a run: roll call, backbone, rounds, evaluations, heads home. One readable loop.
 
 Invariant: after every round the journal and the checkpoint on disk say all that is needed to report or to continue;
 a bad reply costs its sender its place in that round and nothing else.
@@ -28,6 +28,7 @@ from common.types import BadInput, Heads, RunFailed, heads_digest
 from server.aggregators import State, Weighted, open_aggregator
 from server.checkpoint import Checkpoint, save_checkpoint
 from server.collect import SetAside, check_delta, check_plan, read_replies
+from server.evaluation import SiteSums, check_evaluation, evaluated
 
 Observe = Callable[[str, int, int], None]
 """Told what is under way: phase, done, total."""
@@ -129,6 +130,8 @@ def run_federation(
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         observe("rounds", round_ - 1, run.rounds)
         state = one_round(desk, members, state, round_)
+        # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
+        evaluate_round(desk, members, state.heads, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     bring_home(desk, members, state.heads)
@@ -221,6 +224,39 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
         seconds=round(time.monotonic() - started, 4),
     )
     return new
+
+
+def evaluate_round(desk: Desk, members: list[Member], heads: Heads, round_: int) -> None:
+    """Ask every member for noised statistics of its held-out units, where the run evaluates after this round."""
+    asked = desk.run.evaluation
+    if asked is None or not asked.due(round_, desk.run.rounds):
+        return
+    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
+    payloads: dict[int, wire.Request] = {
+        member.node_id: wire.EvaluateRequest(desk.run_id, round_, {task: heads[task] for task in sorted(member.tasks)})
+        for member in members
+    }
+    good, aside, _ = desk.ask(wire.EVALUATE, payloads, wire.EvaluateReply, round_)
+    releases = []
+    for member in members:
+        if member.node_id not in good:
+            continue
+        reply, _ = good[member.node_id]
+        try:
+            check_evaluation(reply, {task: tasks[task] for task in member.tasks})
+            releases.append(SiteSums(member.site, reply))
+        except BadInput as error:
+            aside.append(SetAside(member.node_id, str(error)))
+    names = {member.node_id: member.site for member in members}
+    desk.journal.write(
+        "evaluation",
+        round=round_,
+        tasks={name: asdict(result) for name, result in evaluated(tasks, releases, desk.run.seed).items()},
+        # What follows for a site's account: T tasks are one release of this noise.
+        noise={release.site: release.reply.noise_multiplier for release in releases},
+        # A site that does not evaluate is no worse a member of the run.
+        without={names[item.node_id]: item.reason for item in aside if item.node_id in names},
+    )
 
 
 def bring_home(desk: Desk, members: list[Member], heads: Heads) -> None:

@@ -352,13 +352,14 @@ def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, V
 def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
     del sites  # These sites' files forbid it.
     config = experiment.config
-    run_ = config.run.model_copy(update={"solver": config.non_private_solver, "privacy": "non_private"})
+    changes = {"solver": config.non_private_solver, "privacy": "non_private", "evaluation": None}
+    run_ = config.run.model_copy(update=changes)
     return _again(experiment, run_, experiment.backbone, "non_private")
 
 
 def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
     del sites  # Their ledgers are the real run's.
-    run_ = experiment.config.run
+    run_ = experiment.config.run.model_copy(update={"evaluation": None})
     backbone = open_random(run_.backbone, "run.backbone", seed=run_.seed)
     return _again(experiment, run_, backbone, "random_backbone")
 

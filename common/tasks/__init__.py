@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -37,7 +38,8 @@ class Task(Protocol):
     """One task, public to everyone.
 
     Law (tests/contracts/test_tasks.py): the loss of a batch is the losses of its examples, computed alone; Opacus
-    validates the head; metric sums merge associatively; decoding an encoded label returns it.
+    validates the head; metric sums merge associatively; decoding an encoded label returns it; one example's counts are
+    bounded, and their sums give the task's metrics, up to buckets of scores.
 
     Attributes:
         kind: file name of the plug-in.
@@ -73,6 +75,18 @@ class Task(Protocol):
     def metrics(self) -> dict[str, Metric]:
         """New torchmetrics metrics, the main one first; every state is sum-reduced, so sites' states add up."""
 
+    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """One row of statistics for each example (float64), from nothing but that example; for noised evaluation.
+
+        Guarantee: no row is longer than `counts_norm`, whatever the outputs are.
+        """
+
+    def counts_norm(self) -> float:
+        """Public bound on the L2 norm of one example's `counts`."""
+
+    def counted(self, sums: Tensor) -> dict[str, float]:
+        """The names of `metrics`, in their order, from summed `counts`, perhaps with noise; NaN where undefined."""
+
     def decode(self, outputs: Tensor) -> list[Any]:
         """One prediction for each example, in the task's own label names."""
 
@@ -81,6 +95,12 @@ def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:
     """The task a setting asks for. Raises BadInput naming the key."""
     task: Task = resolve("common.tasks", spec, key)
     return task
+
+
+def num_counts(task: Task) -> int:
+    """How many statistics a task's `counts` hold."""
+    nobody = task.head(1)(torch.zeros(0, 1))
+    return task.counts(nobody, task.missing().unsqueeze(0)[:0]).shape[1]
 
 
 def metric_sums(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:

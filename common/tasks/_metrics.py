@@ -81,9 +81,7 @@ class Auroc(Metric):
         super().__init__()
         self._only = only
         self._num_labels = num_labels
-        logits_T = 0.1 * torch.sinh(torch.linspace(-5.8, 5.8, BUCKETS - 1, dtype=torch.float64))
-        chance = -torch.log(torch.tensor(num_classes - 1.0, dtype=torch.float64))
-        self.register_buffer("edges_T", torch.sigmoid(chance + logits_T).float(), persistent=False)
+        self.register_buffer("edges_T", score_edges(num_classes, BUCKETS), persistent=False)
         zeros_TL = torch.zeros(BUCKETS, num_labels, dtype=torch.int64)
         self.add_state("positives_TL", zeros_TL, dist_reduce_fx="sum")
         self.add_state("negatives_TL", zeros_TL.clone(), dist_reduce_fx="sum")
@@ -101,10 +99,7 @@ class Auroc(Metric):
 
     def compute(self) -> Tensor:
         """P(score of a positive > score of a negative) + P(equal) / 2; NaN where a label has only one truth."""
-        positives_TL, negatives_TL = self.positives_TL.double(), self.negatives_TL.double()
-        below_TL = negatives_TL.cumsum(0) - negatives_TL
-        wins_L = (positives_TL * (below_TL + negatives_TL / 2)).sum(0)
-        area_L = wins_L / (positives_TL.sum(0) * negatives_TL.sum(0))
+        area_L = area_under_roc(self.positives_TL.double(), self.negatives_TL.double())
         return area_L.nanmean() if self._only is None else area_L[self._only]
 
 
@@ -116,6 +111,20 @@ class R2(R2Score):
         """Coefficient of determination."""
         spread = self.sum_squared_error - self.sum_error**2 / self.total
         return torch.where(spread > 0, 1 - self.residual / spread, torch.nan).squeeze()
+
+
+def score_edges(num_classes: int, buckets: int) -> Tensor:
+    """Edges between buckets of probabilities, even in asinh(logit - logit of chance)."""
+    logits_T = 0.1 * torch.sinh(torch.linspace(-5.8, 5.8, buckets - 1, dtype=torch.float64))
+    chance = -torch.log(torch.tensor(num_classes - 1.0, dtype=torch.float64))
+    return torch.sigmoid(chance + logits_T).float()
+
+
+def area_under_roc(positives_TL: Tensor, negatives_TL: Tensor) -> Tensor:
+    """area_L under the ROC curve from scores' histograms; equal buckets count half."""
+    below_TL = negatives_TL.cumsum(0) - negatives_TL
+    wins_L = (positives_TL * (below_TL + negatives_TL / 2)).sum(0)
+    return wins_L / (positives_TL.sum(0) * negatives_TL.sum(0))
 
 
 def one_against_rest(counts_KK: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, final
 
@@ -13,11 +14,13 @@ from torchmetrics import Metric
 from common.cells import CellName, CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
+from common.tasks._counts import area_of, bucket_rows, found, recognised, share
 from common.tasks._head import HeadSettings
 from common.tasks._metrics import (
     Accuracy,
     Auroc,
     ClassRate,
+    one_against_rest,
     rate_of,
     recall,
     true_negative_rate,
@@ -92,6 +95,39 @@ class Classification(Plugin):
             "specificity": ClassRate(num_classes, rate_of(true_negative_rate, positive)),
         }
 
+    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The cell of the confusion matrix, and score buckets of the positive class or of each against the rest.
+
+        Buckets are weighted so that all of them together are as long as the cell.
+        """
+        num_classes, scored = len(self.labels), self._scored()
+        scores_BK = self.scores(outputs.detach())
+        cell_B = labels * num_classes + scores_BK.argmax(dim=1)
+        cells = nn.functional.one_hot(cell_B, num_classes**2).double()
+        truth_BK = nn.functional.one_hot(labels, num_classes)
+        buckets = bucket_rows(scores_BK[:, scored], truth_BK[:, scored], num_classes)
+        return torch.cat([cells, buckets / math.sqrt(len(scored))], dim=1)
+
+    def counts_norm(self) -> float:
+        """One cell, and as much again for the buckets."""
+        return math.sqrt(2.0)
+
+    def counted(self, sums: Tensor) -> dict[str, float]:
+        """The metrics of summed, perhaps noised `counts`."""
+        num_classes, scored, positive = len(self.labels), self._scored(), self._positive()
+        counts_KK = sums[: num_classes**2].view(num_classes, num_classes)
+        counts_K22 = one_against_rest(counts_KK)
+        area_L = area_of(sums[num_classes**2 :] * math.sqrt(len(scored)), len(scored))
+        recall_K, negative_K = found(counts_K22), recognised(counts_K22)
+        values = {
+            "accuracy": share(counts_KK.diagonal().sum(), counts_KK.sum()),
+            "balanced_accuracy": recall_K.nanmean(),
+            "auroc": area_L.nanmean(),
+            "sensitivity": recall_K.nanmean() if positive is None else recall_K[positive],
+            "specificity": negative_K.nanmean() if positive is None else negative_K[positive],
+        }
+        return {name: float(value) for name, value in values.items()}
+
     def decode(self, outputs: Tensor) -> list[str]:
         """The most probable label of each example."""
         return [self.labels[index] for index in outputs.argmax(dim=1).tolist()]
@@ -100,3 +136,8 @@ class Classification(Plugin):
         if len(self.labels) != 2:
             return None
         return 1 if self.positive is None else self.labels.index(self.positive)
+
+    def _scored(self) -> list[int]:
+        """Classes whose scores are counted: of two the positive one says all."""
+        positive = self._positive()
+        return list(range(len(self.labels))) if positive is None else [positive]

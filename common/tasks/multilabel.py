@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, final
 
@@ -13,6 +14,7 @@ from torchmetrics import Metric
 from common.cells import CellName, CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
+from common.tasks._counts import area_of, bucket_rows, found, recognised, share
 from common.tasks._head import HeadSettings
 from common.tasks._metrics import Auroc, LabelRate, balanced, rate_of, recall, share_correct, true_negative_rate
 from common.types import BadRecord
@@ -99,6 +101,33 @@ class Multilabel(Plugin):
             "sensitivity": LabelRate(num_labels, rate_of(recall, None)),
             "specificity": LabelRate(num_labels, rate_of(true_negative_rate, None)),
         }
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """For each known label the cell of truth and prediction, and the bucket of its score."""
+        truth_BL, scores_BL = labels, self.scores(outputs.detach())
+        cell_BL = 2 * truth_BL.clamp(min=0) + (scores_BL > 0.5).long()
+        cells = nn.functional.one_hot(cell_BL, 4).double() * (truth_BL != _MISSING).unsqueeze(2)
+        rows = torch.cat([cells.flatten(1), bucket_rows(scores_BL, truth_BL, num_classes=2)], dim=1)
+        return rows / math.sqrt(len(self.labels))
+
+    def counts_norm(self) -> float:
+        """Two entries for each known label, weighted by their number."""
+        return math.sqrt(2.0)
+
+    def counted(self, sums: Tensor) -> dict[str, float]:
+        """The metrics of summed, perhaps noised `counts`."""
+        num_labels = len(self.labels)
+        sums = sums * math.sqrt(num_labels)
+        counts_L22 = sums[: 4 * num_labels].view(num_labels, 2, 2)
+        recall_L, negative_L = found(counts_L22), recognised(counts_L22)
+        values = {
+            "auroc": area_of(sums[4 * num_labels :], num_labels).nanmean(),
+            "balanced_accuracy": ((recall_L + negative_L) / 2).nanmean(),
+            "accuracy": share(counts_L22.diagonal(dim1=1, dim2=2).sum(), counts_L22.sum()),
+            "sensitivity": recall_L.nanmean(),
+            "specificity": negative_L.nanmean(),
+        }
+        return {name: float(value) for name, value in values.items()}
 
     def decode(self, outputs: Tensor) -> list[list[str]]:
         """The labels of each example whose probability is above 1/2."""

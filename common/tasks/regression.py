@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, final
 
@@ -86,6 +87,30 @@ class Regression(Plugin):
         }
         # float64: the spread of a target is a small difference of large sums.
         return {name: metric.set_dtype(torch.float64) for name, metric in metrics.items()}
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """1, absolute and squared error in widths of the range, the target scaled to [-1, 1], and its square."""
+        targets_B = labels.double()
+        error_B = (self.scores(outputs.detach()) - targets_B) / (2 * self._half)
+        scaled_B = (targets_B - self._middle) / self._half
+        return torch.stack([torch.ones_like(error_B), error_B.abs(), error_B**2, scaled_B, scaled_B**2], dim=1)
+
+    def counts_norm(self) -> float:
+        """Five entries of at most 1: predictions are cut to the range, and labels outside of it are not encoded."""
+        return math.sqrt(5.0)
+
+    def counted(self, sums: Tensor) -> dict[str, float]:
+        """The metrics of summed, perhaps noised `counts`; NaN where they are undefined."""
+        total, absolute, square, target, target_square = sums.tolist()
+        if total <= 0.0:
+            return dict.fromkeys(("mae", "rmse", "r2"), math.nan)
+        spread = target_square - target**2 / total
+        width = 2 * self._half
+        return {
+            "mae": max(absolute / total, 0.0) * width,
+            "rmse": math.sqrt(max(square / total, 0.0)) * width,
+            "r2": 1.0 - 4.0 * square / spread if spread > 0.0 else math.nan,
+        }
 
     def decode(self, outputs: Tensor) -> list[float]:
         """The prediction for each example, in the target's unit."""

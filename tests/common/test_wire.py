@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
         payload, fields, _ = (cell.strip() for cell in line.strip("|").split("|"))
         stated[payload] = f"{stated.get(payload, '')} {fields}"
     travels_as = {("TrainReply", "delta"): "heads"}
-    for payload in (wire.JoinReply, wire.Ready, wire.TrainReply, wire.Declined):
+    for payload in typing.get_args(wire.Reply):
         for field in dataclasses.fields(payload):
             words = stated[payload.__name__].replace(",", " ").split()
             name = travels_as.get((payload.__name__, field.name), field.name)

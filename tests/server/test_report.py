@@ -19,8 +19,30 @@ from tests.server.test_rounds import federate
 from tests.tiny import run_config, site_config
 
 TOP = {"schema", "run", "path", "executor", "rounds", "status", "backbone", "tasks", "sites", "bytes", "seconds"}
-TASK = {"kind", "status", "updates", "sites", "metrics", "per_site", "baselines"}
-SITE = {"status", "reason", "epsilon", "delta", "unit", "relation", "budget_epsilon", "rounds", "left_out"}
+TASK = {"kind", "status", "updates", "sites", "metrics", "per_site", "evaluation", "baselines"}
+SITE = {
+    "status",
+    "reason",
+    "epsilon",
+    "delta",
+    "unit",
+    "relation",
+    "budget_epsilon",
+    "rounds",
+    "evaluations",
+    "left_out",
+}
+    "status",
+    "reason",
+    "epsilon",
+    "delta",
+    "unit",
+    "relation",
+    "budget_epsilon",
+    "rounds",
+    "evaluations",
+    "left_out",
+}
 
 
 @pytest.fixture(scope="module")
