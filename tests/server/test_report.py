@@ -32,17 +32,6 @@ SITE = {
     "evaluations",
     "left_out",
 }
-    "status",
-    "reason",
-    "epsilon",
-    "delta",
-    "unit",
-    "relation",
-    "budget_epsilon",
-    "rounds",
-    "evaluations",
-    "left_out",
-}
 
 
 @pytest.fixture(scope="module")
