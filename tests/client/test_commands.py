@@ -20,7 +20,7 @@ from client.__main__ import app
 from client.app import make_app
 from client.data import open_units
 from client.exclusions import Exclusions
-from client.forecast import feature_dim
+from client.limits import feature_dim
 from client.site import DeclinedRequest, Site, evaluate, join, prepare_run, train
 from common import wire
 from common.backbones import Backbone, open_pretrained, open_random
