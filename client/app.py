@@ -56,7 +56,9 @@ def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_
             site = Site(open_site(context), entropy)
             name = site.config.name
             records = _answer(site, handle)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise  # The process ends; Flower answers for it without quoting these.
+        except BaseException:  # Also a panic of native code, which is no Exception.
             _log.exception("a request failed at this site")
             records = wire.encode(wire.Declined(Refusal.INTERNAL, name))
         return Message(records, reply_to=message)

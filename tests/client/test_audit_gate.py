@@ -109,7 +109,7 @@ def wide(hidden: int) -> dict[str, Any]:
 
 
 def test_heads_too_large_for_the_site_are_declined_at_the_door(tmp_path: Path, frozen: Backbone) -> None:
-    """65,536 hidden units on 4 features are small; on the features that this offer names they are 65 billion weights."""
+    """65,536 hidden units on 4 features are small; on the million that this offer names, 65 billion weights."""
     site = Site(site_config(tmp_path, "north"), os_entropy)
     run = offer_of(run_config(tasks=wide(65_536)), frozen)
     join(site, wire.JoinRequest("run-1", run, frozen.digest))
