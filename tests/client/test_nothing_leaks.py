@@ -405,6 +405,7 @@ def test_whatever_opening_a_site_raises_flower_quotes_nothing(error: BaseExcepti
 
 
 @pytest.mark.usefixtures("identity")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_process_that_ends_in_the_middle_answers_nothing_at_all() -> None:
     def ends(context: Context) -> SiteConfig:
         raise SystemExit(f"{CANARY}-exit")
