@@ -162,7 +162,7 @@ _ROWS: Mapping[str, Callable[[Forecast], str]] = {
     "affords rounds": lambda each: str(each.rounds_affordable),
     "evaluations": lambda each: str(each.evaluations),
     "  their epsilon": lambda each: _shown_up(each.evaluation_epsilon),
-    "  noise in a count": lambda each: f"{each.evaluation_noise:.1f}",
+    "  count noise": lambda each: f"{each.evaluation_noise:.1f}",
     "noise/signal": lambda each: f"{each.noise_to_signal:.2f}",
     "  over the run": lambda each: f"{each.run_noise_to_signal:.2f}",
 }

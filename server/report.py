@@ -273,8 +273,8 @@ def _audited(audit: Mapping[str, Any]) -> str:
     verdict = "passed" if audit["passed"] else f"FAILED: {audit['reasons'][0]}"
     claimed, shown = rounded_up(audit["epsilon_claimed"]), audit["epsilon_lower_95"]
     return (
-        f"audit: {verdict}; epsilon {claimed:.2f} claimed, at least {shown:.2f} shown at 95 % confidence, noise "
-        f"{audit['noise_std_ratio']:.3f} times the accounted\n"
+        f"audit: {verdict}; epsilon {claimed:.2f} claimed, at least {shown:.2f} at 95 % confidence; "
+        f"noise {audit['noise_std_ratio']:.3f} of it\n"
     )
 
 

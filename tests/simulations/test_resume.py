@@ -49,6 +49,30 @@ def test_a_resumed_run_makes_the_heads_of_an_uninterrupted_one(simulation_file: 
     assert after == [ledger.spent().spent_epsilon for ledger in ledgers(tmp_path / "whole" / "run")]
 
 
+def test_a_round_done_again_evaluates_again_for_nothing(simulation_file: Path, tmp_path: Path) -> None:
+    """The process dies after the sites were asked and before the checkpoint: stored replies answer a second time."""
+    overrides = ["run.evaluation={every: 1}", "evaluation={share: 0.2, evaluations: 3}"]
+    whole = run(simulation_file, out=tmp_path / "whole" / "run", overrides=overrides, entropy=SeededEntropy(1))
+    out = tmp_path / "cut" / "run"
+    checkpoint = out / "checkpoint.safetensors"
+    kept: list[bytes] = []
+
+    def observe(phase: str, done: int, total: int) -> None:
+        if phase == "rounds" and done == 1:
+            kept.append(checkpoint.read_bytes())
+        if phase == "rounds" and done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(simulation_file, out=out, overrides=overrides, entropy=SeededEntropy(1), observe=observe)
+    checkpoint.write_bytes(kept[0])  # As if round 2 had never reached it.
+    summary = resume(out, entropy=SeededEntropy(1))
+    assert summary["tasks"]["colour"]["evaluation"] == whole["tasks"]["colour"]["evaluation"]
+    for ledger, other in zip(ledgers(out), ledgers(tmp_path / "whole" / "run"), strict=True):
+        assert [charge.purpose for charge in ledger.charges()] == ["training", "evaluation"] * 3
+        assert ledger.spent() == other.spent()
+
+
 def test_a_run_that_ended_is_not_resumed(simulation_file: Path, tmp_path: Path) -> None:
     run(simulation_file, out=tmp_path / "run")
     with pytest.raises(BadInput, match="has ended"):
