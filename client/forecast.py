@@ -24,13 +24,13 @@ from rich.table import Table
 
 from client.budget import affordable_rounds, history_of, share_of, shown
 from client.history import History
+from client.limits import feature_dim, num_parameters, refuse_what_does_not_fit
 from client.share import evaluation_mechanism, evaluations_left, unspent
 from client.site import DeclinedRequest, Joined, check_allowed, plan_of
-from common.backbones import open_untrained
 from common.config import NoisedEvaluation, RunConfig, SiteConfig
-from common.plugins import Spec
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.tasks import Task
+from common.types import BadInput
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     size = max((config.tasks[name].public_size for name in tasks), default=0)
     per_round = 0.0
     if plan.private and size:
-        num_parameters = _num_parameters(tasks, feature_dim(run.backbone))
-        per_round = plan.noise_multiplier * math.sqrt(num_parameters / plan.steps) / (plan.sampling_rate * size)
+        width = num_parameters(tasks, feature_dim(run.backbone))
+        per_round = plan.noise_multiplier * math.sqrt(width / plan.steps) / (plan.sampling_rate * size)
     outlook = Forecast(
         site=config.name,
         tasks=tuple(sorted(tasks)),
@@ -128,17 +128,6 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     )
     affords = history.within_cap([whole, *unspent(share, history)])
     return replace(outlook, warnings=tuple(_warnings(any_backbone, joined, outlook, affords)))
-
-
-def feature_dim(backbone: Spec) -> int:
-    """How many features a backbone's settings lead to; no weights are needed.
-
-    Raises:
-        BadInput: a wrong setting.
-    """
-    untrained = open_untrained(backbone, "backbone", seed=0)
-    projection = untrained.kind.projection
-    return (projection.dim if projection else None) or untrained.feature_dim
 
 
 def as_json(outlook: Forecast) -> dict[str, Any]:
@@ -179,10 +168,6 @@ _ROWS: Mapping[str, Callable[[Forecast], str]] = {
 }
 
 
-def _num_parameters(tasks: Mapping[str, Task], dim: int) -> int:
-    return sum(parameter.numel() for task in tasks.values() for parameter in task.head(dim).parameters())
-
-
 def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: History, num_tasks: int) -> list[Mechanism]:
     """Those the run asks for, as far as the share pays for them."""
     if run.evaluation is None or share is None or num_tasks == 0:
@@ -203,8 +188,11 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
         found.append("the site would decline: it has none of the run's tasks")
     try:
         check_allowed(config, joined)
+        refuse_what_does_not_fit(joined.run, joined.tasks(config))
     except DeclinedRequest as declined:
         found.append(f"the site would decline: {declined.detail}")
+    except BadInput as error:
+        found.append(f"the site would decline: {error}")
     asked = joined.run.evaluation
     if asked is not None and config.evaluation == "local":
         found.append("the site would send no evaluation: its file says `local`")

@@ -16,12 +16,14 @@ import torch
 from flwr.app import RecordDict
 
 from client.approvals import Approvals, Offer
+from client.audit_gate import AuditTooSlow, audit_verdict
 from client.backbone_store import BackboneStore
 from client.data import open_units, prepare
 from client.evaluation import noised_sums
 from client.features import FeatureStore
 from client.history import EVALUATION, TRAINING, Purpose
 from client.ledger import Ledger, Reservation
+from client.limits import refuse_what_does_not_fit
 from client.replies import Replies, ReplyDamaged
 from client.solvers import Solver, one_thread, open_solver
 from common import wire
@@ -42,6 +44,7 @@ from common.types import (
     LedgerDamaged,
     Plan,
     Refusal,
+    RunFailed,
     heads_digest,
 )
 
@@ -148,8 +151,8 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     """Agree to a run or decline it; nothing is spent and no record is opened.
 
     Raises:
-        DeclinedRequest: a task, backbone, solver, unit or the whole run's price is not acceptable here, or nobody has
-            approved the run.
+        DeclinedRequest: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
+            has approved the run, or it requires an audit that the solver does not pass here.
     """
     _refuse_while_stopped(site)
     joined = _read_offer(site, request)
@@ -163,6 +166,10 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     except DeclinedRequest:
         _let_wait(site, request)
         raise
+    try:
+        refuse_what_does_not_fit(joined.run, tasks)
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
     plan = plan_of(site.config, joined)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
@@ -171,6 +178,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     whole = [Mechanism.of(replace(plan, steps=plan.steps * rounds))] if rounds > 0 else []
     if plan.private and whole and not ledger.affords(whole, site.share):
         raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
+    _pass_audit(site, joined, request, tasks)
     write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbone_digest))
     site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
     return wire.JoinReply(
@@ -367,6 +375,21 @@ def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
     if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbone_digest):
         raise DeclinedRequest(Refusal.BAD_REQUEST, "another offer was made under the same run id")
     return Joined(request.run_id, run, request.backbone_digest, folder)
+
+
+def _pass_audit(site: Site, joined: Joined, request: wire.JoinRequest, tasks: Mapping[str, Task]) -> None:
+    """Audit the solver here where the run requires it; the result stays at the site. Raises DeclinedRequest."""
+    if joined.run.audit != "required":
+        return
+    sizes = {name: site.config.tasks[name].public_size for name in tasks}
+    digest = run_digest(request.run, request.backbone_digest)
+    try:
+        verdict = audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
+    except (AuditTooSlow, BadInput, RunFailed) as error:
+        raise DeclinedRequest(Refusal.AUDIT, f"the run requires an audit, and it could not be done: {error}") from error
+    site.journal.write("audit", run=joined.run_id, **verdict)
+    if not verdict["passed"]:
+        raise DeclinedRequest(Refusal.AUDIT, f"the audit that the run requires failed: {verdict['reasons'][0]}")
 
 
 def _digest_of_offer(folder: Path) -> str:

@@ -27,6 +27,9 @@ BASELINES = {
 }
 
 
+AUDIT = ("passed", "epsilon_claimed", "epsilon_lower_95", "epsilon_lower_99_9", "noise_std_ratio", "delta", "reasons")
+
+
 def summarize(facts: Facts) -> Summary:
     """The run's summary, schema 1 (documented in README).
 
@@ -46,6 +49,7 @@ def summarize(facts: Facts) -> Summary:
         "backbone": about.get("backbone"),
         "tasks": {name: _task(facts, name, kind) for name, kind in about.get("tasks", {}).items()},
         "sites": _sites(facts, rounds),
+        "audit": _audit(facts),
         "bytes": _bytes(facts, rounds),
         "seconds": _seconds(facts, rounds),
     }
@@ -144,6 +148,13 @@ def _accounted(joined: Mapping[str, Any], rounds: Facts, evaluations: Facts) -> 
     noises = [item["noise"][joined["site"]] for item in evaluations if joined["site"] in item["noise"]]
     held_out = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
     return epsilon([*(Mechanism.of(plan) for plan in plans), *held_out], joined["delta"])
+
+
+def _audit(facts: Facts) -> dict[str, Any]:
+    """Whether the run required an audit, and the result of the simulator's own; a site's own result stays there."""
+    about, own = _last(facts, "run_started") or {}, _last(facts, "audit")
+    found = dict.fromkeys(AUDIT) if own is None else {name: own[name] for name in AUDIT}
+    return {"required": own is not None or bool(about.get("audit_required")), **found}
 
 
 def _bytes(facts: Facts, rounds: Facts) -> dict[str, int | None]:
@@ -248,10 +259,22 @@ def _footnote(summary: Summary, evaluated: bool) -> str:
         if site["left_out"]
     )
     backbone = _count(size["backbone_per_site"])
+    audit = _audited(summary["audit"])
     view = "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     return (
-        f"{left_out}bytes per site and round: {down} down, {up} up; backbone once per site: {backbone}\n"
+        f"{left_out}{audit}bytes per site and round: {down} down, {up} up; backbone once per site: {backbone}\n"
         f"seconds: {seconds['total']:.1f} in all; {times}" + (f"\n{view}" if evaluated else "")
+    )
+
+
+def _audited(audit: Mapping[str, Any]) -> str:
+    if audit["passed"] is None:
+        return "audit: required; each site passed its own before it joined\n" if audit["required"] else ""
+    verdict = "passed" if audit["passed"] else f"FAILED: {audit['reasons'][0]}"
+    claimed, shown = rounded_up(audit["epsilon_claimed"]), audit["epsilon_lower_95"]
+    return (
+        f"audit: {verdict}; epsilon {claimed:.2f} claimed, at least {shown:.2f} shown at 95 % confidence, noise "
+        f"{audit['noise_std_ratio']:.3f} times the accounted\n"
     )
 
 

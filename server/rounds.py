@@ -77,6 +77,7 @@ def run_federation(
         path=str(folder),
         rounds=run.rounds,
         resumed=resume is not None,
+        audit_required=run.audit == "required",
         tasks={name: spec.kind for name, spec in run.tasks.items()},
         backbone={"kind": run.backbone.kind, "model": backbone.public_spec().get("model"), "digest": backbone.digest},
     )

@@ -244,6 +244,8 @@ def _federate(
     resume: Checkpoint | None = None,
 ) -> Outcome:
     """The same coordinator and site code on the executor the simulation names."""
+    # The simulator's sites run one code with one unit: what is required was audited once, for all of them.
+    run_ = run_.model_copy(update={"audit": "on_request"})
     by_position = list(sites)
     app = make_app(lambda context: by_position[int(context.node_config["partition-id"])], experiment.entropy)
     executor = experiment.config.executor

@@ -20,8 +20,8 @@ from client.__main__ import app
 from client.app import make_app
 from client.data import open_units
 from client.exclusions import Exclusions
-from client.forecast import feature_dim
-from client.site import DeclinedRequest, Site, join, train
+from client.limits import feature_dim
+from client.site import DeclinedRequest, Site, evaluate, join, train
 from common import wire
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import write_yaml
@@ -440,3 +440,73 @@ def test_an_audit_of_a_run_without_privacy_is_refused(tmp_path: Path) -> None:
     sgd = {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0}
     run = run_file(tmp_path, solver=sgd, privacy="non_private")
     refused(invoke("audit", written(tmp_path), run), 2)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+HELD = {"share": 0.2, "evaluations": 3}
+
+
+def evaluated(folder: Path, frozen: Backbone) -> None:
+    """A site that trained one round of run-1 and evaluated its heads."""
+    site = site_of(folder, evaluation=HELD)
+    run = run_config(evaluation={"every": 1})
+    join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    give_backbone(site, "run-1", frozen)
+    train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    for _ in range(2):
+        evaluate(site, wire.EvaluateRequest("run-1", 1, heads(frozen)))
+
+
+def test_budget_shows_the_share_and_what_is_left_of_it(tmp_path: Path, frozen: Backbone) -> None:
+    path = written(tmp_path, evaluation=HELD)
+    assert said("budget", path)["evaluation"]["left"] == 3
+    evaluated(tmp_path, frozen)
+    account = said("budget", path)
+    held = account["evaluation"]
+    assert (held["share"], held["evaluations"], held["left"]) == (0.2, 3, 2)
+    mechanism = Mechanism("gaussian", held["noise_multiplier"], 1.0, 1, 1.0)
+    assert held["spent_epsilon"] == rounded_up(epsilon([mechanism], DELTA), 4)
+    (run,) = account["runs"]
+    assert (run["rounds"], run["evaluations"], run["charges"]) == (1, 1, 2)
+    assert account["spent_epsilon"] == rounded_up(epsilon([ROUND, mechanism], DELTA), 4)
+    assert "share 0.2 for evaluations: 2 of 3 left" in invoke("budget", path).stdout
+    # Fewer rounds than without a share: what is held back is not theirs.
+    assert account["affordable"]["rounds"] < said("budget", written(tmp_path))["affordable"]["rounds"]
+    assert said("budget", written(tmp_path))["evaluation"] == "local"
+
+
+def test_log_tells_evaluations_from_training(tmp_path: Path, frozen: Backbone) -> None:
+    evaluated(tmp_path, frozen)
+    page = said("log", written(tmp_path, evaluation=HELD))
+    assert [(each["purpose"], each["round"], each["resent"]) for each in page["releases"]] == [
+        ("training", 1, 0),
+        ("evaluation", 1, 1),
+    ]
+    assert all(each["bytes"] for each in page["releases"])
+
+
+def test_plan_counts_evaluations_and_says_when_the_share_is_too_small(tmp_path: Path, frozen: Backbone) -> None:
+    every = run_file(tmp_path, rounds=5, evaluation={"every": 1})
+    outlook = said("plan", written(tmp_path, evaluation=HELD), every)
+    noise = said("budget", written(tmp_path, evaluation=HELD))["evaluation"]["noise_multiplier"]
+    three = [Mechanism("gaussian", noise, 1.0, 3, 1.0)]
+    training = [Mechanism("gaussian", 2.0, 1.0, 10, 1.0)]
+    assert outlook["evaluations"] == 3
+    assert outlook["evaluation_epsilon"] == rounded_up(epsilon(three, DELTA), 4)
+    assert outlook["run_epsilon"] == rounded_up(epsilon(training, DELTA), 4)
+    assert outlook["final_epsilon"] == rounded_up(epsilon([*three, *training], DELTA), 4)
+    # Two tasks in one release; a unit counts sqrt(2) in each.
+    assert outlook["evaluation_noise"] == pytest.approx(noise * 2)
+    assert any("asks for 5 evaluation(s), the share pays for 3" in each for each in outlook["warnings"])
+    local = said("plan", written(tmp_path), every)
+    assert local["evaluations"] == 0 and any("`local`" in each for each in local["warnings"])
+    assert not (tmp_path / "north-state").exists()
+
+
+def test_plan_says_that_a_run_would_eat_the_share(tmp_path: Path) -> None:
+    whole = run_file(tmp_path, privacy={"unit": "example", "delta": DELTA, "target_epsilon": 9.0})
+    budget_ = {"epsilon": 10.0, "delta": DELTA}
+    tight = said("plan", written(tmp_path, budget=budget_, evaluation=HELD), whole)
+    assert any("held for evaluations" in each for each in tight["warnings"])
+    assert tight["rounds_affordable"] < 2 <= said("plan", written(tmp_path, budget=budget_), whole)["rounds_affordable"]

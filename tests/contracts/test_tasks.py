@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_sum
 
 from common.plugins import kinds, plugin_class
-from common.tasks import Example, Task, merge_sums, metric_sums, metric_values, open_task
+from common.tasks import Example, Task, merge_sums, metric_sums, metric_values, num_counts, open_task
 from common.types import BadRecord
 
 FEATURE_DIM = 7
@@ -144,3 +144,47 @@ def test_a_missing_label_looks_like_a_label(task: Task, labels: Tensor) -> None:
     assert missing.shape == labels.shape[1:]
     assert missing.dtype == labels.dtype
     assert torch.isfinite(task.losses(many(task, labels)[0][:1], missing.unsqueeze(0))).all()
+
+
+def test_an_examples_counts_are_no_longer_than_declared(task: Task, labels: Tensor) -> None:
+    """Whatever the head says: nothing, sensible, absurd, or infinite."""
+    outputs, labels = many(task, labels)
+    for factor in (0.0, 1.0, 1e4, 1e30):
+        rows = task.counts(outputs * factor, labels)
+        assert rows.dtype == torch.float64 and rows.shape == (len(labels), num_counts(task))
+        assert torch.linalg.vector_norm(rows, dim=1).max() <= task.counts_norm() * (1 + 1e-6)
+
+
+def test_the_declared_length_of_counts_is_not_larger_than_it_has_to_be(task: Task, labels: Tensor) -> None:
+    """A bound twice too large would double the noise."""
+    outputs, labels = many(task, labels)
+    longest = max(float(torch.linalg.vector_norm(task.counts(outputs * f, labels), dim=1).max()) for f in (-1e4, 1e4))
+    assert longest >= 0.7 * task.counts_norm()
+
+
+def test_an_examples_counts_come_from_it_alone(task: Task, labels: Tensor) -> None:
+    outputs, labels = many(task, labels)
+    rows = task.counts(outputs, labels)
+    alone = torch.cat([task.counts(outputs[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
+    torch.testing.assert_close(rows, alone)
+    assert task.counts(outputs[:0], labels[:0]).shape == (0, num_counts(task))
+
+
+def test_summed_counts_give_the_metrics_up_to_buckets_of_scores(task: Task, labels: Tensor) -> None:
+    outputs, labels = many(task, labels, copies=500)
+    outputs = outputs + fitted(task, labels) / 20  # Neither chance nor perfect.
+    counted = task.counted(task.counts(outputs, labels).sum(dim=0))
+    truth = metric_values(task, metric_sums(task, outputs, labels))
+    assert list(counted) == list(truth)
+    for name, value in truth.items():
+        assert counted[name] == pytest.approx(value, rel=1e-6, abs=0.02 if name == "auroc" else 1e-9), name
+
+
+def test_counts_of_nobody_and_noise_alone_give_no_absurd_metric(task: Task) -> None:
+    assert all(math.isnan(value) for value in task.counted(torch.zeros(num_counts(task), dtype=torch.float64)).values())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        noise = 100 * torch.randn(num_counts(task), generator=generator, dtype=torch.float64)
+        for name, value in task.counted(noise).items():
+            bounded = name in {"accuracy", "balanced_accuracy", "auroc", "sensitivity", "specificity"}
+            assert math.isnan(value) or not bounded or 0.0 <= value <= 1.0

@@ -18,7 +18,20 @@ from server.report import failures, summarize, tables
 from tests.server.test_rounds import federate
 from tests.tiny import run_config, site_config
 
-TOP = {"schema", "run", "path", "executor", "rounds", "status", "backbone", "tasks", "sites", "bytes", "seconds"}
+TOP = {
+    "schema",
+    "run",
+    "path",
+    "executor",
+    "rounds",
+    "status",
+    "backbone",
+    "tasks",
+    "sites",
+    "audit",
+    "bytes",
+    "seconds",
+}
 TASK = {"kind", "status", "updates", "sites", "metrics", "per_site", "evaluation", "baselines"}
 SITE = {
     "status",

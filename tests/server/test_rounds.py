@@ -14,7 +14,7 @@ from client.app import make_app
 from common import wire
 from common.config import SiteConfig
 from common.journal import FileJournal, read
-from common.privacy.noise import SeededEntropy
+from common.privacy.noise import Entropy, SeededEntropy
 from common.types import Delta, RunFailed, heads_digest
 from server.checkpoint import load_checkpoint
 from server.rounds import Outcome, run_federation
@@ -32,10 +32,11 @@ def federate(
     distort: Distort | None = None,
     kind: str = wire.TRAIN,
     run_id: str = "run-1",
+    entropy: Entropy | None = None,
     **changes: Any,
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Run two rounds; one site's replies of a kind go through `distort`. Outcome and journal."""
-    honest = make_app(lambda context: sites[int(context.node_config["partition-id"])], SeededEntropy(0))
+    honest = make_app(lambda context: sites[int(context.node_config["partition-id"])], entropy or SeededEntropy(0))
 
     def app(message: Message, context: Context) -> Message:
         reply = honest(message, context)

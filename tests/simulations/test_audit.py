@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from common.config import SimulationConfig, load
 from common.privacy.noise import SeededEntropy
 from common.types import BadInput, RunFailed
+from server.report import tables
 from simulations.__main__ import app
 from simulations.experiment import check, run
 
@@ -60,6 +62,14 @@ def test_a_passed_audit_is_journalled_and_the_heads_are_exported(config: Path, t
         json.loads(line) for line in (tmp_path / "out/journal.jsonl").read_text().splitlines() if '"audit"' in line
     ]
     assert [fact["passed"] for fact in audits] == [True]
+    found = summary["audit"]
+    assert found["required"] and found["passed"] and found["reasons"] == []
+    assert found["epsilon_claimed"] == pytest.approx(4.0, rel=1e-3)
+    assert found["noise_std_ratio"] == pytest.approx(1.0, abs=0.1)
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(tables(summary))
+    assert "audit: passed; epsilon 4.00 claimed, at least" in shown.get()
 
 
 def test_a_failed_audit_trains_nothing_and_exports_no_head(config: Path, tmp_path: Path) -> None:
@@ -67,7 +77,9 @@ def test_a_failed_audit_trains_nothing_and_exports_no_head(config: Path, tmp_pat
     with pytest.raises(RunFailed, match="audit failed, so no head is exported: released noise repeats itself"):
         run(config, out=tmp_path / "out", entropy=lambda purpose: bytes(32))
     assert not list((tmp_path / "out").rglob("heads/*.safetensors"))
-    assert json.loads((tmp_path / "out/summary.json").read_text())["status"] == "failed"
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["status"] == "failed" and summary["audit"]["passed"] is False
+    assert "noise repeats itself" in summary["audit"]["reasons"][0]
     assert not list((tmp_path / "out").rglob("ledgers"))
 
 
@@ -75,6 +87,7 @@ def test_without_the_requirement_no_audit_runs(config: Path, tmp_path: Path) -> 
     summary = run(config, out=tmp_path / "out", overrides=["run.audit=on_request"], entropy=lambda purpose: bytes(32))
     assert summary["status"] == "completed"
     assert '"audit"' not in (tmp_path / "out/journal.jsonl").read_text()
+    assert summary["audit"]["required"] is False and summary["audit"]["passed"] is None
 
 
 def test_a_run_without_privacy_cannot_require_an_audit(config: Path) -> None:
