@@ -1,4 +1,4 @@
-"""Command line of one site: `python -m client budget | plan | audit | log | amend | recover | purge`."""
+"""Command line of one site: `python -m client approve | plan | evaluate | budget | log | ...`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client import budget as budgets
+from client import commands_runs
 from client import forecast as forecasts
 from client import statement as statements
 from client.audit import audit_run
@@ -308,6 +309,8 @@ def _print_purged(done: Purged) -> None:
     if done.num_records == 0:
         typer.echo("warning: no record of the present sources has such an id or key", err=True)
 
+
+commands_runs.register(app)
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import DeclinedRequest, Site, evaluate, finish, join, prepare_run, train
+from client.site import DeclinedRequest, Site, evaluate, finish, join, keep_part, prepare_run, train
 from common import wire
 from common.config import SiteConfig, load
 from common.privacy.noise import Entropy, os_entropy
@@ -69,6 +69,12 @@ def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_
             message, context, lambda site: wire.encode(join(site, wire.decode(message.content, wire.JoinRequest)))
         )
 
+    @app.query(wire.PART.removeprefix("query."))
+    def on_part(message: Message, context: Context) -> Message:
+        return answer(
+            message, context, lambda site: wire.encode(keep_part(site, wire.decode(message.content, wire.PartRequest)))
+        )
+
     @app.query(wire.PREPARE.removeprefix("query."))
     def on_prepare(message: Message, context: Context) -> Message:
         return answer(
@@ -99,6 +105,8 @@ def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
         return handle(site)
     except DeclinedRequest as declined:
         refusal, detail = declined.refusal, declined.detail
+    except wire.OtherVersion as error:
+        refusal, detail = Refusal.VERSION, str(error)
     except BadInput as error:
         refusal, detail = Refusal.BAD_REQUEST, str(error)
     except LedgerDamaged as error:

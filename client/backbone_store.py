@@ -1,12 +1,25 @@
-"""Backbones a site has received: stored once, by digest, verified before every use."""
+"""Backbones a site has: received in parts or opened by itself, stored once by digest, verified before every use.
+
+A part is on disk before it is confirmed, so that a broken connection or a restart costs the missing parts only. The
+weights' file appears last and whole: its presence marks a complete entry.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.backbones import Backbone, from_blob
+from common.backbones import Backbone, from_blob, open_pretrained
 from common.files import private_folder, write_atomic
+from common.plugins import Spec
 from common.types import BackboneBlob, BadInput, DigestMismatch
+from common.wire import PART_BYTES
+
+_SPARE_BYTES = 1 << 30
+"""Disk space that a transfer leaves free: a full disk would stop the ledger."""
 
 
 class BackboneStore:
@@ -16,11 +29,51 @@ class BackboneStore:
         self._folder = folder
 
     def has(self, digest: str) -> bool:
-        """Whether a backbone was received and verified before."""
+        """Whether a backbone is here, verified when it came."""
         return (self._folder / digest / "weights.safetensors").exists()
 
+    def held_parts(self, digest: str) -> tuple[int, ...]:
+        """Which parts of a transfer that has not ended are here."""
+        return tuple(sorted(int(path.name.split("-")[0]) for path in self._parts(digest).glob("*-of-*")))
+
+    def put_part(self, digest: str, index: int, total: int, data: bytes) -> None:
+        """Keep one part.
+
+        Raises:
+            BadInput: the whole would not leave enough of the disk free.
+        """
+        folder = private_folder(private_folder(self._folder) / f"{digest}.parts")
+        for other in folder.glob("*-of-*"):
+            if other.name.split("-")[2] != str(total):  # Of a transfer that was cut in another way.
+                other.unlink()
+        missing = (total - len(self.held_parts(digest))) * PART_BYTES
+        # Twice: the parts, and the whole that is made of them.
+        if shutil.disk_usage(folder).free < missing + total * PART_BYTES + _SPARE_BYTES:
+            raise BadInput(
+                f"state_dir: expected room for a backbone of {total * PART_BYTES >> 20} MiB, got a full disk"
+            )
+        write_atomic(folder / f"{index}-of-{total}", data)
+
+    def assemble(self, digest: str, spec: str) -> Backbone:
+        """The backbone whose parts have all come: verified, kept, and returned.
+
+        Raises:
+            DigestMismatch: the weights or settings are not the ones the digest names; nothing is kept.
+            BadInput: a part is missing.
+        """
+        folder = self._parts(digest)
+        paths = sorted(folder.glob("*-of-*"), key=lambda path: int(path.name.split("-")[0]))
+        total = int(paths[0].name.split("-")[2]) if paths else 0
+        if not paths or len(paths) != total:
+            raise BadInput(f"backbone: expected all of its parts, got {len(paths)} of {total}")
+        try:
+            return self.put(BackboneBlob(spec, b"".join(path.read_bytes() for path in paths), digest))
+        finally:
+            # Kept or refused: wrong parts would only be refused again.
+            shutil.rmtree(folder)
+
     def put(self, blob: BackboneBlob) -> Backbone:
-        """Verify a received backbone, keep it, and return it.
+        """Verify a backbone, keep it, and return it.
 
         Raises:
             DigestMismatch: the weights or settings are not the ones the digest names; nothing is kept.
@@ -28,9 +81,29 @@ class BackboneStore:
         backbone = from_blob(blob)
         folder = private_folder(private_folder(self._folder) / blob.digest)
         write_atomic(folder / "spec.json", blob.spec.encode())
-        # The weights come last: their presence marks a complete entry.
         write_atomic(folder / "weights.safetensors", blob.weights)
         return backbone
+
+    def adopt(self, digest: str, own: Sequence[Spec]) -> bool:
+        """Keep the one of the site's own backbones that has this digest; whether there is one.
+
+        Each is opened once and its digest remembered.
+
+        Raises:
+            BadInput: one of them cannot be opened.
+        """
+        if self.has(digest):
+            return True
+        for position, spec in enumerate(own):
+            path = self._known(spec)
+            if path.exists() and path.read_text(encoding="ascii") != digest:
+                continue
+            backbone = open_pretrained(spec, f"own_backbones.{position}")
+            write_atomic(path, backbone.digest.encode())
+            if backbone.digest == digest:
+                self.put(backbone.blob())
+                return True
+        return False
 
     def open(self, digest: str) -> Backbone:
         """A stored backbone, verified again.
@@ -47,3 +120,11 @@ class BackboneStore:
         if backbone.digest != digest:
             raise DigestMismatch("the stored backbone differs from its digest")
         return backbone
+
+    def _parts(self, digest: str) -> Path:
+        return self._folder / f"{digest}.parts"
+
+    def _known(self, spec: Spec) -> Path:
+        settings = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
+        name = hashlib.sha256(settings.encode()).hexdigest()
+        return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"

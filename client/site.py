@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from flwr.app import RecordDict
 
+from client.approvals import Approvals, Offer
 from client.audit_gate import AuditTooSlow, audit_verdict
 from client.backbone_store import BackboneStore
 from client.data import open_units, prepare
@@ -150,8 +151,8 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     """Agree to a run or decline it; nothing is spent and no record is opened.
 
     Raises:
-        DeclinedRequest: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, or the
-            run requires an audit that the solver does not pass here.
+        DeclinedRequest: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
+            has approved the run, or it requires an audit that the solver does not pass here.
     """
     _refuse_while_stopped(site)
     joined = _read_offer(site, request)
@@ -159,6 +160,12 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     if not tasks:
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
     check_allowed(site.config, joined)
+    # Before anything about the budget is answered: else offers could bisect what is left of it.
+    try:
+        _check_approved(site, joined.run_id, run_digest(request.run, request.backbone_digest))
+    except DeclinedRequest:
+        _let_wait(site, request)
+        raise
     try:
         refuse_what_does_not_fit(joined.run, tasks)
     except BadInput as error:
@@ -180,23 +187,35 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
         unit=site.config.unit,
         delta=site.config.budget.delta,
         budget_epsilon=site.config.budget.epsilon,
-        has_backbone=site.backbones().has(request.backbone_digest),
+        has_backbone=_has_backbone(site, request.backbone_digest),
+        held_parts=site.backbones().held_parts(request.backbone_digest),
     )
 
 
+def keep_part(site: Site, request: wire.PartRequest) -> wire.Ready:
+    """Keep one part of the backbone that was agreed on, unless the whole is here already.
+
+    Raises:
+        DeclinedRequest: not joined.
+    """
+    joined = joined_run(site, request.run_id)
+    if not site.backbones().has(joined.backbone_digest):
+        site.backbones().put_part(joined.backbone_digest, request.index, request.total, request.data)
+    return wire.Ready()
+
+
 def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
-    """Receive the backbone where it was missing, encode records, write the run's label arrays.
+    """Put the backbone together where its parts were sent, encode records, write the run's label arrays.
 
     Raises:
         DeclinedRequest: not joined, or the backbone is not the one agreed on.
     """
     _refuse_while_stopped(site)
-    joined = _joined(site, request.run_id)
-    if request.backbone is not None and request.backbone.digest != joined.backbone_digest:
-        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "another backbone than the one agreed on was sent")
-    store = site.backbones()
+    joined = joined_run(site, request.run_id)
+    store, digest = site.backbones(), joined.backbone_digest
     try:
-        backbone = store.put(request.backbone) if request.backbone else store.open(joined.backbone_digest)
+        sent = request.spec is not None and not store.has(digest)
+        backbone = store.assemble(digest, request.spec) if request.spec and sent else store.open(digest)
     except DigestMismatch as error:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
     tasks = joined.tasks(site.config)
@@ -228,9 +247,11 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
     Raises:
         DeclinedRequest: not joined or prepared, heads that do not fit, or a budget that does not cover the plan.
     """
-    joined = _joined(site, request.run_id)
+    joined = joined_run(site, request.run_id)
 
     def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
+        # Again: several runs may have joined under one approval, before any of them was charged.
+        _check_approved(site, joined.run_id, _digest_of_offer(joined.folder))
         tasks = _requested_tasks(site, joined, request)
         heads = _heads(joined, tasks, request.heads)
         plan = plan_of(site.config, joined)
@@ -255,7 +276,7 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
         DeclinedRequest: not joined or prepared, a round the run does not evaluate, heads that do not fit, a share that
             does not cover it, or a site that evaluates locally only.
     """
-    joined = _joined(site, request.run_id)
+    joined = joined_run(site, request.run_id)
     share, asked = site.share, joined.run.evaluation
     if share is None:
         raise DeclinedRequest(Refusal.EVALUATION_LOCAL, "this site's file says: nothing about held-out units is sent")
@@ -263,6 +284,7 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the run does not evaluate after this round")
 
     def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
+        _check_approved(site, joined.run_id, _digest_of_offer(joined.folder))
         tasks = _requested_tasks(site, joined, request)
         heads = _heads(joined, tasks, request.heads)
         reservation, mechanism = site.ledger().reserve_evaluation(
@@ -290,7 +312,7 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
 
 def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
     """Keep the run's final heads, verified by digest."""
-    joined = _joined(site, request.run_id)
+    joined = joined_run(site, request.run_id)
     tasks = joined.tasks(site.config)
     if set(request.heads) != set(tasks):
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
@@ -306,6 +328,40 @@ def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _has_backbone(site: Site, digest: str) -> bool:
+    """Whether the backbone need not be sent: it is here, or the site opens it from its own files."""
+    try:
+        return site.backbones().adopt(digest, site.config.own_backbones)
+    except BadInput as error:
+        site.journal.write("own_backbone_unusable", detail=str(error))
+        return False
+
+
+def _check_approved(site: Site, run_id: str, digest: str) -> None:
+    """Whether somebody here approved the run under this digest, or need not. Raises DeclinedRequest."""
+    if site.config.approval == "automatic":
+        return
+    # One approval is for one run: resuming is free, offering the same again under another id is not.
+    others = {charge.run for charge in site.ledger().charges()} - {run_id}
+    used = sum(_offered_as(site, run) == digest for run in others)
+    if Approvals(site.config.state_dir).count(digest) <= used:
+        detail = f"nobody approved run {digest}; see `python -m client approve --list`"
+        raise DeclinedRequest(Refusal.NOT_APPROVED, detail)
+
+
+def _let_wait(site: Site, request: wire.JoinRequest) -> None:
+    """Keep an offer that nobody approved, once, for `python -m client approve`."""
+    offer = Offer(request.run, request.backbone_digest)
+    if Approvals(site.config.state_dir).wait(offer):
+        site.journal.write("waiting", run=request.run_id, digest=offer.digest)
+
+
+def _offered_as(site: Site, run_id: str) -> str | None:
+    """The digest a run was offered under; None where its folder is gone."""
+    folder = site.config.state_dir / "runs" / run_id
+    return _digest_of_offer(folder) if (folder / "offer.json").exists() else None
 
 
 def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
@@ -357,7 +413,8 @@ def _refuse_while_stopped(site: Site) -> None:
         raise DeclinedRequest(Refusal.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
 
 
-def _joined(site: Site, run_id: str) -> Joined:
+def joined_run(site: Site, run_id: str) -> Joined:
+    """A run this site joined. Raises DeclinedRequest for any other."""
     folder = _run_folder(site, run_id)
     if not (folder / "offer.json").exists():
         raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run")

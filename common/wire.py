@@ -1,7 +1,7 @@
 """Typed messages and the only place that spells Flower's record keys.
 
 A payload is one frozen dataclass; `encode` turns it into a RecordDict, `decode` back. Public scalars travel as one JSON
-text, arrays as raw little-endian float32 with their shape, the backbone as safetensors bytes. Nothing is unpickled, and
+text, arrays as raw little-endian float32 with their shape, the backbone's weights in parts. Nothing is unpickled, and
 every size is checked before memory is allocated for it.
 
 Every field that a site sends is listed here with its privacy reason:
@@ -9,7 +9,7 @@ Every field that a site sends is listed here with its privacy reason:
 | payload | field | reason |
 |---|---|---|
 | JoinReply | site, tasks (names and public sizes), unit, delta, budget_epsilon | public by declaration |
-| JoinReply | has_backbone | depends on earlier public messages only |
+| JoinReply | has_backbone, held_parts | depend on earlier public messages only |
 | Ready | - | nothing but the fact of an answer |
 | TrainReply | heads | charged: the contribution |
 | TrainReply | plan | public numbers derived from the request |
@@ -27,19 +27,23 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, assert_never
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from common.types import BackboneBlob, BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import BadInput, Delta, Heads, Plan, Refusal, Unit
+
+VERSION = 1
+"""Of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"
+PART = "query.part"
 PREPARE = "query.prepare"
 TRAIN = "train"
 EVALUATE = "evaluate"
@@ -47,11 +51,18 @@ FINISH = "query.finish"
 
 _PUBLIC = "public"
 _HEAD = "head/"
-_BACKBONE = "backbone"
+_PART = "part"
 _RAW = "raw.f4"
 MAX_JSON_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
 MAX_TASKS = 1024
+PART_BYTES = 8 << 20
+"""A backbone's weights travel in parts of this size; the last one may be shorter."""
+MAX_PARTS = 1024
+
+
+class OtherVersion(BadInput):
+    """A message of another version: nothing more of it was read."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +72,12 @@ class JoinRequest:
     run_id: str
     run: Mapping[str, Any]
     backbone_digest: str
+    version: int = VERSION
 
 
 @dataclass(frozen=True)
 class JoinReply:
-    """What a site declares about itself."""
+    """What a site declares about itself, and which parts of the backbone it holds from a transfer that broke off."""
 
     site: str
     tasks: Mapping[str, int]
@@ -73,14 +85,32 @@ class JoinReply:
     delta: float
     budget_epsilon: float
     has_backbone: bool
+    held_parts: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class PartRequest:
+    """Keep one part of the backbone's weights.
+
+    Attributes:
+        run_id: of a run the site joined: its digest says which backbone.
+        index: of the part, from 0.
+        total: number of parts.
+        data: PART_BYTES of the weights; the last part may be shorter.
+    """
+
+    run_id: str
+    index: int
+    total: int
+    data: bytes
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """Get ready to train; carries the backbone where the site lacks it."""
+    """Get ready to train; `spec` is the backbone's settings, where its weights were just sent."""
 
     run_id: str
-    backbone: BackboneBlob | None
+    spec: str | None
 
 
 @dataclass(frozen=True)
@@ -144,7 +174,7 @@ class Declined:
     site: str
 
 
-Request = JoinRequest | PrepareRequest | TrainRequest | EvaluateRequest | FinishRequest
+Request = JoinRequest | PartRequest | PrepareRequest | TrainRequest | EvaluateRequest | FinishRequest
 Reply = JoinReply | Ready | TrainReply | EvaluateReply | Declined
 Payload = Request | Reply
 _Payload = TypeVar("_Payload")
@@ -154,20 +184,16 @@ _WITH_HEADS = (TrainRequest, TrainReply, EvaluateRequest, EvaluateReply, FinishR
 def encode(payload: Payload) -> RecordDict:
     """A payload as Flower records."""
     match payload:
-        case JoinRequest(run_id, run, digest):
-            return _records(payload, run_id=run_id, run=dict(run), backbone_digest=digest)
+        case JoinRequest(run_id, run, digest, version):
+            return _records(payload, run_id=run_id, run=dict(run), backbone_digest=digest, version=version)
         case JoinReply():
             return _records(payload, **asdict(payload))
-        case PrepareRequest(run_id, blob):
-            records = _records(payload, run_id=run_id)
-            if blob is not None:
-                values: dict[str, ConfigRecordValues] = {
-                    "spec": blob.spec,
-                    "weights": blob.weights,
-                    "digest": blob.digest,
-                }
-                records[_BACKBONE] = ConfigRecord(values)
+        case PartRequest(run_id, index, total, data):
+            records = _records(payload, run_id=run_id, index=index, total=total)
+            records[_PART] = ConfigRecord({"data": data})
             return records
+        case PrepareRequest(run_id, spec):
+            return _records(payload, run_id=run_id, spec=spec)
         case TrainRequest(run_id, round_, heads) | EvaluateRequest(run_id, round_, heads):
             return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
         case TrainReply(delta, plan):
@@ -202,9 +228,15 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     if kind != expected.__name__:
         raise BadInput(f"expected a {expected.__name__}, got another kind of message")
     allowed = {_PUBLIC}
-    if expected is PrepareRequest:
-        allowed |= {_BACKBONE}
-        public["backbone"] = _blob(records)
+    if expected is JoinRequest and public.get("version") != VERSION:
+        raise OtherVersion(f"JoinRequest: expected version {VERSION} of the messages, got another")
+    if expected is PartRequest:
+        allowed |= {_PART}
+        public["data"] = records.config_records[_PART]["data"]
+        _check_part(public)
+    elif expected is PrepareRequest:
+        if not isinstance(public["spec"], str | None):
+            raise BadInput("PrepareRequest: expected a backbone's settings as text")
     elif expected in _WITH_HEADS:
         heads = {key.removeprefix(_HEAD): _params(records, key) for key in records if key.startswith(_HEAD)}
         allowed |= {_HEAD + task for task in heads}
@@ -238,11 +270,24 @@ def _check_offer(public: Mapping[str, Any]) -> None:
         raise BadInput("JoinRequest: expected a digest of 64 hex digits")
 
 
-def _check_join(public: Mapping[str, Any]) -> None:
+def _check_part(public: Mapping[str, Any]) -> None:
+    index, total, data = public["index"], public["total"], public["data"]
+    if not (type(index) is int and type(total) is int and 0 <= index < total <= MAX_PARTS):
+        raise BadInput(f"PartRequest: expected part 0 to {MAX_PARTS - 1} of at most {MAX_PARTS}")
+    whole = index < total - 1
+    if not isinstance(data, bytes) or not 0 < len(data) <= PART_BYTES or (whole and len(data) != PART_BYTES):
+        raise BadInput(f"PartRequest: expected {PART_BYTES} bytes, fewer only in the last part")
+
+
+def _check_join(public: dict[str, Any]) -> None:
     tasks = public["tasks"]
     sizes_valid = isinstance(tasks, dict) and all(
         isinstance(name, str) and type(size) is int and size >= 1 for name, size in tasks.items()
     )
+    held = public["held_parts"]
+    if not (isinstance(held, list) and len(held) <= MAX_PARTS and all(type(index) is int for index in held)):
+        raise BadInput("JoinReply: expected a list of held parts")
+    public["held_parts"] = tuple(held)
     numbers = (public["delta"], public["budget_epsilon"])
     numbers_valid = all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in numbers)
     if not (sizes_valid and numbers_valid and isinstance(public["site"], str)):
@@ -291,16 +336,6 @@ def _values(array: Array) -> np.ndarray:
     if array.stype != _RAW or array.dtype != "float32" or len(array.data) != 4 * count or 4 * count > MAX_HEAD_BYTES:
         raise BadInput("expected a float32 array whose bytes match its shape")
     return np.frombuffer(array.data, dtype="<f4").reshape(array.shape).astype(np.float32)
-
-
-def _blob(records: RecordDict) -> BackboneBlob | None:
-    if _BACKBONE not in records:
-        return None
-    record = records.config_records[_BACKBONE]
-    spec, weights, digest = record["spec"], record["weights"], record["digest"]
-    if not (isinstance(spec, str) and isinstance(weights, bytes) and isinstance(digest, str)):
-        raise BadInput("expected a backbone's settings, weights and digest")
-    return BackboneBlob(spec=spec, weights=weights, digest=digest)
 
 
 def encoded_size(records: RecordDict) -> int:

@@ -16,9 +16,11 @@ from flwr.app import Message
 
 from common import wire
 from common.config import RunConfig
-from common.types import BadInput, Delta, Heads, Plan
+from common.types import BadInput, Delta, Heads, Plan, Refusal
 
 _Reply = TypeVar("_Reply")
+NOT_APPROVED = f"declined: {Refusal.NOT_APPROVED.value}"
+"""The reason that may go away: the site's staff has not decided yet."""
 
 
 @dataclass(frozen=True)

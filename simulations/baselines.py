@@ -14,55 +14,25 @@ from collections.abc import Mapping
 
 import torch
 
-from client.solvers import Solver, one_thread
+from client.alone import Update
 from client.units import TaskRecords, Units
-from common.config import Privacy, RunConfig
-from common.heads import initial_heads, load_parameters, parameters
-from common.privacy.noise import Entropy, NoiseStream
+from common.config import RunConfig
 from common.tasks import Task
-from common.types import Heads, Params, Unit
-from server.aggregators import Weighted, open_aggregator
+from common.types import Params
+from server.aggregators import State, Weighted, open_aggregator
 
 
-def train_alone(
-    run: RunConfig,
-    solver: Solver,
-    privacy: Privacy | None,
-    tasks: Mapping[str, Task],
-    units: Units,
-    public_sizes: Mapping[str, int],
-    unit: Unit,
-    entropy: Entropy,
-    purpose: str,
-) -> Heads:
-    """Heads trained by one party alone, in as many rounds as the federation takes.
-
-    Args:
-        run: for rounds, seed and aggregation (of one contribution).
-        solver: how to train.
-        privacy: requested privacy; None without.
-        tasks: the party's tasks.
-        units: its training units.
-        public_sizes: declared sizes, as in the federation.
-        unit: what the party's budget protects.
-        entropy: where noise keys come from.
-        purpose: distinguishes this party's noise.
-    """
-    dims = {name: units.tasks[name].features_RD.shape[1] for name in tasks}
-    modules = initial_heads(tasks, dims, run.seed)
-    heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
+def aggregated_alone(run: RunConfig) -> Update:
+    """The run's own aggregation, of one contribution: what makes a head trained alone comparable."""
     aggregator = open_aggregator(run.aggregation, "aggregation")
-    states = {name: aggregator.start(params) for name, params in heads.items()}
-    plan = solver.plan(privacy, unit, run.rounds)
-    for round_ in range(1, run.rounds + 1):
-        for name, params in heads.items():
-            load_parameters(modules[name], params)
-        stream = NoiseStream(entropy(f"{purpose}/{round_}"))
-        with one_thread():
-            delta = solver.solve(modules, tasks, units, plan=plan, public_sizes=public_sizes, stream=stream)
-        for name, change in delta.heads.items():
-            heads[name], states[name] = aggregator.update(heads[name], states[name], [Weighted(1.0, change)])
-    return heads
+    states: dict[str, State] = {}
+
+    def update(task: str, params: Params, change: Params) -> Params:
+        state = states[task] if task in states else aggregator.start(params)
+        new, states[task] = aggregator.update(params, state, [Weighted(1.0, change)])
+        return new
+
+    return update
 
 
 def pool(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Literal
 import torch
 
 from client.data import open_units
+from client.metrics import Values, exact_sums, values_of
 from client.units import Units
 from common.config import SiteConfig
-from common.heads import load_parameters
-from common.tasks import Task, merge_sums, metric_sums, metric_values
+from common.tasks import Task, merge_sums
 from common.types import Heads
-
-Values = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,16 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
     results = {}
     for name in heads:
         task = tasks[name]
-        per_site = {site: _sums(heads, name, task, units) for site, units in held_out.items() if name in units.tasks}
+        per_site = {
+            site: exact_sums(heads[name], name, task, units) for site, units in held_out.items() if name in units.tasks
+        }
         present = {site: sums for site, sums in per_site.items() if sums is not None}
         pooled: dict[str, torch.Tensor] | None = None
         for sums in present.values():
             pooled = sums if pooled is None else merge_sums(pooled, sums)
         results[name] = Evaluation(
-            pooled=_values(task, pooled) if pooled is not None else {},
-            per_site={site: _values(task, sums) for site, sums in present.items()},
+            pooled=values_of(task, pooled) if pooled is not None else {},
+            per_site={site: values_of(task, sums) for site, sums in present.items()},
         )
     return results
 
@@ -67,18 +66,3 @@ def units_of(
 def run_data(site: SiteConfig, run_id: str) -> Path:
     """Where a site keeps the arrays it prepared for a run."""
     return site.state_dir / "runs" / run_id / "data"
-
-
-def _sums(heads: Heads, name: str, task: Task, units: Units) -> dict[str, torch.Tensor] | None:
-    records = units.tasks[name].labelled()
-    if len(records.features_RD) == 0:
-        return None
-    module = task.head(records.features_RD.shape[1])
-    load_parameters(module, heads[name])
-    with torch.inference_mode():
-        return metric_sums(task, module(records.features_RD), records.labels)
-
-
-def _values(task: Task, sums: Mapping[str, torch.Tensor]) -> Values:
-    values = metric_values(task, dict(sums))
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

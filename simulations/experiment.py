@@ -14,8 +14,10 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from client.alone import train_alone
 from client.app import make_app
 from client.data import PROBLEMS
+from client.metrics import Values
 from client.site import Site
 from client.solvers import open_solver
 from client.sources import open_source
@@ -28,12 +30,13 @@ from common.tasks import Task, open_task
 from common.types import BadInput, Heads, Refusal, RunFailed
 from server.aggregators import open_aggregator
 from server.checkpoint import Checkpoint, load_checkpoint
+from server.desk import Observe
 from server.report import Summary
 from server.results import new_run_folder, write_environment, write_results
-from server.rounds import Observe, Outcome, run_federation
+from server.rounds import Outcome, run_federation
 from simulations.audit import audit_simulation, required
-from simulations.baselines import pool, train_alone
-from simulations.evaluate import Values, evaluate, run_data, units_of
+from simulations.baselines import aggregated_alone, pool
+from simulations.evaluate import evaluate, run_data, units_of
 from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
 from simulations.partition import build_sites, read_sites, source_settings
@@ -322,6 +325,7 @@ def _local(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, dic
             site.unit,
             experiment.entropy,
             f"local/{site.name}",
+            aggregated_alone(experiment.config.run),
         )
         for task, values in _pooled(experiment, heads, sites, experiment.run_id).items():
             results.setdefault(task, []).append(values)
@@ -347,7 +351,8 @@ def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, V
     solver = open_solver(experiment.config.non_private_solver, "non_private_solver")
     unit = experiment.config.unit
     units = pool(train, tasks)
-    heads = train_alone(experiment.config.run, solver, None, tasks, units, sizes, unit, experiment.entropy, "central")
+    run_, update = experiment.config.run, aggregated_alone(experiment.config.run)
+    heads = train_alone(run_, solver, None, tasks, units, sizes, unit, experiment.entropy, "central", update)
     return _pooled(experiment, heads, sites, experiment.run_id)
 
 

@@ -21,7 +21,7 @@ from common.backbones.small_cnn import pretrained_tensors
 from common.config import Pretrain, SimulationConfig
 from common.files import write_atomic
 from common.types import BadInput
-from server.rounds import Observe
+from server.desk import Observe
 
 
 @dataclass(frozen=True)

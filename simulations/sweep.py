@@ -12,9 +12,9 @@ from typing import Any
 
 from common.config import SimulationConfig, as_override, load
 from common.types import BadInput
+from server.desk import Observe
 from server.report import Summary
 from server.results import new_run_folder
-from server.rounds import Observe
 from simulations.experiment import check, run
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from client.site import Site, keep_part, prepare_run
+from common import wire
 from common.backbones import Backbone, open_pretrained
 from common.config import RunConfig, SiteConfig, parse
 
@@ -31,6 +33,13 @@ def run_config(**changes: Any) -> RunConfig:
         "cohort": {"min_sites": 1, "timeout_s": 5, "join_timeout_s": 1},
     }
     return parse(RunConfig, {**values, **changes}, base=Path.cwd())
+
+
+def give_backbone(site: Site, run_id: str, frozen: Backbone) -> None:
+    """Send a site the backbone of a run it joined, in one part, and have it prepare."""
+    blob = frozen.blob()
+    keep_part(site, wire.PartRequest(run_id, 0, 1, blob.weights))
+    prepare_run(site, wire.PrepareRequest(run_id, blob.spec))
 
 
 def backbone() -> Backbone:

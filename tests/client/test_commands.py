@@ -21,7 +21,7 @@ from client.app import make_app
 from client.data import open_units
 from client.exclusions import Exclusions
 from client.limits import feature_dim
-from client.site import DeclinedRequest, Site, evaluate, join, prepare_run, train
+from client.site import DeclinedRequest, Site, evaluate, join, train
 from common import wire
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import write_yaml
@@ -33,7 +33,7 @@ from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged
 from simulations.in_process import InProcessGrid
-from tests.tiny import TASKS, backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
 
 DELTA = 1e-5
 ROUND = Mechanism("gaussian", 2.0, 1.0, 2, 1.0)
@@ -71,7 +71,7 @@ def trained(folder: Path, frozen: Backbone, rounds: int = 1) -> Site:
     """A site that answered some rounds of run-1."""
     site = site_of(folder)
     join(site, wire.JoinRequest("run-1", offer_of(run_config(), frozen), frozen.digest))
-    prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+    give_backbone(site, "run-1", frozen)
     for number in range(1, rounds + 1):
         train(site, wire.TrainRequest("run-1", number, heads(frozen)))
     return site
@@ -347,7 +347,7 @@ def prepared(folder: Path, site: Site) -> Backbone:
     run = run_config(**TABLE)
     own = open_pretrained(run.backbone, "backbone")
     join(site, wire.JoinRequest("run-1", offer_of(run, own), own.digest))
-    prepare_run(site, wire.PrepareRequest("run-1", own.blob()))
+    give_backbone(site, "run-1", own)
     return own
 
 
@@ -452,7 +452,7 @@ def evaluated(folder: Path, frozen: Backbone) -> None:
     site = site_of(folder, evaluation=HELD)
     run = run_config(evaluation={"every": 1})
     join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
-    prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+    give_backbone(site, "run-1", frozen)
     train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
     for _ in range(2):
         evaluate(site, wire.EvaluateRequest("run-1", 1, heads(frozen)))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from client.canaries import SilentStream
 from client.data import open_units
 from client.evaluation import SUMS, bounded, noised_sums, unit_sums
-from client.site import DeclinedRequest, Site, evaluate, join, prepare_run, train
+from client.site import DeclinedRequest, Site, evaluate, join, train
 from client.units import TaskRecords, Units
 from common import wire
 from common.backbones import Backbone
@@ -32,7 +32,7 @@ from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import Task, open_task
 from common.types import Heads, Refusal
-from tests.tiny import TASKS, backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = {"share": 0.2, "evaluations": 3}
@@ -198,7 +198,7 @@ def ready(folder: Path, frozen: Backbone, evaluation: Any = SHARE) -> Site:
     site = Site(site_config(folder, "north", evaluation=evaluation), os_entropy)
     run = run_config(evaluation=EACH_ROUND, rounds=4)
     join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
-    prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+    give_backbone(site, "run-1", frozen)
     return site
 
 
@@ -278,7 +278,7 @@ def test_a_round_that_the_run_does_not_evaluate_is_declined(
     own = Site(site_config(tmp_path, "north", evaluation=SHARE), os_entropy)
     run = run_config(rounds=4, evaluation=asked)
     join(own, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
-    prepare_run(own, wire.PrepareRequest("run-1", frozen.blob()))
+    give_backbone(own, "run-1", frozen)
     assert declined(lambda: evaluate(own, request(frozen, round_))).refusal is Refusal.BAD_REQUEST
     assert own.ledger().charges() == []
 

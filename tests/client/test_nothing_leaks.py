@@ -156,7 +156,7 @@ def refused_at(facts: list[dict[str, Any]]) -> set[tuple[str, str]]:
 def test_a_run_that_goes_well_tells_nothing(tmp_path: Path) -> None:
     site = a_site(tmp_path)
     tap, facts = federate(tmp_path, site)
-    assert {"query.join", "query.prepare", "train", "evaluate", "query.finish"} == set(tap.kinds)
+    assert {wire.JOIN, wire.PART, wire.PREPARE, wire.TRAIN, wire.EVALUATE, wire.FINISH} == set(tap.kinds)
     assert refused_at(facts) == set()
     assert_nothing_leaked(tmp_path, tap)
     # The canaries are where they could have leaked from.
@@ -207,6 +207,35 @@ def test_a_source_backbone_or_label_that_fails_tells_one_word(
         assert "declined" in (site.state_dir / "site.jsonl").read_text()
     else:
         assert refused_at(facts) == set()
+    assert_nothing_leaked(tmp_path, tap)
+
+
+def garble_backbone(site: SiteConfig) -> None:
+    for path in (site.state_dir / "backbones").rglob("*-of-*"):
+        path.write_text(CANARY)
+
+
+def test_a_backbone_that_fails_tells_one_word(tmp_path: Path) -> None:
+    site = a_site(tmp_path)
+    tap, facts = federate(tmp_path, site, before={wire.PREPARE: lambda: garble_backbone(site)})
+    assert refused_at(facts) <= {("prepare", "declined: bad_request"), ("prepare", "declined: backbone_not_allowed")}
+    assert refused_at(facts)
+    assert_nothing_leaked(tmp_path, tap)
+
+
+def test_a_backbone_of_the_sites_own_that_cannot_be_opened_is_not_named(tmp_path: Path) -> None:
+    own = [{"kind": "small_cnn", "weights": str(tmp_path / f"{CANARY}.safetensors"), "input_size": 20}]
+    tap, facts = federate(tmp_path, a_site(tmp_path, own_backbones=own))
+    assert refused_at(facts) == set()  # The coordinator's is taken instead.
+    assert_nothing_leaked(tmp_path, tap)
+
+
+def test_approvals_that_cannot_be_read_tell_one_word(tmp_path: Path) -> None:
+    site = a_site(tmp_path, approval="required")
+    site.state_dir.mkdir(parents=True)
+    (site.state_dir / "approvals.jsonl").write_text(f'{{"event": "approved", "{CANARY}": 1}}\n')
+    tap, facts = federate(tmp_path, site)
+    assert refused_at(facts) == {("join", "declined: internal")}
     assert_nothing_leaked(tmp_path, tap)
 
 
@@ -429,14 +458,14 @@ UNREADABLE = {
     "nothing": RecordDict(),
     "no JSON": RecordDict({"public": ConfigRecord({"json": "{"})}),
     "another payload": wire.encode(wire.Ready()),
-    "an extra record": RecordDict({**wire.encode(wire.PrepareRequest("run-1", None)), "x": ConfigRecord({"y": 1})}),
+    "an extra record": RecordDict({**wire.encode(wire.FinishRequest("run-1", {}, "")), "x": ConfigRecord({"y": 1})}),
     "a path for a run": wire.encode(wire.PrepareRequest("../../etc", None)),
 }
 
 
 @pytest.mark.usefixtures("identity")
 @pytest.mark.parametrize("name", UNREADABLE)
-@pytest.mark.parametrize("kind", [wire.JOIN, wire.PREPARE, wire.TRAIN, wire.EVALUATE, wire.FINISH])
+@pytest.mark.parametrize("kind", [wire.JOIN, wire.PART, wire.PREPARE, wire.TRAIN, wire.EVALUATE, wire.FINISH])
 def test_a_message_that_cannot_be_decoded_is_declined_without_a_quote(tmp_path: Path, name: str, kind: str) -> None:
     site = a_site(tmp_path)
     reply = through_flower(make_app(lambda context: site), UNREADABLE[name], kind)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import DeclinedRequest, Site, finish, join, prepare_run, train
+from client.site import DeclinedRequest, Site, finish, join, keep_part, prepare_run, train
 from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig
@@ -18,8 +18,8 @@ from common.heads import initial_heads, parameters
 from common.offers import offer_of
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BackboneBlob, BadInput, Heads, LedgerDamaged, Refusal, heads_digest
-from tests.tiny import TASKS, backbone, run_config, site_config
+from common.types import BadInput, Heads, LedgerDamaged, Refusal, heads_digest
+from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def heads(frozen: Backbone, names: tuple[str, ...] = ("colour", "size")) -> Head
 
 def ready(site: Site, frozen: Backbone, **changes: Any) -> None:
     join(site, offer(frozen, **changes))
-    prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+    give_backbone(site, "run-1", frozen)
 
 
 def spent(site: Site) -> float:
@@ -161,12 +161,11 @@ def test_training_before_preparing_is_declined_and_spends_nothing(site: Site, fr
 def test_a_backbone_that_is_not_the_agreed_one_is_refused_and_not_kept(site: Site, frozen: Backbone) -> None:
     join(site, offer(frozen))
     blob = frozen.blob()
-    for tampered in (
-        BackboneBlob(blob.spec, blob.weights, "0" * 64),
-        BackboneBlob(blob.spec.replace('"dim":4', '"dim":5'), blob.weights, blob.digest),
-    ):
+    flipped = blob.weights[:-1] + bytes([blob.weights[-1] ^ 1])
+    for weights, spec in ((blob.weights, blob.spec.replace('"dim":4', '"dim":5')), (flipped, blob.spec)):
+        keep_part(site, wire.PartRequest("run-1", 0, 1, weights))
         with pytest.raises(DeclinedRequest) as caught:
-            prepare_run(site, wire.PrepareRequest("run-1", tampered))
+            prepare_run(site, wire.PrepareRequest("run-1", spec))
         assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
     assert not site.backbones().has(frozen.digest)
 
@@ -218,7 +217,7 @@ def test_a_stop_at_a_bad_record_answers_every_later_offer_alike(site: Site, froz
     fewer = {**TASKS, "colour": {"kind": "classification", "labels": ["red", "green"]}}
     join(site, offer(frozen, tasks=fewer))
     with pytest.raises(BadInput, match="row"):
-        prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+        give_backbone(site, "run-1", frozen)
     for name in ("run-2", "run-3"):
         with pytest.raises(DeclinedRequest, match="stopped since") as caught:
             join(site, wire.JoinRequest(name, offer_of(run_config(), frozen), frozen.digest))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common import wire
-from common.types import BackboneBlob, BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import BadInput, Delta, Heads, Plan, Refusal, Unit
 
 names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
 arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_side=4), elements=st.floats(width=32))
@@ -43,7 +43,9 @@ def test_a_train_request_survives_the_wire_to_the_bit(heads: Heads, round_: int)
         wire.JoinRequest("run", {"rounds": 3}, "d" * 64),
         wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True),
         wire.PrepareRequest("run", None),
-        wire.PrepareRequest("run", BackboneBlob("{}", b"\x00\x01", "d" * 64)),
+        wire.PrepareRequest("run", "{}"),
+        wire.PartRequest("run", 2, 3, b"\x00\x01"),
+        wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, False, (0, 2)),
         wire.Ready(),
         wire.Declined(Refusal.BUDGET, "north"),
     ],

@@ -183,16 +183,17 @@ def test_a_site_whose_budget_does_not_cover_the_run_declines_and_the_run_goes_on
 
 def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
     only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
-    sites = [site_config(tmp_path, "east"), site_config(tmp_path, "north", tasks=only_size)]
+    sites = [site_config(tmp_path, name) for name in ("east", "west")]
+    sites.append(site_config(tmp_path, "north", tasks=only_size))
     cohort = {"min_sites": 2, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
-    outcome, facts = federate(tmp_path / "run", sites, cohort=cohort)
+    outcome, facts = federate(tmp_path / "run", sites, saboteur="west", distort=edited(set_nan), cohort=cohort)
     assert outcome.updates == {"colour": 0, "size": 2}
     assert all(fact["updated"] == ["size"] for fact in facts if fact["event"] == "round")
 
 
 def test_a_run_without_its_minimum_of_sites_fails_with_a_sentence(tmp_path: Path) -> None:
     cohort = {"min_sites": 3, "timeout_s": 5, "join_timeout_s": 0.1}
-    with pytest.raises(RunFailed, match=r"expected at least 3 site\(s\) joined, got 1"):
+    with pytest.raises(RunFailed, match=r"expected at least 3 site\(s\) to join, got 1"):
         federate(tmp_path / "run", [site_config(tmp_path, "east")], cohort=cohort)
 
 

@@ -1,0 +1,129 @@
+"""Who approved which run at a site, and which offers wait for an approval.
+
+An approval names one run digest (common/offers.py): everything a run asks of a site. It covers one run under that
+digest; the same offer under another run id, after something was released for the first, needs another approval.
+Approvals are appended and never removed. Offers that wait are bounded in number: a coordinator cannot fill the disk.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import RunConfig, parse
+from common.files import private_folder, write_atomic
+from common.journal import FileJournal, read
+from common.offers import offer_bytes, run_digest
+from common.types import BadInput
+
+MAX_WAITING = 32
+_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a coordinator asks: a run and the digest of its backbone, as sent or as written into a startup kit."""
+
+    run: Mapping[str, Any] = field(repr=False)
+    backbone_digest: str
+
+    @property
+    def digest(self) -> str:
+        """What an approval of this offer names."""
+        return run_digest(self.run, self.backbone_digest)
+
+    def config(self) -> RunConfig:
+        """The run's settings. Raises BadInput where they are not a run's."""
+        return parse(RunConfig, self.run, base=Path("/nonexistent"))
+
+
+@dataclass(frozen=True)
+class Approval:
+    """One approval: which run, by whom, when (seconds since 1970)."""
+
+    digest: str
+    run: str
+    by: str
+    time: float
+
+
+class Approvals:
+    """A site's approvals and waiting offers, in its state folder; readable by the owner only."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._log = state_dir / "approvals.jsonl"
+        self._waiting = state_dir / "waiting"
+
+    def all(self) -> list[Approval]:
+        """Every approval ever given, oldest first."""
+        return [
+            Approval(fact["digest"], fact["run"], fact["by"], fact["time"])
+            for fact in read(self._log)
+            if fact["event"] == "approved"
+        ]
+
+    def count(self, digest: str) -> int:
+        """How many runs under this digest were approved."""
+        return sum(approval.digest == digest for approval in self.all())
+
+    def approve(self, offer: Offer) -> Approval:
+        """Record that the present user of the system approves a run; the offer waits no longer."""
+        private_folder(self._log.parent)
+        FileJournal(self._log).write("approved", digest=offer.digest, run=offer.config().name, by=getpass.getuser())
+        self._log.chmod(0o600)
+        (self._waiting / f"{offer.digest}.json").unlink(missing_ok=True)
+        return self.all()[-1]
+
+    def wait(self, offer: Offer) -> bool:
+        """Keep an offer until somebody decides; whether it is new here. The oldest ones make room."""
+        path = private_folder(self._waiting) / f"{offer.digest}.json"
+        if path.exists():
+            return False
+        oldest_first = sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime)
+        for old in oldest_first[: max(0, len(oldest_first) + 1 - MAX_WAITING)]:
+            old.unlink(missing_ok=True)
+        write_atomic(path, offer_bytes(offer.run, offer.backbone_digest))
+        return True
+
+    def waiting(self) -> list[Offer]:
+        """Offers that nobody decided on, oldest first."""
+        paths = sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime)
+        return [read_offer(path) for path in paths]
+
+    def find(self, wanted: str) -> Offer:
+        """The waiting offer with this name, or with a digest that begins so.
+
+        Raises:
+            BadInput: none, or more than one.
+        """
+        by_digest = len(wanted) >= _PREFIX
+        found = [
+            offer
+            for offer in self.waiting()
+            if offer.config().name == wanted or (by_digest and offer.digest.startswith(wanted))
+        ]
+        if len(found) != 1:
+            raise BadInput(
+                f"expected a run file, an offer file, or the name or digest (at least {_PREFIX} digits) of one waiting "
+                f"offer, got {wanted!r}, which {len(found)} offers have"
+            )
+        return found[0]
+
+
+def read_offer(path: Path) -> Offer:
+    """An offer from a file, as `common.offers.offer_bytes` makes it.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        offer = Offer(values["run"], values["backbone_digest"])
+        offer.config()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: expected a run's offer, got {type(error).__name__}") from error
+    return offer

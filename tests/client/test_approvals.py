@@ -1,0 +1,164 @@
+"""Approvals: no record is touched for a run that nobody at the site approved, and one approval is for one run."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from client.__main__ import app
+from client.approvals import MAX_WAITING, Approvals, Offer
+from client.site import DeclinedRequest, Site, join, train
+from common import wire
+from common.backbones import Backbone
+from common.config import write_yaml
+from common.heads import initial_heads, parameters
+from common.offers import offer_bytes, offer_of, run_digest
+from common.privacy.noise import os_entropy
+from common.tasks import open_task
+from common.types import BadInput, Heads, Refusal
+from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(site_config(tmp_path, "north", approval="required"), os_entropy)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Backbone:
+    return backbone()
+
+
+def request(frozen: Backbone, run_id: str = "run-1", **changes: Any) -> wire.JoinRequest:
+    return wire.JoinRequest(run_id, offer_of(run_config(**changes), frozen), frozen.digest)
+
+
+def offer(frozen: Backbone, **changes: Any) -> Offer:
+    return Offer(offer_of(run_config(**changes), frozen), frozen.digest)
+
+
+def heads(frozen: Backbone) -> Heads:
+    tasks = {name: open_task(spec, name) for name, spec in TASKS.items()}
+    modules = initial_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 3)
+    return {name: parameters(module) for name, module in modules.items()}
+
+
+def refusal(site: Site, asked: wire.JoinRequest) -> Refusal:
+    with pytest.raises(DeclinedRequest) as caught:
+        join(site, asked)
+    return caught.value.refusal
+
+
+def test_a_run_that_nobody_approved_is_declined_and_waits(site: Site, frozen: Backbone) -> None:
+    assert refusal(site, request(frozen)) is Refusal.NOT_APPROVED
+    approvals = Approvals(site.config.state_dir)
+    [waiting] = approvals.waiting()
+    assert waiting.digest == run_digest(offer_of(run_config(), frozen), frozen.digest)
+    assert approvals.all() == []
+
+
+def test_an_approved_run_is_joined_and_the_approval_names_who(site: Site, frozen: Backbone) -> None:
+    approvals = Approvals(site.config.state_dir)
+    approvals.approve(offer(frozen))
+    assert join(site, request(frozen)).site == "north"
+    [approval] = approvals.all()
+    assert (approval.run, approval.by) == ("tiny", getpass.getuser())
+    assert (site.config.state_dir / "approvals.jsonl").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("changes", [{"rounds": 3}, {"seed": 4}, {"max_delta_norm": 5.0}])
+def test_an_approval_covers_one_digest_only(site: Site, frozen: Backbone, changes: dict[str, Any]) -> None:
+    Approvals(site.config.state_dir).approve(offer(frozen))
+    assert refusal(site, request(frozen, **changes)) is Refusal.NOT_APPROVED
+
+
+def test_whether_the_budget_covers_a_run_is_not_said_before_it_is_approved(tmp_path: Path, frozen: Backbone) -> None:
+    poor = Site(site_config(tmp_path, "north", approval="required", budget={"epsilon": 0.1, "delta": 1e-5}), os_entropy)
+    assert refusal(poor, request(frozen)) is Refusal.NOT_APPROVED
+    Approvals(poor.config.state_dir).approve(offer(frozen))
+    assert refusal(poor, request(frozen)) is Refusal.BUDGET
+
+
+def test_one_approval_pays_for_one_run_however_many_joined_under_it(site: Site, frozen: Backbone) -> None:
+    Approvals(site.config.state_dir).approve(offer(frozen))
+    for run_id in ("run-1", "run-2"):
+        join(site, request(frozen, run_id))
+    give_backbone(site, "run-1", frozen)
+    give_backbone(site, "run-2", frozen)
+    train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    with pytest.raises(DeclinedRequest, match="not_approved"):
+        train(site, wire.TrainRequest("run-2", 1, heads(frozen)))
+    assert len(site.ledger().charges()) == 1
+    train(site, wire.TrainRequest("run-1", 2, heads(frozen)))
+    assert refusal(site, request(frozen, "run-3")) is Refusal.NOT_APPROVED
+    assert join(site, request(frozen, "run-1")).site == "north"  # Resumed.
+
+
+def test_offers_that_wait_are_bounded_in_number(site: Site, frozen: Backbone) -> None:
+    approvals = Approvals(site.config.state_dir)
+    for seed in range(MAX_WAITING + 5):
+        approvals.wait(offer(frozen, seed=seed))
+    assert len(approvals.waiting()) == MAX_WAITING
+    assert approvals.waiting()[-1].digest == offer(frozen, seed=MAX_WAITING + 4).digest
+
+
+def test_an_ambiguous_or_unknown_name_is_refused(site: Site, frozen: Backbone) -> None:
+    approvals = Approvals(site.config.state_dir)
+    for seed in (1, 2):
+        approvals.wait(offer(frozen, seed=seed))
+    digest = offer(frozen, seed=1).digest
+    assert approvals.find(digest[:12]).digest == digest
+    for wanted in ("tiny", digest[:4], "", "other"):
+        with pytest.raises(BadInput, match="expected a run file"):
+            approvals.find(wanted)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_approves_a_waiting_offer_a_kits_offer_and_a_run_file(
+    tmp_path: Path, site: Site, frozen: Backbone
+) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site.config)
+    refusal(site, request(frozen))
+    by_name = CliRunner().invoke(app, ["approve", str(path), "tiny"])
+    assert by_name.exit_code == 0, by_name.output
+    assert offer(frozen).digest in by_name.stdout
+    assert "epsilon" in by_name.stdout
+
+    kit = tmp_path / "kit.json"
+    kit.write_bytes(offer_bytes(offer_of(run_config(seed=8), frozen), frozen.digest))
+    assert CliRunner().invoke(app, ["approve", str(path), str(kit)]).exit_code == 0
+
+    run = tmp_path / "run.yaml"
+    write_yaml(run, run_config(seed=9))
+    assert CliRunner().invoke(app, ["approve", str(path), str(run)]).exit_code == 0
+
+    for number, seed in enumerate((3, 8, 9)):
+        assert join(site, request(frozen, f"run-{number}", seed=seed)).site == "north"
+
+
+def test_the_command_lists_what_waits_and_what_is_approved(tmp_path: Path, site: Site, frozen: Backbone) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site.config)
+    refusal(site, request(frozen, seed=5))
+    Approvals(site.config.state_dir).approve(offer(frozen))
+    listed = CliRunner().invoke(app, ["approve", str(path), "--json"])
+    assert listed.exit_code == 0, listed.output
+    values = json.loads(listed.stdout)
+    assert [item["digest"] for item in values["waiting"]] == [offer(frozen, seed=5).digest]
+    assert [item["digest"] for item in values["approved"]] == [offer(frozen).digest]
+
+
+def test_approving_what_is_not_there_is_one_sentence_and_exit_code_2(tmp_path: Path, site: Site) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site.config)
+    result = CliRunner().invoke(app, ["approve", str(path), "no-such-run"])
+    assert result.exit_code == 2
+    assert "no-such-run" in result.stderr
