@@ -95,6 +95,7 @@ def statement(config: SiteConfig) -> Statement:
     ]
     changes = [
         *(Change(entry["time"], entry["event"], _change(entry)) for entry in entries if entry["event"] in _CHANGES),
+        *(Change(fact["time"], "audited", _audited(fact)) for fact in facts if _is(fact, "audit")),
         *(Change(fact["time"], "purged", f"{fact['new']} new exclusion(s)") for fact in facts if _is(fact, "purged")),
     ]
     return Statement(
@@ -145,6 +146,13 @@ def _resent(facts: list[dict[str, Any]], release: Mapping[str, Any]) -> int:
     """How often the journal says that a round's reply was sent again."""
     resent = [(fact["run"], fact["round"], _purpose(fact)) for fact in facts if _is(fact, "resent")]
     return resent.count((release["run"], release["round"], _purpose(release)))
+
+
+def _audited(fact: Mapping[str, Any]) -> str:
+    """A verdict on the solver that a run required; from the disk where it was known."""
+    shown, claimed = f"{fact['epsilon_lower_99_9']:.2f}", f"{fact['epsilon_claimed']:.2f}"
+    verdict = "passed" if fact["passed"] else f"FAILED: {fact['reasons'][0]}"
+    return f"run {fact['run']}: {verdict}; epsilon at least {shown} at 99.9 %, {claimed} claimed"
 
 
 def _change(entry: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from client.limits import MAX_PARAMETERS
 from client.site import DeclinedRequest, Site, join
+from client.statement import statement
 from common import wire
 from common.backbones import Backbone
 from common.offers import offer_of
@@ -48,6 +49,9 @@ def test_a_site_audits_itself_once_and_joins(tmp_path: Path, frozen: Backbone) -
     assert join(site, offer(frozen)).site == "north"
     (verdict,) = verdicts(site)
     assert verdict["passed"]
+    assert any(
+        each.event == "audited" and "run run-1: passed" in each.detail for each in statement(site.config).changes
+    )
     # The verdict is kept: another run of the same content is joined with an entropy that would fail an audit.
     started = time.monotonic()
     join(Site(site.config, lambda purpose: bytes(32)), offer(frozen, "run-2"))
