@@ -1,4 +1,4 @@
-"""Command line of one site: `python -m client approve | plan | evaluate | budget | log | ...`."""
+"""Command line of one site: `python -m client init | check | start | approve | evaluate | budget | log | ...`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client import budget as budgets
-from client import commands_runs
+from client import commands_deploy, commands_runs
 from client import forecast as forecasts
 from client import statement as statements
 from client.audit import audit_run
@@ -34,6 +34,7 @@ from common.privacy.noise import os_entropy
 from common.types import BadInput, Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+commands_deploy.register(app)
 
 SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]

@@ -5,7 +5,7 @@ never unpacks or imports anything of it. Two digests are equal exactly if every 
 rooms are equal, so that "the same digest" means "the code that was reviewed here".
 
 Guarantees:
-- A bundle that `bundle_digest` accepts holds the rooms' .py files and pyproject.toml, nothing else, each once.
+- A bundle that `bundle_digest` accepts holds the rooms' .py files, pyproject.toml and Flower's listing, nothing else, each once.
 - Its pyproject.toml starts the two apps of the rooms and no other component.
 - At most MAX_BUNDLE_BYTES are inflated, whatever the zip says about itself.
 """
@@ -25,6 +25,8 @@ from common.types import BadInput
 
 ROOMS = ("client", "common", "server")
 SETTINGS = "pyproject.toml"
+LISTING = ".info/CONTENT"
+"""Flower's own list of a bundle's files: a text, never run, and no part of the digest."""
 COMPONENTS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
 MAX_BUNDLE_BYTES = 16 << 20
 MAX_FILES = 4096
@@ -63,6 +65,7 @@ def bundle_digest(content: bytes) -> str:
     """
     files = _read(content)
     settings = files.pop(SETTINGS, None)
+    files.pop(LISTING, None)
     if settings is None:
         raise BadInput(f"app bundle: expected {SETTINGS}, got none")
     _check_components(settings)
@@ -97,7 +100,7 @@ def _check_entry(entry: zipfile.ZipInfo, files: Mapping[str, bytes]) -> None:
     if name in files:
         raise BadInput(f"app bundle: expected each file once, got {name!r} twice")
     # orig_filename: zipfile cuts a name at a null character, another unpacker may not.
-    if entry.orig_filename != name or (name != SETTINGS and not _CODE.fullmatch(name)):
+    if entry.orig_filename != name or (name not in (SETTINGS, LISTING) and not _CODE.fullmatch(name)):
         raise BadInput(f"app bundle: expected {SETTINGS} and .py files of {', '.join(ROOMS)}, got {name[:80]!r}")
     if kind not in (0, _REGULAR) or entry.compress_type not in _STORED_OR_DEFLATED or entry.flag_bits & 1:
         raise BadInput(f"app bundle: expected plain files, got something else under {name!r}")
@@ -107,6 +110,8 @@ def _check_components(settings: bytes) -> None:
     try:
         components = tomllib.loads(settings.decode())["tool"]["flwr"]["app"]["components"]
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"app bundle: expected {SETTINGS} with the app's components, got {type(error).__name__}") from error
+        raise BadInput(
+            f"app bundle: expected {SETTINGS} with the app's components, got {type(error).__name__}"
+        ) from error
     if components != COMPONENTS:
         raise BadInput(f"app bundle: expected the components {COMPONENTS}, got others")

@@ -74,7 +74,7 @@ def test_changed_code_has_another_digest(change: dict[str, bytes]) -> None:
         "client/sub dir/x.py",
         "sitecustomize.py",
         "client/",
-        ".info/CONTENT",
+        ".info/app.py",
     ],
 )
 def test_a_file_that_is_not_the_rooms_code_is_refused(name: str) -> None:
