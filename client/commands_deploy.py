@@ -7,15 +7,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from client.folder import MARK, SITE_FILE, make_folder, marks
 from client.kit import read_kit, run_of
@@ -24,8 +21,11 @@ from common.config import RunConfig, SiteConfig, load
 from common.console import EXIT_FAILED, reported_errors
 from common.types import BadInput
 
+if TYPE_CHECKING:
+    from client.checks import Check
+
 SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
-_STYLES = {"pass": "green", "warn": "yellow", "fail": "red"}
+_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +81,7 @@ def check(
             checks = [asdict(item) for item in found]
             _print_json({"passed": not failed, "checks": checks, "previews": [str(path) for path in sheets]})
         else:
-            _print_checks([asdict(item) for item in found])
+            _print_checks(found)
             for path in sheets:
                 typer.echo(f"preview: {path} (for your eyes; delete it when seen)")
             typer.echo(f"{failed} failure(s)" if failed else "ready to join: python -m client start " + str(site))
@@ -180,11 +180,10 @@ def _print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(values, indent=2, allow_nan=False))
 
 
-def _print_checks(found: list[dict[str, str]]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "check", "seen", "what to do"):
-        table.add_column(column, overflow="fold")
+def _print_checks(found: Sequence[Check]) -> None:
+    width = max(len(item.name) for item in found)
     for item in found:
-        style = _STYLES[item["outcome"]]
-        table.add_row(f"[{style}]{item['outcome']}[/]", *map(escape, (item["name"], item["detail"], item["remedy"])))
-    Console().print(table)
+        outcome = typer.style(item.outcome, fg=_COLOURS[item.outcome])
+        typer.echo(f"{outcome}  {item.name:<{width}}  {item.detail}")
+        if item.remedy:
+            typer.echo(f"      {'':<{width}}  -> {item.remedy}")

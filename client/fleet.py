@@ -50,6 +50,7 @@ _OBJECT = 1 << 30
 _MAX_OBJECTS = 100_000
 _PATIENCE_S = 600.0
 """How long a message under way is worth further tries: once handed out, Flower never hands it out again."""
+_PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 _MEDIA_TYPE = "application/protobuf"
 _T = TypeVar("_T")
 _Response = TypeVar("_Response", bound=Message)
@@ -57,6 +58,10 @@ _Response = TypeVar("_Response", bound=Message)
 
 class ConnectionLost(Exception):
     """The coordinator cannot be reached now; another try may succeed."""
+
+
+class Faulty(ConnectionLost):
+    """The coordinator can be reached, and what it answers is wrong; the same question again would not help."""
 
 
 class RunOver(Exception):
@@ -187,7 +192,7 @@ class Fleet:
         response = self._call("push-messages", request, fleet_pb2.PushMessagesResponse())
         for name in response.objects_to_push:
             if name not in outgoing.objects:
-                raise ConnectionLost("the coordinator asked for an object that is not part of the reply")
+                raise Faulty("the coordinator asked for an object that is not part of the reply")
             stored = message_pb2.PushObjectRequest(
                 node=sender,
                 run_id=outgoing.envelope.metadata.run_id,
@@ -196,7 +201,7 @@ class Fleet:
                 session_id=response.session_id,
             )
             if not self._call("push-object", stored, message_pb2.PushObjectResponse()).stored:
-                raise ConnectionLost("the coordinator did not store a part of the reply")
+                raise Faulty("the coordinator did not store a part of the reply")
 
     def _patiently(self, attempt: Callable[[], _T]) -> _T:
         """The attempt's value, tried again while it is only the connection that fails."""
@@ -205,6 +210,8 @@ class Fleet:
         while True:
             try:
                 return attempt()
+            except Faulty:
+                raise
             except ConnectionLost:
                 if time.monotonic() > until or self._stopping.wait(wait_s):
                     raise
@@ -213,9 +220,11 @@ class Fleet:
     def _object(self, node: int, run: int, name: str, max_bytes: int) -> bytes:
         request = message_pb2.PullObjectRequest(node=node_pb2.Node(node_id=node), run_id=run, object_id=name)
         response = self._call("pull-object", request, message_pb2.PullObjectResponse(), max_bytes=max_bytes + _SMALL)
+        if response.object_found and not response.object_available:
+            raise ConnectionLost("a part of the message is still on its way")
         content = bytes(response.object_content)
         if sha256(content).hexdigest() != name:
-            raise ConnectionLost("a part of the message is not there, or not what its digest says")
+            raise Faulty("a part of the message is not there, or not what its digest says")
         return content
 
     def _call(
@@ -271,7 +280,9 @@ class Fleet:
                 f"{self._coordinator.address} answers, but is no coordinator of this version (status {status}); "
                 "check coordinator.address"
             )
-        return ConnectionLost(f"status {status}")
+        if status in _PASSING:
+            return ConnectionLost(f"status {status}")
+        return Faulty(f"status {status}")
 
     def _unknown(self, what: str) -> str:
         return (
@@ -294,7 +305,7 @@ def _bounded(reply: httpx.Response, max_bytes: int) -> bytes:
     for chunk in reply.iter_raw():
         content += chunk
         if len(content) > max_bytes:
-            raise ConnectionLost(f"the coordinator's answer is larger than {max_bytes} bytes")
+            raise Faulty(f"the coordinator's answer is larger than {max_bytes} bytes")
     return bytes(content)
 
 
@@ -302,7 +313,7 @@ def _parsed(response: _Response, content: bytes) -> _Response:
     try:
         response.ParseFromString(content)
     except DecodeError as error:
-        raise ConnectionLost("the coordinator's answer cannot be read") from error
+        raise Faulty("the coordinator's answer cannot be read") from error
     return response
 
 
@@ -315,5 +326,5 @@ def _names(tree: Any) -> list[str]:
         found.setdefault(node.object_id)
         waiting.extend(node.children)
         if len(found) + len(waiting) > _MAX_OBJECTS:
-            raise ConnectionLost(f"a message of more than {_MAX_OBJECTS} parts was sent")
+            raise Faulty(f"a message of more than {_MAX_OBJECTS} parts was sent")
     return list(found)

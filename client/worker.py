@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as Envelope
 from flwr.proto.message_pb2 import ObjectTree
@@ -135,16 +136,14 @@ def _identify(message: Message) -> None:
     # Flower refuses to build a Message outside a task.
     TaskIdentity.run_id = message.metadata.run_id
     TaskIdentity.node_id = message.metadata.dst_node_id
-    TaskIdentity.task_id = TaskIdentity.task_id or 1
+    TaskIdentity.task_id = 1
 
 
 def _outgoing(reply: Message) -> Outgoing:
     reply.metadata.__dict__["_message_id"] = reply.object_id
     objects = {name: nested.deflate() for name, nested in get_all_nested_objects(reply).items()}
     tree = get_object_tree(reply)
-    envelope = message_to_proto(reply)
-    envelope.ClearField("content")
-    return Outgoing(envelope, tree, objects)
+    return Outgoing(message_to_proto(remove_content_from_message(reply)), tree, objects)
 
 
 # --- in the process --------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ never unpacks or imports anything of it. Two digests are equal exactly if every 
 rooms are equal, so that "the same digest" means "the code that was reviewed here".
 
 Guarantees:
-- A bundle that `bundle_digest` accepts holds the rooms' .py files, pyproject.toml and Flower's listing, nothing else, each once.
+- A bundle that `bundle_digest` accepts holds the rooms' .py files, pyproject.toml and Flower's listing, each once,
+  and nothing else.
 - Its pyproject.toml starts the two apps of the rooms and no other component.
 - At most MAX_BUNDLE_BYTES are inflated, whatever the zip says about itself.
 """
