@@ -34,7 +34,6 @@ from common.privacy.noise import os_entropy
 from common.types import BadInput, Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-commands_deploy.register(app)
 
 SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]
@@ -311,6 +310,7 @@ def _print_purged(done: Purged) -> None:
         typer.echo("warning: no record of the present sources has such an id or key", err=True)
 
 
+commands_deploy.register(app)
 commands_runs.register(app)
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ class Fleet:
                 self._unknown("the coordinator does not know this site's key, or another process is connected with it")
             )
         if status == httpx.codes.FORBIDDEN:
-            return RunOver()
+            return RunOver("the run is not running any more")
         if status == httpx.codes.NOT_FOUND or 300 <= status < 400:
             return JoinRefused(
                 f"{self._coordinator.address} answers, but is no coordinator of this version (status {status}); "

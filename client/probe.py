@@ -70,7 +70,11 @@ def open_tls(coordinator: Coordinator, context: ssl.SSLContext, timeout_s: float
         via = urllib.parse.urlsplit(proxy)
         connection = http.client.HTTPSConnection(via.hostname or "", via.port or 80, context=context, timeout=timeout_s)
         connection.set_tunnel(host, port, headers=_proxy_headers(via))
-    connection.connect()
+    try:
+        connection.connect()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -170,17 +170,19 @@ class Link:
         address: host and port.
         authority: who signed its certificate.
         ca: the authority's certificate, as a file.
+        prefix: of every command, such as one that enters a network namespace.
     """
 
     folder: Path
     address: str
     authority: Authority
     ca: Path
+    prefix: tuple[str, ...] = ()
 
     def flwr(self, *arguments: str, timeout_s: float = 120.0) -> str:
         """Flower's own command line, at this link."""
         done = subprocess.run(
-            [str(BIN / "flwr"), *arguments],
+            [*self.prefix, str(BIN / "flwr"), *arguments],
             env=environment(FLWR_HOME=str(self.folder / "flwr")),
             cwd=ROOT,
             capture_output=True,
@@ -241,7 +243,7 @@ def link(
     log = folder / "superlink.log"
     with process(command, log, environment(FLWR_HOME=str(home)), prefix) as child:
         wait_for(log, "Uvicorn running", child=child)
-        yield Link(folder, address, signer, ca)
+        yield Link(folder, address, signer, ca, prefix)
 
 
 def write_site(folder: Path, name: str, where: Link | str, ca: Path | None = None, **changes: Any) -> Path:
