@@ -18,6 +18,7 @@ from client.data_checks import data_checks
 from client.fleet import ConnectionLost, Fleet, JoinRefused, RunOver, clock_skew
 from client.keys import read_key
 from client.node import NODE_ID, Leaving
+from client.preview import Preview
 from client.probe import WARN_DAYS, connect_sentence, host_and_port, is_tls_error, open_tls, presented, trusting
 from client.site import STOPPED, Site
 from common.bundle import installed_digest
@@ -67,6 +68,14 @@ def check_site(config: SiteConfig, offers: dict[str, RunConfig], *, offline: boo
     yield from _credentials(config.coordinator)
     if not offline:
         yield from _network(config)
+
+
+def refused_by_backbone(preview: Preview) -> Check:
+    """That the offered backbone cannot take some of a source's records."""
+    detail = f"{len(preview.refused)} of the records looked at do not suit the offered backbone: {preview.refused[0]}"
+    return Check(
+        f"source {preview.source}", "warn" if preview.sheet else "fail", detail, "convert them, or decline the run"
+    )
 
 
 # --- this machine ----------------------------------------------------------------------------------------------------

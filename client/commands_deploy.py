@@ -68,14 +68,16 @@ def check(
     """
     with reported_errors():
         config = _load(site)
-        from client.checks import check_site  # Here: it needs torch, and `init` does not.
-        from client.preview import write_previews
+        from client.checks import check_site, refused_by_backbone  # Here: it needs torch, and `init` does not.
+        from client.preview import Preview, write_previews
 
         offers = _offers(site.parent / "offers")
         found = list(check_site(config, offers, offline=offline))
-        sheets: list[Path] = []
+        previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
-            sheets = write_previews(config, offers)
+            previews = write_previews(config, offers)
+        found += [refused_by_backbone(preview) for preview in previews if preview.refused]
+        sheets = [preview.sheet for preview in previews if preview.sheet]
         failed = sum(item.outcome == "fail" for item in found)
         if json_:
             checks = [asdict(item) for item in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,54 @@ FOLDER = "preview"
 _COLUMNS, _ROWS, _SIDE = 6, 4, 128
 
 
-def write_previews(config: SiteConfig, offers: Mapping[str, RunConfig]) -> list[Path]:
+@dataclass(frozen=True)
+class Preview:
+    """What previewing one source came to.
+
+    Attributes:
+        source: its name in the site's file.
+        sheet: the contact sheet; None where it holds no pictures.
+        refused: reasons for which the backbone's preprocessing refused records, one entry each.
+    """
+
+    source: str
+    sheet: Path | None
+    refused: tuple[str, ...]
+
+
+def write_previews(config: SiteConfig, offers: Mapping[str, RunConfig]) -> list[Preview]:
     """A contact sheet of each source that holds pictures, preprocessed as the first offered run's backbone does.
 
-    Without an offer they are shown as they are. Sources of tables and vectors have no sheet.
+    Without an offer they are shown as they are. Raises BadInput where a source does not open.
     """
     kind = _backbone_kind(offers)
+    return [_preview(config, name, kind) for name in config.sources]
+
+
+def _preview(config: SiteConfig, name: str, kind: Kind | None) -> Preview:
     exclusions = Exclusions.read(config.state_dir)
-    written = []
-    for name, spec in config.sources.items():
-        source = exclusions.applied(open_source(spec, f"sources.{name}").open())
-        count = len(source.index())
-        tiles = []
-        for position in sorted({round(at) for at in np.linspace(0, max(0, count - 1), _COLUMNS * _ROWS)}):
-            try:
-                tiles.append(_tile(source.load(position) if position < count else None, kind))
-            except BadRecord:
-                continue
-        pictures = [tile for tile in tiles if tile is not None]
-        if pictures:
-            path = private_folder(private_folder(config.state_dir) / FOLDER) / f"{name}.png"
-            write_atomic(path, _sheet(pictures))
-            written.append(path)
-    return written
+    source = exclusions.applied(open_source(config.sources[name], f"sources.{name}").open())
+    usable = sorted(set(range(len(source.index()))) - exclusions.positions(source.index()))
+    chosen = sorted({round(at) for at in np.linspace(0, max(0, len(usable) - 1), _COLUMNS * _ROWS)})
+    tiles: list[Image.Image] = []
+    refused: list[str] = []
+    for position in (usable[at] for at in chosen if at < len(usable)):
+        try:
+            item = source.load(position)
+        except BadRecord:
+            continue  # Named by the checks of the source.
+        try:
+            tile = _tile(item, kind)
+        except BadRecord as error:
+            refused.append(str(error))
+            continue
+        if tile is not None:
+            tiles.append(tile)
+    if not tiles:
+        return Preview(name, None, tuple(refused))
+    path = private_folder(private_folder(config.state_dir) / FOLDER) / f"{name}.png"
+    write_atomic(path, _sheet(tiles))
+    return Preview(name, path, tuple(refused))
 
 
 def _backbone_kind(offers: Mapping[str, RunConfig]) -> Kind | None:
