@@ -57,6 +57,11 @@ def answering(certificate: tuple[Path, Path] | None, answer: Callable[[str], Ans
 
         do_GET = do_POST = reply
 
+        def do_CONNECT(self) -> None:
+            self.path = f"CONNECT {self.path}"
+            self.close_connection = True
+            self.reply()
+
         def date_time_string(self, timestamp: float | None = None) -> str:
             return self.date or super().date_time_string(timestamp)
 

@@ -185,7 +185,8 @@ def test_pictures_are_previewed_as_the_offered_backbone_sees_them_for_the_owner_
     assert sheet.is_relative_to(site.state_dir)
     assert stat.S_IMODE(sheet.stat().st_mode) == 0o600
     assert stat.S_IMODE(sheet.parent.stat().st_mode) == 0o700
-    assert Image.open(sheet).size == (6 * 128, 128)
+    with Image.open(sheet) as opened:
+        assert opened.size == (6 * 128, 128)
 
 
 def test_records_without_pictures_have_no_preview(tmp_path: Path) -> None:
