@@ -7,13 +7,14 @@ for the local screen only.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from client import budget as budgets
 from client import probe
+from client.approvals import Approvals, Offer
 from client.data_checks import data_checks
 from client.fleet import ConnectionLost, Fleet, JoinRefused, RunOver, clock_skew
 from client.keys import read_key
@@ -48,7 +49,7 @@ class Check:
     remedy: str = ""
 
 
-def check_site(config: SiteConfig, offers: dict[str, RunConfig], *, offline: bool) -> Iterator[Check]:
+def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: bool) -> Iterator[Check]:
     """All checks, in the order in which a site needs them.
 
     Args:
@@ -68,6 +69,20 @@ def check_site(config: SiteConfig, offers: dict[str, RunConfig], *, offline: boo
     yield from _credentials(config.coordinator)
     if not offline:
         yield from _network(config)
+
+
+def approval_checks(config: SiteConfig, offers: Mapping[str, Offer]) -> Iterator[Check]:
+    """Whether the offers that came with the kit may be joined."""
+    approvals = Approvals(config.state_dir)
+    for name, offer in offers.items():
+        if config.approval == "automatic":
+            yield Check(f"run {name}", "pass", "joined without an approval, as the site file says")
+        elif approvals.count(offer.digest):
+            yield Check(f"run {name}", "pass", f"approved, digest {offer.digest}")
+        else:
+            yield Check(
+                f"run {name}", "warn", "not approved yet", f"python -m client approve SITE.yaml offers/{name}.json"
+            )
 
 
 def refused_by_backbone(preview: Preview) -> Check:

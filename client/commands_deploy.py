@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.folder import MARK, SITE_FILE, make_folder, marks
-from client.kit import read_kit, run_of
+from client.kit import read_kit
 from common.bundle import installed_digest
-from common.config import RunConfig, SiteConfig, load
+from common.config import SiteConfig, load
 from common.console import EXIT_FAILED, reported_errors
 from common.types import BadInput
 
@@ -68,11 +68,17 @@ def check(
     """
     with reported_errors():
         config = _load(site)
-        from client.checks import check_site, refused_by_backbone  # Here: it needs torch, and `init` does not.
+        from client.approvals import read_offer
+        from client.checks import (  # Here: it needs torch, and `init` does not.
+            approval_checks,
+            check_site,
+            refused_by_backbone,
+        )
         from client.preview import Preview, write_previews
 
-        offers = _offers(site.parent / "offers")
-        found = list(check_site(config, offers, offline=offline))
+        kept = {path.stem: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
+        offers = {name: offer.config() for name, offer in kept.items()}
+        found = [*check_site(config, offers, offline=offline), *approval_checks(config, kept)]
         previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)
@@ -131,10 +137,6 @@ def _load(site: Path) -> SiteConfig:
             lines = ", ".join(map(str, waiting))
             raise BadInput(f"{site}: expected every {MARK} to be replaced, got one in lines {lines}")
     return load(SiteConfig, site)
-
-
-def _offers(folder: Path) -> dict[str, RunConfig]:
-    return {path.stem: run_of(path.read_bytes(), str(path)) for path in sorted(folder.glob("*.json"))}
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rates from counts, and what AUROC needs: plain tensor functions, so that a round without metrics loads no torchmetrics.
+"""Rates from counts and the area under ROC: plain tensor functions, so that training alone loads no torchmetrics.
 
 torchmetrics brings in torchvision and transformers: two seconds in every new process.
 

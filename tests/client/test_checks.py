@@ -68,7 +68,7 @@ def offers(**changes: Any) -> dict[str, RunConfig]:
 
 
 def seen(config: SiteConfig, offered: Mapping[str, RunConfig] | None = None) -> dict[str, Check]:
-    found = check_site(config, dict(offers() if offered is None else offered), offline=True)
+    found = check_site(config, offers() if offered is None else offered, offline=True)
     return {item.name: item for item in found}
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from client.site import Site, join, prepare_run
+from client.site import Site, join
 from common import wire
 from common.config import write_yaml
+from common.heads import parameters
+from common.offers import offer_of
 from common.plugins import kinds
 from common.privacy.noise import os_entropy
+from common.tasks import open_task
 from common.types import Heads
-from tests.tiny import DIM, backbone, run_config, site_config
+from tests.tiny import DIM, backbone, give_backbone, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -39,6 +42,7 @@ from client.site import Site, train
 from common import wire
 from common.config import SiteConfig, load
 from common.privacy.noise import os_entropy
+from common.tasks import open_task
 site = Site(load(SiteConfig, Path(sys.argv[1])), os_entropy)
 reply = train(site, wire.decode(wire.from_bytes(Path(sys.argv[2]).read_bytes()), wire.TrainRequest))
 print(json.dumps({"modules": sorted(sys.modules), "records": sorted(reply)}))
@@ -55,9 +59,8 @@ def fresh_round(tmp_path: Path, solver: dict[str, object], privacy: object) -> d
     write_yaml(tmp_path / "site.yaml", config)
     run, frozen = run_config(solver=solver, privacy=privacy), backbone()
     site = Site(config, os_entropy)
-    offer = {**run.model_dump(mode="json"), "backbone": frozen.public_spec()}
-    join(site, wire.JoinRequest("run-1", offer, frozen.digest))
-    prepare_run(site, wire.PrepareRequest("run-1", frozen.blob()))
+    join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    give_backbone(site, "run-1", frozen)
     request = wire.TrainRequest("run-1", 1, zero_heads())
     (tmp_path / "request").write_bytes(wire.to_bytes(wire.encode(request)))
     done = subprocess.run(
@@ -73,9 +76,6 @@ def fresh_round(tmp_path: Path, solver: dict[str, object], privacy: object) -> d
 
 
 def zero_heads() -> Heads:
-    from common.heads import parameters
-    from common.tasks import open_task
-
     return {name: parameters(open_task(spec, name).head(DIM)) for name, spec in run_config().tasks.items()}
 
 
