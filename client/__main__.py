@@ -1,4 +1,4 @@
-"""Command line of one site: `python -m client approve | plan | evaluate | budget | log | ...`."""
+"""Command line of one site: `python -m client init | check | start | approve | evaluate | budget | log | ...`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client import budget as budgets
-from client import commands_runs
+from client import commands_deploy, commands_runs
 from client import forecast as forecasts
 from client import statement as statements
 from client.audit import audit_run
@@ -310,6 +310,7 @@ def _print_purged(done: Purged) -> None:
         typer.echo("warning: no record of the present sources has such an id or key", err=True)
 
 
+commands_deploy.register(app)
 commands_runs.register(app)
 
 if __name__ == "__main__":

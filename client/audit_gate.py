@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.audit import audit_run
 from common.config import RunConfig, SiteConfig
 from common.files import private_folder, write_atomic
 from common.privacy.noise import Entropy
@@ -54,6 +53,8 @@ def audit_verdict(
     if path.exists():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return known
+    from client.audit import audit_run  # Here: most runs require none, and it loads a third of a second of statistics.
+
     deadline = time.monotonic() + run.cohort.timeout_s
 
     def in_time(phase: str, done: int, total: int) -> None:

@@ -83,7 +83,7 @@ def prepare(
     problems: list[Problem] = []
     features: dict[str, Features] = {}
     for source in sorted(set(sources.values())):
-        kind = open_source(config.sources[source], f"sources.{source}")
+        kind = open_source(config.sources[source], f"sources.{source}", config.plugins)
         opened = exclusions.applied(kind.open())
         backbone = next(backbones[task] for task in tasks if sources[task] == source)
         features[source] = store.open_or_encode(opened, backbone, device=device, progress=progress)

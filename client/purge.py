@@ -59,8 +59,9 @@ def purge(site: Site, ids: Iterable[str]) -> Purged:
 
 
 def _count(site: Site, exclusions: Exclusions) -> int:
-    sources = site.config.sources.items()
-    return sum(len(exclusions.positions(open_source(spec, f"sources.{name}").open().index())) for name, spec in sources)
+    config = site.config
+    sources = [open_source(spec, f"sources.{name}", config.plugins) for name, spec in config.sources.items()]
+    return sum(len(exclusions.positions(source.open().index())) for source in sources)
 
 
 def _removed(folder: Path) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from common.errors import describe
 from common.plugins import Frozen, LocalPath, Spec
@@ -25,6 +25,20 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _is_address(value: str) -> str:
+    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):(\d{1,5})", value)
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        raise ValueError(
+            f"expected host:port, such as federation.example.org:9092, without http:// or https:// (it is always TLS), "
+            f"got {value!r}"
+        )
+    return value
+
+
+Address = Annotated[str, AfterValidator(_is_address)]
+"""Host and port; no scheme, because a site never speaks anything but TLS."""
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 MAX_PUBLIC_SIZE = 100_000_000
 
@@ -165,7 +179,7 @@ class Coordinator(Frozen):
         health_port: loopback port of the health service; None for none.
     """
 
-    address: Annotated[str, StringConstraints(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):\d{1,5}$")]
+    address: Address
     ca: LocalPath
     key: LocalPath
     health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -348,6 +362,24 @@ def parse(model: type[Model], values: Mapping[str, Any], *, base: Path) -> Model
         return model.model_validate(values, context={"base": base})
     except ValidationError as error:
         raise BadInput(describe(error, model)) from error
+
+
+def parse_text(model: type[Model], content: bytes, where: str) -> Model:
+    """A validated model from YAML that a stranger wrote: no environment variable is filled in.
+
+    Raises:
+        BadInput: in one sentence what is wrong; `where` names the text.
+    """
+    try:
+        values = yaml.safe_load(content.decode())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: expected valid YAML, got {type(error).__name__}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{where}: expected keys and values, got {type(values).__name__}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(describe(error, model, where)) from error
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -7,12 +7,15 @@ Only the file that a configuration names is imported.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import (
@@ -76,16 +79,26 @@ def kinds(package: str) -> list[str]:
     return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
-def plugin_class(package: str, kind: str, key: str = "kind") -> type[Plugin]:
+def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = None) -> type[Plugin]:
     """The class behind a kind.
 
+    Args:
+        package: dotted plug-in folder.
+        kind: the file's name.
+        key: where the kind stands in its file, for error messages.
+        own: a folder of further kinds outside the project.
+
     Raises:
-        BadInput: no such kind; names the nearest valid one.
+        BadInput: no such kind (names the nearest valid one), or one of the project's name in the further folder.
     """
-    known = kinds(package)
-    if kind not in known:
-        raise BadInput(f"{key}: expected one of {', '.join(known)}, got {kind!r}{nearest(kind, known)}")
-    module = importlib.import_module(f"{package}.{kind}")
+    known, further = kinds(package), _further_kinds(own)
+    taken = sorted(set(known) & set(further))
+    if taken:
+        raise BadInput(f"plugins: expected kinds of other names than the project's own, got {', '.join(taken)}")
+    everything = sorted([*known, *further])
+    if kind not in everything:
+        raise BadInput(f"{key}: expected one of {', '.join(everything)}, got {kind!r}{nearest(kind, everything)}")
+    module = _load(further[kind]) if kind in further else importlib.import_module(f"{package}.{kind}")
     found = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)
@@ -96,13 +109,40 @@ def plugin_class(package: str, kind: str, key: str = "kind") -> type[Plugin]:
     return found[0]
 
 
-def resolve(package: str, spec: Spec | Mapping[str, Any], key: str) -> Any:
+def _further_kinds(folder: Path | None) -> dict[str, Path]:
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise BadInput(f"plugins: expected a folder, found none at {folder}")
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")}
+
+
+def _load(path: Path) -> ModuleType:
+    """A module from a file outside the project, once for each file."""
+    name = f"own_plugin_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Before it runs: pydantic looks a class's annotations up in its module.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise BadInput(f"{path}: expected a plug-in that can be imported, got {type(error).__name__}") from error
+    return module
+
+
+def resolve(package: str, spec: Spec | Mapping[str, Any], key: str, own: Path | None = None) -> Any:
     """The plug-in instance a setting asks for.
 
     Args:
         package: dotted plug-in folder, such as "common.tasks".
         spec: `kind` plus the kind's own settings.
         key: where the setting stands in its file, for error messages.
+        own: a folder of further kinds outside the project.
 
     Raises:
         BadInput: unknown kind, unknown or wrong setting; names the key, what was expected and what was got.
@@ -112,7 +152,7 @@ def resolve(package: str, spec: Spec | Mapping[str, Any], key: str) -> Any:
     kind = values.get("kind")
     if not isinstance(kind, str):
         raise BadInput(f"{key}.kind: expected one of {', '.join(kinds(package))}, got {kind!r}")
-    cls = plugin_class(package, kind, f"{key}.kind")
+    cls = plugin_class(package, kind, f"{key}.kind", own)
     try:
         return cls.model_validate(values, context={"base": base})
     except ValidationError as error:

@@ -70,18 +70,21 @@ class Desk:
     def _collect(self, asked: Mapping[str, int], kind: str, round_: int) -> list[Message]:
         """Replies until all are there or the time is up; asked for often, because the engine's own call waits 3 s.
 
-        A flood is bounded: nothing is asked for once every message has a reply.
+        A flood is bounded: the first reply to each message is kept, and of the rest as many as can be named.
         """
         deadline = time.monotonic() + self.run.cohort.timeout_s + _ENGINE_GRACE_S
         replies: list[Message] = []
         waiting = set(asked)
         while waiting:
-            new = list(self.grid.pull_messages(sorted(waiting)))[: 2 * len(waiting)]
-            replies += new
-            waiting -= {message.metadata.reply_to_message_id for message in new}
+            before = len(waiting)
+            for message in self.grid.pull_messages(sorted(waiting)):
+                answered = message.metadata.reply_to_message_id
+                if answered in waiting or len(replies) < 2 * len(asked):
+                    replies.append(message)
+                waiting.discard(answered)
             if not waiting or time.monotonic() > deadline:
                 break
-            if new:
+            if len(waiting) < before:
                 self.journal.write("replies", at=kind, round=round_, nodes=sorted(asked[item] for item in waiting))
             self.observe(kind, len(asked) - len(waiting), len(asked))
             time.sleep(_POLL_S)

@@ -19,7 +19,8 @@ DOORS = {
     "flwr": (
         "common/wire.py",
         "client/app.py",
-        "client/node.py",
+        "client/fleet.py",
+        "client/worker.py",
         "client/site.py",
         "server/",
         "simulations/in_process.py",

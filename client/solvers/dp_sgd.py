@@ -15,14 +15,13 @@ accountants forget earlier rounds, and its sampler derives rates from the true n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from client.solvers import _objective
-from client.solvers._private_step import StreamOptimizer, release_step, with_record_gradients
 from client.units import Units
 from common.config import PositiveInt, Privacy
 from common.plugins import Plugin
@@ -30,6 +29,9 @@ from common.privacy.accounting import noise_multiplier
 from common.privacy.noise import NoiseStream
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
+
+if TYPE_CHECKING:
+    from client.solvers._private_step import StreamOptimizer
 
 
 @final
@@ -89,6 +91,9 @@ class DpSgd(Plugin):
             BadInput: a head mixes the examples of a batch, so that no per-unit gradient exists.
             RunFailed: training diverged.
         """
+        # Here: a site that only plans needs no Opacus.
+        from client.solvers._private_step import release_step, with_record_gradients
+
         copies = _objective.trainable_copies(heads)
         module = with_record_gradients(copies)
         optimizer = self._optimizer(module, copies, plan, _objective.expected_units(plan, public_sizes), stream)
@@ -106,6 +111,8 @@ class DpSgd(Plugin):
         divisors: Mapping[str, float],
         stream: NoiseStream,
     ) -> StreamOptimizer:
+        from client.solvers._private_step import StreamOptimizer
+
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         sgd = torch.optim.SGD(trainable, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
         of_parameter = [divisors[name] for name, head in heads.items() for p in head.parameters() if p.requires_grad]

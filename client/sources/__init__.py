@@ -92,7 +92,13 @@ class SourceKind(Protocol):
         """The opened source. Raises BadInput when the file is missing or lacks a column."""
 
 
-def open_source(spec: Spec | Mapping[str, Any], key: str) -> SourceKind:
-    """The source settings a site or simulation file asks for. Raises BadInput naming the key."""
-    kind: SourceKind = resolve("client.sources", spec, key)
+def open_source(spec: Spec | Mapping[str, Any], key: str, own: Path | None = None) -> SourceKind:
+    """The source settings a site or simulation file asks for. Raises BadInput naming the key.
+
+    Args:
+        spec: `kind` plus the kind's settings.
+        key: where they stand in the file.
+        own: folder of the site's own kinds.
+    """
+    kind: SourceKind = resolve("client.sources", spec, key, own)
     return kind

@@ -8,13 +8,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from common.plugins import Spec, resolve
+
+if TYPE_CHECKING:
+    # torchmetrics brings in torchvision and transformers: two seconds that no training round needs.
+    from torchmetrics import Metric
 
 Sums = Mapping[str, Tensor]
 """State of all of a task's metrics, "metric.state" -> tensor: plain sums, so that several sites' add up."""

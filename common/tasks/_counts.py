@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.tasks._metrics import area_under_roc, score_edges
+from common.tasks._rates import area_under_roc, score_edges
 
 BUCKETS = 16
 

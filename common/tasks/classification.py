@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from common.cells import CellName, CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
 from common.tasks._counts import area_of, bucket_rows, found, recognised, share
 from common.tasks._head import HeadSettings
-from common.tasks._metrics import (
-    Accuracy,
-    Auroc,
-    ClassRate,
-    one_against_rest,
-    rate_of,
-    recall,
-    true_negative_rate,
-)
+from common.tasks._rates import one_against_rest, rate_of, recall, true_negative_rate
 from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 # PyTorch's own mark of a label that contributes no loss.
 _MISSING = -100
@@ -85,6 +79,8 @@ class Classification(Plugin):
 
     def metrics(self) -> dict[str, Metric]:
         """Accuracy first. Of two classes the positive one's, of more the mean over the classes that occur."""
+        from common.tasks._metrics import Accuracy, Auroc, ClassRate
+
         num_classes = len(self.labels)
         positive = self._positive()
         return {

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from common.cells import CellName, CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
 from common.tasks._counts import area_of, bucket_rows, found, recognised, share
 from common.tasks._head import HeadSettings
-from common.tasks._metrics import Auroc, LabelRate, balanced, rate_of, recall, share_correct, true_negative_rate
+from common.tasks._rates import balanced, rate_of, recall, share_correct, true_negative_rate
 from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 SEPARATOR = "|"
 _MISSING = -1
@@ -93,6 +95,8 @@ class Multilabel(Plugin):
 
     def metrics(self) -> dict[str, Metric]:
         """Mean AUROC over labels first, as is usual for findings that are rare; the others at probability 1/2."""
+        from common.tasks._metrics import Auroc, LabelRate
+
         num_labels = len(self.labels)
         return {
             "auroc": Auroc(num_labels, num_classes=2),

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
 from common.cells import number
 from common.plugins import Plugin
 from common.tasks import Example
 from common.tasks._head import HeadSettings
-from common.tasks._metrics import R2
 from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @final
@@ -80,6 +80,10 @@ class Regression(Plugin):
 
     def metrics(self) -> dict[str, Metric]:
         """Mean absolute error first, in the target's unit."""
+        from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
+
+        from common.tasks._metrics import R2
+
         metrics: dict[str, Metric] = {
             "mae": MeanAbsoluteError(),
             "rmse": MeanSquaredError(squared=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +226,41 @@ def test_later_rounds_carry_heads_only_and_the_backbone_travels_once(tmp_path: P
     assert [fact["event"] for fact in facts].count("backbone_sent") == 1
     _, facts = federate(tmp_path / "run-2", [site], run_id="run-2")
     assert not [fact for fact in facts if fact["event"] == "backbone_sent"]
+
+
+class FloodedGrid(InProcessGrid):
+    """Every reply comes many times over, among replies that nobody asked for."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = InProcessGrid.pull_messages(self, message_ids)
+        strangers = [Message(reply.content, reply_to=_renamed(reply)) for reply in replies]
+        return [*strangers, *[reply for reply in replies for _ in range(50)]]
+
+
+def _renamed(reply: Message) -> Message:
+    copy = Message(reply.content, dst_node_id=999, message_type=wire.TRAIN)
+    copy.metadata.__dict__["_message_id"] = "nobody-asked"
+    copy.metadata.__dict__["_src_node_id"] = 1
+    return copy
+
+
+def test_a_flood_of_replies_changes_nothing_and_is_logged(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path / "a", name) for name in ("east", "north")]
+    app = make_app(lambda context: sites[int(context.node_config["partition-id"])], SeededEntropy(0))
+    (tmp_path / "run-b").mkdir()
+    journal = FileJournal(tmp_path / "run-b" / "journal.jsonl")
+    flooded = run_federation(
+        FloodedGrid(app, 2),
+        run_config(),
+        backbone(),
+        run_id="run-1",
+        folder=tmp_path / "run-b",
+        journal=journal,
+        executor="in_process",
+    )
+    again = [site_config(tmp_path / "a", name, state_dir=str(tmp_path / name)) for name in ("east", "north")]
+    calm, _ = federate(tmp_path / "run-a", again)
+    assert heads_digest(flooded.heads) == heads_digest(calm.heads)
+    logged = [fact for fact in read(journal.path) if fact.get("reason") == "a reply nobody asked for"]
+    assert logged
+    assert len(read(journal.path)) < 200

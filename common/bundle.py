@@ -1,0 +1,118 @@
+"""The app bundle: the code a run claims to consist of, compared with the code that is installed here.
+
+A bundle is a zip that the coordinator's Flower hands to every site. This module reads one in memory, within bounds, and
+never unpacks or imports anything of it. Two digests are equal exactly if every file name and every byte of the three
+rooms are equal, so that "the same digest" means "the code that was reviewed here".
+
+Guarantees:
+- A bundle that `bundle_digest` accepts holds the rooms' .py files, pyproject.toml and Flower's listing, each once,
+  and nothing else.
+- Its pyproject.toml starts the two apps of the rooms and no other component.
+- At most MAX_BUNDLE_BYTES are inflated, whatever the zip says about itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tomllib
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.types import BadInput
+
+ROOMS = ("client", "common", "server")
+SETTINGS = "pyproject.toml"
+LISTING = ".info/CONTENT"
+"""Flower's own list of a bundle's files: a text, never run, and no part of the digest."""
+COMPONENTS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+MAX_BUNDLE_BYTES = 16 << 20
+MAX_FILES = 4096
+_CODE = re.compile(rf"({'|'.join(ROOMS)})(/[A-Za-z_][A-Za-z0-9_]*)*/[A-Za-z_][A-Za-z0-9_]*\.py")
+_STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_FILE_TYPE, _REGULAR = 0o170000, 0o100000
+
+
+def installation() -> Path:
+    """The folder that holds the installed rooms."""
+    return Path(__file__).resolve().parents[1]
+
+
+def installed_digest(root: Path | None = None) -> str:
+    """64 hex digits over the installed code of the three rooms."""
+    base = root or installation()
+    found = (path for room in ROOMS for path in (base / room).rglob("*.py"))
+    return digest_of({path.relative_to(base).as_posix(): path.read_bytes() for path in found})
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """64 hex digits over names and bytes; independent of the mapping's order, unambiguous about where one ends."""
+    sha = hashlib.sha256()
+    for name in sorted(files):
+        for part in (name.encode(), files[name]):
+            sha.update(len(part).to_bytes(8, "little"))
+            sha.update(part)
+    return sha.hexdigest()
+
+
+def bundle_digest(content: bytes) -> str:
+    """The same digest over a bundle's code.
+
+    Raises:
+        BadInput: it is no bundle of this project: too large, another kind of file, a name twice, or other components.
+    """
+    files = _read(content)
+    settings = files.pop(SETTINGS, None)
+    files.pop(LISTING, None)
+    if settings is None:
+        raise BadInput(f"app bundle: expected {SETTINGS}, got none")
+    _check_components(settings)
+    return digest_of(files)
+
+
+def _read(content: bytes) -> dict[str, bytes]:
+    if len(content) > MAX_BUNDLE_BYTES:
+        raise BadInput(f"app bundle: expected at most {MAX_BUNDLE_BYTES} bytes, got {len(content)}")
+    files: dict[str, bytes] = {}
+    left = MAX_BUNDLE_BYTES
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_FILES:
+                raise BadInput(f"app bundle: expected at most {MAX_FILES} files, got {len(entries)}")
+            for entry in entries:
+                _check_entry(entry, files)
+                with archive.open(entry) as file:
+                    # The stated size is the sender's word; what is read is bounded here.
+                    files[entry.filename] = file.read(left + 1)
+                left -= len(files[entry.filename])
+                if left < 0:
+                    raise BadInput(f"app bundle: expected at most {MAX_BUNDLE_BYTES} bytes when unpacked, got more")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        raise BadInput(f"app bundle: expected a readable zip, got {type(error).__name__}") from error
+    return files
+
+
+def _check_entry(entry: zipfile.ZipInfo, files: Mapping[str, bytes]) -> None:
+    name, kind = entry.filename, (entry.external_attr >> 16) & _FILE_TYPE
+    if name in files:
+        raise BadInput(f"app bundle: expected each file once, got {name!r} twice")
+    # orig_filename: zipfile cuts a name at a null character, another unpacker may not.
+    if entry.orig_filename != name or (name not in (SETTINGS, LISTING) and not _CODE.fullmatch(name)):
+        raise BadInput(f"app bundle: expected {SETTINGS} and .py files of {', '.join(ROOMS)}, got {name[:80]!r}")
+    if kind not in (0, _REGULAR) or entry.compress_type not in _STORED_OR_DEFLATED or entry.flag_bits & 1:
+        raise BadInput(f"app bundle: expected plain files, got something else under {name!r}")
+
+
+def _check_components(settings: bytes) -> None:
+    try:
+        components = tomllib.loads(settings.decode())["tool"]["flwr"]["app"]["components"]
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"app bundle: expected {SETTINGS} with the app's components, got {type(error).__name__}"
+        ) from error
+    if components != COMPONENTS:
+        raise BadInput(f"app bundle: expected the components {COMPONENTS}, got others")

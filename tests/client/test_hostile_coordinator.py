@@ -1,0 +1,297 @@
+"""A malicious coordinator, through the real client app: the site stays up, loses nothing, and logs who asked what.
+
+Each attack is a message as Flower would deliver it. Afterwards an honest run still works and only it was charged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from client.app import make_app
+from client.site import MAX_STEPS, Site
+from common import wire
+from common.backbones import Backbone
+from common.config import SiteConfig
+from common.heads import initial_heads, parameters
+from common.journal import read
+from common.offers import offer_of
+from common.privacy.noise import os_entropy
+from common.tasks import open_task
+from common.types import BadInput, Heads, Refusal
+from simulations.in_process import FIRST_NODE_ID, InProcessGrid
+from tests.tiny import TASKS, backbone, run_config, site_config
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Backbone:
+    return backbone()
+
+
+def heads(frozen: Backbone) -> Heads:
+    tasks = {name: open_task(spec, name) for name, spec in TASKS.items()}
+    modules = initial_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 3)
+    return {name: parameters(module) for name, module in modules.items()}
+
+
+class Coordinator:
+    """Sends one site whatever it likes."""
+
+    def __init__(self, config: SiteConfig) -> None:
+        self.config = config
+        self._grid = InProcessGrid(make_app(lambda context: config), 1)
+
+    def send(self, kind: str, records: RecordDict) -> RecordDict:
+        [reply] = self._grid.send_and_receive([Message(records, dst_node_id=FIRST_NODE_ID, message_type=kind)])
+        assert not reply.has_error(), "the site raised instead of answering"
+        return reply.content
+
+    def refused(self, kind: str, records: RecordDict) -> Refusal:
+        return wire.decode(self.send(kind, records), wire.Declined).refusal
+
+    def honest_run(self, frozen: Backbone, run_id: str = "honest") -> None:
+        """A whole round, as an honest coordinator would do it."""
+        blob = frozen.blob()
+        for kind, payload, expected in (
+            (wire.JOIN, wire.JoinRequest(run_id, offer_of(run_config(), frozen), frozen.digest), wire.JoinReply),
+            (wire.PART, wire.PartRequest(run_id, 0, 1, blob.weights), wire.Ready),
+            (wire.PREPARE, wire.PrepareRequest(run_id, blob.spec), wire.Ready),
+            (wire.TRAIN, wire.TrainRequest(run_id, 1, heads(frozen)), wire.TrainReply),
+        ):
+            wire.decode(self.send(kind, wire.encode(payload)), expected)
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Coordinator:
+    return Coordinator(site_config(tmp_path, "north", on_bad_record="skip"))
+
+
+def offered(frozen: Backbone, **changes: Any) -> RecordDict:
+    """An offer with some of its plain values replaced: what no honest file would pass."""
+    values = {**offer_of(run_config(), frozen), **changes}
+    return wire.encode(wire.JoinRequest("run-x", values, frozen.digest))
+
+
+def solver(**changes: Any) -> dict[str, Any]:
+    return {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0, **changes}
+
+
+def privacy(**changes: Any) -> dict[str, Any]:
+    return {"unit": "example", "delta": 1e-5, "target_epsilon": None, "noise_multiplier": 2.0, **changes}
+
+
+def edited(frozen: Backbone, change: Callable[[dict[str, Any]], None]) -> RecordDict:
+    records = wire.encode(wire.JoinRequest("run-x", offer_of(run_config(), frozen), frozen.digest))
+    public = json.loads(str(records.config_records["public"]["json"]))
+    change(public)
+    return RecordDict({"public": ConfigRecord({"json": json.dumps(public)})})
+
+
+ABSURD_OFFERS: dict[str, dict[str, Any]] = {
+    "no noise": {"privacy": privacy(noise_multiplier=0.0)},
+    "almost no noise": {"privacy": privacy(noise_multiplier=1e-6)},
+    "negative noise": {"privacy": privacy(noise_multiplier=-1.0)},
+    "no privacy": {"privacy": "non_private", "solver": {**solver(), "kind": "sgd"}},
+    "privacy of a solver without": {"solver": {"kind": "sgd", "sampling_rate": 1.0, "steps": 2, "learning_rate": 1}},
+    "a billion steps": {"solver": solver(steps=10**9)},
+    "more steps than a site works for": {"solver": solver(steps=MAX_STEPS)},
+    "a rate above 1": {"solver": solver(sampling_rate=1.5)},
+    "a rate of 0": {"solver": solver(sampling_rate=0.0)},
+    "an infinite clip norm": {"solver": solver(clip_norm=1e999)},
+    "no clip norm": {"solver": solver(clip_norm=None)},
+    "a learning rate that is text": {"solver": solver(learning_rate="fast")},
+    "an unknown key": {"upload_records": True},
+    "an unknown solver": {"solver": {"kind": "os.system"}},
+    "a solver by path": {"solver": {"kind": "../../evil"}},
+    "a backbone by path": {"backbone": {"kind": "../evil"}},
+    "another unit": {"privacy": privacy(unit="patient")},
+    "a task by path": {"tasks": {"../../etc": {"kind": "classification", "labels": ["a", "b"]}}},
+    "a task of an unknown kind": {"tasks": {"colour": {"kind": "__import__"}}},
+    "a million labels": {"tasks": {"colour": {"kind": "classification", "labels": [f"l{i}" for i in range(10**6)]}}},
+    "no rounds": {"rounds": 0},
+    "too many rounds": {"rounds": 10**12},
+    "a name with a path": {"name": "../../../etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("attack", ABSURD_OFFERS)
+def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
+    coordinator: Coordinator, frozen: Backbone, attack: str
+) -> None:
+    word = coordinator.refused(wire.JOIN, offered(frozen, **ABSURD_OFFERS[attack]))
+    assert word in (
+        Refusal.BAD_REQUEST,
+        Refusal.SOLVER_NOT_ALLOWED,
+        Refusal.UNIT_DIFFERS,
+        Refusal.TASK_NOT_ALLOWED,
+        Refusal.BUDGET,
+    )
+    [line] = [fact for fact in read(coordinator.config.state_dir / "site.jsonl") if fact["event"] == "declined"]
+    assert line["refusal"] == word.value
+    assert line["detail"]
+    assert not list((coordinator.config.state_dir / "runs").glob("run-x/*"))
+    coordinator.honest_run(frozen)
+    charges = Site(coordinator.config, os_entropy).ledger().charges()
+    assert [(charge.run, charge.round) for charge in charges] == [("honest", 1)]
+
+
+@pytest.mark.parametrize(
+    "run_id", ["../../outside", "/etc/cron.d/x", "a/b", "", "x" * 129, "..", "ligne\nbreak", "nul\0", "ünicode"]
+)
+@pytest.mark.parametrize("kind", [wire.JOIN, wire.TRAIN, wire.FINISH, wire.PART])
+def test_a_run_id_that_could_be_a_path_goes_nowhere(
+    coordinator: Coordinator, frozen: Backbone, run_id: str, kind: str, tmp_path: Path
+) -> None:
+    payloads: dict[str, wire.Request] = {
+        wire.JOIN: wire.JoinRequest(run_id, offer_of(run_config(), frozen), frozen.digest),
+        wire.TRAIN: wire.TrainRequest(run_id, 1, heads(frozen)),
+        wire.FINISH: wire.FinishRequest(run_id, heads(frozen), "0" * 64),
+        wire.PART: wire.PartRequest(run_id, 0, 1, b"1"),
+    }
+    before = {path for path in tmp_path.rglob("*") if "north-state" not in path.parts}
+    assert coordinator.refused(kind, wire.encode(payloads[kind])) is Refusal.BAD_REQUEST
+    assert {path for path in tmp_path.rglob("*") if "north-state" not in path.parts} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("another version", lambda public: public.update(version=wire.VERSION + 1)),
+        ("no version", lambda public: public.pop("version")),
+        ("a version of a later shape", lambda public: public.update(version=99, surprise=[1])),
+    ],
+)
+def test_a_coordinator_of_another_version_hears_so(
+    coordinator: Coordinator, frozen: Backbone, name: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    assert coordinator.refused(wire.JOIN, edited(frozen, change)) is Refusal.VERSION, name
+
+
+def bomb(array: Array) -> Callable[[Backbone], RecordDict]:
+    def make(frozen: Backbone) -> RecordDict:
+        records = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
+        records["head/colour"] = ArrayRecord({"weight": array})
+        return records
+
+    return make
+
+
+def with_heads(change: Callable[[dict[str, dict[str, np.ndarray]]], None]) -> Callable[[Backbone], RecordDict]:
+    def make(frozen: Backbone) -> RecordDict:
+        own = {task: dict(params) for task, params in heads(frozen).items()}
+        change(own)
+        return wire.encode(wire.TrainRequest("honest", 2, own))
+
+    return make
+
+
+def poison(value: float) -> Callable[[dict[str, dict[str, np.ndarray]]], None]:
+    def change(own: dict[str, dict[str, np.ndarray]]) -> None:
+        own["colour"] = {name: np.full_like(array, value) for name, array in own["colour"].items()}
+
+    return change
+
+
+BAD_ROUNDS: dict[str, Callable[[Backbone], RecordDict]] = {
+    "a shape that promises more than it holds": bomb(Array("float32", (10**6, 10**6), "raw.f4", b"1234")),
+    "a negative shape": bomb(Array("float32", (-4,), "raw.f4", b"")),
+    "a pickle": bomb(Array("float32", (1,), "numpy.ndarray", b"\x80\x04cos\nsystem\n(S'id'\ntR.")),
+    "another shape": with_heads(lambda own: own["colour"].update(weight=np.zeros((2, 2), np.float32))),
+    "no heads": with_heads(lambda own: own.clear()),
+    "a head of another task": with_heads(lambda own: own.update(extra=own["size"])),
+    "a head too few": with_heads(lambda own: own.pop("size") and None),
+    "heads that are not numbers": with_heads(poison(float("nan"))),
+    "infinite heads": with_heads(poison(float("inf"))),
+    "a round of the past": lambda frozen: wire.encode(wire.TrainRequest("honest", 0, heads(frozen))),
+    "a round after the run": lambda frozen: wire.encode(wire.TrainRequest("honest", 3, heads(frozen))),
+    "a run that was never offered": lambda frozen: wire.encode(wire.TrainRequest("other", 1, heads(frozen))),
+    "nothing": lambda frozen: RecordDict(),
+    "nested JSON": lambda frozen: RecordDict({"public": ConfigRecord({"json": "[" * 200_000})}),
+    "a megabyte of JSON": lambda frozen: RecordDict(
+        {"public": ConfigRecord({"json": " " * (wire.MAX_JSON_BYTES + 1)})}
+    ),
+    "another payload": lambda frozen: wire.encode(wire.FinishRequest("honest", heads(frozen), "0" * 64)),
+}
+
+
+@pytest.mark.parametrize("attack", BAD_ROUNDS)
+def test_a_bad_round_is_declined_logged_and_not_charged(
+    coordinator: Coordinator, frozen: Backbone, attack: str
+) -> None:
+    coordinator.honest_run(frozen)
+    site = Site(coordinator.config, os_entropy)
+    before = site.ledger().spent()
+    coordinator.refused(wire.TRAIN, BAD_ROUNDS[attack](frozen))
+    assert site.ledger().spent() == before
+    assert [fact["event"] for fact in read(coordinator.config.state_dir / "site.jsonl")][-1] == "declined"
+    # And the run goes on.
+    wire.decode(
+        coordinator.send(wire.TRAIN, wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))), wire.TrainReply
+    )
+
+
+def test_a_replayed_round_gets_the_same_bytes_and_a_changed_one_is_a_new_charge(
+    coordinator: Coordinator, frozen: Backbone
+) -> None:
+    coordinator.honest_run(frozen)
+    site = Site(coordinator.config, os_entropy)
+    ask = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
+    first = wire.to_bytes(coordinator.send(wire.TRAIN, ask))
+    charged = len(site.ledger().charges())
+    assert all(wire.to_bytes(coordinator.send(wire.TRAIN, ask)) == first for _ in range(3))
+    assert len(site.ledger().charges()) == charged
+    # Reordered: round 1 again, with other heads. It is answered, and paid for.
+    moved = {task: {n: array + 1 for n, array in params.items()} for task, params in heads(frozen).items()}
+    coordinator.send(wire.TRAIN, wire.encode(wire.TrainRequest("honest", 1, moved)))
+    assert len(site.ledger().charges()) == charged + 1
+
+
+def test_rounds_asked_for_ever_end_at_the_budget(tmp_path: Path, frozen: Backbone) -> None:
+    """Each variation of a round is a charge; when the budget is gone, nothing more is answered."""
+    coordinator = Coordinator(site_config(tmp_path, "north", budget={"epsilon": 8.0, "delta": 1e-5}))
+    coordinator.honest_run(frozen)
+    words = []
+    for number in range(40):
+        other = {task: {n: array + number for n, array in p.items()} for task, p in heads(frozen).items()}
+        reply = coordinator.send(wire.TRAIN, wire.encode(wire.TrainRequest("honest", 1, other)))
+        try:
+            words.append(wire.decode(reply, wire.Declined).refusal)
+        except BadInput:
+            continue
+    assert words
+    assert set(words) == {Refusal.BUDGET}
+    assert Site(coordinator.config, os_entropy).ledger().spent().reserved_epsilon <= 8.0 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        wire.PartRequest("honest", 0, 10**9, b"1" * wire.PART_BYTES),
+        wire.PartRequest("honest", -1, 2, b"1"),
+        wire.PartRequest("honest", 2, 2, b"1"),
+        wire.PartRequest("honest", 0, 2, b"1"),
+        wire.PartRequest("honest", 0, 1, b""),
+        wire.PartRequest("honest", 0, 1, b"1" * (wire.PART_BYTES + 1)),
+    ],
+    ids=["a billion parts", "before the first", "after the last", "short", "empty", "oversized"],
+)
+def test_a_part_of_a_backbone_that_is_not_one_is_declined(
+    coordinator: Coordinator, frozen: Backbone, part: wire.PartRequest
+) -> None:
+    coordinator.honest_run(frozen)
+    assert coordinator.refused(wire.PART, wire.encode(part)) is Refusal.BAD_REQUEST
+
+
+def test_a_message_of_an_unknown_kind_does_not_reach_a_record(coordinator: Coordinator, frozen: Backbone) -> None:
+    grid = InProcessGrid(make_app(lambda context: coordinator.config), 1)
+    ask = Message(wire.encode(wire.Ready()), dst_node_id=FIRST_NODE_ID, message_type="query.records")
+    [reply] = grid.send_and_receive([ask])
+    assert reply.has_error()
+    assert "north" not in reply.error.reason
+    coordinator.honest_run(frozen)
