@@ -22,7 +22,12 @@ from pydantic import Field
 from torch import nn
 
 from client.solvers import _objective
-from client.solvers._private_step import StreamOptimizer, release_step, with_record_gradients
+from client.solvers._private_step import (
+    StreamOptimizer,
+    check_separable,
+    release_step,
+    with_record_gradients,
+)
 from client.units import Units
 from common.config import PositiveInt, Privacy
 from common.plugins import Plugin
@@ -72,6 +77,10 @@ class DpSgd(Plugin):
             assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
             noise = noise_multiplier(privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps)
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
+
+    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        """Refuse heads that mix the examples of a batch. Raises BadInput."""
+        check_separable(heads)
 
     def solve(
         self,
