@@ -26,7 +26,7 @@ from client.solvers import Solver, one_thread, open_solver
 from common import wire
 from common.config import NoisedEvaluation, Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder, write_atomic
-from common.heads import load_parameters
+from common.heads import initial_heads, load_parameters
 from common.journal import FileJournal, Journal
 from common.offers import offer_bytes
 from common.privacy.accounting import Mechanism
@@ -156,6 +156,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
     check_allowed(site.config, joined)
     plan = plan_of(site.config, joined)
+    _check_heads(joined, tasks)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
     paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (joined.run_id, TRAINING)}
@@ -363,6 +364,14 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
         )
     if joined.privacy is not None and joined.privacy.unit != config.unit:
         raise DeclinedRequest(Refusal.UNIT_DIFFERS, f"the run protects {joined.privacy.unit}, this site {config.unit}")
+
+
+def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
+    """Decline heads the solver cannot train, now: once a round is charged it is too late."""
+    try:
+        open_solver(joined.run.solver, "solver").check_heads(initial_heads(tasks, dict.fromkeys(tasks, 1), seed=0))
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
 
 
 def plan_of(config: SiteConfig, joined: Joined) -> Plan:
