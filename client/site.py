@@ -29,7 +29,7 @@ from client.solvers import Solver, one_thread, open_solver
 from common import wire
 from common.config import NoisedEvaluation, Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder, write_atomic
-from common.heads import load_parameters
+from common.heads import initial_heads, load_parameters
 from common.journal import FileJournal, Journal
 from common.offers import offer_bytes, run_digest
 from common.privacy.accounting import Mechanism
@@ -171,6 +171,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
     plan = plan_of(site.config, joined)
+    _check_heads(joined, tasks)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
     paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (joined.run_id, TRAINING)}
@@ -444,6 +445,14 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
         )
     if joined.privacy is not None and joined.privacy.unit != config.unit:
         raise DeclinedRequest(Refusal.UNIT_DIFFERS, f"the run protects {joined.privacy.unit}, this site {config.unit}")
+
+
+def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
+    """Decline heads the solver cannot train, now: once a round is charged it is too late."""
+    try:
+        open_solver(joined.run.solver, "solver").check_heads(initial_heads(tasks, dict.fromkeys(tasks, 1), seed=0))
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
 
 
 def plan_of(config: SiteConfig, joined: Joined) -> Plan:

@@ -23,6 +23,7 @@ from client.solvers import open_solver
 from client.sources import open_source
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
+from common.heads import initial_heads
 from common.journal import FileJournal, read
 from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
@@ -90,6 +91,7 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
+    solver.check_heads(initial_heads(tasks, dict.fromkeys(tasks, 1), seed=0))
     if run.audit == "required" and privacy is None:
         raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
     if config.non_private_solver is not None:

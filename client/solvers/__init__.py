@@ -43,6 +43,13 @@ class Solver(Protocol):
             BadInput: the settings and the requested privacy do not go together.
         """
 
+    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        """Refuse heads this solver cannot train as it promises; of untrained heads, before anything is spent.
+
+        Raises:
+            BadInput: names the task and says which solver trains it.
+        """
+
     def solve(
         self,
         heads: Mapping[str, nn.Module],

@@ -61,16 +61,21 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
             parameter.grad /= divisor
 
 
-def with_record_gradients(heads: Mapping[str, nn.Module]) -> nn.Module:
-    """The heads in one module whose backward pass keeps each record's gradients.
-
-    Raises:
-        BadInput: a head mixes the examples of a batch, so that no per-record gradient exists.
-    """
+def check_separable(heads: Mapping[str, nn.Module]) -> None:
+    """Refuse heads that mix the examples of a batch, so that no per-record gradient exists. Raises BadInput."""
     for name, head in heads.items():
         errors = ModuleValidator.validate(head, strict=False)
         if errors:
             raise BadInput(f"tasks.{name}: the head cannot be trained privately: {errors[0]}")
+
+
+def with_record_gradients(heads: Mapping[str, nn.Module]) -> nn.Module:
+    """The heads in one module whose backward pass keeps each record's gradients.
+
+    Raises:
+        BadInput: a head mixes the examples of a batch.
+    """
+    check_separable(heads)
     # A list, not a dict: a task may be called "keys" or "train".
     module: nn.Module = GradSampleModule(nn.ModuleList(heads.values()), loss_reduction="sum")
     return module

@@ -75,6 +75,12 @@ class DpSgd(Plugin):
             noise = noise_multiplier(privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps)
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
 
+    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        """Refuse heads that mix the examples of a batch. Raises BadInput."""
+        from client.solvers._private_step import check_separable
+
+        check_separable(heads)
+
     def solve(
         self,
         heads: Mapping[str, nn.Module],

@@ -57,6 +57,10 @@ class Sgd(Plugin):
             raise BadInput("solver.kind: sgd gives no privacy; expected `privacy: non_private`, or a private solver")
         return Plan(self.sampling_rate, self.steps, None, 0.0, unit)
 
+    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        """Every head will do."""
+        del heads
+
     def solve(
         self,
         heads: Mapping[str, nn.Module],

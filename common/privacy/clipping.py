@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LARGEST_NORM = 2.0**63
+
 
 def sum_by_unit(gradient_R: Tensor, unit_R: Tensor, num_units: int) -> Tensor:
     """Records' gradients of one parameter summed per unit; units without a record get zero.
@@ -44,3 +46,29 @@ def neutralised(gradients_U: Sequence[Tensor]) -> list[Tensor]:
     if not bool(spoiled_U.any()):
         return list(gradients_U)
     return [gradient.masked_fill(spoiled_U.reshape(-1, *([1] * (gradient.dim() - 1))), 0.0) for gradient in gradients_U]
+
+
+def row_norms(values: Tensor) -> Tensor:
+    """Each row's L2 norm, in double precision, right for every finite float32 value.
+
+    Squares of values beyond 1e19 or below 1e-19 leave float32; such rows are computed again in double precision.
+    """
+    rows = values.flatten(1)
+    norm_R: Tensor = torch.linalg.vector_norm(rows, dim=1).double()
+    doubtful_R = ~((norm_R > 1e-15) & (norm_R < 1e15))
+    if bool(doubtful_R.any()):
+        norm_R[doubtful_R] = torch.linalg.vector_norm(rows[doubtful_R].double(), dim=1)
+    return norm_R
+
+
+def clip_factors(norm_U: Tensor, clip_norm: float) -> Tensor:
+    """factor_U, float32, that brings every unit's norm to at most `clip_norm`; 0 where no factor could.
+
+    Args:
+        norm_U: joint norms in double precision.
+        clip_norm: the bound.
+    """
+    # Opacus' 1e-6, so that both solvers agree to the last digits.
+    factor_U = (clip_norm / (norm_U + 1e-6)).clamp(max=1.0)
+    # Beyond 2**63 a factor times a gradient would fall among float32's subnormals, whose rounding is coarse.
+    return torch.where(norm_U < _LARGEST_NORM, factor_U, 0.0).float()

@@ -98,6 +98,19 @@ def test_every_kind_of_task_passes_with_patients_and_any_settings(settings: dict
     assert said(result) == ""
 
 
+LINEAR = {name: {**spec, "head": {"bias": name != "loop"}} for name, spec in EVERY_KIND.items()}
+
+
+@pytest.mark.parametrize("unit", list(Unit))
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_the_closed_form_solver_passes_and_its_planted_bugs_are_caught(unit: Unit, rate: float) -> None:
+    parts = audited(tasks=LINEAR, unit=unit, kind="dp_gd", sampling_rate=rate)
+    assert said(audit(parts)) == ""
+    assert "times" in said(broken(parts, stream=bent(lambda noise: noise / 2)))
+    unclipped = broken(parts, plan_used=unclipping)
+    assert "not clipped" in said(unclipped)
+
+
 def test_a_larger_claim_shows_a_larger_lower_bound() -> None:
     small, large = (audit(audited(target_epsilon=target)) for target in (1.0, 8.0))
     assert small.epsilon_lower_95 < 1.0 < large.epsilon_lower_95 < 8.0
@@ -174,6 +187,12 @@ def bent(bend: Callable[[np.ndarray], np.ndarray]) -> Callable[[NoiseStream], No
     return lambda stream: Bent(stream, bend)
 
 
+def unclipping(plan: Plan) -> Plan:
+    """The norm is a million times what is accounted for, the noise is what it should be."""
+    assert plan.clip_norm is not None
+    return replace(plan, clip_norm=plan.clip_norm * 1e6, noise_multiplier=plan.noise_multiplier / 1e6)
+
+
 def test_halved_noise_is_caught_by_scale_and_by_epsilon() -> None:
     result = broken(audited(num_canaries=1000), stream=bent(lambda noise: noise / 2))
     assert "0.5 times" in said(result)
@@ -193,14 +212,7 @@ def test_no_noise_is_caught() -> None:
 
 
 def test_no_clipping_is_caught() -> None:
-    """The norm is a million times what is accounted for, the noise is what it should be."""
-    loose = 1e6
-    result = broken(
-        audited(),
-        plan_used=lambda plan: replace(
-            plan, clip_norm=plan.clip_norm * loose, noise_multiplier=plan.noise_multiplier / loose
-        ),
-    )
+    result = broken(audited(), plan_used=unclipping)
     assert "not clipped" in said(result)
     assert result.epsilon_lower_99_9 > result.epsilon_claimed
 

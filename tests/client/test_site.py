@@ -81,6 +81,8 @@ def refused(site: Site, frozen: Backbone, **changes: Any) -> Refusal:
 
 SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0}
 PATIENT = {"unit": "patient", "delta": 1e-5, "noise_multiplier": 2.0}
+DEEP = {"size": {"kind": "regression", "range": [0, 1], "head": {"hidden": 4}}}
+CLOSED = {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}
 LOUD = {"unit": "example", "delta": 1e-5, "noise_multiplier": 0.01}
 
 
@@ -96,6 +98,7 @@ LOUD = {"unit": "example", "delta": 1e-5, "noise_multiplier": 0.01}
         ({}, {"privacy": LOUD}, Refusal.BUDGET),
         ({}, {"rounds": 100_000}, Refusal.BUDGET),
         ({}, {"solver": {"kind": "dp_sgd"}}, Refusal.BAD_REQUEST),
+        ({}, {"solver": CLOSED, "tasks": DEEP}, Refusal.BAD_REQUEST),
         ({}, {"solver": {"kind": "../../evil"}}, Refusal.BAD_REQUEST),
     ],
 )

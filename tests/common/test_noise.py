@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import ndtri
 from scipy.stats import binomtest, kstest
 
 from common.privacy.noise import KEY_BYTES, NoiseStream, SeededEntropy, os_entropy
@@ -46,13 +49,51 @@ def test_a_stream_never_gives_the_same_bytes_twice(counts: list[int]) -> None:
 
 def test_the_stream_is_chacha20_under_the_whole_key() -> None:
     block = Cipher(algorithms.ChaCha20(KEY, bytes(16)), mode=None).encryptor().update(bytes(80))
-    expected = [((word >> 11) + 0.5) * 2.0**-53 for word in np.frombuffer(block, dtype="<u8").tolist()]
+    signed = np.frombuffer(block, dtype="<i8").tolist()
+    expected = [((word >> 11) + 0.5) * 2.0**-53 + 0.5 for word in signed]
     assert NoiseStream(KEY).uniform(10) == pytest.approx(expected, abs=1e-15)
     first = NoiseStream(KEY).gaussian((8,))
     for byte in range(KEY_BYTES):
         changed = bytearray(KEY)
         changed[byte] ^= 1
         assert not np.isin(NoiseStream(bytes(changed)).gaussian((8,)), first).any()
+
+
+@pytest.mark.parametrize("count", [1, 7, 4096, 4097, 10_000])
+def test_a_gaussian_is_half_the_sum_of_four_that_each_take_64_bits_of_the_stream(count: int) -> None:
+    """By the inverse of the normal distribution function, which is not how it is computed."""
+    draws = NoiseStream(KEY).gaussian((count,))
+    uniforms = NoiseStream(KEY).uniform(4 * count)
+    whole = 4 * (count // 4096) * 4096
+    rows = [uniforms[start : start + 4 * 4096].reshape(4, 4096) for start in range(0, whole, 4 * 4096)]
+    rows.append(uniforms[whole:].reshape(4, -1))
+    expected = np.concatenate([ndtri(part).sum(axis=0) / 2 for part in rows])
+    assert draws == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert len(np.unique(uniforms)) == 4 * count
+
+
+def test_the_grid_is_symmetric_and_its_ends_are_finite() -> None:
+    """The most extreme 64 bits give the most extreme summand and its mirror image."""
+
+    class Ends(NoiseStream):
+        def __init__(self) -> None:
+            NoiseStream.__init__(self, KEY)
+            self._cipher = self
+
+        def update(self, data: bytes) -> bytes:
+            return np.array([2**63 - 1, -(2**63), 0, -1] * (len(data) // 32), dtype="<i8").tobytes()
+
+    points = Ends()._symmetric(4)
+    assert points.tolist() == [1 - 2.0**-53, -(1 - 2.0**-53), 2.0**-53, -(2.0**-53)]
+    assert math.sqrt(2) * float(torch.erfinv(torch.from_numpy(points))[0]) == pytest.approx(-ndtri(2.0**-54), rel=1e-9)
+
+
+def test_a_value_s_bits_do_not_depend_on_its_place() -> None:
+    """Executors are compared to the bit; vectorised code treats the ends of an array in its own way."""
+    points = torch.from_numpy(NoiseStream(KEY).uniform(1003) * 2 - 1)
+    whole = torch.erfinv(points)
+    for offset in range(1, 20):
+        assert torch.equal(torch.erfinv(points[offset:].clone()), whole[offset:])
 
 
 def test_a_seed_of_torch_or_numpy_changes_nothing() -> None:

@@ -32,11 +32,13 @@ FEATURES, DEAD = 6, 150
 PRIVACY = Privacy(unit=Unit.PATIENT, delta=1e-5, noise_multiplier=0.7)
 KEY = bytes(range(32))
 # Task names that are also attributes of torch modules.
-TASKS: dict[str, Task] = {
+DEEP: dict[str, Task] = {
     "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "grade"),
     "keys": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 3.0}, "keys"),
     "train": open_task({"kind": "regression", "range": [-1, 1], "head": {"hidden": 4}}, "train"),
 }
+# For kinds that refuse heads with a hidden layer.
+LINEAR = {**DEEP, "train": open_task({"kind": "regression", "range": [-1, 1], "head": {"bias": False}}, "train")}
 
 
 class SilentStream(NoiseStream):
@@ -77,7 +79,7 @@ ABSURD = st.sampled_from(
 PEOPLE = st.builds(
     Person,
     records=st.lists(st.tuples(st.integers(0, 999), ABSURD), min_size=0, max_size=3).map(tuple),
-    labelled=st.tuples(*[st.booleans()] * (3 * len(TASKS))),
+    labelled=st.tuples(*[st.booleans()] * (3 * len(DEEP))),
 )
 
 
@@ -95,8 +97,8 @@ def site(people: list[Person]) -> Units:
     features_RD = torch.from_numpy(np.array(features, np.float32).reshape(-1, FEATURES + DEAD))
     unit_R = torch.tensor(unit, dtype=torch.long)
     tasks = {}
-    for number, name in enumerate(TASKS):
-        mask = [label for person in people for label in person.labelled[number :: len(TASKS)][: len(person.records)]]
+    for number, name in enumerate(DEEP):
+        mask = [label for person in people for label in person.labelled[number :: len(DEEP)][: len(person.records)]]
         mask_R = torch.tensor(mask, dtype=torch.bool)
         tasks[name] = TaskRecords.of(features_RD, labels_for(name, seeds), mask_R, unit_R, len(people))
     return Units(len(people), tasks)
@@ -111,9 +113,9 @@ def labels_for(name: str, seeds: list[int]) -> Tensor:
     return (seed_R % 7).float() / 3.5 - 1.0
 
 
-def heads() -> dict[str, nn.Module]:
+def heads(tasks: dict[str, Task]) -> dict[str, nn.Module]:
     """Heads with weights that are not zero, so that every layer has a gradient."""
-    made = initial_heads(TASKS, {name: FEATURES + DEAD for name in TASKS}, seed=5)
+    made = initial_heads(tasks, {name: FEATURES + DEAD for name in tasks}, seed=5)
     generator = torch.Generator().manual_seed(7)
     for head in made.values():
         for parameter in head.parameters():
@@ -121,7 +123,23 @@ def heads() -> dict[str, nn.Module]:
     return made
 
 
-HEADS = heads()
+DEEP_HEADS, LINEAR_HEADS = heads(DEEP), heads(LINEAR)
+
+
+def takes_deep_heads(kind: str) -> bool:
+    try:
+        solver_of(kind).check_heads(DEEP_HEADS)
+    except BadInput:
+        return False
+    return True
+
+
+def tasks_of(kind: str) -> dict[str, Task]:
+    return DEEP if takes_deep_heads(kind) else LINEAR
+
+
+def heads_of(kind: str) -> dict[str, nn.Module]:
+    return DEEP_HEADS if takes_deep_heads(kind) else LINEAR_HEADS
 
 
 def solver_of(kind: str) -> Solver:
@@ -135,8 +153,9 @@ def plan_of(kind: str, **changes: float) -> Plan:
 
 
 def solve(kind: str, units: Units, plan: Plan, stream: NoiseStream, public_size: int = 1) -> Delta:
+    tasks = tasks_of(kind)
     return solver_of(kind).solve(
-        HEADS, TASKS, units, plan=plan, public_sizes={name: public_size for name in TASKS}, stream=stream
+        heads_of(kind), tasks, units, plan=plan, public_sizes=dict.fromkeys(tasks, public_size), stream=stream
     )
 
 
@@ -154,7 +173,9 @@ def flat(delta: Delta) -> np.ndarray:
 
 def dead_weights(delta: Delta) -> np.ndarray:
     """Changes of weights that no record touches, one row for each output: noise and nothing else."""
-    grids = [delta.heads["grade"]["weight"], delta.heads["keys"]["weight"], delta.heads["train"]["0.weight"]]
+    values = [value for head in delta.heads.values() for value in head.values()]
+    grids = [value for value in values if value.ndim == 2 and value.shape[1] == FEATURES + DEAD]
+    assert len(grids) == len(DEEP)
     return np.concatenate([grid[:, FEATURES:] for grid in grids]).astype(np.float64)
 
 
@@ -232,7 +253,7 @@ def test_the_accounted_mechanism_is_the_one_that_ran(kind: str, people: list[Per
     stream = CountingStream(KEY)
     solve(kind, site(people), plan, stream)
     accounted = Mechanism.of(plan)
-    weights = sum(parameter.numel() for head in HEADS.values() for parameter in head.parameters())
+    weights = sum(parameter.numel() for head in heads_of(kind).values() for parameter in head.parameters())
     assert stream.draws == [weights] * accounted.steps
     assert accounted.noise_multiplier == plan.noise_multiplier == PRIVACY.noise_multiplier
     assert accounted.sensitivity == plan.clip_norm
@@ -280,6 +301,21 @@ def test_a_coin_decides_whether_a_unit_moves_the_heads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_linear_heads_are_accepted_by_every_kind(kind: str) -> None:
+    solver_of(kind).check_heads(LINEAR_HEADS)
+
+
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_a_head_that_mixes_examples_is_refused_before_and_while_training(kind: str) -> None:
+    mixing = {**LINEAR_HEADS, "grade": nn.Sequential(nn.Linear(FEATURES + DEAD, 3), nn.BatchNorm1d(3))}
+    solver, sizes = solver_of(kind), dict.fromkeys(LINEAR, 1)
+    with pytest.raises(BadInput, match="grade"):
+        solver.check_heads(mixing)
+    with pytest.raises(BadInput, match="grade"):
+        solver.solve(mixing, LINEAR, site(SOME), plan=plan_of(kind), public_sizes=sizes, stream=NoiseStream(KEY))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_equal_streams_give_equal_bits_and_other_keys_other_ones(kind: str) -> None:
     plan = plan_of(kind)
     first, again, other = (solve(kind, site(SOME), plan, NoiseStream(key)) for key in (KEY, KEY, bytes(32)))
@@ -290,10 +326,11 @@ def test_equal_streams_give_equal_bits_and_other_keys_other_ones(kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
 def test_a_delta_has_the_heads_names_shapes_and_type_and_leaves_them_alone(kind: str, people: list[Person]) -> None:
-    before = {name: parameters(head) for name, head in HEADS.items()}
+    heads = heads_of(kind)
+    before = {name: parameters(head) for name, head in heads.items()}
     delta = solve(kind, site(people), plan_of(kind), NoiseStream(KEY))
-    assert delta.heads.keys() == HEADS.keys()
-    for name, head in HEADS.items():
+    assert delta.heads.keys() == heads.keys()
+    for name, head in heads.items():
         assert {key: (value.shape, value.dtype) for key, value in delta.heads[name].items()} == {
             key: (value.shape, np.float32) for key, value in before[name].items()
         }

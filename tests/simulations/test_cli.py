@@ -121,6 +121,12 @@ def test_a_wrong_setting_is_one_sentence(command: Command, override: str, said: 
     refused(command("check", override), 2, *said)
 
 
+def test_a_head_the_solver_is_not_exact_for_is_refused_before_anything_runs(command: Command) -> None:
+    closed = "run.solver={kind: dp_gd, steps: 1, clip_norm: 1.0, learning_rate: 1.0}"
+    assert command("check", closed).exit_code == 0
+    refused(command("check", closed, "run.tasks.colour.head={hidden: 4}"), 2, "tasks.colour.head", "kind dp_sgd")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

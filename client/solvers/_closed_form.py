@@ -1,0 +1,241 @@
+"""The clipped sum of a step in closed form, for heads that are one affine map: linear, or a 1x1 convolution.
+
+A record's gradient is Delta' X, where Delta is the derivative of its loss by the head's outputs and X its features.
+Delta comes from autograd on the outputs alone, so every per-example loss works. For records of one position (a linear
+head on vectors) no gradient is ever formed: |Delta' x| = |Delta| |x|, and for several records of a unit
+
+    |sum_r Delta_r' x_r|^2 = sum_rs (Delta_r . Delta_s)(x_r . x_s + 1),        + 1 only with a bias.
+
+For records of several positions (1x1 convolutions, linear heads on sequences) the record's small gradient is formed:
+its norm does not follow from the positions' norms. (Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019.)
+
+Invariant, as in `common.privacy.clipping`: whatever a unit's records hold, its part of the sum is finite and at most
+`clip_norm`, jointly over all heads, and depends on that unit alone.
+
+# Shapes: R records, U units, D features, K outputs, P positions, Q pairs of records of one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from client.units import TaskRecords
+from common.privacy.clipping import row_norms, sum_by_unit
+from common.types import BadInput
+
+_MOST_RECORDS = 32
+"""A unit with more records is not paired: its pairs would outgrow its gradient, which is then formed."""
+
+_MOST_CANCELLATION = 64.0
+"""Sum of the norms of a unit's records over the norm of their sum. Beyond it the unit's gradient is formed too:
+added record by record to a float32 sum, its large parts would leave rounding errors that no clip norm bounds."""
+
+_POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def check_affine(heads: Mapping[str, nn.Module]) -> None:
+    """Refuse heads for which the formula is not exact.
+
+    Raises:
+        BadInput: a head is anything but one linear layer or 1x1 convolution with all its parameters trainable.
+    """
+    for name, head in heads.items():
+        reason = _why_not_affine(head)
+        if reason:
+            raise BadInput(
+                f"tasks.{name}.head: solver dp_gd is exact only for a linear head or a 1x1 convolution, got {reason}; "
+                "kind dp_sgd trains it"
+            )
+
+
+def _why_not_affine(head: nn.Module) -> str | None:
+    # The exact type: a subclass or a parametrised layer computes something else.
+    if type(head) is not nn.Linear and type(head) not in _POINTWISE:
+        return type(head).__name__
+    if head._forward_hooks or head._forward_pre_hooks:
+        return "a layer with hooks"
+    if not all(parameter.requires_grad for parameter in head.parameters()):
+        return "one with frozen parameters"
+    if isinstance(head, _POINTWISE):
+        ones, zeros = (1,) * len(head.kernel_size), (0,) * len(head.kernel_size)
+        if head.kernel_size != ones or head.stride != ones or head.padding != zeros or head.groups != 1:
+            return f"a convolution with kernel {head.kernel_size}, stride {head.stride}, {head.groups} group(s)"
+    return None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One head's records and what of them stays the same while weights move.
+
+    Attributes:
+        records: usable ones; a record's unit is an index in [0, U).
+        square_R: |x|^2, + 1 with a bias, in double precision; None for records of several positions.
+        pairs_3Q: r, s and unit of all pairs of different records of a unit that is not too large.
+        product_Q: x_r . x_s, + 1 with a bias, in double precision.
+    """
+
+    records: TaskRecords
+    square_R: Tensor | None
+    pairs_3Q: Tensor
+    product_Q: Tensor
+
+    @classmethod
+    def of(cls, head: nn.Module, records: TaskRecords) -> Inputs:
+        """The inputs of an affine head."""
+        features = records.features_RD
+        none_3Q = torch.empty((3, 0), dtype=torch.long, device=features.device)
+        if features.dim() > 2:
+            return cls(records, None, none_3Q, none_3Q[0].double())
+        bias = float(next(reversed(list(head.parameters()))).dim() == 1)
+        pairs_3Q = _pairs(records.unit_R)
+        first, second = features[pairs_3Q[0]], features[pairs_3Q[1]]
+        product_Q = torch.linalg.vecdot(first.double(), second.double()) + bias
+        return cls(records, row_norms(features) ** 2 + bias, pairs_3Q, product_Q)
+
+    def of_units(self, position_U: Tensor) -> Inputs:
+        """The records of some units: `position_U` is a unit's new index, or -1 for one that is left out."""
+        records = self.records
+        position_R = position_U[records.unit_R]
+        rows = (position_R >= 0).nonzero().squeeze(1)
+        chosen = TaskRecords(
+            records.features_RD[rows],
+            records.labels[rows],
+            records.mask_R[rows],
+            position_R[rows],
+            records.weight_R[rows],
+        )
+        square_R = None if self.square_R is None else self.square_R[rows]
+        if not len(self.product_Q):
+            return Inputs(chosen, square_R, self.pairs_3Q, self.product_Q)
+        row_R = torch.empty_like(position_R)
+        row_R[rows] = torch.arange(len(rows), device=rows.device)
+        kept = position_U[self.pairs_3Q[2]] >= 0
+        first_Q, second_Q, unit_Q = self.pairs_3Q[:, kept]
+        pairs_3Q = torch.stack([row_R[first_Q], row_R[second_Q], position_U[unit_Q]])
+        return Inputs(chosen, square_R, pairs_3Q, self.product_Q[kept])
+
+
+def _pairs(unit_R: Tensor) -> Tensor:
+    """r, s and unit of every pair of records of a unit of at most `_MOST_RECORDS` records."""
+    order_R = torch.argsort(unit_R, stable=True)
+    sorted_R = unit_R[order_R]
+    count_R = torch.bincount(unit_R)[sorted_R] if len(unit_R) else unit_R
+    found = [torch.empty((3, 0), dtype=torch.long, device=unit_R.device)]
+    most = min(int(count_R.max()), _MOST_RECORDS) if len(unit_R) else 0
+    for apart in range(1, most):
+        # Records of a unit are neighbours in this order: all pairs with `apart - 1` records between them.
+        same = (sorted_R[apart:] == sorted_R[:-apart]) & (count_R[apart:] <= _MOST_RECORDS)
+        at = same.nonzero().squeeze(1)
+        found.append(torch.stack([order_R[at], order_R[at + apart], sorted_R[at]]))
+    return torch.cat(found, dim=1)
+
+
+class Gradients(Protocol):
+    """One head's gradients of all units of a batch, however they are kept.
+
+    Attributes:
+        norm_U: their norms, in double precision; infinite or NaN for a unit that must be left out.
+    """
+
+    norm_U: Tensor
+
+    def weighted_sum(self, factor_U: Tensor) -> list[Tensor]:
+        """Sum over units of factor times gradient, weight first; a unit of factor 0 adds nothing, not even a NaN."""
+
+
+def gradients_of(head: nn.Module, inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
+    """The units' gradients of an affine head.
+
+    Args:
+        head: as accepted by `check_affine`.
+        inputs: of a batch.
+        delta: derivative of the objective by the head's outputs, of their shape.
+        num_units: U.
+    """
+    if inputs.square_R is not None:
+        return _VectorGradients(inputs, delta, num_units, bias=head.bias is not None)
+    features = inputs.records.features_RD
+    if isinstance(head, nn.Linear):
+        features_RPD, delta_RPK = features.flatten(1, -2), delta.flatten(1, -2)
+    else:
+        features_RPD, delta_RPK = features.flatten(2).mT, delta.flatten(2).mT
+    # One small product for each record; nothing of size R x P x D is made.
+    weight_RKD = torch.bmm(delta_RPK.mT, features_RPD)
+    formed_R = [weight_RKD] if head.bias is None else [weight_RKD, delta_RPK.sum(dim=1)]
+    return _FormedGradients([sum_by_unit(part, inputs.records.unit_R, num_units) for part in formed_R])
+
+
+@final
+class _FormedGradients:
+    """Units' gradients as they are."""
+
+    def __init__(self, parts_U: Sequence[Tensor]) -> None:
+        self._parts_U = parts_U
+        self.norm_U = torch.linalg.vector_norm(torch.stack([row_norms(part) for part in parts_U]), dim=0)
+
+    def weighted_sum(self, factor_U: Tensor) -> list[Tensor]:
+        left_out_U = factor_U == 0.0
+        parts_U = [part.flatten(1) for part in self._parts_U]
+        if bool(left_out_U.any()):
+            parts_U = [part.masked_fill(left_out_U[:, None], 0.0) for part in parts_U]
+        return [(factor_U @ part).view(full.shape[1:]) for part, full in zip(parts_U, self._parts_U, strict=True)]
+
+
+@final
+class _VectorGradients:
+    """Units' gradients of a linear head on vectors, kept as their two factors."""
+
+    def __init__(self, inputs: Inputs, delta_RK: Tensor, num_units: int, *, bias: bool) -> None:
+        assert inputs.square_R is not None
+        self._features_RD = inputs.records.features_RD
+        self._unit_R = inputs.records.unit_R
+        self._delta_RK = delta_RK
+        self._bias = bias
+        delta_norm_R = row_norms(delta_RK)
+        square_R = delta_norm_R**2 * inputs.square_R
+        self._formed_U: dict[int, list[Tensor]] = {}
+        if _one_each(self._unit_R, num_units):
+            self.norm_U = square_R.sqrt()
+            return
+        zero_U = square_R.new_zeros(num_units)
+        reach_U = zero_U.index_add(0, self._unit_R, square_R.sqrt())
+        first_Q, second_Q, unit_Q = inputs.pairs_3Q
+        delta_RK = delta_RK.double()
+        cross_Q = 2.0 * torch.linalg.vecdot(delta_RK[first_Q], delta_RK[second_Q]) * inputs.product_Q
+        square_U = zero_U.index_add(0, self._unit_R, square_R).index_add(0, unit_Q, cross_Q)
+        self.norm_U = square_U.clamp(min=0.0).sqrt()
+        large_U = torch.bincount(self._unit_R, minlength=num_units) > _MOST_RECORDS
+        self._form((large_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
+
+    def _form(self, units: Tensor) -> None:
+        for unit in units.tolist():
+            rows = (self._unit_R == unit).nonzero().squeeze(1)
+            delta_rK = self._delta_RK[rows]
+            gradient = [delta_rK.mT @ self._features_RD[rows]]
+            if self._bias:
+                gradient.append(delta_rK.sum(dim=0))
+            self._formed_U[unit] = gradient
+            self.norm_U[unit] = row_norms(torch.cat([part.flatten() for part in gradient])[None])[0]
+
+    def weighted_sum(self, factor_U: Tensor) -> list[Tensor]:
+        by_record_U = factor_U
+        if self._formed_U:
+            by_record_U = factor_U.index_fill(0, torch.tensor(list(self._formed_U), device=factor_U.device), 0.0)
+        factor_R1 = by_record_U[self._unit_R][:, None]
+        scaled_RK = torch.where(factor_R1 > 0.0, self._delta_RK * factor_R1, 0.0)
+        sums = [scaled_RK.mT @ self._features_RD]
+        if self._bias:
+            sums.append(scaled_RK.sum(dim=0))
+        for unit, gradient in self._formed_U.items():
+            if factor_U[unit] > 0.0:
+                sums = [total + factor_U[unit] * part for total, part in zip(sums, gradient, strict=True)]
+        return sums
+
+
+def _one_each(unit_R: Tensor, num_units: int) -> bool:
+    return len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device))
