@@ -14,6 +14,7 @@ from common.types import BadInput
 from server import certificates, registry
 from server.federation import Federation, FederationConfig, create_folder, open_federation, split_address
 from server.kit import write_kit
+from server.link import run_link
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -127,6 +128,16 @@ def kit(
         path = out or Path(f"{name}-kit.zip")
         files = write_kit(open_federation(folder), name, run or [], path)
         typer.echo(f"{path}: {path.stat().st_size} bytes: {', '.join(files)}")
+
+
+@app.command()
+def link(folder: Dir) -> None:
+    """Serve in the foreground until stopped; `start` launches the same in the background. For systemd and containers.
+
+    Example: python -m server link fed
+    """
+    with reported_errors():
+        run_link(open_federation(folder))
 
 
 if __name__ == "__main__":

@@ -155,9 +155,16 @@ def read_public_key(path: Path) -> str:
 
 
 @contextmanager
-def _changing(federation: Federation) -> Iterator[list[Entry]]:
+def locked(federation: Federation) -> Iterator[None]:
+    """Nobody else changes the registry or makes it true in the engine."""
     with (federation.state / "registry.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _changing(federation: Federation) -> Iterator[list[Entry]]:
+    with locked(federation):
         yield entries(federation)
 
 
