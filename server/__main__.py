@@ -1,20 +1,33 @@
-"""Command line of the coordinator: `python -m server init | admit | remove | renew | kit`."""
+"""Command line of the coordinator: `python -m server init | admit | kit | start | status | stop | resume | ...`."""
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from common.config import parse
-from common.console import reported_errors
-from common.types import BadInput
-from server import certificates, registry
+from common import journal
+from common.config import RunConfig, parse
+from common.console import EXIT_FAILED, reported_errors
+from common.types import BadInput, HeadwaterError, RunFailed
+from server import certificates, operate, registry
+from server.control import Control, RunState
 from server.federation import Federation, FederationConfig, create_folder, open_federation, split_address
 from server.kit import write_kit
-from server.link import run_link
+from server.link import owner, run_link
+from server.report import failures, tables
+from server.roster import synchronise
+from server.runs import checked_run, current, interrupted, new_folder, submit
+from server.status_table import status_table
+from server.watch import watch
+
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -75,7 +88,9 @@ def admit(
     Example: python -m server admit fed north --key north.pub
     """
     with reported_errors():
-        entry = registry.admit(open_federation(folder), name, key)
+        federation = open_federation(folder)
+        entry = registry.admit(federation, name, key)
+        _tell_link(federation)
         typer.echo(f"{name}: admitted; key {entry.fingerprint()} (compare it with the site's by telephone)")
 
 
@@ -86,7 +101,9 @@ def remove(folder: Dir, name: Site) -> None:
     Example: python -m server remove fed north
     """
     with reported_errors():
-        entry = registry.remove(open_federation(folder), name)
+        federation = open_federation(folder)
+        entry = registry.remove(federation, name)
+        _tell_link(federation)
         typer.echo(f"{name}: removed; key {entry.fingerprint()} is revoked")
 
 
@@ -128,6 +145,134 @@ def kit(
         path = out or Path(f"{name}-kit.zip")
         files = write_kit(open_federation(folder), name, run or [], path)
         typer.echo(f"{path}: {path.stat().st_size} bytes: {', '.join(files)}")
+
+
+@app.command()
+def start(folder: Dir, run: Annotated[Path, typer.Argument(metavar="RUN.yaml")], set_: Set = None) -> None:
+    """Start the coordinator where it does not run yet, and a run; show its progress and its result.
+
+    Exit code 0: every task reached its quorum; 1: the run failed; 2: bad input. Ctrl-C ends the watching, not the run.
+
+    Example: python -m server start fed fed/run.yaml --set rounds=3
+    """
+    with reported_errors():
+        federation = open_federation(folder)
+        checked = checked_run(federation, run, set_ or [])
+        _start_link(federation)
+        with Control(federation) as control:
+            _follow(federation, control, _submitted(control, federation, checked), skip=0)
+
+
+@app.command()
+def resume(
+    folder: Dir,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="By default the newest that has to be")
+    ] = None,
+) -> None:
+    """Continue a run that was interrupted, after its last whole round; what sites spent stays spent.
+
+    Example: python -m server resume fed
+    """
+    with reported_errors():
+        federation = open_federation(folder)
+        path = interrupted(federation, run_id)
+        _start_link(federation)
+        with Control(federation) as control:
+            old = len(journal.read(path / "journal.jsonl"))
+            _follow(federation, control, (path, submit(control, path)), skip=old)
+
+
+@app.command()
+def status(folder: Dir, json_: Annotated[bool, typer.Option("--json", help="As JSON")] = False) -> None:
+    """Say which sites are connected, what runs, and how healthy the coordinator is; exit code 1 where it is not.
+
+    Example: python -m server status fed --json
+    """
+    with reported_errors():
+        found = operate.status(open_federation(folder))
+        if json_:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(status_table(found))
+        if not found["link"]["healthy"]:
+            raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def stop(
+    folder: Dir, run: Annotated[bool, typer.Option("--run", help="End the run only; sites stay connected")] = False
+) -> None:
+    """End the run that is under way and the coordinator; `resume` continues the run later.
+
+    Example: python -m server stop fed
+    """
+    with reported_errors():
+        federation = open_federation(folder)
+        if owner(federation) is None:
+            typer.echo(f"{folder}: the coordinator is not running")
+            return
+        with Control(federation) as control:
+            busy = current(control) if control.answers() else None
+            if busy is not None:
+                control.stop(busy.run_id)
+                typer.echo(f"run {Path(busy.folder).name}: ended; `python -m server resume {folder}` continues it")
+            elif run:
+                typer.echo("no run is under way")
+        if not run:
+            operate.stop_link(federation)
+            typer.echo(f"{folder}: the coordinator has stopped")
+
+
+def _tell_link(federation: Federation) -> None:
+    """Make the registry true in a running coordinator; its gate reads the registry's file anyway."""
+    if owner(federation) is not None:
+        with Control(federation) as control:
+            synchronise(control, federation)
+
+
+def _start_link(federation: Federation) -> None:
+    started = operate.ensure_link(federation)
+    what = "listening" if started else "running already, listening"
+    _show(f"{what} on {federation.config.bind} for {federation.config.address}")
+
+
+def _submitted(control: Control, federation: Federation, run: RunConfig) -> tuple[Path, int]:
+    path = new_folder(federation, run)
+    try:
+        return path, submit(control, path)
+    except HeadwaterError:
+        shutil.rmtree(path)  # Nothing ran in it.
+        raise
+
+
+def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, skip: int) -> None:
+    path, engine_run = run
+    try:
+        state = watch(control, path, engine_run, _show, skip=skip)
+    except KeyboardInterrupt:
+        typer.echo(f"the run goes on: `python -m server status {federation.folder}`, or `stop`", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    _finish(path, state)
+
+
+def _finish(path: Path, state: RunState) -> None:
+    failed = [fact for fact in journal.read(path / "journal.jsonl") if fact["event"] in ("run_failed", "run_ended")]
+    if not failed or failed[-1]["event"] == "run_failed":
+        why = failed[-1]["reason"] if failed else state.details or state.outcome
+        raise RunFailed(f"run {path.name}: {why}")
+    summary = json.loads((path / "summary.json").read_bytes())
+    Console(width=None if sys.stdout.isatty() else 100).print(tables(summary))
+    typer.echo(f"results: {path}")
+    problems = list(failures(summary))
+    for problem in problems:
+        typer.echo(f"error: {problem}", err=True)
+    if problems:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _show(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 @app.command()
