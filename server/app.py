@@ -1,4 +1,4 @@
-"""The edge between Flower and the coordinator: read the run file, call one function."""
+"""The edge between Flower and the coordinator: read what the run configuration names, call one function."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from common.backbones import open_pretrained
 from common.config import RunConfig, load, write_yaml
 from common.journal import FileJournal
 from common.types import BadInput
+from server.deployed import run_deployed
 from server.report import FLOWER_APP, tables
 from server.results import new_run_folder, write_environment, write_results
 from server.rounds import run_federation
@@ -21,12 +22,20 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the file that the run configuration names (`flwr run . --run-config 'run-file="..."'`)."""
-    run_file, run_dir = str(context.run_config.get("run-file", "")), str(context.run_config.get("run-dir", ""))
-    if not run_file:
+    """Run the folder that `python -m server start` prepared, or the run file that `flwr run` names."""
+    setting = {key: str(context.run_config.get(key, "")) for key in ("run-folder", "run-file", "run-dir")}
+    if setting["run-folder"]:
+        run_deployed(grid, Path(setting["run-folder"]))
+    elif setting["run-file"]:
+        _flwr_run(grid, Path(setting["run-file"]), Path(setting["run-dir"] or "runs"))
+    else:
         raise BadInput("run-file: expected the path of a run file, got nothing")
-    run = load(RunConfig, Path(run_file))
-    folder = new_run_folder(Path(run_dir or "runs"), run.name)
+
+
+def _flwr_run(grid: Grid, run_file: Path, run_dir: Path) -> None:
+    """`flwr run . --run-config 'run-file="..." run-dir="..."'`."""
+    run = load(RunConfig, run_file)
+    folder = new_run_folder(run_dir, run.name)
     write_yaml(folder / "config.yaml", run)
     write_environment(folder / "environment.json", {"run": run.seed})
     backbone = open_pretrained(run.backbone, "backbone")

@@ -19,6 +19,9 @@ Summary = dict[str, Any]
 FLOWER_APP = "flower_app"
 """Executor of `flwr run`: sites may be anywhere, and nothing of their held-out records is seen."""
 
+DEPLOYMENT = "deployment"
+"""Executor of `python -m server start`: the same."""
+
 BASELINES = {
     "local": "site alone\nprivate",
     "non_private": "federated\nnot private",
@@ -291,5 +294,5 @@ def failures(summary: Summary) -> Iterable[str]:
     for name, task in summary["tasks"].items():
         if task["status"] == "never_updated":
             yield f"task {name} was never updated: no site's contribution was accepted"
-        elif not task["metrics"] and summary["executor"] != FLOWER_APP:
+        elif not task["metrics"] and summary["executor"] not in (FLOWER_APP, DEPLOYMENT):
             yield f"task {name} could not be evaluated: no site holds out a record with its label"

@@ -1,0 +1,77 @@
+"""The app bundle of a run: the installed code of three rooms and a settings file, and nothing else.
+
+It is made from an explicit list in memory, not from a folder, so that no data, key or note beside the code can slip in;
+the same installation makes the same bundle. Flower runs the coordinator's part from it; sites compare its code with
+their own reviewed installation and run that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from flwr.cli.build import build_fab_from_files
+from flwr.supercore.fab import Fab
+
+from common.types import BadInput
+
+ROOMS = ("client", "common", "server")
+MAX_BYTES = 10_000_000
+RUN_FOLDER = "run-folder"
+"""The one setting of a deployed run: the folder with everything else."""
+
+
+def bundle_files(root: Path | None = None) -> dict[str, bytes]:
+    """Names and contents of what goes into a bundle.
+
+    Args:
+        root: the folder that holds the rooms; by default this installation's.
+    """
+    base = root or Path(__file__).resolve().parents[1]
+    code = {
+        path.relative_to(base).as_posix(): path.read_bytes() for room in ROOMS for path in (base / room).rglob("*.py")
+    }
+    return {"pyproject.toml": _settings().encode(), **dict(sorted(code.items()))}
+
+
+def make_bundle(root: Path | None = None) -> Fab:
+    """The bundle of an installation.
+
+    Raises:
+        BadInput: Flower does not accept it, or it is larger than a bundle may be.
+    """
+    try:
+        content, _ = build_fab_from_files({**bundle_files(root)})
+    except ValueError as error:
+        raise BadInput(f"app bundle: {error}") from error
+    if len(content) > MAX_BYTES:
+        raise BadInput(f"app bundle: expected at most {MAX_BYTES} bytes, got {len(content)}")
+    return Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
+def _settings() -> str:
+    """Made here rather than copied: an installation from a wheel has no pyproject.toml."""
+    include = ", ".join(f'"{room}/**/*.py"' for room in ROOMS)
+    try:
+        release = version("headwater")
+    except PackageNotFoundError:
+        release = "0.0.0"
+    return f"""\
+[project]
+name = "headwater"
+version = "{release}"
+description = "Headwater, the coordinator's and the sites' app"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "headwater"
+fab-include = [{include}]
+
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "client.app:app"
+
+[tool.flwr.app.config]
+{RUN_FOLDER} = ""
+"""

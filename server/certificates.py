@@ -1,0 +1,172 @@
+"""The federation's own certificate authority and the server certificate it signs. No public authority is needed.
+
+Sites trust this authority and no other, so a proxy that intercepts, or another coordinator, is refused by TLS. Keys are
+EC P-384. The authority's key stays in the folder, readable by its owner only; keep a copy of it elsewhere
+and it need not stay at all: only `renew` reads it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from common.files import write_atomic
+from common.types import BadInput
+
+CA_DAYS = 3650
+SERVER_DAYS = 397
+"""Longer-lived server certificates are refused by some TLS libraries."""
+_DAY = datetime.timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Until when a certificate is valid, and for whom."""
+
+    until: datetime.datetime
+    hosts: tuple[str, ...]
+
+    @property
+    def days_left(self) -> int:
+        """Whole days; negative when expired."""
+        return (self.until - datetime.datetime.now(datetime.UTC)).days
+
+
+def write_authority(folder: Path, name: str, *, days: int = CA_DAYS) -> None:
+    """A new authority: `ca.crt` and `ca.key`."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} federation authority")])
+    usage = _usage(digital_signature=False, key_cert_sign=True)
+    certificate = (
+        _builder(subject, subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA384())
+    )
+    _write(folder / "ca", key, certificate)
+
+
+def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> None:
+    """A new server certificate, signed by the folder's authority: `server.crt` and `server.key`.
+
+    Raises:
+        BadInput: the authority's key or certificate is missing or unreadable.
+    """
+    try:
+        authority = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+        issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"{folder}: expected the authority's ca.key and ca.crt, got {type(error).__name__}; "
+            "put your copy of them back, or make a new authority with `renew --ca`"
+        ) from error
+    assert isinstance(authority, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    certificate = (
+        _builder(subject, issuer.subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True, key_cert_sign=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            critical=False,
+        )
+        .sign(authority, hashes.SHA384())
+    )
+    _write(folder / "server", key, certificate)
+
+
+def validity(path: Path) -> Validity:
+    """Until when a certificate is valid and which hosts it names.
+
+    Raises:
+        BadInput: not a certificate.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: expected a certificate, got {type(error).__name__}") from error
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        hosts = tuple(str(name.value) for name in names)
+    except x509.ExtensionNotFound:
+        hosts = ()
+    return Validity(certificate.not_valid_after_utc, hosts)
+
+
+def check_server(folder: Path, hosts: Sequence[str]) -> Validity:
+    """The server certificate's validity, where it can be used.
+
+    Raises:
+        BadInput: it is expired, or its authority is, or it does not name every public host.
+    """
+    for name, remedy in (("ca.crt", "renew --ca"), ("server.crt", "renew")):
+        found = validity(folder / name)
+        if found.until <= datetime.datetime.now(datetime.UTC):
+            raise BadInput(
+                f"{folder / name}: this certificate expired on {found.until:%Y-%m-%d}; `python -m server {remedy}`"
+            )
+    missing = [host for host in hosts if str(_general_name(host).value) not in found.hosts]
+    if missing:
+        raise BadInput(
+            f"{folder / 'server.crt'}: expected a certificate for {', '.join(missing)}, which federation.yaml names, "
+            f"got one for {', '.join(found.hosts)}; `python -m server renew`"
+        )
+    return found
+
+
+def _general_name(host: str) -> x509.DNSName | x509.IPAddress:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        # A day back: a site's clock may be behind.
+        .not_valid_before(min(now - _DAY, now + days * _DAY - _DAY))
+        .not_valid_after(now + days * _DAY)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, digital_signature: bool, key_cert_sign: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=key_cert_sign,
+        crl_sign=key_cert_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _write(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    # The key first: a reader that finds the new certificate finds its key.
+    write_atomic(stem.with_suffix(".key"), private)
+    write_atomic(stem.with_suffix(".crt"), certificate.public_bytes(serialization.Encoding.PEM))

@@ -1,0 +1,58 @@
+"""A deployed run, seen from inside: everything it needs lies in one folder, and everything it learns goes there.
+
+The folder lies in the federation's: `config.yaml` (the run, resolved), `journal.jsonl`, a checkpoint after each round;
+at the end `summary.json` and `heads/`. A run whose process died is the same folder, run again: it continues after its
+last whole round.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from common.backbones import open_pretrained
+from common.config import RunConfig, load
+from common.journal import FileJournal
+from common.types import HeadwaterError
+from server.checkpoint import Checkpoint, load_checkpoint
+from server.report import DEPLOYMENT
+from server.results import write_environment, write_results
+from server.roster import Roster
+from server.rounds import run_federation
+
+
+def run_deployed(grid: Grid, folder: Path) -> None:
+    """Run or continue the run of a folder.
+
+    Raises:
+        HeadwaterError: the run ended without a usable result; its journal says why too.
+    """
+    run = load(RunConfig, folder / "config.yaml")
+    write_environment(folder / "environment.json", {"run": run.seed})
+    journal = FileJournal(folder / "journal.jsonl")
+    digest = ""
+    try:
+        backbone = open_pretrained(run.backbone, "backbone")
+        digest = backbone.digest
+        outcome = run_federation(
+            grid,
+            run,
+            backbone,
+            run_id=folder.name,
+            folder=folder,
+            journal=journal,
+            executor=DEPLOYMENT,
+            resume=_checkpoint(folder),
+            roster=Roster(folder.parents[1] / "state" / "roster.json"),
+        )
+    except HeadwaterError as error:
+        journal.write("run_failed", reason=str(error))
+        write_results(folder, run, digest, {})
+        raise
+    write_results(folder, run, digest, outcome.heads)
+
+
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    path = folder / "checkpoint.safetensors"
+    return load_checkpoint(path) if path.exists() else None
