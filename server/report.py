@@ -277,7 +277,7 @@ def _audited(audit: Mapping[str, Any]) -> str:
     claimed, shown = rounded_up(audit["epsilon_claimed"]), audit["epsilon_lower_95"]
     return (
         f"audit: {verdict}; epsilon {claimed:.2f} claimed, at least {shown:.2f} at 95 % confidence; "
-        f"noise {audit['noise_std_ratio']:.3f} of it\n"
+        f"noise ratio {audit['noise_std_ratio']:.3f}\n"
     )
 
 

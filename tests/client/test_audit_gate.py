@@ -61,7 +61,7 @@ def test_a_site_audits_itself_once_and_joins(tmp_path: Path, frozen: Backbone) -
 def test_a_site_whose_noise_repeats_itself_declines_before_anything_is_spent(tmp_path: Path, frozen: Backbone) -> None:
     site = Site(site_config(tmp_path, "north"), lambda purpose: bytes(32))
     for _ in range(2):
-        refusal = declined(lambda: join(site, offer(frozen)))
+        refusal = declined(lambda: join(site, offer(frozen, rounds=8)))
         assert refusal.refusal is Refusal.AUDIT and "released noise repeats itself" in refusal.detail
     assert [verdict["passed"] for verdict in verdicts(site)] == [False]
     assert site.ledger().charges() == [] and not (site.config.state_dir / "runs" / "run-1").exists()
@@ -94,7 +94,7 @@ def test_a_run_in_which_every_audit_fails_trains_nothing_and_exports_nothing(tmp
     """Through the coordinator, outside of any simulation file; what it learns is one word."""
     site = site_config(tmp_path, "north")
     with pytest.raises(RunFailed, match="declined: audit"):
-        federate(tmp_path / "run", [site], entropy=lambda purpose: bytes(32), **REQUIRED)
+        federate(tmp_path / "run", [site], entropy=lambda purpose: bytes(32), rounds=8, **REQUIRED)
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
     assert Site(site, os_entropy).ledger().charges() == []
 

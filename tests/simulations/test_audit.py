@@ -73,13 +73,13 @@ def test_a_passed_audit_is_journalled_and_the_heads_are_exported(config: Path, t
 
 
 def test_a_failed_audit_trains_nothing_and_exports_no_head(config: Path, tmp_path: Path) -> None:
-    """One key for every purpose: noise repeats itself."""
-    with pytest.raises(RunFailed, match="audit failed, so no head is exported: released noise repeats itself"):
-        run(config, out=tmp_path / "out", entropy=lambda purpose: bytes(32))
+    """One key for every purpose: released noise is the same in eight rounds, which cannot pass by chance."""
+    with pytest.raises(RunFailed, match="audit failed, so no head is exported: released noise"):
+        run(config, out=tmp_path / "out", overrides=["run.rounds=8"], entropy=lambda purpose: bytes(32))
     assert not list((tmp_path / "out").rglob("heads/*.safetensors"))
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["status"] == "failed" and summary["audit"]["passed"] is False
-    assert "noise repeats itself" in summary["audit"]["reasons"][0]
+    assert "released noise" in summary["audit"]["reasons"][0]
     assert not list((tmp_path / "out").rglob("ledgers"))
 
 
