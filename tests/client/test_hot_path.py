@@ -90,9 +90,19 @@ def test_a_round_of_linear_heads_on_cached_features_loads_no_library_it_does_not
     assert [name for name in HEAVY if name in found["modules"]] == []
 
 
-def test_the_command_line_of_a_site_starts_without_torch(tmp_path: Path) -> None:
-    code = "import client.node, sys; print([name for name in ('torch', 'scipy', 'pandas') if name in sys.modules])"
+def test_a_waiting_site_holds_no_torch() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["client", "start", "none.yaml"]
+try:
+    runpy.run_module("client", run_name="__main__")
+except SystemExit:
+    pass
+import client.node
+print([name for name in ("torch", "scipy", "pandas") if name in sys.modules])
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+    assert "none.yaml" in done.stderr  # It was the real verb.
