@@ -240,7 +240,7 @@ def test_a_run_continues_after_its_coordinator_was_killed(federation: Federation
         executors = children(process)
         os.kill(process, signal.SIGKILL)
         _, error = watching.communicate(timeout=120)
-        assert watching.returncode == 1
+        assert watching.returncode == 1, error
         assert error.splitlines()[-1].startswith("error: ") and "python -m server resume" in error.splitlines()[-1]
         assert wait_until(lambda: not any(alive(each) for each in executors), 60)
         done_before = len(rounds())
