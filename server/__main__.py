@@ -252,7 +252,14 @@ def _submitted(control: Control, federation: Federation, run: RunConfig) -> tupl
 def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, skip: int) -> None:
     path, engine_run = run
     try:
-        state = watch(control, path, engine_run, _show, skip=skip)
+        state = watch(
+            control,
+            path,
+            engine_run=engine_run,
+            alive=lambda: owner(federation) is not None,
+            show=_show,
+            skip=skip,
+        )
     except KeyboardInterrupt:
         typer.echo(f"the run goes on: `python -m server status {federation.folder}`, or `stop`", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
