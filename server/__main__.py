@@ -19,11 +19,10 @@ from common.types import BadInput, HeadwaterError, RunFailed
 from server import certificates, operate, registry
 from server.control import Control, RunState
 from server.federation import Federation, FederationConfig, create_folder, open_federation, split_address
-from server.kit import write_kit
 from server.link import owner, run_link
 from server.report import failures, tables
 from server.roster import synchronise
-from server.runs import checked_run, current, interrupted, new_folder, submit
+from server.runs import interrupted, new_folder, submit
 from server.status_table import status_table
 from server.watch import watch
 
@@ -142,6 +141,8 @@ def kit(
     Example: python -m server kit fed north --run fed/run.yaml
     """
     with reported_errors():
+        from server.kit import write_kit  # Opens backbones: seconds that `status` and the link need not pay.
+
         path = out or Path(f"{name}-kit.zip")
         files = write_kit(open_federation(folder), name, run or [], path)
         typer.echo(f"{path}: {path.stat().st_size} bytes: {', '.join(files)}")
@@ -156,6 +157,8 @@ def start(folder: Dir, run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
     Example: python -m server start fed fed/run.yaml --set rounds=3
     """
     with reported_errors():
+        from server.run_checks import checked_run  # Opens backbones: seconds that `status` and the link need not pay.
+
         federation = open_federation(folder)
         checked = checked_run(federation, run, set_ or [])
         _start_link(federation)
@@ -213,7 +216,7 @@ def stop(
             typer.echo(f"{folder}: the coordinator is not running")
             return
         with Control(federation) as control:
-            busy = current(control) if control.answers() else None
+            busy = control.current() if control.answers() else None
             if busy is not None:
                 control.stop(busy.run_id)
                 typer.echo(f"run {Path(busy.folder).name}: ended; `python -m server resume {folder}` continues it")
@@ -249,7 +252,14 @@ def _submitted(control: Control, federation: Federation, run: RunConfig) -> tupl
 def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, skip: int) -> None:
     path, engine_run = run
     try:
-        state = watch(control, path, engine_run, _show, skip=skip)
+        state = watch(
+            control,
+            path,
+            engine_run=engine_run,
+            alive=lambda: owner(federation) is not None,
+            show=_show,
+            skip=skip,
+        )
     except KeyboardInterrupt:
         typer.echo(f"the run goes on: `python -m server status {federation.folder}`, or `stop`", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -14,9 +14,9 @@ from pathlib import Path
 from flwr.cli.build import build_fab_from_files
 from flwr.supercore.fab import Fab
 
+from common.bundle import COMPONENTS, ROOMS, installation
 from common.types import BadInput
 
-ROOMS = ("client", "common", "server")
 MAX_BYTES = 10_000_000
 RUN_FOLDER = "run-folder"
 """The one setting of a deployed run: the folder with everything else."""
@@ -28,7 +28,7 @@ def bundle_files(root: Path | None = None) -> dict[str, bytes]:
     Args:
         root: the folder that holds the rooms; by default this installation's.
     """
-    base = root or Path(__file__).resolve().parents[1]
+    base = root or installation()
     code = {
         path.relative_to(base).as_posix(): path.read_bytes() for room in ROOMS for path in (base / room).rglob("*.py")
     }
@@ -52,6 +52,7 @@ def make_bundle(root: Path | None = None) -> Fab:
 
 def _settings() -> str:
     """Made here rather than copied: an installation from a wheel has no pyproject.toml."""
+    components = "\n".join(f'{name} = "{target}"' for name, target in COMPONENTS.items())
     include = ", ".join(f'"{room}/**/*.py"' for room in ROOMS)
     try:
         release = version("headwater")
@@ -69,8 +70,7 @@ publisher = "headwater"
 fab-include = [{include}]
 
 [tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
+{components}
 
 [tool.flwr.app.config]
 {RUN_FOLDER} = ""

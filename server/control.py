@@ -143,6 +143,10 @@ class Control:
         ]
         return found
 
+    def current(self) -> RunState | None:
+        """The run that is under way."""
+        return next((run for run in self.runs() if not run.finished), None)
+
     def stop(self, run_id: int) -> None:
         """End a run."""
         self._call("stop-run", control_pb2.StopRunRequest(run_id=run_id), control_pb2.StopRunResponse())

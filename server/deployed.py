@@ -7,6 +7,10 @@ last whole round.
 
 from __future__ import annotations
 
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -14,12 +18,14 @@ from flwr.serverapp import Grid
 from common.backbones import open_pretrained
 from common.config import RunConfig, load
 from common.journal import FileJournal
-from common.types import HeadwaterError
+from common.types import HeadwaterError, RunFailed
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.report import DEPLOYMENT
 from server.results import write_environment, write_results
 from server.roster import Roster
 from server.rounds import run_federation
+
+_WAIT_S = 60.0
 
 
 def run_deployed(grid: Grid, folder: Path) -> None:
@@ -28,6 +34,11 @@ def run_deployed(grid: Grid, folder: Path) -> None:
     Raises:
         HeadwaterError: the run ended without a usable result; its journal says why too.
     """
+    with _only_writer(folder):
+        _run(grid, folder)
+
+
+def _run(grid: Grid, folder: Path) -> None:
     run = load(RunConfig, folder / "config.yaml")
     write_environment(folder / "environment.json", {"run": run.seed})
     journal = FileJournal(folder / "journal.jsonl")
@@ -51,6 +62,22 @@ def run_deployed(grid: Grid, folder: Path) -> None:
         write_results(folder, run, digest, {})
         raise
     write_results(folder, run, digest, outcome.heads)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Wait for the folder: the process of an earlier link may have a last breath left."""
+    with (folder / "run.lock").open("w") as lock:
+        until = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise RunFailed(f"{folder}: another process still works on this run") from error
+                time.sleep(0.2)
+        yield
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

@@ -32,6 +32,8 @@ from server.gate import LoopbackGate
 if TYPE_CHECKING:
     import socket
 
+    from server.control import Control
+
 _WATCH_S = 1.0
 
 
@@ -104,6 +106,7 @@ def run_link(federation: Federation) -> None:
 async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.socket], health: Health) -> None:
     from server.control import Control
     from server.listeners import loopback_listener, public_listener, serve
+    from server.patience import Patient
     from server.roster import synchronise
 
     stopping = asyncio.Event()
@@ -112,7 +115,7 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
     engine = engine_app(federation)
     async with engine.router.lifespan_context(engine):
         loopback = loopback_listener(
-            LoopbackGate(engine, secret=federation.control_secret(), port=federation.config.control_port)
+            LoopbackGate(Patient(engine), secret=federation.control_secret(), port=federation.config.control_port)
         )
         gate = public_gate(engine, federation)
         public = public_listener(
@@ -126,6 +129,7 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
         try:
             with Control(federation) as control:
                 await asyncio.to_thread(synchronise, control, federation)
+                await asyncio.to_thread(_end_orphans, control)
             tasks.append(await serve(public, sockets[0]))
             journal = FileJournal(federation.state / "link.jsonl")
             journal.write("link_started", pid=os.getpid(), bind=federation.config.bind)
@@ -139,6 +143,13 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
                 await asyncio.to_thread(executor.wait, 5.0)
             public.should_exit = loopback.should_exit = True
             await asyncio.gather(*tasks)
+
+
+def _end_orphans(control: Control) -> None:
+    """Runs whose process died with an earlier link: the engine would believe in them until their heartbeat lapses."""
+    for run in control.runs():
+        if not run.finished:
+            control.stop(run.run_id)
 
 
 async def _watch(

@@ -19,7 +19,6 @@ from server.engine import engine_environment
 from server.federation import Federation
 from server.link import owner
 from server.registry import admitted
-from server.runs import current
 
 _START_S = 60.0
 _STOP_S = 20.0
@@ -99,7 +98,7 @@ def status(federation: Federation) -> dict[str, Any]:
                 node = nodes.get(entry.pem())
                 connected = node is not None and node.status == "online"
                 found["sites"][site] = {"connected": connected, "since": (node.since or None) if node else None}
-            busy = current(control)
+            busy = control.current()
     except LinkSilent:
         found["link"]["healthy"] = False
         return found

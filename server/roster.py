@@ -40,18 +40,23 @@ def synchronise(control: Control, federation: Federation) -> None:
 
 @final
 class Roster(Mapping[int, str]):
-    """Node id -> site name, as the file says now."""
+    """Node id -> site name, as the file says now.
+
+    The name of a site that was removed can still be looked up: whoever holds its number in hand may report about it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp = -1
         self._names: dict[int, str] = {}
+        self._ever: dict[int, str] = {}
 
     def _read(self) -> dict[int, str]:
         try:
             stamp = self._path.stat().st_mtime_ns
             if stamp != self._stamp:
                 self._names = {int(node): str(site) for node, site in json.loads(self._path.read_bytes()).items()}
+                self._ever |= self._names
                 self._stamp = stamp
         except (OSError, ValueError, AttributeError) as error:
             raise BadInput(
@@ -60,7 +65,11 @@ class Roster(Mapping[int, str]):
         return self._names
 
     def __getitem__(self, node_id: int) -> str:
-        return self._read()[node_id]
+        self._read()
+        return self._ever[node_id]
+
+    def __contains__(self, node_id: object) -> bool:
+        return node_id in self._read()
 
     def __iter__(self) -> Iterator[int]:
         return iter(list(self._read()))

@@ -12,19 +12,22 @@ from common.types import RunFailed
 from server.control import Control, LinkSilent, RunState
 
 _LOOK_S = 0.5
-_SILENCE_S = 20.0
+_SILENCE_S = 90.0
 
 Show = Callable[[str], None]
 Fact = Mapping[str, Any]
 
 
-def watch(control: Control, folder: Path, engine_run: int, show: Show, *, skip: int = 0) -> RunState:
+def watch(
+    control: Control, folder: Path, *, engine_run: int, alive: Callable[[], bool], show: Show, skip: int = 0
+) -> RunState:
     """Follow a run until its process has ended.
 
     Args:
         control: line to the link.
         folder: the run's.
         engine_run: the engine's number for the run.
+        alive: whether the link's process is there.
         show: is told in one line what happens.
         skip: journal lines that are old: of an interrupted run that continues.
 
@@ -46,10 +49,10 @@ def watch(control: Control, folder: Path, engine_run: int, show: Show, *, skip: 
             silent_since = None
         except LinkSilent as error:
             silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since > _SILENCE_S or not control.answers():
+            if not alive() or time.monotonic() - silent_since > _SILENCE_S:
                 raise RunFailed(
-                    f"{error}: it ended while the run was under way; see state/link.log, then "
-                    f"`python -m server resume` continues after the last whole round"
+                    f"run {folder.name}: {error}: it ended while the run was under way; see state/link.log, then "
+                    "`python -m server resume` continues after the last whole round"
                 ) from error
             state = None
         if state is not None and state.finished and len(read(folder / "journal.jsonl")) == skip:

@@ -6,7 +6,8 @@ import io
 import zipfile
 from pathlib import Path
 
-from server.app_bundle import MAX_BYTES, ROOMS, bundle_files, make_bundle
+from common.bundle import ROOMS, bundle_digest, installed_digest
+from server.app_bundle import MAX_BYTES, bundle_files, make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +40,10 @@ def test_nothing_that_lies_beside_the_code_gets_in(tmp_path: Path) -> None:
         path.write_text("secret")
     found = names(make_bundle(tmp_path).content)
     assert found == {f"{room}/code.py" for room in ROOMS} | {"pyproject.toml", ".info/CONTENT"}
+
+
+def test_a_site_with_the_same_installation_finds_its_own_code_in_it() -> None:
+    assert bundle_digest(make_bundle().content) == installed_digest()
 
 
 def test_the_same_installation_makes_the_same_bundle() -> None:

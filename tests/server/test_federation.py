@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
+from client.kit import read_kit
 from common.config import RunConfig, load
 from common.types import BadInput
 from server import certificates, registry
@@ -316,6 +317,20 @@ def test_a_kit_holds_what_a_site_needs_and_nothing_secret(tmp_path: Path) -> Non
         assert b"PRIVATE" not in content
         assert not any(secret in content for secret in secrets)
         assert str(tmp_path).encode() not in content
+
+
+def test_a_site_can_read_the_kit(tmp_path: Path) -> None:
+    federation = new_federation(tmp_path / "fed")
+    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    (tmp_path / "run.yaml").write_text(RUN.format(name="tiny"))
+    write_kit(federation, "north", [tmp_path / "run.yaml"], tmp_path / "kit.zip")
+    kit = read_kit(tmp_path / "kit.zip")
+    assert (kit.settings.federation, kit.settings.site, kit.settings.address) == (
+        "hearts",
+        "north",
+        federation.config.address,
+    )
+    assert [run.name for run in kit.runs()] == ["tiny"]
 
 
 def test_a_kit_of_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
