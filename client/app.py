@@ -104,6 +104,8 @@ def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
     try:
         return handle(site)
     except DeclinedRequest as declined:
+        if declined.logged:
+            return wire.encode(wire.Declined(declined.refusal, site.config.name))
         refusal, detail = declined.refusal, declined.detail
     except wire.OtherVersion as error:
         refusal, detail = Refusal.VERSION, str(error)

@@ -56,10 +56,11 @@ MAX_STEPS = 1_000_000
 class DeclinedRequest(Exception):
     """A request this site does not fulfil. The refusal is sent; the detail stays in the site's own journal."""
 
-    def __init__(self, refusal: Refusal, detail: str) -> None:
+    def __init__(self, refusal: Refusal, detail: str, *, logged: bool = False) -> None:
         super().__init__(f"{refusal.value}: {detail}")
         self.refusal = refusal
         self.detail = detail
+        self.logged = logged
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
         _check_approved(site, joined.run_id, run_digest(request.run, request.backbone_digest))
-    except DeclinedRequest:
-        _let_wait(site, request)
-        raise
+    except DeclinedRequest as declined:
+        # A coordinator asks every few seconds while it waits: one line says it.
+        raise DeclinedRequest(declined.refusal, declined.detail, logged=not _let_wait(site, request)) from declined
     try:
         refuse_what_does_not_fit(joined.run, tasks)
     except BadInput as error:
@@ -348,15 +349,13 @@ def _check_approved(site: Site, run_id: str, digest: str) -> None:
     others = {charge.run for charge in site.ledger().charges()} - {run_id}
     used = sum(_offered_as(site, run) == digest for run in others)
     if Approvals(site.config.state_dir).count(digest) <= used:
-        detail = f"nobody approved run {digest}; see `python -m client approve --list`"
+        detail = f"nobody approved run {digest}; see `python -m client approve SITE.yaml`"
         raise DeclinedRequest(Refusal.NOT_APPROVED, detail)
 
 
-def _let_wait(site: Site, request: wire.JoinRequest) -> None:
-    """Keep an offer that nobody approved, once, for `python -m client approve`."""
-    offer = Offer(request.run, request.backbone_digest)
-    if Approvals(site.config.state_dir).wait(offer):
-        site.journal.write("waiting", run=request.run_id, digest=offer.digest)
+def _let_wait(site: Site, request: wire.JoinRequest) -> bool:
+    """Keep an offer that nobody approved, for `python -m client approve`; whether it is new."""
+    return Approvals(site.config.state_dir).wait(Offer(request.run, request.backbone_digest))
 
 
 def _offered_as(site: Site, run_id: str) -> str | None:

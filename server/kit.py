@@ -17,19 +17,18 @@ from common.files import write_atomic
 from common.offers import offer_bytes, offer_of
 from common.types import BadInput
 from server.federation import Federation
-from server.registry import admitted
+from server.registry import check_name
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write_kit(federation: Federation, site: str, run_files: Sequence[Path], path: Path) -> list[str]:
-    """Write the kit of a site; the names of the files in it.
+    """Write the kit of a site, admitted or about to be; the names of the files in it.
 
     Raises:
-        BadInput: the site is not admitted, a run cannot be offered, or the kit cannot be written.
+        BadInput: no valid name, a run cannot be offered, or the kit cannot be written.
     """
-    if site not in admitted(federation):
-        raise BadInput(f"site {site} is not admitted; `python -m server admit` it with its public key first")
+    check_name(site)
     files = _files(federation, site, run_files)
     try:
         write_atomic(path, _archive(files))

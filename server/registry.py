@@ -87,12 +87,7 @@ def admit(federation: Federation, site: str, key_file: Path) -> Entry:
     Raises:
         BadInput: no valid name, not a P-384 public key, or a name or key that is there already.
     """
-    try:
-        _NAME.validate_python(site)
-    except ValidationError as error:
-        raise BadInput(
-            f"expected a site's name of lower-case letters, digits, - and _, at most 64, got {site!r}"
-        ) from error
+    check_name(site)
     key = read_public_key(key_file)
     with _changing(federation) as known:
         for entry in known:
@@ -110,6 +105,16 @@ def admit(federation: Federation, site: str, key_file: Path) -> Entry:
         new = Entry(site, key, _now())
         _write(federation, [*known, new])
     return new
+
+
+def check_name(site: str) -> None:
+    """Raises BadInput where a site cannot be called so."""
+    try:
+        _NAME.validate_python(site)
+    except ValidationError as error:
+        raise BadInput(
+            f"expected a site's name of lower-case letters, digits, - and _, at most 64, got {site!r}"
+        ) from error
 
 
 def remove(federation: Federation, site: str) -> Entry:

@@ -341,11 +341,14 @@ def test_a_kit_of_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
 
 
-def test_only_admitted_sites_get_a_kit(tmp_path: Path) -> None:
+def test_a_site_can_get_its_kit_before_its_key_is_known(tmp_path: Path) -> None:
+    """The kit's site file comes with the key: `client init --kit`, then the key is sent and admitted."""
     new_federation(tmp_path / "fed")
-    code, output = command("kit", tmp_path / "fed", "north", "--out", tmp_path / "kit.zip")
-    assert (code, "not admitted" in output) == (2, True)
-    assert not (tmp_path / "kit.zip").exists()
+    code, _ = command("kit", tmp_path / "fed", "north", "--out", tmp_path / "kit.zip")
+    assert code == 0
+    assert read_kit(tmp_path / "kit.zip").settings.site == "north"
+    code, output = command("kit", tmp_path / "fed", "../north", "--out", tmp_path / "other.zip")
+    assert (code, "a site's name" in output) == (2, True)
 
 
 def test_a_folder_that_is_no_federation_is_said_by_the_real_command(tmp_path: Path) -> None:
