@@ -13,7 +13,9 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import DeclinedRequest, Site, evaluate, finish, join, keep_part, prepare_run, train
+from client.answering import evaluate, train
+from client.joining import finish, join, keep_part, prepare_run
+from client.site import DeclinedRequest, Site
 from common import wire
 from common.config import SiteConfig, load
 from common.privacy.noise import Entropy, os_entropy

@@ -17,11 +17,12 @@ from client import probe
 from client.approvals import Approvals, Offer
 from client.data_checks import data_checks
 from client.fleet import ConnectionLost, Fleet, JoinRefused, RunOver, clock_skew
+from client.joining import STOPPED
 from client.keys import read_key
 from client.node import NODE_ID, Leaving
 from client.preview import Preview
 from client.probe import WARN_DAYS, connect_sentence, host_and_port, is_tls_error, open_tls, presented, trusting
-from client.site import STOPPED, Site
+from client.site import Site
 from common.bundle import installed_digest
 from common.config import Coordinator, RunConfig, SiteConfig
 from common.privacy.noise import os_entropy

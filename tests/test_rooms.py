@@ -21,7 +21,7 @@ DOORS = {
         "client/app.py",
         "client/fleet.py",
         "client/worker.py",
-        "client/site.py",
+        "client/answering.py",
         "server/",
         "simulations/in_process.py",
         "simulations/flower.py",

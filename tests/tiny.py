@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from client.site import Site, keep_part, prepare_run
+from client.joining import keep_part, prepare_run
+from client.site import Site
 from common import wire
 from common.backbones import Backbone, open_pretrained
 from common.config import RunConfig, SiteConfig, parse

@@ -11,8 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from client.__main__ import app
+from client.answering import train
 from client.approvals import MAX_WAITING, Approvals, Offer
-from client.site import DeclinedRequest, Site, join, train
+from client.joining import join
+from client.site import DeclinedRequest, Site
 from common import wire
 from common.backbones import Backbone
 from common.config import write_yaml

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from client.joining import join
 from client.limits import MAX_PARAMETERS
-from client.site import DeclinedRequest, Site, join
+from client.site import DeclinedRequest, Site
 from client.statement import statement
 from common import wire
 from common.backbones import Backbone

@@ -17,11 +17,13 @@ from flwr.app import Message
 from typer.testing import CliRunner, Result
 
 from client.__main__ import app
+from client.answering import evaluate, train
 from client.app import make_app
 from client.data import open_units
 from client.exclusions import Exclusions
+from client.joining import join
 from client.limits import feature_dim
-from client.site import DeclinedRequest, Site, evaluate, join, train
+from client.site import DeclinedRequest, Site
 from common import wire
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import write_yaml

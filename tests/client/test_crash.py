@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from client import chain
-from client.site import Site, join, train
+from client.answering import train
+from client.joining import join
+from client.site import Site
 from common import wire
 from common.backbones import Backbone
 from common.heads import initial_heads, parameters
@@ -39,7 +41,8 @@ ROUNDS = """
 import os, resource, signal, sys, time
 from pathlib import Path
 import client.solvers.dp_sgd
-from client.site import Site, train
+from client.answering import train
+from client.site import Site
 from common import wire
 from common.privacy.noise import os_entropy
 from tests.tiny import site_config

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor, nn
 
+from client.answering import evaluate, train
 from client.canaries import SilentStream
 from client.data import open_units
 from client.evaluation import SUMS, bounded, noised_sums, unit_sums
-from client.site import DeclinedRequest, Site, evaluate, join, train
+from client.joining import join
+from client.site import DeclinedRequest, Site
 from client.units import TaskRecords, Units
 from common import wire
 from common.backbones import Backbone
@@ -349,7 +351,8 @@ def test_a_damaged_stored_reply_is_neither_sent_nor_made_anew(tmp_path: Path, fr
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from client.site import Site, evaluate
+from client.answering import evaluate
+from client.site import Site
 from common import wire
 from common.privacy.noise import os_entropy
 from tests.tiny import site_config

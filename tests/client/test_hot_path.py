@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from client.site import Site, join
+from client.joining import join
+from client.site import Site
 from common import wire
 from common.config import write_yaml
 from common.heads import parameters
@@ -38,7 +39,8 @@ IN_A_NEW_PROCESS = """
 import json, sys
 from pathlib import Path
 import client.app
-from client.site import Site, train
+from client.answering import train
+from client.site import Site
 from common import wire
 from common.config import SiteConfig, load
 from common.privacy.noise import os_entropy

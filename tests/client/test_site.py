@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.site import DeclinedRequest, Site, finish, join, keep_part, prepare_run, train
+from client.answering import train
+from client.joining import finish, join, keep_part, prepare_run
+from client.site import DeclinedRequest, Site
 from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig

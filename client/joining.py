@@ -1,0 +1,229 @@
+"""Before a run and after it: agree or decline, receive the backbone, encode records, take the final heads home.
+
+Nothing is spent here. The order inside `join` is a promise too: what depends on the budget is answered only for a run
+that somebody at the site approved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from client.approvals import Approvals, Offer
+from client.audit_gate import AuditTooSlow, audit_verdict
+from client.data import prepare
+from client.history import TRAINING
+from client.limits import refuse_what_does_not_fit
+from client.site import (
+    DeclinedRequest,
+    Joined,
+    Site,
+    check_allowed,
+    check_approved,
+    digest_of_offer,
+    joined_run,
+    modules_of,
+    plan_of,
+    run_folder,
+)
+from client.solvers import open_solver
+from common import wire
+from common.config import RunConfig, parse
+from common.files import private_folder, write_atomic
+from common.heads import initial_heads
+from common.offers import offer_bytes, run_digest
+from common.privacy.accounting import Mechanism
+from common.tasks import Task
+from common.types import (
+    BadInput,
+    DigestMismatch,
+    Refusal,
+    RunFailed,
+    heads_digest,
+)
+
+STOPPED = "stopped.txt"
+
+
+def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
+    """Agree to a run or decline it; nothing is spent and no record is opened.
+
+    Raises:
+        DeclinedRequest: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
+            has approved the run, or it requires an audit that the solver does not pass here.
+    """
+    _refuse_while_stopped(site)
+    joined = _read_offer(site, request)
+    tasks = joined.tasks(site.config)
+    if not tasks:
+        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
+    check_allowed(site.config, joined)
+    # Before anything about the budget is answered: else offers could bisect what is left of it.
+    try:
+        check_approved(site, joined.run_id, run_digest(request.run, request.backbone_digest))
+    except DeclinedRequest as declined:
+        # A coordinator asks every few seconds while it waits: one line says it.
+        raise DeclinedRequest(declined.refusal, declined.detail, logged=not _let_wait(site, request)) from declined
+    try:
+        refuse_what_does_not_fit(joined.run, tasks)
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+    plan = plan_of(site.config, joined)
+    _check_heads(joined, tasks)
+    ledger = site.ledger()
+    # A resumed run was partly paid for; each round's reservation stays the gate.
+    paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (joined.run_id, TRAINING)}
+    rounds = joined.run.rounds - len(paid)
+    whole = [Mechanism.of(replace(plan, steps=plan.steps * rounds))] if rounds > 0 else []
+    if plan.private and whole and not ledger.affords(whole, site.share):
+        raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
+    _pass_audit(site, joined, request, tasks)
+    write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbone_digest))
+    site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
+    return wire.JoinReply(
+        site=site.config.name,
+        tasks={name: site.config.tasks[name].public_size for name in tasks},
+        unit=site.config.unit,
+        delta=site.config.budget.delta,
+        budget_epsilon=site.config.budget.epsilon,
+        has_backbone=_has_backbone(site, request.backbone_digest),
+        held_parts=site.backbones().held_parts(request.backbone_digest),
+    )
+
+
+def keep_part(site: Site, request: wire.PartRequest) -> wire.Ready:
+    """Keep one part of the backbone that was agreed on, unless the whole is here already.
+
+    Raises:
+        DeclinedRequest: not joined.
+    """
+    joined = joined_run(site, request.run_id)
+    if not site.backbones().has(joined.backbone_digest):
+        site.backbones().put_part(joined.backbone_digest, request.index, request.total, request.data)
+    return wire.Ready()
+
+
+def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
+    """Put the backbone together where its parts were sent, encode records, write the run's label arrays.
+
+    Raises:
+        DeclinedRequest: not joined, or the backbone is not the one agreed on.
+    """
+    _refuse_while_stopped(site)
+    joined = joined_run(site, request.run_id)
+    store, digest = site.backbones(), joined.backbone_digest
+    try:
+        sent = request.spec is not None and not store.has(digest)
+        backbone = store.assemble(digest, request.spec) if request.spec and sent else store.open(digest)
+    except DigestMismatch as error:
+        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
+    tasks = joined.tasks(site.config)
+    try:
+        preparation = prepare(
+            site.config,
+            tasks,
+            dict.fromkeys(tasks, backbone),
+            site.features(),
+            joined.folder / "data",
+            device=site.device(),
+            progress=site.progress,
+        )
+    except BadInput as error:
+        _stop(site, str(error))
+        raise
+    prepared = {"feature_dim": backbone.feature_dim, "offer": digest_of_offer(joined.folder)}
+    # Last: its presence marks complete preparation.
+    write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
+    site.journal.write(
+        "prepared", run=joined.run_id, problems=sum(problem.row is not None for problem in preparation.problems)
+    )
+    return wire.Ready()
+
+
+def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
+    """Keep the run's final heads, verified by digest."""
+    joined = joined_run(site, request.run_id)
+    tasks = joined.tasks(site.config)
+    if set(request.heads) != set(tasks):
+        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
+    if not (joined.folder / "prepared.json").exists():
+        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared")
+    modules_of(joined, tasks, request.heads)
+    if heads_digest(request.heads) != request.digest:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "the final heads differ from their digest")
+    records = wire.encode(request)
+    write_atomic(joined.folder / "final_heads.bin", wire.to_bytes(records))
+    site.journal.write("finished", run=joined.run_id, heads=request.digest)
+    return wire.Ready()
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _has_backbone(site: Site, digest: str) -> bool:
+    """Whether the backbone need not be sent: it is here, or the site opens it from its own files."""
+    try:
+        return site.backbones().adopt(digest, site.config.own_backbones)
+    except BadInput as error:
+        site.journal.write("own_backbone_unusable", detail=str(error))
+        return False
+
+
+def _let_wait(site: Site, request: wire.JoinRequest) -> bool:
+    """Keep an offer that nobody approved, for `python -m client approve`; whether it is new."""
+    return Approvals(site.config.state_dir).wait(Offer(request.run, request.backbone_digest))
+
+
+def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
+    try:
+        run = parse(RunConfig, request.run, base=Path("/nonexistent"))
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+    folder = run_folder(site, request.run_id)
+    kept = folder / "offer.json"
+    # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
+    # failure depend on a record.
+    if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbone_digest):
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "another offer was made under the same run id")
+    return Joined(request.run_id, run, request.backbone_digest, folder)
+
+
+def _pass_audit(site: Site, joined: Joined, request: wire.JoinRequest, tasks: Mapping[str, Task]) -> None:
+    """Audit the solver here where the run requires it; the result stays at the site. Raises DeclinedRequest."""
+    if joined.run.audit != "required":
+        return
+    sizes = {name: site.config.tasks[name].public_size for name in tasks}
+    digest = run_digest(request.run, request.backbone_digest)
+    try:
+        verdict = audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
+    except (AuditTooSlow, BadInput, RunFailed) as error:
+        raise DeclinedRequest(Refusal.AUDIT, f"the run requires an audit, and it could not be done: {error}") from error
+    site.journal.write("audit", run=joined.run_id, **verdict)
+    if not verdict["passed"]:
+        raise DeclinedRequest(Refusal.AUDIT, f"the audit that the run requires failed: {verdict['reasons'][0]}")
+
+
+def _stop(site: Site, detail: str) -> None:
+    """Answer nobody until the site's staff has looked.
+
+    Whether records stop a preparation is a fact about them. A coordinator that could ask again, with other labels or
+    ranges, would learn a fact each time; so it learns one for each time a person clears the stop.
+    """
+    write_atomic(private_folder(site.config.state_dir) / STOPPED, detail.encode())
+
+
+def _refuse_while_stopped(site: Site) -> None:
+    path = site.config.state_dir / STOPPED
+    if path.exists():
+        detail = path.read_text(encoding="utf-8")
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
+
+
+def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
+    """Decline heads the solver cannot train, now: once a round is charged it is too late."""
+    try:
+        open_solver(joined.run.solver, "solver").check_heads(initial_heads(tasks, dict.fromkeys(tasks, 1), seed=0))
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
