@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.folder import MARK, SITE_FILE, make_folder, marks
+from client.folder import MARK, SITE_FILE, make_folder, marks, take_kit
+from client.keys import fingerprint
 from client.kit import read_kit
 from common.bundle import installed_digest
 from common.config import SiteConfig, load
@@ -43,17 +44,26 @@ def init(
 ) -> None:
     """Make a new site's folder: keys and a site file in which every key is explained.
 
-    Example: python -m client init hospital-a --kit kit-hospital-a.zip
+    The coordinator's staff need the public key to make a kit: run it again with --kit when they have sent one.
+
+    Example: python -m client init hospital-a --name hospital-a
     """
     with reported_errors():
-        public = make_folder(folder, None if kit is None else read_kit(kit), name)
+        if kit is not None and (folder / SITE_FILE).exists():
+            received = read_kit(kit)
+            take_kit(folder, received)
+            public = folder / "keys" / f"{received.settings.site}.pub"
+        else:
+            public = make_folder(folder, None if kit is None else read_kit(kit), name)
         site_file = folder / SITE_FILE
         lines = marks(site_file.read_text(encoding="utf-8"))
-        typer.echo(f"site file   {site_file}: replace {MARK} in lines {', '.join(map(str, lines))}")
+        where = f"replace {MARK} in lines {', '.join(map(str, lines))}" if lines else "complete"
+        typer.echo(f"site file   {site_file}: {where}")
         typer.echo(f"private key {public.with_suffix('')}: stays here")
         typer.echo(f"public key  {public}: send it to the coordinator's staff")
+        typer.echo(f"fingerprint {fingerprint(public)}: compare it with theirs by telephone")
         if kit is None:
-            typer.echo(f"authority   put the coordinator's ca.crt into {folder}")
+            typer.echo(f"kit         when it has come: python -m client init {folder} --kit KIT.zip")
         typer.echo(f"then        python -m client check {site_file}")
 
 
@@ -92,7 +102,7 @@ def check(
             _print_checks(found)
             for path in sheets:
                 typer.echo(f"preview: {path} (for your eyes; delete it when seen)")
-            typer.echo(f"{failed} failure(s)" if failed else "ready to join: python -m client start " + str(site))
+            typer.echo(_next_step(site, failed, offline=offline))
         if failed:
             raise typer.Exit(EXIT_FAILED)
 
@@ -174,6 +184,14 @@ def _signals(leaving: Any, grace_s: float) -> Iterator[None]:
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _next_step(site: Path, failed: int, *, offline: bool) -> str:
+    if failed:
+        return f"{failed} failure(s)"
+    if offline:
+        return f"no failure; the network was left out: python -m client check {site}"
+    return f"ready to join: python -m client start {site}"
 
 
 def _show(line: str) -> None:

@@ -52,7 +52,7 @@ evaluation: local                 # held-out records are evaluated here only. Or
                                   # budget: {{share: 0.1, evaluations: 20}}
 
 coordinator:
-  address: {address}              # host:port; always TLS
+  address: {address} # host:port; always TLS
   ca: ./ca.crt                    # certificate of the federation's authority, from the kit
   key: ./keys/{name}              # this site's private key; it never leaves. Send keys/{name}.pub
   # health_port: 9101             # loopback port of the gRPC health service, for systemd or Kubernetes
@@ -100,6 +100,35 @@ def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
     write_atomic(folder / SITE_FILE, _site_file(chosen, kit).encode())
     return public
+
+
+def take_kit(folder: Path, kit: Kit) -> None:
+    """Take a kit into a folder that `make_folder` made before there was one: a coordinator needs the key first.
+
+    Authority and offers are added. The site file is written anew if nobody has changed it yet; else only an address
+    that still waits is filled in.
+
+    Raises:
+        BadInput: the kit is another site's, or of another authority than the one already trusted.
+    """
+    key = folder / "keys" / kit.settings.site
+    if not key.exists():
+        raise BadInput(f"{folder}: expected a kit for the site whose key is in keys/, got one for {kit.settings.site}")
+    ca = folder / "ca.crt"
+    if ca.exists() and ca.read_bytes() != kit.ca:
+        raise BadInput(
+            f"{ca}: the kit names another authority than the one this site trusts; ask the coordinator's staff in "
+            "person, and remove the file if that is right"
+        )
+    write_atomic(ca, kit.ca)
+    for run, content in kit.offers.items():
+        write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
+    site_file = folder / SITE_FILE
+    text = site_file.read_text(encoding="utf-8")
+    untouched = text == _site_file(kit.settings.site, None)
+    waiting = f"  address: {MARK} "
+    filled = text.replace(waiting, f"  address: {kit.settings.address} ")
+    write_atomic(site_file, (_site_file(kit.settings.site, kit) if untouched else filled).encode())
 
 
 def marks(text: str) -> list[int]:

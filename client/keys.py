@@ -5,7 +5,9 @@ The coordinator gets the public file and nothing else; who holds the private key
 
 from __future__ import annotations
 
+import base64
 import os
+from hashlib import sha256
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -63,6 +65,12 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise BadInput(f"coordinator.key: expected an EC P-384 key in {path}, got another kind")
     return key
+
+
+def fingerprint(public: Path) -> str:
+    """The digest by which two people compare a public key over the telephone, as `ssh-keygen -l` prints it."""
+    blob = base64.b64decode(public.read_text(encoding="ascii").split()[1])
+    return f"SHA256:{base64.b64encode(sha256(blob).digest()).decode().rstrip('=')}"
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from pydantic import BaseModel
 
-from client.folder import MARK, SITE_FILE, make_folder, marks
+from client.folder import MARK, SITE_FILE, make_folder, marks, take_kit
 from client.keys import read_key, write_key_pair
 from client.kit import MAX_KIT_BYTES, read_kit
 from common.config import Coordinator, SiteConfig, SiteTask, load
@@ -134,6 +134,37 @@ def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) -> No
     with pytest.raises(BadInput, match="name"):
         make_folder(tmp_path / "site", None, name)
     assert not (tmp_path / "site").exists()
+
+
+def test_a_kit_that_comes_after_the_key_fills_in_an_untouched_file(tmp_path: Path) -> None:
+    make_folder(tmp_path / "site", None, "hospital-a")
+    key = (tmp_path / "site/keys/hospital-a").read_bytes()
+    take_kit(tmp_path / "site", read_kit(kit(tmp_path)))
+    make_folder(tmp_path / "other", read_kit(kit(tmp_path)), None)
+    assert (tmp_path / "site" / SITE_FILE).read_text() == (tmp_path / "other" / SITE_FILE).read_text()
+    assert (tmp_path / "site/offers/tiny.json").read_bytes() == offer()
+    assert (tmp_path / "site/keys/hospital-a").read_bytes() == key
+
+
+def test_a_kit_leaves_what_the_staff_wrote(tmp_path: Path) -> None:
+    make_folder(tmp_path / "site", None, "hospital-a")
+    path = tmp_path / "site" / SITE_FILE
+    path.write_text(path.read_text().replace("epsilon: FILL_IN", "epsilon: 3.5"))
+    before = path.read_text()
+    take_kit(tmp_path / "site", read_kit(kit(tmp_path)))
+    assert path.read_text() == before.replace("address: FILL_IN", "address: federation.example.org:9092")
+
+
+def test_a_kit_of_another_authority_or_site_changes_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path / "site", None, "hospital-b")
+    with pytest.raises(BadInput, match="got one for hospital-a"):
+        take_kit(tmp_path / "site", read_kit(kit(tmp_path)))
+    assert not (tmp_path / "site/ca.crt").exists()
+    make_folder(tmp_path / "own", read_kit(kit(tmp_path)), None)
+    trusted = (tmp_path / "own/ca.crt").read_bytes()
+    with pytest.raises(BadInput, match="another authority"):
+        take_kit(tmp_path / "own", read_kit(kit(tmp_path)))
+    assert (tmp_path / "own/ca.crt").read_bytes() == trusted
 
 
 def test_a_kit_for_another_site_is_refused(tmp_path: Path) -> None:
