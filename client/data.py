@@ -46,10 +46,12 @@ class Preparation:
     Attributes:
         problems: records that are not used.
         num_units: units on each side.
+        precision_error: the largest error of features where they were computed in less than float32, else None.
     """
 
     problems: tuple[Problem, ...] = field(repr=False)
     num_units: Mapping[Side, int] = field(repr=False)
+    precision_error: float | None = None
 
 
 def prepare(
@@ -86,7 +88,9 @@ def prepare(
         kind = open_source(config.sources[source], f"sources.{source}", config.plugins)
         opened = exclusions.applied(kind.open())
         backbone = next(backbones[task] for task in tasks if sources[task] == source)
-        features[source] = store.open_or_encode(opened, backbone, device=device, progress=progress)
+        features[source] = store.open_or_encode(
+            opened, backbone, device=device, precision=config.precision, progress=progress
+        )
         index = opened.index()
         left_out = exclusions.positions(index)
         members, bad = usable(source, index, features[source], kind.rows, config.unit, left_out)
@@ -112,7 +116,8 @@ def prepare(
     }
     # One file, so that a crash leaves the old arrays or the new ones.
     write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata={"about": json.dumps(about)}))
-    return Preparation(tuple(problems), num_units)
+    errors = [entry.error for entry in features.values() if entry.error is not None]
+    return Preparation(tuple(problems), num_units, max(errors) if errors and config.precision != "float32" else None)
 
 
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:

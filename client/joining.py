@@ -137,7 +137,10 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
     site.journal.write(
-        "prepared", run=joined.run_id, problems=sum(problem.row is not None for problem in preparation.problems)
+        "prepared",
+        run=joined.run_id,
+        problems=sum(problem.row is not None for problem in preparation.problems),
+        precision_error=preparation.precision_error,
     )
     return wire.Ready()
 

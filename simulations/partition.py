@@ -107,6 +107,7 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
         state_dir=folder / "state",
         cache_dir=config.cache_dir,
         device=config.device,
+        precision=config.precision,
     )
     write_yaml(folder / "site.yaml", site)
     return site

@@ -18,12 +18,13 @@ Invariant, as in `common.privacy.clipping`: whatever a unit's records hold, its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
 
+from client.solvers._objective import taken
 from client.units import TaskRecords
 from common.privacy.clipping import row_norms, sum_by_unit
 from common.types import BadInput
@@ -31,7 +32,7 @@ from common.types import BadInput
 _MOST_RECORDS = 32
 """A unit with more records is not paired: its pairs would outgrow its gradient, which is then formed."""
 
-_MOST_CANCELLATION = 64.0
+_MOST_CANCELLATION = 16.0
 """Sum of the norms of a unit's records over the norm of their sum. Beyond it the unit's gradient is formed too:
 added record by record to a float32 sum, its large parts would leave rounding errors that no clip norm bounds."""
 
@@ -77,47 +78,55 @@ class Inputs:
         square_R: |x|^2, + 1 with a bias, in double precision; None for records of several positions.
         pairs_3Q: r, s and unit of all pairs of different records of a unit that is not too large.
         product_Q: x_r . x_s, + 1 with a bias, in double precision.
+        single: whether record i is unit i's only one, for all units.
+        most_records: of one unit.
+        bias: whether the head has one.
     """
 
     records: TaskRecords
     square_R: Tensor | None
     pairs_3Q: Tensor
     product_Q: Tensor
+    single: bool
+    most_records: int
+    bias: bool
 
     @classmethod
-    def of(cls, head: nn.Module, records: TaskRecords) -> Inputs:
+    def of(cls, head: nn.Module, records: TaskRecords, num_units: int) -> Inputs:
         """The inputs of an affine head."""
-        features = records.features_RD
-        none_3Q = torch.empty((3, 0), dtype=torch.long, device=features.device)
+        features, unit_R = records.features_RD, records.unit_R
+        single = len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device))
+        most = min(1, len(unit_R)) if single else int(torch.bincount(unit_R, minlength=1).max())
+        pairs_3Q = unit_R.new_empty((3, 0)) if features.dim() > 2 or most <= 1 else _pairs(unit_R)
+        bias = head.bias is not None
         if features.dim() > 2:
-            return cls(records, None, none_3Q, none_3Q[0].double())
-        bias = float(next(reversed(list(head.parameters()))).dim() == 1)
-        pairs_3Q = _pairs(records.unit_R)
+            return cls(_channels_last(records), None, pairs_3Q, pairs_3Q[0].double(), single, most, bias)
         first, second = features[pairs_3Q[0]], features[pairs_3Q[1]]
-        product_Q = torch.linalg.vecdot(first.double(), second.double()) + bias
-        return cls(records, row_norms(features) ** 2 + bias, pairs_3Q, product_Q)
+        product_Q = torch.linalg.vecdot(first.double(), second.double()) + float(bias)
+        return cls(records, row_norms(features) ** 2 + float(bias), pairs_3Q, product_Q, single, most, bias)
 
     def of_units(self, position_U: Tensor) -> Inputs:
         """The records of some units: `position_U` is a unit's new index, or -1 for one that is left out."""
         records = self.records
         position_R = position_U[records.unit_R]
         rows = (position_R >= 0).nonzero().squeeze(1)
-        chosen = TaskRecords(
-            records.features_RD[rows],
-            records.labels[rows],
-            records.mask_R[rows],
-            position_R[rows],
-            records.weight_R[rows],
-        )
+        chosen = taken(records, rows, position_R)
         square_R = None if self.square_R is None else self.square_R[rows]
         if not len(self.product_Q):
-            return Inputs(chosen, square_R, self.pairs_3Q, self.product_Q)
+            return replace(self, records=chosen, square_R=square_R)
         row_R = torch.empty_like(position_R)
         row_R[rows] = torch.arange(len(rows), device=rows.device)
         kept = position_U[self.pairs_3Q[2]] >= 0
         first_Q, second_Q, unit_Q = self.pairs_3Q[:, kept]
         pairs_3Q = torch.stack([row_R[first_Q], row_R[second_Q], position_U[unit_Q]])
-        return Inputs(chosen, square_R, pairs_3Q, self.product_Q[kept])
+        return replace(self, records=chosen, square_R=square_R, pairs_3Q=pairs_3Q, product_Q=self.product_Q[kept])
+
+
+def _channels_last(records: TaskRecords) -> TaskRecords:
+    """The same feature maps, the values of one position side by side: both products of a step then read in order."""
+    if records.features_RD.dim() != 4:
+        return records
+    return replace(records, features_RD=records.features_RD.contiguous(memory_format=torch.channels_last))
 
 
 def _pairs(unit_R: Tensor) -> Tensor:
@@ -144,8 +153,8 @@ class Gradients(Protocol):
 
     norm_U: Tensor
 
-    def weighted_sum(self, factor_U: Tensor) -> list[Tensor]:
-        """Sum over units of factor times gradient, weight first; a unit of factor 0 adds nothing, not even a NaN."""
+    def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
+        """Add factor times gradient of all units to the sums, weight's first; factor 0 adds nothing, not even a NaN."""
 
 
 def gradients_of(head: nn.Module, inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
@@ -158,15 +167,15 @@ def gradients_of(head: nn.Module, inputs: Inputs, delta: Tensor, num_units: int)
         num_units: U.
     """
     if inputs.square_R is not None:
-        return _VectorGradients(inputs, delta, num_units, bias=head.bias is not None)
+        return _VectorGradients(inputs, delta, num_units)
     features = inputs.records.features_RD
-    if isinstance(head, nn.Linear):
+    if type(head) is nn.Linear:
         features_RPD, delta_RPK = features.flatten(1, -2), delta.flatten(1, -2)
     else:
         features_RPD, delta_RPK = features.flatten(2).mT, delta.flatten(2).mT
     # One small product for each record; nothing of size R x P x D is made.
     weight_RKD = torch.bmm(delta_RPK.mT, features_RPD)
-    formed_R = [weight_RKD] if head.bias is None else [weight_RKD, delta_RPK.sum(dim=1)]
+    formed_R = [weight_RKD] if not inputs.bias else [weight_RKD, delta_RPK.sum(dim=1)]
     return _FormedGradients([sum_by_unit(part, inputs.records.unit_R, num_units) for part in formed_R])
 
 
@@ -175,67 +184,69 @@ class _FormedGradients:
     """Units' gradients as they are."""
 
     def __init__(self, parts_U: Sequence[Tensor]) -> None:
-        self._parts_U = parts_U
-        self.norm_U = torch.linalg.vector_norm(torch.stack([row_norms(part) for part in parts_U]), dim=0)
+        self._parts_U = [part.flatten(1) for part in parts_U]
+        norm_U = row_norms(self._parts_U[0])
+        self.norm_U = norm_U if len(parts_U) == 1 else torch.hypot(norm_U, row_norms(self._parts_U[1]))
 
-    def weighted_sum(self, factor_U: Tensor) -> list[Tensor]:
+    def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
         left_out_U = factor_U == 0.0
-        parts_U = [part.flatten(1) for part in self._parts_U]
-        if bool(left_out_U.any()):
-            parts_U = [part.masked_fill(left_out_U[:, None], 0.0) for part in parts_U]
-        return [(factor_U @ part).view(full.shape[1:]) for part, full in zip(parts_U, self._parts_U, strict=True)]
+        spoiled = bool(left_out_U.any())
+        for total, part in zip(sums, self._parts_U, strict=True):
+            finite = part.masked_fill(left_out_U[:, None], 0.0) if spoiled else part
+            total.view(-1).addmv_(finite.mT, factor_U)
 
 
 @final
 class _VectorGradients:
     """Units' gradients of a linear head on vectors, kept as their two factors."""
 
-    def __init__(self, inputs: Inputs, delta_RK: Tensor, num_units: int, *, bias: bool) -> None:
+    def __init__(self, inputs: Inputs, delta_RK: Tensor, num_units: int) -> None:
         assert inputs.square_R is not None
-        self._features_RD = inputs.records.features_RD
-        self._unit_R = inputs.records.unit_R
+        self._inputs = inputs
         self._delta_RK = delta_RK
-        self._bias = bias
-        delta_norm_R = row_norms(delta_RK)
-        square_R = delta_norm_R**2 * inputs.square_R
         self._formed_U: dict[int, list[Tensor]] = {}
-        if _one_each(self._unit_R, num_units):
-            self.norm_U = square_R.sqrt()
+        delta_norm_R = torch.linalg.vector_norm(delta_RK, dim=1, dtype=torch.double)
+        square_R = delta_norm_R.square_().mul_(inputs.square_R)
+        if inputs.single:
+            self.norm_U = square_R.sqrt_()
             return
+        unit_R = inputs.records.unit_R
         zero_U = square_R.new_zeros(num_units)
-        reach_U = zero_U.index_add(0, self._unit_R, square_R.sqrt())
+        square_U = zero_U.index_add(0, unit_R, square_R)
+        if inputs.most_records <= 1:
+            self.norm_U = square_U.sqrt_()
+            return
         first_Q, second_Q, unit_Q = inputs.pairs_3Q
-        delta_RK = delta_RK.double()
-        cross_Q = 2.0 * torch.linalg.vecdot(delta_RK[first_Q], delta_RK[second_Q]) * inputs.product_Q
-        square_U = zero_U.index_add(0, self._unit_R, square_R).index_add(0, unit_Q, cross_Q)
-        self.norm_U = square_U.clamp(min=0.0).sqrt()
-        large_U = torch.bincount(self._unit_R, minlength=num_units) > _MOST_RECORDS
-        self._form((large_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
+        exact_RK = delta_RK.double()
+        cross_Q = 2.0 * torch.linalg.vecdot(exact_RK[first_Q], exact_RK[second_Q]) * inputs.product_Q
+        self.norm_U = square_U.index_add_(0, unit_Q, cross_Q).clamp_(min=0.0).sqrt_()
+        reach_U = zero_U.index_add_(0, unit_R, square_R.sqrt_())
+        unpaired_U = torch.bincount(unit_R, minlength=num_units) > _MOST_RECORDS
+        self._form((unpaired_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
 
     def _form(self, units: Tensor) -> None:
+        records = self._inputs.records
         for unit in units.tolist():
-            rows = (self._unit_R == unit).nonzero().squeeze(1)
+            rows = (records.unit_R == unit).nonzero().squeeze(1)
             delta_rK = self._delta_RK[rows]
-            gradient = [delta_rK.mT @ self._features_RD[rows]]
-            if self._bias:
-                gradient.append(delta_rK.sum(dim=0))
-            self._formed_U[unit] = gradient
-            self.norm_U[unit] = row_norms(torch.cat([part.flatten() for part in gradient])[None])[0]
+            parts = [delta_rK.mT @ records.features_RD[rows]]
+            if self._inputs.bias:
+                parts.append(delta_rK.sum(dim=0))
+            self._formed_U[unit] = parts
+            self.norm_U[unit] = row_norms(torch.cat([part.flatten() for part in parts])[None])[0]
 
-    def weighted_sum(self, factor_U: Tensor) -> list[Tensor]:
-        by_record_U = factor_U
-        if self._formed_U:
-            by_record_U = factor_U.index_fill(0, torch.tensor(list(self._formed_U), device=factor_U.device), 0.0)
-        factor_R1 = by_record_U[self._unit_R][:, None]
-        scaled_RK = torch.where(factor_R1 > 0.0, self._delta_RK * factor_R1, 0.0)
-        sums = [scaled_RK.mT @ self._features_RD]
-        if self._bias:
-            sums.append(scaled_RK.sum(dim=0))
-        for unit, gradient in self._formed_U.items():
+    def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
+        for unit, parts in self._formed_U.items():
             if factor_U[unit] > 0.0:
-                sums = [total + factor_U[unit] * part for total, part in zip(sums, gradient, strict=True)]
-        return sums
-
-
-def _one_each(unit_R: Tensor, num_units: int) -> bool:
-    return len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device))
+                for total, part in zip(sums, parts, strict=True):
+                    total.add_(factor_U[unit] * part)
+        if self._formed_U:
+            factor_U = factor_U.index_fill(0, torch.tensor(list(self._formed_U), device=factor_U.device), 0.0)
+        records = self._inputs.records
+        factor_R1 = (factor_U if self._inputs.single else factor_U[records.unit_R])[:, None]
+        scaled_RK = self._delta_RK * factor_R1
+        if bool((factor_U == 0.0).any()):
+            scaled_RK = torch.where(factor_R1 > 0.0, scaled_RK, 0.0)
+        sums[0].addmm_(scaled_RK.mT, records.features_RD)
+        if self._inputs.bias:
+            sums[1].add_(scaled_RK.sum(dim=0))

@@ -16,7 +16,7 @@ the site's stream alone. Opacus is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from client.solvers import _objective
-from client.solvers._closed_form import Gradients, Inputs, check_affine, gradients_of
+from client.solvers._closed_form import Inputs, check_affine, gradients_of
 from client.units import Units
 from common.config import PositiveInt, Privacy
 from common.plugins import Plugin
@@ -101,22 +101,45 @@ class DpGd(Plugin):
         """
         check_affine(heads)
         copies = _objective.trainable_copies(heads)
-        parameters = [parameter for head in copies.values() for parameter in head.parameters()]
-        expected = _objective.expected_units(plan, public_sizes)
-        divisors = [expected[name] for name, head in copies.items() for _ in head.parameters()]
-        velocity = [torch.zeros_like(parameter) for parameter in parameters]
+        weights = _flattened(copies)
+        divisors = _divisors(copies, _objective.expected_units(plan, public_sizes))
+        velocity = torch.zeros_like(weights) if self.momentum else None
         usable = _objective.usable(units)
-        inputs = {name: Inputs.of(copies[name], usable.tasks[name]) for name in copies}
+        inputs = {name: Inputs.of(copies[name], usable.tasks[name], usable.num_units) for name in copies}
         with torch.no_grad():
             for _ in range(plan.steps):
                 members = _objective.participants(usable, plan, stream)
-                sums = _clipped_sum(copies, tasks, inputs, usable.num_units, members, plan)
-                _add_noise(sums, plan, stream)
-                for value, total, divisor, speed in zip(parameters, sums, divisors, velocity, strict=True):
-                    # The update of torch.optim.SGD. The divisor comes after the noise, so it costs nothing.
-                    speed.mul_(self.momentum).add_(total / divisor + self.weight_decay * value)
-                    value.sub_(speed, alpha=self.learning_rate)
+                total = _clipped_sum(copies, tasks, inputs, usable.num_units, members, plan)
+                step = _noised(total, plan, stream).div_(divisors).to(weights)
+                # The update of torch.optim.SGD.
+                if self.weight_decay:
+                    step.add_(weights, alpha=self.weight_decay)
+                if velocity is not None:
+                    step = velocity.mul_(self.momentum).add_(step)
+                weights.sub_(step, alpha=self.learning_rate)
         return _objective.difference(copies, heads)
+
+
+def _flattened(heads: Mapping[str, nn.Module]) -> Tensor:
+    """All parameters side by side; those of the heads become views of it."""
+    parameters = [parameter for head in heads.values() for parameter in head.parameters()]
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(
+        parameters, torch.split(flat, [parameter.numel() for parameter in parameters]), strict=True
+    ):
+        parameter.data = part.view_as(parameter)
+    return flat
+
+
+def _divisors(heads: Mapping[str, nn.Module], expected: Mapping[str, float]) -> Tensor:
+    """The declared number of units in a step, for each parameter."""
+    sizes = {name: sum(parameter.numel() for parameter in head.parameters()) for name, head in heads.items()}
+    device = next(next(iter(heads.values())).parameters()).device
+    if len(set(expected.values())) == 1:
+        return torch.tensor(next(iter(expected.values())), dtype=torch.double, device=device)
+    return torch.cat([torch.full((size,), expected[name], dtype=torch.double) for name, size in sizes.items()]).to(
+        device
+    )
 
 
 def _clipped_sum(
@@ -126,31 +149,40 @@ def _clipped_sum(
     num_units: int,
     members: Tensor,
     plan: Plan,
-) -> list[Tensor]:
+) -> Tensor:
     """Sum over the sample of all parameters' clipped gradients, in the parameters' order."""
     assert plan.clip_norm is not None
-    sums = [torch.zeros_like(parameter) for head in heads.values() for parameter in head.parameters()]
+    shapes = [parameter.shape for head in heads.values() for parameter in head.parameters()]
+    first = next(next(iter(heads.values())).parameters())
+    total = first.new_zeros(sum(shape.numel() for shape in shapes))
+    parts = iter(torch.split(total, [shape.numel() for shape in shapes]))
+    sums = {
+        name: [next(parts).view(len(p), -1) if p.dim() > 1 else next(parts) for p in head.parameters()]
+        for name, head in heads.items()
+    }
     for batch, size in _batches(heads, inputs, num_units, members):
         gradients = {
             name: gradients_of(head, batch[name], _output_derivative(head, tasks[name], batch[name]), size)
             for name, head in heads.items()
             if len(batch[name].records.unit_R)
         }
-        if not gradients:
-            continue
-        norm_U = torch.linalg.vector_norm(torch.stack([part.norm_U for part in gradients.values()]), dim=0)
-        factor_U = clip_factors(norm_U, plan.clip_norm)
-        sums = [total + part for total, part in zip(sums, _parts(heads, gradients, factor_U), strict=True)]
-    return sums
+        if gradients:
+            factor_U = clip_factors(_joint([part.norm_U for part in gradients.values()]), plan.clip_norm)
+            for name, part in gradients.items():
+                part.add_weighted(factor_U, sums[name])
+    return total
 
 
-def _parts(heads: Mapping[str, nn.Module], gradients: Mapping[str, Gradients], factor_U: Tensor) -> Iterator[Tensor]:
-    for name, head in heads.items():
-        if name in gradients:
-            parts = gradients[name].weighted_sum(factor_U)
-            yield from (part.view_as(p) for part, p in zip(parts, head.parameters(), strict=True))
-        else:
-            yield from (torch.zeros_like(parameter) for parameter in head.parameters())
+def _joint(norms_U: Sequence[Tensor]) -> Tensor:
+    """norm_U over all heads."""
+    return norms_U[0] if len(norms_U) == 1 else torch.linalg.vector_norm(torch.stack(list(norms_U)), dim=0)
+
+
+def _noised(total: Tensor, plan: Plan, stream: NoiseStream) -> Tensor:
+    """The sum with the step's noise, in double precision. One draw of the stream is one release."""
+    assert plan.clip_norm is not None
+    noise = torch.from_numpy(stream.gaussian((len(total),))).to(total.device)
+    return noise.mul_(plan.noise_multiplier * plan.clip_norm).add_(total)
 
 
 def _batches(
@@ -175,8 +207,7 @@ def _chunk(heads: Mapping[str, nn.Module], inputs: Mapping[str, Inputs]) -> int:
     values = 0
     for name, one in inputs.items():
         if one.square_R is None and len(one.records.unit_R):
-            most_records = int(torch.bincount(one.records.unit_R).max())
-            values += most_records * sum(parameter.numel() for parameter in heads[name].parameters())
+            values += one.most_records * sum(parameter.numel() for parameter in heads[name].parameters())
     return max(1, _CHUNK_VALUES // max(1, values))
 
 
@@ -188,13 +219,3 @@ def _output_derivative(head: nn.Module, task: Task, inputs: Inputs) -> Tensor:
         loss = task.scale * (records.weight_R * task.losses(outputs, records.labels)).sum()
         delta: Tensor = torch.autograd.grad(loss, outputs)[0]
     return delta
-
-
-def _add_noise(sums: list[Tensor], plan: Plan, stream: NoiseStream) -> None:
-    """Put the step's noise on the clipped sums, in place. One draw of the stream is one release."""
-    assert plan.clip_norm is not None
-    sizes = [total.numel() for total in sums]
-    noise = torch.from_numpy(stream.gaussian((sum(sizes),))) * (plan.noise_multiplier * plan.clip_norm)
-    for total, part in zip(sums, torch.split(noise, sizes), strict=True):
-        # In double precision, so that the sum is rounded once.
-        total.copy_(total.double() + part.to(total.device).view_as(total))

@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from common.backbones._fast import FastEncoder, Precision
 from common.backbones._kind import Architecture, Example, Kind, Pretrained
 from common.backbones._projection import ProjectionLayer, projection_state
 from common.backbones._weights import digest_of, load_strict
@@ -32,6 +34,7 @@ __all__ = [
     "Example",
     "FrozenEncoder",
     "Kind",
+    "Precision",
     "Pretrained",
     "Untrained",
     "from_blob",
@@ -81,6 +84,7 @@ class Backbone:
         digest: 64 hex digits over `spec` and every weight.
         feature_dim: number of features per item.
         device: where it encodes.
+        precision: of the encoder's inside; the site's choice, not in the digest.
     """
 
     kind: Kind
@@ -89,6 +93,16 @@ class Backbone:
     feature_dim: int
     module: FrozenEncoder = dataclasses.field(repr=False)
     device: torch.device
+    precision: Precision = "float32"
+
+    @cached_property
+    def _encoder(self) -> FastEncoder:
+        return FastEncoder(self.module, self.precision, self.device)
+
+    @property
+    def error(self) -> float | None:
+        """How far features are from those of float32, relative, seen on the first items; None before any."""
+        return self._encoder.error
 
     def public_spec(self) -> dict[str, Any]:
         """The resolved settings as plain values; they hold no path."""
@@ -105,7 +119,7 @@ class Backbone:
         # Again before every use: `train()` on an inner module would not pass through FrozenEncoder.train.
         self.module.train(False)
         with torch.inference_mode():
-            features_BD: Tensor = self.module(batch.to(self.device))
+            features_BD = self._encoder(batch.to(self.device, non_blocking=True))
         # Cloned outside: autograd refuses inference tensors, and heads train on these.
         return features_BD.cpu().clone()
 
@@ -117,6 +131,10 @@ class Backbone:
     def to(self, device: torch.device) -> Backbone:
         """The same backbone on a device. The module moves: do not use the old value."""
         return dataclasses.replace(self, module=self.module.to(device), device=device)
+
+    def at(self, precision: Precision) -> Backbone:
+        """The same backbone, computing inside in this precision."""
+        return dataclasses.replace(self, precision=precision)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Reciprocal:
 
     digest: str = "11"
     feature_dim: int = DIM
+    device: torch.device = CPU
+    error: float | None = None
 
     def to(self, device: torch.device) -> Reciprocal:
         del device

@@ -1,0 +1,66 @@
+"""Two ways of doing the same work, timed in turns in one process, and the line that says how they compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One claim and what was seen.
+
+    Attributes:
+        name: of the claim.
+        ratio: subject / reference, of the medians.
+        target: what it should be at most.
+        subject_s: median seconds of the claimed way.
+        reference_s: median seconds of the other.
+        repeats: of each.
+        load: the machine's load average of the last minute at the end; its own work is part of it.
+        note: setting, or why the target was missed.
+    """
+
+    name: str
+    ratio: float
+    target: float
+    subject_s: float
+    reference_s: float
+    repeats: int
+    load: float
+    note: str = ""
+
+
+def compare(name: str, subject: Work, reference: Work, *, target: float, repeats: int, note: str = "") -> Result:
+    """Time both in turns, after one of each that does not count; print the result as one line."""
+    subject()
+    reference()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for work, seconds in ((subject, times[0]), (reference, times[1])):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+    return stated(name, median(times[0]), median(times[1]), target=target, repeats=repeats, note=note)
+
+
+def stated(name: str, subject: float, reference: float, *, target: float, repeats: int, note: str = "") -> Result:
+    """The result of two numbers, which need not be seconds where the note says so; printed as one line."""
+    result = Result(
+        name,
+        round(subject / reference, 4),
+        target,
+        round(subject, 6),
+        round(reference, 6),
+        repeats,
+        round(os.getloadavg()[0], 2),
+        note,
+    )
+    print(json.dumps(asdict(result)), flush=True)
+    return result
