@@ -83,6 +83,7 @@ class Backbone:
         spec: JSON text of them, canonical: the same settings are the same text.
         digest: 64 hex digits over `spec` and every weight.
         feature_dim: number of features per item.
+        prepare: makes an input of an item.
         device: where it encodes.
         precision: of the encoder's inside; the site's choice, not in the digest.
     """
@@ -91,6 +92,7 @@ class Backbone:
     spec: str
     digest: str
     feature_dim: int
+    prepare: Callable[[Any], Tensor] = dataclasses.field(repr=False)
     module: FrozenEncoder = dataclasses.field(repr=False)
     device: torch.device
     precision: Precision = "float32"
@@ -111,7 +113,7 @@ class Backbone:
 
     def preprocess(self, item: Any) -> Tensor:
         """One source item as one input. Raises BadRecord."""
-        return self.kind.preprocess(item)
+        return self.prepare(item)
 
     def encode(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
         """features_BD of preprocessed items, float32, on the CPU; heads can be trained on them."""
@@ -240,7 +242,8 @@ def _frozen(resolved: Kind, state: Mapping[str, Tensor], source: str) -> Backbon
     load_strict(module, state, source)
     spec = _canonical(resolved)
     digest = digest_of(spec, module.state_dict().items())
-    return Backbone(resolved, spec, digest, projection.out_dim, module, torch.device("cpu"))
+    prepare = encoder.preprocess or resolved.preprocess
+    return Backbone(resolved, spec, digest, projection.out_dim, prepare, module, torch.device("cpu"))
 
 
 def _canonical(kind: Kind) -> str:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,12 @@ class Architecture:
     Attributes:
         module: batch of preprocessed items -> raw features B x `feature_dim`.
         feature_dim: before any projection.
+        preprocess: in place of `Kind.preprocess` where it needs what travels with the weights, such as a vocabulary.
     """
 
     module: nn.Module
     feature_dim: int
+    preprocess: Callable[[Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Kind(Protocol):
         """The local file that `pretrained` reads, if it reads one."""
 
     def preprocess(self, item: Any) -> Tensor:
-        """One source item as one input, without a batch dimension.
+        """One source item (see `common.items`) as one input, without a batch dimension; all are of one shape.
 
         Raises:
             BadRecord: the item cannot be used; the message holds nothing of its content.

@@ -1,0 +1,169 @@
+"""What a Hugging Face model's folder says, read at the coordinator: settings, tokenizer and weights, never code.
+
+Invariants: no file is unpickled (weights come from safetensors) and no file of a model is imported
+(`trust_remote_code` stays off); what is returned names no path, so that it can travel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from common.types import BadInput
+
+# They describe where a file came from, what it was saved as, or a classifier: nothing that shapes features.
+_UNUSED = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "processor_class",
+        "torch_dtype",
+        "transformers_version",
+        "transformers.js_config",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model is: a folder, or a name on the Hub with its revision.
+
+    Attributes:
+        name: folder or name.
+        revision: commit, tag or branch of a name.
+        local_files_only: whether nothing may be downloaded.
+    """
+
+    name: Path | str
+    revision: str | None
+    local_files_only: bool
+
+    def file(self, name: str) -> Path | None:
+        """One of its files; None where there is none of that name. Raises BadInput where the model is not found."""
+        if isinstance(self.name, Path):
+            if not self.name.is_dir():
+                raise BadInput(f"folder: expected a folder with a model, found none at {self.name}")
+            path = self.name / name
+            return path if path.is_file() else None
+        try:
+            found = cached_file(
+                self.name,
+                name,
+                revision=self.revision,
+                local_files_only=self.local_files_only,
+                _raise_exceptions_for_missing_entries=False,
+            )
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"model: expected {self.name!r} in the cache or on the Hub, got {type(error).__name__}; download it, "
+                "or name its `folder`"
+            ) from error
+        return None if found is None else Path(found)
+
+    def settings(self, *names: str) -> dict[str, Any] | None:
+        """The first JSON file of these names, without what does not shape features; None where there is none."""
+        for name in names:
+            path = self.file(name)
+            if path is not None:
+                return _json(path)
+        return None
+
+
+def config_of(values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a model that transformers itself knows. Raises BadInput."""
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise BadInput(f"config.json: expected a model_type that transformers knows, got {kind!r}")
+    return CONFIG_MAPPING[kind].from_dict(values)
+
+
+def tokenizer_json(location: Location) -> bytes:
+    """The whole tokenizer as the tokenizers library's own JSON, without padding and truncation. Raises BadInput."""
+    path = location.file("tokenizer.json")
+    try:
+        found = _converted(location) if path is None else tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(
+            f"folder: expected a tokenizer.json, or files that convert to one, got {type(error).__name__}"
+        ) from error
+    found.no_padding()
+    found.no_truncation()
+    text: str = found.to_str()
+    return text.encode()
+
+
+def model_of(location: Location, config: PretrainedConfig) -> tuple[nn.Module, set[str]]:
+    """The model with its weights in float32, and the names of parameters that the weights lack.
+
+    Raises:
+        BadInput: no safetensors weights, or weights of another architecture.
+    """
+    try:
+        with quiet():
+            model, info = AutoModel.from_pretrained(
+                str(location.name),
+                config=config,
+                revision=location.revision or "main",
+                local_files_only=location.local_files_only,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"folder: expected weights as safetensors that fit the model's config.json, got {type(error).__name__}; "
+            "pickled weights are not read: convert them with `save_pretrained`"
+        ) from error
+    return model.float(), set(info["missing_keys"])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no remarks about unused weights."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _converted(location: Location) -> tokenizers.Tokenizer:
+    with quiet():
+        slow = AutoTokenizer.from_pretrained(
+            str(location.name),
+            revision=location.revision or "main",
+            local_files_only=location.local_files_only,
+            trust_remote_code=False,
+        )
+    return tokenizers.Tokenizer.from_buffer(slow.backend_tokenizer.to_str().encode())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"folder: expected a readable JSON file {path}, got {type(error).__name__}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"folder: expected keys and values in {path}")
+    return {name: value for name, value in values.items() if name not in _UNUSED}
