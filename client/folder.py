@@ -63,6 +63,7 @@ coordinator:
 state_dir: ./state                # ledger, features, replies, received backbones: for the owner only. Back it up
 # cache_dir: ./cache              # features elsewhere, such as on a larger disk
 device: auto                      # `cpu`, `cuda`, or what is there
+# precision: bfloat16             # features in less time, with an error that is measured and logged; else float32
 """
 
 _TASK = """\
