@@ -37,7 +37,7 @@ def listening(listener: Listener, bound: socket.socket) -> Iterator[None]:
         ready.set()
         await task
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
     assert ready.wait(20)
     try:
