@@ -8,22 +8,13 @@ Flower's simulation on Ray with a client that answers with the arrays it got.
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from benchmarks.measure import stated
 from common.config import SimulationConfig, load
-from common.journal import read
-from simulations.experiment import run
 
 ROUNDS, RECORDS, DIM = 3, 40, 64
 

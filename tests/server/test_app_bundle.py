@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def test_nothing_that_lies_beside_the_code_gets_in(tmp_path: Path) -> None:
         path.write_text("secret")
     found = names(make_bundle(tmp_path).content)
     assert found == {f"{room}/code.py" for room in ROOMS} | {"pyproject.toml", ".info/CONTENT"}
+
+
+def test_our_own_list_keeps_strays_out_before_flowers_filter_does(tmp_path: Path) -> None:
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        for name in ("code.py", "records.csv", "ca.key"):
+            (tmp_path / room / name).write_text("")
+    assert set(bundle_files(tmp_path)) == {f"{room}/code.py" for room in ROOMS} | {"pyproject.toml"}
+
+
+def test_flowers_filter_takes_the_code_of_three_rooms_alone() -> None:
+    settings = tomllib.loads(bundle_files()["pyproject.toml"].decode())
+    assert set(settings["tool"]["flwr"]["app"]["fab-include"]) == {"client/**/*.py", "common/**/*.py", "server/**/*.py"}
 
 
 def test_a_site_with_the_same_installation_finds_its_own_code_in_it() -> None:
