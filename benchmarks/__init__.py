@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Each claim of speed as a script that times its reference in the same run."""
-=======
 """Each claim of speed as a script that times its reference in the same run.
 
 A package of its own: opacus installs another `benchmarks`, which would stand before a folder without this file.
 """
->>>>>>> coord
