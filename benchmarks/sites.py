@@ -23,7 +23,11 @@ def simulation(folder: Path, num_sites: int, rounds: int = ROUNDS) -> Simulation
     """A simulation of vectors that come as features."""
     rng = np.random.default_rng(0)
     count = num_sites * RECORDS * 5 // 4
-    np.savez(folder / "rows.npz", x=rng.normal(size=(count, DIM)).astype(np.float32), y=np.where(rng.integers(0, 2, count), "a", "b"))
+    np.savez(
+        folder / "rows.npz",
+        x=rng.normal(size=(count, DIM)).astype(np.float32),
+        y=np.where(rng.integers(0, 2, count), "a", "b"),
+    )
     parts = {"all": {"inputs": "x", "columns": {"y": "y"}}}
     values: dict[str, Any] = {
         "run": {

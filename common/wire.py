@@ -1,8 +1,8 @@
 """Typed messages and the only place that spells Flower's record keys.
 
 A payload is one frozen dataclass; `encode` turns it into a RecordDict, `decode` back. Public scalars travel as one JSON
-text, arrays as raw little-endian float32 with their shape, the backbone's weights in parts. Nothing is unpickled, and
-every size is checked before memory is allocated for it.
+text, all heads as raw little-endian float32 behind one layout of their shapes, the backbone's weights in parts. Nothing
+is unpickled, and every size is checked before memory is allocated for it.
 
 Every field that a site sends is listed here with its privacy reason:
 
@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, assert_never
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -50,9 +50,8 @@ EVALUATE = "evaluate"
 FINISH = "query.finish"
 
 _PUBLIC = "public"
-_HEAD = "head/"
+_HEADS = "heads"
 _PART = "part"
-_RAW = "raw.f4"
 MAX_JSON_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
 MAX_TASKS = 1024
@@ -238,13 +237,12 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
         if not isinstance(public["spec"], str | None):
             raise BadInput("PrepareRequest: expected a backbone's settings as text")
     elif expected in _WITH_HEADS:
-        heads = {key.removeprefix(_HEAD): _params(records, key) for key in records if key.startswith(_HEAD)}
-        allowed |= {_HEAD + task for task in heads}
-        public["heads"] = heads
+        allowed |= {_HEADS}
+        public["heads"] = _heads(records)
     if not isinstance(public.get("run_id", ""), str) or type(public.get("round", 1)) is not int:
         raise BadInput(f"{expected.__name__}: expected a run's id and a round's number")
     extra = set(records) - allowed
-    if extra or len(records) > MAX_TASKS:
+    if extra:
         raise BadInput(f"{expected.__name__}: {len(extra)} unexpected record(s)")
     if expected is TrainReply:
         public = {"delta": Delta(public.pop("heads")), "plan": _plan(public.pop("plan")), **public}
@@ -315,27 +313,39 @@ def _public(records: RecordDict) -> dict[str, Any]:
 
 
 def _with_heads(records: RecordDict, heads: Heads) -> RecordDict:
-    for task in sorted(heads):
-        arrays = {name: _array(values) for name, values in sorted(heads[task].items())}
-        records[_HEAD + task] = ArrayRecord(arrays)
+    """All arrays one after the other in one record: Flower asks for each of its objects in several requests."""
+    layout = {task: {name: list(heads[task][name].shape) for name in sorted(heads[task])} for task in sorted(heads)}
+    data = b"".join(_bytes(heads[task][name]) for task, shapes in layout.items() for name in shapes)
+    records[_HEADS] = ConfigRecord({"layout": json.dumps(layout, separators=(",", ":")), "data": data})
     return records
 
 
-def _array(values: np.ndarray) -> Array:
-    little = np.asarray(values, dtype="<f4", order="C")  # Not ascontiguousarray: it turns a scalar into a vector.
-    return Array(dtype="float32", shape=tuple(little.shape), stype=_RAW, data=little.tobytes())
+def _bytes(values: np.ndarray) -> bytes:
+    return np.asarray(values, dtype="<f4", order="C").tobytes()
 
 
-def _params(records: RecordDict, key: str) -> dict[str, np.ndarray]:
-    return {name: _values(array) for name, array in records.array_records[key].items()}
-
-
-def _values(array: Array) -> np.ndarray:
+def _heads(records: RecordDict) -> Heads:
+    text, data = records.config_records[_HEADS]["layout"], records.config_records[_HEADS]["data"]
+    if not isinstance(text, str) or len(text) > MAX_JSON_BYTES or not isinstance(data, bytes):
+        raise BadInput("expected heads as a layout and their bytes")
+    layout: dict[str, dict[str, list[int]]] = json.loads(text)
+    if len(layout) > MAX_TASKS:
+        raise BadInput(f"expected heads of at most {MAX_TASKS} tasks")
+    sizes = [_size(shape) for shapes in layout.values() for shape in shapes.values()]
     # Checked before use: a shape that promises more than the bytes hold allocates nothing.
-    count = math.prod(array.shape) if all(side >= 0 for side in array.shape) else -1
-    if array.stype != _RAW or array.dtype != "float32" or len(array.data) != 4 * count or 4 * count > MAX_HEAD_BYTES:
-        raise BadInput("expected a float32 array whose bytes match its shape")
-    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape).astype(np.float32)
+    if 4 * sum(sizes) != len(data) or len(data) > MAX_HEAD_BYTES:
+        raise BadInput("expected float32 arrays whose bytes match their shapes")
+    values = np.frombuffer(data, dtype="<f4").astype(np.float32)
+    parts = iter(np.split(values, np.cumsum(sizes)[:-1]) if sizes else [])
+    return {
+        task: {name: next(parts).reshape(shape) for name, shape in shapes.items()} for task, shapes in layout.items()
+    }
+
+
+def _size(shape: list[int]) -> int:
+    if not (isinstance(shape, list) and all(type(side) is int and side >= 0 for side in shape)):
+        raise BadInput("expected shapes of whole numbers")
+    return math.prod(shape)
 
 
 def encoded_size(records: RecordDict) -> int:

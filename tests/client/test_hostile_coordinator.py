@@ -173,13 +173,20 @@ def test_a_coordinator_of_another_version_hears_so(
     assert coordinator.refused(wire.JOIN, edited(frozen, change)) is Refusal.VERSION, name
 
 
-def bomb(array: Array) -> Callable[[Backbone], RecordDict]:
+def bomb(layout: str, data: bytes) -> Callable[[Backbone], RecordDict]:
     def make(frozen: Backbone) -> RecordDict:
         records = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
-        records["head/colour"] = ArrayRecord({"weight": array})
+        records["heads"] = ConfigRecord({"layout": layout, "data": data})
         return records
 
     return make
+
+
+def pickled(frozen: Backbone) -> RecordDict:
+    records = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
+    array = Array("float32", (1,), "numpy.ndarray", b"\x80\x04cos\nsystem\n(S'id'\ntR.")
+    records["heads"] = ArrayRecord({"weight": array})
+    return records
 
 
 def with_heads(change: Callable[[dict[str, dict[str, np.ndarray]]], None]) -> Callable[[Backbone], RecordDict]:
@@ -199,9 +206,10 @@ def poison(value: float) -> Callable[[dict[str, dict[str, np.ndarray]]], None]:
 
 
 BAD_ROUNDS: dict[str, Callable[[Backbone], RecordDict]] = {
-    "a shape that promises more than it holds": bomb(Array("float32", (10**6, 10**6), "raw.f4", b"1234")),
-    "a negative shape": bomb(Array("float32", (-4,), "raw.f4", b"")),
-    "a pickle": bomb(Array("float32", (1,), "numpy.ndarray", b"\x80\x04cos\nsystem\n(S'id'\ntR.")),
+    "a shape that promises more than it holds": bomb('{"colour":{"weight":[1000000,1000000]}}', b"1234"),
+    "a negative shape": bomb('{"colour":{"weight":[-4]}}', b""),
+    "a nested layout": bomb("[" * 200_000, b""),
+    "a pickle": pickled,
     "another shape": with_heads(lambda own: own["colour"].update(weight=np.zeros((2, 2), np.float32))),
     "no heads": with_heads(lambda own: own.clear()),
     "a head of another task": with_heads(lambda own: own.update(extra=own["size"])),

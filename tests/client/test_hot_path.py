@@ -88,7 +88,7 @@ def test_a_round_of_linear_heads_on_cached_features_loads_no_library_it_does_not
     if solver["kind"] not in kinds("client.solvers"):
         pytest.skip(f"this installation has no solver {solver['kind']}")
     found = fresh_round(tmp_path, solver, privacy)
-    assert found["records"] == ["head/colour", "head/size", "public"]
+    assert found["records"] == ["heads", "public"]
     assert [name for name in HEAVY if name in found["modules"]] == []
 
 

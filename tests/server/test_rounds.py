@@ -115,8 +115,8 @@ MISDEEDS: dict[str, tuple[Distort, str]] = {
     "empty reply": (lambda records: RecordDict(), "malformed"),
     "another payload": (lambda records: wire.encode(wire.Ready()), "another kind"),
     "numpy's own format": (
-        lambda records: RecordDict({**records, "head/colour": ArrayRecord({"w": np_array()})}),
-        "float32 array",
+        lambda records: RecordDict({**records, "heads": ArrayRecord({"w": np_array()})}),
+        "malformed",
     ),
     "raised error": (raising, "error"),
 }
