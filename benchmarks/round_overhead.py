@@ -1,6 +1,6 @@
 """What a deployed round costs beyond its work: coordinator and one site over TLS on loopback, against one process.
 
-    PYTHONPATH=. python benchmarks/round_overhead.py [ROUNDS]
+    python -m benchmarks.round_overhead [ROUNDS]
 
 Both run the same tiny run with the same code; the difference is transport, polling and processes.
 """
