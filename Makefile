@@ -1,5 +1,5 @@
 # make demo : create .venv, install, run the demo federation
-# make test : the same, then the quick tests; make test-all : every test; make lint : style and types
+# make test : the same, then the quick tests; make test-all : every test; make lint : style and types; make bench : every claim of speed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow test-all lint install clean
+.PHONY: demo bench test test-slow test-all lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m simulations pretrain configs/simulations/demo.yaml
@@ -27,6 +27,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run
 
 install: $(STAMP)
 

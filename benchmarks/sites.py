@@ -1,4 +1,4 @@
-"""Rounds of many sites in one process: what one site costs in a round, and Flower's own engine with clients that do nothing.
+"""Rounds of many sites in one process: what a site costs in a round, beside Flower's engine with idle clients.
 
     python -m benchmarks.sites
 
@@ -8,13 +8,21 @@ Flower's simulation on Ray with a client that answers with the arrays it got.
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from benchmarks.measure import stated
 from common.config import SimulationConfig, load
+from common.journal import read
+from simulations.experiment import run
 
 ROUNDS, RECORDS, DIM = 3, 40, 64
 
@@ -51,3 +59,84 @@ def simulation(folder: Path, num_sites: int, rounds: int = ROUNDS) -> Simulation
     path = folder / "simulation.yaml"
     path.write_text(yaml.safe_dump(values))
     return load(SimulationConfig, path)
+
+
+def seconds_of_rounds(config: SimulationConfig) -> float:
+    """Median seconds of a round, from the journal: sampling, messages, ledgers, training, aggregation, checkpoint."""
+    summary = run(config)
+    times = [fact["time"] for fact in read(Path(summary["path"]) / "journal.jsonl") if fact["event"] == "round"]
+    return float(np.median(np.diff(times)))
+
+
+ENGINE = """
+import sys, time
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+import numpy as np
+from flwr.app import ArrayRecord, Array, RecordDict
+
+sites, rounds, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+client, server = ClientApp(), ServerApp()
+
+@client.train()
+def train(message, context):
+    return Message(content=message.content, reply_to=message)
+
+@server.main()
+def main(grid, context):
+    while len(list(grid.get_node_ids())) < sites:
+        time.sleep(0.1)
+    nodes, seconds = list(grid.get_node_ids()), []
+    arrays = {"w": Array(np.zeros((2, 64), np.float32)), "b": Array(np.zeros(2, np.float32))}
+    for number in range(rounds + 1):
+        started = time.perf_counter()
+        content = RecordDict({"head": ArrayRecord(arrays)})
+        sent = [Message(content, node, "train", group_id=str(number)) for node in nodes]
+        replies = list(grid.send_and_receive(sent))
+        assert len(replies) == sites, len(replies)
+        seconds.append(time.perf_counter() - started)
+    with open(path, "w") as file:
+        file.write(str(float(np.median(seconds[1:]))))
+
+resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+run_simulation(server, client, num_supernodes=sites, backend_config=resources)
+"""
+
+
+def seconds_of_engine(num_sites: int, folder: Path, rounds: int = 3) -> float:
+    """Median seconds of a round of Flower's engine on Ray with clients that do nothing, the first round left out."""
+    environment = {
+        **os.environ,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_HOME": str(folder),
+    }
+    path = folder / "seconds"
+    command = [sys.executable, "-c", ENGINE, str(num_sites), str(rounds), str(path)]
+    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+    return float(path.read_text())
+
+
+def main(counts: tuple[int, ...] = (10, 100, 1000), engine: tuple[int, ...] = (10, 100)) -> None:
+    """Seconds of a round beside the engine's, cost per site beside that of ten sites, and memory."""
+    per_site: dict[int, float] = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            seconds = seconds_of_rounds(simulation(folder, count))
+            per_site[count] = seconds / count
+            if count in engine:
+                idle = seconds_of_engine(count, folder)
+                stated(f"round of {count} sites / Flower on Ray, idle clients", seconds, idle, target=0.5, repeats=3)
+    first = counts[0]
+    for count in counts[1:]:
+        name = f"seconds per site and round, {count} sites / {first} sites"
+        stated(name, per_site[count], per_site[first], target=1.2, repeats=3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    stated(f"peak memory with {counts[-1]} sites / 3 GiB", peak, 3.0, target=1.0, repeats=1, note="GiB, not seconds")
+
+
+if __name__ == "__main__":
+    main()

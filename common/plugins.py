@@ -14,6 +14,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -99,14 +100,20 @@ def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = 
     if kind not in everything:
         raise BadInput(f"{key}: expected one of {', '.join(everything)}, got {kind!r}{nearest(kind, everything)}")
     module = _load(further[kind]) if kind in further else importlib.import_module(f"{package}.{kind}")
-    found = [
+    found = _classes(module)
+    if len(found) != 1:
+        raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
+    return found[0]
+
+
+@cache
+def _classes(module: ModuleType) -> list[type[Plugin]]:
+    """A loaded module's plug-in classes; looked for once, because a site asks for its kinds in every round."""
+    return [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, Plugin) and member.__module__ == module.__name__
     ]
-    if len(found) != 1:
-        raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
-    return found[0]
 
 
 def _further_kinds(folder: Path | None) -> dict[str, Path]:

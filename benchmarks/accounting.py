@@ -1,0 +1,46 @@
+"""What accounting costs of a run, and the bytes of a round beside the head's.
+
+python -m benchmarks.accounting
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import stated
+from benchmarks.sites import DIM, simulation
+from common.privacy import accounting
+from simulations.experiment import run
+
+SITES, ROUNDS = 10, 10
+
+
+def main() -> None:
+    """Every composition and calibration of a run, again from nothing, beside the whole run."""
+    with tempfile.TemporaryDirectory() as name:
+        config = simulation(Path(name), SITES, ROUNDS)
+        run(config)  # Imports are not accounting.
+        started = time.perf_counter()
+        summary = run(config)
+        whole = time.perf_counter() - started
+    accounting._calibrated.cache_clear()
+    accounting._loose_epsilon.cache_clear()
+    accounting._epsilon.cache_clear()
+    started = time.perf_counter()
+    sigma = accounting.noise_multiplier(3.0, 1e-5, 1.0, 2 * ROUNDS)
+    charge = accounting.Mechanism("gaussian", sigma, 1.0, 2, 1.0)
+    for _ in range(SITES):
+        for done in range(ROUNDS + 1):
+            accounting.covered([charge] * done, 1e-5, 10.0)
+    spent = time.perf_counter() - started
+    stated("accounting / whole run", spent, whole, target=0.01, repeats=1, note="10 sites, 10 rounds, full batch")
+    head = 4 * (2 * DIM + 2)
+    sent = summary["bytes"]["up_per_site_round"]
+    note = f"bytes, not seconds; a head of {head} bytes"
+    stated("bytes up in a round / head", float(sent), float(head), target=1.05, repeats=1, note=note)
+
+
+if __name__ == "__main__":
+    main()
