@@ -3,7 +3,9 @@
 One folder holds `ledger.jsonl` (one JSON object a line; each ends in an HMAC-SHA256 over the line before and itself),
 `ledger.key` (32 random bytes, owner-only), `anchor.json` (how many lines there are and the last one's HMAC) and `lock`.
 
-Order of an append, under the lock: line, fsync, anchor, fsync. So after a crash at any moment
+Order of an append, under the lock: line, fsync, anchor, fsync. A note that something durable is done (`append` with
+`durable=False`) is a line without either: a power cut may lose it, the next append anchors it. So after a crash at any
+moment
 
 * half a line beyond the anchor was never acknowledged to anyone: it is removed, and a "sealed" fact says so;
 * one whole, valid line beyond the anchor counts, and the anchor follows;
@@ -28,15 +30,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.files import flush_folder, private_folder, write_atomic
+from common.files import flush, flush_folder, private_folder, write_atomic
 from common.types import LedgerDamaged
 
 _CHAIN, _KEY, _ANCHOR, _LOCK = "ledger.jsonl", "ledger.key", "anchor.json", "lock"
 _KEY_BYTES = 32
 _START = "0" * 64
+_NOTE = "committed"
+"""The one event that is written without being flushed and anchored by itself."""
 
 
 @dataclass
@@ -48,14 +53,21 @@ class OpenChain:
     _last_mac: str
     entries: list[dict[str, Any]]
 
-    def append(self, event: str, facts: Mapping[str, Any]) -> int:
-        """Add one fact; it is on disk and anchored when this returns its number (from 0)."""
+    def append(self, event: str, facts: Mapping[str, Any], *, durable: bool = True) -> int:
+        """Add one fact; it is on disk and anchored when this returns its number (from 0).
+
+        Args:
+            event: what happened.
+            facts: about it.
+            durable: false for a note whose loss would only make the site assume worse; the file has it at once.
+        """
         number = len(self.entries)
         entry = {"n": number, "time": round(time.time(), 3), "event": event, **facts}
         body = json.dumps(entry, separators=(",", ":"), allow_nan=False)
         mac = _mac(self._key, self._last_mac, body)
-        _write_through(self._folder / _CHAIN, f'{body[:-1]},"mac":"{mac}"}}\n'.encode())
-        _write_anchor(self._folder, self._key, number + 1, mac)
+        _write_through(self._folder / _CHAIN, f'{body[:-1]},"mac":"{mac}"}}\n'.encode(), durable)
+        if durable:
+            _write_anchor(self._folder, self._key, number + 1, mac)
         self.entries.append(entry)
         self._last_mac = mac
         return number
@@ -181,7 +193,7 @@ def _verified(folder: Path) -> OpenChain:
     if end < len(data):
         _cut(folder / _CHAIN, end)
         chain.append("sealed", {"bytes": len(data) - end})
-    elif len(macs) > length:
+    elif any(entry["event"] != _NOTE for entry in entries[length:]):
         _write_anchor(folder, key, len(macs), macs[-1])
     return chain
 
@@ -192,13 +204,26 @@ def _whole_lines(data: bytes, key: bytes) -> tuple[list[dict[str, Any]], list[st
     macs: list[str] = []
     end = 0
     for line in data.splitlines(keepends=True):
-        body, mac = _split(line)
-        if mac is None or not hmac.compare_digest(mac, _mac(key, macs[-1] if macs else _START, body)):
+        found = _fact(key, macs[-1] if macs else _START, line)
+        if found is None:
             break
-        entries.append(json.loads(body))
-        macs.append(mac)
+        entries.append(dict(found[0]))
+        macs.append(found[1])
         end += len(line)
     return entries, macs, end
+
+
+@lru_cache(maxsize=2**15)
+def _fact(key: bytes, previous: str, line: bytes) -> tuple[dict[str, Any], str] | None:
+    """The fact and HMAC of one line after the line with the HMAC `previous`; None where it does not verify.
+
+    Remembered: every step of a round reads the whole chain, whose lines are the same bytes after the same bytes as
+    before. A changed byte, order or key is another call.
+    """
+    body, mac = _split(line)
+    if mac is None or not hmac.compare_digest(mac, _mac(key, previous, body)):
+        return None
+    return json.loads(body), mac
 
 
 def _check_against_anchor(name: str, macs: list[str], rest: bytes, length: int, anchored_mac: str) -> None:
@@ -255,12 +280,13 @@ def _read(folder: Path, name: str) -> bytes:
         raise LedgerDamaged(f"ledger {folder.name}: its file {name!r} is missing") from error
 
 
-def _write_through(path: Path, data: bytes) -> None:
+def _write_through(path: Path, data: bytes, durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         while data:
             data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
+        if durable:
+            flush(descriptor)
     finally:
         os.close(descriptor)
 
@@ -268,4 +294,4 @@ def _write_through(path: Path, data: bytes) -> None:
 def _cut(path: Path, length: int) -> None:
     with path.open("r+b") as file:
         file.truncate(length)
-        os.fsync(file.fileno())
+        flush(file.fileno())

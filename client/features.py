@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.sources import Source
-from common.files import flush_folder, private_folder, write_atomic
+from common.files import flush, flush_folder, private_folder, write_atomic
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _encode(
             progress(end, count)
     features_ND.flush()
     with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        flush(file.fileno())
     return unusable
 
 

@@ -187,7 +187,8 @@ class Ledger:
             charge = History.of(opened.entries).charges.get(reservation.number)
             if charge is None or charge.committed:
                 raise BadInput(f"reservation {reservation.number}: expected one that is open")
-            opened.append("committed", {"reserved": reservation.number})
+            # Not flushed: if it is lost, the charge counts as reserved, which is the same price.
+            opened.append("committed", {"reserved": reservation.number}, durable=False)
 
     def spent(self) -> Spent:
         """The balance now."""

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from common.files import flush
+
 
 class Journal(Protocol):
     """Where facts go."""
@@ -35,7 +37,7 @@ class FileJournal:
                 file.write(b"\n")  # Seal a line torn by a crash, so that this one stays readable.
             file.write(line.encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -23,6 +23,7 @@ from client.solvers import open_solver
 from client.sources import open_source
 from common.backbones import Backbone, open_pretrained, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
+from common.files import without_flushing
 from common.heads import initial_heads
 from common.journal import FileJournal, read
 from common.plugins import Spec, resolve
@@ -267,7 +268,9 @@ def _federate(
 
     if executor.kind == "flower":
         return run_on_flower(app, len(sites), executor, coordinate)
-    return coordinate(InProcessGrid(app, len(sites)))
+    # A power cut may cost a simulation its run; nobody's budget is kept in it.
+    with without_flushing():
+        return coordinate(InProcessGrid(app, len(sites)))
 
 
 # --- what only a simulator sees --------------------------------------------------------------------------------------

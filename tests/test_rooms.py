@@ -97,3 +97,11 @@ def test_the_coordinator_cannot_reach_a_record() -> None:
     """The security officer's check: no file of the server or of what it imports names a data reader."""
     for path in [*(ROOT / "server").rglob("*.py"), *(ROOT / "common").rglob("*.py")]:
         assert not {name for name in imports(path) if name.startswith("client")}, path
+
+
+def test_only_a_simulation_leaves_files_unflushed() -> None:
+    """A deployed site's ledger must survive a power cut: its code cannot switch flushing off."""
+    naming = {path.relative_to(ROOT).as_posix() for path in sources() if "without_flushing" in path.read_text()}
+    assert naming == {"common/files.py", "simulations/experiment.py"}
+    calling = {path.relative_to(ROOT).as_posix() for path in sources() if "os.fsync(" in path.read_text()}
+    assert calling == {"common/files.py"}, "others flush through it"

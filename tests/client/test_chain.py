@@ -322,3 +322,38 @@ def test_processes_that_create_and_append_at_once_share_one_chain(tmp_path: Path
         process.communicate()
     assert sorted(facts(tmp_path / "shared")) == sorted([-1, *range(15), *range(15)])
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_a_note_is_anchored_by_the_next_fact_and_its_loss_is_no_damage(tmp_path: Path) -> None:
+    place = tmp_path / "chain"
+    chain.create(place, "created", {})
+    with chain.exclusive(place) as opened:
+        opened.append("reserved", {})
+        opened.append("committed", {}, durable=False)
+    path, anchor = place / "ledger.jsonl", place / "anchor.json"
+    whole = path.read_bytes()
+    assert json.loads(anchor.read_bytes())["length"] == 2
+    for number, lost in enumerate((b"", b"torn")):
+        copy = shutil.copytree(place, tmp_path / str(number))
+        (copy / "ledger.jsonl").write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1] + lost)
+        with chain.exclusive(copy) as opened:
+            assert [entry["event"] for entry in opened.entries][:2] == ["created", "reserved"]
+    with chain.exclusive(place) as opened:
+        opened.append("reserved", {})
+        assert [entry["event"] for entry in opened.entries] == ["created", "reserved", "committed", "reserved"]
+    assert json.loads(anchor.read_bytes())["length"] == 4
+
+
+def test_what_was_verified_before_is_verified_again_when_a_byte_changed(tmp_path: Path) -> None:
+    """Lines are remembered by their bytes, the HMAC before them and the key; a reader may change what it was given."""
+    place = tmp_path / "chain"
+    chain.create(place, "created", {"cap": 1})
+    with chain.exclusive(place) as opened:
+        opened.append("reserved", {"cost": 7})
+        opened.entries[1]["cost"] = 0
+    with chain.exclusive(place) as opened:
+        assert opened.entries[1]["cost"] == 7
+    path = place / "ledger.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"cost":7', b'"cost":6'))
+    with pytest.raises(LedgerDamaged, match="entry 2 of 2"), chain.exclusive(place):
+        pass

@@ -61,7 +61,7 @@ def amended(folder: Path, cap: float, delta: float) -> Ledger:
 
 
 def test_until_the_recovery_every_use_stops(folder: Path) -> None:
-    with pytest.raises(LedgerDamaged, match="entry 6 of 7 was edited"):
+    with pytest.raises(LedgerDamaged, match="entry 6 of 6 was edited"):
         opened(folder)
     with pytest.raises(LedgerDamaged):
         amended(folder, 9.0, DELTA)
@@ -214,8 +214,14 @@ def test_wherever_a_ledger_is_cut_recovery_never_shows_less_than_what_left(
         charge(ledger, gaussian(sigma), number)
     truth = ledger.spent().reserved_epsilon
     path = place / "oncology" / "ledger.jsonl"
-    path.write_bytes(path.read_bytes()[: position % path.stat().st_size])
-    assert recovered(place).epsilon >= max(truth, CAP)
+    data = path.read_bytes()
+    kept = data[: position % len(data)]
+    path.write_bytes(kept)
+    if len(kept) > data.rindex(b"\n", 0, -1):
+        # Only the note that the last reply is stored is gone: a power cut may do that, and the price is the same.
+        assert opened(place).spent().reserved_epsilon == truth
+    else:
+        assert recovered(place).epsilon >= max(truth, CAP)
 
 
 def test_a_writer_that_waited_while_the_chain_was_replaced_does_not_write_to_either(tmp_path: Path) -> None:
