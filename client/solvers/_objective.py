@@ -43,6 +43,8 @@ def _usable_records(records: TaskRecords) -> TaskRecords:
 
 def participants(units: Units, plan: Plan, stream: NoiseStream) -> Tensor:
     """Indices of the units in one step's Poisson sample: one coin for each unit, whatever tasks it has."""
+    if plan.sampling_rate >= 1.0:
+        return torch.arange(units.num_units)
     coins_U = torch.from_numpy(stream.coins(units.num_units, plan.sampling_rate))
     return coins_U.nonzero().squeeze(1)
 

@@ -117,12 +117,13 @@ def _with_input_gradients(batch: Units) -> Units:
     """The same batch with features that ask for a gradient.
 
     Nobody reads it; but PyTorch warns at every step when a module with a backward hook has no such input, and switching
-    warnings off would reach other threads.
+    warnings off would reach other threads. Contiguous, because Opacus 1.6 computes wrong gradients of a convolution,
+    silently, when its input is stored channels-last.
     """
     return Units(
         batch.num_units,
         {
-            name: replace(records, features_RD=records.features_RD.detach().requires_grad_())
+            name: replace(records, features_RD=records.features_RD.detach().contiguous().requires_grad_())
             for name, records in batch.tasks.items()
         },
     )

@@ -16,7 +16,7 @@ the site's stream alone. Opacus is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -31,8 +31,11 @@ from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
 from common.privacy.clipping import clip_factors
 from common.privacy.noise import NoiseStream
-from common.tasks import Task
+from common.tasks import Sloped, Task
 from common.types import BadInput, Delta, Plan, Unit
+
+Slopes = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Outputs, labels and records' weights -> derivative of the weighted, scaled loss by the outputs."""
 
 _CHUNK_VALUES = 2**24
 """Gradient values of records with several positions held at once (64 MiB); larger samples are summed in parts."""
@@ -99,6 +102,7 @@ class DpGd(Plugin):
             BadInput: a head is not affine.
             RunFailed: training diverged.
         """
+        assert plan.clip_norm is not None  # A private plan has one.
         check_affine(heads)
         copies = _objective.trainable_copies(heads)
         weights = _flattened(copies)
@@ -106,10 +110,15 @@ class DpGd(Plugin):
         velocity = torch.zeros_like(weights) if self.momentum else None
         usable = _objective.usable(units)
         inputs = {name: Inputs.of(copies[name], usable.tasks[name], usable.num_units) for name in copies}
+        shapes = {name: [parameter.shape for parameter in head.parameters()] for name, head in copies.items()}
+        slopes = {name: _slopes_of(tasks[name]) for name in copies}
         with torch.no_grad():
             for _ in range(plan.steps):
                 members = _objective.participants(usable, plan, stream)
-                total = _clipped_sum(copies, tasks, inputs, usable.num_units, members, plan)
+                total = torch.zeros_like(weights)
+                sums = _views(total, shapes)
+                for batch, size in _batches(copies, inputs, usable.num_units, members):
+                    _add_clipped(sums, copies, slopes, batch, size, clip_norm=plan.clip_norm)
                 step = _noised(total, plan, stream).div_(divisors).to(weights)
                 # The update of torch.optim.SGD.
                 if self.weight_decay:
@@ -142,35 +151,34 @@ def _divisors(heads: Mapping[str, nn.Module], expected: Mapping[str, float]) -> 
     )
 
 
-def _clipped_sum(
-    heads: Mapping[str, nn.Module],
-    tasks: Mapping[str, Task],
-    inputs: Mapping[str, Inputs],
-    num_units: int,
-    members: Tensor,
-    plan: Plan,
-) -> Tensor:
-    """Sum over the sample of all parameters' clipped gradients, in the parameters' order."""
-    assert plan.clip_norm is not None
-    shapes = [parameter.shape for head in heads.values() for parameter in head.parameters()]
-    first = next(next(iter(heads.values())).parameters())
-    total = first.new_zeros(sum(shape.numel() for shape in shapes))
-    parts = iter(torch.split(total, [shape.numel() for shape in shapes]))
-    sums = {
-        name: [next(parts).view(len(p), -1) if p.dim() > 1 else next(parts) for p in head.parameters()]
-        for name, head in heads.items()
+def _views(total: Tensor, shapes: Mapping[str, Sequence[torch.Size]]) -> dict[str, list[Tensor]]:
+    """Head by head the parameters' parts of one vector, weights as matrices."""
+    parts = iter(torch.split(total, [shape.numel() for own in shapes.values() for shape in own]))
+    return {
+        name: [next(parts).view(shape[0], -1) if len(shape) > 1 else next(parts) for shape in own]
+        for name, own in shapes.items()
     }
-    for batch, size in _batches(heads, inputs, num_units, members):
-        gradients = {
-            name: gradients_of(head, batch[name], _output_derivative(head, tasks[name], batch[name]), size)
-            for name, head in heads.items()
-            if len(batch[name].records.unit_R)
-        }
-        if gradients:
-            factor_U = clip_factors(_joint([part.norm_U for part in gradients.values()]), plan.clip_norm)
-            for name, part in gradients.items():
-                part.add_weighted(factor_U, sums[name])
-    return total
+
+
+def _add_clipped(
+    sums: Mapping[str, Sequence[Tensor]],
+    heads: Mapping[str, nn.Module],
+    slopes: Mapping[str, Slopes],
+    batch: Mapping[str, Inputs],
+    num_units: int,
+    *,
+    clip_norm: float,
+) -> None:
+    """Add the jointly clipped gradients of a batch's units to the sums."""
+    gradients = {
+        name: gradients_of(head, batch[name], _output_derivative(head, slopes[name], batch[name]), num_units)
+        for name, head in heads.items()
+        if len(batch[name].records.unit_R)
+    }
+    if gradients:
+        factor_U = clip_factors(_joint([part.norm_U for part in gradients.values()]), clip_norm)
+        for name, part in gradients.items():
+            part.add_weighted(factor_U, sums[name])
 
 
 def _joint(norms_U: Sequence[Tensor]) -> Tensor:
@@ -211,11 +219,26 @@ def _chunk(heads: Mapping[str, nn.Module], inputs: Mapping[str, Inputs]) -> int:
     return max(1, _CHUNK_VALUES // max(1, values))
 
 
-def _output_derivative(head: nn.Module, task: Task, inputs: Inputs) -> Tensor:
-    """Derivative of the joint objective by a head's outputs: by autograd, so that any per-example loss will do."""
+def _output_derivative(head: nn.Module, slopes: Slopes, inputs: Inputs) -> Tensor:
+    """Derivative of the joint objective by a head's outputs."""
     records = inputs.records
-    outputs = head(records.features_RD).requires_grad_()
-    with torch.enable_grad():
-        loss = task.scale * (records.weight_R * task.losses(outputs, records.labels)).sum()
-        delta: Tensor = torch.autograd.grad(loss, outputs)[0]
-    return delta
+    return slopes(head(records.features_RD), records.labels, records.weight_R)
+
+
+def _slopes_of(task: Task) -> Slopes:
+    """How a task's loss is differentiated: as it says itself, or by autograd, which knows any other loss."""
+
+    sloped = task if isinstance(task, Sloped) else None
+
+    def stated(outputs: Tensor, labels: Tensor, weight_R: Tensor) -> Tensor:
+        assert sloped is not None
+        factor_R = weight_R if task.scale == 1.0 else weight_R * task.scale
+        return sloped.slopes(outputs, labels).mul_(factor_R.view(-1, *(1,) * (outputs.dim() - 1)))
+
+    def found(outputs: Tensor, labels: Tensor, weight_R: Tensor) -> Tensor:
+        with torch.enable_grad():
+            losses_R = task.losses(outputs.requires_grad_(), labels)
+        delta: Tensor = torch.autograd.grad(losses_R, outputs, grad_outputs=weight_R * task.scale)[0]
+        return delta
+
+    return found if sloped is None else stated

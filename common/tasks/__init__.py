@@ -94,6 +94,17 @@ class Task(Protocol):
         """One prediction for each example, in the task's own label names."""
 
 
+@runtime_checkable
+class Sloped(Protocol):
+    """A task whose loss has a slope in closed form; optional, and faster than asking autograd.
+
+    Law (tests/contracts/test_tasks.py): `slopes` is the gradient that autograd finds for `losses`.
+    """
+
+    def slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of each example's loss by its outputs, in the outputs' shape; only of examples with a label."""
+
+
 def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:
     """The task a setting asks for. Raises BadInput naming the key."""
     task: Task = resolve("common.tasks", spec, key)

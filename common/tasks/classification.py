@@ -73,6 +73,12 @@ class Classification(Plugin):
         """Cross entropy of each example."""
         return nn.functional.cross_entropy(outputs, labels, reduction="none", ignore_index=_MISSING)
 
+    def slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Probabilities minus the label's unit vector."""
+        slopes_BK = outputs.softmax(dim=1)
+        labels_B1 = labels.unsqueeze(1)
+        return slopes_BK.scatter_add_(1, labels_B1, slopes_BK.new_full(labels_B1.shape, -1.0))
+
     def scores(self, outputs: Tensor) -> Tensor:
         """Probabilities B x K."""
         return outputs.softmax(dim=1)

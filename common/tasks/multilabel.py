@@ -89,6 +89,10 @@ class Multilabel(Plugin):
         losses_BL = nn.functional.binary_cross_entropy_with_logits(outputs, truth_BL, reduction="none")
         return torch.where(known_BL, losses_BL, 0.0).sum(dim=1)
 
+    def slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Probability minus truth of each known label, zero of the others."""
+        return torch.where(labels != _MISSING, outputs.sigmoid() - labels, 0.0)
+
     def scores(self, outputs: Tensor) -> Tensor:
         """Probabilities B x L."""
         return outputs.sigmoid()

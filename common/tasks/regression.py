@@ -73,6 +73,10 @@ class Regression(Plugin):
         targets_B = (labels - self._middle) / self._half
         return 0.5 * (outputs.squeeze(1) - targets_B) ** 2
 
+    def slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Residual of each example, targets scaled to [-1, 1]."""
+        return outputs - ((labels - self._middle) / self._half).unsqueeze(1)
+
     def scores(self, outputs: Tensor) -> Tensor:
         """Predictions in the target's unit, float64."""
         low, high = self.range

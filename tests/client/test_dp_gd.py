@@ -153,6 +153,17 @@ def test_it_releases_what_opacus_does_from_the_same_stream(
     assert difference(ours, theirs) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["dp_gd", "dp_sgd"])
+def test_how_a_feature_map_lies_in_memory_changes_nothing(kind: str) -> None:
+    """Opacus 1.6 by itself computes other gradients, from a map stored channels-last."""
+    tasks = {"map": ALL["map"]}
+    units = site(tasks, 3, 12, 2)
+    records = units.tasks["map"]
+    last = replace(records, features_RD=records.features_RD.contiguous(memory_format=torch.channels_last))
+    lying = (solve(kind, tasks, each, plan(), NoiseStream(KEY)) for each in (units, Units(12, {"map": last})))
+    assert difference(*lying) < 1e-6
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_whole_round_with_momentum_and_decay_is_opacus_own(shared: bool) -> None:
     units = site(VECTORS, 4, 40, 2, shared=shared)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_sum
 
 from common.plugins import kinds, plugin_class
-from common.tasks import Example, Task, merge_sums, metric_sums, metric_values, num_counts, open_task
+from common.tasks import Example, Sloped, Task, merge_sums, metric_sums, metric_values, num_counts, open_task
 from common.types import BadRecord
 
 FEATURE_DIM = 7
@@ -62,6 +62,18 @@ def test_the_loss_of_a_batch_is_the_losses_of_its_examples(task: Task, labels: T
     torch.testing.assert_close(losses_B, alone_B)
     assert torch.isfinite(losses_B).all()
     assert (losses_B >= 0).all()
+
+
+def test_a_stated_slope_is_the_one_that_autograd_finds(task: Task, labels: Tensor) -> None:
+    outputs, labels = many(task, labels)
+    if labels.dim() > 1:
+        labels = torch.where(torch.rand(labels.shape, generator=torch.Generator().manual_seed(4)) < 0.3, -1, labels)
+    outputs = (5.0 * outputs).requires_grad_()
+    (expected,) = torch.autograd.grad(task.losses(outputs, labels).sum(), outputs)
+    if isinstance(task, Sloped):
+        torch.testing.assert_close(task.slopes(outputs.detach(), labels), expected)
+    else:
+        assert expected.shape == outputs.shape  # Solvers ask autograd, which knows it.
 
 
 def test_opacus_validates_linear_and_hidden_heads(task: Task, example: Example) -> None:
