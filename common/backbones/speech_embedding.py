@@ -51,13 +51,13 @@ class SpeechEmbedding(Plugin):
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """Random weights in a file, and noises of different pitch."""
+        """Random weights in a file, and noises of different pitch and loudness."""
         path = folder / "speech.safetensors"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             save_file(_Encoder().state_dict(), path)
         rng = np.random.default_rng(0)
-        noises = [np.convolve(rng.normal(size=9000), np.ones(width) / width) / 4 for width in (1, 2, 4, 8)]
+        noises = [np.convolve(rng.normal(size=9000), np.ones(width)) / 10**width for width in (1, 2, 3, 4)]
         items = [Audio(noise.astype(np.float32), 8000) for noise in noises]
         return Example({"kind": "speech_embedding", "weights": str(path), "seconds": 0.9}, items)
 
