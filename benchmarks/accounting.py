@@ -10,17 +10,17 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import stated
-from benchmarks.sites import DIM, simulation
+from benchmarks.sites import simulation
 from common.privacy import accounting
 from simulations.experiment import run
 
-SITES, ROUNDS = 10, 10
+SITES, ROUNDS, DIM, CLASSES = 10, 10, 576, 8
 
 
 def main() -> None:
     """Every composition and calibration of a run, again from nothing, beside the whole run."""
     with tempfile.TemporaryDirectory() as name:
-        config = simulation(Path(name), SITES, ROUNDS)
+        config = simulation(Path(name), SITES, ROUNDS, dim=DIM, classes=CLASSES)
         run(config)  # Imports are not accounting.
         started = time.perf_counter()
         summary = run(config)
@@ -36,7 +36,7 @@ def main() -> None:
             accounting.covered([charge] * done, 1e-5, 10.0)
     spent = time.perf_counter() - started
     stated("accounting / whole run", spent, whole, target=0.01, repeats=1, note="10 sites, 10 rounds, full batch")
-    head = 4 * (2 * DIM + 2)
+    head = 4 * CLASSES * (DIM + 1)
     sent = summary["bytes"]["up_per_site_round"]
     note = f"bytes, not seconds; a head of {head} bytes"
     stated("bytes up in a round / head", float(sent), float(head), target=1.05, repeats=1, note=note)
