@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from flwr.app import RecordDict
 
-from client.data import open_units
+from client.data import check_prepared, open_units
 from client.evaluation import noised_sums
 from client.history import EVALUATION, TRAINING, Purpose
 from client.ledger import Reservation
@@ -39,6 +39,9 @@ from common.types import (
     Refusal,
 )
 
+MAX_CHARGES = 3
+"""Charges of one round: the first, and again after a crash."""
+
 
 def train(site: Site, request: wire.TrainRequest) -> RecordDict:
     """One round's contribution, or the stored one if this very request was answered before.
@@ -50,7 +53,7 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
 
     def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
         # Again: several runs may have joined under one approval, before any of them was charged.
-        check_approved(site, joined.run_id, digest_of_offer(joined.folder))
+        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
         heads = modules_of(joined, tasks, request.heads)
         plan = plan_of(site.config, joined)
@@ -83,7 +86,7 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the run does not evaluate after this round")
 
     def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
-        check_approved(site, joined.run_id, digest_of_offer(joined.folder))
+        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
         heads = modules_of(joined, tasks, request.heads)
         reservation, mechanism = site.ledger().reserve_evaluation(
@@ -137,6 +140,7 @@ def _answered_once(
             if stored is not None:
                 site.journal.write("resent", **about, bytes=len(stored))
                 return wire.from_bytes(stored)
+            _check_asked_once(site, joined, request.round, what, digest)
             reply, reservation, num_releases = answer(digest)
             records = wire.encode(reply)
             data = wire.to_bytes(records)
@@ -150,6 +154,22 @@ def _answered_once(
     return records
 
 
+def _check_asked_once(site: Site, joined: Joined, round_: int, what: Purpose, digest: str) -> None:
+    """A round is answered to one request: else a coordinator could ask it over and over, up to the whole budget.
+
+    Charges that were cut off, by a crash or an error, may be made again a few times.
+
+    Raises:
+        DeclinedRequest: another request of this round was answered, or it was charged too often.
+    """
+    about = (joined.run_id, what, round_)
+    charges = [charge for charge in site.ledger().charges() if (charge.run, charge.purpose, charge.round) == about]
+    if any(charge.committed and charge.request != digest for charge in charges):
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "this round was answered already, to another request")
+    if len(charges) >= MAX_CHARGES:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"this round was charged {MAX_CHARGES} times already")
+
+
 def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest | wire.EvaluateRequest) -> dict[str, Task]:
     tasks = joined.tasks(site.config)
     if not 1 <= request.round <= joined.run.rounds:
@@ -159,6 +179,8 @@ def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest | wi
     path = joined.folder / "prepared.json"
     if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["offer"] != digest_of_offer(joined.folder):
         raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared, or for another offer")
+    # Before anything is charged: what must fail costs nothing.
+    check_prepared(joined.folder / "data")
     return tasks
 
 

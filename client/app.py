@@ -23,6 +23,7 @@ from common.types import BadInput, LedgerDamaged, Refusal
 
 _log = logging.getLogger(__name__)
 SITE_VARIABLE = "HEADWATER_SITE"
+MAX_DETAIL_CHARS = 500
 
 OpenSite = Callable[[Context], SiteConfig]
 
@@ -116,8 +117,14 @@ def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
     except LedgerDamaged as error:
         # To the coordinator the same word as an exhausted budget: what was seen is the security officer's alone.
         refusal, detail = Refusal.BUDGET, str(error)
-    site.journal.write("declined", refusal=refusal.value, detail=detail)
+    site.journal.write("declined", refusal=refusal.value, detail=_bounded(detail))
     return wire.encode(wire.Declined(refusal, site.config.name))
+
+
+def _bounded(detail: str) -> str:
+    """For the site's journal and terminal: a coordinator's text neither fills the one nor steers the other."""
+    plain = "".join(char if char.isprintable() else "?" for char in detail[: MAX_DETAIL_CHARS + 1])
+    return plain if len(detail) <= MAX_DETAIL_CHARS else plain[:MAX_DETAIL_CHARS] + " ..."
 
 
 app = make_app()

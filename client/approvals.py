@@ -1,14 +1,17 @@
 """Who approved which run at a site, and which offers wait for an approval.
 
 An approval names one run digest (common/offers.py): everything a run asks of a site. It covers one run under that
-digest; the same offer under another run id, after something was released for the first, needs another approval.
-Approvals are appended and never removed. Offers that wait are bounded in number: a coordinator cannot fill the disk.
+digest: before a run's first charge it is noted that the run uses an approval, and the same offer under another run id
+needs another one. Approvals and uses are appended and never removed. Offers that wait are bounded in number and never
+make room for others: a coordinator can neither fill the disk nor exchange what the staff is looking at.
 """
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,7 @@ from common.types import BadInput
 
 MAX_WAITING = 32
 _PREFIX = 8
+_DIGEST = re.compile(rf"[0-9a-f]{{{_PREFIX},64}}")
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,28 @@ class Approvals:
         return [
             Approval(fact["digest"], fact["run"], fact["by"], fact["time"])
             for fact in read(self._log)
-            if fact["event"] == "approved"
+            if fact["event"] == "approved" and {"digest", "run", "by"} <= fact.keys()
         ]
 
-    def count(self, digest: str) -> int:
-        """How many runs under this digest were approved."""
-        return sum(approval.digest == digest for approval in self.all())
+    def covers(self, digest: str, run_id: str) -> bool:
+        """Whether a run under this digest uses an approval already, or there is one that no run uses."""
+        used = self._used(digest)
+        return run_id in used or sum(approval.digest == digest for approval in self.all()) > len(used)
+
+    def use(self, digest: str, run_id: str) -> bool:
+        """Note that a run uses an approval, before it is charged; whether there is one. One process at a time."""
+        private_folder(self._log.parent)
+        with (self._log.parent / "approvals.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.covers(digest, run_id):
+                return False
+            if run_id not in self._used(digest):
+                FileJournal(self._log).write("used", digest=digest, run_id=run_id)
+            return True
+
+    def _used(self, digest: str) -> set[str]:
+        facts = [fact for fact in read(self._log) if fact["event"] == "used"]
+        return {str(fact.get("run_id")) for fact in facts if fact.get("digest") == digest}
 
     def approve(self, offer: Offer) -> Approval:
         """Record that the present user of the system approves a run; the offer waits no longer."""
@@ -79,13 +99,10 @@ class Approvals:
         return self.all()[-1]
 
     def wait(self, offer: Offer) -> bool:
-        """Keep an offer until somebody decides; whether it is new here. The oldest ones make room."""
+        """Keep an offer until somebody decides; whether it is new here. Where too many wait, it is not kept."""
         path = private_folder(self._waiting) / f"{offer.digest}.json"
-        if path.exists():
+        if path.exists() or sum(1 for _ in self._waiting.glob("*.json")) >= MAX_WAITING:
             return False
-        oldest_first = sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime)
-        for old in oldest_first[: max(0, len(oldest_first) + 1 - MAX_WAITING)]:
-            old.unlink(missing_ok=True)
         write_atomic(path, offer_bytes(offer.run, offer.backbone_digest))
         return True
 
@@ -95,16 +112,16 @@ class Approvals:
         return [read_offer(path) for path in paths]
 
     def find(self, wanted: str) -> Offer:
-        """The waiting offer with this name, or with a digest that begins so.
+        """The waiting offer with this name, or with a digest that begins so. What looks like a digest is no name.
 
         Raises:
             BadInput: none, or more than one.
         """
-        by_digest = len(wanted) >= _PREFIX
+        is_digest = _DIGEST.fullmatch(wanted) is not None
         found = [
             offer
             for offer in self.waiting()
-            if offer.config().name == wanted or (by_digest and offer.digest.startswith(wanted))
+            if (offer.digest.startswith(wanted) if is_digest else offer.config().name == wanted)
         ]
         if len(found) != 1:
             raise BadInput(

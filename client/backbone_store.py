@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from common.plugins import Spec
 from common.types import BackboneBlob, BadInput, DigestMismatch
 from common.wire import PART_BYTES
 
+_PART = re.compile(r"(\d+)-of-(\d+)")
 _SPARE_BYTES = 1 << 30
 """Disk space that a transfer leaves free: a full disk would stop the ledger."""
 
@@ -34,7 +36,7 @@ class BackboneStore:
 
     def held_parts(self, digest: str) -> tuple[int, ...]:
         """Which parts of a transfer that has not ended are here."""
-        return tuple(sorted(int(path.name.split("-")[0]) for path in self._parts(digest).glob("*-of-*")))
+        return tuple(sorted(index for index, _, _ in _parts_in(self._parts(digest))))
 
     def put_part(self, digest: str, index: int, total: int, data: bytes) -> None:
         """Keep one part.
@@ -43,8 +45,8 @@ class BackboneStore:
             BadInput: the whole would not leave enough of the disk free.
         """
         folder = private_folder(private_folder(self._folder) / f"{digest}.parts")
-        for other in folder.glob("*-of-*"):
-            if other.name.split("-")[2] != str(total):  # Of a transfer that was cut in another way.
+        for _, of, other in _parts_in(folder):
+            if of != total:  # Of a transfer that was cut in another way.
                 other.unlink()
         missing = (total - len(self.held_parts(digest))) * PART_BYTES
         # Twice: the parts, and the whole that is made of them.
@@ -62,12 +64,12 @@ class BackboneStore:
             BadInput: a part is missing.
         """
         folder = self._parts(digest)
-        paths = sorted(folder.glob("*-of-*"), key=lambda path: int(path.name.split("-")[0]))
-        total = int(paths[0].name.split("-")[2]) if paths else 0
-        if not paths or len(paths) != total:
-            raise BadInput(f"backbone: expected all of its parts, got {len(paths)} of {total}")
+        parts = sorted(_parts_in(folder))
+        total = parts[0][1] if parts else 0
+        if not parts or len(parts) != total:
+            raise BadInput(f"backbone: expected all of its parts, got {len(parts)} of {total}")
         try:
-            return self.put(BackboneBlob(spec, b"".join(path.read_bytes() for path in paths), digest))
+            return self.put(BackboneBlob(spec, b"".join(path.read_bytes() for _, _, path in parts), digest))
         finally:
             # Kept or refused: wrong parts would only be refused again.
             shutil.rmtree(folder)
@@ -128,3 +130,9 @@ class BackboneStore:
         settings = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
         name = hashlib.sha256(settings.encode()).hexdigest()
         return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"
+
+
+def _parts_in(folder: Path) -> list[tuple[int, int, Path]]:
+    """Index, total and file of every part; what a killed process left half-written has another name."""
+    found = [(_PART.fullmatch(path.name), path) for path in folder.glob("*")]
+    return [(int(match[1]), int(match[2]), path) for match, path in found if match]

@@ -120,6 +120,22 @@ def prepare(
     return Preparation(tuple(problems), num_units, max(errors) if errors and config.precision != "float32" else None)
 
 
+def check_prepared(folder: Path) -> None:
+    """Whether a run's arrays and cached features are there; no record is read.
+
+    Raises:
+        BadInput: they are gone.
+    """
+    try:
+        with safe_open(folder / ARRAYS, framework="pt") as file:
+            features = json.loads(file.metadata()["about"])["features"]
+        gone = not all(Path(path).is_file() for path in features.values())
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
+        gone = True
+    if gone:
+        raise BadInput("expected the run's prepared data, but they or the cached features are gone; prepare it again")
+
+
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:
     """One side's units of a prepared run; tasks on one source share their features.
 

@@ -62,7 +62,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     check_allowed(site.config, joined)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
-        check_approved(site, joined.run_id, run_digest(request.run, request.backbone_digest))
+        check_approved(site, joined.run_id, run_digest(request.run, request.backbone_digest), use=False)
     except DeclinedRequest as declined:
         # A coordinator asks every few seconds while it waits: one line says it.
         raise DeclinedRequest(declined.refusal, declined.detail, logged=not _let_wait(site, request)) from declined

@@ -109,6 +109,8 @@ def _files(path: Path) -> dict[str, bytes]:
                         f"{path}: expected kit.yaml, ca.crt and offers/RUN.json in the kit, each once, "
                         f"got {name[:80]!r}"
                     )
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise BadInput(f"{path}: expected a kit that is stored or deflated, got another compression")
                 with archive.open(entry) as file:
                     files[name] = file.read(left + 1)
                 left -= len(files[name])

@@ -185,8 +185,10 @@ class Node:
 
     def _admitted(self) -> int:
         path = self._config.state_dir / NODE_ID
-        if path.exists():
-            node = int(path.read_text(encoding="ascii"))
+        saved = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        # A damaged file is as good as none: the coordinator knows the node by its key.
+        if saved.isascii() and saved.isdigit():
+            node = int(saved)
             # A site that crashed a moment ago still counts as online, and activating it again would be refused.
             with contextlib.suppress(JoinRefused):
                 if self._fleet.heartbeat(node):

@@ -127,22 +127,21 @@ class Joined:
         }
 
 
-def check_approved(site: Site, run_id: str, digest: str) -> None:
-    """Whether somebody here approved the run under this digest, or need not. Raises DeclinedRequest."""
+def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
+    """Whether somebody here approved the run under this digest, or need not. Raises DeclinedRequest.
+
+    Args:
+        site: who is asked.
+        run_id: of the run.
+        digest: of its offer.
+        use: before a charge: the run then has its approval for itself.
+    """
     if site.config.approval == "automatic":
         return
-    # One approval is for one run: resuming is free, offering the same again under another id is not.
-    others = {charge.run for charge in site.ledger().charges()} - {run_id}
-    used = sum(_offered_as(site, run) == digest for run in others)
-    if Approvals(site.config.state_dir).count(digest) <= used:
+    approvals = Approvals(site.config.state_dir)
+    if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
         detail = f"nobody approved run {digest}; see `python -m client approve SITE.yaml`"
         raise DeclinedRequest(Refusal.NOT_APPROVED, detail)
-
-
-def _offered_as(site: Site, run_id: str) -> str | None:
-    """The digest a run was offered under; None where its folder is gone."""
-    folder = site.config.state_dir / "runs" / run_id
-    return digest_of_offer(folder) if (folder / "offer.json").exists() else None
 
 
 def digest_of_offer(folder: Path) -> str:

@@ -31,6 +31,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from flwr.proto import fleet_pb2
+from google.protobuf.message import DecodeError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,6 +57,7 @@ FLEET = frozenset(
         "send-node-heartbeat",
     )
 )
+_PUSH_MESSAGES = "/v1/fleet/push-messages"
 _UPLOADS = ("/v1/fleet/push-object", "/v1/fleet/push-messages")
 _SMALL = 256 << 10
 # The engine's own window for a signed time; it checks again.
@@ -140,6 +143,8 @@ class PublicGate:
             site = self._signed_by(headers)
             kept = self._reserve(headers, self._bound(scope["path"]))
             body = await self._read(receive, kept)
+            if scope["path"] == _PUSH_MESSAGES:
+                _check_own_name(body)
             await self._app(scope, _replay(body, receive), send)
         except _Refusal as refusal:
             peer = (scope.get("client") or ("unknown",))[0]
@@ -240,6 +245,16 @@ class LoopbackGate:
         if path.startswith("/v1/control/") and not hmac.compare_digest(given, self._secret):
             return await _answer(send, 403, "control requests need the federation's secret")
         await self._app(scope, receive, send)
+
+
+def _check_own_name(body: bytes) -> None:
+    """The engine compares a key with the request's node, and the request's node with no message of it."""
+    try:
+        request = fleet_pb2.PushMessagesRequest.FromString(body)
+    except DecodeError as error:
+        raise _Refusal(400, "messages that cannot be read") from error
+    if any(message.metadata.src_node_id != request.node.node_id for message in request.messages_list):
+        raise _Refusal(403, "a message in another site's name")
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

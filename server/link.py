@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -88,6 +89,10 @@ def run_link(federation: Federation) -> None:
     """
     config = federation.config
     host, port = split_address(config.bind)
+    os.umask(0o077)
+    # A connection without a handshake is counted by nobody yet: the usual 1024 files would be too few.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with owned(federation):
         check_server(federation.tls, config.hosts())
         from server.listeners import bound_socket  # uvicorn and the engine: only this process pays for them.

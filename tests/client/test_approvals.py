@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,40 @@ def test_one_approval_pays_for_one_run_however_many_joined_under_it(site: Site, 
     assert join(site, request(frozen, "run-1")).site == "north"  # Resumed.
 
 
-def test_offers_that_wait_are_bounded_in_number(site: Site, frozen: Backbone) -> None:
+def test_offers_that_wait_are_bounded_in_number_and_never_make_room_for_others(site: Site, frozen: Backbone) -> None:
+    """Else a coordinator could push out the offer the staff is looking at and put another in its place."""
     approvals = Approvals(site.config.state_dir)
-    for seed in range(MAX_WAITING + 5):
-        approvals.wait(offer(frozen, seed=seed))
-    assert len(approvals.waiting()) == MAX_WAITING
-    assert approvals.waiting()[-1].digest == offer(frozen, seed=MAX_WAITING + 4).digest
+    kept = [approvals.wait(offer(frozen, seed=seed)) for seed in range(MAX_WAITING + 5)]
+    assert kept == [True] * MAX_WAITING + [False] * 5
+    assert {waiting.digest for waiting in approvals.waiting()} == {
+        offer(frozen, seed=seed).digest for seed in range(MAX_WAITING)
+    }
+
+
+def test_a_run_that_is_called_like_another_ones_digest_is_not_found_by_it(site: Site, frozen: Backbone) -> None:
+    approvals = Approvals(site.config.state_dir)
+    wanted = offer(frozen, seed=1).digest
+    approvals.wait(offer(frozen, name=wanted))
+    with pytest.raises(BadInput, match="0 offers have"):
+        approvals.find(wanted)
+
+
+def test_an_approval_stays_used_when_the_runs_folder_is_removed(site: Site, frozen: Backbone) -> None:
+    Approvals(site.config.state_dir).approve(offer(frozen))
+    join(site, request(frozen))
+    give_backbone(site, "run-1", frozen)
+    train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
+    shutil.rmtree(site.config.state_dir / "runs" / "run-1")
+    assert refusal(site, request(frozen, "run-2")) is Refusal.NOT_APPROVED
+
+
+def test_a_line_of_the_approvals_that_says_too_little_counts_for_nothing(site: Site, frozen: Backbone) -> None:
+    approvals = Approvals(site.config.state_dir)
+    approvals.approve(offer(frozen))
+    with (site.config.state_dir / "approvals.jsonl").open("a") as file:
+        file.write('{"event": "approved"}\n{"event": "used"}\n')
+    assert len(approvals.all()) == 1
+    assert join(site, request(frozen)).site == "north"
 
 
 def test_an_ambiguous_or_unknown_name_is_refused(site: Site, frozen: Backbone) -> None:

@@ -6,6 +6,7 @@ Each attack is a message as Flower would deliver it. Afterwards an honest run st
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from client.answering import MAX_CHARGES
 from client.app import make_app
 from client.site import MAX_STEPS, Site
 from common import wire
@@ -22,9 +24,10 @@ from common.config import SiteConfig
 from common.heads import initial_heads, parameters
 from common.journal import read
 from common.offers import offer_of
+from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Heads, Refusal
+from common.types import Heads, Refusal
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, run_config, site_config
 
@@ -244,37 +247,84 @@ def test_a_bad_round_is_declined_logged_and_not_charged(
     )
 
 
-def test_a_replayed_round_gets_the_same_bytes_and_a_changed_one_is_a_new_charge(
+def shifted(frozen: Backbone, by: float) -> Heads:
+    return {task: {name: array + by for name, array in p.items()} for task, p in heads(frozen).items()}
+
+
+def test_a_replayed_round_gets_the_same_bytes_and_another_request_of_it_is_declined(
     coordinator: Coordinator, frozen: Backbone
 ) -> None:
+    """Else one approval would pay for as many rounds as the whole budget covers."""
     coordinator.honest_run(frozen)
     site = Site(coordinator.config, os_entropy)
     ask = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
     first = wire.to_bytes(coordinator.send(wire.TRAIN, ask))
-    charged = len(site.ledger().charges())
+    before = site.ledger().spent()
     assert all(wire.to_bytes(coordinator.send(wire.TRAIN, ask)) == first for _ in range(3))
-    assert len(site.ledger().charges()) == charged
-    # Reordered: round 1 again, with other heads. It is answered, and paid for.
-    moved = {task: {n: array + 1 for n, array in params.items()} for task, params in heads(frozen).items()}
-    coordinator.send(wire.TRAIN, wire.encode(wire.TrainRequest("honest", 1, moved)))
-    assert len(site.ledger().charges()) == charged + 1
+    for round_ in (1, 2):
+        for number in range(1, 20):
+            other = wire.encode(wire.TrainRequest("honest", round_, shifted(frozen, number)))
+            assert coordinator.refused(wire.TRAIN, other) is Refusal.BAD_REQUEST
+    assert site.ledger().spent() == before
 
 
-def test_rounds_asked_for_ever_end_at_the_budget(tmp_path: Path, frozen: Backbone) -> None:
-    """Each variation of a round is a charge; when the budget is gone, nothing more is answered."""
-    coordinator = Coordinator(site_config(tmp_path, "north", budget={"epsilon": 8.0, "delta": 1e-5}))
+def test_an_evaluation_is_answered_to_one_request_too(tmp_path: Path, frozen: Backbone) -> None:
+    config = site_config(
+        tmp_path, "north", evaluation={"share": 0.5, "evaluations": 9}, split={"test_fraction": 0.3, "salt": ""}
+    )
+    coordinator = Coordinator(config)
+    run = run_config(evaluation={"every": 1})
+    coordinator.send(wire.JOIN, wire.encode(wire.JoinRequest("honest", offer_of(run, frozen), frozen.digest)))
+    blob = frozen.blob()
+    coordinator.send(wire.PART, wire.encode(wire.PartRequest("honest", 0, 1, blob.weights)))
+    coordinator.send(wire.PREPARE, wire.encode(wire.PrepareRequest("honest", blob.spec)))
+    ask = wire.encode(wire.EvaluateRequest("honest", 1, heads(frozen)))
+    wire.decode(coordinator.send(wire.EVALUATE, ask), wire.EvaluateReply)
+    other = wire.encode(wire.EvaluateRequest("honest", 1, shifted(frozen, 1)))
+    assert coordinator.refused(wire.EVALUATE, other) is Refusal.BAD_REQUEST
+    assert len(Site(config, os_entropy).ledger().charges()) == 1
+
+
+def test_a_round_that_was_cut_off_is_charged_a_few_times_and_no_more(
+    coordinator: Coordinator, frozen: Backbone
+) -> None:
+    """A charge without a stored reply, as a crash leaves it."""
     coordinator.honest_run(frozen)
-    words = []
-    for number in range(40):
-        other = {task: {n: array + number for n, array in p.items()} for task, p in heads(frozen).items()}
-        reply = coordinator.send(wire.TRAIN, wire.encode(wire.TrainRequest("honest", 1, other)))
-        try:
-            words.append(wire.decode(reply, wire.Declined).refusal)
-        except BadInput:
-            continue
-    assert words
-    assert set(words) == {Refusal.BUDGET}
-    assert Site(coordinator.config, os_entropy).ledger().spent().reserved_epsilon <= 8.0 * (1 + 1e-9)
+    site = Site(coordinator.config, os_entropy)
+    for _ in range(MAX_CHARGES):
+        site.ledger().reserve(Mechanism("gaussian", 50.0, 1.0, 2, 1.0), run="honest", round=2, request="0" * 64)
+    ask = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
+    assert coordinator.refused(wire.TRAIN, ask) is Refusal.BAD_REQUEST
+    assert len(site.ledger().charges()) == 1 + MAX_CHARGES
+
+
+def test_a_request_that_must_fail_is_not_charged(coordinator: Coordinator, frozen: Backbone) -> None:
+    """The cached features are gone: no try of the round can succeed."""
+    coordinator.honest_run(frozen)
+    site = Site(coordinator.config, os_entropy)
+    before = site.ledger().spent()
+    shutil.rmtree(site.features_folder())
+    ask = wire.encode(wire.TrainRequest("honest", 2, heads(frozen)))
+    for _ in range(3):
+        assert coordinator.refused(wire.TRAIN, ask) is Refusal.BAD_REQUEST
+    assert site.ledger().spent() == before
+
+
+def test_what_a_coordinator_writes_neither_fills_the_journal_nor_steers_a_terminal(
+    coordinator: Coordinator, frozen: Backbone
+) -> None:
+    coordinator.refused(wire.JOIN, offered(frozen, **{"x" * 500_000: True}))
+    coordinator.refused(wire.JOIN, offered(frozen, tasks={"\x1b]0;pwned\x07": {"kind": "classification"}}))
+    path = coordinator.config.state_dir / "site.jsonl"
+    assert path.stat().st_size < 10_000
+    assert not any("\x1b" in fact["detail"] for fact in read(path))
+
+
+def test_what_a_killed_transfer_left_half_written_is_no_part(coordinator: Coordinator, frozen: Backbone) -> None:
+    folder = coordinator.config.state_dir / "backbones" / f"{frozen.digest}.parts"
+    folder.mkdir(parents=True)
+    (folder / ".0-of-1.abcd1234").write_bytes(b"half")
+    coordinator.honest_run(frozen)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto import fleet_pb2, message_pb2, node_pb2
 
 from common.journal import FileJournal, read
 from server import registry
@@ -115,11 +116,20 @@ def public(engine: Engine, refusals: list[Refused] | None = None, limits: Limits
 # --- from the network ------------------------------------------------------------------------------------------------
 
 
+def reply_of(node: int, source: int) -> bytes:
+    """A reply pushed by one node that says it comes from another, or from itself."""
+    envelope = message_pb2.Message(metadata=message_pb2.Metadata(src_node_id=source, message_id="m"))
+    return fleet_pb2.PushMessagesRequest(node=node_pb2.Node(node_id=node), messages_list=[envelope]).SerializeToString()
+
+
+REPLY = reply_of(7, 7)
+
+
 @pytest.mark.parametrize("path", sorted(path for _, path in FLEET))
 def test_an_admitted_sites_request_arrives_with_its_body(path: str) -> None:
     engine = Engine()
-    assert ask(public(engine), path, headers=signed(), sender=Sender(b"ab", b"cd")) == 200
-    assert engine.seen == [(path, b"abcd")]
+    assert ask(public(engine), path, headers=signed(), sender=Sender(REPLY[:7], REPLY[7:])) == 200
+    assert engine.seen == [(path, REPLY)]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +184,18 @@ def test_whoever_is_not_an_admitted_site_is_refused_before_a_byte_is_read(header
     assert ask(public(engine, refusals), "/v1/fleet/push-object", headers=headers, sender=sender) == 401
     assert (engine.seen, sender.taken) == ([], 0)
     assert [refused.reason for refused in refusals] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(reply_of(7, 7), 200), (reply_of(7, 8), 403), (b"no message", 400)],
+    ids=["own", "other", "junk"],
+)
+def test_a_site_answers_in_its_own_name_only(body: bytes, status: int) -> None:
+    """The engine itself accepts a reply in another's name from whoever knows the other's node id."""
+    engine = Engine()
+    assert ask(public(engine), "/v1/fleet/push-messages", headers=signed(), sender=Sender(body)) == status
+    assert bool(engine.seen) == (status == 200)
 
 
 def test_a_declared_size_above_the_bound_is_refused_before_a_byte_is_read() -> None:
