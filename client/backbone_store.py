@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from common.plugins import Spec
 from common.types import BackboneBlob, BadInput, DigestMismatch
 from common.wire import PART_BYTES
 
+_PART_NAME = re.compile(r"(\d+)-of-(\d+)")
 _SPARE_BYTES = 1 << 30
 """Disk space that a transfer leaves free: a full disk would stop the ledger."""
 
@@ -34,7 +36,7 @@ class BackboneStore:
 
     def held_parts(self, digest: str) -> tuple[int, ...]:
         """Which parts of a transfer that has not ended are here."""
-        return tuple(sorted(int(path.name.split("-")[0]) for path in self._parts(digest).glob("*-of-*")))
+        return tuple(sorted(index for index, _ in self._whole_parts(digest)))
 
     def put_part(self, digest: str, index: int, total: int, data: bytes) -> None:
         """Keep one part.
@@ -43,8 +45,10 @@ class BackboneStore:
             BadInput: the whole would not leave enough of the disk free.
         """
         folder = private_folder(private_folder(self._folder) / f"{digest}.parts")
-        for other in folder.glob("*-of-*"):
-            if other.name.split("-")[2] != str(total):  # Of a transfer that was cut in another way.
+        whole = set(self._whole_parts(digest).values())
+        for other in folder.iterdir():
+            # Of a transfer that was cut in another way, or torn by a kill while it was written.
+            if other not in whole or not other.name.endswith(f"-of-{total}"):
                 other.unlink()
         missing = (total - len(self.held_parts(digest))) * PART_BYTES
         # Twice: the parts, and the whole that is made of them.
@@ -62,8 +66,9 @@ class BackboneStore:
             BadInput: a part is missing.
         """
         folder = self._parts(digest)
-        paths = sorted(folder.glob("*-of-*"), key=lambda path: int(path.name.split("-")[0]))
-        total = int(paths[0].name.split("-")[2]) if paths else 0
+        parts = self._whole_parts(digest)
+        paths = [path for _, path in sorted(parts.items())]
+        total = next((total for _, total in sorted(parts)), 0)
         if not paths or len(paths) != total:
             raise BadInput(f"backbone: expected all of its parts, got {len(paths)} of {total}")
         try:
@@ -123,6 +128,11 @@ class BackboneStore:
 
     def _parts(self, digest: str) -> Path:
         return self._folder / f"{digest}.parts"
+
+    def _whole_parts(self, digest: str) -> dict[tuple[int, int], Path]:
+        """(index, total) -> file of every part that was written to its end; one torn by a kill has another name."""
+        found = {path: _PART_NAME.fullmatch(path.name) for path in self._parts(digest).glob("*-of-*")}
+        return {(int(match[1]), int(match[2])): path for path, match in found.items() if match}
 
     def _known(self, spec: Spec) -> Path:
         settings = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
