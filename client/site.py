@@ -31,9 +31,6 @@ from common.types import (
     Refusal,
 )
 
-MAX_STEPS = 1_000_000
-"""Steps of a whole run; more would hold a site for hours."""
-
 
 class DeclinedRequest(Exception):
     """A request this site does not fulfil. The refusal is sent; the detail stays in the site's own journal."""
@@ -191,8 +188,8 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
         plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
-    if plan.steps * joined.run.rounds > MAX_STEPS:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
+    if plan.steps * joined.run.rounds > wire.MAX_STEPS:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {wire.MAX_STEPS} steps")
     if solver.private != plan.private or plan.private != (joined.privacy is not None):
         raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan

@@ -15,7 +15,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.app import make_app
-from client.site import MAX_STEPS, Site
+from client.site import Site
 from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig
@@ -86,7 +86,7 @@ def privacy(**changes: Any) -> dict[str, Any]:
     return {"unit": "example", "delta": 1e-5, "target_epsilon": None, "noise_multiplier": 2.0, **changes}
 
 
-def edited(frozen: Backbone, change: Callable[[dict[str, Any]], None]) -> RecordDict:
+def edited(frozen: Backbone, change: Callable[[dict[str, Any]], object]) -> RecordDict:
     records = wire.encode(wire.JoinRequest("run-x", offer_of(run_config(), frozen), frozen.digest))
     public = json.loads(str(records.config_records["public"]["json"]))
     change(public)
@@ -100,7 +100,7 @@ ABSURD_OFFERS: dict[str, dict[str, Any]] = {
     "no privacy": {"privacy": "non_private", "solver": {**solver(), "kind": "sgd"}},
     "privacy of a solver without": {"solver": {"kind": "sgd", "sampling_rate": 1.0, "steps": 2, "learning_rate": 1}},
     "a billion steps": {"solver": solver(steps=10**9)},
-    "more steps than a site works for": {"solver": solver(steps=MAX_STEPS)},
+    "more steps than a site works for": {"solver": solver(steps=wire.MAX_STEPS)},
     "a rate above 1": {"solver": solver(sampling_rate=1.5)},
     "a rate of 0": {"solver": solver(sampling_rate=0.0)},
     "an infinite clip norm": {"solver": solver(clip_norm=1e999)},
@@ -165,10 +165,13 @@ def test_a_run_id_that_could_be_a_path_goes_nowhere(
         ("another version", lambda public: public.update(version=wire.VERSION + 1)),
         ("no version", lambda public: public.pop("version")),
         ("a version of a later shape", lambda public: public.update(version=99, surprise=[1])),
+        ("a message of a later name", lambda public: public.update(version=99, payload="Invitation")),
+        ("a later version without anything known", lambda public: [public.clear(), public.update(version=99)]),
+        ("a version that only looks equal", lambda public: public.update(version=True)),
     ],
 )
 def test_a_coordinator_of_another_version_hears_so(
-    coordinator: Coordinator, frozen: Backbone, name: str, change: Callable[[dict[str, Any]], None]
+    coordinator: Coordinator, frozen: Backbone, name: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     assert coordinator.refused(wire.JOIN, edited(frozen, change)) is Refusal.VERSION, name
 
