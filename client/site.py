@@ -24,6 +24,7 @@ from common.journal import FileJournal, Journal
 from common.privacy.noise import Entropy
 from common.tasks import Task, open_task
 from common.types import (
+    MAX_STEPS,
     BadInput,
     Heads,
     LedgerDamaged,
@@ -128,10 +129,12 @@ def check_approved(site: Site, run_id: str, digest: str) -> None:
     """Whether somebody here approved the run under this digest, or need not. Raises DeclinedRequest."""
     if site.config.approval == "automatic":
         return
-    # One approval is for one run: resuming is free, offering the same again under another id is not.
-    others = {charge.run for charge in site.ledger().charges()} - {run_id}
+    given = Approvals(site.config.state_dir).count(digest)
+    # One approval is for one run: resuming is free, offering the same again under another id is not. The ledger is
+    # opened for approved runs only: nothing about it, not even that it is damaged, is said to anybody else.
+    others = {charge.run for charge in site.ledger().charges()} - {run_id} if given else set()
     used = sum(_offered_as(site, run) == digest for run in others)
-    if Approvals(site.config.state_dir).count(digest) <= used:
+    if given <= used:
         detail = f"nobody approved run {digest}; see `python -m client approve SITE.yaml`"
         raise DeclinedRequest(Refusal.NOT_APPROVED, detail)
 
@@ -188,8 +191,8 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
         plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
-    if plan.steps * joined.run.rounds > wire.MAX_STEPS:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {wire.MAX_STEPS} steps")
+    if plan.steps * joined.run.rounds > MAX_STEPS:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
     if solver.private != plan.private or plan.private != (joined.privacy is not None):
         raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan

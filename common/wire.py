@@ -37,7 +37,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from common.types import BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
 
 VERSION = 1
 """Of the messages. A site and a coordinator of different versions do not work together."""
@@ -56,8 +56,6 @@ _NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 MAX_JSON_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
 MAX_TASKS = 1024
-MAX_STEPS = 1_000_000
-"""Of a whole run; more would hold a site for hours."""
 PART_BYTES = 8 << 20
 """A backbone's weights travel in parts of this size; the last one may be shorter."""
 MAX_PARTS = 1024

@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.app import make_app
+from client.approvals import MAX_WAITING, Approvals
 from client.site import Site
 from common import wire
 from common.backbones import Backbone
@@ -24,7 +25,7 @@ from common.journal import read
 from common.offers import offer_of
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Heads, Refusal
+from common.types import MAX_STEPS, BadInput, Heads, Refusal
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, run_config, site_config
 
@@ -100,7 +101,7 @@ ABSURD_OFFERS: dict[str, dict[str, Any]] = {
     "no privacy": {"privacy": "non_private", "solver": {**solver(), "kind": "sgd"}},
     "privacy of a solver without": {"solver": {"kind": "sgd", "sampling_rate": 1.0, "steps": 2, "learning_rate": 1}},
     "a billion steps": {"solver": solver(steps=10**9)},
-    "more steps than a site works for": {"solver": solver(steps=wire.MAX_STEPS)},
+    "more steps than a site works for": {"solver": solver(steps=MAX_STEPS)},
     "a rate above 1": {"solver": solver(sampling_rate=1.5)},
     "a rate of 0": {"solver": solver(sampling_rate=0.0)},
     "an infinite clip norm": {"solver": solver(clip_norm=1e999)},
@@ -139,6 +140,39 @@ def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
     coordinator.honest_run(frozen)
     charges = Site(coordinator.config, os_entropy).ledger().charges()
     assert [(charge.run, charge.round) for charge in charges] == [("honest", 1)]
+
+
+@pytest.mark.parametrize("key", ["k" * 900_000, "\x1b[2J\nforged: line"], ids=["long", "terminal codes"])
+def test_what_a_coordinator_writes_into_an_offer_does_not_fill_the_journal_or_reach_a_terminal(
+    coordinator: Coordinator, frozen: Backbone, key: str
+) -> None:
+    assert coordinator.refused(wire.JOIN, offered(frozen, **{key: 1})) is Refusal.BAD_REQUEST
+    journal = coordinator.config.state_dir / "site.jsonl"
+    assert journal.stat().st_size < 1000
+    [line] = read(journal)
+    assert line["asked"] == wire.JOIN
+    assert line["detail"].isprintable()
+
+
+def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp_path: Path, frozen: Backbone) -> None:
+    """It would be shown to whoever approves the run, between the lines that say what it costs."""
+    careful = Coordinator(site_config(tmp_path, "north", approval="required"))
+    forged = "classification)\nprice     epsilon 0.01 per example\x1b[2K"
+    tasks = {**TASKS, "elsewhere": {"kind": forged}}
+    assert careful.refused(wire.JOIN, offered(frozen, tasks=tasks)) is Refusal.BAD_REQUEST
+    assert Approvals(careful.config.state_dir).waiting() == []
+    [line] = read(careful.config.state_dir / "site.jsonl")
+    assert "tasks.elsewhere.kind" in line["detail"]
+    assert line["detail"].isprintable()
+
+
+def test_a_flood_of_offers_keeps_few_of_them_on_the_disk(tmp_path: Path, frozen: Backbone) -> None:
+    careful = Coordinator(site_config(tmp_path, "north", approval="required"))
+    for seed in range(MAX_WAITING + 8):
+        assert careful.refused(wire.JOIN, offered(frozen, seed=seed)) is Refusal.NOT_APPROVED
+    kept = list((careful.config.state_dir / "waiting").iterdir())
+    assert len(kept) == MAX_WAITING
+    assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common import wire
-from common.types import BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
 
 names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
 arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_side=4), elements=st.floats(width=32))
@@ -171,7 +171,7 @@ def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object)
         {"steps": 2.5},
         {"steps": True},
         {"steps": 10**400},
-        {"steps": wire.MAX_STEPS + 1},
+        {"steps": MAX_STEPS + 1},
         {"sampling_rate": True},
         {"sampling_rate": float("nan")},
         {"noise_multiplier": 10**400},
