@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.backbones import Backbone, from_blob, open_pretrained
+from common.backbones import Backbone, Kind, from_blob, open_pretrained
 from common.files import private_folder, write_atomic
-from common.plugins import Spec
+from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
 from common.wire import PART_BYTES
 
@@ -92,23 +92,34 @@ class BackboneStore:
     def adopt(self, digest: str, own: Sequence[Spec]) -> bool:
         """Keep the one of the site's own backbones that has this digest; whether there is one.
 
-        Each is opened once and its digest remembered.
+        Each is opened once, and again when its file has changed; its digest is remembered.
 
         Raises:
-            BadInput: one of them cannot be opened.
+            BadInput: none has the digest, and one of them cannot be opened.
         """
         if self.has(digest):
             return True
+        unusable: BadInput | None = None
         for position, spec in enumerate(own):
-            path = self._known(spec)
-            if path.exists() and path.read_text(encoding="ascii") != digest:
-                continue
-            backbone = open_pretrained(spec, f"own_backbones.{position}")
-            write_atomic(path, backbone.digest.encode())
-            if backbone.digest == digest:
-                self.put(backbone.blob())
-                return True
+            try:
+                if self._adopt_one(digest, spec, f"own_backbones.{position}"):
+                    return True
+            except BadInput as error:
+                unusable = unusable or error
+        if unusable is not None:
+            raise unusable
         return False
+
+    def _adopt_one(self, digest: str, spec: Spec, key: str) -> bool:
+        path = self._known(spec, key)
+        if path.exists() and path.read_text(encoding="ascii") != digest:
+            return False
+        backbone = open_pretrained(spec, key)
+        write_atomic(path, backbone.digest.encode())
+        if backbone.digest != digest:
+            return False
+        self.put(backbone.blob())
+        return True
 
     def open(self, digest: str) -> Backbone:
         """A stored backbone, verified again.
@@ -134,7 +145,11 @@ class BackboneStore:
         found = {path: _PART_NAME.fullmatch(path.name) for path in self._parts(digest).glob("*-of-*")}
         return {(int(match[1]), int(match[2])): path for path, match in found.items() if match}
 
-    def _known(self, spec: Spec) -> Path:
-        settings = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
-        name = hashlib.sha256(settings.encode()).hexdigest()
+    def _known(self, spec: Spec, key: str) -> Path:
+        """Where the digest of one of the site's own backbones is remembered, for as long as its file is the same."""
+        kind: Kind = resolve("common.backbones", spec, key)
+        file = kind.weights_file()
+        status = file.stat() if file is not None and file.exists() else None
+        about = [kind.model_dump(mode="json", by_alias=True), status and [status.st_size, status.st_mtime_ns]]
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"

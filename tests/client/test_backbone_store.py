@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from client.backbone_store import BackboneStore
-from common.backbones import Backbone
+from common.backbones import Backbone, open_pretrained, open_untrained
+from common.backbones.small_cnn import pretrained_tensors
+from common.plugins import Spec
 from common.types import BackboneBlob, BadInput, DigestMismatch
 from common.wire import PART_BYTES
 from tests.tiny import backbone
@@ -81,3 +84,38 @@ def test_a_stored_backbone_whose_file_changed_is_refused(
         store.open(blob.digest)
     with pytest.raises(DigestMismatch):
         store.put(BackboneBlob(blob.spec, blob.weights, "0" * 64))
+
+
+# --- backbones the site opens by itself ------------------------------------------------------------------------------
+
+IDENTITY = Spec(kind="identity", dim=4)
+SMALL = {"kind": "small_cnn", "channels": [4, 6], "input_size": 8}
+
+
+def test_a_backbone_the_site_has_itself_need_not_be_sent(store: BackboneStore, frozen: Backbone) -> None:
+    assert store.adopt(frozen.digest, [IDENTITY])
+    assert store.open(frozen.digest).digest == frozen.digest
+
+
+def test_a_backbone_of_another_digest_is_not_taken_for_the_agreed_one(store: BackboneStore, frozen: Backbone) -> None:
+    assert not store.adopt(frozen.digest, [Spec(kind="identity", dim=5)])
+    assert not store.has(frozen.digest)
+
+
+def test_an_entry_that_cannot_be_opened_does_not_hide_the_ones_after_it(store: BackboneStore, frozen: Backbone) -> None:
+    unusable = Spec(kind="torchvision", model="no_such_model")
+    assert store.adopt(frozen.digest, [unusable, IDENTITY])
+    with pytest.raises(BadInput, match=r"own_backbones\.0"):
+        store.adopt("0" * 64, [unusable, IDENTITY])
+
+
+def test_a_weights_file_that_was_replaced_is_looked_at_again(tmp_path: Path, store: BackboneStore) -> None:
+    path = tmp_path / "weights.safetensors"
+    spec = Spec(**SMALL, weights=str(path))
+    digests = []
+    for seed in (0, 1):
+        untrained = open_untrained(spec, "backbone", seed=seed)
+        save_file(pretrained_tensors(untrained.module, None), path)
+        digests.append(open_pretrained(spec, "backbone").digest)
+        assert store.adopt(digests[-1], [spec])
+    assert digests[0] != digests[1]

@@ -126,6 +126,7 @@ ANYWHERE: dict[str, Callable[[], RecordDict]] = {
 }
 AT_JOIN: dict[str, Callable[[], RecordDict]] = {
     "another's name": lambda: joining(site="east"),
+    "the name of nobody": lambda: joining(site="south"),
     "a name with a terminal's codes": lambda: joining(site="\x1b[2J"),
     "a name of a megabyte": lambda: joining(site="x" * 1_000_000),
     "an enormous public size": lambda: joining(tasks={"colour": 10**12}),
