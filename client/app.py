@@ -18,12 +18,12 @@ from client.joining import finish, join, keep_part, prepare_run
 from client.site import DeclinedRequest, Site
 from common import wire
 from common.config import SiteConfig, load
+from common.errors import plain
 from common.privacy.noise import Entropy, os_entropy
 from common.types import BadInput, LedgerDamaged, Refusal
 
 _log = logging.getLogger(__name__)
 SITE_VARIABLE = "HEADWATER_SITE"
-MAX_DETAIL_CHARS = 500
 
 OpenSite = Callable[[Context], SiteConfig]
 
@@ -54,11 +54,11 @@ def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_
     app = ClientApp()
 
     def answer(message: Message, context: Context, handle: Callable[[Site], RecordDict]) -> Message:
-        name = ""
+        name, asked = "", message.metadata.message_type
         try:
             site = Site(open_site(context), entropy)
             name = site.config.name
-            records = _answer(site, handle)
+            records = _answer(site, asked, handle)
         except (KeyboardInterrupt, SystemExit):
             raise  # The process ends; Flower answers for it without quoting these.
         except BaseException:  # Also a panic of native code, which is no Exception.
@@ -103,7 +103,7 @@ def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_
     return app
 
 
-def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
+def _answer(site: Site, asked: str, handle: Callable[[Site], RecordDict]) -> RecordDict:
     try:
         return handle(site)
     except DeclinedRequest as declined:
@@ -117,14 +117,9 @@ def _answer(site: Site, handle: Callable[[Site], RecordDict]) -> RecordDict:
     except LedgerDamaged as error:
         # To the coordinator the same word as an exhausted budget: what was seen is the security officer's alone.
         refusal, detail = Refusal.BUDGET, str(error)
-    site.journal.write("declined", refusal=refusal.value, detail=_bounded(detail))
+    # Short: a coordinator must not fill the disk that the ledger needs, whatever its requests make a sentence quote.
+    site.journal.write("declined", asked=asked, refusal=refusal.value, detail=plain(detail))
     return wire.encode(wire.Declined(refusal, site.config.name))
-
-
-def _bounded(detail: str) -> str:
-    """For the site's journal and terminal: a coordinator's text neither fills the one nor steers the other."""
-    plain = "".join(char if char.isprintable() else "?" for char in detail[: MAX_DETAIL_CHARS + 1])
-    return plain if len(detail) <= MAX_DETAIL_CHARS else plain[:MAX_DETAIL_CHARS] + " ..."
 
 
 app = make_app()

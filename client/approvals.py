@@ -21,6 +21,7 @@ from common.config import RunConfig, parse
 from common.files import private_folder, write_atomic
 from common.journal import FileJournal, read
 from common.offers import offer_bytes, run_digest
+from common.plugins import refuse_unknown_kind
 from common.types import BadInput
 
 MAX_WAITING = 32
@@ -41,8 +42,16 @@ class Offer:
         return run_digest(self.run, self.backbone_digest)
 
     def config(self) -> RunConfig:
-        """The run's settings. Raises BadInput where they are not a run's."""
-        return parse(RunConfig, self.run, base=Path("/nonexistent"))
+        """The run's settings. Raises BadInput where they are not a run's, or name a kind that does not exist.
+
+        Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
+        """
+        run = parse(RunConfig, self.run, base=Path("/nonexistent"))
+        named = [("common.backbones", run.backbone, "backbone"), ("client.solvers", run.solver, "solver")]
+        named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
+        for package, spec, key in named:
+            refuse_unknown_kind(package, spec.kind, f"{key}.kind")
+        return run
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.backbones import Backbone, from_blob, open_pretrained
+from common.backbones import Backbone, Kind, from_blob, open_pretrained
 from common.files import private_folder, write_atomic
-from common.plugins import Spec
+from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
 from common.wire import PART_BYTES
 
-_PART = re.compile(r"(\d+)-of-(\d+)")
+_PART_NAME = re.compile(r"(\d+)-of-(\d+)")
 _SPARE_BYTES = 1 << 30
 """Disk space that a transfer leaves free: a full disk would stop the ledger."""
 
@@ -36,7 +36,7 @@ class BackboneStore:
 
     def held_parts(self, digest: str) -> tuple[int, ...]:
         """Which parts of a transfer that has not ended are here."""
-        return tuple(sorted(index for index, _, _ in _parts_in(self._parts(digest))))
+        return tuple(sorted(index for index, _ in self._whole_parts(digest)))
 
     def put_part(self, digest: str, index: int, total: int, data: bytes) -> None:
         """Keep one part.
@@ -45,8 +45,10 @@ class BackboneStore:
             BadInput: the whole would not leave enough of the disk free.
         """
         folder = private_folder(private_folder(self._folder) / f"{digest}.parts")
-        for _, of, other in _parts_in(folder):
-            if of != total:  # Of a transfer that was cut in another way.
+        whole = set(self._whole_parts(digest).values())
+        for other in folder.iterdir():
+            # Of a transfer that was cut in another way, or torn by a kill while it was written.
+            if other not in whole or not other.name.endswith(f"-of-{total}"):
                 other.unlink()
         missing = (total - len(self.held_parts(digest))) * PART_BYTES
         # Twice: the parts, and the whole that is made of them.
@@ -64,12 +66,13 @@ class BackboneStore:
             BadInput: a part is missing.
         """
         folder = self._parts(digest)
-        parts = sorted(_parts_in(folder))
-        total = parts[0][1] if parts else 0
-        if not parts or len(parts) != total:
-            raise BadInput(f"backbone: expected all of its parts, got {len(parts)} of {total}")
+        parts = self._whole_parts(digest)
+        paths = [path for _, path in sorted(parts.items())]
+        total = next((total for _, total in sorted(parts)), 0)
+        if not paths or len(paths) != total:
+            raise BadInput(f"backbone: expected all of its parts, got {len(paths)} of {total}")
         try:
-            return self.put(BackboneBlob(spec, b"".join(path.read_bytes() for _, _, path in parts), digest))
+            return self.put(BackboneBlob(spec, b"".join(path.read_bytes() for path in paths), digest))
         finally:
             # Kept or refused: wrong parts would only be refused again.
             shutil.rmtree(folder)
@@ -89,23 +92,34 @@ class BackboneStore:
     def adopt(self, digest: str, own: Sequence[Spec]) -> bool:
         """Keep the one of the site's own backbones that has this digest; whether there is one.
 
-        Each is opened once and its digest remembered.
+        Each is opened once, and again when its file has changed; its digest is remembered.
 
         Raises:
-            BadInput: one of them cannot be opened.
+            BadInput: none has the digest, and one of them cannot be opened.
         """
         if self.has(digest):
             return True
+        unusable: BadInput | None = None
         for position, spec in enumerate(own):
-            path = self._known(spec)
-            if path.exists() and path.read_text(encoding="ascii") != digest:
-                continue
-            backbone = open_pretrained(spec, f"own_backbones.{position}")
-            write_atomic(path, backbone.digest.encode())
-            if backbone.digest == digest:
-                self.put(backbone.blob())
-                return True
+            try:
+                if self._adopt_one(digest, spec, f"own_backbones.{position}"):
+                    return True
+            except BadInput as error:
+                unusable = unusable or error
+        if unusable is not None:
+            raise unusable
         return False
+
+    def _adopt_one(self, digest: str, spec: Spec, key: str) -> bool:
+        path = self._known(spec, key)
+        if path.exists() and path.read_text(encoding="ascii") != digest:
+            return False
+        backbone = open_pretrained(spec, key)
+        write_atomic(path, backbone.digest.encode())
+        if backbone.digest != digest:
+            return False
+        self.put(backbone.blob())
+        return True
 
     def open(self, digest: str) -> Backbone:
         """A stored backbone, verified again.
@@ -126,13 +140,16 @@ class BackboneStore:
     def _parts(self, digest: str) -> Path:
         return self._folder / f"{digest}.parts"
 
-    def _known(self, spec: Spec) -> Path:
-        settings = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
-        name = hashlib.sha256(settings.encode()).hexdigest()
+    def _whole_parts(self, digest: str) -> dict[tuple[int, int], Path]:
+        """(index, total) -> file of every part that was written to its end; one torn by a kill has another name."""
+        found = {path: _PART_NAME.fullmatch(path.name) for path in self._parts(digest).glob("*-of-*")}
+        return {(int(match[1]), int(match[2])): path for path, match in found.items() if match}
+
+    def _known(self, spec: Spec, key: str) -> Path:
+        """Where the digest of one of the site's own backbones is remembered, for as long as its file is the same."""
+        kind: Kind = resolve("common.backbones", spec, key)
+        file = kind.weights_file()
+        status = file.stat() if file is not None and file.exists() else None
+        about = [kind.model_dump(mode="json", by_alias=True), status and [status.st_size, status.st_mtime_ns]]
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"
-
-
-def _parts_in(folder: Path) -> list[tuple[int, int, Path]]:
-    """Index, total and file of every part; what a killed process left half-written has another name."""
-    found = [(_PART.fullmatch(path.name), path) for path in folder.glob("*")]
-    return [(int(match[1]), int(match[2]), path) for match, path in found if match]

@@ -38,15 +38,18 @@ def approve(
         str | None,
         typer.Argument(metavar="[RUN]", help="A kit's offer, a run file, or a waiting offer's name or digest"),
     ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the offers that wait and what was approved")] = False,
     json_: Json = False,
 ) -> None:
-    """Record that you approve a run; without RUN, list the offers that wait and what was approved.
+    """Record that you approve a run; with --list or without RUN, list the offers that wait and what was approved.
 
     Example: python -m client approve site.yaml offers/brain-mri.json
     """
     with reported_errors():
         config = load(SiteConfig, site)
         approvals = Approvals(config.state_dir)
+        if list_ and run is not None:
+            raise BadInput(f"--list: expected no run beside it, got {run!r}; leave one of the two out")
         if run is None:
             _list(approvals, json_)
             return

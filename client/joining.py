@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from client.approvals import Approvals, Offer
 from client.audit_gate import AuditTooSlow, audit_verdict
@@ -30,7 +29,6 @@ from client.site import (
 )
 from client.solvers import open_solver
 from common import wire
-from common.config import RunConfig, parse
 from common.files import private_folder, write_atomic
 from common.heads import initial_heads
 from common.offers import offer_bytes, run_digest
@@ -181,7 +179,7 @@ def _let_wait(site: Site, request: wire.JoinRequest) -> bool:
 
 def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
     try:
-        run = parse(RunConfig, request.run, base=Path("/nonexistent"))
+        run = Offer(request.run, request.backbone_digest).config()
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
     folder = run_folder(site, request.run_id)

@@ -24,15 +24,13 @@ from common.journal import FileJournal, Journal
 from common.privacy.noise import Entropy
 from common.tasks import Task, open_task
 from common.types import (
+    MAX_STEPS,
     BadInput,
     Heads,
     LedgerDamaged,
     Plan,
     Refusal,
 )
-
-MAX_STEPS = 1_000_000
-"""Steps of a whole run; more would hold a site for hours."""
 
 
 class DeclinedRequest(Exception):

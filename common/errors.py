@@ -17,6 +17,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (nearest: {close[0]!r})" if close else ""
 
 
+def plain(text: str, limit: int = 400) -> str:
+    """A stranger's text as one short line of printable characters, for a terminal or a log."""
+    shown = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
+    return shown if len(text) <= limit else f"{shown[:limit]}..."
+
+
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first error of a pydantic validation as one sentence."""
     # Of a union's options, a group of keys was meant where one was written: the word beside it explains nothing.
@@ -52,7 +58,8 @@ def _path(item: ErrorDetails) -> list[str]:
 
 
 def _key(item: ErrorDetails, prefix: str) -> str:
-    return ".".join(([prefix] if prefix else []) + _path(item)) or "the file"
+    # Keys are as strange as values: an offer from the network may be of any length and hold a terminal's codes.
+    return plain(".".join(([prefix] if prefix else []) + _path(item)), 120) or "the file"
 
 
 def _short(value: object) -> str:

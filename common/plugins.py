@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from common.errors import describe, nearest
+from common.errors import describe, nearest, plain
 from common.types import BadInput
 
 
@@ -78,6 +78,13 @@ def kinds(package: str) -> list[str]:
         raise BadInput(f"{package} is not a plug-in folder")
     found = pkgutil.iter_modules(spec.submodule_search_locations)
     return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def refuse_unknown_kind(package: str, kind: str, key: str) -> None:
+    """Raise BadInput where a folder has no such kind; nothing is imported."""
+    known = kinds(package)
+    if kind not in known:
+        raise BadInput(f"{key}: expected one of {', '.join(known)}, got {plain(repr(kind), 80)}{nearest(kind, known)}")
 
 
 def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = None) -> type[Plugin]:

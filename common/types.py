@@ -27,6 +27,10 @@ RELATION: Relation = "add_remove"
 """The only neighbouring relation in use: one unit's records are added or removed."""
 
 
+MAX_STEPS = 1_000_000
+"""Steps of a whole run; more would hold a site for hours."""
+
+
 class HeadwaterError(Exception):
     """Root of the errors a user can act on; the message is one sentence for a person.
 

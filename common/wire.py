@@ -37,7 +37,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from common.types import BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
 
 VERSION = 1
 """Of the messages. A site and a coordinator of different versions do not work together."""
@@ -52,6 +52,7 @@ FINISH = "query.finish"
 _PUBLIC = "public"
 _HEADS = "heads"
 _PART = "part"
+_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 MAX_JSON_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
 MAX_TASKS = 1024
@@ -217,18 +218,20 @@ def decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     """
     try:
         return _decode(records, expected)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"malformed {expected.__name__}: {type(error).__name__}") from error
 
 
 def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     public = _public(records)
+    # First of all: what another version calls its messages and what it puts into them is not known here.
+    version = public.get("version")
+    if expected is JoinRequest and not (type(version) is int and version == VERSION):
+        raise OtherVersion(f"JoinRequest: expected version {VERSION} of the messages, got another")
     kind = public.pop("payload", None)
     if kind != expected.__name__:
         raise BadInput(f"expected a {expected.__name__}, got another kind of message")
     allowed = {_PUBLIC}
-    if expected is JoinRequest and public.get("version") != VERSION:
-        raise OtherVersion(f"JoinRequest: expected version {VERSION} of the messages, got another")
     if expected is PartRequest:
         allowed |= {_PART}
         public["data"] = records.config_records[_PART]["data"]
@@ -257,7 +260,8 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
         _check_offer(public)
     elif expected is Declined:
         public["refusal"] = Refusal(public["refusal"])
-        public["site"] = str(public["site"])[:64]
+        if public["site"] != "" and not _is_name(public["site"]):
+            raise BadInput("Declined: expected a site's name")
     return expected(**public)
 
 
@@ -280,7 +284,7 @@ def _check_part(public: Mapping[str, Any]) -> None:
 def _check_join(public: dict[str, Any]) -> None:
     tasks = public["tasks"]
     sizes_valid = isinstance(tasks, dict) and all(
-        isinstance(name, str) and type(size) is int and size >= 1 for name, size in tasks.items()
+        _is_name(name) and type(size) is int and size >= 1 for name, size in tasks.items()
     )
     held = public["held_parts"]
     if not (isinstance(held, list) and len(held) <= MAX_PARTS and all(type(index) is int for index in held)):
@@ -288,12 +292,23 @@ def _check_join(public: dict[str, Any]) -> None:
     public["held_parts"] = tuple(held)
     numbers = (public["delta"], public["budget_epsilon"])
     numbers_valid = all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in numbers)
-    if not (sizes_valid and numbers_valid and isinstance(public["site"], str)):
+    if not (sizes_valid and numbers_valid and _is_name(public["site"]) and type(public["has_backbone"]) is bool):
         raise BadInput("JoinReply: expected a name, positive public sizes, delta and budget")
 
 
+def _is_name(value: object) -> bool:
+    """Whether it is a plain name: it is shown on terminals and becomes a key of reports."""
+    return isinstance(value, str) and re.fullmatch(_NAME, value) is not None
+
+
 def _plan(values: Mapping[str, Any]) -> Plan:
-    return Plan(**{**values, "unit": Unit(values["unit"])})
+    plan = Plan(**{**values, "unit": Unit(values["unit"])})
+    numbers = (plan.sampling_rate, plan.noise_multiplier, 0.0 if plan.clip_norm is None else plan.clip_norm)
+    if type(plan.steps) is not int or plan.steps > MAX_STEPS or any(type(item) not in (int, float) for item in numbers):
+        raise BadInput(f"expected a plan of numbers and of at most {MAX_STEPS} steps")
+    if not all(math.isfinite(item) for item in numbers):
+        raise BadInput("expected a plan of finite numbers")
+    return plan
 
 
 def _records(payload: Payload, **public: Any) -> RecordDict:

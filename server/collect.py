@@ -20,7 +20,11 @@ from common.types import BadInput, Delta, Heads, Plan, Refusal
 
 _Reply = TypeVar("_Reply")
 NOT_APPROVED = f"declined: {Refusal.NOT_APPROVED.value}"
-"""The reason that may go away: the site's staff has not decided yet."""
+NO_REPLY = "no reply before the time-out"
+NOT_REACHED = "not reached"
+UNREADABLE = "a reply that cannot be read"
+MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED)
+"""Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def read_replies(
             aside.append(SetAside(node, str(error), error.site))
         except BadInput as error:
             aside.append(SetAside(node, str(error)))
-    aside += [SetAside(node, "no reply before the time-out") for node in asked.values() if node not in answered]
+    aside += [SetAside(node, NO_REPLY) for node in asked.values() if node not in answered]
     return good, aside
 
 

@@ -15,12 +15,15 @@ from common.backbones import Backbone
 from common.config import MAX_PUBLIC_SIZE, RunConfig
 from common.offers import offer_of
 from common.types import BadInput, RunFailed
-from server.collect import NOT_APPROVED, SetAside
+from server.collect import MAY_CHANGE, SetAside
 from server.desk import Desk, Member, name_of
 
 _LOOK_S = 0.2
 _ASK_AGAIN_S = 5.0
 """How long a site that waits for its staff's approval is left alone."""
+_PATIENCE_S = 60.0
+_LEAST_PATIENCE_S = 2.0
+"""How long an answer is waited for before the site is asked again: joining twice is joining once."""
 _PART_TRIES = 3
 
 
@@ -33,16 +36,17 @@ class _Answers:
     asked_at: dict[int, float] = field(default_factory=dict)
 
     def open(self, there: set[int]) -> set[int]:
-        """Nodes that may still agree: not asked yet, or waiting for their staff."""
+        """Nodes that may still agree: not asked yet, silent so far, or waiting for their staff."""
         joined = {member.node_id for member in self.members.values()}
-        final = {node for node, item in self.reasons.items() if item.reason != NOT_APPROVED}
+        final = {node for node, item in self.reasons.items() if item.reason not in MAY_CHANGE}
         return there - joined - final
 
 
 def roll_call(desk: Desk, backbone: Backbone, roster: Mapping[int, str] | None) -> list[Member]:
     """The sites that agree to the run, by name, once they are a quorum. Nothing is spent yet.
 
-    Sites that are not there, or wait for their staff's approval, are asked again until the deadline.
+    Sites that are not there, do not answer, or wait for their staff's approval are asked again until the deadline.
+    Where an audit is required, a site may take as long as for a round: it audits before it answers.
 
     Raises:
         RunFailed: no quorum, and nobody is left to wait for or the deadline has passed; names every site's reason.
@@ -56,9 +60,9 @@ def roll_call(desk: Desk, backbone: Backbone, roster: Mapping[int, str] | None) 
         there = {node for node in desk.grid.get_node_ids() if roster is None or node in roster}
         open_ = answers.open(there)
         due = sorted(node for node in open_ if now - answers.asked_at.get(node, -math.inf) > _ASK_AGAIN_S)
-        if due:
-            answers.asked_at |= dict.fromkeys(due, now)
-            _offer(desk, request, due, answers, roster)
+        if due and now <= deadline:
+            _offer(desk, request, due, answers, roster, _patience(desk.run, deadline - now))
+            answers.asked_at |= dict.fromkeys(due, time.monotonic())
             continue
         problem = _no_quorum(desk.run, answers.members)
         if problem is None:
@@ -68,11 +72,20 @@ def roll_call(desk: Desk, backbone: Backbone, roster: Mapping[int, str] | None) 
         time.sleep(_LOOK_S)
 
 
+def _patience(run: RunConfig, left_s: float) -> float | None:
+    return None if run.audit == "required" else max(_LEAST_PATIENCE_S, min(_PATIENCE_S, left_s))
+
+
 def _offer(
-    desk: Desk, request: wire.JoinRequest, nodes: list[int], answers: _Answers, roster: Mapping[int, str] | None
+    desk: Desk,
+    request: wire.JoinRequest,
+    nodes: list[int],
+    answers: _Answers,
+    roster: Mapping[int, str] | None,
+    patience_s: float | None,
 ) -> None:
     """Offer the run to some nodes: who agrees becomes a member, of the others a reason is kept."""
-    good, aside, _ = desk.ask(wire.JOIN, dict.fromkeys(nodes, request), wire.JoinReply)
+    good, aside, _ = desk.ask(wire.JOIN, dict.fromkeys(nodes, request), wire.JoinReply, patience_s=patience_s)
     for node in sorted(good):
         reply, _ = good[node]
         problem = _join_problem(desk.run, reply, answers.members, None if roster is None else roster[node])

@@ -23,7 +23,7 @@ from common.heads import initial_heads, parameters
 from common.offers import offer_bytes, offer_of, run_digest
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Heads, Refusal
+from common.types import BadInput, Heads, LedgerDamaged, Refusal
 from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
 
 
@@ -85,6 +85,16 @@ def test_whether_the_budget_covers_a_run_is_not_said_before_it_is_approved(tmp_p
     assert refusal(poor, request(frozen)) is Refusal.NOT_APPROVED
     Approvals(poor.config.state_dir).approve(offer(frozen))
     assert refusal(poor, request(frozen)) is Refusal.BUDGET
+
+
+def test_a_damaged_ledger_is_not_betrayed_by_an_offer_that_nobody_approved(site: Site, frozen: Backbone) -> None:
+    site.ledger()
+    for path in (site.config.state_dir / "ledgers").rglob("*.jsonl"):
+        path.write_bytes(b"damaged\n" + path.read_bytes())
+    assert refusal(site, request(frozen)) is Refusal.NOT_APPROVED
+    Approvals(site.config.state_dir).approve(offer(frozen))
+    with pytest.raises(LedgerDamaged):
+        join(site, request(frozen))
 
 
 def test_one_approval_pays_for_one_run_however_many_joined_under_it(site: Site, frozen: Backbone) -> None:
@@ -182,9 +192,26 @@ def test_the_command_lists_what_waits_and_what_is_approved(tmp_path: Path, site:
     Approvals(site.config.state_dir).approve(offer(frozen))
     listed = CliRunner().invoke(app, ["approve", str(path), "--json"])
     assert listed.exit_code == 0, listed.output
+    assert CliRunner().invoke(app, ["approve", str(path), "--list", "--json"]).stdout == listed.stdout
+    both = CliRunner().invoke(app, ["approve", str(path), "tiny", "--list"])
+    assert both.exit_code == 2
+    assert "expected no run beside it" in both.stderr
     values = json.loads(listed.stdout)
     assert [item["digest"] for item in values["waiting"]] == [offer(frozen, seed=5).digest]
     assert [item["digest"] for item in values["approved"]] == [offer(frozen).digest]
+
+
+def test_an_offer_file_with_text_in_place_of_a_kind_is_refused_before_it_is_shown(
+    tmp_path: Path, site: Site, frozen: Backbone
+) -> None:
+    path, kit = tmp_path / "site.yaml", tmp_path / "kit.json"
+    write_yaml(path, site.config)
+    values = {**offer_of(run_config(), frozen), "tasks": {**TASKS, "other": {"kind": "x\nprice     epsilon 0.01"}}}
+    kit.write_bytes(offer_bytes(values, frozen.digest))
+    result = CliRunner().invoke(app, ["approve", str(path), str(kit)])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert Approvals(site.config.state_dir).all() == []
 
 
 def test_approving_what_is_not_there_is_one_sentence_and_exit_code_2(tmp_path: Path, site: Site) -> None:

@@ -17,7 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.answering import MAX_CHARGES
 from client.app import make_app
-from client.site import MAX_STEPS, Site
+from client.approvals import MAX_WAITING, Approvals
+from client.site import Site
 from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig
@@ -27,7 +28,7 @@ from common.offers import offer_of
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import Heads, Refusal
+from common.types import MAX_STEPS, Heads, Refusal
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, run_config, site_config
 
@@ -89,7 +90,7 @@ def privacy(**changes: Any) -> dict[str, Any]:
     return {"unit": "example", "delta": 1e-5, "target_epsilon": None, "noise_multiplier": 2.0, **changes}
 
 
-def edited(frozen: Backbone, change: Callable[[dict[str, Any]], None]) -> RecordDict:
+def edited(frozen: Backbone, change: Callable[[dict[str, Any]], object]) -> RecordDict:
     records = wire.encode(wire.JoinRequest("run-x", offer_of(run_config(), frozen), frozen.digest))
     public = json.loads(str(records.config_records["public"]["json"]))
     change(public)
@@ -144,6 +145,39 @@ def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
     assert [(charge.run, charge.round) for charge in charges] == [("honest", 1)]
 
 
+@pytest.mark.parametrize("key", ["k" * 900_000, "\x1b[2J\nforged: line"], ids=["long", "terminal codes"])
+def test_what_a_coordinator_writes_into_an_offer_does_not_fill_the_journal_or_reach_a_terminal(
+    coordinator: Coordinator, frozen: Backbone, key: str
+) -> None:
+    assert coordinator.refused(wire.JOIN, offered(frozen, **{key: 1})) is Refusal.BAD_REQUEST
+    journal = coordinator.config.state_dir / "site.jsonl"
+    assert journal.stat().st_size < 1000
+    [line] = read(journal)
+    assert line["asked"] == wire.JOIN
+    assert line["detail"].isprintable()
+
+
+def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp_path: Path, frozen: Backbone) -> None:
+    """It would be shown to whoever approves the run, between the lines that say what it costs."""
+    careful = Coordinator(site_config(tmp_path, "north", approval="required"))
+    forged = "classification)\nprice     epsilon 0.01 per example\x1b[2K"
+    tasks = {**TASKS, "elsewhere": {"kind": forged}}
+    assert careful.refused(wire.JOIN, offered(frozen, tasks=tasks)) is Refusal.BAD_REQUEST
+    assert Approvals(careful.config.state_dir).waiting() == []
+    [line] = read(careful.config.state_dir / "site.jsonl")
+    assert "tasks.elsewhere.kind" in line["detail"]
+    assert line["detail"].isprintable()
+
+
+def test_a_flood_of_offers_keeps_few_of_them_on_the_disk(tmp_path: Path, frozen: Backbone) -> None:
+    careful = Coordinator(site_config(tmp_path, "north", approval="required"))
+    for seed in range(MAX_WAITING + 8):
+        assert careful.refused(wire.JOIN, offered(frozen, seed=seed)) is Refusal.NOT_APPROVED
+    kept = list((careful.config.state_dir / "waiting").iterdir())
+    assert len(kept) == MAX_WAITING
+    assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
+
+
 @pytest.mark.parametrize(
     "run_id", ["../../outside", "/etc/cron.d/x", "a/b", "", "x" * 129, "..", "ligne\nbreak", "nul\0", "ünicode"]
 )
@@ -168,10 +202,13 @@ def test_a_run_id_that_could_be_a_path_goes_nowhere(
         ("another version", lambda public: public.update(version=wire.VERSION + 1)),
         ("no version", lambda public: public.pop("version")),
         ("a version of a later shape", lambda public: public.update(version=99, surprise=[1])),
+        ("a message of a later name", lambda public: public.update(version=99, payload="Invitation")),
+        ("a later version without anything known", lambda public: [public.clear(), public.update(version=99)]),
+        ("a version that only looks equal", lambda public: public.update(version=True)),
     ],
 )
 def test_a_coordinator_of_another_version_hears_so(
-    coordinator: Coordinator, frozen: Backbone, name: str, change: Callable[[dict[str, Any]], None]
+    coordinator: Coordinator, frozen: Backbone, name: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     assert coordinator.refused(wire.JOIN, edited(frozen, change)) is Refusal.VERSION, name
 

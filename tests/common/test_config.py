@@ -10,6 +10,7 @@ import yaml
 
 from common.config import Privacy, RunConfig, SiteConfig, load, parse, read_yaml, write_yaml
 from common.types import BadInput
+from tests.tiny import run_config
 
 RUN: dict[str, Any] = {
     "name": "trial",
@@ -163,3 +164,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     run = parse(RunConfig, RUN, base=tmp_path)
     write_yaml(tmp_path / "run.yaml", run)
     assert load(RunConfig, tmp_path / "run.yaml") == run
+
+
+@pytest.mark.parametrize("key", ["k" * 100_000, "\x1b[2J\nforged: line"], ids=["long", "terminal codes"])
+def test_an_unknown_key_of_a_stranger_is_named_in_one_short_printable_line(key: str) -> None:
+    with pytest.raises(BadInput, match="unknown key") as caught:
+        parse(RunConfig, {**run_config().model_dump(mode="json"), key: 1}, base=Path("/nonexistent"))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common import wire
-from common.types import BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
 
 names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
 arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_side=4), elements=st.floats(width=32))
@@ -132,6 +132,60 @@ def test_a_message_is_few_objects_however_many_heads_it_has() -> None:
     """Flower asks for each object of a message in requests of its own."""
     heads = {f"task-{number}": {"weight": np.ones((2, 3), np.float32)} for number in range(20)}
     assert len(get_all_nested_objects(wire.encode(wire.TrainRequest("run", 1, heads)))) == 3
+
+
+def changed(payload: wire.Payload, **changes: object) -> RecordDict:
+    """A payload whose public part says something else."""
+    text = json.loads(str(wire.encode(payload).config_records["public"]["json"]))
+    return RecordDict({"public": ConfigRecord({"json": json.dumps({**text, **changes})})})
+
+
+NOT_NAMES = ["", "../../x", "x" * 65, "x\x1b[2J", "two\nlines", "Upper", "-x", 7, None, ["x"]]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES)
+def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -> None:
+    """It is shown on the coordinator's terminal and becomes a key of its reports."""
+    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True)
+    with pytest.raises(BadInput):
+        wire.decode(changed(honest, site=name), wire.JoinReply)
+    if isinstance(name, str):
+        with pytest.raises(BadInput):
+            wire.decode(changed(honest, tasks={name: 10}), wire.JoinReply)
+    if name != "":  # A site that cannot read its own file has no name.
+        with pytest.raises(BadInput):
+            wire.decode(changed(wire.Declined(Refusal.BUDGET, "north"), site=name), wire.Declined)
+
+
+@pytest.mark.parametrize("field", ["delta", "budget_epsilon"])
+@pytest.mark.parametrize("value", [0, -1.0, 10**400, True, "1", None, float("nan"), float("inf")])
+def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object) -> None:
+    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True)
+    with pytest.raises(BadInput):
+        wire.decode(changed(honest, **{field: value}), wire.JoinReply)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 2.5},
+        {"steps": True},
+        {"steps": 10**400},
+        {"steps": MAX_STEPS + 1},
+        {"sampling_rate": True},
+        {"sampling_rate": float("nan")},
+        {"noise_multiplier": 10**400},
+        {"noise_multiplier": 0.0, "clip_norm": "x" * 1000},
+        {"noise_multiplier": 0.0, "clip_norm": {"nested": 1}},
+        {"noise_multiplier": 0.0, "clip_norm": float("inf")},
+    ],
+    ids=str,
+)
+def test_a_plan_that_is_not_one_of_numbers_is_refused(change: dict[str, object]) -> None:
+    """It is written into the coordinator's journal, from which every report is made."""
+    plan = {**dataclasses.asdict(PLAN), "unit": "patient", **change}
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.TrainReply(Delta({}), PLAN), plan=plan), wire.TrainReply)
 
 
 def test_a_round_costs_head_size_and_at_most_five_percent() -> None:
