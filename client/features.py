@@ -2,7 +2,7 @@
 
 Invariant: an entry appears whole, by one rename, or not at all; everything in it is readable by its owner only.
 
-# Shapes: N records of a source, D features.
+# Shapes: N records of a source, I items of some of them, D features.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from client.sources import Source
 from common.files import flush, flush_folder, private_folder, write_atomic
+from common.items import Several
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -138,9 +139,9 @@ def _encode(
     for end, loaded in _batches(source, backbone, count):
         unusable |= loaded.unusable
         positions = loaded.positions
-        if loaded.items_B is not None:
-            encoded_BD = backbone.encode(loaded.items_B).numpy()
-            finite_B = np.isfinite(encoded_BD).all(axis=1)
+        if loaded.items_I is not None:
+            encoded_BD = _means(backbone, loaded.items_I, loaded.sizes)
+            finite_B = np.asarray(np.isfinite(encoded_BD).all(axis=1))
             features_ND[positions] = np.where(finite_B[:, None], encoded_BD, 0.0)
             for index in np.flatnonzero(~finite_B):
                 unusable[positions[index]] = "features are not finite"
@@ -158,28 +159,36 @@ class _Batch:
 
     Attributes:
         positions: of the records that can be encoded.
-        items_B: their inputs, None where there is none.
+        sizes: how many inputs each of them has, most often one.
+        items_I: all their inputs, None where there is none.
         unusable: position -> why a record cannot be used.
+        end: the first position after them.
     """
 
     positions: list[int]
-    items_B: Tensor | None = field(repr=False)
+    sizes: list[int]
+    items_I: Tensor | None = field(repr=False)
     unusable: Mapping[int, str]
+    end: int
 
 
 def _batches(source: Source, backbone: Backbone, count: int) -> Iterator[tuple[int, _Batch]]:
     """All records in order, with the number read so far; for a GPU the next batches are loaded meanwhile."""
     on_gpu = backbone.device.type == "cuda"
     size = CUDA_BATCH_SIZE if on_gpu else BATCH_SIZE
-    ends = [(start, min(start + size, count)) for start in range(0, count, size)]
+    first = _load(source, backbone, range(min(size, count)), most=size)
+    yield first.end, first
+    # Volumes hold many items each: as many records are read at once as the first batch says fit.
+    size = max(1, size * len(first.sizes) // sum(first.sizes)) if first.sizes else size
+    ranges = [range(start, min(start + size, count)) for start in range(first.end, count, size)]
     if not on_gpu:
-        for start, end in ends:
-            yield end, _load(source, backbone, range(start, end))
+        for positions in ranges:
+            yield positions.stop, _load(source, backbone, positions)
         return
     with ThreadPoolExecutor(_LOADERS) as pool:
         waiting: deque[tuple[int, Future[_Batch]]] = deque()
-        for start, end in ends:
-            waiting.append((end, pool.submit(_pinned, source, backbone, range(start, end))))
+        for positions in ranges:
+            waiting.append((positions.stop, pool.submit(_pinned, source, backbone, positions)))
             if len(waiting) > 2 * _LOADERS:  # No more than this is held in memory.
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -187,21 +196,51 @@ def _batches(source: Source, backbone: Backbone, count: int) -> Iterator[tuple[i
             yield done, future.result()
 
 
-def _load(source: Source, backbone: Backbone, positions: range) -> _Batch:
-    usable, items, unusable = [], [], {}
+def _load(source: Source, backbone: Backbone, positions: range, most: int | None = None) -> _Batch:
+    """Records as inputs, and with `most` no further record once there are so many inputs."""
+    usable: list[int] = []
+    sizes: list[int] = []
+    items: list[Tensor] = []
+    unusable: dict[int, str] = {}
+    end = positions.stop
     for position in positions:
+        if most is not None and len(items) >= most:
+            end = position
+            break
         try:
-            items.append(backbone.preprocess(source.load(position)))
-            usable.append(position)
+            inputs = _inputs(source.load(position), backbone)
         except BadRecord as error:
             unusable[position] = str(error)
-    return _Batch(usable, torch.stack(items) if items else None, unusable)
+            continue
+        usable.append(position)
+        sizes.append(len(inputs))
+        items += inputs
+    return _Batch(usable, sizes, torch.stack(items) if items else None, unusable, end)
 
 
 def _pinned(source: Source, backbone: Backbone, positions: range) -> _Batch:
     """In page-locked memory, from which a copy to the GPU overlaps with computing."""
     batch = _load(source, backbone, positions)
-    return batch if batch.items_B is None else replace(batch, items_B=batch.items_B.pin_memory())
+    return batch if batch.items_I is None else replace(batch, items_I=batch.items_I.pin_memory())
+
+
+def _inputs(item: Any, backbone: Backbone) -> list[Tensor]:
+    """One record's inputs: one, or one for each of its items. Raises BadRecord."""
+    if not isinstance(item, Several):
+        return [backbone.preprocess(item)]
+    if not item.items:
+        raise BadRecord("expected at least one item in the record")
+    return [backbone.preprocess(part) for part in item.items]
+
+
+def _means(backbone: Backbone, items_I: Tensor, sizes: list[int]) -> NDArray[np.float32]:
+    """Features of consecutive records, each the mean of as many inputs as its size says."""
+    step = CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE
+    encoded_ID = torch.cat([backbone.encode(part) for part in torch.split(items_I, step)])
+    if len(encoded_ID) == len(sizes):
+        means: NDArray[np.float32] = encoded_ID.numpy()
+        return means
+    return np.stack([part.mean(0).numpy() for part in torch.split(encoded_ID, sizes)])
 
 
 def _open(entry: Path) -> Features | None:

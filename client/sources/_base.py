@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from common.plugins import LocalPath, Plugin
 
@@ -26,3 +26,8 @@ def digest(parts: Iterable[bytes]) -> str:
         sha.update(len(part).to_bytes(8, "little"))
         sha.update(part)
     return sha.hexdigest()
+
+
+def digest_of_texts(rows: Sequence[Sequence[str]]) -> str:
+    """SHA-256 over rows of texts, unambiguous about where a row ends."""
+    return digest(part for row in rows for part in (len(row).to_bytes(8, "little"), *(text.encode() for text in row)))

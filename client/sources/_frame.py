@@ -4,6 +4,7 @@ file has no header, its first record would be taken for one.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -28,13 +29,16 @@ Separator = Annotated[str, AfterValidator(_one_character)]
 """What stands between the cells of a text file: one character, or any amount of white space."""
 
 
-def read_frame(path: Path, separator: str = ",", columns: Sequence[str] | None = None) -> pd.DataFrame:
+def read_frame(
+    path: Path, separator: str = ",", columns: Sequence[str] | None = None, *, quotes: bool = True
+) -> pd.DataFrame:
     """A table of stripped texts; "" where a cell is empty or a row ends early.
 
     Args:
         path: .parquet, or text in any other case.
         separator: see `Separator`.
         columns: names for a text file without a header.
+        quotes: whether a quote may enclose a cell of a text file.
 
     Returns:
         The table, without columns whose name occurs twice: to ask for one of them is an error.
@@ -43,7 +47,7 @@ def read_frame(path: Path, separator: str = ",", columns: Sequence[str] | None =
         BadInput: missing, unreadable, a row longer than the first, or another number of columns than `columns`.
     """
     try:
-        frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, separator)
+        frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, separator, quotes)
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
         # From None: a parser's own message may quote the file.
         raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from None
@@ -68,7 +72,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return frame.astype("string")
 
 
-def _read_text(path: Path, separator: str) -> pd.DataFrame:
+def _read_text(path: Path, separator: str, quotes: bool) -> pd.DataFrame:
     # Always without a header: pandas silently takes leading columns for an index where the first row is longer than
     # the names.
     return pd.read_csv(
@@ -78,6 +82,7 @@ def _read_text(path: Path, separator: str) -> pd.DataFrame:
         dtype=str,
         keep_default_na=False,
         skipinitialspace=True,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
         encoding="utf-8-sig",
     )
 

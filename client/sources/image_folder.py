@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -14,10 +12,11 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from client.sources import Example, Record
-from client.sources._base import SourceSettings, digest
+from client.sources._base import SourceSettings
 from client.sources._pictures import read_picture, write_example_pictures
+from client.sources._tree import Tree, open_tree
 from common.plugins import LocalPath
-from common.types import BadInput, BadRecord
+from common.types import BadInput
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -57,35 +56,12 @@ class ImageFolder(SourceSettings):
     def open(self) -> Pictures:
         """The opened folder. Raises BadInput: missing, or without an image at the right depth."""
         depth = 3 if self.splits else 2
-        archive = None
-        try:
-            if self.path.is_dir():
-                stamps = _stamps(self.path)
-            else:
-                archive = zipfile.ZipFile(self.path)
-                stamps = {info.filename: f"{info.file_size} {info.CRC}" for info in archive.infolist()}
-        except (OSError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{self.path}: expected a folder or zip of images, got {type(error).__name__}") from None
-        names = sorted(name for name in stamps if _is_picture(PurePosixPath(name), depth))
-        if not names:
+        tree = open_tree(self.path, "images").chosen(
+            lambda name: name.suffix.lower() in SUFFIXES and len(name.parts) == depth
+        )
+        if not tree.stamps:
             raise BadInput(f"{self.path}: expected images as {'split/' if self.splits else ''}label/file, got none")
-        return Pictures(self, tuple(names), tuple(stamps[name] for name in names), archive)
-
-
-def _stamps(folder: Path) -> dict[str, str]:
-    """Relative path -> size and time of change."""
-    found = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            status = file.stat()
-            found[file.relative_to(folder).as_posix()] = f"{status.st_size} {status.st_mtime_ns}"
-    return found
-
-
-def _is_picture(name: PurePosixPath, depth: int) -> bool:
-    # Desktops leave thumbnails and copies under such names.
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
-    return name.suffix.lower() in SUFFIXES and len(name.parts) == depth and not hidden
+        return Pictures(self, tree, tuple(tree.stamps))
 
 
 @dataclass(frozen=True)
@@ -93,14 +69,12 @@ class Pictures:
     """An opened folder or zip."""
 
     settings: ImageFolder
+    tree: Tree = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
-    stamps: tuple[str, ...] = field(repr=False)
-    # Kept open: a zip's directory would otherwise be read again for every image.
-    archive: zipfile.ZipFile | None = field(repr=False)
 
     def digest(self) -> str:
         """Over every image's path and its size and time of change, or its checksum in a zip."""
-        return digest(text.encode() for pair in zip(self.names, self.stamps, strict=True) for text in pair)
+        return self.tree.digest()
 
     def index(self) -> list[Record]:
         """Images in the order of their paths; `row` counts in this order."""
@@ -123,12 +97,4 @@ class Pictures:
 
     def load(self, position: int) -> Image.Image:
         """One image."""
-        name = self.names[position]
-        try:
-            if self.archive is not None:
-                return read_picture(io.BytesIO(self.archive.read(name)))
-            with (self.settings.path / name).open("rb") as file:
-                return read_picture(file)
-        except (EOFError, KeyError, NotImplementedError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error):
-            # From None: these messages name the file, and so perhaps a patient.
-            raise BadRecord("missing image") from None
+        return read_picture(io.BytesIO(self.tree.read(self.names[position], "image")))

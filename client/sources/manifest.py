@@ -1,40 +1,54 @@
-"""A CSV or Parquet file that lists images, their labels and, where there are any, patients and splits."""
+"""A CSV or Parquet file that lists records: pictures, recordings or series by their paths, or texts and pairs of texts.
+
+Labels are its other columns, and where there are any, patients and splits.
+"""
 
 from __future__ import annotations
 
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from PIL import Image
+from pydantic import model_validator
 
-from client.sources import Example, Record
-from client.sources._base import SourceSettings, digest
-from client.sources._frame import Separator, read_frame, require_columns
+from client.sources import Example, Record, Source
+from client.sources._base import digest, digest_of_texts
+from client.sources._frame import read_frame, require_columns
+from client.sources._listing import ListedFiles, Reader, open_listing
 from client.sources._pictures import read_picture, write_example_pictures
-from common.plugins import LocalPath
-from common.types import BadRecord
+from client.sources._recordings import read_recording, require_soundfile
+from client.sources._series import read_series
+from common.items import Text
+from common.types import BadInput
 
 
-class Manifest(SourceSettings):
-    """Settings of a manifest.
+class Manifest(ListedFiles):
+    """Settings of a manifest. At most one of `image`, `audio`, `series` and `text`; without any, `image: image`.
 
     Attributes:
         image: column of image paths, relative to `root`.
-        root: folder of the images; the manifest's own by default. A path that leaves it is refused.
-        separator: of a text file: one character, or `whitespace`.
-        patient_column: column of patient ids.
-        split_column: column of `train`, `test` or nothing.
+        audio: column of paths of recordings (wav, flac, ogg).
+        series: column of paths of time series (.npy, or text with one time step a line).
+        text: column of texts.
+        text_pair: column of the texts that are read together with them.
     """
 
     kind: Literal["manifest"]
-    path: LocalPath
-    image: str = "image"
-    root: LocalPath | None = None
-    separator: Separator = ","
-    patient_column: str | None = None
-    split_column: str | None = None
+    image: str | None = None
+    audio: str | None = None
+    series: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+
+    @model_validator(mode="after")
+    def _one_content(self) -> Manifest:
+        named = [name for name in ("image", "audio", "series", "text") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"expected at most one of image, audio, series and text, got {' and '.join(named)}")
+        if self.text_pair is not None and self.text is None:
+            raise ValueError("text_pair: expected it beside `text`")
+        return self
 
     @classmethod
     def example(cls, folder: Path) -> Example:
@@ -49,64 +63,66 @@ class Manifest(SourceSettings):
         settings = {"kind": "manifest", "path": str(folder / "list.csv"), "patient_column": "patient"}
         return Example(settings, ["q7-", "z-benign", "z-malignant"])
 
-    def open(self) -> Listing:
+    def open(self) -> Source:
         """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
-        frame = read_frame(self.path, self.separator)
-        require_columns(frame, self.path, [self.image, self.patient_column, self.split_column])
-        return Listing(self, frame.to_dict("records"), (self.root or self.path.parent).resolve())
+        if self.text is not None:
+            frame = read_frame(self.path, self.separator)
+            require_columns(frame, self.path, [self.text, self.text_pair, self.patient_column, self.split_column])
+            return Texts(self, frame.to_dict("records"))
+        if self.audio is not None:
+            require_soundfile()
+            return open_listing(self, Reader(self.audio, _recording, "recording"))
+        if self.series is not None:
+            return open_listing(self, Reader(self.series, _series, "series"))
+        return open_listing(self, Reader(self.image or "image", _picture, "image"))
 
 
 @dataclass(frozen=True)
-class Listing:
-    """An opened manifest."""
+class Texts:
+    """An opened manifest of texts."""
 
     settings: Manifest
     rows: list[dict[str, str]] = field(repr=False)
-    root: Path = field(repr=False)
 
     def digest(self) -> str:
-        """Over every image's path, size and time of change: to read them all each time could take hours."""
-        return digest(self._stamp(row[self.settings.image]) for row in self.rows)
+        """Over all texts."""
+        return digest_of_texts([self._texts(row) for row in self.rows])
 
     def index(self) -> list[Record]:
-        """Rows in the manifest's order; the header and blank lines are not counted."""
+        """Rows in the manifest's order. Equal texts have equal keys: they fall on the same side of a split."""
         own = self.settings
         return [
             Record(
                 row=number,
                 file=own.path.name,
-                key=row[own.image],
+                key=digest(text.encode() for text in self._texts(row)),
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
-                # Rows that name no picture are not one record; they become bad ones.
-                identified=row[own.image] != "",
+                identified=False,
             )
             for number, row in enumerate(self.rows, start=1)
         ]
 
-    def load(self, position: int) -> Image.Image:
-        """One image."""
-        path = self._inside(self.rows[position][self.settings.image])
-        try:
-            with path.open("rb") as file:
-                return read_picture(file)
-        except (OSError, ValueError):
-            raise BadRecord("missing image") from None
+    def load(self, position: int) -> Text:
+        """One text or pair; the backbone refuses empty ones."""
+        return Text(*self._texts(self.rows[position]))
 
-    def _inside(self, name: str) -> Path:
-        try:
-            path = (self.root / name).resolve()
-        except (OSError, ValueError, RuntimeError):
-            # A null character, a loop of links, a name longer than the file system takes.
-            raise BadRecord("image path cannot be used") from None
-        if not name or not path.is_relative_to(self.root):
-            raise BadRecord("image path is empty or leaves the folder")
-        return path
+    def _texts(self, row: dict[str, str]) -> list[str]:
+        own = self.settings
+        if own.text is None:
+            raise BadInput("text: expected a column")
+        return [row[own.text], *([row[own.text_pair]] if own.text_pair is not None else [])]
 
-    def _stamp(self, name: str) -> bytes:
-        try:
-            status = self._inside(name).stat()
-        except (OSError, ValueError, BadRecord):
-            return f"{name}\0missing".encode()
-        return f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode()
+
+def _picture(path: Path) -> Any:
+    with path.open("rb") as file:
+        return read_picture(file)
+
+
+def _recording(path: Path) -> Any:
+    return read_recording(path.read_bytes())
+
+
+def _series(path: Path) -> Any:
+    return read_series(path.read_bytes(), binary=path.suffix.lower() == ".npy")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from client.features import BATCH_SIZE, Features, FeatureStore
 from client.sources import Record, Source, open_source
 from common.backbones import Backbone, open_pretrained
+from common.items import Several
 from common.types import BadRecord
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +202,7 @@ def test_an_error_while_encoding_leaves_nothing(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
+from itertools import pairwise
 from pathlib import Path
 import torch
 from client.features import BATCH_SIZE, FeatureStore
@@ -254,3 +257,33 @@ def test_a_file_of_another_name_with_the_same_content_shares_the_entry(tmp_path:
     first, second = encoded(tmp_path, Vectors(items)), encoded(tmp_path, Vectors(items, name="copy"))
     assert first.path == second.path
     assert second.unusable == {2: "unreadable vector"}
+
+
+def test_a_record_of_several_items_has_the_mean_of_their_features(tmp_path: Path) -> None:
+    cuts = [0, 1, 4, 4, COUNT]
+    records = [Several(list(VECTORS[a:b])) for a, b in pairwise(cuts)]
+    features = encoded(tmp_path, Vectors([*records, VECTORS[0]]))
+    expected = [VECTORS[:1].mean(0), VECTORS[1:4].mean(0), np.zeros(DIM), VECTORS[4:].mean(0), VECTORS[0]]
+    np.testing.assert_allclose(features.features_ND, expected, rtol=1e-5, atol=1e-6)
+    assert features.unusable == {2: "expected at least one item in the record"}
+
+
+def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    """A hundred volumes in memory would be tens of gigabytes."""
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Watching(Reciprocal):
+        device: torch.device = CPU
+        error: float | None = None
+
+        def encode(self, items_B: Tensor) -> Tensor:
+            seen.append(len(items_B))
+            return items_B
+
+    volume = Several(list(VECTORS[:50]))
+    source = Vectors([volume] * 20)
+    features = encoded(tmp_path, source, Watching())
+    assert sum(seen) == 20 * 50 and max(seen) <= BATCH_SIZE
+    assert source.loads == list(range(20))
+    np.testing.assert_allclose(features.features_ND, [VECTORS[:50].mean(0)] * 20, rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from client.sources import Example, Source, open_source
+from common.items import Audio, Several, Text
 from common.plugins import kinds, plugin_class
 from common.types import BadInput, BadRecord
 
@@ -50,6 +51,12 @@ def plain(item: Any) -> Any:
         return item.mode, item.size, item.tobytes()
     if isinstance(item, np.ndarray):
         return item.dtype.str, item.shape, item.tobytes()
+    if isinstance(item, Several):
+        return [plain(part) for part in item.items]
+    if isinstance(item, Audio):
+        return item.sample_rate, item.samples_T.tobytes()
+    if isinstance(item, Text):
+        return item.first, item.second
     return dict(item)
 
 

@@ -1,0 +1,121 @@
+"""Recordings of a folder or zip whose names say what they are, such as `7_jackson_32.wav`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, model_validator
+from scipy.io import wavfile
+
+from client.sources import Example, Record
+from client.sources._base import SourceSettings
+from client.sources._recordings import SUFFIXES, example_recordings, read_recording, require_soundfile
+from client.sources._tree import Tree, open_tree
+from common.cells import CellName
+from common.items import Audio
+from common.plugins import LocalPath
+from common.types import BadInput
+
+
+def _named_groups(pattern: str) -> str:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got one with an error: {error}") from error
+    if not compiled.groupindex:
+        raise ValueError("expected a regular expression with a named group for each column: (?P<digit>\\d)")
+    return pattern
+
+
+class Recordings(SourceSettings):
+    """Settings: where, and how a file's path holds the columns.
+
+    Attributes:
+        path: a folder or zip; recordings lie anywhere below it.
+        pattern: regular expression, searched in a file's relative path; each named group is a column. A file that it
+            does not fit has empty cells.
+        patient_column: the group that is the patient id.
+        test: column -> values: a recording is held out where any of its cells is listed; all others are to train on.
+            Without it the source states no split.
+    """
+
+    kind: Literal["audio"]
+    path: LocalPath
+    pattern: Annotated[str, AfterValidator(_named_groups)]
+    patient_column: str | None = None
+    test: dict[str, list[CellName]] | None = None
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Recordings:
+        known = list(re.compile(self.pattern).groupindex)
+        for key, name in (("patient_column", self.patient_column), *(("test", name) for name in self.test or ())):
+            if name is not None and name not in known:
+                raise ValueError(f"{key}: expected one of the pattern's groups {', '.join(known)}, got {name!r}")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Five tones of three patients, two of them held out."""
+        (folder / "clips").mkdir()
+        names = ["z-cough_q7-ann_1", "z-cough_q7-bea_1", "z-wheeze_q7-ann_2", "z-wheeze_q7-cem_1", "z-wheeze_q7-cem_2"]
+        for name, samples in zip(names, example_recordings(len(names)), strict=True):
+            wavfile.write(folder / "clips" / f"{name}.wav", 8000, samples)
+        settings = {
+            "kind": "audio",
+            "path": str(folder / "clips"),
+            "pattern": r"(?P<sound>z-\w+?)_(?P<patient>q7-\w+?)_(?P<take>\d)",
+            "patient_column": "patient",
+            "test": {"patient": ["q7-cem"]},
+        }
+        return Example(settings, ["q7-", "z-cough", "z-wheeze"])
+
+    def open(self) -> Clips:
+        """The opened folder. Raises BadInput: missing, or without a recording."""
+        require_soundfile()
+        tree = open_tree(self.path, "recordings").chosen(lambda name: name.suffix.lower() in SUFFIXES)
+        if not tree.stamps:
+            raise BadInput(f"{self.path}: expected recordings ({', '.join(sorted(SUFFIXES))}), got none")
+        return Clips(self, tree, tuple(tree.stamps))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """An opened folder or zip."""
+
+    settings: Recordings = field(repr=False)
+    tree: Tree = field(repr=False)
+    names: tuple[str, ...] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over every recording's path and its size and time of change, or its checksum in a zip."""
+        return self.tree.digest()
+
+    def index(self) -> list[Record]:
+        """Recordings in the order of their paths; `row` counts in this order."""
+        return [self._record(number, name) for number, name in enumerate(self.names, start=1)]
+
+    def load(self, position: int) -> Audio:
+        """One recording."""
+        return read_recording(self.tree.read(self.names[position], "recording"))
+
+    def _record(self, number: int, name: str) -> Record:
+        own = self.settings
+        pattern = re.compile(own.pattern)
+        match = pattern.search(name)
+        cells = {column: (match[column] or "") if match else "" for column in pattern.groupindex}
+        return Record(
+            row=number,
+            file=own.path.name,
+            key=name,
+            patient=cells[own.patient_column] if own.patient_column else None,
+            split=_side(own.test, cells) if own.test is not None else None,
+            cells=cells,
+        )
+
+
+def _side(test: Mapping[str, list[str]], cells: Mapping[str, str]) -> str:
+    return "test" if any(cells[column] in values for column, values in test.items()) else "train"
