@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
@@ -99,9 +100,18 @@ def zero_heads() -> Heads:
     return {name: {key: 0 * value for key, value in parameters(head).items()} for name, head in modules.items()}
 
 
-def bomb(array: Array) -> RecordDict:
+def bomb(shape: object, data: object = b"1234") -> RecordDict:
+    """A train reply whose first parameter claims this shape, and whose bytes are these."""
     records = wire.encode(wire.TrainReply(Delta(zero_heads()), PLAN))
-    records["head/colour"] = ArrayRecord({"weight": array})
+    layout = json.loads(str(records.config_records["heads"]["layout"]))
+    layout["colour"] = {next(iter(layout["colour"])): shape}
+    records["heads"] = ConfigRecord({"layout": json.dumps(layout), "data": data})  # type: ignore[dict-item]
+    return records
+
+
+def heads_record(layout: str) -> RecordDict:
+    records = wire.encode(wire.TrainReply(Delta(zero_heads()), PLAN))
+    records["heads"] = ConfigRecord({"layout": layout, "data": b""})
     return records
 
 
@@ -140,10 +150,19 @@ AT_JOIN: dict[str, Callable[[], RecordDict]] = {
     "a field too many": lambda: joining(accuracy=0.9),
 }
 AT_TRAIN: dict[str, Callable[[], RecordDict]] = {
-    "a shape that promises more than it holds": lambda: bomb(Array("float32", (10**6, 10**6), "raw.f4", b"1234")),
-    "a negative shape": lambda: bomb(Array("float32", (-4,), "raw.f4", b"")),
-    "a shape of a thousand sides": lambda: bomb(Array("float32", (1,) * 1000, "raw.f4", b"1234")),
-    "numpy's format": lambda: bomb(Array("float32", (1,), "numpy.ndarray", b"\x80\x04cos\nsystem\n(S'id'\ntR.")),
+    "a shape that promises more than it holds": lambda: bomb([10**6, 10**6]),
+    "a shape of 400 digits": lambda: bomb([10**400, 10**400]),
+    "a negative shape": lambda: bomb([-1]),
+    "a shape of a thousand sides": lambda: bomb([1] * 1000),
+    "an empty shape of a thousand digits": lambda: bomb([0, 10**999], b""),
+    "a shape that is nested": lambda: bomb([[1]]),
+    "bytes that are none": lambda: bomb([1], "1234"),
+    "a pickle as bytes": lambda: bomb([10], b"\x80\x04cos\nsystem\n(S'id'\ntR."),
+    "a layout of nested JSON": lambda: heads_record("[" * 200_000),
+    "a layout of a list": lambda: heads_record("[1, 2]"),
+    "an oversized layout": lambda: heads_record(" " * (wire.MAX_JSON_BYTES + 1)),
+    "more heads than a run has tasks": lambda: heads_record(json.dumps({str(n): {} for n in range(5000)})),
+    "an array of Flower's own": lambda: RecordDict({**planned(), "heads": ArrayRecord({"w": Array(np.zeros(3))})}),
     "steps of 400 digits": lambda: planned(steps=10**400),
     "half a step": lambda: planned(steps=1.5),
     "a plan without noise": lambda: planned(noise_multiplier=0.0),
