@@ -6,8 +6,8 @@ All ways begin in a cold process, with 10 sites x 1000 images (`--images`), 3 x 
 head of 8 classes, 10 rounds of 16 steps. Ours is `python -m simulations run` with nothing cached and full batches; so
 each of its steps trains on eight times as many records as a Poisson batch of the others.
 
-The reference is written after Flower's own example with Opacus, with care for time: the backbone is frozen, in eval mode
-and without autograd; Opacus wraps the head alone; inputs are decoded once and stay in memory; two actors share two
+The reference is written after Flower's own example with Opacus, with care for time: the backbone is frozen, in eval
+mode and without autograd; Opacus wraps the head alone; inputs are decoded once and stay in memory; two actors share two
 cores, one thread each, which Ray chooses itself. With `cached`, each client keeps its features on disk and encodes
 in the first round only. It has no ledger, and its noise is a given number: nothing is accounted.
 """
