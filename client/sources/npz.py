@@ -82,7 +82,9 @@ class Npz(SourceSettings):
             found = self.path.stat()
         except OSError as error:
             raise BadInput(f"{self.path}: expected a readable .npz file, got {type(error).__name__}") from None
-        return _opened(self.model_dump_json(), self.path, (found.st_ino, found.st_size, found.st_mtime_ns))
+        # Which rows a site has is not a fact about the file.
+        settings = self.model_dump_json(exclude={"rows"})
+        return _opened(settings, self.path, (found.st_ino, found.st_size, found.st_mtime_ns))
 
     def read(self) -> Arrays:
         """The file, read and checked. Raises BadInput."""
