@@ -35,7 +35,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
 from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
 
@@ -365,7 +365,8 @@ def _size(shape: list[int]) -> int:
 
 def encoded_size(records: RecordDict) -> int:
     """Bytes of the records in Flower's own encoding, as they cross the network."""
-    return sum(len(nested.deflate()) for nested in get_all_nested_objects(records).values())
+    with no_object_id_recompute():  # Else every part is encoded and hashed for each part above it.
+        return sum(len(nested.deflate()) for nested in get_all_nested_objects(records).values())
 
 
 def to_bytes(records: RecordDict) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -97,8 +97,10 @@ def _set_id(message: Message) -> None:
 
 
 def _through_wire(message: Message) -> Message:
-    objects = {key: nested.deflate() for key, nested in get_all_nested_objects(message).items()}
-    copy = inflate_object_from_contents(message.object_id, objects)
+    # Nobody changes the message meanwhile: without this, Flower encodes and hashes every part for each part above it.
+    with no_object_id_recompute():
+        objects = {key: nested.deflate() for key, nested in get_all_nested_objects(message).items()}
+        copy = inflate_object_from_contents(message.object_id, objects)
     assert isinstance(copy, Message)
     copy.metadata.__dict__["_message_id"] = message.metadata.message_id
     return copy

@@ -132,3 +132,18 @@ def test_brain_mri_is_read_with_the_names_of_its_classes(assets: Path) -> None:
     assert source.load(399).shape == (128, 128)
     # The asset's split is deduplicated, see its README.
     assert len({record.key for record in index}) == 400
+
+
+def test_a_file_that_changed_is_read_again_and_one_that_did_not_is_shared(tmp_path: Path) -> None:
+    """Whichever rows of it a site has."""
+    path = tmp_path / "a.npz"
+    parts = {"all": {"inputs": "x", "columns": {}}}
+    settings = {"kind": "npz", "path": str(path), "parts": parts}
+    np.savez(path, x=np.zeros((2, 3), dtype=np.float32))
+    first = open_source(settings, "s").open()
+    assert open_source({**settings, "rows": str(tmp_path / "rows.csv")}, "s").open() is first
+    np.savez(path, x=np.ones((2, 3), dtype=np.float32))
+    again = open_source(settings, "s").open()
+    assert again.digest() != first.digest()
+    assert again.load(0).tolist() == [1.0, 1.0, 1.0]
+    assert [record.key for record in again.index()] != [record.key for record in first.index()]
