@@ -224,11 +224,11 @@ def decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
 
 def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     public = _public(records)
+    kind, version = public.pop("payload", None), public.get("version")
     # First of all: what another version calls its messages and what it puts into them is not known here.
-    version = public.get("version")
-    if expected is JoinRequest and not (type(version) is int and version == VERSION):
+    invited = expected is JoinRequest and ("version" in public or kind == JoinRequest.__name__)
+    if invited and not (type(version) is int and version == VERSION):
         raise OtherVersion(f"JoinRequest: expected version {VERSION} of the messages, got another")
-    kind = public.pop("payload", None)
     if kind != expected.__name__:
         raise BadInput(f"expected a {expected.__name__}, got another kind of message")
     allowed = {_PUBLIC}

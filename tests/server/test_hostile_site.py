@@ -115,6 +115,15 @@ def heads_record(layout: str) -> RecordDict:
     return records
 
 
+def padded() -> RecordDict:
+    """Valid in everything but its size: only the bound refuses it."""
+    records = wire.encode(wire.TrainReply(Delta(zero_heads()), PLAN))
+    about = records.config_records["heads"]
+    layout = str(about["layout"]) + " " * wire.MAX_JSON_BYTES
+    records["heads"] = ConfigRecord({"layout": layout, "data": about["data"]})
+    return records
+
+
 def planned(**changes: object) -> RecordDict:
     records = wire.encode(wire.TrainReply(Delta(zero_heads()), PLAN))
     text = json.loads(str(records.config_records["public"]["json"]))
@@ -160,7 +169,7 @@ AT_TRAIN: dict[str, Callable[[], RecordDict]] = {
     "a pickle as bytes": lambda: bomb([10], b"\x80\x04cos\nsystem\n(S'id'\ntR."),
     "a layout of nested JSON": lambda: heads_record("[" * 200_000),
     "a layout of a list": lambda: heads_record("[1, 2]"),
-    "an oversized layout": lambda: heads_record(" " * (wire.MAX_JSON_BYTES + 1)),
+    "an oversized layout that is right otherwise": padded,
     "more heads than a run has tasks": lambda: heads_record(json.dumps({str(n): {} for n in range(5000)})),
     "an array of Flower's own": lambda: RecordDict({**planned(), "heads": ArrayRecord({"w": Array(np.zeros(3))})}),
     "steps of 400 digits": lambda: planned(steps=10**400),
