@@ -15,7 +15,7 @@ import torch
 
 from client.alone import train_alone
 from client.data import open_units
-from client.metrics import Values, exact_sums, values_of
+from client.metrics import Values, exact_sums, pair_values, values_of
 from client.site import Site, joined_run
 from client.solvers import open_solver
 from client.units import Units
@@ -111,7 +111,7 @@ def _without_privacy(run: RunConfig) -> RunConfig:
 
 def _values(params: Params, name: str, task: Task, units: Units) -> Values:
     sums = exact_sums(params, name, task, units)
-    return {} if sums is None else values_of(task, sums)
+    return {} if sums is None else {**values_of(task, sums), **pair_values(params, name, task, [units])}
 
 
 def as_json(result: Comparison) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from client.data import open_units
-from client.metrics import Values, exact_sums, values_of
+from client.metrics import Values, exact_sums, pair_values, values_of
 from client.units import Units
 from common.config import SiteConfig
 from common.tasks import Task, merge_sums
@@ -43,9 +43,16 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
         pooled: dict[str, torch.Tensor] | None = None
         for sums in present.values():
             pooled = sums if pooled is None else merge_sums(pooled, sums)
+        own = {site: held_out[site] for site in present}
         results[name] = Evaluation(
-            pooled=values_of(task, pooled) if pooled is not None else {},
-            per_site={site: values_of(task, sums) for site, sums in present.items()},
+            pooled={
+                **(values_of(task, pooled) if pooled is not None else {}),
+                **pair_values(heads[name], name, task, list(own.values())),
+            },
+            per_site={
+                site: {**values_of(task, sums), **pair_values(heads[name], name, task, [own[site]])}
+                for site, sums in present.items()
+            },
         )
     return results
 

@@ -105,6 +105,17 @@ class Sloped(Protocol):
         """Gradient of each example's loss by its outputs, in the outputs' shape; only of examples with a label."""
 
 
+@runtime_checkable
+class Comparing(Protocol):
+    """What a task has besides where it is also judged by pairs of records.
+
+    Pairs are no sums over records: nothing here merges over sites or leaves one, and no loss may use it.
+    """
+
+    def compared(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Further metrics from all labelled records together; NaN where undefined."""
+
+
 def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:
     """The task a setting asks for. Raises BadInput naming the key."""
     task: Task = resolve("common.tasks", spec, key)

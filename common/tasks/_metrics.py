@@ -44,6 +44,31 @@ class Accuracy(MulticlassConfusionMatrix):
 
 
 @final
+class KnownAccuracy(Metric):
+    """Share of examples whose most probable class is theirs, among those whose class is one of `num_classes`."""
+
+    full_state_update = False
+    correct: Tensor
+    known: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self._num_classes = num_classes
+        for state in ("correct", "known"):
+            self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores_BK: Tensor, labels_B: Tensor) -> None:
+        """Count; labels are class indices, those of other classes beyond them or negative."""
+        known_B = (labels_B >= 0) & (labels_B < self._num_classes)
+        self.known += known_B.sum()
+        self.correct += (known_B & (scores_BK.argmax(1) == labels_B)).sum()
+
+    def compute(self) -> Tensor:
+        """Correct over known; NaN without any."""
+        return self.correct.double() / self.known
+
+
+@final
 class LabelRate(MultilabelConfusionMatrix):
     """A rate over labels at threshold 1/2; takes probabilities B x L and labels B x L of 0, 1 and -1 (missing)."""
 
