@@ -115,6 +115,8 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
         f"epsilon {rounded_up(outlook.run_epsilon):g} per {outlook.unit} ({outlook.relation}) at delta "
         f"{outlook.delta:g}; {rounded_up(outlook.final_epsilon):g} of {outlook.budget_epsilon:g} then spent"
     )
+    if outlook.final_epsilon > outlook.budget_epsilon:
+        return {**about, "price": price, "warning": "the budget does not cover it: this site would decline the run"}
     return {**about, "price": price}
 
 

@@ -59,7 +59,7 @@ def init(
 
 def _init(folder: Path, name: str, address: str, also: list[str], bind: str | None) -> Federation:
     try:
-        _, port = split_address(address)
+        host, port = split_address(address)
     except ValueError as error:
         raise BadInput(f"--address: {error}") from error
     step = 1 if port <= 65533 else -1
@@ -67,7 +67,7 @@ def _init(folder: Path, name: str, address: str, also: list[str], bind: str | No
         "name": name,
         "address": address,
         "also": also,
-        "bind": bind or f"0.0.0.0:{port}",
+        "bind": bind or f"{'127.0.0.1' if host in ('127.0.0.1', 'localhost') else '0.0.0.0'}:{port}",
         "control_port": port + step,
         "health_port": port + 2 * step,
     }

@@ -27,6 +27,14 @@ MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED)
 """Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
 
 
+_ENGINE = {
+    3: "it was removed or left before it took the message (error 3)",
+    4: "its reply did not arrive (error 4)",
+    5: "it left, or was not heard of any more (error 5)",
+}
+"""What the engine's error numbers mean (flwr.common.constant.ErrorCode of Flower 1.41)."""
+
+
 @dataclass(frozen=True)
 class SetAside:
     """A site whose reply is not used, and why."""
@@ -58,7 +66,7 @@ def read_replies(
         answered.add(node)
         if message.has_error():
             # The engine's text may quote a site's exception: only its number is kept.
-            aside.append(SetAside(node, f"error {message.error.code}"))
+            aside.append(SetAside(node, _ENGINE.get(message.error.code, f"error {message.error.code}")))
             continue
         try:
             good[node] = (_read(message, expected), wire.encoded_size(message.content))

@@ -101,10 +101,25 @@ def admit(federation: Federation, site: str, key_file: Path) -> Entry:
                     f"{key_file}: this key is admitted already, for site {entry.site}; each site has its own"
                 )
             if entry.site == site and entry.removed is None:
-                raise BadInput(f"site {site} is admitted already, with another key; `python -m server remove` it first")
+                raise BadInput(
+                    f"site {site} is admitted already, with another key; `python -m server remove` "
+                    "revokes that one for ever"
+                )
+        _check_comment(key_file, site)
         new = Entry(site, key, _now())
         _write(federation, [*known, new])
     return new
+
+
+def _check_comment(key_file: Path, site: str) -> None:
+    """`client init` writes a site's name behind its key: one admitted under another could only be revoked, for ever."""
+    named = " ".join(key_file.read_text(encoding="utf-8", errors="replace").split()[2:])
+    try:
+        _NAME.validate_python(named)
+    except ValidationError:
+        return  # A comment of another program, or none.
+    if named != site:
+        raise BadInput(f"{key_file}: expected the key of {site}, got one made for {named!r}; ask the sites")
 
 
 def check_name(site: str) -> None:

@@ -39,20 +39,25 @@ def submit(control: Control, folder: Path) -> int:
 
 
 def interrupted(federation: Federation, run_id: str | None) -> Path:
-    """Folder of a run that did not come to its end: the named one, or the newest.
+    """Folder of a run that did not come to its end: the named one, or the newest of all.
+
+    An older one is continued only by its name: sites would spend on what nobody asked for again.
 
     Raises:
-        BadInput: there is none, or the named one has ended.
+        BadInput: there is none, or it has ended.
     """
     folders = sorted((path.parent for path in federation.runs.glob("*/config.yaml")), key=_started, reverse=True)
     if run_id is not None:
         folders = [folder for folder in folders if folder.name == run_id]
         if not folders:
             raise BadInput(f"expected the id of a run under {federation.runs}, got {run_id!r}")
-    for folder in folders:
+    for folder in folders[:1]:
         if not any(fact["event"] == "run_ended" for fact in read(folder / "journal.jsonl")):
             return folder
-    raise BadInput(f"{run_id or federation.runs}: expected a run that was interrupted, got none that is not complete")
+    newest = folders[0].name if folders else "none"
+    raise BadInput(
+        f"expected a run that was interrupted, got {newest}, which is complete; an older one has to be named"
+    )
 
 
 def _started(folder: Path) -> float:

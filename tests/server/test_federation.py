@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
+from client import keys as site_keys
 from client.kit import read_kit
 from common.config import RunConfig, load
 from common.types import BadInput
@@ -292,6 +293,20 @@ def test_sites_admitted_at_the_same_moment_are_all_kept(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert set(registry.admitted(federation)) == set(paths)
+
+
+def test_a_key_made_for_another_site_is_not_admitted(tmp_path: Path) -> None:
+    """It could only be revoked again, for ever."""
+    new_federation(tmp_path / "fed")
+    key = site_keys.write_key_pair(tmp_path / "south", "south")
+    code, output = command("admit", tmp_path / "fed", "north", "--key", key)
+    assert (code, "made for 'south'" in output) == (2, True)
+    assert command("admit", tmp_path / "fed", "south", "--key", key)[0] == 0
+
+
+def test_a_trial_on_loopback_listens_on_loopback(tmp_path: Path) -> None:
+    assert command("init", tmp_path / "fed", "--name", "trial", "--address", "127.0.0.1:19092")[0] == 0
+    assert open_federation(tmp_path / "fed").config.bind == "127.0.0.1:19092"
 
 
 # --- kit -------------------------------------------------------------------------------------------------------------

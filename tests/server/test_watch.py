@@ -6,10 +6,12 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from common.config import write_yaml
 from common.journal import FileJournal
+from common.types import BadInput
 from server import operate, registry
 from server.roster import Roster
 from server.runs import interrupted
@@ -84,12 +86,15 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
     assert "round 2 of 4, not ended" in shown and "not running" in shown and "north" in shown
 
 
-def test_the_newest_run_that_did_not_end_is_the_one_to_resume(tmp_path: Path) -> None:
+def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    for name, event in (("a", "run_failed"), ("b", "round"), ("c", "run_ended")):
+    for name, event in (("a", "round"), ("b", "round")):
         (federation.runs / name).mkdir()
         write_yaml(federation.runs / name / "config.yaml", tiny.run_config())
         FileJournal(federation.runs / name / "journal.jsonl").write(event)
         time.sleep(0.02)
     assert interrupted(federation, None).name == "b"
+    FileJournal(federation.runs / "b" / "journal.jsonl").write("run_ended")
+    with pytest.raises(BadInput, match="got b, which is complete"):
+        interrupted(federation, None)
     assert interrupted(federation, "a").name == "a"
