@@ -51,7 +51,7 @@ def approve(
         if list_ and run is not None:
             raise BadInput(f"--list: expected no run beside it, got {run!r}; leave one of the two out")
         if run is None:
-            _list(approvals, json_)
+            _list(approvals, site.parent / "offers", json_)
             return
         offer = _offer(approvals, run)
         about = _about(config, offer)
@@ -120,8 +120,11 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     return {**about, "price": price}
 
 
-def _list(approvals: Approvals, json_: bool) -> None:
+def _list(approvals: Approvals, kit: Path, json_: bool) -> None:
+    """What waits, what was approved, and the offers that came with the kit and are neither."""
     waiting, approved = approvals.waiting(), approvals.all()
+    known = {offer.digest for offer in waiting} | {item.digest for item in approved}
+    came = {path: offer for path in sorted(kit.glob("*.json")) if (offer := read_offer(path)).digest not in known}
     if json_:
         listed = {
             "waiting": [{"run": offer.config().name, "digest": offer.digest} for offer in waiting],
@@ -133,9 +136,11 @@ def _list(approvals: Approvals, json_: bool) -> None:
         return
     for offer in waiting:
         typer.echo(f"waiting   {offer.config().name}  {offer.digest}")
+    for path, offer in came.items():
+        typer.echo(f"in kit    {offer.config().name}  {offer.digest}  {path}")
     for item in approved:
         typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}")
-    if not waiting and not approved:
+    if not waiting and not approved and not came:
         typer.echo("no offer waits and none was approved")
 
 

@@ -220,3 +220,16 @@ def test_approving_what_is_not_there_is_one_sentence_and_exit_code_2(tmp_path: P
     result = CliRunner().invoke(app, ["approve", str(path), "no-such-run"])
     assert result.exit_code == 2
     assert "no-such-run" in result.stderr
+
+
+def test_the_offers_of_a_kit_are_listed_until_they_are_approved(tmp_path: Path, site: Site, frozen: Backbone) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site.config)
+    (tmp_path / "offers").mkdir()
+    came = tmp_path / "offers" / "tiny.json"
+    came.write_bytes(offer_bytes(offer_of(run_config(), frozen), frozen.digest))
+    assert str(came) in CliRunner().invoke(app, ["approve", str(path)]).stdout
+    CliRunner().invoke(app, ["approve", str(path), str(came)])
+    listed = CliRunner().invoke(app, ["approve", str(path)]).stdout
+    assert "approved  tiny" in listed
+    assert "in kit" not in listed
