@@ -1,0 +1,280 @@
+"""A made-up task, backbone and source, each added as one file to a copy of the rooms, run a federation; nothing else is
+touched, and the contract suites find and test them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SOURCE = '''
+"""Pendulums, simulated: a recording of angles each, whose length and damping are its labels."""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from client.sources import Example, Record
+from client.sources._base import SourceSettings, digest
+
+
+class Pendulums(SourceSettings):
+    """Settings: how many."""
+
+    kind: Literal["pendulums"]
+    count: int = 200
+
+    @classmethod
+    def example(cls, folder: Any) -> Example:
+        """Six of them."""
+        return Example({"kind": "pendulums", "count": 6})
+
+    def open(self) -> "Swings":
+        """Swings, the same every time."""
+        rng = np.random.default_rng(0)
+        return Swings(rng.uniform(0.2, 3.0, self.count), rng.uniform(0, 6, self.count))
+
+
+class Swings:
+    """Opened pendulums."""
+
+    def __init__(self, lengths: np.ndarray, phases: np.ndarray) -> None:
+        self.lengths, self.phases = lengths, phases
+
+    def digest(self) -> str:
+        """Over all of them."""
+        return digest([self.lengths.tobytes(), self.phases.tobytes()])
+
+    def index(self) -> list[Record]:
+        """In order; every fourth is held out."""
+        return [
+            Record(i + 1, "pendulums", f"pendulum {i}", None, "test" if i % 4 == 0 else "train", {"length": f"{m:.3f}"})
+            for i, m in enumerate(self.lengths)
+        ]
+
+    def load(self, position: int) -> np.ndarray:
+        """Angles over ten seconds."""
+        time = np.linspace(0, 10, 128)
+        return np.cos(time * np.sqrt(9.81 / self.lengths[position]) + self.phases[position]).astype(np.float32)
+'''
+
+BACKBONE = '''
+"""The size of a series' spectrum: no weights."""
+
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.backbones import Architecture, Example, Pretrained
+from common.backbones._projection import Projection
+from common.plugins import Plugin
+from common.types import BadInput, BadRecord
+
+
+@final
+class Spectrum(Plugin):
+    """Settings: how many steps a series has."""
+
+    kind: Literal["spectrum"] = "spectrum"
+    steps: int = 128
+    projection: Projection | None = None
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Four waves."""
+        waves = [np.sin(np.arange(16) * pitch).astype(np.float32) for pitch in (0.2, 0.5, 1.0, 2.0)]
+        return Example({"kind": "spectrum", "steps": 16}, waves)
+
+    def resolved(self) -> "Spectrum":
+        """The same."""
+        return self
+
+    def architecture(self) -> Architecture:
+        """Absolute values of the Fourier transform."""
+        return Architecture(Size(), self.steps // 2 + 1)
+
+    def pretrained(self) -> Pretrained:
+        """No weights."""
+        return Pretrained({})
+
+    def random(self) -> Pretrained:
+        """Refused."""
+        raise BadInput("kind: expected a backbone with weights")
+
+    def weights_file(self) -> Path | None:
+        """None."""
+        return None
+
+    def preprocess(self, item: Any) -> Tensor:
+        """A series of exactly so many steps."""
+        if not isinstance(item, np.ndarray) or item.shape != (self.steps,):
+            raise BadRecord("expected a series of another length")
+        return torch.from_numpy(item.astype(np.float32))
+
+
+class Size(nn.Module):
+    """Sizes of the coefficients."""
+
+    def forward(self, series: Tensor) -> Tensor:
+        """B x F."""
+        return torch.fft.rfft(series).abs() / series.shape[1] ** 0.5
+'''
+
+TASK = '''
+"""Whether a measured number is above a public limit."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from common.cells import number
+from common.plugins import Plugin
+from common.tasks import Example
+from common.tasks._head import HeadSettings
+from common.tasks.classification import Classification
+from common.types import BadRecord
+
+
+@final
+class Above(Plugin):
+    """Settings: the limit."""
+
+    kind: Literal["above"] = "above"
+    limit: float
+    scale: float = 1.0
+    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+
+    @classmethod
+    def example(cls) -> Example:
+        """Two heights; its predictions are 0 and 1."""
+        return Example({"kind": "above", "limit": 0.5}, [["0"], ["1"], ["1"], ["0"]])
+
+    def head(self, feature_dim: int) -> nn.Module:
+        """One logit."""
+        return self.head_settings.build(feature_dim, 1)
+
+    def encode(self, cells: Sequence[str]) -> Tensor:
+        """0 or 1."""
+        value = number(cells[0]) if len(cells) == 1 else None
+        if value is None:
+            raise BadRecord("expected one number")
+        return torch.tensor(int(value > self.limit))
+
+    def missing(self) -> Tensor:
+        """A mark without loss."""
+        return torch.tensor(-100)
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Hinge, squared."""
+        margin = 1.0 - outputs.squeeze(1) * (2.0 * labels - 1.0)
+        return torch.where(labels >= 0, margin.clamp(min=0.0) ** 2, 0.0)
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """B x 2."""
+        return self._pair(outputs).softmax(dim=1)
+
+    def metrics(self) -> dict[str, Any]:
+        """Those of two classes."""
+        return self._classes().metrics()
+
+    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Those of two classes."""
+        return self._classes().counts(self._pair(outputs), labels)
+
+    def counts_norm(self) -> float:
+        """Those of two classes."""
+        return self._classes().counts_norm()
+
+    def counted(self, sums: Tensor) -> dict[str, float]:
+        """Those of two classes."""
+        return self._classes().counted(sums)
+
+    def decode(self, outputs: Tensor) -> list[str]:
+        """0 or 1."""
+        return self._classes().decode(self._pair(outputs))
+
+    def _classes(self) -> Classification:
+        return Classification(labels=("0", "1"))
+
+    def _pair(self, outputs: Tensor) -> Tensor:
+        return torch.cat([-outputs, outputs], dim=1).clamp(-50, 50)
+'''
+
+CONFIG = """
+run:
+  name: pendulums
+  seed: 1
+  rounds: 5
+  backbone: {kind: spectrum, steps: 128, projection: {normalize: true}}
+  tasks: {long: {kind: above, limit: 1.0}}
+  solver: {kind: dp_gd, steps: 4, clip_norm: 0.5, learning_rate: 4.0}
+  privacy: {unit: example, delta: 1.0e-5, target_epsilon: 8.0}
+  aggregation: {kind: mean}
+sources: {swings: {kind: pendulums, count: 400}}
+tasks: {long: {source: swings, column: length, missing: refuse, public_size: 100}}
+partition: {kind: iid, num_sites: 3, split: source}
+unit: example
+budget: {epsilon: 10.0, delta: 1.0e-5}
+cache_dir: ./cache
+runs_dir: ./runs
+"""
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the rooms and contract suites, and three new files."""
+    folder = tmp_path_factory.mktemp("rooms")
+    leave = shutil.ignore_patterns("__pycache__")
+    for name in ("common", "client", "server", "simulations", "tests/contracts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=leave)
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / name, folder / name)
+    for name, text in (
+        ("client/sources/pendulums.py", SOURCE),
+        ("common/backbones/spectrum.py", BACKBONE),
+        ("common/tasks/above.py", TASK),
+        ("pendulums.yaml", CONFIG),
+    ):
+        assert not (folder / name).exists()
+        (folder / name).write_text(text)
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the copy, which imports the copy."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_new_task_backbone_and_source_run_a_private_federation(rooms: Path) -> None:
+    done = python(rooms, "-m", "simulations", "run", "pendulums.yaml", "--out", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = [json.loads(line) for line in (rooms / "out" / "journal.jsonl").read_text().splitlines()]
+    (metrics,) = (fact for fact in facts if fact["event"] == "metrics")
+    # Two sevenths of the lengths are below 1 m: always "longer" would give .71.
+    assert metrics["pooled"]["accuracy"] > 0.85
+    spent = [fact["epsilon"] for fact in facts if fact["event"] == "epsilon"]
+    assert len(spent) == 3 and all(7.9 < epsilon <= 8.0 for epsilon in spent)
+
+
+@pytest.mark.slow
+def test_the_contract_suites_find_and_pass_them(rooms: Path) -> None:
+    chosen = "(pendulums or spectrum or above) and not another_process"
+    done = python(rooms, "-m", "pytest", "tests/contracts", "-p", "no:cacheprovider", "-k", chosen)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 30
