@@ -18,6 +18,7 @@ from client.sources import open_source
 from common.backbones import Kind
 from common.config import RunConfig, SiteConfig
 from common.files import private_folder, write_atomic
+from common.items import Several
 from common.plugins import resolve
 from common.types import BadInput, BadRecord
 
@@ -86,6 +87,8 @@ def _backbone_kind(offers: Mapping[str, RunConfig]) -> Kind | None:
 
 
 def _tile(item: Any, kind: Kind | None) -> Image.Image | None:
+    if isinstance(item, Several) and item.items:
+        item = item.items[len(item.items) // 2]
     if not _is_picture(item):
         return None
     values = item if kind is None else kind.preprocess(item).numpy()

@@ -167,9 +167,13 @@ class Transformers(Plugin):
 
     def preprocess(self, item: Any) -> Tensor:
         """A picture or recording as an input; a text needs the tokenizer, which comes with the weights."""
-        files = self.files or self._read()
         if self.modality == "text":
             raise BadRecord("expected the backbone's weights: its tokenizer travels with them")
+        try:
+            # Nothing is downloaded to look at an item.
+            files = self.files or self.model_copy(update={"local_files_only": True})._read()
+        except BadInput:
+            raise BadRecord("expected the backbone's own files, which are not on this machine yet") from None
         modality = self._image(files) if self.modality == "image" else self._audio(files)
         return modality.preprocess(item)
 

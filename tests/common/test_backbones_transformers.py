@@ -156,6 +156,14 @@ def test_a_vision_transformer_gives_its_own_features(tmp_path: Path, pooling: st
         backbone.preprocess(SENTENCES[0])
 
 
+def test_without_its_files_nothing_is_downloaded_to_look_at_an_item(tmp_path: Path) -> None:
+    gone = Transformers(modality="image", folder=tmp_path / "gone")
+    named = Transformers(modality="image", model="nobody/no-such-model")
+    for kind in (gone, named):
+        with pytest.raises(BadRecord, match="not on this machine yet"):
+            kind.preprocess(np.zeros((4, 4, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert"])
 def test_a_recordings_features_do_not_depend_on_longer_ones_in_its_batch(tmp_path: Path, kind: str) -> None:
     folder = wave(tmp_path, kind)
