@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from client.units import TaskRecords, Units
 from common.privacy.accounting import Mechanism
-from common.privacy.noise import NoiseStream
+from common.privacy.noise import NoiseStream, released
 from common.tasks import Task, num_counts
 from common.types import Heads
 
@@ -51,12 +51,13 @@ def noised_sums(
     """
     assert mechanism.sensitivity is not None and mechanism.sensitivity**2 >= len(tasks) * (1.0 - 1e-9)
     deviation = mechanism.noise_multiplier * mechanism.sensitivity
-    released = {}
+    noised = {}
     for name in sorted(tasks):
-        sums = unit_sums(heads[name], tasks[name], units.tasks[name]).numpy()
-        noisy = sums + deviation * stream.gaussian(sums.shape)
-        released[name] = {SUMS: noisy.astype(np.float32)}
-    return released
+        sums_S = unit_sums(heads[name], tasks[name], units.tasks[name])
+        noised[name] = {
+            SUMS: released(sums_S, deviation, stream.gaussian(tuple(sums_S.shape))).numpy().astype(np.float32)
+        }
+    return noised
 
 
 def unit_sums(head: nn.Module, task: Task, records: TaskRecords) -> Tensor:

@@ -74,36 +74,63 @@ class Inputs:
     """One head's records and what of them stays the same while weights move.
 
     Attributes:
-        records: usable ones; a record's unit is an index in [0, U).
-        square_R: |x|^2, + 1 with a bias, in double precision; None for records of several positions.
+        records: usable ones, their features' last axis being D; a record's unit is an index in [0, U).
+        reach_R: sqrt(|x|^2, + 1 with a bias), in double precision; None for records of several positions.
+        factor_R: a record's weight times the task's scale; None where it is 1 for all.
         pairs_3Q: r, s and unit of all pairs of different records of a unit that is not too large.
         product_Q: x_r . x_s, + 1 with a bias, in double precision.
         single: whether record i is unit i's only one, for all units.
         most_records: of one unit.
         bias: whether the head has one.
+        maps: whether the head's outputs have their K before the positions, as a convolution's.
     """
 
     records: TaskRecords
-    square_R: Tensor | None
+    reach_R: Tensor | None
+    factor_R: Tensor | None
     pairs_3Q: Tensor
     product_Q: Tensor
     single: bool
     most_records: int
     bias: bool
+    maps: bool
 
     @classmethod
-    def of(cls, head: nn.Module, records: TaskRecords, num_units: int) -> Inputs:
-        """The inputs of an affine head."""
-        features, unit_R = records.features_RD, records.unit_R
+    def of(cls, head: nn.Module, records: TaskRecords, num_units: int, scale: float = 1.0) -> Inputs:
+        """The inputs of an affine head, whose task has this scale."""
+        unit_R = records.unit_R
         single = len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device))
         most = min(1, len(unit_R)) if single else int(torch.bincount(unit_R, minlength=1).max())
-        pairs_3Q = unit_R.new_empty((3, 0)) if features.dim() > 2 or most <= 1 else _pairs(unit_R)
-        bias = head.bias is not None
-        if features.dim() > 2:
-            return cls(_channels_last(records), None, pairs_3Q, pairs_3Q[0].double(), single, most, bias)
-        first, second = features[pairs_3Q[0]], features[pairs_3Q[1]]
-        product_Q = torch.linalg.vecdot(first.double(), second.double()) + float(bias)
-        return cls(records, row_norms(features) ** 2 + float(bias), pairs_3Q, product_Q, single, most, bias)
+        factor_R = records.weight_R * scale
+        bias, maps = head.bias is not None, isinstance(head, _POINTWISE)
+        if maps:  # The values of one position side by side: both products of a step then read in order.
+            records = replace(records, features_RD=records.features_RD.movedim(1, -1).contiguous())
+        features = records.features_RD
+        vectors = features.dim() == 2
+        pairs_3Q = _pairs(unit_R) if vectors and most > 1 else unit_R.new_empty((3, 0))
+        if vectors:
+            first, second = features[pairs_3Q[0]], features[pairs_3Q[1]]
+            product_Q = torch.linalg.vecdot(first.double(), second.double()) + float(bias)
+        return cls(
+            records,
+            reach_R=row_norms(features).square_().add_(float(bias)).sqrt_() if vectors else None,
+            factor_R=None if bool((factor_R == 1.0).all()) else factor_R,
+            pairs_3Q=pairs_3Q,
+            product_Q=product_Q if vectors else pairs_3Q[0].double(),
+            single=single,
+            most_records=most,
+            bias=bias,
+            maps=maps,
+        )
+
+    def outputs(self, parts: Sequence[Tensor]) -> Tensor:
+        """The head's outputs, of the shape that its task expects.
+
+        Args:
+            parts: weight_KD, and the bias if there is one.
+        """
+        outputs = nn.functional.linear(self.records.features_RD, parts[0], parts[1] if self.bias else None)
+        return outputs.movedim(-1, 1) if self.maps else outputs
 
     def of_units(self, position_U: Tensor) -> Inputs:
         """The records of some units: `position_U` is a unit's new index, or -1 for one that is left out."""
@@ -111,22 +138,17 @@ class Inputs:
         position_R = position_U[records.unit_R]
         rows = (position_R >= 0).nonzero().squeeze(1)
         chosen = taken(records, rows, position_R)
-        square_R = None if self.square_R is None else self.square_R[rows]
+        reach_R = None if self.reach_R is None else self.reach_R[rows]
+        factor_R = None if self.factor_R is None else self.factor_R[rows]
+        kept = replace(self, records=chosen, reach_R=reach_R, factor_R=factor_R)
         if not len(self.product_Q):
-            return replace(self, records=chosen, square_R=square_R)
+            return kept
         row_R = torch.empty_like(position_R)
         row_R[rows] = torch.arange(len(rows), device=rows.device)
-        kept = position_U[self.pairs_3Q[2]] >= 0
-        first_Q, second_Q, unit_Q = self.pairs_3Q[:, kept]
+        both_Q = position_U[self.pairs_3Q[2]] >= 0
+        first_Q, second_Q, unit_Q = self.pairs_3Q[:, both_Q]
         pairs_3Q = torch.stack([row_R[first_Q], row_R[second_Q], position_U[unit_Q]])
-        return replace(self, records=chosen, square_R=square_R, pairs_3Q=pairs_3Q, product_Q=self.product_Q[kept])
-
-
-def _channels_last(records: TaskRecords) -> TaskRecords:
-    """The same feature maps, the values of one position side by side: both products of a step then read in order."""
-    if records.features_RD.dim() != 4:
-        return records
-    return replace(records, features_RD=records.features_RD.contiguous(memory_format=torch.channels_last))
+        return replace(kept, pairs_3Q=pairs_3Q, product_Q=self.product_Q[both_Q])
 
 
 def _pairs(unit_R: Tensor) -> Tensor:
@@ -157,22 +179,18 @@ class Gradients(Protocol):
         """Add factor times gradient of all units to the sums, weight's first; factor 0 adds nothing, not even a NaN."""
 
 
-def gradients_of(head: nn.Module, inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
+def gradients_of(inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
     """The units' gradients of an affine head.
 
     Args:
-        head: as accepted by `check_affine`.
         inputs: of a batch.
         delta: derivative of the objective by the head's outputs, of their shape.
         num_units: U.
     """
-    if inputs.square_R is not None:
+    if inputs.reach_R is not None:
         return _VectorGradients(inputs, delta, num_units)
-    features = inputs.records.features_RD
-    if type(head) is nn.Linear:
-        features_RPD, delta_RPK = features.flatten(1, -2), delta.flatten(1, -2)
-    else:
-        features_RPD, delta_RPK = features.flatten(2).mT, delta.flatten(2).mT
+    features_RPD = inputs.records.features_RD.flatten(1, -2)
+    delta_RPK = delta.flatten(2).mT if inputs.maps else delta.flatten(1, -2)
     # One small product for each record; nothing of size R x P x D is made.
     weight_RKD = torch.bmm(delta_RPK.mT, features_RPD)
     formed_R = [weight_RKD] if not inputs.bias else [weight_RKD, delta_RPK.sum(dim=1)]
@@ -201,26 +219,25 @@ class _VectorGradients:
     """Units' gradients of a linear head on vectors, kept as their two factors."""
 
     def __init__(self, inputs: Inputs, delta_RK: Tensor, num_units: int) -> None:
-        assert inputs.square_R is not None
+        assert inputs.reach_R is not None
         self._inputs = inputs
         self._delta_RK = delta_RK
         self._formed_U: dict[int, list[Tensor]] = {}
-        delta_norm_R = torch.linalg.vector_norm(delta_RK, dim=1, dtype=torch.double)
-        square_R = delta_norm_R.square_().mul_(inputs.square_R)
+        norm_R = torch.linalg.vector_norm(delta_RK, dim=1, dtype=torch.double).mul_(inputs.reach_R)
         if inputs.single:
-            self.norm_U = square_R.sqrt_()
+            self.norm_U = norm_R
             return
         unit_R = inputs.records.unit_R
-        zero_U = square_R.new_zeros(num_units)
-        square_U = zero_U.index_add(0, unit_R, square_R)
+        zero_U = norm_R.new_zeros(num_units)
         if inputs.most_records <= 1:
-            self.norm_U = square_U.sqrt_()
+            self.norm_U = zero_U.index_add_(0, unit_R, norm_R)
             return
+        square_U = zero_U.index_add(0, unit_R, norm_R.square())
         first_Q, second_Q, unit_Q = inputs.pairs_3Q
         exact_RK = delta_RK.double()
         cross_Q = 2.0 * torch.linalg.vecdot(exact_RK[first_Q], exact_RK[second_Q]) * inputs.product_Q
         self.norm_U = square_U.index_add_(0, unit_Q, cross_Q).clamp_(min=0.0).sqrt_()
-        reach_U = zero_U.index_add_(0, unit_R, square_R.sqrt_())
+        reach_U = zero_U.index_add_(0, unit_R, norm_R)
         unpaired_U = torch.bincount(unit_R, minlength=num_units) > _MOST_RECORDS
         self._form((unpaired_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
 
@@ -245,7 +262,7 @@ class _VectorGradients:
         records = self._inputs.records
         factor_R1 = (factor_U if self._inputs.single else factor_U[records.unit_R])[:, None]
         scaled_RK = self._delta_RK * factor_R1
-        if bool((factor_U == 0.0).any()):
+        if not bool(factor_U.all()):
             scaled_RK = torch.where(factor_R1 > 0.0, scaled_RK, 0.0)
         sums[0].addmm_(scaled_RK.mT, records.features_RD)
         if self._inputs.bias:

@@ -19,7 +19,7 @@ from client.units import TaskRecords, Units
 from common.heads import parameters
 from common.privacy.noise import NoiseStream
 from common.tasks import Task
-from common.types import Delta, Plan, RunFailed
+from common.types import Delta, Heads, Plan, RunFailed
 
 
 def usable(units: Units) -> Units:
@@ -95,15 +95,21 @@ def trainable_copies(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def difference(new: Mapping[str, nn.Module], old: Mapping[str, nn.Module]) -> Delta:
-    """New heads minus old ones.
-
-    Raises:
-        RunFailed: a value is not finite: the learning rate is too large for the loss.
-    """
+    """New heads minus old ones. Raises RunFailed as `checked` does."""
     heads = {}
     for name, head in new.items():
         before = parameters(old[name])
         heads[name] = {key: value - before[key] for key, value in parameters(head).items()}
-        if not all(bool((abs(value) < float("inf")).all()) for value in heads[name].values()):
+    return checked(heads)
+
+
+def checked(heads: Heads) -> Delta:
+    """Changes of heads as a contribution.
+
+    Raises:
+        RunFailed: a value is not finite: the learning rate is too large for the loss.
+    """
+    for name, values in heads.items():
+        if not all(bool((abs(value) < float("inf")).all()) for value in values.values()):
             raise RunFailed(f"{name}: training diverged; a smaller learning_rate is needed")
     return Delta(heads)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from client.solvers._objective import batch_of, loss_sum
 from client.units import Units
 from common.privacy.clipping import neutralised, sum_by_unit
-from common.privacy.noise import NoiseStream
+from common.privacy.noise import NoiseStream, released
 from common.tasks import Task
 from common.types import BadInput, Plan
 
@@ -46,13 +46,14 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
     def add_noise(self) -> None:
         """Put (clipped sum + noise) into each parameter's gradient. One draw of the stream is one release."""
         sizes = [parameter.numel() for parameter in self.params]
-        noise = torch.from_numpy(self._stream.gaussian((sum(sizes),))) * (self.noise_multiplier * self.max_grad_norm)
-        for parameter, part in zip(self.params, torch.split(noise, sizes), strict=True):
-            total = parameter.summed_grad
+        totals = [parameter.summed_grad for parameter in self.params]
+        for total in totals:
             _check_processed_flag(total)
-            # In double precision, so that the sum is rounded once.
-            noisy = total.double() + part.to(total.device).view_as(total)
-            parameter.grad = noisy.to(parameter.dtype).view_as(parameter)
+        deviation = self.noise_multiplier * self.max_grad_norm
+        normals = self._stream.gaussian((sum(sizes),))
+        noisy = released(torch.cat([total.flatten() for total in totals]), deviation, normals)
+        for parameter, part, total in zip(self.params, torch.split(noisy, sizes), totals, strict=True):
+            parameter.grad = part.to(parameter.dtype).view_as(parameter)
             _mark_as_processed(total)
 
     def scale_grad(self) -> None:

@@ -17,25 +17,32 @@ the site's stream alone. Opacus is not imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, ClassVar, Literal, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from client.solvers import _objective
 from client.solvers._closed_form import Inputs, check_affine, gradients_of
+from client.solvers._flat import Flat
 from client.units import Units
 from common.config import PositiveInt, Privacy
 from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
 from common.privacy.clipping import clip_factors
-from common.privacy.noise import NoiseStream
+from common.privacy.noise import NoiseStream, released
 from common.tasks import Sloped, Task
 from common.types import BadInput, Delta, Plan, Unit
 
-Slopes = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Outputs, labels and records' weights -> derivative of the weighted, scaled loss by the outputs."""
+Slopes = Callable[[Tensor, Inputs], Tensor]
+"""A head's outputs and its records -> derivative of the weighted, scaled loss by the outputs."""
+
+_LARGE_DRAW = 2**14
+"""Values of a draw that is worth a thread of its own."""
 
 _CHUNK_VALUES = 2**24
 """Gradient values of records with several positions held at once (64 MiB); larger samples are summed in parts."""
@@ -104,65 +111,57 @@ class DpGd(Plugin):
         """
         assert plan.clip_norm is not None  # A private plan has one.
         check_affine(heads)
-        copies = _objective.trainable_copies(heads)
-        weights = _flattened(copies)
-        divisors = _divisors(copies, _objective.expected_units(plan, public_sizes))
+        flat = Flat.of(heads)
+        start = flat.vector()
+        weights = start.clone()
+        divisors = flat.divisors(_objective.expected_units(plan, public_sizes))
+        deviation = plan.noise_multiplier * plan.clip_norm
         velocity = torch.zeros_like(weights) if self.momentum else None
         usable = _objective.usable(units)
-        inputs = {name: Inputs.of(copies[name], usable.tasks[name], usable.num_units) for name in copies}
-        shapes = {name: [parameter.shape for parameter in head.parameters()] for name, head in copies.items()}
-        slopes = {name: _slopes_of(tasks[name]) for name in copies}
+        inputs = {
+            name: Inputs.of(head, usable.tasks[name], usable.num_units, tasks[name].scale)
+            for name, head in flat.heads.items()
+        }
+        chunk = _chunk(flat, inputs)
+        slopes = {name: _slopes_of(tasks[name]) for name in flat.heads}
+        total = torch.zeros_like(weights)
+        parts, sums = flat.views(weights), flat.views(total)
         with torch.no_grad():
-            for _ in range(plan.steps):
-                members = _objective.participants(usable, plan, stream)
-                total = torch.zeros_like(weights)
-                sums = _views(total, shapes)
-                for batch, size in _batches(copies, inputs, usable.num_units, members):
-                    _add_clipped(sums, copies, slopes, batch, size, clip_norm=plan.clip_norm)
-                step = _noised(total, plan, stream).div_(divisors).to(weights)
+            for members, normals in _draws(usable, plan, stream, len(total)):
+                total.zero_()
+                for batch, size in _batches(inputs, usable.num_units, members, chunk):
+                    _add_clipped(sums, parts, slopes, batch, size, clip_norm=plan.clip_norm)
+                step = released(total, deviation, normals).div_(divisors).to(weights)
                 # The update of torch.optim.SGD.
                 if self.weight_decay:
                     step.add_(weights, alpha=self.weight_decay)
                 if velocity is not None:
                     step = velocity.mul_(self.momentum).add_(step)
                 weights.sub_(step, alpha=self.learning_rate)
-        return _objective.difference(copies, heads)
+        return _objective.checked(flat.by_task(weights - start))
 
 
-def _flattened(heads: Mapping[str, nn.Module]) -> Tensor:
-    """All parameters side by side; those of the heads become views of it."""
-    parameters = [parameter for head in heads.values() for parameter in head.parameters()]
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in zip(
-        parameters, torch.split(flat, [parameter.numel() for parameter in parameters]), strict=True
-    ):
-        parameter.data = part.view_as(parameter)
-    return flat
+def _draws(units: Units, plan: Plan, stream: NoiseStream, size: int) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
+    """Each step's sample and normals, in the stream's order; large ones are drawn while the step before is computed."""
 
+    def draw() -> tuple[Tensor, NDArray[np.float64]]:
+        return _objective.participants(units, plan, stream), stream.gaussian((size,))
 
-def _divisors(heads: Mapping[str, nn.Module], expected: Mapping[str, float]) -> Tensor:
-    """The declared number of units in a step, for each parameter."""
-    sizes = {name: sum(parameter.numel() for parameter in head.parameters()) for name, head in heads.items()}
-    device = next(next(iter(heads.values())).parameters()).device
-    if len(set(expected.values())) == 1:
-        return torch.tensor(next(iter(expected.values())), dtype=torch.double, device=device)
-    return torch.cat([torch.full((size,), expected[name], dtype=torch.double) for name, size in sizes.items()]).to(
-        device
-    )
-
-
-def _views(total: Tensor, shapes: Mapping[str, Sequence[torch.Size]]) -> dict[str, list[Tensor]]:
-    """Head by head the parameters' parts of one vector, weights as matrices."""
-    parts = iter(torch.split(total, [shape.numel() for own in shapes.values() for shape in own]))
-    return {
-        name: [next(parts).view(shape[0], -1) if len(shape) > 1 else next(parts) for shape in own]
-        for name, own in shapes.items()
-    }
+    if size < _LARGE_DRAW:
+        for _ in range(plan.steps):
+            yield draw()
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(draw)
+        for _ in range(plan.steps - 1):
+            drawn, waiting = waiting.result(), thread.submit(draw)
+            yield drawn
+        yield waiting.result()
 
 
 def _add_clipped(
     sums: Mapping[str, Sequence[Tensor]],
-    heads: Mapping[str, nn.Module],
+    weights: Mapping[str, Sequence[Tensor]],
     slopes: Mapping[str, Slopes],
     batch: Mapping[str, Inputs],
     num_units: int,
@@ -171,9 +170,9 @@ def _add_clipped(
 ) -> None:
     """Add the jointly clipped gradients of a batch's units to the sums."""
     gradients = {
-        name: gradients_of(head, batch[name], _output_derivative(head, slopes[name], batch[name]), num_units)
-        for name, head in heads.items()
-        if len(batch[name].records.unit_R)
+        name: gradients_of(inputs, slopes[name](inputs.outputs(weights[name]), inputs), num_units)
+        for name, inputs in batch.items()
+        if len(inputs.records.unit_R)
     }
     if gradients:
         factor_U = clip_factors(_joint([part.norm_U for part in gradients.values()]), clip_norm)
@@ -186,18 +185,10 @@ def _joint(norms_U: Sequence[Tensor]) -> Tensor:
     return norms_U[0] if len(norms_U) == 1 else torch.linalg.vector_norm(torch.stack(list(norms_U)), dim=0)
 
 
-def _noised(total: Tensor, plan: Plan, stream: NoiseStream) -> Tensor:
-    """The sum with the step's noise, in double precision. One draw of the stream is one release."""
-    assert plan.clip_norm is not None
-    noise = torch.from_numpy(stream.gaussian((len(total),))).to(total.device)
-    return noise.mul_(plan.noise_multiplier * plan.clip_norm).add_(total)
-
-
 def _batches(
-    heads: Mapping[str, nn.Module], inputs: Mapping[str, Inputs], num_units: int, members: Tensor
+    inputs: Mapping[str, Inputs], num_units: int, members: Tensor, chunk: int
 ) -> Iterator[tuple[Mapping[str, Inputs], int]]:
-    """The sample's records and number of units, in parts where formed gradients would not fit into memory."""
-    chunk = _chunk(heads, inputs)
+    """The sample's records and number of units, in parts of at most so many."""
     if len(members) == num_units <= chunk:
         yield inputs, num_units
         return
@@ -210,19 +201,13 @@ def _batches(
         )
 
 
-def _chunk(heads: Mapping[str, nn.Module], inputs: Mapping[str, Inputs]) -> int:
-    """Units whose gradients are held at once."""
+def _chunk(flat: Flat, inputs: Mapping[str, Inputs]) -> int:
+    """Units whose gradients are held at once: formed gradients must fit into memory."""
     values = 0
     for name, one in inputs.items():
-        if one.square_R is None and len(one.records.unit_R):
-            values += one.most_records * sum(parameter.numel() for parameter in heads[name].parameters())
+        if one.reach_R is None and len(one.records.unit_R):
+            values += one.most_records * sum(parameter.numel() for parameter in flat.heads[name].parameters())
     return max(1, _CHUNK_VALUES // max(1, values))
-
-
-def _output_derivative(head: nn.Module, slopes: Slopes, inputs: Inputs) -> Tensor:
-    """Derivative of the joint objective by a head's outputs."""
-    records = inputs.records
-    return slopes(head(records.features_RD), records.labels, records.weight_R)
 
 
 def _slopes_of(task: Task) -> Slopes:
@@ -230,15 +215,18 @@ def _slopes_of(task: Task) -> Slopes:
 
     sloped = task if isinstance(task, Sloped) else None
 
-    def stated(outputs: Tensor, labels: Tensor, weight_R: Tensor) -> Tensor:
+    def stated(outputs: Tensor, inputs: Inputs) -> Tensor:
         assert sloped is not None
-        factor_R = weight_R if task.scale == 1.0 else weight_R * task.scale
-        return sloped.slopes(outputs, labels).mul_(factor_R.view(-1, *(1,) * (outputs.dim() - 1)))
+        slopes = sloped.slopes(outputs, inputs.records.labels)
+        if inputs.factor_R is None:
+            return slopes
+        return slopes.mul_(inputs.factor_R.view(-1, *(1,) * (outputs.dim() - 1)))
 
-    def found(outputs: Tensor, labels: Tensor, weight_R: Tensor) -> Tensor:
+    def found(outputs: Tensor, inputs: Inputs) -> Tensor:
         with torch.enable_grad():
-            losses_R = task.losses(outputs.requires_grad_(), labels)
-        delta: Tensor = torch.autograd.grad(losses_R, outputs, grad_outputs=weight_R * task.scale)[0]
+            losses_R = task.losses(outputs.requires_grad_(), inputs.records.labels)
+        factor_R = torch.ones_like(losses_R) if inputs.factor_R is None else inputs.factor_R
+        delta: Tensor = torch.autograd.grad(losses_R, outputs, grad_outputs=factor_R)[0]
         return delta
 
     return found if sloped is None else stated

@@ -3,8 +3,10 @@
 The key comes from the operating system at the site. torch's and NumPy's generators are not used: torch's CPU generator
 takes 32 bits of its seed, so that all seeds can be tried against a release.
 
-Limit, stated: samples are double-precision floats; the sum of four (below) resists the floating-point attack of
-Mironov (2012) as analysed by Holohan and Braghin (2021), it does not sample a discrete distribution.
+Samples are double-precision floats, whose last bits could tell what they were added to (Mironov 2012). So a noised sum
+is rounded to a grid of a millionth of the noise (`released`): whatever the sum was, each point stands for billions of
+samples, and nobody can tell which it was. Rounding comes after the noise and costs no privacy. Limit, stated: this is
+not an exact discrete distribution; a point in the far tail, which is hardly ever drawn, stands for few samples.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
+from torch import Tensor
 
 KEY_BYTES = 32
 
-_SUMMANDS = 4
+_CHUNK = 16384
+"""Gaussians made at once: they stay in a core's own cache."""
 
-_CHUNK = 4096
-"""Gaussians made at once: their four summands stay in a core's own cache."""
+_GRID = 20
+"""A noised sum is rounded to a power of two of at most 2**-20 times the noise's standard deviation."""
 
 Entropy = Callable[[str], bytes]
 """Purpose -> 32 bytes of key. Injected through one argument of the client app's factory; never set by a file."""
@@ -72,19 +76,15 @@ class NoiseStream:
         return self.uniform(count) < probability
 
     def gaussian(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """Independent standard normals, each the sum of four, halved.
-
-        Each summand is sqrt(2) erfinv(x) of its own 64 bits of the stream, in double precision.
-        """
+        """Independent standard normals: sqrt(2) erfinv(x), each of its own 64 bits of the stream."""
         count = math.prod(shape)
         samples = np.empty(count)
         for start in range(0, count, _CHUNK):
             part = samples[start : start + _CHUNK]
-            summands = self._symmetric(_SUMMANDS * len(part))
+            part[:] = self._symmetric(len(part))
             # In place, by torch: vectorised, and the same bits whatever the position (tested).
-            torch.from_numpy(summands).erfinv_()
-            np.sum(summands.reshape(_SUMMANDS, -1), axis=0, out=part)
-        samples *= math.sqrt(2.0 / _SUMMANDS)
+            torch.from_numpy(part).erfinv_()
+        samples *= math.sqrt(2.0)
         return samples.reshape(shape)
 
     def _symmetric(self, count: int) -> NDArray[np.float64]:
@@ -94,3 +94,19 @@ class NoiseStream:
         points += 0.5
         points *= 2.0**-52
         return points
+
+
+def released(total: Tensor, deviation: float, normals: NDArray[np.float64]) -> Tensor:
+    """A sum with Gaussian noise, float64, on the grid; of the sum's shape and on its device.
+
+    Args:
+        total: what is released, in any precision; double precision adds it without rounding it.
+        deviation: standard deviation of the noise; 0 adds none.
+        normals: drawn for this release alone; overwritten.
+    """
+    if deviation == 0.0:
+        return total.double()
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - _GRID)
+    noise = torch.from_numpy(normals).to(total.device)
+    # Powers of two scale without rounding.
+    return noise.mul_(deviation / grid).add_(total, alpha=1.0 / grid).round_().mul_(grid)

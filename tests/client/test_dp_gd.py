@@ -153,6 +153,16 @@ def test_it_releases_what_opacus_does_from_the_same_stream(
     assert difference(ours, theirs) < 1e-6
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_draws_made_ahead_for_a_large_head_are_those_of_opacus(rate: float) -> None:
+    """Coins and noise come from one stream: their order is part of what is released."""
+    tasks = {"map": PerPixel(classes=3000)}
+    assert 3000 * (FEATURES + 1) > dp_gd._LARGE_DRAW
+    units = site(tasks, 3, 20, 1)
+    ours, theirs = (solve(kind, tasks, units, plan(3, rate), NoiseStream(KEY)) for kind in ("dp_gd", "dp_sgd"))
+    assert difference(ours, theirs) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["dp_gd", "dp_sgd"])
 def test_how_a_feature_map_lies_in_memory_changes_nothing(kind: str) -> None:
     """Opacus 1.6 by itself computes other gradients, from a map stored channels-last."""
@@ -246,14 +256,27 @@ def test_records_that_cancel_move_the_sum_by_at_most_the_clip_norm(size: float) 
     assert np.linalg.norm(released(units) - released(without)) <= 0.5 * (1 + 1e-5) + 1e-5
 
 
-def test_a_sample_of_maps_too_large_for_memory_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = site(DENSE, 6, 30, 2)
-    whole = solve("dp_gd", DENSE, units, plan(2, 0.7), NoiseStream(KEY))
-    big = site({"map": DENSE["map"]}, 6, 3, 1)
-    inputs = {"map": _closed_form.Inputs.of(heads(DENSE)["map"], big.tasks["map"], 3)}
-    assert dp_gd._chunk({"map": heads(DENSE)["map"]}, inputs) == dp_gd._CHUNK_VALUES // (3 * FEATURES + 3)
-    monkeypatch.setattr(dp_gd, "_CHUNK_VALUES", 200)
-    assert difference(whole, solve("dp_gd", DENSE, units, plan(2, 0.7), NoiseStream(KEY))) < 1e-6
+def test_a_sample_of_maps_too_large_for_memory_is_summed_in_parts() -> None:
+    wide: dict[str, Task] = {"map": PerPixel(classes=4096)}
+    head = {"map": wide["map"].head(FEATURES)}
+    weights = sum(parameter.numel() for parameter in head["map"].parameters())
+    count = 1 + dp_gd._CHUNK_VALUES // weights
+    generator = torch.Generator().manual_seed(3)
+    maps, labels = torch.randn(count, FEATURES, 1, 2, generator=generator), torch.zeros(count, 1, 2, dtype=torch.long)
+
+    def released_sum(chosen: slice) -> np.ndarray:
+        number = len(maps[chosen])
+        records = TaskRecords.of(
+            maps[chosen], labels[chosen], torch.ones(number, dtype=torch.bool), torch.arange(number), number
+        )
+        solver = open_solver({"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver")
+        sizes, stream = {"map": 1}, SilentStream(KEY)
+        units = Units(number, {"map": records})
+        delta = solver.solve(head, wide, units, plan=plan(), public_sizes=sizes, stream=stream)
+        return np.concatenate([value.ravel() for value in delta.heads["map"].values()])
+
+    parts = released_sum(slice(9)) + released_sum(slice(9, count))
+    assert released_sum(slice(count)) == pytest.approx(parts, abs=1e-4)
 
 
 class Affine(nn.Linear):
@@ -349,9 +372,9 @@ def test_a_derivative_that_cannot_be_clipped_leaves_its_whole_unit_out(value: fl
     unit_R = torch.arange(2 * records) % 2
     inputs = _closed_form.Inputs.of(head, replace(chosen, unit_R=unit_R), 2)
     delta = torch.ones(head(chosen.features_RD).shape)
-    alone = _closed_form.gradients_of(head, inputs, delta * (unit_R == 0).view(-1, *[1] * (delta.dim() - 1)), 2)
+    alone = _closed_form.gradients_of(inputs, delta * (unit_R == 0).view(-1, *[1] * (delta.dim() - 1)), 2)
     delta[1] = value
-    spoiled = _closed_form.gradients_of(head, inputs, delta, 2)
+    spoiled = _closed_form.gradients_of(inputs, delta, 2)
     factor_U = clip_factors(spoiled.norm_U, 1.0)
     assert factor_U[0] > 0.0 and factor_U[1] == 0.0
     sums = [

@@ -160,7 +160,7 @@ def test_without_noise_and_clipping_it_is_plain_sgd(rate: float) -> None:
     """Also momentum, decay, divisors and coins are those of the baseline."""
     settings_ = {"momentum": 0.9, "weight_decay": 0.01, "learning_rate": 0.3}
     units = site(4, 15, 2)
-    private = solve(solver(**settings_), units, plan(steps=6, rate=rate, clip_norm=1e6))
+    private = solve(solver(**settings_), units, Plan(rate, 6, 1e6, 0.0, Unit.PATIENT))
     plain = solve(solver("sgd", **settings_), units, Plan(rate, 6, None, 0.0, Unit.PATIENT))
     for name in TASKS:
         for key, value in plain.heads[name].items():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtri
 from scipy.stats import binomtest, kstest
 
-from common.privacy.noise import KEY_BYTES, NoiseStream, SeededEntropy, os_entropy
+from common.privacy.noise import KEY_BYTES, NoiseStream, SeededEntropy, os_entropy, released
 
 KEY = bytes(range(KEY_BYTES))
 ALARM = 1e-6
@@ -59,17 +59,41 @@ def test_the_stream_is_chacha20_under_the_whole_key() -> None:
         assert not np.isin(NoiseStream(bytes(changed)).gaussian((8,)), first).any()
 
 
-@pytest.mark.parametrize("count", [1, 7, 4096, 4097, 10_000])
-def test_a_gaussian_is_half_the_sum_of_four_that_each_take_64_bits_of_the_stream(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 7, 16_384, 16_385, 40_000])
+def test_a_gaussian_takes_64_bits_of_the_stream(count: int) -> None:
     """By the inverse of the normal distribution function, which is not how it is computed."""
-    draws = NoiseStream(KEY).gaussian((count,))
-    uniforms = NoiseStream(KEY).uniform(4 * count)
-    whole = 4 * (count // 4096) * 4096
-    rows = [uniforms[start : start + 4 * 4096].reshape(4, 4096) for start in range(0, whole, 4 * 4096)]
-    rows.append(uniforms[whole:].reshape(4, -1))
-    expected = np.concatenate([ndtri(part).sum(axis=0) / 2 for part in rows])
-    assert draws == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert len(np.unique(uniforms)) == 4 * count
+    uniforms = NoiseStream(KEY).uniform(count)
+    assert NoiseStream(KEY).gaussian((count,)) == pytest.approx(ndtri(uniforms), rel=1e-9, abs=1e-12)
+    assert len(np.unique(uniforms)) == count
+
+
+def test_draws_in_parts_are_the_draw_as_a_whole() -> None:
+    stream, whole = NoiseStream(KEY), NoiseStream(KEY).gaussian((20_000,))
+    assert np.array_equal(np.concatenate([stream.gaussian((count,)) for count in (1, 4095, 15_904)]), whole)
+
+
+@pytest.mark.parametrize("deviation", [1.0, 0.7, 3e-4, 1e9])
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
+def test_a_release_is_the_noised_sum_on_a_grid_that_shows_nothing_finer(deviation: float, size: float) -> None:
+    total = size * deviation * torch.rand(5000, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    normals = NoiseStream(KEY).gaussian((5000,))
+    noisy = released(total, deviation, normals.copy())
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
+    assert deviation / 2**20 >= grid > deviation / 2**21
+    assert torch.equal(torch.round(noisy / grid) * grid, noisy)
+    assert (noisy - total).numpy() == pytest.approx(deviation * normals, abs=grid * 0.51)
+
+
+def test_the_sum_under_a_release_cannot_be_told_from_its_last_bits() -> None:
+    """Sums that differ by less than the grid give the same points; without the grid, no value would be the same."""
+    normals = NoiseStream(KEY).gaussian((1000,))
+    here, there = (released(torch.full((1000,), value), 1.0, normals.copy()) for value in (0.25, 0.25 + 2.0**-24))
+    assert (here == there).double().mean() > 0.9
+
+
+def test_no_noise_leaves_the_sum_as_it_is() -> None:
+    total = torch.tensor([0.1, -3.0], dtype=torch.float32)
+    assert torch.equal(released(total, 0.0, NoiseStream(KEY).gaussian((2,))), total.double())
 
 
 def test_the_grid_is_symmetric_and_its_ends_are_finite() -> None:

@@ -1,0 +1,65 @@
+"""Parameters of several affine heads side by side in one vector: one draw of noise, one update, one difference.
+
+The order is that of the tasks' names, then of each head's own parameters: it fixes which noise goes where, and is the
+order in which `dp_sgd` holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.types import Heads
+
+
+@dataclass(frozen=True)
+class Flat:
+    """How heads lie in one vector.
+
+    Attributes:
+        heads: task -> head, in the order of names; only their kind and shapes are used.
+        sizes: number of values of each parameter.
+    """
+
+    heads: Mapping[str, nn.Module]
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, heads: Mapping[str, nn.Module]) -> Flat:
+        """The layout of some heads."""
+        ordered = {name: heads[name] for name in sorted(heads)}
+        return cls(ordered, [part.numel() for head in ordered.values() for part in head.parameters()])
+
+    def vector(self) -> Tensor:
+        """A copy of the heads' parameters."""
+        return torch.cat([part.detach().flatten() for head in self.heads.values() for part in head.parameters()])
+
+    def views(self, vector: Tensor) -> dict[str, list[Tensor]]:
+        """Task -> parts of a vector: the weight as a matrix of outputs x features, then the bias if there is one."""
+        parts = iter(torch.split(vector, self.sizes))
+        return {
+            name: [next(parts).view(own.shape[0], -1) if own.dim() > 1 else next(parts) for own in head.parameters()]
+            for name, head in self.heads.items()
+        }
+
+    def divisors(self, expected: Mapping[str, float]) -> Tensor | float:
+        """Task -> number, for each value of the vector; one number where it is the same for all."""
+        if len(set(expected.values())) == 1:
+            return next(iter(expected.values()))
+        device = next(next(iter(self.heads.values())).parameters()).device
+        per_task = [
+            torch.full((sum(part.numel() for part in head.parameters()),), expected[name], dtype=torch.double)
+            for name, head in self.heads.items()
+        ]
+        return torch.cat(per_task).to(device)
+
+    def by_task(self, vector: Tensor) -> Heads:
+        """Task -> parameter -> its part of a vector, in its own shape."""
+        parts = iter(torch.split(vector.cpu(), self.sizes))
+        return {
+            name: {key: next(parts).view(own.shape).numpy() for key, own in head.named_parameters()}
+            for name, head in self.heads.items()
+        }
