@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.heads import RATE, STEPS, private
 from benchmarks.measure import Work, compare
-from client.solvers import one_thread
+from client.threads import one_thread
 from client.units import TaskRecords, Units
 from common.plugins import Plugin
 

@@ -18,7 +18,8 @@ from opacus import PrivacyEngine
 from torch import Tensor, nn
 
 from benchmarks.measure import Work, compare
-from client.solvers import one_thread, open_solver
+from client.solvers import open_solver
+from client.threads import one_thread
 from client.units import TaskRecords, Units
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from client.solvers import Solver, one_thread
+from client.solvers import Solver
+from client.threads import one_thread
 from client.units import Units
 from common.config import Privacy, RunConfig
 from common.heads import initial_heads, load_parameters, parameters

@@ -27,7 +27,8 @@ from client.site import (
     modules_of,
     plan_of,
 )
-from client.solvers import one_thread, open_solver
+from client.solvers import open_solver
+from client.threads import one_thread
 from common import wire
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream

@@ -23,7 +23,8 @@ import numpy as np
 from client.audit_lab import PROBES, STILL, Audited, Lab
 from client.canaries import ProbeStream, SilentStream, plant
 from client.ledger import Ledger
-from client.solvers import one_thread, open_solver
+from client.solvers import open_solver
+from client.threads import one_thread
 from common.config import RunConfig
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.audit import (

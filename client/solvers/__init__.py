@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from client.units import Units
@@ -70,21 +68,6 @@ class Solver(Protocol):
             public_sizes: task -> declared number of units; expected batch sizes come from it, never from the units.
             stream: the only source of randomness: Poisson coins and noise.
         """
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread while heads are trained.
-
-    Heads are small: on two busy cores, threads made a step 80 times slower (measured). And a sum must not depend on
-    how many threads a machine has: executors are compared to the bit.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def open_solver(spec: Spec | Mapping[str, Any], key: str) -> Solver:

@@ -144,7 +144,8 @@ def test_progress_counts_records_to_the_end(tmp_path: Path) -> None:
     FeatureStore(tmp_path).open_or_encode(
         Vectors(list(VECTORS)), identity(), device=CPU, progress=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(BATCH_SIZE, COUNT), (2 * BATCH_SIZE, COUNT), (COUNT, COUNT)]
+    done = [number for number, total in seen if total == COUNT]
+    assert len(done) == len(seen) >= 3 and done == sorted(set(done)) and done[-1] == COUNT
 
 
 @pytest.fixture
@@ -285,5 +286,5 @@ def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     source = Vectors([volume] * 20)
     features = encoded(tmp_path, source, Watching())
     assert sum(seen) == 20 * 50 and max(seen) <= BATCH_SIZE
-    assert source.loads == list(range(20))
+    assert sorted(source.loads) == list(range(20))
     np.testing.assert_allclose(features.features_ND, [VECTORS[:50].mean(0)] * 20, rtol=1e-5, atol=1e-6)
