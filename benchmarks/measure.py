@@ -44,10 +44,15 @@ def compare(name: str, subject: Work, reference: Work, *, target: float, repeats
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for work, seconds in ((subject, times[0]), (reference, times[1])):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(seconds_of(work))
     return stated(name, median(times[0]), median(times[1]), target=target, repeats=repeats, note=note)
+
+
+def seconds_of(work: Work) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def stated(name: str, subject: float, reference: float, *, target: float, repeats: int, note: str = "") -> Result:

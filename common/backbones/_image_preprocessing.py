@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -71,14 +72,7 @@ class ImagePreprocessing(Frozen):
 
     def apply(self, item: Any) -> Tensor:
         """float32, 3 x H x W, from a PIL image or uint8 array. Raises BadRecord."""
-        image = rgb(item)
-        size = [self.resize, self.resize] if self.crop is None else [self.resize]
-        mode = InterpolationMode(self.interpolation)
-        if self.antialias:
-            resized = image if image.size == (self.resize, self.resize) else transforms.resize(image, size, mode)
-            pixels = transforms.pil_to_tensor(resized)
-        else:
-            pixels = transforms.resize(transforms.pil_to_tensor(image), size, mode, antialias=False)
+        pixels = self._resized(item)
         if self.crop is not None:
             pixels = transforms.center_crop(pixels, [self.crop, self.crop])
         # The same operations as torchvision's `convert_image_dtype` and `normalize`, without their checks and copies,
@@ -86,6 +80,21 @@ class ImagePreprocessing(Frozen):
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
         standardised: Tensor = scaled.sub_(_per_channel(self.mean)).div_(_per_channel(self.std))
         return standardised
+
+    def _resized(self, item: Any) -> Tensor:
+        """uint8, 3 x H x W."""
+        if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (self.resize, self.resize, 3):
+            # Nothing to resize; Pillow's two copies would cost as much as all else.
+            return torch.tensor(item).permute(2, 0, 1)
+        image = rgb(item)
+        size = [self.resize, self.resize] if self.crop is None else [self.resize]
+        mode = InterpolationMode(self.interpolation)
+        if not self.antialias:
+            pixels: Tensor = transforms.resize(transforms.pil_to_tensor(image), size, mode, antialias=False)
+            return pixels
+        resized = image if image.size == (self.resize, self.resize) else transforms.resize(image, size, mode)
+        pixels = transforms.pil_to_tensor(resized)
+        return pixels
 
 
 @lru_cache(maxsize=64)

@@ -75,6 +75,13 @@ def test_arrays_and_images_of_the_same_pixels_are_equal() -> None:
     assert torch.equal(settings.apply(np.stack([flat] * 3, axis=2)), from_grey[0])
 
 
+def test_an_array_that_needs_no_resizing_is_the_image_of_its_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for crop in (None, 20):
+        settings = ImagePreprocessing(resize=32, crop=crop, **IMAGENET)
+        assert torch.equal(settings.apply(pixels), settings.apply(Image.fromarray(pixels)))
+
+
 @pytest.mark.parametrize(
     "item",
     [
