@@ -23,8 +23,9 @@ from torchvision import models
 
 from benchmarks.heads import closed_form
 from benchmarks.measure import Work, compare
-from common.backbones import Backbone, open_pretrained
+from common.backbones import Backbone
 from common.config import SimulationConfig, load
+from common.encoders import open_encoders
 from simulations.experiment import run
 
 SITES, SIDE, CLASSES, ROUNDS, STEPS = 10, 96, 8, 10, 16
@@ -89,7 +90,7 @@ def floor(folder: Path, config: SimulationConfig, images: int) -> Work:
     """Preprocess and encode every image once, then every site's steps without privacy."""
 
     def work() -> None:
-        backbone: Backbone = open_pretrained(config.run.backbone, "backbone")
+        backbone: Backbone = open_encoders(config.run)["backbone"]
         with np.load(folder / "images.npz") as arrays:
             pixels, labels = arrays["train_x"], arrays["train_y"]
         parts = [

@@ -31,23 +31,27 @@ _DIGEST = re.compile(rf"[0-9a-f]{{{_PREFIX},64}}")
 
 @dataclass(frozen=True)
 class Offer:
-    """What a coordinator asks: a run and the digest of its backbone, as sent or as written into a startup kit."""
+    """What a coordinator asks: a run and the digests of its backbones, as sent or as written into a startup kit."""
 
     run: Mapping[str, Any] = field(repr=False)
-    backbone_digest: str
+    backbones: Mapping[str, str]
 
     @property
     def digest(self) -> str:
         """What an approval of this offer names."""
-        return run_digest(self.run, self.backbone_digest)
+        return run_digest(self.run, self.backbones)
 
     def config(self) -> RunConfig:
-        """The run's settings. Raises BadInput where they are not a run's, or name a kind that does not exist.
+        """The run's settings. Raises BadInput where they are not a run's, name a kind that does not exist, or have
+        backbones without a digest.
 
         Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
         """
         run = parse(RunConfig, self.run, base=Path("/nonexistent"))
-        named = [("common.backbones", run.backbone, "backbone"), ("client.solvers", run.solver, "solver")]
+        if set(self.backbones) != set(run.encoders):
+            raise BadInput(f"backbones: expected a digest for each of {', '.join(run.encoders)}, and no other")
+        named = [("common.backbones", spec, run.encoder_key(name)) for name, spec in run.encoders.items()]
+        named += [("client.solvers", run.solver, "solver")]
         named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
         for package, spec, key in named:
             refuse_unknown_kind(package, spec.kind, f"{key}.kind")
@@ -112,7 +116,7 @@ class Approvals:
         path = private_folder(self._waiting) / f"{offer.digest}.json"
         if path.exists() or sum(1 for _ in self._waiting.glob("*.json")) >= MAX_WAITING:
             return False
-        write_atomic(path, offer_bytes(offer.run, offer.backbone_digest))
+        write_atomic(path, offer_bytes(offer.run, offer.backbones))
         return True
 
     def waiting(self) -> list[Offer]:
@@ -148,7 +152,7 @@ def read_offer(path: Path) -> Offer:
     """
     try:
         values = json.loads(path.read_bytes())
-        offer = Offer(values["run"], values["backbone_digest"])
+        offer = Offer(values["run"], dict(values["backbones"]))
         offer.config()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: expected a run's offer, got {type(error).__name__}") from error

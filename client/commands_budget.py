@@ -210,7 +210,7 @@ def _lines(path: Path) -> list[str]:
 def _whole_run(config: SiteConfig, path: Path) -> Mechanism:
     run = load(RunConfig, path)
     try:
-        once = plan_of(config, Joined("stated", run, "", config.state_dir))
+        once = plan_of(config, Joined("stated", run, {}, config.state_dir))
     except DeclinedRequest as declined:
         raise BadInput(f"--assume-run {path}: {declined.detail}") from declined
     steps = once.steps * run.rounds

@@ -27,7 +27,9 @@ from tests.tiny import backbone, run_config
 
 def offer(**changes: Any) -> bytes:
     frozen = backbone()
-    return json.dumps({"run": offer_of(run_config(**changes), frozen), "backbone_digest": frozen.digest}).encode()
+    return json.dumps(
+        {"run": offer_of(run_config(**changes), {"backbone": frozen}), "backbones": {"backbone": frozen.digest}}
+    ).encode()
 
 
 def kit(folder: Path, **files: bytes) -> Path:
