@@ -288,7 +288,7 @@ class SiteConfig(Frozen):
 
 
 class SimulatedTask(Frozen):
-    """Like `SiteTask`; public_size is per simulated site."""
+    """Like `SiteTask`; public_size is per simulated site. `all` sites are those that have the source."""
 
     source: str
     column: str | list[str]
@@ -299,11 +299,17 @@ class SimulatedTask(Frozen):
     sites: list[Name] | Literal["all"] = "all"
 
 
+Keep = Literal["all"] | dict[str, list[str]]
+"""Which of the records that were dealt out to a site it keeps: column -> cells."""
+
+
 class Partition(Frozen):
     """How one data set becomes several sites.
 
     iid: shuffled evenly; dirichlet: label skew of strength `alpha` over the task `by`; column: one site for each value
-    of column `by`; natural: each site brings its own sources under `sites`.
+    of column `by`; natural: each site brings its own sources under `sites`. A source of the file that several of them
+    are to have parts of stands under `divide`: it is dealt out evenly to the sites named there, and of its part a site
+    keeps `all` records, or those with one of the listed cells in each listed column.
     """
 
     kind: Literal["iid", "dirichlet", "column", "natural"]
@@ -311,6 +317,7 @@ class Partition(Frozen):
     alpha: Annotated[float, Field(gt=0)] | None = None
     by: str | None = None
     sites: dict[Name, dict[Name, Spec]] | None = None
+    divide: dict[Name, Annotated[dict[Name, Keep], Field(min_length=1)]] = {}
     split: Literal["source", "hash", "stratified"] = "hash"
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     seed: int = 0
@@ -321,8 +328,10 @@ class Partition(Frozen):
             "iid": ("num_sites",),
             "dirichlet": ("num_sites", "alpha", "by"),
             "column": ("by",),
-            "natural": ("sites",),
+            "natural": () if self.divide else ("sites",),
         }[self.kind]
+        if self.divide and self.kind != "natural":
+            raise ValueError(f"partition.divide: expected it in kind natural, got {self.kind!r}")
         for field in needed:
             if getattr(self, field) is None:
                 raise ValueError(f"partition.{field}: expected a value for kind {self.kind!r}, got nothing")
@@ -395,6 +404,10 @@ class SimulationConfig(Frozen):
         for name in self.run.tasks:
             if name not in self.tasks:
                 raise ValueError(f"tasks.{name}: expected where this task's labels are, got nothing")
+        unknown = sorted(set(self.partition.divide) - set(self.sources))
+        if unknown:
+            known = ", ".join(self.sources) or "none"
+            raise ValueError(f"partition.divide.{unknown[0]}: expected one of the file's sources ({known})")
         self.pretrained_backbone()
         if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
