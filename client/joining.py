@@ -115,7 +115,7 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     _refuse_others(site, joined, request.specs)
     tasks = joined.tasks(site.config)
     try:
-        opened = _open_backbones(site, joined.digests(tasks), request.specs)
+        opened = _open_backbones(site, joined, joined.digests(tasks), request.specs)
     except DigestMismatch as error:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
     backbones = {name: opened[joined.run.backbone_of(name)] for name in tasks}
@@ -181,13 +181,21 @@ def _refuse_others(site: Site, joined: Joined, digests: Iterable[str]) -> None:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "no task of the run stands on that backbone here")
 
 
-def _open_backbones(site: Site, digests: Mapping[str, str], sent: Mapping[str, str]) -> dict[str, Backbone]:
-    """Each of some backbones by name, put together from its parts where it was sent. Raises DigestMismatch."""
+def _open_backbones(
+    site: Site, joined: Joined, digests: Mapping[str, str], sent: Mapping[str, str]
+) -> dict[str, Backbone]:
+    """Some of the run's backbones by name, put together from their parts where they were sent.
+
+    Raises:
+        DigestMismatch: one is not what the digest names, or not what the run says of it, which the staff approved.
+    """
     store, opened = site.backbones(), {}
-    for digest in set(digests.values()):
+    for name, digest in digests.items():
         arrived = digest in sent and not store.has(digest)
-        opened[digest] = store.assemble(digest, sent[digest]) if arrived else store.open(digest)
-    return {name: opened[digest] for name, digest in digests.items()}
+        opened[name] = store.assemble(digest, sent[digest]) if arrived else store.open(digest)
+        if opened[name].public_spec() != joined.run.encoders[name].settings():
+            raise DigestMismatch(f"{joined.run.encoder_key(name)}: its settings are not those of the run")
+    return opened
 
 
 def _let_wait(site: Site, request: wire.JoinRequest) -> bool:
