@@ -216,6 +216,44 @@ def test_a_digest_that_could_be_a_path_is_refused(digest: object) -> None:
         wire.decode(records, wire.JoinRequest)
 
 
+@pytest.mark.parametrize("digest", ["../../secret", "d" * 5000, 7, None, "D" * 64, "d" * 63])
+def test_a_part_or_settings_of_no_digest_are_refused(digest: object) -> None:
+    part = wire.encode(wire.PartRequest("run", digest, 0, 1, b"1"))  # type: ignore[arg-type]
+    with pytest.raises(BadInput):
+        wire.decode(part, wire.PartRequest)
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.PrepareRequest("run", {}), specs={str(digest): "{}"}), wire.PrepareRequest)
+
+
+@pytest.mark.parametrize("specs", [None, "{}", ["d" * 64], {"d" * 64: 7}, {"d" * 64: None}])
+def test_settings_that_are_no_texts_by_digest_are_refused(specs: object) -> None:
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.PrepareRequest("run", {}), specs=specs), wire.PrepareRequest)
+
+
+@pytest.mark.parametrize("backbones", [{}, None, "d" * 64, {"../x": "d" * 64}, {f"b{n}": "d" * 64 for n in range(17)}])
+def test_an_offer_without_named_digests_is_refused(backbones: object) -> None:
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.JoinRequest("run", {}, {"backbone": "d" * 64}), backbones=backbones), wire.JoinRequest)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {},
+        True,
+        {"whole": 1, "parts": []},
+        {"whole": True},
+        {"whole": True, "parts": 3},
+        {"whole": False, "parts": [True]},
+    ],
+)
+def test_what_is_held_of_a_backbone_is_a_truth_and_numbers(held: object) -> None:
+    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(True)})
+    with pytest.raises(BadInput):
+        wire.decode(changed(honest, backbones={"backbone": held}), wire.JoinReply)
+
+
 @pytest.mark.parametrize(("run_id", "round_"), [(["run"], 1), ("run", "1"), ("run", True), (3, 1)])
 def test_a_run_or_round_of_another_type_is_refused(run_id: object, round_: object) -> None:
     records = wire.encode(wire.TrainRequest(run_id, round_, {}))  # type: ignore[arg-type]
