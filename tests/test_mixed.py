@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
+import simulations
 from client.app import make_app
 from client.approvals import Approvals, Offer
 from client.data import open_units
@@ -22,7 +24,7 @@ from client.site import DeclinedRequest, Site
 from client.solvers import open_solver
 from client.units import Units
 from common import wire
-from common.config import RunConfig, SiteConfig
+from common.config import RunConfig, SimulationConfig, SiteConfig, parse
 from common.journal import FileJournal, read
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import open_task
@@ -132,6 +134,41 @@ def test_a_site_whose_records_have_some_of_the_labels_trains_the_whole_head(tmp_
     labels = open_units(west.state_dir / "runs" / "run-1" / "data", "train", ["shade"], CPU).tasks["shade"].labels
     assert set(labels.tolist()) == {0, 2}
     assert not [fact for fact in facts if fact["event"] == "set_aside"]
+
+
+def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_stands_on_which(tmp_path: Path) -> None:
+    own = hospitals(tmp_path)
+    sites = {"east": ("shade",), "north": BOTH, "west": ("finding",)}
+    made = {name: own.site(name, tasks) for name, tasks in sites.items()}
+    sources = {
+        name: {task.source: site.sources[task.source].model_dump() for task in site.tasks.values()}
+        for name, site in made.items()
+    }
+    tasks = {name: {**made["north"].tasks[name].model_dump(), "public_size": PATIENTS} for name in BOTH}
+    values = {
+        "run": own.run.model_dump(mode="json"),
+        "tasks": tasks,
+        "partition": {"kind": "natural", "sites": sources, "test_fraction": 0.3},
+        "unit": "patient",
+        "budget": {"epsilon": 100.0, "delta": 1e-5},
+        "baselines": ["local", "non_private", "central", "random_backbone"],
+        "non_private_solver": PLAIN["solver"],
+        "cache_dir": str(tmp_path / "cache"),
+        "runs_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+    }
+    summary = simulations.run(parse(SimulationConfig, values, base=tmp_path), out=tmp_path / "out")
+    assert summary["status"] == "completed"
+    for task in BOTH:
+        baselines = summary["tasks"][task]["baselines"]
+        assert set(baselines) == {"local", "non_private", "central", "random_backbone"}
+        with safe_open(tmp_path / "out" / "heads" / f"{task}.safetensors", framework="np") as file:
+            assert file.metadata()["backbone_digest"] == own.digests[own.run.backbone_of(task)]
+            assert "backbone" not in json.loads(file.metadata()["settings"])
+    # Both nets are random as they are: others with the same architecture have other digests.
+    again = read(tmp_path / "out" / "baselines" / "random_backbone" / "journal.jsonl")
+    (about,) = (fact["backbones"] for fact in again if fact["event"] == "run_started")
+    assert {name for name, entry in about.items() if entry["digest"] == own.digests[name]} == set()
 
 
 # --- one patient, two modalities -------------------------------------------------------------------------------------
