@@ -8,6 +8,7 @@ make room for others: a coordinator can neither fill the disk nor exchange what 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, parse
+from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.journal import FileJournal, read
 from common.offers import offer_bytes, run_digest
@@ -121,8 +123,12 @@ class Approvals:
 
     def waiting(self) -> list[Offer]:
         """Offers that nobody decided on, oldest first."""
-        paths = sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime)
-        return [read_offer(path) for path in paths]
+        found = []
+        for path in sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime):
+            # One that an earlier version of the project kept cannot be joined any more.
+            with contextlib.suppress(BadInput):
+                found.append(read_offer(path))
+        return found
 
     def find(self, wanted: str) -> Offer:
         """The waiting offer with this name, or with a digest that begins so. What looks like a digest is no name.
@@ -155,5 +161,5 @@ def read_offer(path: Path) -> Offer:
         offer = Offer(values["run"], dict(values["backbones"]))
         offer.config()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: expected a run's offer, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a run's offer{instead(error)}") from error
     return offer

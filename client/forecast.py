@@ -147,6 +147,16 @@ def table(outlooks: list[Forecast]) -> Table:
     return made
 
 
+LEGEND = """\
+epsilon at end   of the run, its evaluations and what was spent before, composed; beyond the budget the site declines
+affords rounds   how many such rounds the budget pays for
+count noise      standard deviation of the noise in each count of an evaluation, in units
+noise/signal     of one round: expected length of its noise over that of the largest signal this site could give;
+  over the run   the same averaged over all sites and rounds. Above 1 the result is hopeless and a warning says so;
+                 below 1 nothing is promised, for true signals are smaller than the largest one"""
+"""What the rows of `table` mean that do not speak for themselves."""
+
+
 def _shown_up(epsilon: float) -> str:
     return f"{rounded_up(epsilon):g}"
 

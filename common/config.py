@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from common.errors import describe, nearest
+from common.errors import describe, instead, nearest
 from common.plugins import Frozen, LocalPath, Spec
 from common.types import MAX_BACKBONES, BadInput, Unit
 
@@ -479,7 +479,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: expected a readable YAML file, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a readable YAML file{instead(error)}") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

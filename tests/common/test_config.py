@@ -157,7 +157,7 @@ def test_a_yaml_tag_builds_no_object(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="expected a readable YAML file, got FileNotFoundError"):
+    with pytest.raises(BadInput, match=r"\.yaml: expected a readable YAML file, but there is no such file"):
         read_yaml(tmp_path / "none.yaml")
 
 
