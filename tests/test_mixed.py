@@ -101,6 +101,16 @@ def test_hospitals_with_pictures_with_texts_and_with_both_federate_and_receive_w
     assert summary["bytes"]["backbone_per_site"] == each["north"] > max(each["east"], each["west"])
 
 
+def test_two_names_of_one_backbone_are_one_transfer(tmp_path: Path) -> None:
+    both = hospitals(tmp_path).run.model_dump(mode="json")
+    backbones = {**both["backbones"], "twin": both["backbones"]["pictures"]}
+    tasks = {**TASKS, "again": {**TASKS["shade"], "backbone": "twin"}}
+    own = hospitals(tmp_path, backbones=backbones, tasks=tasks)
+    outcome, facts = federate(own, [own.site("north", ("shade", "again", "finding"))], "run-1")
+    assert outcome.updates == {"shade": 2, "finding": 2, "again": 2}
+    assert [fact["backbone"] for fact in facts if fact["event"] == "backbone_sent"] == ["pictures", "texts"]
+
+
 def test_a_task_learns_in_a_mixed_run_what_it_learns_in_a_run_of_its_own(tmp_path: Path) -> None:
     """Without noise and clipping the tasks do not touch each other: an independent run is the reference."""
     allow = {"tasks": "any", "backbones": "any", "solvers": "any", "non_private": True}
