@@ -37,7 +37,7 @@ def one_process(folder: Path, rounds: int) -> list[float]:
     run_federation(
         InProcessGrid(make_app(lambda context: site), 1),
         tiny.run_config(rounds=rounds),
-        tiny.backbone(),
+        {"backbone": tiny.backbone()},
         run_id="reference",
         folder=folder,
         journal=FileJournal(folder / "journal.jsonl"),

@@ -3,9 +3,9 @@
     python -m benchmarks.workload
 
 Ten sites, 1000 images each, 3 x 96 x 96, mobilenet_v3_small, a linear head of 8 classes, 10 rounds of 16 steps,
-features not cached before; Poisson samples of 125, and full batches, each beside its own floor. The floor scales all pixels of a
-batch at once, encodes with the best pass there is (channels last, folded, every core a batch of its own) and trains in
-closed form on one thread; it has no file of features, no ledger, no message, no check, no clip and no noise.
+features not cached before; Poisson samples of 125, and full batches, each beside its own floor. The floor scales all
+pixels of a batch at once, encodes with the best pass there is (channels last, folded, every core a batch of its own) and
+trains in closed form on one thread; it has no file of features, no ledger, no message, no check, no clip and no noise.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from torchvision import models
 from benchmarks.heads import RATE, closed_form
 from benchmarks.measure import Work, compare
 from client.threads import one_thread
-from common.backbones import Backbone, open_pretrained
+from common.backbones import Backbone
 from common.config import SimulationConfig, load
+from common.encoders import open_encoders
 from simulations.experiment import run
 
 SITES, SIDE, CLASSES, ROUNDS, STEPS = 10, 96, 8, 10, 16
@@ -100,7 +101,7 @@ def floor(folder: Path, config: SimulationConfig, images: int, sampling_rate: fl
     batch = round(images * sampling_rate)
 
     def work() -> None:
-        backbone: Backbone = open_pretrained(config.run.backbone, "backbone")
+        backbone: Backbone = open_encoders(config.run)["backbone"]
         with np.load(folder / "images.npz") as arrays:
             pixels, labels = torch.from_numpy(arrays["train_x"]), arrays["train_y"]
 

@@ -8,6 +8,7 @@ make room for others: a coordinator can neither fill the disk nor exchange what 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, parse
+from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.journal import FileJournal, read
 from common.offers import offer_bytes, run_digest
@@ -31,23 +33,27 @@ _DIGEST = re.compile(rf"[0-9a-f]{{{_PREFIX},64}}")
 
 @dataclass(frozen=True)
 class Offer:
-    """What a coordinator asks: a run and the digest of its backbone, as sent or as written into a startup kit."""
+    """What a coordinator asks: a run and the digests of its backbones, as sent or as written into a startup kit."""
 
     run: Mapping[str, Any] = field(repr=False)
-    backbone_digest: str
+    backbones: Mapping[str, str]
 
     @property
     def digest(self) -> str:
         """What an approval of this offer names."""
-        return run_digest(self.run, self.backbone_digest)
+        return run_digest(self.run, self.backbones)
 
     def config(self) -> RunConfig:
-        """The run's settings. Raises BadInput where they are not a run's, or name a kind that does not exist.
+        """The run's settings. Raises BadInput where they are not a run's, name a kind that does not exist, or have
+        backbones without a digest.
 
         Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
         """
         run = parse(RunConfig, self.run, base=Path("/nonexistent"))
-        named = [("common.backbones", run.backbone, "backbone"), ("client.solvers", run.solver, "solver")]
+        if set(self.backbones) != set(run.encoders):
+            raise BadInput(f"backbones: expected a digest for each of {', '.join(run.encoders)}, and no other")
+        named = [("common.backbones", spec, run.encoder_key(name)) for name, spec in run.encoders.items()]
+        named += [("client.solvers", run.solver, "solver")]
         named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
         for package, spec, key in named:
             refuse_unknown_kind(package, spec.kind, f"{key}.kind")
@@ -112,13 +118,17 @@ class Approvals:
         path = private_folder(self._waiting) / f"{offer.digest}.json"
         if path.exists() or sum(1 for _ in self._waiting.glob("*.json")) >= MAX_WAITING:
             return False
-        write_atomic(path, offer_bytes(offer.run, offer.backbone_digest))
+        write_atomic(path, offer_bytes(offer.run, offer.backbones))
         return True
 
     def waiting(self) -> list[Offer]:
         """Offers that nobody decided on, oldest first."""
-        paths = sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime)
-        return [read_offer(path) for path in paths]
+        found = []
+        for path in sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime):
+            # One that an earlier version of the project kept cannot be joined any more.
+            with contextlib.suppress(BadInput):
+                found.append(read_offer(path))
+        return found
 
     def find(self, wanted: str) -> Offer:
         """The waiting offer with this name, or with a digest that begins so. What looks like a digest is no name.
@@ -148,8 +158,8 @@ def read_offer(path: Path) -> Offer:
     """
     try:
         values = json.loads(path.read_bytes())
-        offer = Offer(values["run"], values["backbone_digest"])
+        offer = Offer(values["run"], dict(values["backbones"]))
         offer.config()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: expected a run's offer, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a run's offer{instead(error)}") from error
     return offer

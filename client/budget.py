@@ -126,7 +126,7 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         DeclinedRequest: `run` has no plan here.
     """
     history, share = history_of(config), share_of(config)
-    joined = _last_run(config, history) if run is None else Joined(run.name, run, "", config.state_dir)
+    joined = _last_run(config, history) if run is None else Joined(run.name, run, {}, config.state_dir)
     return Balance(
         registry=config.registry,
         terms=history.terms,
@@ -247,7 +247,7 @@ def _last_run(config: SiteConfig, history: History) -> Joined | None:
         folder = config.state_dir / "runs" / charge.run
         if (folder / "offer.json").exists():
             offer: Mapping[str, Any] = json.loads((folder / "offer.json").read_text(encoding="utf-8"))
-            return Joined(charge.run, parse(RunConfig, offer["run"], base=folder), offer["backbone_digest"], folder)
+            return Joined(charge.run, parse(RunConfig, offer["run"], base=folder), offer.get("backbones", {}), folder)
     return None
 
 

@@ -72,18 +72,23 @@ def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: 
         yield from _network(config)
 
 
-def approval_checks(config: SiteConfig, offers: Mapping[str, Offer]) -> Iterator[Check]:
-    """Whether the offers that came with the kit may be joined."""
+def approval_checks(site: Path, config: SiteConfig, offers: Mapping[Path, Offer]) -> Iterator[Check]:
+    """Whether the offers that came with the kit may be joined.
+
+    Args:
+        site: the site's file, as the user names it.
+        config: what it says.
+        offers: by the files that hold them, as the user can open them.
+    """
     approvals = Approvals(config.state_dir)
-    for name, offer in offers.items():
+    for path, offer in offers.items():
+        name = path.stem
         if config.approval == "automatic":
             yield Check(f"run {name}", "pass", "joined without an approval, as the site file says")
         elif offer.digest in {approval.digest for approval in approvals.all()}:
             yield Check(f"run {name}", "pass", f"approved, digest {offer.digest}")
         else:
-            yield Check(
-                f"run {name}", "warn", "not approved yet", f"python -m client approve SITE.yaml offers/{name}.json"
-            )
+            yield Check(f"run {name}", "warn", "not approved yet", f"python -m client approve {site} {path}")
 
 
 def refused_by_backbone(preview: Preview) -> Check:

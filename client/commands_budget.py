@@ -27,6 +27,7 @@ from client.site import DeclinedRequest, Joined, Site, plan_of
 from client.statement import Statement, in_words
 from common.config import RunConfig, SiteConfig, load
 from common.console import EXIT_FAILED, reported_errors
+from common.errors import instead
 from common.privacy.accounting import Mechanism, rounded_up
 from common.privacy.noise import os_entropy
 from common.types import BadInput, Plan
@@ -203,14 +204,14 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--list {path}: expected a text file, got {type(error).__name__}") from error
+        raise BadInput(f"--list {path}: expected a text file{instead(error)}") from error
     return [line for line in text.splitlines() if line.strip()]
 
 
 def _whole_run(config: SiteConfig, path: Path) -> Mechanism:
     run = load(RunConfig, path)
     try:
-        once = plan_of(config, Joined("stated", run, "", config.state_dir))
+        once = plan_of(config, Joined("stated", run, {}, config.state_dir))
     except DeclinedRequest as declined:
         raise BadInput(f"--assume-run {path}: {declined.detail}") from declined
     steps = once.steps * run.rounds

@@ -86,9 +86,9 @@ def check(
         )
         from client.preview import Preview, write_previews
 
-        kept = {path.stem: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
-        offers = {name: offer.config() for name, offer in kept.items()}
-        found = [*check_site(config, offers, offline=offline), *approval_checks(config, kept)]
+        kept = {path: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
+        offers = {path.stem: offer.config() for path, offer in kept.items()}
+        found = [*check_site(config, offers, offline=offline), *approval_checks(site, config, kept)]
         previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)

@@ -14,9 +14,9 @@ from client import home
 from client.approvals import Approvals, Offer, read_offer
 from client.forecast import forecast
 from client.site import DeclinedRequest, Site
-from common.backbones import open_pretrained
 from common.config import RunConfig, SiteConfig, load
 from common.console import reported_errors
+from common.encoders import digests_of, open_encoders
 from common.offers import offer_of
 from common.privacy.accounting import rounded_up
 from common.privacy.noise import os_entropy
@@ -90,8 +90,8 @@ def _offer(approvals: Approvals, wanted: str) -> Offer:
         return read_offer(path)
     if path.suffix in (".yaml", ".yml"):
         run = load(RunConfig, path)
-        backbone = open_pretrained(run.backbone, "backbone")
-        return Offer(offer_of(run, backbone), backbone.digest)
+        backbones = open_encoders(run)
+        return Offer(offer_of(run, backbones), digests_of(backbones))
     return approvals.find(wanted)
 
 
@@ -101,7 +101,7 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     about = {
         "run": run.name,
         "digest": offer.digest,
-        "backbone": f"{run.backbone.kind}, {offer.backbone_digest}",
+        **{name: f"{spec.kind}, {offer.backbones[name]}" for name, spec in run.encoders.items()},
         "tasks": ", ".join(f"{name} ({spec.kind})" for name, spec in run.tasks.items()),
         "training": f"{run.rounds} round(s), solver {run.solver.kind}",
     }

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,17 @@ class Preparation:
     precision_error: float | None = None
 
 
+class _View(NamedTuple):
+    """One source as one backbone sees it, by digest."""
+
+    source: str
+    backbone: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.source}@{self.backbone}"
+
+
 def prepare(
     config: SiteConfig,
     tasks: Mapping[str, Task],
@@ -69,7 +80,7 @@ def prepare(
     Args:
         config: the site's file.
         tasks: the run's tasks at this site.
-        backbones: task -> frozen backbone; tasks on one source share one.
+        backbones: task -> frozen backbone; tasks on one source and one backbone share their features.
         store: cached features.
         folder: receives the arrays; `problems.csv` is written beside it, also where preparing stops because of them.
         device: where to encode.
@@ -79,40 +90,44 @@ def prepare(
         BadInput: a source cannot be opened; a bad record, or no record to train on, where `on_bad_record` is `stop`; a
             patient on both sides of a source's own split.
     """
-    sources = {name: config.tasks[name].source for name in tasks}
+    views = {name: _View(config.tasks[name].source, backbones[name].digest) for name in tasks}
     exclusions = Exclusions.read(config.state_dir)
-    found: list[Member] = []
+    found: dict[tuple[str, int], Member] = {}
     problems: list[Problem] = []
-    features: dict[str, Features] = {}
-    for source in sorted(set(sources.values())):
-        kind = open_source(config.sources[source], f"sources.{source}", config.plugins)
+    features: dict[_View, Features] = {}
+    for view in sorted(set(views.values())):
+        kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
         opened = exclusions.applied(kind.open())
-        backbone = next(backbones[task] for task in tasks if sources[task] == source)
-        features[source] = store.open_or_encode(
+        backbone = next(backbones[task] for task in tasks if views[task] == view)
+        features[view] = store.open_or_encode(
             opened, backbone, device=device, precision=config.precision, progress=progress
         )
         index = opened.index()
         left_out = exclusions.positions(index)
-        members, bad = usable(source, index, features[source], kind.rows, config.unit, left_out)
-        found += members
+        members, bad = usable(view.source, index, features[view], kind.rows, config.unit, left_out)
+        found |= {(member.source, member.position): member for member in members}
         problems += bad
-    found, bad = place(found, config.split, config.unit)
+    placed, bad = place(found.values(), config.split, config.unit)
     problems += bad
     arrays: dict[str, Tensor] = {}
+    own = {view: _members(placed, view, entry) for view, entry in features.items()}
     for name, task in tasks.items():
-        own = [member for member in found if member.source == sources[name]]
-        arrays[f"{name}/labels"], arrays[f"{name}/mask"], bad = labels_of(name, task, config.tasks[name], own)
+        labels, mask, bad = labels_of(name, task, config.tasks[name], own[views[name]])
+        arrays |= {f"{name}/labels": labels, f"{name}/mask": mask}
         problems += bad
-    num_units = _number_units(found, arrays, features)
+    num_units = _number_units(placed, arrays, own)
     if num_units["train"] == 0:
-        problems.append(Problem(", ".join(features), None, "no record to train on"))
+        names = sorted({view.source for view in features})
+        problems.append(Problem(", ".join(names), None, "no record to train on"))
+    # Once where two backbones cannot use a record for the same reason.
+    problems = list(dict.fromkeys(problems))
     private_folder(folder.parent)
     _write_problems(folder.with_name(PROBLEMS), problems)
     _stop_or_go_on(config, problems)
     about = {
         "num_units": num_units,
-        "sources": sources,
-        "features": {source: str(entry.path) for source, entry in features.items()},
+        "views": {name: view.key for name, view in views.items()},
+        "features": {view.key: str(entry.path) for view, entry in features.items()},
     }
     # One file, so that a crash leaves the old arrays or the new ones.
     write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata={"about": json.dumps(about)}))
@@ -137,7 +152,7 @@ def check_prepared(folder: Path) -> None:
 
 
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:
-    """One side's units of a prepared run; tasks on one source share their features.
+    """One side's units of a prepared run; tasks on one source and one backbone share their features.
 
     Args:
         folder: what `prepare` wrote.
@@ -150,20 +165,17 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
     """
     try:
         about, arrays = _read(folder / ARRAYS)
-        sources = {task: about["sources"][task] for task in tasks}
-        shared = {
-            source: _source_records(arrays, source, about["features"][source], side, device)
-            for source in set(sources.values())
-        }
-    except (OSError, ValueError, SafetensorError) as error:
+        views = {task: about["views"][task] for task in tasks}
+        shared = {view: _records(arrays, view, about["features"][view], side, device) for view in set(views.values())}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(
             f"expected the run's prepared data, got {type(error).__name__}: they or the cached features are gone or "
             "damaged; prepare the run again"
         ) from error
     num_units = about["num_units"][side]
     records = {}
-    for task, source in sources.items():
-        chosen_R, features_RD, unit_R = shared[source]
+    for task, view in views.items():
+        chosen_R, features_RD, unit_R = shared[view]
         labels, mask_R = arrays[f"{task}/labels"][chosen_R].to(device), arrays[f"{task}/mask"][chosen_R].to(device)
         records[task] = TaskRecords.of(features_RD, labels, mask_R, unit_R, num_units)
     return Units(num_units, records)
@@ -174,31 +186,37 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _source_records(
-    arrays: Mapping[str, Tensor], source: str, features: str, side: Side, device: torch.device
+def _records(
+    arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the source's records are on a side, their features, and their units."""
-    chosen_R = arrays[f"{source}/side"] == SIDES.index(side)
+    """Which of a view's records are on a side, their features, and their units."""
+    chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
     features_ND = np.load(features, mmap_mode="r", allow_pickle=False)
     # Indexing by positions copies: what is trained on does not refer to the read-only file.
-    features_RD = torch.from_numpy(np.asarray(features_ND[arrays[f"{source}/position"][chosen_R].numpy()]))
-    return chosen_R, features_RD.to(device), arrays[f"{source}/unit"][chosen_R].to(device)
+    features_RD = torch.from_numpy(np.asarray(features_ND[arrays[f"{view}/position"][chosen_R].numpy()]))
+    return chosen_R, features_RD.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 
-def _number_units(found: list[Member], arrays: dict[str, Tensor], sources: Mapping[str, Features]) -> dict[Side, int]:
-    """Add every source's positions, sides and units to the arrays; units are numbered on each side alone."""
+def _members(placed: Sequence[Member], view: _View, features: Features) -> list[Member]:
+    """The records of a view: of its source, and with features of its backbone."""
+    return [each for each in placed if each.source == view.source and each.position not in features.unusable]
+
+
+def _number_units(
+    placed: Sequence[Member], arrays: dict[str, Tensor], own: Mapping[_View, Sequence[Member]]
+) -> dict[Side, int]:
+    """Add every view's positions, sides and units to the arrays; units are numbered on each side alone."""
     numbers: dict[str, int] = {}
     num_units: dict[Side, int] = dict.fromkeys(SIDES, 0)
-    for member in found:
+    for member in placed:
         assert member.side is not None
         if member.unit_key not in numbers:
             numbers[member.unit_key] = num_units[SIDES[member.side]]
             num_units[SIDES[member.side]] += 1
-    for source in sources:
-        own = [member for member in found if member.source == source]
-        arrays[f"{source}/position"] = torch.tensor([member.position for member in own], dtype=torch.int64)
-        arrays[f"{source}/side"] = torch.tensor([member.side for member in own], dtype=torch.int64)
-        arrays[f"{source}/unit"] = torch.tensor([numbers[member.unit_key] for member in own], dtype=torch.int64)
+    for view, members in own.items():
+        arrays[f"{view.key}/position"] = torch.tensor([member.position for member in members], dtype=torch.int64)
+        arrays[f"{view.key}/side"] = torch.tensor([member.side for member in members], dtype=torch.int64)
+        arrays[f"{view.key}/unit"] = torch.tensor([numbers[member.unit_key] for member in members], dtype=torch.int64)
     return num_units
 
 

@@ -31,7 +31,7 @@ budget:                           # public: what the registry may spend in total
 
 allow:                            # nothing is allowed by omission; `any` must be written
   tasks: {tasks}
-  backbones: any                  # or a list of digests
+  backbones: any                  # or a list of digests: of all backbones that your tasks of a run stand on
   solvers: {solvers}
   non_private: false              # true lets runs without noise through; they count as an infinite loss
 approval: required                # join after `python -m client approve`; `automatic`: whatever `allow` covers

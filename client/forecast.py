@@ -24,7 +24,7 @@ from rich.table import Table
 
 from client.budget import affordable_rounds, history_of, share_of, shown
 from client.history import History
-from client.limits import feature_dim, num_parameters, refuse_what_does_not_fit
+from client.limits import num_parameters, refuse_what_does_not_fit
 from client.share import evaluation_mechanism, evaluations_left, unspent
 from client.site import DeclinedRequest, Joined, check_allowed, plan_of
 from common.config import NoisedEvaluation, RunConfig, SiteConfig
@@ -95,7 +95,7 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     """
     # Which weights the digest names is known when the run is joined.
     any_backbone = config.model_copy(update={"allow": config.allow.model_copy(update={"backbones": "any"})})
-    joined = Joined("plan", run, "", Path())
+    joined = Joined("plan", run, {}, Path())
     tasks, plan, history = joined.tasks(config), plan_of(config, joined), history_of(config)
     whole, share = Mechanism.of(replace(plan, steps=plan.steps * run.rounds)), share_of(config)
     evaluations = _evaluations(run, share, history, len(tasks))
@@ -103,7 +103,7 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     size = max((config.tasks[name].public_size for name in tasks), default=0)
     per_round = 0.0
     if plan.private and size:
-        width = num_parameters(tasks, feature_dim(run.backbone))
+        width = num_parameters(run, tasks)
         per_round = plan.noise_multiplier * math.sqrt(width / plan.steps) / (plan.sampling_rate * size)
     outlook = Forecast(
         site=config.name,
@@ -145,6 +145,16 @@ def table(outlooks: list[Forecast]) -> Table:
     for name, cell in _ROWS.items():
         made.add_row(name, *(cell(each) for each in outlooks))
     return made
+
+
+LEGEND = """\
+epsilon at end   of the run, its evaluations and what was spent before, composed; beyond the budget the site declines
+affords rounds   how many such rounds the budget pays for
+count noise      standard deviation of the noise in each count of an evaluation, in units
+noise/signal     of one round: expected length of its noise over that of the largest signal this site could give;
+  over the run   the same averaged over all sites and rounds. Above 1 the result is hopeless and a warning says so;
+                 below 1 nothing is promised, for true signals are smaller than the largest one"""
+"""What the rows of `table` mean that do not speak for themselves."""
 
 
 def _shown_up(epsilon: float) -> str:

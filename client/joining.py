@@ -1,4 +1,4 @@
-"""Before a run and after it: agree or decline, receive the backbone, encode records, take the final heads home.
+"""Before a run and after it: agree or decline, receive backbones, encode records, take the final heads home.
 
 Nothing is spent here. The order inside `join` is a promise too: what depends on the budget is answered only for a run
 that somebody at the site approved.
@@ -7,7 +7,7 @@ that somebody at the site approved.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from client.approvals import Approvals, Offer
@@ -29,6 +29,7 @@ from client.site import (
 )
 from client.solvers import open_solver
 from common import wire
+from common.backbones import Backbone
 from common.files import private_folder, write_atomic
 from common.heads import initial_heads
 from common.offers import offer_bytes, run_digest
@@ -60,7 +61,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     check_allowed(site.config, joined)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
-        check_approved(site, joined.run_id, run_digest(request.run, request.backbone_digest), use=False)
+        check_approved(site, joined.run_id, run_digest(request.run, request.backbones), use=False)
     except DeclinedRequest as declined:
         # A coordinator asks every few seconds while it waits: one line says it.
         raise DeclinedRequest(declined.refusal, declined.detail, logged=not _let_wait(site, request)) from declined
@@ -78,7 +79,7 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
     if plan.private and whole and not ledger.affords(whole, site.share):
         raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
     _pass_audit(site, joined, request, tasks)
-    write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbone_digest))
+    write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbones))
     site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
     return wire.JoinReply(
         site=site.config.name,
@@ -86,43 +87,43 @@ def join(site: Site, request: wire.JoinRequest) -> wire.JoinReply:
         unit=site.config.unit,
         delta=site.config.budget.delta,
         budget_epsilon=site.config.budget.epsilon,
-        has_backbone=_has_backbone(site, request.backbone_digest),
-        held_parts=site.backbones().held_parts(request.backbone_digest),
+        backbones={name: _held(site, digest) for name, digest in joined.digests(tasks).items()},
     )
 
 
 def keep_part(site: Site, request: wire.PartRequest) -> wire.Ready:
-    """Keep one part of the backbone that was agreed on, unless the whole is here already.
+    """Keep one part of a backbone that was agreed on, unless the whole is here already.
 
     Raises:
-        DeclinedRequest: not joined.
+        DeclinedRequest: not joined, or no task here stands on the backbone.
     """
     joined = joined_run(site, request.run_id)
-    if not site.backbones().has(joined.backbone_digest):
-        site.backbones().put_part(joined.backbone_digest, request.index, request.total, request.data)
+    _refuse_others(site, joined, [request.digest])
+    if not site.backbones().has(request.digest):
+        site.backbones().put_part(request.digest, request.index, request.total, request.data)
     return wire.Ready()
 
 
 def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
-    """Put the backbone together where its parts were sent, encode records, write the run's label arrays.
+    """Put the backbones together whose parts were sent, encode records, write the run's label arrays.
 
     Raises:
-        DeclinedRequest: not joined, or the backbone is not the one agreed on.
+        DeclinedRequest: not joined, or a backbone is not one that was agreed on.
     """
     _refuse_while_stopped(site)
     joined = joined_run(site, request.run_id)
-    store, digest = site.backbones(), joined.backbone_digest
+    _refuse_others(site, joined, request.specs)
+    tasks = joined.tasks(site.config)
     try:
-        sent = request.spec is not None and not store.has(digest)
-        backbone = store.assemble(digest, request.spec) if request.spec and sent else store.open(digest)
+        opened = _open_backbones(site, joined, joined.digests(tasks), request.specs)
     except DigestMismatch as error:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
-    tasks = joined.tasks(site.config)
+    backbones = {name: opened[joined.run.backbone_of(name)] for name in tasks}
     try:
         preparation = prepare(
             site.config,
             tasks,
-            dict.fromkeys(tasks, backbone),
+            backbones,
             site.features(),
             joined.folder / "data",
             device=site.device(),
@@ -131,7 +132,8 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     except BadInput as error:
         _stop(site, str(error))
         raise
-    prepared = {"feature_dim": backbone.feature_dim, "offer": digest_of_offer(joined.folder)}
+    feature_dims = {name: backbone.feature_dim for name, backbone in backbones.items()}
+    prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
     site.journal.write(
@@ -163,32 +165,56 @@ def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _has_backbone(site: Site, digest: str) -> bool:
-    """Whether the backbone need not be sent: it is here, or the site opens it from its own files."""
+def _held(site: Site, digest: str) -> wire.Held:
+    """What need not be sent of a backbone: it is here, or the site opens it from its own files, or parts are here."""
     try:
-        return site.backbones().adopt(digest, site.config.own_backbones)
+        whole = site.backbones().adopt(digest, site.config.own_backbones)
     except BadInput as error:
         site.journal.write("own_backbone_unusable", detail=str(error))
-        return False
+        whole = False
+    return wire.Held(whole, site.backbones().held_parts(digest))
+
+
+def _refuse_others(site: Site, joined: Joined, digests: Iterable[str]) -> None:
+    """Raise DeclinedRequest where a digest is of no backbone that the run's tasks here stand on."""
+    if not set(digests) <= set(joined.digests(joined.tasks(site.config)).values()):
+        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "no task of the run stands on that backbone here")
+
+
+def _open_backbones(
+    site: Site, joined: Joined, digests: Mapping[str, str], sent: Mapping[str, str]
+) -> dict[str, Backbone]:
+    """Some of the run's backbones by name, put together from their parts where they were sent.
+
+    Raises:
+        DigestMismatch: one is not what the digest names, or not what the run says of it, which the staff approved.
+    """
+    store, opened = site.backbones(), {}
+    for name, digest in digests.items():
+        arrived = digest in sent and not store.has(digest)
+        opened[name] = store.assemble(digest, sent[digest]) if arrived else store.open(digest)
+        if opened[name].public_spec() != joined.run.encoders[name].settings():
+            raise DigestMismatch(f"{joined.run.encoder_key(name)}: its settings are not those of the run")
+    return opened
 
 
 def _let_wait(site: Site, request: wire.JoinRequest) -> bool:
     """Keep an offer that nobody approved, for `python -m client approve`; whether it is new."""
-    return Approvals(site.config.state_dir).wait(Offer(request.run, request.backbone_digest))
+    return Approvals(site.config.state_dir).wait(Offer(request.run, request.backbones))
 
 
 def _read_offer(site: Site, request: wire.JoinRequest) -> Joined:
     try:
-        run = Offer(request.run, request.backbone_digest).config()
+        run = Offer(request.run, request.backbones).config()
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
     folder = run_folder(site, request.run_id)
     kept = folder / "offer.json"
     # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
     # failure depend on a record.
-    if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbone_digest):
+    if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbones):
         raise DeclinedRequest(Refusal.BAD_REQUEST, "another offer was made under the same run id")
-    return Joined(request.run_id, run, request.backbone_digest, folder)
+    return Joined(request.run_id, run, request.backbones, folder)
 
 
 def _pass_audit(site: Site, joined: Joined, request: wire.JoinRequest, tasks: Mapping[str, Task]) -> None:
@@ -196,7 +222,7 @@ def _pass_audit(site: Site, joined: Joined, request: wire.JoinRequest, tasks: Ma
     if joined.run.audit != "required":
         return
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
-    digest = run_digest(request.run, request.backbone_digest)
+    digest = run_digest(request.run, request.backbones)
     try:
         verdict = audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
     except (AuditTooSlow, BadInput, RunFailed) as error:

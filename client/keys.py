@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
+from common.errors import instead
 from common.types import BadInput
 
 _OTHERS = 0o077
@@ -51,7 +52,7 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
         raw = path.read_bytes()
     except OSError as error:
         raise BadInput(
-            f"coordinator.key: expected this site's private key in {path}, got {type(error).__name__}; "
+            f"coordinator.key: expected this site's private key in {path}{instead(error)}; "
             "`python -m client init` makes one"
         ) from error
     if mode & _OTHERS:

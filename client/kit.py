@@ -18,6 +18,7 @@ from typing import Any
 from cryptography import x509
 
 from common.config import Address, Name, RunConfig, parse, parse_text
+from common.errors import instead
 from common.plugins import Frozen
 from common.types import BadInput
 
@@ -117,7 +118,7 @@ def _files(path: Path) -> dict[str, bytes]:
                 if left < 0:
                     raise BadInput(f"{path}: expected at most {MAX_KIT_BYTES} bytes in the kit, got more")
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
-        raise BadInput(f"{path}: expected a kit (a zip), got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a kit (a zip){instead(error)}") from error
     return files
 
 

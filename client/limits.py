@@ -1,6 +1,6 @@
 """What a run's heads would need here, from its settings alone: no weights are read and no memory is taken for them.
 
-A coordinator names backbone, labels and hidden widths; a site finds out when it is asked to join whether that fits,
+A coordinator names backbones, labels and hidden widths; a site finds out when it is asked to join whether that fits,
 before anything is spent.
 """
 
@@ -44,15 +44,21 @@ def _feature_dim(settings: str, base: Path) -> int:
     return (projection.dim if projection else None) or untrained.feature_dim
 
 
-def num_parameters(tasks: Mapping[str, Task], dim: int) -> int:
-    """Of new heads on so many features; none is allocated."""
+def num_parameters(run: RunConfig, tasks: Mapping[str, Task]) -> int:
+    """Of new heads of some of a run's tasks; none is allocated.
+
+    Raises:
+        BadInput: a backbone's setting is wrong.
+    """
+    dims = {name: feature_dim(run.encoders[run.backbone_of(name)]) for name in tasks}
     with torch.device("meta"):
-        return sum(parameter.numel() for task in tasks.values() for parameter in task.head(dim).parameters())
+        heads = [task.head(dims[name]) for name, task in tasks.items()]
+        return sum(parameter.numel() for head in heads for parameter in head.parameters())
 
 
 def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
     """Raise BadInput where a run's heads, or the statistics of its evaluations, are too large for a site."""
-    parameters = num_parameters(tasks, feature_dim(run.backbone))
+    parameters = num_parameters(run, tasks)
     if parameters > MAX_PARAMETERS:
         raise BadInput(f"the run's heads have {parameters} parameters, expected at most {MAX_PARAMETERS}")
     if run.evaluation is not None:

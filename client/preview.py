@@ -42,12 +42,11 @@ class Preview:
 
 
 def write_previews(config: SiteConfig, offers: Mapping[str, RunConfig]) -> list[Preview]:
-    """A contact sheet of each source that holds pictures, preprocessed as the first offered run's backbone does.
+    """A contact sheet of each source that holds pictures, preprocessed as the first offered run's backbone for it does.
 
     Without an offer they are shown as they are. Raises BadInput where a source does not open.
     """
-    kind = _backbone_kind(offers)
-    return [_preview(config, name, kind) for name in config.sources]
+    return [_preview(config, name, _backbone_kind(config, name, offers)) for name in config.sources]
 
 
 def _preview(config: SiteConfig, name: str, kind: Kind | None) -> Preview:
@@ -76,13 +75,18 @@ def _preview(config: SiteConfig, name: str, kind: Kind | None) -> Preview:
     return Preview(name, path, tuple(refused))
 
 
-def _backbone_kind(offers: Mapping[str, RunConfig]) -> Kind | None:
+def _backbone_kind(config: SiteConfig, source: str, offers: Mapping[str, RunConfig]) -> Kind | None:
+    """The first offered backbone that a task on this source stands on."""
     for run in offers.values():
-        try:
-            kind: Kind = resolve("common.backbones", run.backbone, "backbone")
-        except BadInput:
-            continue  # A kind that is not installed here; `check` is not the place where that fails.
-        return kind
+        for task in run.tasks:
+            if task not in config.tasks or config.tasks[task].source != source:
+                continue
+            name = run.backbone_of(task)
+            try:
+                kind: Kind = resolve("common.backbones", run.encoders[name], run.encoder_key(name))
+            except BadInput:
+                continue  # A kind that is not installed here; `check` is not the place where that fails.
+            return kind
     return None
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from cryptography import x509
 
 from common.config import Coordinator
+from common.errors import instead
 from common.types import BadInput
 
 MAX_AHEAD_S, MAX_BEHIND_S = 4.0, 300.0
@@ -83,7 +84,7 @@ def trusting(ca: Path) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as error:
-        raise BadInput(f"coordinator.ca: expected a PEM certificate in {ca}, got {type(error).__name__}") from error
+        raise BadInput(f"coordinator.ca: expected a PEM certificate in {ca}{instead(error)}") from error
 
 
 def presented(coordinator: Coordinator) -> Presented:

@@ -19,6 +19,7 @@ from client.features import Features
 from client.sources import Record
 from common.cells import position as cell_position
 from common.config import SiteTask, Split
+from common.errors import instead
 from common.tasks import Task
 from common.types import BadInput, BadRecord, Unit
 
@@ -160,7 +161,7 @@ def _chosen(rows: Path | None, count: int) -> dict[int, str]:
                     raise BadInput(f"{rows}: expected each row once and within the source, got {position + 1}")
                 chosen[position] = (line["split"] or "").strip()
     except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise BadInput(f"{rows}: expected rows of a number and a side, got {type(error).__name__}") from None
+        raise BadInput(f"{rows}: expected rows of a number and a side{instead(error)}") from None
     return chosen
 
 

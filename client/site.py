@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,11 +104,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Joined:
-    """What a site agreed to in one run, as kept on its disk."""
+    """What a site agreed to in one run, as kept on its disk; `backbones` are the digests of all of the run's."""
 
     run_id: str
     run: RunConfig
-    backbone_digest: str
+    backbones: Mapping[str, str]
     folder: Path
 
     @property
@@ -123,6 +123,11 @@ class Joined:
             for name, spec in self.run.tasks.items()
             if name in config.tasks and (config.allow.tasks == "any" or name in config.allow.tasks)
         }
+
+    def digests(self, tasks: Iterable[str]) -> dict[str, str]:
+        """Digest of each backbone, by name, that some of the run's tasks stand on: no other comes to this site."""
+        needed = {self.run.backbone_of(task) for task in tasks}
+        return {name: digest for name, digest in self.backbones.items() if name in needed}
 
 
 def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
@@ -154,7 +159,8 @@ def joined_run(site: Site, run_id: str) -> Joined:
         raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run")
     offer = json.loads((folder / "offer.json").read_text(encoding="utf-8"))
     run = parse(RunConfig, offer["run"], base=folder)
-    return Joined(run_id, run, offer["backbone_digest"], folder)
+    # None in an offer of the messages' first version: its run can be looked at, not continued.
+    return Joined(run_id, run, offer.get("backbones", {}), folder)
 
 
 def run_folder(site: Site, run_id: str) -> Path:
@@ -167,10 +173,14 @@ def run_folder(site: Site, run_id: str) -> Path:
 
 
 def check_allowed(config: SiteConfig, joined: Joined) -> None:
-    """Whether a run's backbone, solver and privacy are acceptable here. Raises DeclinedRequest."""
+    """Whether a run's backbones, solver and privacy are acceptable here. Raises DeclinedRequest."""
     allow = config.allow
-    if allow.backbones != "any" and joined.backbone_digest not in allow.backbones:
-        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "the backbone's digest is not allowed here")
+    for name, digest in joined.digests(joined.tasks(config)).items():
+        # All or nothing: which of its tasks a site takes part in does not depend on weights.
+        if allow.backbones != "any" and digest not in allow.backbones:
+            raise DeclinedRequest(
+                Refusal.BACKBONE_NOT_ALLOWED, f"the digest of {joined.run.encoder_key(name)} is not allowed here"
+            )
     if allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
         raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "the solver is not allowed here")
     if joined.privacy is None and not allow.non_private:
@@ -197,10 +207,10 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
 
 def modules_of(joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
     """The heads that were sent, as modules to train. Raises DeclinedRequest where they do not fit."""
-    feature_dim = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dim"]
+    feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
     modules = {}
     for name, task in tasks.items():
-        module = task.head(feature_dim)
+        module = task.head(feature_dims[name])
         try:
             load_parameters(module, heads[name])
         except BadInput as error:

@@ -48,6 +48,7 @@ _UNREADABLE = (
     ValueError,
 )
 SITE_VARIABLE = "HEADWATER_SITE"
+_UNKNOWN = "query.unknown"
 
 
 class WorkerDied(Exception):
@@ -127,9 +128,18 @@ class Worker:
 
 def declined(delivery: Delivery, refusal: Refusal, site: str) -> Outgoing:
     """A refusal of a message, made without any worker; the content of the message is not looked at."""
-    message = message_from_proto(delivery.envelope)
+    message = _received(delivery.envelope)
     _identify(message)
     return _outgoing(Message(wire.encode(wire.Declined(refusal, site)), reply_to=message))
+
+
+def _received(envelope: Envelope) -> Message:
+    """A message without its content, also where Flower knows no such kind: then of a kind that no handler takes."""
+    try:
+        return message_from_proto(envelope)
+    except ValueError:
+        envelope.metadata.message_type = _UNKNOWN
+        return message_from_proto(envelope)
 
 
 def _identify(message: Message) -> None:
@@ -168,7 +178,7 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
     from client.app import app  # Here: the parent imports this module too, and needs no torch.
 
     envelope, root, *objects = parts
-    received = message_from_proto(Envelope.FromString(envelope))
+    received = _received(Envelope.FromString(envelope))
     _identify(received)
     contents = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
     try:
@@ -186,7 +196,10 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
         state=RecordDict(),
         run_config={},
     )
-    return _outgoing(app(message, context))
+    try:
+        return _outgoing(app(message, context))
+    except ValueError:  # Flower's own, for a message of a kind that no handler takes; handlers raise nothing.
+        return _outgoing(Message(wire.encode(wire.Declined(Refusal.BAD_REQUEST, "")), reply_to=received))
 
 
 def _balance() -> Mapping[str, Any]:

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from common.errors import describe
+from common.errors import describe, instead, nearest
 from common.plugins import Frozen, LocalPath, Spec
-from common.types import BadInput, Unit
+from common.types import MAX_BACKBONES, BadInput, Unit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
@@ -41,6 +41,8 @@ Address = Annotated[str, AfterValidator(_is_address)]
 """Host and port; no scheme, because a site never speaks anything but TLS."""
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 MAX_PUBLIC_SIZE = 100_000_000
+ONLY_BACKBONE = "backbone"
+"""Name of the backbone of a run that names none."""
 
 
 # --- the coordinator's file ------------------------------------------------------------------------------------------
@@ -88,14 +90,30 @@ class Evaluation(Frozen):
         return -(-rounds // self.every)
 
 
+class TaskSpec(Spec):
+    """A task's settings, and beside them which of the run's backbones it stands on."""
+
+    backbone: Name | None = None
+    """None: the only one."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the kind's own file is given: a task knows of no backbone."""
+        return self.model_dump(exclude={"backbone"})
+
+
 class RunConfig(Frozen):
-    """One federated run, as the coordinator asks for it."""
+    """One federated run, as the coordinator asks for it.
+
+    Its backbones are given as `backbone`, where it is one, or as `backbones` by name. Only the methods of this class
+    know which; everybody else asks them.
+    """
 
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     rounds: Annotated[int, Field(ge=1, le=100_000)]
-    backbone: Spec
-    tasks: Annotated[dict[Name, Spec], Field(min_length=1)]
+    backbone: Spec | None = None
+    backbones: Annotated[dict[Name, Spec], Field(min_length=1, max_length=MAX_BACKBONES)] | None = None
+    tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
     solver: Spec
     privacy: Privacy | Literal["non_private"]
     aggregation: Spec
@@ -106,6 +124,47 @@ class RunConfig(Frozen):
     """A reply whose L2 norm over all heads exceeds this is set aside."""
     audit: Literal["required", "on_request"] = "on_request"
     """`required`: a privacy audit must pass, else nothing is trained and no head is exported; see the verb `audit`."""
+
+    @model_validator(mode="after")
+    def _each_task_on_a_backbone(self) -> RunConfig:
+        if (self.backbone is None) == (self.backbones is None):
+            got = "neither" if self.backbone is None else "both"
+            raise ValueError(f"backbone: expected either it or `backbones`, several by name; got {got}")
+        names = list(self.encoders)
+        for name, task in self.tasks.items():
+            if task.backbone is None and len(names) > 1:
+                raise ValueError(f"tasks.{name}.backbone: expected one of {', '.join(names)}, got nothing")
+            if task.backbone is not None and task.backbone not in names:
+                close = nearest(task.backbone, names)
+                raise ValueError(
+                    f"tasks.{name}.backbone: expected one of {', '.join(names)}, got {task.backbone!r}{close}"
+                )
+        unused = sorted(set(names) - {self.backbone_of(task) for task in self.tasks})
+        if unused:
+            raise ValueError(f"backbones.{unused[0]}: expected a task that stands on it, got none")
+        return self
+
+    @property
+    def encoders(self) -> Mapping[Name, Spec]:
+        """Every backbone of the run, by name."""
+        if self.backbone is not None:
+            return {ONLY_BACKBONE: self.backbone}
+        assert self.backbones is not None
+        return self.backbones
+
+    def encoder_key(self, name: Name) -> str:
+        """Where the settings of a backbone stand in the run's file."""
+        return "backbone" if self.backbone is not None else f"backbones.{name}"
+
+    def backbone_of(self, task: Name) -> Name:
+        """Which backbone a task stands on."""
+        return self.tasks[task].backbone or next(iter(self.encoders))
+
+    def with_encoders(self, specs: Mapping[Name, Spec]) -> RunConfig:
+        """The same run with other settings of its backbones."""
+        if self.backbone is not None:
+            return self.model_copy(update={"backbone": specs[ONLY_BACKBONE]})
+        return self.model_copy(update={"backbones": {name: specs[name] for name in self.encoders}})
 
 
 # --- the hospital's file ---------------------------------------------------------------------------------------------
@@ -229,7 +288,7 @@ class SiteConfig(Frozen):
 
 
 class SimulatedTask(Frozen):
-    """Like `SiteTask`; public_size is per simulated site."""
+    """Like `SiteTask`; public_size is per simulated site. `all` sites are those that have the source."""
 
     source: str
     column: str | list[str]
@@ -240,11 +299,17 @@ class SimulatedTask(Frozen):
     sites: list[Name] | Literal["all"] = "all"
 
 
+Keep = Literal["all"] | dict[str, list[str]]
+"""Which of the records that were dealt out to a site it keeps: column -> cells."""
+
+
 class Partition(Frozen):
     """How one data set becomes several sites.
 
     iid: shuffled evenly; dirichlet: label skew of strength `alpha` over the task `by`; column: one site for each value
-    of column `by`; natural: each site brings its own sources under `sites`.
+    of column `by`; natural: each site brings its own sources under `sites`. A source of the file that several of them
+    are to have parts of stands under `divide`: it is dealt out evenly to the sites named there, and of its part a site
+    keeps `all` records, or those with one of the listed cells in each listed column.
     """
 
     kind: Literal["iid", "dirichlet", "column", "natural"]
@@ -252,6 +317,7 @@ class Partition(Frozen):
     alpha: Annotated[float, Field(gt=0)] | None = None
     by: str | None = None
     sites: dict[Name, dict[Name, Spec]] | None = None
+    divide: dict[Name, Annotated[dict[Name, Keep], Field(min_length=1)]] = {}
     split: Literal["source", "hash", "stratified"] = "hash"
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     seed: int = 0
@@ -262,8 +328,10 @@ class Partition(Frozen):
             "iid": ("num_sites",),
             "dirichlet": ("num_sites", "alpha", "by"),
             "column": ("by",),
-            "natural": ("sites",),
+            "natural": () if self.divide else ("sites",),
         }[self.kind]
+        if self.divide and self.kind != "natural":
+            raise ValueError(f"partition.divide: expected it in kind natural, got {self.kind!r}")
         for field in needed:
             if getattr(self, field) is None:
                 raise ValueError(f"partition.{field}: expected a value for kind {self.kind!r}, got nothing")
@@ -290,8 +358,10 @@ class Sweep(Frozen):
 
 
 class Pretrain(Frozen):
-    """How `simulations pretrain` trains the run's backbone on public records, those of all its sources together."""
+    """How `simulations pretrain` trains one of the run's backbones on public records, of all its sources together."""
 
+    backbone: Name | None = None
+    """Which, where the run has several."""
     sources: Annotated[list[Spec], Field(min_length=1)]
     column: str
     labels: Annotated[list[str], Field(min_length=2)]
@@ -334,11 +404,28 @@ class SimulationConfig(Frozen):
         for name in self.run.tasks:
             if name not in self.tasks:
                 raise ValueError(f"tasks.{name}: expected where this task's labels are, got nothing")
+        unknown = sorted(set(self.partition.divide) - set(self.sources))
+        if unknown:
+            known = ", ".join(self.sources) or "none"
+            raise ValueError(f"partition.divide.{unknown[0]}: expected one of the file's sources ({known})")
+        self.pretrained_backbone()
         if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
         if self.expect and "random_backbone" not in self.baselines:
             raise ValueError("baselines: expected random_backbone among them, because `expect` compares with it")
         return self
+
+    def pretrained_backbone(self) -> Name | None:
+        """Name of the backbone that `simulations pretrain` trains; None where there is none."""
+        if self.pretrain is None:
+            return None
+        names = list(self.run.encoders)
+        if self.pretrain.backbone is None and len(names) == 1:
+            return names[0]
+        if self.pretrain.backbone not in names:
+            got = self.pretrain.backbone or "nothing"
+            raise ValueError(f"pretrain.backbone: expected one of {', '.join(names)}, got {got}")
+        return self.pretrain.backbone
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -392,7 +479,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: expected a readable YAML file, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a readable YAML file{instead(error)}") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -23,6 +23,17 @@ def plain(text: str, limit: int = 400) -> str:
     return shown if len(text) <= limit else f"{shown[:limit]}..."
 
 
+def instead(error: BaseException) -> str:
+    """The end of a sentence that named a file and what was expected of it: what was found there."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ", but there is no such file"
+    if isinstance(error, PermissionError):
+        return ", but this user may not open it"
+    if isinstance(error, IsADirectoryError):
+        return ", but it is a folder"
+    return f", got {type(error).__name__}"
+
+
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first error of a pydantic validation as one sentence."""
     # Of a union's options, a group of keys was meant where one was written: the word beside it explains nothing.

@@ -61,6 +61,10 @@ class Spec(BaseModel):
             self._base = info.context["base"]
         return self
 
+    def settings(self) -> dict[str, Any]:
+        """What the kind's own file is given."""
+        return self.model_dump()
+
 
 def _relative_to_file(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base") or Path.cwd()
@@ -162,7 +166,7 @@ def resolve(package: str, spec: Spec | Mapping[str, Any], key: str, own: Path | 
         BadInput: unknown kind, unknown or wrong setting; names the key, what was expected and what was got.
     """
     base = spec._base if isinstance(spec, Spec) else Path.cwd()
-    values = spec.model_dump() if isinstance(spec, Spec) else dict(spec)
+    values = spec.settings() if isinstance(spec, Spec) else dict(spec)
     kind = values.get("kind")
     if not isinstance(kind, str):
         raise BadInput(f"{key}.kind: expected one of {', '.join(kinds(package))}, got {kind!r}")

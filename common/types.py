@@ -30,6 +30,9 @@ RELATION: Relation = "add_remove"
 MAX_STEPS = 1_000_000
 """Steps of a whole run; more would hold a site for hours."""
 
+MAX_BACKBONES = 16
+"""Of one run: each is a network in a site's memory and a file on its disk."""
+
 
 class HeadwaterError(Exception):
     """Root of the errors a user can act on; the message is one sentence for a person.

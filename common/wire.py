@@ -9,7 +9,8 @@ Every field that a site sends is listed here with its privacy reason:
 | payload | field | reason |
 |---|---|---|
 | JoinReply | site, tasks (names and public sizes), unit, delta, budget_epsilon | public by declaration |
-| JoinReply | has_backbone, held_parts | depend on earlier public messages only |
+| JoinReply | backbones | their names follow from the tasks |
+| Held | whole, parts | depend on earlier public messages and on the site file only |
 | Ready | - | nothing but the fact of an answer |
 | TrainReply | heads | charged: the contribution |
 | TrainReply | plan | public numbers derived from the request |
@@ -37,9 +38,9 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
-from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_BACKBONES, MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
 
-VERSION = 1
+VERSION = 2
 """Of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"
@@ -67,39 +68,48 @@ class OtherVersion(BadInput):
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """What the coordinator proposes: a run without any path, and the digest of its backbone."""
+    """What the coordinator proposes: a run without any path, and the digest of each of its backbones by name."""
 
     run_id: str
     run: Mapping[str, Any]
-    backbone_digest: str
+    backbones: Mapping[str, str]
     version: int = VERSION
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a site holds of one backbone: the whole, or parts from a transfer that broke off."""
+
+    whole: bool
+    parts: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class JoinReply:
-    """What a site declares about itself, and which parts of the backbone it holds from a transfer that broke off."""
+    """What a site declares about itself, and what it holds of each backbone that its tasks stand on."""
 
     site: str
     tasks: Mapping[str, int]
     unit: Unit
     delta: float
     budget_epsilon: float
-    has_backbone: bool
-    held_parts: Sequence[int] = ()
+    backbones: Mapping[str, Held]
 
 
 @dataclass(frozen=True)
 class PartRequest:
-    """Keep one part of the backbone's weights.
+    """Keep one part of a backbone's weights.
 
     Attributes:
-        run_id: of a run the site joined: its digest says which backbone.
+        run_id: of a run the site joined.
+        digest: of one of the backbones that its tasks there stand on.
         index: of the part, from 0.
         total: number of parts.
         data: PART_BYTES of the weights; the last part may be shorter.
     """
 
     run_id: str
+    digest: str
     index: int
     total: int
     data: bytes
@@ -107,10 +117,10 @@ class PartRequest:
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """Get ready to train; `spec` is the backbone's settings, where its weights were just sent."""
+    """Get ready to train; `specs` are the settings of the backbones, by digest, whose weights were just sent."""
 
     run_id: str
-    spec: str | None
+    specs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -184,16 +194,16 @@ _WITH_HEADS = (TrainRequest, TrainReply, EvaluateRequest, EvaluateReply, FinishR
 def encode(payload: Payload) -> RecordDict:
     """A payload as Flower records."""
     match payload:
-        case JoinRequest(run_id, run, digest, version):
-            return _records(payload, run_id=run_id, run=dict(run), backbone_digest=digest, version=version)
+        case JoinRequest(run_id, run, backbones, version):
+            return _records(payload, run_id=run_id, run=dict(run), backbones=dict(backbones), version=version)
         case JoinReply():
             return _records(payload, **asdict(payload))
-        case PartRequest(run_id, index, total, data):
-            records = _records(payload, run_id=run_id, index=index, total=total)
+        case PartRequest(run_id, digest, index, total, data):
+            records = _records(payload, run_id=run_id, digest=digest, index=index, total=total)
             records[_PART] = ConfigRecord({"data": data})
             return records
-        case PrepareRequest(run_id, spec):
-            return _records(payload, run_id=run_id, spec=spec)
+        case PrepareRequest(run_id, specs):
+            return _records(payload, run_id=run_id, specs=dict(specs))
         case TrainRequest(run_id, round_, heads) | EvaluateRequest(run_id, round_, heads):
             return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
         case TrainReply(delta, plan):
@@ -237,8 +247,7 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
         public["data"] = records.config_records[_PART]["data"]
         _check_part(public)
     elif expected is PrepareRequest:
-        if not isinstance(public["spec"], str | None):
-            raise BadInput("PrepareRequest: expected a backbone's settings as text")
+        _check_specs(public["specs"])
     elif expected in _WITH_HEADS:
         allowed |= {_HEADS}
         public["heads"] = _heads(records)
@@ -266,13 +275,21 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
 
 
 def _check_offer(public: Mapping[str, Any]) -> None:
-    digest = public["backbone_digest"]
-    # The digest becomes a folder's name at the site.
-    if not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)):
-        raise BadInput("JoinRequest: expected a digest of 64 hex digits")
+    backbones = public["backbones"]
+    named = isinstance(backbones, dict) and all(_is_name(name) for name in backbones)
+    # A digest becomes a folder's name at the site.
+    if not (named and 1 <= len(backbones) <= MAX_BACKBONES and all(map(_is_digest, backbones.values()))):
+        raise BadInput(f"JoinRequest: expected 1 to {MAX_BACKBONES} names of backbones with digests of 64 hex digits")
+
+
+def _check_specs(specs: Any) -> None:
+    if not (isinstance(specs, dict) and all(_is_digest(key) and isinstance(text, str) for key, text in specs.items())):
+        raise BadInput("PrepareRequest: expected backbones' settings as text, by digest")
 
 
 def _check_part(public: Mapping[str, Any]) -> None:
+    if not _is_digest(public["digest"]):
+        raise BadInput("PartRequest: expected a digest of 64 hex digits")
     index, total, data = public["index"], public["total"], public["data"]
     if not (type(index) is int and type(total) is int and 0 <= index < total <= MAX_PARTS):
         raise BadInput(f"PartRequest: expected part 0 to {MAX_PARTS - 1} of at most {MAX_PARTS}")
@@ -286,14 +303,28 @@ def _check_join(public: dict[str, Any]) -> None:
     sizes_valid = isinstance(tasks, dict) and all(
         _is_name(name) and type(size) is int and size >= 1 for name, size in tasks.items()
     )
-    held = public["held_parts"]
-    if not (isinstance(held, list) and len(held) <= MAX_PARTS and all(type(index) is int for index in held)):
-        raise BadInput("JoinReply: expected a list of held parts")
-    public["held_parts"] = tuple(held)
+    backbones = public["backbones"]
+    if not (isinstance(backbones, dict) and len(backbones) <= MAX_BACKBONES and all(map(_is_name, backbones))):
+        raise BadInput(f"JoinReply: expected at most {MAX_BACKBONES} names of backbones")
+    public["backbones"] = {name: _held(held) for name, held in backbones.items()}
     numbers = (public["delta"], public["budget_epsilon"])
     numbers_valid = all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in numbers)
-    if not (sizes_valid and numbers_valid and _is_name(public["site"]) and type(public["has_backbone"]) is bool):
+    if not (sizes_valid and numbers_valid and _is_name(public["site"])):
         raise BadInput("JoinReply: expected a name, positive public sizes, delta and budget")
+
+
+def _held(values: Mapping[str, Any]) -> Held:
+    held = Held(**values)
+    parts = held.parts
+    if not (isinstance(parts, list) and len(parts) <= MAX_PARTS and all(type(index) is int for index in parts)):
+        raise BadInput("JoinReply: expected a list of held parts")
+    if type(held.whole) is not bool:
+        raise BadInput("JoinReply: expected whether a backbone is held whole")
+    return Held(held.whole, tuple(parts))
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _is_name(value: object) -> bool:

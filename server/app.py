@@ -8,8 +8,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from common.backbones import open_pretrained
 from common.config import RunConfig, load, write_yaml
+from common.encoders import digests_of, open_encoders
 from common.journal import FileJournal
 from common.types import BadInput
 from server.deployed import run_deployed
@@ -38,12 +38,12 @@ def _flwr_run(grid: Grid, run_file: Path, run_dir: Path) -> None:
     folder = new_run_folder(run_dir, run.name)
     write_yaml(folder / "config.yaml", run)
     write_environment(folder / "environment.json", {"run": run.seed})
-    backbone = open_pretrained(run.backbone, "backbone")
+    backbones = open_encoders(run)
     journal = FileJournal(folder / "journal.jsonl")
     outcome = run_federation(
-        grid, run, backbone, run_id=folder.name, folder=folder, journal=journal, executor=FLOWER_APP
+        grid, run, backbones, run_id=folder.name, folder=folder, journal=journal, executor=FLOWER_APP
     )
-    summary = write_results(folder, run, backbone.digest, outcome.heads)
+    summary = write_results(folder, run, digests_of(backbones), outcome.heads)
     console = Console(width=100)
     console.print(tables(summary))
     console.print(f"results: {folder}", soft_wrap=True)

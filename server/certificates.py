@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from common.errors import instead
 from common.files import write_atomic
 from common.types import BadInput
 
@@ -65,7 +66,7 @@ def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS)
         issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(
-            f"{folder}: expected the authority's ca.key and ca.crt, got {type(error).__name__}; "
+            f"{folder}: expected the authority's ca.key and ca.crt{instead(error)}; "
             "put your copy of them back, or make a new authority with `renew --ca`"
         ) from error
     assert isinstance(authority, ec.EllipticCurvePrivateKey)
@@ -95,7 +96,7 @@ def validity(path: Path) -> Validity:
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: expected a certificate, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a certificate{instead(error)}") from error
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         hosts = tuple(str(name.value) for name in names)

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from common.errors import instead
 from common.files import write_atomic
 from common.types import BadInput, Heads
 from server.aggregators import State
@@ -65,4 +66,4 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 states[task].setdefault(rest[0], {})[rest[1]] = array
         return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states, updates)
     except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
-        raise BadInput(f"{path}: expected a checkpoint, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected a checkpoint{instead(error)}") from error

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from common.backbones import open_pretrained
 from common.config import RunConfig, load
+from common.encoders import digests_of, open_encoders
 from common.journal import FileJournal
 from common.types import HeadwaterError, RunFailed
 from server.checkpoint import Checkpoint, load_checkpoint
@@ -42,14 +42,14 @@ def _run(grid: Grid, folder: Path) -> None:
     run = load(RunConfig, folder / "config.yaml")
     write_environment(folder / "environment.json", {"run": run.seed})
     journal = FileJournal(folder / "journal.jsonl")
-    digest = ""
+    digests: dict[str, str] = {}
     try:
-        backbone = open_pretrained(run.backbone, "backbone")
-        digest = backbone.digest
+        backbones = open_encoders(run)
+        digests = digests_of(backbones)
         outcome = run_federation(
             grid,
             run,
-            backbone,
+            backbones,
             run_id=folder.name,
             folder=folder,
             journal=journal,
@@ -59,9 +59,9 @@ def _run(grid: Grid, folder: Path) -> None:
         )
     except HeadwaterError as error:
         journal.write("run_failed", reason=str(error))
-        write_results(folder, run, digest, {})
+        write_results(folder, run, digests, {})
         raise
-    write_results(folder, run, digest, outcome.heads)
+    write_results(folder, run, digests, outcome.heads)
 
 
 @contextmanager

@@ -44,13 +44,12 @@ _ENGINE_GRACE_S = 75.0  # A killed site is noticed only when its heartbeat lapse
 
 @dataclass(frozen=True)
 class Member:
-    """A site that joined."""
+    """A site that joined; `backbones` are those its tasks stand on, and what it holds of them."""
 
     node_id: int
     site: str
     tasks: Mapping[str, int]
-    has_backbone: bool
-    held_parts: Sequence[int] = ()
+    backbones: Mapping[str, wire.Held]
 
 
 @dataclass(frozen=True)

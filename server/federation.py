@@ -19,6 +19,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from common.config import Name, load
+from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.plugins import Frozen
 from common.types import BadInput
@@ -188,7 +189,7 @@ def _read_secret(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: expected the secret that `init` wrote, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected the secret that `init` wrote{instead(error)}") from error
 
 
 def _settings_text(config: FederationConfig) -> str:

@@ -11,8 +11,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.backbones import open_pretrained
 from common.config import RunConfig, load
+from common.encoders import digests_of, open_encoders
 from common.files import write_atomic
 from common.offers import offer_bytes, offer_of
 from common.types import BadInput
@@ -52,8 +52,8 @@ def _files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict
         name = f"offers/{run.name}.json"
         if name in files:
             raise BadInput(f"{run_file}: expected runs of different names, got {run.name} twice")
-        backbone = open_pretrained(run.backbone, "backbone")
-        files[name] = offer_bytes(offer_of(run, backbone), backbone.digest)
+        backbones = open_encoders(run)
+        files[name] = offer_bytes(offer_of(run, backbones), digests_of(backbones))
     return files
 
 

@@ -18,6 +18,7 @@ from typing import Any, final
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from common.errors import instead
 from common.types import BadInput
 from server.gate import App
 
@@ -87,7 +88,7 @@ def public_listener(app: App, *, tls: Path, max_connections: int, idle_s: float)
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise BadInput(
-            f"{tls}: expected server.crt and the server.key that belongs to it, got {type(error).__name__}; "
+            f"{tls}: expected server.crt and the server.key that belongs to it{instead(error)}; "
             "`python -m server renew`"
         ) from error
     assert config.ssl is not None

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import TypeAdapter, ValidationError
 
 from common.config import Name
-from common.errors import nearest
+from common.errors import instead, nearest
 from common.files import write_atomic
 from common.types import BadInput
 from server.federation import Federation
@@ -68,7 +68,7 @@ def entries(federation: Federation) -> list[Entry]:
     try:
         return [Entry(**item) for item in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: expected the registry of sites, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: expected the registry of sites{instead(error)}") from error
 
 
 def admitted(federation: Federation) -> dict[str, Entry]:
@@ -159,7 +159,7 @@ def read_public_key(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(_MAX_KEY_BYTES)
     except OSError as error:
-        raise BadInput(f"{path}: {wanted}, got {type(error).__name__}") from error
+        raise BadInput(f"{path}: {wanted}{instead(error)}") from error
     if b"PRIVATE KEY" in raw:
         raise BadInput(
             f"{path}: {wanted}, got a PRIVATE key: it should never have left the site, which must make a new pair"

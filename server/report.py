@@ -42,6 +42,7 @@ def summarize(facts: Facts) -> Summary:
     about = _last(facts, "run_started") or {}
     ended = _last(facts, "run_ended")
     rounds = [fact for fact in facts if fact["event"] == "round"]
+    backbones = about.get("backbones", {})
     return {
         "schema": 1,
         "run": about.get("name"),
@@ -49,7 +50,8 @@ def summarize(facts: Facts) -> Summary:
         "executor": about.get("executor"),
         "rounds": len(rounds),
         "status": "completed" if ended and all(ended["updates"].values()) else "failed",
-        "backbone": about.get("backbone"),
+        "backbone": next(iter(backbones.values())) if len(backbones) == 1 else None,
+        "backbones": backbones,
         "tasks": {name: _task(facts, name, kind) for name, kind in about.get("tasks", {}).items()},
         "sites": _sites(facts, rounds),
         "audit": _audit(facts),
@@ -163,11 +165,14 @@ def _audit(facts: Facts) -> dict[str, Any]:
 def _bytes(facts: Facts, rounds: Facts) -> dict[str, int | None]:
     down = [size["down"] for item in rounds for size in item["sites"].values()]
     up = [size["up"] for item in rounds for size in item["sites"].values()]
-    backbone = [fact["bytes"] for fact in facts if fact["event"] == "backbone_sent"]
+    received: dict[str, int] = {}
+    for fact in facts:
+        if fact["event"] == "backbone_sent":
+            received[fact["site"]] = received.get(fact["site"], 0) + fact["bytes"]
     return {
         "down_per_site_round": _mean(down),
         "up_per_site_round": _mean(up),
-        "backbone_per_site": max(backbone) if backbone else None,
+        "backbone_per_site": max(received.values(), default=None),
     }
 
 

@@ -61,35 +61,35 @@ def code_digest() -> str:
     return sha.hexdigest()
 
 
-def write_results(folder: Path, run: RunConfig, backbone_digest: str, heads: Heads) -> Summary:
-    """Write `summary.json` from the journal, and the heads; the summary."""
+def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads) -> Summary:
+    """Write `summary.json` from the journal, and the heads, with the digests of the run's backbones; the summary."""
     summary = summarize(read(folder / "journal.jsonl"))
     epsilon = {name: site["epsilon"] for name, site in summary["sites"].items() if site["rounds"]}
-    save_heads(folder, run, backbone_digest, heads, epsilon)
+    save_heads(folder, run, backbones, heads, epsilon)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
     return summary
 
 
 def save_heads(
-    folder: Path, run: RunConfig, backbone_digest: str, heads: Heads, epsilon: Mapping[str, float | None]
+    folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads, epsilon: Mapping[str, float | None]
 ) -> None:
     """Write `heads/<task>.safetensors`; the metadata says what each head is for and what it cost.
 
     Args:
         folder: the run's folder.
         run: the run, for the tasks' settings.
-        backbone_digest: the backbone the heads belong on.
+        backbones: digest of each of the run's backbones.
         heads: final heads.
         epsilon: spent in this run by site; None for a non-private site.
     """
     (folder / "heads").mkdir(exist_ok=True)
     for task, params in heads.items():
-        settings = run.tasks[task].model_dump(mode="json")
+        settings = run.tasks[task].settings()
         about = {
             "task": task,
             "settings": json.dumps(settings),
             "labels": json.dumps(settings.get("labels")),
-            "backbone_digest": backbone_digest,
+            "backbone_digest": backbones[run.backbone_of(task)],
             "epsilon": json.dumps(dict(epsilon)),
         }
         arrays = {name: np.asarray(array, order="C") for name, array in params.items()}

@@ -1,4 +1,4 @@
-"""Before the first round: which sites agree to a run, and the backbone to those that lack it. Nothing is spent yet.
+"""Before the first round: which sites agree to a run, and backbones to those that lack them. Nothing is spent yet.
 
 A run that cannot reach its quorum ends here, with every site's reason.
 """
@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from common import wire
 from common.backbones import Backbone
 from common.config import MAX_PUBLIC_SIZE, RunConfig
+from common.encoders import digests_of
 from common.offers import offer_of
-from common.types import BadInput, RunFailed
+from common.types import BackboneBlob, BadInput, RunFailed
 from server.collect import MAY_CHANGE, SetAside
 from server.desk import Desk, Member, name_of
 
@@ -42,7 +43,7 @@ class _Answers:
         return there - joined - final
 
 
-def roll_call(desk: Desk, backbone: Backbone, roster: Mapping[int, str] | None) -> list[Member]:
+def roll_call(desk: Desk, backbones: Mapping[str, Backbone], roster: Mapping[int, str] | None) -> list[Member]:
     """The sites that agree to the run, by name, once they are a quorum. Nothing is spent yet.
 
     Sites that are not there, do not answer, or wait for their staff's approval are asked again until the deadline.
@@ -51,7 +52,7 @@ def roll_call(desk: Desk, backbone: Backbone, roster: Mapping[int, str] | None) 
     Raises:
         RunFailed: no quorum, and nobody is left to wait for or the deadline has passed; names every site's reason.
     """
-    request = wire.JoinRequest(desk.run_id, offer_of(desk.run, backbone), backbone.digest)
+    request = wire.JoinRequest(desk.run_id, offer_of(desk.run, backbones), digests_of(backbones))
     deadline = time.monotonic() + desk.run.cohort.join_timeout_s
     expected = len(roster) if roster is not None else desk.run.cohort.min_sites
     answers = _Answers()
@@ -92,7 +93,7 @@ def _offer(
         if problem:
             aside.append(SetAside(node, problem, reply.site))
             continue
-        answers.members[reply.site] = Member(node, reply.site, reply.tasks, reply.has_backbone, reply.held_parts)
+        answers.members[reply.site] = Member(node, reply.site, reply.tasks, reply.backbones)
         answers.reasons.pop(node, None)
         desk.journal.write(
             "joined",
@@ -107,21 +108,24 @@ def _offer(
     answers.reasons |= {item.node_id: item for item in aside}
 
 
-def hand_out(desk: Desk, members: list[Member], backbone: Backbone) -> list[Member]:
-    """Have every member prepare; the backbone travels, in parts, only to sites that lack it.
+def hand_out(desk: Desk, members: list[Member], backbones: Mapping[str, Backbone]) -> list[Member]:
+    """Have every member prepare; a backbone travels, in parts, only to sites whose tasks need it and that lack it.
 
     Raises:
         RunFailed: fewer than a quorum are ready.
     """
-    lacking = [member for member in members if not member.has_backbone]
-    blob = backbone.blob() if lacking else None
-    if blob is not None:
-        send_parts(desk, lacking, blob.weights)
-    with_spec = wire.PrepareRequest(desk.run_id, None if blob is None else blob.spec)
-    without = wire.PrepareRequest(desk.run_id, None)
-    payloads: dict[int, wire.Request] = {
-        member.node_id: without if member.has_backbone else with_spec for member in members
-    }
+    specs: dict[int, dict[str, str]] = {member.node_id: {} for member in members}
+    for name, backbone in backbones.items():
+        lacking = [member for member in members if name in member.backbones and not member.backbones[name].whole]
+        # Two names may mean one backbone.
+        lacking = [member for member in lacking if backbone.digest not in specs[member.node_id]]
+        if not lacking:
+            continue
+        blob = backbone.blob()
+        send_parts(desk, lacking, name, blob)
+        for member in lacking:
+            specs[member.node_id][blob.digest] = blob.spec
+    payloads: dict[int, wire.Request] = {node: wire.PrepareRequest(desk.run_id, own) for node, own in specs.items()}
     good, aside, _ = desk.ask(wire.PREPARE, payloads, wire.Ready)
     desk.write_aside(aside, {member.node_id: member.site for member in members}, at="prepare")
     ready = {member.site: member for member in members if member.node_id in good}
@@ -131,20 +135,22 @@ def hand_out(desk: Desk, members: list[Member], backbone: Backbone) -> list[Memb
     return list(ready.values())
 
 
-def send_parts(desk: Desk, members: list[Member], weights: bytes) -> None:
-    """Send each member the parts of the weights that it does not hold; a lost part is sent again, a few times."""
+def send_parts(desk: Desk, members: list[Member], name: str, blob: BackboneBlob) -> None:
+    """Send each member the parts of a backbone that it does not hold; a lost part is sent again, a few times."""
+    weights = blob.weights
     total = -(-len(weights) // wire.PART_BYTES)
     if total > wire.MAX_PARTS:
-        raise BadInput(f"backbone: expected at most {wire.MAX_PARTS * wire.PART_BYTES >> 20} MiB of weights, got more")
+        most = wire.MAX_PARTS * wire.PART_BYTES >> 20
+        raise BadInput(f"{desk.run.encoder_key(name)}: expected at most {most} MiB of weights, got more")
     names = {member.node_id: member.site for member in members}
-    missing = {member.node_id: [i for i in range(total) if i not in member.held_parts] for member in members}
+    missing = {member.node_id: [i for i in range(total) if i not in member.backbones[name].parts] for member in members}
     sent: dict[int, int] = dict.fromkeys(names, 0)
     tries: dict[int, int] = dict.fromkeys(names, 0)
     while any(missing.values()):
         # All sites' next part is one object: encoded once where they are at the same one.
         index = min(parts[0] for parts in missing.values() if parts)
         start = index * wire.PART_BYTES
-        part = wire.PartRequest(desk.run_id, index, total, weights[start : start + wire.PART_BYTES])
+        part = wire.PartRequest(desk.run_id, blob.digest, index, total, weights[start : start + wire.PART_BYTES])
         nodes = [node for node, parts in missing.items() if parts and parts[0] == index]
         good, aside, size = desk.ask(wire.PART, dict.fromkeys(nodes, part), wire.Ready)
         for node in nodes:
@@ -159,7 +165,7 @@ def send_parts(desk: Desk, members: list[Member], weights: bytes) -> None:
         desk.write_aside(aside, names, at="backbone")
         desk.observe("backbone", index + 1, total)
     for node, bytes_ in sent.items():
-        desk.journal.write("backbone_sent", site=names[node], bytes=bytes_)
+        desk.journal.write("backbone_sent", site=names[node], backbone=name, bytes=bytes_)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -174,6 +180,8 @@ def _join_problem(
         return "another site joined under the same name"
     if not reply.tasks or not set(reply.tasks) <= set(run.tasks):
         return "joined with tasks that are not the run's"
+    if set(reply.backbones) != {run.backbone_of(task) for task in reply.tasks}:
+        return "joined with other backbones than its tasks stand on"
     if max(reply.tasks.values()) > MAX_PUBLIC_SIZE:
         return f"declared a public size above {MAX_PUBLIC_SIZE}"
     return None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import final
 
+from common.errors import instead
 from common.files import write_atomic
 from common.types import BadInput
 from server.control import Control
@@ -59,9 +60,7 @@ class Roster(Mapping[int, str]):
                 self._ever |= self._names
                 self._stamp = stamp
         except (OSError, ValueError, AttributeError) as error:
-            raise BadInput(
-                f"{self._path}: expected the roster of admitted sites, got {type(error).__name__}"
-            ) from error
+            raise BadInput(f"{self._path}: expected the roster of admitted sites{instead(error)}") from error
         return self._names
 
     def __getitem__(self, node_id: int) -> str:

@@ -1,4 +1,4 @@
-"""The coordinator's side of a run: roll call, backbone, rounds, evaluations, heads home. One readable loop.
+"""The coordinator's side of a run: roll call, backbones, rounds, evaluations, heads home. One readable loop.
 
 Invariant: after every round the journal and the checkpoint on disk say all that is needed to report or to continue;
 a bad reply costs its sender its place in that round and nothing else.
@@ -12,12 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 
 from common import wire
 from common.backbones import Backbone
 from common.config import RunConfig
+from common.encoders import feature_dims
 from common.heads import initial_heads, parameters
 from common.journal import Journal
 from common.tasks import open_task
@@ -41,7 +43,7 @@ class Outcome:
 def run_federation(
     grid: Grid,
     run: RunConfig,
-    backbone: Backbone,
+    backbones: Mapping[str, Backbone],
     *,
     run_id: str,
     folder: Path,
@@ -56,7 +58,7 @@ def run_federation(
     Args:
         grid: Flower's line to the sites.
         run: what to train.
-        backbone: the frozen backbone to hand out.
+        backbones: the run's frozen backbones, to hand out.
         run_id: unique id of the run, a plain name.
         folder: where checkpoints go.
         journal: where facts go.
@@ -79,14 +81,14 @@ def run_federation(
         resumed=resume is not None,
         audit_required=run.audit == "required",
         tasks={name: spec.kind for name, spec in run.tasks.items()},
-        backbone={"kind": run.backbone.kind, "model": backbone.public_spec().get("model"), "digest": backbone.digest},
+        backbones={name: _about(run, name, backbone) for name, backbone in backbones.items()},
     )
-    members = roll_call(desk, backbone, roster)
+    members = roll_call(desk, backbones, roster)
     observe("joined", len(members), len(members))
     started = time.monotonic()
-    members = hand_out(desk, members, backbone)
+    members = hand_out(desk, members, backbones)
     journal.write("features_ready", seconds=round(time.monotonic() - started, 3))
-    state = resume or _new_state(desk, backbone)
+    state = resume or _new_state(desk, backbones)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         observe("rounds", round_ - 1, run.rounds)
         state = one_round(desk, members, state, round_)
@@ -183,9 +185,16 @@ def bring_home(desk: Desk, members: list[Member], heads: Heads) -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _new_state(desk: Desk, backbone: Backbone) -> Checkpoint:
+def _about(run: RunConfig, name: str, backbone: Backbone) -> dict[str, Any]:
+    """What a report says of a backbone."""
+    settings = backbone.public_spec()
+    tasks = [task for task in run.tasks if run.backbone_of(task) == name]
+    return {"kind": settings["kind"], "model": settings.get("model"), "digest": backbone.digest, "tasks": tasks}
+
+
+def _new_state(desk: Desk, backbones: Mapping[str, Backbone]) -> Checkpoint:
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
-    modules = initial_heads(tasks, {name: backbone.feature_dim for name in tasks}, desk.run.seed)
+    modules = initial_heads(tasks, feature_dims(desk.run, backbones), desk.run.seed)
     heads = {name: parameters(module) for name, module in modules.items()}
     aggregator = open_aggregator(desk.run.aggregation, "aggregation")
     states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}

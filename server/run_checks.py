@@ -1,14 +1,13 @@
-"""What this machine can see of a run before any site is asked: file, backbone, tasks, and how many sites it needs."""
+"""What this machine can see of a run before any site is asked: file, backbones, tasks, and how many sites it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.backbones import open_pretrained
 from common.config import RunConfig, load
+from common.encoders import absolute, feature_dims, open_encoders
 from common.heads import initial_heads
-from common.plugins import Spec, resolve
 from common.tasks import open_task
 from common.types import BadInput
 from server.aggregators import open_aggregator
@@ -29,9 +28,8 @@ def checked_run(federation: Federation, path: Path, overrides: Sequence[str]) ->
     needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)
     if needed > len(sites):
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
-    backbone = open_pretrained(run.backbone, "backbone")
+    backbones = open_encoders(run)
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    initial_heads(tasks, dict.fromkeys(tasks, backbone.feature_dim), run.seed)
+    initial_heads(tasks, feature_dims(run, backbones), run.seed)
     open_aggregator(run.aggregation, "aggregation")
-    settings = resolve("common.backbones", run.backbone, "backbone").model_dump(mode="json", by_alias=True)
-    return run.model_copy(update={"backbone": Spec(**settings)})
+    return absolute(run)

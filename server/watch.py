@@ -71,7 +71,7 @@ def in_words(fact: Fact, rounds: int) -> str | None:
         case "set_aside":
             return f"{fact['site']} set aside at {fact.get('at', 'train')}: {fact['reason']}"
         case "backbone_sent":
-            return f"{fact['site']} received the backbone, {fact['bytes']:,} bytes"
+            return f"{fact['site']} received {fact['backbone']}, {fact['bytes']:,} bytes"
         case "features_ready":
             return f"sites are ready after {fact['seconds']:.1f} s"
         case "round":

@@ -14,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from client.audit_page import audit_table
-from client.forecast import as_json, forecast, table
+from client.forecast import LEGEND, as_json, forecast, table
 from common.config import SimulationConfig, load
 from common.console import EXIT_FAILED, reported_errors, shown_progress
+from common.types import BadInput
 from server.report import Summary, failures, tables
 from simulations.audit import audit_simulation
 from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
 from simulations.experiment import run as run_config
 from simulations.experiment import write_files
+from simulations.files import missing_files
 from simulations.partition import build_sites
 from simulations.pretrain import pretrain as pretrain_backbone
 from simulations.sweep import Row
@@ -77,13 +79,16 @@ def sites(
 
 @app.command()
 def check(config: Config, set_: Set = None) -> None:
-    """Validate a simulation file without running it.
+    """Validate a simulation file without running it, and look whether the files it names are there.
 
     Example: python -m simulations check configs/simulations/demo.yaml
     """
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
         check_config(loaded)
+        absent = missing_files(loaded)
+        if absent:
+            raise BadInput("; ".join(absent))
         typer.echo(f"{config}: valid; {len(loaded.run.tasks)} task(s), {loaded.run.rounds} round(s)")
 
 
@@ -103,6 +108,7 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
             typer.echo(json.dumps({"sites": [as_json(each) for each in outlooks]}, indent=2, allow_nan=False))
             return
         Console().print(table(outlooks))
+        typer.echo(LEGEND)
         for each in outlooks:
             for warning in each.warnings:
                 typer.echo(f"warning: {each.site}: {warning}")

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from client.metrics import Values
 from client.site import Site
 from client.solvers import open_solver
 from client.sources import open_source
-from common.backbones import Backbone, open_pretrained, open_random
+from common.backbones import Backbone, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
+from common.encoders import absolute, digests_of, open_encoders
 from common.files import without_flushing
 from common.heads import initial_heads
 from common.journal import FileJournal, read
@@ -43,6 +45,9 @@ from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
 from simulations.partition import build_sites, read_sites, source_settings
 
+_IN_FILE = "run."
+"""Where the run stands in a simulation's file."""
+
 
 def _silent(phase: str, done: int, total: int) -> None:
     del phase, done, total
@@ -54,7 +59,7 @@ class Experiment:
 
     config: SimulationConfig
     tasks: Mapping[str, Task]
-    backbone: Backbone
+    backbones: Mapping[str, Backbone]
     folder: Path
     entropy: Entropy
     observe: Observe
@@ -63,6 +68,11 @@ class Experiment:
     def journal(self) -> FileJournal:
         """The run's journal."""
         return FileJournal(self.folder / "journal.jsonl")
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Of the run's backbones."""
+        return digests_of(self.backbones)
 
     @property
     def run_id(self) -> str:
@@ -82,7 +92,7 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
         BadInput: the first setting that is wrong.
     """
     run = config.run
-    resolve("common.backbones", run.backbone, "run.backbone")
+    absolute(run, _IN_FILE)  # Resolves every backbone.
     tasks = {name: open_task(spec, f"run.tasks.{name}") for name, spec in run.tasks.items()}
     for key, spec in source_settings(config).items():
         open_source(spec, key)
@@ -126,12 +136,12 @@ def run(
     if not isinstance(config, SimulationConfig):
         config = load(SimulationConfig, Path(config), overrides)
     tasks = check(config)
-    backbone = open_pretrained(config.run.backbone, "run.backbone")
+    backbones = open_encoders(config.run, _IN_FILE)
     folder = _new_folder(config, out)
     write_yaml(folder / "config.yaml", standalone(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
     sites = build_sites(config, folder / "sites", non_private=config.run.privacy == "non_private")
-    experiment = Experiment(config, tasks, backbone, folder, entropy or _entropy(config), observe)
+    experiment = Experiment(config, tasks, backbones, folder, entropy or _entropy(config), observe)
     return _complete(experiment, sites, resume=None)
 
 
@@ -148,9 +158,9 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _
     checkpoint = load_checkpoint(path) if path.exists() else None
     if checkpoint is not None and checkpoint.run_id != folder.resolve().name:
         raise BadInput(f"{path}: expected a checkpoint of this run, got one of {checkpoint.run_id}")
-    backbone = open_pretrained(config.run.backbone, "run.backbone")
+    backbones = open_encoders(config.run, _IN_FILE)
     sites = read_sites(folder / "sites")
-    experiment = Experiment(config, check(config), backbone, folder, entropy or _entropy(config), observe)
+    experiment = Experiment(config, check(config), backbones, folder, entropy or _entropy(config), observe)
     return _complete(experiment, sites, checkpoint)
 
 
@@ -169,17 +179,16 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
 def standalone(config: SimulationConfig) -> SimulationConfig:
     """The same simulation with absolute paths: it means the same in whatever folder it is written."""
 
-    def absolute(package: str, spec: Spec) -> Spec:
-        return Spec(**resolve(package, spec, "").model_dump(mode="json", by_alias=True))
+    def plain(spec: Spec) -> Spec:
+        return Spec(**resolve("client.sources", spec, "").model_dump(mode="json", by_alias=True))
 
-    run_ = config.run.model_copy(update={"backbone": absolute("common.backbones", config.run.backbone)})
-    sources = {name: absolute("client.sources", spec) for name, spec in config.sources.items()}
+    sources = {name: plain(spec) for name, spec in config.sources.items()}
     sites = {
-        site: {name: absolute("client.sources", spec) for name, spec in own.items()}
-        for site, own in (config.partition.sites or {}).items()
+        site: {name: plain(spec) for name, spec in own.items()} for site, own in (config.partition.sites or {}).items()
     }
     partition = config.partition.model_copy(update={"sites": sites or None})
     # Pre-training is over when a run begins.
+    run_ = absolute(config.run, _IN_FILE)
     return config.model_copy(update={"run": run_, "sources": sources, "partition": partition, "pretrain": None})
 
 
@@ -192,9 +201,9 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
     if run_.audit == "required":
         _audit(experiment)
     try:
-        outcome = _federate(experiment, run_, experiment.backbone, sites, experiment.folder, resume)
+        outcome = _federate(experiment, run_, experiment.backbones, sites, experiment.folder, resume)
     except RunFailed as error:
-        write_results(experiment.folder, run_, experiment.backbone.digest, {})
+        write_results(experiment.folder, run_, experiment.digests, {})
         for site in sites:
             fact = _refusal(site)
             if fact is not None and fact["refusal"] == Refusal.BAD_REQUEST:
@@ -211,7 +220,7 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
         metrics = _BASELINES[name](experiment, sites)
         experiment.journal.write("baseline", name=name, metrics=metrics, seconds=round(time.monotonic() - started, 3))
         experiment.observe(f"baseline {name}", 1, 1)
-    return write_results(experiment.folder, run_, experiment.backbone.digest, outcome.heads)
+    return write_results(experiment.folder, run_, experiment.digests, outcome.heads)
 
 
 def _audit(experiment: Experiment) -> None:
@@ -221,7 +230,7 @@ def _audit(experiment: Experiment) -> None:
     try:
         required(result)
     except RunFailed:
-        write_results(experiment.folder, experiment.config.run, experiment.backbone.digest, {})
+        write_results(experiment.folder, experiment.config.run, experiment.digests, {})
         raise
 
 
@@ -241,7 +250,7 @@ def _entropy(config: SimulationConfig) -> Entropy:
 def _federate(
     experiment: Experiment,
     run_: RunConfig,
-    backbone: Backbone,
+    backbones: Mapping[str, Backbone],
     sites: Sequence[SiteConfig],
     folder: Path,
     resume: Checkpoint | None = None,
@@ -257,7 +266,7 @@ def _federate(
         return run_federation(
             grid,
             run_,
-            backbone,
+            backbones,
             run_id=folder.name,
             folder=folder,
             journal=FileJournal(folder / "journal.jsonl"),
@@ -366,23 +375,23 @@ def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[st
     config = experiment.config
     changes = {"solver": config.non_private_solver, "privacy": "non_private", "evaluation": None}
     run_ = config.run.model_copy(update=changes)
-    return _again(experiment, run_, experiment.backbone, "non_private")
+    return _again(experiment, run_, experiment.backbones, "non_private")
 
 
 def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
     del sites  # Their ledgers are the real run's.
     run_ = experiment.config.run.model_copy(update={"evaluation": None})
-    backbone = open_random(run_.backbone, "run.backbone", seed=run_.seed)
-    return _again(experiment, run_, backbone, "random_backbone")
+    backbones = open_encoders(run_, _IN_FILE, opened_by=partial(open_random, seed=run_.seed))
+    return _again(experiment, run_, backbones, "random_backbone")
 
 
-def _again(experiment: Experiment, run_: RunConfig, backbone: Backbone, name: str) -> dict[str, Values]:
+def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Backbone], name: str) -> dict[str, Values]:
     """The federation once more under other conditions, with sites and ledgers of its own."""
     folder = experiment.folder / "baselines" / name
     shutil.rmtree(folder, ignore_errors=True)  # Of an attempt that was interrupted.
     folder.mkdir(parents=True)
     sites = build_sites(experiment.config, folder / "sites", non_private=run_.privacy == "non_private")
-    outcome = _federate(experiment, run_, backbone, sites, folder)
+    outcome = _federate(experiment, run_, backbones, sites, folder)
     return _pooled(experiment, outcome.heads, sites, folder.name)
 
 

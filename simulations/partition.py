@@ -6,7 +6,7 @@ Rows are assigned by unit: all records of a patient go to one site.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from client.sources import Record, SourceKind, open_source
 from common.config import (
     Allow,
+    Keep,
     Partition,
     SimulatedTask,
     SimulationConfig,
@@ -82,10 +83,14 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
     tasks = {
         task_name: _site_task(task, task_name, name)
         for task_name, task in config.tasks.items()
-        if task.sites == "all" or name in task.sites
+        if (task.source in layout.sources[name] if task.sites == "all" else name in task.sites)
     }
     if not tasks:
         raise BadInput(f"tasks: site {name!r} has none; list it in at least one task's `sites`")
+    for task_name, task in tasks.items():
+        if task.source not in layout.sources[name]:
+            known = ", ".join(sorted(layout.sources[name]))
+            raise BadInput(f"tasks.{task_name}.source: expected a source of site {name} ({known}), got {task.source!r}")
     used = {task.source for task in tasks.values()}
     sources = {}
     for source_name in used:
@@ -144,15 +149,39 @@ def _plain(kind: SourceKind) -> dict[str, Any]:
 
 
 def _natural(config: SimulationConfig) -> Layout:
-    assert config.partition.sites is not None
+    own = config.partition.sites or {}
     rows: Assignment = {}
     if config.partition.split == "stratified":
-        for site, sources in config.partition.sites.items():
+        for site, sources in own.items():
             rows[site] = {
                 name: _stratified(config, name, _index(spec, f"partition.sites.{site}.{name}"))
                 for name, spec in sources.items()
             }
-    return Layout(config.partition.sites, rows)
+    layout = {site: dict(sources) for site, sources in own.items()}
+    for name, sites in config.partition.divide.items():
+        index = _index(config.sources[name], f"sources.{name}")
+        for site, positions in _evenly(config, index, list(sites)).items():
+            kept = _kept(index, positions, sites[site], f"partition.divide.{name}.{site}")
+            layout.setdefault(site, {})[name] = config.sources[name]
+            rows.setdefault(site, {})[name] = _with_split(config, name, index, kept)
+    return Layout(layout, rows)
+
+
+def _kept(index: list[Record], positions: list[int], keep: Keep, key: str) -> list[int]:
+    """Of some positions those whose records have one of the listed cells in each listed column."""
+    wanted = {} if keep == "all" else keep
+    for column in wanted:
+        if positions and column not in index[positions[0]].cells:
+            known = ", ".join(sorted(index[positions[0]].cells))
+            raise BadInput(f"{key}: expected one of the source's columns {known}, got {column!r}")
+    kept = [
+        position
+        for position in positions
+        if all(index[position].cells[column] in cells for column, cells in wanted.items())
+    ]
+    if not kept:
+        raise BadInput(f"{key}: expected a site that keeps at least one record, got none")
+    return kept
 
 
 def _divided(config: SimulationConfig) -> Layout:
@@ -190,22 +219,34 @@ def _divide(
     assert partition.num_sites is not None
     width = len(str(partition.num_sites))
     names = [f"site-{number:0{width}d}" for number in range(1, partition.num_sites + 1)]
+    if partition.kind == "iid":
+        return _evenly(config, index, names)
     chosen: dict[str, list[int]] = {name: [] for name in names}
-    # Train and test records are divided separately where the source separates them, so that every site has both.
+    shares: dict[str, np.ndarray] = {}
+    for side, groups_there in _sides(partition, index, groups).items():
+        labels = _labels(config, source, index, groups_there)
+        rng = np.random.default_rng([partition.seed, len(side)])
+        _dirichlet(partition, groups_there, labels, shares, chosen, rng)
+    return chosen
+
+
+def _sides(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Train and test records separately where the source separates them, so that every site has both."""
     parts: dict[str, list[list[int]]] = {}
     for group in groups:
         side = index[group[0]].split or "" if partition.split == "source" else ""
         parts.setdefault(side, []).append(group)
-    shares: dict[str, np.ndarray] = {}
-    for side in sorted(parts):
-        rng = np.random.default_rng([partition.seed, len(side)])
-        if partition.kind == "iid":
-            order = [parts[side][i] for i in rng.permutation(len(parts[side]))]
-            for number, name in enumerate(names):
-                chosen[name] += [position for group in order[number :: len(names)] for position in group]
-        else:
-            labels = _labels(config, source, index, parts[side])
-            _dirichlet(partition, parts[side], labels, shares, chosen, rng)
+    return dict(sorted(parts.items()))
+
+
+def _evenly(config: SimulationConfig, index: list[Record], names: Sequence[str]) -> dict[str, list[int]]:
+    """Shuffled and dealt out, unit by unit."""
+    chosen: dict[str, list[int]] = {name: [] for name in names}
+    for side, groups in _sides(config.partition, index, _groups(index, config.unit)).items():
+        rng = np.random.default_rng([config.partition.seed, len(side)])
+        order = [groups[i] for i in rng.permutation(len(groups))]
+        for number, name in enumerate(names):
+            chosen[name] += [position for group in order[number :: len(names)] for position in group]
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Train a run's small backbone on public records, so that a demo needs no download.
+"""Train one of a run's small backbones on public records, so that a demo needs no download.
 
 The result is cached: a file whose metadata carries the digest of the settings and records it was made from is kept.
 """
@@ -20,6 +20,7 @@ from common.backbones import Untrained, open_untrained
 from common.backbones.small_cnn import pretrained_tensors
 from common.config import Pretrain, SimulationConfig
 from common.files import write_atomic
+from common.plugins import Spec
 from common.types import BadInput
 from server.desk import Observe
 
@@ -34,7 +35,7 @@ class Pretrained:
 
 
 def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
-    """Train the run's backbone with a linear classifier on the simulation's public source.
+    """Train the run's backbone that is to be, with a linear classifier on the simulation's public source.
 
     Raises:
         BadInput: the simulation has no `pretrain` section or its backbone no file to write to.
@@ -42,9 +43,10 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     plan = config.pretrain
     if plan is None:
         raise BadInput("pretrain: expected a section that says how to train the backbone, got nothing")
-    untrained = open_untrained(config.run.backbone, "run.backbone", seed=plan.seed)
+    key = f"run.{config.run.encoder_key(_name(config))}"
+    untrained = open_untrained(_settings(config), key, seed=plan.seed)
     if untrained.weights_path is None:
-        raise BadInput("run.backbone.weights: expected a file to write the weights to, got nothing")
+        raise BadInput(f"{key}.weights: expected a file to write the weights to, got nothing")
     sources = [open_source(spec, f"pretrain.sources.{i}").open() for i, spec in enumerate(plan.sources)]
     made_from = _digest(config, [source.digest() for source in sources])
     if _is_cached(untrained.weights_path, made_from):
@@ -58,6 +60,16 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     untrained.weights_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(untrained.weights_path, save(state, metadata={"made_from": made_from}))
     return Pretrained(untrained.weights_path, accuracy, cached=False)
+
+
+def _name(config: SimulationConfig) -> str:
+    name = config.pretrained_backbone()
+    assert name is not None
+    return name
+
+
+def _settings(config: SimulationConfig) -> Spec:
+    return config.run.encoders[_name(config)]
 
 
 def _records(plan: Pretrain, sources: list[Source], untrained: Untrained) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +115,7 @@ def _fit(
 
 def _digest(config: SimulationConfig, source_digests: list[str]) -> str:
     assert config.pretrain is not None
-    backbone = config.run.backbone.model_dump(mode="json")
+    backbone = _settings(config).model_dump(mode="json")
     backbone.pop("weights", None)
     facts = {"pretrain": config.pretrain.model_dump(mode="json"), "backbone": backbone, "records": source_digests}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -59,7 +59,10 @@ def test_every_simulation_means_the_same_when_it_is_written_elsewhere(path: Path
     write_yaml(tmp_path / "config.yaml", standalone(config))
     back = load(SimulationConfig, tmp_path / "config.yaml")
     assert check(back) == check(config)
-    written, read = (resolve("common.backbones", each.run.backbone, "backbone") for each in (config, back))
+    written, read = (
+        {name: resolve("common.backbones", spec, name) for name, spec in each.run.encoders.items()}
+        for each in (config, back)
+    )
     assert written == read
 
 

@@ -10,8 +10,10 @@ import numpy as np
 from client.joining import keep_part, prepare_run
 from client.site import Site
 from common import wire
-from common.backbones import Backbone, open_pretrained
-from common.config import RunConfig, SiteConfig, parse
+from common.backbones import Backbone
+from common.config import ONLY_BACKBONE, RunConfig, SiteConfig, parse
+from common.encoders import digests_of, open_encoders
+from common.offers import offer_of
 
 DIM = 4
 TASKS = {
@@ -39,13 +41,19 @@ def run_config(**changes: Any) -> RunConfig:
 def give_backbone(site: Site, run_id: str, frozen: Backbone) -> None:
     """Send a site the backbone of a run it joined, in one part, and have it prepare."""
     blob = frozen.blob()
-    keep_part(site, wire.PartRequest(run_id, 0, 1, blob.weights))
-    prepare_run(site, wire.PrepareRequest(run_id, blob.spec))
+    keep_part(site, wire.PartRequest(run_id, frozen.digest, 0, 1, blob.weights))
+    prepare_run(site, wire.PrepareRequest(run_id, {frozen.digest: blob.spec}))
 
 
 def backbone() -> Backbone:
     """The run's backbone."""
-    return open_pretrained(run_config().backbone, "backbone")
+    return open_encoders(run_config())[ONLY_BACKBONE]
+
+
+def offered(run_id: str, run: RunConfig, frozen: Backbone) -> wire.JoinRequest:
+    """A run of one backbone as a coordinator offers it."""
+    only = {ONLY_BACKBONE: frozen}
+    return wire.JoinRequest(run_id, offer_of(run, only), digests_of(only))
 
 
 def write_records(path: Path, seed: int, count: int = 40) -> None:

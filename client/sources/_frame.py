@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import AfterValidator
 
+from common.errors import instead
 from common.types import BadInput
 
 WHITESPACE = "whitespace"
@@ -50,7 +51,7 @@ def read_frame(
         frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, separator, quotes)
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
         # From None: a parser's own message may quote the file.
-        raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from None
+        raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
     if path.suffix.lower() != ".parquet":
         if columns is None:
             columns, frame = [str(name).strip() for name in frame.iloc[0].fillna("")], frame.iloc[1:]

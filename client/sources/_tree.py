@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from client.sources._base import digest
+from common.errors import instead
 from common.types import BadInput, BadRecord
 
 _UNREADABLE = (EOFError, KeyError, NotImplementedError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -57,7 +58,7 @@ def open_tree(path: Path, what: str) -> Tree:
         archive = zipfile.ZipFile(path)
         return Tree(path, {info.filename: f"{info.file_size} {info.CRC}" for info in archive.infolist()}, archive)
     except (OSError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: expected a folder or zip of {what}, got {type(error).__name__}") from None
+        raise BadInput(f"{path}: expected a folder or zip of {what}{instead(error)}") from None
 
 
 def _stamps(folder: Path) -> dict[str, str]:

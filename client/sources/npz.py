@@ -17,6 +17,7 @@ from pydantic import Field
 
 from client.sources import Example, Record
 from client.sources._base import SourceSettings, digest
+from common.errors import instead
 from common.plugins import Frozen, LocalPath
 from common.types import BadInput
 
@@ -81,7 +82,7 @@ class Npz(SourceSettings):
         try:
             found = self.path.stat()
         except OSError as error:
-            raise BadInput(f"{self.path}: expected a readable .npz file, got {type(error).__name__}") from None
+            raise BadInput(f"{self.path}: expected a readable .npz file{instead(error)}") from None
         # Which rows a site has is not a fact about the file.
         settings = self.model_dump_json(exclude={"rows"})
         return _opened(settings, self.path, (found.st_ino, found.st_size, found.st_mtime_ns))
@@ -102,7 +103,7 @@ class Npz(SourceSettings):
                     arrays = {name: np.asarray(file[name]) for name in self._wanted()}
         except _UNREADABLE as error:
             raise BadInput(
-                f"{self.path}: expected a readable .npz file without Python objects, got {type(error).__name__}"
+                f"{self.path}: expected a readable .npz file without Python objects{instead(error)}"
             ) from None
         for part in self.parts.values():
             self._check(part, arrays)

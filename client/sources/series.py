@@ -14,6 +14,7 @@ from client.sources import Example, Record
 from client.sources._base import SourceSettings, digest, digest_of_texts
 from client.sources._frame import Separator, read_frame, require_columns
 from client.sources._series import series_of_cells
+from common.errors import instead
 from common.plugins import LocalPath
 from common.types import BadInput
 
@@ -149,7 +150,7 @@ def _lines(path: Path, separator: str) -> list[list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: expected a readable table, got {type(error).__name__}") from None
+        raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
     split = None if separator == "whitespace" else separator
     lines = [[cell.strip() for cell in line.split(split)] for line in text.splitlines() if line.strip()]
     if not lines:

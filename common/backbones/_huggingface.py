@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PretrainedCon
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from common.errors import instead
 from common.types import BadInput
 
 # They describe where a file came from, what it was saved as, or a classifier: nothing that shapes features.
@@ -99,9 +100,7 @@ def tokenizer_json(location: Location) -> bytes:
     try:
         found = _converted(location) if path is None else tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except (OSError, ValueError, ImportError) as error:
-        raise BadInput(
-            f"folder: expected a tokenizer.json, or files that convert to one, got {type(error).__name__}"
-        ) from error
+        raise BadInput(f"folder: expected a tokenizer.json, or files that convert to one{instead(error)}") from error
     found.no_padding()
     found.no_truncation()
     text: str = found.to_str()
@@ -127,7 +126,7 @@ def model_of(location: Location, config: PretrainedConfig) -> tuple[nn.Module, s
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(
-            f"folder: expected weights as safetensors that fit the model's config.json, got {type(error).__name__}; "
+            f"folder: expected weights as safetensors that fit the model's config.json{instead(error)}; "
             "pickled weights are not read: convert them with `save_pretrained`"
         ) from error
     return model.float(), set(info["missing_keys"])
@@ -163,7 +162,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"folder: expected a readable JSON file {path}, got {type(error).__name__}") from error
+        raise BadInput(f"folder: expected a readable JSON file {path}{instead(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"folder: expected keys and values in {path}")
     return {name: value for name, value in values.items() if name not in _UNUSED}

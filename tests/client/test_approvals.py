@@ -24,7 +24,7 @@ from common.offers import offer_bytes, offer_of, run_digest
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged, Refusal
-from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def frozen() -> Backbone:
 
 
 def request(frozen: Backbone, run_id: str = "run-1", **changes: Any) -> wire.JoinRequest:
-    return wire.JoinRequest(run_id, offer_of(run_config(**changes), frozen), frozen.digest)
+    return offered(run_id, run_config(**changes), frozen)
 
 
 def offer(frozen: Backbone, **changes: Any) -> Offer:
-    return Offer(offer_of(run_config(**changes), frozen), frozen.digest)
+    return Offer(offer_of(run_config(**changes), {"backbone": frozen}), {"backbone": frozen.digest})
 
 
 def heads(frozen: Backbone) -> Heads:
@@ -61,7 +61,7 @@ def test_a_run_that_nobody_approved_is_declined_and_waits(site: Site, frozen: Ba
     assert refusal(site, request(frozen)) is Refusal.NOT_APPROVED
     approvals = Approvals(site.config.state_dir)
     [waiting] = approvals.waiting()
-    assert waiting.digest == run_digest(offer_of(run_config(), frozen), frozen.digest)
+    assert waiting.digest == run_digest(offer_of(run_config(), {"backbone": frozen}), {"backbone": frozen.digest})
     assert approvals.all() == []
 
 
@@ -174,7 +174,7 @@ def test_the_command_approves_a_waiting_offer_a_kits_offer_and_a_run_file(
     assert "epsilon" in by_name.stdout
 
     kit = tmp_path / "kit.json"
-    kit.write_bytes(offer_bytes(offer_of(run_config(seed=8), frozen), frozen.digest))
+    kit.write_bytes(offer_bytes(offer_of(run_config(seed=8), {"backbone": frozen}), {"backbone": frozen.digest}))
     assert CliRunner().invoke(app, ["approve", str(path), str(kit)]).exit_code == 0
 
     run = tmp_path / "run.yaml"
@@ -206,8 +206,11 @@ def test_an_offer_file_with_text_in_place_of_a_kind_is_refused_before_it_is_show
 ) -> None:
     path, kit = tmp_path / "site.yaml", tmp_path / "kit.json"
     write_yaml(path, site.config)
-    values = {**offer_of(run_config(), frozen), "tasks": {**TASKS, "other": {"kind": "x\nprice     epsilon 0.01"}}}
-    kit.write_bytes(offer_bytes(values, frozen.digest))
+    values = {
+        **offer_of(run_config(), {"backbone": frozen}),
+        "tasks": {**TASKS, "other": {"kind": "x\nprice     epsilon 0.01"}},
+    }
+    kit.write_bytes(offer_bytes(values, {"backbone": frozen.digest}))
     result = CliRunner().invoke(app, ["approve", str(path), str(kit)])
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -227,7 +230,7 @@ def test_the_offers_of_a_kit_are_listed_until_they_are_approved(tmp_path: Path, 
     write_yaml(path, site.config)
     (tmp_path / "offers").mkdir()
     came = tmp_path / "offers" / "tiny.json"
-    came.write_bytes(offer_bytes(offer_of(run_config(), frozen), frozen.digest))
+    came.write_bytes(offer_bytes(offer_of(run_config(), {"backbone": frozen}), {"backbone": frozen.digest}))
     assert str(came) in CliRunner().invoke(app, ["approve", str(path)]).stdout
     CliRunner().invoke(app, ["approve", str(path), str(came)])
     listed = CliRunner().invoke(app, ["approve", str(path)]).stdout

@@ -21,7 +21,7 @@ from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import Refusal, RunFailed
 from server.report import summarize
 from tests.server.test_rounds import federate
-from tests.tiny import TASKS, backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, offered, run_config, site_config
 
 REQUIRED: dict[str, Any] = {"audit": "required", "cohort": {"min_sites": 1, "timeout_s": 120, "join_timeout_s": 1}}
 
@@ -32,7 +32,7 @@ def frozen() -> Backbone:
 
 
 def offer(frozen: Backbone, run_id: str = "run-1", **changes: Any) -> wire.JoinRequest:
-    return wire.JoinRequest(run_id, offer_of(run_config(**{**REQUIRED, **changes}), frozen), frozen.digest)
+    return offered(run_id, run_config(**{**REQUIRED, **changes}), frozen)
 
 
 def declined(call: Callable[[], object]) -> DeclinedRequest:
@@ -116,10 +116,10 @@ def wide(hidden: int) -> dict[str, Any]:
 def test_heads_too_large_for_the_site_are_declined_at_the_door(tmp_path: Path, frozen: Backbone) -> None:
     """65,536 hidden units on 4 features are small; on the million that this offer names, 65 billion weights."""
     site = Site(site_config(tmp_path, "north"), os_entropy)
-    run = offer_of(run_config(tasks=wide(65_536)), frozen)
-    join(site, wire.JoinRequest("run-1", run, frozen.digest))
+    run = offer_of(run_config(tasks=wide(65_536)), {"backbone": frozen})
+    join(site, wire.JoinRequest("run-1", run, {"backbone": frozen.digest}))
     run["backbone"] = {"kind": "identity", "dim": 1_000_000}
-    refusal = declined(lambda: join(site, wire.JoinRequest("run-2", run, "0" * 64)))
+    refusal = declined(lambda: join(site, wire.JoinRequest("run-2", run, {"backbone": "0" * 64})))
     assert refusal.refusal is Refusal.BAD_REQUEST
     assert f"parameters, expected at most {MAX_PARAMETERS}" in refusal.detail
     assert site.ledger().charges() == [] and not (site.config.state_dir / "runs" / "run-2").exists()
@@ -129,8 +129,8 @@ def test_an_evaluation_of_too_many_classes_is_declined_at_the_door(tmp_path: Pat
     site = Site(site_config(tmp_path, "north"), os_entropy)
     labels = {**TASKS, "colour": {"kind": "classification", "labels": [f"c{number}" for number in range(5000)]}}
     for evaluation, accepted in ((None, True), ({"every": 1}, False)):
-        run = offer_of(run_config(tasks=labels, evaluation=evaluation), frozen)
-        asked = wire.JoinRequest(f"run-{accepted}", run, frozen.digest)
+        run = offer_of(run_config(tasks=labels, evaluation=evaluation), {"backbone": frozen})
+        asked = wire.JoinRequest(f"run-{accepted}", run, {"backbone": frozen.digest})
         if accepted:
             join(site, asked)
         else:

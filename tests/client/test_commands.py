@@ -25,17 +25,17 @@ from client.joining import join
 from client.limits import feature_dim
 from client.site import DeclinedRequest, Site
 from common import wire
-from common.backbones import Backbone, open_pretrained, open_random
+from common.backbones import Backbone, open_random
 from common.config import write_yaml
+from common.encoders import open_encoders
 from common.heads import initial_heads, parameters
-from common.offers import offer_of
 from common.plugins import Spec
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged
 from simulations.in_process import InProcessGrid
-from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 DELTA = 1e-5
 ROUND = Mechanism("gaussian", 2.0, 1.0, 2, 1.0)
@@ -72,7 +72,7 @@ def site_of(folder: Path, **changes: Any) -> Site:
 def trained(folder: Path, frozen: Backbone, rounds: int = 1) -> Site:
     """A site that answered some rounds of run-1."""
     site = site_of(folder)
-    join(site, wire.JoinRequest("run-1", offer_of(run_config(), frozen), frozen.digest))
+    join(site, offered("run-1", run_config(), frozen))
     give_backbone(site, "run-1", frozen)
     for number in range(1, rounds + 1):
         train(site, wire.TrainRequest("run-1", number, heads(frozen)))
@@ -177,7 +177,7 @@ def test_a_damaged_ledger_makes_the_site_decline_with_one_word_until_it_is_recov
     site = trained(tmp_path, frozen)
     damage(site)
     grid = InProcessGrid(make_app(lambda context: site.config), 1)
-    request = wire.JoinRequest("run-2", offer_of(run_config(), frozen), frozen.digest)
+    request = offered("run-2", run_config(), frozen)
 
     def answered() -> wire.Declined:
         (node,) = grid.get_node_ids()
@@ -291,7 +291,7 @@ def test_the_log_holds_every_release_with_its_bytes_and_every_refusal(tmp_path: 
     train(site, wire.TrainRequest("run-1", 1, heads(frozen)))  # Sent again, for nothing.
     loud = run_config(privacy={"unit": "example", "delta": DELTA, "noise_multiplier": 0.01})
     with pytest.raises(DeclinedRequest):
-        join(site, wire.JoinRequest("run-2", offer_of(loud, frozen), frozen.digest))
+        join(site, offered("run-2", loud, frozen))
     site.journal.write("declined", refusal="budget", detail="as the app writes it")
     page = said("log", written(tmp_path))
     sizes = {path.stat().st_size for path in (site.config.state_dir / "runs" / "run-1" / "replies").iterdir()}
@@ -347,8 +347,8 @@ TABLE = {
 
 def prepared(folder: Path, site: Site) -> Backbone:
     run = run_config(**TABLE)
-    own = open_pretrained(run.backbone, "backbone")
-    join(site, wire.JoinRequest("run-1", offer_of(run, own), own.digest))
+    own = open_encoders(run)["backbone"]
+    join(site, offered("run-1", run, own))
     give_backbone(site, "run-1", own)
     return own
 
@@ -453,7 +453,7 @@ def evaluated(folder: Path, frozen: Backbone) -> None:
     """A site that trained one round of run-1 and evaluated its heads."""
     site = site_of(folder, evaluation=HELD)
     run = run_config(evaluation={"every": 1})
-    join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    join(site, offered("run-1", run, frozen))
     give_backbone(site, "run-1", frozen)
     train(site, wire.TrainRequest("run-1", 1, heads(frozen)))
     for _ in range(2):

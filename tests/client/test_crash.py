@@ -24,12 +24,11 @@ from client.site import Site
 from common import wire
 from common.backbones import Backbone
 from common.heads import initial_heads, parameters
-from common.offers import offer_of
 from common.privacy.accounting import epsilon
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import Heads
-from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1_000_000, "clip_norm": 1.0, "learning_rate": 0.1}
@@ -141,7 +140,7 @@ def heads(frozen: Backbone) -> Heads:
 def ready(folder: Path, frozen: Backbone, **changes: object) -> Site:
     """A site that joined and prepared, and its request for round 1 in a file."""
     site = Site(site_config(folder, "north"), os_entropy)
-    join(site, wire.JoinRequest("run-1", offer_of(run_config(**changes), frozen), frozen.digest))
+    join(site, offered("run-1", run_config(**changes), frozen))
     give_backbone(site, "run-1", frozen)
     request = wire.encode(wire.TrainRequest("run-1", 1, heads(frozen)))
     (folder / "request").write_bytes(wire.to_bytes(request))

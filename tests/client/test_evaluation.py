@@ -29,12 +29,11 @@ from client.units import TaskRecords, Units
 from common import wire
 from common.backbones import Backbone
 from common.heads import initial_heads, parameters
-from common.offers import offer_of
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import Task, open_task
 from common.types import Heads, Refusal
-from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = {"share": 0.2, "evaluations": 3}
@@ -199,7 +198,7 @@ def heads_of(frozen: Backbone, scale: float = 0.0) -> Heads:
 def ready(folder: Path, frozen: Backbone, evaluation: Any = SHARE) -> Site:
     site = Site(site_config(folder, "north", evaluation=evaluation), os_entropy)
     run = run_config(evaluation=EACH_ROUND, rounds=4)
-    join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    join(site, offered("run-1", run, frozen))
     give_backbone(site, "run-1", frozen)
     return site
 
@@ -280,7 +279,7 @@ def test_a_round_that_the_run_does_not_evaluate_is_declined(
 ) -> None:
     own = Site(site_config(tmp_path, "north", evaluation=SHARE), os_entropy)
     run = run_config(rounds=4, evaluation=asked)
-    join(own, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    join(own, offered("run-1", run, frozen))
     give_backbone(own, "run-1", frozen)
     assert declined(lambda: evaluate(own, request(frozen, round_))).refusal is Refusal.BAD_REQUEST
     assert own.ledger().charges() == []
@@ -291,7 +290,7 @@ def test_a_run_that_would_eat_the_share_is_declined_at_the_door(tmp_path: Path, 
     whole = {"unit": "example", "delta": 1e-5, "target_epsilon": 3.0}
     run = run_config(privacy=whole, evaluation=EACH_ROUND)
     budget = {"epsilon": 3.0, "delta": 1e-5}
-    offer = wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest)
+    offer = offered("run-1", run, frozen)
     holding = Site(site_config(tmp_path / "a", "north", budget=budget, evaluation=SHARE), os_entropy)
     assert declined(lambda: join(holding, offer)).refusal is Refusal.BUDGET
     join(Site(site_config(tmp_path / "b", "north", budget=budget), os_entropy), offer)

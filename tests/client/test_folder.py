@@ -14,20 +14,22 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
+from client.__main__ import app
 from client.folder import MARK, SITE_FILE, make_folder, marks, take_kit
 from client.keys import read_key, write_key_pair
 from client.kit import MAX_KIT_BYTES, read_kit
-from common.config import Coordinator, SiteConfig, SiteTask, load
-from common.offers import offer_of
+from common.config import Coordinator, SiteConfig, SiteTask, load, write_yaml
+from common.offers import offer_bytes, offer_of
 from common.types import BadInput
 from tests.federation import Authority
-from tests.tiny import backbone, run_config
+from tests.tiny import backbone, run_config, site_config
 
 
 def offer(**changes: Any) -> bytes:
     frozen = backbone()
-    return json.dumps({"run": offer_of(run_config(**changes), frozen), "backbone_digest": frozen.digest}).encode()
+    return offer_bytes(offer_of(run_config(**changes), {"backbone": frozen}), {"backbone": frozen.digest})
 
 
 def kit(folder: Path, **files: bytes) -> Path:
@@ -170,6 +172,27 @@ def test_a_kit_of_another_authority_or_site_changes_nothing(tmp_path: Path) -> N
 def test_a_kit_for_another_site_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="hospital-a"):
         make_folder(tmp_path / "site", read_kit(kit(tmp_path)), "hospital-b")
+
+
+def test_check_shows_the_command_that_approves_an_offer_from_where_the_user_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_yaml(make(tmp_path / "hospital" / "site.yaml"), site_config(tmp_path / "data", "north", approval="required"))
+    make(tmp_path / "hospital" / "offers" / "tiny.json").write_bytes(offer())
+    monkeypatch.chdir(tmp_path)
+    checked = CliRunner().invoke(app, ["check", "hospital/site.yaml", "--offline", "--json"])
+    (shown,) = [item["remedy"] for item in json.loads(checked.stdout)["checks"] if item["name"] == "run tiny"]
+    words = shown.split()
+    assert words[:4] == ["python", "-m", "client", "approve"]
+    assert CliRunner().invoke(app, words[3:]).exit_code == 0
+    again = CliRunner().invoke(app, ["check", "hospital/site.yaml", "--offline", "--json"])
+    (run,) = [item for item in json.loads(again.stdout)["checks"] if item["name"] == "run tiny"]
+    assert run["outcome"] == "pass"
+
+
+def make(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 # --- the kit ---------------------------------------------------------------------------------------------------------

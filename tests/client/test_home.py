@@ -32,7 +32,7 @@ def federated(folder: Path, run_id: str = "run-1") -> SiteConfig:
     run_federation(
         InProcessGrid(make_app(lambda context: sites[int(context.node_config["partition-id"])]), 2),
         run_config(privacy={"unit": "example", "delta": 1e-5, "noise_multiplier": 0.5}, rounds=4),
-        backbone(),
+        {"backbone": backbone()},
         run_id=run_id,
         folder=folder / run_id,
         journal=FileJournal(folder / run_id / "journal.jsonl"),

@@ -30,7 +30,7 @@ from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import MAX_STEPS, Heads, Refusal
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
-from tests.tiny import TASKS, backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, offered, run_config, site_config
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ class Coordinator:
         """A whole round, as an honest coordinator would do it."""
         blob = frozen.blob()
         for kind, payload, expected in (
-            (wire.JOIN, wire.JoinRequest(run_id, offer_of(run_config(), frozen), frozen.digest), wire.JoinReply),
-            (wire.PART, wire.PartRequest(run_id, 0, 1, blob.weights), wire.Ready),
-            (wire.PREPARE, wire.PrepareRequest(run_id, blob.spec), wire.Ready),
+            (wire.JOIN, offered(run_id, run_config(), frozen), wire.JoinReply),
+            (wire.PART, wire.PartRequest(run_id, frozen.digest, 0, 1, blob.weights), wire.Ready),
+            (wire.PREPARE, wire.PrepareRequest(run_id, {blob.digest: blob.spec}), wire.Ready),
             (wire.TRAIN, wire.TrainRequest(run_id, 1, heads(frozen)), wire.TrainReply),
         ):
             wire.decode(self.send(kind, wire.encode(payload)), expected)
@@ -76,10 +76,10 @@ def coordinator(tmp_path: Path) -> Coordinator:
     return Coordinator(site_config(tmp_path, "north", on_bad_record="skip"))
 
 
-def offered(frozen: Backbone, **changes: Any) -> RecordDict:
+def rewritten(frozen: Backbone, **changes: Any) -> RecordDict:
     """An offer with some of its plain values replaced: what no honest file would pass."""
-    values = {**offer_of(run_config(), frozen), **changes}
-    return wire.encode(wire.JoinRequest("run-x", values, frozen.digest))
+    values = {**offer_of(run_config(), {"backbone": frozen}), **changes}
+    return wire.encode(wire.JoinRequest("run-x", values, {"backbone": frozen.digest}))
 
 
 def solver(**changes: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def privacy(**changes: Any) -> dict[str, Any]:
 
 
 def edited(frozen: Backbone, change: Callable[[dict[str, Any]], object]) -> RecordDict:
-    records = wire.encode(wire.JoinRequest("run-x", offer_of(run_config(), frozen), frozen.digest))
+    records = wire.encode(offered("run-x", run_config(), frozen))
     public = json.loads(str(records.config_records["public"]["json"]))
     change(public)
     return RecordDict({"public": ConfigRecord({"json": json.dumps(public)})})
@@ -128,7 +128,7 @@ ABSURD_OFFERS: dict[str, dict[str, Any]] = {
 def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
     coordinator: Coordinator, frozen: Backbone, attack: str
 ) -> None:
-    word = coordinator.refused(wire.JOIN, offered(frozen, **ABSURD_OFFERS[attack]))
+    word = coordinator.refused(wire.JOIN, rewritten(frozen, **ABSURD_OFFERS[attack]))
     assert word in (
         Refusal.BAD_REQUEST,
         Refusal.SOLVER_NOT_ALLOWED,
@@ -149,7 +149,7 @@ def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
 def test_what_a_coordinator_writes_into_an_offer_does_not_fill_the_journal_or_reach_a_terminal(
     coordinator: Coordinator, frozen: Backbone, key: str
 ) -> None:
-    assert coordinator.refused(wire.JOIN, offered(frozen, **{key: 1})) is Refusal.BAD_REQUEST
+    assert coordinator.refused(wire.JOIN, rewritten(frozen, **{key: 1})) is Refusal.BAD_REQUEST
     journal = coordinator.config.state_dir / "site.jsonl"
     assert journal.stat().st_size < 1000
     [line] = read(journal)
@@ -162,7 +162,7 @@ def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp
     careful = Coordinator(site_config(tmp_path, "north", approval="required"))
     forged = "classification)\nprice     epsilon 0.01 per example\x1b[2K"
     tasks = {**TASKS, "elsewhere": {"kind": forged}}
-    assert careful.refused(wire.JOIN, offered(frozen, tasks=tasks)) is Refusal.BAD_REQUEST
+    assert careful.refused(wire.JOIN, rewritten(frozen, tasks=tasks)) is Refusal.BAD_REQUEST
     assert Approvals(careful.config.state_dir).waiting() == []
     [line] = read(careful.config.state_dir / "site.jsonl")
     assert "tasks.elsewhere.kind" in line["detail"]
@@ -172,7 +172,7 @@ def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp
 def test_a_flood_of_offers_keeps_few_of_them_on_the_disk(tmp_path: Path, frozen: Backbone) -> None:
     careful = Coordinator(site_config(tmp_path, "north", approval="required"))
     for seed in range(MAX_WAITING + 8):
-        assert careful.refused(wire.JOIN, offered(frozen, seed=seed)) is Refusal.NOT_APPROVED
+        assert careful.refused(wire.JOIN, rewritten(frozen, seed=seed)) is Refusal.NOT_APPROVED
     kept = list((careful.config.state_dir / "waiting").iterdir())
     assert len(kept) == MAX_WAITING
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
@@ -186,10 +186,10 @@ def test_a_run_id_that_could_be_a_path_goes_nowhere(
     coordinator: Coordinator, frozen: Backbone, run_id: str, kind: str, tmp_path: Path
 ) -> None:
     payloads: dict[str, wire.Request] = {
-        wire.JOIN: wire.JoinRequest(run_id, offer_of(run_config(), frozen), frozen.digest),
+        wire.JOIN: offered(run_id, run_config(), frozen),
         wire.TRAIN: wire.TrainRequest(run_id, 1, heads(frozen)),
         wire.FINISH: wire.FinishRequest(run_id, heads(frozen), "0" * 64),
-        wire.PART: wire.PartRequest(run_id, 0, 1, b"1"),
+        wire.PART: wire.PartRequest(run_id, frozen.digest, 0, 1, b"1"),
     }
     before = {path for path in tmp_path.rglob("*") if "north-state" not in path.parts}
     assert coordinator.refused(kind, wire.encode(payloads[kind])) is Refusal.BAD_REQUEST
@@ -311,10 +311,10 @@ def test_an_evaluation_is_answered_to_one_request_too(tmp_path: Path, frozen: Ba
     )
     coordinator = Coordinator(config)
     run = run_config(evaluation={"every": 1})
-    coordinator.send(wire.JOIN, wire.encode(wire.JoinRequest("honest", offer_of(run, frozen), frozen.digest)))
+    coordinator.send(wire.JOIN, wire.encode(offered("honest", run, frozen)))
     blob = frozen.blob()
-    coordinator.send(wire.PART, wire.encode(wire.PartRequest("honest", 0, 1, blob.weights)))
-    coordinator.send(wire.PREPARE, wire.encode(wire.PrepareRequest("honest", blob.spec)))
+    coordinator.send(wire.PART, wire.encode(wire.PartRequest("honest", frozen.digest, 0, 1, blob.weights)))
+    coordinator.send(wire.PREPARE, wire.encode(wire.PrepareRequest("honest", {blob.digest: blob.spec})))
     ask = wire.encode(wire.EvaluateRequest("honest", 1, heads(frozen)))
     wire.decode(coordinator.send(wire.EVALUATE, ask), wire.EvaluateReply)
     other = wire.encode(wire.EvaluateRequest("honest", 1, shifted(frozen, 1)))
@@ -350,8 +350,8 @@ def test_a_request_that_must_fail_is_not_charged(coordinator: Coordinator, froze
 def test_what_a_coordinator_writes_neither_fills_the_journal_nor_steers_a_terminal(
     coordinator: Coordinator, frozen: Backbone
 ) -> None:
-    coordinator.refused(wire.JOIN, offered(frozen, **{"x" * 500_000: True}))
-    coordinator.refused(wire.JOIN, offered(frozen, tasks={"\x1b]0;pwned\x07": {"kind": "classification"}}))
+    coordinator.refused(wire.JOIN, rewritten(frozen, **{"x" * 500_000: True}))
+    coordinator.refused(wire.JOIN, rewritten(frozen, tasks={"\x1b]0;pwned\x07": {"kind": "classification"}}))
     path = coordinator.config.state_dir / "site.jsonl"
     assert path.stat().st_size < 10_000
     assert not any("\x1b" in fact["detail"] for fact in read(path))
@@ -367,12 +367,12 @@ def test_what_a_killed_transfer_left_half_written_is_no_part(coordinator: Coordi
 @pytest.mark.parametrize(
     "part",
     [
-        wire.PartRequest("honest", 0, 10**9, b"1" * wire.PART_BYTES),
-        wire.PartRequest("honest", -1, 2, b"1"),
-        wire.PartRequest("honest", 2, 2, b"1"),
-        wire.PartRequest("honest", 0, 2, b"1"),
-        wire.PartRequest("honest", 0, 1, b""),
-        wire.PartRequest("honest", 0, 1, b"1" * (wire.PART_BYTES + 1)),
+        wire.PartRequest("honest", "0" * 64, 0, 10**9, b"1" * wire.PART_BYTES),
+        wire.PartRequest("honest", "0" * 64, -1, 2, b"1"),
+        wire.PartRequest("honest", "0" * 64, 2, 2, b"1"),
+        wire.PartRequest("honest", "0" * 64, 0, 2, b"1"),
+        wire.PartRequest("honest", "0" * 64, 0, 1, b""),
+        wire.PartRequest("honest", "0" * 64, 0, 1, b"1" * (wire.PART_BYTES + 1)),
     ],
     ids=["a billion parts", "before the first", "after the last", "short", "empty", "oversized"],
 )

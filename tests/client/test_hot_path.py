@@ -14,12 +14,11 @@ from client.site import Site
 from common import wire
 from common.config import write_yaml
 from common.heads import parameters
-from common.offers import offer_of
 from common.plugins import kinds
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import Heads
-from tests.tiny import DIM, backbone, give_backbone, run_config, site_config
+from tests.tiny import DIM, backbone, give_backbone, offered, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -61,7 +60,7 @@ def fresh_round(tmp_path: Path, solver: dict[str, object], privacy: object) -> d
     write_yaml(tmp_path / "site.yaml", config)
     run, frozen = run_config(solver=solver, privacy=privacy), backbone()
     site = Site(config, os_entropy)
-    join(site, wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    join(site, offered("run-1", run, frozen))
     give_backbone(site, "run-1", frozen)
     request = wire.TrainRequest("run-1", 1, zero_heads())
     (tmp_path / "request").write_bytes(wire.to_bytes(wire.encode(request)))

@@ -24,16 +24,15 @@ from flwr.server.superlink.fleet.vce.vce_api import worker
 
 from client.app import SITE_VARIABLE, make_app
 from common import wire
-from common.backbones import Backbone, open_pretrained
 from common.config import RunConfig, SiteConfig
+from common.encoders import digests_of, open_encoders
 from common.journal import FileJournal, read
-from common.offers import offer_of
 from common.privacy.noise import Entropy, os_entropy
 from common.types import BadInput, Refusal, RunFailed
 from server.results import write_results
 from server.rounds import run_federation
 from simulations.in_process import InProcessGrid
-from tests.tiny import run_config, site_config
+from tests.tiny import offered, run_config, site_config
 
 CANARY = "canary"
 SHARE = {"share": 0.3, "evaluations": 5}
@@ -118,7 +117,7 @@ def federate(
     """A whole run with one site; its messages and the coordinator's journal."""
     tap = Tap(make_app(lambda context: site, entropy), dict(before or {}))
     run = run or run_of()
-    frozen = open_pretrained(run.backbone, "backbone")
+    frozen = open_encoders(run)
     own = folder / "coordinator"
     own.mkdir(parents=True)
     journal = FileJournal(own / "journal.jsonl")
@@ -130,7 +129,7 @@ def federate(
     except RunFailed as error:
         assert CANARY not in str(error).lower()
         heads = {}
-    write_results(own, run, frozen.digest, heads)
+    write_results(own, run, digests_of(frozen), heads)
     return tap, read(own / "journal.jsonl")
 
 
@@ -402,8 +401,8 @@ def said(reply: Message) -> str:
 
 def offer() -> RecordDict:
     run = run_of()
-    frozen: Backbone = open_pretrained(run.backbone, "backbone")
-    return wire.encode(wire.JoinRequest("run-1", offer_of(run, frozen), frozen.digest))
+    frozen = open_encoders(run)["backbone"]
+    return wire.encode(offered("run-1", run, frozen))
 
 
 @pytest.mark.usefixtures("identity")
@@ -459,7 +458,7 @@ UNREADABLE = {
     "no JSON": RecordDict({"public": ConfigRecord({"json": "{"})}),
     "another payload": wire.encode(wire.Ready()),
     "an extra record": RecordDict({**wire.encode(wire.FinishRequest("run-1", {}, "")), "x": ConfigRecord({"y": 1})}),
-    "a path for a run": wire.encode(wire.PrepareRequest("../../etc", None)),
+    "a path for a run": wire.encode(wire.PrepareRequest("../../etc", {})),
 }
 
 
@@ -501,9 +500,9 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
     own = tmp_path / "coordinator"
     own.mkdir()
     run = run_of()
-    frozen = open_pretrained(run.backbone, "backbone")
+    frozen = open_encoders(run)
     journal = FileJournal(own / "journal.jsonl")
     run_federation(InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x")
-    summary = write_results(own, run, frozen.digest, {})
+    summary = write_results(own, run, digests_of(frozen), {})
     assert "error" in summary["sites"]["north"]["reason"]
     assert CANARY not in json.dumps(summary) + (own / "journal.jsonl").read_text()

@@ -17,11 +17,10 @@ from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig
 from common.heads import initial_heads, parameters
-from common.offers import offer_of
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged, Refusal, heads_digest
-from tests.tiny import TASKS, backbone, give_backbone, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def frozen() -> Backbone:
 
 
 def offer(frozen: Backbone, **changes: Any) -> wire.JoinRequest:
-    return wire.JoinRequest("run-1", offer_of(run_config(**changes), frozen), frozen.digest)
+    return offered("run-1", run_config(**changes), frozen)
 
 
 def heads(frozen: Backbone, names: tuple[str, ...] = ("colour", "size")) -> Heads:
@@ -119,7 +118,7 @@ def test_a_run_that_is_not_acceptable_is_declined_and_spends_nothing(
 @pytest.mark.parametrize("run_id", ["", "../run", "a/b", "a" * 200, "run\x00"])
 def test_a_run_id_that_is_not_a_plain_name_is_declined(site: Site, frozen: Backbone, run_id: str) -> None:
     with pytest.raises(DeclinedRequest) as caught:
-        join(site, wire.JoinRequest(run_id, offer_of(run_config(), frozen), frozen.digest))
+        join(site, offered(run_id, run_config(), frozen))
     assert caught.value.refusal is Refusal.BAD_REQUEST
 
 
@@ -168,9 +167,9 @@ def test_a_backbone_that_is_not_the_agreed_one_is_refused_and_not_kept(site: Sit
     blob = frozen.blob()
     flipped = blob.weights[:-1] + bytes([blob.weights[-1] ^ 1])
     for weights, spec in ((blob.weights, blob.spec.replace('"dim":4', '"dim":5')), (flipped, blob.spec)):
-        keep_part(site, wire.PartRequest("run-1", 0, 1, weights))
+        keep_part(site, wire.PartRequest("run-1", frozen.digest, 0, 1, weights))
         with pytest.raises(DeclinedRequest) as caught:
-            prepare_run(site, wire.PrepareRequest("run-1", spec))
+            prepare_run(site, wire.PrepareRequest("run-1", {frozen.digest: spec}))
         assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
     assert not site.backbones().has(frozen.digest)
 
@@ -225,10 +224,10 @@ def test_a_stop_at_a_bad_record_answers_every_later_offer_alike(site: Site, froz
         give_backbone(site, "run-1", frozen)
     for name in ("run-2", "run-3"):
         with pytest.raises(DeclinedRequest, match="stopped since") as caught:
-            join(site, wire.JoinRequest(name, offer_of(run_config(), frozen), frozen.digest))
+            join(site, offered(name, run_config(), frozen))
         assert caught.value.refusal is Refusal.BAD_REQUEST
     (site.config.state_dir / "stopped.txt").unlink()
-    join(site, wire.JoinRequest("run-2", offer_of(run_config(), frozen), frozen.digest))
+    join(site, offered("run-2", run_config(), frozen))
 
 
 def test_a_run_of_absurdly_many_steps_is_declined_however_loud_its_noise(site: Site, frozen: Backbone) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from common.config import Privacy, RunConfig, SiteConfig, load, parse, read_yaml, write_yaml
+from common.tasks import open_task
 from common.types import BadInput
 from tests.tiny import run_config
 
@@ -156,7 +157,7 @@ def test_a_yaml_tag_builds_no_object(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="expected a readable YAML file, got FileNotFoundError"):
+    with pytest.raises(BadInput, match=r"\.yaml: expected a readable YAML file, but there is no such file"):
         read_yaml(tmp_path / "none.yaml")
 
 
@@ -172,3 +173,50 @@ def test_an_unknown_key_of_a_stranger_is_named_in_one_short_printable_line(key: 
         parse(RunConfig, {**run_config().model_dump(mode="json"), key: 1}, base=Path("/nonexistent"))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+SEVERAL = {
+    "backbones": {"pictures": {"kind": "identity", "dim": 3}, "texts": {"kind": "identity", "dim": 4}},
+    "tasks": {
+        "disease": {"kind": "classification", "labels": ["no", "yes"], "backbone": "texts"},
+        "shade": {"kind": "classification", "labels": ["dark", "light"], "backbone": "pictures"},
+    },
+}
+MIXED = {**{key: value for key, value in RUN.items() if key != "backbone"}, **SEVERAL}
+
+
+def test_a_run_says_which_backbone_each_task_stands_on() -> None:
+    several, one = parse(RunConfig, MIXED, base=Path()), parse(RunConfig, RUN, base=Path())
+    assert {task: several.backbone_of(task) for task in several.tasks} == {"disease": "texts", "shade": "pictures"}
+    assert [several.encoder_key(name) for name in several.encoders] == ["backbones.pictures", "backbones.texts"]
+    assert one.encoders[one.backbone_of("disease")].model_dump() == {"kind": "identity", "dim": 3}
+    assert [one.encoder_key(name) for name in one.encoders] == ["backbone"]
+
+
+def test_a_tasks_own_file_sees_no_backbone() -> None:
+    task = parse(RunConfig, MIXED, base=Path()).tasks["disease"]
+    assert task.settings() == {"kind": "classification", "labels": ["no", "yes"]}
+    assert open_task(task, "tasks.disease").kind == "classification"
+
+
+def test_a_run_with_several_backbones_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    run = parse(RunConfig, MIXED, base=tmp_path)
+    write_yaml(tmp_path / "run.yaml", run)
+    assert load(RunConfig, tmp_path / "run.yaml").model_dump() == run.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tasks.shade.backbone", "picture", r"tasks\.shade\.backbone: .* got 'picture' \(nearest: 'pictures'\)"),
+        ("tasks.shade.backbone", None, r"tasks\.shade\.backbone: expected one of pictures, texts, got nothing"),
+        ("tasks.shade.backbone", "Bad Name", r"tasks\.shade\.backbone"),
+        ("tasks.shade.backbone", "texts", r"backbones\.pictures: expected a task that stands on it"),
+        ("backbone", {"kind": "identity", "dim": 3}, r"expected either it or `backbones`, several by name; got both"),
+        ("backbones", None, r"expected either it or `backbones`, several by name; got neither"),
+        ("backbones", {f"b{number}": {"kind": "identity"} for number in range(17)}, "backbones"),
+    ],
+)
+def test_backbones_that_do_not_fit_their_tasks_are_refused(key: str, value: Any, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        parse(RunConfig, changed(MIXED, key, value), base=Path())

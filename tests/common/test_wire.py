@@ -41,12 +41,12 @@ def test_a_train_request_survives_the_wire_to_the_bit(heads: Heads, round_: int)
 @pytest.mark.parametrize(
     "payload",
     [
-        wire.JoinRequest("run", {"rounds": 3}, "d" * 64),
-        wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True),
-        wire.PrepareRequest("run", None),
-        wire.PrepareRequest("run", "{}"),
-        wire.PartRequest("run", 2, 3, b"\x00\x01"),
-        wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, False, (0, 2)),
+        wire.JoinRequest("run", {"rounds": 3}, {"backbone": "d" * 64}),
+        wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(True)}),
+        wire.PrepareRequest("run", {}),
+        wire.PrepareRequest("run", {"d" * 64: "{}"}),
+        wire.PartRequest("run", "d" * 64, 2, 3, b"\x00\x01"),
+        wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(False, (0, 2))}),
         wire.Ready(),
         wire.Declined(Refusal.BUDGET, "north"),
     ],
@@ -117,7 +117,7 @@ def test_an_extra_record_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [0, -5, 1.5, "10", True, 10**400])
 def test_an_absurd_public_size_is_refused(size: object) -> None:
-    records = wire.encode(wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True))
+    records = wire.encode(wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(True)}))
     text = json.loads(records.config_records["public"]["json"])
     text["tasks"]["task"] = size
     records["public"] = ConfigRecord({"json": json.dumps(text)})
@@ -146,7 +146,7 @@ NOT_NAMES = ["", "../../x", "x" * 65, "x\x1b[2J", "two\nlines", "Upper", "-x", 7
 @pytest.mark.parametrize("name", NOT_NAMES)
 def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -> None:
     """It is shown on the coordinator's terminal and becomes a key of its reports."""
-    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True)
+    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(True)})
     with pytest.raises(BadInput):
         wire.decode(changed(honest, site=name), wire.JoinReply)
     if isinstance(name, str):
@@ -160,7 +160,7 @@ def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -
 @pytest.mark.parametrize("field", ["delta", "budget_epsilon"])
 @pytest.mark.parametrize("value", [0, -1.0, 10**400, True, "1", None, float("nan"), float("inf")])
 def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object) -> None:
-    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, True)
+    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(True)})
     with pytest.raises(BadInput):
         wire.decode(changed(honest, **{field: value}), wire.JoinReply)
 
@@ -202,7 +202,7 @@ def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
         payload, fields, _ = (cell.strip() for cell in line.strip("|").split("|"))
         stated[payload] = f"{stated.get(payload, '')} {fields}"
     travels_as = {("TrainReply", "delta"): "heads"}
-    for payload in typing.get_args(wire.Reply):
+    for payload in (*typing.get_args(wire.Reply), wire.Held):
         for field in dataclasses.fields(payload):
             words = stated[payload.__name__].replace(",", " ").split()
             name = travels_as.get((payload.__name__, field.name), field.name)
@@ -211,9 +211,47 @@ def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
 
 @pytest.mark.parametrize("digest", ["../../secret", "/etc", "d" * 5000, 7, "D" * 64, "d" * 63])
 def test_a_digest_that_could_be_a_path_is_refused(digest: object) -> None:
-    records = wire.encode(wire.JoinRequest("run", {}, digest))  # type: ignore[arg-type]
+    records = wire.encode(wire.JoinRequest("run", {}, {"backbone": digest}))  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="64 hex digits"):
         wire.decode(records, wire.JoinRequest)
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "d" * 5000, 7, None, "D" * 64, "d" * 63])
+def test_a_part_or_settings_of_no_digest_are_refused(digest: object) -> None:
+    part = wire.encode(wire.PartRequest("run", digest, 0, 1, b"1"))  # type: ignore[arg-type]
+    with pytest.raises(BadInput):
+        wire.decode(part, wire.PartRequest)
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.PrepareRequest("run", {}), specs={str(digest): "{}"}), wire.PrepareRequest)
+
+
+@pytest.mark.parametrize("specs", [None, "{}", ["d" * 64], {"d" * 64: 7}, {"d" * 64: None}])
+def test_settings_that_are_no_texts_by_digest_are_refused(specs: object) -> None:
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.PrepareRequest("run", {}), specs=specs), wire.PrepareRequest)
+
+
+@pytest.mark.parametrize("backbones", [{}, None, "d" * 64, {"../x": "d" * 64}, {f"b{n}": "d" * 64 for n in range(17)}])
+def test_an_offer_without_named_digests_is_refused(backbones: object) -> None:
+    with pytest.raises(BadInput):
+        wire.decode(changed(wire.JoinRequest("run", {}, {"backbone": "d" * 64}), backbones=backbones), wire.JoinRequest)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {},
+        True,
+        {"whole": 1, "parts": []},
+        {"whole": True},
+        {"whole": True, "parts": 3},
+        {"whole": False, "parts": [True]},
+    ],
+)
+def test_what_is_held_of_a_backbone_is_a_truth_and_numbers(held: object) -> None:
+    honest = wire.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": wire.Held(True)})
+    with pytest.raises(BadInput):
+        wire.decode(changed(honest, backbones={"backbone": held}), wire.JoinReply)
 
 
 @pytest.mark.parametrize(("run_id", "round_"), [(["run"], 1), ("run", "1"), ("run", True), (3, 1)])

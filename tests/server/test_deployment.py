@@ -26,9 +26,10 @@ from server import certificates, registry
 from server.federation import Federation
 from server.link import owner
 from tests import tiny
-from tests.federation import started, write_site
+from tests.federation import client, started, write_site
 from tests.server.federations import new_federation, write_key_pair
 from tests.server.test_federation import ROOT
+from tests.two_modalities import hospitals
 
 
 def server(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -63,11 +64,15 @@ def run_file(tmp_path: Path, **changes: Any) -> Path:
 
 
 @contextmanager
-def connected_site(federation: Federation, tmp_path: Path, site: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A site made and admitted by the real commands, with tiny data, that joins by `python -m client start`."""
-    site_file = write_site(
-        tmp_path / site, site, federation.config.address, federation.tls / "ca.crt", approval="automatic"
-    )
+def connected_site(
+    federation: Federation, tmp_path: Path, site: str, **changes: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A site made and admitted by the real commands that joins by `python -m client start`.
+
+    It has tiny data, where `changes`, which replace keys of its file, bring no others.
+    """
+    changes = {"approval": "automatic", **changes}
+    site_file = write_site(tmp_path / site, site, federation.config.address, federation.tls / "ca.crt", **changes)
     done = server("admit", federation.folder, site, "--key", tmp_path / site / "keys" / f"{site}.pub")
     assert done.returncode == 0, done.stderr
     with started(site_file, tmp_path / f"{site}.log") as process:
@@ -366,3 +371,35 @@ def test_from_another_network_only_the_fleets_door_answers(tmp_path: Path) -> No
     assert link.returncode == 0, output
     refusals = [fact for fact in read(federation.state / "link.jsonl") if fact["event"] == "refused"]
     assert {fact["peer"] for fact in refusals} == {"10.231.77.2"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_deployed_run_of_two_backbones_sends_each_site_what_its_tasks_need(
+    federation: Federation, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    cohort = {"min_sites": 2, "timeout_s": 60, "join_timeout_s": 90}
+    own = hospitals(tmp_path / "data", cohort=cohort)
+    write_yaml(tmp_path / "run.yaml", own.run)
+    parts = {}
+    for name, tasks in (("north", ("shade", "finding")), ("west", ("finding",))):
+        values = own.site(name, tasks, split={"test_fraction": 0.3}).model_dump(mode="json")
+        parts[name] = {key: values[key] for key in ("unit", "sources", "tasks", "split", "budget", "registry")}
+    with (
+        connected_site(federation, tmp_path, "north", **parts["north"]),
+        connected_site(federation, tmp_path, "west", **parts["west"]),
+    ):
+        done = server("start", federation.folder, tmp_path / "run.yaml", timeout=400)
+        assert done.returncode == 0, done.stderr
+    assert "round 2 of 2: north, west; replies: shade 1, finding 2" in done.stderr
+    stored = {name: {path.name for path in (tmp_path / name / "state" / "backbones").glob("*")} for name in parts}
+    assert stored == {"north": set(own.digests.values()), "west": {own.digests["texts"]}}
+    (folder,) = federation.runs.iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert {name: entry["digest"] for name, entry in summary["backbones"].items()} == own.digests
+    for name, tasks in (("north", {"shade", "finding"}), ("west", {"finding"})):
+        evaluated = client("evaluate", str(tmp_path / name / "site.yaml"), "--json")
+        assert evaluated.returncode == 0, evaluated.stderr
+        assert set(json.loads(evaluated.stdout)["tasks"]) == tasks

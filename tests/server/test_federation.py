@@ -323,9 +323,9 @@ def test_a_kit_holds_what_a_site_needs_and_nothing_secret(tmp_path: Path) -> Non
     assert set(files) == {"kit.yaml", "ca.crt", "offers/tiny.json"}
     assert files["ca.crt"] == (federation.tls / "ca.crt").read_bytes()
     offer = json.loads(files["offers/tiny.json"])
-    assert set(offer) == {"run", "backbone_digest"}
+    assert set(offer) == {"run", "backbones"}
     assert offer["run"]["name"] == "tiny"
-    assert len(offer["backbone_digest"]) == 64
+    assert len(offer["backbones"]["backbone"]) == 64
     secrets = [path.read_bytes() for path in federation.folder.rglob("*.key")]
     assert len(secrets) == 4
     for content in files.values():

@@ -60,7 +60,7 @@ def federate(
     outcome = run_federation(
         grid(app, len(sites)),
         run_config(cohort={"min_sites": 1, "timeout_s": 5, "join_timeout_s": 2, **cohort}),
-        backbone(),
+        {"backbone": backbone()},
         run_id="run-1",
         folder=folder,
         journal=journal,
@@ -92,7 +92,10 @@ def raw(text: str) -> RecordDict:
 
 
 def joining(**changes: object) -> RecordDict:
-    return public(wire.JoinReply("north", {"colour": 40, "size": 40}, Unit.EXAMPLE, 1e-5, 100.0, False), **changes)
+    return public(
+        wire.JoinReply("north", {"colour": 40, "size": 40}, Unit.EXAMPLE, 1e-5, 100.0, {"backbone": wire.Held(False)}),
+        **changes,
+    )
 
 
 def zero_heads() -> Heads:
@@ -154,8 +157,11 @@ AT_JOIN: dict[str, Callable[[], RecordDict]] = {
     "no public size": lambda: joining(tasks={"colour": 0}),
     "tasks of no run": lambda: joining(tasks={"colour": 40, "smell": 40}),
     "no tasks": lambda: joining(tasks={}),
-    "a million held parts": lambda: joining(held_parts=list(range(100_000))),
-    "held parts that are no numbers": lambda: joining(held_parts=["0"]),
+    "a million held parts": lambda: joining(backbones={"backbone": {"whole": False, "parts": list(range(100_000))}}),
+    "held parts that are no numbers": lambda: joining(backbones={"backbone": {"whole": False, "parts": ["0"]}}),
+    "a backbone of no run": lambda: joining(backbones={"other": {"whole": True, "parts": []}}),
+    "no backbones": lambda: joining(backbones={}),
+    "backbones that are a list": lambda: joining(backbones=["backbone"]),
     "a field too many": lambda: joining(accuracy=0.9),
 }
 AT_TRAIN: dict[str, Callable[[], RecordDict]] = {
@@ -222,7 +228,11 @@ def test_a_site_that_claims_to_have_the_backbone_is_set_aside_where_it_cannot_pr
     tmp_path: Path, without_north: str
 ) -> None:
     def lie(asked: Message) -> RecordDict | None:
-        return joining(has_backbone=True) if asked.metadata.message_type == wire.JOIN else None
+        return (
+            joining(backbones={"backbone": {"whole": True, "parts": []}})
+            if asked.metadata.message_type == wire.JOIN
+            else None
+        )
 
     outcome, facts, _ = federate(tmp_path, ["east", "north"], answer=lie)
     assert heads_digest(outcome.heads) == without_north

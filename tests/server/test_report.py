@@ -26,6 +26,7 @@ TOP = {
     "rounds",
     "status",
     "backbone",
+    "backbones",
     "tasks",
     "sites",
     "audit",

@@ -55,7 +55,7 @@ def federate(
     run_federation(
         grid(app, len(sites)),
         run_config(cohort={"timeout_s": 5, **cohort}, **changes),
-        backbone(),
+        {"backbone": backbone()},
         run_id="run-1",
         folder=folder,
         journal=journal,
@@ -168,7 +168,7 @@ def test_only_the_parts_of_a_backbone_that_a_site_lacks_are_sent_again(tmp_path:
         run_federation(
             InProcessGrid(counting, 1),
             run_config(backbone=big.public_spec()),
-            big,
+            {"backbone": big},
             run_id="run-1",
             folder=folder,
             journal=FileJournal(folder / "journal.jsonl"),

@@ -49,7 +49,7 @@ def federate(
     outcome = run_federation(
         InProcessGrid(app, len(sites)),
         run_config(**changes),
-        backbone(),
+        {"backbone": backbone()},
         run_id=run_id,
         folder=folder,
         journal=FileJournal(folder / "journal.jsonl"),
@@ -149,7 +149,7 @@ def test_an_absurd_public_size_keeps_a_site_out(tmp_path: Path, size: int) -> No
     def absurd(records: RecordDict) -> RecordDict:
         reply = wire.decode(records, wire.JoinReply)
         return wire.encode(
-            wire.JoinReply(reply.site, {"colour": size}, reply.unit, reply.delta, reply.budget_epsilon, True)
+            wire.JoinReply(reply.site, {"colour": size}, reply.unit, reply.delta, reply.budget_epsilon, reply.backbones)
         )
 
     sites = [site_config(tmp_path, site) for site in ("east", "north")]
@@ -252,7 +252,7 @@ def test_a_flood_of_replies_changes_nothing_and_is_logged(tmp_path: Path) -> Non
     flooded = run_federation(
         FloodedGrid(app, 2),
         run_config(),
-        backbone(),
+        {"backbone": backbone()},
         run_id="run-1",
         folder=tmp_path / "run-b",
         journal=journal,

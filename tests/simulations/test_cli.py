@@ -96,6 +96,40 @@ def test_check_validates_and_runs_nothing(command: Command, tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
 
 
+def test_check_names_every_file_that_is_missing_once(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").unlink()
+    weights = tmp_path / "net.safetensors"
+    backbone = f"run.backbone={{kind: small_cnn, input_size: 12, channels: [4, 8], weights: {weights}}}"
+    result = command("check", backbone, "sources.rows.rows=./no/such.csv")
+    refused(result, 2, f"sources.rows.path: {tmp_path / 'rows.csv'} is missing", "sources.rows.rows: ")
+    refused(result, 2, f"run.backbone.weights: {weights} is missing")
+
+
+def test_check_asks_for_no_weights_that_pretraining_is_to_write(command: Command, tmp_path: Path) -> None:
+    backbone = f"run.backbone={{kind: small_cnn, input_size: 12, channels: [4, 8], weights: {tmp_path / 'net'}}}"
+    source = f"{{kind: table, path: {tmp_path / 'rows.csv'}, inputs: [x, y]}}"
+    numbers = "column: colour, labels: [red, blue], epochs: 1, batch_size: 8, learning_rate: 0.1, seed: 0"
+    pretrain = f"pretrain={{sources: [{source}], {numbers}}}"
+    assert command("check", backbone, pretrain).exit_code == 0
+    absent = pretrain.replace("rows.csv", "others.csv")
+    refused(command("check", backbone, absent), 2, f"pretrain.sources.0.path: {tmp_path / 'others.csv'} is missing")
+
+
+def test_a_file_that_is_missing_is_called_missing(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").unlink()
+    refused(command("run"), 2, str(tmp_path / "rows.csv"), "but there is no such file")
+
+
+def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
+    result = command("plan")
+    assert result.exit_code == 0, result.output
+    legend = [line.strip() for line in result.stdout.splitlines()]
+    for row in ("epsilon at end", "affords rounds", "count noise", "noise/signal", "over the run"):
+        assert any(line.startswith(row) for line in legend), row
+    assert "Above 1 the result is hopeless" in result.stdout
+    assert "legend" not in json.loads(command("plan", options=("--json",)).stdout)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

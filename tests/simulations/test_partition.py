@@ -148,6 +148,64 @@ def test_natural_sites_bring_their_own_sources(tmp_path: Path, table: Path) -> N
     assert [site.name for site in sites] == ["north", "south"]
 
 
+DIVIDED = {
+    "kind": "natural",
+    "split": "source",
+    "divide": {"rows": {"north": "all", "south": {"colour": ["red", "blue"]}}},
+}
+
+
+def test_a_natural_partition_deals_a_shared_source_out_to_the_sites_that_have_it(tmp_path: Path, table: Path) -> None:
+    other = simulation(table, PARTITIONS[0]).sources["rows"].model_dump()
+    config = simulation(table, {**DIVIDED, "sites": {"west": {"other": other}}})
+    elsewhere = config.tasks["colour"].model_copy(update={"source": "other"})
+    run = config.run.model_copy(update={"tasks": {**config.run.tasks, "hue": config.run.tasks["colour"]}})
+    sites = build_sites(config.model_copy(update={"run": run, "tasks": {**config.tasks, "hue": elsewhere}}), tmp_path)
+    assert {site.name: sorted(site.tasks) for site in sites} == {
+        "north": ["colour"],
+        "south": ["colour"],
+        "west": ["hue"],
+    }
+    north, south = (dict(rows_of(site)) for site in sites[:2])
+    assert Counter(north.values()) == Counter(train=96, test=24)
+    assert not set(north) & set(south)
+    # Rows 1, 4, 7, ... are red, 2, 5, 8, ... green: two of three of the other half are left to the south.
+    assert set(south) == {row for row in set(range(1, 241)) - set(north) if row % 3 != 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"divide": {"other": {"north": "all"}}},
+            r"partition\.divide\.other: expected one of the file's sources \(rows\)",
+        ),
+        ({"kind": "iid", "num_sites": 2}, "partition.divide: expected it in kind natural"),
+        (
+            {"divide": {"rows": {"north": {"nothing": ["red"]}}}},
+            "divide.rows.north: expected one of the source's columns",
+        ),
+        (
+            {"divide": {"rows": {"north": {"colour": ["pink"]}}}},
+            "divide.rows.north: expected a site that keeps at least",
+        ),
+        ({"divide": {"rows": {}}}, "partition.divide.rows"),
+    ],
+)
+def test_a_source_that_cannot_be_divided_is_refused(
+    tmp_path: Path, table: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        build_sites(simulation(table, {**DIVIDED, **changes}), tmp_path)
+
+
+def test_a_task_at_a_site_without_its_source_is_refused(tmp_path: Path, table: Path) -> None:
+    task = {"source": "other", "column": "colour", "missing": "refuse", "public_size": 50, "sites": ["north"]}
+    config = simulation(table, DIVIDED, tasks={"colour": task})
+    with pytest.raises(BadInput, match=r"tasks\.colour\.source: expected a source of site north \(rows\), got 'other'"):
+        build_sites(config, tmp_path)
+
+
 def test_written_site_files_are_read_back_equal(tmp_path: Path, table: Path) -> None:
     sites = build_sites(simulation(table, PARTITIONS[0]), tmp_path)
     assert [site.model_dump() for site in read_sites(tmp_path)] == [site.model_dump() for site in sites]
