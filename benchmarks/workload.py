@@ -4,8 +4,8 @@
 
 Ten sites, 1000 images each, 3 x 96 x 96, mobilenet_v3_small, a linear head of 8 classes, 10 rounds of 16 steps,
 features not cached before; Poisson samples of 125, and full batches, each beside its own floor. The floor scales all
-pixels of a batch at once, encodes with the best pass there is (channels last, folded, every core a batch of its own) and
-trains in closed form on one thread; it has no file of features, no ledger, no message, no check, no clip and no noise.
+pixels of a batch at once, encodes with the best pass there is (channels last, folded, every core a batch of its own)
+and trains in closed form on one thread; it has no file of features, no ledger, no message, no check, no clip, no noise.
 """
 
 from __future__ import annotations
