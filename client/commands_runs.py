@@ -101,8 +101,8 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     about = {
         "run": run.name,
         "digest": offer.digest,
-        **{name: f"{spec.kind}, {offer.backbones[name]}" for name, spec in run.encoders.items()},
-        "tasks": ", ".join(f"{name} ({spec.kind})" for name, spec in run.tasks.items()),
+        "backbones": "; ".join(f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.encoders.items()),
+        "tasks": ", ".join(f"{name} ({spec.kind}, on {run.backbone_of(name)})" for name, spec in run.tasks.items()),
         "training": f"{run.rounds} round(s), solver {run.solver.kind}",
     }
     if run.privacy == "non_private":

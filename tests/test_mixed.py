@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from typer.testing import CliRunner
 
 import simulations
+from client.__main__ import app
 from client.app import make_app
 from client.approvals import Approvals, Offer
 from client.data import open_units
@@ -24,8 +26,9 @@ from client.site import DeclinedRequest, Site
 from client.solvers import open_solver
 from client.units import Units
 from common import wire
-from common.config import RunConfig, SimulationConfig, SiteConfig, parse
+from common.config import RunConfig, SimulationConfig, SiteConfig, parse, write_yaml
 from common.journal import FileJournal, read
+from common.offers import offer_bytes
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Plan, Refusal, Unit
@@ -50,9 +53,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Hospitals:
 def federate(own: Hospitals, sites: list[SiteConfig], run_id: str) -> tuple[Outcome, list[dict[str, Any]]]:
     folder = own.folder / run_id
     folder.mkdir()
-    app = make_app(lambda context: sites[int(context.node_config["partition-id"])])
+    answer = make_app(lambda context: sites[int(context.node_config["partition-id"])])
     journal = FileJournal(folder / "journal.jsonl")
-    grid = InProcessGrid(app, len(sites))
+    grid = InProcessGrid(answer, len(sites))
     outcome = run_federation(
         grid, own.run, own.backbones, run_id=run_id, folder=folder, journal=journal, executor="in_process"
     )
@@ -378,3 +381,21 @@ def test_an_approval_holds_for_all_digests_of_a_run(own: Hospitals) -> None:
     assert declined(Site(site, os_entropy), offer) is Refusal.NOT_APPROVED
     Approvals(site.state_dir).approve(asked)
     assert set(join(Site(site, os_entropy), offer).backbones) == {"pictures", "texts"}
+
+
+def test_who_approves_a_run_reads_all_digests_and_no_backbones_name_stands_in_for_a_price(tmp_path: Path) -> None:
+    made = hospitals(tmp_path).run.model_dump(mode="json")
+    backbones = {"price": made["backbones"]["pictures"], "warning": made["backbones"]["texts"]}
+    names = {"shade": "price", "finding": "warning"}
+    tasks = {task: {**settings, "backbone": names[task]} for task, settings in TASKS.items()}
+    own = hospitals(tmp_path, backbones=backbones, tasks=tasks)
+    write_yaml(tmp_path / "site.yaml", own.site("north", BOTH, approval="required"))
+    offer = own.offer()
+    (tmp_path / "offer.json").write_bytes(offer_bytes(offer.run, offer.backbones))
+    shown = CliRunner().invoke(app, ["approve", str(tmp_path / "site.yaml"), str(tmp_path / "offer.json")])
+    assert shown.exit_code == 0, shown.output
+    lines = {line[:10].strip(): line[10:] for line in shown.stdout.splitlines()}
+    assert lines["price"].startswith("epsilon ")
+    assert "warning" not in lines
+    assert all(digest in lines["backbones"] for digest in own.digests.values())
+    assert lines["tasks"] == "shade (classification, on price), finding (classification, on warning)"
