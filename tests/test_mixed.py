@@ -398,4 +398,5 @@ def test_who_approves_a_run_reads_all_digests_and_no_backbones_name_stands_in_fo
     assert lines["price"].startswith("epsilon ")
     assert "warning" not in lines
     assert all(digest in lines["backbones"] for digest in own.digests.values())
-    assert lines["tasks"] == "shade (classification, on price), finding (classification, on warning)"
+    # As the file has them: in order of their names.
+    assert lines["tasks"] == "finding (classification, on warning), shade (classification, on price)"
