@@ -68,7 +68,7 @@ class Site:
             LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
         """
         config = self.config
-        if self.has_replies() and Ledger.find(config.state_dir / "ledgers", config.registry) is None:
+        if Ledger.find(config.state_dir / "ledgers", config.registry) is None and self.has_replies():
             raise LedgerDamaged(f"ledger {config.registry}: it is missing at a site that has answered before")
         return Ledger.open(
             config.state_dir / "ledgers",
