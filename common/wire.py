@@ -244,7 +244,7 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     allowed = {_PUBLIC}
     if expected is PartRequest:
         allowed |= {_PART}
-        public["data"] = records.config_records[_PART]["data"]
+        public["data"] = _record(records, _PART)["data"]
         _check_part(public)
     elif expected is PrepareRequest:
         _check_specs(public["specs"])
@@ -349,13 +349,21 @@ def _records(payload: Payload, **public: Any) -> RecordDict:
 
 
 def _public(records: RecordDict) -> dict[str, Any]:
-    text = records.config_records[_PUBLIC]["json"]
+    text = _record(records, _PUBLIC)["json"]
     if not isinstance(text, str) or len(text) > MAX_JSON_BYTES:
         raise BadInput("expected a short public part")
     public = json.loads(text)
     if not isinstance(public, dict):
         raise BadInput("expected a public part with keys")
     return public
+
+
+def _record(records: RecordDict, key: str) -> ConfigRecord:
+    # Not `config_records`, which copies all records to look one up.
+    record = records[key]
+    if not isinstance(record, ConfigRecord):
+        raise BadInput(f"malformed {key} part: expected settings")
+    return record
 
 
 def _with_heads(records: RecordDict, heads: Heads) -> RecordDict:
@@ -371,7 +379,8 @@ def _bytes(values: np.ndarray) -> bytes:
 
 
 def _heads(records: RecordDict) -> Heads:
-    text, data = records.config_records[_HEADS]["layout"], records.config_records[_HEADS]["data"]
+    record = _record(records, _HEADS)
+    text, data = record["layout"], record["data"]
     if not isinstance(text, str) or len(text) > MAX_JSON_BYTES or not isinstance(data, bytes):
         raise BadInput("expected heads as a layout and their bytes")
     layout: dict[str, dict[str, list[int]]] = json.loads(text)
