@@ -67,7 +67,7 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
             share=site.share,
         )
         delta = _solve(site, joined, request.round, tasks, heads, plan)
-        return wire.TrainReply(delta, plan), reservation, plan.steps
+        return wire.TrainReply(delta, plan, joined.run.delta_precision), reservation, plan.steps
 
     return _answered_once(site, joined, request, TRAINING, answer)
 

@@ -120,6 +120,8 @@ class RunConfig(Frozen):
     cohort: Cohort = Cohort()
     evaluation: Evaluation | None = None
     """None: no site is asked. What an evaluation costs and how much noise it has, each site's own file says."""
+    delta_precision: Literal["float32", "float16"] = "float32"
+    """Of contributions on their way: float16 takes half the bytes. What is rounded was noised: it costs no privacy."""
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
     """A reply whose L2 norm over all heads exceeds this is set aside."""
     audit: Literal["required", "on_request"] = "on_request"
