@@ -50,8 +50,10 @@ _LEAST_BATCH_SIZE = 8
 
 _FEW_ROWS = 256
 """So many are read one by one: to map a file takes longer."""
+
 _HEADER_BYTES = 1024
 """More than the first line of an array's file has."""
+
 _LOADERS = 4
 """Threads that load and preprocess the next batches while a GPU encodes."""
 
