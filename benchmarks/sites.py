@@ -8,12 +8,15 @@ Flower's simulation on Ray with a client that answers with the arrays it got.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,10 @@ from common.config import SimulationConfig, load
 from common.journal import read
 from simulations.experiment import run
 
-ROUNDS, RECORDS, DIM = 3, 40, 64
+ROUNDS, RECORDS, DIM = 5, 40, 64
+TURNS = 2
+"""Of both sides of a ratio, one after the other."""
+ENGINE_COUNTS = (10, 100)
 
 
 def simulation(
@@ -64,15 +70,15 @@ def simulation(
     return load(SimulationConfig, path)
 
 
-def seconds_of_rounds(config: SimulationConfig) -> float:
-    """Median seconds of a round, from the journal: sampling, messages, ledgers, training, aggregation, checkpoint."""
+def seconds_of_rounds(config: SimulationConfig) -> list[float]:
+    """Seconds of each round, from the journal: sampling, messages, ledgers, training, aggregation, checkpoint."""
     summary = run(config)
     times = [fact["time"] for fact in read(Path(summary["path"]) / "journal.jsonl") if fact["event"] == "round"]
-    return float(np.median(np.diff(times)))
+    return [after - before for before, after in pairwise(times)]
 
 
 ENGINE = """
-import sys, time
+import json, sys, time
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -101,44 +107,56 @@ def main(grid, context):
         assert len(replies) == sites, len(replies)
         seconds.append(time.perf_counter() - started)
     with open(path, "w") as file:
-        file.write(str(float(np.median(seconds[1:]))))
+        json.dump(seconds[1:], file)
 
 resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
 run_simulation(server, client, num_supernodes=sites, backend_config=resources)
 """
 
 
-def seconds_of_engine(num_sites: int, folder: Path, rounds: int = 3) -> float:
-    """Median seconds of a round of Flower's engine on Ray with clients that do nothing, the first round left out."""
+def seconds_of_engine(num_sites: int, folder: Path, rounds: int = ROUNDS) -> list[float]:
+    """Seconds of each round of Flower's engine on Ray with clients that do nothing, the first round left out."""
     environment = {
         **os.environ,
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "FLWR_HOME": str(folder),
     }
-    path = folder / "seconds"
+    path = folder / f"seconds-{num_sites}"
     command = [sys.executable, "-c", ENGINE, str(num_sites), str(rounds), str(path)]
-    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
-    return float(path.read_text())
+    subprocess.run(command, env=environment, check=True, timeout=100, capture_output=True)
+    seconds: list[float] = json.loads(path.read_text())
+    return seconds
 
 
-def main(counts: tuple[int, ...] = (10, 100, 1000), engine: tuple[int, ...] = (10, 100)) -> None:
+def main() -> None:
     """Seconds of a round beside the engine's, cost per site beside that of ten sites, and memory."""
-    per_site: dict[int, float] = {}
-    for count in counts:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            seconds = seconds_of_rounds(simulation(folder, count))
-            per_site[count] = seconds / count
-            # At once: a run that is cut off then still says what it saw.
-            if count != counts[0]:
-                name = f"seconds per site and round, {count} sites / {counts[0]} sites"
-                stated(name, per_site[count], per_site[counts[0]], target=1.2, repeats=3)
-            if count in engine:
-                idle = seconds_of_engine(count, folder)
-                stated(f"round of {count} sites / Flower on Ray, idle clients", seconds, idle, target=0.5, repeats=3)
+    with tempfile.TemporaryDirectory() as place:  # One, emptied at the end: ext4 makes files slowly after deletions.
+        folder = Path(place)
+
+        def ours(count: int, turn: int, rounds: int = ROUNDS) -> list[float]:
+            own = folder / f"{count}-{turn}"
+            own.mkdir()
+            return seconds_of_rounds(simulation(own, count, rounds + 1))
+
+        per_site = {}
+        for count in ENGINE_COUNTS:
+            subject, reference = [], []
+            for turn in range(TURNS):
+                subject += ours(count, turn)
+                reference += seconds_of_engine(count, folder)
+            name = f"round of {count} sites / Flower on Ray, idle clients"
+            stated(name, median(subject), median(reference), target=0.5, repeats=len(subject))
+            per_site[count] = median(subject) / count
+        # Ten sites once more on either side of the thousand: the machine's load may have changed.
+        few = ours(10, TURNS)
+        per_site[1000] = median(ours(1000, 0, rounds=3)) / 1000
+        few += ours(10, TURNS + 1)
+        for count, rounds in ((100, TURNS * ROUNDS), (1000, 3)):
+            name = f"seconds per site and round, {count} sites / 10 sites"
+            stated(name, per_site[count], median(few) / 10, target=1.2, repeats=rounds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    stated(f"peak memory with {counts[-1]} sites / 3 GiB", peak, 3.0, target=1.0, repeats=1, note="GiB, not seconds")
+    stated("peak memory with 1000 sites / 3 GiB", peak, 3.0, target=1.0, repeats=1, note="GiB, not seconds")
 
 
 if __name__ == "__main__":

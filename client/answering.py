@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 from client.data import check_prepared, open_units
 from client.evaluation import noised_sums
 from client.history import EVALUATION, TRAINING, Purpose
-from client.ledger import Reservation
+from client.ledger import Ledger, Reservation
 from client.replies import Replies, ReplyDamaged
 from client.site import (
     DeclinedRequest,
@@ -52,13 +52,13 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
     """
     joined = joined_run(site, request.run_id)
 
-    def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
+    def answer(digest: str, ledger: Ledger) -> tuple[wire.Reply, Reservation, int]:
         # Again: several runs may have joined under one approval, before any of them was charged.
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
         heads = modules_of(joined, tasks, request.heads)
         plan = plan_of(site.config, joined)
-        reservation = site.ledger().reserve(
+        reservation = ledger.reserve(
             Mechanism.of(plan),
             run=joined.run_id,
             round=request.round,
@@ -67,7 +67,7 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
             share=site.share,
         )
         delta = _solve(site, joined, request.round, tasks, heads, plan)
-        return wire.TrainReply(delta, plan), reservation, plan.steps
+        return wire.TrainReply(delta, plan, joined.run.delta_precision), reservation, plan.steps
 
     return _answered_once(site, joined, request, TRAINING, answer)
 
@@ -86,11 +86,11 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
     if asked is None or not asked.due(request.round, joined.run.rounds):
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the run does not evaluate after this round")
 
-    def answer(digest: str) -> tuple[wire.Reply, Reservation, int]:
+    def answer(digest: str, ledger: Ledger) -> tuple[wire.Reply, Reservation, int]:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
         heads = modules_of(joined, tasks, request.heads)
-        reservation, mechanism = site.ledger().reserve_evaluation(
+        reservation, mechanism = ledger.reserve_evaluation(
             share,
             len(tasks),
             run=joined.run_id,
@@ -121,7 +121,7 @@ def _answered_once(
     joined: Joined,
     request: wire.TrainRequest | wire.EvaluateRequest,
     what: Purpose,
-    answer: Callable[[str], tuple[wire.Reply, Reservation, int]],
+    answer: Callable[[str, Ledger], tuple[wire.Reply, Reservation, int]],
 ) -> RecordDict:
     """The stored reply to this very request; else a new one, stored before it is sent.
 
@@ -130,23 +130,24 @@ def _answered_once(
         joined: the run.
         request: what is asked.
         what: for the journal.
-        answer: given the request's digest, charges and computes: the reply, its charge, and the number of releases.
+        answer: given the request's digest and the ledger, charges and computes: the reply, its charge, and the number
+            of releases.
     """
     digest = wire.request_digest(wire.encode(request))
-    replies = Replies(joined.folder)
     about = {"run": joined.run_id, "round": request.round, "what": what}
     try:
-        with replies.exclusive():
+        with Replies.exclusive(joined.folder) as replies:
             stored = replies.find(digest)
             if stored is not None:
                 site.journal.write("resent", **about, bytes=len(stored))
                 return wire.from_bytes(stored)
-            _check_asked_once(site, joined, request.round, what, digest)
-            reply, reservation, num_releases = answer(digest)
+            ledger = site.ledger()
+            _check_asked_once(ledger, joined, request.round, what, digest)
+            reply, reservation, num_releases = answer(digest, ledger)
             records = wire.encode(reply)
             data = wire.to_bytes(records)
             replies.store(digest, data)
-            site.ledger().commit(reservation)
+            ledger.commit(reservation)
     except BudgetExhausted as error:
         raise DeclinedRequest(Refusal.BUDGET, str(error)) from error
     except ReplyDamaged as error:
@@ -155,7 +156,7 @@ def _answered_once(
     return records
 
 
-def _check_asked_once(site: Site, joined: Joined, round_: int, what: Purpose, digest: str) -> None:
+def _check_asked_once(ledger: Ledger, joined: Joined, round_: int, what: Purpose, digest: str) -> None:
     """A round is answered to one request: else a coordinator could ask it over and over, up to the whole budget.
 
     Charges that were cut off, by a crash or an error, may be made again a few times.
@@ -164,7 +165,7 @@ def _check_asked_once(site: Site, joined: Joined, round_: int, what: Purpose, di
         DeclinedRequest: another request of this round was answered, or it was charged too often.
     """
     about = (joined.run_id, what, round_)
-    charges = [charge for charge in site.ledger().charges() if (charge.run, charge.purpose, charge.round) == about]
+    charges = [charge for charge in ledger.charges() if (charge.run, charge.purpose, charge.round) == about]
     if any(charge.committed and charge.request != digest for charge in charges):
         raise DeclinedRequest(Refusal.BAD_REQUEST, "this round was answered already, to another request")
     if len(charges) >= MAX_CHARGES:

@@ -275,7 +275,8 @@ def _read_anchor(folder: Path, key: bytes) -> tuple[int, str]:
 
 def _read(folder: Path, name: str) -> bytes:
     try:
-        return (folder / name).read_bytes()
+        with open(f"{folder}/{name}", "rb", buffering=0) as file:
+            return file.read()
     except FileNotFoundError as error:
         raise LedgerDamaged(f"ledger {folder.name}: its file {name!r} is missing") from error
 

@@ -14,16 +14,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from client.exclusions import Exclusions
-from client.features import Features, FeatureStore, Progress
+from client.features import Features, FeatureStore, Progress, rows_of
 from client.records import SIDES, Member, Problem, Side, labels_of, place, usable
 from client.sources import open_source
 from client.units import TaskRecords, Units
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
 ARRAYS = "arrays.safetensors"
 PROBLEMS = "problems.csv"
+_MAX_HEADER_BYTES = 100_000_000
+"""As the format says."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ def check_prepared(folder: Path) -> None:
         BadInput: they are gone.
     """
     try:
-        with safe_open(folder / ARRAYS, framework="pt") as file:
-            features = json.loads(file.metadata()["about"])["features"]
+        with (folder / ARRAYS).open("rb", buffering=0) as file:
+            features = _about(file)["features"]
         gone = not all(Path(path).is_file() for path in features.values())
     except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         gone = True
@@ -182,8 +183,17 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    data = path.read_bytes()
+    return _about(io.BytesIO(data)), load(data)
+
+
+def _about(file: IO[bytes]) -> dict[str, Any]:
+    """What `prepare` noted with the arrays; reads their file's header alone, which follows its length."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError("expected a safetensors file")
+    about: dict[str, Any] = json.loads(json.loads(file.read(length))["__metadata__"]["about"])
+    return about
 
 
 def _records(
@@ -191,9 +201,7 @@ def _records(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which of a view's records are on a side, their features, and their units."""
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
-    features_ND = np.load(features, mmap_mode="r", allow_pickle=False)
-    # Indexing by positions copies: what is trained on does not refer to the read-only file.
-    features_RD = torch.from_numpy(np.asarray(features_ND[arrays[f"{view}/position"][chosen_R].numpy()]))
+    features_RD = torch.from_numpy(rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy()))
     return chosen_R, features_RD.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +47,12 @@ CUDA_BATCH_SIZE = 256
 
 _LEAST_BATCH_SIZE = 8
 """Of a core, however many there are."""
+
+_FEW_ROWS = 256
+"""So many are read one by one: to map a file takes longer."""
+
+_HEADER_BYTES = 1024
+"""More than the first line of an array's file has."""
 
 _LOADERS = 4
 """Threads that load and preprocess the next batches while a GPU encodes."""
@@ -74,6 +83,37 @@ class Features:
         valid_N = np.ones(len(self.features_ND), dtype=np.bool_)
         valid_N[list(self.unusable)] = False
         return valid_N
+
+
+def rows_of(path: Path, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Copies of some rows of a cached array: what is trained on does not refer to the read-only file.
+
+    Raises:
+        OSError: it is gone.
+        ValueError: it is damaged.
+    """
+    if len(positions_R) > _FEW_ROWS:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[positions_R])
+    with path.open("rb", buffering=0) as file:
+        shape, start = _layout(os.pread(file.fileno(), _HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
+        rows_RD = np.empty((len(positions_R), *shape[1:]), np.float32)
+        step = math.prod(shape[1:]) * rows_RD.itemsize
+        for row_D, position in zip(rows_RD, positions_R.tolist(), strict=True):
+            if os.preadv(file.fileno(), [row_D], start + position * step) != step:
+                raise ValueError("expected all of the array's rows")
+    return rows_RD
+
+
+@lru_cache(maxsize=1024)
+def _layout(header: bytes) -> tuple[tuple[int, ...], int]:
+    """Shape of an array of float32, and where its values start, from the first line of its file."""
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("expected a NumPy array of format 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    if by_columns or dtype != np.float32:
+        raise ValueError("expected float32, row by row")
+    return shape, stream.tell()
 
 
 class FeatureStore:

@@ -31,7 +31,6 @@ from client.solvers import open_solver
 from common import wire
 from common.backbones import Backbone
 from common.files import private_folder, write_atomic
-from common.heads import initial_heads
 from common.offers import offer_bytes, run_digest
 from common.privacy.accounting import Mechanism
 from common.tasks import Task
@@ -251,6 +250,6 @@ def _refuse_while_stopped(site: Site) -> None:
 def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
     """Decline heads the solver cannot train, now: once a round is charged it is too late."""
     try:
-        open_solver(joined.run.solver, "solver").check_heads(initial_heads(tasks, dict.fromkeys(tasks, 1), seed=0))
+        open_solver(joined.run.solver, "solver").check_heads({name: task.head(1) for name, task in tasks.items()})
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error

@@ -3,9 +3,11 @@
 One lock for each run is held from looking for a reply to storing it: of two identical requests at the same moment the
 second waits and gets the first one's bytes.
 
-A reply's digest is kept beside it. A reply that differs from it is not sent, and the request is declined until the
-site's staff has looked: to answer anew would draw noise a second time for one request, which costs a second charge, and
-whoever damages a file would decide that it is spent. When the staff has removed the file, the request is a new charge.
+Each reply is a file; their digests are lines of one file, `reply_digests`, a line appended before its reply is stored
+(the last line of a request counts). A reply that differs from its digest is not sent, and the request is declined until
+the site's staff has looked: to answer anew would draw noise a second time for one request, which costs a second charge,
+and whoever damages a file would decide that it is spent. When the staff has removed the reply, the request is a new
+charge.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import private_folder, write_atomic
+from common.files import flush, flush_folder, private_folder, write_atomic
+
+_LINE_BYTES = 130
+"""Two digests of 64 hex digits, a space between them and a newline."""
 
 
 class ReplyDamaged(Exception):
@@ -27,17 +32,19 @@ class ReplyDamaged(Exception):
 
 @dataclass(frozen=True)
 class Replies:
-    """What one run was answered; a folder of the run's."""
+    """What one run was answered, while nobody else looks for or stores a reply of it."""
 
-    run_folder: Path
+    _run_folder: Path
+    _digests: int
 
+    @classmethod
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """While no other process or thread looks for or stores a reply of this run."""
-        descriptor = os.open(self.run_folder / "replies.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    def exclusive(cls, run_folder: Path) -> Iterator[Replies]:
+        """The replies of a run, while no other process or thread has them."""
+        descriptor = os.open(run_folder / "reply_digests", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # Released by the operating system if the process dies.
-            yield
+            yield cls(run_folder, descriptor)
         finally:
             os.close(descriptor)
 
@@ -47,11 +54,13 @@ class Replies:
         Raises:
             ReplyDamaged: it was changed since, or its digest is gone.
         """
-        stored, kept = self._reply(request), self._digest(request)
-        if not stored.exists():
+        stored = self._reply(request)
+        try:
+            data = stored.read_bytes()
+        except FileNotFoundError:
             return None
-        data = stored.read_bytes()
-        if not kept.exists() or kept.read_text(encoding="ascii", errors="replace") != _digest_of(data):
+        kept = [line[65:129] for line in self._lines() if line[:64] == request.encode()]
+        if not kept or kept[-1] != _digest_of(data):
             raise ReplyDamaged(
                 f"{stored}: the stored reply was damaged; remove it, and the same request is charged and answered anew"
             )
@@ -59,16 +68,25 @@ class Replies:
 
     def store(self, request: str, data: bytes) -> None:
         """Keep a reply; durable when this returns. The digest first: a reply without one counts as damaged."""
-        for path, content in ((self._digest(request), _digest_of(data).encode()), (self._reply(request), data)):
-            private_folder(path.parent)
-            write_atomic(path, content)
+        line = b"%s %s\n" % (request.encode(), _digest_of(data))
+        # Over what a crash left of a line.
+        end = len(self._lines()) * _LINE_BYTES
+        if os.pwrite(self._digests, line, end) != _LINE_BYTES:
+            raise OSError(f"{self._run_folder}: expected room for a reply's digest, got a full disk")
+        flush(self._digests)
+        if end == 0:
+            flush_folder(self._run_folder)  # Where the file of digests is new.
+        stored = self._reply(request)
+        write_atomic(private_folder(stored.parent) / request, data)
+
+    def _lines(self) -> list[bytes]:
+        """The whole lines of the file of digests."""
+        data = os.pread(self._digests, os.fstat(self._digests).st_size, 0)
+        return [data[start : start + _LINE_BYTES] for start in range(0, len(data) - _LINE_BYTES + 1, _LINE_BYTES)]
 
     def _reply(self, request: str) -> Path:
-        return self.run_folder / "replies" / request
-
-    def _digest(self, request: str) -> Path:
-        return self.run_folder / "reply_digests" / request
+        return self._run_folder / "replies" / request
 
 
-def _digest_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _digest_of(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()

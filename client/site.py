@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ class Site:
             LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
         """
         config = self.config
-        if self.has_replies() and Ledger.find(config.state_dir / "ledgers", config.registry) is None:
+        if Ledger.find(config.state_dir / "ledgers", config.registry) is None and self.has_replies():
             raise LedgerDamaged(f"ledger {config.registry}: it is missing at a site that has answered before")
         return Ledger.open(
             config.state_dir / "ledgers",
@@ -155,12 +156,20 @@ def digest_of_offer(folder: Path) -> str:
 def joined_run(site: Site, run_id: str) -> Joined:
     """A run this site joined. Raises DeclinedRequest for any other."""
     folder = run_folder(site, run_id)
-    if not (folder / "offer.json").exists():
-        raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run")
-    offer = json.loads((folder / "offer.json").read_text(encoding="utf-8"))
-    run = parse(RunConfig, offer["run"], base=folder)
+    try:
+        offer = (folder / "offer.json").read_bytes()
+    except FileNotFoundError:
+        raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run") from None
+    return _joined(run_id, offer, folder)
+
+
+@lru_cache(maxsize=1024)
+def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
+    # Remembered for these very bytes: a site reads the same ones in every round.
+    values = json.loads(offer)
+    run = parse(RunConfig, values["run"], base=folder)
     # None in an offer of the messages' first version: its run can be looked at, not continued.
-    return Joined(run_id, run, offer.get("backbones", {}), folder)
+    return Joined(run_id, run, values.get("backbones", {}), folder)
 
 
 def run_folder(site: Site, run_id: str) -> Path:

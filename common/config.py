@@ -120,6 +120,8 @@ class RunConfig(Frozen):
     cohort: Cohort = Cohort()
     evaluation: Evaluation | None = None
     """None: no site is asked. What an evaluation costs and how much noise it has, each site's own file says."""
+    delta_precision: Literal["float32", "float16"] = "float32"
+    """Of contributions on their way: float16 takes half the bytes. What is rounded was noised: it costs no privacy."""
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
     """A reply whose L2 norm over all heads exceeds this is set aside."""
     audit: Literal["required", "on_request"] = "on_request"
@@ -428,6 +430,10 @@ class SimulationConfig(Frozen):
         return self.pretrain.backbone
 
 
+# The safe ones, from libyaml where it is there: eight times as fast, for thousands of simulated sites' files.
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+_DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -463,7 +469,7 @@ def parse_text(model: type[Model], content: bytes, where: str) -> Model:
         BadInput: in one sentence what is wrong; `where` names the text.
     """
     try:
-        values = yaml.safe_load(content.decode())
+        values = yaml.load(content.decode(), Loader=_LOADER)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise BadInput(f"{where}: expected valid YAML, got {type(error).__name__}") from error
     if not isinstance(values, dict):
@@ -481,7 +487,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: expected a readable YAML file{instead(error)}") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -504,7 +510,7 @@ def as_override(key: str, value: Any) -> str:
 def write_yaml(path: Path, model: BaseModel) -> None:
     """Write a model as YAML, readable by `load`."""
     values = model.model_dump(mode="json")  # None too: a written null may be required (`crop: null`).
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.dump(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -512,7 +518,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise BadInput(f"--set {override}: expected key.path=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise BadInput(f"--set {key}: expected a YAML value, got {text!r}") from error
     if isinstance(value, str) and value.startswith(("./", "../")):

@@ -1,7 +1,8 @@
 """Files that survive a crash: written beside their place, flushed, then renamed. Readable by their owner only.
 
 Flushing is for power cuts; a killed process loses nothing that it wrote. A simulation, whose ledgers protect nobody,
-may do without (`without_flushing`): thousands of simulated sites on one disk would wait for nothing else.
+may do without (`without_flushing`): thousands of simulated sites on one disk would wait for nothing else. It then also
+writes over a small file where it lies: a kernel copies one page whole or not at all, whatever happens to the process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+_PAGE_BYTES = 4096
 _flushing: ContextVar[bool] = ContextVar("flushing", default=True)
 
 
@@ -41,6 +43,8 @@ def private_folder(path: Path) -> Path:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing; owner-only; on disk when this returns."""
+    if not _flushing.get() and _written_over(path, data):
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -52,6 +56,24 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def _written_over(path: Path, data: bytes) -> bool:
+    """Write over a file of one page at most; false, and nothing done, where there is none or it would shrink.
+
+    A replaced file is a deleted one, and ext4 takes up to 0.4 ms to make a new file while others were just deleted
+    (measured; it steps over each of them): most of a round of thousands of ledgers.
+    """
+    if len(data) > _PAGE_BYTES:
+        return False
+    try:
+        descriptor = os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return os.fstat(descriptor).st_size <= len(data) == os.pwrite(descriptor, data, 0)
+    finally:
+        os.close(descriptor)
 
 
 def flush_folder(path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 from collections.abc import Mapping
@@ -103,6 +104,20 @@ def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = 
     Raises:
         BadInput: no such kind (names the nearest valid one), or one of the project's name in the further folder.
     """
+    module = _module(package, kind, key, own) if own else _loaded(package, kind) or _module(package, kind, key, own)
+    found = _classes(module)
+    if len(found) != 1:
+        raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
+    return found[0]
+
+
+def _loaded(package: str, kind: str) -> ModuleType | None:
+    """A kind's module where it was imported before and its file is still there: folders are not listed every time."""
+    module = None if kind.startswith("_") else sys.modules.get(f"{package}.{kind}")
+    return module if module is not None and module.__file__ and os.path.exists(module.__file__) else None
+
+
+def _module(package: str, kind: str, key: str, own: Path | None) -> ModuleType:
     known, further = kinds(package), _further_kinds(own)
     taken = sorted(set(known) & set(further))
     if taken:
@@ -110,11 +125,7 @@ def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = 
     everything = sorted([*known, *further])
     if kind not in everything:
         raise BadInput(f"{key}: expected one of {', '.join(everything)}, got {kind!r}{nearest(kind, everything)}")
-    module = _load(further[kind]) if kind in further else importlib.import_module(f"{package}.{kind}")
-    found = _classes(module)
-    if len(found) != 1:
-        raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
-    return found[0]
+    return _load(further[kind]) if kind in further else importlib.import_module(f"{package}.{kind}")
 
 
 @cache

@@ -1,8 +1,9 @@
 """Typed messages and the only place that spells Flower's record keys.
 
 A payload is one frozen dataclass; `encode` turns it into a RecordDict, `decode` back. Public scalars travel as one JSON
-text, all heads as raw little-endian float32 behind one layout of their shapes, the backbone's weights in parts. Nothing
-is unpickled, and every size is checked before memory is allocated for it.
+text, all heads as raw little-endian float32 behind one layout of their shapes (contributions as float16 where a run
+asks for it), the backbone's weights in parts. Nothing is unpickled, and every size is checked before memory is
+allocated for it.
 
 Every field that a site sends is listed here with its privacy reason:
 
@@ -13,7 +14,7 @@ Every field that a site sends is listed here with its privacy reason:
 | Held | whole, parts | depend on earlier public messages and on the site file only |
 | Ready | - | nothing but the fact of an answer |
 | TrainReply | heads | charged: the contribution |
-| TrainReply | plan | public numbers derived from the request |
+| TrainReply | plan, precision | public numbers derived from the request |
 | EvaluateReply | sums | charged: noised sums of held-out units' bounded statistics, from a share fixed beforehand |
 | EvaluateReply | noise_multiplier | follows from the share, cap and delta of the site file: public by declaration |
 | Declined | refusal | one word of a fixed list |
@@ -30,7 +31,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, assert_never
+from typing import Any, Literal, TypeVar, assert_never
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
@@ -60,6 +61,11 @@ MAX_TASKS = 1024
 PART_BYTES = 8 << 20
 """A backbone's weights travel in parts of this size; the last one may be shorter."""
 MAX_PARTS = 1024
+
+
+DeltaPrecision = Literal["float32", "float16"]
+_DTYPES: Mapping[DeltaPrecision, str] = {"float32": "<f4", "float16": "<f2"}
+_LARGEST_HALF = 65504.0
 
 
 class OtherVersion(BadInput):
@@ -139,10 +145,17 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """A site's contribution and the public numbers it was made with."""
+    """A site's contribution and the public numbers it was made with.
+
+    Attributes:
+        delta: noised already: rounding it to float16, and its largest values down to 65504, reveals nothing more.
+        plan: it was made with.
+        precision: it travels in; read back it is float32.
+    """
 
     delta: Delta
     plan: Plan
+    precision: DeltaPrecision = "float32"
 
 
 @dataclass(frozen=True)
@@ -206,8 +219,8 @@ def encode(payload: Payload) -> RecordDict:
             return _records(payload, run_id=run_id, specs=dict(specs))
         case TrainRequest(run_id, round_, heads) | EvaluateRequest(run_id, round_, heads):
             return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
-        case TrainReply(delta, plan):
-            return _with_heads(_records(payload, plan=asdict(plan)), delta.heads)
+        case TrainReply(delta, plan, precision):
+            return _with_heads(_records(payload, plan=asdict(plan), precision=precision), delta.heads, precision)
         case EvaluateReply(sums, noise_multiplier):
             return _with_heads(_records(payload, noise_multiplier=noise_multiplier), sums)
         case FinishRequest(run_id, heads, digest):
@@ -244,13 +257,13 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     allowed = {_PUBLIC}
     if expected is PartRequest:
         allowed |= {_PART}
-        public["data"] = records.config_records[_PART]["data"]
+        public["data"] = _record(records, _PART)["data"]
         _check_part(public)
     elif expected is PrepareRequest:
         _check_specs(public["specs"])
     elif expected in _WITH_HEADS:
         allowed |= {_HEADS}
-        public["heads"] = _heads(records)
+        public["heads"] = _heads(records, public["precision"] if expected is TrainReply else "float32")
     if not isinstance(public.get("run_id", ""), str) or type(public.get("round", 1)) is not int:
         raise BadInput(f"{expected.__name__}: expected a run's id and a round's number")
     extra = set(records) - allowed
@@ -349,7 +362,7 @@ def _records(payload: Payload, **public: Any) -> RecordDict:
 
 
 def _public(records: RecordDict) -> dict[str, Any]:
-    text = records.config_records[_PUBLIC]["json"]
+    text = _record(records, _PUBLIC)["json"]
     if not isinstance(text, str) or len(text) > MAX_JSON_BYTES:
         raise BadInput("expected a short public part")
     public = json.loads(text)
@@ -358,20 +371,32 @@ def _public(records: RecordDict) -> dict[str, Any]:
     return public
 
 
-def _with_heads(records: RecordDict, heads: Heads) -> RecordDict:
+def _record(records: RecordDict, key: str) -> ConfigRecord:
+    # Not `config_records`, which copies all records to look one up.
+    record = records[key]
+    if not isinstance(record, ConfigRecord):
+        raise BadInput(f"malformed {key} part: expected settings")
+    return record
+
+
+def _with_heads(records: RecordDict, heads: Heads, precision: DeltaPrecision = "float32") -> RecordDict:
     """All arrays one after the other in one record: Flower asks for each of its objects in several requests."""
     layout = {task: {name: list(heads[task][name].shape) for name in sorted(heads[task])} for task in sorted(heads)}
-    data = b"".join(_bytes(heads[task][name]) for task, shapes in layout.items() for name in shapes)
+    data = b"".join(_bytes(heads[task][name], precision) for task, shapes in layout.items() for name in shapes)
     records[_HEADS] = ConfigRecord({"layout": json.dumps(layout, separators=(",", ":")), "data": data})
     return records
 
 
-def _bytes(values: np.ndarray) -> bytes:
-    return np.asarray(values, dtype="<f4", order="C").tobytes()
+def _bytes(values: np.ndarray, precision: DeltaPrecision) -> bytes:
+    if precision == "float16":
+        values = np.clip(values, -_LARGEST_HALF, _LARGEST_HALF)  # Else infinite, and the whole reply is set aside.
+    return np.asarray(values, dtype=_DTYPES[precision], order="C").tobytes()
 
 
-def _heads(records: RecordDict) -> Heads:
-    text, data = records.config_records[_HEADS]["layout"], records.config_records[_HEADS]["data"]
+def _heads(records: RecordDict, precision: DeltaPrecision) -> Heads:
+    dtype = np.dtype(_DTYPES[precision])
+    record = _record(records, _HEADS)
+    text, data = record["layout"], record["data"]
     if not isinstance(text, str) or len(text) > MAX_JSON_BYTES or not isinstance(data, bytes):
         raise BadInput("expected heads as a layout and their bytes")
     layout: dict[str, dict[str, list[int]]] = json.loads(text)
@@ -379,9 +404,9 @@ def _heads(records: RecordDict) -> Heads:
         raise BadInput(f"expected heads of at most {MAX_TASKS} tasks")
     sizes = [_size(shape) for shapes in layout.values() for shape in shapes.values()]
     # Checked before use: a shape that promises more than the bytes hold allocates nothing.
-    if 4 * sum(sizes) != len(data) or len(data) > MAX_HEAD_BYTES:
-        raise BadInput("expected float32 arrays whose bytes match their shapes")
-    values = np.frombuffer(data, dtype="<f4").astype(np.float32)
+    if dtype.itemsize * sum(sizes) != len(data) or len(data) > MAX_HEAD_BYTES:
+        raise BadInput(f"expected {precision} arrays whose bytes match their shapes")
+    values = np.frombuffer(data, dtype=dtype).astype(np.float32)
     parts = iter(np.split(values, np.cumsum(sizes)[:-1]) if sizes else [])
     return {
         task: {name: next(parts).reshape(shape) for name, shape in shapes.items()} for task, shapes in layout.items()

@@ -80,9 +80,12 @@ def read_replies(
 
 def _read(message: Message, expected: type[_Reply]) -> _Reply:
     try:
-        declined = wire.decode(message.content, wire.Declined)
-    except BadInput:
         return wire.decode(message.content, expected)
+    except BadInput as problem:
+        try:
+            declined = wire.decode(message.content, wire.Declined)
+        except BadInput:
+            raise problem from None
     raise _Refused(declined)
 
 

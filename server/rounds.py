@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,7 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
     """Ask a cohort to train, aggregate task by task; the new state."""
     started = time.monotonic()
     cohort = _sample(desk.run, members, round_)
-    sent_heads = {member.node_id: {task: state.heads[task] for task in sorted(member.tasks)} for member in cohort}
-    payloads: dict[int, wire.Request] = {
-        node: wire.TrainRequest(desk.run_id, round_, heads) for node, heads in sent_heads.items()
-    }
+    payloads = _requests(cohort, lambda tasks: wire.TrainRequest(desk.run_id, round_, _own(state.heads, tasks)))
     good, aside, down = desk.ask(wire.TRAIN, payloads, wire.TrainReply, round_)
     by_task: dict[str, list[Weighted]] = {task: [] for task in desk.run.tasks}
     names = {member.node_id: member.site for member in cohort}
@@ -118,7 +115,7 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
             continue
         reply, size = good[member.node_id]
         try:
-            check_delta(reply.delta, sent_heads[member.node_id], desk.run.max_delta_norm)
+            check_delta(reply.delta, _own(state.heads, member.tasks), desk.run.max_delta_norm)
             check_plan(reply.plan, desk.run)
         except BadInput as error:
             aside.append(SetAside(member.node_id, str(error)))
@@ -145,10 +142,7 @@ def evaluate_round(desk: Desk, members: list[Member], heads: Heads, round_: int)
     if asked is None or not asked.due(round_, desk.run.rounds):
         return
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
-    payloads: dict[int, wire.Request] = {
-        member.node_id: wire.EvaluateRequest(desk.run_id, round_, {task: heads[task] for task in sorted(member.tasks)})
-        for member in members
-    }
+    payloads = _requests(members, lambda tasks: wire.EvaluateRequest(desk.run_id, round_, _own(heads, tasks)))
     good, aside, _ = desk.ask(wire.EVALUATE, payloads, wire.EvaluateReply, round_)
     releases = []
     for member in members:
@@ -174,10 +168,12 @@ def evaluate_round(desk: Desk, members: list[Member], heads: Heads, round_: int)
 
 def bring_home(desk: Desk, members: list[Member], heads: Heads) -> None:
     """Send every member the final heads of its tasks, with their digest."""
-    payloads: dict[int, wire.Request] = {}
-    for member in members:
-        own = {task: heads[task] for task in sorted(member.tasks)}
-        payloads[member.node_id] = wire.FinishRequest(desk.run_id, own, heads_digest(own))
+
+    def request(tasks: Collection[str]) -> wire.FinishRequest:
+        own = _own(heads, tasks)
+        return wire.FinishRequest(desk.run_id, own, heads_digest(own))
+
+    payloads = _requests(members, request)
     _, aside, _ = desk.ask(wire.FINISH, payloads, wire.Ready)
     desk.write_aside(aside, {member.node_id: member.site for member in members}, at="finish")
 
@@ -190,6 +186,16 @@ def _about(run: RunConfig, name: str, backbone: Backbone) -> dict[str, Any]:
     settings = backbone.public_spec()
     tasks = [task for task in run.tasks if run.backbone_of(task) == name]
     return {"kind": settings["kind"], "model": settings.get("model"), "digest": backbone.digest, "tasks": tasks}
+
+
+def _requests(members: Sequence[Member], request: Callable[[Collection[str]], wire.Request]) -> dict[int, wire.Request]:
+    """Node -> what it is asked. Sites of the same tasks are asked by one object, which is encoded once."""
+    each = {tasks: request(tasks) for tasks in {frozenset(member.tasks) for member in members}}
+    return {member.node_id: each[frozenset(member.tasks)] for member in members}
+
+
+def _own(heads: Heads, tasks: Collection[str]) -> Heads:
+    return {task: heads[task] for task in sorted(tasks)}
 
 
 def _new_state(desk: Desk, backbones: Mapping[str, Backbone]) -> Checkpoint:

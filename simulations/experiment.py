@@ -211,8 +211,9 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
             if fact is not None:
                 raise RunFailed(f"{error}; {site.name}: {fact['detail']}") from error
         raise
-    _write_left_out(experiment, sites)
-    _write_epsilon(experiment, sites)
+    with without_flushing():  # A line for each site; the next one that is flushed puts them all on the disk.
+        _write_left_out(experiment, sites)
+        _write_epsilon(experiment, sites)
     _write_metrics(experiment, sites, outcome)
     for name in config.baselines:
         experiment.observe(f"baseline {name}", 0, 1)

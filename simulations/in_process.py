@@ -7,9 +7,10 @@ again before the ClientApp sees it, and so is the reply.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
@@ -21,6 +22,17 @@ FIRST_NODE_ID = 100
 
 SiteApp = Callable[[Message, Context], Message]
 """A ClientApp, as the grid sees it."""
+
+
+_MESSAGE = "message"
+
+
+@dataclass(frozen=True)
+class _Deflated:
+    """A message's own bytes, and those of the objects of its content by their id."""
+
+    message: bytes
+    content: Mapping[str, bytes]
 
 
 class InProcessGrid(Grid):
@@ -64,12 +76,12 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Deliver messages at once; their ids."""
-        pushed = []
-        for message in messages:
+        sent = list(messages)
+        for message in sent:
             _set_id(message)
-            pushed.append(message.metadata.message_id)
-            self._replies[message.metadata.message_id] = self._deliver(message)
-        return pushed
+        for message, deflated in zip(sent, _deflated(sent), strict=True):
+            self._replies[message.metadata.message_id] = self._deliver(message.metadata, deflated)
+        return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to these messages, each handed out once."""
@@ -80,27 +92,41 @@ class InProcessGrid(Grid):
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
-    def _deliver(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
-        received = _through_wire(message)
+    def _deliver(self, metadata: Metadata, deflated: _Deflated) -> Message:
+        context = self._contexts[metadata.dst_node_id]
+        received = _inflated(deflated, metadata.message_id)
         try:
             reply = self._app(received, context)
         except Exception as error:  # noqa: BLE001 - stands in for Flower's engine, which turns any error into a reply
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=received)
         _set_id(reply)
-        return _through_wire(reply)
+        return _inflated(_deflated([reply])[0], reply.metadata.message_id)
 
 
 def _set_id(message: Message) -> None:
     message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
 
 
-def _through_wire(message: Message) -> Message:
-    # Nobody changes the message meanwhile: without this, Flower encodes and hashes every part for each part above it.
+def _deflated(messages: Sequence[Message]) -> list[_Deflated]:
+    """Messages as Flower's objects; contents that are one object are encoded once."""
+    contents: dict[int, dict[str, bytes]] = {}
+    deflated = []
+    # Nobody changes a message meanwhile: without this, Flower encodes and hashes every part for each part above it.
     with no_object_id_recompute():
-        objects = {key: nested.deflate() for key, nested in get_all_nested_objects(message).items()}
-        copy = inflate_object_from_contents(message.object_id, objects)
+        for message in messages:
+            content = message.content if message.has_content() else None
+            if content is not None and id(content) not in contents:
+                nested = get_all_nested_objects(content)
+                contents[id(content)] = {key: inner.deflate() for key, inner in nested.items()}
+            deflated.append(_Deflated(message.deflate(), contents[id(content)] if content is not None else {}))
+    return deflated
+
+
+def _inflated(deflated: _Deflated, message_id: str) -> Message:
+    """A message as its receiver gets it: made of bytes alone."""
+    objects = {**deflated.content, _MESSAGE: deflated.message}
+    copy = inflate_object_from_contents(_MESSAGE, objects)
     assert isinstance(copy, Message)
-    copy.metadata.__dict__["_message_id"] = message.metadata.message_id
+    copy.metadata.__dict__["_message_id"] = message_id
     return copy

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.features import BATCH_SIZE, Features, FeatureStore
+from client.features import BATCH_SIZE, Features, FeatureStore, rows_of
 from client.sources import Record, Source, open_source
 from common.backbones import Backbone, open_pretrained
 from common.items import Several
@@ -288,3 +288,23 @@ def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     assert sum(seen) == 20 * 50 and max(seen) <= BATCH_SIZE
     assert sorted(source.loads) == list(range(20))
     np.testing.assert_allclose(features.features_ND, [VECTORS[:50].mean(0)] * 20, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 256, 257])
+@pytest.mark.parametrize("shape", [(300, 5), (300, 2, 3)])
+def test_rows_are_those_of_the_array_however_many_are_read(tmp_path: Path, shape: tuple[int, ...], count: int) -> None:
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    np.save(tmp_path / "features.npy", array)
+    positions = np.random.default_rng(1).permutation(len(array))[:count]
+    rows = rows_of(tmp_path / "features.npy", positions)
+    assert np.array_equal(rows, array[positions])
+    rows[:] = 0
+    assert np.array_equal(np.load(tmp_path / "features.npy"), array)
+
+
+def test_a_cut_array_is_refused_not_read_as_zeros(tmp_path: Path) -> None:
+    np.save(tmp_path / "features.npy", np.ones((3, 5), np.float32))
+    whole = (tmp_path / "features.npy").read_bytes()
+    (tmp_path / "features.npy").write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match="rows"):
+        rows_of(tmp_path / "features.npy", np.array([2]))

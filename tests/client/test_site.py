@@ -17,7 +17,7 @@ from common import wire
 from common.backbones import Backbone
 from common.config import SiteConfig
 from common.heads import initial_heads, parameters
-from common.privacy.noise import os_entropy
+from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged, Refusal, heads_digest
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
@@ -59,6 +59,24 @@ def test_a_round_is_charged_and_its_reply_fits_the_request(site: Site, frozen: B
         task: {name: array.shape for name, array in params.items()} for task, params in reply.delta.heads.items()
     } == {task: {name: array.shape for name, array in params.items()} for task, params in heads(frozen).items()}
     assert spent(site) > 0
+
+
+def test_float16_contributions_are_the_noised_ones_rounded_and_cost_the_same(tmp_path: Path, frozen: Backbone) -> None:
+    """Post-processing: from the same noise the same release, rounded; the ledger cannot tell the two apart."""
+    replies, charges = {}, {}
+    for precision in ("float32", "float16"):
+        site = Site(site_config(tmp_path, "north", state_dir=str(tmp_path / precision)), SeededEntropy(4))
+        ready(site, frozen, delta_precision=precision)
+        request = wire.TrainRequest("run-1", 1, heads(frozen))
+        records = train(site, request)
+        assert wire.to_bytes(train(site, request)) == wire.to_bytes(records)  # What is stored is what was sent.
+        replies[precision] = wire.decode(records, wire.TrainReply).delta.heads
+        charges[precision] = [(charge.mechanism, charge.committed) for charge in site.ledger().charges()]
+    assert charges["float16"] == charges["float32"]
+    for task, params in replies["float32"].items():
+        for name, values in params.items():
+            rounded = values.astype(np.float16).astype(np.float32)
+            assert np.array_equal(replies["float16"][task][name], rounded) and not np.array_equal(values, rounded)
 
 
 def test_a_repeated_request_gets_identical_bytes_and_costs_nothing(site: Site, frozen: Backbone) -> None:

@@ -194,6 +194,30 @@ def test_a_round_costs_head_size_and_at_most_five_percent() -> None:
     assert size <= 1.05 * 4 * (8 * 1280 + 8)
 
 
+def test_float16_contributions_take_half_the_bytes_and_arrive_as_the_nearest_of_their_numbers() -> None:
+    values = np.random.default_rng(0).normal(size=(8, 1280)).astype(np.float32)
+    heads = {"task": {"bias": np.array([1e6, -1e6, 65504.0, 1e-9], np.float32), "weight": values}}
+    records = wire.encode(wire.TrainReply(Delta(heads), PLAN, "float16"))
+    got = wire.decode(wire.from_bytes(wire.to_bytes(records)), wire.TrainReply).delta.heads["task"]
+    assert got["weight"].dtype == np.float32
+    assert np.array_equal(got["weight"], values.astype(np.float16).astype(np.float32))
+    # The largest ones are cut, not infinite: an infinite value would cost the site its whole reply.
+    assert got["bias"].tolist() == [65504.0, -65504.0, 65504.0, 0.0]
+    assert wire.encoded_size(records) <= 1.05 * 2 * (8 * 1280 + 4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", None, ["float16"]])
+def test_contributions_whose_bytes_are_not_of_the_stated_precision_are_refused(precision: object) -> None:
+    reply = wire.TrainReply(Delta({"task": {"w": np.ones(3, np.float32)}}), PLAN, "float16")
+    assert wire.decode(with_heads_of(reply, changed(reply)), wire.TrainReply).precision == "float16"
+    with pytest.raises(BadInput):
+        wire.decode(with_heads_of(reply, changed(reply, precision=precision)), wire.TrainReply)
+
+
+def with_heads_of(reply: wire.TrainReply, records: RecordDict) -> RecordDict:
+    return RecordDict({**records, "heads": wire.encode(reply)["heads"]})
+
+
 def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
     """A new field of a reply fails here until its reason stands in the table of common/wire.py."""
     table = [line for line in (wire.__doc__ or "").splitlines() if line.startswith("| ")]
