@@ -1,4 +1,4 @@
-"""What accounting costs of a run, and the bytes of a round beside the head's.
+"""What accounting costs of a run.
 
 python -m benchmarks.accounting
 """
@@ -23,7 +23,7 @@ def main() -> None:
         config = simulation(Path(name), SITES, ROUNDS, dim=DIM, classes=CLASSES)
         run(config)  # Imports are not accounting.
         started = time.perf_counter()
-        summary = run(config)
+        run(config)
         whole = time.perf_counter() - started
     accounting._calibrated.cache_clear()
     accounting._loose_epsilon.cache_clear()
@@ -36,10 +36,6 @@ def main() -> None:
             accounting.covered([charge] * done, 1e-5, 10.0)
     spent = time.perf_counter() - started
     stated("accounting / whole run", spent, whole, target=0.01, repeats=1, note="10 sites, 10 rounds, full batch")
-    head = 4 * CLASSES * (DIM + 1)
-    sent = summary["bytes"]["up_per_site_round"]
-    note = f"bytes, not seconds; a head of {head} bytes"
-    stated("bytes up in a round / head", float(sent), float(head), target=1.05, repeats=1, note=note)
 
 
 if __name__ == "__main__":
