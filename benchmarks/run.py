@@ -11,7 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("heads", "dense", "features", "workload", "accounting", "sites", "site_round", "bytes", "flower_opacus", "cuda")
+SCRIPTS = (
+    "heads",
+    "dense",
+    "features",
+    "workload",
+    "accounting",
+    "sites",
+    "site_round",
+    "bytes",
+    "flower_opacus",
+    "cuda",
+)
 RESULTS = Path(__file__).parent / "results"
 KEYS = ("name", "ratio", "target", "subject_s", "reference_s", "repeats")
 TIMEOUT_S = 600
