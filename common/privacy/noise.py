@@ -67,7 +67,7 @@ class NoiseStream:
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` doubles strictly inside (0, 1), uniform on a grid of 2**53 points."""
         # (x + 1) / 2 of the grid below; its last point would round to 1.
-        return np.minimum(self._symmetric(count) * 0.5 + 0.5, 1.0 - 2.0**-53)
+        return np.minimum(self._symmetric(np.empty(count)) * 0.5 + 0.5, 1.0 - 2.0**-53)
 
     def coins(self, count: int, probability: float) -> NDArray[np.bool_]:
         """`count` independent coins. Probability 1 is certain."""
@@ -80,20 +80,18 @@ class NoiseStream:
         count = math.prod(shape)
         samples = np.empty(count)
         for start in range(0, count, _CHUNK):
-            part = samples[start : start + _CHUNK]
-            part[:] = self._symmetric(len(part))
+            part = self._symmetric(samples[start : start + _CHUNK])
             # In place, by torch: vectorised, and the same bits whatever the position (tested).
             torch.from_numpy(part).erfinv_()
-        samples *= math.sqrt(2.0)
+            part *= math.sqrt(2.0)
         return samples.reshape(shape)
 
-    def _symmetric(self, count: int) -> NDArray[np.float64]:
-        """`count` doubles inside (-1, 1), uniform on the 2**53 points (k + 1/2) / 2**52, each exact; never 0."""
-        words = np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<i8")
-        points = (words >> 11).astype(np.float64)
-        points += 0.5
-        points *= 2.0**-52
-        return points
+    def _symmetric(self, out: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Fill with doubles inside (-1, 1), uniform on the 2**53 points (k + 1/2) / 2**52, each exact; never 0."""
+        words = np.frombuffer(self._cipher.update(bytes(8 * len(out))), dtype="<i8")
+        np.multiply(words >> 11, 2.0**-52, out=out)
+        out += 2.0**-53
+        return out
 
 
 def released(total: Tensor, deviation: float, normals: NDArray[np.float64]) -> Tensor:
