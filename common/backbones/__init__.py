@@ -86,6 +86,7 @@ class Backbone:
         prepare: makes an input of an item.
         device: where it encodes.
         precision: of the encoder's inside; the site's choice, not in the digest.
+        boundary: name of the first block that is not in it, where it is a backbone's frozen part (`common.trunks`).
     """
 
     kind: Kind
@@ -96,6 +97,7 @@ class Backbone:
     module: FrozenEncoder = dataclasses.field(repr=False)
     device: torch.device
     precision: Precision = "float32"
+    boundary: str | None = None
 
     @cached_property
     def _encoder(self) -> FastEncoder:
