@@ -144,17 +144,17 @@ class Trunk(nn.Module):
             if getattr(part, "inplace", False):
                 # Opacus' hooks return views, which nothing may change in place.
                 setattr(part, "inplace", False)  # noqa: B010
-        self.train(False)
 
     def open(self, parameters: list[nn.Parameter]) -> Trunk:
-        """Let these train; the trunk itself."""
+        """Let these train; the trunk itself, in training mode."""
         for parameter in parameters:
             parameter.requires_grad_(True)
-        return self
+        return self.train()
 
     def train(self, mode: bool = True) -> Trunk:
         """Put only those parts in training mode that hold something to train: Opacus looks there, dropout does not."""
         super().train(False)
+        self.training = mode
         for part in self.modules():
             if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
                 part.training = mode
@@ -162,6 +162,6 @@ class Trunk(nn.Module):
 
     def forward(self, boundary_BF: Tensor) -> Tensor:
         """features_BD in float32."""
-        raw_BD = self.above(boundary_BF.unflatten(1, self.shape))
+        raw_BD: Tensor = self.above(boundary_BF.view(len(boundary_BF), *self.shape))
         features_BD: Tensor = self.projection(raw_BD * self.scale)
         return features_BD

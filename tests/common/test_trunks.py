@@ -12,7 +12,6 @@ from common.backbones import Backbone, open_pretrained
 from common.backbones._boundary import Divisible
 from common.plugins import kinds, plugin_class
 from common.trunks import cut
-from common.types import BadInput
 
 KINDS = [kind for kind in kinds("common.backbones") if issubclass(plugin_class("common.backbones", kind), Divisible)]
 IMAGE = {"resize": 36, "crop": 32, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
