@@ -23,10 +23,14 @@ def initial_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], se
 
 
 def _initial_head(name: str, task: Task, feature_dim: int, seed: int) -> nn.Module:
-    digest = hashlib.sha256(f"headwater head {seed} {name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        torch.manual_seed(seed_of(name, seed))
         return task.head(feature_dim)
+
+
+def seed_of(name: str, seed: int) -> int:
+    """What torch's generator is seeded with for one entry of a run's heads."""
+    return int.from_bytes(hashlib.sha256(f"headwater head {seed} {name}".encode()).digest()[:8], "little")
 
 
 def parameters(module: nn.Module) -> dict[str, NDArray[np.float32]]:

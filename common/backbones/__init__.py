@@ -86,7 +86,8 @@ class Backbone:
         prepare: makes an input of an item.
         device: where it encodes.
         precision: of the encoder's inside; the site's choice, not in the digest.
-        boundary: name of the first block that is not in it, where it is a backbone's frozen part (`common.trunks`).
+        trunk: where it is a backbone's frozen part, the entry of the heads that its features still have to pass
+            (`common.trunks`).
     """
 
     kind: Kind
@@ -97,7 +98,7 @@ class Backbone:
     module: FrozenEncoder = dataclasses.field(repr=False)
     device: torch.device
     precision: Precision = "float32"
-    boundary: str | None = None
+    trunk: str | None = None
 
     @cached_property
     def _encoder(self) -> FastEncoder:

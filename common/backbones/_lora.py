@@ -1,4 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), by peft: y = W x + (alpha / rank) B A x, of which A and B train."""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), by peft.
+
+y = W x + (alpha / rank) B A x, of which A and B train.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import nn
 from common.types import BadInput
 
 
-def add_adapters(module: nn.Module, rank: int, alpha: float, targets: Sequence[str]) -> list[nn.Parameter]:
+def add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> list[nn.Parameter]:
     """Put adapters beside a module's linear layers, in place; their parameters.
 
     B is zero, so that the module computes what it did; A is drawn from torch's current generator.

@@ -17,6 +17,7 @@ from common.backbones import open_pretrained
 from common.backbones._boundary import Divided, Trunk, trainable_in
 from common.backbones._projection import Projection, ProjectionLayer
 from common.backbones.transformers import Transformers
+from common.config import Trainable
 from common.heads import parameters
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task
@@ -86,7 +87,7 @@ def bert(folder: Path) -> tuple[Trunk, Tensor]:
     """The last layer of a text encoder, on texts of different lengths."""
     example = Transformers.example(folder)
     backbone = open_pretrained(example.settings, "backbone")
-    parts = cut(backbone, "encoder.layer.1", "trainable")
+    parts = cut(backbone, Trainable(**{"from": "encoder.layer.1"}), TRUNK, "trainable", seed=0)
     rows = parts.below.encode([backbone.preprocess(item) for item in example.items])
     return parts.trunk.train(), rows.repeat(3, 1)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.backbones import Backbone, open_pretrained
 from common.backbones._boundary import Divisible
+from common.config import Trainable
 from common.plugins import kinds, plugin_class
 from common.trunks import cut
 
@@ -46,7 +47,7 @@ def check_every_block(backbone: Backbone, inputs: Tensor) -> None:
         whole = backbone.module(inputs)
     blocks = backbone.kind.blocks(backbone.module.encoder)
     for block in ["input", *blocks]:
-        parts = cut(backbone, block, "trainable")
+        parts = cut(backbone, Trainable(**{"from": block}), "backbone.trunk", "trainable", seed=0)
         with torch.no_grad():
             again = parts.trunk(parts.below.module(inputs))
         torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
