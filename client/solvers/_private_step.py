@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
+from client.solvers._grouped import RecordGradients
 from client.solvers._objective import batch_of, loss_sum, unit_of
 from client.units import Units
 from common.privacy.clipping import neutralised, sum_by_unit
@@ -79,7 +79,7 @@ def with_record_gradients(heads: Mapping[str, nn.Module]) -> nn.Module:
     """
     check_separable(heads)
     # A list, not a dict: a task may be called "keys" or "train".
-    module: nn.Module = GradSampleModule(nn.ModuleList(heads.values()), loss_reduction="sum")
+    module: nn.Module = RecordGradients(nn.ModuleList(heads.values()), loss_reduction="sum")
     return module
 
 
