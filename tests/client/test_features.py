@@ -60,6 +60,7 @@ class Reciprocal:
     feature_dim: int = DIM
     device: torch.device = CPU
     error: float | None = None
+    trunk: str | None = None
 
     def to(self, device: torch.device) -> Reciprocal:
         del device
