@@ -16,10 +16,10 @@ from opacus.utils.tensor_utils import unfold2d
 from torch import Tensor, nn
 
 
-def conv2d_gradients(layer: nn.Conv2d, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def conv2d_gradients(layer: nn.Conv2d, activations: Sequence[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """As Opacus' own sampler, which does what has one group."""
     if layer.groups == 1 or len(backprops) == 0:
-        found: dict[nn.Parameter, Tensor] = compute_conv_grad_sample(layer, activations, backprops)
+        found: dict[Tensor, Tensor] = compute_conv_grad_sample(layer, activations, backprops)
         return found
     windows_RSQ = unfold2d(
         activations[0].to(backprops.dtype),
@@ -31,7 +31,7 @@ def conv2d_gradients(layer: nn.Conv2d, activations: Sequence[Tensor], backprops:
     num_records, groups = len(backprops), layer.groups
     windows_RGPQ = windows_RSQ.view(num_records, groups, -1, windows_RSQ.shape[-1])
     outputs_RGOQ = backprops.reshape(num_records, groups, -1, windows_RSQ.shape[-1])
-    gradients: dict[nn.Parameter, Tensor] = {}
+    gradients: dict[Tensor, Tensor] = {}
     if layer.weight.requires_grad:
         weight_RGOP = torch.einsum("rgoq,rgpq->rgop", outputs_RGOQ, windows_RGPQ)
         gradients[layer.weight] = weight_RGOP.reshape(num_records, *layer.weight.shape)

@@ -9,6 +9,7 @@ architecture from its own transformers library, and `trust_remote_code` is never
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -193,22 +194,25 @@ class Transformers(Plugin):
         assert isinstance(encoder, Encoder)
         if self.modality == "audio" or self.pooling == "pooler":
             raise BadInput("from: expected an encoder of texts or images with pooling mean, cls or tokens")
-        masked = isinstance(encoder.modality, TextInput)
         longest = encoder.modality.max_length if isinstance(encoder.modality, TextInput) else None
+        parts = copy.deepcopy(encoder)
+        name, layers = layers_of(parts.model)
+        first = int(block.rpartition(".")[2])
+        norm_name = last_norm(parts.model, name)
+        norm = parts.model.get_submodule(norm_name) if norm_name else None
+        masked = longest is not None
+        above = Above(layers[first:], norm, self.pooling, masked=masked, max_positions=encoder.max_positions)
+        parts.model.set_submodule(name, layers[:first])
+        if norm_name:
+            parts.model.set_submodule(norm_name, nn.Identity())
+        below = Below(parts.model, encoder.modality, longest)
+        if longest is not None and next(encoder.parameters()).device.type == "meta":
+            # Without values no text has a length.
+            return Divided(below, above, (longest, _width(encoder.model, encoder.model.config) + 1))
         with torch.no_grad():
-            probe = encoder.modality.noise(2)
-            whole_BD = encoder(probe)
-            name, layers = layers_of(encoder.model)
-            first = int(block.rpartition(".")[2])
-            norm_name = last_norm(encoder.model, name)
-            norm = encoder.model.get_submodule(norm_name) if norm_name else None
-            above = Above(layers[first:], norm, self.pooling, masked=masked, max_positions=encoder.max_positions)
-            encoder.model.set_submodule(name, layers[:first])
-            if norm_name:
-                encoder.model.set_submodule(norm_name, nn.Identity())
-            below = Below(encoder.model, encoder.modality, longest)
-            at_boundary_B = below(probe)
-            check_whole(above(at_boundary_B), whole_BD, block)
+            probe_B = encoder.modality.noise(2)
+            at_boundary_B = below(probe_B)
+            check_whole(above(at_boundary_B), encoder(probe_B), block)
         return Divided(below, above, tuple(at_boundary_B.shape[1:]))
 
     def _location(self) -> Location:
