@@ -1,4 +1,4 @@
-"""A part of a backbone trains with the heads of two tasks: one run through sites, aggregation, checkpoint and export."""
+"""A part of a backbone trains with the heads of two tasks: whole runs, from sites through aggregation to the export."""
 
 from __future__ import annotations
 
