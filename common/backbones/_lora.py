@@ -33,8 +33,11 @@ def add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[str
             f"lora.targets: expected some of {', '.join(sorted(linear)) or 'no layer (there is no linear one)'}, "
             f"got {', '.join(wrong)}"
         )
-    # Here: it takes seconds to import, and few runs use it.
-    from peft import LoraConfig, inject_adapter_in_model
+    try:
+        # Here: it takes seconds to import, and few runs use it.
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise BadInput("lora: expected the package peft; pip install 'headwater[lora]'") from error
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
     inject_adapter_in_model(config, module)
