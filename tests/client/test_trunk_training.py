@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from opacus.grad_sample.conv import compute_conv_grad_sample
 from torch import Tensor, nn
 
 from client.solvers import open_solver
+from client.solvers._grouped import conv2d_gradients
 from client.units import TaskRecords, Units
 from common.backbones import open_pretrained
 from common.backbones._boundary import Divided, Trunk, trainable_in
@@ -212,6 +214,19 @@ def test_each_group_moves_by_its_own_rate_and_decay(kind: str) -> None:
         moved = 0.25 * 0.8 if name == TRUNK else 0.5 * 0.1
         for key, value in parameters(module).items():
             assert delta.heads[name][key] == pytest.approx(-moved * value, abs=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gradients_of_grouped_convolutions_are_those_of_opacus(groups: int) -> None:
+    """Which forms all products between groups, and keeps those within."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 12, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=groups)
+    x = torch.randn(5, 6, 9, 8)
+    slope = torch.randn(layer(x).shape)
+    expected = compute_conv_grad_sample(layer, [x], slope)
+    found = conv2d_gradients(layer, [x], slope)
+    for parameter in (layer.weight, layer.bias):
+        torch.testing.assert_close(found[parameter], expected[parameter], rtol=1e-5, atol=1e-5)
 
 
 def test_batch_norms_stay_frozen_and_travel_nowhere(trunk_and_rows: tuple[Trunk, Tensor]) -> None:
