@@ -258,5 +258,5 @@ def test_the_closed_form_solver_refuses_a_trunk_and_says_which_one_trains_it() -
     solver = open_solver(
         {"kind": "dp_gd", "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver"
     )
-    with pytest.raises(BadInput, match="dp_sgd"):
+    with pytest.raises(BadInput, match="no part of a backbone; kind dp_sgd"):
         solver.check_heads(linear)
