@@ -13,14 +13,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import nn
 
+from client.answering import train
 from client.home import FEDERATED, compare
-from client.site import Site
+from client.site import DeclinedRequest, Site
+from common import wire
 from common.backbones import open_pretrained
 from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
 from common.config import SimulationConfig, parse
 from common.privacy.noise import SeededEntropy, os_entropy
-from common.types import BadInput
+from common.types import BadInput, Refusal
 from server.checkpoint import load_checkpoint
 from simulations.experiment import resume, run
 from simulations.partition import read_sites
@@ -164,6 +166,35 @@ def test_a_resumed_run_makes_the_trunk_of_an_uninterrupted_one(tmp_path: Path) -
     first, second = (load_checkpoint(tmp_path / name / "run" / "checkpoint.safetensors") for name in ("whole", "cut"))
     for name, array in first.heads[TRUNK].items():
         assert array.tobytes() == second.heads[TRUNK][name].tobytes()
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "frozen"])
+def test_a_request_that_does_not_fit_the_trunk_is_declined_and_costs_nothing(tmp_path: Path, wrong: str) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def observe(phase: str, done: int, total: int) -> None:
+        del total
+        if phase == "rounds" and done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(simulation(tmp_path), out=tmp_path / "out", observe=observe)
+    heads = {
+        name: dict(params) for name, params in load_checkpoint(tmp_path / "out/checkpoint.safetensors").heads.items()
+    }
+    if wrong == "missing":
+        del heads[TRUNK]
+    elif wrong == "shape":
+        heads[TRUNK]["above.4.bias"] = np.zeros(9, np.float32)
+    else:
+        heads[TRUNK]["above.5.weight"] = np.ones(8, np.float32)  # A BatchNorm's.
+    site = Site(read_sites(tmp_path / "out" / "sites")[0], os_entropy)
+    before = site.ledger().spent()
+    with pytest.raises(DeclinedRequest) as caught:
+        train(site, wire.TrainRequest("out", 3, heads))
+    assert caught.value.refusal is (Refusal.TASK_NOT_ALLOWED if wrong == "missing" else Refusal.BAD_REQUEST)
+    assert site.ledger().spent() == before
 
 
 def test_a_boundary_is_encoded_once_and_adapters_share_it(tmp_path: Path) -> None:
