@@ -94,9 +94,26 @@ def bert(folder: Path) -> tuple[Trunk, Tensor]:
     return parts.trunk.train(), rows.repeat(3, 1)
 
 
-@pytest.fixture(params=["convolutions", "bert"])
+def adapters(folder: Path) -> tuple[Trunk, Tensor]:
+    """Adapters that are not zero any more, in both layers of a text encoder."""
+    example = Transformers.example(folder)
+    backbone = open_pretrained(example.settings, "backbone")
+    lora = {"rank": 2, "alpha": 4, "targets": ["query", "dense"]}
+    asked = Trainable(**{"from": "encoder.layer.0", "lora": lora})
+    parts = cut(backbone, asked, TRUNK, "trainable", seed=0)
+    generator = torch.Generator().manual_seed(6)
+    for parameter in parts.trunk.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    rows = parts.below.encode([backbone.preprocess(item) for item in example.items])
+    return parts.trunk.train(), rows.repeat(3, 1)
+
+
+@pytest.fixture(params=["convolutions", "bert", "adapters"])
 def trunk_and_rows(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Trunk, Tensor]:
-    return convolutions() if request.param == "convolutions" else bert(tmp_path)
+    if request.param == "convolutions":
+        return convolutions()
+    return bert(tmp_path) if request.param == "bert" else adapters(tmp_path)
 
 
 def heads_on(trunk: Trunk, rows: Tensor) -> dict[str, nn.Module]:
