@@ -14,17 +14,18 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from client.answering import train
+from client.forecast import forecast
 from client.home import FEDERATED, compare
 from client.site import DeclinedRequest, Site
 from common import wire
 from common.backbones import open_pretrained
 from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
-from common.config import SimulationConfig, parse
+from common.config import RunConfig, SimulationConfig, load, parse
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import BadInput, Refusal
 from server.checkpoint import load_checkpoint
-from simulations.experiment import resume, run
+from simulations.experiment import resume, run, write_files
 from simulations.partition import read_sites
 
 TRUNK = "backbone.trunk"
@@ -289,3 +290,13 @@ def test_dropout_of_the_pretraining_never_acts(tmp_path: Path) -> None:
     rows = parts.below.encode([backbone.preprocess(item) for item in example.items])
     trunk = parts.trunk.train()
     assert torch.equal(trunk(rows), trunk(rows))
+
+
+def test_the_outlook_on_a_run_is_that_of_its_heads(tmp_path: Path) -> None:
+    """A trunk starts as the backbone, however much noise its many parameters would have."""
+    ratios = []
+    for number, trainable in enumerate(({}, {"backbone": {"from": "input"}})):
+        (config, _) = write_files(simulation(tmp_path, run={"trainable": trainable}), tmp_path / str(number))
+        offered = load(RunConfig, tmp_path / str(number) / "run.yaml")
+        ratios.append(forecast(config, offered, 2).noise_to_signal)
+    assert ratios[0] == ratios[1] > 0
