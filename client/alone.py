@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from torch import nn
 
 from client.solvers import Solver
 from client.threads import one_thread
 from client.units import Units
 from common.config import Privacy, RunConfig
-from common.heads import initial_heads, load_parameters, parameters
+from common.heads import load_parameters, parameters
 from common.privacy.noise import Entropy, NoiseStream
 from common.tasks import Task
 from common.types import Heads, Params, Unit
@@ -27,6 +28,7 @@ def added(task: str, params: Params, change: Params) -> Params:
 
 def train_alone(
     run: RunConfig,
+    modules: Mapping[str, nn.Module],
     solver: Solver,
     privacy: Privacy | None,
     tasks: Mapping[str, Task],
@@ -40,19 +42,18 @@ def train_alone(
     """Heads trained by one party alone, in as many rounds as the federation takes and from the same initial heads.
 
     Args:
-        run: for rounds and seed.
+        run: for the number of rounds.
+        modules: the party's entries of the heads before the first round; they are overwritten.
         solver: how to train.
         privacy: requested privacy; None without.
         tasks: the party's tasks.
         units: its training units.
-        public_sizes: declared sizes, as in the federation.
+        public_sizes: declared sizes of the tasks, as in the federation.
         unit: what the party's budget protects.
         entropy: where noise keys come from.
         purpose: distinguishes this party's noise.
         update: what a round's change makes of a head.
     """
-    dims = {name: units.tasks[name].features_RD.shape[1] for name in tasks}
-    modules = initial_heads(tasks, dims, run.seed)
     heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
     plan = solver.plan(privacy, unit, run.rounds)
     for round_ in range(1, run.rounds + 1):
@@ -60,6 +61,8 @@ def train_alone(
             load_parameters(modules[name], params)
         stream = NoiseStream(entropy(f"{purpose}/{round_}"))
         with one_thread():
-            delta = solver.solve(modules, tasks, units, plan=plan, public_sizes=public_sizes, stream=stream)
+            delta = solver.solve(
+                modules, tasks, units, plan=plan, public_sizes=run.entries(public_sizes), stream=stream
+            )
         heads = {name: update(name, params, delta.heads[name]) for name, params in heads.items()}
     return heads

@@ -56,7 +56,7 @@ def train(site: Site, request: wire.TrainRequest) -> RecordDict:
         # Again: several runs may have joined under one approval, before any of them was charged.
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
-        heads = modules_of(joined, tasks, request.heads)
+        heads = modules_of(site, joined, tasks, request.heads)
         plan = plan_of(site.config, joined)
         reservation = ledger.reserve(
             Mechanism.of(plan),
@@ -89,7 +89,7 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
     def answer(digest: str, ledger: Ledger) -> tuple[wire.Reply, Reservation, int]:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
-        heads = modules_of(joined, tasks, request.heads)
+        heads = modules_of(site, joined, tasks, request.heads)
         reservation, mechanism = ledger.reserve_evaluation(
             share,
             len(tasks),
@@ -100,11 +100,12 @@ def evaluate(site: Site, request: wire.EvaluateRequest) -> RecordDict:
         )
         device = site.device()
         stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/evaluation/{request.round}"))
+        heads = {name: head.to(device) for name, head in heads.items()}
         with one_thread():
             sums = noised_sums(
-                {name: head.to(device) for name, head in heads.items()},
+                heads,
                 tasks,
-                open_units(joined.folder / "data", "test", list(tasks), device),
+                open_units(joined.folder / "data", "test", list(tasks), device).passed(heads),
                 mechanism=mechanism,
                 stream=stream,
             )
@@ -176,7 +177,7 @@ def _requested_tasks(site: Site, joined: Joined, request: wire.TrainRequest | wi
     tasks = joined.tasks(site.config)
     if not 1 <= request.round <= joined.run.rounds:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the round is outside the run")
-    if set(request.heads) != set(tasks):
+    if set(request.heads) != set(joined.sizes(site.config)):
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
     path = joined.folder / "prepared.json"
     if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["offer"] != digest_of_offer(joined.folder):
@@ -198,6 +199,6 @@ def _solve(
             tasks,
             open_units(joined.folder / "data", "train", list(tasks), device),
             plan=plan,
-            public_sizes={name: site.config.tasks[name].public_size for name in tasks},
+            public_sizes=joined.sizes(site.config),
             stream=stream,
         )

@@ -97,6 +97,9 @@ def audit_run(
 ) -> AuditResult:
     """Audit a run as one site would take part in it.
 
+    Heads are attacked. The part of a backbone that trains passes the same clip and noise in the same step, and is not
+    attacked by itself.
+
     Args:
         run: its solver, tasks, rounds and requested privacy.
         unit: what the site's budget protects.

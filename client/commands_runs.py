@@ -103,7 +103,7 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
         "digest": offer.digest,
         "backbones": "; ".join(f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.encoders.items()),
         "tasks": ", ".join(f"{name} ({spec.kind}, on {run.backbone_of(name)})" for name, spec in run.tasks.items()),
-        "training": f"{run.rounds} round(s), solver {run.solver.kind}",
+        "training": f"{run.rounds} round(s), solver {run.solver.kind}{_trained(run)}",
     }
     if run.privacy == "non_private":
         return {**about, "price": "not private: epsilon is infinite"}
@@ -118,6 +118,14 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     if outlook.final_epsilon > outlook.budget_epsilon:
         return {**about, "price": price, "warning": "the budget does not cover it: this site would decline the run"}
     return {**about, "price": price}
+
+
+def _trained(run: RunConfig) -> str:
+    """How much of the backbones trains beside the heads; nothing where they are frozen."""
+    return "".join(
+        f"; {'adapters in ' if trainable.lora else ''}{name} from {trainable.from_} on trains too"
+        for name, trainable in run.trainable.items()
+    )
 
 
 def _list(approvals: Approvals, kit: Path, json_: bool) -> None:

@@ -81,7 +81,7 @@ def prepare(
     Args:
         config: the site's file.
         tasks: the run's tasks at this site.
-        backbones: task -> frozen backbone; tasks on one source and one backbone share their features.
+        backbones: task -> backbone, or its frozen part; tasks on one source and one backbone share their features.
         store: cached features.
         folder: receives the arrays; `problems.csv` is written beside it, also where preparing stops because of them.
         device: where to encode.
@@ -129,6 +129,7 @@ def prepare(
         "num_units": num_units,
         "views": {name: view.key for name, view in views.items()},
         "features": {view.key: str(entry.path) for view, entry in features.items()},
+        "trunks": {name: backbones[name].trunk for name in tasks},
     }
     # One file, so that a crash leaves the old arrays or the new ones.
     write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata={"about": json.dumps(about)}))
@@ -178,7 +179,7 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
     for task, view in views.items():
         chosen_R, features_RD, unit_R = shared[view]
         labels, mask_R = arrays[f"{task}/labels"][chosen_R].to(device), arrays[f"{task}/mask"][chosen_R].to(device)
-        records[task] = TaskRecords.of(features_RD, labels, mask_R, unit_R, num_units)
+        records[task] = TaskRecords.of(features_RD, labels, mask_R, unit_R, num_units, trunk=about["trunks"][task])
     return Units(num_units, records)
 
 

@@ -43,9 +43,9 @@ def noised_sums(
     """Task -> "sums" -> float32 vector, with noise.
 
     Args:
-        heads: to evaluate.
+        heads: to evaluate; those of the tasks are used.
         tasks: same keys.
-        units: held-out; there may be none.
+        units: held-out; there may be none. Their features are what the heads read (`Units.passed`).
         mechanism: what was charged; its noise is added.
         stream: where the noise comes from.
     """

@@ -294,6 +294,9 @@ def _inputs(item: Any, backbone: Backbone) -> list[Tensor]:
         return [backbone.preprocess(item)]
     if not item.items:
         raise BadRecord("expected at least one item in the record")
+    if backbone.trunk is not None and len(item.items) > 1:
+        # What trains above is not linear: the mean of its inputs is not the input of its mean.
+        raise BadRecord("expected one item in the record where a part of the backbone trains, got several")
     return [backbone.preprocess(part) for part in item.items]
 
 

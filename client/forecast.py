@@ -8,8 +8,9 @@ round, on a sum of clipped gradients of expectedly q * n units (n the largest de
 
 The largest signal is that of units which all agree: each gradient of length C, all in one direction, in every step
 (E|noise| <= sigma C sqrt(P T); tight to 1/(4 P)). True gradients are shorter and disagree: the true ratio is larger. A
-ratio far above 1 is hopeless, one below 1 promises nothing. Averaging over S sites and R rounds divides the noise by
-sqrt(S R): the ratio of the whole run, on which the warning is based.
+ratio far above 1 is hopeless, one below 1 promises nothing. Where a part of a backbone trains too, its parameters are
+not counted: it is of use before it is trained, and takes steps of its own size. Averaging over S sites and R rounds
+divides the noise by sqrt(S R): the ratio of the whole run, on which the warning is based.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from client.budget import affordable_rounds, history_of, share_of, shown
 from client.history import History
-from client.limits import num_parameters, refuse_what_does_not_fit
+from client.limits import refuse_what_does_not_fit, untrained_modules
 from client.share import evaluation_mechanism, evaluations_left, unspent
 from client.site import DeclinedRequest, Joined, check_allowed, plan_of
 from common.config import NoisedEvaluation, RunConfig, SiteConfig
@@ -103,7 +104,8 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     size = max((config.tasks[name].public_size for name in tasks), default=0)
     per_round = 0.0
     if plan.private and size:
-        width = num_parameters(run, tasks)
+        modules = untrained_modules(run, tasks)
+        width = sum(parameter.numel() for name in tasks for parameter in modules[name].parameters())
         per_round = plan.noise_multiplier * math.sqrt(width / plan.steps) / (plan.sampling_rate * size)
     outlook = Forecast(
         site=config.name,

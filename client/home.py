@@ -16,17 +16,18 @@ import torch
 from client.alone import train_alone
 from client.data import open_units
 from client.metrics import Values, exact_sums, pair_values, values_of
-from client.site import Site, joined_run
+from client.site import Site, joined_run, modules_of
 from client.solvers import open_solver
 from client.units import Units
 from common import wire
 from common.config import RunConfig
 from common.plugins import Spec
 from common.tasks import Task
+from common.trunks import initial_modules
 from common.types import BadInput, DigestMismatch, Heads, Params, heads_digest
 
 FEDERATED, ALONE, ALONE_NOT_PRIVATE = "federated", "site alone", "site alone, not private"
-_SHARED_SETTINGS = ("sampling_rate", "steps", "learning_rate", "momentum", "weight_decay")
+_SHARED_SETTINGS = ("sampling_rate", "steps", "learning_rate", "momentum", "weight_decay", "trunk")
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,22 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
     if test.num_units == 0:
         raise BadInput("split: expected held-out units to evaluate on, got none; set split.test_fraction")
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
+    backbones = {name: site.backbones().open(digest) for name, digest in joined.digests(tasks).items()}
 
     def alone(run: RunConfig, purpose: str) -> Heads:
         solver = open_solver(run.solver, "solver")
         privacy = None if run.privacy == "non_private" else run.privacy
-        return train_alone(run, solver, privacy, tasks, train, sizes, site.config.unit, site.entropy, purpose)
+        modules = initial_modules(run, tasks, backbones)
+        return train_alone(run, modules, solver, privacy, tasks, train, sizes, site.config.unit, site.entropy, purpose)
 
     heads = {FEDERATED: final_heads(joined.folder)}
     if joined.privacy is not None:
         heads[ALONE] = alone(joined.run, f"home/{run_id}")
     heads[ALONE_NOT_PRIVATE] = alone(_without_privacy(joined.run), f"home/{run_id}/not-private")
+    held_out = {who: test.passed(modules_of(site, joined, tasks, own)) for who, own in heads.items()}
     results = {
-        name: {who: _values(own[name], name, task, test) for who, own in heads.items()} for name, task in tasks.items()
+        name: {who: _values(own[name], name, task, held_out[who]) for who, own in heads.items()}
+        for name, task in tasks.items()
     }
     return Comparison(run_id, test.num_units, results)
 

@@ -14,7 +14,7 @@ from client.approvals import Approvals, Offer
 from client.audit_gate import AuditTooSlow, audit_verdict
 from client.data import prepare
 from client.history import TRAINING
-from client.limits import refuse_what_does_not_fit
+from client.limits import refuse_what_does_not_fit, untrained_modules
 from client.site import (
     DeclinedRequest,
     Joined,
@@ -34,6 +34,7 @@ from common.files import private_folder, write_atomic
 from common.offers import offer_bytes, run_digest
 from common.privacy.accounting import Mechanism
 from common.tasks import Task
+from common.trunks import frozen_parts
 from common.types import (
     BadInput,
     DigestMismatch,
@@ -117,12 +118,15 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
         opened = _open_backbones(site, joined, joined.digests(tasks), request.specs)
     except DigestMismatch as error:
         raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
-    backbones = {name: opened[joined.run.backbone_of(name)] for name in tasks}
+    try:
+        frozen = frozen_parts(joined.run, opened)
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
     try:
         preparation = prepare(
             site.config,
             tasks,
-            backbones,
+            {name: frozen[joined.run.backbone_of(name)] for name in tasks},
             site.features(),
             joined.folder / "data",
             device=site.device(),
@@ -131,7 +135,7 @@ def prepare_run(site: Site, request: wire.PrepareRequest) -> wire.Ready:
     except BadInput as error:
         _stop(site, str(error))
         raise
-    feature_dims = {name: backbone.feature_dim for name, backbone in backbones.items()}
+    feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}
     prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
@@ -148,11 +152,11 @@ def finish(site: Site, request: wire.FinishRequest) -> wire.Ready:
     """Keep the run's final heads, verified by digest."""
     joined = joined_run(site, request.run_id)
     tasks = joined.tasks(site.config)
-    if set(request.heads) != set(tasks):
+    if set(request.heads) != set(joined.sizes(site.config)):
         raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
     if not (joined.folder / "prepared.json").exists():
         raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared")
-    modules_of(joined, tasks, request.heads)
+    modules_of(site, joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
         raise DeclinedRequest(Refusal.BAD_REQUEST, "the final heads differ from their digest")
     records = wire.encode(request)
@@ -250,6 +254,6 @@ def _refuse_while_stopped(site: Site) -> None:
 def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
     """Decline heads the solver cannot train, now: once a round is charged it is too late."""
     try:
-        open_solver(joined.run.solver, "solver").check_heads({name: task.head(1) for name, task in tasks.items()})
+        open_solver(joined.run.solver, "solver").check_heads(untrained_modules(joined.run, tasks))
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error

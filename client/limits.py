@@ -11,15 +11,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.backbones import open_untrained
-from common.config import RunConfig
+from common.config import RunConfig, Trainable
 from common.plugins import Spec
 from common.tasks import Task, num_counts
+from common.trunks import unfilled_trunk
 from common.types import BadInput
 
 MAX_PARAMETERS = 2**24
-"""Of all heads of a run together: one unit's gradient is then 64 MiB, about what a solver works on at once."""
+"""Of all that a run trains together: one unit's gradient is then 64 MiB, about what a solver works on at once."""
 
 MAX_STATISTICS = 2**24
 """Of all tasks together in one evaluation; classes count squared."""
@@ -31,36 +33,60 @@ def feature_dim(backbone: Spec) -> int:
     Raises:
         BadInput: a wrong setting.
     """
-    return _feature_dim(backbone.model_dump_json(), backbone._base)
+    return _shape(backbone.model_dump_json(), backbone._base, "")[0]
 
 
 @lru_cache(maxsize=64)
-def _feature_dim(settings: str, base: Path) -> int:
+def _shape(settings: str, base: Path, trainable: str) -> tuple[int, nn.Module | None]:
+    """Number of features, and the trunk if something trains."""
     # Once for equal settings: to build a network takes 0.1 s, and each site of a simulation is asked the same.
     backbone = Spec.model_validate_json(settings, context={"base": base})
     with torch.device("meta"):
         untrained = open_untrained(backbone, "backbone", seed=0)
-    projection = untrained.kind.projection
-    return (projection.dim if projection else None) or untrained.feature_dim
+        projection = untrained.kind.projection
+        dim = (projection.dim if projection else None) or untrained.feature_dim
+        if not trainable:
+            return dim, None
+        asked = Trainable.model_validate_json(trainable)
+        kind, module, raw_dim = untrained.kind, untrained.module, untrained.feature_dim
+        return dim, unfilled_trunk(kind, module, raw_dim, asked, "trainable")
+
+
+def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
+    """Every entry of the heads of some of a run's tasks, from settings alone; none takes memory.
+
+    Raises:
+        BadInput: a backbone's setting is wrong, or it cannot be divided where something should train.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name, task in tasks.items():
+        backbone = run.encoders[run.backbone_of(name)]
+        trainable = run.trainable.get(run.backbone_of(name))
+        asked = "" if trainable is None else trainable.model_dump_json()
+        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked)
+        with torch.device("meta"):
+            modules[name] = task.head(dim)
+        entry = run.trunk_of(name)
+        if entry is not None and trunk is not None:
+            modules[entry] = trunk
+    return modules
 
 
 def num_parameters(run: RunConfig, tasks: Mapping[str, Task]) -> int:
-    """Of new heads of some of a run's tasks; none is allocated.
+    """Of all that trains for some of a run's tasks; none is allocated.
 
     Raises:
         BadInput: a backbone's setting is wrong.
     """
-    dims = {name: feature_dim(run.encoders[run.backbone_of(name)]) for name in tasks}
-    with torch.device("meta"):
-        heads = [task.head(dims[name]) for name, task in tasks.items()]
-        return sum(parameter.numel() for head in heads for parameter in head.parameters())
+    modules = untrained_modules(run, tasks).values()
+    return sum(part.numel() for module in modules for part in module.parameters() if part.requires_grad)
 
 
 def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
     """Raise BadInput where a run's heads, or the statistics of its evaluations, are too large for a site."""
     parameters = num_parameters(run, tasks)
     if parameters > MAX_PARAMETERS:
-        raise BadInput(f"the run's heads have {parameters} parameters, expected at most {MAX_PARAMETERS}")
+        raise BadInput(f"the run trains {parameters} parameters, expected at most {MAX_PARAMETERS}")
     if run.evaluation is not None:
         statistics = sum(num_counts(task) for task in tasks.values())
         if statistics > MAX_STATISTICS:

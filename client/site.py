@@ -24,6 +24,7 @@ from common.heads import load_parameters
 from common.journal import FileJournal, Journal
 from common.privacy.noise import Entropy
 from common.tasks import Task, open_task
+from common.trunks import trunks
 from common.types import (
     MAX_STEPS,
     BadInput,
@@ -125,6 +126,10 @@ class Joined:
             if name in config.tasks and (config.allow.tasks == "any" or name in config.allow.tasks)
         }
 
+    def sizes(self, config: SiteConfig) -> dict[str, int]:
+        """The entries of the heads that this site trains, with their public sizes: its tasks', and those of trunks."""
+        return self.run.entries({name: config.tasks[name].public_size for name in self.tasks(config)})
+
     def digests(self, tasks: Iterable[str]) -> dict[str, str]:
         """Digest of each backbone, by name, that some of the run's tasks stand on: no other comes to this site."""
         needed = {self.run.backbone_of(task) for task in tasks}
@@ -214,15 +219,23 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
     return plan
 
 
-def modules_of(joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
-    """The heads that were sent, as modules to train. Raises DeclinedRequest where they do not fit."""
+def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
+    """What was sent as modules to train: heads, and trunks. Raises DeclinedRequest where it does not fit."""
     feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
-    modules = {}
-    for name, task in tasks.items():
-        module = task.head(feature_dims[name])
+    modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
+    modules |= untrained_trunks(site, joined, tasks)
+    for name, module in modules.items():
         try:
             load_parameters(module, heads[name])
         except BadInput as error:
             raise DeclinedRequest(Refusal.BAD_REQUEST, f"{name}: {error}") from error
-        modules[name] = module
     return modules
+
+
+def untrained_trunks(site: Site, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, torch.nn.Module]:
+    """The trunks that some tasks' records pass, as their backbones have them; none where all is frozen."""
+    names = {joined.run.backbone_of(task) for task in tasks if joined.run.trunk_of(task) is not None}
+    if not names:
+        return {}
+    store = site.backbones()
+    return trunks(joined.run, {name: store.open(joined.backbones[name]) for name in sorted(names)})

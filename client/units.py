@@ -10,10 +10,13 @@ missing label changes no divisor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_ROWS = 256
+"""Records that pass a trunk at once outside training."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class TaskRecords:
         mask_R: whether the record has a label for this task.
         unit_R: index of the record's unit in [0, U).
         weight_R: the record's share of its unit.
+        trunk: entry of the heads that the features still have to pass before the task's own head, the part of a
+            backbone that trains; None where they are what the head reads.
     """
 
     features_RD: Tensor = field(repr=False)
@@ -33,20 +38,38 @@ class TaskRecords:
     mask_R: Tensor = field(repr=False)
     unit_R: Tensor = field(repr=False)
     weight_R: Tensor = field(repr=False)
+    trunk: str | None = None
 
     @classmethod
-    def of(cls, features_RD: Tensor, labels: Tensor, mask_R: Tensor, unit_R: Tensor, num_units: int) -> TaskRecords:
+    def of(
+        cls,
+        features_RD: Tensor,
+        labels: Tensor,
+        mask_R: Tensor,
+        unit_R: Tensor,
+        num_units: int,
+        *,
+        trunk: str | None = None,
+    ) -> TaskRecords:
         """Records with weights derived from their unit's number of records."""
         counts_U = torch.bincount(unit_R, minlength=num_units)
-        return cls(features_RD, labels, mask_R, unit_R, 1.0 / counts_U[unit_R].to(features_RD.dtype))
+        return cls(features_RD, labels, mask_R, unit_R, 1.0 / counts_U[unit_R].to(features_RD.dtype), trunk)
 
     def labelled(self) -> TaskRecords:
         """Only the records that have a label, with unchanged weights."""
         if bool(self.mask_R.all()):
             return self
-        keep = self.mask_R
-        return TaskRecords(
-            self.features_RD[keep], self.labels[keep], self.mask_R[keep], self.unit_R[keep], self.weight_R[keep]
+        return self.taken(self.mask_R.nonzero().squeeze(1), self.unit_R)
+
+    def taken(self, rows: Tensor, unit_R: Tensor) -> TaskRecords:
+        """Some of the records, each with another index of its unit."""
+        return replace(
+            self,
+            features_RD=self.features_RD[rows],
+            labels=self.labels[rows],
+            mask_R=self.mask_R[rows],
+            unit_R=unit_R[rows],
+            weight_R=self.weight_R[rows],
         )
 
 
@@ -60,3 +83,23 @@ class Units:
     def only(self, names: list[str]) -> Units:
         """The same units with some of the tasks."""
         return Units(self.num_units, {name: self.tasks[name] for name in names})
+
+    def passed(self, heads: Mapping[str, nn.Module]) -> Units:
+        """The same units with the features that the tasks' own heads read; each trunk runs once for each input.
+
+        Args:
+            heads: the trunks among them.
+        """
+        done: dict[tuple[str, int], Tensor] = {}
+        tasks = {}
+        for name, records in self.tasks.items():
+            if records.trunk is None:
+                tasks[name] = records
+                continue
+            key = (records.trunk, id(records.features_RD))
+            if key not in done:
+                with torch.no_grad():
+                    parts = [heads[records.trunk](part) for part in torch.split(records.features_RD, _ROWS)]
+                done[key] = torch.cat(parts)
+            tasks[name] = replace(records, features_RD=done[key], trunk=None)
+        return replace(self, tasks=tasks)

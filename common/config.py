@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from common.errors import describe, instead, nearest
 from common.plugins import Frozen, LocalPath, Spec
@@ -101,6 +109,36 @@ class TaskSpec(Spec):
         return self.model_dump(exclude={"backbone"})
 
 
+class Lora(Frozen):
+    """Low-rank adapters beside linear layers: y = W x + (alpha / rank) B A x, of which A and B train.
+
+    Attributes:
+        rank: of B A.
+        alpha: see above.
+        targets: last parts of the layers' names, such as `query` and `value`.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[int, Field(ge=1, le=65536)]
+    targets: Annotated[list[str], Field(min_length=1)]
+
+
+class Trainable(Frozen):
+    """How much of a backbone trains beside the heads; the rest is frozen, and encoded once.
+
+    Attributes:
+        from_: `from` in a file: the first block that trains, such as `layer4`; `input` is everything.
+        lora: train adapters from that block on, in place of its own weights.
+    """
+
+    from_: Annotated[str, Field(alias="from")]
+    lora: Lora | None = None
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"from": self.from_, "lora": None if self.lora is None else self.lora.model_dump()}
+
+
 class RunConfig(Frozen):
     """One federated run, as the coordinator asks for it.
 
@@ -114,6 +152,8 @@ class RunConfig(Frozen):
     backbone: Spec | None = None
     backbones: Annotated[dict[Name, Spec], Field(min_length=1, max_length=MAX_BACKBONES)] | None = None
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
+    trainable: dict[Name, Trainable] = {}
+    """By backbone (`backbone`, where it has no other name): what of it trains. Without an entry it is frozen."""
     solver: Spec
     privacy: Privacy | Literal["non_private"]
     aggregation: Spec
@@ -144,6 +184,9 @@ class RunConfig(Frozen):
         unused = sorted(set(names) - {self.backbone_of(task) for task in self.tasks})
         if unused:
             raise ValueError(f"backbones.{unused[0]}: expected a task that stands on it, got none")
+        unknown = sorted(set(self.trainable) - set(names))
+        if unknown:
+            raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
         return self
 
     @property
@@ -161,6 +204,24 @@ class RunConfig(Frozen):
     def backbone_of(self, task: Name) -> Name:
         """Which backbone a task stands on."""
         return self.tasks[task].backbone or next(iter(self.encoders))
+
+    def trunk_of(self, task: Name) -> str | None:
+        """The entry of the heads that holds what trains of a task's backbone; None where all of it is frozen.
+
+        Names of tasks have no dots: no task is called so.
+        """
+        name = self.backbone_of(task)
+        return f"{name}.trunk" if name in self.trainable else None
+
+    def entries(self, sizes: Mapping[Name, int]) -> dict[str, int]:
+        """Every entry of the heads at a site with these tasks, with its public size: the tasks, and their trunks.
+
+        A trunk's size is the largest of its tasks': their units are the same patients as far as they overlap, and a
+        site that has one task has all its units in it. Where they do not overlap the true number is larger, up to the
+        sum, and a trunk's step too, by as much; a smaller learning rate makes up for it. No true count is used.
+        """
+        own = [(trunk, size) for task, size in sizes.items() if (trunk := self.trunk_of(task)) is not None]
+        return {**sizes, **{trunk: max(size for name, size in own if name == trunk) for trunk, _ in own}}
 
     def with_encoders(self, specs: Mapping[Name, Spec]) -> RunConfig:
         """The same run with other settings of its backbones."""

@@ -23,15 +23,19 @@ def initial_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], se
 
 
 def _initial_head(name: str, task: Task, feature_dim: int, seed: int) -> nn.Module:
-    digest = hashlib.sha256(f"headwater head {seed} {name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+        torch.manual_seed(seed_of(name, seed))
         return task.head(feature_dim)
 
 
+def seed_of(name: str, seed: int) -> int:
+    """What torch's generator is seeded with for one entry of a run's heads."""
+    return int.from_bytes(hashlib.sha256(f"headwater head {seed} {name}".encode()).digest()[:8], "little")
+
+
 def parameters(module: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Float32 copies of a head's parameters, by name."""
-    return {name: parameter.detach().cpu().numpy().astype(np.float32) for name, parameter in module.named_parameters()}
+    """Float32 copies of a head's parameters that train, by name: the others are known and travel nowhere."""
+    return {name: parameter.detach().cpu().numpy().astype(np.float32) for name, parameter in _trainable(module)}
 
 
 def load_parameters(module: nn.Module, params: Params) -> None:
@@ -40,11 +44,15 @@ def load_parameters(module: nn.Module, params: Params) -> None:
     Raises:
         BadInput: names or shapes are not the head's, or a value is not finite; the head is unchanged.
     """
-    own = dict(module.named_parameters())
+    own = dict(_trainable(module))
     _check(params, {name: tuple(parameter.shape) for name, parameter in own.items()})
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(torch.from_numpy(np.array(params[name], dtype=np.float32)))
+
+
+def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def _check(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -44,11 +44,20 @@ _ENGINE_GRACE_S = 75.0  # A killed site is noticed only when its heartbeat lapse
 
 @dataclass(frozen=True)
 class Member:
-    """A site that joined; `backbones` are those its tasks stand on, and what it holds of them."""
+    """A site that joined.
+
+    Attributes:
+        node_id: of its node.
+        site: its name.
+        tasks: those it takes part in, with their public sizes.
+        entries: of the heads that it trains, with their public sizes: its tasks, and trunks below them.
+        backbones: those its tasks stand on, and what it holds of them.
+    """
 
     node_id: int
     site: str
     tasks: Mapping[str, int]
+    entries: Mapping[str, int]
     backbones: Mapping[str, wire.Held]
 
 

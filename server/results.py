@@ -75,6 +75,8 @@ def save_heads(
 ) -> None:
     """Write `heads/<task>.safetensors`; the metadata says what each head is for and what it cost.
 
+    A trunk is one more file, `heads/<backbone>.trunk.safetensors`, with what trained of that backbone.
+
     Args:
         folder: the run's folder.
         run: the run, for the tasks' settings.
@@ -83,14 +85,26 @@ def save_heads(
         epsilon: spent in this run by site; None for a non-private site.
     """
     (folder / "heads").mkdir(exist_ok=True)
-    for task, params in heads.items():
-        settings = run.tasks[task].settings()
-        about = {
-            "task": task,
-            "settings": json.dumps(settings),
-            "labels": json.dumps(settings.get("labels")),
-            "backbone_digest": backbones[run.backbone_of(task)],
-            "epsilon": json.dumps(dict(epsilon)),
-        }
+    for entry, params in heads.items():
+        about = _about_task(run, entry, backbones) if entry in run.tasks else _about_trunk(run, entry, backbones)
         arrays = {name: np.asarray(array, order="C") for name, array in params.items()}
-        write_atomic(folder / "heads" / f"{task}.safetensors", save(arrays, metadata=about))
+        about = {**about, "epsilon": json.dumps(dict(epsilon))}
+        write_atomic(folder / "heads" / f"{entry}.safetensors", save(arrays, metadata=about))
+
+
+def _about_task(run: RunConfig, task: str, backbones: Mapping[str, str]) -> dict[str, str]:
+    settings = run.tasks[task].settings()
+    trunk = run.trunk_of(task)
+    return {
+        "task": task,
+        "settings": json.dumps(settings),
+        "labels": json.dumps(settings.get("labels")),
+        "backbone_digest": backbones[run.backbone_of(task)],
+        **({} if trunk is None else {"trunk": trunk}),
+    }
+
+
+def _about_trunk(run: RunConfig, entry: str, backbones: Mapping[str, str]) -> dict[str, str]:
+    name = entry.removesuffix(".trunk")
+    trainable = run.trainable[name].model_dump_json()
+    return {"trunk": entry, "backbone_digest": backbones[name], "trainable": trainable}

@@ -93,7 +93,9 @@ def _offer(
         if problem:
             aside.append(SetAside(node, problem, reply.site))
             continue
-        answers.members[reply.site] = Member(node, reply.site, reply.tasks, reply.backbones)
+        answers.members[reply.site] = Member(
+            node, reply.site, reply.tasks, desk.run.entries(reply.tasks), reply.backbones
+        )
         answers.reasons.pop(node, None)
         desk.journal.write(
             "joined",

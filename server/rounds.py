@@ -19,10 +19,10 @@ from flwr.serverapp import Grid
 from common import wire
 from common.backbones import Backbone
 from common.config import RunConfig
-from common.encoders import feature_dims
-from common.heads import initial_heads, parameters
+from common.heads import parameters
 from common.journal import Journal
 from common.tasks import open_task
+from common.trunks import initial_modules
 from common.types import BadInput, Heads, heads_digest
 from server.aggregators import State, Weighted, open_aggregator
 from server.checkpoint import Checkpoint, save_checkpoint
@@ -105,9 +105,9 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
     """Ask a cohort to train, aggregate task by task; the new state."""
     started = time.monotonic()
     cohort = _sample(desk.run, members, round_)
-    payloads = _requests(cohort, lambda tasks: wire.TrainRequest(desk.run_id, round_, _own(state.heads, tasks)))
+    payloads = _requests(cohort, lambda own: wire.TrainRequest(desk.run_id, round_, _own(state.heads, own)))
     good, aside, down = desk.ask(wire.TRAIN, payloads, wire.TrainReply, round_)
-    by_task: dict[str, list[Weighted]] = {task: [] for task in desk.run.tasks}
+    by_task: dict[str, list[Weighted]] = {name: [] for name in state.heads}
     names = {member.node_id: member.site for member in cohort}
     accepted = {}
     for member in cohort:
@@ -115,14 +115,14 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
             continue
         reply, size = good[member.node_id]
         try:
-            check_delta(reply.delta, _own(state.heads, member.tasks), desk.run.max_delta_norm)
+            check_delta(reply.delta, _own(state.heads, member.entries), desk.run.max_delta_norm)
             check_plan(reply.plan, desk.run)
         except BadInput as error:
             aside.append(SetAside(member.node_id, str(error)))
             continue
         accepted[member.site] = {"down": down[member.node_id], "up": size, "plan": asdict(reply.plan)}
         for task, delta in reply.delta.heads.items():
-            by_task[task].append(Weighted(float(member.tasks[task]), delta))
+            by_task[task].append(Weighted(float(member.entries[task]), delta))
     desk.write_aside(aside, names, at="train", round=round_)
     new, updated = _aggregate(desk.run, state, by_task, round_)
     desk.journal.write(
@@ -142,7 +142,7 @@ def evaluate_round(desk: Desk, members: list[Member], heads: Heads, round_: int)
     if asked is None or not asked.due(round_, desk.run.rounds):
         return
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
-    payloads = _requests(members, lambda tasks: wire.EvaluateRequest(desk.run_id, round_, _own(heads, tasks)))
+    payloads = _requests(members, lambda own: wire.EvaluateRequest(desk.run_id, round_, _own(heads, own)))
     good, aside, _ = desk.ask(wire.EVALUATE, payloads, wire.EvaluateReply, round_)
     releases = []
     for member in members:
@@ -169,8 +169,8 @@ def evaluate_round(desk: Desk, members: list[Member], heads: Heads, round_: int)
 def bring_home(desk: Desk, members: list[Member], heads: Heads) -> None:
     """Send every member the final heads of its tasks, with their digest."""
 
-    def request(tasks: Collection[str]) -> wire.FinishRequest:
-        own = _own(heads, tasks)
+    def request(entries: Collection[str]) -> wire.FinishRequest:
+        own = _own(heads, entries)
         return wire.FinishRequest(desk.run_id, own, heads_digest(own))
 
     payloads = _requests(members, request)
@@ -189,18 +189,18 @@ def _about(run: RunConfig, name: str, backbone: Backbone) -> dict[str, Any]:
 
 
 def _requests(members: Sequence[Member], request: Callable[[Collection[str]], wire.Request]) -> dict[int, wire.Request]:
-    """Node -> what it is asked. Sites of the same tasks are asked by one object, which is encoded once."""
-    each = {tasks: request(tasks) for tasks in {frozenset(member.tasks) for member in members}}
-    return {member.node_id: each[frozenset(member.tasks)] for member in members}
+    """Node -> what it is asked. Sites with the same entries share one object, which is encoded once."""
+    each = {entries: request(entries) for entries in {frozenset(member.entries) for member in members}}
+    return {member.node_id: each[frozenset(member.entries)] for member in members}
 
 
-def _own(heads: Heads, tasks: Collection[str]) -> Heads:
-    return {task: heads[task] for task in sorted(tasks)}
+def _own(heads: Heads, entries: Collection[str]) -> Heads:
+    return {name: heads[name] for name in sorted(entries)}
 
 
 def _new_state(desk: Desk, backbones: Mapping[str, Backbone]) -> Checkpoint:
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
-    modules = initial_heads(tasks, feature_dims(desk.run, backbones), desk.run.seed)
+    modules = initial_modules(desk.run, tasks, backbones)
     heads = {name: parameters(module) for name, module in modules.items()}
     aggregator = open_aggregator(desk.run.aggregation, "aggregation")
     states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}

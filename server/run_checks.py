@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import RunConfig, load
-from common.encoders import absolute, feature_dims, open_encoders
-from common.heads import initial_heads
+from common.encoders import absolute, open_encoders
 from common.tasks import open_task
+from common.trunks import initial_modules
 from common.types import BadInput
 from server.aggregators import open_aggregator
 from server.federation import Federation
@@ -30,6 +30,6 @@ def checked_run(federation: Federation, path: Path, overrides: Sequence[str]) ->
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
     backbones = open_encoders(run)
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    initial_heads(tasks, feature_dims(run, backbones), run.seed)
+    initial_modules(run, tasks, backbones)
     open_aggregator(run.aggregation, "aggregation")
     return absolute(run)

@@ -51,5 +51,6 @@ def pool(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:
             torch.cat([part.mask_R for part, _ in parts]),
             torch.cat([part.unit_R + start for part, start in parts]),
             torch.cat([part.weight_R for part, _ in parts]),
+            parts[0][0].trunk,
         )
     return Units(num_units, pooled)

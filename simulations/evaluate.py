@@ -31,11 +31,12 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
     Args:
         heads: task -> head.
         tasks: task -> definition; only those in `heads` are evaluated.
-        held_out: site -> its test units.
+        held_out: site -> its test units, with the features that the heads read (`Units.passed`).
     """
     results = {}
-    for name in heads:
-        task = tasks[name]
+    for name, task in tasks.items():
+        if name not in heads:
+            continue
         per_site = {
             site: exact_sums(heads[name], name, task, units) for site, units in held_out.items() if name in units.tasks
         }

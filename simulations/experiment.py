@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from client.alone import train_alone
 from client.app import make_app
 from client.data import PROBLEMS
+from client.limits import untrained_modules
 from client.metrics import Values
 from client.site import Site
 from client.solvers import open_solver
@@ -26,11 +27,12 @@ from common.backbones import Backbone, open_random
 from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
 from common.encoders import absolute, digests_of, open_encoders
 from common.files import without_flushing
-from common.heads import initial_heads
+from common.heads import load_parameters
 from common.journal import FileJournal, read
 from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
 from common.tasks import Task, open_task
+from common.trunks import initial_modules, trunks
 from common.types import BadInput, Heads, Refusal, RunFailed
 from server.aggregators import open_aggregator
 from server.checkpoint import Checkpoint, load_checkpoint
@@ -40,7 +42,7 @@ from server.results import new_run_folder, write_environment, write_results
 from server.rounds import Outcome, run_federation
 from simulations.audit import audit_simulation, required
 from simulations.baselines import aggregated_alone, pool
-from simulations.evaluate import evaluate, run_data, units_of
+from simulations.evaluate import Evaluation, evaluate, run_data, units_of
 from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
 from simulations.partition import build_sites, read_sites, source_settings
@@ -102,7 +104,7 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
-    solver.check_heads(initial_heads(tasks, dict.fromkeys(tasks, 1), seed=0))
+    solver.check_heads(untrained_modules(run, tasks))
     if run.audit == "required" and privacy is None:
         raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
     if config.non_private_solver is not None:
@@ -310,15 +312,36 @@ def _write_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
 
 
 def _write_metrics(experiment: Experiment, sites: Sequence[SiteConfig], outcome: Outcome) -> None:
-    held_out = units_of(sites, experiment.run_id, experiment.tasks, "test")
-    for task, result in evaluate(outcome.heads, experiment.tasks, held_out).items():
+    found = _evaluated(experiment, outcome.heads, sites, experiment.run_id, experiment.backbones)
+    for task, result in found.items():
         per_site = {site: dict(values) for site, values in result.per_site.items()}
         experiment.journal.write("metrics", task=task, pooled=dict(result.pooled), per_site=per_site)
 
 
-def _pooled(experiment: Experiment, heads: Heads, sites: Sequence[SiteConfig], run_id: str) -> dict[str, Values]:
-    held_out = units_of(sites, run_id, experiment.tasks, "test")
-    return {task: dict(result.pooled) for task, result in evaluate(heads, experiment.tasks, held_out).items()}
+def _evaluated(
+    experiment: Experiment,
+    heads: Heads,
+    sites: Sequence[SiteConfig],
+    run_id: str,
+    backbones: Mapping[str, Backbone],
+) -> dict[str, Evaluation]:
+    tasks = {name: task for name, task in experiment.tasks.items() if name in heads}
+    own = {name: trunk for name, trunk in trunks(experiment.config.run, backbones).items() if name in heads}
+    for name, trunk in own.items():
+        load_parameters(trunk, heads[name])
+    held_out = units_of(sites, run_id, tasks, "test")
+    return evaluate(heads, tasks, {site: units.passed(own) for site, units in held_out.items()})
+
+
+def _pooled(
+    experiment: Experiment,
+    heads: Heads,
+    sites: Sequence[SiteConfig],
+    run_id: str,
+    backbones: Mapping[str, Backbone],
+) -> dict[str, Values]:
+    found = _evaluated(experiment, heads, sites, run_id, backbones)
+    return {task: dict(result.pooled) for task, result in found.items()}
 
 
 def _local(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, dict[str, float | None]]:
@@ -332,6 +355,7 @@ def _local(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, dic
         own = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
         heads = train_alone(
             experiment.config.run,
+            initial_modules(experiment.config.run, own, experiment.backbones),
             solver,
             experiment.privacy,
             own,
@@ -342,7 +366,7 @@ def _local(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, dic
             f"local/{site.name}",
             aggregated_alone(experiment.config.run),
         )
-        for task, values in _pooled(experiment, heads, sites, experiment.run_id).items():
+        for task, values in _pooled(experiment, heads, sites, experiment.run_id, experiment.backbones).items():
             results.setdefault(task, []).append(values)
     return {task: _mean(values) for task, values in results.items()}
 
@@ -367,8 +391,9 @@ def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, V
     unit = experiment.config.unit
     units = pool(train, tasks)
     run_, update = experiment.config.run, aggregated_alone(experiment.config.run)
-    heads = train_alone(run_, solver, None, tasks, units, sizes, unit, experiment.entropy, "central", update)
-    return _pooled(experiment, heads, sites, experiment.run_id)
+    modules = initial_modules(run_, tasks, experiment.backbones)
+    heads = train_alone(run_, modules, solver, None, tasks, units, sizes, unit, experiment.entropy, "central", update)
+    return _pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
 
 
 def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
@@ -393,7 +418,7 @@ def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Back
     folder.mkdir(parents=True)
     sites = build_sites(experiment.config, folder / "sites", non_private=run_.privacy == "non_private")
     outcome = _federate(experiment, run_, backbones, sites, folder)
-    return _pooled(experiment, outcome.heads, sites, folder.name)
+    return _pooled(experiment, outcome.heads, sites, folder.name, backbones)
 
 
 _BASELINES = {

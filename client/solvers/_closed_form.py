@@ -24,7 +24,6 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
-from client.solvers._objective import taken
 from client.units import TaskRecords
 from common.privacy.clipping import row_norms, sum_by_unit
 from common.types import BadInput
@@ -46,6 +45,10 @@ def check_affine(heads: Mapping[str, nn.Module]) -> None:
         BadInput: a head is anything but one linear layer or 1x1 convolution with all its parameters trainable.
     """
     for name, head in heads.items():
+        if "." in name:
+            raise BadInput(
+                "trainable: solver dp_gd trains heads on frozen features and no part of a backbone; kind dp_sgd does"
+            )
         reason = _why_not_affine(head)
         if reason:
             raise BadInput(
@@ -137,7 +140,7 @@ class Inputs:
         records = self.records
         position_R = position_U[records.unit_R]
         rows = (position_R >= 0).nonzero().squeeze(1)
-        chosen = taken(records, rows, position_R)
+        chosen = records.taken(rows, position_R)
         reach_R = None if self.reach_R is None else self.reach_R[rows]
         factor_R = None if self.factor_R is None else self.factor_R[rows]
         kept = replace(self, records=chosen, reach_R=reach_R, factor_R=factor_R)

@@ -4,6 +4,9 @@ For one unit: sum over tasks t of scale_t * sum over its labelled records r of w
 1 / (the unit's records in the task's source). A missing label contributes zero and changes no divisor. A step's sum is
 divided, per task, by the constant sampling_rate * public_size_t.
 
+Where a part of a backbone trains, records end at the freeze boundary: the loss is that of head(trunk(record)), and the
+trunk is one more entry of the heads, with a public size of its own.
+
 A batch is a `Units` whose records count their units from 0 within the batch.
 """
 
@@ -11,15 +14,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from client.units import TaskRecords, Units
 from common.heads import parameters
+from common.plugins import Frozen
 from common.privacy.noise import NoiseStream
 from common.tasks import Task
 from common.types import Delta, Heads, Plan, RunFailed
+
+
+class Rates(Frozen):
+    """Step size and decay of one group of parameters."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
 def usable(units: Units) -> Units:
@@ -38,7 +51,7 @@ def _usable_records(records: TaskRecords) -> TaskRecords:
     if bool(finite_R.all()):
         return labelled
     finite_R[~finite_R] = torch.isfinite(rows_RD[~finite_R]).all(dim=1)
-    return taken(labelled, finite_R.nonzero().squeeze(1), labelled.unit_R)
+    return labelled.taken(finite_R.nonzero().squeeze(1), labelled.unit_R)
 
 
 def participants(units: Units, plan: Plan, stream: NoiseStream) -> Tensor:
@@ -63,21 +76,41 @@ def batch_of(units: Units, members: Tensor) -> Units:
 
 def _records_of(records: TaskRecords, position_U: Tensor) -> TaskRecords:
     position_R = position_U[records.unit_R]
-    return taken(records, (position_R >= 0).nonzero().squeeze(1), position_R)
+    return records.taken((position_R >= 0).nonzero().squeeze(1), position_R)
 
 
-def taken(records: TaskRecords, rows: Tensor, unit_R: Tensor) -> TaskRecords:
-    """Some of the records, each with another index of its unit."""
-    return TaskRecords(
-        records.features_RD[rows], records.labels[rows], records.mask_R[rows], unit_R[rows], records.weight_R[rows]
-    )
+def features_of(heads: Mapping[str, nn.Module], batch: Units) -> dict[str, Tensor]:
+    """What each task's head reads: its records' features, passed through the trunk that some still have to pass.
+
+    A trunk reads the records of all its tasks in one call: in one call, and only then, are its per-record gradients
+    those of single records (see `unit_of`).
+    """
+    features = {name: records.features_RD for name, records in batch.tasks.items() if records.trunk is None}
+    for trunk in sorted({records.trunk for records in batch.tasks.values() if records.trunk is not None}):
+        names = _through(trunk, batch)
+        counts = [len(batch.tasks[name].unit_R) for name in names]
+        if sum(counts):
+            passed_RD = heads[trunk](torch.cat([batch.tasks[name].features_RD for name in names]))
+            features |= dict(zip(names, torch.split(passed_RD, counts), strict=True))
+    return features
+
+
+def unit_of(entry: str, batch: Units) -> Tensor:
+    """The units of the rows that a head or a trunk reads in `features_of`, in their order."""
+    if entry in batch.tasks:
+        return batch.tasks[entry].unit_R
+    return torch.cat([batch.tasks[name].unit_R for name in _through(entry, batch)])
+
+
+def _through(trunk: str, batch: Units) -> list[str]:
+    return sorted(name for name, records in batch.tasks.items() if records.trunk == trunk)
 
 
 def loss_sum(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], batch: Units) -> Tensor | None:
     """The objective of a batch of usable units; None when no task has a record in it."""
+    features = features_of(heads, batch)
     terms = [
-        tasks[name].scale
-        * (records.weight_R * tasks[name].losses(heads[name](records.features_RD), records.labels)).sum()
+        tasks[name].scale * (records.weight_R * tasks[name].losses(heads[name](features[name]), records.labels)).sum()
         for name, records in sorted(batch.tasks.items())
         if len(records.unit_R)
     ]
@@ -87,6 +120,28 @@ def loss_sum(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], batch: U
 def expected_units(plan: Plan, public_sizes: Mapping[str, int]) -> dict[str, float]:
     """Task -> the constant divisor of a step's sum. From declared sizes only: the true ones are private."""
     return {name: plan.sampling_rate * size for name, size in public_sizes.items()}
+
+
+def groups(
+    heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], rates: Rates, trunk: Rates | None
+) -> list[dict[str, Any]]:
+    """What trains, with its rates, as torch's optimizers take it: one group for each entry, in the entries' order.
+
+    Args:
+        heads: entry -> module, trunks among them.
+        tasks: an entry that is none of them is a trunk.
+        rates: of the heads.
+        trunk: of the trunks; None: the heads'.
+    """
+    return [
+        {
+            "params": [parameter for parameter in head.parameters() if parameter.requires_grad],
+            "lr": own.learning_rate,
+            "weight_decay": own.weight_decay,
+        }
+        for name, head in heads.items()
+        for own in [rates if name in tasks or trunk is None else trunk]
+    ]
 
 
 def trainable_copies(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

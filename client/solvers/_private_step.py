@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
-from client.solvers._objective import batch_of, loss_sum
+from client.solvers._grouped import RecordGradients
+from client.solvers._objective import batch_of, loss_sum, unit_of
 from client.units import Units
 from common.privacy.clipping import neutralised, sum_by_unit
 from common.privacy.noise import NoiseStream, released
@@ -67,7 +67,8 @@ def check_separable(heads: Mapping[str, nn.Module]) -> None:
     for name, head in heads.items():
         errors = ModuleValidator.validate(head, strict=False)
         if errors:
-            raise BadInput(f"tasks.{name}: the head cannot be trained privately: {errors[0]}")
+            what = f"trainable: {name}" if "." in name else f"tasks.{name}: the head"
+            raise BadInput(f"{what} cannot be trained privately: {errors[0]}")
 
 
 def with_record_gradients(heads: Mapping[str, nn.Module]) -> nn.Module:
@@ -78,7 +79,7 @@ def with_record_gradients(heads: Mapping[str, nn.Module]) -> nn.Module:
     """
     check_separable(heads)
     # A list, not a dict: a task may be called "keys" or "train".
-    module: nn.Module = GradSampleModule(nn.ModuleList(heads.values()), loss_reduction="sum")
+    module: nn.Module = RecordGradients(nn.ModuleList(heads.values()), loss_reduction="sum")
     return module
 
 
@@ -107,9 +108,12 @@ def release_step(
 
 def _parts(units: Units, members: Tensor, heads: Mapping[str, nn.Module]) -> Iterator[tuple[Units, bool]]:
     """The sample in parts that fit into memory, each with whether it is the last; an empty sample is one part."""
-    values = sum(parameter.numel() for head in heads.values() for parameter in head.parameters())
-    per_unit = [int(torch.bincount(records.unit_R).max()) for records in units.tasks.values() if len(records.unit_R)]
-    parts = torch.split(members, max(1, _CHUNK_VALUES // (values * max(per_unit, default=1))))
+    values = 1
+    for name, head in heads.items():
+        own = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
+        unit_R = unit_of(name, units)
+        values += own * max(1, int(torch.bincount(unit_R).max()) if len(unit_R) else 1)
+    parts = torch.split(members, max(1, _CHUNK_VALUES // values))
     for number, part in enumerate(parts, start=1):
         yield batch_of(units, part), number == len(parts)
 
@@ -134,7 +138,7 @@ def _keep_unit_gradients(heads: Mapping[str, nn.Module], batch: Units) -> None:
     """Replace Opacus' per-record gradients by finite per-unit ones; zero for heads without a record in the batch."""
     trainable, gradients_U = [], []
     for name, head in heads.items():
-        unit_R = batch.tasks[name].unit_R
+        unit_R = unit_of(name, batch)
         for parameter in head.parameters():
             if parameter.requires_grad:
                 trainable.append(parameter)

@@ -15,7 +15,7 @@ accountants forget earlier rounds, and its sampler derives rates from the true n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -30,9 +30,6 @@ from common.privacy.noise import NoiseStream
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
 
-if TYPE_CHECKING:
-    from client.solvers._private_step import StreamOptimizer
-
 
 @final
 class DpSgd(Plugin):
@@ -45,6 +42,7 @@ class DpSgd(Plugin):
         learning_rate: of SGD on the noised mean gradient.
         momentum: of that SGD; costs no privacy.
         weight_decay: of that SGD; costs no privacy.
+        trunk: learning rate and decay of the part of a backbone that trains, where one does; null: the heads'.
     """
 
     kind: Literal["dp_sgd"]
@@ -55,6 +53,7 @@ class DpSgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    trunk: _objective.Rates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -98,28 +97,18 @@ class DpSgd(Plugin):
             RunFailed: training diverged.
         """
         # Here: a site that only plans needs no Opacus.
-        from client.solvers._private_step import release_step, with_record_gradients
+        from client.solvers._private_step import StreamOptimizer, release_step, with_record_gradients
 
         copies = _objective.trainable_copies(heads)
-        module = with_record_gradients(copies)
-        optimizer = self._optimizer(module, copies, plan, _objective.expected_units(plan, public_sizes), stream)
+        with_record_gradients(copies)
+        rates = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        groups = _objective.groups(copies, tasks, rates, self.trunk)
+        sgd = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
+        divisors = _objective.expected_units(plan, public_sizes)
+        of_parameter = [divisors[name] for name, head in copies.items() for p in head.parameters() if p.requires_grad]
+        optimizer = StreamOptimizer(sgd, plan=plan, divisors=of_parameter, stream=stream)
         usable = _objective.usable(units)
         for _ in range(plan.steps):
             members = _objective.participants(usable, plan, stream)
             release_step(optimizer, copies, tasks, usable, members)
         return _objective.difference(copies, heads)
-
-    def _optimizer(
-        self,
-        module: nn.Module,
-        heads: Mapping[str, nn.Module],
-        plan: Plan,
-        divisors: Mapping[str, float],
-        stream: NoiseStream,
-    ) -> StreamOptimizer:
-        from client.solvers._private_step import StreamOptimizer
-
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        sgd = torch.optim.SGD(trainable, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
-        of_parameter = [divisors[name] for name, head in heads.items() for p in head.parameters() if p.requires_grad]
-        return StreamOptimizer(sgd, plan=plan, divisors=of_parameter, stream=stream)

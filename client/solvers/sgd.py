@@ -31,6 +31,7 @@ class Sgd(Plugin):
         learning_rate: of the step on the mean gradient.
         momentum: of that step.
         weight_decay: of that step.
+        trunk: learning rate and decay of the part of a backbone that trains, where one does; null: the heads'.
     """
 
     kind: Literal["sgd"]
@@ -40,6 +41,7 @@ class Sgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    trunk: _objective.Rates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -77,12 +79,9 @@ class Sgd(Plugin):
             RunFailed: training diverged.
         """
         copies = _objective.trainable_copies(heads)
-        optimizer = torch.optim.SGD(
-            [parameter for head in copies.values() for parameter in head.parameters() if parameter.requires_grad],
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
+        rates = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        groups = _objective.groups(copies, tasks, rates, self.trunk)
+        optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         divisors = _objective.expected_units(plan, public_sizes)
         usable = _objective.usable(units)
         for _ in range(plan.steps):

@@ -86,6 +86,8 @@ class Backbone:
         prepare: makes an input of an item.
         device: where it encodes.
         precision: of the encoder's inside; the site's choice, not in the digest.
+        trunk: where it is a backbone's frozen part, the entry of the heads that its features still have to pass
+            (`common.trunks`).
     """
 
     kind: Kind
@@ -96,6 +98,7 @@ class Backbone:
     module: FrozenEncoder = dataclasses.field(repr=False)
     device: torch.device
     precision: Precision = "float32"
+    trunk: str | None = None
 
     @cached_property
     def _encoder(self) -> FastEncoder:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
+from common.backbones._boundary import Divided, blocks_of, divide_chain
 from common.backbones._image_preprocessing import ImagePreprocessing
 from common.backbones._projection import Projection
 from common.backbones._random import random_weights
@@ -86,6 +87,14 @@ class CifarResnet(Plugin):
         """The local weights."""
         return self.weights
 
+    def blocks(self, encoder: nn.Module) -> list[str]:
+        """The first convolution and the three stages."""
+        return blocks_of(encoder)
+
+    def divide(self, encoder: nn.Module, block: str) -> Divided:
+        """Both sides of a block."""
+        return divide_chain(encoder, block, (3, 32, 32))
+
     def preprocess(self, item: Any) -> Tensor:
         """3 x 32 x 32 from a picture, resized where it has another size. Raises BadRecord."""
         return _PIXELS.apply(item)
@@ -112,12 +121,13 @@ class _Encoder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(16, 16, 1, num_blocks)
         self.layer2 = _stage(16, 32, 2, num_blocks)
         self.layer3 = _stage(32, 64, 2, num_blocks)
 
     def forward(self, pixels_B: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(pixels_B)))
+        x = self.relu(self.bn1(self.conv1(pixels_B)))
         pooled_B64: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
         return pooled_B64
 

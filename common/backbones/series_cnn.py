@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
+from common.backbones._boundary import Divided, blocks_of, divide_chain
 from common.backbones._projection import Projection
 from common.backbones._random import random_weights
 from common.backbones._weights import load_strict, read_state
@@ -91,6 +92,14 @@ class SeriesCnn(Plugin):
     def weights_file(self) -> Path | None:
         """The file that pre-training writes."""
         return self.weights
+
+    def blocks(self, encoder: nn.Module) -> list[str]:
+        """The convolutions, by their place in the net."""
+        return blocks_of(encoder)
+
+    def divide(self, encoder: nn.Module, block: str) -> Divided:
+        """Both sides of a convolution's input."""
+        return divide_chain(encoder, block, (1, self.length))
 
     def preprocess(self, item: Any) -> Tensor:
         """1 x T, interpolated to `length`, with mean 0 and deviation 1; a constant one is zeros. Raises BadRecord."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
+from common.backbones._boundary import Divided, blocks_of, divide_chain
 from common.backbones._images import grey
 from common.backbones._projection import Projection, batch_norm_shift
 from common.backbones._random import random_weights
@@ -106,6 +107,14 @@ class SmallCnn(Plugin):
     def weights_file(self) -> Path | None:
         """The file that pre-training writes."""
         return self.weights
+
+    def blocks(self, encoder: nn.Module) -> list[str]:
+        """The convolutions, by their place in the net."""
+        return blocks_of(encoder)
+
+    def divide(self, encoder: nn.Module, block: str) -> Divided:
+        """Both sides of a convolution's input."""
+        return divide_chain(encoder, block, (1, self.input_size, self.input_size))
 
     def preprocess(self, item: Any) -> Tensor:
         """1 x H x W in [0, 1] from a grey image of exactly `input_size`. Raises BadRecord."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from common.backbones import Architecture, Example, Pretrained
+from common.backbones._boundary import Divided, blocks_of, divide_chain
 from common.backbones._image_preprocessing import ImagePreprocessing
 from common.backbones._projection import Projection, batch_norm_shift
 from common.backbones._random import random_weights
@@ -123,6 +124,15 @@ class Torchvision(Plugin):
     def weights_file(self) -> Path | None:
         """The local weights, if they are local."""
         return self.weights if isinstance(self.weights, Path) else None
+
+    def blocks(self, encoder: nn.Module) -> list[str]:
+        """Such as `features.17` or `layer4`."""
+        return blocks_of(encoder)
+
+    def divide(self, encoder: nn.Module, block: str) -> Divided:
+        """Both sides of a block. Raises BadInput: the model is not a chain up to there."""
+        side = self._preprocessing().side
+        return divide_chain(encoder, block, (3, side, side))
 
     def preprocess(self, item: Any) -> Tensor:
         """3 x H x W from a PIL image or uint8 array; grey is repeated over the channels. Raises BadRecord."""

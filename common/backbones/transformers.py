@@ -9,6 +9,7 @@ architecture from its own transformers library, and `trust_remote_code` is never
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PretrainedConfig
 
 from common.backbones import Architecture, Example, Pretrained
+from common.backbones._boundary import Divided, check_whole
 from common.backbones._huggingface import Location, config_of, model_of, quiet, tokenizer_json
+from common.backbones._layers import Above, Below, last_norm, layers_of, pool
 from common.backbones._modalities import AudioInput, ImageInput, Modality, TextInput, feature_extractor, image_processor
 from common.backbones._projection import Projection
 from common.backbones._random import random_weights
@@ -177,6 +180,41 @@ class Transformers(Plugin):
         modality = self._image(files) if self.modality == "image" else self._audio(files)
         return modality.preprocess(item)
 
+    def blocks(self, encoder: nn.Module) -> list[str]:
+        """The encoder's layers, such as `encoder.layer.5`.
+
+        Embeddings stay frozen: all examples share the rows of positions, so that no example has a gradient of its own.
+        """
+        assert isinstance(encoder, Encoder)
+        name, layers = layers_of(encoder.model)
+        return [f"{name}.{number}" for number in range(len(layers))]
+
+    def divide(self, encoder: nn.Module, block: str) -> Divided:
+        """Both sides of a layer of a text or image encoder. Raises BadInput."""
+        assert isinstance(encoder, Encoder)
+        if self.modality == "audio" or self.pooling == "pooler":
+            raise BadInput("from: expected an encoder of texts or images with pooling mean, cls or tokens")
+        longest = encoder.modality.max_length if isinstance(encoder.modality, TextInput) else None
+        parts = copy.deepcopy(encoder)
+        name, layers = layers_of(parts.model)
+        first = int(block.rpartition(".")[2])
+        norm_name = last_norm(parts.model, name)
+        norm = parts.model.get_submodule(norm_name) if norm_name else None
+        masked = longest is not None
+        above = Above(layers[first:], norm, self.pooling, masked=masked, max_positions=encoder.max_positions)
+        parts.model.set_submodule(name, layers[:first])
+        if norm_name:
+            parts.model.set_submodule(norm_name, nn.Identity())
+        below = Below(parts.model, encoder.modality, longest)
+        if longest is not None and next(encoder.parameters()).device.type == "meta":
+            # Without values no text has a length.
+            return Divided(below, above, (longest, _width(encoder.model, encoder.model.config) + 1))
+        with torch.no_grad():
+            probe_B = encoder.modality.noise(2)
+            at_boundary_B = below(probe_B)
+            check_whole(above(at_boundary_B), encoder(probe_B), block)
+        return Divided(below, above, tuple(at_boundary_B.shape[1:]))
+
     def _location(self) -> Location:
         name = self.folder or self.model
         if self.package is not None:
@@ -296,15 +334,7 @@ class Encoder(nn.Module):
         if hidden_BTD.ndim == 4:
             # Convolutional encoders: B x D x H x W.
             hidden_BTD = hidden_BTD.flatten(2).transpose(1, 2)
-        if self.pooling == "cls":
-            return hidden_BTD[:, 0]
-        if mask_BL is not None:
-            hidden_BTD = hidden_BTD * mask_BL.unsqueeze(2)
-        if self.pooling == "tokens":
-            missing = 0 if self.max_positions is None else self.max_positions - hidden_BTD.shape[1]
-            return nn.functional.pad(hidden_BTD, (0, 0, 0, missing)).flatten(1)
-        count = hidden_BTD.shape[1] if mask_BL is None else mask_BL.sum(1, keepdim=True)
-        return hidden_BTD.float().sum(1) / count
+        return pool(hidden_BTD, mask_BL, self.pooling, self.max_positions)
 
 
 def _package_folder(package: str) -> Path:

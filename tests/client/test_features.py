@@ -60,6 +60,7 @@ class Reciprocal:
     feature_dim: int = DIM
     device: torch.device = CPU
     error: float | None = None
+    trunk: str | None = None
 
     def to(self, device: torch.device) -> Reciprocal:
         del device
@@ -267,6 +268,14 @@ def test_a_record_of_several_items_has_the_mean_of_their_features(tmp_path: Path
     expected = [VECTORS[:1].mean(0), VECTORS[1:4].mean(0), np.zeros(DIM), VECTORS[4:].mean(0), VECTORS[0]]
     np.testing.assert_allclose(features.features_ND, expected, rtol=1e-5, atol=1e-6)
     assert features.unusable == {2: "expected at least one item in the record"}
+
+
+def test_a_record_of_several_items_is_refused_where_a_part_of_the_backbone_trains(tmp_path: Path) -> None:
+    """The mean of outputs at a boundary is not the output of a mean; a record of one item is the item."""
+    source = Vectors([VECTORS[0], Several([VECTORS[1]]), Several([VECTORS[1], VECTORS[2]])])
+    features = encoded(tmp_path, source, Reciprocal(trunk="backbone.trunk"))
+    assert list(features.unusable) == [2]
+    assert "got several" in features.unusable[2]
 
 
 def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The law of `client.solvers`, for every kind in the folder.
+"""The law of `client.solvers`, for every kind in the folder, and once more with a trunk below all heads ("KIND+trunk")
+where the kind trains one.
 
 Neighbours are two sites of which one has one unit more. Sums are read off the released delta: with one step, the heads
 fixed and the divisor 1, the delta is minus the learning rate times the released sum.
@@ -7,6 +8,7 @@ fixed and the divisor 1, the delta is minus the learning rate times the released
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ PRIVATE = [kind for kind in KINDS if plugin_class("client.solvers", kind).privat
 FEATURES, DEAD = 6, 150
 PRIVACY = Privacy(unit=Unit.PATIENT, delta=1e-5, noise_multiplier=0.7)
 KEY = bytes(range(32))
+WITH_TRUNK, TRUNK, WIDTH = "+trunk", "backbone.trunk", 8
 # Task names that are also attributes of torch modules.
 DEEP: dict[str, Task] = {
     "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "grade"),
@@ -123,15 +126,30 @@ def heads(tasks: dict[str, Task]) -> dict[str, nn.Module]:
     return made
 
 
-DEEP_HEADS, LINEAR_HEADS = heads(DEEP), heads(LINEAR)
+def trunk_and_heads() -> dict[str, nn.Module]:
+    """One trunk that all tasks' records pass, and heads on what it gives."""
+    made = initial_heads(DEEP, {name: WIDTH for name in DEEP}, seed=5)
+    generator = torch.Generator().manual_seed(8)
+    trunk = nn.Sequential(nn.Linear(FEATURES + DEAD, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    for module in (*made.values(), trunk):
+        for parameter in module.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return {**made, TRUNK: trunk}
 
 
-def takes_deep_heads(kind: str) -> bool:
+DEEP_HEADS, LINEAR_HEADS, TRUNK_HEADS = heads(DEEP), heads(LINEAR), trunk_and_heads()
+
+
+def takes(kind: str, heads: dict[str, nn.Module]) -> bool:
     try:
-        solver_of(kind).check_heads(DEEP_HEADS)
+        solver_of(kind).check_heads(heads)
     except BadInput:
         return False
     return True
+
+
+def takes_deep_heads(kind: str) -> bool:
+    return takes(kind, DEEP_HEADS)
 
 
 def tasks_of(kind: str) -> dict[str, Task]:
@@ -139,30 +157,46 @@ def tasks_of(kind: str) -> dict[str, Task]:
 
 
 def heads_of(kind: str) -> dict[str, nn.Module]:
+    if kind.endswith(WITH_TRUNK):
+        return TRUNK_HEADS
     return DEEP_HEADS if takes_deep_heads(kind) else LINEAR_HEADS
 
 
 def solver_of(kind: str) -> Solver:
-    return open_solver(plugin_class("client.solvers", kind).example(), "solver")
+    return open_solver(example_of(kind), "solver")
+
+
+def example_of(kind: str) -> dict[str, Any]:
+    return plugin_class("client.solvers", kind.removesuffix(WITH_TRUNK)).example()
+
+
+def is_private(kind: str) -> bool:
+    return kind.removesuffix(WITH_TRUNK) in PRIVATE
+
+
+CASES = [*KINDS, *(f"{kind}{WITH_TRUNK}" for kind in KINDS if takes(kind, TRUNK_HEADS))]
+PRIVATE_CASES = [kind for kind in CASES if is_private(kind)]
 
 
 def plan_of(kind: str, **changes: float) -> Plan:
-    private = kind in PRIVATE
+    private = is_private(kind)
     plan = solver_of(kind).plan(PRIVACY if private else None, Unit.PATIENT, 1)
     return replace(plan, **changes)
 
 
 def solve(kind: str, units: Units, plan: Plan, stream: NoiseStream, public_size: int = 1) -> Delta:
-    tasks = tasks_of(kind)
+    tasks, heads = tasks_of(kind), heads_of(kind)
+    if kind.endswith(WITH_TRUNK):
+        units = replace(units, tasks={name: replace(own, trunk=TRUNK) for name, own in units.tasks.items()})
     return solver_of(kind).solve(
-        heads_of(kind), tasks, units, plan=plan, public_sizes=dict.fromkeys(tasks, public_size), stream=stream
+        heads, tasks, units, plan=plan, public_sizes=dict.fromkeys(heads, public_size), stream=stream
     )
 
 
 def released_sum(kind: str, units: Units, plan: Plan, public_size: int) -> np.ndarray:
     """All heads' sum of one step as one vector."""
     delta = solve(kind, units, plan, SilentStream(KEY), public_size)
-    divisor = plan.sampling_rate * public_size / plugin_class("client.solvers", kind).example()["learning_rate"]
+    divisor = plan.sampling_rate * public_size / example_of(kind)["learning_rate"]
     return -divisor * flat(delta)
 
 
@@ -175,7 +209,7 @@ def dead_weights(delta: Delta) -> np.ndarray:
     """Changes of weights that no record touches, one row for each output: noise and nothing else."""
     values = [value for head in delta.heads.values() for value in head.values()]
     grids = [value for value in values if value.ndim == 2 and value.shape[1] == FEATURES + DEAD]
-    assert len(grids) == len(DEEP)
+    assert len(grids) == (1 if TRUNK in delta.heads else len(DEEP))
     return np.concatenate([grid[:, FEATURES:] for grid in grids]).astype(np.float64)
 
 
@@ -197,7 +231,7 @@ SOME = [Person(((seed, None), (seed + 1, None))[: 1 + seed % 2], (True,) * 9) fo
 # --- privacy ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
 @settings(max_examples=60, deadline=None)
 @given(
     people=st.lists(PEOPLE, max_size=4),
@@ -215,7 +249,7 @@ def test_one_unit_more_moves_the_released_sum_by_at_most_the_clip_norm(
     assert np.linalg.norm(moved) <= clip_norm * (1 + 1e-5) + 1e-5
 
 
-@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
 def test_one_ordinary_unit_with_all_tasks_uses_the_whole_clip_norm(kind: str) -> None:
     """The bound above is not kept by releasing nothing."""
     plan = plan_of(kind, steps=1, sampling_rate=1.0, clip_norm=0.5)
@@ -223,12 +257,12 @@ def test_one_ordinary_unit_with_all_tasks_uses_the_whole_clip_norm(kind: str) ->
     assert np.linalg.norm(moved) == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
 @pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
 def test_noise_has_the_claimed_scale_where_no_record_reaches(kind: str, people: list[Person]) -> None:
     plan = plan_of(kind, steps=4, sampling_rate=0.5, clip_norm=0.3)
     delta = solve(kind, site(people), plan, NoiseStream(KEY), public_size=2)
-    learning_rate = plugin_class("client.solvers", kind).example()["learning_rate"]
+    learning_rate = example_of(kind)["learning_rate"]
     noise = dead_weights(delta) / learning_rate
     claimed = plan.noise_multiplier * 0.3 * np.sqrt(plan.steps)
     assert has_scale(noise, claimed)
@@ -236,7 +270,7 @@ def test_noise_has_the_claimed_scale_where_no_record_reaches(kind: str, people: 
     assert not has_scale(noise, claimed * 3 / 2)
 
 
-@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
 def test_every_class_task_and_weight_has_noise_of_its_own(kind: str) -> None:
     plan = plan_of(kind, steps=2, sampling_rate=1.0)
     noise = dead_weights(solve(kind, site(SOME), plan, NoiseStream(KEY)))
@@ -246,7 +280,7 @@ def test_every_class_task_and_weight_has_noise_of_its_own(kind: str) -> None:
     assert abs(np.corrcoef(flattened[:-1], flattened[1:])[0, 1]) < 5 / np.sqrt(flattened.size)
 
 
-@pytest.mark.parametrize("kind", PRIVATE)
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
 @pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
 def test_the_accounted_mechanism_is_the_one_that_ran(kind: str, people: list[Person]) -> None:
     plan = plan_of(kind, sampling_rate=0.1)
@@ -276,7 +310,7 @@ def test_a_kind_without_privacy_declines_a_private_run_and_says_none(kind: str) 
 # --- every kind ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_units_take_part_by_independent_coins_of_the_plans_rate(kind: str) -> None:
     stream = CountingStream(KEY)
     steps, units = 60, 40
@@ -288,7 +322,7 @@ def test_units_take_part_by_independent_coins_of_the_plans_rate(kind: str) -> No
     assert not are_poisson(shuffled, steps, 0.25)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_a_coin_decides_whether_a_unit_moves_the_heads(kind: str) -> None:
     plan = plan_of(kind, steps=1, sampling_rate=0.5)
     coins = NoiseStream(KEY).coins(len(SOME), 0.5)
@@ -315,7 +349,7 @@ def test_a_head_that_mixes_examples_is_refused_before_and_while_training(kind: s
         solver.solve(mixing, LINEAR, site(SOME), plan=plan_of(kind), public_sizes=sizes, stream=NoiseStream(KEY))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_equal_streams_give_equal_bits_and_other_keys_other_ones(kind: str) -> None:
     plan = plan_of(kind)
     first, again, other = (solve(kind, site(SOME), plan, NoiseStream(key)) for key in (KEY, KEY, bytes(32)))
@@ -323,7 +357,7 @@ def test_equal_streams_give_equal_bits_and_other_keys_other_ones(kind: str) -> N
     assert not np.array_equal(flat(first), flat(other))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("people", [[], SOME], ids=["empty", "some"])
 def test_a_delta_has_the_heads_names_shapes_and_type_and_leaves_them_alone(kind: str, people: list[Person]) -> None:
     heads = heads_of(kind)
@@ -338,7 +372,7 @@ def test_a_delta_has_the_heads_names_shapes_and_type_and_leaves_them_alone(kind:
         assert all(np.array_equal(after[key], value) for key, value in before[name].items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_a_missing_label_contributes_nothing_and_changes_no_weight(kind: str) -> None:
     """A patient's two equal records count like one; when one of them has no label, they count half."""
     plan = plan_of(kind, steps=1, sampling_rate=1.0)
@@ -357,7 +391,7 @@ def test_a_missing_label_contributes_nothing_and_changes_no_weight(kind: str) ->
     assert not released_sum(kind, site([none]), plan, 1).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_the_divisor_is_the_declared_size_not_the_true_one(kind: str) -> None:
     plan = plan_of(kind, steps=1, sampling_rate=1.0)
     once = flat(solve(kind, site(SOME), plan, SilentStream(KEY), public_size=1))
@@ -365,7 +399,7 @@ def test_the_divisor_is_the_declared_size_not_the_true_one(kind: str) -> None:
     assert once == pytest.approx(10 * tenth, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_records_with_features_that_are_not_finite_leave_the_heads_finite(kind: str) -> None:
     spoiled = [Person(((seed, value),), (True,) * 9) for seed, value in enumerate([float("nan"), float("inf")])]
     delta = solve(kind, site([*SOME, *spoiled]), plan_of(kind, sampling_rate=1.0), NoiseStream(KEY))
