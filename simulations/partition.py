@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from client.sources import Record, SourceKind, open_source
 from common.config import (
@@ -314,6 +313,9 @@ def _stratified(config: SimulationConfig, source: str, index: list[Record]) -> l
     labels = [tuple(values.get(record.cells[name], record.cells[name]) for name in columns) for record in index]
     counts = {label: labels.count(label) for label in set(labels)}
     stratify = ["|".join(label) for label in labels] if len(counts) > 1 and min(counts.values()) > 2 else None
+    # Here: it takes a third of a second, and few simulations need it.
+    from sklearn.model_selection import train_test_split
+
     train, _ = train_test_split(
         np.arange(len(index)),
         train_size=1.0 - config.partition.test_fraction,
