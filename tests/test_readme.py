@@ -79,3 +79,9 @@ def test_every_file_readme_names_exists() -> None:
         r"`((?:tests|configs|common|client|server|simulations|docs|benchmarks)/[\w/.]+\.\w+)`", README
     ):
         assert (ROOT / name).exists() or name == "server/aggregators/median.py", name
+
+
+def test_the_table_of_speed_is_the_last_measured_one() -> None:
+    measured = (ROOT / "benchmarks" / "results" / "latest.md").read_text(encoding="utf-8")
+    assert measured.count("\n") > 10
+    assert measured in README
