@@ -99,7 +99,12 @@ class Units:
             key = (records.trunk, id(records.features_RD))
             if key not in done:
                 with torch.no_grad():
-                    parts = [heads[records.trunk](part) for part in torch.split(records.features_RD, _ROWS)]
-                done[key] = torch.cat(parts)
+                    parts = [heads[records.trunk](part) for part in torch.split(_some(records.features_RD), _ROWS)]
+                done[key] = torch.cat(parts)[: len(records.features_RD)]
             tasks[name] = replace(records, features_RD=done[key], trunk=None)
         return replace(self, tasks=tasks)
+
+
+def _some(features_RD: Tensor) -> Tensor:
+    """The same rows, or one of zeros where there is none: many encoders fail on none, and a failure would tell."""
+    return features_RD if len(features_RD) else features_RD.new_zeros((1, *features_RD.shape[1:]))

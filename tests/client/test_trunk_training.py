@@ -269,6 +269,16 @@ def test_units_pass_a_trunk_once_for_each_input(trunk_and_rows: tuple[Trunk, Ten
     assert {records.trunk for records in passed.tasks.values()} == {None}
 
 
+def test_a_site_without_records_passes_a_trunk_as_any_other(trunk_and_rows: tuple[Trunk, Tensor]) -> None:
+    """A failure would tell the coordinator that nobody is held out."""
+    trunk, rows = trunk_and_rows
+    with torch.no_grad():
+        width = trunk(rows[:1]).shape[1]
+    nobody = torch.zeros(0, dtype=torch.long)
+    records = TaskRecords.of(rows[:0], nobody, nobody.bool(), nobody, 0, trunk=TRUNK)
+    assert Units(0, {"grade": records}).passed({TRUNK: trunk}).tasks["grade"].features_RD.shape == (0, width)
+
+
 def test_the_closed_form_solver_refuses_a_trunk_and_says_which_one_trains_it() -> None:
     trunk, rows = convolutions()
     linear = {name: head for name, head in heads_on(trunk, rows).items() if name in ("findings", TRUNK)}
