@@ -65,7 +65,8 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
 def check_separable(heads: Mapping[str, nn.Module]) -> None:
     """Refuse heads that mix the examples of a batch, so that no per-record gradient exists. Raises BadInput."""
     for name, head in heads.items():
-        errors = ModuleValidator.validate(head, strict=False)
+        # The second as `with_record_gradients` would find it, but before anything is charged.
+        errors = ModuleValidator.validate(head, strict=False) or RecordGradients.validate(head, strict=False)
         if errors:
             what = f"trainable: {name}" if "." in name else f"tasks.{name}: the head"
             raise BadInput(f"{what} cannot be trained privately: {errors[0]}")

@@ -269,6 +269,23 @@ def test_units_pass_a_trunk_once_for_each_input(trunk_and_rows: tuple[Trunk, Ten
     assert {records.trunk for records in passed.tasks.values()} == {None}
 
 
+def test_a_trunk_whose_layer_keeps_buffers_beside_its_weights_is_refused_before_it_is_charged() -> None:
+    """Such as Swin's attention: Opacus has no gradients of single records for it."""
+
+    class Shifted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(7, WIDTH)
+            self.register_buffer("index", torch.arange(WIDTH))
+
+    trunk = Trunk(Divided(nn.Identity(), Shifted(), (7,)), torch.tensor(1.0), ProjectionLayer(None, WIDTH))
+    trunk.open(trainable_in(trunk.above))
+    solver = open_solver(
+        {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver"
+    )
+    with pytest.raises(BadInput, match="backbone.trunk cannot be trained privately"):
+        solver.check_heads({TRUNK: trunk})
+
+
 def test_a_site_without_records_passes_a_trunk_as_any_other(trunk_and_rows: tuple[Trunk, Tensor]) -> None:
     """A failure would tell the coordinator that nobody is held out."""
     trunk, rows = trunk_and_rows
