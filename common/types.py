@@ -30,6 +30,9 @@ RELATION: Relation = "add_remove"
 MAX_STEPS = 1_000_000
 """Steps of a whole run; more would hold a site for hours."""
 
+MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-9, 1e9
+"""Of a private plan: near the ends of float32 a clipped gradient is rounded by as much as it is long, or infinite."""
+
 MAX_BACKBONES = 16
 """Of one run: each is a network in a site's memory and a file on its disk."""
 
@@ -105,7 +108,7 @@ class Plan:
     Attributes:
         sampling_rate: probability with which each unit takes part in a step, in (0, 1]; 1 is full batch.
         steps: noised releases in one round, at least 1.
-        clip_norm: L2 bound on one unit's summed gradient over all heads; None without privacy.
+        clip_norm: L2 bound on one unit's summed gradient over all heads, within the bounds above; None without privacy.
         noise_multiplier: standard deviation of the noise divided by clip_norm; 0 without privacy.
         unit: what one budget protects.
     """
@@ -123,8 +126,8 @@ class Plan:
             raise BadInput(f"steps: expected at least 1, got {self.steps}")
         if not 0.0 <= self.noise_multiplier < float("inf"):
             raise BadInput(f"noise_multiplier: expected a finite number >= 0, got {self.noise_multiplier}")
-        if self.private and not (self.clip_norm is not None and 0.0 < self.clip_norm < float("inf")):
-            raise BadInput(f"clip_norm: expected a finite number > 0, got {self.clip_norm}")
+        if self.private and not (self.clip_norm is not None and MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM):
+            raise BadInput(f"clip_norm: expected {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}, got {self.clip_norm}")
 
     @property
     def private(self) -> bool:

@@ -264,3 +264,27 @@ def test_a_unit_with_one_value_that_cannot_be_clipped_is_zero_in_all_heads(value
 
 def test_a_joint_norm_is_over_all_parameters() -> None:
     assert joint_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[[4.0]], [[2.0]]])]).tolist() == [5.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", ["dp_sgd", "dp_gd"])
+@pytest.mark.parametrize("clip_norm", [1e-9, 1e9])
+def test_the_bound_holds_at_the_least_and_largest_clip_norm(kind: str, clip_norm: float) -> None:
+    """One unit of 10,000 equal small parts, which all round alike."""
+    modules: dict[str, nn.Module] = {"only": nn.Linear(10_000, 1, bias=False)}
+    nn.init.zeros_(modules["only"].weight)  # type: ignore[arg-type]
+    tasks = {"only": open_task({"kind": "regression", "range": [-1, 1]}, "only")}
+    one = torch.ones(1)
+    records = TaskRecords.of(torch.ones(1, 10_000) * max(1.0, clip_norm), one, one.bool(), torch.arange(1), 1)
+    numbers = plan(clip_norm=clip_norm)
+    spec = {"kind": kind, "sampling_rate": 1.0, "steps": 1, "learning_rate": 1 / clip_norm, "clip_norm": clip_norm}
+    delta = open_solver(spec, "solver").solve(
+        modules, tasks, Units(1, {"only": records}), plan=numbers, public_sizes={"only": 1}, stream=SilentStream(KEY)
+    )
+    assert np.linalg.norm(delta.heads["only"]["weight"].astype(np.float64)) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 8e-44, 1e10, math.inf])
+def test_a_clip_norm_at_which_float32_cannot_keep_the_bound_is_refused(clip_norm: float) -> None:
+    """At 8e-44 the unit above moved the sum by 1.75 clip norms: its parts were rounded to the least number there is."""
+    with pytest.raises(BadInput, match="clip_norm: expected 1e-09 to 1e\\+09"):
+        plan(clip_norm=clip_norm)
