@@ -115,6 +115,15 @@ def test_another_backbone_and_other_data_have_entries_of_their_own(tmp_path: Pat
     assert len(paths) == 4
 
 
+def test_another_precision_has_an_entry_of_its_own(tmp_path: Path) -> None:
+    """Features of less precision are never taken for exact ones, whichever were computed first."""
+    store, third = FeatureStore(tmp_path), np.full((COUNT, DIM), 1 / 3, np.float32)
+    rough = store.open_or_encode(Vectors(list(third)), identity(), device=CPU, precision="bfloat16")
+    exact = store.open_or_encode(Vectors(list(third)), identity(), device=CPU)
+    np.testing.assert_array_equal(exact.features_ND, third)
+    assert rough.path != exact.path
+
+
 def test_a_record_that_cannot_be_read_or_encoded_is_a_row_of_zeros_with_a_reason(tmp_path: Path) -> None:
     items: list[Any] = list(VECTORS)
     items[3] = None

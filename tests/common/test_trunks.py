@@ -64,6 +64,19 @@ def test_below_and_above_are_the_whole_at_every_block(kind: str, tmp_path: Path)
     check_every_block(*opened(kind, tmp_path))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_boundary_has_cached_features_of_its_own(kind: str, tmp_path: Path) -> None:
+    """Outputs of two blocks may have equal shapes: what was cached at one would be trained on at the other, unseen."""
+    backbone, _ = opened(kind, tmp_path)
+    blocks = backbone.kind.blocks(backbone.module.encoder)
+    assert len(blocks) > 1
+    digests = [
+        cut(backbone, Trainable(**{"from": block}), "backbone.trunk", "trainable", seed=0).below.digest
+        for block in blocks
+    ]
+    assert len({backbone.digest, *digests}) == 1 + len(blocks)
+
+
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2", "efficientnet_b0", "mobilenet_v3_small", "densenet121"])
 def test_usual_torchvision_models_are_divided_at_every_block(model: str, tmp_path: Path) -> None:
     check_every_block(torchvision_model(model, tmp_path), torch.randn(3, 3, 32, 32))
