@@ -144,4 +144,10 @@ def _divide(kind: object, encoder: nn.Module, block: str) -> Divided:
         raise BadInput(
             f"from: expected input or one of {', '.join(blocks)}, got {block!r}{nearest(block, [INPUT, *blocks])}"
         )
-    return kind.divide(encoder, block)
+    try:
+        return kind.divide(encoder, block)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # Of an encoder whose forward pass is no chain there: what torch says of the parts.
+        raise BadInput(
+            f"from: expected a block at which this encoder can be divided, got {block!r}, where it cannot"
+        ) from error

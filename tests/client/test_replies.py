@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_a_digest_without_its_reply_is_a_request_that_was_not_answered(tmp_path:
     assert find(tmp_path, FIRST) is None
     store(tmp_path, FIRST, b"anew")
     assert find(tmp_path, FIRST) == b"anew"
+
+
+def test_a_reply_whose_digest_cannot_be_written_is_not_kept(tmp_path: Path) -> None:
+    """The digest comes first: a reply without one would count as damaged, until somebody looked."""
+    (tmp_path / "reply_digests").touch()
+    read_only = os.open(tmp_path / "reply_digests", os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            Replies(tmp_path, read_only).store(FIRST, b"one")
+    finally:
+        os.close(read_only)
+    assert find(tmp_path, FIRST) is None
 
 
 def test_an_exchanged_reply_is_not_sent(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_an_unknown_block_is_refused_with_the_nearest_one(tmp_path: Path) -> Non
         cut(backbone, Trainable(**{"from": "layr3"}), "backbone.trunk", "trainable.backbone", seed=0)
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 def test_an_encoder_that_is_no_chain_up_to_a_block_is_refused(tmp_path: Path) -> None:
     """Its input is used again further up."""
 
@@ -204,3 +205,11 @@ def test_adapters_change_nothing_at_first_and_are_the_same_for_one_seed(tmp_path
     assert set(drawn[0]) and all(".lora_" in name for name in drawn[0])
     (a,) = (name for name in drawn[0] if "lora_A" in name)
     assert np.array_equal(drawn[0][a], drawn[1][a]) and not np.array_equal(drawn[0][a], drawn[2][a])
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+def test_an_encoder_that_is_no_chain_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    """GoogLeNet pools between its blocks, which is no block: the parts do not fit each other."""
+    backbone = torchvision_model("googlenet", tmp_path)
+    with pytest.raises(BadInput, match="trainable.from: expected a block .* got 'inception5b', where it cannot"):
+        cut(backbone, Trainable(**{"from": "inception5b"}), "backbone.trunk", "trainable", seed=0)
