@@ -3,8 +3,8 @@
     python -m benchmarks.flower_opacus
 
 All ways begin in a cold process, with 10 sites x 1000 images (`--images`), 3 x 96 x 96, mobilenet_v3_small, a linear
-head of 8 classes, 10 rounds of 16 steps. Ours is `python -m simulations run` with nothing cached and full batches; so
-each of its steps trains on eight times as many records as a Poisson batch of the others.
+head of 8 classes, 10 rounds of 16 steps on Poisson samples of 125. Ours is `python -m simulations run` with nothing
+cached.
 
 The reference is written after Flower's own example with Opacus, with care for time: the backbone is frozen, in eval
 mode and without autograd; Opacus wraps the head alone; inputs are decoded once and stay in memory; two actors share two
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import stated
-from benchmarks.workload import CLASSES, ROUNDS, SITES, STEPS, simulation
+from benchmarks.workload import CLASSES, POISSON, ROUNDS, SITES, STEPS, simulation
 
 REFERENCE = """
 import sys, time, warnings
@@ -142,7 +142,7 @@ def main() -> None:
     images = parser.parse_args().images
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        simulation(folder, images)
+        simulation(folder, images, POISSON)
         with np.load(folder / "images.npz") as arrays:
             np.save(folder / "pixels.npy", arrays["train_x"])
             np.save(folder / "labels.npy", np.unique(arrays["train_y"], return_inverse=True)[1])

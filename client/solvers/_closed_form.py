@@ -265,7 +265,7 @@ class _VectorGradients:
         records = self._inputs.records
         factor_R1 = (factor_U if self._inputs.single else factor_U[records.unit_R])[:, None]
         scaled_RK = self._delta_RK * factor_R1
-        if not bool(factor_U.all()):
+        if float(factor_U.min()) == 0.0:
             scaled_RK = torch.where(factor_R1 > 0.0, scaled_RK, 0.0)
         sums[0].addmm_(scaled_RK.mT, records.features_RD)
         if self._inputs.bias:

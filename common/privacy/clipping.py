@@ -69,7 +69,9 @@ def clip_factors(norm_U: Tensor, clip_norm: float) -> Tensor:
         clip_norm: the bound.
     """
     # Opacus' 1e-6, so that both solvers agree to the last digits.
-    factor_U = (norm_U + 1e-6).reciprocal_().mul_(clip_norm).clamp_(max=1.0).float()
-    # Beyond 2**63 a factor times a gradient would fall among float32's subnormals, whose rounding is coarse.
-    bounded_U = norm_U < _LARGEST_NORM
-    return factor_U if bool(bounded_U.all()) else torch.where(bounded_U, factor_U, 0.0)
+    factor_U = (norm_U + 1e-6).reciprocal_().mul_(clip_norm).clamp_(max=1.0)
+    # Beyond 2**63 a factor times a gradient would fall among float32's subnormals, whose rounding is coarse. One look
+    # at the least factor, which is NaN where any is, says whether there is such a norm.
+    if len(factor_U) and not float(factor_U.min()) > clip_norm / _LARGEST_NORM:
+        factor_U = torch.where(norm_U < _LARGEST_NORM, factor_U, 0.0)
+    return factor_U.float()
