@@ -36,7 +36,7 @@ POISSON, FULL_BATCH = 0.125, 1.0
 
 
 def simulation(folder: Path, images: int, sampling_rate: float = FULL_BATCH) -> SimulationConfig:
-    """The workload as a simulation file; its caches are under a folder that each run replaces."""
+    """The workload as a simulation file; each run gives it other folders."""
     count = SITES * images
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
@@ -89,9 +89,9 @@ def private(folder: Path, config: SimulationConfig) -> Work:
     """The whole run, its features cached nowhere before."""
 
     def work() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            changed = {"cache_dir": Path(place) / "cache", "runs_dir": Path(place) / "runs"}
-            run(config.model_copy(update=changed))
+        # Left for `main` to remove: deleting files is no part of a run.
+        place = Path(tempfile.mkdtemp(dir=folder))
+        run(config.model_copy(update={"cache_dir": place / "cache", "runs_dir": place / "runs"}))
 
     return work
 

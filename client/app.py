@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -17,6 +17,7 @@ from client.answering import evaluate, train
 from client.joining import finish, join, keep_part, prepare_run
 from client.site import DeclinedRequest, Site
 from common import wire
+from common.backbones import Backbone
 from common.config import SiteConfig, load
 from common.errors import plain
 from common.privacy.noise import Entropy, os_entropy
@@ -44,19 +45,24 @@ def site_from_environment(context: Context) -> SiteConfig:
     return load(SiteConfig, path)
 
 
-def make_app(open_site: OpenSite = site_from_environment, entropy: Entropy = os_entropy) -> ClientApp:
+def make_app(
+    open_site: OpenSite = site_from_environment,
+    entropy: Entropy = os_entropy,
+    opened: Mapping[str, Backbone] | None = None,
+) -> ClientApp:
     """A ClientApp for one site.
 
     Args:
         open_site: which site a message is for.
         entropy: where noise keys come from; anything but the default is for tests and simulations only.
+        opened: backbones by digest that this process has open, for simulations.
     """
     app = ClientApp()
 
     def answer(message: Message, context: Context, handle: Callable[[Site], RecordDict]) -> Message:
         name, asked = "", message.metadata.message_type
         try:
-            site = Site(open_site(context), entropy)
+            site = Site(open_site(context), entropy, opened=opened)
             name = site.config.name
             records = _answer(site, asked, handle)
         except (KeyboardInterrupt, SystemExit):

@@ -10,10 +10,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.backbones import Backbone, Kind, from_blob, open_pretrained
+from common.backbones import Backbone, Kind, check_blob, from_blob, open_pretrained
 from common.files import private_folder, write_atomic
 from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
@@ -25,10 +25,17 @@ _SPARE_BYTES = 1 << 30
 
 
 class BackboneStore:
-    """A folder of backbones, one sub-folder for each digest."""
+    """A folder of backbones, one sub-folder for each digest.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where.
+        opened: digest -> backbone that is open in this process already: its bytes are verified, and it is not built
+            from them once more. Sites of one simulation share theirs.
+    """
+
+    def __init__(self, folder: Path, opened: Mapping[str, Backbone] | None = None) -> None:
         self._folder = folder
+        self._opened = opened or {}
 
     def has(self, digest: str) -> bool:
         """Whether a backbone is here, verified when it came."""
@@ -83,7 +90,7 @@ class BackboneStore:
         Raises:
             DigestMismatch: the weights or settings are not the ones the digest names; nothing is kept.
         """
-        backbone = from_blob(blob)
+        backbone = self._verified(blob)
         folder = private_folder(private_folder(self._folder) / blob.digest)
         write_atomic(folder / "spec.json", blob.spec.encode())
         write_atomic(folder / "weights.safetensors", blob.weights)
@@ -132,10 +139,17 @@ class BackboneStore:
             raise BadInput("the backbone was not received yet")
         folder = self._folder / digest
         spec = (folder / "spec.json").read_text(encoding="utf-8")
-        backbone = from_blob(BackboneBlob(spec, (folder / "weights.safetensors").read_bytes(), digest))
+        backbone = self._verified(BackboneBlob(spec, (folder / "weights.safetensors").read_bytes(), digest))
         if backbone.digest != digest:
             raise DigestMismatch("the stored backbone differs from its digest")
         return backbone
+
+    def _verified(self, blob: BackboneBlob) -> Backbone:
+        opened = self._opened.get(blob.digest)
+        if opened is None:
+            return from_blob(blob)
+        check_blob(blob)
+        return opened
 
     def _parts(self, digest: str) -> Path:
         return self._folder / f"{digest}.parts"

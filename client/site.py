@@ -18,6 +18,7 @@ from client.backbone_store import BackboneStore
 from client.features import FeatureStore
 from client.ledger import Ledger
 from client.solvers import Solver, open_solver
+from common.backbones import Backbone
 from common.config import NoisedEvaluation, Privacy, RunConfig, SiteConfig, parse
 from common.files import private_folder
 from common.heads import load_parameters
@@ -47,11 +48,19 @@ class DeclinedRequest(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """A data holder: its settings, where its noise keys come from, and who is told how far encoding is."""
+    """A data holder.
+
+    Attributes:
+        config: its settings.
+        entropy: where its noise keys come from.
+        progress: told how far encoding is.
+        opened: backbones by digest that are open in this process already (`BackboneStore`).
+    """
 
     config: SiteConfig
     entropy: Entropy
     progress: Callable[[int, int], None] | None = None
+    opened: Mapping[str, Backbone] | None = None
 
     @property
     def share(self) -> NoisedEvaluation | None:
@@ -86,7 +95,7 @@ class Site:
 
     def backbones(self) -> BackboneStore:
         """Backbones received so far."""
-        return BackboneStore(self.config.state_dir / "backbones")
+        return BackboneStore(self.config.state_dir / "backbones", self.opened)
 
     def features(self) -> FeatureStore:
         """Cached features; sites of one simulation may share the folder."""

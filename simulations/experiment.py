@@ -262,8 +262,10 @@ def _federate(
     # The simulator's sites run one code with one unit: what is required was audited once, for all of them.
     run_ = run_.model_copy(update={"audit": "on_request"})
     by_position = list(sites)
-    app = make_app(lambda context: by_position[int(context.node_config["partition-id"])], experiment.entropy)
     executor = experiment.config.executor
+    # Ray's actors are other processes.
+    opened = {one.digest: one for one in backbones.values()} if executor.kind == "in_process" else None
+    app = make_app(lambda context: by_position[int(context.node_config["partition-id"])], experiment.entropy, opened)
 
     def coordinate(grid: Grid) -> Outcome:
         return run_federation(

@@ -8,6 +8,7 @@ builds the same architecture, loads strictly and verifies. Both end in a `Backbo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ __all__ = [
     "Precision",
     "Pretrained",
     "Untrained",
+    "check_blob",
     "from_blob",
     "open_pretrained",
     "open_random",
@@ -134,8 +136,10 @@ class Backbone:
         return BackboneBlob(spec=self.spec, weights=save(state), digest=self.digest)
 
     def to(self, device: torch.device) -> Backbone:
-        """The same backbone on a device. The module moves: do not use the old value."""
-        return dataclasses.replace(self, module=self.module.to(device), device=device)
+        """The same backbone on a device; this one stays where it is."""
+        if device == self.device:
+            return self
+        return dataclasses.replace(self, module=copy.deepcopy(self.module).to(device), device=device)
 
     def at(self, precision: Precision) -> Backbone:
         """The same backbone, computing inside in this precision."""
@@ -207,16 +211,8 @@ def from_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
         DigestMismatch: settings or weights are not the ones the digest names.
         BadInput: malformed or oversized; settings that are not resolved; weights that do not fit the architecture.
     """
-    if len(blob.weights) > max_weight_bytes or len(blob.spec) > MAX_SPEC_CHARS:
-        raise BadInput(f"backbone: expected at most {max_weight_bytes} bytes of weights, got {len(blob.weights)}")
-    try:
-        state = load(blob.weights)
-        values = json.loads(blob.spec)
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
-    # Before anything is built: settings that nobody vouches for could ask for any amount of memory.
-    if digest_of(blob.spec, state.items()) != blob.digest:
-        raise DigestMismatch("backbone: the received settings and weights are not the ones that were agreed on")
+    state = check_blob(blob, max_weight_bytes)
+    values = json.loads(blob.spec)
     if not isinstance(values, dict):
         raise BadInput("backbone: expected settings with keys")
     kind: Kind = resolve("common.backbones", values, "backbone")
@@ -224,6 +220,27 @@ def from_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
         raise BadInput("backbone: expected resolved settings without any location of weights")
     with torch.random.fork_rng(devices=[]):
         return _frozen(kind, state, "backbone: the received weights")
+
+
+def check_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> dict[str, Tensor]:
+    """The weights that were sent, once they and the settings are known to be those the digest names.
+
+    Nothing is built before: settings that nobody vouches for could ask for any amount of memory.
+
+    Raises:
+        DigestMismatch: they are not.
+        BadInput: malformed or oversized.
+    """
+    if len(blob.weights) > max_weight_bytes or len(blob.spec) > MAX_SPEC_CHARS:
+        raise BadInput(f"backbone: expected at most {max_weight_bytes} bytes of weights, got {len(blob.weights)}")
+    try:
+        state = load(blob.weights)
+        json.loads(blob.spec)
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
+    if digest_of(blob.spec, state.items()) != blob.digest:
+        raise DigestMismatch("backbone: the received settings and weights are not the ones that were agreed on")
+    return state
 
 
 def _assemble(kind: Kind, weights: Callable[[], Pretrained], key: str) -> Backbone:

@@ -119,3 +119,20 @@ def test_a_weights_file_that_was_replaced_is_looked_at_again(tmp_path: Path, sto
         digests.append(open_pretrained(spec, "backbone").digest)
         assert store.adopt(digests[-1], [spec])
     assert digests[0] != digests[1]
+
+
+def test_a_backbone_that_is_open_already_is_not_built_again_but_its_bytes_are_verified(
+    tmp_path: Path, frozen: Backbone
+) -> None:
+    blob = frozen.blob()
+    store = BackboneStore(tmp_path / "backbones", {frozen.digest: frozen})
+    store.put_part(frozen.digest, 0, 1, blob.weights)
+    assert store.assemble(frozen.digest, blob.spec) is frozen
+    assert store.open(frozen.digest) is frozen
+    (tmp_path / "backbones" / frozen.digest / "weights.safetensors").write_bytes(blob.weights[:-1] + b"\x01")
+    with pytest.raises(DigestMismatch):
+        store.open(frozen.digest)
+    other = BackboneStore(tmp_path / "others", {frozen.digest: frozen})
+    other.put_part(frozen.digest, 0, 1, blob.weights[:-1] + b"\x01")
+    with pytest.raises(DigestMismatch):
+        other.assemble(frozen.digest, blob.spec)
