@@ -292,11 +292,35 @@ def test_dropout_of_the_pretraining_never_acts(tmp_path: Path) -> None:
     assert torch.equal(trunk(rows), trunk(rows))
 
 
-def test_the_outlook_on_a_run_is_that_of_its_heads(tmp_path: Path) -> None:
-    """A trunk starts as the backbone, however much noise its many parameters would have."""
-    ratios = []
-    for number, trainable in enumerate(({}, {"backbone": {"from": "input"}})):
-        (config, _) = write_files(simulation(tmp_path, run={"trainable": trainable}), tmp_path / str(number))
-        offered = load(RunConfig, tmp_path / str(number) / "run.yaml")
-        ratios.append(forecast(config, offered, 2).noise_to_signal)
-    assert ratios[0] == ratios[1] > 0
+def test_the_outlook_judges_heads_and_trunk_apart_and_warns_of_a_trunk_that_drowns(tmp_path: Path) -> None:
+    """By the formula: noise s in P parameters and 2 steps, 60 units that agree, 2 sites and 3 rounds."""
+    outlooks = {}
+    for block in (None, "4", "input"):
+        trainable = {} if block is None else {"backbone": {"from": block}}
+        privacy = {**PRIVATE, "target_epsilon": 0.6}
+        own = tmp_path / str(block)
+        (config, _) = write_files(simulation(tmp_path, run={"trainable": trainable, "privacy": privacy}), own)
+        outlooks[block] = forecast(config, load(RunConfig, own / "run.yaml"), 2)
+    assert outlooks[None].noise_to_signal == outlooks["4"].noise_to_signal > 0
+    assert outlooks[None].trunk_parameters == {} and outlooks[None].run_trunk_noise_to_signal == 0.0
+    backbone = open_pretrained(simulation(tmp_path).run.encoders["backbone"], "backbone").module.encoder
+    widths = {"4": backbone.get_submodule("4"), "input": backbone}
+    for block, part in widths.items():
+        norms = (nn.BatchNorm2d,)
+        number = sum(p.numel() for own in part.modules() if not isinstance(own, norms) for p in own.parameters(False))
+        found = outlooks[block]
+        assert found.trunk_parameters == {"backbone": number}
+        ratio = found.noise_multiplier * np.sqrt(number * 2) / (60 * 2)
+        assert found.trunk_noise_to_signal == pytest.approx(ratio)
+        assert found.run_trunk_noise_to_signal == pytest.approx(ratio / np.sqrt(6))
+        assert ratio / np.sqrt(6) > 1 > found.run_noise_to_signal, "else nothing is shown"
+        assert [warning for warning in found.warnings if f"({number:,} of backbone)" in warning]
+    assert not any("trains of the backbone" in warning for warning in outlooks[None].warnings)
+
+
+def test_a_trunk_whose_noise_is_small_is_not_warned_of(tmp_path: Path) -> None:
+    (config, _) = write_files(
+        simulation(tmp_path, run={"privacy": {**PRIVATE, "target_epsilon": 20.0}}), tmp_path / "a"
+    )
+    outlook = forecast(config, load(RunConfig, tmp_path / "a" / "run.yaml"), 2)
+    assert 0 < outlook.run_trunk_noise_to_signal < 1 and outlook.warnings == ()
