@@ -176,7 +176,7 @@ count noise      standard deviation of the noise in each count of an evaluation,
 noise/signal     of one round: expected length of its noise over that of the largest signal this site could give;
   over the run   the same averaged over all sites and rounds. Where this row is above 1 the result is hopeless and a
                  warning says so; one round may be above 1. Below 1 nothing is promised, for true signals are smaller
-trunk            the same of what trains of a backbone (`trainable`), alone; its row over the run above 1 is warned of"""
+trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
 """What the rows of `table` mean that do not speak for themselves."""
 
 

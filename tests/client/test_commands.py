@@ -422,7 +422,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
         (("budget", tmp_path / "absent.yaml"), "absent.yaml"),
         (("budget", tmp_path / "typo.yaml"), "registri"),
         (("budget", site, "--run", tmp_path / "absent.yaml"), "absent.yaml"),
-        (("plan", site, site), "unknown key"),
+        (("plan", site, site), "expected a run file, got a site file"),
         (("plan", site, non_private), "dp_sgd needs a `privacy`"),
         (("purge", site), "at least one id"),
         (("purge", site, "--list", tmp_path / "absent.txt"), "absent.txt"),

@@ -30,6 +30,7 @@ from simulations.partition import read_sites
 
 TRUNK = "backbone.trunk"
 PRIVATE = {"unit": "example", "delta": 1e-5, "target_epsilon": 8.0}
+DP_GD = {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}
 SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 4, "learning_rate": 1.0, "trunk": {"learning_rate": 0.5}}
 
 
@@ -62,7 +63,14 @@ def simulation(folder: Path, **changes: Any) -> SimulationConfig:
                 "direction": {"kind": "classification", "labels": ["across", "down"]},
                 "width": {"kind": "classification", "labels": ["thin", "thick"]},
             },
-            "solver": {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0},
+            "solver": {
+                "kind": "dp_sgd",
+                "sampling_rate": 1.0,
+                "steps": 2,
+                "clip_norm": 1.0,
+                "learning_rate": 1.0,
+                "trunk": {"learning_rate": 1.0},
+            },
             "privacy": PRIVATE,
             "aggregation": {"kind": "mean"},
         },
@@ -255,15 +263,17 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"solver": {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}}, "kind dp_sgd does"),
-        ({"trainable": {"backbone": {"from": "3"}}}, "input or one of 0, 4"),
+        ({"solver": DP_GD}, "solver.trunk: expected a learning rate of its own"),
+        ({"solver": {**DP_GD, "trunk": {"learning_rate": 0.1}}}, "dp_gd trains no part of a backbone"),
+        ({"trainable": {"backbone": "4"}}, "trainable.backbone: expected {from: 4}, got '4'"),
+        ({"trainable": {"backbone": {"from": "3"}}}, "trainable.backbone.from: expected input or one of 0, 4"),
         ({"trainable": {"vision": {"from": "4"}}}, "expected some of backbone, got 'vision'"),
         (
             {"trainable": {"backbone": {"from": "4", "lora": {"rank": 1, "alpha": 1, "targets": ["query"]}}}},
-            "lora.targets: expected some of no layer",
+            "trainable.backbone.lora: expected a part with linear layers, as encoders of kind transformers",
         ),
     ],
-    ids=["solver", "block", "backbone", "targets"],
+    ids=["rates", "solver", "group", "block", "backbone", "targets"],
 )
 def test_what_cannot_train_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
