@@ -282,8 +282,9 @@ def test_what_cannot_train_is_refused_before_anything_runs(tmp_path: Path, chang
 
 
 def test_a_kind_that_cannot_be_divided_says_so(simulation_file: Path, tmp_path: Path) -> None:
+    overrides = ["run.trainable={backbone: {from: input}}", "run.solver.trunk={learning_rate: 0.1}"]
     with pytest.raises(BadInput, match="frozen as a whole"):
-        run(simulation_file, out=tmp_path / "out", overrides=["run.trainable={backbone: {from: input}}"])
+        run(simulation_file, out=tmp_path / "out", overrides=overrides)
 
 
 def test_dropout_of_the_pretraining_never_acts(tmp_path: Path) -> None:
