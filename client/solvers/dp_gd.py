@@ -77,7 +77,7 @@ class DpGd(Plugin):
             raise ValueError(
                 "trunk: expected none, because dp_gd trains no part of a backbone (`trainable`); kind dp_sgd does"
             )
-        return {key: value for key, value in values.items() if key != "trunk"} if "trunk" in values else values
+        return values
 
     @classmethod
     def example(cls) -> dict[str, Any]:

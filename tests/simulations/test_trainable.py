@@ -281,6 +281,12 @@ def test_what_cannot_train_is_refused_before_anything_runs(tmp_path: Path, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_a_baseline_that_trains_the_trunk_too_needs_its_rates(tmp_path: Path) -> None:
+    plain = {key: value for key, value in SGD.items() if key != "trunk"}
+    with pytest.raises(BadInput, match="non_private_solver.trunk: expected a learning rate of its own"):
+        simulation(tmp_path, baselines=["central"], non_private_solver=plain)
+
+
 def test_a_kind_that_cannot_be_divided_says_so(simulation_file: Path, tmp_path: Path) -> None:
     overrides = ["run.trainable={backbone: {from: input}}", "run.solver.trunk={learning_rate: 0.1}"]
     with pytest.raises(BadInput, match="frozen as a whole"):
