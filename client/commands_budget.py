@@ -69,7 +69,9 @@ def budget(
 
 
 def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) -> None:
-    """Say what a run would cost here and whether it can be useful. Nothing is opened or spent.
+    """Say what a run would cost here and whether it can be useful; exit code 1 when it would be declined.
+
+    Nothing is opened or spent.
 
     Example: python -m client plan site.yaml run.yaml
     """
@@ -81,10 +83,13 @@ def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) ->
             raise BadInput(f"{run}: {declined.detail}") from declined
         if json_:
             _print_json(forecasts.as_json(outlook))
-            return
-        Console().print(forecasts.table([outlook]))
-        for warning in outlook.warnings:
-            typer.echo(f"warning: {outlook.site}: {warning}")
+        else:
+            Console().print(forecasts.table([outlook]))
+            typer.echo(forecasts.LEGEND)
+            for warning in outlook.warnings:
+                typer.echo(f"warning: {outlook.site}: {warning}")
+        if outlook.declines:
+            raise typer.Exit(EXIT_FAILED)
 
 
 def audit(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) -> None:

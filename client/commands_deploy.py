@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.folder import MARK, SITE_FILE, make_folder, marks, take_kit
+from client.folder import MARK, SITE_FILE, make_folder, marks, renew_key, take_kit
 from client.keys import fingerprint
 from client.kit import read_kit
 from common.bundle import installed_digest
@@ -41,6 +41,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the site")],
     kit: Annotated[Path | None, typer.Option(help="The coordinator's startup kit")] = None,
     name: Annotated[str | None, typer.Option(help="The site's name, where no kit says it")] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="A new key for a site that lost its own")] = False,
 ) -> None:
     """Make a new site's folder: keys and a site file in which every key is explained.
 
@@ -49,7 +50,9 @@ def init(
     Example: python -m client init hospital-a --name hospital-a
     """
     with reported_errors():
-        if kit is not None and (folder / SITE_FILE).exists():
+        if new_key:
+            public = renew_key(folder)
+        elif kit is not None and (folder / SITE_FILE).exists():
             received = read_kit(kit)
             take_kit(folder, received)
             public = folder / "keys" / f"{received.settings.site}.pub"
@@ -62,7 +65,7 @@ def init(
         typer.echo(f"private key {public.with_suffix('')}: stays here")
         typer.echo(f"public key  {public}: send it to the coordinator's staff")
         typer.echo(f"fingerprint {fingerprint(public)}: compare it with theirs by telephone")
-        if kit is None:
+        if kit is None and not new_key:
             typer.echo(f"kit         when it has come: python -m client init {folder} --kit KIT.zip")
         typer.echo(f"then        python -m client check {site_file}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from client.keys import write_key_pair
 from client.kit import Kit
-from common.config import Privacy
+from common.config import Privacy, read_yaml
 from common.files import private_folder, write_atomic
 from common.types import BadInput
 
@@ -91,7 +91,10 @@ def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
     """
     chosen = _name(kit, name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: expected a new or empty folder, got one with something in it; nothing was changed")
+        raise BadInput(
+            f"{folder}: expected a new or empty folder, got one with something in it; nothing was changed "
+            "(`--new-key` replaces a site's key and nothing else)"
+        )
     private_folder(folder)
     public = write_key_pair(private_folder(folder / "keys") / chosen, chosen)
     offers = {} if kit is None else kit.offers
@@ -101,6 +104,22 @@ def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
     write_atomic(folder / SITE_FILE, _site_file(chosen, kit).encode())
     return public
+
+
+def renew_key(folder: Path) -> Path:
+    """Make a new key for a site that lost its own; its public file is returned.
+
+    Nothing else changes: what the site has spent stays in its ledger. A key that is there is kept beside the new one.
+
+    Raises:
+        BadInput: the folder is not a site's.
+    """
+    name = _name(None, str(read_yaml(folder / SITE_FILE).get("name")))
+    key = private_folder(folder / "keys") / name
+    for old in (key, key.with_name(f"{name}.pub")):
+        if old.exists():
+            old.rename(old.with_name(f"{old.name}.{int(old.stat().st_mtime)}.old"))
+    return write_key_pair(key, name)
 
 
 def take_kit(folder: Path, kit: Kit) -> None:

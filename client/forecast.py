@@ -6,11 +6,16 @@ round, on a sum of clipped gradients of expectedly q * n units (n the largest de
 
     noise-to-signal of one round = E|noise| / largest signal = sigma * sqrt(P * T) / (q * n * T)
 
+Where a part of a backbone trains too, the same is said of that trunk alone, with P its own parameters and n the largest
+public size of the tasks that stand on it. Heads and trunks share one clip: each gets the largest signal only where the
+gradient has no other part, so that no sum of the two ratios means anything.
+
 The largest signal is that of units which all agree: each gradient of length C, all in one direction, in every step
 (E|noise| <= sigma C sqrt(P T); tight to 1/(4 P)). True gradients are shorter and disagree: the true ratio is larger. A
-ratio far above 1 is hopeless, one below 1 promises nothing. Where a part of a backbone trains too, its parameters are
-not counted: it is of use before it is trained, and takes steps of its own size. Averaging over S sites and R rounds
-divides the noise by sqrt(S R): the ratio of the whole run, on which the warning is based.
+ratio far above 1 is hopeless, one below 1 promises nothing. Averaging over S sites and R rounds divides the noise by
+sqrt(S R): the ratio of the whole run, on which the warnings are based. Heads above 1 learn nothing. A trunk above 1
+moves by more noise than signal, however small its steps are; it is of use before it is trained, so what that costs
+depends on its learning rate, and the warning says that heads alone may do better.
 """
 
 from __future__ import annotations
@@ -25,13 +30,13 @@ from rich.table import Table
 
 from client.budget import affordable_rounds, history_of, share_of, shown
 from client.history import History
-from client.limits import refuse_what_does_not_fit, untrained_modules
+from client.limits import refuse_what_does_not_fit, trained_in, untrained_modules
 from client.share import evaluation_mechanism, evaluations_left, unspent
 from client.site import DeclinedRequest, Joined, check_allowed, plan_of
 from common.config import NoisedEvaluation, RunConfig, SiteConfig
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.tasks import Task
-from common.types import BadInput
+from common.types import BadInput, Plan
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Forecast:
         evaluation_noise: standard deviation of the noise in each of their counts, in units; 0 without any.
         noise_to_signal: of one round at this site.
         run_noise_to_signal: of the whole run, averaged over sites and rounds.
+        trunk_parameters: that train of the backbones here, by backbone; empty where they are frozen.
+        trunk_noise_to_signal: of one round, the largest of these trunks; 0 without any.
+        run_trunk_noise_to_signal: of the whole run, likewise.
+        declines: whether the site would decline the run.
         warnings: why the site would decline, or why the result cannot be useful.
     """
 
@@ -78,6 +87,10 @@ class Forecast:
     evaluation_noise: float
     noise_to_signal: float
     run_noise_to_signal: float
+    trunk_parameters: Mapping[str, int]
+    trunk_noise_to_signal: float
+    run_trunk_noise_to_signal: float
+    declines: bool
     warnings: tuple[str, ...]
 
 
@@ -101,12 +114,13 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     whole, share = Mechanism.of(replace(plan, steps=plan.steps * run.rounds)), share_of(config)
     evaluations = _evaluations(run, share, history, len(tasks))
     delta = history.terms.delta
-    size = max((config.tasks[name].public_size for name in tasks), default=0)
-    per_round = 0.0
-    if plan.private and size:
-        modules = untrained_modules(run, tasks)
-        width = sum(parameter.numel() for name in tasks for parameter in modules[name].parameters())
-        per_round = plan.noise_multiplier * math.sqrt(width / plan.steps) / (plan.sampling_rate * size)
+    sizes = joined.sizes(config)
+    modules = untrained_modules(run, tasks)
+    trunks = {name: trained_in(module) for name, module in modules.items() if name not in tasks}
+    heads = sum(trained_in(modules[name]) for name in tasks)
+    per_round = _noise_to_signal(plan, heads, max((sizes[name] for name in tasks), default=0))
+    of_trunks = max((_noise_to_signal(plan, width, sizes[name]) for name, width in trunks.items()), default=0.0)
+    averaged = math.sqrt(num_sites * run.rounds)
     outlook = Forecast(
         site=config.name,
         tasks=tuple(sorted(tasks)),
@@ -125,11 +139,16 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
         evaluations=len(evaluations),
         evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
         noise_to_signal=per_round,
-        run_noise_to_signal=per_round / math.sqrt(num_sites * run.rounds),
+        run_noise_to_signal=per_round / averaged,
+        trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
+        trunk_noise_to_signal=of_trunks,
+        run_trunk_noise_to_signal=of_trunks / averaged,
+        declines=False,
         warnings=(),
     )
     affords = history.within_cap([whole, *unspent(share, history)])
-    return replace(outlook, warnings=tuple(_warnings(any_backbone, joined, outlook, affords)))
+    declines = _declines(any_backbone, joined, outlook, affords)
+    return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
 
 
 def as_json(outlook: Forecast) -> dict[str, Any]:
@@ -144,7 +163,8 @@ def table(outlooks: list[Forecast]) -> Table:
     first = outlooks[0]
     title = f"plan: {first.rounds} round(s); epsilon per {first.unit}, {first.relation}, delta {first.delta:g}"
     made = Table("", *(each.site for each in outlooks), title=title, title_justify="left")
-    for name, cell in _ROWS.items():
+    trains = any(each.trunk_parameters for each in outlooks)
+    for name, cell in (_ROWS | _TRUNK_ROWS if trains else _ROWS).items():
         made.add_row(name, *(cell(each) for each in outlooks))
     return made
 
@@ -154,8 +174,9 @@ epsilon at end   of the run, its evaluations and what was spent before, composed
 affords rounds   how many such rounds the budget pays for
 count noise      standard deviation of the noise in each count of an evaluation, in units
 noise/signal     of one round: expected length of its noise over that of the largest signal this site could give;
-  over the run   the same averaged over all sites and rounds. Above 1 the result is hopeless and a warning says so;
-                 below 1 nothing is promised, for true signals are smaller than the largest one"""
+  over the run   the same averaged over all sites and rounds. Where this row is above 1 the result is hopeless and a
+                 warning says so; one round may be above 1. Below 1 nothing is promised, for true signals are smaller
+trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
 """What the rows of `table` mean that do not speak for themselves."""
 
 
@@ -163,7 +184,7 @@ def _shown_up(epsilon: float) -> str:
     return f"{rounded_up(epsilon):g}"
 
 
-_ROWS: Mapping[str, Callable[[Forecast], str]] = {
+_ROWS: dict[str, Callable[[Forecast], str]] = {
     "tasks": lambda each: ", ".join(each.tasks) or "-",
     "noise multiplier": lambda each: f"{each.noise_multiplier:.3f}",
     "epsilon/round": lambda each: _shown_up(each.round_epsilon),
@@ -178,6 +199,19 @@ _ROWS: Mapping[str, Callable[[Forecast], str]] = {
     "noise/signal": lambda each: f"{each.noise_to_signal:.2f}",
     "  over the run": lambda each: f"{each.run_noise_to_signal:.2f}",
 }
+
+_TRUNK_ROWS: dict[str, Callable[[Forecast], str]] = {
+    "trunk parameters": lambda each: ", ".join(f"{width:,}" for width in each.trunk_parameters.values()) or "-",
+    "trunk noise/signal": lambda each: f"{each.trunk_noise_to_signal:.2f}",
+    "  trunk over the run": lambda each: f"{each.run_trunk_noise_to_signal:.2f}",
+}
+
+
+def _noise_to_signal(plan: Plan, num_parameters: int, size: int) -> float:
+    """Of one round, as derived above; 0 without privacy or without anything to train."""
+    if not plan.private or not size:
+        return 0.0
+    return plan.noise_multiplier * math.sqrt(num_parameters / plan.steps) / (plan.sampling_rate * size)
 
 
 def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: History, num_tasks: int) -> list[Mechanism]:
@@ -194,7 +228,8 @@ def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
     return mechanism.noise_multiplier * mechanism.sensitivity * max(task.counts_norm() for task in tasks.values())
 
 
-def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bool) -> list[str]:
+def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bool) -> list[str]:
+    """Why the site would decline the run."""
     found = []
     if not outlook.tasks:
         found.append("the site would decline: it has none of the run's tasks")
@@ -205,6 +240,19 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
         found.append(f"the site would decline: {declined.detail}")
     except BadInput as error:
         found.append(f"the site would decline: {error}")
+    if joined.privacy is not None and not affords:
+        held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
+        found.append(
+            f"the site would decline: the run would bring epsilon to {rounded_up(outlook.final_epsilon):g}, beyond the "
+            f"budget of {outlook.budget_epsilon:g}{held}; the rest affords {outlook.rounds_affordable} of "
+            f"{outlook.rounds} round(s)"
+        )
+    return found
+
+
+def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast) -> list[str]:
+    """Why its result cannot be what was asked for."""
+    found = []
     asked = joined.run.evaluation
     if asked is not None and config.evaluation == "local":
         found.append("the site would send no evaluation: its file says `local`")
@@ -215,13 +263,6 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
         )
     if joined.privacy is None:
         return [*found, "the run is not private: epsilon is infinite"]
-    held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
-    if not affords:
-        found.append(
-            f"the site would decline: the run would bring epsilon to {rounded_up(outlook.final_epsilon):g}, beyond the "
-            f"budget of {outlook.budget_epsilon:g}{held}; the rest affords {outlook.rounds_affordable} of "
-            f"{outlook.rounds} round(s)"
-        )
     target = joined.privacy.target_epsilon
     if target is not None and outlook.run_epsilon > target * (1.0 + 1e-9):
         found.append(
@@ -232,5 +273,12 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
         found.append(
             f"the result cannot be useful: the noise of the whole run is {outlook.run_noise_to_signal:.1f} times its "
             "largest possible signal; use more units, fewer features or parameters, or a larger epsilon"
+        )
+    if outlook.run_trunk_noise_to_signal > 1.0:
+        widths = " and ".join(f"{width:,} of {name}" for name, width in outlook.trunk_parameters.items())
+        found.append(
+            f"what trains of the backbone gets more noise than signal: in its parameters ({widths}) the noise of the "
+            f"whole run is {outlook.run_trunk_noise_to_signal:.1f} times the largest possible signal; heads alone may "
+            "do better: train fewer blocks or by lora, with more units, or at a larger epsilon"
         )
     return found

@@ -37,8 +37,8 @@ def feature_dim(backbone: Spec) -> int:
 
 
 @lru_cache(maxsize=64)
-def _shape(settings: str, base: Path, trainable: str) -> tuple[int, nn.Module | None]:
-    """Number of features, and the trunk if something trains."""
+def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[int, nn.Module | None]:
+    """Number of features, and the trunk if something of the backbone of this name trains."""
     # Once for equal settings: to build a network takes 0.1 s, and each site of a simulation is asked the same.
     backbone = Spec.model_validate_json(settings, context={"base": base})
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def _shape(settings: str, base: Path, trainable: str) -> tuple[int, nn.Module | 
             return dim, None
         asked = Trainable.model_validate_json(trainable)
         kind, module, raw_dim = untrained.kind, untrained.module, untrained.feature_dim
-        return dim, unfilled_trunk(kind, module, raw_dim, asked, "trainable")
+        return dim, unfilled_trunk(kind, module, raw_dim, asked, f"trainable.{name}")
 
 
 def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
@@ -60,10 +60,10 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
     """
     modules: dict[str, nn.Module] = {}
     for name, task in tasks.items():
-        backbone = run.encoders[run.backbone_of(name)]
-        trainable = run.trainable.get(run.backbone_of(name))
+        encoder = run.backbone_of(name)
+        backbone, trainable = run.encoders[encoder], run.trainable.get(encoder)
         asked = "" if trainable is None else trainable.model_dump_json()
-        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked)
+        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, encoder if asked else "")
         with torch.device("meta"):
             modules[name] = task.head(dim)
         entry = run.trunk_of(name)
@@ -78,8 +78,12 @@ def num_parameters(run: RunConfig, tasks: Mapping[str, Task]) -> int:
     Raises:
         BadInput: a backbone's setting is wrong.
     """
-    modules = untrained_modules(run, tasks).values()
-    return sum(part.numel() for module in modules for part in module.parameters() if part.requires_grad)
+    return sum(map(trained_in, untrained_modules(run, tasks).values()))
+
+
+def trained_in(module: nn.Module) -> int:
+    """How many parameters of a head or a trunk train."""
+    return sum(part.numel() for part in module.parameters() if part.requires_grad)
 
 
 def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:

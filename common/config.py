@@ -134,6 +134,13 @@ class Trainable(Frozen):
     from_: Annotated[str, Field(alias="from")]
     lora: Lora | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_group(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            raise ValueError(f"expected {{from: {values}}}, got {values!r}")
+        return values
+
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
         return {"from": self.from_, "lora": None if self.lora is None else self.lora.model_dump()}
@@ -187,6 +194,18 @@ class RunConfig(Frozen):
         unknown = sorted(set(self.trainable) - set(names))
         if unknown:
             raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
+        rated = self.solver.settings().get("trunk") is not None
+        if self.trainable and not rated:
+            # The heads' rate is tens of times what a trained network bears.
+            raise ValueError(
+                "solver.trunk: expected a learning rate of its own for what `trainable` trains, such as "
+                "{learning_rate: 0.1}, in solver dp_sgd or sgd; got none"
+            )
+        if rated and "trainable" not in self.model_fields_set:
+            raise ValueError(
+                "solver.trunk: expected `trainable` beside it, which says what of a backbone trains (`{}`: nothing); "
+                "got none"
+            )
         return self
 
     @property
@@ -474,8 +493,14 @@ class SimulationConfig(Frozen):
         self.pretrained_backbone()
         if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
+        other = self.non_private_solver
+        if self.run.trainable and other is not None and other.settings().get("trunk") is None:
+            raise ValueError("non_private_solver.trunk: expected a learning rate of its own for `trainable`, got none")
         if self.expect and "random_backbone" not in self.baselines:
-            raise ValueError("baselines: expected random_backbone among them, because `expect` compares with it")
+            raise ValueError(
+                "baselines: expected random_backbone among them, because `expect` compares with it; without it write "
+                "`--set expect={}` too"
+            )
         return self
 
     def pretrained_backbone(self) -> Name | None:
@@ -512,7 +537,27 @@ def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model
     Raises:
         BadInput: in one sentence what is wrong and where.
     """
-    return parse(model, read_yaml(path, overrides), base=path.resolve().parent)
+    values = read_yaml(path, overrides)
+    _refuse_another_file(model, values, path)
+    return parse(model, values, base=path.resolve().parent)
+
+
+def _refuse_another_file(model: type[BaseModel], values: Mapping[str, Any], path: Path) -> None:
+    """Raise BadInput where the file is plainly one of another owner: its unknown keys would explain nothing."""
+    kinds: dict[type[BaseModel], tuple[str, set[str]]] = {
+        RunConfig: ("run file", {"solver", "aggregation"}),
+        SiteConfig: ("site file", {"registry", "state_dir"}),
+        SimulationConfig: ("simulation file", {"run", "partition"}),
+    }
+    found = [(kind, name) for kind, (name, keys) in kinds.items() if keys <= set(values)]
+    if model not in kinds or len(found) != 1 or found[0][0] is model:
+        return
+    hints: dict[tuple[type[BaseModel], type[BaseModel]], str] = {
+        (RunConfig, SimulationConfig): "; `python -m simulations sites FILE FOLDER` writes its run and sites as files",
+        (SiteConfig, SimulationConfig): "; `python -m simulations sites FILE FOLDER` writes its run and sites as files",
+        (SimulationConfig, RunConfig): ", which is the `run` section of one",
+    }
+    raise BadInput(f"{path}: expected a {kinds[model][0]}, got a {found[0][1]}{hints.get((model, found[0][0]), '')}")
 
 
 def parse(model: type[Model], values: Mapping[str, Any], *, base: Path) -> Model:

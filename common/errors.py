@@ -35,32 +35,41 @@ def instead(error: BaseException) -> str:
 
 
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first error of a pydantic validation as one sentence."""
+    """A pydantic validation's errors as one sentence: up to three, else the first and how many more there are."""
     # Of a union's options, a group of keys was meant where one was written: the word beside it explains nothing.
     errors = [item for item in error.errors() if item["type"] != "literal_error" or not isinstance(item["input"], dict)]
     errors = errors or list(error.errors())
     # An unknown key usually explains the missing one beside it: say it first.
-    first = min(errors, key=lambda item: item["type"] != "extra_forbidden")
-    path = _path(first)
-    key = _key(first, prefix)
-    got = first.get("input")
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    if first["type"] == "extra_forbidden":
+    errors = sorted(errors, key=lambda item: item["type"] != "extra_forbidden")
+    absent = [item for item in errors if item["type"] == "missing"]
+    said: dict[str, str] = {}
+    for item in errors:
+        key = _key(item, prefix)
+        if item["type"] == "missing":
+            # All at once: who writes a file from nothing would be told one key a try.
+            keys = ", ".join(_key(other, prefix) for other in absent)
+            said.setdefault("missing", f"{keys}: expected a value, got nothing; write it explicitly")
+        elif not any(key == other or key.startswith(f"{other}.") for other in said):
+            # The options of a union are several errors of one key; one of them says what is wrong.
+            said[key] = _sentence(item, model, prefix)
+    first, *others = said.values()
+    return "; ".join([first, *others]) if len(others) <= 2 else f"{first} (and {len(others)} more)"
+
+
+def _sentence(item: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    path, key, got = _path(item), _key(item, prefix), item.get("input")
+    if item["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
         hint = nearest(path[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
-        return f"{key}: unknown key{hint}{more}"
-    if first["type"] == "missing":
-        # All at once: who writes a file from nothing would be told one key a try.
-        keys = [_key(item, prefix) for item in errors if item["type"] == "missing"]
-        return f"{', '.join(keys)}: expected a value, got nothing; write it explicitly"
-    if first["type"] in {"literal_error", "enum"}:
-        expected = str(first.get("ctx", {}).get("expected", "another value"))
+        return f"{key}: unknown key{hint}"
+    if item["type"] in {"literal_error", "enum"}:
+        expected = str(item.get("ctx", {}).get("expected", "another value"))
         hint = nearest(str(got), [word.strip(" '") for word in expected.replace(" or ", ",").split(",")])
-        return f"{key}: expected {expected}, got {got!r}{hint}{more}"
-    message = first["msg"].removeprefix("Value error, ")
+        return f"{key}: expected {expected}, got {got!r}{hint}"
+    message = item["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "expected")
-    shown = "" if first["type"] == "value_error" else f", got {_short(got)}"
-    return f"{key}: {message}{shown}{more}"
+    shown = "" if item["type"] == "value_error" else f", got {_short(got)}"
+    return f"{key}: {message}{shown}"
 
 
 def _path(item: ErrorDetails) -> list[str]:

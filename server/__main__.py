@@ -268,9 +268,14 @@ def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, 
 
 def _finish(path: Path, state: RunState) -> None:
     failed = [fact for fact in journal.read(path / "journal.jsonl") if fact["event"] in ("run_failed", "run_ended")]
-    if not failed or failed[-1]["event"] == "run_failed":
-        why = failed[-1]["reason"] if failed else state.details or state.outcome
-        raise RunFailed(f"run {path.name}: {why}")
+    if not failed:
+        # Its process wrote no end: it died, or was stopped.
+        raise RunFailed(
+            f"run {path.name}: {state.details or state.outcome}; `python -m server resume {path.parent.parent} "
+            f"{path.name}` continues it after its last whole round"
+        )
+    if failed[-1]["event"] == "run_failed":
+        raise RunFailed(f"run {path.name}: {failed[-1]['reason']}")
     summary = json.loads((path / "summary.json").read_bytes())
     Console(width=None if sys.stdout.isatty() else 100).print(tables(summary))
     typer.echo(f"results: {path}")

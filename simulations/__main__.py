@@ -94,7 +94,9 @@ def check(config: Config, set_: Set = None) -> None:
 
 @app.command()
 def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
-    """Say what a simulation would cost each site and whether it can be useful; nothing is encoded or spent.
+    """Say what a simulation would cost each site and whether it can be useful; exit code 1 when all would decline.
+
+    Nothing is encoded or spent.
 
     Example: python -m simulations plan configs/simulations/demo.yaml --set run.privacy.target_epsilon=1
     """
@@ -106,12 +108,14 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
             outlooks = [forecast(site, loaded.run, len(built)) for site in built]
         if json_:
             typer.echo(json.dumps({"sites": [as_json(each) for each in outlooks]}, indent=2, allow_nan=False))
-            return
-        Console().print(table(outlooks))
-        typer.echo(LEGEND)
-        for each in outlooks:
-            for warning in each.warnings:
-                typer.echo(f"warning: {each.site}: {warning}")
+        else:
+            Console().print(table(outlooks))
+            typer.echo(LEGEND)
+            for each in outlooks:
+                for warning in each.warnings:
+                    typer.echo(f"warning: {each.site}: {warning}")
+        if all(each.declines for each in outlooks):
+            raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -31,9 +31,11 @@ from common.journal import FileJournal, read
 from common.offers import offer_bytes
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Plan, Refusal, Unit
+from common.types import BadInput, Plan, Refusal, Unit, heads_digest
+from server.checkpoint import load_checkpoint
 from server.results import write_results
 from server.rounds import Outcome, run_federation
+from simulations.experiment import resume
 from simulations.in_process import InProcessGrid
 from tests.two_modalities import PATIENTS, TASKS, Hospitals, hospitals
 
@@ -182,6 +184,51 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
     again = read(tmp_path / "out" / "baselines" / "random_backbone" / "journal.jsonl")
     (about,) = (fact["backbones"] for fact in again if fact["event"] == "run_started")
     assert {name for name, entry in about.items() if entry["digest"] == own.digests[name]} == set()
+
+
+def test_a_mixed_run_with_a_trunk_that_was_cut_off_resumes_to_the_heads_of_a_whole_one(tmp_path: Path) -> None:
+    class Cut(Exception):
+        pass
+
+    def observe(phase: str, done: int, total: int) -> None:
+        del total
+        if phase == "rounds" and done == 2:
+            raise Cut
+
+    solver = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0}
+    own = hospitals(
+        tmp_path,
+        rounds=3,
+        trainable={"pictures": {"from": "4"}},
+        solver={**solver, "trunk": {"learning_rate": 0.1}},
+    )
+    made = {name: own.site(name, tasks) for name, tasks in {"north": BOTH, "west": ("finding",)}.items()}
+    values = {
+        "run": own.run.model_dump(mode="json"),
+        "tasks": {name: {**made["north"].tasks[name].model_dump(), "public_size": PATIENTS} for name in BOTH},
+        "partition": {
+            "kind": "natural",
+            "sites": {
+                name: {task.source: site.sources[task.source].model_dump() for task in site.tasks.values()}
+                for name, site in made.items()
+            },
+            "test_fraction": 0.3,
+        },
+        "unit": "patient",
+        "budget": {"epsilon": 100.0, "delta": 1e-5},
+        "noise_seed": 7,
+        "cache_dir": str(tmp_path / "cache"),
+        "runs_dir": str(tmp_path / "runs"),
+        "device": "cpu",
+    }
+    config = parse(SimulationConfig, values, base=tmp_path)
+    simulations.run(config, out=tmp_path / "whole" / "run")
+    with pytest.raises(Cut):
+        simulations.run(config, out=tmp_path / "cut" / "run", observe=observe)
+    resume(tmp_path / "cut" / "run")
+    whole, cut = (load_checkpoint(tmp_path / name / "run/checkpoint.safetensors").heads for name in ("whole", "cut"))
+    assert set(whole) == {"shade", "finding", "pictures.trunk"}
+    assert heads_digest(whole) == heads_digest(cut)
 
 
 # --- one patient, two modalities -------------------------------------------------------------------------------------

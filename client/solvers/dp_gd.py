@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from client.solvers import _objective
@@ -69,6 +69,15 @@ class DpGd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trains_no_trunk(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("trunk") is not None:
+            raise ValueError(
+                "trunk: expected none, because dp_gd trains no part of a backbone (`trainable`); kind dp_sgd does"
+            )
+        return values
 
     @classmethod
     def example(cls) -> dict[str, Any]:

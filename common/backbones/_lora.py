@@ -28,11 +28,13 @@ def add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[str
     """
     linear = {name.rpartition(".")[2] for name, part in module.named_modules() if type(part) is nn.Linear}
     wrong = sorted(set(targets) - linear)
-    if wrong:
+    if wrong and not linear:
         raise BadInput(
-            f"lora.targets: expected some of {', '.join(sorted(linear)) or 'no layer (there is no linear one)'}, "
-            f"got {', '.join(wrong)}"
+            "lora: expected a part with linear layers, as encoders of kind transformers have; got one without any: "
+            "leave lora out and its own weights train"
         )
+    if wrong:
+        raise BadInput(f"lora.targets: expected some of {', '.join(sorted(linear))}, got {', '.join(wrong)}")
     try:
         # Here: it takes seconds to import, and few runs use it.
         from peft import LoraConfig, inject_adapter_in_model

@@ -83,10 +83,10 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
-def said(*arguments: object) -> Any:
+def said(*arguments: object, code: int = 0) -> Any:
     """The JSON a command prints, and nothing else on stdout."""
     result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == code, result.stderr
     return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -266,7 +266,9 @@ def test_noise_to_signal_is_that_of_noise_really_drawn(tmp_path: Path) -> None:
     ids=["noise", "budget", "unit", "solver", "tasks"],
 )
 def test_a_plan_warns_where_it_must(tmp_path: Path, site: dict, run: dict, warning: str) -> None:
-    outlook = said("plan", written(tmp_path, **site), run_file(tmp_path, **run))
+    declines = warning != "cannot be useful"
+    outlook = said("plan", written(tmp_path, **site), run_file(tmp_path, **run), code=int(declines))
+    assert outlook["declines"] is declines
     assert any(warning in each for each in outlook["warnings"])
 
 
@@ -420,7 +422,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
         (("budget", tmp_path / "absent.yaml"), "absent.yaml"),
         (("budget", tmp_path / "typo.yaml"), "registri"),
         (("budget", site, "--run", tmp_path / "absent.yaml"), "absent.yaml"),
-        (("plan", site, site), "unknown key"),
+        (("plan", site, site), "expected a run file, got a site file"),
         (("plan", site, non_private), "dp_sgd needs a `privacy`"),
         (("purge", site), "at least one id"),
         (("purge", site, "--list", tmp_path / "absent.txt"), "absent.txt"),
@@ -509,6 +511,6 @@ def test_plan_counts_evaluations_and_says_when_the_share_is_too_small(tmp_path: 
 def test_plan_says_that_a_run_would_eat_the_share(tmp_path: Path) -> None:
     whole = run_file(tmp_path, privacy={"unit": "example", "delta": DELTA, "target_epsilon": 9.0})
     budget_ = {"epsilon": 10.0, "delta": DELTA}
-    tight = said("plan", written(tmp_path, budget=budget_, evaluation=HELD), whole)
+    tight = said("plan", written(tmp_path, budget=budget_, evaluation=HELD), whole, code=1)
     assert any("held for evaluations" in each for each in tight["warnings"])
     assert tight["rounds_affordable"] < 2 <= said("plan", written(tmp_path, budget=budget_), whole)["rounds_affordable"]

@@ -268,3 +268,20 @@ def test_a_kit_does_not_read_the_environment(tmp_path: Path) -> None:
     settings = b"federation: north\nsite: a\naddress: ${HOME}:1\n"
     with pytest.raises(BadInput, match="address"):
         read_kit(kit(tmp_path, **{"kit.yaml": settings}))
+
+
+def test_a_site_that_lost_its_key_gets_a_new_one_and_keeps_what_it_has_spent(tmp_path: Path) -> None:
+    folder = tmp_path / "hospital-a"
+    first = make_folder(folder, None, "hospital-a").read_bytes()
+    (folder / "state" / "ledgers").mkdir(parents=True)
+    (folder / "state" / "ledgers" / "spent").write_text("x")
+    (folder / "keys" / "hospital-a").unlink()
+    before = (folder / SITE_FILE).read_bytes()
+    assert "--new-key" in CliRunner().invoke(app, ["init", str(folder), "--name", "hospital-a"]).stderr
+    done = CliRunner().invoke(app, ["init", str(folder), "--new-key"])
+    assert done.exit_code == 0, done.stderr
+    read_key(folder / "keys" / "hospital-a")
+    assert (folder / "keys" / "hospital-a.pub").read_bytes() != first
+    assert [path.read_bytes() for path in (folder / "keys").glob("*.old")] == [first]
+    assert (folder / "state" / "ledgers" / "spent").read_text() == "x" and (folder / SITE_FILE).read_bytes() == before
+    assert CliRunner().invoke(app, ["init", str(tmp_path / "none"), "--new-key"]).exit_code == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import Privacy, RunConfig, SiteConfig, load, parse, read_yaml, write_yaml
+from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, parse, read_yaml, write_yaml
 from common.tasks import open_task
 from common.types import BadInput
 from tests.tiny import run_config
@@ -220,3 +220,32 @@ def test_a_run_with_several_backbones_is_read_back_as_it_was_written(tmp_path: P
 def test_backbones_that_do_not_fit_their_tasks_are_refused(key: str, value: Any, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         parse(RunConfig, changed(MIXED, key, value), base=Path())
+
+
+def test_rates_of_a_trunk_need_something_that_trains() -> None:
+    rated = changed(RUN, "solver.trunk", {"learning_rate": 0.1})
+    with pytest.raises(BadInput, match="solver.trunk: expected `trainable` beside it"):
+        parse(RunConfig, rated, base=Path())
+    assert parse(RunConfig, {**rated, "trainable": {}}, base=Path()).trainable == {}
+
+
+def test_a_file_of_another_owner_is_called_what_it_is(tmp_path: Path) -> None:
+    files = {RunConfig: RUN, SiteConfig: SITE, SimulationConfig: {"run": RUN, "partition": {"kind": "iid"}}}
+    names = {RunConfig: "run file", SiteConfig: "site file", SimulationConfig: "simulation file"}
+    for model in files:
+        for other, values in files.items():
+            path = tmp_path / "file.yaml"
+            path.write_text(yaml.safe_dump(values))
+            if model is not other:
+                with pytest.raises(BadInput, match=f"expected a {names[model]}, got a {names[other]}"):
+                    load(model, path)
+
+
+def test_up_to_three_errors_are_said_and_of_more_their_number() -> None:
+    wrong = {"rounds": 0, "seed": "x", "name": "A"}
+    with pytest.raises(BadInput) as caught:
+        parse(RunConfig, {**RUN, **wrong}, base=Path())
+    assert all(f"{key}: expected" in str(caught.value) or f"{key}: " in str(caught.value) for key in wrong)
+    assert "more)" not in str(caught.value)
+    with pytest.raises(BadInput, match=r"\(and 3 more\)"):
+        parse(RunConfig, {**RUN, **wrong, "max_delta_norm": -1}, base=Path())

@@ -145,7 +145,7 @@ def test_settings_alone_say_what_would_train(tmp_path: Path) -> None:
                 "backbone": backbone.public_spec(),
                 "trainable": {"backbone": {"from": block}},
                 "tasks": {"grade": {"kind": "classification", "labels": ["a", "b"]}},
-                "solver": {"kind": "sgd"},
+                "solver": {"kind": "sgd", "trunk": {"learning_rate": 0.1}},
                 "privacy": "non_private",
                 "aggregation": {"kind": "mean"},
             },
@@ -177,7 +177,7 @@ def test_a_trunk_is_as_large_as_its_largest_task() -> None:
             "stage": {"kind": "regression", "range": [0, 1], "backbone": "eye"},
             "pitch": {"kind": "regression", "range": [0, 1], "backbone": "ear"},
         },
-        "solver": {"kind": "sgd"},
+        "solver": {"kind": "sgd", "trunk": {"learning_rate": 0.1}},
         "privacy": "non_private",
         "aggregation": {"kind": "mean"},
     }

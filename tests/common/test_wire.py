@@ -89,6 +89,14 @@ def test_heads_that_are_not_plain_float32_arrays_of_their_shapes_are_refused(lay
         wire.decode(records, wire.TrainReply)
 
 
+@pytest.mark.parametrize("data", [b"12345678", b""])
+def test_bytes_that_do_not_match_the_shapes_are_refused_before_any_array_is_made(data: bytes) -> None:
+    records = wire.encode(wire.TrainReply(Delta({}), PLAN))
+    records["heads"] = ConfigRecord({"layout": '{"task":{"weight":[1]}}', "data": data})
+    with pytest.raises(BadInput, match="whose bytes match their shapes"):
+        wire.decode(records, wire.TrainReply)
+
+
 @pytest.mark.parametrize(
     "records",
     [

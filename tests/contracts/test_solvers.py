@@ -339,6 +339,18 @@ def test_linear_heads_are_accepted_by_every_kind(kind: str) -> None:
     solver_of(kind).check_heads(LINEAR_HEADS)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if f"{kind}{WITH_TRUNK}" not in CASES])
+def test_a_kind_that_trains_no_trunk_refuses_one_before_and_while_training(kind: str) -> None:
+    assert kind == "dp_gd", "every other kind of this project trains trunks"
+    for refused in (lambda: solver_of(kind).check_heads({TRUNK: nn.Linear(2, 2)}), lambda: example_with_rates(kind)):
+        with pytest.raises(BadInput, match="no part of a backbone"):
+            refused()
+
+
+def example_with_rates(kind: str) -> Solver:
+    return open_solver({**example_of(kind), "trunk": {"learning_rate": 0.1}}, "solver")
+
+
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_a_head_that_mixes_examples_is_refused_before_and_while_training(kind: str) -> None:
     mixing = {**LINEAR_HEADS, "grade": nn.Sequential(nn.Linear(FEATURES + DEAD, 3), nn.BatchNorm1d(3))}

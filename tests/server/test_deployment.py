@@ -380,7 +380,13 @@ def test_a_deployed_run_of_two_backbones_sends_each_site_what_its_tasks_need(
 ) -> None:
     (tmp_path / "data").mkdir()
     cohort = {"min_sites": 2, "timeout_s": 60, "join_timeout_s": 90}
-    own = hospitals(tmp_path / "data", cohort=cohort)
+    rates = {"learning_rate": 1.0, "trunk": {"learning_rate": 0.1}}
+    own = hospitals(
+        tmp_path / "data",
+        cohort=cohort,
+        trainable={"pictures": {"from": "4"}},
+        solver={"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, **rates},
+    )
     write_yaml(tmp_path / "run.yaml", own.run)
     parts = {}
     for name, tasks in (("north", ("shade", "finding")), ("west", ("finding",))):
@@ -399,6 +405,7 @@ def test_a_deployed_run_of_two_backbones_sends_each_site_what_its_tasks_need(
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert {name: entry["digest"] for name, entry in summary["backbones"].items()} == own.digests
+    assert {path.stem for path in (folder / "heads").iterdir()} == {"shade", "finding", "pictures.trunk"}
     for name, tasks in (("north", {"shade", "finding"}), ("west", {"finding"})):
         evaluated = client("evaluate", str(tmp_path / name / "site.yaml"), "--json")
         assert evaluated.returncode == 0, evaluated.stderr

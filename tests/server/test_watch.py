@@ -11,8 +11,10 @@ from rich.console import Console
 
 from common.config import write_yaml
 from common.journal import FileJournal
-from common.types import BadInput
+from common.types import BadInput, RunFailed
 from server import operate, registry
+from server.__main__ import _finish
+from server.control import RunState
 from server.roster import Roster
 from server.runs import interrupted
 from server.status_table import status_table
@@ -98,3 +100,11 @@ def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(t
     with pytest.raises(BadInput, match="got b, which is complete"):
         interrupted(federation, None)
     assert interrupted(federation, "a").name == "a"
+
+
+def test_a_run_whose_process_died_says_how_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "fed" / "runs" / "hearts-1"
+    path.mkdir(parents=True)
+    FileJournal(path / "journal.jsonl").write("round", round=1)
+    with pytest.raises(RunFailed, match=f"no heartbeat; `python -m server resume {tmp_path}/fed hearts-1` continues"):
+        _finish(path, RunState(1, str(path), True, "failed", "no heartbeat"))

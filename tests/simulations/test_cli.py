@@ -87,7 +87,7 @@ def test_all_baselines_are_beside_the_result(command: Command) -> None:
 
 def test_an_expectation_without_its_baseline_is_refused(command: Command) -> None:
     result = command("check", "expect={colour: beats_random_backbone}")
-    refused(result, 2, "baselines: expected random_backbone")
+    refused(result, 2, "baselines: expected random_backbone", "--set expect={}")
 
 
 def test_check_validates_and_runs_nothing(command: Command, tmp_path: Path) -> None:
@@ -126,8 +126,13 @@ def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
     legend = [line.strip() for line in result.stdout.splitlines()]
     for row in ("epsilon at end", "affords rounds", "count noise", "noise/signal", "over the run"):
         assert any(line.startswith(row) for line in legend), row
-    assert "Above 1 the result is hopeless" in result.stdout
+    assert "Where this row is above 1 the result is hopeless" in result.stdout
     assert "legend" not in json.loads(command("plan", options=("--json",)).stdout)
+
+
+def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> None:
+    result = command("plan", "budget.epsilon=0.01")
+    assert result.exit_code == 1 and "would decline" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from simulations.partition import read_sites
 
 TRUNK = "backbone.trunk"
 PRIVATE = {"unit": "example", "delta": 1e-5, "target_epsilon": 8.0}
+DP_GD = {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}
 SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 4, "learning_rate": 1.0, "trunk": {"learning_rate": 0.5}}
 
 
@@ -62,7 +63,14 @@ def simulation(folder: Path, **changes: Any) -> SimulationConfig:
                 "direction": {"kind": "classification", "labels": ["across", "down"]},
                 "width": {"kind": "classification", "labels": ["thin", "thick"]},
             },
-            "solver": {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0},
+            "solver": {
+                "kind": "dp_sgd",
+                "sampling_rate": 1.0,
+                "steps": 2,
+                "clip_norm": 1.0,
+                "learning_rate": 1.0,
+                "trunk": {"learning_rate": 1.0},
+            },
             "privacy": PRIVATE,
             "aggregation": {"kind": "mean"},
         },
@@ -255,15 +263,17 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"solver": {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}}, "kind dp_sgd does"),
-        ({"trainable": {"backbone": {"from": "3"}}}, "input or one of 0, 4"),
+        ({"solver": DP_GD}, "solver.trunk: expected a learning rate of its own"),
+        ({"solver": {**DP_GD, "trunk": {"learning_rate": 0.1}}}, "dp_gd trains no part of a backbone"),
+        ({"trainable": {"backbone": "4"}}, "trainable.backbone: expected {from: 4}, got '4'"),
+        ({"trainable": {"backbone": {"from": "3"}}}, "trainable.backbone.from: expected input or one of 0, 4"),
         ({"trainable": {"vision": {"from": "4"}}}, "expected some of backbone, got 'vision'"),
         (
             {"trainable": {"backbone": {"from": "4", "lora": {"rank": 1, "alpha": 1, "targets": ["query"]}}}},
-            "lora.targets: expected some of no layer",
+            "trainable.backbone.lora: expected a part with linear layers, as encoders of kind transformers",
         ),
     ],
-    ids=["solver", "block", "backbone", "targets"],
+    ids=["rates", "solver", "group", "block", "backbone", "targets"],
 )
 def test_what_cannot_train_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
@@ -271,9 +281,16 @@ def test_what_cannot_train_is_refused_before_anything_runs(tmp_path: Path, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_a_baseline_that_trains_the_trunk_too_needs_its_rates(tmp_path: Path) -> None:
+    plain = {key: value for key, value in SGD.items() if key != "trunk"}
+    with pytest.raises(BadInput, match="non_private_solver.trunk: expected a learning rate of its own"):
+        simulation(tmp_path, baselines=["central"], non_private_solver=plain)
+
+
 def test_a_kind_that_cannot_be_divided_says_so(simulation_file: Path, tmp_path: Path) -> None:
+    overrides = ["run.trainable={backbone: {from: input}}", "run.solver.trunk={learning_rate: 0.1}"]
     with pytest.raises(BadInput, match="frozen as a whole"):
-        run(simulation_file, out=tmp_path / "out", overrides=["run.trainable={backbone: {from: input}}"])
+        run(simulation_file, out=tmp_path / "out", overrides=overrides)
 
 
 def test_dropout_of_the_pretraining_never_acts(tmp_path: Path) -> None:
@@ -292,11 +309,35 @@ def test_dropout_of_the_pretraining_never_acts(tmp_path: Path) -> None:
     assert torch.equal(trunk(rows), trunk(rows))
 
 
-def test_the_outlook_on_a_run_is_that_of_its_heads(tmp_path: Path) -> None:
-    """A trunk starts as the backbone, however much noise its many parameters would have."""
-    ratios = []
-    for number, trainable in enumerate(({}, {"backbone": {"from": "input"}})):
-        (config, _) = write_files(simulation(tmp_path, run={"trainable": trainable}), tmp_path / str(number))
-        offered = load(RunConfig, tmp_path / str(number) / "run.yaml")
-        ratios.append(forecast(config, offered, 2).noise_to_signal)
-    assert ratios[0] == ratios[1] > 0
+def test_the_outlook_judges_heads_and_trunk_apart_and_warns_of_a_trunk_that_drowns(tmp_path: Path) -> None:
+    """By the formula: noise s in P parameters and 2 steps, 60 units that agree, 2 sites and 3 rounds."""
+    outlooks = {}
+    for block in (None, "4", "input"):
+        trainable = {} if block is None else {"backbone": {"from": block}}
+        privacy = {**PRIVATE, "target_epsilon": 0.6}
+        own = tmp_path / str(block)
+        (config, _) = write_files(simulation(tmp_path, run={"trainable": trainable, "privacy": privacy}), own)
+        outlooks[block] = forecast(config, load(RunConfig, own / "run.yaml"), 2)
+    assert outlooks[None].noise_to_signal == outlooks["4"].noise_to_signal > 0
+    assert outlooks[None].trunk_parameters == {} and outlooks[None].run_trunk_noise_to_signal == 0.0
+    backbone = open_pretrained(simulation(tmp_path).run.encoders["backbone"], "backbone").module.encoder
+    widths = {"4": backbone.get_submodule("4"), "input": backbone}
+    for block, part in widths.items():
+        norms = (nn.BatchNorm2d,)
+        number = sum(p.numel() for own in part.modules() if not isinstance(own, norms) for p in own.parameters(False))
+        found = outlooks[block]
+        assert found.trunk_parameters == {"backbone": number}
+        ratio = found.noise_multiplier * np.sqrt(number * 2) / (60 * 2)
+        assert found.trunk_noise_to_signal == pytest.approx(ratio)
+        assert found.run_trunk_noise_to_signal == pytest.approx(ratio / np.sqrt(6))
+        assert ratio / np.sqrt(6) > 1 > found.run_noise_to_signal, "else nothing is shown"
+        assert [warning for warning in found.warnings if f"({number:,} of backbone)" in warning]
+    assert not any("trains of the backbone" in warning for warning in outlooks[None].warnings)
+
+
+def test_a_trunk_whose_noise_is_small_is_not_warned_of(tmp_path: Path) -> None:
+    (config, _) = write_files(
+        simulation(tmp_path, run={"privacy": {**PRIVATE, "target_epsilon": 20.0}}), tmp_path / "a"
+    )
+    outlook = forecast(config, load(RunConfig, tmp_path / "a" / "run.yaml"), 2)
+    assert 0 < outlook.run_trunk_noise_to_signal < 1 and outlook.warnings == ()
