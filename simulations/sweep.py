@@ -86,12 +86,11 @@ def _aggregate(combinations: list[dict[str, Any]], results: list[tuple[dict[str,
     for values in combinations:
         own = [summary for combination, _, summary in results if combination == values]
         for task, facts in own[0]["tasks"].items():
-            metric = next(iter(facts["metrics"]), None)
-            if metric is None:
-                continue
-            numbers = [summary["tasks"][task]["metrics"].get(metric) for summary in own]
-            defined = [number for number in numbers if number is not None]
-            if defined:
-                std = statistics.stdev(defined) if len(defined) > 1 else 0.0
-                rows.append(Row(values, task, metric, statistics.mean(defined), std, len(defined)))
+            for metric in facts["metrics"]:
+                numbers = [summary["tasks"][task]["metrics"].get(metric) for summary in own]
+                defined = [number for number in numbers if number is not None]
+                if defined:  # The main metric; of an embedding without held-out training identities, the next one.
+                    std = statistics.stdev(defined) if len(defined) > 1 else 0.0
+                    rows.append(Row(values, task, metric, statistics.mean(defined), std, len(defined)))
+                    break
     return rows
