@@ -25,7 +25,7 @@ def exact_sums(params: Params, name: str, task: Task, units: Units) -> dict[str,
 
 def values_of(task: Task, sums: Mapping[str, Tensor]) -> Values:
     """The metrics that sums amount to."""
-    return _defined(metric_values(task, dict(sums)))
+    return defined(metric_values(task, dict(sums)))
 
 
 def pair_values(params: Params, name: str, task: Task, units: Sequence[Units]) -> Values:
@@ -34,7 +34,12 @@ def pair_values(params: Params, name: str, task: Task, units: Sequence[Units]) -
     if not isinstance(task, Comparing) or not found:
         return {}
     outputs, labels = zip(*found, strict=True)
-    return _defined(task.compared(torch.cat(outputs), torch.cat(labels)))
+    return defined(task.compared(torch.cat(outputs), torch.cat(labels)))
+
+
+def defined(values: Mapping[str, float]) -> Values:
+    """The same, with None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _outputs(params: Params, name: str, task: Task, units: Units) -> tuple[Tensor, Tensor] | None:
@@ -45,7 +50,3 @@ def _outputs(params: Params, name: str, task: Task, units: Units) -> tuple[Tenso
     load_parameters(module, params)
     with torch.inference_mode():
         return module(records.features_RD), records.labels
-
-
-def _defined(values: Mapping[str, float]) -> Values:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -429,7 +429,7 @@ class Executor(Frozen):
     ray_address: str | None = None
 
 
-Baseline = Literal["local", "non_private", "central", "random_backbone"]
+Baseline = Literal["obvious", "local", "non_private", "central", "random_backbone"]
 
 
 class Sweep(Frozen):

@@ -23,6 +23,7 @@ DEPLOYMENT = "deployment"
 """Executor of `python -m server start`: the same."""
 
 BASELINES = {
+    "obvious": "obvious,\nuntrained",
     "local": "site alone\nprivate",
     "non_private": "federated\nnot private",
     "central": "central\nnot private",

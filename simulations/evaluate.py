@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from client.data import open_units
-from client.metrics import Values, exact_sums, pair_values, values_of
+from client.metrics import Values, defined, exact_sums, pair_values, values_of
 from client.units import Units
 from common.config import SiteConfig
-from common.tasks import Task, merge_sums
+from common.tasks import Comparing, Obvious, Task, merge_sums, metric_sums
 from common.types import Heads
 
 
@@ -56,6 +56,32 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
             },
         )
     return results
+
+
+def obvious(tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]) -> dict[str, Values]:
+    """Metrics of what each task says without training, over all sites' records together; of no other task."""
+    results: dict[str, Values] = {}
+    for name, task in tasks.items():
+        if not isinstance(task, Obvious):
+            continue
+        known_features, known_labels = _records(name, train)
+        features, labels = _records(name, held_out)
+        outputs = task.obvious(features, known_features, known_labels)
+        # Features as embeddings have no side of any training identity: only their pairs can be judged.
+        if isinstance(task, Comparing):
+            results[name] = defined(task.compared(outputs, labels))
+        else:
+            results[name] = values_of(task, metric_sums(task, outputs, labels))
+    return results
+
+
+def _records(name: str, units: Mapping[str, Units]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All labelled records of a task: what the backbone made of them, flat, and their labels."""
+    records = [own.tasks[name].labelled() for own in units.values() if name in own.tasks]
+    return (
+        torch.cat([each.features_RD for each in records]).flatten(1),
+        torch.cat([each.labels for each in records]),
+    )
 
 
 def units_of(

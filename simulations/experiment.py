@@ -42,7 +42,7 @@ from server.results import new_run_folder, write_environment, write_results
 from server.rounds import Outcome, run_federation
 from simulations.audit import audit_simulation, required
 from simulations.baselines import aggregated_alone, pool
-from simulations.evaluate import Evaluation, evaluate, run_data, units_of
+from simulations.evaluate import Evaluation, evaluate, obvious, run_data, units_of
 from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
 from simulations.partition import build_sites, read_sites, source_settings
@@ -423,7 +423,14 @@ def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Back
     return _pooled(experiment, outcome.heads, sites, folder.name, backbones)
 
 
+def _obvious(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+    train, test = (units_of(sites, experiment.run_id, experiment.tasks, split) for split in ("train", "test"))
+    tasks = {name: task for name, task in experiment.tasks.items() if any(name in own.tasks for own in train.values())}
+    return obvious(tasks, train, test)
+
+
 _BASELINES = {
+    "obvious": _obvious,
     "local": _local,
     "non_private": _non_private,
     "central": _central,

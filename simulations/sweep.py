@@ -70,9 +70,7 @@ def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Obser
 def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], int, Summary]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [*keys, "seed", "task", "metric", "value", "local", "non_private", "central", "random_backbone"]
-        )
+        writer.writerow([*keys, "seed", "task", "metric", "value", *_BASELINE_COLUMNS])
         for values, seed, summary in results:
             for task, facts in summary["tasks"].items():
                 for metric, value in facts["metrics"].items():
@@ -80,7 +78,7 @@ def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], 
                     writer.writerow([*values.values(), seed, task, metric, value, *others])
 
 
-_BASELINE_COLUMNS = ("local", "non_private", "central", "random_backbone")
+_BASELINE_COLUMNS = ("obvious", "local", "non_private", "central", "random_backbone")
 
 
 def _aggregate(combinations: list[dict[str, Any]], results: list[tuple[dict[str, Any], int, Summary]]) -> list[Row]:
@@ -88,12 +86,11 @@ def _aggregate(combinations: list[dict[str, Any]], results: list[tuple[dict[str,
     for values in combinations:
         own = [summary for combination, _, summary in results if combination == values]
         for task, facts in own[0]["tasks"].items():
-            metric = next(iter(facts["metrics"]), None)
-            if metric is None:
-                continue
-            numbers = [summary["tasks"][task]["metrics"].get(metric) for summary in own]
-            defined = [number for number in numbers if number is not None]
-            if defined:
-                std = statistics.stdev(defined) if len(defined) > 1 else 0.0
-                rows.append(Row(values, task, metric, statistics.mean(defined), std, len(defined)))
+            for metric in facts["metrics"]:
+                numbers = [summary["tasks"][task]["metrics"].get(metric) for summary in own]
+                defined = [number for number in numbers if number is not None]
+                if defined:  # The main metric; of an embedding without held-out training identities, the next one.
+                    std = statistics.stdev(defined) if len(defined) > 1 else 0.0
+                    rows.append(Row(values, task, metric, statistics.mean(defined), std, len(defined)))
+                    break
     return rows

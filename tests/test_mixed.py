@@ -166,7 +166,7 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
         "partition": {"kind": "natural", "sites": sources, "test_fraction": 0.3},
         "unit": "patient",
         "budget": {"epsilon": 100.0, "delta": 1e-5},
-        "baselines": ["local", "non_private", "central", "random_backbone"],
+        "baselines": ["obvious", "local", "non_private", "central", "random_backbone"],
         "non_private_solver": PLAIN["solver"],
         "cache_dir": str(tmp_path / "cache"),
         "runs_dir": str(tmp_path / "runs"),
@@ -176,7 +176,7 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
     assert summary["status"] == "completed"
     for task in BOTH:
         baselines = summary["tasks"][task]["baselines"]
-        assert set(baselines) == {"local", "non_private", "central", "random_backbone"}
+        assert set(baselines) == {"obvious", "local", "non_private", "central", "random_backbone"}
         with safe_open(tmp_path / "out" / "heads" / f"{task}.safetensors", framework="np") as file:
             assert file.metadata()["backbone_digest"] == own.digests[own.run.backbone_of(task)]
             assert "backbone" not in json.loads(file.metadata()["settings"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +16,31 @@ _MOST_VALUES = 1 << 28
 """Samples times channels: a damaged header may ask for any amount of memory."""
 
 
-def read_recording(data: bytes) -> Audio:
-    """A recording with its channels averaged. Raises BadRecord: unreadable, empty, or absurdly long."""
+@dataclass(frozen=True)
+class Part:
+    """One of `count` excerpts of a recording, each of `seconds`, evenly spread over it."""
+
+    number: int
+    count: int
+    seconds: float
+
+    def frames(self, total: int, sample_rate: int) -> tuple[int, int]:
+        """First frame and number of frames: all of a recording that is not longer than one excerpt."""
+        length = min(max(round(self.seconds * sample_rate), 1), total)
+        return int((total - length) * (self.number + 0.5) / self.count), length
+
+
+def read_recording(data: bytes, part: Part | None = None) -> Audio:
+    """A recording or a part of it, channels averaged. Raises BadRecord: unreadable, empty, or absurdly long."""
     import soundfile
 
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if not 0 < file.frames * file.channels <= _MOST_VALUES or file.samplerate < 1:
                 raise BadRecord("expected a recording of between one sample and some hours")
-            samples_TC = file.read(dtype="float32", always_2d=True)
+            start, length = (0, -1) if part is None else part.frames(file.frames, file.samplerate)
+            file.seek(start)
+            samples_TC = file.read(length, dtype="float32", always_2d=True)
             return Audio(samples_TC.mean(axis=1, dtype=np.float32), int(file.samplerate))
     except (OSError, RuntimeError, TypeError, ValueError, OverflowError, MemoryError):
         # From None: the library's own message may name the file, and so a patient.

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from scipy.io import wavfile
 
 from client.sources import Example, Record
-from client.sources._base import SourceSettings
-from client.sources._recordings import SUFFIXES, example_recordings, read_recording, require_soundfile
+from client.sources._base import SourceSettings, digest
+from client.sources._recordings import SUFFIXES, Part, example_recordings, read_recording, require_soundfile
 from client.sources._tree import Tree, open_tree
 from common.cells import CellName
 from common.items import Audio
-from common.plugins import LocalPath
+from common.plugins import Frozen, LocalPath
 from common.types import BadInput
 
 
@@ -31,6 +31,18 @@ def _named_groups(pattern: str) -> str:
     return pattern
 
 
+class Excerpts(Frozen):
+    """How recordings that are long, such as songs, become several records each.
+
+    Attributes:
+        count: excerpts of a recording, evenly spread over it; they overlap where it is short.
+        seconds: length of each; a shorter recording is taken whole.
+    """
+
+    count: Annotated[int, Field(ge=1, le=10_000)]
+    seconds: Annotated[float, Field(gt=0, le=86_400)]
+
+
 class Recordings(SourceSettings):
     """Settings: where, and how a file's path holds the columns.
 
@@ -41,6 +53,7 @@ class Recordings(SourceSettings):
         patient_column: the group that is the patient id.
         test: column -> values: a recording is held out where any of its cells is listed; all others are to train on.
             Without it the source states no split.
+        excerpts: cuts each recording into several records; without it a recording is one.
     """
 
     kind: Literal["audio"]
@@ -48,6 +61,7 @@ class Recordings(SourceSettings):
     pattern: Annotated[str, AfterValidator(_named_groups)]
     patient_column: str | None = None
     test: dict[str, list[CellName]] | None = None
+    excerpts: Excerpts | None = None
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Recordings:
@@ -91,16 +105,27 @@ class Clips:
     names: tuple[str, ...] = field(repr=False)
 
     def digest(self) -> str:
-        """Over every recording's path and its size and time of change, or its checksum in a zip."""
-        return self.tree.digest()
+        """Over every recording's path and its size and time of change, or its checksum in a zip; and the excerpts."""
+        own, cut = self.tree.digest(), self.settings.excerpts
+        return own if cut is None else digest([own.encode(), cut.model_dump_json().encode()])
 
     def index(self) -> list[Record]:
-        """Recordings in the order of their paths; `row` counts in this order."""
-        return [self._record(number, name) for number, name in enumerate(self.names, start=1)]
+        """Recordings in the order of their paths, each with its excerpts in turn; `row` counts recordings."""
+        return [
+            record
+            for number, name in enumerate(self.names, start=1)
+            for record in [self._record(number, name)] * self._count()
+        ]
 
     def load(self, position: int) -> Audio:
-        """One recording."""
-        return read_recording(self.tree.read(self.names[position], "recording"))
+        """One recording or excerpt."""
+        recording, excerpt = divmod(position, self._count())
+        cut = self.settings.excerpts
+        part = None if cut is None else Part(excerpt, cut.count, cut.seconds)
+        return read_recording(self.tree.read(self.names[recording], "recording"), part)
+
+    def _count(self) -> int:
+        return 1 if self.settings.excerpts is None else self.settings.excerpts.count
 
     def _record(self, number: int, name: str) -> Record:
         own = self.settings
@@ -110,6 +135,7 @@ class Clips:
         return Record(
             row=number,
             file=own.path.name,
+            # Excerpts of one recording have one key: they fall on the same side of a split.
             key=name,
             patient=cells[own.patient_column] if own.patient_column else None,
             split=_side(own.test, cells) if own.test is not None else None,

@@ -116,6 +116,14 @@ class Comparing(Protocol):
         """Further metrics from all labelled records together; NaN where undefined."""
 
 
+@runtime_checkable
+class Obvious(Protocol):
+    """What a task has besides where something obvious can be said without training. For comparison only."""
+
+    def obvious(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
+        """Outputs for features (B x D) from labelled training records alone; where pairs judge, of any width."""
+
+
 def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:
     """The task a setting asks for. Raises BadInput naming the key."""
     task: Task = resolve("common.tasks", spec, key)

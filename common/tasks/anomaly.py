@@ -83,6 +83,12 @@ class Anomaly(Plugin):
         """Half the squared distance from 1 of normal records; zero for all others."""
         return torch.where(labels == 0, 0.5 * (outputs.squeeze(1) - 1.0) ** 2, 0.0)
 
+    def obvious(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
+        """B x 1: as far from 1 as the features are from the mean of the normal training records."""
+        mean_D = known_features[known_labels == 0].mean(dim=0)
+        distance_B1: Tensor = (features - mean_D).norm(dim=1, keepdim=True)
+        return 1.0 + distance_B1
+
     def scores(self, outputs: Tensor) -> Tensor:
         """B x 2: how normal and how anomalous, in [0, 1]; even at the threshold."""
         return self._logits(outputs).softmax(dim=1)

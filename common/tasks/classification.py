@@ -79,6 +79,12 @@ class Classification(Plugin):
         labels_B1 = labels.unsqueeze(1)
         return slopes_BK.scatter_add_(1, labels_B1, slopes_BK.new_full(labels_B1.shape, -1.0))
 
+    def obvious(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
+        """Each class's share of the training records, whatever the features: its decision is the majority's."""
+        del known_features
+        counts_K = torch.bincount(known_labels, minlength=len(self.labels))
+        return counts_K.clamp_min(1e-9).log().to(features).expand(len(features), -1)
+
     def scores(self, outputs: Tensor) -> Tensor:
         """Probabilities B x K."""
         return outputs.softmax(dim=1)

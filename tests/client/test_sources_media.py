@@ -48,6 +48,33 @@ def test_wav_and_flac_of_any_channels_are_the_same_recording(tmp_path: Path) -> 
         np.testing.assert_allclose(found.samples_T, TONE, atol=1e-4)
 
 
+def test_excerpts_are_parts_of_a_recording_evenly_spread_and_on_one_side(tmp_path: Path) -> None:
+    ramp = (np.arange(1000) / 1000).astype(np.float32)
+    soundfile.write(tmp_path / "a_song.wav", ramp, 100, subtype="FLOAT")
+    soundfile.write(tmp_path / "b_jingle.wav", ramp[:150], 100, subtype="FLOAT")
+    settings = {"kind": "audio", "path": tmp_path, "pattern": r"(?P<song>[ab])_", "patient_column": "song"}
+    cut = opened(**settings, excerpts={"count": 2, "seconds": 2})
+    # 8 s are left beside an excerpt of 2: they begin at a quarter and at three quarters of these.
+    np.testing.assert_array_equal(cut.load(0).samples_T, ramp[200:400])
+    np.testing.assert_array_equal(cut.load(1).samples_T, ramp[600:800])
+    for position in (2, 3):
+        np.testing.assert_array_equal(cut.load(position).samples_T, ramp[:150])
+    assert [record.patient for record in cut.index()] == ["a", "a", "b", "b"]
+    assert [record.row for record in cut.index()] == [1, 1, 2, 2]
+    assert len({record.key for record in cut.index()}) == 2
+    digests = {cut.digest(), opened(**settings).digest()}
+    assert len({*digests, opened(**settings, excerpts={"count": 2, "seconds": 3}).digest()}) == 3
+
+
+def test_excerpts_of_ogg_are_read_from_the_middle(tmp_path: Path) -> None:
+    time = np.arange(40_000) / 8000
+    samples = np.where(time < 2.5, 0.0, 0.25 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+    soundfile.write(tmp_path / "half_silent.ogg", samples, 8000)
+    source = opened(kind="audio", path=tmp_path, pattern="(?P<song>half)", excerpts={"count": 2, "seconds": 1})
+    loudness = [float(np.abs(source.load(position).samples_T).max()) for position in (0, 1)]
+    assert loudness[0] < 0.01 and loudness[1] > 0.2
+
+
 def test_a_recordings_name_says_its_columns_patient_and_side(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
         for name in ("7_ann_0", "7_ann_12", "3_bob_1", "notes"):

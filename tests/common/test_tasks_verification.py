@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 
-from common.tasks import Comparing, metric_sums, metric_values, open_task
+from common.tasks import Comparing, Obvious, metric_sums, metric_values, open_task
 from common.tasks._verification import verification
 from common.types import BadInput
 
@@ -136,3 +136,22 @@ def test_a_bias_is_refused_because_it_alone_would_call_every_record_normal() -> 
         anomaly(anomalous="ok")
     head = anomaly().head(3)
     assert isinstance(head, nn.Linear) and head.bias is None
+
+
+def test_what_is_obvious_is_the_majority_the_distance_to_the_mean_normal_record_and_the_features() -> None:
+    known = torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]])
+    features = torch.tensor([[1.0, 0.0], [4.0, 4.0]])
+    counted = open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "t")
+    assert isinstance(counted, Obvious)
+    guesses = counted.obvious(features, known, torch.tensor([1, 1, 2]))
+    assert counted.decode(guesses) == ["b", "b"]
+    torch.testing.assert_close(counted.scores(guesses)[0], torch.tensor([0.0, 2 / 3, 1 / 3]))
+    score = anomaly()
+    assert isinstance(score, Obvious)
+    # The third training record is anomalous: the mean of the others is (1, 0), and (4, 4) is 5 away.
+    torch.testing.assert_close(
+        score.obvious(features, known, torch.tensor([0, 0, 1])) - 1.0, torch.tensor([[0.0], [5.0]])
+    )
+    task = embedding()
+    assert isinstance(task, Obvious)
+    assert torch.equal(task.obvious(features, known, torch.tensor([0, 1, 0])), features)

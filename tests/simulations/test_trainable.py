@@ -148,13 +148,13 @@ def test_all_baselines_and_noised_evaluations_go_through_the_trunk(tmp_path: Pat
     config = simulation(
         tmp_path,
         run={"evaluation": {"every": 3}},
-        baselines=["local", "non_private", "central", "random_backbone"],
+        baselines=["obvious", "local", "non_private", "central", "random_backbone"],
         non_private_solver=SGD,
         evaluation={"share": 0.3, "evaluations": 1},
     )
     summary = run(config, out=tmp_path / "out")
     for task in summary["tasks"].values():
-        assert set(task["baselines"]) == {"local", "non_private", "central", "random_backbone"}
+        assert set(task["baselines"]) == {"obvious", "local", "non_private", "central", "random_backbone"}
         assert task["evaluation"]["rounds"][0]["round"] == 3
     assert all(site["status"] == "completed" for site in summary["sites"].values())
 
