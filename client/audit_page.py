@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
-from client.audit import AuditResult
 from common.privacy.accounting import rounded_up
+
+if TYPE_CHECKING:
+    from client.audit import AuditResult
 
 
 def audit_table(result: AuditResult) -> Table:

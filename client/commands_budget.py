@@ -16,7 +16,6 @@ from rich.table import Table
 from client import budget as budgets
 from client import forecast as forecasts
 from client import statement as statements
-from client.audit import audit_run
 from client.audit_page import audit_table
 from client.budget import Balance, rounded_down
 from client.ledger import amend as amend_ledger
@@ -97,6 +96,8 @@ def audit(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) -
 
     Example: python -m client audit site.yaml run.yaml --json
     """
+    from client.audit import audit_run  # Here: it loads a third of a second of statistics.
+
     with reported_errors():
         config, wanted = load(SiteConfig, site, set_ or []), load(RunConfig, run)
         sizes = {name: task.public_size for name, task in config.tasks.items() if name in wanted.tasks}

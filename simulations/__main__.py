@@ -19,7 +19,6 @@ from common.config import SimulationConfig, load
 from common.console import EXIT_FAILED, reported_errors, shown_progress
 from common.types import BadInput
 from server.report import Summary, failures, tables
-from simulations.audit import audit_simulation
 from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
 from simulations.experiment import run as run_config
@@ -124,6 +123,8 @@ def audit(config: Config, set_: Set = None, json_: Json = False) -> None:
 
     Example: python -m simulations audit configs/simulations/demo.yaml --json
     """
+    from simulations.audit import audit_simulation  # Here: it loads a third of a second of statistics.
+
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
         check_config(loaded)

@@ -40,7 +40,6 @@ from server.desk import Observe
 from server.report import Summary
 from server.results import new_run_folder, write_environment, write_results
 from server.rounds import Outcome, run_federation
-from simulations.audit import audit_simulation, required
 from simulations.baselines import aggregated_alone, pool
 from simulations.evaluate import Evaluation, evaluate, obvious, run_data, units_of
 from simulations.flower import run_on_flower
@@ -228,6 +227,8 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
 
 def _audit(experiment: Experiment) -> None:
     """Pass the audit before anything is trained or spent. Raises RunFailed; the summary then says failed."""
+    from simulations.audit import audit_simulation, required  # Here: it loads a third of a second of statistics.
+
     result = audit_simulation(experiment.config, experiment.observe, experiment.entropy)
     experiment.journal.write("audit", **result.to_dict())
     try:
