@@ -413,6 +413,8 @@ def of_the_trunk(factor: float) -> Callable[[np.ndarray], np.ndarray]:
 def test_too_little_noise_on_a_trunk_is_caught(factor: float) -> None:
     result = broken(on_a_trunk(), stream=bent(of_the_trunk(factor)))
     assert "a step's noise, relative to a unit's part" in said(result)
+    if factor == 0.0:
+        assert result.epsilon_lower_99_9 > result.epsilon_claimed
     if factor < 0.9:
         assert "times the standard deviation" in said(result)
     rows = np.array([ADDED, 3 + 2])  # Of the trunk's layer; of a head for three labels and one for two.
@@ -493,8 +495,8 @@ def test_a_trunk_that_is_not_clipped_is_refuted_by_canaries_alone(monkeypatch: p
     assert result.epsilon_lower_99_9 > result.epsilon_claimed
 
 
-def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of a patient's trunk gradient is then clipped with another's heads."""
+def miscount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record's part of the trunk's gradient counts for another patient; heads are right."""
     right = _private_step.unit_of
 
     def wrong(entry: str, batch: Units) -> Tensor:
@@ -502,6 +504,11 @@ def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatc
         return unit_R if entry in batch.tasks else unit_R.roll(1)
 
     monkeypatch.setattr(_private_step, "unit_of", wrong)
+
+
+def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a patient's trunk gradient is then clipped with another's heads."""
+    miscount(monkeypatch)
     result = audit(on_a_trunk(unit=Unit.PATIENT))
     assert "times" in said(result)
 
@@ -671,5 +678,5 @@ def test_a_run_with_a_part_of_a_backbone_that_trains_is_audited_through_a_trunk(
     run = parse(RunConfig, {**RUN, **changes}, base=Path.cwd())
     sizes = {"loop": 80, "digit": 60}
     assert said(audit_run(run, Unit.PATIENT, sizes, entropy=SeededEntropy(3))) == ""
-    monkeypatch.setattr(_private_step, "StreamOptimizer", clipping(by_heads_alone))
+    miscount(monkeypatch)
     assert "a step's noise" in said(audit_run(run, Unit.PATIENT, sizes, entropy=SeededEntropy(3)))
