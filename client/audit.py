@@ -6,7 +6,7 @@ that chooses the heads of every step, which the promise covers: each of the run'
 a whole round is then checked against that one step.
 
 False alarms: the epsilon gate at 99.9 % at most once in 1000 audits; the other statistical tests together about once
-in 500,000; the rest is exact to rounding.
+in 500,000, and once more in 5,000,000 for each head and trunk; the rest is exact to rounding.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def audit_run(
 ) -> AuditResult:
     """Audit a run as one site would take part in it.
 
-    Heads are attacked. The part of a backbone that trains passes the same clip and noise in the same step, and is not
-    attacked by itself.
+    Where a part of a backbone trains, a small stand-in trunk with its name, rates and public size takes its place, and
+    is attacked together with the heads.
 
     Args:
         run: its solver, tasks, rounds and requested privacy.
@@ -122,11 +122,12 @@ def audit_run(
         solver=solver,
         plan=solver.plan(run.privacy, unit, run.rounds),
         tasks=tasks,
-        public_sizes={name: public_sizes[name] for name in tasks},
+        public_sizes=run.entries({name: public_sizes[name] for name in tasks}),
         rounds=run.rounds,
         delta=run.privacy.delta if delta is None else delta,
         entropy=entropy,
         accountant=ledger_epsilon,
+        trunks={name: trunk for name in tasks if (trunk := run.trunk_of(name)) is not None},
     )
     return audit(audited, observe)
 
@@ -139,6 +140,7 @@ def audit(audited: Audited, observe: Observe = _silent) -> AuditResult:
         raise BadInput("solver: an audit needs a plan with noise; this one promises nothing")
     planted = plant(
         audited.tasks,
+        audited.trunks,
         unit=plan.unit,
         clip_norm=plan.clip_norm,
         num_canaries=audited.num_canaries,
@@ -148,7 +150,7 @@ def audit(audited: Audited, observe: Observe = _silent) -> AuditResult:
     with one_thread():
         reasons = [*_step_problems(lab), *_round_problems(lab), *_sampling_problems(lab)]
         canaries, noise_SWF = _attack(lab, observe)
-    scale = noise_scale(noise_SWF)
+    scale = noise_scale(noise_SWF, planted.rows())
     trade_off: Literal["gaussian", "any"] = "gaussian" if plan.sampling_rate == 1.0 else "any"
     low_95, low_99_9 = (
         lower_epsilon(canaries, delta=audited.delta, confidence=confidence, trade_off=trade_off)
@@ -219,24 +221,28 @@ def _step_problems(lab: Lab) -> Iterator[str]:
 
 
 def _round_problems(lab: Lab) -> Iterator[str]:
-    """A whole round: as many noised steps as the plan says, each with the noise it says."""
+    """A step and a whole round: as many noised steps as the plan says, each with the noise it says."""
     plan, units = lab.audited.plan, lab.planted.units(lab.first(0), background=False)
     gains, listening = lab.gains(lab.step, STILL), ProbeStream(1.0)
-    reach = lab.reach(gains)
-    # Every step's noise 1: their sum, relative to what a unit in every step moves, is the noise multiplier.
-    ratio = lab.noise(lab.ask(units, plan, listening, STILL), gains) / reach
+    one = lab.noise(lab.ask(units, lab.step, ProbeStream(1.0), STILL), gains)
+    # Every step's noise 1: their sum, relative to what a unit in every step moves, is the noise multiplier. Entries may
+    # have rates of their own, and each entry's part of a unit is taken relative to the entry's noise.
+    released = lab.ask(units, plan, listening, STILL)
+    whole = lab.noise_gains(released)
+    ratio = lab.noise(released, whole) / lab.reach(whole) if all(whole.values()) else np.zeros(1)
     steps = listening.drawn / lab.planted.num_weights()
     if steps != plan.steps:
         yield f"a round draws noise for {steps:g} steps, and {plan.steps} are accounted for"
-    if not _close(ratio):
-        yield (
-            f"a round's noise, relative to a unit's part, is {float(np.abs(ratio).mean()):.3g} times what the plan "
-            "says, or does not come from the site's stream"
-        )
-        return
+    for what, found in (("step", one), ("round", ratio)):
+        if not _close(found):
+            yield (
+                f"a {what}'s noise, relative to a unit's part, is {float(np.abs(found).mean()):.3g} times what the "
+                "plan says, or does not come from the site's stream"
+            )
+            return
     real = NoiseStream(lab.audited.entropy("audit/round"))
     # Steps may have different weights (momentum); independent noise then varies by at least 1 / steps of the sum.
-    if not enough_noise(lab.noise(lab.ask(units, plan, real, STILL), gains) * np.sqrt(plan.steps) / reach):
+    if not enough_noise(lab.noise(lab.ask(units, plan, real, STILL), whole) * np.sqrt(plan.steps)):
         yield "a round's noise varies less than that of as many independent steps"
 
 
@@ -268,6 +274,7 @@ def _attack(lab: Lab, observe: Observe) -> tuple[Canaries, Floats]:
     included_M = NoiseStream(audited.entropy("audit/inclusion")).coins(audited.num_canaries, 0.5)
     units = lab.planted.units(included_M, background=True)
     gains = lab.gains(lab.step)
+    weights = lab.weights(gains)
     total = _audited_steps(audited)
     signal_SM: list[Floats] = []
     noise_SWF: list[Floats] = []
@@ -275,7 +282,7 @@ def _attack(lab: Lab, observe: Observe) -> tuple[Canaries, Floats]:
         stream = NoiseStream(audited.entropy(f"audit/round/{round_}"))
         for _ in range(min(plan.steps, total - len(signal_SM))):
             released = lab.ask(units, lab.step, stream)
-            signal_SM.append(lab.signals(released, gains))
+            signal_SM.append(lab.signals(released, gains, weights))
             noise_SWF.append(lab.noise(released, gains))
             observe("audit", len(signal_SM), total)
         if len(signal_SM) == total:

@@ -3,13 +3,13 @@
 Everything is measured relative to what one clipped unit moves, so that neither learning rates nor divisors need to be
 known: noise is right if it is `noise_multiplier` times the largest part of a unit in the release.
 
-# Shapes: M canaries, W rows of all tasks' first weights.
+# Shapes: M canaries, W rows of all entries' first weights; an entry is a task's head or a trunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -39,11 +39,12 @@ class Audited:
         solver: whose `solve` is called.
         plan: of one round.
         tasks: clipped jointly.
-        public_sizes: task -> declared number of units.
+        public_sizes: entry -> declared number of units.
         rounds: of the run.
         delta: of the claim.
         entropy: where the keys of coins and noise come from, by round.
         accountant: what the site would show.
+        trunks: task -> the trunk its records pass, of those that pass one; none where backbones are frozen.
         num_canaries: more give tighter bounds and take longer.
         max_steps: noised sums to ask for at most.
     """
@@ -56,6 +57,7 @@ class Audited:
     delta: float
     entropy: Entropy
     accountant: Accountant
+    trunks: Mapping[str, str] = field(default_factory=dict)
     num_canaries: int = 1000
     max_steps: int = 200
 
@@ -64,7 +66,7 @@ class Audited:
 class Lab:
     """The audited solver with the planted records before it.
 
-    A release is read as task -> (canaries' columns, free columns).
+    A release is read as entry -> (canaries' columns, free columns).
     """
 
     audited: Audited
@@ -96,11 +98,11 @@ class Lab:
         )
         return {
             name: (self.planted.canaries_in(delta, name), self.planted.free_in(delta, name))
-            for name in self.audited.tasks
+            for name in self.planted.heads
         }
 
     def gains(self, plan: Plan, sizes_factor: int = 1, scale: float = 1.0) -> dict[str, float]:
-        """Task -> released change / summed gradient, from clipped canaries without noise."""
+        """Entry -> released change / summed gradient, from clipped canaries without noise."""
         present = self.first(PROBES)
         units = self.planted.units(present, background=False, scale=scale)
         released = self.ask(units, plan, ProbeStream(0.0), sizes_factor)
@@ -109,13 +111,13 @@ class Lab:
             direction = self.planted.direction[name][:, present]
             gains[name] = float((canaries[:, present] * direction).sum() / (direction**2).sum() / self.clip_norm)
             if not np.isfinite(gains[name]) or gains[name] == 0.0:
-                raise RunFailed(f"audit: task {name}: a canary does not reach the release; nothing can be measured")
+                raise RunFailed(f"audit: {name}: a canary does not reach the release; nothing can be measured")
         return gains
 
     def reach(self, gains: Mapping[str, float]) -> float:
         """How far a round of standing weights moves along a canary that takes part in every step; one step is 1.
 
-        As a length over all tasks: weight decay turns a gradient a little from one task to another.
+        As a length over all entries: weight decay turns a gradient a little from one entry to another.
         """
         present = self.first(PROBES)
         units = self.planted.units(present, background=False)
@@ -123,14 +125,39 @@ class Lab:
         parts = [canaries[:, present] / (gains[name] * self.clip_norm) for name, (canaries, _) in released.items()]
         return float(np.linalg.norm(np.concatenate(parts), axis=0).mean())
 
-    def signals(self, released: Mapping[str, tuple[Floats, Floats]], gains: Mapping[str, float]) -> Floats:
-        """signal_M: the release along each canary's direction; a clipped canary's part is 1."""
-        return np.asarray(
-            sum(
-                (canaries * self.planted.direction[name]).sum(axis=0) / (gains[name] * self.clip_norm)
-                for name, (canaries, _) in released.items()
-            )
-        )
+    def noise_gains(self, released: Mapping[str, tuple[Floats, Floats]]) -> dict[str, float]:
+        """Entry -> released change / summed noise, where every noise value was 1 and no record reaches."""
+        claimed = self.audited.plan.noise_multiplier * self.clip_norm
+        return {name: float(free.mean()) / claimed for name, (_, free) in released.items()}
+
+    def weights(self, gains: Mapping[str, float]) -> dict[str, float]:
+        """Entry -> its weight in `signals`: 1 where a release shows as much of a unit as is claimed, more where more.
+
+        A million where noise is missing altogether.
+        """
+        nobody = self.planted.units(self.first(0), background=False)
+        noise_gains = self.noise_gains(self.ask(nobody, self.step, ProbeStream(1.0)))
+        return {name: (gain / max(abs(noise_gains[name]), 1e-3 * abs(gain))) ** 2 for name, gain in gains.items()}
+
+    def signals(
+        self,
+        released: Mapping[str, tuple[Floats, Floats]],
+        gains: Mapping[str, float],
+        weights: Mapping[str, float] | None = None,
+    ) -> Floats:
+        """signal_M: the release along each canary's direction; a clipped canary's part is 1.
+
+        Args:
+            released: by `ask`.
+            gains: by `gains`.
+            weights: of entries, relative to each other; None: all alike.
+        """
+        signal_M, whole_M = np.zeros(self.planted.num_canaries), np.zeros(self.planted.num_canaries)
+        for name, (canaries, _) in released.items():
+            direction, weight = self.planted.direction[name], 1.0 if weights is None else weights[name]
+            signal_M += weight * (canaries * direction).sum(axis=0) / (gains[name] * self.clip_norm)
+            whole_M += weight * (direction**2).sum(axis=0)
+        return signal_M / whole_M
 
     def noise(self, released: Mapping[str, tuple[Floats, Floats]], gains: Mapping[str, float]) -> Floats:
         """W x FREE: released noise / the claimed standard deviation of one step."""

@@ -4,7 +4,10 @@ Features are LIVE ones, then one for each canary, then FREE ones. Background rec
 i is `size` in feature LIVE + i and 0 elsewhere, with a random label for every task; no record touches a free feature.
 So canaries' gradients are orthogonal but for a bias, which a large `size` makes negligible, and each is clipped.
 
-# Shapes: B background units, M canaries, W_t rows of task t's first weight.
+Where a part of a backbone trains, a small stand-in trunk lies below the heads. It hands the features on, and beside
+them what its own layer makes of them: so a canary has a feature, and a gradient, in the heads and in the trunk too.
+
+# Shapes: B background units, M canaries, W_e rows of the first weight of entry e, a head or a trunk.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from common.privacy.audit import Bools, Floats
 from common.privacy.noise import KEY_BYTES, NoiseStream
 from common.tasks import Task
 from common.tasks.multilabel import SEPARATOR
+from common.trunks import stand_in
 from common.types import BadInput, BadRecord, Delta, RunFailed, Unit
 
 LIVE, FREE, BACKGROUND = 8, 32, 20
+
+ADDED = 4
+"""Outputs of a stand-in trunk's layer, large enough that heads' and trunk's gradients are of one size."""
 
 
 @final
@@ -67,8 +74,8 @@ class Planted:
 
     Attributes:
         tasks: the run's tasks.
-        heads: with random weights, zero for all features but the live ones.
-        direction: task -> W_t x M: each canary's gradient in its own feature; over all tasks its norm is 1.
+        heads: and trunks, with random weights, zero for all features but the live ones.
+        direction: entry -> W_e x M: each canary's gradient in its own feature; over all entries its norm is 1.
         everyone: background units, then canaries.
     """
 
@@ -96,32 +103,45 @@ class Planted:
                 records.mask_R[rows],
                 position_U[records.unit_R[rows]],
                 records.weight_R[rows],
+                records.trunk,
             )
         return Units(int(keep_U.sum()), tasks)
 
-    def canaries_in(self, delta: Delta, task: str) -> Floats:
-        """W_t x M: what a release did to the weights of the canaries' features."""
-        return self._columns(delta, task)[:, LIVE : LIVE + self.num_canaries]
+    def canaries_in(self, delta: Delta, entry: str) -> Floats:
+        """W_e x M: what a release did to the weights of the canaries' features."""
+        return self._columns(delta, entry)[:, LIVE : LIVE + self.num_canaries]
 
-    def free_in(self, delta: Delta, task: str) -> Floats:
-        """W_t x FREE: what it did where no record reaches."""
-        return self._columns(delta, task)[:, LIVE + self.num_canaries :]
+    def free_in(self, delta: Delta, entry: str) -> Floats:
+        """W_e x FREE: what it did where no record reaches."""
+        start = LIVE + self.num_canaries
+        return self._columns(delta, entry)[:, start : start + FREE]
+
+    def rows(self) -> dict[str, int]:
+        """Entry -> W_e."""
+        return {name: len(direction) for name, direction in self.direction.items()}
 
     def num_weights(self) -> int:
-        """Trainable parameters of all heads."""
+        """Trainable parameters of all heads and trunks."""
         return sum(part.numel() for head in self.heads.values() for part in head.parameters() if part.requires_grad)
 
-    def _columns(self, delta: Delta, task: str) -> Floats:
-        return delta.heads[task][_first_weight(self.heads[task], task)].astype(np.float64)
+    def _columns(self, delta: Delta, entry: str) -> Floats:
+        return delta.heads[entry][_first_weight(self.heads[entry], entry)].astype(np.float64)
 
 
 def plant(
-    tasks: Mapping[str, Task], *, unit: Unit, clip_norm: float, num_canaries: int, stream: NoiseStream
+    tasks: Mapping[str, Task],
+    trunks: Mapping[str, str],
+    *,
+    unit: Unit,
+    clip_norm: float,
+    num_canaries: int,
+    stream: NoiseStream,
 ) -> Planted:
     """Synthetic records and heads, all from the stream.
 
     Args:
         tasks: task -> its definition.
+        trunks: task -> the trunk its records pass, of those that pass one.
         unit: patients have two records each, examples one.
         clip_norm: canaries are made large enough that it binds.
         num_canaries: M.
@@ -131,14 +151,18 @@ def plant(
         BadInput: a head has no weight for each feature, so that the audit cannot tell canaries apart.
     """
     width = LIVE + num_canaries + FREE
-    heads = initial_heads(tasks, dict.fromkeys(tasks, width), seed=0)
-    for name, head in heads.items():
-        _randomise(head, name, stream)
+    dims = {name: width + ADDED if name in trunks else width for name in tasks}
+    heads = {
+        **initial_heads(tasks, dims, seed=0),
+        **{name: stand_in(width, ADDED) for name in sorted(set(trunks.values()))},
+    }
+    for name, head in sorted(heads.items()):
+        _randomise(head, name, width, stream)
     size = 1e4 * max(1.0, clip_norm) / min(1.0, *(task.scale for task in tasks.values()))
     features_UD = torch.zeros(BACKGROUND + num_canaries, width)
     features_UD[:BACKGROUND, :LIVE] = torch.from_numpy(stream.gaussian((BACKGROUND, LIVE))).float()
     features_UD[BACKGROUND:, LIVE : LIVE + num_canaries] = size * torch.eye(num_canaries)
-    everyone = _units(tasks, heads, features_UD, 2 if unit is Unit.PATIENT else 1, stream)
+    everyone = _units(tasks, trunks, heads, features_UD, 2 if unit is Unit.PATIENT else 1, stream)
     planted = Planted(tasks, heads, {}, everyone)
     return replace(planted, direction=_directions(planted, clip_norm))
 
@@ -150,18 +174,24 @@ def _first_weight(head: nn.Module, task: str) -> str:
     return name
 
 
-def _randomise(head: nn.Module, task: str, stream: NoiseStream) -> None:
+def _randomise(head: nn.Module, entry: str, width: int, stream: NoiseStream) -> None:
     """Weights that let a gradient through every layer, but 0 for features that background records do not use."""
-    first = _first_weight(head, task)
+    first = _first_weight(head, entry)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(torch.from_numpy(0.1 * stream.gaussian(tuple(parameter.shape))))
             if name == first:
-                parameter[:, LIVE:] = 0.0
+                parameter[:, LIVE:width] = 0.0
+                parameter[:, width:] *= 5.0
 
 
 def _units(
-    tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], features_UD: Tensor, records: int, stream: NoiseStream
+    tasks: Mapping[str, Task],
+    trunks: Mapping[str, str],
+    heads: Mapping[str, nn.Module],
+    features_UD: Tensor,
+    records: int,
+    stream: NoiseStream,
 ) -> Units:
     count = len(features_UD)
     unit_R = torch.arange(count).repeat_interleave(records)
@@ -171,7 +201,9 @@ def _units(
         labels_U = torch.stack([_random_label(task, heads[name], stream) for _ in range(count)])
         # Some background units lack a task's label; canaries have all, so that the joint clip is the one under test.
         missing_U = torch.from_numpy(stream.coins(count, 0.2)) & (torch.arange(count) < BACKGROUND)
-        made[name] = TaskRecords.of(features_RD, labels_U[unit_R], ~missing_U[unit_R], unit_R, count)
+        made[name] = TaskRecords.of(
+            features_RD, labels_U[unit_R], ~missing_U[unit_R], unit_R, count, trunk=trunks.get(name)
+        )
     return Units(count, made)
 
 
@@ -195,13 +227,18 @@ def _random_label(task: Task, head: nn.Module, stream: NoiseStream) -> Tensor:
 def _directions(planted: Planted, clip_norm: float) -> dict[str, Floats]:
     """Each canary's clipped gradient, by autograd on the sum: only canary i reaches the weights of its feature."""
     canaries = planted.units(np.ones(planted.num_canaries, dtype=np.bool_), background=False)
-    raw = {}
+    losses = []
     for name, task in planted.tasks.items():
-        head, records = planted.heads[name], canaries.tasks[name]
-        weight = dict(head.named_parameters())[_first_weight(head, name)]
-        losses_R = task.losses(head(records.features_RD), records.labels)
-        gradient = torch.autograd.grad(task.scale * (records.weight_R * losses_R).sum(), weight)[0]
-        raw[name] = gradient[:, LIVE : LIVE + planted.num_canaries].double().numpy()
+        records = canaries.tasks[name]
+        rows_RD = records.features_RD if records.trunk is None else planted.heads[records.trunk](records.features_RD)
+        losses_R = task.losses(planted.heads[name](rows_RD), records.labels)
+        losses.append(task.scale * (records.weight_R * losses_R).sum())
+    weights = [dict(head.named_parameters())[_first_weight(head, name)] for name, head in planted.heads.items()]
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), weights)
+    raw = {
+        name: gradient[:, LIVE : LIVE + planted.num_canaries].double().numpy()
+        for name, gradient in zip(planted.heads, gradients, strict=True)
+    }
     norm_M = np.sqrt(sum((gradient**2).sum(axis=0) for gradient in raw.values()))
     if not (norm_M > 10.0 * clip_norm).all():
         raise RunFailed("audit: a canary's gradient is too small to be clipped; nothing can be measured")

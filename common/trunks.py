@@ -90,6 +90,18 @@ def initial_modules(
     return {**initial_heads(tasks, dims, run.seed), **trunks(run, {name: backbones[name] for name in own.values()})}
 
 
+def stand_in(num_rows: int, num_added: int) -> Trunk:
+    """A small trunk in place of a real one: its features are its inputs, and after them what one trained layer adds.
+
+    Args:
+        num_rows: values of one input.
+        num_added: outputs of the layer.
+    """
+    above = _Beside(num_rows, num_added)
+    features = ProjectionLayer(None, num_rows + num_added)
+    return Trunk(Divided(nn.Identity(), above, (num_rows,)), torch.ones(()), features).open(trainable_in(above))
+
+
 def unfilled_trunk(kind: Kind, encoder: nn.Module, feature_dim: int, trainable: Trainable, key: str) -> Trunk:
     """A trunk as settings alone say it, perhaps without memory (device meta). Raises BadInput."""
     projection = ProjectionLayer(kind.projection, feature_dim)
@@ -97,6 +109,17 @@ def unfilled_trunk(kind: Kind, encoder: nn.Module, feature_dim: int, trainable: 
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Beside(nn.Module):
+    """Inputs with a linear layer's outputs beside them."""
+
+    def __init__(self, num_rows: int, num_added: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(num_rows, num_added)
+
+    def forward(self, rows_BF: Tensor) -> Tensor:
+        return torch.cat([rows_BF, self.layer(rows_BF)], dim=1)
 
 
 def _cuts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, Cut]:

@@ -9,7 +9,7 @@ with at most the stated probability. What is measured, and how, is `client/audit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,11 +172,17 @@ class NoiseScale:
     problems: tuple[str, ...]
 
 
-def noise_scale(noise_SWF: Floats) -> NoiseScale:
+def noise_scale(noise_SWF: Floats, rows: Mapping[str, int]) -> NoiseScale:
     """Whether released noise, divided by its claimed standard deviation, is standard normal and independent.
+
+    The scale is looked at of all entries together and of each: in a large head's noise a small trunk's would drown.
 
     Sums along an axis, divided by the root of its length, have variance 1 too where noise is drawn anew along it: a
     key used again shows over steps, one draw for all classes over weights.
+
+    Args:
+        noise_SWF: of all entries, one after the other along W.
+        rows: entry -> its rows, in that order.
     """
     ratio = float(np.sqrt(np.mean(noise_SWF**2)))
     if not _is_standard(noise_SWF):
@@ -184,6 +190,13 @@ def noise_scale(noise_SWF: Floats) -> NoiseScale:
             ratio, (f"released noise has {ratio:.3g} times the standard deviation that is accounted for",)
         )
     problems = []
+    parts = np.split(noise_SWF, np.cumsum(list(rows.values()))[:-1], axis=1)
+    for name, part in zip(rows, parts, strict=True):
+        if not _is_standard(part):
+            own = float(np.sqrt(np.mean(part**2)))
+            problems.append(
+                f"released noise of {name} has {own:.3g} times the standard deviation that is accounted for"
+            )
     for axis, what in enumerate(("from step to step", "from weight to weight", "from feature to feature")):
         length = noise_SWF.shape[axis]
         if length > 1 and not _is_standard(noise_SWF.sum(axis=axis) / math.sqrt(length)):

@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from opacus.optimizers.optimizer import _mark_as_processed
+from torch import Tensor, nn
 
 from client.audit import AuditResult, audit, audit_run, ledger_epsilon
 from client.audit_lab import Audited
+from client.canaries import ADDED, FREE, LIVE, plant
 from client.ledger import Ledger
-from client.solvers import Solver, open_solver
+from client.solvers import Solver, _private_step, open_solver
 from client.units import TaskRecords, Units
 from common.config import Privacy, RunConfig, parse
 from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.clipping import clip_factors, joint_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.tasks import open_task
 from common.types import BadInput, Delta, Plan, Unit
@@ -355,6 +358,166 @@ def test_more_steps_than_the_plan_says_are_caught() -> None:
     assert "draws noise for 6 steps, and 3 are accounted for" in said(result)
 
 
+# --- planted in a trunk's part of a step -----------------------------------------------------------------------------
+
+TRUNK = "backbone.trunk"
+
+
+def on_a_trunk(frozen: tuple[str, ...] = (), **changes: Any) -> Audited:
+    """The real parts where a part of a backbone trains below all tasks but the frozen ones."""
+    parts = audited(trunk={"learning_rate": 0.2, "weight_decay": 0.01}, **changes)
+    trunks = {name: TRUNK for name in parts.tasks if name not in frozen}
+    return replace(parts, trunks=trunks, public_sizes={**parts.public_sizes, TRUNK: 150})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sampling_rate": 0.25, "steps": 4},
+        {"sampling_rate": 0.02, "steps": 10},
+        {"momentum": 0.5, "weight_decay": 0.01, "clip_norm": 40.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("unit", list(Unit))
+def test_a_run_that_trains_a_trunk_passes(unit: Unit, settings: dict[str, Any]) -> None:
+    result = audit(on_a_trunk(("loop",), tasks=EVERY_KIND, unit=unit, num_canaries=200, **settings))
+    assert said(result) == ""
+    assert result.noise_std_ratio == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("unit", list(Unit))
+def test_canaries_reach_a_trunk_as_much_as_the_heads(unit: Unit) -> None:
+    parts = on_a_trunk()
+    planted = plant(parts.tasks, parts.trunks, unit=unit, clip_norm=0.5, num_canaries=50, stream=NoiseStream(bytes(32)))
+    share_M = (planted.direction[TRUNK] ** 2).sum(axis=0)
+    whole_M = sum((direction**2).sum(axis=0) for direction in planted.direction.values())
+    assert np.allclose(whole_M, 1.0)
+    assert share_M.min() > 0.1 and share_M.max() < 0.9
+
+
+def of_the_trunk(factor: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The trunk's name sorts before the tasks', so its noise is drawn first: its layer's weights and biases."""
+    own = ADDED * (LIVE + 400 + FREE + 1)
+
+    def bend(noise: np.ndarray) -> np.ndarray:
+        scaled = noise.copy()
+        scaled[:own] *= factor
+        return scaled
+
+    return bend
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.9])
+def test_too_little_noise_on_a_trunk_is_caught(factor: float) -> None:
+    result = broken(on_a_trunk(), stream=bent(of_the_trunk(factor)))
+    assert "a step's noise, relative to a unit's part" in said(result)
+    if factor == 0.0:
+        assert result.epsilon_lower_99_9 > result.epsilon_claimed
+    if factor < 0.9:
+        assert "times the standard deviation" in said(result)
+    rows = np.array([ADDED, 3 + 2])  # Of the trunk's layer; of a head for three labels and one for two.
+    assert result.noise_std_ratio == pytest.approx(np.sqrt(rows @ [factor**2, 1.0] / rows.sum()), rel=0.03)
+
+
+def test_too_little_noise_on_a_trunk_does_not_drown_in_a_large_head() -> None:
+    """A sixteenth of the rows with noise of 0.7: all together would still pass."""
+    many = {"kind": "classification", "labels": [f"c{number}" for number in range(60)]}
+
+    def thinner(noise: np.ndarray) -> np.ndarray:
+        """Alike where the noise is the same everywhere, as in the exact checks."""
+        return noise if np.ptp(noise) == 0.0 else of_the_trunk(0.7)(noise)
+
+    result = broken(on_a_trunk(tasks={"c": many}), stream=bent(thinner))
+    assert "released noise of backbone.trunk has 0." in said(result)
+
+
+def clipping(how: Callable[[list[Tensor], list[Tensor], float], tuple[Tensor, Tensor]]) -> type[Any]:
+    """The real optimizer with another rule: (trunk's gradients, heads', clip norm) -> factors of both."""
+
+    class Planted(_private_step.StreamOptimizer):
+        def clip_and_accumulate(self) -> None:
+            gradients = self.grad_samples
+            of_trunk, of_heads = how(gradients[:2], gradients[2:], self.max_grad_norm)
+            for number, parameter in enumerate(self.params):
+                part = torch.einsum("u,u...", of_trunk if number < 2 else of_heads, gradients[number])
+                parameter.summed_grad = part if parameter.summed_grad is None else parameter.summed_grad + part
+                _mark_as_processed(parameter.grad_sample)
+
+    return Planted
+
+
+def factors(gradients: list[Tensor], clip_norm: float) -> Tensor:
+    return clip_factors(joint_norms(gradients).double(), clip_norm)
+
+
+def jointly(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tuple[Tensor, Tensor]:
+    """As it should be."""
+    return (factors([*trunk, *heads], clip_norm),) * 2
+
+
+def by_heads_alone(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tuple[Tensor, Tensor]:
+    """The trunk is left out of the norm."""
+    return (factors(heads, clip_norm),) * 2
+
+
+def each_alone(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tuple[Tensor, Tensor]:
+    """A trunk moves by a clip norm of its own."""
+    return factors(trunk, clip_norm), factors(heads, clip_norm)
+
+
+def heads_only(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tuple[Tensor, Tensor]:
+    """The trunk is not clipped at all."""
+    joint = factors([*trunk, *heads], clip_norm)
+    return torch.ones_like(joint), joint
+
+
+@pytest.mark.parametrize("unit", list(Unit))
+@pytest.mark.parametrize("how", [jointly, by_heads_alone, each_alone, heads_only])
+def test_a_trunk_that_is_not_clipped_jointly_is_caught(
+    how: Callable[..., tuple[Tensor, Tensor]], unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_private_step, "StreamOptimizer", clipping(how))
+    result = audit(on_a_trunk(unit=unit))
+    if how is jointly:
+        assert said(result) == ""
+        return
+    assert "a step's noise, relative to a unit's part" in said(result)
+    assert "times the standard deviation" in said(result) and result.noise_std_ratio < 0.95
+    if how is heads_only:
+        assert "not clipped" in said(result)
+
+
+def test_a_trunk_that_is_not_clipped_is_refuted_by_canaries_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_private_step, "StreamOptimizer", clipping(heads_only))
+    result = audit(on_a_trunk(num_canaries=1000))
+    assert result.epsilon_lower_99_9 > result.epsilon_claimed
+
+
+def miscount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record's part of the trunk's gradient counts for another patient; heads are right."""
+    right = _private_step.unit_of
+
+    def wrong(entry: str, batch: Units) -> Tensor:
+        unit_R = right(entry, batch)
+        return unit_R if entry in batch.tasks else unit_R.roll(1)
+
+    monkeypatch.setattr(_private_step, "unit_of", wrong)
+
+
+def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a patient's trunk gradient is then clipped with another's heads."""
+    miscount(monkeypatch)
+    result = audit(on_a_trunk(unit=Unit.PATIENT))
+    assert "times" in said(result)
+
+
+def test_the_true_number_of_units_as_divisor_of_a_trunk_is_caught() -> None:
+    result = broken(on_a_trunk(), sizes=lambda sizes, units: {**sizes, TRUNK: max(1, units.num_units)})
+    assert "true number of units" in said(result)
+
+
 # --- planted in the sampler ------------------------------------------------------------------------------------------
 
 
@@ -502,3 +665,18 @@ def test_a_run_that_cannot_be_audited_is_refused(changes: dict[str, Any], sizes:
     run = parse(RunConfig, {**RUN, **changes}, base=Path.cwd())
     with pytest.raises(BadInput, match=message):
         audit_run(run, Unit.EXAMPLE, sizes)
+
+
+def test_a_run_with_a_part_of_a_backbone_that_trains_is_audited_through_a_trunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {
+        "backbone": {"kind": "small_cnn", "input_size": 12, "channels": [4, 8], "pool": 2},
+        "trainable": {"backbone": {"from": "input"}},
+        "solver": {**RUN["solver"], "trunk": {"learning_rate": 0.1}},
+    }
+    run = parse(RunConfig, {**RUN, **changes}, base=Path.cwd())
+    sizes = {"loop": 80, "digit": 60}
+    assert said(audit_run(run, Unit.PATIENT, sizes, entropy=SeededEntropy(3))) == ""
+    miscount(monkeypatch)
+    assert "a step's noise" in said(audit_run(run, Unit.PATIENT, sizes, entropy=SeededEntropy(3)))

@@ -116,30 +116,39 @@ def test_the_one_run_p_value_of_pure_privacy_is_a_binomial_tail() -> None:
 # --- conformance -----------------------------------------------------------------------------------------------------
 
 NOISE = np.random.default_rng(1).normal(size=(12, 6, 30))
+ROWS = {"grade": 4, "backbone.trunk": 2}
 
 
 def test_independent_noise_of_the_claimed_scale_conforms() -> None:
-    assert noise_scale(NOISE).problems == ()
+    assert noise_scale(NOISE, ROWS).problems == ()
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.88, 1.15, 2.0])
 def test_noise_of_another_scale_is_named_with_its_ratio(factor: float) -> None:
-    found = noise_scale(factor * NOISE)
+    found = noise_scale(factor * NOISE, ROWS)
     assert found.ratio == pytest.approx(factor, rel=0.05)
     assert "times the standard deviation" in found.problems[0]
+
+
+def test_noise_of_another_scale_in_one_entry_is_named_where_all_together_pass() -> None:
+    noise = np.random.default_rng(3).normal(size=(10, 500, 32))
+    noise[:, -2:] *= 0.8
+    assert noise_scale(noise, {"all": 500}).problems == ()
+    (problem,) = noise_scale(noise, {"grade": 498, "backbone.trunk": 2}).problems
+    assert "of backbone.trunk has 0." in problem
 
 
 @pytest.mark.parametrize(("axis", "what"), [(0, "step to step"), (1, "weight to weight"), (2, "feature to feature")])
 def test_noise_that_is_used_again_is_named_by_where(axis: int, what: str) -> None:
     again = np.broadcast_to(np.take(NOISE, [0], axis=axis), NOISE.shape)
     # Scaled so that its size is right: only the repetition is left to be seen.
-    assert any(what in problem for problem in noise_scale(again / np.sqrt(np.mean(again**2))).problems)
+    assert any(what in problem for problem in noise_scale(again / np.sqrt(np.mean(again**2)), ROWS).problems)
 
 
 def test_a_key_that_is_used_for_two_rounds_is_seen_among_many() -> None:
     noise = np.random.default_rng(2).normal(size=(20, 6, 60))
     noise[1::2] = noise[::2]
-    assert noise_scale(noise).problems == ("released noise repeats itself from step to step",)
+    assert noise_scale(noise, ROWS).problems == ("released noise repeats itself from step to step",)
 
 
 def test_too_little_noise_is_seen_and_more_is_allowed() -> None:
