@@ -62,7 +62,7 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
 
 
 def _open(config: SiteConfig, name: str) -> tuple[Source, list[Member]]:
-    kind = open_source(config.sources[name], f"sources.{name}")
+    kind = open_source(config.sources[name], f"sources.{name}", config.plugins)
     exclusions = Exclusions.read(config.state_dir)
     opened = exclusions.applied(kind.open())
     index = opened.index()

@@ -287,7 +287,8 @@ class Fleet:
     def _unknown(self, what: str) -> str:
         return (
             f"{what}: send {self._coordinator.key}.pub to the coordinator's staff, who admit it with "
-            "`python -m server admit`; a key that was removed stays revoked, then `python -m client init` a new folder"
+            "`python -m server admit`; a key that was removed stays revoked: `python -m client init DIR --new-key` "
+            "makes another"
         )
 
 

@@ -31,6 +31,7 @@ from rich.table import Table
 from client.budget import affordable_rounds, history_of, share_of, shown
 from client.history import History
 from client.limits import refuse_what_does_not_fit, trained_in, untrained_modules
+from client.records import check_values
 from client.share import evaluation_mechanism, evaluations_left, unspent
 from client.site import DeclinedRequest, Joined, check_allowed, plan_of
 from common.config import NoisedEvaluation, RunConfig, SiteConfig
@@ -253,6 +254,11 @@ def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
 def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast) -> list[str]:
     """Why its result cannot be what was asked for."""
     found = []
+    for name, task in joined.tasks(config).items():
+        try:
+            check_values(name, task, config.tasks[name])
+        except BadInput as error:
+            found.append(f"{error}; records with that value would be left out")
     asked = joined.run.evaluation
     if asked is not None and config.evaluation == "local":
         found.append("the site would send no evaluation: its file says `local`")

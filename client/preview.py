@@ -51,7 +51,7 @@ def write_previews(config: SiteConfig, offers: Mapping[str, RunConfig]) -> list[
 
 def _preview(config: SiteConfig, name: str, kind: Kind | None) -> Preview:
     exclusions = Exclusions.read(config.state_dir)
-    source = exclusions.applied(open_source(config.sources[name], f"sources.{name}").open())
+    source = exclusions.applied(open_source(config.sources[name], f"sources.{name}", config.plugins).open())
     usable = sorted(set(range(len(source.index()))) - exclusions.positions(source.index()))
     chosen = sorted({round(at) for at in np.linspace(0, max(0, len(usable) - 1), _COLUMNS * _ROWS)})
     tiles: list[Image.Image] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from client.features import Features
 from client.sources import Record
 from common.cells import position as cell_position
-from common.config import SiteTask, Split
+from common.config import SimulatedTask, SiteTask, Split
 from common.errors import instead
 from common.tasks import Task
 from common.types import BadInput, BadRecord, Unit
@@ -221,6 +221,20 @@ def _label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, 
         return task.encode([_mapped(own, cell) for cell in cells]), None
     except BadRecord as error:
         return None, str(error) if own.unmapped == "refuse" else None
+
+
+def check_values(name: str, task: Task, own: SiteTask | SimulatedTask) -> None:
+    """Whether local values are mapped to values of the task; a typo there would leave out every record that has one.
+
+    Raises:
+        BadInput: one is not.
+    """
+    # A value of one of several columns means nothing by itself.
+    for local, value in (own.values or {}).items() if isinstance(own.column, str) else ():
+        try:
+            task.encode([value])
+        except BadRecord as error:
+            raise BadInput(f"tasks.{name}.values.{local}: {error}, got {value!r}") from error
 
 
 def _mapped(own: SiteTask, cell: str) -> str:

@@ -277,7 +277,7 @@ def _finish(path: Path, state: RunState) -> None:
     if failed[-1]["event"] == "run_failed":
         raise RunFailed(f"run {path.name}: {failed[-1]['reason']}")
     summary = json.loads((path / "summary.json").read_bytes())
-    Console(width=None if sys.stdout.isatty() else 100).print(tables(summary))
+    Console(width=None if sys.stdout.isatty() else 100).print(tables(summary), crop=False)
     typer.echo(f"results: {path}")
     problems = list(failures(summary))
     for problem in problems:

@@ -221,6 +221,7 @@ backbone:
   kind: torchvision
   model: mobilenet_v2
   weights: ./mobilenet_v2.safetensors     # a file beside this one, or a torchvision name such as IMAGENET1K_V2
+  preprocess: {resize: 256, crop: 224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
   projection: {dim: 128, shift: batch_norm, normalize: true}
 tasks:
   finding: {kind: classification, labels: [normal, pneumonia]}

@@ -113,8 +113,10 @@ def _evaluations(facts: Facts) -> Facts:
 def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
     evaluations = _evaluations(facts)
     sites: dict[str, Any] = {}
-    for fact in facts:
+    joined_at: dict[str, int] = {}
+    for position, fact in enumerate(facts):
         if fact["event"] == "joined":
+            joined_at.setdefault(fact["site"], position)
             sites[fact["site"]] = {
                 "status": "completed",
                 "reason": None,
@@ -127,8 +129,10 @@ def _sites(facts: Facts, rounds: Facts) -> dict[str, Any]:
                 "evaluations": sum(fact["site"] in item["noise"] for item in evaluations),
                 "left_out": None,
             }
-    for fact in facts:
+    for position, fact in enumerate(facts):
         if fact["event"] == "set_aside":
+            if position < joined_at.get(fact["site"], 0):
+                continue  # Asked again, it joined: its staff had not approved the run yet.
             empty = dict.fromkeys(("epsilon", "delta", "unit", "relation", "budget_epsilon", "left_out"))
             site = sites.setdefault(fact["site"], {**empty, "rounds": 0, "evaluations": 0})
             declined = fact["reason"].startswith("declined")

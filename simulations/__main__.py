@@ -178,7 +178,7 @@ def _finish(summary: Summary, config: SimulationConfig, as_json: bool) -> None:
         typer.echo(json.dumps(summary, indent=2))
     else:
         # A pipe has no width of its own; tables need about a hundred columns.
-        Console(width=None if sys.stdout.isatty() else 100).print(tables(summary))
+        Console(width=None if sys.stdout.isatty() else 100).print(tables(summary), crop=False)
         typer.echo(f"results: {summary['path']}")
     problems = [*failures(summary), *_missed(summary, config)]
     for problem in problems:

@@ -20,6 +20,7 @@ from client.app import make_app
 from client.data import PROBLEMS
 from client.limits import untrained_modules
 from client.metrics import Values
+from client.records import check_values
 from client.site import Site
 from client.solvers import open_solver
 from client.sources import open_source
@@ -104,6 +105,8 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
     solver.check_heads(untrained_modules(run, tasks))
+    for name, task in tasks.items():
+        check_values(name, task, config.tasks[name])
     if run.audit == "required" and privacy is None:
         raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
     if config.non_private_solver is not None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from client.data import open_units, prepare
+from client.data_checks import data_checks
 from client.features import FeatureStore
+from client.preview import write_previews
 from client.sources import open_source
 from common.backbones import open_pretrained
 from common.config import SiteConfig
@@ -92,6 +94,14 @@ def test_a_sites_own_source_kind_is_used_from_the_folder_its_file_names(tmp_path
     units = open_units(tmp_path / "run" / "data", "train", ["colour"], cpu)
     np.testing.assert_array_equal(units.tasks["colour"].features_RD.numpy(), [[1, 2, 3, 4], [5, 6, 7, 8]])
     assert units.tasks["colour"].labels.tolist() == [0, 2]
+
+
+def test_check_and_preview_open_a_sites_own_kind_too(tmp_path: Path) -> None:
+    config = site(tmp_path)
+    found = {what: (verdict, said) for what, verdict, said, *_ in data_checks(config, {})}
+    assert found["source records"] == ("pass", "2 records, 2 of them opened")
+    (preview,) = write_previews(config, {})
+    assert preview.source == "records"
 
 
 def test_without_the_folder_the_kind_is_unknown_and_the_nearest_is_named(tmp_path: Path) -> None:

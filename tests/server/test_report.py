@@ -110,3 +110,12 @@ def test_a_plan_other_than_the_runs_is_refused(noise: float, unit: Unit) -> None
     plan = Plan(sampling_rate=1.0, steps=1, clip_norm=1.0, noise_multiplier=noise, unit=unit)
     with pytest.raises(BadInput, match="expected a plan"):
         check_plan(plan, run_config())
+
+
+def test_a_site_that_joined_when_it_was_asked_again_is_not_partial(facts: list[dict[str, Any]]) -> None:
+    joined = next(index for index, fact in enumerate(facts) if fact["event"] == "joined" and fact["site"] == "east")
+    waiting = {**facts[joined], "event": "set_aside", "reason": "declined: not_approved"}
+    before = summarize([*facts[:joined], waiting, *facts[joined:]])["sites"]["east"]
+    assert (before["status"], before["reason"]) == ("completed", None)
+    after = summarize([*facts[: joined + 1], waiting, *facts[joined + 1 :]])["sites"]["east"]
+    assert (after["status"], after["reason"]) == ("partial", "declined: not_approved")

@@ -90,6 +90,11 @@ def test_an_expectation_without_its_baseline_is_refused(command: Command) -> Non
     refused(result, 2, "baselines: expected random_backbone", "--set expect={}")
 
 
+def test_a_value_that_is_mapped_to_no_label_is_refused_instead_of_leaving_its_records_out(command: Command) -> None:
+    refused(command("check", "tasks.colour.values={r: red, b: blu}"), 2, "tasks.colour.values.b", "'blu'")
+    assert command("check", "tasks.colour.values={r: red, b: blue}").exit_code == 0
+
+
 def test_check_validates_and_runs_nothing(command: Command, tmp_path: Path) -> None:
     result = command("check")
     assert result.exit_code == 0 and "valid" in result.stdout
@@ -212,6 +217,9 @@ def test_a_bad_record_stops_or_is_skipped_as_the_file_says(
     assert [item["records"] for item in left_out] == [1]
     listed = Path(left_out[0]["listed"]).read_text()
     assert "rows.csv,181" in listed and "CANARY" not in listed
+    # A path is for copying: it is whole, however long.
+    (line,) = [line for line in command("run", "on_bad_record=skip").stdout.splitlines() if "listed in" in line]
+    assert Path(line.rpartition("listed in ")[2]).is_file()
 
 
 def test_missing_and_unreadable_images_are_named_by_row_and_the_run_goes_on(
