@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -194,6 +194,7 @@ class RunConfig(Frozen):
         unknown = sorted(set(self.trainable) - set(names))
         if unknown:
             raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
+        _check_task_rates(self.solver, self.tasks, "solver")
         rated = self.solver.settings().get("trunk") is not None
         if self.trainable and not rated:
             # The heads' rate is tens of times what a trained network bears.
@@ -494,6 +495,8 @@ class SimulationConfig(Frozen):
         if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
         other = self.non_private_solver
+        if other is not None:
+            _check_task_rates(other, self.run.tasks, "non_private_solver")
         if self.run.trainable and other is not None and other.settings().get("trunk") is None:
             raise ValueError("non_private_solver.trunk: expected a learning rate of its own for `trainable`, got none")
         if self.expect and "random_backbone" not in self.baselines:
@@ -540,6 +543,15 @@ def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model
     values = read_yaml(path, overrides)
     _refuse_another_file(model, values, path)
     return parse(model, values, base=path.resolve().parent)
+
+
+def _check_task_rates(solver: Spec, tasks: Collection[str], key: str) -> None:
+    """Refuse rates of a task that the run does not have: they would never be used."""
+    rates = solver.settings().get("tasks")
+    unknown = sorted(set(rates) - set(tasks)) if isinstance(rates, Mapping) else []
+    if unknown:
+        known = ", ".join(tasks)
+        raise ValueError(f"{key}.tasks: expected some of {known}, got {unknown[0]!r}{nearest(unknown[0], tasks)}")
 
 
 def _refuse_another_file(model: type[BaseModel], values: Mapping[str, Any], path: Path) -> None:

@@ -208,7 +208,7 @@ def _missed(summary: Summary, config: SimulationConfig) -> list[str]:
 def _sweep_table(rows: list[Row]) -> Table:
     table = Table(title="sweep: mean and standard deviation over seeds", title_justify="left")
     for name in (*(rows[0].values if rows else ()), "task", "metric", "mean", "std", "runs"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         values = [str(value) for value in row.values.values()]
         table.add_row(*values, row.task, row.metric, f"{row.mean:.3f}", f"{row.std:.3f}", str(row.runs))

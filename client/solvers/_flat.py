@@ -45,13 +45,13 @@ class Flat:
             for name, head in self.heads.items()
         }
 
-    def divisors(self, expected: Mapping[str, float]) -> Tensor | float:
+    def per_value(self, of_task: Mapping[str, float]) -> Tensor | float:
         """Task -> number, for each value of the vector; one number where it is the same for all."""
-        if len(set(expected.values())) == 1:
-            return next(iter(expected.values()))
+        if len(set(of_task.values())) == 1:
+            return next(iter(of_task.values()))
         device = next(next(iter(self.heads.values())).parameters()).device
         per_task = [
-            torch.full((sum(part.numel() for part in head.parameters()),), expected[name], dtype=torch.double)
+            torch.full((sum(part.numel() for part in head.parameters()),), of_task[name], dtype=torch.double)
             for name, head in self.heads.items()
         ]
         return torch.cat(per_task).to(device)

@@ -123,7 +123,11 @@ def expected_units(plan: Plan, public_sizes: Mapping[str, int]) -> dict[str, flo
 
 
 def groups(
-    heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], rates: Rates, trunk: Rates | None
+    heads: Mapping[str, nn.Module],
+    tasks: Mapping[str, Task],
+    rates: Rates,
+    own_rates: Mapping[str, Rates],
+    trunk: Rates | None,
 ) -> list[dict[str, Any]]:
     """What trains, with its rates, as torch's optimizers take it: one group for each entry, in the entries' order.
 
@@ -131,6 +135,7 @@ def groups(
         heads: entry -> module, trunks among them.
         tasks: an entry that is none of them is a trunk.
         rates: of the heads.
+        own_rates: of the heads of some tasks instead.
         trunk: of the trunks; None: the heads'.
     """
     return [
@@ -140,7 +145,7 @@ def groups(
             "weight_decay": own.weight_decay,
         }
         for name, head in heads.items()
-        for own in [rates if name in tasks or trunk is None else trunk]
+        for own in [own_rates.get(name, rates) if name in tasks or trunk is None else trunk]
     ]
 
 

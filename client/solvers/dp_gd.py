@@ -59,6 +59,7 @@ class DpGd(Plugin):
         learning_rate: of the step on the noised mean gradient.
         momentum: of that step; costs no privacy.
         weight_decay: of that step; costs no privacy.
+        tasks: learning rate and decay of the heads of some tasks instead, by the task's name.
     """
 
     kind: Literal["dp_gd"]
@@ -69,6 +70,7 @@ class DpGd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    tasks: Mapping[str, _objective.Rates] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +125,12 @@ class DpGd(Plugin):
         flat = Flat.of(heads)
         start = flat.vector()
         weights = start.clone()
-        divisors = flat.divisors(_objective.expected_units(plan, public_sizes))
+        divisors = flat.per_value(_objective.expected_units(plan, public_sizes))
+        default = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        rates = {name: self.tasks.get(name, default) for name in flat.heads}
+        learning_rate = flat.per_value({name: own.learning_rate for name, own in rates.items()})
+        weight_decay = flat.per_value({name: own.weight_decay for name, own in rates.items()})
+        decays = any(own.weight_decay for own in rates.values())
         deviation = plan.noise_multiplier * plan.clip_norm
         velocity = torch.zeros_like(weights) if self.momentum else None
         usable = _objective.usable(units)
@@ -142,11 +149,14 @@ class DpGd(Plugin):
                     _add_clipped(sums, parts, slopes, batch, size, clip_norm=plan.clip_norm)
                 step = released(total, deviation, normals).div_(divisors).to(weights)
                 # The update of torch.optim.SGD.
-                if self.weight_decay:
-                    step.add_(weights, alpha=self.weight_decay)
+                if decays:
+                    step.add_(weights * weight_decay)
                 if velocity is not None:
                     step = velocity.mul_(self.momentum).add_(step)
-                weights.sub_(step, alpha=self.learning_rate)
+                if isinstance(learning_rate, float):
+                    weights.sub_(step, alpha=learning_rate)
+                else:
+                    weights.sub_(step * learning_rate)
         return _objective.checked(flat.by_task(weights - start))
 
 

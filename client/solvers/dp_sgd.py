@@ -42,6 +42,7 @@ class DpSgd(Plugin):
         learning_rate: of SGD on the noised mean gradient.
         momentum: of that SGD; costs no privacy.
         weight_decay: of that SGD; costs no privacy.
+        tasks: learning rate and decay of the heads of some tasks instead, by the task's name.
         trunk: learning rate and decay of the part of a backbone that trains, where one does; null: the heads'.
     """
 
@@ -53,6 +54,7 @@ class DpSgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    tasks: Mapping[str, _objective.Rates] = Field(default_factory=dict)
     trunk: _objective.Rates | None = None
 
     @classmethod
@@ -102,7 +104,7 @@ class DpSgd(Plugin):
         copies = _objective.trainable_copies(heads)
         with_record_gradients(copies)
         rates = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        groups = _objective.groups(copies, tasks, rates, self.trunk)
+        groups = _objective.groups(copies, tasks, rates, self.tasks, self.trunk)
         sgd = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         divisors = _objective.expected_units(plan, public_sizes)
         of_parameter = [divisors[name] for name, head in copies.items() for p in head.parameters() if p.requires_grad]

@@ -31,6 +31,7 @@ class Sgd(Plugin):
         learning_rate: of the step on the mean gradient.
         momentum: of that step.
         weight_decay: of that step.
+        tasks: learning rate and decay of the heads of some tasks instead, by the task's name.
         trunk: learning rate and decay of the part of a backbone that trains, where one does; null: the heads'.
     """
 
@@ -41,6 +42,7 @@ class Sgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    tasks: Mapping[str, _objective.Rates] = Field(default_factory=dict)
     trunk: _objective.Rates | None = None
 
     @classmethod
@@ -80,7 +82,7 @@ class Sgd(Plugin):
         """
         copies = _objective.trainable_copies(heads)
         rates = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        groups = _objective.groups(copies, tasks, rates, self.trunk)
+        groups = _objective.groups(copies, tasks, rates, self.tasks, self.trunk)
         optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         divisors = _objective.expected_units(plan, public_sizes)
         usable = _objective.usable(units)

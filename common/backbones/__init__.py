@@ -219,7 +219,7 @@ def from_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
     if _canonical(kind.resolved()) != blob.spec:
         raise BadInput("backbone: expected resolved settings without any location of weights")
     with torch.random.fork_rng(devices=[]):
-        return _frozen(kind, state, "backbone: the received weights")
+        return _frozen(kind, kind.architecture(), state, "backbone: the received weights")
 
 
 def check_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> dict[str, Tensor]:
@@ -248,15 +248,16 @@ def _assemble(kind: Kind, weights: Callable[[], Pretrained], key: str) -> Backbo
         parts = weights()
         state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
         state["scale"] = torch.tensor(parts.scale)
-        projection = projection_state(kind.projection, parts.classifier_KD, parts.shift_D)
+        resolved = kind.resolved()
+        encoder = resolved.architecture()
+        projection = projection_state(kind.projection, encoder.feature_dim, parts.classifier_KD, parts.shift_D)
         state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
-        return _frozen(kind.resolved(), state, "weights")
+        return _frozen(resolved, encoder, state, "weights")
     except BadInput as error:
         raise BadInput(f"{key}.{error}") from error
 
 
-def _frozen(resolved: Kind, state: Mapping[str, Tensor], source: str) -> Backbone:
-    encoder = resolved.architecture()
+def _frozen(resolved: Kind, encoder: Architecture, state: Mapping[str, Tensor], source: str) -> Backbone:
     projection = ProjectionLayer(resolved.projection, encoder.feature_dim)
     module = FrozenEncoder(encoder.module, projection)
     load_strict(module, state, source)

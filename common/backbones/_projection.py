@@ -1,6 +1,6 @@
 """A fixed projection of features, made from public weights only (PRIVACY.md, section 5).
 
-# Shapes: B examples, D raw features, P projected features, K classes of the pre-training.
+# Shapes: B examples, D raw features, P projected features, K classes of the pre-training, R random features.
 
 Fewer dimensions mean less noise under the same privacy, and normalised features bound each record's gradient. Nothing
 here depends on a private record: the directions are the classifier's, the shift is the last BatchNorm's.
@@ -35,19 +35,36 @@ _ACTIVATIONS = (
 )
 
 
+class Kernel(Frozen):
+    """Random Fourier features (Rahimi and Recht 2007): a linear head on them is one on a Gaussian kernel.
+
+    The head stays linear, convex and cheap under privacy, and yet follows curved borders; on normalised features each
+    record's gradient stays bounded. Frequencies and phases are the same in every federation.
+
+    Attributes:
+        width: w of exp(-|x - y|^2 / 2 w^2), in the units of the features, after `normalize`.
+        dim: R, how many; the kernel is met to about 1 / sqrt(R).
+    """
+
+    width: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    dim: Annotated[int, Field(ge=1, le=65536)]
+
+
 class Projection(Frozen):
-    """What happens to the encoder's features before they leave the backbone: shift, then project, then normalise.
+    """What happens to the encoder's features before they leave the backbone: shift, project, normalise, kernel.
 
     Attributes:
         dim: number of top right singular vectors of the pre-training classifier's weights (minus their class mean) to
             project on; null keeps the features as they are.
         shift: `batch_norm` subtracts the mean that the last BatchNorm's parameters predict after its ReLU.
         normalize: whether features are divided by their L2 norm.
+        kernel: random Fourier features of what is left; null for none.
     """
 
     dim: Annotated[int, Field(ge=1)] | None = None
     shift: Literal["none", "batch_norm"] = "none"
     normalize: bool
+    kernel: Kernel | None = None
 
 
 @final
@@ -56,6 +73,8 @@ class ProjectionLayer(nn.Module):
 
     shift: Tensor
     matrix: Tensor
+    frequencies: Tensor
+    phases: Tensor
 
     def __init__(self, settings: Projection | None, encoder_dim: int) -> None:
         super().__init__()
@@ -65,22 +84,30 @@ class ProjectionLayer(nn.Module):
             self.register_buffer("shift", torch.zeros(encoder_dim))
         if self._settings.dim is not None:
             self.register_buffer("matrix", torch.zeros(encoder_dim, self._settings.dim))
+        kernel = self._settings.kernel
+        if kernel is not None:
+            self.register_buffer("frequencies", torch.zeros(self.out_dim, kernel.dim))
+            self.register_buffer("phases", torch.zeros(kernel.dim))
+            self.out_dim = kernel.dim
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """features_BP; a feature vector of zeros stays zero."""
+        """features_BP, or features_BR; without a kernel, a feature vector of zeros stays zero."""
         if self._settings.shift != "none":
             features_BD = features_BD - self.shift
         features_BP = features_BD if self._settings.dim is None else features_BD @ self.matrix
-        if not self._settings.normalize:
+        if self._settings.normalize:
+            features_BP = nn.functional.normalize(features_BP, dim=1)
+        if self._settings.kernel is None:
             return features_BP
-        unit_BP: Tensor = nn.functional.normalize(features_BP, dim=1)
-        return unit_BP
+        angles_BR = features_BP @ self.frequencies + self.phases
+        features_BR: Tensor = angles_BR.cos() * math.sqrt(2.0 / self.out_dim)
+        return features_BR
 
 
 def projection_state(
-    settings: Projection | None, classifier_KD: Tensor | None, shift_D: Tensor | None
+    settings: Projection | None, encoder_dim: int, classifier_KD: Tensor | None, shift_D: Tensor | None
 ) -> dict[str, Tensor]:
-    """The buffers of a `ProjectionLayer`.
+    """The buffers of a `ProjectionLayer` after an encoder of `encoder_dim` features.
 
     Raises:
         BadInput: the settings ask for what the pre-training did not leave; names the key.
@@ -99,7 +126,17 @@ def projection_state(
         if classifier_KD is None:
             raise BadInput(f"projection.dim: expected null for weights without a classifier, got {settings.dim}")
         state["matrix"] = top_directions(classifier_KD, settings.dim)
+    if settings.kernel is not None:
+        state |= _random_features(settings.kernel, settings.dim or encoder_dim)
     return state
+
+
+def _random_features(kernel: Kernel, dim: int) -> dict[str, Tensor]:
+    # Numpy's generator: its numbers are the same on every machine, and so the digest.
+    rng = np.random.default_rng(0)
+    frequencies_PR = rng.standard_normal((dim, kernel.dim)) / kernel.width
+    phases_R = rng.uniform(0.0, 2.0 * math.pi, kernel.dim)
+    return {"frequencies": torch.from_numpy(frequencies_PR).float(), "phases": torch.from_numpy(phases_R).float()}
 
 
 def top_directions(classifier_KD: Tensor, dim: int) -> Tensor:

@@ -35,7 +35,7 @@ class LogMel(Plugin):
         sample_rate: recordings are resampled to it.
         bands: number of mel bands; there are two features for each.
         range_hz: lowest and highest frequency.
-        projection: only its `normalize` is possible here.
+        projection: its `dim` and `shift` are not possible here.
     """
 
     kind: Literal["log_mel"] = "log_mel"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -113,9 +113,10 @@ def plan(steps: int = 1, rate: float = 1.0, clip_norm: float = 1.0) -> Plan:
 
 
 def solve(
-    kind: str, tasks: Mapping[str, Task], units: Units, numbers: Plan, stream: NoiseStream, **changes: float
+    kind: str, tasks: Mapping[str, Task], units: Units, numbers: Plan, stream: NoiseStream, /, **changes: Any
 ) -> Delta:
     spec = {"kind": kind, "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0, **changes}
+    spec = {key: value for key, value in spec.items() if value is not None}
     sizes = {name: max(1, units.num_units) for name in tasks}
     made = heads(tasks)
     return open_solver(spec, "solver").solve(made, tasks, units, plan=numbers, public_sizes=sizes, stream=stream)
@@ -177,10 +178,27 @@ def test_how_a_feature_map_lies_in_memory_changes_nothing(kind: str) -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_whole_round_with_momentum_and_decay_is_opacus_own(shared: bool) -> None:
     units = site(VECTORS, 4, 40, 2, shared=shared)
-    changes = {"momentum": 0.9, "weight_decay": 0.01, "learning_rate": 0.3}
+    changes: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.01, "learning_rate": 0.3}
+    if not shared:
+        changes["tasks"] = {"grade": {"learning_rate": 0.05, "weight_decay": 0.3}}
     several = plan(8, 0.5, 0.7)
     ours, theirs = (solve(kind, VECTORS, units, several, NoiseStream(KEY), **changes) for kind in ("dp_gd", "dp_sgd"))
     assert difference(ours, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["dp_gd", "dp_sgd", "sgd"])
+def test_a_task_moves_by_a_rate_of_its_own_where_the_solver_names_one(kind: str) -> None:
+    units = site(VECTORS, 3, 30, 1)
+    numbers = Plan(1.0, 1, None, 0.0, Unit.PATIENT) if kind == "sgd" else plan()
+    changes = {"clip_norm": None} if kind == "sgd" else {}
+    same, own = (
+        solve(kind, VECTORS, units, numbers, SilentStream(KEY), **changes, **rates)
+        for rates in ({}, {"tasks": {"grade": {"learning_rate": 0.25}}})
+    )
+    for name, head in own.heads.items():
+        for key, value in head.items():
+            expected = same.heads[name][key] * (0.25 if name == "grade" else 1.0)
+            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
 def one_at_a_time(tasks: Mapping[str, Task], units: Units, clip_norm: float) -> dict[str, list[np.ndarray]]:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import nn
 
+from common.backbones import from_blob, open_pretrained
 from common.backbones._projection import (
+    Kernel,
     Projection,
     ProjectionLayer,
     batch_norm_shift,
@@ -21,6 +23,7 @@ from common.backbones._projection import (
     top_directions,
 )
 from common.backbones._weights import load_strict
+from common.plugins import resolve
 from common.types import BadInput
 
 
@@ -113,7 +116,7 @@ def test_the_layer_shifts_then_projects_then_normalises() -> None:
     asked = Projection(dim=2, shift="batch_norm", normalize=True)
     classifier, shift = random_classifier(), torch.linspace(0, 1, 9)
     layer = ProjectionLayer(asked, 9)
-    load_strict(layer, projection_state(asked, classifier, shift), "test")
+    load_strict(layer, projection_state(asked, 9, classifier, shift), "test")
     features = torch.randn(5, 9)
     expected = (features.numpy() - shift.numpy()) @ top_directions(classifier, 2).numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
@@ -127,8 +130,35 @@ def test_normalising_keeps_a_vector_of_zeros() -> None:
     assert layer.out_dim == 3
 
 
+def test_products_of_random_features_are_a_gaussian_kernel_of_the_normalised_features() -> None:
+    asked = Projection(dim=4, normalize=True, kernel=Kernel(width=0.7, dim=20_000))
+    classifier = random_classifier()
+    layer = ProjectionLayer(asked, 9)
+    load_strict(layer, projection_state(asked, 9, classifier, None), "test")
+    features = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    found = layer(features)
+    unit = nn.functional.normalize(features @ top_directions(classifier, 4), dim=1).double()
+    expected = torch.exp(-(torch.cdist(unit, unit) ** 2) / (2 * 0.7**2))
+    assert layer.out_dim == found.shape[1] == 20_000
+    # A product's standard deviation is at most 1 / sqrt(R).
+    torch.testing.assert_close((found @ found.T).double(), expected, rtol=0, atol=5 / math.sqrt(20_000))
+
+
+def test_a_kernel_is_part_of_the_backbone_that_is_sent() -> None:
+    settings = {"kind": "identity", "dim": 3, "projection": {"normalize": True, "kernel": {"width": 0.5, "dim": 7}}}
+    kind = resolve("common.backbones", settings, "backbone")
+    opened = open_pretrained(kind, "backbone")
+    received = from_blob(opened.blob())
+    features = torch.randn(2, 3)
+    assert received.feature_dim == 7
+    assert torch.equal(received.encode(features), opened.encode(features))
+    assert opened.digest == open_pretrained(kind, "backbone").digest
+    wider = resolve("common.backbones", {**settings, "projection": {"normalize": True}}, "backbone")
+    assert open_pretrained(wider, "backbone").digest != opened.digest
+
+
 def test_what_the_weights_do_not_allow_is_refused_by_key() -> None:
     with pytest.raises(BadInput, match=r"^projection\.dim: expected null"):
-        projection_state(Projection(dim=2, normalize=False), None, None)
+        projection_state(Projection(dim=2, normalize=False), 9, None, None)
     with pytest.raises(BadInput, match=r"^projection\.shift: expected 'none'"):
-        projection_state(Projection(shift="batch_norm", normalize=False), random_classifier(), None)
+        projection_state(Projection(shift="batch_norm", normalize=False), 9, random_classifier(), None)

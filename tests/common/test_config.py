@@ -229,6 +229,14 @@ def test_rates_of_a_trunk_need_something_that_trains() -> None:
     assert parse(RunConfig, {**rated, "trainable": {}}, base=Path()).trainable == {}
 
 
+def test_rates_of_a_task_that_is_not_there_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"solver\.tasks: expected some of .*got 'nobody'"):
+        parse(RunConfig, changed(RUN, "solver.tasks", {"nobody": {"learning_rate": 0.1}}), base=Path())
+    name = next(iter(RUN["tasks"]))
+    own = changed(RUN, "solver.tasks", {name: {"learning_rate": 0.1}})
+    assert parse(RunConfig, own, base=Path()).solver.settings()["tasks"] == {name: {"learning_rate": 0.1}}
+
+
 def test_a_file_of_another_owner_is_called_what_it_is(tmp_path: Path) -> None:
     files = {RunConfig: RUN, SiteConfig: SITE, SimulationConfig: {"run": RUN, "partition": {"kind": "iid"}}}
     names = {RunConfig: "run file", SiteConfig: "site file", SimulationConfig: "simulation file"}
