@@ -155,6 +155,8 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _
     Raises:
         BadInput: the folder is not a run's, or the run has already ended.
     """
+    if not (folder / "config.yaml").is_file():
+        raise BadInput(f"{folder}: there is no run at this path; `resume` takes the folder of an interrupted run")
     config = load(SimulationConfig, folder / "config.yaml")
     if (folder / "summary.json").exists():
         raise BadInput(f"{folder}: expected a run that was interrupted, got one that has ended")

@@ -165,6 +165,21 @@ def test_a_wrong_setting_is_one_sentence(command: Command, override: str, said: 
     refused(command("check", override), 2, *said)
 
 
+def test_a_sentence_about_several_keys_begins_with_one_of_them(command: Command) -> None:
+    overrides = ("baselines=[]", "expect={colour: beats_random_backbone}")
+    refused(command("check", *overrides), 2, "error: baselines: expected random_backbone")
+
+
+def test_a_trainable_backbone_with_dp_gd_is_told_which_solver_trains_it(command: Command) -> None:
+    overrides = ("run.solver.kind=dp_gd", "run.trainable={backbone: {from: input}}")
+    refused(command("check", *overrides), 2, "solver.kind: a trainable part of a backbone", "needs dp_sgd", "got dp_gd")
+
+
+def test_resuming_where_nothing_is_says_that_there_is_no_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "none")])
+    refused(result, 2, f"{tmp_path / 'none'}: there is no run at this path")
+
+
 def test_a_head_the_solver_is_not_exact_for_is_refused_before_anything_runs(command: Command) -> None:
     closed = "run.solver={kind: dp_gd, steps: 1, clip_norm: 1.0, learning_rate: 1.0}"
     assert command("check", closed).exit_code == 0
