@@ -141,6 +141,10 @@ def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
 def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> None:
     result = command("plan", "budget.epsilon=0.01")
     assert result.exit_code == 1 and "would decline" in result.stdout
+    warnings = [line.split(": ", 2)[1:] for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    sentences = [sentence for _, sentence in warnings]
+    assert len(sentences) == len(set(sentences))
+    assert any(names.count("site-") > 1 for names, _ in warnings)
 
 
 @pytest.mark.parametrize(
