@@ -143,9 +143,10 @@ class Approvals:
             if (offer.digest.startswith(wanted) if is_digest else offer.config().name == wanted)
         ]
         if len(found) != 1:
+            got = f"which {len(found)} waiting offers have" if found else "which is none of these"
             raise BadInput(
                 f"expected a run file, an offer file, or the name or digest (at least {_PREFIX} digits) of one waiting "
-                f"offer, got {wanted!r}, which {len(found)} offers have"
+                f"offer, got {wanted!r}, {got}"
             )
         return found[0]
 

@@ -33,7 +33,7 @@ from common.types import BadInput, Plan
 
 SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the ledger")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the ledger (required)")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the site file (repeatable)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
 
@@ -125,7 +125,7 @@ def log(site: SiteFile, set_: Set = None, json_: Json = False) -> None:
             _print_statement(page)
 
 
-def amend(site: SiteFile, reason: Reason) -> None:
+def amend(site: SiteFile, reason: Reason = "") -> None:
     """Change the ledger's cap, delta or unit to what the site file says now: logged, and nothing is reset.
 
     Example: python -m client amend site.yaml --reason "cap raised to 12 by the data protection board"
@@ -145,7 +145,7 @@ def amend(site: SiteFile, reason: Reason) -> None:
 
 def recover(
     site: SiteFile,
-    reason: Reason,
+    reason: Reason = "",
     assume_epsilon: Annotated[
         float | None, typer.Option(help="Count this as spent, at least the whole cap; by default the cap")
     ] = None,
@@ -202,7 +202,7 @@ def purge(
 
 def _stated(reason: str) -> str:
     if not reason.strip():
-        raise BadInput("--reason: expected why, got a blank")
+        raise BadInput('--reason: expected why, such as --reason "cap raised by the board", got nothing')
     return reason.strip()
 
 

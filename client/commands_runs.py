@@ -20,7 +20,7 @@ from common.encoders import digests_of, open_encoders
 from common.offers import offer_of
 from common.privacy.accounting import rounded_up
 from common.privacy.noise import os_entropy
-from common.types import BadInput
+from common.types import BadInput, BudgetExhausted
 
 SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
@@ -42,6 +42,8 @@ def approve(
     json_: Json = False,
 ) -> None:
     """Record that you approve a run; with --list or without RUN, list the offers that wait and what was approved.
+
+    A run that the site's budget does not cover is refused with exit code 1.
 
     Example: python -m client approve site.yaml offers/brain-mri.json
     """
@@ -116,7 +118,10 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
         f"{outlook.delta:g}; {rounded_up(outlook.final_epsilon):g} of {outlook.budget_epsilon:g} then spent"
     )
     if outlook.final_epsilon > outlook.budget_epsilon:
-        return {**about, "price": price, "warning": "the budget does not cover it: this site would decline the run"}
+        raise BudgetExhausted(
+            f"{run.name}: the budget does not cover this run, so this site would decline it: {price}; nothing was "
+            "approved"
+        )
     return {**about, "price": price}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from client.keys import write_key_pair
+from client.keys import read_key, write_key_pair
 from client.kit import Kit
 from common.config import Privacy, read_yaml
 from common.files import private_folder, write_atomic
@@ -112,14 +112,27 @@ def renew_key(folder: Path) -> Path:
     Nothing else changes: what the site has spent stays in its ledger. A key that is there is kept beside the new one.
 
     Raises:
-        BadInput: the folder is not a site's.
+        BadInput: the folder is not a site's, or its present key works.
     """
     name = _name(None, str(read_yaml(folder / SITE_FILE).get("name")))
     key = private_folder(folder / "keys") / name
+    if _works(key):
+        raise BadInput(
+            f"{key}: this key works, and with another one the federation would turn this site away until it is "
+            "admitted again; nothing was changed. To replace it nevertheless, move the file elsewhere first"
+        )
     for old in (key, key.with_name(f"{name}.pub")):
         if old.exists():
             old.rename(old.with_name(f"{old.name}.{int(old.stat().st_mtime)}.old"))
     return write_key_pair(key, name)
+
+
+def _works(key: Path) -> bool:
+    try:
+        read_key(key)
+    except BadInput:
+        return False
+    return True
 
 
 def take_kit(folder: Path, kit: Kit) -> None:

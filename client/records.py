@@ -88,7 +88,7 @@ def usable(
         if position in features.unusable:
             problems.append(Problem(record.file, record.row, features.unusable[position]))
         elif unit is Unit.PATIENT and patient is None:
-            problems.append(Problem(record.file, record.row, "blank patient id"))
+            problems.append(Problem(record.file, record.row, record.blank))
         else:
             # Each record is a unit of its own, also where two hold the same content.
             key = f"record {source} {position}" if unit is Unit.EXAMPLE or patient is None else patient

@@ -196,6 +196,11 @@ class RunConfig(Frozen):
             raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
         _check_task_rates(self.solver, self.tasks, "solver")
         rated = self.solver.settings().get("trunk") is not None
+        if self.trainable and self.solver.kind == "dp_gd":
+            raise ValueError(
+                "solver.kind: a trainable part of a backbone (`trainable`) needs dp_sgd, or sgd without privacy, "
+                "got dp_gd"
+            )
         if self.trainable and not rated:
             # The heads' rate is tens of times what a trained network bears.
             raise ValueError(

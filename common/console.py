@@ -9,20 +9,30 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from common.types import BadInput, HeadwaterError
+from common.types import BadInput, HeadwaterError, Interrupted
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn an error a user can act on into one sentence on stderr and an exit code: 2 for bad input, 1 for the rest."""
+    """Turn an error a user can act on into one sentence on stderr and an exit code.
+
+    2 for bad input, 130 for a run that Ctrl-C ended, 1 for the rest.
+    """
     try:
         yield
     except HeadwaterError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_FAILED) from error
+        raise typer.Exit(_exit_code(error)) from error
+
+
+def _exit_code(error: HeadwaterError) -> int:
+    if isinstance(error, Interrupted):
+        return EXIT_INTERRUPTED
+    return EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_FAILED
 
 
 @contextmanager

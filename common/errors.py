@@ -68,6 +68,8 @@ def _sentence(item: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
         return f"{key}: expected {expected}, got {got!r}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "expected")
+    if item["type"] == "value_error" and not path and not prefix:
+        return message  # What several keys of a file say together: it begins with one of them.
     shown = "" if item["type"] == "value_error" else f", got {_short(got)}"
     return f"{key}: {message}{shown}"
 

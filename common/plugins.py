@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -102,12 +102,18 @@ def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = 
         own: a folder of further kinds outside the project.
 
     Raises:
-        BadInput: no such kind (names the nearest valid one), or one of the project's name in the further folder.
+        BadInput: no such kind (names the nearest valid one), one of the project's name in the further folder, or a
+            class that lacks what the folder's Protocol asks for (names all of it).
     """
     module = _module(package, kind, key, own) if own else _loaded(package, kind) or _module(package, kind, key, own)
     found = _classes(module)
     if len(found) != 1:
         raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
+    lacking = _lacking(package, found[0])
+    if lacking:
+        raise BadInput(
+            f"{module.__file__}: expected all that a kind of {package} needs, got {kind!r} without {', '.join(lacking)}"
+        )
     return found[0]
 
 
@@ -136,6 +142,21 @@ def _classes(module: ModuleType) -> list[type[Plugin]]:
         for _, member in inspect.getmembers(module, inspect.isclass)
         if issubclass(member, Plugin) and member.__module__ == module.__name__
     ]
+
+
+@cache
+def _lacking(package: str, cls: type[Plugin]) -> list[str]:
+    """Members that a class lacks of its folder's Protocol: the one defined there that has a `kind`."""
+    (protocol,) = (
+        member
+        for _, member in inspect.getmembers(importlib.import_module(package), inspect.isclass)
+        if Protocol in member.__bases__
+        and f"{member.__module__}.".startswith(f"{package}.")
+        and "kind" in inspect.get_annotations(member)
+    )
+    asked = {*inspect.get_annotations(protocol), *(name for name in vars(protocol) if not name.startswith("_"))}
+    # Pydantic keeps a field without a default nowhere but in `model_fields`.
+    return sorted(asked - set(dir(cls)) - set(cls.model_fields))
 
 
 def _further_kinds(folder: Path | None) -> dict[str, Path]:

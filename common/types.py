@@ -46,7 +46,8 @@ class HeadwaterError(Exception):
     |-- DigestMismatch      weights are not the ones that were agreed on
     |-- BudgetExhausted     a reservation would exceed the registry's budget
     |-- LedgerDamaged       the ledger's chain does not verify
-    `-- RunFailed           a run ended without a usable result
+    |-- RunFailed           a run ended without a usable result
+    `-- Interrupted         a person ended a run that can be resumed (exit code 130)
     """
 
 
@@ -72,6 +73,10 @@ class LedgerDamaged(HeadwaterError):
 
 class RunFailed(HeadwaterError):
     """A run ended without a usable result."""
+
+
+class Interrupted(HeadwaterError):
+    """A person ended a run that can be resumed."""
 
 
 class Unit(StrEnum):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common import journal
 from common.config import RunConfig, parse
-from common.console import EXIT_FAILED, reported_errors
+from common.console import EXIT_FAILED, EXIT_INTERRUPTED, reported_errors
 from common.types import BadInput, HeadwaterError, RunFailed
 from server import certificates, operate, registry
 from server.control import Control, RunState
@@ -25,8 +25,6 @@ from server.roster import synchronise
 from server.runs import interrupted, new_folder, submit
 from server.status_table import status_table
 from server.watch import watch
-
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

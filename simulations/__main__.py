@@ -110,9 +110,12 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
         else:
             Console().print(table(outlooks))
             typer.echo(LEGEND)
+            warned: dict[str, list[str]] = {}
             for each in outlooks:
                 for warning in each.warnings:
-                    typer.echo(f"warning: {each.site}: {warning}")
+                    warned.setdefault(warning, []).append(each.site)
+            for warning, names in warned.items():
+                typer.echo(f"warning: {', '.join(names)}: {warning}")
         if all(each.declines for each in outlooks):
             raise typer.Exit(EXIT_FAILED)
 

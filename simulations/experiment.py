@@ -34,7 +34,7 @@ from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
 from common.tasks import Task, open_task
 from common.trunks import initial_modules, trunks
-from common.types import BadInput, Heads, Refusal, RunFailed
+from common.types import BadInput, Heads, Interrupted, Refusal, RunFailed
 from server.aggregators import open_aggregator
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.desk import Observe
@@ -155,6 +155,8 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _
     Raises:
         BadInput: the folder is not a run's, or the run has already ended.
     """
+    if not (folder / "config.yaml").is_file():
+        raise BadInput(f"{folder}: there is no run at this path; `resume` takes the folder of an interrupted run")
     config = load(SimulationConfig, folder / "config.yaml")
     if (folder / "summary.json").exists():
         raise BadInput(f"{folder}: expected a run that was interrupted, got one that has ended")
@@ -197,6 +199,17 @@ def standalone(config: SimulationConfig) -> SimulationConfig:
 
 
 def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:
+    """Train, compare, write. Raises Interrupted on Ctrl-C, and says how to go on."""
+    try:
+        return _completed(experiment, sites, resume)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; `python -m simulations resume {experiment.folder}` continues the run after its last whole "
+            "round"
+        ) from None
+
+
+def _completed(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:
     config, run_ = experiment.config, experiment.config.run
     if config.on_bad_record == "stop":
         # A site that stops at a bad record stops the simulation, before anything is trained.

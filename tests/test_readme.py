@@ -85,3 +85,10 @@ def test_the_table_of_speed_is_the_last_measured_one() -> None:
     measured = (ROOT / "benchmarks" / "results" / "latest.md").read_text(encoding="utf-8")
     assert measured.count("\n") > 10
     assert measured in README
+
+
+def test_git_sees_nothing_of_the_packages_that_an_example_downloads() -> None:
+    """apt-get writes into the folder in which it is called; what is unpacked goes to .cache."""
+    examples = [*(ROOT / "configs").rglob("*.yaml"), ROOT / "README.md"]
+    assert any("apt-get download" in path.read_text(encoding="utf-8") for path in examples)
+    assert {"*.deb", ".cache/"} <= set((ROOT / ".gitignore").read_text(encoding="utf-8").splitlines())

@@ -27,6 +27,7 @@ class Record:
         cells: label columns, column name -> text ("" is missing).
         identified: whether an equal key means the same record, so that it may not stand on both sides of a split.
             Two people can have equal rows in a table; two equal pictures are one.
+        blank: why `patient` is blank, where the source knows more than that it is.
     """
 
     row: int
@@ -36,6 +37,7 @@ class Record:
     split: str | None
     cells: Mapping[str, str] = field(repr=False)
     identified: bool = True
+    blank: str = "blank patient id"
 
 
 class Source(Protocol):

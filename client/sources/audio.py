@@ -140,6 +140,7 @@ class Clips:
             patient=cells[own.patient_column] if own.patient_column else None,
             split=_side(own.test, cells) if own.test is not None else None,
             cells=cells,
+            blank="blank patient id" if match else "the file's name does not fit the source's pattern",
         )
 
 

@@ -126,7 +126,7 @@ def test_a_run_that_is_called_like_another_ones_digest_is_not_found_by_it(site: 
     approvals = Approvals(site.config.state_dir)
     wanted = offer(frozen, seed=1).digest
     approvals.wait(offer(frozen, name=wanted))
-    with pytest.raises(BadInput, match="0 offers have"):
+    with pytest.raises(BadInput, match="which is none of these"):
         approvals.find(wanted)
 
 
@@ -183,6 +183,18 @@ def test_the_command_approves_a_waiting_offer_a_kits_offer_and_a_run_file(
 
     for number, seed in enumerate((3, 8, 9)):
         assert join(site, request(frozen, f"run-{number}", seed=seed)).site == "north"
+
+
+def test_a_run_that_the_budget_does_not_cover_is_not_approved(tmp_path: Path, site: Site, frozen: Backbone) -> None:
+    path = tmp_path / "site.yaml"
+    poor = site.config.budget.model_copy(update={"epsilon": 0.001})
+    write_yaml(path, site.config.model_copy(update={"budget": poor}))
+    refusal(site, request(frozen))
+    result = CliRunner().invoke(app, ["approve", str(path), "tiny"])
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "the budget does not cover this run" in result.stderr
+    approvals = Approvals(site.config.state_dir)
+    assert approvals.all() == [] and [each.digest for each in approvals.waiting()] == [offer(frozen).digest]
 
 
 def test_the_command_lists_what_waits_and_what_is_approved(tmp_path: Path, site: Site, frozen: Backbone) -> None:

@@ -285,3 +285,16 @@ def test_a_site_that_lost_its_key_gets_a_new_one_and_keeps_what_it_has_spent(tmp
     assert [path.read_bytes() for path in (folder / "keys").glob("*.old")] == [first]
     assert (folder / "state" / "ledgers" / "spent").read_text() == "x" and (folder / SITE_FILE).read_bytes() == before
     assert CliRunner().invoke(app, ["init", str(tmp_path / "none"), "--new-key"]).exit_code == 2
+
+
+def test_a_key_that_works_is_not_replaced_until_it_is_moved_away(tmp_path: Path) -> None:
+    folder = tmp_path / "hospital-a"
+    make_folder(folder, None, "hospital-a")
+    key = folder / "keys" / "hospital-a"
+    before = {path.name: path.read_bytes() for path in key.parent.iterdir()}
+    refused = CliRunner().invoke(app, ["init", str(folder), "--new-key"])
+    assert refused.exit_code == 2 and "this key works" in refused.stderr and "move the file" in refused.stderr
+    assert {path.name: path.read_bytes() for path in key.parent.iterdir()} == before
+    key.rename(tmp_path / "old")
+    assert CliRunner().invoke(app, ["init", str(folder), "--new-key"]).exit_code == 0
+    assert key.read_bytes() != before["hospital-a"]

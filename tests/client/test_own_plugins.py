@@ -19,6 +19,7 @@ from client.preview import write_previews
 from client.sources import open_source
 from common.backbones import open_pretrained
 from common.config import SiteConfig
+from common.plugins import kinds, plugin_class
 from common.tasks import open_task
 from common.types import BadInput
 from tests.tiny import TASKS, site_config
@@ -122,6 +123,25 @@ def test_a_file_that_cannot_be_imported_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "own" / "lines.py").write_text("import nothing_of_this_name")
     with pytest.raises(BadInput, match="expected a plug-in that can be imported, got ModuleNotFoundError"):
         open_source(config.sources["records"], "sources.records", config.plugins)
+
+
+def test_an_incomplete_kind_is_refused_with_everything_that_it_lacks(tmp_path: Path) -> None:
+    config = site(tmp_path)
+    text = KIND.replace("    rows: Path | None = None\n", "").replace("def open(", "def opened(")
+    (tmp_path / "own" / "lines.py").write_text(text)
+    with pytest.raises(BadInput, match=r"lines\.py: .* kind of client\.sources needs, got 'lines' without open, rows$"):
+        open_source(config.sources["records"], "sources.records", config.plugins)
+
+
+@pytest.mark.parametrize(
+    "package", ["client.solvers", "client.sources", "common.backbones", "common.tasks", "server.aggregators"]
+)
+def test_an_empty_class_lacks_something_in_every_plugin_folder(package: str, tmp_path: Path) -> None:
+    (tmp_path / "hollow.py").write_text("from common.plugins import Plugin\n\n\nclass Hollow(Plugin):\n    pass\n")
+    with pytest.raises(BadInput, match="got 'hollow' without "):
+        plugin_class(package, "hollow", own=tmp_path)
+    for kind in kinds(package):
+        assert plugin_class(package, kind).__module__ == f"{package}.{kind}"
 
 
 def test_only_the_kind_that_is_asked_for_is_imported(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from PIL import Image
 from scipy.io import wavfile
 
 from client.data import PROBLEMS, prepare
-from client.features import FeatureStore
+from client.features import Features, FeatureStore
+from client.records import usable
 from client.sources import Source, open_source
 from common.backbones import open_pretrained
 from common.config import SiteConfig, parse
 from common.items import Audio, Text
 from common.tasks import open_task
-from common.types import BadInput, BadRecord
+from common.types import BadInput, BadRecord, Unit
 
 TONE = (0.25 * np.sin(2 * np.pi * 440 * np.arange(800) / 8000)).astype(np.float32)
 
@@ -259,3 +260,18 @@ def test_a_broken_recording_is_named_by_file_and_row_and_skipped_or_fatal(tmp_pa
     with folder.with_name(PROBLEMS).open() as file:
         listed = [(line["file"], line["row"], line["reason"]) for line in csv.DictReader(file)]
     assert listed == [("list.csv", "2", "unreadable recording"), ("list.csv", "4", "missing recording")]
+
+
+def test_a_file_whose_name_fits_no_pattern_is_left_out_as_that(tmp_path: Path) -> None:
+    """A name that fits and holds no patient is another thing."""
+    names = ["a_song.wav", "_song.wav", "jingle.wav"]
+    for name in names:
+        soundfile.write(tmp_path / name, np.zeros(10, np.float32), 100)
+    source = opened(kind="audio", path=tmp_path, pattern="^(?P<who>[ab]?)_", patient_column="who")
+    features = Features(np.zeros((3, 1), np.float32), {}, tmp_path)
+    members, problems = usable("songs", source.index(), features, None, Unit.PATIENT)
+    assert [member.record.key for member in members] == ["a_song.wav"]
+    assert [(problem.row, problem.reason) for problem in problems] == [
+        (1, "blank patient id"),
+        (3, "the file's name does not fit the source's pattern"),
+    ]

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from click.testing import Result
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from common.console import reported_errors
 from simulations.__main__ import app
+from simulations.experiment import run
 
 Command = Callable[..., Result]
 
@@ -138,6 +141,10 @@ def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
 def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> None:
     result = command("plan", "budget.epsilon=0.01")
     assert result.exit_code == 1 and "would decline" in result.stdout
+    warnings = [line.split(": ", 2)[1:] for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    sentences = [sentence for _, sentence in warnings]
+    assert len(sentences) == len(set(sentences))
+    assert any(names.count("site-") > 1 for names, _ in warnings)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +170,37 @@ def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> N
 )
 def test_a_wrong_setting_is_one_sentence(command: Command, override: str, said: tuple[str, ...]) -> None:
     refused(command("check", override), 2, *said)
+
+
+def test_a_sentence_about_several_keys_begins_with_one_of_them(command: Command) -> None:
+    overrides = ("baselines=[]", "expect={colour: beats_random_backbone}")
+    refused(command("check", *overrides), 2, "error: baselines: expected random_backbone")
+
+
+def test_a_trainable_backbone_with_dp_gd_is_told_which_solver_trains_it(command: Command) -> None:
+    overrides = ("run.solver.kind=dp_gd", "run.trainable={backbone: {from: input}}")
+    refused(command("check", *overrides), 2, "solver.kind: a trainable part of a backbone", "needs dp_sgd", "got dp_gd")
+
+
+def test_an_interrupted_run_names_the_command_that_resumes_it(simulation_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def press_ctrl_c(_phase: str, _done: int, _total: int) -> None:
+        if (out / "checkpoint.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended, reported_errors():
+        run(simulation_file, out=out, overrides=["run.rounds=3"], observe=press_ctrl_c)
+    assert ended.value.exit_code == 130
+    assert f"`python -m simulations resume {out}`" in str(ended.value.__cause__)
+    resumed = CliRunner().invoke(app, ["resume", str(out), "--json"])
+    assert resumed.exit_code == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["rounds"] == 3
+
+
+def test_resuming_where_nothing_is_says_that_there_is_no_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "none")])
+    refused(result, 2, f"{tmp_path / 'none'}: there is no run at this path")
 
 
 def test_a_head_the_solver_is_not_exact_for_is_refused_before_anything_runs(command: Command) -> None:
