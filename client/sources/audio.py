@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from scipy.io import wavfile
 
 from client.sources import Example, Record
 from client.sources._base import SourceSettings, digest
+from client.sources._named import NamedGroups, Naming
 from client.sources._recordings import SUFFIXES, Part, example_recordings, read_recording, require_soundfile
 from client.sources._tree import Tree, open_tree
 from common.cells import CellName
 from common.items import Audio
 from common.plugins import Frozen, LocalPath
 from common.types import BadInput
-
-
-def _named_groups(pattern: str) -> str:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"expected a regular expression, got one with an error: {error}") from error
-    if not compiled.groupindex:
-        raise ValueError("expected a regular expression with a named group for each column: (?P<digit>\\d)")
-    return pattern
 
 
 class Excerpts(Frozen):
@@ -58,17 +47,14 @@ class Recordings(SourceSettings):
 
     kind: Literal["audio"]
     path: LocalPath
-    pattern: Annotated[str, AfterValidator(_named_groups)]
+    pattern: NamedGroups
     patient_column: str | None = None
     test: dict[str, list[CellName]] | None = None
     excerpts: Excerpts | None = None
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Recordings:
-        known = list(re.compile(self.pattern).groupindex)
-        for key, name in (("patient_column", self.patient_column), *(("test", name) for name in self.test or ())):
-            if name is not None and name not in known:
-                raise ValueError(f"{key}: expected one of the pattern's groups {', '.join(known)}, got {name!r}")
+        self.naming().check()
         return self
 
     @classmethod
@@ -95,6 +81,10 @@ class Recordings(SourceSettings):
             raise BadInput(f"{self.path}: expected recordings ({', '.join(sorted(SUFFIXES))}), got none")
         return Clips(self, tree, tuple(tree.stamps))
 
+    def naming(self) -> Naming:
+        """How a recording's path is read."""
+        return Naming(self.pattern, self.patient_column, self.test)
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -111,10 +101,12 @@ class Clips:
 
     def index(self) -> list[Record]:
         """Recordings in the order of their paths, each with its excerpts in turn; `row` counts recordings."""
+        own, naming = self.settings, self.settings.naming()
         return [
             record
             for number, name in enumerate(self.names, start=1)
-            for record in [self._record(number, name)] * self._count()
+            # Excerpts of one recording have one key: they fall on the same side of a split.
+            for record in [naming.record(number, own.path.name, name)] * self._count()
         ]
 
     def load(self, position: int) -> Audio:
@@ -126,23 +118,3 @@ class Clips:
 
     def _count(self) -> int:
         return 1 if self.settings.excerpts is None else self.settings.excerpts.count
-
-    def _record(self, number: int, name: str) -> Record:
-        own = self.settings
-        pattern = re.compile(own.pattern)
-        match = pattern.search(name)
-        cells = {column: (match[column] or "") if match else "" for column in pattern.groupindex}
-        return Record(
-            row=number,
-            file=own.path.name,
-            # Excerpts of one recording have one key: they fall on the same side of a split.
-            key=name,
-            patient=cells[own.patient_column] if own.patient_column else None,
-            split=_side(own.test, cells) if own.test is not None else None,
-            cells=cells,
-            blank="blank patient id" if match else "the file's name does not fit the source's pattern",
-        )
-
-
-def _side(test: Mapping[str, list[str]], cells: Mapping[str, str]) -> str:
-    return "test" if any(cells[column] in values for column, values in test.items()) else "train"

@@ -1,4 +1,4 @@
-"""Images in folders named after their label: `<label>/<image>`, or `train|test/<label>/<image>`; a folder or a zip."""
+"""Images of a folder or zip: `<label>/<image>`, `train|test/<label>/<image>`, or as a pattern reads their paths."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from PIL import Image
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 
 from client.sources import Example, Record
 from client.sources._base import SourceSettings
+from client.sources._named import NamedGroups, Naming
 from client.sources._pictures import read_picture, write_example_pictures
 from client.sources._tree import Tree, open_tree
+from common.cells import CellName
 from common.plugins import LocalPath
 from common.types import BadInput
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
 
 def _one_group(pattern: str) -> str:
@@ -32,18 +34,44 @@ def _one_group(pattern: str) -> str:
 
 
 class ImageFolder(SourceSettings):
-    """Settings: where, whether the first level is the split, and how a file's name holds the patient.
+    """Settings: where, and how an image's path holds the columns.
 
-    Images have the one column `label`.
+    Without a pattern images have the one column `label`, the name of their folder.
 
     Attributes:
+        path: a folder or zip.
+        splits: whether the first level is the split: `train/<label>/<image>`.
         patient_pattern: regular expression, searched in the file's name; its one group is the patient id.
+        pattern: regular expression, searched in a file's relative path; each named group is a column, and images lie
+            anywhere below `path`. A file that it does not fit has empty cells.
+        patient_column: the pattern's group that is the patient id.
+        test: column of the pattern -> values: an image is held out where any of its cells is listed; all others are to
+            train on. Without it the source states no split.
     """
 
     kind: Literal["image_folder"]
     path: LocalPath
     splits: bool = False
     patient_pattern: Annotated[str, AfterValidator(_one_group)] | None = None
+    pattern: NamedGroups | None = None
+    patient_column: str | None = None
+    test: dict[str, list[CellName]] | None = None
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> ImageFolder:
+        folders = [name for name in ("splits", "patient_pattern") if getattr(self, name)]
+        named = [name for name in ("patient_column", "test") if getattr(self, name) is not None]
+        if self.pattern is not None and folders:
+            raise ValueError(
+                f"expected no {' and '.join(folders)} beside pattern: its named groups, patient_column and test say"
+                " labels, patients and sides"
+            )
+        if self.pattern is None and named:
+            raise ValueError(f"expected a pattern beside {' and '.join(named)}, which name its groups; got none")
+        naming = self.naming()
+        if naming is not None:
+            naming.check()
+        return self
 
     @classmethod
     def example(cls, folder: Path) -> Example:
@@ -55,20 +83,25 @@ class ImageFolder(SourceSettings):
 
     def open(self) -> Pictures:
         """The opened folder. Raises BadInput: missing, or without an image at the right depth."""
-        depth = 3 if self.splits else 2
+        depth = None if self.pattern is not None else 3 if self.splits else 2
         tree = open_tree(self.path, "images").chosen(
-            lambda name: name.suffix.lower() in SUFFIXES and len(name.parts) == depth
+            lambda name: name.suffix.lower() in SUFFIXES and depth in (None, len(name.parts))
         )
         if not tree.stamps:
-            raise BadInput(f"{self.path}: expected images as {'split/' if self.splits else ''}label/file, got none")
+            layout = {None: "", 2: " as label/file", 3: " as split/label/file"}[depth]
+            raise BadInput(f"{self.path}: expected images{layout}, got none")
         return Pictures(self, tree, tuple(tree.stamps))
+
+    def naming(self) -> Naming | None:
+        """How an image's path is read where there is a pattern."""
+        return None if self.pattern is None else Naming(self.pattern, self.patient_column, self.test)
 
 
 @dataclass(frozen=True)
 class Pictures:
     """An opened folder or zip."""
 
-    settings: ImageFolder
+    settings: ImageFolder = field(repr=False)
     tree: Tree = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
 
@@ -78,9 +111,13 @@ class Pictures:
 
     def index(self) -> list[Record]:
         """Images in the order of their paths; `row` counts in this order."""
-        return [self._record(number, name) for number, name in enumerate(self.names, start=1)]
+        naming, file = self.settings.naming(), self.settings.path.name
+        return [
+            self._by_folder(number, name) if naming is None else naming.record(number, file, name)
+            for number, name in enumerate(self.names, start=1)
+        ]
 
-    def _record(self, number: int, name: str) -> Record:
+    def _by_folder(self, number: int, name: str) -> Record:
         parts = PurePosixPath(name).parts
         patient = None
         if self.settings.patient_pattern is not None:

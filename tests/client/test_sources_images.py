@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,81 @@ def test_a_damaged_member_of_a_zip_is_a_bad_record(labelled: Path) -> None:
     with pytest.raises(BadRecord):
         source.load(2)
     assert source.load(1).size == (4, 3)
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Path:
+    """Pictures of two people at two depths, one that no pattern below fits, and what else a package holds."""
+    folder = tmp_path / "package"
+    for number, name in enumerate(["data/s1/2.pgm", "data/s1/10.pgm", "deep/data/s12/1.PGM", "data/s1/target.png"]):
+        picture(folder / name, number)
+    for name in ["data/.s3/1.pgm", "__MACOSX/data/s3/1.pgm"]:
+        picture(folder / name)
+    (folder / "data" / "s1" / "3.txt").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize("pack", [lambda folder: folder, zipped], ids=["folder", "zip"])
+def test_a_pattern_says_an_images_columns_patient_and_side(people: Path, pack: Any) -> None:
+    pattern = r"data/(?P<person>s\d+)/(?P<take>\d+)\."
+    source = image_folder(pack(people), pattern=pattern, patient_column="person", test={"person": ["s12"], "take": [2]})
+    found = [(r.key, r.cells["person"], r.cells["take"], r.patient, r.split) for r in source.index()]
+    assert found == [
+        ("data/s1/10.pgm", "s1", "10", "s1", "train"),
+        ("data/s1/2.pgm", "s1", "2", "s1", "test"),
+        ("data/s1/target.png", "", "", "", "train"),
+        ("deep/data/s12/1.PGM", "s12", "1", "s12", "test"),
+    ]
+    assert [source.load(position).getpixel((0, 0)) for position in range(4)] == [1, 0, 3, 2]
+
+
+def test_a_pattern_without_patients_and_sides_states_none(people: Path) -> None:
+    index = image_folder(people, pattern=r"(?P<person>s\d+)/").index()
+    assert {(record.patient, record.split) for record in index} == {(None, None)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "("}, r"scans\.pattern: .*got one with an error"),
+        ({"pattern": r"(\d)"}, r"scans\.pattern: .*named group for each column"),
+        ({"pattern": r"(?P<take>\d)", "patient_column": "who"}, "patient_column: expected one of .* take, got 'who'"),
+        ({"pattern": r"(?P<take>\d)", "test": {"who": ["x"]}}, "test: expected one of .* take, got 'who'"),
+        ({"pattern": r"(?P<take>\d)", "splits": True}, "expected no splits beside pattern"),
+        ({"pattern": r"(?P<take>\d)", "patient_pattern": "(a)"}, "expected no patient_pattern beside pattern"),
+        ({"test": {"label": ["x"]}}, "expected a pattern beside test"),
+        ({"patient_column": "label", "test": {}}, "expected a pattern beside patient_column and test"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_sentence(
+    people: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        image_folder(people, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_with_a_pattern_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="expected images, got none"):
+        image_folder(tmp_path, pattern=r"(?P<take>\d)")
+
+
+def test_neither_names_nor_held_out_values_are_shown(people: Path) -> None:
+    (people / "data" / "s1" / "2.pgm").write_bytes(b"P5 4 3 255 ")
+    source = image_folder(people, pattern=r"(?P<person>s\d+)/", patient_column="person", test={"person": ["s12"]})
+    with pytest.raises(BadRecord) as caught:
+        source.load(1)
+    shown = [*traceback.format_exception(caught.value), repr(source), *map(repr, source.index())]
+    assert not [text for text in shown if "s1" in text]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"P5", b"P5 4 3 255\n\0", b"P5 -1 3 255\n", b"P5 99999 99999 255\n", b"P5 4 3 0\n"]
+)
+def test_a_broken_pgm_is_a_bad_record(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "1.pgm").write_bytes(data)
+    with pytest.raises(BadRecord, match="unreadable image"):
+        image_folder(tmp_path, pattern=r"(?P<take>\d)").load(0)
 
 
 def test_cifar_is_read_from_its_zip(assets: Path) -> None:
