@@ -133,8 +133,8 @@ def _spectra(samples_L: NDArray[np.float32]) -> Tensor:
 @cache
 def _mel_filters() -> NDArray[np.float64]:
     """S x M: triangles of equal area, evenly spaced in Slaney's mel: linear to 1 kHz, logarithmic above (1998)."""
-    per_octave = 27 / np.log(6.4)
-    mels = np.linspace(0.0, 15.0 + per_octave * np.log(_RATE / 2 / 1000.0), _MELS + 2)
-    edges = np.where(mels < 15.0, mels * 200.0 / 3.0, 1000.0 * np.exp((mels - 15.0) / per_octave))
+    per_neper = 27 / np.log(6.4)
+    mels = np.linspace(0.0, 15.0 + per_neper * np.log(_RATE / 2 / 1000.0), _MELS + 2)
+    edges = np.where(mels < 15.0, mels * 200.0 / 3.0, 1000.0 * np.exp((mels - 15.0) / per_neper))
     filters_SM: NDArray[np.float64] = triangles(edges, _FFT, _RATE) * 2.0 / (edges[2:] - edges[:-2])
     return filters_SM
