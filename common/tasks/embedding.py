@@ -40,6 +40,9 @@ class Embedding(Plugin):
         labels: the training identities.
         unseen: identities that are only compared, never trained on.
         dim: dimensions of the embedding; by default as many as training identities.
+        start: what an untrained head says: nothing, or the features as they are, which training then changes. From
+            features an embedding is at first as good as they are, and noise costs it little: it turns them as a whole.
+            As many dimensions as features, and a linear head without a bias.
         sharpness: factor on cosines before the softmax.
         margin: by which a record's cosine with its own identity must exceed the others'.
         scale: public factor on this task's loss, applied before joint clipping.
@@ -50,6 +53,7 @@ class Embedding(Plugin):
     labels: Annotated[CellNames, Field(min_length=2)]
     unseen: CellNames = ()
     dim: Annotated[int, Field(ge=2, le=4096)] | None = None
+    start: Literal["zero", "features"] = "zero"
     sharpness: Annotated[float, Field(gt=0, le=1000)] = 8.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.2
     scale: Annotated[float, Field(gt=0)] = 1.0
@@ -62,6 +66,13 @@ class Embedding(Plugin):
             raise ValueError(f"unseen: expected identities that are not among labels, got {both!r}")
         return self
 
+    @model_validator(mode="after")
+    def _start_fits(self) -> Embedding:
+        own = self.head_settings
+        if self.start == "features" and (self.dim is not None or own.hidden is not None or own.bias):
+            raise ValueError("start: features: expected `head: {bias: false}` without `hidden`, and no `dim`")
+        return self
+
     @classmethod
     def example(cls) -> Example:
         """Four speakers."""
@@ -70,7 +81,11 @@ class Embedding(Plugin):
 
     def head(self, feature_dim: int) -> nn.Module:
         """features_BD -> embeddings_BE, not normalised."""
-        return self.head_settings.build(feature_dim, self.dim or len(self.labels))
+        if self.start == "zero":
+            return self.head_settings.build(feature_dim, self.dim or len(self.labels))
+        head = nn.Linear(feature_dim, feature_dim, bias=False)
+        nn.init.eye_(head.weight)
+        return head
 
     def encode(self, cells: Sequence[str]) -> Tensor:
         """Identity (int64) from one cell; unseen ones come after the training identities. Raises BadRecord."""
@@ -138,12 +153,15 @@ class Embedding(Plugin):
     def _cosines(self, outputs: Tensor) -> Tensor:
         """Cosines B x K, shrunk near the origin: a new head's outputs are zero, where a cosine has no derivative."""
         soft_BE = outputs / torch.sqrt(1.0 + outputs.square().sum(dim=1, keepdim=True))
-        return soft_BE @ self._directions().to(soft_BE).T
+        return soft_BE @ self._directions(outputs.shape[1]).to(soft_BE).T
 
-    def _directions(self) -> Tensor:
-        """K unit vectors, K x E: the corners of a simplex, or where it does not fit, random ones that never change."""
-        count, dim = len(self.labels), self.dim or len(self.labels)
-        if dim >= count:
+    def _directions(self, dim: int) -> Tensor:
+        """K unit vectors, K x E, that never change: the corners of a simplex, or random ones where it does not fit.
+
+        Random ones too where the head starts from features: corners would favour the first few of these.
+        """
+        count = len(self.labels)
+        if dim >= count and self.start == "zero":
             corners = np.eye(count, dim) - np.eye(count, dim).mean(0)
         else:
             corners = np.random.default_rng(0).normal(size=(count, dim))

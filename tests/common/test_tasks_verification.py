@@ -53,6 +53,33 @@ def test_without_pairs_of_both_sorts_error_rates_are_undefined() -> None:
         assert all(math.isnan(value) for value in values.values())
 
 
+def test_a_head_that_starts_from_features_is_at_first_as_good_as_they_are_and_then_better() -> None:
+    """Identities differ in a few directions, records of one identity in others, where new identities differ too."""
+    rng = np.random.default_rng(0)
+    names = [f"p{number}" for number in range(40)]
+    task = embedding(labels=names[:30], unseen=names[30:], start="features", head={"bias": False})
+    identity = np.repeat(np.arange(40), 12)
+    rows = np.concatenate([rng.normal(size=(40, 8))[identity], 2.0 * rng.normal(size=(480, 8))], axis=1)
+    features = nn.functional.normalize(torch.from_numpy(rows).float(), dim=1)
+    labels = torch.from_numpy(identity)
+    head = task.head(16)
+    assert torch.equal(head(features), features)
+    before = task.compared(head(features), labels)
+    assert before == verification(features[360:], labels[360:])
+    optimizer = torch.optim.SGD(head.parameters(), lr=2.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        task.losses(head(features), labels)[:360].mean().backward()
+        optimizer.step()
+    assert task.compared(head(features), labels)["eer"] < 0.6 * before["eer"]
+
+
+@pytest.mark.parametrize("settings", [{"dim": 3, "head": {"bias": False}}, {"head": {"bias": True}}, {}])
+def test_a_head_that_starts_from_features_is_square_and_linear(settings: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"start: features: expected `head: \{bias: false\}`"):
+        embedding(start="features", **settings)
+
+
 def test_an_unseen_identity_has_no_loss_no_gradient_and_no_part_in_accuracy() -> None:
     task = embedding()
     outputs = torch.randn(4, 3, requires_grad=True)
@@ -78,9 +105,9 @@ def test_the_margin_makes_the_loss_larger_and_a_new_head_has_a_finite_gradient()
 
 
 def test_directions_are_a_simplex_where_it_fits_and_unit_vectors_where_not() -> None:
-    corners = embedding()._directions()
+    corners = embedding()._directions(3)
     torch.testing.assert_close(corners @ corners.T, 1.5 * torch.eye(3, dtype=torch.float64) - 0.5)
-    crowded = embedding(dim=2)._directions()
+    crowded = embedding(dim=2)._directions(2)
     assert crowded.shape == (3, 2)
     torch.testing.assert_close(crowded.norm(dim=1), torch.ones(3, dtype=torch.float64))
 
