@@ -196,16 +196,11 @@ class RunConfig(Frozen):
             raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
         _check_task_rates(self.solver, self.tasks, "solver")
         rated = self.solver.settings().get("trunk") is not None
-        if self.trainable and self.solver.kind == "dp_gd":
-            raise ValueError(
-                "solver.kind: a trainable part of a backbone (`trainable`) needs dp_sgd, or sgd without privacy, "
-                "got dp_gd"
-            )
         if self.trainable and not rated:
             # The heads' rate is tens of times what a trained network bears.
             raise ValueError(
-                "solver.trunk: expected a learning rate of its own for what `trainable` trains, such as "
-                "{learning_rate: 0.1}, in solver dp_sgd or sgd; got none"
+                "solver: expected a kind that trains a part of a backbone (dp_sgd, or sgd without privacy) with a rate "
+                f"for it, such as `trunk: {{learning_rate: 0.1}}`, because of `trainable`; got {self.solver.kind} without"
             )
         if rated and "trainable" not in self.model_fields_set:
             raise ValueError(

@@ -179,7 +179,9 @@ def test_a_sentence_about_several_keys_begins_with_one_of_them(command: Command)
 
 def test_a_trainable_backbone_with_dp_gd_is_told_which_solver_trains_it(command: Command) -> None:
     overrides = ("run.solver.kind=dp_gd", "run.trainable={backbone: {from: input}}")
-    refused(command("check", *overrides), 2, "solver.kind: a trainable part of a backbone", "needs dp_sgd", "got dp_gd")
+    refused(
+        command("check", *overrides), 2, "solver: expected a kind that trains a part of a backbone", "got dp_gd without"
+    )
 
 
 def test_an_interrupted_run_names_the_command_that_resumes_it(simulation_file: Path, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"solver": DP_GD}, "solver.trunk: expected a learning rate of its own"),
+        ({"solver": DP_GD}, "solver: expected a kind that trains a part of a backbone .* got dp_gd without"),
         ({"solver": {**DP_GD, "trunk": {"learning_rate": 0.1}}}, "dp_gd trains no part of a backbone"),
         ({"trainable": {"backbone": "4"}}, "trainable.backbone: expected {from: 4}, got '4'"),
         ({"trainable": {"backbone": {"from": "3"}}}, "trainable.backbone.from: expected input or one of 0, 4"),
