@@ -200,7 +200,7 @@ class RunConfig(Frozen):
             # The heads' rate is tens of times what a trained network bears.
             raise ValueError(
                 "solver: expected a kind that trains a part of a backbone (dp_sgd, or sgd without privacy) with a rate "
-                f"for it, such as `trunk: {{learning_rate: 0.1}}`, because of `trainable`; got {self.solver.kind} without"
+                f"for it, `trunk: {{learning_rate: 0.1}}`, because of `trainable`; got {self.solver.kind} without"
             )
         if rated and "trainable" not in self.model_fields_set:
             raise ValueError(
