@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.backbones import open_untrained
+from common.backbones import ProjectionLayer, open_untrained
 from common.config import RunConfig, Trainable
 from common.plugins import Spec
 from common.tasks import Task, num_counts
@@ -23,6 +23,9 @@ from common.types import BadInput
 MAX_PARAMETERS = 2**24
 """Of all that a run trains together: one unit's gradient is then 64 MiB, about what a solver works on at once."""
 
+MAX_PROJECTION = 2**26
+"""Values of a backbone's projection, which are made room for before its weights arrive: 256 MiB."""
+
 MAX_STATISTICS = 2**24
 """Of all tasks together in one evaluation; classes count squared."""
 
@@ -31,7 +34,7 @@ def feature_dim(backbone: Spec) -> int:
     """How many features a backbone's settings lead to; no weights are needed.
 
     Raises:
-        BadInput: a wrong setting.
+        BadInput: a wrong setting, or a projection too large for a site.
     """
     return _shape(backbone.model_dump_json(), backbone._base, "")[0]
 
@@ -43,8 +46,10 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[i
     backbone = Spec.model_validate_json(settings, context={"base": base})
     with torch.device("meta"):
         untrained = open_untrained(backbone, "backbone", seed=0)
-        projection = untrained.kind.projection
-        dim = (projection.dim if projection else None) or untrained.feature_dim
+        projection = ProjectionLayer(untrained.kind.projection, untrained.feature_dim)
+        dim, values = projection.out_dim, sum(buffer.numel() for buffer in projection.buffers())
+        if values > MAX_PROJECTION:
+            raise BadInput(f"a backbone's projection has {values} values, expected at most {MAX_PROJECTION}")
         if not trainable:
             return dim, None
         asked = Trainable.model_validate_json(trainable)

@@ -37,6 +37,7 @@ __all__ = [
     "Kind",
     "Precision",
     "Pretrained",
+    "ProjectionLayer",
     "Untrained",
     "check_blob",
     "from_blob",
