@@ -287,6 +287,12 @@ def test_a_baseline_that_trains_the_trunk_too_needs_its_rates(tmp_path: Path) ->
         simulation(tmp_path, baselines=["central"], non_private_solver=plain)
 
 
+def test_a_baselines_rates_are_of_tasks_that_are_there(tmp_path: Path) -> None:
+    solver = {**SGD, "tasks": {"nobody": {"learning_rate": 0.1}}}
+    with pytest.raises(BadInput, match=r"non_private_solver\.tasks: expected some of .*got 'nobody'"):
+        simulation(tmp_path, baselines=["central"], non_private_solver=solver)
+
+
 def test_a_kind_that_cannot_be_divided_says_so(simulation_file: Path, tmp_path: Path) -> None:
     overrides = ["run.trainable={backbone: {from: input}}", "run.solver.trunk={learning_rate: 0.1}"]
     with pytest.raises(BadInput, match="frozen as a whole"):
