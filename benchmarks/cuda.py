@@ -16,7 +16,7 @@ import torch
 from benchmarks.features import backbone_of
 from benchmarks.heads import labelled, private, units_of
 from benchmarks.measure import Work, compare
-from client.units import Units
+from client.data.units import Units
 from common.tasks import open_task
 
 MODELS, COUNT, SIDE = ("mobilenet_v3_small", "resnet50", "vit_b_16"), 2048, 224

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.heads import RATE, STEPS, private
 from benchmarks.measure import Work, compare
-from client.threads import one_thread
-from client.units import TaskRecords, Units
+from client.data.units import TaskRecords, Units
 from common.plugins import Plugin
+from common.process.threads import one_thread
 
 SHAPES = [(64, 96, 2, 14), (64, 96, 10, 14), (32, 576, 10, 7), (128, 576, 2, 7)]
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from benchmarks.measure import Work, compare, seconds_of
-from client.features import FeatureStore
-from client.sources import Record
-from client.threads import one_thread
+from client.data.feature_store import FeatureStore
+from client.data.sources import Record
 from common.backbones import Backbone, open_pretrained
+from common.process.threads import one_thread
 
 COUNT, SIDE = 4000, 96
 CPU = torch.device("cpu")

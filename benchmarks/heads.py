@@ -18,10 +18,10 @@ from opacus import PrivacyEngine
 from torch import Tensor, nn
 
 from benchmarks.measure import Work, compare
+from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
-from client.threads import one_thread
-from client.units import TaskRecords, Units
 from common.privacy.noise import NoiseStream
+from common.process.threads import one_thread
 from common.tasks import Task, open_task
 from common.types import Plan, Unit
 

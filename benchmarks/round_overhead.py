@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 
 from client.app import make_app
-from common.config import write_yaml
-from common.journal import FileJournal, read
-from server.rounds import run_federation
+from common.events import FileJournal, read
+from common.yaml import write_yaml
+from server.rounds.loop import run_federation
 from simulations.in_process import InProcessGrid
 from tests import tiny
 from tests.federation import started, write_site
-from tests.server.federations import new_federation
+from tests.server.deployment.federations import new_federation
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,17 +20,18 @@ from flwr.app import Context, Message
 from benchmarks.measure import stated
 from benchmarks.sites import simulation
 from client.app import make_app
-from common import wire
-from common.config import SimulationConfig, load
-from common.encoders import open_encoders
-from common.journal import FileJournal
-from server.rounds import run_federation
+from common import messages
+from common.events import FileJournal
+from common.model.backbones import open_encoders
+from common.yaml import load
+from server.rounds.loop import run_federation
+from simulations.config import SimulationConfig
 from simulations.in_process import InProcessGrid, SiteApp
 from simulations.partition import build_sites
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, RECORDS, LIMIT_S, REPEATS = 20, 1000, 0.015, 5
-NEEDED = "import client.worker, client.app, client.solvers.dp_gd, common.tasks.classification"
+NEEDED = "import client.connection.worker, client.app, client.solvers.dp_gd, common.tasks.classification"
 NOT_NEEDED = "import opacus, ray, torchvision, transformers"
 
 
@@ -40,7 +41,7 @@ def timed(app: SiteApp, seconds: list[float]) -> SiteApp:
     def answer(message: Message, context: Context) -> Message:
         started = time.perf_counter()
         reply = app(message, context)
-        if message.metadata.message_type == wire.TRAIN:
+        if message.metadata.message_type == messages.TRAIN:
             seconds.append(time.perf_counter() - started)
         return reply
 

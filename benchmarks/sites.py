@@ -23,8 +23,9 @@ import numpy as np
 import yaml
 
 from benchmarks.measure import stated
-from common.config import SimulationConfig, load
-from common.journal import read
+from common.events import read
+from common.yaml import load
+from simulations.config import SimulationConfig
 from simulations.experiment import run
 
 ROUNDS, RECORDS, DIM = 5, 40, 64

@@ -25,10 +25,11 @@ from torchvision import models
 
 from benchmarks.heads import RATE, closed_form
 from benchmarks.measure import Work, compare
-from client.threads import one_thread
 from common.backbones import Backbone
-from common.config import SimulationConfig, load
-from common.encoders import open_encoders
+from common.model.backbones import open_encoders
+from common.process.threads import one_thread
+from common.yaml import load
+from simulations.config import SimulationConfig
 from simulations.experiment import run
 
 SITES, SIDE, CLASSES, ROUNDS, STEPS = 10, 96, 8, 10, 16

@@ -11,9 +11,9 @@ import sys
 
 import typer
 
-from client import commands_deploy
+from client.commands import deploy_verbs as commands_deploy
 
-OTHERS = ("client.commands_runs", "client.commands_budget")
+OTHERS = ("client.commands.run_verbs", "client.commands.budget_verbs")
 _HELP = "Command line of one site: join a coordinator, approve runs, watch the budget."
 LIGHT = ("init", "check", "start", "digest")
 

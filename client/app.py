@@ -13,15 +13,16 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.answering import evaluate, train
-from client.joining import finish, join, keep_part, prepare_run
-from client.site import DeclinedRequest, Site
-from common import wire
+from client.config import SiteConfig
+from client.protocol.join import finish, join, keep_part, prepare_run
+from client.protocol.site import DeclinedRequest, Site
+from client.protocol.train import evaluate, train
+from common import messages
 from common.backbones import Backbone
-from common.config import SiteConfig, load
 from common.errors import plain
 from common.privacy.noise import Entropy, os_entropy
 from common.types import BadInput, LedgerDamaged, Refusal
+from common.yaml import load
 
 _log = logging.getLogger(__name__)
 SITE_VARIABLE = "HEADWATER_SITE"
@@ -69,41 +70,51 @@ def make_app(
             raise  # The process ends; Flower answers for it without quoting these.
         except BaseException:  # Also a panic of native code, which is no Exception.
             _log.exception("a request failed at this site")
-            records = wire.encode(wire.Declined(Refusal.INTERNAL, name))
+            records = messages.encode(messages.Declined(Refusal.INTERNAL, name))
         return Message(records, reply_to=message)
 
-    @app.query(wire.JOIN.removeprefix("query."))
+    @app.query(messages.JOIN.removeprefix("query."))
     def on_join(message: Message, context: Context) -> Message:
         return answer(
-            message, context, lambda site: wire.encode(join(site, wire.decode(message.content, wire.JoinRequest)))
+            message,
+            context,
+            lambda site: messages.encode(join(site, messages.decode(message.content, messages.JoinRequest))),
         )
 
-    @app.query(wire.PART.removeprefix("query."))
+    @app.query(messages.PART.removeprefix("query."))
     def on_part(message: Message, context: Context) -> Message:
         return answer(
-            message, context, lambda site: wire.encode(keep_part(site, wire.decode(message.content, wire.PartRequest)))
+            message,
+            context,
+            lambda site: messages.encode(keep_part(site, messages.decode(message.content, messages.PartRequest))),
         )
 
-    @app.query(wire.PREPARE.removeprefix("query."))
+    @app.query(messages.PREPARE.removeprefix("query."))
     def on_prepare(message: Message, context: Context) -> Message:
         return answer(
             message,
             context,
-            lambda site: wire.encode(prepare_run(site, wire.decode(message.content, wire.PrepareRequest))),
+            lambda site: messages.encode(prepare_run(site, messages.decode(message.content, messages.PrepareRequest))),
         )
 
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda site: train(site, wire.decode(message.content, wire.TrainRequest)))
+        return answer(
+            message, context, lambda site: train(site, messages.decode(message.content, messages.TrainRequest))
+        )
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda site: evaluate(site, wire.decode(message.content, wire.EvaluateRequest)))
+        return answer(
+            message, context, lambda site: evaluate(site, messages.decode(message.content, messages.EvaluateRequest))
+        )
 
-    @app.query(wire.FINISH.removeprefix("query."))
+    @app.query(messages.FINISH.removeprefix("query."))
     def on_finish(message: Message, context: Context) -> Message:
         return answer(
-            message, context, lambda site: wire.encode(finish(site, wire.decode(message.content, wire.FinishRequest)))
+            message,
+            context,
+            lambda site: messages.encode(finish(site, messages.decode(message.content, messages.FinishRequest))),
         )
 
     return app
@@ -114,9 +125,9 @@ def _answer(site: Site, asked: str, handle: Callable[[Site], RecordDict]) -> Rec
         return handle(site)
     except DeclinedRequest as declined:
         if declined.logged:
-            return wire.encode(wire.Declined(declined.refusal, site.config.name))
+            return messages.encode(messages.Declined(declined.refusal, site.config.name))
         refusal, detail = declined.refusal, declined.detail
-    except wire.OtherVersion as error:
+    except messages.OtherVersion as error:
         refusal, detail = Refusal.VERSION, str(error)
     except BadInput as error:
         refusal, detail = Refusal.BAD_REQUEST, str(error)
@@ -125,7 +136,7 @@ def _answer(site: Site, asked: str, handle: Callable[[Site], RecordDict]) -> Rec
         refusal, detail = Refusal.BUDGET, str(error)
     # Short: a coordinator must not fill the disk that the ledger needs, whatever its requests make a sentence quote.
     site.journal.write("declined", asked=asked, refusal=refusal.value, detail=plain(detail))
-    return wire.encode(wire.Declined(refusal, site.config.name))
+    return messages.encode(messages.Declined(refusal, site.config.name))
 
 
 app = make_app()

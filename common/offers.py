@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.backbones import Backbone
-from common.config import RunConfig
 from common.plugins import Spec
+from common.run import RunConfig
 
 
 def offer_of(run: RunConfig, backbones: Mapping[str, Backbone]) -> dict[str, Any]:

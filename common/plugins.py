@@ -82,7 +82,7 @@ def kinds(package: str) -> list[str]:
     if spec is None or spec.submodule_search_locations is None:
         raise BadInput(f"{package} is not a plug-in folder")
     found = pkgutil.iter_modules(spec.submodule_search_locations)
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    return sorted(module.name for module in found if not (module.ispkg or module.name.startswith("_")))
 
 
 def refuse_unknown_kind(package: str, kind: str, key: str) -> None:

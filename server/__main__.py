@@ -12,19 +12,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common import journal
-from common.config import RunConfig, parse
-from common.console import EXIT_FAILED, EXIT_INTERRUPTED, reported_errors
+from common import events as journal
+from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, reported_errors
+from common.run import RunConfig
 from common.types import BadInput, HeadwaterError, RunFailed
-from server import certificates, operate, registry
-from server.control import Control, RunState
-from server.federation import Federation, FederationConfig, create_folder, open_federation, split_address
-from server.link import owner, run_link
-from server.report import failures, tables
-from server.roster import synchronise
-from server.runs import interrupted, new_folder, submit
-from server.status_table import status_table
-from server.watch import watch
+from common.yaml import parse
+from server.deployment import admitted_sites as registry
+from server.deployment import certificates
+from server.deployment.federation import Federation, FederationConfig, create_folder, open_federation, split_address
+from server.deployment.queue import interrupted, new_folder, submit
+from server.reports.status_table import status_table
+from server.reports.summary import failures, tables
+from server.reports.watch import watch
+from server.superlink import operate
+from server.superlink.control import Control, RunState
+from server.superlink.daemon import owner, run_link
+from server.superlink.node_ids import synchronise
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -139,7 +142,7 @@ def kit(
     Example: python -m server kit fed north --run fed/run.yaml
     """
     with reported_errors():
-        from server.kit import write_kit  # Opens backbones: seconds that `status` and the link need not pay.
+        from server.deployment.kit import write_kit  # Opens backbones: seconds that `status` and the link need not pay.
 
         path = out or Path(f"{name}-kit.zip")
         files = write_kit(open_federation(folder), name, run or [], path)
@@ -155,7 +158,9 @@ def start(folder: Dir, run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
     Example: python -m server start fed fed/run.yaml --set rounds=3
     """
     with reported_errors():
-        from server.run_checks import checked_run  # Opens backbones: seconds that `status` and the link need not pay.
+        from server.deployment.run_checks import (
+            checked_run,  # Opens backbones: seconds that `status` and the link need not pay.
+        )
 
         federation = open_federation(folder)
         checked = checked_run(federation, run, set_ or [])

@@ -8,14 +8,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from common.config import RunConfig, load, write_yaml
-from common.encoders import digests_of, open_encoders
-from common.journal import FileJournal
+from common.events import FileJournal
+from common.model.backbones import digests_of, open_encoders
+from common.run import RunConfig
 from common.types import BadInput
-from server.deployed import run_deployed
-from server.report import FLOWER_APP, tables
-from server.results import new_run_folder, write_environment, write_results
-from server.rounds import run_federation
+from common.yaml import load, write_yaml
+from server.deployment.deployed_run import run_deployed
+from server.reports.results import new_run_folder, write_environment, write_results
+from server.reports.summary import FLOWER_APP, tables
+from server.rounds.loop import run_federation
 
 app = ServerApp()
 

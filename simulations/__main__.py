@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.audit_page import audit_table
-from client.forecast import LEGEND, as_json, forecast, table
-from common.config import SimulationConfig, load
-from common.console import EXIT_FAILED, reported_errors, shown_progress
+from client.audit.page import audit_table
+from client.protocol.plan import LEGEND, as_json, forecast, table
+from common.process.console import EXIT_FAILED, reported_errors, shown_progress
 from common.types import BadInput
-from server.report import Summary, failures, tables
+from common.yaml import load
+from server.reports.summary import Summary, failures, tables
+from simulations.config import SimulationConfig
 from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
 from simulations.experiment import run as run_config

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from client.audit import AuditResult, Observe, audit_run
-from common.config import SimulationConfig
+from client.audit.audit import AuditResult, Observe, audit_run
 from common.privacy.noise import Entropy, os_entropy
 from common.types import RunFailed
+from simulations.config import SimulationConfig
 
 
 def audit_simulation(config: SimulationConfig, observe: Observe, entropy: Entropy = os_entropy) -> AuditResult:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 import torch
 
-from client.alone import Update
-from client.units import TaskRecords, Units
-from common.config import RunConfig
+from client.data.units import TaskRecords, Units
+from client.personal.local_heads import Update
+from common.run import RunConfig
 from common.tasks import Task
 from common.types import Params
-from server.aggregators import State, Weighted, open_aggregator
+from server.rounds.aggregators import State, Weighted, open_aggregator
 
 
 def aggregated_alone(run: RunConfig) -> Update:

@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-from client.data import open_units
-from client.metrics import Values, defined, exact_sums, pair_values, values_of
-from client.units import Units
-from common.config import SiteConfig
+from client.config import SiteConfig
+from client.data.prepare import open_units
+from client.data.units import Units
+from client.personal.metrics import Values, defined, exact_sums, pair_values, values_of
 from common.tasks import Comparing, Obvious, Task, merge_sums, metric_sums
 from common.types import Heads
 

@@ -15,33 +15,36 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from client.alone import train_alone
 from client.app import make_app
-from client.data import PROBLEMS
-from client.limits import untrained_modules
-from client.metrics import Values
-from client.records import check_values
-from client.site import Site
+from client.config import SiteConfig
+from client.data.prepare import PROBLEMS
+from client.data.records import check_values
+from client.data.sources import open_source
+from client.personal.local_heads import train_alone
+from client.personal.metrics import Values
+from client.protocol.requirements import untrained_modules
+from client.protocol.site import Site
 from client.solvers import open_solver
-from client.sources import open_source
 from common.backbones import Backbone, open_random
-from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, write_yaml
-from common.encoders import absolute, digests_of, open_encoders
+from common.events import FileJournal, read
 from common.files import without_flushing
-from common.heads import load_parameters
-from common.journal import FileJournal, read
+from common.model.backbones import absolute, digests_of, open_encoders
+from common.model.parameters import load_parameters
+from common.model.trunks import initial_modules, trunks
 from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
+from common.run import Privacy, RunConfig
 from common.tasks import Task, open_task
-from common.trunks import initial_modules, trunks
 from common.types import BadInput, Heads, Interrupted, Refusal, RunFailed
-from server.aggregators import open_aggregator
-from server.checkpoint import Checkpoint, load_checkpoint
-from server.desk import Observe
-from server.report import Summary
-from server.results import new_run_folder, write_environment, write_results
-from server.rounds import Outcome, run_federation
+from common.yaml import load, write_yaml
+from server.reports.results import new_run_folder, write_environment, write_results
+from server.reports.summary import Summary
+from server.rounds.aggregators import open_aggregator
+from server.rounds.checkpoint import Checkpoint, load_checkpoint
+from server.rounds.loop import Outcome, run_federation
+from server.rounds.messenger import Observe
 from simulations.baselines import aggregated_alone, pool
+from simulations.config import SimulationConfig
 from simulations.evaluate import Evaluation, evaluate, obvious, run_data, units_of
 from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
@@ -186,7 +189,7 @@ def standalone(config: SimulationConfig) -> SimulationConfig:
     """The same simulation with absolute paths: it means the same in whatever folder it is written."""
 
     def plain(spec: Spec) -> Spec:
-        return Spec(**resolve("client.sources", spec, "").model_dump(mode="json", by_alias=True))
+        return Spec(**resolve("client.data.sources", spec, "").model_dump(mode="json", by_alias=True))
 
     sources = {name: plain(spec) for name, spec in config.sources.items()}
     sites = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from client.sources import open_source
-from common.config import SimulationConfig
+from client.data.sources import open_source
 from common.plugins import resolve
+from simulations.config import SimulationConfig
 from simulations.partition import source_settings
 
 

@@ -12,8 +12,8 @@ from flwr.app import ConfigRecordValues, Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import Executor
 from common.types import RunFailed
+from simulations.config import Executor
 
 _Result = TypeVar("_Result")
 

@@ -13,21 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from client.sources import Record, SourceKind, open_source
-from common.config import (
-    Allow,
-    Keep,
-    Partition,
-    SimulatedTask,
-    SimulationConfig,
-    SiteConfig,
-    SiteTask,
-    Split,
-    load,
-    write_yaml,
-)
+from client.config import Allow, SiteConfig, SiteTask, Split
+from client.data.sources import Record, SourceKind, open_source
 from common.plugins import Spec
 from common.types import BadInput, Unit
+from common.yaml import load, write_yaml
+from simulations.config import Keep, Partition, SimulatedTask, SimulationConfig
 
 Assignment = dict[str, dict[str, list[tuple[int, str]]]]
 """Site -> source -> (1-based position in the source's index, split or "")."""

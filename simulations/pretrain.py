@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from client.sources import Source, open_source
+from client.data.sources import Source, open_source
 from common.backbones import Untrained, open_untrained
 from common.backbones.small_cnn import pretrained_tensors
-from common.config import Pretrain, SimulationConfig
 from common.files import write_atomic
 from common.plugins import Spec
 from common.types import BadInput
-from server.desk import Observe
+from server.rounds.messenger import Observe
+from simulations.config import Pretrain, SimulationConfig
 
 
 @dataclass(frozen=True)

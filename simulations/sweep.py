@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import SimulationConfig, as_override, load
 from common.types import BadInput
-from server.desk import Observe
-from server.report import Summary
-from server.results import new_run_folder
+from common.yaml import as_override, load
+from server.reports.results import new_run_folder
+from server.reports.summary import Summary
+from server.rounds.messenger import Observe
+from simulations.config import SimulationConfig
 from simulations.experiment import check, run
 
 

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.config import write_yaml
+from common.yaml import write_yaml
 from tests.tiny import run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,22 +19,25 @@ from typer.testing import CliRunner
 import simulations
 from client.__main__ import app
 from client.app import make_app
-from client.approvals import Approvals, Offer
-from client.data import open_units
-from client.joining import join, keep_part, prepare_run
-from client.site import DeclinedRequest, Site
+from client.config import SiteConfig
+from client.data.prepare import open_units
+from client.data.units import Units
+from client.protocol.approvals import Approvals, Offer
+from client.protocol.join import join, keep_part, prepare_run
+from client.protocol.site import DeclinedRequest, Site
 from client.solvers import open_solver
-from client.units import Units
-from common import wire
-from common.config import RunConfig, SimulationConfig, SiteConfig, parse, write_yaml
-from common.journal import FileJournal, read
+from common import messages
+from common.events import FileJournal, read
 from common.offers import offer_bytes
 from common.privacy.noise import NoiseStream, os_entropy
+from common.run import RunConfig
 from common.tasks import open_task
 from common.types import BadInput, Plan, Refusal, Unit, heads_digest
-from server.checkpoint import load_checkpoint
-from server.results import write_results
-from server.rounds import Outcome, run_federation
+from common.yaml import parse, write_yaml
+from server.reports.results import write_results
+from server.rounds.checkpoint import load_checkpoint
+from server.rounds.loop import Outcome, run_federation
+from simulations.config import SimulationConfig
 from simulations.experiment import resume
 from simulations.in_process import InProcessGrid
 from tests.two_modalities import PATIENTS, TASKS, Hospitals, hospitals
@@ -64,7 +67,7 @@ def federate(own: Hospitals, sites: list[SiteConfig], run_id: str) -> tuple[Outc
     return outcome, read(journal.path)
 
 
-def declined(site: Site, request: wire.JoinRequest) -> Refusal:
+def declined(site: Site, request: messages.JoinRequest) -> Refusal:
     with pytest.raises(DeclinedRequest) as caught:
         join(site, request)
     return caught.value.refusal
@@ -249,9 +252,9 @@ def prepared(own: Hospitals, name: str, tasks: tuple[str, ...], run: RunConfig |
     specs = {}
     for backbone in {run.backbone_of(task): own.backbones[run.backbone_of(task)] for task in tasks}.values():
         blob = backbone.blob()
-        keep_part(site, wire.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
+        keep_part(site, messages.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
         specs[blob.digest] = blob.spec
-    prepare_run(site, wire.PrepareRequest("run-1", specs))
+    prepare_run(site, messages.PrepareRequest("run-1", specs))
     return open_units(site.config.state_dir / "runs" / "run-1" / "data", "train", list(tasks), CPU)
 
 
@@ -355,13 +358,13 @@ def test_a_backbone_of_other_settings_than_the_run_names_is_refused(tmp_path: Pa
     site = Site(own.site("north", BOTH), os_entropy)
     pictures, texts = own.digests["pictures"], own.digests["texts"]
     offer = own.offer()
-    join(site, wire.JoinRequest(offer.run_id, offer.run, {"pictures": texts, "texts": pictures}))
+    join(site, messages.JoinRequest(offer.run_id, offer.run, {"pictures": texts, "texts": pictures}))
     for name in ("pictures", "texts"):
         blob = own.backbones[name].blob()
-        keep_part(site, wire.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
+        keep_part(site, messages.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
     specs = {backbone.digest: backbone.spec for backbone in own.backbones.values()}
     with pytest.raises(DeclinedRequest) as caught:
-        prepare_run(site, wire.PrepareRequest("run-1", specs))
+        prepare_run(site, messages.PrepareRequest("run-1", specs))
     assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
 
 
@@ -372,10 +375,10 @@ def test_a_part_of_a_backbone_that_no_task_here_stands_on_is_declined_and_not_ke
     join(site, own.offer())
     digest = "0" * 64 if which == "of nobody" else own.digests["pictures"]
     with pytest.raises(DeclinedRequest) as caught:
-        keep_part(site, wire.PartRequest("run-1", digest, 0, 1, b"1"))
+        keep_part(site, messages.PartRequest("run-1", digest, 0, 1, b"1"))
     assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
     with pytest.raises(DeclinedRequest) as caught:
-        prepare_run(site, wire.PrepareRequest("run-1", {digest: "{}"}))
+        prepare_run(site, messages.PrepareRequest("run-1", {digest: "{}"}))
     assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
     assert digest not in held(site.config)
 
@@ -385,17 +388,17 @@ def test_a_backbone_that_was_not_sent_cannot_be_prepared_with(tmp_path: Path) ->
     site = Site(own.site("north", BOTH), os_entropy)
     join(site, own.offer())
     blob = own.backbones["texts"].blob()
-    keep_part(site, wire.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
+    keep_part(site, messages.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
     with pytest.raises(BadInput, match="not received"):
-        prepare_run(site, wire.PrepareRequest("run-1", {blob.digest: blob.spec}))
+        prepare_run(site, messages.PrepareRequest("run-1", {blob.digest: blob.spec}))
     assert not (site.config.state_dir / "runs" / "run-1" / "prepared.json").exists()
 
 
-def offered(own: Hospitals, change: Any) -> wire.JoinRequest:
+def offered(own: Hospitals, change: Any) -> messages.JoinRequest:
     """The run as offered, after a change to its plain values and digests."""
     run, digests = json.loads(json.dumps(own.offer().run)), dict(own.digests)
     change(run, digests)
-    return wire.JoinRequest("run-1", run, digests)
+    return messages.JoinRequest("run-1", run, digests)
 
 
 WRONG: dict[str, Any] = {

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from client.sources import Example, Record
-from client.sources._base import SourceSettings, digest
+from client.data.sources import Example, Record
+from client.data.sources.parts.base import SourceSettings, digest
 
 
 class Pendulums(SourceSettings):
@@ -76,7 +76,7 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._projection import Projection
+from common.backbones.parts.projection import Projection
 from common.plugins import Plugin
 from common.types import BadInput, BadRecord
 
@@ -143,7 +143,7 @@ from torch import Tensor, nn
 from common.cells import number
 from common.plugins import Plugin
 from common.tasks import Example
-from common.tasks._head import HeadSettings
+from common.tasks.parts.head import HeadSettings
 from common.tasks.classification import Classification
 from common.types import BadRecord
 
@@ -243,7 +243,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "tests/conftest.py"):
         shutil.copy(ROOT / name, folder / name)
     for name, text in (
-        ("client/sources/pendulums.py", SOURCE),
+        ("client/data/sources/pendulums.py", SOURCE),
         ("common/backbones/spectrum.py", BACKBONE),
         ("common/tasks/above.py", TASK),
         ("pendulums.yaml", CONFIG),

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import RunConfig, SimulationConfig, SiteConfig, load, write_yaml
+from client.config import SiteConfig
 from common.plugins import kinds, resolve
-from server.aggregators import Weighted
+from common.run import RunConfig
+from common.yaml import load, write_yaml
+from server.rounds.aggregators import Weighted
+from simulations.config import SimulationConfig
 from simulations.experiment import check, standalone
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +70,8 @@ def test_every_simulation_means_the_same_when_it_is_written_elsewhere(path: Path
 
 
 @pytest.mark.parametrize(
-    "package", ["common.backbones", "common.tasks", "client.sources", "client.solvers", "server.aggregators"]
+    "package",
+    ["common.backbones", "common.tasks", "client.data.sources", "client.solvers", "server.rounds.aggregators"],
 )
 def test_every_kind_stands_in_readme(package: str) -> None:
     missing = [kind for kind in kinds(package) if kind not in README]
@@ -78,7 +82,7 @@ def test_every_file_readme_names_exists() -> None:
     for name in re.findall(
         r"`((?:tests|configs|common|client|server|simulations|docs|benchmarks)/[\w/.]+\.\w+)`", README
     ):
-        assert (ROOT / name).exists() or name == "server/aggregators/median.py", name
+        assert (ROOT / name).exists() or name == "server/rounds/aggregators/median.py", name
 
 
 def test_the_table_of_speed_is_the_last_measured_one() -> None:

@@ -17,11 +17,11 @@ MAY_IMPORT = {
 }
 DOORS = {
     "flwr": (
-        "common/wire.py",
+        "common/messages.py",
         "client/app.py",
-        "client/fleet.py",
-        "client/worker.py",
-        "client/answering.py",
+        "client/connection/fleet.py",
+        "client/connection/worker.py",
+        "client/protocol/train.py",
         "server/",
         "simulations/in_process.py",
         "simulations/flower.py",
@@ -29,9 +29,9 @@ DOORS = {
     ),
     "ray": ("simulations/flower.py",),
     "opacus": ("client/solvers/", "common/privacy/"),
-    "grpc": ("common/health.py",),
-    "yaml": ("common/config.py",),
-    "sklearn": ("client/sources/", "simulations/"),
+    "grpc": ("common/process/health.py",),
+    "yaml": ("common/yaml.py",),
+    "sklearn": ("client/data/sources/", "simulations/"),
 }
 
 

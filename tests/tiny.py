@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from client.joining import keep_part, prepare_run
-from client.site import Site
-from common import wire
+from client.config import SiteConfig
+from client.protocol.join import keep_part, prepare_run
+from client.protocol.site import Site
+from common import messages
 from common.backbones import Backbone
-from common.config import ONLY_BACKBONE, RunConfig, SiteConfig, parse
-from common.encoders import digests_of, open_encoders
+from common.model.backbones import digests_of, open_encoders
 from common.offers import offer_of
+from common.run import ONLY_BACKBONE, RunConfig
+from common.yaml import parse
 
 DIM = 4
 TASKS = {
@@ -41,8 +43,8 @@ def run_config(**changes: Any) -> RunConfig:
 def give_backbone(site: Site, run_id: str, frozen: Backbone) -> None:
     """Send a site the backbone of a run it joined, in one part, and have it prepare."""
     blob = frozen.blob()
-    keep_part(site, wire.PartRequest(run_id, frozen.digest, 0, 1, blob.weights))
-    prepare_run(site, wire.PrepareRequest(run_id, {frozen.digest: blob.spec}))
+    keep_part(site, messages.PartRequest(run_id, frozen.digest, 0, 1, blob.weights))
+    prepare_run(site, messages.PrepareRequest(run_id, {frozen.digest: blob.spec}))
 
 
 def backbone() -> Backbone:
@@ -50,10 +52,10 @@ def backbone() -> Backbone:
     return open_encoders(run_config())[ONLY_BACKBONE]
 
 
-def offered(run_id: str, run: RunConfig, frozen: Backbone) -> wire.JoinRequest:
+def offered(run_id: str, run: RunConfig, frozen: Backbone) -> messages.JoinRequest:
     """A run of one backbone as a coordinator offers it."""
     only = {ONLY_BACKBONE: frozen}
-    return wire.JoinRequest(run_id, offer_of(run, only), digests_of(only))
+    return messages.JoinRequest(run_id, offer_of(run, only), digests_of(only))
 
 
 def write_records(path: Path, seed: int, count: int = 40) -> None:

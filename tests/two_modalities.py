@@ -11,13 +11,15 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from common import wire
+from client.config import SiteConfig
+from common import messages
 from common.backbones import Backbone, open_untrained
 from common.backbones.small_cnn import pretrained_tensors
 from common.backbones.transformers import Transformers
-from common.config import RunConfig, SiteConfig, parse
-from common.encoders import digests_of, open_encoders
+from common.model.backbones import digests_of, open_encoders
 from common.offers import offer_of
+from common.run import RunConfig
+from common.yaml import parse
 from tests.tiny import run_config
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -40,9 +42,9 @@ class Hospitals:
         """Of the run's backbones."""
         return digests_of(self.backbones)
 
-    def offer(self, run_id: str = "run-1", run: RunConfig | None = None) -> wire.JoinRequest:
+    def offer(self, run_id: str = "run-1", run: RunConfig | None = None) -> messages.JoinRequest:
         """What its coordinator asks."""
-        return wire.JoinRequest(run_id, offer_of(run or self.run, self.backbones), self.digests)
+        return messages.JoinRequest(run_id, offer_of(run or self.run, self.backbones), self.digests)
 
     def site(self, name: str, tasks: tuple[str, ...], **changes: Any) -> SiteConfig:
         """A hospital with these tasks; `changes` replace whole top-level keys."""

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from client.units import Units
-from common.config import Privacy
+from client.data.units import Units
 from common.plugins import Spec, resolve
 from common.privacy.noise import NoiseStream
+from common.run import Privacy
 from common.tasks import Task
 from common.types import Delta, Plan, Unit
 

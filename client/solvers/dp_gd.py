@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from client.solvers import _objective
-from client.solvers._closed_form import Inputs, check_affine, gradients_of
-from client.solvers._flat import Flat
-from client.units import Units
-from common.config import PositiveInt, Privacy
+from client.data.units import Units
+from client.solvers.parts import objective
+from client.solvers.parts.closed_form import Inputs, check_affine, gradients_of
+from client.solvers.parts.flat import Flat
 from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
 from common.privacy.clipping import clip_factors
 from common.privacy.noise import NoiseStream, released
+from common.run import PositiveInt, Privacy
 from common.tasks import Sloped, Task
 from common.types import BadInput, Delta, Plan, Unit
 
@@ -70,7 +70,7 @@ class DpGd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    tasks: Mapping[str, _objective.Rates] = Field(default_factory=dict)
+    tasks: Mapping[str, objective.Rates] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -125,15 +125,15 @@ class DpGd(Plugin):
         flat = Flat.of(heads)
         start = flat.vector()
         weights = start.clone()
-        divisors = flat.per_value(_objective.expected_units(plan, public_sizes))
-        default = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        divisors = flat.per_value(objective.expected_units(plan, public_sizes))
+        default = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         rates = {name: self.tasks.get(name, default) for name in flat.heads}
         learning_rate = flat.per_value({name: own.learning_rate for name, own in rates.items()})
         weight_decay = flat.per_value({name: own.weight_decay for name, own in rates.items()})
         decays = any(own.weight_decay for own in rates.values())
         deviation = plan.noise_multiplier * plan.clip_norm
         velocity = torch.zeros_like(weights) if self.momentum else None
-        usable = _objective.usable(units)
+        usable = objective.usable(units)
         inputs = {
             name: Inputs.of(head, usable.tasks[name], usable.num_units, tasks[name].scale)
             for name, head in flat.heads.items()
@@ -157,14 +157,14 @@ class DpGd(Plugin):
                     weights.sub_(step, alpha=learning_rate)
                 else:
                     weights.sub_(step * learning_rate)
-        return _objective.checked(flat.by_task(weights - start))
+        return objective.checked(flat.by_task(weights - start))
 
 
 def _draws(units: Units, plan: Plan, stream: NoiseStream, size: int) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
     """Each step's sample and normals, in the stream's order; large ones are drawn while the step before is computed."""
 
     def draw() -> tuple[Tensor, NDArray[np.float64]]:
-        return _objective.participants(units, plan, stream), stream.gaussian((size,))
+        return objective.participants(units, plan, stream), stream.gaussian((size,))
 
     if size < _LARGE_DRAW:
         for _ in range(plan.steps):

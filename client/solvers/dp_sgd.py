@@ -21,12 +21,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from client.solvers import _objective
-from client.units import Units
-from common.config import PositiveInt, Privacy
+from client.data.units import Units
+from client.solvers.parts import objective
 from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
 from common.privacy.noise import NoiseStream
+from common.run import PositiveInt, Privacy
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
 
@@ -54,8 +54,8 @@ class DpSgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    tasks: Mapping[str, _objective.Rates] = Field(default_factory=dict)
-    trunk: _objective.Rates | None = None
+    tasks: Mapping[str, objective.Rates] = Field(default_factory=dict)
+    trunk: objective.Rates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class DpSgd(Plugin):
 
     def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
         """Refuse heads that mix the examples of a batch. Raises BadInput."""
-        from client.solvers._private_step import check_separable
+        from client.solvers.parts.private_step import check_separable
 
         check_separable(heads)
 
@@ -99,18 +99,18 @@ class DpSgd(Plugin):
             RunFailed: training diverged.
         """
         # Here: a site that only plans needs no Opacus.
-        from client.solvers._private_step import StreamOptimizer, release_step, with_record_gradients
+        from client.solvers.parts.private_step import StreamOptimizer, release_step, with_record_gradients
 
-        copies = _objective.trainable_copies(heads)
+        copies = objective.trainable_copies(heads)
         with_record_gradients(copies)
-        rates = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        groups = _objective.groups(copies, tasks, rates, self.tasks, self.trunk)
+        rates = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        groups = objective.groups(copies, tasks, rates, self.tasks, self.trunk)
         sgd = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
-        divisors = _objective.expected_units(plan, public_sizes)
+        divisors = objective.expected_units(plan, public_sizes)
         of_parameter = [divisors[name] for name, head in copies.items() for p in head.parameters() if p.requires_grad]
         optimizer = StreamOptimizer(sgd, plan=plan, divisors=of_parameter, stream=stream)
-        usable = _objective.usable(units)
+        usable = objective.usable(units)
         for _ in range(plan.steps):
-            members = _objective.participants(usable, plan, stream)
+            members = objective.participants(usable, plan, stream)
             release_step(optimizer, copies, tasks, usable, members)
-        return _objective.difference(copies, heads)
+        return objective.difference(copies, heads)

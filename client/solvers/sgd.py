@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from client.solvers import _objective
-from client.units import Units
-from common.config import PositiveInt, Privacy
+from client.data.units import Units
+from client.solvers.parts import objective
 from common.plugins import Plugin
 from common.privacy.noise import NoiseStream
+from common.run import PositiveInt, Privacy
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
 
@@ -42,8 +42,8 @@ class Sgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    tasks: Mapping[str, _objective.Rates] = Field(default_factory=dict)
-    trunk: _objective.Rates | None = None
+    tasks: Mapping[str, objective.Rates] = Field(default_factory=dict)
+    trunk: objective.Rates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -80,21 +80,21 @@ class Sgd(Plugin):
         Raises:
             RunFailed: training diverged.
         """
-        copies = _objective.trainable_copies(heads)
-        rates = _objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        groups = _objective.groups(copies, tasks, rates, self.tasks, self.trunk)
+        copies = objective.trainable_copies(heads)
+        rates = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        groups = objective.groups(copies, tasks, rates, self.tasks, self.trunk)
         optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
-        divisors = _objective.expected_units(plan, public_sizes)
-        usable = _objective.usable(units)
+        divisors = objective.expected_units(plan, public_sizes)
+        usable = objective.usable(units)
         for _ in range(plan.steps):
             optimizer.zero_grad(set_to_none=True)
-            batch = _objective.batch_of(usable, _objective.participants(usable, plan, stream))
-            loss = _objective.loss_sum(copies, tasks, batch)
+            batch = objective.batch_of(usable, objective.participants(usable, plan, stream))
+            loss = objective.loss_sum(copies, tasks, batch)
             if loss is not None:
                 loss.backward()  # type: ignore[no-untyped-call]
             _divide(copies, divisors)
             optimizer.step()
-        return _objective.difference(copies, heads)
+        return objective.difference(copies, heads)
 
 
 def _divide(heads: Mapping[str, nn.Module], divisors: Mapping[str, float]) -> None:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from common.backbones._fast import FastEncoder, Precision
-from common.backbones._kind import Architecture, Example, Kind, Pretrained
-from common.backbones._projection import ProjectionLayer, projection_state
-from common.backbones._weights import digest_of, load_strict
+from common.backbones.parts.fast import FastEncoder, Precision
+from common.backbones.parts.kind import Architecture, Example, Kind, Pretrained
+from common.backbones.parts.projection import ProjectionLayer, projection_state
+from common.backbones.parts.weights import digest_of, load_strict
 from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
 
@@ -90,7 +90,7 @@ class Backbone:
         device: where it encodes.
         precision: of the encoder's inside; the site's choice, not in the digest.
         trunk: where it is a backbone's frozen part, the entry of the heads that its features still have to pass
-            (`common.trunks`).
+            (`common.model.trunks`).
     """
 
     kind: Kind

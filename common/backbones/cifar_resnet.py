@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._boundary import Divided, blocks_of, divide_chain
-from common.backbones._image_preprocessing import ImagePreprocessing
-from common.backbones._projection import Projection
-from common.backbones._random import random_weights
-from common.backbones._weights import load_strict, read_state
+from common.backbones.parts.boundary import Divided, blocks_of, divide_chain
+from common.backbones.parts.image_preprocessing import ImagePreprocessing
+from common.backbones.parts.projection import Projection
+from common.backbones.parts.random import random_weights
+from common.backbones.parts.weights import load_strict, read_state
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput
 

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._columns import Column
-from common.backbones._projection import Projection
+from common.backbones.parts.columns import Column
+from common.backbones.parts.projection import Projection
 from common.plugins import Plugin
 from common.types import BadInput, BadRecord
 

@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._audio import samples_at, triangles
-from common.backbones._projection import Projection
+from common.backbones.parts.audio import samples_at, triangles
+from common.backbones.parts.projection import Projection
 from common.items import Audio
 from common.plugins import Plugin
 from common.types import BadInput

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._audio import fitted, samples_at
-from common.backbones._projection import Projection
-from common.backbones._random import random_weights
-from common.backbones._weights import read_state
+from common.backbones.parts.audio import fitted, samples_at
+from common.backbones.parts.projection import Projection
+from common.backbones.parts.random import random_weights
+from common.backbones.parts.weights import read_state
 from common.items import Audio
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput

@@ -23,12 +23,19 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PretrainedConfig
 
 from common.backbones import Architecture, Example, Pretrained
-from common.backbones._boundary import Divided, check_whole
-from common.backbones._huggingface import Location, config_of, model_of, quiet, tokenizer_json
-from common.backbones._layers import Above, Below, last_norm, layers_of, pool
-from common.backbones._modalities import AudioInput, ImageInput, Modality, TextInput, feature_extractor, image_processor
-from common.backbones._projection import Projection
-from common.backbones._random import random_weights
+from common.backbones.parts.boundary import Divided, check_whole
+from common.backbones.parts.huggingface import Location, config_of, model_of, quiet, tokenizer_json
+from common.backbones.parts.layers import Above, Below, last_norm, layers_of, pool
+from common.backbones.parts.modalities import (
+    AudioInput,
+    ImageInput,
+    Modality,
+    TextInput,
+    feature_extractor,
+    image_processor,
+)
+from common.backbones.parts.projection import Projection
+from common.backbones.parts.random import random_weights
 from common.items import Text
 from common.plugins import Frozen, LocalPath, Plugin
 from common.types import BadInput, BadRecord

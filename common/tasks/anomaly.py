@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from common.cells import CellName, position
 from common.plugins import Plugin
 from common.tasks import Example
-from common.tasks._head import HeadSettings
 from common.tasks.classification import Classification
+from common.tasks.parts.head import HeadSettings
 from common.types import BadRecord
 
 if TYPE_CHECKING:

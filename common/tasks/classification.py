@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from common.cells import CellName, CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
-from common.tasks._counts import area_of, bucket_rows, found, recognised, share
-from common.tasks._head import HeadSettings
-from common.tasks._rates import one_against_rest, rate_of, recall, true_negative_rate
+from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import one_against_rest, rate_of, recall, true_negative_rate
+from common.tasks.parts.statistics import area_of, bucket_rows, found, recognised, share
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Classification(Plugin):
 
     def metrics(self) -> dict[str, Metric]:
         """Accuracy first. Of two classes the positive one's, of more the mean over the classes that occur."""
-        from common.tasks._metrics import Accuracy, Auroc, ClassRate
+        from common.tasks.parts.metrics import Accuracy, Auroc, ClassRate
 
         num_classes = len(self.labels)
         positive = self._positive()

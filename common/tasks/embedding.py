@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from common.cells import CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
-from common.tasks._counts import share
-from common.tasks._head import HeadSettings
-from common.tasks._verification import verification
+from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.statistics import share
+from common.tasks.parts.verification import verification
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Embedding(Plugin):
 
     def metrics(self) -> dict[str, Metric]:
         """Share of records of training identities that are nearest to their own direction."""
-        from common.tasks._metrics import KnownAccuracy
+        from common.tasks.parts.metrics import KnownAccuracy
 
         return {"accuracy": KnownAccuracy(len(self.labels))}
 

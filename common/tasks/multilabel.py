@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from common.cells import CellName, CellNames, position
 from common.plugins import Plugin
 from common.tasks import Example
-from common.tasks._counts import area_of, bucket_rows, found, recognised, share
-from common.tasks._head import HeadSettings
-from common.tasks._rates import balanced, rate_of, recall, share_correct, true_negative_rate
+from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import balanced, rate_of, recall, share_correct, true_negative_rate
+from common.tasks.parts.statistics import area_of, bucket_rows, found, recognised, share
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Multilabel(Plugin):
 
     def metrics(self) -> dict[str, Metric]:
         """Mean AUROC over labels first, as is usual for findings that are rare; the others at probability 1/2."""
-        from common.tasks._metrics import Auroc, LabelRate
+        from common.tasks.parts.metrics import Auroc, LabelRate
 
         num_labels = len(self.labels)
         return {

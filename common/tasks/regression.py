@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.cells import number
 from common.plugins import Plugin
 from common.tasks import Example
-from common.tasks._head import HeadSettings
+from common.tasks.parts.head import HeadSettings
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Regression(Plugin):
         """Mean absolute error first, in the target's unit."""
         from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
-        from common.tasks._metrics import R2
+        from common.tasks.parts.metrics import R2
 
         metrics: dict[str, Metric] = {
             "mae": MeanAbsoluteError(),

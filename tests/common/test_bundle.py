@@ -97,7 +97,7 @@ def test_a_symbolic_link_is_refused() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        SETTINGS.replace(b"client.app:app", b"client.audit:app"),
+        SETTINGS.replace(b"client.app:app", b"client.audit.audit:app"),
         SETTINGS + b'agentapp = "client.app:app"\n',
         b"[tool.flwr.app]\n",
         b"components = [",

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import Privacy, RunConfig, SimulationConfig, SiteConfig, load, parse, read_yaml, write_yaml
+from client.config import SiteConfig
+from common.run import Privacy, RunConfig
 from common.tasks import open_task
 from common.types import BadInput
+from common.yaml import load, parse, read_yaml, write_yaml
+from simulations.config import SimulationConfig
 from tests.tiny import run_config
 
 RUN: dict[str, Any] = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common.plugins import kinds, plugin_class
-from server.aggregators import Aggregator, Weighted, open_aggregator
+from server.rounds.aggregators import Aggregator, Weighted, open_aggregator
 
-KINDS = kinds("server.aggregators")
+KINDS = kinds("server.rounds.aggregators")
 values = npst.arrays(np.float32, (2, 3), elements=st.floats(-10, 10, width=32))
 contributions = st.lists(
     st.builds(Weighted, st.floats(0.5, 1000), st.fixed_dictionaries({"w": values})), min_size=1, max_size=5
@@ -23,7 +23,7 @@ PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}
 
 def aggregator(kind: str) -> Aggregator:
     """A kind with its required settings at 0.5; a kind that needs other settings states them as `example`."""
-    cls = plugin_class("server.aggregators", kind)
+    cls = plugin_class("server.rounds.aggregators", kind)
     required = {name: 0.5 for name, field in cls.model_fields.items() if field.is_required() and name != "kind"}
     settings: dict[str, Any] = {"kind": kind, **required}
     return open_aggregator(settings, "aggregation")

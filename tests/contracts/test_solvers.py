@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor, nn
 
+from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
-from client.units import TaskRecords, Units
-from common.config import Privacy
-from common.heads import initial_heads, parameters
+from common.model.parameters import initial_heads, parameters
 from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream
+from common.run import Privacy
 from common.tasks import Task, open_task
 from common.types import BadInput, Delta, Plan, Unit
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.sources import Example, Source, open_source
+from client.data.sources import Example, Source, open_source
 from common.items import Audio, Several, Text
 from common.plugins import kinds, plugin_class
 from common.types import BadInput, BadRecord
@@ -26,12 +26,12 @@ GARBAGE = b"\x00q7-garbage\xff"
 
 
 def example_of(kind: str, folder: Path) -> Example:
-    cls: Any = plugin_class("client.sources", kind)
+    cls: Any = plugin_class("client.data.sources", kind)
     found: Example = cls.example(folder)
     return found
 
 
-@pytest.fixture(params=kinds("client.sources"))
+@pytest.fixture(params=kinds("client.data.sources"))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -12,11 +12,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from common.config import SimulationConfig, load
 from common.privacy.noise import SeededEntropy
 from common.types import BadInput, RunFailed
-from server.report import tables
+from common.yaml import load
+from server.reports.summary import tables
 from simulations.__main__ import app
+from simulations.config import SimulationConfig
 from simulations.experiment import check, run
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from common.console import reported_errors
+from common.process.console import reported_errors
 from simulations.__main__ import app
 from simulations.experiment import run
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from client.units import TaskRecords, Units
+from client.data.units import TaskRecords, Units
 from common.tasks import open_task
 from simulations.evaluate import obvious
 from simulations.sweep import _aggregate

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import SimulationConfig, SiteConfig, parse
+from client.config import SiteConfig
 from common.types import BadInput
+from common.yaml import parse
+from simulations.config import SimulationConfig
 from simulations.partition import build_sites, read_sites
 from tests.tiny import run_config
 

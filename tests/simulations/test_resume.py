@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import Ledger
-from client.site import Site
+from client.ledger.ledger import Ledger
+from client.protocol.site import Site
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import BadInput
-from server.checkpoint import load_checkpoint
+from server.rounds.checkpoint import load_checkpoint
 from simulations.experiment import resume, run
 from simulations.partition import read_sites
 

@@ -10,7 +10,8 @@ import numpy as np
 
 import simulations
 from common.backbones.transformers import Transformers
-from common.config import SimulationConfig, parse
+from common.yaml import parse
+from simulations.config import SimulationConfig
 
 
 def test_sites_read_texts_with_a_tokenizer_they_were_sent(tmp_path: Path) -> None:

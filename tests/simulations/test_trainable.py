@@ -13,18 +13,20 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import nn
 
-from client.answering import train
-from client.forecast import forecast
-from client.home import FEDERATED, compare
-from client.site import DeclinedRequest, Site
-from common import wire
+from client.personal.evaluate import FEDERATED, compare
+from client.protocol.plan import forecast
+from client.protocol.site import DeclinedRequest, Site
+from client.protocol.train import train
+from common import messages
 from common.backbones import open_pretrained
 from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
-from common.config import RunConfig, SimulationConfig, load, parse
 from common.privacy.noise import SeededEntropy, os_entropy
+from common.run import RunConfig
 from common.types import BadInput, Refusal
-from server.checkpoint import load_checkpoint
+from common.yaml import load, parse
+from server.rounds.checkpoint import load_checkpoint
+from simulations.config import SimulationConfig
 from simulations.experiment import resume, run, write_files
 from simulations.partition import read_sites
 
@@ -201,7 +203,7 @@ def test_a_request_that_does_not_fit_the_trunk_is_declined_and_costs_nothing(tmp
     site = Site(read_sites(tmp_path / "out" / "sites")[0], os_entropy)
     before = site.ledger().spent()
     with pytest.raises(DeclinedRequest) as caught:
-        train(site, wire.TrainRequest("out", 3, heads))
+        train(site, messages.TrainRequest("out", 3, heads))
     assert caught.value.refusal is (Refusal.TASK_NOT_ALLOWED if wrong == "missing" else Refusal.BAD_REQUEST)
     assert site.ledger().spent() == before
 
@@ -305,8 +307,8 @@ def test_dropout_of_the_pretraining_never_acts(tmp_path: Path) -> None:
     backbone = open_pretrained(dict(Transformers.example(tmp_path / "model").settings), "backbone")
     dropouts = [part for part in backbone.module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
     assert dropouts, "else this shows nothing"
-    from common.config import Trainable
-    from common.trunks import cut
+    from common.model.trunks import cut
+    from common.run import Trainable
 
     example = Transformers.example(tmp_path / "model")
     parts = cut(backbone, Trainable(**{"from": "encoder.layer.0"}), TRUNK, "trainable", seed=0)

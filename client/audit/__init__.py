@@ -1,0 +1,1 @@
+"""The privacy audit: attacks on a solver's real code, with synthetic records."""

@@ -1,0 +1,80 @@
+"""A site's own audit before it agrees to a run that requires one: once for each run and code, kept on its disk.
+
+It attacks the solver that would run here, with the site's own unit, sizes, delta and source of randomness, on synthetic
+records. A verdict holds for one offer, the site's file as far as it matters, and one version of the code and of the
+libraries that draw, clip and sum; so joining again costs nothing.
+
+The coordinator waits for an answer no longer than the run's own time-out: an audit that is not done by then is given
+up, and the site declines. `python -m client audit SITE.yaml RUN.yaml` says how long one takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from client.config import SiteConfig
+from common.files import private_folder, write_atomic
+from common.privacy.noise import Entropy
+from common.run import RunConfig
+
+_ROOMS = ("client", "common")
+_LIBRARIES = ("torch", "opacus", "numpy", "scipy", "cryptography")
+
+
+class AuditTooSlow(Exception):
+    """An audit took longer than the coordinator waits."""
+
+
+def audit_verdict(
+    config: SiteConfig, run: RunConfig, offer: str, public_sizes: Mapping[str, int], entropy: Entropy
+) -> dict[str, Any]:
+    """What an audit of a run found here, as `AuditResult.to_dict` says it; from the disk where it is known already.
+
+    Args:
+        config: the site's file.
+        run: what is offered.
+        offer: its digest.
+        public_sizes: of the tasks the site would take part in.
+        entropy: where the site's keys come from.
+
+    Raises:
+        AuditTooSlow: nothing is then kept.
+        BadInput: the run cannot be audited.
+        RunFailed: nothing could be measured.
+    """
+    about = [offer, config.unit.value, config.budget.delta, dict(sorted(public_sizes.items())), code_version()]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    path = config.state_dir / "audits" / f"{key}.json"
+    if path.exists():
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return known
+    from client.audit.audit import (
+        audit_run,  # Here: most runs require none, and it loads a third of a second of statistics.
+    )
+
+    deadline = time.monotonic() + run.cohort.timeout_s
+
+    def in_time(phase: str, done: int, total: int) -> None:
+        if time.monotonic() > deadline:
+            raise AuditTooSlow(f"{phase}: {done} of {total} steps after {run.cohort.timeout_s:g} s")
+
+    result = audit_run(run, config.unit, public_sizes, delta=config.budget.delta, entropy=entropy, observe=in_time)
+    private_folder(path.parent)
+    write_atomic(path, json.dumps(result.to_dict()).encode())
+    return result.to_dict()
+
+
+def code_version() -> str:
+    """SHA-256 over the site's Python files and the versions of the libraries that matter."""
+    root = Path(__file__).resolve().parents[2]
+    sha = hashlib.sha256(json.dumps({name: version(name) for name in _LIBRARIES}).encode())
+    for path in sorted(file for room in _ROOMS for file in (root / room).rglob("*.py")):
+        sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()

@@ -1,0 +1,128 @@
+"""The site file: what a hospital decides. Anything that affects privacy has no default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from common.plugins import Frozen, LocalPath, Spec
+from common.process.address import Address
+from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
+from common.types import Unit
+
+
+class Budget(Frozen):
+    """What the registry may spend in total, for ever."""
+
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Allow(Frozen):
+    """What this site agrees to. `any` must be written; nothing is allowed by omission."""
+
+    tasks: list[Name] | Literal["any"]
+    backbones: list[Digest] | Literal["any"]
+    solvers: list[str] | Literal["any"]
+    non_private: bool = False
+
+
+class SiteTask(Frozen):
+    """Where one task's labels are in the site's own data.
+
+    Attributes:
+        source: name of an entry in `sources`.
+        column: the label column; or one column for each label of a multi-label task, in the task's label order.
+        values: local value -> task value; without it, local values are the task's own.
+        missing: what an empty label means: `skip` (the record has no label for this task) or `refuse` (an error).
+        unmapped: what a value outside `values` and the task's labels means, likewise.
+        public_size: declared, public number of units; weights and divisors use it, never the true count.
+    """
+
+    source: str
+    column: str | list[str]
+    values: dict[str, str] | None = None
+    missing: Literal["skip", "refuse"]
+    unmapped: Literal["skip", "refuse"] = "refuse"
+    public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)]
+
+
+class Split(Frozen):
+    """Held-out units. By a keyed hash of the unit's id, or as a source's own split column says.
+
+    A unit never changes sides when rows are added or reordered.
+    """
+
+    test_fraction: Annotated[float, Field(ge=0, lt=1)]
+    salt: str = ""
+
+
+class NoisedEvaluation(Frozen):
+    """Held-out units are evaluated in noised counts, from a share of the budget fixed beforehand.
+
+    Attributes:
+        share: part of the budget that evaluations of all runs together may spend, and nothing else may.
+        evaluations: how many the share pays for; each is noised accordingly.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    evaluations: PositiveInt
+
+
+class Coordinator(Frozen):
+    """Whom a deployed site joins.
+
+    Attributes:
+        address: host and port of the coordinator, such as `federation.example.org:9092`.
+        ca: certificate of the authority that signed the coordinator's.
+        key: this site's private key; it never leaves.
+        health_port: loopback port of the health service; None for none.
+    """
+
+    address: Address
+    ca: LocalPath
+    key: LocalPath
+    health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
+class SiteConfig(Frozen):
+    """One data holder.
+
+    Attributes:
+        evaluation: of held-out units; `local`: only on this machine, nothing about them is ever sent.
+        approval: `required`: runs are joined after `python -m client approve`; `automatic`: whatever `allow` covers.
+        coordinator: whom to join; None where a simulation carries the messages.
+        own_backbones: opened from here instead of being received, where a run's backbone has their digest.
+        plugins: folder of the site's own source kinds, one file each.
+    """
+
+    model_config = ConfigDict(title="site file")
+
+    name: Name
+    registry: Name
+    unit: Unit
+    budget: Budget
+    allow: Allow
+    sources: Annotated[dict[Name, Spec], Field(min_length=1)]
+    tasks: Annotated[dict[Name, SiteTask], Field(min_length=1)]
+    split: Split
+    on_bad_record: Literal["skip", "stop"]
+    evaluation: NoisedEvaluation | Literal["local"]
+    approval: Literal["required", "automatic"] = "required"
+    coordinator: Coordinator | None = None
+    own_backbones: list[Spec] = []
+    plugins: LocalPath | None = None
+    state_dir: LocalPath
+    cache_dir: LocalPath | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Inside the backbone: bfloat16 takes half the time and changes features a little; the site's journal says by how
+    much."""
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> SiteConfig:
+        for name, task in self.tasks.items():
+            if task.source not in self.sources:
+                raise ValueError(f"tasks.{name}.source: expected one of {', '.join(self.sources)}, got {task.source!r}")
+        return self

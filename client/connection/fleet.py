@@ -1,0 +1,331 @@
+"""The wire to a coordinator: Flower's Fleet API over TLS, in the words of one site.
+
+Flower's own SuperNode is not run: it unpacks and executes the bundle it is handed, opens an unauthenticated port for
+its child processes, sleeps three seconds between looks, and answers every failure by ending the process. What it sends
+is sent here: the same protobuf messages, signatures and objects of Flower 1.41 (`flwr.proto`).
+
+Guarantees:
+- Only the coordinator's address is contacted, directly or through the proxy of the environment; redirects are refused.
+- No answer larger than its bound is read, and every object is the one its digest names.
+
+Two kinds of failure: `ConnectionLost` may pass; `JoinRefused` says in one sentence what a person has to do.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import functools
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from hashlib import sha256
+from typing import Any, TypeVar, final
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+from google.protobuf.message import DecodeError, Message
+
+from client.config import Coordinator
+from client.connection.diagnose import is_tls_error, proxy_for, skew_sentence, tls_sentence
+from common.bundle import MAX_BUNDLE_BYTES
+from common.types import HeadwaterError
+
+HEARTBEAT_S = 30.0
+"""Flower counts a site as gone after two of these without a word."""
+MAX_MESSAGE_BYTES = 8 << 30
+"""All objects of one message; a backbone is the largest thing that is sent."""
+_SMALL = 4 << 20
+_OBJECT = 1 << 30
+_MAX_OBJECTS = 100_000
+_PATIENCE_S = 600.0
+"""How long a message under way is worth further tries: once handed out, Flower never hands it out again."""
+_PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
+_MEDIA_TYPE = "application/protobuf"
+_T = TypeVar("_T")
+_Response = TypeVar("_Response", bound=Message)
+
+
+class ConnectionLost(Exception):
+    """The coordinator cannot be reached now; another try may succeed."""
+
+
+class Faulty(ConnectionLost):
+    """The coordinator can be reached, and what it answers is wrong; the same question again would not help."""
+
+
+class RunOver(Exception):
+    """The run a message belongs to is not running any more."""
+
+
+class JoinRefused(HeadwaterError):
+    """No further try helps; the message says what a person has to do."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message as it arrived: Flower's envelope and the digest-named objects it consists of."""
+
+    envelope: Any
+    root: str
+    objects: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A reply ready to be pushed: envelope, object tree and objects."""
+
+    envelope: Any
+    tree: Any
+    objects: Mapping[str, bytes]
+
+
+@final
+class Fleet:
+    """One site's connection. Thread-safe: heartbeats may go beside a pull."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        key: ec.EllipticCurvePrivateKey,
+        *,
+        stopping: threading.Event,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._coordinator = coordinator
+        self._stopping = stopping
+        self._key = key
+        self._public = public_key_to_bytes(key.public_key())
+        self._versions = dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
+        self._http = httpx.Client(
+            base_url=f"https://{coordinator.address}",
+            verify=ssl.create_default_context(cafile=str(coordinator.ca)),
+            proxy=proxy_for(coordinator),
+            # The environment decides about the proxy, above, and about nothing else.
+            trust_env=False,
+            follow_redirects=False,
+            timeout=timeout_s,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def activate(self) -> int:
+        """This key's node id, now online. Raises JoinRefused where the key is not admitted."""
+        request = fleet_pb2.ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_S)
+        return int(self._call("activate-node", request, fleet_pb2.ActivateNodeResponse()).node_id)
+
+    def deactivate(self, node: int) -> None:
+        """Leave."""
+        request = fleet_pb2.DeactivateNodeRequest(node_id=node)
+        self._call("deactivate-node", request, fleet_pb2.DeactivateNodeResponse())
+
+    def heartbeat(self, node: int) -> bool:
+        """Be online; whether the coordinator knows the node."""
+        request = heartbeat_pb2.SendNodeHeartbeatRequest(
+            node=node_pb2.Node(node_id=node), heartbeat_interval=HEARTBEAT_S
+        )
+        return bool(
+            self._call("send-node-heartbeat", request, heartbeat_pb2.SendNodeHeartbeatResponse(), timeout_s=5.0).success
+        )
+
+    def ask_admission(self, node: int) -> None:
+        """Nothing where the key is admitted as this node, else JoinRefused; nothing changes at the coordinator."""
+        with contextlib.suppress(RunOver):  # No run has the number 0; who is not admitted is not told even that.
+            self.bundle_hash(node, 0)
+
+    def bundle_hash(self, node: int, run: int) -> str:
+        """The hash under which a run's bundle can be had."""
+        request = run_pb2.GetRunRequest(node=node_pb2.Node(node_id=node), run_id=run)
+        return str(self._call("get-run", request, run_pb2.GetRunResponse()).run.fab_hash)
+
+    def bundle(self, node: int, run: int, name: str) -> bytes:
+        """A run's app bundle, unread."""
+        request = fab_pb2.GetFabRequest(node=node_pb2.Node(node_id=node), hash_str=name, run_id=run)
+        response = self._call("get-fab", request, fab_pb2.GetFabResponse(), max_bytes=MAX_BUNDLE_BYTES + _SMALL)
+        return bytes(response.fab.content)
+
+    def pull(self, node: int) -> Delivery | None:
+        """The next message for this site with everything it consists of; None where there is none."""
+        request = fleet_pb2.PullMessagesRequest(node=node_pb2.Node(node_id=node))
+        response = self._call("pull-messages", request, fleet_pb2.PullMessagesResponse())
+        if not response.messages_list:
+            return None
+        envelope, tree = response.messages_list[0], response.message_object_trees[0]
+        run = envelope.metadata.run_id
+        objects: dict[str, bytes] = {}
+        left = MAX_MESSAGE_BYTES
+        for name in _names(tree):
+            bound = min(left, _OBJECT)
+            objects[name] = self._patiently(functools.partial(self._object, node, run, name, bound))
+            left -= len(objects[name])
+        confirmed = message_pb2.ConfirmMessageReceivedRequest(
+            node=node_pb2.Node(node_id=node), run_id=run, message_object_id=tree.object_id
+        )
+        response = message_pb2.ConfirmMessageReceivedResponse()
+        self._patiently(lambda: self._call("confirm-message-received", confirmed, response))
+        return Delivery(envelope, tree.object_id, objects)
+
+    def push(self, node: int, outgoing: Outgoing, seconds: float) -> None:
+        """Send a reply, with further tries while the coordinator is away. Raises RunOver, ConnectionLost."""
+        self._patiently(lambda: self._push(node, outgoing, seconds))
+
+    def _push(self, node: int, outgoing: Outgoing, seconds: float) -> None:
+        sender = node_pb2.Node(node_id=node)
+        request = fleet_pb2.PushMessagesRequest(
+            node=sender,
+            messages_list=[outgoing.envelope],
+            message_object_trees=[outgoing.tree],
+            clientapp_runtime_list=[seconds],
+        )
+        response = self._call("push-messages", request, fleet_pb2.PushMessagesResponse())
+        for name in response.objects_to_push:
+            if name not in outgoing.objects:
+                raise Faulty("the coordinator asked for an object that is not part of the reply")
+            stored = message_pb2.PushObjectRequest(
+                node=sender,
+                run_id=outgoing.envelope.metadata.run_id,
+                object_id=name,
+                object_content=outgoing.objects[name],
+                session_id=response.session_id,
+            )
+            if not self._call("push-object", stored, message_pb2.PushObjectResponse()).stored:
+                raise Faulty("the coordinator did not store a part of the reply")
+
+    def _patiently(self, attempt: Callable[[], _T]) -> _T:
+        """The attempt's value, tried again while it is only the connection that fails."""
+        until = time.monotonic() + _PATIENCE_S
+        wait_s = 0.1
+        while True:
+            try:
+                return attempt()
+            except Faulty:
+                raise
+            except ConnectionLost:
+                if time.monotonic() > until or self._stopping.wait(wait_s):
+                    raise
+                wait_s = min(2 * wait_s, 10.0)
+
+    def _object(self, node: int, run: int, name: str, max_bytes: int) -> bytes:
+        request = message_pb2.PullObjectRequest(node=node_pb2.Node(node_id=node), run_id=run, object_id=name)
+        response = self._call("pull-object", request, message_pb2.PullObjectResponse(), max_bytes=max_bytes + _SMALL)
+        if response.object_found and not response.object_available:
+            raise ConnectionLost("a part of the message is still on its way")
+        content = bytes(response.object_content)
+        if sha256(content).hexdigest() != name:
+            raise Faulty("a part of the message is not there, or not what its digest says")
+        return content
+
+    def _call(
+        self,
+        path: str,
+        request: Message,
+        response: _Response,
+        *,
+        max_bytes: int = _SMALL,
+        timeout_s: float | None = None,
+    ) -> _Response:
+        body = request.SerializeToString(deterministic=True)
+        timeout = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
+        try:
+            with self._http.stream(
+                "POST", f"/v1/fleet/{path}", content=body, headers=self._headers(), timeout=timeout
+            ) as reply:
+                content = _bounded(reply, max_bytes)
+        except httpx.HTTPError as error:
+            if is_tls_error(error):
+                raise JoinRefused(tls_sentence(self._coordinator)) from error
+            raise ConnectionLost(f"{type(error).__name__}") from error
+        if reply.status_code != httpx.codes.OK:
+            raise self._failure(path, reply)
+        return _parsed(response, content)
+
+    def _headers(self) -> dict[str, str]:
+        stamp = now().isoformat()
+        return {
+            "content-type": _MEDIA_TYPE,
+            "accept": _MEDIA_TYPE,
+            "accept-encoding": "identity",
+            FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(self._public).decode(),
+            TIMESTAMP_HEADER: stamp,
+            FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(self._key, stamp.encode())).decode(),
+            **self._versions,
+        }
+
+    def _failure(self, path: str, reply: httpx.Response) -> Exception:
+        status = reply.status_code
+        if status == httpx.codes.UNAUTHORIZED:
+            # A signature carries the time: a wrong clock looks like a wrong key.
+            clock = skew_sentence(clock_skew(reply.headers.get("date")))
+            return JoinRefused(clock or self._unknown("the coordinator does not know this site's key (any more)"))
+        if status == httpx.codes.PRECONDITION_FAILED and path == "activate-node":
+            return JoinRefused(
+                self._unknown("the coordinator does not know this site's key, or another process is connected with it")
+            )
+        if status == httpx.codes.FORBIDDEN:
+            return RunOver("the run is not running any more")
+        if status == httpx.codes.NOT_FOUND or 300 <= status < 400:
+            return JoinRefused(
+                f"{self._coordinator.address} answers, but is no coordinator of this version (status {status}); "
+                "check coordinator.address"
+            )
+        if status in _PASSING:
+            return ConnectionLost(f"status {status}")
+        return Faulty(f"status {status}")
+
+    def _unknown(self, what: str) -> str:
+        return (
+            f"{what}: send {self._coordinator.key}.pub to the coordinator's staff, who admit it with "
+            "`python -m server admit`; a key that was removed stays revoked: `python -m client init DIR --new-key` "
+            "makes another"
+        )
+
+
+def clock_skew(date: str | None) -> float | None:
+    """Seconds by which this machine's clock is ahead of the sender's, from its HTTP Date header; None without one."""
+    try:
+        sent = parsedate_to_datetime(date or "")
+    except (TypeError, ValueError):
+        return None
+    return (datetime.datetime.now(datetime.UTC) - sent).total_seconds()
+
+
+def _bounded(reply: httpx.Response, max_bytes: int) -> bytes:
+    content = bytearray()
+    for chunk in reply.iter_raw():
+        content += chunk
+        if len(content) > max_bytes:
+            raise Faulty(f"the coordinator's answer is larger than {max_bytes} bytes")
+    return bytes(content)
+
+
+def _parsed(response: _Response, content: bytes) -> _Response:
+    try:
+        response.ParseFromString(content)
+    except DecodeError as error:
+        raise Faulty("the coordinator's answer cannot be read") from error
+    return response
+
+
+def _names(tree: Any) -> list[str]:
+    """Names of all objects of a tree, each once; walked without recursion, because its depth is the sender's."""
+    found: dict[str, None] = {}
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        found.setdefault(node.object_id)
+        waiting.extend(node.children)
+        if len(found) + len(waiting) > _MAX_OBJECTS:
+            raise Faulty(f"a message of more than {_MAX_OBJECTS} parts was sent")
+    return list(found)

@@ -1,0 +1,207 @@
+"""A new site's folder: keys, the kit's files, and a site file in which every key is explained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from client.connection.keys import read_key, write_key_pair
+from client.connection.kit import Kit
+from common.files import private_folder, write_atomic
+from common.run import Privacy
+from common.types import BadInput
+from common.yaml import read_yaml
+
+MARK = "FILL_IN"
+SITE_FILE = "site.yaml"
+
+_TEMPLATE = """\
+# The file of one site: what this hospital decides. Nothing in it is sent except what is marked public.
+# Replace every {mark}, then: python -m client check site.yaml
+# Relative paths are relative to this file. ${{NAME}} is taken from the environment.
+
+name: {name}                      # public: short, lower case; the name under which the coordinator admits this site
+registry: {name}-patients         # the population one budget protects; re-exported or extended data stay in it, and
+                                  # registries whose patients overlap must be one
+unit: {unit}                      # public: what the budget protects: `patient` or `example` (a single record)
+budget:                           # public: what the registry may spend in total, for ever
+  epsilon: {mark}                 # such as 8.0
+  delta: 1.0e-5                   # well below 1 / number of patients
+
+allow:                            # nothing is allowed by omission; `any` must be written
+  tasks: {tasks}
+  backbones: any                  # or a list of digests: of all backbones that your tasks of a run stand on
+  solvers: {solvers}
+  non_private: false              # true lets runs without noise through; they count as an infinite loss
+approval: required                # join after `python -m client approve`; `automatic`: whatever `allow` covers
+
+sources:                          # where records are; kinds and their keys: README, "Your own data"
+  records:
+    kind: manifest                # a CSV or Parquet file that lists images, labels and patients
+    path: {mark}                  # such as ./records.csv
+    image: image                  # its column of image paths, relative to the file
+    patient_column: patient       # its column of patient ids; leave the line out where there are none
+    # split_column: split         # its column of `train` or `test`, where the data come with a split
+
+tasks:                            # public: their names and sizes
+{task_entries}
+split: {{test_fraction: 0.2, salt: ""}}   # held-out patients, by a hash of their id: nobody moves when rows are added
+on_bad_record: skip               # a record that cannot be used is left out and listed; `stop`: the site declines
+evaluation: local                 # held-out records are evaluated here only. Or in noised counts, from a share of the
+                                  # budget: {{share: 0.1, evaluations: 20}}
+
+coordinator:
+  address: {address} # host:port; always TLS
+  ca: ./ca.crt                    # certificate of the federation's authority, from the kit
+  key: ./keys/{name}              # this site's private key; it never leaves. Send keys/{name}.pub
+  # health_port: 9101             # loopback port of the gRPC health service, for systemd or Kubernetes
+
+# own_backbones:                  # opened from here instead of being received, where a run's backbone is one of these
+#   - {{kind: torchvision, model: mobilenet_v2, weights: ./mobilenet_v2.safetensors}}
+# plugins: ./plugins              # folder of this site's own source kinds, one file each
+state_dir: ./state                # ledger, features, replies, received backbones: for the owner only. Back it up
+# cache_dir: ./cache              # features elsewhere, such as on a larger disk
+device: auto                      # `cpu`, `cuda`, or what is there
+# precision: bfloat16             # features in less time, with an error that is measured and logged; else float32
+"""
+
+_TASK = """\
+  {name}:                         # {about}
+    source: records
+    column: {mark}                # your column of this task's labels
+    # values: {{{values}}}         # your values, where they are not the task's own
+    missing: skip                 # an empty label: `skip` (no label for this task) or `refuse` (a bad record)
+    unmapped: refuse              # a value that is no label, likewise
+    public_size: {mark}           # public: declared number of units, a round number near the truth; weights use it,
+                                  # never the true count
+"""
+
+
+def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
+    """Write a new site's folder; the public key file to send is returned.
+
+    Args:
+        folder: is made; it may exist if it is empty.
+        kit: the coordinator's, where there is one.
+        name: of the site; by default the kit's.
+
+    Raises:
+        BadInput: the folder holds something; no name; a name other than the kit's.
+    """
+    chosen = _name(kit, name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(
+            f"{folder}: expected a new or empty folder, got one with something in it; nothing was changed "
+            "(`--new-key` replaces a site's key and nothing else)"
+        )
+    private_folder(folder)
+    public = write_key_pair(private_folder(folder / "keys") / chosen, chosen)
+    offers = {} if kit is None else kit.offers
+    if kit is not None:
+        write_atomic(folder / "ca.crt", kit.ca)
+    for run, content in offers.items():
+        write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
+    write_atomic(folder / SITE_FILE, _site_file(chosen, kit).encode())
+    return public
+
+
+def renew_key(folder: Path) -> Path:
+    """Make a new key for a site that lost its own; its public file is returned.
+
+    Nothing else changes: what the site has spent stays in its ledger. A key that is there is kept beside the new one.
+
+    Raises:
+        BadInput: the folder is not a site's, or its present key works.
+    """
+    name = _name(None, str(read_yaml(folder / SITE_FILE).get("name")))
+    key = private_folder(folder / "keys") / name
+    if _works(key):
+        raise BadInput(
+            f"{key}: this key works, and with another one the federation would turn this site away until it is "
+            "admitted again; nothing was changed. To replace it nevertheless, move the file elsewhere first"
+        )
+    for old in (key, key.with_name(f"{name}.pub")):
+        if old.exists():
+            old.rename(old.with_name(f"{old.name}.{int(old.stat().st_mtime)}.old"))
+    return write_key_pair(key, name)
+
+
+def _works(key: Path) -> bool:
+    try:
+        read_key(key)
+    except BadInput:
+        return False
+    return True
+
+
+def take_kit(folder: Path, kit: Kit) -> None:
+    """Take a kit into a folder that `make_folder` made before there was one: a coordinator needs the key first.
+
+    Authority and offers are added. The site file is written anew if nobody has changed it yet; else only an address
+    that still waits is filled in.
+
+    Raises:
+        BadInput: the kit is another site's, or of another authority than the one already trusted.
+    """
+    key = folder / "keys" / kit.settings.site
+    if not key.exists():
+        raise BadInput(f"{folder}: expected a kit for the site whose key is in keys/, got one for {kit.settings.site}")
+    ca = folder / "ca.crt"
+    if ca.exists() and ca.read_bytes() != kit.ca:
+        raise BadInput(
+            f"{ca}: the kit names another authority than the one this site trusts; ask the coordinator's staff in "
+            "person, and remove the file if that is right"
+        )
+    write_atomic(ca, kit.ca)
+    for run, content in kit.offers.items():
+        write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
+    site_file = folder / SITE_FILE
+    text = site_file.read_text(encoding="utf-8")
+    untouched = text == _site_file(kit.settings.site, None)
+    waiting = f"  address: {MARK} "
+    filled = text.replace(waiting, f"  address: {kit.settings.address} ")
+    write_atomic(site_file, (_site_file(kit.settings.site, kit) if untouched else filled).encode())
+
+
+def marks(text: str) -> list[int]:
+    """Lines of a site file that still wait to be filled in, from 1."""
+    return [number for number, line in enumerate(text.splitlines(), start=1) if MARK in line.split("#")[0]]
+
+
+def _name(kit: Kit | None, name: str | None) -> str:
+    known = None if kit is None else kit.settings.site
+    if name is not None and known is not None and name != known:
+        raise BadInput(f"--name: the kit is for the site {known}, got {name}; ask for a kit of your own")
+    chosen = name or known
+    if chosen is None:
+        raise BadInput("--name: expected the site's name, got none; the kit would give one")
+    if not chosen.isascii() or not chosen.replace("-", "a").replace("_", "a").isalnum() or chosen != chosen.lower():
+        raise BadInput(f"--name: expected lower-case letters, digits, - and _, got {chosen!r}")
+    return chosen
+
+
+def _site_file(name: str, kit: Kit | None) -> str:
+    runs = [] if kit is None else kit.runs()
+    tasks = {task: spec for run in runs for task, spec in run.tasks.items()}
+    units = {run.privacy.unit.value for run in runs if isinstance(run.privacy, Privacy)}
+    solvers = sorted({run.solver.kind for run in runs})
+    entries = [_task(task, spec.model_dump()) for task, spec in tasks.items()] or [_task("finding", {})]
+    return _TEMPLATE.format(
+        mark=MARK,
+        name=name,
+        unit=units.pop() if len(units) == 1 else "patient",
+        tasks=json.dumps(sorted(tasks) or ["finding"]),
+        solvers=json.dumps(solvers or ["dp_sgd"]),
+        task_entries="".join(entries),
+        address=MARK if kit is None else kit.settings.address,
+    )
+
+
+def _task(name: str, spec: Mapping[str, Any]) -> str:
+    labels = [str(label) for label in spec.get("labels") or ["no", "yes"]]
+    # JSON quotes what a stranger wrote: no line break or colon of it can become a key of this file.
+    about = f"{json.dumps(str(spec.get('kind', 'classification')))}, labels {json.dumps(labels)}"
+    values = ", ".join(f"{MARK}: {json.dumps(label)}" for label in labels)
+    return _TASK.format(name=name, mark=MARK, about=about, values=values)

@@ -1,0 +1,131 @@
+"""A coordinator's startup kit: whom to join, which authority to trust, what will be asked. Nothing secret, no code.
+
+It comes by mail or download, so it is read as a stranger's: bounded, only the known names, nothing unpacked by name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from common.errors import instead
+from common.plugins import Frozen
+from common.process.address import Address
+from common.run import Name, RunConfig
+from common.types import BadInput
+from common.yaml import parse, parse_text
+
+MAX_KIT_BYTES = 4 << 20
+_MAX_OFFERS = 256
+_OFFER = re.compile(r"offers/([a-z0-9][a-z0-9_-]{0,63})\.json")
+
+
+class KitSettings(Frozen):
+    """What kit.yaml says.
+
+    Attributes:
+        federation: name of the federation.
+        site: name under which the coordinator admits this site.
+        address: of the coordinator, host and port.
+    """
+
+    federation: Name
+    site: Name
+    address: Address
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit's content.
+
+    Attributes:
+        settings: kit.yaml.
+        ca: certificate of the authority, PEM.
+        offers: run name -> offer, JSON bytes.
+    """
+
+    settings: KitSettings
+    ca: bytes
+    offers: Mapping[str, bytes]
+
+    def runs(self) -> list[RunConfig]:
+        """The offered runs."""
+        return [run_of(content, name) for name, content in self.offers.items()]
+
+
+def run_of(content: bytes, where: str) -> RunConfig:
+    """The run an offer's JSON text holds. Raises BadInput."""
+    try:
+        offer: Any = json.loads(content)
+        run = offer["run"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise BadInput(f"{where}: expected a run's offer as JSON, got something else") from error
+    try:
+        # An offer holds no path; one that does points nowhere.
+        return parse(RunConfig, run, base=Path("/nonexistent"))
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def read_kit(path: Path) -> Kit:
+    """A kit from its zip.
+
+    Raises:
+        BadInput: unreadable, oversized, an unknown or repeated name in it, or a file that is not what it should be.
+    """
+    files = _files(path)
+    for name in ("kit.yaml", "ca.crt"):
+        if name not in files:
+            raise BadInput(f"{path}: expected {name} in the kit, got none")
+    _check_ca(path, files["ca.crt"])
+    offers = {match[1]: files[name] for name in files if (match := _OFFER.fullmatch(name))}
+    for run, content in offers.items():
+        run_of(content, f"{path}: offers/{run}.json")
+    return Kit(parse_text(KitSettings, files["kit.yaml"], f"{path}: kit.yaml"), files["ca.crt"], offers)
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    left = MAX_KIT_BYTES
+    try:
+        with path.open("rb") as opened:
+            raw = opened.read(MAX_KIT_BYTES + 1)
+        if len(raw) > MAX_KIT_BYTES:
+            raise BadInput(f"{path}: expected a kit of at most {MAX_KIT_BYTES} bytes, got a larger file")
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            if len(archive.infolist()) > _MAX_OFFERS:
+                raise BadInput(f"{path}: expected at most {_MAX_OFFERS} files in the kit, got more")
+            for entry in archive.infolist():
+                name = entry.filename
+                known = name in ("kit.yaml", "ca.crt") or _OFFER.fullmatch(name)
+                if not known or name in files or entry.orig_filename != name:
+                    raise BadInput(
+                        f"{path}: expected kit.yaml, ca.crt and offers/RUN.json in the kit, each once, "
+                        f"got {name[:80]!r}"
+                    )
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise BadInput(f"{path}: expected a kit that is stored or deflated, got another compression")
+                with archive.open(entry) as file:
+                    files[name] = file.read(left + 1)
+                left -= len(files[name])
+                if left < 0:
+                    raise BadInput(f"{path}: expected at most {MAX_KIT_BYTES} bytes in the kit, got more")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        raise BadInput(f"{path}: expected a kit (a zip){instead(error)}") from error
+    return files
+
+
+def _check_ca(path: Path, content: bytes) -> None:
+    try:
+        x509.load_pem_x509_certificate(content)
+    except ValueError as error:
+        raise BadInput(f"{path}: expected a PEM certificate in ca.crt, got something else") from error

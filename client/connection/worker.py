@@ -1,0 +1,245 @@
+"""The process that answers messages, so that a crash in it ends neither the connection nor the ledger's truth.
+
+It runs this installation's own `client.app` and nothing that came over the network. One message at a time goes in as
+the objects it consists of and comes out as those of the reply; between messages of a run the process stays warm,
+so that imports are paid once. It ends when its parent does.
+
+Frames on the pipes: a count, then that many byte strings, each after its length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, final
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as Envelope
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
+
+from client.connection.fleet import Delivery, Outgoing
+from common import messages
+from common.bundle import installation
+from common.types import Refusal
+
+# What Flower's decoder raises on a stranger's bytes.
+_UNREADABLE = (
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+SITE_VARIABLE = "HEADWATER_SITE"
+_UNKNOWN = "query.unknown"
+
+
+class WorkerDied(Exception):
+    """The process ended before it answered; its exit code, or minus the signal, is the argument."""
+
+
+class Abandoned(Exception):
+    """The site's staff did not want to wait for the answer."""
+
+
+@final
+class Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, site_file: Path, environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "client.connection.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=installation(),
+            env={**environment, SITE_VARIABLE: str(site_file.resolve())},
+            # Out of the terminal's group: Ctrl-C is the parent's to handle, a round in work is not cut off by it.
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def answer(self, delivery: Delivery, abandon: Callable[[], bool]) -> Outgoing:
+        """The reply to a message.
+
+        Args:
+            delivery: the message.
+            abandon: asked twice a second; true ends the wait and the process.
+
+        Raises:
+            WorkerDied: the process ended first.
+            Abandoned: as asked for.
+        """
+        parts = [b"message", delivery.envelope.SerializeToString(), delivery.root.encode()]
+        for name, content in delivery.objects.items():
+            parts += [name.encode(), content]
+        envelope, tree, *objects = self._exchange(parts, abandon)
+        named = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
+        return Outgoing(Envelope.FromString(envelope), ObjectTree.FromString(tree), named)
+
+    def balance(self) -> Mapping[str, Any]:
+        """The account of the site's registry, as `python -m client budget --json` prints it."""
+        account: Mapping[str, Any] = json.loads(self._exchange([b"balance"], lambda: False)[0])
+        return account
+
+    def close(self) -> None:
+        """End the process; what it was doing is abandoned, as in a crash."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _exchange(self, parts: Sequence[bytes], abandon: Callable[[], bool]) -> list[bytes]:
+        pipes = self._process.stdin, self._process.stdout
+        assert pipes[0] is not None and pipes[1] is not None
+        try:
+            _write(pipes[0], parts)
+            while not select.select([pipes[1]], [], [], 0.5)[0]:
+                if abandon():
+                    raise Abandoned
+            return _read(pipes[1])
+        except (OSError, EOFError) as error:
+            self.close()
+            raise WorkerDied(self._process.returncode) from error
+
+
+def declined(delivery: Delivery, refusal: Refusal, site: str) -> Outgoing:
+    """A refusal of a message, made without any worker; the content of the message is not looked at."""
+    message = _received(delivery.envelope)
+    _identify(message)
+    return _outgoing(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message))
+
+
+def _received(envelope: Envelope) -> Message:
+    """A message without its content, also where Flower knows no such kind: then of a kind that no handler takes."""
+    try:
+        return message_from_proto(envelope)
+    except ValueError:
+        envelope.metadata.message_type = _UNKNOWN
+        return message_from_proto(envelope)
+
+
+def _identify(message: Message) -> None:
+    # Flower refuses to build a Message outside a task.
+    TaskIdentity.run_id = message.metadata.run_id
+    TaskIdentity.node_id = message.metadata.dst_node_id
+    TaskIdentity.task_id = 1
+
+
+def _outgoing(reply: Message) -> Outgoing:
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    objects = {name: nested.deflate() for name, nested in get_all_nested_objects(reply).items()}
+    tree = get_object_tree(reply)
+    return Outgoing(message_to_proto(remove_content_from_message(reply)), tree, objects)
+
+
+# --- in the process --------------------------------------------------------------------------------------------------
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Answer until the parent closes the pipe."""
+    while True:
+        try:
+            kind, *parts = _read(requests)
+        except EOFError:
+            return
+        if kind == b"balance":
+            _write(replies, [json.dumps(_balance()).encode()])
+            continue
+        outgoing = _answer(parts)
+        objects = [part for name, content in outgoing.objects.items() for part in (name.encode(), content)]
+        _write(replies, [outgoing.envelope.SerializeToString(), outgoing.tree.SerializeToString(), *objects])
+
+
+def _answer(parts: Sequence[bytes]) -> Outgoing:
+    from client.app import app  # Here: the parent imports this module too, and needs no torch.
+
+    envelope, root, *objects = parts
+    received = _received(Envelope.FromString(envelope))
+    _identify(received)
+    contents = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
+    try:
+        message = inflate_object_from_contents(root.decode(), contents)
+        if not isinstance(message, Message):
+            raise TypeError
+    except _UNREADABLE:
+        return _outgoing(Message(messages.encode(messages.Declined(Refusal.BAD_REQUEST, "")), reply_to=received))
+    # The envelope decides where the reply goes; the object's own copy of it is the sender's word.
+    message.metadata.__dict__.update(received.metadata.__dict__)
+    context = Context(
+        run_id=received.metadata.run_id,
+        node_id=received.metadata.dst_node_id,
+        node_config={},
+        state=RecordDict(),
+        run_config={},
+    )
+    try:
+        return _outgoing(app(message, context))
+    except ValueError:  # Flower's own, for a message of a kind that no handler takes; handlers raise nothing.
+        return _outgoing(Message(messages.encode(messages.Declined(Refusal.BAD_REQUEST, "")), reply_to=received))
+
+
+def _balance() -> Mapping[str, Any]:
+    from client.config import SiteConfig
+    from client.protocol import balance as budget
+    from common.yaml import load
+
+    return budget.as_json(budget.balance(load(SiteConfig, Path(os.environ[SITE_VARIABLE]))))
+
+
+def _read(pipe: IO[bytes]) -> list[bytes]:
+    (count,) = struct.unpack(">I", _exactly(pipe, 4))
+    return [_exactly(pipe, *struct.unpack(">Q", _exactly(pipe, 8))) for _ in range(count)]
+
+
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
+    content = pipe.read(size)
+    if len(content) != size:
+        raise EOFError
+    return content
+
+
+def _write(pipe: IO[bytes], parts: Sequence[bytes]) -> None:
+    pipe.write(struct.pack(">I", len(parts)))
+    for part in parts:
+        pipe.write(struct.pack(">Q", len(part)))
+        pipe.write(part)
+    pipe.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End at once when the parent is gone, also in the middle of a computation."""
+    while os.getppid() == parent:
+        threading.Event().wait(1.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # Whatever a library prints must not land between two frames.
+    private = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, private)

@@ -1,0 +1,169 @@
+"""Backbones a site has: received in parts or opened by itself, stored once by digest, verified before every use.
+
+A part is on disk before it is confirmed, so that a broken connection or a restart costs the missing parts only. The
+weights' file appears last and whole: its presence marks a complete entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.backbones import Backbone, Kind, check_blob, from_blob, open_pretrained
+from common.files import private_folder, write_atomic
+from common.messages import PART_BYTES
+from common.plugins import Spec, resolve
+from common.types import BackboneBlob, BadInput, DigestMismatch
+
+_PART_NAME = re.compile(r"(\d+)-of-(\d+)")
+_SPARE_BYTES = 1 << 30
+"""Disk space that a transfer leaves free: a full disk would stop the ledger."""
+
+
+class BackboneStore:
+    """A folder of backbones, one sub-folder for each digest.
+
+    Args:
+        folder: where.
+        opened: digest -> backbone that is open in this process already: its bytes are verified, and it is not built
+            from them once more. Sites of one simulation share theirs.
+    """
+
+    def __init__(self, folder: Path, opened: Mapping[str, Backbone] | None = None) -> None:
+        self._folder = folder
+        self._opened = opened or {}
+
+    def has(self, digest: str) -> bool:
+        """Whether a backbone is here, verified when it came."""
+        return (self._folder / digest / "weights.safetensors").exists()
+
+    def held_parts(self, digest: str) -> tuple[int, ...]:
+        """Which parts of a transfer that has not ended are here."""
+        return tuple(sorted(index for index, _ in self._whole_parts(digest)))
+
+    def put_part(self, digest: str, index: int, total: int, data: bytes) -> None:
+        """Keep one part.
+
+        Raises:
+            BadInput: the whole would not leave enough of the disk free.
+        """
+        folder = private_folder(private_folder(self._folder) / f"{digest}.parts")
+        whole = set(self._whole_parts(digest).values())
+        for other in folder.iterdir():
+            # Of a transfer that was cut in another way, or torn by a kill while it was written.
+            if other not in whole or not other.name.endswith(f"-of-{total}"):
+                other.unlink()
+        missing = (total - len(self.held_parts(digest))) * PART_BYTES
+        # Twice: the parts, and the whole that is made of them.
+        if shutil.disk_usage(folder).free < missing + total * PART_BYTES + _SPARE_BYTES:
+            raise BadInput(
+                f"state_dir: expected room for a backbone of {total * PART_BYTES >> 20} MiB, got a full disk"
+            )
+        write_atomic(folder / f"{index}-of-{total}", data)
+
+    def assemble(self, digest: str, spec: str) -> Backbone:
+        """The backbone whose parts have all come: verified, kept, and returned.
+
+        Raises:
+            DigestMismatch: the weights or settings are not the ones the digest names; nothing is kept.
+            BadInput: a part is missing.
+        """
+        folder = self._parts(digest)
+        parts = self._whole_parts(digest)
+        paths = [path for _, path in sorted(parts.items())]
+        total = next((total for _, total in sorted(parts)), 0)
+        if not paths or len(paths) != total:
+            raise BadInput(f"backbone: expected all of its parts, got {len(paths)} of {total}")
+        try:
+            return self.put(BackboneBlob(spec, b"".join(path.read_bytes() for path in paths), digest))
+        finally:
+            # Kept or refused: wrong parts would only be refused again.
+            shutil.rmtree(folder)
+
+    def put(self, blob: BackboneBlob) -> Backbone:
+        """Verify a backbone, keep it, and return it.
+
+        Raises:
+            DigestMismatch: the weights or settings are not the ones the digest names; nothing is kept.
+        """
+        backbone = self._verified(blob)
+        folder = private_folder(private_folder(self._folder) / blob.digest)
+        write_atomic(folder / "spec.json", blob.spec.encode())
+        write_atomic(folder / "weights.safetensors", blob.weights)
+        return backbone
+
+    def adopt(self, digest: str, own: Sequence[Spec]) -> bool:
+        """Keep the one of the site's own backbones that has this digest; whether there is one.
+
+        Each is opened once, and again when its file has changed; its digest is remembered.
+
+        Raises:
+            BadInput: none has the digest, and one of them cannot be opened.
+        """
+        if self.has(digest):
+            return True
+        unusable: BadInput | None = None
+        for position, spec in enumerate(own):
+            try:
+                if self._adopt_one(digest, spec, f"own_backbones.{position}"):
+                    return True
+            except BadInput as error:
+                unusable = unusable or error
+        if unusable is not None:
+            raise unusable
+        return False
+
+    def _adopt_one(self, digest: str, spec: Spec, key: str) -> bool:
+        path = self._known(spec, key)
+        if path.exists() and path.read_text(encoding="ascii") != digest:
+            return False
+        backbone = open_pretrained(spec, key)
+        write_atomic(path, backbone.digest.encode())
+        if backbone.digest != digest:
+            return False
+        self.put(backbone.blob())
+        return True
+
+    def open(self, digest: str) -> Backbone:
+        """A stored backbone, verified again.
+
+        Raises:
+            BadInput: it was never received.
+            DigestMismatch: the files changed since.
+        """
+        if not self.has(digest):
+            raise BadInput("the backbone was not received yet")
+        folder = self._folder / digest
+        spec = (folder / "spec.json").read_text(encoding="utf-8")
+        backbone = self._verified(BackboneBlob(spec, (folder / "weights.safetensors").read_bytes(), digest))
+        if backbone.digest != digest:
+            raise DigestMismatch("the stored backbone differs from its digest")
+        return backbone
+
+    def _verified(self, blob: BackboneBlob) -> Backbone:
+        opened = self._opened.get(blob.digest)
+        if opened is None:
+            return from_blob(blob)
+        check_blob(blob)
+        return opened
+
+    def _parts(self, digest: str) -> Path:
+        return self._folder / f"{digest}.parts"
+
+    def _whole_parts(self, digest: str) -> dict[tuple[int, int], Path]:
+        """(index, total) -> file of every part that was written to its end; one torn by a kill has another name."""
+        found = {path: _PART_NAME.fullmatch(path.name) for path in self._parts(digest).glob("*-of-*")}
+        return {(int(match[1]), int(match[2])): path for path, match in found.items() if match}
+
+    def _known(self, spec: Spec, key: str) -> Path:
+        """Where the digest of one of the site's own backbones is remembered, for as long as its file is the same."""
+        kind: Kind = resolve("common.backbones", spec, key)
+        file = kind.weights_file()
+        status = file.stat() if file is not None and file.exists() else None
+        about = [kind.model_dump(mode="json", by_alias=True), status and [status.st_size, status.st_mtime_ns]]
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"

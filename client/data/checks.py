@@ -1,0 +1,157 @@
+"""What can be said about a site's own data before a run: for its staff's eyes, on its own screen.
+
+Found without any backbone, so records are looked at, not encoded. Values of label columns are shown here and nowhere
+else: they are the staff's own words, which only they can map.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from client.config import SiteConfig, SiteTask
+from client.data.exclusions import Exclusions
+from client.data.feature_store import Features
+from client.data.records import SIDES, Member, Problem, labels_of, place, usable
+from client.data.sources import Source, open_source
+from common.cells import position as cell_position
+from common.run import RunConfig
+from common.tasks import Task, open_task
+from common.types import BadInput, BadRecord, Unit
+
+Found = tuple[str, Literal["pass", "warn", "fail"], str, str]
+MAX_LOADED = 200
+"""Records that are opened, evenly spaced over a source."""
+_MAX_SHOWN = 12
+
+
+def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator[Found]:
+    """Sources, records, patients, sides, labels and sizes: (what, outcome, detail, remedy)."""
+    members: list[Member] = []
+    columns: dict[str, list[Mapping[str, str]]] = {}
+    for name in config.sources:
+        try:
+            opened, found = _open(config, name)
+            yield _loaded(name, opened, config)
+        except BadInput as error:
+            yield f"source {name}", "fail", str(error), "correct the path, its permissions or the columns named there"
+            continue
+        members += found
+        columns[name] = [member.record.cells for member in found]
+    try:
+        placed, problems = place(members, config.split, config.unit)
+    except BadInput as error:
+        yield "sides", "fail", str(error), "put all records of a patient on one side"
+        return
+    yield _sides(config, placed, problems)
+    tasks = {name: spec for run in offers.values() for name, spec in run.tasks.items()}
+    for name, own in config.tasks.items():
+        if own.source not in columns:
+            continue
+        mine = [member for member in placed if member.source == own.source]
+        try:
+            yield from _labels(name, own, open_task(tasks[name], f"tasks.{name}") if name in tasks else None, mine)
+            yield _size(name, own, mine)
+        except BadInput as error:
+            yield f"task {name}", "fail", str(error), "correct the column"
+    for name in sorted(set(tasks) - set(config.tasks)):
+        yield f"task {name}", "warn", "it is offered, and this site does not take part in it", "add it under `tasks`"
+
+
+def _open(config: SiteConfig, name: str) -> tuple[Source, list[Member]]:
+    kind = open_source(config.sources[name], f"sources.{name}", config.plugins)
+    exclusions = Exclusions.read(config.state_dir)
+    opened = exclusions.applied(kind.open())
+    index = opened.index()
+    # No backbone is needed to tell who is there: a record is unusable if it cannot be loaded, which `_loaded` samples.
+    nothing = Features(np.zeros((len(index), 0), dtype=np.float32), {}, Path())
+    members, problems = usable(name, index, nothing, kind.rows, config.unit, exclusions.positions(index))
+    if problems and not members:
+        raise BadInput(f"sources.{name}: no usable record; the first: row {problems[0].row}: {problems[0].reason}")
+    return opened, members
+
+
+def _loaded(name: str, opened: Source, config: SiteConfig) -> Found:
+    count = len(opened.index())
+    if count == 0:
+        return f"source {name}", "fail", "it opens, and holds no record", "check the path and the filter"
+    left_out = Exclusions.read(config.state_dir).positions(opened.index())
+    wanted = sorted({round(at) for at in np.linspace(0, count - 1, MAX_LOADED)} - left_out)
+    bad: list[tuple[int, str]] = []
+    for position in wanted:
+        try:
+            opened.load(position)
+        except BadRecord as error:
+            bad.append((opened.index()[position].row, str(error)))
+    detail = f"{count} records, {len(wanted)} of them opened"
+    if not bad:
+        return f"source {name}", "pass", detail, ""
+    outcome: Literal["warn", "fail"] = "warn" if config.on_bad_record == "skip" else "fail"
+    rows = ", ".join(f"row {row}: {reason}" for row, reason in bad[:3])
+    return f"source {name}", outcome, f"{detail}, {len(bad)} unusable ({rows})", "mend them, or let them be left out"
+
+
+def _sides(config: SiteConfig, placed: Sequence[Member], problems: Sequence[Problem]) -> Found:
+    units = {side: len({member.unit_key for member in placed if member.side == at}) for at, side in enumerate(SIDES)}
+    noun = "patients" if config.unit is Unit.PATIENT else "records"
+    detail = f"{units['train']} {noun} to train on, {units['test']} held out"
+    if units["train"] == 0:
+        return "sides", "fail", detail, "lower split.test_fraction, or check the split column"
+    if problems:
+        return "sides", "warn", f"{detail}, {len(problems)} records stand on both and are left out", "remove the copies"
+    unknown = sum(member.record.patient is None for member in placed)
+    if unknown and config.unit is Unit.EXAMPLE:
+        return "sides", "warn", f"{detail}; without patient ids one person may stand on both sides", "name the column"
+    return "sides", "pass", detail, ""
+
+
+def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Member]) -> Iterator[Found]:
+    columns = [own.column] if isinstance(own.column, str) else own.column
+    for column in columns:
+        if members and column not in members[0].record.cells:
+            raise BadInput(f"tasks.{name}.column: there is no column {column!r}")
+        values = Counter(member.record.cells[column].strip() for member in members)
+        missing = values.pop("", 0)
+        unmapped = {value: count for value, count in values.items() if not _mapped(own, value)}
+        shown = ", ".join(f"{value} {count}" for value, count in values.most_common(_MAX_SHOWN))
+        more = f" and {len(values) - _MAX_SHOWN} more values" if len(values) > _MAX_SHOWN else ""
+        detail = f"{column}: {shown}{more}; {missing} empty"
+        if own.values is not None and unmapped:
+            lost = ", ".join(f"{value} {count}" for value, count in list(unmapped.items())[:_MAX_SHOWN])
+            yield f"labels {name}", "warn", f"{detail}; not in `values`: {lost}", f"map them in tasks.{name}.values"
+        else:
+            yield f"labels {name}", "pass", detail, ""
+    if task is None:
+        return
+    _, mask, problems = labels_of(name, task, own, members)
+    detail = f"{int(mask.sum())} of {len(members)} records have a label of the offered task"
+    if problems:
+        rows = ", ".join(f"row {problem.row}: {problem.reason}" for problem in problems[:3])
+        yield (
+            f"task {name}",
+            "warn",
+            f"{detail}; {len(problems)} do not fit ({rows})",
+            f"map them in tasks.{name}.values",
+        )
+    elif not bool(mask.any()):
+        yield f"task {name}", "fail", detail, f"check tasks.{name}.column and values"
+    else:
+        yield f"task {name}", "pass", detail, ""
+
+
+def _mapped(own: SiteTask, value: str) -> bool:
+    known = list(own.values or {})
+    return own.values is None or cell_position(value, known) is not None or value in own.values.values()
+
+
+def _size(name: str, own: SiteTask, members: Sequence[Member]) -> Found:
+    true = len({member.unit_key for member in members if member.side == SIDES.index("train")})
+    detail = f"declared {own.public_size}, counted {true} to train on (the count stays here)"
+    # Twice too large or small costs accuracy; it never costs privacy.
+    if true and not 0.5 <= own.public_size / true <= 2.0:
+        return f"size {name}", "warn", detail, f"declare a round number nearer to it in tasks.{name}.public_size"
+    return f"size {name}", "pass", detail, ""

@@ -1,0 +1,106 @@
+"""Where a site's records come from. One file is one kind. Only client code may import this folder.
+
+A source never puts a record's content, label or patient id into a repr or an error; a bad record is named by file and
+row number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.plugins import Spec, resolve
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record's index entry: everything but its content.
+
+    Attributes:
+        row: 1-based row (or position) in `file`, for messages to the site's own staff.
+        file: name of the file that lists or holds the record.
+        key: identity that survives reordering and re-export: a relative path or a hash of the content.
+        patient: patient id, "" where it is blank, None where the source has none.
+        split: "train" or "test" where the source decides, else None.
+        cells: label columns, column name -> text ("" is missing).
+        identified: whether an equal key means the same record, so that it may not stand on both sides of a split.
+            Two people can have equal rows in a table; two equal pictures are one.
+        blank: why `patient` is blank, where the source knows more than that it is.
+    """
+
+    row: int
+    file: str
+    key: str = field(repr=False)
+    patient: str | None = field(repr=False)
+    split: str | None
+    cells: Mapping[str, str] = field(repr=False)
+    identified: bool = True
+    blank: str = "blank patient id"
+
+
+class Source(Protocol):
+    """An opened source.
+
+    Law (tests/contracts/test_sources.py): the order is deterministic; `digest` changes when any content changes;
+    nothing of a record's content appears in repr or errors.
+    """
+
+    def digest(self) -> str:
+        """64 hex digits over everything `load` can return."""
+
+    def index(self) -> list[Record]:
+        """All records in a deterministic order."""
+
+    def load(self, position: int) -> Any:
+        """The content of `index()[position]`, for the backbone's preprocessing.
+
+        A PIL image or uint8/float array for images; a mapping column -> text for tabular rows.
+
+        Raises:
+            BadRecord: missing or unreadable; says why, without path or content.
+        """
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small instance of a kind: every kind is tested with its own.
+
+    Attributes:
+        settings: what a user would write.
+        secrets: texts of the written files (names, labels, patient ids) that no repr and no error may show.
+    """
+
+    settings: Mapping[str, Any]
+    secrets: Sequence[str] = ()
+
+
+class SourceKind(Protocol):
+    """What a plug-in file's class provides: settings, and `open`.
+
+    Attributes:
+        rows: a CSV that restricts a site to some of the source's records; client/data/records.py applies it.
+    """
+
+    kind: str
+    rows: Path | None
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """At least four different records for tests; their files are written to `folder`, the same on every call."""
+
+    def open(self) -> Source:
+        """The opened source. Raises BadInput when the file is missing or lacks a column."""
+
+
+def open_source(spec: Spec | Mapping[str, Any], key: str, own: Path | None = None) -> SourceKind:
+    """The source settings a site or simulation file asks for. Raises BadInput naming the key.
+
+    Args:
+        spec: `kind` plus the kind's settings.
+        key: where they stand in the file.
+        own: folder of the site's own kinds.
+    """
+    kind: SourceKind = resolve("client.data.sources", spec, key, own)
+    return kind

@@ -1,0 +1,120 @@
+"""Recordings of a folder or zip whose names say what they are, such as `7_jackson_32.wav`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from scipy.io import wavfile
+
+from client.data.sources import Example, Record
+from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.named import NamedGroups, Naming
+from client.data.sources.parts.recordings import SUFFIXES, Part, example_recordings, read_recording, require_soundfile
+from client.data.sources.parts.tree import Tree, open_tree
+from common.cells import CellName
+from common.items import Audio
+from common.plugins import Frozen, LocalPath
+from common.types import BadInput
+
+
+class Excerpts(Frozen):
+    """How recordings that are long, such as songs, become several records each.
+
+    Attributes:
+        count: excerpts of a recording, evenly spread over it; they overlap where it is short.
+        seconds: length of each; a shorter recording is taken whole.
+    """
+
+    count: Annotated[int, Field(ge=1, le=10_000)]
+    seconds: Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Recordings(SourceSettings):
+    """Settings: where, and how a file's path holds the columns.
+
+    Attributes:
+        path: a folder or zip; recordings lie anywhere below it.
+        pattern: regular expression, searched in a file's relative path; each named group is a column. A file that it
+            does not fit has empty cells.
+        patient_column: the group that is the patient id.
+        test: column -> values: a recording is held out where any of its cells is listed; all others are to train on.
+            Without it the source states no split.
+        excerpts: cuts each recording into several records; without it a recording is one.
+    """
+
+    kind: Literal["audio"]
+    path: LocalPath
+    pattern: NamedGroups
+    patient_column: str | None = None
+    test: dict[str, list[CellName]] | None = None
+    excerpts: Excerpts | None = None
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Recordings:
+        self.naming().check()
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Five tones of three patients, two of them held out."""
+        (folder / "clips").mkdir()
+        names = ["z-cough_q7-ann_1", "z-cough_q7-bea_1", "z-wheeze_q7-ann_2", "z-wheeze_q7-cem_1", "z-wheeze_q7-cem_2"]
+        for name, samples in zip(names, example_recordings(len(names)), strict=True):
+            wavfile.write(folder / "clips" / f"{name}.wav", 8000, samples)
+        settings = {
+            "kind": "audio",
+            "path": str(folder / "clips"),
+            "pattern": r"(?P<sound>z-\w+?)_(?P<patient>q7-\w+?)_(?P<take>\d)",
+            "patient_column": "patient",
+            "test": {"patient": ["q7-cem"]},
+        }
+        return Example(settings, ["q7-", "z-cough", "z-wheeze"])
+
+    def open(self) -> Clips:
+        """The opened folder. Raises BadInput: missing, or without a recording."""
+        require_soundfile()
+        tree = open_tree(self.path, "recordings").chosen(lambda name: name.suffix.lower() in SUFFIXES)
+        if not tree.stamps:
+            raise BadInput(f"{self.path}: expected recordings ({', '.join(sorted(SUFFIXES))}), got none")
+        return Clips(self, tree, tuple(tree.stamps))
+
+    def naming(self) -> Naming:
+        """How a recording's path is read."""
+        return Naming(self.pattern, self.patient_column, self.test)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """An opened folder or zip."""
+
+    settings: Recordings = field(repr=False)
+    tree: Tree = field(repr=False)
+    names: tuple[str, ...] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over every recording's path and its size and time of change, or its checksum in a zip; and the excerpts."""
+        own, cut = self.tree.digest(), self.settings.excerpts
+        return own if cut is None else digest([own.encode(), cut.model_dump_json().encode()])
+
+    def index(self) -> list[Record]:
+        """Recordings in the order of their paths, each with its excerpts in turn; `row` counts recordings."""
+        own, naming = self.settings, self.settings.naming()
+        return [
+            record
+            for number, name in enumerate(self.names, start=1)
+            # Excerpts of one recording have one key: they fall on the same side of a split.
+            for record in [naming.record(number, own.path.name, name)] * self._count()
+        ]
+
+    def load(self, position: int) -> Audio:
+        """One recording or excerpt."""
+        recording, excerpt = divmod(position, self._count())
+        cut = self.settings.excerpts
+        part = None if cut is None else Part(excerpt, cut.count, cut.seconds)
+        return read_recording(self.tree.read(self.names[recording], "recording"), part)
+
+    def _count(self) -> int:
+        return 1 if self.settings.excerpts is None else self.settings.excerpts.count

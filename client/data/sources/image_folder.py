@@ -1,0 +1,137 @@
+"""Images of a folder or zip: `<label>/<image>`, `train|test/<label>/<image>`, or as a pattern reads their paths."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from PIL import Image
+from pydantic import AfterValidator, model_validator
+
+from client.data.sources import Example, Record
+from client.data.sources.parts.base import SourceSettings
+from client.data.sources.parts.named import NamedGroups, Naming
+from client.data.sources.parts.pictures import read_picture, write_example_pictures
+from client.data.sources.parts.tree import Tree, open_tree
+from common.cells import CellName
+from common.plugins import LocalPath
+from common.types import BadInput
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+
+
+def _one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got one with an error: {error}") from error
+    if groups != 1:
+        raise ValueError(f"expected a regular expression with one group, got {groups}")
+    return pattern
+
+
+class ImageFolder(SourceSettings):
+    """Settings: where, and how an image's path holds the columns.
+
+    Without a pattern images have the one column `label`, the name of their folder.
+
+    Attributes:
+        path: a folder or zip.
+        splits: whether the first level is the split: `train/<label>/<image>`.
+        patient_pattern: regular expression, searched in the file's name; its one group is the patient id.
+        pattern: regular expression, searched in a file's relative path; each named group is a column, and images lie
+            anywhere below `path`. A file that it does not fit has empty cells.
+        patient_column: the pattern's group that is the patient id.
+        test: column of the pattern -> values: an image is held out where any of its cells is listed; all others are to
+            train on. Without it the source states no split.
+    """
+
+    kind: Literal["image_folder"]
+    path: LocalPath
+    splits: bool = False
+    patient_pattern: Annotated[str, AfterValidator(_one_group)] | None = None
+    pattern: NamedGroups | None = None
+    patient_column: str | None = None
+    test: dict[str, list[CellName]] | None = None
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> ImageFolder:
+        folders = [name for name in ("splits", "patient_pattern") if getattr(self, name)]
+        named = [name for name in ("patient_column", "test") if getattr(self, name) is not None]
+        if self.pattern is not None and folders:
+            raise ValueError(
+                f"expected no {' and '.join(folders)} beside pattern: its named groups, patient_column and test say"
+                " labels, patients and sides"
+            )
+        if self.pattern is None and named:
+            raise ValueError(f"expected a pattern beside {' and '.join(named)}, which name its groups; got none")
+        naming = self.naming()
+        if naming is not None:
+            naming.check()
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Four pictures of three patients."""
+        names = ["z-benign/q7-ann-1.png", "z-benign/q7-ann-2.png", "z-malignant/q7-bea-1.png", "z-other/q7-cem-1.png"]
+        write_example_pictures(folder / "pictures", names)
+        settings = {"kind": "image_folder", "path": str(folder / "pictures"), "patient_pattern": r"^(.*)-\d"}
+        return Example(settings, ["q7-", "z-benign", "z-malignant", "z-other"])
+
+    def open(self) -> Pictures:
+        """The opened folder. Raises BadInput: missing, or without an image at the right depth."""
+        depth = None if self.pattern is not None else 3 if self.splits else 2
+        tree = open_tree(self.path, "images").chosen(
+            lambda name: name.suffix.lower() in SUFFIXES and depth in (None, len(name.parts))
+        )
+        if not tree.stamps:
+            layout = {None: "", 2: " as label/file", 3: " as split/label/file"}[depth]
+            raise BadInput(f"{self.path}: expected images{layout}, got none")
+        return Pictures(self, tree, tuple(tree.stamps))
+
+    def naming(self) -> Naming | None:
+        """How an image's path is read where there is a pattern."""
+        return None if self.pattern is None else Naming(self.pattern, self.patient_column, self.test)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """An opened folder or zip."""
+
+    settings: ImageFolder = field(repr=False)
+    tree: Tree = field(repr=False)
+    names: tuple[str, ...] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over every image's path and its size and time of change, or its checksum in a zip."""
+        return self.tree.digest()
+
+    def index(self) -> list[Record]:
+        """Images in the order of their paths; `row` counts in this order."""
+        naming, file = self.settings.naming(), self.settings.path.name
+        return [
+            self._by_folder(number, name) if naming is None else naming.record(number, file, name)
+            for number, name in enumerate(self.names, start=1)
+        ]
+
+    def _by_folder(self, number: int, name: str) -> Record:
+        parts = PurePosixPath(name).parts
+        patient = None
+        if self.settings.patient_pattern is not None:
+            match = re.search(self.settings.patient_pattern, parts[-1])
+            patient = (match.group(1) or "") if match else ""
+        return Record(
+            row=number,
+            file=self.settings.path.name,
+            key=name,
+            patient=patient,
+            split=parts[0] if self.settings.splits else None,
+            cells={"label": parts[-2]},
+        )
+
+    def load(self, position: int) -> Image.Image:
+        """One image."""
+        return read_picture(io.BytesIO(self.tree.read(self.names[position], "image")))

@@ -1,0 +1,128 @@
+"""A CSV or Parquet file that lists records: pictures, recordings or series by their paths, or texts and pairs of texts.
+
+Labels are its other columns, and where there are any, patients and splits.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from client.data.sources import Example, Record, Source
+from client.data.sources.parts.base import digest, digest_of_texts
+from client.data.sources.parts.frame import read_frame, require_columns
+from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
+from client.data.sources.parts.pictures import read_picture, write_example_pictures
+from client.data.sources.parts.recordings import read_recording, require_soundfile
+from client.data.sources.parts.series import read_series
+from common.items import Text
+from common.types import BadInput
+
+
+class Manifest(ListedFiles):
+    """Settings of a manifest. At most one of `image`, `audio`, `series` and `text`; without any, `image: image`.
+
+    Attributes:
+        image: column of image paths, relative to `root`.
+        audio: column of paths of recordings (wav, flac, ogg).
+        series: column of paths of time series (.npy, or text with one time step a line).
+        text: column of texts.
+        text_pair: column of the texts that are read together with them.
+    """
+
+    kind: Literal["manifest"]
+    image: str | None = None
+    audio: str | None = None
+    series: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+
+    @model_validator(mode="after")
+    def _one_content(self) -> Manifest:
+        named = [name for name in ("image", "audio", "series", "text") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"expected at most one of image, audio, series and text, got {' and '.join(named)}")
+        if self.text_pair is not None and self.text is None:
+            raise ValueError("text_pair: expected it beside `text`")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Four pictures of three patients, and one picture that is missing."""
+        pictures = ["q7-ann-1.png", "q7-ann-2.png", "q7-bea.png", "q7-cem.png"]
+        write_example_pictures(folder, pictures)
+        with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "patient", "finding"])
+            for number, name in enumerate([*pictures, "q7-missing.png"]):
+                writer.writerow([name, name[:6], ["z-benign", "z-malignant"][number % 2]])
+        settings = {"kind": "manifest", "path": str(folder / "list.csv"), "patient_column": "patient"}
+        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+
+    def open(self) -> Source:
+        """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
+        if self.text is not None:
+            frame = read_frame(self.path, self.separator)
+            require_columns(frame, self.path, [self.text, self.text_pair, self.patient_column, self.split_column])
+            return Texts(self, frame.to_dict("records"))
+        if self.audio is not None:
+            require_soundfile()
+            return open_listing(self, Reader(self.audio, _recording, "recording"))
+        if self.series is not None:
+            return open_listing(self, Reader(self.series, _series, "series"))
+        return open_listing(self, Reader(self.image or "image", _picture, "image"))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """An opened manifest of texts."""
+
+    settings: Manifest
+    rows: list[dict[str, str]] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over all texts."""
+        return digest_of_texts([self._texts(row) for row in self.rows])
+
+    def index(self) -> list[Record]:
+        """Rows in the manifest's order. Equal texts have equal keys: they fall on the same side of a split."""
+        own = self.settings
+        return [
+            Record(
+                row=number,
+                file=own.path.name,
+                key=digest(text.encode() for text in self._texts(row)),
+                patient=row[own.patient_column] if own.patient_column else None,
+                split=row[own.split_column] or None if own.split_column else None,
+                cells=row,
+                identified=False,
+            )
+            for number, row in enumerate(self.rows, start=1)
+        ]
+
+    def load(self, position: int) -> Text:
+        """One text or pair; the backbone refuses empty ones."""
+        return Text(*self._texts(self.rows[position]))
+
+    def _texts(self, row: dict[str, str]) -> list[str]:
+        own = self.settings
+        if own.text is None:
+            raise BadInput("text: expected a column")
+        return [row[own.text], *([row[own.text_pair]] if own.text_pair is not None else [])]
+
+
+def _picture(path: Path) -> Any:
+    with path.open("rb") as file:
+        return read_picture(file)
+
+
+def _recording(path: Path) -> Any:
+    return read_recording(path.read_bytes())
+
+
+def _series(path: Path) -> Any:
+    return read_series(path.read_bytes(), binary=path.suffix.lower() == ".npy")

@@ -1,0 +1,129 @@
+"""Files that a table lists, one row for each record, with labels and, where there are any, patients and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from client.data.sources import Record
+from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from common.plugins import LocalPath
+from common.types import BadRecord
+
+
+class ListedFiles(SourceSettings):
+    """Settings that every listing has.
+
+    Attributes:
+        path: the table, CSV or Parquet.
+        root: folder of the files; the table's own by default. A path that leaves it is refused.
+        separator: of a text file: one character, or `whitespace`.
+        patient_column: column of patient ids.
+        split_column: column of `train`, `test` or nothing.
+    """
+
+    path: LocalPath
+    root: LocalPath | None = None
+    separator: Separator = ","
+    patient_column: str | None = None
+    split_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a row's file becomes an item.
+
+    Attributes:
+        column: that names the file.
+        read: the item of a file or folder. Raises BadRecord, or OSError where it is missing.
+        what: it is called in messages.
+        settings: everything that shapes items besides the files; part of the digest.
+        patient: a patient id from the file itself, "" where it has none; None takes it from the table.
+    """
+
+    column: str
+    read: Callable[[Path], Any]
+    what: str
+    settings: str = ""
+    patient: Callable[[Path], str] | None = None
+
+
+def open_listing(settings: ListedFiles, reader: Reader) -> Listing:
+    """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
+    frame = read_frame(settings.path, settings.separator)
+    require_columns(frame, settings.path, [reader.column, settings.patient_column, settings.split_column])
+    root = (settings.root or settings.path.parent).resolve()
+    return Listing(settings, reader, frame.to_dict("records"), root)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """An opened table of files."""
+
+    settings: ListedFiles
+    reader: Reader = field(repr=False)
+    rows: list[dict[str, str]] = field(repr=False)
+    root: Path = field(repr=False)
+
+    def digest(self) -> str:
+        """Over every file's path, size and time of change: to read them all each time could take hours."""
+        stamps = (self._stamp(row[self.reader.column]) for row in self.rows)
+        return digest([self.reader.settings.encode(), *stamps])
+
+    def index(self) -> list[Record]:
+        """Rows in the table's order; the header and blank lines are not counted."""
+        own, column = self.settings, self.reader.column
+        return [
+            Record(
+                row=number,
+                file=own.path.name,
+                key=row[column],
+                patient=self._patient(row),
+                split=row[own.split_column] or None if own.split_column else None,
+                cells=row,
+                # Rows that name no file are not one record; they become bad ones.
+                identified=row[column] != "",
+            )
+            for number, row in enumerate(self.rows, start=1)
+        ]
+
+    def load(self, position: int) -> Any:
+        """One record's item."""
+        path = self._inside(self.rows[position][self.reader.column])
+        try:
+            return self.reader.read(path)
+        except (OSError, ValueError):
+            # From None: these messages name the file, and so perhaps a patient.
+            raise BadRecord(f"missing {self.reader.what}") from None
+
+    def _patient(self, row: Mapping[str, str]) -> str | None:
+        if self.reader.patient is not None:
+            try:
+                return self.reader.patient(self._inside(row[self.reader.column]))
+            except (OSError, ValueError, BadRecord):
+                # Blank: refused where the unit is the patient.
+                return ""
+        return row[self.settings.patient_column] if self.settings.patient_column else None
+
+    def _inside(self, name: str) -> Path:
+        try:
+            path = (self.root / name).resolve()
+        except (OSError, ValueError, RuntimeError):
+            # A null character, a loop of links, a name longer than the file system takes.
+            raise BadRecord(f"{self.reader.what} path cannot be used") from None
+        if not name or not path.is_relative_to(self.root):
+            raise BadRecord(f"{self.reader.what} path is empty or leaves the folder")
+        return path
+
+    def _stamp(self, name: str) -> bytes:
+        try:
+            path = self._inside(name)
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            stamps = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+        except (OSError, ValueError, BadRecord):
+            return f"{name}\0missing".encode()
+        listed = "\0".join(f"{inner}\0{status.st_size}\0{status.st_mtime_ns}" for inner, status in stamps)
+        return f"{name}\0{listed}".encode()

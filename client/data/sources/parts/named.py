@@ -1,0 +1,69 @@
+"""Files whose paths say what they are, such as `7_jackson_32.wav`: a regular expression's named groups are columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from client.data.sources import Record
+
+
+def _named_groups(pattern: str) -> str:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got one with an error: {error}") from error
+    if not compiled.groupindex:
+        raise ValueError("expected a regular expression with a named group for each column: (?P<digit>\\d)")
+    return pattern
+
+
+NamedGroups = Annotated[str, AfterValidator(_named_groups)]
+"""A regular expression with at least one named group."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a file's path holds its columns, its patient and its side.
+
+    Attributes:
+        pattern: searched in a file's relative path; each named group is a column. A file that it does not fit has
+            empty cells.
+        patient_column: the group that is the patient id.
+        test: column -> values: a file is held out where any of its cells is listed; all others are to train on.
+            Without it no side is stated.
+    """
+
+    pattern: str
+    patient_column: str | None
+    test: Mapping[str, Sequence[str]] | None
+
+    def check(self) -> None:
+        """Raise ValueError where a column is none of the pattern's groups."""
+        known = list(re.compile(self.pattern).groupindex)
+        for key, name in (("patient_column", self.patient_column), *(("test", name) for name in self.test or ())):
+            if name is not None and name not in known:
+                raise ValueError(f"{key}: expected one of the pattern's groups {', '.join(known)}, got {name!r}")
+
+    def record(self, row: int, file: str, path: str) -> Record:
+        """The index entry of the file at a relative path, which is its key."""
+        pattern = re.compile(self.pattern)
+        match = pattern.search(path)
+        cells = {column: (match[column] or "") if match else "" for column in pattern.groupindex}
+        return Record(
+            row=row,
+            file=file,
+            key=path,
+            patient=cells[self.patient_column] if self.patient_column else None,
+            split=_side(self.test, cells) if self.test is not None else None,
+            cells=cells,
+            blank="blank patient id" if match else "the file's name does not fit the source's pattern",
+        )
+
+
+def _side(test: Mapping[str, Sequence[str]], cells: Mapping[str, str]) -> str:
+    return "test" if any(cells[column] in values for column, values in test.items()) else "train"

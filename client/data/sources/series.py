@@ -1,0 +1,158 @@
+"""Time series of tables with one series in each row, such as the files of the UCR archive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from client.data.sources import Example, Record
+from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
+from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from client.data.sources.parts.series import series_of_cells
+from common.errors import instead
+from common.plugins import LocalPath
+from common.types import BadInput
+
+Position = Annotated[int, Field(ge=1)]
+
+
+class SeriesTable(SourceSettings):
+    """Settings: the files, and which of their columns are no time steps.
+
+    Attributes:
+        parts: `train` and `test`, or one called `all` without a split.
+        separator: of a text file: one character, or `whitespace`.
+        columns: name -> 1-based position of the columns that are no time steps but labels or patient ids, in files
+            without a header.
+        names: those columns' names in files with a header. Exactly one of `columns` and `names`.
+        channels: values of each time step, side by side.
+        patient_column: one of those columns: patient ids.
+        split_column: one of those columns: `train`, `test` or nothing, for the part `all`.
+    """
+
+    kind: Literal["series"]
+    parts: Annotated[dict[Literal["train", "test", "all"], LocalPath], Field(min_length=1)]
+    separator: Separator = ","
+    columns: dict[str, Position] | None = None
+    names: list[str] | None = None
+    channels: Annotated[int, Field(ge=1, le=4096)] = 1
+    patient_column: str | None = None
+    split_column: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SeriesTable:
+        if (self.columns is None) == (self.names is None):
+            raise ValueError("expected exactly one of columns (files without a header) and names (files with one)")
+        for key, name in (("patient_column", self.patient_column), ("split_column", self.split_column)):
+            if name is not None and name not in (self.columns or self.names or ()):
+                raise ValueError(f"{key}: expected one of the columns that are no time steps, got {name!r}")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Four beats to train on, two held out, one of them unreadable."""
+        rng = np.random.default_rng(0)
+        lines = [
+            f"z-label{n % 2},q7-pat{n % 4}," + ",".join(f"{value:.3f}" for value in rng.normal(size=6))
+            for n in range(5)
+        ]
+        (folder / "train.csv").write_text("\n".join(lines[:4]) + "\n")
+        (folder / "test.csv").write_text(lines[4].replace("pat0", "pat9") + "\nz-label1,q7-pat8,1,q7-two,3,4,5,6\n")
+        settings = {
+            "kind": "series",
+            "parts": {part: str(folder / f"{part}.csv") for part in ("train", "test")},
+            "columns": {"beat": 1, "patient": 2},
+            "patient_column": "patient",
+        }
+        return Example(settings, ["q7-", "z-label"])
+
+    def open(self) -> SeriesRows:
+        """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
+        rows: list[SeriesRow] = []
+        for part, path in self.parts.items():
+            rows += [SeriesRow(part, path.name, number, *row) for number, row in enumerate(self._read(path), start=1)]
+        return SeriesRows(self, rows)
+
+    def _read(self, path: Path) -> list[tuple[dict[str, str], list[str]]]:
+        if self.names is not None:
+            frame = read_frame(path, self.separator)
+            require_columns(frame, path, self.names)
+            steps = [name for name in frame.columns if name not in self.names]
+            return [({name: row[name] for name in self.names}, [row[n] for n in steps]) for _, row in frame.iterrows()]
+        assert self.columns is not None
+        lines = _lines(path, self.separator)
+        width = max(len(line) for line in lines)
+        beyond = next((name for name, position in self.columns.items() if position > width), None)
+        if beyond is not None:
+            raise BadInput(
+                f"{path}: expected column {beyond!r} at position {self.columns[beyond]}, got {width} columns"
+            )
+        chosen = {position - 1 for position in self.columns.values()}
+        return [
+            (
+                {name: line[position - 1] if position <= len(line) else "" for name, position in self.columns.items()},
+                [cell for position, cell in enumerate(line) if position not in chosen],
+            )
+            for line in lines
+        ]
+
+
+@dataclass(frozen=True)
+class SeriesRow:
+    """One row: its part and file, its row in that file, its cells, and its time steps as text."""
+
+    part: str
+    file: str
+    number: int
+    cells: dict[str, str] = field(repr=False)
+    steps: list[str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SeriesRows:
+    """Opened files."""
+
+    settings: SeriesTable = field(repr=False)
+    rows: list[SeriesRow] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over all series."""
+        return digest_of_texts([[str(self.settings.channels)], *(row.steps for row in self.rows)])
+
+    def index(self) -> list[Record]:
+        """Rows part by part, in the files' order; `row` counts on from file to file."""
+        return [self._record(number, row) for number, row in enumerate(self.rows, start=1)]
+
+    def load(self, position: int) -> NDArray[np.float32]:
+        """One series, T or T x channels."""
+        return series_of_cells(self.rows[position].steps, self.settings.channels)
+
+    def _record(self, number: int, row: SeriesRow) -> Record:
+        own = self.settings
+        stated = row.cells[own.split_column] if own.split_column else ""
+        return Record(
+            row=number,
+            file=row.file if len(own.parts) == 1 else f"{row.file} (its row {row.number})",
+            key=digest(cell.encode() for cell in row.steps),
+            patient=row.cells[own.patient_column] if own.patient_column else None,
+            split=(stated or None) if row.part == "all" else row.part,
+            cells=row.cells,
+        )
+
+
+def _lines(path: Path, separator: str) -> list[list[str]]:
+    """Stripped cells of every line that holds any; series may differ in length."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
+    split = None if separator == "whitespace" else separator
+    lines = [[cell.strip() for cell in line.split(split)] for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise BadInput(f"{path}: expected a series in each line, got an empty file")
+    return lines

@@ -1,0 +1,121 @@
+"""Rows of a CSV, Parquet or headerless text file: features and labels as columns. Cells stay text."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from client.data.sources import Example, Record
+from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from common.plugins import LocalPath
+
+
+class Table(SourceSettings):
+    """Settings of a table.
+
+    Attributes:
+        separator: of a text file: one character, or `whitespace`.
+        columns: names of the columns of a file without a header.
+        inputs: columns given to the backbone; labels never are by accident.
+        patient_column: column of patient ids.
+        split_column: column of `train`, `test` or nothing.
+        missing_values: texts that mean "nothing"; they are read as "".
+        complete: columns that must not be missing: rows that lack one are no records at all.
+    """
+
+    kind: Literal["table"]
+    path: LocalPath
+    separator: Separator = ","
+    header: bool = True
+    columns: list[str] | None = None
+    inputs: Annotated[list[str], Field(min_length=1)]
+    patient_column: str | None = None
+    split_column: str | None = None
+    missing_values: list[str] = [""]
+    complete: list[str] = []
+
+    @model_validator(mode="after")
+    def _names_come_from_one_place(self) -> Table:
+        if self.header == (self.columns is not None):
+            raise ValueError("columns: expected names exactly where `header: false` says that the file has none")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Five rows, one incomplete, two equal but for the patient."""
+        lines = [
+            ["age", "dose", "patient", "finding"],
+            ["41", "1.0", "q7-ann", "z-benign"],
+            ["52", "", "q7-bea", "z-malignant"],
+            ["63", "0.5", "q7-cem", "z-benign"],
+            ["74", "2", "q7-dan", "z-malignant"],
+            ["41", "1.0", "q7-eve", "z-malignant"],
+            ["85", "3", "q7-fay", "z-benign"],
+        ]
+        with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
+        settings = {
+            "kind": "table",
+            "path": str(folder / "rows.csv"),
+            "inputs": ["age", "dose"],
+            "patient_column": "patient",
+            "complete": ["dose"],
+        }
+        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+
+    def open(self) -> Rows:
+        """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
+        frame = read_frame(self.path, self.separator, self.columns)
+        require_columns(frame, self.path, [*self.inputs, *self.complete, self.patient_column, self.split_column])
+        frame = frame.replace(dict.fromkeys(self.missing_values, ""))
+        if self.complete:
+            frame = frame[(frame[self.complete] != "").all(axis=1)]
+        return Rows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An opened table.
+
+    Attributes:
+        rows: its records.
+        numbers: where each stands among the file's rows, the header and blank lines not counted.
+    """
+
+    settings: Table
+    rows: list[dict[str, str]] = field(repr=False)
+    numbers: tuple[int, ...] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over the input columns of all rows."""
+        inputs = self.settings.inputs
+        return digest(text.encode() for texts in (inputs, *map(self._inputs, self.rows)) for text in texts)
+
+    def _inputs(self, row: Mapping[str, str]) -> list[str]:
+        return [row[name] for name in self.settings.inputs]
+
+    def index(self) -> list[Record]:
+        """Rows in the file's order. Rows with equal inputs have equal keys: they fall on the same side of a split."""
+        own = self.settings
+        return [
+            Record(
+                row=number,
+                file=own.path.name,
+                key=digest(text.encode() for text in self._inputs(row)),
+                patient=row[own.patient_column] if own.patient_column else None,
+                split=row[own.split_column] or None if own.split_column else None,
+                cells=row,
+                identified=False,
+            )
+            for number, row in zip(self.numbers, self.rows, strict=True)
+        ]
+
+    def load(self, position: int) -> Mapping[str, Any]:
+        """The input cells of one row."""
+        return {name: self.rows[position][name] for name in self.settings.inputs}

@@ -1,0 +1,120 @@
+"""Texts, or pairs of texts, of tables: one file, or one for each side of the split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from client.data.sources import Example, Record
+from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
+from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from common.items import Text
+from common.plugins import LocalPath
+
+
+class Texts(SourceSettings):
+    """Settings: the files, and which of their columns hold the texts.
+
+    Attributes:
+        parts: `train` and `test`, or one called `all` without a split; text files or Parquet.
+        separator: of a text file: one character (a tab by default), or `whitespace`.
+        quotes: whether a quote may enclose a cell; where it may not, it is a character of the text.
+        header: whether the first line names the columns.
+        columns: their names where it does not.
+        text: column of texts.
+        text_pair: column of the texts that are read together with them.
+        patient_column: column of patient ids.
+        split_column: column of `train`, `test` or nothing, for the part `all`.
+    """
+
+    kind: Literal["text"]
+    parts: Annotated[dict[Literal["train", "test", "all"], LocalPath], Field(min_length=1)]
+    separator: Separator = "\t"
+    quotes: bool = False
+    header: bool = True
+    columns: list[str] | None = None
+    text: str
+    text_pair: str | None = None
+    patient_column: str | None = None
+    split_column: str | None = None
+
+    @model_validator(mode="after")
+    def _names_come_from_one_place(self) -> Texts:
+        if self.header == (self.columns is not None):
+            raise ValueError("columns: expected names exactly where `header: false` says that the files have none")
+        return self
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Four notes of three patients to train on, one held out."""
+        notes = ["q7-dyspnoea since Monday", 'no "q7-complaints', "q7-fever, 39 degrees", "q7-cough", "q7-well"]
+        lines = [f"{note}\tq7-pat{number % 3}\tz-{number % 2}" for number, note in enumerate(notes)]
+        (folder / "train.tsv").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+        (folder / "test.tsv").write_text(lines[4].replace("q7-pat1", "q7-pat9") + "\n", encoding="utf-8")
+        settings = {
+            "kind": "text",
+            "parts": {part: str(folder / f"{part}.tsv") for part in ("train", "test")},
+            "header": False,
+            "columns": ["note", "patient", "finding"],
+            "text": "note",
+            "patient_column": "patient",
+        }
+        return Example(settings, ["q7-", "z-0", "z-1"])
+
+    def open(self) -> Sentences:
+        """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
+        rows: list[tuple[str, str, int, dict[str, str]]] = []
+        for part, path in self.parts.items():
+            frame = read_frame(path, self.separator, self.columns, quotes=self.quotes)
+            require_columns(frame, path, [self.text, self.text_pair, self.patient_column, self.split_column])
+            rows += [(part, path.name, number, row) for number, row in enumerate(frame.to_dict("records"), start=1)]
+        return Sentences(self, rows)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Opened files.
+
+    Attributes:
+        rows: part, file, row in that file, cells.
+    """
+
+    settings: Texts = field(repr=False)
+    rows: list[tuple[str, str, int, dict[str, str]]] = field(repr=False)
+
+    def digest(self) -> str:
+        """Over all texts."""
+        return digest_of_texts([self._texts(row) for *_, row in self.rows])
+
+    def index(self) -> list[Record]:
+        """Rows part by part, in the files' order; `row` counts on from file to file.
+
+        Equal texts have equal keys: they fall on the same side of a split.
+        """
+        return [self._record(number, *row) for number, row in enumerate(self.rows, start=1)]
+
+    def load(self, position: int) -> Text:
+        """One text or pair; the backbone refuses empty ones."""
+        return Text(*self._texts(self.rows[position][3]))
+
+    def _record(self, number: int, part: str, file: str, row: int, cells: dict[str, str]) -> Record:
+        own = self.settings
+        stated = cells[own.split_column] if own.split_column else ""
+        return Record(
+            # Unique over all files; the first file's are its own rows.
+            row=number,
+            file=file if len(own.parts) == 1 else f"{file} (its row {row})",
+            key=digest(text.encode() for text in self._texts(cells)),
+            patient=cells[own.patient_column] if own.patient_column else None,
+            split=(stated or None) if part == "all" else part,
+            cells=cells,
+            identified=False,
+        )
+
+    def _texts(self, cells: Mapping[str, Any]) -> list[str]:
+        own = self.settings
+        return [cells[own.text], *([cells[own.text_pair]] if own.text_pair is not None else [])]

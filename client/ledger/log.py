@@ -1,0 +1,176 @@
+"""The page a security officer reads: everything a site released or refused, from its ledger and its journal.
+
+A release is a ledger's charge; its bytes are those of the stored reply, whatever the journal says. A charge without a
+stored reply is shown too: a crash may have happened anywhere after it. So is a reply that only the journal knows: a
+recovery keeps no charge that did not verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from client.config import SiteConfig
+from client.ledger.history import EVALUATION, TRAINING
+from client.ledger.ledger import Ledger
+from common.events import read
+from common.privacy.accounting import Mechanism
+
+
+@dataclass(frozen=True)
+class Release:
+    """One charge and what left for it.
+
+    Attributes:
+        time: seconds since 1970 when it was reserved.
+        run: for which run.
+        round: of that run.
+        purpose: training, or evaluation of held-out units.
+        mechanism: what was charged; None where only the journal knows of the release.
+        bytes: of the stored reply; None where none is stored.
+        resent: how often the identical bytes were sent again, for nothing.
+    """
+
+    time: float
+    run: str
+    round: int
+    purpose: str
+    mechanism: Mechanism | None
+    bytes: int | None
+    resent: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A request or charge that was refused; `detail` never leaves the site."""
+
+    time: float
+    source: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something done to the ledger or by the site's staff."""
+
+    time: float
+    event: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """All three, each in order of time."""
+
+    releases: tuple[Release, ...]
+    refusals: tuple[Refused, ...]
+    changes: tuple[Change, ...]
+
+
+def statement(config: SiteConfig) -> Statement:
+    """What a site released, refused and changed.
+
+    Raises:
+        LedgerDamaged: the registry's ledger does not verify.
+    """
+    ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
+    entries = [] if ledger is None else ledger.entries()
+    facts = read(config.state_dir / "site.jsonl")
+    releases = [_release(config, entry, facts) for entry in entries if entry["event"] == "reserved"]
+    known = {(each.run, each.round, each.purpose) for each in releases}
+    releases += [
+        Release(fact["time"], fact["run"], fact["round"], _purpose(fact), None, fact["bytes"], _resent(facts, fact))
+        for fact in facts
+        if _is(fact, "sent") and (fact["run"], fact["round"], _purpose(fact)) not in known
+    ]
+    refusals = [
+        *(Refused(fact["time"], "request", fact["refusal"], fact["detail"]) for fact in facts if _is(fact, "declined")),
+        *(
+            Refused(entry["time"], "ledger", "budget", f"{entry['run']} round {entry['round']} {_purpose(entry)}")
+            for entry in entries
+            if _is(entry, "refused")
+        ),
+    ]
+    changes = [
+        *(Change(entry["time"], entry["event"], _change(entry)) for entry in entries if entry["event"] in _CHANGES),
+        *(Change(fact["time"], "audited", _audited(fact)) for fact in facts if _is(fact, "audit")),
+        *(Change(fact["time"], "purged", f"{fact['new']} new exclusion(s)") for fact in facts if _is(fact, "purged")),
+    ]
+    return Statement(
+        tuple(sorted(releases, key=lambda each: each.time)),
+        tuple(sorted(refusals, key=lambda each: each.time)),
+        tuple(sorted(changes, key=lambda each: each.time)),
+    )
+
+
+def as_json(page: Statement) -> dict[str, Any]:
+    """The page as plain values."""
+    return asdict(page)
+
+
+def in_words(mechanism: Mechanism | None) -> str:
+    """A mechanism as a person reads it."""
+    if mechanism is None:
+        return "lost with a damaged ledger"
+    if mechanism.kind == "none":
+        return f"{mechanism.steps} without noise: epsilon is infinite"
+    return (
+        f"{mechanism.steps} Gaussian, noise {mechanism.noise_multiplier:.4g}, rate {mechanism.sampling_rate:g}, "
+        f"sensitivity {mechanism.sensitivity:g}"
+    )
+
+
+_CHANGES = {"created", "amended", "sealed", "recovered", "assumed"}
+
+
+def _is(fact: Mapping[str, Any], event: str) -> bool:
+    return bool(fact.get("event") == event)
+
+
+def _release(config: SiteConfig, entry: Mapping[str, Any], facts: list[dict[str, Any]]) -> Release:
+    stored = config.state_dir / "runs" / entry["run"] / "replies" / entry["request"]
+    time = entry.get("original", entry)["time"]
+    size = stored.stat().st_size if entry["request"] and stored.is_file() else None
+    mechanism = Mechanism.from_dict(entry["mechanism"])
+    return Release(time, entry["run"], entry["round"], _purpose(entry), mechanism, size, _resent(facts, entry))
+
+
+def _purpose(fact: Mapping[str, Any]) -> str:
+    """Of a ledger's entry or a journal's line; older ones than evaluations are all of training."""
+    return EVALUATION if EVALUATION in (fact.get("purpose"), fact.get("what")) else TRAINING
+
+
+def _resent(facts: list[dict[str, Any]], release: Mapping[str, Any]) -> int:
+    """How often the journal says that a round's reply was sent again."""
+    resent = [(fact["run"], fact["round"], _purpose(fact)) for fact in facts if _is(fact, "resent")]
+    return resent.count((release["run"], release["round"], _purpose(release)))
+
+
+def _audited(fact: Mapping[str, Any]) -> str:
+    """A verdict on the solver that a run required; from the disk where it was known."""
+    shown, claimed = f"{fact['epsilon_lower_99_9']:.2f}", f"{fact['epsilon_claimed']:.2f}"
+    verdict = "passed" if fact["passed"] else f"FAILED: {fact['reasons'][0]}"
+    return f"run {fact['run']}: {verdict}; epsilon at least {shown} at 99.9 %, {claimed} claimed"
+
+
+def _change(entry: Mapping[str, Any]) -> str:
+    match entry["event"]:
+        case "amended":
+            before = entry["before"]
+            changed = [
+                f"{name} {before[name]} -> {entry[name]}"
+                for name in ("unit", "epsilon_cap", "delta")
+                if before[name] != entry[name]
+            ]
+            return f"{', '.join(changed)}; reason: {entry.get('reason') or 'none given'}"
+        case "recovered":
+            return f"{entry['seen']}; reason: {entry['reason']}; damaged files: {entry['kept_aside']}"
+        case "assumed":
+            known = "infinite" if entry["epsilon"] is None else entry["epsilon"]
+            return f"everything before counts as epsilon {known} at delta {entry['delta']}"
+        case "sealed":
+            return f"a line torn by a crash was removed ({entry['bytes']} bytes)"
+        case _:
+            return f"unit {entry['unit']}, budget {entry['epsilon_cap']} at delta {entry['delta']}"

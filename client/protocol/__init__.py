@@ -1,0 +1,1 @@
+"""What a site answers, from the offer of a run to its final heads: join, prepare, train, evaluate."""

@@ -1,0 +1,167 @@
+"""Who approved which run at a site, and which offers wait for an approval.
+
+An approval names one run digest (common/offers.py): everything a run asks of a site. It covers one run under that
+digest: before a run's first charge it is noted that the run uses an approval, and the same offer under another run id
+needs another one. Approvals and uses are appended and never removed. Offers that wait are bounded in number and never
+make room for others: a coordinator can neither fill the disk nor exchange what the staff is looking at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import instead
+from common.events import FileJournal, read
+from common.files import private_folder, write_atomic
+from common.offers import offer_bytes, run_digest
+from common.plugins import refuse_unknown_kind
+from common.run import RunConfig
+from common.types import BadInput
+from common.yaml import parse
+
+MAX_WAITING = 32
+_PREFIX = 8
+_DIGEST = re.compile(rf"[0-9a-f]{{{_PREFIX},64}}")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a coordinator asks: a run and the digests of its backbones, as sent or as written into a startup kit."""
+
+    run: Mapping[str, Any] = field(repr=False)
+    backbones: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """What an approval of this offer names."""
+        return run_digest(self.run, self.backbones)
+
+    def config(self) -> RunConfig:
+        """The run's settings. Raises BadInput where they are not a run's, name a kind that does not exist, or have
+        backbones without a digest.
+
+        Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
+        """
+        run = parse(RunConfig, self.run, base=Path("/nonexistent"))
+        if set(self.backbones) != set(run.encoders):
+            raise BadInput(f"backbones: expected a digest for each of {', '.join(run.encoders)}, and no other")
+        named = [("common.backbones", spec, run.encoder_key(name)) for name, spec in run.encoders.items()]
+        named += [("client.solvers", run.solver, "solver")]
+        named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
+        for package, spec, key in named:
+            refuse_unknown_kind(package, spec.kind, f"{key}.kind")
+        return run
+
+
+@dataclass(frozen=True)
+class Approval:
+    """One approval: which run, by whom, when (seconds since 1970)."""
+
+    digest: str
+    run: str
+    by: str
+    time: float
+
+
+class Approvals:
+    """A site's approvals and waiting offers, in its state folder; readable by the owner only."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._log = state_dir / "approvals.jsonl"
+        self._waiting = state_dir / "waiting"
+
+    def all(self) -> list[Approval]:
+        """Every approval ever given, oldest first."""
+        return [
+            Approval(fact["digest"], fact["run"], fact["by"], fact["time"])
+            for fact in read(self._log)
+            if fact["event"] == "approved" and {"digest", "run", "by"} <= fact.keys()
+        ]
+
+    def covers(self, digest: str, run_id: str) -> bool:
+        """Whether a run under this digest uses an approval already, or there is one that no run uses."""
+        used = self._used(digest)
+        return run_id in used or sum(approval.digest == digest for approval in self.all()) > len(used)
+
+    def use(self, digest: str, run_id: str) -> bool:
+        """Note that a run uses an approval, before it is charged; whether there is one. One process at a time."""
+        private_folder(self._log.parent)
+        with (self._log.parent / "approvals.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.covers(digest, run_id):
+                return False
+            if run_id not in self._used(digest):
+                FileJournal(self._log).write("used", digest=digest, run_id=run_id)
+            return True
+
+    def _used(self, digest: str) -> set[str]:
+        facts = [fact for fact in read(self._log) if fact["event"] == "used"]
+        return {str(fact.get("run_id")) for fact in facts if fact.get("digest") == digest}
+
+    def approve(self, offer: Offer) -> Approval:
+        """Record that the present user of the system approves a run; the offer waits no longer."""
+        private_folder(self._log.parent)
+        FileJournal(self._log).write("approved", digest=offer.digest, run=offer.config().name, by=getpass.getuser())
+        self._log.chmod(0o600)
+        (self._waiting / f"{offer.digest}.json").unlink(missing_ok=True)
+        return self.all()[-1]
+
+    def wait(self, offer: Offer) -> bool:
+        """Keep an offer until somebody decides; whether it is new here. Where too many wait, it is not kept."""
+        path = private_folder(self._waiting) / f"{offer.digest}.json"
+        if path.exists() or sum(1 for _ in self._waiting.glob("*.json")) >= MAX_WAITING:
+            return False
+        write_atomic(path, offer_bytes(offer.run, offer.backbones))
+        return True
+
+    def waiting(self) -> list[Offer]:
+        """Offers that nobody decided on, oldest first."""
+        found = []
+        for path in sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime):
+            # One that an earlier version of the project kept cannot be joined any more.
+            with contextlib.suppress(BadInput):
+                found.append(read_offer(path))
+        return found
+
+    def find(self, wanted: str) -> Offer:
+        """The waiting offer with this name, or with a digest that begins so. What looks like a digest is no name.
+
+        Raises:
+            BadInput: none, or more than one.
+        """
+        is_digest = _DIGEST.fullmatch(wanted) is not None
+        found = [
+            offer
+            for offer in self.waiting()
+            if (offer.digest.startswith(wanted) if is_digest else offer.config().name == wanted)
+        ]
+        if len(found) != 1:
+            got = f"which {len(found)} waiting offers have" if found else "which is none of these"
+            raise BadInput(
+                f"expected a run file, an offer file, or the name or digest (at least {_PREFIX} digits) of one waiting "
+                f"offer, got {wanted!r}, {got}"
+            )
+        return found[0]
+
+
+def read_offer(path: Path) -> Offer:
+    """An offer from a file, as `common.offers.offer_bytes` makes it.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        offer = Offer(values["run"], dict(values["backbones"]))
+        offer.config()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: expected a run's offer{instead(error)}") from error
+    return offer

@@ -1,0 +1,264 @@
+"""What a site's registry has spent, what is left, and what the rest affords. Nothing is charged, opened or created."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from client.config import NoisedEvaluation, SiteConfig
+from client.ledger.evaluation_budget import evaluations_left, noise_multiplier, unspent
+from client.ledger.history import EVALUATION, History, Terms
+from client.ledger.ledger import Ledger
+from client.protocol.site import Joined, plan_of
+from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.run import RunConfig
+from common.types import BadInput, Plan
+from common.yaml import parse
+
+MAX_ROUNDS = 100_000
+"""What a run file may ask for at most."""
+
+
+@dataclass(frozen=True)
+class RunSpent:
+    """One run's own part. Parts do not add up to the whole: the whole is composed at once.
+
+    Attributes:
+        run: its id.
+        epsilon: of its charges alone.
+        rounds: distinct rounds of training that were charged.
+        evaluations: distinct rounds after which an evaluation was charged.
+        charges: reservations; more than `rounds` where a round was charged again.
+        open: reservations whose reply is not known to be stored; they count all the same.
+    """
+
+    run: str
+    epsilon: float
+    rounds: int
+    evaluations: int
+    charges: int
+    open: int
+
+
+@dataclass(frozen=True)
+class Affordable:
+    """What the rest of the budget covers: rounds of one plan, at most MAX_ROUNDS."""
+
+    run: str
+    rounds: int
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class EvaluationShare:
+    """What evaluations of held-out units may spend.
+
+    Attributes:
+        share: of the budget, in Gaussian-DP terms (client/ledger/evaluation_budget.py).
+        evaluations: that it pays for in all.
+        left: that it still pays for.
+        noise_multiplier: of one.
+        spent_epsilon: of all that were charged, by themselves.
+    """
+
+    share: float
+    evaluations: int
+    left: int
+    noise_multiplier: float
+    spent_epsilon: float
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A registry's account.
+
+    Attributes:
+        registry: whose.
+        terms: unit, cap, delta, relation, as the ledger says.
+        spent_epsilon: of what was committed.
+        reserved_epsilon: of all that may have left, the committed included.
+        runs: in order of their first charge.
+        affordable: for the last run's plan or another; None without any.
+        amendment_due: whether the site file says other terms than the ledger.
+        evaluation: the share for evaluations; None where held-out units are evaluated locally.
+    """
+
+    registry: str
+    terms: Terms
+    spent_epsilon: float
+    reserved_epsilon: float
+    runs: tuple[RunSpent, ...]
+    affordable: Affordable | None
+    amendment_due: bool
+    evaluation: EvaluationShare | None
+
+    @property
+    def left_epsilon(self) -> float:
+        """Cap minus everything that may have left, never below 0."""
+        return max(0.0, self.terms.epsilon_cap - self.reserved_epsilon)
+
+
+def history_of(config: SiteConfig) -> History:
+    """The history of a site's registry; an empty one under the site file's terms where there is no ledger yet.
+
+    Raises:
+        LedgerDamaged: it does not verify.
+    """
+    ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
+    return History(terms_of(config), {}) if ledger is None else ledger.history()
+
+
+def terms_of(config: SiteConfig) -> Terms:
+    """What the site file says now."""
+    return Terms(config.unit, config.budget.epsilon, config.budget.delta)
+
+
+def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
+    """The account of a site's registry.
+
+    Args:
+        config: the site's file.
+        run: whose plan to count affordable rounds of; by default that of the run charged last.
+
+    Raises:
+        LedgerDamaged: the ledger does not verify.
+        DeclinedRequest: `run` has no plan here.
+    """
+    history, share = history_of(config), share_of(config)
+    joined = _last_run(config, history) if run is None else Joined(run.name, run, {}, config.state_dir)
+    return Balance(
+        registry=config.registry,
+        terms=history.terms,
+        spent_epsilon=history.epsilon(committed_only=True),
+        reserved_epsilon=history.epsilon(),
+        runs=tuple(_run(history, name) for name in dict.fromkeys(charge.run for charge in history.charges.values())),
+        affordable=None if joined is None else _affordable(config, history, joined),
+        amendment_due=history.terms != terms_of(config),
+        evaluation=None if share is None else evaluation_share(share, history),
+    )
+
+
+def share_of(config: SiteConfig) -> NoisedEvaluation | None:
+    """What a site's file holds for evaluations; None where they are local."""
+    return None if config.evaluation == "local" else config.evaluation
+
+
+def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationShare:
+    """What a share amounts to after a history."""
+    charged = [charge.mechanism for charge in history.charges.values() if charge.purpose == EVALUATION]
+    return EvaluationShare(
+        share=share.share,
+        evaluations=share.evaluations,
+        left=evaluations_left(share, history),
+        noise_multiplier=noise_multiplier(share, history.terms),
+        spent_epsilon=epsilon(charged, history.terms.delta),
+    )
+
+
+def affordable_rounds(history: History, plan: Plan, share: NoisedEvaluation | None = None) -> int:
+    """How many rounds of a plan the rest of the budget covers, at most MAX_ROUNDS; 0 without privacy.
+
+    What is unspent of a share for evaluations stays held back.
+    """
+    held = unspent(share, history)
+
+    def covers(rounds: int) -> bool:
+        return history.within_cap([Mechanism.of(_repeated(plan, rounds)), *held])
+
+    if not plan.private or not covers(1):
+        return 0
+    low, high = 1, 2
+    while high <= MAX_ROUNDS and covers(high):
+        low, high = high, 2 * high
+    high = min(high, MAX_ROUNDS + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if covers(middle) else (low, middle)
+    return low
+
+
+def as_json(account: Balance) -> dict[str, Any]:
+    """The account as plain values; an infinite epsilon is null, and `infinite` says so."""
+    affordable = account.affordable
+    return {
+        "registry": account.registry,
+        "unit": account.terms.unit.value,
+        "relation": account.terms.relation,
+        "delta": account.terms.delta,
+        "budget_epsilon": account.terms.epsilon_cap,
+        "spent_epsilon": shown(account.spent_epsilon),
+        "reserved_epsilon": shown(account.reserved_epsilon),
+        "left_epsilon": rounded_down(account.left_epsilon),
+        "infinite": math.isinf(account.reserved_epsilon),
+        "amendment_due": account.amendment_due,
+        "runs": [
+            {
+                "run": run.run,
+                "epsilon": shown(run.epsilon),
+                "infinite": math.isinf(run.epsilon),
+                "rounds": run.rounds,
+                "evaluations": run.evaluations,
+                "charges": run.charges,
+                "open": run.open,
+            }
+            for run in account.runs
+        ],
+        "affordable": None
+        if affordable is None
+        else {
+            "run": affordable.run,
+            "rounds": affordable.rounds,
+            "noise_multiplier": affordable.plan.noise_multiplier,
+            "sampling_rate": affordable.plan.sampling_rate,
+            "steps": affordable.plan.steps,
+        },
+        "evaluation": "local"
+        if account.evaluation is None
+        else {**asdict(account.evaluation), "spent_epsilon": shown(account.evaluation.spent_epsilon)},
+    }
+
+
+def shown(epsilon: float) -> float | None:
+    """An epsilon for JSON: rounded up; None where it is infinite."""
+    return rounded_up(epsilon, 4) if math.isfinite(epsilon) else None
+
+
+def rounded_down(value: float, digits: int = 4) -> float:
+    """What is left, for display: never shown larger than it is."""
+    return -rounded_up(-value, digits) + 0.0
+
+
+def _run(history: History, name: str) -> RunSpent:
+    own = [charge for charge in history.charges.values() if charge.run == name]
+    return RunSpent(
+        run=name,
+        epsilon=history.run_epsilon(name),
+        rounds=len({charge.round for charge in own if charge.purpose != EVALUATION}),
+        evaluations=len({charge.round for charge in own if charge.purpose == EVALUATION}),
+        charges=len(own),
+        open=sum(not charge.committed for charge in own),
+    )
+
+
+def _last_run(config: SiteConfig, history: History) -> Joined | None:
+    """The run charged last that is still on disk."""
+    for charge in reversed(list(history.charges.values())):
+        folder = config.state_dir / "runs" / charge.run
+        if (folder / "offer.json").exists():
+            offer: Mapping[str, Any] = json.loads((folder / "offer.json").read_text(encoding="utf-8"))
+            return Joined(charge.run, parse(RunConfig, offer["run"], base=folder), offer.get("backbones", {}), folder)
+    return None
+
+
+def _affordable(config: SiteConfig, history: History, joined: Joined) -> Affordable:
+    plan = plan_of(config, joined)
+    return Affordable(joined.run_id, affordable_rounds(history, plan, share_of(config)), plan)
+
+
+def _repeated(plan: Plan, rounds: int) -> Plan:
+    if rounds < 1:
+        raise BadInput(f"rounds: expected at least 1, got {rounds}")
+    return Plan(plan.sampling_rate, plan.steps * rounds, plan.clip_norm, plan.noise_multiplier, plan.unit)

@@ -1,0 +1,291 @@
+"""What a run would cost at a site and whether it can be useful, before anything is released.
+
+Pure arithmetic on public numbers: no record is read, nothing is opened, charged or created. What a solver draws, a plan
+fixes: noise of standard deviation sigma * C in each of the P parameters of a site's heads, in each of the T steps of a
+round, on a sum of clipped gradients of expectedly q * n units (n the largest declared public size).
+
+    noise-to-signal of one round = E|noise| / largest signal = sigma * sqrt(P * T) / (q * n * T)
+
+Where a part of a backbone trains too, the same is said of that trunk alone, with P its own parameters and n the largest
+public size of the tasks that stand on it. Heads and trunks share one clip: each gets the largest signal only where the
+gradient has no other part, so that no sum of the two ratios means anything.
+
+The largest signal is that of units which all agree: each gradient of length C, all in one direction, in every step
+(E|noise| <= sigma C sqrt(P T); tight to 1/(4 P)). True gradients are shorter and disagree: the true ratio is larger. A
+ratio far above 1 is hopeless, one below 1 promises nothing. Averaging over S sites and R rounds divides the noise by
+sqrt(S R): the ratio of the whole run, on which the warnings are based. Heads above 1 learn nothing. A trunk above 1
+moves by more noise than signal, however small its steps are; it is of use before it is trained, so what that costs
+depends on its learning rate, and the warning says that heads alone may do better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from client.config import NoisedEvaluation, SiteConfig
+from client.data.records import check_values
+from client.ledger.evaluation_budget import evaluation_mechanism, evaluations_left, unspent
+from client.ledger.history import History
+from client.protocol.balance import affordable_rounds, history_of, share_of, shown
+from client.protocol.requirements import refuse_what_does_not_fit, trained_in, untrained_modules
+from client.protocol.site import DeclinedRequest, Joined, check_allowed, plan_of
+from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.run import RunConfig
+from common.tasks import Task
+from common.types import BadInput, Plan
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One site's outlook on a run.
+
+    Attributes:
+        site: its name.
+        tasks: of the run that it takes part in.
+        unit: what its budget protects.
+        relation: which data sets count as neighbours.
+        delta: the site's own; every epsilon is at it.
+        budget_epsilon: the registry's cap.
+        spent_epsilon: what its history has cost already.
+        noise_multiplier: as the solver would use it; 0 without privacy.
+        rounds: of the run.
+        round_epsilon: of one round alone.
+        run_epsilon: of the whole run's training alone.
+        evaluation_epsilon: of its evaluations alone.
+        final_epsilon: of history, training and evaluations together.
+        rounds_affordable: how many such rounds the budget covers.
+        evaluations: that the run asks for and the site's share pays for.
+        evaluation_noise: standard deviation of the noise in each of their counts, in units; 0 without any.
+        noise_to_signal: of one round at this site.
+        run_noise_to_signal: of the whole run, averaged over sites and rounds.
+        trunk_parameters: that train of the backbones here, by backbone; empty where they are frozen.
+        trunk_noise_to_signal: of one round, the largest of these trunks; 0 without any.
+        run_trunk_noise_to_signal: of the whole run, likewise.
+        declines: whether the site would decline the run.
+        warnings: why the site would decline, or why the result cannot be useful.
+    """
+
+    site: str
+    tasks: tuple[str, ...]
+    unit: str
+    relation: str
+    delta: float
+    budget_epsilon: float
+    spent_epsilon: float
+    noise_multiplier: float
+    rounds: int
+    round_epsilon: float
+    run_epsilon: float
+    evaluation_epsilon: float
+    final_epsilon: float
+    rounds_affordable: int
+    evaluations: int
+    evaluation_noise: float
+    noise_to_signal: float
+    run_noise_to_signal: float
+    trunk_parameters: Mapping[str, int]
+    trunk_noise_to_signal: float
+    run_trunk_noise_to_signal: float
+    declines: bool
+    warnings: tuple[str, ...]
+
+
+def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
+    """What a run would cost a site and how much of its result would be noise.
+
+    Args:
+        config: the site's file.
+        run: the run's file.
+        num_sites: how many sites' contributions are averaged.
+
+    Raises:
+        BadInput: a setting that is wrong.
+        DeclinedRequest: the solver has no plan for the run.
+        LedgerDamaged: the registry's ledger does not verify.
+    """
+    # Which weights the digest names is known when the run is joined.
+    any_backbone = config.model_copy(update={"allow": config.allow.model_copy(update={"backbones": "any"})})
+    joined = Joined("plan", run, {}, Path())
+    tasks, plan, history = joined.tasks(config), plan_of(config, joined), history_of(config)
+    whole, share = Mechanism.of(replace(plan, steps=plan.steps * run.rounds)), share_of(config)
+    evaluations = _evaluations(run, share, history, len(tasks))
+    delta = history.terms.delta
+    sizes = joined.sizes(config)
+    modules = untrained_modules(run, tasks)
+    trunks = {name: trained_in(module) for name, module in modules.items() if name not in tasks}
+    heads = sum(trained_in(modules[name]) for name in tasks)
+    per_round = _noise_to_signal(plan, heads, max((sizes[name] for name in tasks), default=0))
+    of_trunks = max((_noise_to_signal(plan, width, sizes[name]) for name, width in trunks.items()), default=0.0)
+    averaged = math.sqrt(num_sites * run.rounds)
+    outlook = Forecast(
+        site=config.name,
+        tasks=tuple(sorted(tasks)),
+        unit=history.terms.unit.value,
+        relation=history.terms.relation,
+        delta=delta,
+        budget_epsilon=history.terms.epsilon_cap,
+        spent_epsilon=history.epsilon(),
+        noise_multiplier=plan.noise_multiplier,
+        rounds=run.rounds,
+        round_epsilon=epsilon([Mechanism.of(plan)], delta),
+        run_epsilon=epsilon([whole], delta),
+        evaluation_epsilon=epsilon(evaluations, delta),
+        final_epsilon=history.epsilon([whole, *evaluations]),
+        rounds_affordable=affordable_rounds(history, plan, share),
+        evaluations=len(evaluations),
+        evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
+        noise_to_signal=per_round,
+        run_noise_to_signal=per_round / averaged,
+        trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
+        trunk_noise_to_signal=of_trunks,
+        run_trunk_noise_to_signal=of_trunks / averaged,
+        declines=False,
+        warnings=(),
+    )
+    affords = history.within_cap([whole, *unspent(share, history)])
+    declines = _declines(any_backbone, joined, outlook, affords)
+    return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
+
+
+def as_json(outlook: Forecast) -> dict[str, Any]:
+    """The outlook as plain values; an infinite epsilon is null, and `infinite` says so."""
+    epsilons = ("spent_epsilon", "round_epsilon", "run_epsilon", "evaluation_epsilon", "final_epsilon")
+    values = asdict(outlook) | {name: shown(getattr(outlook, name)) for name in epsilons}
+    return values | {"infinite": math.isinf(outlook.final_epsilon)}
+
+
+def table(outlooks: list[Forecast]) -> Table:
+    """The outlooks side by side, one site a column, each epsilon rounded up."""
+    first = outlooks[0]
+    title = f"plan: {first.rounds} round(s); epsilon per {first.unit}, {first.relation}, delta {first.delta:g}"
+    made = Table("", *(each.site for each in outlooks), title=title, title_justify="left")
+    trains = any(each.trunk_parameters for each in outlooks)
+    for name, cell in (_ROWS | _TRUNK_ROWS if trains else _ROWS).items():
+        made.add_row(name, *(cell(each) for each in outlooks))
+    return made
+
+
+LEGEND = """\
+epsilon at end   of the run, its evaluations and what was spent before, composed; beyond the budget the site declines
+affords rounds   how many such rounds the budget pays for
+count noise      standard deviation of the noise in each count of an evaluation, in units
+noise/signal     of one round: expected length of its noise over that of the largest signal this site could give;
+  over the run   the same averaged over all sites and rounds. Where this row is above 1 the result is hopeless and a
+                 warning says so; one round may be above 1. Below 1 nothing is promised, for true signals are smaller
+trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
+"""What the rows of `table` mean that do not speak for themselves."""
+
+
+def _shown_up(epsilon: float) -> str:
+    return f"{rounded_up(epsilon):g}"
+
+
+_ROWS: dict[str, Callable[[Forecast], str]] = {
+    "tasks": lambda each: ", ".join(each.tasks) or "-",
+    "noise multiplier": lambda each: f"{each.noise_multiplier:.3f}",
+    "epsilon/round": lambda each: _shown_up(each.round_epsilon),
+    "epsilon of run": lambda each: _shown_up(each.run_epsilon),
+    "spent before": lambda each: _shown_up(each.spent_epsilon),
+    "epsilon at end": lambda each: _shown_up(each.final_epsilon),
+    "budget": lambda each: f"{each.budget_epsilon:g}",
+    "affords rounds": lambda each: str(each.rounds_affordable),
+    "evaluations": lambda each: str(each.evaluations),
+    "  their epsilon": lambda each: _shown_up(each.evaluation_epsilon),
+    "  count noise": lambda each: f"{each.evaluation_noise:.1f}",
+    "noise/signal": lambda each: f"{each.noise_to_signal:.2f}",
+    "  over the run": lambda each: f"{each.run_noise_to_signal:.2f}",
+}
+
+_TRUNK_ROWS: dict[str, Callable[[Forecast], str]] = {
+    "trunk parameters": lambda each: ", ".join(f"{width:,}" for width in each.trunk_parameters.values()) or "-",
+    "trunk noise/signal": lambda each: f"{each.trunk_noise_to_signal:.2f}",
+    "  trunk over the run": lambda each: f"{each.run_trunk_noise_to_signal:.2f}",
+}
+
+
+def _noise_to_signal(plan: Plan, num_parameters: int, size: int) -> float:
+    """Of one round, as derived above; 0 without privacy or without anything to train."""
+    if not plan.private or not size:
+        return 0.0
+    return plan.noise_multiplier * math.sqrt(num_parameters / plan.steps) / (plan.sampling_rate * size)
+
+
+def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: History, num_tasks: int) -> list[Mechanism]:
+    """Those the run asks for, as far as the share pays for them."""
+    if run.evaluation is None or share is None or num_tasks == 0:
+        return []
+    answered = min(run.evaluation.times(run.rounds), evaluations_left(share, history))
+    return [evaluation_mechanism(share, history.terms, num_tasks)] * answered
+
+
+def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
+    """The largest standard deviation of the noise over the tasks, in a count where each unit is one."""
+    assert mechanism.sensitivity is not None
+    return mechanism.noise_multiplier * mechanism.sensitivity * max(task.counts_norm() for task in tasks.values())
+
+
+def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bool) -> list[str]:
+    """Why the site would decline the run."""
+    found = []
+    if not outlook.tasks:
+        found.append("the site would decline: it has none of the run's tasks")
+    try:
+        check_allowed(config, joined)
+        refuse_what_does_not_fit(joined.run, joined.tasks(config))
+    except DeclinedRequest as declined:
+        found.append(f"the site would decline: {declined.detail}")
+    except BadInput as error:
+        found.append(f"the site would decline: {error}")
+    if joined.privacy is not None and not affords:
+        held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
+        found.append(
+            f"the site would decline: the run would bring epsilon to {rounded_up(outlook.final_epsilon):g}, beyond the "
+            f"budget of {outlook.budget_epsilon:g}{held}; the rest affords {outlook.rounds_affordable} of "
+            f"{outlook.rounds} round(s)"
+        )
+    return found
+
+
+def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast) -> list[str]:
+    """Why its result cannot be what was asked for."""
+    found = []
+    for name, task in joined.tasks(config).items():
+        try:
+            check_values(name, task, config.tasks[name])
+        except BadInput as error:
+            found.append(f"{error}; records with that value would be left out")
+    asked = joined.run.evaluation
+    if asked is not None and config.evaluation == "local":
+        found.append("the site would send no evaluation: its file says `local`")
+    elif asked is not None and outlook.evaluations < asked.times(outlook.rounds):
+        found.append(
+            f"the run asks for {asked.times(outlook.rounds)} evaluation(s), the share pays for {outlook.evaluations}; "
+            "the site would decline the others"
+        )
+    if joined.privacy is None:
+        return [*found, "the run is not private: epsilon is infinite"]
+    target = joined.privacy.target_epsilon
+    if target is not None and outlook.run_epsilon > target * (1.0 + 1e-9):
+        found.append(
+            f"at the site's delta of {outlook.delta:g} the run costs epsilon {rounded_up(outlook.run_epsilon):g}, more "
+            f"than the {target:g} asked for at delta {joined.privacy.delta:g}"
+        )
+    if outlook.run_noise_to_signal > 1.0:
+        found.append(
+            f"the result cannot be useful: the noise of the whole run is {outlook.run_noise_to_signal:.1f} times its "
+            "largest possible signal; use more units, fewer features or parameters, or a larger epsilon"
+        )
+    if outlook.run_trunk_noise_to_signal > 1.0:
+        widths = " and ".join(f"{width:,} of {name}" for name, width in outlook.trunk_parameters.items())
+        found.append(
+            f"what trains of the backbone gets more noise than signal: in its parameters ({widths}) the noise of the "
+            f"whole run is {outlook.run_trunk_noise_to_signal:.1f} times the largest possible signal; heads alone may "
+            "do better: train fewer blocks or by lora, with more units, or at a larger epsilon"
+        )
+    return found

@@ -1,0 +1,102 @@
+"""What a run's heads would need here, from its settings alone: no weights are read and no memory is taken for them.
+
+A coordinator names backbones, labels and hidden widths; a site finds out when it is asked to join whether that fits,
+before anything is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.backbones import ProjectionLayer, open_untrained
+from common.model.trunks import unfilled_trunk
+from common.plugins import Spec
+from common.run import RunConfig, Trainable
+from common.tasks import Task, num_counts
+from common.types import BadInput
+
+MAX_PARAMETERS = 2**24
+"""Of all that a run trains together: one unit's gradient is then 64 MiB, about what a solver works on at once."""
+
+MAX_PROJECTION = 2**26
+"""Values of a backbone's projection, which are made room for before its weights arrive: 256 MiB."""
+
+MAX_STATISTICS = 2**24
+"""Of all tasks together in one evaluation; classes count squared."""
+
+
+def feature_dim(backbone: Spec) -> int:
+    """How many features a backbone's settings lead to; no weights are needed.
+
+    Raises:
+        BadInput: a wrong setting, or a projection too large for a site.
+    """
+    return _shape(backbone.model_dump_json(), backbone._base, "")[0]
+
+
+@lru_cache(maxsize=64)
+def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[int, nn.Module | None]:
+    """Number of features, and the trunk if something of the backbone of this name trains."""
+    # Once for equal settings: to build a network takes 0.1 s, and each site of a simulation is asked the same.
+    backbone = Spec.model_validate_json(settings, context={"base": base})
+    with torch.device("meta"):
+        untrained = open_untrained(backbone, "backbone", seed=0)
+        projection = ProjectionLayer(untrained.kind.projection, untrained.feature_dim)
+        dim, values = projection.out_dim, sum(buffer.numel() for buffer in projection.buffers())
+        if values > MAX_PROJECTION:
+            raise BadInput(f"a backbone's projection has {values} values, expected at most {MAX_PROJECTION}")
+        if not trainable:
+            return dim, None
+        asked = Trainable.model_validate_json(trainable)
+        kind, module, raw_dim = untrained.kind, untrained.module, untrained.feature_dim
+        return dim, unfilled_trunk(kind, module, raw_dim, asked, f"trainable.{name}")
+
+
+def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
+    """Every entry of the heads of some of a run's tasks, from settings alone; none takes memory.
+
+    Raises:
+        BadInput: a backbone's setting is wrong, or it cannot be divided where something should train.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name, task in tasks.items():
+        encoder = run.backbone_of(name)
+        backbone, trainable = run.encoders[encoder], run.trainable.get(encoder)
+        asked = "" if trainable is None else trainable.model_dump_json()
+        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, encoder if asked else "")
+        with torch.device("meta"):
+            modules[name] = task.head(dim)
+        entry = run.trunk_of(name)
+        if entry is not None and trunk is not None:
+            modules[entry] = trunk
+    return modules
+
+
+def num_parameters(run: RunConfig, tasks: Mapping[str, Task]) -> int:
+    """Of all that trains for some of a run's tasks; none is allocated.
+
+    Raises:
+        BadInput: a backbone's setting is wrong.
+    """
+    return sum(map(trained_in, untrained_modules(run, tasks).values()))
+
+
+def trained_in(module: nn.Module) -> int:
+    """How many parameters of a head or a trunk train."""
+    return sum(part.numel() for part in module.parameters() if part.requires_grad)
+
+
+def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
+    """Raise BadInput where a run's heads, or the statistics of its evaluations, are too large for a site."""
+    parameters = num_parameters(run, tasks)
+    if parameters > MAX_PARAMETERS:
+        raise BadInput(f"the run trains {parameters} parameters, expected at most {MAX_PARAMETERS}")
+    if run.evaluation is not None:
+        statistics = sum(num_counts(task) for task in tasks.values())
+        if statistics > MAX_STATISTICS:
+            raise BadInput(f"an evaluation of the run has {statistics} statistics, expected at most {MAX_STATISTICS}")

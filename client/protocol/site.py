@@ -1,0 +1,250 @@
+"""A site: its settings, its folders, and what it knows of a run it joined."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from client.config import NoisedEvaluation, SiteConfig
+from client.data.backbone_store import BackboneStore
+from client.data.feature_store import FeatureStore
+from client.ledger.ledger import Ledger
+from client.protocol.approvals import Approvals
+from client.solvers import Solver, open_solver
+from common.backbones import Backbone
+from common.events import FileJournal, Journal
+from common.files import private_folder
+from common.model.parameters import load_parameters
+from common.model.trunks import trunks
+from common.privacy.noise import Entropy
+from common.run import Privacy, RunConfig
+from common.tasks import Task, open_task
+from common.types import (
+    MAX_STEPS,
+    BadInput,
+    Heads,
+    LedgerDamaged,
+    Plan,
+    Refusal,
+)
+from common.yaml import parse
+
+
+class DeclinedRequest(Exception):
+    """A request this site does not fulfil. The refusal is sent; the detail stays in the site's own journal."""
+
+    def __init__(self, refusal: Refusal, detail: str, *, logged: bool = False) -> None:
+        super().__init__(f"{refusal.value}: {detail}")
+        self.refusal = refusal
+        self.detail = detail
+        self.logged = logged
+
+
+@dataclass(frozen=True)
+class Site:
+    """A data holder.
+
+    Attributes:
+        config: its settings.
+        entropy: where its noise keys come from.
+        progress: told how far encoding is.
+        opened: backbones by digest that are open in this process already (`BackboneStore`).
+    """
+
+    config: SiteConfig
+    entropy: Entropy
+    progress: Callable[[int, int], None] | None = None
+    opened: Mapping[str, Backbone] | None = None
+
+    @property
+    def share(self) -> NoisedEvaluation | None:
+        """The part of the budget that is held for evaluations; None where held-out units are evaluated locally."""
+        return None if self.config.evaluation == "local" else self.config.evaluation
+
+    @property
+    def journal(self) -> Journal:
+        """The site's own record of what it sent and refused."""
+        return FileJournal(private_folder(self.config.state_dir) / "site.jsonl")
+
+    def ledger(self) -> Ledger:
+        """What this site's registry has spent.
+
+        Raises:
+            LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
+        """
+        config = self.config
+        if Ledger.find(config.state_dir / "ledgers", config.registry) is None and self.has_replies():
+            raise LedgerDamaged(f"ledger {config.registry}: it is missing at a site that has answered before")
+        return Ledger.open(
+            config.state_dir / "ledgers",
+            registry=config.registry,
+            unit=config.unit,
+            epsilon_cap=config.budget.epsilon,
+            delta=config.budget.delta,
+        )
+
+    def has_replies(self) -> bool:
+        """Whether a reply is stored from any run: then something may have left."""
+        return any((self.config.state_dir / "runs").glob("*/replies/*"))
+
+    def backbones(self) -> BackboneStore:
+        """Backbones received so far."""
+        return BackboneStore(self.config.state_dir / "backbones", self.opened)
+
+    def features(self) -> FeatureStore:
+        """Cached features; sites of one simulation may share the folder."""
+        return FeatureStore(self.features_folder())
+
+    def features_folder(self) -> Path:
+        """Where cached features are."""
+        return (self.config.cache_dir or self.config.state_dir) / "features"
+
+    def device(self) -> torch.device:
+        """The device to encode and train on."""
+        wanted = self.config.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise BadInput("device: expected a CUDA device, found none; write `device: auto` or `cpu`")
+        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a site agreed to in one run, as kept on its disk; `backbones` are the digests of all of the run's."""
+
+    run_id: str
+    run: RunConfig
+    backbones: Mapping[str, str]
+    folder: Path
+
+    @property
+    def privacy(self) -> Privacy | None:
+        """Requested privacy; None in a non-private run."""
+        return None if self.run.privacy == "non_private" else self.run.privacy
+
+    def tasks(self, config: SiteConfig) -> dict[str, Task]:
+        """The run's tasks that this site takes part in."""
+        return {
+            name: open_task(spec, f"tasks.{name}")
+            for name, spec in self.run.tasks.items()
+            if name in config.tasks and (config.allow.tasks == "any" or name in config.allow.tasks)
+        }
+
+    def sizes(self, config: SiteConfig) -> dict[str, int]:
+        """The entries of the heads that this site trains, with their public sizes: its tasks', and those of trunks."""
+        return self.run.entries({name: config.tasks[name].public_size for name in self.tasks(config)})
+
+    def digests(self, tasks: Iterable[str]) -> dict[str, str]:
+        """Digest of each backbone, by name, that some of the run's tasks stand on: no other comes to this site."""
+        needed = {self.run.backbone_of(task) for task in tasks}
+        return {name: digest for name, digest in self.backbones.items() if name in needed}
+
+
+def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
+    """Whether somebody here approved the run under this digest, or need not. Raises DeclinedRequest.
+
+    Args:
+        site: who is asked.
+        run_id: of the run.
+        digest: of its offer.
+        use: before a charge: the run then has its approval for itself.
+    """
+    if site.config.approval == "automatic":
+        return
+    approvals = Approvals(site.config.state_dir)
+    if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
+        detail = f"nobody approved run {digest}; see `python -m client approve SITE.yaml`"
+        raise DeclinedRequest(Refusal.NOT_APPROVED, detail)
+
+
+def digest_of_offer(folder: Path) -> str:
+    """The digest under which the run of a folder was offered."""
+    return hashlib.sha256((folder / "offer.json").read_bytes()).hexdigest()
+
+
+def joined_run(site: Site, run_id: str) -> Joined:
+    """A run this site joined. Raises DeclinedRequest for any other."""
+    folder = run_folder(site, run_id)
+    try:
+        offer = (folder / "offer.json").read_bytes()
+    except FileNotFoundError:
+        raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run") from None
+    return _joined(run_id, offer, folder)
+
+
+@lru_cache(maxsize=1024)
+def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
+    # Remembered for these very bytes: a site reads the same ones in every round.
+    values = json.loads(offer)
+    run = parse(RunConfig, values["run"], base=folder)
+    # None in an offer of the messages' first version: its run can be looked at, not continued.
+    return Joined(run_id, run, values.get("backbones", {}), folder)
+
+
+def run_folder(site: Site, run_id: str) -> Path:
+    """Where a run is kept. Raises DeclinedRequest where its id is not a plain name."""
+    # A run id comes from the network and becomes a folder name.
+    plain = run_id.isascii() and all(char.isalnum() or char in "-_" for char in run_id)
+    if not run_id or len(run_id) > 128 or not plain:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, "the run's id is not a plain name")
+    return site.config.state_dir / "runs" / run_id
+
+
+def check_allowed(config: SiteConfig, joined: Joined) -> None:
+    """Whether a run's backbones, solver and privacy are acceptable here. Raises DeclinedRequest."""
+    allow = config.allow
+    for name, digest in joined.digests(joined.tasks(config)).items():
+        # All or nothing: which of its tasks a site takes part in does not depend on weights.
+        if allow.backbones != "any" and digest not in allow.backbones:
+            raise DeclinedRequest(
+                Refusal.BACKBONE_NOT_ALLOWED, f"the digest of {joined.run.encoder_key(name)} is not allowed here"
+            )
+    if allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
+        raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "the solver is not allowed here")
+    if joined.privacy is None and not allow.non_private:
+        raise DeclinedRequest(
+            Refusal.SOLVER_NOT_ALLOWED, "the run is not private and this site's file does not allow it"
+        )
+    if joined.privacy is not None and joined.privacy.unit != config.unit:
+        raise DeclinedRequest(Refusal.UNIT_DIFFERS, f"the run protects {joined.privacy.unit}, this site {config.unit}")
+
+
+def plan_of(config: SiteConfig, joined: Joined) -> Plan:
+    """The public numbers of one round of a run here. Raises DeclinedRequest."""
+    try:
+        solver: Solver = open_solver(joined.run.solver, "solver")
+        plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)
+    except BadInput as error:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+    if plan.steps * joined.run.rounds > MAX_STEPS:
+        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
+    if solver.private != plan.private or plan.private != (joined.privacy is not None):
+        raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
+    return plan
+
+
+def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
+    """What was sent as modules to train: heads, and trunks. Raises DeclinedRequest where it does not fit."""
+    feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
+    modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
+    modules |= untrained_trunks(site, joined, tasks)
+    for name, module in modules.items():
+        try:
+            load_parameters(module, heads[name])
+        except BadInput as error:
+            raise DeclinedRequest(Refusal.BAD_REQUEST, f"{name}: {error}") from error
+    return modules
+
+
+def untrained_trunks(site: Site, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, torch.nn.Module]:
+    """The trunks that some tasks' records pass, as their backbones have them; none where all is frozen."""
+    names = {joined.run.backbone_of(task) for task in tasks if joined.run.trunk_of(task) is not None}
+    if not names:
+        return {}
+    store = site.backbones()
+    return trunks(joined.run, {name: store.open(joined.backbones[name]) for name in sorted(names)})

@@ -1,0 +1,176 @@
+"""Trunks: the parts of backbones that train, as further entries of a run's heads.
+
+A trunk is one more module beside the heads of the tasks that stand on its backbone: it is sent, clipped, noised,
+aggregated and kept as they are, under a name that no task can have (`RunConfig.trunk_of`). Only what trains of it
+travels; the rest a site knows from the backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from common.backbones import Backbone, FrozenEncoder, Kind
+from common.backbones.parts.boundary import INPUT, Divided, Divisible, Trunk, trainable_in
+from common.backbones.parts.projection import ProjectionLayer
+from common.errors import nearest
+from common.model.adapters import add_adapters
+from common.model.parameters import initial_heads, seed_of
+from common.run import Name, RunConfig, Trainable
+from common.tasks import Task
+from common.types import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A backbone at a boundary.
+
+    Attributes:
+        below: the frozen part as a backbone of its own: its features are the outputs at the boundary, flattened.
+        trunk: from those to the backbone's features; it computes what the backbone does until it is trained.
+    """
+
+    below: Backbone
+    trunk: Trunk
+
+
+def cut(backbone: Backbone, trainable: Trainable, entry: str, key: str, seed: int) -> Cut:
+    """A backbone divided where something begins to train; the backbone stays as it is.
+
+    Args:
+        backbone: whole.
+        trainable: from which block on, and whether through adapters.
+        entry: name of the trunk.
+        key: of the setting, for messages.
+        seed: of new adapters.
+
+    Raises:
+        BadInput: the kind or this encoder cannot be divided there; names the blocks.
+    """
+    whole = backbone.module
+    divided, trunk = _divided(
+        backbone.kind, copy.deepcopy(whole.encoder), whole.scale, copy.deepcopy(whole.projection), trainable, key, seed
+    )
+    num_values = math.prod(divided.shape)
+    flat = nn.Sequential(divided.below, nn.Flatten())
+    below = dataclasses.replace(
+        backbone,
+        # Adapters change nothing below: they share the cached features.
+        digest=hashlib.sha256(f"{backbone.digest} {trainable.from_}".encode()).hexdigest(),
+        feature_dim=num_values,
+        module=FrozenEncoder(flat, ProjectionLayer(None, num_values)),
+        trunk=entry,
+    )
+    return Cut(below, trunk)
+
+
+def frozen_parts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, Backbone]:
+    """What a site encodes with: backbones as they are, or up to where something trains. Raises BadInput."""
+    cuts = _cuts(run, backbones)
+    return {name: cuts[name].below if name in cuts else backbone for name, backbone in backbones.items()}
+
+
+def trunks(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[str, nn.Module]:
+    """The trunks of these backbones, untrained, by the entry's name. Raises BadInput."""
+    return {f"{name}.trunk": own.trunk for name, own in _cuts(run, backbones).items()}
+
+
+def initial_modules(
+    run: RunConfig, tasks: Mapping[str, Task], backbones: Mapping[Name, Backbone]
+) -> dict[str, nn.Module]:
+    """Every entry of the heads of some of a run's tasks before its first round: new heads, trunks as backbones are."""
+    own = {name: run.backbone_of(name) for name in tasks}
+    dims = {name: backbones[own[name]].feature_dim for name in tasks}
+    return {**initial_heads(tasks, dims, run.seed), **trunks(run, {name: backbones[name] for name in own.values()})}
+
+
+def stand_in(num_rows: int, num_added: int) -> Trunk:
+    """A small trunk in place of a real one: its features are its inputs, and after them what one trained layer adds.
+
+    Args:
+        num_rows: values of one input.
+        num_added: outputs of the layer.
+    """
+    above = _Beside(num_rows, num_added)
+    features = ProjectionLayer(None, num_rows + num_added)
+    return Trunk(Divided(nn.Identity(), above, (num_rows,)), torch.ones(()), features).open(trainable_in(above))
+
+
+def unfilled_trunk(kind: Kind, encoder: nn.Module, feature_dim: int, trainable: Trainable, key: str) -> Trunk:
+    """A trunk as settings alone say it, perhaps without memory (device meta). Raises BadInput."""
+    projection = ProjectionLayer(kind.projection, feature_dim)
+    return _divided(kind, encoder, torch.ones(()), projection, trainable, key, seed=0)[1]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Beside(nn.Module):
+    """Inputs with a linear layer's outputs beside them."""
+
+    def __init__(self, num_rows: int, num_added: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(num_rows, num_added)
+
+    def forward(self, rows_BF: Tensor) -> Tensor:
+        return torch.cat([rows_BF, self.layer(rows_BF)], dim=1)
+
+
+def _cuts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, Cut]:
+    return {
+        name: cut(backbones[name], trainable, f"{name}.trunk", f"trainable.{name}", run.seed)
+        for name, trainable in run.trainable.items()
+        if name in backbones
+    }
+
+
+def _divided(
+    kind: Kind,
+    encoder: nn.Module,
+    scale: Tensor,
+    projection: ProjectionLayer,
+    trainable: Trainable,
+    key: str,
+    seed: int,
+) -> tuple[Divided, Trunk]:
+    try:
+        # Some kinds draw a probe at random, and adapters are drawn.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(key, seed))
+            divided = _divide(kind, encoder, trainable.from_)
+            trunk = Trunk(divided, scale, projection)
+            lora = trainable.lora
+            opened = (
+                trainable_in(trunk.above)
+                if lora is None
+                else add_adapters(trunk.above, lora.rank, lora.alpha, lora.targets)
+            )
+    except BadInput as error:
+        raise BadInput(f"{key}.{error}") from error
+    return divided, trunk.open(opened)
+
+
+def _divide(kind: object, encoder: nn.Module, block: str) -> Divided:
+    if not isinstance(kind, Divisible):
+        raise BadInput("from: expected a kind of backbone that can be divided, got one that is frozen as a whole")
+    encoder.train(False)
+    blocks = kind.blocks(encoder)
+    if block == INPUT:
+        block = blocks[0]
+    if block not in blocks:
+        raise BadInput(
+            f"from: expected input or one of {', '.join(blocks)}, got {block!r}{nearest(block, [INPUT, *blocks])}"
+        )
+    try:
+        return kind.divide(encoder, block)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # Of an encoder whose forward pass is no chain there: what torch says of the parts.
+        raise BadInput(
+            f"from: expected a block at which this encoder can be divided, got {block!r}, where it cannot"
+        ) from error

@@ -1,0 +1,1 @@
+"""What the programs of both sides share: progress, error sentences, health, threads."""

@@ -1,0 +1,232 @@
+"""The run file: what a coordinator asks for. Anything that affects privacy has no default.
+
+Paths are relative to the file they are written in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints, model_serializer, model_validator
+
+from common.errors import nearest
+from common.plugins import Frozen, Spec
+from common.types import MAX_BACKBONES, Unit
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+"""Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+MAX_PUBLIC_SIZE = 100_000_000
+
+ONLY_BACKBONE = "backbone"
+"""Name of the backbone of a run that names none."""
+
+
+class Privacy(Frozen):
+    """Requested privacy of a whole run. Exactly one of target_epsilon and noise_multiplier; the other follows.
+
+    A site accounts at its own delta and refuses what its budget does not cover.
+    """
+
+    unit: Unit
+    delta: Annotated[float, Field(ge=1e-12, lt=1)]
+    target_epsilon: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Privacy:
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("expected exactly one of target_epsilon and noise_multiplier")
+        return self
+
+
+class Cohort(Frozen):
+    """Which sites are asked in a round, and how many replies a task needs to be updated."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_sites: PositiveInt = 1
+    min_replies_per_task: PositiveInt = 1
+    timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    join_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+
+
+class Evaluation(Frozen):
+    """After which rounds the sites evaluate the heads on held-out units: every `every`th, and the last."""
+
+    every: PositiveInt
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Whether the heads are evaluated after this round of so many."""
+        return round_ == rounds or (1 <= round_ < rounds and round_ % self.every == 0)
+
+    def times(self, rounds: int) -> int:
+        """How many evaluations a run of so many rounds asks for."""
+        return -(-rounds // self.every)
+
+
+class TaskSpec(Spec):
+    """A task's settings, and beside them which of the run's backbones it stands on."""
+
+    backbone: Name | None = None
+    """None: the only one."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the kind's own file is given: a task knows of no backbone."""
+        return self.model_dump(exclude={"backbone"})
+
+
+class Lora(Frozen):
+    """Low-rank adapters beside linear layers: y = W x + (alpha / rank) B A x, of which A and B train.
+
+    Attributes:
+        rank: of B A.
+        alpha: see above.
+        targets: last parts of the layers' names, such as `query` and `value`.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[int, Field(ge=1, le=65536)]
+    targets: Annotated[list[str], Field(min_length=1)]
+
+
+class Trainable(Frozen):
+    """How much of a backbone trains beside the heads; the rest is frozen, and encoded once.
+
+    Attributes:
+        from_: `from` in a file: the first block that trains, such as `layer4`; `input` is everything.
+        lora: train adapters from that block on, in place of its own weights.
+    """
+
+    from_: Annotated[str, Field(alias="from")]
+    lora: Lora | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_group(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            raise ValueError(f"expected {{from: {values}}}, got {values!r}")
+        return values
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"from": self.from_, "lora": None if self.lora is None else self.lora.model_dump()}
+
+
+class RunConfig(Frozen):
+    """One federated run, as the coordinator asks for it.
+
+    Its backbones are given as `backbone`, where it is one, or as `backbones` by name. Only the methods of this class
+    know which; everybody else asks them.
+    """
+
+    model_config = ConfigDict(title="run file")
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    backbone: Spec | None = None
+    backbones: Annotated[dict[Name, Spec], Field(min_length=1, max_length=MAX_BACKBONES)] | None = None
+    tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
+    trainable: dict[Name, Trainable] = {}
+    """By backbone (`backbone`, where it has no other name): what of it trains. Without an entry it is frozen."""
+    solver: Spec
+    privacy: Privacy | Literal["non_private"]
+    aggregation: Spec
+    cohort: Cohort = Cohort()
+    evaluation: Evaluation | None = None
+    """None: no site is asked. What an evaluation costs and how much noise it has, each site's own file says."""
+    delta_precision: Literal["float32", "float16"] = "float32"
+    """Of contributions on their way: float16 takes half the bytes. What is rounded was noised: it costs no privacy."""
+    max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
+    """A reply whose L2 norm over all heads exceeds this is set aside."""
+    audit: Literal["required", "on_request"] = "on_request"
+    """`required`: a privacy audit must pass, else nothing is trained and no head is exported; see the verb `audit`."""
+
+    @model_validator(mode="after")
+    def _each_task_on_a_backbone(self) -> RunConfig:
+        if (self.backbone is None) == (self.backbones is None):
+            got = "neither" if self.backbone is None else "both"
+            raise ValueError(f"backbone: expected either it or `backbones`, several by name; got {got}")
+        names = list(self.encoders)
+        for name, task in self.tasks.items():
+            if task.backbone is None and len(names) > 1:
+                raise ValueError(f"tasks.{name}.backbone: expected one of {', '.join(names)}, got nothing")
+            if task.backbone is not None and task.backbone not in names:
+                close = nearest(task.backbone, names)
+                raise ValueError(
+                    f"tasks.{name}.backbone: expected one of {', '.join(names)}, got {task.backbone!r}{close}"
+                )
+        unused = sorted(set(names) - {self.backbone_of(task) for task in self.tasks})
+        if unused:
+            raise ValueError(f"backbones.{unused[0]}: expected a task that stands on it, got none")
+        unknown = sorted(set(self.trainable) - set(names))
+        if unknown:
+            raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
+        check_task_rates(self.solver, self.tasks, "solver")
+        rated = self.solver.settings().get("trunk") is not None
+        if self.trainable and not rated:
+            # The heads' rate is tens of times what a trained network bears.
+            raise ValueError(
+                "solver: expected a kind that trains a part of a backbone (dp_sgd, or sgd without privacy) with a rate "
+                f"for it, `trunk: {{learning_rate: 0.1}}`, because of `trainable`; got {self.solver.kind} without"
+            )
+        if rated and "trainable" not in self.model_fields_set:
+            raise ValueError(
+                "solver.trunk: expected `trainable` beside it, which says what of a backbone trains (`{}`: nothing); "
+                "got none"
+            )
+        return self
+
+    @property
+    def encoders(self) -> Mapping[Name, Spec]:
+        """Every backbone of the run, by name."""
+        if self.backbone is not None:
+            return {ONLY_BACKBONE: self.backbone}
+        assert self.backbones is not None
+        return self.backbones
+
+    def encoder_key(self, name: Name) -> str:
+        """Where the settings of a backbone stand in the run's file."""
+        return "backbone" if self.backbone is not None else f"backbones.{name}"
+
+    def backbone_of(self, task: Name) -> Name:
+        """Which backbone a task stands on."""
+        return self.tasks[task].backbone or next(iter(self.encoders))
+
+    def trunk_of(self, task: Name) -> str | None:
+        """The entry of the heads that holds what trains of a task's backbone; None where all of it is frozen.
+
+        Names of tasks have no dots: no task is called so.
+        """
+        name = self.backbone_of(task)
+        return f"{name}.trunk" if name in self.trainable else None
+
+    def entries(self, sizes: Mapping[Name, int]) -> dict[str, int]:
+        """Every entry of the heads at a site with these tasks, with its public size: the tasks, and their trunks.
+
+        A trunk's size is the largest of its tasks': their units are the same patients as far as they overlap, and a
+        site that has one task has all its units in it. Where they do not overlap the true number is larger, up to the
+        sum, and a trunk's step too, by as much; a smaller learning rate makes up for it. No true count is used.
+        """
+        own = [(trunk, size) for task, size in sizes.items() if (trunk := self.trunk_of(task)) is not None]
+        return {**sizes, **{trunk: max(size for name, size in own if name == trunk) for trunk, _ in own}}
+
+    def with_encoders(self, specs: Mapping[Name, Spec]) -> RunConfig:
+        """The same run with other settings of its backbones."""
+        if self.backbone is not None:
+            return self.model_copy(update={"backbone": specs[ONLY_BACKBONE]})
+        return self.model_copy(update={"backbones": {name: specs[name] for name in self.encoders}})
+
+
+def check_task_rates(solver: Spec, tasks: Collection[str], key: str) -> None:
+    """Refuse rates of a task that the run does not have: they would never be used."""
+    rates = solver.settings().get("tasks")
+    unknown = sorted(set(rates) - set(tasks)) if isinstance(rates, Mapping) else []
+    if unknown:
+        known = ", ".join(tasks)
+        raise ValueError(f"{key}.tasks: expected some of {known}, got {unknown[0]!r}{nearest(unknown[0], tasks)}")

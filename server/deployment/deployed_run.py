@@ -1,0 +1,86 @@
+"""A deployed run, seen from inside: everything it needs lies in one folder, and everything it learns goes there.
+
+The folder lies in the federation's: `config.yaml` (the run, resolved), `journal.jsonl`, a checkpoint after each round;
+at the end `summary.json` and `heads/`. A run whose process died is the same folder, run again: it continues after its
+last whole round.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from common.events import FileJournal
+from common.model.backbones import digests_of, open_encoders
+from common.run import RunConfig
+from common.types import HeadwaterError, RunFailed
+from common.yaml import load
+from server.reports.results import write_environment, write_results
+from server.reports.summary import DEPLOYMENT
+from server.rounds.checkpoint import Checkpoint, load_checkpoint
+from server.rounds.loop import run_federation
+from server.superlink.node_ids import Roster
+
+_WAIT_S = 60.0
+
+
+def run_deployed(grid: Grid, folder: Path) -> None:
+    """Run or continue the run of a folder.
+
+    Raises:
+        HeadwaterError: the run ended without a usable result; its journal says why too.
+    """
+    with _only_writer(folder):
+        _run(grid, folder)
+
+
+def _run(grid: Grid, folder: Path) -> None:
+    run = load(RunConfig, folder / "config.yaml")
+    write_environment(folder / "environment.json", {"run": run.seed})
+    journal = FileJournal(folder / "journal.jsonl")
+    digests: dict[str, str] = {}
+    try:
+        backbones = open_encoders(run)
+        digests = digests_of(backbones)
+        outcome = run_federation(
+            grid,
+            run,
+            backbones,
+            run_id=folder.name,
+            folder=folder,
+            journal=journal,
+            executor=DEPLOYMENT,
+            resume=_checkpoint(folder),
+            roster=Roster(folder.parents[1] / "state" / "roster.json"),
+        )
+    except HeadwaterError as error:
+        journal.write("run_failed", reason=str(error))
+        write_results(folder, run, digests, {})
+        raise
+    write_results(folder, run, digests, outcome.heads)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Wait for the folder: the process of an earlier link may have a last breath left."""
+    with (folder / "run.lock").open("w") as lock:
+        until = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise RunFailed(f"{folder}: another process still works on this run") from error
+                time.sleep(0.2)
+        yield
+
+
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    path = folder / "checkpoint.safetensors"
+    return load_checkpoint(path) if path.exists() else None

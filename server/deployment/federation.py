@@ -1,0 +1,237 @@
+"""A federation folder: everything a coordinator owns, in one place that only its owner can read.
+
+    federation.yaml   settings, for people to change          runs/    one folder for each run
+    run.yaml          an example run file                     state/   the engine's database, logs, locks, secrets
+    sites.json        who is admitted, by public key          tls/     the federation's own authority, the server's key
+
+Nothing in it belongs to a site: sites get what `python -m server kit` packs, and that holds nothing secret.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from common.errors import instead
+from common.files import private_folder, write_atomic
+from common.plugins import Frozen
+from common.run import Name
+from common.types import BadInput
+from common.yaml import load
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[ipv6]:port`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, separator, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536 or (":" in host) != bracketed:
+        raise ValueError(f"expected HOST:PORT, such as federation.example.org:9092, got {address!r}")
+    check_host(host)
+    return host, int(port)
+
+
+def check_host(host: str) -> str:
+    """The host, if it can stand in a certificate.
+
+    Raises:
+        ValueError: neither a DNS name nor an IP address.
+    """
+    labels = host.rstrip(".").split(".")
+    plain = all(label and len(label) <= 63 and label.replace("-", "").isalnum() and label.isascii() for label in labels)
+    if not plain and not _is_ip(host):
+        raise ValueError(f"expected a DNS name or an IP address, got {host!r}")
+    return host
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _bindable(address: str) -> str:
+    host, _ = split_address(address)
+    if not _is_ip(host):
+        raise ValueError(f"expected IP:PORT of this machine, such as 0.0.0.0:9092, got {address!r}")
+    return address
+
+
+def _reachable(address: str) -> str:
+    split_address(address)
+    return address
+
+
+class FederationConfig(Frozen):
+    """What federation.yaml says.
+
+    Attributes:
+        name: of the federation.
+        address: under which sites reach the coordinator, host and port.
+        also: further names and addresses in the server's certificate.
+        bind: where the coordinator listens; it may differ from `address` behind a router or proxy.
+        control_port: on loopback only: where this machine's commands and the run's own process talk to the engine.
+        health_port: on loopback only: the gRPC health service.
+        max_upload_mib: bound of one upload of an admitted site.
+        max_connections: how many connections are open at once.
+        idle_timeout_s: how long a connection may keep the coordinator waiting.
+    """
+
+    name: Name
+    address: Annotated[str, AfterValidator(_reachable)]
+    also: list[Annotated[str, AfterValidator(check_host)]] = []
+    bind: Annotated[str, AfterValidator(_bindable)]
+    control_port: Port
+    health_port: Port
+    max_upload_mib: Annotated[int, Field(ge=1, le=1024)] = 64
+    max_connections: Annotated[int, Field(ge=2, le=10_000)] = 256
+    idle_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> FederationConfig:
+        ports = [split_address(self.bind)[1], self.control_port, self.health_port]
+        if len(set(ports)) < len(ports):
+            raise ValueError(f"expected three different ports in bind, control_port and health_port, got {ports}")
+        return self
+
+    def hosts(self) -> list[str]:
+        """Every public name and address, each once."""
+        return list(dict.fromkeys([split_address(self.address)[0], *self.also]))
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A federation folder that exists, and its settings."""
+
+    folder: Path
+    config: FederationConfig
+
+    @property
+    def tls(self) -> Path:
+        """Certificates and their keys."""
+        return self.folder / "tls"
+
+    @property
+    def runs(self) -> Path:
+        """One folder for each run."""
+        return self.folder / "runs"
+
+    @property
+    def state(self) -> Path:
+        """The engine's database, logs, locks and secrets."""
+        return self.folder / "state"
+
+    @property
+    def log(self) -> Path:
+        """What the link's process says."""
+        return self.state / "link.log"
+
+    def control_secret(self) -> str:
+        """What a command must know to be obeyed on the loopback listener."""
+        return _read_secret(self.state / "control.key")
+
+    def executor_secret_file(self) -> Path:
+        """What the process that starts a run's code must know."""
+        return self.state / "executor.key"
+
+
+def open_federation(folder: Path) -> Federation:
+    """The federation in a folder.
+
+    Raises:
+        BadInput: there is none, its settings are wrong, or the folder cannot be written.
+    """
+    path = folder / "federation.yaml"
+    if not path.is_file():
+        raise BadInput(f"{folder}: expected a federation folder, which `python -m server init` makes, got none")
+    federation = Federation(folder.resolve(), load(FederationConfig, path))
+    for place in (federation.folder, federation.state, federation.runs):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise BadInput(f"{place}: expected a folder that this user can write, got one that is missing or read-only")
+    return federation
+
+
+def create_folder(folder: Path, config: FederationConfig) -> Federation:
+    """Make a federation folder without certificates or sites.
+
+    Raises:
+        BadInput: the folder is not empty, or cannot be written.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise BadInput(f"{folder}: expected a new or empty folder, got one with files in it; nothing was changed")
+        federation = Federation(private_folder(folder).resolve(), config)
+        for place in (federation.tls, federation.runs, federation.state):
+            private_folder(place)
+        for secret in ("control.key", "executor.key"):
+            write_atomic(federation.state / secret, secrets.token_hex(32).encode())
+        write_atomic(folder / "federation.yaml", _settings_text(config).encode())
+        write_atomic(folder / "run.yaml", EXAMPLE_RUN.encode())
+    except OSError as error:
+        raise BadInput(f"{folder}: expected a folder that this user can write, got {type(error).__name__}") from error
+    return federation
+
+
+def _read_secret(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: expected the secret that `init` wrote{instead(error)}") from error
+
+
+def _settings_text(config: FederationConfig) -> str:
+    also = ", ".join(f'"{host}"' for host in config.also)
+    return f"""\
+# A federation's settings: the coordinator's own file. After a change, restart the coordinator (`stop`, then `start`);
+# after a change of `address` or `also`, also `python -m server renew` and new kits for the sites.
+
+name: {config.name}
+address: "{config.address}"    # where sites reach the coordinator: the one port that has to be open to them
+also: [{also}]    # further names and addresses of the same machine, for its certificate
+bind: "{config.bind}"    # where the coordinator listens; it may differ from `address` behind a router or proxy
+control_port: {config.control_port}    # on loopback only: this machine's commands and the run's own process
+health_port: {config.health_port}    # on loopback only: the standard gRPC health service
+
+max_upload_mib: {config.max_upload_mib}    # bound of one upload of an admitted site
+max_connections: {config.max_connections}    # how many connections are open at once
+idle_timeout_s: {config.idle_timeout_s:g}    # how long a connection may keep the coordinator waiting
+"""
+
+
+EXAMPLE_RUN = """\
+# A run file: what the coordinator asks of every site. `python -m server start DIR RUN.yaml` starts it.
+
+name: chest
+seed: 1
+rounds: 5
+backbone:
+  kind: torchvision
+  model: mobilenet_v2
+  weights: ./mobilenet_v2.safetensors     # a file beside this one, or a torchvision name such as IMAGENET1K_V2
+  preprocess: {resize: 256, crop: 224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
+  projection: {dim: 128, shift: batch_norm, normalize: true}
+tasks:
+  finding: {kind: classification, labels: [normal, pneumonia]}
+solver: {kind: dp_sgd, sampling_rate: 1.0, steps: 2, clip_norm: 1.0, learning_rate: 4.0}
+privacy: {unit: patient, delta: 1.0e-5, target_epsilon: 3.0}   # or noise_multiplier; the other follows
+aggregation: {kind: mean}
+cohort:
+  min_sites: 2                # fewer than these ready at the deadline: the run ends, and nothing was spent
+  min_replies_per_task: 2     # a task is updated by at least as many sites
+  join_timeout_s: 600         # how long the roll call waits for sites
+  timeout_s: 600              # how long a round waits for a site's reply
+"""

@@ -1,0 +1,69 @@
+"""A site's startup kit: whom to join, which authority to trust, what will be asked. Nothing secret, no code.
+
+The archive is the same bytes for the same content, so that a hospital can compare digests by telephone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.files import write_atomic
+from common.model.backbones import digests_of, open_encoders
+from common.offers import offer_bytes, offer_of
+from common.run import RunConfig
+from common.types import BadInput
+from common.yaml import load
+from server.deployment.admitted_sites import check_name
+from server.deployment.federation import Federation
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def write_kit(federation: Federation, site: str, run_files: Sequence[Path], path: Path) -> list[str]:
+    """Write the kit of a site, admitted or about to be; the names of the files in it.
+
+    Raises:
+        BadInput: no valid name, a run cannot be offered, or the kit cannot be written.
+    """
+    check_name(site)
+    files = _files(federation, site, run_files)
+    try:
+        write_atomic(path, _archive(files))
+    except OSError as error:
+        raise BadInput(f"{path}: expected a place that can be written, got {type(error).__name__}") from error
+    return list(files)
+
+
+def _files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict[str, bytes]:
+    # JSON is YAML: the values need no quoting rules of their own.
+    about = {"federation": federation.config.name, "site": site, "address": federation.config.address}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in about.items()]
+    files = {
+        "kit.yaml": (
+            "\n".join(["# Whom to join; `python -m client init DIR --kit` reads it.", *lines]) + "\n"
+        ).encode(),
+        "ca.crt": (federation.tls / "ca.crt").read_bytes(),
+    }
+    for run_file in run_files:
+        run = load(RunConfig, run_file)
+        name = f"offers/{run.name}.json"
+        if name in files:
+            raise BadInput(f"{run_file}: expected runs of different names, got {run.name} twice")
+        backbones = open_encoders(run)
+        files[name] = offer_bytes(offer_of(run, backbones), digests_of(backbones))
+    return files
+
+
+def _archive(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o100644 << 16
+            archive.writestr(entry, content)
+    return buffer.getvalue()

@@ -1,0 +1,65 @@
+"""Runs of a federation: prepared as a folder, handed to the running link, found again.
+
+Invariant: one run at a time, because sites spend a budget on each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.events import read
+from common.run import RunConfig
+from common.types import BadInput
+from common.yaml import write_yaml
+from server.deployment.app_bundle import RUN_FOLDER, make_bundle
+from server.deployment.federation import Federation
+from server.reports.results import new_run_folder
+from server.superlink.control import Control
+
+
+def new_folder(federation: Federation, run: RunConfig) -> Path:
+    """A run's folder with its resolved settings."""
+    folder = new_run_folder(federation.runs, run.name)
+    write_yaml(folder / "config.yaml", run)
+    return folder
+
+
+def submit(control: Control, folder: Path) -> int:
+    """Hand a run's folder to the engine; the engine's number for it.
+
+    Raises:
+        BadInput: another run is under way.
+        RunFailed: the engine does not take it.
+    """
+    busy = control.current()
+    if busy is not None:
+        raise BadInput(
+            f"run {Path(busy.folder).name} is under way; wait for it, or end it with `python -m server stop --run`"
+        )
+    return control.submit(make_bundle(), {RUN_FOLDER: str(folder)})
+
+
+def interrupted(federation: Federation, run_id: str | None) -> Path:
+    """Folder of a run that did not come to its end: the named one, or the newest of all.
+
+    An older one is continued only by its name: sites would spend on what nobody asked for again.
+
+    Raises:
+        BadInput: there is none, or it has ended.
+    """
+    folders = sorted((path.parent for path in federation.runs.glob("*/config.yaml")), key=_started, reverse=True)
+    if run_id is not None:
+        folders = [folder for folder in folders if folder.name == run_id]
+        if not folders:
+            raise BadInput(f"expected the id of a run under {federation.runs}, got {run_id!r}")
+    for folder in folders[:1]:
+        if not any(fact["event"] == "run_ended" for fact in read(folder / "journal.jsonl")):
+            return folder
+    newest = folders[0].name if folders else "none"
+    raise BadInput(
+        f"expected a run that was interrupted, got {newest}, which is complete; an older one has to be named"
+    )
+
+
+def _started(folder: Path) -> float:
+    return (folder / "config.yaml").stat().st_mtime

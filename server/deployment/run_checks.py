@@ -1,0 +1,36 @@
+"""What this machine can see of a run before any site is asked: file, backbones, tasks, and how many sites it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.model.backbones import absolute, open_encoders
+from common.model.trunks import initial_modules
+from common.run import RunConfig
+from common.tasks import open_task
+from common.types import BadInput
+from common.yaml import load
+from server.deployment.admitted_sites import admitted
+from server.deployment.federation import Federation
+from server.rounds.aggregators import open_aggregator
+
+
+def checked_run(federation: Federation, path: Path, overrides: Sequence[str]) -> RunConfig:
+    """A run file's run with absolute paths, where this coordinator can carry it out.
+
+    Raises:
+        BadInput: no site is admitted, or a setting is wrong or asks for more sites than are admitted.
+    """
+    run = load(RunConfig, path, overrides)
+    sites = admitted(federation)
+    if not sites:
+        raise BadInput(f"{federation.folder}: no site is admitted; `python -m server admit` each with its public key")
+    needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)
+    if needed > len(sites):
+        raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
+    backbones = open_encoders(run)
+    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+    initial_modules(run, tasks, backbones)
+    open_aggregator(run.aggregation, "aggregation")
+    return absolute(run)

@@ -1,0 +1,1 @@
+"""One run, seen from the coordinator: join, rounds, evaluation, final heads."""

@@ -1,0 +1,69 @@
+"""What a run needs to continue after its process died: heads, aggregator state, and the number of rounds done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from common.errors import instead
+from common.files import write_atomic
+from common.types import BadInput, Heads
+from server.rounds.aggregators import State
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The coordinator's state after a number of rounds."""
+
+    run_id: str
+    rounds_done: int
+    heads: Heads
+    states: Mapping[str, State]
+    updates: Mapping[str, int]
+    """How often each task was updated."""
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all."""
+    flat: dict[str, np.ndarray] = {}
+    for task, params in checkpoint.heads.items():
+        flat |= {f"head/{task}/{name}": array for name, array in params.items()}
+    for task, state in checkpoint.states.items():
+        flat |= {f"state/{task}/{part}/{name}": array for part in state for name, array in state[part].items()}
+    flat = {name: np.asarray(array, order="C") for name, array in flat.items()}
+    about = {
+        "run_id": checkpoint.run_id,
+        "rounds_done": str(checkpoint.rounds_done),
+        "updates": json.dumps(dict(checkpoint.updates)),
+    }
+    write_atomic(path, save(flat, metadata=about))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        BadInput: missing or not a checkpoint.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        updates = json.loads(about["updates"])
+        heads: dict[str, dict[str, np.ndarray]] = {task: {} for task in updates}
+        states: dict[str, dict[str, dict[str, np.ndarray]]] = {task: {} for task in updates}
+        for key, array in arrays.items():
+            kind, task, *rest = key.split("/")
+            if kind == "head":
+                heads[task][rest[0]] = array
+            else:
+                states[task].setdefault(rest[0], {})[rest[1]] = array
+        return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states, updates)
+    except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
+        raise BadInput(f"{path}: expected a checkpoint{instead(error)}") from error

@@ -1,0 +1,111 @@
+"""Noised evaluations as they come in: checked, summed over sites task by task, turned into metrics with their error.
+
+All of it is a function of what sites have released, so it costs no privacy. The standard error of a metric is that of
+the privacy noise alone, by adding fresh noise of the same size to the sums (parametric bootstrap): it says nothing of
+how few held-out units there are, which is not known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common import messages
+from common.tasks import Task, num_counts
+from common.types import BadInput
+
+_SUMS = "sums"
+_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class SiteSums:
+    """One site's release.
+
+    Attributes:
+        site: its name.
+        reply: what it sent; checked.
+    """
+
+    site: str
+    reply: messages.EvaluateReply
+
+    @property
+    def noise_std(self) -> float:
+        """Of each entry; a unit of T tasks counts at most sqrt(T)."""
+        return self.reply.noise_multiplier * math.sqrt(len(self.reply.sums))
+
+
+@dataclass(frozen=True)
+class NoisedMetrics:
+    """One task's metrics over some sites; None is undefined.
+
+    Attributes:
+        metrics: name -> value, the main one first.
+        standard_errors: name -> standard deviation that the noise gives the value.
+        sites: whose units they are of.
+    """
+
+    metrics: Mapping[str, float | None]
+    standard_errors: Mapping[str, float | None]
+    sites: tuple[str, ...]
+
+
+def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -> None:
+    """Refuse statistics that do not fit the site's tasks.
+
+    Raises:
+        BadInput: another set of tasks, another number of statistics, or a value that is not finite.
+    """
+    if set(reply.sums) != set(tasks):
+        raise BadInput(f"evaluation: expected tasks {', '.join(sorted(tasks))}, got another set")
+    for name, task in tasks.items():
+        if set(reply.sums[name]) != {_SUMS} or reply.sums[name][_SUMS].shape != (num_counts(task),):
+            raise BadInput(f"evaluation: {name}: expected {num_counts(task)} statistics, got another shape")
+        if not np.isfinite(reply.sums[name][_SUMS]).all():
+            raise BadInput(f"evaluation: {name}: expected finite statistics")
+
+
+def evaluated(tasks: Mapping[str, Task], releases: Sequence[SiteSums], seed: int) -> dict[str, NoisedMetrics]:
+    """Task -> its metrics over all sites that have it; tasks nobody evaluated are left out.
+
+    Args:
+        tasks: of the run.
+        releases: checked; at most one of each site.
+        seed: of the bootstrap.
+    """
+    results = {}
+    for name, task in tasks.items():
+        own = [release for release in releases if name in release.reply.sums]
+        if not own:
+            continue
+        total = sum(release.reply.sums[name][_SUMS].astype(np.float64) for release in own)
+        sums = torch.from_numpy(np.asarray(total)) * task.counts_norm()
+        deviation = math.sqrt(sum(release.noise_std**2 for release in own)) * task.counts_norm()
+        values = task.counted(sums)
+        results[name] = NoisedMetrics(
+            metrics={metric: _finite(value) for metric, value in values.items()},
+            standard_errors=_standard_errors(task, sums, deviation, seed),
+            sites=tuple(sorted(release.site for release in own)),
+        )
+    return results
+
+
+def _standard_errors(task: Task, sums: torch.Tensor, deviation: float, seed: int) -> dict[str, float | None]:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(_DRAWS, len(sums), generator=generator, dtype=torch.float64) * deviation
+    draws = [task.counted(sums + each) for each in noise]
+    errors: dict[str, float | None] = {}
+    for metric in draws[0]:
+        defined = [draw[metric] for draw in draws if math.isfinite(draw[metric])]
+        # A metric that is often undefined has no error worth a number.
+        errors[metric] = float(np.std(defined)) if len(defined) > 0.9 * _DRAWS else None
+    return errors
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""The coordinator's standing process: Flower's SuperLink behind two filtered listeners."""

@@ -1,0 +1,172 @@
+"""This machine's line to its own running coordinator: the engine's control requests, over loopback, with the secret.
+
+The engine's own command line and its configuration files are not used: what it needs is one request here and there.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar, final
+
+import httpx
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto import control_pb2
+from flwr.supercore.fab import Fab
+from google.protobuf.message import DecodeError, Message
+
+from common.types import RunFailed
+from server.deployment.federation import Federation
+from server.superlink.request_filter import CONTROL_HEADER
+
+_Response = TypeVar("_Response", bound=Message)
+_MEDIA_TYPE = "application/protobuf"
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What the engine knows of a site.
+
+    Attributes:
+        node_id: the engine's number for it.
+        key: public key, PEM.
+        status: `registered` (never came), `online`, `offline` or `unregistered`.
+        since: when it last came or left, ISO 8601; empty where it never came.
+    """
+
+    node_id: int
+    key: bytes
+    status: str
+    since: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the engine knows of a submitted run.
+
+    Attributes:
+        run_id: the engine's number for it.
+        folder: where the run's files are.
+        finished: whether its process has ended.
+        outcome: `completed`, `failed`, `stopped`, or empty while it is not finished.
+        details: the engine's words about a failure.
+    """
+
+    run_id: int
+    folder: str
+    finished: bool
+    outcome: str
+    details: str
+
+
+class LinkSilent(RunFailed):
+    """The running coordinator does not answer."""
+
+
+@final
+class Control:
+    """A connection to the running link of a federation."""
+
+    def __init__(self, federation: Federation, *, timeout_s: float = 30.0) -> None:
+        self._http = httpx.Client(
+            base_url=f"http://127.0.0.1:{federation.config.control_port}",
+            headers={CONTROL_HEADER: federation.control_secret(), "content-type": _MEDIA_TYPE, "accept": _MEDIA_TYPE},
+            timeout=timeout_s,
+            trust_env=False,  # No proxy between this machine and itself.
+            follow_redirects=False,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def answers(self) -> bool:
+        """Whether the link is there."""
+        try:
+            return self._http.get("/health", timeout=5.0).is_success
+        except httpx.HTTPError:
+            return False
+
+    def nodes(self) -> list[NodeState]:
+        """Every registered site."""
+        reply = self._call("list-nodes", control_pb2.ListNodesRequest(), control_pb2.ListNodesResponse())
+        return [
+            NodeState(
+                int(node.node_id),
+                bytes(node.public_key),
+                str(node.status),
+                str(max(node.last_activated_at, node.last_deactivated_at)),
+            )
+            for node in reply.nodes_info
+            if node.status != "unregistered"
+        ]
+
+    def register(self, key: bytes, site: str) -> int:
+        """Let a key join; its node id."""
+        request = control_pb2.RegisterNodeRequest(public_key=key, name=site)
+        return int(self._call("register-node", request, control_pb2.RegisterNodeResponse()).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Refuse a node from now on."""
+        request = control_pb2.UnregisterNodeRequest(node_id=node_id)
+        self._call("unregister-node", request, control_pb2.UnregisterNodeResponse())
+
+    def submit(self, bundle: Fab, settings: Mapping[str, str]) -> int:
+        """Start a run of an app bundle; the engine's number for it."""
+        request = control_pb2.StartRunRequest(
+            fab=fab_to_proto(bundle), override_config=user_config_to_proto(dict(settings))
+        )
+        reply = self._call("start-run", request, control_pb2.StartRunResponse())
+        if not reply.HasField("run_id"):
+            raise RunFailed("the engine did not take the run; see state/link.log")
+        return int(reply.run_id)
+
+    def runs(self) -> list[RunState]:
+        """Submitted runs, newest first."""
+        reply = self._call("list-runs", control_pb2.ListRunsRequest(), control_pb2.ListRunsResponse())
+        found = [
+            RunState(
+                int(run.run_id),
+                str(run.override_config["run-folder"].string),
+                run.status.status == "finished",
+                str(run.status.sub_status),
+                str(run.status.details),
+            )
+            for run in sorted(reply.run_dict.values(), key=lambda run: run.pending_at, reverse=True)
+            if "run-folder" in run.override_config
+        ]
+        return found
+
+    def current(self) -> RunState | None:
+        """The run that is under way."""
+        return next((run for run in self.runs() if not run.finished), None)
+
+    def stop(self, run_id: int) -> None:
+        """End a run."""
+        self._call("stop-run", control_pb2.StopRunRequest(run_id=run_id), control_pb2.StopRunResponse())
+
+    def _call(self, path: str, request: Message, response: _Response) -> _Response:
+        try:
+            reply = self._http.post(f"/v1/control/{path}", content=request.SerializeToString())
+        except httpx.HTTPError as error:
+            raise LinkSilent(f"the coordinator's link does not answer ({type(error).__name__})") from error
+        if not reply.is_success:
+            raise RunFailed(f"the engine refused {path}: status {reply.status_code}, {reply.text[:200]}")
+        try:
+            response.ParseFromString(reply.content)
+        except DecodeError as error:
+            raise RunFailed(f"the engine's answer to {path} cannot be read") from error
+        return response
+
+
+def is_listening(port: int) -> bool:
+    """Whether anything listens on a loopback port."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0

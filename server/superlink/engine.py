@@ -1,0 +1,94 @@
+"""Flower's SuperLink as one app object, and Flower's SuperExec as a child process, set up for one federation.
+
+Both come from modules that Flower does not call public: flwr is pinned, and the slow tests run the real thing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.files import private_folder
+from server.deployment.federation import Federation
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+TASK_POLL_S = 0.25
+"""How often the executor looks for a run to start; Flower's own value is a second."""
+
+
+def engine_environment(federation: Federation) -> dict[str, str]:
+    """The environment of the engine's processes: nothing reports home, nothing is installed, its files stay here."""
+    bin_folder = str(Path(sys.executable).parent)
+    local = "127.0.0.1,localhost"
+    return {
+        **os.environ,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "FLWR_HOME": str(private_folder(federation.state / "flwr")),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_S),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # The run's process talks to loopback; a proxy of the machine must not be asked for that.
+        "NO_PROXY": local,
+        "no_proxy": local,
+    }
+
+
+def engine_app(federation: Federation) -> FastAPI:
+    """The SuperLink's app: node authentication, a database in the folder, runs started by our own executor process."""
+    from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig
+    from flwr.superlink.main import create_app
+
+    log = logging.getLogger("flwr")
+    log.propagate = False  # It has a handler of its own.
+    log.setLevel(logging.INFO)
+    settings = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=federation.config.control_port,
+        insecure=True,  # The engine's own idea of its one listener; TLS is ours.
+        certificates=None,
+        superexec_auth_secret=federation.executor_secret_file().read_bytes(),
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(federation.state / "superlink.db"),
+        # `process`: the engine starts nothing itself and asks whoever fetches a run for the secret.
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    return create_app(settings, SuperLinkLifespan)
+
+
+def start_executor(federation: Federation) -> subprocess.Popen[bytes]:
+    """Flower's SuperExec, which starts a run's process; it ends when this process does, however that ends."""
+    command = [
+        str(Path(sys.executable).parent / "flower-superexec"),
+        "--insecure",
+        "--runtime-api-address",
+        f"127.0.0.1:{federation.config.control_port}",
+        "--superexec-auth-secret-file",
+        str(federation.executor_secret_file()),
+        "--parent-pid",
+        str(os.getpid()),
+    ]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)

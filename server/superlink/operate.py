@@ -1,0 +1,138 @@
+"""The standing coordinator from a second terminal: start it in the background, see how it is, stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.events import read
+from common.process.health import is_serving
+from common.types import BadInput, RunFailed
+from server.deployment.admitted_sites import admitted
+from server.deployment.certificates import check_server, validity
+from server.deployment.federation import Federation
+from server.superlink.control import Control, LinkSilent
+from server.superlink.daemon import owner
+from server.superlink.engine import engine_environment
+
+_START_S = 60.0
+_STOP_S = 20.0
+
+
+def ensure_link(federation: Federation) -> bool:
+    """Have the link run, in the background where it does not yet; whether it was started now.
+
+    Raises:
+        BadInput: it cannot start, with its own reason.
+        RunFailed: it did not come up in time.
+    """
+    if owner(federation) is not None:
+        return False
+    check_server(federation.tls, federation.config.hosts())
+    if federation.log.exists():
+        federation.log.replace(federation.log.with_suffix(".log.1"))
+    with federation.log.open("wb") as log:
+        federation.log.chmod(0o600)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "server", "link", str(federation.folder)],
+            cwd=Path(__file__).resolve().parents[2],
+            env=engine_environment(federation),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in this terminal is not for it.
+        )
+    until = time.monotonic() + _START_S
+    while is_serving(federation.config.health_port, timeout_s=1.0) is not True:
+        if process.poll() is not None:
+            raise BadInput(_last_error(federation.log) or f"the link ended at once; see {federation.log}")
+        if time.monotonic() > until:
+            process.terminate()
+            raise RunFailed(f"the link did not come up within {_START_S:g} s; see {federation.log}")
+        time.sleep(0.1)
+    return True
+
+
+def stop_link(federation: Federation) -> bool:
+    """End the link and everything it started; whether one ran.
+
+    Raises:
+        RunFailed: it does not end.
+    """
+    process = owner(federation)
+    if process is None:
+        return False
+    os.kill(process, signal.SIGTERM)
+    until = time.monotonic() + _STOP_S
+    while owner(federation) is not None:
+        if time.monotonic() > until:
+            raise RunFailed(f"the link (process {process}) did not end within {_STOP_S:g} s")
+        time.sleep(0.1)
+    return True
+
+
+def status(federation: Federation) -> dict[str, Any]:
+    """How the federation is, as plain values (the schema is in docs/deploy.md)."""
+    certificate = validity(federation.tls / "server.crt")
+    process = owner(federation)
+    found: dict[str, Any] = {
+        "federation": federation.config.name,
+        "address": federation.config.address,
+        "link": {"running": process is not None, "pid": process, "healthy": None},
+        "certificate": {"valid_until": certificate.until.isoformat(), "days_left": certificate.days_left},
+        "sites": {site: {"connected": None, "since": None} for site in sorted(admitted(federation))},
+        "run": _newest_run(federation),
+    }
+    if process is None:
+        return found
+    found["link"]["healthy"] = is_serving(federation.config.health_port) is True
+    try:
+        with Control(federation) as control:
+            nodes = {node.key: node for node in control.nodes()}
+            for site, entry in admitted(federation).items():
+                node = nodes.get(entry.pem())
+                connected = node is not None and node.status == "online"
+                found["sites"][site] = {"connected": connected, "since": (node.since or None) if node else None}
+            busy = control.current()
+    except LinkSilent:
+        found["link"]["healthy"] = False
+        return found
+    if found["run"] is not None:
+        found["run"]["under_way"] = busy is not None and Path(busy.folder).name == found["run"]["id"]
+    return found
+
+
+def _newest_run(federation: Federation) -> dict[str, Any] | None:
+    folders = sorted(federation.runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        return None
+    folder = folders[-1].parent
+    facts = read(folder / "journal.jsonl")
+    starts = [position for position, fact in enumerate(facts) if fact["event"] == "run_started"]
+    done = {fact["round"]: fact for fact in facts if fact["event"] == "round"}
+    replies = {fact["site"]: 0 for fact in facts if fact["event"] == "joined"}
+    for fact in done.values():
+        for site in fact["sites"]:
+            replies[site] = replies.get(site, 0) + 1
+    ends = {"run_ended": "completed", "run_failed": "failed"}
+    since_start = facts[starts[-1] :] if starts else []
+    state = next((ends[fact["event"]] for fact in since_start if fact["event"] in ends), "not ended")
+    return {
+        "id": folder.name,
+        "state": state,
+        "under_way": False,
+        "round": max(done, default=0),
+        "rounds": since_start[0]["rounds"] if since_start else None,
+        "replies": replies,
+    }
+
+
+def _last_error(log: Path) -> str | None:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else None

@@ -1,0 +1,84 @@
+"""A reply's parts are waited for here, in small steps, because the engine's client would sleep a second for each.
+
+A site pushes a reply's envelope first and its parts after it; whoever looks in between finds a part that is known and
+not there yet. Flower's client then waits 1 s, 2 s, ... before it asks again: a third of a small head's round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import MutableMapping
+from typing import Any, final
+
+from flwr.proto.message_pb2 import PullObjectResponse
+from google.protobuf.message import DecodeError
+
+from server.superlink.request_filter import App, Receive, Scope, Send
+
+_PATH = "/v1/runtime/pull-object"
+_STEP_S = 0.03
+_LONGEST_S = 2.0
+
+
+@final
+class Patient:
+    """An app whose answer "known, but not there yet" is asked for again for a while before it is given."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["path"] != _PATH:
+            return await self._app(scope, receive, send)
+        body = await _whole(receive)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _LONGEST_S
+        while True:
+            answer = await self._ask({**scope, "state": dict(scope.get("state", {}))}, body)
+            if not _on_its_way(answer) or loop.time() > until:
+                break
+            await asyncio.sleep(_STEP_S)
+        for message in answer:
+            await send(message)
+
+    async def _ask(self, scope: Scope, body: bytes) -> list[MutableMapping[str, Any]]:
+        answer: list[MutableMapping[str, Any]] = []
+        ended = asyncio.Event()
+        waiting = [body]
+
+        async def receive() -> MutableMapping[str, Any]:
+            if waiting:
+                return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+            await ended.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            answer.append(message)
+
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            ended.set()
+        return answer
+
+
+async def _whole(receive: Receive) -> bytes:
+    body = bytearray()
+    more = True
+    while more:
+        event = await receive()
+        body += event.get("body", b"")
+        more = event["type"] == "http.request" and event.get("more_body", False)
+    return bytes(body)
+
+
+def _on_its_way(answer: list[MutableMapping[str, Any]]) -> bool:
+    if answer[0].get("status") != 200:
+        return False
+    response = PullObjectResponse()
+    try:
+        response.ParseFromString(b"".join(message.get("body", b"") for message in answer[1:]))
+    except DecodeError:
+        return False
+    return bool(response.object_found and not response.object_available)

@@ -1,0 +1,50 @@
+"""The process that answers messages outlives those it cannot answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.connection.fleet import Delivery, Outgoing
+from client.connection.worker import Worker
+from common import messages
+from common.types import Refusal
+from common.yaml import write_yaml
+from tests.federation import environment
+from tests.tiny import backbone, offered, run_config, site_config
+
+
+def delivery(kind: str, content: RecordDict) -> Delivery:
+    """A message as the site's connection hands it to the worker."""
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    message = Message(content, dst_node_id=7, message_type="query")
+    message.metadata.__dict__["_message_type"] = kind
+    message.metadata.__dict__["_message_id"] = message.object_id
+    objects = {name: nested.deflate() for name, nested in get_all_nested_objects(message).items()}
+    return Delivery(message_to_proto(remove_content_from_message(message)), message.object_id, objects)
+
+
+def reply_of(outgoing: Outgoing) -> set[bytes]:
+    return set(outgoing.objects.values())
+
+
+@pytest.mark.parametrize("kind", ["query.records", "nonsense", "train.all", "system.x", ""])
+def test_a_message_of_an_unknown_kind_is_declined_and_the_worker_lives_on(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site_config(tmp_path, "north"))
+    worker = Worker(path, environment())
+    try:
+        answer = worker.answer(delivery(kind, messages.encode(messages.Ready())), lambda: False)
+        assert any(Refusal.BAD_REQUEST.value.encode() in content for content in reply_of(answer))
+        assert not any(b"Invalid message type" in content or b"registered" in content for content in reply_of(answer))
+        asked = offered("run-1", run_config(), backbone())
+        honest = worker.answer(delivery(messages.JOIN, messages.encode(asked)), lambda: False)
+        assert any(b"JoinReply" in content for content in reply_of(honest))
+    finally:
+        worker.close()

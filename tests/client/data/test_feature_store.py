@@ -1,0 +1,328 @@
+"""The feature store: encoded once, whole or not at all, private, and never trusted blindly."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from client.data.feature_store import BATCH_SIZE, Features, FeatureStore, rows_of
+from client.data.sources import Record, Source, open_source
+from common.backbones import Backbone, open_pretrained
+from common.items import Several
+from common.types import BadRecord
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+COUNT, DIM = 2 * BATCH_SIZE + 7, 3
+VECTORS = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A source of vectors in memory that counts how often it is read; None is a record that cannot be."""
+
+    items: list[Any]
+    loads: list[int] = field(default_factory=list)
+    name: str = "vectors"
+
+    def digest(self) -> str:
+        return "00"
+
+    def index(self) -> list[Record]:
+        return [Record(row + 1, self.name, str(row), None, None, {}) for row in range(len(self.items))]
+
+    def load(self, position: int) -> Any:
+        self.loads.append(position)
+        if self.items[position] is None:
+            raise BadRecord("unreadable vector")
+        return self.items[position]
+
+
+@dataclass(frozen=True)
+class Reciprocal:
+    """A backbone that divides by its input: zeros give infinity."""
+
+    digest: str = "11"
+    feature_dim: int = DIM
+    device: torch.device = CPU
+    error: float | None = None
+    trunk: str | None = None
+
+    def to(self, device: torch.device) -> Reciprocal:
+        del device
+        return self
+
+    def preprocess(self, item: Any) -> Tensor:
+        return torch.from_numpy(item)
+
+    def encode(self, items_B: Tensor) -> Tensor:
+        return 1.0 / items_B
+
+
+def identity(dim: int = DIM) -> Backbone:
+    return open_pretrained({"kind": "identity", "dim": dim}, "backbone")
+
+
+def encoded(folder: Path, source: Source, backbone: Any = None) -> Features:
+    return FeatureStore(folder).open_or_encode(source, backbone or identity(), device=CPU)
+
+
+def test_features_stand_in_the_order_of_the_index(tmp_path: Path) -> None:
+    features = encoded(tmp_path, Vectors(list(VECTORS)))
+    np.testing.assert_array_equal(features.features_ND, VECTORS)
+    assert features.valid_N.all()
+    assert isinstance(features.features_ND, np.memmap)
+    assert not features.features_ND.flags.writeable
+
+
+def test_what_is_encoded_is_not_read_again(tmp_path: Path) -> None:
+    source = Vectors(list(VECTORS))
+    first, second = encoded(tmp_path, source), encoded(tmp_path, source)
+    assert source.loads == list(range(COUNT))
+    np.testing.assert_array_equal(first.features_ND, second.features_ND)
+
+
+def test_another_backbone_and_other_data_have_entries_of_their_own(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=VECTORS)
+    np.savez(tmp_path / "b.npz", x=2 * VECTORS)
+    parts = {"all": {"inputs": "x", "columns": {}}}
+    backbones = [
+        identity(),
+        open_pretrained({"kind": "identity", "dim": DIM, "projection": {"normalize": True}}, "backbone"),
+    ]
+    paths = set()
+    for name in ("a", "b"):
+        for backbone in backbones:
+            source = open_source({"kind": "npz", "path": str(tmp_path / f"{name}.npz"), "parts": parts}, "s").open()
+            features = encoded(tmp_path / "store", source, backbone)
+            items = torch.stack([backbone.preprocess(source.load(position)) for position in range(COUNT)])
+            np.testing.assert_array_equal(features.features_ND, backbone.encode(items).numpy())
+            paths.add(features.path)
+    assert len(paths) == 4
+
+
+def test_another_precision_has_an_entry_of_its_own(tmp_path: Path) -> None:
+    """Features of less precision are never taken for exact ones, whichever were computed first."""
+    store, third = FeatureStore(tmp_path), np.full((COUNT, DIM), 1 / 3, np.float32)
+    rough = store.open_or_encode(Vectors(list(third)), identity(), device=CPU, precision="bfloat16")
+    exact = store.open_or_encode(Vectors(list(third)), identity(), device=CPU)
+    np.testing.assert_array_equal(exact.features_ND, third)
+    assert rough.path != exact.path
+
+
+def test_a_record_that_cannot_be_read_or_encoded_is_a_row_of_zeros_with_a_reason(tmp_path: Path) -> None:
+    items: list[Any] = list(VECTORS)
+    items[3] = None
+    items[150] = np.array([1.0, 0.0, 2.0], dtype=np.float32)
+    items[COUNT - 1] = np.full(DIM, np.nan, dtype=np.float32)
+    for _ in range(2):
+        features = encoded(tmp_path, Vectors(items), Reciprocal())
+        assert features.unusable == {
+            3: "unreadable vector",
+            150: "features are not finite",
+            COUNT - 1: "features are not finite",
+        }
+        assert np.flatnonzero(~features.valid_N).tolist() == [3, 150, COUNT - 1]
+        assert not features.features_ND[~features.valid_N].any()
+        np.testing.assert_array_equal(features.features_ND[features.valid_N], 1.0 / VECTORS[features.valid_N])
+
+
+@pytest.mark.parametrize("items", [[], [None, None]], ids=["none", "none readable"])
+def test_a_source_without_a_usable_record_has_no_features(tmp_path: Path, items: list[Any]) -> None:
+    source = Vectors(items)
+    assert encoded(tmp_path, source).features_ND.shape == (len(items), DIM)
+    assert not encoded(tmp_path, source).valid_N.any()
+    assert source.loads == list(range(len(items)))
+
+
+def test_progress_counts_records_to_the_end(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    FeatureStore(tmp_path).open_or_encode(
+        Vectors(list(VECTORS)), identity(), device=CPU, progress=lambda done, total: seen.append((done, total))
+    )
+    done = [number for number, total in seen if total == COUNT]
+    assert len(done) == len(seen) >= 3 and done == sorted(set(done)) and done[-1] == COUNT
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_everything_in_the_store_is_for_its_owner_only(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    encoded(folder, Vectors(list(VECTORS)))
+    for path in [folder, *folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path.name
+
+
+def flipped(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+@pytest.mark.parametrize("name", ["about.json", "features.npy"])
+def test_a_damaged_entry_is_encoded_again(tmp_path: Path, name: str, damage: str) -> None:
+    source = Vectors([None, *VECTORS])
+    path = encoded(tmp_path, source).path.parent / name
+    if damage == "flip":
+        # In the reason why the first record is unusable; in the header that says how the array is laid out.
+        flipped(path, path.read_bytes().index(b"unreadable" if name == "about.json" else b"descr"))
+    elif damage == "cut":
+        cut(path)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    source.loads.clear()
+    features = encoded(tmp_path, source)
+    assert len(source.loads) == COUNT + 1
+    assert features.unusable == {0: "unreadable vector"}
+    np.testing.assert_array_equal(features.features_ND[1:], VECTORS)
+
+
+def test_an_error_while_encoding_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        # Vectors of different lengths cannot be stacked: a broken backbone, not a bad record.
+        encoded(tmp_path, Vectors([VECTORS[0], VECTORS[0][:2]]), Reciprocal())
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+KILLED = """
+import os, sys
+from itertools import pairwise
+from pathlib import Path
+import torch
+from client.data.feature_store import BATCH_SIZE, FeatureStore
+from client.data.sources import open_source
+from common.backbones import open_pretrained
+
+parts = {"all": {"inputs": "x", "columns": {}}}
+source = open_source({"kind": "npz", "path": sys.argv[1], "parts": parts}, "source").open()
+backbone = open_pretrained({"kind": "identity", "dim": 3}, "backbone")
+
+def die_in_the_middle(done, total):
+    if done > BATCH_SIZE:
+        os._exit(9)
+
+FeatureStore(Path(sys.argv[2])).open_or_encode(
+    source, backbone, device=torch.device("cpu"), progress=die_in_the_middle
+)
+"""
+
+
+def test_a_process_that_dies_while_encoding_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    path, store = tmp_path / "a.npz", tmp_path / "store"
+    np.savez(path, x=VECTORS)
+    died = subprocess.run([sys.executable, "-c", KILLED, path, store], cwd=ROOT, check=False)
+    assert died.returncode == 9
+    assert len(list(store.glob(".*.partial"))) == 1, "the dead process leaves its scratch folder"
+    source = open_source(
+        {"kind": "npz", "path": str(path), "parts": {"all": {"inputs": "x", "columns": {}}}}, "s"
+    ).open()
+    features = encoded(store, source)
+    np.testing.assert_array_equal(features.features_ND, VECTORS)
+    assert [entry for entry in store.iterdir() if entry.is_dir()] == [features.path.parent]
+
+
+def test_two_that_ask_at_once_encode_once(tmp_path: Path) -> None:
+    # Threads stand for processes: the lock is on an open file, and each call opens its own.
+    source, barrier = Vectors(list(VECTORS)), threading.Barrier(4)
+
+    def ask() -> np.ndarray:
+        barrier.wait()
+        return np.array(encoded(tmp_path, source).features_ND)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [future.result() for future in [pool.submit(ask) for _ in range(4)]]
+    assert sorted(source.loads) == list(range(COUNT))
+    for features_ND in found:
+        np.testing.assert_array_equal(features_ND, VECTORS)
+
+
+def test_a_file_of_another_name_with_the_same_content_shares_the_entry(tmp_path: Path) -> None:
+    items = [*VECTORS[:2], None]
+    first, second = encoded(tmp_path, Vectors(items)), encoded(tmp_path, Vectors(items, name="copy"))
+    assert first.path == second.path
+    assert second.unusable == {2: "unreadable vector"}
+
+
+def test_a_record_of_several_items_has_the_mean_of_their_features(tmp_path: Path) -> None:
+    cuts = [0, 1, 4, 4, COUNT]
+    records = [Several(list(VECTORS[a:b])) for a, b in pairwise(cuts)]
+    features = encoded(tmp_path, Vectors([*records, VECTORS[0]]))
+    expected = [VECTORS[:1].mean(0), VECTORS[1:4].mean(0), np.zeros(DIM), VECTORS[4:].mean(0), VECTORS[0]]
+    np.testing.assert_allclose(features.features_ND, expected, rtol=1e-5, atol=1e-6)
+    assert features.unusable == {2: "expected at least one item in the record"}
+
+
+def test_a_record_of_several_items_is_refused_where_a_part_of_the_backbone_trains(tmp_path: Path) -> None:
+    """The mean of outputs at a boundary is not the output of a mean; a record of one item is the item."""
+    source = Vectors([VECTORS[0], Several([VECTORS[1]]), Several([VECTORS[1], VECTORS[2]])])
+    features = encoded(tmp_path, source, Reciprocal(trunk="backbone.trunk"))
+    assert list(features.unusable) == [2]
+    assert "got several" in features.unusable[2]
+
+
+def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    """A hundred volumes in memory would be tens of gigabytes."""
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Watching(Reciprocal):
+        device: torch.device = CPU
+        error: float | None = None
+
+        def encode(self, items_B: Tensor) -> Tensor:
+            seen.append(len(items_B))
+            return items_B
+
+    volume = Several(list(VECTORS[:50]))
+    source = Vectors([volume] * 20)
+    features = encoded(tmp_path, source, Watching())
+    assert sum(seen) == 20 * 50 and max(seen) <= BATCH_SIZE
+    assert sorted(source.loads) == list(range(20))
+    np.testing.assert_allclose(features.features_ND, [VECTORS[:50].mean(0)] * 20, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 256, 257])
+@pytest.mark.parametrize("shape", [(300, 5), (300, 2, 3)])
+def test_rows_are_those_of_the_array_however_many_are_read(tmp_path: Path, shape: tuple[int, ...], count: int) -> None:
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    np.save(tmp_path / "features.npy", array)
+    positions = np.random.default_rng(1).permutation(len(array))[:count]
+    rows = rows_of(tmp_path / "features.npy", positions)
+    assert np.array_equal(rows, array[positions])
+    rows[:] = 0
+    assert np.array_equal(np.load(tmp_path / "features.npy"), array)
+
+
+def test_a_cut_array_is_refused_not_read_as_zeros(tmp_path: Path) -> None:
+    np.save(tmp_path / "features.npy", np.ones((3, 5), np.float32))
+    whole = (tmp_path / "features.npy").read_bytes()
+    (tmp_path / "features.npy").write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match="rows"):
+        rows_of(tmp_path / "features.npy", np.array([2]))

@@ -1,0 +1,110 @@
+"""The result comes home: a site compares the final heads with heads it trains alone; nothing is sent or spent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from client.__main__ import app
+from client.app import make_app
+from client.config import SiteConfig
+from client.personal.evaluate import ALONE, ALONE_NOT_PRIVATE, FEDERATED, compare, final_heads
+from client.protocol.site import Site
+from common import messages
+from common.events import FileJournal, read
+from common.privacy.noise import SeededEntropy, os_entropy
+from common.types import BadInput, DigestMismatch
+from common.yaml import write_yaml
+from server.rounds.loop import run_federation
+from simulations.in_process import InProcessGrid
+from tests.tiny import backbone, run_config, site_config
+
+HELD_OUT = {"test_fraction": 0.3}
+
+
+def federated(folder: Path, run_id: str = "run-1") -> SiteConfig:
+    """A site after a run of two sites."""
+    sites = [site_config(folder, name, split=HELD_OUT) for name in ("east", "north")]
+    (folder / run_id).mkdir()
+    run_federation(
+        InProcessGrid(make_app(lambda context: sites[int(context.node_config["partition-id"])]), 2),
+        run_config(privacy={"unit": "example", "delta": 1e-5, "noise_multiplier": 0.5}, rounds=4),
+        {"backbone": backbone()},
+        run_id=run_id,
+        folder=folder / run_id,
+        journal=FileJournal(folder / run_id / "journal.jsonl"),
+        executor="in_process",
+    )
+    return sites[0]
+
+
+def test_final_heads_and_heads_trained_alone_are_compared_on_held_out_units_and_nothing_is_spent(
+    tmp_path: Path,
+) -> None:
+    config = federated(tmp_path)
+    site = Site(config, os_entropy)
+    before, sent = site.ledger().spent(), read(config.state_dir / "site.jsonl")
+    result = compare(site)
+    assert site.ledger().spent() == before
+    assert read(config.state_dir / "site.jsonl") == sent
+    assert result.run_id == "run-1"
+    assert 0 < result.num_held_out < 40
+    for own in result.tasks.values():
+        assert list(own) == [FEDERATED, ALONE, ALONE_NOT_PRIVATE]
+        assert all(0.0 <= float(values["accuracy"] or 0.0) <= 1.0 for values in own.values())
+    # The records are well separated: without noise a site learns them by itself.
+    assert float(result.tasks["size"][ALONE_NOT_PRIVATE]["accuracy"] or 0.0) > 0.9
+
+
+def test_the_federated_column_is_the_accuracy_of_the_heads_that_came_home(tmp_path: Path) -> None:
+    """Against a plain loop over the held-out records."""
+    from client.data.prepare import open_units
+
+    config = federated(tmp_path)
+    import torch
+
+    folder = config.state_dir / "runs" / "run-1"
+    records = open_units(folder / "data", "test", ["colour"], torch.device("cpu")).tasks["colour"]
+    head = {name: np.asarray(value) for name, value in final_heads(folder)["colour"].items()}
+    weight = next(value for value in head.values() if value.ndim == 2)
+    bias = next((value for value in head.values() if value.ndim == 1), np.zeros(len(weight), np.float32))
+    right = 0
+    for features, label in zip(records.features_RD.numpy(), records.labels.tolist(), strict=True):
+        right += int(np.argmax(weight @ features + bias) == label)
+    shown = compare(Site(config, SeededEntropy(0))).tasks["colour"][FEDERATED]["accuracy"]
+    assert shown == pytest.approx(right / len(records.labels))
+
+
+def test_heads_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
+    config = federated(tmp_path)
+    path = config.state_dir / "runs" / "run-1" / "final_heads.bin"
+    request = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
+    other = {task: {name: value + 1 for name, value in params.items()} for task, params in request.heads.items()}
+    path.write_bytes(messages.to_bytes(messages.encode(messages.FinishRequest("run-1", other, request.digest))))
+    with pytest.raises(DigestMismatch):
+        compare(Site(config, os_entropy))
+
+
+def test_a_site_without_a_run_or_without_held_out_units_gets_one_sentence(tmp_path: Path) -> None:
+    site = Site(site_config(tmp_path, "west"), os_entropy)
+    with pytest.raises(BadInput, match="none came home"):
+        compare(site)
+
+
+def test_the_command_prints_a_table_and_json(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, federated(tmp_path))
+    shown = CliRunner().invoke(app, ["evaluate", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "nothing was sent or spent" in shown.stdout
+    values = json.loads(CliRunner().invoke(app, ["evaluate", str(path), "--json"]).stdout)
+    assert set(values["tasks"]) == {"colour", "size"}
+    refused = CliRunner().invoke(app, ["evaluate", str(path), "--run", "../../etc"])
+    assert refused.exit_code == 2
+    unknown = CliRunner().invoke(app, ["evaluate", str(path), "--run", "run-9"])
+    assert unknown.exit_code == 2
+    assert "did not join" in unknown.stderr

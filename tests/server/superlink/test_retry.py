@@ -1,0 +1,75 @@
+"""A reply whose parts are still on their way is waited for where waiting is cheap."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+
+from server.superlink.retry import Patient
+
+PATH = "/v1/runtime/pull-object"
+
+
+class Engine:
+    """Answers what it is told to, one answer a request; remembers the bodies."""
+
+    def __init__(self, *answers: tuple[int, bytes]) -> None:
+        self.answers = list(answers)
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.bodies.append((await receive())["body"])
+        status, body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+def ask(engine: Engine, path: str = PATH) -> tuple[int, bytes]:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": request, "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    request = PullObjectRequest(object_id="a").SerializeToString()
+    asyncio.run(Patient(engine)({"type": "http", "path": path, "method": "POST"}, receive, send))
+    return sent[0]["status"], sent[1]["body"]
+
+
+ON_ITS_WAY = PullObjectResponse(object_found=True, object_available=False).SerializeToString()
+THERE = PullObjectResponse(object_found=True, object_available=True, object_content=b"x").SerializeToString()
+UNKNOWN = PullObjectResponse(object_found=False).SerializeToString()
+
+
+def test_a_part_that_arrives_a_moment_later_is_answered_at_once_then() -> None:
+    engine = Engine((200, ON_ITS_WAY), (200, ON_ITS_WAY), (200, THERE))
+    started = time.monotonic()
+    assert ask(engine) == (200, THERE)
+    assert time.monotonic() - started < 1.0
+    assert len(set(engine.bodies)) == 1 and len(engine.bodies) == 3
+
+
+def test_a_part_that_never_comes_is_not_waited_for_for_ever() -> None:
+    started = time.monotonic()
+    assert ask(Engine((200, ON_ITS_WAY))) == (200, ON_ITS_WAY)
+    assert 1.0 < time.monotonic() - started < 10.0
+
+
+@pytest.mark.parametrize("answer", [(200, UNKNOWN), (200, THERE), (403, b"{}"), (200, b"\xff\xff\xff")])
+def test_every_other_answer_is_given_as_it_is(answer: tuple[int, bytes]) -> None:
+    engine = Engine(answer)
+    assert ask(engine) == answer
+    assert len(engine.bodies) == 1
+
+
+def test_other_requests_pass_untouched() -> None:
+    engine = Engine((200, ON_ITS_WAY))
+    assert ask(engine, "/v1/runtime/get-nodes") == (200, ON_ITS_WAY)
+    assert len(engine.bodies) == 1
