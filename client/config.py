@@ -28,8 +28,8 @@ class Allow(Frozen):
     non_private: bool = False
 
 
-class SiteTask(Frozen):
-    """Where one task's labels are in the site's own data.
+class LabelColumns(Frozen):
+    """Where one task's labels are in a data set.
 
     Attributes:
         source: name of an entry in `sources`.
@@ -37,7 +37,6 @@ class SiteTask(Frozen):
         values: local value -> task value; without it, local values are the task's own.
         missing: what an empty label means: `skip` (the record has no label for this task) or `refuse` (an error).
         unmapped: what a value outside `values` and the task's labels means, likewise.
-        public_size: declared, public number of units; weights and divisors use it, never the true count.
     """
 
     source: str
@@ -45,6 +44,15 @@ class SiteTask(Frozen):
     values: dict[str, str] | None = None
     missing: Literal["skip", "refuse"]
     unmapped: Literal["skip", "refuse"] = "refuse"
+
+
+class SiteTask(LabelColumns):
+    """One task at a site.
+
+    Attributes:
+        public_size: declared, public number of units; weights and divisors use it, never the true count.
+    """
+
     public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)]
 
 

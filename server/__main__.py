@@ -20,14 +20,14 @@ from common.yaml import parse
 from server.deployment import admitted_sites as registry
 from server.deployment import certificates
 from server.deployment.federation import Federation, FederationConfig, create_folder, open_federation, split_address
-from server.deployment.queue import interrupted, new_folder, submit
 from server.reports.status_table import status_table
 from server.reports.summary import failures, tables
-from server.reports.watch import watch
 from server.superlink import operate
 from server.superlink.control import Control, RunState
 from server.superlink.daemon import owner, run_link
 from server.superlink.node_ids import synchronise
+from server.superlink.queue import interrupted, new_folder, submit
+from server.superlink.watch import watch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -13,10 +13,10 @@ from common.model.backbones import digests_of, open_encoders
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
-from server.deployment.deployed_run import run_deployed
 from server.reports.results import new_run_folder, write_environment, write_results
 from server.reports.summary import FLOWER_APP, tables
 from server.rounds.loop import run_federation
+from server.superlink.deployed_run import run_deployed
 
 app = ServerApp()
 

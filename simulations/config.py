@@ -6,20 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from client.config import Budget, NoisedEvaluation
+from client.config import Budget, LabelColumns, NoisedEvaluation
 from common.plugins import Frozen, LocalPath, Spec
 from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, check_task_rates
 from common.types import Unit
 
 
-class SimulatedTask(Frozen):
-    """Like `SiteTask`; public_size is per simulated site. `all` sites are those that have the source."""
+class SimulatedTask(LabelColumns):
+    """One task over all simulated sites.
 
-    source: str
-    column: str | list[str]
-    values: dict[str, str] | None = None
-    missing: Literal["skip", "refuse"]
-    unmapped: Literal["skip", "refuse"] = "refuse"
+    Attributes:
+        public_size: declared number of units at each site, or of each site by its name.
+        sites: names of the sites that have the task; `all` are those that have the source.
+    """
+
     public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)] | dict[Name, int]
     sites: list[Name] | Literal["all"] = "all"
 

@@ -15,14 +15,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from client.config import SiteTask, Split
+from client.config import LabelColumns, SiteTask, Split
 from client.data.feature_store import Features
 from client.data.sources import Record
 from common.cells import position as cell_position
 from common.errors import instead
 from common.tasks import Task
 from common.types import BadInput, BadRecord, Unit
-from simulations.config import SimulatedTask
 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -224,7 +223,7 @@ def _label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, 
         return None, str(error) if own.unmapped == "refuse" else None
 
 
-def check_values(name: str, task: Task, own: SiteTask | SimulatedTask) -> None:
+def check_values(name: str, task: Task, own: LabelColumns) -> None:
     """Whether local values are mapped to values of the task; a typo there would leave out every record that has one.
 
     Raises:

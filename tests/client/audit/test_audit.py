@@ -23,7 +23,8 @@ from client.audit.audit import AuditResult, audit, audit_run, ledger_epsilon
 from client.audit.canaries import ADDED, FREE, LIVE, plant
 from client.data.units import TaskRecords, Units
 from client.ledger.ledger import Ledger
-from client.solvers import Solver, _private_step, open_solver
+from client.solvers import Solver, open_solver
+from client.solvers.parts import private_step
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.clipping import clip_factors, joint_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
@@ -437,7 +438,7 @@ def test_too_little_noise_on_a_trunk_does_not_drown_in_a_large_head() -> None:
 def clipping(how: Callable[[list[Tensor], list[Tensor], float], tuple[Tensor, Tensor]]) -> type[Any]:
     """The real optimizer with another rule: (trunk's gradients, heads', clip norm) -> factors of both."""
 
-    class Planted(_private_step.StreamOptimizer):
+    class Planted(private_step.StreamOptimizer):
         def clip_and_accumulate(self) -> None:
             gradients = self.grad_samples
             of_trunk, of_heads = how(gradients[:2], gradients[2:], self.max_grad_norm)
@@ -479,7 +480,7 @@ def heads_only(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tu
 def test_a_trunk_that_is_not_clipped_jointly_is_caught(
     how: Callable[..., tuple[Tensor, Tensor]], unit: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_private_step, "StreamOptimizer", clipping(how))
+    monkeypatch.setattr(private_step, "StreamOptimizer", clipping(how))
     result = audit(on_a_trunk(unit=unit))
     if how is jointly:
         assert said(result) == ""
@@ -491,20 +492,20 @@ def test_a_trunk_that_is_not_clipped_jointly_is_caught(
 
 
 def test_a_trunk_that_is_not_clipped_is_refuted_by_canaries_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_private_step, "StreamOptimizer", clipping(heads_only))
+    monkeypatch.setattr(private_step, "StreamOptimizer", clipping(heads_only))
     result = audit(on_a_trunk(num_canaries=1000))
     assert result.epsilon_lower_99_9 > result.epsilon_claimed
 
 
 def miscount(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record's part of the trunk's gradient counts for another patient; heads are right."""
-    right = _private_step.unit_of
+    right = private_step.unit_of
 
     def wrong(entry: str, batch: Units) -> Tensor:
         unit_R = right(entry, batch)
         return unit_R if entry in batch.tasks else unit_R.roll(1)
 
-    monkeypatch.setattr(_private_step, "unit_of", wrong)
+    monkeypatch.setattr(private_step, "unit_of", wrong)
 
 
 def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from common.offers import offer_of
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import Refusal, RunFailed
 from server.reports.summary import summarize
-from tests.server.test_rounds import federate
+from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, backbone, offered, run_config, site_config
 
 REQUIRED: dict[str, Any] = {"audit": "required", "cohort": {"min_sites": 1, "timeout_s": 120, "join_timeout_s": 1}}

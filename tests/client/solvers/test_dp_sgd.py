@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.data.units import TaskRecords, Units
-from client.solvers import Solver, _private_step, open_solver
+from client.solvers import Solver, open_solver
+from client.solvers.parts import private_step
 from common.model.parameters import initial_heads, parameters
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.clipping import joint_norms, neutralised, sum_by_unit
@@ -142,7 +143,7 @@ def test_a_sample_too_large_for_memory_is_clipped_in_parts_and_noised_once() -> 
     }
     modules = initial_heads(wide, {"grade": FEATURES}, seed=1)
     weights = sum(parameter.numel() for parameter in modules["grade"].parameters())
-    count = 1 + _private_step._CHUNK_VALUES // weights
+    count = 1 + private_step._CHUNK_VALUES // weights
     everyone = site(3, count, 1, missing=0.0).only(["grade"])
     stream = CountingSilentStream(KEY)
 

@@ -29,7 +29,7 @@ from server.superlink.daemon import owner
 from tests import tiny
 from tests.federation import client, started, write_site
 from tests.server.deployment.federations import new_federation, write_key_pair
-from tests.server.test_federation import ROOT
+from tests.server.deployment.test_federation import ROOT
 from tests.two_modalities import hospitals
 
 

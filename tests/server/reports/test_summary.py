@@ -15,7 +15,7 @@ from common.privacy.gaussian import gdp_epsilon
 from common.types import BadInput, Plan, Unit
 from server.reports.summary import failures, summarize, tables
 from server.rounds.replies import check_plan
-from tests.server.test_rounds import federate
+from tests.server.rounds.test_loop import federate
 from tests.tiny import run_config, site_config
 
 TOP = {

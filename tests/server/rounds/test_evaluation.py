@@ -20,7 +20,7 @@ from common.tasks import open_task
 from common.types import BadInput
 from server.reports.summary import summarize, tables
 from server.rounds.evaluation import SiteSums, check_evaluation, evaluated
-from tests.server.test_rounds import federate
+from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, site_config
 
 SHARE = {"share": 0.5, "evaluations": 2}

@@ -14,12 +14,12 @@ from common.types import BadInput, RunFailed
 from common.yaml import write_yaml
 from server.__main__ import _finish
 from server.deployment import admitted_sites as registry
-from server.deployment.queue import interrupted
 from server.reports.status_table import status_table
-from server.reports.watch import in_words
 from server.superlink import operate
 from server.superlink.control import RunState
 from server.superlink.node_ids import Roster
+from server.superlink.queue import interrupted
+from server.superlink.watch import in_words
 from tests import tiny
 from tests.server.deployment.federations import new_federation, write_key_pair
 
