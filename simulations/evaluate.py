@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
 from client.personal.metrics import Values, defined, exact_sums, pair_values, values_of
-from common.tasks import Comparing, Obvious, Task, merge_sums, metric_sums
+from common.tasks import EXACT_BUCKETS, BaselinePrediction, PairMetrics, Task
 from common.types import Heads
 
 
@@ -41,13 +42,10 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
             site: exact_sums(heads[name], name, task, units) for site, units in held_out.items() if name in units.tasks
         }
         present = {site: sums for site, sums in per_site.items() if sums is not None}
-        pooled: dict[str, torch.Tensor] | None = None
-        for sums in present.values():
-            pooled = sums if pooled is None else merge_sums(pooled, sums)
         own = {site: held_out[site] for site in present}
         results[name] = Evaluation(
             pooled={
-                **(values_of(task, pooled) if pooled is not None else {}),
+                **(values_of(task, reduce(torch.add, present.values())) if present else {}),
                 **pair_values(heads[name], name, task, list(own.values())),
             },
             per_site={
@@ -62,16 +60,16 @@ def obvious(tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Map
     """Metrics of what each task says without training, over all sites' records together; of no other task."""
     results: dict[str, Values] = {}
     for name, task in tasks.items():
-        if not isinstance(task, Obvious):
+        if not isinstance(task, BaselinePrediction):
             continue
         known_features, known_labels = _records(name, train)
         features, labels = _records(name, held_out)
-        outputs = task.obvious(features, known_features, known_labels)
+        outputs = task.predict_baseline(features, known_features, known_labels)
         # Features as embeddings have no side of any training identity: only their pairs can be judged.
-        if isinstance(task, Comparing):
-            results[name] = defined(task.compared(outputs, labels))
+        if isinstance(task, PairMetrics):
+            results[name] = defined(task.pair_metrics(outputs, labels))
         else:
-            results[name] = values_of(task, metric_sums(task, outputs, labels))
+            results[name] = values_of(task, task.statistic(EXACT_BUCKETS).sums(outputs, labels))
     return results
 
 

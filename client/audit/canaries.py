@@ -12,7 +12,7 @@ them what its own layer makes of them: so a canary has a feature, and a gradient
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -26,8 +26,7 @@ from common.model.parameters import initial_heads
 from common.model.trunks import stand_in
 from common.privacy.noise import KEY_BYTES, NoiseStream
 from common.tasks import Task
-from common.tasks.multilabel import SEPARATOR
-from common.types import BadInput, BadRecord, Delta, RunFailed, Unit
+from common.types import BadInput, Delta, RunFailed, Unit
 
 LIVE, FREE, BACKGROUND = 8, 32, 20
 
@@ -208,20 +207,10 @@ def _units(
 
 
 def _random_label(task: Task, head: nn.Module, stream: NoiseStream) -> Tensor:
-    """A label of the task: what a random prediction decodes to."""
+    """Returns a label of the task: a random prediction."""
     width = next(reversed(list(head.parameters()))).shape[0]
-    for _ in range(1000):
-        prediction = task.decode(torch.from_numpy(stream.gaussian((1, width))).float())[0]
-        cell = (
-            SEPARATOR.join(prediction)
-            if isinstance(prediction, Sequence) and not isinstance(prediction, str)
-            else prediction
-        )
-        try:
-            return task.encode([str(cell)])
-        except BadRecord:  # An empty set of labels may have no name.
-            continue
-    raise RunFailed("audit: a task's own predictions are not labels of it; no canary can be made")
+    outputs = torch.from_numpy(stream.gaussian((1, width))).float()
+    return task.codec.encode(task.codec.decode(outputs)[0])
 
 
 def _directions(planted: Planted, clip_norm: float) -> dict[str, Floats]:

@@ -128,7 +128,7 @@ def labels_of(name: str, task: Task, own: SiteTask, members: Iterable[Member]) -
         BadInput: the source has no such column.
     """
     columns = [own.column] if isinstance(own.column, str) else own.column
-    labels, mask, problems = [task.missing()], [], []
+    labels, mask, problems = [task.codec.missing()], [], []
     for record in (member.record for member in members):
         absent = [column for column in columns if column not in record.cells]
         if absent:
@@ -136,7 +136,7 @@ def labels_of(name: str, task: Task, own: SiteTask, members: Iterable[Member]) -
         label, reason = _label(task, own, [record.cells[column].strip() for column in columns])
         if reason is not None:
             problems.append(Problem(record.file, record.row, reason, name))
-        labels.append(task.missing() if label is None else label)
+        labels.append(task.codec.missing() if label is None else label)
         mask.append(label is not None)
     # The first only gives the shape, also where there is no record.
     return torch.stack(labels)[1:], torch.tensor(mask, dtype=torch.bool), problems
@@ -218,7 +218,7 @@ def _label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, 
     if not any(cells):
         return None, "missing label" if own.missing == "refuse" else None
     try:
-        return task.encode([_mapped(own, cell) for cell in cells]), None
+        return task.codec.encode([_mapped(own, cell) for cell in cells]), None
     except BadRecord as error:
         return None, str(error) if own.unmapped == "refuse" else None
 
@@ -232,7 +232,7 @@ def check_values(name: str, task: Task, own: LabelColumns) -> None:
     # A value of one of several columns means nothing by itself.
     for local, value in (own.values or {}).items() if isinstance(own.column, str) else ():
         try:
-            task.encode([value])
+            task.codec.encode([value])
         except BadRecord as error:
             raise BadInput(f"tasks.{name}.values.{local}: {error}, got {value!r}") from error
 

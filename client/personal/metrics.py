@@ -10,31 +10,31 @@ from torch import Tensor
 
 from client.data.units import Units
 from common.model.parameters import load_parameters
-from common.tasks import Comparing, Task, metric_sums, metric_values
+from common.tasks import EXACT_BUCKETS, PairMetrics, Task
 from common.types import Params
 
 Values = Mapping[str, float | None]
 """Metric -> value, the main one first; None where undefined."""
 
 
-def exact_sums(params: Params, name: str, task: Task, units: Units) -> dict[str, Tensor] | None:
-    """State of a task's metrics over the labelled records of units; None where there is none."""
+def exact_sums(params: Params, name: str, task: Task, units: Units) -> Tensor | None:
+    """Returns the exact sums of a task's statistic over the labelled records of units; None where there is none."""
     found = _outputs(params, name, task, units)
-    return None if found is None else metric_sums(task, *found)
+    return None if found is None else task.statistic(EXACT_BUCKETS).sums(*found)
 
 
-def values_of(task: Task, sums: Mapping[str, Tensor]) -> Values:
-    """The metrics that sums amount to."""
-    return defined(metric_values(task, dict(sums)))
+def values_of(task: Task, sums_S: Tensor) -> Values:
+    """Returns the metrics that follow from the exact sums of a task's statistic; those of several sites add up."""
+    return defined(task.statistic(EXACT_BUCKETS).values(sums_S))
 
 
 def pair_values(params: Params, name: str, task: Task, units: Sequence[Units]) -> Values:
     """Metrics over pairs of all labelled records together; none where the task has none."""
     found = [pair for own in units if (pair := _outputs(params, name, task, own)) is not None]
-    if not isinstance(task, Comparing) or not found:
+    if not isinstance(task, PairMetrics) or not found:
         return {}
     outputs, labels = zip(*found, strict=True)
-    return defined(task.compared(torch.cat(outputs), torch.cat(labels)))
+    return defined(task.pair_metrics(torch.cat(outputs), torch.cat(labels)))
 
 
 def defined(values: Mapping[str, float]) -> Values:

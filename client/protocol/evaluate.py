@@ -1,8 +1,8 @@
 """Evaluation of heads on held-out units as one noised release.
 
-Every record has a row of bounded statistics for each task (`Task.counts`), divided by the task's public bound, so that
-it has length 1 at most; a unit's records are averaged; sums over units are released with Gaussian noise, all tasks at
-once and without sampling.
+Every record has a row of bounded statistics for each task (`Task.statistic`), divided by the task's public bound, so
+that it has length 1 at most; a unit's records are averaged; sums over units are released with Gaussian noise, all
+tasks at once and without sampling.
 
 Guarantee: one unit moves the released vector of T tasks by at most sqrt(T), whatever its records, labels and features
 are and however many it has; missing labels only make its part smaller.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from client.data.units import TaskRecords, Units
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream, released
-from common.tasks import Task, num_counts
+from common.tasks import NOISED_BUCKETS, Task
 from common.types import Heads
 
 SUMS = "sums"
@@ -62,23 +62,24 @@ def noised_sums(
 
 def unit_sums(head: nn.Module, task: Task, records: TaskRecords) -> Tensor:
     """sums_S over units (float64), without noise; one unit's part has length 1 at most."""
-    total_S = torch.zeros(num_counts(task), dtype=torch.float64)
+    statistic = task.statistic(NOISED_BUCKETS)
+    total_S = torch.zeros(statistic.size, dtype=torch.float64)
     rows_at_once = max(1, _CHUNK_VALUES // len(total_S))
     labelled = records.labelled()
     for rows in torch.split(torch.arange(len(labelled.unit_R)), rows_at_once):
         with torch.inference_mode():
             outputs = head(labelled.features_RD[rows])
-            counts_RS = bounded(task.counts(outputs, labelled.labels[rows]), task.counts_norm())
-        total_S += (labelled.weight_R[rows].double().unsqueeze(1) * counts_RS).sum(dim=0).cpu()
+            rows_RS = bounded(statistic.rows(outputs, labelled.labels[rows]), statistic.bound)
+        total_S += (labelled.weight_R[rows].double().unsqueeze(1) * rows_RS).sum(dim=0).cpu()
     return total_S
 
 
-def bounded(counts_RS: Tensor, norm: float) -> Tensor:
+def bounded(rows_RS: Tensor, norm: float) -> Tensor:
     """Rows / norm, shortened to length 1; zero for a row that is not finite.
 
     Rows obey their task's bound by themselves; the promise does not rest on it.
     """
-    scaled_RS = counts_RS.double() / norm
+    scaled_RS = rows_RS.double() / norm
     length_R = torch.linalg.vector_norm(scaled_RS, dim=1)
     cut_RS: Tensor = scaled_RS / (length_R.clamp(min=1.0) * _SLACK).unsqueeze(1)
     return cut_RS.masked_fill(~torch.isfinite(length_R).unsqueeze(1), 0.0)

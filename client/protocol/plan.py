@@ -37,7 +37,7 @@ from client.protocol.requirements import refuse_what_does_not_fit, trained_in, u
 from client.protocol.site import DeclinedRequest, Joined, check_allowed, plan_of
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.run import RunConfig
-from common.tasks import Task
+from common.tasks import NOISED_BUCKETS, Task
 from common.types import BadInput, Plan
 
 
@@ -227,7 +227,11 @@ def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: Histor
 def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
     """The largest standard deviation of the noise over the tasks, in a count where each unit is one."""
     assert mechanism.sensitivity is not None
-    return mechanism.noise_multiplier * mechanism.sensitivity * max(task.counts_norm() for task in tasks.values())
+    return (
+        mechanism.noise_multiplier
+        * mechanism.sensitivity
+        * max(task.statistic(NOISED_BUCKETS).bound for task in tasks.values())
+    )
 
 
 def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bool) -> list[str]:

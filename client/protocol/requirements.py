@@ -17,7 +17,7 @@ from common.backbones import ProjectionLayer, open_untrained
 from common.model.trunks import unfilled_trunk
 from common.plugins import Spec
 from common.run import RunConfig, Trainable
-from common.tasks import Task, num_counts
+from common.tasks import NOISED_BUCKETS, Task
 from common.types import BadInput
 
 MAX_PARAMETERS = 2**24
@@ -97,6 +97,6 @@ def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
     if parameters > MAX_PARAMETERS:
         raise BadInput(f"the run trains {parameters} parameters, expected at most {MAX_PARAMETERS}")
     if run.evaluation is not None:
-        statistics = sum(num_counts(task) for task in tasks.values())
+        statistics = sum(task.statistic(NOISED_BUCKETS).size for task in tasks.values())
         if statistics > MAX_STATISTICS:
             raise BadInput(f"an evaluation of the run has {statistics} statistics, expected at most {MAX_STATISTICS}")

@@ -35,7 +35,7 @@ from common.privacy.accounting import noise_multiplier
 from common.privacy.clipping import clip_factors
 from common.privacy.noise import NoiseStream, released
 from common.run import PositiveInt, Privacy
-from common.tasks import Sloped, Task
+from common.tasks import LossGradient, Task
 from common.types import BadInput, Delta, Plan, Unit
 
 Slopes = Callable[[Tensor, Inputs], Tensor]
@@ -232,11 +232,11 @@ def _chunk(flat: Flat, inputs: Mapping[str, Inputs]) -> int:
 def _slopes_of(task: Task) -> Slopes:
     """How a task's loss is differentiated: as it says itself, or by autograd, which knows any other loss."""
 
-    sloped = task if isinstance(task, Sloped) else None
+    stated_task = task if isinstance(task, LossGradient) else None
 
     def stated(outputs: Tensor, inputs: Inputs) -> Tensor:
-        assert sloped is not None
-        slopes = sloped.slopes(outputs, inputs.records.labels)
+        assert stated_task is not None
+        slopes = stated_task.loss_gradient(outputs, inputs.records.labels)
         if inputs.factor_R is None:
             return slopes
         return slopes.mul_(inputs.factor_R.view(-1, *(1,) * (outputs.dim() - 1)))
@@ -248,4 +248,4 @@ def _slopes_of(task: Task) -> Slopes:
         delta: Tensor = torch.autograd.grad(losses_R, outputs, grad_outputs=factor_R)[0]
         return delta
 
-    return found if sloped is None else stated
+    return found if stated_task is None else stated

@@ -1,34 +1,30 @@
-"""How unlike the normal records each record is. Learned from normal records alone; anomalous ones only judge it.
+"""A score of how unlike the normal records each record is, learned from normal records alone.
 
-One-class least squares, the linear case of Deep SVDD (Ruff et al. 2018): every normal record is to give the public
-value 1, from a head without a bias, for which a constant is out of reach. The score is the distance from 1. A record's
-loss comes from that record alone, and is zero where the record is anomalous.
+One-class least squares, the linear case of Deep SVDD (Ruff et al. 2018): the head is trained to give every normal
+record the public value 1, without a bias, so that it cannot be a constant. The score is the distance from 1. A record's
+loss comes from that record alone, and is zero where the record is anomalous: anomalous records are for evaluation only.
 
 # Shapes: B examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from common.cells import CellName, position
 from common.plugins import Plugin
-from common.tasks import Example
+from common.tasks import Statistic, TaskExample
 from common.tasks.classification import Classification
+from common.tasks.parts.codecs import ClassCodec
 from common.tasks.parts.head import HeadSettings
-from common.types import BadRecord
 
 if TYPE_CHECKING:
-    from torchmetrics import Metric
+    from torch import Tensor, nn
 
-_MISSING = -100
 _METRICS = ("auroc", "balanced_accuracy", "sensitivity", "specificity")
-_MOST_LOGIT = 60.0
+_MAX_LOGIT = 60.0
 
 
 @final
@@ -51,7 +47,7 @@ class Anomaly(Plugin):
     head_settings: HeadSettings = Field(default=HeadSettings(bias=False), alias="head")
 
     @model_validator(mode="after")
-    def _is_sound(self) -> Anomaly:
+    def _check_names_and_bias(self) -> Anomaly:
         if position(self.normal, (self.anomalous,)) is not None:
             raise ValueError(f"anomalous: expected another name than that of normal records, got {self.normal!r} twice")
         if self.head_settings.bias:
@@ -59,67 +55,52 @@ class Anomaly(Plugin):
         return self
 
     @classmethod
-    def example(cls) -> Example:
-        """Heartbeats."""
+    def example(cls) -> TaskExample:
+        """Returns a task on heartbeats."""
         settings = {"kind": "anomaly", "normal": "sinus", "anomalous": "ischemia"}
-        return Example(settings, [["sinus"], ["ischemia"], ["sinus"], ["sinus"]])
+        return TaskExample(settings, [["sinus"], ["ischemia"], ["sinus"], ["sinus"]])
+
+    @property
+    def codec(self) -> ClassCodec:
+        """0 for normal and 1 for anomalous; the prediction is anomalous beyond the threshold."""
+        return ClassCodec((self.normal, self.anomalous), lambda outputs: self._logits(outputs).argmax(1))
 
     def head(self, feature_dim: int) -> nn.Module:
-        """features_BD -> outputs B x 1."""
+        """Returns a head, features_BD -> outputs [B, 1]."""
         return self.head_settings.build(feature_dim, 1)
 
-    def encode(self, cells: Sequence[str]) -> Tensor:
-        """0 or 1 (int64): normal or anomalous, from one cell. Raises BadRecord."""
-        index = position(cells[0], (self.normal, self.anomalous)) if len(cells) == 1 else None
-        if index is None:
-            raise BadRecord("expected the task's normal or anomalous label in one column")
-        return torch.tensor(index)
-
-    def missing(self) -> Tensor:
-        """A mark whose loss is zero."""
-        return torch.tensor(_MISSING)
-
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Half the squared distance from 1 of normal records; zero for all others."""
-        return torch.where(labels == 0, 0.5 * (outputs.squeeze(1) - 1.0) ** 2, 0.0)
+        """Returns half the squared distance from 1 of normal records, and zero for all others."""
+        losses_B = 0.5 * (outputs.squeeze(1) - 1.0) ** 2
+        return losses_B.where(labels == 0, 0.0)
 
-    def obvious(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
-        """B x 1: as far from 1 as the features are from the mean of the normal training records."""
+    def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
+        """Returns outputs [B, 1], as far from 1 as the features are from the mean of the normal training records.
+
+        Args:
+            features: [B, D], features of the records to predict.
+            known_features: [N, D], features of the training records.
+            known_labels: int64 [N], 0 for normal and 1 for anomalous.
+        """
         mean_D = known_features[known_labels == 0].mean(dim=0)
         distance_B1: Tensor = (features - mean_D).norm(dim=1, keepdim=True)
         return 1.0 + distance_B1
 
-    def scores(self, outputs: Tensor) -> Tensor:
-        """B x 2: how normal and how anomalous, in [0, 1]; even at the threshold."""
-        return self._logits(outputs).softmax(dim=1)
+    def statistic(self, buckets: int) -> Statistic:
+        """Returns the statistic of a classification into normal and anomalous; AUROC is that of the distance."""
+        classes = Classification(labels=(self.normal, self.anomalous), positive=self.anomalous)
+        whole = classes.statistic(buckets).after(self._logits)
 
-    def metrics(self) -> dict[str, Metric]:
-        """AUROC of the distance first; the others at the threshold."""
-        metrics = self._judged().metrics()
-        return {name: metrics[name] for name in _METRICS}
+        def chosen(sums_S: Tensor) -> dict[str, float]:
+            values = whole.values(sums_S)
+            return {name: values[name] for name in _METRICS}
 
-    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """As a classification into normal and anomalous."""
-        return self._judged().counts(self._logits(outputs), labels)
-
-    def counts_norm(self) -> float:
-        """As a classification's."""
-        return self._judged().counts_norm()
-
-    def counted(self, sums: Tensor) -> dict[str, float]:
-        """The metrics of summed, perhaps noised `counts`."""
-        values = self._judged().counted(sums)
-        return {name: values[name] for name in _METRICS}
-
-    def decode(self, outputs: Tensor) -> list[str]:
-        """Which label the threshold gives each example."""
-        return self._judged().decode(self._logits(outputs))
-
-    def _judged(self) -> Classification:
-        return Classification(labels=(self.normal, self.anomalous), positive=self.anomalous)
+        return Statistic(whole.size, whole.bound, whole.entries, chosen)
 
     def _logits(self, outputs: Tensor) -> Tensor:
-        """B x 2: zero, and twice the logarithm of distance over threshold: monotone in the distance, never infinite."""
+        """Returns [B, 2]: 0, and 2 log(distance / threshold), which is monotone in the distance and never infinite."""
+        import torch
+
         distance_B = (outputs.detach().squeeze(1).double() - 1.0).abs() / self.threshold
-        logit_B = (2.0 * distance_B.log()).clamp(-_MOST_LOGIT, _MOST_LOGIT).float()
+        logit_B = (2.0 * distance_B.log()).clamp(-_MAX_LOGIT, _MAX_LOGIT).float()
         return torch.stack([torch.zeros_like(logit_B), logit_B], dim=1)

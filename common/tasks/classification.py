@@ -1,28 +1,24 @@
-"""One of several classes for each example."""
+"""One of several classes for each example.
+
+# Shapes: B examples, K classes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from common.cells import CellName, CellNames, position
+from common.cells import CellName, CellNames
 from common.plugins import Plugin
-from common.tasks import Example
+from common.tasks import SparseRows, Statistic, TaskExample
+from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
 from common.tasks.parts.head import HeadSettings
-from common.tasks.parts.rates import one_against_rest, rate_of, recall, true_negative_rate
-from common.tasks.parts.statistics import area_of, bucket_rows, found, recognised, share
-from common.types import BadRecord
 
 if TYPE_CHECKING:
-    from torchmetrics import Metric
-
-# PyTorch's own mark of a label that contributes no loss.
-_MISSING = -100
+    from torch import Tensor, nn
 
 
 @final
@@ -43,109 +39,106 @@ class Classification(Plugin):
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
     @model_validator(mode="after")
-    def _positive_is_a_label(self) -> Classification:
+    def _check_positive_is_a_label(self) -> Classification:
         if self.positive is not None and (len(self.labels) != 2 or self.positive not in self.labels):
             raise ValueError(f"positive: expected one of two labels, got {self.positive!r} for {len(self.labels)}")
         return self
 
     @classmethod
-    def example(cls) -> Example:
-        """Three classes."""
+    def example(cls) -> TaskExample:
+        """Returns a task of three classes."""
         settings = {"kind": "classification", "labels": ["none", "glioma", "meningioma"]}
-        return Example(settings, [["glioma"], ["none"], ["meningioma"], ["none"]])
+        return TaskExample(settings, [["glioma"], ["none"], ["meningioma"], ["none"]])
+
+    @property
+    def codec(self) -> ClassCodec:
+        """Class indices; the prediction is the most probable class."""
+        return ClassCodec(self.labels, lambda outputs: outputs.argmax(1))
 
     def head(self, feature_dim: int) -> nn.Module:
-        """features_BD -> logits_BK."""
+        """Returns a head, features_BD -> logits_BK."""
         return self.head_settings.build(feature_dim, len(self.labels))
 
-    def encode(self, cells: Sequence[str]) -> Tensor:
-        """Class index (int64) from one cell. Raises BadRecord."""
-        index = position(cells[0], self.labels) if len(cells) == 1 else None
-        if index is None:
-            raise BadRecord("expected one of the task's labels in one column")
-        return torch.tensor(index)
-
-    def missing(self) -> Tensor:
-        """A mark that cross entropy ignores."""
-        return torch.tensor(_MISSING)
-
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy of each example."""
-        return nn.functional.cross_entropy(outputs, labels, reduction="none", ignore_index=_MISSING)
+        """Returns the cross entropy of each example."""
+        from torch.nn import functional
 
-    def slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Probabilities minus the label's unit vector."""
-        slopes_BK = outputs.softmax(dim=1)
+        return functional.cross_entropy(outputs, labels, reduction="none", ignore_index=MISSING_CLASS)
+
+    def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the probabilities minus the label's unit vector."""
+        gradient_BK = outputs.softmax(dim=1)
         labels_B1 = labels.unsqueeze(1)
-        return slopes_BK.scatter_add_(1, labels_B1, slopes_BK.new_full(labels_B1.shape, -1.0))
+        return gradient_BK.scatter_add_(1, labels_B1, gradient_BK.new_full(labels_B1.shape, -1.0))
 
-    def obvious(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
-        """Each class's share of the training records, whatever the features: its decision is the majority's."""
+    def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
+        """Returns the logarithm of each class's frequency in training, whatever the features: it predicts the majority.
+
+        Args:
+            features: [B, D], features of the records to predict.
+            known_features: [N, D], unused.
+            known_labels: int64 [N], class indices of the training records.
+        """
         del known_features
-        counts_K = torch.bincount(known_labels, minlength=len(self.labels))
+        counts_K = known_labels.bincount(minlength=len(self.labels))
         return counts_K.clamp_min(1e-9).log().to(features).expand(len(features), -1)
 
-    def scores(self, outputs: Tensor) -> Tensor:
-        """Probabilities B x K."""
-        return outputs.softmax(dim=1)
+    def statistic(self, buckets: int) -> Statistic:
+        """Returns the cell of the confusion matrix, and the score's bucket of the positive class or of every class.
 
-    def metrics(self) -> dict[str, Metric]:
-        """Accuracy first. Of two classes the positive one's, of more the mean over the classes that occur."""
-        from common.tasks.parts.metrics import Accuracy, Auroc, ClassRate
-
-        num_classes = len(self.labels)
-        positive = self._positive()
-        return {
-            "accuracy": Accuracy(num_classes=num_classes),
-            "balanced_accuracy": ClassRate(num_classes, rate_of(recall, None)),
-            "auroc": Auroc(num_classes, num_classes, only=positive),
-            "sensitivity": ClassRate(num_classes, rate_of(recall, positive)),
-            "specificity": ClassRate(num_classes, rate_of(true_negative_rate, positive)),
-        }
-
-    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The cell of the confusion matrix, and score buckets of the positive class or of each against the rest.
-
-        Buckets are weighted so that all of them together are as long as the cell.
+        Of two classes the metrics are about the positive one, of more they are means over the classes that occur.
         """
-        num_classes, scored = len(self.labels), self._scored()
-        scores_BK = self.scores(outputs.detach())
-        cell_B = labels * num_classes + scores_BK.argmax(dim=1)
-        cells = nn.functional.one_hot(cell_B, num_classes**2).double()
-        truth_BK = nn.functional.one_hot(labels, num_classes)
-        buckets = bucket_rows(scores_BK[:, scored], truth_BK[:, scored], num_classes)
-        return torch.cat([cells, buckets / math.sqrt(len(scored))], dim=1)
+        num_classes, num_scored = len(self.labels), len(self._scored_classes())
+        return Statistic(
+            size=num_classes**2 + 2 * num_scored * buckets,
+            # One cell; all buckets together are weighted to be as long again.
+            bound=math.sqrt(2.0),
+            entries=partial(self._entries, buckets),
+            values=self._values,
+        )
 
-    def counts_norm(self) -> float:
-        """One cell, and as much again for the buckets."""
-        return math.sqrt(2.0)
+    def _entries(self, buckets: int, outputs: Tensor, labels: Tensor) -> SparseRows:
+        from torch.nn import functional
 
-    def counted(self, sums: Tensor) -> dict[str, float]:
-        """The metrics of summed, perhaps noised `counts`."""
-        num_classes, scored, positive = len(self.labels), self._scored(), self._positive()
-        counts_KK = sums[: num_classes**2].view(num_classes, num_classes)
+        from common.tasks.parts.statistics import join_rows, score_rows
+
+        num_classes, scored = len(self.labels), self._scored_classes()
+        scores_BK = outputs.softmax(dim=1)
+        cell_B1 = (labels * num_classes + scores_BK.argmax(dim=1)).unsqueeze(1)
+        index_BL, value_BL = score_rows(
+            scores_BK[:, scored],
+            functional.one_hot(labels, num_classes)[:, scored],
+            num_classes=num_classes,
+            buckets=buckets,
+            offset=num_classes**2,
+        )
+        cells = SparseRows(cell_B1, value_BL.new_ones(cell_B1.shape))
+        return join_rows(cells, SparseRows(index_BL, value_BL / math.sqrt(len(scored))))
+
+    def _values(self, sums_S: Tensor) -> dict[str, float]:
+        from common.tasks.parts.statistics import area_under_roc, one_against_rest, ratio, recall, specificity
+
+        num_classes, num_scored, positive = len(self.labels), len(self._scored_classes()), self._positive_index()
+        counts_KK = sums_S[: num_classes**2].view(num_classes, num_classes)
         counts_K22 = one_against_rest(counts_KK)
-        area_L = area_of(sums[num_classes**2 :] * math.sqrt(len(scored)), len(scored))
-        recall_K, negative_K = found(counts_K22), recognised(counts_K22)
+        area_L = area_under_roc(sums_S[num_classes**2 :] * math.sqrt(num_scored), num_scored)
+        recall_K, specificity_K = recall(counts_K22), specificity(counts_K22)
         values = {
-            "accuracy": share(counts_KK.diagonal().sum(), counts_KK.sum()),
+            "accuracy": ratio(counts_KK.diagonal().sum(), counts_KK.sum()),
+            # The mean of one-against-rest recall over all classes is balanced accuracy.
             "balanced_accuracy": recall_K.nanmean(),
             "auroc": area_L.nanmean(),
             "sensitivity": recall_K.nanmean() if positive is None else recall_K[positive],
-            "specificity": negative_K.nanmean() if positive is None else negative_K[positive],
+            "specificity": specificity_K.nanmean() if positive is None else specificity_K[positive],
         }
         return {name: float(value) for name, value in values.items()}
 
-    def decode(self, outputs: Tensor) -> list[str]:
-        """The most probable label of each example."""
-        return [self.labels[index] for index in outputs.argmax(dim=1).tolist()]
-
-    def _positive(self) -> int | None:
+    def _positive_index(self) -> int | None:
         if len(self.labels) != 2:
             return None
         return 1 if self.positive is None else self.labels.index(self.positive)
 
-    def _scored(self) -> list[int]:
-        """Classes whose scores are counted: of two the positive one says all."""
-        positive = self._positive()
+    def _scored_classes(self) -> list[int]:
+        """Returns the classes whose scores are counted; of two classes the scores of one determine the other's."""
+        positive = self._positive_index()
         return list(range(len(self.labels))) if positive is None else [positive]

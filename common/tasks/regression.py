@@ -1,23 +1,25 @@
-"""A number for each example, within a declared public range."""
+"""A number for each example, within a declared public range.
+
+# Shapes: B examples.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
 
 from common.cells import number
 from common.plugins import Plugin
-from common.tasks import Example
+from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
 from common.types import BadRecord
 
 if TYPE_CHECKING:
-    from torchmetrics import Metric
+    from torch import Tensor, nn
 
 
 @final
@@ -39,96 +41,114 @@ class Regression(Plugin):
 
     @field_validator("range")
     @classmethod
-    def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+    def _check_order(cls, bounds: tuple[float, float]) -> tuple[float, float]:
         if not bounds[0] < bounds[1]:
             raise ValueError(f"expected [lowest, highest], got {list(bounds)}")
         return bounds
 
     @classmethod
-    def example(cls) -> Example:
-        """An age."""
-        return Example({"kind": "regression", "range": [0, 128]}, [["0"], ["32.5"], ["64"], ["128"]])
+    def example(cls) -> TaskExample:
+        """Returns a task on ages."""
+        return TaskExample({"kind": "regression", "range": [0, 128]}, [["0"], ["32.5"], ["64"], ["128"]])
+
+    @property
+    def codec(self) -> RangeCodec:
+        """Targets and predictions in the target's own unit."""
+        return RangeCodec(*self.range, clips=self.outside == "clip")
 
     def head(self, feature_dim: int) -> nn.Module:
-        """features_BD -> outputs B x 1."""
+        """Returns a head, features_BD -> outputs [B, 1]."""
         return self.head_settings.build(feature_dim, 1)
 
-    def encode(self, cells: Sequence[str]) -> Tensor:
-        """The target in its own unit (float32 scalar) from one cell. Raises BadRecord."""
-        value = number(cells[0]) if len(cells) == 1 else None
-        if value is None:
-            raise BadRecord("expected one number")
-        low, high = self.range
-        clipped = min(max(value, low), high)
-        if clipped != value and self.outside == "refuse":
-            raise BadRecord("expected a number within the task's range")
-        return torch.tensor(clipped, dtype=torch.float32)
-
-    def missing(self) -> Tensor:
-        """The middle of the range."""
-        return torch.tensor(self._middle, dtype=torch.float32)
-
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Half the squared error of each example, targets scaled to [-1, 1]."""
-        targets_B = (labels - self._middle) / self._half
-        return 0.5 * (outputs.squeeze(1) - targets_B) ** 2
+        """Returns half the squared error of each example, with targets scaled to [-1, 1]."""
+        return 0.5 * (outputs.squeeze(1) - self.codec.to_unit(labels)) ** 2
 
-    def slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Residual of each example, targets scaled to [-1, 1]."""
-        return outputs - ((labels - self._middle) / self._half).unsqueeze(1)
+    def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the residual of each example, with targets scaled to [-1, 1]."""
+        return outputs - self.codec.to_unit(labels).unsqueeze(1)
 
-    def scores(self, outputs: Tensor) -> Tensor:
-        """Predictions in the target's unit, float64."""
-        low, high = self.range
-        return (outputs.squeeze(1).double() * self._half + self._middle).clamp(low, high)
+    def statistic(self, buckets: int) -> Statistic:
+        """Returns 1, absolute and squared error in widths of the range, the target scaled to [-1, 1], and its square.
 
-    def metrics(self) -> dict[str, Metric]:
-        """Mean absolute error first, in the target's unit."""
-        from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
+        The main metric is the mean absolute error, in the target's unit.
+        """
+        del buckets
+        # Five entries of at most 1: predictions are clipped to the range, and labels outside of it are not encoded.
+        return Statistic(size=5, bound=math.sqrt(5.0), entries=self._entries, values=self._values)
 
-        from common.tasks.parts.metrics import R2
+    def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
+        import torch
 
-        metrics: dict[str, Metric] = {
-            "mae": MeanAbsoluteError(),
-            "rmse": MeanSquaredError(squared=False),
-            "r2": R2(),
-        }
-        # float64: the spread of a target is a small difference of large sums.
-        return {name: metric.set_dtype(torch.float64) for name, metric in metrics.items()}
+        codec, targets_B = self.codec, labels.double()
+        error_B = (codec.predict(outputs) - targets_B) / (2 * codec.half)
+        scaled_B = codec.to_unit(targets_B)
+        value_B5 = torch.stack([torch.ones_like(error_B), error_B.abs(), error_B**2, scaled_B, scaled_B**2], dim=1)
+        return SparseRows(torch.arange(5, device=value_B5.device).expand(len(value_B5), 5), value_B5)
 
-    def counts(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """1, absolute and squared error in widths of the range, the target scaled to [-1, 1], and its square."""
-        targets_B = labels.double()
-        error_B = (self.scores(outputs.detach()) - targets_B) / (2 * self._half)
-        scaled_B = (targets_B - self._middle) / self._half
-        return torch.stack([torch.ones_like(error_B), error_B.abs(), error_B**2, scaled_B, scaled_B**2], dim=1)
-
-    def counts_norm(self) -> float:
-        """Five entries of at most 1: predictions are cut to the range, and labels outside of it are not encoded."""
-        return math.sqrt(5.0)
-
-    def counted(self, sums: Tensor) -> dict[str, float]:
-        """The metrics of summed, perhaps noised `counts`; NaN where they are undefined."""
-        total, absolute, square, target, target_square = sums.tolist()
+    def _values(self, sums_S: Tensor) -> dict[str, float]:
+        total, absolute, square, target, target_square = sums_S.tolist()
         if total <= 0.0:
             return dict.fromkeys(("mae", "rmse", "r2"), math.nan)
         spread = target_square - target**2 / total
-        width = 2 * self._half
+        width = 2 * self.codec.half
         return {
             "mae": max(absolute / total, 0.0) * width,
             "rmse": math.sqrt(max(square / total, 0.0)) * width,
             "r2": 1.0 - 4.0 * square / spread if spread > 0.0 else math.nan,
         }
 
-    def decode(self, outputs: Tensor) -> list[float]:
-        """The prediction for each example, in the target's unit."""
-        values: list[float] = self.scores(outputs).tolist()
-        return values
+
+@dataclass(frozen=True)
+class RangeCodec:
+    """Labels are numbers in the target's own unit (float32 scalar).
+
+    Attributes:
+        low: lowest value of the target.
+        high: highest value of the target.
+        clips: whether a value outside the range is clipped to it; otherwise it is refused.
+    """
+
+    low: float
+    high: float
+    clips: bool
 
     @property
-    def _middle(self) -> float:
-        return (self.range[0] + self.range[1]) / 2
+    def middle(self) -> float:
+        """Middle of the range."""
+        return (self.low + self.high) / 2
 
     @property
-    def _half(self) -> float:
-        return (self.range[1] - self.range[0]) / 2
+    def half(self) -> float:
+        """Half the width of the range."""
+        return (self.high - self.low) / 2
+
+    def to_unit(self, values: Tensor) -> Tensor:
+        """Returns values of the range scaled to [-1, 1]."""
+        return (values - self.middle) / self.half
+
+    def encode(self, cells: Sequence[str]) -> Tensor:
+        """Returns the target from the only cell. Raises BadRecord."""
+        import torch
+
+        value = number(cells[0]) if len(cells) == 1 else None
+        if value is None:
+            raise BadRecord("expected one number")
+        clipped = min(max(value, self.low), self.high)
+        if clipped != value and not self.clips:
+            raise BadRecord("expected a number within the task's range")
+        return torch.tensor(clipped, dtype=torch.float32)
+
+    def missing(self) -> Tensor:
+        """Returns the middle of the range."""
+        import torch
+
+        return torch.tensor(self.middle, dtype=torch.float32)
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Returns the predicted value of each example (float64), clipped to the range."""
+        return (outputs.squeeze(1).double() * self.half + self.middle).clamp(self.low, self.high)
+
+    def decode(self, outputs: Tensor) -> list[list[str]]:
+        """Returns the predicted value of each example in one cell."""
+        return [[repr(value)] for value in self.predict(outputs).tolist()]

@@ -20,7 +20,7 @@ from common.run import RunConfig
 from common.types import Heads
 from server.reports.summary import Summary, summarize
 
-PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "torch", "torchmetrics", "torchvision")
+PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "torch", "torchvision")
 ROOMS = ("common", "client", "server", "simulations")
 
 

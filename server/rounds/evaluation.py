@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common import messages
-from common.tasks import Task, num_counts
+from common.tasks import NOISED_BUCKETS, Statistic, Task
 from common.types import BadInput
 
 _SUMS = "sums"
@@ -64,8 +64,9 @@ def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -
     if set(reply.sums) != set(tasks):
         raise BadInput(f"evaluation: expected tasks {', '.join(sorted(tasks))}, got another set")
     for name, task in tasks.items():
-        if set(reply.sums[name]) != {_SUMS} or reply.sums[name][_SUMS].shape != (num_counts(task),):
-            raise BadInput(f"evaluation: {name}: expected {num_counts(task)} statistics, got another shape")
+        size = task.statistic(NOISED_BUCKETS).size
+        if set(reply.sums[name]) != {_SUMS} or reply.sums[name][_SUMS].shape != (size,):
+            raise BadInput(f"evaluation: {name}: expected {size} statistics, got another shape")
         if not np.isfinite(reply.sums[name][_SUMS]).all():
             raise BadInput(f"evaluation: {name}: expected finite statistics")
 
@@ -84,21 +85,22 @@ def evaluated(tasks: Mapping[str, Task], releases: Sequence[SiteSums], seed: int
         if not own:
             continue
         total = sum(release.reply.sums[name][_SUMS].astype(np.float64) for release in own)
-        sums = torch.from_numpy(np.asarray(total)) * task.counts_norm()
-        deviation = math.sqrt(sum(release.noise_std**2 for release in own)) * task.counts_norm()
-        values = task.counted(sums)
+        statistic = task.statistic(NOISED_BUCKETS)
+        sums = torch.from_numpy(np.asarray(total)) * statistic.bound
+        deviation = math.sqrt(sum(release.noise_std**2 for release in own)) * statistic.bound
+        values = statistic.values(sums)
         results[name] = NoisedMetrics(
             metrics={metric: _finite(value) for metric, value in values.items()},
-            standard_errors=_standard_errors(task, sums, deviation, seed),
+            standard_errors=_standard_errors(statistic, sums, deviation, seed),
             sites=tuple(sorted(release.site for release in own)),
         )
     return results
 
 
-def _standard_errors(task: Task, sums: torch.Tensor, deviation: float, seed: int) -> dict[str, float | None]:
+def _standard_errors(statistic: Statistic, sums: torch.Tensor, deviation: float, seed: int) -> dict[str, float | None]:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(_DRAWS, len(sums), generator=generator, dtype=torch.float64) * deviation
-    draws = [task.counted(sums + each) for each in noise]
+    draws = [statistic.values(sums + each) for each in noise]
     errors: dict[str, float | None] = {}
     for metric in draws[0]:
         defined = [draw[metric] for draw in draws if math.isfinite(draw[metric])]

@@ -1,36 +1,38 @@
 """Every task kind found in the folder, each with its own example: losses of single examples, heads Opacus accepts,
-metric sums that add up, labels that survive encoding and decoding."""
+statistics that are bounded and add up, labels that survive encoding and decoding."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from opacus.validators import ModuleValidator
 from torch import Tensor
-from torchmetrics.utilities.data import dim_zero_sum
 
 from common.plugins import kinds, plugin_class
-from common.tasks import Example, Sloped, Task, merge_sums, metric_sums, metric_values, num_counts, open_task
+from common.tasks import EXACT_BUCKETS, NOISED_BUCKETS, LossGradient, Task, TaskExample, open_task
 from common.types import BadRecord
 
 FEATURE_DIM = 7
 
 
 @pytest.fixture(scope="module", params=kinds("common.tasks"))
-def example(request: pytest.FixtureRequest) -> Example:
+def example(request: pytest.FixtureRequest) -> TaskExample:
     return plugin_class("common.tasks", request.param).example()
 
 
 @pytest.fixture(scope="module")
-def task(example: Example) -> Task:
+def task(example: TaskExample) -> Task:
     return open_task(example.settings, "task")
 
 
 @pytest.fixture(scope="module")
-def labels(task: Task, example: Example) -> Tensor:
-    return torch.stack([task.encode(cells) for cells in example.cells])
+def labels(task: Task, example: TaskExample) -> Tensor:
+    return torch.stack([task.codec.encode(cells) for cells in example.cells])
 
 
 def many(task: Task, labels: Tensor, copies: int = 6) -> tuple[Tensor, Tensor]:
@@ -64,19 +66,19 @@ def test_the_loss_of_a_batch_is_the_losses_of_its_examples(task: Task, labels: T
     assert (losses_B >= 0).all()
 
 
-def test_a_stated_slope_is_the_one_that_autograd_finds(task: Task, labels: Tensor) -> None:
+def test_a_stated_gradient_is_the_one_that_autograd_computes(task: Task, labels: Tensor) -> None:
     outputs, labels = many(task, labels)
     if labels.dim() > 1:
         labels = torch.where(torch.rand(labels.shape, generator=torch.Generator().manual_seed(4)) < 0.3, -1, labels)
     outputs = (5.0 * outputs).requires_grad_()
     (expected,) = torch.autograd.grad(task.losses(outputs, labels).sum(), outputs)
-    if isinstance(task, Sloped):
-        torch.testing.assert_close(task.slopes(outputs.detach(), labels), expected)
+    if isinstance(task, LossGradient):
+        torch.testing.assert_close(task.loss_gradient(outputs.detach(), labels), expected)
     else:
         assert expected.shape == outputs.shape  # Solvers ask autograd, which knows it.
 
 
-def test_opacus_validates_linear_and_hidden_heads(task: Task, example: Example) -> None:
+def test_opacus_validates_linear_and_hidden_heads(task: Task, example: TaskExample) -> None:
     hidden = open_task({**example.settings, "head": {"hidden": 5, "bias": False}}, "task")
     for head in (task.head(FEATURE_DIM), hidden.head(FEATURE_DIM)):
         assert ModuleValidator.validate(head, strict=True) == []
@@ -88,115 +90,112 @@ def test_a_new_head_says_the_same_of_every_record(task: Task) -> None:
     assert torch.equal(outputs, torch.zeros_like(outputs))
 
 
-def test_every_metric_state_is_a_sum(task: Task) -> None:
-    for metric in task.metrics().values():
-        assert metric._reductions
-        assert all(reduction is dim_zero_sum for reduction in metric._reductions.values())
-
-
-def test_metric_sums_merge_associatively_into_those_of_the_whole(task: Task, labels: Tensor) -> None:
+@pytest.mark.parametrize("buckets", [EXACT_BUCKETS, NOISED_BUCKETS])
+def test_exact_sums_are_those_of_the_rows_and_those_of_parts_add_up(task: Task, labels: Tensor, buckets: int) -> None:
     outputs, labels = many(task, labels)
+    statistic = task.statistic(buckets)
     cuts = [slice(0, 3), slice(3, 10), slice(10, len(labels))]
-    first, second, third = (metric_sums(task, outputs[cut], labels[cut]) for cut in cuts)
-    left = merge_sums(merge_sums(first, second), third)
-    right = merge_sums(first, merge_sums(third, second))
-    whole = metric_sums(task, outputs, labels)
-    for key in whole:
-        torch.testing.assert_close(left[key], right[key], rtol=1e-12, atol=0)
-        torch.testing.assert_close(left[key], whole[key], rtol=1e-12, atol=0)
-    assert metric_values(task, left) == pytest.approx(metric_values(task, whole))
+    first, second, third = (statistic.sums(outputs[cut], labels[cut]) for cut in cuts)
+    whole = statistic.sums(outputs, labels)
+    for sums in (statistic.rows(outputs, labels).sum(dim=0), (first + second) + third, first + (third + second)):
+        torch.testing.assert_close(sums, whole, rtol=1e-12, atol=0)
+    assert statistic.values(first + second + third) == pytest.approx(statistic.values(whole))
 
 
 def test_nothing_adds_nothing_and_leaves_every_metric_undefined(task: Task, labels: Tensor) -> None:
-    outputs, labels = many(task, labels)
-    nothing, sums = metric_sums(task, outputs[:0], labels[:0]), metric_sums(task, outputs, labels)
-    merged = merge_sums(nothing, sums)
-    assert all(torch.equal(merged[key], sums[key]) for key in sums)
-    assert all(math.isnan(value) for value in metric_values(task, nothing).values())
+    outputs, _ = many(task, labels)
+    statistic = task.statistic(EXACT_BUCKETS)
+    nothing = statistic.sums(outputs[:0], labels[:0])
+    assert nothing.dtype == torch.float64 and not nothing.any()
+    assert all(math.isnan(value) for value in statistic.values(nothing).values())
 
 
 def test_metrics_of_a_perfect_fit_are_finite_and_better_than_of_chance(task: Task, labels: Tensor) -> None:
-    perfect = metric_values(task, metric_sums(task, fitted(task, labels), labels))
-    outputs, repeated = many(task, labels)
-    chance = metric_values(task, metric_sums(task, outputs, repeated))
+    statistic = task.statistic(EXACT_BUCKETS)
+    perfect = statistic.values(statistic.sums(fitted(task, labels), labels))
+    chance = statistic.values(statistic.sums(*many(task, labels)))
     assert all(math.isfinite(value) for value in perfect.values())
     main = next(iter(perfect))
     assert abs(perfect[main]) in (pytest.approx(1.0), pytest.approx(0.0, abs=1e-4))
     assert perfect[main] != pytest.approx(chance[main])
 
 
-def test_scores_are_finite_for_extreme_outputs(task: Task, labels: Tensor) -> None:
-    outputs, _ = many(task, labels)
-    assert torch.isfinite(task.scores(outputs * 1e4)).all()
-
-
-def test_decoding_an_encoded_label_returns_it(task: Task, labels: Tensor, example: Example) -> None:
-    decoded = task.decode(fitted(task, labels))
-    assert len(decoded) == len(example.cells)
-    for value, cells in zip(decoded, example.cells, strict=True):
-        match value:
-            case str():
-                assert [value] == list(cells)
-            case float():
-                assert value == pytest.approx(float(cells[0]), abs=1e-4)
-            case list():
-                assert "|".join(value) == ("" if torch.all(task.encode(cells) == 0) else cells[0])
+def test_decoding_an_encoded_label_returns_it(task: Task, labels: Tensor) -> None:
+    decoded = task.codec.decode(fitted(task, labels))
+    assert all(isinstance(cell, str) for cells in decoded for cell in cells)
+    torch.testing.assert_close(torch.stack([task.codec.encode(cells) for cells in decoded]), labels, rtol=0, atol=1e-4)
 
 
 def test_a_foreign_label_is_refused_without_repeating_it(task: Task) -> None:
     with pytest.raises(BadRecord) as caught:
-        task.encode(["Jane Doe"])
+        task.codec.encode(["Jane Doe"])
     assert "Jane" not in str(caught.value)
     with pytest.raises(BadRecord):
-        task.encode([])
+        task.codec.encode([])
 
 
 def test_a_missing_label_looks_like_a_label(task: Task, labels: Tensor) -> None:
-    missing = task.missing()
+    missing = task.codec.missing()
     assert missing.shape == labels.shape[1:]
     assert missing.dtype == labels.dtype
     assert torch.isfinite(task.losses(many(task, labels)[0][:1], missing.unsqueeze(0))).all()
 
 
-def test_an_examples_counts_are_no_longer_than_declared(task: Task, labels: Tensor) -> None:
-    """Whatever the head says: nothing, sensible, absurd, or infinite."""
+@pytest.mark.parametrize("buckets", [EXACT_BUCKETS, NOISED_BUCKETS])
+def test_an_examples_row_is_no_longer_than_declared(task: Task, labels: Tensor, buckets: int) -> None:
+    """Whatever the head returns: zero, usual, very large or infinite outputs."""
     outputs, labels = many(task, labels)
+    statistic = task.statistic(buckets)
     for factor in (0.0, 1.0, 1e4, 1e30):
-        rows = task.counts(outputs * factor, labels)
-        assert rows.dtype == torch.float64 and rows.shape == (len(labels), num_counts(task))
-        assert torch.linalg.vector_norm(rows, dim=1).max() <= task.counts_norm() * (1 + 1e-6)
+        rows = statistic.rows(outputs * factor, labels)
+        assert rows.dtype == torch.float64 and rows.shape == (len(labels), statistic.size)
+        assert torch.linalg.vector_norm(rows, dim=1).max() <= statistic.bound * (1 + 1e-6)
 
 
-def test_the_declared_length_of_counts_is_not_larger_than_it_has_to_be(task: Task, labels: Tensor) -> None:
+def test_the_declared_bound_is_not_larger_than_it_has_to_be(task: Task, labels: Tensor) -> None:
     """A bound twice too large would double the noise."""
     outputs, labels = many(task, labels)
-    longest = max(float(torch.linalg.vector_norm(task.counts(outputs * f, labels), dim=1).max()) for f in (-1e4, 1e4))
-    assert longest >= 0.7 * task.counts_norm()
+    statistic = task.statistic(NOISED_BUCKETS)
+    longest = max(
+        float(torch.linalg.vector_norm(statistic.rows(outputs * f, labels), dim=1).max()) for f in (-1e4, 1e4)
+    )
+    assert longest >= 0.7 * statistic.bound
 
 
-def test_an_examples_counts_come_from_it_alone(task: Task, labels: Tensor) -> None:
+def test_an_examples_row_comes_from_it_alone(task: Task, labels: Tensor) -> None:
     outputs, labels = many(task, labels)
-    rows = task.counts(outputs, labels)
-    alone = torch.cat([task.counts(outputs[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
+    statistic = task.statistic(NOISED_BUCKETS)
+    rows = statistic.rows(outputs, labels)
+    alone = torch.cat([statistic.rows(outputs[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
     torch.testing.assert_close(rows, alone)
-    assert task.counts(outputs[:0], labels[:0]).shape == (0, num_counts(task))
+    assert statistic.rows(outputs[:0], labels[:0]).shape == (0, statistic.size)
 
 
-def test_summed_counts_give_the_metrics_up_to_buckets_of_scores(task: Task, labels: Tensor) -> None:
+def test_noised_metrics_without_noise_are_the_exact_ones_up_to_buckets_of_scores(task: Task, labels: Tensor) -> None:
     outputs, labels = many(task, labels, copies=500)
     outputs = outputs + fitted(task, labels) / 20  # Neither chance nor perfect.
-    counted = task.counted(task.counts(outputs, labels).sum(dim=0))
-    truth = metric_values(task, metric_sums(task, outputs, labels))
-    assert list(counted) == list(truth)
-    for name, value in truth.items():
-        assert counted[name] == pytest.approx(value, rel=1e-6, abs=0.02 if name == "auroc" else 1e-9), name
+    noised, exact = (
+        statistic.values(statistic.sums(outputs, labels))
+        for statistic in (task.statistic(NOISED_BUCKETS), task.statistic(EXACT_BUCKETS))
+    )
+    assert list(noised) == list(exact)
+    for name, value in exact.items():
+        assert noised[name] == pytest.approx(value, rel=1e-6, abs=0.02 if name == "auroc" else 1e-9), name
 
 
-def test_counts_of_nobody_and_noise_alone_give_no_absurd_metric(task: Task) -> None:
-    assert all(math.isnan(value) for value in task.counted(torch.zeros(num_counts(task), dtype=torch.float64)).values())
-    generator = torch.Generator().manual_seed(0)
+def test_noise_alone_gives_no_ratio_outside_its_range(task: Task) -> None:
+    statistic, generator = task.statistic(NOISED_BUCKETS), torch.Generator().manual_seed(0)
     for _ in range(50):
-        noise = 100 * torch.randn(num_counts(task), generator=generator, dtype=torch.float64)
-        for name, value in task.counted(noise).items():
+        noise = 100 * torch.randn(statistic.size, generator=generator, dtype=torch.float64)
+        for name, value in statistic.values(noise).items():
             bounded = name in {"accuracy", "balanced_accuracy", "auroc", "sensitivity", "specificity"}
             assert math.isnan(value) or not bounded or 0.0 <= value <= 1.0
+
+
+def test_reading_its_settings_loads_no_torch(example: TaskExample) -> None:
+    code = "import json, sys; from common.tasks import open_task; open_task(json.loads(sys.argv[1]), 'task')"
+    code += "; print([name for name in ('torch', 'scipy', 'torchmetrics') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(dict(example.settings))], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

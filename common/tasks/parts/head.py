@@ -1,13 +1,15 @@
-"""The trainable head that classification, multilabel and regression share."""
+"""The trainable head that all kinds share."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from torch import nn
 
 from common.plugins import Frozen
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class HeadSettings(Frozen):
@@ -23,11 +25,13 @@ class HeadSettings(Frozen):
     bias: bool = True
 
     def build(self, feature_dim: int, num_outputs: int) -> nn.Module:
-        """Linear, or Linear-Tanh-Linear, the last layer zero.
+        """Returns Linear, or Linear-Tanh-Linear, with the last layer zero.
 
         Zero outputs are the same distance from every label and make the first private step independent of chance; a
         linear head's loss is convex, so that its start does not matter without privacy.
         """
+        from torch import nn
+
         last = nn.Linear(self.hidden or feature_dim, num_outputs, bias=self.bias)
         nn.init.zeros_(last.weight)
         if self.bias:

@@ -1,16 +1,9 @@
-"""Bounded statistics of single examples, whose noised sums still say how good a head is.
+"""Bounded statistics of predicted classes and scores, and the rates that follow from their sums.
 
-A row of statistics belongs to one example and has a public bound on its length; sums of rows are all that is released.
-Counts with noise may be negative or add up to nothing: a rate without a positive denominator is undefined (NaN), others
-are cut to [0, 1].
+Sums with noise may be negative or add up to nothing: a rate without a positive denominator is undefined (NaN), others
+are clamped to [0, 1]. A site that lacks a class is normal here, so that undefined is never counted as 0.
 
-Scores fall into BUCKETS public buckets. Noise of standard deviation s in each makes an error of about
-s sqrt(BUCKETS / 3) / (number of positives) in AUROC, so few are better; too few take different scores for equal.
-Measured with 8 / 16 / 32 / 64, on normal scores of AUROC 0.6 to 0.95 and logits of scale 0.1 to 10: largest error
-without noise .081 / .018 / .004 / .001; root mean square error with s = 5 and 200 examples of either truth
-.050 / .060 / .076 / .106.
-
-# Shapes: B examples, L labels (or classes against the rest), T score buckets.
+# Shapes: B examples, L labels (or K classes, each against the rest), T score buckets.
 """
 
 from __future__ import annotations
@@ -18,43 +11,80 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.tasks.parts.rates import area_under_roc, score_edges
-
-BUCKETS = 16
+from common.tasks import SparseRows
 
 
-def bucket_rows(scores_BL: Tensor, truth_BL: Tensor, num_classes: int) -> Tensor:
-    """B x (2 * T * L): for each label a 1 in the bucket of the score, apart for positives and negatives.
+def join_rows(*parts: SparseRows) -> SparseRows:
+    """Returns rows with the entries of all parts, whose positions are those of the joined vector already."""
+    return SparseRows(torch.cat([part.index_BP for part in parts], 1), torch.cat([part.value_BP for part in parts], 1))
+
+
+def score_rows(scores_BL: Tensor, truth_BL: Tensor, *, num_classes: int, buckets: int, offset: int) -> SparseRows:
+    """Returns for each label a 1 in the bucket of the score, in separate histograms of positives and negatives.
 
     Args:
         scores_BL: probabilities.
-        truth_BL: 1, 0, or another value for unknown, which leaves all of a label's entries 0.
-        num_classes: what chance is one of.
+        truth_BL: 1 for positive, 0 for negative; any other value means unknown and leaves all the label's entries 0.
+        num_classes: number of classes; chance is 1 / num_classes.
+        buckets: number of score buckets T of each histogram.
+        offset: position of the first of the 2 * L * T entries in the example's vector.
+
+    Returns:
+        Rows with one entry for each label; the histograms are ordered [truth, positives first][label][bucket].
     """
-    edges = score_edges(num_classes, BUCKETS).to(scores_BL.device)
+    num_labels = scores_BL.shape[1]
+    edges = score_edges(num_classes, buckets).to(scores_BL.device)
     bucket_BL = torch.bucketize(scores_BL.contiguous(), edges)
-    hot_BLT = torch.nn.functional.one_hot(bucket_BL, BUCKETS).double()
-    both = [hot_BLT * (truth_BL == truth).unsqueeze(2) for truth in (1, 0)]
-    return torch.stack(both, dim=1).flatten(1)
+    label_L = torch.arange(num_labels, device=scores_BL.device)
+    histogram_BL = torch.where(truth_BL == 1, 0, num_labels) + label_L
+    known_BL = (truth_BL == 0) | (truth_BL == 1)
+    return SparseRows(offset + histogram_BL * buckets + bucket_BL, known_BL.double())
 
 
-def area_of(sums: Tensor, num_labels: int) -> Tensor:
-    """area_L of the sums of `bucket_rows`; NaN where undefined."""
-    positives_TL, negatives_TL = sums.view(2, num_labels, BUCKETS).transpose(1, 2)
+def score_edges(num_classes: int, buckets: int) -> Tensor:
+    """Returns the edges between buckets of probabilities, evenly spaced in asinh(logit - logit of chance).
+
+    A head trained with privacy may move scores only a little around chance (1 / num_classes), where evenly spaced
+    buckets of [0, 1] would see nothing but ties.
+    """
+    logits_T = 0.1 * torch.sinh(torch.linspace(-5.8, 5.8, buckets - 1, dtype=torch.float64))
+    chance = -torch.log(torch.tensor(num_classes - 1.0, dtype=torch.float64))
+    return torch.sigmoid(chance + logits_T).float()
+
+
+def area_under_roc(sums: Tensor, num_labels: int) -> Tensor:
+    """Returns area_L: P(score of a positive > score of a negative) + P(same bucket) / 2; NaN where undefined.
+
+    Args:
+        sums: [2 * L * T], summed `score_rows`, perhaps with noise.
+        num_labels: number of labels L.
+    """
+    positives_TL, negatives_TL = sums.view(2, num_labels, -1).transpose(1, 2)
+    below_TL = negatives_TL.cumsum(0) - negatives_TL
+    wins_L = (positives_TL * (below_TL + negatives_TL / 2)).sum(0)
+    area_L = wins_L / (positives_TL.sum(0) * negatives_TL.sum(0))
     defined_L = (positives_TL.sum(0) > 0) & (negatives_TL.sum(0) > 0)
-    return torch.where(defined_L, area_under_roc(positives_TL, negatives_TL).clamp(0.0, 1.0), torch.nan)
+    return torch.where(defined_L, area_L.clamp(0.0, 1.0), torch.nan)
 
 
-def share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, cut to [0, 1]; NaN where the whole is not positive."""
+def one_against_rest(counts_KK: Tensor) -> Tensor:
+    """Returns counts_K22 ([class][truth][prediction]) of a confusion matrix ([truth][prediction])."""
+    hit_K = counts_KK.diagonal()
+    missed_K, wrong_K = counts_KK.sum(1) - hit_K, counts_KK.sum(0) - hit_K
+    rest_K = counts_KK.sum() - hit_K - missed_K - wrong_K
+    return torch.stack([torch.stack([rest_K, wrong_K], 1), torch.stack([missed_K, hit_K], 1)], 1)
+
+
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Returns part / whole, clamped to [0, 1]; NaN where the whole is not positive."""
     return torch.where(whole > 0, (part / whole).clamp(0.0, 1.0), torch.nan)
 
 
-def found(counts_L22: Tensor) -> Tensor:
-    """Per label, the share of its positives that are found ([label][truth][prediction])."""
-    return share(counts_L22[:, 1, 1], counts_L22[:, 1].sum(1))
+def recall(counts_L22: Tensor) -> Tensor:
+    """Returns for each label the ratio of its positives that are predicted positive ([label][truth][prediction])."""
+    return ratio(counts_L22[:, 1, 1], counts_L22[:, 1].sum(1))
 
 
-def recognised(counts_L22: Tensor) -> Tensor:
-    """Per label, the share of its negatives that are recognised."""
-    return share(counts_L22[:, 0, 0], counts_L22[:, 0].sum(1))
+def specificity(counts_L22: Tensor) -> Tensor:
+    """Returns for each label the ratio of its negatives that are predicted negative ([label][truth][prediction])."""
+    return ratio(counts_L22[:, 0, 0], counts_L22[:, 0].sum(1))

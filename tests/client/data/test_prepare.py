@@ -120,7 +120,7 @@ def test_each_side_has_its_records_features_and_labels(tmp_path: Path) -> None:
     torch.testing.assert_close(train.tasks["colour"].features_RD, torch.tensor([[1, 2], [7, 8], [10, 11]]) / 1000)
     assert train.tasks["colour"].labels.tolist() == [0, 1, 1]
     torch.testing.assert_close(
-        train.tasks["size"].labels, torch.stack([TASKS["size"].encode([size]) for size in ("3", "9", "5")])
+        train.tasks["size"].labels, torch.stack([TASKS["size"].codec.encode([size]) for size in ("3", "9", "5")])
     )
     torch.testing.assert_close(test.tasks["size"].features_RD, torch.tensor([[4, 5]]) / 1000)
     assert test.tasks["colour"].labels.tolist() == [2]
@@ -201,7 +201,7 @@ def test_a_label_is_mapped_skipped_or_refused_as_the_site_says(
     # The record stays: another task has its label, and a divisor must not depend on labels.
     assert found["size"].mask_R.tolist() == [True, True]
     assert found["colour"].mask_R.tolist() == [True, label is not None]
-    assert found["colour"].labels[1] == (TASKS["colour"].missing() if label is None else label)
+    assert found["colour"].labels[1] == (TASKS["colour"].codec.missing() if label is None else label)
     assert found["colour"].weight_R.tolist() == [1, 1]
 
 

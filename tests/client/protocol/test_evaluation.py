@@ -69,7 +69,7 @@ def random_units(rng: np.random.Generator, records: list[int], scale: float = 1.
     tasks = {}
     for name, task in KINDS.items():
         labels = [random_label(task, rng) for _ in unit_R]
-        stacked = torch.stack(labels) if labels else task.missing().unsqueeze(0)[:0]
+        stacked = torch.stack(labels) if labels else task.codec.missing().unsqueeze(0)[:0]
         mask_R = torch.from_numpy(rng.random(len(unit_R)) < 0.8)
         tasks[name] = TaskRecords.of(features_RD, stacked, mask_R, unit_R, len(records))
     return Units(len(records), tasks)

@@ -28,8 +28,8 @@ def regression(**changes: Any) -> Task:
 
 @pytest.mark.parametrize("cell", ["6", "6.0", " 6 "])
 def test_yaml_numbers_are_labels_and_cells_match_them_as_numbers(cell: str) -> None:
-    assert int(classification().encode([cell])) == 1
-    assert classification().decode(torch.eye(3)) == ["5", "6", "7"]
+    assert int(classification().codec.encode([cell])) == 1
+    assert classification().codec.decode(torch.eye(3)) == [["5"], ["6"], ["7"]]
 
 
 @settings(deadline=None)
@@ -77,7 +77,7 @@ def test_wrong_settings_are_one_sentence_with_the_key(values: dict[str, Any], me
 def test_several_cells_or_none_are_no_class() -> None:
     for cells in ([], ["5", "6"], [""]):
         with pytest.raises(BadRecord):
-            classification().encode(cells)
+            classification().codec.encode(cells)
 
 
 def test_a_classes_loss_is_its_negative_log_probability() -> None:
@@ -88,17 +88,17 @@ def test_a_classes_loss_is_its_negative_log_probability() -> None:
 
 def test_a_missing_class_costs_nothing() -> None:
     task = classification()
-    assert task.losses(torch.randn(1, 3), task.missing().unsqueeze(0)).item() == 0.0
+    assert task.losses(torch.randn(1, 3), task.codec.missing().unsqueeze(0)).item() == 0.0
 
 
 def test_labels_share_a_cell_or_have_one_each() -> None:
     task = multilabel(none="healthy")
-    assert task.encode(["c|a"]).tolist() == task.encode(["1", "0", "1.0"]).tolist() == [1, 0, 1]
-    assert task.encode(["healthy"]).tolist() == task.encode(["0", "0", "0"]).tolist() == [0, 0, 0]
-    assert task.encode(["", "1", ""]).tolist() == [-1, 1, -1]
+    assert task.codec.encode(["c|a"]).tolist() == task.codec.encode(["1", "0", "1.0"]).tolist() == [1, 0, 1]
+    assert task.codec.encode(["healthy"]).tolist() == task.codec.encode(["0", "0", "0"]).tolist() == [0, 0, 0]
+    assert task.codec.encode(["", "1", ""]).tolist() == [-1, 1, -1]
     for cells in (["a|x"], [""], ["a|"], ["1", "0"], ["1", "0", "2"], ["a", "b", "c"]):
         with pytest.raises(BadRecord):
-            task.encode(cells)
+            task.codec.encode(cells)
 
 
 def test_an_unknown_label_contributes_nothing_and_changes_no_divisor() -> None:
@@ -108,17 +108,17 @@ def test_an_unknown_label_contributes_nothing_and_changes_no_divisor() -> None:
     torch.testing.assert_close(whole, torch.stack(parts).sum(0))
     (gradient,) = torch.autograd.grad(parts[1].sum(), outputs)
     assert gradient[0, 0] == gradient[0, 2] == 0.0
-    assert task.losses(outputs, task.missing().unsqueeze(0)).item() == 0.0
+    assert task.losses(outputs, task.codec.missing().unsqueeze(0)).item() == 0.0
 
 
 def test_a_target_outside_the_range_is_refused_or_clipped_as_said() -> None:
-    assert float(regression().encode(["20"])) == 20.0
+    assert float(regression().codec.encode(["20"])) == 20.0
     for cell in ("9.99", "20.01", "nan", "", "young"):
         with pytest.raises(BadRecord):
-            regression().encode([cell])
+            regression().codec.encode([cell])
     clipping = regression(outside="clip")
-    assert float(clipping.encode(["-1e9"])) == 10.0
-    assert float(clipping.encode(["1e9"])) == 20.0
+    assert float(clipping.codec.encode(["-1e9"])) == 10.0
+    assert float(clipping.codec.encode(["1e9"])) == 20.0
 
 
 def test_regression_outputs_are_in_halves_of_the_range() -> None:
@@ -127,7 +127,7 @@ def test_regression_outputs_are_in_halves_of_the_range() -> None:
     outputs = torch.tensor([[-1.0], [0.0], [1.0]])
     assert task.losses(outputs, labels).tolist() == [0.0, 0.0, 0.0]
     assert task.losses(outputs + 1, labels).tolist() == [0.5, 0.5, 0.5]
-    assert task.decode(torch.tensor([[0.5], [7.0]])) == [17.5, 20.0]
+    assert task.codec.decode(torch.tensor([[0.5], [7.0]])) == [["17.5"], ["20.0"]]
 
 
 def test_a_hidden_head_learns_from_its_zero_start() -> None:

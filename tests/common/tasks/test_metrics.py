@@ -14,7 +14,7 @@ from sklearn import metrics as sk
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
-from common.tasks import Task, metric_sums, metric_values, open_task
+from common.tasks import EXACT_BUCKETS, Task, open_task
 
 
 def classification(num_classes: int, **changes: Any) -> Task:
@@ -23,7 +23,8 @@ def classification(num_classes: int, **changes: Any) -> Task:
 
 
 def values(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    return metric_values(task, metric_sums(task, outputs, labels))
+    statistic = task.statistic(EXACT_BUCKETS)
+    return statistic.values(statistic.sums(outputs, labels))
 
 
 def logits(count: int, width: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -118,9 +119,9 @@ def test_multilabel_metrics_are_means_over_labels_of_known_entries() -> None:
 
 def test_regression_metrics_are_scikit_learns_in_the_targets_unit() -> None:
     task = open_task({"kind": "regression", "range": [36000, 36010]}, "task")
-    labels = torch.stack([task.encode([repr(36004 + 0.01 * index)]) for index in range(100)])
+    labels = torch.stack([task.codec.encode([repr(36004 + 0.01 * index)]) for index in range(100)])
     outputs = ((labels - 36005) / 5).unsqueeze(1) + logits(100, 1, 0, 0.02)
-    predicted = np.array(task.decode(outputs))
+    predicted = np.array([float(cell) for (cell,) in task.codec.decode(outputs)])
     truth = labels.double().numpy()
     found = values(task, outputs, labels)
     assert list(found) == ["mae", "rmse", "r2"]

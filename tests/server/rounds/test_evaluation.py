@@ -16,7 +16,7 @@ from rich.console import Console
 
 from common import messages
 from common.privacy.accounting import Mechanism, epsilon
-from common.tasks import open_task
+from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
 from server.reports.summary import summarize, tables
 from server.rounds.evaluation import SiteSums, check_evaluation, evaluated
@@ -26,6 +26,7 @@ from tests.tiny import TASKS, site_config
 SHARE = {"share": 0.5, "evaluations": 2}
 RICH = {"epsilon": 200.0, "delta": 1e-5}
 COLOUR = {"colour": open_task(TASKS["colour"], "colour")}
+STATISTIC = COLOUR["colour"].statistic(NOISED_BUCKETS)
 
 
 def evaluations(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,7 +112,7 @@ def test_a_bad_evaluation_is_left_out_and_the_others_count(tmp_path: Path, disto
 
 
 def reply_of(sums: torch.Tensor, noise: float) -> messages.EvaluateReply:
-    scaled = (sums / COLOUR["colour"].counts_norm()).numpy().astype(np.float32)
+    scaled = (sums / STATISTIC.bound).numpy().astype(np.float32)
     return messages.EvaluateReply({"colour": {"sums": scaled}}, noise)
 
 
@@ -119,14 +120,14 @@ def some_counts(count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (count,), generator=generator)
     outputs = torch.randn(count, 3, generator=generator) + torch.nn.functional.one_hot(labels, 3)
-    return COLOUR["colour"].counts(outputs, labels).sum(dim=0)
+    return STATISTIC.rows(outputs, labels).sum(dim=0)
 
 
 def test_sums_of_several_sites_are_those_of_all_their_units() -> None:
     parts = [some_counts(60, 1), some_counts(500, 2)]
     releases = [SiteSums(name, reply_of(part, 1e-9)) for name, part in zip(("a", "b"), parts, strict=True)]
     result = evaluated(COLOUR, releases, seed=0)["colour"]
-    assert result.metrics == pytest.approx(COLOUR["colour"].counted(parts[0] + parts[1]), rel=1e-5)
+    assert result.metrics == pytest.approx(STATISTIC.values(parts[0] + parts[1]), rel=1e-5)
     assert result.sites == ("a", "b")
     assert all(error is not None and error < 1e-6 for error in result.standard_errors.values())
 
@@ -134,11 +135,11 @@ def test_sums_of_several_sites_are_those_of_all_their_units() -> None:
 def test_the_standard_error_is_that_of_repeated_releases() -> None:
     """What a site's noise would do to accuracy, by drawing it again and again; two sites' noises add in variance."""
     sums, noises = some_counts(400, 3), (4.0, 3.0)
-    task, rng = COLOUR["colour"], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     seen: list[dict[str, float]] = []
     for _ in range(400):
-        noise = sum(rng.normal(size=len(sums)) * each for each in noises) * task.counts_norm()
-        seen.append(task.counted(sums + torch.from_numpy(np.asarray(noise))))
+        noise = sum(rng.normal(size=len(sums)) * each for each in noises) * STATISTIC.bound
+        seen.append(STATISTIC.values(sums + torch.from_numpy(np.asarray(noise))))
     releases = [SiteSums("a", reply_of(sums, noises[0])), SiteSums("b", reply_of(0 * sums, noises[1]))]
     stated = evaluated(COLOUR, releases, seed=1)["colour"].standard_errors
     for name in ("accuracy", "balanced_accuracy", "auroc"):
@@ -162,7 +163,7 @@ def test_the_report_tells_noised_results_from_everything_else(tmp_path: Path) ->
     summary = summarize(facts)
     found = summary["tasks"]["colour"]["evaluation"]
     assert [each["round"] for each in found["rounds"]] == [1, 2] and found["round"] == 2
-    assert set(found["metrics"]) == set(found["standard_errors"]) == set(COLOUR["colour"].metrics())
+    assert set(found["metrics"]) == set(found["standard_errors"]) == set(STATISTIC.values(torch.zeros(STATISTIC.size)))
     assert summary["tasks"]["colour"]["metrics"] == {}  # The coordinator sees nothing but what was released.
     json.dumps(summary, allow_nan=False)
     console = Console(width=100)
