@@ -201,7 +201,7 @@ class Above(Plugin):
 
     def statistic(self, buckets: int) -> Statistic:
         """Returns that of two classes."""
-        return Classification(labels=("0", "1")).statistic(buckets).after(self._pair)
+        return Classification(labels=("0", "1")).statistic(buckets).compose(self._pair)
 
     def _pair(self, outputs: Tensor) -> Tensor:
         return torch.cat([-outputs, outputs], dim=1).clamp(-50, 50)

@@ -107,7 +107,7 @@ class Statistic:
         index_BP, value_BP = (part.cpu().flatten() for part in self.entries(outputs.detach(), labels))
         return value_BP.new_zeros(self.size).index_add_(0, index_BP, value_BP)
 
-    def after(self, function: Callable[[Tensor], Tensor]) -> Statistic:
+    def compose(self, function: Callable[[Tensor], Tensor]) -> Statistic:
         """Returns the same statistic of other outputs, which the function turns into those that this one reads."""
         return replace(self, entries=lambda outputs, labels: self.entries(function(outputs), labels))
 

@@ -89,13 +89,13 @@ class Anomaly(Plugin):
     def statistic(self, buckets: int) -> Statistic:
         """Returns the statistic of a classification into normal and anomalous; AUROC is that of the distance."""
         classes = Classification(labels=(self.normal, self.anomalous), positive=self.anomalous)
-        whole = classes.statistic(buckets).after(self._logits)
+        whole = classes.statistic(buckets).compose(self._logits)
 
-        def chosen(sums_S: Tensor) -> dict[str, float]:
+        def choose_values(sums_S: Tensor) -> dict[str, float]:
             values = whole.values(sums_S)
             return {name: values[name] for name in _METRICS}
 
-        return Statistic(whole.size, whole.bound, whole.entries, chosen)
+        return Statistic(whole.size, whole.bound, whole.entries, choose_values)
 
     def _logits(self, outputs: Tensor) -> Tensor:
         """Returns [B, 2]: 0, and 2 log(distance / threshold), which is monotone in the distance and never infinite."""

@@ -100,12 +100,12 @@ class Classification(Plugin):
     def _entries(self, buckets: int, outputs: Tensor, labels: Tensor) -> SparseRows:
         from torch.nn import functional
 
-        from common.tasks.parts.statistics import join_rows, score_rows
+        from common.tasks.parts.statistics import build_score_rows, join_rows
 
         num_classes, scored = len(self.labels), self._scored_classes()
         scores_BK = outputs.softmax(dim=1)
         cell_B1 = (labels * num_classes + scores_BK.argmax(dim=1)).unsqueeze(1)
-        index_BL, value_BL = score_rows(
+        index_BL, value_BL = build_score_rows(
             scores_BK[:, scored],
             functional.one_hot(labels, num_classes)[:, scored],
             num_classes=num_classes,
@@ -116,12 +116,12 @@ class Classification(Plugin):
         return join_rows(cells, SparseRows(index_BL, value_BL / math.sqrt(len(scored))))
 
     def _values(self, sums_S: Tensor) -> dict[str, float]:
-        from common.tasks.parts.statistics import area_under_roc, one_against_rest, ratio, recall, specificity
+        from common.tasks.parts.statistics import compute_auroc, count_one_against_rest, ratio, recall, specificity
 
         num_classes, num_scored, positive = len(self.labels), len(self._scored_classes()), self._positive_index()
         counts_KK = sums_S[: num_classes**2].view(num_classes, num_classes)
-        counts_K22 = one_against_rest(counts_KK)
-        area_L = area_under_roc(sums_S[num_classes**2 :] * math.sqrt(num_scored), num_scored)
+        counts_K22 = count_one_against_rest(counts_KK)
+        area_L = compute_auroc(sums_S[num_classes**2 :] * math.sqrt(num_scored), num_scored)
         recall_K, specificity_K = recall(counts_K22), specificity(counts_K22)
         values = {
             "accuracy": ratio(counts_KK.diagonal().sum(), counts_KK.sum()),

@@ -98,25 +98,25 @@ class Multilabel(Plugin):
     def _entries(self, buckets: int, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch
 
-        from common.tasks.parts.statistics import join_rows, score_rows
+        from common.tasks.parts.statistics import build_score_rows, join_rows
 
         num_labels, scores_BL = len(self.labels), outputs.sigmoid()
         cell_BL = 2 * labels.clamp(min=0) + (scores_BL > 0.5).long()
         first_L = 4 * torch.arange(num_labels, device=scores_BL.device)
         cells = SparseRows(first_L + cell_BL, (labels != _UNKNOWN).double())
-        histograms = score_rows(scores_BL, labels, num_classes=2, buckets=buckets, offset=4 * num_labels)
+        histograms = build_score_rows(scores_BL, labels, num_classes=2, buckets=buckets, offset=4 * num_labels)
         index_BP, value_BP = join_rows(cells, histograms)
         return SparseRows(index_BP, value_BP / math.sqrt(num_labels))
 
     def _values(self, sums_S: Tensor) -> dict[str, float]:
-        from common.tasks.parts.statistics import area_under_roc, ratio, recall, specificity
+        from common.tasks.parts.statistics import compute_auroc, ratio, recall, specificity
 
         num_labels = len(self.labels)
         sums_S = sums_S * math.sqrt(num_labels)
         counts_L22 = sums_S[: 4 * num_labels].view(num_labels, 2, 2)
         recall_L, specificity_L = recall(counts_L22), specificity(counts_L22)
         values = {
-            "auroc": area_under_roc(sums_S[4 * num_labels :], num_labels).nanmean(),
+            "auroc": compute_auroc(sums_S[4 * num_labels :], num_labels).nanmean(),
             "balanced_accuracy": ((recall_L + specificity_L) / 2).nanmean(),
             "accuracy": ratio(counts_L22.diagonal(dim1=1, dim2=2).sum(), counts_L22.sum()),
             "sensitivity": recall_L.nanmean(),

@@ -19,7 +19,7 @@ def join_rows(*parts: SparseRows) -> SparseRows:
     return SparseRows(torch.cat([part.index_BP for part in parts], 1), torch.cat([part.value_BP for part in parts], 1))
 
 
-def score_rows(scores_BL: Tensor, truth_BL: Tensor, *, num_classes: int, buckets: int, offset: int) -> SparseRows:
+def build_score_rows(scores_BL: Tensor, truth_BL: Tensor, *, num_classes: int, buckets: int, offset: int) -> SparseRows:
     """Returns for each label a 1 in the bucket of the score, in separate histograms of positives and negatives.
 
     Args:
@@ -33,7 +33,7 @@ def score_rows(scores_BL: Tensor, truth_BL: Tensor, *, num_classes: int, buckets
         Rows with one entry for each label; the histograms are ordered [truth, positives first][label][bucket].
     """
     num_labels = scores_BL.shape[1]
-    edges = score_edges(num_classes, buckets).to(scores_BL.device)
+    edges = build_score_edges(num_classes, buckets).to(scores_BL.device)
     bucket_BL = torch.bucketize(scores_BL.contiguous(), edges)
     label_L = torch.arange(num_labels, device=scores_BL.device)
     histogram_BL = torch.where(truth_BL == 1, 0, num_labels) + label_L
@@ -41,7 +41,7 @@ def score_rows(scores_BL: Tensor, truth_BL: Tensor, *, num_classes: int, buckets
     return SparseRows(offset + histogram_BL * buckets + bucket_BL, known_BL.double())
 
 
-def score_edges(num_classes: int, buckets: int) -> Tensor:
+def build_score_edges(num_classes: int, buckets: int) -> Tensor:
     """Returns the edges between buckets of probabilities, evenly spaced in asinh(logit - logit of chance).
 
     A head trained with privacy may move scores only a little around chance (1 / num_classes), where evenly spaced
@@ -52,11 +52,11 @@ def score_edges(num_classes: int, buckets: int) -> Tensor:
     return torch.sigmoid(chance + logits_T).float()
 
 
-def area_under_roc(sums: Tensor, num_labels: int) -> Tensor:
+def compute_auroc(sums: Tensor, num_labels: int) -> Tensor:
     """Returns area_L: P(score of a positive > score of a negative) + P(same bucket) / 2; NaN where undefined.
 
     Args:
-        sums: [2 * L * T], summed `score_rows`, perhaps with noise.
+        sums: [2 * L * T], summed `build_score_rows`, perhaps with noise.
         num_labels: number of labels L.
     """
     positives_TL, negatives_TL = sums.view(2, num_labels, -1).transpose(1, 2)
@@ -67,7 +67,7 @@ def area_under_roc(sums: Tensor, num_labels: int) -> Tensor:
     return torch.where(defined_L, area_L.clamp(0.0, 1.0), torch.nan)
 
 
-def one_against_rest(counts_KK: Tensor) -> Tensor:
+def count_one_against_rest(counts_KK: Tensor) -> Tensor:
     """Returns counts_K22 ([class][truth][prediction]) of a confusion matrix ([truth][prediction])."""
     hit_K = counts_KK.diagonal()
     missed_K, wrong_K = counts_KK.sum(1) - hit_K, counts_KK.sum(0) - hit_K
