@@ -2,7 +2,7 @@
 
 A kind's module loads no torch until one of its methods needs it, so that commands that only read settings start fast.
 
-# Shapes: B examples, D features, S entries of a statistic, P entries of it that one example fills.
+# Shapes: B examples, N training records, D features, S entries of a statistic, P entries of it that one example fills.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One-class least squares, the linear case of Deep SVDD (Ruff et al. 2018): the he
 record the public value 1, without a bias, so that it cannot be a constant. The score is the distance from 1. A record's
 loss comes from that record alone, and is zero where the record is anomalous: anomalous records are for evaluation only.
 
-# Shapes: B examples.
+# Shapes: B examples, N training records, D features.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One of several classes for each example.
 
-# Shapes: B examples, K classes.
+# Shapes: B examples, N training records, D features, K classes.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ biases"); the loss draws each record to its identity's direction with the additi
 2018). A record's loss comes from that record and public directions alone: nothing is mined across records, no other
 record is its negative. Identities listed as `unseen` have no loss; pairs of their records are compared in evaluation.
 
-# Shapes: B examples, E embedding dimensions, K training identities.
+# Shapes: B examples, N training records, D features, E embedding dimensions, K training identities.
 """
 
 from __future__ import annotations
