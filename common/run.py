@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from common.errors import nearest
 from common.plugins import Frozen, Spec
@@ -80,6 +87,34 @@ class TaskSpec(Spec):
         return self.model_dump(exclude={"backbone"})
 
 
+class SolverSpec(Spec):
+    """A solver's settings, of which the run file itself reads what refers to the run's own tasks and trunks.
+
+    Every kind that trains with such rates calls them `tasks` and `trunk`; their values are the kind's own.
+
+    Attributes:
+        tasks: rates of the heads of some tasks, by the task's name; the kind's other settings are those of the rest.
+        trunk: rates of the part of a backbone that trains; None where the file gives none.
+    """
+
+    tasks: dict[str, Any] = {}
+    trunk: Any = None
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The digest that a site approves covers the settings as they were written, without defaults of this class.
+        values: dict[str, Any] = handler(self)
+        unset = set(type(self).model_fields) - self.model_fields_set
+        return {key: value for key, value in values.items() if key not in unset}
+
+    def check_tasks(self, tasks: Collection[str], key: str) -> None:
+        """Raises ValueError where a rate is of a task that the run does not have: it would never be used."""
+        unknown = sorted(set(self.tasks) - set(tasks))
+        if unknown:
+            known = ", ".join(tasks)
+            raise ValueError(f"{key}.tasks: expected some of {known}, got {unknown[0]!r}{nearest(unknown[0], tasks)}")
+
+
 class Lora(Frozen):
     """Low-rank adapters beside linear layers: y = W x + (alpha / rank) B A x, of which A and B train.
 
@@ -134,7 +169,7 @@ class RunConfig(Frozen):
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
     trainable: dict[Name, Trainable] = {}
     """By backbone (`backbone`, where it has no other name): what of it trains. Without an entry it is frozen."""
-    solver: Spec
+    solver: SolverSpec
     privacy: Privacy | Literal["non_private"]
     aggregation: Spec
     cohort: Cohort = Cohort()
@@ -167,8 +202,8 @@ class RunConfig(Frozen):
         unknown = sorted(set(self.trainable) - set(names))
         if unknown:
             raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
-        check_task_rates(self.solver, self.tasks, "solver")
-        rated = self.solver.settings().get("trunk") is not None
+        self.solver.check_tasks(self.tasks, "solver")
+        rated = self.solver.trunk is not None
         if self.trainable and not rated:
             # The heads' rate is tens of times what a trained network bears.
             raise ValueError(
@@ -221,12 +256,3 @@ class RunConfig(Frozen):
         if self.backbone is not None:
             return self.model_copy(update={"backbone": specs[ONLY_BACKBONE]})
         return self.model_copy(update={"backbones": {name: specs[name] for name in self.encoders}})
-
-
-def check_task_rates(solver: Spec, tasks: Collection[str], key: str) -> None:
-    """Refuse rates of a task that the run does not have: they would never be used."""
-    rates = solver.settings().get("tasks")
-    unknown = sorted(set(rates) - set(tasks)) if isinstance(rates, Mapping) else []
-    if unknown:
-        known = ", ".join(tasks)
-        raise ValueError(f"{key}.tasks: expected some of {known}, got {unknown[0]!r}{nearest(unknown[0], tasks)}")

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from client.config import Budget, LabelColumns, NoisedEvaluation
 from common.plugins import Frozen, LocalPath, Spec
-from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, check_task_rates
+from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
 
 
@@ -113,7 +113,7 @@ class SimulationConfig(Frozen):
     evaluation: NoisedEvaluation | Literal["local"] = "local"
     executor: Executor = Executor()
     baselines: list[Baseline] = []
-    non_private_solver: Spec | None = None
+    non_private_solver: SolverSpec | None = None
     """Solver of the non-private baselines; needed where any is asked for."""
     pretrain: Pretrain | None = None
     expect: dict[Name, Literal["beats_random_backbone"]] = {}
@@ -140,8 +140,8 @@ class SimulationConfig(Frozen):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
         other = self.non_private_solver
         if other is not None:
-            check_task_rates(other, self.run.tasks, "non_private_solver")
-        if self.run.trainable and other is not None and other.settings().get("trunk") is None:
+            other.check_tasks(self.run.tasks, "non_private_solver")
+        if self.run.trainable and other is not None and other.trunk is None:
             raise ValueError("non_private_solver.trunk: expected a learning rate of its own for `trainable`, got none")
         if self.expect and "random_backbone" not in self.baselines:
             raise ValueError(

@@ -18,16 +18,14 @@ from client.data.units import Units
 from client.personal.local_heads import train_alone
 from client.personal.metrics import Values, exact_sums, pair_values, values_of
 from client.protocol.site import Site, joined_run, modules_of
-from client.solvers import open_solver
+from client.solvers import Solver, open_solver
 from common import messages
 from common.model.trunks import initial_modules
-from common.plugins import Spec
-from common.run import RunConfig
+from common.run import Privacy
 from common.tasks import Task
 from common.types import BadInput, DigestMismatch, Heads, Params, heads_digest
 
 FEDERATED, ALONE, ALONE_NOT_PRIVATE = "federated", "site alone", "site alone, not private"
-_SHARED_SETTINGS = ("sampling_rate", "steps", "learning_rate", "momentum", "weight_decay", "trunk")
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,16 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
     backbones = {name: site.backbones().open(digest) for name, digest in joined.digests(tasks).items()}
 
-    def alone(run: RunConfig, purpose: str) -> Heads:
-        solver = open_solver(run.solver, "solver")
-        privacy = None if run.privacy == "non_private" else run.privacy
+    def alone(solver: Solver, privacy: Privacy | None, purpose: str) -> Heads:
+        run = joined.run
         modules = initial_modules(run, tasks, backbones)
         return train_alone(run, modules, solver, privacy, tasks, train, sizes, site.config.unit, site.entropy, purpose)
 
+    solver = open_solver(joined.run.solver, "solver")
     heads = {FEDERATED: final_heads(joined.folder)}
     if joined.privacy is not None:
-        heads[ALONE] = alone(joined.run, f"home/{run_id}")
-    heads[ALONE_NOT_PRIVATE] = alone(_without_privacy(joined.run), f"home/{run_id}/not-private")
+        heads[ALONE] = alone(solver, joined.privacy, f"home/{run_id}")
+    heads[ALONE_NOT_PRIVATE] = alone(solver.without_privacy(), None, f"home/{run_id}/not-private")
     held_out = {who: test.passed(modules_of(site, joined, tasks, own)) for who, own in heads.items()}
     results = {
         name: {who: _values(own[name], name, task, held_out[who]) for who, own in heads.items()}
@@ -105,13 +103,6 @@ def _last(site: Site) -> str:
     if not found:
         raise BadInput("expected a run that has ended, but none came home to this site yet")
     return found[-1].parent.name
-
-
-def _without_privacy(run: RunConfig) -> RunConfig:
-    settings = run.solver.model_dump()
-    shared = {name: settings[name] for name in _SHARED_SETTINGS if name in settings}
-    solver = Spec(kind="sgd", **{"sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0, **shared})
-    return run.model_copy(update={"solver": solver, "privacy": "non_private"})
 
 
 def _values(params: Params, name: str, task: Task, units: Units) -> Values:

@@ -41,6 +41,13 @@ class Solver(Protocol):
             BadInput: the settings and the requested privacy do not go together.
         """
 
+    def without_privacy(self) -> Solver:
+        """Returns the solver that trains alike without clipping and noise: the same sampling, steps and all rates.
+
+        Law: with noise off and a clip norm that no gradient reaches, both return the same update. A kind that is not
+        private returns itself.
+        """
+
     def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
         """Refuse heads this solver cannot train as it promises; of untrained heads, before anything is spent.
 

@@ -30,6 +30,7 @@ from client.data.units import Units
 from client.solvers.parts import objective
 from client.solvers.parts.closed_form import Inputs, check_affine, gradients_of
 from client.solvers.parts.flat import Flat
+from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
 from common.privacy.clipping import clip_factors
@@ -99,6 +100,18 @@ class DpGd(Plugin):
             assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
             noise = noise_multiplier(privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps)
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
+
+    def without_privacy(self) -> Sgd:
+        """Returns `sgd` with the same sampling, steps and rates, which neither clips nor adds noise."""
+        return Sgd(
+            kind="sgd",
+            sampling_rate=self.sampling_rate,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            tasks=self.tasks,
+        )
 
     def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
         """Refuse heads the closed form is not exact for. Raises BadInput."""

@@ -23,6 +23,7 @@ from torch import nn
 
 from client.data.units import Units
 from client.solvers.parts import objective
+from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
 from common.privacy.noise import NoiseStream
@@ -75,6 +76,19 @@ class DpSgd(Plugin):
             assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
             noise = noise_multiplier(privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps)
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
+
+    def without_privacy(self) -> Sgd:
+        """Returns `sgd` with the same sampling, steps and rates, which neither clips nor adds noise."""
+        return Sgd(
+            kind="sgd",
+            sampling_rate=self.sampling_rate,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            tasks=self.tasks,
+            trunk=self.trunk,
+        )
 
     def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
         """Refuse heads that mix the examples of a batch. Raises BadInput."""

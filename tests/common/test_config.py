@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,19 @@ def test_rates_of_a_task_that_is_not_there_are_refused() -> None:
     name = next(iter(RUN["tasks"]))
     own = changed(RUN, "solver.tasks", {name: {"learning_rate": 0.1}})
     assert parse(RunConfig, own, base=Path()).solver.settings()["tasks"] == {name: {"learning_rate": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "rates", [{}, {"trunk": None}, {"tasks": {"disease": {"learning_rate": 1}}, "trunk": {"learning_rate": 0.1}}]
+)
+def test_a_solvers_settings_are_offered_as_they_were_written(rates: dict[str, Any]) -> None:
+    """Sites approve a digest of them: a default that this version filled in would change it."""
+    values = {**RUN, "solver": {**RUN["solver"], **rates}, "trainable": {}}
+    run = parse(RunConfig, values, base=Path())
+    assert json.dumps(run.model_dump(mode="json")["solver"], sort_keys=True) == json.dumps(
+        values["solver"], sort_keys=True
+    )
+    assert run.solver.settings() == values["solver"]
 
 
 def test_a_file_of_another_owner_is_called_what_it_is(tmp_path: Path) -> None:

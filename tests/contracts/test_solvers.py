@@ -184,11 +184,13 @@ def plan_of(kind: str, **changes: float) -> Plan:
     return replace(plan, **changes)
 
 
-def solve(kind: str, units: Units, plan: Plan, stream: NoiseStream, public_size: int = 1) -> Delta:
+def solve(
+    kind: str, units: Units, plan: Plan, stream: NoiseStream, public_size: int = 1, solver: Solver | None = None
+) -> Delta:
     tasks, heads = tasks_of(kind), heads_of(kind)
     if kind.endswith(WITH_TRUNK):
         units = replace(units, tasks={name: replace(own, trunk=TRUNK) for name, own in units.tasks.items()})
-    return solver_of(kind).solve(
+    return (solver or solver_of(kind)).solve(
         heads, tasks, units, plan=plan, public_sizes=dict.fromkeys(heads, public_size), stream=stream
     )
 
@@ -305,6 +307,23 @@ def test_a_kind_without_privacy_declines_a_private_run_and_says_none(kind: str) 
     with pytest.raises(BadInput, match="privacy"):
         solver_of(kind).plan(PRIVACY, Unit.EXAMPLE, 1)
     assert Mechanism.of(plan_of(kind)).kind == "none"
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_without_clipping_and_noise_a_kind_trains_like_the_solver_it_names(kind: str) -> None:
+    """With all of its rates: of the heads, of one task's head and, where it trains one, of a trunk."""
+    settings = {**example_of(kind), "momentum": 0.5, "weight_decay": 0.01}
+    settings["tasks"] = {"keys": {"learning_rate": 0.02, "weight_decay": 0.3}}
+    if kind.endswith(WITH_TRUNK):
+        settings["trunk"] = {"learning_rate": 0.003, "weight_decay": 0.1}
+    solver, plan = open_solver(settings, "solver"), plan_of(kind, sampling_rate=0.5)
+    if plan.private:
+        plan = replace(plan, clip_norm=1e6, noise_multiplier=0.0)
+    other = solver.without_privacy()
+    plain = other.plan(None, plan.unit, 1)
+    assert not other.private and (plain.sampling_rate, plain.steps) == (plan.sampling_rate, plan.steps)
+    expected = flat(solve(kind, site(SOME), plan, SilentStream(KEY), solver=solver))
+    assert flat(solve(kind, site(SOME), plain, SilentStream(KEY), solver=other)) == pytest.approx(expected, abs=1e-5)
 
 
 # --- every kind ------------------------------------------------------------------------------------------------------

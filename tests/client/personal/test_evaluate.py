@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,13 +27,13 @@ from tests.tiny import backbone, run_config, site_config
 HELD_OUT = {"test_fraction": 0.3}
 
 
-def federated(folder: Path, run_id: str = "run-1") -> SiteConfig:
+def federated(folder: Path, run_id: str = "run-1", **changes: Any) -> SiteConfig:
     """A site after a run of two sites."""
     sites = [site_config(folder, name, split=HELD_OUT) for name in ("east", "north")]
     (folder / run_id).mkdir()
     run_federation(
         InProcessGrid(make_app(lambda context: sites[int(context.node_config["partition-id"])]), 2),
-        run_config(privacy={"unit": "example", "delta": 1e-5, "noise_multiplier": 0.5}, rounds=4),
+        run_config(privacy={"unit": "example", "delta": 1e-5, "noise_multiplier": 0.5}, rounds=4, **changes),
         {"backbone": backbone()},
         run_id=run_id,
         folder=folder / run_id,
@@ -58,6 +59,16 @@ def test_final_heads_and_heads_trained_alone_are_compared_on_held_out_units_and_
         assert all(0.0 <= float(values["accuracy"] or 0.0) <= 1.0 for values in own.values())
     # The records are well separated: without noise a site learns them by itself.
     assert float(result.tasks["size"][ALONE_NOT_PRIVATE]["accuracy"] or 0.0) > 0.9
+
+
+def test_a_site_alone_without_privacy_trains_each_head_at_its_own_rate(tmp_path: Path) -> None:
+    """One head's rate is so small that it stays as it began, in the column without privacy as in the others."""
+    solver = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 4.0}
+    still = {"size": {"learning_rate": 1e-9}}
+    result = compare(Site(federated(tmp_path, solver={**solver, "tasks": still}), SeededEntropy(0)))
+    size, colour = result.tasks["size"], result.tasks["colour"]
+    assert size[ALONE_NOT_PRIVATE] == size[FEDERATED] == size[ALONE], "all three are the untrained head"
+    assert float(colour[ALONE_NOT_PRIVATE]["accuracy"] or 0.0) > 0.9, "the other head learns"
 
 
 def test_the_federated_column_is_the_accuracy_of_the_heads_that_came_home(tmp_path: Path) -> None:
