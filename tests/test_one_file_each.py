@@ -1,5 +1,5 @@
-"""A made-up task, backbone and source, each added as one file to a copy of the rooms, run a federation; nothing else is
-touched, and the contract suites find and test them."""
+"""A made-up task, backbone, source and aggregator, each added as one file to a copy of the rooms, run a federation;
+nothing else is touched, and the contract suites find and test them."""
 
 from __future__ import annotations
 
@@ -207,6 +207,47 @@ class Above(Plugin):
         return torch.cat([-outputs, outputs], dim=1).clamp(-50, 50)
 '''
 
+AGGREGATOR = '''
+"""Coordinate-wise trimmed mean (Yin et al. 2018, Definition 2): the largest and smallest changes are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from common.plugins import Plugin
+from common.types import Params
+from server.rounds.aggregators import State, Weighted
+
+
+class Trimmed(Plugin):
+    """Settings: how many sites are left out at each end."""
+
+    kind: Literal["trimmed"]
+    left_out: int
+    needs_sum: ClassVar[bool] = False
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Returns settings with an integer, which no other kind has."""
+        return {"kind": "trimmed", "left_out": 1}
+
+    def start(self, params: Params) -> State:
+        """Returns an empty state."""
+        return {}
+
+    def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
+        """Returns the parameters moved by the mean of the middle changes."""
+        count = min(self.left_out, (len(deltas) - 1) // 2)
+        new = {}
+        for name, old in params.items():
+            ordered = np.sort(np.stack([item.delta[name].astype(np.float64) for item in deltas]), axis=0)
+            new[name] = (old + ordered[count : len(deltas) - count].mean(axis=0)).astype(np.float32)
+        return new, state
+'''
+
 CONFIG = """
 run:
   name: pendulums
@@ -216,7 +257,7 @@ run:
   tasks: {long: {kind: above, limit: 1.0}}
   solver: {kind: dp_gd, steps: 4, clip_norm: 0.5, learning_rate: 4.0}
   privacy: {unit: example, delta: 1.0e-5, target_epsilon: 8.0}
-  aggregation: {kind: mean}
+  aggregation: {kind: trimmed, left_out: 1}
 sources: {swings: {kind: pendulums, count: 400}}
 tasks: {long: {source: swings, column: length, missing: refuse, public_size: 100}}
 partition: {kind: iid, num_sites: 3, split: source}
@@ -229,7 +270,7 @@ runs_dir: ./runs
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the rooms and contract suites, and three new files."""
+    """A copy of the rooms and contract suites, and four new files."""
     folder = tmp_path_factory.mktemp("rooms")
     leave = shutil.ignore_patterns("__pycache__")
     for name in ("common", "client", "server", "simulations", "tests/contracts"):
@@ -240,6 +281,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("client/data/sources/pendulums.py", SOURCE),
         ("common/backbones/spectrum.py", BACKBONE),
         ("common/tasks/above.py", TASK),
+        ("server/rounds/aggregators/trimmed.py", AGGREGATOR),
         ("pendulums.yaml", CONFIG),
     ):
         assert not (folder / name).exists()
@@ -255,7 +297,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_new_task_backbone_and_source_run_a_private_federation(rooms: Path) -> None:
+def test_a_new_task_backbone_source_and_aggregator_run_a_private_federation(rooms: Path) -> None:
     done = python(rooms, "-m", "simulations", "run", "pendulums.yaml", "--out", "out")
     assert done.returncode == 0, done.stdout + done.stderr
     facts = [json.loads(line) for line in (rooms / "out" / "journal.jsonl").read_text().splitlines()]
@@ -269,7 +311,7 @@ def test_a_new_task_backbone_and_source_run_a_private_federation(rooms: Path) ->
 @pytest.mark.slow
 def test_the_contract_suites_find_and_pass_them(rooms: Path) -> None:
     # A kind may import torch with its module, as this one does; the project's own do not.
-    chosen = "(pendulums or spectrum or above) and not another_process and not loads_no_torch"
+    chosen = "(pendulums or spectrum or above or trimmed) and not another_process and not loads_no_torch"
     done = python(rooms, "-m", "pytest", "tests/contracts", "-p", "no:cacheprovider", "-k", chosen)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 30

@@ -1,4 +1,4 @@
-"""How contributions become new heads, one task at a time. One file is one kind."""
+"""How the sites' updates become new parameters, one task or trunk at a time. One file is one kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ State = Mapping[str, Params]
 
 @dataclass(frozen=True)
 class Weighted:
-    """One site's change of one head, and its public weight."""
+    """One site's change of one head or trunk, and its public weight.
+
+    Attributes:
+        weight: positive; the site's declared public size.
+        delta: new minus old parameters, by name.
+    """
 
     weight: float
     delta: Params
@@ -26,34 +31,49 @@ class Weighted:
 class Aggregator(Protocol):
     """Settings and rule of one aggregation.
 
-    Law (tests/contracts/test_aggregators.py): the order of sites is irrelevant; if `needs_sum`, one contribution that
-    is the weighted sum of several gives the same result as the several.
+    Law (tests/contracts/test_aggregators.py): the order of sites is irrelevant; inputs are not modified, shapes and
+    float32 are kept; if `needs_sum`, one update that is the weighted mean of several gives the same result as the
+    several.
 
     Attributes:
         kind: file name of the plug-in.
-        needs_sum: whether the weighted sum of the contributions is all it reads.
+        needs_sum: whether the weighted sum of the updates is all it reads.
     """
 
     kind: str
     needs_sum: bool
 
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Returns settings with every required key, which the contract suite runs."""
+
     def start(self, params: Params) -> State:
-        """The state before the first round."""
+        """Returns the state before the first round."""
 
     def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """New head and state from at least one contribution."""
+        """Returns the new parameters and the new state.
+
+        Args:
+            params: parameters that the sites were sent, by name.
+            state: what `start` or the last `update` returned.
+            deltas: at least one, in any order, each with the names and shapes of `params`.
+        """
 
 
 def open_aggregator(spec: Spec | Mapping[str, Any], key: str) -> Aggregator:
-    """The aggregation a run asks for. Raises BadInput naming the key."""
+    """Returns the aggregator that a run asks for.
+
+    Raises:
+        BadInput: no such kind, or a wrong setting; names the key.
+    """
     aggregator: Aggregator = resolve("server.rounds.aggregators", spec, key)
     return aggregator
 
 
 def weighted_mean(deltas: Sequence[Weighted]) -> dict[str, np.ndarray]:
-    """Mean change in float64, by weight.
+    """Returns the weighted mean of the changes in float64, by parameter name.
 
-    Contributions are added in an order of their own bytes, so that rounding does not depend on who answered first.
+    Changes are added in an order of their own bytes, so that rounding does not depend on which site answered first.
     """
     ordered = sorted(
         deltas, key=lambda item: (item.weight, *(item.delta[name].tobytes() for name in sorted(item.delta)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -23,15 +23,20 @@ class FedAdam(Plugin):
     tau: Annotated[float, Field(gt=0)] = 1e-3
     needs_sum: ClassVar[bool] = True
 
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Returns settings for the contract suite."""
+        return {"kind": "fedadam", "learning_rate": 0.5}
+
     def start(self, params: Params) -> State:
-        """First moment 0, second moment tau squared."""
+        """Returns a first moment of 0 and a second moment of tau squared."""
         return {
             "first": {name: np.zeros_like(old) for name, old in params.items()},
             "second": {name: np.full_like(old, self.tau**2) for name, old in params.items()},
         }
 
     def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """Update both moments, then step."""
+        """Returns the parameters after a step along the updated moments, and the moments."""
         mean = weighted_mean(deltas)
         first = {name: self.beta1 * state["first"][name] + (1 - self.beta1) * mean[name] for name in params}
         second = {name: self.beta2 * state["second"][name] + (1 - self.beta2) * mean[name] ** 2 for name in params}
@@ -39,8 +44,8 @@ class FedAdam(Plugin):
             name: old + self.learning_rate * first[name] / (np.sqrt(second[name]) + self.tau)
             for name, old in params.items()
         }
-        return _float32(new), {"first": _float32(first), "second": _float32(second)}
+        return _to_float32(new), {"first": _to_float32(first), "second": _to_float32(second)}
 
 
-def _float32(arrays: dict[str, np.ndarray]) -> Params:
+def _to_float32(arrays: dict[str, np.ndarray]) -> Params:
     return {name: values.astype(np.float32) for name, values in arrays.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -20,12 +20,17 @@ class Mean(Plugin):
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
     needs_sum: ClassVar[bool] = True
 
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Returns settings for the contract suite."""
+        return {"kind": "mean", "learning_rate": 0.5}
+
     def start(self, params: Params) -> State:
-        """No state."""
+        """Returns an empty state."""
         del params
         return {}
 
     def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """Step along the mean change."""
+        """Returns the parameters after a step along the mean change."""
         mean = weighted_mean(deltas)
         return {name: (old + self.learning_rate * mean[name]).astype(np.float32) for name, old in params.items()}, state
