@@ -107,7 +107,7 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
-    solver.check_heads(untrained_modules(run, tasks))
+    solver.check_modules(untrained_modules(run, tasks))
     for name, task in tasks.items():
         check_values(name, task, config.tasks[name])
     if run.audit == "required" and privacy is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
 from common.privacy.accounting import Mechanism
-from common.privacy.noise import NoiseStream, released
+from common.privacy.noise import NoiseStream, release
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import Heads
 
@@ -55,7 +55,7 @@ def noised_sums(
     for name in sorted(tasks):
         sums_S = unit_sums(heads[name], tasks[name], units.tasks[name])
         noised[name] = {
-            SUMS: released(sums_S, deviation, stream.gaussian(tuple(sums_S.shape))).numpy().astype(np.float32)
+            SUMS: release(sums_S, deviation, stream.gaussian(tuple(sums_S.shape))).numpy().astype(np.float32)
         }
     return noised
 

@@ -254,6 +254,6 @@ def _refuse_while_stopped(site: Site) -> None:
 def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
     """Decline heads the solver cannot train, now: once a round is charged it is too late."""
     try:
-        open_solver(joined.run.solver, "solver").check_heads(untrained_modules(joined.run, tasks))
+        open_solver(joined.run.solver, "solver").check_modules(untrained_modules(joined.run, tasks))
     except BadInput as error:
         raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error

@@ -1,4 +1,4 @@
-"""How a site turns features into a contribution. One file is one kind. Only client code may import this folder."""
+"""How a site turns features into an update. One file is one kind. Only client code may import this folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from common.types import Delta, Plan, Unit
 
 
 class Solver(Protocol):
-    """A solver's settings, public, and its computation, private.
+    """A solver's public settings and its private computation.
 
     Law (tests/contracts/test_solvers.py): per step with weights fixed and noise off, adding or removing one unit moves
     the released sum by at most the clip norm; the noise has standard deviation noise_multiplier * clip_norm; an empty
     site works and still releases noise; the plan's numbers are the ones used.
 
+    A kind with other rates for the heads of some tasks calls that setting `tasks`; one with other rates for trunks
+    calls it `trunk`: the run file checks that both refer to what the run trains (`common.run.SolverSpec`).
+
     Attributes:
         kind: file name of the plug-in.
-        private: whether its contribution is differentially private.
+        private: whether the update is differentially private.
     """
 
     kind: str
@@ -32,10 +35,15 @@ class Solver(Protocol):
 
     @classmethod
     def example(cls) -> dict[str, Any]:
-        """Settings with every required key, that the contract suite runs."""
+        """Returns settings with every required key, with which the contract tests run."""
 
     def plan(self, privacy: Privacy | None, unit: Unit, rounds: int) -> Plan:
-        """The public numbers of one of `rounds` equal rounds.
+        """Returns the public numbers of one round.
+
+        Args:
+            privacy: the requested privacy of the whole run; None in a run without privacy.
+            unit: the unit that the site's budget protects.
+            rounds: the number of equal rounds over which the requested privacy is spent.
 
         Raises:
             BadInput: the settings and the requested privacy do not go together.
@@ -48,16 +56,15 @@ class Solver(Protocol):
         private returns itself.
         """
 
-    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        """Refuse heads this solver cannot train as it promises; of untrained heads, before anything is spent.
+    def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Raises BadInput for untrained heads or trunks that this solver cannot train as it promises.
 
-        Raises:
-            BadInput: names the task and says which solver trains it.
+        It is called before anything is spent; the message names the task and a kind that trains it.
         """
 
     def solve(
         self,
-        heads: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         tasks: Mapping[str, Task],
         units: Units,
         *,
@@ -65,19 +72,25 @@ class Solver(Protocol):
         public_sizes: Mapping[str, int],
         stream: NoiseStream,
     ) -> Delta:
-        """Train copies of the heads on the units and return what changed.
+        """Trains copies of the modules on the units and returns the change of their parameters.
 
         Args:
-            heads: task -> head at the round's start; not modified.
-            tasks: task -> its definition; same keys as heads and units.tasks.
-            units: training units, on the device to train on.
-            plan: what `plan` returned.
-            public_sizes: task -> declared number of units; expected batch sizes come from it, never from the units.
+            modules: parameter group -> module at the start of the round: the head of each task by the task's name, and
+                the trunks; they are not modified.
+            tasks: task -> its definition; the keys are those of `units.tasks`.
+            units: the site's training units, on the device to train on.
+            plan: the plan of one round, as `plan` returned it.
+            public_sizes: parameter group -> declared number of units; expected batch sizes come from it, never from
+                the units.
             stream: the only source of randomness: Poisson coins and noise.
+
+        Raises:
+            BadInput: a module cannot be trained as the solver promises.
+            RunFailed: training diverged.
         """
 
 
 def open_solver(spec: Spec | Mapping[str, Any], key: str) -> Solver:
-    """The solver a run asks for. Raises BadInput naming the key."""
+    """Returns the solver that a setting describes; raises BadInput naming the key where it is wrong."""
     solver: Solver = resolve("client.solvers", spec, key)
     return solver

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import numpy as np
@@ -28,22 +29,22 @@ from torch import Tensor, nn
 
 from client.data.units import Units
 from client.solvers.parts import objective
-from client.solvers.parts.closed_form import Inputs, check_affine, gradients_of
+from client.solvers.parts.closed_form import Inputs, check_affine, compute_gradients
 from client.solvers.parts.flat import Flat
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.accounting import noise_multiplier
-from common.privacy.clipping import clip_factors
-from common.privacy.noise import NoiseStream, released
+from common.privacy.clipping import compute_clip_factors
+from common.privacy.noise import NoiseStream, release
 from common.run import PositiveInt, Privacy
 from common.tasks import LossGradient, Task
 from common.types import BadInput, Delta, Plan, Unit
 
-Slopes = Callable[[Tensor, Inputs], Tensor]
-"""A head's outputs and its records -> derivative of the weighted, scaled loss by the outputs."""
+OutputGradient = Callable[[Tensor, Inputs], Tensor]
+"""A head's outputs and its records -> gradient of the weighted, scaled loss by the outputs, in their shape."""
 
 _LARGE_DRAW = 2**14
-"""Values of a draw that is worth a thread of its own."""
+"""Number of values from which on a draw is worth a thread of its own."""
 
 _CHUNK_VALUES = 2**24
 """Gradient values of records with several positions held at once (64 MiB); larger samples are summed in parts."""
@@ -57,10 +58,10 @@ class DpGd(Plugin):
         sampling_rate: probability with which each unit takes part in a step; 1 is full batch.
         steps: noised steps in one round.
         clip_norm: bound on one unit's gradient over all heads.
-        learning_rate: of the step on the noised mean gradient.
-        momentum: of that step; costs no privacy.
-        weight_decay: of that step; costs no privacy.
-        tasks: learning rate and decay of the heads of some tasks instead, by the task's name.
+        learning_rate: learning rate of the step on the noised mean gradient.
+        momentum: momentum of that step; costs no privacy.
+        weight_decay: weight decay of that step; costs no privacy.
+        tasks: task -> learning rate and weight decay of its head, in place of those above.
     """
 
     kind: Literal["dp_gd"]
@@ -75,7 +76,7 @@ class DpGd(Plugin):
 
     @model_validator(mode="before")
     @classmethod
-    def _trains_no_trunk(cls, values: Any) -> Any:
+    def _refuse_trunk_rates(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and values.get("trunk") is not None:
             raise ValueError(
                 "trunk: expected none, because dp_gd trains no part of a backbone (`trainable`); kind dp_sgd does"
@@ -84,11 +85,16 @@ class DpGd(Plugin):
 
     @classmethod
     def example(cls) -> dict[str, Any]:
-        """Settings with every required key."""
+        """Returns settings with every required key."""
         return {"kind": "dp_gd", "sampling_rate": 0.5, "steps": 3, "clip_norm": 1.0, "learning_rate": 0.5}
 
     def plan(self, privacy: Privacy | None, unit: Unit, rounds: int) -> Plan:
-        """The public numbers of one of `rounds` equal rounds; the noise follows from the whole run's target.
+        """Returns the public numbers of one round; the noise follows from the target of the whole run.
+
+        Args:
+            privacy: the requested privacy of the whole run.
+            unit: the unit that the site's budget protects.
+            rounds: the number of equal rounds over which the requested privacy is spent.
 
         Raises:
             BadInput: no privacy is asked for.
@@ -113,13 +119,13 @@ class DpGd(Plugin):
             tasks=self.tasks,
         )
 
-    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        """Refuse heads the closed form is not exact for. Raises BadInput."""
-        check_affine(heads)
+    def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Raises BadInput for heads and trunks for which the closed form is not exact."""
+        check_affine(modules)
 
     def solve(
         self,
-        heads: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         tasks: Mapping[str, Task],
         units: Units,
         *,
@@ -127,40 +133,40 @@ class DpGd(Plugin):
         public_sizes: Mapping[str, int],
         stream: NoiseStream,
     ) -> Delta:
-        """Train copies of the heads and return what changed. See `client.solvers.Solver.solve`.
+        """Trains copies of the modules and returns the change of their parameters. See `client.solvers.Solver.solve`.
 
         Raises:
             BadInput: a head is not affine.
             RunFailed: training diverged.
         """
         assert plan.clip_norm is not None  # A private plan has one.
-        check_affine(heads)
-        flat = Flat.of(heads)
-        start = flat.vector()
+        check_affine(modules)
+        flat = Flat.from_heads(modules)
+        start = flat.copy_parameters()
         weights = start.clone()
-        divisors = flat.per_value(objective.expected_units(plan, public_sizes))
+        divisors = flat.expand(objective.compute_divisors(plan, public_sizes))
         default = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         rates = {name: self.tasks.get(name, default) for name in flat.heads}
-        learning_rate = flat.per_value({name: own.learning_rate for name, own in rates.items()})
-        weight_decay = flat.per_value({name: own.weight_decay for name, own in rates.items()})
-        decays = any(own.weight_decay for own in rates.values())
+        learning_rate = flat.expand({name: group.learning_rate for name, group in rates.items()})
+        weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
+        decays = any(group.weight_decay for group in rates.values())
         deviation = plan.noise_multiplier * plan.clip_norm
         velocity = torch.zeros_like(weights) if self.momentum else None
-        usable = objective.usable(units)
+        usable = objective.select_usable(units)
         inputs = {
-            name: Inputs.of(head, usable.tasks[name], usable.num_units, tasks[name].scale)
+            name: Inputs.from_records(head, usable.tasks[name], usable.num_units, tasks[name].scale)
             for name, head in flat.heads.items()
         }
-        chunk = _chunk(flat, inputs)
-        slopes = {name: _slopes_of(tasks[name]) for name in flat.heads}
+        chunk = _count_units_per_batch(flat, inputs)
+        output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
         total = torch.zeros_like(weights)
         parts, sums = flat.views(weights), flat.views(total)
         with torch.no_grad():
-            for members, normals in _draws(usable, plan, stream, len(total)):
+            for members, normals in _draw_steps(usable, plan, stream, len(total)):
                 total.zero_()
-                for batch, size in _batches(inputs, usable.num_units, members, chunk):
-                    _add_clipped(sums, parts, slopes, batch, size, clip_norm=plan.clip_norm)
-                step = released(total, deviation, normals).div_(divisors).to(weights)
+                for batch, size in _split_sample(inputs, usable.num_units, members, chunk):
+                    _add_clipped(sums, parts, output_gradients, batch, size, clip_norm=plan.clip_norm)
+                step = release(total, deviation, normals).div_(divisors).to(weights)
                 # The update of torch.optim.SGD.
                 if decays:
                     step.add_(weights * weight_decay)
@@ -170,14 +176,19 @@ class DpGd(Plugin):
                     weights.sub_(step, alpha=learning_rate)
                 else:
                     weights.sub_(step * learning_rate)
-        return objective.checked(flat.by_task(weights - start))
+        return objective.check_update(flat.split_by_task(weights - start))
 
 
-def _draws(units: Units, plan: Plan, stream: NoiseStream, size: int) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
-    """Each step's sample and normals, in the stream's order; large ones are drawn while the step before is computed."""
+def _draw_steps(
+    units: Units, plan: Plan, stream: NoiseStream, size: int
+) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
+    """Yields each step's sample and `size` normals, in the stream's order.
+
+    Many normals are drawn while the step before is computed.
+    """
 
     def draw() -> tuple[Tensor, NDArray[np.float64]]:
-        return objective.participants(units, plan, stream), stream.gaussian((size,))
+        return objective.draw_participants(units, plan, stream), stream.gaussian((size,))
 
     if size < _LARGE_DRAW:
         for _ in range(plan.steps):
@@ -194,33 +205,41 @@ def _draws(units: Units, plan: Plan, stream: NoiseStream, size: int) -> Iterator
 def _add_clipped(
     sums: Mapping[str, Sequence[Tensor]],
     weights: Mapping[str, Sequence[Tensor]],
-    slopes: Mapping[str, Slopes],
+    output_gradients: Mapping[str, OutputGradient],
     batch: Mapping[str, Inputs],
     num_units: int,
     *,
     clip_norm: float,
 ) -> None:
-    """Add the jointly clipped gradients of a batch's units to the sums."""
+    """Adds the jointly clipped gradients of a batch's units to the sums.
+
+    Args:
+        sums: task -> one sum for each parameter of the head, as `Flat.views` lays them out; added to in place.
+        weights: task -> the head's parameters in the same layout.
+        output_gradients: task -> gradient of its loss by the head's outputs.
+        batch: task -> its records in the batch.
+        num_units: number of units in the batch.
+        clip_norm: bound on a unit's gradient over all heads.
+    """
     gradients = {
-        name: gradients_of(inputs, slopes[name](inputs.outputs(weights[name]), inputs), num_units)
+        name: compute_gradients(
+            inputs, output_gradients[name](inputs.compute_outputs(weights[name]), inputs), num_units
+        )
         for name, inputs in batch.items()
         if len(inputs.records.unit_R)
     }
     if gradients:
-        factor_U = clip_factors(_joint([part.norm_U for part in gradients.values()]), clip_norm)
+        norms_U = [part.norm_U for part in gradients.values()]
+        norm_U = norms_U[0] if len(norms_U) == 1 else torch.linalg.vector_norm(torch.stack(norms_U), dim=0)
+        factor_U = compute_clip_factors(norm_U, clip_norm)
         for name, part in gradients.items():
             part.add_weighted(factor_U, sums[name])
 
 
-def _joint(norms_U: Sequence[Tensor]) -> Tensor:
-    """norm_U over all heads."""
-    return norms_U[0] if len(norms_U) == 1 else torch.linalg.vector_norm(torch.stack(list(norms_U)), dim=0)
-
-
-def _batches(
+def _split_sample(
     inputs: Mapping[str, Inputs], num_units: int, members: Tensor, chunk: int
 ) -> Iterator[tuple[Mapping[str, Inputs], int]]:
-    """The sample's records and number of units, in parts of at most so many."""
+    """Yields the records of the sampled units and their number, in parts of at most `chunk` units."""
     if len(members) == num_units <= chunk:
         yield inputs, num_units
         return
@@ -228,13 +247,13 @@ def _batches(
         position_U = torch.full((num_units,), -1)
         position_U[part] = torch.arange(len(part))
         yield (
-            {name: one.of_units(position_U.to(one.records.unit_R.device)) for name, one in inputs.items()},
+            {name: one.select_units(position_U.to(one.records.unit_R.device)) for name, one in inputs.items()},
             len(part),
         )
 
 
-def _chunk(flat: Flat, inputs: Mapping[str, Inputs]) -> int:
-    """Units whose gradients are held at once: formed gradients must fit into memory."""
+def _count_units_per_batch(flat: Flat, inputs: Mapping[str, Inputs]) -> int:
+    """Returns the number of units whose gradients are held at once: formed gradients must fit into memory."""
     values = 0
     for name, one in inputs.items():
         if one.reach_R is None and len(one.records.unit_R):
@@ -242,23 +261,24 @@ def _chunk(flat: Flat, inputs: Mapping[str, Inputs]) -> int:
     return max(1, _CHUNK_VALUES // max(1, values))
 
 
-def _slopes_of(task: Task) -> Slopes:
-    """How a task's loss is differentiated: as it says itself, or by autograd, which knows any other loss."""
+def _get_output_gradient(task: Task) -> OutputGradient:
+    """Returns the gradient that the task states in closed form, or that of autograd, which works for any loss."""
+    if not isinstance(task, LossGradient):
+        return partial(_differentiate_losses, task)
+    loss_gradient = task.loss_gradient
 
-    stated_task = task if isinstance(task, LossGradient) else None
-
-    def stated(outputs: Tensor, inputs: Inputs) -> Tensor:
-        assert stated_task is not None
-        slopes = stated_task.loss_gradient(outputs, inputs.records.labels)
+    def compute(outputs: Tensor, inputs: Inputs) -> Tensor:
+        gradient = loss_gradient(outputs, inputs.records.labels)
         if inputs.factor_R is None:
-            return slopes
-        return slopes.mul_(inputs.factor_R.view(-1, *(1,) * (outputs.dim() - 1)))
+            return gradient
+        return gradient.mul_(inputs.factor_R.view(-1, *(1,) * (outputs.dim() - 1)))
 
-    def found(outputs: Tensor, inputs: Inputs) -> Tensor:
-        with torch.enable_grad():
-            losses_R = task.losses(outputs.requires_grad_(), inputs.records.labels)
-        factor_R = torch.ones_like(losses_R) if inputs.factor_R is None else inputs.factor_R
-        delta: Tensor = torch.autograd.grad(losses_R, outputs, grad_outputs=factor_R)[0]
-        return delta
+    return compute
 
-    return found if stated_task is None else stated
+
+def _differentiate_losses(task: Task, outputs: Tensor, inputs: Inputs) -> Tensor:
+    with torch.enable_grad():
+        losses_R = task.losses(outputs.requires_grad_(), inputs.records.labels)
+    factor_R = torch.ones_like(losses_R) if inputs.factor_R is None else inputs.factor_R
+    gradient: Tensor = torch.autograd.grad(losses_R, outputs, grad_outputs=factor_R)[0]
+    return gradient

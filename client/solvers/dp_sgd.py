@@ -40,11 +40,11 @@ class DpSgd(Plugin):
         sampling_rate: probability with which each unit takes part in a step; 1 is full batch.
         steps: noised steps in one round.
         clip_norm: bound on one unit's gradient over all heads.
-        learning_rate: of SGD on the noised mean gradient.
-        momentum: of that SGD; costs no privacy.
-        weight_decay: of that SGD; costs no privacy.
-        tasks: learning rate and decay of the heads of some tasks instead, by the task's name.
-        trunk: learning rate and decay of the part of a backbone that trains, where one does; null: the heads'.
+        learning_rate: learning rate of SGD on the noised mean gradient.
+        momentum: momentum of that SGD; costs no privacy.
+        weight_decay: weight decay of that SGD; costs no privacy.
+        tasks: task -> learning rate and weight decay of its head, in place of those above.
+        trunk: learning rate and weight decay of the trunks; null for those above.
     """
 
     kind: Literal["dp_sgd"]
@@ -60,11 +60,16 @@ class DpSgd(Plugin):
 
     @classmethod
     def example(cls) -> dict[str, Any]:
-        """Settings with every required key."""
+        """Returns settings with every required key."""
         return {"kind": "dp_sgd", "sampling_rate": 0.5, "steps": 3, "clip_norm": 1.0, "learning_rate": 0.5}
 
     def plan(self, privacy: Privacy | None, unit: Unit, rounds: int) -> Plan:
-        """The public numbers of one of `rounds` equal rounds; the noise follows from the whole run's target.
+        """Returns the public numbers of one round; the noise follows from the target of the whole run.
+
+        Args:
+            privacy: the requested privacy of the whole run.
+            unit: the unit that the site's budget protects.
+            rounds: the number of equal rounds over which the requested privacy is spent.
 
         Raises:
             BadInput: no privacy is asked for.
@@ -90,15 +95,15 @@ class DpSgd(Plugin):
             trunk=self.trunk,
         )
 
-    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        """Refuse heads that mix the examples of a batch. Raises BadInput."""
+    def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Raises BadInput for heads or trunks that mix the examples of a batch."""
         from client.solvers.parts.private_step import check_separable
 
-        check_separable(heads)
+        check_separable(modules)
 
     def solve(
         self,
-        heads: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         tasks: Mapping[str, Task],
         units: Units,
         *,
@@ -106,25 +111,27 @@ class DpSgd(Plugin):
         public_sizes: Mapping[str, int],
         stream: NoiseStream,
     ) -> Delta:
-        """Train copies of the heads and return what changed. See `client.solvers.Solver.solve`.
+        """Trains copies of the modules and returns the change of their parameters. See `client.solvers.Solver.solve`.
 
         Raises:
-            BadInput: a head mixes the examples of a batch, so that no per-unit gradient exists.
+            BadInput: a module mixes the examples of a batch, so that no per-unit gradient exists.
             RunFailed: training diverged.
         """
         # Here: a site that only plans needs no Opacus.
-        from client.solvers.parts.private_step import StreamOptimizer, release_step, with_record_gradients
+        from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step
 
-        copies = objective.trainable_copies(heads)
-        with_record_gradients(copies)
+        copies = objective.copy_trainable(modules)
+        hook_record_gradients(copies)
         rates = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        groups = objective.groups(copies, tasks, rates, self.tasks, self.trunk)
+        groups = objective.make_optimizer_groups(copies, tasks, rates, self.tasks, self.trunk)
         sgd = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
-        divisors = objective.expected_units(plan, public_sizes)
-        of_parameter = [divisors[name] for name, head in copies.items() for p in head.parameters() if p.requires_grad]
+        divisors = objective.compute_divisors(plan, public_sizes)
+        of_parameter = [
+            divisors[name] for name, module in copies.items() for p in module.parameters() if p.requires_grad
+        ]
         optimizer = StreamOptimizer(sgd, plan=plan, divisors=of_parameter, stream=stream)
-        usable = objective.usable(units)
+        usable = objective.select_usable(units)
         for _ in range(plan.steps):
-            members = objective.participants(usable, plan, stream)
+            members = objective.draw_participants(usable, plan, stream)
             release_step(optimizer, copies, tasks, usable, members)
-        return objective.difference(copies, heads)
+        return objective.compute_update(copies, modules)

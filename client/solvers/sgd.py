@@ -28,11 +28,11 @@ class Sgd(Plugin):
     Attributes:
         sampling_rate: probability with which each unit takes part in a step; 1 is full batch.
         steps: steps in one round.
-        learning_rate: of the step on the mean gradient.
-        momentum: of that step.
-        weight_decay: of that step.
-        tasks: learning rate and decay of the heads of some tasks instead, by the task's name.
-        trunk: learning rate and decay of the part of a backbone that trains, where one does; null: the heads'.
+        learning_rate: learning rate of the step on the mean gradient.
+        momentum: momentum of that step.
+        weight_decay: weight decay of that step.
+        tasks: task -> learning rate and weight decay of its head, in place of those above.
+        trunk: learning rate and weight decay of the trunks; null for those above.
     """
 
     kind: Literal["sgd"]
@@ -47,11 +47,16 @@ class Sgd(Plugin):
 
     @classmethod
     def example(cls) -> dict[str, Any]:
-        """Settings with every required key."""
+        """Returns settings with every required key."""
         return {"kind": "sgd", "sampling_rate": 0.5, "steps": 3, "learning_rate": 0.5}
 
     def plan(self, privacy: Privacy | None, unit: Unit, rounds: int) -> Plan:
-        """A plan without noise.
+        """Returns a plan without clipping and noise.
+
+        Args:
+            privacy: expected to be None.
+            unit: the unit that the site's budget protects.
+            rounds: not used: every round is alike.
 
         Raises:
             BadInput: privacy is asked for.
@@ -65,13 +70,13 @@ class Sgd(Plugin):
         """Returns this solver: it gives no privacy."""
         return self
 
-    def check_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        """Every head will do."""
-        del heads
+    def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
+        """Accepts every head and trunk."""
+        del modules
 
     def solve(
         self,
-        heads: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         tasks: Mapping[str, Task],
         units: Units,
         *,
@@ -79,32 +84,35 @@ class Sgd(Plugin):
         public_sizes: Mapping[str, int],
         stream: NoiseStream,
     ) -> Delta:
-        """Train copies of the heads and return what changed. See `client.solvers.Solver.solve`.
+        """Trains copies of the modules and returns the change of their parameters. See `client.solvers.Solver.solve`.
 
         Raises:
             RunFailed: training diverged.
         """
-        copies = objective.trainable_copies(heads)
+        copies = objective.copy_trainable(modules)
         rates = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        groups = objective.groups(copies, tasks, rates, self.tasks, self.trunk)
+        groups = objective.make_optimizer_groups(copies, tasks, rates, self.tasks, self.trunk)
         optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
-        divisors = objective.expected_units(plan, public_sizes)
-        usable = objective.usable(units)
+        divisors = objective.compute_divisors(plan, public_sizes)
+        usable = objective.select_usable(units)
         for _ in range(plan.steps):
             optimizer.zero_grad(set_to_none=True)
-            batch = objective.batch_of(usable, objective.participants(usable, plan, stream))
-            loss = objective.loss_sum(copies, tasks, batch)
+            batch = objective.select_batch(usable, objective.draw_participants(usable, plan, stream))
+            loss = objective.sum_losses(copies, tasks, batch)
             if loss is not None:
                 loss.backward()  # type: ignore[no-untyped-call]
-            _divide(copies, divisors)
+            _divide_gradients(copies, divisors)
             optimizer.step()
-        return objective.difference(copies, heads)
+        return objective.compute_update(copies, modules)
 
 
-def _divide(heads: Mapping[str, nn.Module], divisors: Mapping[str, float]) -> None:
-    """Scale gradients as `dp_sgd` does. A task without a record has a zero gradient: momentum and decay still act."""
-    for name, head in heads.items():
-        for parameter in head.parameters():
+def _divide_gradients(modules: Mapping[str, nn.Module], divisors: Mapping[str, float]) -> None:
+    """Divides gradients as `dp_sgd` does.
+
+    The gradient of a task without a record becomes zero instead of None, so that momentum and decay still act.
+    """
+    for name, module in modules.items():
+        for parameter in module.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

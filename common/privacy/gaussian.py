@@ -12,7 +12,7 @@ from scipy.special import log_ndtr
 
 
 def gdp_delta(epsilon: float, mu: float) -> float:
-    """The smallest delta with which a mu-GDP mechanism is (epsilon, delta)-DP."""
+    """Returns the smallest delta with which a mu-GDP mechanism is (epsilon, delta)-DP."""
     if mu == 0.0:
         return 0.0
     near = log_ndtr(-epsilon / mu + mu / 2.0)
@@ -22,7 +22,10 @@ def gdp_delta(epsilon: float, mu: float) -> float:
 
 
 def gdp_epsilon(mu: float, delta: float) -> float:
-    """The smallest epsilon >= 0 with which a mu-GDP mechanism is (epsilon, delta)-DP, to 1e-12 relative, from above."""
+    """Returns the smallest epsilon >= 0 with which a mu-GDP mechanism is (epsilon, delta)-DP.
+
+    It is exact to 1e-12 relative, from above.
+    """
     if gdp_delta(0.0, mu) <= delta:
         return 0.0
     # Phi(-x) <= exp(-x^2/2) bounds the first term, hence epsilon.
@@ -32,7 +35,7 @@ def gdp_epsilon(mu: float, delta: float) -> float:
 
 
 def gdp_mu(epsilon: float, delta: float) -> float:
-    """The largest mu, to 1e-12 relative, whose mechanism is (epsilon, delta)-DP."""
+    """Returns the largest mu, to 1e-12 relative, whose mechanism is (epsilon, delta)-DP."""
     low = high = epsilon / 1e3
     while gdp_delta(epsilon, high) < delta:
         high *= 2.0

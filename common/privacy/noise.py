@@ -4,7 +4,7 @@ The key comes from the operating system at the site. torch's and NumPy's generat
 takes 32 bits of its seed, so that all seeds can be tried against a release.
 
 Samples are double-precision floats, whose last bits could tell what they were added to (Mironov 2012). So a noised sum
-is rounded to a grid of a millionth of the noise (`released`): whatever the sum was, each point stands for billions of
+is rounded to a grid of a millionth of the noise (`release`): whatever the sum was, each point stands for billions of
 samples, and nobody can tell which it was. Rounding comes after the noise and costs no privacy. Limit, stated: this is
 not an exact discrete distribution; a point in the far tail, which is hardly ever drawn, stands for few samples.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 KEY_BYTES = 32
 
 _CHUNK = 16384
-"""Gaussians made at once: they stay in a core's own cache."""
+"""Number of Gaussians made at once: they stay in a core's own cache."""
 
 _GRID = 20
 """A noised sum is rounded to a power of two of at most 2**-20 times the noise's standard deviation."""
@@ -36,7 +36,7 @@ Entropy = Callable[[str], bytes]
 
 
 def os_entropy(purpose: str) -> bytes:
-    """A fresh key from the operating system; the purpose is ignored."""
+    """Returns a fresh key from the operating system; the purpose is ignored."""
     del purpose
     return os.urandom(KEY_BYTES)
 
@@ -48,7 +48,7 @@ class SeededEntropy:
         self._secret = hashlib.sha256(f"headwater noise {seed}".encode()).digest()
 
     def __call__(self, purpose: str) -> bytes:
-        """The same key for the same purpose."""
+        """Returns the same key for the same purpose."""
         return hmac.new(self._secret, purpose.encode(), hashlib.sha256).digest()
 
 
@@ -65,42 +65,45 @@ class NoiseStream:
         return "NoiseStream(key hidden)"
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """`count` doubles strictly inside (0, 1), uniform on a grid of 2**53 points."""
+        """Returns `count` doubles strictly inside (0, 1), uniform on a grid of 2**53 points."""
         # (x + 1) / 2 of the grid below; its last point would round to 1.
-        return np.minimum(self._symmetric(np.empty(count)) * 0.5 + 0.5, 1.0 - 2.0**-53)
+        return np.minimum(self._fill_symmetric(np.empty(count)) * 0.5 + 0.5, 1.0 - 2.0**-53)
 
     def coins(self, count: int, probability: float) -> NDArray[np.bool_]:
-        """`count` independent coins. Probability 1 is certain."""
+        """Returns `count` independent coins; with probability 1 all are true and nothing is drawn."""
         if probability >= 1.0:
             return np.ones(count, dtype=np.bool_)
         return self.uniform(count) < probability
 
     def gaussian(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """Independent standard normals: sqrt(2) erfinv(x), each of its own 64 bits of the stream."""
+        """Returns independent standard normals: sqrt(2) erfinv(x), each of its own 64 bits of the stream."""
         count = math.prod(shape)
         samples = np.empty(count)
         for start in range(0, count, _CHUNK):
-            part = self._symmetric(samples[start : start + _CHUNK])
+            part = self._fill_symmetric(samples[start : start + _CHUNK])
             # In place, by torch: vectorised, and the same bits whatever the position (tested).
             torch.from_numpy(part).erfinv_()
             part *= math.sqrt(2.0)
         return samples.reshape(shape)
 
-    def _symmetric(self, out: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Fill with doubles inside (-1, 1), uniform on the 2**53 points (k + 1/2) / 2**52, each exact; never 0."""
+    def _fill_symmetric(self, out: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Fills an array with doubles inside (-1, 1), uniform on the 2**53 points (k + 1/2) / 2**52.
+
+        Each point is exact and none is 0.
+        """
         words = np.frombuffer(self._cipher.update(bytes(8 * len(out))), dtype="<i8")
         np.multiply(words >> 11, 2.0**-52, out=out)
         out += 2.0**-53
         return out
 
 
-def released(total: Tensor, deviation: float, normals: NDArray[np.float64]) -> Tensor:
-    """A sum with Gaussian noise, float64, on the grid; of the sum's shape and on its device.
+def release(total: Tensor, deviation: float, normals: NDArray[np.float64]) -> Tensor:
+    """Returns a sum with Gaussian noise, float64, on the grid; in the sum's shape and on its device.
 
     Args:
-        total: what is released, in any precision; double precision adds it without rounding it.
+        total: the sum to release, in any precision; double precision adds it without rounding it.
         deviation: standard deviation of the noise; 0 adds none.
-        normals: drawn for this release alone; overwritten.
+        normals: standard normals, one for each value of the sum, drawn for this release alone; overwritten.
     """
     if deviation == 0.0:
         return total.double()

@@ -142,7 +142,7 @@ DEEP_HEADS, LINEAR_HEADS, TRUNK_HEADS = heads(DEEP), heads(LINEAR), trunk_and_he
 
 def takes(kind: str, heads: dict[str, nn.Module]) -> bool:
     try:
-        solver_of(kind).check_heads(heads)
+        solver_of(kind).check_modules(heads)
     except BadInput:
         return False
     return True
@@ -355,13 +355,13 @@ def test_a_coin_decides_whether_a_unit_moves_the_heads(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_heads_are_accepted_by_every_kind(kind: str) -> None:
-    solver_of(kind).check_heads(LINEAR_HEADS)
+    solver_of(kind).check_modules(LINEAR_HEADS)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if f"{kind}{WITH_TRUNK}" not in CASES])
 def test_a_kind_that_trains_no_trunk_refuses_one_before_and_while_training(kind: str) -> None:
     assert kind == "dp_gd", "every other kind of this project trains trunks"
-    for refused in (lambda: solver_of(kind).check_heads({TRUNK: nn.Linear(2, 2)}), lambda: example_with_rates(kind)):
+    for refused in (lambda: solver_of(kind).check_modules({TRUNK: nn.Linear(2, 2)}), lambda: example_with_rates(kind)):
         with pytest.raises(BadInput, match="no part of a backbone"):
             refused()
 
@@ -375,7 +375,7 @@ def test_a_head_that_mixes_examples_is_refused_before_and_while_training(kind: s
     mixing = {**LINEAR_HEADS, "grade": nn.Sequential(nn.Linear(FEATURES + DEAD, 3), nn.BatchNorm1d(3))}
     solver, sizes = solver_of(kind), dict.fromkeys(LINEAR, 1)
     with pytest.raises(BadInput, match="grade"):
-        solver.check_heads(mixing)
+        solver.check_modules(mixing)
     with pytest.raises(BadInput, match="grade"):
         solver.solve(mixing, LINEAR, site(SOME), plan=plan_of(kind), public_sizes=sizes, stream=NoiseStream(KEY))
 

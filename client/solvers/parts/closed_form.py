@@ -1,6 +1,6 @@
 """The clipped sum of a step in closed form, for heads that are one affine map: linear, or a 1x1 convolution.
 
-A record's gradient is Delta' X, where Delta is the derivative of its loss by the head's outputs and X its features.
+A record's gradient is Delta' X, where Delta is the gradient of its loss by the head's outputs and X its features.
 Delta comes from autograd on the outputs alone, so every per-example loss works. For records of one position (a linear
 head on vectors) no gradient is ever formed: |Delta' x| = |Delta| |x|, and for several records of a unit
 
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from client.data.units import TaskRecords
-from common.privacy.clipping import row_norms, sum_by_unit
+from common.privacy.clipping import compute_row_norms, sum_by_unit
 from common.types import BadInput
 
 _MOST_RECORDS = 32
-"""A unit with more records is not paired: its pairs would outgrow its gradient, which is then formed."""
+"""Records of a unit whose pairs are still used; beyond it the pairs would outgrow the gradient, which is formed."""
 
 _MOST_CANCELLATION = 16.0
 """Sum of the norms of a unit's records over the norm of their sum. Beyond it the unit's gradient is formed too:
@@ -39,7 +39,7 @@ _POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def check_affine(heads: Mapping[str, nn.Module]) -> None:
-    """Refuse heads for which the formula is not exact.
+    """Refuses heads for which the formula is not exact, and trunks.
 
     Raises:
         BadInput: a head is anything but one linear layer or 1x1 convolution with all its parameters trainable.
@@ -49,7 +49,7 @@ def check_affine(heads: Mapping[str, nn.Module]) -> None:
             raise BadInput(
                 "trainable: solver dp_gd trains heads on frozen features and no part of a backbone; kind dp_sgd does"
             )
-        reason = _why_not_affine(head)
+        reason = _explain_not_affine(head)
         if reason:
             raise BadInput(
                 f"tasks.{name}.head: solver dp_gd is exact only for a linear head or a 1x1 convolution, got {reason}; "
@@ -57,7 +57,7 @@ def check_affine(heads: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _why_not_affine(head: nn.Module) -> str | None:
+def _explain_not_affine(head: nn.Module) -> str | None:
     # The exact type: a subclass or a parametrised layer computes something else.
     if type(head) is not nn.Linear and type(head) not in _POINTWISE:
         return type(head).__name__
@@ -74,7 +74,7 @@ def _why_not_affine(head: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One head's records and what of them stays the same while weights move.
+    """One head's records, and what follows from them alone, whatever the weights are.
 
     Attributes:
         records: usable ones, their features' last axis being D; a record's unit is an index in [0, U).
@@ -83,7 +83,7 @@ class Inputs:
         pairs_3Q: r, s and unit of all pairs of different records of a unit that is not too large.
         product_Q: x_r . x_s, + 1 with a bias, in double precision.
         single: whether record i is unit i's only one, for all units.
-        most_records: of one unit.
+        most_records: largest number of records of one unit.
         bias: whether the head has one.
         maps: whether the head's outputs have their K before the positions, as a convolution's.
     """
@@ -99,8 +99,15 @@ class Inputs:
     maps: bool
 
     @classmethod
-    def of(cls, head: nn.Module, records: TaskRecords, num_units: int, scale: float = 1.0) -> Inputs:
-        """The inputs of an affine head, whose task has this scale."""
+    def from_records(cls, head: nn.Module, records: TaskRecords, num_units: int, scale: float = 1.0) -> Inputs:
+        """Returns the inputs of an affine head.
+
+        Args:
+            head: the head, of which only kind and shapes are used.
+            records: usable records of its task.
+            num_units: number of units U, with or without records.
+            scale: public factor on the task's loss.
+        """
         unit_R = records.unit_R
         single = len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device))
         most = min(1, len(unit_R)) if single else int(torch.bincount(unit_R, minlength=1).max())
@@ -110,13 +117,13 @@ class Inputs:
             records = replace(records, features_RD=records.features_RD.movedim(1, -1).contiguous())
         features = records.features_RD
         vectors = features.dim() == 2
-        pairs_3Q = _pairs(unit_R) if vectors and most > 1 else unit_R.new_empty((3, 0))
+        pairs_3Q = _list_pairs(unit_R) if vectors and most > 1 else unit_R.new_empty((3, 0))
         if vectors:
             first, second = features[pairs_3Q[0]], features[pairs_3Q[1]]
             product_Q = torch.linalg.vecdot(first.double(), second.double()) + float(bias)
         return cls(
             records,
-            reach_R=row_norms(features).square_().add_(float(bias)).sqrt_() if vectors else None,
+            reach_R=compute_row_norms(features).square_().add_(float(bias)).sqrt_() if vectors else None,
             factor_R=None if bool((factor_R == 1.0).all()) else factor_R,
             pairs_3Q=pairs_3Q,
             product_Q=product_Q if vectors else pairs_3Q[0].double(),
@@ -126,17 +133,17 @@ class Inputs:
             maps=maps,
         )
 
-    def outputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """The head's outputs, of the shape that its task expects.
+    def compute_outputs(self, parts: Sequence[Tensor]) -> Tensor:
+        """Returns the head's outputs, in the shape that its task expects.
 
         Args:
-            parts: weight_KD, and the bias if there is one.
+            parts: the head's weight_KD, and its bias_K if it has one.
         """
         outputs = nn.functional.linear(self.records.features_RD, parts[0], parts[1] if self.bias else None)
         return outputs.movedim(-1, 1) if self.maps else outputs
 
-    def of_units(self, position_U: Tensor) -> Inputs:
-        """The records of some units: `position_U` is a unit's new index, or -1 for one that is left out."""
+    def select_units(self, position_U: Tensor) -> Inputs:
+        """Returns the records of some units; `position_U` is a unit's new index, or -1 for one that is left out."""
         records = self.records
         position_R = position_U[records.unit_R]
         rows = (position_R >= 0).nonzero().squeeze(1)
@@ -154,41 +161,44 @@ class Inputs:
         return replace(kept, pairs_3Q=pairs_3Q, product_Q=self.product_Q[both_Q])
 
 
-def _pairs(unit_R: Tensor) -> Tensor:
-    """r, s and unit of every pair of records of a unit of at most `_MOST_RECORDS` records."""
+def _list_pairs(unit_R: Tensor) -> Tensor:
+    """Returns r, s and unit of every pair of records of a unit of at most `_MOST_RECORDS` records."""
     order_R = torch.argsort(unit_R, stable=True)
     sorted_R = unit_R[order_R]
     count_R = torch.bincount(unit_R)[sorted_R] if len(unit_R) else unit_R
-    found = [torch.empty((3, 0), dtype=torch.long, device=unit_R.device)]
+    pairs = [torch.empty((3, 0), dtype=torch.long, device=unit_R.device)]
     most = min(int(count_R.max()), _MOST_RECORDS) if len(unit_R) else 0
     for apart in range(1, most):
         # Records of a unit are neighbours in this order: all pairs with `apart - 1` records between them.
         same = (sorted_R[apart:] == sorted_R[:-apart]) & (count_R[apart:] <= _MOST_RECORDS)
         at = same.nonzero().squeeze(1)
-        found.append(torch.stack([order_R[at], order_R[at + apart], sorted_R[at]]))
-    return torch.cat(found, dim=1)
+        pairs.append(torch.stack([order_R[at], order_R[at + apart], sorted_R[at]]))
+    return torch.cat(pairs, dim=1)
 
 
 class Gradients(Protocol):
-    """One head's gradients of all units of a batch, however they are kept.
+    """One head's gradients of all units of a batch, stored in any form.
 
     Attributes:
-        norm_U: their norms, in double precision; infinite or NaN for a unit that must be left out.
+        norm_U: L2 norms, in double precision; infinite or NaN for a unit that must be left out.
     """
 
     norm_U: Tensor
 
     def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
-        """Add factor times gradient of all units to the sums, weight's first; factor 0 adds nothing, not even a NaN."""
+        """Adds factor times gradient of all units to the sums, the weight's first.
+
+        Factor 0 adds nothing, not even a NaN.
+        """
 
 
-def gradients_of(inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
-    """The units' gradients of an affine head.
+def compute_gradients(inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
+    """Returns the units' gradients of an affine head.
 
     Args:
-        inputs: of a batch.
-        delta: derivative of the objective by the head's outputs, of their shape.
-        num_units: U.
+        inputs: the head's records in a batch.
+        delta: gradient of the objective by the head's outputs, in their shape.
+        num_units: number of units U in the batch.
     """
     if inputs.reach_R is not None:
         return _VectorGradients(inputs, delta, num_units)
@@ -202,12 +212,12 @@ def gradients_of(inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
 
 @final
 class _FormedGradients:
-    """Units' gradients as they are."""
+    """Units' gradients, each stored whole."""
 
     def __init__(self, parts_U: Sequence[Tensor]) -> None:
         self._parts_U = [part.flatten(1) for part in parts_U]
-        norm_U = row_norms(self._parts_U[0])
-        self.norm_U = norm_U if len(parts_U) == 1 else torch.hypot(norm_U, row_norms(self._parts_U[1]))
+        norm_U = compute_row_norms(self._parts_U[0])
+        self.norm_U = norm_U if len(parts_U) == 1 else torch.hypot(norm_U, compute_row_norms(self._parts_U[1]))
 
     def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
         left_out_U = factor_U == 0.0
@@ -219,7 +229,7 @@ class _FormedGradients:
 
 @final
 class _VectorGradients:
-    """Units' gradients of a linear head on vectors, kept as their two factors."""
+    """Units' gradients of a linear head on vectors, stored as their two factors."""
 
     def __init__(self, inputs: Inputs, delta_RK: Tensor, num_units: int) -> None:
         assert inputs.reach_R is not None
@@ -242,9 +252,9 @@ class _VectorGradients:
         self.norm_U = square_U.index_add_(0, unit_Q, cross_Q).clamp_(min=0.0).sqrt_()
         reach_U = zero_U.index_add_(0, unit_R, norm_R)
         unpaired_U = torch.bincount(unit_R, minlength=num_units) > _MOST_RECORDS
-        self._form((unpaired_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
+        self._form_gradients((unpaired_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
 
-    def _form(self, units: Tensor) -> None:
+    def _form_gradients(self, units: Tensor) -> None:
         records = self._inputs.records
         for unit in units.tolist():
             rows = (records.unit_R == unit).nonzero().squeeze(1)
@@ -253,7 +263,7 @@ class _VectorGradients:
             if self._inputs.bias:
                 parts.append(delta_rK.sum(dim=0))
             self._formed_U[unit] = parts
-            self.norm_U[unit] = row_norms(torch.cat([part.flatten() for part in parts])[None])[0]
+            self.norm_U[unit] = compute_row_norms(torch.cat([part.flatten() for part in parts])[None])[0]
 
     def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
         for unit, parts in self._formed_U.items():

@@ -17,7 +17,7 @@ from common.types import Heads
 
 @dataclass(frozen=True)
 class Flat:
-    """How heads lie in one vector.
+    """The layout of several heads in one vector.
 
     Attributes:
         heads: task -> head, in the order of names; only their kind and shapes are used.
@@ -28,38 +28,38 @@ class Flat:
     sizes: list[int]
 
     @classmethod
-    def of(cls, heads: Mapping[str, nn.Module]) -> Flat:
-        """The layout of some heads."""
+    def from_heads(cls, heads: Mapping[str, nn.Module]) -> Flat:
+        """Returns the layout of these heads."""
         ordered = {name: heads[name] for name in sorted(heads)}
         return cls(ordered, [part.numel() for head in ordered.values() for part in head.parameters()])
 
-    def vector(self) -> Tensor:
-        """A copy of the heads' parameters."""
+    def copy_parameters(self) -> Tensor:
+        """Returns the heads' parameters as a new vector."""
         return torch.cat([part.detach().flatten() for head in self.heads.values() for part in head.parameters()])
 
     def views(self, vector: Tensor) -> dict[str, list[Tensor]]:
-        """Task -> parts of a vector: the weight as a matrix of outputs x features, then the bias if there is one."""
+        """Returns task -> views of a vector: the weight as a matrix of outputs x features, then the bias if any."""
         parts = iter(torch.split(vector, self.sizes))
         return {
-            name: [next(parts).view(own.shape[0], -1) if own.dim() > 1 else next(parts) for own in head.parameters()]
+            name: [next(parts).view(each.shape[0], -1) if each.dim() > 1 else next(parts) for each in head.parameters()]
             for name, head in self.heads.items()
         }
 
-    def per_value(self, of_task: Mapping[str, float]) -> Tensor | float:
-        """Task -> number, for each value of the vector; one number where it is the same for all."""
-        if len(set(of_task.values())) == 1:
-            return next(iter(of_task.values()))
+    def expand(self, by_task: Mapping[str, float]) -> Tensor | float:
+        """Returns each task's number at every position of its values; one number where it is the same for all."""
+        if len(set(by_task.values())) == 1:
+            return next(iter(by_task.values()))
         device = next(next(iter(self.heads.values())).parameters()).device
         per_task = [
-            torch.full((sum(part.numel() for part in head.parameters()),), of_task[name], dtype=torch.double)
+            torch.full((sum(part.numel() for part in head.parameters()),), by_task[name], dtype=torch.double)
             for name, head in self.heads.items()
         ]
         return torch.cat(per_task).to(device)
 
-    def by_task(self, vector: Tensor) -> Heads:
-        """Task -> parameter -> its part of a vector, in its own shape."""
+    def split_by_task(self, vector: Tensor) -> Heads:
+        """Returns task -> parameter -> its part of a vector, in its own shape."""
         parts = iter(torch.split(vector.cpu(), self.sizes))
         return {
-            name: {key: next(parts).view(own.shape).numpy() for key, own in head.named_parameters()}
+            name: {key: next(parts).view(each.shape).numpy() for key, each in head.named_parameters()}
             for name, head in self.heads.items()
         }

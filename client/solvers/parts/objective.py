@@ -1,13 +1,15 @@
-"""What every gradient solver minimises, in one place: the sum over units of their tasks' weighted losses.
+"""The objective of every gradient solver, in one place: the sum over units of their tasks' weighted losses.
 
 For one unit: sum over tasks t of scale_t * sum over its labelled records r of weight_r * loss_t(r), where the weight is
 1 / (the unit's records in the task's source). A missing label contributes zero and changes no divisor. A step's sum is
 divided, per task, by the constant sampling_rate * public_size_t.
 
-Where a part of a backbone trains, records end at the freeze boundary: the loss is that of head(trunk(record)), and the
-trunk is one more entry of the heads, with a public size of its own.
+A head or a trunk is a parameter group, by its name. Where a part of a backbone trains, records end at the freeze
+boundary and the loss is that of head(trunk(record)); a trunk has a public size of its own.
 
 A batch is a `Units` whose records count their units from 0 within the batch.
+
+# Shapes: R records, U units, D features.
 """
 
 from __future__ import annotations
@@ -29,21 +31,24 @@ from common.types import Delta, Heads, Plan, RunFailed
 
 
 class Rates(Frozen):
-    """Step size and decay of one group of parameters."""
+    """Learning rate and weight decay of one parameter group."""
 
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
-def usable(units: Units) -> Units:
-    """The same units without the records that have no label or features that are not finite; weights unchanged.
+# --- units and batches -----------------------------------------------------------------------------------------------
+
+
+def select_usable(units: Units) -> Units:
+    """Returns the same units without records that have no label or features that are not finite; weights unchanged.
 
     Leaving such a record out depends on it alone, so it changes no other unit's part.
     """
-    return Units(units.num_units, {name: _usable_records(records) for name, records in units.tasks.items()})
+    return Units(units.num_units, {name: _select_usable_records(records) for name, records in units.tasks.items()})
 
 
-def _usable_records(records: TaskRecords) -> TaskRecords:
+def _select_usable_records(records: TaskRecords) -> TaskRecords:
     labelled = records.labelled()
     rows_RD = labelled.features_RD.flatten(1)
     # A finite norm says the same of every value, 25 times faster; it may also overflow, so the others are looked at.
@@ -54,122 +59,140 @@ def _usable_records(records: TaskRecords) -> TaskRecords:
     return labelled.taken(finite_R.nonzero().squeeze(1), labelled.unit_R)
 
 
-def participants(units: Units, plan: Plan, stream: NoiseStream) -> Tensor:
-    """Indices of the units in one step's Poisson sample: one coin for each unit, whatever tasks it has."""
+def draw_participants(units: Units, plan: Plan, stream: NoiseStream) -> Tensor:
+    """Returns the sorted indices of the units in one step's Poisson sample.
+
+    One coin is drawn for each unit, whatever tasks it has; none in full batch.
+    """
     if plan.sampling_rate >= 1.0:
         return torch.arange(units.num_units)
     coins_U = torch.from_numpy(stream.coins(units.num_units, plan.sampling_rate))
     return coins_U.nonzero().squeeze(1)
 
 
-def batch_of(units: Units, members: Tensor) -> Units:
-    """The records of some units, sorted by index, which become units 0, 1, ... of the batch."""
+def select_batch(units: Units, members: Tensor) -> Units:
+    """Returns the records of some units, given by their sorted indices; they become units 0, 1, ... of the batch."""
     if len(members) == units.num_units:
         return units
     position_U = torch.full((units.num_units,), -1, dtype=torch.long)
     position_U[members] = torch.arange(len(members))
     return Units(
         len(members),
-        {name: _records_of(records, position_U.to(records.unit_R.device)) for name, records in units.tasks.items()},
+        {name: _select_records(records, position_U.to(records.unit_R.device)) for name, records in units.tasks.items()},
     )
 
 
-def _records_of(records: TaskRecords, position_U: Tensor) -> TaskRecords:
+def _select_records(records: TaskRecords, position_U: Tensor) -> TaskRecords:
     position_R = position_U[records.unit_R]
     return records.taken((position_R >= 0).nonzero().squeeze(1), position_R)
 
 
-def features_of(heads: Mapping[str, nn.Module], batch: Units) -> dict[str, Tensor]:
-    """What each task's head reads: its records' features, passed through the trunk that some still have to pass.
+# --- losses ----------------------------------------------------------------------------------------------------------
 
-    A trunk reads the records of all its tasks in one call: in one call, and only then, are its per-record gradients
-    those of single records (see `unit_of`).
+
+def sum_losses(modules: Mapping[str, nn.Module], tasks: Mapping[str, Task], batch: Units) -> Tensor | None:
+    """Returns the objective of a batch of usable units; None when no task has a record in it.
+
+    Args:
+        modules: parameter group -> head or trunk.
+        tasks: task -> its definition.
+        batch: usable units.
     """
-    features = {name: records.features_RD for name, records in batch.tasks.items() if records.trunk is None}
-    for trunk in sorted({records.trunk for records in batch.tasks.values() if records.trunk is not None}):
-        names = _through(trunk, batch)
-        counts = [len(batch.tasks[name].unit_R) for name in names]
-        if sum(counts):
-            passed_RD = heads[trunk](torch.cat([batch.tasks[name].features_RD for name in names]))
-            features |= dict(zip(names, torch.split(passed_RD, counts), strict=True))
-    return features
-
-
-def unit_of(entry: str, batch: Units) -> Tensor:
-    """The units of the rows that a head or a trunk reads in `features_of`, in their order."""
-    if entry in batch.tasks:
-        return batch.tasks[entry].unit_R
-    return torch.cat([batch.tasks[name].unit_R for name in _through(entry, batch)])
-
-
-def _through(trunk: str, batch: Units) -> list[str]:
-    return sorted(name for name, records in batch.tasks.items() if records.trunk == trunk)
-
-
-def loss_sum(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], batch: Units) -> Tensor | None:
-    """The objective of a batch of usable units; None when no task has a record in it."""
-    features = features_of(heads, batch)
+    features = compute_features(modules, batch)
     terms = [
-        tasks[name].scale * (records.weight_R * tasks[name].losses(heads[name](features[name]), records.labels)).sum()
+        tasks[name].scale * (records.weight_R * tasks[name].losses(modules[name](features[name]), records.labels)).sum()
         for name, records in sorted(batch.tasks.items())
         if len(records.unit_R)
     ]
     return torch.stack(terms).sum() if terms else None
 
 
-def expected_units(plan: Plan, public_sizes: Mapping[str, int]) -> dict[str, float]:
-    """Task -> the constant divisor of a step's sum. From declared sizes only: the true ones are private."""
+def compute_features(modules: Mapping[str, nn.Module], batch: Units) -> dict[str, Tensor]:
+    """Returns what each task's head reads: its records' features, passed through their trunk where they have one.
+
+    A trunk reads the records of all its tasks in one call: in one call, and only then, are its per-record gradients
+    those of single records (see `get_unit_indices`).
+    """
+    features = {name: records.features_RD for name, records in batch.tasks.items() if records.trunk is None}
+    for trunk in sorted({records.trunk for records in batch.tasks.values() if records.trunk is not None}):
+        names = _list_tasks_of(trunk, batch)
+        counts = [len(batch.tasks[name].unit_R) for name in names]
+        if sum(counts):
+            passed_RD = modules[trunk](torch.cat([batch.tasks[name].features_RD for name in names]))
+            features |= dict(zip(names, torch.split(passed_RD, counts), strict=True))
+    return features
+
+
+def get_unit_indices(group: str, batch: Units) -> Tensor:
+    """Returns unit_R of the rows that a parameter group reads in `compute_features`, in their order."""
+    if group in batch.tasks:
+        return batch.tasks[group].unit_R
+    return torch.cat([batch.tasks[name].unit_R for name in _list_tasks_of(group, batch)])
+
+
+def _list_tasks_of(trunk: str, batch: Units) -> list[str]:
+    return sorted(name for name, records in batch.tasks.items() if records.trunk == trunk)
+
+
+# --- steps and updates -----------------------------------------------------------------------------------------------
+
+
+def compute_divisors(plan: Plan, public_sizes: Mapping[str, int]) -> dict[str, float]:
+    """Returns for each parameter group the constant divisor of a step's sum, its expected number of units.
+
+    It follows from declared sizes only: the true ones are private.
+    """
     return {name: plan.sampling_rate * size for name, size in public_sizes.items()}
 
 
-def groups(
-    heads: Mapping[str, nn.Module],
+def make_optimizer_groups(
+    modules: Mapping[str, nn.Module],
     tasks: Mapping[str, Task],
     rates: Rates,
-    own_rates: Mapping[str, Rates],
-    trunk: Rates | None,
+    task_rates: Mapping[str, Rates],
+    trunk_rates: Rates | None,
 ) -> list[dict[str, Any]]:
-    """What trains, with its rates, as torch's optimizers take it: one group for each entry, in the entries' order.
+    """Returns the parameter groups with their rates as torch's optimizers take them, in the modules' order.
 
     Args:
-        heads: entry -> module, trunks among them.
-        tasks: an entry that is none of them is a trunk.
-        rates: of the heads.
-        own_rates: of the heads of some tasks instead.
-        trunk: of the trunks; None: the heads'.
+        modules: parameter group -> head or trunk.
+        tasks: the tasks that have heads; every other parameter group is a trunk.
+        rates: rates of all heads that have no rates of their own.
+        task_rates: task -> rates of its head.
+        trunk_rates: rates of all trunks; None for those of the heads.
     """
     return [
         {
-            "params": [parameter for parameter in head.parameters() if parameter.requires_grad],
-            "lr": own.learning_rate,
-            "weight_decay": own.weight_decay,
+            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
+            "lr": group.learning_rate,
+            "weight_decay": group.weight_decay,
         }
-        for name, head in heads.items()
-        for own in [own_rates.get(name, rates) if name in tasks or trunk is None else trunk]
+        for name, module in modules.items()
+        for group in [task_rates.get(name, rates) if name in tasks or trunk_rates is None else trunk_rates]
     ]
 
 
-def trainable_copies(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Copies in training mode, in the order of task names: that order fixes which noise goes where."""
-    return {name: copy.deepcopy(heads[name]).train() for name in sorted(heads)}
+def copy_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns copies in training mode, sorted by name: this order fixes which noise goes to which parameter."""
+    return {name: copy.deepcopy(modules[name]).train() for name in sorted(modules)}
 
 
-def difference(new: Mapping[str, nn.Module], old: Mapping[str, nn.Module]) -> Delta:
-    """New heads minus old ones. Raises RunFailed as `checked` does."""
-    heads = {}
-    for name, head in new.items():
+def compute_update(new: Mapping[str, nn.Module], old: Mapping[str, nn.Module]) -> Delta:
+    """Returns the new modules' parameters minus the old ones'; raises RunFailed as `check_update` does."""
+    changes = {}
+    for name, module in new.items():
         before = parameters(old[name])
-        heads[name] = {key: value - before[key] for key, value in parameters(head).items()}
-    return checked(heads)
+        changes[name] = {key: value - before[key] for key, value in parameters(module).items()}
+    return check_update(changes)
 
 
-def checked(heads: Heads) -> Delta:
-    """Changes of heads as a contribution.
+def check_update(changes: Heads) -> Delta:
+    """Returns changes of parameters as an update.
 
     Raises:
         RunFailed: a value is not finite: the learning rate is too large for the loss.
     """
-    for name, values in heads.items():
+    for name, values in changes.items():
         if not all(bool((abs(value) < float("inf")).all()) for value in values.values()):
             raise RunFailed(f"{name}: training diverged; a smaller learning_rate is needed")
-    return Delta(heads)
+    return Delta(changes)

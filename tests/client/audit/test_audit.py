@@ -26,7 +26,7 @@ from client.ledger.ledger import Ledger
 from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
 from common.privacy.accounting import Mechanism, epsilon
-from common.privacy.clipping import clip_factors, joint_norms
+from common.privacy.clipping import compute_clip_factors, compute_joint_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy, RunConfig
 from common.tasks import open_task
@@ -451,7 +451,7 @@ def clipping(how: Callable[[list[Tensor], list[Tensor], float], tuple[Tensor, Te
 
 
 def factors(gradients: list[Tensor], clip_norm: float) -> Tensor:
-    return clip_factors(joint_norms(gradients).double(), clip_norm)
+    return compute_clip_factors(compute_joint_norms(gradients).double(), clip_norm)
 
 
 def jointly(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tuple[Tensor, Tensor]:

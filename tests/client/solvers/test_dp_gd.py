@@ -20,7 +20,7 @@ from client.data.units import TaskRecords, Units
 from client.solvers import dp_gd, open_solver
 from client.solvers.parts import closed_form
 from common.plugins import Plugin
-from common.privacy.clipping import clip_factors
+from common.privacy.clipping import compute_clip_factors
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task
 from common.types import BadInput, Delta, Plan, Unit
@@ -391,10 +391,10 @@ def test_a_derivative_that_cannot_be_clipped_leaves_its_whole_unit_out(value: fl
     unit_R = torch.arange(2 * records) % 2
     inputs = closed_form.Inputs.of(head, replace(chosen, unit_R=unit_R), 2)
     delta = torch.ones(head(chosen.features_RD).shape)
-    alone = closed_form.gradients_of(inputs, delta * (unit_R == 0).view(-1, *[1] * (delta.dim() - 1)), 2)
+    alone = closed_form.compute_gradients(inputs, delta * (unit_R == 0).view(-1, *[1] * (delta.dim() - 1)), 2)
     delta[1] = value
-    spoiled = closed_form.gradients_of(inputs, delta, 2)
-    factor_U = clip_factors(spoiled.norm_U, 1.0)
+    spoiled = closed_form.compute_gradients(inputs, delta, 2)
+    factor_U = compute_clip_factors(spoiled.norm_U, 1.0)
     assert factor_U[0] > 0.0 and factor_U[1] == 0.0
     sums = [
         [torch.zeros(3 if name != "size" else 1, FEATURES), torch.zeros(3 if name != "size" else 1)] for _ in range(2)

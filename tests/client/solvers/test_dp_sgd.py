@@ -17,7 +17,7 @@ from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
 from common.model.parameters import initial_heads, parameters
 from common.privacy.accounting import Mechanism, epsilon
-from common.privacy.clipping import joint_norms, neutralised, sum_by_unit
+from common.privacy.clipping import compute_joint_norms, sum_by_unit, zero_nonfinite
 from common.privacy.noise import NoiseStream
 from common.run import Privacy
 from common.tasks import Task, open_task
@@ -258,13 +258,13 @@ def test_records_are_summed_into_their_units() -> None:
 def test_a_unit_with_one_value_that_cannot_be_clipped_is_zero_in_all_heads(value: float) -> None:
     weights, bias = torch.ones(3, 2, 2), torch.ones(3, 2)
     weights[1, 0, 1] = value
-    clean_weights, clean_bias = neutralised([weights, bias])
+    clean_weights, clean_bias = zero_nonfinite([weights, bias])
     assert not clean_weights[1].any() and not clean_bias[1].any()
     assert clean_weights[[0, 2]].eq(1.0).all() and clean_bias[[0, 2]].eq(1.0).all()
 
 
 def test_a_joint_norm_is_over_all_parameters() -> None:
-    assert joint_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[[4.0]], [[2.0]]])]).tolist() == [5.0, 2.0]
+    assert compute_joint_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[[4.0]], [[2.0]]])]).tolist() == [5.0, 2.0]
 
 
 @pytest.mark.parametrize("kind", ["dp_sgd", "dp_gd"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
-from client.solvers.parts.grouped import conv2d_gradients
+from client.solvers.parts.private_step import compute_conv2d_gradients
 from common.backbones import open_pretrained
 from common.backbones.parts.boundary import Divided, Trunk, trainable_in
 from common.backbones.parts.projection import Projection, ProjectionLayer
@@ -241,7 +241,7 @@ def test_gradients_of_grouped_convolutions_are_those_of_opacus(groups: int) -> N
     x = torch.randn(5, 6, 9, 8)
     slope = torch.randn(layer(x).shape)
     expected = compute_conv_grad_sample(layer, [x], slope)
-    found = conv2d_gradients(layer, [x], slope)
+    found = compute_conv2d_gradients(layer, [x], slope)
     for parameter in (layer.weight, layer.bias):
         torch.testing.assert_close(found[parameter], expected[parameter], rtol=1e-5, atol=1e-5)
 
@@ -283,7 +283,7 @@ def test_a_trunk_whose_layer_keeps_buffers_beside_its_weights_is_refused_before_
         {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver"
     )
     with pytest.raises(BadInput, match="backbone.trunk cannot be trained privately"):
-        solver.check_heads({TRUNK: trunk})
+        solver.check_modules({TRUNK: trunk})
 
 
 def test_a_site_without_records_passes_a_trunk_as_any_other(trunk_and_rows: tuple[Trunk, Tensor]) -> None:
@@ -303,4 +303,4 @@ def test_the_closed_form_solver_refuses_a_trunk_and_says_which_one_trains_it() -
         {"kind": "dp_gd", "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver"
     )
     with pytest.raises(BadInput, match="no part of a backbone; kind dp_sgd"):
-        solver.check_heads(linear)
+        solver.check_modules(linear)

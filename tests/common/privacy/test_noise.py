@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtri
 from scipy.stats import binomtest, kstest
 
-from common.privacy.noise import KEY_BYTES, NoiseStream, SeededEntropy, os_entropy, released
+from common.privacy.noise import KEY_BYTES, NoiseStream, SeededEntropy, os_entropy, release
 
 KEY = bytes(range(KEY_BYTES))
 ALARM = 1e-6
@@ -77,7 +77,7 @@ def test_draws_in_parts_are_the_draw_as_a_whole() -> None:
 def test_a_release_is_the_noised_sum_on_a_grid_that_shows_nothing_finer(deviation: float, size: float) -> None:
     total = size * deviation * torch.rand(5000, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     normals = NoiseStream(KEY).gaussian((5000,))
-    noisy = released(total, deviation, normals.copy())
+    noisy = release(total, deviation, normals.copy())
     grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
     assert deviation / 2**20 >= grid > deviation / 2**21
     assert torch.equal(torch.round(noisy / grid) * grid, noisy)
@@ -87,13 +87,13 @@ def test_a_release_is_the_noised_sum_on_a_grid_that_shows_nothing_finer(deviatio
 def test_the_sum_under_a_release_cannot_be_told_from_its_last_bits() -> None:
     """Sums that differ by less than the grid give the same points; without the grid, no value would be the same."""
     normals = NoiseStream(KEY).gaussian((1000,))
-    here, there = (released(torch.full((1000,), value), 1.0, normals.copy()) for value in (0.25, 0.25 + 2.0**-24))
+    here, there = (release(torch.full((1000,), value), 1.0, normals.copy()) for value in (0.25, 0.25 + 2.0**-24))
     assert (here == there).double().mean() > 0.9
 
 
 def test_no_noise_leaves_the_sum_as_it_is() -> None:
     total = torch.tensor([0.1, -3.0], dtype=torch.float32)
-    assert torch.equal(released(total, 0.0, NoiseStream(KEY).gaussian((2,))), total.double())
+    assert torch.equal(release(total, 0.0, NoiseStream(KEY).gaussian((2,))), total.double())
 
 
 def test_the_grid_is_symmetric_and_its_ends_are_finite() -> None:
