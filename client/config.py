@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from common.plugins import Frozen, LocalPath, Spec
-from common.process.address import Address
+from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
 from common.types import Unit
 
@@ -88,7 +88,7 @@ class Coordinator(Frozen):
         health_port: loopback port of the health service; None for none.
     """
 
-    address: Address
+    address: AddressText
     ca: LocalPath
     key: LocalPath
     health_port: Annotated[int, Field(ge=1, le=65535)] | None = None

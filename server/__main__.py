@@ -13,13 +13,14 @@ import typer
 from rich.console import Console
 
 from common import events as journal
+from common.process.address import Address
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, reported_errors
 from common.run import RunConfig
 from common.types import BadInput, HeadwaterError, RunFailed
 from common.yaml import parse
 from server.deployment import admitted_sites as registry
 from server.deployment import certificates
-from server.deployment.federation import Federation, FederationConfig, create_folder, open_federation, split_address
+from server.deployment.federation import Federation, FederationConfig, create_folder, open_federation
 from server.reports.status_table import status_table
 from server.reports.summary import failures, tables
 from server.superlink import operate
@@ -60,17 +61,17 @@ def init(
 
 def _init(folder: Path, name: str, address: str, also: list[str], bind: str | None) -> Federation:
     try:
-        host, port = split_address(address)
+        parsed = Address.parse(address)
     except ValueError as error:
         raise BadInput(f"--address: {error}") from error
-    step = 1 if port <= 65533 else -1
+    step = 1 if parsed.port <= 65533 else -1
     values = {
         "name": name,
         "address": address,
         "also": also,
-        "bind": bind or f"{'127.0.0.1' if host in ('127.0.0.1', 'localhost') else '0.0.0.0'}:{port}",
-        "control_port": port + step,
-        "health_port": port + 2 * step,
+        "bind": bind or f"{'127.0.0.1' if parsed.host in ('127.0.0.1', 'localhost') else '0.0.0.0'}:{parsed.port}",
+        "control_port": parsed.port + step,
+        "health_port": parsed.port + 2 * step,
     }
     federation = create_folder(folder, parse(FederationConfig, values, base=Path.cwd()))
     registry.write_empty(federation)

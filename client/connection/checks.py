@@ -17,7 +17,6 @@ from client.connection import diagnose as probe
 from client.connection.diagnose import (
     WARN_DAYS,
     connect_sentence,
-    host_and_port,
     is_tls_error,
     open_tls,
     presented,
@@ -206,7 +205,7 @@ def _expiry(coordinator: Coordinator) -> Check:
     except (OSError, ValueError) as error:
         return Check("certificate", "warn", f"it cannot be read again ({type(error).__name__})", "try again")
     days = (shown.not_after - probe.utc_now()).days
-    detail = f"for {host_and_port(coordinator)[0]}, issued by {shown.issuer}, valid for {days} more days"
+    detail = f"for {coordinator.address.host}, issued by {shown.issuer}, valid for {days} more days"
     if days < WARN_DAYS:
         return Check("certificate", "warn", detail, "remind the coordinator's staff: `python -m server renew`")
     return Check("certificate", "pass", detail)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import datetime
 import http.client
-import ipaddress
 import socket
 import ssl
 import urllib.parse
@@ -20,6 +19,7 @@ from cryptography import x509
 
 from client.config import Coordinator
 from common.errors import instead
+from common.process.address import is_loopback
 from common.types import BadInput
 
 MAX_AHEAD_S, MAX_BEHIND_S = 4.0, 300.0
@@ -38,32 +38,18 @@ class Presented:
     not_after: datetime.datetime
 
 
-def host_and_port(coordinator: Coordinator) -> tuple[str, int]:
-    """The two parts of the address; an IPv6 address without its brackets."""
-    host, _, port = coordinator.address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def proxy_for(coordinator: Coordinator) -> str | None:
     """The proxy that HTTPS_PROXY names for this address, unless NO_PROXY covers it; loopback needs none."""
-    if is_loopback(host_and_port(coordinator)[0]) or urllib.request.proxy_bypass(coordinator.address):
+    if is_loopback(coordinator.address.host) or urllib.request.proxy_bypass(str(coordinator.address)):
         return None
     proxies = urllib.request.getproxies()
     proxy = proxies.get("https") or proxies.get("all")
     return None if not proxy else proxy if "://" in proxy else f"http://{proxy}"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, as far as its name says."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def open_tls(coordinator: Coordinator, context: ssl.SSLContext, timeout_s: float = 10.0) -> http.client.HTTPSConnection:
     """A connection whose TLS handshake is done, through the proxy where there is one. Raises OSError."""
-    host, port = host_and_port(coordinator)
+    host, port = coordinator.address.host, coordinator.address.port
     proxy = proxy_for(coordinator)
     if proxy is None:
         connection = http.client.HTTPSConnection(host, port, context=context, timeout=timeout_s)
@@ -161,7 +147,7 @@ def _certificate_sentence(coordinator: Coordinator, error: ssl.SSLCertVerificati
         )
     if error.verify_code in (_WRONG_NAME, _WRONG_ADDRESS):
         return (
-            f"the certificate is for {', '.join(shown.names) or 'no name'}, not for {host_and_port(coordinator)[0]}: "
+            f"the certificate is for {', '.join(shown.names) or 'no name'}, not for {coordinator.address.host}: "
             "correct coordinator.address, or ask for a certificate with this name (`python -m server renew`)"
         )
     expected = x509.load_pem_x509_certificate(coordinator.ca.read_bytes()).subject.rfc4514_string()
@@ -182,7 +168,7 @@ def connect_sentence(coordinator: Coordinator, error: OSError) -> str:
     proxy = proxy_for(coordinator)
     way = f" through the proxy {_without_password(proxy)}" if proxy else ""
     if isinstance(error, socket.gaierror):
-        what = _without_password(proxy) if proxy else host_and_port(coordinator)[0]
+        what = _without_password(proxy) if proxy else coordinator.address.host
         return f"the name {what} cannot be resolved: check coordinator.address, HTTPS_PROXY and the name server"
     if isinstance(error, TimeoutError):
         return f"no answer from {coordinator.address}{way}: have outward connections to this port allowed"

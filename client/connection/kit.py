@@ -19,7 +19,7 @@ from cryptography import x509
 
 from common.errors import instead
 from common.plugins import Frozen
-from common.process.address import Address
+from common.process.address import AddressText
 from common.run import Name, RunConfig
 from common.types import BadInput
 from common.yaml import parse, parse_text
@@ -40,7 +40,7 @@ class KitSettings(Frozen):
 
     federation: Name
     site: Name
-    address: Address
+    address: AddressText
 
 
 @dataclass(frozen=True)

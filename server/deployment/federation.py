@@ -9,71 +9,21 @@ Nothing in it belongs to a site: sites get what `python -m server kit` packs, an
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.plugins import Frozen
+from common.process.address import AddressText, BindAddressText, HostText, Port
 from common.run import Name
 from common.types import BadInput
 from common.yaml import load
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[ipv6]:port`.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    host, separator, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    host = host.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536 or (":" in host) != bracketed:
-        raise ValueError(f"expected HOST:PORT, such as federation.example.org:9092, got {address!r}")
-    check_host(host)
-    return host, int(port)
-
-
-def check_host(host: str) -> str:
-    """The host, if it can stand in a certificate.
-
-    Raises:
-        ValueError: neither a DNS name nor an IP address.
-    """
-    labels = host.rstrip(".").split(".")
-    plain = all(label and len(label) <= 63 and label.replace("-", "").isalnum() and label.isascii() for label in labels)
-    if not plain and not _is_ip(host):
-        raise ValueError(f"expected a DNS name or an IP address, got {host!r}")
-    return host
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _bindable(address: str) -> str:
-    host, _ = split_address(address)
-    if not _is_ip(host):
-        raise ValueError(f"expected IP:PORT of this machine, such as 0.0.0.0:9092, got {address!r}")
-    return address
-
-
-def _reachable(address: str) -> str:
-    split_address(address)
-    return address
 
 
 class FederationConfig(Frozen):
@@ -92,9 +42,9 @@ class FederationConfig(Frozen):
     """
 
     name: Name
-    address: Annotated[str, AfterValidator(_reachable)]
-    also: list[Annotated[str, AfterValidator(check_host)]] = []
-    bind: Annotated[str, AfterValidator(_bindable)]
+    address: AddressText
+    also: list[HostText] = []
+    bind: BindAddressText
     control_port: Port
     health_port: Port
     max_upload_mib: Annotated[int, Field(ge=1, le=1024)] = 64
@@ -103,14 +53,14 @@ class FederationConfig(Frozen):
 
     @model_validator(mode="after")
     def _ports_differ(self) -> FederationConfig:
-        ports = [split_address(self.bind)[1], self.control_port, self.health_port]
+        ports = [self.bind.port, self.control_port, self.health_port]
         if len(set(ports)) < len(ports):
             raise ValueError(f"expected three different ports in bind, control_port and health_port, got {ports}")
         return self
 
     def hosts(self) -> list[str]:
         """Every public name and address, each once."""
-        return list(dict.fromkeys([split_address(self.address)[0], *self.also]))
+        return list(dict.fromkeys([self.address.host, *self.also]))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def write_kit(federation: Federation, site: str, run_files: Sequence[Path], path
 
 def _files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict[str, bytes]:
     # JSON is YAML: the values need no quoting rules of their own.
-    about = {"federation": federation.config.name, "site": site, "address": federation.config.address}
+    about = {"federation": federation.config.name, "site": site, "address": str(federation.config.address)}
     lines = [f"{key}: {json.dumps(value)}" for key, value in about.items()]
     files = {
         "kit.yaml": (

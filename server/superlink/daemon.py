@@ -25,7 +25,7 @@ from common.events import FileJournal
 from common.process.health import Health
 from common.types import BadInput, RunFailed
 from server.deployment.certificates import check_server
-from server.deployment.federation import Federation, split_address
+from server.deployment.federation import Federation
 from server.superlink.admission import public_gate
 from server.superlink.engine import engine_app, engine_environment, start_executor
 from server.superlink.request_filter import LoopbackGate
@@ -88,7 +88,6 @@ def run_link(federation: Federation) -> None:
         RunFailed: a part of the coordinator ended by itself.
     """
     config = federation.config
-    host, port = split_address(config.bind)
     os.umask(0o077)
     # A connection without a handshake is counted by nobody yet: the usual 1024 files would be too few.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -97,7 +96,10 @@ def run_link(federation: Federation) -> None:
         check_server(federation.tls, config.hosts())
         from server.superlink.listeners import bound_socket  # uvicorn and the engine: only this process pays for them.
 
-        sockets = bound_socket(host, port, "bind"), bound_socket("127.0.0.1", config.control_port, "control_port")
+        sockets = (
+            bound_socket(config.bind.host, config.bind.port, "bind"),
+            bound_socket("127.0.0.1", config.control_port, "control_port"),
+        )
         health = Health(config.health_port)
         os.environ.update(engine_environment(federation))
         try:
@@ -137,7 +139,7 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
                 await asyncio.to_thread(_end_orphans, control)
             tasks.append(await serve(public, sockets[0]))
             journal = FileJournal(federation.state / "link.jsonl")
-            journal.write("link_started", pid=os.getpid(), bind=federation.config.bind)
+            journal.write("link_started", pid=os.getpid(), bind=str(federation.config.bind))
             print(f"listening on {federation.config.bind} for {federation.config.address}", flush=True)  # noqa: T201
             await _watch(federation, public.reload_certificate, executor, stopping, health)
             journal.write("link_stopped")

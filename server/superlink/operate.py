@@ -82,7 +82,7 @@ def status(federation: Federation) -> dict[str, Any]:
     process = owner(federation)
     found: dict[str, Any] = {
         "federation": federation.config.name,
-        "address": federation.config.address,
+        "address": str(federation.config.address),
         "link": {"running": process is not None, "pid": process, "healthy": None},
         "certificate": {"valid_until": certificate.until.isoformat(), "days_left": certificate.days_left},
         "sites": {site: {"connected": None, "since": None} for site in sorted(admitted(federation))},

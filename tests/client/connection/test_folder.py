@@ -222,7 +222,7 @@ def test_a_kit_holds_the_known_names_and_no_path(tmp_path: Path, name: str) -> N
     ("name", "content", "words"),
     [
         ("ca.crt", b"not a certificate", "PEM certificate"),
-        ("kit.yaml", b"federation: north\nsite: hospital-a\naddress: http://x:1\n", "host:port"),
+        ("kit.yaml", b"federation: north\nsite: hospital-a\naddress: http://x:1\n", "HOST:PORT"),
         ("kit.yaml", b"federation: north\nsite: ../a\naddress: x:1\n", "site"),
         ("kit.yaml", b"federation: north\nsite: a\naddress: x:1\nscript: rm\n", "unknown key"),
         ("kit.yaml", b"- a", "keys and values"),

@@ -293,7 +293,7 @@ def test_an_address_with_a_scheme_is_bad_input(tmp_path: Path) -> None:
     for verb in ("check", "start"):
         done = client(verb, str(site))
         assert done.returncode == 2
-        assert "coordinator.address: expected host:port" in done.stderr
+        assert "coordinator.address: expected HOST:PORT" in done.stderr
         assert "it is always TLS" in done.stderr
 
 

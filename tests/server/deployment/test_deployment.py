@@ -73,7 +73,7 @@ def connected_site(
     It has tiny data, where `changes`, which replace keys of its file, bring no others.
     """
     changes = {"approval": "automatic", **changes}
-    site_file = write_site(tmp_path / site, site, federation.config.address, federation.tls / "ca.crt", **changes)
+    site_file = write_site(tmp_path / site, site, str(federation.config.address), federation.tls / "ca.crt", **changes)
     done = server("admit", federation.folder, site, "--key", tmp_path / site / "keys" / f"{site}.pub")
     assert done.returncode == 0, done.stderr
     with started(site_file, tmp_path / f"{site}.log") as process:
@@ -341,7 +341,7 @@ def test_from_another_network_only_the_fleets_door_answers(tmp_path: Path) -> No
         try:
             assert wait_until(lambda: server("status", federation.folder).returncode == 0, 120)
             (tmp_path / "intruder.py").write_text(textwrap.dedent(INTRUDER))
-            port = federation.config.bind.rpartition(":")[2]
+            port = str(federation.config.bind.port)
             done = subprocess.run(
                 [
                     *("ip", "netns", "exec", namespace, sys.executable, str(tmp_path / "intruder.py"), address, port),

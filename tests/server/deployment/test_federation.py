@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from client.connection import keys as site_keys
 from client.connection.kit import read_kit
+from common.process.address import Address
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load
@@ -62,7 +63,7 @@ def test_init_makes_a_folder_whose_secrets_only_its_owner_can_read(tmp_path: Pat
         mode = stat.S_IMODE(path.stat().st_mode)
         assert not mode & 0o077, path
     federation = open_federation(tmp_path / "fed")
-    assert federation.config.bind == "0.0.0.0:9092"
+    assert federation.config.bind == Address("0.0.0.0", 9092)
     assert registry.entries(federation) == []
 
 
@@ -308,7 +309,7 @@ def test_a_key_made_for_another_site_is_not_admitted(tmp_path: Path) -> None:
 
 def test_a_trial_on_loopback_listens_on_loopback(tmp_path: Path) -> None:
     assert command("init", tmp_path / "fed", "--name", "trial", "--address", "127.0.0.1:19092")[0] == 0
-    assert open_federation(tmp_path / "fed").config.bind == "127.0.0.1:19092"
+    assert open_federation(tmp_path / "fed").config.bind == Address("127.0.0.1", 19092)
 
 
 # --- kit -------------------------------------------------------------------------------------------------------------

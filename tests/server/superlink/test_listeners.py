@@ -16,7 +16,7 @@ from cryptography import x509
 
 from common.types import BadInput
 from server.deployment import certificates
-from server.deployment.federation import Federation, split_address
+from server.deployment.federation import Federation
 from server.superlink.listeners import Listener, bound_socket, loopback_listener, public_listener, serve
 from tests.server.deployment.federations import free_ports, new_federation
 
@@ -50,18 +50,22 @@ def listening(listener: Listener, bound: socket.socket) -> Iterator[None]:
 
 @contextmanager
 def public(federation: Federation, max_connections: int = 20) -> Iterator[Listener]:
-    host, port = split_address(federation.config.bind)
+    host, port = federation.config.bind.host, federation.config.bind.port
     listener = public_listener(app, tls=federation.tls, max_connections=max_connections, idle_s=IDLE_S)
     with listening(listener, bound_socket(host, port, "bind")):
         yield listener
+
+
+def connect_plain(federation: Federation) -> socket.socket:
+    address = federation.config.bind
+    return socket.create_connection((address.host, address.port), timeout=10)
 
 
 def connect(federation: Federation, version: ssl.TLSVersion | None = None) -> ssl.SSLSocket:
     context = ssl.create_default_context(cafile=str(federation.tls / "ca.crt"))
     if version is not None:
         context.minimum_version = context.maximum_version = version
-    raw = socket.create_connection(split_address(federation.config.bind), timeout=10)
-    return context.wrap_socket(raw, server_hostname="localhost")
+    return context.wrap_socket(connect_plain(federation), server_hostname="localhost")
 
 
 def status(connection: socket.socket) -> int:
@@ -90,7 +94,7 @@ def test_a_request_is_answered_over_tls_and_the_connection_serves_the_next(tmp_p
 
 def test_plain_http_gets_no_answer_on_the_network(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    with public(federation), socket.create_connection(split_address(federation.config.bind), timeout=10) as plain:
+    with public(federation), connect_plain(federation) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         with suppress(ConnectionError):  # Cut off: no answer either.
             assert b"HTTP/1.1" not in plain.recv(4096)
