@@ -389,7 +389,7 @@ def test_a_derivative_that_cannot_be_clipped_leaves_its_whole_unit_out(value: fl
     head = heads(ALL)[name]
     chosen = site({name: ALL[name]}, 1, 2, records, missing=0.0).tasks[name]
     unit_R = torch.arange(2 * records) % 2
-    inputs = closed_form.Inputs.of(head, replace(chosen, unit_R=unit_R), 2)
+    inputs = closed_form.Inputs.from_records(head, replace(chosen, unit_R=unit_R), 2)
     delta = torch.ones(head(chosen.features_RD).shape)
     alone = closed_form.compute_gradients(inputs, delta * (unit_R == 0).view(-1, *[1] * (delta.dim() - 1)), 2)
     delta[1] = value

@@ -107,7 +107,7 @@ def test_the_grid_is_symmetric_and_its_ends_are_finite() -> None:
         def update(self, data: bytes) -> bytes:
             return np.array([2**63 - 1, -(2**63), 0, -1] * (len(data) // 32), dtype="<i8").tobytes()
 
-    points = Ends()._symmetric(np.empty(4))
+    points = Ends()._fill_symmetric(np.empty(4))
     assert points.tolist() == [1 - 2.0**-53, -(1 - 2.0**-53), 2.0**-53, -(2.0**-53)]
     assert math.sqrt(2) * float(torch.erfinv(torch.from_numpy(points))[0]) == pytest.approx(-ndtri(2.0**-54), rel=1e-9)
 
