@@ -22,7 +22,7 @@ from benchmarks.sites import simulation
 from client.app import make_app
 from common import messages
 from common.events import FileJournal
-from common.model.backbones import open_encoders
+from common.model.backbones import open_backbones
 from common.yaml import load
 from server.rounds.loop import run_federation
 from simulations.config import SimulationConfig
@@ -58,7 +58,7 @@ def seconds_of_rounds(folder: Path) -> list[float]:
     run_federation(
         InProcessGrid(timed(make_app(lambda context: site), seconds), 1),
         config.run,
-        open_encoders(config.run),
+        open_backbones(config.run),
         run_id="run",
         folder=folder,
         journal=FileJournal(folder / "journal.jsonl"),

@@ -26,7 +26,7 @@ from torchvision import models
 from benchmarks.heads import RATE, closed_form
 from benchmarks.measure import Work, compare
 from common.backbones import Backbone
-from common.model.backbones import open_encoders
+from common.model.backbones import open_backbones
 from common.process.threads import one_thread
 from common.yaml import load
 from simulations.config import SimulationConfig
@@ -102,7 +102,7 @@ def floor(folder: Path, config: SimulationConfig, images: int, sampling_rate: fl
     batch = round(images * sampling_rate)
 
     def work() -> None:
-        backbone: Backbone = open_encoders(config.run)["backbone"]
+        backbone: Backbone = open_backbones(config.run)["backbone"]
         with np.load(folder / "images.npz") as arrays:
             pixels, labels = torch.from_numpy(arrays["train_x"]), arrays["train_y"]
 

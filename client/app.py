@@ -15,13 +15,13 @@ from flwr.clientapp import ClientApp
 
 from client.config import SiteConfig
 from client.protocol.join import finish, join, keep_part, prepare_run
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
 from common.backbones import Backbone
 from common.errors import plain
 from common.privacy.noise import Entropy, os_entropy
-from common.types import BadInput, LedgerDamaged, Refusal
+from common.types import BadInput, DeclineReason, LedgerDamaged
 from common.yaml import load
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def make_app(
             raise  # The process ends; Flower answers for it without quoting these.
         except BaseException:  # Also a panic of native code, which is no Exception.
             _log.exception("a request failed at this site")
-            records = messages.encode(messages.Declined(Refusal.INTERNAL, name))
+            records = messages.encode(messages.Declined(DeclineReason.INTERNAL, name))
         return Message(records, reply_to=message)
 
     @app.query(messages.JOIN.removeprefix("query."))
@@ -123,17 +123,17 @@ def make_app(
 def _answer(site: Site, asked: str, handle: Callable[[Site], RecordDict]) -> RecordDict:
     try:
         return handle(site)
-    except DeclinedRequest as declined:
+    except SiteDeclined as declined:
         if declined.logged:
-            return messages.encode(messages.Declined(declined.refusal, site.config.name))
-        refusal, detail = declined.refusal, declined.detail
+            return messages.encode(messages.Declined(declined.reason, site.config.name))
+        refusal, detail = declined.reason, declined.detail
     except messages.OtherVersion as error:
-        refusal, detail = Refusal.VERSION, str(error)
+        refusal, detail = DeclineReason.VERSION, str(error)
     except BadInput as error:
-        refusal, detail = Refusal.BAD_REQUEST, str(error)
+        refusal, detail = DeclineReason.BAD_REQUEST, str(error)
     except LedgerDamaged as error:
         # To the coordinator the same word as an exhausted budget: what was seen is the security officer's alone.
-        refusal, detail = Refusal.BUDGET, str(error)
+        refusal, detail = DeclineReason.BUDGET, str(error)
     # Short: a coordinator must not fill the disk that the ledger needs, whatever its requests make a sentence quote.
     site.journal.write("declined", asked=asked, refusal=refusal.value, detail=plain(detail))
     return messages.encode(messages.Declined(refusal, site.config.name))

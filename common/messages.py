@@ -39,7 +39,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
-from common.types import MAX_BACKBONES, MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_BACKBONES, MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
 
 VERSION = 2
 """Of the messages. A site and a coordinator of different versions do not work together."""
@@ -193,7 +193,7 @@ class FinishRequest:
 class Declined:
     """A refusal, from the fixed list, and the declared name of who refuses ("" when its file cannot be read)."""
 
-    refusal: Refusal
+    refusal: DeclineReason
     site: str
 
 
@@ -281,7 +281,7 @@ def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
     elif expected is JoinRequest:
         _check_offer(public)
     elif expected is Declined:
-        public["refusal"] = Refusal(public["refusal"])
+        public["refusal"] = DeclineReason(public["refusal"])
         if public["site"] != "" and not _is_name(public["site"]):
             raise BadInput("Declined: expected a site's name")
     return expected(**public)

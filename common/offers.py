@@ -15,7 +15,7 @@ from common.run import RunConfig
 def offer_of(run: RunConfig, backbones: Mapping[str, Backbone]) -> dict[str, Any]:
     """The run as a site sees it: the backbones' settings stand without any path of the coordinator."""
     public = {name: Spec(**backbone.public_spec()) for name, backbone in backbones.items()}
-    return run.with_encoders(public).model_dump(mode="json")
+    return run.with_backbone_specs(public).model_dump(mode="json")
 
 
 def offer_bytes(offer: Mapping[str, Any], backbones: Mapping[str, str]) -> bytes:

@@ -187,7 +187,7 @@ class RunConfig(Frozen):
         if (self.backbone is None) == (self.backbones is None):
             got = "neither" if self.backbone is None else "both"
             raise ValueError(f"backbone: expected either it or `backbones`, several by name; got {got}")
-        names = list(self.encoders)
+        names = list(self.backbone_specs)
         for name, task in self.tasks.items():
             if task.backbone is None and len(names) > 1:
                 raise ValueError(f"tasks.{name}.backbone: expected one of {', '.join(names)}, got nothing")
@@ -218,20 +218,25 @@ class RunConfig(Frozen):
         return self
 
     @property
-    def encoders(self) -> Mapping[Name, Spec]:
+    def requested_privacy(self) -> Privacy | None:
+        """The privacy that the run asks for; None in a run without privacy (`privacy: non_private`)."""
+        return None if self.privacy == "non_private" else self.privacy
+
+    @property
+    def backbone_specs(self) -> Mapping[Name, Spec]:
         """Every backbone of the run, by name."""
         if self.backbone is not None:
             return {ONLY_BACKBONE: self.backbone}
         assert self.backbones is not None
         return self.backbones
 
-    def encoder_key(self, name: Name) -> str:
+    def backbone_key(self, name: Name) -> str:
         """Where the settings of a backbone stand in the run's file."""
         return "backbone" if self.backbone is not None else f"backbones.{name}"
 
     def backbone_of(self, task: Name) -> Name:
         """Which backbone a task stands on."""
-        return self.tasks[task].backbone or next(iter(self.encoders))
+        return self.tasks[task].backbone or next(iter(self.backbone_specs))
 
     def trunk_of(self, task: Name) -> str | None:
         """The entry of the heads that holds what trains of a task's backbone; None where all of it is frozen.
@@ -241,7 +246,7 @@ class RunConfig(Frozen):
         name = self.backbone_of(task)
         return f"{name}.trunk" if name in self.trainable else None
 
-    def entries(self, sizes: Mapping[Name, int]) -> dict[str, int]:
+    def parameter_group_sizes(self, sizes: Mapping[Name, int]) -> dict[str, int]:
         """Every entry of the heads at a site with these tasks, with its public size: the tasks, and their trunks.
 
         A trunk's size is the largest of its tasks': their units are the same patients as far as they overlap, and a
@@ -251,8 +256,8 @@ class RunConfig(Frozen):
         own = [(trunk, size) for task, size in sizes.items() if (trunk := self.trunk_of(task)) is not None]
         return {**sizes, **{trunk: max(size for name, size in own if name == trunk) for trunk, _ in own}}
 
-    def with_encoders(self, specs: Mapping[Name, Spec]) -> RunConfig:
+    def with_backbone_specs(self, specs: Mapping[Name, Spec]) -> RunConfig:
         """The same run with other settings of its backbones."""
         if self.backbone is not None:
             return self.model_copy(update={"backbone": specs[ONLY_BACKBONE]})
-        return self.model_copy(update={"backbones": {name: specs[name] for name in self.encoders}})
+        return self.model_copy(update={"backbones": {name: specs[name] for name in self.backbone_specs}})

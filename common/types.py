@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -86,7 +86,7 @@ class Unit(StrEnum):
     PATIENT = "patient"
 
 
-class Refusal(StrEnum):
+class DeclineReason(StrEnum):
     """The fixed list of reasons a site may give. Nothing more detailed leaves a site."""
 
     UNKNOWN_RUN = "unknown_run"
@@ -136,8 +136,18 @@ class Plan:
 
     @property
     def private(self) -> bool:
-        """Whether noise is added at all."""
+        """True where noise is added."""
         return self.noise_multiplier > 0.0
+
+    def over(self, rounds: int) -> Plan:
+        """Returns the plan of so many rounds as one: the same releases, `rounds` times as many steps.
+
+        Raises:
+            BadInput: `rounds` is below 1.
+        """
+        if rounds < 1:
+            raise BadInput(f"rounds: expected at least 1, got {rounds}")
+        return replace(self, steps=self.steps * rounds)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from common.events import FileJournal
-from common.model.backbones import digests_of, open_encoders
+from common.model.backbones import digests_of, open_backbones
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
@@ -39,7 +39,7 @@ def _flwr_run(grid: Grid, run_file: Path, run_dir: Path) -> None:
     folder = new_run_folder(run_dir, run.name)
     write_yaml(folder / "config.yaml", run)
     write_environment(folder / "environment.json", {"run": run.seed})
-    backbones = open_encoders(run)
+    backbones = open_backbones(run)
     journal = FileJournal(folder / "journal.jsonl")
     outcome = run_federation(
         grid, run, backbones, run_id=folder.name, folder=folder, journal=journal, executor=FLOWER_APP

@@ -104,7 +104,7 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
         loaded = load(SimulationConfig, config, set_ or [])
         check_config(loaded)
         with TemporaryDirectory() as folder:
-            built = build_sites(loaded, Path(folder) / "sites", non_private=loaded.run.privacy == "non_private")
+            built = build_sites(loaded, Path(folder) / "sites", non_private=loaded.run.requested_privacy is None)
             outlooks = [forecast(site, loaded.run, len(built)) for site in built]
         if json_:
             typer.echo(json.dumps({"sites": [as_json(each) for each in outlooks]}, indent=2, allow_nan=False))

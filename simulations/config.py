@@ -154,7 +154,7 @@ class SimulationConfig(Frozen):
         """Name of the backbone that `simulations pretrain` trains; None where there is none."""
         if self.pretrain is None:
             return None
-        names = list(self.run.encoders)
+        names = list(self.run.backbone_specs)
         if self.pretrain.backbone is None and len(names) == 1:
             return names[0]
         if self.pretrain.backbone not in names:

@@ -28,14 +28,14 @@ from client.solvers import open_solver
 from common.backbones import Backbone, open_random
 from common.events import FileJournal, read
 from common.files import without_flushing
-from common.model.backbones import absolute, digests_of, open_encoders
+from common.model.backbones import absolute, digests_of, open_backbones
 from common.model.parameters import load_parameters
 from common.model.trunks import initial_modules, trunks
 from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
 from common.run import Privacy, RunConfig
 from common.tasks import Task, open_task
-from common.types import BadInput, Heads, Interrupted, Refusal, RunFailed
+from common.types import BadInput, DeclineReason, Heads, Interrupted, RunFailed
 from common.yaml import load, write_yaml
 from server.reports.results import new_run_folder, write_environment, write_results
 from server.reports.summary import Summary
@@ -87,7 +87,7 @@ class Experiment:
     @property
     def privacy(self) -> Privacy | None:
         """Requested privacy; None in a non-private run."""
-        return None if self.config.run.privacy == "non_private" else self.config.run.privacy
+        return self.config.run.requested_privacy
 
 
 def check(config: SimulationConfig) -> Mapping[str, Task]:
@@ -103,7 +103,7 @@ def check(config: SimulationConfig) -> Mapping[str, Task]:
         open_source(spec, key)
     solver = open_solver(run.solver, "run.solver")
     open_aggregator(run.aggregation, "run.aggregation")
-    privacy = None if run.privacy == "non_private" else run.privacy
+    privacy = run.requested_privacy
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
@@ -143,11 +143,11 @@ def run(
     if not isinstance(config, SimulationConfig):
         config = load(SimulationConfig, Path(config), overrides)
     tasks = check(config)
-    backbones = open_encoders(config.run, _IN_FILE)
+    backbones = open_backbones(config.run, _IN_FILE)
     folder = _new_folder(config, out)
     write_yaml(folder / "config.yaml", standalone(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
-    sites = build_sites(config, folder / "sites", non_private=config.run.privacy == "non_private")
+    sites = build_sites(config, folder / "sites", non_private=config.run.requested_privacy is None)
     experiment = Experiment(config, tasks, backbones, folder, entropy or _entropy(config), observe)
     return _complete(experiment, sites, resume=None)
 
@@ -167,7 +167,7 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = _
     checkpoint = load_checkpoint(path) if path.exists() else None
     if checkpoint is not None and checkpoint.run_id != folder.resolve().name:
         raise BadInput(f"{path}: expected a checkpoint of this run, got one of {checkpoint.run_id}")
-    backbones = open_encoders(config.run, _IN_FILE)
+    backbones = open_backbones(config.run, _IN_FILE)
     sites = read_sites(folder / "sites")
     experiment = Experiment(config, check(config), backbones, folder, entropy or _entropy(config), observe)
     return _complete(experiment, sites, checkpoint)
@@ -182,7 +182,7 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
     check(config)
     _new_folder(config, folder)
     write_yaml(folder / "run.yaml", standalone(config).run)
-    return build_sites(config, folder.resolve() / "sites", non_private=config.run.privacy == "non_private")
+    return build_sites(config, folder.resolve() / "sites", non_private=config.run.requested_privacy is None)
 
 
 def standalone(config: SimulationConfig) -> SimulationConfig:
@@ -226,7 +226,7 @@ def _completed(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoi
         write_results(experiment.folder, run_, experiment.digests, {})
         for site in sites:
             fact = _refusal(site)
-            if fact is not None and fact["refusal"] == Refusal.BAD_REQUEST:
+            if fact is not None and fact["refusal"] == DeclineReason.BAD_REQUEST:
                 raise BadInput(f"{site.name}: {fact['detail']}") from error
             if fact is not None:
                 raise RunFailed(f"{error}; {site.name}: {fact['detail']}") from error
@@ -429,7 +429,7 @@ def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[st
 def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
     del sites  # Their ledgers are the real run's.
     run_ = experiment.config.run.model_copy(update={"evaluation": None})
-    backbones = open_encoders(run_, _IN_FILE, opened_by=partial(open_random, seed=run_.seed))
+    backbones = open_backbones(run_, _IN_FILE, opened_by=partial(open_random, seed=run_.seed))
     return _again(experiment, run_, backbones, "random_backbone")
 
 
@@ -438,7 +438,7 @@ def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Back
     folder = experiment.folder / "baselines" / name
     shutil.rmtree(folder, ignore_errors=True)  # Of an attempt that was interrupted.
     folder.mkdir(parents=True)
-    sites = build_sites(experiment.config, folder / "sites", non_private=run_.privacy == "non_private")
+    sites = build_sites(experiment.config, folder / "sites", non_private=run_.requested_privacy is None)
     outcome = _federate(experiment, run_, backbones, sites, folder)
     return _pooled(experiment, outcome.heads, sites, folder.name, backbones)
 

@@ -26,9 +26,9 @@ def missing_files(config: SimulationConfig) -> list[str]:
     for position, spec in enumerate([] if config.pretrain is None else config.pretrain.sources):
         key = f"pretrain.sources.{position}"
         named += _paths(open_source(spec, key), key)
-    for name, spec in run.encoders.items():
+    for name, spec in run.backbone_specs.items():
         if name != config.pretrained_backbone():
-            key = f"run.{run.encoder_key(name)}"
+            key = f"run.{run.backbone_key(name)}"
             named += _paths(resolve("common.backbones", spec, key), key)
     # Once where several sites or sides name it.
     absent = {path: key for key, path in reversed(named) if not path.exists()}

@@ -43,7 +43,7 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     plan = config.pretrain
     if plan is None:
         raise BadInput("pretrain: expected a section that says how to train the backbone, got nothing")
-    key = f"run.{config.run.encoder_key(_name(config))}"
+    key = f"run.{config.run.backbone_key(_name(config))}"
     untrained = open_untrained(_settings(config), key, seed=plan.seed)
     if untrained.weights_path is None:
         raise BadInput(f"{key}.weights: expected a file to write the weights to, got nothing")
@@ -69,7 +69,7 @@ def _name(config: SimulationConfig) -> str:
 
 
 def _settings(config: SimulationConfig) -> Spec:
-    return config.run.encoders[_name(config)]
+    return config.run.backbone_specs[_name(config)]
 
 
 def _records(plan: Pretrain, sources: list[Source], untrained: Untrained) -> tuple[torch.Tensor, torch.Tensor]:

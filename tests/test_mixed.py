@@ -24,7 +24,7 @@ from client.data.prepare import open_units
 from client.data.units import Units
 from client.protocol.approvals import Approvals, Offer
 from client.protocol.join import join, keep_part, prepare_run
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.solvers import open_solver
 from common import messages
 from common.events import FileJournal, read
@@ -32,7 +32,7 @@ from common.offers import offer_bytes
 from common.privacy.noise import NoiseStream, os_entropy
 from common.run import RunConfig
 from common.tasks import open_task
-from common.types import BadInput, Plan, Refusal, Unit, heads_digest
+from common.types import BadInput, DeclineReason, Plan, Unit, heads_digest
 from common.yaml import parse, write_yaml
 from server.reports.results import write_results
 from server.rounds.checkpoint import load_checkpoint
@@ -67,10 +67,10 @@ def federate(own: Hospitals, sites: list[SiteConfig], run_id: str) -> tuple[Outc
     return outcome, read(journal.path)
 
 
-def declined(site: Site, request: messages.JoinRequest) -> Refusal:
-    with pytest.raises(DeclinedRequest) as caught:
+def declined(site: Site, request: messages.JoinRequest) -> DeclineReason:
+    with pytest.raises(SiteDeclined) as caught:
         join(site, request)
-    return caught.value.refusal
+    return caught.value.reason
 
 
 def held(config: SiteConfig) -> set[str]:
@@ -132,7 +132,7 @@ def test_a_task_learns_in_a_mixed_run_what_it_learns_in_a_run_of_its_own(tmp_pat
     for task, holders in (("shade", ("east", "north")), ("finding", ("north", "west"))):
         settings = {key: value for key, value in TASKS[task].items() if key != "backbone"}
         name = TASKS[task]["backbone"]
-        spec = mixed.run.encoders[name].model_dump()
+        spec = mixed.run.backbone_specs[name].model_dump()
         alone = hospitals(tmp_path / task, backbones=None, backbone=spec, tasks={task: settings}, **PLAIN)
         reference, _ = federate(alone, [alone.site(holder, (task,), allow=allow) for holder in holders], "run-1")
         for parameter, values in reference.heads[task].items():
@@ -320,7 +320,7 @@ def loop_over_patients(units: Units, tasks: Any, heads: Any, clip: float) -> dic
 
 def test_two_backbones_may_read_the_same_pictures(tmp_path: Path) -> None:
     made = hospitals(tmp_path)
-    other = {**made.run.encoders["pictures"].model_dump(), "projection": {"normalize": True}}
+    other = {**made.run.backbone_specs["pictures"].model_dump(), "projection": {"normalize": True}}
     run = made.run.model_dump(mode="json")
     run["backbones"]["normalised"] = other
     run["tasks"]["again"] = {"kind": "classification", "labels": TASKS["shade"]["labels"], "backbone": "normalised"}
@@ -345,7 +345,7 @@ def test_a_site_that_allows_one_of_two_digests_declines_the_run_and_one_that_nee
     own = hospitals(tmp_path)
     allow = {"tasks": "any", "backbones": [own.digests["texts"]], "solvers": "any"}
     both = Site(own.site("north", BOTH, allow=allow), os_entropy)
-    assert declined(both, own.offer()) is Refusal.BACKBONE_NOT_ALLOWED
+    assert declined(both, own.offer()) is DeclineReason.BACKBONE_NOT_ALLOWED
     assert both.ledger().spent().reserved_epsilon == 0
     assert not (both.config.state_dir / "backbones").exists()
     texts = Site(own.site("west", ("finding",), allow=allow), os_entropy)
@@ -363,9 +363,9 @@ def test_a_backbone_of_other_settings_than_the_run_names_is_refused(tmp_path: Pa
         blob = own.backbones[name].blob()
         keep_part(site, messages.PartRequest("run-1", blob.digest, 0, 1, blob.weights))
     specs = {backbone.digest: backbone.spec for backbone in own.backbones.values()}
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         prepare_run(site, messages.PrepareRequest("run-1", specs))
-    assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
+    assert caught.value.reason is DeclineReason.BACKBONE_NOT_ALLOWED
 
 
 @pytest.mark.parametrize("which", ["of nobody", "of another site's tasks"])
@@ -374,12 +374,12 @@ def test_a_part_of_a_backbone_that_no_task_here_stands_on_is_declined_and_not_ke
     site = Site(own.site("west", ("finding",)), os_entropy)
     join(site, own.offer())
     digest = "0" * 64 if which == "of nobody" else own.digests["pictures"]
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         keep_part(site, messages.PartRequest("run-1", digest, 0, 1, b"1"))
-    assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
-    with pytest.raises(DeclinedRequest) as caught:
+    assert caught.value.reason is DeclineReason.BACKBONE_NOT_ALLOWED
+    with pytest.raises(SiteDeclined) as caught:
         prepare_run(site, messages.PrepareRequest("run-1", {digest: "{}"}))
-    assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
+    assert caught.value.reason is DeclineReason.BACKBONE_NOT_ALLOWED
     assert digest not in held(site.config)
 
 
@@ -416,19 +416,19 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
 def test_an_offer_whose_backbones_do_not_fit_together_is_declined(own: Hospitals, change: Any) -> None:
     site = Site(own.site("north", BOTH), os_entropy)
-    assert declined(site, offered(own, change)) is Refusal.BAD_REQUEST
+    assert declined(site, offered(own, change)) is DeclineReason.BAD_REQUEST
     assert not (site.config.state_dir / "runs").exists()
 
 
 def test_an_approval_holds_for_all_digests_of_a_run(own: Hospitals) -> None:
     site = own.site("careful", BOTH, approval="required")
     offer = own.offer()
-    assert declined(Site(site, os_entropy), offer) is Refusal.NOT_APPROVED
+    assert declined(Site(site, os_entropy), offer) is DeclineReason.NOT_APPROVED
     asked = Offer(offer.run, offer.backbones)
     other = Offer(offer.run, {**offer.backbones, "texts": "1" * 64})
     assert asked.digest != other.digest
     Approvals(site.state_dir).approve(other)
-    assert declined(Site(site, os_entropy), offer) is Refusal.NOT_APPROVED
+    assert declined(Site(site, os_entropy), offer) is DeclineReason.NOT_APPROVED
     Approvals(site.state_dir).approve(asked)
     assert set(join(Site(site, os_entropy), offer).backbones) == {"pictures", "texts"}
 

@@ -63,7 +63,7 @@ def test_every_simulation_means_the_same_when_it_is_written_elsewhere(path: Path
     back = load(SimulationConfig, tmp_path / "config.yaml")
     assert check(back) == check(config)
     written, read = (
-        {name: resolve("common.backbones", spec, name) for name, spec in each.run.encoders.items()}
+        {name: resolve("common.backbones", spec, name) for name, spec in each.run.backbone_specs.items()}
         for each in (config, back)
     )
     assert written == read

@@ -12,7 +12,7 @@ from client.protocol.join import keep_part, prepare_run
 from client.protocol.site import Site
 from common import messages
 from common.backbones import Backbone
-from common.model.backbones import digests_of, open_encoders
+from common.model.backbones import digests_of, open_backbones
 from common.offers import offer_of
 from common.run import ONLY_BACKBONE, RunConfig
 from common.yaml import parse
@@ -49,7 +49,7 @@ def give_backbone(site: Site, run_id: str, frozen: Backbone) -> None:
 
 def backbone() -> Backbone:
     """The run's backbone."""
-    return open_encoders(run_config())[ONLY_BACKBONE]
+    return open_backbones(run_config())[ONLY_BACKBONE]
 
 
 def offered(run_id: str, run: RunConfig, frozen: Backbone) -> messages.JoinRequest:

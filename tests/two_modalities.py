@@ -16,7 +16,7 @@ from common import messages
 from common.backbones import Backbone, open_untrained
 from common.backbones.small_cnn import pretrained_tensors
 from common.backbones.transformers import Transformers
-from common.model.backbones import digests_of, open_encoders
+from common.model.backbones import digests_of, open_backbones
 from common.offers import offer_of
 from common.run import RunConfig
 from common.yaml import parse
@@ -87,7 +87,7 @@ def hospitals(folder: Path, **changes: Any) -> Hospitals:
     values = {"backbone": None, "backbones": backbones(folder), "tasks": TASKS, "privacy": None, **changes}
     values["privacy"] = values["privacy"] or {"unit": "patient", "delta": 1e-5, "noise_multiplier": 2.0}
     run = run_config(**values)
-    return Hospitals(folder, run, open_encoders(run))
+    return Hospitals(folder, run, open_backbones(run))
 
 
 def backbones(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,7 +112,7 @@ def audit_run(
         BadInput: the run promises no privacy, or asks for a solver or task that cannot be audited.
         RunFailed: nothing could be measured.
     """
-    if run.privacy == "non_private":
+    if run.requested_privacy is None:
         raise BadInput("run.privacy: an audit needs a private run, got non_private; it promises nothing")
     solver = open_solver(run.solver, "run.solver")
     tasks = {name: open_task(spec, f"run.tasks.{name}") for name, spec in run.tasks.items() if name in public_sizes}
@@ -120,11 +120,11 @@ def audit_run(
         raise BadInput("run.tasks: expected at least one task that the site has, got none")
     audited = Audited(
         solver=solver,
-        plan=solver.plan(run.privacy, unit, run.rounds),
+        plan=solver.plan(run.requested_privacy, unit, run.rounds),
         tasks=tasks,
-        public_sizes=run.entries({name: public_sizes[name] for name in tasks}),
+        public_sizes=run.parameter_group_sizes({name: public_sizes[name] for name in tasks}),
         rounds=run.rounds,
-        delta=run.privacy.delta if delta is None else delta,
+        delta=run.requested_privacy.delta if delta is None else delta,
         entropy=entropy,
         accountant=ledger_epsilon,
         trunks={name: trunk for name in tasks if (trunk := run.trunk_of(name)) is not None},
@@ -181,14 +181,13 @@ def ledger_epsilon(plan: Plan, rounds: int, delta: float) -> float:
     rounds are charged in ten groups.
     """
     groups = [len(part) for part in np.array_split(np.arange(rounds), min(rounds, 10))]
-    mechanism = Mechanism.of(plan)
     with tempfile.TemporaryDirectory() as folder:
 
         def ledger() -> Ledger:
             return Ledger.open(Path(folder), registry="audit", unit=plan.unit, epsilon_cap=1e9, delta=delta)
 
         for number, group in enumerate(groups, start=1):
-            charge = replace(mechanism, steps=mechanism.steps * group)
+            charge = Mechanism.of(plan.over(group))
             reservation = ledger().reserve(charge, run="audit", round=number, request="", allow_infinite=True)
             if number < len(groups):
                 ledger().commit(reservation)
@@ -299,6 +298,6 @@ def _claim_problems(audited: Audited, claimed: float, lower: float) -> Iterator[
     """The claim against what the canaries show, and against the run's steps composed at once."""
     if lower > claimed:
         yield f"canaries show an epsilon of at least {lower:.2f} at 99.9 % confidence, and {claimed:.2f} is claimed"
-    whole = epsilon([Mechanism.of(replace(audited.plan, steps=audited.plan.steps * audited.rounds))], audited.delta)
+    whole = epsilon([Mechanism.of(audited.plan.over(audited.rounds))], audited.delta)
     if claimed < whole * (1.0 - 1e-6):
         yield f"the run's steps cost an epsilon of {whole:.2f} when composed, and {claimed:.2f} is claimed"

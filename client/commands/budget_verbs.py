@@ -24,7 +24,7 @@ from client.protocol import plan as forecasts
 from client.protocol.balance import Balance, rounded_down
 from client.protocol.purge import Purged
 from client.protocol.purge import purge as purge_site
-from client.protocol.site import DeclinedRequest, Joined, Site, plan_of
+from client.protocol.site import Joined, Site, SiteDeclined, plan_of
 from common.errors import instead
 from common.privacy.accounting import Mechanism, rounded_up
 from common.privacy.noise import os_entropy
@@ -61,7 +61,7 @@ def budget(
         wanted = None if run is None else load(RunConfig, run)
         try:
             account = budgets.balance(config, wanted)
-        except DeclinedRequest as declined:
+        except SiteDeclined as declined:
             raise BadInput(f"{run or 'the last run'}: {declined.detail}") from declined
         if json_:
             _print_json(budgets.as_json(account))
@@ -80,7 +80,7 @@ def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) ->
         config, wanted = load(SiteConfig, site, set_ or []), load(RunConfig, run)
         try:
             outlook = forecasts.forecast(config, wanted, wanted.cohort.min_sites)
-        except DeclinedRequest as declined:
+        except SiteDeclined as declined:
             raise BadInput(f"{run}: {declined.detail}") from declined
         if json_:
             _print_json(forecasts.as_json(outlook))
@@ -220,7 +220,7 @@ def _whole_run(config: SiteConfig, path: Path) -> Mechanism:
     run = load(RunConfig, path)
     try:
         once = plan_of(config, Joined("stated", run, {}, config.state_dir))
-    except DeclinedRequest as declined:
+    except SiteDeclined as declined:
         raise BadInput(f"--assume-run {path}: {declined.detail}") from declined
     steps = once.steps * run.rounds
     return Mechanism.of(Plan(once.sampling_rate, steps, once.clip_norm, once.noise_multiplier, once.unit))

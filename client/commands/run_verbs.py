@@ -14,8 +14,8 @@ from client.config import SiteConfig
 from client.personal import evaluate as home
 from client.protocol.approvals import Approvals, Offer, read_offer
 from client.protocol.plan import forecast
-from client.protocol.site import DeclinedRequest, Site
-from common.model.backbones import digests_of, open_encoders
+from client.protocol.site import Site, SiteDeclined
+from common.model.backbones import digests_of, open_backbones
 from common.offers import offer_of
 from common.privacy.accounting import rounded_up
 from common.privacy.noise import os_entropy
@@ -80,7 +80,7 @@ def evaluate(
     with reported_errors():
         try:
             result = home.compare(Site(load(SiteConfig, site), os_entropy), run)
-        except DeclinedRequest as declined:
+        except SiteDeclined as declined:
             raise BadInput(f"--run {run}: {declined.detail}") from declined
         if json_:
             typer.echo(json.dumps(home.as_json(result), indent=2, allow_nan=False))
@@ -94,7 +94,7 @@ def _offer(approvals: Approvals, wanted: str) -> Offer:
         return read_offer(path)
     if path.suffix in (".yaml", ".yml"):
         run = load(RunConfig, path)
-        backbones = open_encoders(run)
+        backbones = open_backbones(run)
         return Offer(offer_of(run, backbones), digests_of(backbones))
     return approvals.find(wanted)
 
@@ -105,15 +105,17 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     about = {
         "run": run.name,
         "digest": offer.digest,
-        "backbones": "; ".join(f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.encoders.items()),
+        "backbones": "; ".join(
+            f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.backbone_specs.items()
+        ),
         "tasks": ", ".join(f"{name} ({spec.kind}, on {run.backbone_of(name)})" for name, spec in run.tasks.items()),
         "training": f"{run.rounds} round(s), solver {run.solver.kind}{_trained(run)}",
     }
-    if run.privacy == "non_private":
+    if run.requested_privacy is None:
         return {**about, "price": "not private: epsilon is infinite"}
     try:
         outlook = forecast(config, run, run.cohort.min_sites)
-    except DeclinedRequest as declined:
+    except SiteDeclined as declined:
         raise BadInput(f"this run would be declined here: {declined.detail}") from declined
     price = (
         f"epsilon {rounded_up(outlook.run_epsilon):g} per {outlook.unit} ({outlook.relation}) at delta "

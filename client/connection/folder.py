@@ -10,7 +10,6 @@ from typing import Any
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import Kit
 from common.files import private_folder, write_atomic
-from common.run import Privacy
 from common.types import BadInput
 from common.yaml import read_yaml
 
@@ -185,7 +184,7 @@ def _name(kit: Kit | None, name: str | None) -> str:
 def _site_file(name: str, kit: Kit | None) -> str:
     runs = [] if kit is None else kit.runs()
     tasks = {task: spec for run in runs for task, spec in run.tasks.items()}
-    units = {run.privacy.unit.value for run in runs if isinstance(run.privacy, Privacy)}
+    units = {asked.unit.value for run in runs if (asked := run.requested_privacy) is not None}
     solvers = sorted({run.solver.kind for run in runs})
     entries = [_task(task, spec.model_dump()) for task, spec in tasks.items()] or [_task("finding", {})]
     return _TEMPLATE.format(

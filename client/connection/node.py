@@ -32,7 +32,7 @@ from common import events as journal
 from common.bundle import bundle_digest, installed_digest
 from common.events import FileJournal
 from common.files import private_folder, write_atomic
-from common.types import BadInput, Refusal
+from common.types import BadInput, DeclineReason
 
 JOURNAL = "site.jsonl"
 NODE_ID = "node_id"
@@ -265,8 +265,8 @@ class Node:
     def _reply(self, delivery: Delivery) -> Outgoing:
         verdict = self._verdict(delivery.envelope.metadata.run_id)
         if verdict is not None:
-            self._journal.write("declined", refusal=Refusal.VERSION.value, detail=verdict)
-            return declined(delivery, Refusal.VERSION, self._config.name)
+            self._journal.write("declined", refusal=DeclineReason.VERSION.value, detail=verdict)
+            return declined(delivery, DeclineReason.VERSION, self._config.name)
         if self._worker is None:
             self._worker = Worker(self._site_file, private_environment(self._config.state_dir))
         try:
@@ -276,8 +276,8 @@ class Node:
         except Abandoned:
             detail = "abandoned by the site's staff; what was reserved stays reserved"
         self._close_worker()
-        self._journal.write("declined", refusal=Refusal.INTERNAL.value, detail=detail)
-        return declined(delivery, Refusal.INTERNAL, self._config.name)
+        self._journal.write("declined", refusal=DeclineReason.INTERNAL.value, detail=detail)
+        return declined(delivery, DeclineReason.INTERNAL, self._config.name)
 
     def _verdict(self, run: int) -> str | None:
         """Why a run's bundle is not run here; None where it is this installation's own code."""

@@ -34,7 +34,7 @@ from google.protobuf.message import DecodeError
 from client.connection.fleet import Delivery, Outgoing
 from common import messages
 from common.bundle import installation
-from common.types import Refusal
+from common.types import DeclineReason
 
 # What Flower's decoder raises on a stranger's bytes.
 _UNREADABLE = (
@@ -126,7 +126,7 @@ class Worker:
             raise WorkerDied(self._process.returncode) from error
 
 
-def declined(delivery: Delivery, refusal: Refusal, site: str) -> Outgoing:
+def declined(delivery: Delivery, refusal: DeclineReason, site: str) -> Outgoing:
     """A refusal of a message, made without any worker; the content of the message is not looked at."""
     message = _received(delivery.envelope)
     _identify(message)
@@ -186,7 +186,7 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
         if not isinstance(message, Message):
             raise TypeError
     except _UNREADABLE:
-        return _outgoing(Message(messages.encode(messages.Declined(Refusal.BAD_REQUEST, "")), reply_to=received))
+        return _outgoing(Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received))
     # The envelope decides where the reply goes; the object's own copy of it is the sender's word.
     message.metadata.__dict__.update(received.metadata.__dict__)
     context = Context(
@@ -199,7 +199,7 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
     try:
         return _outgoing(app(message, context))
     except ValueError:  # Flower's own, for a message of a kind that no handler takes; handlers raise nothing.
-        return _outgoing(Message(messages.encode(messages.Declined(Refusal.BAD_REQUEST, "")), reply_to=received))
+        return _outgoing(Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received))
 
 
 def _balance() -> Mapping[str, Any]:

@@ -84,7 +84,7 @@ def _backbone_kind(config: SiteConfig, source: str, offers: Mapping[str, RunConf
                 continue
             name = run.backbone_of(task)
             try:
-                kind: Kind = resolve("common.backbones", run.encoders[name], run.encoder_key(name))
+                kind: Kind = resolve("common.backbones", run.backbone_specs[name], run.backbone_key(name))
             except BadInput:
                 continue  # A kind that is not installed here; `check` is not the place where that fails.
             return kind

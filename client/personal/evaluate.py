@@ -71,8 +71,8 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
 
     solver = open_solver(joined.run.solver, "solver")
     heads = {FEDERATED: final_heads(joined.folder)}
-    if joined.privacy is not None:
-        heads[ALONE] = alone(solver, joined.privacy, f"home/{run_id}")
+    if joined.run.requested_privacy is not None:
+        heads[ALONE] = alone(solver, joined.run.requested_privacy, f"home/{run_id}")
     heads[ALONE_NOT_PRIVATE] = alone(solver.without_privacy(), None, f"home/{run_id}/not-private")
     held_out = {who: test.passed(modules_of(site, joined, tasks, own)) for who, own in heads.items()}
     results = {

@@ -62,7 +62,7 @@ def train_alone(
         stream = NoiseStream(entropy(f"{purpose}/{round_}"))
         with one_thread():
             delta = solver.solve(
-                modules, tasks, units, plan=plan, public_sizes=run.entries(public_sizes), stream=stream
+                modules, tasks, units, plan=plan, public_sizes=run.parameter_group_sizes(public_sizes), stream=stream
             )
         heads = {name: update(name, params, delta.heads[name]) for name, params in heads.items()}
     return heads

@@ -51,9 +51,9 @@ class Offer:
         Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
         """
         run = parse(RunConfig, self.run, base=Path("/nonexistent"))
-        if set(self.backbones) != set(run.encoders):
-            raise BadInput(f"backbones: expected a digest for each of {', '.join(run.encoders)}, and no other")
-        named = [("common.backbones", spec, run.encoder_key(name)) for name, spec in run.encoders.items()]
+        if set(self.backbones) != set(run.backbone_specs):
+            raise BadInput(f"backbones: expected a digest for each of {', '.join(run.backbone_specs)}, and no other")
+        named = [("common.backbones", spec, run.backbone_key(name)) for name, spec in run.backbone_specs.items()]
         named += [("client.solvers", run.solver, "solver")]
         named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
         for package, spec, key in named:

@@ -15,7 +15,7 @@ from client.ledger.ledger import Ledger
 from client.protocol.site import Joined, plan_of
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.run import RunConfig
-from common.types import BadInput, Plan
+from common.types import Plan
 from common.yaml import parse
 
 MAX_ROUNDS = 100_000
@@ -125,7 +125,7 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
 
     Raises:
         LedgerDamaged: the ledger does not verify.
-        DeclinedRequest: `run` has no plan here.
+        SiteDeclined: `run` has no plan here.
     """
     history, share = history_of(config), share_of(config)
     joined = _last_run(config, history) if run is None else Joined(run.name, run, {}, config.state_dir)
@@ -166,7 +166,7 @@ def affordable_rounds(history: History, plan: Plan, share: NoisedEvaluation | No
     held = unspent(share, history)
 
     def covers(rounds: int) -> bool:
-        return history.within_cap([Mechanism.of(_repeated(plan, rounds)), *held])
+        return history.within_cap([Mechanism.of(plan.over(rounds)), *held])
 
     if not plan.private or not covers(1):
         return 0
@@ -256,9 +256,3 @@ def _last_run(config: SiteConfig, history: History) -> Joined | None:
 def _affordable(config: SiteConfig, history: History, joined: Joined) -> Affordable:
     plan = plan_of(config, joined)
     return Affordable(joined.run_id, affordable_rounds(history, plan, share_of(config)), plan)
-
-
-def _repeated(plan: Plan, rounds: int) -> Plan:
-    if rounds < 1:
-        raise BadInput(f"rounds: expected at least 1, got {rounds}")
-    return Plan(plan.sampling_rate, plan.steps * rounds, plan.clip_norm, plan.noise_multiplier, plan.unit)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from client.audit.verdict import AuditTooSlow, audit_verdict
 from client.data.prepare import prepare
@@ -16,9 +15,9 @@ from client.ledger.history import TRAINING
 from client.protocol.approvals import Approvals, Offer
 from client.protocol.requirements import refuse_what_does_not_fit, untrained_modules
 from client.protocol.site import (
-    DeclinedRequest,
     Joined,
     Site,
+    SiteDeclined,
     check_allowed,
     check_approved,
     digest_of_offer,
@@ -37,8 +36,8 @@ from common.privacy.accounting import Mechanism
 from common.tasks import Task
 from common.types import (
     BadInput,
+    DeclineReason,
     DigestMismatch,
-    Refusal,
     RunFailed,
     heads_digest,
 )
@@ -50,34 +49,34 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     """Agree to a run or decline it; nothing is spent and no record is opened.
 
     Raises:
-        DeclinedRequest: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
+        SiteDeclined: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
             has approved the run, or it requires an audit that the solver does not pass here.
     """
     _refuse_while_stopped(site)
     joined = _read_offer(site, request)
     tasks = joined.tasks(site.config)
     if not tasks:
-        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
+        raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
     check_allowed(site.config, joined)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
         check_approved(site, joined.run_id, run_digest(request.run, request.backbones), use=False)
-    except DeclinedRequest as declined:
+    except SiteDeclined as declined:
         # A coordinator asks every few seconds while it waits: one line says it.
-        raise DeclinedRequest(declined.refusal, declined.detail, logged=not _let_wait(site, request)) from declined
+        raise SiteDeclined(declined.reason, declined.detail, logged=not _let_wait(site, request)) from declined
     try:
         refuse_what_does_not_fit(joined.run, tasks)
     except BadInput as error:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     plan = plan_of(site.config, joined)
     _check_heads(joined, tasks)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
     paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (joined.run_id, TRAINING)}
     rounds = joined.run.rounds - len(paid)
-    whole = [Mechanism.of(replace(plan, steps=plan.steps * rounds))] if rounds > 0 else []
+    whole = [Mechanism.of(plan.over(rounds))] if rounds > 0 else []
     if plan.private and whole and not ledger.affords(whole, site.share):
-        raise DeclinedRequest(Refusal.BUDGET, "the run's whole price exceeds what the registry has left")
+        raise SiteDeclined(DeclineReason.BUDGET, "the run's whole price exceeds what the registry has left")
     _pass_audit(site, joined, request, tasks)
     write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbones))
     site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
@@ -95,7 +94,7 @@ def keep_part(site: Site, request: messages.PartRequest) -> messages.Ready:
     """Keep one part of a backbone that was agreed on, unless the whole is here already.
 
     Raises:
-        DeclinedRequest: not joined, or no task here stands on the backbone.
+        SiteDeclined: not joined, or no task here stands on the backbone.
     """
     joined = joined_run(site, request.run_id)
     _refuse_others(site, joined, [request.digest])
@@ -108,7 +107,7 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
     """Put the backbones together whose parts were sent, encode records, write the run's label arrays.
 
     Raises:
-        DeclinedRequest: not joined, or a backbone is not one that was agreed on.
+        SiteDeclined: not joined, or a backbone is not one that was agreed on.
     """
     _refuse_while_stopped(site)
     joined = joined_run(site, request.run_id)
@@ -117,11 +116,11 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
     try:
         opened = _open_backbones(site, joined, joined.digests(tasks), request.specs)
     except DigestMismatch as error:
-        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, str(error)) from error
+        raise SiteDeclined(DeclineReason.BACKBONE_NOT_ALLOWED, str(error)) from error
     try:
         frozen = frozen_parts(joined.run, opened)
     except BadInput as error:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     try:
         preparation = prepare(
             site.config,
@@ -153,12 +152,12 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     joined = joined_run(site, request.run_id)
     tasks = joined.tasks(site.config)
     if set(request.heads) != set(joined.sizes(site.config)):
-        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
+        raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
     if not (joined.folder / "prepared.json").exists():
-        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared")
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared")
     modules_of(site, joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, "the final heads differ from their digest")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     records = messages.encode(request)
     write_atomic(joined.folder / "final_heads.bin", messages.to_bytes(records))
     site.journal.write("finished", run=joined.run_id, heads=request.digest)
@@ -179,9 +178,9 @@ def _held(site: Site, digest: str) -> messages.Held:
 
 
 def _refuse_others(site: Site, joined: Joined, digests: Iterable[str]) -> None:
-    """Raise DeclinedRequest where a digest is of no backbone that the run's tasks here stand on."""
+    """Raise SiteDeclined where a digest is of no backbone that the run's tasks here stand on."""
     if not set(digests) <= set(joined.digests(joined.tasks(site.config)).values()):
-        raise DeclinedRequest(Refusal.BACKBONE_NOT_ALLOWED, "no task of the run stands on that backbone here")
+        raise SiteDeclined(DeclineReason.BACKBONE_NOT_ALLOWED, "no task of the run stands on that backbone here")
 
 
 def _open_backbones(
@@ -196,8 +195,8 @@ def _open_backbones(
     for name, digest in digests.items():
         arrived = digest in sent and not store.has(digest)
         opened[name] = store.assemble(digest, sent[digest]) if arrived else store.open(digest)
-        if opened[name].public_spec() != joined.run.encoders[name].settings():
-            raise DigestMismatch(f"{joined.run.encoder_key(name)}: its settings are not those of the run")
+        if opened[name].public_spec() != joined.run.backbone_specs[name].settings():
+            raise DigestMismatch(f"{joined.run.backbone_key(name)}: its settings are not those of the run")
     return opened
 
 
@@ -210,18 +209,18 @@ def _read_offer(site: Site, request: messages.JoinRequest) -> Joined:
     try:
         run = Offer(request.run, request.backbones).config()
     except BadInput as error:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     folder = run_folder(site, request.run_id)
     kept = folder / "offer.json"
     # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
     # failure depend on a record.
     if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbones):
-        raise DeclinedRequest(Refusal.BAD_REQUEST, "another offer was made under the same run id")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "another offer was made under the same run id")
     return Joined(request.run_id, run, request.backbones, folder)
 
 
 def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks: Mapping[str, Task]) -> None:
-    """Audit the solver here where the run requires it; the result stays at the site. Raises DeclinedRequest."""
+    """Audit the solver here where the run requires it; the result stays at the site. Raises SiteDeclined."""
     if joined.run.audit != "required":
         return
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
@@ -229,10 +228,12 @@ def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks
     try:
         verdict = audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
     except (AuditTooSlow, BadInput, RunFailed) as error:
-        raise DeclinedRequest(Refusal.AUDIT, f"the run requires an audit, and it could not be done: {error}") from error
+        raise SiteDeclined(
+            DeclineReason.AUDIT, f"the run requires an audit, and it could not be done: {error}"
+        ) from error
     site.journal.write("audit", run=joined.run_id, **verdict)
     if not verdict["passed"]:
-        raise DeclinedRequest(Refusal.AUDIT, f"the audit that the run requires failed: {verdict['reasons'][0]}")
+        raise SiteDeclined(DeclineReason.AUDIT, f"the audit that the run requires failed: {verdict['reasons'][0]}")
 
 
 def _stop(site: Site, detail: str) -> None:
@@ -248,7 +249,7 @@ def _refuse_while_stopped(site: Site) -> None:
     path = site.config.state_dir / STOPPED
     if path.exists():
         detail = path.read_text(encoding="utf-8")
-        raise DeclinedRequest(Refusal.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
 
 
 def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
@@ -256,4 +257,4 @@ def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
     try:
         open_solver(joined.run.solver, "solver").check_modules(untrained_modules(joined.run, tasks))
     except BadInput as error:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error

@@ -34,7 +34,7 @@ from client.ledger.evaluation_budget import evaluation_mechanism, evaluations_le
 from client.ledger.history import History
 from client.protocol.balance import affordable_rounds, history_of, share_of, shown
 from client.protocol.requirements import refuse_what_does_not_fit, trained_in, untrained_modules
-from client.protocol.site import DeclinedRequest, Joined, check_allowed, plan_of
+from client.protocol.site import Joined, SiteDeclined, check_allowed, plan_of
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.run import RunConfig
 from common.tasks import NOISED_BUCKETS, Task
@@ -106,14 +106,14 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
 
     Raises:
         BadInput: a setting that is wrong.
-        DeclinedRequest: the solver has no plan for the run.
+        SiteDeclined: the solver has no plan for the run.
         LedgerDamaged: the registry's ledger does not verify.
     """
     # Which weights the digest names is known when the run is joined.
     any_backbone = config.model_copy(update={"allow": config.allow.model_copy(update={"backbones": "any"})})
     joined = Joined("plan", run, {}, Path())
     tasks, plan, history = joined.tasks(config), plan_of(config, joined), history_of(config)
-    whole, share = Mechanism.of(replace(plan, steps=plan.steps * run.rounds)), share_of(config)
+    whole, share = Mechanism.of(plan.over(run.rounds)), share_of(config)
     evaluations = _evaluations(run, share, history, len(tasks))
     delta = history.terms.delta
     sizes = joined.sizes(config)
@@ -242,11 +242,11 @@ def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
     try:
         check_allowed(config, joined)
         refuse_what_does_not_fit(joined.run, joined.tasks(config))
-    except DeclinedRequest as declined:
+    except SiteDeclined as declined:
         found.append(f"the site would decline: {declined.detail}")
     except BadInput as error:
         found.append(f"the site would decline: {error}")
-    if joined.privacy is not None and not affords:
+    if joined.run.requested_privacy is not None and not affords:
         held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
         found.append(
             f"the site would decline: the run would bring epsilon to {rounded_up(outlook.final_epsilon):g}, beyond the "
@@ -272,13 +272,13 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast) -> list[str
             f"the run asks for {asked.times(outlook.rounds)} evaluation(s), the share pays for {outlook.evaluations}; "
             "the site would decline the others"
         )
-    if joined.privacy is None:
+    if joined.run.requested_privacy is None:
         return [*found, "the run is not private: epsilon is infinite"]
-    target = joined.privacy.target_epsilon
+    target = joined.run.requested_privacy.target_epsilon
     if target is not None and outlook.run_epsilon > target * (1.0 + 1e-9):
         found.append(
             f"at the site's delta of {outlook.delta:g} the run costs epsilon {rounded_up(outlook.run_epsilon):g}, more "
-            f"than the {target:g} asked for at delta {joined.privacy.delta:g}"
+            f"than the {target:g} asked for at delta {joined.run.requested_privacy.delta:g}"
         )
     if outlook.run_noise_to_signal > 1.0:
         found.append(

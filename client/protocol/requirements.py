@@ -66,7 +66,7 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
     modules: dict[str, nn.Module] = {}
     for name, task in tasks.items():
         encoder = run.backbone_of(name)
-        backbone, trainable = run.encoders[encoder], run.trainable.get(encoder)
+        backbone, trainable = run.backbone_specs[encoder], run.trainable.get(encoder)
         asked = "" if trainable is None else trainable.model_dump_json()
         dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, encoder if asked else "")
         with torch.device("meta"):

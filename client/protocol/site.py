@@ -23,25 +23,31 @@ from common.files import private_folder
 from common.model.parameters import load_parameters
 from common.model.trunks import trunks
 from common.privacy.noise import Entropy
-from common.run import Privacy, RunConfig
+from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import (
     MAX_STEPS,
     BadInput,
+    DeclineReason,
     Heads,
     LedgerDamaged,
     Plan,
-    Refusal,
 )
 from common.yaml import parse
 
 
-class DeclinedRequest(Exception):
-    """A request this site does not fulfil. The refusal is sent; the detail stays in the site's own journal."""
+class SiteDeclined(Exception):
+    """A request that this site declines.
 
-    def __init__(self, refusal: Refusal, detail: str, *, logged: bool = False) -> None:
-        super().__init__(f"{refusal.value}: {detail}")
-        self.refusal = refusal
+    Attributes:
+        reason: the only part that is sent to the coordinator.
+        detail: a sentence for the site's own journal.
+        logged: True where the journal has said so before, so that it is not written again.
+    """
+
+    def __init__(self, reason: DeclineReason, detail: str, *, logged: bool = False) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
         self.detail = detail
         self.logged = logged
 
@@ -122,11 +128,6 @@ class Joined:
     backbones: Mapping[str, str]
     folder: Path
 
-    @property
-    def privacy(self) -> Privacy | None:
-        """Requested privacy; None in a non-private run."""
-        return None if self.run.privacy == "non_private" else self.run.privacy
-
     def tasks(self, config: SiteConfig) -> dict[str, Task]:
         """The run's tasks that this site takes part in."""
         return {
@@ -137,7 +138,7 @@ class Joined:
 
     def sizes(self, config: SiteConfig) -> dict[str, int]:
         """The entries of the heads that this site trains, with their public sizes: its tasks', and those of trunks."""
-        return self.run.entries({name: config.tasks[name].public_size for name in self.tasks(config)})
+        return self.run.parameter_group_sizes({name: config.tasks[name].public_size for name in self.tasks(config)})
 
     def digests(self, tasks: Iterable[str]) -> dict[str, str]:
         """Digest of each backbone, by name, that some of the run's tasks stand on: no other comes to this site."""
@@ -146,7 +147,7 @@ class Joined:
 
 
 def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
-    """Whether somebody here approved the run under this digest, or need not. Raises DeclinedRequest.
+    """Whether somebody here approved the run under this digest, or need not. Raises SiteDeclined.
 
     Args:
         site: who is asked.
@@ -159,7 +160,7 @@ def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
     approvals = Approvals(site.config.state_dir)
     if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
         detail = f"nobody approved run {digest}; see `python -m client approve SITE.yaml`"
-        raise DeclinedRequest(Refusal.NOT_APPROVED, detail)
+        raise SiteDeclined(DeclineReason.NOT_APPROVED, detail)
 
 
 def digest_of_offer(folder: Path) -> str:
@@ -168,12 +169,12 @@ def digest_of_offer(folder: Path) -> str:
 
 
 def joined_run(site: Site, run_id: str) -> Joined:
-    """A run this site joined. Raises DeclinedRequest for any other."""
+    """A run this site joined. Raises SiteDeclined for any other."""
     folder = run_folder(site, run_id)
     try:
         offer = (folder / "offer.json").read_bytes()
     except FileNotFoundError:
-        raise DeclinedRequest(Refusal.UNKNOWN_RUN, "this site did not join the run") from None
+        raise SiteDeclined(DeclineReason.UNKNOWN_RUN, "this site did not join the run") from None
     return _joined(run_id, offer, folder)
 
 
@@ -187,49 +188,50 @@ def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
 
 
 def run_folder(site: Site, run_id: str) -> Path:
-    """Where a run is kept. Raises DeclinedRequest where its id is not a plain name."""
+    """Where a run is kept. Raises SiteDeclined where its id is not a plain name."""
     # A run id comes from the network and becomes a folder name.
     plain = run_id.isascii() and all(char.isalnum() or char in "-_" for char in run_id)
     if not run_id or len(run_id) > 128 or not plain:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, "the run's id is not a plain name")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run's id is not a plain name")
     return site.config.state_dir / "runs" / run_id
 
 
 def check_allowed(config: SiteConfig, joined: Joined) -> None:
-    """Whether a run's backbones, solver and privacy are acceptable here. Raises DeclinedRequest."""
+    """Whether a run's backbones, solver and privacy are acceptable here. Raises SiteDeclined."""
     allow = config.allow
     for name, digest in joined.digests(joined.tasks(config)).items():
         # All or nothing: which of its tasks a site takes part in does not depend on weights.
         if allow.backbones != "any" and digest not in allow.backbones:
-            raise DeclinedRequest(
-                Refusal.BACKBONE_NOT_ALLOWED, f"the digest of {joined.run.encoder_key(name)} is not allowed here"
+            raise SiteDeclined(
+                DeclineReason.BACKBONE_NOT_ALLOWED, f"the digest of {joined.run.backbone_key(name)} is not allowed here"
             )
     if allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
-        raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "the solver is not allowed here")
-    if joined.privacy is None and not allow.non_private:
-        raise DeclinedRequest(
-            Refusal.SOLVER_NOT_ALLOWED, "the run is not private and this site's file does not allow it"
+        raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "the solver is not allowed here")
+    asked = joined.run.requested_privacy
+    if asked is None and not allow.non_private:
+        raise SiteDeclined(
+            DeclineReason.SOLVER_NOT_ALLOWED, "the run is not private and this site's file does not allow it"
         )
-    if joined.privacy is not None and joined.privacy.unit != config.unit:
-        raise DeclinedRequest(Refusal.UNIT_DIFFERS, f"the run protects {joined.privacy.unit}, this site {config.unit}")
+    if asked is not None and asked.unit != config.unit:
+        raise SiteDeclined(DeclineReason.UNIT_DIFFERS, f"the run protects {asked.unit}, this site {config.unit}")
 
 
 def plan_of(config: SiteConfig, joined: Joined) -> Plan:
-    """The public numbers of one round of a run here. Raises DeclinedRequest."""
+    """The public numbers of one round of a run here. Raises SiteDeclined."""
     try:
         solver: Solver = open_solver(joined.run.solver, "solver")
-        plan = solver.plan(joined.privacy, config.unit, joined.run.rounds)
+        plan = solver.plan(joined.run.requested_privacy, config.unit, joined.run.rounds)
     except BadInput as error:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, str(error)) from error
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     if plan.steps * joined.run.rounds > MAX_STEPS:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
-    if solver.private != plan.private or plan.private != (joined.privacy is not None):
-        raise DeclinedRequest(Refusal.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
+    if solver.private != plan.private or plan.private != (joined.run.requested_privacy is not None):
+        raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan
 
 
 def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
-    """What was sent as modules to train: heads, and trunks. Raises DeclinedRequest where it does not fit."""
+    """What was sent as modules to train: heads, and trunks. Raises SiteDeclined where it does not fit."""
     feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
     modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
     modules |= untrained_trunks(site, joined, tasks)
@@ -237,7 +239,7 @@ def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Hea
         try:
             load_parameters(module, heads[name])
         except BadInput as error:
-            raise DeclinedRequest(Refusal.BAD_REQUEST, f"{name}: {error}") from error
+            raise SiteDeclined(DeclineReason.BAD_REQUEST, f"{name}: {error}") from error
     return modules
 
 

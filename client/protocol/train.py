@@ -18,9 +18,9 @@ from client.ledger.ledger import Ledger, Reservation
 from client.protocol.evaluate import noised_sums
 from client.protocol.replies import Replies, ReplyDamaged
 from client.protocol.site import (
-    DeclinedRequest,
     Joined,
     Site,
+    SiteDeclined,
     check_approved,
     digest_of_offer,
     joined_run,
@@ -35,9 +35,9 @@ from common.process.threads import one_thread
 from common.tasks import Task
 from common.types import (
     BudgetExhausted,
+    DeclineReason,
     Delta,
     Plan,
-    Refusal,
 )
 
 MAX_CHARGES = 3
@@ -48,7 +48,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
     """One round's contribution, or the stored one if this very request was answered before.
 
     Raises:
-        DeclinedRequest: not joined or prepared, heads that do not fit, or a budget that does not cover the plan.
+        SiteDeclined: not joined or prepared, heads that do not fit, or a budget that does not cover the plan.
     """
     joined = joined_run(site, request.run_id)
 
@@ -76,15 +76,17 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
     """Noised statistics of held-out units under these heads, or the stored ones; charged to the share for evaluations.
 
     Raises:
-        DeclinedRequest: not joined or prepared, a round the run does not evaluate, heads that do not fit, a share that
+        SiteDeclined: not joined or prepared, a round the run does not evaluate, heads that do not fit, a share that
             does not cover it, or a site that evaluates locally only.
     """
     joined = joined_run(site, request.run_id)
     share, asked = site.share, joined.run.evaluation
     if share is None:
-        raise DeclinedRequest(Refusal.EVALUATION_LOCAL, "this site's file says: nothing about held-out units is sent")
+        raise SiteDeclined(
+            DeclineReason.EVALUATION_LOCAL, "this site's file says: nothing about held-out units is sent"
+        )
     if asked is None or not asked.due(request.round, joined.run.rounds):
-        raise DeclinedRequest(Refusal.BAD_REQUEST, "the run does not evaluate after this round")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run does not evaluate after this round")
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
@@ -150,9 +152,9 @@ def _answered_once(
             replies.store(digest, data)
             ledger.commit(reservation)
     except BudgetExhausted as error:
-        raise DeclinedRequest(Refusal.BUDGET, str(error)) from error
+        raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
     except ReplyDamaged as error:
-        raise DeclinedRequest(Refusal.INTERNAL, str(error)) from error
+        raise SiteDeclined(DeclineReason.INTERNAL, str(error)) from error
     site.journal.write("sent", **about, mechanism=num_releases, bytes=len(data))
     return records
 
@@ -163,14 +165,14 @@ def _check_asked_once(ledger: Ledger, joined: Joined, round_: int, what: Purpose
     Charges that were cut off, by a crash or an error, may be made again a few times.
 
     Raises:
-        DeclinedRequest: another request of this round was answered, or it was charged too often.
+        SiteDeclined: another request of this round was answered, or it was charged too often.
     """
     about = (joined.run_id, what, round_)
     charges = [charge for charge in ledger.charges() if (charge.run, charge.purpose, charge.round) == about]
     if any(charge.committed and charge.request != digest for charge in charges):
-        raise DeclinedRequest(Refusal.BAD_REQUEST, "this round was answered already, to another request")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "this round was answered already, to another request")
     if len(charges) >= MAX_CHARGES:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, f"this round was charged {MAX_CHARGES} times already")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, f"this round was charged {MAX_CHARGES} times already")
 
 
 def _requested_tasks(
@@ -178,12 +180,12 @@ def _requested_tasks(
 ) -> dict[str, Task]:
     tasks = joined.tasks(site.config)
     if not 1 <= request.round <= joined.run.rounds:
-        raise DeclinedRequest(Refusal.BAD_REQUEST, "the round is outside the run")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run")
     if set(request.heads) != set(joined.sizes(site.config)):
-        raise DeclinedRequest(Refusal.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
+        raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
     path = joined.folder / "prepared.json"
     if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["offer"] != digest_of_offer(joined.folder):
-        raise DeclinedRequest(Refusal.NOT_PREPARED, "the run's data are not prepared, or for another offer")
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared, or for another offer")
     # Before anything is charged: what must fail costs nothing.
     check_prepared(joined.folder / "data")
     return tasks

@@ -12,7 +12,7 @@ Open = Callable[[Spec, str], Backbone]
 """From settings and the key where they stand."""
 
 
-def open_encoders(run: RunConfig, prefix: str = "", opened_by: Open = open_pretrained) -> dict[Name, Backbone]:
+def open_backbones(run: RunConfig, prefix: str = "", opened_by: Open = open_pretrained) -> dict[Name, Backbone]:
     """Every backbone of a run, with its weights.
 
     Args:
@@ -23,7 +23,7 @@ def open_encoders(run: RunConfig, prefix: str = "", opened_by: Open = open_pretr
     Raises:
         BadInput: one of them cannot be opened.
     """
-    return {name: opened_by(spec, prefix + run.encoder_key(name)) for name, spec in run.encoders.items()}
+    return {name: opened_by(spec, prefix + run.backbone_key(name)) for name, spec in run.backbone_specs.items()}
 
 
 def digests_of(backbones: Mapping[Name, Backbone]) -> dict[Name, str]:
@@ -43,7 +43,7 @@ def absolute(run: RunConfig, prefix: str = "") -> RunConfig:
         BadInput: a backbone's setting is wrong.
     """
     specs = {}
-    for name, spec in run.encoders.items():
-        kind = resolve("common.backbones", spec, prefix + run.encoder_key(name))
+    for name, spec in run.backbone_specs.items():
+        kind = resolve("common.backbones", spec, prefix + run.backbone_key(name))
         specs[name] = Spec(**kind.model_dump(mode="json", by_alias=True))
-    return run.with_encoders(specs)
+    return run.with_backbone_specs(specs)

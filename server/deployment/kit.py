@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.files import write_atomic
-from common.model.backbones import digests_of, open_encoders
+from common.model.backbones import digests_of, open_backbones
 from common.offers import offer_bytes, offer_of
 from common.run import RunConfig
 from common.types import BadInput
@@ -53,7 +53,7 @@ def _files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict
         name = f"offers/{run.name}.json"
         if name in files:
             raise BadInput(f"{run_file}: expected runs of different names, got {run.name} twice")
-        backbones = open_encoders(run)
+        backbones = open_backbones(run)
         files[name] = offer_bytes(offer_of(run, backbones), digests_of(backbones))
     return files
 

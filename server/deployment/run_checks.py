@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.model.backbones import absolute, open_encoders
+from common.model.backbones import absolute, open_backbones
 from common.model.trunks import initial_modules
 from common.run import RunConfig
 from common.tasks import open_task
@@ -29,7 +29,7 @@ def checked_run(federation: Federation, path: Path, overrides: Sequence[str]) ->
     needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)
     if needed > len(sites):
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
-    backbones = open_encoders(run)
+    backbones = open_backbones(run)
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
     initial_modules(run, tasks, backbones)
     open_aggregator(run.aggregation, "aggregation")

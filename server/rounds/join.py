@@ -94,7 +94,7 @@ def _offer(
             aside.append(SetAside(node, problem, reply.site))
             continue
         answers.members[reply.site] = Member(
-            node, reply.site, reply.tasks, desk.run.entries(reply.tasks), reply.backbones
+            node, reply.site, reply.tasks, desk.run.parameter_group_sizes(reply.tasks), reply.backbones
         )
         answers.reasons.pop(node, None)
         desk.journal.write(
@@ -145,7 +145,7 @@ def send_parts(desk: Desk, members: list[Member], name: str, blob: BackboneBlob)
     total = -(-len(weights) // messages.PART_BYTES)
     if total > messages.MAX_PARTS:
         most = messages.MAX_PARTS * messages.PART_BYTES >> 20
-        raise BadInput(f"{desk.run.encoder_key(name)}: expected at most {most} MiB of weights, got more")
+        raise BadInput(f"{desk.run.backbone_key(name)}: expected at most {most} MiB of weights, got more")
     names = {member.node_id: member.site for member in members}
     missing = {member.node_id: [i for i in range(total) if i not in member.backbones[name].parts] for member in members}
     sent: dict[int, int] = dict.fromkeys(names, 0)

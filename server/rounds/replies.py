@@ -16,10 +16,10 @@ from flwr.app import Message
 
 from common import messages
 from common.run import RunConfig
-from common.types import BadInput, Delta, Heads, Plan, Refusal
+from common.types import BadInput, DeclineReason, Delta, Heads, Plan
 
 _Reply = TypeVar("_Reply")
-NOT_APPROVED = f"declined: {Refusal.NOT_APPROVED.value}"
+NOT_APPROVED = f"declined: {DeclineReason.NOT_APPROVED.value}"
 NO_REPLY = "no reply before the time-out"
 NOT_REACHED = "not reached"
 UNREADABLE = "a reply that cannot be read"
@@ -101,8 +101,8 @@ def check_plan(plan: Plan, run: RunConfig) -> None:
     Raises:
         BadInput: a private run answered without noise or the other way round, or with another unit.
     """
-    private = run.privacy != "non_private"
-    if plan.private != private or (run.privacy != "non_private" and plan.unit != run.privacy.unit):
+    asked = run.requested_privacy
+    if plan.private != (asked is not None) or (asked is not None and plan.unit != asked.unit):
         raise BadInput("expected a plan with the run's privacy and unit, got another one")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from common.events import FileJournal
-from common.model.backbones import digests_of, open_encoders
+from common.model.backbones import digests_of, open_backbones
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed
 from common.yaml import load
@@ -45,7 +45,7 @@ def _run(grid: Grid, folder: Path) -> None:
     journal = FileJournal(folder / "journal.jsonl")
     digests: dict[str, str] = {}
     try:
-        backbones = open_encoders(run)
+        backbones = open_backbones(run)
         digests = digests_of(backbones)
         outcome = run_federation(
             grid,

@@ -192,9 +192,9 @@ MIXED = {**{key: value for key, value in RUN.items() if key != "backbone"}, **SE
 def test_a_run_says_which_backbone_each_task_stands_on() -> None:
     several, one = parse(RunConfig, MIXED, base=Path()), parse(RunConfig, RUN, base=Path())
     assert {task: several.backbone_of(task) for task in several.tasks} == {"disease": "texts", "shade": "pictures"}
-    assert [several.encoder_key(name) for name in several.encoders] == ["backbones.pictures", "backbones.texts"]
-    assert one.encoders[one.backbone_of("disease")].model_dump() == {"kind": "identity", "dim": 3}
-    assert [one.encoder_key(name) for name in one.encoders] == ["backbone"]
+    assert [several.backbone_key(name) for name in several.backbone_specs] == ["backbones.pictures", "backbones.texts"]
+    assert one.backbone_specs[one.backbone_of("disease")].model_dump() == {"kind": "identity", "dim": 3}
+    assert [one.backbone_key(name) for name in one.backbone_specs] == ["backbone"]
 
 
 def test_a_tasks_own_file_sees_no_backbone() -> None:

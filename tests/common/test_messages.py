@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common import messages
-from common.types import MAX_STEPS, BadInput, Delta, Heads, Plan, Refusal, Unit
+from common.types import MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
 
 names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
 arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_side=4), elements=st.floats(width=32))
@@ -48,7 +48,7 @@ def test_a_train_request_survives_the_wire_to_the_bit(heads: Heads, round_: int)
         messages.PartRequest("run", "d" * 64, 2, 3, b"\x00\x01"),
         messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(False, (0, 2))}),
         messages.Ready(),
-        messages.Declined(Refusal.BUDGET, "north"),
+        messages.Declined(DeclineReason.BUDGET, "north"),
     ],
 )
 def test_every_payload_without_arrays_survives_the_wire(payload: messages.Payload) -> None:
@@ -166,7 +166,7 @@ def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -
             messages.decode(changed(honest, tasks={name: 10}), messages.JoinReply)
     if name != "":  # A site that cannot read its own file has no name.
         with pytest.raises(BadInput):
-            messages.decode(changed(messages.Declined(Refusal.BUDGET, "north"), site=name), messages.Declined)
+            messages.decode(changed(messages.Declined(DeclineReason.BUDGET, "north"), site=name), messages.Declined)
 
 
 @pytest.mark.parametrize("field", ["delta", "budget_epsilon"])

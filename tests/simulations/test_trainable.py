@@ -15,7 +15,7 @@ from torch import nn
 
 from client.personal.evaluate import FEDERATED, compare
 from client.protocol.plan import forecast
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.backbones import open_pretrained
@@ -23,7 +23,7 @@ from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.run import RunConfig
-from common.types import BadInput, Refusal
+from common.types import BadInput, DeclineReason
 from common.yaml import load, parse
 from server.rounds.checkpoint import load_checkpoint
 from simulations.config import SimulationConfig
@@ -110,7 +110,7 @@ def test_what_trains_travels_and_nothing_else_and_the_export_gives_the_reported_
     exported = {path.stem: load_file(path) for path in (tmp_path / "out" / "heads").iterdir()}
     with safe_open(tmp_path / "out" / "heads" / "width.safetensors", framework="numpy") as file:
         assert file.metadata()["trunk"] == TRUNK
-    backbone = open_pretrained(config.run.encoders["backbone"], "backbone")
+    backbone = open_pretrained(config.run.backbone_specs["backbone"], "backbone")
     whole = backbone.module
     before = whole.encoder.get_submodule("4").weight.detach().clone()
     with torch.no_grad():
@@ -202,9 +202,9 @@ def test_a_request_that_does_not_fit_the_trunk_is_declined_and_costs_nothing(tmp
         heads[TRUNK]["above.5.weight"] = np.ones(8, np.float32)  # A BatchNorm's.
     site = Site(read_sites(tmp_path / "out" / "sites")[0], os_entropy)
     before = site.ledger().spent()
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         train(site, messages.TrainRequest("out", 3, heads))
-    assert caught.value.refusal is (Refusal.TASK_NOT_ALLOWED if wrong == "missing" else Refusal.BAD_REQUEST)
+    assert caught.value.reason is (DeclineReason.TASK_NOT_ALLOWED if wrong == "missing" else DeclineReason.BAD_REQUEST)
     assert site.ledger().spent() == before
 
 
@@ -328,7 +328,7 @@ def test_the_outlook_judges_heads_and_trunk_apart_and_warns_of_a_trunk_that_drow
         outlooks[block] = forecast(config, load(RunConfig, own / "run.yaml"), 2)
     assert outlooks[None].noise_to_signal == outlooks["4"].noise_to_signal > 0
     assert outlooks[None].trunk_parameters == {} and outlooks[None].run_trunk_noise_to_signal == 0.0
-    backbone = open_pretrained(simulation(tmp_path).run.encoders["backbone"], "backbone").module.encoder
+    backbone = open_pretrained(simulation(tmp_path).run.backbone_specs["backbone"], "backbone").module.encoder
     widths = {"4": backbone.get_submodule("4"), "input": backbone}
     for block, part in widths.items():
         norms = (nn.BatchNorm2d,)

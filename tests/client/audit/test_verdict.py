@@ -13,12 +13,12 @@ import pytest
 from client.ledger.log import statement
 from client.protocol.join import join
 from client.protocol.requirements import MAX_PARAMETERS
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from common import messages
 from common.backbones import Backbone
 from common.offers import offer_of
 from common.privacy.noise import SeededEntropy, os_entropy
-from common.types import Refusal, RunFailed
+from common.types import DeclineReason, RunFailed
 from server.reports.summary import summarize
 from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, backbone, offered, run_config, site_config
@@ -35,8 +35,8 @@ def offer(frozen: Backbone, run_id: str = "run-1", **changes: Any) -> messages.J
     return offered(run_id, run_config(**{**REQUIRED, **changes}), frozen)
 
 
-def declined(call: Callable[[], object]) -> DeclinedRequest:
-    with pytest.raises(DeclinedRequest) as caught:
+def declined(call: Callable[[], object]) -> SiteDeclined:
+    with pytest.raises(SiteDeclined) as caught:
         call()
     return caught.value
 
@@ -63,7 +63,7 @@ def test_a_site_whose_noise_repeats_itself_declines_before_anything_is_spent(tmp
     site = Site(site_config(tmp_path, "north"), lambda purpose: bytes(32))
     for _ in range(2):
         refusal = declined(lambda: join(site, offer(frozen, rounds=8)))
-        assert refusal.refusal is Refusal.AUDIT and "released noise repeats itself" in refusal.detail
+        assert refusal.reason is DeclineReason.AUDIT and "released noise repeats itself" in refusal.detail
     assert [verdict["passed"] for verdict in verdicts(site)] == [False]
     assert site.ledger().charges() == [] and not (site.config.state_dir / "runs" / "run-1").exists()
 
@@ -81,7 +81,7 @@ def test_an_audit_that_would_outlast_the_coordinators_patience_is_given_up(tmp_p
     site = Site(site_config(tmp_path, "north"), os_entropy)
     hasty = {"min_sites": 1, "timeout_s": 0.01, "join_timeout_s": 1}
     refusal = declined(lambda: join(site, offer(frozen, cohort=hasty)))
-    assert refusal.refusal is Refusal.AUDIT and "after 0.01 s" in refusal.detail
+    assert refusal.reason is DeclineReason.AUDIT and "after 0.01 s" in refusal.detail
     assert verdicts(site) == []
 
 
@@ -120,7 +120,7 @@ def test_heads_too_large_for_the_site_are_declined_at_the_door(tmp_path: Path, f
     join(site, messages.JoinRequest("run-1", run, {"backbone": frozen.digest}))
     run["backbone"] = {"kind": "identity", "dim": 1_000_000}
     refusal = declined(lambda: join(site, messages.JoinRequest("run-2", run, {"backbone": "0" * 64})))
-    assert refusal.refusal is Refusal.BAD_REQUEST
+    assert refusal.reason is DeclineReason.BAD_REQUEST
     assert f"parameters, expected at most {MAX_PARAMETERS}" in refusal.detail
     assert site.ledger().charges() == [] and not (site.config.state_dir / "runs" / "run-2").exists()
 

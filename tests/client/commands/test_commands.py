@@ -22,11 +22,11 @@ from client.data.exclusions import Exclusions
 from client.data.prepare import open_units
 from client.protocol.join import join
 from client.protocol.requirements import feature_dim
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
 from common.backbones import Backbone, open_random
-from common.model.backbones import open_encoders
+from common.model.backbones import open_backbones
 from common.model.parameters import initial_heads, parameters
 from common.plugins import Spec
 from common.privacy.accounting import Mechanism, epsilon, rounded_up
@@ -295,7 +295,7 @@ def test_the_log_holds_every_release_with_its_bytes_and_every_refusal(tmp_path: 
     site = trained(tmp_path, frozen, rounds=2)
     train(site, messages.TrainRequest("run-1", 1, heads(frozen)))  # Sent again, for nothing.
     loud = run_config(privacy={"unit": "example", "delta": DELTA, "noise_multiplier": 0.01})
-    with pytest.raises(DeclinedRequest):
+    with pytest.raises(SiteDeclined):
         join(site, offered("run-2", loud, frozen))
     site.journal.write("declined", refusal="budget", detail="as the app writes it")
     page = said("log", written(tmp_path))
@@ -352,7 +352,7 @@ TABLE = {
 
 def prepared(folder: Path, site: Site) -> Backbone:
     run = run_config(**TABLE)
-    own = open_encoders(run)["backbone"]
+    own = open_backbones(run)["backbone"]
     join(site, offered("run-1", run, own))
     give_backbone(site, "run-1", own)
     return own
@@ -390,7 +390,7 @@ def test_a_purged_patient_is_left_out_from_then_on_and_named_nowhere(tmp_path: P
 def test_a_run_under_way_must_be_prepared_again(tmp_path: Path, frozen: Backbone) -> None:
     site = trained(tmp_path, frozen)
     assert invoke("purge", written(tmp_path), "--patient", "nobody").exit_code == 0
-    with pytest.raises(DeclinedRequest, match="not_prepared"):
+    with pytest.raises(SiteDeclined, match="not_prepared"):
         train(site, messages.TrainRequest("run-1", 2, heads(frozen)))
     stored = list((site.config.state_dir / "runs" / "run-1" / "replies").iterdir())
     assert messages.to_bytes(train(site, messages.TrainRequest("run-1", 1, heads(frozen)))) == stored[0].read_bytes()

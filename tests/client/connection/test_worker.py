@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.connection.fleet import Delivery, Outgoing
 from client.connection.worker import Worker
 from common import messages
-from common.types import Refusal
+from common.types import DeclineReason
 from common.yaml import write_yaml
 from tests.federation import environment
 from tests.tiny import backbone, offered, run_config, site_config
@@ -41,7 +41,7 @@ def test_a_message_of_an_unknown_kind_is_declined_and_the_worker_lives_on(tmp_pa
     worker = Worker(path, environment())
     try:
         answer = worker.answer(delivery(kind, messages.encode(messages.Ready())), lambda: False)
-        assert any(Refusal.BAD_REQUEST.value.encode() in content for content in reply_of(answer))
+        assert any(DeclineReason.BAD_REQUEST.value.encode() in content for content in reply_of(answer))
         assert not any(b"Invalid message type" in content or b"registered" in content for content in reply_of(answer))
         asked = offered("run-1", run_config(), backbone())
         honest = worker.answer(delivery(messages.JOIN, messages.encode(asked)), lambda: False)

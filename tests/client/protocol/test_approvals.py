@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from client.__main__ import app
 from client.protocol.approvals import MAX_WAITING, Approvals, Offer
 from client.protocol.join import join
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.backbones import Backbone
@@ -22,7 +22,7 @@ from common.model.parameters import initial_heads, parameters
 from common.offers import offer_bytes, offer_of, run_digest
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Heads, LedgerDamaged, Refusal
+from common.types import BadInput, DeclineReason, Heads, LedgerDamaged
 from common.yaml import write_yaml
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
@@ -51,14 +51,14 @@ def heads(frozen: Backbone) -> Heads:
     return {name: parameters(module) for name, module in modules.items()}
 
 
-def refusal(site: Site, asked: messages.JoinRequest) -> Refusal:
-    with pytest.raises(DeclinedRequest) as caught:
+def refusal(site: Site, asked: messages.JoinRequest) -> DeclineReason:
+    with pytest.raises(SiteDeclined) as caught:
         join(site, asked)
-    return caught.value.refusal
+    return caught.value.reason
 
 
 def test_a_run_that_nobody_approved_is_declined_and_waits(site: Site, frozen: Backbone) -> None:
-    assert refusal(site, request(frozen)) is Refusal.NOT_APPROVED
+    assert refusal(site, request(frozen)) is DeclineReason.NOT_APPROVED
     approvals = Approvals(site.config.state_dir)
     [waiting] = approvals.waiting()
     assert waiting.digest == run_digest(offer_of(run_config(), {"backbone": frozen}), {"backbone": frozen.digest})
@@ -77,21 +77,21 @@ def test_an_approved_run_is_joined_and_the_approval_names_who(site: Site, frozen
 @pytest.mark.parametrize("changes", [{"rounds": 3}, {"seed": 4}, {"max_delta_norm": 5.0}])
 def test_an_approval_covers_one_digest_only(site: Site, frozen: Backbone, changes: dict[str, Any]) -> None:
     Approvals(site.config.state_dir).approve(offer(frozen))
-    assert refusal(site, request(frozen, **changes)) is Refusal.NOT_APPROVED
+    assert refusal(site, request(frozen, **changes)) is DeclineReason.NOT_APPROVED
 
 
 def test_whether_the_budget_covers_a_run_is_not_said_before_it_is_approved(tmp_path: Path, frozen: Backbone) -> None:
     poor = Site(site_config(tmp_path, "north", approval="required", budget={"epsilon": 0.1, "delta": 1e-5}), os_entropy)
-    assert refusal(poor, request(frozen)) is Refusal.NOT_APPROVED
+    assert refusal(poor, request(frozen)) is DeclineReason.NOT_APPROVED
     Approvals(poor.config.state_dir).approve(offer(frozen))
-    assert refusal(poor, request(frozen)) is Refusal.BUDGET
+    assert refusal(poor, request(frozen)) is DeclineReason.BUDGET
 
 
 def test_a_damaged_ledger_is_not_betrayed_by_an_offer_that_nobody_approved(site: Site, frozen: Backbone) -> None:
     site.ledger()
     for path in (site.config.state_dir / "ledgers").rglob("*.jsonl"):
         path.write_bytes(b"damaged\n" + path.read_bytes())
-    assert refusal(site, request(frozen)) is Refusal.NOT_APPROVED
+    assert refusal(site, request(frozen)) is DeclineReason.NOT_APPROVED
     Approvals(site.config.state_dir).approve(offer(frozen))
     with pytest.raises(LedgerDamaged):
         join(site, request(frozen))
@@ -104,11 +104,11 @@ def test_one_approval_pays_for_one_run_however_many_joined_under_it(site: Site, 
     give_backbone(site, "run-1", frozen)
     give_backbone(site, "run-2", frozen)
     train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
-    with pytest.raises(DeclinedRequest, match="not_approved"):
+    with pytest.raises(SiteDeclined, match="not_approved"):
         train(site, messages.TrainRequest("run-2", 1, heads(frozen)))
     assert len(site.ledger().charges()) == 1
     train(site, messages.TrainRequest("run-1", 2, heads(frozen)))
-    assert refusal(site, request(frozen, "run-3")) is Refusal.NOT_APPROVED
+    assert refusal(site, request(frozen, "run-3")) is DeclineReason.NOT_APPROVED
     assert join(site, request(frozen, "run-1")).site == "north"  # Resumed.
 
 
@@ -136,7 +136,7 @@ def test_an_approval_stays_used_when_the_runs_folder_is_removed(site: Site, froz
     give_backbone(site, "run-1", frozen)
     train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
     shutil.rmtree(site.config.state_dir / "runs" / "run-1")
-    assert refusal(site, request(frozen, "run-2")) is Refusal.NOT_APPROVED
+    assert refusal(site, request(frozen, "run-2")) is DeclineReason.NOT_APPROVED
 
 
 def test_a_line_of_the_approvals_that_says_too_little_counts_for_nothing(site: Site, frozen: Backbone) -> None:

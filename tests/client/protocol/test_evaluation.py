@@ -24,7 +24,7 @@ from client.data.prepare import open_units
 from client.data.units import TaskRecords, Units
 from client.protocol.evaluate import SUMS, bounded, noised_sums, unit_sums
 from client.protocol.join import join
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
 from common.backbones import Backbone
@@ -32,7 +32,7 @@ from common.model.parameters import initial_heads, parameters
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import Task, open_task
-from common.types import Heads, Refusal
+from common.types import DeclineReason, Heads
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -248,12 +248,12 @@ def test_the_identical_request_gets_identical_bytes_for_nothing(tmp_path: Path, 
     assert messages.to_bytes(evaluate(site, request(frozen))) == first
     assert site.ledger().spent() == spent
     other = declined(lambda: evaluate(site, request(frozen, scale=1.0)))
-    assert other.refusal is Refusal.BAD_REQUEST
+    assert other.reason is DeclineReason.BAD_REQUEST
     assert site.ledger().spent() == spent
 
 
-def declined(call: Callable[[], object]) -> DeclinedRequest:
-    with pytest.raises(DeclinedRequest) as caught:
+def declined(call: Callable[[], object]) -> SiteDeclined:
+    with pytest.raises(SiteDeclined) as caught:
         call()
     return caught.value
 
@@ -262,14 +262,14 @@ def test_an_evaluation_beyond_the_share_is_declined_and_training_goes_on(tmp_pat
     site = ready(tmp_path, frozen)
     for round_ in (1, 2, 3):
         evaluate(site, request(frozen, round_))
-    assert declined(lambda: evaluate(site, request(frozen, 4))).refusal is Refusal.BUDGET
+    assert declined(lambda: evaluate(site, request(frozen, 4))).reason is DeclineReason.BUDGET
     assert len(site.ledger().charges()) == 3
     train(site, messages.TrainRequest("run-1", 4, heads_of(frozen)))
 
 
 def test_a_site_that_evaluates_locally_sends_nothing_and_spends_nothing(tmp_path: Path, frozen: Backbone) -> None:
     site = ready(tmp_path, frozen, evaluation="local")
-    assert declined(lambda: evaluate(site, request(frozen))).refusal is Refusal.EVALUATION_LOCAL
+    assert declined(lambda: evaluate(site, request(frozen))).reason is DeclineReason.EVALUATION_LOCAL
     assert site.ledger().charges() == []
 
 
@@ -281,7 +281,7 @@ def test_a_round_that_the_run_does_not_evaluate_is_declined(
     run = run_config(rounds=4, evaluation=asked)
     join(own, offered("run-1", run, frozen))
     give_backbone(own, "run-1", frozen)
-    assert declined(lambda: evaluate(own, request(frozen, round_))).refusal is Refusal.BAD_REQUEST
+    assert declined(lambda: evaluate(own, request(frozen, round_))).reason is DeclineReason.BAD_REQUEST
     assert own.ledger().charges() == []
 
 
@@ -292,7 +292,7 @@ def test_a_run_that_would_eat_the_share_is_declined_at_the_door(tmp_path: Path, 
     budget = {"epsilon": 3.0, "delta": 1e-5}
     offer = offered("run-1", run, frozen)
     holding = Site(site_config(tmp_path / "a", "north", budget=budget, evaluation=SHARE), os_entropy)
-    assert declined(lambda: join(holding, offer)).refusal is Refusal.BUDGET
+    assert declined(lambda: join(holding, offer)).reason is DeclineReason.BUDGET
     join(Site(site_config(tmp_path / "b", "north", budget=budget), os_entropy), offer)
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_stored_reply_is_neither_sent_nor_made_anew(tmp_path: Path, fr
         (stored.parent.parent / "reply_digests").write_bytes(b"")
     for _ in range(2):
         refusal = declined(lambda: evaluate(site, request(frozen)))
-        assert refusal.refusal is Refusal.INTERNAL and "damaged" in refusal.detail
+        assert refusal.reason is DeclineReason.INTERNAL and "damaged" in refusal.detail
     assert len(site.ledger().charges()) == 1
     # The staff's decision: the file is removed, and the request is a new charge with new noise.
     stored.unlink()

@@ -28,7 +28,7 @@ from common.offers import offer_of
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import MAX_STEPS, Heads, Refusal
+from common.types import MAX_STEPS, DeclineReason, Heads
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, offered, run_config, site_config
 
@@ -56,7 +56,7 @@ class Coordinator:
         assert not reply.has_error(), "the site raised instead of answering"
         return reply.content
 
-    def refused(self, kind: str, records: RecordDict) -> Refusal:
+    def refused(self, kind: str, records: RecordDict) -> DeclineReason:
         return messages.decode(self.send(kind, records), messages.Declined).refusal
 
     def honest_run(self, frozen: Backbone, run_id: str = "honest") -> None:
@@ -130,11 +130,11 @@ def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
 ) -> None:
     word = coordinator.refused(messages.JOIN, rewritten(frozen, **ABSURD_OFFERS[attack]))
     assert word in (
-        Refusal.BAD_REQUEST,
-        Refusal.SOLVER_NOT_ALLOWED,
-        Refusal.UNIT_DIFFERS,
-        Refusal.TASK_NOT_ALLOWED,
-        Refusal.BUDGET,
+        DeclineReason.BAD_REQUEST,
+        DeclineReason.SOLVER_NOT_ALLOWED,
+        DeclineReason.UNIT_DIFFERS,
+        DeclineReason.TASK_NOT_ALLOWED,
+        DeclineReason.BUDGET,
     )
     [line] = [fact for fact in read(coordinator.config.state_dir / "site.jsonl") if fact["event"] == "declined"]
     assert line["refusal"] == word.value
@@ -149,7 +149,7 @@ def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
 def test_what_a_coordinator_writes_into_an_offer_does_not_fill_the_journal_or_reach_a_terminal(
     coordinator: Coordinator, frozen: Backbone, key: str
 ) -> None:
-    assert coordinator.refused(messages.JOIN, rewritten(frozen, **{key: 1})) is Refusal.BAD_REQUEST
+    assert coordinator.refused(messages.JOIN, rewritten(frozen, **{key: 1})) is DeclineReason.BAD_REQUEST
     journal = coordinator.config.state_dir / "site.jsonl"
     assert journal.stat().st_size < 1000
     [line] = read(journal)
@@ -162,7 +162,7 @@ def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp
     careful = Coordinator(site_config(tmp_path, "north", approval="required"))
     forged = "classification)\nprice     epsilon 0.01 per example\x1b[2K"
     tasks = {**TASKS, "elsewhere": {"kind": forged}}
-    assert careful.refused(messages.JOIN, rewritten(frozen, tasks=tasks)) is Refusal.BAD_REQUEST
+    assert careful.refused(messages.JOIN, rewritten(frozen, tasks=tasks)) is DeclineReason.BAD_REQUEST
     assert Approvals(careful.config.state_dir).waiting() == []
     [line] = read(careful.config.state_dir / "site.jsonl")
     assert "tasks.elsewhere.kind" in line["detail"]
@@ -172,7 +172,7 @@ def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp
 def test_a_flood_of_offers_keeps_few_of_them_on_the_disk(tmp_path: Path, frozen: Backbone) -> None:
     careful = Coordinator(site_config(tmp_path, "north", approval="required"))
     for seed in range(MAX_WAITING + 8):
-        assert careful.refused(messages.JOIN, rewritten(frozen, seed=seed)) is Refusal.NOT_APPROVED
+        assert careful.refused(messages.JOIN, rewritten(frozen, seed=seed)) is DeclineReason.NOT_APPROVED
     kept = list((careful.config.state_dir / "waiting").iterdir())
     assert len(kept) == MAX_WAITING
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
@@ -192,7 +192,7 @@ def test_a_run_id_that_could_be_a_path_goes_nowhere(
         messages.PART: messages.PartRequest(run_id, frozen.digest, 0, 1, b"1"),
     }
     before = {path for path in tmp_path.rglob("*") if "north-state" not in path.parts}
-    assert coordinator.refused(kind, messages.encode(payloads[kind])) is Refusal.BAD_REQUEST
+    assert coordinator.refused(kind, messages.encode(payloads[kind])) is DeclineReason.BAD_REQUEST
     assert {path for path in tmp_path.rglob("*") if "north-state" not in path.parts} == before
 
 
@@ -210,7 +210,7 @@ def test_a_run_id_that_could_be_a_path_goes_nowhere(
 def test_a_coordinator_of_another_version_hears_so(
     coordinator: Coordinator, frozen: Backbone, name: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    assert coordinator.refused(messages.JOIN, edited(frozen, change)) is Refusal.VERSION, name
+    assert coordinator.refused(messages.JOIN, edited(frozen, change)) is DeclineReason.VERSION, name
 
 
 def bomb(layout: str, data: bytes) -> Callable[[Backbone], RecordDict]:
@@ -302,7 +302,7 @@ def test_a_replayed_round_gets_the_same_bytes_and_another_request_of_it_is_decli
     for round_ in (1, 2):
         for number in range(1, 20):
             other = messages.encode(messages.TrainRequest("honest", round_, shifted(frozen, number)))
-            assert coordinator.refused(messages.TRAIN, other) is Refusal.BAD_REQUEST
+            assert coordinator.refused(messages.TRAIN, other) is DeclineReason.BAD_REQUEST
     assert site.ledger().spent() == before
 
 
@@ -319,7 +319,7 @@ def test_an_evaluation_is_answered_to_one_request_too(tmp_path: Path, frozen: Ba
     ask = messages.encode(messages.EvaluateRequest("honest", 1, heads(frozen)))
     messages.decode(coordinator.send(messages.EVALUATE, ask), messages.EvaluateReply)
     other = messages.encode(messages.EvaluateRequest("honest", 1, shifted(frozen, 1)))
-    assert coordinator.refused(messages.EVALUATE, other) is Refusal.BAD_REQUEST
+    assert coordinator.refused(messages.EVALUATE, other) is DeclineReason.BAD_REQUEST
     assert len(Site(config, os_entropy).ledger().charges()) == 1
 
 
@@ -332,7 +332,7 @@ def test_a_round_that_was_cut_off_is_charged_a_few_times_and_no_more(
     for _ in range(MAX_CHARGES):
         site.ledger().reserve(Mechanism("gaussian", 50.0, 1.0, 2, 1.0), run="honest", round=2, request="0" * 64)
     ask = messages.encode(messages.TrainRequest("honest", 2, heads(frozen)))
-    assert coordinator.refused(messages.TRAIN, ask) is Refusal.BAD_REQUEST
+    assert coordinator.refused(messages.TRAIN, ask) is DeclineReason.BAD_REQUEST
     assert len(site.ledger().charges()) == 1 + MAX_CHARGES
 
 
@@ -344,7 +344,7 @@ def test_a_request_that_must_fail_is_not_charged(coordinator: Coordinator, froze
     shutil.rmtree(site.features_folder())
     ask = messages.encode(messages.TrainRequest("honest", 2, heads(frozen)))
     for _ in range(3):
-        assert coordinator.refused(messages.TRAIN, ask) is Refusal.BAD_REQUEST
+        assert coordinator.refused(messages.TRAIN, ask) is DeclineReason.BAD_REQUEST
     assert site.ledger().spent() == before
 
 
@@ -381,7 +381,7 @@ def test_a_part_of_a_backbone_that_is_not_one_is_declined(
     coordinator: Coordinator, frozen: Backbone, part: messages.PartRequest
 ) -> None:
     coordinator.honest_run(frozen)
-    assert coordinator.refused(messages.PART, messages.encode(part)) is Refusal.BAD_REQUEST
+    assert coordinator.refused(messages.PART, messages.encode(part)) is DeclineReason.BAD_REQUEST
 
 
 def test_a_message_of_an_unknown_kind_does_not_reach_a_record(coordinator: Coordinator, frozen: Backbone) -> None:

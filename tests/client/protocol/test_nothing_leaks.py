@@ -26,10 +26,10 @@ from client.app import SITE_VARIABLE, make_app
 from client.config import SiteConfig
 from common import messages
 from common.events import FileJournal, read
-from common.model.backbones import digests_of, open_encoders
+from common.model.backbones import digests_of, open_backbones
 from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
-from common.types import BadInput, Refusal, RunFailed
+from common.types import BadInput, DeclineReason, RunFailed
 from server.reports.results import write_results
 from server.rounds.loop import run_federation
 from simulations.in_process import InProcessGrid
@@ -118,7 +118,7 @@ def federate(
     """A whole run with one site; its messages and the coordinator's journal."""
     tap = Tap(make_app(lambda context: site, entropy), dict(before or {}))
     run = run or run_of()
-    frozen = open_encoders(run)
+    frozen = open_backbones(run)
     own = folder / "coordinator"
     own.mkdir(parents=True)
     journal = FileJournal(own / "journal.jsonl")
@@ -404,7 +404,7 @@ def said(reply: Message) -> str:
 
 def offer() -> RecordDict:
     run = run_of()
-    frozen = open_encoders(run)["backbone"]
+    frozen = open_backbones(run)["backbone"]
     return messages.encode(offered("run-1", run, frozen))
 
 
@@ -421,7 +421,7 @@ def test_flower_would_send_an_exceptions_text_and_here_it_has_none_to_send() -> 
 
     assert CANARY in said(through_flower(bare, offer(), messages.JOIN))  # The danger is real.
     reply = through_flower(make_app(fails), offer(), messages.JOIN)
-    assert messages.decode(reply.content, messages.Declined) == messages.Declined(Refusal.INTERNAL, "")
+    assert messages.decode(reply.content, messages.Declined) == messages.Declined(DeclineReason.INTERNAL, "")
 
 
 @pytest.mark.usefixtures("identity")
@@ -431,7 +431,7 @@ def test_whatever_opening_a_site_raises_flower_quotes_nothing(error: BaseExcepti
         raise error
 
     reply = through_flower(make_app(fails), offer(), messages.JOIN)
-    assert messages.decode(reply.content, messages.Declined).refusal is Refusal.INTERNAL
+    assert messages.decode(reply.content, messages.Declined).refusal is DeclineReason.INTERNAL
     assert CANARY not in said(reply)
 
 
@@ -453,7 +453,7 @@ def test_a_site_file_that_cannot_be_read_is_not_named(tmp_path: Path, monkeypatc
             path.write_text(text)
         monkeypatch.setenv(SITE_VARIABLE, str(path))
         reply = through_flower(make_app(), offer(), messages.JOIN)
-        assert messages.decode(reply.content, messages.Declined) == messages.Declined(Refusal.INTERNAL, "")
+        assert messages.decode(reply.content, messages.Declined) == messages.Declined(DeclineReason.INTERNAL, "")
 
 
 UNREADABLE = {
@@ -476,7 +476,9 @@ def test_a_message_that_cannot_be_decoded_is_declined_without_a_quote(tmp_path: 
     site = a_site(tmp_path)
     reply = through_flower(make_app(lambda context: site), UNREADABLE[name], kind)
     # An offer is read for its version before anything else: none is another one.
-    expected = (Refusal.BAD_REQUEST, Refusal.VERSION) if kind == messages.JOIN else (Refusal.BAD_REQUEST,)
+    expected = (
+        (DeclineReason.BAD_REQUEST, DeclineReason.VERSION) if kind == messages.JOIN else (DeclineReason.BAD_REQUEST,)
+    )
     assert messages.decode(reply.content, messages.Declined).refusal in expected
     assert CANARY not in said(reply).lower()
 
@@ -507,7 +509,7 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
     own = tmp_path / "coordinator"
     own.mkdir()
     run = run_of()
-    frozen = open_encoders(run)
+    frozen = open_backbones(run)
     journal = FileJournal(own / "journal.jsonl")
     run_federation(InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x")
     summary = write_results(own, run, digests_of(frozen), {})

@@ -12,14 +12,14 @@ import pytest
 
 from client.config import SiteConfig
 from client.protocol.join import finish, join, keep_part, prepare_run
-from client.protocol.site import DeclinedRequest, Site
+from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Heads, LedgerDamaged, Refusal, heads_digest
+from common.types import BadInput, DeclineReason, Heads, LedgerDamaged, heads_digest
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 
@@ -92,10 +92,10 @@ def test_a_repeated_request_gets_identical_bytes_and_costs_nothing(site: Site, f
     assert spent(site) > after
 
 
-def refused(site: Site, frozen: Backbone, **changes: Any) -> Refusal:
-    with pytest.raises(DeclinedRequest) as caught:
+def refused(site: Site, frozen: Backbone, **changes: Any) -> DeclineReason:
+    with pytest.raises(SiteDeclined) as caught:
         join(site, offer(frozen, **changes))
-    return caught.value.refusal
+    return caught.value.reason
 
 
 SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0}
@@ -108,17 +108,17 @@ LOUD = {"unit": "example", "delta": 1e-5, "noise_multiplier": 0.01}
 @pytest.mark.parametrize(
     ("site_changes", "run_changes", "reason"),
     [
-        ({"allow": {"tasks": [], "backbones": "any", "solvers": "any"}}, {}, Refusal.TASK_NOT_ALLOWED),
-        ({"allow": {"tasks": "any", "backbones": [], "solvers": "any"}}, {}, Refusal.BACKBONE_NOT_ALLOWED),
-        ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, Refusal.SOLVER_NOT_ALLOWED),
-        ({}, {"solver": SGD, "privacy": "non_private"}, Refusal.SOLVER_NOT_ALLOWED),
-        ({}, {"solver": SGD}, Refusal.BAD_REQUEST),
-        ({}, {"privacy": PATIENT}, Refusal.UNIT_DIFFERS),
-        ({}, {"privacy": LOUD}, Refusal.BUDGET),
-        ({}, {"rounds": 100_000}, Refusal.BUDGET),
-        ({}, {"solver": {"kind": "dp_sgd"}}, Refusal.BAD_REQUEST),
-        ({}, {"solver": CLOSED, "tasks": DEEP}, Refusal.BAD_REQUEST),
-        ({}, {"solver": {"kind": "../../evil"}}, Refusal.BAD_REQUEST),
+        ({"allow": {"tasks": [], "backbones": "any", "solvers": "any"}}, {}, DeclineReason.TASK_NOT_ALLOWED),
+        ({"allow": {"tasks": "any", "backbones": [], "solvers": "any"}}, {}, DeclineReason.BACKBONE_NOT_ALLOWED),
+        ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, DeclineReason.SOLVER_NOT_ALLOWED),
+        ({}, {"solver": SGD, "privacy": "non_private"}, DeclineReason.SOLVER_NOT_ALLOWED),
+        ({}, {"solver": SGD}, DeclineReason.BAD_REQUEST),
+        ({}, {"privacy": PATIENT}, DeclineReason.UNIT_DIFFERS),
+        ({}, {"privacy": LOUD}, DeclineReason.BUDGET),
+        ({}, {"rounds": 100_000}, DeclineReason.BUDGET),
+        ({}, {"solver": {"kind": "dp_sgd"}}, DeclineReason.BAD_REQUEST),
+        ({}, {"solver": CLOSED, "tasks": DEEP}, DeclineReason.BAD_REQUEST),
+        ({}, {"solver": {"kind": "../../evil"}}, DeclineReason.BAD_REQUEST),
     ],
 )
 def test_a_run_that_is_not_acceptable_is_declined_and_spends_nothing(
@@ -126,7 +126,7 @@ def test_a_run_that_is_not_acceptable_is_declined_and_spends_nothing(
     frozen: Backbone,
     site_changes: dict[str, Any],
     run_changes: dict[str, Any],
-    reason: Refusal,
+    reason: DeclineReason,
 ) -> None:
     site = Site(site_config(tmp_path, "north", **site_changes), os_entropy)
     assert refused(site, frozen, **run_changes) is reason
@@ -135,9 +135,9 @@ def test_a_run_that_is_not_acceptable_is_declined_and_spends_nothing(
 
 @pytest.mark.parametrize("run_id", ["", "../run", "a/b", "a" * 200, "run\x00"])
 def test_a_run_id_that_is_not_a_plain_name_is_declined(site: Site, frozen: Backbone, run_id: str) -> None:
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         join(site, offered(run_id, run_config(), frozen))
-    assert caught.value.refusal is Refusal.BAD_REQUEST
+    assert caught.value.reason is DeclineReason.BAD_REQUEST
 
 
 def bad_shape(good: Heads) -> Heads:
@@ -151,32 +151,32 @@ def not_finite(good: Heads) -> Heads:
 @pytest.mark.parametrize(
     ("change", "round_", "reason"),
     [
-        (lambda good: good, 0, Refusal.BAD_REQUEST),
-        (lambda good: good, 3, Refusal.BAD_REQUEST),
-        (lambda good: {"size": good["size"]}, 1, Refusal.TASK_NOT_ALLOWED),
-        (lambda good: {**good, "x": good["size"]}, 1, Refusal.TASK_NOT_ALLOWED),
-        (bad_shape, 1, Refusal.BAD_REQUEST),
-        (not_finite, 1, Refusal.BAD_REQUEST),
+        (lambda good: good, 0, DeclineReason.BAD_REQUEST),
+        (lambda good: good, 3, DeclineReason.BAD_REQUEST),
+        (lambda good: {"size": good["size"]}, 1, DeclineReason.TASK_NOT_ALLOWED),
+        (lambda good: {**good, "x": good["size"]}, 1, DeclineReason.TASK_NOT_ALLOWED),
+        (bad_shape, 1, DeclineReason.BAD_REQUEST),
+        (not_finite, 1, DeclineReason.BAD_REQUEST),
     ],
 )
 def test_a_bad_train_request_is_declined_and_spends_nothing(
-    site: Site, frozen: Backbone, change: Any, round_: int, reason: Refusal
+    site: Site, frozen: Backbone, change: Any, round_: int, reason: DeclineReason
 ) -> None:
     ready(site, frozen)
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         train(site, messages.TrainRequest("run-1", round_, change(heads(frozen))))
-    assert caught.value.refusal is reason
+    assert caught.value.reason is reason
     assert spent(site) == 0
 
 
 def test_training_before_preparing_is_declined_and_spends_nothing(site: Site, frozen: Backbone) -> None:
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
-    assert caught.value.refusal is Refusal.UNKNOWN_RUN
+    assert caught.value.reason is DeclineReason.UNKNOWN_RUN
     join(site, offer(frozen))
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
-    assert caught.value.refusal is Refusal.NOT_PREPARED
+    assert caught.value.reason is DeclineReason.NOT_PREPARED
     assert spent(site) == 0
 
 
@@ -186,15 +186,15 @@ def test_a_backbone_that_is_not_the_agreed_one_is_refused_and_not_kept(site: Sit
     flipped = blob.weights[:-1] + bytes([blob.weights[-1] ^ 1])
     for weights, spec in ((blob.weights, blob.spec.replace('"dim":4', '"dim":5')), (flipped, blob.spec)):
         keep_part(site, messages.PartRequest("run-1", frozen.digest, 0, 1, weights))
-        with pytest.raises(DeclinedRequest) as caught:
+        with pytest.raises(SiteDeclined) as caught:
             prepare_run(site, messages.PrepareRequest("run-1", {frozen.digest: spec}))
-        assert caught.value.refusal is Refusal.BACKBONE_NOT_ALLOWED
+        assert caught.value.reason is DeclineReason.BACKBONE_NOT_ALLOWED
     assert not site.backbones().has(frozen.digest)
 
 
 def test_final_heads_that_differ_from_their_digest_are_refused(site: Site, frozen: Backbone) -> None:
     ready(site, frozen)
-    with pytest.raises(DeclinedRequest):
+    with pytest.raises(SiteDeclined):
         finish(site, messages.FinishRequest("run-1", heads(frozen), "0" * 64))
     finish(site, messages.FinishRequest("run-1", heads(frozen), heads_digest(heads(frozen))))
 
@@ -219,7 +219,7 @@ def test_a_second_offer_under_the_same_run_id_is_declined_and_an_identical_one_i
     """With other labels than the prepared ones, a round would fail or not as a record has it: an exact bit for free."""
     ready(site, frozen)
     fewer = {**TASKS, "colour": {"kind": "classification", "labels": ["red", "green"]}}
-    assert refused(site, frozen, tasks=fewer) is Refusal.BAD_REQUEST
+    assert refused(site, frozen, tasks=fewer) is DeclineReason.BAD_REQUEST
     assert join(site, offer(frozen)).site == "north"
     train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
 
@@ -228,9 +228,9 @@ def test_data_prepared_for_another_offer_are_not_trained_on(site: Site, frozen: 
     ready(site, frozen)
     kept = site.config.state_dir / "runs" / "run-1" / "offer.json"
     kept.write_text(kept.read_text().replace('"rounds": 2', '"rounds": 3'))
-    with pytest.raises(DeclinedRequest) as caught:
+    with pytest.raises(SiteDeclined) as caught:
         train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
-    assert caught.value.refusal is Refusal.NOT_PREPARED
+    assert caught.value.reason is DeclineReason.NOT_PREPARED
     assert spent(site) == 0
 
 
@@ -241,9 +241,9 @@ def test_a_stop_at_a_bad_record_answers_every_later_offer_alike(site: Site, froz
     with pytest.raises(BadInput, match="row"):
         give_backbone(site, "run-1", frozen)
     for name in ("run-2", "run-3"):
-        with pytest.raises(DeclinedRequest, match="stopped since") as caught:
+        with pytest.raises(SiteDeclined, match="stopped since") as caught:
             join(site, offered(name, run_config(), frozen))
-        assert caught.value.refusal is Refusal.BAD_REQUEST
+        assert caught.value.reason is DeclineReason.BAD_REQUEST
     (site.config.state_dir / "stopped.txt").unlink()
     join(site, offered("run-2", run_config(), frozen))
 
@@ -251,7 +251,7 @@ def test_a_stop_at_a_bad_record_answers_every_later_offer_alike(site: Site, froz
 def test_a_run_of_absurdly_many_steps_is_declined_however_loud_its_noise(site: Site, frozen: Backbone) -> None:
     solver = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 10**9, "clip_norm": 1.0, "learning_rate": 1.0}
     loud = {"unit": "example", "delta": 1e-5, "noise_multiplier": 1e9}
-    assert refused(site, frozen, solver=solver, privacy=loud) is Refusal.BAD_REQUEST
+    assert refused(site, frozen, solver=solver, privacy=loud) is DeclineReason.BAD_REQUEST
 
 
 def test_another_registry_at_a_site_that_has_answered_is_no_fresh_budget(
@@ -268,6 +268,6 @@ def test_another_registry_at_a_site_that_has_answered_is_no_fresh_budget(
 def test_final_heads_that_do_not_fit_are_refused(site: Site, frozen: Backbone, change: Any) -> None:
     ready(site, frozen)
     wrong = change(heads(frozen))
-    with pytest.raises(DeclinedRequest):
+    with pytest.raises(SiteDeclined):
         finish(site, messages.FinishRequest("run-1", wrong, heads_digest(wrong)))
     assert not (site.config.state_dir / "runs" / "run-1" / "final_heads.bin").exists()

@@ -183,13 +183,13 @@ def test_a_trunk_is_as_large_as_its_largest_task() -> None:
         "aggregation": {"kind": "mean"},
     }
     run = parse(RunConfig, values, base=Path.cwd())
-    assert run.entries({"grade": 30, "stage": 50, "pitch": 90}) == {
+    assert run.parameter_group_sizes({"grade": 30, "stage": 50, "pitch": 90}) == {
         "grade": 30,
         "stage": 50,
         "pitch": 90,
         "eye.trunk": 50,
     }
-    assert run.entries({"pitch": 90}) == {"pitch": 90}
+    assert run.parameter_group_sizes({"pitch": 90}) == {"pitch": 90}
     assert [run.trunk_of(task) for task in run.tasks] == ["eye.trunk", "eye.trunk", None]
 
 

@@ -28,7 +28,7 @@ from common.events import FileJournal, read
 from common.model.parameters import initial_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
-from common.types import Delta, Heads, Plan, Refusal, RunFailed, Unit, heads_digest
+from common.types import DeclineReason, Delta, Heads, Plan, RunFailed, Unit, heads_digest
 from server.rounds.loop import Outcome, run_federation
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, run_config, site_config
@@ -145,10 +145,12 @@ ANYWHERE: dict[str, Callable[[], RecordDict]] = {
     "another payload": lambda: messages.encode(messages.TrainRequest("run-1", 1, {})),
     "a pickle": lambda: RecordDict({"public": ConfigRecord({"json": b"\x80\x04cos\nsystem\n(S'id'\ntR."})}),
     "a refusal that is not on the list": lambda: public(
-        messages.Declined(Refusal.BUDGET, "north"), refusal="epsilon=0.3"
+        messages.Declined(DeclineReason.BUDGET, "north"), refusal="epsilon=0.3"
     ),
-    "a refusal in a terminal's codes": lambda: public(messages.Declined(Refusal.BUDGET, "north"), site="\x1b[2Jeast"),
-    "a refusal in another's name": lambda: messages.encode(messages.Declined(Refusal.BUDGET, "east")),
+    "a refusal in a terminal's codes": lambda: public(
+        messages.Declined(DeclineReason.BUDGET, "north"), site="\x1b[2Jeast"
+    ),
+    "a refusal in another's name": lambda: messages.encode(messages.Declined(DeclineReason.BUDGET, "east")),
 }
 AT_JOIN: dict[str, Callable[[], RecordDict]] = {
     "another's name": lambda: joining(site="east"),
