@@ -1,15 +1,17 @@
 # make demo : create .venv, install, run the demo federation
+# make test-flower : the contract with Flower on every version that pyproject.toml allows
 # make test : the same, then the quick tests; make test-all : every test; make lint : style and types; make bench : every claim of speed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FLOWER_VERSIONS := 1.41 1.42
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo bench test test-slow test-all lint install clean
+.PHONY: demo bench test test-slow test-all test-flower lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m simulations pretrain configs/simulations/demo.yaml
@@ -22,6 +24,14 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 test-all: test test-slow
+
+# flwr alone, beside the installed packages: its versions need the same ones.
+test-flower: $(STAMP)
+	@for version in $(FLOWER_VERSIONS); do \
+		folder=.cache/flower-$$version; \
+		test -d $$folder || $(BIN)/python -m pip install --quiet --no-deps --target $$folder "flwr==$$version.*" || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest tests/common/test_flower.py || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,10 +35,14 @@ from typing import Any, Literal, TypeVar, assert_never
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
+from common.flower import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+    recorddict_from_proto,
+    recorddict_pb2,
+    recorddict_to_proto,
+)
 from common.types import MAX_BACKBONES, MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
 
 VERSION = 2
@@ -433,7 +437,7 @@ def to_bytes(records: RecordDict) -> bytes:
 
 def from_bytes(data: bytes) -> RecordDict:
     """Records from `to_bytes`."""
-    return recorddict_from_proto(RecordDictProto.FromString(data))
+    return recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
 
 
 def request_digest(records: RecordDict) -> str:

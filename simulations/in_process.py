@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+
+from common.flower import (
+    ErrorCode,
+    Run,
+    get_all_nested_objects,
+    inflate_object_from_contents,
+    no_object_id_recompute,
+    set_metadata,
+    set_task_identity,
+)
 
 FIRST_NODE_ID = 100
 
@@ -39,8 +44,7 @@ class InProcessGrid(Grid):
     """A Grid that calls one ClientApp for `num_sites` nodes, one after the other."""
 
     def __init__(self, app: SiteApp, num_sites: int) -> None:
-        # Flower refuses to build a Message outside a run.
-        TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        set_task_identity()
         self._app = app
         self._run = Run.create_empty(1)
         self._contexts = {
@@ -105,7 +109,7 @@ class InProcessGrid(Grid):
 
 
 def _set_id(message: Message) -> None:
-    message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+    set_metadata(message, message_id=uuid.uuid4().hex)
 
 
 def _deflated(messages: Sequence[Message]) -> list[_Deflated]:
@@ -128,5 +132,5 @@ def _inflated(deflated: _Deflated, message_id: str) -> Message:
     objects = {**deflated.content, _MESSAGE: deflated.message}
     copy = inflate_object_from_contents(_MESSAGE, objects)
     assert isinstance(copy, Message)
-    copy.metadata.__dict__["_message_id"] = message_id
+    set_metadata(copy, message_id=message_id)
     return copy

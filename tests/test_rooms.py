@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ MAY_IMPORT = {
 }
 DOORS = {
     "flwr": (
+        "common/flower.py",
         "common/messages.py",
         "client/app.py",
-        "client/connection/fleet.py",
         "client/connection/worker.py",
         "client/protocol/train.py",
         "server/",
@@ -68,6 +69,14 @@ def test_heavy_packages_come_in_through_their_doors(path: Path) -> None:
     for package, doors in DOORS.items():
         if package in {name.split(".")[0] for name in imports(path)}:
             assert relative.startswith(doors), f"{relative} imports {package}; its doors are {doors}"
+
+
+def test_only_one_module_imports_what_flower_does_not_call_public() -> None:
+    """Also in tests, and in scripts that stand in strings."""
+    private = re.compile(r"(?:from|import)\s+flwr\.(?!(?:app|clientapp|serverapp|simulation)\s)")
+    folders = (*ROOMS, "tests", "benchmarks")
+    paths = [path.relative_to(ROOT).as_posix() for room in folders for path in (ROOT / room).rglob("*.py")]
+    assert [path for path in paths if private.search((ROOT / path).read_text())] == ["common/flower.py"]
 
 
 def test_modules_do_not_import_each_other_in_circles() -> None:

@@ -2,7 +2,7 @@
 
 Flower's own SuperNode is not run: it unpacks and executes the bundle it is handed, opens an unauthenticated port for
 its child processes, sleeps three seconds between looks, and answers every failure by ending the process. What it sends
-is sent here: the same protobuf messages, signatures and objects of Flower 1.41 (`flwr.proto`).
+is sent here: the same protobuf messages, signatures and objects of Flower (`common.flower`).
 
 Guarantees:
 - Only the coordinator's address is contacted, directly or through the proxy of the environment; redirects are refused.
@@ -28,17 +28,26 @@ from typing import Any, TypeVar, final
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, run_pb2
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from google.protobuf.message import DecodeError, Message
 
 from client.config import Coordinator
 from client.connection.diagnose import is_tls_error, proxy_for, skew_sentence, tls_sentence
 from common.bundle import MAX_BUNDLE_BYTES
+from common.flower import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+    fab_pb2,
+    fleet_pb2,
+    heartbeat_pb2,
+    make_version_headers,
+    message_pb2,
+    node_pb2,
+    now,
+    public_key_to_bytes,
+    run_pb2,
+    sign_message,
+)
 from common.types import HeadwaterError
 
 HEARTBEAT_S = 30.0
@@ -106,7 +115,7 @@ class Fleet:
         self._stopping = stopping
         self._key = key
         self._public = public_key_to_bytes(key.public_key())
-        self._versions = dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
+        self._versions = make_version_headers()
         self._http = httpx.Client(
             base_url=f"https://{coordinator.address}",
             verify=ssl.create_default_context(cafile=str(coordinator.ca)),

@@ -22,18 +22,23 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from flwr.app import Context, Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as Envelope
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
 from client.connection.fleet import Delivery, Outgoing
 from common import messages
 from common.bundle import installation
+from common.flower import (
+    copy_metadata,
+    get_all_nested_objects,
+    get_object_tree,
+    inflate_object_from_contents,
+    message_from_proto,
+    message_pb2,
+    message_to_proto,
+    remove_content_from_message,
+    set_metadata,
+    set_task_identity,
+)
 from common.types import DeclineReason
 
 # What Flower's decoder raises on a stranger's bytes.
@@ -95,7 +100,7 @@ class Worker:
             parts += [name.encode(), content]
         envelope, tree, *objects = self._exchange(parts, abandon)
         named = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
-        return Outgoing(Envelope.FromString(envelope), ObjectTree.FromString(tree), named)
+        return Outgoing(message_pb2.Message.FromString(envelope), message_pb2.ObjectTree.FromString(tree), named)
 
     def balance(self) -> Mapping[str, Any]:
         """The account of the site's registry, as `python -m client budget --json` prints it."""
@@ -129,11 +134,11 @@ class Worker:
 def declined(delivery: Delivery, refusal: DeclineReason, site: str) -> Outgoing:
     """A refusal of a message, made without any worker; the content of the message is not looked at."""
     message = _received(delivery.envelope)
-    _identify(message)
+    set_task_identity(message.metadata.run_id, message.metadata.dst_node_id)
     return _outgoing(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message))
 
 
-def _received(envelope: Envelope) -> Message:
+def _received(envelope: message_pb2.Message) -> Message:
     """A message without its content, also where Flower knows no such kind: then of a kind that no handler takes."""
     try:
         return message_from_proto(envelope)
@@ -142,15 +147,8 @@ def _received(envelope: Envelope) -> Message:
         return message_from_proto(envelope)
 
 
-def _identify(message: Message) -> None:
-    # Flower refuses to build a Message outside a task.
-    TaskIdentity.run_id = message.metadata.run_id
-    TaskIdentity.node_id = message.metadata.dst_node_id
-    TaskIdentity.task_id = 1
-
-
 def _outgoing(reply: Message) -> Outgoing:
-    reply.metadata.__dict__["_message_id"] = reply.object_id
+    set_metadata(reply, message_id=reply.object_id)
     objects = {name: nested.deflate() for name, nested in get_all_nested_objects(reply).items()}
     tree = get_object_tree(reply)
     return Outgoing(message_to_proto(remove_content_from_message(reply)), tree, objects)
@@ -178,8 +176,8 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
     from client.app import app  # Here: the parent imports this module too, and needs no torch.
 
     envelope, root, *objects = parts
-    received = _received(Envelope.FromString(envelope))
-    _identify(received)
+    received = _received(message_pb2.Message.FromString(envelope))
+    set_task_identity(received.metadata.run_id, received.metadata.dst_node_id)
     contents = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
     try:
         message = inflate_object_from_contents(root.decode(), contents)
@@ -188,7 +186,7 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
     except _UNREADABLE:
         return _outgoing(Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received))
     # The envelope decides where the reply goes; the object's own copy of it is the sender's word.
-    message.metadata.__dict__.update(received.metadata.__dict__)
+    copy_metadata(received, message)
     context = Context(
         run_id=received.metadata.run_id,
         node_id=received.metadata.dst_node_id,

@@ -11,10 +11,8 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from flwr.cli.build import build_fab_from_files
-from flwr.supercore.fab import Fab
-
 from common.bundle import COMPONENTS, ROOMS, installation
+from common.flower import Fab, build_bundle
 from common.types import BadInput
 
 MAX_BYTES = 10_000_000
@@ -42,7 +40,7 @@ def make_bundle(root: Path | None = None) -> Fab:
         BadInput: Flower does not accept it, or it is larger than a bundle may be.
     """
     try:
-        content, _ = build_fab_from_files({**bundle_files(root)})
+        content = build_bundle(bundle_files(root))
     except ValueError as error:
         raise BadInput(f"app bundle: {error}") from error
     if len(content) > MAX_BYTES:

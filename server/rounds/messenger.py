@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
 from google.protobuf.message import DecodeError
 
 from common import messages
 from common.events import Journal
+from common.flower import UnexpectedObjectContentError
 from common.run import RunConfig
 from common.types import RunFailed
 from server.rounds.replies import NOT_REACHED, UNREADABLE, SetAside, read_replies

@@ -12,11 +12,9 @@ from types import TracebackType
 from typing import Self, TypeVar, final
 
 import httpx
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto import control_pb2
-from flwr.supercore.fab import Fab
 from google.protobuf.message import DecodeError, Message
 
+from common.flower import Fab, control_pb2, fab_to_proto, user_config_to_proto
 from common.types import RunFailed
 from server.deployment.federation import Federation
 from server.superlink.request_filter import CONTROL_HEADER

@@ -1,7 +1,4 @@
-"""Flower's SuperLink as one app object, and Flower's SuperExec as a child process, set up for one federation.
-
-Both come from modules that Flower does not call public: flwr is pinned, and the slow tests run the real thing.
-"""
+"""Flower's SuperLink as one app object, and Flower's SuperExec as a child process, set up for one federation."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import private_folder
+from common.flower import import_superlink
 from server.deployment.federation import Federation
 
 if TYPE_CHECKING:
@@ -43,15 +41,11 @@ def engine_environment(federation: Federation) -> dict[str, str]:
 
 def engine_app(federation: Federation) -> FastAPI:
     """The SuperLink's app: node authentication, a database in the folder, runs started by our own executor process."""
-    from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
-    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-    from flwr.superlink.config_loader import SuperLinkLifespanConfig
-    from flwr.superlink.main import create_app
-
+    superlink = import_superlink()
     log = logging.getLogger("flwr")
     log.propagate = False  # It has a handler of its own.
     log.setLevel(logging.INFO)
-    settings = SuperLinkLifespanConfig(
+    settings = superlink.settings(
         control_address="",
         health_server_address=None,
         host="127.0.0.1",
@@ -59,7 +53,7 @@ def engine_app(federation: Federation) -> FastAPI:
         insecure=True,  # The engine's own idea of its one listener; TLS is ours.
         certificates=None,
         superexec_auth_secret=federation.executor_secret_file().read_bytes(),
-        authn_plugin=NoOpControlAuthnPlugin(),
+        authn_plugin=superlink.no_authentication(),
         event_log_plugin=None,
         fleet_event_log_plugin=None,
         enable_event_log=False,
@@ -76,7 +70,7 @@ def engine_app(federation: Federation) -> FastAPI:
         isolation="process",
         runtime_dependency_install=False,
     )
-    return create_app(settings, SuperLinkLifespan)
+    return superlink.create_app(settings, superlink.lifespan)
 
 
 def start_executor(federation: Federation) -> subprocess.Popen[bytes]:

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import MutableMapping
 from typing import Any, final
 
-from flwr.proto.message_pb2 import PullObjectResponse
 from google.protobuf.message import DecodeError
 
+from common.flower import message_pb2
 from server.superlink.request_filter import App, Receive, Scope, Send
 
 _PATH = "/v1/runtime/pull-object"
@@ -76,7 +76,7 @@ async def _whole(receive: Receive) -> bytes:
 def _on_its_way(answer: list[MutableMapping[str, Any]]) -> bool:
     if answer[0].get("status") != 200:
         return False
-    response = PullObjectResponse()
+    response = message_pb2.PullObjectResponse()
     try:
         response.ParseFromString(b"".join(message.get("body", b"") for message in answer[1:]))
     except DecodeError:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.bundle import MAX_BUNDLE_BYTES, bundle_digest, digest_of, installation, installed_digest
+from common.flower import build_bundle_from_folder
 from common.types import BadInput
 
 SETTINGS = b'[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "client.app:app"\n'
@@ -34,8 +35,7 @@ def bundle(**changes: bytes) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
 def test_flowers_own_bundle_of_this_tree_has_the_installations_digest() -> None:
-    build = pytest.importorskip("flwr.cli.build")
-    assert bundle_digest(build.build_fab_from_disk(installation())) == installed_digest()
+    assert bundle_digest(build_bundle_from_folder(installation())) == installed_digest()
 
 
 def test_the_digest_ignores_the_order_of_files_and_how_they_are_packed() -> None:

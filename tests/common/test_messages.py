@@ -9,12 +9,12 @@ import typing
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from common import messages
+from common.flower import get_all_nested_objects
 from common.types import MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
 
 names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)

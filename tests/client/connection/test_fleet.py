@@ -11,12 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from flwr.proto import fleet_pb2, message_pb2
 
 from client.config import Coordinator
 from client.connection.diagnose import connect_sentence, open_tls, proxy_for, skew_sentence, tls_sentence, trusting
 from client.connection.fleet import ConnectionLost, Faulty, Fleet, JoinRefused, RunOver
 from client.connection.keys import read_key, write_key_pair
+from common.flower import fleet_pb2, message_pb2
 from tests.answering import Answer, Answering, answering
 from tests.federation import DAY, Authority, free_port
 

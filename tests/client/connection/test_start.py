@@ -106,9 +106,9 @@ def test_a_changed_bundle_is_declined_journalled_and_no_line_of_it_runs(tmp_path
         assert ("c", "declined: version") in [
             (fact["site"], fact["reason"]) for fact in journal.read(kept) if fact["event"] == "set_aside"
         ]
-    from flwr.cli.build import build_fab_from_disk
+    from common.flower import build_bundle_from_folder
 
-    offered = bundle_digest(build_fab_from_disk(app))
+    offered = bundle_digest(build_bundle_from_folder(app))
     assert offered != installed_digest()
     (fact,) = [fact for fact in journal.read(tmp_path / "c/state/site.jsonl") if fact["event"] == "declined"]
     assert fact["refusal"] == "version"

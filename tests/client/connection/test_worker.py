@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.connection.fleet import Delivery, Outgoing
 from client.connection.worker import Worker
 from common import messages
+from common.flower import (
+    get_all_nested_objects,
+    message_to_proto,
+    remove_content_from_message,
+    set_metadata,
+    set_task_identity,
+)
 from common.types import DeclineReason
 from common.yaml import write_yaml
 from tests.federation import environment
@@ -22,10 +25,10 @@ from tests.tiny import backbone, offered, run_config, site_config
 
 def delivery(kind: str, content: RecordDict) -> Delivery:
     """A message as the site's connection hands it to the worker."""
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    set_task_identity()
     message = Message(content, dst_node_id=7, message_type="query")
-    message.metadata.__dict__["_message_type"] = kind
-    message.metadata.__dict__["_message_id"] = message.object_id
+    set_metadata(message, message_type=kind)
+    set_metadata(message, message_id=message.object_id)
     objects = {name: nested.deflate() for name, nested in get_all_nested_objects(message).items()}
     return Delivery(message_to_proto(remove_content_from_message(message)), message.object_id, objects)
 

@@ -18,14 +18,12 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.server.superlink.fleet.vce.backend.backend import Backend
-from flwr.server.superlink.fleet.vce.metrics import VceMetrics
-from flwr.server.superlink.fleet.vce.vce_api import worker
 
 from client.app import SITE_VARIABLE, make_app
 from client.config import SiteConfig
 from common import messages
 from common.events import FileJournal, read
+from common.flower import import_simulation_engine, set_metadata
 from common.model.backbones import digests_of, open_backbones
 from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
@@ -36,6 +34,7 @@ from simulations.in_process import InProcessGrid
 from tests.tiny import offered, run_config, site_config
 
 CANARY = "canary"
+ENGINE = import_simulation_engine()
 SHARE = {"share": 0.3, "evaluations": 5}
 COLOURS = {"colour": {"kind": "classification", "labels": ["red", "green", "blue"]}}
 INPUTS = [{"name": name, "range": [0, 40], "missing": "refuse"} for name in ("a", "b")]
@@ -338,7 +337,7 @@ def test_an_audit_that_raises_tells_one_word(tmp_path: Path) -> None:
 # --- Flower's own error path -----------------------------------------------------------------------------------------
 
 
-class InThisProcess(Backend):
+class InThisProcess(ENGINE.backend):
     """Flower's engine around a ClientApp without Ray: `worker` is its real code, errors and all."""
 
     def __init__(self, app: ClientApp) -> None:
@@ -385,13 +384,13 @@ def through_flower(app: ClientApp, content: RecordDict, kind: str, timeout_s: fl
     asked: Queue[Message] = Queue()
     answered: Queue[Message] = Queue()
     message = Message(content, dst_node_id=7, message_type=kind)
-    message.metadata.__dict__["_message_id"] = "m"
+    set_metadata(message, message_id="m")
     asked.put(message)
     context = Context(run_id=1, node_id=7, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
     stop = threading.Event()
     store: Any = {7: Contexts(context)}
-    arguments = (asked, answered, store, InThisProcess(app), stop, VceMetrics())
-    threading.Thread(target=worker, args=arguments, daemon=True).start()
+    arguments = (asked, answered, store, InThisProcess(app), stop, ENGINE.metrics())
+    threading.Thread(target=ENGINE.work, args=arguments, daemon=True).start()
     try:
         return answered.get(timeout=timeout_s)
     finally:

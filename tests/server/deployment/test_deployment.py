@@ -262,8 +262,8 @@ def test_a_run_continues_after_its_coordinator_was_killed(federation: Federation
 
 INTRUDER = """
 import json, socket, ssl, sys
-from flwr.proto import control_pb2, fleet_pb2, runtime_pb2
 import httpx
+from common.flower import control_pb2, fleet_pb2, runtime_pb2
 
 host, port, control, ca, key = sys.argv[1:6]
 found = {}
@@ -348,6 +348,7 @@ def test_from_another_network_only_the_fleets_door_answers(tmp_path: Path) -> No
                     *(str(federation.config.control_port), str(federation.tls / "ca.crt")),
                     str(tmp_path / "intruder.pub"),
                 ],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
                 timeout=120,

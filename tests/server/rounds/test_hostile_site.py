@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_head_values_from_object_content,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from client.app import make_app
 from client.config import SiteConfig
 from client.protocol.site import Site
 from common import messages
 from common.events import FileJournal, read
+from common.flower import (
+    get_all_nested_objects,
+    get_object_head_values_from_object_content,
+    inflate_object_from_contents,
+)
 from common.model.parameters import initial_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task

@@ -14,6 +14,7 @@ from client.app import make_app
 from client.config import SiteConfig
 from common import messages
 from common.events import FileJournal, read
+from common.flower import set_metadata
 from common.privacy.noise import Entropy, SeededEntropy
 from common.types import Delta, RunFailed, heads_digest
 from server.rounds.checkpoint import load_checkpoint
@@ -241,8 +242,7 @@ class FloodedGrid(InProcessGrid):
 
 def _renamed(reply: Message) -> Message:
     copy = Message(reply.content, dst_node_id=999, message_type=messages.TRAIN)
-    copy.metadata.__dict__["_message_id"] = "nobody-asked"
-    copy.metadata.__dict__["_src_node_id"] = 1
+    set_metadata(copy, message_id="nobody-asked", src_node_id=1)
     return copy
 
 

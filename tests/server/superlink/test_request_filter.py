@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto import fleet_pb2, message_pb2, node_pb2
 
 from common.events import FileJournal, read
+from common.flower import fleet_pb2, message_pb2, node_pb2
 from server.deployment import admitted_sites as registry
 from server.superlink.admission import AdmittedKeys, Refusals
 from server.superlink.request_filter import CONTROL_HEADER, FLEET, Limits, LoopbackGate, PublicGate, Refused

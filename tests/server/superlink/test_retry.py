@@ -8,8 +8,8 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 
+from common.flower import message_pb2
 from server.superlink.retry import Patient
 
 PATH = "/v1/runtime/pull-object"
@@ -38,14 +38,16 @@ def ask(engine: Engine, path: str = PATH) -> tuple[int, bytes]:
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    request = PullObjectRequest(object_id="a").SerializeToString()
+    request = message_pb2.PullObjectRequest(object_id="a").SerializeToString()
     asyncio.run(Patient(engine)({"type": "http", "path": path, "method": "POST"}, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
 
-ON_ITS_WAY = PullObjectResponse(object_found=True, object_available=False).SerializeToString()
-THERE = PullObjectResponse(object_found=True, object_available=True, object_content=b"x").SerializeToString()
-UNKNOWN = PullObjectResponse(object_found=False).SerializeToString()
+ON_ITS_WAY = message_pb2.PullObjectResponse(object_found=True, object_available=False).SerializeToString()
+THERE = message_pb2.PullObjectResponse(
+    object_found=True, object_available=True, object_content=b"x"
+).SerializeToString()
+UNKNOWN = message_pb2.PullObjectResponse(object_found=False).SerializeToString()
 
 
 def test_a_part_that_arrives_a_moment_later_is_answered_at_once_then() -> None:
