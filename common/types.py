@@ -103,6 +103,28 @@ class DeclineReason(StrEnum):
     NOT_PREPARED = "not_prepared"
     INTERNAL = "internal"
 
+    @property
+    def explanation(self) -> str:
+        """A clause for people that says what the word means."""
+        return _EXPLANATIONS[self]
+
+
+_EXPLANATIONS = {
+    DeclineReason.UNKNOWN_RUN: "it has not joined this run",
+    DeclineReason.VERSION: "its reviewed code is not the coordinator's",
+    DeclineReason.NOT_APPROVED: "its staff has not approved the run",
+    DeclineReason.TASK_NOT_ALLOWED: "its site file allows none of the run's tasks",
+    DeclineReason.BACKBONE_NOT_ALLOWED: "its site file does not allow a backbone",
+    DeclineReason.SOLVER_NOT_ALLOWED: "its site file does not allow the solver or its plan",
+    DeclineReason.UNIT_DIFFERS: "its budget protects another unit",
+    DeclineReason.BUDGET: "its budget does not cover what was asked",
+    DeclineReason.AUDIT: "the audit that the run requires did not pass there",
+    DeclineReason.EVALUATION_LOCAL: "it evaluates for itself only",
+    DeclineReason.BAD_REQUEST: "it found the request invalid; its own log says why",
+    DeclineReason.NOT_PREPARED: "it has not prepared the run's data",
+    DeclineReason.INTERNAL: "it failed; its own log says why",
+}
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -19,18 +19,25 @@ from server.rounds.aggregators import State
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The coordinator's state after a number of rounds."""
+    """The coordinator's state after a number of rounds.
+
+    Attributes:
+        run_id: the run's unique id.
+        rounds_done: number of whole rounds, 0 before the first.
+        heads: heads and trunks after these rounds.
+        states: what the aggregator keeps, for each head and trunk.
+        updates: how often each head and trunk was updated.
+    """
 
     run_id: str
     rounds_done: int
     heads: Heads
     states: Mapping[str, State]
     updates: Mapping[str, int]
-    """How often each task was updated."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Writes a checkpoint, whole or not at all."""
     flat: dict[str, np.ndarray] = {}
     for task, params in checkpoint.heads.items():
         flat |= {f"head/{task}/{name}": array for name, array in params.items()}
@@ -46,10 +53,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+    """Returns the checkpoint in a file.
 
     Raises:
-        BadInput: missing or not a checkpoint.
+        BadInput: the file is missing or not a checkpoint.
     """
     try:
         with safe_open(path, framework="numpy") as file:

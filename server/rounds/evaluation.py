@@ -1,8 +1,8 @@
-"""Noised evaluations as they come in: checked, summed over sites task by task, turned into metrics with their error.
+"""Noised evaluations: checked, summed over sites task by task, turned into metrics with their standard errors.
 
-All of it is a function of what sites have released, so it costs no privacy. The standard error of a metric is that of
-the privacy noise alone, by adding fresh noise of the same size to the sums (parametric bootstrap): it says nothing of
-how few held-out units there are, which is not known here.
+All of it is a function of what sites have released, so it costs no privacy. The standard error of a metric is that
+of the privacy noise alone, by adding fresh noise of the same size to the sums (parametric bootstrap): it says nothing
+of how few held-out units there are, which is not known here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _DRAWS = 200
 
 
 @dataclass(frozen=True)
-class SiteSums:
-    """One site's release.
+class SiteRelease:
+    """One site's released statistics.
 
     Attributes:
-        site: its name.
-        reply: what it sent; checked.
+        site: the site's name.
+        reply: its reply, checked by `check_evaluation`.
     """
 
     site: str
@@ -36,7 +36,7 @@ class SiteSums:
 
     @property
     def noise_std(self) -> float:
-        """Of each entry; a unit of T tasks counts at most sqrt(T)."""
+        """Standard deviation of the noise in each entry; a unit of T tasks counts at most sqrt(T)."""
         return self.reply.noise_multiplier * math.sqrt(len(self.reply.sums))
 
 
@@ -47,7 +47,7 @@ class NoisedMetrics:
     Attributes:
         metrics: name -> value, the main one first.
         standard_errors: name -> standard deviation that the noise gives the value.
-        sites: whose units they are of.
+        sites: names of the sites whose held-out units were evaluated.
     """
 
     metrics: Mapping[str, float | None]
@@ -56,7 +56,7 @@ class NoisedMetrics:
 
 
 def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -> None:
-    """Refuse statistics that do not fit the site's tasks.
+    """Checks that released statistics fit the site's tasks.
 
     Raises:
         BadInput: another set of tasks, another number of statistics, or a value that is not finite.
@@ -71,33 +71,33 @@ def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -
             raise BadInput(f"evaluation: {name}: expected finite statistics")
 
 
-def evaluated(tasks: Mapping[str, Task], releases: Sequence[SiteSums], seed: int) -> dict[str, NoisedMetrics]:
-    """Task -> its metrics over all sites that have it; tasks nobody evaluated are left out.
+def compute_metrics(tasks: Mapping[str, Task], releases: Sequence[SiteRelease], seed: int) -> dict[str, NoisedMetrics]:
+    """Returns each task's metrics over all sites that have it; tasks that no site evaluated are left out.
 
     Args:
-        tasks: of the run.
-        releases: checked; at most one of each site.
-        seed: of the bootstrap.
+        tasks: the run's tasks by name.
+        releases: checked releases, at most one of each site.
+        seed: seed of the bootstrap's noise.
     """
     results = {}
     for name, task in tasks.items():
-        own = [release for release in releases if name in release.reply.sums]
-        if not own:
+        with_task = [release for release in releases if name in release.reply.sums]
+        if not with_task:
             continue
-        total = sum(release.reply.sums[name][_SUMS].astype(np.float64) for release in own)
+        total = sum(release.reply.sums[name][_SUMS].astype(np.float64) for release in with_task)
         statistic = task.statistic(NOISED_BUCKETS)
         sums = torch.from_numpy(np.asarray(total)) * statistic.bound
-        deviation = math.sqrt(sum(release.noise_std**2 for release in own)) * statistic.bound
+        deviation = math.sqrt(sum(release.noise_std**2 for release in with_task)) * statistic.bound
         values = statistic.values(sums)
         results[name] = NoisedMetrics(
-            metrics={metric: _finite(value) for metric, value in values.items()},
-            standard_errors=_standard_errors(statistic, sums, deviation, seed),
-            sites=tuple(sorted(release.site for release in own)),
+            metrics={metric: _none_unless_finite(value) for metric, value in values.items()},
+            standard_errors=_bootstrap_errors(statistic, sums, deviation, seed),
+            sites=tuple(sorted(release.site for release in with_task)),
         )
     return results
 
 
-def _standard_errors(statistic: Statistic, sums: torch.Tensor, deviation: float, seed: int) -> dict[str, float | None]:
+def _bootstrap_errors(statistic: Statistic, sums: torch.Tensor, deviation: float, seed: int) -> dict[str, float | None]:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(_DRAWS, len(sums), generator=generator, dtype=torch.float64) * deviation
     draws = [statistic.values(sums + each) for each in noise]
@@ -109,5 +109,5 @@ def _standard_errors(statistic: Statistic, sums: torch.Tensor, deviation: float,
     return errors
 
 
-def _finite(value: float) -> float | None:
+def _none_unless_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The coordinator's side of a run: roll call, backbones, rounds, evaluations, heads home. One readable loop.
+"""The coordinator's side of a run: join, backbones, rounds, evaluations, final heads. One readable loop.
 
 Invariant: after every round the journal and the checkpoint on disk say all that is needed to report or to continue;
 a bad reply costs its sender its place in that round and nothing else.
@@ -26,15 +26,20 @@ from common.tasks import open_task
 from common.types import BadInput, Heads, heads_digest
 from server.rounds.aggregators import State, Weighted, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
-from server.rounds.evaluation import SiteSums, check_evaluation, evaluated
-from server.rounds.join import hand_out, roll_call
-from server.rounds.messenger import Desk, Member, Observe
-from server.rounds.replies import SetAside, check_delta, check_plan
+from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
+from server.rounds.join import join_sites, prepare_sites
+from server.rounds.messenger import Messenger, Observe, Participant
+from server.rounds.replies import Rejected, check_delta, check_plan
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: final heads and how often each task was updated."""
+    """How a run ended.
+
+    Attributes:
+        heads: final heads and trunks.
+        updates: how often each was updated.
+    """
 
     heads: Heads
     updates: Mapping[str, int]
@@ -51,26 +56,29 @@ def run_federation(
     executor: str,
     observe: Observe = lambda phase, done, total: None,
     resume: Checkpoint | None = None,
-    roster: Mapping[int, str] | None = None,
+    node_ids: Mapping[int, str] | None = None,
 ) -> Outcome:
-    """Train a run's heads with the sites behind a grid.
+    """Trains a run's heads with the sites behind a grid.
 
     Args:
-        grid: Flower's line to the sites.
-        run: what to train.
-        backbones: the run's frozen backbones, to hand out.
+        grid: Flower's connection to the sites.
+        run: the run's settings.
+        backbones: the run's frozen backbones by name; they are sent to sites that lack them.
         run_id: unique id of the run, a plain name.
-        folder: where checkpoints go.
-        journal: where facts go.
-        executor: what carries the messages, for the report.
-        observe: told the progress.
-        resume: continue after this checkpoint instead of from new heads.
-        roster: node id -> name of every admitted site; None where names are not known beforehand.
+        folder: folder that receives a checkpoint after every round.
+        journal: journal that receives the run's events.
+        executor: name of what carries the messages, for the report.
+        observe: called with the progress.
+        resume: checkpoint to continue after; None starts from new heads.
+        node_ids: node id -> name of every admitted site; None where names are not known beforehand.
+
+    Returns:
+        The final heads, and how often each was updated.
 
     Raises:
         RunFailed: too few sites joined or could be prepared.
     """
-    desk = Desk(grid, run, run_id, journal, observe)
+    messenger = Messenger(grid, run, run_id, journal, observe)
     journal.write(
         "run_started",
         run_id=run_id,
@@ -81,51 +89,68 @@ def run_federation(
         resumed=resume is not None,
         audit_required=run.audit == "required",
         tasks={name: spec.kind for name, spec in run.tasks.items()},
-        backbones={name: _about(run, name, backbone) for name, backbone in backbones.items()},
+        backbones={name: _describe_backbone(run, name, backbone) for name, backbone in backbones.items()},
     )
-    members = roll_call(desk, backbones, roster)
-    observe("joined", len(members), len(members))
+    participants = join_sites(messenger, backbones, node_ids)
+    observe("joined", len(participants), len(participants))
     started = time.monotonic()
-    members = hand_out(desk, members, backbones)
+    participants = prepare_sites(messenger, participants, backbones)
     journal.write("features_ready", seconds=round(time.monotonic() - started, 3))
-    state = resume or _new_state(desk, backbones)
+    state = resume or _initial_state(messenger, backbones)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         observe("rounds", round_ - 1, run.rounds)
-        state = one_round(desk, members, state, round_)
+        state = one_round(messenger, participants, state, round_)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
-        evaluate_round(desk, members, state.heads, round_)
+        evaluate_round(messenger, participants, state.heads, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
-    bring_home(desk, members, state.heads)
+    send_final_heads(messenger, participants, state.heads)
     journal.write("run_ended", updates=dict(state.updates), heads=heads_digest(state.heads))
     return Outcome(state.heads, state.updates)
 
 
-def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int) -> Checkpoint:
-    """Ask a cohort to train, aggregate task by task; the new state."""
+def one_round(messenger: Messenger, participants: list[Participant], state: Checkpoint, round_: int) -> Checkpoint:
+    """Asks a cohort to train and aggregates its updates task by task.
+
+    Args:
+        messenger: connection to the sites, with the run and its journal.
+        participants: sites that joined; the cohort is drawn from them.
+        state: state before the round.
+        round_: number of the round, from 1.
+
+    Returns:
+        The state after the round; a task with too few updates keeps its head.
+    """
     started = time.monotonic()
-    cohort = _sample(desk.run, members, round_)
-    payloads = _requests(cohort, lambda own: messages.TrainRequest(desk.run_id, round_, _own(state.heads, own)))
-    good, aside, down = desk.ask(messages.TRAIN, payloads, messages.TrainReply, round_)
+    cohort = _sample_cohort(messenger.run, participants, round_)
+    requests = _build_requests(
+        cohort, lambda groups: messages.TrainRequest(messenger.run_id, round_, _select_groups(state.heads, groups))
+    )
+    answers = messenger.ask(messages.TRAIN, requests, messages.TrainReply, round_)
     by_task: dict[str, list[Weighted]] = {name: [] for name in state.heads}
-    names = {member.node_id: member.site for member in cohort}
     accepted = {}
-    for member in cohort:
-        if member.node_id not in good:
+    for participant in cohort:
+        if participant.node_id not in answers.accepted:
             continue
-        reply, size = good[member.node_id]
+        reply, size = answers.accepted[participant.node_id]
         try:
-            check_delta(reply.delta, _own(state.heads, member.entries), desk.run.max_delta_norm)
-            check_plan(reply.plan, desk.run)
+            check_delta(
+                reply.delta, _select_groups(state.heads, participant.parameter_groups), messenger.run.max_delta_norm
+            )
+            check_plan(reply.plan, messenger.run)
         except BadInput as error:
-            aside.append(SetAside(member.node_id, str(error)))
+            answers.rejected.append(Rejected(participant.node_id, str(error)))
             continue
-        accepted[member.site] = {"down": down[member.node_id], "up": size, "plan": asdict(reply.plan)}
+        accepted[participant.site] = {
+            "down": answers.bytes_sent[participant.node_id],
+            "up": size,
+            "plan": asdict(reply.plan),
+        }
         for task, delta in reply.delta.heads.items():
-            by_task[task].append(Weighted(float(member.entries[task]), delta))
-    desk.write_aside(aside, names, at="train", round=round_)
-    new, updated = _aggregate(desk.run, state, by_task, round_)
-    desk.journal.write(
+            by_task[task].append(Weighted(float(participant.parameter_groups[task]), delta))
+    messenger.write_rejected(answers.rejected, _names_of(cohort), at="train", round=round_)
+    new, updated = _aggregate(messenger.run, state, by_task, round_)
+    messenger.journal.write(
         "round",
         round=round_,
         sites=accepted,
@@ -136,85 +161,100 @@ def one_round(desk: Desk, members: list[Member], state: Checkpoint, round_: int)
     return new
 
 
-def evaluate_round(desk: Desk, members: list[Member], heads: Heads, round_: int) -> None:
-    """Ask every member for noised statistics of its held-out units, where the run evaluates after this round."""
-    asked = desk.run.evaluation
-    if asked is None or not asked.due(round_, desk.run.rounds):
+def evaluate_round(messenger: Messenger, participants: list[Participant], heads: Heads, round_: int) -> None:
+    """Asks every participant for noised statistics of its held-out units, where the run evaluates after this round.
+
+    Args:
+        messenger: connection to the sites, with the run and its journal.
+        participants: sites that joined.
+        heads: heads and trunks after the round.
+        round_: number of the round, from 1.
+    """
+    evaluation = messenger.run.evaluation
+    if evaluation is None or not evaluation.due(round_, messenger.run.rounds):
         return
-    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
-    payloads = _requests(members, lambda own: messages.EvaluateRequest(desk.run_id, round_, _own(heads, own)))
-    good, aside, _ = desk.ask(messages.EVALUATE, payloads, messages.EvaluateReply, round_)
+    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in messenger.run.tasks.items()}
+    requests = _build_requests(
+        participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
+    )
+    answers = messenger.ask(messages.EVALUATE, requests, messages.EvaluateReply, round_)
     releases = []
-    for member in members:
-        if member.node_id not in good:
+    for participant in participants:
+        if participant.node_id not in answers.accepted:
             continue
-        reply, _ = good[member.node_id]
+        reply, _ = answers.accepted[participant.node_id]
         try:
-            check_evaluation(reply, {task: tasks[task] for task in member.tasks})
-            releases.append(SiteSums(member.site, reply))
+            check_evaluation(reply, {task: tasks[task] for task in participant.tasks})
+            releases.append(SiteRelease(participant.site, reply))
         except BadInput as error:
-            aside.append(SetAside(member.node_id, str(error)))
-    names = {member.node_id: member.site for member in members}
-    desk.journal.write(
+            answers.rejected.append(Rejected(participant.node_id, str(error)))
+    names = _names_of(participants)
+    messenger.journal.write(
         "evaluation",
         round=round_,
-        tasks={name: asdict(result) for name, result in evaluated(tasks, releases, desk.run.seed).items()},
+        tasks={name: asdict(result) for name, result in compute_metrics(tasks, releases, messenger.run.seed).items()},
         # What follows for a site's account: T tasks are one release of this noise.
         noise={release.site: release.reply.noise_multiplier for release in releases},
-        # A site that does not evaluate is no worse a member of the run.
-        without={names[item.node_id]: item.reason for item in aside if item.node_id in names},
+        # Not evaluating is no fault: these sites stay in the run.
+        without={names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names},
     )
 
 
-def bring_home(desk: Desk, members: list[Member], heads: Heads) -> None:
-    """Send every member the final heads of its tasks, with their digest."""
+def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> None:
+    """Sends every participant the final heads of its tasks, with their digest."""
 
-    def request(entries: Collection[str]) -> messages.FinishRequest:
-        own = _own(heads, entries)
-        return messages.FinishRequest(desk.run_id, own, heads_digest(own))
+    def build(groups: Collection[str]) -> messages.FinishRequest:
+        selected = _select_groups(heads, groups)
+        return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected))
 
-    payloads = _requests(members, request)
-    _, aside, _ = desk.ask(messages.FINISH, payloads, messages.Ready)
-    desk.write_aside(aside, {member.node_id: member.site for member in members}, at="finish")
+    answers = messenger.ask(messages.FINISH, _build_requests(participants, build), messages.Ready)
+    messenger.write_rejected(answers.rejected, _names_of(participants), at="finish")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _about(run: RunConfig, name: str, backbone: Backbone) -> dict[str, Any]:
-    """What a report says of a backbone."""
+def _describe_backbone(run: RunConfig, name: str, backbone: Backbone) -> dict[str, Any]:
+    """Returns what a report says of a backbone."""
     settings = backbone.public_spec()
     tasks = [task for task in run.tasks if run.backbone_of(task) == name]
     return {"kind": settings["kind"], "model": settings.get("model"), "digest": backbone.digest, "tasks": tasks}
 
 
-def _requests(
-    members: Sequence[Member], request: Callable[[Collection[str]], messages.Request]
+def _build_requests(
+    participants: Sequence[Participant], build: Callable[[Collection[str]], messages.Request]
 ) -> dict[int, messages.Request]:
-    """Node -> what it is asked. Sites with the same entries share one object, which is encoded once."""
-    each = {entries: request(entries) for entries in {frozenset(member.entries) for member in members}}
-    return {member.node_id: each[frozenset(member.entries)] for member in members}
+    """Returns node id -> its request. Sites that train the same heads share one object, which is encoded once."""
+    shared = {
+        groups: build(groups) for groups in {frozenset(participant.parameter_groups) for participant in participants}
+    }
+    return {participant.node_id: shared[frozenset(participant.parameter_groups)] for participant in participants}
 
 
-def _own(heads: Heads, entries: Collection[str]) -> Heads:
-    return {name: heads[name] for name in sorted(entries)}
+def _select_groups(heads: Heads, groups: Collection[str]) -> Heads:
+    return {name: heads[name] for name in sorted(groups)}
 
 
-def _new_state(desk: Desk, backbones: Mapping[str, Backbone]) -> Checkpoint:
-    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in desk.run.tasks.items()}
-    modules = initial_modules(desk.run, tasks, backbones)
+def _names_of(participants: Sequence[Participant]) -> dict[int, str]:
+    return {participant.node_id: participant.site for participant in participants}
+
+
+def _initial_state(messenger: Messenger, backbones: Mapping[str, Backbone]) -> Checkpoint:
+    run = messenger.run
+    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+    modules = initial_modules(run, tasks, backbones)
     heads = {name: parameters(module) for name, module in modules.items()}
-    aggregator = open_aggregator(desk.run.aggregation, "aggregation")
+    aggregator = open_aggregator(run.aggregation, "aggregation")
     states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}
-    return Checkpoint(desk.run_id, 0, heads, states, dict.fromkeys(heads, 0))
+    return Checkpoint(messenger.run_id, 0, heads, states, dict.fromkeys(heads, 0))
 
 
-def _sample(run: RunConfig, members: list[Member], round_: int) -> list[Member]:
-    count = max(run.cohort.min_sites, math.ceil(run.cohort.fraction * len(members)))
-    if count >= len(members):
-        return members
-    chosen = random.Random(f"{run.seed}/{round_}").sample(members, count)
-    return sorted(chosen, key=lambda member: member.site)
+def _sample_cohort(run: RunConfig, participants: list[Participant], round_: int) -> list[Participant]:
+    count = max(run.cohort.min_sites, math.ceil(run.cohort.fraction * len(participants)))
+    if count >= len(participants):
+        return participants
+    cohort = random.Random(f"{run.seed}/{round_}").sample(participants, count)
+    return sorted(cohort, key=lambda participant: participant.site)
 
 
 def _aggregate(

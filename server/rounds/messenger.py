@@ -1,8 +1,8 @@
-"""The coordinator's line to its sites: one request to each of some nodes, and the replies that can be used.
+"""One request to each of some sites, and the replies that can be used.
 
 Waiting is bounded in time, and so is the number of replies: whatever sites send, a request ends. Replies are fetched
-one by one, because the engine takes them apart as it fetches them: one that cannot be taken apart costs its sender its
-place, and nobody else a reply that was paid for.
+one by one, because the SuperLink's client takes them apart as it fetches them: one that cannot be taken apart costs its
+sender its place, and nobody else a reply that was paid for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -21,10 +21,10 @@ from common.events import Journal
 from common.flower import UnexpectedObjectContentError
 from common.run import RunConfig
 from common.types import RunFailed
-from server.rounds.replies import NOT_REACHED, UNREADABLE, SetAside, read_replies
+from server.rounds.replies import NOT_REACHED, UNREADABLE, Rejected, read_replies
 
 Observe = Callable[[str, int, int], None]
-"""Told what is under way: phase, done, total."""
+"""Called with the phase under way, how much of it is done, and its total."""
 
 _Reply = TypeVar("_Reply")
 _POLL_S = 0.2
@@ -38,32 +38,56 @@ _MALFORMED = (
     UnexpectedObjectContentError,
     ValueError,
 )
-"""What the engine raises over a reply whose parts are not what they claim to be; a lost connection is none of these."""
-_ENGINE_GRACE_S = 75.0  # A killed site is noticed only when its heartbeat lapses, about a minute later.
+"""What Flower raises over a reply whose parts are not what they claim to be; a lost connection is none of these."""
+_HEARTBEAT_GRACE_S = 75.0
+"""A killed site is noticed only when its heartbeat lapses, about a minute later."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """A site that joined.
+class Participant:
+    """A site that joined a run.
 
     Attributes:
-        node_id: of its node.
-        site: its name.
-        tasks: those it takes part in, with their public sizes.
-        entries: of the heads that it trains, with their public sizes: its tasks, and trunks below them.
-        backbones: those its tasks stand on, and what it holds of them.
+        node_id: Flower's number of the site's node.
+        site: the site's name.
+        tasks: tasks that it takes part in -> their declared public sizes.
+        parameter_groups: heads that it trains, and trunks below them -> their public sizes.
+        backbones: backbones that its tasks stand on -> what it holds of them.
     """
 
     node_id: int
     site: str
     tasks: Mapping[str, int]
-    entries: Mapping[str, int]
+    parameter_groups: Mapping[str, int]
     backbones: Mapping[str, messages.Held]
 
 
 @dataclass(frozen=True)
-class Desk:
-    """What every step of a run needs: the line to the sites, the run, and where facts go."""
+class Answers(Generic[_Reply]):
+    """What came back of one request.
+
+    Attributes:
+        accepted: node id -> its reply, and the reply's size in bytes.
+        rejected: replies that are not used or did not come; callers add what they reject.
+        bytes_sent: node id -> size of what it was sent.
+    """
+
+    accepted: Mapping[int, tuple[_Reply, int]]
+    rejected: list[Rejected]
+    bytes_sent: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Messenger:
+    """What every step of a run needs: the connection to the sites, the run, and where facts go.
+
+    Attributes:
+        grid: Flower's connection to the sites.
+        run: the run's settings.
+        run_id: the run's unique id.
+        journal: where facts are written.
+        observe: called with the progress.
+    """
 
     grid: Grid
     run: RunConfig
@@ -78,43 +102,56 @@ class Desk:
         expected: type[_Reply],
         round_: int = 0,
         *,
-        patience_s: float | None = None,
-    ) -> tuple[dict[int, tuple[_Reply, int]], list[SetAside], dict[int, int]]:
-        """Send one request to each node; good replies, those set aside, and bytes sent to each node.
+        timeout_s: float | None = None,
+    ) -> Answers[_Reply]:
+        """Sends one request to each of some nodes and waits for their replies.
 
-        Waits for `patience_s`; by default as long as a round may take.
+        Args:
+            kind: message type, as common.messages names it.
+            payloads: node id -> what it is asked; a payload that several nodes share is encoded once.
+            expected: type of the reply; another one is rejected.
+            round_: number of the round, 0 outside rounds.
+            timeout_s: longest wait; by default as long as the run gives a round.
+
+        Returns:
+            The replies by node; every node that was asked is among the accepted or the rejected.
 
         Raises:
-            RunFailed: the engine takes no message of this size.
+            RunFailed: the SuperLink takes no message of this size.
         """
-        pushed_messages, sent = [], {}
-        # Payloads that are one object (the common case) are encoded once.
         encoded = {id(payload): messages.encode(payload) for payload in payloads.values()}
         sizes = {key: messages.encoded_size(records) for key, records in encoded.items()}
-        for node, payload in payloads.items():
-            sent[node] = sizes[id(payload)]
-            pushed_messages.append(
-                Message(encoded[id(payload)], dst_node_id=node, message_type=kind, group_id=str(round_))
-            )
-        asked, not_reached = self._push(pushed_messages)
-        wait_s = self.run.cohort.timeout_s + _ENGINE_GRACE_S if patience_s is None else patience_s
+        outgoing = [
+            Message(encoded[id(payload)], dst_node_id=node, message_type=kind, group_id=str(round_))
+            for node, payload in payloads.items()
+        ]
+        asked, not_reached = self._push(outgoing)
+        wait_s = self.run.cohort.timeout_s + _HEARTBEAT_GRACE_S if timeout_s is None else timeout_s
         replies, unreadable = self._collect(asked, kind, round_, time.monotonic() + wait_s)
         readable = {message_id: node for message_id, node in asked.items() if message_id not in unreadable}
-        good, aside = read_replies(readable, replies, expected)
-        aside += [SetAside(asked[message_id], UNREADABLE) for message_id in sorted(unreadable)]
-        aside += [SetAside(node, NOT_REACHED) for node in not_reached]
-        return good, aside, sent
+        accepted, rejected = read_replies(readable, replies, expected)
+        rejected += [Rejected(asked[message_id], UNREADABLE) for message_id in sorted(unreadable)]
+        rejected += [Rejected(node, NOT_REACHED) for node in not_reached]
+        return Answers(accepted, rejected, {node: sizes[id(payload)] for node, payload in payloads.items()})
 
-    def write_aside(self, aside: Sequence[SetAside], names: Mapping[int, str], **where: Any) -> None:
-        """Journal who is set aside, where and why."""
-        for item in aside:
-            self.journal.write("set_aside", site=name_of(item, names), reason=item.reason, **where)
+    def write_rejected(self, rejected: Sequence[Rejected], names: Mapping[int, str], **where: Any) -> None:
+        """Writes to the journal whose replies are not used, and why.
+
+        Args:
+            rejected: the replies.
+            names: node id -> site name, as far as names are known.
+            where: the step (`at`) and, within rounds, the round.
+        """
+        for item in rejected:
+            self.journal.write("set_aside", site=item.name(names), reason=item.reason, **where)
 
     def _push(self, outgoing: Sequence[Message]) -> tuple[dict[str, int], list[int]]:
-        """Message id -> node; and the nodes that the engine has no message for, because they were removed."""
+        """Returns message id -> node, and the nodes that take no message because they were removed."""
         pushed = list(self.grid.push_messages(outgoing))
         if len(pushed) != len(outgoing):
-            raise RunFailed(f"expected the engine to take {len(outgoing)} message(s), it took none: they are too large")
+            raise RunFailed(
+                f"expected the SuperLink to take {len(outgoing)} message(s), it took none: they are too large"
+            )
         nodes = [message.metadata.dst_node_id for message in outgoing]
         asked = {message_id: node for message_id, node in zip(pushed, nodes, strict=True) if message_id}
         return asked, [node for message_id, node in zip(pushed, nodes, strict=True) if not message_id]
@@ -122,9 +159,9 @@ class Desk:
     def _collect(
         self, asked: Mapping[str, int], kind: str, round_: int, deadline: float
     ) -> tuple[list[Message], set[str]]:
-        """Replies until all are there or the time is up, and the messages whose reply cannot be read.
+        """Returns the replies that came before the deadline, and the messages whose reply cannot be read.
 
-        Asked for often, because the engine's own call waits 3 s. A flood is bounded: the first reply to each message is
+        Asked for often, because Flower's own call waits 3 s. A flood is bounded: the first reply to each message is
         kept, and of the rest as many as can be named.
         """
         replies: list[Message] = []
@@ -134,12 +171,12 @@ class Desk:
             before = len(waiting)
             for message_id in sorted(waiting):
                 try:
-                    found = list(self.grid.pull_messages([message_id]))
+                    pulled = list(self.grid.pull_messages([message_id]))
                 except _MALFORMED:
                     unreadable.add(message_id)
                     waiting.discard(message_id)
                     continue
-                for message in found:
+                for message in pulled:
                     answered = message.metadata.reply_to_message_id
                     if answered in waiting or len(replies) < 2 * len(asked):
                         replies.append(message)
@@ -151,8 +188,3 @@ class Desk:
             self.observe(kind, len(asked) - len(waiting), len(asked))
             time.sleep(_POLL_S)
         return replies, unreadable
-
-
-def name_of(item: SetAside, names: Mapping[int, str]) -> str:
-    """A site's name for a report: as it is known, as it called itself, or its node's number."""
-    return names.get(item.node_id) or item.site or f"node {item.node_id}"

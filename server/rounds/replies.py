@@ -1,4 +1,4 @@
-"""Replies as they come in: one bad reply is set aside with its reason and the round goes on.
+"""Replies as they come in: one bad reply is rejected with its reason and the round goes on.
 
 What is checked: the sender was asked; the payload is well formed; tasks, names and shapes are those that were sent;
 every value is finite; the norm is bounded; the plan is as private as the run asks.
@@ -19,66 +19,90 @@ from common.run import RunConfig
 from common.types import BadInput, DeclineReason, Delta, Heads, Plan
 
 _Reply = TypeVar("_Reply")
-NOT_APPROVED = f"declined: {DeclineReason.NOT_APPROVED.value}"
+_DECLINED = "declined: "
+NOT_APPROVED = f"{_DECLINED}{DeclineReason.NOT_APPROVED.value}"
 NO_REPLY = "no reply before the time-out"
 NOT_REACHED = "not reached"
 UNREADABLE = "a reply that cannot be read"
 MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED)
 """Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
 
-
-_ENGINE = {
+_FLOWER_ERRORS = {
     3: "it was removed or left before it took the message (error 3)",
     4: "its reply did not arrive (error 4)",
     5: "it left, or was not heard of any more (error 5)",
 }
-"""What the engine's error numbers mean (flwr.common.constant.ErrorCode of Flower 1.41)."""
+"""What Flower's error numbers mean (flwr.common.constant.ErrorCode of Flower 1.41)."""
 
 
 @dataclass(frozen=True)
-class SetAside:
-    """A site whose reply is not used, and why."""
+class Rejected:
+    """A reply that is not used or did not come, and why.
+
+    Attributes:
+        node_id: Flower's number of the node whose reply it is.
+        reason: one clause; of a fixed list where a site declined or did not answer.
+        site: the name under which the site itself answered, where it did.
+    """
 
     node_id: int
     reason: str
     site: str = ""
 
+    def name(self, names: Mapping[int, str]) -> str:
+        """Returns the site's name for a report: as it is known, as it called itself, or its node's number."""
+        return names.get(self.node_id) or self.site or f"node {self.node_id}"
+
+
+class _SiteDeclined(BadInput):
+    def __init__(self, declined: messages.Declined) -> None:
+        super().__init__(f"{_DECLINED}{declined.refusal.value}")
+        self.site = declined.site
+
+
+def describe_reason(reason: str) -> str:
+    """Returns a journalled reason worded for people: a site's fixed word is followed by what it means."""
+    word = reason.removeprefix(_DECLINED)
+    if word == reason or word not in set(DeclineReason):
+        return reason
+    return f"{reason} ({DeclineReason(word).explanation})"
+
 
 def read_replies(
     asked: Mapping[str, int], replies: Iterable[Message], expected: type[_Reply]
-) -> tuple[dict[int, tuple[_Reply, int]], list[SetAside]]:
-    """Well-formed replies by node, with their size in bytes; and everything else, with a reason.
+) -> tuple[dict[int, tuple[_Reply, int]], list[Rejected]]:
+    """Returns the well-formed replies by node, with their sizes in bytes, and the others with a reason.
 
     Args:
-        asked: message id -> node that was asked. Errors made by the engine itself name another sender, so the message
+        asked: message id -> node that was asked. Errors made by Flower itself name another sender, so the message
             they answer decides whose reply they are.
         replies: messages in any order.
-        expected: the payload hoped for; a refusal is set aside as "declined: ...".
+        expected: type of a usable reply; a site that declines is rejected with "declined: ...".
     """
-    good: dict[int, tuple[_Reply, int]] = {}
-    aside: list[SetAside] = []
+    accepted: dict[int, tuple[_Reply, int]] = {}
+    rejected: list[Rejected] = []
     answered: set[int] = set()
     for message in replies:
         node = asked.get(message.metadata.reply_to_message_id)
         if node is None or node in answered:
-            aside.append(SetAside(node or message.metadata.src_node_id, "a reply nobody asked for"))
+            rejected.append(Rejected(node or message.metadata.src_node_id, "a reply nobody asked for"))
             continue
         answered.add(node)
         if message.has_error():
-            # The engine's text may quote a site's exception: only its number is kept.
-            aside.append(SetAside(node, _ENGINE.get(message.error.code, f"error {message.error.code}")))
+            # Flower's text may quote a site's exception: only its number is kept.
+            rejected.append(Rejected(node, _FLOWER_ERRORS.get(message.error.code, f"error {message.error.code}")))
             continue
         try:
-            good[node] = (_read(message, expected), messages.encoded_size(message.content))
-        except _Refused as error:
-            aside.append(SetAside(node, str(error), error.site))
+            accepted[node] = (_decode_reply(message, expected), messages.encoded_size(message.content))
+        except _SiteDeclined as error:
+            rejected.append(Rejected(node, str(error), error.site))
         except BadInput as error:
-            aside.append(SetAside(node, str(error)))
-    aside += [SetAside(node, NO_REPLY) for node in asked.values() if node not in answered]
-    return good, aside
+            rejected.append(Rejected(node, str(error)))
+    rejected += [Rejected(node, NO_REPLY) for node in asked.values() if node not in answered]
+    return accepted, rejected
 
 
-def _read(message: Message, expected: type[_Reply]) -> _Reply:
+def _decode_reply(message: Message, expected: type[_Reply]) -> _Reply:
     try:
         return messages.decode(message.content, expected)
     except BadInput as problem:
@@ -86,17 +110,11 @@ def _read(message: Message, expected: type[_Reply]) -> _Reply:
             declined = messages.decode(message.content, messages.Declined)
         except BadInput:
             raise problem from None
-    raise _Refused(declined)
-
-
-class _Refused(BadInput):
-    def __init__(self, declined: messages.Declined) -> None:
-        super().__init__(f"declined: {declined.refusal.value}")
-        self.site = declined.site
+    raise _SiteDeclined(declined)
 
 
 def check_plan(plan: Plan, run: RunConfig) -> None:
-    """Refuse a contribution that was not made as the run asks.
+    """Checks that an update was made with the run's privacy and unit.
 
     Raises:
         BadInput: a private run answered without noise or the other way round, or with another unit.
@@ -107,7 +125,12 @@ def check_plan(plan: Plan, run: RunConfig) -> None:
 
 
 def check_delta(delta: Delta, sent: Heads, max_norm: float) -> None:
-    """Refuse a contribution that does not fit what was sent.
+    """Checks that an update fits what was sent.
+
+    Args:
+        delta: the site's update.
+        sent: heads and trunks that the site was sent.
+        max_norm: largest allowed L2 norm of the whole update.
 
     Raises:
         BadInput: a missing or extra task or parameter, a wrong shape, a value that is not finite, or too large a norm.

@@ -56,7 +56,7 @@ def _run(grid: Grid, folder: Path) -> None:
             journal=journal,
             executor=DEPLOYMENT,
             resume=_checkpoint(folder),
-            roster=Roster(folder.parents[1] / "state" / "roster.json"),
+            node_ids=Roster(folder.parents[1] / "state" / "roster.json"),
         )
     except HeadwaterError as error:
         journal.write("run_failed", reason=str(error))

@@ -19,7 +19,7 @@ from common.privacy.accounting import Mechanism, epsilon
 from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
 from server.reports.summary import summarize, tables
-from server.rounds.evaluation import SiteSums, check_evaluation, evaluated
+from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
 from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, site_config
 
@@ -125,8 +125,8 @@ def some_counts(count: int, seed: int) -> torch.Tensor:
 
 def test_sums_of_several_sites_are_those_of_all_their_units() -> None:
     parts = [some_counts(60, 1), some_counts(500, 2)]
-    releases = [SiteSums(name, reply_of(part, 1e-9)) for name, part in zip(("a", "b"), parts, strict=True)]
-    result = evaluated(COLOUR, releases, seed=0)["colour"]
+    releases = [SiteRelease(name, reply_of(part, 1e-9)) for name, part in zip(("a", "b"), parts, strict=True)]
+    result = compute_metrics(COLOUR, releases, seed=0)["colour"]
     assert result.metrics == pytest.approx(STATISTIC.values(parts[0] + parts[1]), rel=1e-5)
     assert result.sites == ("a", "b")
     assert all(error is not None and error < 1e-6 for error in result.standard_errors.values())
@@ -140,15 +140,15 @@ def test_the_standard_error_is_that_of_repeated_releases() -> None:
     for _ in range(400):
         noise = sum(rng.normal(size=len(sums)) * each for each in noises) * STATISTIC.bound
         seen.append(STATISTIC.values(sums + torch.from_numpy(np.asarray(noise))))
-    releases = [SiteSums("a", reply_of(sums, noises[0])), SiteSums("b", reply_of(0 * sums, noises[1]))]
-    stated = evaluated(COLOUR, releases, seed=1)["colour"].standard_errors
+    releases = [SiteRelease("a", reply_of(sums, noises[0])), SiteRelease("b", reply_of(0 * sums, noises[1]))]
+    stated = compute_metrics(COLOUR, releases, seed=1)["colour"].standard_errors
     for name in ("accuracy", "balanced_accuracy", "auroc"):
         assert stated[name] == pytest.approx(float(np.std([each[name] for each in seen])), rel=0.25)
 
 
 def test_two_tasks_in_one_release_have_the_noise_of_both() -> None:
     own = messages.EvaluateReply({"a": {"sums": np.zeros(1)}, "b": {"sums": np.zeros(1)}}, 3.0)
-    assert SiteSums("north", own).noise_std == pytest.approx(3.0 * math.sqrt(2))
+    assert SiteRelease("north", own).noise_std == pytest.approx(3.0 * math.sqrt(2))
 
 
 def test_a_reply_is_checked_against_the_sites_own_tasks() -> None:

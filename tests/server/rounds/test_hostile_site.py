@@ -35,7 +35,7 @@ from tests.tiny import TASKS, backbone, run_config, site_config
 
 Grid = Callable[[Any, int], InProcessGrid]
 EAST, NORTH = FIRST_NODE_ID, FIRST_NODE_ID + 1
-ROSTER = {EAST: "east", NORTH: "north"}
+NODE_IDS = {EAST: "east", NORTH: "north"}
 PLAN = Plan(1.0, 2, 1.0, 2.0, Unit.EXAMPLE)
 
 
@@ -45,7 +45,7 @@ def federate(
     *,
     answer: Callable[[Message], RecordDict | None] = lambda asked: None,
     grid: Grid = InProcessGrid,
-    roster: Mapping[int, str] | None = ROSTER,
+    node_ids: Mapping[int, str] | None = NODE_IDS,
     **cohort: Any,
 ) -> tuple[Outcome, list[dict[str, Any]], list[SiteConfig]]:
     """A run of two rounds in which north answers what `answer` makes, where that is anything."""
@@ -65,7 +65,7 @@ def federate(
         folder=folder,
         journal=journal,
         executor="in_process",
-        roster=roster,
+        node_ids=node_ids,
     )
     return outcome, read(journal.path), sites
 
@@ -73,7 +73,7 @@ def federate(
 @pytest.fixture(scope="module")
 def without_north(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the final heads where there never was a second site."""
-    outcome, _, _ = federate(tmp_path_factory.mktemp("alone"), ["east"], roster={EAST: "east"})
+    outcome, _, _ = federate(tmp_path_factory.mktemp("alone"), ["east"], node_ids={EAST: "east"})
     return heads_digest(outcome.heads)
 
 

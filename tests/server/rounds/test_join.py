@@ -46,7 +46,7 @@ def federate(
     *,
     cohort: dict[str, Any],
     grid: Callable[[Any, int], InProcessGrid] = InProcessGrid,
-    roster: dict[int, str] | None = None,
+    node_ids: dict[int, str] | None = None,
     **changes: Any,
 ) -> list[dict[str, Any]]:
     app = make_app(lambda context: sites[int(context.node_config["partition-id"])])
@@ -60,7 +60,7 @@ def federate(
         folder=folder,
         journal=journal,
         executor="in_process",
-        roster=roster,
+        node_ids=node_ids,
     )
     return read(journal.path)
 
@@ -84,7 +84,7 @@ def test_a_run_whose_quorum_never_comes_ends_at_its_deadline_and_spends_nothing(
             tmp_path / "run",
             [site],
             cohort={"min_sites": 2, "join_timeout_s": 1},
-            roster={FIRST_NODE_ID: "east", 7: "north"},
+            node_ids={FIRST_NODE_ID: "east", 7: "north"},
         )
     assert 1.0 <= time.monotonic() - started < 10.0
     assert Site(site, os_entropy).ledger().charges() == []
@@ -98,7 +98,7 @@ def test_a_run_ends_at_once_where_nobody_is_left_to_wait_for(tmp_path: Path) -> 
             tmp_path / "run",
             [site_config(tmp_path, "east"), poor],
             cohort={"min_sites": 2, "join_timeout_s": 60},
-            roster={FIRST_NODE_ID: "east", FIRST_NODE_ID + 1: "north"},
+            node_ids={FIRST_NODE_ID: "east", FIRST_NODE_ID + 1: "north"},
         )
     assert time.monotonic() - started < 20.0
 
@@ -116,7 +116,7 @@ def test_a_site_under_another_name_than_it_was_admitted_with_is_kept_out(tmp_pat
         tmp_path / "run",
         sites,
         cohort={"min_sites": 1, "join_timeout_s": 5},
-        roster={FIRST_NODE_ID: "east", FIRST_NODE_ID + 1: "north"},
+        node_ids={FIRST_NODE_ID: "east", FIRST_NODE_ID + 1: "north"},
     )
     assert joined(facts) == ["east"]
     [aside] = [fact for fact in facts if fact["event"] == "set_aside"]
