@@ -25,9 +25,9 @@ from server.reports.status_table import status_table
 from server.reports.summary import failures, tables
 from server.superlink import operate
 from server.superlink.control import Control, RunState
-from server.superlink.daemon import owner, run_link
-from server.superlink.node_ids import synchronise
-from server.superlink.queue import interrupted, new_folder, submit
+from server.superlink.daemon import find_daemon_pid, run_daemon
+from server.superlink.node_ids import synchronise_nodes
+from server.superlink.queue import create_run_folder, find_interrupted_run, submit_run
 from server.superlink.watch import watch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -91,7 +91,7 @@ def admit(
     with reported_errors():
         federation = open_federation(folder)
         entry = registry.admit(federation, name, key)
-        _tell_link(federation)
+        _tell_daemon(federation)
         typer.echo(f"{name}: admitted; key {entry.fingerprint()} (compare it with the site's by telephone)")
 
 
@@ -104,7 +104,7 @@ def remove(folder: Dir, name: Site) -> None:
     with reported_errors():
         federation = open_federation(folder)
         entry = registry.remove(federation, name)
-        _tell_link(federation)
+        _tell_daemon(federation)
         typer.echo(f"{name}: removed; key {entry.fingerprint()} is revoked")
 
 
@@ -165,7 +165,7 @@ def start(folder: Dir, run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
 
         federation = open_federation(folder)
         checked = checked_run(federation, run, set_ or [])
-        _start_link(federation)
+        _start_daemon(federation)
         with Control(federation) as control:
             _follow(federation, control, _submitted(control, federation, checked), skip=0)
 
@@ -183,11 +183,11 @@ def resume(
     """
     with reported_errors():
         federation = open_federation(folder)
-        path = interrupted(federation, run_id)
-        _start_link(federation)
+        path = find_interrupted_run(federation, run_id)
+        _start_daemon(federation)
         with Control(federation) as control:
             old = len(journal.read(path / "journal.jsonl"))
-            _follow(federation, control, (path, submit(control, path)), skip=old)
+            _follow(federation, control, (path, submit_run(control, path)), skip=old)
 
 
 @app.command()
@@ -216,38 +216,38 @@ def stop(
     """
     with reported_errors():
         federation = open_federation(folder)
-        if owner(federation) is None:
+        if find_daemon_pid(federation) is None:
             typer.echo(f"{folder}: the coordinator is not running")
             return
         with Control(federation) as control:
-            busy = control.current() if control.answers() else None
+            busy = control.find_current_run() if control.is_answering() else None
             if busy is not None:
-                control.stop(busy.run_id)
+                control.stop_run(busy.run_id)
                 typer.echo(f"run {Path(busy.folder).name}: ended; `python -m server resume {folder}` continues it")
             elif run:
                 typer.echo("no run is under way")
         if not run:
-            operate.stop_link(federation)
+            operate.stop_daemon(federation)
             typer.echo(f"{folder}: the coordinator has stopped")
 
 
-def _tell_link(federation: Federation) -> None:
+def _tell_daemon(federation: Federation) -> None:
     """Make the registry true in a running coordinator; its gate reads the registry's file anyway."""
-    if owner(federation) is not None:
+    if find_daemon_pid(federation) is not None:
         with Control(federation) as control:
-            synchronise(control, federation)
+            synchronise_nodes(control, federation)
 
 
-def _start_link(federation: Federation) -> None:
-    started = operate.ensure_link(federation)
+def _start_daemon(federation: Federation) -> None:
+    started = operate.ensure_daemon(federation)
     what = "listening" if started else "running already, listening"
     _show(f"{what} on {federation.config.bind} for {federation.config.address}")
 
 
 def _submitted(control: Control, federation: Federation, run: RunConfig) -> tuple[Path, int]:
-    path = new_folder(federation, run)
+    path = create_run_folder(federation, run)
     try:
-        return path, submit(control, path)
+        return path, submit_run(control, path)
     except HeadwaterError:
         shutil.rmtree(path)  # Nothing ran in it.
         raise
@@ -260,7 +260,7 @@ def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, 
             control,
             path,
             engine_run=engine_run,
-            alive=lambda: owner(federation) is not None,
+            alive=lambda: find_daemon_pid(federation) is not None,
             show=_show,
             skip=skip,
         )
@@ -301,7 +301,7 @@ def link(folder: Dir) -> None:
     Example: python -m server link fed
     """
     with reported_errors():
-        run_link(open_federation(folder))
+        run_daemon(open_federation(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who passes the public gate: the registry as its file says now, and who was refused, in the journal."""
+"""The public filter of a federation: keys of the admitted sites as their file says now, and a log of rejections."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import final
 from common.events import FileJournal
 from server.deployment.admitted_sites import admitted
 from server.deployment.federation import Federation
-from server.superlink.request_filter import App, Limits, PublicGate, Refused
+from server.superlink.request_filter import App, PublicFilter, RejectedRequest, RequestLimits
 
 _QUIET_S = 60.0
 _MAX_MUTED = 10_000
 _MAX_IN_FLIGHT = 1 << 30
 
 
-def public_gate(engine: App, federation: Federation) -> PublicGate:
-    """The gate to the network for a federation's admitted sites."""
+def create_public_filter(superlink: App, federation: Federation) -> PublicFilter:
+    """Returns the filter between the network and the SuperLink, for a federation's admitted sites."""
     config = federation.config
     upload = config.max_upload_mib << 20
-    limits = Limits(upload, max(_MAX_IN_FLIGHT, upload), config.idle_timeout_s, 10 * config.idle_timeout_s)
-    refusals = Refusals(FileJournal(federation.state / "link.jsonl"))
-    return PublicGate(engine, site_of=AdmittedKeys(federation).site_of, limits=limits, on_refusal=refusals)
+    limits = RequestLimits(upload, max(_MAX_IN_FLIGHT, upload), config.idle_timeout_s, 10 * config.idle_timeout_s)
+    log = RejectionLog(FileJournal(federation.state / "link.jsonl"))
+    return PublicFilter(superlink, find_site=AdmittedKeys(federation).find_site, limits=limits, on_rejection=log)
 
 
 @final
 class AdmittedKeys:
-    """The registry's admitted keys, as its file says now: a removed key is refused from the next request on."""
+    """Keys of the admitted sites, as their file says now: a removed key is rejected from the next request on."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
         self._stamp = -1
         self._sites: dict[bytes, str] = {}
 
-    def site_of(self, key: bytes) -> str | None:
-        """Name of the site with a public key (PEM)."""
+    def find_site(self, key: bytes) -> str | None:
+        """Returns the name of the admitted site with a public key (PEM); None for an unknown key."""
         stamp = (self._federation.folder / "sites.json").stat().st_mtime_ns
         if stamp != self._stamp:
             self._sites = {entry.pem(): site for site, entry in admitted(self._federation).items()}
@@ -44,20 +44,20 @@ class AdmittedKeys:
 
 
 @final
-class Refusals:
-    """Refusals in the journal: who and what, each kind once a minute, so that a flood does not fill the disk."""
+class RejectionLog:
+    """Rejected requests in the journal, each kind once a minute, so that a flood does not fill the disk."""
 
     def __init__(self, journal: FileJournal) -> None:
         self._journal = journal
         self._muted: dict[tuple[str, str], float] = {}
 
-    def __call__(self, refused: Refused) -> None:
-        """Write one down."""
+    def __call__(self, rejected: RejectedRequest) -> None:
+        """Writes a rejected request to the journal."""
         now = time.monotonic()
-        key = (refused.site or refused.peer, refused.reason)
+        key = (rejected.site or rejected.peer, rejected.reason)
         if self._muted.get(key, 0.0) > now:
             return
         if len(self._muted) >= _MAX_MUTED:
             self._muted.clear()
         self._muted[key] = now + _QUIET_S
-        self._journal.write("refused", **asdict(refused))
+        self._journal.write("refused", **asdict(rejected))

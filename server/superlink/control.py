@@ -59,7 +59,7 @@ class RunState:
     details: str
 
 
-class LinkSilent(RunFailed):
+class DaemonUnreachable(RunFailed):
     """The running coordinator does not answer."""
 
 
@@ -84,14 +84,14 @@ class Control:
     ) -> None:
         self._http.close()
 
-    def answers(self) -> bool:
+    def is_answering(self) -> bool:
         """Whether the link is there."""
         try:
             return self._http.get("/health", timeout=5.0).is_success
         except httpx.HTTPError:
             return False
 
-    def nodes(self) -> list[NodeState]:
+    def list_nodes(self) -> list[NodeState]:
         """Every registered site."""
         reply = self._call("list-nodes", control_pb2.ListNodesRequest(), control_pb2.ListNodesResponse())
         return [
@@ -125,7 +125,7 @@ class Control:
             raise RunFailed("the engine did not take the run; see state/link.log")
         return int(reply.run_id)
 
-    def runs(self) -> list[RunState]:
+    def list_runs(self) -> list[RunState]:
         """Submitted runs, newest first."""
         reply = self._call("list-runs", control_pb2.ListRunsRequest(), control_pb2.ListRunsResponse())
         found = [
@@ -141,11 +141,11 @@ class Control:
         ]
         return found
 
-    def current(self) -> RunState | None:
+    def find_current_run(self) -> RunState | None:
         """The run that is under way."""
-        return next((run for run in self.runs() if not run.finished), None)
+        return next((run for run in self.list_runs() if not run.finished), None)
 
-    def stop(self, run_id: int) -> None:
+    def stop_run(self, run_id: int) -> None:
         """End a run."""
         self._call("stop-run", control_pb2.StopRunRequest(run_id=run_id), control_pb2.StopRunResponse())
 
@@ -153,7 +153,7 @@ class Control:
         try:
             reply = self._http.post(f"/v1/control/{path}", content=request.SerializeToString())
         except httpx.HTTPError as error:
-            raise LinkSilent(f"the coordinator's link does not answer ({type(error).__name__})") from error
+            raise DaemonUnreachable(f"the coordinator's link does not answer ({type(error).__name__})") from error
         if not reply.is_success:
             raise RunFailed(f"the engine refused {path}: status {reply.status_code}, {reply.text[:200]}")
         try:

@@ -26,9 +26,9 @@ from common.process.health import Health
 from common.types import BadInput, RunFailed
 from server.deployment.certificates import check_server
 from server.deployment.federation import Federation
-from server.superlink.admission import public_gate
-from server.superlink.engine import engine_app, engine_environment, start_executor
-from server.superlink.request_filter import LoopbackGate
+from server.superlink.admission import create_public_filter
+from server.superlink.request_filter import LoopbackFilter
+from server.superlink.superlink import build_environment, create_superlink, start_superexec
 
 if TYPE_CHECKING:
     import socket
@@ -39,14 +39,14 @@ _WATCH_S = 1.0
 
 
 @contextmanager
-def owned(federation: Federation) -> Iterator[None]:
+def hold_lock(federation: Federation) -> Iterator[None]:
     """Hold the folder's lock, with this process's id in it.
 
     Raises:
         BadInput: another process holds it.
     """
     with (federation.state / "link.lock").open("a+") as lock:
-        if not _taken(lock):
+        if not _try_lock(lock):
             raise BadInput(f"{federation.folder}: this coordinator is running already")
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -54,7 +54,7 @@ def owned(federation: Federation) -> Iterator[None]:
         yield
 
 
-def _taken(lock: TextIO) -> bool:
+def _try_lock(lock: TextIO) -> bool:
     # `owner` holds the lock for a moment in order to ask: that is no running coordinator.
     for _ in range(10):
         try:
@@ -66,7 +66,7 @@ def _taken(lock: TextIO) -> bool:
     return False
 
 
-def owner(federation: Federation) -> int | None:
+def find_daemon_pid(federation: Federation) -> int | None:
     """Process id of the running link; None where none runs, whatever a crashed one left behind."""
     path = federation.state / "link.lock"
     if not path.exists():
@@ -80,7 +80,7 @@ def owner(federation: Federation) -> int | None:
     return None
 
 
-def run_link(federation: Federation) -> None:
+def run_daemon(federation: Federation) -> None:
     """Serve until a signal asks to stop.
 
     Raises:
@@ -92,16 +92,16 @@ def run_link(federation: Federation) -> None:
     # A connection without a handshake is counted by nobody yet: the usual 1024 files would be too few.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    with owned(federation):
+    with hold_lock(federation):
         check_server(federation.tls, config.hosts())
-        from server.superlink.listeners import bound_socket  # uvicorn and the engine: only this process pays for them.
+        from server.superlink.listeners import bind_socket  # uvicorn and the engine: only this process pays for them.
 
         sockets = (
-            bound_socket(config.bind.host, config.bind.port, "bind"),
-            bound_socket("127.0.0.1", config.control_port, "control_port"),
+            bind_socket(config.bind.host, config.bind.port, "bind"),
+            bind_socket("127.0.0.1", config.control_port, "control_port"),
         )
         health = Health(config.health_port)
-        os.environ.update(engine_environment(federation))
+        os.environ.update(build_environment(federation))
         try:
             asyncio.run(_serve(federation, sockets, health))
         finally:
@@ -112,31 +112,31 @@ def run_link(federation: Federation) -> None:
 
 async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.socket], health: Health) -> None:
     from server.superlink.control import Control
-    from server.superlink.listeners import loopback_listener, public_listener, serve
-    from server.superlink.node_ids import synchronise
-    from server.superlink.retry import Patient
+    from server.superlink.listeners import create_loopback_listener, create_public_listener, serve
+    from server.superlink.node_ids import synchronise_nodes
+    from server.superlink.retry import RetryingApp
 
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    engine = engine_app(federation)
+    engine = create_superlink(federation)
     async with engine.router.lifespan_context(engine):
-        loopback = loopback_listener(
-            LoopbackGate(Patient(engine), secret=federation.control_secret(), port=federation.config.control_port)
+        loopback = create_loopback_listener(
+            LoopbackFilter(RetryingApp(engine), secret=federation.control_secret(), port=federation.config.control_port)
         )
-        gate = public_gate(engine, federation)
-        public = public_listener(
+        gate = create_public_filter(engine, federation)
+        public = create_public_listener(
             gate,
             tls=federation.tls,
             max_connections=federation.config.max_connections,
             idle_s=federation.config.idle_timeout_s,
         )
         tasks = [await serve(loopback, sockets[1])]
-        executor = start_executor(federation)
+        executor = start_superexec(federation)
         try:
             with Control(federation) as control:
-                await asyncio.to_thread(synchronise, control, federation)
-                await asyncio.to_thread(_end_orphans, control)
+                await asyncio.to_thread(synchronise_nodes, control, federation)
+                await asyncio.to_thread(_stop_orphaned_runs, control)
             tasks.append(await serve(public, sockets[0]))
             journal = FileJournal(federation.state / "link.jsonl")
             journal.write("link_started", pid=os.getpid(), bind=str(federation.config.bind))
@@ -152,11 +152,11 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
             await asyncio.gather(*tasks)
 
 
-def _end_orphans(control: Control) -> None:
+def _stop_orphaned_runs(control: Control) -> None:
     """Runs whose process died with an earlier link: the engine would believe in them until their heartbeat lapses."""
-    for run in control.runs():
+    for run in control.list_runs():
         if not run.finished:
-            control.stop(run.run_id)
+            control.stop_run(run.run_id)
 
 
 async def _watch(

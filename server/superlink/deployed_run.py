@@ -24,7 +24,7 @@ from server.reports.results import write_environment, write_results
 from server.reports.summary import DEPLOYMENT
 from server.rounds.checkpoint import Checkpoint, load_checkpoint
 from server.rounds.loop import run_federation
-from server.superlink.node_ids import Roster
+from server.superlink.node_ids import NodeIds
 
 _WAIT_S = 60.0
 
@@ -35,7 +35,7 @@ def run_deployed(grid: Grid, folder: Path) -> None:
     Raises:
         HeadwaterError: the run ended without a usable result; its journal says why too.
     """
-    with _only_writer(folder):
+    with _wait_for_lock(folder):
         _run(grid, folder)
 
 
@@ -56,7 +56,7 @@ def _run(grid: Grid, folder: Path) -> None:
             journal=journal,
             executor=DEPLOYMENT,
             resume=_checkpoint(folder),
-            node_ids=Roster(folder.parents[1] / "state" / "roster.json"),
+            node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
         )
     except HeadwaterError as error:
         journal.write("run_failed", reason=str(error))
@@ -66,7 +66,7 @@ def _run(grid: Grid, folder: Path) -> None:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
+def _wait_for_lock(folder: Path) -> Iterator[None]:
     """Wait for the folder: the process of an earlier link may have a last breath left."""
     with (folder / "run.lock").open("w") as lock:
         until = time.monotonic() + _WAIT_S

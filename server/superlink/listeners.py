@@ -26,7 +26,7 @@ _BACKLOG = 128
 _MAX_HEAD_BYTES = 32 << 10
 
 
-def bound_socket(host: str, port: int, key: str) -> socket.socket:
+def bind_socket(host: str, port: int, key: str) -> socket.socket:
     """A socket bound to an address of this machine.
 
     Args:
@@ -70,7 +70,7 @@ class Listener(uvicorn.Server):
         self.config.ssl.load_cert_chain(tls / "server.crt", tls / "server.key")
 
 
-def public_listener(app: App, *, tls: Path, max_connections: int, idle_s: float) -> Listener:
+def create_public_listener(app: App, *, tls: Path, max_connections: int, idle_s: float) -> Listener:
     """The listener on the network: TLS 1.2 or newer, bounded connections, silent ones are closed.
 
     Raises:
@@ -96,7 +96,7 @@ def public_listener(app: App, *, tls: Path, max_connections: int, idle_s: float)
     return Listener(config)
 
 
-def loopback_listener(app: App) -> Listener:
+def create_loopback_listener(app: App) -> Listener:
     """The listener for this machine, without TLS; its socket must be bound to loopback."""
     return Listener(uvicorn.Config(app, **_common(), http=H11Protocol))
 

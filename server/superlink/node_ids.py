@@ -19,7 +19,7 @@ from server.deployment.federation import Federation
 from server.superlink.control import Control
 
 
-def synchronise(control: Control, federation: Federation) -> None:
+def synchronise_nodes(control: Control, federation: Federation) -> None:
     """Register who is admitted, unregister who is not, and write down who is which number.
 
     Raises:
@@ -28,7 +28,7 @@ def synchronise(control: Control, federation: Federation) -> None:
     with locked(federation):
         wanted = {entry.pem(): site for site, entry in admitted(federation).items()}
         names: dict[int, str] = {}
-        for node in control.nodes():
+        for node in control.list_nodes():
             if node.key in wanted:
                 names[node.node_id] = wanted.pop(node.key)
             else:
@@ -40,7 +40,7 @@ def synchronise(control: Control, federation: Federation) -> None:
 
 
 @final
-class Roster(Mapping[int, str]):
+class NodeIds(Mapping[int, str]):
     """Node id -> site name, as the file says now.
 
     The name of a site that was removed can still be looked up: whoever holds its number in hand may report about it.

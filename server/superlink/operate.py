@@ -16,22 +16,22 @@ from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import admitted
 from server.deployment.certificates import check_server, validity
 from server.deployment.federation import Federation
-from server.superlink.control import Control, LinkSilent
-from server.superlink.daemon import owner
-from server.superlink.engine import engine_environment
+from server.superlink.control import Control, DaemonUnreachable
+from server.superlink.daemon import find_daemon_pid
+from server.superlink.superlink import build_environment
 
 _START_S = 60.0
 _STOP_S = 20.0
 
 
-def ensure_link(federation: Federation) -> bool:
+def ensure_daemon(federation: Federation) -> bool:
     """Have the link run, in the background where it does not yet; whether it was started now.
 
     Raises:
         BadInput: it cannot start, with its own reason.
         RunFailed: it did not come up in time.
     """
-    if owner(federation) is not None:
+    if find_daemon_pid(federation) is not None:
         return False
     check_server(federation.tls, federation.config.hosts())
     if federation.log.exists():
@@ -41,7 +41,7 @@ def ensure_link(federation: Federation) -> bool:
         process = subprocess.Popen(
             [sys.executable, "-m", "server", "link", str(federation.folder)],
             cwd=Path(__file__).resolve().parents[2],
-            env=engine_environment(federation),
+            env=build_environment(federation),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -58,18 +58,18 @@ def ensure_link(federation: Federation) -> bool:
     return True
 
 
-def stop_link(federation: Federation) -> bool:
+def stop_daemon(federation: Federation) -> bool:
     """End the link and everything it started; whether one ran.
 
     Raises:
         RunFailed: it does not end.
     """
-    process = owner(federation)
+    process = find_daemon_pid(federation)
     if process is None:
         return False
     os.kill(process, signal.SIGTERM)
     until = time.monotonic() + _STOP_S
-    while owner(federation) is not None:
+    while find_daemon_pid(federation) is not None:
         if time.monotonic() > until:
             raise RunFailed(f"the link (process {process}) did not end within {_STOP_S:g} s")
         time.sleep(0.1)
@@ -79,7 +79,7 @@ def stop_link(federation: Federation) -> bool:
 def status(federation: Federation) -> dict[str, Any]:
     """How the federation is, as plain values (the schema is in docs/deploy.md)."""
     certificate = validity(federation.tls / "server.crt")
-    process = owner(federation)
+    process = find_daemon_pid(federation)
     found: dict[str, Any] = {
         "federation": federation.config.name,
         "address": str(federation.config.address),
@@ -93,13 +93,13 @@ def status(federation: Federation) -> dict[str, Any]:
     found["link"]["healthy"] = is_serving(federation.config.health_port) is True
     try:
         with Control(federation) as control:
-            nodes = {node.key: node for node in control.nodes()}
+            nodes = {node.key: node for node in control.list_nodes()}
             for site, entry in admitted(federation).items():
                 node = nodes.get(entry.pem())
                 connected = node is not None and node.status == "online"
                 found["sites"][site] = {"connected": connected, "since": (node.since or None) if node else None}
-            busy = control.current()
-    except LinkSilent:
+            busy = control.find_current_run()
+    except DaemonUnreachable:
         found["link"]["healthy"] = False
         return found
     if found["run"] is not None:

@@ -17,21 +17,21 @@ from server.reports.results import new_run_folder
 from server.superlink.control import Control
 
 
-def new_folder(federation: Federation, run: RunConfig) -> Path:
+def create_run_folder(federation: Federation, run: RunConfig) -> Path:
     """A run's folder with its resolved settings."""
     folder = new_run_folder(federation.runs, run.name)
     write_yaml(folder / "config.yaml", run)
     return folder
 
 
-def submit(control: Control, folder: Path) -> int:
+def submit_run(control: Control, folder: Path) -> int:
     """Hand a run's folder to the engine; the engine's number for it.
 
     Raises:
         BadInput: another run is under way.
         RunFailed: the engine does not take it.
     """
-    busy = control.current()
+    busy = control.find_current_run()
     if busy is not None:
         raise BadInput(
             f"run {Path(busy.folder).name} is under way; wait for it, or end it with `python -m server stop --run`"
@@ -39,7 +39,7 @@ def submit(control: Control, folder: Path) -> int:
     return control.submit(make_bundle(), {RUN_FOLDER: str(folder)})
 
 
-def interrupted(federation: Federation, run_id: str | None) -> Path:
+def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
     """Folder of a run that did not come to its end: the named one, or the newest of all.
 
     An older one is continued only by its name: sites would spend on what nobody asked for again.

@@ -21,7 +21,7 @@ _LONGEST_S = 2.0
 
 
 @final
-class Patient:
+class RetryingApp:
     """An app whose answer "known, but not there yet" is asked for again for a while before it is given."""
 
     def __init__(self, app: App) -> None:
@@ -36,7 +36,7 @@ class Patient:
         until = loop.time() + _LONGEST_S
         while True:
             answer = await self._ask({**scope, "state": dict(scope.get("state", {}))}, body)
-            if not _on_its_way(answer) or loop.time() > until:
+            if not _is_pending(answer) or loop.time() > until:
                 break
             await asyncio.sleep(_STEP_S)
         for message in answer:
@@ -73,7 +73,7 @@ async def _whole(receive: Receive) -> bytes:
     return bytes(body)
 
 
-def _on_its_way(answer: list[MutableMapping[str, Any]]) -> bool:
+def _is_pending(answer: list[MutableMapping[str, Any]]) -> bool:
     if answer[0].get("status") != 200:
         return False
     response = message_pb2.PullObjectResponse()

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.events import read
 from common.types import RunFailed
-from server.superlink.control import Control, LinkSilent, RunState
+from server.superlink.control import Control, DaemonUnreachable, RunState
 
 _LOOK_S = 0.5
 _SILENCE_S = 90.0
@@ -45,9 +45,9 @@ def watch(
                 show(line)
         skip = len(facts)
         try:
-            state = next((run for run in control.runs() if run.run_id == engine_run), None)
+            state = next((run for run in control.list_runs() if run.run_id == engine_run), None)
             silent_since = None
-        except LinkSilent as error:
+        except DaemonUnreachable as error:
             silent_since = silent_since or time.monotonic()
             if not alive() or time.monotonic() - silent_since > _SILENCE_S:
                 raise RunFailed(

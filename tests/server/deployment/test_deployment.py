@@ -25,7 +25,7 @@ from common.yaml import write_yaml
 from server.deployment import admitted_sites as registry
 from server.deployment import certificates
 from server.deployment.federation import Federation
-from server.superlink.daemon import owner
+from server.superlink.daemon import find_daemon_pid
 from tests import tiny
 from tests.federation import client, started, write_site
 from tests.server.deployment.federations import new_federation, write_key_pair
@@ -48,7 +48,7 @@ def server(*arguments: object, timeout: float = 240) -> subprocess.CompletedProc
 def federation(tmp_path: Path) -> Iterator[Federation]:
     made = new_federation(tmp_path / "fed")
     yield made
-    process = owner(made)
+    process = find_daemon_pid(made)
     if process is not None:
         os.kill(process, signal.SIGKILL)
 
@@ -114,7 +114,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 def test_a_run_without_admitted_sites_is_refused(federation: Federation, tmp_path: Path) -> None:
     refused(server("start", federation.folder, run_file(tmp_path)), "no site is admitted", "python -m server admit")
-    assert owner(federation) is None
+    assert find_daemon_pid(federation) is None
     assert list(federation.runs.iterdir()) == []
 
 
@@ -145,7 +145,7 @@ def test_a_port_in_use_stops_the_start_and_is_named(federation: Federation, tmp_
     port = int(str(value).rpartition(":")[2])
     with socket.create_server(("127.0.0.1", port)):
         refused(server("start", federation.folder, run_file(tmp_path)), setting, str(port), "in use")
-    assert owner(federation) is None
+    assert find_daemon_pid(federation) is None
 
 
 def test_status_and_stop_of_a_coordinator_that_does_not_run(federation: Federation, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_runs_come_home_and_a_removed_site_is_out_at_once(federation: Federation
         assert first.returncode == 0, first.stderr
         assert "round 2 of 2: north; replies: colour 1, size 1" in first.stderr
         assert "north" in first.stdout and "add_remove" in first.stdout
-        process = owner(federation)
+        process = find_daemon_pid(federation)
         assert process is not None
 
         found = json.loads(server("status", federation.folder, "--json").stdout)
@@ -191,7 +191,7 @@ def test_runs_come_home_and_a_removed_site_is_out_at_once(federation: Federation
         assert {path.name for path in (folder / "heads").iterdir()} == {"colour.safetensors", "size.safetensors"}
 
         second = server("start", federation.folder, run, "--set", "rounds=1", timeout=400)
-        assert (second.returncode, owner(federation)) == (0, process), second.stderr
+        assert (second.returncode, find_daemon_pid(federation)) == (0, process), second.stderr
         assert "running already" in second.stderr
 
         admit_south = write_key_pair(tmp_path, "south")
@@ -215,7 +215,7 @@ def test_runs_come_home_and_a_removed_site_is_out_at_once(federation: Federation
     executors = children(process)
     assert executors
     assert server("stop", federation.folder).returncode == 0
-    assert owner(federation) is None
+    assert find_daemon_pid(federation) is None
     assert wait_until(lambda: not any(alive(each) for each in [process, *executors]), 20)
 
 
@@ -241,7 +241,7 @@ def test_a_run_continues_after_its_coordinator_was_killed(federation: Federation
             ]
 
         assert wait_until(lambda: len(rounds()) >= 2, 400)
-        process = owner(federation)
+        process = find_daemon_pid(federation)
         assert process is not None
         executors = children(process)
         os.kill(process, signal.SIGKILL)

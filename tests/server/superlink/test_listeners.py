@@ -17,7 +17,7 @@ from cryptography import x509
 from common.types import BadInput
 from server.deployment import certificates
 from server.deployment.federation import Federation
-from server.superlink.listeners import Listener, bound_socket, loopback_listener, public_listener, serve
+from server.superlink.listeners import Listener, bind_socket, create_loopback_listener, create_public_listener, serve
 from tests.server.deployment.federations import free_ports, new_federation
 
 IDLE_S = 0.6
@@ -51,8 +51,8 @@ def listening(listener: Listener, bound: socket.socket) -> Iterator[None]:
 @contextmanager
 def public(federation: Federation, max_connections: int = 20) -> Iterator[Listener]:
     host, port = federation.config.bind.host, federation.config.bind.port
-    listener = public_listener(app, tls=federation.tls, max_connections=max_connections, idle_s=IDLE_S)
-    with listening(listener, bound_socket(host, port, "bind")):
+    listener = create_public_listener(app, tls=federation.tls, max_connections=max_connections, idle_s=IDLE_S)
+    with listening(listener, bind_socket(host, port, "bind")):
         yield listener
 
 
@@ -161,19 +161,19 @@ def test_a_renewed_certificate_is_used_for_new_connections_without_a_restart(tmp
 
 def test_a_port_in_use_is_one_sentence_that_names_the_setting() -> None:
     (port,) = free_ports(1)
-    with bound_socket("127.0.0.1", port, "bind"), pytest.raises(BadInput, match=rf"^bind: .*{port}.* in use"):
-        bound_socket("127.0.0.1", port, "bind")
+    with bind_socket("127.0.0.1", port, "bind"), pytest.raises(BadInput, match=rf"^bind: .*{port}.* in use"):
+        bind_socket("127.0.0.1", port, "bind")
 
 
 def test_an_address_of_another_machine_is_said() -> None:
     with pytest.raises(BadInput, match="no address of this machine"):
-        bound_socket("203.0.113.7", 9092, "bind")
+        bind_socket("203.0.113.7", 9092, "bind")
 
 
 def test_the_loopback_listener_speaks_plain_http_to_this_machine() -> None:
     (port,) = free_ports(1)
     with (
-        listening(loopback_listener(app), bound_socket("127.0.0.1", port, "control_port")),
+        listening(create_loopback_listener(app), bind_socket("127.0.0.1", port, "control_port")),
         socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
     ):
         assert status(connection) == 200

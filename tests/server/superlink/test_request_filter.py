@@ -18,13 +18,20 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from common.events import FileJournal, read
 from common.flower import fleet_pb2, message_pb2, node_pb2
 from server.deployment import admitted_sites as registry
-from server.superlink.admission import AdmittedKeys, Refusals
-from server.superlink.request_filter import CONTROL_HEADER, FLEET, Limits, LoopbackGate, PublicGate, Refused
+from server.superlink.admission import AdmittedKeys, RejectionLog
+from server.superlink.request_filter import (
+    CONTROL_HEADER,
+    FLEET,
+    LoopbackFilter,
+    PublicFilter,
+    RejectedRequest,
+    RequestLimits,
+)
 from tests.server.deployment.federations import new_federation, write_key_pair
 
 KEY = ec.generate_private_key(ec.SECP384R1())
 STRANGER = ec.generate_private_key(ec.SECP384R1())
-LIMITS = Limits(max_upload=1000, max_in_flight=1 << 20, idle_s=0.2, body_s=0.5)
+LIMITS = RequestLimits(max_upload=1000, max_in_flight=1 << 20, idle_s=0.2, body_s=0.5)
 
 
 def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -103,13 +110,15 @@ def ask(
     return int(sent[0].get("status", 0)) if sent else 0
 
 
-def public(engine: Engine, refusals: list[Refused] | None = None, limits: Limits = LIMITS) -> PublicGate:
+def public(
+    engine: Engine, rejections: list[RejectedRequest] | None = None, limits: RequestLimits = LIMITS
+) -> PublicFilter:
     names = {pem(KEY): "north"}
-    return PublicGate(
+    return PublicFilter(
         engine,
-        site_of=names.get,
+        find_site=names.get,
         limits=limits,
-        on_refusal=(refusals if refusals is not None else []).append,
+        on_rejection=(rejections if rejections is not None else []).append,
     )
 
 
@@ -150,10 +159,10 @@ def test_an_admitted_sites_request_arrives_with_its_body(path: str) -> None:
     ],
 )
 def test_no_other_path_reaches_the_engine_from_the_network(method: str, path: str) -> None:
-    engine, refusals = Engine(), list[Refused]()
-    assert ask(public(engine, refusals), path, method=method, headers=signed()) == 404
+    engine, rejections = Engine(), list[RejectedRequest]()
+    assert ask(public(engine, rejections), path, method=method, headers=signed()) == 404
     assert engine.seen == []
-    assert refusals == [Refused("203.0.113.9", None, path, "no such path")]
+    assert rejections == [RejectedRequest("203.0.113.9", None, path, "no such path")]
 
 
 def test_the_federations_secret_opens_nothing_from_the_network() -> None:
@@ -180,10 +189,10 @@ def test_health_answers_anyone() -> None:
     ],
 )
 def test_whoever_is_not_an_admitted_site_is_refused_before_a_byte_is_read(headers: dict[str, str], reason: str) -> None:
-    engine, refusals, sender = Engine(), list[Refused](), Sender(b"x" * 100)
-    assert ask(public(engine, refusals), "/v1/fleet/push-object", headers=headers, sender=sender) == 401
+    engine, rejections, sender = Engine(), list[RejectedRequest](), Sender(b"x" * 100)
+    assert ask(public(engine, rejections), "/v1/fleet/push-object", headers=headers, sender=sender) == 401
     assert (engine.seen, sender.taken) == ([], 0)
-    assert [refused.reason for refused in refusals] == [reason]
+    assert [refused.reason for refused in rejections] == [reason]
 
 
 @pytest.mark.parametrize(
@@ -225,18 +234,21 @@ def test_a_size_that_is_no_size_is_refused(length: str) -> None:
 
 
 def test_only_uploads_may_be_large() -> None:
-    gate = PublicGate(
-        Engine(), site_of={pem(KEY): "north"}.get, limits=Limits(1 << 30, 1 << 31, 1.0, 1.0), on_refusal=[].append
+    gate = PublicFilter(
+        Engine(),
+        find_site={pem(KEY): "north"}.get,
+        limits=RequestLimits(1 << 30, 1 << 31, 1.0, 1.0),
+        on_rejection=[].append,
     )
     headers = {**signed(), "content-length": str(1 << 20)}
     assert ask(gate, "/v1/fleet/pull-messages", headers=headers) == 413
 
 
 def test_a_sender_that_stalls_or_drips_is_cut_off() -> None:
-    refusals: list[Refused] = []
+    rejections: list[RejectedRequest] = []
     for sender in (Sender(b"x", 1.0, b"y"), Sender(*[b"x", 0.1] * 20)):
-        assert ask(public(Engine(), refusals), "/v1/fleet/push-object", headers=signed(), sender=sender) == 408
-    assert [(refused.site, refused.reason) for refused in refusals] == [
+        assert ask(public(Engine(), rejections), "/v1/fleet/push-object", headers=signed(), sender=sender) == 408
+    assert [(refused.site, refused.reason) for refused in rejections] == [
         ("north", "a body that did not arrive in time")
     ] * 2
 
@@ -280,7 +292,7 @@ def test_a_websocket_is_closed() -> None:
 
 def loopback(path: str, *, secret: str | None = None, host: str = "127.0.0.1:9193", method: str = "POST") -> int:
     headers = {"host": host} | ({} if secret is None else {CONTROL_HEADER: secret})
-    return ask(LoopbackGate(Engine(), secret="right", port=9193), path, headers=headers, method=method)
+    return ask(LoopbackFilter(Engine(), secret="right", port=9193), path, headers=headers, method=method)
 
 
 def test_control_requests_need_the_federations_secret() -> None:
@@ -307,16 +319,16 @@ def test_a_removed_key_is_unknown_from_the_next_request_on(tmp_path: Path) -> No
     registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
     keys = AdmittedKeys(federation)
     key = registry.admitted(federation)["north"].pem()
-    assert keys.site_of(key) == "north"
+    assert keys.find_site(key) == "north"
     registry.remove(federation, "north")
-    assert keys.site_of(key) is None
+    assert keys.find_site(key) is None
 
 
-def test_a_flood_of_refusals_is_one_line_in_the_journal(tmp_path: Path) -> None:
-    refusals = Refusals(FileJournal(tmp_path / "link.jsonl"))
+def test_a_flood_of_rejections_is_one_line_in_the_journal(tmp_path: Path) -> None:
+    rejections = RejectionLog(FileJournal(tmp_path / "link.jsonl"))
     for number in range(500):
-        refusals(Refused("203.0.113.9", None, f"/guess/{number}", "no such path"))
-    refusals(Refused("203.0.113.10", None, "/guess", "no such path"))
+        rejections(RejectedRequest("203.0.113.9", None, f"/guess/{number}", "no such path"))
+    rejections(RejectedRequest("203.0.113.10", None, "/guess", "no such path"))
     facts = read(tmp_path / "link.jsonl")
     assert [(fact["event"], fact["peer"]) for fact in facts] == [
         ("refused", "203.0.113.9"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.flower import message_pb2
-from server.superlink.retry import Patient
+from server.superlink.retry import RetryingApp
 
 PATH = "/v1/runtime/pull-object"
 
@@ -39,7 +39,7 @@ def ask(engine: Engine, path: str = PATH) -> tuple[int, bytes]:
         sent.append(message)
 
     request = message_pb2.PullObjectRequest(object_id="a").SerializeToString()
-    asyncio.run(Patient(engine)({"type": "http", "path": path, "method": "POST"}, receive, send))
+    asyncio.run(RetryingApp(engine)({"type": "http", "path": path, "method": "POST"}, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run and of a federation: views of the journal, the registry and the roster."""
+"""What a person sees of a run and of a federation: views of the journal, the admitted sites and the node ids."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from server.deployment import admitted_sites as registry
 from server.reports.status_table import status_table
 from server.superlink import operate
 from server.superlink.control import RunState
-from server.superlink.node_ids import Roster
-from server.superlink.queue import interrupted
+from server.superlink.node_ids import NodeIds
+from server.superlink.queue import find_interrupted_run
 from server.superlink.watch import in_words
 from tests import tiny
 from tests.server.deployment.federations import new_federation, write_key_pair
 
 
-def write_roster(path: Path, names: dict[str, str]) -> None:
+def write_node_ids(path: Path, names: dict[str, str]) -> None:
     path.write_text(json.dumps(names))
     time.sleep(0.02)  # A file system's clock is coarse.
 
@@ -49,15 +49,15 @@ def test_a_site_that_is_set_aside_is_shown_with_its_reason() -> None:
     assert in_words({"event": "replies", "nodes": [1]}, 10) is None
 
 
-def test_the_roster_follows_its_file_and_forgets_no_name(tmp_path: Path) -> None:
+def test_the_node_ids_follow_their_file_and_forget_no_name(tmp_path: Path) -> None:
     path = tmp_path / "roster.json"
-    write_roster(path, {"18446744073709551615": "north"})
-    roster = Roster(path)
-    assert dict(roster) == {18446744073709551615: "north"}
-    write_roster(path, {"7": "south"})
-    assert dict(roster) == {7: "south"}
-    assert 18446744073709551615 not in roster and len(roster) == 1
-    assert roster[18446744073709551615] == "north"
+    write_node_ids(path, {"18446744073709551615": "north"})
+    node_ids = NodeIds(path)
+    assert dict(node_ids) == {18446744073709551615: "north"}
+    write_node_ids(path, {"7": "south"})
+    assert dict(node_ids) == {7: "south"}
+    assert 18446744073709551615 not in node_ids and len(node_ids) == 1
+    assert node_ids[18446744073709551615] == "north"
 
 
 def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(t
         write_yaml(federation.runs / name / "config.yaml", tiny.run_config())
         FileJournal(federation.runs / name / "journal.jsonl").write(event)
         time.sleep(0.02)
-    assert interrupted(federation, None).name == "b"
+    assert find_interrupted_run(federation, None).name == "b"
     FileJournal(federation.runs / "b" / "journal.jsonl").write("run_ended")
     with pytest.raises(BadInput, match="got b, which is complete"):
-        interrupted(federation, None)
-    assert interrupted(federation, "a").name == "a"
+        find_interrupted_run(federation, None)
+    assert find_interrupted_run(federation, "a").name == "a"
 
 
 def test_a_run_whose_process_died_says_how_to_go_on(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ TASK_POLL_S = 0.25
 """How often the executor looks for a run to start; Flower's own value is a second."""
 
 
-def engine_environment(federation: Federation) -> dict[str, str]:
+def build_environment(federation: Federation) -> dict[str, str]:
     """The environment of the engine's processes: nothing reports home, nothing is installed, its files stay here."""
     bin_folder = str(Path(sys.executable).parent)
     local = "127.0.0.1,localhost"
@@ -39,7 +39,7 @@ def engine_environment(federation: Federation) -> dict[str, str]:
     }
 
 
-def engine_app(federation: Federation) -> FastAPI:
+def create_superlink(federation: Federation) -> FastAPI:
     """The SuperLink's app: node authentication, a database in the folder, runs started by our own executor process."""
     superlink = import_superlink()
     log = logging.getLogger("flwr")
@@ -73,7 +73,7 @@ def engine_app(federation: Federation) -> FastAPI:
     return superlink.create_app(settings, superlink.lifespan)
 
 
-def start_executor(federation: Federation) -> subprocess.Popen[bytes]:
+def start_superexec(federation: Federation) -> subprocess.Popen[bytes]:
     """Flower's SuperExec, which starts a run's process; it ends when this process does, however that ends."""
     command = [
         str(Path(sys.executable).parent / "flower-superexec"),
