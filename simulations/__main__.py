@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.audit.page import audit_table
+from client.audit.result import make_audit_table
 from client.protocol.plan import LEGEND, as_json, forecast, table
 from common.process.console import EXIT_FAILED, reported_errors, shown_progress
 from common.types import BadInput
@@ -137,7 +137,7 @@ def audit(config: Config, set_: Set = None, json_: Json = False) -> None:
         if json_:
             typer.echo(json.dumps(result.to_dict(), indent=2))
         else:
-            Console().print(audit_table(result))
+            Console().print(make_audit_table(result))
         for reason in result.reasons:
             typer.echo(f"error: {reason}", err=True)
         if not result.passed:

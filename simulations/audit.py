@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from client.audit.audit import AuditResult, Observe, audit_run
+from client.audit.attack import Observe
+from client.audit.audit import audit_run
+from client.audit.result import AuditResult
 from common.privacy.noise import Entropy, os_entropy
 from common.types import RunFailed
 from simulations.config import SimulationConfig

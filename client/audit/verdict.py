@@ -1,8 +1,8 @@
 """A site's own audit before it agrees to a run that requires one: once for each run and code, kept on its disk.
 
 It attacks the solver that would run here, with the site's own unit, sizes, delta and source of randomness, on synthetic
-records. A verdict holds for one offer, the site's file as far as it matters, and one version of the code and of the
-libraries that draw, clip and sum; so joining again costs nothing.
+records. A verdict holds for one offer, the parts of the site's file that an audit reads, and one version of the code
+and of the libraries that draw, clip and sum; so joining again costs nothing.
 
 The coordinator waits for an answer no longer than the run's own time-out: an audit that is not done by then is given
 up, and the site declines. `python -m client audit SITE.yaml RUN.yaml` says how long one takes.
@@ -34,17 +34,17 @@ class AuditTooSlow(Exception):
 def audit_verdict(
     config: SiteConfig, run: RunConfig, offer: str, public_sizes: Mapping[str, int], entropy: Entropy
 ) -> dict[str, Any]:
-    """What an audit of a run found here, as `AuditResult.to_dict` says it; from the disk where it is known already.
+    """Returns the result of auditing a run here as `AuditResult.to_dict` gives it, from the disk where it is known.
 
     Args:
         config: the site's file.
-        run: what is offered.
-        offer: its digest.
-        public_sizes: of the tasks the site would take part in.
-        entropy: where the site's keys come from.
+        run: the run that is offered.
+        offer: digest of the offer.
+        public_sizes: task -> declared number of units, for the tasks the site would take part in.
+        entropy: source of the site's keys.
 
     Raises:
-        AuditTooSlow: nothing is then kept.
+        AuditTooSlow: the audit took longer than the coordinator waits; nothing is stored.
         BadInput: the run cannot be audited.
         RunFailed: nothing could be measured.
     """
@@ -60,11 +60,13 @@ def audit_verdict(
 
     deadline = time.monotonic() + run.cohort.timeout_s
 
-    def in_time(phase: str, done: int, total: int) -> None:
+    def stop_when_late(phase: str, done: int, total: int) -> None:
         if time.monotonic() > deadline:
             raise AuditTooSlow(f"{phase}: {done} of {total} steps after {run.cohort.timeout_s:g} s")
 
-    result = audit_run(run, config.unit, public_sizes, delta=config.budget.delta, entropy=entropy, observe=in_time)
+    result = audit_run(
+        run, config.unit, public_sizes, delta=config.budget.delta, entropy=entropy, observe=stop_when_late
+    )
     private_folder(path.parent)
     write_atomic(path, json.dumps(result.to_dict()).encode())
     return result.to_dict()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from client.audit.page import audit_table
+from client.audit.result import make_audit_table
 from client.config import SiteConfig
 from client.ledger import log as statements
 from client.ledger.ledger import amend as amend_ledger
@@ -107,7 +107,7 @@ def audit(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) -
         if json_:
             _print_json(result.to_dict())
         else:
-            Console().print(audit_table(result))
+            Console().print(make_audit_table(result))
         for reason in result.reasons:
             typer.echo(f"error: {reason}", err=True)
         if not result.passed:

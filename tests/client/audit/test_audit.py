@@ -18,9 +18,10 @@ import torch
 from opacus.optimizers.optimizer import _mark_as_processed
 from torch import Tensor, nn
 
-from client.audit.attack import Audited
-from client.audit.audit import AuditResult, audit, audit_run, ledger_epsilon
+from client.audit.attack import AuditedRun
+from client.audit.audit import audit, audit_run, compute_ledger_epsilon
 from client.audit.canaries import ADDED, FREE, LIVE, plant
+from client.audit.result import AuditResult
 from client.data.units import TaskRecords, Units
 from client.ledger.ledger import Ledger
 from client.solvers import Solver, open_solver
@@ -53,12 +54,12 @@ def audited(
     target_epsilon: float = 8.0,
     num_canaries: int = 400,
     **settings: Any,
-) -> Audited:
+) -> AuditedRun:
     """The real parts with keys that repeat from test to test; `settings` are the solver's."""
     values = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 3, "clip_norm": 0.5, "learning_rate": 4.0, **settings}
     solver = open_solver(values, "solver")
     privacy = Privacy(unit=unit, delta=1e-5, target_epsilon=target_epsilon)
-    return Audited(
+    return AuditedRun(
         solver=solver,
         plan=solver.plan(privacy, unit, ROUNDS),
         tasks={name: open_task(spec, name) for name, spec in tasks.items()},
@@ -66,7 +67,7 @@ def audited(
         rounds=ROUNDS,
         delta=1e-5,
         entropy=SeededEntropy(seed),
-        accountant=ledger_epsilon,
+        accountant=compute_ledger_epsilon,
         num_canaries=num_canaries,
     )
 
@@ -184,7 +185,7 @@ class BrokenSolver:
         )
 
 
-def broken(parts: Audited, **changes: Any) -> AuditResult:
+def broken(parts: AuditedRun, **changes: Any) -> AuditResult:
     return audit(replace(parts, solver=BrokenSolver(parts.solver, **changes)))
 
 
@@ -365,7 +366,7 @@ def test_more_steps_than_the_plan_says_are_caught() -> None:
 TRUNK = "backbone.trunk"
 
 
-def on_a_trunk(frozen: tuple[str, ...] = (), **changes: Any) -> Audited:
+def on_a_trunk(frozen: tuple[str, ...] = (), **changes: Any) -> AuditedRun:
     """The real parts where a part of a backbone trains below all tasks but the frozen ones."""
     parts = audited(trunk={"learning_rate": 0.2, "weight_decay": 0.01}, **changes)
     trunks = {name: TRUNK for name in parts.tasks if name not in frozen}
@@ -499,13 +500,13 @@ def test_a_trunk_that_is_not_clipped_is_refuted_by_canaries_alone(monkeypatch: p
 
 def miscount(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record's part of the trunk's gradient counts for another patient; heads are right."""
-    right = private_step.unit_of
+    right = private_step.get_unit_indices
 
     def wrong(entry: str, batch: Units) -> Tensor:
         unit_R = right(entry, batch)
         return unit_R if entry in batch.tasks else unit_R.roll(1)
 
-    monkeypatch.setattr(private_step, "unit_of", wrong)
+    monkeypatch.setattr(private_step, "get_unit_indices", wrong)
 
 
 def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,12 +584,12 @@ def test_a_higher_rate_than_is_accounted_for_is_caught() -> None:
 
 def fresh_each_round(plan: Plan, rounds: int, delta: float) -> float:
     """A new accountant for every round shows the last round only."""
-    return max(ledger_epsilon(plan, 1, delta) for _ in range(rounds))
+    return max(compute_ledger_epsilon(plan, 1, delta) for _ in range(rounds))
 
 
 def reset_half_way(plan: Plan, rounds: int, delta: float) -> float:
     """The ledger's file was deleted after half of the rounds."""
-    return ledger_epsilon(plan, rounds - rounds // 2, delta)
+    return compute_ledger_epsilon(plan, rounds - rounds // 2, delta)
 
 
 def hook_overwritten(plan: Plan, rounds: int, delta: float) -> float:
@@ -598,7 +599,7 @@ def hook_overwritten(plan: Plan, rounds: int, delta: float) -> float:
 
 def one_step_a_round(plan: Plan, rounds: int, delta: float) -> float:
     """Fewer steps are accounted for than are noised."""
-    return ledger_epsilon(replace(plan, steps=1), rounds, delta)
+    return compute_ledger_epsilon(replace(plan, steps=1), rounds, delta)
 
 
 def committed_only(plan: Plan, rounds: int, delta: float) -> float:
@@ -628,7 +629,7 @@ def test_the_claim_is_what_a_real_ledger_composes(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path, registry="r", unit=Unit.EXAMPLE, epsilon_cap=100.0, delta=1e-5)
     for round_ in range(25):
         ledger.commit(ledger.reserve(Mechanism.of(plan), run="run", round=round_, request=""))
-    assert ledger_epsilon(plan, 25, 1e-5) == pytest.approx(ledger.spent().spent_epsilon, rel=1e-12)
+    assert compute_ledger_epsilon(plan, 25, 1e-5) == pytest.approx(ledger.spent().spent_epsilon, rel=1e-12)
 
 
 # --- a run file ------------------------------------------------------------------------------------------------------

@@ -12,15 +12,15 @@ from scipy.stats import binom, binomtest, norm
 
 from client.audit.statistics import (
     Canaries,
-    canary_scores,
-    enough_noise,
-    lower_epsilon,
-    noise_scale,
-    one_run_epsilon,
-    one_run_p_value,
-    participation_problems,
-    spread_is_poisson,
-    upper_rate,
+    bound_rate,
+    compute_lower_epsilon,
+    compute_one_run_epsilon,
+    compute_one_run_p_value,
+    find_participation_problems,
+    is_noise_sufficient,
+    is_spread_poisson,
+    measure_noise_scale,
+    score_canaries,
 )
 from common.privacy.gaussian import gdp_epsilon, gdp_mu
 
@@ -42,13 +42,13 @@ def test_the_score_is_the_log_likelihood_ratio_over_all_steps() -> None:
     signal_SM = np.random.default_rng(0).normal(size=(5, 4))
     inside = (1 - rate) * norm.pdf(signal_SM, 0, sigma) + rate * norm.pdf(signal_SM, 1, sigma)
     expected = np.log(inside / norm.pdf(signal_SM, 0, sigma)).sum(axis=0)
-    assert canary_scores(signal_SM, sigma, rate) == pytest.approx(expected)
+    assert score_canaries(signal_SM, sigma, rate) == pytest.approx(expected)
     full = (norm.logpdf(signal_SM, 1, sigma) - norm.logpdf(signal_SM, 0, sigma)).sum(axis=0)
-    assert canary_scores(signal_SM, sigma, 1.0) == pytest.approx(full)
+    assert score_canaries(signal_SM, sigma, 1.0) == pytest.approx(full)
 
 
 def test_scores_stay_finite_where_noise_is_small() -> None:
-    assert np.isfinite(canary_scores(np.full((3, 2), 50.0), 1e-2, 0.1)).all()
+    assert np.isfinite(score_canaries(np.full((3, 2), 50.0), 1e-2, 0.1)).all()
 
 
 @given(trials=st.integers(1, 60), data=st.data())
@@ -56,7 +56,7 @@ def test_scores_stay_finite_where_noise_is_small() -> None:
 def test_the_upper_rate_is_the_exact_interval_of_clopper_and_pearson(trials: int, data: st.DataObject) -> None:
     events = data.draw(st.integers(0, trials))
     exact = binomtest(events, trials, alternative="less").proportion_ci(0.99, method="exact").high
-    assert upper_rate(np.array([events]), trials, 0.01)[0] == pytest.approx(exact)
+    assert bound_rate(np.array([events]), trials, 0.01)[0] == pytest.approx(exact)
 
 
 def test_the_gate_raises_no_more_false_alarms_than_it_says() -> None:
@@ -65,7 +65,8 @@ def test_the_gate_raises_no_more_false_alarms_than_it_says() -> None:
     claimed = gdp_epsilon(mu, DELTA)
     alarms = {
         confidence: sum(
-            lower_epsilon(canaries(mu, seed), delta=DELTA, confidence=confidence, trade_off="gaussian") > claimed
+            compute_lower_epsilon(canaries(mu, seed), delta=DELTA, confidence=confidence, trade_off="gaussian")
+            > claimed
             for seed in range(1500)
         )
         for confidence in (0.95, 0.999)
@@ -77,7 +78,7 @@ def test_the_gate_raises_no_more_false_alarms_than_it_says() -> None:
 def test_half_the_noise_is_refuted_nearly_always() -> None:
     claimed = gdp_epsilon(1.666, DELTA)
     caught = [
-        lower_epsilon(canaries(2 * 1.666, seed), delta=DELTA, confidence=0.999, trade_off="gaussian") > claimed
+        compute_lower_epsilon(canaries(2 * 1.666, seed), delta=DELTA, confidence=0.999, trade_off="gaussian") > claimed
         for seed in range(200)
     ]
     assert np.mean(caught) > 0.95
@@ -87,7 +88,7 @@ def test_more_confidence_never_shows_more() -> None:
     for seed in range(50):
         for trade_off in ("gaussian", "any"):
             low, high = (
-                lower_epsilon(canaries(1.0, seed), delta=DELTA, confidence=confidence, trade_off=trade_off)  # type: ignore[arg-type]
+                compute_lower_epsilon(canaries(1.0, seed), delta=DELTA, confidence=confidence, trade_off=trade_off)  # type: ignore[arg-type]
                 for confidence in (0.95, 0.999)
             )
             assert low >= high
@@ -96,21 +97,21 @@ def test_more_confidence_never_shows_more() -> None:
 @pytest.mark.parametrize("trade_off", ["gaussian", "any"])
 def test_scores_without_information_show_nothing(trade_off: str) -> None:
     same = Canaries(np.zeros(400), np.arange(400) % 2 == 0)
-    assert lower_epsilon(same, delta=DELTA, confidence=0.95, trade_off=trade_off) == 0.0  # type: ignore[arg-type]
-    assert one_run_epsilon(same, delta=DELTA, confidence=0.95) == 0.0
+    assert compute_lower_epsilon(same, delta=DELTA, confidence=0.95, trade_off=trade_off) == 0.0  # type: ignore[arg-type]
+    assert compute_one_run_epsilon(same, delta=DELTA, confidence=0.95) == 0.0
 
 
 def test_without_a_distribution_the_bound_is_weaker_but_never_false() -> None:
     mu = gdp_mu(8.0, DELTA)
-    found = [one_run_epsilon(canaries(mu, seed), delta=DELTA, confidence=0.999) for seed in range(100)]
+    found = [compute_one_run_epsilon(canaries(mu, seed), delta=DELTA, confidence=0.999) for seed in range(100)]
     assert 1.0 < np.median(found) < max(found) < 8.0
 
 
 def test_the_one_run_p_value_of_pure_privacy_is_a_binomial_tail() -> None:
     accuracy = math.exp(1.0) / (1.0 + math.exp(1.0))
     expected = sum(binom.pmf(count, 60, accuracy) for count in range(55, 61))
-    assert one_run_p_value(200, 60, 55, 1.0, 0.0) == pytest.approx(expected)
-    assert one_run_p_value(200, 60, 55, 1.0, 1e-3) > expected
+    assert compute_one_run_p_value(200, 60, 55, 1.0, 0.0) == pytest.approx(expected)
+    assert compute_one_run_p_value(200, 60, 55, 1.0, 1e-3) > expected
 
 
 # --- conformance -----------------------------------------------------------------------------------------------------
@@ -120,12 +121,12 @@ ROWS = {"grade": 4, "backbone.trunk": 2}
 
 
 def test_independent_noise_of_the_claimed_scale_conforms() -> None:
-    assert noise_scale(NOISE, ROWS).problems == ()
+    assert measure_noise_scale(NOISE, ROWS).problems == ()
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.88, 1.15, 2.0])
 def test_noise_of_another_scale_is_named_with_its_ratio(factor: float) -> None:
-    found = noise_scale(factor * NOISE, ROWS)
+    found = measure_noise_scale(factor * NOISE, ROWS)
     assert found.ratio == pytest.approx(factor, rel=0.05)
     assert "times the standard deviation" in found.problems[0]
 
@@ -133,8 +134,8 @@ def test_noise_of_another_scale_is_named_with_its_ratio(factor: float) -> None:
 def test_noise_of_another_scale_in_one_entry_is_named_where_all_together_pass() -> None:
     noise = np.random.default_rng(3).normal(size=(10, 500, 32))
     noise[:, -2:] *= 0.8
-    assert noise_scale(noise, {"all": 500}).problems == ()
-    (problem,) = noise_scale(noise, {"grade": 498, "backbone.trunk": 2}).problems
+    assert measure_noise_scale(noise, {"all": 500}).problems == ()
+    (problem,) = measure_noise_scale(noise, {"grade": 498, "backbone.trunk": 2}).problems
     assert "of backbone.trunk has 0." in problem
 
 
@@ -142,48 +143,50 @@ def test_noise_of_another_scale_in_one_entry_is_named_where_all_together_pass() 
 def test_noise_that_is_used_again_is_named_by_where(axis: int, what: str) -> None:
     again = np.broadcast_to(np.take(NOISE, [0], axis=axis), NOISE.shape)
     # Scaled so that its size is right: only the repetition is left to be seen.
-    assert any(what in problem for problem in noise_scale(again / np.sqrt(np.mean(again**2)), ROWS).problems)
+    assert any(what in problem for problem in measure_noise_scale(again / np.sqrt(np.mean(again**2)), ROWS).problems)
 
 
 def test_a_key_that_is_used_for_two_rounds_is_seen_among_many() -> None:
     noise = np.random.default_rng(2).normal(size=(20, 6, 60))
     noise[1::2] = noise[::2]
-    assert noise_scale(noise, ROWS).problems == ("released noise repeats itself from step to step",)
+    assert measure_noise_scale(noise, ROWS).problems == ("released noise repeats itself from step to step",)
 
 
 def test_too_little_noise_is_seen_and_more_is_allowed() -> None:
-    assert enough_noise(NOISE) and enough_noise(3 * NOISE) and not enough_noise(0.8 * NOISE)
+    assert is_noise_sufficient(NOISE) and is_noise_sufficient(3 * NOISE) and not is_noise_sufficient(0.8 * NOISE)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.05, 0.004])
 def test_poisson_sampling_conforms(rate: float) -> None:
     for seed in range(20):
         took_part = np.random.default_rng(seed).random((60, 200)) < rate
-        assert list(participation_problems(took_part, rate)) == []
-        assert spread_is_poisson(took_part.sum(axis=0).astype(float), 60, rate)
+        assert list(find_participation_problems(took_part, rate)) == []
+        assert is_spread_poisson(took_part.sum(axis=0).astype(float), 60, rate)
 
 
 def test_shuffled_epochs_are_not_poisson() -> None:
     rng = np.random.default_rng(0)
     epochs = [np.argsort(rng.random(200)) // 50 for _ in range(15)]
     took_part = np.array([epoch == batch for epoch in epochs for batch in range(4)])
-    problems = "; ".join(participation_problems(took_part, 0.25))
+    problems = "; ".join(find_participation_problems(took_part, 0.25))
     assert "how often a unit" in problems and "the size of a sample" in problems
-    assert not spread_is_poisson(took_part.sum(axis=0).astype(float), 60, 0.25)
+    assert not is_spread_poisson(took_part.sum(axis=0).astype(float), 60, 0.25)
 
 
 def test_one_coin_for_all_units_is_not_poisson() -> None:
     coins = np.random.default_rng(0).permutation(60)[:, None] < 30
-    assert any("size of a sample" in problem for problem in participation_problems(np.repeat(coins, 200, axis=1), 0.5))
+    assert any(
+        "size of a sample" in problem for problem in find_participation_problems(np.repeat(coins, 200, axis=1), 0.5)
+    )
 
 
 def test_another_rate_is_named() -> None:
     took_part = np.random.default_rng(0).random((60, 200)) < 0.3
-    assert "0.25 is accounted for" in next(participation_problems(took_part, 0.25))
+    assert "0.25 is accounted for" in next(find_participation_problems(took_part, 0.25))
 
 
 def test_full_batch_means_every_unit_in_every_step() -> None:
     everyone = np.ones((3, 5), dtype=np.bool_)
-    assert list(participation_problems(everyone, 1.0)) == []
+    assert list(find_participation_problems(everyone, 1.0)) == []
     everyone[1, 2] = False
-    assert "left out" in next(participation_problems(everyone, 1.0))
+    assert "left out" in next(find_participation_problems(everyone, 1.0))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from client.audit.canaries import SilentStream
+from client.audit.attack import SilentStream
 from client.data.prepare import open_units
 from client.data.units import TaskRecords, Units
 from client.protocol.evaluate import SUMS, bounded, noised_sums, unit_sums
