@@ -1,13 +1,17 @@
-"""The app bundle: the code a run claims to consist of, compared with the code that is installed here.
+"""The digest of the code that a site reviews, of an installation and of the app bundle that a run claims to consist of.
 
-A bundle is a zip that the coordinator's Flower hands to every site. This module reads one in memory, within bounds, and
-never unpacks or imports anything of it. Two digests are equal exactly if every file name and every byte of the three
-rooms are equal, so that "the same digest" means "the code that was reviewed here".
+A site runs its own installation and never the bundle; what it compares is client/ and common/, the code that can
+reach a record. Two digests are equal exactly if every file name and every byte of these two rooms are equal, so that
+"the same digest" means "the code that was reviewed here". A bundle's server/ may differ: it runs at the coordinator
+alone, so a change there asks no site for a new review.
+
+A bundle is a zip that the coordinator's Flower hands to every site. It is read in memory, within bounds, and nothing of
+it is unpacked or imported.
 
 Guarantees:
-- A bundle that `bundle_digest` accepts holds the rooms' .py files, pyproject.toml and Flower's listing, each once,
-  and nothing else.
-- Its pyproject.toml starts the two apps of the rooms and no other component.
+- A bundle that `compute_bundle_digest` accepts holds .py files of client/, common/ and server/, pyproject.toml and
+  Flower's listing, each once, and nothing else.
+- Its pyproject.toml starts the coordinator's and the site's app of these rooms and no other component.
 - At most MAX_BUNDLE_BYTES are inflated, whatever the zip says about itself.
 """
 
@@ -24,7 +28,10 @@ from pathlib import Path
 
 from common.types import BadInput
 
-ROOMS = ("client", "common", "server")
+REVIEWED_ROOMS = ("client", "common")
+"""The rooms whose code a site runs and its digest covers."""
+ROOMS = (*REVIEWED_ROOMS, "server")
+"""The rooms whose code a bundle holds."""
 SETTINGS = "pyproject.toml"
 LISTING = ".info/CONTENT"
 """Flower's own list of a bundle's files: a text, never run, and no part of the digest."""
@@ -36,41 +43,44 @@ _STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _FILE_TYPE, _REGULAR = 0o170000, 0o100000
 
 
-def installation() -> Path:
-    """The folder that holds the installed rooms."""
+def find_installation() -> Path:
+    """Returns the folder that holds the installed rooms."""
     return Path(__file__).resolve().parents[1]
 
 
-def installed_digest(root: Path | None = None) -> str:
-    """64 hex digits over the installed code of the three rooms."""
-    base = root or installation()
-    found = (path for room in ROOMS for path in (base / room).rglob("*.py"))
-    return digest_of({path.relative_to(base).as_posix(): path.read_bytes() for path in found})
+def compute_code_digest(root: Path | None = None) -> str:
+    """Returns the digest of the installed code that a site reviews: the .py files of client/ and common/.
+
+    Args:
+        root: the folder that holds the rooms; by default this installation's.
+    """
+    base = root or find_installation()
+    paths = [path for room in REVIEWED_ROOMS for path in (base / room).rglob("*.py")]
+    return hash_files({path.relative_to(base).as_posix(): path.read_bytes() for path in paths})
 
 
-def digest_of(files: Mapping[str, bytes]) -> str:
-    """64 hex digits over names and bytes; independent of the mapping's order, unambiguous about where one ends."""
+def compute_bundle_digest(content: bytes) -> str:
+    """Returns the same digest of the code in a bundle.
+
+    Raises:
+        BadInput: The bundle is too large, is no readable zip, names other files or a file twice, or starts other
+            components.
+    """
+    files = _read(content)
+    if SETTINGS not in files:
+        raise BadInput(f"app bundle: expected {SETTINGS}, got none")
+    _check_components(files[SETTINGS])
+    return hash_files({name: code for name, code in files.items() if name.split("/")[0] in REVIEWED_ROOMS})
+
+
+def hash_files(files: Mapping[str, bytes]) -> str:
+    """Returns 64 hex digits over names and bytes, independent of their order and unambiguous about where each ends."""
     sha = hashlib.sha256()
     for name in sorted(files):
         for part in (name.encode(), files[name]):
             sha.update(len(part).to_bytes(8, "little"))
             sha.update(part)
     return sha.hexdigest()
-
-
-def bundle_digest(content: bytes) -> str:
-    """The same digest over a bundle's code.
-
-    Raises:
-        BadInput: it is no bundle of this project: too large, another kind of file, a name twice, or other components.
-    """
-    files = _read(content)
-    settings = files.pop(SETTINGS, None)
-    files.pop(LISTING, None)
-    if settings is None:
-        raise BadInput(f"app bundle: expected {SETTINGS}, got none")
-    _check_components(settings)
-    return digest_of(files)
 
 
 def _read(content: bytes) -> dict[str, bytes]:

@@ -15,15 +15,14 @@ import json
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from client.config import SiteConfig
+from common.bundle import compute_code_digest
 from common.files import private_folder, write_atomic
 from common.privacy.noise import Entropy
 from common.run import RunConfig
 
-_ROOMS = ("client", "common")
 _LIBRARIES = ("torch", "opacus", "numpy", "scipy", "cryptography")
 
 
@@ -48,7 +47,7 @@ def audit_verdict(
         BadInput: the run cannot be audited.
         RunFailed: nothing could be measured.
     """
-    about = [offer, config.unit.value, config.budget.delta, dict(sorted(public_sizes.items())), code_version()]
+    about = [offer, config.unit.value, config.budget.delta, dict(sorted(public_sizes.items())), _versions()]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     path = config.state_dir / "audits" / f"{key}.json"
     if path.exists():
@@ -72,11 +71,6 @@ def audit_verdict(
     return result.to_dict()
 
 
-def code_version() -> str:
-    """SHA-256 over the site's Python files and the versions of the libraries that matter."""
-    root = Path(__file__).resolve().parents[2]
-    sha = hashlib.sha256(json.dumps({name: version(name) for name in _LIBRARIES}).encode())
-    for path in sorted(file for room in _ROOMS for file in (root / room).rglob("*.py")):
-        sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        sha.update(path.read_bytes())
-    return sha.hexdigest()
+def _versions() -> list[Any]:
+    """Returns the digest of this site's code and the versions of the libraries that draw, clip and sum."""
+    return [compute_code_digest(), {name: version(name) for name in _LIBRARIES}]

@@ -18,7 +18,7 @@ from client.config import SiteConfig
 from client.connection.folder import MARK, SITE_FILE, make_folder, marks, renew_key, take_kit
 from client.connection.keys import fingerprint
 from client.connection.kit import read_kit
-from common.bundle import installed_digest
+from common.bundle import compute_code_digest
 from common.process.console import EXIT_FAILED, reported_errors
 from common.types import BadInput
 from common.yaml import load
@@ -138,7 +138,7 @@ def digest() -> None:
 
     Example: python -m client digest
     """
-    typer.echo(installed_digest())
+    typer.echo(compute_code_digest())
 
 
 # --- input -----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals, Offer
 from client.protocol.join import STOPPED
 from client.protocol.site import Site
-from common.bundle import installed_digest
+from common.bundle import compute_code_digest
 from common.privacy.noise import os_entropy
 from common.run import RunConfig
 from common.types import BadInput, HeadwaterError
@@ -66,7 +66,7 @@ def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: 
         offers: the runs that are offered, by name; with them, labels can be compared with what is asked.
         offline: leave out what needs the network.
     """
-    yield Check("code", "pass", f"app digest {installed_digest()}")
+    yield Check("code", "pass", f"code digest {compute_code_digest()}")
     yield from _state(config)
     yield _device(config)
     yield _budget(config)

@@ -29,7 +29,7 @@ from client.connection.fleet import ConnectionLost, Delivery, Fleet, JoinRefused
 from client.connection.keys import read_key
 from client.connection.worker import Abandoned, Worker, WorkerDied, declined
 from common import events as journal
-from common.bundle import bundle_digest, installed_digest
+from common.bundle import compute_bundle_digest, compute_code_digest
 from common.events import FileJournal
 from common.files import private_folder, write_atomic
 from common.types import BadInput, DeclineReason
@@ -137,7 +137,7 @@ class Node:
         self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event)
         self._journal = FileJournal(private_folder(config.state_dir) / JOURNAL)
         self._seen_facts = len(journal.read(self._journal.path))
-        self._own_digest = installed_digest()
+        self._own_digest = compute_code_digest()
         self._verdicts: dict[int, str | None] = {}
         self._worker: Worker | None = None
         self._node = 0
@@ -148,7 +148,7 @@ class Node:
         Raises:
             JoinRefused: no further try helps, or patience is at its end.
         """
-        self._show(f"app digest {self._own_digest}")
+        self._show(f"code digest {self._own_digest}")
         heart = threading.Thread(target=self._heartbeats, daemon=True)
         try:
             self._join()
@@ -288,7 +288,7 @@ class Node:
 
     def _judged(self, bundle: bytes) -> str | None:
         try:
-            offered = bundle_digest(bundle)
+            offered = compute_bundle_digest(bundle)
         except BadInput as error:
             digest = sha256(bundle).hexdigest()
             return (

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 
 from client.connection.fleet import Delivery, Outgoing
 from common import messages
-from common.bundle import installation
+from common.bundle import find_installation
 from common.flower import (
     copy_metadata,
     get_all_nested_objects,
@@ -73,7 +73,7 @@ class Worker:
             [sys.executable, "-m", "client.connection.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=installation(),
+            cwd=find_installation(),
             env={**environment, SITE_VARIABLE: str(site_file.resolve())},
             # Out of the terminal's group: Ctrl-C is the parent's to handle, a round in work is not cut off by it.
             start_new_session=True,

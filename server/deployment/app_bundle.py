@@ -11,7 +11,7 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common.bundle import COMPONENTS, ROOMS, installation
+from common.bundle import COMPONENTS, ROOMS, find_installation
 from common.flower import Fab, build_bundle
 from common.types import BadInput
 
@@ -26,7 +26,7 @@ def bundle_files(root: Path | None = None) -> dict[str, bytes]:
     Args:
         root: the folder that holds the rooms; by default this installation's.
     """
-    base = root or installation()
+    base = root or find_installation()
     code = {
         path.relative_to(base).as_posix(): path.read_bytes() for room in ROOMS for path in (base / room).rglob("*.py")
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import secrets
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from common.bundle import compute_code_digest
 from common.events import read
 from common.files import write_atomic
 from common.run import RunConfig
@@ -21,7 +21,6 @@ from common.types import Heads
 from server.reports.summary import Summary, summarize
 
 PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "torch", "torchvision")
-ROOMS = ("common", "client", "server", "simulations")
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
@@ -33,11 +32,11 @@ def new_run_folder(parent: Path, name: str) -> Path:
 
 
 def write_environment(path: Path, seeds: Mapping[str, int | None]) -> None:
-    """Package versions, a digest of the project's own code, and the seeds."""
+    """Package versions, the digest of the code that sites review, and the seeds."""
     facts = {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
-        "code_digest": code_digest(),
+        "code_digest": compute_code_digest(),
         "seeds": dict(seeds),
     }
     write_atomic(path, json.dumps(facts, indent=2).encode())
@@ -49,16 +48,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def code_digest() -> str:
-    """SHA-256 over the project's Python files, by relative path and content."""
-    root = Path(__file__).resolve().parents[2]
-    sha = hashlib.sha256()
-    for path in sorted(file for room in ROOMS for file in (root / room).rglob("*.py")):
-        sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        sha.update(path.read_bytes())
-    return sha.hexdigest()
 
 
 def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads) -> Summary:

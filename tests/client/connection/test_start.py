@@ -17,7 +17,7 @@ import pytest
 
 from client.config import SiteConfig
 from common import events as journal
-from common.bundle import bundle_digest, installed_digest
+from common.bundle import compute_bundle_digest, compute_code_digest
 from common.process.health import is_serving
 from common.yaml import load
 from tests.answering import Answer, answering
@@ -108,11 +108,11 @@ def test_a_changed_bundle_is_declined_journalled_and_no_line_of_it_runs(tmp_path
         ]
     from common.flower import build_bundle_from_folder
 
-    offered = bundle_digest(build_bundle_from_folder(app))
-    assert offered != installed_digest()
+    offered = compute_bundle_digest(build_bundle_from_folder(app))
+    assert offered != compute_code_digest()
     (fact,) = [fact for fact in journal.read(tmp_path / "c/state/site.jsonl") if fact["event"] == "declined"]
     assert fact["refusal"] == "version"
-    assert installed_digest() in fact["detail"]
+    assert compute_code_digest() in fact["detail"]
     assert offered in fact["detail"]
     assert offered in client("log", str(site), "--json").stdout
     assert not canary.exists()

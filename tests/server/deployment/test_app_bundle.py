@@ -7,7 +7,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from common.bundle import ROOMS, bundle_digest, installed_digest
+from common.bundle import ROOMS, compute_bundle_digest, compute_code_digest
 from server.deployment.app_bundle import MAX_BYTES, bundle_files, make_bundle
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,7 +57,7 @@ def test_flowers_filter_takes_the_code_of_three_rooms_alone() -> None:
 
 
 def test_a_site_with_the_same_installation_finds_its_own_code_in_it() -> None:
-    assert bundle_digest(make_bundle().content) == installed_digest()
+    assert compute_bundle_digest(make_bundle().content) == compute_code_digest()
 
 
 def test_the_same_installation_makes_the_same_bundle() -> None:
