@@ -18,9 +18,8 @@ from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, reported_error
 from common.run import RunConfig
 from common.types import BadInput, HeadwaterError, RunFailed
 from common.yaml import parse
-from server.deployment import admitted_sites as registry
-from server.deployment import certificates
-from server.deployment.federation import Federation, FederationConfig, create_folder, open_federation
+from server.deployment import admitted_sites, certificates
+from server.deployment.federation import Federation, FederationConfig, create_federation, open_federation
 from server.reports.status_table import status_table
 from server.reports.summary import failures, tables
 from server.superlink import operate
@@ -73,8 +72,8 @@ def _init(folder: Path, name: str, address: str, also: list[str], bind: str | No
         "control_port": parsed.port + step,
         "health_port": parsed.port + 2 * step,
     }
-    federation = create_folder(folder, parse(FederationConfig, values, base=Path.cwd()))
-    registry.write_empty(federation)
+    federation = create_federation(folder, parse(FederationConfig, values, base=Path.cwd()))
+    admitted_sites.write_no_sites(federation)
     certificates.write_authority(federation.tls, name)
     certificates.write_server(federation.tls, federation.config.hosts())
     return federation
@@ -90,7 +89,7 @@ def admit(
     """
     with reported_errors():
         federation = open_federation(folder)
-        entry = registry.admit(federation, name, key)
+        entry = admitted_sites.admit_site(federation, name, key)
         _tell_daemon(federation)
         typer.echo(f"{name}: admitted; key {entry.fingerprint()} (compare it with the site's by telephone)")
 
@@ -103,7 +102,7 @@ def remove(folder: Dir, name: Site) -> None:
     """
     with reported_errors():
         federation = open_federation(folder)
-        entry = registry.remove(federation, name)
+        entry = admitted_sites.remove_site(federation, name)
         _tell_daemon(federation)
         typer.echo(f"{name}: removed; key {entry.fingerprint()} is revoked")
 
@@ -122,7 +121,7 @@ def renew(
         if ca:
             certificates.write_authority(federation.tls, federation.config.name)
         certificates.write_server(federation.tls, federation.config.hosts())
-        until = certificates.validity(federation.tls / "server.crt").until
+        until = certificates.read_validity(federation.tls / "server.crt").until
         typer.echo(f"server certificate for {', '.join(federation.config.hosts())}, valid until {until:%Y-%m-%d}")
         if ca:
             typer.echo("every site needs the new authority: send each a new kit (`python -m server kit`) now; until "
@@ -160,11 +159,11 @@ def start(folder: Dir, run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
     """
     with reported_errors():
         from server.deployment.run_checks import (
-            checked_run,  # Opens backbones: seconds that `status` and the link need not pay.
+            check_run,  # Opens backbones: seconds that `status` and the link need not pay.
         )
 
         federation = open_federation(folder)
-        checked = checked_run(federation, run, set_ or [])
+        checked = check_run(federation, run, set_ or [])
         _start_daemon(federation)
         with Control(federation) as control:
             _follow(federation, control, _submitted(control, federation, checked), skip=0)

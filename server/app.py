@@ -1,4 +1,4 @@
-"""The edge between Flower and the coordinator: read what the run configuration names, call one function."""
+"""The ServerApp: reads what the run configuration names and calls one function."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the folder that `python -m server start` prepared, or the run file that `flwr run` names."""
+    """Runs the folder that `python -m server start` prepared, or the run file that `flwr run` names."""
     setting = {key: str(context.run_config.get(key, "")) for key in ("run-folder", "run-file", "run-dir")}
     if setting["run-folder"]:
         run_deployed(grid, Path(setting["run-folder"]))
     elif setting["run-file"]:
-        _flwr_run(grid, Path(setting["run-file"]), Path(setting["run-dir"] or "runs"))
+        _run_from_file(grid, Path(setting["run-file"]), Path(setting["run-dir"] or "runs"))
     else:
         raise BadInput("run-file: expected the path of a run file, got nothing")
 
 
-def _flwr_run(grid: Grid, run_file: Path, run_dir: Path) -> None:
-    """`flwr run . --run-config 'run-file="..." run-dir="..."'`."""
+def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
+    """Runs a run file, as by `flwr run . --run-config 'run-file="..." run-dir="..."'`."""
     run = load(RunConfig, run_file)
     folder = new_run_folder(run_dir, run.name)
     write_yaml(folder / "config.yaml", run)

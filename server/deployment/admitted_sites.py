@@ -1,4 +1,4 @@
-"""Who may join: the sites' public keys, by name. A removed key stays on the list, as removed, for ever.
+"""The sites that may join, by name and public key. A removed key stays on the list, as removed, for ever.
 
 Invariant: at most one key of a name is admitted at a time, and no key is admitted twice, whatever commands run beside
 each other.
@@ -32,14 +32,14 @@ _NAME = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One site's key.
+class AdmittedSite:
+    """One site's key, which is admitted or was.
 
     Attributes:
         site: the site's name.
         key: its public key, one line of OpenSSH text without a comment.
-        admitted: when, UTC.
-        removed: when, UTC; None while it is admitted.
+        admitted: time of admission, ISO 8601, UTC.
+        removed: time of removal, ISO 8601, UTC; None while the site is admitted.
     """
 
     site: str
@@ -48,71 +48,81 @@ class Entry:
     removed: str | None = None
 
     def pem(self) -> bytes:
-        """The key as the engine wants it."""
+        """Returns the key in PEM, as the SuperLink takes it."""
         key = serialization.load_ssh_public_key(self.key.encode())
         return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
     def fingerprint(self) -> str:
-        """What `ssh-keygen -lf` prints of the key: for comparing by telephone."""
+        """Returns the digest that `ssh-keygen -lf` prints of the key, by which two people compare it by telephone."""
         digest = hashlib.sha256(base64.b64decode(self.key.split()[1])).digest()
         return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
-def entries(federation: Federation) -> list[Entry]:
-    """Every key that was ever admitted, oldest first.
+def load_all_sites(federation: Federation) -> list[AdmittedSite]:
+    """Returns every site key that was ever admitted, oldest first.
 
     Raises:
-        BadInput: the registry's file is not one.
+        BadInput: the file cannot be read or is no list of sites.
     """
     path = federation.folder / "sites.json"
     try:
-        return [Entry(**item) for item in json.loads(path.read_bytes())]
+        return [AdmittedSite(**item) for item in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: expected the registry of sites{instead(error)}") from error
+        raise BadInput(f"{path}: expected the list of admitted sites{instead(error)}") from error
 
 
-def admitted(federation: Federation) -> dict[str, Entry]:
-    """The sites that may join now, by name."""
-    return {entry.site: entry for entry in entries(federation) if entry.removed is None}
+def load_admitted_sites(federation: Federation) -> dict[str, AdmittedSite]:
+    """Returns the sites that may join now, by name."""
+    return {each.site: each for each in load_all_sites(federation) if each.removed is None}
 
 
-def write_empty(federation: Federation) -> None:
-    """A registry without sites."""
+def write_no_sites(federation: Federation) -> None:
+    """Writes the list of admitted sites of a new federation: none."""
     _write(federation, [])
 
 
-def admit(federation: Federation, site: str, key_file: Path) -> Entry:
-    """Put a site's key on the list.
+def admit_site(federation: Federation, site: str, key_file: Path) -> AdmittedSite:
+    """Admits a site by its public key.
+
+    Args:
+        federation: the federation that the site may join.
+        site: the site's name.
+        key_file: the site's public key in OpenSSH format.
+
+    Returns:
+        The new line of the list.
 
     Raises:
-        BadInput: no valid name, not a P-384 public key, or a name or key that is there already.
+        BadInput: the name is not valid, the file holds no P-384 public key, or name or key are on the list already.
     """
     check_name(site)
     key = read_public_key(key_file)
-    with _changing(federation) as known:
-        for entry in known:
-            if entry.key == key and entry.removed is not None:
+    with lock_admitted_sites(federation):
+        known = load_all_sites(federation)
+        for each in known:
+            if each.key == key and each.removed is not None:
                 raise BadInput(
-                    f"{key_file}: this key was removed on {entry.removed[:10]} (site {entry.site}) and stays revoked; "
+                    f"{key_file}: this key was removed on {each.removed[:10]} (site {each.site}) and stays revoked; "
                     "ask the site for a new one"
                 )
-            if entry.key == key:
-                raise BadInput(
-                    f"{key_file}: this key is admitted already, for site {entry.site}; each site has its own"
-                )
-            if entry.site == site and entry.removed is None:
+            if each.key == key:
+                raise BadInput(f"{key_file}: this key is admitted already, for site {each.site}; each site has its own")
+            if each.site == site and each.removed is None:
                 raise BadInput(
                     f"site {site} is admitted already, with another key; `python -m server remove` "
                     "revokes that one for ever"
                 )
         _check_comment(key_file, site)
-        new = Entry(site, key, _now())
+        new = AdmittedSite(site, key, _utc_now())
         _write(federation, [*known, new])
     return new
 
 
 def _check_comment(key_file: Path, site: str) -> None:
-    """`client init` writes a site's name behind its key: one admitted under another could only be revoked, for ever."""
+    """Checks that the site's name behind the key, which `client init` writes, is the one it is admitted under.
+
+    A key that is admitted under another name could only be revoked, for ever.
+    """
     named = " ".join(key_file.read_text(encoding="utf-8", errors="replace").split()[2:])
     try:
         _NAME.validate_python(named)
@@ -123,7 +133,11 @@ def _check_comment(key_file: Path, site: str) -> None:
 
 
 def check_name(site: str) -> None:
-    """Raises BadInput where a site cannot be called so."""
+    """Checks that a site can have this name.
+
+    Raises:
+        BadInput: it cannot.
+    """
     try:
         _NAME.validate_python(site)
     except ValidationError as error:
@@ -132,24 +146,25 @@ def check_name(site: str) -> None:
         ) from error
 
 
-def remove(federation: Federation, site: str) -> Entry:
-    """Revoke a site's key.
+def remove_site(federation: Federation, site: str) -> AdmittedSite:
+    """Revokes a site's key, for ever, and returns its line of the list.
 
     Raises:
         BadInput: no such site is admitted.
     """
-    with _changing(federation) as known:
-        current = {entry.site: entry for entry in known if entry.removed is None}
+    with lock_admitted_sites(federation):
+        known = load_all_sites(federation)
+        current = {each.site: each for each in known if each.removed is None}
         if site not in current:
             raise BadInput(f"expected one of the admitted sites ({', '.join(sorted(current)) or 'none'}), "
                            f"got {site!r}{nearest(site, current)}")  # fmt: skip
-        gone = replace(current[site], removed=_now())
-        _write(federation, [gone if entry == current[site] else entry for entry in known])
-    return gone
+        removed = replace(current[site], removed=_utc_now())
+        _write(federation, [removed if each == current[site] else each for each in known])
+    return removed
 
 
 def read_public_key(path: Path) -> str:
-    """One line of OpenSSH text, without its comment.
+    """Returns a public key file's key as one line of OpenSSH text, without its comment.
 
     Raises:
         BadInput: not an EC P-384 public key in OpenSSH format; a private key is named as such.
@@ -175,23 +190,17 @@ def read_public_key(path: Path) -> str:
 
 
 @contextmanager
-def locked(federation: Federation) -> Iterator[None]:
-    """Nobody else changes the registry or makes it true in the engine."""
+def lock_admitted_sites(federation: Federation) -> Iterator[None]:
+    """Keeps other processes from changing the list of admitted sites or registering it with the SuperLink."""
     with (federation.state / "registry.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-@contextmanager
-def _changing(federation: Federation) -> Iterator[list[Entry]]:
-    with locked(federation):
-        yield entries(federation)
-
-
-def _write(federation: Federation, known: list[Entry]) -> None:
-    text = json.dumps([asdict(entry) for entry in known], indent=2)
+def _write(federation: Federation, known: list[AdmittedSite]) -> None:
+    text = json.dumps([asdict(each) for each in known], indent=2)
     write_atomic(federation.folder / "sites.json", text.encode())
 
 
-def _now() -> str:
+def _utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

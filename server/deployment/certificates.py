@@ -1,8 +1,8 @@
-"""The federation's own certificate authority and the server certificate it signs. No public authority is needed.
+"""The federation's own certificate authority and the server certificate that it signs.
 
-Sites trust this authority and no other, so a proxy that intercepts, or another coordinator, is refused by TLS. Keys are
-EC P-384. The authority's key stays in the folder, readable by its owner only; keep a copy of it elsewhere
-and it need not stay at all: only `renew` reads it.
+Sites trust this authority and no other, so TLS refuses a proxy that intercepts, and another coordinator. Keys are
+EC P-384. The authority's key lies in the folder, readable by its owner only. Only `renew` reads it: with a copy kept
+elsewhere it may be removed.
 """
 
 from __future__ import annotations
@@ -30,33 +30,49 @@ _DAY = datetime.timedelta(days=1)
 
 @dataclass(frozen=True)
 class Validity:
-    """Until when a certificate is valid, and for whom."""
+    """The validity of a certificate.
+
+    Attributes:
+        until: end of its validity, UTC.
+        hosts: names and addresses that it is valid for.
+    """
 
     until: datetime.datetime
     hosts: tuple[str, ...]
 
     @property
     def days_left(self) -> int:
-        """Whole days; negative when expired."""
+        """Whole days until the end; negative when it has expired."""
         return (self.until - datetime.datetime.now(datetime.UTC)).days
 
 
 def write_authority(folder: Path, name: str, *, days: int = CA_DAYS) -> None:
-    """A new authority: `ca.crt` and `ca.key`."""
+    """Writes a new authority: `ca.crt` and `ca.key`.
+
+    Args:
+        folder: folder that receives both files.
+        name: the federation's name.
+        days: validity, in days.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} federation authority")])
-    usage = _usage(digital_signature=False, key_cert_sign=True)
+    usage = _key_usage(digital_signature=False, key_cert_sign=True)
     certificate = (
-        _builder(subject, subject, key.public_key(), days)
+        _create_builder(subject, subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
     )
-    _write(folder / "ca", key, certificate)
+    _write_pair(folder / "ca", key, certificate)
 
 
 def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> None:
-    """A new server certificate, signed by the folder's authority: `server.crt` and `server.key`.
+    """Writes a new server certificate, signed by the folder's authority: `server.crt` and `server.key`.
+
+    Args:
+        folder: folder of the authority, which receives both files.
+        hosts: names and addresses of the certificate, the main one first.
+        days: validity, in days.
 
     Raises:
         BadInput: the authority's key or certificate is missing or unreadable.
@@ -73,9 +89,9 @@ def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS)
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     certificate = (
-        _builder(subject, issuer.subject, key.public_key(), days)
+        _create_builder(subject, issuer.subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(digital_signature=True, key_cert_sign=False), critical=True)
+        .add_extension(_key_usage(digital_signature=True, key_cert_sign=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
         .add_extension(
@@ -84,14 +100,14 @@ def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS)
         )
         .sign(authority, hashes.SHA384())
     )
-    _write(folder / "server", key, certificate)
+    _write_pair(folder / "server", key, certificate)
 
 
-def validity(path: Path) -> Validity:
-    """Until when a certificate is valid and which hosts it names.
+def read_validity(path: Path) -> Validity:
+    """Returns the validity of the certificate in a file.
 
     Raises:
-        BadInput: not a certificate.
+        BadInput: the file holds no certificate.
     """
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
@@ -106,13 +122,13 @@ def validity(path: Path) -> Validity:
 
 
 def check_server(folder: Path, hosts: Sequence[str]) -> Validity:
-    """The server certificate's validity, where it can be used.
+    """Returns the validity of the server certificate, where it can be used.
 
     Raises:
-        BadInput: it is expired, or its authority is, or it does not name every public host.
+        BadInput: it has expired, or its authority has, or it does not name every public host.
     """
     for name, remedy in (("ca.crt", "renew --ca"), ("server.crt", "renew")):
-        found = validity(folder / name)
+        found = read_validity(folder / name)
         if found.until <= datetime.datetime.now(datetime.UTC):
             raise BadInput(
                 f"{folder / name}: this certificate expired on {found.until:%Y-%m-%d}; `python -m server {remedy}`"
@@ -133,7 +149,7 @@ def _general_name(host: str) -> x509.DNSName | x509.IPAddress:
         return x509.DNSName(host)
 
 
-def _builder(
+def _create_builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
@@ -150,7 +166,7 @@ def _builder(
     )
 
 
-def _usage(*, digital_signature: bool, key_cert_sign: bool) -> x509.KeyUsage:
+def _key_usage(*, digital_signature: bool, key_cert_sign: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=digital_signature,
         content_commitment=False,
@@ -164,7 +180,7 @@ def _usage(*, digital_signature: bool, key_cert_sign: bool) -> x509.KeyUsage:
     )
 
 
-def _write(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+def _write_pair(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

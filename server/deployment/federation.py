@@ -1,7 +1,7 @@
-"""A federation folder: everything a coordinator owns, in one place that only its owner can read.
+"""A federation folder: all files that a coordinator owns, readable by their owner only.
 
     federation.yaml   settings, for people to change          runs/    one folder for each run
-    run.yaml          an example run file                     state/   the engine's database, logs, locks, secrets
+    run.yaml          an example run file                     state/   the SuperLink's database, logs, locks, secrets
     sites.json        who is admitted, by public key          tls/     the federation's own authority, the server's key
 
 Nothing in it belongs to a site: sites get what `python -m server kit` packs, and that holds nothing secret.
@@ -27,18 +27,18 @@ from common.yaml import load
 
 
 class FederationConfig(Frozen):
-    """What federation.yaml says.
+    """The settings in federation.yaml.
 
     Attributes:
-        name: of the federation.
-        address: under which sites reach the coordinator, host and port.
+        name: name of the federation.
+        address: host and port under which sites reach the coordinator.
         also: further names and addresses in the server's certificate.
-        bind: where the coordinator listens; it may differ from `address` behind a router or proxy.
-        control_port: on loopback only: where this machine's commands and the run's own process talk to the engine.
-        health_port: on loopback only: the gRPC health service.
-        max_upload_mib: bound of one upload of an admitted site.
-        max_connections: how many connections are open at once.
-        idle_timeout_s: how long a connection may keep the coordinator waiting.
+        bind: address that the coordinator listens on; it may differ from `address` behind a router or proxy.
+        control_port: loopback port on which this machine's commands and the run's process reach the SuperLink.
+        health_port: loopback port of the gRPC health service.
+        max_upload_mib: bound of one upload of an admitted site, in MiB.
+        max_connections: largest number of open connections.
+        idle_timeout_s: longest time that a connection may keep the coordinator waiting, in seconds.
     """
 
     name: Name
@@ -59,48 +59,58 @@ class FederationConfig(Frozen):
         return self
 
     def hosts(self) -> list[str]:
-        """Every public name and address, each once."""
+        """Returns every public name and address, each once."""
         return list(dict.fromkeys([self.address.host, *self.also]))
 
 
 @dataclass(frozen=True)
 class Federation:
-    """A federation folder that exists, and its settings."""
+    """A federation folder that exists, and its settings.
+
+    Attributes:
+        folder: absolute path of the folder.
+        config: settings in its federation.yaml.
+    """
 
     folder: Path
     config: FederationConfig
 
     @property
     def tls(self) -> Path:
-        """Certificates and their keys."""
+        """Folder of certificates and their keys."""
         return self.folder / "tls"
 
     @property
     def runs(self) -> Path:
-        """One folder for each run."""
+        """Folder that holds one folder for each run."""
         return self.folder / "runs"
 
     @property
     def state(self) -> Path:
-        """The engine's database, logs, locks and secrets."""
+        """Folder of the SuperLink's database, logs, locks and secrets."""
         return self.folder / "state"
 
     @property
     def log(self) -> Path:
-        """What the link's process says."""
+        """Output of the daemon."""
         return self.state / "link.log"
 
-    def control_secret(self) -> str:
-        """What a command must know to be obeyed on the loopback listener."""
+    def read_control_secret(self) -> str:
+        """Returns the secret that a control request on the loopback listener must carry.
+
+        Raises:
+            BadInput: its file cannot be read.
+        """
         return _read_secret(self.state / "control.key")
 
+    @property
     def executor_secret_file(self) -> Path:
-        """What the process that starts a run's code must know."""
+        """File with the secret of the process that starts a run's code."""
         return self.state / "executor.key"
 
 
 def open_federation(folder: Path) -> Federation:
-    """The federation in a folder.
+    """Returns the federation in a folder.
 
     Raises:
         BadInput: there is none, its settings are wrong, or the folder cannot be written.
@@ -115,8 +125,8 @@ def open_federation(folder: Path) -> Federation:
     return federation
 
 
-def create_folder(folder: Path, config: FederationConfig) -> Federation:
-    """Make a federation folder without certificates or sites.
+def create_federation(folder: Path, config: FederationConfig) -> Federation:
+    """Makes a federation folder without certificates or sites.
 
     Raises:
         BadInput: the folder is not empty, or cannot be written.
@@ -182,6 +192,6 @@ aggregation: {kind: mean}
 cohort:
   min_sites: 2                # fewer than these ready at the deadline: the run ends, and nothing was spent
   min_replies_per_task: 2     # a task is updated by at least as many sites
-  join_timeout_s: 600         # how long the roll call waits for sites
+  join_timeout_s: 600         # how long the coordinator waits for sites to join
   timeout_s: 600              # how long a round waits for a site's reply
 """

@@ -1,4 +1,4 @@
-"""A site's startup kit: whom to join, which authority to trust, what will be asked. Nothing secret, no code.
+"""A site's startup kit: the coordinator's address, the authority to trust, the offered runs. No secret, no code.
 
 The archive is the same bytes for the same content, so that a hospital can compare digests by telephone.
 """
@@ -24,27 +24,36 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write_kit(federation: Federation, site: str, run_files: Sequence[Path], path: Path) -> list[str]:
-    """Write the kit of a site, admitted or about to be; the names of the files in it.
+    """Writes the startup kit of a site that is admitted or about to be.
+
+    Args:
+        federation: the federation that the site joins.
+        site: the site's name.
+        run_files: run files to offer, of runs with different names.
+        path: the archive to write.
+
+    Returns:
+        The names of the files in the archive.
 
     Raises:
-        BadInput: no valid name, a run cannot be offered, or the kit cannot be written.
+        BadInput: the name is not valid, a run cannot be offered, or the kit cannot be written.
     """
     check_name(site)
-    files = _files(federation, site, run_files)
+    files = _build_files(federation, site, run_files)
     try:
-        write_atomic(path, _archive(files))
+        write_atomic(path, _pack_files(files))
     except OSError as error:
         raise BadInput(f"{path}: expected a place that can be written, got {type(error).__name__}") from error
     return list(files)
 
 
-def _files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict[str, bytes]:
+def _build_files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict[str, bytes]:
     # JSON is YAML: the values need no quoting rules of their own.
     about = {"federation": federation.config.name, "site": site, "address": str(federation.config.address)}
     lines = [f"{key}: {json.dumps(value)}" for key, value in about.items()]
     files = {
         "kit.yaml": (
-            "\n".join(["# Whom to join; `python -m client init DIR --kit` reads it.", *lines]) + "\n"
+            "\n".join(["# The coordinator to join; `python -m client init DIR --kit` reads it.", *lines]) + "\n"
         ).encode(),
         "ca.crt": (federation.tls / "ca.crt").read_bytes(),
     }
@@ -58,7 +67,7 @@ def _files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict
     return files
 
 
-def _archive(files: Mapping[str, bytes]) -> bytes:
+def _pack_files(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():

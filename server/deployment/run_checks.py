@@ -1,4 +1,4 @@
-"""What this machine can see of a run before any site is asked: file, backbones, tasks, and how many sites it needs."""
+"""Checks of a run before any site is asked: its file, backbones, tasks, and how many sites it needs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from common.run import RunConfig
 from common.tasks import open_task
 from common.types import BadInput
 from common.yaml import load
-from server.deployment.admitted_sites import admitted
+from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
 from server.rounds.aggregators import open_aggregator
 
 
-def checked_run(federation: Federation, path: Path, overrides: Sequence[str]) -> RunConfig:
-    """A run file's run with absolute paths, where this coordinator can carry it out.
+def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Returns a run file's run with absolute paths, where this coordinator can carry it out.
+
+    Args:
+        federation: the federation whose sites take part.
+        path: the run file.
+        overrides: `key=value` texts that override keys of the file.
 
     Raises:
         BadInput: no site is admitted, or a setting is wrong or asks for more sites than are admitted.
     """
     run = load(RunConfig, path, overrides)
-    sites = admitted(federation)
+    sites = load_admitted_sites(federation)
     if not sites:
         raise BadInput(f"{federation.folder}: no site is admitted; `python -m server admit` each with its public key")
     needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)

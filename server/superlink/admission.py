@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import final
 
 from common.events import FileJournal
-from server.deployment.admitted_sites import admitted
+from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
 from server.superlink.request_filter import App, PublicFilter, RejectedRequest, RequestLimits
 
@@ -38,7 +38,7 @@ class AdmittedKeys:
         """Returns the name of the admitted site with a public key (PEM); None for an unknown key."""
         stamp = (self._federation.folder / "sites.json").stat().st_mtime_ns
         if stamp != self._stamp:
-            self._sites = {entry.pem(): site for site, entry in admitted(self._federation).items()}
+            self._sites = {entry.pem(): site for site, entry in load_admitted_sites(self._federation).items()}
             self._stamp = stamp
         return self._sites.get(key)
 

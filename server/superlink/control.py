@@ -1,6 +1,6 @@
-"""This machine's line to its own running coordinator: the engine's control requests, over loopback, with the secret.
+"""A client of the SuperLink's control requests, over loopback and with the federation's secret.
 
-The engine's own command line and its configuration files are not used: what it needs is one request here and there.
+Flower's own command line and its configuration files are not used: single requests are all that is needed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MEDIA_TYPE = "application/protobuf"
 
 @dataclass(frozen=True)
 class NodeState:
-    """What the engine knows of a site.
+    """The SuperLink's record of a site.
 
     Attributes:
-        node_id: the engine's number for it.
-        key: public key, PEM.
-        status: `registered` (never came), `online`, `offline` or `unregistered`.
-        since: when it last came or left, ISO 8601; empty where it never came.
+        node_id: Flower's number of the site's node.
+        key: the site's public key, PEM.
+        status: `registered` (never connected), `online`, `offline` or `unregistered`.
+        since: time of the last change, ISO 8601; empty where it never connected.
     """
 
     node_id: int
@@ -42,14 +42,14 @@ class NodeState:
 
 @dataclass(frozen=True)
 class RunState:
-    """What the engine knows of a submitted run.
+    """The SuperLink's record of a submitted run.
 
     Attributes:
-        run_id: the engine's number for it.
-        folder: where the run's files are.
-        finished: whether its process has ended.
+        run_id: Flower's number of the run.
+        folder: path of the run's folder.
+        finished: true once its process has ended.
         outcome: `completed`, `failed`, `stopped`, or empty while it is not finished.
-        details: the engine's words about a failure.
+        details: Flower's description of a failure.
     """
 
     run_id: int
@@ -60,17 +60,21 @@ class RunState:
 
 
 class DaemonUnreachable(RunFailed):
-    """The running coordinator does not answer."""
+    """The coordinator's daemon does not answer."""
 
 
 @final
 class Control:
-    """A connection to the running link of a federation."""
+    """A connection to the running daemon of a federation."""
 
     def __init__(self, federation: Federation, *, timeout_s: float = 30.0) -> None:
         self._http = httpx.Client(
             base_url=f"http://127.0.0.1:{federation.config.control_port}",
-            headers={CONTROL_HEADER: federation.control_secret(), "content-type": _MEDIA_TYPE, "accept": _MEDIA_TYPE},
+            headers={
+                CONTROL_HEADER: federation.read_control_secret(),
+                "content-type": _MEDIA_TYPE,
+                "accept": _MEDIA_TYPE,
+            },
             timeout=timeout_s,
             trust_env=False,  # No proxy between this machine and itself.
             follow_redirects=False,
@@ -85,14 +89,14 @@ class Control:
         self._http.close()
 
     def is_answering(self) -> bool:
-        """Whether the link is there."""
+        """Returns whether the daemon answers."""
         try:
             return self._http.get("/health", timeout=5.0).is_success
         except httpx.HTTPError:
             return False
 
     def list_nodes(self) -> list[NodeState]:
-        """Every registered site."""
+        """Returns every registered site."""
         reply = self._call("list-nodes", control_pb2.ListNodesRequest(), control_pb2.ListNodesResponse())
         return [
             NodeState(
@@ -106,29 +110,29 @@ class Control:
         ]
 
     def register(self, key: bytes, site: str) -> int:
-        """Let a key join; its node id."""
+        """Registers a site's key and returns its node id."""
         request = control_pb2.RegisterNodeRequest(public_key=key, name=site)
         return int(self._call("register-node", request, control_pb2.RegisterNodeResponse()).node_id)
 
     def unregister(self, node_id: int) -> None:
-        """Refuse a node from now on."""
+        """Removes a node: its requests are rejected from now on."""
         request = control_pb2.UnregisterNodeRequest(node_id=node_id)
         self._call("unregister-node", request, control_pb2.UnregisterNodeResponse())
 
     def submit(self, bundle: Fab, settings: Mapping[str, str]) -> int:
-        """Start a run of an app bundle; the engine's number for it."""
+        """Starts a run of an app bundle and returns Flower's number of the run."""
         request = control_pb2.StartRunRequest(
             fab=fab_to_proto(bundle), override_config=user_config_to_proto(dict(settings))
         )
         reply = self._call("start-run", request, control_pb2.StartRunResponse())
         if not reply.HasField("run_id"):
-            raise RunFailed("the engine did not take the run; see state/link.log")
+            raise RunFailed("the SuperLink did not take the run; see state/link.log")
         return int(reply.run_id)
 
     def list_runs(self) -> list[RunState]:
-        """Submitted runs, newest first."""
+        """Returns the submitted runs, newest first."""
         reply = self._call("list-runs", control_pb2.ListRunsRequest(), control_pb2.ListRunsResponse())
-        found = [
+        return [
             RunState(
                 int(run.run_id),
                 str(run.override_config["run-folder"].string),
@@ -139,32 +143,31 @@ class Control:
             for run in sorted(reply.run_dict.values(), key=lambda run: run.pending_at, reverse=True)
             if "run-folder" in run.override_config
         ]
-        return found
 
     def find_current_run(self) -> RunState | None:
-        """The run that is under way."""
+        """Returns the run that is under way; None where there is none."""
         return next((run for run in self.list_runs() if not run.finished), None)
 
     def stop_run(self, run_id: int) -> None:
-        """End a run."""
+        """Ends a run."""
         self._call("stop-run", control_pb2.StopRunRequest(run_id=run_id), control_pb2.StopRunResponse())
 
     def _call(self, path: str, request: Message, response: _Response) -> _Response:
         try:
             reply = self._http.post(f"/v1/control/{path}", content=request.SerializeToString())
         except httpx.HTTPError as error:
-            raise DaemonUnreachable(f"the coordinator's link does not answer ({type(error).__name__})") from error
+            raise DaemonUnreachable(f"the coordinator's daemon does not answer ({type(error).__name__})") from error
         if not reply.is_success:
-            raise RunFailed(f"the engine refused {path}: status {reply.status_code}, {reply.text[:200]}")
+            raise RunFailed(f"the SuperLink refused {path}: status {reply.status_code}, {reply.text[:200]}")
         try:
             response.ParseFromString(reply.content)
         except DecodeError as error:
-            raise RunFailed(f"the engine's answer to {path} cannot be read") from error
+            raise RunFailed(f"the SuperLink's answer to {path} cannot be read") from error
         return response
 
 
 def is_listening(port: int) -> bool:
-    """Whether anything listens on a loopback port."""
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    """Returns whether anything listens on a loopback port."""
+    with socket.socket() as client:
+        client.settimeout(1.0)
+        return client.connect_ex(("127.0.0.1", port)) == 0

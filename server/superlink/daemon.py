@@ -1,10 +1,10 @@
-"""The coordinator's standing process: Flower's SuperLink behind two listeners, and the process that starts runs.
+"""The coordinator's daemon: Flower's SuperLink behind two listeners, and the process that starts runs.
 
 `python -m server link DIR` is this process in the foreground (for systemd); `start` launches it in the background. It
 owns the folder's lock for as long as it lives, and everything it starts ends with it.
 
-Invariant: the network is listened to only after the registry was made true in the engine, so that a site that was
-removed while nothing ran is not known for a moment.
+Invariant: the daemon listens to the network only after it has registered the admitted sites and removed all others in
+the SuperLink, so that a site that was removed while nothing ran is never known.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WATCH_S = 1.0
 
 @contextmanager
 def hold_lock(federation: Federation) -> Iterator[None]:
-    """Hold the folder's lock, with this process's id in it.
+    """Holds the folder's lock, with this process's id in it.
 
     Raises:
         BadInput: another process holds it.
@@ -55,7 +55,7 @@ def hold_lock(federation: Federation) -> Iterator[None]:
 
 
 def _try_lock(lock: TextIO) -> bool:
-    # `owner` holds the lock for a moment in order to ask: that is no running coordinator.
+    # `find_daemon_pid` holds the lock for a moment in order to ask: that is no running coordinator.
     for _ in range(10):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +67,7 @@ def _try_lock(lock: TextIO) -> bool:
 
 
 def find_daemon_pid(federation: Federation) -> int | None:
-    """Process id of the running link; None where none runs, whatever a crashed one left behind."""
+    """Returns the daemon's process id; None where none runs, whatever a crashed one left behind."""
     path = federation.state / "link.lock"
     if not path.exists():
         return None
@@ -81,10 +81,10 @@ def find_daemon_pid(federation: Federation) -> int | None:
 
 
 def run_daemon(federation: Federation) -> None:
-    """Serve until a signal asks to stop.
+    """Serves until a signal asks to stop.
 
     Raises:
-        BadInput: a port is taken, a certificate is expired, or another link runs.
+        BadInput: a port is taken, a certificate has expired, or another daemon runs.
         RunFailed: a part of the coordinator ended by itself.
     """
     config = federation.config
@@ -94,7 +94,7 @@ def run_daemon(federation: Federation) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with hold_lock(federation):
         check_server(federation.tls, config.hosts())
-        from server.superlink.listeners import bind_socket  # uvicorn and the engine: only this process pays for them.
+        from server.superlink.listeners import bind_socket  # uvicorn and Flower: only this process pays for them.
 
         sockets = (
             bind_socket(config.bind.host, config.bind.port, "bind"),
@@ -112,36 +112,37 @@ def run_daemon(federation: Federation) -> None:
 
 async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.socket], health: Health) -> None:
     from server.superlink.control import Control
-    from server.superlink.listeners import create_loopback_listener, create_public_listener, serve
+    from server.superlink.listeners import create_loopback_listener, create_public_listener, start_listener
     from server.superlink.node_ids import synchronise_nodes
     from server.superlink.retry import RetryingApp
 
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    engine = create_superlink(federation)
-    async with engine.router.lifespan_context(engine):
+    superlink = create_superlink(federation)
+    async with superlink.router.lifespan_context(superlink):
         loopback = create_loopback_listener(
-            LoopbackFilter(RetryingApp(engine), secret=federation.control_secret(), port=federation.config.control_port)
+            LoopbackFilter(
+                RetryingApp(superlink), secret=federation.read_control_secret(), port=federation.config.control_port
+            )
         )
-        gate = create_public_filter(engine, federation)
         public = create_public_listener(
-            gate,
+            create_public_filter(superlink, federation),
             tls=federation.tls,
             max_connections=federation.config.max_connections,
             idle_s=federation.config.idle_timeout_s,
         )
-        tasks = [await serve(loopback, sockets[1])]
+        tasks = [await start_listener(loopback, sockets[1])]
         executor = start_superexec(federation)
         try:
             with Control(federation) as control:
                 await asyncio.to_thread(synchronise_nodes, control, federation)
                 await asyncio.to_thread(_stop_orphaned_runs, control)
-            tasks.append(await serve(public, sockets[0]))
+            tasks.append(await start_listener(public, sockets[0]))
             journal = FileJournal(federation.state / "link.jsonl")
             journal.write("link_started", pid=os.getpid(), bind=str(federation.config.bind))
             print(f"listening on {federation.config.bind} for {federation.config.address}", flush=True)  # noqa: T201
-            await _watch(federation, public.reload_certificate, executor, stopping, health)
+            await _supervise(federation, public.reload_certificate, executor, stopping, health)
             journal.write("link_stopped")
         finally:
             health.serving(False)
@@ -153,20 +154,24 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
 
 
 def _stop_orphaned_runs(control: Control) -> None:
-    """Runs whose process died with an earlier link: the engine would believe in them until their heartbeat lapses."""
+    """Stops runs whose process died with an earlier daemon: they count as running until their heartbeat lapses."""
     for run in control.list_runs():
         if not run.finished:
             control.stop_run(run.run_id)
 
 
-async def _watch(
+async def _supervise(
     federation: Federation,
     reload_certificate: Callable[[Path], None],
     executor: subprocess.Popen[bytes],
     stopping: asyncio.Event,
     health: Health,
 ) -> None:
-    """Until asked to stop: take renewed certificates, say when they expired, and end when a part has ended."""
+    """Loads renewed certificates and keeps the health service true until asked to stop.
+
+    Raises:
+        RunFailed: the process that starts runs ended by itself.
+    """
     stamp = (federation.tls / "server.crt").stat().st_mtime_ns
     while not stopping.is_set():
         now = (federation.tls / "server.crt").stat().st_mtime_ns

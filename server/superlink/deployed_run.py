@@ -1,4 +1,4 @@
-"""A deployed run, seen from inside: everything it needs lies in one folder, and everything it learns goes there.
+"""Runs a deployed run from its folder, which holds all that the run needs and all that it produces.
 
 The folder lies in the federation's: `config.yaml` (the run, resolved), `journal.jsonl`, a checkpoint after each round;
 at the end `summary.json` and `heads/`. A run whose process died is the same folder, run again: it continues after its
@@ -30,7 +30,7 @@ _WAIT_S = 60.0
 
 
 def run_deployed(grid: Grid, folder: Path) -> None:
-    """Run or continue the run of a folder.
+    """Runs or continues the run of a folder.
 
     Raises:
         HeadwaterError: the run ended without a usable result; its journal says why too.
@@ -55,7 +55,7 @@ def _run(grid: Grid, folder: Path) -> None:
             folder=folder,
             journal=journal,
             executor=DEPLOYMENT,
-            resume=_checkpoint(folder),
+            resume=_load_checkpoint_if_any(folder),
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
         )
     except HeadwaterError as error:
@@ -67,7 +67,7 @@ def _run(grid: Grid, folder: Path) -> None:
 
 @contextmanager
 def _wait_for_lock(folder: Path) -> Iterator[None]:
-    """Wait for the folder: the process of an earlier link may have a last breath left."""
+    """Holds the folder's lock; waits for it, because a process of an earlier daemon may still be ending."""
     with (folder / "run.lock").open("w") as lock:
         until = time.monotonic() + _WAIT_S
         while True:
@@ -81,6 +81,6 @@ def _wait_for_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _checkpoint(folder: Path) -> Checkpoint | None:
+def _load_checkpoint_if_any(folder: Path) -> Checkpoint | None:
     path = folder / "checkpoint.safetensors"
     return load_checkpoint(path) if path.exists() else None

@@ -27,12 +27,12 @@ _MAX_HEAD_BYTES = 32 << 10
 
 
 def bind_socket(host: str, port: int, key: str) -> socket.socket:
-    """A socket bound to an address of this machine.
+    """Returns a listening socket that is bound to an address of this machine.
 
     Args:
         host: IP address.
         port: TCP port.
-        key: the setting that names it, for the message.
+        key: setting that names the port, for the message.
 
     Raises:
         BadInput: the port is in use, or the address is not this machine's.
@@ -57,29 +57,35 @@ def bind_socket(host: str, port: int, key: str) -> socket.socket:
 
 @final
 class Listener(uvicorn.Server):
-    """One listener. Signals are the link's business: uvicorn's own handlers would stop only one of two."""
+    """One listener. The daemon handles signals: uvicorn's own handlers would stop only one of two listeners."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
+        """Leaves signal handlers as they are."""
         yield
 
     def reload_certificate(self, tls: Path) -> None:
-        """Use the folder's present certificate for new connections."""
+        """Loads the folder's present certificate for new connections."""
         assert self.config.ssl is not None
         self.config.ssl.load_cert_chain(tls / "server.crt", tls / "server.key")
 
 
 def create_public_listener(app: App, *, tls: Path, max_connections: int, idle_s: float) -> Listener:
-    """The listener on the network: TLS 1.2 or newer, bounded connections, silent ones are closed.
+    """Returns the listener on the network: TLS 1.2 or newer, bounded connections, silent ones are closed.
+
+    Args:
+        app: what answers requests.
+        tls: folder with server.crt and server.key.
+        max_connections: largest number of open connections.
+        idle_s: longest time a connection may take for a request's head, in seconds.
 
     Raises:
         BadInput: certificate and key cannot be used.
     """
     config = uvicorn.Config(
         app,
-        **_common(),
-        http=_limited(max_connections, idle_s),
+        **_common_settings(),
+        http=_create_limited_protocol(max_connections, idle_s),
         timeout_keep_alive=int(max(idle_s, 5)),
         ssl_certfile=tls / "server.crt",
         ssl_keyfile=tls / "server.key",
@@ -97,19 +103,19 @@ def create_public_listener(app: App, *, tls: Path, max_connections: int, idle_s:
 
 
 def create_loopback_listener(app: App) -> Listener:
-    """The listener for this machine, without TLS; its socket must be bound to loopback."""
-    return Listener(uvicorn.Config(app, **_common(), http=H11Protocol))
+    """Returns the listener for this machine, without TLS; its socket must be bound to loopback."""
+    return Listener(uvicorn.Config(app, **_common_settings(), http=H11Protocol))
 
 
-async def serve(listener: Listener, bound: socket.socket) -> asyncio.Task[None]:
-    """Start a listener on its socket; the task ends when it stops."""
+async def start_listener(listener: Listener, bound: socket.socket) -> asyncio.Task[None]:
+    """Starts a listener on its socket and returns its task, which ends when the listener stops."""
     task = asyncio.create_task(listener.serve(sockets=[bound]))
     while not listener.started and not task.done():
         await asyncio.sleep(0.01)
     return task
 
 
-def _common() -> dict[str, Any]:
+def _common_settings() -> dict[str, Any]:
     return {
         "lifespan": "off",  # The app's lifespan is entered once, not once a listener.
         "ws": "none",
@@ -122,8 +128,8 @@ def _common() -> dict[str, Any]:
     }
 
 
-def _limited(max_connections: int, idle_s: float) -> type[H11Protocol]:
-    """uvicorn bounds neither open connections nor the time a peer may take for a request's head."""
+def _create_limited_protocol(max_connections: int, idle_s: float) -> type[H11Protocol]:
+    """Returns a protocol with bounds that uvicorn lacks: of open connections, and of the time for a request's head."""
 
     class Limited(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
@@ -139,7 +145,7 @@ def _limited(max_connections: int, idle_s: float) -> type[H11Protocol]:
             before = self.cycle
             super().data_received(data)
             if self.cycle is not before:
-                self._unwatch()  # A whole head came; its body is the gate's business.
+                self._unwatch()  # A whole head came; the filter bounds its body.
             elif before is None or before.response_complete:
                 self._watch()
 

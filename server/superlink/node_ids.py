@@ -1,7 +1,7 @@
-"""The registry made true in the engine: admitted keys are its nodes, removed ones are not.
+"""Keeps the SuperLink's nodes equal to the admitted sites, and the names of the sites by node id.
 
-The engine names a site by a number; `state/roster.json` holds number -> name for the run's own process, and follows
-every change, so that a site that is admitted during a roll call can still be counted by its name.
+Flower knows a site by its node id; `state/roster.json` holds node id -> name for the run's own process and follows
+every change, so that a run that waits for sites knows the name of one that is admitted meanwhile.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import final
 from common.errors import instead
 from common.files import write_atomic
 from common.types import BadInput
-from server.deployment.admitted_sites import admitted, locked
+from server.deployment.admitted_sites import load_admitted_sites, lock_admitted_sites
 from server.deployment.federation import Federation
 from server.superlink.control import Control
 
 
 def synchronise_nodes(control: Control, federation: Federation) -> None:
-    """Register who is admitted, unregister who is not, and write down who is which number.
+    """Registers the admitted sites with the SuperLink, unregisters all others, and writes the names by node id.
 
     Raises:
-        RunFailed: the engine does not answer.
+        RunFailed: the daemon does not answer.
     """
-    with locked(federation):
-        wanted = {entry.pem(): site for site, entry in admitted(federation).items()}
+    with lock_admitted_sites(federation):
+        wanted = {entry.pem(): site for site, entry in load_admitted_sites(federation).items()}
         names: dict[int, str] = {}
         for node in control.list_nodes():
             if node.key in wanted:
@@ -43,7 +43,7 @@ def synchronise_nodes(control: Control, federation: Federation) -> None:
 class NodeIds(Mapping[int, str]):
     """Node id -> site name, as the file says now.
 
-    The name of a site that was removed can still be looked up: whoever holds its number in hand may report about it.
+    The name of a site that was removed can still be looked up, because a report may be about it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class NodeIds(Mapping[int, str]):
                 self._ever |= self._names
                 self._stamp = stamp
         except (OSError, ValueError, AttributeError) as error:
-            raise BadInput(f"{self._path}: expected the roster of admitted sites{instead(error)}") from error
+            raise BadInput(f"{self._path}: expected site names by node id{instead(error)}") from error
         return self._names
 
     def __getitem__(self, node_id: int) -> str:

@@ -1,4 +1,4 @@
-"""The standing coordinator from a second terminal: start it in the background, see how it is, stop it."""
+"""Starts the daemon in the background, reads its status, and stops it, from a second terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from common.events import read
 from common.process.health import is_serving
 from common.types import BadInput, RunFailed
-from server.deployment.admitted_sites import admitted
-from server.deployment.certificates import check_server, validity
+from server.deployment.admitted_sites import load_admitted_sites
+from server.deployment.certificates import check_server, read_validity
 from server.deployment.federation import Federation
 from server.superlink.control import Control, DaemonUnreachable
 from server.superlink.daemon import find_daemon_pid
@@ -25,7 +25,7 @@ _STOP_S = 20.0
 
 
 def ensure_daemon(federation: Federation) -> bool:
-    """Have the link run, in the background where it does not yet; whether it was started now.
+    """Starts the daemon in the background where it does not run yet; returns whether it was started.
 
     Raises:
         BadInput: it cannot start, with its own reason.
@@ -50,16 +50,16 @@ def ensure_daemon(federation: Federation) -> bool:
     until = time.monotonic() + _START_S
     while is_serving(federation.config.health_port, timeout_s=1.0) is not True:
         if process.poll() is not None:
-            raise BadInput(_last_error(federation.log) or f"the link ended at once; see {federation.log}")
+            raise BadInput(_find_last_error(federation.log) or f"the daemon ended at once; see {federation.log}")
         if time.monotonic() > until:
             process.terminate()
-            raise RunFailed(f"the link did not come up within {_START_S:g} s; see {federation.log}")
+            raise RunFailed(f"the daemon did not start within {_START_S:g} s; see {federation.log}")
         time.sleep(0.1)
     return True
 
 
 def stop_daemon(federation: Federation) -> bool:
-    """End the link and everything it started; whether one ran.
+    """Ends the daemon and everything it started; returns whether one ran.
 
     Raises:
         RunFailed: it does not end.
@@ -71,22 +71,22 @@ def stop_daemon(federation: Federation) -> bool:
     until = time.monotonic() + _STOP_S
     while find_daemon_pid(federation) is not None:
         if time.monotonic() > until:
-            raise RunFailed(f"the link (process {process}) did not end within {_STOP_S:g} s")
+            raise RunFailed(f"the daemon (process {process}) did not end within {_STOP_S:g} s")
         time.sleep(0.1)
     return True
 
 
 def status(federation: Federation) -> dict[str, Any]:
-    """How the federation is, as plain values (the schema is in docs/deploy.md)."""
-    certificate = validity(federation.tls / "server.crt")
+    """Returns the state of the federation as plain values (docs/deploy.md describes them)."""
+    certificate = read_validity(federation.tls / "server.crt")
     process = find_daemon_pid(federation)
     found: dict[str, Any] = {
         "federation": federation.config.name,
         "address": str(federation.config.address),
         "link": {"running": process is not None, "pid": process, "healthy": None},
         "certificate": {"valid_until": certificate.until.isoformat(), "days_left": certificate.days_left},
-        "sites": {site: {"connected": None, "since": None} for site in sorted(admitted(federation))},
-        "run": _newest_run(federation),
+        "sites": {site: {"connected": None, "since": None} for site in sorted(load_admitted_sites(federation))},
+        "run": _describe_newest_run(federation),
     }
     if process is None:
         return found
@@ -94,7 +94,7 @@ def status(federation: Federation) -> dict[str, Any]:
     try:
         with Control(federation) as control:
             nodes = {node.key: node for node in control.list_nodes()}
-            for site, entry in admitted(federation).items():
+            for site, entry in load_admitted_sites(federation).items():
                 node = nodes.get(entry.pem())
                 connected = node is not None and node.status == "online"
                 found["sites"][site] = {"connected": connected, "since": (node.since or None) if node else None}
@@ -107,7 +107,7 @@ def status(federation: Federation) -> dict[str, Any]:
     return found
 
 
-def _newest_run(federation: Federation) -> dict[str, Any] | None:
+def _describe_newest_run(federation: Federation) -> dict[str, Any] | None:
     folders = sorted(federation.runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
     if not folders:
         return None
@@ -132,7 +132,7 @@ def _newest_run(federation: Federation) -> dict[str, Any] | None:
     }
 
 
-def _last_error(log: Path) -> str | None:
+def _find_last_error(log: Path) -> str | None:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return errors[-1] if errors else None

@@ -1,4 +1,4 @@
-"""Runs of a federation: prepared as a folder, handed to the running link, found again.
+"""Runs of a federation: prepared as a folder, submitted to the daemon, found again.
 
 Invariant: one run at a time, because sites spend a budget on each.
 """
@@ -18,18 +18,18 @@ from server.superlink.control import Control
 
 
 def create_run_folder(federation: Federation, run: RunConfig) -> Path:
-    """A run's folder with its resolved settings."""
+    """Creates a run's folder with its resolved settings."""
     folder = new_run_folder(federation.runs, run.name)
     write_yaml(folder / "config.yaml", run)
     return folder
 
 
 def submit_run(control: Control, folder: Path) -> int:
-    """Hand a run's folder to the engine; the engine's number for it.
+    """Submits a run's folder to the SuperLink and returns Flower's number of the run.
 
     Raises:
         BadInput: another run is under way.
-        RunFailed: the engine does not take it.
+        RunFailed: the SuperLink does not take it.
     """
     busy = control.find_current_run()
     if busy is not None:
@@ -40,14 +40,14 @@ def submit_run(control: Control, folder: Path) -> int:
 
 
 def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
-    """Folder of a run that did not come to its end: the named one, or the newest of all.
+    """Returns the folder of a run that did not end: the named one, or the newest of all.
 
     An older one is continued only by its name: sites would spend on what nobody asked for again.
 
     Raises:
         BadInput: there is none, or it has ended.
     """
-    folders = sorted((path.parent for path in federation.runs.glob("*/config.yaml")), key=_started, reverse=True)
+    folders = sorted((path.parent for path in federation.runs.glob("*/config.yaml")), key=_created_at, reverse=True)
     if run_id is not None:
         folders = [folder for folder in folders if folder.name == run_id]
         if not folders:
@@ -61,5 +61,5 @@ def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
     )
 
 
-def _started(folder: Path) -> float:
+def _created_at(folder: Path) -> float:
     return (folder / "config.yaml").stat().st_mtime

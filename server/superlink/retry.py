@@ -1,7 +1,7 @@
-"""A reply's parts are waited for here, in small steps, because the engine's client would sleep a second for each.
+"""Retries, in small steps, requests for a part of a reply that is still being uploaded.
 
-A site pushes a reply's envelope first and its parts after it; whoever looks in between finds a part that is known and
-not there yet. Flower's client then waits 1 s, 2 s, ... before it asks again: a third of a small head's round.
+A site pushes a reply's envelope first and its parts after it; a request in between finds a part that is known and not
+available yet. Flower's client then waits 1 s, 2 s, ... before it asks again: a third of a small head's round.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _LONGEST_S = 2.0
 
 @final
 class RetryingApp:
-    """An app whose answer "known, but not there yet" is asked for again for a while before it is given."""
+    """An app that repeats a request answered by "known, not available yet" for a while before it gives that answer."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answers one request."""
         if scope["type"] != "http" or scope["path"] != _PATH:
             return await self._app(scope, receive, send)
-        body = await _whole(receive)
+        body = await _read_body(receive)
         loop = asyncio.get_running_loop()
         until = loop.time() + _LONGEST_S
         while True:
-            answer = await self._ask({**scope, "state": dict(scope.get("state", {}))}, body)
+            answer = await self._forward({**scope, "state": dict(scope.get("state", {}))}, body)
             if not _is_pending(answer) or loop.time() > until:
                 break
             await asyncio.sleep(_STEP_S)
         for message in answer:
             await send(message)
 
-    async def _ask(self, scope: Scope, body: bytes) -> list[MutableMapping[str, Any]]:
+    async def _forward(self, scope: Scope, body: bytes) -> list[MutableMapping[str, Any]]:
         answer: list[MutableMapping[str, Any]] = []
         ended = asyncio.Event()
         waiting = [body]
@@ -63,7 +63,7 @@ class RetryingApp:
         return answer
 
 
-async def _whole(receive: Receive) -> bytes:
+async def _read_body(receive: Receive) -> bytes:
     body = bytearray()
     more = True
     while more:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 TASK_POLL_S = 0.25
-"""How often the executor looks for a run to start; Flower's own value is a second."""
+"""Seconds between two looks for a run to start; Flower's own value is a second."""
 
 
 def build_environment(federation: Federation) -> dict[str, str]:
-    """The environment of the engine's processes: nothing reports home, nothing is installed, its files stay here."""
+    """Returns the environment of Flower's processes: no telemetry, no installation, files in the folder."""
     bin_folder = str(Path(sys.executable).parent)
     local = "127.0.0.1,localhost"
     return {
@@ -40,7 +40,7 @@ def build_environment(federation: Federation) -> dict[str, str]:
 
 
 def create_superlink(federation: Federation) -> FastAPI:
-    """The SuperLink's app: node authentication, a database in the folder, runs started by our own executor process."""
+    """Returns the SuperLink's app: it authenticates nodes, has its database in the folder and starts no run."""
     superlink = import_superlink()
     log = logging.getLogger("flwr")
     log.propagate = False  # It has a handler of its own.
@@ -50,9 +50,9 @@ def create_superlink(federation: Federation) -> FastAPI:
         health_server_address=None,
         host="127.0.0.1",
         port=federation.config.control_port,
-        insecure=True,  # The engine's own idea of its one listener; TLS is ours.
+        insecure=True,  # Flower's setting of its one listener; TLS is ours.
         certificates=None,
-        superexec_auth_secret=federation.executor_secret_file().read_bytes(),
+        superexec_auth_secret=federation.executor_secret_file.read_bytes(),
         authn_plugin=superlink.no_authentication(),
         event_log_plugin=None,
         fleet_event_log_plugin=None,
@@ -66,7 +66,7 @@ def create_superlink(federation: Federation) -> FastAPI:
         ssl_certfile=None,
         ssl_keyfile=None,
         database=str(federation.state / "superlink.db"),
-        # `process`: the engine starts nothing itself and asks whoever fetches a run for the secret.
+        # `process`: the SuperLink starts nothing itself and asks whoever fetches a run for the secret.
         isolation="process",
         runtime_dependency_install=False,
     )
@@ -74,14 +74,14 @@ def create_superlink(federation: Federation) -> FastAPI:
 
 
 def start_superexec(federation: Federation) -> subprocess.Popen[bytes]:
-    """Flower's SuperExec, which starts a run's process; it ends when this process does, however that ends."""
+    """Starts Flower's SuperExec, which starts a run's process; it ends when this process does, however that ends."""
     command = [
         str(Path(sys.executable).parent / "flower-superexec"),
         "--insecure",
         "--runtime-api-address",
         f"127.0.0.1:{federation.config.control_port}",
         "--superexec-auth-secret-file",
-        str(federation.executor_secret_file()),
+        str(federation.executor_secret_file),
         "--parent-pid",
         str(os.getpid()),
     ]

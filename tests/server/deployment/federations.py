@@ -8,9 +8,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from server.deployment import admitted_sites as registry
-from server.deployment import certificates
-from server.deployment.federation import Federation, FederationConfig, create_folder
+from server.deployment import admitted_sites, certificates
+from server.deployment.federation import Federation, FederationConfig, create_federation
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,8 +35,8 @@ def new_federation(folder: Path, *, bind: str = "127.0.0.1", **changes: object) 
         "health_port": health,
         **changes,
     }
-    federation = create_folder(folder, FederationConfig.model_validate(values))
-    registry.write_empty(federation)
+    federation = create_federation(folder, FederationConfig.model_validate(values))
+    admitted_sites.write_no_sites(federation)
     certificates.write_authority(federation.tls, "hearts")
     certificates.write_server(federation.tls, federation.config.hosts())
     return federation

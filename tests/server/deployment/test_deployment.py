@@ -22,8 +22,7 @@ import pytest
 
 from common.events import read
 from common.yaml import write_yaml
-from server.deployment import admitted_sites as registry
-from server.deployment import certificates
+from server.deployment import admitted_sites, certificates
 from server.deployment.federation import Federation
 from server.superlink.daemon import find_daemon_pid
 from tests import tiny
@@ -54,7 +53,7 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
 
 
 def admit(federation: Federation, tmp_path: Path, site: str) -> None:
-    registry.admit(federation, site, write_key_pair(tmp_path, site))
+    admitted_sites.admit_site(federation, site, write_key_pair(tmp_path, site))
 
 
 def run_file(tmp_path: Path, **changes: Any) -> Path:

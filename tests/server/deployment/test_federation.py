@@ -1,4 +1,4 @@
-"""The federation folder: settings, certificates, registry and kits, as files and through the real commands."""
+"""The federation folder: settings, certificates, admitted sites and kits, as files and through the real commands."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load
 from server.__main__ import app
-from server.deployment import admitted_sites as registry
-from server.deployment import certificates
+from server.deployment import admitted_sites, certificates
 from server.deployment.federation import FederationConfig, open_federation
 from server.deployment.kit import write_kit
 from tests.server.deployment.federations import new_federation, write_key_pair
@@ -64,7 +63,7 @@ def test_init_makes_a_folder_whose_secrets_only_its_owner_can_read(tmp_path: Pat
         assert not mode & 0o077, path
     federation = open_federation(tmp_path / "fed")
     assert federation.config.bind == Address("0.0.0.0", 9092)
-    assert registry.entries(federation) == []
+    assert admitted_sites.load_all_sites(federation) == []
 
 
 def test_the_example_run_file_is_valid(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_a_changed_address_needs_another_certificate(tmp_path: Path) -> None:
         certificates.check_server(federation.tls, ["moved.example.org"])
 
 
-# --- registry --------------------------------------------------------------------------------------------------------
+# --- admitted sites --------------------------------------------------------------------------------------------------
 
 
 def test_an_admitted_site_is_found_by_its_key_and_fingerprint(tmp_path: Path) -> None:
@@ -215,7 +214,7 @@ def test_an_admitted_site_is_found_by_its_key_and_fingerprint(tmp_path: Path) ->
     assert code == 0
     printed = subprocess.run(["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True).stdout
     assert printed.split()[1] in output
-    assert list(registry.admitted(federation)) == ["north"]
+    assert list(admitted_sites.load_admitted_sites(federation)) == ["north"]
 
 
 def test_a_private_key_is_refused_and_not_copied(tmp_path: Path) -> None:
@@ -223,7 +222,7 @@ def test_a_private_key_is_refused_and_not_copied(tmp_path: Path) -> None:
     write_key_pair(tmp_path, "north")
     code, output = command("admit", tmp_path / "fed", "north", "--key", tmp_path / "north")
     assert (code, "PRIVATE" in output, output.count("\n")) == (2, True, 1)
-    assert registry.entries(federation) == []
+    assert admitted_sites.load_all_sites(federation) == []
 
 
 @pytest.mark.parametrize("content", ["", "ssh-rsa AAAA", "hello", "ecdsa-sha2-nistp384 AAAA north"])
@@ -245,36 +244,36 @@ def test_another_curve_is_refused(tmp_path: Path) -> None:
 def test_neither_a_name_nor_a_key_is_admitted_twice(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     first, second = write_key_pair(tmp_path, "north"), write_key_pair(tmp_path, "south")
-    registry.admit(federation, "north", first)
+    admitted_sites.admit_site(federation, "north", first)
     with pytest.raises(BadInput, match="admitted already, for site north"):
-        registry.admit(federation, "south", first)
+        admitted_sites.admit_site(federation, "south", first)
     with pytest.raises(BadInput, match="site north is admitted already"):
-        registry.admit(federation, "north", second)
+        admitted_sites.admit_site(federation, "north", second)
 
 
 def test_a_key_with_another_comment_is_the_same_key(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     path = write_key_pair(tmp_path, "north")
-    registry.admit(federation, "north", path)
+    admitted_sites.admit_site(federation, "north", path)
     path.write_text(" ".join(path.read_text().split()[:2]) + " somebody-else\n")
     with pytest.raises(BadInput, match="admitted already"):
-        registry.admit(federation, "south", path)
+        admitted_sites.admit_site(federation, "south", path)
 
 
 def test_a_removed_key_stays_revoked_and_a_new_one_may_come(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     old, new = write_key_pair(tmp_path, "old"), write_key_pair(tmp_path, "new")
-    registry.admit(federation, "north", old)
-    registry.remove(federation, "north")
-    assert registry.admitted(federation) == {}
+    admitted_sites.admit_site(federation, "north", old)
+    admitted_sites.remove_site(federation, "north")
+    assert admitted_sites.load_admitted_sites(federation) == {}
     with pytest.raises(BadInput, match="stays revoked"):
-        registry.admit(federation, "north", old)
-    assert registry.admit(federation, "north", new).removed is None
+        admitted_sites.admit_site(federation, "north", old)
+    assert admitted_sites.admit_site(federation, "north", new).removed is None
 
 
 def test_removing_an_unknown_site_names_the_nearest(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     code, output = command("remove", tmp_path / "fed", "nort")
     assert (code, "nearest: 'north'" in output) == (2, True)
 
@@ -284,18 +283,21 @@ def test_names_become_file_names_and_nothing_else(tmp_path: Path) -> None:
     path = write_key_pair(tmp_path, "north")
     for name in ("../north", "North", "", "a" * 65, "nörd"):
         with pytest.raises(BadInput, match="site's name"):
-            registry.admit(federation, name, path)
+            admitted_sites.admit_site(federation, name, path)
 
 
 def test_sites_admitted_at_the_same_moment_are_all_kept(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     paths = {name: write_key_pair(tmp_path, name) for name in (f"site-{number}" for number in range(12))}
-    threads = [threading.Thread(target=registry.admit, args=(federation, name, path)) for name, path in paths.items()]
+    threads = [
+        threading.Thread(target=admitted_sites.admit_site, args=(federation, name, path))
+        for name, path in paths.items()
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(registry.admitted(federation)) == set(paths)
+    assert set(admitted_sites.load_admitted_sites(federation)) == set(paths)
 
 
 def test_a_key_made_for_another_site_is_not_admitted(tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ def test_a_trial_on_loopback_listens_on_loopback(tmp_path: Path) -> None:
 
 def test_a_kit_holds_what_a_site_needs_and_nothing_secret(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     (tmp_path / "run.yaml").write_text(RUN.format(name="tiny"))
     code, _ = command("kit", tmp_path / "fed", "north", "--run", tmp_path / "run.yaml", "--out", tmp_path / "kit.zip")
     assert code == 0
@@ -339,7 +341,7 @@ def test_a_kit_holds_what_a_site_needs_and_nothing_secret(tmp_path: Path) -> Non
 
 def test_a_site_can_read_the_kit(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     (tmp_path / "run.yaml").write_text(RUN.format(name="tiny"))
     write_kit(federation, "north", [tmp_path / "run.yaml"], tmp_path / "kit.zip")
     kit = read_kit(tmp_path / "kit.zip")
@@ -353,7 +355,7 @@ def test_a_site_can_read_the_kit(tmp_path: Path) -> None:
 
 def test_a_kit_of_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     write_kit(federation, "north", [], tmp_path / "one.zip")
     write_kit(federation, "north", [], tmp_path / "two.zip")
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()

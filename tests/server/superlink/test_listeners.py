@@ -17,7 +17,13 @@ from cryptography import x509
 from common.types import BadInput
 from server.deployment import certificates
 from server.deployment.federation import Federation
-from server.superlink.listeners import Listener, bind_socket, create_loopback_listener, create_public_listener, serve
+from server.superlink.listeners import (
+    Listener,
+    bind_socket,
+    create_loopback_listener,
+    create_public_listener,
+    start_listener,
+)
 from tests.server.deployment.federations import free_ports, new_federation
 
 IDLE_S = 0.6
@@ -33,7 +39,7 @@ def listening(listener: Listener, bound: socket.socket) -> Iterator[None]:
     ready = threading.Event()
 
     async def main() -> None:
-        task = await serve(listener, bound)
+        task = await start_listener(listener, bound)
         ready.set()
         await task
 

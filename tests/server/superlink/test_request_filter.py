@@ -1,4 +1,4 @@
-"""What passes to the engine from the network and from this machine, request by request."""
+"""What passes to the SuperLink from the network and from this machine, request by request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.events import FileJournal, read
 from common.flower import fleet_pb2, message_pb2, node_pb2
-from server.deployment import admitted_sites as registry
+from server.deployment import admitted_sites
 from server.superlink.admission import AdmittedKeys, RejectionLog
 from server.superlink.request_filter import (
     CONTROL_HEADER,
@@ -47,7 +47,7 @@ def signed(key: ec.EllipticCurvePrivateKey = KEY, *, age_s: float = 0.0, stamp: 
     }
 
 
-class Engine:
+class FakeSuperLink:
     """An app that remembers what reached it and answers 200."""
 
     def __init__(self) -> None:
@@ -111,11 +111,11 @@ def ask(
 
 
 def public(
-    engine: Engine, rejections: list[RejectedRequest] | None = None, limits: RequestLimits = LIMITS
+    superlink: FakeSuperLink, rejections: list[RejectedRequest] | None = None, limits: RequestLimits = LIMITS
 ) -> PublicFilter:
     names = {pem(KEY): "north"}
     return PublicFilter(
-        engine,
+        superlink,
         find_site=names.get,
         limits=limits,
         on_rejection=(rejections if rejections is not None else []).append,
@@ -136,9 +136,9 @@ REPLY = reply_of(7, 7)
 
 @pytest.mark.parametrize("path", sorted(path for _, path in FLEET))
 def test_an_admitted_sites_request_arrives_with_its_body(path: str) -> None:
-    engine = Engine()
-    assert ask(public(engine), path, headers=signed(), sender=Sender(REPLY[:7], REPLY[7:])) == 200
-    assert engine.seen == [(path, REPLY)]
+    superlink = FakeSuperLink()
+    assert ask(public(superlink), path, headers=signed(), sender=Sender(REPLY[:7], REPLY[7:])) == 200
+    assert superlink.seen == [(path, REPLY)]
 
 
 @pytest.mark.parametrize(
@@ -159,20 +159,20 @@ def test_an_admitted_sites_request_arrives_with_its_body(path: str) -> None:
     ],
 )
 def test_no_other_path_reaches_the_engine_from_the_network(method: str, path: str) -> None:
-    engine, rejections = Engine(), list[RejectedRequest]()
-    assert ask(public(engine, rejections), path, method=method, headers=signed()) == 404
-    assert engine.seen == []
+    superlink, rejections = FakeSuperLink(), list[RejectedRequest]()
+    assert ask(public(superlink, rejections), path, method=method, headers=signed()) == 404
+    assert superlink.seen == []
     assert rejections == [RejectedRequest("203.0.113.9", None, path, "no such path")]
 
 
 def test_the_federations_secret_opens_nothing_from_the_network() -> None:
-    engine = Engine()
-    assert ask(public(engine), "/v1/control/start-run", headers={CONTROL_HEADER: "secret", **signed()}) == 404
-    assert engine.seen == []
+    superlink = FakeSuperLink()
+    assert ask(public(superlink), "/v1/control/start-run", headers={CONTROL_HEADER: "secret", **signed()}) == 404
+    assert superlink.seen == []
 
 
 def test_health_answers_anyone() -> None:
-    assert ask(public(Engine()), "/health", method="GET") == 200
+    assert ask(public(FakeSuperLink()), "/health", method="GET") == 200
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_health_answers_anyone() -> None:
     ],
 )
 def test_whoever_is_not_an_admitted_site_is_refused_before_a_byte_is_read(headers: dict[str, str], reason: str) -> None:
-    engine, rejections, sender = Engine(), list[RejectedRequest](), Sender(b"x" * 100)
-    assert ask(public(engine, rejections), "/v1/fleet/push-object", headers=headers, sender=sender) == 401
-    assert (engine.seen, sender.taken) == ([], 0)
+    superlink, rejections, sender = FakeSuperLink(), list[RejectedRequest](), Sender(b"x" * 100)
+    assert ask(public(superlink, rejections), "/v1/fleet/push-object", headers=headers, sender=sender) == 401
+    assert (superlink.seen, sender.taken) == ([], 0)
     assert [refused.reason for refused in rejections] == [reason]
 
 
@@ -201,61 +201,61 @@ def test_whoever_is_not_an_admitted_site_is_refused_before_a_byte_is_read(header
     ids=["own", "other", "junk"],
 )
 def test_a_site_answers_in_its_own_name_only(body: bytes, status: int) -> None:
-    """The engine itself accepts a reply in another's name from whoever knows the other's node id."""
-    engine = Engine()
-    assert ask(public(engine), "/v1/fleet/push-messages", headers=signed(), sender=Sender(body)) == status
-    assert bool(engine.seen) == (status == 200)
+    """The superlink itself accepts a reply in another's name from whoever knows the other's node id."""
+    superlink = FakeSuperLink()
+    assert ask(public(superlink), "/v1/fleet/push-messages", headers=signed(), sender=Sender(body)) == status
+    assert bool(superlink.seen) == (status == 200)
 
 
 def test_a_declared_size_above_the_bound_is_refused_before_a_byte_is_read() -> None:
-    engine, sender = Engine(), Sender(b"x")
+    superlink, sender = FakeSuperLink(), Sender(b"x")
     headers = {**signed(), "content-length": "1001"}
-    assert ask(public(engine), "/v1/fleet/push-object", headers=headers, sender=sender) == 413
-    assert (engine.seen, sender.taken) == ([], 0)
+    assert ask(public(superlink), "/v1/fleet/push-object", headers=headers, sender=sender) == 413
+    assert (superlink.seen, sender.taken) == ([], 0)
 
 
 def test_a_body_that_is_longer_than_it_says_is_cut_off() -> None:
-    engine, sender = Engine(), Sender(*[b"x" * 100] * 50)
+    superlink, sender = FakeSuperLink(), Sender(*[b"x" * 100] * 50)
     headers = {**signed(), "content-length": "100"}
-    assert ask(public(engine), "/v1/fleet/push-object", headers=headers, sender=sender) == 413
-    assert (engine.seen, sender.taken) == ([], 200)
+    assert ask(public(superlink), "/v1/fleet/push-object", headers=headers, sender=sender) == 413
+    assert (superlink.seen, sender.taken) == ([], 200)
 
 
 def test_a_body_without_a_declared_size_has_the_same_bound() -> None:
     sender = Sender(*[b"x" * 100] * 50)
-    assert ask(public(Engine()), "/v1/fleet/push-object", headers=signed(), sender=sender) == 413
+    assert ask(public(FakeSuperLink()), "/v1/fleet/push-object", headers=signed(), sender=sender) == 413
     assert sender.taken == 1100
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "", "9" * 400])
 def test_a_size_that_is_no_size_is_refused(length: str) -> None:
     headers = {**signed(), "content-length": length}
-    assert ask(public(Engine()), "/v1/fleet/push-object", headers=headers) in (400, 413)
+    assert ask(public(FakeSuperLink()), "/v1/fleet/push-object", headers=headers) in (400, 413)
 
 
 def test_only_uploads_may_be_large() -> None:
-    gate = PublicFilter(
-        Engine(),
+    public_filter = PublicFilter(
+        FakeSuperLink(),
         find_site={pem(KEY): "north"}.get,
         limits=RequestLimits(1 << 30, 1 << 31, 1.0, 1.0),
         on_rejection=[].append,
     )
     headers = {**signed(), "content-length": str(1 << 20)}
-    assert ask(gate, "/v1/fleet/pull-messages", headers=headers) == 413
+    assert ask(public_filter, "/v1/fleet/pull-messages", headers=headers) == 413
 
 
 def test_a_sender_that_stalls_or_drips_is_cut_off() -> None:
     rejections: list[RejectedRequest] = []
     for sender in (Sender(b"x", 1.0, b"y"), Sender(*[b"x", 0.1] * 20)):
-        assert ask(public(Engine(), rejections), "/v1/fleet/push-object", headers=signed(), sender=sender) == 408
+        assert ask(public(FakeSuperLink(), rejections), "/v1/fleet/push-object", headers=signed(), sender=sender) == 408
     assert [(refused.site, refused.reason) for refused in rejections] == [
         ("north", "a body that did not arrive in time")
     ] * 2
 
 
 def test_bodies_that_are_read_at_once_are_bounded_together_and_given_back() -> None:
-    engine = Engine()
-    gate = public(engine, limits=replace(LIMITS, max_in_flight=1500))
+    superlink = FakeSuperLink()
+    public_filter = public(superlink, limits=replace(LIMITS, max_in_flight=1500))
     headers = {**signed(), "content-length": "1000"}
     sent: list[int] = []
 
@@ -271,7 +271,7 @@ def test_bodies_that_are_read_at_once_are_bounded_together_and_given_back() -> N
             "client": None,
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
         }
-        await gate(scope, sender, send)
+        await public_filter(scope, sender, send)
 
     async def both() -> None:
         await asyncio.gather(one(Sender(b"x" * 500, 0.1, b"x" * 500)), one(Sender(b"x" * 1000)))
@@ -282,9 +282,9 @@ def test_bodies_that_are_read_at_once_are_bounded_together_and_given_back() -> N
 
 
 def test_a_websocket_is_closed() -> None:
-    engine = Engine()
-    assert ask(public(engine), "/v1/fleet/pull-messages", kind="websocket") == 0
-    assert engine.seen == []
+    superlink = FakeSuperLink()
+    assert ask(public(superlink), "/v1/fleet/pull-messages", kind="websocket") == 0
+    assert superlink.seen == []
 
 
 # --- from this machine -----------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_a_websocket_is_closed() -> None:
 
 def loopback(path: str, *, secret: str | None = None, host: str = "127.0.0.1:9193", method: str = "POST") -> int:
     headers = {"host": host} | ({} if secret is None else {CONTROL_HEADER: secret})
-    return ask(LoopbackFilter(Engine(), secret="right", port=9193), path, headers=headers, method=method)
+    return ask(LoopbackFilter(FakeSuperLink(), secret="right", port=9193), path, headers=headers, method=method)
 
 
 def test_control_requests_need_the_federations_secret() -> None:
@@ -308,19 +308,19 @@ def test_a_web_page_cannot_ask_under_another_host() -> None:
 def test_fleet_requests_have_no_way_around_the_public_gate() -> None:
     assert loopback("/v1/fleet/pull-messages", secret="right") == 404
     assert loopback("/docs", method="GET") == 404
-    assert loopback("/v1/runtime/acquire-task") == 200  # The engine asks for its own token.
+    assert loopback("/v1/runtime/acquire-task") == 200  # The superlink asks for its own token.
 
 
-# --- the registry and the journal ------------------------------------------------------------------------------------
+# --- admitted keys and the journal -----------------------------------------------------------------------------------
 
 
 def test_a_removed_key_is_unknown_from_the_next_request_on(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     keys = AdmittedKeys(federation)
-    key = registry.admitted(federation)["north"].pem()
+    key = admitted_sites.load_admitted_sites(federation)["north"].pem()
     assert keys.find_site(key) == "north"
-    registry.remove(federation, "north")
+    admitted_sites.remove_site(federation, "north")
     assert keys.find_site(key) is None
 
 

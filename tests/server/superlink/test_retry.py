@@ -15,7 +15,7 @@ from server.superlink.retry import RetryingApp
 PATH = "/v1/runtime/pull-object"
 
 
-class Engine:
+class FakeSuperLink:
     """Answers what it is told to, one answer a request; remembers the bodies."""
 
     def __init__(self, *answers: tuple[int, bytes]) -> None:
@@ -29,7 +29,7 @@ class Engine:
         await send({"type": "http.response.body", "body": body})
 
 
-def ask(engine: Engine, path: str = PATH) -> tuple[int, bytes]:
+def ask(superlink: FakeSuperLink, path: str = PATH) -> tuple[int, bytes]:
     sent: list[MutableMapping[str, Any]] = []
 
     async def receive() -> MutableMapping[str, Any]:
@@ -39,7 +39,7 @@ def ask(engine: Engine, path: str = PATH) -> tuple[int, bytes]:
         sent.append(message)
 
     request = message_pb2.PullObjectRequest(object_id="a").SerializeToString()
-    asyncio.run(RetryingApp(engine)({"type": "http", "path": path, "method": "POST"}, receive, send))
+    asyncio.run(RetryingApp(superlink)({"type": "http", "path": path, "method": "POST"}, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
 
@@ -51,27 +51,27 @@ UNKNOWN = message_pb2.PullObjectResponse(object_found=False).SerializeToString()
 
 
 def test_a_part_that_arrives_a_moment_later_is_answered_at_once_then() -> None:
-    engine = Engine((200, ON_ITS_WAY), (200, ON_ITS_WAY), (200, THERE))
+    superlink = FakeSuperLink((200, ON_ITS_WAY), (200, ON_ITS_WAY), (200, THERE))
     started = time.monotonic()
-    assert ask(engine) == (200, THERE)
+    assert ask(superlink) == (200, THERE)
     assert time.monotonic() - started < 1.0
-    assert len(set(engine.bodies)) == 1 and len(engine.bodies) == 3
+    assert len(set(superlink.bodies)) == 1 and len(superlink.bodies) == 3
 
 
 def test_a_part_that_never_comes_is_not_waited_for_for_ever() -> None:
     started = time.monotonic()
-    assert ask(Engine((200, ON_ITS_WAY))) == (200, ON_ITS_WAY)
+    assert ask(FakeSuperLink((200, ON_ITS_WAY))) == (200, ON_ITS_WAY)
     assert 1.0 < time.monotonic() - started < 10.0
 
 
 @pytest.mark.parametrize("answer", [(200, UNKNOWN), (200, THERE), (403, b"{}"), (200, b"\xff\xff\xff")])
 def test_every_other_answer_is_given_as_it_is(answer: tuple[int, bytes]) -> None:
-    engine = Engine(answer)
-    assert ask(engine) == answer
-    assert len(engine.bodies) == 1
+    superlink = FakeSuperLink(answer)
+    assert ask(superlink) == answer
+    assert len(superlink.bodies) == 1
 
 
 def test_other_requests_pass_untouched() -> None:
-    engine = Engine((200, ON_ITS_WAY))
-    assert ask(engine, "/v1/runtime/get-nodes") == (200, ON_ITS_WAY)
-    assert len(engine.bodies) == 1
+    superlink = FakeSuperLink((200, ON_ITS_WAY))
+    assert ask(superlink, "/v1/runtime/get-nodes") == (200, ON_ITS_WAY)
+    assert len(superlink.bodies) == 1

@@ -13,7 +13,7 @@ from common.events import FileJournal
 from common.types import BadInput, RunFailed
 from common.yaml import write_yaml
 from server.__main__ import _finish
-from server.deployment import admitted_sites as registry
+from server.deployment import admitted_sites
 from server.reports.status_table import status_table
 from server.superlink import operate
 from server.superlink.control import RunState
@@ -62,7 +62,7 @@ def test_the_node_ids_follow_their_file_and_forget_no_name(tmp_path: Path) -> No
 
 def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    registry.admit(federation, "north", write_key_pair(tmp_path, "north"))
+    admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     folder = federation.runs / "tiny-1"
     folder.mkdir()
     write_yaml(folder / "config.yaml", tiny.run_config())
