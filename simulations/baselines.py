@@ -16,14 +16,14 @@ from collections.abc import Mapping
 import torch
 
 from client.data.units import TaskRecords, Units
-from client.personal.local_heads import Update
+from client.personal.local_heads import ApplyUpdate
 from common.run import RunConfig
 from common.tasks import Task
 from common.types import Params
 from server.rounds.aggregators import State, Weighted, open_aggregator
 
 
-def aggregated_alone(run: RunConfig) -> Update:
+def aggregated_alone(run: RunConfig) -> ApplyUpdate:
     """The run's own aggregation, of one contribution: what makes a head trained alone comparable."""
     aggregator = open_aggregator(run.aggregation, "aggregation")
     states: dict[str, State] = {}

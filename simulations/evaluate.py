@@ -13,7 +13,13 @@ import torch
 from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
-from client.personal.metrics import Values, defined, exact_sums, pair_values, values_of
+from client.personal.metrics import (
+    Metrics,
+    compute_exact_sums,
+    compute_metrics,
+    compute_pair_metrics,
+    replace_undefined,
+)
 from common.tasks import EXACT_BUCKETS, BaselinePrediction, PairMetrics, Task
 from common.types import Heads
 
@@ -22,8 +28,8 @@ from common.types import Heads
 class Evaluation:
     """One task's metrics: over all sites' held-out records together, and for each site. None is undefined."""
 
-    pooled: Values
-    per_site: Mapping[str, Values]
+    pooled: Metrics
+    per_site: Mapping[str, Metrics]
 
 
 def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]) -> dict[str, Evaluation]:
@@ -39,26 +45,28 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
         if name not in heads:
             continue
         per_site = {
-            site: exact_sums(heads[name], name, task, units) for site, units in held_out.items() if name in units.tasks
+            site: compute_exact_sums(heads[name], name, task, units)
+            for site, units in held_out.items()
+            if name in units.tasks
         }
         present = {site: sums for site, sums in per_site.items() if sums is not None}
         own = {site: held_out[site] for site in present}
         results[name] = Evaluation(
             pooled={
-                **(values_of(task, reduce(torch.add, present.values())) if present else {}),
-                **pair_values(heads[name], name, task, list(own.values())),
+                **(compute_metrics(task, reduce(torch.add, present.values())) if present else {}),
+                **compute_pair_metrics(heads[name], name, task, list(own.values())),
             },
             per_site={
-                site: {**values_of(task, sums), **pair_values(heads[name], name, task, [own[site]])}
+                site: {**compute_metrics(task, sums), **compute_pair_metrics(heads[name], name, task, [own[site]])}
                 for site, sums in present.items()
             },
         )
     return results
 
 
-def obvious(tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]) -> dict[str, Values]:
+def obvious(tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]) -> dict[str, Metrics]:
     """Metrics of what each task says without training, over all sites' records together; of no other task."""
-    results: dict[str, Values] = {}
+    results: dict[str, Metrics] = {}
     for name, task in tasks.items():
         if not isinstance(task, BaselinePrediction):
             continue
@@ -67,9 +75,9 @@ def obvious(tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Map
         outputs = task.predict_baseline(features, known_features, known_labels)
         # Features as embeddings have no side of any training identity: only their pairs can be judged.
         if isinstance(task, PairMetrics):
-            results[name] = defined(task.pair_metrics(outputs, labels))
+            results[name] = replace_undefined(task.pair_metrics(outputs, labels))
         else:
-            results[name] = values_of(task, task.statistic(EXACT_BUCKETS).sums(outputs, labels))
+            results[name] = compute_metrics(task, task.statistic(EXACT_BUCKETS).sums(outputs, labels))
     return results
 
 

@@ -20,11 +20,12 @@ from client.config import SiteConfig
 from client.data.prepare import PROBLEMS
 from client.data.records import check_values
 from client.data.sources import open_source
-from client.personal.local_heads import train_alone
-from client.personal.metrics import Values
+from client.data.units import Units
+from client.personal.local_heads import LocalTraining, train_alone
+from client.personal.metrics import Metrics
 from client.protocol.requirements import untrained_modules
 from client.protocol.site import Site
-from client.solvers import open_solver
+from client.solvers import Solver, open_solver
 from common.backbones import Backbone, open_random
 from common.events import FileJournal, read
 from common.files import without_flushing
@@ -361,7 +362,7 @@ def _pooled(
     sites: Sequence[SiteConfig],
     run_id: str,
     backbones: Mapping[str, Backbone],
-) -> dict[str, Values]:
+) -> dict[str, Metrics]:
     found = _evaluated(experiment, heads, sites, run_id, backbones)
     return {task: dict(result.pooled) for task, result in found.items()}
 
@@ -370,30 +371,47 @@ def _local(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, dic
     """Each site alone with the same privacy: per task the mean over its sites, each on the pooled held-out records."""
     solver = open_solver(experiment.config.run.solver, "run.solver")
     train = units_of(sites, experiment.run_id, experiment.tasks, "train")
-    results: dict[str, list[Values]] = {}
+    results: dict[str, list[Metrics]] = {}
     for site in sites:
         if site.name not in train:
             continue
-        own = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
-        heads = train_alone(
-            experiment.config.run,
-            initial_modules(experiment.config.run, own, experiment.backbones),
-            solver,
-            experiment.privacy,
-            own,
-            train[site.name],
-            {name: site.tasks[name].public_size for name in own},
-            site.unit,
-            experiment.entropy,
-            f"local/{site.name}",
-            aggregated_alone(experiment.config.run),
-        )
+        tasks = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
+        sizes = {name: site.tasks[name].public_size for name in tasks}
+        heads = _train_alone(experiment, solver, tasks, train[site.name], sizes, purpose=f"local/{site.name}")
         for task, values in _pooled(experiment, heads, sites, experiment.run_id, experiment.backbones).items():
             results.setdefault(task, []).append(values)
     return {task: _mean(values) for task, values in results.items()}
 
 
-def _mean(values: list[Values]) -> dict[str, float | None]:
+def _train_alone(
+    experiment: Experiment,
+    solver: Solver,
+    tasks: Mapping[str, Task],
+    units: Units,
+    sizes: Mapping[str, int],
+    *,
+    purpose: str,
+) -> Heads:
+    """Returns heads trained on these units alone, with the run's own aggregation of one update."""
+    run_ = experiment.config.run
+    training = LocalTraining(
+        solver=solver,
+        plan=solver.plan(experiment.privacy if solver.private else None, experiment.config.unit, run_.rounds),
+        rounds=run_.rounds,
+        tasks=tasks,
+        units=units,
+        public_sizes=run_.parameter_group_sizes(sizes),
+    )
+    return train_alone(
+        training,
+        initial_modules(run_, tasks, experiment.backbones),
+        entropy=experiment.entropy,
+        purpose=purpose,
+        apply_update=aggregated_alone(run_),
+    )
+
+
+def _mean(values: list[Metrics]) -> dict[str, float | None]:
     means: dict[str, float | None] = {}
     for name in values[0]:
         defined = [value for item in values if (value := item[name]) is not None]
@@ -401,7 +419,7 @@ def _mean(values: list[Values]) -> dict[str, float | None]:
     return means
 
 
-def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Metrics]:
     train = units_of(sites, experiment.run_id, experiment.tasks, "train")
     tasks = {name: task for name, task in experiment.tasks.items() if any(name in own.tasks for own in train.values())}
     sizes = {
@@ -410,15 +428,11 @@ def _central(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, V
     }
     assert experiment.config.non_private_solver is not None
     solver = open_solver(experiment.config.non_private_solver, "non_private_solver")
-    unit = experiment.config.unit
-    units = pool(train, tasks)
-    run_, update = experiment.config.run, aggregated_alone(experiment.config.run)
-    modules = initial_modules(run_, tasks, experiment.backbones)
-    heads = train_alone(run_, modules, solver, None, tasks, units, sizes, unit, experiment.entropy, "central", update)
+    heads = _train_alone(experiment, solver, tasks, pool(train, tasks), sizes, purpose="central")
     return _pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
 
 
-def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Metrics]:
     del sites  # These sites' files forbid it.
     config = experiment.config
     changes = {"solver": config.non_private_solver, "privacy": "non_private", "evaluation": None}
@@ -426,14 +440,14 @@ def _non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[st
     return _again(experiment, run_, experiment.backbones, "non_private")
 
 
-def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+def _random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Metrics]:
     del sites  # Their ledgers are the real run's.
     run_ = experiment.config.run.model_copy(update={"evaluation": None})
     backbones = open_backbones(run_, _IN_FILE, opened_by=partial(open_random, seed=run_.seed))
     return _again(experiment, run_, backbones, "random_backbone")
 
 
-def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Backbone], name: str) -> dict[str, Values]:
+def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Backbone], name: str) -> dict[str, Metrics]:
     """The federation once more under other conditions, with sites and ledgers of its own."""
     folder = experiment.folder / "baselines" / name
     shutil.rmtree(folder, ignore_errors=True)  # Of an attempt that was interrupted.
@@ -443,7 +457,7 @@ def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Back
     return _pooled(experiment, outcome.heads, sites, folder.name, backbones)
 
 
-def _obvious(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Values]:
+def _obvious(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Metrics]:
     train, test = (units_of(sites, experiment.run_id, experiment.tasks, split) for split in ("train", "test"))
     tasks = {name: task for name, task in experiment.tasks.items() if any(name in own.tasks for own in train.values())}
     return obvious(tasks, train, test)

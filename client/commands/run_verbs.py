@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.config import SiteConfig
-from client.personal import evaluate as home
+from client.personal.evaluate import FEDERATED, Comparison, compare
 from client.protocol.approvals import Approvals, Offer, read_offer
 from client.protocol.plan import forecast
 from client.protocol.site import Site, SiteDeclined
@@ -70,7 +70,9 @@ def approve(
 
 def evaluate(
     site: SiteFile,
-    run: Annotated[str | None, typer.Option(help="Id of the run; by default the one that came home last")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Compare a run's final heads with heads trained here alone, on held-out units. Nothing is sent or spent.
@@ -79,11 +81,11 @@ def evaluate(
     """
     with reported_errors():
         try:
-            result = home.compare(Site(load(SiteConfig, site), os_entropy), run)
+            result = compare(Site(load(SiteConfig, site), os_entropy), run)
         except SiteDeclined as declined:
             raise BadInput(f"--run {run}: {declined.detail}") from declined
         if json_:
-            typer.echo(json.dumps(home.as_json(result), indent=2, allow_nan=False))
+            typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
         else:
             Console().print(_comparison(result))
 
@@ -161,7 +163,7 @@ def _list(approvals: Approvals, kit: Path, json_: bool) -> None:
         typer.echo("no offer waits and none was approved")
 
 
-def _comparison(result: home.Comparison) -> Table:
+def _comparison(result: Comparison) -> Table:
     table = Table(
         title=f"{result.run_id}: {result.num_held_out} held-out unit(s) of this site; nothing was sent or spent",
         title_justify="left",
@@ -170,7 +172,7 @@ def _comparison(result: home.Comparison) -> Table:
     for name in ("task", "metric", *columns):
         table.add_column(name)
     for task, own in result.tasks.items():
-        for position, metric in enumerate(own[home.FEDERATED]):
+        for position, metric in enumerate(own[FEDERATED]):
             values = [own[who].get(metric) for who in columns]
             shown = ["" if value is None else f"{value:.3f}" for value in values]
             table.add_row(task if position == 0 else "", metric, *shown)

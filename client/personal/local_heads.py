@@ -1,8 +1,9 @@
-"""Heads that one party trains alone: what a federation is compared with."""
+"""Heads that one party trains alone, with which the federation's are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -12,57 +13,70 @@ from client.solvers import Solver
 from common.model.parameters import load_parameters, parameters
 from common.privacy.noise import Entropy, NoiseStream
 from common.process.threads import one_thread
-from common.run import Privacy, RunConfig
 from common.tasks import Task
-from common.types import Heads, Params, Unit
+from common.types import Heads, Params, Plan
 
-Update = Callable[[str, Params, Params], Params]
-"""Task, head, what the round changed -> new head."""
+ApplyUpdate = Callable[[str, Params, Params], Params]
+"""(parameter group, its parameters, their change in a round) -> new parameters."""
 
 
-def added(task: str, params: Params, change: Params) -> Params:
-    """Head plus change."""
-    del task
+@dataclass(frozen=True)
+class LocalTraining:
+    """The training of one party alone.
+
+    Attributes:
+        solver: the solver of every round.
+        plan: plan of one round.
+        rounds: number of rounds, as in the federation.
+        tasks: the party's tasks.
+        units: the party's training units.
+        public_sizes: parameter group -> declared number of units, as in the federation.
+    """
+
+    solver: Solver
+    plan: Plan
+    rounds: int
+    tasks: Mapping[str, Task]
+    units: Units
+    public_sizes: Mapping[str, int]
+
+
+def add_update(group: str, params: Params, change: Params) -> Params:
+    """Returns the parameters of a group plus their change."""
+    del group
     return {name: np.asarray(value + change[name], dtype=np.float32) for name, value in params.items()}
 
 
 def train_alone(
-    run: RunConfig,
+    training: LocalTraining,
     modules: Mapping[str, nn.Module],
-    solver: Solver,
-    privacy: Privacy | None,
-    tasks: Mapping[str, Task],
-    units: Units,
-    public_sizes: Mapping[str, int],
-    unit: Unit,
+    *,
     entropy: Entropy,
     purpose: str,
-    update: Update = added,
+    apply_update: ApplyUpdate = add_update,
 ) -> Heads:
-    """Heads trained by one party alone, in as many rounds as the federation takes and from the same initial heads.
+    """Returns the parameters after all rounds of one party alone, which takes as many as the federation.
 
     Args:
-        run: for the number of rounds.
-        modules: the party's entries of the heads before the first round; they are overwritten.
-        solver: how to train.
-        privacy: requested privacy; None without.
-        tasks: the party's tasks.
-        units: its training units.
-        public_sizes: declared sizes of the tasks, as in the federation.
-        unit: what the party's budget protects.
-        entropy: where noise keys come from.
-        purpose: distinguishes this party's noise.
-        update: what a round's change makes of a head.
+        training: the solver, its plan and the party's data.
+        modules: parameter group -> head or trunk before the first round, as in the federation; overwritten.
+        entropy: source of the keys of coins and noise.
+        purpose: distinguishes this party's keys from those of others.
+        apply_update: computes new parameters from a round's change.
     """
     heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
-    plan = solver.plan(privacy, unit, run.rounds)
-    for round_ in range(1, run.rounds + 1):
+    for round_ in range(1, training.rounds + 1):
         for name, params in heads.items():
             load_parameters(modules[name], params)
         stream = NoiseStream(entropy(f"{purpose}/{round_}"))
         with one_thread():
-            delta = solver.solve(
-                modules, tasks, units, plan=plan, public_sizes=run.parameter_group_sizes(public_sizes), stream=stream
+            update = training.solver.solve(
+                modules,
+                training.tasks,
+                training.units,
+                plan=training.plan,
+                public_sizes=training.public_sizes,
+                stream=stream,
             )
-        heads = {name: update(name, params, delta.heads[name]) for name, params in heads.items()}
+        heads = {name: apply_update(name, params, update.heads[name]) for name, params in heads.items()}
     return heads

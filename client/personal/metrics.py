@@ -1,4 +1,4 @@
-"""A head's metrics on units, exact: for local eyes and for simulators only, outside the privacy promise."""
+"""Exact metrics of a head on units, for the site's own eyes and for simulators only: outside the privacy promise."""
 
 from __future__ import annotations
 
@@ -13,36 +13,56 @@ from common.model.parameters import load_parameters
 from common.tasks import EXACT_BUCKETS, PairMetrics, Task
 from common.types import Params
 
-Values = Mapping[str, float | None]
-"""Metric -> value, the main one first; None where undefined."""
+Metrics = Mapping[str, float | None]
+"""Metric -> value, the task's main metric first; None where it is undefined."""
 
 
-def exact_sums(params: Params, name: str, task: Task, units: Units) -> Tensor | None:
-    """Returns the exact sums of a task's statistic over the labelled records of units; None where there is none."""
-    found = _outputs(params, name, task, units)
-    return None if found is None else task.statistic(EXACT_BUCKETS).sums(*found)
+def compute_exact_sums(params: Params, name: str, task: Task, units: Units) -> Tensor | None:
+    """Returns the exact sums of a task's statistic over the labelled records of units.
+
+    Args:
+        params: parameters of the task's head.
+        name: the task's name.
+        task: the task's definition.
+        units: units with the features that the head reads.
+
+    Returns:
+        sums_S in float64, or None where no record has a label.
+    """
+    predictions = _predict(params, name, task, units)
+    return None if predictions is None else task.statistic(EXACT_BUCKETS).sums(*predictions)
 
 
-def values_of(task: Task, sums_S: Tensor) -> Values:
+def compute_metrics(task: Task, sums_S: Tensor) -> Metrics:
     """Returns the metrics that follow from the exact sums of a task's statistic; those of several sites add up."""
-    return defined(task.statistic(EXACT_BUCKETS).values(sums_S))
+    return replace_undefined(task.statistic(EXACT_BUCKETS).values(sums_S))
 
 
-def pair_values(params: Params, name: str, task: Task, units: Sequence[Units]) -> Values:
-    """Metrics over pairs of all labelled records together; none where the task has none."""
-    found = [pair for own in units if (pair := _outputs(params, name, task, own)) is not None]
-    if not isinstance(task, PairMetrics) or not found:
+def compute_pair_metrics(params: Params, name: str, task: Task, units: Sequence[Units]) -> Metrics:
+    """Returns the metrics over pairs of all labelled records together; none where the task has none.
+
+    Args:
+        params: parameters of the task's head.
+        name: the task's name.
+        task: the task's definition.
+        units: units of one or several sites, with the features that the head reads.
+    """
+    if not isinstance(task, PairMetrics):
         return {}
-    outputs, labels = zip(*found, strict=True)
-    return defined(task.pair_metrics(torch.cat(outputs), torch.cat(labels)))
+    predictions = [pair for each in units if (pair := _predict(params, name, task, each)) is not None]
+    if not predictions:
+        return {}
+    outputs, labels = zip(*predictions, strict=True)
+    return replace_undefined(task.pair_metrics(torch.cat(outputs), torch.cat(labels)))
 
 
-def defined(values: Mapping[str, float]) -> Values:
-    """The same, with None for what is not finite."""
+def replace_undefined(values: Mapping[str, float]) -> Metrics:
+    """Returns the same metrics with None for every value that is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _outputs(params: Params, name: str, task: Task, units: Units) -> tuple[Tensor, Tensor] | None:
+def _predict(params: Params, name: str, task: Task, units: Units) -> tuple[Tensor, Tensor] | None:
+    """Returns a head's outputs for the labelled records, and their labels; None where there is none."""
     records = units.tasks[name].labelled()
     if len(records.features_RD) == 0:
         return None

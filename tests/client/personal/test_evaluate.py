@@ -1,4 +1,4 @@
-"""The result comes home: a site compares the final heads with heads it trains alone; nothing is sent or spent."""
+"""A site compares the final heads with heads that it trains alone; nothing is sent or spent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from client.__main__ import app
 from client.app import make_app
 from client.config import SiteConfig
-from client.personal.evaluate import ALONE, ALONE_NOT_PRIVATE, FEDERATED, compare, final_heads
+from client.personal.evaluate import ALONE, ALONE_NOT_PRIVATE, FEDERATED, compare, load_final_heads
 from client.protocol.site import Site
 from common import messages
 from common.events import FileJournal, read
@@ -71,7 +71,7 @@ def test_a_site_alone_without_privacy_trains_each_head_at_its_own_rate(tmp_path:
     assert float(colour[ALONE_NOT_PRIVATE]["accuracy"] or 0.0) > 0.9, "the other head learns"
 
 
-def test_the_federated_column_is_the_accuracy_of_the_heads_that_came_home(tmp_path: Path) -> None:
+def test_the_federated_column_is_the_accuracy_of_the_final_heads(tmp_path: Path) -> None:
     """Against a plain loop over the held-out records."""
     from client.data.prepare import open_units
 
@@ -80,7 +80,7 @@ def test_the_federated_column_is_the_accuracy_of_the_heads_that_came_home(tmp_pa
 
     folder = config.state_dir / "runs" / "run-1"
     records = open_units(folder / "data", "test", ["colour"], torch.device("cpu")).tasks["colour"]
-    head = {name: np.asarray(value) for name, value in final_heads(folder)["colour"].items()}
+    head = {name: np.asarray(value) for name, value in load_final_heads(folder)["colour"].items()}
     weight = next(value for value in head.values() if value.ndim == 2)
     bias = next((value for value in head.values() if value.ndim == 1), np.zeros(len(weight), np.float32))
     right = 0
@@ -102,7 +102,7 @@ def test_heads_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
 
 def test_a_site_without_a_run_or_without_held_out_units_gets_one_sentence(tmp_path: Path) -> None:
     site = Site(site_config(tmp_path, "west"), os_entropy)
-    with pytest.raises(BadInput, match="none came home"):
+    with pytest.raises(BadInput, match="no final heads yet"):
         compare(site)
 
 
