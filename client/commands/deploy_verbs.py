@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.config import SiteConfig
-from client.connection.folder import MARK, SITE_FILE, make_folder, marks, renew_key, take_kit
-from client.connection.keys import fingerprint
+from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, renew_key, take_kit
+from client.connection.keys import compute_fingerprint
 from client.connection.kit import read_kit
 from common.bundle import compute_code_digest
 from common.process.console import EXIT_FAILED, reported_errors
@@ -60,12 +60,12 @@ def init(
         else:
             public = make_folder(folder, None if kit is None else read_kit(kit), name)
         site_file = folder / SITE_FILE
-        lines = marks(site_file.read_text(encoding="utf-8"))
+        lines = find_marks(site_file.read_text(encoding="utf-8"))
         where = f"replace {MARK} in lines {', '.join(map(str, lines))}" if lines else "complete"
         typer.echo(f"site file   {site_file}: {where}")
         typer.echo(f"private key {public.with_suffix('')}: stays here")
         typer.echo(f"public key  {public}: send it to the coordinator's staff")
-        typer.echo(f"fingerprint {fingerprint(public)}: compare it with theirs by telephone")
+        typer.echo(f"fingerprint {compute_fingerprint(public)}: compare it with theirs by telephone")
         if kit is None and not new_key:
             typer.echo(f"kit         when it has come: python -m client init {folder} --kit KIT.zip")
         typer.echo(f"then        python -m client check {site_file}")
@@ -83,20 +83,20 @@ def check(
     with reported_errors():
         config = _load(site)
         from client.connection.checks import (  # Here: it needs torch, and `init` does not.
-            approval_checks,
+            check_approvals,
+            check_backbone_fit,
             check_site,
-            refused_by_backbone,
         )
         from client.data.preview import Preview, write_previews
         from client.protocol.approvals import read_offer
 
         kept = {path: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
         offers = {path.stem: offer.config() for path, offer in kept.items()}
-        found = [*check_site(config, offers, offline=offline), *approval_checks(site, config, kept)]
+        found = [*check_site(config, offers, offline=offline), *check_approvals(site, config, kept)]
         previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)
-        found += [refused_by_backbone(preview) for preview in previews if preview.refused]
+        found += [check_backbone_fit(preview) for preview in previews if preview.refused]
         sheets = [preview.sheet for preview in previews if preview.sheet]
         failed = sum(item.outcome == "fail" for item in found)
         if json_:
@@ -146,7 +146,7 @@ def digest() -> None:
 
 def _load(site: Path) -> SiteConfig:
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        waiting = marks(site.read_text(encoding="utf-8"))
+        waiting = find_marks(site.read_text(encoding="utf-8"))
         if waiting:
             lines = ", ".join(map(str, waiting))
             raise BadInput(f"{site}: expected every {MARK} to be replaced, got one in lines {lines}")

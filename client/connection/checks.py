@@ -1,7 +1,7 @@
-"""Everything that can be tried before joining, as a list of passes and failures, each failure with its remedy.
+"""Checks of a site before it joins, as a list of passes and failures, each failure with its remedy.
 
-Nothing is sent but what a TLS handshake and one question about admission take; nothing is spent; counts of records are
-for the local screen only.
+Nothing is sent except a TLS handshake and one question about admission. Nothing is spent. Counts of records are for the
+local screen only.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from client.config import Coordinator, SiteConfig
-from client.connection import diagnose as probe
+from client.connection import diagnose
 from client.connection.diagnose import (
     WARN_DAYS,
-    connect_sentence,
+    create_trusting_context,
+    explain_connection_failure,
     is_tls_error,
     open_tls,
-    presented,
-    trusting,
+    read_presented_certificate,
 )
 from client.connection.fleet import ConnectionLost, Fleet, JoinRefused, RunOver, clock_skew
 from client.connection.keys import read_key
@@ -36,57 +36,56 @@ from common.privacy.noise import os_entropy
 from common.run import RunConfig
 from common.types import BadInput, HeadwaterError
 
-Outcome = Literal["pass", "warn", "fail"]
 LOW_DISK_BYTES = 2 << 30
 _OTHERS = 0o077
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried.
+    """The result of one check.
 
     Attributes:
-        name: what.
-        outcome: `warn` does not keep a site from joining.
-        detail: what was seen.
-        remedy: what to do about it; "" where there is nothing to do.
+        name: name of the check.
+        outcome: `fail` keeps a site from joining, `warn` does not.
+        detail: finding of the check.
+        remedy: advice to the site's staff; "" where there is nothing to do.
     """
 
     name: str
-    outcome: Outcome
+    outcome: Literal["pass", "warn", "fail"]
     detail: str
     remedy: str = ""
 
 
 def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: bool) -> Iterator[Check]:
-    """All checks, in the order in which a site needs them.
+    """Yields the results of all checks, in the order in which a site needs them.
 
     Args:
-        config: the site's file.
-        offers: the runs that are offered, by name; with them, labels can be compared with what is asked.
-        offline: leave out what needs the network.
+        config: settings of the site file.
+        offers: offered runs by name; the site's labels are compared with theirs.
+        offline: true leaves out the checks that need the network.
     """
     yield Check("code", "pass", f"code digest {compute_code_digest()}")
-    yield from _state(config)
-    yield _device(config)
-    yield _budget(config)
+    yield from _check_state(config)
+    yield _check_device(config)
+    yield _check_budget(config)
     for found in data_checks(config, offers):
         yield Check(*found)
     if config.coordinator is None:
         yield Check("coordinator", "fail", "none is named", "write the section `coordinator` (see a new site's file)")
         return
-    yield from _credentials(config.coordinator)
+    yield from _check_credentials(config.coordinator)
     if not offline:
-        yield from _network(config)
+        yield from _check_network(config)
 
 
-def approval_checks(site: Path, config: SiteConfig, offers: Mapping[Path, Offer]) -> Iterator[Check]:
-    """Whether the offers that came with the kit may be joined.
+def check_approvals(site: Path, config: SiteConfig, offers: Mapping[Path, Offer]) -> Iterator[Check]:
+    """Yields, for each offer that came with the kit, whether the site may join the run.
 
     Args:
-        site: the site's file, as the user names it.
-        config: what it says.
-        offers: by the files that hold them, as the user can open them.
+        site: path of the site file, as the user names it.
+        config: settings of the site file.
+        offers: path of the offer's file, as the user can open it -> the offer.
     """
     approvals = Approvals(config.state_dir)
     for path, offer in offers.items():
@@ -99,8 +98,8 @@ def approval_checks(site: Path, config: SiteConfig, offers: Mapping[Path, Offer]
             yield Check(f"run {name}", "warn", "not approved yet", f"python -m client approve {site} {path}")
 
 
-def refused_by_backbone(preview: Preview) -> Check:
-    """That the offered backbone cannot take some of a source's records."""
+def check_backbone_fit(preview: Preview) -> Check:
+    """Returns the finding that the offered backbone cannot take some of a source's records."""
     detail = f"{len(preview.refused)} of the records looked at do not suit the offered backbone: {preview.refused[0]}"
     return Check(
         f"source {preview.source}", "warn" if preview.sheet else "fail", detail, "convert them, or decline the run"
@@ -110,7 +109,7 @@ def refused_by_backbone(preview: Preview) -> Check:
 # --- this machine ----------------------------------------------------------------------------------------------------
 
 
-def _state(config: SiteConfig) -> Iterator[Check]:
+def _check_state(config: SiteConfig) -> Iterator[Check]:
     folder = config.state_dir
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -132,14 +131,14 @@ def _state(config: SiteConfig) -> Iterator[Check]:
         yield Check("stopped", "fail", "a preparation was stopped by a record", f"mend it and remove {stopped}")
 
 
-def _device(config: SiteConfig) -> Check:
+def _check_device(config: SiteConfig) -> Check:
     try:
         return Check("device", "pass", f"{config.device}: {Site(config, os_entropy).device().type}")
     except BadInput as error:
         return Check("device", "fail", str(error), "write `device: auto` or `cpu`")
 
 
-def _budget(config: SiteConfig) -> Check:
+def _check_budget(config: SiteConfig) -> Check:
     try:
         # As `start` would: a ledger that is gone from a site that answered is damage, not a fresh start.
         if Site(config, os_entropy).has_replies():
@@ -155,14 +154,14 @@ def _budget(config: SiteConfig) -> Check:
     return Check("ledger", "pass", left)
 
 
-def _credentials(coordinator: Coordinator) -> Iterator[Check]:
+def _check_credentials(coordinator: Coordinator) -> Iterator[Check]:
     try:
         read_key(coordinator.key)
         yield Check("key", "pass", f"{coordinator.key}, readable by its owner only")
     except BadInput as error:
         yield Check("key", "fail", str(error), "chmod 600 it, or make a new one with `python -m client init`")
     try:
-        trusting(coordinator.ca)
+        create_trusting_context(coordinator.ca)
         yield Check("authority", "pass", str(coordinator.ca))
     except BadInput as error:
         yield Check("authority", "fail", str(error), "take ca.crt from the coordinator's kit")
@@ -171,18 +170,18 @@ def _credentials(coordinator: Coordinator) -> Iterator[Check]:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def _network(config: SiteConfig) -> Iterator[Check]:
+def _check_network(config: SiteConfig) -> Iterator[Check]:
     coordinator = config.coordinator
     assert coordinator is not None
-    proxy = probe.proxy_for(coordinator)
+    proxy = diagnose.find_proxy(coordinator)
     yield Check("way out", "pass", "through the proxy of HTTPS_PROXY" if proxy else "direct, no proxy")
     try:
-        connection = open_tls(coordinator, trusting(coordinator.ca))
+        connection = open_tls(coordinator, create_trusting_context(coordinator.ca))
     except BadInput:
         return  # Said above.
     except OSError as error:
         tls = is_tls_error(error)
-        detail = probe.tls_sentence(coordinator) if tls else connect_sentence(coordinator, error)
+        detail = diagnose.explain_tls_failure(coordinator) if tls else explain_connection_failure(coordinator, error)
         what, _, remedy = detail.rpartition(": ")
         yield Check("certificate" if tls else "reachable", "fail", what or detail, remedy if what else "")
         return
@@ -194,35 +193,35 @@ def _network(config: SiteConfig) -> Iterator[Check]:
     finally:
         connection.close()
     yield Check("reachable", "pass", f"{coordinator.address} answers over TLS")
-    yield _expiry(coordinator)
-    yield _clock(date)
-    yield _admission(config, coordinator)
+    yield _check_expiry(coordinator)
+    yield _check_clock(date)
+    yield _check_admission(config, coordinator)
 
 
-def _expiry(coordinator: Coordinator) -> Check:
+def _check_expiry(coordinator: Coordinator) -> Check:
     try:
-        shown = presented(coordinator)
+        shown = read_presented_certificate(coordinator)
     except (OSError, ValueError) as error:
         return Check("certificate", "warn", f"it cannot be read again ({type(error).__name__})", "try again")
-    days = (shown.not_after - probe.utc_now()).days
+    days = (shown.not_after - diagnose.utc_now()).days
     detail = f"for {coordinator.address.host}, issued by {shown.issuer}, valid for {days} more days"
     if days < WARN_DAYS:
         return Check("certificate", "warn", detail, "remind the coordinator's staff: `python -m server renew`")
     return Check("certificate", "pass", detail)
 
 
-def _clock(date: str | None) -> Check:
+def _check_clock(date: str | None) -> Check:
     skew = clock_skew(date)
     if skew is None:
         return Check("clock", "warn", "the coordinator does not say what time it is", "")
-    wrong = probe.skew_sentence(skew)
+    wrong = diagnose.explain_clock_skew(skew)
     if wrong:
         what, _, remedy = wrong.rpartition(": ")
         return Check("clock", "fail", what, remedy)
     return Check("clock", "pass", f"within {max(1, round(abs(skew)))} s of the coordinator's")
 
 
-def _admission(config: SiteConfig, coordinator: Coordinator) -> Check:
+def _check_admission(config: SiteConfig, coordinator: Coordinator) -> Check:
     path: Path = config.state_dir / NODE_ID
     try:
         fleet = Fleet(coordinator, read_key(coordinator.key), stopping=Leaving().event)
@@ -232,7 +231,7 @@ def _admission(config: SiteConfig, coordinator: Coordinator) -> Check:
         if path.exists():
             fleet.ask_admission(int(path.read_text(encoding="ascii")))
         else:
-            # The first time, the coordinator is asked as by `start`, and left at once.
+            # The first time: joins as `start` does, and leaves at once.
             fleet.deactivate(fleet.activate())
     except JoinRefused as refused:
         what, _, remedy = str(refused).partition(": ")

@@ -1,6 +1,6 @@
-"""Why a coordinator can or cannot be reached: name, proxy, connection, certificate, clock, each in one sentence.
+"""Explains, in one sentence each, why a coordinator cannot be reached: name, proxy, connection, certificate, clock.
 
-Certificates are read without trust only to say who issued them; nothing is ever sent over such a connection.
+A certificate that does not verify is read only to say who issued it; nothing is sent over such a connection.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ _EXPIRED, _NOT_YET, _WRONG_NAME, _WRONG_ADDRESS = 10, 9, 62, 64
 
 
 @dataclass(frozen=True)
-class Presented:
-    """What a server showed of itself, not trusted."""
+class PresentedCertificate:
+    """A server's certificate, which is not trusted.
+
+    Attributes:
+        issuer: name of the authority that it claims.
+        names: host names and addresses that it is for.
+        not_before: start of its validity, UTC.
+        not_after: end of its validity, UTC.
+    """
 
     issuer: str
     names: tuple[str, ...]
@@ -38,8 +45,8 @@ class Presented:
     not_after: datetime.datetime
 
 
-def proxy_for(coordinator: Coordinator) -> str | None:
-    """The proxy that HTTPS_PROXY names for this address, unless NO_PROXY covers it; loopback needs none."""
+def find_proxy(coordinator: Coordinator) -> str | None:
+    """Returns the proxy that HTTPS_PROXY names for the coordinator; None where NO_PROXY covers it, or for loopback."""
     if is_loopback(coordinator.address.host) or urllib.request.proxy_bypass(str(coordinator.address)):
         return None
     proxies = urllib.request.getproxies()
@@ -48,15 +55,24 @@ def proxy_for(coordinator: Coordinator) -> str | None:
 
 
 def open_tls(coordinator: Coordinator, context: ssl.SSLContext, timeout_s: float = 10.0) -> http.client.HTTPSConnection:
-    """A connection whose TLS handshake is done, through the proxy where there is one. Raises OSError."""
+    """Returns a connection after its TLS handshake, through the proxy where there is one.
+
+    Args:
+        coordinator: the coordinator to connect to.
+        context: which authorities are trusted.
+        timeout_s: longest wait for each step, in seconds.
+
+    Raises:
+        OSError: the connection or the handshake fails.
+    """
     host, port = coordinator.address.host, coordinator.address.port
-    proxy = proxy_for(coordinator)
+    proxy = find_proxy(coordinator)
     if proxy is None:
         connection = http.client.HTTPSConnection(host, port, context=context, timeout=timeout_s)
     else:
         via = urllib.parse.urlsplit(proxy)
         connection = http.client.HTTPSConnection(via.hostname or "", via.port or 80, context=context, timeout=timeout_s)
-        connection.set_tunnel(host, port, headers=_proxy_headers(via))
+        connection.set_tunnel(host, port, headers=_build_proxy_headers(via))
     try:
         connection.connect()
     except BaseException:
@@ -65,16 +81,25 @@ def open_tls(coordinator: Coordinator, context: ssl.SSLContext, timeout_s: float
     return connection
 
 
-def trusting(ca: Path) -> ssl.SSLContext:
-    """A context that trusts this authority alone. Raises BadInput where the file holds no certificate."""
+def create_trusting_context(ca: Path) -> ssl.SSLContext:
+    """Returns a TLS context that trusts one authority alone.
+
+    Raises:
+        BadInput: the file holds no certificate.
+    """
     try:
         return ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as error:
         raise BadInput(f"coordinator.ca: expected a PEM certificate in {ca}{instead(error)}") from error
 
 
-def presented(coordinator: Coordinator) -> Presented:
-    """The certificate a server shows, whoever issued it. Raises OSError."""
+def read_presented_certificate(coordinator: Coordinator) -> PresentedCertificate:
+    """Returns the certificate that the coordinator's address presents, whoever issued it.
+
+    Raises:
+        OSError: the connection fails.
+        ValueError: the certificate cannot be parsed.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -84,16 +109,16 @@ def presented(coordinator: Coordinator) -> Presented:
     finally:
         connection.close()
     certificate = x509.load_der_x509_certificate(raw or b"")
-    return Presented(
+    return PresentedCertificate(
         issuer=certificate.issuer.rfc4514_string(),
-        names=_names(certificate),
+        names=_read_names(certificate),
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
     )
 
 
 def is_tls_error(error: BaseException | None) -> bool:
-    """Whether a TLS failure stands anywhere behind an error."""
+    """Returns whether a TLS failure is the error or any of its causes."""
     while error is not None:
         if isinstance(error, ssl.SSLError):
             return True
@@ -101,12 +126,12 @@ def is_tls_error(error: BaseException | None) -> bool:
     return False
 
 
-def tls_sentence(coordinator: Coordinator) -> str:
-    """Why the TLS handshake with a coordinator fails, found by trying again."""
+def explain_tls_failure(coordinator: Coordinator) -> str:
+    """Returns why the TLS handshake with a coordinator fails, which is found by trying again."""
     try:
-        open_tls(coordinator, trusting(coordinator.ca)).close()
+        open_tls(coordinator, create_trusting_context(coordinator.ca)).close()
     except ssl.SSLCertVerificationError as error:
-        return _certificate_sentence(coordinator, error)
+        return _explain_certificate_failure(coordinator, error)
     except ssl.SSLError as error:
         if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
             return (
@@ -119,8 +144,15 @@ def tls_sentence(coordinator: Coordinator) -> str:
     return f"{coordinator.address}: the TLS handshake failed once and now succeeds; try again"
 
 
-def skew_sentence(skew_s: float | None) -> str | None:
-    """What is wrong with this machine's clock, seen from the coordinator's; None where nothing is known to be."""
+def explain_clock_skew(skew_s: float | None) -> str | None:
+    """Returns what is wrong with this machine's clock.
+
+    Args:
+        skew_s: seconds by which it is ahead of the coordinator's clock; None where that is not known.
+
+    Returns:
+        A sentence with the remedy; None where nothing is known to be wrong.
+    """
     if skew_s is None or -MAX_BEHIND_S < skew_s < MAX_AHEAD_S:
         return None
     side = "ahead of" if skew_s > 0 else "behind"
@@ -130,9 +162,9 @@ def skew_sentence(skew_s: float | None) -> str | None:
     )
 
 
-def _certificate_sentence(coordinator: Coordinator, error: ssl.SSLCertVerificationError) -> str:
+def _explain_certificate_failure(coordinator: Coordinator, error: ssl.SSLCertVerificationError) -> str:
     try:
-        shown = presented(coordinator)
+        shown = read_presented_certificate(coordinator)
     except (OSError, ValueError) as other:
         return f"{coordinator.address}: the certificate does not verify and cannot be read ({type(other).__name__})"
     if error.verify_code == _EXPIRED:
@@ -163,12 +195,12 @@ def _certificate_sentence(coordinator: Coordinator, error: ssl.SSLCertVerificati
     )
 
 
-def connect_sentence(coordinator: Coordinator, error: OSError) -> str:
-    """Why no connection comes about."""
-    proxy = proxy_for(coordinator)
-    way = f" through the proxy {_without_password(proxy)}" if proxy else ""
+def explain_connection_failure(coordinator: Coordinator, error: OSError) -> str:
+    """Returns why a connection to a coordinator fails, with what to check."""
+    proxy = find_proxy(coordinator)
+    way = f" through the proxy {_strip_password(proxy)}" if proxy else ""
     if isinstance(error, socket.gaierror):
-        what = _without_password(proxy) if proxy else coordinator.address.host
+        what = _strip_password(proxy) if proxy else coordinator.address.host
         return f"the name {what} cannot be resolved: check coordinator.address, HTTPS_PROXY and the name server"
     if isinstance(error, TimeoutError):
         return f"no answer from {coordinator.address}{way}: have outward connections to this port allowed"
@@ -177,7 +209,7 @@ def connect_sentence(coordinator: Coordinator, error: OSError) -> str:
     return f"{coordinator.address} cannot be reached{way}: {error}; HTTPS_PROXY and NO_PROXY name the way out"
 
 
-def _names(certificate: x509.Certificate) -> tuple[str, ...]:
+def _read_names(certificate: x509.Certificate) -> tuple[str, ...]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -185,18 +217,18 @@ def _names(certificate: x509.Certificate) -> tuple[str, ...]:
     return tuple(str(name.value) for name in names)
 
 
-def _proxy_headers(via: urllib.parse.SplitResult) -> dict[str, str]:
+def _build_proxy_headers(via: urllib.parse.SplitResult) -> dict[str, str]:
     if via.username is None:
         return {}
     user = f"{urllib.parse.unquote(via.username)}:{urllib.parse.unquote(via.password or '')}"
     return {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
 
 
-def _without_password(proxy: str | None) -> str:
+def _strip_password(proxy: str | None) -> str:
     via = urllib.parse.urlsplit(proxy or "")
     return f"{via.hostname}:{via.port or 80}"
 
 
 def utc_now() -> datetime.datetime:
-    """What this machine's clock says."""
+    """Returns the time of this machine's clock, UTC."""
     return datetime.datetime.now(datetime.UTC)

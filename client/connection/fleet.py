@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import DecodeError, Message
 
 from client.config import Coordinator
-from client.connection.diagnose import is_tls_error, proxy_for, skew_sentence, tls_sentence
+from client.connection.diagnose import explain_clock_skew, explain_tls_failure, find_proxy, is_tls_error
 from common.bundle import MAX_BUNDLE_BYTES
 from common.flower import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
@@ -119,7 +119,7 @@ class Fleet:
         self._http = httpx.Client(
             base_url=f"https://{coordinator.address}",
             verify=ssl.create_default_context(cafile=str(coordinator.ca)),
-            proxy=proxy_for(coordinator),
+            proxy=find_proxy(coordinator),
             # The environment decides about the proxy, above, and about nothing else.
             trust_env=False,
             follow_redirects=False,
@@ -254,7 +254,7 @@ class Fleet:
                 content = _bounded(reply, max_bytes)
         except httpx.HTTPError as error:
             if is_tls_error(error):
-                raise JoinRefused(tls_sentence(self._coordinator)) from error
+                raise JoinRefused(explain_tls_failure(self._coordinator)) from error
             raise ConnectionLost(f"{type(error).__name__}") from error
         if reply.status_code != httpx.codes.OK:
             raise self._failure(path, reply)
@@ -276,7 +276,7 @@ class Fleet:
         status = reply.status_code
         if status == httpx.codes.UNAUTHORIZED:
             # A signature carries the time: a wrong clock looks like a wrong key.
-            clock = skew_sentence(clock_skew(reply.headers.get("date")))
+            clock = explain_clock_skew(clock_skew(reply.headers.get("date")))
             return JoinRefused(clock or self._unknown("the coordinator does not know this site's key (any more)"))
         if status == httpx.codes.PRECONDITION_FAILED and path == "activate-node":
             return JoinRefused(

@@ -1,4 +1,4 @@
-"""A new site's folder: keys, the kit's files, and a site file in which every key is explained."""
+"""A new site's folder: its keys, the kit's files, and a site file that explains every setting."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ _TASK = """\
 
 
 def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
-    """Write a new site's folder; the public key file to send is returned.
+    """Writes a new site's folder and returns the public key's file, which the site sends.
 
     Args:
-        folder: is made; it may exist if it is empty.
-        kit: the coordinator's, where there is one.
-        name: of the site; by default the kit's.
+        folder: the folder to make; it may exist if it is empty.
+        kit: the coordinator's startup kit, where there is one.
+        name: the site's name; by default the kit's.
 
     Raises:
-        BadInput: the folder holds something; no name; a name other than the kit's.
+        BadInput: the folder is not empty, there is no name, or the name is not the kit's.
     """
-    chosen = _name(kit, name)
+    chosen = _choose_name(kit, name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(
             f"{folder}: expected a new or empty folder, got one with something in it; nothing was changed "
@@ -102,21 +102,21 @@ def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
         write_atomic(folder / "ca.crt", kit.ca)
     for run, content in offers.items():
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
-    write_atomic(folder / SITE_FILE, _site_file(chosen, kit).encode())
+    write_atomic(folder / SITE_FILE, _render_site_file(chosen, kit).encode())
     return public
 
 
 def renew_key(folder: Path) -> Path:
-    """Make a new key for a site that lost its own; its public file is returned.
+    """Makes a new key for a site that lost its own and returns the public key's file.
 
-    Nothing else changes: what the site has spent stays in its ledger. A key that is there is kept beside the new one.
+    Nothing else changes: what the site has spent stays in its ledger. An old key is kept beside the new one.
 
     Raises:
         BadInput: the folder is not a site's, or its present key works.
     """
-    name = _name(None, str(read_yaml(folder / SITE_FILE).get("name")))
+    name = _choose_name(None, str(read_yaml(folder / SITE_FILE).get("name")))
     key = private_folder(folder / "keys") / name
-    if _works(key):
+    if _is_usable(key):
         raise BadInput(
             f"{key}: this key works, and with another one the federation would turn this site away until it is "
             "admitted again; nothing was changed. To replace it nevertheless, move the file elsewhere first"
@@ -127,7 +127,7 @@ def renew_key(folder: Path) -> Path:
     return write_key_pair(key, name)
 
 
-def _works(key: Path) -> bool:
+def _is_usable(key: Path) -> bool:
     try:
         read_key(key)
     except BadInput:
@@ -136,10 +136,10 @@ def _works(key: Path) -> bool:
 
 
 def take_kit(folder: Path, kit: Kit) -> None:
-    """Take a kit into a folder that `make_folder` made before there was one: a coordinator needs the key first.
+    """Adds a kit to a folder that `make_folder` made without one, because a coordinator needs the key first.
 
-    Authority and offers are added. The site file is written anew if nobody has changed it yet; else only an address
-    that still waits is filled in.
+    Authority and offers are added. A site file that nobody has changed is written anew; in another one only a missing
+    address is filled in.
 
     Raises:
         BadInput: the kit is another site's, or of another authority than the one already trusted.
@@ -158,18 +158,18 @@ def take_kit(folder: Path, kit: Kit) -> None:
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
     site_file = folder / SITE_FILE
     text = site_file.read_text(encoding="utf-8")
-    untouched = text == _site_file(kit.settings.site, None)
+    untouched = text == _render_site_file(kit.settings.site, None)
     waiting = f"  address: {MARK} "
     filled = text.replace(waiting, f"  address: {kit.settings.address} ")
-    write_atomic(site_file, (_site_file(kit.settings.site, kit) if untouched else filled).encode())
+    write_atomic(site_file, (_render_site_file(kit.settings.site, kit) if untouched else filled).encode())
 
 
-def marks(text: str) -> list[int]:
-    """Lines of a site file that still wait to be filled in, from 1."""
+def find_marks(text: str) -> list[int]:
+    """Returns the numbers, from 1, of a site file's lines that are still to be filled in."""
     return [number for number, line in enumerate(text.splitlines(), start=1) if MARK in line.split("#")[0]]
 
 
-def _name(kit: Kit | None, name: str | None) -> str:
+def _choose_name(kit: Kit | None, name: str | None) -> str:
     known = None if kit is None else kit.settings.site
     if name is not None and known is not None and name != known:
         raise BadInput(f"--name: the kit is for the site {known}, got {name}; ask for a kit of your own")
@@ -181,12 +181,12 @@ def _name(kit: Kit | None, name: str | None) -> str:
     return chosen
 
 
-def _site_file(name: str, kit: Kit | None) -> str:
+def _render_site_file(name: str, kit: Kit | None) -> str:
     runs = [] if kit is None else kit.runs()
     tasks = {task: spec for run in runs for task, spec in run.tasks.items()}
     units = {asked.unit.value for run in runs if (asked := run.requested_privacy) is not None}
     solvers = sorted({run.solver.kind for run in runs})
-    entries = [_task(task, spec.model_dump()) for task, spec in tasks.items()] or [_task("finding", {})]
+    entries = [_render_task(task, spec.model_dump()) for task, spec in tasks.items()] or [_render_task("finding", {})]
     return _TEMPLATE.format(
         mark=MARK,
         name=name,
@@ -198,7 +198,7 @@ def _site_file(name: str, kit: Kit | None) -> str:
     )
 
 
-def _task(name: str, spec: Mapping[str, Any]) -> str:
+def _render_task(name: str, spec: Mapping[str, Any]) -> str:
     labels = [str(label) for label in spec.get("labels") or ["no", "yes"]]
     # JSON quotes what a stranger wrote: no line break or colon of it can become a key of this file.
     about = f"{json.dumps(str(spec.get('kind', 'classification')))}, labels {json.dumps(labels)}"

@@ -1,6 +1,7 @@
 """A site's identity: an EC P-384 key pair in OpenSSH format. The private key is readable by its owner only.
 
-The coordinator gets the public file and nothing else; who holds the private key is this site, so it never leaves.
+The coordinator gets the public key and nothing else. The private key never leaves the site: whoever holds it can act as
+the site.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _OTHERS = 0o077
 
 
 def write_key_pair(path: Path, comment: str) -> Path:
-    """Write a new private key to `path` and its public key beside it, which is returned.
+    """Writes a new private key to `path` and its public key beside it, and returns the public key's file.
 
     Raises:
         BadInput: there is a key already; it is never overwritten.
@@ -36,16 +37,16 @@ def write_key_pair(path: Path, comment: str) -> Path:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {comment}\n".encode()
     public_path = path.with_name(f"{path.name}.pub")
-    _create(path, private, 0o600)
-    _create(public_path, public, 0o644)
+    _create_file(path, private, 0o600)
+    _create_file(public_path, public, 0o644)
     return public_path
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A site's private key.
+    """Returns the private key in a file.
 
     Raises:
-        BadInput: missing, not an EC P-384 key without a passphrase, or readable by others.
+        BadInput: the file is missing or readable by others, or holds no EC P-384 key without a passphrase.
     """
     try:
         mode = path.stat().st_mode
@@ -68,13 +69,13 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def fingerprint(public: Path) -> str:
-    """The digest by which two people compare a public key over the telephone, as `ssh-keygen -l` prints it."""
+def compute_fingerprint(public: Path) -> str:
+    """Returns a public key's digest as `ssh-keygen -l` prints it, by which two people compare the key by telephone."""
     blob = base64.b64decode(public.read_text(encoding="ascii").split()[1])
     return f"SHA256:{base64.b64encode(sha256(blob).digest()).decode().rstrip('=')}"
 
 
-def _create(path: Path, content: bytes, mode: int) -> None:
+def _create_file(path: Path, content: bytes, mode: int) -> None:
     try:
         # Exclusive, and with its mode from the first moment: no window in which others could read it.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

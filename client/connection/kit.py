@@ -1,6 +1,6 @@
-"""A coordinator's startup kit: whom to join, which authority to trust, what will be asked. Nothing secret, no code.
+"""A coordinator's startup kit: its address, the authority to trust, the offered runs. No secret, no code.
 
-It comes by mail or download, so it is read as a stranger's: bounded, only the known names, nothing unpacked by name.
+It comes by mail or download and is not trusted: its size is bounded, only known names are read, nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _OFFER = re.compile(r"offers/([a-z0-9][a-z0-9_-]{0,63})\.json")
 
 
 class KitSettings(Frozen):
-    """What kit.yaml says.
+    """The settings in kit.yaml.
 
     Attributes:
         federation: name of the federation.
         site: name under which the coordinator admits this site.
-        address: of the coordinator, host and port.
+        address: host and port of the coordinator.
     """
 
     federation: Name
@@ -45,12 +45,12 @@ class KitSettings(Frozen):
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit's content.
+    """The content of a kit.
 
     Attributes:
-        settings: kit.yaml.
-        ca: certificate of the authority, PEM.
-        offers: run name -> offer, JSON bytes.
+        settings: settings in its kit.yaml.
+        ca: certificate of the federation's authority, PEM.
+        offers: run name -> the run's offer, JSON bytes.
     """
 
     settings: KitSettings
@@ -58,42 +58,46 @@ class Kit:
     offers: Mapping[str, bytes]
 
     def runs(self) -> list[RunConfig]:
-        """The offered runs."""
-        return [run_of(content, name) for name, content in self.offers.items()]
+        """Returns the offered runs."""
+        return [parse_offered_run(content, name) for name, content in self.offers.items()]
 
 
-def run_of(content: bytes, where: str) -> RunConfig:
-    """The run an offer's JSON text holds. Raises BadInput."""
+def parse_offered_run(content: bytes, where: str) -> RunConfig:
+    """Returns the run in an offer's JSON text.
+
+    Raises:
+        BadInput: it is no offer; the message begins with `where`.
+    """
     try:
         offer: Any = json.loads(content)
         run = offer["run"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInput(f"{where}: expected a run's offer as JSON, got something else") from error
     try:
-        # An offer holds no path; one that does points nowhere.
+        # An offer holds no path; one that does names no file here.
         return parse(RunConfig, run, base=Path("/nonexistent"))
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
 
 
 def read_kit(path: Path) -> Kit:
-    """A kit from its zip.
+    """Returns the content of a kit's zip archive.
 
     Raises:
-        BadInput: unreadable, oversized, an unknown or repeated name in it, or a file that is not what it should be.
+        BadInput: it is unreadable or too large, holds an unknown or repeated name, or a file in it is invalid.
     """
-    files = _files(path)
+    files = _read_files(path)
     for name in ("kit.yaml", "ca.crt"):
         if name not in files:
             raise BadInput(f"{path}: expected {name} in the kit, got none")
     _check_ca(path, files["ca.crt"])
     offers = {match[1]: files[name] for name in files if (match := _OFFER.fullmatch(name))}
     for run, content in offers.items():
-        run_of(content, f"{path}: offers/{run}.json")
+        parse_offered_run(content, f"{path}: offers/{run}.json")
     return Kit(parse_text(KitSettings, files["kit.yaml"], f"{path}: kit.yaml"), files["ca.crt"], offers)
 
 
-def _files(path: Path) -> dict[str, bytes]:
+def _read_files(path: Path) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     left = MAX_KIT_BYTES
     try:

@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import Any, final
 
 from client.config import Coordinator, SiteConfig
-from client.connection.diagnose import connect_sentence, is_tls_error, open_tls, tls_sentence, trusting
+from client.connection.diagnose import (
+    create_trusting_context,
+    explain_connection_failure,
+    explain_tls_failure,
+    is_tls_error,
+    open_tls,
+)
 from client.connection.fleet import ConnectionLost, Delivery, Fleet, JoinRefused, Outgoing, RunOver
 from client.connection.keys import read_key
 from client.connection.worker import Abandoned, Worker, WorkerDied, declined
@@ -133,7 +139,7 @@ class Node:
         self._coordinator: Coordinator = config.coordinator
         self._show, self._online, self._leaving = show, online, leaving
         self._patience_s = patience_s
-        trusting(self._coordinator.ca)
+        create_trusting_context(self._coordinator.ca)
         self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event)
         self._journal = FileJournal(private_folder(config.state_dir) / JOURNAL)
         self._seen_facts = len(journal.read(self._journal.path))
@@ -200,11 +206,11 @@ class Node:
     def _reason(self, error: ConnectionLost) -> str:
         """What a person can do about a lost connection; a failure that no try mends is raised."""
         try:
-            open_tls(self._coordinator, trusting(self._coordinator.ca)).close()
+            open_tls(self._coordinator, create_trusting_context(self._coordinator.ca)).close()
         except OSError as cause:
             if is_tls_error(cause):
-                raise JoinRefused(tls_sentence(self._coordinator)) from cause
-            return connect_sentence(self._coordinator, cause)
+                raise JoinRefused(explain_tls_failure(self._coordinator)) from cause
+            return explain_connection_failure(self._coordinator, cause)
         return f"{self._coordinator.address} is there but does not answer properly ({error})"
 
     def _heartbeats(self) -> None:

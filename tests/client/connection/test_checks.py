@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from client.config import SiteConfig
-from client.connection.checks import Check, check_site, refused_by_backbone
+from client.connection.checks import Check, check_backbone_fit, check_site
 from client.connection.keys import write_key_pair
 from client.data.preview import Preview, write_previews
 from client.protocol.site import Site
@@ -198,7 +198,7 @@ def test_pictures_that_the_offered_backbone_cannot_take_are_a_failure(tmp_path: 
     small = {"kind": "small_cnn", "input_size": 8, "weights": "x.safetensors"}
     (preview,) = write_previews(config(tmp_path), offers(backbone=small))
     assert (preview.sheet, len(preview.refused)) == (None, 4)
-    assert refused_by_backbone(preview).outcome == "fail"
+    assert check_backbone_fit(preview).outcome == "fail"
 
 
 def test_an_excluded_patients_picture_is_not_previewed(tmp_path: Path) -> None:

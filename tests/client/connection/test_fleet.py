@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from client.config import Coordinator
-from client.connection.diagnose import connect_sentence, open_tls, proxy_for, skew_sentence, tls_sentence, trusting
+from client.connection.diagnose import (
+    create_trusting_context,
+    explain_clock_skew,
+    explain_connection_failure,
+    explain_tls_failure,
+    find_proxy,
+    open_tls,
+)
 from client.connection.fleet import ConnectionLost, Faulty, Fleet, JoinRefused, RunOver
 from client.connection.keys import read_key, write_key_pair
 from common.flower import fleet_pb2, message_pb2
@@ -158,7 +165,9 @@ def test_a_refused_signature_with_a_wrong_clock_names_the_clock(
 
 
 def test_the_clock_may_differ_by_what_flower_tolerates() -> None:
-    assert [skew_sentence(skew) is None for skew in (None, 0.0, 3.0, -200.0, 5.0, -305.0)] == [True] * 4 + [False] * 2
+    assert [explain_clock_skew(skew) is None for skew in (None, 0.0, 3.0, -200.0, 5.0, -305.0)] == [True] * 4 + [
+        False
+    ] * 2
 
 
 # --- certificates ----------------------------------------------------------------------------------------------------
@@ -169,7 +178,7 @@ def sentence(folder: Path, server: Answering, trusted: Authority) -> str:
     with fleet(where) as site, pytest.raises(JoinRefused) as refused:
         site.activate()
     assert server.asked == []  # Nothing was said to a server that is not trusted.
-    assert str(refused.value) == tls_sentence(where)
+    assert str(refused.value) == explain_tls_failure(where)
     return str(refused.value)
 
 
@@ -218,8 +227,8 @@ def test_nobody_there_is_a_lost_connection_with_a_remedy(tmp_path: Path, authori
     with fleet(where) as site, pytest.raises(ConnectionLost):
         site.activate()
     with pytest.raises(OSError) as refused:
-        open_tls(where, trusting(where.ca))
-    assert "refuses connections" in connect_sentence(where, refused.value)
+        open_tls(where, create_trusting_context(where.ca))
+    assert "refuses connections" in explain_connection_failure(where, refused.value)
 
 
 # --- the way out -----------------------------------------------------------------------------------------------------
@@ -253,10 +262,10 @@ def test_the_environments_proxy_is_used_outward_and_loopback_bypasses_it(
 ) -> None:
     no_proxies.setenv("HTTPS_PROXY", "http://proxy:3128")
     no_proxies.setenv("NO_PROXY", exempt)
-    assert proxy_for(coordinator(tmp_path, address, authority)) == expected
+    assert find_proxy(coordinator(tmp_path, address, authority)) == expected
 
 
 def test_without_a_proxy_in_the_environment_the_way_is_direct(
     tmp_path: Path, authority: Authority, no_proxies: pytest.MonkeyPatch
 ) -> None:
-    assert proxy_for(coordinator(tmp_path, "federation.example.org:9092", authority)) is None
+    assert find_proxy(coordinator(tmp_path, "federation.example.org:9092", authority)) is None

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from client.__main__ import app
 from client.config import Coordinator, SiteConfig, SiteTask
-from client.connection.folder import MARK, SITE_FILE, make_folder, marks, take_kit
+from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, take_kit
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import MAX_KIT_BYTES, read_kit
 from common.offers import offer_bytes, offer_of
@@ -101,7 +101,7 @@ def filled(text: str) -> dict[str, Any]:
 def test_a_new_site_file_is_valid_once_its_marks_are_filled_in(tmp_path: Path, with_kit: bool) -> None:
     make_folder(tmp_path / "site", read_kit(kit(tmp_path)) if with_kit else None, None if with_kit else "hospital-a")
     text = (tmp_path / "site" / SITE_FILE).read_text()
-    assert len(marks(text)) == (6 if with_kit else 5)
+    assert len(find_marks(text)) == (6 if with_kit else 5)
     (tmp_path / "site" / SITE_FILE).write_text(yaml.safe_dump(filled(text)))
     config = load(SiteConfig, tmp_path / "site" / SITE_FILE)
     assert config.name == "hospital-a"
