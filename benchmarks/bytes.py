@@ -29,8 +29,8 @@ def bytes_of_a_round(folder: Path, precision: str) -> tuple[float, float]:
     folder.mkdir()
     config = simulation(folder, 3, rounds=2, dim=DIM, classes=CLASSES)
     run_ = config.run.model_copy(update={"delta_precision": precision})
-    size = run(config.model_copy(update={"run": run_}))["bytes"]
-    down, up = size["down_per_site_round"], size["up_per_site_round"]
+    size = run(config.model_copy(update={"run": run_})).bytes
+    down, up = size.down_per_site_round, size.up_per_site_round
     assert down is not None and up is not None
     return down, up
 
@@ -46,7 +46,7 @@ def accuracy_of_demo(weights: Path, folder: Path, precision: str, seed: int) -> 
         f"cache_dir={folder / 'cache'}",
     ]
     summary = run(DEMO, out=folder / f"{precision}-{seed}", overrides=overrides)
-    return mean(task["metrics"]["accuracy"] for task in summary["tasks"].values())
+    return mean(task.metrics["accuracy"] or 0.0 for task in summary.tasks.values())
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from client.app import make_app
-from common.events import FileJournal, read
+from common.events import FileJournal, RoundEnded, read_run_journal, select_events
 from common.yaml import write_yaml
 from server.rounds.loop import run_federation
 from simulations.in_process import InProcessGrid
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def rounds_of(journal: Path) -> list[float]:
     """Seconds of each round."""
-    return [fact["seconds"] for fact in read(journal) if fact["event"] == "round"]
+    return [event.seconds for event in select_events(read_run_journal(journal), RoundEnded)]
 
 
 def one_process(folder: Path, rounds: int) -> list[float]:

@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 
 from benchmarks.measure import stated
-from common.events import read
+from common.events import RoundEnded, read_run_journal, select_events
 from common.yaml import load
 from simulations.config import SimulationConfig
 from simulations.experiment import run
@@ -74,7 +74,8 @@ def simulation(
 def seconds_of_rounds(config: SimulationConfig) -> list[float]:
     """Seconds of each round, from the journal: sampling, messages, ledgers, training, aggregation, checkpoint."""
     summary = run(config)
-    times = [fact["time"] for fact in read(Path(summary["path"]) / "journal.jsonl") if fact["event"] == "round"]
+    events = read_run_journal(Path(str(summary.path)) / "journal.jsonl")
+    times = [event.time for event in select_events(events, RoundEnded)]
     return [after - before for before, after in pairwise(times)]
 
 

@@ -20,6 +20,7 @@ from client.protocol.train import evaluate, train
 from common import messages
 from common.backbones import Backbone
 from common.errors import plain
+from common.events import RequestDeclined
 from common.privacy.noise import Entropy, os_entropy
 from common.types import BadInput, DeclineReason, LedgerDamaged
 from common.yaml import load
@@ -135,7 +136,7 @@ def _answer(site: Site, asked: str, handle: Callable[[Site], RecordDict]) -> Rec
         # To the coordinator the same word as an exhausted budget: what was seen is the security officer's alone.
         refusal, detail = DeclineReason.BUDGET, str(error)
     # Short: a coordinator must not fill the disk that the ledger needs, whatever its requests make a sentence quote.
-    site.journal.write("declined", asked=asked, refusal=refusal.value, detail=plain(detail))
+    site.journal.write(RequestDeclined(message_type=asked, reason=refusal.value, detail=plain(detail)))
     return messages.encode(messages.Declined(refusal, site.config.name))
 
 

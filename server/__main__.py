@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common import events as journal
+from common.events import RunEnded, RunFailure, Summary, read_run_journal
 from common.process.address import Address
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, reported_errors
 from common.run import RunConfig
@@ -20,8 +20,8 @@ from common.types import BadInput, HeadwaterError, RunFailed
 from common.yaml import parse
 from server.deployment import admitted_sites, certificates
 from server.deployment.federation import Federation, FederationConfig, create_federation, open_federation
-from server.reports.status_table import status_table
-from server.reports.summary import failures, tables
+from server.reports.summary import list_failures
+from server.reports.tables import render_status, render_summary
 from server.superlink import operate
 from server.superlink.control import Control, RunState
 from server.superlink.daemon import find_daemon_pid, run_daemon
@@ -185,7 +185,7 @@ def resume(
         path = find_interrupted_run(federation, run_id)
         _start_daemon(federation)
         with Control(federation) as control:
-            old = len(journal.read(path / "journal.jsonl"))
+            old = len(read_run_journal(path / "journal.jsonl"))
             _follow(federation, control, (path, submit_run(control, path)), skip=old)
 
 
@@ -200,7 +200,7 @@ def status(folder: Dir, json_: Annotated[bool, typer.Option("--json", help="As J
         if json_:
             typer.echo(json.dumps(found, indent=2))
         else:
-            Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(status_table(found))
+            Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(render_status(found))
         if not found["link"]["healthy"]:
             raise typer.Exit(EXIT_FAILED)
 
@@ -270,19 +270,20 @@ def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, 
 
 
 def _finish(path: Path, state: RunState) -> None:
-    failed = [fact for fact in journal.read(path / "journal.jsonl") if fact["event"] in ("run_failed", "run_ended")]
-    if not failed:
+    journal = read_run_journal(path / "journal.jsonl")
+    ends = [event for event in journal if isinstance(event, RunEnded | RunFailure)]
+    if not ends:
         # Its process wrote no end: it died, or was stopped.
         raise RunFailed(
             f"run {path.name}: {state.details or state.outcome}; `python -m server resume {path.parent.parent} "
             f"{path.name}` continues it after its last whole round"
         )
-    if failed[-1]["event"] == "run_failed":
-        raise RunFailed(f"run {path.name}: {failed[-1]['reason']}")
-    summary = json.loads((path / "summary.json").read_bytes())
-    Console(width=None if sys.stdout.isatty() else 100).print(tables(summary), crop=False)
+    if isinstance(ends[-1], RunFailure):
+        raise RunFailed(f"run {path.name}: {ends[-1].reason}")
+    summary = Summary.model_validate_json((path / "summary.json").read_bytes())
+    Console(width=None if sys.stdout.isatty() else 100).print(render_summary(summary), crop=False)
     typer.echo(f"results: {path}")
-    problems = list(failures(summary))
+    problems = list(list_failures(summary))
     for problem in problems:
         typer.echo(f"error: {problem}", err=True)
     if problems:

@@ -14,7 +14,8 @@ from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
 from server.reports.results import new_run_folder, write_environment, write_results
-from server.reports.summary import FLOWER_APP, tables
+from server.reports.summary import FLOWER_APP
+from server.reports.tables import render_summary
 from server.rounds.loop import run_federation
 from server.superlink.deployed_run import run_deployed
 
@@ -46,5 +47,5 @@ def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
     )
     summary = write_results(folder, run, digests_of(backbones), outcome.heads)
     console = Console(width=100)
-    console.print(tables(summary))
+    console.print(render_summary(summary))
     console.print(f"results: {folder}", soft_wrap=True)

@@ -15,10 +15,12 @@ from rich.table import Table
 
 from client.audit.result import make_audit_table
 from client.protocol.plan import LEGEND, as_json, forecast, table
+from common.events import Summary
 from common.process.console import EXIT_FAILED, reported_errors, shown_progress
 from common.types import BadInput
 from common.yaml import load
-from server.reports.summary import Summary, failures, tables
+from server.reports.summary import list_failures
+from server.reports.tables import render_summary
 from simulations.config import SimulationConfig
 from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
@@ -179,12 +181,12 @@ def pretrain(config: Config, set_: Set = None) -> None:
 
 def _finish(summary: Summary, config: SimulationConfig, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(summary, indent=2))
+        typer.echo(summary.to_json())
     else:
         # A pipe has no width of its own; tables need about a hundred columns.
-        Console(width=None if sys.stdout.isatty() else 100).print(tables(summary), crop=False)
-        typer.echo(f"results: {summary['path']}")
-    problems = [*failures(summary), *_missed(summary, config)]
+        Console(width=None if sys.stdout.isatty() else 100).print(render_summary(summary), crop=False)
+        typer.echo(f"results: {summary.path}")
+    problems = [*list_failures(summary), *_missed(summary, config)]
     for problem in problems:
         typer.echo(f"error: {problem}", err=True)
     if problems:
@@ -195,9 +197,9 @@ def _missed(summary: Summary, config: SimulationConfig) -> list[str]:
     """Expectations of the simulation file that the result does not meet; says so when it does."""
     missed = []
     for task in config.expect:
-        facts = summary["tasks"][task]
-        metric = next(iter(facts["metrics"]), "")
-        got, random = facts["metrics"].get(metric), facts["baselines"].get("random_backbone", {}).get(metric)
+        result = summary.tasks[task]
+        metric = next(iter(result.metrics), "")
+        got, random = result.metrics.get(metric), result.baselines.get("random_backbone", {}).get(metric)
         if got is None or random is None:
             missed.append(f"task {task}: there is no result to compare with a random backbone")
             continue

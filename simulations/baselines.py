@@ -2,7 +2,7 @@
 
 | baseline | data | privacy | training |
 |---|---|---|---|
-| obvious | all sites' records in one place | none | none: the majority, distance to the mean normal record, features |
+| baseline_prediction | all records in one place | none | none: majority, distance to the mean normal record, features |
 | local | each site's own | the run's | the run's solver and rounds, at one site alone |
 | non_private | federated | none | `non_private_solver`, same rounds |
 | central | all sites' records in one place | none | `non_private_solver`, same rounds |

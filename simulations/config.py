@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from client.config import Budget, LabelColumns, NoisedEvaluation
 from common.plugins import Frozen, LocalPath, Spec
@@ -72,7 +72,11 @@ class Executor(Frozen):
     ray_address: str | None = None
 
 
-Baseline = Literal["obvious", "local", "non_private", "central", "random_backbone"]
+Baseline = Annotated[
+    Literal["baseline_prediction", "local", "non_private", "central", "random_backbone"],
+    # The name in files that were written before the field's word was used.
+    BeforeValidator(lambda name: "baseline_prediction" if name == "obvious" else name),
+]
 
 
 class Sweep(Frozen):

@@ -64,7 +64,9 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
     return results
 
 
-def obvious(tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]) -> dict[str, Metrics]:
+def evaluate_baseline_predictions(
+    tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]
+) -> dict[str, Metrics]:
     """Metrics of what each task says without training, over all sites' records together; of no other task."""
     results: dict[str, Metrics] = {}
     for name, task in tasks.items():

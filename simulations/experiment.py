@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flwr.serverapp import Grid
 
@@ -27,7 +26,20 @@ from client.protocol.requirements import untrained_modules
 from client.protocol.site import Site
 from client.solvers import Solver, open_solver
 from common.backbones import Backbone, open_random
-from common.events import FileJournal, read
+from common.events import (
+    AuditVerdict,
+    BaselineEvaluated,
+    EpsilonSpent,
+    FileJournal,
+    MetricsEvaluated,
+    RecordsLeftOut,
+    RequestDeclined,
+    RunPrepared,
+    SolverAudited,
+    Summary,
+    read_site_journal,
+    select_events,
+)
 from common.files import without_flushing
 from common.model.backbones import absolute, digests_of, open_backbones
 from common.model.parameters import load_parameters
@@ -39,14 +51,13 @@ from common.tasks import Task, open_task
 from common.types import BadInput, DeclineReason, Heads, Interrupted, RunFailed
 from common.yaml import load, write_yaml
 from server.reports.results import new_run_folder, write_environment, write_results
-from server.reports.summary import Summary
 from server.rounds.aggregators import open_aggregator
 from server.rounds.checkpoint import Checkpoint, load_checkpoint
 from server.rounds.loop import Outcome, run_federation
 from server.rounds.messenger import Observe
 from simulations.baselines import aggregated_alone, pool
 from simulations.config import SimulationConfig
-from simulations.evaluate import Evaluation, evaluate, obvious, run_data, units_of
+from simulations.evaluate import Evaluation, evaluate, evaluate_baseline_predictions, run_data, units_of
 from simulations.flower import run_on_flower
 from simulations.in_process import InProcessGrid
 from simulations.partition import build_sites, read_sites, source_settings
@@ -226,11 +237,11 @@ def _completed(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoi
     except RunFailed as error:
         write_results(experiment.folder, run_, experiment.digests, {})
         for site in sites:
-            fact = _refusal(site)
-            if fact is not None and fact["refusal"] == DeclineReason.BAD_REQUEST:
-                raise BadInput(f"{site.name}: {fact['detail']}") from error
-            if fact is not None:
-                raise RunFailed(f"{error}; {site.name}: {fact['detail']}") from error
+            declined = _find_refusal(site)
+            if declined is not None and declined.reason == DeclineReason.BAD_REQUEST:
+                raise BadInput(f"{site.name}: {declined.detail}") from error
+            if declined is not None:
+                raise RunFailed(f"{error}; {site.name}: {declined.detail}") from error
         raise
     with without_flushing():  # A line for each site; the next one that is flushed puts them all on the disk.
         _write_left_out(experiment, sites)
@@ -240,7 +251,8 @@ def _completed(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoi
         experiment.observe(f"baseline {name}", 0, 1)
         started = time.monotonic()
         metrics = _BASELINES[name](experiment, sites)
-        experiment.journal.write("baseline", name=name, metrics=metrics, seconds=round(time.monotonic() - started, 3))
+        seconds = round(time.monotonic() - started, 3)
+        experiment.journal.write(BaselineEvaluated(name=name, metrics=metrics, seconds=seconds))
         experiment.observe(f"baseline {name}", 1, 1)
     return write_results(experiment.folder, run_, experiment.digests, outcome.heads)
 
@@ -250,7 +262,7 @@ def _audit(experiment: Experiment) -> None:
     from simulations.audit import audit_simulation, required  # Here: it loads a third of a second of statistics.
 
     result = audit_simulation(experiment.config, experiment.observe, experiment.entropy)
-    experiment.journal.write("audit", **result.to_dict())
+    experiment.journal.write(SolverAudited(verdict=AuditVerdict.model_validate(result.to_dict())))
     try:
         required(result)
     except RunFailed:
@@ -311,18 +323,19 @@ def _federate(
 # --- what only a simulator sees --------------------------------------------------------------------------------------
 
 
-def _refusal(site: SiteConfig) -> dict[str, Any] | None:
-    """Why a site declined, from its own journal: what a coordinator never learns."""
-    declined = [fact for fact in read(site.state_dir / "site.jsonl") if fact["event"] == "declined"]
+def _find_refusal(site: SiteConfig) -> RequestDeclined | None:
+    """Returns a site's last refusal from its own journal, with the detail that a coordinator never learns."""
+    declined = select_events(read_site_journal(site.state_dir / "site.jsonl"), RequestDeclined)
     return declined[-1] if declined else None
 
 
 def _write_left_out(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
     for site in sites:
-        prepared = [fact for fact in read(site.state_dir / "site.jsonl") if fact["event"] == "prepared"]
-        if prepared and prepared[-1]["problems"]:
-            where = run_data(site, experiment.run_id).with_name(PROBLEMS)
-            experiment.journal.write("left_out", site=site.name, records=prepared[-1]["problems"], listed=str(where))
+        prepared = select_events(read_site_journal(site.state_dir / "site.jsonl"), RunPrepared)
+        if prepared and prepared[-1].num_left_out:
+            path = run_data(site, experiment.run_id).with_name(PROBLEMS)
+            event = RecordsLeftOut(site=site.name, num_records=prepared[-1].num_left_out, path=str(path))
+            experiment.journal.write(event)
 
 
 def _write_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
@@ -331,14 +344,14 @@ def _write_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
     for site in sites:
         epsilon = Site(site, os_entropy).ledger().run_epsilon(experiment.run_id)
         if epsilon > 0:
-            experiment.journal.write("epsilon", site=site.name, epsilon=epsilon)
+            experiment.journal.write(EpsilonSpent(site=site.name, epsilon=epsilon))
 
 
 def _write_metrics(experiment: Experiment, sites: Sequence[SiteConfig], outcome: Outcome) -> None:
     found = _evaluated(experiment, outcome.heads, sites, experiment.run_id, experiment.backbones)
     for task, result in found.items():
         per_site = {site: dict(values) for site, values in result.per_site.items()}
-        experiment.journal.write("metrics", task=task, pooled=dict(result.pooled), per_site=per_site)
+        experiment.journal.write(MetricsEvaluated(task=task, pooled=dict(result.pooled), per_site=per_site))
 
 
 def _evaluated(
@@ -457,14 +470,14 @@ def _again(experiment: Experiment, run_: RunConfig, backbones: Mapping[str, Back
     return _pooled(experiment, outcome.heads, sites, folder.name, backbones)
 
 
-def _obvious(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Metrics]:
+def _baseline_prediction(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Metrics]:
     train, test = (units_of(sites, experiment.run_id, experiment.tasks, split) for split in ("train", "test"))
     tasks = {name: task for name, task in experiment.tasks.items() if any(name in own.tasks for own in train.values())}
-    return obvious(tasks, train, test)
+    return evaluate_baseline_predictions(tasks, train, test)
 
 
 _BASELINES = {
-    "obvious": _obvious,
+    "baseline_prediction": _baseline_prediction,
     "local": _local,
     "non_private": _non_private,
     "central": _central,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.events import Summary
 from common.types import BadInput
 from common.yaml import as_override, load
 from server.reports.results import new_run_folder
-from server.reports.summary import Summary
 from server.rounds.messenger import Observe
 from simulations.config import SimulationConfig
 from simulations.experiment import check, run
@@ -73,22 +73,22 @@ def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], 
         writer = csv.writer(file)
         writer.writerow([*keys, "seed", "task", "metric", "value", *_BASELINE_COLUMNS])
         for values, seed, summary in results:
-            for task, facts in summary["tasks"].items():
-                for metric, value in facts["metrics"].items():
-                    others = [facts["baselines"].get(name, {}).get(metric) for name in _BASELINE_COLUMNS]
+            for task, result in summary.tasks.items():
+                for metric, value in result.metrics.items():
+                    others = [result.baselines.get(name, {}).get(metric) for name in _BASELINE_COLUMNS]
                     writer.writerow([*values.values(), seed, task, metric, value, *others])
 
 
-_BASELINE_COLUMNS = ("obvious", "local", "non_private", "central", "random_backbone")
+_BASELINE_COLUMNS = ("baseline_prediction", "local", "non_private", "central", "random_backbone")
 
 
 def _aggregate(combinations: list[dict[str, Any]], results: list[tuple[dict[str, Any], int, Summary]]) -> list[Row]:
     rows = []
     for values in combinations:
         own = [summary for combination, _, summary in results if combination == values]
-        for task, facts in own[0]["tasks"].items():
-            for metric in facts["metrics"]:
-                numbers = [summary["tasks"][task]["metrics"].get(metric) for summary in own]
+        for task, result in own[0].tasks.items():
+            for metric in result.metrics:
+                numbers = [summary.tasks[task].metrics.get(metric) for summary in own]
                 defined = [number for number in numbers if number is not None]
                 if defined:  # The main metric; of an embedding without held-out training identities, the next one.
                     std = statistics.stdev(defined) if len(defined) > 1 else 0.0

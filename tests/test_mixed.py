@@ -27,7 +27,17 @@ from client.protocol.join import join, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.solvers import open_solver
 from common import messages
-from common.events import FileJournal, read
+from common.events import (
+    BackboneSent,
+    FileJournal,
+    RoundEnded,
+    RunEvent,
+    RunStarted,
+    SiteJoined,
+    SiteRejected,
+    read_run_journal,
+    select_events,
+)
 from common.offers import offer_bytes
 from common.privacy.noise import NoiseStream, os_entropy
 from common.run import RunConfig
@@ -55,7 +65,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Hospitals:
     return hospitals(tmp_path_factory.mktemp("hospitals"))
 
 
-def federate(own: Hospitals, sites: list[SiteConfig], run_id: str) -> tuple[Outcome, list[dict[str, Any]]]:
+def federate(own: Hospitals, sites: list[SiteConfig], run_id: str) -> tuple[Outcome, list[RunEvent]]:
     folder = own.folder / run_id
     folder.mkdir()
     answer = make_app(lambda context: sites[int(context.node_config["partition-id"])])
@@ -64,7 +74,7 @@ def federate(own: Hospitals, sites: list[SiteConfig], run_id: str) -> tuple[Outc
     outcome = run_federation(
         grid, own.run, own.backbones, run_id=run_id, folder=folder, journal=journal, executor="in_process"
     )
-    return outcome, read(journal.path)
+    return outcome, read_run_journal(journal.path)
 
 
 def declined(site: Site, request: messages.JoinRequest) -> DeclineReason:
@@ -86,27 +96,25 @@ def test_hospitals_with_pictures_with_texts_and_with_both_federate_and_receive_w
 ) -> None:
     own = hospitals(tmp_path)
     sites = [own.site("east", ("shade",)), own.site("north", BOTH), own.site("west", ("finding",))]
-    outcome, facts = federate(own, sites, "run-1")
+    outcome, events = federate(own, sites, "run-1")
     assert outcome.updates == {"shade": 2, "finding": 2}
     pictures, texts = own.digests["pictures"], own.digests["texts"]
     assert [held(site) for site in sites] == [{pictures}, {pictures, texts}, {texts}]
-    sent = {(fact["site"], fact["backbone"]) for fact in facts if fact["event"] == "backbone_sent"}
+    sent = {(event.site, event.backbone) for event in select_events(events, BackboneSent)}
     assert sent == {("east", "pictures"), ("north", "pictures"), ("north", "texts"), ("west", "texts")}
-    rounds = [fact for fact in facts if fact["event"] == "round"]
-    assert [fact["tasks"] for fact in rounds] == [{"shade": 2, "finding": 2}] * 2
+    rounds = select_events(events, RoundEnded)
+    assert [event.num_updates for event in rounds] == [{"shade": 2, "finding": 2}] * 2
     # One price for both modalities of a patient: what has both pays as much as what has one.
     spent = {site.name: Site(site, os_entropy).ledger().run_epsilon("run-1") for site in sites}
     assert spent["north"] == spent["east"] == spent["west"] > 0
 
     summary = write_results(tmp_path / "run-1", own.run, own.digests, outcome.heads)
-    about = {name: (entry["kind"], entry["tasks"]) for name, entry in summary["backbones"].items()}
-    assert about == {"pictures": ("small_cnn", ["shade"]), "texts": ("transformers", ["finding"])}
-    assert summary["backbone"] is None
-    each = {fact["site"]: 0 for fact in facts if fact["event"] == "joined"}
-    for fact in facts:
-        if fact["event"] == "backbone_sent":
-            each[fact["site"]] += fact["bytes"]
-    assert summary["bytes"]["backbone_per_site"] == each["north"] > max(each["east"], each["west"])
+    about = {name: (entry.kind, entry.tasks) for name, entry in summary.backbones.items()}
+    assert about == {"pictures": ("small_cnn", ("shade",)), "texts": ("transformers", ("finding",))}
+    each = {event.site: 0 for event in select_events(events, SiteJoined)}
+    for event in select_events(events, BackboneSent):
+        each[event.site] += event.size_bytes
+    assert summary.bytes.backbone_per_site == each["north"] > max(each["east"], each["west"])
 
 
 def test_two_names_of_one_backbone_are_one_transfer(tmp_path: Path) -> None:
@@ -114,9 +122,9 @@ def test_two_names_of_one_backbone_are_one_transfer(tmp_path: Path) -> None:
     backbones = {**both["backbones"], "twin": both["backbones"]["pictures"]}
     tasks = {**TASKS, "again": {**TASKS["shade"], "backbone": "twin"}}
     own = hospitals(tmp_path, backbones=backbones, tasks=tasks)
-    outcome, facts = federate(own, [own.site("north", ("shade", "again", "finding"))], "run-1")
+    outcome, events = federate(own, [own.site("north", ("shade", "again", "finding"))], "run-1")
     assert outcome.updates == {"shade": 2, "finding": 2, "again": 2}
-    assert [fact["backbone"] for fact in facts if fact["event"] == "backbone_sent"] == ["pictures", "texts"]
+    assert [event.backbone for event in select_events(events, BackboneSent)] == ["pictures", "texts"]
 
 
 def test_a_task_learns_in_a_mixed_run_what_it_learns_in_a_run_of_its_own(tmp_path: Path) -> None:
@@ -146,12 +154,12 @@ def test_a_site_whose_records_have_some_of_the_labels_trains_the_whole_head(tmp_
     rows = (tmp_path / "west" / "pictures.csv").read_text().splitlines()
     (tmp_path / "west" / "pictures.csv").write_text("\n".join(row for row in rows if not row.endswith("grey")) + "\n")
     north = own.site("north", ("finding",))
-    outcome, facts = federate(own, [east, north, west], "run-1")
+    outcome, events = federate(own, [east, north, west], "run-1")
     assert outcome.updates == {"shade": 2, "finding": 2}
     assert outcome.heads["shade"]["weight"].shape[0] == 3
     labels = open_units(west.state_dir / "runs" / "run-1" / "data", "train", ["shade"], CPU).tasks["shade"].labels
     assert set(labels.tolist()) == {0, 2}
-    assert not [fact for fact in facts if fact["event"] == "set_aside"]
+    assert not select_events(events, SiteRejected)
 
 
 def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_stands_on_which(tmp_path: Path) -> None:
@@ -176,17 +184,17 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
         "device": "cpu",
     }
     summary = simulations.run(parse(SimulationConfig, values, base=tmp_path), out=tmp_path / "out")
-    assert summary["status"] == "completed"
+    assert summary.status == "completed"
     for task in BOTH:
-        baselines = summary["tasks"][task]["baselines"]
-        assert set(baselines) == {"obvious", "local", "non_private", "central", "random_backbone"}
+        baselines = summary.tasks[task].baselines
+        assert set(baselines) == {"baseline_prediction", "local", "non_private", "central", "random_backbone"}
         with safe_open(tmp_path / "out" / "heads" / f"{task}.safetensors", framework="np") as file:
             assert file.metadata()["backbone_digest"] == own.digests[own.run.backbone_of(task)]
             assert "backbone" not in json.loads(file.metadata()["settings"])
     # Both nets are random as they are: others with the same architecture have other digests.
-    again = read(tmp_path / "out" / "baselines" / "random_backbone" / "journal.jsonl")
-    (about,) = (fact["backbones"] for fact in again if fact["event"] == "run_started")
-    assert {name for name, entry in about.items() if entry["digest"] == own.digests[name]} == set()
+    again = read_run_journal(tmp_path / "out" / "baselines" / "random_backbone" / "journal.jsonl")
+    (about,) = (event.backbones for event in select_events(again, RunStarted))
+    assert {name for name, entry in about.items() if entry.digest == own.digests[name]} == set()
 
 
 def test_a_mixed_run_with_a_trunk_that_was_cut_off_resumes_to_the_heads_of_a_whole_one(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ nothing else is touched, and the contract suites find and test them."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from common.events import EpsilonSpent, MetricsEvaluated, read_run_journal, select_events
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -300,11 +301,11 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_new_task_backbone_source_and_aggregator_run_a_private_federation(rooms: Path) -> None:
     done = python(rooms, "-m", "simulations", "run", "pendulums.yaml", "--out", "out")
     assert done.returncode == 0, done.stdout + done.stderr
-    facts = [json.loads(line) for line in (rooms / "out" / "journal.jsonl").read_text().splitlines()]
-    (metrics,) = (fact for fact in facts if fact["event"] == "metrics")
+    events = read_run_journal(rooms / "out" / "journal.jsonl")
+    (metrics,) = select_events(events, MetricsEvaluated)
     # Two sevenths of the lengths are below 1 m: always "longer" would give .71.
-    assert metrics["pooled"]["accuracy"] > 0.85
-    spent = [fact["epsilon"] for fact in facts if fact["event"] == "epsilon"]
+    assert metrics.pooled["accuracy"] > 0.85
+    spent = [event.epsilon for event in select_events(events, EpsilonSpent)]
     assert len(spent) == 3 and all(7.9 < epsilon <= 8.0 for epsilon in spent)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from client.config import SiteConfig
 from common.bundle import compute_code_digest
+from common.events import AuditVerdict
 from common.files import private_folder, write_atomic
 from common.privacy.noise import Entropy
 from common.run import RunConfig
@@ -32,8 +33,8 @@ class AuditTooSlow(Exception):
 
 def audit_verdict(
     config: SiteConfig, run: RunConfig, offer: str, public_sizes: Mapping[str, int], entropy: Entropy
-) -> dict[str, Any]:
-    """Returns the result of auditing a run here as `AuditResult.to_dict` gives it, from the disk where it is known.
+) -> AuditVerdict:
+    """Returns the result of auditing a run here, from the disk where it is known.
 
     Args:
         config: the site's file.
@@ -51,8 +52,7 @@ def audit_verdict(
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     path = config.state_dir / "audits" / f"{key}.json"
     if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return known
+        return AuditVerdict.model_validate_json(path.read_bytes())
     from client.audit.audit import (
         audit_run,  # Here: most runs require none, and it loads a third of a second of statistics.
     )
@@ -68,7 +68,7 @@ def audit_verdict(
     )
     private_folder(path.parent)
     write_atomic(path, json.dumps(result.to_dict()).encode())
-    return result.to_dict()
+    return AuditVerdict.model_validate(result.to_dict())
 
 
 def _versions() -> list[Any]:

@@ -17,11 +17,11 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from client.config import Coordinator, SiteConfig
 from client.connection.diagnose import (
@@ -34,9 +34,18 @@ from client.connection.diagnose import (
 from client.connection.fleet import ConnectionLost, Delivery, Fleet, JoinRefused, Outgoing, RunOver
 from client.connection.keys import read_key
 from client.connection.worker import Abandoned, Worker, WorkerDied, declined
-from common import events as journal
 from common.bundle import compute_bundle_digest, compute_code_digest
-from common.events import FileJournal
+from common.events import (
+    BackboneUnusable,
+    FileJournal,
+    RecordsPurged,
+    ReplyResent,
+    ReplySent,
+    RequestDeclined,
+    SiteEvent,
+    read_site_journal,
+    select_events,
+)
 from common.files import private_folder, write_atomic
 from common.types import BadInput, DeclineReason
 
@@ -142,7 +151,7 @@ class Node:
         create_trusting_context(self._coordinator.ca)
         self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event)
         self._journal = FileJournal(private_folder(config.state_dir) / JOURNAL)
-        self._seen_facts = len(journal.read(self._journal.path))
+        self._num_seen = len(read_site_journal(self._journal.path))
         self._own_digest = compute_code_digest()
         self._verdicts: dict[int, str | None] = {}
         self._worker: Worker | None = None
@@ -271,7 +280,7 @@ class Node:
     def _reply(self, delivery: Delivery) -> Outgoing:
         verdict = self._verdict(delivery.envelope.metadata.run_id)
         if verdict is not None:
-            self._journal.write("declined", refusal=DeclineReason.VERSION.value, detail=verdict)
+            self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=verdict))
             return declined(delivery, DeclineReason.VERSION, self._config.name)
         if self._worker is None:
             self._worker = Worker(self._site_file, private_environment(self._config.state_dir))
@@ -282,7 +291,7 @@ class Node:
         except Abandoned:
             detail = "abandoned by the site's staff; what was reserved stays reserved"
         self._close_worker()
-        self._journal.write("declined", refusal=DeclineReason.INTERNAL.value, detail=detail)
+        self._journal.write(RequestDeclined(reason=DeclineReason.INTERNAL.value, detail=detail))
         return declined(delivery, DeclineReason.INTERNAL, self._config.name)
 
     def _verdict(self, run: int) -> str | None:
@@ -314,25 +323,29 @@ class Node:
 
     def _tell(self, seconds: float) -> None:
         """What the answer came to, from the site's own journal, and what a release left of the budget."""
-        facts = journal.read(self._journal.path)[self._seen_facts :]
-        self._seen_facts += len(facts)
-        for fact in facts:
-            self._show(f"{_in_words(fact)}  [{seconds:.1f} s]")
-        if any(fact["event"] == "sent" for fact in facts) and self._worker is not None:
+        events = read_site_journal(self._journal.path)[self._num_seen :]
+        self._num_seen += len(events)
+        for event in events:
+            self._show(f"{_describe_event(event)}  [{seconds:.1f} s]")
+        if select_events(events, ReplySent) and self._worker is not None:
             with contextlib.suppress(WorkerDied):
                 account = self._worker.balance()
                 self._show(f"budget: epsilon {account['left_epsilon']:g} of {account['budget_epsilon']:g} left")
 
 
-def _in_words(fact: Mapping[str, Any]) -> str:
-    run = f"run {fact['run']}" if "run" in fact else ""
-    about = f"{run} round {fact['round']}" if "round" in fact else run
-    match fact["event"]:
-        case "declined":
-            return f"declined ({fact['refusal']}): {fact['detail']}"
-        case "sent":
-            return f"{about}: sent {fact['what']}, {fact['bytes']} bytes"
-        case "resent":
-            return f"{about}: sent the stored reply again, {fact['bytes']} bytes, for nothing"
-        case event:
-            return f"{about}: {event}"
+def _describe_event(event: SiteEvent) -> str:
+    """Returns an event of the site's journal as one line for a person."""
+    match event:
+        case RequestDeclined():
+            return f"declined ({event.reason}): {event.detail}"
+        case ReplySent():
+            return f"run {event.run_id} round {event.round}: sent {event.purpose}, {event.size_bytes} bytes"
+        case ReplyResent():
+            return (
+                f"run {event.run_id} round {event.round}: sent the stored reply again, {event.size_bytes} bytes, at no "
+                "cost"
+            )
+        case BackboneUnusable() | RecordsPurged():
+            return event.event_name
+        case _:
+            return f"run {event.run_id}: {event.event_name}"

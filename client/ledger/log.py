@@ -7,14 +7,23 @@ recovery keeps no charge that did not verify.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from client.config import SiteConfig
-from client.ledger.history import EVALUATION, TRAINING
+from client.ledger.history import EVALUATION, TRAINING, Purpose
 from client.ledger.ledger import Ledger
-from common.events import read
+from common.events import (
+    RecordsPurged,
+    ReplyResent,
+    ReplySent,
+    RequestDeclined,
+    RunAudited,
+    read_site_journal,
+    select_events,
+)
 from common.privacy.accounting import Mechanism
 
 
@@ -35,7 +44,7 @@ class Release:
     time: float
     run: str
     round: int
-    purpose: str
+    purpose: Purpose
     mechanism: Mechanism | None
     bytes: int | None
     resent: int
@@ -77,26 +86,32 @@ def statement(config: SiteConfig) -> Statement:
     """
     ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
     entries = [] if ledger is None else ledger.entries()
-    facts = read(config.state_dir / "site.jsonl")
-    releases = [_release(config, entry, facts) for entry in entries if entry["event"] == "reserved"]
+    events = read_site_journal(config.state_dir / "site.jsonl")
+    resent = Counter((event.run_id, event.round, event.purpose) for event in select_events(events, ReplyResent))
+    releases = [_release(config, entry, resent) for entry in entries if entry["event"] == "reserved"]
     known = {(each.run, each.round, each.purpose) for each in releases}
-    releases += [
-        Release(fact["time"], fact["run"], fact["round"], _purpose(fact), None, fact["bytes"], _resent(facts, fact))
-        for fact in facts
-        if _is(fact, "sent") and (fact["run"], fact["round"], _purpose(fact)) not in known
-    ]
+    for event in select_events(events, ReplySent):
+        key = (event.run_id, event.round, event.purpose)
+        if key not in known:
+            releases.append(Release(event.time, *key, None, event.size_bytes, resent[key]))
     refusals = [
-        *(Refused(fact["time"], "request", fact["refusal"], fact["detail"]) for fact in facts if _is(fact, "declined")),
+        *(
+            Refused(event.time, "request", event.reason, event.detail)
+            for event in select_events(events, RequestDeclined)
+        ),
         *(
             Refused(entry["time"], "ledger", "budget", f"{entry['run']} round {entry['round']} {_purpose(entry)}")
             for entry in entries
-            if _is(entry, "refused")
+            if entry["event"] == "refused"
         ),
     ]
     changes = [
         *(Change(entry["time"], entry["event"], _change(entry)) for entry in entries if entry["event"] in _CHANGES),
-        *(Change(fact["time"], "audited", _audited(fact)) for fact in facts if _is(fact, "audit")),
-        *(Change(fact["time"], "purged", f"{fact['new']} new exclusion(s)") for fact in facts if _is(fact, "purged")),
+        *(Change(event.time, "audited", _audited(event)) for event in select_events(events, RunAudited)),
+        *(
+            Change(event.time, "purged", f"{event.num_excluded} new exclusion(s)")
+            for event in select_events(events, RecordsPurged)
+        ),
     ]
     return Statement(
         tuple(sorted(releases, key=lambda each: each.time)),
@@ -125,34 +140,28 @@ def in_words(mechanism: Mechanism | None) -> str:
 _CHANGES = {"created", "amended", "sealed", "recovered", "assumed"}
 
 
-def _is(fact: Mapping[str, Any], event: str) -> bool:
-    return bool(fact.get("event") == event)
-
-
-def _release(config: SiteConfig, entry: Mapping[str, Any], facts: list[dict[str, Any]]) -> Release:
+def _release(config: SiteConfig, entry: Mapping[str, Any], resent: Mapping[tuple[str, int, Purpose], int]) -> Release:
     stored = config.state_dir / "runs" / entry["run"] / "replies" / entry["request"]
     time = entry.get("original", entry)["time"]
     size = stored.stat().st_size if entry["request"] and stored.is_file() else None
     mechanism = Mechanism.from_dict(entry["mechanism"])
-    return Release(time, entry["run"], entry["round"], _purpose(entry), mechanism, size, _resent(facts, entry))
+    key = (entry["run"], entry["round"], _purpose(entry))
+    return Release(time, *key, mechanism, size, resent.get(key, 0))
 
 
-def _purpose(fact: Mapping[str, Any]) -> str:
-    """Of a ledger's entry or a journal's line; older ones than evaluations are all of training."""
-    return EVALUATION if EVALUATION in (fact.get("purpose"), fact.get("what")) else TRAINING
+def _purpose(entry: Mapping[str, Any]) -> Purpose:
+    """Of a ledger's entry; older ones than evaluations are all of training."""
+    return EVALUATION if entry.get("purpose") == EVALUATION else TRAINING
 
 
-def _resent(facts: list[dict[str, Any]], release: Mapping[str, Any]) -> int:
-    """How often the journal says that a round's reply was sent again."""
-    resent = [(fact["run"], fact["round"], _purpose(fact)) for fact in facts if _is(fact, "resent")]
-    return resent.count((release["run"], release["round"], _purpose(release)))
-
-
-def _audited(fact: Mapping[str, Any]) -> str:
+def _audited(event: RunAudited) -> str:
     """A verdict on the solver that a run required; from the disk where it was known."""
-    shown, claimed = f"{fact['epsilon_lower_99_9']:.2f}", f"{fact['epsilon_claimed']:.2f}"
-    verdict = "passed" if fact["passed"] else f"FAILED: {fact['reasons'][0]}"
-    return f"run {fact['run']}: {verdict}; epsilon at least {shown} at 99.9 %, {claimed} claimed"
+    verdict = event.verdict
+    outcome = "passed" if verdict.passed else f"FAILED: {verdict.reasons[0]}"
+    return (
+        f"run {event.run_id}: {outcome}; epsilon at least {verdict.epsilon_lower_99_9:.2f} at 99.9 %, "
+        f"{verdict.epsilon_claimed:.2f} claimed"
+    )
 
 
 def _change(entry: Mapping[str, Any]) -> str:

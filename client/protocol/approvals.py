@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import instead
-from common.events import FileJournal, read
+from common.events import ApprovalUsed, FileJournal, RunApproved, read_approval_journal, select_events
 from common.files import private_folder, write_atomic
 from common.offers import offer_bytes, run_digest
 from common.plugins import refuse_unknown_kind
@@ -81,9 +81,8 @@ class Approvals:
     def all(self) -> list[Approval]:
         """Every approval ever given, oldest first."""
         return [
-            Approval(fact["digest"], fact["run"], fact["by"], fact["time"])
-            for fact in read(self._log)
-            if fact["event"] == "approved" and {"digest", "run", "by"} <= fact.keys()
+            Approval(event.digest, event.run, event.by, event.time)
+            for event in select_events(read_approval_journal(self._log), RunApproved)
         ]
 
     def covers(self, digest: str, run_id: str) -> bool:
@@ -99,17 +98,18 @@ class Approvals:
             if not self.covers(digest, run_id):
                 return False
             if run_id not in self._used(digest):
-                FileJournal(self._log).write("used", digest=digest, run_id=run_id)
+                FileJournal(self._log).write(ApprovalUsed(digest=digest, run_id=run_id))
             return True
 
     def _used(self, digest: str) -> set[str]:
-        facts = [fact for fact in read(self._log) if fact["event"] == "used"]
-        return {str(fact.get("run_id")) for fact in facts if fact.get("digest") == digest}
+        used = select_events(read_approval_journal(self._log), ApprovalUsed)
+        return {event.run_id for event in used if event.digest == digest}
 
     def approve(self, offer: Offer) -> Approval:
         """Record that the present user of the system approves a run; the offer waits no longer."""
         private_folder(self._log.parent)
-        FileJournal(self._log).write("approved", digest=offer.digest, run=offer.config().name, by=getpass.getuser())
+        approved = RunApproved(digest=offer.digest, run=offer.config().name, by=getpass.getuser())
+        FileJournal(self._log).write(approved)
         self._log.chmod(0o600)
         (self._waiting / f"{offer.digest}.json").unlink(missing_ok=True)
         return self.all()[-1]

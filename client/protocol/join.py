@@ -29,6 +29,7 @@ from client.protocol.site import (
 from client.solvers import open_solver
 from common import messages
 from common.backbones import Backbone
+from common.events import BackboneUnusable, HeadsReceived, RunAudited, RunJoined, RunPrepared
 from common.files import private_folder, write_atomic
 from common.model.trunks import frozen_parts
 from common.offers import offer_bytes, run_digest
@@ -79,7 +80,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         raise SiteDeclined(DeclineReason.BUDGET, "the run's whole price exceeds what the registry has left")
     _pass_audit(site, joined, request, tasks)
     write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbones))
-    site.journal.write("joined", run=joined.run_id, tasks=sorted(tasks))
+    site.journal.write(RunJoined(run_id=joined.run_id, tasks=tuple(sorted(tasks))))
     return messages.JoinReply(
         site=site.config.name,
         tasks={name: site.config.tasks[name].public_size for name in tasks},
@@ -138,11 +139,9 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
     prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
+    num_left_out = sum(problem.row is not None for problem in preparation.problems)
     site.journal.write(
-        "prepared",
-        run=joined.run_id,
-        problems=sum(problem.row is not None for problem in preparation.problems),
-        precision_error=preparation.precision_error,
+        RunPrepared(run_id=joined.run_id, num_left_out=num_left_out, precision_error=preparation.precision_error)
     )
     return messages.Ready()
 
@@ -160,7 +159,7 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     records = messages.encode(request)
     write_atomic(joined.folder / "final_heads.bin", messages.to_bytes(records))
-    site.journal.write("finished", run=joined.run_id, heads=request.digest)
+    site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
     return messages.Ready()
 
 
@@ -172,7 +171,7 @@ def _held(site: Site, digest: str) -> messages.Held:
     try:
         whole = site.backbones().adopt(digest, site.config.own_backbones)
     except BadInput as error:
-        site.journal.write("own_backbone_unusable", detail=str(error))
+        site.journal.write(BackboneUnusable(detail=str(error)))
         whole = False
     return messages.Held(whole, site.backbones().held_parts(digest))
 
@@ -231,9 +230,9 @@ def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks
         raise SiteDeclined(
             DeclineReason.AUDIT, f"the run requires an audit, and it could not be done: {error}"
         ) from error
-    site.journal.write("audit", run=joined.run_id, **verdict)
-    if not verdict["passed"]:
-        raise SiteDeclined(DeclineReason.AUDIT, f"the audit that the run requires failed: {verdict['reasons'][0]}")
+    site.journal.write(RunAudited(run_id=joined.run_id, verdict=verdict))
+    if not verdict.passed:
+        raise SiteDeclined(DeclineReason.AUDIT, f"the audit that the run requires failed: {verdict.reasons[0]}")
 
 
 def _stop(site: Site, detail: str) -> None:

@@ -17,6 +17,7 @@ from client.data.exclusions import Exclusions
 from client.data.prepare import PROBLEMS
 from client.data.sources import open_source
 from client.protocol.site import Site
+from common.events import RecordsPurged
 from common.files import flush_folder
 
 
@@ -54,7 +55,7 @@ def purge(site: Site, ids: Iterable[str]) -> Purged:
     features = _removed(site.features_folder())
     runs = [folder for folder in sorted((state_dir / "runs").glob("*")) if _remove_prepared(folder)]
     num_new = len(after.hashes) - len(before.hashes)
-    site.journal.write("purged", new=num_new, features=features, runs=len(runs))
+    site.journal.write(RecordsPurged(num_excluded=num_new, num_features=features, num_runs=len(runs)))
     return Purged(len(after.hashes), num_new, _count(site, after), features, len(runs))
 
 

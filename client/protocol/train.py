@@ -29,6 +29,7 @@ from client.protocol.site import (
 )
 from client.solvers import open_solver
 from common import messages
+from common.events import ReplyResent, ReplySent
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream
 from common.process.threads import one_thread
@@ -137,12 +138,13 @@ def _answered_once(
             of releases.
     """
     digest = messages.request_digest(messages.encode(request))
-    about = {"run": joined.run_id, "round": request.round, "what": what}
     try:
         with Replies.exclusive(joined.folder) as replies:
             stored = replies.find(digest)
             if stored is not None:
-                site.journal.write("resent", **about, bytes=len(stored))
+                site.journal.write(
+                    ReplyResent(run_id=joined.run_id, round=request.round, purpose=what, size_bytes=len(stored))
+                )
                 return messages.from_bytes(stored)
             ledger = site.ledger()
             _check_asked_once(ledger, joined, request.round, what, digest)
@@ -155,7 +157,15 @@ def _answered_once(
         raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
     except ReplyDamaged as error:
         raise SiteDeclined(DeclineReason.INTERNAL, str(error)) from error
-    site.journal.write("sent", **about, mechanism=num_releases, bytes=len(data))
+    site.journal.write(
+        ReplySent(
+            run_id=joined.run_id,
+            round=request.round,
+            purpose=what,
+            num_releases=num_releases,
+            size_bytes=len(data),
+        )
+    )
     return records
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from safetensors.numpy import save
 
 from common.bundle import compute_code_digest
-from common.events import read
+from common.events import Summary, read_run_journal
 from common.files import write_atomic
 from common.run import RunConfig
 from common.types import Heads
-from server.reports.summary import Summary, summarize
+from server.reports.summary import summarize
 
 PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "torch", "torchvision")
 
@@ -52,10 +52,10 @@ def _version(package: str) -> str | None:
 
 def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads) -> Summary:
     """Write `summary.json` from the journal, and the heads, with the digests of the run's backbones; the summary."""
-    summary = summarize(read(folder / "journal.jsonl"))
-    epsilon = {name: site["epsilon"] for name, site in summary["sites"].items() if site["rounds"]}
+    summary = summarize(read_run_journal(folder / "journal.jsonl"))
+    epsilon = {name: site.epsilon for name, site in summary.sites.items() if site.rounds}
     save_heads(folder, run, backbones, heads, epsilon)
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+    write_atomic(folder / "summary.json", summary.to_json().encode())
     return summary
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from common import messages
+from common.events import NoisedMetrics
 from common.tasks import NOISED_BUCKETS, Statistic, Task
 from common.types import BadInput
 
@@ -38,21 +39,6 @@ class SiteRelease:
     def noise_std(self) -> float:
         """Standard deviation of the noise in each entry; a unit of T tasks counts at most sqrt(T)."""
         return self.reply.noise_multiplier * math.sqrt(len(self.reply.sums))
-
-
-@dataclass(frozen=True)
-class NoisedMetrics:
-    """One task's metrics over some sites; None is undefined.
-
-    Attributes:
-        metrics: name -> value, the main one first.
-        standard_errors: name -> standard deviation that the noise gives the value.
-        sites: names of the sites whose held-out units were evaluated.
-    """
-
-    metrics: Mapping[str, float | None]
-    standard_errors: Mapping[str, float | None]
-    sites: tuple[str, ...]
 
 
 def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from common import messages
 from common.backbones import Backbone
+from common.events import BackboneSent, SiteJoined
 from common.model.backbones import digests_of
 from common.offers import offer_of
 from common.run import MAX_PUBLIC_SIZE, RunConfig
@@ -125,7 +126,7 @@ def prepare_sites(
     }
     answers = messenger.ask(messages.PREPARE, requests, messages.Ready)
     names = {participant.node_id: participant.site for participant in participants}
-    messenger.write_rejected(answers.rejected, names, at="prepare")
+    messenger.write_rejected(answers.rejected, names, "prepare")
     ready = {participant.site: participant for participant in participants if participant.node_id in answers.accepted}
     problem = _describe_missing_quorum(messenger.run, ready)
     if problem is not None:
@@ -176,10 +177,10 @@ def send_backbone_parts(messenger: Messenger, participants: list[Participant], n
                 tries[node] += 1
                 # A site without the whole backbone says so when it is asked to prepare.
                 missing[node] = missing[node] if tries[node] < _PART_TRIES else []
-        messenger.write_rejected(answers.rejected, names, at="backbone")
+        messenger.write_rejected(answers.rejected, names, "backbone")
         messenger.observe("backbone", index + 1, total)
     for node, num_bytes in sent.items():
-        messenger.journal.write("backbone_sent", site=names[node], backbone=name, bytes=num_bytes)
+        messenger.journal.write(BackboneSent(site=names[node], backbone=name, size_bytes=num_bytes))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -208,16 +209,17 @@ def _offer_run(
         )
         progress.rejected.pop(node, None)
         messenger.journal.write(
-            "joined",
-            site=reply.site,
-            tasks=dict(reply.tasks),
-            unit=reply.unit.value,
-            delta=reply.delta,
-            budget_epsilon=reply.budget_epsilon,
+            SiteJoined(
+                site=reply.site,
+                tasks=dict(reply.tasks),
+                unit=reply.unit,
+                delta=reply.delta,
+                budget_epsilon=reply.budget_epsilon,
+            )
         )
     known = {node: item.reason for node, item in progress.rejected.items()}
     changed = [item for item in answers.rejected if known.get(item.node_id) != item.reason]
-    messenger.write_rejected(changed, node_ids or {}, at="join")
+    messenger.write_rejected(changed, node_ids or {}, "join")
     progress.rejected |= {item.node_id: item for item in answers.rejected}
 
 

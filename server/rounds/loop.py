@@ -10,15 +10,23 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flwr.serverapp import Grid
 
 from common import messages
 from common.backbones import Backbone
-from common.events import Journal
+from common.events import (
+    AcceptedUpdate,
+    BackboneFacts,
+    FeaturesReady,
+    HeadsEvaluated,
+    Journal,
+    RoundEnded,
+    RunEnded,
+    RunStarted,
+)
 from common.model.parameters import parameters
 from common.model.trunks import initial_modules
 from common.run import RunConfig
@@ -80,22 +88,23 @@ def run_federation(
     """
     messenger = Messenger(grid, run, run_id, journal, observe)
     journal.write(
-        "run_started",
-        run_id=run_id,
-        name=run.name,
-        executor=executor,
-        path=str(folder),
-        rounds=run.rounds,
-        resumed=resume is not None,
-        audit_required=run.audit == "required",
-        tasks={name: spec.kind for name, spec in run.tasks.items()},
-        backbones={name: _describe_backbone(run, name, backbone) for name, backbone in backbones.items()},
+        RunStarted(
+            run_id=run_id,
+            name=run.name,
+            executor=executor,
+            path=str(folder),
+            rounds=run.rounds,
+            resumed=resume is not None,
+            audit_required=run.audit == "required",
+            tasks={name: spec.kind for name, spec in run.tasks.items()},
+            backbones={name: _describe_backbone(run, name, backbone) for name, backbone in backbones.items()},
+        )
     )
     participants = join_sites(messenger, backbones, node_ids)
     observe("joined", len(participants), len(participants))
     started = time.monotonic()
     participants = prepare_sites(messenger, participants, backbones)
-    journal.write("features_ready", seconds=round(time.monotonic() - started, 3))
+    journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
     state = resume or _initial_state(messenger, backbones)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         observe("rounds", round_ - 1, run.rounds)
@@ -105,7 +114,7 @@ def run_federation(
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     send_final_heads(messenger, participants, state.heads)
-    journal.write("run_ended", updates=dict(state.updates), heads=heads_digest(state.heads))
+    journal.write(RunEnded(updates=dict(state.updates), heads=heads_digest(state.heads)))
     return Outcome(state.heads, state.updates)
 
 
@@ -141,22 +150,21 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
         except BadInput as error:
             answers.rejected.append(Rejected(participant.node_id, str(error)))
             continue
-        accepted[participant.site] = {
-            "down": answers.bytes_sent[participant.node_id],
-            "up": size,
-            "plan": asdict(reply.plan),
-        }
+        accepted[participant.site] = AcceptedUpdate(
+            bytes_down=answers.bytes_sent[participant.node_id], bytes_up=size, plan=reply.plan
+        )
         for task, delta in reply.delta.heads.items():
             by_task[task].append(Weighted(float(participant.parameter_groups[task]), delta))
-    messenger.write_rejected(answers.rejected, _names_of(cohort), at="train", round=round_)
+    messenger.write_rejected(answers.rejected, _names_of(cohort), "train", round_)
     new, updated = _aggregate(messenger.run, state, by_task, round_)
     messenger.journal.write(
-        "round",
-        round=round_,
-        sites=accepted,
-        tasks={task: len(deltas) for task, deltas in by_task.items()},
-        updated=sorted(updated),
-        seconds=round(time.monotonic() - started, 4),
+        RoundEnded(
+            round=round_,
+            sites=accepted,
+            num_updates={task: len(deltas) for task, deltas in by_task.items()},
+            updated=tuple(sorted(updated)),
+            seconds=round(time.monotonic() - started, 4),
+        )
     )
     return new
 
@@ -190,13 +198,14 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
             answers.rejected.append(Rejected(participant.node_id, str(error)))
     names = _names_of(participants)
     messenger.journal.write(
-        "evaluation",
-        round=round_,
-        tasks={name: asdict(result) for name, result in compute_metrics(tasks, releases, messenger.run.seed).items()},
-        # What follows for a site's account: T tasks are one release of this noise.
-        noise={release.site: release.reply.noise_multiplier for release in releases},
-        # Not evaluating is no fault: these sites stay in the run.
-        without={names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names},
+        HeadsEvaluated(
+            round=round_,
+            tasks=compute_metrics(tasks, releases, messenger.run.seed),
+            # A site is charged one release of this noise for all its tasks together.
+            noise_multipliers={release.site: release.reply.noise_multiplier for release in releases},
+            # Not evaluating is no fault: these sites stay in the run.
+            rejected={names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names},
+        )
     )
 
 
@@ -208,17 +217,18 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
         return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected))
 
     answers = messenger.ask(messages.FINISH, _build_requests(participants, build), messages.Ready)
-    messenger.write_rejected(answers.rejected, _names_of(participants), at="finish")
+    messenger.write_rejected(answers.rejected, _names_of(participants), "finish")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _describe_backbone(run: RunConfig, name: str, backbone: Backbone) -> dict[str, Any]:
+def _describe_backbone(run: RunConfig, name: str, backbone: Backbone) -> BackboneFacts:
     """Returns what a report says of a backbone."""
     settings = backbone.public_spec()
     tasks = [task for task in run.tasks if run.backbone_of(task) == name]
-    return {"kind": settings["kind"], "model": settings.get("model"), "digest": backbone.digest, "tasks": tasks}
+    model = settings.get("model")
+    return BackboneFacts(kind=settings["kind"], model=model, digest=backbone.digest, tasks=tuple(tasks))
 
 
 def _build_requests(

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from common import messages
-from common.events import Journal
+from common.events import Journal, RepliesAwaited, SiteRejected
 from common.flower import UnexpectedObjectContentError
 from common.run import RunConfig
 from common.types import RunFailed
@@ -134,16 +134,20 @@ class Messenger:
         rejected += [Rejected(node, NOT_REACHED) for node in not_reached]
         return Answers(accepted, rejected, {node: sizes[id(payload)] for node, payload in payloads.items()})
 
-    def write_rejected(self, rejected: Sequence[Rejected], names: Mapping[int, str], **where: Any) -> None:
+    def write_rejected(
+        self, rejected: Sequence[Rejected], names: Mapping[int, str], stage: str, round_: int | None = None
+    ) -> None:
         """Writes to the journal whose replies are not used, and why.
 
         Args:
             rejected: the replies.
             names: node id -> site name, as far as names are known.
-            where: the step (`at`) and, within rounds, the round.
+            stage: what was asked: join, backbone, prepare, train or finish.
+            round_: number of the round; None outside rounds.
         """
         for item in rejected:
-            self.journal.write("set_aside", site=item.name(names), reason=item.reason, **where)
+            event = SiteRejected(site=item.name(names), reason=item.reason, stage=stage, round=round_)
+            self.journal.write(event)
 
     def _push(self, outgoing: Sequence[Message]) -> tuple[dict[str, int], list[int]]:
         """Returns message id -> node, and the nodes that take no message because they were removed."""
@@ -184,7 +188,8 @@ class Messenger:
             if not waiting or time.monotonic() > deadline:
                 break
             if len(waiting) < before:
-                self.journal.write("replies", at=kind, round=round_, nodes=sorted(asked[item] for item in waiting))
+                node_ids = tuple(sorted(asked[item] for item in waiting))
+                self.journal.write(RepliesAwaited(message_type=kind, round=round_, node_ids=node_ids))
             self.observe(kind, len(asked) - len(waiting), len(asked))
             time.sleep(_POLL_S)
         return replies, unreadable

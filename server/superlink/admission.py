@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import final
 
-from common.events import FileJournal
+from common.events import FileJournal, RequestRejected
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
 from server.superlink.request_filter import App, PublicFilter, RejectedRequest, RequestLimits
@@ -60,4 +60,4 @@ class RejectionLog:
         if len(self._muted) >= _MAX_MUTED:
             self._muted.clear()
         self._muted[key] = now + _QUIET_S
-        self._journal.write("refused", **asdict(rejected))
+        self._journal.write(RequestRejected(**asdict(rejected)))

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from common.events import FileJournal
+from common.events import DaemonStarted, DaemonStopped, FileJournal
 from common.process.health import Health
 from common.types import BadInput, RunFailed
 from server.deployment.certificates import check_server
@@ -140,10 +140,10 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
                 await asyncio.to_thread(_stop_orphaned_runs, control)
             tasks.append(await start_listener(public, sockets[0]))
             journal = FileJournal(federation.state / "link.jsonl")
-            journal.write("link_started", pid=os.getpid(), bind=str(federation.config.bind))
+            journal.write(DaemonStarted(pid=os.getpid(), bind=str(federation.config.bind)))
             print(f"listening on {federation.config.bind} for {federation.config.address}", flush=True)  # noqa: T201
             await _supervise(federation, public.reload_certificate, executor, stopping, health)
-            journal.write("link_stopped")
+            journal.write(DaemonStopped())
         finally:
             health.serving(False)
             executor.terminate()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from common.events import FileJournal
+from common.events import FileJournal, RunFailure
 from common.model.backbones import digests_of, open_backbones
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed
@@ -59,7 +59,7 @@ def _run(grid: Grid, folder: Path) -> None:
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
         )
     except HeadwaterError as error:
-        journal.write("run_failed", reason=str(error))
+        journal.write(RunFailure(reason=str(error)))
         write_results(folder, run, digests, {})
         raise
     write_results(folder, run, digests, outcome.heads)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.events import read
+from common.events import RoundEnded, RunEnded, RunFailure, RunStarted, SiteJoined, read_run_journal, select_events
 from common.process.health import is_serving
 from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import load_admitted_sites
@@ -112,22 +112,23 @@ def _describe_newest_run(federation: Federation) -> dict[str, Any] | None:
     if not folders:
         return None
     folder = folders[-1].parent
-    facts = read(folder / "journal.jsonl")
-    starts = [position for position, fact in enumerate(facts) if fact["event"] == "run_started"]
-    done = {fact["round"]: fact for fact in facts if fact["event"] == "round"}
-    replies = {fact["site"]: 0 for fact in facts if fact["event"] == "joined"}
-    for fact in done.values():
-        for site in fact["sites"]:
+    events = read_run_journal(folder / "journal.jsonl")
+    started = select_events(events, RunStarted)
+    done = {event.round: event for event in select_events(events, RoundEnded)}
+    replies = {event.site: 0 for event in select_events(events, SiteJoined)}
+    for event in done.values():
+        for site in event.sites:
             replies[site] = replies.get(site, 0) + 1
-    ends = {"run_ended": "completed", "run_failed": "failed"}
-    since_start = facts[starts[-1] :] if starts else []
-    state = next((ends[fact["event"]] for fact in since_start if fact["event"] in ends), "not ended")
+    since_start = events[events.index(started[-1]) :] if started else []
+    state = "not ended"
+    if ended := [event for event in since_start if isinstance(event, RunEnded | RunFailure)]:
+        state = "completed" if isinstance(ended[0], RunEnded) else "failed"
     return {
         "id": folder.name,
         "state": state,
         "under_way": False,
         "round": max(done, default=0),
-        "rounds": since_start[0]["rounds"] if since_start else None,
+        "rounds": started[-1].rounds if started else None,
         "replies": replies,
     }
 

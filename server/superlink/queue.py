@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.events import read
+from common.events import RunEnded, read_run_journal, select_events
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import write_yaml
@@ -53,7 +53,7 @@ def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
         if not folders:
             raise BadInput(f"expected the id of a run under {federation.runs}, got {run_id!r}")
     for folder in folders[:1]:
-        if not any(fact["event"] == "run_ended" for fact in read(folder / "journal.jsonl")):
+        if not select_events(read_run_journal(folder / "journal.jsonl"), RunEnded):
             return folder
     newest = folders[0].name if folders else "none"
     raise BadInput(

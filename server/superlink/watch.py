@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from common.events import read
+from common.events import (
+    BackboneSent,
+    FeaturesReady,
+    HeadsEvaluated,
+    RoundEnded,
+    RunEnded,
+    RunEvent,
+    RunStarted,
+    SiteJoined,
+    SiteRejected,
+    read_run_journal,
+)
 from common.types import RunFailed
 from server.superlink.control import Control, DaemonUnreachable, RunState
 
@@ -15,7 +25,6 @@ _LOOK_S = 0.5
 _SILENCE_S = 90.0
 
 Show = Callable[[str], None]
-Fact = Mapping[str, Any]
 
 
 def watch(
@@ -37,13 +46,13 @@ def watch(
     silent_since: float | None = None
     rounds = 0
     while True:
-        facts = read(folder / "journal.jsonl")
-        for fact in facts[skip:]:
-            rounds = fact.get("rounds", rounds) if fact["event"] == "run_started" else rounds
-            line = in_words(fact, rounds)
+        events = read_run_journal(folder / "journal.jsonl")
+        for event in events[skip:]:
+            rounds = event.rounds if isinstance(event, RunStarted) else rounds
+            line = describe_event(event, rounds)
             if line:
                 show(line)
-        skip = len(facts)
+        skip = len(events)
         try:
             state = next((run for run in control.list_runs() if run.run_id == engine_run), None)
             silent_since = None
@@ -55,38 +64,38 @@ def watch(
                     "`python -m server resume` continues after the last whole round"
                 ) from error
             state = None
-        if state is not None and state.finished and len(read(folder / "journal.jsonl")) == skip:
+        if state is not None and state.finished and len(read_run_journal(folder / "journal.jsonl")) == skip:
             return state
         time.sleep(_LOOK_S)
 
 
-def in_words(fact: Fact, rounds: int) -> str | None:
-    """One line about one fact; None about those that a person need not see."""
-    match fact["event"]:
-        case "run_started":
-            again = " (continued)" if fact["resumed"] else ""
-            return f"run {fact['run_id']}{again}: {', '.join(fact['tasks'])}; waiting for sites"
-        case "joined":
-            return f"{fact['site']} joined with {', '.join(fact['tasks'])}"
-        case "set_aside":
-            return f"{fact['site']} set aside at {fact.get('at', 'train')}: {fact['reason']}"
-        case "backbone_sent":
-            return f"{fact['site']} received {fact['backbone']}, {fact['bytes']:,} bytes"
-        case "features_ready":
-            return f"sites are ready after {fact['seconds']:.1f} s"
-        case "round":
-            return _round_in_words(fact, rounds)
-        case "evaluation":
-            return f"round {fact['round']}: evaluated in noised counts"
-        case "run_ended":
-            return "the heads went home"
+def describe_event(event: RunEvent, rounds: int) -> str | None:
+    """Returns one line about an event of a run that has so many rounds; None where a person need not see it."""
+    match event:
+        case RunStarted():
+            again = " (continued)" if event.resumed else ""
+            return f"run {event.run_id}{again}: {', '.join(event.tasks)}; waiting for sites"
+        case SiteJoined():
+            return f"{event.site} joined with {', '.join(event.tasks)}"
+        case SiteRejected():
+            return f"{event.site} rejected at {event.stage}: {event.reason}"
+        case BackboneSent():
+            return f"{event.site} received {event.backbone}, {event.size_bytes:,} bytes"
+        case FeaturesReady():
+            return f"sites are ready after {event.seconds:.1f} s"
+        case RoundEnded():
+            return _describe_round(event, rounds)
+        case HeadsEvaluated():
+            return f"round {event.round}: evaluated on held-out units, noised"
+        case RunEnded():
+            return "all rounds are done; final heads were sent to the sites"
         case _:
             return None
 
 
-def _round_in_words(fact: Fact, rounds: int) -> str:
-    tasks = ", ".join(f"{task} {count}" for task, count in fact["tasks"].items())
-    late = [task for task in fact["tasks"] if task not in fact["updated"]]
-    kept = f"; not enough for {', '.join(late)}, kept as it was" if late else ""
-    sites = ", ".join(fact["sites"]) or "no site"
-    return f"round {fact['round']} of {rounds}: {sites}; replies: {tasks}{kept}; {fact['seconds']:.1f} s"
+def _describe_round(event: RoundEnded, rounds: int) -> str:
+    counts = ", ".join(f"{name} {count}" for name, count in event.num_updates.items())
+    unchanged = [name for name in event.num_updates if name not in event.updated]
+    kept = f"; not enough for {', '.join(unchanged)}, left unchanged" if unchanged else ""
+    sites = ", ".join(event.sites) or "no site"
+    return f"round {event.round} of {rounds}: {sites}; updates: {counts}{kept}; {event.seconds:.1f} s"

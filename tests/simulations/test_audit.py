@@ -12,10 +12,11 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from common.events import SolverAudited, read_run_journal, select_events
 from common.privacy.noise import SeededEntropy
 from common.types import BadInput, RunFailed
 from common.yaml import load
-from server.reports.summary import tables
+from server.reports.tables import render_summary
 from simulations.__main__ import app
 from simulations.config import SimulationConfig
 from simulations.experiment import check, run
@@ -57,19 +58,17 @@ def config(tmp_path: Path) -> Path:
 
 def test_a_passed_audit_is_journalled_and_the_heads_are_exported(config: Path, tmp_path: Path) -> None:
     summary = run(config, out=tmp_path / "out", entropy=SeededEntropy(1))
-    assert summary["status"] == "completed"
+    assert summary.status == "completed"
     assert (tmp_path / "out/heads/answer.safetensors").exists()
-    audits = [
-        json.loads(line) for line in (tmp_path / "out/journal.jsonl").read_text().splitlines() if '"audit"' in line
-    ]
-    assert [fact["passed"] for fact in audits] == [True]
-    found = summary["audit"]
-    assert found["required"] and found["passed"] and found["reasons"] == []
-    assert found["epsilon_claimed"] == pytest.approx(4.0, rel=1e-3)
-    assert found["noise_std_ratio"] == pytest.approx(1.0, abs=0.1)
+    audits = select_events(read_run_journal(tmp_path / "out/journal.jsonl"), SolverAudited)
+    assert [event.verdict.passed for event in audits] == [True]
+    audit = summary.audit
+    assert audit.required and audit.passed and audit.reasons == ()
+    assert audit.epsilon_claimed == pytest.approx(4.0, rel=1e-3)
+    assert audit.noise_std_ratio == pytest.approx(1.0, abs=0.1)
     console = Console(width=100)
     with console.capture() as shown:
-        console.print(tables(summary))
+        console.print(render_summary(summary))
     assert "audit: passed; epsilon 4.00 claimed, at least" in shown.get()
 
 
@@ -86,9 +85,9 @@ def test_a_failed_audit_trains_nothing_and_exports_no_head(config: Path, tmp_pat
 
 def test_without_the_requirement_no_audit_runs(config: Path, tmp_path: Path) -> None:
     summary = run(config, out=tmp_path / "out", overrides=["run.audit=on_request"], entropy=lambda purpose: bytes(32))
-    assert summary["status"] == "completed"
+    assert summary.status == "completed"
     assert '"audit"' not in (tmp_path / "out/journal.jsonl").read_text()
-    assert summary["audit"]["required"] is False and summary["audit"]["passed"] is None
+    assert summary.audit.required is False and summary.audit.passed is None
 
 
 def test_a_run_without_privacy_cannot_require_an_audit(config: Path) -> None:

@@ -254,8 +254,8 @@ def test_a_bad_record_stops_or_is_skipped_as_the_file_says(
     skipped = command("run", "on_bad_record=skip", options=("--json",))
     assert skipped.exit_code == 0, skipped.output
     left_out = [site["left_out"] for site in json.loads(skipped.stdout)["sites"].values() if site["left_out"]]
-    assert [item["records"] for item in left_out] == [1]
-    listed = Path(left_out[0]["listed"]).read_text()
+    assert [item["num_records"] for item in left_out] == [1]
+    listed = Path(left_out[0]["path"]).read_text()
     assert "rows.csv,181" in listed and "CANARY" not in listed
     # A path is for copying: it is whole, however long.
     (line,) = [line for line in command("run", "on_bad_record=skip").stdout.splitlines() if "listed in" in line]
@@ -289,7 +289,10 @@ def test_missing_and_unreadable_images_are_named_by_row_and_the_run_goes_on(
     refused(command("run", *overrides, "on_bad_record=stop"), 2, "images.csv row 3")
     result = command("run", *overrides, options=("--json",))
     assert result.exit_code == 0, result.output
-    assert sum((s["left_out"] or {"records": 0})["records"] for s in json.loads(result.stdout)["sites"].values()) == 2
+    assert (
+        sum((s["left_out"] or {"num_records": 0})["num_records"] for s in json.loads(result.stdout)["sites"].values())
+        == 2
+    )
 
 
 def test_a_run_that_cannot_be_evaluated_is_no_success(command: Command) -> None:

@@ -39,7 +39,7 @@ def test_ray_and_in_process_make_the_same_heads_to_the_bit(tmp_path: Path) -> No
     for kind in ("in_process", "flower"):
         overrides = [*common, f"executor.kind={kind}", f"cache_dir={tmp_path / kind / 'cache'}"]
         summary = simulations.run(DEMO, overrides=overrides, out=tmp_path / kind / "run", entropy=SeededEntropy(5))
-        assert summary["status"] == "completed" and summary["executor"] == kind
+        assert summary.status == "completed" and summary.executor == kind
         heads[kind] = {
             path.name: {name: array.tobytes() for name, array in load_file(path).items()}
             for path in (tmp_path / kind / "run" / "heads").iterdir()

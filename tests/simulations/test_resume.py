@@ -37,8 +37,8 @@ def test_a_resumed_run_makes_the_heads_of_an_uninterrupted_one(simulation_file: 
         run(simulation_file, out=tmp_path / "cut" / "run", entropy=SeededEntropy(1), observe=interrupt_after(2))
     spent = [ledger.spent().spent_epsilon for ledger in ledgers(tmp_path / "cut" / "run")]
     summary = resume(tmp_path / "cut" / "run", entropy=SeededEntropy(1))
-    assert summary["status"] == "completed"
-    assert summary["rounds"] == whole["rounds"] == 3
+    assert summary.status == "completed"
+    assert summary.rounds == whole.rounds == 3
     heads = {
         name: load_checkpoint(tmp_path / name / "run" / "checkpoint.safetensors").heads for name in ("whole", "cut")
     }
@@ -67,7 +67,7 @@ def test_a_round_done_again_evaluates_again_for_nothing(simulation_file: Path, t
         run(simulation_file, out=out, overrides=overrides, entropy=SeededEntropy(1), observe=observe)
     checkpoint.write_bytes(kept[0])  # As if round 2 had never reached it.
     summary = resume(out, entropy=SeededEntropy(1))
-    assert summary["tasks"]["colour"]["evaluation"] == whole["tasks"]["colour"]["evaluation"]
+    assert summary.tasks["colour"].evaluation == whole.tasks["colour"].evaluation
     for ledger, other in zip(ledgers(out), ledgers(tmp_path / "whole" / "run"), strict=True):
         assert [charge.purpose for charge in ledger.charges()] == ["training", "evaluation"] * 3
         assert ledger.spent() == other.spent()
@@ -88,9 +88,9 @@ def test_a_run_that_died_after_its_last_round_is_completed(simulation_file: Path
     with pytest.raises(Interrupted):
         run(simulation_file, out=tmp_path / "run", overrides=["baselines=[local]"], observe=observe)
     summary = resume(tmp_path / "run")
-    assert summary["status"] == "completed"
-    assert summary["tasks"]["colour"]["updates"] == 3
-    assert summary["tasks"]["colour"]["metrics"] and summary["tasks"]["colour"]["baselines"]["local"]
+    assert summary.status == "completed"
+    assert summary.tasks["colour"].updates == 3
+    assert summary.tasks["colour"].metrics and summary.tasks["colour"].baselines["local"]
 
 
 def test_a_run_is_resumed_from_whatever_folder_it_was_put_in(simulation_file: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_run_is_resumed_from_whatever_folder_it_was_put_in(simulation_file: Pa
     out = tmp_path / "far" / "away" / "from" / "it"
     with pytest.raises(Interrupted):
         run(simulation_file, out=out, overrides=["baselines=[non_private]", sgd], observe=observe)
-    assert resume(out)["tasks"]["colour"]["baselines"]["non_private"]["accuracy"] > 0.7
+    assert resume(out).tasks["colour"].baselines["non_private"]["accuracy"] > 0.7
 
 
 def test_another_runs_checkpoint_is_not_resumed(simulation_file: Path, tmp_path: Path) -> None:

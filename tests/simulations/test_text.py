@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 import simulations
 from common.backbones.transformers import Transformers
+from common.events import MetricsEvaluated, read_run_journal, select_events
 from common.yaml import parse
 from simulations.config import SimulationConfig
 
@@ -53,10 +53,10 @@ def test_sites_read_texts_with_a_tokenizer_they_were_sent(tmp_path: Path) -> Non
         "runs_dir": str(tmp_path / "runs"),
     }
     config = parse(SimulationConfig, values, base=tmp_path)
-    assert simulations.run(config, out=tmp_path / "out")["status"] == "completed"
-    facts = [json.loads(line) for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
-    (metrics,) = (fact for fact in facts if fact["event"] == "metrics")
-    assert metrics["pooled"]["accuracy"] > 0.85
+    assert simulations.run(config, out=tmp_path / "out").status == "completed"
+    events = read_run_journal(tmp_path / "out" / "journal.jsonl")
+    (metrics,) = select_events(events, MetricsEvaluated)
+    assert metrics.pooled["accuracy"] > 0.85
     stored = [path for path in (tmp_path / "out" / "sites").rglob("spec.json")]
     assert len(stored) == 2
     assert not any(str(tmp_path) in path.read_text() for path in stored)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from common import messages
 from common.backbones import open_pretrained
 from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
+from common.events import MetricsEvaluated, read_run_journal, select_events
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.run import RunConfig
 from common.types import BadInput, DeclineReason
@@ -100,12 +100,12 @@ def test_what_trains_travels_and_nothing_else_and_the_export_gives_the_reported_
     """The export is loaded by hand into the whole encoder, which then encodes pictures without any boundary."""
     config = simulation(tmp_path)
     summary = run(config, out=tmp_path / "out")
-    assert summary["status"] == "completed"
+    assert summary.status == "completed"
     heads = load_checkpoint(tmp_path / "out" / "checkpoint.safetensors").heads
     assert set(heads) == {"direction", "width", TRUNK}
     assert set(heads[TRUNK]) == {"above.4.weight", "above.4.bias"}, "the last convolution, and no BatchNorm"
     numbers = sum(array.size for params in heads.values() for array in params.values())
-    assert 4 * numbers < summary["bytes"]["up_per_site_round"] < 4 * numbers + 1000
+    assert 4 * numbers < summary.bytes.up_per_site_round < 4 * numbers + 1000
 
     exported = {path.stem: load_file(path) for path in (tmp_path / "out" / "heads").iterdir()}
     with safe_open(tmp_path / "out" / "heads" / "width.safetensors", framework="numpy") as file:
@@ -123,13 +123,13 @@ def test_what_trains_travels_and_nothing_else_and_the_export_gives_the_reported_
     for task, labels in (("direction", ["across", "down"]), ("width", ["thin", "thick"])):
         outputs = features.numpy() @ exported[task]["weight"].T + exported[task]["bias"]
         right = np.array(labels)[outputs.argmax(1)] == data[f"test_{task}"]
-        assert summary["tasks"][task]["metrics"]["accuracy"] == pytest.approx(right.mean())
+        assert summary.tasks[task].metrics["accuracy"] == pytest.approx(right.mean())
 
 
 def test_a_site_evaluates_what_came_home_through_the_trunk(tmp_path: Path) -> None:
     run(simulation(tmp_path), out=tmp_path / "out")
-    facts = [json.loads(line) for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
-    reported = {fact["task"]: fact["per_site"] for fact in facts if fact["event"] == "metrics"}
+    events = read_run_journal(tmp_path / "out" / "journal.jsonl")
+    reported = {event.task: event.per_site for event in select_events(events, MetricsEvaluated)}
     for config in read_sites(tmp_path / "out" / "sites"):
         result = compare(Site(config, os_entropy))
         for task, own in result.tasks.items():
@@ -142,7 +142,7 @@ def test_training_the_convolutions_learns_what_a_frozen_random_net_does_not_show
     accuracy = {}
     for name, changes in (("frozen", frozen), ("whole", whole)):
         summary = run(simulation(tmp_path, run=changes), out=tmp_path / name)
-        accuracy[name] = min(task["metrics"]["accuracy"] for task in summary["tasks"].values())
+        accuracy[name] = min(task.metrics["accuracy"] for task in summary.tasks.values())
     assert accuracy["whole"] > 0.95 > accuracy["frozen"] + 0.1
 
 
@@ -155,10 +155,10 @@ def test_all_baselines_and_noised_evaluations_go_through_the_trunk(tmp_path: Pat
         evaluation={"share": 0.3, "evaluations": 1},
     )
     summary = run(config, out=tmp_path / "out")
-    for task in summary["tasks"].values():
-        assert set(task["baselines"]) == {"obvious", "local", "non_private", "central", "random_backbone"}
-        assert task["evaluation"]["rounds"][0]["round"] == 3
-    assert all(site["status"] == "completed" for site in summary["sites"].values())
+    for task in summary.tasks.values():
+        assert set(task.baselines) == {"baseline_prediction", "local", "non_private", "central", "random_backbone"}
+        assert task.evaluation.rounds[0].round == 3
+    assert all(site.status == "completed" for site in summary.sites.values())
 
 
 def test_a_resumed_run_makes_the_trunk_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
         tasks={"finding": {"source": "reports", "column": "finding", "missing": "refuse", "public_size": 40}},
     )
     summary = run(config, out=tmp_path / "out")
-    assert summary["status"] == "completed"
+    assert summary.status == "completed"
     trunk = load_checkpoint(tmp_path / "out" / "checkpoint.safetensors").heads[TRUNK]
     # Two layers with A (2 x 16) and B (16 x 2).
     assert sorted(array.shape for array in trunk.values()) == [(2, 16), (2, 16), (16, 2), (16, 2)]

@@ -101,9 +101,9 @@ def test_a_run_in_which_every_audit_fails_trains_nothing_and_exports_nothing(tmp
 
 
 def test_a_run_of_audited_sites_says_so(tmp_path: Path) -> None:
-    _, facts = federate(tmp_path / "run", [site_config(tmp_path, "north")], **REQUIRED)
-    found = summarize(facts)["audit"]
-    assert found["required"] and found["passed"] is None  # Each site's own result stays there.
+    _, events = federate(tmp_path / "run", [site_config(tmp_path, "north")], **REQUIRED)
+    found = summarize(events).audit
+    assert found.required and found.passed is None  # Each site's own result stays there.
 
 
 # --- size ------------------------------------------------------------------------------------------------------------

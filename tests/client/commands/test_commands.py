@@ -26,6 +26,7 @@ from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
 from common.backbones import Backbone, open_random
+from common.events import RequestDeclined
 from common.model.backbones import open_backbones
 from common.model.parameters import initial_heads, parameters
 from common.plugins import Spec
@@ -297,7 +298,7 @@ def test_the_log_holds_every_release_with_its_bytes_and_every_refusal(tmp_path: 
     loud = run_config(privacy={"unit": "example", "delta": DELTA, "noise_multiplier": 0.01})
     with pytest.raises(SiteDeclined):
         join(site, offered("run-2", loud, frozen))
-    site.journal.write("declined", refusal="budget", detail="as the app writes it")
+    site.journal.write(RequestDeclined(reason="budget", detail="as the app writes it"))
     page = said("log", written(tmp_path))
     sizes = {path.stat().st_size for path in (site.config.state_dir / "runs" / "run-1" / "replies").iterdir()}
     assert [(each["run"], each["round"], each["resent"]) for each in page["releases"]] == [

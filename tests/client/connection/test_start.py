@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from client.config import SiteConfig
-from common import events as journal
 from common.bundle import compute_bundle_digest, compute_code_digest
+from common.events import RequestDeclined, SiteRejected, read_run_journal, read_site_journal, select_events
 from common.process.health import is_serving
 from common.yaml import load
 from tests.answering import Answer, answering
@@ -104,16 +104,16 @@ def test_a_changed_bundle_is_declined_journalled_and_no_line_of_it_runs(tmp_path
         assert where.finished(run) == "finished:failed"
         (kept,) = (tmp_path / "runs").glob("*/journal.jsonl")
         assert ("c", "declined: version") in [
-            (fact["site"], fact["reason"]) for fact in journal.read(kept) if fact["event"] == "set_aside"
+            (event.site, event.reason) for event in select_events(read_run_journal(kept), SiteRejected)
         ]
     from common.flower import build_bundle_from_folder
 
     offered = compute_bundle_digest(build_bundle_from_folder(app))
     assert offered != compute_code_digest()
-    (fact,) = [fact for fact in journal.read(tmp_path / "c/state/site.jsonl") if fact["event"] == "declined"]
-    assert fact["refusal"] == "version"
-    assert compute_code_digest() in fact["detail"]
-    assert offered in fact["detail"]
+    (event,) = select_events(read_site_journal(tmp_path / "c/state/site.jsonl"), RequestDeclined)
+    assert event.reason == "version"
+    assert compute_code_digest() in event.detail
+    assert offered in event.detail
     assert offered in client("log", str(site), "--json").stdout
     assert not canary.exists()
     text = "open("  # Nowhere in the site's folder either: it was never unpacked.

@@ -16,7 +16,7 @@ from client.config import SiteConfig
 from client.personal.evaluate import ALONE, ALONE_NOT_PRIVATE, FEDERATED, compare, load_final_heads
 from client.protocol.site import Site
 from common import messages
-from common.events import FileJournal, read
+from common.events import FileJournal, read_site_journal
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import BadInput, DigestMismatch
 from common.yaml import write_yaml
@@ -48,10 +48,10 @@ def test_final_heads_and_heads_trained_alone_are_compared_on_held_out_units_and_
 ) -> None:
     config = federated(tmp_path)
     site = Site(config, os_entropy)
-    before, sent = site.ledger().spent(), read(config.state_dir / "site.jsonl")
+    before, sent = site.ledger().spent(), read_site_journal(config.state_dir / "site.jsonl")
     result = compare(site)
     assert site.ledger().spent() == before
-    assert read(config.state_dir / "site.jsonl") == sent
+    assert read_site_journal(config.state_dir / "site.jsonl") == sent
     assert result.run_id == "run-1"
     assert 0 < result.num_held_out < 40
     for own in result.tasks.values():

@@ -22,7 +22,7 @@ from client.protocol.site import Site
 from client.protocol.train import MAX_CHARGES
 from common import messages
 from common.backbones import Backbone
-from common.events import read
+from common.events import RequestDeclined, read_site_journal, select_events
 from common.model.parameters import initial_heads, parameters
 from common.offers import offer_of
 from common.privacy.accounting import Mechanism
@@ -136,9 +136,9 @@ def test_an_absurd_offer_is_declined_logged_and_costs_nothing(
         DeclineReason.TASK_NOT_ALLOWED,
         DeclineReason.BUDGET,
     )
-    [line] = [fact for fact in read(coordinator.config.state_dir / "site.jsonl") if fact["event"] == "declined"]
-    assert line["refusal"] == word.value
-    assert line["detail"]
+    [line] = select_events(read_site_journal(coordinator.config.state_dir / "site.jsonl"), RequestDeclined)
+    assert line.reason == word.value
+    assert line.detail
     assert not list((coordinator.config.state_dir / "runs").glob("run-x/*"))
     coordinator.honest_run(frozen)
     charges = Site(coordinator.config, os_entropy).ledger().charges()
@@ -152,9 +152,9 @@ def test_what_a_coordinator_writes_into_an_offer_does_not_fill_the_journal_or_re
     assert coordinator.refused(messages.JOIN, rewritten(frozen, **{key: 1})) is DeclineReason.BAD_REQUEST
     journal = coordinator.config.state_dir / "site.jsonl"
     assert journal.stat().st_size < 1000
-    [line] = read(journal)
-    assert line["asked"] == messages.JOIN
-    assert line["detail"].isprintable()
+    [line] = read_site_journal(journal)
+    assert line.message_type == messages.JOIN
+    assert line.detail.isprintable()
 
 
 def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp_path: Path, frozen: Backbone) -> None:
@@ -164,9 +164,9 @@ def test_text_in_place_of_another_sites_task_kind_does_not_wait_for_approval(tmp
     tasks = {**TASKS, "elsewhere": {"kind": forged}}
     assert careful.refused(messages.JOIN, rewritten(frozen, tasks=tasks)) is DeclineReason.BAD_REQUEST
     assert Approvals(careful.config.state_dir).waiting() == []
-    [line] = read(careful.config.state_dir / "site.jsonl")
-    assert "tasks.elsewhere.kind" in line["detail"]
-    assert line["detail"].isprintable()
+    [line] = read_site_journal(careful.config.state_dir / "site.jsonl")
+    assert "tasks.elsewhere.kind" in line.detail
+    assert line.detail.isprintable()
 
 
 def test_a_flood_of_offers_keeps_few_of_them_on_the_disk(tmp_path: Path, frozen: Backbone) -> None:
@@ -277,7 +277,7 @@ def test_a_bad_round_is_declined_logged_and_not_charged(
     before = site.ledger().spent()
     coordinator.refused(messages.TRAIN, BAD_ROUNDS[attack](frozen))
     assert site.ledger().spent() == before
-    assert [fact["event"] for fact in read(coordinator.config.state_dir / "site.jsonl")][-1] == "declined"
+    assert isinstance(read_site_journal(coordinator.config.state_dir / "site.jsonl")[-1], RequestDeclined)
     # And the run goes on.
     messages.decode(
         coordinator.send(messages.TRAIN, messages.encode(messages.TrainRequest("honest", 2, heads(frozen)))),
@@ -355,7 +355,7 @@ def test_what_a_coordinator_writes_neither_fills_the_journal_nor_steers_a_termin
     coordinator.refused(messages.JOIN, rewritten(frozen, tasks={"\x1b]0;pwned\x07": {"kind": "classification"}}))
     path = coordinator.config.state_dir / "site.jsonl"
     assert path.stat().st_size < 10_000
-    assert not any("\x1b" in fact["detail"] for fact in read(path))
+    assert not any("\x1b" in event.detail for event in read_site_journal(path))
 
 
 def test_what_a_killed_transfer_left_half_written_is_no_part(coordinator: Coordinator, frozen: Backbone) -> None:

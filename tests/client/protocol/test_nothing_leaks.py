@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from client.app import SITE_VARIABLE, make_app
 from client.config import SiteConfig
 from common import messages
-from common.events import FileJournal, read
+from common.events import FileJournal, HeadsEvaluated, RunEvent, SiteRejected, read_run_journal, select_events
 from common.flower import import_simulation_engine, set_metadata
 from common.model.backbones import digests_of, open_backbones
 from common.privacy.noise import Entropy, os_entropy
@@ -113,7 +113,7 @@ def federate(
     before: dict[str, Callable[[], None]] | None = None,
     entropy: Entropy = os_entropy,
     run: RunConfig | None = None,
-) -> tuple[Tap, list[dict[str, Any]]]:
+) -> tuple[Tap, list[RunEvent]]:
     """A whole run with one site; its messages and the coordinator's journal."""
     tap = Tap(make_app(lambda context: site, entropy), dict(before or {}))
     run = run or run_of()
@@ -130,7 +130,7 @@ def federate(
         assert CANARY not in str(error).lower()
         heads = {}
     write_results(own, run, digests_of(frozen), heads)
-    return tap, read(own / "journal.jsonl")
+    return tap, read_run_journal(own / "journal.jsonl")
 
 
 def assert_nothing_leaked(folder: Path, tap: Tap) -> None:
@@ -143,22 +143,21 @@ def assert_nothing_leaked(folder: Path, tap: Tap) -> None:
             assert CANARY.encode() not in path.read_bytes().lower(), path
 
 
-def refused_at(facts: list[dict[str, Any]]) -> set[tuple[str, str]]:
+def refused_at(events: list[RunEvent]) -> set[tuple[str, str]]:
     """(stage, reason) as the coordinator has them."""
-    found = {(fact["at"], fact["reason"]) for fact in facts if fact["event"] == "set_aside"}
-    for fact in facts:
-        if fact["event"] == "evaluation":
-            found |= {("evaluate", reason) for reason in fact["without"].values()}
+    found = {(event.stage, event.reason) for event in select_events(events, SiteRejected)}
+    for event in select_events(events, HeadsEvaluated):
+        found |= {("evaluate", reason) for reason in event.rejected.values()}
     return found
 
 
 def test_a_run_that_goes_well_tells_nothing(tmp_path: Path) -> None:
     site = a_site(tmp_path)
-    tap, facts = federate(tmp_path, site)
+    tap, events = federate(tmp_path, site)
     assert {messages.JOIN, messages.PART, messages.PREPARE, messages.TRAIN, messages.EVALUATE, messages.FINISH} == set(
         tap.kinds
     )
-    assert refused_at(facts) == set()
+    assert refused_at(events) == set()
     assert_nothing_leaked(tmp_path, tap)
     # The canaries are where they could have leaked from.
     assert CANARY in (site.state_dir / "ledgers").joinpath(f"{CANARY}-registry", "ledger.jsonl").read_text()
@@ -201,13 +200,13 @@ def test_a_source_backbone_or_label_that_fails_tells_one_word(
 ) -> None:
     site = a_site(tmp_path, on_bad_record=on_bad_record)
     damage(site)
-    tap, facts = federate(tmp_path, site)
+    tap, events = federate(tmp_path, site)
     if on_bad_record == "stop" or "source" in damage.__name__:
-        assert refused_at(facts) == {("prepare", "declined: bad_request")}
+        assert refused_at(events) == {("prepare", "declined: bad_request")}
         # The site's own staff reads more.
         assert "declined" in (site.state_dir / "site.jsonl").read_text()
     else:
-        assert refused_at(facts) == set()
+        assert refused_at(events) == set()
     assert_nothing_leaked(tmp_path, tap)
 
 
@@ -218,16 +217,16 @@ def garble_backbone(site: SiteConfig) -> None:
 
 def test_a_backbone_that_fails_tells_one_word(tmp_path: Path) -> None:
     site = a_site(tmp_path)
-    tap, facts = federate(tmp_path, site, before={messages.PREPARE: lambda: garble_backbone(site)})
-    assert refused_at(facts) <= {("prepare", "declined: bad_request"), ("prepare", "declined: backbone_not_allowed")}
-    assert refused_at(facts)
+    tap, events = federate(tmp_path, site, before={messages.PREPARE: lambda: garble_backbone(site)})
+    assert refused_at(events) <= {("prepare", "declined: bad_request"), ("prepare", "declined: backbone_not_allowed")}
+    assert refused_at(events)
     assert_nothing_leaked(tmp_path, tap)
 
 
 def test_a_backbone_of_the_sites_own_that_cannot_be_opened_is_not_named(tmp_path: Path) -> None:
     own = [{"kind": "small_cnn", "weights": str(tmp_path / f"{CANARY}.safetensors"), "input_size": 20}]
-    tap, facts = federate(tmp_path, a_site(tmp_path, own_backbones=own))
-    assert refused_at(facts) == set()  # The coordinator's is taken instead.
+    tap, events = federate(tmp_path, a_site(tmp_path, own_backbones=own))
+    assert refused_at(events) == set()  # The coordinator's is taken instead.
     assert_nothing_leaked(tmp_path, tap)
 
 
@@ -235,8 +234,8 @@ def test_approvals_that_cannot_be_read_tell_one_word(tmp_path: Path) -> None:
     site = a_site(tmp_path, approval="required")
     site.state_dir.mkdir(parents=True)
     (site.state_dir / "approvals.jsonl").write_text(f'{{"event": "approved", "{CANARY}": 1}}\n')
-    tap, facts = federate(tmp_path, site)
-    assert refused_at(facts) == {("join", "declined: not_approved")}
+    tap, events = federate(tmp_path, site)
+    assert refused_at(events) == {("join", "declined: not_approved")}
     assert_nothing_leaked(tmp_path, tap)
 
 
@@ -284,8 +283,8 @@ def test_a_solver_ledger_evaluation_or_reply_that_fails_tells_one_word(
     tmp_path: Path, stage: str, damage: Callable[[SiteConfig], None], reason: str
 ) -> None:
     site = a_site(tmp_path)
-    tap, facts = federate(tmp_path, site, before={stage: lambda: damage(site)})
-    assert (stage, f"declined: {reason}") in refused_at(facts)
+    tap, events = federate(tmp_path, site, before={stage: lambda: damage(site)})
+    assert (stage, f"declined: {reason}") in refused_at(events)
     assert_nothing_leaked(tmp_path, tap)
 
 
@@ -321,16 +320,16 @@ ERRORS = [
 def test_whatever_is_raised_in_the_middle_of_a_step_tells_one_word(
     tmp_path: Path, error: BaseException, stage: str, at: str
 ) -> None:
-    tap, facts = federate(tmp_path, a_site(tmp_path), entropy=raises(error, at))
+    tap, events = federate(tmp_path, a_site(tmp_path), entropy=raises(error, at))
     word = "bad_request" if isinstance(error, BadInput) else "internal"
-    assert (stage, f"declined: {word}") in refused_at(facts)
+    assert (stage, f"declined: {word}") in refused_at(events)
     assert_nothing_leaked(tmp_path, tap)
 
 
 def test_an_audit_that_raises_tells_one_word(tmp_path: Path) -> None:
     entropy = raises(RunFailed(f"{CANARY}-audit"), "audit")
-    tap, facts = federate(tmp_path, a_site(tmp_path), entropy=entropy, run=run_of(audit="required"))
-    assert refused_at(facts) == {("join", "declined: audit")}
+    tap, events = federate(tmp_path, a_site(tmp_path), entropy=entropy, run=run_of(audit="required"))
+    assert refused_at(events) == {("join", "declined: audit")}
     assert_nothing_leaked(tmp_path, tap)
 
 
@@ -512,5 +511,5 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
     journal = FileJournal(own / "journal.jsonl")
     run_federation(InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x")
     summary = write_results(own, run, digests_of(frozen), {})
-    assert "error" in summary["sites"]["north"]["reason"]
+    assert "error" in summary.sites["north"].reason
     assert CANARY not in json.dumps(summary) + (own / "journal.jsonl").read_text()

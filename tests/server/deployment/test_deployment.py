@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from common.events import read
+from common.events import RequestRejected, RoundEnded, read_daemon_journal, read_run_journal, select_events
 from common.yaml import write_yaml
 from server.deployment import admitted_sites, certificates
 from server.deployment.federation import Federation
@@ -206,7 +206,8 @@ def test_runs_come_home_and_a_removed_site_is_out_at_once(federation: Federation
         # The site learns it with its next request, and ends with a sentence for its staff.
         assert site.wait(30) == 1
         assert "does not know this site's key (any more)" in (tmp_path / "north.log").read_text()
-        refusals = [fact["reason"] for fact in read(federation.state / "link.jsonl") if fact["event"] == "refused"]
+        events = read_daemon_journal(federation.state / "link.jsonl")
+        refusals = [event.reason for event in select_events(events, RequestRejected)]
         assert refusals == ["a key that is not admitted"]
         after = json.loads(server("status", federation.folder, "--json").stdout)
         assert list(after["sites"]) == ["south"]
@@ -233,10 +234,9 @@ def test_a_run_continues_after_its_coordinator_was_killed(federation: Federation
 
         def rounds() -> list[int]:
             return [
-                fact["round"]
+                event.round
                 for path in federation.runs.glob("*/journal.jsonl")
-                for fact in read(path)
-                if fact["event"] == "round"
+                for event in select_events(read_run_journal(path), RoundEnded)
             ]
 
         assert wait_until(lambda: len(rounds()) >= 2, 400)
@@ -370,8 +370,8 @@ def test_from_another_network_only_the_fleets_door_answers(tmp_path: Path) -> No
     assert list(state["sites"]) == ["north"]
     assert state["run"] is None
     assert link.returncode == 0, output
-    refusals = [fact for fact in read(federation.state / "link.jsonl") if fact["event"] == "refused"]
-    assert {fact["peer"] for fact in refusals} == {"10.231.77.2"}
+    refusals = select_events(read_daemon_journal(federation.state / "link.jsonl"), RequestRejected)
+    assert {event.peer for event in refusals} == {"10.231.77.2"}
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,12 @@ from flwr.app import RecordDict
 from rich.console import Console
 
 from common import messages
+from common.events import HeadsEvaluated, RunEvent, Summary, select_events
 from common.privacy.accounting import Mechanism, epsilon
 from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
-from server.reports.summary import summarize, tables
+from server.reports.summary import summarize
+from server.reports.tables import render_summary
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
 from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, site_config
@@ -29,22 +30,22 @@ COLOUR = {"colour": open_task(TASKS["colour"], "colour")}
 STATISTIC = COLOUR["colour"].statistic(NOISED_BUCKETS)
 
 
-def evaluations(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [fact for fact in facts if fact["event"] == "evaluation"]
+def evaluations(events: list[RunEvent]) -> list[RunEvent]:
+    return select_events(events, HeadsEvaluated)
 
 
 def test_evaluations_come_after_the_rounds_that_the_run_names_and_the_last(tmp_path: Path) -> None:
     site = site_config(tmp_path, "north", evaluation={"share": 0.5, "evaluations": 5}, budget=RICH)
-    _, facts = federate(tmp_path / "run", [site], rounds=5, evaluation={"every": 2})
-    assert [fact["round"] for fact in evaluations(facts)] == [2, 4, 5]
-    assert all(set(fact["tasks"]) == {"colour", "size"} for fact in evaluations(facts))
+    _, events = federate(tmp_path / "run", [site], rounds=5, evaluation={"every": 2})
+    assert [event.round for event in evaluations(events)] == [2, 4, 5]
+    assert all(set(event.tasks) == {"colour", "size"} for event in evaluations(events))
 
 
 def test_without_the_setting_nobody_is_asked(tmp_path: Path) -> None:
     site = site_config(tmp_path, "north", evaluation=SHARE)
-    _, facts = federate(tmp_path / "run", [site])
-    assert evaluations(facts) == []
-    assert summarize(facts)["tasks"]["colour"]["evaluation"] is None
+    _, events = federate(tmp_path / "run", [site])
+    assert evaluations(events) == []
+    assert summarize(events).tasks["colour"].evaluation is None
 
 
 def test_sites_that_do_not_evaluate_are_named_and_stay_whole_members(tmp_path: Path) -> None:
@@ -54,13 +55,13 @@ def test_sites_that_do_not_evaluate_are_named_and_stay_whole_members(tmp_path: P
         site_config(tmp_path, "north"),
         site_config(tmp_path, "west", evaluation=once, budget=RICH),
     ]
-    _, facts = federate(tmp_path / "run", sites, evaluation={"every": 1})
-    first, last = evaluations(facts)
-    assert first["without"] == {"north": "declined: evaluation_local"}
-    assert last["without"] == {"north": "declined: evaluation_local", "west": "declined: budget"}
-    assert last["tasks"]["size"]["sites"] == ["east"]
-    summary = summarize(facts)
-    assert {name: (site["status"], site["evaluations"]) for name, site in summary["sites"].items()} == {
+    _, events = federate(tmp_path / "run", sites, evaluation={"every": 1})
+    first, last = evaluations(events)
+    assert first.rejected == {"north": "declined: evaluation_local"}
+    assert last.rejected == {"north": "declined: evaluation_local", "west": "declined: budget"}
+    assert last.tasks["size"].sites == ("east",)
+    summary = summarize(events)
+    assert {name: (site.status, site.evaluations) for name, site in summary.sites.items()} == {
         "east": ("completed", 2),
         "north": ("completed", 0),
         "west": ("completed", 1),
@@ -69,10 +70,10 @@ def test_sites_that_do_not_evaluate_are_named_and_stay_whole_members(tmp_path: P
 
 def test_epsilon_of_a_site_holds_its_evaluations_too(tmp_path: Path) -> None:
     site = site_config(tmp_path, "north", evaluation=SHARE)
-    _, facts = federate(tmp_path / "run", [site], evaluation={"every": 1})
-    noise = evaluations(facts)[0]["noise"]["north"]
+    _, events = federate(tmp_path / "run", [site], evaluation={"every": 1})
+    noise = evaluations(events)[0].noise_multipliers["north"]
     together = [Mechanism("gaussian", 2.0, 1.0, 4, 1.0), Mechanism("gaussian", noise, 1.0, 2, 1.0)]
-    assert summarize(facts)["sites"]["north"]["epsilon"] == pytest.approx(epsilon(together, 1e-5))
+    assert summarize(events).sites["north"].epsilon == pytest.approx(epsilon(together, 1e-5))
 
 
 Distort = Callable[[messages.EvaluateReply], messages.EvaluateReply]
@@ -102,13 +103,13 @@ def test_a_bad_evaluation_is_left_out_and_the_others_count(tmp_path: Path, disto
         return messages.encode(distort(messages.decode(records, messages.EvaluateReply)))
 
     sites = [site_config(tmp_path, name, evaluation=SHARE) for name in ("east", "north")]
-    _, facts = federate(
+    _, events = federate(
         tmp_path / "run", sites, saboteur="north", distort=bad, kind=messages.EVALUATE, evaluation={"every": 2}
     )
-    (found,) = evaluations(facts)
-    assert found["tasks"]["colour"]["sites"] == ["east"]
-    assert said in found["without"]["north"]
-    assert facts[-1]["updates"] == {"colour": 2, "size": 2}
+    (found,) = evaluations(events)
+    assert found.tasks["colour"].sites == ("east",)
+    assert said in found.rejected["north"]
+    assert events[-1].updates == {"colour": 2, "size": 2}
 
 
 def reply_of(sums: torch.Tensor, noise: float) -> messages.EvaluateReply:
@@ -159,23 +160,23 @@ def test_a_reply_is_checked_against_the_sites_own_tasks() -> None:
 
 def test_the_report_tells_noised_results_from_everything_else(tmp_path: Path) -> None:
     site = site_config(tmp_path, "north", evaluation=SHARE)
-    _, facts = federate(tmp_path / "run", [site], evaluation={"every": 1})
-    summary = summarize(facts)
-    found = summary["tasks"]["colour"]["evaluation"]
-    assert [each["round"] for each in found["rounds"]] == [1, 2] and found["round"] == 2
-    assert set(found["metrics"]) == set(found["standard_errors"]) == set(STATISTIC.values(torch.zeros(STATISTIC.size)))
-    assert summary["tasks"]["colour"]["metrics"] == {}  # The coordinator sees nothing but what was released.
-    json.dumps(summary, allow_nan=False)
+    _, events = federate(tmp_path / "run", [site], evaluation={"every": 1})
+    summary = summarize(events)
+    found = summary.tasks["colour"].evaluation
+    assert [each.round for each in found.rounds] == [1, 2] and found.round == 2
+    assert set(found.metrics) == set(found.standard_errors) == set(STATISTIC.values(torch.zeros(STATISTIC.size)))
+    assert summary.tasks["colour"].metrics == {}  # The coordinator sees nothing but what was released.
+    assert Summary.model_validate_json(summary.to_json()) == summary
     console = Console(width=100)
     with console.capture() as shown:
-        console.print(tables(summary))
+        console.print(render_summary(summary))
     assert "noised, charged" in shown.get()
     assert "simulator's own view" not in shown.get()
 
 
 def test_a_resumed_round_counts_once(tmp_path: Path) -> None:
     site = site_config(tmp_path, "north", evaluation=SHARE)
-    _, facts = federate(tmp_path / "run", [site], evaluation={"every": 1})
-    repeated = [*facts, evaluations(facts)[-1]]
-    assert summarize(repeated)["tasks"] == summarize(facts)["tasks"]
-    assert summarize(repeated)["sites"] == summarize(facts)["sites"]
+    _, events = federate(tmp_path / "run", [site], evaluation={"every": 1})
+    repeated = [*events, evaluations(events)[-1]]
+    assert summarize(repeated).tasks == summarize(events).tasks
+    assert summarize(repeated).sites == summarize(events).sites

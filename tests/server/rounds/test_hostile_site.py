@@ -19,7 +19,7 @@ from client.app import make_app
 from client.config import SiteConfig
 from client.protocol.site import Site
 from common import messages
-from common.events import FileJournal, read
+from common.events import FileJournal, RunEvent, SiteJoined, SiteRejected, read_run_journal, select_events
 from common.flower import (
     get_all_nested_objects,
     get_object_head_values_from_object_content,
@@ -47,7 +47,7 @@ def federate(
     grid: Grid = InProcessGrid,
     node_ids: Mapping[int, str] | None = NODE_IDS,
     **cohort: Any,
-) -> tuple[Outcome, list[dict[str, Any]], list[SiteConfig]]:
+) -> tuple[Outcome, list[RunEvent], list[SiteConfig]]:
     """A run of two rounds in which north answers what `answer` makes, where that is anything."""
     sites = [site_config(folder, name) for name in names]
     honest = make_app(lambda context: sites[int(context.node_config["partition-id"])], SeededEntropy(0))
@@ -67,7 +67,7 @@ def federate(
         executor="in_process",
         node_ids=node_ids,
     )
-    return outcome, read(journal.path), sites
+    return outcome, read_run_journal(journal.path), sites
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def without_north(tmp_path_factory: pytest.TempPathFactory) -> str:
     return heads_digest(outcome.heads)
 
 
-def aside(facts: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    return [(fact["site"], fact["at"], fact["reason"]) for fact in facts if fact["event"] == "set_aside"]
+def aside(events: Iterable[RunEvent]) -> list[tuple[str, str, str]]:
+    return [(event.site, event.stage, event.reason) for event in select_events(events, SiteRejected)]
 
 
 def public(payload: messages.Payload, **changes: object) -> RecordDict:
@@ -203,14 +203,14 @@ WHERE = {messages.JOIN: "join", messages.TRAIN: "train", messages.PREPARE: "prep
 def test_a_malicious_reply_costs_its_sender_its_place_and_nothing_else(
     tmp_path: Path, without_north: str, kind: str, name: str, make: Callable[[], RecordDict]
 ) -> None:
-    outcome, facts, [east, _] = federate(
+    outcome, events, [east, _] = federate(
         tmp_path,
         ["east", "north"],
         answer=lambda asked: make() if asked.metadata.message_type == kind else None,
     )
     assert heads_digest(outcome.heads) == without_north
     assert outcome.updates == {"colour": 2, "size": 2}
-    said = aside(facts)
+    said = aside(events)
     assert {(site, at) for site, at, _ in said} == {("north", WHERE[kind])}
     assert all(reason.isprintable() and len(reason) < 200 for _, _, reason in said), name
     assert [(charge.run, charge.round) for charge in Site(east, os_entropy).ledger().charges()] == [
@@ -222,12 +222,12 @@ def test_a_malicious_reply_costs_its_sender_its_place_and_nothing_else(
 
 @pytest.mark.parametrize("kind", [messages.PART, messages.FINISH])
 def test_a_site_that_spoils_the_backbones_way_or_the_end_does_not_hold_up_the_others(tmp_path: Path, kind: str) -> None:
-    outcome, facts, _ = federate(
+    outcome, events, _ = federate(
         tmp_path, ["east", "north"], answer=lambda asked: RecordDict() if asked.metadata.message_type == kind else None
     )
     assert outcome.updates == {"colour": 2, "size": 2}
-    assert "north" in {site for site, _, _ in aside(facts)}
-    assert "east" not in {site for site, _, _ in aside(facts)}
+    assert "north" in {site for site, _, _ in aside(events)}
+    assert "east" not in {site for site, _, _ in aside(events)}
 
 
 def test_a_site_that_claims_to_have_the_backbone_is_set_aside_where_it_cannot_prepare(
@@ -240,9 +240,9 @@ def test_a_site_that_claims_to_have_the_backbone_is_set_aside_where_it_cannot_pr
             else None
         )
 
-    outcome, facts, _ = federate(tmp_path, ["east", "north"], answer=lie)
+    outcome, events, _ = federate(tmp_path, ["east", "north"], answer=lie)
     assert heads_digest(outcome.heads) == without_north
-    assert {(site, at) for site, at, _ in aside(facts)} == {("north", "prepare")}
+    assert {(site, at) for site, at, _ in aside(events)} == {("north", "prepare")}
 
 
 # --- replies that the engine itself cannot take apart ----------------------------------------------------------------
@@ -317,9 +317,9 @@ def test_a_reply_that_the_engine_cannot_take_apart_ends_no_run_and_loses_no_othe
         def damage(self, contents: dict[str, bytes]) -> None:
             DAMAGES[name](contents)
 
-    outcome, facts, _ = federate(tmp_path, ["east", "north"], grid=Damaged)
+    outcome, events, _ = federate(tmp_path, ["east", "north"], grid=Damaged)
     assert heads_digest(outcome.heads) == without_north
-    assert aside(facts) == [("north", "train", "a reply that cannot be read")] * 2
+    assert aside(events) == [("north", "train", "a reply that cannot be read")] * 2
 
 
 # --- sites that are not there ----------------------------------------------------------------------------------------
@@ -350,9 +350,9 @@ def test_a_site_that_was_removed_during_the_run_is_set_aside_and_the_run_goes_on
     class Removed(LossyGrid):
         kinds, dropped = (messages.TRAIN, messages.FINISH), True
 
-    outcome, facts, _ = federate(tmp_path, ["east", "north"], grid=Removed)
+    outcome, events, _ = federate(tmp_path, ["east", "north"], grid=Removed)
     assert heads_digest(outcome.heads) == without_north
-    assert aside(facts) == [("north", at, "not reached") for at in ("train", "train", "finish")]
+    assert aside(events) == [("north", at, "not reached") for at in ("train", "train", "finish")]
 
 
 def test_a_site_that_is_silent_at_roll_call_holds_nobody_up_beyond_the_deadline(
@@ -362,19 +362,19 @@ def test_a_site_that_is_silent_at_roll_call_holds_nobody_up_beyond_the_deadline(
         kinds = (messages.JOIN,)
 
     started = time.monotonic()
-    outcome, facts, _ = federate(tmp_path, ["east", "north"], grid=Silent, timeout_s=3600)
+    outcome, events, _ = federate(tmp_path, ["east", "north"], grid=Silent, timeout_s=3600)
     assert time.monotonic() - started < 20.0
     assert heads_digest(outcome.heads) == without_north
-    assert aside(facts) == [("north", "join", "no reply before the time-out")]
+    assert aside(events) == [("north", "join", "no reply before the time-out")]
 
 
 def test_a_site_whose_first_answer_was_lost_is_asked_again(tmp_path: Path) -> None:
     class LostOnce(LossyGrid):
         kinds, lose, dropped = (messages.JOIN,), 1, True
 
-    _, facts, _ = federate(tmp_path, ["east", "north"], grid=LostOnce, min_sites=2, join_timeout_s=30)
-    assert [fact["site"] for fact in facts if fact["event"] == "joined"] == ["east", "north"]
-    assert aside(facts) == [("north", "join", "not reached")]
+    _, events, _ = federate(tmp_path, ["east", "north"], grid=LostOnce, min_sites=2, join_timeout_s=30)
+    assert [event.site for event in select_events(events, SiteJoined)] == ["east", "north"]
+    assert aside(events) == [("north", "join", "not reached")]
 
 
 def test_a_message_that_is_too_large_for_the_engine_is_one_sentence(tmp_path: Path) -> None:

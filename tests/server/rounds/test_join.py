@@ -17,7 +17,7 @@ from client.protocol.approvals import Approvals
 from client.protocol.site import Site
 from common import messages
 from common.backbones import Backbone, open_random
-from common.events import FileJournal, read
+from common.events import FileJournal, RunEvent, SiteJoined, SiteRejected, read_run_journal, select_events
 from common.privacy.noise import os_entropy
 from common.types import RunFailed
 from server.rounds.loop import run_federation
@@ -48,7 +48,7 @@ def federate(
     grid: Callable[[Any, int], InProcessGrid] = InProcessGrid,
     node_ids: dict[int, str] | None = None,
     **changes: Any,
-) -> list[dict[str, Any]]:
+) -> list[RunEvent]:
     app = make_app(lambda context: sites[int(context.node_config["partition-id"])])
     folder.mkdir(parents=True, exist_ok=True)
     journal = FileJournal(folder / "journal.jsonl")
@@ -62,18 +62,18 @@ def federate(
         executor="in_process",
         node_ids=node_ids,
     )
-    return read(journal.path)
+    return read_run_journal(journal.path)
 
 
-def joined(facts: Iterable[dict[str, Any]]) -> list[str]:
-    return [fact["site"] for fact in facts if fact["event"] == "joined"]
+def joined(events: Iterable[RunEvent]) -> list[str]:
+    return [event.site for event in select_events(events, SiteJoined)]
 
 
 def test_a_run_waits_for_sites_that_connect_late(tmp_path: Path) -> None:
     sites = [site_config(tmp_path, name) for name in ("east", "north")]
     cohort = {"min_sites": 2, "join_timeout_s": 30}
-    facts = federate(tmp_path / "run", sites, cohort=cohort, grid=lambda app, n: LateGrid(app, n, 0.5))
-    assert joined(facts) == ["east", "north"]
+    events = federate(tmp_path / "run", sites, cohort=cohort, grid=lambda app, n: LateGrid(app, n, 0.5))
+    assert joined(events) == ["east", "north"]
 
 
 def test_a_run_whose_quorum_never_comes_ends_at_its_deadline_and_spends_nothing(tmp_path: Path) -> None:
@@ -112,16 +112,16 @@ def test_a_task_without_its_quorum_of_sites_stops_the_run_before_anything_is_spe
 
 def test_a_site_under_another_name_than_it_was_admitted_with_is_kept_out(tmp_path: Path) -> None:
     sites = [site_config(tmp_path, "east"), site_config(tmp_path, "west")]
-    facts = federate(
+    events = federate(
         tmp_path / "run",
         sites,
         cohort={"min_sites": 1, "join_timeout_s": 5},
         node_ids={FIRST_NODE_ID: "east", FIRST_NODE_ID + 1: "north"},
     )
-    assert joined(facts) == ["east"]
-    [aside] = [fact for fact in facts if fact["event"] == "set_aside"]
-    assert aside["site"] == "north"
-    assert "another name" in aside["reason"]
+    assert joined(events) == ["east"]
+    [aside] = select_events(events, SiteRejected)
+    assert aside.site == "north"
+    assert "another name" in aside.reason
 
 
 def test_a_run_waits_while_a_sites_staff_decides(tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def test_a_run_waits_while_a_sites_staff_decides(tmp_path: Path) -> None:
 
     staff = threading.Thread(target=decide)
     staff.start()
-    facts = federate(tmp_path / "run", [site], cohort={"min_sites": 1, "join_timeout_s": 30})
+    events = federate(tmp_path / "run", [site], cohort={"min_sites": 1, "join_timeout_s": 30})
     staff.join()
-    reasons = [(fact["site"], fact["reason"]) for fact in facts if fact["event"] == "set_aside"]
+    reasons = [(event.site, event.reason) for event in select_events(events, SiteRejected)]
     assert reasons == [("east", "declined: not_approved")]
-    assert joined(facts) == ["east"]
+    assert joined(events) == ["east"]
 
 
 def test_only_the_parts_of_a_backbone_that_a_site_lacks_are_sent_again(tmp_path: Path) -> None:

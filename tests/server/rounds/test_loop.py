@@ -13,7 +13,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from client.app import make_app
 from client.config import SiteConfig
 from common import messages
-from common.events import FileJournal, read
+from common.events import (
+    BackboneSent,
+    FileJournal,
+    RoundEnded,
+    RunEvent,
+    SiteJoined,
+    SiteRejected,
+    read_run_journal,
+    select_events,
+)
 from common.flower import set_metadata
 from common.privacy.noise import Entropy, SeededEntropy
 from common.types import Delta, RunFailed, heads_digest
@@ -35,7 +44,7 @@ def federate(
     run_id: str = "run-1",
     entropy: Entropy | None = None,
     **changes: Any,
-) -> tuple[Outcome, list[dict[str, Any]]]:
+) -> tuple[Outcome, list[RunEvent]]:
     """Run two rounds; one site's replies of a kind go through `distort`. Outcome and journal."""
     honest = make_app(lambda context: sites[int(context.node_config["partition-id"])], entropy or SeededEntropy(0))
 
@@ -56,7 +65,7 @@ def federate(
         journal=FileJournal(folder / "journal.jsonl"),
         executor="in_process",
     )
-    return outcome, read(folder / "journal.jsonl")
+    return outcome, read_run_journal(folder / "journal.jsonl")
 
 
 def edited(change: Callable[[dict[str, dict[str, np.ndarray]]], None]) -> Distort:
@@ -133,11 +142,11 @@ def np_array() -> Any:
 def test_one_bad_reply_leaves_the_round_standing(tmp_path: Path, name: str) -> None:
     distort, said = MISDEEDS[name]
     three = [site_config(tmp_path / "a", site) for site in ("east", "north", "west")]
-    outcome, facts = federate(tmp_path / "run-a", three, saboteur="north", distort=distort)
-    aside = [fact for fact in facts if fact["event"] == "set_aside"]
-    assert [fact["site"] for fact in aside] == ["north", "north"]
-    assert all(said in fact["reason"] for fact in aside), aside
-    assert [sorted(fact["sites"]) for fact in facts if fact["event"] == "round"] == [["east", "west"]] * 2
+    outcome, events = federate(tmp_path / "run-a", three, saboteur="north", distort=distort)
+    aside = select_events(events, SiteRejected)
+    assert [event.site for event in aside] == ["north", "north"]
+    assert all(said in event.reason for event in aside), aside
+    assert [sorted(event.sites) for event in select_events(events, RoundEnded)] == [["east", "west"]] * 2
     # Exactly what the two others alone would have made.
     two = [site_config(tmp_path / "a", site, state_dir=str(tmp_path / site)) for site in ("east", "west")]
     alone, _ = federate(tmp_path / "run-b", two)
@@ -156,32 +165,32 @@ def test_an_absurd_public_size_keeps_a_site_out(tmp_path: Path, size: int) -> No
         )
 
     sites = [site_config(tmp_path, site) for site in ("east", "north")]
-    _, facts = federate(tmp_path / "run", sites, saboteur="north", distort=absurd, kind=messages.JOIN)
-    assert [fact["site"] for fact in facts if fact["event"] == "joined"] == ["east"]
+    _, events = federate(tmp_path / "run", sites, saboteur="north", distort=absurd, kind=messages.JOIN)
+    assert [event.site for event in select_events(events, SiteJoined)] == ["east"]
 
 
 def test_two_sites_of_one_name_count_once(tmp_path: Path) -> None:
     first = site_config(tmp_path / "a", "north")
     second = site_config(tmp_path / "b", "north")
-    _, facts = federate(tmp_path / "run", [first, second])
-    assert [fact["site"] for fact in facts if fact["event"] == "joined"] == ["north"]
-    assert any("same name" in fact.get("reason", "") for fact in facts)
+    _, events = federate(tmp_path / "run", [first, second])
+    assert [event.site for event in select_events(events, SiteJoined)] == ["north"]
+    assert any("same name" in event.reason for event in select_events(events, SiteRejected))
 
 
 def test_every_site_trains_and_aggregates_only_its_own_tasks(tmp_path: Path) -> None:
     only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
     sites = [site_config(tmp_path, "east"), site_config(tmp_path, "north", tasks=only_size)]
-    _, facts = federate(tmp_path / "run", sites)
-    assert [fact["tasks"] for fact in facts if fact["event"] == "round"] == [{"colour": 1, "size": 2}] * 2
+    _, events = federate(tmp_path / "run", sites)
+    assert [event.num_updates for event in select_events(events, RoundEnded)] == [{"colour": 1, "size": 2}] * 2
 
 
 def test_a_site_whose_budget_does_not_cover_the_run_declines_and_the_run_goes_on(tmp_path: Path) -> None:
     poor = site_config(tmp_path, "north", budget={"epsilon": 0.1, "delta": 1e-5})
-    _, facts = federate(tmp_path / "run", [site_config(tmp_path, "east"), poor])
-    assert [(fact["site"], fact["reason"]) for fact in facts if fact["event"] == "set_aside"] == [
+    _, events = federate(tmp_path / "run", [site_config(tmp_path, "east"), poor])
+    assert [(event.site, event.reason) for event in select_events(events, SiteRejected)] == [
         ("north", "declined: budget")
     ]
-    assert facts[-1]["updates"] == {"colour": 2, "size": 2}
+    assert events[-1].updates == {"colour": 2, "size": 2}
 
 
 def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
@@ -189,9 +198,9 @@ def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
     sites = [site_config(tmp_path, name) for name in ("east", "west")]
     sites.append(site_config(tmp_path, "north", tasks=only_size))
     cohort = {"min_sites": 2, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
-    outcome, facts = federate(tmp_path / "run", sites, saboteur="west", distort=edited(set_nan), cohort=cohort)
+    outcome, events = federate(tmp_path / "run", sites, saboteur="west", distort=edited(set_nan), cohort=cohort)
     assert outcome.updates == {"colour": 0, "size": 2}
-    assert all(fact["updated"] == ["size"] for fact in facts if fact["event"] == "round")
+    assert all(event.updated == ("size",) for event in select_events(events, RoundEnded))
 
 
 def test_a_run_without_its_minimum_of_sites_fails_with_a_sentence(tmp_path: Path) -> None:
@@ -204,8 +213,8 @@ def test_a_fraction_of_the_sites_is_asked_each_round_and_the_choice_is_reproduci
     def asked(folder: Path) -> list[list[str]]:
         sites = [site_config(folder, name) for name in ("a", "b", "c", "d")]
         cohort = {"fraction": 0.5, "min_sites": 1, "timeout_s": 5, "join_timeout_s": 1}
-        _, facts = federate(folder / "run", sites, cohort=cohort, rounds=6)
-        return [sorted(fact["sites"]) for fact in facts if fact["event"] == "round"]
+        _, events = federate(folder / "run", sites, cohort=cohort, rounds=6)
+        return [sorted(event.sites) for event in select_events(events, RoundEnded)]
 
     first = asked(tmp_path / "1")
     assert all(len(sites) == 2 for sites in first)
@@ -225,10 +234,10 @@ def test_final_heads_come_home_and_the_checkpoint_holds_the_last_round(tmp_path:
 
 def test_later_rounds_carry_heads_only_and_the_backbone_travels_once(tmp_path: Path) -> None:
     site = site_config(tmp_path, "east")
-    _, facts = federate(tmp_path / "run-1", [site])
-    assert [fact["event"] for fact in facts].count("backbone_sent") == 1
-    _, facts = federate(tmp_path / "run-2", [site], run_id="run-2")
-    assert not [fact for fact in facts if fact["event"] == "backbone_sent"]
+    _, events = federate(tmp_path / "run-1", [site])
+    assert len(select_events(events, BackboneSent)) == 1
+    _, events = federate(tmp_path / "run-2", [site], run_id="run-2")
+    assert not select_events(events, BackboneSent)
 
 
 class FloodedGrid(InProcessGrid):
@@ -263,6 +272,7 @@ def test_a_flood_of_replies_changes_nothing_and_is_logged(tmp_path: Path) -> Non
     again = [site_config(tmp_path / "a", name, state_dir=str(tmp_path / name)) for name in ("east", "north")]
     calm, _ = federate(tmp_path / "run-a", again)
     assert heads_digest(flooded.heads) == heads_digest(calm.heads)
-    logged = [fact for fact in read(journal.path) if fact.get("reason") == "a reply nobody asked for"]
+    rejected = select_events(read_run_journal(journal.path), SiteRejected)
+    logged = [event for event in rejected if event.reason == "a reply nobody asked for"]
     assert logged
-    assert len(read(journal.path)) < 200
+    assert len(read_run_journal(journal.path)) < 200

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from rich.console import Console
 
-from common.events import FileJournal
-from common.types import BadInput, RunFailed
+from common.events import (
+    AcceptedUpdate,
+    FileJournal,
+    RepliesAwaited,
+    RoundEnded,
+    RunEnded,
+    RunFailure,
+    RunStarted,
+    SiteJoined,
+    SiteRejected,
+)
+from common.types import BadInput, Plan, RunFailed, Unit
 from common.yaml import write_yaml
 from server.__main__ import _finish
 from server.deployment import admitted_sites
-from server.reports.status_table import status_table
+from server.reports.tables import render_status
 from server.superlink import operate
 from server.superlink.control import RunState
 from server.superlink.node_ids import NodeIds
 from server.superlink.queue import find_interrupted_run
-from server.superlink.watch import in_words
+from server.superlink.watch import describe_event
 from tests import tiny
 from tests.server.deployment.federations import new_federation, write_key_pair
+
+PLAN = Plan(sampling_rate=1.0, steps=1, clip_norm=1.0, noise_multiplier=2.0, unit=Unit.EXAMPLE)
+UPDATE = AcceptedUpdate(bytes_down=10, bytes_up=20, plan=PLAN)
+
+
+def end_of_round(number: int, sites: Mapping[str, AcceptedUpdate] = MappingProxyType({})) -> RoundEnded:
+    return RoundEnded(round=number, sites=dict(sites), num_updates={}, updated=(), seconds=0.1)
 
 
 def write_node_ids(path: Path, names: dict[str, str]) -> None:
@@ -30,23 +49,22 @@ def write_node_ids(path: Path, names: dict[str, str]) -> None:
 
 
 def test_a_round_names_its_sites_and_the_tasks_that_stayed_as_they_were() -> None:
-    fact = {
-        "event": "round",
-        "sites": {"north": {}, "south": {}},
-        "tasks": {"digit": 2, "loop": 1},
-        "updated": ["digit"],
-        "round": 3,
-        "seconds": 1.25,
-    }
-    assert in_words(fact, 10) == (
-        "round 3 of 10: north, south; replies: digit 2, loop 1; not enough for loop, kept as it was; 1.2 s"
+    event = RoundEnded(
+        round=3,
+        sites=dict.fromkeys(("north", "south"), UPDATE),
+        num_updates={"digit": 2, "loop": 1},
+        updated=("digit",),
+        seconds=1.25,
+    )
+    assert describe_event(event, 10) == (
+        "round 3 of 10: north, south; updates: digit 2, loop 1; not enough for loop, left unchanged; 1.2 s"
     )
 
 
-def test_a_site_that_is_set_aside_is_shown_with_its_reason() -> None:
-    fact = {"event": "set_aside", "site": "north", "reason": "declined: budget", "at": "train", "round": 2}
-    assert in_words(fact, 10) == "north set aside at train: declined: budget"
-    assert in_words({"event": "replies", "nodes": [1]}, 10) is None
+def test_a_site_that_is_rejected_is_shown_with_its_reason() -> None:
+    event = SiteRejected(site="north", reason="declined: budget", stage="train", round=2)
+    assert describe_event(event, 10) == "north rejected at train: declined: budget"
+    assert describe_event(RepliesAwaited(message_type="train", round=2, node_ids=(1,)), 10) is None
 
 
 def test_the_node_ids_follow_their_file_and_forget_no_name(tmp_path: Path) -> None:
@@ -67,12 +85,12 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
     folder.mkdir()
     write_yaml(folder / "config.yaml", tiny.run_config())
     journal = FileJournal(folder / "journal.jsonl")
-    journal.write("run_started", run_id="tiny-1", rounds=4)
-    journal.write("joined", site="north")
-    journal.write("round", round=1, sites={"north": {}})
-    journal.write("run_failed", reason="killed")
-    journal.write("run_started", run_id="tiny-1", rounds=4)
-    journal.write("round", round=2, sites={})
+    journal.write(RunStarted(run_id="tiny-1", rounds=4))
+    journal.write(SiteJoined(site="north", tasks={"digit": 10}, unit=Unit.EXAMPLE, delta=1e-5, budget_epsilon=8.0))
+    journal.write(end_of_round(1, sites={"north": UPDATE}))
+    journal.write(RunFailure(reason="killed"))
+    journal.write(RunStarted(run_id="tiny-1", rounds=4))
+    journal.write(end_of_round(2))
     found = operate.status(federation)
     assert found["run"] == {
         "id": "tiny-1",
@@ -84,20 +102,20 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
     }
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(status_table(found))
+        console.print(render_status(found))
     shown = capture.get()
     assert "round 2 of 4, not ended" in shown and "not running" in shown and "north" in shown
 
 
 def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
-    for name, event in (("a", "round"), ("b", "round")):
+    for name in ("a", "b"):
         (federation.runs / name).mkdir()
         write_yaml(federation.runs / name / "config.yaml", tiny.run_config())
-        FileJournal(federation.runs / name / "journal.jsonl").write(event)
+        FileJournal(federation.runs / name / "journal.jsonl").write(end_of_round(1))
         time.sleep(0.02)
     assert find_interrupted_run(federation, None).name == "b"
-    FileJournal(federation.runs / "b" / "journal.jsonl").write("run_ended")
+    FileJournal(federation.runs / "b" / "journal.jsonl").write(RunEnded(updates={}, heads=""))
     with pytest.raises(BadInput, match="got b, which is complete"):
         find_interrupted_run(federation, None)
     assert find_interrupted_run(federation, "a").name == "a"
@@ -106,6 +124,6 @@ def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(t
 def test_a_run_whose_process_died_says_how_to_go_on(tmp_path: Path) -> None:
     path = tmp_path / "fed" / "runs" / "hearts-1"
     path.mkdir(parents=True)
-    FileJournal(path / "journal.jsonl").write("round", round=1)
+    FileJournal(path / "journal.jsonl").write(end_of_round(1))
     with pytest.raises(RunFailed, match=f"no heartbeat; `python -m server resume {tmp_path}/fed hearts-1` continues"):
         _finish(path, RunState(1, str(path), True, "failed", "no heartbeat"))

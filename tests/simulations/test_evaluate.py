@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from client.data.units import TaskRecords, Units
+from common.events import TaskSummary
 from common.tasks import open_task
-from simulations.evaluate import obvious
+from server.reports.summary import summarize
+from simulations.evaluate import evaluate_baseline_predictions
 from simulations.sweep import _aggregate
 
 
@@ -26,7 +28,7 @@ def test_the_majority_is_that_of_all_sites_labelled_training_records() -> None:
     # At site x alone, and with its unlabelled records, most would be a.
     train = {"x": units("t", [[0.0]] * 5, [0, 0, 0, 0, 0], unlabelled=3), "y": units("t", [[0.0]] * 3, [1, 1, 1])}
     test = {"x": units("t", [[0.0]] * 4, [1, 1, 1, 0])}
-    assert obvious({"t": task}, train, test)["t"]["accuracy"] == pytest.approx(0.75)
+    assert evaluate_baseline_predictions({"t": task}, train, test)["t"]["accuracy"] == pytest.approx(0.75)
 
 
 def test_features_themselves_are_judged_by_the_pairs_of_identities_never_seen() -> None:
@@ -37,15 +39,22 @@ def test_features_themselves_are_judged_by_the_pairs_of_identities_never_seen() 
         "x": units("t", [[1.0, 0.1, 0.0], [0.0, 1.0, 0.0]], [2, 3]),
         "y": units("t", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.1]], [2, 3]),
     }
-    assert obvious({"t": task}, train, test)["t"] == {"eer": 0.0, "tar_at_far_1": 1.0, "tar_at_far_10": 1.0}
+    expected = {"eer": 0.0, "tar_at_far_1": 1.0, "tar_at_far_10": 1.0}
+    assert evaluate_baseline_predictions({"t": task}, train, test)["t"] == expected
 
 
 def test_a_task_that_says_nothing_without_training_has_no_such_baseline() -> None:
     task = open_task({"kind": "regression", "range": [0, 1]}, "t")
-    assert obvious({"t": task}, {}, {}) == {}
+    assert evaluate_baseline_predictions({"t": task}, {}, {}) == {}
 
 
 def test_a_sweep_shows_the_first_metric_that_is_defined() -> None:
-    summaries = [{"tasks": {"t": {"metrics": {"accuracy": None, "eer": eer, "tar": 0.9}}}} for eer in (0.2, 0.4)]
+    task = TaskSummary(
+        kind="embedding", status="updated", updates=1, sites=(), metrics={}, per_site={}, evaluation=None, baselines={}
+    )
+    summaries = []
+    for eer in (0.2, 0.4):
+        own = task.model_copy(update={"metrics": {"accuracy": None, "eer": eer, "tar": 0.9}})
+        summaries.append(summarize([]).model_copy(update={"tasks": {"t": own}}))
     (row,) = _aggregate([{}], [({}, seed, summary) for seed, summary in enumerate(summaries)])
     assert (row.metric, row.runs) == ("eer", 2) and row.mean == pytest.approx(0.3)

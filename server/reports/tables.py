@@ -1,0 +1,161 @@
+"""The tables that a person reads in a terminal: a run's summary, and the status of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.events import AuditSummary, SiteSummary, Summary
+from common.privacy.accounting import rounded_up
+
+BASELINES = {
+    "baseline_prediction": "baseline\nprediction",
+    "local": "site alone\nprivate",
+    "non_private": "federated\nnot private",
+    "central": "central\nnot private",
+    "random_backbone": "federated\nprivate\nrandom\nbackbone",
+}
+"""Name of each baseline -> the heading of its column."""
+
+
+def render_summary(summary: Summary) -> Group:
+    """Returns a run's results and their cost as tables for a terminal."""
+    evaluated = any(task.metrics for task in summary.tasks.values())
+    results: list[RenderableType] = [_render_results(summary)] if evaluated else []
+    if any(task.evaluation for task in summary.tasks.values()):
+        results.append(_render_evaluations(summary))
+    footnote = Text(_write_footnote(summary, evaluated), no_wrap=True, overflow="ignore")
+    return Group(*results, _render_sites(summary), footnote)
+
+
+def _new_table(title: str | None, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """Returns an empty table with columns aligned left, then columns aligned right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in left:
+        table.add_column(column)
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _render_results(summary: Summary) -> Table:
+    shown = [name for name in BASELINES if any(name in task.baselines for task in summary.tasks.values())]
+    private = any(site.epsilon is not None for site in summary.sites.values())
+    table = _new_table(f"{summary.run}: pooled held-out records", ["task"])
+    table.add_column("metric", no_wrap=True)
+    table.add_column("federated\nprivate" if private else "federated\nnot private", style="bold", justify="right")
+    for name in shown:
+        table.add_column(BASELINES[name], justify="right")
+    for name, task in summary.tasks.items():
+        for position, metric in enumerate(task.metrics):
+            values = [task.metrics, *(task.baselines.get(baseline, {}) for baseline in shown)]
+            cells = [_format_metric(value.get(metric)) for value in values]
+            table.add_row(name if position == 0 else "", metric, *cells)
+    return table
+
+
+def _render_evaluations(summary: Summary) -> Table:
+    title = f"{summary.run}: held-out units as the sites released them: noised, charged to their budgets"
+    table = _new_table(title, ["task", "metric"], ["noised", "standard error\nof the noise"])
+    table.add_column("after round")
+    table.add_column("sites")
+    for name, task in summary.tasks.items():
+        if task.evaluation is None:
+            continue
+        for position, (metric, value) in enumerate(task.evaluation.metrics.items()):
+            first = position == 0
+            table.add_row(
+                name if first else "",
+                metric,
+                _format_metric(value),
+                _format_metric(task.evaluation.standard_errors[metric]),
+                str(task.evaluation.round) if first else "",
+                str(len(task.evaluation.sites)) if first else "",
+            )
+    return table
+
+
+def _render_sites(summary: Summary) -> Table:
+    columns = ["site", "tasks", "status", "rounds", "epsilon\nof budget", "delta", "unit\nneighbours"]
+    table = _new_table("sites", columns)
+    for name, site in summary.sites.items():
+        tasks = [task for task, result in summary.tasks.items() if name in result.sites]
+        table.add_row(
+            name,
+            ", ".join(tasks),
+            f"{site.status} ({site.reason})" if site.reason else site.status,
+            str(site.rounds),
+            _format_epsilon(site),
+            f"{site.delta:g}" if site.delta else "",
+            f"{site.unit}\n{site.relation}" if site.unit else "",
+        )
+    return table
+
+
+def _write_footnote(summary: Summary, evaluated: bool) -> str:
+    """Returns the lines below the tables: records left out, audit, bytes and durations."""
+    sizes, seconds = summary.bytes, summary.seconds
+    down, up = _format_bytes(sizes.down_per_site_round), _format_bytes(sizes.up_per_site_round)
+    times = f"{seconds.features:.1f} features, {seconds.training:.1f} training, {seconds.baselines:.1f} baselines"
+    left_out = "".join(
+        f"{name}: {site.left_out.num_records} record(s) left out, listed in {site.left_out.path}\n"
+        for name, site in summary.sites.items()
+        if site.left_out
+    )
+    backbone = _format_bytes(sizes.backbone_per_site)
+    view = "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
+    return (
+        f"{left_out}{_describe_audit(summary.audit)}bytes per site and round: {down} down, {up} up; "
+        f"backbone once per site: {backbone}\n"
+        f"seconds: {seconds.total:.1f} in all; {times}" + (f"\n{view}" if evaluated else "")
+    )
+
+
+def _describe_audit(audit: AuditSummary) -> str:
+    """Returns one line on the audit; an empty text where the run required none."""
+    if audit.passed is None or audit.epsilon_claimed is None:
+        return "audit: required; each site passed its own before it joined\n" if audit.required else ""
+    verdict = "passed" if audit.passed else f"FAILED: {(audit.reasons or ('',))[0]}"
+    return (
+        f"audit: {verdict}; epsilon {rounded_up(audit.epsilon_claimed):.2f} claimed, "
+        f"at least {audit.epsilon_lower_95:.2f} at 95 % confidence; noise ratio {audit.noise_std_ratio:.3f}\n"
+    )
+
+
+def _format_epsilon(site: SiteSummary) -> str:
+    if site.epsilon is None or site.budget_epsilon is None:
+        return "not private" if site.rounds else "nothing"
+    return f"{rounded_up(site.epsilon):.2f}\nof {site.budget_epsilon:.2f}"
+
+
+def _format_bytes(value: int | None) -> str:
+    return "none sent" if value is None else f"{value:,}"
+
+
+def _format_metric(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def render_status(status: Mapping[str, Any]) -> Group:
+    """Returns the state of a federation, as `python -m server status` collects it, as tables for a terminal."""
+    daemon, run, certificate = status["link"], status["run"], status["certificate"]
+    state = "not running" if not daemon["running"] else ("healthy" if daemon["healthy"] else "running, NOT HEALTHY")
+    lines = [
+        f"{status['federation']} at {status['address']}: {state}",
+        f"server certificate: {certificate['days_left']} days left (until {certificate['valid_until'][:10]})",
+    ]
+    replies: Mapping[str, int] = {}
+    if run is not None:
+        replies = run["replies"]
+        where = f"round {run['round']} of {run['rounds']}" if run["rounds"] else "not begun"
+        lines.append(f"run {run['id']}: {where}, {'under way' if run['under_way'] else run['state']}")
+    table = _new_table(None, ["site", "connected", "since", "replies in the run"])
+    for name, site in status["sites"].items():
+        connected = {None: "unknown", True: "yes", False: "no"}[site["connected"]]
+        table.add_row(name, connected, (site["since"] or "never")[:19], str(replies.get(name, "")))
+    return Group(Text("\n".join(lines), no_wrap=True, overflow="ignore"), table)
