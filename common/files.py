@@ -7,8 +7,10 @@ writes over a small file where it lies: a kernel copies one page whole or not at
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,3 +85,40 @@ def flush_folder(path: Path) -> None:
         flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock_file(path: Path, *, timeout_s: float | None = None, held: Exception | None = None) -> Iterator[int]:
+    """Holds an exclusive lock on a file, which is created where it is missing; yields its descriptor.
+
+    The operating system releases the lock when the process ends, however it ends.
+
+    Args:
+        path: the lock's file; it may hold content.
+        timeout_s: longest wait for another process or thread to release it, in seconds; None waits for ever.
+        held: error to raise where it was held for the whole wait; by default a TimeoutError.
+
+    Raises:
+        TimeoutError: the lock was held for the whole wait, and `held` is None.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if timeout_s is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        elif not _lock_within(descriptor, time.monotonic() + timeout_s):
+            raise held or TimeoutError(f"{path} is locked")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock_within(descriptor: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True

@@ -12,7 +12,6 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
 import threading
@@ -46,7 +45,7 @@ from common.events import (
     read_site_journal,
     select_events,
 )
-from common.files import private_folder, write_atomic
+from common.files import lock_file, private_folder, write_atomic
 from common.types import BadInput, DeclineReason
 
 JOURNAL = "site.jsonl"
@@ -95,12 +94,13 @@ class Leaving:
 
 @contextlib.contextmanager
 def only_one(state_dir: Path) -> Iterator[None]:
-    """Hold the site's lock. Raises BadInput where another process holds it: two would answer the same requests."""
-    with (private_folder(state_dir) / "joined.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"state_dir: another `python -m client start` already serves {state_dir}") from error
+    """Holds the site's lock: two processes would answer the same requests.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    serving = BadInput(f"state_dir: another `python -m client start` already serves {state_dir}")
+    with lock_file(private_folder(state_dir) / "joined.lock", timeout_s=0.0, held=serving):
         yield
 
 

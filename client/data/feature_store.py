@@ -7,8 +7,6 @@ Invariant: an entry appears whole, by one rename, or not at all; everything in i
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -31,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.data.sources import Source
-from common.files import flush, flush_folder, private_folder, write_atomic
+from common.files import flush, flush_folder, lock_file, private_folder, write_atomic
 from common.items import Several
 from common.process.threads import one_thread
 from common.types import BadRecord
@@ -145,7 +143,7 @@ class FeatureStore:
         how = "" if precision == "float32" else f" {precision}"
         key = hashlib.sha256(f"{backbone.digest} {source.digest()}{how}".encode()).hexdigest()
         entry = private_folder(self._folder) / key
-        with _locked(self._folder / f".{key}.lock"):
+        with lock_file(self._folder / f".{key}.lock"):
             found = _open(entry)
             if found is None:
                 # Under the lock nobody else writes this entry: what lies there is damaged or a dead writer's.
@@ -328,14 +326,3 @@ def _open(entry: Path) -> Features | None:
 
 def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One encoder of an entry at a time; the system frees the lock of a process that died."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,6 @@ make room for others: a coordinator can neither fill the disk nor exchange what 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import json
 import re
@@ -20,7 +19,7 @@ from typing import Any
 
 from common.errors import instead
 from common.events import ApprovalUsed, FileJournal, RunApproved, read_approval_journal, select_events
-from common.files import private_folder, write_atomic
+from common.files import lock_file, private_folder, write_atomic
 from common.offers import offer_bytes, run_digest
 from common.plugins import refuse_unknown_kind
 from common.run import RunConfig
@@ -93,8 +92,7 @@ class Approvals:
     def use(self, digest: str, run_id: str) -> bool:
         """Note that a run uses an approval, before it is charged; whether there is one. One process at a time."""
         private_folder(self._log.parent)
-        with (self._log.parent / "approvals.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_file(self._log.parent / "approvals.lock"):
             if not self.covers(digest, run_id):
                 return False
             if run_id not in self._used(digest):

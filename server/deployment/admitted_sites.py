@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import TypeAdapter, ValidationError
 
 from common.errors import instead, nearest
-from common.files import write_atomic
+from common.files import lock_file, write_atomic
 from common.run import Name
 from common.types import BadInput
 from server.deployment.federation import Federation
@@ -192,8 +191,7 @@ def read_public_key(path: Path) -> str:
 @contextmanager
 def lock_admitted_sites(federation: Federation) -> Iterator[None]:
     """Keeps other processes from changing the list of admitted sites or registering it with the SuperLink."""
-    with (federation.state / "registry.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(federation.state / "registry.lock"):
         yield
 
 

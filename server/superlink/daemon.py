@@ -10,18 +10,17 @@ the SuperLink, so that a site that was removed while nothing ran is never known.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import resource
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from common.events import DaemonStarted, DaemonStopped, FileJournal
+from common.files import lock_file
 from common.process.health import Health
 from common.types import BadInput, RunFailed
 from server.deployment.certificates import check_server
@@ -35,49 +34,36 @@ if TYPE_CHECKING:
 
     from server.superlink.control import Control
 
+_LOCK = "link.lock"
 _WATCH_S = 1.0
 
 
 @contextmanager
-def hold_lock(federation: Federation) -> Iterator[None]:
+def hold_daemon_lock(federation: Federation) -> Iterator[None]:
     """Holds the folder's lock, with this process's id in it.
 
     Raises:
         BadInput: another process holds it.
     """
-    with (federation.state / "link.lock").open("a+") as lock:
-        if not _try_lock(lock):
-            raise BadInput(f"{federation.folder}: this coordinator is running already")
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    running = BadInput(f"{federation.folder}: this coordinator is running already")
+    # A short wait, because `find_daemon_pid` holds the lock for a moment in order to ask.
+    with lock_file(federation.state / _LOCK, timeout_s=0.5, held=running) as descriptor:
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
-
-
-def _try_lock(lock: TextIO) -> bool:
-    # `find_daemon_pid` holds the lock for a moment in order to ask: that is no running coordinator.
-    for _ in range(10):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return True
-    return False
 
 
 def find_daemon_pid(federation: Federation) -> int | None:
     """Returns the daemon's process id; None where none runs, whatever a crashed one left behind."""
-    path = federation.state / "link.lock"
+    path = federation.state / _LOCK
     if not path.exists():
         return None
-    with path.open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            text = lock.read().strip()
-            return int(text) if text.isdecimal() else None
-    return None
+    try:
+        with lock_file(path, timeout_s=0.0):
+            return None
+    except TimeoutError:
+        text = path.read_text(encoding="ascii").strip()
+        return int(text) if text.isdecimal() else None
 
 
 def run_daemon(federation: Federation) -> None:
@@ -92,7 +78,7 @@ def run_daemon(federation: Federation) -> None:
     # A connection without a handshake is counted by nobody yet: the usual 1024 files would be too few.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    with hold_lock(federation):
+    with hold_daemon_lock(federation):
         check_server(federation.tls, config.hosts())
         from server.superlink.listeners import bind_socket  # uvicorn and Flower: only this process pays for them.
 

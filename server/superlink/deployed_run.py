@@ -7,15 +7,12 @@ last whole round.
 
 from __future__ import annotations
 
-import fcntl
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from common.events import FileJournal, RunFailure
+from common.files import lock_file
 from common.model.backbones import digests_of, open_backbones
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed
@@ -35,11 +32,13 @@ def run_deployed(grid: Grid, folder: Path) -> None:
     Raises:
         HeadwaterError: the run ended without a usable result; its journal says why too.
     """
-    with _wait_for_lock(folder):
-        _run(grid, folder)
+    # Waits, because the process of an earlier daemon may still be ending.
+    busy = RunFailed(f"{folder}: another process still works on this run")
+    with lock_file(folder / "run.lock", timeout_s=_WAIT_S, held=busy):
+        _run_and_report(grid, folder)
 
 
-def _run(grid: Grid, folder: Path) -> None:
+def _run_and_report(grid: Grid, folder: Path) -> None:
     run = load(RunConfig, folder / "config.yaml")
     write_environment(folder / "environment.json", {"run": run.seed})
     journal = FileJournal(folder / "journal.jsonl")
@@ -63,22 +62,6 @@ def _run(grid: Grid, folder: Path) -> None:
         write_results(folder, run, digests, {})
         raise
     write_results(folder, run, digests, outcome.heads)
-
-
-@contextmanager
-def _wait_for_lock(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; waits for it, because a process of an earlier daemon may still be ending."""
-    with (folder / "run.lock").open("w") as lock:
-        until = time.monotonic() + _WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise RunFailed(f"{folder}: another process still works on this run") from error
-                time.sleep(0.2)
-        yield
 
 
 def _load_checkpoint_if_any(folder: Path) -> Checkpoint | None:

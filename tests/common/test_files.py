@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from common.files import without_flushing, write_atomic
+from common.files import lock_file, without_flushing, write_atomic
+from common.types import BadInput
 
 
 @pytest.mark.parametrize("size", [10, 4096, 4097])
@@ -45,3 +48,26 @@ def test_what_a_kill_could_tear_is_not_written_over(tmp_path: Path, before: int,
         with path.open("rb"):  # Else the new file could get the freed number.
             write_atomic(path, b"x" * after)
         assert path.stat().st_ino != number
+
+
+def test_a_lock_is_held_by_one_and_released_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    code = (
+        "import pathlib, sys, time\n"
+        "from common.files import lock_file\n"
+        "with lock_file(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(TimeoutError), lock_file(path, timeout_s=0.1):
+            pass
+        with pytest.raises(BadInput, match="busy"), lock_file(path, timeout_s=0.0, held=BadInput("busy")):
+            pass
+        process.kill()
+        process.wait()
+    with lock_file(path, timeout_s=0.0) as descriptor:
+        os.write(descriptor, b"kept")
+    assert path.read_bytes() == b"kept"
