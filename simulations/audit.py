@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from client.audit.attack import Observe
 from client.audit.audit import audit_run
-from client.audit.result import AuditResult
+from common.events import AuditVerdict
 from common.privacy.noise import Entropy, os_entropy
 from common.types import RunFailed
 from simulations.config import SimulationConfig
 
 
-def audit_simulation(config: SimulationConfig, observe: Observe, entropy: Entropy = os_entropy) -> AuditResult:
-    """Audit with all of the run's tasks at one site, where clipping has the most to do together.
+def audit_simulation(config: SimulationConfig, observe: Observe, entropy: Entropy = os_entropy) -> AuditVerdict:
+    """Audits the run with all of its tasks at one site, where the joint clip covers most.
+
+    Args:
+        config: the simulation; its smallest declared sizes are used.
+        observe: receives the progress.
+        entropy: source of the keys of coins and noise.
 
     Raises:
         BadInput: the run promises no privacy, or asks for a solver or task that cannot be audited.
@@ -22,7 +27,7 @@ def audit_simulation(config: SimulationConfig, observe: Observe, entropy: Entrop
     return audit_run(config.run, config.unit, sizes, entropy=entropy, observe=observe)
 
 
-def required(result: AuditResult) -> None:
-    """Raise RunFailed, naming the first reason, unless the audit passed."""
-    if not result.passed:
-        raise RunFailed(f"the privacy audit failed, so no head is exported: {result.reasons[0]}")
+def require_passed(verdict: AuditVerdict) -> None:
+    """Raises RunFailed, naming the first reason, unless the audit passed."""
+    if not verdict.passed:
+        raise RunFailed(f"the privacy audit failed, so no head is exported: {verdict.reasons[0]}")

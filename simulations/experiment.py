@@ -27,7 +27,6 @@ from client.protocol.site import Site
 from client.solvers import Solver, open_solver
 from common.backbones import Backbone, open_random
 from common.events import (
-    AuditVerdict,
     BaselineEvaluated,
     EpsilonSpent,
     FileJournal,
@@ -259,12 +258,12 @@ def _completed(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoi
 
 def _audit(experiment: Experiment) -> None:
     """Pass the audit before anything is trained or spent. Raises RunFailed; the summary then says failed."""
-    from simulations.audit import audit_simulation, required  # Here: it loads a third of a second of statistics.
+    from simulations.audit import audit_simulation, require_passed  # Here: it loads a third of a second of statistics.
 
-    result = audit_simulation(experiment.config, experiment.observe, experiment.entropy)
-    experiment.journal.write(SolverAudited(verdict=AuditVerdict.model_validate(result.to_dict())))
+    verdict = audit_simulation(experiment.config, experiment.observe, experiment.entropy)
+    experiment.journal.write(SolverAudited(verdict=verdict))
     try:
-        required(result)
+        require_passed(verdict)
     except RunFailed:
         write_results(experiment.folder, experiment.config.run, experiment.digests, {})
         raise

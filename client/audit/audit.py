@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.table import Table
 
 from client.audit.attack import (
     Attack,
@@ -43,7 +44,6 @@ from client.audit.attack import (
     observe_step,
 )
 from client.audit.canaries import plant
-from client.audit.result import AuditResult
 from client.audit.statistics import (
     Floats,
     compute_lower_epsilon,
@@ -55,7 +55,8 @@ from client.audit.statistics import (
 )
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
-from common.privacy.accounting import Mechanism, epsilon
+from common.events import AuditVerdict
+from common.privacy.accounting import Mechanism, epsilon, rounded_up
 from common.privacy.noise import Entropy, NoiseStream, os_entropy
 from common.process.threads import one_thread
 from common.run import RunConfig
@@ -75,7 +76,7 @@ def audit_run(
     delta: float | None = None,
     entropy: Entropy = os_entropy,
     observe: Observe = _ignore_progress,
-) -> AuditResult:
+) -> AuditVerdict:
     """Audits a run as one site would take part in it.
 
     Where a part of a backbone trains, a small stand-in trunk with its name, rates and public size takes its place, and
@@ -113,7 +114,7 @@ def audit_run(
     return audit(audited, observe)
 
 
-def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditResult:
+def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
     """Plants records, observes the solver on them and decides; see `audit_run`."""
     started = time.monotonic()
     plan = run.plan
@@ -143,7 +144,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditResult:
     )
     claimed = run.accountant(plan, run.rounds, run.delta)
     reasons += [*scale.problems, *judge_claim(run, claimed, low_99_9)]
-    return AuditResult(
+    return AuditVerdict(
         epsilon_claimed=claimed,
         epsilon_lower_95=low_95,
         epsilon_lower_99_9=low_99_9,
@@ -239,3 +240,21 @@ def compute_ledger_epsilon(plan: Plan, rounds: int, delta: float) -> float:
             if number < len(groups):
                 open_ledger().commit(reservation)
         return open_ledger().spent().reserved_epsilon
+
+
+def make_audit_table(verdict: AuditVerdict) -> Table:
+    """Returns a table of what is claimed, what the attack shows, and how much was measured."""
+    table = Table(title=f"audit: {'passed' if verdict.passed else 'FAILED'}", title_justify="left", show_header=False)
+    rows = (
+        ("epsilon claimed", f"{rounded_up(verdict.epsilon_claimed):.2f}"),
+        ("epsilon at least, 95 % confidence", f"{verdict.epsilon_lower_95:.2f}"),
+        ("epsilon at least, 99.9 % confidence (the gate)", f"{verdict.epsilon_lower_99_9:.2f}"),
+        ("epsilon at least, 95 %, no distribution assumed", f"{verdict.epsilon_lower_one_run_95:.2f}"),
+        ("released noise / accounted noise", f"{verdict.noise_std_ratio:.3f}"),
+        ("delta, rounds, noised steps audited", f"{verdict.delta:g}, {verdict.rounds}, {verdict.steps}"),
+        ("canaries", str(verdict.canaries)),
+        ("seconds", f"{verdict.seconds:.1f}"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -63,12 +63,12 @@ def audit_verdict(
         if time.monotonic() > deadline:
             raise AuditTooSlow(f"{phase}: {done} of {total} steps after {run.cohort.timeout_s:g} s")
 
-    result = audit_run(
+    verdict = audit_run(
         run, config.unit, public_sizes, delta=config.budget.delta, entropy=entropy, observe=stop_when_late
     )
     private_folder(path.parent)
-    write_atomic(path, json.dumps(result.to_dict()).encode())
-    return AuditVerdict.model_validate(result.to_dict())
+    write_atomic(path, verdict.model_dump_json().encode())
+    return verdict
 
 
 def _versions() -> list[Any]:

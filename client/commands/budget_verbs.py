@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from client.audit.result import make_audit_table
 from client.config import SiteConfig
 from client.ledger import log as statements
 from client.ledger.ledger import amend as amend_ledger
@@ -98,14 +97,14 @@ def audit(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) -
 
     Example: python -m client audit site.yaml run.yaml --json
     """
-    from client.audit.audit import audit_run  # Here: it loads a third of a second of statistics.
+    from client.audit.audit import audit_run, make_audit_table  # Here: it loads a third of a second of statistics.
 
     with reported_errors():
         config, wanted = load(SiteConfig, site, set_ or []), load(RunConfig, run)
         sizes = {name: task.public_size for name, task in config.tasks.items() if name in wanted.tasks}
         result = audit_run(wanted, config.unit, sizes, delta=config.budget.delta)
         if json_:
-            _print_json(result.to_dict())
+            _print_json(result.model_dump(mode="json"))
         else:
             Console().print(make_audit_table(result))
         for reason in result.reasons:

@@ -19,9 +19,9 @@ import pytest
 from client.audit.attack import AuditedRun
 from client.audit.audit import audit, audit_run, compute_ledger_epsilon
 from client.audit.canaries import ADDED, plant
-from client.audit.result import AuditResult
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
+from common.events import AuditVerdict
 from common.privacy.accounting import Mechanism, epsilon
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy, RunConfig
@@ -42,7 +42,7 @@ from tests.client.audit.bugs import (
 SAMPLED = {"sampling_rate": 0.25, "steps": 4}
 
 
-def join_reasons(result: AuditResult) -> str:
+def join_reasons(result: AuditVerdict) -> str:
     assert result.passed == (not result.reasons)
     return "; ".join(result.reasons)
 
@@ -106,7 +106,7 @@ def test_a_larger_claim_shows_a_larger_lower_bound() -> None:
 
 def test_equal_keys_give_equal_findings_and_the_system_s_do_not() -> None:
     first, again = (audit(make_run(num_canaries=100)) for _ in range(2))
-    assert replace(first, seconds=0.0) == replace(again, seconds=0.0)
+    assert first.model_copy(update={"seconds": 0.0}) == again.model_copy(update={"seconds": 0.0})
     run = parse(RunConfig, RUN, base=Path.cwd())
     one, other = (audit_run(run, Unit.EXAMPLE, {"digit": 100}) for _ in range(2))
     assert one.noise_std_ratio != other.noise_std_ratio
@@ -334,7 +334,7 @@ def test_a_run_is_audited_with_the_tasks_and_the_delta_of_the_site() -> None:
     plan = open_solver(run.solver, "solver").plan(Privacy(**RUN["privacy"]), Unit.EXAMPLE, 2)
     assert result.epsilon_claimed == pytest.approx(epsilon([Mechanism.of(plan)] * 2, 1e-6))
     assert {"epsilon_claimed", "epsilon_lower_95", "epsilon_lower_99_9", "noise_std_ratio", "passed"} <= set(
-        result.to_dict()
+        result.model_dump()
     )
 
 
