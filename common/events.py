@@ -200,6 +200,10 @@ class RunEnded(Event):
 
     updates: Mapping[str, int] = Field(description="Name of each head and trunk -> number of rounds that changed it.")
     heads: str = Field(description="SHA-256 over the final heads and trunks, in hexadecimal digits.")
+    num_received: int | None = Field(
+        None, description="Number of sites that confirmed the final heads; null in journals of early versions."
+    )
+    num_sites: int | None = Field(None, description="Number of sites that joined; null in journals of early versions.")
 
 
 class RunFailure(Event):

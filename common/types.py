@@ -125,6 +125,17 @@ _EXPLANATIONS = {
     DeclineReason.INTERNAL: "it failed; its own log says why",
 }
 
+DECLINED = "declined: "
+"""Begins the reason of a reply by which a site declined; one word of the list follows."""
+
+
+def explain_rejection(reason: str) -> str:
+    """Returns why a reply was rejected, worded for people: a word of the list is followed by its explanation."""
+    word = reason.removeprefix(DECLINED)
+    if word == reason or word not in set(DeclineReason):
+        return reason
+    return f"{reason} ({DeclineReason(word).explanation})"
+
 
 @dataclass(frozen=True)
 class Plan:

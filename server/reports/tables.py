@@ -12,6 +12,7 @@ from rich.text import Text
 
 from common.events import AuditSummary, SiteSummary, Summary
 from common.privacy.accounting import rounded_up
+from common.types import DECLINED, explain_rejection
 
 BASELINES = {
     "baseline_prediction": "baseline\nprediction",
@@ -88,13 +89,19 @@ def _render_sites(summary: Summary) -> Table:
         table.add_row(
             name,
             ", ".join(tasks),
-            f"{site.status} ({site.reason})" if site.reason else site.status,
+            _format_status(site),
             str(site.rounds),
             _format_epsilon(site),
             f"{site.delta:g}" if site.delta else "",
             f"{site.unit}\n{site.relation}" if site.unit else "",
         )
     return table
+
+
+def _format_status(site: SiteSummary) -> str:
+    if site.reason is None:
+        return site.status
+    return f"{site.status}: {explain_rejection(site.reason).removeprefix(DECLINED)}"
 
 
 def _write_footnote(summary: Summary, evaluated: bool) -> str:

@@ -16,9 +16,9 @@ from common.events import BackboneSent, SiteJoined
 from common.model.backbones import digests_of
 from common.offers import offer_of
 from common.run import MAX_PUBLIC_SIZE, RunConfig
-from common.types import BackboneBlob, BadInput, RunFailed
+from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
 from server.rounds.messenger import Messenger, Participant
-from server.rounds.replies import MAY_CHANGE, Rejected, describe_reason
+from server.rounds.replies import MAY_CHANGE, Rejected
 
 _POLL_S = 0.2
 _ASK_AGAIN_S = 5.0
@@ -253,6 +253,6 @@ def _describe_missing_quorum(run: RunConfig, participants: Mapping[str, Particip
 
 def _describe_reasons(rejected: Mapping[int, Rejected], node_ids: Mapping[int, str] | None, present: set[int]) -> str:
     names = node_ids or {}
-    reasons = [f"{item.name(names)}: {describe_reason(item.reason)}" for _, item in sorted(rejected.items())]
+    reasons = [f"{item.name(names)}: {explain_rejection(item.reason)}" for _, item in sorted(rejected.items())]
     reasons += [f"{name}: not connected" for node, name in sorted(names.items()) if node not in present]
     return "; ".join(reasons) or "no other site was connected"

@@ -113,8 +113,15 @@ def run_federation(
         evaluate_round(messenger, participants, state.heads, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
-    send_final_heads(messenger, participants, state.heads)
-    journal.write(RunEnded(updates=dict(state.updates), heads=heads_digest(state.heads)))
+    num_received = send_final_heads(messenger, participants, state.heads)
+    journal.write(
+        RunEnded(
+            updates=dict(state.updates),
+            heads=heads_digest(state.heads),
+            num_received=num_received,
+            num_sites=len(participants),
+        )
+    )
     return Outcome(state.heads, state.updates)
 
 
@@ -209,8 +216,8 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
     )
 
 
-def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> None:
-    """Sends every participant the final heads of its tasks, with their digest."""
+def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> int:
+    """Sends every participant the final heads of its tasks, with their digest; returns how many confirmed them."""
 
     def build(groups: Collection[str]) -> messages.FinishRequest:
         selected = _select_groups(heads, groups)
@@ -218,6 +225,7 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
 
     answers = messenger.ask(messages.FINISH, _build_requests(participants, build), messages.Ready)
     messenger.write_rejected(answers.rejected, _names_of(participants), "finish")
+    return len(answers.accepted)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -16,11 +16,10 @@ from flwr.app import Message
 
 from common import messages
 from common.run import RunConfig
-from common.types import BadInput, DeclineReason, Delta, Heads, Plan
+from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan
 
 _Reply = TypeVar("_Reply")
-_DECLINED = "declined: "
-NOT_APPROVED = f"{_DECLINED}{DeclineReason.NOT_APPROVED.value}"
+NOT_APPROVED = f"{DECLINED}{DeclineReason.NOT_APPROVED.value}"
 NO_REPLY = "no reply before the time-out"
 NOT_REACHED = "not reached"
 UNREADABLE = "a reply that cannot be read"
@@ -56,16 +55,8 @@ class Rejected:
 
 class _SiteDeclined(BadInput):
     def __init__(self, declined: messages.Declined) -> None:
-        super().__init__(f"{_DECLINED}{declined.refusal.value}")
+        super().__init__(f"{DECLINED}{declined.refusal.value}")
         self.site = declined.site
-
-
-def describe_reason(reason: str) -> str:
-    """Returns a journalled reason worded for people: a site's fixed word is followed by what it means."""
-    word = reason.removeprefix(_DECLINED)
-    if word == reason or word not in set(DeclineReason):
-        return reason
-    return f"{reason} ({DeclineReason(word).explanation})"
 
 
 def read_replies(

@@ -18,7 +18,7 @@ from common.events import (
     SiteRejected,
     read_run_journal,
 )
-from common.types import RunFailed
+from common.types import RunFailed, explain_rejection
 from server.superlink.control import Control, DaemonUnreachable, RunState
 
 _LOOK_S = 0.5
@@ -78,7 +78,7 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
         case SiteJoined():
             return f"{event.site} joined with {', '.join(event.tasks)}"
         case SiteRejected():
-            return f"{event.site} rejected at {event.stage}: {event.reason}"
+            return f"{event.site} rejected at {event.stage}: {explain_rejection(event.reason)}"
         case BackboneSent():
             return f"{event.site} received {event.backbone}, {event.size_bytes:,} bytes"
         case FeaturesReady():
@@ -88,7 +88,8 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
         case HeadsEvaluated():
             return f"round {event.round}: evaluated on held-out units, noised"
         case RunEnded():
-            return "all rounds are done; final heads were sent to the sites"
+            received = "the" if event.num_sites is None else f"{event.num_received} of {event.num_sites}"
+            return f"final heads sent to {received} sites"
         case _:
             return None
 

@@ -1,4 +1,4 @@
-"""The coordinator's real commands: a real engine, a real site process over TLS on loopback, kills, another network.
+"""The coordinator's real commands: a real SuperLink, a real site process over TLS on loopback, kills, another network.
 
 Each process is started here and ended here, by its id. The slow ones take a minute or two on two busy cores.
 """
@@ -168,13 +168,14 @@ def test_there_is_nothing_to_resume_in_a_new_federation(federation: Federation) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_runs_come_home_and_a_removed_site_is_out_at_once(federation: Federation, tmp_path: Path) -> None:
+def test_runs_end_with_heads_and_a_removed_site_is_rejected_at_once(federation: Federation, tmp_path: Path) -> None:
     run = run_file(tmp_path)
     # The site is there first and has to wait for its coordinator.
     with connected_site(federation, tmp_path, "north") as site:
         first = server("start", federation.folder, run, timeout=400)
         assert first.returncode == 0, first.stderr
-        assert "round 2 of 2: north; replies: colour 1, size 1" in first.stderr
+        assert "round 2 of 2: north; updates: colour 1, size 1" in first.stderr
+        assert "final heads sent to 1 of 1 sites" in first.stderr
         assert "north" in first.stdout and "add_remove" in first.stdout
         process = find_daemon_pid(federation)
         assert process is not None

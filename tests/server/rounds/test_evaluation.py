@@ -104,7 +104,7 @@ def test_a_bad_evaluation_is_left_out_and_the_others_count(tmp_path: Path, disto
 
     sites = [site_config(tmp_path, name, evaluation=SHARE) for name in ("east", "north")]
     _, events = federate(
-        tmp_path / "run", sites, saboteur="north", distort=bad, kind=messages.EVALUATE, evaluation={"every": 2}
+        tmp_path / "run", sites, faulty_site="north", distort=bad, kind=messages.EVALUATE, evaluation={"every": 2}
     )
     (found,) = evaluations(events)
     assert found.tasks["colour"].sites == ("east",)

@@ -77,7 +77,7 @@ def without_north(tmp_path_factory: pytest.TempPathFactory) -> str:
     return heads_digest(outcome.heads)
 
 
-def aside(events: Iterable[RunEvent]) -> list[tuple[str, str, str]]:
+def list_rejected(events: Iterable[RunEvent]) -> list[tuple[str, str, str]]:
     return [(event.site, event.stage, event.reason) for event in select_events(events, SiteRejected)]
 
 
@@ -210,7 +210,7 @@ def test_a_malicious_reply_costs_its_sender_its_place_and_nothing_else(
     )
     assert heads_digest(outcome.heads) == without_north
     assert outcome.updates == {"colour": 2, "size": 2}
-    said = aside(events)
+    said = list_rejected(events)
     assert {(site, at) for site, at, _ in said} == {("north", WHERE[kind])}
     assert all(reason.isprintable() and len(reason) < 200 for _, _, reason in said), name
     assert [(charge.run, charge.round) for charge in Site(east, os_entropy).ledger().charges()] == [
@@ -226,11 +226,11 @@ def test_a_site_that_spoils_the_backbones_way_or_the_end_does_not_hold_up_the_ot
         tmp_path, ["east", "north"], answer=lambda asked: RecordDict() if asked.metadata.message_type == kind else None
     )
     assert outcome.updates == {"colour": 2, "size": 2}
-    assert "north" in {site for site, _, _ in aside(events)}
-    assert "east" not in {site for site, _, _ in aside(events)}
+    assert "north" in {site for site, _, _ in list_rejected(events)}
+    assert "east" not in {site for site, _, _ in list_rejected(events)}
 
 
-def test_a_site_that_claims_to_have_the_backbone_is_set_aside_where_it_cannot_prepare(
+def test_a_site_that_claims_to_have_the_backbone_is_rejected_where_it_cannot_prepare(
     tmp_path: Path, without_north: str
 ) -> None:
     def lie(asked: Message) -> RecordDict | None:
@@ -242,10 +242,10 @@ def test_a_site_that_claims_to_have_the_backbone_is_set_aside_where_it_cannot_pr
 
     outcome, events, _ = federate(tmp_path, ["east", "north"], answer=lie)
     assert heads_digest(outcome.heads) == without_north
-    assert {(site, at) for site, at, _ in aside(events)} == {("north", "prepare")}
+    assert {(site, at) for site, at, _ in list_rejected(events)} == {("north", "prepare")}
 
 
-# --- replies that the engine itself cannot take apart ----------------------------------------------------------------
+# --- replies that Flower itself cannot take apart ----------------------------------------------------------------
 
 
 def _object(contents: dict[str, bytes], kind: str) -> str:
@@ -319,14 +319,14 @@ def test_a_reply_that_the_engine_cannot_take_apart_ends_no_run_and_loses_no_othe
 
     outcome, events, _ = federate(tmp_path, ["east", "north"], grid=Damaged)
     assert heads_digest(outcome.heads) == without_north
-    assert aside(events) == [("north", "train", "a reply that cannot be read")] * 2
+    assert list_rejected(events) == [("north", "train", "a reply that cannot be read")] * 2
 
 
 # --- sites that are not there ----------------------------------------------------------------------------------------
 
 
 class LossyGrid(InProcessGrid):
-    """North takes some kinds of messages and never answers; `dropped` says whether the engine takes them at all."""
+    """North takes some kinds of messages and never answers; `dropped` says whether the SuperLink takes them at all."""
 
     kinds: tuple[str, ...] = ()
     dropped = False
@@ -344,7 +344,7 @@ class LossyGrid(InProcessGrid):
         return pushed
 
 
-def test_a_site_that_was_removed_during_the_run_is_set_aside_and_the_run_goes_on(
+def test_a_site_that_was_removed_during_the_run_is_rejected_and_the_run_goes_on(
     tmp_path: Path, without_north: str
 ) -> None:
     class Removed(LossyGrid):
@@ -352,10 +352,10 @@ def test_a_site_that_was_removed_during_the_run_is_set_aside_and_the_run_goes_on
 
     outcome, events, _ = federate(tmp_path, ["east", "north"], grid=Removed)
     assert heads_digest(outcome.heads) == without_north
-    assert aside(events) == [("north", at, "not reached") for at in ("train", "train", "finish")]
+    assert list_rejected(events) == [("north", at, "not reached") for at in ("train", "train", "finish")]
 
 
-def test_a_site_that_is_silent_at_roll_call_holds_nobody_up_beyond_the_deadline(
+def test_a_site_that_is_silent_when_sites_join_holds_nobody_up_beyond_the_deadline(
     tmp_path: Path, without_north: str
 ) -> None:
     class Silent(LossyGrid):
@@ -365,7 +365,7 @@ def test_a_site_that_is_silent_at_roll_call_holds_nobody_up_beyond_the_deadline(
     outcome, events, _ = federate(tmp_path, ["east", "north"], grid=Silent, timeout_s=3600)
     assert time.monotonic() - started < 20.0
     assert heads_digest(outcome.heads) == without_north
-    assert aside(events) == [("north", "join", "no reply before the time-out")]
+    assert list_rejected(events) == [("north", "join", "no reply before the time-out")]
 
 
 def test_a_site_whose_first_answer_was_lost_is_asked_again(tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_a_site_whose_first_answer_was_lost_is_asked_again(tmp_path: Path) -> No
 
     _, events, _ = federate(tmp_path, ["east", "north"], grid=LostOnce, min_sites=2, join_timeout_s=30)
     assert [event.site for event in select_events(events, SiteJoined)] == ["east", "north"]
-    assert aside(events) == [("north", "join", "not reached")]
+    assert list_rejected(events) == [("north", "join", "not reached")]
 
 
 def test_a_message_that_is_too_large_for_the_engine_is_one_sentence(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Roll call: a run starts when its quorum is ready, or ends with every site's reason, and nothing is spent before."""
+"""Joining: a run starts when its quorum is ready, or ends with every site's reason, and nothing is spent before."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def test_a_site_under_another_name_than_it_was_admitted_with_is_kept_out(tmp_pat
         node_ids={FIRST_NODE_ID: "east", FIRST_NODE_ID + 1: "north"},
     )
     assert joined(events) == ["east"]
-    [aside] = select_events(events, SiteRejected)
-    assert aside.site == "north"
-    assert "another name" in aside.reason
+    [rejected] = select_events(events, SiteRejected)
+    assert rejected.site == "north"
+    assert "another name" in rejected.reason
 
 
 def test_a_run_waits_while_a_sites_staff_decides(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def federate(
     folder: Path,
     sites: list[SiteConfig],
     *,
-    saboteur: str | None = None,
+    faulty_site: str | None = None,
     distort: Distort | None = None,
     kind: str = messages.TRAIN,
     run_id: str = "run-1",
@@ -51,7 +51,7 @@ def federate(
     def app(message: Message, context: Context) -> Message:
         reply = honest(message, context)
         name = sites[int(context.node_config["partition-id"])].name
-        if distort and name == saboteur and message.metadata.message_type == kind:
+        if distort and name == faulty_site and message.metadata.message_type == kind:
             return Message(distort(reply.content), reply_to=message)
         return reply
 
@@ -142,10 +142,10 @@ def np_array() -> Any:
 def test_one_bad_reply_leaves_the_round_standing(tmp_path: Path, name: str) -> None:
     distort, said = MISDEEDS[name]
     three = [site_config(tmp_path / "a", site) for site in ("east", "north", "west")]
-    outcome, events = federate(tmp_path / "run-a", three, saboteur="north", distort=distort)
-    aside = select_events(events, SiteRejected)
-    assert [event.site for event in aside] == ["north", "north"]
-    assert all(said in event.reason for event in aside), aside
+    outcome, events = federate(tmp_path / "run-a", three, faulty_site="north", distort=distort)
+    rejected = select_events(events, SiteRejected)
+    assert [event.site for event in rejected] == ["north", "north"]
+    assert all(said in event.reason for event in rejected), rejected
     assert [sorted(event.sites) for event in select_events(events, RoundEnded)] == [["east", "west"]] * 2
     # Exactly what the two others alone would have made.
     two = [site_config(tmp_path / "a", site, state_dir=str(tmp_path / site)) for site in ("east", "west")]
@@ -165,7 +165,7 @@ def test_an_absurd_public_size_keeps_a_site_out(tmp_path: Path, size: int) -> No
         )
 
     sites = [site_config(tmp_path, site) for site in ("east", "north")]
-    _, events = federate(tmp_path / "run", sites, saboteur="north", distort=absurd, kind=messages.JOIN)
+    _, events = federate(tmp_path / "run", sites, faulty_site="north", distort=absurd, kind=messages.JOIN)
     assert [event.site for event in select_events(events, SiteJoined)] == ["east"]
 
 
@@ -198,7 +198,7 @@ def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
     sites = [site_config(tmp_path, name) for name in ("east", "west")]
     sites.append(site_config(tmp_path, "north", tasks=only_size))
     cohort = {"min_sites": 2, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
-    outcome, events = federate(tmp_path / "run", sites, saboteur="west", distort=edited(set_nan), cohort=cohort)
+    outcome, events = federate(tmp_path / "run", sites, faulty_site="west", distort=edited(set_nan), cohort=cohort)
     assert outcome.updates == {"colour": 0, "size": 2}
     assert all(event.updated == ("size",) for event in select_events(events, RoundEnded))
 

@@ -1,11 +1,11 @@
-"""Each way a reply can be bad is set aside with its reason; a good one beside it stands."""
+"""Each way a reply can be bad is rejected with its reason; a good one beside it stands."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from common.types import BadInput, Delta, Heads
+from common.types import BadInput, DeclineReason, Delta, Heads, explain_rejection
 from server.rounds.replies import check_delta
 
 SENT: Heads = {
@@ -54,3 +54,10 @@ def test_a_missing_task_is_refused() -> None:
     del heads["c"]
     with pytest.raises(BadInput, match="expected tasks a, c"):
         check_delta(Delta(heads), SENT, max_norm=10.0)
+
+
+def test_every_word_by_which_a_site_declines_is_explained_and_other_reasons_stand() -> None:
+    for word in DeclineReason:
+        assert explain_rejection(f"declined: {word}") == f"declined: {word} ({word.explanation})"
+    assert explain_rejection("declined: shut up") == "declined: shut up"
+    assert explain_rejection("budget") == "budget"

@@ -63,7 +63,10 @@ def test_a_round_names_its_sites_and_the_tasks_that_stayed_as_they_were() -> Non
 
 def test_a_site_that_is_rejected_is_shown_with_its_reason() -> None:
     event = SiteRejected(site="north", reason="declined: budget", stage="train", round=2)
-    assert describe_event(event, 10) == "north rejected at train: declined: budget"
+    assert (
+        describe_event(event, 10)
+        == "north rejected at train: declined: budget (its budget does not cover what was asked)"
+    )
     assert describe_event(RepliesAwaited(message_type="train", round=2, node_ids=(1,)), 10) is None
 
 
