@@ -1,26 +1,15 @@
-"""Typed messages and the only place that spells Flower's record keys.
+"""The messages between a coordinator and its sites, and the only place that spells Flower's record keys.
 
-A payload is one frozen dataclass; `encode` turns it into a RecordDict, `decode` back. Public scalars travel as one JSON
-text, all heads as raw little-endian float32 behind one layout of their shapes (contributions as float16 where a run
-asks for it), the backbone's weights in parts. Nothing is unpickled, and every size is checked before memory is
-allocated for it.
+A message is one frozen model. `encode` turns it into Flower's records and `decode` back: its public values travel as
+one JSON text, its arrays as raw little-endian bytes behind one layout of their shapes, a part of a backbone as bytes.
 
-Every field that a site sends is listed here with its privacy reason:
-
-| payload | field | reason |
-|---|---|---|
-| JoinReply | site, tasks (names and public sizes), unit, delta, budget_epsilon | public by declaration |
-| JoinReply | backbones | their names follow from the tasks |
-| Held | whole, parts | depend on earlier public messages and on the site file only |
-| Ready | - | nothing but the fact of an answer |
-| TrainReply | heads | charged: the contribution |
-| TrainReply | plan, precision | public numbers derived from the request |
-| EvaluateReply | sums | charged: noised sums of held-out units' bounded statistics, from a share fixed beforehand |
-| EvaluateReply | noise_multiplier | follows from the share, cap and delta of the site file: public by declaration |
-| Declined | refusal | one word of a fixed list |
-| Declined | site | public by declaration in the site file |
-
-What is not hidden: the time a site takes to answer grows with its number of records.
+Guarantees:
+- Every field that a site sends states the privacy reason why it may leave the site (`privacy_reasons`). What no field
+  states does leave it: the time an answer takes, which grows with the number of records.
+- `decode` returns a message whose every value has its declared type and bounds, or raises BadInput. Nothing is
+  unpickled or coerced, and every size is checked before memory is allocated for it.
+- A run's offer states the version of the messages, which is checked before anything else is read.
+- Equal messages are equal bytes, so that a request that is sent again is answered by the stored reply.
 """
 
 from __future__ import annotations
@@ -28,13 +17,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar, assert_never
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, InstanceOf, Strict, ValidationError
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
 from common.flower import (
     get_all_nested_objects,
@@ -55,17 +46,12 @@ TRAIN = "train"
 EVALUATE = "evaluate"
 FINISH = "query.finish"
 
-_PUBLIC = "public"
-_HEADS = "heads"
-_PART = "part"
-_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 MAX_JSON_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
 MAX_TASKS = 1024
 PART_BYTES = 8 << 20
 """A backbone's weights travel in parts of this size; the last one may be shorter."""
 MAX_PARTS = 1024
-
 
 DeltaPrecision = Literal["float32", "float16"]
 _DTYPES: Mapping[DeltaPrecision, str] = {"float32": "<f4", "float16": "<f2"}
@@ -76,297 +62,340 @@ class OtherVersion(BadInput):
     """A message of another version: nothing more of it was read."""
 
 
-@dataclass(frozen=True)
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+@plain_dataclass(frozen=True)
+class Reason:
+    """Why a field may leave a site."""
+
+    text: str
+
+
+@plain_dataclass(frozen=True)
+class Record:
+    """The key of the record in which a field travels that is not JSON; a message has at most one such field."""
+
+    key: str
+
+
+_PUBLIC = "public"
+_ARRAYS = Record("heads")
+_PART = Record("part")
+
+
+def _make_delta(value: object) -> object:
+    return Delta(value) if isinstance(value, Mapping) else value
+
+
+def _make_plan(value: object) -> object:
+    return Plan(**{**value, "unit": Unit(value["unit"])}) if isinstance(value, dict) else value
+
+
+def _check_plan(plan: Plan) -> Plan:
+    numbers = (plan.sampling_rate, plan.noise_multiplier, 0.0 if plan.clip_norm is None else plan.clip_norm)
+    if type(plan.steps) is not int or plan.steps > MAX_STEPS or any(type(item) not in (int, float) for item in numbers):
+        raise ValueError(f"expected a plan of numbers and of at most {MAX_STEPS} steps")
+    if not all(math.isfinite(item) for item in numbers):
+        raise ValueError("expected a plan of finite numbers")
+    return plan
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+_FROM_JSON = Strict(False)  # An enumeration or a tuple, which JSON has only as a text or a list.
+
+# A name is shown on terminals and becomes a key of reports; a digest becomes a folder's name at a site.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublicSize = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Arrays = Annotated[InstanceOf[Heads], _ARRAYS]
+Contribution = Annotated[InstanceOf[Delta], BeforeValidator(_make_delta), _ARRAYS]
+PublicPlan = Annotated[InstanceOf[Plan], BeforeValidator(_make_plan), AfterValidator(_check_plan)]
+
+
+# --- what a coordinator asks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, config=_STRICT)
 class JoinRequest:
-    """What the coordinator proposes: a run without any path, and the digest of each of its backbones by name."""
+    """An offer: a run without any path, and the digest of each of its backbones by name."""
 
     run_id: str
     run: Mapping[str, Any]
-    backbones: Mapping[str, str]
+    backbones: Annotated[Mapping[Name, Digest], Field(min_length=1, max_length=MAX_BACKBONES)]
     version: int = VERSION
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a site holds of one backbone: the whole, or parts from a transfer that broke off."""
-
-    whole: bool
-    parts: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class JoinReply:
-    """What a site declares about itself, and what it holds of each backbone that its tasks stand on."""
-
-    site: str
-    tasks: Mapping[str, int]
-    unit: Unit
-    delta: float
-    budget_epsilon: float
-    backbones: Mapping[str, Held]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class PartRequest:
-    """Keep one part of a backbone's weights.
+    """A request to keep one part of a backbone's weights.
 
     Attributes:
-        run_id: of a run the site joined.
-        digest: of one of the backbones that its tasks there stand on.
-        index: of the part, from 0.
-        total: number of parts.
+        run_id: A run that the site joined.
+        digest: The digest of one of the backbones that the site's tasks there stand on.
+        index: The position of the part, from 0.
+        total: The number of parts.
         data: PART_BYTES of the weights; the last part may be shorter.
     """
 
     run_id: str
-    digest: str
-    index: int
-    total: int
-    data: bytes
+    digest: Digest
+    index: Annotated[int, Field(ge=0)]
+    total: Annotated[int, Field(le=MAX_PARTS)]
+    data: Annotated[bytes, Field(min_length=1, max_length=PART_BYTES), _PART]
+
+    def __post_init__(self) -> None:
+        if self.index >= self.total:
+            raise ValueError("expected an index below the number of parts")
+        if self.index < self.total - 1 and len(self.data) != PART_BYTES:
+            raise ValueError(f"expected {PART_BYTES} bytes, fewer only in the last part")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class PrepareRequest:
-    """Get ready to train; `specs` are the settings of the backbones, by digest, whose weights were just sent."""
+    """A request to get ready to train; `specs` are the settings of backbones just sent, as JSON texts by digest."""
 
     run_id: str
-    specs: Mapping[str, str]
+    specs: Mapping[Digest, str]
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Done."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class TrainRequest:
-    """Train these heads for one round."""
+    """A request to train these heads for one round."""
 
     run_id: str
     round: int
-    heads: Heads
+    heads: Arrays
 
 
-@dataclass(frozen=True)
-class TrainReply:
-    """A site's contribution and the public numbers it was made with.
-
-    Attributes:
-        delta: noised already: rounding it to float16, and its largest values down to 65504, reveals nothing more.
-        plan: it was made with.
-        precision: it travels in; read back it is float32.
-    """
-
-    delta: Delta
-    plan: Plan
-    precision: DeltaPrecision = "float32"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class EvaluateRequest:
-    """Evaluate these heads, which a round ended with, on held-out units."""
+    """A request to evaluate the heads that a round ended with on held-out units."""
 
     run_id: str
     round: int
-    heads: Heads
+    heads: Arrays
 
 
-@dataclass(frozen=True)
-class EvaluateReply:
-    """Noised sums of held-out units' statistics: task -> "sums" -> vector.
-
-    Attributes:
-        sums: each task's in units of its bound on one unit; all tasks of a unit together are one release.
-        noise_multiplier: standard deviation of the noise / bound on one unit over all tasks, sqrt(number of tasks).
-    """
-
-    sums: Heads
-    noise_multiplier: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class FinishRequest:
     """The final heads and their digest."""
 
     run_id: str
-    heads: Heads
-    digest: str
+    heads: Arrays
+    digest: Digest
 
 
-@dataclass(frozen=True)
+# --- what a site answers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Held:
+    """What a site holds of one backbone: the whole, or the numbers of some parts, from a transfer that broke off."""
+
+    whole: Annotated[bool, Reason("depends on earlier public messages and on the site file only")]
+    parts: Annotated[
+        tuple[int, ...],
+        _FROM_JSON,
+        Field(max_length=MAX_PARTS),
+        Reason("depend on earlier public messages and on the site file only"),
+    ]
+
+
+def _make_held(value: object) -> object:
+    return Held(**value) if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True, config=_STRICT)
+class JoinReply:
+    """What a site declares about itself, and what it holds of each backbone that its tasks stand on."""
+
+    site: Annotated[Name, Reason("public by declaration")]
+    tasks: Annotated[Mapping[Name, PublicSize], Reason("names and public sizes: public by declaration")]
+    unit: Annotated[Unit, _FROM_JSON, Reason("public by declaration")]
+    delta: Annotated[Positive, Reason("public by declaration")]
+    budget_epsilon: Annotated[Positive, Reason("public by declaration")]
+    backbones: Annotated[
+        Mapping[Name, Annotated[Held, BeforeValidator(_make_held)]],
+        Field(max_length=MAX_BACKBONES),
+        Reason("their names follow from the tasks"),
+    ]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Ready:
+    """Done: nothing but the fact of an answer."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainReply:
+    """A site's contribution and the public numbers it was made with.
+
+    Attributes:
+        delta: The contribution, noised already: rounding it to float16, and its largest values down to 65504, reveals
+            nothing more.
+        plan: The public numbers of the round.
+        precision: The precision in which the contribution travels; read back it is float32.
+    """
+
+    delta: Annotated[Contribution, Reason("charged: the contribution")]
+    plan: Annotated[PublicPlan, Reason("public numbers derived from the request")]
+    precision: Annotated[DeltaPrecision, Reason("public: derived from the request")] = "float32"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluateReply:
+    """Noised sums of held-out units' statistics: task -> "sums" -> vector.
+
+    Attributes:
+        sums: Each task's sums in units of its bound on one unit; all tasks of a unit together are one release.
+        noise_multiplier: The standard deviation of the noise, divided by the bound on one unit over all tasks, which
+            is sqrt(number of tasks).
+    """
+
+    sums: Annotated[
+        Arrays, Reason("charged: noised sums of held-out units' bounded statistics, from a budget fixed beforehand")
+    ]
+    noise_multiplier: Annotated[
+        Positive, Reason("follows from the evaluation budget, cap and delta of the site file: public by declaration")
+    ]
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Declined:
-    """A refusal, from the fixed list, and the declared name of who refuses ("" when its file cannot be read)."""
+    """A reason from the fixed list, and the declared name of the site ("" where its file cannot be read)."""
 
-    refusal: DeclineReason
-    site: str
+    refusal: Annotated[DeclineReason, _FROM_JSON, Reason("one word of a fixed list")]
+    site: Annotated[Name | Literal[""], Reason("public by declaration in the site file")]
 
 
 Request = JoinRequest | PartRequest | PrepareRequest | TrainRequest | EvaluateRequest | FinishRequest
 Reply = JoinReply | Ready | TrainReply | EvaluateReply | Declined
 Payload = Request | Reply
 _Payload = TypeVar("_Payload")
-_WITH_HEADS = (TrainRequest, TrainReply, EvaluateRequest, EvaluateReply, FinishRequest)
 
 
-def encode(payload: Payload) -> RecordDict:
-    """A payload as Flower records."""
-    match payload:
-        case JoinRequest(run_id, run, backbones, version):
-            return _records(payload, run_id=run_id, run=dict(run), backbones=dict(backbones), version=version)
-        case JoinReply():
-            return _records(payload, **asdict(payload))
-        case PartRequest(run_id, digest, index, total, data):
-            records = _records(payload, run_id=run_id, digest=digest, index=index, total=total)
-            records[_PART] = ConfigRecord({"data": data})
-            return records
-        case PrepareRequest(run_id, specs):
-            return _records(payload, run_id=run_id, specs=dict(specs))
-        case TrainRequest(run_id, round_, heads) | EvaluateRequest(run_id, round_, heads):
-            return _with_heads(_records(payload, run_id=run_id, round=round_), heads)
-        case TrainReply(delta, plan, precision):
-            return _with_heads(_records(payload, plan=asdict(plan), precision=precision), delta.heads, precision)
-        case EvaluateReply(sums, noise_multiplier):
-            return _with_heads(_records(payload, noise_multiplier=noise_multiplier), sums)
-        case FinishRequest(run_id, heads, digest):
-            return _with_heads(_records(payload, run_id=run_id, digest=digest), heads)
-        case Declined(refusal, site):
-            return _records(payload, refusal=refusal.value, site=site)
-        case Ready():
-            return _records(payload)
-        case _:
-            assert_never(payload)
+def _find_record(hint: Any) -> Record | None:
+    return next((item for item in get_args(hint)[1:] if isinstance(item, Record)), None)
+
+
+_FIELDS: Mapping[type, Mapping[str, Record | None]] = {
+    model: {name: _find_record(hint) for name, hint in get_type_hints(model, include_extras=True).items()}
+    for model in get_args(Payload)
+}
+"""The fields of each message, each with the record in which it travels; None for the JSON text."""
+
+
+# --- privacy reasons -------------------------------------------------------------------------------------------------
+
+
+def privacy_reasons(replies: tuple[type, ...] = get_args(Reply)) -> dict[str, dict[str, str]]:
+    """Returns why each field that a site sends may leave it: name of the model -> name of the field -> reason.
+
+    Args:
+        replies: The models of the replies; the models of which their fields consist are found from them.
+
+    Raises:
+        TypeError: A field states no reason, or more than one.
+    """
+    reasons: dict[str, dict[str, str]] = {}
+    waiting = list(replies)
+    while waiting:
+        model = waiting.pop(0)
+        reasons[model.__name__] = {}
+        for name, hint in get_type_hints(model, include_extras=True).items():
+            stated = [item.text for item in get_args(hint)[1:] if isinstance(item, Reason)]
+            if len(stated) != 1:
+                raise TypeError(f"{model.__name__}.{name}: expected one privacy reason, got {len(stated)}")
+            reasons[model.__name__][name] = stated[0]
+            waiting += [inner for inner in _walk_types(hint) if is_pydantic_dataclass(inner)]
+    return reasons
+
+
+def format_privacy_table() -> str:
+    """Returns the Markdown table of everything that a site sends, one row for each field, with its privacy reason."""
+    rows = ["| message | field | why it may leave the site |", "|---|---|---|"]
+    for model, reasons in privacy_reasons().items():
+        stated = reasons or {"-": "nothing but the fact of an answer"}
+        rows += [f"| {model} | {name} | {reason} |" for name, reason in stated.items()]
+    return "\n".join(rows)
+
+
+def _walk_types(hint: Any) -> Iterator[type]:
+    if isinstance(hint, type):
+        yield hint
+    for part in get_args(hint):
+        yield from _walk_types(part)
+
+
+# --- encoding and decoding -------------------------------------------------------------------------------------------
+
+
+def encode(message: Payload) -> RecordDict:
+    """Returns a message as Flower's records."""
+    values = {name: getattr(message, name) for name in _FIELDS[type(message)]}
+    binary = {name: values.pop(name) for name, record in _FIELDS[type(message)].items() if record}
+    # Sorted keys and no spaces: the same message is the same bytes.
+    named = {"payload": type(message).__name__, **values}
+    text = json.dumps(named, default=asdict, sort_keys=True, separators=(",", ":"))
+    records = RecordDict({_PUBLIC: ConfigRecord({"json": text})})
+    for content in binary.values():
+        if isinstance(content, bytes):
+            records[_PART.key] = ConfigRecord({"data": content})
+        else:
+            heads = content.heads if isinstance(content, Delta) else content
+            records[_ARRAYS.key] = _pack_arrays(heads, values.get("precision", "float32"))
+    return records
 
 
 def decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
-    """The payload of a message.
+    """Returns the message that records hold.
+
+    Args:
+        records: The records as they arrived; anything may be in them.
+        expected: The model of the message that is due.
 
     Raises:
-        BadInput: the message is not a well-formed `expected`; says which part is wrong.
+        OtherVersion: The message is an offer of another version of the messages.
+        BadInput: The message is no well-formed `expected`; says which field is wrong and quotes nothing of it.
     """
     try:
-        return _decode(records, expected)
+        return expected(**_read_fields(records, expected))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # A place is a field of ours or a key of the sender's; only the former is repeated.
+        place = "".join(f".{name}" for name in first["loc"][:1] if name in _FIELDS[expected])
+        raise BadInput(f"malformed {expected.__name__}{place}: {first['msg']}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"malformed {expected.__name__}: {type(error).__name__}") from error
 
 
-def _decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
-    public = _public(records)
-    kind, version = public.pop("payload", None), public.get("version")
+def _read_fields(records: RecordDict, expected: type) -> dict[str, Any]:
+    """Returns the value of each field; their names and sizes are checked here, their types and bounds by the model."""
+    values = _read_public(records)
+    kind, version = values.pop("payload", None), values.get("version")
     # First of all: what another version calls its messages and what it puts into them is not known here.
-    invited = expected is JoinRequest and ("version" in public or kind == JoinRequest.__name__)
-    if invited and not (type(version) is int and version == VERSION):
+    offered = expected is JoinRequest and ("version" in values or kind == JoinRequest.__name__)
+    if offered and not (type(version) is int and version == VERSION):
         raise OtherVersion(f"JoinRequest: expected version {VERSION} of the messages, got another")
     if kind != expected.__name__:
         raise BadInput(f"expected a {expected.__name__}, got another kind of message")
-    allowed = {_PUBLIC}
-    if expected is PartRequest:
-        allowed |= {_PART}
-        public["data"] = _record(records, _PART)["data"]
-        _check_part(public)
-    elif expected is PrepareRequest:
-        _check_specs(public["specs"])
-    elif expected in _WITH_HEADS:
-        allowed |= {_HEADS}
-        public["heads"] = _heads(records, public["precision"] if expected is TrainReply else "float32")
-    if not isinstance(public.get("run_id", ""), str) or type(public.get("round", 1)) is not int:
-        raise BadInput(f"{expected.__name__}: expected a run's id and a round's number")
-    extra = set(records) - allowed
+    binary = {name: record for name, record in _FIELDS[expected].items() if record}
+    if set(values) != _FIELDS[expected].keys() - binary.keys():
+        raise BadInput(f"malformed {expected.__name__}: expected its fields and no others")
+    extra = set(records) - {_PUBLIC} - {record.key for record in binary.values()}
     if extra:
         raise BadInput(f"{expected.__name__}: {len(extra)} unexpected record(s)")
-    if expected is TrainReply:
-        public = {"delta": Delta(public.pop("heads")), "plan": _plan(public.pop("plan")), **public}
-    elif expected is EvaluateReply:
-        public["sums"] = public.pop("heads")
-        if not (type(public["noise_multiplier"]) is float and 0.0 < public["noise_multiplier"] < math.inf):
-            raise BadInput("EvaluateReply: expected a finite noise multiplier > 0")
-    elif expected is JoinReply:
-        public["unit"] = Unit(public["unit"])
-        _check_join(public)
-    elif expected is JoinRequest:
-        _check_offer(public)
-    elif expected is Declined:
-        public["refusal"] = DeclineReason(public["refusal"])
-        if public["site"] != "" and not _is_name(public["site"]):
-            raise BadInput("Declined: expected a site's name")
-    return expected(**public)
+    for name, record in binary.items():
+        content = _read_record(records, record.key)
+        arrays = record == _ARRAYS
+        values[name] = _unpack_arrays(content, values.get("precision", "float32")) if arrays else content["data"]
+    return values
 
 
-def _check_offer(public: Mapping[str, Any]) -> None:
-    backbones = public["backbones"]
-    named = isinstance(backbones, dict) and all(_is_name(name) for name in backbones)
-    # A digest becomes a folder's name at the site.
-    if not (named and 1 <= len(backbones) <= MAX_BACKBONES and all(map(_is_digest, backbones.values()))):
-        raise BadInput(f"JoinRequest: expected 1 to {MAX_BACKBONES} names of backbones with digests of 64 hex digits")
-
-
-def _check_specs(specs: Any) -> None:
-    if not (isinstance(specs, dict) and all(_is_digest(key) and isinstance(text, str) for key, text in specs.items())):
-        raise BadInput("PrepareRequest: expected backbones' settings as text, by digest")
-
-
-def _check_part(public: Mapping[str, Any]) -> None:
-    if not _is_digest(public["digest"]):
-        raise BadInput("PartRequest: expected a digest of 64 hex digits")
-    index, total, data = public["index"], public["total"], public["data"]
-    if not (type(index) is int and type(total) is int and 0 <= index < total <= MAX_PARTS):
-        raise BadInput(f"PartRequest: expected part 0 to {MAX_PARTS - 1} of at most {MAX_PARTS}")
-    whole = index < total - 1
-    if not isinstance(data, bytes) or not 0 < len(data) <= PART_BYTES or (whole and len(data) != PART_BYTES):
-        raise BadInput(f"PartRequest: expected {PART_BYTES} bytes, fewer only in the last part")
-
-
-def _check_join(public: dict[str, Any]) -> None:
-    tasks = public["tasks"]
-    sizes_valid = isinstance(tasks, dict) and all(
-        _is_name(name) and type(size) is int and size >= 1 for name, size in tasks.items()
-    )
-    backbones = public["backbones"]
-    if not (isinstance(backbones, dict) and len(backbones) <= MAX_BACKBONES and all(map(_is_name, backbones))):
-        raise BadInput(f"JoinReply: expected at most {MAX_BACKBONES} names of backbones")
-    public["backbones"] = {name: _held(held) for name, held in backbones.items()}
-    numbers = (public["delta"], public["budget_epsilon"])
-    numbers_valid = all(type(value) in (int, float) and math.isfinite(value) and value > 0 for value in numbers)
-    if not (sizes_valid and numbers_valid and _is_name(public["site"])):
-        raise BadInput("JoinReply: expected a name, positive public sizes, delta and budget")
-
-
-def _held(values: Mapping[str, Any]) -> Held:
-    held = Held(**values)
-    parts = held.parts
-    if not (isinstance(parts, list) and len(parts) <= MAX_PARTS and all(type(index) is int for index in parts)):
-        raise BadInput("JoinReply: expected a list of held parts")
-    if type(held.whole) is not bool:
-        raise BadInput("JoinReply: expected whether a backbone is held whole")
-    return Held(held.whole, tuple(parts))
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
-def _is_name(value: object) -> bool:
-    """Whether it is a plain name: it is shown on terminals and becomes a key of reports."""
-    return isinstance(value, str) and re.fullmatch(_NAME, value) is not None
-
-
-def _plan(values: Mapping[str, Any]) -> Plan:
-    plan = Plan(**{**values, "unit": Unit(values["unit"])})
-    numbers = (plan.sampling_rate, plan.noise_multiplier, 0.0 if plan.clip_norm is None else plan.clip_norm)
-    if type(plan.steps) is not int or plan.steps > MAX_STEPS or any(type(item) not in (int, float) for item in numbers):
-        raise BadInput(f"expected a plan of numbers and of at most {MAX_STEPS} steps")
-    if not all(math.isfinite(item) for item in numbers):
-        raise BadInput("expected a plan of finite numbers")
-    return plan
-
-
-def _records(payload: Payload, **public: Any) -> RecordDict:
-    # Sorted keys and no spaces: the same payload is the same bytes.
-    text = json.dumps({"payload": type(payload).__name__, **public}, sort_keys=True, separators=(",", ":"))
-    return RecordDict({_PUBLIC: ConfigRecord({"json": text})})
-
-
-def _public(records: RecordDict) -> dict[str, Any]:
-    text = _record(records, _PUBLIC)["json"]
+def _read_public(records: RecordDict) -> dict[str, Any]:
+    text = _read_record(records, _PUBLIC)["json"]
     if not isinstance(text, str) or len(text) > MAX_JSON_BYTES:
         raise BadInput("expected a short public part")
     public = json.loads(text)
@@ -375,7 +404,7 @@ def _public(records: RecordDict) -> dict[str, Any]:
     return public
 
 
-def _record(records: RecordDict, key: str) -> ConfigRecord:
+def _read_record(records: RecordDict, key: str) -> ConfigRecord:
     # Not `config_records`, which copies all records to look one up.
     record = records[key]
     if not isinstance(record, ConfigRecord):
@@ -383,30 +412,31 @@ def _record(records: RecordDict, key: str) -> ConfigRecord:
     return record
 
 
-def _with_heads(records: RecordDict, heads: Heads, precision: DeltaPrecision = "float32") -> RecordDict:
-    """All arrays one after the other in one record: Flower asks for each of its objects in several requests."""
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _pack_arrays(heads: Heads, precision: DeltaPrecision) -> ConfigRecord:
+    """Returns all arrays one after the other in one record: Flower asks for each of its objects in several requests."""
     layout = {task: {name: list(heads[task][name].shape) for name in sorted(heads[task])} for task in sorted(heads)}
-    data = b"".join(_bytes(heads[task][name], precision) for task, shapes in layout.items() for name in shapes)
-    records[_HEADS] = ConfigRecord({"layout": json.dumps(layout, separators=(",", ":")), "data": data})
-    return records
+    data = b"".join(_to_bytes(heads[task][name], precision) for task, shapes in layout.items() for name in shapes)
+    return ConfigRecord({"layout": json.dumps(layout, separators=(",", ":")), "data": data})
 
 
-def _bytes(values: np.ndarray, precision: DeltaPrecision) -> bytes:
+def _to_bytes(values: np.ndarray, precision: DeltaPrecision) -> bytes:
     if precision == "float16":
-        values = np.clip(values, -_LARGEST_HALF, _LARGEST_HALF)  # Else infinite, and the whole reply is set aside.
+        values = np.clip(values, -_LARGEST_HALF, _LARGEST_HALF)  # Else infinite, and the whole reply is rejected.
     return np.asarray(values, dtype=_DTYPES[precision], order="C").tobytes()
 
 
-def _heads(records: RecordDict, precision: DeltaPrecision) -> Heads:
+def _unpack_arrays(record: ConfigRecord, precision: DeltaPrecision) -> Heads:
     dtype = np.dtype(_DTYPES[precision])
-    record = _record(records, _HEADS)
     text, data = record["layout"], record["data"]
     if not isinstance(text, str) or len(text) > MAX_JSON_BYTES or not isinstance(data, bytes):
         raise BadInput("expected heads as a layout and their bytes")
     layout: dict[str, dict[str, list[int]]] = json.loads(text)
     if len(layout) > MAX_TASKS:
         raise BadInput(f"expected heads of at most {MAX_TASKS} tasks")
-    sizes = [_size(shape) for shapes in layout.values() for shape in shapes.values()]
+    sizes = [_count_elements(shape) for shapes in layout.values() for shape in shapes.values()]
     # Checked before use: a shape that promises more than the bytes hold allocates nothing.
     if dtype.itemsize * sum(sizes) != len(data) or len(data) > MAX_HEAD_BYTES:
         raise BadInput(f"expected {precision} arrays whose bytes match their shapes")
@@ -417,29 +447,32 @@ def _heads(records: RecordDict, precision: DeltaPrecision) -> Heads:
     }
 
 
-def _size(shape: list[int]) -> int:
+def _count_elements(shape: list[int]) -> int:
     if not (isinstance(shape, list) and all(type(side) is int and side >= 0 for side in shape)):
         raise BadInput("expected shapes of whole numbers")
     return math.prod(shape)
 
 
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
 def encoded_size(records: RecordDict) -> int:
-    """Bytes of the records in Flower's own encoding, as they cross the network."""
+    """Returns the bytes of the records in Flower's own encoding, as they cross the network."""
     with no_object_id_recompute():  # Else every part is encoded and hashed for each part above it.
         return sum(len(nested.deflate()) for nested in get_all_nested_objects(records).values())
 
 
 def to_bytes(records: RecordDict) -> bytes:
-    """Records as bytes for a site's reply store."""
+    """Returns records as bytes for a site's reply store."""
     data: bytes = recorddict_to_proto(records).SerializeToString(deterministic=True)
     return data
 
 
 def from_bytes(data: bytes) -> RecordDict:
-    """Records from `to_bytes`."""
+    """Returns the records of `to_bytes`."""
     return recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
 
 
 def request_digest(records: RecordDict) -> str:
-    """64 hex digits that identify a request: equal requests get the identical stored reply."""
+    """Returns 64 hex digits that identify a request: equal requests get the identical stored reply."""
     return hashlib.sha256(to_bytes(records)).hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from common.offers import offer_of
 from common.run import ONLY_BACKBONE, RunConfig
 from common.yaml import parse
 
+_Message = TypeVar("_Message")
 DIM = 4
 TASKS = {
     "colour": {"kind": "classification", "labels": ["red", "green", "blue"]},
@@ -50,6 +53,14 @@ def give_backbone(site: Site, run_id: str, frozen: Backbone) -> None:
 def backbone() -> Backbone:
     """The run's backbone."""
     return open_backbones(run_config())[ONLY_BACKBONE]
+
+
+def forged(model: Callable[..., _Message], *values: object) -> _Message:
+    """Returns a message of values that its model refuses, as an attacker makes one."""
+    message: Any = object.__new__(model)  # type: ignore[call-overload]
+    for field, value in zip(dataclasses.fields(message), values, strict=True):
+        object.__setattr__(message, field.name, value)
+    return message  # type: ignore[no-any-return]
 
 
 def offered(run_id: str, run: RunConfig, frozen: Backbone) -> messages.JoinRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -12,6 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
 from common import messages
 from common.flower import get_all_nested_objects
@@ -22,6 +24,41 @@ arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_s
 heads_of_any_shape = st.dictionaries(names, st.dictionaries(names, arrays, min_size=1, max_size=3), max_size=3)
 PLAN = Plan(sampling_rate=0.5, steps=3, clip_norm=1.0, noise_multiplier=2.0, unit=Unit.PATIENT)
 HEADS: Heads = {"task": {"weight": np.ones((2, 3), np.float32)}}
+ONE_OF_EACH: list[messages.Payload] = [
+    messages.JoinRequest("run", {"rounds": 3, "name": "\u00e9", "rate": 0.1, "none": None}, {"backbone": "d" * 64}),
+    messages.JoinReply(
+        "north",
+        {"b": 7, "a": 10},
+        Unit.EXAMPLE,
+        1e-5,
+        3.0,
+        {"one": messages.Held(False, (0, 2)), "two": messages.Held(True, ())},
+    ),
+    messages.PartRequest("run", "d" * 64, 2, 3, b"\x00\x01"),
+    messages.PrepareRequest("run", {"d" * 64: '{"kind": "x"}'}),
+    messages.Ready(),
+    messages.TrainRequest("run", 2, HEADS),
+    messages.TrainReply(Delta(HEADS), PLAN),
+    messages.TrainReply(Delta(HEADS), PLAN, "float16"),
+    messages.EvaluateRequest("run", 2, HEADS),
+    messages.EvaluateReply({"task": {"sums": np.arange(3, dtype=np.float32)}}, 2.5),
+    messages.FinishRequest("run", HEADS, "d" * 64),
+    messages.Declined(DeclineReason.BUDGET, "north"),
+]
+BYTES_OF_VERSION_2 = [
+    "61c076b2b7da9c5d2c498996e72c4f4fc0d027f24c7702e248919171e217a36e",
+    "adee5bef48ed7adeeab6977d941a0ddae0929ba9f8a819cad54e2aa18c54eded",
+    "02c85e1b3fcd1702544fa76f95b3d7d3bb16199bde37f064af2033f5c8fca037",
+    "8c4e6041abfad7d7db64d0bee2034387090533621a9e096a3e3229958c8250e3",
+    "9cad123278b71364da5d4686fa5b0d2471aa0d4d781e1dfc01273ea164cd7561",
+    "b6e9d0615fe9c846f9b6202a4e1adf81fd9061c0e01e10d0e1c8cc4820ded34d",
+    "172ec89f4920a158b6a8bbb8b6adf745282e3d3bb40dde73023b7134d9bf7432",
+    "ad1a7665a2d7bce106f076e6b53e2cd316e4f1e781d62b76c05412c60a136b1c",
+    "31bfe7b03ffc223f556b63dcad32982f692200ecd2d50802d33728203a613c43",
+    "f1667ee2b2068aeb45e077328a5f24f00cae4447aa30beee909e9797d31d472f",
+    "27c0316382afff784152226e1e1c09143a2fbfcdff8dfb8b874511229ff85bfe",
+    "cabe4608921201a48d70de0c97d7e0e8aabd891f4aae72bbc56c9abfee0cfc5e",
+]
 
 
 def same(left: Heads, right: Heads) -> bool:
@@ -42,7 +79,7 @@ def test_a_train_request_survives_the_wire_to_the_bit(heads: Heads, round_: int)
     "payload",
     [
         messages.JoinRequest("run", {"rounds": 3}, {"backbone": "d" * 64}),
-        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)}),
+        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())}),
         messages.PrepareRequest("run", {}),
         messages.PrepareRequest("run", {"d" * 64: "{}"}),
         messages.PartRequest("run", "d" * 64, 2, 3, b"\x00\x01"),
@@ -126,7 +163,7 @@ def test_an_extra_record_is_refused() -> None:
 @pytest.mark.parametrize("size", [0, -5, 1.5, "10", True, 10**400])
 def test_an_absurd_public_size_is_refused(size: object) -> None:
     records = messages.encode(
-        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+        messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())})
     )
     text = json.loads(records.config_records["public"]["json"])
     text["tasks"]["task"] = size
@@ -136,7 +173,7 @@ def test_an_absurd_public_size_is_refused(size: object) -> None:
             messages.decode(records, messages.JoinReply).tasks["task"] == size
         )  # Bounded by the coordinator's roll call.
     else:
-        with pytest.raises(BadInput, match="public sizes"):
+        with pytest.raises(BadInput, match=r"JoinReply\.tasks"):
             messages.decode(records, messages.JoinReply)
 
 
@@ -158,7 +195,7 @@ NOT_NAMES = ["", "../../x", "x" * 65, "x\x1b[2J", "two\nlines", "Upper", "-x", 7
 @pytest.mark.parametrize("name", NOT_NAMES)
 def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -> None:
     """It is shown on the coordinator's terminal and becomes a key of its reports."""
-    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())})
     with pytest.raises(BadInput):
         messages.decode(changed(honest, site=name), messages.JoinReply)
     if isinstance(name, str):
@@ -172,7 +209,7 @@ def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -
 @pytest.mark.parametrize("field", ["delta", "budget_epsilon"])
 @pytest.mark.parametrize("value", [0, -1.0, 10**400, True, "1", None, float("nan"), float("inf")])
 def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object) -> None:
-    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())})
     with pytest.raises(BadInput):
         messages.decode(changed(honest, **{field: value}), messages.JoinReply)
 
@@ -230,33 +267,45 @@ def with_heads_of(reply: messages.TrainReply, records: RecordDict) -> RecordDict
     return RecordDict({**records, "heads": messages.encode(reply)["heads"]})
 
 
-def test_every_field_a_site_sends_has_a_stated_privacy_reason() -> None:
-    """A new field of a reply fails here until its reason stands in the table of common/messages.py."""
-    table = [line for line in (messages.__doc__ or "").splitlines() if line.startswith("| ")]
-    stated: dict[str, str] = {}
-    for line in table:
-        payload, fields, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        stated[payload] = f"{stated.get(payload, '')} {fields}"
-    travels_as = {("TrainReply", "delta"): "heads"}
-    for payload in (*typing.get_args(messages.Reply), messages.Held):
-        for field in dataclasses.fields(payload):
-            words = stated[payload.__name__].replace(",", " ").split()
-            name = travels_as.get((payload.__name__, field.name), field.name)
-            assert name in words, f"{payload.__name__}.{field.name} has no reason"
+def test_every_field_a_site_sends_has_one_privacy_reason_and_one_row_in_the_table() -> None:
+    reasons = messages.privacy_reasons()
+    assert set(reasons) == {"JoinReply", "Held", "Ready", "TrainReply", "EvaluateReply", "Declined"}
+    table = messages.format_privacy_table().splitlines()
+    for model, fields in reasons.items():
+        assert set(fields) == {field.name for field in dataclasses.fields(getattr(messages, model))}
+        assert all(f"| {model} | {name} | {reason} |" in table for name, reason in fields.items())
+    assert len(table) == 2 + sum(max(1, len(fields)) for fields in reasons.values())
+
+
+@dataclass(frozen=True)
+class Unreasoned:
+    loss: float
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Annotated[dict[str, Unreasoned], messages.Reason("public")]
+
+
+def test_a_field_without_a_privacy_reason_is_an_error_also_inside_another_model() -> None:
+    for model in (Unreasoned, Outer):
+        with pytest.raises(TypeError, match=r"Unreasoned\.loss"):
+            messages.privacy_reasons((model,))
 
 
 @pytest.mark.parametrize("digest", ["../../secret", "/etc", "d" * 5000, 7, "D" * 64, "d" * 63])
 def test_a_digest_that_could_be_a_path_is_refused(digest: object) -> None:
-    records = messages.encode(messages.JoinRequest("run", {}, {"backbone": digest}))  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="64 hex digits"):
-        messages.decode(records, messages.JoinRequest)
+    honest = messages.JoinRequest("run", {}, {"backbone": "d" * 64})
+    with pytest.raises(BadInput, match=r"JoinRequest\.backbones"):
+        messages.decode(changed(honest, backbones={"backbone": digest}), messages.JoinRequest)
 
 
 @pytest.mark.parametrize("digest", ["../../secret", "d" * 5000, 7, None, "D" * 64, "d" * 63])
 def test_a_part_or_settings_of_no_digest_are_refused(digest: object) -> None:
-    part = messages.encode(messages.PartRequest("run", digest, 0, 1, b"1"))  # type: ignore[arg-type]
-    with pytest.raises(BadInput):
-        messages.decode(part, messages.PartRequest)
+    honest = messages.encode(messages.PartRequest("run", "d" * 64, 0, 1, b"1"))
+    part = changed(messages.PartRequest("run", "d" * 64, 0, 1, b"1"), digest=digest)
+    with pytest.raises(BadInput, match=r"PartRequest\.digest"):
+        messages.decode(RecordDict({**part, "part": honest["part"]}), messages.PartRequest)
     with pytest.raises(BadInput):
         messages.decode(changed(messages.PrepareRequest("run", {}), specs={str(digest): "{}"}), messages.PrepareRequest)
 
@@ -287,13 +336,55 @@ def test_an_offer_without_named_digests_is_refused(backbones: object) -> None:
     ],
 )
 def test_what_is_held_of_a_backbone_is_a_truth_and_numbers(held: object) -> None:
-    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True)})
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())})
     with pytest.raises(BadInput):
         messages.decode(changed(honest, backbones={"backbone": held}), messages.JoinReply)
 
 
 @pytest.mark.parametrize(("run_id", "round_"), [(["run"], 1), ("run", "1"), ("run", True), (3, 1)])
 def test_a_run_or_round_of_another_type_is_refused(run_id: object, round_: object) -> None:
-    records = messages.encode(messages.TrainRequest(run_id, round_, {}))  # type: ignore[arg-type]
+    honest = messages.TrainRequest("run", 1, {})
+    records = changed(honest, run_id=run_id, round=round_)
+    with pytest.raises(BadInput, match=r"TrainRequest\.(run_id|round)"):
+        messages.decode(RecordDict({**records, "heads": messages.encode(honest)["heads"]}), messages.TrainRequest)
+
+
+@pytest.mark.parametrize("change", [{"heads": {}}, {"loss": 0.1}], ids=str)
+def test_a_field_that_does_not_belong_into_the_public_part_is_refused(change: dict[str, object]) -> None:
+    """Also one that travels in a record of its own: its sizes are checked there."""
+    honest = messages.TrainRequest("run", 1, HEADS)
     with pytest.raises(BadInput):
-        messages.decode(records, messages.TrainRequest)
+        messages.decode(
+            RecordDict({**changed(honest, **change), "heads": messages.encode(honest)["heads"]}), messages.TrainRequest
+        )
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(messages.JoinReply)])
+def test_a_field_that_is_missing_is_refused_and_no_error_quotes_the_sender(name: str) -> None:
+    honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())})
+    public = json.loads(str(messages.encode(honest).config_records["public"]["json"]))
+    del public[name]
+    with pytest.raises(BadInput):
+        messages.decode(RecordDict({"public": ConfigRecord({"json": json.dumps(public)})}), messages.JoinReply)
+    for value in ("secret", {"secret": "secret"}, {"a": {"secret": 1}}, ["secret"]):
+        with pytest.raises(BadInput) as caught:
+            messages.decode(changed(honest, **{name: value}), messages.JoinReply)
+            if name == "site":
+                raise BadInput("a name")  # "secret" is one.
+        assert "secret" not in str(caught.value)
+
+
+def test_a_message_cannot_be_made_of_values_that_no_receiver_accepts() -> None:
+    with pytest.raises(ValidationError, match="index below"):
+        messages.PartRequest("run", "d" * 64, 2, 2, b"1")
+    with pytest.raises(ValidationError, match="greater than 0"):
+        messages.EvaluateReply({}, 0.0)
+    with pytest.raises(ValidationError):
+        messages.JoinRequest("run", {}, {})
+
+
+def test_messages_have_the_bytes_that_version_2_began_with() -> None:
+    """Other bytes would be another request to a site that answered this one: then VERSION goes up."""
+    assert messages.VERSION == 2
+    digests = [messages.request_digest(messages.encode(message)) for message in ONE_OF_EACH]
+    assert digests == BYTES_OF_VERSION_2

@@ -30,7 +30,7 @@ from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import MAX_STEPS, DeclineReason, Heads
 from simulations.in_process import FIRST_NODE_ID, InProcessGrid
-from tests.tiny import TASKS, backbone, offered, run_config, site_config
+from tests.tiny import TASKS, backbone, forged, offered, run_config, site_config
 
 
 @pytest.fixture(scope="module")
@@ -368,12 +368,12 @@ def test_what_a_killed_transfer_left_half_written_is_no_part(coordinator: Coordi
 @pytest.mark.parametrize(
     "part",
     [
-        messages.PartRequest("honest", "0" * 64, 0, 10**9, b"1" * messages.PART_BYTES),
-        messages.PartRequest("honest", "0" * 64, -1, 2, b"1"),
-        messages.PartRequest("honest", "0" * 64, 2, 2, b"1"),
-        messages.PartRequest("honest", "0" * 64, 0, 2, b"1"),
-        messages.PartRequest("honest", "0" * 64, 0, 1, b""),
-        messages.PartRequest("honest", "0" * 64, 0, 1, b"1" * (messages.PART_BYTES + 1)),
+        forged(messages.PartRequest, "honest", "0" * 64, 0, 10**9, b"1" * messages.PART_BYTES),
+        forged(messages.PartRequest, "honest", "0" * 64, -1, 2, b"1"),
+        forged(messages.PartRequest, "honest", "0" * 64, 2, 2, b"1"),
+        forged(messages.PartRequest, "honest", "0" * 64, 0, 2, b"1"),
+        forged(messages.PartRequest, "honest", "0" * 64, 0, 1, b""),
+        forged(messages.PartRequest, "honest", "0" * 64, 0, 1, b"1" * (messages.PART_BYTES + 1)),
     ],
     ids=["a billion parts", "before the first", "after the last", "short", "empty", "oversized"],
 )

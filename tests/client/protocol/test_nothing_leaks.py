@@ -459,7 +459,7 @@ UNREADABLE = {
     "no JSON": RecordDict({"public": ConfigRecord({"json": "{"})}),
     "another payload": messages.encode(messages.Ready()),
     "an extra record": RecordDict(
-        {**messages.encode(messages.FinishRequest("run-1", {}, "")), "x": ConfigRecord({"y": 1})}
+        {**messages.encode(messages.FinishRequest("run-1", {}, "d" * 64)), "x": ConfigRecord({"y": 1})}
     ),
     "a path for a run": messages.encode(messages.PrepareRequest("../../etc", {})),
 }

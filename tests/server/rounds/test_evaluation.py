@@ -22,7 +22,7 @@ from server.reports.summary import summarize
 from server.reports.tables import render_summary
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
 from tests.server.rounds.test_loop import federate
-from tests.tiny import TASKS, site_config
+from tests.tiny import TASKS, forged, site_config
 
 SHARE = {"share": 0.5, "evaluations": 2}
 RICH = {"epsilon": 200.0, "delta": 1e-5}
@@ -93,8 +93,8 @@ def changed(change: Callable[[np.ndarray], np.ndarray]) -> Distort:
         (changed(lambda array: array[:-1]), "statistics"),
         (changed(lambda array: array[None]), "statistics"),
         (lambda reply: messages.EvaluateReply({"colour": reply.sums["colour"]}, reply.noise_multiplier), "tasks"),
-        (lambda reply: messages.EvaluateReply(reply.sums, float("inf")), "noise multiplier"),
-        (lambda reply: messages.EvaluateReply(reply.sums, 0.0), "noise multiplier"),
+        (lambda reply: forged(messages.EvaluateReply, reply.sums, float("inf")), "noise_multiplier"),
+        (lambda reply: forged(messages.EvaluateReply, reply.sums, 0.0), "noise_multiplier"),
         (lambda reply: messages.Ready(), "another kind"),
     ],
 )

@@ -94,7 +94,7 @@ def raw(text: str) -> RecordDict:
 def joining(**changes: object) -> RecordDict:
     return public(
         messages.JoinReply(
-            "north", {"colour": 40, "size": 40}, Unit.EXAMPLE, 1e-5, 100.0, {"backbone": messages.Held(False)}
+            "north", {"colour": 40, "size": 40}, Unit.EXAMPLE, 1e-5, 100.0, {"backbone": messages.Held(False, ())}
         ),
         **changes,
     )

@@ -29,7 +29,7 @@ from common.types import Delta, RunFailed, heads_digest
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome, run_federation
 from simulations.in_process import InProcessGrid
-from tests.tiny import backbone, run_config, site_config
+from tests.tiny import backbone, forged, run_config, site_config
 
 Distort = Callable[[RecordDict], RecordDict]
 
@@ -159,8 +159,14 @@ def test_an_absurd_public_size_keeps_a_site_out(tmp_path: Path, size: int) -> No
     def absurd(records: RecordDict) -> RecordDict:
         reply = messages.decode(records, messages.JoinReply)
         return messages.encode(
-            messages.JoinReply(
-                reply.site, {"colour": size}, reply.unit, reply.delta, reply.budget_epsilon, reply.backbones
+            forged(
+                messages.JoinReply,
+                reply.site,
+                {"colour": size},
+                reply.unit,
+                reply.delta,
+                reply.budget_epsilon,
+                reply.backbones,
             )
         )
 
