@@ -20,12 +20,11 @@ from common.types import BadInput
 from common.yaml import load
 from server.reports.summary import list_failures
 from server.reports.tables import render_summary
+from simulations.check import check_simulation, list_missing_files
 from simulations.config import SimulationConfig
-from simulations.experiment import check as check_config
 from simulations.experiment import resume as resume_run
 from simulations.experiment import run as run_config
 from simulations.experiment import write_files
-from simulations.files import missing_files
 from simulations.partition import build_sites
 from simulations.pretrain import pretrain as pretrain_backbone
 from simulations.sweep import Row
@@ -86,8 +85,8 @@ def check(config: Config, set_: Set = None) -> None:
     """
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
-        check_config(loaded)
-        absent = missing_files(loaded)
+        check_simulation(loaded)
+        absent = list_missing_files(loaded)
         if absent:
             raise BadInput("; ".join(absent))
         typer.echo(f"{config}: valid; {len(loaded.run.tasks)} task(s), {loaded.run.rounds} round(s)")
@@ -103,7 +102,7 @@ def plan(config: Config, set_: Set = None, json_: Json = False) -> None:
     """
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
-        check_config(loaded)
+        check_simulation(loaded)
         with TemporaryDirectory() as folder:
             built = build_sites(loaded, Path(folder) / "sites", non_private=loaded.run.requested_privacy is None)
             outlooks = [forecast(site, loaded.run, len(built)) for site in built]
@@ -134,7 +133,7 @@ def audit(config: Config, set_: Set = None, json_: Json = False) -> None:
 
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
-        check_config(loaded)
+        check_simulation(loaded)
         with shown_progress() as observe:
             result = audit_simulation(loaded, observe)
         if json_:

@@ -1,43 +1,64 @@
-"""What the federated private result is compared with. Simulation only: each needs what no deployed party may see.
+"""Baselines: what the federated private result is compared with.
+
+They exist in simulations only, because each needs what no deployed party may see. A baseline's metrics are those of all
+sites' held-out records together.
 
 | baseline | data | privacy | training |
 |---|---|---|---|
 | baseline_prediction | all records in one place | none | none: majority, distance to the mean normal record, features |
-| local | each site's own | the run's | the run's solver and rounds, at one site alone |
+| local | each site's own | the run's | the run's solver and rounds, at one site alone; mean over sites |
 | non_private | federated | none | `non_private_solver`, same rounds |
-| central | all sites' records in one place | none | `non_private_solver`, same rounds |
+| central | all records in one place | none | `non_private_solver`, same rounds |
 | random_backbone | federated | the run's | the same run on the same architecture with random weights |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
-from client.personal.local_heads import ApplyUpdate
+from client.personal.local_heads import ApplyUpdate, LocalTraining, train_alone
+from client.solvers import Solver, open_solver
+from common.backbones import Backbone, open_random
+from common.events import Metrics
+from common.model.backbones import open_backbones
+from common.model.trunks import initial_modules
 from common.run import RunConfig
 from common.tasks import Task
-from common.types import Params
+from common.types import Heads, Params
 from server.rounds.aggregators import State, Weighted, open_aggregator
+from simulations.config import RUN_PREFIX
+from simulations.evaluate import evaluate_baseline_predictions, open_prepared_units
+from simulations.federate import Experiment, evaluate_heads, federate
+from simulations.partition import build_sites
+
+TaskMetrics = dict[str, Metrics]
+"""Task name -> metrics on the held-out records of all sites together."""
 
 
-def aggregated_alone(run: RunConfig) -> ApplyUpdate:
-    """The run's own aggregation, of one contribution: what makes a head trained alone comparable."""
-    aggregator = open_aggregator(run.aggregation, "aggregation")
-    states: dict[str, State] = {}
+def compute_baseline(name: str, experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
+    """Returns the metrics of one baseline.
 
-    def update(task: str, params: Params, change: Params) -> Params:
-        state = states[task] if task in states else aggregator.start(params)
-        new, states[task] = aggregator.update(params, state, [Weighted(1.0, change)])
-        return new
-
-    return update
+    Args:
+        name: name of the baseline.
+        experiment: the simulation, after its own federation has ended.
+        sites: sites of the simulation's own federation, whose prepared records are used again.
+    """
+    return _BASELINES[name](experiment, sites)
 
 
-def pool(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:
-    """All sites' units in one place. Records of different sites are different units."""
+def pool_units(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:
+    """Returns all sites' units in one place; records of different sites stay different units.
+
+    Args:
+        units: site name -> its units.
+        tasks: tasks to pool, by name; at least one site has each.
+    """
     num_units = sum(own.num_units for own in units.values())
     pooled = {}
     for name in tasks:
@@ -55,3 +76,148 @@ def pool(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:
             parts[0][0].trunk,
         )
     return Units(num_units, pooled)
+
+
+def make_aggregation(run: RunConfig) -> ApplyUpdate:
+    """Returns the run's aggregation of a single update, so that heads trained alone are comparable."""
+    aggregator = open_aggregator(run.aggregation, "aggregation")
+    states: dict[str, State] = {}
+
+    def apply_update(group: str, params: Params, change: Params) -> Params:
+        state = states[group] if group in states else aggregator.start(params)
+        new, states[group] = aggregator.update(params, state, [Weighted(1.0, change)])
+        return new
+
+    return apply_update
+
+
+# --- the baselines ---------------------------------------------------------------------------------------------------
+
+
+def _compute_baseline_prediction(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
+    train, held_out = (
+        open_prepared_units(sites, experiment.run_id, experiment.tasks, split) for split in ("train", "test")
+    )
+    return evaluate_baseline_predictions(_select_tasks(experiment, train), train, held_out)
+
+
+def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
+    solver = open_solver(experiment.config.run.solver, f"{RUN_PREFIX}solver")
+    train = open_prepared_units(sites, experiment.run_id, experiment.tasks, "train")
+    results: dict[str, list[Metrics]] = {}
+    for site in sites:
+        if site.name not in train:
+            continue
+        tasks = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
+        sizes = {name: site.tasks[name].public_size for name in tasks}
+        heads = _train_alone(experiment, solver, tasks, train[site.name], sizes, purpose=f"local/{site.name}")
+        metrics = _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
+        for task, values in metrics.items():
+            results.setdefault(task, []).append(values)
+    return {task: _average(values) for task, values in results.items()}
+
+
+def _compute_central(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
+    train = open_prepared_units(sites, experiment.run_id, experiment.tasks, "train")
+    tasks = _select_tasks(experiment, train)
+    sizes = {
+        name: sum(site.tasks[name].public_size for site in sites if site.name in train and name in site.tasks)
+        for name in tasks
+    }
+    assert experiment.config.non_private_solver is not None
+    solver = open_solver(experiment.config.non_private_solver, "non_private_solver")
+    heads = _train_alone(experiment, solver, tasks, pool_units(train, tasks), sizes, purpose="central")
+    return _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
+
+
+def _compute_non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
+    del sites  # Their files do not allow a run without privacy.
+    config = experiment.config
+    changes = {"solver": config.non_private_solver, "privacy": "non_private", "evaluation": None}
+    return _federate_again(
+        experiment, config.run.model_copy(update=changes), backbones=experiment.backbones, name="non_private"
+    )
+
+
+def _compute_random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
+    del sites  # Their ledgers hold the simulation's own run.
+    run = experiment.config.run.model_copy(update={"evaluation": None})
+    backbones = open_backbones(run, RUN_PREFIX, opened_by=partial(open_random, seed=run.seed))
+    return _federate_again(experiment, run, backbones=backbones, name="random_backbone")
+
+
+_BASELINES: Mapping[str, Callable[[Experiment, Sequence[SiteConfig]], TaskMetrics]] = {
+    "baseline_prediction": _compute_baseline_prediction,
+    "local": _compute_local,
+    "non_private": _compute_non_private,
+    "central": _compute_central,
+    "random_backbone": _compute_random_backbone,
+}
+
+
+# --- their parts -----------------------------------------------------------------------------------------------------
+
+
+def _select_tasks(experiment: Experiment, units: Mapping[str, Units]) -> dict[str, Task]:
+    """Returns the tasks that at least one site has prepared."""
+    return {name: task for name, task in experiment.tasks.items() if any(name in own.tasks for own in units.values())}
+
+
+def _train_alone(
+    experiment: Experiment,
+    solver: Solver,
+    tasks: Mapping[str, Task],
+    units: Units,
+    sizes: Mapping[str, int],
+    *,
+    purpose: str,
+) -> Heads:
+    """Returns heads trained on these units alone, with the run's rounds and its aggregation of one update."""
+    run = experiment.config.run
+    training = LocalTraining(
+        solver=solver,
+        plan=solver.plan(run.requested_privacy if solver.private else None, experiment.config.unit, run.rounds),
+        rounds=run.rounds,
+        tasks=tasks,
+        units=units,
+        public_sizes=run.parameter_group_sizes(sizes),
+    )
+    return train_alone(
+        training,
+        initial_modules(run, tasks, experiment.backbones),
+        entropy=experiment.entropy,
+        purpose=purpose,
+        apply_update=make_aggregation(run),
+    )
+
+
+def _federate_again(
+    experiment: Experiment, run: RunConfig, *, backbones: Mapping[str, Backbone], name: str
+) -> TaskMetrics:
+    """Runs the federation under other conditions, with sites and ledgers of its own, and returns its metrics."""
+    folder = experiment.folder / "baselines" / name
+    shutil.rmtree(folder, ignore_errors=True)  # Left by an attempt that was interrupted.
+    folder.mkdir(parents=True)
+    sites = build_sites(experiment.config, folder / "sites", non_private=run.requested_privacy is None)
+    outcome = federate(experiment, run, sites, backbones=backbones, folder=folder)
+    return _evaluate_pooled(experiment, outcome.heads, sites, folder.name, backbones)
+
+
+def _evaluate_pooled(
+    experiment: Experiment,
+    heads: Heads,
+    sites: Sequence[SiteConfig],
+    run_id: str,
+    backbones: Mapping[str, Backbone],
+) -> TaskMetrics:
+    evaluations = evaluate_heads(experiment, heads, sites, run_id=run_id, backbones=backbones)
+    return {task: dict(result.pooled) for task, result in evaluations.items()}
+
+
+def _average(values: Sequence[Metrics]) -> Metrics:
+    """Returns the mean of each metric over the sites where it is defined."""
+    means: dict[str, float | None] = {}
+    for name in values[0]:
+        defined = [value for metrics in values if (value := metrics[name]) is not None]
+        means[name] = sum(defined) / len(defined) if defined else None
+    return means

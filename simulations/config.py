@@ -11,6 +11,9 @@ from common.plugins import Frozen, LocalPath, Spec
 from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
 
+RUN_PREFIX = "run."
+"""Where a run's keys stand in a simulation file."""
+
 
 class SimulatedTask(LabelColumns):
     """One task over all simulated sites.

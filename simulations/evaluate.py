@@ -14,12 +14,12 @@ from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
 from client.personal.metrics import (
-    Metrics,
     compute_exact_sums,
     compute_metrics,
     compute_pair_metrics,
     replace_undefined,
 )
+from common.events import Metrics
 from common.tasks import EXACT_BUCKETS, BaselinePrediction, PairMetrics, Task
 from common.types import Heads
 
@@ -92,19 +92,19 @@ def _records(name: str, units: Mapping[str, Units]) -> tuple[torch.Tensor, torch
     )
 
 
-def units_of(
+def open_prepared_units(
     sites: Sequence[SiteConfig], run_id: str, tasks: Mapping[str, Task], split: Literal["train", "test"]
 ) -> dict[str, Units]:
     """Every site's units of one split as prepared for a run; sites that did not take part are left out."""
     found = {}
     for site in sites:
-        folder = run_data(site, run_id)
+        folder = locate_prepared_data(site, run_id)
         if folder.exists():
             own = [name for name in tasks if name in site.tasks]
             found[site.name] = open_units(folder, split, own, torch.device("cpu"))
     return found
 
 
-def run_data(site: SiteConfig, run_id: str) -> Path:
+def locate_prepared_data(site: SiteConfig, run_id: str) -> Path:
     """Where a site keeps the arrays it prepared for a run."""
     return site.state_dir / "runs" / run_id / "data"

@@ -50,8 +50,8 @@ def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = F
     return [_write_site(config, layout, name, folder / name, non_private) for name in names]
 
 
-def source_settings(config: SimulationConfig) -> dict[str, Spec]:
-    """Every source a simulation names, by its key path."""
+def list_sources(config: SimulationConfig) -> dict[str, Spec]:
+    """Returns the settings of every source that a simulation names, by key path."""
     named = {f"sources.{name}": spec for name, spec in config.sources.items()}
     for site, sources in (config.partition.sites or {}).items():
         named |= {f"partition.sites.{site}.{name}": spec for name, spec in sources.items()}

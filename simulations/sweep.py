@@ -15,8 +15,9 @@ from common.types import BadInput
 from common.yaml import as_override, load
 from server.reports.results import new_run_folder
 from server.rounds.messenger import Observe
+from simulations.check import check_simulation
 from simulations.config import SimulationConfig
-from simulations.experiment import check, run
+from simulations.experiment import run
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Obser
             chosen = {**values, "run.seed": seed, "partition.seed": seed}
             texts = [as_override(key, value) for key, value in chosen.items()]
             one = load(SimulationConfig, path, [*overrides, *texts])
-            check(one)
+            check_simulation(one)
             plans.append((values, seed, one))
     folder = out or new_run_folder(config.runs_dir, f"{config.run.name}-sweep")
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,9 @@ from common.plugins import kinds, resolve
 from common.run import RunConfig
 from common.yaml import load, write_yaml
 from server.rounds.aggregators import Weighted
+from simulations.check import check_simulation
 from simulations.config import SimulationConfig
-from simulations.experiment import check, standalone
+from simulations.experiment import make_paths_absolute
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,12 +40,12 @@ def test_the_plug_in_in_readme_works(tmp_path: Path) -> None:
 def test_the_whole_simulation_in_readme_is_valid(tmp_path: Path) -> None:
     block = next(text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if text.startswith("run:"))
     (tmp_path / "chest.yaml").write_text(block)
-    assert check(load(SimulationConfig, tmp_path / "chest.yaml"))
+    assert check_simulation(load(SimulationConfig, tmp_path / "chest.yaml"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "simulations").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_simulation_in_the_repository_is_valid_and_in_readme(path: Path) -> None:
-    assert check(load(SimulationConfig, path))
+    assert check_simulation(load(SimulationConfig, path))
     assert path.name in README
 
 
@@ -59,9 +60,9 @@ def test_the_example_run_and_site_files_are_valid_and_the_run_is_the_demos() -> 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "simulations").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_simulation_means_the_same_when_it_is_written_elsewhere(path: Path, tmp_path: Path) -> None:
     config = load(SimulationConfig, path)
-    write_yaml(tmp_path / "config.yaml", standalone(config))
+    write_yaml(tmp_path / "config.yaml", make_paths_absolute(config))
     back = load(SimulationConfig, tmp_path / "config.yaml")
-    assert check(back) == check(config)
+    assert check_simulation(back) == check_simulation(config)
     written, read = (
         {name: resolve("common.backbones", spec, name) for name, spec in each.run.backbone_specs.items()}
         for each in (config, back)

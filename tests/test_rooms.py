@@ -26,7 +26,7 @@ DOORS = {
         "server/",
         "simulations/in_process.py",
         "simulations/flower.py",
-        "simulations/experiment.py",
+        "simulations/federate.py",
     ),
     "ray": ("simulations/flower.py",),
     "opacus": ("client/solvers/", "common/privacy/"),
@@ -111,6 +111,6 @@ def test_the_coordinator_cannot_reach_a_record() -> None:
 def test_only_a_simulation_leaves_files_unflushed() -> None:
     """A deployed site's ledger must survive a power cut: its code cannot switch flushing off."""
     naming = {path.relative_to(ROOT).as_posix() for path in sources() if "without_flushing" in path.read_text()}
-    assert naming == {"common/files.py", "simulations/experiment.py"}
+    assert naming == {"common/files.py", "simulations/experiment.py", "simulations/federate.py"}
     calling = {path.relative_to(ROOT).as_posix() for path in sources() if "os.fsync(" in path.read_text()}
     assert calling == {"common/files.py"}, "others flush through it"

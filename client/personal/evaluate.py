@@ -16,10 +16,11 @@ import torch
 from client.data.prepare import open_units
 from client.data.units import Units
 from client.personal.local_heads import LocalTraining, train_alone
-from client.personal.metrics import Metrics, compute_exact_sums, compute_metrics, compute_pair_metrics
+from client.personal.metrics import compute_exact_sums, compute_metrics, compute_pair_metrics
 from client.protocol.site import Site, joined_run, modules_of
 from client.solvers import Solver, open_solver
 from common import messages
+from common.events import Metrics
 from common.model.trunks import initial_modules
 from common.run import Privacy
 from common.tasks import Task

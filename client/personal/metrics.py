@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from client.data.units import Units
+from common.events import Metrics
 from common.model.parameters import load_parameters
 from common.tasks import EXACT_BUCKETS, PairMetrics, Task
 from common.types import Params
-
-Metrics = Mapping[str, float | None]
-"""Metric -> value, the task's main metric first; None where it is undefined."""
 
 
 def compute_exact_sums(params: Params, name: str, task: Task, units: Units) -> Tensor | None:

@@ -18,8 +18,9 @@ from common.types import BadInput, RunFailed
 from common.yaml import load
 from server.reports.tables import render_summary
 from simulations.__main__ import app
+from simulations.check import check_simulation
 from simulations.config import SimulationConfig
-from simulations.experiment import check, run
+from simulations.experiment import run
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_a_run_without_privacy_cannot_require_an_audit(config: Path) -> None:
     solver = "{kind: sgd, sampling_rate: 1.0, steps: 2, learning_rate: 1.0}"
     overrides = ["run.privacy=non_private", f"run.solver={solver}"]
     with pytest.raises(BadInput, match="run.audit: expected a private run"):
-        check(load(SimulationConfig, config, overrides))
+        check_simulation(load(SimulationConfig, config, overrides))
 
 
 def test_the_command_prints_only_json_with_its_stable_keys(config: Path) -> None:

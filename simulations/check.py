@@ -1,0 +1,87 @@
+"""Checks of a simulation file before anything runs: every setting, and the presence of every file that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from client.data.records import check_values
+from client.data.sources import open_source
+from client.protocol.requirements import untrained_modules
+from client.solvers import open_solver
+from common.model.backbones import absolute
+from common.plugins import resolve
+from common.tasks import Task, open_task
+from common.types import BadInput
+from server.rounds.aggregators import open_aggregator
+from simulations.config import RUN_PREFIX, SimulationConfig
+from simulations.partition import list_sources
+
+
+def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
+    """Resolves every plug-in that a simulation names, without running anything, and returns its tasks by name.
+
+    Raises:
+        BadInput: a setting is wrong; the first one is named.
+    """
+    run = config.run
+    absolute(run, RUN_PREFIX)  # Resolves every backbone.
+    tasks = {name: open_task(spec, f"{RUN_PREFIX}tasks.{name}") for name, spec in run.tasks.items()}
+    for key, spec in list_sources(config).items():
+        open_source(spec, key)
+    solver = open_solver(run.solver, f"{RUN_PREFIX}solver")
+    open_aggregator(run.aggregation, f"{RUN_PREFIX}aggregation")
+    privacy = run.requested_privacy
+    if privacy is not None and privacy.unit != config.unit:
+        raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
+    solver.plan(privacy, config.unit, run.rounds)
+    solver.check_modules(untrained_modules(run, tasks))
+    for name, task in tasks.items():
+        check_values(name, task, config.tasks[name])
+    if run.audit == "required" and privacy is None:
+        raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
+    if config.non_private_solver is not None:
+        other = open_solver(config.non_private_solver, "non_private_solver")
+        if other.private:
+            raise BadInput(f"non_private_solver.kind: expected a solver without privacy, got {other.kind!r}")
+    return tasks
+
+
+def list_missing_files(config: SimulationConfig) -> list[str]:
+    """Returns one sentence for each file or folder that a simulation names and that does not exist.
+
+    No file is opened. Weights that `simulations pretrain` is to write are not looked for; files that a table lists are
+    looked for when a run prepares its records.
+    """
+    run = config.run
+    named: list[tuple[str, Path]] = []
+    for key, spec in list_sources(config).items():
+        named += _find_paths(open_source(spec, key), key)
+    for position, spec in enumerate([] if config.pretrain is None else config.pretrain.sources):
+        key = f"pretrain.sources.{position}"
+        named += _find_paths(open_source(spec, key), key)
+    for name, spec in run.backbone_specs.items():
+        if name != config.pretrained_backbone():
+            key = f"{RUN_PREFIX}{run.backbone_key(name)}"
+            named += _find_paths(resolve("common.backbones", spec, key), key)
+    # Several sites may name the same path: it is reported once, under the first key.
+    missing = {path: key for key, path in reversed(named) if not path.exists()}
+    return [f"{key}: {path} is missing" for path, key in reversed(missing.items())]
+
+
+def _find_paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+    """Yields every path in some settings with its key; `key` is the key of the settings themselves."""
+    if isinstance(value, Path):
+        yield key, value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _find_paths(getattr(value, name), f"{key}.{name}")
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _find_paths(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for position, inner in enumerate(value):
+            yield from _find_paths(inner, f"{key}.{position}")

@@ -1,0 +1,145 @@
+"""The federation of a simulation: the coordinator's and the sites' own code on the executor that its file names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from client.app import make_app
+from client.config import SiteConfig
+from common.backbones import Backbone
+from common.events import FileJournal
+from common.files import without_flushing
+from common.model.backbones import digests_of
+from common.model.parameters import load_parameters
+from common.model.trunks import trunks
+from common.privacy.noise import Entropy
+from common.run import RunConfig
+from common.tasks import Task
+from common.types import Heads
+from server.rounds.checkpoint import Checkpoint
+from server.rounds.loop import Outcome, run_federation
+from server.rounds.messenger import Observe
+from simulations.config import SimulationConfig
+from simulations.evaluate import Evaluation, evaluate, open_prepared_units
+from simulations.flower import run_on_flower
+from simulations.in_process import InProcessGrid
+
+
+def ignore_progress(phase: str, done: int, total: int) -> None:
+    """Observes the progress of a run and does nothing."""
+    del phase, done, total
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A simulation that runs.
+
+    Attributes:
+        config: the simulation's settings.
+        tasks: task name -> opened task.
+        backbones: backbone name -> opened backbone.
+        folder: folder of the run; its name is the run's id.
+        entropy: source of the keys of sampling and noise.
+        observe: receives the progress: phase, number of steps done, number of all steps.
+    """
+
+    config: SimulationConfig
+    tasks: Mapping[str, Task]
+    backbones: Mapping[str, Backbone]
+    folder: Path
+    entropy: Entropy
+    observe: Observe
+
+    @property
+    def journal(self) -> FileJournal:
+        """The run's journal."""
+        return FileJournal(self.folder / "journal.jsonl")
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Digest of each of the run's backbones, by name."""
+        return digests_of(self.backbones)
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self.folder.name
+
+
+def federate(
+    experiment: Experiment,
+    run: RunConfig,
+    sites: Sequence[SiteConfig],
+    *,
+    backbones: Mapping[str, Backbone],
+    folder: Path,
+    resume: Checkpoint | None = None,
+) -> Outcome:
+    """Runs a federation of simulated sites and returns its final heads.
+
+    Args:
+        experiment: the simulation, for its executor, its entropy and its observer.
+        run: the run to train; a baseline's differs from the simulation's own.
+        sites: the sites, in the order of their nodes.
+        backbones: backbone name -> opened backbone.
+        folder: folder of the journal and the checkpoint; its name is the run's id.
+        resume: checkpoint after which the run continues; None for a new run.
+
+    Raises:
+        RunFailed: too few sites joined or could be prepared.
+    """
+    # All simulated sites run the same code with the same unit: one audit, made before, holds for all of them.
+    run = run.model_copy(update={"audit": "on_request"})
+    by_position = list(sites)
+    executor = experiment.config.executor
+    # Ray's actors are other processes: they open backbones themselves.
+    opened = {one.digest: one for one in backbones.values()} if executor.kind == "in_process" else None
+    app = make_app(lambda context: by_position[int(context.node_config["partition-id"])], experiment.entropy, opened)
+
+    def coordinate(grid: Grid) -> Outcome:
+        return run_federation(
+            grid,
+            run,
+            backbones,
+            run_id=folder.name,
+            folder=folder,
+            journal=FileJournal(folder / "journal.jsonl"),
+            executor=executor.kind,
+            observe=experiment.observe if folder == experiment.folder else ignore_progress,
+            resume=resume,
+        )
+
+    if executor.kind == "flower":
+        return run_on_flower(app, len(sites), executor, coordinate)
+    # A power cut may cost a simulation its run: its ledgers protect nobody.
+    with without_flushing():
+        return coordinate(InProcessGrid(app, len(sites)))
+
+
+def evaluate_heads(
+    experiment: Experiment,
+    heads: Heads,
+    sites: Sequence[SiteConfig],
+    *,
+    run_id: str,
+    backbones: Mapping[str, Backbone],
+) -> dict[str, Evaluation]:
+    """Returns the metrics of heads on the held-out records of all sites, by task.
+
+    Args:
+        experiment: the simulation, for its tasks.
+        heads: parameters of heads and trunks by name; tasks without a head are left out.
+        sites: the sites; those that prepared nothing for the run are left out.
+        run_id: id of the run for which the sites prepared their records.
+        backbones: backbones that the trunks belong to.
+    """
+    tasks = {name: task for name, task in experiment.tasks.items() if name in heads}
+    trained = {name: trunk for name, trunk in trunks(experiment.config.run, backbones).items() if name in heads}
+    for name, trunk in trained.items():
+        load_parameters(trunk, heads[name])
+    held_out = open_prepared_units(sites, run_id, tasks, "test")
+    return evaluate(heads, tasks, {site: units.passed(trained) for site, units in held_out.items()})
