@@ -1,4 +1,4 @@
-"""What an audit observes: updates that the audited solver releases for a site with planted records.
+"""Observations of an audit: updates that the audited solver releases for a site with planted records.
 
 The auditor plays a coordinator that knows everything but the noise and which canaries the site holds. Everything is
 measured relative to what one clipped unit moves, so that neither learning rates nor divisors need to be known: noise is
@@ -46,7 +46,7 @@ FIXED_WEIGHTS = 10**9
 
 @dataclass(frozen=True)
 class AuditedRun:
-    """What is audited, by its real parts; tests pass broken ones.
+    """The parts of a run that are audited; tests pass broken ones.
 
     Attributes:
         solver: the solver whose `solve` is attacked.
@@ -113,7 +113,7 @@ class SilentStream(NoiseStream):
 
 @dataclass(frozen=True)
 class Release:
-    """What an audit reads of one update.
+    """The part of one update that an audit reads.
 
     Attributes:
         canaries: parameter group -> [its rows, M], change of the weights of the canaries' features.
@@ -152,7 +152,13 @@ class Attack:
         return replace(self.run.plan, steps=1)
 
     def hold_first(self, count: int, *, background: bool = False, scale: float = 1.0) -> Units:
-        """Returns a site that holds the first `count` canaries; see `Planted.select_units`."""
+        """Returns the units of a site that holds the first `count` canaries.
+
+        Args:
+            count: number of canaries.
+            background: whether the site holds the background units too.
+            scale: factor on all features.
+        """
         return self.planted.select_units(self.mark_first(count), background=background, scale=scale)
 
     def mark_first(self, count: int) -> Bools:

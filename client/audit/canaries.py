@@ -1,4 +1,4 @@
-"""What an audit plants: synthetic records and heads. No real record is ever involved.
+"""Synthetic records and heads that an audit plants. No real record is ever involved.
 
 - A record's features are LIVE ones, then one for each canary, then FREE ones.
 - Background units use the live features only, as ordinary records would.

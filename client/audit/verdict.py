@@ -31,7 +31,7 @@ class AuditTooSlow(Exception):
     """An audit took longer than the coordinator waits."""
 
 
-def audit_verdict(
+def get_audit_verdict(
     config: SiteConfig, run: RunConfig, offer: str, public_sizes: Mapping[str, int], entropy: Entropy
 ) -> AuditVerdict:
     """Returns the result of auditing a run here, from the disk where it is known.

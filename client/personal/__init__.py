@@ -1,1 +1,1 @@
-"""What stays at a site: heads it trains alone, and how the federated ones compare."""
+"""Heads that a site trains alone and never sends, and their comparison with the federated ones."""

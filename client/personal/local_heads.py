@@ -42,7 +42,13 @@ class LocalTraining:
 
 
 def add_update(group: str, params: Params, change: Params) -> Params:
-    """Returns the parameters of a group plus their change."""
+    """Returns the parameters of a group plus their change.
+
+    Args:
+        group: name of the parameter group; not used.
+        params: the group's parameters.
+        change: their change in a round.
+    """
     del group
     return {name: np.asarray(value + change[name], dtype=np.float32) for name, value in params.items()}
 

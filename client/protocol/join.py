@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from client.audit.verdict import AuditTooSlow, audit_verdict
+from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.data.prepare import prepare
 from client.ledger.history import TRAINING
 from client.protocol.approvals import Approvals, Offer
@@ -225,7 +225,7 @@ def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
     digest = run_digest(request.run, request.backbones)
     try:
-        verdict = audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
+        verdict = get_audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
     except (AuditTooSlow, BadInput, RunFailed) as error:
         raise SiteDeclined(
             DeclineReason.AUDIT, f"the run requires an audit, and it could not be done: {error}"

@@ -1,1 +1,1 @@
-"""What privacy needs in every room: accounting, clipping, noise, audit statistics."""
+"""Accounting, clipping and noise, which every room shares."""

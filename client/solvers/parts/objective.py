@@ -63,6 +63,11 @@ def draw_participants(units: Units, plan: Plan, stream: NoiseStream) -> Tensor:
     """Returns the sorted indices of the units in one step's Poisson sample.
 
     One coin is drawn for each unit, whatever tasks it has; none in full batch.
+
+    Args:
+        units: units of the site.
+        plan: plan whose sampling rate is used.
+        stream: source of the coins.
     """
     if plan.sampling_rate >= 1.0:
         return torch.arange(units.num_units)
