@@ -18,14 +18,12 @@ Guarantees:
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tomllib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.files import read_zip
 from common.types import BadInput
 
 REVIEWED_ROOMS = ("client", "common")
@@ -39,8 +37,6 @@ COMPONENTS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
 MAX_BUNDLE_BYTES = 16 << 20
 MAX_FILES = 4096
 _CODE = re.compile(rf"({'|'.join(ROOMS)})(/[A-Za-z_][A-Za-z0-9_]*)*/[A-Za-z_][A-Za-z0-9_]*\.py")
-_STORED_OR_DEFLATED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_FILE_TYPE, _REGULAR = 0o170000, 0o100000
 
 
 def find_installation() -> Path:
@@ -66,7 +62,14 @@ def compute_bundle_digest(content: bytes) -> str:
         BadInput: The bundle is too large, is no readable zip, names other files or a file twice, or starts other
             components.
     """
-    files = _read(content)
+    files = read_zip(
+        content,
+        "app bundle",
+        is_allowed=lambda name: name in (SETTINGS, LISTING) or _CODE.fullmatch(name) is not None,
+        allowed=f"{SETTINGS} and .py files of {', '.join(ROOMS)}",
+        max_bytes=MAX_BUNDLE_BYTES,
+        max_files=MAX_FILES,
+    )
     if SETTINGS not in files:
         raise BadInput(f"app bundle: expected {SETTINGS}, got none")
     _check_components(files[SETTINGS])
@@ -81,40 +84,6 @@ def hash_files(files: Mapping[str, bytes]) -> str:
             sha.update(len(part).to_bytes(8, "little"))
             sha.update(part)
     return sha.hexdigest()
-
-
-def _read(content: bytes) -> dict[str, bytes]:
-    if len(content) > MAX_BUNDLE_BYTES:
-        raise BadInput(f"app bundle: expected at most {MAX_BUNDLE_BYTES} bytes, got {len(content)}")
-    files: dict[str, bytes] = {}
-    left = MAX_BUNDLE_BYTES
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.infolist()
-            if len(entries) > MAX_FILES:
-                raise BadInput(f"app bundle: expected at most {MAX_FILES} files, got {len(entries)}")
-            for entry in entries:
-                _check_entry(entry, files)
-                with archive.open(entry) as file:
-                    # The stated size is the sender's word; what is read is bounded here.
-                    files[entry.filename] = file.read(left + 1)
-                left -= len(files[entry.filename])
-                if left < 0:
-                    raise BadInput(f"app bundle: expected at most {MAX_BUNDLE_BYTES} bytes when unpacked, got more")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
-        raise BadInput(f"app bundle: expected a readable zip, got {type(error).__name__}") from error
-    return files
-
-
-def _check_entry(entry: zipfile.ZipInfo, files: Mapping[str, bytes]) -> None:
-    name, kind = entry.filename, (entry.external_attr >> 16) & _FILE_TYPE
-    if name in files:
-        raise BadInput(f"app bundle: expected each file once, got {name!r} twice")
-    # orig_filename: zipfile cuts a name at a null character, another unpacker may not.
-    if entry.orig_filename != name or (name not in (SETTINGS, LISTING) and not _CODE.fullmatch(name)):
-        raise BadInput(f"app bundle: expected {SETTINGS} and .py files of {', '.join(ROOMS)}, got {name[:80]!r}")
-    if kind not in (0, _REGULAR) or entry.compress_type not in _STORED_OR_DEFLATED or entry.flag_bits & 1:
-        raise BadInput(f"app bundle: expected plain files, got something else under {name!r}")
 
 
 def _check_components(settings: bytes) -> None:

@@ -1,4 +1,6 @@
-"""Files that survive a crash: written beside their place, flushed, then renamed. Readable by their owner only.
+"""Files: whole after a crash, locked, or read from an archive that is not trusted.
+
+A file is written beside its place, flushed, then renamed; it is readable by its owner only.
 
 Flushing is for power cuts; a killed process loses nothing that it wrote. A simulation, whose ledgers protect nobody,
 may do without (`without_flushing`): thousands of simulated sites on one disk would wait for nothing else. It then also
@@ -8,13 +10,18 @@ writes over a small file where it lies: a kernel copies one page whole or not at
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+from common.types import BadInput
 
 _PAGE_BYTES = 4096
 _flushing: ContextVar[bool] = ContextVar("flushing", default=True)
@@ -122,3 +129,59 @@ def _lock_within(descriptor: int, deadline: float) -> bool:
             time.sleep(0.05)
         else:
             return True
+
+
+def read_zip(
+    content: bytes, where: str, *, is_allowed: Callable[[str], bool], allowed: str, max_bytes: int, max_files: int
+) -> dict[str, bytes]:
+    """Returns the files of a zip archive that is not trusted, by name; they are read in memory and never unpacked.
+
+    Guarantees:
+    - At most `max_bytes` are inflated, whatever the archive says about itself.
+    - Every name is allowed and stands in the archive once, and no other program can read it differently.
+    - Every file is plain: no link, no password, stored or deflated.
+
+    Args:
+        content: the archive.
+        where: what the archive is, for messages.
+        is_allowed: returns whether a file may have this name.
+        allowed: the names that files may have, in words.
+        max_bytes: largest size of the archive, and of all its files together.
+        max_files: largest number of files.
+
+    Raises:
+        BadInput: the archive breaks one of these rules or cannot be read.
+    """
+    if len(content) > max_bytes:
+        raise BadInput(f"{where}: expected at most {max_bytes} bytes, got {len(content)}")
+    files: dict[str, bytes] = {}
+    left = max_bytes
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            if len(members) > max_files:
+                raise BadInput(f"{where}: expected at most {max_files} files, got {len(members)}")
+            for member in members:
+                name = member.filename
+                # orig_filename: zipfile cuts a name at a null character, another program may not.
+                if member.orig_filename != name or not is_allowed(name):
+                    raise BadInput(f"{where}: expected {allowed}, got {name[:80]!r}")
+                if name in files:
+                    raise BadInput(f"{where}: expected each file once, got {name!r} twice")
+                if not _is_plain(member):
+                    raise BadInput(f"{where}: expected plain files, got something else under {name!r}")
+                with archive.open(member) as file:
+                    # The stated size is the sender's word; what is read is bounded here.
+                    files[name] = file.read(left + 1)
+                left -= len(files[name])
+                if left < 0:
+                    raise BadInput(f"{where}: expected at most {max_bytes} bytes when unpacked, got more")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        raise BadInput(f"{where}: expected a readable zip, got {type(error).__name__}") from error
+    return files
+
+
+def _is_plain(member: zipfile.ZipInfo) -> bool:
+    is_regular = (member.external_attr >> 16) & 0o170000 in (0, 0o100000)
+    is_encrypted = bool(member.flag_bits & 1)
+    return is_regular and not is_encrypted and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

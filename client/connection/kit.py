@@ -5,11 +5,8 @@ It comes by mail or download and is not trusted: its size is bounded, only known
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 from cryptography import x509
 
 from common.errors import instead
+from common.files import read_zip
 from common.plugins import Frozen
 from common.process.address import AddressText
 from common.run import Name, RunConfig
@@ -25,7 +23,7 @@ from common.types import BadInput
 from common.yaml import parse, parse_text
 
 MAX_KIT_BYTES = 4 << 20
-_MAX_OFFERS = 256
+_MAX_FILES = 256
 _OFFER = re.compile(r"offers/([a-z0-9][a-z0-9_-]{0,63})\.json")
 
 
@@ -98,34 +96,19 @@ def read_kit(path: Path) -> Kit:
 
 
 def _read_files(path: Path) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    left = MAX_KIT_BYTES
     try:
-        with path.open("rb") as opened:
-            raw = opened.read(MAX_KIT_BYTES + 1)
-        if len(raw) > MAX_KIT_BYTES:
-            raise BadInput(f"{path}: expected a kit of at most {MAX_KIT_BYTES} bytes, got a larger file")
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            if len(archive.infolist()) > _MAX_OFFERS:
-                raise BadInput(f"{path}: expected at most {_MAX_OFFERS} files in the kit, got more")
-            for entry in archive.infolist():
-                name = entry.filename
-                known = name in ("kit.yaml", "ca.crt") or _OFFER.fullmatch(name)
-                if not known or name in files or entry.orig_filename != name:
-                    raise BadInput(
-                        f"{path}: expected kit.yaml, ca.crt and offers/RUN.json in the kit, each once, "
-                        f"got {name[:80]!r}"
-                    )
-                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise BadInput(f"{path}: expected a kit that is stored or deflated, got another compression")
-                with archive.open(entry) as file:
-                    files[name] = file.read(left + 1)
-                left -= len(files[name])
-                if left < 0:
-                    raise BadInput(f"{path}: expected at most {MAX_KIT_BYTES} bytes in the kit, got more")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_KIT_BYTES + 1)
+    except OSError as error:
         raise BadInput(f"{path}: expected a kit (a zip){instead(error)}") from error
-    return files
+    return read_zip(
+        content,
+        str(path),
+        is_allowed=lambda name: name in ("kit.yaml", "ca.crt") or _OFFER.fullmatch(name) is not None,
+        allowed="kit.yaml, ca.crt and offers/RUN.json in the kit",
+        max_bytes=MAX_KIT_BYTES,
+        max_files=_MAX_FILES,
+    )
 
 
 def _check_ca(path: Path, content: bytes) -> None:
