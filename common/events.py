@@ -690,5 +690,5 @@ class Summary(Facts):
 
 
 def summary_schema() -> str:
-    """Returns the JSON Schema of `summary.json` as indented text."""
+    """Returns the JSON Schema of `summary.json` as indented text; `docs/summary.schema.json` is this text."""
     return json.dumps(Summary.model_json_schema(mode="serialization"), indent=2) + "\n"

@@ -258,7 +258,7 @@ def _follow(federation: Federation, control: Control, run: tuple[Path, int], *, 
         state = watch(
             control,
             path,
-            engine_run=engine_run,
+            flower_run_id=engine_run,
             alive=lambda: find_daemon_pid(federation) is not None,
             show=_show,
             skip=skip,

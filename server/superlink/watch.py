@@ -1,4 +1,4 @@
-"""A run's progress, told from its journal: per round and site while it lasts. Watching changes nothing."""
+"""The progress of a run, shown from its journal while the run lasts. Watching a run does not change it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from common.events import (
 from common.types import RunFailed, explain_rejection
 from server.superlink.control import Control, DaemonUnreachable, RunState
 
-_LOOK_S = 0.5
-_SILENCE_S = 90.0
+_POLL_S = 0.5
+_MAX_SILENCE_S = 90.0
 
 Show = Callable[[str], None]
+"""Shows one line to a person."""
 
 
 def watch(
-    control: Control, folder: Path, *, engine_run: int, alive: Callable[[], bool], show: Show, skip: int = 0
+    control: Control, folder: Path, *, flower_run_id: int, alive: Callable[[], bool], show: Show, skip: int = 0
 ) -> RunState:
-    """Follow a run until its process has ended.
+    """Shows the events of a run until its process has ended, and returns the state that Flower reports of it.
 
     Args:
-        control: line to the link.
-        folder: the run's.
-        engine_run: the engine's number for the run.
-        alive: whether the link's process is there.
-        show: is told in one line what happens.
-        skip: journal lines that are old: of an interrupted run that continues.
+        control: connection to the daemon.
+        folder: folder of the run.
+        flower_run_id: Flower's id of the run.
+        alive: returns whether the daemon's process exists.
+        show: shows one line for each event that matters to a person.
+        skip: number of events that an earlier attempt wrote to the journal; they are not shown.
 
     Raises:
-        RunFailed: the link does not answer any more.
+        RunFailed: the daemon's process ended, or did not answer for 90 seconds.
     """
     silent_since: float | None = None
     rounds = 0
@@ -54,11 +55,11 @@ def watch(
                 show(line)
         skip = len(events)
         try:
-            state = next((run for run in control.list_runs() if run.run_id == engine_run), None)
+            state = next((run for run in control.list_runs() if run.run_id == flower_run_id), None)
             silent_since = None
         except DaemonUnreachable as error:
             silent_since = silent_since or time.monotonic()
-            if not alive() or time.monotonic() - silent_since > _SILENCE_S:
+            if not alive() or time.monotonic() - silent_since > _MAX_SILENCE_S:
                 raise RunFailed(
                     f"run {folder.name}: {error}: it ended while the run was under way; see state/link.log, then "
                     "`python -m server resume` continues after the last whole round"
@@ -66,7 +67,7 @@ def watch(
             state = None
         if state is not None and state.finished and len(read_run_journal(folder / "journal.jsonl")) == skip:
             return state
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def describe_event(event: RunEvent, rounds: int) -> str | None:

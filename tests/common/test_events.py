@@ -31,6 +31,7 @@ from common.events import (
     read_run_journal,
     read_site_journal,
     select_events,
+    summary_schema,
 )
 from common.types import Plan, Unit
 
@@ -185,3 +186,8 @@ def test_a_summary_is_immutable() -> None:
     assert Summary.model_config["frozen"]
     with pytest.raises(ValidationError, match="frozen"):
         FIRST.seconds = 2.0  # type: ignore[misc]
+
+
+def test_the_written_schema_is_that_of_the_model() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "summary.schema.json"
+    assert path.read_text(encoding="utf-8") == summary_schema(), "write `common.events.summary_schema()` to this file"
