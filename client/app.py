@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -29,10 +30,13 @@ _log = logging.getLogger(__name__)
 SITE_VARIABLE = "HEADWATER_SITE"
 
 OpenSite = Callable[[Context], SiteConfig]
+_Request = TypeVar("_Request")
+Handle = Callable[[Site, _Request], RecordDict | messages.Reply]
+"""A function that answers a request: with stored records where a request sent again must get the same bytes."""
 
 
-def site_from_environment(context: Context) -> SiteConfig:
-    """The settings of the site this process serves.
+def load_site_from_environment(context: Context) -> SiteConfig:
+    """Returns the settings of the site that this process serves.
 
     HEADWATER_SITE names a site file; or, for Flower's simulation engine, a folder of site files of which the node's
     `partition-id` picks one in alphabetical order.
@@ -48,25 +52,25 @@ def site_from_environment(context: Context) -> SiteConfig:
 
 
 def make_app(
-    open_site: OpenSite = site_from_environment,
+    open_site: OpenSite = load_site_from_environment,
     entropy: Entropy = os_entropy,
     opened: Mapping[str, Backbone] | None = None,
 ) -> ClientApp:
-    """A ClientApp for one site.
+    """Returns a ClientApp for one site.
 
     Args:
-        open_site: which site a message is for.
-        entropy: where noise keys come from; anything but the default is for tests and simulations only.
-        opened: backbones by digest that this process has open, for simulations.
+        open_site: A function that returns the settings of the site that a message is for.
+        entropy: The source of noise keys; anything but the default is for tests and simulations only.
+        opened: The backbones that this process has open, by digest, for simulations.
     """
     app = ClientApp()
 
-    def answer(message: Message, context: Context, handle: Callable[[Site], RecordDict]) -> Message:
+    def answer(message: Message, context: Context, request: type[_Request], handle: Handle[_Request]) -> Message:
         name, asked = "", message.metadata.message_type
         try:
             site = Site(open_site(context), entropy, opened=opened)
             name = site.config.name
-            records = _answer(site, asked, handle)
+            records = _answer(site, asked, lambda: handle(site, messages.decode(message.content, request)))
         except (KeyboardInterrupt, SystemExit):
             raise  # The process ends; Flower answers for it without quoting these.
         except BaseException:  # Also a panic of native code, which is no Exception.
@@ -76,54 +80,36 @@ def make_app(
 
     @app.query(messages.JOIN.removeprefix("query."))
     def on_join(message: Message, context: Context) -> Message:
-        return answer(
-            message,
-            context,
-            lambda site: messages.encode(join(site, messages.decode(message.content, messages.JoinRequest))),
-        )
+        return answer(message, context, messages.JoinRequest, join)
 
     @app.query(messages.PART.removeprefix("query."))
     def on_part(message: Message, context: Context) -> Message:
-        return answer(
-            message,
-            context,
-            lambda site: messages.encode(keep_part(site, messages.decode(message.content, messages.PartRequest))),
-        )
+        return answer(message, context, messages.PartRequest, keep_part)
 
     @app.query(messages.PREPARE.removeprefix("query."))
     def on_prepare(message: Message, context: Context) -> Message:
-        return answer(
-            message,
-            context,
-            lambda site: messages.encode(prepare_run(site, messages.decode(message.content, messages.PrepareRequest))),
-        )
+        return answer(message, context, messages.PrepareRequest, prepare_run)
 
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
-        return answer(
-            message, context, lambda site: train(site, messages.decode(message.content, messages.TrainRequest))
-        )
+        return answer(message, context, messages.TrainRequest, train)
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
-        return answer(
-            message, context, lambda site: evaluate(site, messages.decode(message.content, messages.EvaluateRequest))
-        )
+        return answer(message, context, messages.EvaluateRequest, evaluate)
 
     @app.query(messages.FINISH.removeprefix("query."))
     def on_finish(message: Message, context: Context) -> Message:
-        return answer(
-            message,
-            context,
-            lambda site: messages.encode(finish(site, messages.decode(message.content, messages.FinishRequest))),
-        )
+        return answer(message, context, messages.FinishRequest, finish)
 
     return app
 
 
-def _answer(site: Site, asked: str, handle: Callable[[Site], RecordDict]) -> RecordDict:
+def _answer(site: Site, asked: str, handle: Callable[[], RecordDict | messages.Reply]) -> RecordDict:
+    """Returns the reply of a handler as records, or that the site declines, which is journalled."""
     try:
-        return handle(site)
+        reply = handle()
+        return reply if isinstance(reply, RecordDict) else messages.encode(reply)
     except SiteDeclined as declined:
         if declined.logged:
             return messages.encode(messages.Declined(declined.reason, site.config.name))

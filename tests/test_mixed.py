@@ -38,7 +38,7 @@ from common.events import (
     read_run_journal,
     select_events,
 )
-from common.offers import offer_bytes
+from common.offers import encode_offer
 from common.privacy.noise import NoiseStream, os_entropy
 from common.run import RunConfig
 from common.tasks import open_task
@@ -449,7 +449,7 @@ def test_who_approves_a_run_reads_all_digests_and_no_backbones_name_stands_in_fo
     own = hospitals(tmp_path, backbones=backbones, tasks=tasks)
     write_yaml(tmp_path / "site.yaml", own.site("north", BOTH, approval="required"))
     offer = own.offer()
-    (tmp_path / "offer.json").write_bytes(offer_bytes(offer.run, offer.backbones))
+    (tmp_path / "offer.json").write_bytes(encode_offer(offer.run, offer.backbones))
     shown = CliRunner().invoke(app, ["approve", str(tmp_path / "site.yaml"), str(tmp_path / "offer.json")])
     assert shown.exit_code == 0, shown.output
     lines = {line[:10].strip(): line[10:] for line in shown.stdout.splitlines()}

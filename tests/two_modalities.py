@@ -17,7 +17,7 @@ from common.backbones import Backbone, open_untrained
 from common.backbones.small_cnn import pretrained_tensors
 from common.backbones.transformers import Transformers
 from common.model.backbones import digests_of, open_backbones
-from common.offers import offer_of
+from common.offers import make_offer
 from common.run import RunConfig
 from common.yaml import parse
 from tests.tiny import run_config
@@ -44,7 +44,7 @@ class Hospitals:
 
     def offer(self, run_id: str = "run-1", run: RunConfig | None = None) -> messages.JoinRequest:
         """What its coordinator asks."""
-        return messages.JoinRequest(run_id, offer_of(run or self.run, self.backbones), self.digests)
+        return messages.JoinRequest(run_id, make_offer(run or self.run, self.backbones), self.digests)
 
     def site(self, name: str, tasks: tuple[str, ...], **changes: Any) -> SiteConfig:
         """A hospital with these tasks; `changes` replace whole top-level keys."""

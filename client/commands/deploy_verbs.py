@@ -126,10 +126,10 @@ def start(
         config = _load(site)
         from client.connection import node
 
-        os.environ.update(node.private_environment(config.state_dir))
-        leaving = node.Leaving()
-        with node.only_one(config.state_dir), _health(config) as online, _signals(leaving, grace):
-            joined = node.Node(config, site, show=_show, online=online, leaving=leaving, patience_s=60.0 * patience)
+        os.environ.update(node.make_private_environment(config.state_dir))
+        leaving = node.StopRequest()
+        with node.lock_site(config.state_dir), _health(config) as online, _signals(leaving, grace):
+            joined = node.Node(config, site, show=_show, online=online, leaving=leaving, retry_for_s=60.0 * patience)
             joined.run()
 
 

@@ -16,7 +16,7 @@ from client.protocol.approvals import Approvals, Offer, read_offer
 from client.protocol.plan import forecast
 from client.protocol.site import Site, SiteDeclined
 from common.model.backbones import digests_of, open_backbones
-from common.offers import offer_of
+from common.offers import make_offer
 from common.privacy.accounting import rounded_up
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
@@ -97,7 +97,7 @@ def _offer(approvals: Approvals, wanted: str) -> Offer:
     if path.suffix in (".yaml", ".yml"):
         run = load(RunConfig, path)
         backbones = open_backbones(run)
-        return Offer(offer_of(run, backbones), digests_of(backbones))
+        return Offer(make_offer(run, backbones), digests_of(backbones))
     return approvals.find(wanted)
 
 

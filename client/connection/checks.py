@@ -22,9 +22,9 @@ from client.connection.diagnose import (
     open_tls,
     read_presented_certificate,
 )
-from client.connection.fleet import ConnectionLost, Fleet, JoinRefused, RunOver, clock_skew
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, RunEnded, measure_clock_skew
 from client.connection.keys import read_key
-from client.connection.node import NODE_ID, Leaving
+from client.connection.node import NODE_ID, StopRequest
 from client.data.checks import data_checks
 from client.data.preview import Preview
 from client.protocol import balance as budgets
@@ -211,7 +211,7 @@ def _check_expiry(coordinator: Coordinator) -> Check:
 
 
 def _check_clock(date: str | None) -> Check:
-    skew = clock_skew(date)
+    skew = measure_clock_skew(date)
     if skew is None:
         return Check("clock", "warn", "the coordinator does not say what time it is", "")
     wrong = diagnose.explain_clock_skew(skew)
@@ -224,19 +224,19 @@ def _check_clock(date: str | None) -> Check:
 def _check_admission(config: SiteConfig, coordinator: Coordinator) -> Check:
     path: Path = config.state_dir / NODE_ID
     try:
-        fleet = Fleet(coordinator, read_key(coordinator.key), stopping=Leaving().event)
+        fleet = Fleet(coordinator, read_key(coordinator.key), stopping=StopRequest().event)
     except BadInput:
         return Check("admitted", "warn", "not tried: there is no usable key", "")
     try:
         if path.exists():
-            fleet.ask_admission(int(path.read_text(encoding="ascii")))
+            fleet.check_admission(int(path.read_text(encoding="ascii")))
         else:
             # The first time: joins as `start` does, and leaves at once.
             fleet.deactivate(fleet.activate())
-    except JoinRefused as refused:
+    except ConnectionRefused as refused:
         what, _, remedy = str(refused).partition(": ")
         return Check("admitted", "fail", what, remedy)
-    except (ConnectionLost, RunOver) as error:
+    except (ConnectionLost, RunEnded) as error:
         return Check("admitted", "warn", f"it cannot be told ({error})", "try again")
     finally:
         fleet.close()

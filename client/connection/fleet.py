@@ -1,14 +1,14 @@
-"""The wire to a coordinator: Flower's Fleet API over TLS, in the words of one site.
+"""A site's connection to its coordinator: Flower's Fleet API over TLS.
 
 Flower's own SuperNode is not run: it unpacks and executes the bundle it is handed, opens an unauthenticated port for
-its child processes, sleeps three seconds between looks, and answers every failure by ending the process. What it sends
-is sent here: the same protobuf messages, signatures and objects of Flower (`common.flower`).
+its child processes, waits three seconds between two polls, and answers every failure by ending the process. What it
+sends is sent here: the same protobuf messages, signatures and objects of Flower (`common.flower`).
 
 Guarantees:
 - Only the coordinator's address is contacted, directly or through the proxy of the environment; redirects are refused.
 - No answer larger than its bound is read, and every object is the one its digest names.
 
-Two kinds of failure: `ConnectionLost` may pass; `JoinRefused` says in one sentence what a person has to do.
+Two kinds of failure: `ConnectionLost` may pass; `ConnectionRefused` says in one sentence what a person has to do.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from common.types import HeadwaterError
 HEARTBEAT_S = 30.0
 """Flower counts a site as gone after two of these without a word."""
 MAX_MESSAGE_BYTES = 8 << 30
-"""All objects of one message; a backbone is the largest thing that is sent."""
+"""The bound on all objects of one message; a backbone is the largest thing that is sent."""
 _SMALL = 4 << 20
 _OBJECT = 1 << 30
 _MAX_OBJECTS = 100_000
-_PATIENCE_S = 600.0
-"""How long a message under way is worth further tries: once handed out, Flower never hands it out again."""
+_RETRY_FOR_S = 600.0
+"""How long the transfer of a message is tried again: once handed out, Flower never hands it out again."""
 _PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 _MEDIA_TYPE = "application/protobuf"
 _T = TypeVar("_T")
@@ -69,15 +69,15 @@ class ConnectionLost(Exception):
     """The coordinator cannot be reached now; another try may succeed."""
 
 
-class Faulty(ConnectionLost):
-    """The coordinator can be reached, and what it answers is wrong; the same question again would not help."""
+class InvalidAnswer(ConnectionLost):
+    """The coordinator can be reached and its answer is wrong; the same request again would not help."""
 
 
-class RunOver(Exception):
+class RunEnded(Exception):
     """The run a message belongs to is not running any more."""
 
 
-class JoinRefused(HeadwaterError):
+class ConnectionRefused(HeadwaterError):
     """No further try helps; the message says what a person has to do."""
 
 
@@ -127,21 +127,21 @@ class Fleet:
         )
 
     def close(self) -> None:
-        """Close the connections."""
+        """Closes the connections."""
         self._http.close()
 
     def activate(self) -> int:
-        """This key's node id, now online. Raises JoinRefused where the key is not admitted."""
+        """Goes online and returns this key's node id. Raises ConnectionRefused where the key is not admitted."""
         request = fleet_pb2.ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_S)
         return int(self._call("activate-node", request, fleet_pb2.ActivateNodeResponse()).node_id)
 
     def deactivate(self, node: int) -> None:
-        """Leave."""
+        """Goes offline."""
         request = fleet_pb2.DeactivateNodeRequest(node_id=node)
         self._call("deactivate-node", request, fleet_pb2.DeactivateNodeResponse())
 
-    def heartbeat(self, node: int) -> bool:
-        """Be online; whether the coordinator knows the node."""
+    def send_heartbeat(self, node: int) -> bool:
+        """Stays online; returns whether the coordinator knows the node."""
         request = heartbeat_pb2.SendNodeHeartbeatRequest(
             node=node_pb2.Node(node_id=node), heartbeat_interval=HEARTBEAT_S
         )
@@ -149,24 +149,24 @@ class Fleet:
             self._call("send-node-heartbeat", request, heartbeat_pb2.SendNodeHeartbeatResponse(), timeout_s=5.0).success
         )
 
-    def ask_admission(self, node: int) -> None:
-        """Nothing where the key is admitted as this node, else JoinRefused; nothing changes at the coordinator."""
-        with contextlib.suppress(RunOver):  # No run has the number 0; who is not admitted is not told even that.
-            self.bundle_hash(node, 0)
+    def check_admission(self, node: int) -> None:
+        """Raises ConnectionRefused unless the key is admitted as this node; changes nothing at the coordinator."""
+        with contextlib.suppress(RunEnded):  # No run has the number 0; who is not admitted is not told even that.
+            self.fetch_bundle_hash(node, 0)
 
-    def bundle_hash(self, node: int, run: int) -> str:
-        """The hash under which a run's bundle can be had."""
+    def fetch_bundle_hash(self, node: int, run: int) -> str:
+        """Returns the hash under which a run's bundle can be fetched."""
         request = run_pb2.GetRunRequest(node=node_pb2.Node(node_id=node), run_id=run)
         return str(self._call("get-run", request, run_pb2.GetRunResponse()).run.fab_hash)
 
-    def bundle(self, node: int, run: int, name: str) -> bytes:
-        """A run's app bundle, unread."""
+    def fetch_bundle(self, node: int, run: int, name: str) -> bytes:
+        """Returns a run's app bundle, unread."""
         request = fab_pb2.GetFabRequest(node=node_pb2.Node(node_id=node), hash_str=name, run_id=run)
         response = self._call("get-fab", request, fab_pb2.GetFabResponse(), max_bytes=MAX_BUNDLE_BYTES + _SMALL)
         return bytes(response.fab.content)
 
-    def pull(self, node: int) -> Delivery | None:
-        """The next message for this site with everything it consists of; None where there is none."""
+    def pull_message(self, node: int) -> Delivery | None:
+        """Returns the next message for this site with all its objects; None where there is none."""
         request = fleet_pb2.PullMessagesRequest(node=node_pb2.Node(node_id=node))
         response = self._call("pull-messages", request, fleet_pb2.PullMessagesResponse())
         if not response.messages_list:
@@ -175,20 +175,30 @@ class Fleet:
         run = envelope.metadata.run_id
         objects: dict[str, bytes] = {}
         left = MAX_MESSAGE_BYTES
-        for name in _names(tree):
+        for name in _list_object_names(tree):
             bound = min(left, _OBJECT)
-            objects[name] = self._patiently(functools.partial(self._object, node, run, name, bound))
+            objects[name] = self._retry(functools.partial(self._fetch_object, node, run, name, bound))
             left -= len(objects[name])
         confirmed = message_pb2.ConfirmMessageReceivedRequest(
             node=node_pb2.Node(node_id=node), run_id=run, message_object_id=tree.object_id
         )
         response = message_pb2.ConfirmMessageReceivedResponse()
-        self._patiently(lambda: self._call("confirm-message-received", confirmed, response))
+        self._retry(lambda: self._call("confirm-message-received", confirmed, response))
         return Delivery(envelope, tree.object_id, objects)
 
-    def push(self, node: int, outgoing: Outgoing, seconds: float) -> None:
-        """Send a reply, with further tries while the coordinator is away. Raises RunOver, ConnectionLost."""
-        self._patiently(lambda: self._push(node, outgoing, seconds))
+    def push_reply(self, node: int, outgoing: Outgoing, seconds: float) -> None:
+        """Sends a reply, again while the coordinator cannot be reached.
+
+        Args:
+            node: The site's node id.
+            outgoing: The reply.
+            seconds: How long the site worked on it, which Flower asks for.
+
+        Raises:
+            RunEnded: The reply is not wanted any more.
+            ConnectionLost: The coordinator could not be reached for too long, or the site stops.
+        """
+        self._retry(lambda: self._push(node, outgoing, seconds))
 
     def _push(self, node: int, outgoing: Outgoing, seconds: float) -> None:
         sender = node_pb2.Node(node_id=node)
@@ -201,7 +211,7 @@ class Fleet:
         response = self._call("push-messages", request, fleet_pb2.PushMessagesResponse())
         for name in response.objects_to_push:
             if name not in outgoing.objects:
-                raise Faulty("the coordinator asked for an object that is not part of the reply")
+                raise InvalidAnswer("the coordinator asked for an object that is not part of the reply")
             stored = message_pb2.PushObjectRequest(
                 node=sender,
                 run_id=outgoing.envelope.metadata.run_id,
@@ -210,30 +220,30 @@ class Fleet:
                 session_id=response.session_id,
             )
             if not self._call("push-object", stored, message_pb2.PushObjectResponse()).stored:
-                raise Faulty("the coordinator did not store a part of the reply")
+                raise InvalidAnswer("the coordinator did not store a part of the reply")
 
-    def _patiently(self, attempt: Callable[[], _T]) -> _T:
-        """The attempt's value, tried again while it is only the connection that fails."""
-        until = time.monotonic() + _PATIENCE_S
+    def _retry(self, attempt: Callable[[], _T]) -> _T:
+        """Returns the attempt's value; tries again while it is only the connection that fails."""
+        until = time.monotonic() + _RETRY_FOR_S
         wait_s = 0.1
         while True:
             try:
                 return attempt()
-            except Faulty:
+            except InvalidAnswer:
                 raise
             except ConnectionLost:
                 if time.monotonic() > until or self._stopping.wait(wait_s):
                     raise
                 wait_s = min(2 * wait_s, 10.0)
 
-    def _object(self, node: int, run: int, name: str, max_bytes: int) -> bytes:
+    def _fetch_object(self, node: int, run: int, name: str, max_bytes: int) -> bytes:
         request = message_pb2.PullObjectRequest(node=node_pb2.Node(node_id=node), run_id=run, object_id=name)
         response = self._call("pull-object", request, message_pb2.PullObjectResponse(), max_bytes=max_bytes + _SMALL)
         if response.object_found and not response.object_available:
             raise ConnectionLost("a part of the message is still on its way")
         content = bytes(response.object_content)
         if sha256(content).hexdigest() != name:
-            raise Faulty("a part of the message is not there, or not what its digest says")
+            raise InvalidAnswer("a part of the message is not there, or not what its digest says")
         return content
 
     def _call(
@@ -249,18 +259,18 @@ class Fleet:
         timeout = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
         try:
             with self._http.stream(
-                "POST", f"/v1/fleet/{path}", content=body, headers=self._headers(), timeout=timeout
+                "POST", f"/v1/fleet/{path}", content=body, headers=self._make_headers(), timeout=timeout
             ) as reply:
-                content = _bounded(reply, max_bytes)
+                content = _read_bounded(reply, max_bytes)
         except httpx.HTTPError as error:
             if is_tls_error(error):
-                raise JoinRefused(explain_tls_failure(self._coordinator)) from error
+                raise ConnectionRefused(explain_tls_failure(self._coordinator)) from error
             raise ConnectionLost(f"{type(error).__name__}") from error
         if reply.status_code != httpx.codes.OK:
-            raise self._failure(path, reply)
-        return _parsed(response, content)
+            raise self._explain_failure(path, reply)
+        return _parse(response, content)
 
-    def _headers(self) -> dict[str, str]:
+    def _make_headers(self) -> dict[str, str]:
         stamp = now().isoformat()
         return {
             "content-type": _MEDIA_TYPE,
@@ -272,28 +282,32 @@ class Fleet:
             **self._versions,
         }
 
-    def _failure(self, path: str, reply: httpx.Response) -> Exception:
+    def _explain_failure(self, path: str, reply: httpx.Response) -> Exception:
         status = reply.status_code
         if status == httpx.codes.UNAUTHORIZED:
             # A signature carries the time: a wrong clock looks like a wrong key.
-            clock = explain_clock_skew(clock_skew(reply.headers.get("date")))
-            return JoinRefused(clock or self._unknown("the coordinator does not know this site's key (any more)"))
+            clock = explain_clock_skew(measure_clock_skew(reply.headers.get("date")))
+            return ConnectionRefused(
+                clock or self._explain_unknown_key("the coordinator does not know this site's key (any more)")
+            )
         if status == httpx.codes.PRECONDITION_FAILED and path == "activate-node":
-            return JoinRefused(
-                self._unknown("the coordinator does not know this site's key, or another process is connected with it")
+            return ConnectionRefused(
+                self._explain_unknown_key(
+                    "the coordinator does not know this site's key, or another process is connected with it"
+                )
             )
         if status == httpx.codes.FORBIDDEN:
-            return RunOver("the run is not running any more")
+            return RunEnded("the run is not running any more")
         if status == httpx.codes.NOT_FOUND or 300 <= status < 400:
-            return JoinRefused(
+            return ConnectionRefused(
                 f"{self._coordinator.address} answers, but is no coordinator of this version (status {status}); "
                 "check coordinator.address"
             )
         if status in _PASSING:
             return ConnectionLost(f"status {status}")
-        return Faulty(f"status {status}")
+        return InvalidAnswer(f"status {status}")
 
-    def _unknown(self, what: str) -> str:
+    def _explain_unknown_key(self, what: str) -> str:
         return (
             f"{what}: send {self._coordinator.key}.pub to the coordinator's staff, who admit it with "
             "`python -m server admit`; a key that was removed stays revoked: `python -m client init DIR --new-key` "
@@ -301,8 +315,8 @@ class Fleet:
         )
 
 
-def clock_skew(date: str | None) -> float | None:
-    """Seconds by which this machine's clock is ahead of the sender's, from its HTTP Date header; None without one."""
+def measure_clock_skew(date: str | None) -> float | None:
+    """Returns the seconds by which this clock is ahead of an HTTP Date header's; None without a readable header."""
     try:
         sent = parsedate_to_datetime(date or "")
     except (TypeError, ValueError):
@@ -310,25 +324,25 @@ def clock_skew(date: str | None) -> float | None:
     return (datetime.datetime.now(datetime.UTC) - sent).total_seconds()
 
 
-def _bounded(reply: httpx.Response, max_bytes: int) -> bytes:
+def _read_bounded(reply: httpx.Response, max_bytes: int) -> bytes:
     content = bytearray()
     for chunk in reply.iter_raw():
         content += chunk
         if len(content) > max_bytes:
-            raise Faulty(f"the coordinator's answer is larger than {max_bytes} bytes")
+            raise InvalidAnswer(f"the coordinator's answer is larger than {max_bytes} bytes")
     return bytes(content)
 
 
-def _parsed(response: _Response, content: bytes) -> _Response:
+def _parse(response: _Response, content: bytes) -> _Response:
     try:
         response.ParseFromString(content)
     except DecodeError as error:
-        raise Faulty("the coordinator's answer cannot be read") from error
+        raise InvalidAnswer("the coordinator's answer cannot be read") from error
     return response
 
 
-def _names(tree: Any) -> list[str]:
-    """Names of all objects of a tree, each once; walked without recursion, because its depth is the sender's."""
+def _list_object_names(tree: Any) -> list[str]:
+    """Returns the names of all objects of a tree, each once; without recursion, because its depth is the sender's."""
     found: dict[str, None] = {}
     waiting = [tree]
     while waiting:
@@ -336,5 +350,5 @@ def _names(tree: Any) -> list[str]:
         found.setdefault(node.object_id)
         waiting.extend(node.children)
         if len(found) + len(waiting) > _MAX_OBJECTS:
-            raise Faulty(f"a message of more than {_MAX_OBJECTS} parts was sent")
+            raise InvalidAnswer(f"a message of more than {_MAX_OBJECTS} parts was sent")
     return list(found)

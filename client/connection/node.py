@@ -1,9 +1,9 @@
-"""A site's long-running side: join, look for messages, have them answered, stay joined.
+"""A site's long-running process: it joins, polls for messages, has them answered and stays joined.
 
 Guarantees:
-- No message of a run is answered before that run's app bundle was fetched and found equal to this installation's own
-  reviewed code; what runs is the installation, never the bundle. A different bundle is declined and journalled with
-  both digests.
+- No message of a run is answered before that run's app bundle was fetched and its client/ and common/ found equal to
+  this installation's own reviewed code; what runs is the installation, never the bundle. A different bundle is
+  declined and journalled with both digests.
 - Whatever happens to an answer (a crash, a broken connection, Ctrl-C), the ledger keeps what was reserved.
 - A failure that no further try mends ends the process with one sentence; others are tried again, ever more slowly, up
   to a limit.
@@ -30,9 +30,9 @@ from client.connection.diagnose import (
     is_tls_error,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, Delivery, Fleet, JoinRefused, Outgoing, RunOver
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunEnded
 from client.connection.keys import read_key
-from client.connection.worker import Abandoned, Worker, WorkerDied, declined
+from client.connection.worker import Abandoned, Worker, WorkerDied, make_declined_reply
 from common.bundle import compute_bundle_digest, compute_code_digest
 from common.events import (
     BackboneUnusable,
@@ -59,41 +59,41 @@ PRIVATE_ENVIRONMENT = {
 }
 BUSY_POLL_S, IDLE_POLL_S = 0.1, 2.0
 BUSY_FOR_S = 30.0
-"""After a message, how long the next one is looked for eagerly."""
+"""How long the short poll interval lasts after a message."""
 WORKER_IDLE_S = 300.0
-"""Then its memory is given back."""
+"""A worker that was idle for so long is ended, which frees its memory."""
 HEARTBEAT_EVERY_S = 20.0
 MAX_DELAY_S = 60.0
 
 Show = Callable[[str], None]
 
 
-def private_environment(state_dir: Path) -> dict[str, str]:
-    """The environment of a site's processes: nothing reports home, nothing is installed, Flower's files stay here."""
+def make_private_environment(state_dir: Path) -> dict[str, str]:
+    """Returns the environment of a site's processes: no telemetry, no installation, files in the state folder."""
     return {**os.environ, **PRIVATE_ENVIRONMENT, "FLWR_HOME": str(private_folder(state_dir) / "flwr")}
 
 
 @dataclass
-class Leaving:
-    """Whether the staff wants to leave: once asked, after the answer under way; twice, at once."""
+class StopRequest:
+    """The staff's wish to stop: asked once, after the answer under way; asked twice, at once."""
 
     event: threading.Event = field(default_factory=threading.Event)
     asked: int = 0
     deadline: float = float("inf")
 
     def ask(self, grace_s: float) -> None:
-        """Leave; at once when asked again, or when the grace is over."""
+        """Asks to stop: at once when asked again, or when the grace time is over."""
         self.asked += 1
         self.deadline = min(self.deadline, time.monotonic() + grace_s)
         self.event.set()
 
-    def now(self) -> bool:
-        """Whether an answer under way is to be abandoned."""
+    def is_due(self) -> bool:
+        """Returns whether an answer under way is to be abandoned."""
         return self.asked > 1 or time.monotonic() > self.deadline
 
 
 @contextlib.contextmanager
-def only_one(state_dir: Path) -> Iterator[None]:
+def lock_site(state_dir: Path) -> Iterator[None]:
     """Holds the site's lock: two processes would answer the same requests.
 
     Raises:
@@ -104,10 +104,10 @@ def only_one(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def delays() -> Iterator[float]:
-    """Waiting times before each further try: doubling up to a minute, each a random part of it off.
+def generate_delays() -> Iterator[float]:
+    """Yields the seconds to wait before each further try: doubling up to a minute, times a random number in [0.5, 1].
 
-    Jitter, because all sites lose a coordinator at the same moment.
+    Random, because all sites lose a coordinator at the same moment.
     """
     delay = 1.0
     while True:
@@ -117,7 +117,7 @@ def delays() -> Iterator[float]:
 
 @final
 class Node:
-    """One site at its coordinator."""
+    """One site, joined to its coordinator."""
 
     def __init__(
         self,
@@ -126,45 +126,45 @@ class Node:
         *,
         show: Show,
         online: Callable[[bool], None],
-        leaving: Leaving,
-        patience_s: float,
+        leaving: StopRequest,
+        retry_for_s: float,
     ) -> None:
-        """Nothing is contacted yet.
+        """Reads the site's key and certificates; contacts nothing yet.
 
         Args:
-            config: the site's file, read.
-            site_file: the same, for the worker.
-            show: is told in one line what happens.
-            online: is told whether the site is joined.
-            leaving: whether to leave.
-            patience_s: how long a coordinator that is away is tried.
+            config: The settings of the site file.
+            site_file: The path of the same file, for the worker.
+            show: A function that is called with one line about each thing that happens.
+            online: A function that is called with whether the site is joined, whenever that changes.
+            leaving: The staff's wish to stop.
+            retry_for_s: The seconds for which a coordinator that cannot be reached is tried.
 
         Raises:
-            BadInput: no coordinator is named, or the key or the authority's certificate cannot be used.
+            BadInput: No coordinator is named, or the key or the authority's certificate cannot be used.
         """
         if config.coordinator is None:
             raise BadInput("coordinator: expected address, ca and key of the coordinator to join, got nothing")
         self._config, self._site_file = config, site_file
         self._coordinator: Coordinator = config.coordinator
         self._show, self._online, self._leaving = show, online, leaving
-        self._patience_s = patience_s
+        self._retry_for_s = retry_for_s
         create_trusting_context(self._coordinator.ca)
         self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event)
         self._journal = FileJournal(private_folder(config.state_dir) / JOURNAL)
         self._num_seen = len(read_site_journal(self._journal.path))
         self._own_digest = compute_code_digest()
-        self._verdicts: dict[int, str | None] = {}
+        self._differences: dict[int, str | None] = {}
         self._worker: Worker | None = None
         self._node = 0
 
     def run(self) -> None:
-        """Serve until the staff wants to leave.
+        """Serves until the staff wants to stop.
 
         Raises:
-            JoinRefused: no further try helps, or patience is at its end.
+            ConnectionRefused: No further try helps, or the time for further tries is over.
         """
         self._show(f"code digest {self._own_digest}")
-        heart = threading.Thread(target=self._heartbeats, daemon=True)
+        heart = threading.Thread(target=self._send_heartbeats, daemon=True)
         try:
             self._join()
             heart.start()
@@ -174,7 +174,7 @@ class Node:
             self._leaving.event.set()
             self._close_worker()
             if self._node:
-                with contextlib.suppress(ConnectionLost, JoinRefused, RunOver):
+                with contextlib.suppress(ConnectionLost, ConnectionRefused, RunEnded):
                     self._fleet.deactivate(self._node)
                     self._show("left")
             self._fleet.close()
@@ -182,51 +182,55 @@ class Node:
     # --- joining ---------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        """Be online, trying as long as patience lasts."""
-        until = time.monotonic() + self._patience_s
-        for delay in delays():
+        """Goes online; tries again for `retry_for_s`."""
+        until = time.monotonic() + self._retry_for_s
+        for delay in generate_delays():
             try:
-                self._node = self._admitted()
+                self._node = self._activate()
                 break
             except ConnectionLost as error:
-                reason = self._reason(error)
+                reason = self._explain_loss(error)
                 if time.monotonic() + delay > until:
-                    raise JoinRefused(f"gave up after {self._patience_s:g} s: {reason}") from error
+                    raise ConnectionRefused(f"gave up after {self._retry_for_s:g} s: {reason}") from error
                 self._show(f"not joined: {reason}; next try in {delay:.0f} s")
                 if self._leaving.event.wait(delay):
                     return
         self._online(True)
         self._show(f"joined {self._coordinator.address} as {self._config.name} (node {self._node})")
 
-    def _admitted(self) -> int:
+    def _activate(self) -> int:
         path = self._config.state_dir / NODE_ID
         saved = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
         # A damaged file is as good as none: the coordinator knows the node by its key.
         if saved.isascii() and saved.isdigit():
             node = int(saved)
             # A site that crashed a moment ago still counts as online, and activating it again would be refused.
-            with contextlib.suppress(JoinRefused):
-                if self._fleet.heartbeat(node):
+            with contextlib.suppress(ConnectionRefused):
+                if self._fleet.send_heartbeat(node):
                     return node
         node = self._fleet.activate()
         write_atomic(path, str(node).encode())
         return node
 
-    def _reason(self, error: ConnectionLost) -> str:
-        """What a person can do about a lost connection; a failure that no try mends is raised."""
+    def _explain_loss(self, error: ConnectionLost) -> str:
+        """Returns what a person can do about a lost connection.
+
+        Raises:
+            ConnectionRefused: No further try helps.
+        """
         try:
             open_tls(self._coordinator, create_trusting_context(self._coordinator.ca)).close()
         except OSError as cause:
             if is_tls_error(cause):
-                raise JoinRefused(explain_tls_failure(self._coordinator)) from cause
+                raise ConnectionRefused(explain_tls_failure(self._coordinator)) from cause
             return explain_connection_failure(self._coordinator, cause)
         return f"{self._coordinator.address} is there but does not answer properly ({error})"
 
-    def _heartbeats(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._leaving.event.wait(HEARTBEAT_EVERY_S):
             # What is wrong is found by the next pull, which can say it.
-            with contextlib.suppress(ConnectionLost, JoinRefused, RunOver):
-                self._fleet.heartbeat(self._node)
+            with contextlib.suppress(ConnectionLost, ConnectionRefused, RunEnded):
+                self._fleet.send_heartbeat(self._node)
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
@@ -234,8 +238,8 @@ class Node:
         last = time.monotonic() - BUSY_FOR_S
         while not self._leaving.event.is_set():
             try:
-                delivery = self._fleet.pull(self._node)
-            except RunOver:
+                delivery = self._fleet.pull_message(self._node)
+            except RunEnded:
                 self._leaving.event.wait(BUSY_POLL_S)  # Between the hand-out and the last object.
                 continue
             except ConnectionLost:
@@ -259,8 +263,8 @@ class Node:
         group = envelope.metadata.group_id
         self._show(f"asked: {asked}{f', round {group}' if group.isdecimal() else ''}")
         try:
-            outgoing = self._reply(delivery)
-        except RunOver:
+            outgoing = self._make_reply(delivery)
+        except RunEnded:
             self._show("the run is over; nothing was done")
             return
         except ConnectionLost as error:
@@ -268,40 +272,40 @@ class Node:
             return
         seconds = time.monotonic() - started
         try:
-            self._fleet.push(self._node, outgoing, seconds)
-        except RunOver:
+            self._fleet.push_reply(self._node, outgoing, seconds)
+        except RunEnded:
             self._show("the run is over; the reply was not wanted any more")
         except ConnectionLost as error:
             self._show(
                 f"the reply could not be delivered ({error}); it is stored and costs nothing when asked for again"
             )
-        self._tell(seconds)
+        self._show_outcome(seconds)
 
-    def _reply(self, delivery: Delivery) -> Outgoing:
-        verdict = self._verdict(delivery.envelope.metadata.run_id)
-        if verdict is not None:
-            self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=verdict))
-            return declined(delivery, DeclineReason.VERSION, self._config.name)
+    def _make_reply(self, delivery: Delivery) -> Outgoing:
+        difference = self._check_bundle(delivery.envelope.metadata.run_id)
+        if difference is not None:
+            self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
+            return make_declined_reply(delivery, DeclineReason.VERSION, self._config.name)
         if self._worker is None:
-            self._worker = Worker(self._site_file, private_environment(self._config.state_dir))
+            self._worker = Worker(self._site_file, make_private_environment(self._config.state_dir))
         try:
-            return self._worker.answer(delivery, self._leaving.now)
+            return self._worker.answer(delivery, self._leaving.is_due)
         except WorkerDied as died:
             detail = f"the process that answers ended with {died}; what it had reserved stays reserved"
         except Abandoned:
             detail = "abandoned by the site's staff; what was reserved stays reserved"
         self._close_worker()
         self._journal.write(RequestDeclined(reason=DeclineReason.INTERNAL.value, detail=detail))
-        return declined(delivery, DeclineReason.INTERNAL, self._config.name)
+        return make_declined_reply(delivery, DeclineReason.INTERNAL, self._config.name)
 
-    def _verdict(self, run: int) -> str | None:
-        """Why a run's bundle is not run here; None where it is this installation's own code."""
-        if run not in self._verdicts:
-            bundle = self._fleet.bundle(self._node, run, self._fleet.bundle_hash(self._node, run))
-            self._verdicts[run] = self._judged(bundle)
-        return self._verdicts[run]
+    def _check_bundle(self, run: int) -> str | None:
+        """Returns why a run's messages are not answered; None where its bundle brings this installation's own code."""
+        if run not in self._differences:
+            bundle = self._fleet.fetch_bundle(self._node, run, self._fleet.fetch_bundle_hash(self._node, run))
+            self._differences[run] = self._explain_difference(bundle)
+        return self._differences[run]
 
-    def _judged(self, bundle: bytes) -> str | None:
+    def _explain_difference(self, bundle: bytes) -> str | None:
         try:
             offered = compute_bundle_digest(bundle)
         except BadInput as error:
@@ -319,17 +323,17 @@ class Node:
             self._worker.close()
             self._worker = None
 
-    # --- telling ---------------------------------------------------------------------------------------------------
+    # --- output ----------------------------------------------------------------------------------------------------
 
-    def _tell(self, seconds: float) -> None:
-        """What the answer came to, from the site's own journal, and what a release left of the budget."""
+    def _show_outcome(self, seconds: float) -> None:
+        """Shows the events that the site's journal gained with an answer, and the budget that a release left."""
         events = read_site_journal(self._journal.path)[self._num_seen :]
         self._num_seen += len(events)
         for event in events:
             self._show(f"{_describe_event(event)}  [{seconds:.1f} s]")
         if select_events(events, ReplySent) and self._worker is not None:
             with contextlib.suppress(WorkerDied):
-                account = self._worker.balance()
+                account = self._worker.fetch_balance()
                 self._show(f"budget: epsilon {account['left_epsilon']:g} of {account['budget_epsilon']:g} left")
 
 

@@ -1,10 +1,10 @@
-"""The process that answers messages, so that a crash in it ends neither the connection nor the ledger's truth.
+"""The process that answers messages: a crash in it ends no connection and takes nothing from the ledger.
 
 It runs this installation's own `client.app` and nothing that came over the network. One message at a time goes in as
 the objects it consists of and comes out as those of the reply; between messages of a run the process stays warm,
 so that imports are paid once. It ends when its parent does.
 
-Frames on the pipes: a count, then that many byte strings, each after its length.
+The pipes carry frames: a count, then that many byte strings, each after its length.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Abandoned(Exception):
 
 @final
 class Worker:
-    """A worker process as its parent sees it."""
+    """A worker process, as its parent uses it."""
 
     def __init__(self, site_file: Path, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -81,19 +81,19 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The number of the process."""
         return self._process.pid
 
     def answer(self, delivery: Delivery, abandon: Callable[[], bool]) -> Outgoing:
-        """The reply to a message.
+        """Returns the reply to a message.
 
         Args:
-            delivery: the message.
-            abandon: asked twice a second; true ends the wait and the process.
+            delivery: The message.
+            abandon: A function called twice a second; true ends the wait.
 
         Raises:
-            WorkerDied: the process ended first.
-            Abandoned: as asked for.
+            WorkerDied: The process ended first.
+            Abandoned: `abandon` returned true.
         """
         parts = [b"message", delivery.envelope.SerializeToString(), delivery.root.encode()]
         for name, content in delivery.objects.items():
@@ -102,13 +102,13 @@ class Worker:
         named = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
         return Outgoing(message_pb2.Message.FromString(envelope), message_pb2.ObjectTree.FromString(tree), named)
 
-    def balance(self) -> Mapping[str, Any]:
-        """The account of the site's registry, as `python -m client budget --json` prints it."""
+    def fetch_balance(self) -> Mapping[str, Any]:
+        """Returns the budget of the site's population, as `python -m client budget --json` prints it."""
         account: Mapping[str, Any] = json.loads(self._exchange([b"balance"], lambda: False)[0])
         return account
 
     def close(self) -> None:
-        """End the process; what it was doing is abandoned, as in a crash."""
+        """Ends the process; what it was doing is abandoned, as in a crash."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -121,25 +121,31 @@ class Worker:
         pipes = self._process.stdin, self._process.stdout
         assert pipes[0] is not None and pipes[1] is not None
         try:
-            _write(pipes[0], parts)
+            _write_frames(pipes[0], parts)
             while not select.select([pipes[1]], [], [], 0.5)[0]:
                 if abandon():
                     raise Abandoned
-            return _read(pipes[1])
+            return _read_frames(pipes[1])
         except (OSError, EOFError) as error:
             self.close()
             raise WorkerDied(self._process.returncode) from error
 
 
-def declined(delivery: Delivery, refusal: DeclineReason, site: str) -> Outgoing:
-    """A refusal of a message, made without any worker; the content of the message is not looked at."""
-    message = _received(delivery.envelope)
+def make_declined_reply(delivery: Delivery, refusal: DeclineReason, site: str) -> Outgoing:
+    """Returns a reply that declines a message, made without a worker and without reading the message's content.
+
+    Args:
+        delivery: The message.
+        refusal: The reason, from the fixed list.
+        site: The site's declared name.
+    """
+    message = _read_envelope(delivery.envelope)
     set_task_identity(message.metadata.run_id, message.metadata.dst_node_id)
-    return _outgoing(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message))
+    return _pack_reply(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message))
 
 
-def _received(envelope: message_pb2.Message) -> Message:
-    """A message without its content, also where Flower knows no such kind: then of a kind that no handler takes."""
+def _read_envelope(envelope: message_pb2.Message) -> Message:
+    """Returns a message without its content; a kind that Flower does not know becomes one that no handler takes."""
     try:
         return message_from_proto(envelope)
     except ValueError:
@@ -147,7 +153,7 @@ def _received(envelope: message_pb2.Message) -> Message:
         return message_from_proto(envelope)
 
 
-def _outgoing(reply: Message) -> Outgoing:
+def _pack_reply(reply: Message) -> Outgoing:
     set_metadata(reply, message_id=reply.object_id)
     objects = {name: nested.deflate() for name, nested in get_all_nested_objects(reply).items()}
     tree = get_object_tree(reply)
@@ -158,25 +164,25 @@ def _outgoing(reply: Message) -> Outgoing:
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answer until the parent closes the pipe."""
+    """Answers messages until the parent closes the pipe."""
     while True:
         try:
-            kind, *parts = _read(requests)
+            kind, *parts = _read_frames(requests)
         except EOFError:
             return
         if kind == b"balance":
-            _write(replies, [json.dumps(_balance()).encode()])
+            _write_frames(replies, [json.dumps(_compute_balance()).encode()])
             continue
         outgoing = _answer(parts)
         objects = [part for name, content in outgoing.objects.items() for part in (name.encode(), content)]
-        _write(replies, [outgoing.envelope.SerializeToString(), outgoing.tree.SerializeToString(), *objects])
+        _write_frames(replies, [outgoing.envelope.SerializeToString(), outgoing.tree.SerializeToString(), *objects])
 
 
 def _answer(parts: Sequence[bytes]) -> Outgoing:
     from client.app import app  # Here: the parent imports this module too, and needs no torch.
 
     envelope, root, *objects = parts
-    received = _received(message_pb2.Message.FromString(envelope))
+    received = _read_envelope(message_pb2.Message.FromString(envelope))
     set_task_identity(received.metadata.run_id, received.metadata.dst_node_id)
     contents = {objects[at].decode(): objects[at + 1] for at in range(0, len(objects), 2)}
     try:
@@ -184,7 +190,9 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
         if not isinstance(message, Message):
             raise TypeError
     except _UNREADABLE:
-        return _outgoing(Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received))
+        return _pack_reply(
+            Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received)
+        )
     # The envelope decides where the reply goes; the object's own copy of it is the sender's word.
     copy_metadata(received, message)
     context = Context(
@@ -195,12 +203,14 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
         run_config={},
     )
     try:
-        return _outgoing(app(message, context))
+        return _pack_reply(app(message, context))
     except ValueError:  # Flower's own, for a message of a kind that no handler takes; handlers raise nothing.
-        return _outgoing(Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received))
+        return _pack_reply(
+            Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received)
+        )
 
 
-def _balance() -> Mapping[str, Any]:
+def _compute_balance() -> Mapping[str, Any]:
     from client.config import SiteConfig
     from client.protocol import balance as budget
     from common.yaml import load
@@ -208,19 +218,19 @@ def _balance() -> Mapping[str, Any]:
     return budget.as_json(budget.balance(load(SiteConfig, Path(os.environ[SITE_VARIABLE]))))
 
 
-def _read(pipe: IO[bytes]) -> list[bytes]:
-    (count,) = struct.unpack(">I", _exactly(pipe, 4))
-    return [_exactly(pipe, *struct.unpack(">Q", _exactly(pipe, 8))) for _ in range(count)]
+def _read_frames(pipe: IO[bytes]) -> list[bytes]:
+    (count,) = struct.unpack(">I", _read_exactly(pipe, 4))
+    return [_read_exactly(pipe, *struct.unpack(">Q", _read_exactly(pipe, 8))) for _ in range(count)]
 
 
-def _exactly(pipe: IO[bytes], size: int) -> bytes:
+def _read_exactly(pipe: IO[bytes], size: int) -> bytes:
     content = pipe.read(size)
     if len(content) != size:
         raise EOFError
     return content
 
 
-def _write(pipe: IO[bytes], parts: Sequence[bytes]) -> None:
+def _write_frames(pipe: IO[bytes], parts: Sequence[bytes]) -> None:
     pipe.write(struct.pack(">I", len(parts)))
     for part in parts:
         pipe.write(struct.pack(">Q", len(part)))
@@ -228,15 +238,15 @@ def _write(pipe: IO[bytes], parts: Sequence[bytes]) -> None:
     pipe.flush()
 
 
-def _end_with(parent: int) -> None:
-    """End at once when the parent is gone, also in the middle of a computation."""
+def _exit_with_parent(parent: int) -> None:
+    """Exits at once when the parent is gone, also in the middle of a computation."""
     while os.getppid() == parent:
         threading.Event().wait(1.0)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     # Whatever a library prints must not land between two frames.
     private = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

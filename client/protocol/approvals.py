@@ -20,7 +20,7 @@ from typing import Any
 from common.errors import instead
 from common.events import ApprovalUsed, FileJournal, RunApproved, read_approval_journal, select_events
 from common.files import lock_file, private_folder, write_atomic
-from common.offers import offer_bytes, run_digest
+from common.offers import compute_run_digest, encode_offer
 from common.plugins import refuse_unknown_kind
 from common.run import RunConfig
 from common.types import BadInput
@@ -41,7 +41,7 @@ class Offer:
     @property
     def digest(self) -> str:
         """What an approval of this offer names."""
-        return run_digest(self.run, self.backbones)
+        return compute_run_digest(self.run, self.backbones)
 
     def config(self) -> RunConfig:
         """The run's settings. Raises BadInput where they are not a run's, name a kind that does not exist, or have
@@ -117,7 +117,7 @@ class Approvals:
         path = private_folder(self._waiting) / f"{offer.digest}.json"
         if path.exists() or sum(1 for _ in self._waiting.glob("*.json")) >= MAX_WAITING:
             return False
-        write_atomic(path, offer_bytes(offer.run, offer.backbones))
+        write_atomic(path, encode_offer(offer.run, offer.backbones))
         return True
 
     def waiting(self) -> list[Offer]:
@@ -151,7 +151,7 @@ class Approvals:
 
 
 def read_offer(path: Path) -> Offer:
-    """An offer from a file, as `common.offers.offer_bytes` makes it.
+    """An offer from a file, as `common.offers.encode_offer` makes it.
 
     Raises:
         BadInput: it is not one.

@@ -32,7 +32,7 @@ from common.backbones import Backbone
 from common.events import BackboneUnusable, HeadsReceived, RunAudited, RunJoined, RunPrepared
 from common.files import private_folder, write_atomic
 from common.model.trunks import frozen_parts
-from common.offers import offer_bytes, run_digest
+from common.offers import compute_run_digest, encode_offer
 from common.privacy.accounting import Mechanism
 from common.tasks import Task
 from common.types import (
@@ -61,7 +61,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     check_allowed(site.config, joined)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
-        check_approved(site, joined.run_id, run_digest(request.run, request.backbones), use=False)
+        check_approved(site, joined.run_id, compute_run_digest(request.run, request.backbones), use=False)
     except SiteDeclined as declined:
         # A coordinator asks every few seconds while it waits: one line says it.
         raise SiteDeclined(declined.reason, declined.detail, logged=not _let_wait(site, request)) from declined
@@ -79,7 +79,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     if plan.private and whole and not ledger.affords(whole, site.share):
         raise SiteDeclined(DeclineReason.BUDGET, "the run's whole price exceeds what the registry has left")
     _pass_audit(site, joined, request, tasks)
-    write_atomic(private_folder(joined.folder) / "offer.json", offer_bytes(request.run, request.backbones))
+    write_atomic(private_folder(joined.folder) / "offer.json", encode_offer(request.run, request.backbones))
     site.journal.write(RunJoined(run_id=joined.run_id, tasks=tuple(sorted(tasks))))
     return messages.JoinReply(
         site=site.config.name,
@@ -213,7 +213,7 @@ def _read_offer(site: Site, request: messages.JoinRequest) -> Joined:
     kept = folder / "offer.json"
     # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
     # failure depend on a record.
-    if kept.exists() and kept.read_bytes() != offer_bytes(request.run, request.backbones):
+    if kept.exists() and kept.read_bytes() != encode_offer(request.run, request.backbones):
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "another offer was made under the same run id")
     return Joined(request.run_id, run, request.backbones, folder)
 
@@ -223,7 +223,7 @@ def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks
     if joined.run.audit != "required":
         return
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
-    digest = run_digest(request.run, request.backbones)
+    digest = compute_run_digest(request.run, request.backbones)
     try:
         verdict = get_audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
     except (AuditTooSlow, BadInput, RunFailed) as error:

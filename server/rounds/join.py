@@ -14,7 +14,7 @@ from common import messages
 from common.backbones import Backbone
 from common.events import BackboneSent, SiteJoined
 from common.model.backbones import digests_of
-from common.offers import offer_of
+from common.offers import make_offer
 from common.run import MAX_PUBLIC_SIZE, RunConfig
 from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
 from server.rounds.messenger import Messenger, Participant
@@ -68,7 +68,7 @@ def join_sites(
             every site's reason.
     """
     run = messenger.run
-    request = messages.JoinRequest(messenger.run_id, offer_of(run, backbones), digests_of(backbones))
+    request = messages.JoinRequest(messenger.run_id, make_offer(run, backbones), digests_of(backbones))
     deadline = time.monotonic() + run.cohort.join_timeout_s
     expected = len(node_ids) if node_ids is not None else run.cohort.min_sites
     progress = _Progress()

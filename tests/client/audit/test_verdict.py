@@ -16,7 +16,7 @@ from client.protocol.requirements import MAX_PARAMETERS
 from client.protocol.site import Site, SiteDeclined
 from common import messages
 from common.backbones import Backbone
-from common.offers import offer_of
+from common.offers import make_offer
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import DeclineReason, RunFailed
 from server.reports.summary import summarize
@@ -116,7 +116,7 @@ def wide(hidden: int) -> dict[str, Any]:
 def test_heads_too_large_for_the_site_are_declined_at_the_door(tmp_path: Path, frozen: Backbone) -> None:
     """65,536 hidden units on 4 features are small; on the million that this offer names, 65 billion weights."""
     site = Site(site_config(tmp_path, "north"), os_entropy)
-    run = offer_of(run_config(tasks=wide(65_536)), {"backbone": frozen})
+    run = make_offer(run_config(tasks=wide(65_536)), {"backbone": frozen})
     join(site, messages.JoinRequest("run-1", run, {"backbone": frozen.digest}))
     run["backbone"] = {"kind": "identity", "dim": 1_000_000}
     refusal = declined(lambda: join(site, messages.JoinRequest("run-2", run, {"backbone": "0" * 64})))
@@ -129,7 +129,7 @@ def test_an_evaluation_of_too_many_classes_is_declined_at_the_door(tmp_path: Pat
     site = Site(site_config(tmp_path, "north"), os_entropy)
     labels = {**TASKS, "colour": {"kind": "classification", "labels": [f"c{number}" for number in range(5000)]}}
     for evaluation, accepted in ((None, True), ({"every": 1}, False)):
-        run = offer_of(run_config(tasks=labels, evaluation=evaluation), {"backbone": frozen})
+        run = make_offer(run_config(tasks=labels, evaluation=evaluation), {"backbone": frozen})
         asked = messages.JoinRequest(f"run-{accepted}", run, {"backbone": frozen.digest})
         if accepted:
             join(site, asked)

@@ -21,7 +21,7 @@ from client.connection.diagnose import (
     find_proxy,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, Faulty, Fleet, JoinRefused, RunOver
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, InvalidAnswer, RunEnded
 from client.connection.keys import read_key, write_key_pair
 from common.flower import fleet_pb2, message_pb2
 from tests.answering import Answer, Answering, answering
@@ -84,7 +84,7 @@ def test_a_message_arrives_whole_and_its_parts_are_named_by_their_digests(tmp_pa
     content = b"RecordDict,,5\x00hello"
     name = sha256(content).hexdigest()
     with reached(tmp_path, authority, delivered({name: content}, [name])) as (site, server):
-        delivery = site.pull(7)
+        delivery = site.pull_message(7)
         assert delivery is not None
         assert (delivery.root, dict(delivery.objects)) == (name, {name: content})
         assert server.asked[-1] == "/v1/fleet/confirm-message-received"
@@ -93,8 +93,8 @@ def test_a_message_arrives_whole_and_its_parts_are_named_by_their_digests(tmp_pa
 def test_a_part_that_is_not_what_its_digest_says_is_refused(tmp_path: Path, authority: Authority) -> None:
     name = sha256(b"agreed").hexdigest()
     with reached(tmp_path, authority, delivered({name: b"another"}, [name])) as (site, server):
-        with pytest.raises(Faulty, match="digest"):
-            site.pull(7)
+        with pytest.raises(InvalidAnswer, match="digest"):
+            site.pull_message(7)
         assert "/v1/fleet/confirm-message-received" not in server.asked
 
 
@@ -103,15 +103,15 @@ def test_a_message_of_too_many_parts_is_refused_before_any_is_fetched(tmp_path: 
     tree.children.extend(message_pb2.ObjectTree() for _ in range(100_001))
     reply = fleet_pb2.PullMessagesResponse(messages_list=[message_pb2.Message()], message_object_trees=[tree])
     with reached(tmp_path, authority, lambda path: Answer(body=reply.SerializeToString())) as (site, server):
-        with pytest.raises(Faulty, match="parts"):
-            site.pull(7)
+        with pytest.raises(InvalidAnswer, match="parts"):
+            site.pull_message(7)
         assert server.asked == ["/v1/fleet/pull-messages"]
 
 
 def test_an_answer_beyond_its_bound_is_not_read_to_its_end(tmp_path: Path, authority: Authority) -> None:
     with (
         reached(tmp_path, authority, lambda path: Answer(body=bytes(5 << 20))) as (site, _),
-        pytest.raises(Faulty, match="larger than"),
+        pytest.raises(InvalidAnswer, match="larger than"),
     ):
         site.activate()
 
@@ -120,7 +120,10 @@ def test_a_redirect_is_not_followed(tmp_path: Path, authority: Authority) -> Non
     certificate = authority.issue(tmp_path)
     with answering(certificate, lambda path: Answer()) as elsewhere:
         moved = Answer(status=307, headers={"location": f"https://{elsewhere.address}/v1/fleet/activate-node"})
-        with reached(tmp_path, authority, lambda path: moved) as (site, _), pytest.raises(JoinRefused, match="version"):
+        with (
+            reached(tmp_path, authority, lambda path: moved) as (site, _),
+            pytest.raises(ConnectionRefused, match="version"),
+        ):
             site.activate()
         assert elsewhere.asked == []
 
@@ -128,7 +131,7 @@ def test_a_redirect_is_not_followed(tmp_path: Path, authority: Authority) -> Non
 def test_bytes_that_are_no_answer_are_a_fault_and_no_crash(tmp_path: Path, authority: Authority) -> None:
     with (
         reached(tmp_path, authority, lambda path: Answer(body=b"\xff\xff<html>")) as (site, _),
-        pytest.raises(Faulty, match="cannot be read"),
+        pytest.raises(InvalidAnswer, match="cannot be read"),
     ):
         site.activate()
 
@@ -136,10 +139,10 @@ def test_bytes_that_are_no_answer_are_a_fault_and_no_crash(tmp_path: Path, autho
 @pytest.mark.parametrize(
     ("status", "path", "kind", "words"),
     [
-        (412, "activate-node", JoinRefused, "does not know this site's key"),
-        (401, "activate-node", JoinRefused, "does not know this site's key"),
-        (404, "activate-node", JoinRefused, "no coordinator"),
-        (403, "activate-node", RunOver, "not running"),
+        (412, "activate-node", ConnectionRefused, "does not know this site's key"),
+        (401, "activate-node", ConnectionRefused, "does not know this site's key"),
+        (404, "activate-node", ConnectionRefused, "no coordinator"),
+        (403, "activate-node", RunEnded, "not running"),
         (503, "activate-node", ConnectionLost, "503"),
     ],
 )
@@ -159,7 +162,7 @@ def test_a_refused_signature_with_a_wrong_clock_names_the_clock(
     date = format_datetime(datetime.datetime.now(datetime.UTC) + hours * HOUR, usegmt=True)
     with (
         reached(tmp_path, authority, lambda path: Answer(status=401, date=date)) as (site, _),
-        pytest.raises(JoinRefused, match=rf"3\d\d\d s {side} the coordinator's"),
+        pytest.raises(ConnectionRefused, match=rf"3\d\d\d s {side} the coordinator's"),
     ):
         site.activate()
 
@@ -175,7 +178,7 @@ def test_the_clock_may_differ_by_what_flower_tolerates() -> None:
 
 def sentence(folder: Path, server: Answering, trusted: Authority) -> str:
     where = coordinator(folder, server.address, trusted)
-    with fleet(where) as site, pytest.raises(JoinRefused) as refused:
+    with fleet(where) as site, pytest.raises(ConnectionRefused) as refused:
         site.activate()
     assert server.asked == []  # Nothing was said to a server that is not trusted.
     assert str(refused.value) == explain_tls_failure(where)

@@ -21,7 +21,7 @@ from client.config import Coordinator, SiteConfig, SiteTask
 from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, take_kit
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import MAX_KIT_BYTES, read_kit
-from common.offers import offer_bytes, offer_of
+from common.offers import encode_offer, make_offer
 from common.types import BadInput
 from common.yaml import load, write_yaml
 from tests.federation import Authority
@@ -30,7 +30,7 @@ from tests.tiny import backbone, run_config, site_config
 
 def offer(**changes: Any) -> bytes:
     frozen = backbone()
-    return offer_bytes(offer_of(run_config(**changes), {"backbone": frozen}), {"backbone": frozen.digest})
+    return encode_offer(make_offer(run_config(**changes), {"backbone": frozen}), {"backbone": frozen.digest})
 
 
 def kit(folder: Path, **files: bytes) -> Path:

@@ -19,7 +19,7 @@ from client.protocol.train import train
 from common import messages
 from common.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
-from common.offers import offer_bytes, offer_of, run_digest
+from common.offers import compute_run_digest, encode_offer, make_offer
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, DeclineReason, Heads, LedgerDamaged
@@ -42,7 +42,7 @@ def request(frozen: Backbone, run_id: str = "run-1", **changes: Any) -> messages
 
 
 def offer(frozen: Backbone, **changes: Any) -> Offer:
-    return Offer(offer_of(run_config(**changes), {"backbone": frozen}), {"backbone": frozen.digest})
+    return Offer(make_offer(run_config(**changes), {"backbone": frozen}), {"backbone": frozen.digest})
 
 
 def heads(frozen: Backbone) -> Heads:
@@ -61,7 +61,9 @@ def test_a_run_that_nobody_approved_is_declined_and_waits(site: Site, frozen: Ba
     assert refusal(site, request(frozen)) is DeclineReason.NOT_APPROVED
     approvals = Approvals(site.config.state_dir)
     [waiting] = approvals.waiting()
-    assert waiting.digest == run_digest(offer_of(run_config(), {"backbone": frozen}), {"backbone": frozen.digest})
+    assert waiting.digest == compute_run_digest(
+        make_offer(run_config(), {"backbone": frozen}), {"backbone": frozen.digest}
+    )
     assert approvals.all() == []
 
 
@@ -174,7 +176,7 @@ def test_the_command_approves_a_waiting_offer_a_kits_offer_and_a_run_file(
     assert "epsilon" in by_name.stdout
 
     kit = tmp_path / "kit.json"
-    kit.write_bytes(offer_bytes(offer_of(run_config(seed=8), {"backbone": frozen}), {"backbone": frozen.digest}))
+    kit.write_bytes(encode_offer(make_offer(run_config(seed=8), {"backbone": frozen}), {"backbone": frozen.digest}))
     assert CliRunner().invoke(app, ["approve", str(path), str(kit)]).exit_code == 0
 
     run = tmp_path / "run.yaml"
@@ -219,10 +221,10 @@ def test_an_offer_file_with_text_in_place_of_a_kind_is_refused_before_it_is_show
     path, kit = tmp_path / "site.yaml", tmp_path / "kit.json"
     write_yaml(path, site.config)
     values = {
-        **offer_of(run_config(), {"backbone": frozen}),
+        **make_offer(run_config(), {"backbone": frozen}),
         "tasks": {**TASKS, "other": {"kind": "x\nprice     epsilon 0.01"}},
     }
-    kit.write_bytes(offer_bytes(values, {"backbone": frozen.digest}))
+    kit.write_bytes(encode_offer(values, {"backbone": frozen.digest}))
     result = CliRunner().invoke(app, ["approve", str(path), str(kit)])
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -242,7 +244,7 @@ def test_the_offers_of_a_kit_are_listed_until_they_are_approved(tmp_path: Path, 
     write_yaml(path, site.config)
     (tmp_path / "offers").mkdir()
     came = tmp_path / "offers" / "tiny.json"
-    came.write_bytes(offer_bytes(offer_of(run_config(), {"backbone": frozen}), {"backbone": frozen.digest}))
+    came.write_bytes(encode_offer(make_offer(run_config(), {"backbone": frozen}), {"backbone": frozen.digest}))
     assert str(came) in CliRunner().invoke(app, ["approve", str(path)]).stdout
     CliRunner().invoke(app, ["approve", str(path), str(came)])
     listed = CliRunner().invoke(app, ["approve", str(path)]).stdout

@@ -24,7 +24,7 @@ from common import messages
 from common.backbones import Backbone
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.model.parameters import initial_heads, parameters
-from common.offers import offer_of
+from common.offers import make_offer
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
@@ -78,7 +78,7 @@ def coordinator(tmp_path: Path) -> Coordinator:
 
 def rewritten(frozen: Backbone, **changes: Any) -> RecordDict:
     """An offer with some of its plain values replaced: what no honest file would pass."""
-    values = {**offer_of(run_config(), {"backbone": frozen}), **changes}
+    values = {**make_offer(run_config(), {"backbone": frozen}), **changes}
     return messages.encode(messages.JoinRequest("run-x", values, {"backbone": frozen.digest}))
 
 

@@ -129,7 +129,9 @@ def test_an_incomplete_kind_is_refused_with_everything_that_it_lacks(tmp_path: P
     config = site(tmp_path)
     text = KIND.replace("    rows: Path | None = None\n", "").replace("def open(", "def opened(")
     (tmp_path / "own" / "lines.py").write_text(text)
-    with pytest.raises(BadInput, match=r"lines\.py: .* kind of client\.sources needs, got 'lines' without open, rows$"):
+    with pytest.raises(
+        BadInput, match=r"lines\.py: .* kind of client\.data\.sources needs, got 'lines' without open, rows$"
+    ):
         open_source(config.sources["records"], "sources.records", config.plugins)
 
 
