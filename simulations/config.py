@@ -19,7 +19,7 @@ class SimulatedTask(LabelColumns):
     """One task over all simulated sites.
 
     Attributes:
-        public_size: declared number of units at each site, or of each site by its name.
+        public_size: declared number of units at every site, or site name -> declared number of units.
         sites: names of the sites that have the task; `all` are those that have the source.
     """
 
@@ -28,16 +28,16 @@ class SimulatedTask(LabelColumns):
 
 
 Keep = Literal["all"] | dict[str, list[str]]
-"""Which of the records that were dealt out to a site it keeps: column -> cells."""
+"""Records that a site keeps of those it was dealt: column -> accepted cells, or all of them."""
 
 
 class Partition(Frozen):
-    """How one data set becomes several sites.
+    """The division of data sets into sites.
 
-    iid: shuffled evenly; dirichlet: label skew of strength `alpha` over the task `by`; column: one site for each value
-    of column `by`; natural: each site brings its own sources under `sites`. A source of the file that several of them
-    are to have parts of stands under `divide`: it is dealt out evenly to the sites named there, and of its part a site
-    keeps `all` records, or those with one of the listed cells in each listed column.
+    Kinds: `iid` shuffles and deals out evenly; `dirichlet` draws each label's part at each site from Dirichlet(alpha),
+    for the labels of task `by`; `column` makes one site for each value of column `by`; `natural` gives each site
+    sources of its own under `sites`. With `natural`, a source under `divide` is dealt out evenly to the sites named
+    there; of its part a site keeps `all` records, or those with one of the listed cells in each listed column.
     """
 
     kind: Literal["iid", "dirichlet", "column", "natural"]
@@ -67,7 +67,7 @@ class Partition(Frozen):
 
 
 class Executor(Frozen):
-    """in_process: all sites in this process, through Flower's own encoding. flower: Ray actors."""
+    """The executor: `in_process` runs all sites in this process, `flower` runs them as Ray actors."""
 
     kind: Literal["in_process", "flower"] = "in_process"
     cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
@@ -83,17 +83,28 @@ Baseline = Annotated[
 
 
 class Sweep(Frozen):
-    """Several runs: every combination of the listed values, once per seed."""
+    """Several runs: every combination of the listed values, once for each seed."""
 
     seeds: Annotated[list[int], Field(min_length=1)]
     values: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
 
 
 class Pretrain(Frozen):
-    """How `simulations pretrain` trains one of the run's backbones on public records, of all its sources together."""
+    """Settings of `simulations pretrain`, which trains one of the run's backbones on public records.
+
+    Attributes:
+        backbone: name of the backbone; needed where the run has several.
+        sources: sources of public records, which are trained on together.
+        column: column of the labels.
+        labels: values of the column.
+        epochs: number of passes over all records.
+        batch_size: number of records in a step.
+        learning_rate: learning rate of the first step; it falls to 0 as a cosine.
+        max_shift: each batch is shifted around the edge by up to this many pixels, as augmentation.
+        seed: seed of initial weights, order and shifts.
+    """
 
     backbone: Name | None = None
-    """Which, where the run has several."""
     sources: Annotated[list[Spec], Field(min_length=1)]
     column: str
     labels: Annotated[list[str], Field(min_length=2)]
@@ -101,12 +112,33 @@ class Pretrain(Frozen):
     batch_size: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)]
     max_shift: Annotated[int, Field(ge=0)] = 0
-    """Each batch is moved, around the edge, by up to this many pixels: augmentation."""
     seed: int
 
 
 class SimulationConfig(Frozen):
-    """A run, a partition of a data set into sites, and an executor."""
+    """A run, a partition of data sets into sites, and an executor.
+
+    Attributes:
+        run: the run, as in a run file.
+        sources: data sets that are divided into sites, by name.
+        tasks: task name -> its labels and its sites.
+        partition: the division into sites.
+        unit: what each site's budget protects.
+        budget: budget of each site.
+        on_bad_record: whether a site leaves out a record that cannot be used, or stops.
+        evaluation: evaluation of held-out units, as in a site file.
+        executor: what carries the messages.
+        baselines: baselines to compute.
+        non_private_solver: solver of the baselines `non_private` and `central`.
+        pretrain: settings of `simulations pretrain`.
+        expect: task name -> what its result must beat; else the command exits with code 1.
+        noise_seed: seed of sampling and noise, for papers only: the result is reproducible and not private.
+        device: device of every site.
+        precision: precision inside backbones, as in a site file.
+        cache_dir: folder of cached features.
+        runs_dir: folder of the runs' folders.
+        sweep: settings of `simulations sweep`.
+    """
 
     model_config = ConfigDict(title="simulation file")
 
@@ -121,14 +153,11 @@ class SimulationConfig(Frozen):
     executor: Executor = Executor()
     baselines: list[Baseline] = []
     non_private_solver: SolverSpec | None = None
-    """Solver of the non-private baselines; needed where any is asked for."""
     pretrain: Pretrain | None = None
     expect: dict[Name, Literal["beats_random_backbone"]] = {}
     noise_seed: int | None = None
-    """For papers only: the result is reproducible, not private."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    """As in a site's file."""
     cache_dir: LocalPath
     runs_dir: LocalPath
     sweep: Sweep | None = None
@@ -158,7 +187,7 @@ class SimulationConfig(Frozen):
         return self
 
     def pretrained_backbone(self) -> Name | None:
-        """Name of the backbone that `simulations pretrain` trains; None where there is none."""
+        """Returns the name of the backbone that `simulations pretrain` trains; None without a `pretrain` section."""
         if self.pretrain is None:
             return None
         names = list(self.run.backbone_specs)

@@ -1,4 +1,4 @@
-"""Metrics on held-out records, as only a simulator can see them: outside the privacy promise."""
+"""Metrics on the held-out records of all sites, which only a simulator sees: outside the privacy guarantee."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ from common.types import Heads
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One task's metrics: over all sites' held-out records together, and for each site. None is undefined."""
+    """Metrics of one task.
+
+    Attributes:
+        pooled: metrics on the held-out records of all sites together.
+        per_site: site name -> metrics on its own held-out records; sites without a labelled one are left out.
+    """
 
     pooled: Metrics
     per_site: Mapping[str, Metrics]
 
 
 def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]) -> dict[str, Evaluation]:
-    """Metrics of heads on every site's held-out units.
+    """Returns the metrics of each task's head on held-out units.
 
     Args:
-        heads: task -> head.
-        tasks: task -> definition; only those in `heads` are evaluated.
-        held_out: site -> its test units, with the features that the heads read (`Units.passed`).
+        heads: task name -> parameters of its head.
+        tasks: task name -> task; only those in `heads` are evaluated.
+        held_out: site name -> its test units, with the features that the heads read (`Units.passed`).
     """
     results = {}
     for name, task in tasks.items():
@@ -67,13 +72,19 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
 def evaluate_baseline_predictions(
     tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]
 ) -> dict[str, Metrics]:
-    """Metrics of what each task says without training, over all sites' records together; of no other task."""
+    """Returns the metrics of each task's prediction without training; tasks that have none are left out.
+
+    Args:
+        tasks: task name -> task.
+        train: site name -> its training units.
+        held_out: site name -> its test units; those of all sites are evaluated together.
+    """
     results: dict[str, Metrics] = {}
     for name, task in tasks.items():
         if not isinstance(task, BaselinePrediction):
             continue
-        known_features, known_labels = _records(name, train)
-        features, labels = _records(name, held_out)
+        known_features, known_labels = _pool_records(name, train)
+        features, labels = _pool_records(name, held_out)
         outputs = task.predict_baseline(features, known_features, known_labels)
         # Features as embeddings have no side of any training identity: only their pairs can be judged.
         if isinstance(task, PairMetrics):
@@ -83,8 +94,8 @@ def evaluate_baseline_predictions(
     return results
 
 
-def _records(name: str, units: Mapping[str, Units]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All labelled records of a task: what the backbone made of them, flat, and their labels."""
+def _pool_records(name: str, units: Mapping[str, Units]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the flattened features of all labelled records of a task, and their labels."""
     records = [own.tasks[name].labelled() for own in units.values() if name in own.tasks]
     return (
         torch.cat([each.features_RD for each in records]).flatten(1),
@@ -95,7 +106,14 @@ def _records(name: str, units: Mapping[str, Units]) -> tuple[torch.Tensor, torch
 def open_prepared_units(
     sites: Sequence[SiteConfig], run_id: str, tasks: Mapping[str, Task], split: Literal["train", "test"]
 ) -> dict[str, Units]:
-    """Every site's units of one split as prepared for a run; sites that did not take part are left out."""
+    """Returns each site's units of one split as it prepared them; sites that prepared none are left out.
+
+    Args:
+        sites: the sites.
+        run_id: id of the run for which they were prepared.
+        tasks: tasks to open, by name.
+        split: the split of the records.
+    """
     found = {}
     for site in sites:
         folder = locate_prepared_data(site, run_id)
@@ -106,5 +124,5 @@ def open_prepared_units(
 
 
 def locate_prepared_data(site: SiteConfig, run_id: str) -> Path:
-    """Where a site keeps the arrays it prepared for a run."""
+    """Returns the folder in which a site keeps the arrays that it prepared for a run."""
     return site.state_dir / "runs" / run_id / "data"

@@ -1,4 +1,4 @@
-"""The `flower` executor: the same coordinator and site code on Flower's simulation engine (Ray actors)."""
+"""The `flower` executor: the same code of coordinator and sites on Flower's simulation engine, as Ray actors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ _Result = TypeVar("_Result")
 
 
 def run_on_flower(app: ClientApp, num_sites: int, executor: Executor, coordinate: Callable[[Grid], _Result]) -> _Result:
-    """Run a coordinator function against sites that are Ray actors; what the function returned.
+    """Runs a coordinator against sites that are Ray actors, and returns the coordinator's result.
+
+    Args:
+        app: the sites' ClientApp.
+        num_sites: number of sites.
+        executor: resources of each site, and the address of a Ray cluster.
+        coordinate: the coordinator; it receives the grid that reaches the sites.
 
     Raises:
-        RunFailed: the engine ended without a result.
+        RunFailed: Flower's simulation engine ended without a result.
     """
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")

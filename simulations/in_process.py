@@ -1,7 +1,7 @@
-"""The default executor: every site in this process, every message through Flower's own encoding.
+"""The default executor: all sites run in this process, and every message goes through Flower's own encoding.
 
-It is the specification that Ray and deployment agree with: each message is deflated to Flower's bytes and inflated
-again before the ClientApp sees it, and so is the reply.
+It is the specification that Ray and deployment agree with: each message is serialized to Flower's bytes and parsed
+again before the ClientApp receives it, and so is each reply.
 """
 
 from __future__ import annotations
@@ -26,22 +26,27 @@ from common.flower import (
 FIRST_NODE_ID = 100
 
 SiteApp = Callable[[Message, Context], Message]
-"""A ClientApp, as the grid sees it."""
+"""A ClientApp, as a function."""
 
 
 _MESSAGE = "message"
 
 
 @dataclass(frozen=True)
-class _Deflated:
-    """A message's own bytes, and those of the objects of its content by their id."""
+class _SerializedMessage:
+    """A message as bytes.
+
+    Attributes:
+        message: bytes of the message itself.
+        content: object id -> bytes of each object of the content.
+    """
 
     message: bytes
     content: Mapping[str, bytes]
 
 
 class InProcessGrid(Grid):
-    """A Grid that calls one ClientApp for `num_sites` nodes, one after the other."""
+    """A Grid that calls one ClientApp for each of `num_sites` nodes, one after the other."""
 
     def __init__(self, app: SiteApp, num_sites: int) -> None:
         set_task_identity()
@@ -60,62 +65,62 @@ class InProcessGrid(Grid):
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
-        """Use this run's identity."""
+        """Sets the run's identity."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run's identity."""
+        """The identity of the run."""
         return self._run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """A message to a node."""
+        """Returns a new message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """All nodes, in the order of the sites."""
+        """Returns the ids of all nodes, in the order of the sites."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Deliver messages at once; their ids."""
+        """Delivers messages at once and returns their ids."""
         sent = list(messages)
         for message in sent:
             _set_id(message)
-        for message, deflated in zip(sent, _deflated(sent), strict=True):
-            self._replies[message.metadata.message_id] = self._deliver(message.metadata, deflated)
+        for message, serialized in zip(sent, _serialize(sent), strict=True):
+            self._replies[message.metadata.message_id] = self._deliver(message.metadata, serialized)
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Replies to these messages, each handed out once."""
+        """Returns the replies to these messages, each once."""
         return [self._replies.pop(item) for item in list(message_ids) if item in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Sequence[Message]:
-        """Deliver messages and return the replies; never waits."""
+        """Delivers messages and returns the replies, without waiting."""
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
-    def _deliver(self, metadata: Metadata, deflated: _Deflated) -> Message:
+    def _deliver(self, metadata: Metadata, serialized: _SerializedMessage) -> Message:
         context = self._contexts[metadata.dst_node_id]
-        received = _inflated(deflated, metadata.message_id)
+        received = _parse(serialized, metadata.message_id)
         try:
             reply = self._app(received, context)
         except Exception as error:  # noqa: BLE001 - stands in for Flower's engine, which turns any error into a reply
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=received)
         _set_id(reply)
-        return _inflated(_deflated([reply])[0], reply.metadata.message_id)
+        return _parse(_serialize([reply])[0], reply.metadata.message_id)
 
 
 def _set_id(message: Message) -> None:
     set_metadata(message, message_id=uuid.uuid4().hex)
 
 
-def _deflated(messages: Sequence[Message]) -> list[_Deflated]:
-    """Messages as Flower's objects; contents that are one object are encoded once."""
+def _serialize(messages: Sequence[Message]) -> list[_SerializedMessage]:
+    """Returns messages as bytes; a content that several messages share is serialized once."""
     contents: dict[int, dict[str, bytes]] = {}
-    deflated = []
+    serialized = []
     # Nobody changes a message meanwhile: without this, Flower encodes and hashes every part for each part above it.
     with no_object_id_recompute():
         for message in messages:
@@ -123,13 +128,14 @@ def _deflated(messages: Sequence[Message]) -> list[_Deflated]:
             if content is not None and id(content) not in contents:
                 nested = get_all_nested_objects(content)
                 contents[id(content)] = {key: inner.deflate() for key, inner in nested.items()}
-            deflated.append(_Deflated(message.deflate(), contents[id(content)] if content is not None else {}))
-    return deflated
+            parts = contents[id(content)] if content is not None else {}
+            serialized.append(_SerializedMessage(message.deflate(), parts))
+    return serialized
 
 
-def _inflated(deflated: _Deflated, message_id: str) -> Message:
-    """A message as its receiver gets it: made of bytes alone."""
-    objects = {**deflated.content, _MESSAGE: deflated.message}
+def _parse(serialized: _SerializedMessage, message_id: str) -> Message:
+    """Returns the message that its receiver gets, made from bytes alone."""
+    objects = {**serialized.content, _MESSAGE: serialized.message}
     copy = inflate_object_from_contents(_MESSAGE, objects)
     assert isinstance(copy, Message)
     set_metadata(copy, message_id=message_id)

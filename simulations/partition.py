@@ -1,6 +1,6 @@
-"""From one data set to several sites: each simulated site is a real site file, and a list of rows for each source.
+"""The partition of data sets into simulated sites: each site is a site file, and a list of rows for each source.
 
-Rows are assigned by unit: all records of a patient go to one site.
+Invariant: rows are assigned by unit, so that all records of a patient go to one site.
 """
 
 from __future__ import annotations
@@ -14,37 +14,45 @@ from typing import Any
 import numpy as np
 
 from client.config import Allow, SiteConfig, SiteTask, Split
-from client.data.sources import Record, SourceKind, open_source
+from client.data.sources import Record, open_source
 from common.plugins import Spec
 from common.types import BadInput, Unit
 from common.yaml import load, write_yaml
 from simulations.config import Keep, Partition, SimulatedTask, SimulationConfig
 
-Assignment = dict[str, dict[str, list[tuple[int, str]]]]
-"""Site -> source -> (1-based position in the source's index, split or "")."""
+Row = tuple[int, str]
+"""Position of a record in its source's index, from 1, and its split: "train", "test", or "" where it has none."""
+
+Assignment = dict[str, dict[str, list[Row]]]
+"""Site name -> source name -> rows."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sources of every site and, where a data set was divided, the rows each site holds."""
+    """The sources of every site and, where a source is divided, the rows that each site holds.
+
+    Attributes:
+        sources: site name -> source name -> settings of the source.
+        rows: rows of the divided sources.
+    """
 
     sources: Mapping[str, Mapping[str, Spec]]
     rows: Assignment
 
 
 def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = False) -> list[SiteConfig]:
-    """Write a site file for every simulated site and return them in order of their names.
+    """Writes a site file for every simulated site and returns the sites in order of their names.
 
     Args:
         config: the simulation.
-        folder: receives `<site>/site.yaml`, the rows and later the site's state (its ledger too: repeating a simulation
-            never exhausts a budget).
+        folder: folder that receives `<site>/site.yaml` and the rows, and later the site's state with its ledger: a
+            simulation that is repeated never exhausts a budget.
         non_private: whether these sites accept a run without privacy.
 
     Raises:
-        BadInput: a partition that leaves a site without any of its tasks' sources, or names unknown sites.
+        BadInput: the partition leaves a site without any of its tasks' sources, or names unknown sites.
     """
-    layout = _natural(config) if config.partition.kind == "natural" else _divided(config)
+    layout = _lay_out_natural(config) if config.partition.kind == "natural" else _lay_out_divided(config)
     names = sorted(layout.sources)
     _check_site_names(config, names)
     return [_write_site(config, layout, name, folder / name, non_private) for name in names]
@@ -71,7 +79,7 @@ def _check_site_names(config: SimulationConfig, names: list[str]) -> None:
 def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Path, non_private: bool) -> SiteConfig:
     folder.mkdir(parents=True)
     tasks = {
-        task_name: _site_task(task, task_name, name)
+        task_name: _make_site_task(task, task_name, name)
         for task_name, task in config.tasks.items()
         if (task.source in layout.sources[name] if task.sites == "all" else name in task.sites)
     }
@@ -85,7 +93,7 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
     sources = {}
     for source_name in used:
         rows = layout.rows.get(name, {}).get(source_name)
-        sources[source_name] = _site_source(layout.sources[name][source_name], source_name, rows, folder)
+        sources[source_name] = _make_site_source(layout.sources[name][source_name], source_name, rows, folder)
     explicit = config.partition.split != "hash"
     site = SiteConfig(
         name=name,
@@ -108,7 +116,7 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
     return site
 
 
-def _site_task(task: SimulatedTask, task_name: str, site: str) -> SiteTask:
+def _make_site_task(task: SimulatedTask, task_name: str, site: str) -> SiteTask:
     size = task.public_size
     if isinstance(size, dict):
         if site not in size:
@@ -118,10 +126,10 @@ def _site_task(task: SimulatedTask, task_name: str, site: str) -> SiteTask:
     return SiteTask(**values, public_size=size)
 
 
-def _site_source(spec: Spec, name: str, rows: list[tuple[int, str]] | None, folder: Path) -> Spec:
-    # Settings with their paths made absolute: a site file stands alone.
+def _make_site_source(spec: Spec, name: str, rows: list[Row] | None, folder: Path) -> Spec:
     kind = open_source(spec, f"sources.{name}")
-    settings = _plain(kind)
+    # Opened settings have absolute paths, so that the site file may lie in any folder.
+    settings: dict[str, Any] = kind.model_dump(mode="json", exclude_none=True)  # type: ignore[attr-defined]
     if rows is not None:
         path = folder / f"rows-{name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -130,35 +138,38 @@ def _site_source(spec: Spec, name: str, rows: list[tuple[int, str]] | None, fold
     return Spec(**settings)
 
 
-def _plain(kind: SourceKind) -> dict[str, Any]:
-    dumped: dict[str, Any] = kind.model_dump(mode="json", exclude_none=True)  # type: ignore[attr-defined]
-    return dumped
+# --- rows of each site -----------------------------------------------------------------------------------------------
 
 
-# --- who gets which rows ---------------------------------------------------------------------------------------------
-
-
-def _natural(config: SimulationConfig) -> Layout:
+def _lay_out_natural(config: SimulationConfig) -> Layout:
+    """Returns sites with sources of their own, and their parts of the sources under `divide`."""
     own = config.partition.sites or {}
     rows: Assignment = {}
     if config.partition.split == "stratified":
         for site, sources in own.items():
             rows[site] = {
-                name: _stratified(config, name, _index(spec, f"partition.sites.{site}.{name}"))
+                name: _split_stratified(config, name, _load_index(spec, f"partition.sites.{site}.{name}"))
                 for name, spec in sources.items()
             }
     layout = {site: dict(sources) for site, sources in own.items()}
     for name, sites in config.partition.divide.items():
-        index = _index(config.sources[name], f"sources.{name}")
-        for site, positions in _evenly(config, index, list(sites)).items():
-            kept = _kept(index, positions, sites[site], f"partition.divide.{name}.{site}")
+        index = _load_index(config.sources[name], f"sources.{name}")
+        for site, positions in _deal_evenly(config, index, list(sites)).items():
+            kept = _select_kept(index, positions, sites[site], f"partition.divide.{name}.{site}")
             layout.setdefault(site, {})[name] = config.sources[name]
-            rows.setdefault(site, {})[name] = _with_split(config, name, index, kept)
+            rows.setdefault(site, {})[name] = _add_splits(config, name, index, kept)
     return Layout(layout, rows)
 
 
-def _kept(index: list[Record], positions: list[int], keep: Keep, key: str) -> list[int]:
-    """Of some positions those whose records have one of the listed cells in each listed column."""
+def _select_kept(index: list[Record], positions: list[int], keep: Keep, key: str) -> list[int]:
+    """Returns the positions of records that have one of the listed cells in each listed column.
+
+    Args:
+        index: all records of the source.
+        positions: positions in the index that the site was dealt.
+        keep: column -> cells to keep, or "all".
+        key: key of `keep` in the simulation file, for messages.
+    """
     wanted = {} if keep == "all" else keep
     for column in wanted:
         if positions and column not in index[positions[0]].cells:
@@ -174,24 +185,25 @@ def _kept(index: list[Record], positions: list[int], keep: Keep, key: str) -> li
     return kept
 
 
-def _divided(config: SimulationConfig) -> Layout:
+def _lay_out_divided(config: SimulationConfig) -> Layout:
+    """Returns sites that share all sources, each with rows of its own."""
     if not config.sources:
         raise BadInput("sources: expected at least one source to divide into sites, got nothing")
     rows: Assignment = {}
     for name, spec in config.sources.items():
-        index = _index(spec, f"sources.{name}")
-        groups = _groups(index, config.unit)
-        for site, positions in _divide(config, name, index, groups).items():
-            rows.setdefault(site, {})[name] = _with_split(config, name, index, positions)
+        index = _load_index(spec, f"sources.{name}")
+        groups = _group_by_unit(index, config.unit)
+        for site, positions in _assign(config, name, index, groups).items():
+            rows.setdefault(site, {})[name] = _add_splits(config, name, index, positions)
     return Layout({site: config.sources for site in rows}, rows)
 
 
-def _index(spec: Spec, key: str) -> list[Record]:
+def _load_index(spec: Spec, key: str) -> list[Record]:
     return open_source(spec, key).open().index()
 
 
-def _groups(index: list[Record], unit: Unit) -> list[list[int]]:
-    """Positions that must stay together: the records of a patient, or single records."""
+def _group_by_unit(index: list[Record], unit: Unit) -> list[list[int]]:
+    """Returns groups of positions that stay together: the records of a patient, or single records."""
     if unit is Unit.EXAMPLE:
         return [[position] for position in range(len(index))]
     by_patient: dict[str, list[int]] = {}
@@ -200,28 +212,34 @@ def _groups(index: list[Record], unit: Unit) -> list[list[int]]:
     return list(by_patient.values())
 
 
-def _divide(
+def _assign(
     config: SimulationConfig, source: str, index: list[Record], groups: list[list[int]]
 ) -> dict[str, list[int]]:
+    """Returns site name -> positions of its records in one source, by the kind of the partition."""
     partition = config.partition
     if partition.kind == "column":
-        return _by_column(partition, index, groups)
+        return _assign_by_column(partition, index, groups)
     assert partition.num_sites is not None
     width = len(str(partition.num_sites))
     names = [f"site-{number:0{width}d}" for number in range(1, partition.num_sites + 1)]
     if partition.kind == "iid":
-        return _evenly(config, index, names)
+        return _deal_evenly(config, index, names)
     chosen: dict[str, list[int]] = {name: [] for name in names}
-    shares: dict[str, np.ndarray] = {}
-    for side, groups_there in _sides(partition, index, groups).items():
-        labels = _labels(config, source, index, groups_there)
+    proportions: dict[str, np.ndarray] = {}
+    for side, groups_there in _split_groups(partition, index, groups).items():
+        labels = _read_labels(config, source, index, groups_there)
         rng = np.random.default_rng([partition.seed, len(side)])
-        _dirichlet(partition, groups_there, labels, shares, chosen, rng)
+        for label in sorted(set(labels)):
+            if label not in proportions:
+                proportions[label] = rng.dirichlet([partition.alpha or 1.0] * len(names))
+            members = [group for group, own in zip(groups_there, labels, strict=True) if own == label]
+            for name, positions in _deal_by_proportion(members, names, proportions[label], rng).items():
+                chosen[name] += positions
     return chosen
 
 
-def _sides(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[list[int]]]:
-    """Train and test records separately where the source separates them, so that every site has both."""
+def _split_groups(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Returns the groups of each split where the source names splits, so that every site has records of all."""
     parts: dict[str, list[list[int]]] = {}
     for group in groups:
         side = index[group[0]].split or "" if partition.split == "source" else ""
@@ -229,10 +247,10 @@ def _sides(partition: Partition, index: list[Record], groups: list[list[int]]) -
     return dict(sorted(parts.items()))
 
 
-def _evenly(config: SimulationConfig, index: list[Record], names: Sequence[str]) -> dict[str, list[int]]:
-    """Shuffled and dealt out, unit by unit."""
+def _deal_evenly(config: SimulationConfig, index: list[Record], names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns site name -> positions, dealt out unit by unit after shuffling."""
     chosen: dict[str, list[int]] = {name: [] for name in names}
-    for side, groups in _sides(config.partition, index, _groups(index, config.unit)).items():
+    for side, groups in _split_groups(config.partition, index, _group_by_unit(index, config.unit)).items():
         rng = np.random.default_rng([config.partition.seed, len(side)])
         order = [groups[i] for i in rng.permutation(len(groups))]
         for number, name in enumerate(names):
@@ -240,7 +258,7 @@ def _evenly(config: SimulationConfig, index: list[Record], names: Sequence[str])
     return chosen
 
 
-def _by_column(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[int]]:
+def _assign_by_column(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[int]]:
     assert partition.by is not None
     chosen: dict[str, list[int]] = {}
     for group in groups:
@@ -253,7 +271,7 @@ def _by_column(partition: Partition, index: list[Record], groups: list[list[int]
     return chosen
 
 
-def _labels(config: SimulationConfig, source: str, index: list[Record], groups: list[list[int]]) -> list[str]:
+def _read_labels(config: SimulationConfig, source: str, index: list[Record], groups: list[list[int]]) -> list[str]:
     task_name = config.partition.by or ""
     task = config.tasks.get(task_name)
     if task is None or task.source != source or not isinstance(task.column, str):
@@ -261,41 +279,39 @@ def _labels(config: SimulationConfig, source: str, index: list[Record], groups: 
     return [index[group[0]].cells[task.column] for group in groups]
 
 
-def _dirichlet(
-    partition: Partition,
-    groups: list[list[int]],
-    labels: list[str],
-    shares: dict[str, np.ndarray],
-    chosen: dict[str, list[int]],
-    rng: np.random.Generator,
-) -> None:
-    """Each label is shared out by one draw of Dirichlet(alpha) (Hsu et al. 2019), the same for train and test."""
-    names = list(chosen)
-    for label in sorted(set(labels)):
-        if label not in shares:
-            shares[label] = rng.dirichlet([partition.alpha or 1.0] * len(names))
-        members = [group for group, own in zip(groups, labels, strict=True) if own == label]
-        order = [members[i] for i in rng.permutation(len(members))]
-        cuts = np.round(np.cumsum(shares[label])[:-1] * len(order)).astype(int)
-        for name, part in zip(names, np.split(np.arange(len(order)), cuts), strict=True):
-            chosen[name] += [position for i in part for position in order[i]]
+def _deal_by_proportion(
+    groups: list[list[int]], names: Sequence[str], proportions: np.ndarray, rng: np.random.Generator
+) -> dict[str, list[int]]:
+    """Returns site name -> positions of the groups of one label.
+
+    The proportions are one draw of Dirichlet(alpha) for each label, the same for train and test (Hsu et al. 2019).
+
+    Args:
+        groups: groups of positions with the label.
+        names: names of the sites.
+        proportions: float64 [number of sites], the part of the groups that each site receives; they sum to 1.
+        rng: generator that shuffles the groups.
+    """
+    order = [groups[i] for i in rng.permutation(len(groups))]
+    cuts = np.round(np.cumsum(proportions)[:-1] * len(order)).astype(int)
+    parts = np.split(np.arange(len(order)), cuts)
+    return {name: [position for i in part for position in order[i]] for name, part in zip(names, parts, strict=True)}
 
 
-def _with_split(
-    config: SimulationConfig, source: str, index: list[Record], positions: Iterable[int]
-) -> list[tuple[int, str]]:
+def _add_splits(config: SimulationConfig, source: str, index: list[Record], positions: Iterable[int]) -> list[Row]:
+    """Returns the rows of some positions, with the split that each record belongs to."""
     ordered = sorted(positions)
     if config.partition.split == "stratified":
         part = [index[position] for position in ordered]
-        sides = _stratified(config, source, part)
+        sides = _split_stratified(config, source, part)
         return [(ordered[number - 1] + 1, side) for number, side in sides]
     if config.partition.split == "source":
         return [(position + 1, index[position].split or "") for position in ordered]
     return [(position + 1, "") for position in ordered]
 
 
-def _stratified(config: SimulationConfig, source: str, index: list[Record]) -> list[tuple[int, str]]:
-    """A split of one site's records that keeps the labels' shares (of the first task on the source)."""
+def _split_stratified(config: SimulationConfig, source: str, index: list[Record]) -> list[Row]:
+    """Returns rows split so that both parts have the label frequencies of the first task on the source."""
     if any(record.patient for record in index):
         raise BadInput("partition.split: stratified divides single records; write hash, which keeps patients whole")
     task = next(task for task in config.tasks.values() if task.source == source)
@@ -304,7 +320,7 @@ def _stratified(config: SimulationConfig, source: str, index: list[Record]) -> l
     labels = [tuple(values.get(record.cells[name], record.cells[name]) for name in columns) for record in index]
     counts = {label: labels.count(label) for label in set(labels)}
     stratify = ["|".join(label) for label in labels] if len(counts) > 1 and min(counts.values()) > 2 else None
-    # Here: it takes a third of a second, and few simulations need it.
+    # Imported here: it takes a third of a second, and few simulations need it.
     from sklearn.model_selection import train_test_split
 
     train, _ = train_test_split(
@@ -314,10 +330,10 @@ def _stratified(config: SimulationConfig, source: str, index: list[Record]) -> l
         shuffle=True,
         stratify=stratify,
     )
-    inside = {int(position) for position in train}
-    return [(position + 1, "train" if position in inside else "test") for position in range(len(index))]
+    in_train = {int(position) for position in train}
+    return [(position + 1, "train" if position in in_train else "test") for position in range(len(index))]
 
 
 def read_sites(folder: Path) -> list[SiteConfig]:
-    """The sites that `build_sites` wrote."""
+    """Returns the sites that `build_sites` wrote to a folder, in order of their names."""
     return [load(SiteConfig, path) for path in sorted(folder.glob("*/site.yaml"))]

@@ -1,6 +1,6 @@
-"""Train one of a run's small backbones on public records, so that a demo needs no download.
+"""Pre-training of one of a run's small backbones on public records, so that a demo needs no download.
 
-The result is cached: a file whose metadata carries the digest of the settings and records it was made from is kept.
+The weights are kept where the metadata of their file names the digest of the same settings and records.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from simulations.config import Pretrain, SimulationConfig
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where the weights are and how well they fit the public records."""
+    """Weights of a pre-trained backbone.
+
+    Attributes:
+        path: file of the weights.
+        train_accuracy: accuracy on the public records; None where the weights are of an earlier call.
+        cached: whether the weights are of an earlier call.
+    """
 
     path: Path
     train_accuracy: float | None
@@ -35,10 +41,15 @@ class Pretrained:
 
 
 def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
-    """Train the run's backbone that is to be, with a linear classifier on the simulation's public source.
+    """Trains a backbone of the run with a linear classifier on public records, and writes its weights.
+
+    Args:
+        config: a simulation with a `pretrain` section.
+        observe: receives the progress in epochs.
 
     Raises:
-        BadInput: the simulation has no `pretrain` section or its backbone no file to write to.
+        BadInput: the simulation has no `pretrain` section, its backbone names no file to write to, or a record has a
+            label that is not listed.
     """
     plan = config.pretrain
     if plan is None:
@@ -48,14 +59,14 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     if untrained.weights_path is None:
         raise BadInput(f"{key}.weights: expected a file to write the weights to, got nothing")
     sources = [open_source(spec, f"pretrain.sources.{i}").open() for i, spec in enumerate(plan.sources)]
-    made_from = _digest(config, [source.digest() for source in sources])
+    made_from = _compute_digest(config, [source.digest() for source in sources])
     if _is_cached(untrained.weights_path, made_from):
         return Pretrained(untrained.weights_path, None, cached=True)
-    items, labels = _records(plan, sources, untrained)
+    items, labels = _load_records(plan, sources, untrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         classifier = nn.Linear(untrained.feature_dim, len(plan.labels))
-        accuracy = _fit(untrained.module, classifier, items, labels, config, observe)
+        accuracy = _train(untrained.module, classifier, items, labels, config, observe)
     state = pretrained_tensors(untrained.module, classifier)
     untrained.weights_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(untrained.weights_path, save(state, metadata={"made_from": made_from}))
@@ -72,7 +83,7 @@ def _settings(config: SimulationConfig) -> Spec:
     return config.run.backbone_specs[_name(config)]
 
 
-def _records(plan: Pretrain, sources: list[Source], untrained: Untrained) -> tuple[torch.Tensor, torch.Tensor]:
+def _load_records(plan: Pretrain, sources: list[Source], untrained: Untrained) -> tuple[torch.Tensor, torch.Tensor]:
     items, labels = [], []
     for source in sources:
         for position, record in enumerate(source.index()):
@@ -84,7 +95,7 @@ def _records(plan: Pretrain, sources: list[Source], untrained: Untrained) -> tup
     return torch.stack(items), torch.tensor(labels)
 
 
-def _fit(
+def _train(
     encoder: nn.Module,
     classifier: nn.Module,
     items: torch.Tensor,
@@ -113,7 +124,7 @@ def _fit(
         return float((model(items).argmax(1) == labels).float().mean())
 
 
-def _digest(config: SimulationConfig, source_digests: list[str]) -> str:
+def _compute_digest(config: SimulationConfig, source_digests: list[str]) -> str:
     assert config.pretrain is not None
     backbone = _settings(config).model_dump(mode="json")
     backbone.pop("weights", None)

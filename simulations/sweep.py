@@ -1,4 +1,7 @@
-"""Several runs of one simulation: every combination of listed values, once per seed. Features are encoded once."""
+"""Several runs of one simulation: every combination of the listed values, once for each seed.
+
+All runs share one cache of features.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,16 @@ from simulations.experiment import run
 
 @dataclass(frozen=True)
 class Row:
-    """One combination and task: the main metric's mean and standard deviation over the seeds."""
+    """The main metric of one task under one combination of values.
+
+    Attributes:
+        values: key path -> value.
+        task: name of the task.
+        metric: name of the metric.
+        mean: mean over the seeds.
+        std: standard deviation over the seeds; 0 for a single seed.
+        runs: number of seeds for which the metric is defined.
+    """
 
     values: dict[str, Any]
     task: str
@@ -33,16 +45,16 @@ class Row:
 
 
 def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Observe) -> tuple[Path, list[Row]]:
-    """Run every combination; the CSV with one row per run and task, and the summary rows.
+    """Runs every combination, and returns the path of a CSV with all results and one row for each combination and task.
 
     Args:
-        path: a simulation file with a `sweep` section.
-        overrides: "key.path=value", applied to every run.
-        out: folder for the runs and `sweep.csv`.
-        observe: told the progress.
+        path: simulation file with a `sweep` section.
+        overrides: settings that replace those of the file in every run, each as "key.path=value".
+        out: folder of the runs and of `sweep.csv`; by default a new one under the simulation's `runs_dir`.
+        observe: receives the progress in runs.
 
     Raises:
-        BadInput: no `sweep` section, or one of the combinations is not valid; found before anything runs.
+        BadInput: there is no `sweep` section, or a combination is not valid; nothing has run then.
     """
     config = load(SimulationConfig, path, overrides)
     if config.sweep is None:

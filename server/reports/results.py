@@ -1,4 +1,4 @@
-"""A run's folder: its name, the facts about how it was made, and the heads it produced."""
+"""The folder of a run: its name, the versions it was made with, its summary and its heads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "to
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
-    """A new folder `<name>-<time>-<four hex digits>`; its name is the run's id."""
+    """Creates and returns a folder `<name>-<time>-<four hex digits>`; its name is the run's id."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = parent / f"{name}-{stamp}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def new_run_folder(parent: Path, name: str) -> Path:
 
 
 def write_environment(path: Path, seeds: Mapping[str, int | None]) -> None:
-    """Package versions, the digest of the code that sites review, and the seeds."""
+    """Writes package versions, the digest of the code that sites review, and the seeds."""
     facts = {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
@@ -43,7 +43,7 @@ def write_environment(path: Path, seeds: Mapping[str, int | None]) -> None:
 
 
 def _version(package: str) -> str | None:
-    # One by one: to read what is installed altogether takes half a second.
+    # One by one: listing all installed packages takes half a second.
     try:
         return version(package)
     except PackageNotFoundError:
@@ -51,7 +51,14 @@ def _version(package: str) -> str | None:
 
 
 def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads) -> Summary:
-    """Write `summary.json` from the journal, and the heads, with the digests of the run's backbones; the summary."""
+    """Writes `summary.json` and the heads to a run's folder, and returns the summary.
+
+    Args:
+        folder: folder of the run, with its journal.
+        run: settings of the run.
+        backbones: backbone name -> digest.
+        heads: final parameters of heads and trunks by name; empty where the run failed.
+    """
     summary = summarize(read_run_journal(folder / "journal.jsonl"))
     epsilon = {name: site.epsilon for name, site in summary.sites.items() if site.rounds}
     save_heads(folder, run, backbones, heads, epsilon)
@@ -62,26 +69,26 @@ def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], he
 def save_heads(
     folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads, epsilon: Mapping[str, float | None]
 ) -> None:
-    """Write `heads/<task>.safetensors`; the metadata says what each head is for and what it cost.
+    """Writes each head as `heads/<task>.safetensors` and each trunk as `heads/<backbone>.trunk.safetensors`.
 
-    A trunk is one more file, `heads/<backbone>.trunk.safetensors`, with what trained of that backbone.
+    The metadata of each file names the task, its settings, the backbone's digest, and epsilon of each site.
 
     Args:
-        folder: the run's folder.
-        run: the run, for the tasks' settings.
-        backbones: digest of each of the run's backbones.
-        heads: final heads.
-        epsilon: spent in this run by site; None for a non-private site.
+        folder: folder of the run.
+        run: settings of the run.
+        backbones: backbone name -> digest.
+        heads: final parameters of heads and trunks by name.
+        epsilon: site name -> epsilon spent in this run; None where the run is not private.
     """
     (folder / "heads").mkdir(exist_ok=True)
-    for entry, params in heads.items():
-        about = _about_task(run, entry, backbones) if entry in run.tasks else _about_trunk(run, entry, backbones)
-        arrays = {name: np.asarray(array, order="C") for name, array in params.items()}
-        about = {**about, "epsilon": json.dumps(dict(epsilon))}
-        write_atomic(folder / "heads" / f"{entry}.safetensors", save(arrays, metadata=about))
+    for name, params in heads.items():
+        describe = _describe_head if name in run.tasks else _describe_trunk
+        arrays = {key: np.asarray(array, order="C") for key, array in params.items()}
+        metadata = {**describe(run, name, backbones), "epsilon": json.dumps(dict(epsilon))}
+        write_atomic(folder / "heads" / f"{name}.safetensors", save(arrays, metadata=metadata))
 
 
-def _about_task(run: RunConfig, task: str, backbones: Mapping[str, str]) -> dict[str, str]:
+def _describe_head(run: RunConfig, task: str, backbones: Mapping[str, str]) -> dict[str, str]:
     settings = run.tasks[task].settings()
     trunk = run.trunk_of(task)
     return {
@@ -93,7 +100,7 @@ def _about_task(run: RunConfig, task: str, backbones: Mapping[str, str]) -> dict
     }
 
 
-def _about_trunk(run: RunConfig, entry: str, backbones: Mapping[str, str]) -> dict[str, str]:
-    name = entry.removesuffix(".trunk")
+def _describe_trunk(run: RunConfig, trunk: str, backbones: Mapping[str, str]) -> dict[str, str]:
+    name = trunk.removesuffix(".trunk")
     trainable = run.trainable[name].model_dump_json()
-    return {"trunk": entry, "backbone_digest": backbones[name], "trainable": trainable}
+    return {"trunk": trunk, "backbone_digest": backbones[name], "trainable": trainable}
