@@ -13,10 +13,14 @@ _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
 class Health:
-    """A running health service; the whole process is the one service "" it answers for."""
+    """A running health service; it answers for the whole process, as the service named ""."""
 
     def __init__(self, port: int) -> None:
-        """Serve on 127.0.0.1; NOT_SERVING until told otherwise. Raises BadInput where the port is taken."""
+        """Starts the service on 127.0.0.1, as NOT_SERVING.
+
+        Raises:
+            BadInput: the port is in use.
+        """
         self._servicer = health.HealthServicer()
         # so_reuseport would let a second process share the port silently.
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
@@ -29,16 +33,16 @@ class Health:
         self._server.start()
 
     def serving(self, yes: bool) -> None:
-        """Say whether work can be done now."""
+        """Sets whether the process can work now."""
         self._servicer.set("", _Status.SERVING if yes else _Status.NOT_SERVING)
 
     def stop(self) -> None:
-        """Stop answering."""
+        """Stops the service."""
         self._server.stop(grace=1).wait()
 
 
 def is_serving(port: int, timeout_s: float = 2.0) -> bool | None:
-    """What the service on a loopback port says; None where none answers."""
+    """Returns what the service on a loopback port says; None where none answers."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:

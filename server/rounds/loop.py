@@ -217,7 +217,16 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
 
 
 def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> int:
-    """Sends every participant the final heads of its tasks, with their digest; returns how many confirmed them."""
+    """Sends every participant the final heads of its tasks, with their digest.
+
+    Args:
+        messenger: connection to the sites, with the run and its journal.
+        participants: sites that joined.
+        heads: final heads and trunks.
+
+    Returns:
+        The number of sites that confirmed them.
+    """
 
     def build(groups: Collection[str]) -> messages.FinishRequest:
         selected = _select_groups(heads, groups)
