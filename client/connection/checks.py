@@ -22,7 +22,7 @@ from client.connection.diagnose import (
     open_tls,
     read_presented_certificate,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, RunEnded, measure_clock_skew
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, RunInactive, measure_clock_skew
 from client.connection.keys import read_key
 from client.connection.node import NODE_ID, StopRequest
 from client.data.checks import data_checks
@@ -236,7 +236,7 @@ def _check_admission(config: SiteConfig, coordinator: Coordinator) -> Check:
     except ConnectionRefused as refused:
         what, _, remedy = str(refused).partition(": ")
         return Check("admitted", "fail", what, remedy)
-    except (ConnectionLost, RunEnded) as error:
+    except (ConnectionLost, RunInactive) as error:
         return Check("admitted", "warn", f"it cannot be told ({error})", "try again")
     finally:
         fleet.close()

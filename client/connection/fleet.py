@@ -73,7 +73,7 @@ class InvalidAnswer(ConnectionLost):
     """The coordinator can be reached and its answer is wrong; the same request again would not help."""
 
 
-class RunEnded(Exception):
+class RunInactive(Exception):
     """The run a message belongs to is not running any more."""
 
 
@@ -151,7 +151,7 @@ class Fleet:
 
     def check_admission(self, node: int) -> None:
         """Raises ConnectionRefused unless the key is admitted as this node; changes nothing at the coordinator."""
-        with contextlib.suppress(RunEnded):  # No run has the number 0; who is not admitted is not told even that.
+        with contextlib.suppress(RunInactive):  # No run has the number 0; who is not admitted is not told even that.
             self.fetch_bundle_hash(node, 0)
 
     def fetch_bundle_hash(self, node: int, run: int) -> str:
@@ -195,7 +195,7 @@ class Fleet:
             seconds: How long the site worked on it, which Flower asks for.
 
         Raises:
-            RunEnded: The reply is not wanted any more.
+            RunInactive: The reply is not wanted any more.
             ConnectionLost: The coordinator could not be reached for too long, or the site stops.
         """
         self._retry(lambda: self._push(node, outgoing, seconds))
@@ -297,7 +297,7 @@ class Fleet:
                 )
             )
         if status == httpx.codes.FORBIDDEN:
-            return RunEnded("the run is not running any more")
+            return RunInactive("the run is not running any more")
         if status == httpx.codes.NOT_FOUND or 300 <= status < 400:
             return ConnectionRefused(
                 f"{self._coordinator.address} answers, but is no coordinator of this version (status {status}); "

@@ -30,7 +30,7 @@ from client.connection.diagnose import (
     is_tls_error,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunEnded
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunInactive
 from client.connection.keys import read_key
 from client.connection.worker import Abandoned, Worker, WorkerDied, make_declined_reply
 from common.bundle import compute_bundle_digest, compute_code_digest
@@ -174,7 +174,7 @@ class Node:
             self._leaving.event.set()
             self._close_worker()
             if self._node:
-                with contextlib.suppress(ConnectionLost, ConnectionRefused, RunEnded):
+                with contextlib.suppress(ConnectionLost, ConnectionRefused, RunInactive):
                     self._fleet.deactivate(self._node)
                     self._show("left")
             self._fleet.close()
@@ -229,7 +229,7 @@ class Node:
     def _send_heartbeats(self) -> None:
         while not self._leaving.event.wait(HEARTBEAT_EVERY_S):
             # What is wrong is found by the next pull, which can say it.
-            with contextlib.suppress(ConnectionLost, ConnectionRefused, RunEnded):
+            with contextlib.suppress(ConnectionLost, ConnectionRefused, RunInactive):
                 self._fleet.send_heartbeat(self._node)
 
     # --- serving ---------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class Node:
         while not self._leaving.event.is_set():
             try:
                 delivery = self._fleet.pull_message(self._node)
-            except RunEnded:
+            except RunInactive:
                 self._leaving.event.wait(BUSY_POLL_S)  # Between the hand-out and the last object.
                 continue
             except ConnectionLost:
@@ -264,7 +264,7 @@ class Node:
         self._show(f"asked: {asked}{f', round {group}' if group.isdecimal() else ''}")
         try:
             outgoing = self._make_reply(delivery)
-        except RunEnded:
+        except RunInactive:
             self._show("the run is over; nothing was done")
             return
         except ConnectionLost as error:
@@ -273,7 +273,7 @@ class Node:
         seconds = time.monotonic() - started
         try:
             self._fleet.push_reply(self._node, outgoing, seconds)
-        except RunEnded:
+        except RunInactive:
             self._show("the run is over; the reply was not wanted any more")
         except ConnectionLost as error:
             self._show(

@@ -21,7 +21,7 @@ from client.connection.diagnose import (
     find_proxy,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, InvalidAnswer, RunEnded
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, InvalidAnswer, RunInactive
 from client.connection.keys import read_key, write_key_pair
 from common.flower import fleet_pb2, message_pb2
 from tests.answering import Answer, Answering, answering
@@ -142,7 +142,7 @@ def test_bytes_that_are_no_answer_are_a_fault_and_no_crash(tmp_path: Path, autho
         (412, "activate-node", ConnectionRefused, "does not know this site's key"),
         (401, "activate-node", ConnectionRefused, "does not know this site's key"),
         (404, "activate-node", ConnectionRefused, "no coordinator"),
-        (403, "activate-node", RunEnded, "not running"),
+        (403, "activate-node", RunInactive, "not running"),
         (503, "activate-node", ConnectionLost, "503"),
     ],
 )
