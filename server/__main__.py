@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -198,10 +197,10 @@ def status(folder: Dir, json_: Annotated[bool, typer.Option("--json", help="As J
     with reported_errors():
         found = operate.status(open_federation(folder))
         if json_:
-            typer.echo(json.dumps(found, indent=2))
+            typer.echo(found.to_json())
         else:
             Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(render_status(found))
-        if not found["link"]["healthy"]:
+        if not found.daemon.healthy:
             raise typer.Exit(EXIT_FAILED)
 
 

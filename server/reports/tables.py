@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,6 +12,7 @@ from rich.text import Text
 from common.events import AuditSummary, SiteSummary, Summary
 from common.privacy.accounting import rounded_up
 from common.types import DECLINED, explain_rejection
+from server.reports.status import FederationStatus
 
 BASELINES = {
     "baseline_prediction": "baseline\nprediction",
@@ -148,21 +148,21 @@ def _format_metric(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def render_status(status: Mapping[str, Any]) -> Group:
-    """Returns the state of a federation, as `python -m server status` collects it, as tables for a terminal."""
-    daemon, run, certificate = status["link"], status["run"], status["certificate"]
-    state = "not running" if not daemon["running"] else ("healthy" if daemon["healthy"] else "running, NOT HEALTHY")
+def render_status(status: FederationStatus) -> Group:
+    """Returns the state of a federation as tables for a terminal."""
+    daemon, run, certificate = status.daemon, status.run, status.certificate
+    state = "not running" if not daemon.running else ("healthy" if daemon.healthy else "running, NOT HEALTHY")
     lines = [
-        f"{status['federation']} at {status['address']}: {state}",
-        f"server certificate: {certificate['days_left']} days left (until {certificate['valid_until'][:10]})",
+        f"{status.federation} at {status.address}: {state}",
+        f"server certificate: {certificate.days_left} days left (until {certificate.valid_until[:10]})",
     ]
     replies: Mapping[str, int] = {}
     if run is not None:
-        replies = run["replies"]
-        where = f"round {run['round']} of {run['rounds']}" if run["rounds"] else "not begun"
-        lines.append(f"run {run['id']}: {where}, {'under way' if run['under_way'] else run['state']}")
+        replies = run.replies
+        progress = f"round {run.round} of {run.rounds}" if run.rounds else "not begun"
+        lines.append(f"run {run.id}: {progress}, {'under way' if run.under_way else run.state}")
     table = _new_table(None, ["site", "connected", "since", "replies in the run"])
-    for name, site in status["sites"].items():
-        connected = {None: "unknown", True: "yes", False: "no"}[site["connected"]]
-        table.add_row(name, connected, (site["since"] or "never")[:19], str(replies.get(name, "")))
+    for name, site in status.sites.items():
+        connected = {None: "unknown", True: "yes", False: "no"}[site.connected]
+        table.add_row(name, connected, (site.since or "never")[:19], str(replies.get(name, "")))
     return Group(Text("\n".join(lines), no_wrap=True, overflow="ignore"), table)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from common.events import RoundEnded, RunEnded, RunFailure, RunStarted, SiteJoined, read_run_journal, select_events
 from common.process.health import is_serving
@@ -16,6 +16,7 @@ from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.certificates import check_server, read_validity
 from server.deployment.federation import Federation
+from server.reports.status import CertificateStatus, ConnectionStatus, DaemonStatus, FederationStatus, RunStatus
 from server.superlink.control import Control, DaemonUnreachable
 from server.superlink.daemon import find_daemon_pid
 from server.superlink.superlink import build_environment
@@ -76,38 +77,43 @@ def stop_daemon(federation: Federation) -> bool:
     return True
 
 
-def status(federation: Federation) -> dict[str, Any]:
-    """Returns the state of the federation as plain values (docs/deploy.md describes them)."""
+def status(federation: Federation) -> FederationStatus:
+    """Returns the state of the federation (docs/deploy.md describes its JSON form)."""
     certificate = read_validity(federation.tls / "server.crt")
     process = find_daemon_pid(federation)
-    found: dict[str, Any] = {
-        "federation": federation.config.name,
-        "address": str(federation.config.address),
-        "link": {"running": process is not None, "pid": process, "healthy": None},
-        "certificate": {"valid_until": certificate.until.isoformat(), "days_left": certificate.days_left},
-        "sites": {site: {"connected": None, "since": None} for site in sorted(load_admitted_sites(federation))},
-        "run": _describe_newest_run(federation),
-    }
-    if process is None:
-        return found
-    found["link"]["healthy"] = is_serving(federation.config.health_port) is True
+    found = FederationStatus(
+        federation=federation.config.name,
+        address=str(federation.config.address),
+        daemon=DaemonStatus(running=process is not None, pid=process),
+        certificate=CertificateStatus(valid_until=certificate.until.isoformat(), days_left=certificate.days_left),
+        sites={site: ConnectionStatus() for site in sorted(load_admitted_sites(federation))},
+        run=_describe_newest_run(federation),
+    )
+    return found if process is None else _ask_daemon(federation, found)
+
+
+def _ask_daemon(federation: Federation, found: FederationStatus) -> FederationStatus:
+    """Returns the state with what only the running daemon knows: its health, connections, and the run under way."""
+    healthy = is_serving(federation.config.health_port) is True
+    sites, run = {}, found.run
     try:
         with Control(federation) as control:
             nodes = {node.key: node for node in control.list_nodes()}
             for site, entry in load_admitted_sites(federation).items():
                 node = nodes.get(entry.pem())
                 connected = node is not None and node.status == "online"
-                found["sites"][site] = {"connected": connected, "since": (node.since or None) if node else None}
+                sites[site] = ConnectionStatus(connected=connected, since=(node.since or None) if node else None)
             busy = control.find_current_run()
+        if run is not None:
+            under_way = busy is not None and Path(busy.folder).name == run.id
+            run = run.model_copy(update={"under_way": under_way})
     except DaemonUnreachable:
-        found["link"]["healthy"] = False
-        return found
-    if found["run"] is not None:
-        found["run"]["under_way"] = busy is not None and Path(busy.folder).name == found["run"]["id"]
-    return found
+        healthy = False
+    daemon = found.daemon.model_copy(update={"healthy": healthy})
+    return found.model_copy(update={"daemon": daemon, "sites": dict(found.sites) | sites, "run": run})
 
 
-def _describe_newest_run(federation: Federation) -> dict[str, Any] | None:
+def _describe_newest_run(federation: Federation) -> RunStatus | None:
     folders = sorted(federation.runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
     if not folders:
         return None
@@ -120,17 +126,16 @@ def _describe_newest_run(federation: Federation) -> dict[str, Any] | None:
         for site in event.sites:
             replies[site] = replies.get(site, 0) + 1
     since_start = events[events.index(started[-1]) :] if started else []
-    state = "not ended"
+    state: Literal["completed", "failed", "not ended"] = "not ended"
     if ended := [event for event in since_start if isinstance(event, RunEnded | RunFailure)]:
         state = "completed" if isinstance(ended[0], RunEnded) else "failed"
-    return {
-        "id": folder.name,
-        "state": state,
-        "under_way": False,
-        "round": max(done, default=0),
-        "rounds": started[-1].rounds if started else None,
-        "replies": replies,
-    }
+    return RunStatus(
+        id=folder.name,
+        state=state,
+        round=max(done, default=0),
+        rounds=started[-1].rounds if started else None,
+        replies=replies,
+    )
 
 
 def _find_last_error(log: Path) -> str | None:

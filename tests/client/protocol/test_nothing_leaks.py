@@ -6,7 +6,6 @@ crosses to the coordinator is recorded as bytes, and everything the coordinator 
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -512,4 +511,4 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
     run_federation(InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x")
     summary = write_results(own, run, digests_of(frozen), {})
     assert "error" in summary.sites["north"].reason
-    assert CANARY not in json.dumps(summary) + (own / "journal.jsonl").read_text()
+    assert CANARY not in summary.to_json() + (own / "journal.jsonl").read_text()

@@ -26,6 +26,7 @@ from common.types import BadInput, Plan, RunFailed, Unit
 from common.yaml import write_yaml
 from server.__main__ import _finish
 from server.deployment import admitted_sites
+from server.reports.status import RunStatus
 from server.reports.tables import render_status
 from server.superlink import operate
 from server.superlink.control import RunState
@@ -95,14 +96,9 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
     journal.write(RunStarted(run_id="tiny-1", rounds=4))
     journal.write(end_of_round(2))
     found = operate.status(federation)
-    assert found["run"] == {
-        "id": "tiny-1",
-        "state": "not ended",
-        "under_way": False,
-        "round": 2,
-        "rounds": 4,
-        "replies": {"north": 1},
-    }
+    assert found.run == RunStatus(
+        id="tiny-1", state="not ended", under_way=False, round=2, rounds=4, replies={"north": 1}
+    )
     console = Console(width=100)
     with console.capture() as capture:
         console.print(render_status(found))
