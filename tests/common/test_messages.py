@@ -171,7 +171,7 @@ def test_an_absurd_public_size_is_refused(size: object) -> None:
     if size == 10**400:
         assert (
             messages.decode(records, messages.JoinReply).tasks["task"] == size
-        )  # Bounded by the coordinator's roll call.
+        )  # Bounded by the coordinator when sites join.
     else:
         with pytest.raises(BadInput, match=r"JoinReply\.tasks"):
             messages.decode(records, messages.JoinReply)

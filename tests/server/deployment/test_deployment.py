@@ -400,7 +400,7 @@ def test_a_deployed_run_of_two_backbones_sends_each_site_what_its_tasks_need(
     ):
         done = server("start", federation.folder, tmp_path / "run.yaml", timeout=400)
         assert done.returncode == 0, done.stderr
-    assert "round 2 of 2: north, west; replies: shade 1, finding 2" in done.stderr
+    assert "round 2 of 2: north, west; updates: shade 1, finding 2" in done.stderr
     stored = {name: {path.name for path in (tmp_path / name / "state" / "backbones").glob("*")} for name in parts}
     assert stored == {"north": set(own.digests.values()), "west": {own.digests["texts"]}}
     (folder,) = federation.runs.iterdir()
