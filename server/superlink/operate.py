@@ -125,7 +125,9 @@ def _describe_newest_run(federation: Federation) -> RunStatus | None:
     for event in done.values():
         for site in event.sites:
             replies[site] = replies.get(site, 0) + 1
-    since_start = events[events.index(started[-1]) :] if started else []
+    # By position: two attempts within a millisecond are equal events.
+    starts = [position for position, event in enumerate(events) if isinstance(event, RunStarted)]
+    since_start = events[starts[-1] :] if starts else []
     state: Literal["completed", "failed", "not ended"] = "not ended"
     if ended := [event for event in since_start if isinstance(event, RunEnded | RunFailure)]:
         state = "completed" if isinstance(ended[0], RunEnded) else "failed"
