@@ -27,6 +27,7 @@ from client.protocol.join import join, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.solvers import open_solver
 from common import messages
+from common.bundle import compute_code_digest
 from common.events import (
     BackboneSent,
     FileJournal,
@@ -452,9 +453,10 @@ def test_who_approves_a_run_reads_all_digests_and_no_backbones_name_stands_in_fo
     (tmp_path / "offer.json").write_bytes(encode_offer(offer.run, offer.backbones))
     shown = CliRunner().invoke(app, ["approve", str(tmp_path / "site.yaml"), str(tmp_path / "offer.json")])
     assert shown.exit_code == 0, shown.output
-    lines = {line[:10].strip(): line[10:] for line in shown.stdout.splitlines()}
+    lines = {line[:13].strip(): line[13:] for line in shown.stdout.splitlines()}
     assert lines["price"].startswith("epsilon ")
     assert "warning" not in lines
+    assert lines["code_digest"] == compute_code_digest()
     assert all(digest in lines["backbones"] for digest in own.digests.values())
     # As the file has them: in order of their names.
     assert lines["tasks"] == "finding (classification, on warning), shade (classification, on price)"

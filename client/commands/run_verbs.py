@@ -15,6 +15,7 @@ from client.personal.evaluate import FEDERATED, Comparison, compare
 from client.protocol.approvals import Approvals, Offer, read_offer
 from client.protocol.plan import forecast
 from client.protocol.site import Site, SiteDeclined
+from common.bundle import compute_code_digest
 from common.model.backbones import digests_of, open_backbones
 from common.offers import make_offer
 from common.privacy.accounting import rounded_up
@@ -64,7 +65,7 @@ def approve(
             typer.echo(json.dumps({**about, "approved_by": approval.by, "time": approval.time}, indent=2))
             return
         for key, value in about.items():
-            typer.echo(f"{key:<10}{value}")
+            typer.echo(f"{key:<13}{value}")
         typer.echo(f"approved by {approval.by}, for one run; recorded in {config.state_dir / 'approvals.jsonl'}")
 
 
@@ -107,6 +108,7 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     about = {
         "run": run.name,
         "digest": offer.digest,
+        "code_digest": compute_code_digest(),
         "backbones": "; ".join(
             f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.backbone_specs.items()
         ),
