@@ -17,11 +17,11 @@ from common.types import BadInput
 
 MAX_BYTES = 10_000_000
 RUN_FOLDER = "run-folder"
-"""The one setting of a deployed run: the folder with everything else."""
+"""The one setting of a deployed run: its folder, which holds everything else."""
 
 
-def bundle_files(root: Path | None = None) -> dict[str, bytes]:
-    """Names and contents of what goes into a bundle.
+def collect_bundle_files(root: Path | None = None) -> dict[str, bytes]:
+    """Returns the names and contents of the files in a bundle.
 
     Args:
         root: the folder that holds the rooms; by default this installation's.
@@ -30,17 +30,20 @@ def bundle_files(root: Path | None = None) -> dict[str, bytes]:
     code = {
         path.relative_to(base).as_posix(): path.read_bytes() for room in ROOMS for path in (base / room).rglob("*.py")
     }
-    return {"pyproject.toml": _settings().encode(), **dict(sorted(code.items()))}
+    return {"pyproject.toml": _render_settings().encode(), **dict(sorted(code.items()))}
 
 
 def make_bundle(root: Path | None = None) -> Fab:
-    """The bundle of an installation.
+    """Returns the app bundle of an installation.
+
+    Args:
+        root: the folder that holds the rooms; by default this installation's.
 
     Raises:
         BadInput: Flower does not accept it, or it is larger than a bundle may be.
     """
     try:
-        content = build_bundle(bundle_files(root))
+        content = build_bundle(collect_bundle_files(root))
     except ValueError as error:
         raise BadInput(f"app bundle: {error}") from error
     if len(content) > MAX_BYTES:
@@ -48,8 +51,8 @@ def make_bundle(root: Path | None = None) -> Fab:
     return Fab(hashlib.sha256(content).hexdigest(), content, {})
 
 
-def _settings() -> str:
-    """Made here rather than copied: an installation from a wheel has no pyproject.toml."""
+def _render_settings() -> str:
+    """Returns the bundle's pyproject.toml, made here because an installation from a wheel has none."""
     components = "\n".join(f'{name} = "{target}"' for name, target in COMPONENTS.items())
     include = ", ".join(f'"{room}/**/*.py"' for room in ROOMS)
     try:

@@ -215,9 +215,9 @@ def test_the_simulation_engine_has_the_parts_that_tests_use() -> None:
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
 def test_equal_files_make_equal_bundles() -> None:
-    from server.deployment.app_bundle import bundle_files
+    from server.deployment.app_bundle import collect_bundle_files
 
-    assert flower.build_bundle(bundle_files()) == flower.build_bundle(bundle_files())
+    assert flower.build_bundle(collect_bundle_files()) == flower.build_bundle(collect_bundle_files())
 
 
 def test_a_site_loads_nothing_of_the_superlink() -> None:

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from common.bundle import ROOMS, compute_bundle_digest, compute_code_digest
-from server.deployment.app_bundle import MAX_BYTES, bundle_files, make_bundle
+from server.deployment.app_bundle import MAX_BYTES, collect_bundle_files, make_bundle
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -48,11 +48,11 @@ def test_our_own_list_keeps_strays_out_before_flowers_filter_does(tmp_path: Path
         (tmp_path / room).mkdir()
         for name in ("code.py", "records.csv", "ca.key"):
             (tmp_path / room / name).write_text("")
-    assert set(bundle_files(tmp_path)) == {f"{room}/code.py" for room in ROOMS} | {"pyproject.toml"}
+    assert set(collect_bundle_files(tmp_path)) == {f"{room}/code.py" for room in ROOMS} | {"pyproject.toml"}
 
 
 def test_flowers_filter_takes_the_code_of_three_rooms_alone() -> None:
-    settings = tomllib.loads(bundle_files()["pyproject.toml"].decode())
+    settings = tomllib.loads(collect_bundle_files()["pyproject.toml"].decode())
     assert set(settings["tool"]["flwr"]["app"]["fab-include"]) == {"client/**/*.py", "common/**/*.py", "server/**/*.py"}
 
 
@@ -65,7 +65,7 @@ def test_the_same_installation_makes_the_same_bundle() -> None:
 
 
 def test_the_settings_carry_one_path_and_no_dependency_to_install() -> None:
-    text = bundle_files()["pyproject.toml"].decode()
+    text = collect_bundle_files()["pyproject.toml"].decode()
     assert 'run-folder = ""' in text
     assert "dependencies = []" in text
     assert "federations" not in text
