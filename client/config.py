@@ -99,7 +99,7 @@ class SiteConfig(Frozen):
 
     Attributes:
         evaluation: of held-out units; `local`: only on this machine, nothing about them is ever sent.
-        approval: `required`: runs are joined after `python -m client approve`; `automatic`: whatever `allow` covers.
+        approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
         coordinator: whom to join; None where a simulation carries the messages.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         plugins: folder of the site's own source kinds, one file each.

@@ -29,5 +29,5 @@ def encode_offer(offer: Mapping[str, Any], backbones: Mapping[str, str]) -> byte
 
 
 def compute_run_digest(offer: Mapping[str, Any], backbones: Mapping[str, str]) -> str:
-    """Returns 64 hex digits over everything a run asks of a site, which `python -m client approve` records."""
+    """Returns 64 hex digits over everything a run asks of a site, which `headwater site approve` records."""
     return hashlib.sha256(encode_offer(offer, backbones)).hexdigest()

@@ -31,7 +31,7 @@ _FILES = {
 }
 """The owners' files by their models' titles, and keys that tell them apart."""
 
-_SPLIT = "; `python -m simulations sites FILE FOLDER` writes its run and sites as files"
+_SPLIT = "; `headwater simulate sites FILE FOLDER` writes its run and sites as files"
 _HINTS = {
     ("run file", "simulation file"): _SPLIT,
     ("site file", "simulation file"): _SPLIT,

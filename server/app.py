@@ -24,7 +24,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the folder that `python -m server start` prepared, or the run file that `flwr run` names."""
+    """Runs the folder that `headwater coordinator start` prepared, or the run file that `flwr run` names."""
     setting = {key: str(context.run_config.get(key, "")) for key in ("run-folder", "run-file", "run-dir")}
     if setting["run-folder"]:
         run_deployed(grid, Path(setting["run-folder"]))

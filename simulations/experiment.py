@@ -145,8 +145,7 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
         return _train_and_report(experiment, sites, resume)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; `python -m simulations resume {experiment.folder}` continues the run after its last whole "
-            "round"
+            f"interrupted; `headwater simulate resume {experiment.folder}` continues the run after its last whole round"
         ) from None
 
 

@@ -5,7 +5,7 @@ records. A verdict holds for one offer, the parts of the site's file that an aud
 and of the libraries that draw, clip and sum; so joining again costs nothing.
 
 The coordinator waits for an answer no longer than the run's own time-out: an audit that is not done by then is given
-up, and the site declines. `python -m client audit SITE.yaml RUN.yaml` says how long one takes.
+up, and the site declines. `headwater site audit SITE.yaml RUN.yaml` says how long one takes.
 """
 
 from __future__ import annotations

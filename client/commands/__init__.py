@@ -1,1 +1,1 @@
-"""The verbs of `python -m client`."""
+"""The verbs of a site: one file is one verb, found by its name."""

@@ -95,7 +95,7 @@ def check_approvals(site: Path, config: SiteConfig, offers: Mapping[Path, Offer]
         elif offer.digest in {approval.digest for approval in approvals.all()}:
             yield Check(f"run {name}", "pass", f"approved, digest {offer.digest}")
         else:
-            yield Check(f"run {name}", "warn", "not approved yet", f"python -m client approve {site} {path}")
+            yield Check(f"run {name}", "warn", "not approved yet", f"headwater site approve {site} {path}")
 
 
 def check_backbone_fit(preview: Preview) -> Check:
@@ -145,12 +145,12 @@ def _check_budget(config: SiteConfig) -> Check:
             Site(config, os_entropy).ledger()
         account = budgets.balance(config)
     except HeadwaterError as error:
-        return Check("ledger", "fail", str(error), "python -m client recover, or amend; see docs/deploy-site.md")
+        return Check("ledger", "fail", str(error), "headwater site recover, or amend; see docs/deploy-site.md")
     left = f"epsilon {budgets.rounded_down(account.left_epsilon, 2):g} of {account.terms.epsilon_cap:g} left"
     if account.left_epsilon <= 0:
         return Check("ledger", "fail", left, "every private run will be declined; the budget is never reset")
     if account.amendment_due:
-        return Check("ledger", "fail", f"{left}, but the site file says other terms", "python -m client amend")
+        return Check("ledger", "fail", f"{left}, but the site file says other terms", "headwater site amend")
     return Check("ledger", "pass", left)
 
 
@@ -159,7 +159,7 @@ def _check_credentials(coordinator: Coordinator) -> Iterator[Check]:
         read_key(coordinator.key)
         yield Check("key", "pass", f"{coordinator.key}, readable by its owner only")
     except BadInput as error:
-        yield Check("key", "fail", str(error), "chmod 600 it, or make a new one with `python -m client init`")
+        yield Check("key", "fail", str(error), "chmod 600 it, or make a new one with `headwater site init`")
     try:
         create_trusting_context(coordinator.ca)
         yield Check("authority", "pass", str(coordinator.ca))
@@ -206,7 +206,7 @@ def _check_expiry(coordinator: Coordinator) -> Check:
     days = (shown.not_after - diagnose.utc_now()).days
     detail = f"for {coordinator.address.host}, issued by {shown.issuer}, valid for {days} more days"
     if days < WARN_DAYS:
-        return Check("certificate", "warn", detail, "remind the coordinator's staff: `python -m server renew`")
+        return Check("certificate", "warn", detail, "remind the coordinator's staff: `headwater coordinator renew`")
     return Check("certificate", "pass", detail)
 
 

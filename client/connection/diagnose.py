@@ -170,7 +170,7 @@ def _explain_certificate_failure(coordinator: Coordinator, error: ssl.SSLCertVer
     if error.verify_code == _EXPIRED:
         return (
             f"the coordinator's certificate expired on {shown.not_after:%Y-%m-%d %H:%M} UTC (this machine's clock says "
-            f"{utc_now():%Y-%m-%d %H:%M}): its staff renew it with `python -m server renew`"
+            f"{utc_now():%Y-%m-%d %H:%M}): its staff renew it with `headwater coordinator renew`"
         )
     if error.verify_code == _NOT_YET:
         return (
@@ -180,7 +180,7 @@ def _explain_certificate_failure(coordinator: Coordinator, error: ssl.SSLCertVer
     if error.verify_code in (_WRONG_NAME, _WRONG_ADDRESS):
         return (
             f"the certificate is for {', '.join(shown.names) or 'no name'}, not for {coordinator.address.host}: "
-            "correct coordinator.address, or ask for a certificate with this name (`python -m server renew`)"
+            "correct coordinator.address, or ask for a certificate with this name (`headwater coordinator renew`)"
         )
     expected = x509.load_pem_x509_certificate(coordinator.ca.read_bytes()).subject.rfc4514_string()
     if shown.issuer == expected:

@@ -310,7 +310,7 @@ class Fleet:
     def _explain_unknown_key(self, what: str) -> str:
         return (
             f"{what}: send {self._coordinator.key}.pub to the coordinator's staff, who admit it with "
-            "`python -m server admit`; a key that was removed stays revoked: `python -m client init DIR --new-key` "
+            "`headwater coordinator admit`; a key that was removed stays revoked: `headwater site init DIR --new-key` "
             "makes another"
         )
 

@@ -18,7 +18,7 @@ SITE_FILE = "site.yaml"
 
 _TEMPLATE = """\
 # The file of one site: what this hospital decides. Nothing in it is sent except what is marked public.
-# Replace every {mark}, then: python -m client check site.yaml
+# Replace every {mark}, then: headwater site check site.yaml
 # Relative paths are relative to this file. ${{NAME}} is taken from the environment.
 
 name: {name}                      # public: short, lower case; the name under which the coordinator admits this site
@@ -34,7 +34,7 @@ allow:                            # nothing is allowed by omission; `any` must b
   backbones: any                  # or a list of digests: of all backbones that your tasks of a run stand on
   solvers: {solvers}
   non_private: false              # true lets runs without noise through; they count as an infinite loss
-approval: required                # join after `python -m client approve`; `automatic`: whatever `allow` covers
+approval: required                # join after `headwater site approve`; `automatic`: whatever `allow` covers
 
 sources:                          # where records are; kinds and their keys: README, "Your own data"
   records:

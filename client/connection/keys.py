@@ -54,7 +54,7 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except OSError as error:
         raise BadInput(
             f"coordinator.key: expected this site's private key in {path}{instead(error)}; "
-            "`python -m client init DIR --new-key` makes one"
+            "`headwater site init DIR --new-key` makes one"
         ) from error
     if mode & _OTHERS:
         raise BadInput(f"coordinator.key: {path} can be read by others than its owner; chmod 600 it")

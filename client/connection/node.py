@@ -99,7 +99,7 @@ def lock_site(state_dir: Path) -> Iterator[None]:
     Raises:
         BadInput: another process holds it.
     """
-    serving = BadInput(f"state_dir: another `python -m client start` already serves {state_dir}")
+    serving = BadInput(f"state_dir: another `headwater site start` already serves {state_dir}")
     with lock_file(private_folder(state_dir) / "joined.lock", timeout_s=0.0, held=serving):
         yield
 

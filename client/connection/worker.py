@@ -103,7 +103,7 @@ class Worker:
         return Outgoing(message_pb2.Message.FromString(envelope), message_pb2.ObjectTree.FromString(tree), named)
 
     def fetch_balance(self) -> Mapping[str, Any]:
-        """Returns the budget of the site's population, as `python -m client budget --json` prints it."""
+        """Returns the budget of the site's population, as `headwater site budget --json` prints it."""
         account: Mapping[str, Any] = json.loads(self._exchange([b"balance"], lambda: False)[0])
         return account
 

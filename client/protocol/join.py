@@ -200,7 +200,7 @@ def _open_backbones(
 
 
 def _let_wait(site: Site, request: messages.JoinRequest) -> bool:
-    """Keep an offer that nobody approved, for `python -m client approve`; whether it is new."""
+    """Keep an offer that nobody approved, for `headwater site approve`; whether it is new."""
     return Approvals(site.config.state_dir).wait(Offer(request.run, request.backbones))
 
 

@@ -159,7 +159,7 @@ def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
         return
     approvals = Approvals(site.config.state_dir)
     if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
-        detail = f"nobody approved run {digest}; see `python -m client approve SITE.yaml`"
+        detail = f"nobody approved run {digest}; see `headwater site approve SITE.yaml`"
         raise SiteDeclined(DeclineReason.NOT_APPROVED, detail)
 
 

@@ -74,9 +74,7 @@ class SeriesCnn(Plugin):
     def pretrained(self) -> Pretrained:
         """Weights from the file that pre-training wrote."""
         if self.weights is None or not self.weights.exists():
-            raise BadInput(
-                f"weights: found no file at {self.weights}; run `python -m simulations pretrain CONFIG` first"
-            )
+            raise BadInput(f"weights: found no file at {self.weights}; run `headwater simulate pretrain CONFIG` first")
         tensors = read_state(self.weights)
         encoder = self.architecture().module
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(CLASSIFIER)}

@@ -86,11 +86,9 @@ class SmallCnn(Plugin):
     def pretrained(self) -> Pretrained:
         """Weights from the file that pre-training wrote."""
         if self.weights is None:
-            raise BadInput("weights: expected the file that `python -m simulations pretrain` writes, got nothing")
+            raise BadInput("weights: expected the file that `headwater simulate pretrain` writes, got nothing")
         if not self.weights.exists():
-            raise BadInput(
-                f"weights: found no file at {self.weights}; run `python -m simulations pretrain CONFIG` first"
-            )
+            raise BadInput(f"weights: found no file at {self.weights}; run `headwater simulate pretrain CONFIG` first")
         tensors = read_state(self.weights)
         encoder = self.architecture()
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(CLASSIFIER)}

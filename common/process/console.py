@@ -1,35 +1,153 @@
-"""What the three command lines share: progress while work goes on, one clear sentence when it cannot."""
+"""Parts of every command line: verbs found by file name, progress while work goes on, one sentence on failure.
+
+A folder of verbs is a plug-in folder: `commands/plan.py` is the verb `plan`, and its function `plan` is what runs. A
+verb's module is imported when the verb is called or its own help is asked for; the list of verbs is read from the
+files' text, so that it answers at once whatever a verb needs.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
+import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import click
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand, TyperGroup
 
 from common.types import BadInput, HeadwaterError, Interrupted
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+PIPE_WIDTH = 100
+"""Columns of a table on a pipe, which has no width of its own."""
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+class VerbGroup(TyperGroup):
+    """A group of commands whose members are the files of one folder; `package` is set by `make_verbs_app`."""
+
+    package = ""
+
+    def __init__(self, *, commands: dict[str, click.Command] | None = None, **settings: Any) -> None:
+        """Lists the folder's verbs by their names and first docstring lines; no verb is imported."""
+        listed = {name: TyperCommand(name, help=text) for name, text in read_verbs(self.package).items()}
+        super().__init__(commands={**(commands or {}), **listed}, **settings)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns a verb with its arguments and options: imports its module."""
+        if cmd_name in read_verbs(self.package):
+            return load_verb(self.package, cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of verbs; no verb is imported."""
+        self._as_plain_group().format_help(ctx, formatter)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Completes a verb's name; no verb is imported."""
+        return self._as_plain_group().shell_complete(ctx, incomplete)
+
+    def _as_plain_group(self) -> TyperGroup:
+        return TyperGroup(
+            name=self.name,
+            commands=dict(self.commands),
+            params=self.params,
+            help=self.help,
+            rich_markup_mode=self.rich_markup_mode,
+        )
+
+
+def make_verbs_app(package: str, help_: str, *, completion: bool = False) -> typer.Typer:
+    """Returns a command line whose verbs are the files of a folder.
+
+    Args:
+        package: dotted name of the folder, such as `client.commands`.
+        help_: text above the list of verbs.
+        completion: adds the options that install completion for the user's shell.
+    """
+    group = type("Verbs", (VerbGroup,), {"package": package})
+    app = typer.Typer(
+        cls=group, no_args_is_help=True, add_completion=completion, pretty_exceptions_enable=False, help=help_
+    )
+
+    @app.callback()
+    def start() -> None:
+        """Keeps the verb's name on the command line also where there is only one verb."""
+
+    return app
+
+
+@cache
+def read_verbs(package: str) -> dict[str, str]:
+    """Returns the verbs of a folder with the first lines of their docstrings, sorted by name; nothing is imported.
+
+    Raises:
+        ValueError: a file has no function of its own name, or the function has no docstring.
+    """
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None
+    paths = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py"))
+    return {path.stem: _read_first_line(path) for path in paths if not path.stem.startswith("_")}
+
+
+def load_verb(package: str, verb: str) -> click.Command:
+    """Returns a verb as a command with its arguments and options: imports its module."""
+    module = importlib.import_module(f"{package}.{verb}")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(verb)(getattr(module, verb))
+    return typer.main.get_command(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Runs a command line as the whole program."""
+    logging.basicConfig(level=logging.WARNING)
+    app()
+
+
+def _read_first_line(path: Path) -> str:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == path.stem:
+            text = ast.get_docstring(node)
+            if text:
+                return text.splitlines()[0]
+    raise ValueError(f"{path}: expected a function {path.stem!r} with a docstring, got none")
+
+
+# --- errors, progress, tables ----------------------------------------------------------------------------------------
+
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn an error a user can act on into one sentence on stderr and an exit code.
+    """Turns an error a user can act on into one sentence on stderr and an exit code.
 
     2 for bad input, 130 for a run that Ctrl-C ended, 1 for the rest.
     """
     try:
         yield
     except HeadwaterError as error:
+        from rich.console import Console
+
         Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(_exit_code(error)) from error
+        raise typer.Exit(_find_exit_code(error)) from error
 
 
-def _exit_code(error: HeadwaterError) -> int:
+def _find_exit_code(error: HeadwaterError) -> int:
     if isinstance(error, Interrupted):
         return EXIT_INTERRUPTED
     return EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_FAILED
@@ -37,7 +155,10 @@ def _exit_code(error: HeadwaterError) -> int:
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """An observer that draws a bar for each phase on stderr; on a pipe it prints a line when a phase ends."""
+    """Yields an observer that draws a bar for each phase on stderr; on a pipe it prints a line when a phase ends."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
@@ -51,3 +172,15 @@ def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
                 console.print(f"{phase}: {done} of {total}")
 
         yield observe
+
+
+def make_console() -> Console:
+    """Returns a console on stdout whose tables are wide enough also on a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def print_json(values: Any) -> None:
+    """Prints values as JSON on stdout; NaN and infinity are refused because they are no JSON."""
+    typer.echo(json.dumps(values, indent=2, allow_nan=False))

@@ -108,7 +108,7 @@ def admit_site(federation: Federation, site: str, key_file: Path) -> AdmittedSit
                 raise BadInput(f"{key_file}: this key is admitted already, for site {each.site}; each site has its own")
             if each.site == site and each.removed is None:
                 raise BadInput(
-                    f"site {site} is admitted already, with another key; `python -m server remove` "
+                    f"site {site} is admitted already, with another key; `headwater coordinator remove` "
                     "revokes that one for ever"
                 )
         _check_comment(key_file, site)
@@ -168,7 +168,7 @@ def read_public_key(path: Path) -> str:
     Raises:
         BadInput: not an EC P-384 public key in OpenSSH format; a private key is named as such.
     """
-    wanted = "expected a site's EC P-384 public key in OpenSSH format (the .pub file of `python -m client init`)"
+    wanted = "expected a site's EC P-384 public key in OpenSSH format (the .pub file of `headwater site init`)"
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_KEY_BYTES)

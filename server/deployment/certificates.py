@@ -131,13 +131,13 @@ def check_server(folder: Path, hosts: Sequence[str]) -> Validity:
         found = read_validity(folder / name)
         if found.until <= datetime.datetime.now(datetime.UTC):
             raise BadInput(
-                f"{folder / name}: this certificate expired on {found.until:%Y-%m-%d}; `python -m server {remedy}`"
+                f"{folder / name}: this certificate expired on {found.until:%Y-%m-%d}; `headwater coordinator {remedy}`"
             )
     missing = [host for host in hosts if str(_general_name(host).value) not in found.hosts]
     if missing:
         raise BadInput(
             f"{folder / 'server.crt'}: expected a certificate for {', '.join(missing)}, which federation.yaml names, "
-            f"got one for {', '.join(found.hosts)}; `python -m server renew`"
+            f"got one for {', '.join(found.hosts)}; `headwater coordinator renew`"
         )
     return found
 

@@ -4,7 +4,7 @@
     run.yaml          an example run file                     state/   the SuperLink's database, logs, locks, secrets
     sites.json        who is admitted, by public key          tls/     the federation's own authority, the server's key
 
-Nothing in it belongs to a site: sites get what `python -m server kit` packs, and that holds nothing secret.
+Nothing in it belongs to a site: sites get what `headwater coordinator kit` packs, and that holds nothing secret.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def open_federation(folder: Path) -> Federation:
     """
     path = folder / "federation.yaml"
     if not path.is_file():
-        raise BadInput(f"{folder}: expected a federation folder, which `python -m server init` makes, got none")
+        raise BadInput(f"{folder}: expected a federation folder, which `headwater coordinator init` makes, got none")
     federation = Federation(folder.resolve(), load(FederationConfig, path))
     for place in (federation.folder, federation.state, federation.runs):
         if not os.access(place, os.W_OK | os.X_OK):
@@ -157,7 +157,7 @@ def _settings_text(config: FederationConfig) -> str:
     also = ", ".join(f'"{host}"' for host in config.also)
     return f"""\
 # A federation's settings: the coordinator's own file. After a change, restart the coordinator (`stop`, then `start`);
-# after a change of `address` or `also`, also `python -m server renew` and new kits for the sites.
+# after a change of `address` or `also`, also `headwater coordinator renew` and new kits for the sites.
 
 name: {config.name}
 address: "{config.address}"    # where sites reach the coordinator: the one port that has to be open to them
@@ -173,7 +173,7 @@ idle_timeout_s: {config.idle_timeout_s:g}    # how long a connection may keep th
 
 
 EXAMPLE_RUN = """\
-# A run file: what the coordinator asks of every site. `python -m server start DIR RUN.yaml` starts it.
+# A run file: what the coordinator asks of every site. `headwater coordinator start DIR RUN.yaml` starts it.
 
 name: chest
 seed: 1

@@ -53,7 +53,7 @@ def _build_files(federation: Federation, site: str, run_files: Sequence[Path]) -
     lines = [f"{key}: {json.dumps(value)}" for key, value in about.items()]
     files = {
         "kit.yaml": (
-            "\n".join(["# The coordinator to join; `python -m client init DIR --kit` reads it.", *lines]) + "\n"
+            "\n".join(["# The coordinator to join; `headwater site init DIR --kit` reads it.", *lines]) + "\n"
         ).encode(),
         "ca.crt": (federation.tls / "ca.crt").read_bytes(),
     }

@@ -30,7 +30,9 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
     run = load(RunConfig, path, overrides)
     sites = load_admitted_sites(federation)
     if not sites:
-        raise BadInput(f"{federation.folder}: no site is admitted; `python -m server admit` each with its public key")
+        raise BadInput(
+            f"{federation.folder}: no site is admitted; `headwater coordinator admit` each with its public key"
+        )
     needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)
     if needed > len(sites):
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")

@@ -1,4 +1,4 @@
-"""The state of a federation, as `python -m server status` reports it."""
+"""The state of a federation, as `headwater coordinator status` reports it."""
 
 from __future__ import annotations
 

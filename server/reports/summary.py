@@ -45,7 +45,7 @@ FLOWER_APP = "flower_app"
 """Executor of `flwr run`: sites may be anywhere, and the coordinator sees nothing of their held-out records."""
 
 DEPLOYMENT = "deployment"
-"""Executor of `python -m server start`: likewise."""
+"""Executor of `headwater coordinator start`: likewise."""
 
 
 def summarize(events: Sequence[RunEvent]) -> Summary:

@@ -1,7 +1,7 @@
 """The coordinator's daemon: Flower's SuperLink behind two listeners, and the process that starts runs.
 
-`python -m server link DIR` is this process in the foreground (for systemd); `start` launches it in the background. It
-owns the folder's lock for as long as it lives, and everything it starts ends with it.
+`headwater coordinator link DIR` is this process in the foreground (for systemd); `start` launches it in the
+background. It owns the folder's lock for as long as it lives, and everything it starts ends with it.
 
 Invariant: the daemon listens to the network only after it has registered the admitted sites and removed all others in
 the SuperLink, so that a site that was removed while nothing ran is never known.

@@ -95,7 +95,7 @@ def create_public_listener(app: App, *, tls: Path, max_connections: int, idle_s:
     except (OSError, ssl.SSLError) as error:
         raise BadInput(
             f"{tls}: expected server.crt and the server.key that belongs to it{instead(error)}; "
-            "`python -m server renew`"
+            "`headwater coordinator renew`"
         ) from error
     assert config.ssl is not None
     config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -34,7 +34,7 @@ def submit_run(control: Control, folder: Path) -> int:
     busy = control.find_current_run()
     if busy is not None:
         raise BadInput(
-            f"run {Path(busy.folder).name} is under way; wait for it, or end it with `python -m server stop --run`"
+            f"run {Path(busy.folder).name} is under way; wait for it, or end it with `headwater coordinator stop --run`"
         )
     return control.submit(make_bundle(), {RUN_FOLDER: str(folder)})
 

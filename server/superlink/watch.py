@@ -62,7 +62,7 @@ def watch(
             if not alive() or time.monotonic() - silent_since > _MAX_SILENCE_S:
                 raise RunFailed(
                     f"run {folder.name}: {error}: it ended while the run was under way; see state/link.log, then "
-                    "`python -m server resume` continues after the last whole round"
+                    "`headwater coordinator resume` continues after the last whole round"
                 ) from error
             state = None
         if state is not None and state.finished and len(read_run_journal(folder / "journal.jsonl")) == skip:

@@ -194,7 +194,7 @@ def test_an_interrupted_run_names_the_command_that_resumes_it(simulation_file: P
     with pytest.raises(typer.Exit) as ended, reported_errors():
         run(simulation_file, out=out, overrides=["run.rounds=3"], observe=press_ctrl_c)
     assert ended.value.exit_code == 130
-    assert f"`python -m simulations resume {out}`" in str(ended.value.__cause__)
+    assert f"`headwater simulate resume {out}`" in str(ended.value.__cause__)
     resumed = CliRunner().invoke(app, ["resume", str(out), "--json"])
     assert resumed.exit_code == 0, resumed.stderr
     assert json.loads(resumed.stdout)["rounds"] == 3

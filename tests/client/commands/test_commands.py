@@ -109,7 +109,7 @@ def damage(site: Site) -> None:
 def test_every_command_has_an_example(verb: str) -> None:
     result = invoke(verb, "--help")
     assert result.exit_code == 0
-    assert f"Example: python -m client {verb} site.yaml" in " ".join(result.stdout.split())
+    assert f"Example: headwater site {verb} site.yaml" in " ".join(result.stdout.split())
 
 
 # --- budget ----------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_an_amendment_is_logged_with_its_reason(tmp_path: Path, frozen: Backbone
     assert change["detail"] == "epsilon_cap 100.0 -> 120.0; reason: the board agreed"
     refused(invoke("amend", raised, "--reason", "again"), 2)
     refused(invoke("amend", raised, "--reason", " "), 2)
-    assert "--reason: expected why" in refused(invoke("amend", raised), 2)
+    assert "--reason: expected a reason" in refused(invoke("amend", raised), 2)
 
 
 def test_a_damaged_ledger_makes_the_site_decline_with_one_word_until_it_is_recovered(

@@ -138,7 +138,7 @@ def test_a_ledger_that_is_gone_or_was_made_for_other_terms_fails(tmp_path: Path)
     assert seen(site)["ledger"].detail == "epsilon 100 of 100 left"
     Site(site, os_entropy).ledger()
     raised = config(tmp_path, budget={"epsilon": 200.0, "delta": 1e-5})
-    assert (seen(raised)["ledger"].outcome, seen(raised)["ledger"].remedy) == ("fail", "python -m client amend")
+    assert (seen(raised)["ledger"].outcome, seen(raised)["ledger"].remedy) == ("fail", "headwater site amend")
     replies = site.state_dir / "runs" / "run-1" / "replies"
     replies.mkdir(parents=True)
     (replies / "x").write_bytes(b"")

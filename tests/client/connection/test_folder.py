@@ -78,7 +78,7 @@ def test_a_file_that_is_no_such_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "key").chmod(0o600)
     with pytest.raises(BadInput, match="OpenSSH private key"):
         read_key(tmp_path / "key")
-    with pytest.raises(BadInput, match="client init"):
+    with pytest.raises(BadInput, match="site init"):
         read_key(tmp_path / "none")
 
 
@@ -184,8 +184,8 @@ def test_check_shows_the_command_that_approves_an_offer_from_where_the_user_is(
     checked = CliRunner().invoke(app, ["check", "hospital/site.yaml", "--offline", "--json"])
     (shown,) = [item["remedy"] for item in json.loads(checked.stdout)["checks"] if item["name"] == "run tiny"]
     words = shown.split()
-    assert words[:4] == ["python", "-m", "client", "approve"]
-    assert CliRunner().invoke(app, words[3:]).exit_code == 0
+    assert words[:3] == ["headwater", "site", "approve"]
+    assert CliRunner().invoke(app, words[2:]).exit_code == 0
     again = CliRunner().invoke(app, ["check", "hospital/site.yaml", "--offline", "--json"])
     (run,) = [item for item in json.loads(again.stdout)["checks"] if item["name"] == "run tiny"]
     assert run["outcome"] == "pass"

@@ -1,4 +1,4 @@
-"""`python -m client start` against Flower's real SuperLink: it joins, answers, refuses, survives and leaves.
+"""`headwater site start` against Flower's real SuperLink: it joins, answers, refuses, survives and leaves.
 
 Everything is real: the command, TLS, keys, processes and signals. Each wait is bounded.
 """

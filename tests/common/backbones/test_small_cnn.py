@@ -27,7 +27,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_missing_weights_say_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"backbone\.weights: .*run `python -m simulations pretrain CONFIG` first"):
+    with pytest.raises(BadInput, match=r"backbone\.weights: .*run `headwater simulate pretrain CONFIG` first"):
         open_pretrained(settings(tmp_path), "backbone")
 
 

@@ -67,7 +67,7 @@ def run_file(tmp_path: Path, **changes: Any) -> Path:
 def connected_site(
     federation: Federation, tmp_path: Path, site: str, **changes: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A site made and admitted by the real commands that joins by `python -m client start`.
+    """A site made and admitted by the real commands that joins by `headwater site start`.
 
     It has tiny data, where `changes`, which replace keys of its file, bring no others.
     """
@@ -112,7 +112,9 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_a_run_without_admitted_sites_is_refused(federation: Federation, tmp_path: Path) -> None:
-    refused(server("start", federation.folder, run_file(tmp_path)), "no site is admitted", "python -m server admit")
+    refused(
+        server("start", federation.folder, run_file(tmp_path)), "no site is admitted", "headwater coordinator admit"
+    )
     assert find_daemon_pid(federation) is None
     assert list(federation.runs.iterdir()) == []
 
@@ -132,7 +134,7 @@ def test_an_unknown_key_of_the_run_file_is_refused(federation: Federation, tmp_p
 def test_an_expired_certificate_stops_the_start(federation: Federation, tmp_path: Path) -> None:
     admit(federation, tmp_path, "north")
     certificates.write_server(federation.tls, federation.config.hosts(), days=-1)
-    refused(server("start", federation.folder, run_file(tmp_path)), "expired on", "python -m server renew")
+    refused(server("start", federation.folder, run_file(tmp_path)), "expired on", "headwater coordinator renew")
 
 
 @pytest.mark.parametrize("setting", ["bind", "control_port", "health_port"])
@@ -247,7 +249,7 @@ def test_a_run_continues_after_its_coordinator_was_killed(federation: Federation
         os.kill(process, signal.SIGKILL)
         _, error = watching.communicate(timeout=120)
         assert watching.returncode == 1, error
-        assert error.splitlines()[-1].startswith("error: ") and "python -m server resume" in error.splitlines()[-1]
+        assert error.splitlines()[-1].startswith("error: ") and "headwater coordinator resume" in error.splitlines()[-1]
         assert wait_until(lambda: not any(alive(each) for each in executors), 60)
         done_before = len(rounds())
 

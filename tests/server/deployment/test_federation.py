@@ -194,7 +194,7 @@ def test_an_expired_certificate_is_refused_with_its_date_and_remedy(tmp_path: Pa
     federation = new_federation(tmp_path / "fed")
     certificates.write_server(federation.tls, ["localhost"], days=-2)
     expired = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2)
-    with pytest.raises(BadInput, match=rf"expired on {expired:%Y-%m-%d}; `python -m server renew`"):
+    with pytest.raises(BadInput, match=rf"expired on {expired:%Y-%m-%d}; `headwater coordinator renew`"):
         certificates.check_server(federation.tls, ["localhost"])
 
 
@@ -381,4 +381,4 @@ def test_a_folder_that_is_no_federation_is_said_by_the_real_command(tmp_path: Pa
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "python -m server init" in done.stderr
+    assert "headwater coordinator init" in done.stderr

@@ -24,7 +24,7 @@ from common.events import (
 )
 from common.types import BadInput, Plan, RunFailed, Unit
 from common.yaml import write_yaml
-from server.__main__ import _finish
+from server.commands.parts.daemon import report_end_of_run
 from server.deployment import admitted_sites
 from server.reports.status import RunStatus
 from server.reports.tables import render_status
@@ -124,5 +124,6 @@ def test_a_run_whose_process_died_says_how_to_go_on(tmp_path: Path) -> None:
     path = tmp_path / "fed" / "runs" / "hearts-1"
     path.mkdir(parents=True)
     FileJournal(path / "journal.jsonl").write(end_of_round(1))
-    with pytest.raises(RunFailed, match=f"no heartbeat; `python -m server resume {tmp_path}/fed hearts-1` continues"):
-        _finish(path, RunState(1, str(path), True, "failed", "no heartbeat"))
+    command = f"headwater coordinator resume {tmp_path}/fed hearts-1"
+    with pytest.raises(RunFailed, match=f"no heartbeat; `{command}` continues"):
+        report_end_of_run(path, RunState(1, str(path), True, "failed", "no heartbeat"))

@@ -1,4 +1,4 @@
-"""The verbs of a site's staff about runs: `python -m client approve | evaluate`."""
+"""`approve`: records that a site takes part in a run."""
 
 from __future__ import annotations
 
@@ -7,32 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from client.commands.parts.options import Json, SiteFile
 from client.config import SiteConfig
-from client.personal.evaluate import FEDERATED, Comparison, compare
 from client.protocol.approvals import Approvals, Offer, read_offer
 from client.protocol.plan import forecast
-from client.protocol.site import Site, SiteDeclined
+from client.protocol.site import SiteDeclined
 from common.bundle import compute_code_digest
 from common.model.backbones import digests_of, open_backbones
 from common.offers import make_offer
 from common.privacy.accounting import rounded_up
-from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.run import RunConfig
 from common.types import BadInput, BudgetExhausted
 from common.yaml import load
-
-SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    app.command()(approve)
-    app.command()(evaluate)
 
 
 def approve(
@@ -44,11 +32,13 @@ def approve(
     list_: Annotated[bool, typer.Option("--list", help="List the offers that wait and what was approved")] = False,
     json_: Json = False,
 ) -> None:
-    """Record that you approve a run; with --list or without RUN, list the offers that wait and what was approved.
+    """Records that you approve a run; with --list, lists the offers that wait and what was approved.
 
-    A run that the site's budget does not cover is refused with exit code 1.
+    Without RUN it lists too.
 
-    Example: python -m client approve site.yaml offers/brain-mri.json
+    A run that the site's budget does not cover is not approved: exit code 1.
+
+    Example: headwater site approve site.yaml offers/brain-mri.json
     """
     with reported_errors():
         config = load(SiteConfig, site)
@@ -56,10 +46,10 @@ def approve(
         if list_ and run is not None:
             raise BadInput(f"--list: expected no run beside it, got {run!r}; leave one of the two out")
         if run is None:
-            _list(approvals, site.parent / "offers", json_)
+            _print_offers(approvals, site.parent / "offers", json_)
             return
-        offer = _offer(approvals, run)
-        about = _about(config, offer)
+        offer = _find_offer(approvals, run)
+        about = _describe_offer(config, offer)
         approval = approvals.approve(offer)
         if json_:
             typer.echo(json.dumps({**about, "approved_by": approval.by, "time": approval.time}, indent=2))
@@ -69,29 +59,7 @@ def approve(
         typer.echo(f"approved by {approval.by}, for one run; recorded in {config.state_dir / 'approvals.jsonl'}")
 
 
-def evaluate(
-    site: SiteFile,
-    run: Annotated[
-        str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Compare a run's final heads with heads trained here alone, on held-out units. Nothing is sent or spent.
-
-    Example: python -m client evaluate site.yaml
-    """
-    with reported_errors():
-        try:
-            result = compare(Site(load(SiteConfig, site), os_entropy), run)
-        except SiteDeclined as declined:
-            raise BadInput(f"--run {run}: {declined.detail}") from declined
-        if json_:
-            typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
-        else:
-            Console().print(_comparison(result))
-
-
-def _offer(approvals: Approvals, wanted: str) -> Offer:
+def _find_offer(approvals: Approvals, wanted: str) -> Offer:
     path = Path(wanted)
     if path.suffix == ".json":
         return read_offer(path)
@@ -102,8 +70,8 @@ def _offer(approvals: Approvals, wanted: str) -> Offer:
     return approvals.find(wanted)
 
 
-def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
-    """What an approval is about, in a person's words."""
+def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
+    """Returns what an approval covers, as lines for a person. Raises where the run would be declined here."""
     run = offer.config()
     about = {
         "run": run.name,
@@ -113,7 +81,7 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
             f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.backbone_specs.items()
         ),
         "tasks": ", ".join(f"{name} ({spec.kind}, on {run.backbone_of(name)})" for name, spec in run.tasks.items()),
-        "training": f"{run.rounds} round(s), solver {run.solver.kind}{_trained(run)}",
+        "training": f"{run.rounds} round(s), solver {run.solver.kind}{_describe_trainable(run)}",
     }
     if run.requested_privacy is None:
         return {**about, "price": "not private: epsilon is infinite"}
@@ -133,19 +101,19 @@ def _about(config: SiteConfig, offer: Offer) -> dict[str, str]:
     return {**about, "price": price}
 
 
-def _trained(run: RunConfig) -> str:
-    """How much of the backbones trains beside the heads; nothing where they are frozen."""
+def _describe_trainable(run: RunConfig) -> str:
+    """Returns the parts of the backbones that train beside the heads; empty where all are frozen."""
     return "".join(
         f"; {'adapters in ' if trainable.lora else ''}{name} from {trainable.from_} on trains too"
         for name, trainable in run.trainable.items()
     )
 
 
-def _list(approvals: Approvals, kit: Path, json_: bool) -> None:
-    """What waits, what was approved, and the offers that came with the kit and are neither."""
+def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
+    """Prints the offers that wait, those that in_kit with the kit, and what was approved."""
     waiting, approved = approvals.waiting(), approvals.all()
     known = {offer.digest for offer in waiting} | {item.digest for item in approved}
-    came = {path: offer for path in sorted(kit.glob("*.json")) if (offer := read_offer(path)).digest not in known}
+    in_kit = {path: offer for path in sorted(kit.glob("*.json")) if (offer := read_offer(path)).digest not in known}
     if json_:
         listed = {
             "waiting": [{"run": offer.config().name, "digest": offer.digest} for offer in waiting],
@@ -157,25 +125,9 @@ def _list(approvals: Approvals, kit: Path, json_: bool) -> None:
         return
     for offer in waiting:
         typer.echo(f"waiting   {offer.config().name}  {offer.digest}")
-    for path, offer in came.items():
+    for path, offer in in_kit.items():
         typer.echo(f"in kit    {offer.config().name}  {offer.digest}  {path}")
     for item in approved:
         typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}")
-    if not waiting and not approved and not came:
+    if not waiting and not approved and not in_kit:
         typer.echo("no offer waits and none was approved")
-
-
-def _comparison(result: Comparison) -> Table:
-    table = Table(
-        title=f"{result.run_id}: {result.num_held_out} held-out unit(s) of this site; nothing was sent or spent",
-        title_justify="left",
-    )
-    columns = list(next(iter(result.tasks.values())))
-    for name in ("task", "metric", *columns):
-        table.add_column(name)
-    for task, own in result.tasks.items():
-        for position, metric in enumerate(own[FEDERATED]):
-            values = [own[who].get(metric) for who in columns]
-            shown = ["" if value is None else f"{value:.3f}" for value in values]
-            table.add_row(task if position == 0 else "", metric, *shown)
-    return table

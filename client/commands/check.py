@@ -1,0 +1,79 @@
+"""`check`: tries everything that a site needs before it joins."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from client.commands.parts.options import Json, SiteFile, load_site
+from common.process.console import EXIT_FAILED, print_json, reported_errors
+from common.types import BadInput
+
+if TYPE_CHECKING:
+    from client.connection.checks import Check
+
+_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+def check(
+    site: SiteFile,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave out what needs the network")] = False,
+    json_: Json = False,
+) -> None:
+    """Checks everything that joining needs; exit code 1 when something fails. Nothing is sent or spent.
+
+    With kept offers it writes previews of the records as the backbones receive them.
+
+    Example: headwater site check hospital-a/site.yaml --offline
+    """
+    with reported_errors():
+        config = load_site(site)
+        from client.connection.checks import (  # Here: it needs torch, and `init` does not.
+            check_approvals,
+            check_backbone_fit,
+            check_site,
+        )
+        from client.data.preview import Preview, write_previews
+        from client.protocol.approvals import read_offer
+
+        kept = {path: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
+        offers = {path.stem: offer.config() for path, offer in kept.items()}
+        found = [*check_site(config, offers, offline=offline), *check_approvals(site, config, kept)]
+        previews: list[Preview] = []
+        with contextlib.suppress(BadInput):  # A source that does not open was reported above.
+            previews = write_previews(config, offers)
+        found += [check_backbone_fit(preview) for preview in previews if preview.refused]
+        sheets = [preview.sheet for preview in previews if preview.sheet]
+        failed = sum(item.outcome == "fail" for item in found)
+        if json_:
+            checks = [asdict(item) for item in found]
+            print_json({"passed": not failed, "checks": checks, "previews": [str(path) for path in sheets]})
+        else:
+            _print_checks(found)
+            for path in sheets:
+                typer.echo(f"preview: {path} (it shows records: delete it after you have looked at it)")
+            typer.echo(_describe_next_step(site, failed, offline=offline))
+        if failed:
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _describe_next_step(site: Path, failed: int, *, offline: bool) -> str:
+    if failed:
+        return f"{failed} failure(s)"
+    if offline:
+        return f"no failure; the network was left out; check it too with: headwater site check {site}"
+    return f"ready to join: headwater site start {site}"
+
+
+def _print_checks(found: Sequence[Check]) -> None:
+    width = max(len(item.name) for item in found)
+    for item in found:
+        outcome = typer.style(item.outcome, fg=_COLOURS[item.outcome])
+        typer.echo(f"{outcome}  {item.name:<{width}}  {item.detail}")
+        if item.remedy:
+            typer.echo(f"      {'':<{width}}  -> {item.remedy}")

@@ -1,0 +1,37 @@
+"""Arguments and options that several verbs of a site share."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.config import SiteConfig
+from client.connection.folder import MARK, find_marks
+from common.types import BadInput
+from common.yaml import load
+
+SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's file")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]
+Reason = Annotated[str, typer.Option(help="The reason; it is kept in the ledger (required)")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the site file (repeatable)")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
+
+
+def check_reason(reason: str) -> str:
+    """Returns a stated reason without surrounding space. Raises BadInput where it is empty."""
+    if not reason.strip():
+        raise BadInput('--reason: expected a reason, such as --reason "cap raised by the board", got nothing')
+    return reason.strip()
+
+
+def load_site(site: Path) -> SiteConfig:
+    """Returns a site file's settings. Raises BadInput where a place in it is still to be filled in."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        waiting = find_marks(site.read_text(encoding="utf-8"))
+        if waiting:
+            lines = ", ".join(map(str, waiting))
+            raise BadInput(f"{site}: expected every {MARK} to be replaced, got one in lines {lines}")
+    return load(SiteConfig, site)

@@ -1,0 +1,1 @@
+"""The verbs of the coordinator: one file is one verb, found by its name."""

@@ -1,0 +1,17 @@
+"""`link`: serves in the foreground."""
+
+from __future__ import annotations
+
+from common.process.console import reported_errors
+from server.commands.parts.options import Folder
+from server.deployment.federation import open_federation
+from server.superlink.daemon import run_daemon
+
+
+def link(folder: Folder) -> None:
+    """Serves in the foreground until stopped, for systemd and containers; `start` runs the same in the background.
+
+    Example: headwater coordinator link fed
+    """
+    with reported_errors():
+        run_daemon(open_federation(folder))

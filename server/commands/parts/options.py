@@ -1,0 +1,13 @@
+"""Arguments and options that several verbs of the coordinator share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder")]
+SiteName = Annotated[str, typer.Argument(metavar="NAME", help="The site's name")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the run file: --set rounds=5")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]

@@ -1,0 +1,34 @@
+"""`resume`: continues an interrupted run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from common.events import read_run_journal
+from common.process.console import reported_errors
+from server.commands.parts.daemon import follow_run, start_daemon
+from server.commands.parts.options import Folder
+from server.deployment.federation import open_federation
+from server.superlink.control import Control
+from server.superlink.queue import find_interrupted_run, submit_run
+
+
+def resume(
+    folder: Folder,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="By default the newest interrupted run")
+    ] = None,
+) -> None:
+    """Continues an interrupted run after its last complete round; what sites spent stays spent.
+
+    Example: headwater coordinator resume fed
+    """
+    with reported_errors():
+        federation = open_federation(folder)
+        path = find_interrupted_run(federation, run_id)
+        start_daemon(federation)
+        with Control(federation) as control:
+            old = len(read_run_journal(path / "journal.jsonl"))
+            follow_run(federation, control, (path, submit_run(control, path)), skip=old)

@@ -1,0 +1,49 @@
+"""`start`: starts a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.process.console import reported_errors
+from common.run import RunConfig
+from common.types import HeadwaterError
+from server.commands.parts.daemon import follow_run, start_daemon
+from server.commands.parts.options import Folder, Set
+from server.deployment.federation import Federation, open_federation
+from server.deployment.run_checks import check_run
+from server.superlink.control import Control
+from server.superlink.queue import create_run_folder, submit_run
+
+
+def start(
+    folder: Folder,
+    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")],
+    set_: Set = None,
+) -> None:
+    """Starts a run, and the coordinator where it does not run yet; shows progress and the result.
+
+    Exit code 0: every task reached its quorum; 1: the run failed; 2: bad input. Ctrl-C ends
+    the display and the run continues.
+
+    Example: headwater coordinator start fed fed/run.yaml --set rounds=3
+    """
+    with reported_errors():
+        federation = open_federation(folder)
+        checked = check_run(federation, run, set_ or [])
+        start_daemon(federation)
+        with Control(federation) as control:
+            follow_run(federation, control, _submit(control, federation, checked), skip=0)
+
+
+def _submit(control: Control, federation: Federation, run: RunConfig) -> tuple[Path, int]:
+    """Returns the folder and Flower's id of a new run."""
+    path = create_run_folder(federation, run)
+    try:
+        return path, submit_run(control, path)
+    except HeadwaterError:
+        shutil.rmtree(path)  # Nothing ran in it.
+        raise
