@@ -233,7 +233,7 @@ def _journal_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> Non
     if experiment.config.run.requested_privacy is None:
         return
     for site in sites:
-        epsilon = Site(site, os_entropy).ledger().run_epsilon(experiment.run_id)
+        epsilon = Site(site, os_entropy).ledger().compute_run_epsilon(experiment.run_id)
         if epsilon > 0:
             experiment.journal.write(EpsilonSpent(site=site.name, epsilon=epsilon))
 

@@ -106,7 +106,7 @@ def test_hospitals_with_pictures_with_texts_and_with_both_federate_and_receive_w
     rounds = select_events(events, RoundEnded)
     assert [event.num_updates for event in rounds] == [{"shade": 2, "finding": 2}] * 2
     # One price for both modalities of a patient: what has both pays as much as what has one.
-    spent = {site.name: Site(site, os_entropy).ledger().run_epsilon("run-1") for site in sites}
+    spent = {site.name: Site(site, os_entropy).ledger().compute_run_epsilon("run-1") for site in sites}
     assert spent["north"] == spent["east"] == spent["west"] > 0
 
     summary = write_results(tmp_path / "run-1", own.run, own.digests, outcome.heads)

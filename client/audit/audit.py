@@ -56,7 +56,7 @@ from client.audit.statistics import (
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
 from common.events import AuditVerdict
-from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import Entropy, NoiseStream, os_entropy
 from common.process.threads import one_thread
 from common.run import RunConfig
@@ -212,7 +212,7 @@ def judge_claim(run: AuditedRun, claimed: float, lower: float) -> Iterator[str]:
     """
     if lower > claimed:
         yield f"canaries show an epsilon of at least {lower:.2f} at 99.9 % confidence, and {claimed:.2f} is claimed"
-    whole = epsilon([Mechanism.of(run.plan.over(run.rounds))], run.delta)
+    whole = compute_epsilon([Mechanism.of(run.plan.over(run.rounds))], run.delta)
     if claimed < whole * (1.0 - 1e-6):
         yield f"the run's steps cost an epsilon of {whole:.2f} when composed, and {claimed:.2f} is claimed"
 
@@ -232,7 +232,7 @@ def compute_ledger_epsilon(plan: Plan, rounds: int, delta: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
 
         def open_ledger() -> Ledger:
-            return Ledger.open(Path(folder), registry="audit", unit=plan.unit, epsilon_cap=1e9, delta=delta)
+            return Ledger.open(Path(folder), population="audit", unit=plan.unit, epsilon_cap=1e9, delta=delta)
 
         for number, group in enumerate(groups, start=1):
             charge = Mechanism.of(plan.over(group))
@@ -246,7 +246,7 @@ def make_audit_table(verdict: AuditVerdict) -> Table:
     """Returns a table of what is claimed, what the attack shows, and how much was measured."""
     table = Table(title=f"audit: {'passed' if verdict.passed else 'FAILED'}", title_justify="left", show_header=False)
     rows = (
-        ("epsilon claimed", f"{rounded_up(verdict.epsilon_claimed):.2f}"),
+        ("epsilon claimed", f"{round_up(verdict.epsilon_claimed):.2f}"),
         ("epsilon at least, 95 % confidence", f"{verdict.epsilon_lower_95:.2f}"),
         ("epsilon at least, 99.9 % confidence (the gate)", f"{verdict.epsilon_lower_99_9:.2f}"),
         ("epsilon at least, 95 %, no distribution assumed", f"{verdict.epsilon_lower_one_run_95:.2f}"),

@@ -20,7 +20,7 @@ def amend(site: SiteFile, reason: Reason = "") -> None:
         config = load(SiteConfig, site)
         amend_ledger(
             config.state_dir / "ledgers",
-            registry=config.registry,
+            population=config.registry,
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,
             delta=config.budget.delta,

@@ -16,7 +16,7 @@ from client.protocol.site import SiteDeclined
 from common.bundle import compute_code_digest
 from common.model.backbones import digests_of, open_backbones
 from common.offers import make_offer
-from common.privacy.accounting import rounded_up
+from common.privacy.accounting import round_up
 from common.process.console import reported_errors
 from common.run import RunConfig
 from common.types import BadInput, BudgetExhausted
@@ -90,8 +90,8 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
     except SiteDeclined as declined:
         raise BadInput(f"this run would be declined here: {declined.detail}") from declined
     price = (
-        f"epsilon {rounded_up(outlook.run_epsilon):g} per {outlook.unit} ({outlook.relation}) at delta "
-        f"{outlook.delta:g}; {rounded_up(outlook.final_epsilon):g} of {outlook.budget_epsilon:g} then spent"
+        f"epsilon {round_up(outlook.run_epsilon):g} per {outlook.unit} ({outlook.relation}) at delta "
+        f"{outlook.delta:g}; {round_up(outlook.final_epsilon):g} of {outlook.budget_epsilon:g} then spent"
     )
     if outlook.final_epsilon > outlook.budget_epsilon:
         raise BudgetExhausted(

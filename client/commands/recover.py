@@ -12,7 +12,7 @@ from client.config import SiteConfig
 from client.ledger.recovery import recover as recover_ledger
 from client.protocol import balance as budgets
 from client.protocol.site import Joined, Site, SiteDeclined, plan_of
-from common.privacy.accounting import Mechanism, rounded_up
+from common.privacy.accounting import Mechanism, round_up
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.run import RunConfig
@@ -51,7 +51,7 @@ def recover(
         typer.echo(f"damage: {done.seen}")
         typer.echo(f"kept: {done.num_kept} charge(s) that verify; {done.num_damaged} line(s) do not")
         typer.echo(f"damaged files: {done.aside or 'none were left'}")
-        typer.echo(f"the population counts as having spent epsilon {rounded_up(done.epsilon):g}")
+        typer.echo(f"the population counts as having spent epsilon {round_up(done.epsilon):g}")
         more = "the cap alone" if assume_run else "the cap and delta, because a bare epsilon adds up in both"
         typer.echo(f"more can be released only after `headwater site amend` has raised {more}")
 

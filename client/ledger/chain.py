@@ -51,7 +51,8 @@ class OpenChain:
     _folder: Path
     _key: bytes
     _last_mac: str
-    entries: list[dict[str, Any]]
+    bodies: list[str]
+    """JSON text of each line without its HMAC."""
 
     def append(self, event: str, facts: Mapping[str, Any], *, durable: bool = True) -> int:
         """Add one fact; it is on disk and anchored when this returns its number (from 0).
@@ -61,14 +62,14 @@ class OpenChain:
             facts: about it.
             durable: false for a note whose loss would only make the site assume worse; the file has it at once.
         """
-        number = len(self.entries)
-        entry = {"n": number, "time": round(time.time(), 3), "event": event, **facts}
-        body = json.dumps(entry, separators=(",", ":"), allow_nan=False)
+        number = len(self.bodies)
+        line = {"n": number, "time": round(time.time(), 3), "event": event, **facts}
+        body = json.dumps(line, separators=(",", ":"), allow_nan=False)
         mac = _mac(self._key, self._last_mac, body)
         _write_through(self._folder / _CHAIN, f'{body[:-1]},"mac":"{mac}"}}\n'.encode(), durable)
         if durable:
             _write_anchor(self._folder, self._key, number + 1, mac)
-        self.entries.append(entry)
+        self.bodies.append(body)
         self._last_mac = mac
         return number
 
@@ -99,30 +100,30 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
         yield _verified(folder)
 
 
-def verifiable(folder: Path) -> list[dict[str, Any]]:
-    """The facts from the start of a damaged chain that still verify with its key; none without key or file."""
+def read_verifiable(folder: Path) -> list[str]:
+    """Returns the bodies from the start of a damaged chain that still verify with its key; none without key or file."""
     try:
-        entries, _, _ = _whole_lines(_read(folder, _CHAIN), _read(folder, _KEY))
+        bodies, _, _ = _whole_lines(_read(folder, _CHAIN), _read(folder, _KEY))
     except LedgerDamaged:
         return []
-    return entries
+    return bodies
 
 
-def legible(folder: Path) -> list[dict[str, Any]]:
-    """Whatever of a damaged chain can be read, verified or not. Only ever to be used to assume worse."""
+def read_legible(folder: Path) -> list[dict[str, Any]]:
+    """Returns the JSON objects of a damaged chain, verified or not. Only ever to be used to assume worse."""
     try:
         lines = _read(folder, _CHAIN).splitlines()
     except LedgerDamaged:
         return []
-    entries = []
+    objects = []
     for line in lines:
         try:
-            entry = json.loads(line)
+            values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict):
-            entries.append(entry)
-    return entries
+        if isinstance(values, dict):
+            objects.append(values)
+    return objects
 
 
 def replace(folder: Path, aside: Path, facts: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -187,35 +188,35 @@ def _verified(folder: Path) -> OpenChain:
         raise LedgerDamaged(f"ledger {folder.name}: its key does not have {_KEY_BYTES} bytes")
     length, anchored_mac = _read_anchor(folder, key)
     data = _read(folder, _CHAIN)
-    entries, macs, end = _whole_lines(data, key)
+    bodies, macs, end = _whole_lines(data, key)
     _check_against_anchor(folder.name, macs, data[end:], length, anchored_mac)
-    chain = OpenChain(folder, key, macs[-1] if macs else _START, entries)
+    chain = OpenChain(folder, key, macs[-1] if macs else _START, bodies)
     if end < len(data):
         _cut(folder / _CHAIN, end)
         chain.append("sealed", {"bytes": len(data) - end})
-    elif any(entry["event"] != _NOTE for entry in entries[length:]):
+    elif any(json.loads(body)["event"] != _NOTE for body in bodies[length:]):
         _write_anchor(folder, key, len(macs), macs[-1])
     return chain
 
 
-def _whole_lines(data: bytes, key: bytes) -> tuple[list[dict[str, Any]], list[str], int]:
-    """Facts and HMACs of the valid lines from the start, and where they end."""
-    entries: list[dict[str, Any]] = []
+def _whole_lines(data: bytes, key: bytes) -> tuple[list[str], list[str], int]:
+    """Returns bodies and HMACs of the valid lines from the start, and the offset of their end."""
+    bodies: list[str] = []
     macs: list[str] = []
     end = 0
     for line in data.splitlines(keepends=True):
-        found = _fact(key, macs[-1] if macs else _START, line)
-        if found is None:
+        verified = _verify_line(key, macs[-1] if macs else _START, line)
+        if verified is None:
             break
-        entries.append(dict(found[0]))
-        macs.append(found[1])
+        bodies.append(verified[0])
+        macs.append(verified[1])
         end += len(line)
-    return entries, macs, end
+    return bodies, macs, end
 
 
 @lru_cache(maxsize=2**15)
-def _fact(key: bytes, previous: str, line: bytes) -> tuple[dict[str, Any], str] | None:
-    """The fact and HMAC of one line after the line with the HMAC `previous`; None where it does not verify.
+def _verify_line(key: bytes, previous: str, line: bytes) -> tuple[str, str] | None:
+    """Returns body and HMAC of one line after the line with the HMAC `previous`; None where it does not verify.
 
     Remembered: every step of a round reads the whole chain, whose lines are the same bytes after the same bytes as
     before. A changed byte, order or key is another call.
@@ -223,23 +224,23 @@ def _fact(key: bytes, previous: str, line: bytes) -> tuple[dict[str, Any], str] 
     body, mac = _split(line)
     if mac is None or not hmac.compare_digest(mac, _mac(key, previous, body)):
         return None
-    return json.loads(body), mac
+    return body, mac
 
 
 def _check_against_anchor(name: str, macs: list[str], rest: bytes, length: int, anchored_mac: str) -> None:
     found = len(macs)
     # A newline inside the rest means that a whole line, or more than one, does not verify.
     if found < length and b"\n" in rest:
-        raise LedgerDamaged(f"ledger {name}: entry {found + 1} of {length} was edited, moved or removed")
+        raise LedgerDamaged(f"ledger {name}: line {found + 1} of {length} was edited, moved or removed")
     if found < length:
         raise LedgerDamaged(
-            f"ledger {name}: it holds {found} whole entries where its anchor says {length}; it was cut or replaced "
+            f"ledger {name}: it holds {found} whole lines where its anchor says {length}; it was cut or replaced "
             "by an older copy"
         )
     if b"\n" in rest[:-1]:
-        raise LedgerDamaged(f"ledger {name}: after entry {found} stands more than a torn line")
+        raise LedgerDamaged(f"ledger {name}: after line {found} stands more than a torn line")
     if length and macs[length - 1] != anchored_mac:
-        raise LedgerDamaged(f"ledger {name}: entry {length} is not the one its anchor names")
+        raise LedgerDamaged(f"ledger {name}: line {length} is not the one its anchor names")
 
 
 def _split(line: bytes) -> tuple[str, str | None]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 
 from client.config import NoisedEvaluation
-from client.ledger.history import EVALUATION, History, Terms
+from client.ledger.events import EVALUATION, Terms
+from client.ledger.history import History
 from common.privacy.accounting import Mechanism
 from common.privacy.gaussian import gdp_mu
 
@@ -23,51 +24,64 @@ _TOLERANCE = 1.0 + 1e-9
 """Rounding of sums, so that the last of `evaluations` equal parts is not refused."""
 
 
-def noise_multiplier(share: NoisedEvaluation, terms: Terms) -> float:
-    """Of one evaluation under a ledger's terms."""
-    return math.sqrt(share.evaluations / share.share) / gdp_mu(terms.epsilon_cap, terms.delta)
+def compute_evaluation_noise(evaluation_budget: NoisedEvaluation, terms: Terms) -> float:
+    """Returns the noise multiplier of one evaluation under a ledger's terms."""
+    ratio = evaluation_budget.evaluations / evaluation_budget.share
+    return math.sqrt(ratio) / gdp_mu(terms.epsilon_cap, terms.delta)
 
 
-def evaluation_mechanism(share: NoisedEvaluation, terms: Terms, num_tasks: int) -> Mechanism:
-    """One evaluation of so many tasks: each task's statistics of a unit have length 1 at most, jointly its root."""
+def make_evaluation_mechanism(evaluation_budget: NoisedEvaluation, terms: Terms, num_tasks: int) -> Mechanism:
+    """Returns the mechanism of one evaluation.
+
+    Args:
+        evaluation_budget: the part of the budget that evaluations may spend.
+        terms: terms of the ledger that is charged.
+        num_tasks: number of tasks evaluated together. Each task's statistics of one unit have an L2 norm of at most 1;
+            all together of at most the root of their number.
+    """
     return Mechanism(
         kind="gaussian",
-        noise_multiplier=noise_multiplier(share, terms),
+        noise_multiplier=compute_evaluation_noise(evaluation_budget, terms),
         sampling_rate=1.0,
         steps=1,
         sensitivity=math.sqrt(num_tasks),
     )
 
 
-def within_share(share: NoisedEvaluation, history: History, mechanism: Mechanism) -> bool:
-    """Whether the share covers one more evaluation beside those that were charged."""
-    return _spent(history) + _square(mechanism) <= _whole(share, history.terms) * _TOLERANCE
+def covers_evaluation(evaluation_budget: NoisedEvaluation, history: History, mechanism: Mechanism) -> bool:
+    """Returns True where the part of the budget covers one more evaluation beside those that were charged."""
+    whole = _compute_whole(evaluation_budget, history.terms)
+    return _compute_spent(history) + _compute_cost(mechanism) <= whole * _TOLERANCE
 
 
-def evaluations_left(share: NoisedEvaluation, history: History) -> int:
-    """How many evaluations the share still pays for."""
-    left = _whole(share, history.terms) * _TOLERANCE - _spent(history)
-    return max(0, math.floor(left / _square(evaluation_mechanism(share, history.terms, 1))))
+def count_evaluations_left(evaluation_budget: NoisedEvaluation, history: History) -> int:
+    """Returns how many evaluations the part of the budget still pays for."""
+    left = _compute_whole(evaluation_budget, history.terms) * _TOLERANCE - _compute_spent(history)
+    return max(0, math.floor(left / _compute_cost(make_evaluation_mechanism(evaluation_budget, history.terms, 1))))
 
 
-def unspent(share: NoisedEvaluation | None, history: History) -> list[Mechanism]:
-    """What training has to leave affordable: the share's rest as one release; nothing where there is no share."""
-    if share is None:
+def list_unspent(evaluation_budget: NoisedEvaluation | None, history: History) -> list[Mechanism]:
+    """Returns what training has to leave affordable: the unspent part as one release; nothing where none is held."""
+    if evaluation_budget is None:
         return []
-    left = _whole(share, history.terms) - _spent(history)
-    if left <= _whole(share, history.terms) * (_TOLERANCE - 1.0):
+    whole = _compute_whole(evaluation_budget, history.terms)
+    left = whole - _compute_spent(history)
+    if left <= whole * (_TOLERANCE - 1.0):
         return []
     return [Mechanism("gaussian", left**-0.5, 1.0, 1, 1.0)]
 
 
-def _whole(share: NoisedEvaluation, terms: Terms) -> float:
-    return share.share * gdp_mu(terms.epsilon_cap, terms.delta) ** 2
+def _compute_whole(evaluation_budget: NoisedEvaluation, terms: Terms) -> float:
+    """Returns mu^2 of all that evaluations may spend."""
+    return evaluation_budget.share * gdp_mu(terms.epsilon_cap, terms.delta) ** 2
 
 
-def _spent(history: History) -> float:
-    """mu^2 of all evaluations that were charged, of whatever run and under whatever share."""
-    return math.fsum(_square(charge.mechanism) for charge in history.charges.values() if charge.purpose == EVALUATION)
+def _compute_spent(history: History) -> float:
+    """Returns mu^2 of all evaluations that were charged, of whatever run and under whatever part of the budget."""
+    charged = [charge.mechanism for charge in history.charges.values() if charge.purpose == EVALUATION]
+    return math.fsum(map(_compute_cost, charged))
 
 
-def _square(mechanism: Mechanism) -> float:
+def _compute_cost(mechanism: Mechanism) -> float:
+    """Returns mu^2 of a mechanism at full batch."""
     return mechanism.steps / mechanism.noise_multiplier**2

@@ -13,7 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from client.config import SiteConfig
-from client.ledger.history import EVALUATION, TRAINING, Purpose
+from client.ledger.events import (
+    ChargeRefused,
+    ChargeReserved,
+    LedgerCreated,
+    LedgerEvent,
+    LedgerLine,
+    LedgerRecovered,
+    LossAssumed,
+    Purpose,
+    TermsAmended,
+    TornLineRemoved,
+)
 from client.ledger.ledger import Ledger
 from common.events import (
     RecordsPurged,
@@ -85,10 +96,10 @@ def statement(config: SiteConfig) -> Statement:
         LedgerDamaged: the registry's ledger does not verify.
     """
     ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
-    entries = [] if ledger is None else ledger.entries()
+    lines = [] if ledger is None else ledger.lines()
     events = read_site_journal(config.state_dir / "site.jsonl")
     resent = Counter((event.run_id, event.round, event.purpose) for event in select_events(events, ReplyResent))
-    releases = [_release(config, entry, resent) for entry in entries if entry["event"] == "reserved"]
+    releases = [_release(config, line, line.event, resent) for line in lines if isinstance(line.event, ChargeReserved)]
     known = {(each.run, each.round, each.purpose) for each in releases}
     for event in select_events(events, ReplySent):
         key = (event.run_id, event.round, event.purpose)
@@ -100,13 +111,13 @@ def statement(config: SiteConfig) -> Statement:
             for event in select_events(events, RequestDeclined)
         ),
         *(
-            Refused(entry["time"], "ledger", "budget", f"{entry['run']} round {entry['round']} {_purpose(entry)}")
-            for entry in entries
-            if entry["event"] == "refused"
+            Refused(line.time, "ledger", "budget", f"{line.event.run} round {line.event.round} {line.event.purpose}")
+            for line in lines
+            if isinstance(line.event, ChargeRefused)
         ),
     ]
     changes = [
-        *(Change(entry["time"], entry["event"], _change(entry)) for entry in entries if entry["event"] in _CHANGES),
+        *(Change(line.time, line.event.event, detail) for line in lines if (detail := _change(line.event)) is not None),
         *(Change(event.time, "audited", _audited(event)) for event in select_events(events, RunAudited)),
         *(
             Change(event.time, "purged", f"{event.num_excluded} new exclusion(s)")
@@ -137,21 +148,14 @@ def in_words(mechanism: Mechanism | None) -> str:
     )
 
 
-_CHANGES = {"created", "amended", "sealed", "recovered", "assumed"}
-
-
-def _release(config: SiteConfig, entry: Mapping[str, Any], resent: Mapping[tuple[str, int, Purpose], int]) -> Release:
-    stored = config.state_dir / "runs" / entry["run"] / "replies" / entry["request"]
-    time = entry.get("original", entry)["time"]
-    size = stored.stat().st_size if entry["request"] and stored.is_file() else None
-    mechanism = Mechanism.from_dict(entry["mechanism"])
-    key = (entry["run"], entry["round"], _purpose(entry))
-    return Release(time, *key, mechanism, size, resent.get(key, 0))
-
-
-def _purpose(entry: Mapping[str, Any]) -> Purpose:
-    """Of a ledger's entry; older ones than evaluations are all of training."""
-    return EVALUATION if entry.get("purpose") == EVALUATION else TRAINING
+def _release(
+    config: SiteConfig, line: LedgerLine, charge: ChargeReserved, resent: Mapping[tuple[str, int, Purpose], int]
+) -> Release:
+    stored = config.state_dir / "runs" / charge.run / "replies" / charge.request
+    size = stored.stat().st_size if charge.request and stored.is_file() else None
+    key = (charge.run, charge.round, charge.purpose)
+    time = line.time if charge.original is None else charge.original.time
+    return Release(time, *key, charge.mechanism, size, resent.get(key, 0))
 
 
 def _audited(event: RunAudited) -> str:
@@ -164,22 +168,28 @@ def _audited(event: RunAudited) -> str:
     )
 
 
-def _change(entry: Mapping[str, Any]) -> str:
-    match entry["event"]:
-        case "amended":
-            before = entry["before"]
+def _change(event: LedgerEvent) -> str | None:
+    """Returns what changed, as a person reads it; None where the event is a charge."""
+    match event:
+        case TermsAmended(before=before):
             changed = [
-                f"{name} {before[name]} -> {entry[name]}"
-                for name in ("unit", "epsilon_cap", "delta")
-                if before[name] != entry[name]
+                f"{name} {old} -> {new}"
+                for name, old, new in (
+                    ("unit", before.unit, event.unit),
+                    ("epsilon_cap", before.epsilon_cap, event.epsilon_cap),
+                    ("delta", before.delta, event.delta),
+                )
+                if old != new
             ]
-            return f"{', '.join(changed)}; reason: {entry.get('reason') or 'none given'}"
-        case "recovered":
-            return f"{entry['seen']}; reason: {entry['reason']}; damaged files: {entry['kept_aside']}"
-        case "assumed":
-            known = "infinite" if entry["epsilon"] is None else entry["epsilon"]
-            return f"everything before counts as epsilon {known} at delta {entry['delta']}"
-        case "sealed":
-            return f"a line torn by a crash was removed ({entry['bytes']} bytes)"
+            return f"{', '.join(changed)}; reason: {event.reason or 'none given'}"
+        case LedgerRecovered():
+            return f"{event.seen}; reason: {event.reason}; damaged files: {event.kept_aside}"
+        case LossAssumed():
+            known = "infinite" if event.epsilon is None else event.epsilon
+            return f"everything before counts as epsilon {known} at delta {event.delta}"
+        case TornLineRemoved():
+            return f"a line torn by a crash was removed ({event.bytes} bytes)"
+        case LedgerCreated():
+            return f"unit {event.unit}, budget {event.epsilon_cap} at delta {event.delta}"
         case _:
-            return f"unit {entry['unit']}, budget {entry['epsilon_cap']} at delta {entry['delta']}"
+            return None

@@ -22,16 +22,27 @@ from pathlib import Path
 from typing import Any
 
 from client.ledger import chain
-from client.ledger.history import History, Terms
-from client.ledger.ledger import Ledger, marker
+from client.ledger.events import (
+    ChargeCommitted,
+    ChargeReserved,
+    LedgerCreated,
+    LedgerEvent,
+    LedgerLine,
+    LedgerRecovered,
+    LossAssumed,
+    OriginalLine,
+    Terms,
+    read_lines,
+    write_facts,
+)
+from client.ledger.history import History
+from client.ledger.ledger import Ledger, get_marker
 from common.files import private_folder, write_atomic
-from common.privacy.accounting import Mechanism, rounded_up
+from common.privacy.accounting import Mechanism, round_up
 from common.types import BadInput, LedgerDamaged
 
 RECOVERED_RUN = "stated-at-recovery"
 """The run under which a stated mechanism is charged."""
-
-Facts = list[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,11 @@ class Recovery:
     """What a recovery did.
 
     Attributes:
-        seen: the damage.
-        num_kept: charges that still verified.
-        num_damaged: legible lines that did not.
-        aside: where the damaged files are; None where the whole folder was gone.
-        epsilon: what the registry counts as having spent at the terms' delta.
+        seen: the damage, in one sentence.
+        num_kept: number of charges that still verified.
+        num_damaged: number of legible lines that did not.
+        aside: folder of the damaged files; None where the whole folder was gone.
+        epsilon: what the population counts as having spent, at the terms' delta.
     """
 
     seen: str
@@ -55,7 +66,7 @@ class Recovery:
 
 def recover(
     folder: Path,
-    registry: str,
+    population: str,
     terms: Terms,
     *,
     reason: str,
@@ -64,112 +75,124 @@ def recover(
     assume_epsilon: float | None = None,
     assume_mechanism: Mechanism | None = None,
 ) -> Recovery:
-    """Replace a damaged ledger by one that counts the worst case as spent.
+    """Replaces a damaged ledger by one that counts the worst case as spent.
 
     Args:
-        folder: of all ledgers.
-        registry: whose ledger.
-        terms: as the site file says now.
-        reason: why, for the log.
-        noiseless_possible: whether the site allows releases without noise, so that the lost part may hold one.
-        was_used: whether the site holds replies, so that a ledger which is wholly absent is a lost one.
-        assume_epsilon: to count as spent, at least the cap.
-        assume_mechanism: to count as released beside what verifies; both together must cost at least the cap.
+        folder: folder of all ledgers.
+        population: id of the population.
+        terms: terms that the site file states now.
+        reason: why the ledger is replaced, for the log.
+        noiseless_possible: True where the site allows releases without noise, so that the lost part may hold one.
+        was_used: True where the site holds replies, so that a ledger which is wholly absent is a lost one.
+        assume_epsilon: epsilon to count as spent, at least the cap; None for the cap.
+        assume_mechanism: mechanism to count as released beside what verifies; both together must cost at least the cap.
+
+    Returns:
+        What was kept and what counts as spent now.
 
     Raises:
         BadInput: the ledger is not damaged, there never was one, or less than the worst case is stated.
     """
-    place = folder / registry
-    seen = _damage(folder, registry, was_used)
-    kept, legible = chain.verifiable(place), chain.legible(place)
-    worst = _worst_terms(terms, legible)
-    noiseless = noiseless_possible or any(_noiseless(entry) for entry in legible)
-    facts = _kept(kept)
-    facts += _assumption(worst, facts, noiseless, assume_epsilon, assume_mechanism)
-    aside = _free_name(place) if place.exists() else None
-    about = {"registry": registry, **asdict(terms), "reason": reason, "seen": seen, "kept_aside": aside and aside.name}
-    write_atomic(marker(private_folder(folder) / registry), b"")  # From here on a missing folder means damage.
-    chain.replace(place, aside or place, [("recovered", about), *facts])
-    num_kept = sum(event == "reserved" and "original" in entry for event, entry in facts)
+    place = folder / population
+    seen = _describe_damage(folder, population, was_used)
+    bodies, legible = chain.read_verifiable(place), chain.read_legible(place)
+    worst = _find_worst_terms(terms, legible)
+    noiseless = noiseless_possible or any(map(_is_noiseless, legible))
+    kept = _renumber_kept(read_lines(bodies))
+    assumption = _make_assumption(worst, kept, noiseless, assume_epsilon, assume_mechanism)
+    aside = _find_free_name(place) if place.exists() else None
+    recovered = LedgerRecovered(
+        registry=population, **asdict(terms), reason=reason, seen=seen, kept_aside=None if aside is None else aside.name
+    )
+    write_atomic(get_marker(private_folder(folder) / population), b"")  # From here on a missing folder means damage.
+    events = [recovered, *kept, assumption]
+    chain.replace(place, aside or place, [(event.event, write_facts(event)) for event in events])
+    num_kept = sum(isinstance(event, ChargeReserved) for event in kept)
     spent = Ledger(place).spent().reserved_epsilon
-    return Recovery(seen, num_kept, len(legible) - len(kept), aside, spent)
+    return Recovery(seen, num_kept, len(legible) - len(bodies), aside, spent)
 
 
-def _free_name(place: Path) -> Path:
-    """A dated name beside the ledger; a registry's own name holds no dot."""
+def _find_free_name(place: Path) -> Path:
+    """Returns a dated name beside the ledger; a population's own id holds no dot."""
     dated = place.name + time.strftime(".damaged-%Y%m%d-%H%M%S", time.gmtime())
     names = itertools.chain([dated], (f"{dated}-{number}" for number in itertools.count(2)))
     return next(path for path in map(place.with_name, names) if not path.exists())
 
 
-def _damage(folder: Path, registry: str, was_used: bool) -> str:
+def _describe_damage(folder: Path, population: str, was_used: bool) -> str:
     try:
-        ledger = Ledger.find(folder, registry)
+        ledger = Ledger.find(folder, population)
         if ledger is not None:
-            ledger.entries()
+            ledger.lines()
     except LedgerDamaged as error:
         return str(error)
     if ledger is not None:
-        raise BadInput(f"registry {registry}: the ledger verifies; there is nothing to recover")
+        raise BadInput(f"registry {population}: the ledger verifies; there is nothing to recover")
     if not was_used:
-        raise BadInput(f"registry {registry}: it never had a ledger; there is nothing to recover")
-    return f"ledger {registry}: the folder of all ledgers is missing"
+        raise BadInput(f"registry {population}: it never had a ledger; there is nothing to recover")
+    return f"ledger {population}: the folder of all ledgers is missing"
 
 
-def _worst_terms(terms: Terms, legible: list[dict[str, Any]]) -> Terms:
-    """The largest cap and delta that the site file or any legible line names, whether the line verifies or not."""
+def _find_worst_terms(terms: Terms, legible: list[dict[str, Any]]) -> Terms:
+    """Returns the terms with the largest cap and delta that the site file or a line names, verified or not."""
     caps, deltas = [terms.epsilon_cap], [terms.delta]
-    for entry in legible:
+    for values in legible:
         for known, name in ((caps, "epsilon_cap"), (deltas, "delta")):
-            value = entry.get(name)
+            value = values.get(name)
             if isinstance(value, int | float) and 0.0 < value < (math.inf if name == "epsilon_cap" else 1.0):
                 known.append(float(value))
-        bound = entry.get("epsilon")
-        if entry.get("event") == "assumed" and isinstance(bound, int | float) and 0.0 < bound < math.inf:
+        bound = values.get("epsilon")
+        if values.get("event") == "assumed" and isinstance(bound, int | float) and 0.0 < bound < math.inf:
             caps.append(float(bound))
     return replace(terms, epsilon_cap=max(caps), delta=max(deltas))
 
 
-def _noiseless(entry: dict[str, Any]) -> bool:
-    mechanism = entry.get("mechanism")
-    without_noise = entry.get("event") == "reserved" and isinstance(mechanism, dict) and mechanism.get("kind") == "none"
-    return without_noise or (entry.get("event") == "assumed" and entry.get("epsilon") is None)
+def _is_noiseless(values: dict[str, Any]) -> bool:
+    mechanism = values.get("mechanism")
+    without_noise = (
+        values.get("event") == "reserved" and isinstance(mechanism, dict) and mechanism.get("kind") == "none"
+    )
+    return without_noise or (values.get("event") == "assumed" and values.get("epsilon") is None)
 
 
-def _kept(entries: list[dict[str, Any]]) -> Facts:
-    """What verified, to be written again; numbered anew, because the new chain begins with the recovery."""
-    facts: Facts = []
+def _renumber_kept(lines: list[LedgerLine]) -> list[LedgerEvent]:
+    """Returns what verified, to be written again; numbered anew, because the new chain begins with the recovery."""
+    kept: list[LedgerEvent] = []
     numbers: dict[int, int] = {}
-    for entry in entries:
-        if entry["event"] not in {"reserved", "committed", "assumed"}:
+    for line in lines:
+        event = line.event
+        if not isinstance(event, ChargeReserved | ChargeCommitted | LossAssumed):
             continue
-        about = {key: value for key, value in entry.items() if key not in {"n", "time", "event"}}
-        about["original"] = {"n": entry["n"], "time": entry["time"]}
-        if entry["event"] == "committed":
-            about["reserved"] = numbers[entry["reserved"]]
-        numbers[entry["n"]] = len(facts) + 1
-        facts.append((entry["event"], about))
-    return facts
+        changes: dict[str, Any] = {"original": OriginalLine(n=line.number, time=line.time)}
+        if isinstance(event, ChargeCommitted):
+            changes["reserved"] = numbers[event.reserved]
+        numbers[line.number] = len(kept) + 1
+        kept.append(event.model_copy(update=changes))
+    return kept
 
 
-def _assumption(
-    worst: Terms, kept: Facts, noiseless: bool, stated_epsilon: float | None, stated: Mechanism | None
-) -> Facts:
-    """What is written on top of what verified."""
+def _make_assumption(
+    worst: Terms,
+    kept: list[LedgerEvent],
+    noiseless: bool,
+    stated_epsilon: float | None,
+    stated: Mechanism | None,
+) -> LedgerEvent:
+    """Returns the event that is written after what verified, for what may have been lost."""
     if stated_epsilon is not None and stated is not None:
         raise BadInput("expected --assume-epsilon or --assume-run, got both")
     if stated is not None and not noiseless:
-        entries = [{"event": "created", **asdict(worst)}]
-        entries += [{"event": event, "n": n, **about} for n, (event, about) in enumerate(kept, start=1)]
-        total = History.of(entries).epsilon([stated])
+        events = [LedgerCreated(registry="", **asdict(worst)), *kept]
+        lines = [LedgerLine(number, 0.0, event) for number, event in enumerate(events)]
+        total = History.of(lines).compute_epsilon([stated])
         if total < worst.epsilon_cap:
             raise BadInput(
                 f"--assume-run: expected one that brings what verifies to at least the whole cap of "
-                f"{worst.epsilon_cap}, got {rounded_up(total)}"
+                f"{worst.epsilon_cap}, got {round_up(total)}"
             )
-        return [("reserved", {"run": RECOVERED_RUN, "round": 0, "request": "", "mechanism": stated.to_dict()})]
+        return ChargeReserved(run=RECOVERED_RUN, round=0, request="", mechanism=stated)
     bound = worst.epsilon_cap if stated_epsilon is None else stated_epsilon
     if not bound >= worst.epsilon_cap:
         raise BadInput(f"--assume-epsilon: expected at least the whole cap of {worst.epsilon_cap}, got {bound}")
     unbounded = noiseless or bound == math.inf
-    return [("assumed", {"epsilon": None if unbounded else bound, "delta": worst.delta})]
+    return LossAssumed(epsilon=None if unbounded else bound, delta=worst.delta)

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from client.config import NoisedEvaluation, SiteConfig
-from client.ledger.evaluation_budget import evaluations_left, noise_multiplier, unspent
-from client.ledger.history import EVALUATION, History, Terms
+from client.ledger.evaluation_budget import compute_evaluation_noise, count_evaluations_left, list_unspent
+from client.ledger.events import EVALUATION, Terms
+from client.ledger.history import History
 from client.ledger.ledger import Ledger
 from client.protocol.site import Joined, plan_of
-from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
 from common.types import Plan
 from common.yaml import parse
@@ -132,8 +133,8 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
     return Balance(
         registry=config.registry,
         terms=history.terms,
-        spent_epsilon=history.epsilon(committed_only=True),
-        reserved_epsilon=history.epsilon(),
+        spent_epsilon=history.compute_epsilon(committed_only=True),
+        reserved_epsilon=history.compute_epsilon(),
         runs=tuple(_run(history, name) for name in dict.fromkeys(charge.run for charge in history.charges.values())),
         affordable=None if joined is None else _affordable(config, history, joined),
         amendment_due=history.terms != terms_of(config),
@@ -152,9 +153,9 @@ def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationSha
     return EvaluationShare(
         share=share.share,
         evaluations=share.evaluations,
-        left=evaluations_left(share, history),
-        noise_multiplier=noise_multiplier(share, history.terms),
-        spent_epsilon=epsilon(charged, history.terms.delta),
+        left=count_evaluations_left(share, history),
+        noise_multiplier=compute_evaluation_noise(share, history.terms),
+        spent_epsilon=compute_epsilon(charged, history.terms.delta),
     )
 
 
@@ -163,10 +164,10 @@ def affordable_rounds(history: History, plan: Plan, share: NoisedEvaluation | No
 
     What is unspent of a share for evaluations stays held back.
     """
-    held = unspent(share, history)
+    held = list_unspent(share, history)
 
     def covers(rounds: int) -> bool:
-        return history.within_cap([Mechanism.of(plan.over(rounds)), *held])
+        return history.is_within_cap([Mechanism.of(plan.over(rounds)), *held])
 
     if not plan.private or not covers(1):
         return 0
@@ -223,19 +224,19 @@ def as_json(account: Balance) -> dict[str, Any]:
 
 def shown(epsilon: float) -> float | None:
     """An epsilon for JSON: rounded up; None where it is infinite."""
-    return rounded_up(epsilon, 4) if math.isfinite(epsilon) else None
+    return round_up(epsilon, 4) if math.isfinite(epsilon) else None
 
 
 def rounded_down(value: float, digits: int = 4) -> float:
     """What is left, for display: never shown larger than it is."""
-    return -rounded_up(-value, digits) + 0.0
+    return -round_up(-value, digits) + 0.0
 
 
 def _run(history: History, name: str) -> RunSpent:
     own = [charge for charge in history.charges.values() if charge.run == name]
     return RunSpent(
         run=name,
-        epsilon=history.run_epsilon(name),
+        epsilon=history.compute_run_epsilon(name),
         rounds=len({charge.round for charge in own if charge.purpose != EVALUATION}),
         evaluations=len({charge.round for charge in own if charge.purpose == EVALUATION}),
         charges=len(own),

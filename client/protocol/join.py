@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.data.prepare import prepare
-from client.ledger.history import TRAINING
+from client.ledger.events import TRAINING
 from client.protocol.approvals import Approvals, Offer
 from client.protocol.requirements import refuse_what_does_not_fit, untrained_modules
 from client.protocol.site import (

@@ -30,12 +30,12 @@ from rich.table import Table
 
 from client.config import NoisedEvaluation, SiteConfig
 from client.data.records import check_values
-from client.ledger.evaluation_budget import evaluation_mechanism, evaluations_left, unspent
+from client.ledger.evaluation_budget import count_evaluations_left, list_unspent, make_evaluation_mechanism
 from client.ledger.history import History
 from client.protocol.balance import affordable_rounds, history_of, share_of, shown
 from client.protocol.requirements import refuse_what_does_not_fit, trained_in, untrained_modules
 from client.protocol.site import Joined, SiteDeclined, check_allowed, plan_of
-from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import BadInput, Plan
@@ -130,13 +130,13 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
         relation=history.terms.relation,
         delta=delta,
         budget_epsilon=history.terms.epsilon_cap,
-        spent_epsilon=history.epsilon(),
+        spent_epsilon=history.compute_epsilon(),
         noise_multiplier=plan.noise_multiplier,
         rounds=run.rounds,
-        round_epsilon=epsilon([Mechanism.of(plan)], delta),
-        run_epsilon=epsilon([whole], delta),
-        evaluation_epsilon=epsilon(evaluations, delta),
-        final_epsilon=history.epsilon([whole, *evaluations]),
+        round_epsilon=compute_epsilon([Mechanism.of(plan)], delta),
+        run_epsilon=compute_epsilon([whole], delta),
+        evaluation_epsilon=compute_epsilon(evaluations, delta),
+        final_epsilon=history.compute_epsilon([whole, *evaluations]),
         rounds_affordable=affordable_rounds(history, plan, share),
         evaluations=len(evaluations),
         evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
@@ -148,7 +148,7 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
         declines=False,
         warnings=(),
     )
-    affords = history.within_cap([whole, *unspent(share, history)])
+    affords = history.is_within_cap([whole, *list_unspent(share, history)])
     declines = _declines(any_backbone, joined, outlook, affords)
     return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
 
@@ -183,7 +183,7 @@ trunk            the same of what trains of a backbone (`trainable`), alone: abo
 
 
 def _shown_up(epsilon: float) -> str:
-    return f"{rounded_up(epsilon):g}"
+    return f"{round_up(epsilon):g}"
 
 
 _ROWS: dict[str, Callable[[Forecast], str]] = {
@@ -220,8 +220,8 @@ def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: Histor
     """Those the run asks for, as far as the share pays for them."""
     if run.evaluation is None or share is None or num_tasks == 0:
         return []
-    answered = min(run.evaluation.times(run.rounds), evaluations_left(share, history))
-    return [evaluation_mechanism(share, history.terms, num_tasks)] * answered
+    answered = min(run.evaluation.times(run.rounds), count_evaluations_left(share, history))
+    return [make_evaluation_mechanism(share, history.terms, num_tasks)] * answered
 
 
 def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
@@ -249,7 +249,7 @@ def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
     if joined.run.requested_privacy is not None and not affords:
         held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
         found.append(
-            f"the site would decline: the run would bring epsilon to {rounded_up(outlook.final_epsilon):g}, beyond the "
+            f"the site would decline: the run would bring epsilon to {round_up(outlook.final_epsilon):g}, beyond the "
             f"budget of {outlook.budget_epsilon:g}{held}; the rest affords {outlook.rounds_affordable} of "
             f"{outlook.rounds} round(s)"
         )
@@ -277,7 +277,7 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast) -> list[str
     target = joined.run.requested_privacy.target_epsilon
     if target is not None and outlook.run_epsilon > target * (1.0 + 1e-9):
         found.append(
-            f"at the site's delta of {outlook.delta:g} the run costs epsilon {rounded_up(outlook.run_epsilon):g}, more "
+            f"at the site's delta of {outlook.delta:g} the run costs epsilon {round_up(outlook.run_epsilon):g}, more "
             f"than the {target:g} asked for at delta {joined.run.requested_privacy.delta:g}"
         )
     if outlook.run_noise_to_signal > 1.0:

@@ -89,7 +89,7 @@ class Site:
             raise LedgerDamaged(f"ledger {config.registry}: it is missing at a site that has answered before")
         return Ledger.open(
             config.state_dir / "ledgers",
-            registry=config.registry,
+            population=config.registry,
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,
             delta=config.budget.delta,

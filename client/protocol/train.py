@@ -13,7 +13,7 @@ import torch
 from flwr.app import RecordDict
 
 from client.data.prepare import check_prepared, open_units
-from client.ledger.history import EVALUATION, TRAINING, Purpose
+from client.ledger.events import EVALUATION, TRAINING, Purpose
 from client.ledger.ledger import Ledger, Reservation
 from client.protocol.evaluate import noised_sums
 from client.protocol.replies import Replies, ReplyDamaged
@@ -65,7 +65,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
             round=request.round,
             request=digest,
             allow_infinite=site.config.allow.non_private,
-            share=site.share,
+            evaluation_budget=site.share,
         )
         delta = _solve(site, joined, request.round, tasks, heads, plan)
         return messages.TrainReply(delta, plan, joined.run.delta_precision), reservation, plan.steps

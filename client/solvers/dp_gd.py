@@ -33,7 +33,7 @@ from client.solvers.parts.closed_form import Inputs, check_affine, compute_gradi
 from client.solvers.parts.flat import Flat
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
-from common.privacy.accounting import noise_multiplier
+from common.privacy.accounting import calibrate_noise_multiplier
 from common.privacy.clipping import compute_clip_factors
 from common.privacy.noise import NoiseStream, release
 from common.run import PositiveInt, Privacy
@@ -104,7 +104,9 @@ class DpGd(Plugin):
         noise = privacy.noise_multiplier
         if noise is None:
             assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
-            noise = noise_multiplier(privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps)
+            noise = calibrate_noise_multiplier(
+                privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps
+            )
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
 
     def without_privacy(self) -> Sgd:

@@ -25,7 +25,7 @@ from client.data.units import Units
 from client.solvers.parts import objective
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
-from common.privacy.accounting import noise_multiplier
+from common.privacy.accounting import calibrate_noise_multiplier
 from common.privacy.noise import NoiseStream
 from common.run import PositiveInt, Privacy
 from common.tasks import Task
@@ -79,7 +79,9 @@ class DpSgd(Plugin):
         noise = privacy.noise_multiplier
         if noise is None:
             assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
-            noise = noise_multiplier(privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps)
+            noise = calibrate_noise_multiplier(
+                privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps
+            )
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
 
     def without_privacy(self) -> Sgd:

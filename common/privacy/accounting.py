@@ -117,7 +117,7 @@ def _validator() -> TypeAdapter[Mechanism]:
     return TypeAdapter(Mechanism)
 
 
-def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
+def compute_epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
     """An upper bound on epsilon of all mechanisms together, under add/remove of one unit.
 
     Infinite as soon as one release has no noise, 0 without any mechanism. Computed once per distinct content.
@@ -129,7 +129,7 @@ def epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
     return math.inf if history is None else _epsilon(history, delta)
 
 
-def covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> bool:
+def is_covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> bool:
     """Whether `epsilon` of all mechanisms together is at most `cap`; cheaper than `epsilon` while far below it.
 
     Raises:
@@ -141,7 +141,7 @@ def covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> bool:
     return _loose_epsilon(history, delta) <= cap or _epsilon(history, delta) <= cap
 
 
-def noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """The smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most `target_epsilon`.
 
     Guarantee: `epsilon` of the result is at most the target. Exact to 1e-7 for full batch.
@@ -160,7 +160,7 @@ def noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, 
     return _calibrated(target_epsilon, delta, sampling_rate, steps)
 
 
-def rounded_up(value: float, digits: int = 2) -> float:
+def round_up(value: float, digits: int = 2) -> float:
     """An epsilon for display: never shown smaller than it is."""
     if not math.isfinite(value):
         return value

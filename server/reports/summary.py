@@ -36,7 +36,7 @@ from common.events import (
     TaskSummary,
     select_events,
 )
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.types import RELATION
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
@@ -163,7 +163,7 @@ def _compose_epsilon(
         return None
     noises = [event.noise_multipliers[joined.site] for event in evaluations if joined.site in event.noise_multipliers]
     held_out = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
-    return epsilon([*(Mechanism.of(plan) for plan in plans), *held_out], joined.delta)
+    return compute_epsilon([*(Mechanism.of(plan) for plan in plans), *held_out], joined.delta)
 
 
 def _summarize_audit(events: Sequence[RunEvent]) -> AuditSummary:

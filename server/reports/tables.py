@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.events import AuditSummary, SiteSummary, Summary
-from common.privacy.accounting import rounded_up
+from common.privacy.accounting import round_up
 from common.types import DECLINED, explain_rejection
 from server.reports.status import FederationStatus
 
@@ -129,7 +129,7 @@ def _describe_audit(audit: AuditSummary) -> str:
         return "audit: required; each site passed its own before it joined\n" if audit.required else ""
     verdict = "passed" if audit.passed else f"FAILED: {(audit.reasons or ('',))[0]}"
     return (
-        f"audit: {verdict}; epsilon {rounded_up(audit.epsilon_claimed):.2f} claimed, "
+        f"audit: {verdict}; epsilon {round_up(audit.epsilon_claimed):.2f} claimed, "
         f"at least {audit.epsilon_lower_95:.2f} at 95 % confidence; noise ratio {audit.noise_std_ratio:.3f}\n"
     )
 
@@ -137,7 +137,7 @@ def _describe_audit(audit: AuditSummary) -> str:
 def _format_epsilon(site: SiteSummary) -> str:
     if site.epsilon is None or site.budget_epsilon is None:
         return "not private" if site.rounds else "nothing"
-    return f"{rounded_up(site.epsilon):.2f}\nof {site.budget_epsilon:.2f}"
+    return f"{round_up(site.epsilon):.2f}\nof {site.budget_epsilon:.2f}"
 
 
 def _format_bytes(value: int | None) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.protocol.balance import Balance, rounded_down
-from common.privacy.accounting import rounded_up
+from common.privacy.accounting import round_up
 
 
 def print_balance(account: Balance) -> None:
@@ -23,16 +23,16 @@ def print_balance(account: Balance) -> None:
         table.add_column(name)
     for run in account.runs:
         counts = (run.rounds, run.evaluations, run.charges, run.open)
-        table.add_row(run.run, f"{rounded_up(run.epsilon):g}", *map(str, counts))
+        table.add_row(run.run, f"{round_up(run.epsilon):g}", *map(str, counts))
     Console().print(table)
-    typer.echo(f"spent     {rounded_up(account.spent_epsilon):g}")
-    typer.echo(f"reserved  {rounded_up(account.reserved_epsilon):g}   (spent, and charges whose reply may have left)")
+    typer.echo(f"spent     {round_up(account.spent_epsilon):g}")
+    typer.echo(f"reserved  {round_up(account.reserved_epsilon):g}   (spent, and charges whose reply may have left)")
     typer.echo(f"left      {rounded_down(account.left_epsilon, 2):g} of {terms.epsilon_cap:g}")
     if account.evaluation is not None:
         held = account.evaluation
         typer.echo(
             f"held      share {held.share:g} for evaluations: {held.left} of {held.evaluations} left at noise "
-            f"{held.noise_multiplier:.4g}; those charged cost {rounded_up(held.spent_epsilon):g} by themselves"
+            f"{held.noise_multiplier:.4g}; those charged cost {round_up(held.spent_epsilon):g} by themselves"
         )
     if account.affordable is not None:
         rest = account.affordable

@@ -19,7 +19,7 @@ from client.audit.canaries import ADDED, FREE, LIVE
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.clipping import compute_clip_factors, compute_joint_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy
@@ -349,7 +349,7 @@ def reset_half_way(plan: Plan, rounds: int, delta: float) -> float:
 
 def overwrite_hook(plan: Plan, rounds: int, delta: float) -> float:
     """Nothing reaches the accountant."""
-    return epsilon([], delta)
+    return compute_epsilon([], delta)
 
 
 def count_one_step_a_round(plan: Plan, rounds: int, delta: float) -> float:
@@ -359,4 +359,4 @@ def count_one_step_a_round(plan: Plan, rounds: int, delta: float) -> float:
 
 def count_committed_only(plan: Plan, rounds: int, delta: float) -> float:
     """What a crash left between reserve and commit does not count."""
-    return epsilon([Mechanism.of(plan)] * (rounds - 1), delta)
+    return compute_epsilon([Mechanism.of(plan)] * (rounds - 1), delta)

@@ -22,7 +22,7 @@ from client.audit.canaries import ADDED, plant
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
 from common.events import AuditVerdict
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy, RunConfig
 from common.types import BadInput, Unit
@@ -309,7 +309,7 @@ def test_records_of_a_trunk_that_count_for_another_patient_are_caught(monkeypatc
 
 def test_the_claim_is_what_a_real_ledger_composes(tmp_path: Path) -> None:
     plan = make_run().plan
-    ledger = Ledger.open(tmp_path, registry="r", unit=Unit.EXAMPLE, epsilon_cap=100.0, delta=1e-5)
+    ledger = Ledger.open(tmp_path, population="r", unit=Unit.EXAMPLE, epsilon_cap=100.0, delta=1e-5)
     for round_ in range(25):
         ledger.commit(ledger.reserve(Mechanism.of(plan), run="run", round=round_, request=""))
     assert compute_ledger_epsilon(plan, 25, 1e-5) == pytest.approx(ledger.spent().spent_epsilon, rel=1e-12)
@@ -332,7 +332,7 @@ def test_a_run_is_audited_with_the_tasks_and_the_delta_of_the_site() -> None:
     result = audit_run(run, Unit.EXAMPLE, {"loop": 80}, delta=1e-6, entropy=SeededEntropy(3))
     assert join_reasons(result) == ""
     plan = open_solver(run.solver, "solver").plan(Privacy(**RUN["privacy"]), Unit.EXAMPLE, 2)
-    assert result.epsilon_claimed == pytest.approx(epsilon([Mechanism.of(plan)] * 2, 1e-6))
+    assert result.epsilon_claimed == pytest.approx(compute_epsilon([Mechanism.of(plan)] * 2, 1e-6))
     assert {"epsilon_claimed", "epsilon_lower_95", "epsilon_lower_99_9", "noise_std_ratio", "passed"} <= set(
         result.model_dump()
     )

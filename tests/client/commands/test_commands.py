@@ -30,7 +30,7 @@ from common.events import RequestDeclined
 from common.model.backbones import open_backbones
 from common.model.parameters import initial_heads, parameters
 from common.plugins import Spec
-from common.privacy.accounting import Mechanism, epsilon, rounded_up
+from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged
@@ -126,7 +126,7 @@ def test_an_unused_site_has_its_whole_budget_and_asking_creates_nothing(tmp_path
 def test_the_budget_after_rounds_is_their_composed_price_rounded_up(tmp_path: Path, frozen: Backbone) -> None:
     trained(tmp_path, frozen, rounds=2)
     account = said("budget", written(tmp_path))
-    truth = epsilon([ROUND] * 2, DELTA)
+    truth = compute_epsilon([ROUND] * 2, DELTA)
     assert truth <= account["spent_epsilon"] == account["reserved_epsilon"] <= truth + 1e-4
     assert account["left_epsilon"] <= 100.0 - truth
     (run,) = account["runs"]
@@ -137,7 +137,7 @@ def test_the_budget_after_rounds_is_their_composed_price_rounded_up(tmp_path: Pa
 def test_affordable_rounds_fit_and_one_more_does_not(tmp_path: Path, frozen: Backbone) -> None:
     trained(tmp_path, frozen)
     rounds = said("budget", written(tmp_path))["affordable"]["rounds"]
-    assert epsilon([ROUND] * (1 + rounds), DELTA) <= 100.0 < epsilon([ROUND] * (2 + rounds), DELTA)
+    assert compute_epsilon([ROUND] * (1 + rounds), DELTA) <= 100.0 < compute_epsilon([ROUND] * (2 + rounds), DELTA)
     louder = run_file(tmp_path, privacy={"unit": "example", "delta": DELTA, "noise_multiplier": 1.0})
     assert said("budget", tmp_path / "site.yaml", "--run", louder)["affordable"]["rounds"] < rounds
 
@@ -146,7 +146,7 @@ def test_a_damaged_ledger_is_named_in_one_sentence_by_every_reader(tmp_path: Pat
     damage(trained(tmp_path, frozen))
     site, run = written(tmp_path), run_file(tmp_path)
     for command in (("budget", site), ("log", site), ("plan", site, run), ("amend", site, "--reason", "x")):
-        assert "entry 2 of 2 was edited" in refused(invoke(*command), 1)
+        assert "line 2 of 2 was edited" in refused(invoke(*command), 1)
 
 
 def test_infinite_epsilon_is_null_with_a_flag(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_damaged_ledger_makes_the_site_decline_with_one_word_until_it_is_recov
     assert "edited" not in caplog.text
     done = invoke("recover", written(tmp_path), "--reason", "disk failure")
     assert done.exit_code == 0
-    assert "entry 2 of 2 was edited" in done.stdout
+    assert "line 2 of 2 was edited" in done.stdout
     assert said("budget", tmp_path / "site.yaml")["left_epsilon"] == 0.0
     assert answered().refusal.value == "budget"
     page = said("log", tmp_path / "site.yaml")
@@ -232,15 +232,15 @@ def test_a_plan_opens_no_record_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "north.npz").unlink()
     before = sorted(tmp_path.rglob("*"))
     outlook = said("plan", site, run)
-    assert outlook["round_epsilon"] == rounded_up(epsilon([ROUND], DELTA), 4)
-    assert outlook["run_epsilon"] == outlook["final_epsilon"] == rounded_up(epsilon([ROUND] * 2, DELTA), 4)
+    assert outlook["round_epsilon"] == round_up(compute_epsilon([ROUND], DELTA), 4)
+    assert outlook["run_epsilon"] == outlook["final_epsilon"] == round_up(compute_epsilon([ROUND] * 2, DELTA), 4)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_plan_counts_what_was_spent_before(tmp_path: Path, frozen: Backbone) -> None:
     trained(tmp_path, frozen, rounds=2)
     outlook = said("plan", written(tmp_path), run_file(tmp_path))
-    assert outlook["final_epsilon"] == rounded_up(epsilon([ROUND] * 4, DELTA), 4)
+    assert outlook["final_epsilon"] == round_up(compute_epsilon([ROUND] * 4, DELTA), 4)
 
 
 def test_noise_for_a_target_is_solved_for_and_meets_it(tmp_path: Path) -> None:
@@ -474,10 +474,10 @@ def test_budget_shows_the_share_and_what_is_left_of_it(tmp_path: Path, frozen: B
     held = account["evaluation"]
     assert (held["share"], held["evaluations"], held["left"]) == (0.2, 3, 2)
     mechanism = Mechanism("gaussian", held["noise_multiplier"], 1.0, 1, 1.0)
-    assert held["spent_epsilon"] == rounded_up(epsilon([mechanism], DELTA), 4)
+    assert held["spent_epsilon"] == round_up(compute_epsilon([mechanism], DELTA), 4)
     (run,) = account["runs"]
     assert (run["rounds"], run["evaluations"], run["charges"]) == (1, 1, 2)
-    assert account["spent_epsilon"] == rounded_up(epsilon([ROUND, mechanism], DELTA), 4)
+    assert account["spent_epsilon"] == round_up(compute_epsilon([ROUND, mechanism], DELTA), 4)
     assert "share 0.2 for evaluations: 2 of 3 left" in invoke("budget", path).stdout
     # Fewer rounds than without a share: what is held back is not theirs.
     assert account["affordable"]["rounds"] < said("budget", written(tmp_path))["affordable"]["rounds"]
@@ -501,9 +501,9 @@ def test_plan_counts_evaluations_and_says_when_the_share_is_too_small(tmp_path: 
     three = [Mechanism("gaussian", noise, 1.0, 3, 1.0)]
     training = [Mechanism("gaussian", 2.0, 1.0, 10, 1.0)]
     assert outlook["evaluations"] == 3
-    assert outlook["evaluation_epsilon"] == rounded_up(epsilon(three, DELTA), 4)
-    assert outlook["run_epsilon"] == rounded_up(epsilon(training, DELTA), 4)
-    assert outlook["final_epsilon"] == rounded_up(epsilon([*three, *training], DELTA), 4)
+    assert outlook["evaluation_epsilon"] == round_up(compute_epsilon(three, DELTA), 4)
+    assert outlook["run_epsilon"] == round_up(compute_epsilon(training, DELTA), 4)
+    assert outlook["final_epsilon"] == round_up(compute_epsilon([*three, *training], DELTA), 4)
     # Two tasks in one release; a unit counts sqrt(2) in each.
     assert outlook["evaluation_noise"] == pytest.approx(noise * 2)
     assert any("asks for 5 evaluation(s), the share pays for 3" in each for each in outlook["warnings"])

@@ -24,7 +24,7 @@ from client.protocol.train import train
 from common import messages
 from common.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
-from common.privacy.accounting import epsilon
+from common.privacy.accounting import compute_epsilon
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import Heads
@@ -161,7 +161,7 @@ def assert_one_open_charge(site: Site) -> None:
     """What may have left counts in full, committed or not."""
     charges = site.ledger().charges()
     assert [charge.committed for charge in charges] == [False]
-    assert site.ledger().spent().reserved_epsilon == epsilon([charges[0].mechanism], 1e-5) > 0
+    assert site.ledger().spent().reserved_epsilon == compute_epsilon([charges[0].mechanism], 1e-5) > 0
 
 
 def test_killed_between_reserve_and_training(tmp_path: Path, frozen: Backbone, sites: Sites) -> None:
@@ -219,6 +219,6 @@ def test_killed_in_the_middle_of_writing_the_charge(tmp_path: Path, frozen: Back
     sites.start(tmp_path, "reserving")
     assert sites.ask("reap") == -signal.SIGXFSZ
     assert replies(tmp_path) == []
-    assert [entry["event"] for entry in site.ledger().entries()] == ["created", "sealed"]
+    assert [line.event.event for line in site.ledger().lines()] == ["created", "sealed"]
     again(tmp_path, site)
     assert [charge.committed for charge in site.ledger().charges()] == [True]

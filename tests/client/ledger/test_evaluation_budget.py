@@ -12,10 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.config import NoisedEvaluation
-from client.ledger.evaluation_budget import evaluation_mechanism, evaluations_left, noise_multiplier, unspent
-from client.ledger.history import EVALUATION, TRAINING, Charge, History, Terms
+from client.ledger import chain
+from client.ledger.evaluation_budget import (
+    compute_evaluation_noise,
+    count_evaluations_left,
+    list_unspent,
+    make_evaluation_mechanism,
+)
+from client.ledger.events import EVALUATION, TRAINING, ChargeRefused, Terms, read_lines, write_facts
+from client.ledger.history import Charge, History
 from client.ledger.ledger import Ledger
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.gaussian import gdp_mu
 from common.types import BudgetExhausted, Unit
 
@@ -25,7 +32,7 @@ TERMS = Terms(Unit.PATIENT, CAP, DELTA)
 
 
 def opened(folder: Path) -> Ledger:
-    return Ledger.open(folder, registry="oncology", unit=Unit.PATIENT, epsilon_cap=CAP, delta=DELTA)
+    return Ledger.open(folder, population="oncology", unit=Unit.PATIENT, epsilon_cap=CAP, delta=DELTA)
 
 
 def gaussian(mu: float) -> Mechanism:
@@ -33,7 +40,7 @@ def gaussian(mu: float) -> Mechanism:
 
 
 def train(ledger: Ledger, mechanism: Mechanism, share: NoisedEvaluation | None = SHARE) -> None:
-    ledger.reserve(mechanism, run="run", round=1, request="00", share=share)
+    ledger.reserve(mechanism, run="run", round=1, request="00", evaluation_budget=share)
 
 
 def evaluate(ledger: Ledger, share: NoisedEvaluation = SHARE, num_tasks: int = 2) -> Mechanism:
@@ -49,11 +56,11 @@ def test_all_evaluations_together_cost_their_share_by_dp_accounting(tmp_path: Pa
     train(ledger, gaussian(rest))
     oracle = [
         pld.from_gaussian_mechanism(sigma, pessimistic_estimate=True, value_discretization_interval=1e-4)
-        for sigma in (noise_multiplier(SHARE, TERMS), 1.0 / rest)
+        for sigma in (compute_evaluation_noise(SHARE, TERMS), 1.0 / rest)
     ]
     evaluations = oracle[0].self_compose(SHARE.evaluations)
     assert evaluations.get_epsilon_for_delta(DELTA) == pytest.approx(
-        epsilon([evaluation_mechanism(SHARE, TERMS, 2)] * SHARE.evaluations, DELTA), rel=2e-3
+        compute_epsilon([make_evaluation_mechanism(SHARE, TERMS, 2)] * SHARE.evaluations, DELTA), rel=2e-3
     )
     assert evaluations.compose(oracle[1]).get_epsilon_for_delta(DELTA) == pytest.approx(CAP, rel=2e-3)
     assert ledger.spent().reserved_epsilon <= CAP * (1 + 1e-9)
@@ -62,18 +69,18 @@ def test_all_evaluations_together_cost_their_share_by_dp_accounting(tmp_path: Pa
 def test_one_evaluation_more_than_the_share_pays_for_is_refused_however_much_is_left(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     for left in range(SHARE.evaluations, 0, -1):
-        assert evaluations_left(SHARE, ledger.history()) == left
+        assert count_evaluations_left(SHARE, ledger.history()) == left
         evaluate(ledger)
-    assert evaluations_left(SHARE, ledger.history()) == 0
+    assert count_evaluations_left(SHARE, ledger.history()) == 0
     before = ledger.spent()
     with pytest.raises(BudgetExhausted, match="share of 0.2"):
         evaluate(ledger)
     assert ledger.spent() == before and before.reserved_epsilon < 0.5 * CAP
-    assert [entry["purpose"] for entry in ledger.entries() if entry["event"] == "refused"] == [EVALUATION]
+    assert [line.event.purpose for line in ledger.lines() if isinstance(line.event, ChargeRefused)] == [EVALUATION]
 
 
 def test_the_noise_of_an_evaluation_does_not_depend_on_how_many_tasks_share_it(tmp_path: Path) -> None:
-    one, three = evaluation_mechanism(SHARE, TERMS, 1), evaluation_mechanism(SHARE, TERMS, 3)
+    one, three = make_evaluation_mechanism(SHARE, TERMS, 1), make_evaluation_mechanism(SHARE, TERMS, 3)
     assert one.noise_multiplier == three.noise_multiplier
     assert (one.sensitivity, three.sensitivity) == (1.0, pytest.approx(math.sqrt(3)))
 
@@ -98,12 +105,12 @@ def test_in_whatever_order_requests_come_the_share_and_the_cap_hold(requests: li
     charges: dict[int, Charge] = {}
     for number, mu in enumerate(requests):
         history = History(TERMS, dict(charges))
-        mechanism = evaluation_mechanism(SHARE, TERMS, 1) if mu is None else gaussian(mu)
+        mechanism = make_evaluation_mechanism(SHARE, TERMS, 1) if mu is None else gaussian(mu)
         purpose = EVALUATION if mu is None else TRAINING
         allowed = (
-            evaluations_left(SHARE, history) > 0
+            count_evaluations_left(SHARE, history) > 0
             if mu is None
-            else history.within_cap([mechanism, *unspent(SHARE, history)])
+            else history.is_within_cap([mechanism, *list_unspent(SHARE, history)])
         )
         if allowed:
             charges[number] = Charge("run", 1, "", mechanism, True, purpose)
@@ -121,11 +128,15 @@ def test_in_whatever_order_requests_come_the_share_and_the_cap_hold(requests: li
 def test_charges_of_a_ledger_that_knows_no_evaluations_are_of_training(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     train(ledger, gaussian(0.1), share=None)
-    old = [{key: value for key, value in entry.items() if key != "purpose"} for entry in ledger.entries()]
-    assert json.dumps(old) != json.dumps(ledger.entries())
+    with chain.exclusive(tmp_path / "oncology") as held:
+        lines = [json.loads(body) for body in held.bodies]
+    assert lines[-1].pop("purpose") == TRAINING
+    old = read_lines([json.dumps(line) for line in lines])
+    # A recovery writes such a line again as it was.
+    assert list(write_facts(old[-1].event)) == ["run", "round", "request", "mechanism"]
     history = History.of(old)
     assert [each.purpose for each in history.charges.values()] == [TRAINING]
-    assert evaluations_left(SHARE, history) == SHARE.evaluations
+    assert count_evaluations_left(SHARE, history) == SHARE.evaluations
 
 
 def test_another_share_later_does_not_forget_what_was_spent(tmp_path: Path) -> None:
@@ -133,9 +144,9 @@ def test_another_share_later_does_not_forget_what_was_spent(tmp_path: Path) -> N
     for _ in range(SHARE.evaluations):
         evaluate(ledger)
     smaller, larger = NoisedEvaluation(share=0.1, evaluations=4), NoisedEvaluation(share=0.4, evaluations=4)
-    assert evaluations_left(smaller, ledger.history()) == 0 and unspent(smaller, ledger.history()) == []
-    assert evaluations_left(larger, ledger.history()) == 2  # Half of the larger share is spent.
+    assert count_evaluations_left(smaller, ledger.history()) == 0 and list_unspent(smaller, ledger.history()) == []
+    assert count_evaluations_left(larger, ledger.history()) == 2  # Half of the larger share is spent.
     # More evaluations on an unspent share are smaller ones; the share stays the share.
-    assert unspent(larger, ledger.history())[0].noise_multiplier == pytest.approx(
+    assert list_unspent(larger, ledger.history())[0].noise_multiplier == pytest.approx(
         1 / math.sqrt(0.2 * gdp_mu(CAP, DELTA) ** 2)
     )

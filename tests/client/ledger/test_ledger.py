@@ -14,8 +14,9 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.ledger.events import ChargeRefused, TermsAmended
 from client.ledger.ledger import Ledger, Reservation, amend
-from common.privacy.accounting import Mechanism, epsilon, noise_multiplier
+from common.privacy.accounting import Mechanism, calibrate_noise_multiplier, compute_epsilon
 from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,7 +24,7 @@ DELTA = 1e-5
 
 
 def opened(folder: Path, *, cap: float = 3.0, delta: float = DELTA, unit: Unit = Unit.PATIENT) -> Ledger:
-    return Ledger.open(folder, registry="oncology", unit=unit, epsilon_cap=cap, delta=delta)
+    return Ledger.open(folder, population="oncology", unit=unit, epsilon_cap=cap, delta=delta)
 
 
 def gaussian(sigma: float, rate: float = 1.0, steps: int = 1) -> Mechanism:
@@ -37,7 +38,7 @@ def charge(ledger: Ledger, mechanism: Mechanism, run: str = "run", round_: int =
 def test_a_new_ledger_has_spent_nothing(tmp_path: Path) -> None:
     spent = opened(tmp_path).spent()
     assert (spent.spent_epsilon, spent.reserved_epsilon, spent.left_epsilon) == (0.0, 0.0, 3.0)
-    assert (spent.registry, spent.terms.unit, spent.terms.relation) == ("oncology", Unit.PATIENT, "add_remove")
+    assert (spent.population, spent.terms.unit, spent.terms.relation) == ("oncology", Unit.PATIENT, "add_remove")
 
 
 def test_twenty_rounds_cost_the_composed_truth_not_the_last_round(tmp_path: Path) -> None:
@@ -56,13 +57,13 @@ def test_twenty_rounds_cost_the_composed_truth_not_the_last_round(tmp_path: Path
         for pessimistic in (False, True)
     ]
     assert bounds[0] <= spent.spent_epsilon <= 1.005 * bounds[1]
-    assert spent.spent_epsilon == spent.reserved_epsilon == opened(tmp_path, cap=6.0).run_epsilon("run")
-    assert spent.spent_epsilon > 3 * epsilon([round_mechanism], DELTA)
+    assert spent.spent_epsilon == spent.reserved_epsilon == opened(tmp_path, cap=6.0).compute_run_epsilon("run")
+    assert spent.spent_epsilon > 3 * compute_epsilon([round_mechanism], DELTA)
 
 
 def test_a_run_calibrated_to_the_cap_fits_to_its_last_round_and_no_further(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
-    sigma = noise_multiplier(3.0, DELTA, 1.0, 12 * 5)
+    sigma = calibrate_noise_multiplier(3.0, DELTA, 1.0, 12 * 5)
     assert ledger.affords([gaussian(sigma, steps=60)])
     for number in range(12):
         charge(ledger, gaussian(sigma, steps=5), round_=number)
@@ -78,9 +79,10 @@ def test_a_refused_charge_spends_nothing_and_is_logged(tmp_path: Path) -> None:
     with pytest.raises(BudgetExhausted, match="oncology"):
         charge(ledger, gaussian(1.0), run="greedy")
     assert ledger.spent() == before
-    assert ledger.run_epsilon("greedy") == 0.0
-    assert [entry["event"] for entry in ledger.entries()] == ["created", "reserved", "refused"]
-    assert ledger.entries()[-1]["run"] == "greedy"
+    assert ledger.compute_run_epsilon("greedy") == 0.0
+    assert [line.event.event for line in ledger.lines()] == ["created", "reserved", "refused"]
+    last = ledger.lines()[-1].event
+    assert isinstance(last, ChargeRefused) and last.run == "greedy"
     charge(ledger, gaussian(30.0))  # A smaller one still passes.
 
 
@@ -96,8 +98,8 @@ def test_the_composed_total_never_exceeds_the_cap(
             charge(ledger, gaussian(sigma))
             granted.append(gaussian(sigma))
         except BudgetExhausted:
-            assert epsilon([*granted, gaussian(sigma)], DELTA) > 3.0
-    assert epsilon(granted, DELTA) == ledger.spent().reserved_epsilon <= 3.0 * (1 + 1e-9)
+            assert compute_epsilon([*granted, gaussian(sigma)], DELTA) > 3.0
+    assert compute_epsilon(granted, DELTA) == ledger.spent().reserved_epsilon <= 3.0 * (1 + 1e-9)
 
 
 def test_a_reservation_counts_before_it_is_committed(tmp_path: Path) -> None:
@@ -106,8 +108,8 @@ def test_a_reservation_counts_before_it_is_committed(tmp_path: Path) -> None:
     charge(ledger, gaussian(4.0), run="b")
     ledger.commit(first)
     spent = ledger.spent()
-    assert spent.spent_epsilon == epsilon([gaussian(4.0)], DELTA)
-    assert spent.reserved_epsilon == epsilon([gaussian(4.0)] * 2, DELTA)
+    assert spent.spent_epsilon == compute_epsilon([gaussian(4.0)], DELTA)
+    assert spent.reserved_epsilon == compute_epsilon([gaussian(4.0)] * 2, DELTA)
     assert spent.left_epsilon == 3.0 - spent.reserved_epsilon
     assert [(each.run, each.committed) for each in ledger.charges()] == [("a", True), ("b", False)]
 
@@ -123,7 +125,7 @@ def test_runs_share_the_registrys_budget(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     for run in ("a", "b"):
         charge(ledger, gaussian(2.0), run=run)
-    assert ledger.run_epsilon("a") == ledger.run_epsilon("b") == epsilon([gaussian(2.0)], DELTA)
+    assert ledger.compute_run_epsilon("a") == ledger.compute_run_epsilon("b") == compute_epsilon([gaussian(2.0)], DELTA)
     with pytest.raises(BudgetExhausted):
         charge(ledger, gaussian(1.5), run="c")
 
@@ -164,18 +166,18 @@ def test_other_terms_in_the_site_file_are_refused_by_name(tmp_path: Path, change
 
 def test_a_raised_cap_is_logged_and_resets_nothing(tmp_path: Path) -> None:
     charge(opened(tmp_path), gaussian(2.0))
-    amend(tmp_path, registry="oncology", unit=Unit.PATIENT, epsilon_cap=5.0, delta=1e-6)
+    amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=5.0, delta=1e-6)
     ledger = opened(tmp_path, cap=5.0, delta=1e-6)
-    assert ledger.spent().reserved_epsilon == epsilon([gaussian(2.0)], 1e-6)
-    last = ledger.entries()[-1]
-    assert (last["event"], last["before"]["epsilon_cap"], last["epsilon_cap"]) == ("amended", 3.0, 5.0)
+    assert ledger.spent().reserved_epsilon == compute_epsilon([gaussian(2.0)], 1e-6)
+    last = ledger.lines()[-1].event
+    assert isinstance(last, TermsAmended) and (last.before.epsilon_cap, last.epsilon_cap) == (3.0, 5.0)
     with pytest.raises(BadInput, match="logged"):
         opened(tmp_path)
 
 
 def test_a_cap_lowered_below_what_is_spent_leaves_nothing(tmp_path: Path) -> None:
     charge(opened(tmp_path), gaussian(2.0))
-    amend(tmp_path, registry="oncology", unit=Unit.PATIENT, epsilon_cap=1.0, delta=DELTA)
+    amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=1.0, delta=DELTA)
     ledger = opened(tmp_path, cap=1.0)
     assert ledger.spent().left_epsilon == 0.0
     assert not ledger.affords([gaussian(1000.0)])
@@ -183,18 +185,18 @@ def test_a_cap_lowered_below_what_is_spent_leaves_nothing(tmp_path: Path) -> Non
 
 def test_the_unit_can_change_before_the_first_charge_only(tmp_path: Path) -> None:
     opened(tmp_path)
-    amend(tmp_path, registry="oncology", unit=Unit.EXAMPLE, epsilon_cap=3.0, delta=DELTA)
+    amend(tmp_path, population="oncology", unit=Unit.EXAMPLE, epsilon_cap=3.0, delta=DELTA)
     charge(opened(tmp_path, unit=Unit.EXAMPLE), gaussian(4.0))
     with pytest.raises(BadInput, match="first charge"):
-        amend(tmp_path, registry="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
+        amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
 
 
 def test_an_amendment_needs_a_ledger_and_a_change(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no ledger"):
-        amend(tmp_path, registry="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
+        amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
     opened(tmp_path)
     with pytest.raises(BadInput, match="already"):
-        amend(tmp_path, registry="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
+        amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
 
 
 @pytest.mark.parametrize("change", [{"cap": 0.0}, {"cap": math.inf}, {"delta": 0.0}, {"delta": 1.0}], ids=str)
@@ -206,7 +208,7 @@ def test_impossible_terms_are_refused_and_create_nothing(tmp_path: Path, change:
 
 def test_registries_do_not_share_a_ledger(tmp_path: Path) -> None:
     charge(opened(tmp_path), gaussian(2.0))
-    other = Ledger.open(tmp_path, registry="cardiology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
+    other = Ledger.open(tmp_path, population="cardiology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
     assert other.spent().reserved_epsilon == 0.0
 
 
@@ -218,7 +220,7 @@ def test_a_damaged_ledger_stops_every_use(tmp_path: Path) -> None:
     charge(ledger, gaussian(2.0))
     path = tmp_path / "oncology" / "ledger.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"noise_multiplier":2.0', b'"noise_multiplier":9.0'))
-    for use in (lambda: opened(tmp_path), ledger.spent, ledger.entries, lambda: charge(ledger, gaussian(9.0))):
+    for use in (lambda: opened(tmp_path), ledger.spent, ledger.lines, lambda: charge(ledger, gaussian(9.0))):
         with pytest.raises(LedgerDamaged, match="oncology"):
             use()
 
@@ -226,10 +228,11 @@ def test_a_damaged_ledger_stops_every_use(tmp_path: Path) -> None:
 RESERVE_AND_WAIT = """
 import sys, time
 from pathlib import Path
+from client.ledger.events import ChargeRefused, TermsAmended
 from client.ledger.ledger import Ledger
 from common.privacy.accounting import Mechanism
 from common.types import Unit
-ledger = Ledger.open(Path(sys.argv[1]), registry="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=1e-5)
+ledger = Ledger.open(Path(sys.argv[1]), population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=1e-5)
 ledger.reserve(Mechanism("gaussian", 2.0, 1.0, 1, 1.0), run="run", round=1, request="00ff")
 print("reserved", flush=True)
 time.sleep(60)
@@ -239,12 +242,13 @@ ledger.commit(None)
 RESERVE_ALL = """
 import sys
 from pathlib import Path
+from client.ledger.events import ChargeRefused, TermsAmended
 from client.ledger.ledger import Ledger
 from common.privacy.accounting import Mechanism
 from common.types import BudgetExhausted, Unit
 granted = 0
 for number in range(12):
-    ledger = Ledger.open(Path(sys.argv[1]), registry="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=1e-5)
+    ledger = Ledger.open(Path(sys.argv[1]), population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=1e-5)
     try:
         ledger.reserve(Mechanism("gaussian", float(sys.argv[2]), 1.0, 1, 1.0), run="run", round=1, request="00ff")
         granted += 1
@@ -266,14 +270,14 @@ def test_a_process_killed_between_reserve_and_commit_keeps_its_charge(tmp_path: 
     process.communicate(timeout=60)
     spent = opened(tmp_path).spent()
     assert spent.spent_epsilon == 0.0
-    assert spent.reserved_epsilon == epsilon([gaussian(2.0)], DELTA)
+    assert spent.reserved_epsilon == compute_epsilon([gaussian(2.0)], DELTA)
 
 
 def test_two_processes_at_once_never_exceed_the_cap(tmp_path: Path) -> None:
-    sigma = noise_multiplier(3.0, DELTA, 1.0, 9)  # Nine such charges fit, a tenth does not.
+    sigma = calibrate_noise_multiplier(3.0, DELTA, 1.0, 9)  # Nine such charges fit, a tenth does not.
     processes = [run(RESERVE_ALL, str(tmp_path), repr(sigma)) for _ in range(2)]
     granted = [int(process.communicate(timeout=60)[0]) for process in processes]
     assert sum(granted) == 9
     ledger = opened(tmp_path)
     assert ledger.spent().reserved_epsilon <= 3.0 * (1 + 1e-9)
-    assert [entry["event"] for entry in ledger.entries()].count("refused") == 2 * 12 - 9
+    assert [line.event.event for line in ledger.lines()].count("refused") == 2 * 12 - 9

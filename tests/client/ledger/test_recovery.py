@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.ledger import chain
-from client.ledger.history import Terms
+from client.ledger.events import LedgerRecovered, Terms
 from client.ledger.ledger import Ledger, amend
 from client.ledger.recovery import Recovery, recover
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
 
 CAP, DELTA = 3.0, 1e-5
@@ -24,7 +25,7 @@ TINY = Mechanism("gaussian", 1000.0, 1.0, 1, 1.0)
 
 
 def opened(folder: Path, cap: float = CAP, delta: float = DELTA) -> Ledger:
-    return Ledger.open(folder, registry="oncology", unit=Unit.PATIENT, epsilon_cap=cap, delta=delta)
+    return Ledger.open(folder, population="oncology", unit=Unit.PATIENT, epsilon_cap=cap, delta=delta)
 
 
 def gaussian(sigma: float) -> Mechanism:
@@ -56,12 +57,12 @@ def damage(folder: Path) -> None:
 
 
 def amended(folder: Path, cap: float, delta: float) -> Ledger:
-    amend(folder, registry="oncology", unit=Unit.PATIENT, epsilon_cap=cap, delta=delta, reason="the board agreed")
+    amend(folder, population="oncology", unit=Unit.PATIENT, epsilon_cap=cap, delta=delta, reason="the board agreed")
     return opened(folder, cap, delta)
 
 
 def test_until_the_recovery_every_use_stops(folder: Path) -> None:
-    with pytest.raises(LedgerDamaged, match="entry 6 of 6 was edited"):
+    with pytest.raises(LedgerDamaged, match="line 6 of 6 was edited"):
         opened(folder)
     with pytest.raises(LedgerDamaged):
         amended(folder, 9.0, DELTA)
@@ -78,12 +79,12 @@ def test_the_whole_cap_counts_as_spent_and_nothing_more_is_afforded(folder: Path
 def test_what_verifies_is_kept_and_the_recovery_is_logged_first(folder: Path) -> None:
     before = (folder / "oncology" / "ledger.jsonl").read_bytes()
     done = recovered(folder)
-    entries = opened(folder).entries()
-    assert [entry["event"] for entry in entries] == ["recovered", *["reserved", "committed"] * 2, "assumed"]
-    assert (entries[0]["reason"], entries[0]["seen"]) == ("fire", done.seen)
+    events = [line.event for line in opened(folder).lines()]
+    assert [event.event for event in events] == ["recovered", *["reserved", "committed"] * 2, "assumed"]
+    assert isinstance(events[0], LedgerRecovered) and (events[0].reason, events[0].seen) == ("fire", done.seen)
     assert (done.num_kept, done.num_damaged) == (2, 2)
     assert [(each.round, each.committed) for each in opened(folder).charges()] == [(1, True), (2, True)]
-    assert opened(folder).run_epsilon("run") == epsilon([gaussian(4.0)] * 2, DELTA)
+    assert opened(folder).compute_run_epsilon("run") == compute_epsilon([gaussian(4.0)] * 2, DELTA)
     assert done.aside is not None
     assert done.aside.name.startswith("oncology.damaged-")
     assert (done.aside / "ledger.jsonl").read_bytes() == before
@@ -101,7 +102,7 @@ def test_a_bare_epsilon_adds_up_in_epsilon_and_in_delta(folder: Path) -> None:
     assert not amended(folder, 9.0, DELTA).affords([TINY])
     ledger = amended(folder, 9.0, 2 * DELTA)
     charge(ledger, gaussian(2.0))
-    assert ledger.spent().reserved_epsilon == pytest.approx(CAP + epsilon([gaussian(2.0)], DELTA), rel=1e-6)
+    assert ledger.spent().reserved_epsilon == pytest.approx(CAP + compute_epsilon([gaussian(2.0)], DELTA), rel=1e-6)
     with pytest.raises(BudgetExhausted):
         charge(ledger, gaussian(0.7))
 
@@ -116,7 +117,7 @@ def test_a_stated_run_composes_exactly_and_needs_a_higher_cap_only(folder: Path)
     recovered(folder, assume_mechanism=stated)
     assert not opened(folder).affords([TINY])
     ledger = amended(folder, 9.0, DELTA)
-    assert ledger.spent().reserved_epsilon == epsilon([gaussian(4.0)] * 2 + [stated], DELTA)
+    assert ledger.spent().reserved_epsilon == compute_epsilon([gaussian(4.0)] * 2 + [stated], DELTA)
     assert ledger.affords([gaussian(2.0)])
 
 
@@ -246,4 +247,4 @@ def test_a_writer_that_waited_while_the_chain_was_replaced_does_not_write_to_eit
     waiting.join(timeout=60)
     assert len(seen) == 1 and "replaced by a recovery" in seen[0]
     with chain.exclusive(place) as now:
-        assert [entry["event"] for entry in now.entries] == ["recovered"]
+        assert [json.loads(body)["event"] for body in now.bodies] == ["recovered"]

@@ -29,7 +29,7 @@ from client.protocol.train import evaluate, train
 from common import messages
 from common.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream, os_entropy
 from common.tasks import Task, open_task
 from common.types import DeclineReason, Heads
@@ -217,7 +217,7 @@ def test_an_evaluation_is_charged_to_the_share_and_its_reply_fits(tmp_path: Path
     (charge,) = site.ledger().charges()
     assert (charge.purpose, charge.committed, charge.round) == ("evaluation", True, 1)
     assert charge.mechanism.noise_multiplier == reply.noise_multiplier
-    assert site.ledger().spent().spent_epsilon == epsilon([charge.mechanism], 1e-5)
+    assert site.ledger().spent().spent_epsilon == compute_epsilon([charge.mechanism], 1e-5)
 
 
 def test_what_is_released_is_the_true_statistics_and_the_noise(tmp_path: Path, frozen: Backbone) -> None:

@@ -16,7 +16,7 @@ from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
 from common.model.parameters import initial_heads, parameters
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.clipping import compute_joint_norms, sum_by_unit, zero_nonfinite
 from common.privacy.noise import NoiseStream
 from common.run import Privacy
@@ -201,7 +201,7 @@ def test_an_absurd_record_changes_no_other_units_part(poison: float, where: str)
 def test_the_planned_noise_keeps_the_target_over_all_rounds(target: float, rate: float) -> None:
     asked = Privacy(unit=Unit.PATIENT, delta=1e-5, target_epsilon=target)
     numbers = solver(sampling_rate=rate, steps=4).plan(asked, Unit.PATIENT, 20)
-    spent = epsilon([Mechanism.of(numbers)] * 20, 1e-5)
+    spent = compute_epsilon([Mechanism.of(numbers)] * 20, 1e-5)
     assert 0.99 * target < spent <= target
     assert numbers.unit is Unit.PATIENT
 

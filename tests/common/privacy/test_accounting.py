@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from common.privacy.accounting import Mechanism, covered, epsilon, noise_multiplier, rounded_up
+from common.privacy.accounting import Mechanism, calibrate_noise_multiplier, compute_epsilon, is_covered, round_up
 from common.privacy.gaussian import gdp_delta, gdp_epsilon, gdp_mu
 from common.types import BadInput, Plan, Unit
 
@@ -56,7 +56,7 @@ def pld_epsilon(history: History, delta: float, *, pessimistic: bool) -> float:
     ids=str,
 )
 def test_epsilon_is_never_below_the_truth_and_at_most_half_a_percent_above(history: History, delta: float) -> None:
-    ours = epsilon(mechanisms(history), delta)
+    ours = compute_epsilon(mechanisms(history), delta)
     assert ours >= pld_epsilon(history, delta, pessimistic=False)
     assert ours <= 1.005 * pld_epsilon(history, delta, pessimistic=True) + 0.002
 
@@ -64,9 +64,9 @@ def test_epsilon_is_never_below_the_truth_and_at_most_half_a_percent_above(histo
 def test_twenty_rounds_cost_what_they_cost_together_not_one_round_for_ever() -> None:
     """PRIVACY.md section 4: an engine for each round reports 1.31 after each; together it is 5.07."""
     one, twenty = [(1.5, 0.1, 10)], [(1.5, 0.1, 200)]
-    assert epsilon(mechanisms(one), 1e-5) == pytest.approx(1.31, abs=0.015)
-    assert epsilon(mechanisms(one) * 20, 1e-5) == pytest.approx(5.07, abs=0.015)
-    assert epsilon(mechanisms(one) * 20, 1e-5) >= pld_epsilon(twenty, 1e-5, pessimistic=False)
+    assert compute_epsilon(mechanisms(one), 1e-5) == pytest.approx(1.31, abs=0.015)
+    assert compute_epsilon(mechanisms(one) * 20, 1e-5) == pytest.approx(5.07, abs=0.015)
+    assert compute_epsilon(mechanisms(one) * 20, 1e-5) >= pld_epsilon(twenty, 1e-5, pessimistic=False)
 
 
 @given(
@@ -78,16 +78,16 @@ def test_twenty_rounds_cost_what_they_cost_together_not_one_round_for_ever() -> 
 def test_rounds_compose_exactly_like_one_long_run_in_any_order(parts: list[int], sigma: float, rate: float) -> None:
     rounds = [gaussian(sigma, rate, steps) for steps in parts]
     other = gaussian(2.0, 1.0, 3)
-    together = epsilon([other, gaussian(sigma, rate, sum(parts))], 1e-5)
-    assert epsilon([*rounds, other], 1e-5) == together
-    assert epsilon([other, *reversed(rounds)], 1e-5) == together
+    together = compute_epsilon([other, gaussian(sigma, rate, sum(parts))], 1e-5)
+    assert compute_epsilon([*rounds, other], 1e-5) == together
+    assert compute_epsilon([other, *reversed(rounds)], 1e-5) == together
 
 
 @given(st.lists(st.tuples(st.floats(0.3, 100), st.integers(1, 1000)), min_size=1, max_size=6))
 @settings(deadline=None)
 def test_full_batch_gaussians_compose_in_the_sum_of_squares(history: list[tuple[float, int]]) -> None:
     mu = math.sqrt(sum(steps / sigma**2 for sigma, steps in history))
-    together = epsilon([gaussian(sigma, 1.0, steps) for sigma, steps in history], 1e-6)
+    together = compute_epsilon([gaussian(sigma, 1.0, steps) for sigma, steps in history], 1e-6)
     assert together == pytest.approx(gdp_epsilon(mu, 1e-6), rel=1e-9)
 
 
@@ -113,50 +113,50 @@ def test_gaussian_dp_gives_the_published_mu() -> None:
 @pytest.mark.parametrize("rate", [1.0, 0.9, 0.05])
 @pytest.mark.parametrize("target", [0.01, 1.0, 8.0])
 def test_calibrated_noise_keeps_the_target_and_little_less_would_not(rate: float, target: float) -> None:
-    sigma = noise_multiplier(target, 1e-5, rate, 60)
-    assert epsilon([gaussian(sigma, rate, 60)], 1e-5) <= target
-    assert epsilon([gaussian(sigma / 1.0011, rate, 60)], 1e-5) > target
+    sigma = calibrate_noise_multiplier(target, 1e-5, rate, 60)
+    assert compute_epsilon([gaussian(sigma, rate, 60)], 1e-5) <= target
+    assert compute_epsilon([gaussian(sigma / 1.0011, rate, 60)], 1e-5) > target
 
 
 @pytest.mark.parametrize("history", [[(1.5, 0.1, 200)], [(2.0, 1.0, 5), (8.0, 1.0, 9)]], ids=str)
 def test_a_cap_covers_exactly_what_epsilon_says(history: History) -> None:
-    exact = epsilon(mechanisms(history), 1e-5)
-    assert covered(mechanisms(history), 1e-5, exact)
-    assert covered(mechanisms(history), 1e-5, 2 * exact)
-    assert not covered(mechanisms(history), 1e-5, exact * (1 - 1e-9))
-    assert not covered([Mechanism("none", 0.0, 1.0, 1, None)], 1e-5, 1e300)
+    exact = compute_epsilon(mechanisms(history), 1e-5)
+    assert is_covered(mechanisms(history), 1e-5, exact)
+    assert is_covered(mechanisms(history), 1e-5, 2 * exact)
+    assert not is_covered(mechanisms(history), 1e-5, exact * (1 - 1e-9))
+    assert not is_covered([Mechanism("none", 0.0, 1.0, 1, None)], 1e-5, 1e300)
 
 
 def test_sampling_never_costs_more_than_taking_everyone() -> None:
     for rate, sigma in ((0.99, 1.0), (0.5, 20.0), (0.5, 1e4)):
-        assert epsilon([gaussian(sigma, rate, 5)], 1e-5) <= epsilon([gaussian(sigma, 1.0, 5)], 1e-5)
+        assert compute_epsilon([gaussian(sigma, rate, 5)], 1e-5) <= compute_epsilon([gaussian(sigma, 1.0, 5)], 1e-5)
 
 
 @pytest.mark.parametrize("history", [[(1.0, 0.01, 10**9)], [(0.01, 0.5, 10)], [(1e6, 0.5, 3)]], ids=str)
 def test_absurd_histories_still_get_a_bound(history: History) -> None:
-    assert 0.0 <= epsilon(mechanisms(history), 1e-5) < math.inf
+    assert 0.0 <= compute_epsilon(mechanisms(history), 1e-5) < math.inf
 
 
 def test_a_release_without_noise_is_infinite_and_nothing_is_free() -> None:
     noiseless = Mechanism.of(Plan(0.1, 1, None, 0.0, Unit.EXAMPLE))
-    assert epsilon([gaussian(10.0, 1.0, 1), noiseless], 1e-5) == math.inf
-    assert epsilon([], 1e-5) == 0.0
+    assert compute_epsilon([gaussian(10.0, 1.0, 1), noiseless], 1e-5) == math.inf
+    assert compute_epsilon([], 1e-5) == 0.0
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_a_delta_outside_its_range_is_refused(delta: float) -> None:
     with pytest.raises(BadInput, match="delta"):
-        epsilon([gaussian(1.0, 1.0, 1)], delta)
+        compute_epsilon([gaussian(1.0, 1.0, 1)], delta)
     with pytest.raises(BadInput, match="delta"):
-        noise_multiplier(1.0, delta, 1.0, 1)
+        calibrate_noise_multiplier(1.0, delta, 1.0, 1)
 
 
 @given(st.floats(0, 1e6))
 def test_a_shown_epsilon_is_rounded_up(value: float) -> None:
-    shown = rounded_up(value)
+    shown = round_up(value)
     assert value <= shown <= value + 0.0100001
-    assert rounded_up(3.0) == 3.0
-    assert rounded_up(math.inf) == math.inf
+    assert round_up(3.0) == 3.0
+    assert round_up(math.inf) == math.inf
 
 
 def test_a_mechanism_survives_its_dictionary() -> None:
@@ -199,7 +199,8 @@ def test_a_mechanism_with_a_missing_field_is_refused() -> None:
 def test_full_batch_accounting_imports_neither_opacus_nor_torch() -> None:
     code = (
         "import sys; from common.privacy.accounting import *; "
-        "noise_multiplier(3.0, 1e-5, 1.0, 20), epsilon([Mechanism('gaussian', 1.0, 1.0, 5, 1.0)], 1e-5); "
+        "calibrate_noise_multiplier(3.0, 1e-5, 1.0, 20); "
+        "compute_epsilon([Mechanism('gaussian', 1.0, 1.0, 5, 1.0)], 1e-5); "
         "sys.exit('opacus' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from common import messages
 from common.events import HeadsEvaluated, RunEvent, Summary, select_events
-from common.privacy.accounting import Mechanism, epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
 from server.reports.summary import summarize
@@ -73,7 +73,7 @@ def test_epsilon_of_a_site_holds_its_evaluations_too(tmp_path: Path) -> None:
     _, events = federate(tmp_path / "run", [site], evaluation={"every": 1})
     noise = evaluations(events)[0].noise_multipliers["north"]
     together = [Mechanism("gaussian", 2.0, 1.0, 4, 1.0), Mechanism("gaussian", noise, 1.0, 2, 1.0)]
-    assert summarize(events).sites["north"].epsilon == pytest.approx(epsilon(together, 1e-5))
+    assert summarize(events).sites["north"].epsilon == pytest.approx(compute_epsilon(together, 1e-5))
 
 
 Distort = Callable[[messages.EvaluateReply], messages.EvaluateReply]
