@@ -1,5 +1,1 @@
-"""Experiments on one machine. `simulations.run(config)` runs one from Python."""
-
-from simulations.experiment import run
-
-__all__ = ["run"]
+"""Federations on one machine: a run, a partition of a data set into sites, and an executor."""

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "client", "server", "simulations")
+ROOMS = ("common", "client", "server", "simulations", "headwater")
 MAY_IMPORT = {
     "common": {"common"},
     "client": {"client", "common"},
     "server": {"server", "common"},
     "simulations": {"simulations", "server", "client", "common"},
+    "headwater": {"headwater", "simulations", "server", "client", "common"},
 }
 DOORS = {
     "flwr": (

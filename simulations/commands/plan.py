@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import typer
 from rich.console import Console
 
-from client.protocol.plan import LEGEND, as_json, forecast, table
+from client.protocol.plan import LEGEND, as_json, table
 from common.process.console import EXIT_FAILED, reported_errors
 from common.yaml import load
-from simulations.check import check_simulation
 from simulations.commands.parts.options import Json, Set, SimulationFile
 from simulations.config import SimulationConfig
-from simulations.partition import build_sites
+from simulations.plan import plan_simulation
 
 
 def plan(config: SimulationFile, set_: Set = None, json_: Json = False) -> None:
@@ -27,10 +24,7 @@ def plan(config: SimulationFile, set_: Set = None, json_: Json = False) -> None:
     """
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
-        check_simulation(loaded)
-        with TemporaryDirectory() as folder:
-            built = build_sites(loaded, Path(folder) / "sites", non_private=loaded.run.requested_privacy is None)
-            outlooks = [forecast(site, loaded.run, len(built)) for site in built]
+        outlooks = plan_simulation(loaded)
         if json_:
             typer.echo(json.dumps({"sites": [as_json(each) for each in outlooks]}, indent=2, allow_nan=False))
         else:

@@ -1,0 +1,1 @@
+"""The verbs of `headwater` that belong to no room: one file is one verb, found by its name."""
