@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common.backbones import Backbone
 from common.plugins import Spec
 from common.run import RunConfig
+
+if TYPE_CHECKING:
+    from common.backbones import Backbone
 
 
 def make_offer(run: RunConfig, backbones: Mapping[str, Backbone]) -> dict[str, Any]:

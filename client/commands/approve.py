@@ -11,11 +11,7 @@ import typer
 from client.commands.parts.options import Json, SiteFile
 from client.config import SiteConfig
 from client.protocol.approvals import Approvals, Offer, read_offer
-from client.protocol.plan import forecast
-from client.protocol.site import SiteDeclined
 from common.bundle import compute_code_digest
-from common.model.backbones import digests_of, open_backbones
-from common.offers import make_offer
 from common.privacy.accounting import round_up
 from common.process.console import reported_errors
 from common.run import RunConfig
@@ -64,6 +60,9 @@ def _find_offer(approvals: Approvals, wanted: str) -> Offer:
     if path.suffix == ".json":
         return read_offer(path)
     if path.suffix in (".yaml", ".yml"):
+        from common.model.backbones import digests_of, open_backbones  # Here: they need torch, and `--list` does not.
+        from common.offers import make_offer
+
         run = load(RunConfig, path)
         backbones = open_backbones(run)
         return Offer(make_offer(run, backbones), digests_of(backbones))
@@ -72,6 +71,9 @@ def _find_offer(approvals: Approvals, wanted: str) -> Offer:
 
 def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
     """Returns what an approval covers, as lines for a person. Raises where the run would be declined here."""
+    from client.protocol.plan import forecast  # Here: they need torch, and `--list` does not.
+    from client.protocol.site import SiteDeclined
+
     run = offer.config()
     about = {
         "run": run.name,

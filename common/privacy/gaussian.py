@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
+# scipy is imported where it computes: commands that only read a ledger do not need it.
 
 
 def gdp_delta(epsilon: float, mu: float) -> float:
     """Returns the smallest delta with which a mu-GDP mechanism is (epsilon, delta)-DP."""
     if mu == 0.0:
         return 0.0
+    from scipy.special import log_ndtr
+
     near = log_ndtr(-epsilon / mu + mu / 2.0)
     # In logarithms: exp(epsilon) alone overflows above 709.
     far = epsilon + log_ndtr(-epsilon / mu - mu / 2.0)
@@ -30,6 +31,8 @@ def gdp_epsilon(mu: float, delta: float) -> float:
         return 0.0
     # Phi(-x) <= exp(-x^2/2) bounds the first term, hence epsilon.
     enough = mu * mu / 2.0 + mu * math.sqrt(2.0 * math.log(1.0 / delta))
+    from scipy.optimize import brentq
+
     root = brentq(lambda epsilon: gdp_delta(epsilon, mu) - delta, 0.0, enough, xtol=1e-12, rtol=1e-12)
     return float(root) * (1.0 + 2e-12) + 2e-12
 
@@ -41,4 +44,6 @@ def gdp_mu(epsilon: float, delta: float) -> float:
         high *= 2.0
     if high == low:  # Only for deltas below any double that could matter.
         return low
+    from scipy.optimize import brentq
+
     return float(brentq(lambda mu: gdp_delta(epsilon, mu) - delta, low, high, xtol=1e-300, rtol=1e-12))

@@ -106,26 +106,33 @@ LIGHT = [
     ["schema", "simulation"],
     ["example"],
     ["site", "digest"],
+    ["site", "log", "configs/sites/example.yaml"],
+    ["site", "approve", "configs/sites/example.yaml", "--list"],
 ]
 
 
-def imported_by(arguments: list[str], folder: Path) -> set[str]:
+def imported_by(*arguments: str) -> set[str]:
     code = (
         "import atexit, sys\n"
         "from headwater.__main__ import main\n"
-        f"sys.argv = ['headwater', *{arguments!r}]\n"
+        f"sys.argv = ['headwater', *{list(arguments)!r}]\n"
         f"heavy = {HEAVY!r}\n"
         "atexit.register(lambda: print('LOADED', *[name for name in heavy if name in sys.modules]))\n"
         "main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, env=None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return set(done.stdout.splitlines()[-1].split()[1:])
 
 
 @pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
-def test_a_command_that_trains_nothing_loads_no_heavy_library(arguments: list[str], tmp_path: Path) -> None:
-    assert imported_by(arguments, tmp_path) == set()
+def test_a_command_that_trains_nothing_loads_no_heavy_library(arguments: list[str]) -> None:
+    assert imported_by(*arguments) == set()
+
+
+def test_the_status_of_a_federation_loads_nothing_heavy_but_flower(tmp_path: Path) -> None:
+    invoke("coordinator", "init", tmp_path / "fed", "--name", "hearts", "--address", "localhost:9092")
+    assert imported_by("coordinator", "status", str(tmp_path / "fed")) <= {"flwr"}
 
 
 def test_the_public_api_is_imported_without_any_room() -> None:

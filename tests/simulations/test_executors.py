@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-import simulations
 from common.privacy.noise import SeededEntropy
+from simulations.experiment import run
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "simulations" / "demo.yaml"
@@ -38,7 +38,7 @@ def test_ray_and_in_process_make_the_same_heads_to_the_bit(tmp_path: Path) -> No
     heads = {}
     for kind in ("in_process", "flower"):
         overrides = [*common, f"executor.kind={kind}", f"cache_dir={tmp_path / kind / 'cache'}"]
-        summary = simulations.run(DEMO, overrides=overrides, out=tmp_path / kind / "run", entropy=SeededEntropy(5))
+        summary = run(DEMO, overrides=overrides, out=tmp_path / kind / "run", entropy=SeededEntropy(5))
         assert summary.status == "completed" and summary.executor == kind
         heads[kind] = {
             path.name: {name: array.tobytes() for name, array in load_file(path).items()}

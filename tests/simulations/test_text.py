@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-import simulations
 from common.backbones.transformers import Transformers
 from common.events import MetricsEvaluated, read_run_journal, select_events
 from common.yaml import parse
 from simulations.config import SimulationConfig
+from simulations.experiment import run
 
 
 def test_sites_read_texts_with_a_tokenizer_they_were_sent(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_sites_read_texts_with_a_tokenizer_they_were_sent(tmp_path: Path) -> Non
         "runs_dir": str(tmp_path / "runs"),
     }
     config = parse(SimulationConfig, values, base=tmp_path)
-    assert simulations.run(config, out=tmp_path / "out").status == "completed"
+    assert run(config, out=tmp_path / "out").status == "completed"
     events = read_run_journal(tmp_path / "out" / "journal.jsonl")
     (metrics,) = select_events(events, MetricsEvaluated)
     assert metrics.pooled["accuracy"] > 0.85
