@@ -1,4 +1,5 @@
 # make demo : create .venv, install, run the demo federation
+# make docs : the documentation as a site in build/site
 # make test-flower : the contract with Flower on every version that pyproject.toml allows
 # make test : the same, then the quick tests; make test-all : every test; make lint : style and types; make bench : every claim of speed
 PYTHON ?= python3
@@ -11,7 +12,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo bench test test-slow test-all test-flower lint install clean
+.PHONY: demo bench docs test test-slow test-all test-flower lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m simulations pretrain configs/simulations/demo.yaml
@@ -37,6 +38,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run

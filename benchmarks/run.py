@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other; writes results/latest.json and prints a table for README.
+"""All benchmarks, one after the other; writes results/latest.json and prints the table of docs/benchmarks.md.
 
 python -m benchmarks.run
 """

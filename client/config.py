@@ -13,14 +13,26 @@ from common.types import Unit
 
 
 class Budget(Frozen):
-    """What the registry may spend in total, for ever."""
+    """What the population may spend in total, over all runs.
+
+    Attributes:
+        epsilon: the cap on epsilon.
+        delta: delta at which everything is accounted.
+    """
 
     epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Allow(Frozen):
-    """What this site agrees to. `any` must be written; nothing is allowed by omission."""
+    """What this site agrees to. `any` must be written; nothing is allowed by omission.
+
+    Attributes:
+        tasks: names of tasks, or `any`.
+        backbones: digests of backbones, or `any`.
+        solvers: kinds of solvers, or `any`.
+        non_private: whether releases without noise are allowed.
+    """
 
     tasks: list[Name] | Literal["any"]
     backbones: list[Digest] | Literal["any"]
@@ -60,6 +72,10 @@ class Split(Frozen):
     """Held-out units. By a keyed hash of the unit's id, or as a source's own split column says.
 
     A unit never changes sides when rows are added or reordered.
+
+    Attributes:
+        test_fraction: part of the units that are held out.
+        salt: text that the hash begins with; another salt makes another split.
     """
 
     test_fraction: Annotated[float, Field(ge=0, lt=1)]
@@ -98,11 +114,26 @@ class SiteConfig(Frozen):
     """One data holder.
 
     Attributes:
-        evaluation: of held-out units; `local`: only on this machine, nothing about them is ever sent.
+        name: name of the site.
+        registry: id of the population whose records these are; one population has one ledger, also where two sites
+            share a machine.
+        unit: what the budget protects: an `example` or a `patient`.
+        budget: what may be spent in total.
+        allow: the tasks, backbones and solvers that this site agrees to.
+        sources: where records are, by name.
+        tasks: task name -> where its labels are.
+        split: the held-out units.
+        on_bad_record: `skip` leaves out a record that cannot be used, and lists it; `stop` declines the run.
+        evaluation: evaluation of held-out units; `local`: only on this machine, nothing about them is ever sent.
         approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
         coordinator: whom to join; None where a simulation carries the messages.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         plugins: folder of the site's own source kinds, one file each.
+        state_dir: folder of the ledger, approvals, stored replies and prepared data.
+        cache_dir: folder of cached features, where they are to lie elsewhere.
+        device: device of backbones and training.
+        precision: precision inside backbones; bfloat16 takes half the time and changes features a little (the site's
+            journal says by how much).
     """
 
     model_config = ConfigDict(title="site file")
@@ -125,8 +156,6 @@ class SiteConfig(Frozen):
     cache_dir: LocalPath | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Inside the backbone: bfloat16 takes half the time and changes features a little; the site's journal says by how
-    much."""
 
     @model_validator(mode="after")
     def _sources_exist(self) -> SiteConfig:

@@ -38,6 +38,12 @@ class Privacy(Frozen):
     """Requested privacy of a whole run. Exactly one of target_epsilon and noise_multiplier; the other follows.
 
     A site accounts at its own delta and refuses what its budget does not cover.
+
+    Attributes:
+        unit: what one budget protects; a site whose own unit differs declines.
+        delta: delta for which the noise is computed from `target_epsilon`; each site accounts at its own.
+        target_epsilon: epsilon of the whole run, from which the noise follows.
+        noise_multiplier: standard deviation of the noise in multiples of the clip norm, from which epsilon follows.
     """
 
     unit: Unit
@@ -53,7 +59,15 @@ class Privacy(Frozen):
 
 
 class Cohort(Frozen):
-    """Which sites are asked in a round, and how many replies a task needs to be updated."""
+    """Which sites are asked in a round, and how many replies a task needs to be updated.
+
+    Attributes:
+        fraction: part of the joined sites that are asked in a round.
+        min_sites: number of sites that must join before the first round, and that are asked at least in a round.
+        min_replies_per_task: number of accepted replies without which a task is not updated in a round.
+        timeout_s: seconds after which a round no longer waits for replies.
+        join_timeout_s: seconds after which the run no longer waits for sites to join.
+    """
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_sites: PositiveInt = 1
@@ -63,7 +77,11 @@ class Cohort(Frozen):
 
 
 class Evaluation(Frozen):
-    """After which rounds the sites evaluate the heads on held-out units: every `every`th, and the last."""
+    """After which rounds the sites evaluate the heads on held-out units: every `every`th, and the last.
+
+    Attributes:
+        every: number of rounds between two evaluations.
+    """
 
     every: PositiveInt
 
@@ -77,10 +95,13 @@ class Evaluation(Frozen):
 
 
 class TaskSpec(Spec):
-    """A task's settings, and beside them which of the run's backbones it stands on."""
+    """A task's settings, and beside them the name of the backbone that it uses.
+
+    Attributes:
+        backbone: name of one of the run's backbones; None where there is only one.
+    """
 
     backbone: Name | None = None
-    """None: the only one."""
 
     def settings(self) -> dict[str, Any]:
         """What the kind's own file is given: a task knows of no backbone."""
@@ -119,8 +140,8 @@ class Lora(Frozen):
     """Low-rank adapters beside linear layers: y = W x + (alpha / rank) B A x, of which A and B train.
 
     Attributes:
-        rank: of B A.
-        alpha: see above.
+        rank: rank of the product B A.
+        alpha: factor alpha of the formula.
         targets: last parts of the layers' names, such as `query` and `value`.
     """
 
@@ -134,7 +155,7 @@ class Trainable(Frozen):
 
     Attributes:
         from_: `from` in a file: the first block that trains, such as `layer4`; `input` is everything.
-        lora: train adapters from that block on, in place of its own weights.
+        lora: trains adapters from that block on, in place of its own weights.
     """
 
     from_: Annotated[str, Field(alias="from")]
@@ -157,6 +178,26 @@ class RunConfig(Frozen):
 
     Its backbones are given as `backbone`, where it is one, or as `backbones` by name. Only the methods of this class
     know which; everybody else asks them.
+
+    Attributes:
+        name: short name of the run; it begins the run's id.
+        seed: seed of initial weights, cohorts and splits of a simulation; never of privacy noise or sampling.
+        rounds: number of rounds.
+        backbone: the one backbone of the run. Exactly one of `backbone` and `backbones`.
+        backbones: the backbones of a run that has several, by name.
+        tasks: the tasks by name; where there are several backbones, each task names its own.
+        trainable: name of a backbone (`backbone`, where it has no other) -> what of it trains; without an entry it is
+            frozen.
+        solver: how a site turns features into an update.
+        privacy: the privacy that the run asks for, or `non_private`.
+        aggregation: how updates become new parameters.
+        cohort: the sites that are asked in a round.
+        evaluation: when sites evaluate the heads on held-out units and release noised statistics; without it never.
+            Price and noise follow from each site's own file.
+        delta_precision: numbers in which updates travel; float16 takes half the bytes. Rounding comes after the noise
+            and costs no privacy.
+        max_delta_norm: L2 norm over all heads above which a reply is rejected.
+        audit: `required`: each site audits its solver before it joins, and declines when the audit fails.
     """
 
     model_config = ConfigDict(title="run file")
@@ -168,19 +209,14 @@ class RunConfig(Frozen):
     backbones: Annotated[dict[Name, Spec], Field(min_length=1, max_length=MAX_BACKBONES)] | None = None
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
     trainable: dict[Name, Trainable] = {}
-    """By backbone (`backbone`, where it has no other name): what of it trains. Without an entry it is frozen."""
     solver: SolverSpec
     privacy: Privacy | Literal["non_private"]
     aggregation: Spec
     cohort: Cohort = Cohort()
     evaluation: Evaluation | None = None
-    """None: no site is asked. What an evaluation costs and how much noise it has, each site's own file says."""
     delta_precision: Literal["float32", "float16"] = "float32"
-    """Of contributions on their way: float16 takes half the bytes. What is rounded was noised: it costs no privacy."""
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
-    """A reply whose L2 norm over all heads exceeds this is set aside."""
     audit: Literal["required", "on_request"] = "on_request"
-    """`required`: a privacy audit must pass, else nothing is trained and no head is exported; see the verb `audit`."""
 
     @model_validator(mode="after")
     def _each_task_on_a_backbone(self) -> RunConfig:

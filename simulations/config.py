@@ -38,6 +38,17 @@ class Partition(Frozen):
     for the labels of task `by`; `column` makes one site for each value of column `by`; `natural` gives each site
     sources of its own under `sites`. With `natural`, a source under `divide` is dealt out evenly to the sites named
     there; of its part a site keeps `all` records, or those with one of the listed cells in each listed column.
+
+    Attributes:
+        kind: the way of dividing.
+        num_sites: number of sites, with `iid` and `dirichlet`.
+        alpha: concentration of the Dirichlet distribution; a small one makes sites unlike each other.
+        by: a task, with `dirichlet`; a column, with `column`.
+        sites: site name -> its own sources by name, with `natural`.
+        divide: source name -> site name -> what the site keeps of its part, with `natural`.
+        split: how units are held out: `hash` of the unit's id, the `source`'s own split, or `stratified` by label.
+        test_fraction: part of the units that are held out.
+        seed: seed of the division.
     """
 
     kind: Literal["iid", "dirichlet", "column", "natural"]
@@ -67,7 +78,14 @@ class Partition(Frozen):
 
 
 class Executor(Frozen):
-    """The executor: `in_process` runs all sites in this process, `flower` runs them as Ray actors."""
+    """The executor: `in_process` runs all sites in this process, `flower` runs them as Ray actors.
+
+    Attributes:
+        kind: the executor.
+        cpus_per_site: CPU cores that each Ray actor reserves.
+        gpus_per_site: GPUs that each Ray actor reserves.
+        ray_address: address of a running Ray cluster, with `flower`; without it, Ray starts on this machine.
+    """
 
     kind: Literal["in_process", "flower"] = "in_process"
     cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
@@ -83,7 +101,12 @@ Baseline = Annotated[
 
 
 class Sweep(Frozen):
-    """Several runs: every combination of the listed values, once for each seed."""
+    """Several runs: every combination of the listed values, once for each seed.
+
+    Attributes:
+        seeds: the seeds.
+        values: key of the file -> its values.
+    """
 
     seeds: Annotated[list[int], Field(min_length=1)]
     values: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}

@@ -36,7 +36,7 @@ allow:                            # nothing is allowed by omission; `any` must b
   non_private: false              # true lets runs without noise through; they count as an infinite loss
 approval: required                # join after `headwater site approve`; `automatic`: whatever `allow` covers
 
-sources:                          # where records are; kinds and their keys: README, "Your own data"
+sources:                          # where records are; kinds and their keys: docs/reference/kinds.md
   records:
     kind: manifest                # a CSV or Parquet file that lists images, labels and patients
     path: {mark}                  # such as ./records.csv

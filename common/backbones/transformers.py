@@ -76,8 +76,9 @@ class Transformers(Plugin):
             positions, one after the other, zeros where a text has ended.
         max_length: of a text, in tokens; longer ones are cut.
         seconds: of a recording; longer ones give their middle.
-        dtype: of weights and arithmetic; features are float32 in any case. See the measured errors in README.
+        dtype: of weights and arithmetic; features are float32 in any case.
         projection: what happens to the features before they leave the backbone; `dim` is not possible here.
+        files: what the model's folder says besides its weights; filled in for the sites, never written by hand.
     """
 
     kind: Literal["transformers"] = "transformers"

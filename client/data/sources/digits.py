@@ -17,9 +17,12 @@ CLOSED_LOOP = frozenset({"0", "6", "8", "9"})
 
 
 class Digits(SourceSettings):
-    """Settings: which digits, how large a canvas, and the seed of the scattering.
+    """Settings of scattered digits. Columns: `digit`, and `loop` ("yes" where the digit contains a closed loop).
 
-    Columns: `digit`, and `loop` ("yes" where the digit contains a closed loop).
+    Attributes:
+        classes: the digits to take.
+        canvas: side of the square canvas in pixels.
+        seed: seed of the places on the canvas.
     """
 
     kind: Literal["digits"]

@@ -35,7 +35,12 @@ class HuggingFace(SourceSettings):
 
     Attributes:
         path: the folder that `save_to_disk` wrote.
+        image: column of images.
+        audio: column of recordings.
+        series: column of time series.
+        text: column of texts.
         text_pair: column of the texts that are read together with `text`.
+        patient_column: column of patient ids.
         splits: split of the data set -> our side, for splits that are not called `train` and `test`; those that are
             not named are left out.
     """

@@ -47,6 +47,8 @@ class Npz(SourceSettings):
     """Settings: the file, its parts (`train` and `test`, or one called `all` without a split), names for integers.
 
     Attributes:
+        path: the file.
+        parts: `train` and `test`, or `all` -> the part's arrays.
         names: column -> array of names that the column's integers index.
     """
 

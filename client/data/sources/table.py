@@ -20,6 +20,8 @@ class Table(SourceSettings):
     """Settings of a table.
 
     Attributes:
+        path: the file.
+        header: whether the first line of a text file names the columns.
         separator: of a text file: one character, or `whitespace`.
         columns: names of the columns of a file without a header.
         inputs: columns given to the backbone; labels never are by accident.

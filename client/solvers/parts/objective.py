@@ -31,7 +31,12 @@ from common.types import Delta, Heads, Plan, RunFailed
 
 
 class Rates(Frozen):
-    """Learning rate and weight decay of one parameter group."""
+    """Learning rate and weight decay of one parameter group.
+
+    Attributes:
+        learning_rate: learning rate of the step on the mean gradient.
+        weight_decay: weight decay of that step.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -14,7 +14,14 @@ from server.rounds.aggregators import State, Weighted, weighted_mean
 
 
 class FedAdam(Plugin):
-    """Adaptive step along the weighted mean of the sites' changes; no bias correction, as in the paper."""
+    """Adaptive step along the weighted mean of the sites' changes; no bias correction, as in the paper.
+
+    Attributes:
+        learning_rate: factor on the step.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        tau: constant in the denominator; larger values make the step less adaptive.
+    """
 
     kind: Literal["fedadam"]
     learning_rate: Annotated[float, Field(gt=0)]

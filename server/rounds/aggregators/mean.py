@@ -14,7 +14,11 @@ from server.rounds.aggregators import State, Weighted, weighted_mean
 
 
 class Mean(Plugin):
-    """new = old + learning_rate * weighted mean of the sites' changes."""
+    """new = old + learning_rate * weighted mean of the sites' changes.
+
+    Attributes:
+        learning_rate: factor on the mean change.
+    """
 
     kind: Literal["mean"]
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
