@@ -1,18 +1,38 @@
-"""How a site turns features into an update. One file is one kind. Only client code may import this folder."""
+"""How a site turns features into an update. One file is one kind. Only client code may import this folder.
+
+Importing a kind, reading its settings and `plan` load no torch: `check_modules` and `solve` import what they compute
+with, so that commands that only plan start fast.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from torch import nn
+from pydantic import Field
 
-from client.data.units import Units
-from common.plugins import Spec, resolve
-from common.privacy.noise import NoiseStream
+from common.plugins import Frozen, Spec, resolve
 from common.run import Privacy
 from common.tasks import Task
 from common.types import Delta, Plan, Unit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from client.data.units import Units
+    from common.privacy.noise import NoiseStream
+
+
+class Rates(Frozen):
+    """Learning rate and weight decay of one parameter group.
+
+    Attributes:
+        learning_rate: learning rate of the step on the mean gradient.
+        weight_decay: weight decay of that step.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Solver(Protocol):

@@ -19,29 +19,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from client.data.units import Units
-from client.solvers.parts import objective
-from client.solvers.parts.closed_form import Inputs, check_affine, compute_gradients
-from client.solvers.parts.flat import Flat
+from client.solvers import Rates
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.accounting import calibrate_noise_multiplier
-from common.privacy.clipping import compute_clip_factors
-from common.privacy.noise import NoiseStream, release
 from common.run import PositiveInt, Privacy
 from common.tasks import LossGradient, Task
 from common.types import BadInput, Delta, Plan, Unit
 
-OutputGradient = Callable[[Tensor, Inputs], Tensor]
-"""A head's outputs and its records -> gradient of the weighted, scaled loss by the outputs, in their shape."""
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from client.data.units import Units
+    from client.solvers.parts.closed_form import Inputs
+    from client.solvers.parts.flat import Flat
+    from common.privacy.noise import NoiseStream
+
+    OutputGradient = Callable[[Tensor, Inputs], Tensor]
+    """A head's outputs and its records -> gradient of the weighted, scaled loss by the outputs, in their shape."""
 
 _LARGE_DRAW = 2**14
 """Number of values from which on a draw is worth a thread of its own."""
@@ -72,7 +73,7 @@ class DpGd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    tasks: Mapping[str, objective.Rates] = Field(default_factory=dict)
+    tasks: Mapping[str, Rates] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +124,8 @@ class DpGd(Plugin):
 
     def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
         """Raises BadInput for heads and trunks for which the closed form is not exact."""
+        from client.solvers.parts.closed_form import check_affine  # Here: a site that only plans needs no torch.
+
         check_affine(modules)
 
     def solve(
@@ -141,13 +144,20 @@ class DpGd(Plugin):
             BadInput: a head is not affine.
             RunFailed: training diverged.
         """
+        import torch  # Here: a site that only plans needs no torch.
+
+        from client.solvers.parts import objective
+        from client.solvers.parts.closed_form import Inputs, check_affine
+        from client.solvers.parts.flat import Flat
+        from common.privacy.noise import release
+
         assert plan.clip_norm is not None  # A private plan has one.
         check_affine(modules)
         flat = Flat.from_heads(modules)
         start = flat.copy_parameters()
         weights = start.clone()
         divisors = flat.expand(objective.compute_divisors(plan, public_sizes))
-        default = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        default = Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         rates = {name: self.tasks.get(name, default) for name in flat.heads}
         learning_rate = flat.expand({name: group.learning_rate for name, group in rates.items()})
         weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
@@ -188,6 +198,7 @@ def _draw_steps(
 
     Many normals are drawn while the step before is computed.
     """
+    from client.solvers.parts import objective
 
     def draw() -> tuple[Tensor, NDArray[np.float64]]:
         return objective.draw_participants(units, plan, stream), stream.gaussian((size,))
@@ -223,6 +234,11 @@ def _add_clipped(
         num_units: number of units in the batch.
         clip_norm: bound on a unit's gradient over all heads.
     """
+    import torch
+
+    from client.solvers.parts.closed_form import compute_gradients
+    from common.privacy.clipping import compute_clip_factors
+
     gradients = {
         name: compute_gradients(
             inputs, output_gradients[name](inputs.compute_outputs(weights[name]), inputs), num_units
@@ -242,6 +258,8 @@ def _split_sample(
     inputs: Mapping[str, Inputs], num_units: int, members: Tensor, chunk: int
 ) -> Iterator[tuple[Mapping[str, Inputs], int]]:
     """Yields the records of the sampled units and their number, in parts of at most `chunk` units."""
+    import torch
+
     if len(members) == num_units <= chunk:
         yield inputs, num_units
         return
@@ -279,6 +297,8 @@ def _get_output_gradient(task: Task) -> OutputGradient:
 
 
 def _differentiate_losses(task: Task, outputs: Tensor, inputs: Inputs) -> Tensor:
+    import torch
+
     with torch.enable_grad():
         losses_R = task.losses(outputs.requires_grad_(), inputs.records.labels)
     factor_R = torch.ones_like(losses_R) if inputs.factor_R is None else inputs.factor_R

@@ -15,21 +15,23 @@ accountants forget earlier rounds, and its sampler derives rates from the true n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
-import torch
 from pydantic import Field
-from torch import nn
 
-from client.data.units import Units
-from client.solvers.parts import objective
+from client.solvers import Rates
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.accounting import calibrate_noise_multiplier
-from common.privacy.noise import NoiseStream
 from common.run import PositiveInt, Privacy
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from client.data.units import Units
+    from common.privacy.noise import NoiseStream
 
 
 @final
@@ -55,8 +57,8 @@ class DpSgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    tasks: Mapping[str, objective.Rates] = Field(default_factory=dict)
-    trunk: objective.Rates | None = None
+    tasks: Mapping[str, Rates] = Field(default_factory=dict)
+    trunk: Rates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -119,12 +121,14 @@ class DpSgd(Plugin):
             BadInput: a module mixes the examples of a batch, so that no per-unit gradient exists.
             RunFailed: training diverged.
         """
-        # Here: a site that only plans needs no Opacus.
+        import torch  # Here: a site that only plans needs neither torch nor Opacus.
+
+        from client.solvers.parts import objective
         from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step
 
         copies = objective.copy_trainable(modules)
         hook_record_gradients(copies)
-        rates = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        rates = Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         groups = objective.make_optimizer_groups(copies, tasks, rates, self.tasks, self.trunk)
         sgd = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         divisors = objective.compute_divisors(plan, public_sizes)

@@ -6,19 +6,21 @@ A deployed site declines it unless its own file allows it; its ledger then shows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
-import torch
 from pydantic import Field
-from torch import nn
 
-from client.data.units import Units
-from client.solvers.parts import objective
+from client.solvers import Rates
 from common.plugins import Plugin
-from common.privacy.noise import NoiseStream
 from common.run import PositiveInt, Privacy
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from client.data.units import Units
+    from common.privacy.noise import NoiseStream
 
 
 @final
@@ -42,8 +44,8 @@ class Sgd(Plugin):
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    tasks: Mapping[str, objective.Rates] = Field(default_factory=dict)
-    trunk: objective.Rates | None = None
+    tasks: Mapping[str, Rates] = Field(default_factory=dict)
+    trunk: Rates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -89,8 +91,12 @@ class Sgd(Plugin):
         Raises:
             RunFailed: training diverged.
         """
+        import torch  # Here: a site that only plans needs no torch.
+
+        from client.solvers.parts import objective
+
         copies = objective.copy_trainable(modules)
-        rates = objective.Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        rates = Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         groups = objective.make_optimizer_groups(copies, tasks, rates, self.tasks, self.trunk)
         optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
         divisors = objective.compute_divisors(plan, public_sizes)
@@ -115,5 +121,5 @@ def _divide_gradients(modules: Mapping[str, nn.Module], divisors: Mapping[str, f
         for parameter in module.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = parameter.new_zeros(parameter.shape)
                 parameter.grad /= divisors[name]

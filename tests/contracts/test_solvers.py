@@ -7,6 +7,9 @@ fixed and the divisor 1, the delta is minus the learning rate times the released
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -435,3 +438,20 @@ def test_records_with_features_that_are_not_finite_leave_the_heads_finite(kind: 
     spoiled = [Person(((seed, value),), (True,) * 9) for seed, value in enumerate([float("nan"), float("inf")])]
     delta = solve(kind, site([*SOME, *spoiled]), plan_of(kind, sampling_rate=1.0), NoiseStream(KEY))
     assert np.isfinite(flat(delta)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planning_with_a_kind_loads_no_torch(kind: str) -> None:
+    code = (
+        "import json, sys\n"
+        "from client.solvers import open_solver\n"
+        "from common.run import Privacy\n"
+        "from common.types import Unit\n"
+        "solver = open_solver(json.loads(sys.argv[1]), 'solver')\n"
+        "privacy = Privacy(unit=Unit.PATIENT, delta=1e-5, noise_multiplier=0.7) if solver.private else None\n"
+        "solver.without_privacy().plan(None, Unit.PATIENT, 3), solver.plan(privacy, Unit.PATIENT, 3)\n"
+        "print([name for name in ('torch', 'scipy', 'opacus') if name in sys.modules])"
+    )
+    example = json.dumps(plugin_class("client.solvers", kind).example())  # type: ignore[attr-defined]
+    done = subprocess.run([sys.executable, "-c", code, example], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -16,31 +16,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
+from client.solvers import Rates
 from common.model.parameters import parameters
-from common.plugins import Frozen
 from common.privacy.noise import NoiseStream
 from common.tasks import Task
 from common.types import Delta, Heads, Plan, RunFailed
-
-
-class Rates(Frozen):
-    """Learning rate and weight decay of one parameter group.
-
-    Attributes:
-        learning_rate: learning rate of the step on the mean gradient.
-        weight_decay: weight decay of that step.
-    """
-
-    learning_rate: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-
 
 # --- units and batches -----------------------------------------------------------------------------------------------
 
