@@ -19,7 +19,7 @@ from torchvision import models
 from benchmarks.measure import Work, compare, seconds_of
 from client.data.feature_store import FeatureStore
 from client.data.sources import Record
-from common.backbones import Backbone, open_pretrained
+from common.model.backbones import Backbone, open_pretrained
 from common.process.threads import one_thread
 
 COUNT, SIDE = 4000, 96

@@ -25,8 +25,7 @@ from torchvision import models
 
 from benchmarks.heads import RATE, closed_form
 from benchmarks.measure import Work, compare
-from common.backbones import Backbone
-from common.model.backbones import open_backbones
+from common.model.backbones import Backbone, open_backbones
 from common.process.threads import one_thread
 from common.yaml import load
 from simulations.config import SimulationConfig

@@ -19,9 +19,9 @@ from client.protocol.join import finish, join, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
-from common.backbones import Backbone
 from common.errors import plain
 from common.events import RequestDeclined
+from common.model.backbones import Backbone
 from common.privacy.noise import Entropy, os_entropy
 from common.types import BadInput, DeclineReason, LedgerDamaged
 from common.yaml import load

@@ -11,7 +11,7 @@ from common.plugins import Spec
 from common.run import RunConfig
 
 if TYPE_CHECKING:
-    from common.backbones import Backbone
+    from common.model.backbones import Backbone
 
 
 def make_offer(run: RunConfig, backbones: Mapping[str, Backbone]) -> dict[str, Any]:

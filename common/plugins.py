@@ -109,10 +109,10 @@ def plugin_class(package: str, kind: str, key: str = "kind", own: Path | None = 
     found = _classes(module)
     if len(found) != 1:
         raise BadInput(f"{package}/{kind}.py: expected exactly one Plugin class, got {len(found)}")
-    lacking = _lacking(package, found[0])
-    if lacking:
+    missing = _list_missing(package, found[0])
+    if missing:
         raise BadInput(
-            f"{module.__file__}: expected all that a kind of {package} needs, got {kind!r} without {', '.join(lacking)}"
+            f"{module.__file__}: expected all that a kind of {package} needs, got {kind!r} without {', '.join(missing)}"
         )
     return found[0]
 
@@ -145,18 +145,31 @@ def _classes(module: ModuleType) -> list[type[Plugin]]:
 
 
 @cache
-def _lacking(package: str, cls: type[Plugin]) -> list[str]:
-    """Members that a class lacks of its folder's Protocol: the one defined there that has a `kind`."""
-    (protocol,) = (
+def _list_missing(package: str, cls: type[Plugin]) -> list[str]:
+    """Returns the members that a class lacks of its folder's Protocols.
+
+    The folder's Protocol with a `kind` is required. Those in its tuple `OPTIONAL`, where it has one, are asked for only
+    of a class that has part of their members.
+    """
+    module = importlib.import_module(package)
+    (required,) = (
         member
-        for _, member in inspect.getmembers(importlib.import_module(package), inspect.isclass)
+        for _, member in inspect.getmembers(module, inspect.isclass)
         if Protocol in member.__bases__
         and f"{member.__module__}.".startswith(f"{package}.")
         and "kind" in inspect.get_annotations(member)
     )
-    asked = {*inspect.get_annotations(protocol), *(name for name in vars(protocol) if not name.startswith("_"))}
     # Pydantic keeps a field without a default nowhere but in `model_fields`.
-    return sorted(asked - set(dir(cls)) - set(cls.model_fields))
+    present = {*dir(cls), *cls.model_fields}
+    missing = _members(required) - present
+    for optional in vars(module).get("OPTIONAL", ()):
+        if _members(optional) & present:
+            missing |= _members(optional) - present
+    return sorted(missing)
+
+
+def _members(protocol: type) -> set[str]:
+    return {*inspect.get_annotations(protocol), *(name for name in vars(protocol) if not name.startswith("_"))}
 
 
 def _further_kinds(folder: Path | None) -> dict[str, Path]:

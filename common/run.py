@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from common.errors import nearest
-from common.plugins import Frozen, Spec
+from common.plugins import Frozen, Spec, resolve
 from common.types import MAX_BACKBONES, Unit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -297,3 +297,20 @@ class RunConfig(Frozen):
         if self.backbone is not None:
             return self.model_copy(update={"backbone": specs[ONLY_BACKBONE]})
         return self.model_copy(update={"backbones": {name: specs[name] for name in self.backbone_specs}})
+
+
+def resolve_backbone_paths(run: RunConfig, prefix: str = "") -> RunConfig:
+    """Returns the same run with all settings of its backbones, their paths absolute: it means the same in any folder.
+
+    Args:
+        run: the run.
+        prefix: beginning of keys in error messages, where the run stands inside another file.
+
+    Raises:
+        BadInput: a backbone's setting is wrong.
+    """
+    specs = {}
+    for name, spec in run.backbone_specs.items():
+        kind = resolve("common.backbones", spec, prefix + run.backbone_key(name))
+        specs[name] = Spec(**kind.model_dump(mode="json", by_alias=True))
+    return run.with_backbone_specs(specs)

@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from client.config import SiteConfig
 from client.data.sources import Source, SourceKind
 from client.solvers import Solver
-from common.backbones import Kind
+from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind
 from common.events import Summary, summary_schema
 from common.messages import format_privacy_table
 from common.plugins import Spec, kinds, plugin_class
@@ -90,12 +90,13 @@ def _fill_in(page: str, text: str) -> str:
 def _format_protocols() -> str:
     """Returns what a kind of each plug-in folder must have: a table for each Protocol."""
     parts = []
-    for protocol in (Kind, Task, LabelCodec, SourceKind, Source, Solver, Aggregator):
+    protocols = (Kind, WeightedKind, ResolvedKind, Divisible, Task, LabelCodec, SourceKind, Source, Solver, Aggregator)
+    for protocol in protocols:
         heading = f"## {protocol.__name__}\n\n`{protocol.__module__}`\n"
         meanings = _attributes_section(protocol.__doc__ or "")
         rows = [f"| `{name}` | {_as_cell(meanings.get(name, ''))} |" for name in inspect.get_annotations(protocol)]
         for name, member in vars(protocol).items():
-            if name.startswith("_") or name == "model_dump" or name in inspect.get_annotations(protocol):
+            if name.startswith("_") or name.startswith("model_") or name in inspect.get_annotations(protocol):
                 continue
             function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
             arguments = [each for each in inspect.signature(function).parameters if each not in ("self", "cls")]

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from common.events import FileJournal
-from common.model.backbones import digests_of, open_backbones
+from common.model.backbones import list_digests, open_backbones
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
@@ -45,7 +45,7 @@ def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
     outcome = run_federation(
         grid, run, backbones, run_id=folder.name, folder=folder, journal=journal, executor=FLOWER_APP
     )
-    summary = write_results(folder, run, digests_of(backbones), outcome.heads)
+    summary = write_results(folder, run, list_digests(backbones), outcome.heads)
     console = Console(width=100)
     console.print(render_summary(summary))
     console.print(f"results: {folder}", soft_wrap=True)

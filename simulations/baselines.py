@@ -24,9 +24,8 @@ from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
 from client.personal.local_heads import ApplyUpdate, LocalTraining, train_alone
 from client.solvers import Solver, open_solver
-from common.backbones import Backbone, open_random
 from common.events import Metrics
-from common.model.backbones import open_backbones
+from common.model.backbones import Backbone, open_backbones, open_random
 from common.model.trunks import initial_modules
 from common.run import RunConfig
 from common.tasks import Task

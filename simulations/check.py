@@ -12,8 +12,8 @@ from client.data.records import check_values
 from client.data.sources import open_source
 from client.protocol.requirements import untrained_modules
 from client.solvers import open_solver
-from common.model.backbones import absolute
 from common.plugins import resolve
+from common.run import resolve_backbone_paths
 from common.tasks import Task, open_task
 from common.types import BadInput
 from server.rounds.aggregators import open_aggregator
@@ -28,7 +28,7 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
         BadInput: a setting is wrong; the first one is named.
     """
     run = config.run
-    absolute(run, RUN_PREFIX)  # Resolves every backbone.
+    resolve_backbone_paths(run, RUN_PREFIX)  # Resolves every backbone.
     tasks = {name: open_task(spec, f"{RUN_PREFIX}tasks.{name}") for name, spec in run.tasks.items()}
     for key, spec in list_sources(config).items():
         open_source(spec, key)

@@ -25,9 +25,10 @@ from common.events import (
     select_events,
 )
 from common.files import without_flushing
-from common.model.backbones import absolute, open_backbones
+from common.model.backbones import open_backbones
 from common.plugins import Spec, resolve
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
+from common.run import resolve_backbone_paths
 from common.types import BadInput, DeclineReason, Interrupted, RunFailed
 from common.yaml import load, write_yaml
 from server.reports.results import new_run_folder, write_environment, write_results
@@ -131,7 +132,7 @@ def make_paths_absolute(config: SimulationConfig) -> SimulationConfig:
         for site, own in (config.partition.sites or {}).items()
     }
     partition = config.partition.model_copy(update={"sites": sites or None})
-    run_ = absolute(config.run, RUN_PREFIX)
+    run_ = resolve_backbone_paths(config.run, RUN_PREFIX)
     # Pre-training is over when a run begins.
     return config.model_copy(update={"run": run_, "sources": sources, "partition": partition, "pretrain": None})
 

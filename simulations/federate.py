@@ -10,10 +10,9 @@ from flwr.serverapp import Grid
 
 from client.app import make_app
 from client.config import SiteConfig
-from common.backbones import Backbone
 from common.events import FileJournal
 from common.files import without_flushing
-from common.model.backbones import digests_of
+from common.model.backbones import Backbone, list_digests
 from common.model.parameters import load_parameters
 from common.model.trunks import trunks
 from common.privacy.noise import Entropy
@@ -62,7 +61,7 @@ class Experiment:
     @property
     def digests(self) -> Mapping[str, str]:
         """Digest of each of the run's backbones, by name."""
-        return digests_of(self.backbones)
+        return list_digests(self.backbones)
 
     @property
     def run_id(self) -> str:

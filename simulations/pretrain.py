@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import nn
 
 from client.data.sources import Source, open_source
-from common.backbones import Untrained, open_untrained
-from common.backbones.small_cnn import pretrained_tensors
+from common.backbones.small_cnn import collect_tensors
 from common.files import write_atomic
+from common.model.backbones import Untrained, open_untrained
 from common.plugins import Spec
 from common.types import BadInput
 from server.rounds.messenger import Observe
@@ -67,7 +67,7 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
         torch.manual_seed(plan.seed)
         classifier = nn.Linear(untrained.feature_dim, len(plan.labels))
         accuracy = _train(untrained.module, classifier, items, labels, config, observe)
-    state = pretrained_tensors(untrained.module, classifier)
+    state = collect_tensors(untrained.module, classifier)
     untrained.weights_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(untrained.weights_path, save(state, metadata={"made_from": made_from}))
     return Pretrained(untrained.weights_path, accuracy, cached=False)

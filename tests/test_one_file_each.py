@@ -76,10 +76,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.backbones import Architecture, Example, Pretrained
-from common.backbones.parts.projection import Projection
+from common.backbones import Architecture, Example, Projection
 from common.plugins import Plugin
-from common.types import BadInput, BadRecord
+from common.types import BadRecord
 
 
 @final
@@ -92,32 +91,16 @@ class Spectrum(Plugin):
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """Four waves."""
+        """Returns four waves."""
         waves = [np.sin(np.arange(16) * pitch).astype(np.float32) for pitch in (0.2, 0.5, 1.0, 2.0)]
         return Example({"kind": "spectrum", "steps": 16}, waves)
 
-    def resolved(self) -> "Spectrum":
-        """The same."""
-        return self
-
     def architecture(self) -> Architecture:
-        """Absolute values of the Fourier transform."""
+        """Returns absolute values of the Fourier transform."""
         return Architecture(Size(), self.steps // 2 + 1)
 
-    def pretrained(self) -> Pretrained:
-        """No weights."""
-        return Pretrained({})
-
-    def random(self) -> Pretrained:
-        """Refused."""
-        raise BadInput("kind: expected a backbone with weights")
-
-    def weights_file(self) -> Path | None:
-        """None."""
-        return None
-
     def preprocess(self, item: Any) -> Tensor:
-        """A series of exactly so many steps."""
+        """Returns a series of exactly so many steps."""
         if not isinstance(item, np.ndarray) or item.shape != (self.steps,):
             raise BadRecord("expected a series of another length")
         return torch.from_numpy(item.astype(np.float32))
@@ -127,7 +110,7 @@ class Size(nn.Module):
     """Sizes of the coefficients."""
 
     def forward(self, series: Tensor) -> Tensor:
-        """B x F."""
+        """Returns them, B x F."""
         return torch.fft.rfft(series).abs() / series.shape[1] ** 0.5
 '''
 

@@ -13,8 +13,7 @@ from client.config import SiteConfig
 from client.protocol.join import keep_part, prepare_run
 from client.protocol.site import Site
 from common import messages
-from common.backbones import Backbone
-from common.model.backbones import digests_of, open_backbones
+from common.model.backbones import Backbone, list_digests, open_backbones
 from common.offers import make_offer
 from common.run import ONLY_BACKBONE, RunConfig
 from common.yaml import parse
@@ -66,7 +65,7 @@ def forged(model: Callable[..., _Message], *values: object) -> _Message:
 def offered(run_id: str, run: RunConfig, frozen: Backbone) -> messages.JoinRequest:
     """A run of one backbone as a coordinator offers it."""
     only = {ONLY_BACKBONE: frozen}
-    return messages.JoinRequest(run_id, make_offer(run, only), digests_of(only))
+    return messages.JoinRequest(run_id, make_offer(run, only), list_digests(only))
 
 
 def write_records(path: Path, seed: int, count: int = 40) -> None:

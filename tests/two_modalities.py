@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 
 from client.config import SiteConfig
 from common import messages
-from common.backbones import Backbone, open_untrained
-from common.backbones.small_cnn import pretrained_tensors
+from common.backbones.small_cnn import collect_tensors
 from common.backbones.transformers import Transformers
-from common.model.backbones import digests_of, open_backbones
+from common.model.backbones import Backbone, list_digests, open_backbones, open_untrained
 from common.offers import make_offer
 from common.run import RunConfig
 from common.yaml import parse
@@ -40,7 +39,7 @@ class Hospitals:
     @property
     def digests(self) -> dict[str, str]:
         """Of the run's backbones."""
-        return digests_of(self.backbones)
+        return list_digests(self.backbones)
 
     def offer(self, run_id: str = "run-1", run: RunConfig | None = None) -> messages.JoinRequest:
         """What its coordinator asks."""
@@ -95,7 +94,7 @@ def backbones(folder: Path) -> dict[str, dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"kind": "small_cnn", "input_size": 12, "channels": [4, 8]}
     module = open_untrained(pictures, "pictures", seed=0).module
-    save_file(pretrained_tensors(module, None), folder / "pictures.safetensors")
+    save_file(collect_tensors(module, None), folder / "pictures.safetensors")
     (folder / "texts").mkdir(exist_ok=True)
     texts = dict(Transformers.example(folder / "texts").settings)
     return {"pictures": {**pictures, "weights": str(folder / "pictures.safetensors")}, "texts": texts}

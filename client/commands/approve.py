@@ -60,12 +60,12 @@ def _find_offer(approvals: Approvals, wanted: str) -> Offer:
     if path.suffix == ".json":
         return read_offer(path)
     if path.suffix in (".yaml", ".yml"):
-        from common.model.backbones import digests_of, open_backbones  # Here: they need torch, and `--list` does not.
+        from common.model.backbones import list_digests, open_backbones  # Here: they need torch, and `--list` does not.
         from common.offers import make_offer
 
         run = load(RunConfig, path)
         backbones = open_backbones(run)
-        return Offer(make_offer(run, backbones), digests_of(backbones))
+        return Offer(make_offer(run, backbones), list_digests(backbones))
     return approvals.find(wanted)
 
 

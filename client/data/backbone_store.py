@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.backbones import Backbone, Kind, check_blob, from_blob, open_pretrained
+from common.backbones import Kind, find_weights_file
 from common.files import private_folder, write_atomic
 from common.messages import PART_BYTES
+from common.model.backbones import Backbone, load_blob, open_pretrained, verify_blob
 from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
 
@@ -147,8 +148,8 @@ class BackboneStore:
     def _verified(self, blob: BackboneBlob) -> Backbone:
         opened = self._opened.get(blob.digest)
         if opened is None:
-            return from_blob(blob)
-        check_blob(blob)
+            return load_blob(blob)
+        verify_blob(blob)
         return opened
 
     def _parts(self, digest: str) -> Path:
@@ -162,7 +163,7 @@ class BackboneStore:
     def _known(self, spec: Spec, key: str) -> Path:
         """Where the digest of one of the site's own backbones is remembered, for as long as its file is the same."""
         kind: Kind = resolve("common.backbones", spec, key)
-        file = kind.weights_file()
+        file = find_weights_file(kind)
         status = file.stat() if file is not None and file.exists() else None
         about = [kind.model_dump(mode="json", by_alias=True), status and [status.st_size, status.st_mtime_ns]]
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

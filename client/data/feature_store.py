@@ -35,7 +35,8 @@ from common.process.threads import one_thread
 from common.types import BadRecord
 
 if TYPE_CHECKING:
-    from common.backbones import Backbone, Precision
+    from common.backbones import Precision
+    from common.model.backbones import Backbone
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 100

@@ -32,7 +32,7 @@ from common.tasks import Task
 from common.types import BadInput
 
 if TYPE_CHECKING:
-    from common.backbones import Backbone
+    from common.model.backbones import Backbone
 
 ARRAYS = "arrays.safetensors"
 PROBLEMS = "problems.csv"

@@ -28,9 +28,9 @@ from client.protocol.site import (
 )
 from client.solvers import open_solver
 from common import messages
-from common.backbones import Backbone
 from common.events import BackboneUnusable, HeadsReceived, RunAudited, RunJoined, RunPrepared
 from common.files import private_folder, write_atomic
+from common.model.backbones import Backbone
 from common.model.trunks import frozen_parts
 from common.offers import compute_run_digest, encode_offer
 from common.privacy.accounting import Mechanism

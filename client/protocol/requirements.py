@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.backbones import ProjectionLayer, open_untrained
+from common.backbones.parts.projection import ProjectionLayer
+from common.model.backbones import open_untrained
 from common.model.trunks import unfilled_trunk
 from common.plugins import Spec
 from common.run import RunConfig, Trainable

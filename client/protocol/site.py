@@ -17,9 +17,9 @@ from client.data.feature_store import FeatureStore
 from client.ledger.ledger import Ledger
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
-from common.backbones import Backbone
 from common.events import FileJournal, Journal
 from common.files import private_folder
+from common.model.backbones import Backbone
 from common.model.parameters import load_parameters
 from common.model.trunks import trunks
 from common.privacy.noise import Entropy

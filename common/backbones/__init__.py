@@ -1,272 +1,245 @@
-"""Frozen pre-trained encoders. One file is one kind; see `Kind` for what it must provide.
+"""Backbone kinds: the frozen pre-trained networks that heads stand on. One file in this folder is one kind.
 
-A coordinator calls `open_pretrained` to load weights; a site receives them by digest and calls `from_blob`, which
-builds the same architecture, loads strictly and verifies. Both end in a `Backbone`: frozen and in eval mode for ever.
+A kind's module loads no torch until one of its methods needs it, so that commands that only read settings start fast.
+`common.model.backbones` opens what is described here.
 
-# Shapes: B examples, D features.
+A kind writes `kind`, `projection`, `example`, `architecture` and `preprocess` (see `Kind`). Where it has weights it
+also writes the members of `WeightedKind`; where it can be divided, those of `Divisible`. The functions below give the
+rest.
+
+# Shapes: B examples, D features, K classes of the pre-training.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from pydantic import Field
 
-from common.backbones.parts.fast import FastEncoder, Precision
-from common.backbones.parts.kind import Architecture, Example, Kind, Pretrained
-from common.backbones.parts.projection import ProjectionLayer, projection_state
-from common.backbones.parts.weights import digest_of, load_strict
-from common.plugins import Spec, resolve
-from common.types import BackboneBlob, BadInput, DigestMismatch
+from common.plugins import Frozen
+from common.types import BadInput
 
-__all__ = [
-    "Architecture",
-    "Backbone",
-    "Example",
-    "FrozenEncoder",
-    "Kind",
-    "Precision",
-    "Pretrained",
-    "ProjectionLayer",
-    "Untrained",
-    "check_blob",
-    "from_blob",
-    "open_pretrained",
-    "open_random",
-    "open_untrained",
-]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-MAX_WEIGHT_BYTES = 8 << 30
-MAX_SPEC_CHARS = 1 << 20
+Precision = Literal["float32", "bfloat16"]
+"""Number format inside a backbone; its features are float32 in any case."""
 
 
-@final
-class FrozenEncoder(nn.Module):
-    """Encoder, scale, projection: no parameter takes a gradient, and eval mode never ends."""
+class Kernel(Frozen):
+    """Random Fourier features (Rahimi and Recht 2007): a linear head on them is one on a Gaussian kernel.
 
-    scale: Tensor
-
-    def __init__(self, encoder: nn.Module, projection: ProjectionLayer) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.register_buffer("scale", torch.ones(()))
-        self.projection = projection
-        self.requires_grad_(False)
-        self.train(False)
-
-    def train(self, mode: bool = True) -> FrozenEncoder:
-        """Stay in eval mode, whatever is asked: BatchNorm statistics of a frozen backbone never move."""
-        del mode
-        super().train(False)
-        return self
-
-    def forward(self, items_B: Tensor) -> Tensor:
-        """features_BD in float32."""
-        features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32) * self.scale)
-        return features_BD
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Backbone:
-    """A frozen backbone, ready to encode.
+    The head stays linear, convex and cheap under privacy, and yet follows curved borders; on normalised features each
+    record's gradient stays bounded. Frequencies and phases are the same in every federation.
 
     Attributes:
-        kind: its resolved settings.
-        spec: JSON text of them, canonical: the same settings are the same text.
-        digest: 64 hex digits over `spec` and every weight.
-        feature_dim: number of features per item.
-        prepare: makes an input of an item.
-        device: where it encodes.
-        precision: of the encoder's inside; the site's choice, not in the digest.
-        trunk: where it is a backbone's frozen part, the entry of the heads that its features still have to pass
-            (`common.model.trunks`).
+        width: w of exp(-|x - y|^2 / 2 w^2), in the units of the features, after `normalize`.
+        dim: number of random features R; they approximate the kernel to about 1 / sqrt(R).
     """
 
-    kind: Kind
-    spec: str
-    digest: str
-    feature_dim: int
-    prepare: Callable[[Any], Tensor] = dataclasses.field(repr=False)
-    module: FrozenEncoder = dataclasses.field(repr=False)
-    device: torch.device
-    precision: Precision = "float32"
-    trunk: str | None = None
+    width: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    dim: Annotated[int, Field(ge=1, le=65536)]
 
-    @cached_property
-    def _encoder(self) -> FastEncoder:
-        return FastEncoder(self.module, self.precision, self.device)
 
-    @property
-    def error(self) -> float | None:
-        """How far features are from those of float32, relative, seen on the first items; None before any."""
-        return self._encoder.error
+class Projection(Frozen):
+    """Settings of the last steps of a backbone, in their order: shift, project, normalise, kernel.
 
-    def public_spec(self) -> dict[str, Any]:
-        """The resolved settings as plain values; they hold no path."""
-        values: dict[str, Any] = json.loads(self.spec)
-        return values
+    Attributes:
+        dim: number of top right singular vectors of the pre-training classifier's weights (minus their class mean) to
+            project on; null keeps all features.
+        shift: `batch_norm` subtracts the mean that the last BatchNorm's parameters predict after its ReLU.
+        normalize: whether features are divided by their L2 norm.
+        kernel: random Fourier features of the result; null for none.
+    """
 
-    def preprocess(self, item: Any) -> Tensor:
-        """One source item as one input. Raises BadRecord."""
-        return self.prepare(item)
-
-    def encode(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
-        """features_BD of preprocessed items, float32, on the CPU; heads can be trained on them."""
-        batch = items_B if isinstance(items_B, Tensor) else torch.stack(list(items_B))
-        # Again before every use: `train()` on an inner module would not pass through FrozenEncoder.train.
-        self.module.train(False)
-        with torch.inference_mode():
-            features_BD = self._encoder(batch.to(self.device, non_blocking=True))
-        # Cloned outside: autograd refuses inference tensors, and heads train on these.
-        return features_BD.cpu().clone()
-
-    def blob(self) -> BackboneBlob:
-        """The backbone as it travels."""
-        state = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
-        return BackboneBlob(spec=self.spec, weights=save(state), digest=self.digest)
-
-    def to(self, device: torch.device) -> Backbone:
-        """The same backbone on a device; this one stays where it is."""
-        if device == self.device:
-            return self
-        return dataclasses.replace(self, module=copy.deepcopy(self.module).to(device), device=device)
-
-    def at(self, precision: Precision) -> Backbone:
-        """The same backbone, computing inside in this precision."""
-        return dataclasses.replace(self, precision=precision)
+    dim: Annotated[int, Field(ge=1)] | None = None
+    shift: Literal["none", "batch_norm"] = "none"
+    normalize: bool
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
-class Untrained:
-    """An encoder to pre-train: not frozen, in train mode, freshly initialised.
+class Architecture:
+    """A network and the number of its features.
 
     Attributes:
-        kind: its settings.
-        module: batch of preprocessed items -> raw features; its state is what `Kind.pretrained` reads.
-        feature_dim: number of raw features.
-        weights_path: the file that `open_pretrained` will read.
+        module: batch of preprocessed items -> raw features, [B, `feature_dim`].
+        feature_dim: number of features before any projection.
+        preprocess: used in place of `Kind.preprocess` where preprocessing needs what travels with the weights, such as
+            a vocabulary.
     """
 
-    kind: Kind
     module: nn.Module
     feature_dim: int
-    weights_path: Path | None
+    preprocess: Callable[[Any], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a kind reads from its weights.
+
+    Attributes:
+        state: tensors of `Kind.architecture().module`, by name.
+        classifier_KD: weights of the pre-training's classifier, for a projection; None where there are none.
+        shift_D: predicted mean of the features, for a projection; None where nothing predicts it.
+        scale: factor on the features; 1 unless the weights are random.
+    """
+
+    state: Mapping[str, Tensor]
+    classifier_KD: Tensor | None = None
+    shift_D: Tensor | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small instance of a kind, with which its contract tests run; it needs nothing but a folder.
+
+    Attributes:
+        settings: the backbone's settings as a user would write them.
+        items: at least four different source items.
+    """
+
+    settings: Mapping[str, Any]
+    items: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The two sides of a freeze boundary.
+
+    Attributes:
+        below: batch of preprocessed items -> outputs at the boundary, [B, *shape].
+        above: outputs at the boundary -> raw features.
+        shape: shape of one example's output at the boundary.
+    """
+
+    below: nn.Module
+    above: nn.Module
+    shape: tuple[int, ...]
+
+
+class Kind(Protocol):
+    """The members that every plug-in file's class must have.
+
+    Law (tests/contracts/test_backbones.py), stated for the `Backbone` made from it: frozen, deterministic, independent
+    of the batch an item stands in; its digest changes with any weight, setting or preprocessing step that shapes
+    features and with nothing else.
+
+    Messages of `BadInput` begin with the setting's own name; the caller puts the key in front. A setting called
+    `weights` that is a path says where the weights are: it is removed before settings travel.
+
+    Attributes:
+        kind: file name of the plug-in.
+        projection: the last steps of the backbone; None leaves the features as they are.
+    """
+
+    kind: str
+    projection: Projection | None
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        """Returns a small instance for tests; files it needs are written to `folder`, the same on every call."""
+
+    def architecture(self) -> Architecture:
+        """Returns a new network, initialised from torch's current generator."""
 
     def preprocess(self, item: Any) -> Tensor:
-        """One source item as one input. Raises BadRecord."""
-        return self.kind.preprocess(item)
+        """Returns one source item (see `common.items`) as one input, without a batch dimension; all have one shape.
+
+        Raises:
+            BadRecord: the item cannot be used; the message holds nothing of its content.
+        """
+
+    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]:
+        """Returns the settings as plain values (pydantic's)."""
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> Kind:
+        """Returns the same settings with some of them replaced (pydantic's)."""
 
 
-def open_pretrained(spec: Spec | Mapping[str, Any], key: str) -> Backbone:
-    """The backbone a run asks for, with its weights. Torch's generators are left as they were.
+@runtime_checkable
+class WeightedKind(Protocol):
+    """Further members of a kind with weights."""
 
-    Raises:
-        BadInput: unknown kind or setting; weights missing, misfit, or not plain tensors; a projection they do
-            not allow.
-    """
-    kind: Kind = resolve("common.backbones", spec, key)
-    with torch.random.fork_rng(devices=[]):
-        return _assemble(kind, kind.pretrained, key)
+    def pretrained(self) -> Pretrained:
+        """Returns the weights. Called at the coordinator only.
 
+        Raises:
+            BadInput: they are missing, do not fit the architecture, or are a pickle with code.
+        """
 
-def open_random(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Backbone:
-    """The same architecture and preprocessing with random weights, reproducible from `seed`.
-
-    Raises:
-        BadInput: the kind has no weights that could be random; an unknown kind or setting.
-    """
-    kind: Kind = resolve("common.backbones", spec, key)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _assemble(kind, kind.random, key)
+    def random(self) -> Pretrained:
+        """Returns weights drawn from torch's current generator (see `common.backbones.parts.weights`)."""
 
 
-def open_untrained(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Untrained:
-    """The architecture a run asks for, trainable, its initial weights reproducible from `seed`."""
-    kind: Kind = resolve("common.backbones", spec, key)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = kind.architecture()
-    return Untrained(kind, encoder.module, encoder.feature_dim, kind.weights_file())
+@runtime_checkable
+class ResolvedKind(Protocol):
+    """A further member of a kind whose settings say more after its weights' folder or package was read."""
+
+    def resolved(self) -> Kind:
+        """Returns settings with everything that shapes features explicit and no location of weights.
+
+        Resolving twice changes nothing.
+        """
 
 
-def from_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> Backbone:
-    """The backbone that was sent, verified against its digest. Nothing in it is executed or unpickled.
+@runtime_checkable
+class Divisible(Protocol):
+    """Further members of a kind whose network can be divided, so that its upper part trains."""
 
-    Args:
-        blob: settings, weights and digest as received.
-        max_weight_bytes: larger weights are refused unread.
+    def blocks(self, network: nn.Module) -> list[str]:
+        """Returns the names of the blocks that a trunk can begin with, in order."""
 
-    Raises:
-        DigestMismatch: settings or weights are not the ones the digest names.
-        BadInput: malformed or oversized; settings that are not resolved; weights that do not fit the architecture.
-    """
-    state = check_blob(blob, max_weight_bytes)
-    values = json.loads(blob.spec)
-    if not isinstance(values, dict):
-        raise BadInput("backbone: expected settings with keys")
-    kind: Kind = resolve("common.backbones", values, "backbone")
-    if _canonical(kind.resolved()) != blob.spec:
-        raise BadInput("backbone: expected resolved settings without any location of weights")
-    with torch.random.fork_rng(devices=[]):
-        return _frozen(kind, kind.architecture(), state, "backbone: the received weights")
+    def divide(self, network: nn.Module, block: str) -> Divided:
+        """Returns both sides of a block's input. The network is in eval mode, and must not be used afterwards.
+
+        Args:
+            network: the module of `Kind.architecture`, perhaps without memory (device meta).
+            block: one of `blocks`.
+
+        Raises:
+            BadInput: this network cannot be divided there.
+        """
 
 
-def check_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> dict[str, Tensor]:
-    """The weights that were sent, once they and the settings are known to be those the digest names.
-
-    Nothing is built before: settings that nobody vouches for could ask for any amount of memory.
-
-    Raises:
-        DigestMismatch: they are not.
-        BadInput: malformed or oversized.
-    """
-    if len(blob.weights) > max_weight_bytes or len(blob.spec) > MAX_SPEC_CHARS:
-        raise BadInput(f"backbone: expected at most {max_weight_bytes} bytes of weights, got {len(blob.weights)}")
-    try:
-        state = load(blob.weights)
-        json.loads(blob.spec)
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
-    if digest_of(blob.spec, state.items()) != blob.digest:
-        raise DigestMismatch("backbone: the received settings and weights are not the ones that were agreed on")
-    return state
+@runtime_checkable
+class _WithWeightsSetting(Protocol):
+    weights: object
 
 
-def _assemble(kind: Kind, weights: Callable[[], Pretrained], key: str) -> Backbone:
-    try:
-        parts = weights()
-        state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
-        state["scale"] = torch.tensor(parts.scale)
-        resolved = kind.resolved()
-        encoder = resolved.architecture()
-        projection = projection_state(kind.projection, encoder.feature_dim, parts.classifier_KD, parts.shift_D)
-        state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
-        return _frozen(resolved, encoder, state, "weights")
-    except BadInput as error:
-        raise BadInput(f"{key}.{error}") from error
+OPTIONAL = (WeightedKind, ResolvedKind, Divisible)
+"""Protocols that a kind has as a whole or not at all."""
 
 
-def _frozen(resolved: Kind, encoder: Architecture, state: Mapping[str, Tensor], source: str) -> Backbone:
-    projection = ProjectionLayer(resolved.projection, encoder.feature_dim)
-    module = FrozenEncoder(encoder.module, projection)
-    load_strict(module, state, source)
-    spec = _canonical(resolved)
-    digest = digest_of(spec, module.state_dict().items())
-    prepare = encoder.preprocess or resolved.preprocess
-    return Backbone(resolved, spec, digest, projection.out_dim, prepare, module, torch.device("cpu"))
+def resolve_settings(kind: Kind) -> Kind:
+    """Returns the settings that travel to the sites and that the digest covers: they hold no location of weights."""
+    if isinstance(kind, ResolvedKind):
+        return kind.resolved()
+    return kind if find_weights_file(kind) is None else kind.model_copy(update={"weights": None})
 
 
-def _canonical(kind: Kind) -> str:
+def write_spec(kind: Kind) -> str:
+    """Returns settings as canonical JSON: the same settings are the same text."""
     return json.dumps(kind.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+
+
+def find_weights_file(kind: Kind) -> Path | None:
+    """Returns the local file that a kind's weights are read from, if they are."""
+    return kind.weights if isinstance(kind, _WithWeightsSetting) and isinstance(kind.weights, Path) else None
+
+
+def read_pretrained(kind: Kind) -> Pretrained:
+    """Returns a kind's weights, which are no tensors at all where it has none. Raises BadInput."""
+    return kind.pretrained() if isinstance(kind, WeightedKind) else Pretrained({})
+
+
+def draw_random(kind: Kind) -> Pretrained:
+    """Returns random weights for a kind. Raises BadInput where it has none."""
+    if not isinstance(kind, WeightedKind):
+        raise BadInput(f"kind: expected a backbone with weights, got {kind.kind!r}, which has none to draw at random")
+    return kind.random()

@@ -1,21 +1,21 @@
-"""No encoder: the features are given. Rows of a table by declared public columns, or vectors as they are."""
+"""No network: the features are given. Rows of a table by declared public columns, or vectors as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from common.backbones import Architecture, Example, Pretrained
+from common.backbones import Architecture, Example, Projection
 from common.backbones.parts.columns import Column
-from common.backbones.parts.projection import Projection
 from common.plugins import Plugin
-from common.types import BadInput, BadRecord
+from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final
@@ -47,7 +47,7 @@ class Identity(Plugin):
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """A number that may be missing, and a category."""
+        """Returns rows with a number that may be missing, and a category."""
         del folder
         settings = {
             "kind": "identity",
@@ -60,29 +60,15 @@ class Identity(Plugin):
         items = [{"age": "25", "sex": "1"}, {"age": "?", "sex": "0"}, {"age": "300", "sex": "1.0"}]
         return Example(settings, [*items, {"age": "75.5", "sex": "0"}])
 
-    def resolved(self) -> Identity:
-        """The same: there is nothing to locate."""
-        return self
-
     def architecture(self) -> Architecture:
-        """The identity, on all columns' inputs or the vector's length."""
+        """Returns the identity, on all columns' inputs or the vector's length."""
+        from torch import nn
+
         dim = self.dim if self.dim is not None else sum(column.width for column in self.columns or ())
         return Architecture(nn.Identity(), dim)
 
-    def pretrained(self) -> Pretrained:
-        """No weights."""
-        return Pretrained({})
-
-    def random(self) -> Pretrained:
-        """Refused: there are no weights."""
-        raise BadInput("kind: expected a backbone with weights, got 'identity', which has none to draw at random")
-
-    def weights_file(self) -> Path | None:
-        """None."""
-        return None
-
     def preprocess(self, item: Any) -> Tensor:
-        """float32 vector of finite values from a mapping column -> text, or from a vector.
+        """Returns a float32 vector of finite values from a mapping column -> text, or from a vector.
 
         Raises:
             BadRecord: a column is absent, or a cell or value cannot be used; no content is named.
@@ -91,6 +77,8 @@ class Identity(Plugin):
             return self._vector(item)
         if not isinstance(item, Mapping):
             raise BadRecord("expected a row with named columns")
+        import torch
+
         return torch.tensor([value for column in self.columns for value in column.inputs(self._cell(item, column))])
 
     def _cell(self, row: Mapping[str, Any], column: Column) -> str | None:
@@ -100,6 +88,8 @@ class Identity(Plugin):
         return None if text == "" or text in self.missing_values else text
 
     def _vector(self, item: Any) -> Tensor:
+        import torch
+
         if isinstance(item, Mapping):
             raise BadRecord("expected a vector of numbers, got a row with named columns")
         try:

@@ -9,20 +9,19 @@ what lies more than 80 dB below the loudest is silence.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from common.backbones import Architecture, Example, Pretrained
-from common.backbones.parts.audio import samples_at, triangles
-from common.backbones.parts.projection import Projection
+from common.backbones import Architecture, Example, Projection
+from common.backbones.parts.audio import build_triangles, resample
 from common.items import Audio
 from common.plugins import Plugin
-from common.types import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WINDOW_S, _HOP_S, _FLOOR_NEPER = 0.025, 0.010, 80.0 / 10.0 * np.log(10.0)
 
@@ -53,50 +52,47 @@ class LogMel(Plugin):
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """Tones of different pitch."""
+        """Returns tones of different pitch."""
         del folder
         time = np.arange(2000) / 8000
         tones = [np.sin(2 * np.pi * pitch * time) / 4 for pitch in (200, 500, 1100, 3000)]
         settings = {"kind": "log_mel", "sample_rate": 8000, "bands": 12, "range_hz": [60, 3800]}
         return Example(settings, [Audio(tone.astype(np.float32), 8000) for tone in tones])
 
-    def resolved(self) -> LogMel:
-        """The same: there is nothing to locate."""
-        return self
-
     def architecture(self) -> Architecture:
-        """The identity: the statistics are made of each recording alone, whatever its length."""
+        """Returns the identity: the statistics are made of each recording alone, whatever its length."""
+        from torch import nn
+
         return Architecture(nn.Identity(), 2 * self.bands)
 
-    def pretrained(self) -> Pretrained:
-        """No weights."""
-        return Pretrained({})
-
-    def random(self) -> Pretrained:
-        """Refused: there are no weights."""
-        raise BadInput("kind: expected a backbone with weights, got 'log_mel', which has none to draw at random")
-
-    def weights_file(self) -> Path | None:
-        """None."""
-        return None
-
     def preprocess(self, item: Any) -> Tensor:
-        """Means, then deviations, of the bands of one recording. Raises BadRecord."""
-        samples_L = samples_at(item, self.sample_rate).astype(np.float64)
+        """Returns means, then deviations, of the bands of one recording. Raises BadRecord."""
+        import torch
+
+        samples_L = resample(item, self.sample_rate).astype(np.float64)
         width, hop = round(_WINDOW_S * self.sample_rate), round(_HOP_S * self.sample_rate)
         if len(samples_L) < width:
             samples_L = np.pad(samples_L, (0, width - len(samples_L)))
         frames_FW = np.lib.stride_tricks.sliding_window_view(samples_L, width)[::hop] * np.hanning(width)
         size = 1 << (width - 1).bit_length()
         power_FS = np.abs(np.fft.rfft(frames_FW, size)) ** 2
-        bands_FM = np.log(np.maximum(power_FS @ mel_filters(self.bands, size, self.sample_rate, self.range_hz), 1e-12))
+        bands_FM = np.log(
+            np.maximum(power_FS @ build_mel_filters(self.bands, size, self.sample_rate, self.range_hz), 1e-12)
+        )
         bands_FM = np.maximum(bands_FM, bands_FM.max() - _FLOOR_NEPER)
         mean_M = bands_FM.mean(axis=0)
         return torch.from_numpy(np.concatenate([mean_M - mean_M.mean(), bands_FM.std(axis=0)]).astype(np.float32))
 
 
-def mel_filters(bands: int, size: int, sample_rate: int, range_hz: tuple[float, float]) -> NDArray[np.float64]:
-    """S x M: triangles, evenly spaced in mel (O'Shaughnessy's 2595 log10(1 + f / 700))."""
+def build_mel_filters(bands: int, size: int, sample_rate: int, range_hz: tuple[float, float]) -> NDArray[np.float64]:
+    """Returns triangular filters [S, M], evenly spaced in mel (O'Shaughnessy's 2595 log10(1 + f / 700)).
+
+    Args:
+        bands: number of mel bands M.
+        size: samples of the Fourier transform.
+        sample_rate: samples per second.
+        range_hz: lowest and highest frequency.
+    """
     low, high = (2595.0 * np.log10(1.0 + frequency / 700.0) for frequency in range_hz)
     edges = 700.0 * (10.0 ** (np.linspace(low, high, bands + 2) / 2595.0) - 1.0)
-    return triangles(edges, size, sample_rate)
+    return build_triangles(edges, size, sample_rate)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from common.backbones import Architecture, Example, Pretrained
-from common.backbones.parts.boundary import Divided, blocks_of, divide_chain
-from common.backbones.parts.projection import Projection
-from common.backbones.parts.random import random_weights
-from common.backbones.parts.weights import load_strict, read_state
-from common.backbones.small_cnn import CLASSIFIER, pretrained_tensors
+from common.backbones import Architecture, Divided, Example, Pretrained, Projection
+from common.backbones.small_cnn import CLASSIFIER, collect_tensors
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput, BadRecord
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 Channels = Annotated[int, Field(ge=1, le=4096)]
-_FIRST_KERNEL, _KERNEL = 7, 5
 
 
 @final
@@ -53,54 +47,67 @@ class SeriesCnn(Plugin):
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """A tiny net with random weights in a file, and waves of different pitch."""
+        """Returns a tiny net with random weights in a file, and waves of different pitch."""
+        import torch
+        from safetensors.torch import save_file
+
         settings = {"kind": "series_cnn", "length": 16, "channels": [4, 8], "pool": 2}
         path = folder / "series_cnn.safetensors"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            encoder = cls.model_validate(settings).architecture().module
-            save_file(pretrained_tensors(encoder, nn.Linear(16, 6)), path)
+            network = cls.model_validate(settings).architecture().module
+            save_file(collect_tensors(network, torch.nn.Linear(16, 6)), path)
         waves = [np.sin(np.arange(20) * pitch).astype(np.float32) for pitch in (0.2, 0.5, 1.0, 2.0)]
         return Example({**settings, "weights": str(path), "projection": {"dim": 4, "normalize": True}}, waves)
 
-    def resolved(self) -> SeriesCnn:
-        """Without weights."""
-        return self.model_copy(update={"weights": None})
-
     def architecture(self) -> Architecture:
-        """Series B x 1 x T -> features B x (channels of the last block x parts of the time)."""
-        return Architecture(_encoder(self.channels, self.pool), self.channels[-1] * self.pool)
+        """Returns series B x 1 x T -> features B x (channels of the last block x parts of the time)."""
+        from common.backbones.parts.nets import build_series_cnn
+
+        return Architecture(build_series_cnn(self.channels, self.pool), self.channels[-1] * self.pool)
 
     def pretrained(self) -> Pretrained:
-        """Weights from the file that pre-training wrote."""
+        """Returns weights from the file that pre-training wrote."""
+        from common.backbones.parts.weights import load_strict, read_state
+
         if self.weights is None or not self.weights.exists():
             raise BadInput(f"weights: found no file at {self.weights}; run `headwater simulate pretrain CONFIG` first")
         tensors = read_state(self.weights)
-        encoder = self.architecture().module
+        network = self.architecture().module
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(CLASSIFIER)}
-        load_strict(encoder, own, f"weights: {self.weights}")
-        return Pretrained(encoder.state_dict(), tensors.get(f"{CLASSIFIER}weight"))
+        load_strict(network, own, f"weights: {self.weights}")
+        return Pretrained(network.state_dict(), tensors.get(f"{CLASSIFIER}weight"))
 
     def random(self) -> Pretrained:
-        """Weights and classifier as torch initialises them."""
-        encoder = self.architecture()
-        classifier = nn.Linear(encoder.feature_dim, encoder.feature_dim + 1)
-        return random_weights(encoder, classifier.weight, torch.randn(4, 1, self.length))
+        """Returns weights and classifier as torch initialises them."""
+        import torch
 
-    def weights_file(self) -> Path | None:
-        """The file that pre-training writes."""
-        return self.weights
+        from common.backbones.parts.weights import scale_random_weights
 
-    def blocks(self, encoder: nn.Module) -> list[str]:
-        """The convolutions, by their place in the net."""
-        return blocks_of(encoder)
+        architecture = self.architecture()
+        classifier = torch.nn.Linear(architecture.feature_dim, architecture.feature_dim + 1)
+        return scale_random_weights(architecture, classifier.weight, torch.randn(4, 1, self.length))
 
-    def divide(self, encoder: nn.Module, block: str) -> Divided:
-        """Both sides of a convolution's input."""
-        return divide_chain(encoder, block, (1, self.length))
+    def blocks(self, network: nn.Module) -> list[str]:
+        """Returns the convolutions, by their place in the net."""
+        from common.backbones.parts.boundary import list_blocks
+
+        return list_blocks(network)
+
+    def divide(self, network: nn.Module, block: str) -> Divided:
+        """Returns both sides of a convolution's input."""
+        from common.backbones.parts.boundary import divide_chain
+
+        return divide_chain(network, block, (1, self.length))
 
     def preprocess(self, item: Any) -> Tensor:
-        """1 x T, interpolated to `length`, with mean 0 and deviation 1; a constant one is zeros. Raises BadRecord."""
+        """Returns 1 x T values, interpolated to `length`, with mean 0 and deviation 1; a constant series gives zeros.
+
+        Raises:
+            BadRecord: no series of one channel with at least two finite numbers.
+        """
+        import torch
+
         if not isinstance(item, np.ndarray) or item.dtype.kind not in "fiu" or item.size < 2:
             raise BadRecord("expected a series of at least two numbers")
         if item.ndim != 1 and item.shape[1:] != (1,):
@@ -113,12 +120,3 @@ class SeriesCnn(Plugin):
         deviation = steps_T.std()
         standard_T = (steps_T - steps_T.mean()) / (deviation if deviation > 0 else 1.0)
         return torch.from_numpy(standard_T.astype(np.float32)).unsqueeze(0)
-
-
-def _encoder(channels: Sequence[int], pool: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for index, (inner, outer) in enumerate(zip((1, *channels[:-1]), channels, strict=True)):
-        kernel = _FIRST_KERNEL if index == 0 else _KERNEL
-        layers += [nn.Conv1d(inner, outer, kernel, padding=kernel // 2), nn.BatchNorm1d(outer), nn.ReLU()]
-        layers.append(nn.MaxPool1d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(pool), nn.Flatten())

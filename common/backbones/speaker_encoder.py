@@ -10,23 +10,22 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from common.backbones import Architecture, Example, Pretrained
-from common.backbones.parts.audio import fitted, samples_at, triangles
-from common.backbones.parts.projection import Projection
-from common.backbones.parts.random import random_weights
-from common.backbones.parts.weights import read_state
+from common.backbones import Architecture, Example, Pretrained, Projection
+from common.backbones.parts.audio import build_triangles, fit_length, resample
 from common.items import Audio
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.backbones.parts.nets import SpeakerNet
 
 _RATE, _FFT, _HOP, _MELS, _WIDTH = 16_000, 400, 160, 40, 256
 _WINDOW, _STEP = 160, 77
@@ -53,88 +52,80 @@ class SpeakerEncoder(Plugin):
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """Random weights in a file as training leaves it, and noises of different pitch and loudness."""
+        """Returns random weights in a file as training leaves it, and noises of different pitch and loudness."""
+        import torch
+
+        from common.backbones.parts.nets import initialise_speaker_net
+
         path = folder / "speaker.pt"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            trained = {**_drawn().state_dict(), "similarity_weight": torch.ones(1), "similarity_bias": torch.ones(1)}
+            state = initialise_speaker_net(_build_network(), _MELS).state_dict()
+            trained = {**state, "similarity_weight": torch.ones(1), "similarity_bias": torch.ones(1)}
             torch.save({"step": 1, "model_state": trained, "optimizer_state": {"param_groups": [{"lr": 0.1}]}}, path)
         rng = np.random.default_rng(0)
         noises = [np.convolve(rng.normal(size=9000), np.ones(width)) / 10**width for width in (1, 2, 3, 4)]
         items = [Audio(noise.astype(np.float32), 8000) for noise in noises]
         return Example({"kind": "speaker_encoder", "weights": str(path), "seconds": 2.4}, items)
 
-    def resolved(self) -> SpeakerEncoder:
-        """Without weights."""
-        return self.model_copy(update={"weights": None})
-
     def architecture(self) -> Architecture:
-        """Mel spectra B x F x M -> features B x 256."""
-        return Architecture(_Encoder(), _WIDTH)
+        """Returns mel spectra B x F x M -> features B x 256."""
+        return Architecture(_build_network(), _WIDTH)
 
     def pretrained(self) -> Pretrained:
-        """The weights, without the scale and shift of similarities that only training needs."""
+        """Returns the weights, without the scale and shift of similarities that only training needs."""
+        from common.backbones.parts.weights import read_state
+
         if self.weights is None:
             raise BadInput("weights: expected the file of the speaker encoder, got nothing")
         state = read_state(self.weights, entry="model_state")
         return Pretrained({name: value for name, value in state.items() if not name.startswith("similarity_")})
 
     def random(self) -> Pretrained:
-        """Random layers that pass differences between recordings on."""
-        noise_BL = torch.randn(4, round(self.seconds * _RATE)) * _QUIETEST
-        spectra_BFM = torch.stack([_spectra(noise_L) for noise_L in noise_BL.numpy()])
-        return random_weights(Architecture(_drawn(), _WIDTH), nn.Linear(_WIDTH, _WIDTH + 1).weight, spectra_BFM)
+        """Returns random layers that pass differences between recordings on."""
+        import torch
 
-    def weights_file(self) -> Path | None:
-        """The local weights."""
-        return self.weights
+        from common.backbones.parts.nets import initialise_speaker_net
+        from common.backbones.parts.weights import scale_random_weights
+
+        noise_BL = torch.randn(4, round(self.seconds * _RATE)) * _QUIETEST
+        spectra_BFM = torch.stack([_compute_spectra(noise_L) for noise_L in noise_BL.numpy()])
+        architecture = Architecture(initialise_speaker_net(_build_network(), _MELS), _WIDTH)
+        return scale_random_weights(architecture, torch.nn.Linear(_WIDTH, _WIDTH + 1).weight, spectra_BFM)
 
     def preprocess(self, item: Any) -> Tensor:
-        """Mel spectra F x M of a recording at 16 kHz that is not too quiet. Raises BadRecord."""
-        samples_L = samples_at(item, _RATE)
+        """Returns mel spectra F x M of a recording at 16 kHz that is not too quiet. Raises BadRecord."""
+        samples_L = resample(item, _RATE)
         loudness = float(np.sqrt(np.mean(np.square(samples_L, dtype=np.float64))))
         if 0 < loudness < _QUIETEST:
             samples_L = samples_L * np.float32(_QUIETEST / loudness)
-        return _spectra(fitted(samples_L, round(self.seconds * _RATE)))
+        return _compute_spectra(fit_length(samples_L, round(self.seconds * _RATE)))
 
 
-class _Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(_MELS, _WIDTH, num_layers=3, batch_first=True)
-        self.linear = nn.Linear(_WIDTH, _WIDTH)
+def _build_network() -> SpeakerNet:
+    from common.backbones.parts.nets import SpeakerNet
 
-    def forward(self, spectra_BFM: Tensor) -> Tensor:
-        windows_BWFM = spectra_BFM.unfold(1, _WINDOW, _STEP).transpose(2, 3)
-        _, (last, _) = self.lstm(windows_BWFM.flatten(0, 1))
-        directions = normalize(torch.relu(self.linear(last[-1])), dim=1)
-        return normalize(directions.reshape(*windows_BWFM.shape[:2], _WIDTH).mean(1), dim=1)
+    return SpeakerNet(_MELS, _WIDTH, _WINDOW, _STEP)
 
 
-def _drawn() -> _Encoder:
-    encoder = _Encoder()
-    for values in encoder.parameters():
-        if values.dim() == 1:
-            # Spectra are small numbers: torch's own initialisation hears little but its biases.
-            nn.init.zeros_(values)
-        else:
-            nn.init.normal_(values, std=1.0 if values.shape[1] == _MELS else 2.0 / _WIDTH**0.5)
-    return encoder
+def _compute_spectra(samples_L: NDArray[np.float32]) -> Tensor:
+    """Returns the power in mel bands, F x M: not its logarithm."""
+    import torch
 
-
-def _spectra(samples_L: NDArray[np.float32]) -> Tensor:
-    """Power in mel bands, F x M: not its logarithm."""
     frames_FL = np.lib.stride_tricks.sliding_window_view(np.pad(samples_L, _FFT // 2), _FFT)[::_HOP]
     hann_L = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)
     power_FS = np.abs(np.fft.rfft(frames_FL * hann_L)) ** 2
-    return torch.from_numpy((power_FS @ _mel_filters()).astype(np.float32))
+    return torch.from_numpy((power_FS @ _build_mel_filters()).astype(np.float32))
 
 
 @cache
-def _mel_filters() -> NDArray[np.float64]:
-    """S x M: triangles of equal area, evenly spaced in Slaney's mel: linear to 1 kHz, logarithmic above (1998)."""
+def _build_mel_filters() -> NDArray[np.float64]:
+    """Returns triangular filters [S, M] of equal area, evenly spaced in mel.
+
+    Slaney's mel (1998) is linear to 1 kHz and logarithmic above.
+    """
     per_neper = 27 / np.log(6.4)
     mels = np.linspace(0.0, 15.0 + per_neper * np.log(_RATE / 2 / 1000.0), _MELS + 2)
     edges = np.where(mels < 15.0, mels * 200.0 / 3.0, 1000.0 * np.exp((mels - 15.0) / per_neper))
-    filters_SM: NDArray[np.float64] = triangles(edges, _FFT, _RATE) * 2.0 / (edges[2:] - edges[:-2])
+    filters_SM: NDArray[np.float64] = build_triangles(edges, _FFT, _RATE) * 2.0 / (edges[2:] - edges[:-2])
     return filters_SM

@@ -5,31 +5,32 @@ Weights come by torchvision's own name, or from a local file that holds the full
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-import torch
 from pydantic import Field, StringConstraints, field_validator, model_validator
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torchvision import models
 
-from common.backbones import Architecture, Example, Pretrained
-from common.backbones.parts.boundary import Divided, blocks_of, divide_chain
-from common.backbones.parts.image_preprocessing import ImagePreprocessing
-from common.backbones.parts.projection import Projection, batch_norm_shift
-from common.backbones.parts.random import random_weights
-from common.backbones.parts.weights import load_strict, read_state
+from common.backbones import Architecture, Divided, Example, Pretrained, Projection
+from common.backbones.parts.images import ImagePreprocessing
 from common.errors import nearest
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torchvision.models import WeightsEnum
 
 WeightsName = Annotated[str, StringConstraints(pattern=r"^\w+$")]
 IMAGENET_CLASSES = 1000
 
 # Classifiers inside GoogLeNet and Inception that serve training only.
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+
+_REGISTERED = r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(\s*\*,\s*weights: Optional\[(\w+)\]"
 
 
 @final
@@ -55,28 +56,38 @@ class Torchvision(Plugin):
 
     @field_validator("model")
     @classmethod
-    def _known(cls, name: str) -> str:
+    def _check_model(cls, name: str) -> str:
+        if name in _read_names():
+            return name
+        from torchvision import models
+
         known = models.list_models(module=models)
         if name not in known:
             raise ValueError(f"expected a torchvision classification model, got {name!r}{nearest(name, known)}")
         return name
 
     @model_validator(mode="after")
-    def _complete(self) -> Torchvision:
-        if isinstance(self.weights, str):
+    def _check_weights(self) -> Torchvision:
+        if isinstance(self.weights, str) and self.weights not in _read_names().get(self.model, ()):
+            from torchvision import models
+
             known = list(models.get_model_weights(self.model).__members__)
             if self.weights not in known:
                 raise ValueError(
                     f"weights: expected a file or one of {', '.join(known)}, got {self.weights!r}"
                     f"{nearest(self.weights, known)}"
                 )
-        elif self.preprocess_settings is None:
+        if not isinstance(self.weights, str) and self.preprocess_settings is None:
             raise ValueError("preprocess: expected settings (only weights that torchvision names bring their own)")
         return self
 
     @classmethod
     def example(cls, folder: Path) -> Example:
-        """A small ShuffleNet with random weights in a file, and random images."""
+        """Returns a small ShuffleNet with random weights in a file, and random images."""
+        import torch
+        from safetensors.torch import save_file
+        from torchvision import models
+
         path = folder / "shufflenet.safetensors"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -93,63 +104,78 @@ class Torchvision(Plugin):
         return Example(settings, list(pixels))
 
     def resolved(self) -> Torchvision:
-        """Without weights and with explicit preprocessing; the removed classifier's size does not matter."""
+        """Returns settings without weights and with explicit preprocessing.
+
+        The classifier is removed, so that its number of classes is a fixed one.
+        """
         return self.model_copy(
             update={"weights": None, "preprocess_settings": self._preprocessing(), "num_classes": IMAGENET_CLASSES}
         )
 
     def architecture(self) -> Architecture:
-        """The model with its last linear layer replaced by the identity."""
-        encoder, classifier = self._split(self._full())
-        return Architecture(encoder, classifier.in_features)
+        """Returns the model with its last linear layer replaced by the identity."""
+        network, classifier = self._split(self._build())
+        return Architecture(network, classifier.in_features)
 
     def pretrained(self) -> Pretrained:
-        """The named or local weights, split into encoder and classifier."""
+        """Returns the named or local weights, split into network and classifier."""
+        from common.backbones.parts.weights import load_strict, read_state
+
         if self.weights is None:
             raise BadInput("weights: expected a name of torchvision's or a local file, got nothing")
-        model = self._full()
+        model = self._build()
         state = read_state(self.weights) if isinstance(self.weights, Path) else self._download()
         own = {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
         load_strict(model, own, f"weights: {self.weights}")
-        return self._parts(model)
+        return self._read_parts(model)
 
     def random(self) -> Pretrained:
-        """Weights as torchvision initialises them."""
-        encoder, classifier = self._split(self._full())
+        """Returns weights as torchvision initialises them."""
+        import torch
+
+        from common.backbones.parts.weights import scale_random_weights
+
+        network, classifier = self._split(self._build())
         # Standardised images have about mean 0 and variance 1.
         side = self._preprocessing().side
-        architecture = Architecture(encoder, classifier.in_features)
-        return random_weights(architecture, classifier.weight, torch.randn(4, 3, side, side))
+        architecture = Architecture(network, classifier.in_features)
+        return scale_random_weights(architecture, classifier.weight, torch.randn(4, 3, side, side))
 
-    def weights_file(self) -> Path | None:
-        """The local weights, if they are local."""
-        return self.weights if isinstance(self.weights, Path) else None
+    def blocks(self, network: nn.Module) -> list[str]:
+        """Returns names such as `features.17` or `layer4`."""
+        from common.backbones.parts.boundary import list_blocks
 
-    def blocks(self, encoder: nn.Module) -> list[str]:
-        """Such as `features.17` or `layer4`."""
-        return blocks_of(encoder)
+        return list_blocks(network)
 
-    def divide(self, encoder: nn.Module, block: str) -> Divided:
-        """Both sides of a block. Raises BadInput: the model is not a chain up to there."""
+    def divide(self, network: nn.Module, block: str) -> Divided:
+        """Returns both sides of a block. Raises BadInput where the model is not a chain up to there."""
+        from common.backbones.parts.boundary import divide_chain
+
         side = self._preprocessing().side
-        return divide_chain(encoder, block, (3, side, side))
+        return divide_chain(network, block, (3, side, side))
 
     def preprocess(self, item: Any) -> Tensor:
-        """3 x H x W from a PIL image or uint8 array; grey is repeated over the channels. Raises BadRecord."""
+        """Returns 3 x H x W pixels of a PIL image or uint8 array; grey is repeated. Raises BadRecord."""
         return self._preprocessing().apply(item)
 
     def _preprocessing(self) -> ImagePreprocessing:
         return self.preprocess_settings or ImagePreprocessing.of_weights(self._named_weights())
 
-    def _full(self) -> nn.Module:
-        options = _build_options(self.model, self._preprocessing().side)
+    def _build(self) -> nn.Module:
+        from torchvision import models
+
+        options = _list_options(self.model, self._preprocessing().side)
         model: nn.Module = models.get_model(self.model, weights=None, num_classes=self.num_classes, **options)
         return model
 
-    def _named_weights(self) -> models.WeightsEnum:
+    def _named_weights(self) -> WeightsEnum:
+        from torchvision import models
+
         return models.get_model_weights(self.model)[str(self.weights)]
 
     def _download(self) -> dict[str, Tensor]:
+        from torchvision import models
+
         try:
             # Through the model: torchvision renames some old files' tensors while loading.
             model: nn.Module = models.get_model(self.model, weights=self._named_weights())
@@ -160,26 +186,32 @@ class Torchvision(Plugin):
             ) from error
         return dict(model.state_dict())
 
-    def _parts(self, model: nn.Module) -> Pretrained:
-        encoder, classifier = self._split(model)
-        shift_D = batch_norm_shift(encoder)
+    def _read_parts(self, model: nn.Module) -> Pretrained:
+        from common.backbones.parts.projection import predict_shift
+
+        network, classifier = self._split(model)
+        shift_D = predict_shift(network)
         if shift_D is not None and len(shift_D) != classifier.in_features:
             shift_D = None
-        return Pretrained(encoder.state_dict(), classifier.weight.detach(), shift_D)
+        return Pretrained(network.state_dict(), classifier.weight.detach(), shift_D)
 
     def _split(self, model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-        name, classifier = self._classifier(model)
+        from torch import nn
+
+        name, classifier = self._find_classifier(model)
         model.set_submodule(name, nn.Identity())
         return model, classifier
 
-    def _classifier(self, model: nn.Module) -> tuple[str, nn.Linear]:
+    def _find_classifier(self, model: nn.Module) -> tuple[str, nn.Linear]:
+        from torch import nn
+
         linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linear or linear[-1][1].out_features != self.num_classes:
             raise BadInput(f"model: expected one that ends in a linear classifier, got {self.model!r}")
         return linear[-1]
 
 
-def _build_options(model: str, side: int) -> dict[str, Any]:
+def _list_options(model: str, side: int) -> dict[str, Any]:
     if model in ("googlenet", "inception_v3"):
         # Their auxiliary classifiers serve training only, and their weights expect inputs scaled in another way.
         return {"aux_logits": False, "transform_input": True, "init_weights": False}
@@ -188,3 +220,21 @@ def _build_options(model: str, side: int) -> dict[str, Any]:
     if model.startswith("maxvit_"):
         return {"input_size": (side, side)}
     return {}
+
+
+@cache
+def _read_names() -> dict[str, frozenset[str]]:
+    """Returns the names of torchvision's models, each with the names of its weights, as far as its source text shows.
+
+    Importing torchvision takes seconds. What this finds is known to torchvision; what it does not find is asked there.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folders = spec.submodule_search_locations if spec else None
+    paths = sorted(Path(next(iter(folders)), "models").glob("*.py")) if folders else []
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    enums: dict[str, frozenset[str]] = {}
+    for text in texts:
+        for name, body in re.findall(r"^class (\w+)\(WeightsEnum\):\n((?:(?: .*)?\n)*)", text, re.MULTILINE):
+            enums[name] = frozenset(re.findall(r"^    (\w+) = ", body, re.MULTILINE))
+    found = (re.findall(_REGISTERED, text, re.MULTILINE) for text in texts)
+    return {model: enums.get(enum, frozenset()) for pairs in found for model, enum in pairs}

@@ -1,24 +1,268 @@
-"""The backbones of one run, opened: by name, and how many features each task gets from its own."""
+"""Open backbones: one with its weights, those of a run, and one that was sent.
+
+A coordinator calls `open_pretrained` to load weights; a site receives them by digest and calls `load_blob`, which
+builds the same architecture, loads strictly and verifies. Both end in a `Backbone`: frozen and in eval mode for ever.
+
+# Shapes: B examples, D features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
 
-from common.backbones import Backbone, open_pretrained
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from common.backbones import (
+    Architecture,
+    Kind,
+    Precision,
+    Pretrained,
+    draw_random,
+    find_weights_file,
+    read_pretrained,
+    resolve_settings,
+    write_spec,
+)
+from common.backbones.parts.projection import ProjectionLayer, compute_projection
+from common.backbones.parts.weights import compute_digest, load_strict
+from common.model.fast import FastBackbone
 from common.plugins import Spec, resolve
 from common.run import Name, RunConfig
+from common.types import BackboneBlob, BadInput, DigestMismatch
 
-Open = Callable[[Spec, str], Backbone]
-"""From settings and the key where they stand."""
+MAX_WEIGHT_BYTES = 8 << 30
+MAX_SPEC_CHARS = 1 << 20
 
 
-def open_backbones(run: RunConfig, prefix: str = "", opened_by: Open = open_pretrained) -> dict[Name, Backbone]:
-    """Every backbone of a run, with its weights.
+@final
+class FrozenBackbone(nn.Module):
+    """Network, scale, projection: no parameter takes a gradient, and eval mode never ends."""
+
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, projection: ProjectionLayer) -> None:
+        super().__init__()
+        # This name prefixes the tensors that a digest covers.
+        self.encoder = network
+        self.register_buffer("scale", torch.ones(()))
+        self.projection = projection
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Stays in eval mode, whatever is asked: BatchNorm statistics of a frozen backbone never move."""
+        del mode
+        super().train(False)
+        return self
+
+    def forward(self, items_B: Tensor) -> Tensor:
+        """Returns features_BD in float32."""
+        features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32) * self.scale)
+        return features_BD
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen backbone, ready to encode.
+
+    Attributes:
+        kind: the resolved settings.
+        spec: the same as canonical JSON text.
+        digest: 64 hex digits over `spec` and every weight.
+        feature_dim: number of features per item.
+        prepare: source item -> input.
+        module: the network with its projection.
+        device: the device that it encodes on.
+        precision: number format inside the network; the site's choice, not in the digest.
+        trunk: where this is only the frozen part of a backbone, the name of the trunk that its features still have to
+            pass (`common.model.trunks`); else None.
+    """
+
+    kind: Kind
+    spec: str
+    digest: str
+    feature_dim: int
+    prepare: Callable[[Any], Tensor] = dataclasses.field(repr=False)
+    module: FrozenBackbone = dataclasses.field(repr=False)
+    device: torch.device
+    precision: Precision = "float32"
+    trunk: str | None = None
+
+    @cached_property
+    def _fast(self) -> FastBackbone:
+        return FastBackbone(self.module, self.precision, self.device)
+
+    @property
+    def error(self) -> float | None:
+        """Relative distance of the first items' features from those in float32; None before any."""
+        return self._fast.error
+
+    def public_spec(self) -> dict[str, Any]:
+        """Returns the resolved settings as plain values; they hold no path."""
+        values: dict[str, Any] = json.loads(self.spec)
+        return values
+
+    def preprocess(self, item: Any) -> Tensor:
+        """Returns one source item as one input. Raises BadRecord."""
+        return self.prepare(item)
+
+    def encode(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns features_BD of preprocessed items, float32, on the CPU; heads can be trained on them."""
+        batch = items_B if isinstance(items_B, Tensor) else torch.stack(list(items_B))
+        # Again before every use: `train()` on an inner module would not pass through FrozenBackbone.train.
+        self.module.train(False)
+        with torch.inference_mode():
+            features_BD = self._fast(batch.to(self.device, non_blocking=True))
+        # Cloned outside: autograd refuses inference tensors, and heads train on these.
+        return features_BD.cpu().clone()
+
+    def blob(self) -> BackboneBlob:
+        """Returns the backbone as it travels."""
+        state = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+        return BackboneBlob(spec=self.spec, weights=save(state), digest=self.digest)
+
+    def to(self, device: torch.device) -> Backbone:
+        """Returns the same backbone on a device; this one stays where it is."""
+        if device == self.device:
+            return self
+        return dataclasses.replace(self, module=copy.deepcopy(self.module).to(device), device=device)
+
+    def at(self, precision: Precision) -> Backbone:
+        """Returns the same backbone with this number format inside."""
+        return dataclasses.replace(self, precision=precision)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A network to pre-train: not frozen, in train mode, freshly initialised.
+
+    Attributes:
+        kind: the backbone's settings.
+        module: batch of preprocessed items -> raw features; its state is what `WeightedKind.pretrained` reads.
+        feature_dim: number of raw features.
+        weights_path: the file that `open_pretrained` will read; None where the settings name none.
+    """
+
+    kind: Kind
+    module: nn.Module
+    feature_dim: int
+    weights_path: Path | None
+
+    def preprocess(self, item: Any) -> Tensor:
+        """Returns one source item as one input. Raises BadRecord."""
+        return self.kind.preprocess(item)
+
+
+def open_pretrained(spec: Spec | Mapping[str, Any], key: str) -> Backbone:
+    """Returns the backbone that settings ask for, with its weights. Torch's generators are left as they were.
+
+    Raises:
+        BadInput: unknown kind or setting; weights missing, misfit, or not plain tensors; a projection they do
+            not allow.
+    """
+    kind: Kind = resolve("common.backbones", spec, key)
+    with torch.random.fork_rng(devices=[]):
+        return _assemble(kind, read_pretrained, key)
+
+
+def open_random(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Backbone:
+    """Returns the same architecture and preprocessing with random weights.
+
+    Args:
+        spec: settings of the backbone.
+        key: key of the settings in their file, for messages.
+        seed: seed of the weights.
+
+    Raises:
+        BadInput: the kind has no weights that could be random; an unknown kind or setting.
+    """
+    kind: Kind = resolve("common.backbones", spec, key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _assemble(kind, draw_random, key)
+
+
+def open_untrained(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Untrained:
+    """Returns the architecture that settings ask for, trainable.
+
+    Args:
+        spec: settings of the backbone.
+        key: key of the settings in their file, for messages.
+        seed: seed of the initial weights.
+
+    Raises:
+        BadInput: an unknown kind or setting.
+    """
+    kind: Kind = resolve("common.backbones", spec, key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        architecture = kind.architecture()
+    return Untrained(kind, architecture.module, architecture.feature_dim, find_weights_file(kind))
+
+
+def load_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> Backbone:
+    """Returns the backbone that was sent, verified against its digest. Nothing in it is executed or unpickled.
+
+    Args:
+        blob: settings, weights and digest as received.
+        max_weight_bytes: larger weights are refused unread.
+
+    Raises:
+        DigestMismatch: settings or weights are not the ones the digest names.
+        BadInput: malformed or oversized; settings that are not resolved; weights that do not fit the architecture.
+    """
+    state = verify_blob(blob, max_weight_bytes)
+    values = json.loads(blob.spec)
+    if not isinstance(values, dict):
+        raise BadInput("backbone: expected settings with keys")
+    kind: Kind = resolve("common.backbones", values, "backbone")
+    if write_spec(resolve_settings(kind)) != blob.spec:
+        raise BadInput("backbone: expected resolved settings without any location of weights")
+    with torch.random.fork_rng(devices=[]):
+        return _freeze(kind, kind.architecture(), state, "backbone: the received weights")
+
+
+def verify_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> dict[str, Tensor]:
+    """Returns the weights that were sent, once they and the settings are known to be those the digest names.
+
+    Nothing is built before: settings that nobody vouches for could ask for any amount of memory.
+
+    Raises:
+        DigestMismatch: they are not.
+        BadInput: malformed or oversized.
+    """
+    if len(blob.weights) > max_weight_bytes or len(blob.spec) > MAX_SPEC_CHARS:
+        raise BadInput(f"backbone: expected at most {max_weight_bytes} bytes of weights, got {len(blob.weights)}")
+    try:
+        state = load(blob.weights)
+        json.loads(blob.spec)
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
+    if compute_digest(blob.spec, state.items()) != blob.digest:
+        raise DigestMismatch("backbone: the received settings and weights are not the ones that were agreed on")
+    return state
+
+
+def open_backbones(
+    run: RunConfig, prefix: str = "", opened_by: Callable[[Spec, str], Backbone] = open_pretrained
+) -> dict[Name, Backbone]:
+    """Returns every backbone of a run, with its weights.
 
     Args:
         run: the run.
-        prefix: of keys in error messages, where the run stands inside another file.
-        opened_by: what makes a backbone of settings.
+        prefix: beginning of keys in error messages, where the run stands inside another file.
+        opened_by: settings and their key -> backbone.
 
     Raises:
         BadInput: one of them cannot be opened.
@@ -26,24 +270,30 @@ def open_backbones(run: RunConfig, prefix: str = "", opened_by: Open = open_pret
     return {name: opened_by(spec, prefix + run.backbone_key(name)) for name, spec in run.backbone_specs.items()}
 
 
-def digests_of(backbones: Mapping[Name, Backbone]) -> dict[Name, str]:
-    """Their digests, by name."""
+def list_digests(backbones: Mapping[Name, Backbone]) -> dict[Name, str]:
+    """Returns the digest of each backbone."""
     return {name: backbone.digest for name, backbone in backbones.items()}
 
 
-def feature_dims(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, int]:
-    """How many features each task's head stands on."""
-    return {task: backbones[run.backbone_of(task)].feature_dim for task in run.tasks}
+def _assemble(kind: Kind, read_weights: Callable[[Kind], Pretrained], key: str) -> Backbone:
+    try:
+        parts = read_weights(kind)
+        state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
+        state["scale"] = torch.tensor(parts.scale)
+        resolved = resolve_settings(kind)
+        architecture = resolved.architecture()
+        projection = compute_projection(kind.projection, architecture.feature_dim, parts.classifier_KD, parts.shift_D)
+        state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
+        return _freeze(resolved, architecture, state, "weights")
+    except BadInput as error:
+        raise BadInput(f"{key}.{error}") from error
 
 
-def absolute(run: RunConfig, prefix: str = "") -> RunConfig:
-    """The same run with its backbones' settings written out and their paths absolute: it means the same in any folder.
-
-    Raises:
-        BadInput: a backbone's setting is wrong.
-    """
-    specs = {}
-    for name, spec in run.backbone_specs.items():
-        kind = resolve("common.backbones", spec, prefix + run.backbone_key(name))
-        specs[name] = Spec(**kind.model_dump(mode="json", by_alias=True))
-    return run.with_backbone_specs(specs)
+def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tensor], source: str) -> Backbone:
+    projection = ProjectionLayer(resolved.projection, architecture.feature_dim)
+    module = FrozenBackbone(architecture.module, projection)
+    load_strict(module, state, source)
+    spec = write_spec(resolved)
+    digest = compute_digest(spec, module.state_dict().items())
+    prepare = architecture.preprocess or resolved.preprocess
+    return Backbone(resolved, spec, digest, projection.out_dim, prepare, module, torch.device("cpu"))

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from common.backbones import Backbone, FrozenEncoder, Kind
-from common.backbones.parts.boundary import INPUT, Divided, Divisible, Trunk, trainable_in
+from common.backbones import Divided, Divisible, Kind
+from common.backbones.parts.boundary import INPUT, Trunk, list_trainable
 from common.backbones.parts.projection import ProjectionLayer
 from common.errors import nearest
 from common.model.adapters import add_adapters
+from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import initial_heads, seed_of
 from common.run import Name, RunConfig, Trainable
 from common.tasks import Task
@@ -64,7 +65,7 @@ def cut(backbone: Backbone, trainable: Trainable, entry: str, key: str, seed: in
         # Adapters change nothing below: they share the cached features.
         digest=hashlib.sha256(f"{backbone.digest} {trainable.from_}".encode()).hexdigest(),
         feature_dim=num_values,
-        module=FrozenEncoder(flat, ProjectionLayer(None, num_values)),
+        module=FrozenBackbone(flat, ProjectionLayer(None, num_values)),
         trunk=entry,
     )
     return Cut(below, trunk)
@@ -99,13 +100,13 @@ def stand_in(num_rows: int, num_added: int) -> Trunk:
     """
     above = _Beside(num_rows, num_added)
     features = ProjectionLayer(None, num_rows + num_added)
-    return Trunk(Divided(nn.Identity(), above, (num_rows,)), torch.ones(()), features).open(trainable_in(above))
+    return Trunk(Divided(nn.Identity(), above, (num_rows,)), torch.ones(()), features).open(list_trainable(above))
 
 
-def unfilled_trunk(kind: Kind, encoder: nn.Module, feature_dim: int, trainable: Trainable, key: str) -> Trunk:
+def unfilled_trunk(kind: Kind, network: nn.Module, feature_dim: int, trainable: Trainable, key: str) -> Trunk:
     """A trunk as settings alone say it, perhaps without memory (device meta). Raises BadInput."""
     projection = ProjectionLayer(kind.projection, feature_dim)
-    return _divided(kind, encoder, torch.ones(()), projection, trainable, key, seed=0)[1]
+    return _divided(kind, network, torch.ones(()), projection, trainable, key, seed=0)[1]
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _cuts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, Cut]
 
 def _divided(
     kind: Kind,
-    encoder: nn.Module,
+    network: nn.Module,
     scale: Tensor,
     projection: ProjectionLayer,
     trainable: Trainable,
@@ -143,11 +144,11 @@ def _divided(
         # Some kinds draw a probe at random, and adapters are drawn.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(key, seed))
-            divided = _divide(kind, encoder, trainable.from_)
+            divided = _divide(kind, network, trainable.from_)
             trunk = Trunk(divided, scale, projection)
             lora = trainable.lora
             opened = (
-                trainable_in(trunk.above)
+                list_trainable(trunk.above)
                 if lora is None
                 else add_adapters(trunk.above, lora.rank, lora.alpha, lora.targets)
             )
@@ -156,11 +157,11 @@ def _divided(
     return divided, trunk.open(opened)
 
 
-def _divide(kind: object, encoder: nn.Module, block: str) -> Divided:
+def _divide(kind: object, network: nn.Module, block: str) -> Divided:
     if not isinstance(kind, Divisible):
         raise BadInput("from: expected a kind of backbone that can be divided, got one that is frozen as a whole")
-    encoder.train(False)
-    blocks = kind.blocks(encoder)
+    network.train(False)
+    blocks = kind.blocks(network)
     if block == INPUT:
         block = blocks[0]
     if block not in blocks:
@@ -168,9 +169,9 @@ def _divide(kind: object, encoder: nn.Module, block: str) -> Divided:
             f"from: expected input or one of {', '.join(blocks)}, got {block!r}{nearest(block, [INPUT, *blocks])}"
         )
     try:
-        return kind.divide(encoder, block)
+        return kind.divide(network, block)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # Of an encoder whose forward pass is no chain there: what torch says of the parts.
+        # A network whose forward pass is no chain there: torch refuses its parts.
         raise BadInput(
-            f"from: expected a block at which this encoder can be divided, got {block!r}, where it cannot"
+            f"from: expected a block at which this backbone can be divided, got {block!r}, where it cannot"
         ) from error

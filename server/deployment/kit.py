@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.files import write_atomic
-from common.model.backbones import digests_of, open_backbones
+from common.model.backbones import list_digests, open_backbones
 from common.offers import encode_offer, make_offer
 from common.run import RunConfig
 from common.types import BadInput
@@ -63,7 +63,7 @@ def _build_files(federation: Federation, site: str, run_files: Sequence[Path]) -
         if name in files:
             raise BadInput(f"{run_file}: expected runs of different names, got {run.name} twice")
         backbones = open_backbones(run)
-        files[name] = encode_offer(make_offer(run, backbones), digests_of(backbones))
+        files[name] = encode_offer(make_offer(run, backbones), list_digests(backbones))
     return files
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.model.backbones import absolute, open_backbones
+from common.model.backbones import open_backbones
 from common.model.trunks import initial_modules
-from common.run import RunConfig
+from common.run import RunConfig, resolve_backbone_paths
 from common.tasks import open_task
 from common.types import BadInput
 from common.yaml import load
@@ -40,4 +40,4 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
     initial_modules(run, tasks, backbones)
     open_aggregator(run.aggregation, "aggregation")
-    return absolute(run)
+    return resolve_backbone_paths(run)

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common import messages
-from common.backbones import Backbone
 from common.events import BackboneSent, SiteJoined
-from common.model.backbones import digests_of
+from common.model.backbones import Backbone, list_digests
 from common.offers import make_offer
 from common.run import MAX_PUBLIC_SIZE, RunConfig
 from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
@@ -68,7 +67,7 @@ def join_sites(
             every site's reason.
     """
     run = messenger.run
-    request = messages.JoinRequest(messenger.run_id, make_offer(run, backbones), digests_of(backbones))
+    request = messages.JoinRequest(messenger.run_id, make_offer(run, backbones), list_digests(backbones))
     deadline = time.monotonic() + run.cohort.join_timeout_s
     expected = len(node_ids) if node_ids is not None else run.cohort.min_sites
     progress = _Progress()

@@ -16,7 +16,6 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from common import messages
-from common.backbones import Backbone
 from common.events import (
     AcceptedUpdate,
     BackboneFacts,
@@ -27,6 +26,7 @@ from common.events import (
     RunEnded,
     RunStarted,
 )
+from common.model.backbones import Backbone
 from common.model.parameters import parameters
 from common.model.trunks import initial_modules
 from common.run import RunConfig

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from common.events import FileJournal, RunFailure
 from common.files import lock_file
-from common.model.backbones import digests_of, open_backbones
+from common.model.backbones import list_digests, open_backbones
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed
 from common.yaml import load
@@ -45,7 +45,7 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
     digests: dict[str, str] = {}
     try:
         backbones = open_backbones(run)
-        digests = digests_of(backbones)
+        digests = list_digests(backbones)
         outcome = run_federation(
             grid,
             run,

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from common.backbones import Backbone, Example, from_blob, open_pretrained, open_random
+from common.backbones import Example, WeightedKind, find_weights_file, resolve_settings
+from common.model.backbones import Backbone, load_blob, open_pretrained, open_random
 from common.plugins import kinds, plugin_class
 from common.types import BackboneBlob, BadInput, DigestMismatch
 
@@ -101,20 +102,20 @@ def test_heads_train_on_encoded_features(backbone: Backbone, example: Example) -
 
 def test_opening_leaves_torchs_generator_as_it_was(example: Example) -> None:
     before = torch.random.get_rng_state()
-    from_blob(open_pretrained(example.settings, "backbone").blob())
+    load_blob(open_pretrained(example.settings, "backbone").blob())
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_resolving_twice_changes_nothing_and_leaves_no_location(backbone: Backbone, example: Example) -> None:
-    assert backbone.kind.resolved() == backbone.kind
-    assert backbone.kind.weights_file() is None
+    assert resolve_settings(backbone.kind) == backbone.kind
+    assert find_weights_file(backbone.kind) is None
     weights = example.settings.get("weights")
     assert weights is None or str(weights) not in backbone.spec
     assert json.loads(backbone.spec) == backbone.public_spec()
 
 
 def test_a_blob_becomes_the_same_backbone(backbone: Backbone, example: Example) -> None:
-    received = from_blob(backbone.blob())
+    received = load_blob(backbone.blob())
     inputs = inputs_of(received, example)
     assert received.digest == backbone.digest
     assert received.feature_dim == backbone.feature_dim
@@ -129,14 +130,14 @@ def test_any_changed_tensor_is_a_digest_mismatch(backbone: Backbone) -> None:
         flat = state[name].reshape(-1)
         flat[-1] += 1
         with pytest.raises(DigestMismatch):
-            from_blob(dataclasses.replace(blob, weights=save(state)))
+            load_blob(dataclasses.replace(blob, weights=save(state)))
 
 
 def test_changed_settings_are_a_digest_mismatch(backbone: Backbone) -> None:
     blob = backbone.blob()
     other = json.dumps({**backbone.public_spec(), "projection": {"normalize": True}}, sort_keys=True)
     with pytest.raises(DigestMismatch):
-        from_blob(dataclasses.replace(blob, spec=other))
+        load_blob(dataclasses.replace(blob, spec=other))
 
 
 def test_malformed_and_oversized_blobs_are_bad_input(backbone: Backbone) -> None:
@@ -147,9 +148,9 @@ def test_malformed_and_oversized_blobs_are_bad_input(backbone: Backbone) -> None
         BackboneBlob("[]", b"", ""),
     ):
         with pytest.raises(BadInput):
-            from_blob(bad)
+            load_blob(bad)
     with pytest.raises(BadInput, match="at most"):
-        from_blob(blob, max_weight_bytes=len(blob.weights) - 1)
+        load_blob(blob, max_weight_bytes=len(blob.weights) - 1)
 
 
 def test_a_projection_of_the_same_weights_is_another_backbone(backbone: Backbone, example: Example) -> None:
@@ -160,7 +161,7 @@ def test_a_projection_of_the_same_weights_is_another_backbone(backbone: Backbone
 
 
 def test_a_random_backbone_has_the_same_shape_and_other_features(backbone: Backbone, example: Example) -> None:
-    if not list(backbone.module.parameters()):
+    if not isinstance(backbone.kind, WeightedKind):
         with pytest.raises(BadInput, match="backbone.kind"):
             open_random(example.settings, "backbone", seed=1)
         return
@@ -176,7 +177,7 @@ def test_a_random_backbone_has_the_same_shape_and_other_features(backbone: Backb
 def test_random_features_are_as_large_as_real_ones_and_differ_between_items(example: Example) -> None:
     plain = {**example.settings, "projection": None}
     shifted = {**example.settings, "projection": {"shift": "batch_norm", "normalize": True}}
-    if not list(open_pretrained(plain, "backbone").module.parameters()):
+    if not isinstance(open_pretrained(plain, "backbone").kind, WeightedKind):
         pytest.skip("this kind has no weights")
     for settings in (plain, shifted):
         backbone = open_random(settings, "backbone", seed=1)
@@ -201,8 +202,8 @@ def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
         here[kind] = open_pretrained(example_of(kind, tmp_path / kind).settings, "backbone").digest
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from common.backbones import open_pretrained\n"
-        "from common.plugins import kinds, plugin_class\n"
+        "from common.model.backbones import open_pretrained\n"
+        "from common.plugins import kinds, plugin_class, resolve\n"
         "root = Path(sys.argv[1])\n"
         "example = lambda kind: plugin_class('common.backbones', kind).example(root / kind)\n"
         "digests = {kind: open_pretrained(example(kind).settings, 'backbone').digest"
@@ -214,3 +215,16 @@ def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, check=True
     )
     assert json.loads(done.stdout) == here
+
+
+def test_reading_its_settings_loads_no_torch(example: Example) -> None:
+    heavy = ("torch", "torchvision", "transformers", "tokenizers", "scipy")
+    code = (
+        "import json, sys; from common.plugins import resolve\n"
+        "resolve('common.backbones', json.loads(sys.argv[1]), 'backbone').model_dump(mode='json')\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(dict(example.settings))], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -278,10 +278,10 @@ def test_missing_and_unreadable_images_are_named_by_row_and_the_run_goes_on(
     weights = folder / "cnn.safetensors"
     from safetensors.torch import save_file
 
-    from common.backbones.small_cnn import SmallCnn, pretrained_tensors
+    from common.backbones.small_cnn import SmallCnn, collect_tensors
 
     settings = {"kind": "small_cnn", "input_size": 12, "channels": [4, 8]}
-    save_file(pretrained_tensors(SmallCnn.model_validate(settings).architecture().module, None), weights)
+    save_file(collect_tensors(SmallCnn.model_validate(settings).architecture().module, None), weights)
     overrides = [
         f"run.backbone={{kind: small_cnn, input_size: 12, channels: [4, 8], weights: {weights}}}",
         f"sources.rows={{kind: manifest, path: {folder / 'images.csv'}, image: image}}",

@@ -17,10 +17,10 @@ from client.protocol.plan import forecast
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
-from common.backbones import open_pretrained
 from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
 from common.events import MetricsEvaluated, read_run_journal, select_events
+from common.model.backbones import open_pretrained
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.run import RunConfig
 from common.types import BadInput, DeclineReason

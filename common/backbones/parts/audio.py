@@ -1,4 +1,4 @@
-"""Recordings at the rate and length an encoder expects, and filters for their spectra."""
+"""Recordings at the rate and length a backbone expects, and filters for their spectra."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
 from common.items import Audio
 from common.types import BadRecord
 
 
-def samples_at(item: Any, sample_rate: int) -> NDArray[np.float32]:
-    """Mono samples at a rate, resampled by a polyphase filter where the recording has another.
+def resample(item: Any, sample_rate: int) -> NDArray[np.float32]:
+    """Returns mono samples at a rate, resampled by a polyphase filter where the recording has another.
 
     Raises:
         BadRecord: no recording, an empty one, or one with values that are not finite.
@@ -27,14 +26,16 @@ def samples_at(item: Any, sample_rate: int) -> NDArray[np.float32]:
         raise BadRecord("expected a recording of finite values")
     samples_T = item.samples_T.astype(np.float32)
     if item.sample_rate != sample_rate:
+        from scipy.signal import resample_poly
+
         common = gcd(item.sample_rate, sample_rate)
         up, down = sample_rate // common, item.sample_rate // common
         samples_T = resample_poly(samples_T.astype(np.float64), up, down).astype(np.float32)
     return samples_T
 
 
-def fitted(samples_T: NDArray[np.float32], length: int) -> NDArray[np.float32]:
-    """Exactly `length` samples: the middle of a longer recording, a shorter one between two silences."""
+def fit_length(samples_T: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """Returns exactly `length` samples: the middle of a longer recording, a shorter one between two silences."""
     if len(samples_T) >= length:
         start = (len(samples_T) - length) // 2
         return samples_T[start : start + length]
@@ -42,13 +43,15 @@ def fitted(samples_T: NDArray[np.float32], length: int) -> NDArray[np.float32]:
     return np.pad(samples_T, (before, length - len(samples_T) - before))
 
 
-def triangles(edges_hz: NDArray[np.float64], size: int, sample_rate: int) -> NDArray[np.float64]:
-    """Filters for spectra, one a column: each rises from its edge to 1 at the next one and falls to the one after it.
+def build_triangles(edges_hz: NDArray[np.float64], size: int, sample_rate: int) -> NDArray[np.float64]:
+    """Returns filters for spectra, one in each column.
+
+    A filter rises from its edge to 1 at the next edge and falls to 0 at the one after.
 
     Args:
-        edges_hz: ascending, two more than there are filters.
-        size: samples of the Fourier transform, which has half as many bins and one.
-        sample_rate: of the recording.
+        edges_hz: ascending frequencies, two more than there are filters.
+        size: samples of the Fourier transform, which has size / 2 + 1 bins.
+        sample_rate: samples per second.
     """
     bins_S1 = np.fft.rfftfreq(size, 1.0 / sample_rate)[:, None]
     rising = (bins_S1 - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])

@@ -1,7 +1,8 @@
-"""The freeze boundary inside an encoder: below it everything is frozen and encoded once, above it something trains.
+"""The freeze boundary inside a backbone: below it everything is frozen and encoded once, above it something trains.
 
-A kind that can be divided says which blocks it has and returns both sides of one. Invariant, checked on a public probe
-whenever weights are there: what lies above, applied to what lies below, is the whole encoder.
+A kind that can be divided (`common.backbones.Divisible`) names its blocks and returns both sides of one. Invariant,
+checked on a public probe whenever weights are there: the upper part, applied to the outputs of the lower, gives the
+features of the whole network.
 
 # Shapes: B examples, F values at the boundary, D features.
 """
@@ -9,12 +10,12 @@ whenever weights are there: what lies above, applied to what lies below, is the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from common.backbones import Divided
 from common.backbones.parts.projection import ProjectionLayer
 from common.types import BadInput
 
@@ -25,98 +26,76 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Divided:
-    """Both sides of a boundary.
-
-    Attributes:
-        below: batch of preprocessed items -> outputs at the boundary, B x `shape`.
-        above: outputs at the boundary -> raw features.
-        shape: of one example's output at the boundary.
-    """
-
-    below: nn.Module
-    above: nn.Module
-    shape: tuple[int, ...]
-
-
-@runtime_checkable
-class Divisible(Protocol):
-    """What a kind has besides where its encoder can be divided (see `common.backbones.Kind`)."""
-
-    def blocks(self, encoder: nn.Module) -> list[str]:
-        """Names of the blocks that something trainable can begin with, in order."""
-
-    def divide(self, encoder: nn.Module, block: str) -> Divided:
-        """Both sides of a block's input. The encoder is in eval mode, and used up.
-
-        Args:
-            encoder: the module of `Kind.architecture`, perhaps without memory (device meta).
-            block: one of `blocks`.
-
-        Raises:
-            BadInput: this encoder cannot be divided there.
-        """
-
-
-def chain_of(encoder: nn.Module) -> dict[str, nn.Module]:
-    """An encoder's parts, one after the other: its children, a first child that is a sequence as its own children."""
-    parts = dict(encoder.named_children())
+def list_chain(network: nn.Module) -> dict[str, nn.Module]:
+    """Returns a network's children in their order; a sequence that comes first is replaced by its own children."""
+    parts = dict(network.named_children())
     first = next(iter(parts))
     inner = parts[first]
-    if not isinstance(inner, nn.Sequential) or isinstance(encoder, nn.Sequential):
+    if not isinstance(inner, nn.Sequential) or isinstance(network, nn.Sequential):
         return parts
     return {f"{first}.{name}": part for name, part in inner.named_children()} | {
         name: part for name, part in parts.items() if name != first
     }
 
 
-def blocks_of(encoder: nn.Module) -> list[str]:
-    """Names of a chain's parts that hold something to train."""
-    return [name for name, part in chain_of(encoder).items() if trainable_in(part)]
+def list_blocks(network: nn.Module) -> list[str]:
+    """Returns the names of a chain's parts that hold something to train."""
+    return [name for name, part in list_chain(network).items() if list_trainable(part)]
 
 
-def divide_chain(encoder: nn.Module, block: str, item_shape: tuple[int, ...]) -> Divided:
-    """Both sides of a block of an encoder whose forward pass begins with its parts, one after the other.
+def divide_chain(network: nn.Module, block: str, item_shape: tuple[int, ...]) -> Divided:
+    """Returns both sides of a block of a network whose forward pass begins with its parts, one after the other.
 
-    Names stay the encoder's own: what lies below is replaced by the identity.
+    Names stay the network's own: each part below the block is replaced by the identity.
 
     Args:
-        encoder: such an encoder, in eval mode.
-        block: a name in `chain_of`.
-        item_shape: of a preprocessed item.
+        network: the network, in eval mode; it becomes the upper part.
+        block: a name in `list_chain`.
+        item_shape: shape of a preprocessed item.
+
+    Raises:
+        BadInput: the two sides do not make the whole.
     """
-    chain = chain_of(encoder)
+    chain = list_chain(network)
     before = list(chain)[: list(chain).index(block)]
     with torch.no_grad():
-        probe_B = probe(item_shape, encoder)
-        whole_BD = encoder(probe_B)
+        probe_B = _create_probe(item_shape, network)
+        whole_BD = network(probe_B)
         below = nn.Sequential(*(chain[name] for name in before))
         for name in before:
-            encoder.set_submodule(name, nn.Identity())
+            network.set_submodule(name, nn.Identity())
         at_boundary_B = below(probe_B)
-        check_whole(encoder(at_boundary_B), whole_BD, block)
-    return Divided(below, encoder, tuple(at_boundary_B.shape[1:]))
+        check_whole(network(at_boundary_B), whole_BD, block)
+    return Divided(below, network, tuple(at_boundary_B.shape[1:]))
 
 
-def probe(item_shape: tuple[int, ...], encoder: nn.Module) -> Tensor:
-    """Two public inputs without any chance in them."""
-    device = next(encoder.parameters()).device
+def _create_probe(item_shape: tuple[int, ...], network: nn.Module) -> Tensor:
+    """Returns two public inputs, always the same."""
+    device = next(network.parameters()).device
     values = torch.cos(0.37 * torch.arange(2 * math.prod(item_shape), dtype=torch.float32, device=device))
     return values.view(2, *item_shape)
 
 
-def check_whole(found_BD: Tensor, whole_BD: Tensor, block: str) -> None:
-    """Raise BadInput where both sides of a boundary do not make the whole; without weights nothing is known."""
-    if found_BD.device.type == "meta":
+def check_whole(composed_BD: Tensor, whole_BD: Tensor, block: str) -> None:
+    """Checks that both sides of a boundary make the whole network; without weights it checks nothing.
+
+    Args:
+        composed_BD: [B, D], features through both sides.
+        whole_BD: [B, D], features of the whole network for the same inputs.
+        block: name of the block, for the message.
+
+    Raises:
+        BadInput: the features differ.
+    """
+    if composed_BD.device.type == "meta":
         return
-    distance, size = (found_BD - whole_BD).double().norm(), whole_BD.double().norm()
+    distance, size = (composed_BD - whole_BD).double().norm(), whole_BD.double().norm()
     if not bool(distance <= _TOLERANCE * size):
-        raise BadInput(f"from: expected a block at which this encoder can be divided, got {block!r}, where it cannot")
+        raise BadInput(f"from: expected a block at which this backbone can be divided, got {block!r}, where it cannot")
 
 
-def trainable_in(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that may train: all but BatchNorms'.
+def list_trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of a module that may train: all but BatchNorms'.
 
     A frozen BatchNorm is one affine map for every example; a trained one would need statistics of a batch.
     """
@@ -146,13 +125,13 @@ class Trunk(nn.Module):
                 setattr(part, "inplace", False)  # noqa: B010
 
     def open(self, parameters: list[nn.Parameter]) -> Trunk:
-        """Let these train; the trunk itself, in training mode."""
+        """Lets these parameters train; returns the trunk itself, in training mode."""
         for parameter in parameters:
             parameter.requires_grad_(True)
         return self.train()
 
     def train(self, mode: bool = True) -> Trunk:
-        """Put only those parts in training mode that hold something to train: Opacus looks there, dropout does not."""
+        """Puts only those parts in training mode that hold something to train: Opacus looks there, dropout does not."""
         super().train(False)
         self.training = mode
         for part in self.modules():
@@ -161,7 +140,7 @@ class Trunk(nn.Module):
         return self
 
     def forward(self, boundary_BF: Tensor) -> Tensor:
-        """features_BD in float32."""
+        """Returns features_BD in float32."""
         raw_BD: Tensor = self.above(boundary_BF.view(len(boundary_BF), *self.shape))
         features_BD: Tensor = self.projection(raw_BD * self.scale)
         return features_BD

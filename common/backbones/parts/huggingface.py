@@ -1,4 +1,4 @@
-"""What a Hugging Face model's folder says, read at the coordinator: settings, tokenizer and weights, never code.
+"""Reads a Hugging Face model's folder at the coordinator: settings, tokenizer and weights, never code.
 
 Invariants: no file is unpickled (weights come from safetensors) and no file of a model is imported
 (`trust_remote_code` stays off); what is returned names no path, so that it can travel.
@@ -43,11 +43,11 @@ _UNUSED = frozenset(
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model is: a folder, or a name on the Hub with its revision.
+    """The place of a model: a folder, or a name on the Hub with its revision.
 
     Attributes:
         name: folder or name.
-        revision: commit, tag or branch of a name.
+        revision: commit, tag or branch of a name; None for a folder.
         local_files_only: whether nothing may be downloaded.
     """
 
@@ -56,7 +56,7 @@ class Location:
     local_files_only: bool
 
     def file(self, name: str) -> Path | None:
-        """One of its files; None where there is none of that name. Raises BadInput where the model is not found."""
+        """Returns one of its files, None where it has none of that name. Raises BadInput where there is no model."""
         if isinstance(self.name, Path):
             if not self.name.is_dir():
                 raise BadInput(f"folder: expected a folder with a model, found none at {self.name}")
@@ -78,43 +78,45 @@ class Location:
         return None if found is None else Path(found)
 
     def settings(self, *names: str) -> dict[str, Any] | None:
-        """The first JSON file of these names, without what does not shape features; None where there is none."""
+        """Returns the first JSON file of these names, without keys that shape no features; None where there is none."""
         for name in names:
             path = self.file(name)
             if path is not None:
-                return _json(path)
+                return _read_json(path)
         return None
 
 
-def config_of(values: dict[str, Any]) -> PretrainedConfig:
-    """The configuration of a model that transformers itself knows. Raises BadInput."""
+def read_config(values: dict[str, Any]) -> PretrainedConfig:
+    """Returns the configuration of a model that transformers itself knows. Raises BadInput."""
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise BadInput(f"config.json: expected a model_type that transformers knows, got {kind!r}")
     return CONFIG_MAPPING[kind].from_dict(values)
 
 
-def tokenizer_json(location: Location) -> bytes:
-    """The whole tokenizer as the tokenizers library's own JSON, without padding and truncation. Raises BadInput."""
+def read_tokenizer(location: Location) -> bytes:
+    """Returns the tokenizer as the tokenizers library's own JSON, without padding and truncation. Raises BadInput."""
     path = location.file("tokenizer.json")
     try:
-        found = _converted(location) if path is None else tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        tokenizer = (
+            _convert_tokenizer(location) if path is None else tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        )
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"folder: expected a tokenizer.json, or files that convert to one{instead(error)}") from error
-    found.no_padding()
-    found.no_truncation()
-    text: str = found.to_str()
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    text: str = tokenizer.to_str()
     return text.encode()
 
 
-def model_of(location: Location, config: PretrainedConfig) -> tuple[nn.Module, set[str]]:
-    """The model with its weights in float32, and the names of parameters that the weights lack.
+def load_model(location: Location, config: PretrainedConfig) -> tuple[nn.Module, set[str]]:
+    """Returns the model with its weights in float32, and the names of parameters that the weights lack.
 
     Raises:
         BadInput: no safetensors weights, or weights of another architecture.
     """
     try:
-        with quiet():
+        with silence():
             model, info = AutoModel.from_pretrained(
                 str(location.name),
                 config=config,
@@ -133,8 +135,8 @@ def model_of(location: Location, config: PretrainedConfig) -> tuple[nn.Module, s
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no remarks about unused weights."""
+def silence() -> Iterator[None]:
+    """Suppresses progress bars and remarks about unused weights."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -147,8 +149,8 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _converted(location: Location) -> tokenizers.Tokenizer:
-    with quiet():
+def _convert_tokenizer(location: Location) -> tokenizers.Tokenizer:
+    with silence():
         slow = AutoTokenizer.from_pretrained(
             str(location.name),
             revision=location.revision or "main",
@@ -158,7 +160,7 @@ def _converted(location: Location) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_buffer(slow.backend_tokenizer.to_str().encode())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A transformers encoder divided between two of its layers.
+"""A transformers model as a network that gives features, whole or divided between two of its layers.
 
 Below: embeddings and the first layers, as the model itself runs them. Above: the other layers, one after the other, the
 model's last norm where it has one, and pooling. A text's outputs carry its mask as one more feature of each position.
@@ -8,24 +8,35 @@ model's last norm where it has one, and pooling. A text's outputs carry its mask
 
 from __future__ import annotations
 
+import json
 from typing import Any, final
 
+import tokenizers
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from common.backbones.parts.modalities import Modality
 from common.types import BadInput
 
 
-def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and layers of an encoder's stack. Raises BadInput: it has none."""
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Returns the name and the layers of a model's stack. Raises BadInput where it has none."""
     for name, part in model.named_modules():
         if isinstance(part, nn.ModuleList) and len({type(layer) for layer in part}) == 1:
             return name, part
-    raise BadInput("from: expected an encoder made of layers of one kind")
+    raise BadInput("from: expected a backbone made of layers of one kind")
 
 
-def pool(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max_positions: int | None) -> Tensor:
-    """features_BD, or B x (T * D) of all positions, zeros where a text has ended."""
+def pool_positions(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max_positions: int | None) -> Tensor:
+    """Returns features_BD, or B x (T * D) of all positions, zeros where a text has ended.
+
+    Args:
+        hidden_BTD: [B, T, D], the model's outputs.
+        mask_BT: [B, T], 1 where a position counts; None where all do.
+        pooling: `mean`, `cls` or `tokens`, as in the settings.
+        max_positions: number of positions of `tokens`; None for T.
+    """
     if pooling == "cls":
         return hidden_BTD[:, 0]
     if mask_BT is not None:
@@ -38,16 +49,16 @@ def pool(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max_positions
 
 
 @final
-class Below(nn.Module):
-    """Preprocessed items -> what the first layers make of them, B x T x D, with a mask B x T x (D + 1)."""
+class LowerLayers(nn.Module):
+    """Preprocessed items -> outputs of the first layers, B x T x D, or with a mask B x T x (D + 1)."""
 
-    def __init__(self, model: nn.Module, modality: Any, max_length: int | None) -> None:
-        """Of a model that keeps only its first layers.
+    def __init__(self, model: nn.Module, modality: Modality, max_length: int | None) -> None:
+        """Stores a model that keeps only its first layers.
 
         Args:
-            model: without a last norm.
-            modality: see `common.backbones.parts.modalities`.
-            max_length: positions of every text; None where nothing is masked.
+            model: the model without its upper layers and last norm.
+            modality: how it reads a batch.
+            max_length: number of positions of every text; None where nothing is masked.
         """
         super().__init__()
         self.model = model
@@ -55,9 +66,9 @@ class Below(nn.Module):
         self.max_length = max_length
 
     def forward(self, inputs_B: Tensor) -> Tensor:
-        """Zeros, the mask too, where a text has ended."""
-        rows, found = [], []
-        for positions, group_B in self.modality.groups(inputs_B):
+        """Returns the outputs; zeros, in the mask too, where a text has ended."""
+        positions, states = [], []
+        for rows, group_B in self.modality.groups(inputs_B):
             output, mask_BT = self.modality.run(self.model, group_B)
             hidden_BTD = output.last_hidden_state
             if self.max_length is not None:
@@ -65,14 +76,14 @@ class Below(nn.Module):
                 mask_BT1 = mask_BT.unsqueeze(2).to(hidden_BTD.dtype)
                 hidden_BTD = torch.cat([hidden_BTD * mask_BT1, mask_BT1], dim=2)
                 hidden_BTD = nn.functional.pad(hidden_BTD, (0, 0, 0, self.max_length - hidden_BTD.shape[1]))
-            rows.append(positions)
-            found.append(hidden_BTD)
-        return torch.cat(found)[torch.argsort(torch.cat(rows))]
+            positions.append(rows)
+            states.append(hidden_BTD)
+        return torch.cat(states)[torch.argsort(torch.cat(positions))]
 
 
 @final
-class Above(nn.Module):
-    """What `Below` gives -> raw features."""
+class UpperLayers(nn.Module):
+    """Outputs of `LowerLayers` -> raw features."""
 
     def __init__(
         self, layers: nn.ModuleList, norm: nn.Module | None, pooling: str, *, masked: bool, max_positions: int | None
@@ -85,29 +96,91 @@ class Above(nn.Module):
         self.max_positions = max_positions
 
     def forward(self, states: Tensor) -> Tensor:
-        """features_BD, or B x (T * D)."""
+        """Returns features_BD, or B x (T * D)."""
         hidden_BTD, mask_BT, more = states, None, {}
         if self.masked:
             # Only as many positions as the longest text has: the others are masked for everyone.
             longest = max(1, int(states[:, :, -1].sum(1).max())) if len(states) else 1
             hidden_BTD, mask_BT = states[:, :longest, :-1], states[:, :longest, -1]
-            more = {"attention_mask": _additive(mask_BT)}
+            more = {"attention_mask": _create_additive_mask(mask_BT)}
         for layer in self.layers:
             output = layer(hidden_BTD, **more)
             hidden_BTD = output[0] if isinstance(output, tuple) else output
         if self.norm is not None:
             hidden_BTD = self.norm(hidden_BTD)
-        return pool(hidden_BTD, mask_BT, self.pooling, self.max_positions)
+        return pool_positions(hidden_BTD, mask_BT, self.pooling, self.max_positions)
 
 
-def _additive(mask_BT: Tensor) -> Tensor:
-    """0 where a position counts and the least number where not, for each head and query."""
+def _create_additive_mask(mask_BT: Tensor) -> Tensor:
+    """Returns 0 where a position counts and the least number where not, for each head and query."""
     return ((1.0 - mask_BT) * torch.finfo(mask_BT.dtype).min)[:, None, None, :]
 
 
-def last_norm(model: nn.Module, stack: str) -> str | None:
-    """Name of the norm that a model applies after its layers; None where there is none."""
+def find_last_norm(model: nn.Module, stack: str) -> str | None:
+    """Returns the name of the norm that a model applies after its layers; None where there is none."""
     names = [name for name, _ in model.named_children()]
     after = names[names.index(stack.split(".")[0]) + 1 :]
     norms = [name for name in after if isinstance(model.get_submodule(name), nn.LayerNorm)]
     return norms[0] if norms else None
+
+
+@final
+class PooledModel(nn.Module):
+    """A transformers model and the pooling of its output; one that reads text has its tokenizer's bytes as a buffer."""
+
+    modality: Modality
+    tokenizer: Tensor
+
+    def __init__(self, model: nn.Module, tokenizer_bytes: int, pooling: str) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.max_positions: int | None = None
+        self._opened: tokenizers.Tokenizer | None = None
+        if tokenizer_bytes:
+            self.register_buffer("tokenizer", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
+
+    def forward(self, inputs_B: Tensor) -> Tensor:
+        """Returns features_BD, or B x (T * D)."""
+        positions, pooled = [], []
+        for rows, group_B in self.modality.groups(inputs_B):
+            output, mask_BL = self.modality.run(self.model, group_B)
+            positions.append(rows)
+            pooled.append(self._pool(output, mask_BL).float())
+        features_BD = torch.cat(pooled)
+        return features_BD[torch.argsort(torch.cat(positions))]
+
+    def open_tokenizer(self, max_length: int) -> tokenizers.Tokenizer:
+        """Returns the tokenizer whose bytes travelled with the weights. Raises BadInput for other bytes."""
+        if self._opened is None:
+            data = self.tokenizer.cpu().numpy().tobytes()
+            try:
+                json.loads(data)
+                opened = tokenizers.Tokenizer.from_buffer(data)
+            except ValueError as error:
+                raise BadInput("backbone: expected a tokenizer among the weights, got other bytes") from error
+            opened.enable_truncation(max_length)
+            self._opened = opened
+        return self._opened
+
+    def _pool(self, output: Any, mask_BL: Tensor | None) -> Tensor:
+        if self.pooling == "pooler":
+            pooled: Tensor | None = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise BadInput("pooling: expected mean, cls or tokens for a model without a pooler of its own")
+            return pooled.flatten(1)
+        hidden_BTD: Tensor = output.last_hidden_state
+        if hidden_BTD.ndim == 4:
+            # Convolutional encoders: B x D x H x W.
+            hidden_BTD = hidden_BTD.flatten(2).transpose(1, 2)
+        return pool_positions(hidden_BTD, mask_BL, self.pooling, self.max_positions)
+
+
+def read_width(model: nn.Module, config: PretrainedConfig) -> int:
+    """Returns the number of features of one position, as a model's configuration says it. Raises BadInput."""
+    own = getattr(model, "config", config)
+    sizes = getattr(own, "hidden_sizes", None)
+    width = sizes[-1] if sizes else getattr(own, "hidden_size", None)
+    if not isinstance(width, int):
+        raise BadInput("folder: expected a model whose configuration says its hidden_size; name its encoder by `part`")
+    return width

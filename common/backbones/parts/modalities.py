@@ -1,4 +1,4 @@
-"""How text, pictures and recordings become inputs of a transformers model, and how the model reads a batch of them.
+"""Text, pictures and recordings as inputs of a transformers model, and how the model reads a batch of them.
 
 Inputs of one modality all have one shape, so that they stack; what is padding travels as a mask beside them. A batch is
 taken apart by length before it is encoded: text only sees the little padding within its group, which its attention
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-from common.backbones.parts.audio import fitted, samples_at
-from common.backbones.parts.images import rgb
+from common.backbones.parts.audio import fit_length, resample
+from common.backbones.parts.images import convert_to_rgb
 from common.items import Audio, Text
 from common.types import BadInput, BadRecord
 
@@ -33,16 +33,16 @@ class Modality(Protocol):
     """One kind of input."""
 
     def preprocess(self, item: Any) -> Tensor:
-        """One item as one input. Raises BadRecord."""
+        """Returns one item as one input. Raises BadRecord."""
 
     def noise(self, count: int) -> Tensor:
-        """Random inputs of the size and spread of real ones, from torch's current generator."""
+        """Returns random inputs of the size and spread of real ones, from torch's current generator."""
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions of inputs that can be encoded together, and those inputs without padding that none needs."""
+        """Yields positions of inputs that can be encoded together, and those inputs without needless padding."""
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """The model's output on one group, and which input positions count, B x L, where that is not all."""
+        """Returns the model's output on one group, and a mask [B, L] of the positions that count, None for all."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class TextInput:
     """3 x L int64: token ids, mask, token types.
 
     Attributes:
-        tokenizer: gives the tokenizer; called when the first text comes.
-        max_length: tokens; longer texts are cut.
-        vocab_size: of the model.
-        pad_id: what stands at padded positions.
+        tokenizer: returns the tokenizer; called when the first text comes.
+        max_length: number of tokens; longer texts are cut.
+        vocab_size: number of tokens that the model knows.
+        pad_id: token id at padded positions.
         has_types: whether the model tells the texts of a pair apart.
     """
 
@@ -64,26 +64,26 @@ class TextInput:
     has_types: bool
 
     def preprocess(self, item: Any) -> Tensor:
-        """Tokens of a text or of a pair."""
+        """Returns tokens of a text or of a pair."""
         if not isinstance(item, Text):
             raise BadRecord("expected a text")
         if not item.first.strip() or (item.second is not None and not item.second.strip()):
             raise BadRecord("expected a text, got an empty one")
-        found = self.tokenizer().encode(item.first, item.second)
-        if not 0 < len(found.ids) <= self.max_length or max(found.ids) >= self.vocab_size:
+        encoding = self.tokenizer().encode(item.first, item.second)
+        if not 0 < len(encoding.ids) <= self.max_length or max(encoding.ids) >= self.vocab_size:
             raise BadRecord("expected a text of at least one token that the model knows")
-        padding = (0, self.max_length - len(found.ids))
-        rows = [torch.tensor(row) for row in (found.ids, found.attention_mask, found.type_ids)]
+        padding = (0, self.max_length - len(encoding.ids))
+        rows = [torch.tensor(row) for row in (encoding.ids, encoding.attention_mask, encoding.type_ids)]
         return torch.stack([nn.functional.pad(row, padding) for row in rows])
 
     def noise(self, count: int) -> Tensor:
-        """Random tokens."""
+        """Returns random tokens."""
         length = min(8, self.max_length)
         ids_BL = torch.randint(self.vocab_size, (count, length))
         return torch.stack([ids_BL, torch.ones_like(ids_BL), torch.zeros_like(ids_BL)], dim=1)
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """By length, rounded up."""
+        """Yields groups by length, rounded up."""
         lengths_B = inputs_B[:, 1].sum(1)
         steps_B = (lengths_B + _TEXT_STEP - 1) // _TEXT_STEP
         for step in sorted(set(steps_B.tolist())):
@@ -91,7 +91,10 @@ class TextInput:
             yield rows, inputs_B[rows, :, : int(lengths_B[rows].max())]
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """Padding is masked, and written as the model's own padding token: some derive positions from it."""
+        """Returns the output with padding masked.
+
+        Padding is also written as the model's own padding token: some models derive positions from it.
+        """
         ids_BL, mask_BL, types_BL = inputs_B.unbind(1)
         more = {"token_type_ids": types_BL} if self.has_types else {}
         ids_BL = ids_BL.masked_fill(mask_BL == 0, self.pad_id)
@@ -105,22 +108,22 @@ class ImageInput:
     processor: Any
 
     def preprocess(self, item: Any) -> Tensor:
-        """A picture, made RGB first."""
-        found: Tensor = self.processor(images=rgb(item), return_tensors="pt")["pixel_values"][0]
-        return found.to(torch.float32)
+        """Returns the pixels of a picture, made RGB first."""
+        pixels: Tensor = self.processor(images=convert_to_rgb(item), return_tensors="pt")["pixel_values"][0]
+        return pixels.to(torch.float32)
 
     def noise(self, count: int) -> Tensor:
-        """Standardised pixels."""
+        """Returns standardised random pixels."""
         picture = self.preprocess(np.zeros((64, 64, 3), dtype=np.uint8))
         return torch.randn(count, *picture.shape)
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """All together."""
+        """Yields all inputs together."""
         yield torch.arange(len(inputs_B), device=inputs_B.device), inputs_B
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """Pixels in the model's precision."""
-        return model(pixel_values=inputs_B.to(_dtype(model))), None
+        """Returns the output on pixels in the model's precision."""
+        return model(pixel_values=inputs_B.to(_get_dtype(model))), None
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,8 @@ class AudioInput:
     """2 x L float32 (waveform and mask), or the spectrogram of fixed size that the model's feature extractor makes.
 
     Attributes:
-        extractor: the model's own.
-        sample_rate: what it expects.
+        extractor: the model's own feature extractor.
+        sample_rate: samples per second that it expects.
         num_samples: longer recordings give their middle.
         fixed: whether every recording is brought to `num_samples`.
     """
@@ -140,24 +143,24 @@ class AudioInput:
     fixed: bool
 
     def preprocess(self, item: Any) -> Tensor:
-        """A recording, resampled, cut, and scaled as the model's extractor does."""
-        samples_T = samples_at(item, self.sample_rate)
+        """Returns a recording, resampled, cut, and scaled as the model's extractor does."""
+        samples_T = resample(item, self.sample_rate)
         if self.fixed or len(samples_T) > self.num_samples:
-            samples_T = fitted(samples_T, self.num_samples)
-        found = self.extractor(samples_T, sampling_rate=self.sample_rate, return_tensors="pt")
-        values: Tensor = found[self.extractor.model_input_names[0]][0].to(torch.float32)
+            samples_T = fit_length(samples_T, self.num_samples)
+        inputs = self.extractor(samples_T, sampling_rate=self.sample_rate, return_tensors="pt")
+        values: Tensor = inputs[self.extractor.model_input_names[0]][0].to(torch.float32)
         if values.ndim != 1:
             return values
         padding = (0, self.num_samples - len(values))
         return torch.stack([nn.functional.pad(row, padding) for row in (values, torch.ones_like(values))])
 
     def noise(self, count: int) -> Tensor:
-        """White noise."""
+        """Returns white noise."""
         samples = torch.randn(count, self.num_samples).clamp(-3, 3).numpy() / 3
         return torch.stack([self.preprocess(Audio(row, self.sample_rate)) for row in samples])
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Waveforms by their exact length."""
+        """Yields waveforms by their exact length."""
         if not self._is_waveform(inputs_B):
             yield torch.arange(len(inputs_B), device=inputs_B.device), inputs_B
             return
@@ -167,16 +170,16 @@ class AudioInput:
             yield rows, inputs_B[rows, :, :length]
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """The waveform without its mask: nothing in it is padding any more."""
+        """Returns the output on waveforms without their masks: nothing in them is padding any more."""
         values_B = inputs_B[:, 0] if self._is_waveform(inputs_B) else inputs_B
-        return model(values_B.to(_dtype(model))), None
+        return model(values_B.to(_get_dtype(model))), None
 
     def _is_waveform(self, inputs_B: Tensor) -> bool:
         return inputs_B.ndim == 3 and inputs_B.shape[1] == 2
 
 
-def image_processor(values: dict[str, Any]) -> Any:
-    """The image processor of a preprocessor_config.json. Raises BadInput."""
+def open_image_processor(values: dict[str, Any]) -> Any:
+    """Returns the image processor of a preprocessor_config.json. Raises BadInput."""
     name = values.get("image_processor_type") or values.get("feature_extractor_type")
     # Older files name the slow class, or a feature extractor that became an image processor.
     name = str(name).removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
@@ -186,8 +189,8 @@ def image_processor(values: dict[str, Any]) -> Any:
     return cls.from_dict(values)
 
 
-def feature_extractor(values: dict[str, Any]) -> Any:
-    """The feature extractor of a preprocessor_config.json. Raises BadInput."""
+def open_feature_extractor(values: dict[str, Any]) -> Any:
+    """Returns the feature extractor of a preprocessor_config.json. Raises BadInput."""
     name = str(values.get("feature_extractor_type"))
     cls = feature_extractor_class_from_name(name)
     if cls is None:
@@ -195,5 +198,5 @@ def feature_extractor(values: dict[str, Any]) -> Any:
     return cls.from_dict(values)
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def _get_dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters())

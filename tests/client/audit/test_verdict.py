@@ -15,7 +15,7 @@ from client.protocol.join import join
 from client.protocol.requirements import MAX_PARAMETERS
 from client.protocol.site import Site, SiteDeclined
 from common import messages
-from common.backbones import Backbone
+from common.model.backbones import Backbone
 from common.offers import make_offer
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import DeclineReason, RunFailed

@@ -25,9 +25,8 @@ from client.protocol.requirements import feature_dim
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
-from common.backbones import Backbone, open_random
 from common.events import RequestDeclined
-from common.model.backbones import open_backbones
+from common.model.backbones import Backbone, open_backbones, open_random
 from common.model.parameters import initial_heads, parameters
 from common.plugins import Spec
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import save_file
 
 from client.data.backbone_store import BackboneStore
-from common.backbones import Backbone, open_pretrained, open_untrained
-from common.backbones.small_cnn import pretrained_tensors
+from common.backbones.small_cnn import collect_tensors
 from common.messages import PART_BYTES
+from common.model.backbones import Backbone, open_pretrained, open_untrained
 from common.plugins import Spec
 from common.types import BackboneBlob, BadInput, DigestMismatch
 from tests.tiny import backbone
@@ -115,7 +115,7 @@ def test_a_weights_file_that_was_replaced_is_looked_at_again(tmp_path: Path, sto
     digests = []
     for seed in (0, 1):
         untrained = open_untrained(spec, "backbone", seed=seed)
-        save_file(pretrained_tensors(untrained.module, None), path)
+        save_file(collect_tensors(untrained.module, None), path)
         digests.append(open_pretrained(spec, "backbone").digest)
         assert store.adopt(digests[-1], [spec])
     assert digests[0] != digests[1]

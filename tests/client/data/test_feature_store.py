@@ -21,8 +21,8 @@ from torch import Tensor
 
 from client.data.feature_store import BATCH_SIZE, Features, FeatureStore, rows_of
 from client.data.sources import Record, Source, open_source
-from common.backbones import Backbone, open_pretrained
 from common.items import Several
+from common.model.backbones import Backbone, open_pretrained
 from common.types import BadRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -218,7 +218,7 @@ from pathlib import Path
 import torch
 from client.data.feature_store import BATCH_SIZE, FeatureStore
 from client.data.sources import open_source
-from common.backbones import open_pretrained
+from common.model.backbones import open_pretrained
 
 parts = {"all": {"inputs": "x", "columns": {}}}
 source = open_source({"kind": "npz", "path": sys.argv[1], "parts": parts}, "source").open()

@@ -24,7 +24,7 @@ from client.data.prepare import Preparation, open_units, prepare
 from client.data.records import Side
 from client.data.sources import open_source
 from client.data.units import Units
-from common.backbones import Backbone, open_pretrained, open_random
+from common.model.backbones import Backbone, open_pretrained, open_random
 from common.plugins import plugin_class
 from common.tasks import Task, open_task
 from common.types import BadInput

@@ -21,8 +21,8 @@ from client.data.feature_store import Features, FeatureStore
 from client.data.prepare import PROBLEMS, prepare
 from client.data.records import usable
 from client.data.sources import Source, open_source
-from common.backbones import open_pretrained
 from common.items import Audio, Text
+from common.model.backbones import open_pretrained
 from common.tasks import open_task
 from common.types import BadInput, BadRecord, Unit
 from common.yaml import parse

@@ -22,7 +22,7 @@ from client.protocol.join import join
 from client.protocol.site import Site
 from client.protocol.train import train
 from common import messages
-from common.backbones import Backbone
+from common.model.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
 from common.privacy.accounting import compute_epsilon
 from common.privacy.noise import os_entropy

@@ -17,7 +17,7 @@ from client.protocol.join import join
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
-from common.backbones import Backbone
+from common.model.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
 from common.offers import compute_run_digest, encode_offer, make_offer
 from common.privacy.noise import os_entropy

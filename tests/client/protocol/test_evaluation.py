@@ -27,7 +27,7 @@ from client.protocol.join import join
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
-from common.backbones import Backbone
+from common.model.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream, os_entropy

@@ -21,8 +21,8 @@ from client.protocol.approvals import MAX_WAITING, Approvals
 from client.protocol.site import Site
 from client.protocol.train import MAX_CHARGES
 from common import messages
-from common.backbones import Backbone
 from common.events import RequestDeclined, read_site_journal, select_events
+from common.model.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
 from common.offers import make_offer
 from common.privacy.accounting import Mechanism

@@ -23,7 +23,7 @@ from client.config import SiteConfig
 from common import messages
 from common.events import FileJournal, HeadsEvaluated, RunEvent, SiteRejected, read_run_journal, select_events
 from common.flower import import_simulation_engine, set_metadata
-from common.model.backbones import digests_of, open_backbones
+from common.model.backbones import list_digests, open_backbones
 from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
 from common.types import BadInput, DeclineReason, RunFailed
@@ -128,7 +128,7 @@ def federate(
     except RunFailed as error:
         assert CANARY not in str(error).lower()
         heads = {}
-    write_results(own, run, digests_of(frozen), heads)
+    write_results(own, run, list_digests(frozen), heads)
     return tap, read_run_journal(own / "journal.jsonl")
 
 
@@ -509,6 +509,6 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
     frozen = open_backbones(run)
     journal = FileJournal(own / "journal.jsonl")
     run_federation(InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x")
-    summary = write_results(own, run, digests_of(frozen), {})
+    summary = write_results(own, run, list_digests(frozen), {})
     assert "error" in summary.sites["north"].reason
     assert CANARY not in summary.to_json() + (own / "journal.jsonl").read_text()

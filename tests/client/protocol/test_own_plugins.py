@@ -18,7 +18,7 @@ from client.data.feature_store import FeatureStore
 from client.data.prepare import open_units, prepare
 from client.data.preview import write_previews
 from client.data.sources import open_source
-from common.backbones import open_pretrained
+from common.model.backbones import open_pretrained
 from common.plugins import kinds, plugin_class
 from common.tasks import open_task
 from common.types import BadInput

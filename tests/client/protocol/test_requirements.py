@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from client.protocol.requirements import feature_dim
-from common.backbones import open_pretrained
+from common.model.backbones import open_pretrained
 from common.plugins import Spec
 from common.types import BadInput
 

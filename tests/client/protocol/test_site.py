@@ -15,7 +15,7 @@ from client.protocol.join import finish, join, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
-from common.backbones import Backbone
+from common.model.backbones import Backbone
 from common.model.parameters import initial_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
 from client.solvers.parts.private_step import compute_conv2d_gradients
-from common.backbones import open_pretrained
-from common.backbones.parts.boundary import Divided, Trunk, trainable_in
-from common.backbones.parts.projection import Projection, ProjectionLayer
+from common.backbones import Divided, Projection
+from common.backbones.parts.boundary import Trunk, list_trainable
+from common.backbones.parts.projection import ProjectionLayer
 from common.backbones.transformers import Transformers
+from common.model.backbones import open_pretrained
 from common.model.parameters import parameters
 from common.model.trunks import cut
 from common.privacy.noise import NoiseStream
@@ -80,7 +81,7 @@ def convolutions() -> tuple[Trunk, Tensor]:
             nn.init.uniform_(part.weight, 0.5, 2.0)
     layer = ProjectionLayer(Projection(normalize=True), WIDTH)
     trunk = Trunk(Divided(nn.Identity(), above, (2, 6, 6)), torch.tensor(1.7), layer)
-    trunk.open(trainable_in(above))
+    trunk.open(list_trainable(above))
     generator = torch.Generator().manual_seed(4)
     return trunk.train(), 2.0 * torch.randn(12, 72, generator=generator)
 
@@ -278,7 +279,7 @@ def test_a_trunk_whose_layer_keeps_buffers_beside_its_weights_is_refused_before_
             self.register_buffer("index", torch.arange(WIDTH))
 
     trunk = Trunk(Divided(nn.Identity(), Shifted(), (7,)), torch.tensor(1.0), ProjectionLayer(None, WIDTH))
-    trunk.open(trainable_in(trunk.above))
+    trunk.open(list_trainable(trunk.above))
     solver = open_solver(
         {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver"
     )

@@ -16,9 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from common.backbones import open_pretrained
 from common.backbones.speaker_encoder import SpeakerEncoder
 from common.items import Audio
+from common.model.backbones import open_pretrained
 from common.types import BadInput
 
 # keras.datasets order, which the weights' classifier keeps.

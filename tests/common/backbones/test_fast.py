@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from common.backbones import FrozenEncoder
-from common.backbones.parts.fast import TOLERANCE, FastEncoder, Precision
-from common.backbones.parts.projection import Projection, ProjectionLayer
+from common.backbones import Projection
+from common.backbones.parts.projection import ProjectionLayer
+from common.model.backbones import FrozenBackbone
+from common.model.fast import TOLERANCE, FastBackbone, Precision
 
 CPU = torch.device("cpu")
 
@@ -42,14 +43,14 @@ class SaysItIsTraceable(nn.Module):
         return self.norm(items_B).mean(dim=(2, 3)) * (2.0 if self.calls == 1 else 1.0)
 
 
-def frozen(encoder: nn.Module, dim: int, *, normalize: bool = True) -> FrozenEncoder:
+def frozen(encoder: nn.Module, dim: int, *, normalize: bool = True) -> FrozenBackbone:
     generator = torch.Generator().manual_seed(0)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             for value in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
                 cast(Tensor, value).copy_(0.5 + torch.rand(value.shape, generator=generator))
     projection = ProjectionLayer(Projection(normalize=normalize), dim)
-    return FrozenEncoder(encoder, projection)
+    return FrozenBackbone(encoder, projection)
 
 
 def images(count: int = 6) -> Tensor:
@@ -72,7 +73,7 @@ def encoder(name: str) -> tuple[nn.Module, int]:
 def test_features_are_the_originals_and_no_batch_norm_is_left(name: str) -> None:
     original = frozen(*encoder(name))
     before = {key: value.clone() for key, value in original.state_dict().items()}
-    fast = FastEncoder(original, "float32", CPU)
+    fast = FastBackbone(original, "float32", CPU)
     with torch.inference_mode():
         expected = original(images())
         assert float((fast(images()) - expected).norm(dim=1).max() / expected.norm(dim=1).min()) < TOLERANCE
@@ -83,7 +84,7 @@ def test_features_are_the_originals_and_no_batch_norm_is_left(name: str) -> None
 
 def test_half_precision_says_how_far_off_it_is() -> None:
     original = frozen(*encoder("mobilenet_v2"))
-    fast = FastEncoder(original, "bfloat16", CPU)
+    fast = FastBackbone(original, "bfloat16", CPU)
     with torch.inference_mode():
         features, expected = fast(images(4)), original(images(4))
     assert features.dtype == torch.float32
@@ -94,7 +95,7 @@ def test_half_precision_says_how_far_off_it_is() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_encoder_that_cannot_be_traced_keeps_its_batch_norms(precision: Precision) -> None:
     original = frozen(DependsOnValues(), 8)
-    fast = FastEncoder(original, precision, CPU)
+    fast = FastBackbone(original, precision, CPU)
     with torch.inference_mode():
         features, expected = fast(images()), original(images())
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5 if precision == "float32" else 5e-2)
@@ -102,7 +103,7 @@ def test_an_encoder_that_cannot_be_traced_keeps_its_batch_norms(precision: Preci
 
 def test_a_copy_that_computes_something_else_is_not_used() -> None:
     original = frozen(SaysItIsTraceable(), 3, normalize=False)
-    fast = FastEncoder(original, "float32", CPU)
+    fast = FastBackbone(original, "float32", CPU)
     with torch.inference_mode():
         original(images())
         assert torch.equal(fast(images()), original(images()))

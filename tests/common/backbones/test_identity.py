@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.backbones import Backbone, open_pretrained
+from common.model.backbones import Backbone, open_pretrained
 from common.types import BadInput, BadRecord
 
 AGE = {"name": "age", "range": [20, 60], "missing": "refuse"}

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.models import MobileNet_V2_Weights, ViT_B_16_Weights, WeightsEnum
 
-from common.backbones.parts.image_preprocessing import ImagePreprocessing
-from common.backbones.parts.images import grey, rgb
+from common.backbones.parts.images import ImagePreprocessing, convert_to_grey, convert_to_rgb
 from common.types import BadRecord
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -98,21 +97,21 @@ def test_an_array_that_needs_no_resizing_is_the_image_of_its_pixels() -> None:
 )
 def test_what_is_no_eight_bit_image_is_a_bad_record(item: object) -> None:
     with pytest.raises(BadRecord):
-        rgb(item)
+        convert_to_rgb(item)
 
 
 def test_a_truncated_file_is_a_bad_record() -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture()).save(buffer, format="PNG")
     with pytest.raises(BadRecord, match="decoded"):
-        rgb(Image.open(io.BytesIO(buffer.getvalue()[:2000])))
+        convert_to_rgb(Image.open(io.BytesIO(buffer.getvalue()[:2000])))
 
 
 def test_grey_values_are_in_zero_to_one_from_every_source() -> None:
     pixels = picture(8, 8, 1)
     for item in (pixels, Image.fromarray(pixels), pixels / 255.0, (pixels / 255.0).astype(np.float32)):
-        np.testing.assert_allclose(grey(item), pixels / 255.0, atol=1e-6)
-        assert grey(item).dtype == np.float32
+        np.testing.assert_allclose(convert_to_grey(item), pixels / 255.0, atol=1e-6)
+        assert convert_to_grey(item).dtype == np.float32
 
 
 @pytest.mark.parametrize("bad", [np.nan, -0.1, 1.5, np.inf])
@@ -120,4 +119,4 @@ def test_grey_values_outside_the_range_are_a_bad_record(bad: float) -> None:
     pixels = np.zeros((4, 4))
     pixels[1, 2] = bad
     with pytest.raises(BadRecord):
-        grey(pixels)
+        convert_to_grey(pixels)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from client.data.sources import open_source
-from common.backbones import open_pretrained
 from common.backbones.series_cnn import SeriesCnn
+from common.model.backbones import open_pretrained
 from common.types import BadInput, BadRecord
 from common.yaml import parse
 from simulations.config import SimulationConfig

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.backbones import open_pretrained, open_untrained
-from common.backbones.small_cnn import pretrained_tensors
+from common.backbones.small_cnn import collect_tensors
+from common.model.backbones import open_pretrained, open_untrained
 from common.types import BadInput, BadRecord
 
 
@@ -39,7 +39,7 @@ def test_what_was_trained_is_what_is_opened(tmp_path: Path) -> None:
     before = untrained.module(images).detach()
     untrained.module(images).square().mean().backward()
     optimizer.step()
-    save_file(pretrained_tensors(untrained.module, None), untrained.weights_path)
+    save_file(collect_tensors(untrained.module, None), untrained.weights_path)
     backbone = open_pretrained(settings(tmp_path), "backbone")
     features = backbone.encode(images)
     assert features.shape == (16, untrained.feature_dim) == (16, 24)
@@ -57,10 +57,10 @@ def test_untrained_weights_are_reproducible_from_the_seed(tmp_path: Path) -> Non
 def test_a_projection_needs_the_classifier_in_the_file(tmp_path: Path) -> None:
     projected = settings(tmp_path, projection={"dim": 3, "normalize": True})
     encoder = open_untrained(projected, "backbone", seed=0)
-    save_file(pretrained_tensors(encoder.module, None), tmp_path / "w.safetensors")
+    save_file(collect_tensors(encoder.module, None), tmp_path / "w.safetensors")
     with pytest.raises(BadInput, match=r"backbone\.projection\.dim: expected null for weights without a classifier"):
         open_pretrained(projected, "backbone")
-    save_file(pretrained_tensors(encoder.module, nn.Linear(24, 5)), tmp_path / "w.safetensors")
+    save_file(collect_tensors(encoder.module, nn.Linear(24, 5)), tmp_path / "w.safetensors")
     assert open_pretrained(projected, "backbone").feature_dim == 3
     with pytest.raises(BadInput, match=r"projection\.dim: expected at most 4"):
         open_pretrained(settings(tmp_path, projection={"dim": 5, "normalize": True}), "backbone")
@@ -73,7 +73,7 @@ def test_the_shift_repeats_a_channels_mean_at_each_of_its_places(tmp_path: Path)
     with torch.no_grad():
         norms[-1].weight.zero_()
         norms[-1].bias.copy_(torch.arange(6.0) - 2)
-    save_file(pretrained_tensors(untrained.module, None), tmp_path / "w.safetensors")
+    save_file(collect_tensors(untrained.module, None), tmp_path / "w.safetensors")
     # Without spread every activation is its own mean, so that nothing remains.
     features = open_pretrained(shifted, "backbone").encode(torch.rand(2, 1, 8, 8))
     assert torch.equal(features, torch.zeros(2, 24))

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
-from common.backbones import from_blob, open_pretrained, open_random
-from common.backbones.parts.weights import digest_of, load_strict
+from common.backbones import find_weights_file
+from common.backbones.parts.weights import compute_digest, load_strict
 from common.backbones.torchvision import Torchvision
+from common.model.backbones import load_blob, open_pretrained, open_random
 from common.types import BackboneBlob, BadInput
 
 PREPROCESS = {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
@@ -39,7 +40,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 )
 def test_features_are_what_the_last_linear_layer_sees(model: str, dim: int) -> None:
     kind = Torchvision.model_validate(settings(model=model))
-    full = kind._full().eval()
+    full = kind._build().eval()
     classifier = [module for module in full.modules() if isinstance(module, nn.Linear)][-1]
     seen: list[torch.Tensor] = []
     classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -102,7 +103,7 @@ def test_pickled_and_safe_weights_give_the_same_backbone_whatever_the_classifier
 
 def test_a_relative_weights_path_is_relative_to_its_file(tmp_path: Path) -> None:
     kind = Torchvision.model_validate(settings(weights="weights/a.pth"), context={"base": tmp_path})
-    assert kind.weights_file() == tmp_path / "weights" / "a.pth"
+    assert find_weights_file(kind) == tmp_path / "weights" / "a.pth"
 
 
 def test_named_weights_bring_their_preprocessing_into_the_digest() -> None:
@@ -122,9 +123,9 @@ def test_changed_preprocessing_is_another_backbone() -> None:
 def test_unresolved_settings_are_refused_although_their_digest_is_right() -> None:
     backbone = open_random(settings(), "backbone", seed=0)
     spec = backbone.spec.replace('"weights":null', '"weights":"/etc/model.pth"')
-    digest = digest_of(spec, backbone.module.state_dict().items())
+    digest = compute_digest(spec, backbone.module.state_dict().items())
     with pytest.raises(BadInput, match="without any location of weights"):
-        from_blob(BackboneBlob(spec, backbone.blob().weights, digest))
+        load_blob(BackboneBlob(spec, backbone.blob().weights, digest))
 
 
 def test_the_real_mobilenet_gives_its_features_and_their_projection(assets: Path) -> None:

@@ -28,10 +28,10 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from common.backbones import Backbone, from_blob, open_pretrained
-from common.backbones.parts.huggingface import quiet
+from common.backbones.parts.huggingface import silence
 from common.backbones.transformers import Transformers
 from common.items import Audio, Text
+from common.model.backbones import Backbone, load_blob, open_pretrained
 from common.types import BadInput, BadRecord, DigestMismatch
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -47,7 +47,7 @@ def bert(tmp_path: Path) -> dict[str, Any]:
 
 def saved(folder: Path, model: Any, processor: Any = None) -> Path:
     torch.manual_seed(0)
-    with quiet():
+    with silence():
         model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -199,7 +199,7 @@ def test_it_travels_without_its_folder_and_names_no_path(bert: dict[str, Any]) -
     expected = features(backbone, SENTENCES)
     blob = backbone.blob()
     shutil.rmtree(bert["folder"])
-    received = from_blob(blob)
+    received = load_blob(blob)
     assert torch.equal(features(received, SENTENCES), expected)
     for path in (bert["folder"], str(Path(bert["folder"]).parent)):
         assert path not in blob.spec
@@ -229,7 +229,7 @@ def test_a_tokenizer_that_was_swapped_on_the_way_is_refused(bert: dict[str, Any]
     state = load(blob.weights)
     state["encoder.tokenizer"] = state["encoder.tokenizer"].roll(1)
     with pytest.raises(DigestMismatch):
-        from_blob(type(blob)(blob.spec, save(state), blob.digest))
+        load_blob(type(blob)(blob.spec, save(state), blob.digest))
 
 
 def test_code_in_a_models_folder_never_runs(bert: dict[str, Any], tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_minilm_gives_its_sentence_embeddings() -> None:
     settings = minilm()
     backbone = open_pretrained(settings, "b")
     sentences = ["A man is eating food.", "A man eats something.", "The girl is carrying a baby.", "word " * 300]
-    folder = Transformers.model_validate(settings)._location().name
+    folder = Transformers.model_validate(settings)._locate().name
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     inputs = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.backbones.parts.weights import digest_of, load_strict, read_state
+from common.backbones.parts.weights import compute_digest, load_strict, read_state
 from common.types import BadInput
 
 
@@ -116,7 +116,7 @@ def test_a_missing_file_and_a_foreign_suffix_are_refused(tmp_path: Path) -> None
 
 def test_misfits_are_named_and_change_nothing() -> None:
     module = net()
-    before = digest_of("", module.state_dict().items())
+    before = compute_digest("", module.state_dict().items())
     good = net().state_dict()
     misfits = {
         "1 missing .first: 0.bias": {name: tensor for name, tensor in good.items() if name != "0.bias"},
@@ -127,7 +127,7 @@ def test_misfits_are_named_and_change_nothing() -> None:
     for message, state in misfits.items():
         with pytest.raises(BadInput, match=f"model.pth does not fit the architecture: {message}"):
             load_strict(module, state, "model.pth")
-    assert digest_of("", module.state_dict().items()) == before
+    assert compute_digest("", module.state_dict().items()) == before
 
 
 def test_batch_counters_may_be_absent_as_in_older_files() -> None:
@@ -139,17 +139,17 @@ def test_batch_counters_may_be_absent_as_in_older_files() -> None:
 
 def test_a_digest_covers_settings_names_types_shapes_and_every_byte() -> None:
     state = {"a": torch.arange(6, dtype=torch.float32), "b": torch.zeros((), dtype=torch.int64)}
-    reference = digest_of("spec", state.items())
+    reference = compute_digest("spec", state.items())
     changed = state["a"].clone()
     changed[5] = changed[5].nextafter(torch.tensor(9.0))
     others = [
-        digest_of("spec ", state.items()),
-        digest_of("spec", {"aa": state["a"], "b": state["b"]}.items()),
-        digest_of("spec", {**state, "a": state["a"].reshape(2, 3)}.items()),
-        digest_of("spec", {**state, "a": state["a"].view(torch.int32)}.items()),
-        digest_of("spec", {**state, "a": changed}.items()),
+        compute_digest("spec ", state.items()),
+        compute_digest("spec", {"aa": state["a"], "b": state["b"]}.items()),
+        compute_digest("spec", {**state, "a": state["a"].reshape(2, 3)}.items()),
+        compute_digest("spec", {**state, "a": state["a"].view(torch.int32)}.items()),
+        compute_digest("spec", {**state, "a": changed}.items()),
     ]
     assert len({reference, *others}) == 6
-    assert digest_of("spec", reversed(state.items())) == reference
-    assert digest_of("spec", {**state, "a": torch.arange(12.0)[::2] / 2}.items()) == reference
-    assert len(digest_of("spec", [("half", torch.ones(3, dtype=torch.bfloat16))])) == 64
+    assert compute_digest("spec", reversed(state.items())) == reference
+    assert compute_digest("spec", {**state, "a": torch.arange(12.0)[::2] / 2}.items()) == reference
+    assert len(compute_digest("spec", [("half", torch.ones(3, dtype=torch.bfloat16))])) == 64

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.backbones import Backbone, open_pretrained
-from common.backbones.parts.boundary import Divisible, divide_chain
+from common.backbones import Divisible
+from common.backbones.parts.boundary import divide_chain
+from common.model.backbones import Backbone, open_pretrained
 from common.model.parameters import parameters
 from common.model.trunks import cut, initial_modules
 from common.plugins import kinds, plugin_class

@@ -16,8 +16,8 @@ from client.config import SiteConfig
 from client.protocol.approvals import Approvals
 from client.protocol.site import Site
 from common import messages
-from common.backbones import Backbone, open_random
 from common.events import FileJournal, RunEvent, SiteJoined, SiteRejected, read_run_journal, select_events
+from common.model.backbones import Backbone, open_random
 from common.privacy.noise import os_entropy
 from common.types import RunFailed
 from server.rounds.loop import run_federation
