@@ -144,20 +144,22 @@ def _kinds_page() -> str:
     return "\n".join(parts)
 
 
-def _table(model: type[BaseModel], shared: Mapping[str, str]) -> str:
+def _table(model: type[BaseModel], shared: Mapping[str, str], *, defaults: bool = True) -> str:
     """Returns a Markdown table of a model's keys; `shared` links models that another page describes."""
     meanings = read_meanings(model)
     roles = FIELDS.get(model.__name__, {})
     schema = model.model_json_schema(ref_template="{model}")
     definitions = schema.get("$defs", {})
     properties = schema.get("properties") or definitions[model.__name__]["properties"]
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    columns = ["key", "type", "default", "meaning"] if defaults else ["key", "type", "meaning"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, field in model.model_fields.items():
         key = field.alias or name
         if key == "kind" and "const" in properties.get(key, {}):
             continue
         type_ = format_type(properties[key], roles.get(name), shared, definitions)
-        rows.append(f"| `{key}` | {type_} | {_format_default(field)} | {meanings.get(name, '')} |")
+        default = f" {_format_default(field)} |" if defaults else ""
+        rows.append(f"| `{key}` | {type_} |{default} {meanings.get(name, '')} |")
     return "\n".join(rows) if len(rows) > 2 else "No settings of its own."
 
 
@@ -374,7 +376,7 @@ def _summary_page() -> str:
     ]
     for model in _walk_models(Summary):
         heading = "" if model is Summary else f"## {model.__name__}\n\n{_first_paragraph(model)}\n\n"
-        parts.append(f"{heading}{_table(model, {})}\n")
+        parts.append(f"{heading}{_table(model, {}, defaults=False)}\n")
     return "\n".join(parts)
 
 
