@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from common.backbones.parts.projection import ProjectionLayer
-from common.model.backbones import open_untrained
-from common.model.trunks import unfilled_trunk
 from common.plugins import Spec
 from common.run import RunConfig, Trainable
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MAX_PARAMETERS = 2**24
 """Of all that a run trains together: one unit's gradient is then 64 MiB, about what a solver works on at once."""
@@ -43,6 +41,12 @@ def feature_dim(backbone: Spec) -> int:
 @lru_cache(maxsize=64)
 def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[int, nn.Module | None]:
     """Number of features, and the trunk if something of the backbone of this name trains."""
+    import torch
+
+    from common.backbones.parts.projection import ProjectionLayer
+    from common.model.backbones import open_untrained
+    from common.model.trunks import unfilled_trunk
+
     # Once for equal settings: to build a network takes 0.1 s, and each site of a simulation is asked the same.
     backbone = Spec.model_validate_json(settings, context={"base": base})
     with torch.device("meta"):
@@ -64,6 +68,8 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
     Raises:
         BadInput: a backbone's setting is wrong, or it cannot be divided where something should train.
     """
+    import torch
+
     modules: dict[str, nn.Module] = {}
     for name, task in tasks.items():
         encoder = run.backbone_of(name)

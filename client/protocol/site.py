@@ -8,21 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from client.config import NoisedEvaluation, SiteConfig
-from client.data.backbone_store import BackboneStore
-from client.data.feature_store import FeatureStore
 from client.ledger.ledger import Ledger
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
 from common.events import FileJournal, Journal
 from common.files import private_folder
-from common.model.backbones import Backbone
-from common.model.parameters import load_parameters
-from common.model.trunks import trunks
-from common.privacy.noise import Entropy
 from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import (
@@ -34,6 +27,14 @@ from common.types import (
     Plan,
 )
 from common.yaml import parse
+
+if TYPE_CHECKING:
+    import torch
+
+    from client.data.backbone_store import BackboneStore
+    from client.data.feature_store import FeatureStore
+    from common.model.backbones import Backbone
+    from common.privacy.noise import Entropy
 
 
 class SiteDeclined(Exception):
@@ -101,10 +102,14 @@ class Site:
 
     def backbones(self) -> BackboneStore:
         """Backbones received so far."""
+        from client.data.backbone_store import BackboneStore
+
         return BackboneStore(self.config.state_dir / "backbones", self.opened)
 
     def features(self) -> FeatureStore:
         """Cached features; sites of one simulation may share the folder."""
+        from client.data.feature_store import FeatureStore
+
         return FeatureStore(self.features_folder())
 
     def features_folder(self) -> Path:
@@ -113,6 +118,8 @@ class Site:
 
     def device(self) -> torch.device:
         """The device to encode and train on."""
+        import torch  # Here, as below: a command that reads a budget needs no torch.
+
         wanted = self.config.device
         if wanted == "cuda" and not torch.cuda.is_available():
             raise BadInput("device: expected a CUDA device, found none; write `device: auto` or `cpu`")
@@ -232,6 +239,8 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
 
 def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
     """What was sent as modules to train: heads, and trunks. Raises SiteDeclined where it does not fit."""
+    from common.model.parameters import load_parameters
+
     feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
     modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
     modules |= untrained_trunks(site, joined, tasks)
@@ -248,5 +257,7 @@ def untrained_trunks(site: Site, joined: Joined, tasks: Mapping[str, Task]) -> d
     names = {joined.run.backbone_of(task) for task in tasks if joined.run.trunk_of(task) is not None}
     if not names:
         return {}
+    from common.model.trunks import trunks
+
     store = site.backbones()
     return trunks(joined.run, {name: store.open(joined.backbones[name]) for name in sorted(names)})

@@ -107,6 +107,7 @@ LIGHT = [
     ["example"],
     ["site", "digest"],
     ["site", "log", "configs/sites/example.yaml"],
+    ["site", "budget", "configs/sites/example.yaml"],
     ["site", "approve", "configs/sites/example.yaml", "--list"],
 ]
 
