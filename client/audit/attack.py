@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.audit.canaries import Planted
 from client.audit.statistics import Bools, Canaries, Floats, score_canaries
@@ -93,19 +94,20 @@ class ProbeStream(NoiseStream):
         del probability
         return np.ones(count, dtype=np.bool_)
 
-    def gaussian(self, shape: tuple[int, ...]) -> Floats:
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> NDArray[np.int64]:
         """Returns the known number everywhere."""
-        self.num_drawn += int(np.prod(shape))
-        return np.full(shape, self._noise)
+        self.num_drawn += count
+        return np.full(count, round(self._noise * 2**log2_deviation))
 
 
 @final
 class SilentStream(NoiseStream):
     """A stream with real coins and no noise: shows who took part."""
 
-    def gaussian(self, shape: tuple[int, ...]) -> Floats:
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> NDArray[np.int64]:
         """Returns zeros."""
-        return np.zeros(shape)
+        del log2_deviation
+        return np.zeros(count, np.int64)
 
 
 # --- releases --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ them what its own layer makes of them: so a canary has a feature, and a gradient
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,12 @@ LIVE, FREE, BACKGROUND = 8, 32, 20
 
 ADDED = 4
 """Outputs of a stand-in trunk's layer, large enough that heads' and trunk's gradients are of one size."""
+
+
+def draw_normals(stream: NoiseStream, shape: tuple[int, ...]) -> Floats:
+    """Returns standard normals for synthetic data."""
+    normals: Floats = stream.rounded_gaussian(math.prod(shape), 40).astype(np.float64).reshape(shape) * 2.0**-40
+    return normals
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def plant(
         _randomise_weights(module, name, width, stream)
     size = 1e4 * max(1.0, clip_norm) / min(1.0, *(task.scale for task in tasks.values()))
     features_UD = torch.zeros(BACKGROUND + num_canaries, width)
-    features_UD[:BACKGROUND, :LIVE] = torch.from_numpy(stream.gaussian((BACKGROUND, LIVE))).float()
+    features_UD[:BACKGROUND, :LIVE] = torch.from_numpy(draw_normals(stream, (BACKGROUND, LIVE))).float()
     features_UD[BACKGROUND:, LIVE : LIVE + num_canaries] = size * torch.eye(num_canaries)
     records_per_unit = 2 if unit is Unit.PATIENT else 1
     unit_R = torch.arange(len(features_UD)).repeat_interleave(records_per_unit)
@@ -163,7 +170,7 @@ def _randomise_weights(module: nn.Module, group: str, width: int, stream: NoiseS
     first = _name_first_weight(module, group)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(0.1 * stream.gaussian(tuple(parameter.shape))))
+            parameter.copy_(torch.from_numpy(0.1 * draw_normals(stream, tuple(parameter.shape))))
             if name == first:
                 parameter[:, LIVE:width] = 0.0
                 parameter[:, width:] *= 5.0
@@ -182,7 +189,7 @@ def _make_records(
 def _draw_label(task: Task, head: nn.Module, stream: NoiseStream) -> Tensor:
     """Returns a random label of the task: the one that random outputs of its head decode to."""
     width = next(reversed(list(head.parameters()))).shape[0]
-    outputs = torch.from_numpy(stream.gaussian((1, width))).float()
+    outputs = torch.from_numpy(draw_normals(stream, (1, width))).float()
     return task.codec.encode(task.codec.decode(outputs)[0])
 
 

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.data.batches import choose_batch_size, encode_padded
 from client.data.sources import Source
 from common.files import flush, flush_folder, lock_file, private_folder, write_atomic
 from common.items import Several
@@ -232,11 +233,14 @@ def _encoded_batches(
     cores = torch.get_num_threads()
     size = CUDA_BATCH_SIZE if on_gpu else max(_LEAST_BATCH_SIZE, BATCH_SIZE // cores)
 
-    def both(batch: _Batch) -> tuple[_Batch, NDArray[np.float32] | None]:
-        return batch, None if batch.items_I is None else _means(backbone, batch.items_I, batch.sizes, size)
-
     with nullcontext() if on_gpu else one_thread():
         first = _load(source, backbone, range(min(size, count)), most=size)
+        inputs = first.items_I
+        together = size if inputs is None else choose_batch_size(backbone.encode, inputs[:size], size)
+
+        def both(batch: _Batch) -> tuple[_Batch, NDArray[np.float32] | None]:
+            return batch, None if batch.items_I is None else _means(backbone, batch.items_I, batch.sizes, together)
+
         yield both(first)
         # Volumes hold many items each: as many records are read at once as the first batch says fit.
         step = max(1, size * len(first.sizes) // sum(first.sizes)) if first.sizes else size
@@ -301,7 +305,7 @@ def _inputs(item: Any, backbone: Backbone) -> list[Tensor]:
 
 def _means(backbone: Backbone, items_I: Tensor, sizes: list[int], step: int) -> NDArray[np.float32]:
     """Features of consecutive records, each the mean of as many inputs as its size says, `step` inputs at once."""
-    encoded_ID = torch.cat([backbone.encode(part) for part in torch.split(items_I, step)])
+    encoded_ID = encode_padded(backbone.encode, items_I, step)
     if len(encoded_ID) == len(sizes):
         means: NDArray[np.float32] = encoded_ID.numpy()
         return means

@@ -24,6 +24,7 @@ from torch import Tensor
 from client.config import SiteConfig
 from client.data.exclusions import Exclusions
 from client.data.feature_store import Features, FeatureStore, Progress, rows_of
+from client.data.quantised import QuantisedRows
 from client.data.records import SIDES, Member, Problem, Side, labels_of, place, usable
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
@@ -168,7 +169,11 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
     try:
         about, arrays = _read(folder / ARRAYS)
         views = {task: about["views"][task] for task in tasks}
-        shared = {view: _records(arrays, view, about["features"][view], side, device) for view in set(views.values())}
+        trunks = {view: about["trunks"][task] for task, view in views.items()}
+        shared = {
+            view: _records(arrays, view, about["features"][view], side, device, exact=trunks[view] is None)
+            for view in set(views.values())
+        }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(
             f"expected the run's prepared data, got {type(error).__name__}: they or the cached features are gone or "
@@ -198,11 +203,13 @@ def _about(file: IO[bytes]) -> dict[str, Any]:
 
 
 def _records(
-    arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device
+    arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device, *, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of a view's records are on a side, their features, and their units."""
+    """Which of a view's records are on a side, their features (`exact`: as 16-bit integers hold them), their units."""
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
     features_RD = torch.from_numpy(rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy()))
+    if exact:
+        features_RD = QuantisedRows.of(features_RD).decode()
     return chosen_R, features_RD.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 

@@ -18,18 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
+from client.solvers.parts.closed_form import compute_outputs, round_weights
 from common.privacy.accounting import Mechanism
-from common.privacy.noise import NoiseStream, release
+from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms
+from common.privacy.noise import NoiseStream
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import Heads
 
 SUMS = "sums"
-_CHUNK_VALUES = 2**22
-"""Statistics held at once (32 MiB)."""
+_CHUNK_VALUES = 2**20
+"""Statistics held at once (8 MiB)."""
 
-_SLACK = 1.0 + 1e-6
-"""A unit's weights add up to 1 in single precision only."""
+_BLOCK_RECORDS = 256
+"""Records that pass a head which is no affine map at once; the last block is filled up."""
 
 
 def noised_sums(
@@ -40,46 +43,62 @@ def noised_sums(
     mechanism: Mechanism,
     stream: NoiseStream,
 ) -> Heads:
-    """Task -> "sums" -> float32 vector, with noise.
+    """Returns task -> "sums" -> float32 vector, with noise.
 
     Args:
-        heads: to evaluate; those of the tasks are used.
-        tasks: same keys.
-        units: held-out; there may be none. Their features are what the heads read (`Units.passed`).
-        mechanism: what was charged; its noise is added.
-        stream: where the noise comes from.
+        heads: heads to evaluate; those of the tasks are used.
+        tasks: task -> its definition, with the heads' keys.
+        units: held-out units; there may be none. Their features are what the heads read (`Units.passed`).
+        mechanism: the charged mechanism, whose noise is added.
+        stream: source of the noise.
     """
     assert mechanism.sensitivity is not None and mechanism.sensitivity**2 >= len(tasks) * (1.0 - 1e-9)
-    deviation = mechanism.noise_multiplier * mechanism.sensitivity
+    lattice = Lattice.of(mechanism.sensitivity, mechanism.noise_multiplier)
     noised = {}
     for name in sorted(tasks):
-        sums_S = unit_sums(heads[name], tasks[name], units.tasks[name])
-        noised[name] = {
-            SUMS: release(sums_S, deviation, stream.gaussian(tuple(sums_S.shape))).numpy().astype(np.float32)
-        }
+        total_S = sum_statistics(heads[name], tasks[name], units.tasks[name], lattice)
+        noise = stream.rounded_gaussian(len(total_S), lattice.log2_deviation)
+        noised[name] = {SUMS: lattice.release(total_S, noise).numpy().astype(np.float32)}
     return noised
 
 
-def unit_sums(head: nn.Module, task: Task, records: TaskRecords) -> Tensor:
-    """sums_S over units (float64), without noise; one unit's part has length 1 at most."""
+def sum_statistics(head: nn.Module, task: Task, records: TaskRecords, lattice: Lattice) -> Tensor:
+    """Returns the exact sum over units (int64, on the CPU), without noise, in steps of the lattice.
+
+    A unit's part is the sum of its records' rows, each divided by the unit's number of records and truncated toward
+    zero; its norm is at most 1, whatever the rows are.
+
+    Args:
+        head: the task's head.
+        task: the task.
+        records: its held-out records.
+        lattice: of the release.
+    """
     statistic = task.statistic(NOISED_BUCKETS)
-    total_S = torch.zeros(statistic.size, dtype=torch.float64)
-    rows_at_once = max(1, _CHUNK_VALUES // len(total_S))
+    total_S = torch.zeros(statistic.size, dtype=torch.int64)
     labelled = records.labelled()
-    for rows in torch.split(torch.arange(len(labelled.unit_R)), rows_at_once):
+    at_once = min(MAX_UNITS, max(1, _CHUNK_VALUES // statistic.size // _BLOCK_RECORDS) * _BLOCK_RECORDS)
+    for rows in torch.split(torch.arange(len(labelled.unit_R)), at_once):
         with torch.inference_mode():
-            outputs = head(labelled.features_RD[rows])
-            rows_RS = bounded(statistic.rows(outputs, labelled.labels[rows]), statistic.bound)
-        total_S += (labelled.weight_R[rows].double().unsqueeze(1) * rows_RS).sum(dim=0).cpu()
+            outputs, labels = _compute_outputs(head, labelled.features_RD[rows]), labelled.labels[rows]
+            missing = len(outputs) - len(labels)
+            padded = torch.cat([labels, labels[:1].expand(missing, *labels.shape[1:])])
+            rows_RS = statistic.rows(outputs, padded)[: len(labels)].double() / statistic.bound
+            # A row that is not finite counts as none; one that breaks its task's bound is shortened.
+            factor_R = (1.0 / bound_norms(rows_RS).clamp(min=1.0)).nan_to_num(nan=0.0) * (1.0 - 2.0**-36)
+            weight_R = 1.0 / (1.0 / labelled.weight_R[rows].double()).round()
+            total_S += lattice.truncate(rows_RS, factor_R * weight_R).sum(dim=0).long().cpu()
     return total_S
 
 
-def bounded(rows_RS: Tensor, norm: float) -> Tensor:
-    """Rows / norm, shortened to length 1; zero for a row that is not finite.
+def _compute_outputs(head: nn.Module, features_RD: Tensor) -> Tensor:
+    """Returns a head's outputs for whole blocks of records: those of each record, and some more behind them.
 
-    Rows obey their task's bound by themselves; the promise does not rest on it.
+    An affine head's outputs are exact integers before anything is rounded; other heads compute in blocks of one shape.
     """
-    scaled_RS = rows_RS.double() / norm
-    length_R = torch.linalg.vector_norm(scaled_RS, dim=1)
-    cut_RS: Tensor = scaled_RS / (length_R.clamp(min=1.0) * _SLACK).unsqueeze(1)
-    return cut_RS.masked_fill(~torch.isfinite(length_R).unsqueeze(1), 0.0)
+    missing = -len(features_RD) % _BLOCK_RECORDS
+    padded_RD = torch.cat([features_RD, features_RD.new_zeros((missing, *features_RD.shape[1:]))])
+    if isinstance(head, nn.Linear) and padded_RD.dim() == 2:
+        bias_K = None if head.bias is None else head.bias.double()
+        return compute_outputs(QuantisedRows.of(padded_RD), round_weights(head.weight), bias_K)
+    return torch.cat([head(block) for block in torch.split(padded_RD, _BLOCK_RECORDS)])

@@ -33,7 +33,7 @@ from simulations.partition import read_sites
 TRUNK = "backbone.trunk"
 PRIVATE = {"unit": "example", "delta": 1e-5, "target_epsilon": 8.0}
 DP_GD = {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}
-SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 4, "learning_rate": 1.0, "trunk": {"learning_rate": 0.5}}
+SGD = {"kind": "sgd", "sampling_rate": 1.0, "steps": 4, "learning_rate": 1.0, "trunk": {"learning_rate": 0.1}}
 
 
 def simulation(folder: Path, **changes: Any) -> SimulationConfig:

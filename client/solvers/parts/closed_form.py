@@ -1,41 +1,68 @@
-"""The clipped sum of a step in closed form, for heads that are one affine map: linear, or a 1x1 convolution.
+"""The clipped sum of a step in closed form and in integers, for heads that are one affine map.
 
-A record's gradient is Delta' X, where Delta is the gradient of its loss by the head's outputs and X its features.
-Delta comes from autograd on the outputs alone, so every per-example loss works. For records of one position (a linear
-head on vectors) no gradient is ever formed: |Delta' x| = |Delta| |x|, and for several records of a unit
+A record's gradient is the outer product of its slope s (the derivative of its loss by the head's outputs) and its
+features x; no gradient of a record is ever formed. With x = a q, q the integers of `QuantisedRows`:
 
-    |sum_r Delta_r' x_r|^2 = sum_rs (Delta_r . Delta_s)(x_r . x_s + 1),        + 1 only with a bias.
+    outputs     w . x = a (w_q . q) 2**-24          w_q: the weights on their grid; the product is an exact integer
+    norm        |sum_r s_r x_r'|**2 = sum_rs (s_r . s_t)(x_r . x_t + 1)     + 1 only with a bias; rounded up
+    part        sum_r t_r q_r',   t_r = trunc(s_r a_r f / spacing)          f: the unit's clip factor; an integer matrix
 
-For records of several positions (1x1 convolutions, linear heads on sequences) the record's small gradient is formed:
-its norm does not follow from the positions' norms. (Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019.)
+(Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019.) Records of several positions (1x1 convolutions) have their
+small gradient formed, and so have the units with more than `_MOST_RECORDS` records.
 
-Invariant, as in `common.privacy.clipping`: whatever a unit's records hold, its part of the sum is finite and at most
-`clip_norm`, jointly over all heads, and depends on that unit alone.
+Guarantees, whatever features, labels and weights are:
+- A unit's part is an integer array that follows from that unit alone: every number it is computed from is an exact
+  integer, or comes from operations on single values that are rounded correctly (products, sums of two, square
+  roots), or from a task's slopes, which are evaluated on whole blocks of `_LANES` rows.
+- The part's L2 norm over all heads is at most `Lattice.bound`: slopes are truncated toward zero; where a unit has
+  several records its own threshold is lowered by the largest rounding they can have.
+- The sum of the parts is exact.
 
 # Shapes: R records, U units, D features, K outputs, P positions, Q pairs of records of one unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from client.data.quantised import NORM_BITS, QuantisedRows
 from client.data.units import TaskRecords
-from common.privacy.clipping import compute_row_norms, sum_by_unit
+from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms
 from common.types import BadInput
 
-_MOST_RECORDS = 32
-"""Records of a unit whose pairs are still used; beyond it the pairs would outgrow the gradient, which is formed."""
+WEIGHT_BITS = 24
+"""Weights are multiples of 2**-24 while a step is computed."""
 
-_MOST_CANCELLATION = 16.0
-"""Sum of the norms of a unit's records over the norm of their sum. Beyond it the unit's gradient is formed too:
-added record by record to a float32 sum, its large parts would leave rounding errors that no clip norm bounds."""
+MAX_WEIGHT_NORM = 2.0**14
+"""Of the weights of one output: an integer of 2**38 then, whose product with a row is exact."""
+
+_MOST_RECORDS = 32
+"""Of a unit whose norm comes from pairs of its records; those of larger ones would outgrow its gradient."""
+
+_MOST_CANCELLATION = 16
+"""A unit's norm counts as at least a 16th of the sum of its records' norms: the terms of its part are then at most so
+many times the part."""
+
+_LANES = 64
+"""Rows on which a task's slopes are evaluated are a multiple of this, so that no row is in a loop's scalar remainder,
+where an exponential may have other last bits."""
+
+_SLOPE_BITS = 20
+_BLOCK_VALUES = 2**20
+"""Features of a block in double precision: 8 MiB."""
+
+_BLOCK_OUTPUTS = 2**15
+"""Outputs of a block: below torch's grain, so that no operation on single values is divided among threads."""
 
 _POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+OutputGradient = Callable[[Tensor, Tensor], Tensor]
+"""A head's outputs and the records' labels -> gradient of each record's loss by its outputs."""
 
 
 def check_affine(heads: Mapping[str, nn.Module]) -> None:
@@ -58,6 +85,7 @@ def check_affine(heads: Mapping[str, nn.Module]) -> None:
 
 
 def _explain_not_affine(head: nn.Module) -> str | None:
+    """Returns why a head is not one affine map; None where it is one."""
     # The exact type: a subclass or a parametrised layer computes something else.
     if type(head) is not nn.Linear and type(head) not in _POINTWISE:
         return type(head).__name__
@@ -72,30 +100,52 @@ def _explain_not_affine(head: nn.Module) -> str | None:
     return None
 
 
+def round_weights(weights: Tensor) -> Tensor:
+    """Returns weights on their grid, in double precision."""
+    return weights.double().mul(2.0**WEIGHT_BITS).round_().mul_(2.0**-WEIGHT_BITS)
+
+
+def compute_outputs(rows: QuantisedRows, weight_KD: Tensor, bias_K: Tensor | None) -> Tensor:
+    """Returns ... x K outputs of an affine map in double precision; a row's depend on that row alone.
+
+    Args:
+        rows: ... x D.
+        weight_KD: on the grid (`round_weights`), each row of norm at most MAX_WEIGHT_NORM.
+        bias_K: added to the exact product.
+    """
+    product: Tensor = rows.integers.double() @ (weight_KD * 2.0**WEIGHT_BITS).mT
+    product.mul_((rows.scale * 2.0**-WEIGHT_BITS).unsqueeze(-1))
+    return product if bias_K is None else product.add_(bias_K)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """One head's records, and what follows from them alone, whatever the weights are.
+    """One head's records, those of a unit side by side, and what of them stays the same while weights move.
 
     Attributes:
-        records: usable ones, their features' last axis being D; a record's unit is an index in [0, U).
-        reach_R: sqrt(|x|^2, + 1 with a bias), in double precision; None for records of several positions.
-        factor_R: a record's weight times the task's scale; None where it is 1 for all.
-        pairs_3Q: r, s and unit of all pairs of different records of a unit that is not too large.
-        product_Q: x_r . x_s, + 1 with a bias, in double precision.
-        single: whether record i is unit i's only one, for all units.
-        most_records: largest number of records of one unit.
+        rows: R x D, or R x P x D.
+        labels: R x the task's label shape.
+        unit_R: index of the record's unit in [0, num_units), ascending.
+        start_U: first record of each unit, and R: U + 1 values.
+        factor_R: float64, the record's weight in its unit times the task's scale.
+        reach_R: float64, an upper bound of sqrt(|x|**2, + 1 with a bias); for maps one for each position.
+        pairs_3Q: r, t and unit of all pairs of different records of a unit that is not too large, by unit.
+        product_Q: float64, x_r . x_t, + 1 with a bias.
         bias: whether the head has one.
+        positions: shape of a record's positions; None where it has one only.
         maps: whether the head's outputs have their K before the positions, as a convolution's.
     """
 
-    records: TaskRecords
-    reach_R: Tensor | None
-    factor_R: Tensor | None
+    rows: QuantisedRows
+    labels: Tensor
+    unit_R: Tensor
+    start_U: Tensor
+    factor_R: Tensor
+    reach_R: Tensor
     pairs_3Q: Tensor
     product_Q: Tensor
-    single: bool
-    most_records: int
     bias: bool
+    positions: torch.Size | None
     maps: bool
 
     @classmethod
@@ -108,175 +158,328 @@ class Inputs:
             num_units: number of units U, with or without records.
             scale: public factor on the task's loss.
         """
-        unit_R = records.unit_R
-        single = len(unit_R) == num_units and torch.equal(unit_R, torch.arange(num_units, device=unit_R.device))
-        most = min(1, len(unit_R)) if single else int(torch.bincount(unit_R, minlength=1).max())
-        factor_R = records.weight_R * scale
-        bias, maps = head.bias is not None, isinstance(head, _POINTWISE)
-        if maps:  # The values of one position side by side: both products of a step then read in order.
-            records = replace(records, features_RD=records.features_RD.movedim(1, -1).contiguous())
-        features = records.features_RD
+        order_R = torch.argsort(records.unit_R, stable=True)
+        sorted_records = records if bool((records.unit_R.diff() >= 0).all()) else records.taken(order_R, records.unit_R)
+        unit_R, maps = sorted_records.unit_R, isinstance(head, _POINTWISE)
+        features = sorted_records.features_RD.movedim(1, -1) if maps else sorted_records.features_RD
         vectors = features.dim() == 2
-        pairs_3Q = _list_pairs(unit_R) if vectors and most > 1 else unit_R.new_empty((3, 0))
-        if vectors:
-            first, second = features[pairs_3Q[0]], features[pairs_3Q[1]]
-            product_Q = torch.linalg.vecdot(first.double(), second.double()) + float(bias)
+        rows = QuantisedRows.of(features if vectors else features.flatten(1, -2))
+        bias = head.bias is not None
+        counts_U = torch.bincount(unit_R, minlength=num_units)
+        pairs_3Q = _pair_records(unit_R, counts_U) if vectors else unit_R.new_empty((3, 0))
         return cls(
-            records,
-            reach_R=compute_row_norms(features).square_().add_(float(bias)).sqrt_() if vectors else None,
-            factor_R=None if bool((factor_R == 1.0).all()) else factor_R,
+            rows,
+            sorted_records.labels,
+            unit_R,
+            torch.cat([counts_U.new_zeros(1), counts_U.cumsum(0)]),
+            factor_R=sorted_records.weight_R.double() * scale,
+            reach_R=(rows.bound_norms().square_() + float(bias)).sqrt_(),
             pairs_3Q=pairs_3Q,
-            product_Q=product_Q if vectors else pairs_3Q[0].double(),
-            single=single,
-            most_records=most,
+            product_Q=_pair_products(rows, pairs_3Q, bias),
             bias=bias,
+            positions=None if vectors else features.shape[1:-1],
             maps=maps,
         )
 
-    def compute_outputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """Returns the head's outputs, in the shape that its task expects.
+    @property
+    def num_units(self) -> int:
+        """U."""
+        return len(self.start_U) - 1
 
-        Args:
-            parts: the head's weight_KD, and its bias_K if it has one.
-        """
-        outputs = nn.functional.linear(self.records.features_RD, parts[0], parts[1] if self.bias else None)
-        return outputs.movedim(-1, 1) if self.maps else outputs
-
-    def select_units(self, position_U: Tensor) -> Inputs:
-        """Returns the records of some units; `position_U` is a unit's new index, or -1 for one that is left out."""
-        records = self.records
-        position_R = position_U[records.unit_R]
+    def select(self, members: Tensor) -> Inputs:
+        """Returns the records of some units, in ascending order, which become units 0, 1, ..."""
+        position_U = torch.full((self.num_units,), -1, device=self.unit_R.device)
+        position_U[members] = torch.arange(len(members), device=self.unit_R.device)
+        position_R = position_U[self.unit_R]
         rows = (position_R >= 0).nonzero().squeeze(1)
-        chosen = records.taken(rows, position_R)
-        reach_R = None if self.reach_R is None else self.reach_R[rows]
-        factor_R = None if self.factor_R is None else self.factor_R[rows]
-        kept = replace(self, records=chosen, reach_R=reach_R, factor_R=factor_R)
-        if not len(self.product_Q):
-            return kept
-        row_R = torch.empty_like(position_R)
+        row_R = torch.full_like(position_R, -1)
         row_R[rows] = torch.arange(len(rows), device=rows.device)
-        both_Q = position_U[self.pairs_3Q[2]] >= 0
-        first_Q, second_Q, unit_Q = self.pairs_3Q[:, both_Q]
-        pairs_3Q = torch.stack([row_R[first_Q], row_R[second_Q], position_U[unit_Q]])
-        return replace(kept, pairs_3Q=pairs_3Q, product_Q=self.product_Q[both_Q])
+        chosen_Q = position_U[self.pairs_3Q[2]] >= 0
+        first_Q, second_Q, unit_Q = self.pairs_3Q[:, chosen_Q]
+        counts_U = self.start_U.diff()[members]
+        return replace(
+            self,
+            rows=self.rows[rows],
+            labels=self.labels[rows],
+            unit_R=position_R[rows],
+            start_U=torch.cat([counts_U.new_zeros(1), counts_U.cumsum(0)]),
+            factor_R=self.factor_R[rows],
+            reach_R=self.reach_R[rows],
+            pairs_3Q=torch.stack([row_R[first_Q], row_R[second_Q], position_U[unit_Q]]),
+            product_Q=self.product_Q[chosen_Q],
+        )
+
+    def slice(self, first: int, last: int) -> Inputs:
+        """Returns the records of the units `first` to `last` - 1; views, nothing is copied."""
+        start, end = int(self.start_U[first]), int(self.start_U[last])
+        bounds = torch.searchsorted(self.pairs_3Q[2], torch.tensor([first, last], device=self.unit_R.device))
+        low, high = bounds.tolist()
+        offsets = torch.tensor([[start], [start], [first]], device=self.unit_R.device)
+        return replace(
+            self,
+            rows=self.rows[start:end],
+            labels=self.labels[start:end],
+            unit_R=self.unit_R[start:end] - first,
+            start_U=self.start_U[first : last + 1] - start,
+            factor_R=self.factor_R[start:end],
+            reach_R=self.reach_R[start:end],
+            pairs_3Q=self.pairs_3Q[:, low:high] - offsets,
+            product_Q=self.product_Q[low:high],
+        )
 
 
-def _list_pairs(unit_R: Tensor) -> Tensor:
-    """Returns r, s and unit of every pair of records of a unit of at most `_MOST_RECORDS` records."""
-    order_R = torch.argsort(unit_R, stable=True)
-    sorted_R = unit_R[order_R]
-    count_R = torch.bincount(unit_R)[sorted_R] if len(unit_R) else unit_R
-    pairs = [torch.empty((3, 0), dtype=torch.long, device=unit_R.device)]
-    most = min(int(count_R.max()), _MOST_RECORDS) if len(unit_R) else 0
-    for apart in range(1, most):
-        # Records of a unit are neighbours in this order: all pairs with `apart - 1` records between them.
-        same = (sorted_R[apart:] == sorted_R[:-apart]) & (count_R[apart:] <= _MOST_RECORDS)
-        at = same.nonzero().squeeze(1)
-        pairs.append(torch.stack([order_R[at], order_R[at + apart], sorted_R[at]]))
-    return torch.cat(pairs, dim=1)
-
-
-class Gradients(Protocol):
-    """One head's gradients of all units of a batch, stored in any form.
+@final
+class _Gradients:
+    """One head's gradients of a block's units, kept as slopes and features; nothing of size U x K x D but where said.
 
     Attributes:
-        norm_U: L2 norms, in double precision; infinite or NaN for a unit that must be left out.
+        norm_U: upper bounds of the gradients' norms, in the units of features; infinite or NaN where there is none.
+        slack_U: the largest norm of what truncating the slopes adds to a unit's part, in steps of the lattice.
     """
 
+    def __init__(self, inputs: Inputs, slopes: Tensor) -> None:
+        self._inputs = inputs
+        self._slopes_RK = slopes * inputs.factor_R.view(-1, *(1,) * (slopes.dim() - 1))
+        counts_U = inputs.start_U.diff()
+        self.slack_U = torch.zeros(len(counts_U), dtype=torch.double, device=counts_U.device)
+        self._formed: list[_Formed] = []
+        if inputs.positions is not None:
+            formed_U = torch.arange(len(counts_U), device=counts_U.device)
+            self.norm_U = self.slack_U.clone()
+        else:
+            formed_U = (counts_U > _MOST_RECORDS).nonzero().squeeze(1)
+            self.norm_U = self._bound_norms(counts_U)
+        at_once = _count_formed(inputs, counts_U, formed_U, slopes.shape[-1])
+        for units in torch.split(formed_U, at_once) if len(formed_U) else ():
+            formed = _Formed.of(inputs, self._slopes_RK, units)
+            self._formed.append(formed)
+            self.norm_U[units] = formed.norm_U
+            self.slack_U[units] = 0.0
+
+    def _bound_norms(self, counts_U: Tensor) -> Tensor:
+        """Returns norm_U from pairs of records, and sets the slack."""
+        inputs, num_outputs = self._inputs, self._slopes_RK.shape[1]
+        peak_R = self._slopes_RK.abs().amax(dim=1)
+        whole_RK = (self._slopes_RK * _divide(torch.full_like(peak_R, 2.0**_SLOPE_BITS), peak_R)[:, None]).round_()
+        square_R = whole_RK.square().sum(dim=1).mul_(2.0 ** (-2 * _SLOPE_BITS))
+        # What rounding `whole` may have taken from the norm, for each record.
+        rounding = 0.501 * num_outputs**0.5 * 2.0**-_SLOPE_BITS
+        weight_R = peak_R * inputs.reach_R
+        norm_R: Tensor = (square_R.sqrt() + rounding) * weight_R * (1.0 + 2.0**-40)
+        if len(inputs.unit_R) == len(counts_U) and bool((counts_U == 1).all()):
+            return norm_R
+        zero_U = torch.zeros(len(counts_U), dtype=torch.double, device=counts_U.device)
+        reach_U = zero_U.index_add(0, inputs.unit_R, norm_R)
+        square_U = zero_U.index_add(0, inputs.unit_R, square_R * weight_R.square())
+        first_Q, second_Q, unit_Q = inputs.pairs_3Q
+        dot_Q = (whole_RK[first_Q] * whole_RK[second_Q]).sum(dim=1).mul_(2.0 ** (1 - 2 * _SLOPE_BITS))
+        square_U.index_add_(0, unit_Q, dot_Q * peak_R[first_Q] * peak_R[second_Q] * inputs.product_Q)
+        norm_U = (square_U.clamp_(min=0.0) + reach_U.square() * 2.0**-40).sqrt_()
+        norm_U += zero_U.index_add(0, inputs.unit_R, weight_R * rounding)
+        self.slack_U = torch.where(counts_U > 1, counts_U.double() * (num_outputs**0.5 * (2.0**NORM_BITS + 1.0)), 0.0)
+        # A unit of one record has the norm that it has in a block of such units alone.
+        return torch.where(counts_U > 1, torch.maximum(norm_U, reach_U / _MOST_CANCELLATION), reach_U)
+
+    def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor], exact: Tensor | None) -> None:
+        """Adds the units' parts to integer totals.
+
+        Args:
+            factor_U: clip factors; a unit of factor 0 adds nothing, whatever its slopes are.
+            lattice: of the release.
+            totals: int64, weight's K x D and the bias's K where there is one.
+            exact: the block's integers in double precision, where the caller has them.
+        """
+        inputs = self._inputs
+        for formed in self._formed:
+            formed.add_clipped(factor_U[formed.units], lattice, totals)
+            factor_U = factor_U.index_fill(0, formed.units, 0.0)
+        if inputs.positions is not None:
+            return
+        factor_R = factor_U[inputs.unit_R] / lattice.spacing
+        # Not a number: an infinite slope of a unit whose factor is 0.
+        parts_RK = (self._slopes_RK * (factor_R * inputs.rows.scale)[:, None]).nan_to_num_(nan=0.0).trunc_()
+        totals[0].add_((parts_RK.mT @ (inputs.rows.integers.double() if exact is None else exact)).long())
+        if inputs.bias:
+            bias_RK = (self._slopes_RK * factor_R[:, None]).nan_to_num_(nan=0.0).trunc_()
+            totals[1].add_(bias_RK.sum(dim=0).long())
+
+
+@dataclass(frozen=True)
+class _Formed:
+    """Gradients of some units of a block as they are: integers, and a scale for each unit.
+
+    Attributes:
+        units: their indices in the block.
+        weight_UKD: exact integers below 2**53.
+        bias_UK: likewise; None without a bias.
+        scale_U2: what an integer of the weight and of the bias is worth.
+        norm_U: upper bounds of the gradients' norms.
+    """
+
+    units: Tensor
+    weight_UKD: Tensor
+    bias_UK: Tensor | None
+    scale_U2: Tensor
     norm_U: Tensor
 
-    def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
-        """Adds factor times gradient of all units to the sums, the weight's first.
+    @classmethod
+    def of(cls, inputs: Inputs, slopes: Tensor, units: Tensor) -> _Formed:
+        """Returns the gradients of some units; nothing of a unit depends on the others.
 
-        Factor 0 adds nothing, not even a NaN.
+        Args:
+            inputs: the block's.
+            slopes: R x K, or R x P x K, weighted.
+            units: indices in the block.
         """
+        counts_U = inputs.start_U.diff()[units]
+        most = int(counts_U.max())
+        place_UN = torch.arange(most, device=units.device)
+        there_UN = place_UN < counts_U[:, None]
+        record_UN = torch.where(there_UN, inputs.start_U[units][:, None] + place_UN, 0)
+        rows = inputs.rows[record_UN]
+        own = torch.where(there_UN.view(*there_UN.shape, *(1,) * (slopes.dim() - 1)), slopes[record_UN], 0.0)
+        slopes_UNK, scale_UN = own.flatten(1, -2), rows.scale.flatten(1)
+        integers_UND = rows.integers.flatten(1, -2).double()
+        # A unit's own number of rows decides how many bits of each product there are.
+        positions = slopes_UNK.shape[1] // most
+        bits_U = 52 - NORM_BITS - torch.bucketize(counts_U * positions, 2 ** torch.arange(40, device=units.device))
+        weight, weight_scale_U = _to_integers(slopes_UNK * scale_UN[..., None], bits_U)
+        weight_UKD = weight.mT @ integers_UND
+        norm_U = bound_norms(weight_UKD.flatten(1)) * weight_scale_U
+        if not inputs.bias:
+            return cls(units, weight_UKD, None, torch.stack([weight_scale_U, weight_scale_U], dim=1), norm_U)
+        bias, bias_scale_U = _to_integers(slopes_UNK, bits_U)
+        bias_UK = bias.sum(dim=1)
+        norm_U = (norm_U.square() + (bound_norms(bias_UK) * bias_scale_U).square()).sqrt_() * (1.0 + 2.0**-40)
+        return cls(units, weight_UKD, bias_UK, torch.stack([weight_scale_U, bias_scale_U], dim=1), norm_U)
+
+    def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor]) -> None:
+        """Adds the units' parts to integer totals (see `_Gradients.add_clipped`)."""
+        factor_U2 = torch.where(factor_U[:, None] > 0.0, self.scale_U2 * (factor_U / lattice.spacing)[:, None], 0.0)
+        for total, whole, factor in zip(totals, (self.weight_UKD, self.bias_UK), factor_U2.unbind(1), strict=False):
+            assert whole is not None
+            factor = factor.view(-1, *(1,) * (whole.dim() - 1))
+            total.add_(torch.where(factor > 0.0, whole * factor, 0.0).trunc_().sum(dim=0).long())
 
 
-def compute_gradients(inputs: Inputs, delta: Tensor, num_units: int) -> Gradients:
-    """Returns the units' gradients of an affine head.
+def split_blocks(
+    inputs: Mapping[str, Inputs], num_units: int, widths: Mapping[str, int]
+) -> Iterator[dict[str, Inputs]]:
+    """Yields the inputs of consecutive units, few enough for a core's cache; heads without a record are left out.
 
     Args:
-        inputs: the head's records in a batch.
-        delta: gradient of the objective by the head's outputs, in their shape.
-        num_units: number of units U in the batch.
+        inputs: task -> its inputs, of the same units.
+        num_units: U.
+        widths: task -> K.
     """
-    if inputs.reach_R is not None:
-        return _VectorGradients(inputs, delta, num_units)
-    features_RPD = inputs.records.features_RD.flatten(1, -2)
-    delta_RPK = delta.flatten(2).mT if inputs.maps else delta.flatten(1, -2)
-    # One small product for each record; nothing of size R x P x D is made.
-    weight_RKD = torch.bmm(delta_RPK.mT, features_RPD)
-    formed_R = [weight_RKD] if not inputs.bias else [weight_RKD, delta_RPK.sum(dim=1)]
-    return _FormedGradients([sum_by_unit(part, inputs.records.unit_R, num_units) for part in formed_R])
+    # Units of a block: by the mean number of records, which no exactness rests on.
+    cost = 1.0
+    for name, own in inputs.items():
+        values = own.rows.integers[0].numel() if len(own.unit_R) else 0
+        positions = max(1, values // max(1, own.rows.integers.shape[-1])) if values else 1
+        outputs = positions * widths[name] * (_BLOCK_VALUES / _BLOCK_OUTPUTS)
+        cost = max(cost, max(values, outputs) * len(own.unit_R) / max(1, num_units))
+    several = any(len(own.unit_R) and int(own.start_U.diff().max()) > 1 for own in inputs.values())
+    size = max(1, min(MAX_UNITS // (_MOST_CANCELLATION if several else 1), int(_BLOCK_VALUES / cost)))
+    size -= size % _LANES if size > _LANES else 0
+    for first in range(0, num_units, size):
+        block = {name: own.slice(first, min(first + size, num_units)) for name, own in inputs.items()}
+        yield {name: own for name, own in block.items() if len(own.unit_R)}
 
 
-@final
-class _FormedGradients:
-    """Units' gradients, each stored whole."""
+def add_clipped_parts(
+    block: Mapping[str, Inputs],
+    weights: Mapping[str, Sequence[Tensor]],
+    output_gradients: Mapping[str, OutputGradient],
+    lattice: Lattice,
+    totals: Mapping[str, Sequence[Tensor]],
+) -> None:
+    """Adds the jointly clipped gradients of a block's units, in steps of the lattice, to integer totals.
 
-    def __init__(self, parts_U: Sequence[Tensor]) -> None:
-        self._parts_U = [part.flatten(1) for part in parts_U]
-        norm_U = compute_row_norms(self._parts_U[0])
-        self.norm_U = norm_U if len(parts_U) == 1 else torch.hypot(norm_U, compute_row_norms(self._parts_U[1]))
+    Args:
+        block: task -> its inputs, of the same units.
+        weights: task -> weight_KD and, where there is one, bias_K, on the grid.
+        output_gradients: task -> gradient of its loss by the head's outputs.
+        lattice: of the release.
+        totals: task -> int64 sums of the weights' shapes; changed in place.
+    """
+    gradients, exact = {}, {}
+    for name, inputs in block.items():
+        exact[name] = inputs.rows.integers.double()
+        gradients[name] = _Gradients(
+            inputs, _compute_slopes(inputs, exact[name], weights[name], output_gradients[name])
+        )
+    parts = list(gradients.values())
+    if not parts:
+        return
+    norm_U, slack_U = parts[0].norm_U, parts[0].slack_U
+    for part in parts[1:]:
+        norm_U, slack_U = (norm_U.square() + part.norm_U.square()).sqrt(), slack_U + part.slack_U
+    factor_U = lattice.compute_factors(norm_U, slack_U)
+    for name, part in gradients.items():
+        part.add_clipped(factor_U, lattice, totals[name], exact[name])
 
-    def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
-        left_out_U = factor_U == 0.0
-        spoiled = bool(left_out_U.any())
-        for total, part in zip(sums, self._parts_U, strict=True):
-            finite = part.masked_fill(left_out_U[:, None], 0.0) if spoiled else part
-            total.view(-1).addmv_(finite.mT, factor_U)
+
+def _compute_slopes(
+    inputs: Inputs, exact: Tensor, weights: Sequence[Tensor], output_gradient: OutputGradient
+) -> Tensor:
+    """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again."""
+    outputs = exact @ (weights[0] * 2.0**WEIGHT_BITS).mT
+    outputs.mul_((inputs.rows.scale * 2.0**-WEIGHT_BITS).unsqueeze(-1))
+    if inputs.bias:
+        outputs.add_(weights[1])
+    padded, labels = outputs, inputs.labels
+    if missing := -len(outputs) % _LANES:
+        padded = torch.cat([outputs, outputs[:1].expand(missing, *outputs.shape[1:])])
+        labels = torch.cat([labels, labels[:1].expand(missing, *labels.shape[1:])])
+    if inputs.positions is None:
+        return output_gradient(padded, labels)[: len(outputs)].double()
+    shaped = padded.view(len(padded), *inputs.positions, -1)
+    found = output_gradient(shaped.movedim(-1, 1) if inputs.maps else shaped, labels)[: len(outputs)].double()
+    return found.flatten(2).mT if inputs.maps else found.flatten(1, -2)
 
 
-@final
-class _VectorGradients:
-    """Units' gradients of a linear head on vectors, stored as their two factors."""
+def _pair_records(unit_R: Tensor, counts_U: Tensor) -> Tensor:
+    """Returns r, t and unit of every pair of records of a unit of at most `_MOST_RECORDS` records, by unit."""
+    found = [torch.empty((3, 0), dtype=torch.long, device=unit_R.device)]
+    count_R = counts_U[unit_R]
+    most = min(int(counts_U.max()), _MOST_RECORDS) if len(unit_R) else 0
+    for apart in range(1, most):
+        same = (unit_R[apart:] == unit_R[:-apart]) & (count_R[apart:] <= _MOST_RECORDS)
+        at = same.nonzero().squeeze(1)
+        found.append(torch.stack([at, at + apart, unit_R[at]]))
+    pairs_3Q = torch.cat(found, dim=1)
+    return pairs_3Q[:, torch.argsort(pairs_3Q[2], stable=True)]
 
-    def __init__(self, inputs: Inputs, delta_RK: Tensor, num_units: int) -> None:
-        assert inputs.reach_R is not None
-        self._inputs = inputs
-        self._delta_RK = delta_RK
-        self._formed_U: dict[int, list[Tensor]] = {}
-        norm_R = torch.linalg.vector_norm(delta_RK, dim=1, dtype=torch.double).mul_(inputs.reach_R)
-        if inputs.single:
-            self.norm_U = norm_R
-            return
-        unit_R = inputs.records.unit_R
-        zero_U = norm_R.new_zeros(num_units)
-        if inputs.most_records <= 1:
-            self.norm_U = zero_U.index_add_(0, unit_R, norm_R)
-            return
-        square_U = zero_U.index_add(0, unit_R, norm_R.square())
-        first_Q, second_Q, unit_Q = inputs.pairs_3Q
-        exact_RK = delta_RK.double()
-        cross_Q = 2.0 * torch.linalg.vecdot(exact_RK[first_Q], exact_RK[second_Q]) * inputs.product_Q
-        self.norm_U = square_U.index_add_(0, unit_Q, cross_Q).clamp_(min=0.0).sqrt_()
-        reach_U = zero_U.index_add_(0, unit_R, norm_R)
-        unpaired_U = torch.bincount(unit_R, minlength=num_units) > _MOST_RECORDS
-        self._form_gradients((unpaired_U | (reach_U > _MOST_CANCELLATION * self.norm_U)).nonzero().squeeze(1))
 
-    def _form_gradients(self, units: Tensor) -> None:
-        records = self._inputs.records
-        for unit in units.tolist():
-            rows = (records.unit_R == unit).nonzero().squeeze(1)
-            delta_rK = self._delta_RK[rows]
-            parts = [delta_rK.mT @ records.features_RD[rows]]
-            if self._inputs.bias:
-                parts.append(delta_rK.sum(dim=0))
-            self._formed_U[unit] = parts
-            self.norm_U[unit] = compute_row_norms(torch.cat([part.flatten() for part in parts])[None])[0]
+def _pair_products(rows: QuantisedRows, pairs_3Q: Tensor, bias: bool) -> Tensor:
+    """Returns x_r . x_t, + 1 with a bias, of pairs of records; the integers' product is exact."""
+    products = [torch.empty(0, dtype=torch.double, device=pairs_3Q.device)]
+    if not pairs_3Q.shape[1]:
+        return products[0]
+    for first_Q, second_Q, _ in torch.split(pairs_3Q, max(1, _BLOCK_VALUES // max(1, rows.integers.shape[-1])), dim=1):
+        whole_Q = (rows.integers[first_Q].double() * rows.integers[second_Q]).sum(dim=1)
+        products.append(whole_Q * rows.scale[first_Q] * rows.scale[second_Q] + float(bias))
+    return torch.cat(products)
 
-    def add_weighted(self, factor_U: Tensor, sums: Sequence[Tensor]) -> None:
-        for unit, parts in self._formed_U.items():
-            if factor_U[unit] > 0.0:
-                for total, part in zip(sums, parts, strict=True):
-                    total.add_(factor_U[unit] * part)
-        if self._formed_U:
-            factor_U = factor_U.index_fill(0, torch.tensor(list(self._formed_U), device=factor_U.device), 0.0)
-        records = self._inputs.records
-        factor_R1 = (factor_U if self._inputs.single else factor_U[records.unit_R])[:, None]
-        scaled_RK = self._delta_RK * factor_R1
-        if float(factor_U.min()) == 0.0:
-            scaled_RK = torch.where(factor_R1 > 0.0, scaled_RK, 0.0)
-        sums[0].addmm_(scaled_RK.mT, records.features_RD)
-        if self._inputs.bias:
-            sums[1].add_(scaled_RK.sum(dim=0))
+
+def _count_formed(inputs: Inputs, counts_U: Tensor, formed_U: Tensor, num_outputs: int) -> int:
+    """Returns how many units' gradients are formed at once: their features and gradients fit into memory."""
+    if not len(formed_U):
+        return 1
+    record = inputs.rows.integers[0].numel()
+    values = int(counts_U[formed_U].max()) * record + num_outputs * inputs.rows.integers.shape[-1]
+    return max(1, _BLOCK_VALUES * 8 // max(1, values))
+
+
+def _divide(values: Tensor, peak: Tensor) -> Tensor:
+    """Returns values / peak; zeros where the peak is zero."""
+    return values / torch.where(peak > 0.0, peak, 1.0)
+
+
+def _to_integers(values_UNK: Tensor, bits_U: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns values as integers of at most 2**bits, truncated toward zero, and each unit's scale."""
+    peak_U = values_UNK.abs().amax(dim=(1, 2))
+    powers = torch.tensor([2.0**-bits for bits in range(53)], dtype=torch.double, device=values_UNK.device)
+    scale_U = peak_U * powers[bits_U]
+    return _divide(values_UNK, scale_U.view(-1, 1, 1)).trunc_(), scale_U

@@ -16,28 +16,34 @@ import torch
 from opacus import GradSampleModule
 from opacus.grad_sample.conv import compute_conv_grad_sample
 from opacus.optimizers import DPOptimizer
-from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from opacus.utils.tensor_utils import unfold2d
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
-from client.data.units import Units
+from client.data.units import TaskRecords, Units
 from client.solvers.parts.objective import get_unit_indices, select_batch, sum_losses
-from common.privacy.clipping import sum_by_unit, zero_nonfinite
-from common.privacy.noise import NoiseStream, release
+from common.privacy.lattice import Lattice, bound_norms
+from common.privacy.noise import NoiseStream
 from common.tasks import Task
 from common.types import BadInput, Plan
 
-_CHUNK_VALUES = 2**24
-"""Per-record gradient values held at once (64 MiB): larger batches are clipped in parts and summed."""
+_BLOCK_VALUES = 2**24
+"""Per-record gradient values of a block (64 MiB in float32)."""
+
+_BLOCK_RECORDS = 256
+"""Most records of one task in a block."""
 
 
 class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
-    """Opacus' clipping and summing; noise from the site's stream and one constant divisor for each parameter."""
+    """Opacus' optimizer with clipping and summing in integers, and noise from the site's stream.
+
+    One constant divisor for each parameter takes the place of the batch size.
+    """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, plan: Plan, divisors: list[float], stream: NoiseStream
     ) -> None:
+        assert plan.clip_norm is not None  # A private plan has one.
         DPOptimizer.__init__(
             self,
             optimizer,
@@ -48,24 +54,33 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
         )
         self._divisors = divisors
         self._stream = stream
+        self._lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
+        self._totals: list[Tensor] = []
+        self.reset_totals()
+
+    def reset_totals(self) -> None:
+        """Sets the sums of clipped gradients to zero, before the first block of a step."""
+        self._totals = [torch.zeros_like(parameter, dtype=torch.int64) for parameter in self.params]
+
+    def clip_and_accumulate(self) -> None:
+        """Adds the clipped gradients of a block's units to the totals, exactly."""
+        gradients_U = [parameter.grad_sample for parameter in self.params]
+        square_U = torch.stack([bound_norms(gradient_U.flatten(1)).square_() for gradient_U in gradients_U]).sum(dim=0)
+        # The sum of a few squares may round: 2**-40 is more.
+        factor_U = self._lattice.compute_factors(square_U.sqrt_().mul_(1.0 + 2.0**-40))
+        for total, gradient_U in zip(self._totals, gradients_U, strict=True):
+            total.add_(self._lattice.truncate(gradient_U, factor_U).sum(dim=0).long())
 
     def add_noise(self) -> None:
         """Writes (clipped sum + noise) into each parameter's gradient. One draw of the stream is one release."""
         sizes = [parameter.numel() for parameter in self.params]
-        totals = [parameter.summed_grad for parameter in self.params]
-        for total in totals:
-            _check_processed_flag(total)
-        deviation = self.noise_multiplier * self.max_grad_norm
-        normals = self._stream.gaussian((sum(sizes),))
-        noisy = release(torch.cat([total.flatten() for total in totals]), deviation, normals)
-        for parameter, part, total in zip(self.params, torch.split(noisy, sizes), totals, strict=True):
-            parameter.grad = part.to(parameter.dtype).view_as(parameter)
-            _mark_as_processed(total)
+        noise = self._stream.rounded_gaussian(sum(sizes), self._lattice.log2_deviation)
+        noisy = self._lattice.release(torch.cat([total.flatten() for total in self._totals]), noise)
+        for parameter, part, divisor in zip(self.params, torch.split(noisy, sizes), self._divisors, strict=True):
+            parameter.grad = (part / divisor).to(parameter.dtype).view_as(parameter)
 
     def scale_grad(self) -> None:
-        """Divides by the declared batch size: after the noise, so it costs nothing."""
-        for parameter, divisor in zip(self.params, self._divisors, strict=True):
-            parameter.grad /= divisor
+        """Does nothing: `add_noise` divides in double precision, after the noise."""
 
 
 def compute_conv2d_gradients(
@@ -144,27 +159,97 @@ def release_step(
         units: usable units.
         members: indices of the units in the step's sample; an empty sample is released too.
     """
-    for batch, last in _split_sample(units, members, modules):
+    optimizer.reset_totals()
+    for block in split_fixed_blocks(select_batch(units, members), _count_block_records(modules)):
         optimizer.zero_grad(set_to_none=True)
-        loss = sum_losses(modules, tasks, _require_input_gradients(batch))
-        if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
-        _store_unit_gradients(modules, batch)
-        optimizer.signal_skip_step(do_skip=not last)
-        optimizer.step()
+        loss = sum_losses(modules, tasks, _require_input_gradients(block))
+        assert loss is not None  # Every block has records of every task, if only added ones.
+        loss.backward()  # type: ignore[no-untyped-call]
+        _store_unit_gradients(modules, block)
+        optimizer.clip_and_accumulate()
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.add_noise()
+    optimizer.original_optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _split_sample(units: Units, members: Tensor, modules: Mapping[str, nn.Module]) -> Iterator[tuple[Units, bool]]:
-    """Yields the sample in parts that fit into memory, and for each if it is the last; an empty sample is one part."""
-    values = 1
-    for name, module in modules.items():
-        num_parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        unit_R = get_unit_indices(name, units)
-        values += num_parameters * max(1, int(torch.bincount(unit_R).max()) if len(unit_R) else 1)
-    parts = torch.split(members, max(1, _CHUNK_VALUES // values))
-    for number, part in enumerate(parts, start=1):
-        yield select_batch(units, part), number == len(parts)
+def split_fixed_blocks(units: Units, num_records: int) -> Iterator[Units]:
+    """Yields units in blocks of one fixed shape, so that the same kernels compute every record's gradient.
+
+    A block holds whole units and exactly `num_records` records of each task: those that are missing are added with
+    weight zero, and belong to one more unit, the block's last, which is not the site's. A unit with more than half as
+    many records has a block of its own, of a multiple of that size.
+
+    What this leaves to assume is that a kernel of a fixed shape gives a record the same bits wherever in the block it
+    stands and whatever the other records hold (tests/client/solvers/test_exact_sums.py searches for a counterexample).
+
+    Args:
+        units: usable units.
+        num_records: records of each task in a block.
+    """
+    counts_U = torch.stack(
+        [torch.bincount(records.unit_R, minlength=units.num_units) for records in units.tasks.values()]
+    ).amax(dim=0)
+    block_U, local_U, sizes = _assign_blocks(counts_U, num_records)
+    parts: list[dict[str, TaskRecords]] = [{} for _ in sizes]
+    for name, records in units.tasks.items():
+        block_R = block_U[records.unit_R]
+        rows_by_block = torch.split(
+            torch.argsort(block_R, stable=True), torch.bincount(block_R, minlength=len(sizes)).tolist()
+        )
+        for part, rows, (num_units, size) in zip(parts, rows_by_block, sizes, strict=True):
+            part[name] = _add_records(records.taken(rows, local_U[records.unit_R]), num_units, size)
+    for part, (num_units, _) in zip(parts, sizes, strict=True):
+        yield Units(num_units + 1, part)
+
+
+def _assign_blocks(counts_U: Tensor, num_records: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Returns each unit's block and its number there, and for each block its numbers of units and of records."""
+    device = counts_U.device
+    small_U = (counts_U > 0) & (counts_U <= max(1, num_records // 2))
+    large_U = counts_U > max(1, num_records // 2)
+    own_U = counts_U * small_U
+    # Units whose first record lies in the same stretch share a block; the last one may reach beyond the stretch.
+    width = num_records + 1 - max(1, int(own_U.max())) if len(counts_U) else num_records
+    _, block_S = torch.unique_consecutive(((own_U.cumsum(0) - own_U) // width)[small_U], return_inverse=True)
+    num_small = int(block_S.max()) + 1 if len(block_S) else 0
+    per_block = torch.bincount(block_S, minlength=num_small)
+    block_U = torch.zeros_like(counts_U)
+    local_U = torch.zeros_like(counts_U)
+    block_U[small_U] = block_S
+    local_U[small_U] = torch.arange(len(block_S), device=device) - (per_block.cumsum(0) - per_block)[block_S]
+    num_large = int(large_U.sum())
+    block_U[large_U] = num_small + torch.arange(num_large, device=device)
+    sizes = [(number, num_records) for number in per_block.tolist()]
+    return (
+        block_U,
+        local_U,
+        sizes + [(1, -(-count // num_records) * num_records) for count in counts_U[large_U].tolist()],
+    )
+
+
+def _add_records(records: TaskRecords, unit: int, size: int) -> TaskRecords:
+    """Returns the records with others of weight zero behind them, which belong to another unit, up to a size."""
+    missing = size - len(records.unit_R)
+
+    def extend(values: Tensor, value: float) -> Tensor:
+        return torch.cat([values, values.new_full((missing, *values.shape[1:]), value)])
+
+    return replace(
+        records,
+        features_RD=extend(records.features_RD, 0.0),
+        labels=extend(records.labels, 0),
+        mask_R=extend(records.mask_R, False),
+        unit_R=extend(records.unit_R, unit),
+        weight_R=extend(records.weight_R, 0.0),
+    )
+
+
+def _count_block_records(modules: Mapping[str, nn.Module]) -> int:
+    """Returns the number of records in a block, from the number of trainable parameters alone."""
+    parameters = (parameter for module in modules.values() for parameter in module.parameters())
+    values = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return min(_BLOCK_RECORDS, max(1, _BLOCK_VALUES // max(1, values)))
 
 
 def _require_input_gradients(batch: Units) -> Units:
@@ -184,22 +269,13 @@ def _require_input_gradients(batch: Units) -> Units:
 
 
 def _store_unit_gradients(modules: Mapping[str, nn.Module], batch: Units) -> None:
-    """Replaces Opacus' per-record gradients by finite per-unit ones, zero for modules without a record in the batch."""
-    trainable, gradients_U = [], []
+    """Replaces Opacus' per-record gradients by per-unit ones."""
     for name, module in modules.items():
         unit_R = get_unit_indices(name, batch)
         for parameter in module.parameters():
             if parameter.requires_grad:
-                trainable.append(parameter)
-                gradients_U.append(_sum_gradient_by_unit(parameter, unit_R, batch.num_units))
-    for parameter, gradient_U in zip(trainable, zero_nonfinite(gradients_U), strict=True):
-        parameter.grad_sample = gradient_U  # type: ignore[attr-defined]  # Opacus keeps it there.
-
-
-def _sum_gradient_by_unit(parameter: nn.Parameter, unit_R: Tensor, num_units: int) -> Tensor:
-    if not len(unit_R):
-        return parameter.new_zeros((num_units, *parameter.shape))
-    gradient_R = parameter.grad_sample  # type: ignore[attr-defined]
-    if not isinstance(gradient_R, Tensor):  # Opacus makes a list when gradients of an earlier step were kept.
-        raise ValueError("expected the record gradients of one backward pass, got those of several")
-    return sum_by_unit(gradient_R, unit_R, num_units)
+                gradient_R = parameter.grad_sample  # type: ignore[attr-defined]  # Opacus keeps it there.
+                if not isinstance(gradient_R, Tensor):  # A list, when gradients of an earlier step were kept.
+                    raise ValueError("expected the record gradients of one backward pass, got those of several")
+                sums_U = gradient_R.new_zeros((batch.num_units, *parameter.shape))
+                parameter.grad_sample = sums_U.index_add_(0, unit_R, gradient_R)  # type: ignore[attr-defined]

@@ -77,7 +77,7 @@ class LowerLayers(nn.Module):
                 hidden_BTD = torch.cat([hidden_BTD * mask_BT1, mask_BT1], dim=2)
                 hidden_BTD = nn.functional.pad(hidden_BTD, (0, 0, 0, self.max_length - hidden_BTD.shape[1]))
             positions.append(rows)
-            states.append(hidden_BTD)
+            states.append(hidden_BTD[: len(rows)])
         return torch.cat(states)[torch.argsort(torch.cat(positions))]
 
 
@@ -146,7 +146,7 @@ class PooledModel(nn.Module):
         for rows, group_B in self.modality.groups(inputs_B):
             output, mask_BL = self.modality.run(self.model, group_B)
             positions.append(rows)
-            pooled.append(self._pool(output, mask_BL).float())
+            pooled.append(self._pool(output, mask_BL)[: len(rows)].float())
         features_BD = torch.cat(pooled)
         return features_BD[torch.argsort(torch.cat(positions))]
 

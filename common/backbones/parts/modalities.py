@@ -25,6 +25,9 @@ from common.backbones.parts.images import convert_to_rgb
 from common.items import Audio, Text
 from common.types import BadInput, BadRecord
 
+_TEXT_ROWS = 8
+"""Texts of a group; the last one is filled up."""
+
 _TEXT_STEP = 16
 """Texts whose lengths round up to the same multiple are encoded together."""
 
@@ -39,7 +42,10 @@ class Modality(Protocol):
         """Returns random inputs of the size and spread of real ones, from torch's current generator."""
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields positions of inputs that can be encoded together, and those inputs without needless padding."""
+        """Yields positions of inputs that can be encoded together, and those inputs without needless padding.
+
+        A group may have more inputs than positions: the added ones give it its shape, and their output is cut off.
+        """
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
         """Returns the model's output on one group, and a mask [B, L] of the positions that count, None for all."""
@@ -83,12 +89,12 @@ class TextInput:
         return torch.stack([ids_BL, torch.ones_like(ids_BL), torch.zeros_like(ids_BL)], dim=1)
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields groups by length, rounded up."""
-        lengths_B = inputs_B[:, 1].sum(1)
-        steps_B = (lengths_B + _TEXT_STEP - 1) // _TEXT_STEP
+        """Yields groups of one shape by length, rounded up: a text's features do not depend on the others' lengths."""
+        steps_B = ((inputs_B[:, 1].sum(1) + _TEXT_STEP - 1) // _TEXT_STEP).clamp(min=1)
         for step in sorted(set(steps_B.tolist())):
-            rows = torch.nonzero(steps_B == step).flatten()
-            yield rows, inputs_B[rows, :, : int(lengths_B[rows].max())]
+            for rows in torch.split(torch.nonzero(steps_B == step).flatten(), _TEXT_ROWS):
+                filled = torch.cat([rows, rows[:1].expand(_TEXT_ROWS - len(rows))])
+                yield rows, inputs_B[filled, :, : step * _TEXT_STEP]
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
         """Returns the output with padding masked.

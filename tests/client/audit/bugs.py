@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from opacus.optimizers.optimizer import _mark_as_processed
 from torch import Tensor, nn
 
 from client.audit.attack import AuditedRun
@@ -20,7 +19,7 @@ from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
 from common.privacy.accounting import Mechanism, compute_epsilon
-from common.privacy.clipping import compute_clip_factors, compute_joint_norms
+from common.privacy.lattice import Lattice, bound_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy
 from common.tasks import open_task
@@ -176,8 +175,8 @@ class Bent(NoiseStream):
     def coins(self, count: int, probability: float) -> np.ndarray:
         return self._inner.coins(count, probability)
 
-    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self._bend(self._inner.gaussian(shape))
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
+        return self._bend(self._inner.rounded_gaussian(count, log2_deviation))
 
 
 def bend_noise(bend: Bend) -> Callable[[NoiseStream], NoiseStream]:
@@ -217,9 +216,7 @@ def scale_trunk_noise(factor: float) -> Bend:
     count = ADDED * (LIVE + NUM_CANARIES + FREE + 1)
 
     def bend(noise: Noise) -> Noise:
-        scaled = noise.copy()
-        scaled[:count] *= factor
-        return scaled
+        return np.concatenate([(noise[:count] * factor).astype(noise.dtype), noise[count:]])
 
     return bend
 
@@ -242,8 +239,8 @@ class Sampler(NoiseStream):
     def coins(self, count: int, probability: float) -> np.ndarray:
         return self._take(self._inner, count, probability)
 
-    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self._inner.gaussian(shape)
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
+        return self._inner.rounded_gaussian(count, log2_deviation)
 
 
 @dataclass
@@ -293,16 +290,16 @@ def clip_by(rule: Clipping, monkeypatch: pytest.MonkeyPatch) -> None:
         def clip_and_accumulate(self) -> None:
             gradients = self.grad_samples
             of_trunk, of_heads = rule(gradients[:2], gradients[2:], self.max_grad_norm)
-            for number, parameter in enumerate(self.params):
-                part = torch.einsum("u,u...", of_trunk if number < 2 else of_heads, gradients[number])
-                parameter.summed_grad = part if parameter.summed_grad is None else parameter.summed_grad + part
-                _mark_as_processed(parameter.grad_sample)
+            for number, (total, gradient_U) in enumerate(zip(self._totals, gradients, strict=True)):
+                parts = self._lattice.truncate(gradient_U, of_trunk if number < 2 else of_heads)
+                total.add_(parts.sum(dim=0).long())
 
     monkeypatch.setattr(private_step, "StreamOptimizer", Planted)
 
 
 def _factors(gradients: list[Tensor], clip_norm: float) -> Tensor:
-    return compute_clip_factors(compute_joint_norms(gradients).double(), clip_norm)
+    square_U = torch.stack([bound_norms(gradient_U.flatten(1)).square() for gradient_U in gradients]).sum(dim=0)
+    return Lattice.of(clip_norm, 1.0).compute_factors(square_U.sqrt())
 
 
 def clip_jointly(trunk: list[Tensor], heads: list[Tensor], clip_norm: float) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
-from client.solvers import dp_gd, open_solver
-from client.solvers.parts import closed_form
+from client.solvers import open_solver
+from client.solvers.parts import closed_form, descent
+from client.solvers.parts.closed_form import round_weights
 from common.plugins import Plugin
-from common.privacy.clipping import compute_clip_factors
+from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task
 from common.types import BadInput, Delta, Plan, Unit
@@ -66,8 +67,8 @@ ALL = {**VECTORS, **DENSE}
 class SilentStream(NoiseStream):
     """Real coins, no noise."""
 
-    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros(shape)
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
 
 
 def heads(tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
@@ -95,11 +96,12 @@ def site(
     unit_R = torch.randint(0, max(num_units, 1), (count,), generator=generator)
     if records == 1:
         unit_R = torch.arange(num_units)
-    common = 2.0 * torch.randn(count, FEATURES, generator=generator)
+    # Multiples of 1/256, which 16 bits hold: both solvers then train on the very same numbers.
+    common = (512.0 * torch.randn(count, FEATURES, generator=generator)).round() / 256.0
     made = {}
     for name in tasks:
         features, labels = shapes(name)
-        own = common if shared else 2.0 * torch.randn(count, *features, generator=generator)
+        own = common if shared else (512.0 * torch.randn(count, *features, generator=generator)).round() / 256.0
         if name in ("findings", "size"):
             label = torch.randint(0, 2, (count, *labels), generator=generator).float()
         else:
@@ -159,7 +161,7 @@ def test_it_releases_what_opacus_does_from_the_same_stream(
 def test_draws_made_ahead_for_a_large_head_are_those_of_opacus(rate: float) -> None:
     """Coins and noise come from one stream: their order is part of what is released."""
     tasks = {"map": PerPixel(classes=3000)}
-    assert 3000 * (FEATURES + 1) > dp_gd._LARGE_DRAW
+    assert 3000 * (FEATURES + 1) > descent._LARGE_DRAW
     units = site(tasks, 3, 20, 1)
     ours, theirs = (solve(kind, tasks, units, plan(3, rate), NoiseStream(KEY)) for kind in ("dp_gd", "dp_sgd"))
     assert difference(ours, theirs) < 1e-6
@@ -275,11 +277,10 @@ def test_records_that_cancel_move_the_sum_by_at_most_the_clip_norm(size: float) 
     assert np.linalg.norm(released(units) - released(without)) <= 0.5 * (1 + 1e-5) + 1e-5
 
 
-def test_a_sample_of_maps_too_large_for_memory_is_summed_in_parts() -> None:
+def test_a_sample_of_maps_too_large_for_one_block_is_summed_in_parts() -> None:
     wide: dict[str, Task] = {"map": PerPixel(classes=4096)}
     head = {"map": wide["map"].head(FEATURES)}
-    weights = sum(parameter.numel() for parameter in head["map"].parameters())
-    count = 1 + dp_gd._CHUNK_VALUES // weights
+    count = 1 + 2 * closed_form._BLOCK_OUTPUTS // (4096 * 2)
     generator = torch.Generator().manual_seed(3)
     maps, labels = torch.randn(count, FEATURES, 1, 2, generator=generator), torch.zeros(count, 1, 2, dtype=torch.long)
 
@@ -294,7 +295,7 @@ def test_a_sample_of_maps_too_large_for_memory_is_summed_in_parts() -> None:
         delta = solver.solve(head, wide, units, plan=plan(), public_sizes=sizes, stream=stream)
         return np.concatenate([value.ravel() for value in delta.heads["map"].values()])
 
-    parts = released_sum(slice(9)) + released_sum(slice(9, count))
+    parts = released_sum(slice(5)) + released_sum(slice(5, count))
     assert released_sum(slice(count)) == pytest.approx(parts, abs=1e-4)
 
 
@@ -382,24 +383,32 @@ assert not {"opacus", "ray"} & set(sys.modules)
     assert float(done.stdout) == pytest.approx(math.sqrt(40) / 0.7191, rel=1e-3)  # PRIVACY.md: mu(3) = 0.7191
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["size", "map", "words"])
 @pytest.mark.parametrize("records", [1, 2, 40])
 def test_a_derivative_that_cannot_be_clipped_leaves_its_whole_unit_out(value: float, name: str, records: int) -> None:
     head = heads(ALL)[name]
     chosen = site({name: ALL[name]}, 1, 2, records, missing=0.0).tasks[name]
-    unit_R = torch.arange(2 * records) % 2
-    inputs = closed_form.Inputs.from_records(head, replace(chosen, unit_R=unit_R), 2)
-    delta = torch.ones(head(chosen.features_RD).shape)
-    alone = closed_form.compute_gradients(inputs, delta * (unit_R == 0).view(-1, *[1] * (delta.dim() - 1)), 2)
-    delta[1] = value
-    spoiled = closed_form.compute_gradients(inputs, delta, 2)
-    factor_U = compute_clip_factors(spoiled.norm_U, 1.0)
-    assert factor_U[0] > 0.0 and factor_U[1] == 0.0
-    sums = [
-        [torch.zeros(3 if name != "size" else 1, FEATURES), torch.zeros(3 if name != "size" else 1)] for _ in range(2)
-    ]
-    spoiled.add_weighted(factor_U, sums[0])
-    alone.add_weighted(factor_U, sums[1])
-    for part, expected in zip(*sums, strict=True):
-        assert torch.isfinite(part).all() and torch.allclose(part, expected, rtol=1e-5, atol=1e-6)
+    inputs = closed_form.Inputs.from_records(head, replace(chosen, unit_R=torch.arange(2 * records) % 2), 2)
+    first = int(inputs.start_U[1])
+
+    def sum_parts(others: float, one: float) -> list[Tensor]:
+        """The integer sum when unit 1 has these derivatives, one of its records another."""
+
+        def differentiate(outputs: Tensor, labels: Tensor) -> Tensor:
+            gradient = torch.ones_like(outputs)
+            gradient[first : 2 * records] = others
+            gradient[first] = one
+            return gradient
+
+        weights = [round_weights(part.detach().flatten(1) if part.dim() > 1 else part) for part in head.parameters()]
+        totals = [torch.zeros_like(part, dtype=torch.int64) for part in weights]
+        (block,) = closed_form.split_blocks({name: inputs}, 2, {name: len(weights[0])})
+        closed_form.add_clipped_parts(
+            block, {name: weights}, {name: differentiate}, Lattice.of(1.0, 1.0), {name: totals}
+        )
+        return totals
+
+    spoiled, without = sum_parts(1.0, value), sum_parts(0.0, 0.0)
+    assert without[0].any()
+    assert all(torch.equal(*pair) for pair in zip(spoiled, without, strict=True))

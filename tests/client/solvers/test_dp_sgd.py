@@ -17,7 +17,6 @@ from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
 from common.model.parameters import initial_heads, parameters
 from common.privacy.accounting import Mechanism, compute_epsilon
-from common.privacy.clipping import compute_joint_norms, sum_by_unit, zero_nonfinite
 from common.privacy.noise import NoiseStream
 from common.run import Privacy
 from common.tasks import Task, open_task
@@ -35,8 +34,8 @@ SIZES = {"findings": 20, "grade": 30}
 class SilentStream(NoiseStream):
     """Real coins, no noise."""
 
-    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros(shape)
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
 
 
 class CountingSilentStream(SilentStream):
@@ -46,9 +45,9 @@ class CountingSilentStream(SilentStream):
         NoiseStream.__init__(self, key)
         self.draws = 0
 
-    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
         self.draws += 1
-        return np.zeros(shape)
+        return np.zeros(count, np.int64)
 
 
 def heads() -> dict[str, nn.Module]:
@@ -142,8 +141,8 @@ def test_a_sample_too_large_for_memory_is_clipped_in_parts_and_noised_once() -> 
         "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": {"hidden": 4096}}, "grade")
     }
     modules = initial_heads(wide, {"grade": FEATURES}, seed=1)
-    weights = sum(parameter.numel() for parameter in modules["grade"].parameters())
-    count = 1 + private_step._CHUNK_VALUES // weights
+    count = 2 * private_step._BLOCK_RECORDS + 1
+    assert private_step._count_block_records(modules) < count
     everyone = site(3, count, 1, missing=0.0).only(["grade"])
     stream = CountingSilentStream(KEY)
 
@@ -161,7 +160,7 @@ def test_without_noise_and_clipping_it_is_plain_sgd(rate: float) -> None:
     """Also momentum, decay, divisors and coins are those of the baseline."""
     settings_ = {"momentum": 0.9, "weight_decay": 0.01, "learning_rate": 0.3}
     units = site(4, 15, 2)
-    private = solve(solver(**settings_), units, Plan(rate, 6, 1e6, 0.0, Unit.PATIENT))
+    private = solve(solver(**settings_), units, Plan(rate, 6, 64.0, 1.0, Unit.PATIENT))
     plain = solve(solver("sgd", **settings_), units, Plan(rate, 6, None, 0.0, Unit.PATIENT))
     for name in TASKS:
         for key, value in plain.heads[name].items():
@@ -246,25 +245,6 @@ def test_nothing_that_shapes_the_release_has_a_default(missing: str) -> None:
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
-
-
-def test_records_are_summed_into_their_units() -> None:
-    gradient_R = torch.tensor([[1.0], [10.0], [100.0]])
-    assert sum_by_unit(gradient_R, torch.tensor([2, 0, 2]), 4).squeeze(1).tolist() == [10.0, 0.0, 101.0, 0.0]
-    assert sum_by_unit(gradient_R, torch.tensor([2, 0, 1]), 3).squeeze(1).tolist() == [10.0, 100.0, 1.0]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
-def test_a_unit_with_one_value_that_cannot_be_clipped_is_zero_in_all_heads(value: float) -> None:
-    weights, bias = torch.ones(3, 2, 2), torch.ones(3, 2)
-    weights[1, 0, 1] = value
-    clean_weights, clean_bias = zero_nonfinite([weights, bias])
-    assert not clean_weights[1].any() and not clean_bias[1].any()
-    assert clean_weights[[0, 2]].eq(1.0).all() and clean_bias[[0, 2]].eq(1.0).all()
-
-
-def test_a_joint_norm_is_over_all_parameters() -> None:
-    assert compute_joint_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[[4.0]], [[2.0]]])]).tolist() == [5.0, 2.0]
 
 
 @pytest.mark.parametrize("kind", ["dp_sgd", "dp_gd"])

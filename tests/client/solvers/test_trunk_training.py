@@ -41,8 +41,8 @@ SIZES = {"apart": 10, "findings": 20, "grade": 30, TRUNK: 30}
 class SilentStream(NoiseStream):
     """Real coins, no noise."""
 
-    def gaussian(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros(shape)
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
 
 
 def convolutions() -> tuple[Trunk, Tensor]:
@@ -180,7 +180,7 @@ def test_the_private_sum_is_that_of_a_loop_over_units(trunk_and_rows: tuple[Trun
     solver = open_solver(
         {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1, "clip_norm": clip_norm, "learning_rate": 1.0}, "solver"
     )
-    plan = Plan(1.0, 1, clip_norm, 1e-3 / clip_norm, Unit.PATIENT)  # A release is rounded to a fraction of its noise.
+    plan = Plan(1.0, 1, clip_norm, 1.0, Unit.PATIENT)
     delta = solver.solve(modules, TASKS, units, plan=plan, public_sizes=SIZES, stream=SilentStream(KEY))
     expected = one_at_a_time(modules, units, clip_norm)
     assert delta.heads.keys() == expected.keys()
@@ -201,7 +201,7 @@ def test_without_clipping_and_noise_it_is_plain_sgd_with_the_trunks_own_rates(
     own = {"learning_rate": 0.02, "weight_decay": 0.2}
     common = {"sampling_rate": 0.6, "steps": 4, **rates, "trunk": own}
     private = open_solver({"kind": "dp_sgd", "clip_norm": 1e6, **common}, "solver").solve(
-        modules, TASKS, units, plan=Plan(0.6, 4, 1e6, 1e-9, Unit.PATIENT), public_sizes=SIZES, stream=SilentStream(KEY)
+        modules, TASKS, units, plan=Plan(0.6, 4, 1e6, 1.0, Unit.PATIENT), public_sizes=SIZES, stream=SilentStream(KEY)
     )
     plain = open_solver({"kind": "sgd", **common}, "solver").solve(
         modules, TASKS, units, plan=Plan(0.6, 4, None, 0.0, Unit.PATIENT), public_sizes=SIZES, stream=SilentStream(KEY)

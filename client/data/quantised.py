@@ -1,0 +1,93 @@
+"""Features as 16-bit integers with one scale for each row: what makes outputs and sums exact.
+
+A row is x = scale * q, where q holds integers with |q| < 2**15 in L2 and the scale is a power of two: float32 holds x
+exactly, and quantising x again changes nothing. A row's integers and scale follow from that row alone.
+
+For weights that are integers w_q with |w_q| <= 2**38 every partial sum of q . w_q is an integer of at most 2**53, which
+double precision holds exactly: a row's output does not depend on the other rows of the product, on their number or on
+the machine's way of adding.
+
+# Shapes: R rows (records, or positions of records), D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_VALUES = 2**17
+_WIDE_VALUES = 2**21
+"""Up to so many integers are kept in double precision (16 MiB), as products want them; more as 16 bits."""
+
+_PEAK_BITS = 16
+NORM_BITS = 15
+"""A row of integers has an L2 norm of at most 2**15."""
+
+
+@dataclass(frozen=True)
+class QuantisedRows:
+    """Rows of features.
+
+    Attributes:
+        integers: ... x D, of type float64 or, where they are many, int16; the norm over the last axis is at most 2**15.
+        scale: float64, of the integers' shape without D; a row that could not be used has NaN.
+    """
+
+    integers: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> QuantisedRows:
+        """Returns rows truncated toward zero, so that none gets longer.
+
+        Args:
+            values: ... x D in any floating-point type.
+        """
+        # In blocks that a core's cache holds: a row's integers are the same in any block.
+        blocks = torch.split(values, max(1, _BLOCK_VALUES // max(1, values[:1].numel())))
+        parts = [cls._of_block(block, wide=values.numel() <= _WIDE_VALUES) for block in blocks]
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([part.integers for part in parts]), torch.cat([part.scale for part in parts]))
+
+    @classmethod
+    def _of_block(cls, values: Tensor, *, wide: bool) -> QuantisedRows:
+        exact = values.double()
+        width = exact.shape[-1]
+        peak = exact.abs().amax(dim=-1, keepdim=True) if width else exact.new_zeros((*exact.shape[:-1], 1))
+        usable = torch.isfinite(peak) & (peak > 0.0)
+        unusable_scale = torch.where(torch.isfinite(peak), 0.0, torch.nan)
+        peak = _round_up_to_power(torch.where(usable, peak, 1.0))
+        # Rounded away from zero; sums of squares of whole numbers below 2**53 are the same in any order.
+        norm = (exact * (2.0**_PEAK_BITS / peak)).abs_().ceil_().square_().sum(dim=-1, keepdim=True).sqrt_()
+        scale = _round_up_to_power(torch.where(usable, norm, 1.0)) * peak * 2.0 ** -(_PEAK_BITS + NORM_BITS)
+        integers = (exact / scale).trunc_()
+        integers = torch.where(usable, integers, 0.0)
+        scale = torch.where(usable, scale, unusable_scale)
+        return cls(integers.to(torch.double if wide else torch.int16), scale.squeeze(-1))
+
+    def __len__(self) -> int:
+        return len(self.integers)
+
+    def __getitem__(self, rows: Tensor | slice) -> QuantisedRows:
+        return QuantisedRows(self.integers[rows], self.scale[rows])
+
+    def to(self, device: torch.device) -> QuantisedRows:
+        """Returns the same rows on a device."""
+        return QuantisedRows(self.integers.to(device), self.scale.to(device))
+
+    def bound_norms(self) -> Tensor:
+        """Returns an upper bound (float64) of each row's L2 norm, of the scale's shape: the squares add exactly."""
+        return self.integers.double().square().sum(dim=-1).sqrt_().mul_(1.0 + 2.0**-50).mul_(self.scale)
+
+    def decode(self) -> Tensor:
+        """Returns the rows as float32, ... x D."""
+        return (self.integers * self.scale.unsqueeze(-1)).float()
+
+
+def _round_up_to_power(values: Tensor) -> Tensor:
+    """Returns for each positive value the least power of two above it, exactly."""
+    mantissa, _ = torch.frexp(values)
+    return values / mantissa

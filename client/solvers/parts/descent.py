@@ -1,0 +1,141 @@
+"""Gradient descent on exact sums with noise: the computation of `dp_gd`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from client.data.units import Units
+from client.solvers import Rates
+from client.solvers.parts import objective
+from client.solvers.parts.closed_form import (
+    MAX_WEIGHT_NORM,
+    Inputs,
+    OutputGradient,
+    add_clipped_parts,
+    check_affine,
+    round_weights,
+    split_blocks,
+)
+from client.solvers.parts.flat import Flat
+from common.privacy.lattice import Lattice
+from common.privacy.noise import NoiseStream
+from common.tasks import LossGradient, Task
+from common.types import Delta, Plan, RunFailed
+
+_LARGE_DRAW = 2**14
+"""Number of values from which on a draw is worth a thread of its own."""
+
+
+def descend(
+    modules: Mapping[str, nn.Module],
+    tasks: Mapping[str, Task],
+    units: Units,
+    *,
+    plan: Plan,
+    public_sizes: Mapping[str, int],
+    stream: NoiseStream,
+    rates: Mapping[str, Rates],
+    momentum: float,
+) -> Delta:
+    """Trains copies of linear heads and returns the change of their parameters.
+
+    Args:
+        modules: task -> head.
+        tasks: task -> its definition.
+        units: training units.
+        plan: public numbers of the round.
+        public_sizes: task -> declared number of units.
+        stream: source of coins and noise.
+        rates: task -> learning rate and weight decay.
+        momentum: of the steps on noised means, at least 0 and below 1.
+
+    Raises:
+        BadInput: a head is not affine.
+        RunFailed: training diverged.
+    """
+    assert plan.clip_norm is not None  # A private plan has one.
+    check_affine(modules)
+    lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
+    flat = Flat.from_heads(modules)
+    start = weights = flat.copy_parameters().double()
+    divisors = flat.expand(objective.compute_divisors(plan, public_sizes))
+    learning_rate = flat.expand({name: group.learning_rate for name, group in rates.items()})
+    weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
+    velocity = torch.zeros_like(weights)
+    usable = objective.select_usable(units)
+    inputs = {
+        name: Inputs.from_records(head, usable.tasks[name], usable.num_units, tasks[name].scale)
+        for name, head in flat.heads.items()
+    }
+    widths = {name: len(parts[0]) for name, parts in flat.views(weights).items()}
+    output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
+    total = torch.zeros_like(weights, dtype=torch.int64)
+    sums = flat.views(total)
+    everyone = list(split_blocks(inputs, usable.num_units, widths)) if plan.sampling_rate >= 1.0 else []
+    with torch.no_grad():
+        for members, noise in _draw_steps(usable, plan, stream, len(total), lattice):
+            blocks: Iterable[dict[str, Inputs]] = everyone
+            if plan.sampling_rate < 1.0:
+                sample = {name: one.select(members) for name, one in inputs.items()}
+                blocks = split_blocks(sample, len(members), widths)
+            parts = flat.views(round_weights(weights))
+            _check_weights(parts)
+            total.zero_()
+            for block in blocks:
+                add_clipped_parts(block, parts, output_gradients, lattice, sums)
+            # The update of torch.optim.SGD; what follows the noise costs nothing.
+            step = lattice.release(total, noise).div_(divisors).add_(weights * weight_decay)
+            velocity.mul_(momentum).add_(step)
+            weights = weights - velocity * learning_rate
+    return objective.check_update(flat.split_by_task((weights - start).float()))
+
+
+def _check_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raises RunFailed where weights have grown so large that products with them are not exact."""
+    for name, parts in weights.items():
+        if not bool((parts[0].square().sum(dim=1) <= MAX_WEIGHT_NORM**2).all()):
+            raise RunFailed(f"{name}: training diverged; a smaller learning_rate is needed")
+
+
+def _draw_steps(
+    units: Units, plan: Plan, stream: NoiseStream, size: int, lattice: Lattice
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Yields each step's sample and the noise of `size` values, in the stream's order.
+
+    Much noise is drawn while the step before is computed.
+    """
+
+    def draw() -> tuple[Tensor, NDArray[np.int64]]:
+        return objective.draw_participants(units, plan, stream), stream.rounded_gaussian(size, lattice.log2_deviation)
+
+    if size < _LARGE_DRAW:
+        for _ in range(plan.steps):
+            yield draw()
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(draw)
+        for _ in range(plan.steps - 1):
+            drawn, waiting = waiting.result(), thread.submit(draw)
+            yield drawn
+        yield waiting.result()
+
+
+def _get_output_gradient(task: Task) -> OutputGradient:
+    """Returns the gradient of a task's loss by the head's outputs: the task's own, or autograd's for any other loss."""
+    if isinstance(task, LossGradient):
+        return task.loss_gradient
+
+    def differentiate(outputs: Tensor, labels: Tensor) -> Tensor:
+        leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            total = task.losses(leaf, labels).sum()
+        gradient: Tensor = torch.autograd.grad(total, leaf)[0]
+        return gradient
+
+    return differentiate

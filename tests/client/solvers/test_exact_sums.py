@@ -1,0 +1,310 @@
+"""One unit more adds its own part to a site's sum and changes nothing else: in integers, bit by bit, with no tolerance.
+
+The sum with a unit minus the sum without it is compared with the sum of that unit alone, and its norm with the clip
+norm, in Python's integers: wherever the unit stands, however many others there are, and for heads that a coordinator
+chose to make others' gradients flip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from client.data.quantised import QuantisedRows
+from client.data.units import TaskRecords, Units
+from client.solvers.parts.closed_form import (
+    MAX_WEIGHT_NORM,
+    Inputs,
+    add_clipped_parts,
+    compute_outputs,
+    round_weights,
+    split_blocks,
+)
+from client.solvers.parts.descent import _get_output_gradient
+from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step, split_fixed_blocks
+from common.privacy.lattice import Lattice
+from common.privacy.noise import NoiseStream
+from common.tasks import Task, open_task
+from common.types import Plan, Unit
+
+FEATURES = 40
+LATTICE = Lattice.of(0.5, 3.0)
+TASKS: dict[str, Task] = {
+    "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "grade"),
+    "only": open_task({"kind": "classification", "labels": ["a", "b"], "head": {"bias": False}}, "only"),
+    "signs": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 3.0}, "signs"),
+    "size": open_task({"kind": "regression", "range": [-1, 1]}, "size"),
+    "strange": open_task({"kind": "anomaly", "normal": "n", "anomalous": "a"}, "strange"),
+}
+Sums = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Person:
+    """A unit that is the same wherever it stands: everything of it follows from its seed."""
+
+    seed: int
+    records: int = 1
+    scale: float = 1.0
+
+
+def site(people: Sequence[Person], tasks: Mapping[str, Task] = TASKS, features: int = FEATURES) -> Units:
+    rows, unit, seeds = [torch.zeros(0, features)], [], []
+    for index, person in enumerate(people):
+        generator = torch.Generator().manual_seed(person.seed)
+        rows.append(torch.randn(person.records, features, generator=generator) * person.scale)
+        unit += [index] * person.records
+        seeds += [7 * person.seed + record for record in range(person.records)]
+    features_RD = QuantisedRows.of(torch.cat(rows)).decode()  # As a site's arrays hold them.
+    unit_R, seed_R = torch.tensor(unit, dtype=torch.long), torch.tensor(seeds).long()
+    made = {}
+    for name in tasks:
+        labels = {
+            "signs": torch.stack([seed_R % 2, seed_R % 5 % 2], dim=1).float(),
+            "size": (seed_R % 7).float() / 3.5 - 1.0,
+            "grade": seed_R % 3,
+            "strange": torch.zeros_like(seed_R),
+        }.get(name, seed_R % 2)
+        made[name] = TaskRecords.of(features_RD, labels, seed_R % 11 > 0, unit_R, len(people))
+    return Units(len(people), made)
+
+
+def draw_heads(tasks: Mapping[str, Task], scale: float = 2.0, features: int = FEATURES) -> dict[str, nn.Module]:
+    generator = torch.Generator().manual_seed(5)
+    heads = {name: task.head(features) for name, task in tasks.items()}
+    for head in heads.values():
+        for parameter in head.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    return heads
+
+
+def sum_parts(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], units: Units) -> Sums:
+    """The integer sums of one step in closed form, in steps of the lattice."""
+    usable = {name: records.labelled() for name, records in units.tasks.items()}
+    weights = {
+        name: [
+            round_weights(part.detach().flatten(1) if part.dim() > 1 else part.detach()) for part in head.parameters()
+        ]
+        for name, head in heads.items()
+    }
+    totals = {name: [torch.zeros_like(part, dtype=torch.int64) for part in parts] for name, parts in weights.items()}
+    inputs = {
+        name: Inputs.from_records(head, usable[name], units.num_units, tasks[name].scale)
+        for name, head in heads.items()
+    }
+    gradients = {name: _get_output_gradient(task) for name, task in tasks.items()}
+    with torch.no_grad():
+        for block in split_blocks(inputs, units.num_units, {name: len(parts[0]) for name, parts in weights.items()}):
+            add_clipped_parts(block, weights, gradients, LATTICE, totals)
+    return totals
+
+
+def square(sums: Sums) -> int:
+    return sum(int(value) ** 2 for parts in sums.values() for part in parts for value in part.flatten().tolist())
+
+
+def subtract(first: Sums, second: Sums) -> Sums:
+    return {name: [a - b for a, b in zip(first[name], second[name], strict=True)] for name in first}
+
+
+def assert_equal(first: Sums, second: Sums) -> None:
+    assert all(torch.equal(a, b) for name in first for a, b in zip(first[name], second[name], strict=True))
+
+
+# --- closed form -----------------------------------------------------------------------------------------------------
+
+PEOPLE = st.builds(
+    Person,
+    st.integers(0, 10_000),
+    st.sampled_from([1, 1, 1, 2, 3, 5, 33, 40]),
+    st.sampled_from([1.0, 1.0, 1e-20, 1e-3, 1e3, 1e10, 1e30]),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    others=st.lists(PEOPLE, max_size=12), more=PEOPLE, place=st.integers(0, 12), scale=st.sampled_from([0.0, 0.1, 30.0])
+)
+def test_one_unit_more_adds_its_own_part_which_is_within_the_bound(
+    others: list[Person], more: Person, place: int, scale: float
+) -> None:
+    heads = draw_heads(TASKS, scale)
+    own = sum_parts(heads, TASKS, site([more]))
+    with_it = sum_parts(heads, TASKS, site([*others[:place], more, *others[place:]]))
+    assert_equal(subtract(with_it, sum_parts(heads, TASKS, site(others))), own)
+    assert square(own) <= int(LATTICE.bound**2)
+
+
+@pytest.mark.parametrize("count", [*range(1, 70), 255, 256, 257, 1003, 2049])
+def test_neither_their_number_nor_the_place_changes_what_a_unit_adds(count: int) -> None:
+    """Sizes around vector widths and blocks; the prototype of this arithmetic was tried on the same ones."""
+    tasks = {name: TASKS[name] for name in ("grade", "signs")}
+    heads, more = draw_heads(tasks, 0.5), Person(99_999)
+    people = [Person(seed) for seed in range(count)]
+    own, without = sum_parts(heads, tasks, site([more], tasks)), sum_parts(heads, tasks, site(people, tasks))
+    for place in {0, count // 2, count}:
+        with_it = sum_parts(heads, tasks, site([*people[:place], more, *people[place:]], tasks))
+        assert_equal(subtract(with_it, without), own)
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize("count", [103, 1003])
+def test_heads_that_balance_three_units_on_an_edge_move_the_sum_by_one_unit(count: int, duplicates: bool) -> None:
+    """Heads orthogonal to records that the coordinator knows: rounding alone decided their gradients' signs."""
+    tasks = {"strange": TASKS["strange"]}
+    people = [Person(7 if duplicates and seed > count - 4 else seed) for seed in range(count)]
+    units, more = site(people, tasks), site([*people, Person(123_456)], tasks)
+    known = units.tasks["strange"].features_RD[-1 if duplicates else -3 :].double()
+    if duplicates:
+        known = known[:1]
+    projector = torch.eye(FEATURES, dtype=torch.double) - known.mT @ torch.linalg.solve(known @ known.mT, known)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        direction = projector @ torch.randn(FEATURES, generator=generator, dtype=torch.double)
+        head = tasks["strange"].head(FEATURES)
+        (weight,) = list(head.parameters())
+        weight.data = (direction / direction.norm() * 0.9 * MAX_WEIGHT_NORM).float()[None]
+        moved = subtract(sum_parts({"strange": head}, tasks, more), sum_parts({"strange": head}, tasks, units))
+        assert square(moved) <= int(LATTICE.bound**2)
+
+
+def test_a_sample_of_units_has_the_sum_of_its_members() -> None:
+    people = [Person(seed, records=1 + seed % 4) for seed in range(30)]
+    heads, members = draw_heads(TASKS), torch.tensor([0, 3, 4, 11, 28])
+    units = site(people)
+    inputs = {
+        name: Inputs.from_records(head, units.tasks[name].labelled(), 30, TASKS[name].scale)
+        for name, head in heads.items()
+    }
+    chosen = site([people[index] for index in members.tolist()])
+    expected = sum_parts(heads, TASKS, chosen)
+    weights = {name: [round_weights(part.detach()) for part in head.parameters()] for name, head in heads.items()}
+    totals = {name: [torch.zeros_like(part, dtype=torch.int64) for part in parts] for name, parts in weights.items()}
+    gradients = {name: _get_output_gradient(task) for name, task in TASKS.items()}
+    sample = {name: one.select(members) for name, one in inputs.items()}
+    for block in split_blocks(sample, len(members), {name: len(parts[0]) for name, parts in weights.items()}):
+        add_clipped_parts(block, weights, gradients, LATTICE, totals)
+    assert_equal(totals, expected)
+
+
+def test_the_sum_is_that_of_clipped_gradients_up_to_the_lattice() -> None:
+    """Against a loop in double precision over units, whose records disagree."""
+    people = [Person(seed, records=1 + 3 * (seed % 3), scale=0.3) for seed in range(12)]
+    heads, units = draw_heads(TASKS, 0.5), site(people)
+    sums = sum_parts(heads, TASKS, units)
+    expected = {name: [torch.zeros(part.shape, dtype=torch.double) for part in sums[name]] for name in heads}
+    for unit in range(len(people)):
+        gradients = {}
+        for name, head in heads.items():
+            records = units.tasks[name].labelled()
+            rows = records.unit_R == unit
+            exact = [part.detach().double().requires_grad_() for part in head.parameters()]
+            outputs = nn.functional.linear(
+                records.features_RD[rows].double(), exact[0], exact[1] if len(exact) > 1 else None
+            )
+            loss = (records.weight_R[rows].double() * TASKS[name].losses(outputs, records.labels[rows])).sum()
+            gradients[name] = torch.autograd.grad(TASKS[name].scale * loss, exact)
+        norm = torch.cat([part.flatten() for parts in gradients.values() for part in parts]).norm()
+        for name, parts in gradients.items():
+            for total, part in zip(expected[name], parts, strict=True):
+                total += part * min(1.0, 0.5 / max(float(norm), 1e-30))
+    for name, parts in sums.items():
+        for part, total in zip(parts, expected[name], strict=True):
+            torch.testing.assert_close(part.double() * LATTICE.spacing, total, rtol=1e-5, atol=2e-6)
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    values=st.lists(st.lists(st.floats(width=32), min_size=6, max_size=6), min_size=1, max_size=8),
+    scale=st.sampled_from([1.0, 1e20, 1e-30]),
+)
+def test_a_row_s_integers_follow_from_it_alone_and_hold_it_exactly_the_second_time(
+    values: list[list[float]], scale: float
+) -> None:
+    features = torch.tensor(values, dtype=torch.float32) * scale
+    rows = QuantisedRows.of(features)
+    assert torch.equal(rows.integers, rows.integers.round())
+    assert all(sum(int(value) ** 2 for value in row) < 2**30 for row in rows.integers.tolist())
+    for index, row in enumerate(features):
+        alone = QuantisedRows.of(row[None])
+        assert torch.equal(alone.integers[0], rows.integers[index])
+        assert torch.equal(alone.scale[0], rows.scale[index]) or not torch.isfinite(row).all()
+    finite = torch.isfinite(features).all(dim=1)
+    decoded = rows.decode()
+    assert torch.equal(QuantisedRows.of(decoded).decode()[finite], decoded[finite])
+    assert torch.isnan(decoded[~finite]).all()
+    error = (decoded - features)[finite].double().norm(dim=1)
+    assert bool((error <= features[finite].double().norm(dim=1) * 6**0.5 * 2.0**-14 + 1e-44).all())
+
+
+def test_an_output_does_not_depend_on_the_rows_beside_it() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = QuantisedRows.of(torch.randn(1003, 129, generator=generator))
+    weight = round_weights(torch.randn(7, 129, generator=generator) * 1000)
+    together = compute_outputs(rows, weight, None)
+    for size in (1, 2, 3, 64, 500):
+        parts = [compute_outputs(rows[start : start + size], weight, None) for start in range(0, 1003, size)]
+        assert torch.equal(torch.cat(parts), together)
+
+
+# --- Opacus ----------------------------------------------------------------------------------------------------------
+
+DEEP: dict[str, Task] = {
+    "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": {"hidden": 16}}, "grade"),
+    "signs": open_task({"kind": "multilabel", "labels": ["x", "y"], "head": {"hidden": 8}}, "signs"),
+}
+
+
+def sum_by_opacus(heads: Mapping[str, nn.Module], units: Units) -> list[Tensor]:
+    """The integer totals of one step through Opacus' hooks."""
+    module = hook_record_gradients(heads)
+    plan = Plan(1.0, 1, 0.5, 3.0, Unit.EXAMPLE)
+    seen: list[Tensor] = []
+
+    class Reading(StreamOptimizer):
+        def add_noise(self) -> None:
+            seen.extend(total.clone() for total in self._totals)
+            StreamOptimizer.add_noise(self)
+
+    sgd = torch.optim.SGD(module.parameters(), lr=0.0)
+    optimizer = Reading(sgd, plan=plan, divisors=[1.0] * len(list(module.parameters())), stream=NoiseStream(bytes(32)))
+    usable = replace(units, tasks={name: records.labelled() for name, records in units.tasks.items()})
+    release_step(optimizer, heads, DEEP, usable, torch.arange(units.num_units))
+    return seen
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 255, 256])
+def test_through_opacus_one_unit_more_adds_its_own_part_too(count: int) -> None:
+    """A search over places, numbers and neighbours of absurd size; what it cannot prove, docs call assumed."""
+    people = [Person(seed, records=1 + seed % 2, scale=[1.0, 1e4, 1e-6][seed % 3]) for seed in range(count)]
+    for more in (Person(99_999), Person(77_777, records=200)):
+        own = sum_by_opacus(draw_heads(DEEP, 0.5), site([more], DEEP))
+        assert sum(int(value) ** 2 for total in own for value in total.flatten().tolist()) <= int(LATTICE.bound**2)
+        without = sum_by_opacus(draw_heads(DEEP, 0.5), site(people, DEEP))
+        for place in {count // 3, count}:
+            with_it = sum_by_opacus(draw_heads(DEEP, 0.5), site([*people[:place], more, *people[place:]], DEEP))
+            for total, rest, part in zip(with_it, without, own, strict=True):
+                assert torch.equal(total - rest, part)
+
+
+def test_blocks_have_one_shape_and_hold_every_unit_once() -> None:
+    people = [Person(seed, records=[1, 2, 5, 0, 40][seed % 5]) for seed in range(60)]
+    units = site(people, DEEP)
+    seen = []
+    for block in split_fixed_blocks(units, 16):
+        sizes = {len(records.unit_R) for records in block.tasks.values()}
+        assert len(sizes) == 1 and sizes.pop() % 16 == 0
+        for records in block.tasks.values():
+            added = records.unit_R == block.num_units - 1
+            assert not records.weight_R[added].any() and bool((records.weight_R[~added] > 0).all())
+        seen.append(block.tasks["grade"].features_RD[block.tasks["grade"].unit_R < block.num_units - 1])
+    whole = units.tasks["grade"].features_RD
+    assert torch.equal(torch.cat(seen).sort(dim=0).values, whole.sort(dim=0).values)
