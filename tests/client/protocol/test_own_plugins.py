@@ -147,6 +147,30 @@ def test_an_empty_class_lacks_something_in_every_plugin_folder(package: str, tmp
         assert plugin_class(package, kind).__module__ == f"{package}.{kind}"
 
 
+def test_optional_members_are_asked_for_only_of_a_kind_that_has_part_of_them(tmp_path: Path) -> None:
+    text = """
+from common.backbones import Projection
+from common.plugins import Plugin
+
+
+class Given(Plugin):
+    projection: Projection | None = None
+
+    @classmethod
+    def example(cls, folder): ...
+
+    def architecture(self): ...
+
+    def preprocess(self, item): ...
+"""
+    for folder, more in (("whole", ""), ("part", "\n    def pretrained(self): ...\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "given.py").write_text(text + more)
+    assert plugin_class("common.backbones", "given", own=tmp_path / "whole").__name__ == "Given"
+    with pytest.raises(BadInput, match="got 'given' without random$"):
+        plugin_class("common.backbones", "given", own=tmp_path / "part")
+
+
 def test_only_the_kind_that_is_asked_for_is_imported(tmp_path: Path) -> None:
     """A file that lies beside it runs no code; asked in a process of its own, where nothing was imported before."""
     site(tmp_path)
