@@ -125,7 +125,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.cells import number
+from common.inputs import parse_number
 from common.plugins import Plugin
 from common.tasks import Statistic, TaskExample
 from common.tasks.classification import Classification
@@ -141,7 +141,7 @@ class AboveCodec:
 
     def encode(self, cells: Sequence[str]) -> Tensor:
         """Returns 1 for a number above the limit, else 0."""
-        value = number(cells[0]) if len(cells) == 1 else None
+        value = parse_number(cells[0]) if len(cells) == 1 else None
         if value is None:
             raise BadRecord("expected one number")
         return torch.tensor(int(value > self.limit))

@@ -18,7 +18,7 @@ from client.data.exclusions import Exclusions
 from client.data.feature_store import Features
 from client.data.records import SIDES, Member, Problem, labels_of, place, usable
 from client.data.sources import Source, open_source
-from common.cells import position as cell_position
+from common.inputs import find_name
 from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import BadInput, BadRecord, Unit
@@ -145,7 +145,7 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Membe
 
 def _mapped(own: SiteTask, value: str) -> bool:
     known = list(own.values or {})
-    return own.values is None or cell_position(value, known) is not None or value in own.values.values()
+    return own.values is None or find_name(value, known) is not None or value in own.values.values()
 
 
 def _size(name: str, own: SiteTask, members: Sequence[Member]) -> Found:

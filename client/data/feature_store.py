@@ -31,7 +31,7 @@ from torch import Tensor
 from client.data.batches import choose_batch_size, encode_padded
 from client.data.sources import Source
 from common.files import flush, flush_folder, lock_file, private_folder, write_atomic
-from common.items import Several
+from common.inputs import Several
 from common.process.threads import one_thread
 from common.types import BadRecord
 

@@ -18,7 +18,7 @@ from client.data.exclusions import Exclusions
 from client.data.sources import open_source
 from common.backbones import Kind
 from common.files import private_folder, write_atomic
-from common.items import Several
+from common.inputs import Several
 from common.plugins import resolve
 from common.run import RunConfig
 from common.types import BadInput, BadRecord

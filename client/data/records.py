@@ -18,8 +18,8 @@ from torch import Tensor
 from client.config import LabelColumns, SiteTask, Split
 from client.data.feature_store import Features
 from client.data.sources import Record
-from common.cells import position as cell_position
 from common.errors import instead
+from common.inputs import find_name
 from common.tasks import Task
 from common.types import BadInput, BadRecord, Unit
 
@@ -240,5 +240,5 @@ def check_values(name: str, task: Task, own: LabelColumns) -> None:
 def _mapped(own: SiteTask, cell: str) -> str:
     """The task's value of a local one; a value that is not listed may be the task's own."""
     known = list(own.values or {})
-    found = cell_position(cell, known)
+    found = find_name(cell, known)
     return cell if own.values is None or found is None else own.values[known[found]]

@@ -149,7 +149,7 @@ class Kind(Protocol):
         """Returns a new network, initialised from torch's current generator."""
 
     def preprocess(self, item: Any) -> Tensor:
-        """Returns one source item (see `common.items`) as one input, without a batch dimension; all have one shape.
+        """Returns one source item (see `common.inputs`) as one input, without a batch dimension; all have one shape.
 
         Raises:
             BadRecord: the item cannot be used; the message holds nothing of its content.

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from common.backbones import Architecture, Example, Projection
 from common.backbones.parts.audio import build_triangles, resample
-from common.items import Audio
+from common.inputs import Audio
 from common.plugins import Plugin
 
 if TYPE_CHECKING:

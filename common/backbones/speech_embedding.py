@@ -16,7 +16,7 @@ from pydantic import Field
 
 from common.backbones import Architecture, Example, Pretrained, Projection
 from common.backbones.parts.audio import fit_length, resample
-from common.items import Audio
+from common.inputs import Audio
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput
 

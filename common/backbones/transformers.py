@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 from pydantic import Field, StringConstraints, model_validator
 
 from common.backbones import Architecture, Divided, Example, Pretrained, Projection
-from common.items import Text
+from common.inputs import Text
 from common.plugins import Frozen, LocalPath, Plugin
 from common.types import BadInput, BadRecord
 

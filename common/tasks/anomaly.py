@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, model_validator
 
-from common.cells import CellName, position
+from common.inputs import CellName, find_name
 from common.plugins import Plugin
 from common.tasks import Statistic, TaskExample
 from common.tasks.classification import Classification
@@ -48,7 +48,7 @@ class Anomaly(Plugin):
 
     @model_validator(mode="after")
     def _check_names_and_bias(self) -> Anomaly:
-        if position(self.normal, (self.anomalous,)) is not None:
+        if find_name(self.normal, (self.anomalous,)) is not None:
             raise ValueError(f"anomalous: expected another name than that of normal records, got {self.normal!r} twice")
         if self.head_settings.bias:
             raise ValueError("head: expected bias: false; a bias alone would call every record normal")

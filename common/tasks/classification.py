@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, model_validator
 
-from common.cells import CellName, CellNames
+from common.inputs import CellName, CellNames
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, model_validator
 
-from common.cells import CellNames, position
+from common.inputs import CellNames, find_name
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import ClassCodec
@@ -54,7 +54,7 @@ class Embedding(Plugin):
 
     @model_validator(mode="after")
     def _check_identities_differ(self) -> Embedding:
-        both = next((name for name in self.unseen if position(name, self.labels) is not None), None)
+        both = next((name for name in self.unseen if find_name(name, self.labels) is not None), None)
         if both is not None:
             raise ValueError(f"unseen: expected identities that are not among labels, got {both!r}")
         return self

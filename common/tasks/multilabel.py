@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, model_validator
 
-from common.cells import CellName, CellNames, position
+from common.inputs import CellName, CellNames, find_name
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
@@ -47,7 +47,7 @@ class Multilabel(Plugin):
     def _check_names(self) -> Multilabel:
         if any(_SEPARATOR in name for name in self.labels):
             raise ValueError(f"labels: expected names without {_SEPARATOR!r}, which separates them in a cell")
-        if self.none is not None and position(self.none, self.labels) is not None:
+        if self.none is not None and find_name(self.none, self.labels) is not None:
             raise ValueError(f"none: expected a name that is not one of the labels, got {self.none!r}")
         return self
 
@@ -166,10 +166,10 @@ class MultilabelCodec:
 
     def _split(self, cell: str) -> list[int]:
         labels = [0] * len(self.names)
-        if self.none is not None and position(cell, (self.none,)) is not None:
+        if self.none is not None and find_name(cell, (self.none,)) is not None:
             return labels
         for name in cell.split(_SEPARATOR):
-            index = position(name, self.names)
+            index = find_name(name, self.names)
             if index is None:
                 raise BadRecord(f"expected the task's labels, separated by {_SEPARATOR!r}")
             labels[index] = 1
@@ -179,7 +179,7 @@ class MultilabelCodec:
 def _read_presence(cell: str) -> int:
     if not cell.strip():
         return _UNKNOWN
-    value = position(cell, ("0", "1"))
+    value = find_name(cell, ("0", "1"))
     if value is None:
         raise BadRecord("expected 0, 1 or an empty cell for each label")
     return value

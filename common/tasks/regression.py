@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, field_validator
 
-from common.cells import number
+from common.inputs import parse_number
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
@@ -131,7 +131,7 @@ class RangeCodec:
         """Returns the target from the only cell. Raises BadRecord."""
         import torch
 
-        value = number(cells[0]) if len(cells) == 1 else None
+        value = parse_number(cells[0]) if len(cells) == 1 else None
         if value is None:
             raise BadRecord("expected one number")
         clipped = min(max(value, self.low), self.high)

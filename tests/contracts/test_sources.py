@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from client.data.sources import Example, Source, open_source
-from common.items import Audio, Several, Text
+from common.inputs import Audio, Several, Text
 from common.plugins import kinds, plugin_class
 from common.types import BadInput, BadRecord
 

@@ -14,8 +14,7 @@ from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.named import NamedGroups, Naming
 from client.data.sources.parts.recordings import SUFFIXES, Part, example_recordings, read_recording, require_soundfile
 from client.data.sources.parts.tree import Tree, open_tree
-from common.cells import CellName
-from common.items import Audio
+from common.inputs import Audio, CellName
 from common.plugins import Frozen, LocalPath
 from common.types import BadInput
 

@@ -19,7 +19,7 @@ from client.data.sources.parts.pictures import read_picture
 from client.data.sources.parts.recordings import read_recording, require_soundfile
 from client.data.sources.parts.series import checked
 from client.data.sources.parts.tree import open_tree
-from common.items import Text
+from common.inputs import Text
 from common.plugins import LocalPath
 from common.types import BadInput, BadRecord
 

@@ -16,7 +16,7 @@ from client.data.sources.parts.base import SourceSettings
 from client.data.sources.parts.named import NamedGroups, Naming
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
 from client.data.sources.parts.tree import Tree, open_tree
-from common.cells import CellName
+from common.inputs import CellName
 from common.plugins import LocalPath
 from common.types import BadInput
 

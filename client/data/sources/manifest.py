@@ -19,7 +19,7 @@ from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
 from client.data.sources.parts.recordings import read_recording, require_soundfile
 from client.data.sources.parts.series import read_series
-from common.items import Text
+from common.inputs import Text
 from common.types import BadInput
 
 

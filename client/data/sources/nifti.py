@@ -15,7 +15,7 @@ from pydantic import Field
 from client.data.sources import Example, Source
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.scans import spread, windowed
-from common.items import Several
+from common.inputs import Several
 from common.types import BadInput, BadRecord
 
 _UNREADABLE = (

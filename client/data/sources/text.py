@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from client.data.sources import Example, Record
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
-from common.items import Text
+from common.inputs import Text
 from common.plugins import LocalPath
 
 

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from client.data.sources import Example, Record
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.tree import open_tree
-from common.cells import number
+from common.inputs import parse_number
 from common.plugins import LocalPath
 from common.types import BadInput
 
@@ -111,7 +111,7 @@ def _all_series(files: Iterator[bytes]) -> Iterator[NDArray[np.float64]]:
         for line in body.splitlines():
             # The last part is the label.
             for channel in line.split(":")[:-1]:
-                values = [number(cell) for cell in channel.split(",")]
+                values = [parse_number(cell) for cell in channel.split(",")]
                 series_T = np.array([value for value in values if value is not None], dtype=np.float64)
                 if len(series_T) >= 24 and len(series_T) == len(values) and 0 < series_T.std() < np.inf:
                     yield series_T

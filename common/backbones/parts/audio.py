@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.items import Audio
+from common.inputs import Audio
 from common.types import BadRecord
 
 

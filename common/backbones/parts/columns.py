@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from common.cells import CellName, CellNames, number, position
+from common.inputs import CellName, CellNames, find_name, parse_number
 from common.plugins import Frozen
 from common.types import BadRecord
 
@@ -67,11 +67,11 @@ class Column(Frozen):
 
     def _values(self, text: str) -> list[float]:
         if self.levels is not None:
-            level = position(text, self.levels)
+            level = find_name(text, self.levels)
             if level is None:
                 raise BadRecord(f"column {self.name!r}: expected one of the declared levels")
             return [float(index == level) for index, _ in enumerate(self.levels)]
-        value = number(text)
+        value = parse_number(text)
         if value is None or self.range is None:
             raise BadRecord(f"column {self.name!r}: expected a number")
         low, high = self.range
@@ -79,6 +79,6 @@ class Column(Frozen):
 
     def _can_stand(self, text: str) -> bool:
         if self.levels is not None:
-            return position(text, self.levels) is not None
-        value = number(text)
+            return find_name(text, self.levels) is not None
+        value = parse_number(text)
         return value is not None and self.range is not None and self.range[0] <= value <= self.range[1]

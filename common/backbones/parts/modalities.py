@@ -22,7 +22,7 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 
 from common.backbones.parts.audio import fit_length, resample
 from common.backbones.parts.images import convert_to_rgb
-from common.items import Audio, Text
+from common.inputs import Audio, Text
 from common.types import BadInput, BadRecord
 
 _TEXT_ROWS = 8

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.cells import position
+from common.inputs import find_name
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ClassCodec:
         """Returns the index of the name in the only cell. Raises BadRecord."""
         import torch
 
-        index = position(cells[0], self.names) if len(cells) == 1 else None
+        index = find_name(cells[0], self.names) if len(cells) == 1 else None
         if index is None:
             raise BadRecord("expected one of the task's labels in one column")
         return torch.tensor(index)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from client.data.feature_store import BATCH_SIZE, Features, FeatureStore, rows_of
 from client.data.sources import Record, Source, open_source
-from common.items import Several
+from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
 from common.types import BadRecord
 

@@ -21,7 +21,7 @@ from client.data.feature_store import Features, FeatureStore
 from client.data.prepare import PROBLEMS, prepare
 from client.data.records import usable
 from client.data.sources import Source, open_source
-from common.items import Audio, Text
+from common.inputs import Audio, Text
 from common.model.backbones import open_pretrained
 from common.tasks import open_task
 from common.types import BadInput, BadRecord, Unit

@@ -15,7 +15,7 @@ from PIL import Image
 
 from client.data.sources import Source, open_source
 from client.data.sources.dicom import write_dicom
-from common.items import Several
+from common.inputs import Several
 from common.types import BadInput, BadRecord
 
 VALUES = np.array([[0, 1000, 1024], [1064, 1104, 4095]], dtype=np.uint16)

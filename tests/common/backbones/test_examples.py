@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from common.backbones.speaker_encoder import SpeakerEncoder
-from common.items import Audio
+from common.inputs import Audio
 from common.model.backbones import open_pretrained
 from common.types import BadInput
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from common.backbones.parts.huggingface import silence
 from common.backbones.transformers import Transformers
-from common.items import Audio, Text
+from common.inputs import Audio, Text
 from common.model.backbones import Backbone, load_blob, open_pretrained
 from common.types import BadInput, BadRecord, DigestMismatch
 

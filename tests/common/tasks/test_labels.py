@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cells import number, position
+from common.inputs import find_name, parse_number
 from common.tasks import Task, open_task
 from common.types import BadInput, BadRecord
 
@@ -35,15 +35,15 @@ def test_yaml_numbers_are_labels_and_cells_match_them_as_numbers(cell: str) -> N
 @settings(deadline=None)
 @given(value=st.one_of(st.integers(-(10**6), 10**6), st.floats(allow_nan=False, allow_infinity=False)))
 def test_a_number_survives_its_text(value: float) -> None:
-    assert number(str(value)) == float(value)
-    assert position(str(value), ("x", repr(value))) == 1
+    assert parse_number(str(value)) == float(value)
+    assert find_name(str(value), ("x", repr(value))) == 1
 
 
 def test_text_wins_over_number_and_other_spellings_are_no_numbers() -> None:
-    assert position("01", ("1", "01")) == 1
+    assert find_name("01", ("1", "01")) == 1
     for text in ("", "1_0", "nan", "inf", "1,5", "one"):
-        assert number(text) is None
-        assert position(text, ("1", "2")) is None
+        assert parse_number(text) is None
+        assert find_name(text, ("1", "2")) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.items import Audio
+from common.inputs import Audio
 from common.types import BadInput, BadRecord
 
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".aif", ".aiff"})

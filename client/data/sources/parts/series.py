@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cells import number
+from common.inputs import parse_number
 from common.types import BadRecord
 
 
@@ -48,7 +48,7 @@ def series_of_cells(cells: Sequence[str], channels: int) -> NDArray[np.float32]:
     filled = list(cells)
     while filled and not filled[-1]:
         filled.pop()
-    values = [number(cell) for cell in filled]
+    values = [parse_number(cell) for cell in filled]
     if not values or len(values) % channels or any(value is None for value in values):
         raise BadRecord(f"expected a series of finite numbers, {channels} for each time step")
     series = checked(np.array(values, dtype=np.float64))

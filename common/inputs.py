@@ -1,0 +1,103 @@
+"""Values as data sources hand them out: items for backbones, and table cells for labels and columns.
+
+An item is what a source hands to a backbone, where an array or a picture does not say enough:
+
+| item | from sources | to backbones |
+|---|---|---|
+| PIL image or uint8 array | images | of images |
+| float array T, or T x C channels | time series, vectors | of series; given features |
+| mapping column -> text | tables | given features |
+| `Text` | sentences and pairs of them | of text |
+| `Audio` | recordings | of audio |
+| `Several` | whatever is one record in several items: slices, frames | any: features are averaged |
+
+A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
+
+A cell is text. A column of whole numbers with one empty cell is exported as `1.0`, `0.0` by many tools, and YAML reads
+an unquoted 1 as a number: names that both parse as numbers are therefore equal when the numbers are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a pair of texts that are read together."""
+
+    first: str = field(repr=False)
+    second: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """A recording: mono samples in [-1, 1], float32, and how many there are in a second."""
+
+    samples_T: NDArray[np.float32] = field(repr=False)
+    sample_rate: int
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """One record that is several items; its features are the mean of theirs."""
+
+    items: Sequence[Any] = field(repr=False)
+
+
+def parse_number(text: str) -> float | None:
+    """Returns the finite number that a cell holds, or None."""
+    # Python also reads "1_000" as a number; no table writes numbers so.
+    if "_" in text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def find_name(cell: str, names: Sequence[str]) -> int | None:
+    """Returns the index of the name that a cell equals, as text or else as a number; None where there is none."""
+    text = cell.strip()
+    if text in names:
+        return names.index(text)
+    value = parse_number(text)
+    if value is None:
+        return None
+    return next((index for index, name in enumerate(names) if parse_number(name) == value), None)
+
+
+def _format_number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected a name; put yes, no, true and false in quotes")
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _strip(value: str) -> str:
+    if not value.strip():
+        raise ValueError("expected a name, got an empty one")
+    return value.strip()
+
+
+def _check_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    for index, name in enumerate(names):
+        if find_name(name, names[:index]) is not None:
+            raise ValueError(f"expected distinct names, got {name!r} twice")
+    return names
+
+
+CellName = Annotated[str, BeforeValidator(_format_number), AfterValidator(_strip)]
+"""A public name that cells are compared with; YAML numbers are taken as their text."""
+
+CellNames = Annotated[tuple[CellName, ...], AfterValidator(_check_distinct)]
+"""Distinct public names in a fixed order."""
