@@ -22,15 +22,12 @@ from client.connection.diagnose import (
     open_tls,
     read_presented_certificate,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, RunInactive, measure_clock_skew
 from client.connection.keys import read_key
-from client.connection.node import NODE_ID, StopRequest
 from client.data.checks import data_checks
 from client.data.preview import Preview
 from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals, Offer
-from client.protocol.join import STOPPED
-from client.protocol.site import Site
+from client.protocol.site import STOPPED, Site
 from common.bundle import compute_code_digest
 from common.privacy.noise import os_entropy
 from common.run import RunConfig
@@ -132,10 +129,18 @@ def _check_state(config: SiteConfig) -> Iterator[Check]:
 
 
 def _check_device(config: SiteConfig) -> Check:
+    if config.device == "cpu" or (config.device == "auto" and not _has_gpu_driver()):
+        return Check("device", "pass", f"{config.device}: cpu")  # Without torch, which takes a second to import.
     try:
         return Check("device", "pass", f"{config.device}: {Site(config, os_entropy).device().type}")
     except BadInput as error:
         return Check("device", "fail", str(error), "write `device: auto` or `cpu`")
+
+
+def _has_gpu_driver() -> bool:
+    """Returns whether a driver of GPUs that torch can use shows on this machine (NVIDIA, also under WSL, or AMD)."""
+    signs = ("/proc/driver/nvidia", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")
+    return any(Path(sign).exists() for sign in signs) or shutil.which("nvidia-smi") is not None
 
 
 def _check_budget(config: SiteConfig) -> Check:
@@ -211,6 +216,8 @@ def _check_expiry(coordinator: Coordinator) -> Check:
 
 
 def _check_clock(date: str | None) -> Check:
+    from client.connection.fleet import measure_clock_skew  # Here, as below: a check offline does without Flower.
+
     skew = measure_clock_skew(date)
     if skew is None:
         return Check("clock", "warn", "the coordinator does not say what time it is", "")
@@ -222,6 +229,9 @@ def _check_clock(date: str | None) -> Check:
 
 
 def _check_admission(config: SiteConfig, coordinator: Coordinator) -> Check:
+    from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, RunInactive
+    from client.connection.node import NODE_ID, StopRequest
+
     path: Path = config.state_dir / NODE_ID
     try:
         fleet = Fleet(coordinator, read_key(coordinator.key), stopping=StopRequest().event)

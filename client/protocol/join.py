@@ -15,6 +15,7 @@ from client.ledger.events import TRAINING
 from client.protocol.approvals import Approvals, Offer
 from client.protocol.requirements import refuse_what_does_not_fit, untrained_modules
 from client.protocol.site import (
+    STOPPED,
     Joined,
     Site,
     SiteDeclined,
@@ -42,8 +43,6 @@ from common.types import (
     RunFailed,
     heads_digest,
 )
-
-STOPPED = "stopped.txt"
 
 
 def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
