@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from client.config import SiteConfig, SiteTask
 from client.data.exclusions import Exclusions
-from client.data.feature_store import Features
 from client.data.records import SIDES, Member, Problem, labels_of, place, usable
 from client.data.sources import Source, open_source
 from common.inputs import find_name
@@ -68,8 +66,7 @@ def _open(config: SiteConfig, name: str) -> tuple[Source, list[Member]]:
     opened = exclusions.applied(kind.open())
     index = opened.index()
     # No backbone is needed to tell who is there: a record is unusable if it cannot be loaded, which `_loaded` samples.
-    nothing = Features(np.zeros((len(index), 0), dtype=np.float32), {}, Path())
-    members, problems = usable(name, index, nothing, kind.rows, config.unit, exclusions.positions(index))
+    members, problems = usable(name, index, {}, kind.rows, config.unit, exclusions.positions(index))
     if problems and not members:
         raise BadInput(f"sources.{name}: no usable record; the first: row {problems[0].row}: {problems[0].reason}")
     return opened, members

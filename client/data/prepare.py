@@ -106,7 +106,7 @@ def prepare(
         )
         index = opened.index()
         left_out = exclusions.positions(index)
-        members, bad = usable(view.source, index, features[view], kind.rows, config.unit, left_out)
+        members, bad = usable(view.source, index, features[view].unusable, kind.rows, config.unit, left_out)
         found |= {(member.source, member.position): member for member in members}
         problems += bad
     placed, bad = place(found.values(), config.split, config.unit)

@@ -10,18 +10,17 @@ import hashlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from client.config import LabelColumns, SiteTask, Split
-from client.data.feature_store import Features
 from client.data.sources import Record
 from common.errors import instead
 from common.inputs import find_name
 from common.tasks import Task
 from common.types import BadInput, BadRecord, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -59,7 +58,7 @@ class Member:
 def usable(
     source: str,
     index: list[Record],
-    features: Features,
+    unusable: Mapping[int, str],
     rows: Path | None,
     unit: Unit,
     left_out: Container[int] = (),
@@ -69,7 +68,7 @@ def usable(
     Args:
         source: its name in the site's file.
         index: all its records.
-        features: of all its records.
+        unusable: reason why a record has no features, by its position in the index.
         rows: the CSV that restricts the site to some of them, if there is one.
         unit: what one budget protects.
         left_out: positions of excluded records, which are named nowhere.
@@ -85,8 +84,8 @@ def usable(
         if unit is Unit.PATIENT and record.patient is None:
             raise BadInput(f"sources.{source}: the unit is patient, and the source has no patients; name its column")
         patient = _patient_key(record)
-        if position in features.unusable:
-            problems.append(Problem(record.file, record.row, features.unusable[position]))
+        if position in unusable:
+            problems.append(Problem(record.file, record.row, unusable[position]))
         elif unit is Unit.PATIENT and patient is None:
             problems.append(Problem(record.file, record.row, record.blank))
         else:
@@ -127,6 +126,8 @@ def labels_of(name: str, task: Task, own: SiteTask, members: Iterable[Member]) -
     Raises:
         BadInput: the source has no such column.
     """
+    import torch
+
     columns = [own.column] if isinstance(own.column, str) else own.column
     labels, mask, problems = [task.codec.missing()], [], []
     for record in (member.record for member in members):

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,3 +171,17 @@ def test_an_error_names_the_file_that_is_missing(example: Example, tmp_path: Pat
     absent = Example({**example.settings, "path": str(tmp_path / "absent.csv")})
     with pytest.raises(BadInput, match=r"absent\.csv: expected"):
         opened(absent)
+
+
+def test_reading_its_settings_loads_no_library_that_opens_data(example: Example) -> None:
+    heavy = ["torch", "pandas", "pyarrow", "sklearn", "scipy", "PIL", "datasets", "pydicom", "nibabel", "soundfile"]
+    code = "import json, sys; import client.data.checks; from client.data.sources import open_source"
+    code += "; open_source(json.loads(sys.argv[1]), 'sources.rows')"
+    code += "; print([name for name in sys.argv[2:] if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(dict(example.settings)), *heavy],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
-from scipy.io import wavfile
 
 from client.data.sources import Example, Record
 from client.data.sources.parts.base import SourceSettings, digest
@@ -59,6 +58,8 @@ class Recordings(SourceSettings):
     @classmethod
     def example(cls, folder: Path) -> Example:
         """Five tones of three patients, two of them held out."""
+        from scipy.io import wavfile
+
         (folder / "clips").mkdir()
         names = ["z-cough_q7-ann_1", "z-cough_q7-bea_1", "z-wheeze_q7-ann_2", "z-wheeze_q7-cem_1", "z-wheeze_q7-cem_2"]
         for name, samples in zip(names, example_recordings(len(names)), strict=True):

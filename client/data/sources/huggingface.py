@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow
 from pydantic import model_validator
 
 from client.data.sources import Example, Record
@@ -23,7 +22,7 @@ from common.inputs import Text
 from common.plugins import LocalPath
 from common.types import BadInput, BadRecord
 
-_BROKEN = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, pyarrow.ArrowException)
+_BROKEN = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 _SINGLE = ("ClassLabel", "Value")
 _SIDES: dict[str, Literal["train", "test"]] = {"train": "train", "test": "test"}
 
@@ -113,6 +112,8 @@ class HuggingFace(SourceSettings):
             import datasets
         except ImportError as error:
             raise BadInput("sources: expected the package datasets; install headwater[huggingface]") from error
+        from pyarrow import ArrowException
+
         parts: list[tuple[str | None, Any]] = []
         try:
             with _no_bars():
@@ -124,7 +125,7 @@ class HuggingFace(SourceSettings):
             for _, table in parts:
                 # A damaged file would otherwise be read beyond its end.
                 table.data.table.validate(full=True)
-        except _BROKEN as error:
+        except (*_BROKEN, ArrowException) as error:
             # From None: the messages quote what the files hold.
             raise BadInput(
                 f"{self.path}: expected a data set written by `save_to_disk`, got {type(error).__name__}"

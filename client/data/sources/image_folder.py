@@ -6,9 +6,8 @@ import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from PIL import Image
 from pydantic import AfterValidator, model_validator
 
 from client.data.sources import Example, Record
@@ -19,6 +18,9 @@ from client.data.sources.parts.tree import Tree, open_tree
 from common.inputs import CellName
 from common.plugins import LocalPath
 from common.types import BadInput
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.io import wavfile
 
 from client.config import SiteConfig
-from client.data.feature_store import Features, FeatureStore
+from client.data.feature_store import FeatureStore
 from client.data.prepare import PROBLEMS, prepare
 from client.data.records import usable
 from client.data.sources import Source, open_source
@@ -269,8 +269,7 @@ def test_a_file_whose_name_fits_no_pattern_is_left_out_as_that(tmp_path: Path) -
     for name in names:
         soundfile.write(tmp_path / name, np.zeros(10, np.float32), 100)
     source = opened(kind="audio", path=tmp_path, pattern="^(?P<who>[ab]?)_", patient_column="who")
-    features = Features(np.zeros((3, 1), np.float32), {}, tmp_path)
-    members, problems = usable("songs", source.index(), features, None, Unit.PATIENT)
+    members, problems = usable("songs", source.index(), {}, None, Unit.PATIENT)
     assert [member.record.key for member in members] == ["a_song.wav"]
     assert [(problem.row, problem.reason) for problem in problems] == [
         (1, "blank patient id"),

@@ -7,15 +7,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
-import pyarrow
-import pyarrow.parquet
 from pydantic import AfterValidator
 
 from common.errors import instead
 from common.types import BadInput
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WHITESPACE = "whitespace"
 
@@ -47,6 +47,8 @@ def read_frame(
     Raises:
         BadInput: missing, unreadable, a row longer than the first, or another number of columns than `columns`.
     """
+    import pyarrow
+
     try:
         frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, separator, quotes)
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
@@ -63,6 +65,8 @@ def read_frame(
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
+    import pyarrow.parquet
+
     # Not pandas.read_parquet: it follows what pandas once wrote about the table, which hides an index column and, where
     # it is damaged, fails in ways without end. A missing whole number must not turn the others into 1.0 either.
     table = pyarrow.parquet.read_table(path)
@@ -74,6 +78,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_text(path: Path, separator: str, quotes: bool) -> pd.DataFrame:
+    import pandas as pd
+
     # Always without a header: pandas silently takes leading columns for an index where the first row is longer than
     # the names.
     return pd.read_csv(

@@ -6,13 +6,14 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
-from PIL.ImageOps import exif_transpose
 
 from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Pillow's decoders raise many things on arbitrary bytes; one that is missed would end a whole preparation.
 _UNREADABLE = (
@@ -27,25 +28,29 @@ _UNREADABLE = (
     ValueError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
 def read_picture(file: IO[bytes]) -> Image.Image:
     """A fully decoded picture, turned as its EXIF says. Raises BadRecord: not a picture, or truncated."""
+    from PIL import Image
+    from PIL.ImageOps import exif_transpose
+
     try:
         # Pillow's warnings describe the file, and a picture with doubtful EXIF is still a picture.
         with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
             opened.load()
             turned: Image.Image = exif_transpose(opened)
             return turned
-    except _UNREADABLE:
+    except (*_UNREADABLE, Image.DecompressionBombError):
         # From None: Pillow's own message may name the file, and so a patient.
         raise BadRecord("unreadable image") from None
 
 
 def write_example_pictures(folder: Path, names: list[str]) -> None:
     """Small different PNG pictures, the same on every call."""
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     for name in names:
         path = folder / name

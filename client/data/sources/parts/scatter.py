@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import affine_transform
 
 
 def scatter(image: NDArray[np.float64], canvas: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -15,6 +14,8 @@ def scatter(image: NDArray[np.float64], canvas: int, rng: np.random.Generator) -
         canvas: side in pixels; at least 1.6 times the image's.
         rng: decides position, scale, rotation (at most 20 degrees) and noise.
     """
+    from scipy.ndimage import affine_transform
+
     side = len(image)
     scale, angle = rng.uniform(1.0, 1.6), rng.uniform(-1, 1) * np.pi / 9
     margin = scale * side / 2
