@@ -13,6 +13,9 @@ from torch import nn
 from common.tasks import Task
 from common.types import BadInput, Params
 
+MAX_ROW_NORM = 2.0**14
+"""Of the weights of one output: products with features are then exact (docs/exact-sums.md)."""
+
 
 def initial_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], seed: int) -> dict[str, nn.Module]:
     """A new head for each task, reproducible from the seed and the task's name alone.
@@ -63,3 +66,6 @@ def _check(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise BadInput(f"head: expected shape {shape} for {name}, got {params[name].shape}")
         if not np.isfinite(params[name]).all():
             raise BadInput(f"head: expected finite values in {name}")
+        rows = params[name].reshape(len(params[name]), -1) if params[name].ndim > 1 else params[name].reshape(-1, 1)
+        if not (np.linalg.norm(rows.astype(np.float64), axis=1) <= MAX_ROW_NORM).all():
+            raise BadInput(f"head: expected rows of norm at most {MAX_ROW_NORM:g} in {name}, got a longer one")

@@ -38,8 +38,6 @@ from common.types import BadInput
 WEIGHT_BITS = 24
 """Weights are multiples of 2**-24 while a step is computed."""
 
-MAX_WEIGHT_NORM = 2.0**14
-"""Of the weights of one output: an integer of 2**38 then, whose product with a row is exact."""
 
 _MOST_RECORDS = 32
 """Of a unit whose norm comes from pairs of its records; those of larger ones would outgrow its gradient."""
@@ -110,7 +108,7 @@ def compute_outputs(rows: QuantisedRows, weight_KD: Tensor, bias_K: Tensor | Non
 
     Args:
         rows: ... x D.
-        weight_KD: on the grid (`round_weights`), each row of norm at most MAX_WEIGHT_NORM.
+        weight_KD: on the grid (`round_weights`), each row of norm at most MAX_ROW_NORM.
         bias_K: added to the exact product.
     """
     product: Tensor = rows.integers.double() @ (weight_KD * 2.0**WEIGHT_BITS).mT

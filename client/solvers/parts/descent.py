@@ -14,7 +14,6 @@ from client.data.units import Units
 from client.solvers import Rates
 from client.solvers.parts import objective
 from client.solvers.parts.closed_form import (
-    MAX_WEIGHT_NORM,
     Inputs,
     OutputGradient,
     add_clipped_parts,
@@ -23,6 +22,7 @@ from client.solvers.parts.closed_form import (
     split_blocks,
 )
 from client.solvers.parts.flat import Flat
+from common.model.parameters import MAX_ROW_NORM
 from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
 from common.tasks import LossGradient, Task
@@ -99,7 +99,7 @@ def descend(
 def _check_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:
     """Raises RunFailed where weights have grown so large that products with them are not exact."""
     for name, parts in weights.items():
-        if not bool((parts[0].square().sum(dim=1) <= MAX_WEIGHT_NORM**2).all()):
+        if not bool((parts[0].square().sum(dim=1) <= MAX_ROW_NORM**2).all()):
             raise RunFailed(f"{name}: training diverged; a smaller learning_rate is needed")
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
 from client.solvers.parts.closed_form import (
-    MAX_WEIGHT_NORM,
     Inputs,
     add_clipped_parts,
     compute_outputs,
@@ -28,6 +27,7 @@ from client.solvers.parts.closed_form import (
 )
 from client.solvers.parts.descent import _get_output_gradient
 from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step, split_fixed_blocks
+from common.model.parameters import MAX_ROW_NORM
 from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task
@@ -169,7 +169,7 @@ def test_heads_that_balance_three_units_on_an_edge_move_the_sum_by_one_unit(coun
         direction = projector @ torch.randn(FEATURES, generator=generator, dtype=torch.double)
         head = tasks["strange"].head(FEATURES)
         (weight,) = list(head.parameters())
-        weight.data = (direction / direction.norm() * 0.9 * MAX_WEIGHT_NORM).float()[None]
+        weight.data = (direction / direction.norm() * 0.9 * MAX_ROW_NORM).float()[None]
         moved = subtract(sum_parts({"strange": head}, tasks, more), sum_parts({"strange": head}, tasks, units))
         assert square(moved) <= int(LATTICE.bound**2)
 

@@ -56,6 +56,7 @@ def test_a_head_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         {**good, "weight": good["weight"].T},
         {**good, "bias": nan},
         {**good, "bias": inf},
+        {**good, "weight": np.full_like(good["weight"], 8193.0)},  # Four of them have a norm of more than 2**14.
     ]
     for params in wrong:
         with pytest.raises(BadInput, match="head: expected"):
