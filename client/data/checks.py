@@ -14,7 +14,16 @@ import numpy as np
 
 from client.config import SiteConfig, SiteTask
 from client.data.exclusions import Exclusions
-from client.data.records import SIDES, Member, Problem, labels_of, place, usable
+from client.data.records import (
+    SIDES,
+    PlacedRecord,
+    RejectedRecord,
+    UsableRecord,
+    encode_labels,
+    find_usable,
+    place_records,
+    select_rows,
+)
 from client.data.sources import Source, open_source
 from common.inputs import find_name
 from common.run import RunConfig
@@ -29,7 +38,7 @@ _MAX_SHOWN = 12
 
 def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator[Found]:
     """Sources, records, patients, sides, labels and sizes: (what, outcome, detail, remedy)."""
-    members: list[Member] = []
+    members: list[UsableRecord] = []
     columns: dict[str, list[Mapping[str, str]]] = {}
     for name in config.sources:
         try:
@@ -41,7 +50,7 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
         members += found
         columns[name] = [member.record.cells for member in found]
     try:
-        placed, problems = place(members, config.split, config.unit)
+        placed, problems = place_records(members, config.split, config.unit)
     except BadInput as error:
         yield "sides", "fail", str(error), "put all records of a patient on one side"
         return
@@ -60,13 +69,14 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
         yield f"task {name}", "warn", "it is offered, and this site does not take part in it", "add it under `tasks`"
 
 
-def _open(config: SiteConfig, name: str) -> tuple[Source, list[Member]]:
+def _open(config: SiteConfig, name: str) -> tuple[Source, list[UsableRecord]]:
     kind = open_source(config.sources[name], f"sources.{name}", config.plugins)
     exclusions = Exclusions.read(config.state_dir)
     opened = exclusions.applied(kind.open())
     index = opened.index()
     # No backbone is needed to tell who is there: a record is unusable if it cannot be loaded, which `_loaded` samples.
-    members, problems = usable(name, index, {}, kind.rows, config.unit, exclusions.positions(index))
+    sides = select_rows(kind.rows, index, exclusions.positions(index))
+    members, problems = find_usable(name, index, sides, {}, config.unit)
     if problems and not members:
         raise BadInput(f"sources.{name}: no usable record; the first: row {problems[0].row}: {problems[0].reason}")
     return opened, members
@@ -92,7 +102,7 @@ def _loaded(name: str, opened: Source, config: SiteConfig) -> Found:
     return f"source {name}", outcome, f"{detail}, {len(bad)} unusable ({rows})", "mend them, or let them be left out"
 
 
-def _sides(config: SiteConfig, placed: Sequence[Member], problems: Sequence[Problem]) -> Found:
+def _sides(config: SiteConfig, placed: Sequence[PlacedRecord], problems: Sequence[RejectedRecord]) -> Found:
     units = {side: len({member.unit_key for member in placed if member.side == at}) for at, side in enumerate(SIDES)}
     noun = "patients" if config.unit is Unit.PATIENT else "records"
     detail = f"{units['train']} {noun} to train on, {units['test']} held out"
@@ -106,7 +116,7 @@ def _sides(config: SiteConfig, placed: Sequence[Member], problems: Sequence[Prob
     return "sides", "pass", detail, ""
 
 
-def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Member]) -> Iterator[Found]:
+def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[PlacedRecord]) -> Iterator[Found]:
     columns = [own.column] if isinstance(own.column, str) else own.column
     for column in columns:
         if members and column not in members[0].record.cells:
@@ -124,7 +134,8 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Membe
             yield f"labels {name}", "pass", detail, ""
     if task is None:
         return
-    _, mask, problems = labels_of(name, task, own, members)
+    encoded = encode_labels(name, task, own, members)
+    mask, problems = encoded.mask_R, encoded.rejected
     detail = f"{int(mask.sum())} of {len(members)} records have a label of the offered task"
     if problems:
         rows = ", ".join(f"row {problem.row}: {problem.reason}" for problem in problems[:3])
@@ -145,7 +156,7 @@ def _mapped(own: SiteTask, value: str) -> bool:
     return own.values is None or find_name(value, known) is not None or value in own.values.values()
 
 
-def _size(name: str, own: SiteTask, members: Sequence[Member]) -> Found:
+def _size(name: str, own: SiteTask, members: Sequence[PlacedRecord]) -> Found:
     true = len({member.unit_key for member in members if member.side == SIDES.index("train")})
     detail = f"declared {own.public_size}, counted {true} to train on (the count stays here)"
     # Twice too large or small costs accuracy; it never costs privacy.

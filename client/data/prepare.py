@@ -25,7 +25,18 @@ from client.config import SiteConfig
 from client.data.exclusions import Exclusions
 from client.data.feature_store import Features, FeatureStore, Progress, rows_of
 from client.data.quantised import QuantisedRows
-from client.data.records import SIDES, Member, Problem, Side, labels_of, place, usable
+from client.data.records import (
+    SIDES,
+    PlacedRecord,
+    RejectedRecord,
+    Side,
+    TaskLabels,
+    UsableRecord,
+    encode_labels,
+    find_usable,
+    place_records,
+    select_rows,
+)
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
 from common.files import private_folder, write_atomic
@@ -43,7 +54,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Preparation:
-    """What preparing a run found, for local eyes only.
+    """The outcome of preparing a run, for local eyes only.
 
     Attributes:
         problems: records that are not used.
@@ -51,7 +62,7 @@ class Preparation:
         precision_error: the largest error of features where they were computed in less than float32, else None.
     """
 
-    problems: tuple[Problem, ...] = field(repr=False)
+    problems: tuple[RejectedRecord, ...] = field(repr=False)
     num_units: Mapping[Side, int] = field(repr=False)
     precision_error: float | None = None
 
@@ -67,75 +78,88 @@ class _View(NamedTuple):
         return f"{self.source}@{self.backbone}"
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """The store that keeps features, and how those that it lacks are computed.
+
+    Attributes:
+        store: cached features.
+        device: device on which backbones run.
+        progress: called with (done, total) in records, source by source.
+    """
+
+    store: FeatureStore
+    device: torch.device
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class _LoadedView:
+    features: Features
+    usable: list[UsableRecord] = field(repr=False)
+    rejected: list[RejectedRecord] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _UnitNumbers:
+    """Number of each unit by its key, from 0 on each side, and the number of units on each side."""
+
+    of_key: Mapping[str, int] = field(repr=False)
+    num_units: dict[Side, int] = field(repr=False)
+
+
 def prepare(
-    config: SiteConfig,
-    tasks: Mapping[str, Task],
-    backbones: Mapping[str, Backbone],
-    store: FeatureStore,
-    folder: Path,
-    *,
-    device: torch.device,
-    progress: Progress | None = None,
+    config: SiteConfig, tasks: Mapping[str, Task], backbones: Mapping[str, Backbone], encoding: Encoding, folder: Path
 ) -> Preparation:
-    """Encode what is not encoded yet and write the arrays that `open_units` reads.
+    """Encodes what is not encoded yet and writes the arrays that `open_units` reads.
+
+    The steps: load every view's records, place them on a side, encode their labels, number their units, write.
 
     Args:
         config: the site's file.
-        tasks: the run's tasks at this site.
-        backbones: task -> backbone, or its frozen part; tasks on one source and one backbone share their features.
-        store: cached features.
-        folder: receives the arrays; `problems.csv` is written beside it, also where preparing stops because of them.
-        device: where to encode.
-        progress: told (done, total) in records, source by source.
+        tasks: the run's tasks at this site, by name.
+        backbones: backbone of each task, or its frozen part; tasks on one source and one backbone share their features.
+        encoding: store of cached features, and the device on which missing ones are computed.
+        folder: folder that receives the arrays; `problems.csv` is written beside it, also where preparing stops
+            because of rejected records.
+
+    Returns:
+        Rejected records, numbers of units and the error of the features' precision.
 
     Raises:
-        BadInput: a source cannot be opened; a bad record, or no record to train on, where `on_bad_record` is `stop`; a
-            patient on both sides of a source's own split.
+        BadInput: a source cannot be opened; a rejected record, or no record to train on, where `on_bad_record` is
+            `stop`; a patient on both sides of a source's own split.
     """
     views = {name: _View(config.tasks[name].source, backbones[name].digest) for name in tasks}
-    exclusions = Exclusions.read(config.state_dir)
-    found: dict[tuple[str, int], Member] = {}
-    problems: list[Problem] = []
-    features: dict[_View, Features] = {}
-    for view in sorted(set(views.values())):
-        kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
-        opened = exclusions.applied(kind.open())
-        backbone = next(backbones[task] for task in tasks if views[task] == view)
-        features[view] = store.open_or_encode(
-            opened, backbone, device=device, precision=config.precision, progress=progress
-        )
-        index = opened.index()
-        left_out = exclusions.positions(index)
-        members, bad = usable(view.source, index, features[view].unusable, kind.rows, config.unit, left_out)
-        found |= {(member.source, member.position): member for member in members}
-        problems += bad
-    placed, bad = place(found.values(), config.split, config.unit)
-    problems += bad
-    arrays: dict[str, Tensor] = {}
-    own = {view: _members(placed, view, entry) for view, entry in features.items()}
-    for name, task in tasks.items():
-        labels, mask, bad = labels_of(name, task, config.tasks[name], own[views[name]])
-        arrays |= {f"{name}/labels": labels, f"{name}/mask": mask}
-        problems += bad
-    num_units = _number_units(placed, arrays, own)
-    if num_units["train"] == 0:
-        names = sorted({view.source for view in features})
-        problems.append(Problem(", ".join(names), None, "no record to train on"))
+    by_view = {views[name]: backbones[name] for name in reversed(list(tasks))}
+    loaded = {view: _load_view(config, view, by_view[view], encoding) for view in sorted(by_view)}
+    usable = {(each.source, each.position): each for view in loaded.values() for each in view.usable}
+    placed, twice = place_records(list(usable.values()), config.split, config.unit)
+    members = {view: _select_view(placed, view, each.features) for view, each in loaded.items()}
+    labels = {name: encode_labels(name, task, config.tasks[name], members[views[name]]) for name, task in tasks.items()}
+    units = _number_units(placed)
+    rejected = [record for view in loaded.values() for record in view.rejected] + twice
+    rejected += [record for each in labels.values() for record in each.rejected]
+    if units.num_units["train"] == 0:
+        names = sorted({view.source for view in loaded})
+        rejected.append(RejectedRecord(", ".join(names), None, "no record to train on"))
     # Once where two backbones cannot use a record for the same reason.
-    problems = list(dict.fromkeys(problems))
+    rejected = list(dict.fromkeys(rejected))
     private_folder(folder.parent)
-    _write_problems(folder.with_name(PROBLEMS), problems)
-    _stop_or_go_on(config, problems)
+    _write_rejected(folder.with_name(PROBLEMS), rejected)
+    _stop_if_asked(config, rejected)
     about = {
-        "num_units": num_units,
+        "num_units": units.num_units,
         "views": {name: view.key for name, view in views.items()},
-        "features": {view.key: str(entry.path) for view, entry in features.items()},
+        "features": {view.key: str(each.features.path) for view, each in loaded.items()},
         "trunks": {name: backbones[name].trunk for name in tasks},
     }
     # One file, so that a crash leaves the old arrays or the new ones.
+    arrays = _build_arrays(labels, members, units)
     write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata={"about": json.dumps(about)}))
-    errors = [entry.error for entry in features.values() if entry.error is not None]
-    return Preparation(tuple(problems), num_units, max(errors) if errors and config.precision != "float32" else None)
+    errors = [each.features.error for each in loaded.values() if each.features.error is not None]
+    error = max(errors) if errors and config.precision != "float32" else None
+    return Preparation(tuple(rejected), units.num_units, error)
 
 
 def check_prepared(folder: Path) -> None:
@@ -213,30 +237,53 @@ def _records(
     return chosen_R, features_RD.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 
-def _members(placed: Sequence[Member], view: _View, features: Features) -> list[Member]:
-    """The records of a view: of its source, and with features of its backbone."""
+def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: Encoding) -> _LoadedView:
+    """Opens a view's source and its features, and finds the records that can be used."""
+    exclusions = Exclusions.read(config.state_dir)
+    kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
+    opened = exclusions.applied(kind.open())
+    features = encoding.store.open_or_encode(
+        opened, backbone, device=encoding.device, precision=config.precision, progress=encoding.progress
+    )
+    index = opened.index()
+    sides = select_rows(kind.rows, index, exclusions.positions(index))
+    return _LoadedView(features, *find_usable(view.source, index, sides, features.unusable, config.unit))
+
+
+def _select_view(placed: Sequence[PlacedRecord], view: _View, features: Features) -> list[PlacedRecord]:
+    """Returns the records of a view: those of its source that have features of its backbone."""
     return [each for each in placed if each.source == view.source and each.position not in features.unusable]
 
 
-def _number_units(
-    placed: Sequence[Member], arrays: dict[str, Tensor], own: Mapping[_View, Sequence[Member]]
-) -> dict[Side, int]:
-    """Add every view's positions, sides and units to the arrays; units are numbered on each side alone."""
+def _number_units(placed: Sequence[PlacedRecord]) -> _UnitNumbers:
+    """Numbers the units on each side in the order of their first records."""
     numbers: dict[str, int] = {}
     num_units: dict[Side, int] = dict.fromkeys(SIDES, 0)
-    for member in placed:
-        assert member.side is not None
-        if member.unit_key not in numbers:
-            numbers[member.unit_key] = num_units[SIDES[member.side]]
-            num_units[SIDES[member.side]] += 1
-    for view, members in own.items():
-        arrays[f"{view.key}/position"] = torch.tensor([member.position for member in members], dtype=torch.int64)
-        arrays[f"{view.key}/side"] = torch.tensor([member.side for member in members], dtype=torch.int64)
-        arrays[f"{view.key}/unit"] = torch.tensor([numbers[member.unit_key] for member in members], dtype=torch.int64)
-    return num_units
+    for each in placed:
+        if each.unit_key not in numbers:
+            numbers[each.unit_key] = num_units[SIDES[each.side]]
+            num_units[SIDES[each.side]] += 1
+    return _UnitNumbers(numbers, num_units)
 
 
-def _write_problems(path: Path, problems: Sequence[Problem]) -> None:
+def _build_arrays(
+    labels: Mapping[str, TaskLabels], members: Mapping[_View, Sequence[PlacedRecord]], units: _UnitNumbers
+) -> dict[str, Tensor]:
+    """Returns the arrays of every task's labels and of every view's positions, sides and units, by name."""
+    arrays: dict[str, Tensor] = {}
+    for name, each in labels.items():
+        arrays |= {f"{name}/labels": each.labels, f"{name}/mask": each.mask_R}
+    for view, records in members.items():
+        columns = {
+            "position": [record.position for record in records],
+            "side": [record.side for record in records],
+            "unit": [units.of_key[record.unit_key] for record in records],
+        }
+        arrays |= {f"{view.key}/{name}": torch.tensor(values, dtype=torch.int64) for name, values in columns.items()}
+    return arrays
+
+
+def _write_rejected(path: Path, problems: Sequence[RejectedRecord]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["file", "row", "task", "reason"])
@@ -244,7 +291,7 @@ def _write_problems(path: Path, problems: Sequence[Problem]) -> None:
     write_atomic(path, text.getvalue().encode())
 
 
-def _stop_or_go_on(config: SiteConfig, problems: Sequence[Problem]) -> None:
+def _stop_if_asked(config: SiteConfig, problems: Sequence[RejectedRecord]) -> None:
     if problems and config.on_bad_record == "stop":
         first = problems[0]
         where = first.file if first.row is None else f"{first.file} row {first.row}"

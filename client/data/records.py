@@ -1,4 +1,7 @@
-"""Which of a site's records are used, which unit each belongs to, on which side of the split it stands, its labels.
+"""Selects a site's records, gives each its unit and its side of the split, and encodes its labels.
+
+The steps are select_rows -> find_usable -> place_records -> encode_labels, each a pure function of its arguments; only
+`select_rows` reads a file, the row list. Shape: R records.
 
 Invariant: a unit is on one side of the split only, and stays there when rows are added or reordered.
 """
@@ -7,8 +10,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -27,8 +30,15 @@ SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A record, or without a row a whole source, that cannot be used: where and why, never what it holds."""
+class RejectedRecord:
+    """A record that cannot be used: where it stands and why, never what it holds.
+
+    Attributes:
+        file: file that lists or holds the record; names of sources where a whole source is rejected.
+        row: 1-based row in the file; None where a whole source is rejected.
+        reason: why it cannot be used, for the site's staff.
+        task: the only task that cannot use the record; "" where none can.
+    """
 
     file: str
     row: int | None
@@ -37,14 +47,14 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Member:
-    """A usable record.
+class UsableRecord:
+    """A record with features and a unit, not yet placed on a side of the split.
 
     Attributes:
         source: name of its source in the site's file.
-        position: in that source's index.
-        unit_key: the same for all records of a unit.
-        side: index in SIDES; None where the source or its row list does not say and it is not placed yet.
+        position: its position in the source's index.
+        unit_key: key that all records of a unit share.
+        side: index in SIDES that the source or its row list states; None where neither does.
         record: its index entry.
     """
 
@@ -55,73 +65,129 @@ class Member:
     record: Record
 
 
-def usable(
-    source: str,
-    index: list[Record],
-    unusable: Mapping[int, str],
-    rows: Path | None,
-    unit: Unit,
-    left_out: Container[int] = (),
-) -> tuple[list[Member], list[Problem]]:
-    """Records of one source that have features and a unit, not yet placed on a side.
+@dataclass(frozen=True)
+class PlacedRecord:
+    """A usable record on a side of the split.
+
+    Attributes:
+        source: name of its source in the site's file.
+        position: its position in the source's index.
+        unit_key: key that all records of a unit share.
+        side: index in SIDES.
+        record: its index entry.
+    """
+
+    source: str
+    position: int
+    unit_key: str = field(repr=False)
+    side: int
+    record: Record
+
+
+@dataclass(frozen=True)
+class TaskLabels:
+    """One task's labels for a list of records.
+
+    Attributes:
+        labels: tensor of the codec's labels, a placeholder where a label is missing or cannot be used.
+        mask_R: bool [R], false where the label is a placeholder.
+        rejected: records whose label is to be reported.
+    """
+
+    labels: Tensor = field(repr=False)
+    mask_R: Tensor = field(repr=False)
+    rejected: tuple[RejectedRecord, ...] = field(repr=False)
+
+
+def select_rows(rows: Path | None, index: Sequence[Record], excluded: Container[int] = ()) -> dict[int, str | None]:
+    """Returns the stated side of each record of a source that the site uses, by position; none is "" or None.
 
     Args:
-        source: its name in the site's file.
-        index: all its records.
-        unusable: reason why a record has no features, by its position in the index.
-        rows: the CSV that restricts the site to some of them, if there is one.
-        unit: what one budget protects.
-        left_out: positions of excluded records, which are named nowhere.
+        rows: the CSV that restricts the site to some records of the source, or None for all.
+        index: all records of the source.
+        excluded: positions of excluded records, which are named nowhere.
 
     Raises:
-        BadInput: the unit is the patient and the source knows none; `rows` cannot be read; a side is unknown.
+        BadInput: `rows` cannot be read or names a row twice or outside the source.
     """
-    members, problems = [], []
-    for position, stated in _chosen(rows, len(index)).items():
-        if position in left_out:
-            continue
+    listed = _read_row_list(rows, len(index)) if rows is not None else dict.fromkeys(range(len(index)), "")
+    return {position: side or index[position].split for position, side in listed.items() if position not in excluded}
+
+
+def find_usable(
+    source: str, index: Sequence[Record], sides: Mapping[int, str | None], unusable: Mapping[int, str], unit: Unit
+) -> tuple[list[UsableRecord], list[RejectedRecord]]:
+    """Returns the chosen records of one source that have features and a unit, and the others with their reasons.
+
+    Args:
+        source: name of the source in the site's file.
+        index: all records of the source.
+        sides: stated side of each chosen record, by position (see `select_rows`).
+        unusable: reason why a record has no features, by position.
+        unit: unit that the privacy budget protects.
+
+    Raises:
+        BadInput: the unit is the patient and the source knows no patients; a stated side is neither train nor test.
+    """
+    usable, rejected = [], []
+    for position, side in sides.items():
         record = index[position]
         if unit is Unit.PATIENT and record.patient is None:
             raise BadInput(f"sources.{source}: the unit is patient, and the source has no patients; name its column")
-        patient = _patient_key(record)
+        patient = _get_patient_key(record)
         if position in unusable:
-            problems.append(Problem(record.file, record.row, unusable[position]))
+            rejected.append(RejectedRecord(record.file, record.row, unusable[position]))
         elif unit is Unit.PATIENT and patient is None:
-            problems.append(Problem(record.file, record.row, record.blank))
+            rejected.append(RejectedRecord(record.file, record.row, record.blank))
         else:
             # Each record is a unit of its own, also where two hold the same content.
             key = f"record {source} {position}" if unit is Unit.EXAMPLE or patient is None else patient
-            members.append(Member(source, position, key, _stated_side(stated or record.split, record), record))
-    return members, problems
+            usable.append(UsableRecord(source, position, key, _parse_side(side, record), record))
+    return usable, rejected
 
 
-def place(members: Iterable[Member], split: Split, unit: Unit) -> tuple[list[Member], list[Problem]]:
-    """Every member on its side, those left out that stand on both.
+def place_records(
+    records: Sequence[UsableRecord], split: Split, unit: Unit
+) -> tuple[list[PlacedRecord], list[RejectedRecord]]:
+    """Returns every record on its side of the split, and rejects test records that also stand on the train side.
 
     A source's own split goes before the hash. Where the unit is the patient, for all records of a patient and across
     sources. Where it is the example, for that record alone: a record that moved a patient's others, which are units
     of their own, would change the training sum by more than one unit may. Without a stated side, records of a patient
     share their hash and stay together in either case.
 
+    Args:
+        records: usable records of all sources.
+        split: the site's test fraction and salt, for records without a stated side.
+        unit: unit that the privacy budget protects.
+
     Raises:
         BadInput: the sources' own splits put a patient on both sides.
     """
-    members = list(members)
-    stated = _stated_patients(members)
+    stated = _find_stated_patients(records)
     decided = stated if unit is Unit.PATIENT else {}
-    placed = [replace(member, side=_side(member, decided, split)) for member in members]
-    train = {_identity(member) for member in placed if member.side == SIDES.index("train")}
-    kept, problems = [], []
-    for member in placed:
-        if member.side == SIDES.index("test") and member.record.identified and _identity(member) in train:
-            problems.append(Problem(member.record.file, member.record.row, "the same record is on the train side"))
+    placed = [
+        PlacedRecord(each.source, each.position, each.unit_key, _choose_side(each, decided, split), each.record)
+        for each in records
+    ]
+    train = {_get_identity(each) for each in placed if each.side == SIDES.index("train")}
+    kept, rejected = [], []
+    for each in placed:
+        if each.side == SIDES.index("test") and each.record.identified and _get_identity(each) in train:
+            rejected.append(RejectedRecord(each.record.file, each.record.row, "the same record is on the train side"))
         else:
-            kept.append(member)
-    return kept, problems
+            kept.append(each)
+    return kept, rejected
 
 
-def labels_of(name: str, task: Task, own: SiteTask, members: Iterable[Member]) -> tuple[Tensor, Tensor, list[Problem]]:
-    """Labels and mask of the records of a task's source; a placeholder where a label is missing or not usable.
+def encode_labels(name: str, task: Task, own: SiteTask, records: Iterable[PlacedRecord]) -> TaskLabels:
+    """Returns a task's labels of the records of its source, in their order.
+
+    Args:
+        name: name of the task, for messages.
+        task: the task whose codec encodes the cells.
+        own: the site's columns and mapping of values for the task.
+        records: placed records of the task's source.
 
     Raises:
         BadInput: the source has no such column.
@@ -129,27 +195,22 @@ def labels_of(name: str, task: Task, own: SiteTask, members: Iterable[Member]) -
     import torch
 
     columns = [own.column] if isinstance(own.column, str) else own.column
-    labels, mask, problems = [task.codec.missing()], [], []
-    for record in (member.record for member in members):
+    labels, mask, rejected = [task.codec.missing()], [], []
+    for record in (each.record for each in records):
         absent = [column for column in columns if column not in record.cells]
         if absent:
             raise BadInput(f"tasks.{name}.column: {record.file} has no column {absent[0]!r}")
-        label, reason = _label(task, own, [record.cells[column].strip() for column in columns])
+        label, reason = _encode_label(task, own, [record.cells[column].strip() for column in columns])
         if reason is not None:
-            problems.append(Problem(record.file, record.row, reason, name))
+            rejected.append(RejectedRecord(record.file, record.row, reason, name))
         labels.append(task.codec.missing() if label is None else label)
         mask.append(label is not None)
     # The first only gives the shape, also where there is no record.
-    return torch.stack(labels)[1:], torch.tensor(mask, dtype=torch.bool), problems
+    return TaskLabels(torch.stack(labels)[1:], torch.tensor(mask, dtype=torch.bool), tuple(rejected))
 
 
-# --- which records ---------------------------------------------------------------------------------------------------
-
-
-def _chosen(rows: Path | None, count: int) -> dict[int, str]:
-    """Position -> side, "" where the row list gives none."""
-    if rows is None:
-        return dict.fromkeys(range(count), "")
+def _read_row_list(rows: Path, count: int) -> dict[int, str]:
+    """Returns the side of each listed row by its position, "" where the list states none."""
     chosen: dict[int, str] = {}
     try:
         with rows.open(newline="", encoding="utf-8-sig") as file:
@@ -166,15 +227,12 @@ def _chosen(rows: Path | None, count: int) -> dict[int, str]:
     return chosen
 
 
-def _patient_key(record: Record) -> str | None:
+def _get_patient_key(record: Record) -> str | None:
     patient = (record.patient or "").strip()
     return f"patient {patient}" if patient else None
 
 
-# --- which side ------------------------------------------------------------------------------------------------------
-
-
-def _stated_side(stated: str | None, record: Record) -> int | None:
+def _parse_side(stated: str | None, record: Record) -> int | None:
     if not stated:
         return None
     if stated not in SIDES:
@@ -182,53 +240,55 @@ def _stated_side(stated: str | None, record: Record) -> int | None:
     return SIDES.index(stated)
 
 
-def _stated_patients(members: Iterable[Member]) -> dict[str, int]:
-    """Patient -> the side that sources state."""
-    first: dict[str, Member] = {}
-    for member in members:
-        patient = _patient_key(member.record)
-        if patient is None or member.side is None:
+def _find_stated_patients(records: Iterable[UsableRecord]) -> dict[str, int]:
+    """Returns the side that sources state for a patient, by patient key."""
+    first: dict[str, UsableRecord] = {}
+    for each in records:
+        patient = _get_patient_key(each.record)
+        if patient is None or each.side is None:
             continue
-        other = first.setdefault(patient, member)
-        if other.side != member.side:
-            where = " and ".join(f"{record.file} row {record.row}" for record in (other.record, member.record))
+        other = first.setdefault(patient, each)
+        if other.side != each.side:
+            where = " and ".join(f"{record.file} row {record.row}" for record in (other.record, each.record))
             raise BadInput(f"one patient is on both sides of the split: {where}")
-    return {patient: member.side for patient, member in first.items() if member.side is not None}
+    return {patient: each.side for patient, each in first.items() if each.side is not None}
 
 
-def _side(member: Member, stated: Mapping[str, int], split: Split) -> int:
-    patient = _patient_key(member.record)
+def _choose_side(usable: UsableRecord, stated: Mapping[str, int], split: Split) -> int:
+    patient = _get_patient_key(usable.record)
     if patient is not None and patient in stated:
         return stated[patient]
-    if member.side is not None:
-        return member.side
-    key = patient or f"record {member.source} {member.record.key}"
+    if usable.side is not None:
+        return usable.side
+    key = patient or f"record {usable.source} {usable.record.key}"
     hashed = hashlib.sha256(f"{split.salt}\0{key}".encode()).digest()
     return int(int.from_bytes(hashed[:8], "big") / 2**64 < split.test_fraction)
 
 
-def _identity(member: Member) -> tuple[str, str]:
-    return member.source, member.record.key
+def _get_identity(placed: PlacedRecord) -> tuple[str, str]:
+    return placed.source, placed.record.key
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
-
-
-def _label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, str | None]:
-    """The label, or None with a reason that makes it a problem, or None without one."""
+def _encode_label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, str | None]:
+    """Returns the label, or None with a reason to report the record, or None without one."""
     if not any(cells):
         return None, "missing label" if own.missing == "refuse" else None
     try:
-        return task.codec.encode([_mapped(own, cell) for cell in cells]), None
+        return task.codec.encode([_map_value(own, cell) for cell in cells]), None
     except BadRecord as error:
         return None, str(error) if own.unmapped == "refuse" else None
 
 
 def check_values(name: str, task: Task, own: LabelColumns) -> None:
-    """Whether local values are mapped to values of the task; a typo there would leave out every record that has one.
+    """Checks that local values are mapped to values of the task: a typo would leave out every record that has one.
+
+    Args:
+        name: name of the task, for messages.
+        task: the task whose codec knows its values.
+        own: the site's columns and mapping of values for the task.
 
     Raises:
-        BadInput: one is not.
+        BadInput: a local value is mapped to something that is no value of the task.
     """
     # A value of one of several columns means nothing by itself.
     for local, value in (own.values or {}).items() if isinstance(own.column, str) else ():
@@ -238,8 +298,8 @@ def check_values(name: str, task: Task, own: LabelColumns) -> None:
             raise BadInput(f"tasks.{name}.values.{local}: {error}, got {value!r}") from error
 
 
-def _mapped(own: SiteTask, cell: str) -> str:
-    """The task's value of a local one; a value that is not listed may be the task's own."""
+def _map_value(own: SiteTask, cell: str) -> str:
+    """Returns the task's value for a local one; a value that is not listed may be the task's own."""
     known = list(own.values or {})
     found = find_name(cell, known)
     return cell if own.values is None or found is None else own.values[known[found]]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
-from client.data.prepare import prepare
+from client.data.prepare import Encoding, prepare
 from client.ledger.events import TRAINING
 from client.protocol.approvals import Approvals, Offer
 from client.protocol.requirements import refuse_what_does_not_fit, untrained_modules
@@ -126,10 +126,8 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
             site.config,
             tasks,
             {name: frozen[joined.run.backbone_of(name)] for name in tasks},
-            site.features(),
+            Encoding(site.features(), site.device(), site.progress),
             joined.folder / "data",
-            device=site.device(),
-            progress=site.progress,
         )
     except BadInput as error:
         _stop(site, str(error))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from client.config import SiteConfig
 from client.data.feature_store import FeatureStore
-from client.data.prepare import Preparation, open_units, prepare
+from client.data.prepare import Encoding, Preparation, open_units, prepare
 from client.data.records import Side
 from client.data.sources import open_source
 from client.data.units import Units
@@ -85,7 +85,7 @@ def site(folder: Path, **changes: Any) -> SiteConfig:
 def prepared(folder: Path, config: SiteConfig, tasks: Sequence[str] = ("colour", "size")) -> Preparation:
     chosen = {name: TASKS[name] for name in tasks}
     store = FeatureStore(folder / "features")
-    return prepare(config, chosen, dict.fromkeys(chosen, BACKBONE), store, folder / "run" / "data", device=CPU)
+    return prepare(config, chosen, dict.fromkeys(chosen, BACKBONE), Encoding(store, CPU), folder / "run" / "data")
 
 
 def units(folder: Path, side: Side = "train", tasks: Sequence[str] = ("colour", "size")) -> Units:
@@ -377,9 +377,8 @@ def test_a_canary_in_ids_paths_labels_and_contents_shows_up_nowhere(
                     config,
                     finding,
                     {"finding": images},
-                    FeatureStore(tmp_path / "features"),
+                    Encoding(FeatureStore(tmp_path / "features"), CPU),
                     tmp_path / "run" / "data",
-                    device=CPU,
                 )
                 texts += [repr(preparation), *map(repr, preparation.problems)]
                 texts.append(repr(open_units(tmp_path / "run" / "data", "train", ["finding"], CPU)))
@@ -411,7 +410,7 @@ def test_brain_mri_keeps_its_own_split(assets: Path, tmp_path: Path) -> None:
     images = small_net(128)
     config = site(tmp_path, sources={"rows": source}, tasks={"tumour": task("label")}, on_bad_record="stop")
     preparation = prepare(
-        config, tumour, {"tumour": images}, FeatureStore(tmp_path / "f"), tmp_path / "run" / "data", device=CPU
+        config, tumour, {"tumour": images}, Encoding(FeatureStore(tmp_path / "f"), CPU), tmp_path / "run" / "data"
     )
     assert preparation.num_units == {"train": 320, "test": 80}
     stored = np.load(path)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.config import Split
-from client.data.records import SIDES, Member, place
+from client.data.records import SIDES, UsableRecord, place_records
 from client.data.sources import Record
 from common.types import BadInput, Unit
 
@@ -19,14 +19,14 @@ TRAIN, TEST = SIDES.index("train"), SIDES.index("test")
 
 def member(
     key: str, patient: str | None = None, side: int | None = None, source: str = "scans", identified: bool = True
-) -> Member:
+) -> UsableRecord:
     record = Record(int.from_bytes(key.encode()) + 1, f"{source}.csv", key, patient, None, {}, identified)
-    return Member(source, 0, patient or f"{source} {key}", side, record)
+    return UsableRecord(source, 0, patient or f"{source} {key}", side, record)
 
 
-def sides(members: list[Member], split: Split = HALF) -> dict[tuple[str, str, str | None], int | None]:
+def sides(members: list[UsableRecord], split: Split = HALF) -> dict[tuple[str, str, str | None], int | None]:
     """Each member's side after placing."""
-    placed, _ = place(members, split, Unit.PATIENT)
+    placed, _ = place_records(members, split, Unit.PATIENT)
     return {(found.source, found.record.key, found.record.patient): found.side for found in placed}
 
 
@@ -41,7 +41,7 @@ MEMBERS = st.lists(
 
 @given(MEMBERS, MEMBERS, st.randoms(use_true_random=False))
 def test_a_record_keeps_its_side_when_others_are_added_and_all_are_shuffled(
-    members: list[Member], more: list[Member], random: object
+    members: list[UsableRecord], more: list[UsableRecord], random: object
 ) -> None:
     known = {(found.source, found.record.key) for found in members}
     added = [*members, *(found for found in more if (found.source, found.record.key) not in known)]
@@ -55,9 +55,9 @@ STATED = st.builds(
 
 
 @given(st.lists(STATED, max_size=12))
-def test_no_patient_and_no_record_stands_on_both_sides(members: list[Member]) -> None:
+def test_no_patient_and_no_record_stands_on_both_sides(members: list[UsableRecord]) -> None:
     try:
-        placed, problems = place(members, HALF, Unit.PATIENT)
+        placed, problems = place_records(members, HALF, Unit.PATIENT)
     except BadInput:
         stated = {(found.record.patient, found.side) for found in members if found.side is not None}
         assert any({(patient, TRAIN), (patient, TEST)} <= stated for patient, _ in stated if patient)
@@ -74,9 +74,9 @@ def test_no_patient_and_no_record_stands_on_both_sides(members: list[Member]) ->
 
 
 @given(st.lists(STATED, max_size=12))
-def test_a_stated_side_is_kept(members: list[Member]) -> None:
+def test_a_stated_side_is_kept(members: list[UsableRecord]) -> None:
     try:
-        placed, _ = place(members, HALF, Unit.PATIENT)
+        placed, _ = place_records(members, HALF, Unit.PATIENT)
     except BadInput:
         return
     for before in members:
@@ -96,12 +96,12 @@ def test_the_rest_of_a_patient_follows_what_a_source_states() -> None:
 def test_a_patient_stated_on_both_sides_is_an_error_that_names_the_rows_only() -> None:
     members = [member("a", "q7-ann", TRAIN), member("b", "q7-ann", TEST, source="bloods")]
     with pytest.raises(BadInput, match=r"both sides of the split: scans\.csv row 98 and bloods\.csv row 99") as caught:
-        place(members, HALF, Unit.PATIENT)
+        place_records(members, HALF, Unit.PATIENT)
     assert "q7" not in str(caught.value)
 
 
 def test_a_record_stated_on_both_sides_is_not_tested_on() -> None:
-    placed, problems = place(
+    placed, problems = place_records(
         [member("a", side=TEST), member("a", side=TRAIN), member("b", side=TEST)], HALF, Unit.PATIENT
     )
     assert [(found.record.key, found.side) for found in placed] == [("a", TRAIN), ("b", TEST)]
@@ -112,7 +112,7 @@ def test_a_record_stated_on_both_sides_is_not_tested_on() -> None:
 
 def test_equal_rows_of_a_table_may_be_two_people() -> None:
     members = [member("a", side=side, identified=False) for side in (TEST, TRAIN)]
-    placed, problems = place(members, HALF, Unit.PATIENT)
+    placed, problems = place_records(members, HALF, Unit.PATIENT)
     assert len(placed) == 2
     assert not problems
 
@@ -135,8 +135,8 @@ def test_one_record_more_moves_no_other_where_each_is_a_unit_of_its_own() -> Non
     for number in range(20):
         patient = f"p{number}"
         members = [member(key, patient) for key in "abcdef"]
-        before, _ = place(members, HALF, Unit.EXAMPLE)
+        before, _ = place_records(members, HALF, Unit.EXAMPLE)
         for side in (TRAIN, TEST):
-            after, _ = place([*members, member("new", patient, side)], HALF, Unit.EXAMPLE)
+            after, _ = place_records([*members, member("new", patient, side)], HALF, Unit.EXAMPLE)
             assert [found.side for found in after[:-1]] == [found.side for found in before]
             assert after[-1].side == side

@@ -18,8 +18,8 @@ from scipy.io import wavfile
 
 from client.config import SiteConfig
 from client.data.feature_store import FeatureStore
-from client.data.prepare import PROBLEMS, prepare
-from client.data.records import usable
+from client.data.prepare import PROBLEMS, Encoding, prepare
+from client.data.records import find_usable, select_rows
 from client.data.sources import Source, open_source
 from common.inputs import Audio, Text
 from common.model.backbones import open_pretrained
@@ -251,7 +251,7 @@ def test_a_broken_recording_is_named_by_file_and_row_and_skipped_or_fatal(tmp_pa
 
     def prepared() -> Any:
         store = FeatureStore(tmp_path / "store")
-        return prepare(site, tasks, {"word": backbone}, store, folder, device=torch.device("cpu"))
+        return prepare(site, tasks, {"word": backbone}, Encoding(store, torch.device("cpu")), folder)
 
     if what == "stop":
         with pytest.raises(BadInput, match=r"list\.csv row 2: unreadable recording; 2 such record\(s\)"):
@@ -269,7 +269,8 @@ def test_a_file_whose_name_fits_no_pattern_is_left_out_as_that(tmp_path: Path) -
     for name in names:
         soundfile.write(tmp_path / name, np.zeros(10, np.float32), 100)
     source = opened(kind="audio", path=tmp_path, pattern="^(?P<who>[ab]?)_", patient_column="who")
-    members, problems = usable("songs", source.index(), {}, None, Unit.PATIENT)
+    index = source.index()
+    members, problems = find_usable("songs", index, select_rows(None, index), {}, Unit.PATIENT)
     assert [member.record.key for member in members] == ["a_song.wav"]
     assert [(problem.row, problem.reason) for problem in problems] == [
         (1, "blank patient id"),

@@ -15,7 +15,7 @@ import torch
 from client.config import SiteConfig
 from client.data.checks import data_checks
 from client.data.feature_store import FeatureStore
-from client.data.prepare import open_units, prepare
+from client.data.prepare import Encoding, open_units, prepare
 from client.data.preview import write_previews
 from client.data.sources import open_source
 from common.model.backbones import open_pretrained
@@ -91,7 +91,7 @@ def test_a_sites_own_source_kind_is_used_from_the_folder_its_file_names(tmp_path
     backbone = open_pretrained({"kind": "identity", "dim": 4}, "backbone")
     cpu = torch.device("cpu")
     store = FeatureStore(tmp_path / "features")
-    prepare(config, {"colour": task}, {"colour": backbone}, store, tmp_path / "run" / "data", device=cpu)
+    prepare(config, {"colour": task}, {"colour": backbone}, Encoding(store, cpu), tmp_path / "run" / "data")
     units = open_units(tmp_path / "run" / "data", "train", ["colour"], cpu)
     np.testing.assert_array_equal(units.tasks["colour"].features_RD.numpy(), [[1, 2, 3, 4], [5, 6, 7, 8]])
     assert units.tasks["colour"].labels.tolist() == [0, 2]
