@@ -18,7 +18,7 @@ from torchvision import models
 
 from benchmarks.measure import Work, compare, seconds_of
 from client.data.feature_store import FeatureStore
-from client.data.sources import Record
+from client.data.sources import SourceRecord
 from common.model.backbones import Backbone, open_pretrained
 from common.process.threads import one_thread
 
@@ -37,9 +37,9 @@ class Ready:
         """Not of the content: each store here is new."""
         return self.name
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """One record for each image."""
-        return [Record(row + 1, self.name, str(row), None, None, {}) for row in range(len(self.items))]
+        return [SourceRecord(row + 1, self.name, str(row), None, None, {}) for row in range(len(self.items))]
 
     def load(self, position: int) -> Any:
         """The image."""

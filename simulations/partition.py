@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from client.config import Allow, SiteConfig, SiteTask, Split
-from client.data.sources import Record, open_source
+from client.data.sources import SourceRecord, open_source
 from common.plugins import Spec
 from common.types import BadInput, Unit
 from common.yaml import load, write_yaml
@@ -161,7 +161,7 @@ def _lay_out_natural(config: SimulationConfig) -> Layout:
     return Layout(layout, rows)
 
 
-def _select_kept(index: list[Record], positions: list[int], keep: Keep, key: str) -> list[int]:
+def _select_kept(index: list[SourceRecord], positions: list[int], keep: Keep, key: str) -> list[int]:
     """Returns the positions of records that have one of the listed cells in each listed column.
 
     Args:
@@ -198,11 +198,11 @@ def _lay_out_divided(config: SimulationConfig) -> Layout:
     return Layout({site: config.sources for site in rows}, rows)
 
 
-def _load_index(spec: Spec, key: str) -> list[Record]:
+def _load_index(spec: Spec, key: str) -> list[SourceRecord]:
     return open_source(spec, key).open().index()
 
 
-def _group_by_unit(index: list[Record], unit: Unit) -> list[list[int]]:
+def _group_by_unit(index: list[SourceRecord], unit: Unit) -> list[list[int]]:
     """Returns groups of positions that stay together: the records of a patient, or single records."""
     if unit is Unit.EXAMPLE:
         return [[position] for position in range(len(index))]
@@ -213,7 +213,7 @@ def _group_by_unit(index: list[Record], unit: Unit) -> list[list[int]]:
 
 
 def _assign(
-    config: SimulationConfig, source: str, index: list[Record], groups: list[list[int]]
+    config: SimulationConfig, source: str, index: list[SourceRecord], groups: list[list[int]]
 ) -> dict[str, list[int]]:
     """Returns site name -> positions of its records in one source, by the kind of the partition."""
     partition = config.partition
@@ -238,7 +238,9 @@ def _assign(
     return chosen
 
 
-def _split_groups(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[list[int]]]:
+def _split_groups(
+    partition: Partition, index: list[SourceRecord], groups: list[list[int]]
+) -> dict[str, list[list[int]]]:
     """Returns the groups of each split where the source names splits, so that every site has records of all."""
     parts: dict[str, list[list[int]]] = {}
     for group in groups:
@@ -247,7 +249,7 @@ def _split_groups(partition: Partition, index: list[Record], groups: list[list[i
     return dict(sorted(parts.items()))
 
 
-def _deal_evenly(config: SimulationConfig, index: list[Record], names: Sequence[str]) -> dict[str, list[int]]:
+def _deal_evenly(config: SimulationConfig, index: list[SourceRecord], names: Sequence[str]) -> dict[str, list[int]]:
     """Returns site name -> positions, dealt out unit by unit after shuffling."""
     chosen: dict[str, list[int]] = {name: [] for name in names}
     for side, groups in _split_groups(config.partition, index, _group_by_unit(index, config.unit)).items():
@@ -258,7 +260,7 @@ def _deal_evenly(config: SimulationConfig, index: list[Record], names: Sequence[
     return chosen
 
 
-def _assign_by_column(partition: Partition, index: list[Record], groups: list[list[int]]) -> dict[str, list[int]]:
+def _assign_by_column(partition: Partition, index: list[SourceRecord], groups: list[list[int]]) -> dict[str, list[int]]:
     assert partition.by is not None
     chosen: dict[str, list[int]] = {}
     for group in groups:
@@ -271,7 +273,9 @@ def _assign_by_column(partition: Partition, index: list[Record], groups: list[li
     return chosen
 
 
-def _read_labels(config: SimulationConfig, source: str, index: list[Record], groups: list[list[int]]) -> list[str]:
+def _read_labels(
+    config: SimulationConfig, source: str, index: list[SourceRecord], groups: list[list[int]]
+) -> list[str]:
     task_name = config.partition.by or ""
     task = config.tasks.get(task_name)
     if task is None or task.source != source or not isinstance(task.column, str):
@@ -298,7 +302,9 @@ def _deal_by_proportion(
     return {name: [position for i in part for position in order[i]] for name, part in zip(names, parts, strict=True)}
 
 
-def _add_splits(config: SimulationConfig, source: str, index: list[Record], positions: Iterable[int]) -> list[Row]:
+def _add_splits(
+    config: SimulationConfig, source: str, index: list[SourceRecord], positions: Iterable[int]
+) -> list[Row]:
     """Returns the rows of some positions, with the split that each record belongs to."""
     ordered = sorted(positions)
     if config.partition.split == "stratified":
@@ -310,7 +316,7 @@ def _add_splits(config: SimulationConfig, source: str, index: list[Record], posi
     return [(position + 1, "") for position in ordered]
 
 
-def _split_stratified(config: SimulationConfig, source: str, index: list[Record]) -> list[Row]:
+def _split_stratified(config: SimulationConfig, source: str, index: list[SourceRecord]) -> list[Row]:
     """Returns rows split so that both parts have the label frequencies of the first task on the source."""
     if any(record.patient for record in index):
         raise BadInput("partition.split: stratified divides single records; write hash, which keeps patients whole")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 
 
@@ -33,9 +33,9 @@ class Pendulums(SourceSettings):
     count: int = 200
 
     @classmethod
-    def example(cls, folder: Any) -> Example:
+    def example(cls, folder: Any) -> SourceExample:
         """Six of them."""
-        return Example({"kind": "pendulums", "count": 6})
+        return SourceExample({"kind": "pendulums", "count": 6})
 
     def open(self) -> "Swings":
         """Swings, the same every time."""
@@ -53,10 +53,12 @@ class Swings:
         """Over all of them."""
         return digest([self.lengths.tobytes(), self.phases.tobytes()])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """In order; every fourth is held out."""
         return [
-            Record(i + 1, "pendulums", f"pendulum {i}", None, "test" if i % 4 == 0 else "train", {"length": f"{m:.3f}"})
+            SourceRecord(
+                i + 1, "pendulums", f"pendulum {i}", None, "test" if i % 4 == 0 else "train", {"length": f"{m:.3f}"}
+            )
             for i, m in enumerate(self.lengths)
         ]
 
@@ -76,7 +78,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.backbones import Architecture, Example, Projection
+from common.backbones import Architecture, SourceExample, Projection
 from common.plugins import Plugin
 from common.types import BadRecord
 
@@ -90,10 +92,10 @@ class Spectrum(Plugin):
     projection: Projection | None = None
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Returns four waves."""
         waves = [np.sin(np.arange(16) * pitch).astype(np.float32) for pitch in (0.2, 0.5, 1.0, 2.0)]
-        return Example({"kind": "spectrum", "steps": 16}, waves)
+        return SourceExample({"kind": "spectrum", "steps": 16}, waves)
 
     def architecture(self) -> Architecture:
         """Returns absolute values of the Fourier transform."""

@@ -39,15 +39,21 @@ class BackboneStore:
         self._opened = opened or {}
 
     def has(self, digest: str) -> bool:
-        """Whether a backbone is here, verified when it came."""
+        """Returns whether a backbone is stored; it was verified when it was stored."""
         return (self._folder / digest / "weights.safetensors").exists()
 
     def held_parts(self, digest: str) -> tuple[int, ...]:
-        """Which parts of a transfer that has not ended are here."""
+        """Returns the indices of the parts that are stored of a transfer that has not ended."""
         return tuple(sorted(index for index, _ in self._whole_parts(digest)))
 
     def put_part(self, digest: str, index: int, total: int, data: bytes) -> None:
-        """Keep one part.
+        """Stores one part of a backbone.
+
+        Args:
+            digest: digest of the whole backbone.
+            index: index of the part, from 0.
+            total: number of parts of the whole.
+            data: bytes of the part.
 
         Raises:
             BadInput: the whole would not leave enough of the disk free.
@@ -161,7 +167,7 @@ class BackboneStore:
         return {(int(match[1]), int(match[2])): path for path, match in found.items() if match}
 
     def _known(self, spec: Spec, key: str) -> Path:
-        """Where the digest of one of the site's own backbones is remembered, for as long as its file is the same."""
+        """Returns the path where the digest of one of the site's own backbones is kept while its file is unchanged."""
         kind: Kind = resolve("common.backbones", spec, key)
         file = find_weights_file(kind)
         status = file.stat() if file is not None and file.exists() else None

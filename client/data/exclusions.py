@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.data.sources import Record, Source
+from client.data.sources import Source, SourceRecord
 from common.files import private_folder, write_atomic
 from common.types import BadInput, BadRecord
 
@@ -28,7 +28,7 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Who is left out, recognisable only by asking.
+    """Excluded patients and records as keyed hashes: one can be tested, none can be listed.
 
     Attributes:
         key: of the hashes.
@@ -77,8 +77,8 @@ class Exclusions:
         write_atomic(state_dir / _HASHES, json.dumps(sorted(self.hashes)).encode())
         write_atomic(state_dir / _KEY, self.key)
 
-    def positions(self, index: Sequence[Record]) -> frozenset[int]:
-        """Which records of a source are left out."""
+    def positions(self, index: Sequence[SourceRecord]) -> frozenset[int]:
+        """Returns the positions of the excluded records of a source."""
         if not self.hashes:
             return frozenset()
         return frozenset(position for position, record in enumerate(index) if self._names(record))
@@ -88,7 +88,7 @@ class Exclusions:
         left_out = self.positions(source.index())
         return _Without(source, left_out) if left_out else source
 
-    def _names(self, record: Record) -> bool:
+    def _names(self, record: SourceRecord) -> bool:
         known = (record.key, (record.patient or "").strip())
         return any(text and _hash(self.key, text) in self.hashes for text in known)
 
@@ -104,7 +104,7 @@ class _Without:
         """Another one than the whole source's: their features are not the same."""
         return hashlib.sha256(f"{self.source.digest()} without {sorted(self.left_out)}".encode()).hexdigest()
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         return self.source.index()
 
     def load(self, position: int) -> Any:

@@ -79,7 +79,7 @@ class Features:
 
     @property
     def valid_N(self) -> NDArray[np.bool_]:
-        """Whether a record has features."""
+        """A bool for each record: true where it has features."""
         valid_N = np.ones(len(self.features_ND), dtype=np.bool_)
         valid_N[list(self.unusable)] = False
         return valid_N
@@ -252,7 +252,7 @@ def _encoded_batches(
 
 
 def _made_ahead(make: Callable[[range], _Made], ranges: list[range], workers: int) -> Iterator[_Made]:
-    """What is made of each range, in order, by some threads; not much more than is needed next is held in memory."""
+    """Yields the result for each range, in order, made by some threads; only a few are held at once."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[_Made]] = deque()
         for some in ranges:

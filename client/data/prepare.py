@@ -163,7 +163,7 @@ def prepare(
 
 
 def check_prepared(folder: Path) -> None:
-    """Whether a run's arrays and cached features are there; no record is read.
+    """Checks that a run's arrays and cached features are there; no record is read.
 
     Raises:
         BadInput: they are gone.
@@ -218,7 +218,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _about(file: IO[bytes]) -> dict[str, Any]:
-    """What `prepare` noted with the arrays; reads their file's header alone, which follows its length."""
+    """Returns what `prepare` noted with the arrays; reads their file's header alone, which follows its length."""
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER_BYTES:
         raise ValueError("expected a safetensors file")
@@ -229,7 +229,7 @@ def _about(file: IO[bytes]) -> dict[str, Any]:
 def _records(
     arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device, *, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of a view's records are on a side, their features (`exact`: as 16-bit integers hold them), their units."""
+    """Returns a view's mask of records on a side, their features (`exact`: rounded to 16-bit integers) and units."""
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
     features_RD = torch.from_numpy(rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy()))
     if exact:

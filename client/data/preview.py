@@ -29,7 +29,7 @@ _COLUMNS, _ROWS, _SIDE = 6, 4, 128
 
 @dataclass(frozen=True)
 class Preview:
-    """What previewing one source came to.
+    """The outcome of previewing one source.
 
     Attributes:
         source: its name in the site's file.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from client.config import LabelColumns, SiteTask, Split
-from client.data.sources import Record
+from client.data.sources import SourceRecord
 from common.errors import instead
 from common.inputs import find_name
 from common.tasks import Task
@@ -62,7 +62,7 @@ class UsableRecord:
     position: int
     unit_key: str = field(repr=False)
     side: int | None
-    record: Record
+    record: SourceRecord
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PlacedRecord:
     position: int
     unit_key: str = field(repr=False)
     side: int
-    record: Record
+    record: SourceRecord
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class TaskLabels:
     rejected: tuple[RejectedRecord, ...] = field(repr=False)
 
 
-def select_rows(rows: Path | None, index: Sequence[Record], excluded: Container[int] = ()) -> dict[int, str | None]:
+def select_rows(
+    rows: Path | None, index: Sequence[SourceRecord], excluded: Container[int] = ()
+) -> dict[int, str | None]:
     """Returns the stated side of each record of a source that the site uses, by position; none is "" or None.
 
     Args:
@@ -115,7 +117,7 @@ def select_rows(rows: Path | None, index: Sequence[Record], excluded: Container[
 
 
 def find_usable(
-    source: str, index: Sequence[Record], sides: Mapping[int, str | None], unusable: Mapping[int, str], unit: Unit
+    source: str, index: Sequence[SourceRecord], sides: Mapping[int, str | None], unusable: Mapping[int, str], unit: Unit
 ) -> tuple[list[UsableRecord], list[RejectedRecord]]:
     """Returns the chosen records of one source that have features and a unit, and the others with their reasons.
 
@@ -227,12 +229,12 @@ def _read_row_list(rows: Path, count: int) -> dict[int, str]:
     return chosen
 
 
-def _get_patient_key(record: Record) -> str | None:
+def _get_patient_key(record: SourceRecord) -> str | None:
     patient = (record.patient or "").strip()
     return f"patient {patient}" if patient else None
 
 
-def _parse_side(stated: str | None, record: Record) -> int | None:
+def _parse_side(stated: str | None, record: SourceRecord) -> int | None:
     if not stated:
         return None
     if stated not in SIDES:

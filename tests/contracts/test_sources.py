@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.data.sources import Example, Source, open_source
+from client.data.sources import Source, SourceExample, open_source
 from common.inputs import Audio, Several, Text
 from common.plugins import kinds, plugin_class
 from common.types import BadInput, BadRecord
@@ -28,9 +28,9 @@ UNREADABLE = "unreadable"
 GARBAGE = b"\x00q7-garbage\xff"
 
 
-def example_of(kind: str, folder: Path) -> Example:
+def example_of(kind: str, folder: Path) -> SourceExample:
     cls: Any = plugin_class("client.data.sources", kind)
-    found: Example = cls.example(folder)
+    found: SourceExample = cls.example(folder)
     return found
 
 
@@ -40,11 +40,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def example(kind: str, tmp_path: Path) -> Example:
+def example(kind: str, tmp_path: Path) -> SourceExample:
     return example_of(kind, tmp_path)
 
 
-def opened(example: Example) -> Source:
+def opened(example: SourceExample) -> Source:
     return open_source(example.settings, "sources.rows").open()
 
 
@@ -96,7 +96,7 @@ def shown(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)) + repr(error)
 
 
-def test_opening_twice_gives_the_same_records_in_the_same_order(example: Example) -> None:
+def test_opening_twice_gives_the_same_records_in_the_same_order(example: SourceExample) -> None:
     first, second = opened(example), opened(example)
     assert first.index() == second.index()
     assert first.digest() == second.digest()
@@ -104,7 +104,7 @@ def test_opening_twice_gives_the_same_records_in_the_same_order(example: Example
 
 
 def test_the_index_is_complete_and_keys_do_not_depend_on_where_the_data_lie(
-    kind: str, example: Example, tmp_path: Path
+    kind: str, example: SourceExample, tmp_path: Path
 ) -> None:
     index = opened(example).index()
     assert len(index) >= 4
@@ -120,19 +120,19 @@ def test_the_index_is_complete_and_keys_do_not_depend_on_where_the_data_lie(
     ]
 
 
-def test_the_example_shows_different_content(example: Example) -> None:
+def test_the_example_shows_different_content(example: SourceExample) -> None:
     source = opened(example)
     assert len({str(item) for item in contents(source)}) >= 4
     assert re.fullmatch("[0-9a-f]{64}", source.digest())
 
 
-def test_restricting_a_source_to_rows_leaves_index_and_digest_whole(example: Example, tmp_path: Path) -> None:
-    restricted = Example({**example.settings, "rows": str(tmp_path / "not-read-here.csv")})
+def test_restricting_a_source_to_rows_leaves_index_and_digest_whole(example: SourceExample, tmp_path: Path) -> None:
+    restricted = SourceExample({**example.settings, "rows": str(tmp_path / "not-read-here.csv")})
     assert opened(restricted).digest() == opened(example).digest()
     assert opened(restricted).index() == opened(example).index()
 
 
-def test_the_digest_changes_whenever_any_content_changes(example: Example, tmp_path: Path) -> None:
+def test_the_digest_changes_whenever_any_content_changes(example: SourceExample, tmp_path: Path) -> None:
     before = opened(example)
     digest, whole = before.digest(), contents(before)
     for path in damaged(tmp_path):
@@ -145,7 +145,9 @@ def test_the_digest_changes_whenever_any_content_changes(example: Example, tmp_p
     assert opened(example).digest() == digest
 
 
-def test_no_repr_and_no_error_shows_a_record_however_its_files_are_damaged(example: Example, tmp_path: Path) -> None:
+def test_no_repr_and_no_error_shows_a_record_however_its_files_are_damaged(
+    example: SourceExample, tmp_path: Path
+) -> None:
     secrets = [*example.secrets, "q7-garbage"]
     kind = open_source(example.settings, "sources.rows")
     for _ in itertools.chain([tmp_path], damaged(tmp_path)):
@@ -165,15 +167,15 @@ def test_no_repr_and_no_error_shows_a_record_however_its_files_are_damaged(examp
             assert not [secret for secret in secrets if secret in text]
 
 
-def test_an_error_names_the_file_that_is_missing(example: Example, tmp_path: Path) -> None:
+def test_an_error_names_the_file_that_is_missing(example: SourceExample, tmp_path: Path) -> None:
     if "path" not in example.settings:
         pytest.skip("this kind reads no file")
-    absent = Example({**example.settings, "path": str(tmp_path / "absent.csv")})
+    absent = SourceExample({**example.settings, "path": str(tmp_path / "absent.csv")})
     with pytest.raises(BadInput, match=r"absent\.csv: expected"):
         opened(absent)
 
 
-def test_reading_its_settings_loads_no_library_that_opens_data(example: Example) -> None:
+def test_reading_its_settings_loads_no_library_that_opens_data(example: SourceExample) -> None:
     heavy = ["torch", "pandas", "pyarrow", "sklearn", "scipy", "PIL", "datasets", "pydicom", "nibabel", "soundfile"]
     code = "import json, sys; import client.data.checks; from client.data.sources import open_source"
     code += "; open_source(json.loads(sys.argv[1]), 'sources.rows')"

@@ -15,7 +15,7 @@ from common.plugins import Spec, resolve
 
 
 @dataclass(frozen=True)
-class Record:
+class SourceRecord:
     """One record's index entry: everything but its content.
 
     Attributes:
@@ -50,7 +50,7 @@ class Source(Protocol):
     def digest(self) -> str:
         """64 hex digits over everything `load` can return."""
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """All records in a deterministic order."""
 
     def load(self, position: int) -> Any:
@@ -64,7 +64,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Example:
+class SourceExample:
     """A small instance of a kind: every kind is tested with its own.
 
     Attributes:
@@ -77,7 +77,7 @@ class Example:
 
 
 class SourceKind(Protocol):
-    """What a plug-in file's class provides: settings, and `open`.
+    """The class of a plug-in file; it provides settings, and `open`.
 
     Attributes:
         rows: a CSV that restricts a site to some of the source's records; client/data/records.py applies it.
@@ -87,7 +87,7 @@ class SourceKind(Protocol):
     rows: Path | None
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """At least four different records for tests; their files are written to `folder`, the same on every call."""
 
     def open(self) -> Source:

@@ -8,10 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.named import NamedGroups, Naming
-from client.data.sources.parts.recordings import SUFFIXES, Part, example_recordings, read_recording, require_soundfile
+from client.data.sources.parts.recordings import (
+    SUFFIXES,
+    Excerpt,
+    example_recordings,
+    read_recording,
+    require_soundfile,
+)
 from client.data.sources.parts.tree import Tree, open_tree
 from common.inputs import Audio, CellName
 from common.plugins import Frozen, LocalPath
@@ -19,7 +25,7 @@ from common.types import BadInput
 
 
 class Excerpts(Frozen):
-    """How recordings that are long, such as songs, become several records each.
+    """Settings that cut long recordings, such as songs, into several records each.
 
     Attributes:
         count: excerpts of a recording, evenly spread over it; they overlap where it is short.
@@ -56,7 +62,7 @@ class Recordings(SourceSettings):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Five tones of three patients, two of them held out."""
         from scipy.io import wavfile
 
@@ -71,7 +77,7 @@ class Recordings(SourceSettings):
             "patient_column": "patient",
             "test": {"patient": ["q7-cem"]},
         }
-        return Example(settings, ["q7-", "z-cough", "z-wheeze"])
+        return SourceExample(settings, ["q7-", "z-cough", "z-wheeze"])
 
     def open(self) -> Clips:
         """The opened folder. Raises BadInput: missing, or without a recording."""
@@ -82,7 +88,7 @@ class Recordings(SourceSettings):
         return Clips(self, tree, tuple(tree.stamps))
 
     def naming(self) -> Naming:
-        """How a recording's path is read."""
+        """Returns the rule by which a recording's path is read."""
         return Naming(self.pattern, self.patient_column, self.test)
 
 
@@ -99,7 +105,7 @@ class Clips:
         own, cut = self.tree.digest(), self.settings.excerpts
         return own if cut is None else digest([own.encode(), cut.model_dump_json().encode()])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Recordings in the order of their paths, each with its excerpts in turn; `row` counts recordings."""
         own, naming = self.settings, self.settings.naming()
         return [
@@ -113,7 +119,7 @@ class Clips:
         """One recording or excerpt."""
         recording, excerpt = divmod(position, self._count())
         cut = self.settings.excerpts
-        part = None if cut is None else Part(excerpt, cut.count, cut.seconds)
+        part = None if cut is None else Excerpt(excerpt, cut.count, cut.seconds)
         return read_recording(self.tree.read(self.names[recording], "recording"), part)
 
     def _count(self) -> int:

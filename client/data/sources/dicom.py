@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from client.data.sources import Example, Source
+from client.data.sources import Source, SourceExample
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.scans import spread, windowed
 from common.inputs import Several
@@ -66,7 +66,7 @@ class Dicom(ListedFiles):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Three pictures and a series of two slices, of three patients."""
         rng = np.random.default_rng(0)
         (folder / "q7-series").mkdir()
@@ -79,7 +79,7 @@ class Dicom(ListedFiles):
                 [("file", "finding"), *((path, f"z-{n % 2}") for n, path in enumerate([*paths[:3], "q7-series"]))]
             )
         settings = {"kind": "dicom", "path": str(folder / "list.csv"), "window": "full", "patient_from_tag": True}
-        return Example(settings, ["q7-", "z-0", "z-1"])
+        return SourceExample(settings, ["q7-", "z-0", "z-1"])
 
     def open(self) -> Source:
         """The opened table. Raises BadInput: missing, without a named column, or pydicom is not installed."""

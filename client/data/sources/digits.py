@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.scatter import scatter
 
@@ -31,10 +31,10 @@ class Digits(SourceSettings):
     seed: Annotated[int, Field(ge=0)] = 0
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Two of the digits; there is nothing secret in them."""
         del folder
-        return Example({"kind": "digits", "classes": [3, 8], "seed": 1})
+        return SourceExample({"kind": "digits", "classes": [3, 8], "seed": 1})
 
     def open(self) -> ScatteredDigits:
         """The scattered digits."""
@@ -61,10 +61,10 @@ class ScatteredDigits:
         """Over all pictures."""
         return digest([str(self.images.shape).encode(), self.images.tobytes()])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """All digits in scikit-learn's order."""
         return [
-            Record(
+            SourceRecord(
                 row=position + 1,
                 file="digits",
                 key=f"digit {row}",

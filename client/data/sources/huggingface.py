@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import model_validator
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.pictures import read_picture
 from client.data.sources.parts.recordings import read_recording, require_soundfile
@@ -64,7 +64,7 @@ class HuggingFace(SourceSettings):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Three notes to train on and two held out."""
         import datasets
 
@@ -87,18 +87,18 @@ class HuggingFace(SourceSettings):
         with _no_bars():
             whole.save_to_disk(str(folder / "notes"))
         settings = {"kind": "huggingface", "path": str(folder / "notes"), "text": "note", "patient_column": "patient"}
-        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+        return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
-    def open(self) -> Rows:
+    def open(self) -> DatasetRows:
         """The opened data set. Raises BadInput: missing, damaged, or without a named column."""
         if self.audio is not None:
             require_soundfile()
         tables = self._tables()
         stamps = open_tree(self.path, "a saved data set").chosen(lambda name: True).digest()
         contents = [self.image, self.audio, self.series]
-        parts = [Part(side, table, _columns(table, contents)) for side, table in tables]
+        parts = [SplitTable(side, table, _columns(table, contents)) for side, table in tables]
         settings = f"{contents} {self.text} {self.text_pair} {sorted(self.splits.items())}"
-        return Rows(self, parts, digest([stamps.encode(), settings.encode()]))
+        return DatasetRows(self, parts, digest([stamps.encode(), settings.encode()]))
 
     def content(self) -> str:
         """The column that is the content."""
@@ -150,7 +150,7 @@ class HuggingFace(SourceSettings):
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitTable:
     """One split: its side, its table, and the columns of single values as text."""
 
     side: str | None
@@ -159,26 +159,26 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rows:
+class DatasetRows:
     """An opened data set."""
 
     settings: HuggingFace = field(repr=False)
-    parts: Sequence[Part] = field(repr=False)
+    parts: Sequence[SplitTable] = field(repr=False)
     stamps: str
 
     def digest(self) -> str:
         """Over every file's path, size and time of change, and which columns are read."""
         return self.stamps
 
-    def index(self) -> list[Record]:
-        """Rows split by split, in their order; keys are hashes of the content, read once."""
+    def index(self) -> list[SourceRecord]:
+        """Returns the rows split by split, in their order; keys are hashes of the content, read once."""
         own = self.settings
-        records: list[Record] = []
+        records: list[SourceRecord] = []
         for part in self.parts:
             for at in range(len(part.table)):
                 cells = {name: values[at] for name, values in part.columns.items()}
                 records.append(
-                    Record(
+                    SourceRecord(
                         row=len(records) + 1,
                         file=own.path.name,
                         key=_key(self._values(part, at)),
@@ -210,7 +210,7 @@ class Rows:
             raise BadRecord("expected the bytes of a file within the data set")
         return read_picture(io.BytesIO(data)) if own.image is not None else read_recording(data)
 
-    def _values(self, part: Part, at: int) -> tuple[Any, Any]:
+    def _values(self, part: SplitTable, at: int) -> tuple[Any, Any]:
         row, own = part.table[at], self.settings
         return row[own.content()], row[own.text_pair] if own.text_pair is not None else None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, model_validator
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings
 from client.data.sources.parts.named import NamedGroups, Naming
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
@@ -76,12 +76,12 @@ class ImageFolder(SourceSettings):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Four pictures of three patients."""
         names = ["z-benign/q7-ann-1.png", "z-benign/q7-ann-2.png", "z-malignant/q7-bea-1.png", "z-other/q7-cem-1.png"]
         write_example_pictures(folder / "pictures", names)
         settings = {"kind": "image_folder", "path": str(folder / "pictures"), "patient_pattern": r"^(.*)-\d"}
-        return Example(settings, ["q7-", "z-benign", "z-malignant", "z-other"])
+        return SourceExample(settings, ["q7-", "z-benign", "z-malignant", "z-other"])
 
     def open(self) -> Pictures:
         """The opened folder. Raises BadInput: missing, or without an image at the right depth."""
@@ -95,7 +95,7 @@ class ImageFolder(SourceSettings):
         return Pictures(self, tree, tuple(tree.stamps))
 
     def naming(self) -> Naming | None:
-        """How an image's path is read where there is a pattern."""
+        """Returns the rule by which an image's path is read where there is a pattern."""
         return None if self.pattern is None else Naming(self.pattern, self.patient_column, self.test)
 
 
@@ -111,7 +111,7 @@ class Pictures:
         """Over every image's path and its size and time of change, or its checksum in a zip."""
         return self.tree.digest()
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Images in the order of their paths; `row` counts in this order."""
         naming, file = self.settings.naming(), self.settings.path.name
         return [
@@ -119,13 +119,13 @@ class Pictures:
             for number, name in enumerate(self.names, start=1)
         ]
 
-    def _by_folder(self, number: int, name: str) -> Record:
+    def _by_folder(self, number: int, name: str) -> SourceRecord:
         parts = PurePosixPath(name).parts
         patient = None
         if self.settings.patient_pattern is not None:
             match = re.search(self.settings.patient_pattern, parts[-1])
             patient = (match.group(1) or "") if match else ""
-        return Record(
+        return SourceRecord(
             row=number,
             file=self.settings.path.name,
             key=name,

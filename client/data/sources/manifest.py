@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from client.data.sources import Example, Record, Source
+from client.data.sources import Source, SourceExample, SourceRecord
 from client.data.sources.parts.base import digest, digest_of_texts
 from client.data.sources.parts.frame import read_frame, require_columns
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
@@ -51,7 +51,7 @@ class Manifest(ListedFiles):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Four pictures of three patients, and one picture that is missing."""
         pictures = ["q7-ann-1.png", "q7-ann-2.png", "q7-bea.png", "q7-cem.png"]
         write_example_pictures(folder, pictures)
@@ -61,14 +61,14 @@ class Manifest(ListedFiles):
             for number, name in enumerate([*pictures, "q7-missing.png"]):
                 writer.writerow([name, name[:6], ["z-benign", "z-malignant"][number % 2]])
         settings = {"kind": "manifest", "path": str(folder / "list.csv"), "patient_column": "patient"}
-        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+        return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
     def open(self) -> Source:
         """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
         if self.text is not None:
             frame = read_frame(self.path, self.separator)
             require_columns(frame, self.path, [self.text, self.text_pair, self.patient_column, self.split_column])
-            return Texts(self, frame.to_dict("records"))
+            return ListedTexts(self, frame.to_dict("records"))
         if self.audio is not None:
             require_soundfile()
             return open_listing(self, Reader(self.audio, _recording, "recording"))
@@ -78,7 +78,7 @@ class Manifest(ListedFiles):
 
 
 @dataclass(frozen=True)
-class Texts:
+class ListedTexts:
     """An opened manifest of texts."""
 
     settings: Manifest
@@ -88,11 +88,11 @@ class Texts:
         """Over all texts."""
         return digest_of_texts([self._texts(row) for row in self.rows])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Rows in the manifest's order. Equal texts have equal keys: they fall on the same side of a split."""
         own = self.settings
         return [
-            Record(
+            SourceRecord(
                 row=number,
                 file=own.path.name,
                 key=digest(text.encode() for text in self._texts(row)),

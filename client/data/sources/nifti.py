@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from client.data.sources import Example, Source
+from client.data.sources import Source, SourceExample
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.scans import spread, windowed
 from common.inputs import Several
@@ -52,7 +52,7 @@ class Nifti(ListedFiles):
     max_slices: Annotated[int, Field(ge=1)] | None = None
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Four small volumes of three patients."""
         import nibabel
 
@@ -65,7 +65,7 @@ class Nifti(ListedFiles):
             rows = [(name, f"q7-pat{number // 2}", f"z-{number % 2}") for number, name in enumerate(names)]
             csv.writer(file).writerows([("file", "patient", "finding"), *rows])
         settings = {"kind": "nifti", "path": str(folder / "list.csv"), "patient_column": "patient"}
-        return Example(settings, ["q7-", "z-0", "z-1"])
+        return SourceExample(settings, ["q7-", "z-0", "z-1"])
 
     def open(self) -> Source:
         """The opened table. Raises BadInput: missing, without a named column, or nibabel is not installed."""

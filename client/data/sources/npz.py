@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from common.errors import instead
 from common.plugins import Frozen, LocalPath
@@ -25,7 +25,7 @@ from common.types import BadInput
 _UNREADABLE = (EOFError, OSError, RuntimeError, SyntaxError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
-class Part(Frozen):
+class ArrayPart(Frozen):
     """One part of the file.
 
     Attributes:
@@ -54,11 +54,11 @@ class Npz(SourceSettings):
 
     kind: Literal["npz"]
     path: LocalPath
-    parts: Annotated[dict[Literal["train", "test", "all"], Part], Field(min_length=1)]
+    parts: Annotated[dict[Literal["train", "test", "all"], ArrayPart], Field(min_length=1)]
     names: dict[str, str] = {}
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Three pictures to train on, two held out, labels as numbers with names."""
         pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
         np.savez(
@@ -77,7 +77,7 @@ class Npz(SourceSettings):
         }
         path = str(folder / "arrays.npz")
         settings = {"kind": "npz", "path": path, "parts": parts, "names": {"finding": "classes"}}
-        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+        return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
     def open(self) -> Arrays:
         """The opened file. Raises BadInput: missing, not an npz file, an array missing or of another length."""
@@ -117,7 +117,7 @@ class Npz(SourceSettings):
             wanted += [part.inputs, *part.per_record()]
         return wanted
 
-    def _check(self, part: Part, arrays: Mapping[str, np.ndarray]) -> None:
+    def _check(self, part: ArrayPart, arrays: Mapping[str, np.ndarray]) -> None:
         if arrays[part.inputs].ndim < 2:
             raise BadInput(f"{self.path}: expected {part.inputs!r} to hold one image or vector for each record")
         for name in part.per_record():
@@ -153,20 +153,20 @@ class Arrays:
         parts = [text.encode() for name, part in self.settings.parts.items() for text in (name, part.inputs)]
         return digest([self.sha.encode(), *parts])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Records part by part, in the file's order; `row` counts on from part to part."""
         return list(self._records)
 
     @cached_property
-    def _records(self) -> list[Record]:
-        records: list[Record] = []
+    def _records(self) -> list[SourceRecord]:
+        records: list[SourceRecord] = []
         for split, part in self.settings.parts.items():
             inputs = self.arrays[part.inputs]
             columns = {column: self._texts(column, name) for column, name in part.columns.items()}
             patients = None if part.patient is None else _as_texts(self.arrays[part.patient])
             for row in range(len(inputs)):
                 records.append(
-                    Record(
+                    SourceRecord(
                         row=len(records) + 1,
                         file=self.settings.path.name,
                         key=hashlib.sha256(np.ascontiguousarray(inputs[row]).tobytes()).hexdigest(),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
 from client.data.sources.parts.series import series_of_cells
@@ -54,7 +54,7 @@ class SeriesTable(SourceSettings):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Four beats to train on, two held out, one of them unreadable."""
         rng = np.random.default_rng(0)
         lines = [
@@ -69,7 +69,7 @@ class SeriesTable(SourceSettings):
             "columns": {"beat": 1, "patient": 2},
             "patient_column": "patient",
         }
-        return Example(settings, ["q7-", "z-label"])
+        return SourceExample(settings, ["q7-", "z-label"])
 
     def open(self) -> SeriesRows:
         """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
@@ -124,7 +124,7 @@ class SeriesRows:
         """Over all series."""
         return digest_of_texts([[str(self.settings.channels)], *(row.steps for row in self.rows)])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Rows part by part, in the files' order; `row` counts on from file to file."""
         return [self._record(number, row) for number, row in enumerate(self.rows, start=1)]
 
@@ -132,10 +132,10 @@ class SeriesRows:
         """One series, T or T x channels."""
         return series_of_cells(self.rows[position].steps, self.settings.channels)
 
-    def _record(self, number: int, row: SeriesRow) -> Record:
+    def _record(self, number: int, row: SeriesRow) -> SourceRecord:
         own = self.settings
         stated = row.cells[own.split_column] if own.split_column else ""
-        return Record(
+        return SourceRecord(
             row=number,
             file=row.file if len(own.parts) == 1 else f"{row.file} (its row {row.number})",
             key=digest(cell.encode() for cell in row.steps),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
 from common.plugins import LocalPath
@@ -49,7 +49,7 @@ class Table(SourceSettings):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Five rows, one incomplete, two equal but for the patient."""
         lines = [
             ["age", "dose", "patient", "finding"],
@@ -69,20 +69,20 @@ class Table(SourceSettings):
             "patient_column": "patient",
             "complete": ["dose"],
         }
-        return Example(settings, ["q7-", "z-benign", "z-malignant"])
+        return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
-    def open(self) -> Rows:
+    def open(self) -> TableRows:
         """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
         frame = read_frame(self.path, self.separator, self.columns)
         require_columns(frame, self.path, [*self.inputs, *self.complete, self.patient_column, self.split_column])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
         if self.complete:
             frame = frame[(frame[self.complete] != "").all(axis=1)]
-        return Rows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
+        return TableRows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """An opened table.
 
     Attributes:
@@ -102,11 +102,11 @@ class Rows:
     def _inputs(self, row: Mapping[str, str]) -> list[str]:
         return [row[name] for name in self.settings.inputs]
 
-    def index(self) -> list[Record]:
-        """Rows in the file's order. Rows with equal inputs have equal keys: they fall on the same side of a split."""
+    def index(self) -> list[SourceRecord]:
+        """Returns the rows in the file's order. Equal inputs have equal keys: they are on one side of a split."""
         own = self.settings
         return [
-            Record(
+            SourceRecord(
                 row=number,
                 file=own.path.name,
                 key=digest(text.encode() for text in self._inputs(row)),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
 from common.inputs import Text
@@ -49,7 +49,7 @@ class Texts(SourceSettings):
         return self
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Four notes of three patients to train on, one held out."""
         notes = ["q7-dyspnoea since Monday", 'no "q7-complaints', "q7-fever, 39 degrees", "q7-cough", "q7-well"]
         lines = [f"{note}\tq7-pat{number % 3}\tz-{number % 2}" for number, note in enumerate(notes)]
@@ -63,7 +63,7 @@ class Texts(SourceSettings):
             "text": "note",
             "patient_column": "patient",
         }
-        return Example(settings, ["q7-", "z-0", "z-1"])
+        return SourceExample(settings, ["q7-", "z-0", "z-1"])
 
     def open(self) -> Sentences:
         """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
@@ -90,7 +90,7 @@ class Sentences:
         """Over all texts."""
         return digest_of_texts([self._texts(row) for *_, row in self.rows])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Rows part by part, in the files' order; `row` counts on from file to file.
 
         Equal texts have equal keys: they fall on the same side of a split.
@@ -101,10 +101,10 @@ class Sentences:
         """One text or pair; the backbone refuses empty ones."""
         return Text(*self._texts(self.rows[position][3]))
 
-    def _record(self, number: int, part: str, file: str, row: int, cells: dict[str, str]) -> Record:
+    def _record(self, number: int, part: str, file: str, row: int, cells: dict[str, str]) -> SourceRecord:
         own = self.settings
         stated = cells[own.split_column] if own.split_column else ""
-        return Record(
+        return SourceRecord(
             # Unique over all files; the first file's are its own rows.
             row=number,
             file=file if len(own.parts) == 1 else f"{file} (its row {row})",

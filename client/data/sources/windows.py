@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.tree import open_tree
 from common.inputs import parse_number
@@ -53,12 +53,12 @@ class Windows(SourceSettings):
     seed: Annotated[int, Field(ge=0)] = 0
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         """Three series of one file."""
         rng = np.random.default_rng(0)
         lines = [":".join([",".join(f"{value:.4f}" for value in rng.normal(size=30)), str(n)]) for n in range(3)]
         (folder / "q7-waves.ts").write_text("@problemName waves\n@data\n" + "\n".join(lines) + "\n")
-        return Example({"kind": "windows", "path": str(folder), "length": 16, "per_series": 2}, ["q7-"])
+        return SourceExample({"kind": "windows", "path": str(folder), "length": 16, "per_series": 2}, ["q7-"])
 
     def open(self) -> CutWindows:
         """The windows. Raises BadInput: missing, or no series."""
@@ -90,10 +90,10 @@ class CutWindows:
         """Over all windows."""
         return digest([str(self.windows_NT.shape).encode(), self.windows_NT.tobytes()])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Windows, series by series."""
         return [
-            Record(row=n, file=self.file, key=f"window {n}", patient=None, split=None, cells={"change": label})
+            SourceRecord(row=n, file=self.file, key=f"window {n}", patient=None, split=None, cells={"change": label})
             for n, label in enumerate(self.labels, start=1)
         ]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from client.data.feature_store import BATCH_SIZE, Features, FeatureStore, rows_of
-from client.data.sources import Record, Source, open_source
+from client.data.sources import Source, SourceRecord, open_source
 from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
 from common.types import BadRecord
@@ -42,8 +42,8 @@ class Vectors:
     def digest(self) -> str:
         return "00"
 
-    def index(self) -> list[Record]:
-        return [Record(row + 1, self.name, str(row), None, None, {}) for row in range(len(self.items))]
+    def index(self) -> list[SourceRecord]:
+        return [SourceRecord(row + 1, self.name, str(row), None, None, {}) for row in range(len(self.items))]
 
     def load(self, position: int) -> Any:
         self.loads.append(position)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.config import Split
 from client.data.records import SIDES, UsableRecord, place_records
-from client.data.sources import Record
+from client.data.sources import SourceRecord
 from common.types import BadInput, Unit
 
 HALF = Split(test_fraction=0.5, salt="pepper")
@@ -20,7 +20,7 @@ TRAIN, TEST = SIDES.index("train"), SIDES.index("test")
 def member(
     key: str, patient: str | None = None, side: int | None = None, source: str = "scans", identified: bool = True
 ) -> UsableRecord:
-    record = Record(int.from_bytes(key.encode()) + 1, f"{source}.csv", key, patient, None, {}, identified)
+    record = SourceRecord(int.from_bytes(key.encode()) + 1, f"{source}.csv", key, patient, None, {}, identified)
     return UsableRecord(source, 0, patient or f"{source} {key}", side, record)
 
 

@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from client.data.sources import Example, Record
+from client.data.sources import SourceExample, SourceRecord
 from common.plugins import LocalPath, Plugin
 
 
@@ -48,9 +48,9 @@ class Opened:
     def digest(self) -> str:
         return hashlib.sha256("\\n".join(self.lines).encode()).hexdigest()
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         return [
-            Record(row, "lines.txt", str(row), None, None, {"colour": line.split(",")[-1]})
+            SourceRecord(row, "lines.txt", str(row), None, None, {"colour": line.split(",")[-1]})
             for row, line in enumerate(self.lines, start=1)
         ]
 
@@ -64,7 +64,7 @@ class Lines(Plugin):
     rows: Path | None = None
 
     @classmethod
-    def example(cls, folder: Path) -> Example:
+    def example(cls, folder: Path) -> SourceExample:
         raise NotImplementedError
 
     def open(self) -> Opened:

@@ -95,7 +95,16 @@ def _read_text(path: Path, separator: str, quotes: bool) -> pd.DataFrame:
 
 
 def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]) -> None:
-    """Raise BadInput for the first name that is no column of the table."""
+    """Checks that a table has the named columns.
+
+    Args:
+        frame: the table.
+        path: path of its file, for messages.
+        names: names of columns; None stands for a column that is not asked for.
+
+    Raises:
+        BadInput: a name is no column of the table.
+    """
     for name in names:
         if name is not None and name not in frame.columns:
             raise BadInput(

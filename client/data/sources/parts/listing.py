@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.data.sources import Record
+from client.data.sources import SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
 from common.plugins import LocalPath
@@ -34,7 +34,7 @@ class ListedFiles(SourceSettings):
 
 @dataclass(frozen=True)
 class Reader:
-    """How a row's file becomes an item.
+    """Reads the file that a row names as an item.
 
     Attributes:
         column: that names the file.
@@ -73,11 +73,11 @@ class Listing:
         stamps = (self._stamp(row[self.reader.column]) for row in self.rows)
         return digest([self.reader.settings.encode(), *stamps])
 
-    def index(self) -> list[Record]:
+    def index(self) -> list[SourceRecord]:
         """Rows in the table's order; the header and blank lines are not counted."""
         own, column = self.settings, self.reader.column
         return [
-            Record(
+            SourceRecord(
                 row=number,
                 file=own.path.name,
                 key=row[column],

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from client.data.sources import Record
+from client.data.sources import SourceRecord
 
 
 def _named_groups(pattern: str) -> str:
@@ -28,7 +28,7 @@ NamedGroups = Annotated[str, AfterValidator(_named_groups)]
 
 @dataclass(frozen=True)
 class Naming:
-    """How a file's path holds its columns, its patient and its side.
+    """A rule that reads columns, patient and side from a file's path.
 
     Attributes:
         pattern: searched in a file's relative path; each named group is a column. A file that it does not fit has
@@ -49,12 +49,18 @@ class Naming:
             if name is not None and name not in known:
                 raise ValueError(f"{key}: expected one of the pattern's groups {', '.join(known)}, got {name!r}")
 
-    def record(self, row: int, file: str, path: str) -> Record:
-        """The index entry of the file at a relative path, which is its key."""
+    def record(self, row: int, file: str, path: str) -> SourceRecord:
+        """Returns the index entry of a file.
+
+        Args:
+            row: 1-based position of the file, for messages.
+            file: name of the folder or zip, for messages.
+            path: relative path of the file, which is its key.
+        """
         pattern = re.compile(self.pattern)
         match = pattern.search(path)
         cells = {column: (match[column] or "") if match else "" for column in pattern.groupindex}
-        return Record(
+        return SourceRecord(
             row=row,
             file=file,
             key=path,

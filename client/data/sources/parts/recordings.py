@@ -17,7 +17,7 @@ _MOST_VALUES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Part:
+class Excerpt:
     """One of `count` excerpts of a recording, each of `seconds`, evenly spread over it."""
 
     number: int
@@ -30,7 +30,7 @@ class Part:
         return int((total - length) * (self.number + 0.5) / self.count), length
 
 
-def read_recording(data: bytes, part: Part | None = None) -> Audio:
+def read_recording(data: bytes, part: Excerpt | None = None) -> Audio:
     """A recording or a part of it, channels averaged. Raises BadRecord: unreadable, empty, or absurdly long."""
     import soundfile
 

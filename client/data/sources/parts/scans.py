@@ -11,7 +11,16 @@ from common.types import BadRecord
 
 
 def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Values between `low` and `high` as 0 to 255, values beyond at the ends. Raises BadRecord: not finite."""
+    """Returns values between `low` and `high` as 0 to 255, values beyond at the ends.
+
+    Args:
+        values: intensities of any shape.
+        low: intensity that becomes 0.
+        high: intensity that becomes 255.
+
+    Raises:
+        BadRecord: a value is not finite.
+    """
     if not np.isfinite(values).all():
         raise BadRecord("expected finite intensities")
     if not high > low:
