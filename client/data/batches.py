@@ -19,7 +19,13 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def encode_padded(encode: Encode, inputs: Tensor, batch_size: int) -> Tensor:
-    """Returns features [I, D] of inputs [I, ...], encoded in batches of exactly `batch_size`."""
+    """Returns features [I, D] of inputs [I, ...], encoded in batches of exactly `batch_size`.
+
+    Args:
+        encode: encoding of a backbone.
+        inputs: preprocessed inputs [I, ...].
+        batch_size: number of inputs of every batch; zeros fill the last.
+    """
     missing = -len(inputs) % batch_size
     padded = torch.cat([inputs, inputs.new_zeros((missing, *inputs.shape[1:]))]) if missing else inputs
     return torch.cat([encode(part) for part in torch.split(padded, batch_size)])[: len(inputs)]

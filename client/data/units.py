@@ -51,7 +51,16 @@ class TaskRecords:
         *,
         trunk: str | None = None,
     ) -> TaskRecords:
-        """Records with weights derived from their unit's number of records."""
+        """Returns records with weights derived from their unit's number of records.
+
+        Args:
+            features_RD: features of the records, float32 [R, D].
+            labels: labels of the records, first dimension R.
+            mask_R: bool [R], false where a record has no usable label.
+            unit_R: int64 [R], number of each record's unit.
+            num_units: number of units on this side, also of those without a record here.
+            trunk: name of the trunk that trains on these features, or None.
+        """
         counts_U = torch.bincount(unit_R, minlength=num_units)
         return cls(features_RD, labels, mask_R, unit_R, 1.0 / counts_U[unit_R].to(features_RD.dtype), trunk)
 
