@@ -17,7 +17,7 @@ from client.app import make_app
 from common.events import FileJournal, RoundEnded, read_run_journal, select_events
 from common.yaml import write_yaml
 from server.rounds.loop import run_federation
-from simulations.in_process import InProcessGrid
+from simulations.executors.in_process import InProcessGrid
 from tests import tiny
 from tests.federation import started, write_site
 from tests.server.deployment.federations import new_federation

@@ -26,7 +26,7 @@ from common.model.backbones import open_backbones
 from common.yaml import load
 from server.rounds.loop import run_federation
 from simulations.config import SimulationConfig
-from simulations.in_process import InProcessGrid, SiteApp
+from simulations.executors.in_process import InProcessGrid, SiteApp
 from simulations.partition import build_sites
 
 ROOT = Path(__file__).resolve().parents[1]

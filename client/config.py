@@ -13,7 +13,7 @@ from common.types import Unit
 
 
 class Budget(Frozen):
-    """What the population may spend in total, over all runs.
+    """The total that the population may spend, over all runs.
 
     Attributes:
         epsilon: the cap on epsilon.
@@ -25,7 +25,7 @@ class Budget(Frozen):
 
 
 class Allow(Frozen):
-    """What this site agrees to. `any` must be written; nothing is allowed by omission.
+    """The runs that this site agrees to. `any` must be written; nothing is allowed by omission.
 
     Attributes:
         tasks: names of tasks, or `any`.
@@ -41,7 +41,7 @@ class Allow(Frozen):
 
 
 class LabelColumns(Frozen):
-    """Where one task's labels are in a data set.
+    """The place of one task's labels in a data set.
 
     Attributes:
         source: name of an entry in `sources`.

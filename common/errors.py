@@ -35,7 +35,13 @@ def instead(error: BaseException) -> str:
 
 
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """A pydantic validation's errors as one sentence: up to three, else the first and how many more there are."""
+    """Returns a pydantic validation's errors as one sentence: up to three, else the first and the number of the others.
+
+    Args:
+        error: the failed validation.
+        model: the model that was validated.
+        prefix: keys in front of every key named.
+    """
     # Of a union's options, a group of keys was meant where one was written: the word beside it explains nothing.
     errors = [item for item in error.errors() if item["type"] != "literal_error" or not isinstance(item["input"], dict)]
     errors = errors or list(error.errors())

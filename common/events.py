@@ -261,7 +261,7 @@ class RecordsLeftOut(Event):
 
 
 class EpsilonSpent(Event):
-    """What a simulated site's own ledger says of the run."""
+    """The epsilon of the run according to a simulated site's own ledger."""
 
     event_name = "epsilon"
 
@@ -589,7 +589,7 @@ class TaskEvaluation(EvaluationRound):
 
 
 class TaskSummary(Facts):
-    """What a run brought for one task."""
+    """The result of a run for one task."""
 
     kind: str = Field(description="Kind of the task.")
     status: Literal["updated", "never_updated"] = Field(description="Whether any round changed the head.")
@@ -637,7 +637,7 @@ class SiteSummary(Facts):
 
 
 class AuditSummary(Facts):
-    """What is known of the privacy audit. A site's own result stays at the site."""
+    """The known result of the privacy audit. A site's own result stays at the site."""
 
     required: bool = Field(description="Whether the run requires an audit.")
     passed: bool | None = Field(None, description="Whether the simulator's audit passed; null where it made none.")

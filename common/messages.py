@@ -73,15 +73,15 @@ class Reason:
 
 
 @plain_dataclass(frozen=True)
-class Record:
+class InRecord:
     """The key of the record in which a field travels that is not JSON; a message has at most one such field."""
 
     key: str
 
 
 _PUBLIC = "public"
-_ARRAYS = Record("heads")
-_PART = Record("part")
+_ARRAYS = InRecord("heads")
+_PART = InRecord("part")
 
 
 def _make_delta(value: object) -> object:
@@ -192,7 +192,7 @@ class FinishRequest:
 
 @dataclass(frozen=True, config=_STRICT)
 class Held:
-    """What a site holds of one backbone: the whole, or the numbers of some parts, from a transfer that broke off."""
+    """The parts of one backbone that a site holds: the whole, or the numbers of some from a transfer that broke off."""
 
     whole: Annotated[bool, Reason("depends on earlier public messages and on the site file only")]
     parts: Annotated[
@@ -209,7 +209,7 @@ def _make_held(value: object) -> object:
 
 @dataclass(frozen=True, config=_STRICT)
 class JoinReply:
-    """What a site declares about itself, and what it holds of each backbone that its tasks stand on."""
+    """The declarations of a site, and the parts that it holds of each backbone that its tasks stand on."""
 
     site: Annotated[Name, Reason("public by declaration")]
     tasks: Annotated[Mapping[Name, PublicSize], Reason("names and public sizes: public by declaration")]
@@ -276,11 +276,11 @@ Payload = Request | Reply
 _Payload = TypeVar("_Payload")
 
 
-def _find_record(hint: Any) -> Record | None:
-    return next((item for item in get_args(hint)[1:] if isinstance(item, Record)), None)
+def _find_record(hint: Any) -> InRecord | None:
+    return next((item for item in get_args(hint)[1:] if isinstance(item, InRecord)), None)
 
 
-_FIELDS: Mapping[type, Mapping[str, Record | None]] = {
+_FIELDS: Mapping[type, Mapping[str, InRecord | None]] = {
     model: {name: _find_record(hint) for name, hint in get_type_hints(model, include_extras=True).items()}
     for model in get_args(Payload)
 }

@@ -63,7 +63,7 @@ class Spec(BaseModel):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What the kind's own file is given."""
+        """Returns the settings that the kind's own file is given."""
         return self.model_dump()
 
 
@@ -86,7 +86,16 @@ def kinds(package: str) -> list[str]:
 
 
 def refuse_unknown_kind(package: str, kind: str, key: str) -> None:
-    """Raise BadInput where a folder has no such kind; nothing is imported."""
+    """Refuses a kind that a folder does not have; nothing is imported.
+
+    Args:
+        package: dotted name of the plug-in folder.
+        kind: name of the kind.
+        key: key of the setting, for the message.
+
+    Raises:
+        BadInput: there is no such kind.
+    """
     known = kinds(package)
     if kind not in known:
         raise BadInput(f"{key}: expected one of {', '.join(known)}, got {plain(repr(kind), 80)}{nearest(kind, known)}")

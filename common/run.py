@@ -59,7 +59,7 @@ class Privacy(Frozen):
 
 
 class Cohort(Frozen):
-    """Which sites are asked in a round, and how many replies a task needs to be updated.
+    """The sites that are asked in a round, and the number of replies that a task needs to be updated.
 
     Attributes:
         fraction: part of the joined sites that are asked in a round.
@@ -86,11 +86,11 @@ class Evaluation(Frozen):
     every: PositiveInt
 
     def due(self, round_: int, rounds: int) -> bool:
-        """Whether the heads are evaluated after this round of so many."""
+        """Returns true if the heads are evaluated after this round."""
         return round_ == rounds or (1 <= round_ < rounds and round_ % self.every == 0)
 
     def times(self, rounds: int) -> int:
-        """How many evaluations a run of so many rounds asks for."""
+        """Returns the number of evaluations that a run of so many rounds asks for."""
         return -(-rounds // self.every)
 
 
@@ -104,7 +104,7 @@ class TaskSpec(Spec):
     backbone: Name | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What the kind's own file is given: a task knows of no backbone."""
+        """Returns the settings that the kind's own file is given: a task knows of no backbone."""
         return self.model_dump(exclude={"backbone"})
 
 
@@ -151,7 +151,7 @@ class Lora(Frozen):
 
 
 class Trainable(Frozen):
-    """How much of a backbone trains beside the heads; the rest is frozen, and encoded once.
+    """The part of a backbone that trains beside the heads; the rest is frozen, and encoded once.
 
     Attributes:
         from_: `from` in a file: the first block that trains, such as `layer4`; `input` is everything.
@@ -267,11 +267,11 @@ class RunConfig(Frozen):
         return self.backbones
 
     def backbone_key(self, name: Name) -> str:
-        """Where the settings of a backbone stand in the run's file."""
+        """Returns the key of a backbone's settings in the run file."""
         return "backbone" if self.backbone is not None else f"backbones.{name}"
 
     def backbone_of(self, task: Name) -> Name:
-        """Which backbone a task stands on."""
+        """Returns the name of the backbone that a task stands on."""
         return self.tasks[task].backbone or next(iter(self.backbone_specs))
 
     def trunk_of(self, task: Name) -> str | None:

@@ -80,7 +80,7 @@ class Interrupted(HeadwaterError):
 
 
 class Unit(StrEnum):
-    """What one budget protects."""
+    """The unit that one budget protects."""
 
     EXAMPLE = "example"
     PATIENT = "patient"
@@ -185,7 +185,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a site releases after one round: per task, new head minus the head it was sent."""
+    """The update that a site releases after one round: per task, new head minus the head it was sent."""
 
     heads: Heads
 

@@ -65,7 +65,16 @@ def _refuse_another_file(model: type[BaseModel], values: Mapping[str, Any], path
 
 
 def parse(model: type[Model], values: Mapping[str, Any], *, base: Path) -> Model:
-    """A validated model from plain values; relative paths in it are relative to `base`."""
+    """Returns a validated model from plain values.
+
+    Args:
+        model: class of the model.
+        values: plain values.
+        base: folder that relative paths are relative to.
+
+    Raises:
+        BadInput: in one sentence what is wrong and where.
+    """
     try:
         return model.model_validate(values, context={"base": base})
     except ValidationError as error:
@@ -73,7 +82,12 @@ def parse(model: type[Model], values: Mapping[str, Any], *, base: Path) -> Model
 
 
 def parse_text(model: type[Model], content: bytes, where: str) -> Model:
-    """A validated model from YAML that a stranger wrote: no environment variable is filled in.
+    """Returns a validated model from YAML that a stranger wrote: no environment variable is filled in.
+
+    Args:
+        model: class of the model.
+        content: the YAML text.
+        where: name of the text, for messages.
 
     Raises:
         BadInput: in one sentence what is wrong; `where` names the text.

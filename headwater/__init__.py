@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from client.protocol.plan import Forecast
+    from client.protocol.plan import RunPlan
     from common.events import AuditVerdict, RunEvent, Summary
 
 __all__ = ["Run", "audit", "load", "plan", "simulate"]
@@ -79,7 +79,7 @@ def load(run_folder: str | Path) -> Run:
     return Run(Path(run_folder), Summary.model_validate_json(path.read_bytes()))
 
 
-def plan(config: str | Path, **overrides: Any) -> list[Forecast]:
+def plan(config: str | Path, **overrides: Any) -> list[RunPlan]:
     """Returns what a simulation would cost each site and how well it can work; nothing is trained or spent.
 
     Args:

@@ -26,7 +26,7 @@ from client.personal.local_heads import ApplyUpdate, LocalTraining, train_alone
 from client.solvers import Solver, open_solver
 from common.events import Metrics
 from common.model.backbones import Backbone, open_backbones, open_random
-from common.model.trunks import initial_modules
+from common.model.trunks import create_modules
 from common.run import RunConfig
 from common.tasks import Task
 from common.types import Heads, Params
@@ -183,7 +183,7 @@ def _train_alone(
     )
     return train_alone(
         training,
-        initial_modules(run, tasks, experiment.backbones),
+        create_modules(run, tasks, experiment.backbones),
         entropy=experiment.entropy,
         purpose=purpose,
         apply_update=make_aggregation(run),

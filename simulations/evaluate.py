@@ -25,7 +25,7 @@ from common.types import Heads
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeadEvaluation:
     """Metrics of one task.
 
     Attributes:
@@ -37,7 +37,7 @@ class Evaluation:
     per_site: Mapping[str, Metrics]
 
 
-def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]) -> dict[str, Evaluation]:
+def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]) -> dict[str, HeadEvaluation]:
     """Returns the metrics of each task's head on held-out units.
 
     Args:
@@ -56,7 +56,7 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
         }
         present = {site: sums for site, sums in per_site.items() if sums is not None}
         own = {site: held_out[site] for site in present}
-        results[name] = Evaluation(
+        results[name] = HeadEvaluation(
             pooled={
                 **(compute_metrics(task, reduce(torch.add, present.values())) if present else {}),
                 **compute_pair_metrics(heads[name], name, task, list(own.values())),

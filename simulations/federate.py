@@ -23,13 +23,19 @@ from server.rounds.checkpoint import Checkpoint
 from server.rounds.loop import Outcome, run_federation
 from server.rounds.messenger import Observe
 from simulations.config import SimulationConfig
-from simulations.evaluate import Evaluation, evaluate, open_prepared_units
-from simulations.flower import run_on_flower
-from simulations.in_process import InProcessGrid
+from simulations.evaluate import HeadEvaluation, evaluate, open_prepared_units
+from simulations.executors.flower import run_on_flower
+from simulations.executors.in_process import InProcessGrid
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
-    """Observes the progress of a run and does nothing."""
+    """Does nothing with the progress of a run.
+
+    Args:
+        phase: name of what is under way.
+        done: number of steps done.
+        total: number of steps in all.
+    """
     del phase, done, total
 
 
@@ -126,7 +132,7 @@ def evaluate_heads(
     *,
     run_id: str,
     backbones: Mapping[str, Backbone],
-) -> dict[str, Evaluation]:
+) -> dict[str, HeadEvaluation]:
     """Returns the metrics of heads on the held-out records of all sites, by task.
 
     Args:

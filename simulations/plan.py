@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from client.protocol.plan import Forecast, forecast
+from client.protocol.plan import RunPlan, plan_run
 from simulations.check import check_simulation
 from simulations.config import SimulationConfig
 from simulations.partition import build_sites
 
 
-def plan_simulation(config: SimulationConfig) -> list[Forecast]:
+def plan_simulation(config: SimulationConfig) -> list[RunPlan]:
     """Returns a plan for each site; no features are computed and nothing is spent.
 
     Raises:
@@ -20,4 +20,4 @@ def plan_simulation(config: SimulationConfig) -> list[Forecast]:
     check_simulation(config)
     with TemporaryDirectory() as folder:
         sites = build_sites(config, Path(folder) / "sites", non_private=config.run.requested_privacy is None)
-        return [forecast(site, config.run, len(sites)) for site in sites]
+        return [plan_run(site, config.run, len(sites)) for site in sites]

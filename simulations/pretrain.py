@@ -26,7 +26,7 @@ from simulations.config import Pretrain, SimulationConfig
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedBackbone:
     """Weights of a pre-trained backbone.
 
     Attributes:
@@ -40,7 +40,7 @@ class Pretrained:
     cached: bool
 
 
-def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
+def pretrain(config: SimulationConfig, observe: Observe) -> PretrainedBackbone:
     """Trains a backbone of the run with a linear classifier on public records, and writes its weights.
 
     Args:
@@ -61,7 +61,7 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     sources = [open_source(spec, f"pretrain.sources.{i}").open() for i, spec in enumerate(plan.sources)]
     made_from = _compute_digest(config, [source.digest() for source in sources])
     if _is_cached(untrained.weights_path, made_from):
-        return Pretrained(untrained.weights_path, None, cached=True)
+        return PretrainedBackbone(untrained.weights_path, None, cached=True)
     items, labels = _load_records(plan, sources, untrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
@@ -70,7 +70,7 @@ def pretrain(config: SimulationConfig, observe: Observe) -> Pretrained:
     state = collect_tensors(untrained.module, classifier)
     untrained.weights_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(untrained.weights_path, save(state, metadata={"made_from": made_from}))
-    return Pretrained(untrained.weights_path, accuracy, cached=False)
+    return PretrainedBackbone(untrained.weights_path, accuracy, cached=False)
 
 
 def _name(config: SimulationConfig) -> str:

@@ -48,9 +48,9 @@ from server.reports.results import write_results
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome, run_federation
 from simulations.config import SimulationConfig
+from simulations.executors.in_process import InProcessGrid
 from simulations.experiment import resume
 from simulations.experiment import run as run_simulation
-from simulations.in_process import InProcessGrid
 from tests.two_modalities import PATIENTS, TASKS, Hospitals, hospitals
 
 CPU = torch.device("cpu")

@@ -326,7 +326,7 @@ def observe_round(attack: Attack) -> RoundObservation:
 
 @dataclass(frozen=True)
 class ParticipationObservation:
-    """Who takes part, seen in releases without noise: no counter of the solver is trusted.
+    """Participation of units, seen in releases without noise: no counter of the solver is trusted.
 
     Attributes:
         took_part_SM: whether each canary moved each of several single steps.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from client.audit.statistics import Bools, Floats
 from client.data.units import TaskRecords, Units
-from common.model.parameters import initial_heads
+from common.model.parameters import create_heads
 from common.model.trunks import stand_in
 from common.privacy.noise import NoiseStream
 from common.tasks import Task
@@ -138,7 +138,7 @@ def plant(
     width = LIVE + num_canaries + FREE
     dims = {name: width + ADDED if name in trunks else width for name in tasks}
     modules = {
-        **initial_heads(tasks, dims, seed=0),
+        **create_heads(tasks, dims, seed=0),
         **{name: stand_in(width, ADDED) for name in sorted(set(trunks.values()))},
     }
     for name, module in sorted(modules.items()):

@@ -25,7 +25,7 @@ def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) ->
     with reported_errors():
         config, wanted = load(SiteConfig, site, set_ or []), load(RunConfig, run)
         try:
-            outlook = forecasts.forecast(config, wanted, wanted.cohort.min_sites)
+            outlook = forecasts.plan_run(config, wanted, wanted.cohort.min_sites)
         except SiteDeclined as declined:
             raise BadInput(f"{run}: {declined.detail}") from declined
         if json_:

@@ -11,7 +11,7 @@ from client.commands.parts.options import Reason, SiteFile, check_reason
 from client.config import SiteConfig
 from client.ledger.recovery import recover as recover_ledger
 from client.protocol import balance as budgets
-from client.protocol.site import Joined, Site, SiteDeclined, plan_of
+from client.protocol.site import Joined, Site, SiteDeclined, make_plan
 from common.privacy.accounting import Mechanism, round_up
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
@@ -41,7 +41,7 @@ def recover(
         done = recover_ledger(
             config.state_dir / "ledgers",
             config.registry,
-            budgets.terms_of(config),
+            budgets.read_terms(config),
             reason=check_reason(reason),
             noiseless_possible=config.allow.non_private,
             was_used=Site(config, os_entropy).has_replies(),
@@ -59,7 +59,7 @@ def recover(
 def _charge_whole_run(config: SiteConfig, path: Path) -> Mechanism:
     run = load(RunConfig, path)
     try:
-        once = plan_of(config, Joined("stated", run, {}, config.state_dir))
+        once = make_plan(config, Joined("stated", run, {}, config.state_dir))
     except SiteDeclined as declined:
         raise BadInput(f"--assume-run {path}: {declined.detail}") from declined
     steps = once.steps * run.rounds

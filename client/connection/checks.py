@@ -151,7 +151,7 @@ def _check_budget(config: SiteConfig) -> Check:
         account = budgets.balance(config)
     except HeadwaterError as error:
         return Check("ledger", "fail", str(error), "headwater site recover, or amend; see docs/deploy-site.md")
-    left = f"epsilon {budgets.rounded_down(account.left_epsilon, 2):g} of {account.terms.epsilon_cap:g} left"
+    left = f"epsilon {budgets.round_down(account.left_epsilon, 2):g} of {account.terms.epsilon_cap:g} left"
     if account.left_epsilon <= 0:
         return Check("ledger", "fail", left, "every private run will be declined; the budget is never reset")
     if account.amendment_due:

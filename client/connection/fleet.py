@@ -160,7 +160,13 @@ class Fleet:
         return str(self._call("get-run", request, run_pb2.GetRunResponse()).run.fab_hash)
 
     def fetch_bundle(self, node: int, run: int, name: str) -> bytes:
-        """Returns a run's app bundle, unread."""
+        """Returns a run's app bundle, unread.
+
+        Args:
+            node: id of this site's node.
+            run: id of the run.
+            name: hash under which the bundle can be fetched.
+        """
         request = fab_pb2.GetFabRequest(node=node_pb2.Node(node_id=node), hash_str=name, run_id=run)
         response = self._call("get-fab", request, fab_pb2.GetFabResponse(), max_bytes=MAX_BUNDLE_BYTES + _SMALL)
         return bytes(response.fab.content)

@@ -75,7 +75,13 @@ class OpenChain:
 
 
 def create(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
-    """A new chain with its first fact; nothing happens if there already is one, or another process is faster."""
+    """Creates a chain with its first fact, unless there is one already or another process is faster.
+
+    Args:
+        folder: folder of the chain.
+        event: name of the first event.
+        facts: its facts.
+    """
     if folder.exists():
         return
     private_folder(folder.parent)

@@ -49,13 +49,19 @@ def make_evaluation_mechanism(evaluation_budget: NoisedEvaluation, terms: Terms,
 
 
 def covers_evaluation(evaluation_budget: NoisedEvaluation, history: History, mechanism: Mechanism) -> bool:
-    """Returns True where the part of the budget covers one more evaluation beside those that were charged."""
+    """Returns true if the part of the budget covers one more evaluation beside those that were charged.
+
+    Args:
+        evaluation_budget: the part of the budget held for evaluations.
+        history: charges so far.
+        mechanism: mechanism of the further evaluation.
+    """
     whole = _compute_whole(evaluation_budget, history.terms)
     return _compute_spent(history) + _compute_cost(mechanism) <= whole * _TOLERANCE
 
 
 def count_evaluations_left(evaluation_budget: NoisedEvaluation, history: History) -> int:
-    """Returns how many evaluations the part of the budget still pays for."""
+    """Returns the number of evaluations that the part of the budget still pays for."""
     left = _compute_whole(evaluation_budget, history.terms) * _TOLERANCE - _compute_spent(history)
     return max(0, math.floor(left / _compute_cost(make_evaluation_mechanism(evaluation_budget, history.terms, 1))))
 

@@ -27,7 +27,7 @@ EVALUATION: Purpose = "evaluation"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a ledger promises to keep.
+    """The terms that a ledger keeps.
 
     Attributes:
         unit: what the budget protects.

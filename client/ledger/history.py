@@ -1,4 +1,4 @@
-"""What the events of a ledger amount to: its terms, its charges, and their price together.
+"""The sum of a ledger's events: its terms, its charges, and their price together.
 
 A pure view: nothing here reads or writes a file. The whole history is composed at once; epsilons are never added, with
 one exception that is a bound and not an estimate. After a recovery (`client.ledger.recovery`) only a pair (epsilon,
@@ -54,7 +54,7 @@ class Charge:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a recovery counts everything before it as.
+    """The price that a recovery counts for everything before it.
 
     Attributes:
         number: number of its line; charges with smaller numbers are part of it.

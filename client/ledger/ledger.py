@@ -1,4 +1,4 @@
-"""What a population has spent, for ever: the rules on top of the keyed chain of `client/ledger/chain.py`.
+"""The spending of a population, for ever: the rules on top of the keyed chain of `client/ledger/chain.py`.
 
 A population is the people or records that one budget protects. All models, runs, rounds, tasks and processes that touch
 it share one ledger, `<folder>/<population>/`; re-exported, extended or reordered data never reset it.

@@ -39,7 +39,7 @@ from common.privacy.accounting import Mechanism
 
 
 @dataclass(frozen=True)
-class Release:
+class LoggedRelease:
     """One charge and what left for it.
 
     Attributes:
@@ -84,13 +84,13 @@ class Change:
 class Statement:
     """All three, each in order of time."""
 
-    releases: tuple[Release, ...]
+    releases: tuple[LoggedRelease, ...]
     refusals: tuple[Refused, ...]
     changes: tuple[Change, ...]
 
 
 def statement(config: SiteConfig) -> Statement:
-    """What a site released, refused and changed.
+    """Returns the releases, refusals and changes of a site.
 
     Raises:
         LedgerDamaged: the registry's ledger does not verify.
@@ -104,7 +104,7 @@ def statement(config: SiteConfig) -> Statement:
     for event in select_events(events, ReplySent):
         key = (event.run_id, event.round, event.purpose)
         if key not in known:
-            releases.append(Release(event.time, *key, None, event.size_bytes, resent[key]))
+            releases.append(LoggedRelease(event.time, *key, None, event.size_bytes, resent[key]))
     refusals = [
         *(
             Refused(event.time, "request", event.reason, event.detail)
@@ -150,12 +150,12 @@ def in_words(mechanism: Mechanism | None) -> str:
 
 def _release(
     config: SiteConfig, line: LedgerLine, charge: ChargeReserved, resent: Mapping[tuple[str, int, Purpose], int]
-) -> Release:
+) -> LoggedRelease:
     stored = config.state_dir / "runs" / charge.run / "replies" / charge.request
     size = stored.stat().st_size if charge.request and stored.is_file() else None
     key = (charge.run, charge.round, charge.purpose)
     time = line.time if charge.original is None else charge.original.time
-    return Release(time, *key, charge.mechanism, size, resent.get(key, 0))
+    return LoggedRelease(time, *key, charge.mechanism, size, resent.get(key, 0))
 
 
 def _audited(event: RunAudited) -> str:

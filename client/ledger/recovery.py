@@ -47,7 +47,7 @@ RECOVERED_RUN = "stated-at-recovery"
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery did.
+    """The result of a recovery.
 
     Attributes:
         seen: the damage, in one sentence.

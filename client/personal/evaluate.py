@@ -17,11 +17,11 @@ from client.data.prepare import open_units
 from client.data.units import Units
 from client.personal.local_heads import LocalTraining, train_alone
 from client.personal.metrics import compute_exact_sums, compute_metrics, compute_pair_metrics
-from client.protocol.site import Site, joined_run, modules_of
+from client.protocol.site import Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
 from common.events import Metrics
-from common.model.trunks import initial_modules
+from common.model.trunks import create_modules
 from common.run import Privacy
 from common.tasks import Task
 from common.types import BadInput, DigestMismatch, Heads, Params, heads_digest
@@ -73,7 +73,7 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
     def train_here(solver: Solver, privacy: Privacy | None, purpose: str) -> Heads:
         plan = solver.plan(privacy, site.config.unit, run.rounds)
         training = LocalTraining(solver, plan, run.rounds, tasks, train, sizes)
-        modules = initial_modules(run, tasks, backbones)
+        modules = create_modules(run, tasks, backbones)
         return train_alone(training, modules, entropy=site.entropy, purpose=purpose)
 
     solver = open_solver(run.solver, "solver")
@@ -81,7 +81,7 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
     if run.requested_privacy is not None:
         heads[ALONE] = train_here(solver, run.requested_privacy, f"home/{run_id}")
     heads[ALONE_NOT_PRIVATE] = train_here(solver.without_privacy(), None, f"home/{run_id}/not-private")
-    held_out = {by: test.passed(modules_of(site, joined, tasks, each)) for by, each in heads.items()}
+    held_out = {by: test.passed(load_modules(site, joined, tasks, each)) for by, each in heads.items()}
     results = {
         name: {by: _evaluate(each[name], name, task, held_out[by]) for by, each in heads.items()}
         for name, task in tasks.items()

@@ -33,18 +33,18 @@ _DIGEST = re.compile(rf"[0-9a-f]{{{_PREFIX},64}}")
 
 @dataclass(frozen=True)
 class Offer:
-    """What a coordinator asks: a run and the digests of its backbones, as sent or as written into a startup kit."""
+    """A coordinator's request: a run and the digests of its backbones, as sent or as written into a startup kit."""
 
     run: Mapping[str, Any] = field(repr=False)
     backbones: Mapping[str, str]
 
     @property
     def digest(self) -> str:
-        """What an approval of this offer names."""
+        """Returns the digest that an approval of this offer names."""
         return compute_run_digest(self.run, self.backbones)
 
     def config(self) -> RunConfig:
-        """The run's settings. Raises BadInput where they are not a run's, name a kind that does not exist, or have
+        """Returns the run's settings. Raises BadInput where they are no run's, name a kind that does not exist, or have
         backbones without a digest.
 
         Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
@@ -85,7 +85,7 @@ class Approvals:
         ]
 
     def covers(self, digest: str, run_id: str) -> bool:
-        """Whether a run under this digest uses an approval already, or there is one that no run uses."""
+        """Returns true if a run under this digest uses an approval already, or there is one that no run uses."""
         used = self._used(digest)
         return run_id in used or sum(approval.digest == digest for approval in self.all()) > len(used)
 

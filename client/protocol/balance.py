@@ -13,7 +13,7 @@ from client.ledger.evaluation_budget import compute_evaluation_noise, count_eval
 from client.ledger.events import EVALUATION, Terms
 from client.ledger.history import History
 from client.ledger.ledger import Ledger
-from client.protocol.site import Joined, plan_of
+from client.protocol.site import Joined, make_plan
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
 from common.types import Plan
@@ -46,7 +46,7 @@ class RunSpent:
 
 @dataclass(frozen=True)
 class Affordable:
-    """What the rest of the budget covers: rounds of one plan, at most MAX_ROUNDS."""
+    """The rounds that the rest of the budget covers: rounds of one plan, at most MAX_ROUNDS."""
 
     run: str
     rounds: int
@@ -54,8 +54,8 @@ class Affordable:
 
 
 @dataclass(frozen=True)
-class EvaluationShare:
-    """What evaluations of held-out units may spend.
+class EvaluationBudget:
+    """The budget that evaluations of held-out units may spend.
 
     Attributes:
         share: of the budget, in Gaussian-DP terms (client/ledger/evaluation_budget.py).
@@ -94,7 +94,7 @@ class Balance:
     runs: tuple[RunSpent, ...]
     affordable: Affordable | None
     amendment_due: bool
-    evaluation: EvaluationShare | None
+    evaluation: EvaluationBudget | None
 
     @property
     def left_epsilon(self) -> float:
@@ -109,11 +109,11 @@ def history_of(config: SiteConfig) -> History:
         LedgerDamaged: it does not verify.
     """
     ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
-    return History(terms_of(config), {}) if ledger is None else ledger.history()
+    return History(read_terms(config), {}) if ledger is None else ledger.history()
 
 
-def terms_of(config: SiteConfig) -> Terms:
-    """What the site file says now."""
+def read_terms(config: SiteConfig) -> Terms:
+    """Returns the terms of the site file as it is now."""
     return Terms(config.unit, config.budget.epsilon, config.budget.delta)
 
 
@@ -128,7 +128,7 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         LedgerDamaged: the ledger does not verify.
         SiteDeclined: `run` has no plan here.
     """
-    history, share = history_of(config), share_of(config)
+    history, share = history_of(config), get_evaluation_budget(config)
     joined = _last_run(config, history) if run is None else Joined(run.name, run, {}, config.state_dir)
     return Balance(
         registry=config.registry,
@@ -137,20 +137,20 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         reserved_epsilon=history.compute_epsilon(),
         runs=tuple(_run(history, name) for name in dict.fromkeys(charge.run for charge in history.charges.values())),
         affordable=None if joined is None else _affordable(config, history, joined),
-        amendment_due=history.terms != terms_of(config),
+        amendment_due=history.terms != read_terms(config),
         evaluation=None if share is None else evaluation_share(share, history),
     )
 
 
-def share_of(config: SiteConfig) -> NoisedEvaluation | None:
-    """What a site's file holds for evaluations; None where they are local."""
+def get_evaluation_budget(config: SiteConfig) -> NoisedEvaluation | None:
+    """Returns the part of the budget that a site's file holds for evaluations; None where they are local."""
     return None if config.evaluation == "local" else config.evaluation
 
 
-def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationShare:
-    """What a share amounts to after a history."""
+def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationBudget:
+    """Returns the state of the evaluation budget after a history."""
     charged = [charge.mechanism for charge in history.charges.values() if charge.purpose == EVALUATION]
-    return EvaluationShare(
+    return EvaluationBudget(
         share=share.share,
         evaluations=share.evaluations,
         left=count_evaluations_left(share, history),
@@ -159,8 +159,13 @@ def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationSha
     )
 
 
-def affordable_rounds(history: History, plan: Plan, share: NoisedEvaluation | None = None) -> int:
-    """How many rounds of a plan the rest of the budget covers, at most MAX_ROUNDS; 0 without privacy.
+def count_affordable_rounds(history: History, plan: Plan, share: NoisedEvaluation | None = None) -> int:
+    """Returns the number of rounds that the rest of the budget covers, at most MAX_ROUNDS; 0 without privacy.
+
+    Args:
+        history: charges so far.
+        plan: public numbers of one round.
+        share: part of the budget held for evaluations; None for none.
 
     What is unspent of a share for evaluations stays held back.
     """
@@ -192,7 +197,7 @@ def as_json(account: Balance) -> dict[str, Any]:
         "budget_epsilon": account.terms.epsilon_cap,
         "spent_epsilon": shown(account.spent_epsilon),
         "reserved_epsilon": shown(account.reserved_epsilon),
-        "left_epsilon": rounded_down(account.left_epsilon),
+        "left_epsilon": round_down(account.left_epsilon),
         "infinite": math.isinf(account.reserved_epsilon),
         "amendment_due": account.amendment_due,
         "runs": [
@@ -227,8 +232,8 @@ def shown(epsilon: float) -> float | None:
     return round_up(epsilon, 4) if math.isfinite(epsilon) else None
 
 
-def rounded_down(value: float, digits: int = 4) -> float:
-    """What is left, for display: never shown larger than it is."""
+def round_down(value: float, digits: int = 4) -> float:
+    """Returns a rest for display, never larger than it is."""
     return -round_up(-value, digits) + 0.0
 
 
@@ -255,5 +260,5 @@ def _last_run(config: SiteConfig, history: History) -> Joined | None:
 
 
 def _affordable(config: SiteConfig, history: History, joined: Joined) -> Affordable:
-    plan = plan_of(config, joined)
-    return Affordable(joined.run_id, affordable_rounds(history, plan, share_of(config)), plan)
+    plan = make_plan(config, joined)
+    return Affordable(joined.run_id, count_affordable_rounds(history, plan, get_evaluation_budget(config)), plan)

@@ -23,8 +23,8 @@ from client.protocol.site import (
     check_approved,
     digest_of_offer,
     joined_run,
-    modules_of,
-    plan_of,
+    load_modules,
+    make_plan,
     run_folder,
 )
 from client.solvers import open_solver
@@ -32,7 +32,7 @@ from common import messages
 from common.events import BackboneUnusable, HeadsReceived, RunAudited, RunJoined, RunPrepared
 from common.files import private_folder, write_atomic
 from common.model.backbones import Backbone
-from common.model.trunks import frozen_parts
+from common.model.trunks import freeze_parts
 from common.offers import compute_run_digest, encode_offer
 from common.privacy.accounting import Mechanism
 from common.tasks import Task
@@ -68,7 +68,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         refuse_what_does_not_fit(joined.run, tasks)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
-    plan = plan_of(site.config, joined)
+    plan = make_plan(site.config, joined)
     _check_heads(joined, tasks)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
@@ -118,7 +118,7 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
     except DigestMismatch as error:
         raise SiteDeclined(DeclineReason.BACKBONE_NOT_ALLOWED, str(error)) from error
     try:
-        frozen = frozen_parts(joined.run, opened)
+        frozen = freeze_parts(joined.run, opened)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     try:
@@ -151,7 +151,7 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
     if not (joined.folder / "prepared.json").exists():
         raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared")
-    modules_of(site, joined, tasks, request.heads)
+    load_modules(site, joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     records = messages.encode(request)
@@ -164,7 +164,7 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
 
 
 def _held(site: Site, digest: str) -> messages.Held:
-    """What need not be sent of a backbone: it is here, or the site opens it from its own files, or parts are here."""
+    """Returns the parts of a backbone that need not be sent: they are here, or the site's own files hold it."""
     try:
         whole = site.backbones().adopt(digest, site.config.own_backbones)
     except BadInput as error:

@@ -32,9 +32,9 @@ from client.config import NoisedEvaluation, SiteConfig
 from client.data.records import check_values
 from client.ledger.evaluation_budget import count_evaluations_left, list_unspent, make_evaluation_mechanism
 from client.ledger.history import History
-from client.protocol.balance import affordable_rounds, history_of, share_of, shown
-from client.protocol.requirements import refuse_what_does_not_fit, trained_in, untrained_modules
-from client.protocol.site import Joined, SiteDeclined, check_allowed, plan_of
+from client.protocol.balance import count_affordable_rounds, get_evaluation_budget, history_of, shown
+from client.protocol.requirements import count_trained, refuse_what_does_not_fit, untrained_modules
+from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
 from common.tasks import NOISED_BUCKETS, Task
@@ -42,7 +42,7 @@ from common.types import BadInput, Plan
 
 
 @dataclass(frozen=True)
-class Forecast:
+class RunPlan:
     """One site's outlook on a run.
 
     Attributes:
@@ -96,8 +96,8 @@ class Forecast:
     warnings: tuple[str, ...]
 
 
-def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
-    """What a run would cost a site and how much of its result would be noise.
+def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
+    """Returns the price of a run at a site and the part of its result that would be noise.
 
     Args:
         config: the site's file.
@@ -112,18 +112,18 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     # Which weights the digest names is known when the run is joined.
     any_backbone = config.model_copy(update={"allow": config.allow.model_copy(update={"backbones": "any"})})
     joined = Joined("plan", run, {}, Path())
-    tasks, plan, history = joined.tasks(config), plan_of(config, joined), history_of(config)
-    whole, share = Mechanism.of(plan.over(run.rounds)), share_of(config)
+    tasks, plan, history = joined.tasks(config), make_plan(config, joined), history_of(config)
+    whole, share = Mechanism.of(plan.over(run.rounds)), get_evaluation_budget(config)
     evaluations = _evaluations(run, share, history, len(tasks))
     delta = history.terms.delta
     sizes = joined.sizes(config)
     modules = untrained_modules(run, tasks)
-    trunks = {name: trained_in(module) for name, module in modules.items() if name not in tasks}
-    heads = sum(trained_in(modules[name]) for name in tasks)
+    trunks = {name: count_trained(module) for name, module in modules.items() if name not in tasks}
+    heads = sum(count_trained(modules[name]) for name in tasks)
     per_round = _noise_to_signal(plan, heads, max((sizes[name] for name in tasks), default=0))
     of_trunks = max((_noise_to_signal(plan, width, sizes[name]) for name, width in trunks.items()), default=0.0)
     averaged = math.sqrt(num_sites * run.rounds)
-    outlook = Forecast(
+    outlook = RunPlan(
         site=config.name,
         tasks=tuple(sorted(tasks)),
         unit=history.terms.unit.value,
@@ -137,7 +137,7 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
         run_epsilon=compute_epsilon([whole], delta),
         evaluation_epsilon=compute_epsilon(evaluations, delta),
         final_epsilon=history.compute_epsilon([whole, *evaluations]),
-        rounds_affordable=affordable_rounds(history, plan, share),
+        rounds_affordable=count_affordable_rounds(history, plan, share),
         evaluations=len(evaluations),
         evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
         noise_to_signal=per_round,
@@ -153,14 +153,14 @@ def forecast(config: SiteConfig, run: RunConfig, num_sites: int) -> Forecast:
     return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
 
 
-def as_json(outlook: Forecast) -> dict[str, Any]:
+def as_json(outlook: RunPlan) -> dict[str, Any]:
     """The outlook as plain values; an infinite epsilon is null, and `infinite` says so."""
     epsilons = ("spent_epsilon", "round_epsilon", "run_epsilon", "evaluation_epsilon", "final_epsilon")
     values = asdict(outlook) | {name: shown(getattr(outlook, name)) for name in epsilons}
     return values | {"infinite": math.isinf(outlook.final_epsilon)}
 
 
-def table(outlooks: list[Forecast]) -> Table:
+def table(outlooks: list[RunPlan]) -> Table:
     """The outlooks side by side, one site a column, each epsilon rounded up."""
     first = outlooks[0]
     title = f"plan: {first.rounds} round(s); epsilon per {first.unit}, {first.relation}, delta {first.delta:g}"
@@ -186,7 +186,7 @@ def _shown_up(epsilon: float) -> str:
     return f"{round_up(epsilon):g}"
 
 
-_ROWS: dict[str, Callable[[Forecast], str]] = {
+_ROWS: dict[str, Callable[[RunPlan], str]] = {
     "tasks": lambda each: ", ".join(each.tasks) or "-",
     "noise multiplier": lambda each: f"{each.noise_multiplier:.3f}",
     "epsilon/round": lambda each: _shown_up(each.round_epsilon),
@@ -202,7 +202,7 @@ _ROWS: dict[str, Callable[[Forecast], str]] = {
     "  over the run": lambda each: f"{each.run_noise_to_signal:.2f}",
 }
 
-_TRUNK_ROWS: dict[str, Callable[[Forecast], str]] = {
+_TRUNK_ROWS: dict[str, Callable[[RunPlan], str]] = {
     "trunk parameters": lambda each: ", ".join(f"{width:,}" for width in each.trunk_parameters.values()) or "-",
     "trunk noise/signal": lambda each: f"{each.trunk_noise_to_signal:.2f}",
     "  trunk over the run": lambda each: f"{each.run_trunk_noise_to_signal:.2f}",
@@ -210,7 +210,7 @@ _TRUNK_ROWS: dict[str, Callable[[Forecast], str]] = {
 
 
 def _noise_to_signal(plan: Plan, num_parameters: int, size: int) -> float:
-    """Of one round, as derived above; 0 without privacy or without anything to train."""
+    """Returns the ratio of one round, as derived above; 0 without privacy or without anything to train."""
     if not plan.private or not size:
         return 0.0
     return plan.noise_multiplier * math.sqrt(num_parameters / plan.steps) / (plan.sampling_rate * size)
@@ -234,7 +234,7 @@ def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
     )
 
 
-def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bool) -> list[str]:
+def _declines(config: SiteConfig, joined: Joined, outlook: RunPlan, affords: bool) -> list[str]:
     """Why the site would decline the run."""
     found = []
     if not outlook.tasks:
@@ -256,7 +256,7 @@ def _declines(config: SiteConfig, joined: Joined, outlook: Forecast, affords: bo
     return found
 
 
-def _warnings(config: SiteConfig, joined: Joined, outlook: Forecast) -> list[str]:
+def _warnings(config: SiteConfig, joined: Joined, outlook: RunPlan) -> list[str]:
     """Why its result cannot be what was asked for."""
     found = []
     for name, task in joined.tasks(config).items():

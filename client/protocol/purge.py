@@ -23,7 +23,7 @@ from common.files import flush_folder
 
 @dataclass(frozen=True)
 class Purged:
-    """What a purge did, in numbers only.
+    """The result of a purge, in numbers only.
 
     Attributes:
         num_excluded: ids on the list now.

@@ -32,7 +32,7 @@ class ReplyDamaged(Exception):
 
 @dataclass(frozen=True)
 class Replies:
-    """What one run was answered, while nobody else looks for or stores a reply of it."""
+    """The stored replies of one run, while nobody else looks for or stores a reply of it."""
 
     _run_folder: Path
     _digests: int

@@ -30,7 +30,7 @@ MAX_STATISTICS = 2**24
 
 
 def feature_dim(backbone: Spec) -> int:
-    """How many features a backbone's settings lead to; no weights are needed.
+    """Returns the number of features of a backbone from its settings; no weights are needed.
 
     Raises:
         BadInput: a wrong setting, or a projection too large for a site.
@@ -45,7 +45,7 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[i
 
     from common.backbones.parts.projection import ProjectionLayer
     from common.model.backbones import open_untrained
-    from common.model.trunks import unfilled_trunk
+    from common.model.trunks import make_empty_trunk
 
     # Once for equal settings: to build a network takes 0.1 s, and each site of a simulation is asked the same.
     backbone = Spec.model_validate_json(settings, context={"base": base})
@@ -59,7 +59,7 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[i
             return dim, None
         asked = Trainable.model_validate_json(trainable)
         kind, module, raw_dim = untrained.kind, untrained.module, untrained.feature_dim
-        return dim, unfilled_trunk(kind, module, raw_dim, asked, f"trainable.{name}")
+        return dim, make_empty_trunk(kind, module, raw_dim, asked, f"trainable.{name}")
 
 
 def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
@@ -85,16 +85,16 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
 
 
 def num_parameters(run: RunConfig, tasks: Mapping[str, Task]) -> int:
-    """Of all that trains for some of a run's tasks; none is allocated.
+    """Returns the number of parameters that train for some of a run's tasks; none is allocated.
 
     Raises:
         BadInput: a backbone's setting is wrong.
     """
-    return sum(map(trained_in, untrained_modules(run, tasks).values()))
+    return sum(map(count_trained, untrained_modules(run, tasks).values()))
 
 
-def trained_in(module: nn.Module) -> int:
-    """How many parameters of a head or a trunk train."""
+def count_trained(module: nn.Module) -> int:
+    """Returns the number of parameters of a head or a trunk that train."""
     return sum(part.numel() for part in module.parameters() if part.requires_grad)
 
 

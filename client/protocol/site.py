@@ -84,7 +84,7 @@ class Site:
         return FileJournal(private_folder(self.config.state_dir) / "site.jsonl")
 
     def ledger(self) -> Ledger:
-        """What this site's registry has spent.
+        """Returns the ledger of this site's population.
 
         Raises:
             LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
@@ -101,11 +101,11 @@ class Site:
         )
 
     def has_replies(self) -> bool:
-        """Whether a reply is stored from any run: then something may have left."""
+        """Returns true if a reply is stored from any run: then something may have left."""
         return any((self.config.state_dir / "runs").glob("*/replies/*"))
 
     def backbones(self) -> BackboneStore:
-        """Backbones received so far."""
+        """Returns the store of the backbones received so far."""
         from client.data.backbone_store import BackboneStore
 
         return BackboneStore(self.config.state_dir / "backbones", self.opened)
@@ -117,11 +117,11 @@ class Site:
         return FeatureStore(self.features_folder())
 
     def features_folder(self) -> Path:
-        """Where cached features are."""
+        """Returns the folder of cached features."""
         return (self.config.cache_dir or self.config.state_dir) / "features"
 
     def device(self) -> torch.device:
-        """The device to encode and train on."""
+        """Returns the device to encode and train on."""
         import torch  # Here, as below: a command that reads a budget needs no torch.
 
         wanted = self.config.device
@@ -132,7 +132,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Joined:
-    """What a site agreed to in one run, as kept on its disk; `backbones` are the digests of all of the run's."""
+    """The agreement of a site to one run, as kept on its disk; `backbones` are the digests of all of the run's."""
 
     run_id: str
     run: RunConfig
@@ -158,7 +158,7 @@ class Joined:
 
 
 def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
-    """Whether somebody here approved the run under this digest, or need not. Raises SiteDeclined.
+    """Checks that somebody here approved the run under this digest, or need not. Raises SiteDeclined.
 
     Args:
         site: who is asked.
@@ -199,7 +199,7 @@ def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
 
 
 def run_folder(site: Site, run_id: str) -> Path:
-    """Where a run is kept. Raises SiteDeclined where its id is not a plain name."""
+    """Returns the folder in which a run is kept. Raises SiteDeclined where its id is not a plain name."""
     # A run id comes from the network and becomes a folder name.
     plain = run_id.isascii() and all(char.isalnum() or char in "-_" for char in run_id)
     if not run_id or len(run_id) > 128 or not plain:
@@ -208,7 +208,7 @@ def run_folder(site: Site, run_id: str) -> Path:
 
 
 def check_allowed(config: SiteConfig, joined: Joined) -> None:
-    """Whether a run's backbones, solver and privacy are acceptable here. Raises SiteDeclined."""
+    """Checks that a run's backbones, solver and privacy are acceptable here. Raises SiteDeclined."""
     allow = config.allow
     for name, digest in joined.digests(joined.tasks(config)).items():
         # All or nothing: which of its tasks a site takes part in does not depend on weights.
@@ -227,7 +227,7 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
         raise SiteDeclined(DeclineReason.UNIT_DIFFERS, f"the run protects {asked.unit}, this site {config.unit}")
 
 
-def plan_of(config: SiteConfig, joined: Joined) -> Plan:
+def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     """The public numbers of one round of a run here. Raises SiteDeclined."""
     try:
         solver: Solver = open_solver(joined.run.solver, "solver")
@@ -241,13 +241,23 @@ def plan_of(config: SiteConfig, joined: Joined) -> Plan:
     return plan
 
 
-def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
-    """What was sent as modules to train: heads, and trunks. Raises SiteDeclined where it does not fit."""
+def load_modules(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:
+    """Returns the parameters that were sent as modules to train: heads, and trunks.
+
+    Args:
+        site: the site.
+        joined: the run.
+        tasks: task -> its definition, for the tasks of this site.
+        heads: parameter group -> parameters.
+
+    Raises:
+        SiteDeclined: they do not fit, or a value is not finite or too large.
+    """
     from common.model.parameters import load_parameters
 
     feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
     modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
-    modules |= untrained_trunks(site, joined, tasks)
+    modules |= make_untrained_trunks(site, joined, tasks)
     for name, module in modules.items():
         try:
             load_parameters(module, heads[name])
@@ -256,8 +266,14 @@ def modules_of(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Hea
     return modules
 
 
-def untrained_trunks(site: Site, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, torch.nn.Module]:
-    """The trunks that some tasks' records pass, as their backbones have them; none where all is frozen."""
+def make_untrained_trunks(site: Site, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, torch.nn.Module]:
+    """Returns the trunks that some tasks' records pass, as their backbones have them; none where all is frozen.
+
+    Args:
+        site: the site.
+        joined: the run.
+        tasks: task -> its definition.
+    """
     names = {joined.run.backbone_of(task) for task in tasks if joined.run.trunk_of(task) is not None}
     if not names:
         return {}

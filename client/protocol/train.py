@@ -24,8 +24,8 @@ from client.protocol.site import (
     check_approved,
     digest_of_offer,
     joined_run,
-    modules_of,
-    plan_of,
+    load_modules,
+    make_plan,
 )
 from client.solvers import open_solver
 from common import messages
@@ -57,8 +57,8 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
         # Again: several runs may have joined under one approval, before any of them was charged.
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
-        heads = modules_of(site, joined, tasks, request.heads)
-        plan = plan_of(site.config, joined)
+        heads = load_modules(site, joined, tasks, request.heads)
+        plan = make_plan(site.config, joined)
         reservation = ledger.reserve(
             Mechanism.of(plan),
             run=joined.run_id,
@@ -92,7 +92,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         tasks = _requested_tasks(site, joined, request)
-        heads = modules_of(site, joined, tasks, request.heads)
+        heads = load_modules(site, joined, tasks, request.heads)
         reservation, mechanism = ledger.reserve_evaluation(
             share,
             len(tasks),

@@ -117,6 +117,14 @@ class DpSgd(Plugin):
     ) -> Delta:
         """Trains copies of the modules and returns the change of their parameters. See `client.solvers.Solver.solve`.
 
+        Args:
+            modules: parameter group -> head or trunk at the round's start; not modified.
+            tasks: task -> its definition.
+            units: training units, on the device to train on.
+            plan: what `plan` returned.
+            public_sizes: parameter group -> declared number of units.
+            stream: the only source of randomness: coins and noise.
+
         Raises:
             BadInput: a module mixes the examples of a batch, so that no per-unit gradient exists.
             RunFailed: training diverged.

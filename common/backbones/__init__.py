@@ -80,7 +80,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a kind reads from its weights.
+    """The tensors that a kind reads from its weights.
 
     Attributes:
         state: tensors of `Kind.architecture().module`, by name.

@@ -35,7 +35,7 @@ _MAX_TOKENIZER_BYTES = 64 << 20
 
 
 class Files(Frozen):
-    """What a model's folder says besides its weights; read by `resolved`, not meant to be written by hand.
+    """The settings of a model's folder besides its weights; read by `resolved`, not meant to be written by hand.
 
     Attributes:
         config: of the architecture.

@@ -17,22 +17,27 @@ MAX_ROW_NORM = 2.0**14
 """Of the weights of one output: products with features are then exact (docs/exact-sums.md)."""
 
 
-def initial_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], seed: int) -> dict[str, nn.Module]:
-    """A new head for each task, reproducible from the seed and the task's name alone.
+def create_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], seed: int) -> dict[str, nn.Module]:
+    """Returns a new head for each task, reproducible from the seed and the task's name alone.
 
     Adding, removing or reordering other tasks does not change a head; torch's generators are left as they were.
+
+    Args:
+        tasks: task -> its definition.
+        feature_dims: task -> number of features that its head reads.
+        seed: seed of the run.
     """
     return {name: _initial_head(name, task, feature_dims[name], seed) for name, task in tasks.items()}
 
 
 def _initial_head(name: str, task: Task, feature_dim: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(name, seed))
+        torch.manual_seed(compute_seed(name, seed))
         return task.head(feature_dim)
 
 
-def seed_of(name: str, seed: int) -> int:
-    """What torch's generator is seeded with for one entry of a run's heads."""
+def compute_seed(name: str, seed: int) -> int:
+    """Returns the seed of torch's generator for one parameter group of a run."""
     return int.from_bytes(hashlib.sha256(f"headwater head {seed} {name}".encode()).digest()[:8], "little")
 
 

@@ -22,7 +22,7 @@ from common.backbones.parts.projection import ProjectionLayer
 from common.errors import nearest
 from common.model.adapters import add_adapters
 from common.model.backbones import Backbone, FrozenBackbone
-from common.model.parameters import initial_heads, seed_of
+from common.model.parameters import compute_seed, create_heads
 from common.run import Name, RunConfig, Trainable
 from common.tasks import Task
 from common.types import BadInput
@@ -71,8 +71,8 @@ def cut(backbone: Backbone, trainable: Trainable, entry: str, key: str, seed: in
     return Cut(below, trunk)
 
 
-def frozen_parts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, Backbone]:
-    """What a site encodes with: backbones as they are, or up to where something trains. Raises BadInput."""
+def freeze_parts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Name, Backbone]:
+    """Returns the backbones a site encodes with: whole, or up to where something trains. Raises BadInput."""
     cuts = _cuts(run, backbones)
     return {name: cuts[name].below if name in cuts else backbone for name, backbone in backbones.items()}
 
@@ -82,13 +82,19 @@ def trunks(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[str, nn.M
     return {f"{name}.trunk": own.trunk for name, own in _cuts(run, backbones).items()}
 
 
-def initial_modules(
+def create_modules(
     run: RunConfig, tasks: Mapping[str, Task], backbones: Mapping[Name, Backbone]
 ) -> dict[str, nn.Module]:
-    """Every entry of the heads of some of a run's tasks before its first round: new heads, trunks as backbones are."""
+    """Returns every parameter group of some of a run's tasks before its first round.
+
+    Args:
+        run: the run.
+        tasks: task -> its definition.
+        backbones: name -> open backbone, for those that the tasks stand on.
+    """
     own = {name: run.backbone_of(name) for name in tasks}
     dims = {name: backbones[own[name]].feature_dim for name in tasks}
-    return {**initial_heads(tasks, dims, run.seed), **trunks(run, {name: backbones[name] for name in own.values()})}
+    return {**create_heads(tasks, dims, run.seed), **trunks(run, {name: backbones[name] for name in own.values()})}
 
 
 def stand_in(num_rows: int, num_added: int) -> Trunk:
@@ -103,8 +109,19 @@ def stand_in(num_rows: int, num_added: int) -> Trunk:
     return Trunk(Divided(nn.Identity(), above, (num_rows,)), torch.ones(()), features).open(list_trainable(above))
 
 
-def unfilled_trunk(kind: Kind, network: nn.Module, feature_dim: int, trainable: Trainable, key: str) -> Trunk:
-    """A trunk as settings alone say it, perhaps without memory (device meta). Raises BadInput."""
+def make_empty_trunk(kind: Kind, network: nn.Module, feature_dim: int, trainable: Trainable, key: str) -> Trunk:
+    """Returns a trunk from settings alone, perhaps without memory (device meta).
+
+    Args:
+        kind: kind of the backbone.
+        network: its network, with any weights.
+        feature_dim: number of features before any projection.
+        trainable: from which block on it trains.
+        key: key of the setting, for messages.
+
+    Raises:
+        BadInput: the network cannot be divided there.
+    """
     projection = ProjectionLayer(kind.projection, feature_dim)
     return _divided(kind, network, torch.ones(()), projection, trainable, key, seed=0)[1]
 
@@ -143,7 +160,7 @@ def _divided(
     try:
         # Some kinds draw a probe at random, and adapters are drawn.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(key, seed))
+            torch.manual_seed(compute_seed(key, seed))
             divided = _divide(kind, network, trainable.from_)
             trunk = Trunk(divided, scale, projection)
             lora = trainable.lora

@@ -78,7 +78,7 @@ class Mechanism:
 
     @classmethod
     def of(cls, plan: Plan) -> Mechanism:
-        """What one round of a plan releases."""
+        """Returns the mechanism of one round of a plan."""
         return cls(
             kind="gaussian" if plan.private else "none",
             noise_multiplier=plan.noise_multiplier,
@@ -130,7 +130,12 @@ def compute_epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
 
 
 def is_covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> bool:
-    """Whether `epsilon` of all mechanisms together is at most `cap`; cheaper than `epsilon` while far below it.
+    """Returns true if all mechanisms together cost at most `cap`; cheaper than their epsilon while far below it.
+
+    Args:
+        mechanisms: releases to compose.
+        delta: delta of the epsilon, in (0, 1).
+        cap: bound on the epsilon.
 
     Raises:
         BadInput: delta is not in (0, 1).
@@ -142,9 +147,15 @@ def is_covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> boo
 
 
 def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """The smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most `target_epsilon`.
+    """Returns the smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most `target_epsilon`.
 
-    Guarantee: `epsilon` of the result is at most the target. Exact to 1e-7 for full batch.
+    Guarantee: the epsilon of the result is at most the target. Exact to 1e-7 for full batch.
+
+    Args:
+        target_epsilon: bound on the epsilon of all releases together.
+        delta: delta of the epsilon, in (0, 1).
+        sampling_rate: probability with which a unit takes part, in (0, 1].
+        steps: number of releases.
 
     Raises:
         BadInput: an argument is outside its range.

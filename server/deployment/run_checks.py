@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.model.backbones import open_backbones
-from common.model.trunks import initial_modules
+from common.model.trunks import create_modules
 from common.run import RunConfig, resolve_backbone_paths
 from common.tasks import open_task
 from common.types import BadInput
@@ -38,6 +38,6 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
     backbones = open_backbones(run)
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    initial_modules(run, tasks, backbones)
+    create_modules(run, tasks, backbones)
     open_aggregator(run.aggregation, "aggregation")
     return resolve_backbone_paths(run)

@@ -30,7 +30,7 @@ _PART_TRIES = 3
 
 @dataclass
 class _Progress:
-    """What the nodes have answered so far.
+    """The answers of the nodes so far.
 
     Attributes:
         participants: site name -> the site that joined.

@@ -28,7 +28,7 @@ from common.events import (
 )
 from common.model.backbones import Backbone
 from common.model.parameters import parameters
-from common.model.trunks import initial_modules
+from common.model.trunks import create_modules
 from common.run import RunConfig
 from common.tasks import open_task
 from common.types import BadInput, Heads, heads_digest
@@ -42,7 +42,7 @@ from server.rounds.replies import Rejected, check_delta, check_plan
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         heads: final heads and trunks.
@@ -269,7 +269,7 @@ def _names_of(participants: Sequence[Participant]) -> dict[int, str]:
 def _initial_state(messenger: Messenger, backbones: Mapping[str, Backbone]) -> Checkpoint:
     run = messenger.run
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    modules = initial_modules(run, tasks, backbones)
+    modules = create_modules(run, tasks, backbones)
     heads = {name: parameters(module) for name, module in modules.items()}
     aggregator = open_aggregator(run.aggregation, "aggregation")
     states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}

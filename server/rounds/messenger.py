@@ -64,7 +64,7 @@ class Participant:
 
 @dataclass(frozen=True)
 class Answers(Generic[_Reply]):
-    """What came back of one request.
+    """The answers to one request.
 
     Attributes:
         accepted: node id -> its reply, and the reply's size in bytes.
@@ -79,7 +79,7 @@ class Answers(Generic[_Reply]):
 
 @dataclass(frozen=True)
 class Messenger:
-    """What every step of a run needs: the connection to the sites, the run, and where facts go.
+    """The needs of every step of a run: the connection to the sites, the run, and where facts go.
 
     Attributes:
         grid: Flower's connection to the sites.

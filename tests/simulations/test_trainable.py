@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from client.personal.evaluate import FEDERATED, compare
-from client.protocol.plan import forecast
+from client.protocol.plan import plan_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
@@ -325,7 +325,7 @@ def test_the_outlook_judges_heads_and_trunk_apart_and_warns_of_a_trunk_that_drow
         privacy = {**PRIVATE, "target_epsilon": 0.6}
         own = tmp_path / str(block)
         (config, _) = write_files(simulation(tmp_path, run={"trainable": trainable, "privacy": privacy}), own)
-        outlooks[block] = forecast(config, load(RunConfig, own / "run.yaml"), 2)
+        outlooks[block] = plan_run(config, load(RunConfig, own / "run.yaml"), 2)
     assert outlooks[None].noise_to_signal == outlooks["4"].noise_to_signal > 0
     assert outlooks[None].trunk_parameters == {} and outlooks[None].run_trunk_noise_to_signal == 0.0
     backbone = open_pretrained(simulation(tmp_path).run.backbone_specs["backbone"], "backbone").module.encoder
@@ -347,5 +347,5 @@ def test_a_trunk_whose_noise_is_small_is_not_warned_of(tmp_path: Path) -> None:
     (config, _) = write_files(
         simulation(tmp_path, run={"privacy": {**PRIVATE, "target_epsilon": 20.0}}), tmp_path / "a"
     )
-    outlook = forecast(config, load(RunConfig, tmp_path / "a" / "run.yaml"), 2)
+    outlook = plan_run(config, load(RunConfig, tmp_path / "a" / "run.yaml"), 2)
     assert 0 < outlook.run_trunk_noise_to_signal < 1 and outlook.warnings == ()

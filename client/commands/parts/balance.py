@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.protocol.balance import Balance, rounded_down
+from client.protocol.balance import Balance, round_down
 from common.privacy.accounting import round_up
 
 
@@ -27,7 +27,7 @@ def print_balance(account: Balance) -> None:
     Console().print(table)
     typer.echo(f"spent     {round_up(account.spent_epsilon):g}")
     typer.echo(f"reserved  {round_up(account.reserved_epsilon):g}   (spent, and charges whose reply may have left)")
-    typer.echo(f"left      {rounded_down(account.left_epsilon, 2):g} of {terms.epsilon_cap:g}")
+    typer.echo(f"left      {round_down(account.left_epsilon, 2):g} of {terms.epsilon_cap:g}")
     if account.evaluation is not None:
         held = account.evaluation
         typer.echo(

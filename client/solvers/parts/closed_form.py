@@ -352,7 +352,13 @@ class _Formed:
         return cls(units, weight_UKD, bias_UK, torch.stack([weight_scale_U, bias_scale_U], dim=1), norm_U)
 
     def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor]) -> None:
-        """Adds the units' parts to integer totals (see `_Gradients.add_clipped`)."""
+        """Adds the units' parts to integer totals.
+
+        Args:
+            factor_U: clip factors of these units.
+            lattice: of the release.
+            totals: int64, weight's K x D and the bias's K where there is one.
+        """
         factor_U2 = torch.where(factor_U[:, None] > 0.0, self.scale_U2 * (factor_U / lattice.spacing)[:, None], 0.0)
         for total, whole, factor in zip(totals, (self.weight_UKD, self.bias_UK), factor_U2.unbind(1), strict=False):
             assert whole is not None

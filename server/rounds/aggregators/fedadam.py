@@ -43,7 +43,13 @@ class FedAdam(Plugin):
         }
 
     def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """Returns the parameters after a step along the updated moments, and the moments."""
+        """Returns the parameters after a step along the updated moments, and the moments.
+
+        Args:
+            params: parameters that the sites were sent, by name.
+            state: what `start` or the last `update` returned.
+            deltas: updates with public weights, at least one.
+        """
         mean = weighted_mean(deltas)
         first = {name: self.beta1 * state["first"][name] + (1 - self.beta1) * mean[name] for name in params}
         second = {name: self.beta2 * state["second"][name] + (1 - self.beta2) * mean[name] ** 2 for name in params}

@@ -35,6 +35,12 @@ class Mean(Plugin):
         return {}
 
     def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """Returns the parameters after a step along the mean change."""
+        """Returns the parameters after a step along the mean change.
+
+        Args:
+            params: parameters that the sites were sent, by name.
+            state: what `start` or the last `update` returned.
+            deltas: updates with public weights, at least one.
+        """
         mean = weighted_mean(deltas)
         return {name: (old + self.learning_rate * mean[name]).astype(np.float32) for name, old in params.items()}, state

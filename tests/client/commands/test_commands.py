@@ -27,14 +27,14 @@ from client.protocol.train import evaluate, train
 from common import messages
 from common.events import RequestDeclined
 from common.model.backbones import Backbone, open_backbones, open_random
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.plugins import Spec
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, Heads, LedgerDamaged
 from common.yaml import write_yaml
-from simulations.in_process import InProcessGrid
+from simulations.executors.in_process import InProcessGrid
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 DELTA = 1e-5
@@ -48,7 +48,7 @@ def frozen() -> Backbone:
 
 def heads(frozen: Backbone) -> Heads:
     tasks = {name: open_task(spec, name) for name, spec in TASKS.items()}
-    modules = initial_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 0)
+    modules = create_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 0)
     return {name: parameters(module) for name, module in modules.items()}
 
 

@@ -23,7 +23,7 @@ from client.protocol.site import Site
 from client.protocol.train import train
 from common import messages
 from common.model.backbones import Backbone
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.privacy.accounting import compute_epsilon
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
@@ -131,7 +131,7 @@ def frozen() -> Backbone:
 
 
 def heads(frozen: Backbone) -> Heads:
-    modules = initial_heads(
+    modules = create_heads(
         {name: open_task(spec, name) for name, spec in TASKS.items()}, dict.fromkeys(TASKS, frozen.feature_dim), 0
     )
     return {name: parameters(module) for name, module in modules.items()}

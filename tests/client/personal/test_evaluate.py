@@ -21,7 +21,7 @@ from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import BadInput, DigestMismatch
 from common.yaml import write_yaml
 from server.rounds.loop import run_federation
-from simulations.in_process import InProcessGrid
+from simulations.executors.in_process import InProcessGrid
 from tests.tiny import backbone, run_config, site_config
 
 HELD_OUT = {"test_fraction": 0.3}

@@ -18,7 +18,7 @@ from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.model.backbones import Backbone
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.offers import compute_run_digest, encode_offer, make_offer
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
@@ -47,7 +47,7 @@ def offer(frozen: Backbone, **changes: Any) -> Offer:
 
 def heads(frozen: Backbone) -> Heads:
     tasks = {name: open_task(spec, name) for name, spec in TASKS.items()}
-    modules = initial_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 3)
+    modules = create_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 3)
     return {name: parameters(module) for name, module in modules.items()}
 
 

@@ -28,7 +28,7 @@ from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import evaluate, train
 from common import messages
 from common.model.backbones import Backbone
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.plugins import Plugin
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.lattice import Lattice
@@ -218,7 +218,7 @@ def test_chunks_of_records_add_up() -> None:
 
 def heads_of(frozen: Backbone, scale: float = 0.0) -> Heads:
     tasks = {name: open_task(TASKS[name], name) for name in TASKS}
-    modules = initial_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 0)
+    modules = create_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 0)
     rng = np.random.default_rng(7)
     return {
         name: {

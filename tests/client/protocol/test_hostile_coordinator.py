@@ -23,13 +23,13 @@ from client.protocol.train import MAX_CHARGES
 from common import messages
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.model.backbones import Backbone
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.offers import make_offer
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import MAX_STEPS, DeclineReason, Heads
-from simulations.in_process import FIRST_NODE_ID, InProcessGrid
+from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, forged, offered, run_config, site_config
 
 
@@ -40,7 +40,7 @@ def frozen() -> Backbone:
 
 def heads(frozen: Backbone) -> Heads:
     tasks = {name: open_task(spec, name) for name, spec in TASKS.items()}
-    modules = initial_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 3)
+    modules = create_heads(tasks, dict.fromkeys(tasks, frozen.feature_dim), 3)
     return {name: parameters(module) for name, module in modules.items()}
 
 

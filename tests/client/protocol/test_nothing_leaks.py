@@ -29,7 +29,7 @@ from common.run import RunConfig
 from common.types import BadInput, DeclineReason, RunFailed
 from server.reports.results import write_results
 from server.rounds.loop import run_federation
-from simulations.in_process import InProcessGrid
+from simulations.executors.in_process import InProcessGrid
 from tests.tiny import offered, run_config, site_config
 
 CANARY = "canary"

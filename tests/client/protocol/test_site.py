@@ -16,7 +16,7 @@ from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.model.backbones import Backbone
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
 from common.types import BadInput, DeclineReason, Heads, LedgerDamaged, heads_digest
@@ -39,7 +39,7 @@ def offer(frozen: Backbone, **changes: Any) -> messages.JoinRequest:
 
 def heads(frozen: Backbone, names: tuple[str, ...] = ("colour", "size")) -> Heads:
     tasks = {name: open_task(TASKS[name], name) for name in names}
-    modules = initial_heads(tasks, {name: frozen.feature_dim for name in names}, 0)
+    modules = create_heads(tasks, {name: frozen.feature_dim for name in names}, 0)
     return {name: parameters(module) for name, module in modules.items()}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
 from client.solvers.parts import private_step
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream
 from common.run import Privacy
@@ -51,7 +51,7 @@ class CountingSilentStream(SilentStream):
 
 
 def heads() -> dict[str, nn.Module]:
-    made = initial_heads(TASKS, {name: FEATURES for name in TASKS}, seed=1)
+    made = create_heads(TASKS, {name: FEATURES for name in TASKS}, seed=1)
     generator = torch.Generator().manual_seed(2)
     for head in made.values():
         for parameter in head.parameters():
@@ -140,7 +140,7 @@ def test_a_sample_too_large_for_memory_is_clipped_in_parts_and_noised_once() -> 
     wide = {
         "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": {"hidden": 4096}}, "grade")
     }
-    modules = initial_heads(wide, {"grade": FEATURES}, seed=1)
+    modules = create_heads(wide, {"grade": FEATURES}, seed=1)
     count = 2 * private_step._BLOCK_RECORDS + 1
     assert private_step._count_block_records(modules) < count
     everyone = site(3, count, 1, missing=0.0).only(["grade"])

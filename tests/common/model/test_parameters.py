@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.model.parameters import initial_heads, load_parameters, parameters
+from common.model.parameters import create_heads, load_parameters, parameters
 from common.tasks import Task, open_task
 from common.types import BadInput, heads_digest
 
@@ -16,7 +16,7 @@ def task(hidden: int | None = 5) -> Task:
 
 
 def digest_of(names: list[str], seed: int, wanted: str) -> str:
-    heads = initial_heads({name: task() for name in names}, {name: 4 for name in names}, seed)
+    heads = create_heads({name: task() for name in names}, {name: 4 for name in names}, seed)
     return heads_digest({wanted: parameters(heads[wanted])})
 
 
@@ -24,18 +24,18 @@ def test_a_heads_start_depends_on_its_name_and_the_seed_alone() -> None:
     alone = digest_of(["x"], 1, "x")
     assert digest_of(["y", "x", "z"], 1, "x") == alone
     assert digest_of(["x"], 2, "x") != alone
-    heads = initial_heads({"x": task(), "y": task()}, {"x": 4, "y": 4}, 1)
+    heads = create_heads({"x": task(), "y": task()}, {"x": 4, "y": 4}, 1)
     assert heads_digest({"h": parameters(heads["x"])}) != heads_digest({"h": parameters(heads["y"])})
 
 
 def test_making_heads_leaves_torchs_generator_as_it_was() -> None:
     before = torch.random.get_rng_state()
-    initial_heads({"x": task()}, {"x": 4}, 1)
+    create_heads({"x": task()}, {"x": 4}, 1)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_parameters_are_copies_that_load_back_exactly() -> None:
-    first, second = initial_heads({"x": task(), "y": task()}, {"x": 4, "y": 4}, 1).values()
+    first, second = create_heads({"x": task(), "y": task()}, {"x": 4, "y": 4}, 1).values()
     taken = parameters(first)
     load_parameters(second, taken)
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in second.state_dict().items())
@@ -47,7 +47,7 @@ def test_parameters_are_copies_that_load_back_exactly() -> None:
 
 
 def test_a_head_that_does_not_fit_is_refused_and_changes_nothing() -> None:
-    module = initial_heads({"x": task(None)}, {"x": 4}, 1)["x"]
+    module = create_heads({"x": task(None)}, {"x": 4}, 1)["x"]
     good = {name: array + 1 for name, array in parameters(module).items()}
     nan, inf = (np.where(np.arange(3) == 1, value, 0).astype(np.float32) for value in (np.nan, np.inf))
     wrong = [

@@ -13,7 +13,7 @@ from common.backbones import Divisible
 from common.backbones.parts.boundary import divide_chain
 from common.model.backbones import Backbone, open_pretrained
 from common.model.parameters import parameters
-from common.model.trunks import cut, initial_modules
+from common.model.trunks import create_modules, cut
 from common.plugins import kinds, plugin_class
 from common.run import RunConfig, Trainable
 from common.types import BadInput
@@ -155,7 +155,7 @@ def test_settings_alone_say_what_would_train(tmp_path: Path) -> None:
         )
         tasks = {name: open_task(spec, name) for name, spec in run.tasks.items()}
         bare = untrained_modules(run, tasks)
-        full = initial_modules(run, tasks, {"backbone": backbone})
+        full = create_modules(run, tasks, {"backbone": backbone})
 
         def shapes(modules: dict[str, nn.Module]) -> dict[str, dict[str, tuple[int, ...]]]:
             return {

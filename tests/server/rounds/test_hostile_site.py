@@ -25,12 +25,12 @@ from common.flower import (
     get_object_head_values_from_object_content,
     inflate_object_from_contents,
 )
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
 from common.types import DeclineReason, Delta, Heads, Plan, RunFailed, Unit, heads_digest
 from server.rounds.loop import Outcome, run_federation
-from simulations.in_process import FIRST_NODE_ID, InProcessGrid
+from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, run_config, site_config
 
 Grid = Callable[[Any, int], InProcessGrid]
@@ -101,7 +101,7 @@ def joining(**changes: object) -> RecordDict:
 
 
 def zero_heads() -> Heads:
-    modules = initial_heads({name: open_task(spec, name) for name, spec in TASKS.items()}, dict.fromkeys(TASKS, 4), 0)
+    modules = create_heads({name: open_task(spec, name) for name, spec in TASKS.items()}, dict.fromkeys(TASKS, 4), 0)
     return {name: {key: 0 * value for key, value in parameters(head).items()} for name, head in modules.items()}
 
 

@@ -21,7 +21,7 @@ from common.model.backbones import Backbone, open_random
 from common.privacy.noise import os_entropy
 from common.types import RunFailed
 from server.rounds.loop import run_federation
-from simulations.in_process import FIRST_NODE_ID, InProcessGrid
+from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import backbone, run_config, site_config
 
 ONLY_SIZE = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}

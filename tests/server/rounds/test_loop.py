@@ -28,7 +28,7 @@ from common.privacy.noise import Entropy, SeededEntropy
 from common.types import Delta, RunFailed, heads_digest
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome, run_federation
-from simulations.in_process import InProcessGrid
+from simulations.executors.in_process import InProcessGrid
 from tests.tiny import backbone, forged, run_config, site_config
 
 Distort = Callable[[RecordDict], RecordDict]

@@ -76,7 +76,15 @@ class InProcessGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Returns a new message to a node."""
+        """Returns a new message to a node.
+
+        Args:
+            content: records of the message.
+            message_type: Flower's type, such as `train`.
+            dst_node_id: node that it is for.
+            group_id: number of the round, as text.
+            ttl: seconds that it is valid; None for Flower's default.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
