@@ -1,15 +1,16 @@
-"""The rooms' import rules, read from the source: who may import whom, and through which doors heavy packages come."""
+"""The rooms' rules, read from the source: who may import whom, where things stand, and the words of docstrings."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("common", "client", "server", "simulations", "headwater")
 MAY_IMPORT = {
     "common": {"common"},
     "client": {"client", "common"},
@@ -17,23 +18,34 @@ MAY_IMPORT = {
     "simulations": {"simulations", "server", "client", "common"},
     "headwater": {"headwater", "simulations", "server", "client", "common"},
 }
+ROOMS = tuple(MAY_IMPORT)
+FLOORS = {
+    "common": ["", "privacy", "backbones", "tasks", "model", "process"],
+    "client": ["", "ledger", "data", "solvers", "audit", "protocol", "personal", "connection", "commands"],
+    "server": ["rounds", "reports", "deployment", "superlink", "commands"],
+}
+"""Rooms of a side, lowest first: a room imports its own and lower ones. The side's top level is "" where all may."""
+
+PLUGIN_FOLDERS = (
+    "common/backbones",
+    "common/tasks",
+    "client/data/sources",
+    "client/solvers",
+    "server/rounds/aggregators",
+    "client/commands",
+    "server/commands",
+    "simulations/commands",
+)
+MOST_MODULES = 12
 DOORS = {
-    "flwr": (
-        "common/flower.py",
-        "common/messages.py",
-        "client/app.py",
-        "client/connection/worker.py",
-        "client/protocol/train.py",
-        "server/",
-        "simulations/executors/in_process.py",
-        "simulations/executors/flower.py",
-        "simulations/federate.py",
-    ),
     "ray": ("simulations/executors/flower.py",),
     "opacus": ("client/solvers/", "common/privacy/"),
     "grpc": ("common/process/health.py",),
     "yaml": ("common/yaml.py",),
     "sklearn": ("client/data/sources/", "simulations/"),
+    "transformers": ("common/backbones/",),
+    "torchvision": ("common/backbones/",),
+    "pandas": ("client/data/sources/",),
 }
 
 
@@ -41,10 +53,22 @@ def sources() -> list[Path]:
     return sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
+def list_tests() -> list[Path]:
+    return sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> set[str]:
     """Every module a file names in an import, wherever the import stands, and in `import_module("...")`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -57,38 +81,36 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_room_imports_only_the_rooms_it_may(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0]
+def definitions() -> Iterator[tuple[Path, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for path in sources():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield path, node
+
+
+@pytest.mark.parametrize("path", sources(), ids=relative)
+def test_a_side_imports_only_the_sides_it_may(path: Path) -> None:
     used = {name.split(".")[0] for name in imports(path)} & set(ROOMS)
-    assert used <= MAY_IMPORT[room]
+    assert used <= MAY_IMPORT[path.relative_to(ROOT).parts[0]]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_heavy_packages_come_in_through_their_doors(path: Path) -> None:
-    relative = path.relative_to(ROOT).as_posix()
-    for package, doors in DOORS.items():
-        if package in {name.split(".")[0] for name in imports(path)}:
-            assert relative.startswith(doors), f"{relative} imports {package}; its doors are {doors}"
-
-
-def test_only_one_module_imports_what_flower_does_not_call_public() -> None:
-    """Also in tests, and in scripts that stand in strings."""
-    private = re.compile(r"(?:from|import)\s+flwr\.(?!(?:app|clientapp|serverapp|simulation)\s)")
-    folders = (*ROOMS, "tests", "benchmarks")
-    paths = [path.relative_to(ROOT).as_posix() for room in folders for path in (ROOT / room).rglob("*.py")]
-    assert [path for path in paths if private.search((ROOT / path).read_text())] == ["common/flower.py"]
+@pytest.mark.parametrize("side", FLOORS)
+def test_rooms_import_downward(side: str) -> None:
+    floors = FLOORS[side]
+    for path in (ROOT / side).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if len(parts) > 2:
+            lower = set(floors[: floors.index(parts[1]) + 1])
+            # A side's entry points stand above all rooms: no room imports them.
+            used = {name.split(".")[1] for name in imports(path) if name.startswith(f"{side}.") and name.count(".") > 1}
+            assert used <= lower, f"{relative(path)} imports upward: {sorted(used - lower)}"
 
 
 def test_modules_do_not_import_each_other_in_circles() -> None:
-    modules = {
-        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
-        for path in sources()
-    }
+    modules = {relative(path)[:-3].replace("/", ".").removesuffix(".__init__"): path for path in sources()}
     graph = {}
     for name, path in modules.items():
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        named = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module]
+        named = [node.module for node in parse(path).body if isinstance(node, ast.ImportFrom) and node.module]
         graph[name] = {target for target in named if target in modules and target != name}
     done: set[str] = set()
 
@@ -109,9 +131,96 @@ def test_the_coordinator_cannot_reach_a_record() -> None:
         assert not {name for name in imports(path) if name.startswith("client")}, path
 
 
+@pytest.mark.parametrize("package", DOORS)
+def test_heavy_packages_come_in_through_few_named_doors(package: str) -> None:
+    for path in sources():
+        if package in {name.split(".")[0] for name in imports(path)}:
+            assert relative(path).startswith(DOORS[package]), f"{relative(path)} imports {package}"
+
+
+def test_only_one_module_imports_what_flower_does_not_call_public() -> None:
+    """Also in tests, and in scripts that stand in strings."""
+    private = re.compile(r"(?:from|import)\s+flwr\.(?!(?:app|clientapp|serverapp|simulation)\s)")
+    folders = (*ROOMS, "tests", "benchmarks")
+    paths = [path.relative_to(ROOT).as_posix() for room in folders for path in (ROOT / room).rglob("*.py")]
+    assert [path for path in paths if private.search((ROOT / path).read_text())] == ["common/flower.py"]
+
+
 def test_only_a_simulation_leaves_files_unflushed() -> None:
     """A deployed site's ledger must survive a power cut: its code cannot switch flushing off."""
-    naming = {path.relative_to(ROOT).as_posix() for path in sources() if "without_flushing" in path.read_text()}
-    assert naming == {"common/files.py", "simulations/experiment.py", "simulations/federate.py"}
-    calling = {path.relative_to(ROOT).as_posix() for path in sources() if "os.fsync(" in path.read_text()}
+    naming = {relative(path) for path in sources() if "without_flushing" in path.read_text()}
+    assert {name.split("/")[0] for name in naming - {"common/files.py"}} == {"simulations"}
+    calling = {relative(path) for path in sources() if "os.fsync(" in path.read_text()}
     assert calling == {"common/files.py"}, "others flush through it"
+
+
+def test_a_folder_that_is_no_plug_in_folder_has_at_most_twelve_modules() -> None:
+    folders = Counter(path.parent for path in sources() if path.name != "__init__.py")
+    full = {relative(folder): number for folder, number in folders.items() if number > MOST_MODULES}
+    assert set(full) <= set(PLUGIN_FOLDERS), full
+
+
+def test_no_private_module_is_imported_from_another_folder() -> None:
+    for path in sources():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ROOMS:
+                *folder, module = f"{node.module}".split(".")
+                assert (
+                    not module.startswith("_") or module == "__main__" or Path(*folder) == path.relative_to(ROOT).parent
+                ), relative(path)
+
+
+def test_a_verb_is_a_module_of_its_name() -> None:
+    for side in ("client", "server", "simulations"):
+        for path in (ROOT / side / "commands").glob("[a-z]*.py"):
+            names = {node.name.rstrip("_") for node in parse(path).body if isinstance(node, ast.FunctionDef)}
+            assert path.stem.rstrip("_") in names, f"{relative(path)} defines no verb {path.stem}"
+
+
+def test_class_names_are_unique() -> None:
+    names = Counter(node.name for _, node in definitions() if isinstance(node, ast.ClassDef))
+    assert not [name for name, number in names.items() if number > 1]
+
+
+def test_each_owners_settings_stand_with_the_owner() -> None:
+    homes = {
+        "RunConfig": "common/run.py",
+        "SiteConfig": "client/config.py",
+        "SimulationConfig": "simulations/config.py",
+    }
+    found = {node.name: relative(path) for path, node in definitions() if node.name in homes}
+    assert found == homes
+
+
+@pytest.mark.parametrize("path", [path for path in list_tests() if len(path.relative_to(ROOT).parts) > 3], ids=relative)
+def test_a_test_stands_in_the_folder_of_what_it_tests(path: Path) -> None:
+    room = path.relative_to(ROOT / "tests").parent
+    assert (ROOT / room).is_dir(), f"tests/{room} mirrors no room"
+    # Imported, or run as a command.
+    used = {name.split(".")[0] for name in imports(path)}
+    assert room.parts[0] in used or '"-m"' in path.read_text(encoding="utf-8"), f"nothing of {room} in it"
+
+
+def test_docstrings_say_what_is_returned_or_done() -> None:
+    riddle = re.compile(r"(What|Whether|How|Whose|Who|Of|Where|Which)\b")
+    riddles = [
+        f"{relative(path)}: {node.name}: {text.splitlines()[0]}"
+        for path, node in definitions()
+        if (text := ast.get_docstring(node)) and riddle.match(text)
+    ]
+    assert not riddles, "\n".join(riddles)
+
+
+def test_public_functions_of_three_arguments_describe_each() -> None:
+    lacking = []
+    for path in sources():
+        if path.parent.name == "commands":
+            continue  # A verb's arguments are described where typer reads it.
+        outer = [parse(path), *(node for node in parse(path).body if isinstance(node, ast.ClassDef))]
+        for node in (node for each in outer for node in each.body):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = sum(each.arg not in ("self", "cls") for each in arguments)
+                if count >= 3 and "Args:" not in (ast.get_docstring(node) or ""):
+                    lacking.append(f"{relative(path)}: {node.name}")
+    assert not lacking, "\n".join(lacking)
