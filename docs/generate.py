@@ -351,15 +351,16 @@ def _format_command(name: str, command: click.Command, level: str) -> str:
     usage = " ".join(command.collect_usage_pieces(context))
     rows = []
     for parameter in command.get_params(context):
-        if parameter.name == "help":
+        if "--help" in parameter.opts:
             continue
         help_ = getattr(parameter, "help", None) or ""
         if isinstance(parameter, click.Argument):
-            rows.append(f"| `{parameter.make_metavar(context)}` | {_as_cell(help_)} |")
+            if help_:
+                rows.append(f"| `{parameter.make_metavar(context)}` | {_as_cell(help_)} |")
         else:
             names = ", ".join(f"`{each}`" for each in (*parameter.opts, *parameter.secondary_opts))
-            shown = parameter.default
-            default = "" if callable(shown) or shown in (None, False, [], ()) else f" Default: `{shown}`."
+            shown = parameter.get_default(context, call=False)
+            default = f". Default: `{shown}`." if isinstance(shown, str | int | float | Path) and shown else ""
             rows.append(f"| {names} | {_as_cell(help_)}{default} |")
     table = "\n".join(["| argument or option | meaning |", "|---|---|", *rows]) + "\n" if rows else ""
     return f"{level} {name}\n\n{_as_text(command.help or '')}\n\n```\n{name} {usage}\n```\n\n{table}"
