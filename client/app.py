@@ -15,9 +15,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.config import SiteConfig
-from client.protocol.join import finish, join, keep_part, prepare_run
+from client.protocol.evaluate import evaluate
+from client.protocol.join import join
+from client.protocol.prepare import finish, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
-from client.protocol.train import evaluate, train
+from client.protocol.train import train
 from common import messages
 from common.errors import plain
 from common.events import RequestDeclined

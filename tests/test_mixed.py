@@ -22,7 +22,8 @@ from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
 from client.protocol.approvals import Approvals, Offer
-from client.protocol.join import join, keep_part, prepare_run
+from client.protocol.join import join
+from client.protocol.prepare import keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.solvers import open_solver
 from common import messages

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from client.config import SiteConfig
-from client.protocol.join import keep_part, prepare_run
+from client.protocol.prepare import keep_part, prepare_run
 from client.protocol.site import Site
 from common import messages
 from common.model.backbones import Backbone, list_digests, open_backbones

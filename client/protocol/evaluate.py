@@ -16,23 +16,88 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from flwr.app import RecordDict
 from torch import Tensor, nn
 
+from client.data.prepare import open_units
 from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
+from client.ledger.events import EVALUATION
+from client.ledger.ledger import Ledger, Reservation
+from client.protocol.answer import answer_once, get_requested_tasks
+from client.protocol.site import (
+    Site,
+    SiteDeclined,
+    check_approved,
+    digest_of_offer,
+    joined_run,
+    load_modules,
+)
 from client.solvers.parts.closed_form import compute_outputs, round_weights
+from common import messages
 from common.privacy.accounting import Mechanism
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms
 from common.privacy.noise import NoiseStream
+from common.process.threads import one_thread
 from common.tasks import NOISED_BUCKETS, Task
-from common.types import Heads
+from common.types import (
+    DeclineReason,
+    Heads,
+)
 
 SUMS = "sums"
+
+
 _CHUNK_VALUES = 2**20
 """Statistics held at once (8 MiB)."""
 
+
 _BLOCK_RECORDS = 256
 """Records that pass a head which is no affine map at once; the last block is filled up."""
+
+
+def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
+    """Noised statistics of held-out units under these heads, or the stored ones; charged to the share for evaluations.
+
+    Raises:
+        SiteDeclined: not joined or prepared, a round the run does not evaluate, heads that do not fit, a share that
+            does not cover it, or a site that evaluates locally only.
+    """
+    joined = joined_run(site, request.run_id)
+    share, asked = site.share, joined.run.evaluation
+    if share is None:
+        raise SiteDeclined(
+            DeclineReason.EVALUATION_LOCAL, "this site's file says: nothing about held-out units is sent"
+        )
+    if asked is None or not asked.due(request.round, joined.run.rounds):
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run does not evaluate after this round")
+
+    def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
+        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
+        tasks = get_requested_tasks(site, joined, request)
+        heads = load_modules(site, joined, tasks, request.heads)
+        reservation, mechanism = ledger.reserve_evaluation(
+            share,
+            len(tasks),
+            run=joined.run_id,
+            round=request.round,
+            request=digest,
+            allow_infinite=site.config.allow.non_private,
+        )
+        device = site.device()
+        stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/evaluation/{request.round}"))
+        heads = {name: head.to(device) for name, head in heads.items()}
+        with one_thread():
+            sums = noised_sums(
+                heads,
+                tasks,
+                open_units(joined.folder / "data", "test", list(tasks), device).passed(heads),
+                mechanism=mechanism,
+                stream=stream,
+            )
+        return messages.EvaluateReply(sums, mechanism.noise_multiplier), reservation, mechanism.steps
+
+    return answer_once(site, joined, request, EVALUATION, answer)
 
 
 def noised_sums(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
-from common.model.parameters import initial_heads, parameters
+from common.model.parameters import create_heads, parameters
 from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream
@@ -125,7 +125,7 @@ def labels_for(name: str, seeds: list[int]) -> Tensor:
 
 def heads(tasks: dict[str, Task]) -> dict[str, nn.Module]:
     """Heads with weights that are not zero, so that every layer has a gradient."""
-    made = initial_heads(tasks, {name: FEATURES + DEAD for name in tasks}, seed=5)
+    made = create_heads(tasks, {name: FEATURES + DEAD for name in tasks}, seed=5)
     generator = torch.Generator().manual_seed(7)
     for head in made.values():
         for parameter in head.parameters():
@@ -135,7 +135,7 @@ def heads(tasks: dict[str, Task]) -> dict[str, nn.Module]:
 
 def trunk_and_heads() -> dict[str, nn.Module]:
     """One trunk that all tasks' records pass, and heads on what it gives."""
-    made = initial_heads(DEEP, {name: WIDTH for name in DEEP}, seed=5)
+    made = create_heads(DEEP, {name: WIDTH for name in DEEP}, seed=5)
     generator = torch.Generator().manual_seed(8)
     trunk = nn.Sequential(nn.Linear(FEATURES + DEAD, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
     for module in (*made.values(), trunk):

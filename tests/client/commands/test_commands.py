@@ -20,10 +20,11 @@ from client.__main__ import app
 from client.app import make_app
 from client.data.exclusions import Exclusions
 from client.data.prepare import open_units
+from client.protocol.evaluate import evaluate
 from client.protocol.join import join
 from client.protocol.requirements import feature_dim
 from client.protocol.site import Site, SiteDeclined
-from client.protocol.train import evaluate, train
+from client.protocol.train import train
 from common import messages
 from common.events import RequestDeclined
 from common.model.backbones import Backbone, open_backbones, open_random

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from client.audit.attack import SilentStream
 from client.data.prepare import open_units
 from client.data.units import TaskRecords, Units
-from client.protocol.evaluate import SUMS, noised_sums, sum_statistics
+from client.protocol.evaluate import SUMS, evaluate, noised_sums, sum_statistics
 from client.protocol.join import join
 from client.protocol.site import Site, SiteDeclined
-from client.protocol.train import evaluate, train
+from client.protocol.train import train
 from common import messages
 from common.model.backbones import Backbone
 from common.model.parameters import create_heads, parameters
@@ -385,7 +385,7 @@ def test_a_damaged_stored_reply_is_neither_sent_nor_made_anew(tmp_path: Path, fr
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from client.protocol.train import evaluate
+from client.protocol.evaluate import evaluate
 from client.protocol.site import Site
 from common import messages
 from common.privacy.noise import os_entropy

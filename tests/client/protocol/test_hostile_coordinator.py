@@ -17,9 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.app import make_app
 from client.config import SiteConfig
+from client.protocol.answer import MAX_CHARGES
 from client.protocol.approvals import MAX_WAITING, Approvals
 from client.protocol.site import Site
-from client.protocol.train import MAX_CHARGES
 from common import messages
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.model.backbones import Backbone

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from client.config import SiteConfig
-from client.protocol.join import finish, join, keep_part, prepare_run
+from client.protocol.join import join
+from client.protocol.prepare import finish, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages

@@ -1,0 +1,125 @@
+"""Charged answers: each request is charged once, and the identical request gets the stored bytes.
+
+The order is the promise: the identical request gets the stored bytes; the ledger is charged durably before a record is
+touched; the reply is stored before it is sent, so that noise is never drawn twice for one request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from flwr.app import RecordDict
+
+from client.data.prepare import check_prepared
+from client.ledger.events import Purpose
+from client.ledger.ledger import Ledger, Reservation
+from client.protocol.replies import Replies, ReplyDamaged
+from client.protocol.site import (
+    Joined,
+    Site,
+    SiteDeclined,
+    digest_of_offer,
+)
+from common import messages
+from common.events import ReplyResent, ReplySent
+from common.tasks import Task
+from common.types import (
+    BudgetExhausted,
+    DeclineReason,
+)
+
+MAX_CHARGES = 3
+"""Charges of one round: the first, and again after a crash."""
+
+
+def answer_once(
+    site: Site,
+    joined: Joined,
+    request: messages.TrainRequest | messages.EvaluateRequest,
+    what: Purpose,
+    answer: Callable[[str, Ledger], tuple[messages.Reply, Reservation, int]],
+) -> RecordDict:
+    """The stored reply to this very request; else a new one, stored before it is sent.
+
+    Args:
+        site: who answers.
+        joined: the run.
+        request: what is asked.
+        what: for the journal.
+        answer: given the request's digest and the ledger, charges and computes: the reply, its charge, and the number
+            of releases.
+    """
+    digest = messages.request_digest(messages.encode(request))
+    try:
+        with Replies.exclusive(joined.folder) as replies:
+            stored = replies.find(digest)
+            if stored is not None:
+                site.journal.write(
+                    ReplyResent(run_id=joined.run_id, round=request.round, purpose=what, size_bytes=len(stored))
+                )
+                return messages.from_bytes(stored)
+            ledger = site.ledger()
+            _check_asked_once(ledger, joined, request.round, what, digest)
+            reply, reservation, num_releases = answer(digest, ledger)
+            records = messages.encode(reply)
+            data = messages.to_bytes(records)
+            replies.store(digest, data)
+            ledger.commit(reservation)
+    except BudgetExhausted as error:
+        raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
+    except ReplyDamaged as error:
+        raise SiteDeclined(DeclineReason.INTERNAL, str(error)) from error
+    site.journal.write(
+        ReplySent(
+            run_id=joined.run_id,
+            round=request.round,
+            purpose=what,
+            num_releases=num_releases,
+            size_bytes=len(data),
+        )
+    )
+    return records
+
+
+def _check_asked_once(ledger: Ledger, joined: Joined, round_: int, what: Purpose, digest: str) -> None:
+    """A round is answered to one request: else a coordinator could ask it over and over, up to the whole budget.
+
+    Charges that were cut off, by a crash or an error, may be made again a few times.
+
+    Raises:
+        SiteDeclined: another request of this round was answered, or it was charged too often.
+    """
+    about = (joined.run_id, what, round_)
+    charges = [charge for charge in ledger.charges() if (charge.run, charge.purpose, charge.round) == about]
+    if any(charge.committed and charge.request != digest for charge in charges):
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "this round was answered already, to another request")
+    if len(charges) >= MAX_CHARGES:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, f"this round was charged {MAX_CHARGES} times already")
+
+
+def get_requested_tasks(
+    site: Site, joined: Joined, request: messages.TrainRequest | messages.EvaluateRequest
+) -> dict[str, Task]:
+    """Returns the tasks of a request to a site that has joined and prepared the run.
+
+    Args:
+        site: the site.
+        joined: the run.
+        request: a round's request.
+
+    Raises:
+        SiteDeclined: the round or the heads are not the run's, or nothing is prepared for it.
+        BadInput: the prepared data are gone.
+    """
+    tasks = joined.tasks(site.config)
+    if not 1 <= request.round <= joined.run.rounds:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run")
+    if set(request.heads) != set(joined.sizes(site.config)):
+        raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
+    path = joined.folder / "prepared.json"
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["offer"] != digest_of_offer(joined.folder):
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared, or for another offer")
+    # Before anything is charged: what must fail costs nothing.
+    check_prepared(joined.folder / "data")
+    return tasks

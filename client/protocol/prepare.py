@@ -1,0 +1,138 @@
+"""After joining and at the end: receive backbones, encode records, keep the final heads. Nothing is spent here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+from client.data.prepare import Encoding, prepare
+from client.protocol.site import (
+    STOPPED,
+    Joined,
+    Site,
+    SiteDeclined,
+    digest_of_offer,
+    joined_run,
+    load_modules,
+)
+from common import messages
+from common.events import HeadsReceived, RunPrepared
+from common.files import private_folder, write_atomic
+from common.model.backbones import Backbone
+from common.model.trunks import freeze_parts
+from common.types import (
+    BadInput,
+    DeclineReason,
+    DigestMismatch,
+    heads_digest,
+)
+
+
+def keep_part(site: Site, request: messages.PartRequest) -> messages.Ready:
+    """Keep one part of a backbone that was agreed on, unless the whole is here already.
+
+    Raises:
+        SiteDeclined: not joined, or no task here stands on the backbone.
+    """
+    joined = joined_run(site, request.run_id)
+    _refuse_others(site, joined, [request.digest])
+    if not site.backbones().has(request.digest):
+        site.backbones().put_part(request.digest, request.index, request.total, request.data)
+    return messages.Ready()
+
+
+def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
+    """Put the backbones together whose parts were sent, encode records, write the run's label arrays.
+
+    Raises:
+        SiteDeclined: not joined, or a backbone is not one that was agreed on.
+    """
+    refuse_while_stopped(site)
+    joined = joined_run(site, request.run_id)
+    _refuse_others(site, joined, request.specs)
+    tasks = joined.tasks(site.config)
+    try:
+        opened = _open_backbones(site, joined, joined.digests(tasks), request.specs)
+    except DigestMismatch as error:
+        raise SiteDeclined(DeclineReason.BACKBONE_NOT_ALLOWED, str(error)) from error
+    try:
+        frozen = freeze_parts(joined.run, opened)
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
+    try:
+        preparation = prepare(
+            site.config,
+            tasks,
+            {name: frozen[joined.run.backbone_of(name)] for name in tasks},
+            Encoding(site.features(), site.device(), site.progress),
+            joined.folder / "data",
+        )
+    except BadInput as error:
+        _stop(site, str(error))
+        raise
+    feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}
+    prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
+    # Last: its presence marks complete preparation.
+    write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
+    num_left_out = sum(problem.row is not None for problem in preparation.problems)
+    site.journal.write(
+        RunPrepared(run_id=joined.run_id, num_left_out=num_left_out, precision_error=preparation.precision_error)
+    )
+    return messages.Ready()
+
+
+def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
+    """Keep the run's final heads, verified by digest."""
+    joined = joined_run(site, request.run_id)
+    tasks = joined.tasks(site.config)
+    if set(request.heads) != set(joined.sizes(site.config)):
+        raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
+    if not (joined.folder / "prepared.json").exists():
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared")
+    load_modules(site, joined, tasks, request.heads)
+    if heads_digest(request.heads) != request.digest:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
+    records = messages.encode(request)
+    write_atomic(joined.folder / "final_heads.bin", messages.to_bytes(records))
+    site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
+    return messages.Ready()
+
+
+def refuse_while_stopped(site: Site) -> None:
+    """Raises SiteDeclined while the site's staff has not cleared a stop."""
+    path = site.config.state_dir / STOPPED
+    if path.exists():
+        detail = path.read_text(encoding="utf-8")
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
+
+
+def _refuse_others(site: Site, joined: Joined, digests: Iterable[str]) -> None:
+    """Raise SiteDeclined where a digest is of no backbone that the run's tasks here stand on."""
+    if not set(digests) <= set(joined.digests(joined.tasks(site.config)).values()):
+        raise SiteDeclined(DeclineReason.BACKBONE_NOT_ALLOWED, "no task of the run stands on that backbone here")
+
+
+def _open_backbones(
+    site: Site, joined: Joined, digests: Mapping[str, str], sent: Mapping[str, str]
+) -> dict[str, Backbone]:
+    """Some of the run's backbones by name, put together from their parts where they were sent.
+
+    Raises:
+        DigestMismatch: one is not what the digest names, or not what the run says of it, which the staff approved.
+    """
+    store, opened = site.backbones(), {}
+    for name, digest in digests.items():
+        arrived = digest in sent and not store.has(digest)
+        opened[name] = store.assemble(digest, sent[digest]) if arrived else store.open(digest)
+        if opened[name].public_spec() != joined.run.backbone_specs[name].settings():
+            raise DigestMismatch(f"{joined.run.backbone_key(name)}: its settings are not those of the run")
+    return opened
+
+
+def _stop(site: Site, detail: str) -> None:
+    """Answer nobody until the site's staff has looked.
+
+    Whether records stop a preparation is a fact about them. A coordinator that could ask again, with other labels or
+    ranges, would learn a fact each time; so it learns one for each time a person clears the stop.
+    """
+    write_atomic(private_folder(site.config.state_dir) / STOPPED, detail.encode())
