@@ -1,14 +1,18 @@
-"""What a coordinator offers a site: a run without any path of its own, and the digest that approvals name."""
+"""The offer of a coordinator: a run without any path of its own, and the digest that approvals name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.plugins import Spec
 from common.run import RunConfig
+from common.types import BadInput
+from common.yaml import parse
 
 if TYPE_CHECKING:
     from common.model.backbones import Backbone
@@ -33,3 +37,45 @@ def encode_offer(offer: Mapping[str, Any], backbones: Mapping[str, str]) -> byte
 def compute_run_digest(offer: Mapping[str, Any], backbones: Mapping[str, str]) -> str:
     """Returns 64 hex digits over everything a run asks of a site, which `headwater site approve` records."""
     return hashlib.sha256(encode_offer(offer, backbones)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A coordinator's request: a run and the digests of its backbones, as sent or as written into a startup kit.
+
+    Attributes:
+        run: the run as a site sees it, as plain values.
+        backbones: name -> digest; empty in an offer of the messages' first version.
+    """
+
+    run: Mapping[str, Any] = field(repr=False)
+    backbones: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The digest that an approval of this offer names."""
+        return compute_run_digest(self.run, self.backbones)
+
+    def to_bytes(self) -> bytes:
+        """Returns the offer as it is kept on disk, the same for equal offers."""
+        return encode_offer(self.run, self.backbones)
+
+    def run_config(self, base: Path = Path("/nonexistent")) -> RunConfig:
+        """Returns the run's settings. Raises BadInput where they are no run's.
+
+        An offer holds no path; one that does names no file below the default base.
+        """
+        return parse(RunConfig, self.run, base=base)
+
+
+def parse_offer(content: bytes, where: str) -> Offer:
+    """Returns the offer that `Offer.to_bytes` wrote.
+
+    Raises:
+        BadInput: it is none; the message begins with `where`.
+    """
+    try:
+        values: Any = json.loads(content)
+        return Offer(dict(values["run"]), dict(values.get("backbones", {})))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{where}: expected a run's offer as JSON, got something else") from error

@@ -21,7 +21,7 @@ from client.app import make_app
 from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
-from client.protocol.approvals import Approvals, Offer
+from client.protocol.approvals import Approvals
 from client.protocol.join import join
 from client.protocol.prepare import keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
@@ -39,7 +39,7 @@ from common.events import (
     read_run_journal,
     select_events,
 )
-from common.offers import encode_offer
+from common.offers import Offer, encode_offer
 from common.privacy.noise import NoiseStream, os_entropy
 from common.run import RunConfig
 from common.tasks import open_task

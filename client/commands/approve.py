@@ -10,8 +10,9 @@ import typer
 
 from client.commands.parts.options import Json, SiteFile
 from client.config import SiteConfig
-from client.protocol.approvals import Approvals, Offer, read_offer
+from client.protocol.approvals import Approvals, check_offer, read_offer
 from common.bundle import compute_code_digest
+from common.offers import Offer
 from common.privacy.accounting import round_up
 from common.process.console import reported_errors
 from common.run import RunConfig
@@ -74,7 +75,7 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
     from client.protocol.plan import plan_run  # Here: they need torch, and `--list` does not.
     from client.protocol.site import SiteDeclined
 
-    run = offer.config()
+    run = check_offer(offer)
     about = {
         "run": run.name,
         "digest": offer.digest,
@@ -112,13 +113,14 @@ def _describe_trainable(run: RunConfig) -> str:
 
 
 def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
-    """Prints the offers that wait, those that in_kit with the kit, and what was approved."""
-    waiting, approved = approvals.waiting(), approvals.all()
+    """Prints the offers that wait, those that came with the kit, and what was approved."""
+    waiting, approved, unreadable = approvals.waiting(), approvals.all(), approvals.unreadable()
     known = {offer.digest for offer in waiting} | {item.digest for item in approved}
     in_kit = {path: offer for path in sorted(kit.glob("*.json")) if (offer := read_offer(path)).digest not in known}
     if json_:
         listed = {
-            "waiting": [{"run": offer.config().name, "digest": offer.digest} for offer in waiting],
+            "waiting": [{"run": check_offer(offer).name, "digest": offer.digest} for offer in waiting],
+            "unreadable": unreadable,
             "approved": [
                 {"run": item.run, "digest": item.digest, "by": item.by, "time": item.time} for item in approved
             ],
@@ -126,10 +128,12 @@ def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
         typer.echo(json.dumps(listed, indent=2))
         return
     for offer in waiting:
-        typer.echo(f"waiting   {offer.config().name}  {offer.digest}")
+        typer.echo(f"waiting   {check_offer(offer).name}  {offer.digest}")
+    for digest, reason in unreadable.items():
+        typer.echo(f"unreadable  {digest}  {reason}")
     for path, offer in in_kit.items():
-        typer.echo(f"in kit    {offer.config().name}  {offer.digest}  {path}")
+        typer.echo(f"in kit    {check_offer(offer).name}  {offer.digest}  {path}")
     for item in approved:
         typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}")
-    if not waiting and not approved and not in_kit:
+    if not waiting and not approved and not in_kit and not unreadable:
         typer.echo("no offer waits and none was approved")

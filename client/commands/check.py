@@ -39,10 +39,10 @@ def check(
             check_site,
         )
         from client.data.preview import Preview, write_previews
-        from client.protocol.approvals import read_offer
+        from client.protocol.approvals import check_offer, read_offer
 
         kept = {path: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
-        offers = {path.stem: offer.config() for path, offer in kept.items()}
+        offers = {path.stem: check_offer(offer) for path, offer in kept.items()}
         found = [*check_site(config, offers, offline=offline), *check_approvals(site, config, kept)]
         previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.

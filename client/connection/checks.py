@@ -26,9 +26,10 @@ from client.connection.keys import read_key
 from client.data.checks import data_checks
 from client.data.preview import Preview
 from client.protocol import balance as budgets
-from client.protocol.approvals import Approvals, Offer
+from client.protocol.approvals import Approvals
 from client.protocol.site import STOPPED, Site
 from common.bundle import compute_code_digest
+from common.offers import Offer
 from common.privacy.noise import os_entropy
 from common.run import RunConfig
 from common.types import BadInput, HeadwaterError

@@ -5,22 +5,21 @@ It comes by mail or download and is not trusted: its size is bounded, only known
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 
 from common.errors import instead
 from common.files import read_zip
+from common.offers import parse_offer
 from common.plugins import Frozen
 from common.process.address import AddressText
 from common.run import Name, RunConfig
 from common.types import BadInput
-from common.yaml import parse, parse_text
+from common.yaml import parse_text
 
 MAX_KIT_BYTES = 4 << 20
 _MAX_FILES = 256
@@ -66,14 +65,9 @@ def parse_offered_run(content: bytes, where: str) -> RunConfig:
     Raises:
         BadInput: it is no offer; the message begins with `where`.
     """
+    offer = parse_offer(content, where)
     try:
-        offer: Any = json.loads(content)
-        run = offer["run"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise BadInput(f"{where}: expected a run's offer as JSON, got something else") from error
-    try:
-        # An offer holds no path; one that does names no file here.
-        return parse(RunConfig, run, base=Path("/nonexistent"))
+        return offer.run_config()
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
 

@@ -8,56 +8,42 @@ make room for others: a coordinator can neither fill the disk nor exchange what 
 
 from __future__ import annotations
 
-import contextlib
 import getpass
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import instead
 from common.events import ApprovalUsed, FileJournal, RunApproved, read_approval_journal, select_events
 from common.files import lock_file, private_folder, write_atomic
-from common.offers import compute_run_digest, encode_offer
+from common.offers import Offer, parse_offer
 from common.plugins import refuse_unknown_kind
 from common.run import RunConfig
 from common.types import BadInput
-from common.yaml import parse
 
 MAX_WAITING = 32
 _PREFIX = 8
 _DIGEST = re.compile(rf"[0-9a-f]{{{_PREFIX},64}}")
 
 
-@dataclass(frozen=True)
-class Offer:
-    """A coordinator's request: a run and the digests of its backbones, as sent or as written into a startup kit."""
+def check_offer(offer: Offer) -> RunConfig:
+    """Returns the settings of an offered run.
 
-    run: Mapping[str, Any] = field(repr=False)
-    backbones: Mapping[str, str]
+    Every kind is checked, also of tasks that this site has no part in: who approves a run reads them, so they may not
+    be text.
 
-    @property
-    def digest(self) -> str:
-        """Returns the digest that an approval of this offer names."""
-        return compute_run_digest(self.run, self.backbones)
-
-    def config(self) -> RunConfig:
-        """Returns the run's settings. Raises BadInput where they are no run's, name a kind that does not exist, or have
-        backbones without a digest.
-
-        Every kind, also of tasks that this site has no part in: who approves a run reads them, so they may not be text.
-        """
-        run = parse(RunConfig, self.run, base=Path("/nonexistent"))
-        if set(self.backbones) != set(run.backbone_specs):
-            raise BadInput(f"backbones: expected a digest for each of {', '.join(run.backbone_specs)}, and no other")
-        named = [("common.backbones", spec, run.backbone_key(name)) for name, spec in run.backbone_specs.items()]
-        named += [("client.solvers", run.solver, "solver")]
-        named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
-        for package, spec, key in named:
-            refuse_unknown_kind(package, spec.kind, f"{key}.kind")
-        return run
+    Raises:
+        BadInput: they are no run's, name a kind that does not exist, or have backbones without a digest.
+    """
+    run = offer.run_config()
+    if set(offer.backbones) != set(run.backbone_specs):
+        raise BadInput(f"backbones: expected a digest for each of {', '.join(run.backbone_specs)}, and no other")
+    named = [("common.backbones", spec, run.backbone_key(name)) for name, spec in run.backbone_specs.items()]
+    named += [("client.solvers", run.solver, "solver")]
+    named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
+    for package, spec, key in named:
+        refuse_unknown_kind(package, spec.kind, f"{key}.kind")
+    return run
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ class Approvals:
     def approve(self, offer: Offer) -> Approval:
         """Record that the present user of the system approves a run; the offer waits no longer."""
         private_folder(self._log.parent)
-        approved = RunApproved(digest=offer.digest, run=offer.config().name, by=getpass.getuser())
+        approved = RunApproved(digest=offer.digest, run=check_offer(offer).name, by=getpass.getuser())
         FileJournal(self._log).write(approved)
         self._log.chmod(0o600)
         (self._waiting / f"{offer.digest}.json").unlink(missing_ok=True)
@@ -117,16 +103,24 @@ class Approvals:
         path = private_folder(self._waiting) / f"{offer.digest}.json"
         if path.exists() or sum(1 for _ in self._waiting.glob("*.json")) >= MAX_WAITING:
             return False
-        write_atomic(path, encode_offer(offer.run, offer.backbones))
+        write_atomic(path, offer.to_bytes())
         return True
 
     def waiting(self) -> list[Offer]:
-        """Offers that nobody decided on, oldest first."""
-        found = []
+        """Returns the offers that nobody decided on, oldest first."""
+        return [offer for offer in self._read_waiting().values() if isinstance(offer, Offer)]
+
+    def unreadable(self) -> dict[str, str]:
+        """Returns digest -> reason for waiting offers that can no longer be read, such as those of another version."""
+        return {digest: reason for digest, reason in self._read_waiting().items() if isinstance(reason, str)}
+
+    def _read_waiting(self) -> dict[str, Offer | str]:
+        found: dict[str, Offer | str] = {}
         for path in sorted(self._waiting.glob("*.json"), key=lambda item: item.stat().st_mtime):
-            # One that an earlier version of the project kept cannot be joined any more.
-            with contextlib.suppress(BadInput):
-                found.append(read_offer(path))
+            try:
+                found[path.stem] = read_offer(path)
+            except BadInput as error:
+                found[path.stem] = str(error)
         return found
 
     def find(self, wanted: str) -> Offer:
@@ -139,7 +133,7 @@ class Approvals:
         found = [
             offer
             for offer in self.waiting()
-            if (offer.digest.startswith(wanted) if is_digest else offer.config().name == wanted)
+            if (offer.digest.startswith(wanted) if is_digest else check_offer(offer).name == wanted)
         ]
         if len(found) != 1:
             got = f"which {len(found)} waiting offers have" if found else "which is none of these"
@@ -151,15 +145,18 @@ class Approvals:
 
 
 def read_offer(path: Path) -> Offer:
-    """An offer from a file, as `common.offers.encode_offer` makes it.
+    """Returns the offer in a file.
 
     Raises:
-        BadInput: it is not one.
+        BadInput: it cannot be read, or is no offer of a run whose kinds exist here.
     """
     try:
-        values = json.loads(path.read_bytes())
-        offer = Offer(values["run"], dict(values["backbones"]))
-        offer.config()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise BadInput(f"{path}: expected a run's offer{instead(error)}") from error
+    offer = parse_offer(content, str(path))
+    try:
+        check_offer(offer)
+    except BadInput as error:
+        raise BadInput(f"{path}: expected a run's offer; {error}") from error
     return offer

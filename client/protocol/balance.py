@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +12,10 @@ from client.ledger.events import EVALUATION, Terms
 from client.ledger.history import History
 from client.ledger.ledger import Ledger
 from client.protocol.site import Joined, make_plan
+from common.offers import parse_offer
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
 from common.types import Plan
-from common.yaml import parse
 
 MAX_ROUNDS = 100_000
 """What a run file may ask for at most."""
@@ -254,8 +252,8 @@ def _last_run(config: SiteConfig, history: History) -> Joined | None:
     for charge in reversed(list(history.charges.values())):
         folder = config.state_dir / "runs" / charge.run
         if (folder / "offer.json").exists():
-            offer: Mapping[str, Any] = json.loads((folder / "offer.json").read_text(encoding="utf-8"))
-            return Joined(charge.run, parse(RunConfig, offer["run"], base=folder), offer.get("backbones", {}), folder)
+            offer = parse_offer((folder / "offer.json").read_bytes(), str(folder / "offer.json"))
+            return Joined(charge.run, offer.run_config(folder), offer.backbones, folder)
     return None
 
 

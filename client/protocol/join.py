@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.ledger.events import TRAINING
-from client.protocol.approvals import Approvals, Offer
+from client.protocol.approvals import Approvals, check_offer
 from client.protocol.prepare import refuse_while_stopped
 from client.protocol.requirements import refuse_what_does_not_fit, untrained_modules
 from client.protocol.site import (
@@ -26,7 +26,7 @@ from client.solvers import open_solver
 from common import messages
 from common.events import BackboneUnusable, RunAudited, RunJoined
 from common.files import private_folder, write_atomic
-from common.offers import compute_run_digest, encode_offer
+from common.offers import Offer
 from common.privacy.accounting import Mechanism
 from common.tasks import Task
 from common.types import (
@@ -51,7 +51,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     check_allowed(site.config, joined)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
-        check_approved(site, joined.run_id, compute_run_digest(request.run, request.backbones), use=False)
+        check_approved(site, joined.run_id, Offer(request.run, request.backbones).digest, use=False)
     except SiteDeclined as declined:
         # A coordinator asks every few seconds while it waits: one line says it.
         raise SiteDeclined(declined.reason, declined.detail, logged=not _let_wait(site, request)) from declined
@@ -69,7 +69,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     if plan.private and whole and not ledger.affords(whole, site.share):
         raise SiteDeclined(DeclineReason.BUDGET, "the run's whole price exceeds what the registry has left")
     _pass_audit(site, joined, request, tasks)
-    write_atomic(private_folder(joined.folder) / "offer.json", encode_offer(request.run, request.backbones))
+    write_atomic(private_folder(joined.folder) / "offer.json", Offer(request.run, request.backbones).to_bytes())
     site.journal.write(RunJoined(run_id=joined.run_id, tasks=tuple(sorted(tasks))))
     return messages.JoinReply(
         site=site.config.name,
@@ -98,14 +98,14 @@ def _let_wait(site: Site, request: messages.JoinRequest) -> bool:
 
 def _read_offer(site: Site, request: messages.JoinRequest) -> Joined:
     try:
-        run = Offer(request.run, request.backbones).config()
+        run = check_offer(Offer(request.run, request.backbones))
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     folder = run_folder(site, request.run_id)
     kept = folder / "offer.json"
     # Labels were encoded and plans accounted for the first offer: a second one under the same id could make a round's
     # failure depend on a record.
-    if kept.exists() and kept.read_bytes() != encode_offer(request.run, request.backbones):
+    if kept.exists() and kept.read_bytes() != Offer(request.run, request.backbones).to_bytes():
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "another offer was made under the same run id")
     return Joined(request.run_id, run, request.backbones, folder)
 
@@ -115,7 +115,7 @@ def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks
     if joined.run.audit != "required":
         return
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
-    digest = compute_run_digest(request.run, request.backbones)
+    digest = Offer(request.run, request.backbones).digest
     try:
         verdict = get_audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
     except (AuditTooSlow, BadInput, RunFailed) as error:

@@ -16,6 +16,7 @@ from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
 from common.events import FileJournal, Journal
 from common.files import private_folder
+from common.offers import parse_offer
 from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import (
@@ -26,7 +27,6 @@ from common.types import (
     LedgerDamaged,
     Plan,
 )
-from common.yaml import parse
 
 if TYPE_CHECKING:
     import torch
@@ -192,10 +192,8 @@ def joined_run(site: Site, run_id: str) -> Joined:
 @lru_cache(maxsize=1024)
 def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
     # Remembered for these very bytes: a site reads the same ones in every round.
-    values = json.loads(offer)
-    run = parse(RunConfig, values["run"], base=folder)
-    # None in an offer of the messages' first version: its run can be looked at, not continued.
-    return Joined(run_id, run, values.get("backbones", {}), folder)
+    parsed = parse_offer(offer, str(folder / "offer.json"))
+    return Joined(run_id, parsed.run_config(folder), parsed.backbones, folder)
 
 
 def run_folder(site: Site, run_id: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.files import write_atomic
 from common.model.backbones import list_digests, open_backbones
-from common.offers import encode_offer, make_offer
+from common.offers import Offer, make_offer
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load
@@ -63,7 +63,7 @@ def _build_files(federation: Federation, site: str, run_files: Sequence[Path]) -
         if name in files:
             raise BadInput(f"{run_file}: expected runs of different names, got {run.name} twice")
         backbones = open_backbones(run)
-        files[name] = encode_offer(make_offer(run, backbones), list_digests(backbones))
+        files[name] = Offer(make_offer(run, backbones), list_digests(backbones)).to_bytes()
     return files
 
 

@@ -86,7 +86,7 @@ def test_an_approval_still_covers_its_run_and_no_other(site: Site) -> None:
 def test_a_waiting_offer_can_still_be_approved(site: Site) -> None:
     approvals = Approvals(site.config.state_dir)
     [offer] = approvals.waiting()
-    assert offer.config().name == "fourth"
+    assert offer.run_config().name == "fourth"
     approvals.approve(offer)
     assert approvals.waiting() == []
     assert approvals.covers(offer.digest, "fourth-1")

@@ -12,14 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from client.__main__ import app
-from client.protocol.approvals import MAX_WAITING, Approvals, Offer
+from client.protocol.approvals import MAX_WAITING, Approvals
 from client.protocol.join import join
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.model.backbones import Backbone
 from common.model.parameters import create_heads, parameters
-from common.offers import compute_run_digest, encode_offer, make_offer
+from common.offers import Offer, compute_run_digest, encode_offer, make_offer, parse_offer
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput, DeclineReason, Heads, LedgerDamaged
@@ -250,3 +250,20 @@ def test_the_offers_of_a_kit_are_listed_until_they_are_approved(tmp_path: Path, 
     listed = CliRunner().invoke(app, ["approve", str(path)]).stdout
     assert "approved  tiny" in listed
     assert "in kit" not in listed
+
+
+def test_a_waiting_offer_that_can_no_longer_be_read_is_listed_with_its_reason(tmp_path: Path, frozen: Backbone) -> None:
+    approvals = Approvals(tmp_path)
+    kept = offer(frozen)
+    assert approvals.wait(kept)
+    (tmp_path / "waiting" / f"{'0' * 64}.json").write_text('{"run": {"name": "old"}}')
+    assert [each.digest for each in approvals.waiting()] == [kept.digest]
+    ((digest, reason),) = approvals.unreadable().items()
+    assert digest == "0" * 64 and "expected a run's offer" in reason
+
+
+def test_an_offer_of_the_first_version_which_names_no_backbones_is_still_read() -> None:
+    assert parse_offer(b'{"run": {"name": "old"}}', "offer.json").backbones == {}
+    for content in (b"", b"[]", b"3", b'{"backbones": {}}', b'{"run": 1}'):
+        with pytest.raises(BadInput, match=r"^offer\.json: expected a run's offer as JSON"):
+            parse_offer(content, "offer.json")
