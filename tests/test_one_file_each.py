@@ -78,7 +78,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.backbones import Architecture, SourceExample, Projection
+from common.backbones import Architecture, Example, Projection
 from common.plugins import Plugin
 from common.types import BadRecord
 
@@ -92,10 +92,10 @@ class Spectrum(Plugin):
     projection: Projection | None = None
 
     @classmethod
-    def example(cls, folder: Path) -> SourceExample:
+    def example(cls, folder: Path) -> Example:
         """Returns four waves."""
         waves = [np.sin(np.arange(16) * pitch).astype(np.float32) for pitch in (0.2, 0.5, 1.0, 2.0)]
-        return SourceExample({"kind": "spectrum", "steps": 16}, waves)
+        return Example({"kind": "spectrum", "steps": 16}, waves)
 
     def architecture(self) -> Architecture:
         """Returns absolute values of the Fourier transform."""

@@ -204,7 +204,7 @@ def test_an_expired_certificate_says_when(tmp_path: Path, authority: Authority) 
         said = sentence(tmp_path / "site", server, authority)
     day = datetime.datetime.now(datetime.UTC) - 2 * DAY
     assert f"expired on {day:%Y-%m-%d}" in said
-    assert "server renew" in said
+    assert "coordinator renew" in said
 
 
 def test_a_certificate_of_tomorrow_points_to_the_clock(tmp_path: Path, authority: Authority) -> None:
