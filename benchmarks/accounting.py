@@ -1,4 +1,4 @@
-"""What accounting costs of a run.
+"""Times the accounting of a run.
 
 python -m benchmarks.accounting
 """

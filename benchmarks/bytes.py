@@ -1,4 +1,4 @@
-"""What a round costs on the wire beside its head, and what float16 contributions save and change.
+"""Bytes of a round beside its head, and what float16 contributions save and change.
 
     python -m benchmarks.bytes
 

@@ -1,4 +1,4 @@
-"""What a deployed round costs beyond its work: coordinator and one site over TLS on loopback, against one process.
+"""Times a deployed round beyond its work: coordinator and one site over TLS on loopback, against one process.
 
     python -m benchmarks.round_overhead [ROUNDS]
 

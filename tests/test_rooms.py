@@ -203,9 +203,10 @@ def test_a_test_stands_in_the_folder_of_what_it_tests(path: Path) -> None:
 
 def test_docstrings_say_what_is_returned_or_done() -> None:
     riddle = re.compile(r"(What|Whether|How|Whose|Who|Of|Where|Which)\b")
+    documented = [*definitions(), *((path, parse(path)) for path in sources())]
     riddles = [
-        f"{relative(path)}: {node.name}: {text.splitlines()[0]}"
-        for path, node in definitions()
+        f"{relative(path)}: {getattr(node, 'name', 'the module')}: {text.splitlines()[0]}"
+        for path, node in documented
         if (text := ast.get_docstring(node)) and riddle.match(text)
     ]
     assert not riddles, "\n".join(riddles)

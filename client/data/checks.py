@@ -1,4 +1,4 @@
-"""What can be said about a site's own data before a run: for its staff's eyes, on its own screen.
+"""Checks of a site's own data before a run: for its staff's eyes, on its own screen.
 
 Found without any backbone, so records are looked at, not encoded. Values of label columns are shown here and nowhere
 else: they are the staff's own words, which only they can map.

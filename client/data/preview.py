@@ -1,4 +1,4 @@
-"""What the staff can look at before joining: pictures as a backbone would see them, written for the owner only."""
+"""Previews for the staff before joining: pictures as a backbone would see them, written for the owner only."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a population has spent: a durable chain of charges, and the rules on top of it."""
+"""The spending of a population: a durable chain of charges, and the rules on top of it."""

@@ -1,1 +1,1 @@
-"""What a site answers, from the offer of a run to its final heads: join, prepare, train, evaluate."""
+"""The answers of a site, from the offer of a run to its final heads: join, prepare, train, evaluate."""

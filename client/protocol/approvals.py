@@ -1,4 +1,4 @@
-"""Who approved which run at a site, and which offers wait for an approval.
+"""Approvals of runs at a site, and the offers that wait for one.
 
 An approval names one run digest (common/offers.py): everything a run asks of a site. It covers one run under that
 digest: before a run's first charge it is noted that the run uses an approval, and the same offer under another run id

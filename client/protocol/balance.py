@@ -1,4 +1,4 @@
-"""What a site's registry has spent, what is left, and what the rest affords. Nothing is charged, opened or created."""
+"""The balance of a population: spent, left, and what the rest affords. Nothing is charged, opened or created."""
 
 from __future__ import annotations
 

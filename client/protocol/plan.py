@@ -1,4 +1,4 @@
-"""What a run would cost at a site and whether it can be useful, before anything is released.
+"""The price of a run at a site and its expected use, before anything is released.
 
 Pure arithmetic on public numbers: no record is read, nothing is opened, charged or created. What a solver draws, a plan
 fixes: noise of standard deviation sigma * C in each of the P parameters of a site's heads, in each of the T steps of a

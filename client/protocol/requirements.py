@@ -1,4 +1,4 @@
-"""What a run's heads would need here, from its settings alone: no weights are read and no memory is taken for them.
+"""Memory that a run's heads would need, from its settings alone: no weights are read, no memory is taken for them.
 
 A coordinator names backbones, labels and hidden widths; a site finds out when it is asked to join whether that fits,
 before anything is spent.

@@ -1,4 +1,4 @@
-"""How a site turns features into an update. One file is one kind. Only client code may import this folder.
+"""Solvers: ways to turn features into an update. One file is one kind. Only client code may import this folder.
 
 Importing a kind, reading its settings and `plan` load no torch: `check_modules` and `solve` import what they compute
 with, so that commands that only plan start fast.

@@ -1,4 +1,4 @@
-"""What a multiset of noised releases costs, composed at once. Epsilons are never added.
+"""The price of a multiset of noised releases, composed at once. Epsilons are never added.
 
 Relation: add or remove one unit. Every value returned is an upper bound on the true epsilon; the bounds are
 

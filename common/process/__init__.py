@@ -1,1 +1,1 @@
-"""What the programs of both sides share: progress, error sentences, health, threads."""
+"""Shared parts of the programs of both sides: progress, error sentences, health, threads."""

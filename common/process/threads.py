@@ -1,4 +1,4 @@
-"""How many threads torch uses for what."""
+"""The number of threads that torch uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run needs to continue after its process died: heads, aggregator state, and the number of rounds done."""
+"""The state from which a run continues after its process died: heads, aggregator state, number of rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a site's records come from. One file is one kind. Only client code may import this folder.
+"""Sources of a site's records. One file is one kind. Only client code may import this folder.
 
 A source never puts a record's content, label or patient id into a repr or an error; a bad record is named by file and
 row number.

@@ -1,4 +1,4 @@
-"""How the sites' updates become new parameters, one task or trunk at a time. One file is one kind."""
+"""Aggregators: from the sites' updates to new parameters, one task or trunk at a time. One file is one kind."""
 
 from __future__ import annotations
 

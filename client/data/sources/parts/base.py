@@ -1,4 +1,4 @@
-"""What the kinds share: the restriction to some rows, and an unambiguous digest."""
+"""Shared parts of the kinds: the restriction to some rows, and an unambiguous digest."""
 
 from __future__ import annotations
 
