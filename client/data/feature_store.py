@@ -139,7 +139,7 @@ class FeatureStore:
             source: what to encode.
             backbone: with what.
             device: where.
-            precision: of the encoder's inside; other than float32 it is another entry.
+            precision: precision inside the backbone; other than float32 it is another entry of the store.
             progress: told (done, total) in records.
         """
         how = "" if precision == "float32" else f" {precision}"

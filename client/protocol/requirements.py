@@ -63,7 +63,7 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[i
 
 
 def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
-    """Every entry of the heads of some of a run's tasks, from settings alone; none takes memory.
+    """Returns every parameter group of some of a run's tasks, from settings alone; none takes memory.
 
     Raises:
         BadInput: a backbone's setting is wrong, or it cannot be divided where something should train.
@@ -72,15 +72,15 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
 
     modules: dict[str, nn.Module] = {}
     for name, task in tasks.items():
-        encoder = run.backbone_of(name)
-        backbone, trainable = run.backbone_specs[encoder], run.trainable.get(encoder)
+        backbone_name = run.backbone_of(name)
+        backbone, trainable = run.backbone_specs[backbone_name], run.trainable.get(backbone_name)
         asked = "" if trainable is None else trainable.model_dump_json()
-        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, encoder if asked else "")
+        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, backbone_name if asked else "")
         with torch.device("meta"):
             modules[name] = task.head(dim)
-        entry = run.trunk_of(name)
-        if entry is not None and trunk is not None:
-            modules[entry] = trunk
+        group = run.trunk_of(name)
+        if group is not None and trunk is not None:
+            modules[group] = trunk
     return modules
 
 

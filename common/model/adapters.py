@@ -18,7 +18,7 @@ def add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[str
     B is zero, so that the module computes what it did; A is drawn from torch's current generator.
 
     Args:
-        module: such as the upper layers of a transformers encoder.
+        module: the module, such as the upper layers of a transformer.
         rank: of B A.
         alpha: see above.
         targets: last parts of the layers' names, such as `query`.
@@ -30,7 +30,7 @@ def add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[str
     wrong = sorted(set(targets) - linear)
     if wrong and not linear:
         raise BadInput(
-            "lora: expected a part with linear layers, as encoders of kind transformers have; got one without any: "
+            "lora: expected a part with linear layers, as backbones of kind transformers have; got one without any: "
             "leave lora out and its own weights train"
         )
     if wrong:

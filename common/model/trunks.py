@@ -41,18 +41,18 @@ class Cut:
     trunk: Trunk
 
 
-def cut(backbone: Backbone, trainable: Trainable, entry: str, key: str, seed: int) -> Cut:
+def cut(backbone: Backbone, trainable: Trainable, group: str, key: str, seed: int) -> Cut:
     """A backbone divided where something begins to train; the backbone stays as it is.
 
     Args:
         backbone: whole.
         trainable: from which block on, and whether through adapters.
-        entry: name of the trunk.
+        group: name of the trunk's parameter group.
         key: of the setting, for messages.
         seed: of new adapters.
 
     Raises:
-        BadInput: the kind or this encoder cannot be divided there; names the blocks.
+        BadInput: the kind or this network cannot be divided there; names the blocks.
     """
     whole = backbone.module
     divided, trunk = _divided(
@@ -66,7 +66,7 @@ def cut(backbone: Backbone, trainable: Trainable, entry: str, key: str, seed: in
         digest=hashlib.sha256(f"{backbone.digest} {trainable.from_}".encode()).hexdigest(),
         feature_dim=num_values,
         module=FrozenBackbone(flat, ProjectionLayer(None, num_values)),
-        trunk=entry,
+        trunk=group,
     )
     return Cut(below, trunk)
 
@@ -78,7 +78,7 @@ def freeze_parts(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[Nam
 
 
 def trunks(run: RunConfig, backbones: Mapping[Name, Backbone]) -> dict[str, nn.Module]:
-    """The trunks of these backbones, untrained, by the entry's name. Raises BadInput."""
+    """Returns the trunks of these backbones, untrained, by parameter group. Raises BadInput."""
     return {f"{name}.trunk": own.trunk for name, own in _cuts(run, backbones).items()}
 
 
