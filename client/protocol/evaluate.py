@@ -36,7 +36,7 @@ from client.protocol.site import (
 from client.solvers.parts.closed_form import compute_outputs, round_weights
 from common import messages
 from common.privacy.accounting import Mechanism
-from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms
+from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream
 from common.process.threads import one_thread
 from common.tasks import NOISED_BUCKETS, Task
@@ -118,6 +118,7 @@ def noised_sums(
         stream: source of the noise.
     """
     assert mechanism.sensitivity is not None and mechanism.sensitivity**2 >= len(tasks) * (1.0 - 1e-9)
+    check_unit_count(units.num_units)
     lattice = Lattice.of(mechanism.sensitivity, mechanism.noise_multiplier)
     noised = {}
     for name in sorted(tasks):

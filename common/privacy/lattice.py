@@ -47,6 +47,16 @@ def bound_norms(values_UN: Tensor) -> Tensor:
     return norm_U * peak_U * (2.0**-bits * (1.0 + 2.0**-40))
 
 
+def check_unit_count(num_units: int) -> None:
+    """Refuses more units than whose parts surely add up within 64 bits.
+
+    Raises:
+        BadInput: there are more than two million.
+    """
+    if num_units >= 2 ** (63 - BOUND_BITS):
+        raise BadInput(f"expected fewer than {2 ** (63 - BOUND_BITS):,} units at one site")
+
+
 @dataclass(frozen=True)
 class Lattice:
     """The integers of one release.

@@ -278,14 +278,14 @@ class _Gradients:
         # A unit of one record has the norm that it has in a block of such units alone.
         return torch.where(counts_U > 1, torch.maximum(norm_U, reach_U / _MOST_CANCELLATION), reach_U)
 
-    def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor], exact: Tensor | None) -> None:
+    def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor], exact: Tensor) -> None:
         """Adds the units' parts to integer totals.
 
         Args:
             factor_U: clip factors; a unit of factor 0 adds nothing, whatever its slopes are.
             lattice: of the release.
             totals: int64, weight's K x D and the bias's K where there is one.
-            exact: the block's integers in double precision, where the caller has them.
+            exact: the block's integers in double precision.
         """
         inputs = self._inputs
         for formed in self._formed:
@@ -296,7 +296,7 @@ class _Gradients:
         factor_R = factor_U[inputs.unit_R] / lattice.spacing
         # Not a number: an infinite slope of a unit whose factor is 0.
         parts_RK = (self._slopes_RK * (factor_R * inputs.rows.scale)[:, None]).nan_to_num_(nan=0.0).trunc_()
-        totals[0].add_((parts_RK.mT @ (inputs.rows.integers.double() if exact is None else exact)).long())
+        totals[0].add_((parts_RK.mT @ exact).long())
         if inputs.bias:
             bias_RK = (self._slopes_RK * factor_R[:, None]).nan_to_num_(nan=0.0).trunc_()
             totals[1].add_(bias_RK.sum(dim=0).long())

@@ -23,7 +23,7 @@ from client.solvers.parts.closed_form import (
 )
 from client.solvers.parts.flat import Flat
 from common.model.parameters import MAX_ROW_NORM
-from common.privacy.lattice import Lattice
+from common.privacy.lattice import Lattice, check_unit_count
 from common.privacy.noise import NoiseStream
 from common.tasks import LossGradient, Task
 from common.types import Delta, Plan, RunFailed
@@ -61,6 +61,7 @@ def descend(
     """
     assert plan.clip_norm is not None  # A private plan has one.
     check_affine(modules)
+    check_unit_count(units.num_units)
     lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
     flat = Flat.from_heads(modules)
     start = weights = flat.copy_parameters().double()

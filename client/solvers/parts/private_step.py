@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
 from client.solvers.parts.objective import get_unit_indices, select_batch, sum_losses
-from common.privacy.lattice import Lattice, bound_norms
+from common.privacy.lattice import Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream
 from common.tasks import Task
 from common.types import BadInput, Plan
@@ -159,6 +159,7 @@ def release_step(
         units: usable units.
         members: indices of the units in the step's sample; an empty sample is released too.
     """
+    check_unit_count(units.num_units)
     optimizer.reset_totals()
     for block in split_fixed_blocks(select_batch(units, members), _count_block_records(modules)):
         optimizer.zero_grad(set_to_none=True)

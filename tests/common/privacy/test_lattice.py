@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.privacy.lattice import BOUND_BITS, Lattice, bound_norms
+from common.privacy.lattice import BOUND_BITS, Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream
 from common.types import BadInput
 
@@ -87,3 +87,11 @@ def test_a_released_sum_is_the_sum_plus_noise_on_the_lattice() -> None:
     many = lattice.release(torch.zeros(100_000, dtype=torch.int64), noise)
     assert float(many.std()) == pytest.approx(1.5, rel=0.02)
     assert np.isfinite(many.numpy()).all()
+
+
+def test_more_units_than_64_bits_can_sum_are_refused() -> None:
+    most = 2 ** (63 - BOUND_BITS) - 1
+    assert most * 2**BOUND_BITS < 2**63
+    check_unit_count(most)
+    with pytest.raises(BadInput, match="units at one site"):
+        check_unit_count(most + 1)
