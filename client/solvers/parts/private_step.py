@@ -192,16 +192,17 @@ def split_fixed_blocks(units: Units, num_records: int) -> Iterator[Units]:
         [torch.bincount(records.unit_R, minlength=units.num_units) for records in units.tasks.values()]
     ).amax(dim=0)
     block_U, local_U, sizes = _assign_blocks(counts_U, num_records)
-    parts: list[dict[str, TaskRecords]] = [{} for _ in sizes]
+    rows: dict[str, Sequence[Tensor]] = {}
     for name, records in units.tasks.items():
         block_R = block_U[records.unit_R]
-        rows_by_block = torch.split(
-            torch.argsort(block_R, stable=True), torch.bincount(block_R, minlength=len(sizes)).tolist()
-        )
-        for part, rows, (num_units, size) in zip(parts, rows_by_block, sizes, strict=True):
-            part[name] = _add_records(records.taken(rows, local_U[records.unit_R]), num_units, size)
-    for part, (num_units, _) in zip(parts, sizes, strict=True):
-        yield Units(num_units + 1, part)
+        per_block = torch.bincount(block_R, minlength=len(sizes)).tolist()
+        rows[name] = torch.split(torch.argsort(block_R, stable=True), per_block)
+    for number, (num_units, size) in enumerate(sizes):
+        block = {
+            name: _add_records(records.taken(rows[name][number], local_U[records.unit_R]), num_units, size)
+            for name, records in units.tasks.items()
+        }
+        yield Units(num_units + 1, block)
 
 
 def _assign_blocks(counts_U: Tensor, num_records: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
