@@ -29,11 +29,11 @@ def main() -> None:
     accounting._loose_epsilon.cache_clear()
     accounting._epsilon.cache_clear()
     started = time.perf_counter()
-    sigma = accounting.noise_multiplier(3.0, 1e-5, 1.0, 2 * ROUNDS)
+    sigma = accounting.calibrate_noise_multiplier(3.0, 1e-5, 1.0, 2 * ROUNDS)
     charge = accounting.Mechanism("gaussian", sigma, 1.0, 2, 1.0)
     for _ in range(SITES):
         for done in range(ROUNDS + 1):
-            accounting.covered([charge] * done, 1e-5, 10.0)
+            accounting.is_covered([charge] * done, 1e-5, 10.0)
     spent = time.perf_counter() - started
     stated("accounting / whole run", spent, whole, target=0.01, repeats=1, note="10 sites, 10 rounds, full batch")
 
