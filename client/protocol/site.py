@@ -192,7 +192,10 @@ def joined_run(site: Site, run_id: str) -> Joined:
 @lru_cache(maxsize=1024)
 def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
     # Remembered for these very bytes: a site reads the same ones in every round.
-    parsed = parse_offer(offer, str(folder / "offer.json"))
+    try:
+        parsed = parse_offer(offer, str(folder / "offer.json"))
+    except BadInput as error:
+        raise ValueError(str(error)) from error  # The site's own file is damaged: no fault of the request.
     return Joined(run_id, parsed.run_config(folder), parsed.backbones, folder)
 
 

@@ -272,7 +272,7 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
         ({"trainable": {"vision": {"from": "4"}}}, "expected some of backbone, got 'vision'"),
         (
             {"trainable": {"backbone": {"from": "4", "lora": {"rank": 1, "alpha": 1, "targets": ["query"]}}}},
-            "trainable.backbone.lora: expected a part with linear layers, as encoders of kind transformers",
+            "trainable.backbone.lora: expected a part with linear layers, as backbones of kind transformers",
         ),
     ],
     ids=["rates", "solver", "group", "block", "backbone", "targets"],
