@@ -115,5 +115,5 @@ class Units:
 
 
 def _some(features_RD: Tensor) -> Tensor:
-    """The same rows, or one of zeros where there is none: many networks fail on none, and a failure would tell."""
+    """Returns the rows, or one row of zeros if there is none: many networks fail on an empty batch."""
     return features_RD if len(features_RD) else features_RD.new_zeros((1, *features_RD.shape[1:]))

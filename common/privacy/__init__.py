@@ -1,1 +1,1 @@
-"""Accounting, clipping and noise, which every room shares."""
+"""Privacy in every room: accounting, the lattice of exact sums, and noise."""
