@@ -30,6 +30,10 @@ RELATION: Relation = "add_remove"
 MAX_STEPS = 1_000_000
 """Steps of a whole run; more would hold a site for hours."""
 
+MAX_ROUND_STEPS = 1_000
+"""Steps of one round. With much noise steps cost next to nothing, and each makes the time that one unit takes more: so
+many small steps would add up to a difference that a coordinator can measure."""
+
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-9, 1e9
 """Of a private plan: near the ends of float32 a clipped gradient is rounded by as much as it is long, or infinite."""
 

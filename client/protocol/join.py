@@ -12,7 +12,12 @@ from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.ledger.events import TRAINING
 from client.protocol.approvals import Approvals, check_offer
 from client.protocol.prepare import refuse_while_stopped
-from client.protocol.requirements import refuse_what_does_not_fit, untrained_modules
+from client.protocol.requirements import (
+    num_parameters,
+    refuse_what_does_not_fit,
+    refuse_what_takes_too_long,
+    untrained_modules,
+)
 from client.protocol.site import (
     Joined,
     Site,
@@ -57,9 +62,10 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         raise SiteDeclined(declined.reason, declined.detail, logged=not _let_wait(site, request)) from declined
     try:
         refuse_what_does_not_fit(joined.run, tasks)
+        plan = make_plan(site.config, joined)
+        refuse_what_takes_too_long(plan, num_parameters(joined.run, tasks), max(joined.sizes(site.config).values()))
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
-    plan = make_plan(site.config, joined)
     _check_heads(joined, tasks)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.

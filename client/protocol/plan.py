@@ -33,7 +33,13 @@ from client.data.records import check_values
 from client.ledger.evaluation_budget import count_evaluations_left, list_unspent, make_evaluation_mechanism
 from client.ledger.history import History
 from client.protocol.balance import count_affordable_rounds, get_evaluation_budget, history_of, shown
-from client.protocol.requirements import count_trained, refuse_what_does_not_fit, untrained_modules
+from client.protocol.requirements import (
+    count_trained,
+    num_parameters,
+    refuse_what_does_not_fit,
+    refuse_what_takes_too_long,
+    untrained_modules,
+)
 from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
@@ -149,7 +155,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         warnings=(),
     )
     affords = history.is_within_cap([whole, *list_unspent(share, history)])
-    declines = _declines(any_backbone, joined, outlook, affords)
+    declines = _declines(any_backbone, joined, plan, outlook, affords)
     return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
 
 
@@ -234,14 +240,25 @@ def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
     )
 
 
-def _declines(config: SiteConfig, joined: Joined, outlook: RunPlan, affords: bool) -> list[str]:
-    """Why the site would decline the run."""
+def _declines(config: SiteConfig, joined: Joined, plan: Plan, outlook: RunPlan, affords: bool) -> list[str]:
+    """Why the site would decline the run.
+
+    Args:
+        config: the site's file.
+        joined: the run.
+        plan: the plan of one round.
+        outlook: what was found of the run so far.
+        affords: whether the budget covers it.
+    """
     found = []
     if not outlook.tasks:
         found.append("the site would decline: it has none of the run's tasks")
     try:
         check_allowed(config, joined)
-        refuse_what_does_not_fit(joined.run, joined.tasks(config))
+        tasks = joined.tasks(config)
+        refuse_what_does_not_fit(joined.run, tasks)
+        units = max(joined.sizes(config).values(), default=0)
+        refuse_what_takes_too_long(plan, num_parameters(joined.run, tasks), units)
     except SiteDeclined as declined:
         found.append(f"the site would decline: {declined.detail}")
     except BadInput as error:

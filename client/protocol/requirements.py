@@ -1,7 +1,7 @@
-"""Memory that a run's heads would need, from its settings alone: no weights are read, no memory is taken for them.
+"""Memory and time that a run would need, from public numbers alone: no weights are read, no memory is taken for them.
 
-A coordinator names backbones, labels and hidden widths; a site finds out when it is asked to join whether that fits,
-before anything is spent.
+A coordinator names backbones, labels, hidden widths and steps; a site finds out when it is asked to join whether that
+fits, before anything is spent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from common.plugins import Spec
 from common.run import RunConfig, Trainable
 from common.tasks import NOISED_BUCKETS, Task
-from common.types import BadInput
+from common.types import BadInput, Plan
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,12 @@ MAX_PROJECTION = 2**26
 
 MAX_STATISTICS = 2**24
 """Of all tasks together in one evaluation; classes count squared."""
+
+MAX_DRAWS = 2**33
+"""Random numbers of one round, noise and coins: minutes."""
+
+MAX_PRODUCTS = 2**44
+"""Products of one round, one for each trained parameter and unit of a step: an hour or so on one core."""
 
 
 def feature_dim(backbone: Spec) -> int:
@@ -107,3 +113,19 @@ def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
         statistics = sum(task.statistic(NOISED_BUCKETS).size for task in tasks.values())
         if statistics > MAX_STATISTICS:
             raise BadInput(f"an evaluation of the run has {statistics} statistics, expected at most {MAX_STATISTICS}")
+
+
+def refuse_what_takes_too_long(plan: Plan, parameters: int, units: int) -> None:
+    """Raise BadInput where a round would hold a site for too long; only public numbers decide.
+
+    Args:
+        plan: the plan of one round.
+        parameters: number of parameters that train.
+        units: the largest declared number of units.
+    """
+    draws = plan.steps * (parameters + (units if plan.sampling_rate < 1.0 else 0))
+    if draws > MAX_DRAWS:
+        raise BadInput(f"a round draws {draws} random numbers, expected at most {MAX_DRAWS}; take fewer steps")
+    products = int(plan.steps * plan.sampling_rate * units * parameters)
+    if products > MAX_PRODUCTS:
+        raise BadInput(f"a round takes {products} products, expected at most {MAX_PRODUCTS}; take fewer steps")

@@ -20,6 +20,7 @@ from common.offers import parse_offer
 from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import (
+    MAX_ROUND_STEPS,
     MAX_STEPS,
     BadInput,
     DeclineReason,
@@ -235,6 +236,11 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
         plan = solver.plan(joined.run.requested_privacy, config.unit, joined.run.rounds)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
+    if plan.steps > MAX_ROUND_STEPS:
+        raise SiteDeclined(
+            DeclineReason.BAD_REQUEST,
+            f"a round has {plan.steps} steps, expected at most {MAX_ROUND_STEPS}; take more rounds of fewer steps",
+        )
     if plan.steps * joined.run.rounds > MAX_STEPS:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
     if solver.private != plan.private or plan.private != (joined.run.requested_privacy is not None):

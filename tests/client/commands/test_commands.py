@@ -33,7 +33,7 @@ from common.plugins import Spec
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import BadInput, Heads, LedgerDamaged
+from common.types import MAX_ROUND_STEPS, BadInput, Heads, LedgerDamaged
 from common.yaml import write_yaml
 from simulations.executors.in_process import InProcessGrid
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
@@ -258,6 +258,26 @@ def test_noise_to_signal_is_that_of_noise_really_drawn(tmp_path: Path) -> None:
     assert outlook["noise_to_signal"] == pytest.approx(np.linalg.norm(noise, axis=1).mean() / (2 * 40), rel=0.02)
 
 
+WIDE = {name: {**task, "head": {"hidden": 5000}} for name, task in TASKS.items()}
+
+
+def solver(sampling_rate: float) -> dict[str, Any]:
+    """The most steps in a round."""
+    return {
+        "kind": "dp_sgd",
+        "sampling_rate": sampling_rate,
+        "steps": MAX_ROUND_STEPS,
+        "clip_norm": 1.0,
+        "learning_rate": 1.0,
+    }
+
+
+def declared(public_size: int) -> dict[str, Any]:
+    """A site that declares so many units."""
+    values = {"source": "records", "missing": "refuse", "public_size": public_size}
+    return {"tasks": {task: {**values, "column": task} for task in TASKS}}
+
+
 @pytest.mark.parametrize(
     ("site", "run", "warning"),
     [
@@ -266,8 +286,19 @@ def test_noise_to_signal_is_that_of_noise_really_drawn(tmp_path: Path) -> None:
         ({}, {"privacy": {"unit": "patient", "delta": DELTA, "noise_multiplier": 2.0}}, "protects patient"),
         ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, "solver is not allowed"),
         ({"allow": {"tasks": [], "backbones": "any", "solvers": "any"}}, {}, "none of the run's tasks"),
+        # 25 parameters and 10 million units; (4 + 1) 5000 + 3 (5000 + 1) and the same with 2, and a million units.
+        (
+            declared(10**7),
+            {"solver": solver(0.5)},
+            "a round draws 10000025000 random numbers, expected at most 8589934592",
+        ),
+        (
+            declared(10**6),
+            {"solver": solver(1.0), "tasks": WIDE},
+            "a round takes 75005000000000 products, expected at most",
+        ),
     ],
-    ids=["noise", "budget", "unit", "solver", "tasks"],
+    ids=["noise", "budget", "unit", "solver", "tasks", "draws", "products"],
 )
 def test_a_plan_warns_where_it_must(tmp_path: Path, site: dict, run: dict, warning: str) -> None:
     declines = warning != "cannot be useful"

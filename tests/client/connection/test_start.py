@@ -35,12 +35,16 @@ from tests.federation import (
     write_run,
     write_site,
 )
+from tests.tiny import TASKS
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # Flower's own build
 ]
-SLOW = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 100_000, "clip_norm": 1.0, "learning_rate": 1e-4}
+SLOW = {
+    "solver": {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 1000, "clip_norm": 1.0, "learning_rate": 1e-4},
+    "tasks": {name: {**task, "head": {"hidden": 20_000}} for name, task in TASKS.items()},
+}
 HUGE_NOISE = {"unit": "example", "delta": 1e-5, "noise_multiplier": 1e5}
 
 
@@ -138,7 +142,7 @@ def test_a_crash_in_the_middle_of_a_round_is_answered_at_once_and_stays_charged(
     site, log = admitted(tmp_path, "e", where), tmp_path / "e.log"
     with started(site, log) as child:
         wait_for(log, "joined")
-        run_file = write_run(tmp_path / "run.yaml", solver=SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1))
+        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1))
         run = where.submit(ROOT, run_file, tmp_path / "runs")
         wait_for(log, "asked: train", 90)
         (worker,) = children(child.pid)
@@ -157,7 +161,7 @@ def test_leaving_twice_abandons_the_round_and_keeps_its_charge(tmp_path: Path, w
     site, log = admitted(tmp_path, "f", where), tmp_path / "f.log"
     with started(site, log) as child:
         wait_for(log, "joined")
-        run_file = write_run(tmp_path / "run.yaml", solver=SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1))
+        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1))
         run = where.submit(ROOT, run_file, tmp_path / "runs")
         wait_for(log, "asked: train", 90)
         wait_until_charged(site)
@@ -177,7 +181,7 @@ def test_a_worker_ends_with_a_killed_parent_and_the_site_rejoins_as_the_same_nod
     site, log = admitted(tmp_path, "g", where), tmp_path / "g.log"
     with started(site, log) as child:
         wait_for(log, "joined")
-        run_file = write_run(tmp_path / "run.yaml", solver=SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1, 20))
+        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1, 20))
         where.submit(ROOT, run_file, tmp_path / "runs")
         wait_for(log, "asked: train", 90)
         workers = children(child.pid)

@@ -28,7 +28,7 @@ from common.offers import make_offer
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
-from common.types import MAX_STEPS, DeclineReason, Heads
+from common.types import MAX_ROUND_STEPS, MAX_STEPS, DeclineReason, Heads
 from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import TASKS, backbone, forged, offered, run_config, site_config
 
@@ -104,7 +104,8 @@ ABSURD_OFFERS: dict[str, dict[str, Any]] = {
     "no privacy": {"privacy": "non_private", "solver": {**solver(), "kind": "sgd"}},
     "privacy of a solver without": {"solver": {"kind": "sgd", "sampling_rate": 1.0, "steps": 2, "learning_rate": 1}},
     "a billion steps": {"solver": solver(steps=10**9)},
-    "more steps than a site works for": {"solver": solver(steps=MAX_STEPS)},
+    "more steps than a site works for": {"solver": solver(steps=MAX_ROUND_STEPS), "rounds": MAX_STEPS},
+    "more steps in one round than a site takes": {"solver": solver(steps=MAX_ROUND_STEPS + 1)},
     "a rate above 1": {"solver": solver(sampling_rate=1.5)},
     "a rate of 0": {"solver": solver(sampling_rate=0.0)},
     "an infinite clip norm": {"solver": solver(clip_norm=1e999)},
