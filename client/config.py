@@ -129,7 +129,9 @@ class SiteConfig(Frozen):
         coordinator: whom to join; None where a simulation carries the messages.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         plugins: folder of the site's own source kinds, one file each.
-        state_dir: folder of the ledger, approvals, stored replies and prepared data.
+        ledger_dir: folder of the ledgers, which all site files and coordinators of a population share; by default one
+            for this machine's user, `$XDG_DATA_HOME/headwater/ledgers` (`~/.local/share/headwater/ledgers`).
+        state_dir: folder of the approvals, stored replies and prepared data.
         cache_dir: folder of cached features, where they are to lie elsewhere.
         device: device of backbones and training.
         precision: precision inside backbones; bfloat16 takes half the time and changes features a little (the site's
@@ -152,6 +154,7 @@ class SiteConfig(Frozen):
     coordinator: Coordinator | None = None
     own_backbones: list[Spec] = []
     plugins: LocalPath | None = None
+    ledger_dir: LocalPath | None = None
     state_dir: LocalPath
     cache_dir: LocalPath | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -94,6 +94,7 @@ def site_config(folder: Path, name: str, **changes: Any) -> SiteConfig:
         part: {"inputs": f"{part}_x", "columns": {column: f"{part}_{column}" for column in columns}}
         for part in ("train", "test")
     }
+    state_dir = str(changes.get("state_dir", folder / f"{name}-state"))
     values: dict[str, Any] = {
         "name": name,
         "registry": f"{name}-registry",
@@ -108,7 +109,8 @@ def site_config(folder: Path, name: str, **changes: Any) -> SiteConfig:
         "on_bad_record": "stop",
         "evaluation": "local",
         "approval": "automatic",
-        "state_dir": str(folder / f"{name}-state"),
+        "ledger_dir": f"{state_dir}/ledgers",
+        "state_dir": state_dir,
         "device": "cpu",
     }
     return parse(SiteConfig, {**values, **changes}, base=folder)

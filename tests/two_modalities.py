@@ -75,6 +75,7 @@ class Hospitals:
             "on_bad_record": "stop",
             "evaluation": "local",
             "approval": "automatic",
+            "ledger_dir": str(folder / "state" / "ledgers"),
             "state_dir": str(folder / "state"),
             "device": "cpu",
         }

@@ -6,6 +6,7 @@ from client.commands.parts.balance import print_balance
 from client.commands.parts.options import Reason, SiteFile, check_reason
 from client.config import SiteConfig
 from client.ledger.ledger import amend as amend_ledger
+from client.ledger.place import locate_ledgers
 from client.protocol import balance as budgets
 from common.process.console import reported_errors
 from common.yaml import load
@@ -19,7 +20,7 @@ def amend(site: SiteFile, reason: Reason = "") -> None:
     with reported_errors():
         config = load(SiteConfig, site)
         amend_ledger(
-            config.state_dir / "ledgers",
+            locate_ledgers(config),
             population=config.registry,
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,

@@ -10,7 +10,10 @@ import typer
 from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, renew_key, take_kit
 from client.connection.keys import compute_fingerprint
 from client.connection.kit import read_kit
+from client.ledger.place import find_default_ledger_dir, list_populations
 from common.process.console import reported_errors
+
+_MAX_SHOWN = 5
 
 
 def init(
@@ -43,4 +46,8 @@ def init(
         typer.echo(f"fingerprint {compute_fingerprint(public)}: compare it with theirs by telephone")
         if kit is None and not new_key:
             typer.echo(f"kit         when it has come: headwater site init {folder} --kit KIT.zip")
+        others = list_populations(find_default_ledger_dir())
+        if others and not new_key:
+            shown = ", ".join(others[:_MAX_SHOWN]) + (", ..." if len(others) > _MAX_SHOWN else "")
+            typer.echo(f"registry    this machine has ledgers of {shown}: for the same patients write that registry")
         typer.echo(f"then        headwater site check {site_file}")

@@ -9,11 +9,11 @@ import typer
 
 from client.commands.parts.options import Reason, SiteFile, check_reason
 from client.config import SiteConfig
+from client.ledger.place import locate_ledgers
 from client.ledger.recovery import recover as recover_ledger
 from client.protocol import balance as budgets
-from client.protocol.site import Joined, Site, SiteDeclined, make_plan
+from client.protocol.site import Joined, SiteDeclined, has_replies, make_plan
 from common.privacy.accounting import Mechanism, round_up
-from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.run import RunConfig
 from common.types import BadInput, Plan
@@ -39,12 +39,12 @@ def recover(
     with reported_errors():
         config = load(SiteConfig, site)
         done = recover_ledger(
-            config.state_dir / "ledgers",
+            locate_ledgers(config),
             config.registry,
             budgets.read_terms(config),
             reason=check_reason(reason),
             noiseless_possible=config.allow.non_private,
-            was_used=Site(config, os_entropy).has_replies(),
+            was_used=has_replies(config),
             assume_epsilon=assume_epsilon,
             assume_mechanism=None if assume_run is None else _charge_whole_run(config, assume_run),
         )

@@ -25,6 +25,7 @@ from client.connection.diagnose import (
 from client.connection.keys import read_key
 from client.data.checks import data_checks
 from client.data.preview import Preview
+from client.ledger.place import find_default_ledger_dir, has_ledger, locate_ledgers
 from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals
 from client.protocol.site import STOPPED, Site
@@ -66,7 +67,7 @@ def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: 
     yield Check("code", "pass", f"code digest {compute_code_digest()}")
     yield from _check_state(config)
     yield _check_device(config)
-    yield _check_budget(config)
+    yield from _check_ledger(config)
     for found in data_checks(config, offers):
         yield Check(*found)
     if config.coordinator is None:
@@ -144,20 +145,42 @@ def _has_gpu_driver() -> bool:
     return any(Path(sign).exists() for sign in signs) or shutil.which("nvidia-smi") is not None
 
 
-def _check_budget(config: SiteConfig) -> Check:
+def _check_ledger(config: SiteConfig) -> Iterator[Check]:
     try:
-        # As `start` would: a ledger that is gone from a site that answered is damage, not a fresh start.
-        if Site(config, os_entropy).has_replies():
-            Site(config, os_entropy).ledger()
+        place = locate_ledgers(config)
         account = budgets.balance(config)
     except HeadwaterError as error:
-        return Check("ledger", "fail", str(error), "headwater site recover, or amend; see docs/deploy-site.md")
+        yield Check("ledger", "fail", str(error), "headwater site recover, or amend; see docs/deploy-site.md")
+        return
     left = f"epsilon {budgets.round_down(account.left_epsilon, 2):g} of {account.terms.epsilon_cap:g} left"
     if account.left_epsilon <= 0:
-        return Check("ledger", "fail", left, "every private run will be declined; the budget is never reset")
-    if account.amendment_due:
-        return Check("ledger", "fail", f"{left}, but the site file says other terms", "headwater site amend")
-    return Check("ledger", "pass", left)
+        yield Check("ledger", "fail", left, "every private run will be declined; the budget is never reset")
+    elif account.amendment_due:
+        yield Check("ledger", "fail", f"{left}, but the site file says other terms", "headwater site amend")
+    else:
+        yield Check("ledger", "pass", left)
+    yield _check_place(config, place)
+
+
+def _check_place(config: SiteConfig, place: Path) -> Check:
+    """Returns whether another site file of this machine's user would find the same ledger."""
+    usual, registry = find_default_ledger_dir(), config.registry
+    if config.ledger_dir is None and place != usual:
+        return Check(
+            "ledger_dir",
+            "warn",
+            f"the ledger lies in {place}, as in earlier versions; other site files look in {usual}",
+            f"write this line into every site file of registry {registry}: `ledger_dir: {place}`",
+        )
+    if place != usual and has_ledger(usual, registry):
+        return Check(
+            "ledger_dir",
+            "warn",
+            f"a second ledger of registry {registry} lies in {usual}; what is spent in both adds up",
+            f"write `ledger_dir: {place}` into every site file of this registry, and lower budget.epsilon by what the "
+            "other ledger holds",
+        )
+    return Check("ledger_dir", "pass", str(place))
 
 
 def _check_credentials(coordinator: Coordinator) -> Iterator[Check]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ _TEMPLATE = """\
 # Relative paths are relative to this file. ${{NAME}} is taken from the environment.
 
 name: {name}                      # public: short, lower case; the name under which the coordinator admits this site
-registry: {name}-patients         # the population one budget protects; re-exported or extended data stay in it, and
-                                  # registries whose patients overlap must be one
+registry: {registry} # the population one budget protects; re-exported or extended data stay in it. A site
+                                  # file of the same patients, for whatever coordinator, must name the same registry
 unit: {unit}                      # public: what the budget protects: `patient` or `example` (a single record)
 budget:                           # public: what the registry may spend in total, for ever
   epsilon: {mark}                 # such as 8.0
@@ -60,7 +62,9 @@ coordinator:
 # own_backbones:                  # opened from here instead of being received, where a run's backbone is one of these
 #   - {{kind: torchvision, model: mobilenet_v2, weights: ./mobilenet_v2.safetensors}}
 # plugins: ./plugins              # folder of this site's own source kinds, one file each
-state_dir: ./state                # ledger, features, replies, received backbones: for the owner only. Back it up
+# ledger_dir: ./ledgers           # where budgets are kept; by default one place for all site files of this user,
+                                  # ~/.local/share/headwater/ledgers. In a container: on a volume that stays. Back it up
+state_dir: ./state                # approvals, replies, features, received backbones: for the owner only. Back it up
 # cache_dir: ./cache              # features elsewhere, such as on a larger disk
 device: auto                      # `cpu`, `cuda`, or what is there
 # precision: bfloat16             # features in less time, with an error that is measured and logged; else float32
@@ -102,7 +106,9 @@ def make_folder(folder: Path, kit: Kit | None, name: str | None) -> Path:
         write_atomic(folder / "ca.crt", kit.ca)
     for run, content in offers.items():
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
-    write_atomic(folder / SITE_FILE, _render_site_file(chosen, kit).encode())
+    # Unique: two sites of one name on one machine, such as trials, are not taken for one population.
+    registry = f"{chosen}-{secrets.token_hex(4)}"
+    write_atomic(folder / SITE_FILE, _render_site_file(chosen, kit, registry).encode())
     return public
 
 
@@ -158,10 +164,11 @@ def take_kit(folder: Path, kit: Kit) -> None:
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
     site_file = folder / SITE_FILE
     text = site_file.read_text(encoding="utf-8")
-    untouched = text == _render_site_file(kit.settings.site, None)
+    registry = "".join(re.findall(r"^registry: (\S+)", text, re.MULTILINE)[:1])
+    untouched = text == _render_site_file(kit.settings.site, None, registry)
     waiting = f"  address: {MARK} "
     filled = text.replace(waiting, f"  address: {kit.settings.address} ")
-    write_atomic(site_file, (_render_site_file(kit.settings.site, kit) if untouched else filled).encode())
+    write_atomic(site_file, (_render_site_file(kit.settings.site, kit, registry) if untouched else filled).encode())
 
 
 def find_marks(text: str) -> list[int]:
@@ -181,7 +188,7 @@ def _choose_name(kit: Kit | None, name: str | None) -> str:
     return chosen
 
 
-def _render_site_file(name: str, kit: Kit | None) -> str:
+def _render_site_file(name: str, kit: Kit | None, registry: str) -> str:
     runs = [] if kit is None else kit.runs()
     tasks = {task: spec for run in runs for task, spec in run.tasks.items()}
     units = {asked.unit.value for run in runs if (asked := run.requested_privacy) is not None}
@@ -190,6 +197,7 @@ def _render_site_file(name: str, kit: Kit | None) -> str:
     return _TEMPLATE.format(
         mark=MARK,
         name=name,
+        registry=registry,
         unit=units.pop() if len(units) == 1 else "patient",
         tasks=json.dumps(sorted(tasks) or ["finding"]),
         solvers=json.dumps(solvers or ["dp_sgd"]),

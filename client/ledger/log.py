@@ -26,6 +26,7 @@ from client.ledger.events import (
     TornLineRemoved,
 )
 from client.ledger.ledger import Ledger
+from client.ledger.place import locate_ledgers
 from common.events import (
     RecordsPurged,
     ReplyResent,
@@ -95,7 +96,7 @@ def statement(config: SiteConfig) -> Statement:
     Raises:
         LedgerDamaged: the registry's ledger does not verify.
     """
-    ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
+    ledger = Ledger.find(locate_ledgers(config), config.registry)
     lines = [] if ledger is None else ledger.lines()
     events = read_site_journal(config.state_dir / "site.jsonl")
     resent = Counter((event.run_id, event.round, event.purpose) for event in select_events(events, ReplyResent))

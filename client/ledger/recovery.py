@@ -130,7 +130,7 @@ def _describe_damage(folder: Path, population: str, was_used: bool) -> str:
         raise BadInput(f"registry {population}: the ledger verifies; there is nothing to recover")
     if not was_used:
         raise BadInput(f"registry {population}: it never had a ledger; there is nothing to recover")
-    return f"ledger {population}: the folder of all ledgers is missing"
+    return f"ledger {population}: it is missing in {folder}, at a site that has answered before"
 
 
 def _find_worst_terms(terms: Terms, legible: list[dict[str, Any]]) -> Terms:

@@ -10,8 +10,7 @@ from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.evaluation_budget import compute_evaluation_noise, count_evaluations_left, list_unspent
 from client.ledger.events import EVALUATION, Terms
 from client.ledger.history import History
-from client.ledger.ledger import Ledger
-from client.protocol.site import Joined, make_plan
+from client.protocol.site import Joined, find_ledger, make_plan
 from common.offers import parse_offer
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
@@ -104,9 +103,10 @@ def history_of(config: SiteConfig) -> History:
     """The history of a site's registry; an empty one under the site file's terms where there is no ledger yet.
 
     Raises:
-        LedgerDamaged: it does not verify.
+        BadInput: there are two ledgers of it.
+        LedgerDamaged: it does not verify, or is gone from a site that has answered before.
     """
-    ledger = Ledger.find(config.state_dir / "ledgers", config.registry)
+    ledger = find_ledger(config)
     return History(read_terms(config), {}) if ledger is None else ledger.history()
 
 

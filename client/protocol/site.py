@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.ledger import Ledger
+from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
 from common.events import FileJournal, Journal
@@ -88,22 +89,18 @@ class Site:
         """Returns the ledger of this site's population.
 
         Raises:
-            LedgerDamaged: it does not verify, or all ledgers are gone from a site that has answered before.
+            BadInput: there is one under other terms, or there are two.
+            LedgerDamaged: it does not verify, or is gone from a site that has answered before.
         """
         config = self.config
-        if Ledger.find(config.state_dir / "ledgers", config.registry) is None and self.has_replies():
-            raise LedgerDamaged(f"ledger {config.registry}: it is missing at a site that has answered before")
+        find_ledger(config)
         return Ledger.open(
-            config.state_dir / "ledgers",
+            locate_ledgers(config),
             population=config.registry,
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,
             delta=config.budget.delta,
         )
-
-    def has_replies(self) -> bool:
-        """Returns true if a reply is stored from any run: then something may have left."""
-        return any((self.config.state_dir / "runs").glob("*/replies/*"))
 
     def backbones(self) -> BackboneStore:
         """Returns the store of the backbones received so far."""
@@ -129,6 +126,25 @@ class Site:
         if wanted == "cuda" and not torch.cuda.is_available():
             raise BadInput("device: expected a CUDA device, found none; write `device: auto` or `cpu`")
         return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_ledger(config: SiteConfig) -> Ledger | None:
+    """Returns the ledger of a site's population as it is; None where there never was one.
+
+    Raises:
+        BadInput: there are two.
+        LedgerDamaged: it is gone from a site that has answered before.
+    """
+    folder = locate_ledgers(config)
+    ledger = Ledger.find(folder, config.registry)
+    if ledger is None and has_replies(config):
+        raise LedgerDamaged(f"ledger {config.registry}: it is missing in {folder}, at a site that has answered before")
+    return ledger
+
+
+def has_replies(config: SiteConfig) -> bool:
+    """Returns true if a reply is stored from any run: then something may have left."""
+    return any((config.state_dir / "runs").glob("*/replies/*"))
 
 
 @dataclass(frozen=True)

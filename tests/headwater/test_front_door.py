@@ -139,7 +139,9 @@ def test_the_status_of_a_federation_loads_nothing_heavy_but_flower(tmp_path: Pat
 def test_a_check_of_a_site_without_the_network_loads_only_what_opens_its_records(tmp_path: Path) -> None:
     site = yaml.safe_load((ROOT / "configs" / "sites" / "example.yaml").read_text(encoding="utf-8"))
     path = tmp_path / "site.yaml"
-    path.write_text(yaml.safe_dump({**site, "state_dir": "state", "device": "cpu"}), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump({**site, "ledger_dir": "state/ledgers", "state_dir": "state", "device": "cpu"}), encoding="utf-8"
+    )
     # scikit-learn brings the example's digits, and loads the other two.
     assert imported_by("site", "check", str(path), "--offline") <= {"sklearn", "scipy", "pandas"}
 

@@ -42,7 +42,8 @@ def refused(result: Result, exit_code: int, *said: str) -> None:
     assert isinstance(result.exception, SystemExit)
 
 
-def test_a_run_leaves_all_it_promises(command: Command, tmp_path: Path) -> None:
+def test_a_run_leaves_all_it_promises(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     result = command("run", options=("--out", str(tmp_path / "out")))
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
@@ -56,6 +57,7 @@ def test_a_run_leaves_all_it_promises(command: Command, tmp_path: Path) -> None:
     assert len(about["backbone_digest"]) == 64
     assert set(json.loads(about["epsilon"])) == {"site-1", "site-2", "site-3"}
     assert (out / "sites" / "site-1" / "state" / "ledgers").is_dir()
+    assert not (tmp_path / "home").exists(), "a simulation's ledgers are its own, not its user's"
 
 
 def test_json_is_the_summary_and_nothing_else(command: Command) -> None:

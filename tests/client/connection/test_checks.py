@@ -207,3 +207,27 @@ def test_an_excluded_patients_picture_is_not_previewed(tmp_path: Path) -> None:
     site = config(tmp_path)
     Exclusions.read(site.state_dir).with_ids(["p1", "p2", "p3"]).write(site.state_dir)
     assert write_previews(site, {}) == [Preview("xrays", None, ())]
+
+
+def outcome_of(config: SiteConfig, name: str) -> tuple[str, str, str]:
+    """Outcome, detail and remedy of one check of a site, offline."""
+    [found] = [item for item in check_site(config, {}, offline=True) if item.name == name]
+    return found.outcome, found.detail, found.remedy
+
+
+def test_the_place_of_the_ledger_is_said_and_an_old_one_named_with_the_line_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    usual = tmp_path / "home" / "headwater" / "ledgers"
+    config = site_config(tmp_path, "north", ledger_dir=None)
+    assert outcome_of(config, "ledger_dir") == ("pass", str(usual), "")
+    old = config.model_copy(update={"ledger_dir": config.state_dir / "ledgers"})
+    Site(old, os_entropy).ledger()
+    assert outcome_of(old, "ledger_dir")[0] == "pass"
+    outcome, _, remedy = outcome_of(config, "ledger_dir")
+    assert outcome == "warn" and f"`ledger_dir: {config.state_dir / 'ledgers'}`" in remedy
+    # Another site file of the population opens one at the usual place: both files are told.
+    Site(site_config(tmp_path / "b", "north", ledger_dir=None), os_entropy).ledger()
+    assert outcome_of(old, "ledger_dir")[0] == "warn"
+    assert outcome_of(config, "ledger")[0] == "fail"

@@ -21,7 +21,9 @@ from client.config import Coordinator, SiteConfig, SiteTask
 from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, take_kit
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import MAX_KIT_BYTES, read_kit
+from client.protocol.site import Site
 from common.offers import encode_offer, make_offer
+from common.privacy.noise import os_entropy
 from common.types import BadInput
 from common.yaml import load, write_yaml
 from tests.federation import Authority
@@ -142,11 +144,30 @@ def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) -> No
 def test_a_kit_that_comes_after_the_key_fills_in_an_untouched_file(tmp_path: Path) -> None:
     make_folder(tmp_path / "site", None, "hospital-a")
     key = (tmp_path / "site/keys/hospital-a").read_bytes()
+    registry = read_registry(tmp_path / "site")
     take_kit(tmp_path / "site", read_kit(kit(tmp_path)))
     make_folder(tmp_path / "other", read_kit(kit(tmp_path)), None)
-    assert (tmp_path / "site" / SITE_FILE).read_text() == (tmp_path / "other" / SITE_FILE).read_text()
+    other = (tmp_path / "other" / SITE_FILE).read_text().replace(read_registry(tmp_path / "other"), registry)
+    assert (tmp_path / "site" / SITE_FILE).read_text() == other
     assert (tmp_path / "site/offers/tiny.json").read_bytes() == offer()
     assert (tmp_path / "site/keys/hospital-a").read_bytes() == key
+
+
+def read_registry(folder: Path) -> str:
+    return str(yaml.safe_load((folder / SITE_FILE).read_text())["registry"])
+
+
+def test_new_sites_of_one_name_share_no_budget_by_accident_and_are_told_of_the_ledgers_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    first = CliRunner().invoke(app, ["init", str(tmp_path / "first"), "--name", "hospital-a"])
+    assert "registry" not in first.output
+    registry = read_registry(tmp_path / "first")
+    Site(site_config(tmp_path / "data", "north", registry=registry, ledger_dir=None), os_entropy).ledger()
+    second = CliRunner().invoke(app, ["init", str(tmp_path / "second"), "--name", "hospital-a"])
+    assert f"this machine has ledgers of {registry}" in second.output
+    assert read_registry(tmp_path / "second") != registry
 
 
 def test_a_kit_leaves_what_the_staff_wrote(tmp_path: Path) -> None:

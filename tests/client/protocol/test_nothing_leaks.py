@@ -70,6 +70,7 @@ def a_site(folder: Path, **changes: Any) -> SiteConfig:
         "tasks": {"colour": {"source": "records", "column": "colour", "missing": "refuse", "public_size": 30}},
         "split": {"test_fraction": 0.3, "salt": f"{CANARY}-salt"},
         "evaluation": SHARE,
+        "ledger_dir": str(home / "state" / "ledgers"),
         "state_dir": str(home / "state"),
     }
     return site_config(home, "north", **{**values, **changes})
