@@ -59,7 +59,7 @@ class AuditedRun:
         entropy: source of the keys of coins and noise, by purpose.
         accountant: computes the claimed epsilon.
         trunks: task -> name of the trunk that its records pass; empty where backbones are frozen.
-        num_canaries: number of canaries; more give tighter bounds and take longer.
+        num_canaries: largest number of canaries; more give tighter bounds and take longer.
         max_steps: largest number of noised sums that are observed in `observe_run`.
     """
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ from client.audit.attack import (
     observe_run,
     observe_step,
 )
-from client.audit.canaries import plant
+from client.audit.canaries import limit_canaries, plant
 from client.audit.statistics import (
     Floats,
     compute_lower_epsilon,
@@ -120,6 +121,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
     plan = run.plan
     if not plan.private or plan.clip_norm is None:
         raise BadInput("solver: an audit needs a plan with noise; this one promises nothing")
+    run = replace(run, num_canaries=limit_canaries(run.tasks, run.num_canaries))
     planted = plant(
         run.tasks,
         run.trunks,

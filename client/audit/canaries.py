@@ -2,8 +2,9 @@
 
 - A record's features are LIVE ones, then one for each canary, then FREE ones.
 - Background units use the live features only, as ordinary records would.
-- Canary i is one unit: `size` in feature LIVE + i and 0 elsewhere, with a random label for every task. So canaries'
-  gradients are orthogonal but for a bias, which a large `size` makes negligible, and each is clipped.
+- Canary i is one unit: `size` in feature LIVE + i and 0 elsewhere, with a random label for every task, one that the
+  task trains on. So canaries' gradients are orthogonal but for a bias, which a large `size` makes negligible, and each
+  is clipped.
 - No record touches a free feature: what a release says of its weights is noise and nothing else.
 - Heads begin with weights of 0 for all features but the live ones.
 
@@ -32,6 +33,13 @@ from common.tasks import Task
 from common.types import BadInput, Delta, RunFailed, Unit
 
 LIVE, FREE, BACKGROUND = 8, 32, 20
+
+FEWEST_CANARIES = 50
+
+MOST_VALUES = 2**24
+"""Values of all canaries' gradients together: more of them take minutes and gigabytes where each is formed."""
+
+_MOST_DRAWS = 1000
 
 ADDED = 4
 """Outputs of a stand-in trunk's layer, large enough that heads' and trunk's gradients are of one size."""
@@ -112,6 +120,24 @@ class Planted:
         return update.heads[group][_name_first_weight(self.modules[group], group)].astype(np.float64)
 
 
+def limit_canaries(tasks: Mapping[str, Task], wanted: int) -> int:
+    """Returns the number of canaries whose gradients an audit can hold: fewer for very large heads.
+
+    Args:
+        tasks: the run's tasks.
+        wanted: largest number.
+    """
+    num_canaries = wanted
+    while num_canaries > FEWEST_CANARIES:
+        width = LIVE + num_canaries + FREE
+        heads = create_heads(tasks, dict.fromkeys(tasks, width), seed=0)
+        values = sum(part.numel() for head in heads.values() for part in head.parameters())
+        if num_canaries * values <= MOST_VALUES:
+            break
+        num_canaries = max(FEWEST_CANARIES, num_canaries * 3 // 4)
+    return num_canaries
+
+
 def plant(
     tasks: Mapping[str, Task],
     trunks: Mapping[str, str],
@@ -180,17 +206,32 @@ def _make_records(
     task: Task, head: nn.Module, trunk: str | None, features_RD: Tensor, unit_R: Tensor, *, stream: NoiseStream
 ) -> TaskRecords:
     count = int(unit_R[-1]) + 1
-    labels_U = torch.stack([_draw_label(task, head, stream) for _ in range(count)])
+    trained = [index >= BACKGROUND for index in range(count)]
+    labels_U = torch.stack([_draw_label(task, head, stream, trained=each) for each in trained])
     # Some background units lack a task's label; canaries have all, so that the joint clip is the one under test.
     missing_U = torch.from_numpy(stream.coins(count, 0.2)) & (torch.arange(count) < BACKGROUND)
     return TaskRecords.of(features_RD, labels_U[unit_R], ~missing_U[unit_R], unit_R, count, trunk=trunk)
 
 
-def _draw_label(task: Task, head: nn.Module, stream: NoiseStream) -> Tensor:
-    """Returns a random label of the task: the one that random outputs of its head decode to."""
+def _draw_label(task: Task, head: nn.Module, stream: NoiseStream, *, trained: bool) -> Tensor:
+    """Returns a random label of the task: the one that random outputs of its head decode to.
+
+    Args:
+        task: the task.
+        head: its head, for the number of outputs.
+        stream: source of the outputs.
+        trained: whether to draw until the label has a loss: a kind may train on some labels only.
+
+    Raises:
+        RunFailed: no label has one.
+    """
     width = next(reversed(list(head.parameters()))).shape[0]
-    outputs = torch.from_numpy(draw_normals(stream, (1, width))).float()
-    return task.codec.encode(task.codec.decode(outputs)[0])
+    for _ in range(_MOST_DRAWS):
+        outputs = torch.from_numpy(draw_normals(stream, (1, width))).float().requires_grad_()
+        label = task.codec.encode(task.codec.decode(outputs.detach())[0])
+        if not trained or torch.autograd.grad(task.losses(outputs, label[None]).sum(), outputs)[0].any():
+            return label
+    raise RunFailed(f"audit: tasks of kind {task.kind} train on no label that was drawn; nothing can be measured")
 
 
 def _compute_directions(planted: Planted, clip_norm: float) -> dict[str, Floats]:

@@ -22,6 +22,7 @@ from client.audit.canaries import ADDED, plant
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
 from common.events import AuditVerdict
+from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy, RunConfig
@@ -39,6 +40,7 @@ from tests.client.audit.bugs import (
     make_trunk_run,
 )
 
+PRIVATE_SOLVERS = [kind for kind in kinds("client.solvers") if plugin_class("client.solvers", kind).private]
 SAMPLED = {"sampling_rate": 0.25, "steps": 4}
 
 
@@ -97,6 +99,21 @@ def test_the_closed_form_solver_passes_and_its_planted_bugs_are_caught(unit: Uni
     assert join_reasons(audit(run)) == ""
     assert "times" in join_reasons(audit(break_solver(run, stream=bend_noise(lambda noise: noise / 2))))
     assert "not clipped" in join_reasons(audit(break_solver(run, plan_used=bugs.clip_at_a_million)))
+
+
+@pytest.mark.parametrize("solver", PRIVATE_SOLVERS)
+@pytest.mark.parametrize("task", kinds("common.tasks"))
+def test_a_run_of_one_task_of_any_kind_passes_and_half_of_its_noise_is_caught(task: str, solver: str) -> None:
+    tasks = {"only": plugin_class("common.tasks", task).example().settings}
+    run = make_run(tasks=tasks, unit=Unit.PATIENT, kind=solver, num_canaries=100)
+    assert join_reasons(audit(run)) == ""
+    assert "times" in join_reasons(audit(break_solver(run, stream=bend_noise(lambda noise: noise / 2))))
+
+
+def test_a_head_too_large_for_many_canaries_is_audited_with_fewer() -> None:
+    tasks = {"faces": {"kind": "embedding", "labels": ["a", "b"], "start": "features", "head": {"bias": False}}}
+    result = audit(make_run(tasks=tasks, kind="dp_gd", num_canaries=1000))
+    assert join_reasons(result) == "" and 100 < (result.canaries or 0) < 250
 
 
 def test_a_larger_claim_shows_a_larger_lower_bound() -> None:
