@@ -54,7 +54,12 @@ def deployed(folder: Path, rounds: int) -> list[float]:
         subprocess.run([sys.executable, "-m", "server", *map(str, arguments)], cwd=ROOT, check=True, timeout=600)
 
     site_file = write_site(
-        folder / "north", "north", str(federation.config.address), federation.tls / "ca.crt", approval="automatic"
+        folder / "north",
+        "north",
+        str(federation.config.address),
+        federation.tls / "ca.crt",
+        approval="automatic",
+        reply_every_s=0.0,
     )
     server("admit", federation.folder, "north", "--key", folder / "north" / "keys" / "north.pub")
     cohort = {"min_sites": 1, "timeout_s": 60, "join_timeout_s": 120}

@@ -128,6 +128,9 @@ class SiteConfig(Frozen):
         approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
         coordinator: whom to join; None where a simulation carries the messages.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
+        reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such
+            intervals has passed since its request came. Longer than any answer takes, it hides how long one took; 0: at
+            once.
         plugins: folder of the site's own source kinds, one file each.
         ledger_dir: folder of the ledgers, which all site files and coordinators of a population share; by default one
             for this machine's user, `$XDG_DATA_HOME/headwater/ledgers` (`~/.local/share/headwater/ledgers`).
@@ -153,6 +156,7 @@ class SiteConfig(Frozen):
     approval: Literal["required", "automatic"] = "required"
     coordinator: Coordinator | None = None
     own_backbones: list[Spec] = []
+    reply_every_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0
     plugins: LocalPath | None = None
     ledger_dir: LocalPath | None = None
     state_dir: LocalPath

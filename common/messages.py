@@ -5,7 +5,8 @@ one JSON text, its arrays as raw little-endian bytes behind one layout of their 
 
 Guarantees:
 - Every field that a site sends states the privacy reason why it may leave the site (`privacy_reasons`). What no field
-  states does leave it: the time an answer takes, which grows with the number of records.
+  states does leave it: the time an answer takes, in whole intervals of `reply_every_s` of the site's file, which grows
+  with the number of records.
 - `decode` returns a message whose every value has its declared type and bounds, or raises BadInput. Nothing is
   unpickled or coerced, and every size is checked before memory is allocated for it.
 - A run's offer states the version of the messages, which is checked before anything else is read.

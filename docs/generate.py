@@ -386,7 +386,8 @@ def _messages_page() -> str:
         f"# Messages and why their fields may leave a site\n\n{NOTE}\n"
         "Everything that a site sends to its coordinator, field by field. The reasons are metadata of the message "
         "models in `common/messages.py`; a field without one is an error there. What no field states does leave a "
-        "site: the time an answer takes, which grows with the number of records.\n\n"
+        "site: the time an answer takes, in whole intervals of `reply_every_s`, which grows with the number of "
+        "records.\n\n"
         f"{format_privacy_table()}\n"
     )
 

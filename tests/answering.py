@@ -28,23 +28,26 @@ class Answering:
     Attributes:
         address: host and port.
         asked: paths in the order in which they were asked for.
+        bodies: what came with each of them.
     """
 
     address: str
     asked: list[str]
+    bodies: list[bytes]
 
 
 @contextlib.contextmanager
 def answering(certificate: tuple[Path, Path] | None, answer: Callable[[str], Answer]) -> Iterator[Answering]:
     """Serve on loopback, over TLS where a certificate and key are given, else in plain HTTP."""
     asked: list[str] = []
+    bodies: list[bytes] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         date: str | None = None
 
         def reply(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length") or 0))
+            bodies.append(self.rfile.read(int(self.headers.get("content-length") or 0)))
             asked.append(self.path)
             chosen = answer(self.path)
             self.date = chosen.date
@@ -82,7 +85,7 @@ def answering(certificate: tuple[Path, Path] | None, answer: Callable[[str], Ans
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield Answering(f"127.0.0.1:{server.server_address[1]}", asked)
+        yield Answering(f"127.0.0.1:{server.server_address[1]}", asked, bodies)
     finally:
         server.shutdown()
         server.server_close()

@@ -253,7 +253,13 @@ def write_site(folder: Path, name: str, where: Link | str, ca: Path | None = Non
     address = where if isinstance(where, str) else where.address
     trusted = ca or (None if isinstance(where, str) else where.ca)
     coordinator = {"address": address, "ca": str(trusted), "key": f"./keys/{name}"}
-    values |= {"ledger_dir": "./state/ledgers", "state_dir": "./state", "coordinator": coordinator, **changes}
+    values |= {
+        "ledger_dir": "./state/ledgers",
+        "state_dir": "./state",
+        "coordinator": coordinator,
+        "reply_every_s": 0.05,
+    }
+    values |= changes
     (folder / "site.yaml").write_text(yaml.safe_dump(values))
     return folder / "site.yaml"
 

@@ -192,27 +192,20 @@ class Fleet:
         self._retry(lambda: self._call("confirm-message-received", confirmed, response))
         return Delivery(envelope, tree.object_id, objects)
 
-    def push_reply(self, node: int, outgoing: Outgoing, seconds: float) -> None:
+    def push_reply(self, node: int, outgoing: Outgoing) -> None:
         """Sends a reply, again while the coordinator cannot be reached.
-
-        Args:
-            node: The site's node id.
-            outgoing: The reply.
-            seconds: How long the site worked on it, which Flower asks for.
 
         Raises:
             RunInactive: The reply is not wanted any more.
             ConnectionLost: The coordinator could not be reached for too long, or the site stops.
         """
-        self._retry(lambda: self._push(node, outgoing, seconds))
+        self._retry(lambda: self._push(node, outgoing))
 
-    def _push(self, node: int, outgoing: Outgoing, seconds: float) -> None:
+    def _push(self, node: int, outgoing: Outgoing) -> None:
         sender = node_pb2.Node(node_id=node)
+        # Flower's site would also say here for how long it worked.
         request = fleet_pb2.PushMessagesRequest(
-            node=sender,
-            messages_list=[outgoing.envelope],
-            message_object_trees=[outgoing.tree],
-            clientapp_runtime_list=[seconds],
+            node=sender, messages_list=[outgoing.envelope], message_object_trees=[outgoing.tree]
         )
         response = self._call("push-messages", request, fleet_pb2.PushMessagesResponse())
         for name in response.objects_to_push:

@@ -4,6 +4,8 @@ Guarantees:
 - No message of a run is answered before that run's app bundle was fetched and its client/ and common/ found equal to
   this installation's own reviewed code; what runs is the installation, never the bundle. A different bundle is
   declined and journalled with both digests.
+- An answer for which records may have been read leaves when a whole number of `reply_every_s` has passed since its
+  request came, whatever became of it: a reply, a word that declines, or the end of the process that worked on it.
 - Whatever happens to an answer (a crash, a broken connection, Ctrl-C), the ledger keeps what was reserved.
 - A failure that no further try mends ends the process with one sentence; others are tried again, ever more slowly, up
   to a limit.
@@ -33,6 +35,7 @@ from client.connection.diagnose import (
 from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunInactive
 from client.connection.keys import read_key
 from client.connection.worker import Abandoned, Worker, WorkerDied, make_declined_reply
+from common import messages
 from common.bundle import compute_bundle_digest, compute_code_digest
 from common.events import (
     BackboneUnusable,
@@ -64,6 +67,8 @@ WORKER_IDLE_S = 300.0
 """A worker that was idle for so long is ended, which frees its memory."""
 HEARTBEAT_EVERY_S = 20.0
 MAX_DELAY_S = 60.0
+_UNTIMED = (messages.JOIN, messages.PART, messages.FINISH)
+"""Requests for which no record is read. Every other waits, also of a kind that no handler takes."""
 
 Show = Callable[[str], None]
 
@@ -113,6 +118,16 @@ def generate_delays() -> Iterator[float]:
     while True:
         yield delay * random.uniform(0.5, 1.0)
         delay = min(2 * delay, MAX_DELAY_S)
+
+
+def compute_wait(elapsed_s: float, every_s: float) -> float:
+    """Returns the seconds from now until a whole number of intervals has passed; 0 where there are none.
+
+    Args:
+        elapsed_s: seconds since the first interval began.
+        every_s: length of an interval.
+    """
+    return every_s - elapsed_s % every_s if every_s > 0.0 else 0.0
 
 
 @final
@@ -271,8 +286,10 @@ class Node:
             self._show(f"the run's bundle cannot be had ({error}); nothing was done")
             return
         seconds = time.monotonic() - started
+        if asked not in _UNTIMED:
+            outgoing = self._hold_back(delivery, outgoing, started)
         try:
-            self._fleet.push_reply(self._node, outgoing, seconds)
+            self._fleet.push_reply(self._node, outgoing)
         except RunInactive:
             self._show("the run is over; the reply was not wanted any more")
         except ConnectionLost as error:
@@ -280,6 +297,16 @@ class Node:
                 f"the reply could not be delivered ({error}); it is stored and costs nothing when asked for again"
             )
         self._show_outcome(seconds)
+
+    def _hold_back(self, delivery: Delivery, outgoing: Outgoing, started: float) -> Outgoing:
+        """Returns the reply when its time has come; a word that declines where the staff does not wait for that."""
+        until = time.monotonic() + compute_wait(time.monotonic() - started, self._config.reply_every_s)
+        while (left_s := until - time.monotonic()) > 0.0:
+            if self._leaving.is_due():
+                # As for an answer under way: that one was ready is nothing the coordinator learns.
+                return make_declined_reply(delivery, DeclineReason.INTERNAL, self._config.name)
+            time.sleep(min(left_s, 0.5))
+        return outgoing
 
     def _make_reply(self, delivery: Delivery) -> Outgoing:
         difference = self._check_bundle(delivery.envelope.metadata.run_id)

@@ -141,7 +141,7 @@ def make_declined_reply(delivery: Delivery, refusal: DeclineReason, site: str) -
     """
     message = _read_envelope(delivery.envelope)
     set_task_identity(message.metadata.run_id, message.metadata.dst_node_id)
-    return _pack_reply(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message))
+    return _pack_reply(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message), message)
 
 
 def _read_envelope(envelope: message_pb2.Message) -> Message:
@@ -153,7 +153,9 @@ def _read_envelope(envelope: message_pb2.Message) -> Message:
         return message_from_proto(envelope)
 
 
-def _pack_reply(reply: Message) -> Outgoing:
+def _pack_reply(reply: Message, request: Message) -> Outgoing:
+    # Flower writes the moment at which the reply was made, and what is left of the request's time to live.
+    set_metadata(reply, created_at=request.metadata.created_at, ttl=request.metadata.ttl)
     set_metadata(reply, message_id=reply.object_id)
     objects = {name: nested.deflate() for name, nested in get_all_nested_objects(reply).items()}
     tree = get_object_tree(reply)
@@ -190,9 +192,7 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
         if not isinstance(message, Message):
             raise TypeError
     except _UNREADABLE:
-        return _pack_reply(
-            Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received)
-        )
+        return _decline_invalid(received)
     # The envelope decides where the reply goes; the object's own copy of it is the sender's word.
     copy_metadata(received, message)
     context = Context(
@@ -203,11 +203,14 @@ def _answer(parts: Sequence[bytes]) -> Outgoing:
         run_config={},
     )
     try:
-        return _pack_reply(app(message, context))
+        return _pack_reply(app(message, context), received)
     except ValueError:  # Flower's own, for a message of a kind that no handler takes; handlers raise nothing.
-        return _pack_reply(
-            Message(messages.encode(messages.Declined(DeclineReason.BAD_REQUEST, "")), reply_to=received)
-        )
+        return _decline_invalid(received)
+
+
+def _decline_invalid(request: Message) -> Outgoing:
+    declined = messages.Declined(DeclineReason.BAD_REQUEST, "")
+    return _pack_reply(Message(messages.encode(declined), reply_to=request), request)
 
 
 def _compute_balance() -> Mapping[str, Any]:

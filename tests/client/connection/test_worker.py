@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from client.connection.fleet import Delivery, Outgoing
-from client.connection.worker import Worker
+from client.connection.worker import Worker, make_declined_reply
 from common import messages
 from common.flower import (
     get_all_nested_objects,
@@ -49,5 +49,19 @@ def test_a_message_of_an_unknown_kind_is_declined_and_the_worker_lives_on(tmp_pa
         asked = offered("run-1", run_config(), backbone())
         honest = worker.answer(delivery(messages.JOIN, messages.encode(asked)), lambda: False)
         assert any(b"JoinReply" in content for content in reply_of(honest))
+    finally:
+        worker.close()
+
+
+def test_a_reply_says_neither_when_it_was_made_nor_how_long_that_took(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site_config(tmp_path, "north"))
+    asked = delivery("query.part", messages.encode(messages.Ready()))
+    worker = Worker(path, environment())
+    try:
+        first, again = (worker.answer(asked, lambda: False) for _ in range(2))
+        declined = [make_declined_reply(asked, DeclineReason.INTERNAL, "north") for _ in range(2)]
+        assert first == again
+        assert declined[0] == declined[1]
     finally:
         worker.close()
