@@ -113,6 +113,16 @@ class SiteRejected(Event):
     round: int | None = Field(None, description="Number of the round; null outside rounds.")
 
 
+class SitePreparedAgain(Event):
+    """A site had lost, or found damaged, what it prepared; nothing was charged, and it was asked to prepare again."""
+
+    event_name = "prepared_again"
+
+    site: str = Field(description="Name of the site.")
+    ready: bool = Field(description="Whether it answered that it is ready.")
+    round: int | None = Field(None, description="Number of the round; null outside rounds.")
+
+
 class BackboneSent(Event):
     """A backbone's weights were sent to a site."""
 
@@ -293,6 +303,7 @@ RunEvent = (
     RunStarted
     | SiteJoined
     | SiteRejected
+    | SitePreparedAgain
     | BackboneSent
     | FeaturesReady
     | RepliesAwaited

@@ -85,6 +85,16 @@ class Features:
         return valid_N
 
 
+def check_features(path: Path) -> None:
+    """Checks that a cached array is whole and unchanged, by its size and digest; its rows are not looked at.
+
+    Raises:
+        OSError: it is gone.
+        ValueError: it is damaged.
+    """
+    _read_about(path.parent)
+
+
 def rows_of(path: Path, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
     """Copies of some rows of a cached array: what is trained on does not refer to the read-only file.
 
@@ -167,6 +177,7 @@ class FeatureStore:
                 "shape": shape,
                 "error": backbone.error,
                 "bytes": path.stat().st_size,
+                "content": _hash_file(path, _stamp(path)),
                 "unusable": {str(position): reason for position, reason in unusable.items()},
             }
             signed = {"about": about, "sha256": _digest(about)}
@@ -316,17 +327,43 @@ def _open(entry: Path) -> Features | None:
     """A complete entry, or None where there is none or it is damaged."""
     path = entry / "features.npy"
     try:
-        signed = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-        about = signed["about"]
-        if signed["sha256"] != _digest(about) or path.stat().st_size != about["bytes"]:
-            return None
+        about = _read_about(entry)
         features_ND = np.load(path, mmap_mode="r", allow_pickle=False)
         if list(features_ND.shape) != about["shape"] or features_ND.dtype != np.float32:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     unusable = {int(position): reason for position, reason in about["unusable"].items()}
     return Features(features_ND, unusable, path, about.get("error"))
+
+
+def _read_about(entry: Path) -> dict[str, Any]:
+    """Returns what was noted of a complete entry. Raises OSError or ValueError where it is gone or damaged."""
+    path = entry / "features.npy"
+    try:
+        signed = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        about: dict[str, Any] = signed["about"]
+        whole = signed["sha256"] == _digest(about) and path.stat().st_size == about["bytes"]
+        whole = whole and _hash_file(path, _stamp(path)) == about["content"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("expected the notes of a cached array") from error
+    if not whole:
+        raise ValueError("expected the cached array that was written")
+    return about
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Returns what changes whenever a file is written to or replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=2**14)
+def _hash_file(path: Path, stamp: tuple[int, ...]) -> str:
+    """Returns a file's digest; remembered while nobody touches the file, because every round asks."""
+    del stamp
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(about: Mapping[str, Any]) -> str:

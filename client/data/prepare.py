@@ -9,12 +9,13 @@ site's file says.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from client.config import SiteConfig
 from client.data.exclusions import Exclusions
-from client.data.feature_store import Features, FeatureStore, Progress, rows_of
+from client.data.feature_store import Features, FeatureStore, Progress, check_features, rows_of
 from client.data.quantised import QuantisedRows
 from client.data.records import (
     SIDES,
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 ARRAYS = "arrays.safetensors"
 PROBLEMS = "problems.csv"
-_MAX_HEADER_BYTES = 100_000_000
-"""As the format says."""
 
 
 @dataclass(frozen=True)
@@ -156,30 +155,17 @@ def prepare(
     }
     # One file, so that a crash leaves the old arrays or the new ones.
     arrays = _build_arrays(labels, members, units)
-    write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata={"about": json.dumps(about)}))
+    metadata = {"about": json.dumps(about), "sha256": _digest(about, arrays)}
+    write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata=metadata))
     errors = [each.features.error for each in loaded.values() if each.features.error is not None]
     error = max(errors) if errors and config.precision != "float32" else None
     return Preparation(tuple(rejected), units.num_units, error)
 
 
-def check_prepared(folder: Path) -> None:
-    """Checks that a run's arrays and cached features are there; no record is read.
-
-    Raises:
-        BadInput: they are gone.
-    """
-    try:
-        with (folder / ARRAYS).open("rb", buffering=0) as file:
-            features = _about(file)["features"]
-        gone = not all(Path(path).is_file() for path in features.values())
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
-        gone = True
-    if gone:
-        raise BadInput("expected the run's prepared data, but they or the cached features are gone; prepare it again")
-
-
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:
-    """One side's units of a prepared run; tasks on one source and one backbone share their features.
+    """Returns one side's units of a prepared run; tasks on one source and one backbone share their features.
+
+    Everything that is read is the bytes that were written, by their digests.
 
     Args:
         folder: what `prepare` wrote.
@@ -188,7 +174,7 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
         device: where the tensors are to be.
 
     Raises:
-        BadInput: not prepared, or the cached features are gone.
+        BadInput: not prepared, or the arrays or the cached features are gone or damaged.
     """
     try:
         about, arrays = _read(folder / ARRAYS)
@@ -198,7 +184,7 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
             view: _records(arrays, view, about["features"][view], side, device, exact=trunks[view] is None)
             for view in set(views.values())
         }
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise BadInput(
             f"expected the run's prepared data, got {type(error).__name__}: they or the cached features are gone or "
             "damaged; prepare the run again"
@@ -213,23 +199,30 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what `prepare` noted with the arrays, and the arrays."""
     data = path.read_bytes()
-    return _about(io.BytesIO(data)), load(data)
+    arrays = load(data)
+    # The header follows its length.
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    about: dict[str, Any] = json.loads(metadata["about"])
+    if metadata["sha256"] != _digest(about, arrays):
+        raise ValueError("expected the arrays that were written")
+    return about, arrays
 
 
-def _about(file: IO[bytes]) -> dict[str, Any]:
-    """Returns what `prepare` noted with the arrays; reads their file's header alone, which follows its length."""
-    length = int.from_bytes(file.read(8), "little")
-    if length > _MAX_HEADER_BYTES:
-        raise ValueError("expected a safetensors file")
-    about: dict[str, Any] = json.loads(json.loads(file.read(length))["__metadata__"]["about"])
-    return about
+def _digest(about: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(arrays):
+        values = arrays[name].numpy()
+        digest.update(f"{name} {values.dtype} {values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def _records(
     arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device, *, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns a view's mask of records on a side, their features (`exact`: rounded to 16-bit integers) and units."""
+    check_features(Path(features))
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
     features_RD = torch.from_numpy(rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy()))
     if exact:

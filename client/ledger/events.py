@@ -117,7 +117,7 @@ class LossAssumed(LedgerFacts):
 
 
 class ChargeReserved(LedgerFacts):
-    """A charge counts from here on; it is on disk before any record is touched.
+    """A charge counts from here on; it is on disk before anything is computed from a record.
 
     Attributes:
         run: id of the run.

@@ -5,9 +5,9 @@ it share one ledger, `<folder>/<population>/`; re-exported, extended or reordere
 
 Rules:
 
-* Reserve, then open features, train, store the reply, commit. A reservation counts from the moment it is on disk; there
-  is no refund, so a crash anywhere leaves at least what may have left the site. Each `reserve` is a new charge: the
-  caller resends a stored reply without asking here.
+* Open and verify features, reserve, train, store the reply, commit: what must fail costs nothing. A reservation counts
+  from the moment it is on disk; there is no refund, so a crash anywhere leaves at least what may have left the site.
+  Each `reserve` is a new charge: the caller resends a stored reply without asking here.
 * The whole history is composed at once, reservations included; a charge beyond the cap is refused and logged.
 * Unit, relation, delta and cap are fixed at creation. `amend` changes them in a logged line and resets nothing. The
   unit can change only while nothing is charged: what was spent per example says nothing about patients, and removing
@@ -135,7 +135,7 @@ class Ledger:
         allow_infinite: bool = False,
         evaluation_budget: NoisedEvaluation | None = None,
     ) -> Reservation:
-        """Charges a mechanism before any record is touched; durable when this returns.
+        """Charges a mechanism before anything is computed from records; durable when this returns.
 
         Args:
             mechanism: the worst that may be released.
@@ -177,7 +177,7 @@ class Ledger:
         request: str,
         allow_infinite: bool = False,
     ) -> tuple[Reservation, Mechanism]:
-        """Charges one evaluation to its part of the budget before any held-out record is touched.
+        """Charges one evaluation to its part of the budget before anything is computed from held-out records.
 
         Args:
             evaluation_budget: the part of the budget that evaluations may spend, from the site's file.

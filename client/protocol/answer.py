@@ -1,17 +1,21 @@
 """Charged answers: each request is charged once, and the identical request gets the stored bytes.
 
-The order is the promise: the identical request gets the stored bytes; the ledger is charged durably before a record is
-touched; the reply is stored before it is sent, so that noise is never drawn twice for one request.
+The order is the promise: the identical request gets the stored bytes; what can fail is opened first, so that a failure
+costs nothing; the ledger is charged durably before anything is computed from a record; the reply is stored before it is
+sent, so that noise is never drawn twice for one request.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
 
-from client.data.prepare import check_prepared
+from client.data.prepare import open_units
+from client.data.records import Side
+from client.data.units import Units
 from client.ledger.events import Purpose
 from client.ledger.ledger import Ledger, Reservation
 from client.protocol.replies import Replies, ReplyDamaged
@@ -19,15 +23,20 @@ from client.protocol.site import (
     Joined,
     Site,
     SiteDeclined,
-    digest_of_offer,
+    check_prepared,
+    load_modules,
 )
 from common import messages
 from common.events import ReplyResent, ReplySent
 from common.tasks import Task
 from common.types import (
+    BadInput,
     BudgetExhausted,
     DeclineReason,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_CHARGES = 3
 """Charges of one round: the first, and again after a crash."""
@@ -98,28 +107,45 @@ def _check_asked_once(ledger: Ledger, joined: Joined, round_: int, what: Purpose
         raise SiteDeclined(DeclineReason.BAD_REQUEST, f"this round was charged {MAX_CHARGES} times already")
 
 
-def get_requested_tasks(
-    site: Site, joined: Joined, request: messages.TrainRequest | messages.EvaluateRequest
-) -> dict[str, Task]:
-    """Returns the tasks of a request to a site that has joined and prepared the run.
+@dataclass(frozen=True)
+class Opened:
+    """Everything that a request needs, opened before it is charged: what must fail costs nothing.
+
+    Attributes:
+        tasks: the site's tasks of the run, by name.
+        modules: the parameters that were sent, as modules on the site's device.
+        units: the site's units, on the same device.
+    """
+
+    tasks: Mapping[str, Task]
+    modules: Mapping[str, torch.nn.Module]
+    units: Units
+
+
+def open_request(
+    site: Site, joined: Joined, request: messages.TrainRequest | messages.EvaluateRequest, side: Side
+) -> Opened:
+    """Opens the tasks, parameters and units of a request to a site that has joined and prepared the run.
 
     Args:
         site: the site.
         joined: the run.
         request: a round's request.
+        side: side of the site's units that it asks about.
 
     Raises:
-        SiteDeclined: the round or the heads are not the run's, or nothing is prepared for it.
-        BadInput: the prepared data are gone.
+        SiteDeclined: the round or the heads are not the run's, or what was prepared for it is gone or damaged.
+        BadInput: the site file names a device that is not there.
     """
     tasks = joined.tasks(site.config)
     if not 1 <= request.round <= joined.run.rounds:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run")
     if set(request.heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
-    path = joined.folder / "prepared.json"
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["offer"] != digest_of_offer(joined.folder):
-        raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared, or for another offer")
-    # Before anything is charged: what must fail costs nothing.
-    check_prepared(joined.folder / "data")
-    return tasks
+    check_prepared(joined)
+    device = site.device()
+    modules = {name: module.to(device) for name, module in load_modules(site, joined, tasks, request.heads).items()}
+    try:
+        return Opened(tasks, modules, open_units(joined.folder / "data", side, list(tasks), device))
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, str(error)) from error

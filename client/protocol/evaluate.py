@@ -19,19 +19,17 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor, nn
 
-from client.data.prepare import open_units
 from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
 from client.ledger.events import EVALUATION
 from client.ledger.ledger import Ledger, Reservation
-from client.protocol.answer import answer_once, get_requested_tasks
+from client.protocol.answer import answer_once, open_request
 from client.protocol.site import (
     Site,
     SiteDeclined,
     check_approved,
     digest_of_offer,
     joined_run,
-    load_modules,
 )
 from client.solvers.parts.closed_form import compute_outputs, round_weights
 from common import messages
@@ -74,24 +72,21 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
-        tasks = get_requested_tasks(site, joined, request)
-        heads = load_modules(site, joined, tasks, request.heads)
+        opened = open_request(site, joined, request, "test")
         reservation, mechanism = ledger.reserve_evaluation(
             share,
-            len(tasks),
+            len(opened.tasks),
             run=joined.run_id,
             round=request.round,
             request=digest,
             allow_infinite=site.config.allow.non_private,
         )
-        device = site.device()
         stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/evaluation/{request.round}"))
-        heads = {name: head.to(device) for name, head in heads.items()}
         with one_thread():
             sums = noised_sums(
-                heads,
-                tasks,
-                open_units(joined.folder / "data", "test", list(tasks), device).passed(heads),
+                opened.modules,
+                opened.tasks,
+                opened.units.passed(opened.modules),
                 mechanism=mechanism,
                 stream=stream,
             )

@@ -225,6 +225,23 @@ def run_folder(site: Site, run_id: str) -> Path:
     return site.config.state_dir / "runs" / run_id
 
 
+def check_prepared(joined: Joined) -> dict[str, int]:
+    """Returns the width of each task's features, as preparing the run noted it last.
+
+    Raises:
+        SiteDeclined: the run is not prepared, or for another offer, or the note is damaged.
+    """
+    try:
+        prepared = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))
+        feature_dims: dict[str, int] = prepared["feature_dims"]
+        current = prepared["offer"] == digest_of_offer(joined.folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        current = False
+    if not current:
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared, or for another offer")
+    return feature_dims
+
+
 def check_allowed(config: SiteConfig, joined: Joined) -> None:
     """Checks that a run's backbones, solver and privacy are acceptable here. Raises SiteDeclined."""
     allow = config.allow
@@ -274,11 +291,11 @@ def load_modules(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: H
         heads: parameter group -> parameters.
 
     Raises:
-        SiteDeclined: they do not fit, or a value is not finite or too large.
+        SiteDeclined: they do not fit, a value is not finite or too large, or the run is not prepared.
     """
     from common.model.parameters import load_parameters
 
-    feature_dims = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))["feature_dims"]
+    feature_dims = check_prepared(joined)
     modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
     modules |= make_untrained_trunks(site, joined, tasks)
     for name, module in modules.items():

@@ -142,7 +142,7 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
     requests = _build_requests(
         cohort, lambda groups: messages.TrainRequest(messenger.run_id, round_, _select_groups(state.heads, groups))
     )
-    answers = messenger.ask(messages.TRAIN, requests, messages.TrainReply, round_)
+    answers = messenger.ask_prepared(messages.TRAIN, requests, messages.TrainReply, _names_of(cohort), round_)
     by_task: dict[str, list[Weighted]] = {name: [] for name in state.heads}
     accepted = {}
     for participant in cohort:
@@ -192,7 +192,8 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
     requests = _build_requests(
         participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
     )
-    answers = messenger.ask(messages.EVALUATE, requests, messages.EvaluateReply, round_)
+    names = _names_of(participants)
+    answers = messenger.ask_prepared(messages.EVALUATE, requests, messages.EvaluateReply, names, round_)
     releases = []
     for participant in participants:
         if participant.node_id not in answers.accepted:
@@ -203,7 +204,6 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
             releases.append(SiteRelease(participant.site, reply))
         except BadInput as error:
             answers.rejected.append(Rejected(participant.node_id, str(error)))
-    names = _names_of(participants)
     messenger.journal.write(
         HeadsEvaluated(
             round=round_,
@@ -232,8 +232,9 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
         selected = _select_groups(heads, groups)
         return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected))
 
-    answers = messenger.ask(messages.FINISH, _build_requests(participants, build), messages.Ready)
-    messenger.write_rejected(answers.rejected, _names_of(participants), "finish")
+    requests, names = _build_requests(participants, build), _names_of(participants)
+    answers = messenger.ask_prepared(messages.FINISH, requests, messages.Ready, names)
+    messenger.write_rejected(answers.rejected, names, "finish")
     return len(answers.accepted)
 
 

@@ -8,8 +8,9 @@ sender its place, and nobody else a reply that was paid for.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from flwr.app import Message
@@ -17,11 +18,11 @@ from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from common import messages
-from common.events import Journal, RepliesAwaited, SiteRejected
+from common.events import Journal, RepliesAwaited, SitePreparedAgain, SiteRejected
 from common.flower import UnexpectedObjectContentError
 from common.run import RunConfig
 from common.types import RunFailed
-from server.rounds.replies import NOT_REACHED, UNREADABLE, Rejected, read_replies
+from server.rounds.replies import NOT_PREPARED, NOT_REACHED, UNREADABLE, Rejected, read_replies
 
 Observe = Callable[[str, int, int], None]
 """Called with the phase under way, how much of it is done, and its total."""
@@ -39,6 +40,8 @@ _MALFORMED = (
     ValueError,
 )
 """What Flower raises over a reply whose parts are not what they claim to be; a lost connection is none of these."""
+_MAX_PREPARED_AGAIN = 3
+"""So often a site may prepare again in a run: a failing disk must not hold every round up."""
 _HEARTBEAT_GRACE_S = 75.0
 """A killed site is noticed only when its heartbeat lapses, about a minute later."""
 
@@ -87,6 +90,7 @@ class Messenger:
         run_id: the run's unique id.
         journal: where facts are written.
         observe: called with the progress.
+        num_prepared_again: node id -> how often it was asked to prepare again, so far.
     """
 
     grid: Grid
@@ -94,6 +98,7 @@ class Messenger:
     run_id: str
     journal: Journal
     observe: Observe
+    num_prepared_again: Counter[int] = field(default_factory=Counter)
 
     def ask(
         self,
@@ -133,6 +138,40 @@ class Messenger:
         rejected += [Rejected(asked[message_id], UNREADABLE) for message_id in sorted(unreadable)]
         rejected += [Rejected(node, NOT_REACHED) for node in not_reached]
         return Answers(accepted, rejected, {node: sizes[id(payload)] for node, payload in payloads.items()})
+
+    def ask_prepared(
+        self,
+        kind: str,
+        payloads: Mapping[int, messages.Request],
+        expected: type[_Reply],
+        names: Mapping[int, str],
+        round_: int = 0,
+    ) -> Answers[_Reply]:
+        """Asks sites that have prepared the run; those that lost what they prepared do it again and are asked again.
+
+        Args:
+            kind: message type, as common.messages names it.
+            payloads: node id -> what it is asked.
+            expected: type of the reply.
+            names: node id -> site name.
+            round_: number of the round, 0 outside rounds.
+
+        Returns:
+            The replies by node, as `ask` returns them.
+        """
+        answers = self.ask(kind, payloads, expected, round_)
+        lost = [item.node_id for item in answers.rejected if item.reason == NOT_PREPARED]
+        lost = [node for node in lost if self.num_prepared_again[node] < _MAX_PREPARED_AGAIN]
+        if not lost:
+            return answers
+        self.num_prepared_again.update(lost)
+        prepare = messages.PrepareRequest(self.run_id, {})  # What it stands on, the site has had since it joined.
+        ready = self.ask(messages.PREPARE, dict.fromkeys(lost, prepare), messages.Ready, round_).accepted
+        for node in lost:
+            self.journal.write(SitePreparedAgain(site=names[node], ready=node in ready, round=round_ or None))
+        again = self.ask(kind, {node: payloads[node] for node in ready}, expected, round_)
+        rejected = [item for item in answers.rejected if item.node_id not in ready] + again.rejected
+        return Answers({**answers.accepted, **again.accepted}, rejected, answers.bytes_sent)
 
     def write_rejected(
         self, rejected: Sequence[Rejected], names: Mapping[int, str], stage: str, round_: int | None = None

@@ -20,6 +20,7 @@ from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan
 
 _Reply = TypeVar("_Reply")
 NOT_APPROVED = f"{DECLINED}{DeclineReason.NOT_APPROVED.value}"
+NOT_PREPARED = f"{DECLINED}{DeclineReason.NOT_PREPARED.value}"
 NO_REPLY = "no reply before the time-out"
 NOT_REACHED = "not reached"
 UNREADABLE = "a reply that cannot be read"

@@ -15,6 +15,7 @@ from common.events import (
     RunEvent,
     RunStarted,
     SiteJoined,
+    SitePreparedAgain,
     SiteRejected,
     read_run_journal,
 )
@@ -80,6 +81,9 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
             return f"{event.site} joined with {', '.join(event.tasks)}"
         case SiteRejected():
             return f"{event.site} rejected at {event.stage}: {explain_rejection(event.reason)}"
+        case SitePreparedAgain():
+            again = "prepared again" if event.ready else "was asked to prepare again, and could not"
+            return f"{event.site} had lost what it prepared and {again}; nothing was charged for it"
         case BackboneSent():
             return f"{event.site} received {event.backbone}, {event.size_bytes:,} bytes"
         case FeaturesReady():

@@ -345,7 +345,7 @@ def test_a_request_that_must_fail_is_not_charged(coordinator: Coordinator, froze
     shutil.rmtree(site.features_folder())
     ask = messages.encode(messages.TrainRequest("honest", 2, heads(frozen)))
     for _ in range(3):
-        assert coordinator.refused(messages.TRAIN, ask) is DeclineReason.BAD_REQUEST
+        assert coordinator.refused(messages.TRAIN, ask) is DeclineReason.NOT_PREPARED
     assert site.ledger().spent() == before
 
 

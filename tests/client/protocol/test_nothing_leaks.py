@@ -271,12 +271,12 @@ def garble_prepared(site: SiteConfig) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (remove_features, "bad_request"),
-        (garble_features, "bad_request"),
+        (remove_features, "not_prepared"),
+        (garble_features, "not_prepared"),
         (damage_ledger, "budget"),
         (block_replies, "internal"),
         (garble_offer, "internal"),
-        (garble_prepared, "internal"),
+        (garble_prepared, "not_prepared"),
     ],
 )
 def test_a_solver_ledger_evaluation_or_reply_that_fails_tells_one_word(
