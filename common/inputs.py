@@ -20,6 +20,8 @@ an unquoted 1 as a number: names that both parse as numbers are therefore equal 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,6 +77,38 @@ def find_name(cell: str, names: Sequence[str]) -> int | None:
     if value is None:
         return None
     return next((index for index, name in enumerate(names) if parse_number(name) == value), None)
+
+
+_WHOLE = re.compile(r"([0-9]+)\.0*")
+_SCIENTIFIC = re.compile(r"([0-9])(?:\.([0-9]*))?[eE]\+([0-9]{2})")
+
+
+def normalise_patient_id(text: str) -> str:
+    """Returns the one form of a patient id that all sources of a population share; "" where it is blank.
+
+    Tools that take ids for numbers write 1001 as `1001.0`, and as `1.001e+03` where it is large. Spreadsheets and
+    devices leave blanks around an id, non-breaking ones too, and characters that nobody sees; some systems store a
+    letter and its accent as two characters. None of that makes another patient.
+
+    Leading zeros stay: `007` and `7` are two patients, because many hospitals hand out both. A file that lost its zeros
+    has other patients than one that kept them, which `check` shows.
+    """
+    visible = (char for char in text if char.isspace() or unicodedata.category(char) not in ("Cc", "Cf"))
+    plain = " ".join(unicodedata.normalize("NFC", "".join(visible)).split())
+    whole = _WHOLE.fullmatch(plain)
+    if whole:
+        return whole[1]
+    scientific = _SCIENTIFIC.fullmatch(plain)
+    if scientific:
+        first, rest, exponent = scientific[1], (scientific[2] or "").rstrip("0"), int(scientific[3])
+        if len(rest) <= exponent:
+            return first + rest.ljust(exponent, "0")
+    return plain
+
+
+def encode_text(text: str) -> bytes:
+    """Returns the bytes of any text, each text's other than every other's; a file's name need not be UTF-8."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _format_number(value: object) -> object:

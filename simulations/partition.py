@@ -15,6 +15,7 @@ import numpy as np
 
 from client.config import Allow, SiteConfig, SiteTask, Split
 from client.data.sources import SourceRecord, open_source
+from common.inputs import normalise_patient_id
 from common.plugins import Spec
 from common.types import BadInput, Unit
 from common.yaml import load, write_yaml
@@ -209,7 +210,7 @@ def _group_by_unit(index: list[SourceRecord], unit: Unit) -> list[list[int]]:
         return [[position] for position in range(len(index))]
     by_patient: dict[str, list[int]] = {}
     for position, record in enumerate(index):
-        by_patient.setdefault(record.patient or f"\0{position}", []).append(position)
+        by_patient.setdefault(normalise_patient_id(record.patient or "") or f"\0{position}", []).append(position)
     return list(by_patient.values())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -55,6 +56,8 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
         yield "sides", "fail", str(error), "put all records of a patient on one side"
         return
     yield _sides(config, placed, problems)
+    if config.unit is Unit.PATIENT and len(columns) > 1:
+        yield _compare_patients(members, list(columns))
     tasks = {name: spec for run in offers.values() for name, spec in run.tasks.items()}
     for name, own in config.tasks.items():
         if own.source not in columns:
@@ -114,6 +117,22 @@ def _sides(config: SiteConfig, placed: Sequence[PlacedRecord], problems: Sequenc
     if unknown and config.unit is Unit.EXAMPLE:
         return "sides", "warn", f"{detail}; without patient ids one person may stand on both sides", "name the column"
     return "sides", "pass", detail, ""
+
+
+def _compare_patients(members: Sequence[UsableRecord], sources: Sequence[str]) -> Found:
+    """Returns how many patients each two sources have in common: ids that are written differently share none."""
+    patients = {name: {member.unit_key for member in members if member.source == name} for name in sources}
+    shared = {pair: len(patients[pair[0]] & patients[pair[1]]) for pair in combinations(sources, 2)}
+    detail = "in common: " + ", ".join(f"{count} in {one} and {other}" for (one, other), count in shared.items())
+    if all(shared.values()):
+        return "patients", "pass", detail, ""
+    return (
+        "patients",
+        "warn",
+        f"{detail}; sources that write one patient's id in different ways make several patients of one",
+        "compare the ids of the sources that have none in common, leading zeros too; where they are different people, "
+        "nothing is wrong",
+    )
 
 
 def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[PlacedRecord]) -> Iterator[Found]:

@@ -1,8 +1,8 @@
 """Patients and records that a site has been told to leave out, for ever, kept as keyed hashes instead of ids.
 
 `exclusions.json` holds HMAC-SHA256 values under the 32 random bytes of `exclusions.key`; both are their owner's only.
-A record is left out if its patient id (without surrounding blanks) or its key (such as its relative path) is listed.
-It is neither loaded nor encoded, and named nowhere: not in `problems.csv`, not in the journal.
+A record is left out if its patient id (in the form that all sources share) or its key (such as its relative path) is
+listed. It is neither loaded nor encoded, and named nowhere: not in `problems.csv`, not in the journal.
 
 Limit, stated: who reads the key can try ids; and the hospital's own files still hold what they hold.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 from client.data.sources import Source, SourceRecord
 from common.files import private_folder, write_atomic
+from common.inputs import encode_text, normalise_patient_id
 from common.types import BadInput, BadRecord
 
 _HASHES, _KEY = "exclusions.json", "exclusions.key"
@@ -65,11 +66,12 @@ class Exclusions:
         Raises:
             BadInput: an id is blank.
         """
-        cleaned = [text.strip() for text in ids]
-        if not all(cleaned):
+        cleaned = [(text.strip(), normalise_patient_id(text)) for text in ids]
+        if not all(all(pair) for pair in cleaned):
             raise BadInput("expected patient ids or record keys, got a blank one")
         key = self.key or os.urandom(_KEY_BYTES)
-        return Exclusions(key, self.hashes | {_hash(key, text) for text in cleaned})
+        # An id that is already listed as a record's key or in the shared form stays one hash.
+        return Exclusions(key, self.hashes | {_hash(key, text) for pair in cleaned for text in pair})
 
     def write(self, state_dir: Path) -> None:
         """Keep them; durable when this returns. The list first: without its key, reading it fails closed."""
@@ -89,7 +91,9 @@ class Exclusions:
         return _Without(source, left_out) if left_out else source
 
     def _names(self, record: SourceRecord) -> bool:
-        known = (record.key, (record.patient or "").strip())
+        patient = record.patient or ""
+        # Lists of earlier versions hold ids as they were written.
+        known = (record.key, patient.strip(), normalise_patient_id(patient))
         return any(text and _hash(self.key, text) in self.hashes for text in known)
 
 
@@ -114,4 +118,4 @@ class _Without:
 
 
 def _hash(key: bytes, text: str) -> str:
-    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key, encode_text(text), hashlib.sha256).hexdigest()

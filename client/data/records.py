@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from client.config import LabelColumns, SiteTask, Split
 from client.data.sources import SourceRecord
 from common.errors import instead
-from common.inputs import find_name
+from common.inputs import encode_text, find_name, normalise_patient_id
 from common.tasks import Task
 from common.types import BadInput, BadRecord, Unit
 
@@ -230,7 +230,7 @@ def _read_row_list(rows: Path, count: int) -> dict[int, str]:
 
 
 def _get_patient_key(record: SourceRecord) -> str | None:
-    patient = (record.patient or "").strip()
+    patient = normalise_patient_id(record.patient or "")
     return f"patient {patient}" if patient else None
 
 
@@ -263,7 +263,7 @@ def _choose_side(usable: UsableRecord, stated: Mapping[str, int], split: Split) 
     if usable.side is not None:
         return usable.side
     key = patient or f"record {usable.source} {usable.record.key}"
-    hashed = hashlib.sha256(f"{split.salt}\0{key}".encode()).digest()
+    hashed = hashlib.sha256(encode_text(f"{split.salt}\0{key}")).digest()
     return int(int.from_bytes(hashed[:8], "big") / 2**64 < split.test_fraction)
 
 

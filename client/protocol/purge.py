@@ -26,7 +26,7 @@ class Purged:
     """The result of a purge, in numbers only.
 
     Attributes:
-        num_excluded: ids on the list now.
+        num_excluded: ids on the list now; one that was not written in its shared form counts twice.
         num_new: of them by this purge.
         num_records: records of the site's present sources that are left out.
         num_features: cached sources removed.
