@@ -21,7 +21,15 @@ from flwr.clientapp import ClientApp
 from client.app import SITE_VARIABLE, make_app
 from client.config import SiteConfig
 from common import messages
-from common.events import FileJournal, HeadsEvaluated, RunEvent, SiteRejected, read_run_journal, select_events
+from common.events import (
+    FileJournal,
+    HeadsEvaluated,
+    RunEvent,
+    SitePreparedAgain,
+    SiteRejected,
+    read_run_journal,
+    select_events,
+)
 from common.flower import import_simulation_engine, set_metadata
 from common.model.backbones import list_digests, open_backbones
 from common.privacy.noise import Entropy, os_entropy
@@ -271,12 +279,9 @@ def garble_prepared(site: SiteConfig) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (remove_features, "not_prepared"),
-        (garble_features, "not_prepared"),
         (damage_ledger, "budget"),
         (block_replies, "internal"),
         (garble_offer, "internal"),
-        (garble_prepared, "not_prepared"),
     ],
 )
 def test_a_solver_ledger_evaluation_or_reply_that_fails_tells_one_word(
@@ -285,6 +290,17 @@ def test_a_solver_ledger_evaluation_or_reply_that_fails_tells_one_word(
     site = a_site(tmp_path)
     tap, events = federate(tmp_path, site, before={stage: lambda: damage(site)})
     assert (stage, f"declined: {reason}") in refused_at(events)
+    assert_nothing_leaked(tmp_path, tap)
+
+
+@pytest.mark.parametrize("stage", [messages.TRAIN, messages.EVALUATE])
+@pytest.mark.parametrize("damage", [remove_features, garble_features, garble_prepared])
+def test_a_site_whose_prepared_data_are_damaged_tells_one_word(
+    tmp_path: Path, stage: str, damage: Callable[[SiteConfig], None]
+) -> None:
+    site = a_site(tmp_path)
+    tap, events = federate(tmp_path, site, before={stage: lambda: damage(site)})
+    assert [event.ready for event in select_events(events, SitePreparedAgain)] == [True]
     assert_nothing_leaked(tmp_path, tap)
 
 
