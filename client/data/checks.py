@@ -20,6 +20,7 @@ from client.data.records import (
     PlacedRecord,
     RejectedRecord,
     UsableRecord,
+    count_copies,
     encode_labels,
     find_usable,
     place_records,
@@ -43,18 +44,14 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
     columns: dict[str, list[Mapping[str, str]]] = {}
     for name in config.sources:
         try:
-            opened, found = _open(config, name)
-            yield _loaded(name, opened, config)
+            opened, found, rejected = _open(config, name)
+            yield _loaded(name, opened, config, rejected)
         except BadInput as error:
             yield f"source {name}", "fail", str(error), "correct the path, its permissions or the columns named there"
             continue
         members += found
         columns[name] = [member.record.cells for member in found]
-    try:
-        placed, problems = place_records(members, config.split, config.unit)
-    except BadInput as error:
-        yield "sides", "fail", str(error), "put all records of a patient on one side"
-        return
+    placed, problems = place_records(members, config.split, config.unit)
     yield _sides(config, placed, problems)
     if config.unit is Unit.PATIENT and len(columns) > 1:
         yield _compare_patients(members, list(columns))
@@ -72,26 +69,27 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
         yield f"task {name}", "warn", "it is offered, and this site does not take part in it", "add it under `tasks`"
 
 
-def _open(config: SiteConfig, name: str) -> tuple[Source, list[UsableRecord]]:
+def _open(config: SiteConfig, name: str) -> tuple[Source, list[UsableRecord], list[RejectedRecord]]:
     kind = open_source(config.sources[name], f"sources.{name}", config.plugins)
     exclusions = Exclusions.read(config.state_dir)
     opened = exclusions.applied(kind.open())
     index = opened.index()
     # No backbone is needed to tell who is there: a record is unusable if it cannot be loaded, which `_loaded` samples.
-    sides = select_rows(kind.rows, index, exclusions.positions(index))
-    members, problems = find_usable(name, index, sides, {}, config.unit)
+    sides, unlisted = select_rows(kind.rows, index, exclusions.positions(index))
+    members, rejected = find_usable(name, index, sides, {}, config.unit)
+    problems = unlisted + rejected
     if problems and not members:
         raise BadInput(f"sources.{name}: no usable record; the first: row {problems[0].row}: {problems[0].reason}")
-    return opened, members
+    return opened, members, problems
 
 
-def _loaded(name: str, opened: Source, config: SiteConfig) -> Found:
+def _loaded(name: str, opened: Source, config: SiteConfig, rejected: Sequence[RejectedRecord]) -> Found:
     count = len(opened.index())
     if count == 0:
         return f"source {name}", "fail", "it opens, and holds no record", "check the path and the filter"
     left_out = Exclusions.read(config.state_dir).positions(opened.index())
     wanted = sorted({round(at) for at in np.linspace(0, count - 1, MAX_LOADED)} - left_out)
-    bad: list[tuple[int, str]] = []
+    bad: list[tuple[int | None, str]] = [(record.row, record.reason) for record in rejected]
     for position in wanted:
         try:
             opened.load(position)
@@ -112,7 +110,21 @@ def _sides(config: SiteConfig, placed: Sequence[PlacedRecord], problems: Sequenc
     if units["train"] == 0:
         return "sides", "fail", detail, "lower split.test_fraction, or check the split column"
     if problems:
-        return "sides", "warn", f"{detail}, {len(problems)} records stand on both and are left out", "remove the copies"
+        return (
+            "sides",
+            "warn" if config.on_bad_record == "skip" else "fail",
+            f"{detail}; {len(problems)} records are of patients on both sides (the first: {problems[0].file} row "
+            f"{problems[0].row}), who are trained on with all records",
+            "put all records of a patient on one side",
+        )
+    copies = count_copies(placed)
+    if copies:
+        return (
+            "sides",
+            "warn",
+            f"{detail}; {copies} of them are trained on too, as copies: the evaluation flatters",
+            "remove the copies",
+        )
     unknown = sum(member.record.patient is None for member in placed)
     if unknown and config.unit is Unit.EXAMPLE:
         return "sides", "warn", f"{detail}; without patient ids one person may stand on both sides", "name the column"

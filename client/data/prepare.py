@@ -56,7 +56,7 @@ class Preparation:
     """The outcome of preparing a run, for local eyes only.
 
     Attributes:
-        problems: records that are not used.
+        problems: records that are not used, or not as their files say.
         num_units: units on each side.
         precision_error: the largest error of features where they were computed in less than float32, else None.
     """
@@ -127,17 +127,17 @@ def prepare(
 
     Raises:
         BadInput: a source cannot be opened; a rejected record, or no record to train on, where `on_bad_record` is
-            `stop`; a patient on both sides of a source's own split.
+            `stop`.
     """
     views = {name: _View(config.tasks[name].source, backbones[name].digest) for name in tasks}
     by_view = {views[name]: backbones[name] for name in reversed(list(tasks))}
     loaded = {view: _load_view(config, view, by_view[view], encoding) for view in sorted(by_view)}
     usable = {(each.source, each.position): each for view in loaded.values() for each in view.usable}
-    placed, twice = place_records(list(usable.values()), config.split, config.unit)
+    placed, listed = place_records(list(usable.values()), config.split, config.unit)
     members = {view: _select_view(placed, view, each.features) for view, each in loaded.items()}
     labels = {name: encode_labels(name, task, config.tasks[name], members[views[name]]) for name, task in tasks.items()}
     units = _number_units(placed)
-    rejected = [record for view in loaded.values() for record in view.rejected] + twice
+    rejected = [record for view in loaded.values() for record in view.rejected] + listed
     rejected += [record for each in labels.values() for record in each.rejected]
     if units.num_units["train"] == 0:
         names = sorted({view.source for view in loaded})
@@ -239,8 +239,9 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
         opened, backbone, device=encoding.device, precision=config.precision, progress=encoding.progress
     )
     index = opened.index()
-    sides = select_rows(kind.rows, index, exclusions.positions(index))
-    return _LoadedView(features, *find_usable(view.source, index, sides, features.unusable, config.unit))
+    sides, unlisted = select_rows(kind.rows, index, exclusions.positions(index))
+    usable, rejected = find_usable(view.source, index, sides, features.unusable, config.unit)
+    return _LoadedView(features, usable, unlisted + rejected)
 
 
 def _select_view(placed: Sequence[PlacedRecord], view: _View, features: Features) -> list[PlacedRecord]:

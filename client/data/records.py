@@ -3,13 +3,15 @@
 The steps are select_rows -> find_usable -> place_records -> encode_labels, each a pure function of its arguments; only
 `select_rows` reads a file, the row list. Shape: R records.
 
-Invariant: a unit is on one side of the split only, and stays there when rows are added or reordered.
+Invariants: a unit is on one side of the split only, and stays there when rows are added or reordered. No unit removes,
+moves or rejects a record of another, and no record stops the others: what is wrong with one is said of that one.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,23 +29,26 @@ if TYPE_CHECKING:
 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = get_args(Side)
+_ROW_NUMBER = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
 class RejectedRecord:
-    """A record that cannot be used: where it stands and why, never what it holds.
+    """A record that cannot be used, or not as its file says: where it stands and why, never what it holds.
 
     Attributes:
         file: file that lists or holds the record; names of sources where a whole source is rejected.
         row: 1-based row in the file; None where a whole source is rejected.
         reason: why it cannot be used, for the site's staff.
         task: the only task that cannot use the record; "" where none can.
+        is_used: whether the record is used all the same.
     """
 
     file: str
     row: int | None
     reason: str
     task: str = ""
+    is_used: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,10 @@ class TaskLabels:
 
 def select_rows(
     rows: Path | None, index: Sequence[SourceRecord], excluded: Container[int] = ()
-) -> dict[int, str | None]:
-    """Returns the stated side of each record of a source that the site uses, by position; none is "" or None.
+) -> tuple[dict[int, str | None], list[RejectedRecord]]:
+    """Returns the stated side of each record of a source that the site uses, by position, and rows that name none.
+
+    A side that is not stated is "" or None.
 
     Args:
         rows: the CSV that restricts the site to some records of the source, or None for all.
@@ -110,10 +117,11 @@ def select_rows(
         excluded: positions of excluded records, which are named nowhere.
 
     Raises:
-        BadInput: `rows` cannot be read or names a row twice or outside the source.
+        BadInput: `rows` cannot be read or lacks a column.
     """
-    listed = _read_row_list(rows, len(index)) if rows is not None else dict.fromkeys(range(len(index)), "")
-    return {position: side or index[position].split for position, side in listed.items() if position not in excluded}
+    listed, rejected = (dict.fromkeys(range(len(index)), ""), []) if rows is None else _read_row_list(rows, len(index))
+    sides = {position: side or index[position].split for position, side in listed.items() if position not in excluded}
+    return sides, rejected
 
 
 def find_usable(
@@ -127,59 +135,68 @@ def find_usable(
         sides: stated side of each chosen record, by position (see `select_rows`).
         unusable: reason why a record has no features, by position.
         unit: unit that the privacy budget protects.
-
-    Raises:
-        BadInput: the unit is the patient and the source knows no patients; a stated side is neither train nor test.
     """
     usable, rejected = [], []
     for position, side in sides.items():
         record = index[position]
-        if unit is Unit.PATIENT and record.patient is None:
-            raise BadInput(f"sources.{source}: the unit is patient, and the source has no patients; name its column")
         patient = _get_patient_key(record)
-        if position in unusable:
-            rejected.append(RejectedRecord(record.file, record.row, unusable[position]))
-        elif unit is Unit.PATIENT and patient is None:
-            rejected.append(RejectedRecord(record.file, record.row, record.blank))
+        reason = unusable.get(position)
+        if reason is None and unit is Unit.PATIENT and record.patient is None:
+            reason = "the unit is patient, and the source has no patients; name its column"
+        elif reason is None and unit is Unit.PATIENT and patient is None:
+            reason = record.blank
+        elif reason is None and side and side not in SIDES:
+            reason = "expected train, test or nothing as its side of the split, got another word"
+        if reason is not None:
+            rejected.append(RejectedRecord(record.file, record.row, reason))
         else:
             # Each record is a unit of its own, also where two hold the same content.
             key = f"record {source} {position}" if unit is Unit.EXAMPLE or patient is None else patient
-            usable.append(UsableRecord(source, position, key, _parse_side(side, record), record))
+            usable.append(UsableRecord(source, position, key, _parse_side(side), record))
     return usable, rejected
 
 
 def place_records(
     records: Sequence[UsableRecord], split: Split, unit: Unit
 ) -> tuple[list[PlacedRecord], list[RejectedRecord]]:
-    """Returns every record on its side of the split, and rejects test records that also stand on the train side.
+    """Returns every record on its side of the split, and those of them that are not on the side that they state.
 
     A source's own split goes before the hash. Where the unit is the patient, for all records of a patient and across
-    sources. Where it is the example, for that record alone: a record that moved a patient's others, which are units
-    of their own, would change the training sum by more than one unit may. Without a stated side, records of a patient
-    share their hash and stay together in either case.
+    sources; a patient on both sides is trained on with all records, so that nothing trained on is tested on. Where it
+    is the example, for that record alone: a record that moved a patient's others, which are units of their own, would
+    change the training sum by more than one unit may. Without a stated side, records of a patient share their hash and
+    stay together in either case.
+
+    A record that is held out stays so where an equal one is trained on (see `count_copies`): they may be two units.
 
     Args:
         records: usable records of all sources.
         split: the site's test fraction and salt, for records without a stated side.
         unit: unit that the privacy budget protects.
-
-    Raises:
-        BadInput: the sources' own splits put a patient on both sides.
     """
-    stated = _find_stated_patients(records)
-    decided = stated if unit is Unit.PATIENT else {}
+    stated = _find_stated_patients(records) if unit is Unit.PATIENT else {}
+    both = {patient for patient, sides in stated.items() if len(sides) > 1}
+    # The train side has the lowest index.
+    decided = {patient: min(sides) for patient, sides in stated.items()}
     placed = [
         PlacedRecord(each.source, each.position, each.unit_key, _choose_side(each, decided, split), each.record)
         for each in records
     ]
+    reason = "its patient is on both sides of the split; all records of the patient are trained on"
+    listed = [
+        RejectedRecord(each.record.file, each.record.row, reason, is_used=True)
+        for each in records
+        if _get_patient_key(each.record) in both
+    ]
+    return placed, listed
+
+
+def count_copies(placed: Sequence[PlacedRecord]) -> int:
+    """Returns how many records are held out while the same record is also trained on, for the site's staff alone."""
     train = {_get_identity(each) for each in placed if each.side == SIDES.index("train")}
-    kept, rejected = [], []
-    for each in placed:
-        if each.side == SIDES.index("test") and each.record.identified and _get_identity(each) in train:
-            rejected.append(RejectedRecord(each.record.file, each.record.row, "the same record is on the train side"))
-        else:
-            kept.append(each)
-    return kept, rejected
+    return sum(
+        each.side == SIDES.index("test") and each.record.identified and _get_identity(each) in train for each in placed
+    )
 
 
 def encode_labels(name: str, task: Task, own: SiteTask, records: Iterable[PlacedRecord]) -> TaskLabels:
@@ -211,22 +228,25 @@ def encode_labels(name: str, task: Task, own: SiteTask, records: Iterable[Placed
     return TaskLabels(torch.stack(labels)[1:], torch.tensor(mask, dtype=torch.bool), tuple(rejected))
 
 
-def _read_row_list(rows: Path, count: int) -> dict[int, str]:
-    """Returns the side of each listed row by its position, "" where the list states none."""
+def _read_row_list(rows: Path, count: int) -> tuple[dict[int, str], list[RejectedRecord]]:
+    """Returns the side of each listed row by its position, "" where the list states none, and lines that name none."""
     chosen: dict[int, str] = {}
+    rejected = []
     try:
-        with rows.open(newline="", encoding="utf-8-sig") as file:
+        with rows.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
             if not {"row", "split"} <= set(reader.fieldnames or ()):
                 raise BadInput(f"{rows}: expected columns row,split in its first line")
-            for line in reader:
-                position = int(line["row"]) - 1
-                if not 0 <= position < count or position in chosen:
-                    raise BadInput(f"{rows}: expected each row once and within the source, got {position + 1}")
-                chosen[position] = (line["split"] or "").strip()
-    except (OSError, TypeError, ValueError, csv.Error) as error:
+            for number, line in enumerate(reader, start=1):
+                written = (line["row"] or "").strip()
+                position = int(written) - 1 if _ROW_NUMBER.fullmatch(written) else -1
+                if 0 <= position < count and position not in chosen:
+                    chosen[position] = (line["split"] or "").strip()
+                else:
+                    rejected.append(RejectedRecord(rows.name, number, "expected a row of the source, each once"))
+    except (OSError, csv.Error) as error:
         raise BadInput(f"{rows}: expected rows of a number and a side{instead(error)}") from None
-    return chosen
+    return chosen, rejected
 
 
 def _get_patient_key(record: SourceRecord) -> str | None:
@@ -234,26 +254,18 @@ def _get_patient_key(record: SourceRecord) -> str | None:
     return f"patient {patient}" if patient else None
 
 
-def _parse_side(stated: str | None, record: SourceRecord) -> int | None:
-    if not stated:
-        return None
-    if stated not in SIDES:
-        raise BadInput(f"{record.file} row {record.row}: expected a split train or test, got another word")
-    return SIDES.index(stated)
+def _parse_side(stated: str | None) -> int | None:
+    return next((at for at, side in enumerate(SIDES) if side == stated), None)
 
 
-def _find_stated_patients(records: Iterable[UsableRecord]) -> dict[str, int]:
-    """Returns the side that sources state for a patient, by patient key."""
-    first: dict[str, UsableRecord] = {}
+def _find_stated_patients(records: Iterable[UsableRecord]) -> dict[str, set[int]]:
+    """Returns the sides that sources state for a patient, by patient key."""
+    stated: dict[str, set[int]] = {}
     for each in records:
         patient = _get_patient_key(each.record)
-        if patient is None or each.side is None:
-            continue
-        other = first.setdefault(patient, each)
-        if other.side != each.side:
-            where = " and ".join(f"{record.file} row {record.row}" for record in (other.record, each.record))
-            raise BadInput(f"one patient is on both sides of the split: {where}")
-    return {patient: each.side for patient, each in first.items() if each.side is not None}
+        if patient is not None and each.side is not None:
+            stated.setdefault(patient, set()).add(each.side)
+    return stated
 
 
 def _choose_side(usable: UsableRecord, stated: Mapping[str, int], split: Split) -> int:

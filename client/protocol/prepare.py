@@ -68,13 +68,15 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
             joined.folder / "data",
         )
     except BadInput as error:
-        _stop(site, str(error))
+        # Under `skip` no record stops a preparation: what does is a file that is gone, and may be back tomorrow.
+        if site.config.on_bad_record == "stop":
+            _stop(site, str(error))
         raise
     feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}
     prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
-    num_left_out = sum(problem.row is not None for problem in preparation.problems)
+    num_left_out = sum(problem.row is not None and not problem.is_used for problem in preparation.problems)
     site.journal.write(
         RunPrepared(run_id=joined.run_id, num_left_out=num_left_out, precision_error=preparation.precision_error)
     )

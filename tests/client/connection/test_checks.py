@@ -90,10 +90,18 @@ def test_values_outside_the_mapping_are_counted_and_named(tmp_path: Path) -> Non
     assert "2 do not fit (row 5: " in found["task finding"].detail
 
 
-def test_a_patient_on_both_sides_fails(tmp_path: Path) -> None:
-    found = seen(config(tmp_path, [*ROWS, ("e.png", "p3", "train", "NEG")]))
-    assert (found["sides"].outcome, found["sides"].remedy) == ("fail", "put all records of a patient on one side")
-    assert "row 4" in found["sides"].detail
+@pytest.mark.parametrize(("on_bad_record", "outcome"), [("stop", "fail"), ("skip", "warn")])
+def test_a_patient_on_both_sides_fails_or_is_warned_of(tmp_path: Path, on_bad_record: str, outcome: str) -> None:
+    found = seen(config(tmp_path, [*ROWS, ("e.png", "p3", "train", "NEG")], on_bad_record=on_bad_record))
+    assert (found["sides"].outcome, found["sides"].remedy) == (outcome, "put all records of a patient on one side")
+    assert "2 records are of patients on both sides (the first: list.csv row 4)" in found["sides"].detail
+
+
+def test_pictures_that_are_held_out_and_trained_on_are_warned_of(tmp_path: Path) -> None:
+    rows = [*ROWS, (ROWS[0][0], "p7", "test" if ROWS[0][2] == "train" else "train", "NEG")]
+    found = seen(config(tmp_path, rows))["sides"]
+    assert found.outcome == "warn"
+    assert "1 of them are trained on too, as copies" in found.detail
 
 
 def test_a_missing_picture_is_named_by_row(tmp_path: Path) -> None:

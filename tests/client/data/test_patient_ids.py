@@ -146,4 +146,4 @@ def test_rows_of_a_patient_in_a_simulation_stay_at_one_site_in_every_form() -> N
 
     index = [SourceRecord(at + 1, "x.csv", f"k{at}", id, None, {}) for at, id in enumerate(["1001", "7", "1001.0", ""])]
     assert _group_by_unit(index, Unit.PATIENT) == [[0, 2], [1], [3]]
-    assert select_rows(None, index) == dict.fromkeys(range(4))
+    assert select_rows(None, index) == (dict.fromkeys(range(4)), [])

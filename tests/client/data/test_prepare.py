@@ -223,8 +223,8 @@ def test_a_blank_patient_is_refused_by_row(tmp_path: Path) -> None:
 
 def test_a_patient_unit_needs_a_source_with_patients(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
-    with pytest.raises(BadInput, match=r"sources\.rows: the unit is patient, and the source has no patients"):
-        prepared(tmp_path, site(tmp_path, unit="patient"))
+    with pytest.raises(BadInput, match=r"rows\.csv row 1: the unit is patient, and the source has no patients"):
+        prepared(tmp_path, site(tmp_path, unit="patient", on_bad_record="stop"))
 
 
 def test_stop_names_the_first_bad_record_counts_them_and_lists_all(tmp_path: Path) -> None:
@@ -260,7 +260,6 @@ def test_a_site_without_a_record_to_train_on_is_reported_and_goes_on_or_stops(
         ({"tasks": {"colour": task("hue"), "size": task("size")}}, "tasks.colour.column: rows.csv has no column 'hue'"),
         ({"table": {"inputs": ["a", "c"]}}, "expected exactly one column 'c'"),
         ({"table": {"path": "absent.csv"}}, "absent.csv: expected a readable table"),
-        ({"table": {"split_column": "patient"}}, "rows.csv row 1: expected a split train or test, got another word"),
         ({"sources": {"rows": {"kind": "tabel"}}}, "sources.rows.kind: expected one of"),
     ],
 )
@@ -288,9 +287,19 @@ def test_sites_that_share_a_source_share_its_features_and_keep_their_own_rows(tm
     assert len([path for path in (tmp_path / "features").iterdir() if path.is_dir()]) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["row,split\n5,\n", "row,split\n0,\n", "row,split\n1,\n1,\n", "row,split\nq7,\n", "row\n1\n", "1,train\n"]
-)
+@pytest.mark.parametrize("text", ["5,\n", "0,\n", "1,\n1,\n", "q7,\n"])
+def test_a_line_of_a_row_list_that_names_no_row_is_listed(tmp_path: Path, text: str) -> None:
+    write(tmp_path, ROWS)
+    part = restricted(tmp_path, "row,split\n2,train\n" + text)
+    assert prepared(tmp_path, site(tmp_path, table=part)).num_units["train"] >= 1
+    bad = str(1 + len(text.splitlines()))
+    assert listed(tmp_path) == [["part.csv", bad, "", "expected a row of the source, each once"]]
+    with pytest.raises(BadInput, match=rf"^part\.csv row {bad}: expected") as caught:
+        prepared(tmp_path, site(tmp_path, table=part, on_bad_record="stop"))
+    assert "q7" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["row\n1\n", "1,train\n"])
 def test_a_row_list_that_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path, ROWS)
     with pytest.raises(BadInput, match=r"part\.csv: expected") as caught:

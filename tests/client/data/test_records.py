@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from client.config import Split
-from client.data.records import SIDES, UsableRecord, place_records
+from client.data.records import SIDES, UsableRecord, count_copies, find_usable, place_records, select_rows
 from client.data.sources import SourceRecord
-from common.types import BadInput, Unit
+from common.types import Unit
 
 HALF = Split(test_fraction=0.5, salt="pepper")
 TRAIN, TEST = SIDES.index("train"), SIDES.index("test")
@@ -55,34 +57,52 @@ STATED = st.builds(
 
 
 @given(st.lists(STATED, max_size=12))
-def test_no_patient_and_no_record_stands_on_both_sides(members: list[UsableRecord]) -> None:
-    try:
-        placed, problems = place_records(members, HALF, Unit.PATIENT)
-    except BadInput:
-        stated = {(found.record.patient, found.side) for found in members if found.side is not None}
-        assert any({(patient, TRAIN), (patient, TEST)} <= stated for patient, _ in stated if patient)
-        return
-    assert len(placed) + len(problems) == len(members)
+def test_every_record_is_placed_and_no_patient_stands_on_both_sides(members: list[UsableRecord]) -> None:
+    placed, _ = place_records(members, HALF, Unit.PATIENT)
+    assert [found.record for found in placed] == [found.record for found in members]
     people: dict[int | None, set[object]] = {TRAIN: set(), TEST: set()}
-    records: dict[int | None, set[object]] = {TRAIN: set(), TEST: set()}
     for found in placed:
         if found.record.patient:
             people[found.side].add(found.record.patient)
-        records[found.side].add((found.source, found.record.key, found.record.identified))
     assert not people[TRAIN] & people[TEST]
-    assert not {entry for entry in records[TRAIN] & records[TEST] if entry[2]}  # type: ignore[index]
 
 
-@given(st.lists(STATED, max_size=12))
-def test_a_stated_side_is_kept(members: list[UsableRecord]) -> None:
-    try:
-        placed, _ = place_records(members, HALF, Unit.PATIENT)
-    except BadInput:
-        return
-    for before in members:
-        for after in placed:
-            if after.record is before.record and before.side is not None:
-                assert after.side == before.side
+@given(st.lists(STATED, max_size=12), st.lists(STATED, min_size=1, max_size=4), st.sampled_from(list(Unit)))
+def test_one_unit_more_changes_nothing_of_any_other(
+    members: list[UsableRecord], more: list[UsableRecord], unit: Unit
+) -> None:
+    """Add/remove neighbours, in both units: no record of another unit is removed, moved, rejected or listed."""
+
+    def keyed(records: list[UsableRecord], what: str) -> list[UsableRecord]:
+        patients = [found.record.patient if unit is Unit.PATIENT else None for found in records]
+        return [
+            replace(found, unit_key=f"patient {patient}" if patient else f"{what} {at}")
+            for at, (found, patient) in enumerate(zip(records, patients, strict=True))
+        ]
+
+    before = keyed(members, "old")
+    one = keyed(more, "new")
+    added = [found for found in one if found.unit_key == one[0].unit_key]
+    if added[0].unit_key in {found.unit_key for found in before}:
+        before = [found for found in before if found.unit_key != added[0].unit_key]
+    placed, listed = place_records(before, HALF, unit)
+    after, listed_after = place_records([*added, *before], HALF, unit)
+    assert after[len(added) :] == placed
+    own = [(found.record.file, found.record.row) for found in added]
+    assert [(found.file, found.row) for found in listed_after][len(listed_after) - len(listed) :] == [
+        (found.file, found.row) for found in listed
+    ]
+    assert all((found.file, found.row) in own for found in listed_after[: len(listed_after) - len(listed)])
+
+
+@given(st.lists(STATED, max_size=12), st.sampled_from(list(Unit)))
+def test_a_stated_side_is_kept_or_listed(members: list[UsableRecord], unit: Unit) -> None:
+    placed, listed = place_records(members, HALF, unit)
+    rows = {(found.file, found.row) for found in listed}
+    for before, after in zip(members, placed, strict=True):
+        if before.side is not None and (before.record.file, before.record.row) not in rows:
+            assert after.side == before.side
+    assert unit is Unit.PATIENT or not listed
 
 
 def test_the_rest_of_a_patient_follows_what_a_source_states() -> None:
@@ -93,28 +113,72 @@ def test_the_rest_of_a_patient_follows_what_a_source_states() -> None:
             assert set(sides(members).values()) == {side}
 
 
-def test_a_patient_stated_on_both_sides_is_an_error_that_names_the_rows_only() -> None:
-    members = [member("a", "q7-ann", TRAIN), member("b", "q7-ann", TEST, source="bloods")]
-    with pytest.raises(BadInput, match=r"both sides of the split: scans\.csv row 98 and bloods\.csv row 99") as caught:
-        place_records(members, HALF, Unit.PATIENT)
-    assert "q7" not in str(caught.value)
-
-
-def test_a_record_stated_on_both_sides_is_not_tested_on() -> None:
-    placed, problems = place_records(
-        [member("a", side=TEST), member("a", side=TRAIN), member("b", side=TEST)], HALF, Unit.PATIENT
-    )
-    assert [(found.record.key, found.side) for found in placed] == [("a", TRAIN), ("b", TEST)]
-    assert [(problem.file, problem.row, problem.reason) for problem in problems] == [
-        ("scans.csv", 98, "the same record is on the train side")
+def test_a_patient_stated_on_both_sides_is_trained_on_and_listed_and_nobody_else_is() -> None:
+    members = [
+        member("a", "q7-ann", TRAIN),
+        member("b", "q7-ann", TEST, source="bloods"),
+        member("c", "q7-ann"),
+        member("d", "q7-bea", TEST),
+        member("e", side=TEST),
     ]
+    placed, listed = place_records(members, HALF, Unit.PATIENT)
+    assert [found.side for found in placed] == [TRAIN, TRAIN, TRAIN, TEST, TEST]
+    assert [(found.file, found.row, found.is_used) for found in listed] == [
+        ("scans.csv", 98, True),
+        ("bloods.csv", 99, True),
+        ("scans.csv", 100, True),
+    ]
+    assert "q7" not in repr(listed)
+    placed, listed = place_records(members, HALF, Unit.EXAMPLE)
+    assert [found.side for found in placed if found.record.key != "c"] == [TRAIN, TEST, TEST, TEST]
+    assert not listed
+
+
+def test_a_record_that_is_trained_on_removes_no_copy_of_it_that_is_held_out() -> None:
+    copies = [member("a", f"p{number}", TEST) for number in range(60)]
+    for unit in Unit:
+        placed, listed = place_records([*copies, member("a", "other", TRAIN)], HALF, unit)
+        assert [found.side for found in placed] == [TEST] * 60 + [TRAIN]
+        assert not listed
+        assert count_copies(placed) == 60
+        assert count_copies(placed[:60]) == 0
 
 
 def test_equal_rows_of_a_table_may_be_two_people() -> None:
     members = [member("a", side=side, identified=False) for side in (TEST, TRAIN)]
-    placed, problems = place_records(members, HALF, Unit.PATIENT)
+    placed, _ = place_records(members, HALF, Unit.PATIENT)
     assert len(placed) == 2
-    assert not problems
+    assert count_copies(placed) == 0
+
+
+def test_a_word_that_is_no_side_rejects_that_record_alone() -> None:
+    sides = ["train", "validation", "test", "", "Train"]
+    index = [SourceRecord(at + 1, "x.csv", f"k{at}", None, side, {}) for at, side in enumerate(sides)]
+    usable, rejected = find_usable("x", index, select_rows(None, index)[0], {}, Unit.EXAMPLE)
+    assert [found.side for found in usable] == [TRAIN, TEST, None]
+    assert [(found.row, found.is_used) for found in rejected] == [(2, False), (5, False)]
+    assert not any("alid" in found.reason for found in rejected)
+
+
+def test_a_line_of_a_row_list_that_names_no_row_is_rejected_alone(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    lines = ["1,train", "nine,test", "7,train", "1,test", "3,", "-2,train", "2.0,test", ",", "2,test", "9" * 5000 + ","]
+    rows.write_text("row,split\n" + "\n".join(lines) + "\n")
+    index = [SourceRecord(at + 1, "x.csv", f"k{at}", None, None, {}) for at in range(3)]
+    sides, rejected = select_rows(rows, index)
+    assert sides == {0: "train", 2: None, 1: "test"}
+    assert [(found.file, found.row) for found in rejected] == [
+        ("rows.csv", number) for number in (2, 3, 4, 6, 7, 8, 10)
+    ]
+
+
+def test_a_source_without_patients_has_no_usable_record_where_the_unit_is_the_patient() -> None:
+    index = [SourceRecord(1, "x.csv", "k", None, None, {})]
+    usable, rejected = find_usable("x", index, {0: None}, {}, Unit.PATIENT)
+    assert not usable
+    assert [found.reason for found in rejected] == [
+        "the unit is patient, and the source has no patients; name its column"
+    ]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])

@@ -270,7 +270,7 @@ def test_a_file_whose_name_fits_no_pattern_is_left_out_as_that(tmp_path: Path) -
         soundfile.write(tmp_path / name, np.zeros(10, np.float32), 100)
     source = opened(kind="audio", path=tmp_path, pattern="^(?P<who>[ab]?)_", patient_column="who")
     index = source.index()
-    members, problems = find_usable("songs", index, select_rows(None, index), {}, Unit.PATIENT)
+    members, problems = find_usable("songs", index, select_rows(None, index)[0], {}, Unit.PATIENT)
     assert [member.record.key for member in members] == ["a_song.wav"]
     assert [(problem.row, problem.reason) for problem in problems] == [
         (1, "blank patient id"),
