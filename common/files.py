@@ -85,6 +85,12 @@ def _written_over(path: Path, data: bytes) -> bool:
         os.close(descriptor)
 
 
+def stamp_file(path: Path) -> tuple[int, ...]:
+    """Returns numbers that change whenever a file is written to or replaced."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def flush_folder(path: Path) -> None:
     """Make a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -72,7 +72,7 @@ class BudgetExhausted(HeadwaterError):
 
 
 class LedgerDamaged(HeadwaterError):
-    """A ledger's chain does not verify."""
+    """A ledger's chain does not verify, or is an older copy of itself."""
 
 
 class RunFailed(HeadwaterError):

@@ -12,11 +12,11 @@ from client.config import SiteConfig
 from client.ledger.place import locate_ledgers
 from client.ledger.recovery import recover as recover_ledger
 from client.protocol import balance as budgets
-from client.protocol.site import Joined, SiteDeclined, has_replies, make_plan
+from client.protocol.site import Joined, SiteDeclined, find_ledger, has_replies, make_plan
 from common.privacy.accounting import Mechanism, round_up
 from common.process.console import reported_errors
 from common.run import RunConfig
-from common.types import BadInput, Plan
+from common.types import BadInput, LedgerDamaged, Plan
 from common.yaml import load
 
 
@@ -30,7 +30,7 @@ def recover(
         Path | None, typer.Option(help="Count this run file's whole run as released beside what still verifies")
     ] = None,
 ) -> None:
-    """Replaces a damaged ledger by what still verifies and counts the worst case as spent.
+    """Replaces a ledger that is damaged or an older copy by what still verifies and counts the worst case as spent.
 
     The damaged files are kept under another name.
 
@@ -45,6 +45,7 @@ def recover(
             reason=check_reason(reason),
             noiseless_possible=config.allow.non_private,
             was_used=has_replies(config),
+            behind=_describe_older_copy(config),
             assume_epsilon=assume_epsilon,
             assume_mechanism=None if assume_run is None else _charge_whole_run(config, assume_run),
         )
@@ -54,6 +55,14 @@ def recover(
         typer.echo(f"the population counts as having spent epsilon {round_up(done.epsilon):g}")
         more = "the cap alone" if assume_run else "the cap and delta, because a bare epsilon adds up in both"
         typer.echo(f"more can be released only after `headwater site amend` has raised {more}")
+
+
+def _describe_older_copy(config: SiteConfig) -> str | None:
+    try:
+        find_ledger(config)
+    except LedgerDamaged as damage:
+        return str(damage)
+    return None
 
 
 def _charge_whole_run(config: SiteConfig, path: Path) -> Mechanism:

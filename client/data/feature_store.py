@@ -30,7 +30,7 @@ from torch import Tensor
 
 from client.data.batches import choose_batch_size, encode_padded
 from client.data.sources import Source
-from common.files import flush, flush_folder, lock_file, private_folder, write_atomic
+from common.files import flush, flush_folder, lock_file, private_folder, stamp_file, write_atomic
 from common.inputs import Several
 from common.process.threads import one_thread
 from common.types import BadRecord
@@ -177,7 +177,7 @@ class FeatureStore:
                 "shape": shape,
                 "error": backbone.error,
                 "bytes": path.stat().st_size,
-                "content": _hash_file(path, _stamp(path)),
+                "content": _hash_file(path, stamp_file(path)),
                 "unusable": {str(position): reason for position, reason in unusable.items()},
             }
             signed = {"about": about, "sha256": _digest(about)}
@@ -344,18 +344,12 @@ def _read_about(entry: Path) -> dict[str, Any]:
         signed = json.loads((entry / "about.json").read_text(encoding="utf-8"))
         about: dict[str, Any] = signed["about"]
         whole = signed["sha256"] == _digest(about) and path.stat().st_size == about["bytes"]
-        whole = whole and _hash_file(path, _stamp(path)) == about["content"]
+        whole = whole and _hash_file(path, stamp_file(path)) == about["content"]
     except (KeyError, TypeError) as error:
         raise ValueError("expected the notes of a cached array") from error
     if not whole:
         raise ValueError("expected the cached array that was written")
     return about
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Returns what changes whenever a file is written to or replaced."""
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=2**14)

@@ -34,7 +34,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.files import flush, flush_folder, private_folder, write_atomic
+from common.files import flush, flush_folder, private_folder, stamp_file, write_atomic
 from common.types import LedgerDamaged
 
 _CHAIN, _KEY, _ANCHOR, _LOCK = "ledger.jsonl", "ledger.key", "anchor.json", "lock"
@@ -93,6 +93,14 @@ def create(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
         if not folder.exists():
             raise
     flush_folder(folder.parent)
+
+
+def identify_files(folder: Path) -> tuple[int, ...]:
+    """Returns numbers that change where a chain's folder is replaced or restored; appending does not change them."""
+    try:
+        return stamp_file(folder / _KEY)
+    except FileNotFoundError as error:
+        raise LedgerDamaged(f"ledger {folder.name}: its file {_KEY!r} is missing") from error
 
 
 @contextmanager

@@ -73,14 +73,19 @@ class Spent:
         return max(0.0, self.terms.epsilon_cap - self.reserved_epsilon)
 
 
+@dataclass(frozen=True)
 class Ledger:
     """One population's ledger. Every method reads, verifies and locks the file anew: other processes may write too.
 
     Each raises LedgerDamaged if the file does not verify; nothing is then written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    _folder: Path
+
+    @property
+    def population(self) -> str:
+        """Id of the population."""
+        return self._folder.name
 
     @classmethod
     def open(cls, folder: Path, *, population: str, unit: Unit, epsilon_cap: float, delta: float) -> Ledger:
@@ -219,6 +224,10 @@ class Ledger:
                 raise BadInput(f"reservation {reservation.number}: expected one that is open")
             # Not flushed: if it is lost, the charge counts as reserved, which is the same price.
             _append(opened, ChargeCommitted(reserved=reservation.number), durable=False)
+
+    def identify_files(self) -> tuple[int, ...]:
+        """Returns numbers that change where the ledger's folder is replaced or restored; charges do not change them."""
+        return chain.identify_files(self._folder)
 
     def spent(self) -> Spent:
         """Returns the balance now."""

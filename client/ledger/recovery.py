@@ -1,4 +1,6 @@
-"""The explicit, logged way out of a damaged ledger. It never makes the registry look less spent than it may be.
+"""The explicit, logged way out of a ledger that is damaged or an older copy of itself.
+
+It never makes the registry look less spent than it may be.
 
 What still verifies is kept for the record; the damaged files are kept aside under a dated name; a new keyed chain
 begins with an entry that says so. What may have left before is then one of:
@@ -72,6 +74,7 @@ def recover(
     reason: str,
     noiseless_possible: bool,
     was_used: bool,
+    behind: str | None = None,
     assume_epsilon: float | None = None,
     assume_mechanism: Mechanism | None = None,
 ) -> Recovery:
@@ -84,6 +87,7 @@ def recover(
         reason: why the ledger is replaced, for the log.
         noiseless_possible: True where the site allows releases without noise, so that the lost part may hold one.
         was_used: True where the site holds replies, so that a ledger which is wholly absent is a lost one.
+        behind: why a ledger that verifies is an older copy, in one sentence; None where nothing says so.
         assume_epsilon: epsilon to count as spent, at least the cap; None for the cap.
         assume_mechanism: mechanism to count as released beside what verifies; both together must cost at least the cap.
 
@@ -94,7 +98,7 @@ def recover(
         BadInput: the ledger is not damaged, there never was one, or less than the worst case is stated.
     """
     place = folder / population
-    seen = _describe_damage(folder, population, was_used)
+    seen = _describe_damage(folder, population, was_used, behind)
     bodies, legible = chain.read_verifiable(place), chain.read_legible(place)
     worst = _find_worst_terms(terms, legible)
     noiseless = noiseless_possible or any(map(_is_noiseless, legible))
@@ -119,13 +123,15 @@ def _find_free_name(place: Path) -> Path:
     return next(path for path in map(place.with_name, names) if not path.exists())
 
 
-def _describe_damage(folder: Path, population: str, was_used: bool) -> str:
+def _describe_damage(folder: Path, population: str, was_used: bool, behind: str | None) -> str:
     try:
         ledger = Ledger.find(folder, population)
         if ledger is not None:
             ledger.lines()
     except LedgerDamaged as error:
         return str(error)
+    if ledger is not None and behind is not None:
+        return behind
     if ledger is not None:
         raise BadInput(f"registry {population}: the ledger verifies; there is nothing to recover")
     if not was_used:

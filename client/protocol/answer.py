@@ -18,6 +18,7 @@ from client.data.records import Side
 from client.data.units import Units
 from client.ledger.events import Purpose
 from client.ledger.ledger import Ledger, Reservation
+from client.ledger.older_copy import check_reply
 from client.protocol.replies import Replies, ReplyDamaged
 from client.protocol.site import (
     Joined,
@@ -69,6 +70,9 @@ def answer_once(
                 )
                 return messages.from_bytes(stored)
             ledger = site.ledger()
+            newest = replies.find_newest()
+            if newest is not None:
+                check_reply(ledger, newest)
             _check_asked_once(ledger, joined, request.round, what, digest)
             reply, reservation, num_releases = answer(digest, ledger)
             records = messages.encode(reply)

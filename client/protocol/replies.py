@@ -66,6 +66,12 @@ class Replies:
             )
         return data
 
+    def find_newest(self) -> Path | None:
+        """Returns the file of the reply that was stored last; None where there is none, or it was removed."""
+        size = os.fstat(self._digests).st_size // _LINE_BYTES * _LINE_BYTES
+        reply = self._reply(os.pread(self._digests, 64, max(0, size - _LINE_BYTES)).decode())
+        return reply if size and reply.exists() else None
+
     def store(self, request: str, data: bytes) -> None:
         """Keep a reply; durable when this returns. The digest first: a reply without one counts as damaged."""
         line = b"%s %s\n" % (request.encode(), _digest_of(data))

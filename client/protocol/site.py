@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.ledger import Ledger
+from client.ledger.older_copy import check_replies
 from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
@@ -90,7 +91,7 @@ class Site:
 
         Raises:
             BadInput: there is one under other terms, or there are two.
-            LedgerDamaged: it does not verify, or is gone from a site that has answered before.
+            LedgerDamaged: it does not verify, is gone from a site that has answered before, or is an older copy.
         """
         config = self.config
         find_ledger(config)
@@ -133,12 +134,14 @@ def find_ledger(config: SiteConfig) -> Ledger | None:
 
     Raises:
         BadInput: there are two.
-        LedgerDamaged: it is gone from a site that has answered before.
+        LedgerDamaged: it is gone from a site that has answered before, or lacks the charge of an answer.
     """
     folder = locate_ledgers(config)
     ledger = Ledger.find(folder, config.registry)
     if ledger is None and has_replies(config):
         raise LedgerDamaged(f"ledger {config.registry}: it is missing in {folder}, at a site that has answered before")
+    if ledger is not None:
+        check_replies(ledger, config.state_dir)
     return ledger
 
 
