@@ -1,5 +1,8 @@
 """The feature store: a source is encoded once for a backbone, kept on disk, and read by memory map.
 
+Features that heads read are kept as the 16-bit integers that training computes with (`client.data.quantised`); what
+passes a trunk first is kept in float32.
+
 Invariant: an entry appears whole, by one rename, or not at all; everything in it is readable by its owner only.
 
 # Shapes: N records of a source, I items of some of them, D features.
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.data.batches import choose_batch_size, encode_padded
+from client.data.quantised import QuantisedRows, pack_rows
 from client.data.sources import Source
 from common.files import flush, flush_folder, lock_file, private_folder, stamp_file, write_atomic
 from common.inputs import Several
@@ -58,6 +62,8 @@ _LOADERS = 4
 """Threads that load and preprocess the next batches while a GPU encodes."""
 
 _Made = TypeVar("_Made")
+StoredRows = NDArray[Any]
+"""int16: packed (`client.data.quantised.pack_rows`); float32: as they are."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,14 @@ class Features:
     """Features of a whole source, in its index's order.
 
     Attributes:
-        features_ND: memory-mapped float32, read-only; a row of zeros where a record has no features.
+        rows_N: memory-mapped, read-only: packed rows, or float32 N x D; a row of zeros where a record has no features.
         unusable: position -> why that record has no features. Positions, not files and rows: another file with the same
             content shares the entry.
         path: the array's file, for later opening.
         error: how far features are from those of float32, relative, as seen on a few records; None where not computed.
     """
 
-    features_ND: NDArray[np.float32] = field(repr=False)
+    rows_N: StoredRows = field(repr=False)
     unusable: Mapping[int, str] = field(repr=False)
     path: Path
     error: float | None = None
@@ -80,9 +86,15 @@ class Features:
     @property
     def valid_N(self) -> NDArray[np.bool_]:
         """A bool for each record: true where it has features."""
-        valid_N = np.ones(len(self.features_ND), dtype=np.bool_)
+        valid_N = np.ones(len(self.rows_N), dtype=np.bool_)
         valid_N[list(self.unusable)] = False
         return valid_N
+
+    @property
+    def features_ND(self) -> NDArray[np.float32]:
+        """All features as they are trained on."""
+        features_ND: NDArray[np.float32] = decode_rows(np.array(self.rows_N)).numpy()
+        return features_ND
 
 
 def check_features(path: Path) -> None:
@@ -95,7 +107,7 @@ def check_features(path: Path) -> None:
     _read_about(path.parent)
 
 
-def rows_of(path: Path, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
+def rows_of(path: Path, positions_R: NDArray[np.int64]) -> StoredRows:
     """Copies of some rows of a cached array: what is trained on does not refer to the read-only file.
 
     Raises:
@@ -105,8 +117,8 @@ def rows_of(path: Path, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
     if len(positions_R) > _FEW_ROWS:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[positions_R])
     with path.open("rb", buffering=0) as file:
-        shape, start = _layout(os.pread(file.fileno(), _HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
-        rows_RD = np.empty((len(positions_R), *shape[1:]), np.float32)
+        shape, dtype, start = _layout(os.pread(file.fileno(), _HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
+        rows_RD: StoredRows = np.empty((len(positions_R), *shape[1:]), dtype)
         step = math.prod(shape[1:]) * rows_RD.itemsize
         for row_D, position in zip(rows_RD, positions_R.tolist(), strict=True):
             if os.preadv(file.fileno(), [row_D], start + position * step) != step:
@@ -115,15 +127,20 @@ def rows_of(path: Path, positions_R: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=1024)
-def _layout(header: bytes) -> tuple[tuple[int, ...], int]:
-    """Shape of an array of float32, and where its values start, from the first line of its file."""
+def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape and type of an array, and where its values start, from the first line of its file."""
     stream = io.BytesIO(header)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("expected a NumPy array of format 1.0")
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
-    if by_columns or dtype != np.float32:
-        raise ValueError("expected float32, row by row")
-    return shape, stream.tell()
+    if by_columns or dtype not in (np.int16, np.float32):
+        raise ValueError("expected int16 or float32, row by row")
+    return shape, dtype, stream.tell()
+
+
+def decode_rows(rows_R: StoredRows) -> Tensor:
+    """Returns stored rows as float32."""
+    return QuantisedRows.unpack(rows_R).decode() if rows_R.dtype == np.int16 else torch.from_numpy(rows_R)
 
 
 class FeatureStore:
@@ -152,7 +169,7 @@ class FeatureStore:
             precision: precision inside the backbone; other than float32 it is another entry of the store.
             progress: told (done, total) in records.
         """
-        how = "" if precision == "float32" else f" {precision}"
+        how = f" {_choose_type(backbone)}" + ("" if precision == "float32" else f" {precision}")
         key = hashlib.sha256(f"{backbone.digest} {source.digest()}{how}".encode()).hexdigest()
         entry = private_folder(self._folder) / key
         with lock_file(self._folder / f".{key}.lock"):
@@ -171,10 +188,9 @@ class FeatureStore:
         scratch = Path(tempfile.mkdtemp(dir=self._folder, prefix=f".{entry.name}.", suffix=".partial"))
         try:
             path = scratch / "features.npy"
-            shape = (len(source.index()), backbone.feature_dim)
-            unusable = _encode(path, shape, source, backbone, progress)
+            count = len(source.index())
+            unusable = _encode(path, count, source, backbone, progress)
             about = {
-                "shape": shape,
                 "error": backbone.error,
                 "bytes": path.stat().st_size,
                 "content": _hash_file(path, stamp_file(path)),
@@ -189,24 +205,29 @@ class FeatureStore:
         flush_folder(self._folder)
 
 
-def _encode(
-    path: Path, shape: tuple[int, int], source: Source, backbone: Backbone, progress: Progress | None
-) -> dict[int, str]:
+def _choose_type(backbone: Backbone) -> str:
+    """Returns the type of the stored rows: of what a trunk reads no bit is lost."""
+    return "int16" if backbone.trunk is None else "float32"
+
+
+def _encode(path: Path, count: int, source: Source, backbone: Backbone, progress: Progress | None) -> dict[int, str]:
     """Write the array and return the records that have no features."""
-    count, _ = shape
     unusable: dict[int, str] = {}
-    features_ND = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    dtype = np.dtype(_choose_type(backbone))
+    shape = (count, backbone.feature_dim + (dtype == np.int16))
+    rows_N = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     path.chmod(0o600)
     for batch, encoded_BD in _encoded_batches(source, backbone, count):
         unusable |= batch.unusable
         if encoded_BD is not None:
             finite_B = np.asarray(np.isfinite(encoded_BD).all(axis=1))
-            features_ND[batch.positions] = np.where(finite_B[:, None], encoded_BD, 0.0)
+            usable_BD = np.where(finite_B[:, None], encoded_BD, np.float32(0.0))
+            rows_N[batch.positions] = pack_rows(torch.from_numpy(usable_BD)) if dtype == np.int16 else usable_BD
             for index in np.flatnonzero(~finite_B):
                 unusable[batch.positions[index]] = "features are not finite"
         if progress is not None:
             progress(batch.end, count)
-    features_ND.flush()
+    rows_N.flush()
     with path.open("rb+") as file:
         flush(file.fileno())
     return unusable
@@ -328,13 +349,11 @@ def _open(entry: Path) -> Features | None:
     path = entry / "features.npy"
     try:
         about = _read_about(entry)
-        features_ND = np.load(path, mmap_mode="r", allow_pickle=False)
-        if list(features_ND.shape) != about["shape"] or features_ND.dtype != np.float32:
-            return None
+        rows_N = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
     unusable = {int(position): reason for position, reason in about["unusable"].items()}
-    return Features(features_ND, unusable, path, about.get("error"))
+    return Features(rows_N, unusable, path, about.get("error"))
 
 
 def _read_about(entry: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -24,8 +25,7 @@ from torch import Tensor
 
 from client.config import SiteConfig
 from client.data.exclusions import Exclusions
-from client.data.feature_store import Features, FeatureStore, Progress, check_features, rows_of
-from client.data.quantised import QuantisedRows
+from client.data.feature_store import Features, FeatureStore, Progress, check_features, decode_rows, rows_of
 from client.data.records import (
     SIDES,
     PlacedRecord,
@@ -221,13 +221,13 @@ def _digest(about: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> str:
 def _records(
     arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device, *, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a view's mask of records on a side, their features (`exact`: rounded to 16-bit integers) and units."""
+    """Returns a view's mask of records on a side, their features (`exact`: of 16-bit integers) and units."""
     check_features(Path(features))
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
-    features_RD = torch.from_numpy(rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy()))
-    if exact:
-        features_RD = QuantisedRows.of(features_RD).decode()
-    return chosen_R, features_RD.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
+    rows_R = rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy())
+    if exact and rows_R.dtype != np.int16:
+        raise ValueError("expected features as 16-bit integers")
+    return chosen_R, decode_rows(rows_R).to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 
 def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: Encoding) -> _LoadedView:

@@ -14,12 +14,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _BLOCK_VALUES = 2**17
 _WIDE_VALUES = 2**21
 """Up to so many integers are kept in double precision (16 MiB), as products want them; more as 16 bits."""
+
+_ZERO_EXPONENT = -(2**15)
+"""Packed exponent of a row of zeros: two to this power is zero."""
 
 _PEAK_BITS = 16
 NORM_BITS = 15
@@ -84,7 +89,31 @@ class QuantisedRows:
 
     def decode(self) -> Tensor:
         """Returns the rows as float32, ... x D."""
-        return (self.integers * self.scale.unsqueeze(-1)).float()
+        decoded = torch.empty(self.integers.shape, dtype=torch.float32, device=self.integers.device)
+        at_once = max(1, _BLOCK_VALUES // max(1, self.integers[:1].numel()))
+        parts = (torch.split(each, at_once) for each in (decoded, self.integers, self.scale))
+        for part, integers, scale in zip(*parts, strict=True):
+            part.copy_(integers * scale.unsqueeze(-1))
+        return decoded
+
+    @classmethod
+    def unpack(cls, packed: NDArray[np.int16]) -> QuantisedRows:
+        """Returns rows as `pack_rows` packed them, R x (1 + D)."""
+        return cls(torch.from_numpy(packed[:, 1:]), torch.from_numpy(np.ldexp(1.0, packed[:, 0].astype(np.int32))))
+
+
+def pack_rows(values: Tensor) -> NDArray[np.int16]:
+    """Returns finite rows R x D as R x (1 + D): each row's exponent of two, then its integers.
+
+    What is unpacked has the same integers and scales as the decoded rows have when they are quantised again.
+    """
+    # Truncation may bring a row's norm below a power of two: the second time its scale is half as large, then it stays.
+    rows = QuantisedRows.of(QuantisedRows.of(values).decode())
+    mantissa, exponent = np.frexp(rows.scale.numpy())
+    packed = np.empty((len(rows), 1 + values.shape[1]), np.int16)
+    packed[:, 0] = np.where(mantissa > 0.0, exponent - 1, _ZERO_EXPONENT)
+    packed[:, 1:] = rows.integers.numpy()
+    return packed
 
 
 def _round_up_to_power(values: Tensor) -> Tensor:

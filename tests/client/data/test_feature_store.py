@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from client.data.feature_store import BATCH_SIZE, Features, FeatureStore, rows_of
+from client.data.quantised import QuantisedRows
 from client.data.sources import Source, SourceRecord, open_source
 from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
@@ -28,7 +29,9 @@ from common.types import BadRecord
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 COUNT, DIM = 2 * BATCH_SIZE + 7, 3
-VECTORS = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
+RAW = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
+VECTORS = QuantisedRows.of(torch.from_numpy(RAW)).decode().numpy()
+"""Vectors that the store holds exactly."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ def identity(dim: int = DIM) -> Backbone:
     return open_pretrained({"kind": "identity", "dim": dim}, "backbone")
 
 
+def held(values: Any) -> np.ndarray:
+    """Values as 16-bit integers hold them."""
+    return QuantisedRows.of(torch.as_tensor(values)).decode().numpy()
+
+
 def encoded(folder: Path, source: Source, backbone: Any = None) -> Features:
     return FeatureStore(folder).open_or_encode(source, backbone or identity(), device=CPU)
 
@@ -85,8 +93,8 @@ def test_features_stand_in_the_order_of_the_index(tmp_path: Path) -> None:
     features = encoded(tmp_path, Vectors(list(VECTORS)))
     np.testing.assert_array_equal(features.features_ND, VECTORS)
     assert features.valid_N.all()
-    assert isinstance(features.features_ND, np.memmap)
-    assert not features.features_ND.flags.writeable
+    assert isinstance(features.rows_N, np.memmap)
+    assert not features.rows_N.flags.writeable
 
 
 def test_what_is_encoded_is_not_read_again(tmp_path: Path) -> None:
@@ -110,7 +118,7 @@ def test_another_backbone_and_other_data_have_entries_of_their_own(tmp_path: Pat
             source = open_source({"kind": "npz", "path": str(tmp_path / f"{name}.npz"), "parts": parts}, "s").open()
             features = encoded(tmp_path / "store", source, backbone)
             items = torch.stack([backbone.preprocess(source.load(position)) for position in range(COUNT)])
-            np.testing.assert_array_equal(features.features_ND, backbone.encode(items).numpy())
+            np.testing.assert_array_equal(features.features_ND, held(backbone.encode(items)))
             paths.add(features.path)
     assert len(paths) == 4
 
@@ -120,7 +128,7 @@ def test_another_precision_has_an_entry_of_its_own(tmp_path: Path) -> None:
     store, third = FeatureStore(tmp_path), np.full((COUNT, DIM), 1 / 3, np.float32)
     rough = store.open_or_encode(Vectors(list(third)), identity(), device=CPU, precision="bfloat16")
     exact = store.open_or_encode(Vectors(list(third)), identity(), device=CPU)
-    np.testing.assert_array_equal(exact.features_ND, third)
+    np.testing.assert_array_equal(exact.features_ND, held(third))
     assert rough.path != exact.path
 
 
@@ -138,7 +146,7 @@ def test_a_record_that_cannot_be_read_or_encoded_is_a_row_of_zeros_with_a_reason
         }
         assert np.flatnonzero(~features.valid_N).tolist() == [3, 150, COUNT - 1]
         assert not features.features_ND[~features.valid_N].any()
-        np.testing.assert_array_equal(features.features_ND[features.valid_N], 1.0 / VECTORS[features.valid_N])
+        np.testing.assert_array_equal(features.features_ND[features.valid_N], held(1.0 / VECTORS)[features.valid_N])
 
 
 @pytest.mark.parametrize("items", [[], [None, None]], ids=["none", "none readable"])
@@ -275,7 +283,7 @@ def test_a_record_of_several_items_has_the_mean_of_their_features(tmp_path: Path
     records = [Several(list(VECTORS[a:b])) for a, b in pairwise(cuts)]
     features = encoded(tmp_path, Vectors([*records, VECTORS[0]]))
     expected = [VECTORS[:1].mean(0), VECTORS[1:4].mean(0), np.zeros(DIM), VECTORS[4:].mean(0), VECTORS[0]]
-    np.testing.assert_allclose(features.features_ND, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features.features_ND, held(np.array(expected)), rtol=0, atol=2e-4)
     assert features.unusable == {2: "expected at least one item in the record"}
 
 
@@ -307,13 +315,38 @@ def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     assert sum(seen[4:]) >= 20 * 50 and max(seen) <= BATCH_SIZE
     assert len(set(seen)) == 1, "all batches have one shape"
     assert sorted(source.loads) == list(range(20))
-    np.testing.assert_allclose(features.features_ND, [VECTORS[:50].mean(0)] * 20, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features.features_ND, held(np.array([VECTORS[:50].mean(0)] * 20)), rtol=0, atol=1e-4)
+
+
+def test_features_that_heads_read_take_half_the_room_and_are_what_training_computes_with(tmp_path: Path) -> None:
+    """The stored integers and scales are those of decoding and quantising once more, for any size of values."""
+    scale = 10.0 ** np.random.default_rng(1).integers(-44, 38, size=(COUNT, 1))
+    values = (np.random.default_rng(2).normal(size=(COUNT, 90)) * scale).astype(np.float32)
+    values[0], values[1, 1:], values[2] = 0.0, 0.0, np.finfo(np.float32).max
+    features = encoded(tmp_path, Vectors(list(values)), identity(90))
+    assert features.path.stat().st_size <= values.nbytes // 2 + 2 * COUNT + 128
+    decoded = torch.from_numpy(features.features_ND)
+    assert torch.equal(decoded, torch.from_numpy(held(values)))
+    again, stored = QuantisedRows.of(decoded), QuantisedRows.unpack(np.array(features.rows_N))
+    assert torch.equal(again.integers, stored.integers) and torch.equal(again.scale, stored.scale)
+
+
+def test_what_a_trunk_reads_is_kept_to_the_bit_in_an_entry_of_its_own(tmp_path: Path) -> None:
+    source = Vectors(list(RAW))
+    rounded = encoded(tmp_path, source, Reciprocal())
+    exact = encoded(tmp_path, source, Reciprocal(trunk="backbone.trunk"))
+    assert rounded.path != exact.path
+    np.testing.assert_array_equal(exact.features_ND, 1.0 / RAW)
+    assert not np.array_equal(rounded.features_ND, exact.features_ND)
 
 
 @pytest.mark.parametrize("count", [0, 1, 256, 257])
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
 @pytest.mark.parametrize("shape", [(300, 5), (300, 2, 3)])
-def test_rows_are_those_of_the_array_however_many_are_read(tmp_path: Path, shape: tuple[int, ...], count: int) -> None:
-    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+def test_rows_are_those_of_the_array_however_many_are_read(
+    tmp_path: Path, shape: tuple[int, ...], dtype: type, count: int
+) -> None:
+    array = (np.random.default_rng(0).normal(size=shape) * 100).astype(dtype)
     np.save(tmp_path / "features.npy", array)
     positions = np.random.default_rng(1).permutation(len(array))[:count]
     rows = rows_of(tmp_path / "features.npy", positions)
