@@ -30,6 +30,7 @@ from common.yaml import load
 
 _log = logging.getLogger(__name__)
 SITE_VARIABLE = "HEADWATER_SITE"
+COORDINATOR_VARIABLE = "HEADWATER_COORDINATOR"
 
 OpenSite = Callable[[Context], SiteConfig]
 _Request = TypeVar("_Request")
@@ -40,8 +41,9 @@ Handle = Callable[[Site, _Request], RecordDict | messages.Reply]
 def load_site_from_environment(context: Context) -> SiteConfig:
     """Returns the settings of the site that this process serves.
 
-    HEADWATER_SITE names a site file; or, for Flower's simulation engine, a folder of site files of which the node's
-    `partition-id` picks one in alphabetical order.
+    HEADWATER_SITE names a site file, and HEADWATER_COORDINATOR who asks where the file names several coordinators. Or,
+    for Flower's simulation engine, HEADWATER_SITE names a folder of site files of which the node's `partition-id` picks
+    one in alphabetical order.
     """
     value = os.environ.get(SITE_VARIABLE)
     if not value:
@@ -50,7 +52,7 @@ def load_site_from_environment(context: Context) -> SiteConfig:
     if path.is_dir():
         files = sorted(path.glob("*/site.yaml"))
         path = files[int(context.node_config["partition-id"])]
-    return load(SiteConfig, path)
+    return load(SiteConfig, path).select(os.environ.get(COORDINATOR_VARIABLE) or None)
 
 
 def make_app(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -9,7 +10,10 @@ from pydantic import ConfigDict, Field, model_validator
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
-from common.types import Unit
+from common.types import BadInput, Unit
+
+MAIN = "main"
+"""Name of the coordinator under the key `coordinator`."""
 
 
 class Budget(Frozen):
@@ -126,7 +130,8 @@ class SiteConfig(Frozen):
         on_bad_record: `skip` leaves out a record that cannot be used, and lists it; `stop` declines the run.
         evaluation: evaluation of held-out units; `local`: only on this machine, nothing about them is ever sent.
         approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
-        coordinator: whom to join; None where a simulation carries the messages.
+        coordinator: whom to join; None where a simulation carries the messages. Its name is `main`.
+        coordinators: further ones by name, or all; they share the budget, and nothing of one reaches another.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such
             intervals has passed since its request came. Longer than any answer takes, it hides how long one took; 0: at
@@ -155,6 +160,7 @@ class SiteConfig(Frozen):
     evaluation: NoisedEvaluation | Literal["local"]
     approval: Literal["required", "automatic"] = "required"
     coordinator: Coordinator | None = None
+    coordinators: dict[Name, Coordinator] = {}
     own_backbones: list[Spec] = []
     reply_every_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0
     plugins: LocalPath | None = None
@@ -170,3 +176,58 @@ class SiteConfig(Frozen):
             if task.source not in self.sources:
                 raise ValueError(f"tasks.{name}.source: expected one of {', '.join(self.sources)}, got {task.source!r}")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_a_second_main(self) -> SiteConfig:
+        if MAIN in self.coordinators:
+            raise ValueError(f"coordinators.{MAIN}: expected another name, because the one under `coordinator` has it")
+        return self
+
+    def list_coordinators(self) -> dict[str, Coordinator]:
+        """Returns all coordinators by name."""
+        return {**({} if self.coordinator is None else {MAIN: self.coordinator}), **self.coordinators}
+
+    def select(self, name: str | None) -> SiteConfig:
+        """Returns the settings for one coordinator; None is the only one, or a simulation's.
+
+        Raises:
+            BadInput: there is no such coordinator, or more than one and no name.
+        """
+        known = self.list_coordinators()
+        if name is None and len(known) < 2:
+            return self
+        if name is None or name not in known:
+            names = ", ".join(known) or "nothing, because the site file names none"
+            raise BadInput(f"--coordinator: expected {'one of ' if known else ''}{names}, got {name or 'nothing'}")
+        if name == MAIN:
+            return self.model_copy(update={"coordinators": {}})
+        return self.model_copy(update={"coordinator": None, "coordinators": {name: known[name]}})
+
+    @property
+    def coordinator_name(self) -> str:
+        """The name of the selected coordinator; `main` in a simulation."""
+        return next(iter(self.select(None).list_coordinators()), MAIN)
+
+    @property
+    def coordinator_dir(self) -> Path:
+        """The folder of the selected coordinator's runs, replies, approvals, backbones and journal."""
+        name = self.coordinator_name
+        return self.state_dir if name == MAIN else self.state_dir / "coordinators" / name
+
+    def list_coordinator_dirs(self) -> dict[str, Path]:
+        """Returns the folders of all coordinators that ever asked, by what the names of their charges begin with."""
+        named = sorted((self.state_dir / "coordinators").glob("*"))
+        return {"": self.state_dir} | {f"{path.name}/": path for path in named}
+
+    def name_charge(self, run_id: str) -> str:
+        """Returns the name under which the ledger charges a run of the selected coordinator.
+
+        Two coordinators may choose one id. No id holds a slash, so that none can be mistaken for another's.
+        """
+        name = self.coordinator_name
+        return run_id if name == MAIN else f"{name}/{run_id}"
+
+    def locate_run(self, charged: str) -> Path:
+        """Returns the folder of the run of a charge."""
+        name, slash, run_id = charged.rpartition("/")
+        return (self.state_dir / "coordinators" / name if slash else self.state_dir) / "runs" / run_id

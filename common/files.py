@@ -44,8 +44,12 @@ def flush(descriptor: int) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, created with its parents where missing; it is readable by its owner only."""
-    path.mkdir(parents=True, exist_ok=True)
+    """The folder, created with its parents where missing; it, and each created, is readable by its owner only."""
+    try:
+        path.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        private_folder(path.parent)
+        path.mkdir(exist_ok=True)
     path.chmod(0o700)
     return path
 

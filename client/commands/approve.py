@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from client.commands.parts.options import Json, SiteFile
+from client.commands.parts.options import Coordinator, Json, SiteFile, locate_offers
 from client.config import SiteConfig
 from client.protocol.approvals import Approvals, check_offer, read_offer
 from common.bundle import compute_code_digest
@@ -27,6 +27,7 @@ def approve(
         typer.Argument(metavar="[RUN]", help="A kit's offer, a run file, or a waiting offer's name or digest"),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the offers that wait and what was approved")] = False,
+    coordinator: Coordinator = None,
     json_: Json = False,
 ) -> None:
     """Records that you approve a run; with --list, lists the offers that wait and what was approved.
@@ -38,12 +39,12 @@ def approve(
     Example: headwater site approve site.yaml offers/brain-mri.json
     """
     with reported_errors():
-        config = load(SiteConfig, site)
-        approvals = Approvals(config.state_dir)
+        config = load(SiteConfig, site).select(coordinator)
+        approvals = Approvals(config.coordinator_dir)
         if list_ and run is not None:
             raise BadInput(f"--list: expected no run beside it, got {run!r}; leave one of the two out")
         if run is None:
-            _print_offers(approvals, site.parent / "offers", json_)
+            _print_offers(approvals, locate_offers(site, config), json_)
             return
         offer = _find_offer(approvals, run)
         about = _describe_offer(config, offer)
@@ -53,7 +54,7 @@ def approve(
             return
         for key, value in about.items():
             typer.echo(f"{key:<13}{value}")
-        typer.echo(f"approved by {approval.by}, for one run; recorded in {config.state_dir / 'approvals.jsonl'}")
+        typer.echo(f"approved by {approval.by}, for one run; recorded in {config.coordinator_dir / 'approvals.jsonl'}")
 
 
 def _find_offer(approvals: Approvals, wanted: str) -> Offer:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.commands.parts.options import Json, SiteFile, load_site
+from client.commands.parts.options import Json, SiteFile, load_site, locate_offers
 from common.process.console import EXIT_FAILED, print_json, reported_errors
 from common.types import BadInput
 
@@ -41,9 +41,14 @@ def check(
         from client.data.preview import Preview, write_previews
         from client.protocol.approvals import check_offer, read_offer
 
-        kept = {path: read_offer(path) for path in sorted((site.parent / "offers").glob("*.json"))}
-        offers = {path.stem: check_offer(offer) for path, offer in kept.items()}
-        found = [*check_site(config, offers, offline=offline), *check_approvals(site, config, kept)]
+        names: list[str | None] = [*config.list_coordinators()]
+        kept = {}
+        for name in names if len(names) > 1 else [None]:
+            folder = locate_offers(site, config.select(name))
+            kept[name] = {path: read_offer(path) for path in sorted(folder.glob("*.json"))}
+        offers = {str(path): check_offer(offer) for own in kept.values() for path, offer in own.items()}
+        found = [*check_site(config, offers, offline=offline)]
+        found += [each for name, own in kept.items() for each in check_approvals(site, config, own, name)]
         previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.commands.parts.options import Json, SiteFile
+from client.commands.parts.options import Coordinator, Json, SiteFile
 from client.config import SiteConfig
 from client.personal.evaluate import FEDERATED, Comparison, compare
 from client.protocol.site import Site, SiteDeclined
@@ -24,6 +24,7 @@ def evaluate(
     run: Annotated[
         str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
     ] = None,
+    coordinator: Coordinator = None,
     json_: Json = False,
 ) -> None:
     """Compares a run's final heads with heads trained here alone, on held-out units. Nothing is sent or spent.
@@ -32,7 +33,7 @@ def evaluate(
     """
     with reported_errors():
         try:
-            result = compare(Site(load(SiteConfig, site), os_entropy), run)
+            result = compare(Site(load(SiteConfig, site).select(coordinator), os_entropy), run)
         except SiteDeclined as declined:
             raise BadInput(f"--run {run}: {declined.detail}") from declined
         if json_:

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, renew_key, take_kit
+from client.connection.folder import MARK, SITE_FILE, add_coordinator, find_marks, make_folder, renew_key, take_kit
 from client.connection.keys import compute_fingerprint
 from client.connection.kit import read_kit
 from client.ledger.place import find_default_ledger_dir, list_populations
 from common.process.console import reported_errors
+from common.types import BadInput
 
 _MAX_SHOWN = 5
 
@@ -20,6 +21,9 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the site")],
     kit: Annotated[Path | None, typer.Option(help="The coordinator's startup kit")] = None,
     name: Annotated[str | None, typer.Option(help="The site's name, where no kit says it")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option("--coordinator", help="With --kit: add a further coordinator under this name")
+    ] = None,
     new_key: Annotated[bool, typer.Option("--new-key", help="A new key for a site that lost its own")] = False,
 ) -> None:
     """Makes a new site's folder: keys, and a site file in which every setting is explained.
@@ -29,7 +33,13 @@ def init(
     Example: headwater site init hospital-a --name hospital-a
     """
     with reported_errors():
-        if new_key:
+        if coordinator is not None:
+            if kit is None:
+                raise BadInput("--coordinator: expected the coordinator's kit beside it, got none; write --kit KIT.zip")
+            received = read_kit(kit)
+            add_coordinator(folder, received, coordinator)
+            public = folder / "keys" / f"{received.settings.site}.pub"
+        elif new_key:
             public = renew_key(folder)
         elif kit is not None and (folder / SITE_FILE).exists():
             received = read_kit(kit)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from client.commands.parts.options import SiteFile, load_site
+from client.commands.parts.options import Coordinator, SiteFile, load_site
 from client.config import SiteConfig
+from common.bundle import find_installation
 from common.process.console import reported_errors
+
+_POLL_S = 0.2
 
 
 def start(
@@ -21,26 +27,61 @@ def start(
     patience: Annotated[
         float, typer.Option(help="Minutes to go on trying while the coordinator cannot be reached")
     ] = 1440.0,
+    coordinator: Coordinator = None,
     grace: Annotated[float, typer.Option(help="Seconds an answer under way may still take after Ctrl-C")] = 60.0,
 ) -> None:
-    """Joins the coordinator and answers its requests until Ctrl-C.
+    """Joins the coordinator and answers its requests until Ctrl-C; of several coordinators, each in its own process.
 
     Example: headwater site start hospital-a/site.yaml
     """
     with reported_errors():
         config = load_site(site)
+        if coordinator is None and len(config.list_coordinators()) > 1:
+            _start_each(site, list(config.list_coordinators()), ["--patience", str(patience), "--grace", str(grace)])
+            return
+        config = config.select(coordinator)
         from client.connection import node
 
-        os.environ.update(node.make_private_environment(config.state_dir))
+        os.environ.update(node.make_private_environment(config.coordinator_dir))
         leaving = node.StopRequest()
-        with node.lock_site(config.state_dir), _serve_health(config) as online, _leave_on_signals(leaving, grace):
-            joined = node.Node(config, site, show=_show, online=online, leaving=leaving, retry_for_s=60.0 * patience)
+        show = _show if coordinator is None else lambda line: _show(f"{coordinator}: {line}")
+        with node.lock_site(config.coordinator_dir), _serve_health(config) as online, _leave_on_signals(leaving, grace):
+            joined = node.Node(config, site, show=show, online=online, leaving=leaving, retry_for_s=60.0 * patience)
             joined.run()
+
+
+def _start_each(site: Path, names: Sequence[str], options: Sequence[str]) -> None:
+    """Runs one process for each coordinator, so that none can hold up or end another; ends when all have ended."""
+    running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def pass_on(number: int, frame: object) -> None:
+        del frame
+        for child in running.values():
+            child.send_signal(number)
+
+    # Before the first process, so that none is left behind by a signal.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    command = [sys.executable, "-m", "client", "start", str(site.resolve()), *options, "--coordinator"]
+    for name in names:
+        # Out of the terminal's group: Ctrl-C comes once, from here.
+        running[name] = subprocess.Popen([*command, name], cwd=find_installation(), start_new_session=True)
+    worst = 0
+    while running:
+        for name, child in list(running.items()):
+            code = child.poll()
+            if code is not None:
+                del running[name]
+                worst = max(worst, abs(code))
+                _show(f"{name}: ended with {code}")
+        time.sleep(_POLL_S)
+    if worst:
+        raise typer.Exit(worst)
 
 
 @contextlib.contextmanager
 def _serve_health(config: SiteConfig) -> Iterator[Callable[[bool], None]]:
-    port = None if config.coordinator is None else config.coordinator.health_port
+    port = next((each.health_port for each in config.list_coordinators().values()), None)
     if port is None:
         yield lambda online: None
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -70,31 +70,37 @@ def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: 
     yield from _check_ledger(config)
     for found in data_checks(config, offers):
         yield Check(*found)
-    if config.coordinator is None:
+    coordinators = config.list_coordinators()
+    if not coordinators:
         yield Check("coordinator", "fail", "none is named", "write the section `coordinator` (see a new site's file)")
-        return
-    yield from _check_credentials(config.coordinator)
-    if not offline:
-        yield from _check_network(config)
+    for name, coordinator in coordinators.items():
+        own = list(_check_credentials(coordinator))
+        if not offline:
+            own += _check_network(config.select(name), coordinator)
+        yield from (own if len(coordinators) == 1 else [replace(each, name=f"{name} {each.name}") for each in own])
 
 
-def check_approvals(site: Path, config: SiteConfig, offers: Mapping[Path, Offer]) -> Iterator[Check]:
-    """Yields, for each offer that came with the kit, whether the site may join the run.
+def check_approvals(
+    site: Path, config: SiteConfig, offers: Mapping[Path, Offer], coordinator: str | None = None
+) -> Iterator[Check]:
+    """Yields, for each offer that came with a coordinator's kit, whether the site may join the run.
 
     Args:
         site: path of the site file, as the user names it.
         config: settings of the site file.
         offers: path of the offer's file, as the user can open it -> the offer.
+        coordinator: name of the coordinator, where the site file has several.
     """
-    approvals = Approvals(config.state_dir)
+    approvals = Approvals(config.select(coordinator).coordinator_dir)
+    option = "" if coordinator is None else f" --coordinator {coordinator}"
     for path, offer in offers.items():
-        name = path.stem
+        name = path.stem if coordinator is None else f"{coordinator} {path.stem}"
         if config.approval == "automatic":
             yield Check(f"run {name}", "pass", "joined without an approval, as the site file says")
         elif offer.digest in {approval.digest for approval in approvals.all()}:
             yield Check(f"run {name}", "pass", f"approved, digest {offer.digest}")
         else:
-            yield Check(f"run {name}", "warn", "not approved yet", f"headwater site approve {site} {path}")
+            yield Check(f"run {name}", "warn", "not approved yet", f"headwater site approve {site} {path}{option}")
 
 
 def check_backbone_fit(preview: Preview) -> Check:
@@ -199,9 +205,7 @@ def _check_credentials(coordinator: Coordinator) -> Iterator[Check]:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def _check_network(config: SiteConfig) -> Iterator[Check]:
-    coordinator = config.coordinator
-    assert coordinator is not None
+def _check_network(config: SiteConfig, coordinator: Coordinator) -> Iterator[Check]:
     proxy = diagnose.find_proxy(coordinator)
     yield Check("way out", "pass", "through the proxy of HTTPS_PROXY" if proxy else "direct, no proxy")
     try:
@@ -256,7 +260,7 @@ def _check_admission(config: SiteConfig, coordinator: Coordinator) -> Check:
     from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, RunInactive
     from client.connection.node import NODE_ID, StopRequest
 
-    path: Path = config.state_dir / NODE_ID
+    path: Path = config.coordinator_dir / NODE_ID
     try:
         fleet = Fleet(coordinator, read_key(coordinator.key), stopping=StopRequest().event)
     except BadInput:

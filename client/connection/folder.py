@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from client.config import MAIN
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import Kit
 from common.files import private_folder, write_atomic
@@ -58,9 +59,12 @@ coordinator:
   ca: ./ca.crt                    # certificate of the federation's authority, from the kit
   key: ./keys/{name}              # this site's private key; it never leaves. Send keys/{name}.pub
   # health_port: 9101             # loopback port of the gRPC health service, for systemd or Kubernetes
+# coordinators: {{}}               # further ones, by name, under the same budget; this one is called `main`:
+                                  # headwater site init DIR --kit KIT.zip --coordinator NAME adds one
 
 # own_backbones:                  # opened from here instead of being received, where a run's backbone is one of these
 #   - {{kind: torchvision, model: mobilenet_v2, weights: ./mobilenet_v2.safetensors}}
+# reply_every_s: 1.0              # answers leave at whole numbers of such seconds; longer than any takes hides its time
 # plugins: ./plugins              # folder of this site's own source kinds, one file each
 # ledger_dir: ./ledgers           # where budgets are kept; by default one place for all site files of this user,
                                   # ~/.local/share/headwater/ledgers. In a container: on a volume that stays. Back it up
@@ -79,6 +83,13 @@ _TASK = """\
     unmapped: refuse              # a value that is no label, likewise
     public_size: {mark}           # public: declared number of units, a round number near the truth; weights use it,
                                   # never the true count
+"""
+
+_COORDINATOR = """\
+  {coordinator}:
+    address: {address}
+    ca: ./coordinators/{coordinator}/ca.crt
+    key: ./keys/{name}
 """
 
 
@@ -171,6 +182,40 @@ def take_kit(folder: Path, kit: Kit) -> None:
     write_atomic(site_file, (_render_site_file(kit.settings.site, kit, registry) if untouched else filled).encode())
 
 
+def add_coordinator(folder: Path, kit: Kit, coordinator: str) -> None:
+    """Adds a kit of a further coordinator to a site's folder and names the coordinator in the site file.
+
+    Args:
+        folder: the site's folder.
+        kit: the further coordinator's kit.
+        coordinator: name that the site gives to the coordinator.
+
+    Raises:
+        BadInput: the kit is for a site whose key is not here, or the site file names the coordinator already.
+    """
+    _check_name("--coordinator", coordinator)
+    name, site_file = kit.settings.site, folder / SITE_FILE
+    if not (folder / "keys" / name).exists():
+        raise BadInput(f"{folder}: expected a kit for the site whose key is in keys/, got one for {name}")
+    text = site_file.read_text(encoding="utf-8")
+    if coordinator == MAIN or coordinator in (read_yaml(site_file).get("coordinators") or {}):
+        raise BadInput(f"--coordinator: expected a name that {site_file} does not use yet, got {coordinator}")
+    entry = _COORDINATOR.format(coordinator=coordinator, address=kit.settings.address, name=name)
+    first, *others = re.split(r"^(?=coordinators:)", text, flags=re.MULTILINE)
+    if not others:
+        text = f"{first.rstrip()}\n\ncoordinators:                     # further ones, under the same budget\n{entry}"
+    elif (line := re.match(r"coordinators: *(#.*)?\n", others[0])) is not None:
+        text = f"{first}{line[0]}{entry}{others[0][line.end() :]}"
+    else:
+        raise BadInput(
+            f"{site_file}: expected `coordinators:` in a line of its own, with a coordinator in each block below"
+        )
+    write_atomic(private_folder(folder / "coordinators" / coordinator) / "ca.crt", kit.ca)
+    for run, content in kit.offers.items():
+        write_atomic(private_folder(folder / "offers" / coordinator) / f"{run}.json", content)
+    write_atomic(site_file, text.encode())
+
+
 def find_marks(text: str) -> list[int]:
     """Returns the numbers, from 1, of a site file's lines that are still to be filled in."""
     return [number for number, line in enumerate(text.splitlines(), start=1) if MARK in line.split("#")[0]]
@@ -183,9 +228,13 @@ def _choose_name(kit: Kit | None, name: str | None) -> str:
     chosen = name or known
     if chosen is None:
         raise BadInput("--name: expected the site's name, got none; the kit would give one")
-    if not chosen.isascii() or not chosen.replace("-", "a").replace("_", "a").isalnum() or chosen != chosen.lower():
-        raise BadInput(f"--name: expected lower-case letters, digits, - and _, got {chosen!r}")
+    _check_name("--name", chosen)
     return chosen
+
+
+def _check_name(option: str, name: str) -> None:
+    if not name.isascii() or not name.replace("-", "a").replace("_", "a").isalnum() or name != name.lower():
+        raise BadInput(f"{option}: expected lower-case letters, digits, - and _, got {name!r}")
 
 
 def _render_site_file(name: str, kit: Kit | None, registry: str) -> str:

@@ -34,7 +34,7 @@ from client.connection.diagnose import (
 )
 from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunInactive
 from client.connection.keys import read_key
-from client.connection.worker import Abandoned, Worker, WorkerDied, make_declined_reply
+from client.connection.worker import COORDINATOR_VARIABLE, Abandoned, Worker, WorkerDied, make_declined_reply
 from common import messages
 from common.bundle import compute_bundle_digest, compute_code_digest
 from common.events import (
@@ -73,9 +73,9 @@ _UNTIMED = (messages.JOIN, messages.PART, messages.FINISH)
 Show = Callable[[str], None]
 
 
-def make_private_environment(state_dir: Path) -> dict[str, str]:
-    """Returns the environment of a site's processes: no telemetry, no installation, files in the state folder."""
-    return {**os.environ, **PRIVATE_ENVIRONMENT, "FLWR_HOME": str(private_folder(state_dir) / "flwr")}
+def make_private_environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of a site's processes: no telemetry, no installation, files in a coordinator's folder."""
+    return {**os.environ, **PRIVATE_ENVIRONMENT, "FLWR_HOME": str(private_folder(folder) / "flwr")}
 
 
 @dataclass
@@ -98,14 +98,14 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def lock_site(state_dir: Path) -> Iterator[None]:
-    """Holds the site's lock: two processes would answer the same requests.
+def lock_site(folder: Path) -> Iterator[None]:
+    """Holds the lock of a coordinator's folder: two processes would answer the same requests.
 
     Raises:
         BadInput: another process holds it.
     """
-    serving = BadInput(f"state_dir: another `headwater site start` already serves {state_dir}")
-    with lock_file(private_folder(state_dir) / "joined.lock", timeout_s=0.0, held=serving):
+    serving = BadInput(f"state_dir: another `headwater site start` already serves {folder}")
+    with lock_file(private_folder(folder) / "joined.lock", timeout_s=0.0, held=serving):
         yield
 
 
@@ -147,7 +147,7 @@ class Node:
         """Reads the site's key and certificates; contacts nothing yet.
 
         Args:
-            config: The settings of the site file.
+            config: The settings of the site file, for one coordinator.
             site_file: The path of the same file, for the worker.
             show: A function that is called with one line about each thing that happens.
             online: A function that is called with whether the site is joined, whenever that changes.
@@ -157,15 +157,16 @@ class Node:
         Raises:
             BadInput: No coordinator is named, or the key or the authority's certificate cannot be used.
         """
-        if config.coordinator is None:
+        named = config.list_coordinators().get(config.coordinator_name)
+        if named is None:
             raise BadInput("coordinator: expected address, ca and key of the coordinator to join, got nothing")
         self._config, self._site_file = config, site_file
-        self._coordinator: Coordinator = config.coordinator
+        self._coordinator: Coordinator = named
         self._show, self._online, self._leaving = show, online, leaving
         self._retry_for_s = retry_for_s
         create_trusting_context(self._coordinator.ca)
         self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event)
-        self._journal = FileJournal(private_folder(config.state_dir) / JOURNAL)
+        self._journal = FileJournal(private_folder(config.coordinator_dir) / JOURNAL)
         self._num_seen = len(read_site_journal(self._journal.path))
         self._own_digest = compute_code_digest()
         self._differences: dict[int, str | None] = {}
@@ -214,7 +215,7 @@ class Node:
         self._show(f"joined {self._coordinator.address} as {self._config.name} (node {self._node})")
 
     def _activate(self) -> int:
-        path = self._config.state_dir / NODE_ID
+        path = self._config.coordinator_dir / NODE_ID
         saved = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
         # A damaged file is as good as none: the coordinator knows the node by its key.
         if saved.isascii() and saved.isdigit():
@@ -314,7 +315,10 @@ class Node:
             self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
             return make_declined_reply(delivery, DeclineReason.VERSION, self._config.name)
         if self._worker is None:
-            self._worker = Worker(self._site_file, make_private_environment(self._config.state_dir))
+            environment = make_private_environment(self._config.coordinator_dir)
+            if self._config.list_coordinators():
+                environment[COORDINATOR_VARIABLE] = self._config.coordinator_name
+            self._worker = Worker(self._site_file, environment)
         try:
             return self._worker.answer(delivery, self._leaving.is_due)
         except WorkerDied as died:

@@ -33,6 +33,7 @@ from common.events import (
     ReplySent,
     RequestDeclined,
     RunAudited,
+    SiteEvent,
     read_site_journal,
     select_events,
 )
@@ -98,7 +99,7 @@ def statement(config: SiteConfig) -> Statement:
     """
     ledger = Ledger.find(locate_ledgers(config), config.registry)
     lines = [] if ledger is None else ledger.lines()
-    events = read_site_journal(config.state_dir / "site.jsonl")
+    events = _read_journals(config)
     resent = Counter((event.run_id, event.round, event.purpose) for event in select_events(events, ReplyResent))
     releases = [_release(config, line, line.event, resent) for line in lines if isinstance(line.event, ChargeReserved)]
     known = {(each.run, each.round, each.purpose) for each in releases}
@@ -132,6 +133,16 @@ def statement(config: SiteConfig) -> Statement:
     )
 
 
+def _read_journals(config: SiteConfig) -> list[SiteEvent]:
+    """Returns the events of all coordinators, with runs named as the ledger names them."""
+    events: list[SiteEvent] = []
+    for prefix, place in config.list_coordinator_dirs().items():
+        for event in read_site_journal(place / "site.jsonl"):
+            named = {"run_id": prefix + event.run_id} if prefix and hasattr(event, "run_id") else {}
+            events.append(event.model_copy(update=named))
+    return events
+
+
 def as_json(page: Statement) -> dict[str, Any]:
     """The page as plain values."""
     return asdict(page)
@@ -152,7 +163,7 @@ def in_words(mechanism: Mechanism | None) -> str:
 def _release(
     config: SiteConfig, line: LedgerLine, charge: ChargeReserved, resent: Mapping[tuple[str, int, Purpose], int]
 ) -> LoggedRelease:
-    stored = config.state_dir / "runs" / charge.run / "replies" / charge.request
+    stored = config.locate_run(charge.run) / "replies" / charge.request
     size = stored.stat().st_size if charge.request and stored.is_file() else None
     key = (charge.run, charge.round, charge.purpose)
     time = line.time if charge.original is None else charge.original.time

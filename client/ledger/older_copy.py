@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,36 +22,39 @@ from common.events import ReplySent, read_site_journal, select_events
 from common.types import LedgerDamaged
 
 
-def check_replies(ledger: Ledger, state_dir: Path) -> None:
-    """Checks that everything that a site sent is charged; once a process for each ledger and folder.
+def check_replies(ledger: Ledger, places: Mapping[str, Path]) -> None:
+    """Checks that everything that a site sent is charged; once a process for each ledger and its folders.
 
     Args:
         ledger: the ledger of the site's population.
-        state_dir: folder of the site's runs and journal.
+        places: folder of each coordinator's runs and journal, by what the names of its charges begin with.
 
     Raises:
         LedgerDamaged: a reply has no charge.
     """
-    _check_replies(ledger, state_dir, ledger.identify_files())
+    _check_replies(ledger, tuple(places.items()), ledger.identify_files())
 
 
 @lru_cache(maxsize=2**14)
-def _check_replies(ledger: Ledger, state_dir: Path, files: tuple[int, ...]) -> None:
+def _check_replies(ledger: Ledger, places: tuple[tuple[str, Path], ...], files: tuple[int, ...]) -> None:
     del files  # Others where the ledger was replaced or restored since.
     lines = ledger.lines()
     charges = [line.event for line in lines if isinstance(line.event, ChargeReserved)]
     recovered = _find_last_recovery(lines)
-    requests = {charge.request for charge in charges}
-    for reply in (state_dir / "runs").glob("*/replies/*"):
-        # Those that begin with a dot were being written when a process died: they were not sent.
-        if not reply.name.startswith(".") and reply.name not in requests and reply.stat().st_mtime > recovered:
-            raise _describe(ledger, reply.parents[1].name)
+    requests = {(charge.run, charge.request) for charge in charges}
     left = Counter((charge.run, charge.round, charge.purpose) for charge in charges)
-    for event in select_events(read_site_journal(state_dir / "site.jsonl"), ReplySent):
-        about = (event.run_id, event.round, event.purpose)
-        left[about] -= 1
-        if left[about] < 0 and event.time > recovered:
-            raise _describe(ledger, event.run_id)
+    for prefix, place in places:
+        for reply in place.glob("runs/*/replies/*"):
+            run = prefix + reply.parents[1].name
+            # Those that begin with a dot were being written when a process died: they were not sent.
+            uncharged = not reply.name.startswith(".") and (run, reply.name) not in requests
+            if uncharged and reply.stat().st_mtime > recovered:
+                raise _describe(ledger, run)
+        for event in select_events(read_site_journal(place / "site.jsonl"), ReplySent):
+            about = (prefix + event.run_id, event.round, event.purpose)
+            left[about] -= 1
+            if left[about] < 0 and event.time > recovered:
+                raise _describe(ledger, about[0])
 
 
 def check_reply(ledger: Ledger, reply: Path) -> None:

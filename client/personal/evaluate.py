@@ -106,7 +106,7 @@ def load_final_heads(folder: Path) -> Heads:
 
 
 def _find_last_run(site: Site) -> str:
-    ended = sorted((site.config.state_dir / "runs").glob("*/final_heads.bin"), key=lambda path: path.stat().st_mtime)
+    ended = sorted(site.config.coordinator_dir.glob("runs/*/final_heads.bin"), key=lambda path: path.stat().st_mtime)
     if not ended:
         raise BadInput("expected a run that has ended, but this site has received no final heads yet")
     return ended[-1].parent.name

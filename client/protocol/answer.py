@@ -73,7 +73,7 @@ def answer_once(
             newest = replies.find_newest()
             if newest is not None:
                 check_reply(ledger, newest)
-            _check_asked_once(ledger, joined, request.round, what, digest)
+            _check_asked_once(ledger, site.config.name_charge(joined.run_id), request.round, what, digest)
             reply, reservation, num_releases = answer(digest, ledger)
             records = messages.encode(reply)
             data = messages.to_bytes(records)
@@ -95,7 +95,7 @@ def answer_once(
     return records
 
 
-def _check_asked_once(ledger: Ledger, joined: Joined, round_: int, what: Purpose, digest: str) -> None:
+def _check_asked_once(ledger: Ledger, charged: str, round_: int, what: Purpose, digest: str) -> None:
     """A round is answered to one request: else a coordinator could ask it over and over, up to the whole budget.
 
     Charges that were cut off, by a crash or an error, may be made again a few times.
@@ -103,7 +103,7 @@ def _check_asked_once(ledger: Ledger, joined: Joined, round_: int, what: Purpose
     Raises:
         SiteDeclined: another request of this round was answered, or it was charged too often.
     """
-    about = (joined.run_id, what, round_)
+    about = (charged, what, round_)
     charges = [charge for charge in ledger.charges() if (charge.run, charge.purpose, charge.round) == about]
     if any(charge.committed and charge.request != digest for charge in charges):
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "this round was answered already, to another request")

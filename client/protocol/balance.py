@@ -250,7 +250,7 @@ def _run(history: History, name: str) -> RunSpent:
 def _last_run(config: SiteConfig, history: History) -> Joined | None:
     """The run charged last that is still on disk."""
     for charge in reversed(list(history.charges.values())):
-        folder = config.state_dir / "runs" / charge.run
+        folder = config.locate_run(charge.run)
         if (folder / "offer.json").exists():
             offer = parse_offer((folder / "offer.json").read_bytes(), str(folder / "offer.json"))
             return Joined(charge.run, offer.run_config(folder), offer.backbones, folder)

@@ -76,7 +76,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
         reservation, mechanism = ledger.reserve_evaluation(
             share,
             len(opened.tasks),
-            run=joined.run_id,
+            run=site.config.name_charge(joined.run_id),
             round=request.round,
             request=digest,
             allow_infinite=site.config.allow.non_private,

@@ -69,7 +69,8 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     _check_heads(joined, tasks)
     ledger = site.ledger()
     # A resumed run was partly paid for; each round's reservation stays the gate.
-    paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (joined.run_id, TRAINING)}
+    charged = site.config.name_charge(joined.run_id)
+    paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (charged, TRAINING)}
     rounds = joined.run.rounds - len(paid)
     whole = [Mechanism.of(plan.over(rounds))] if rounds > 0 else []
     if plan.private and whole and not ledger.affords(whole, site.share):
@@ -99,7 +100,7 @@ def _held(site: Site, digest: str) -> messages.Held:
 
 def _let_wait(site: Site, request: messages.JoinRequest) -> bool:
     """Keep an offer that nobody approved, for `headwater site approve`; whether it is new."""
-    return Approvals(site.config.state_dir).wait(Offer(request.run, request.backbones))
+    return Approvals(site.config.coordinator_dir).wait(Offer(request.run, request.backbones))
 
 
 def _read_offer(site: Site, request: messages.JoinRequest) -> Joined:

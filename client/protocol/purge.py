@@ -17,8 +17,8 @@ from client.data.exclusions import Exclusions
 from client.data.prepare import PROBLEMS
 from client.data.sources import open_source
 from client.protocol.site import Site
-from common.events import RecordsPurged
-from common.files import flush_folder
+from common.events import FileJournal, RecordsPurged
+from common.files import flush_folder, private_folder
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ def purge(site: Site, ids: Iterable[str]) -> Purged:
     # Before anything is removed, so that nothing is encoded again from those who leave.
     after.write(state_dir)
     features = _removed(site.features_folder())
-    runs = [folder for folder in sorted((state_dir / "runs").glob("*")) if _remove_prepared(folder)]
+    places = site.config.list_coordinator_dirs().values()
+    runs = [folder for place in places for folder in sorted(place.glob("runs/*")) if _remove_prepared(folder)]
     num_new = len(after.hashes) - len(before.hashes)
-    site.journal.write(RecordsPurged(num_excluded=num_new, num_features=features, num_runs=len(runs)))
+    journal = FileJournal(private_folder(state_dir) / "site.jsonl")  # Of the site, whatever coordinator it serves.
+    journal.write(RecordsPurged(num_excluded=num_new, num_features=features, num_runs=len(runs)))
     return Purged(len(after.hashes), num_new, _count(site, after), features, len(runs))
 
 

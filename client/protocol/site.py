@@ -84,7 +84,7 @@ class Site:
     @property
     def journal(self) -> Journal:
         """The site's own record of what it sent and refused."""
-        return FileJournal(private_folder(self.config.state_dir) / "site.jsonl")
+        return FileJournal(private_folder(self.config.coordinator_dir) / "site.jsonl")
 
     def ledger(self) -> Ledger:
         """Returns the ledger of this site's population.
@@ -107,7 +107,7 @@ class Site:
         """Returns the store of the backbones received so far."""
         from client.data.backbone_store import BackboneStore
 
-        return BackboneStore(self.config.state_dir / "backbones", self.opened)
+        return BackboneStore(self.config.coordinator_dir / "backbones", self.opened)
 
     def features(self) -> FeatureStore:
         """Cached features; sites of one simulation may share the folder."""
@@ -141,13 +141,13 @@ def find_ledger(config: SiteConfig) -> Ledger | None:
     if ledger is None and has_replies(config):
         raise LedgerDamaged(f"ledger {config.registry}: it is missing in {folder}, at a site that has answered before")
     if ledger is not None:
-        check_replies(ledger, config.state_dir)
+        check_replies(ledger, config.list_coordinator_dirs())
     return ledger
 
 
 def has_replies(config: SiteConfig) -> bool:
     """Returns true if a reply is stored from any run: then something may have left."""
-    return any((config.state_dir / "runs").glob("*/replies/*"))
+    return any(any(place.glob("runs/*/replies/*")) for place in config.list_coordinator_dirs().values())
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
     """
     if site.config.approval == "automatic":
         return
-    approvals = Approvals(site.config.state_dir)
+    approvals = Approvals(site.config.coordinator_dir)
     if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
         detail = f"nobody approved run {digest}; see `headwater site approve SITE.yaml`"
         raise SiteDeclined(DeclineReason.NOT_APPROVED, detail)
@@ -225,7 +225,7 @@ def run_folder(site: Site, run_id: str) -> Path:
     plain = run_id.isascii() and all(char.isalnum() or char in "-_" for char in run_id)
     if not run_id or len(run_id) > 128 or not plain:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run's id is not a plain name")
-    return site.config.state_dir / "runs" / run_id
+    return site.config.coordinator_dir / "runs" / run_id
 
 
 def check_prepared(joined: Joined) -> dict[str, int]:

@@ -37,7 +37,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
         solver = open_solver(joined.run.solver, "solver")
         reservation = ledger.reserve(
             Mechanism.of(plan),
-            run=joined.run_id,
+            run=site.config.name_charge(joined.run_id),
             round=request.round,
             request=digest,
             allow_infinite=site.config.allow.non_private,

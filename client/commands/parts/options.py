@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from client.config import SiteConfig
+from client.config import MAIN, SiteConfig
 from client.connection.folder import MARK, find_marks
 from common.types import BadInput
 from common.yaml import load
@@ -17,6 +17,9 @@ SiteFile = Annotated[Path, typer.Argument(metavar="SITE.yaml", help="The site's 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]
 Reason = Annotated[str, typer.Option(help="The reason; it is kept in the ledger (required)")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the site file (repeatable)")]
+Coordinator = Annotated[
+    str | None, typer.Option("--coordinator", help="Name of the coordinator, where the site file has several")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
 
 
@@ -35,3 +38,9 @@ def load_site(site: Path) -> SiteConfig:
             lines = ", ".join(map(str, waiting))
             raise BadInput(f"{site}: expected every {MARK} to be replaced, got one in lines {lines}")
     return load(SiteConfig, site)
+
+
+def locate_offers(site: Path, config: SiteConfig) -> Path:
+    """Returns the folder of the offers that came with the selected coordinator's kit."""
+    name = config.coordinator_name
+    return site.parent / "offers" if name == MAIN else site.parent / "offers" / name

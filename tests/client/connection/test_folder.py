@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from client.__main__ import app
 from client.config import Coordinator, SiteConfig, SiteTask
-from client.connection.folder import MARK, SITE_FILE, find_marks, make_folder, take_kit
+from client.connection.folder import MARK, SITE_FILE, add_coordinator, find_marks, make_folder, take_kit
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import MAX_KIT_BYTES, read_kit
 from client.protocol.site import Site
@@ -320,3 +320,80 @@ def test_a_key_that_works_is_not_replaced_until_it_is_moved_away(tmp_path: Path)
     key.rename(tmp_path / "old")
     assert CliRunner().invoke(app, ["init", str(folder), "--new-key"]).exit_code == 0
     assert key.read_bytes() != before["hospital-a"]
+
+
+# --- a further coordinator -------------------------------------------------------------------------------------------
+
+
+def test_a_further_coordinators_kit_is_added_under_its_own_name(tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    make_folder(folder, read_kit(kit(tmp_path)), None)
+    path = folder / SITE_FILE
+    path.write_text(yaml.safe_dump({**filled(path.read_text()), "device": "cpu"}))
+    before = load(SiteConfig, path)
+    ca = (folder / "ca.crt").read_bytes()
+    for name in ("lungs", "kidneys"):  # Another authority each time.
+        done = CliRunner().invoke(app, ["init", str(folder), "--kit", str(kit(tmp_path)), "--coordinator", name])
+        assert done.exit_code == 0, done.stderr
+    config = load(SiteConfig, path)
+    assert list(config.list_coordinators()) == ["main", "kidneys", "lungs"]
+    assert config.select("main") == before
+    lungs = config.coordinators["lungs"]
+    assert str(lungs.address) == "federation.example.org:9092"
+    assert lungs.ca.read_bytes() != ca == (folder / "ca.crt").read_bytes()
+    assert read_key(lungs.key)
+    assert (folder / "offers" / "lungs" / "tiny.json").read_bytes() == offer()
+
+
+def test_a_further_coordinator_is_added_below_what_the_staff_wrote(tmp_path: Path) -> None:
+    folder = tmp_path / "site"
+    make_folder(folder, read_kit(kit(tmp_path)), None)
+    path = folder / SITE_FILE
+    written = path.read_text().replace("# coordinators: {}   ", "coordinators:   # ours\n#")
+    path.write_text(f"{written}# the end")
+    add_coordinator(folder, read_kit(kit(tmp_path)), "lungs")
+    kept = path.read_text()
+    assert "coordinators:   # ours\n  lungs:\n    address: federation.example.org:9092\n" in kept
+    assert all(line in kept.splitlines() for line in [*written.splitlines(), "# the end"])
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("main", "", "does not use yet"),
+        ("lungs", "coordinators: {lungs: {address: 'a:1', ca: b, key: c}}", "does not use yet"),
+        ("hearts", "coordinators: {lungs: {address: 'a:1', ca: b, key: c}}", "in a line of its own"),
+        ("../lungs", "", "lower-case"),
+    ],
+)
+def test_a_coordinator_that_cannot_be_added_changes_nothing(tmp_path: Path, name: str, line: str, said: str) -> None:
+    folder = tmp_path / "site"
+    make_folder(folder, read_kit(kit(tmp_path)), None)
+    (folder / SITE_FILE).write_text(f"{(folder / SITE_FILE).read_text()}{line}\n")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match=said):
+        add_coordinator(folder, read_kit(kit(tmp_path)), name)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_checks_and_approvals_are_for_each_coordinator(tmp_path: Path) -> None:
+    where = {"address": "localhost:9092", "ca": "ca.crt", "key": "keys/north"}
+    config = site_config(
+        tmp_path / "data", "north", approval="required", coordinators={"hearts": where, "lungs": where}
+    )
+    write_yaml(make(tmp_path / "site" / "site.yaml"), config)
+    make(tmp_path / "site" / "offers" / "hearts" / "tiny.json").write_bytes(offer())
+    make(tmp_path / "site" / "offers" / "lungs" / "tiny.json").write_bytes(offer())
+
+    def outcomes() -> dict[str, tuple[str, str]]:
+        checked = CliRunner().invoke(app, ["check", str(tmp_path / "site" / "site.yaml"), "--offline", "--json"])
+        return {item["name"]: (item["outcome"], item["remedy"]) for item in json.loads(checked.stdout)["checks"]}
+
+    found = outcomes()
+    assert {"hearts key", "lungs key", "hearts authority", "lungs authority"} <= set(found)
+    outcome, remedy = found["run lungs tiny"]
+    assert outcome == "warn" and remedy.endswith("--coordinator lungs")
+    assert CliRunner().invoke(app, remedy.split()[2:]).exit_code == 0
+    assert (outcomes()["run lungs tiny"][0], outcomes()["run hearts tiny"][0]) == ("pass", "warn")
+    unnamed = CliRunner().invoke(app, ["approve", str(tmp_path / "site" / "site.yaml")])
+    assert unnamed.exit_code == 2 and "--coordinator: expected one of hearts, lungs" in unnamed.stderr

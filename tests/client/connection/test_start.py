@@ -346,3 +346,40 @@ def wait_until_charged(site: Path, timeout_s: float = 30.0) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("nothing was charged")
+
+
+def test_two_coordinators_are_served_at_once_and_the_second_is_declined_when_the_budget_is_used_up(
+    tmp_path: Path, where: Link
+) -> None:
+    """One site file, one budget: of two runs, at two real SuperLinks, the first uses it up."""
+    with link(tmp_path / "other") as other:
+        links = {"hearts": where, "lungs": other}
+        named = {
+            name: {"address": each.address, "ca": str(each.ca), "key": "./keys/two"} for name, each in links.items()
+        }
+        # Each run costs epsilon 4.4.
+        budget = {"epsilon": 5.5, "delta": 1e-5}
+        site = write_site(tmp_path / "two", "two", where, coordinator=None, coordinators=named, budget=budget)
+        for each in links.values():
+            each.admit(tmp_path / "two" / "keys" / "two.pub")
+        checked = client("check", str(site))
+        assert checked.returncode == 0, checked.stdout
+        assert "hearts admitted" in checked.stdout and "lungs admitted" in checked.stdout
+        log, run_file = tmp_path / "two.log", write_run(tmp_path / "run.yaml", **cohort(1))
+        with started(site, log) as both:
+            for name in links:
+                wait_for(log, f"{name}: joined")
+            refused = client("start", str(site), "--coordinator", "lungs")
+            assert refused.returncode == 2 and "already serves" in refused.stderr
+            first = where.submit(ROOT, run_file, tmp_path / "runs-hearts")
+            assert where.finished(first) == "finished:completed"
+            second = other.submit(ROOT, run_file, tmp_path / "runs-lungs")
+            assert other.finished(second) == "finished:failed"
+            assert "lungs: declined (budget)" in wait_for(log, "declined (budget)")
+            assert leave(both) == 0
+            assert wait_for(log, "hearts: left") and wait_for(log, "lungs: left")
+    [run] = account(site)["runs"]  # type: ignore[misc]
+    assert run["run"].startswith("hearts/") and run["rounds"] == 2  # type: ignore[index]
+    state = load(SiteConfig, site).state_dir / "coordinators"
+    assert list((state / "hearts" / "runs").glob("*/replies/*"))
+    assert not list((state / "lungs" / "runs").glob("*/replies/*"))
