@@ -67,9 +67,12 @@ class SiteTask(LabelColumns):
 
     Attributes:
         public_size: declared, public number of units; weights and divisors use it, never the true count.
+        min_units: fewest units to train on, with a label and a record that the offered backbone takes, with which the
+            site takes part; tried when a run is approved.
     """
 
     public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)]
+    min_units: PositiveInt = 1
 
 
 class Split(Frozen):

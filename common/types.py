@@ -75,6 +75,10 @@ class LedgerDamaged(HeadwaterError):
     """A ledger's chain does not verify, or is an older copy of itself."""
 
 
+class RecordsUnusable(HeadwaterError):
+    """Too few of a site's records can be used, or one that may not be left out cannot."""
+
+
 class RunFailed(HeadwaterError):
     """A run ended without a usable result."""
 

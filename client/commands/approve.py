@@ -16,7 +16,7 @@ from common.offers import Offer
 from common.privacy.accounting import round_up
 from common.process.console import reported_errors
 from common.run import RunConfig
-from common.types import BadInput, BudgetExhausted
+from common.types import BadInput, BudgetExhausted, RecordsUnusable
 from common.yaml import load
 
 
@@ -34,7 +34,8 @@ def approve(
 
     Without RUN it lists too.
 
-    A run that the site's budget does not cover is not approved: exit code 1.
+    A run that the site's budget does not cover is not approved, nor one for which a sample says that too few records
+    can be used: exit code 1.
 
     Example: headwater site approve site.yaml offers/brain-mri.json
     """
@@ -47,7 +48,7 @@ def approve(
             _print_offers(approvals, locate_offers(site, config), json_)
             return
         offer = _find_offer(approvals, run)
-        about = _describe_offer(config, offer)
+        about = {**_describe_offer(config, offer), **_try_records(config, offer)}
         approval = approvals.approve(offer)
         if json_:
             typer.echo(json.dumps({**about, "approved_by": approval.by, "time": approval.time}, indent=2))
@@ -103,6 +104,18 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
             "approved"
         )
     return {**about, "price": price}
+
+
+def _try_records(config: SiteConfig, offer: Offer) -> dict[str, str]:
+    """Returns what a sample says about the records of each task. Raises where they do not do for the run."""
+    from client.connection.checks import check_records
+    from client.data.snapshot import survey_sources
+
+    tried = list(check_records(config, offer, survey_sources(config)))
+    for item in tried:
+        if item.outcome == "fail":
+            raise RecordsUnusable(f"{item.name}: {item.detail}; {item.remedy}; nothing was approved")
+    return {item.name: item.detail for item in tried}
 
 
 def _describe_trainable(run: RunConfig) -> str:

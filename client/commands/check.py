@@ -27,7 +27,8 @@ def check(
 ) -> None:
     """Checks everything that joining needs; exit code 1 when something fails. Nothing is sent or spent.
 
-    With kept offers it writes previews of the records as the backbones receive them.
+    With kept offers it tries a sample of the records with the offered backbones, and writes previews of them as the
+    backbones receive them.
 
     Example: headwater site check hospital-a/site.yaml --offline
     """
@@ -35,10 +36,11 @@ def check(
         config = load_site(site)
         from client.connection.checks import (  # Here: it needs torch, and `init` does not.
             check_approvals,
-            check_backbone_fit,
+            check_records,
             check_site,
         )
         from client.data.preview import Preview, write_previews
+        from client.data.snapshot import survey_sources
         from client.protocol.approvals import check_offer, read_offer
 
         names: list[str | None] = [*config.list_coordinators()]
@@ -52,7 +54,9 @@ def check(
         previews: list[Preview] = []
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)
-        found += [check_backbone_fit(preview) for preview in previews if preview.refused]
+            survey = survey_sources(config)
+            for offer in kept.values():
+                found += check_records(config, offer, survey)
         sheets = [preview.sheet for preview in previews if preview.sheet]
         failed = sum(item.outcome == "fail" for item in found)
         if json_:

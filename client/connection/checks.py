@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from client.config import Coordinator, SiteConfig
 from client.connection import diagnose
@@ -24,16 +24,19 @@ from client.connection.diagnose import (
 )
 from client.connection.keys import read_key
 from client.data.checks import data_checks
-from client.data.preview import Preview
 from client.ledger.place import find_default_ledger_dir, has_ledger, locate_ledgers
 from client.protocol import balance as budgets
-from client.protocol.approvals import Approvals
-from client.protocol.site import STOPPED, Site
+from client.protocol.approvals import Approvals, check_offer
+from client.protocol.site import STOPPED, Joined, Site
 from common.bundle import compute_code_digest
 from common.offers import Offer
 from common.privacy.noise import os_entropy
 from common.run import RunConfig
-from common.types import BadInput, HeadwaterError
+from common.types import BadInput, HeadwaterError, Unit
+
+if TYPE_CHECKING:
+    from client.data.snapshot import Survey
+    from client.data.trial import TaskTrial
 
 LOW_DISK_BYTES = 2 << 30
 _OTHERS = 0o077
@@ -103,12 +106,49 @@ def check_approvals(
             yield Check(f"run {name}", "warn", "not approved yet", f"headwater site approve {site} {path}{option}")
 
 
-def check_backbone_fit(preview: Preview) -> Check:
-    """Returns the finding that the offered backbone cannot take some of a source's records."""
-    detail = f"{len(preview.refused)} of the records looked at do not suit the offered backbone: {preview.refused[0]}"
-    return Check(
-        f"source {preview.source}", "warn" if preview.sheet else "fail", detail, "convert them, or decline the run"
+def check_records(config: SiteConfig, offer: Offer, survey: Survey) -> Iterator[Check]:
+    """Yields, for each task of an offered run at this site, whether enough records can be used, tried with a sample.
+
+    Args:
+        config: settings of the site file.
+        offer: the offered run.
+        survey: the site's records.
+
+    Raises:
+        BadInput: a setting of the run, or a column that the site file names, is wrong.
+    """
+    from client.data.trial import open_at_hand, try_tasks  # Here: it needs torch.
+
+    run = check_offer(offer)
+    joined = Joined("", run, offer.backbones, config.state_dir)
+    tasks = joined.tasks(config)
+    backbones = open_at_hand(config, run, joined.digests(tasks))
+    for trial in try_tasks(config, run, tasks, backbones, survey):
+        yield _judge_trial(config, run, trial)
+
+
+def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
+    name = f"task {trial.task} in {run.name}"
+    detail = "; ".join(
+        f"{what}: {side.num_records} records, {side.num_labelled} with a label, "
+        f"{'' if side.num_tried == side.num_labelled else 'about '}{side.num_usable} usable"
+        + (f" of {side.num_units} patients" if config.unit is Unit.PATIENT else "")
+        + f" ({side.num_tried} tried)"
+        for what, side in (("to train on", trial.sides["train"]), ("held out", trial.sides["test"]))
     )
+    if not trial.has_weights:
+        detail += "; tried without the backbone's weights, which are not here yet"
+    if trial.refused:
+        first = trial.refused[0]
+        detail += f"; {len(trial.refused)} unusable, the first: {first.file} row {first.row}: {first.reason}"
+    if not trial.has_enough:
+        needed = f"tasks.{trial.task}.min_units: expected at least {trial.min_units} usable units to train on"
+        return Check(name, "fail", f"{needed}; {detail}", "correct the source's settings, or take no part in the run")
+    if trial.refused:
+        stops = config.on_bad_record == "stop"
+        remedy = "mend them, or write `on_bad_record: skip`" if stops else "mend them, or let them be left out"
+        return Check(name, "fail" if stops else "warn", detail, remedy)
+    return Check(name, "pass", detail)
 
 
 # --- this machine ----------------------------------------------------------------------------------------------------

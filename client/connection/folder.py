@@ -83,6 +83,7 @@ _TASK = """\
     unmapped: refuse              # a value that is no label, likewise
     public_size: {mark}           # public: declared number of units, a round number near the truth; weights use it,
                                   # never the true count
+    # min_units: 50               # take part with at least so many usable ones to train on; default 1
 """
 
 _COORDINATOR = """\

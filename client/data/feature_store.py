@@ -307,7 +307,7 @@ def _load(source: Source, backbone: Backbone, positions: range, most: int | None
             end = position
             break
         try:
-            inputs = _inputs(source.load(position), backbone)
+            inputs = list_inputs(source.load(position), backbone.preprocess, has_trunk=backbone.trunk is not None)
         except BadRecord as error:
             unusable[position] = str(error)
             continue
@@ -323,16 +323,25 @@ def _pinned(source: Source, backbone: Backbone, positions: range) -> _Batch:
     return batch if batch.items_I is None else replace(batch, items_I=batch.items_I.pin_memory())
 
 
-def _inputs(item: Any, backbone: Backbone) -> list[Tensor]:
-    """One record's inputs: one, or one for each of its items. Raises BadRecord."""
+def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, has_trunk: bool) -> list[Tensor]:
+    """Returns one record's inputs: one, or one for each of its items.
+
+    Args:
+        item: the content of a record.
+        preprocess: source item -> input of the backbone.
+        has_trunk: whether a part of the backbone trains.
+
+    Raises:
+        BadRecord: the record cannot be used.
+    """
     if not isinstance(item, Several):
-        return [backbone.preprocess(item)]
+        return [preprocess(item)]
     if not item.items:
         raise BadRecord("expected at least one item in the record")
-    if backbone.trunk is not None and len(item.items) > 1:
+    if has_trunk and len(item.items) > 1:
         # What trains above is not linear: the mean of its inputs is not the input of its mean.
         raise BadRecord("expected one item in the record where a part of the backbone trains, got several")
-    return [backbone.preprocess(part) for part in item.items]
+    return [preprocess(part) for part in item.items]
 
 
 def _means(backbone: Backbone, items_I: Tensor, sizes: list[int], step: int) -> NDArray[np.float32]:

@@ -34,12 +34,10 @@ class Preview:
     Attributes:
         source: its name in the site's file.
         sheet: the contact sheet; None where it holds no pictures.
-        refused: reasons for which the backbone's preprocessing refused records, one entry each.
     """
 
     source: str
     sheet: Path | None
-    refused: tuple[str, ...]
 
 
 def write_previews(config: SiteConfig, offers: Mapping[str, RunConfig]) -> list[Preview]:
@@ -56,24 +54,18 @@ def _preview(config: SiteConfig, name: str, kind: Kind | None) -> Preview:
     usable = sorted(set(range(len(source.index()))) - exclusions.positions(source.index()))
     chosen = sorted({round(at) for at in np.linspace(0, max(0, len(usable) - 1), _COLUMNS * _ROWS)})
     tiles: list[Image.Image] = []
-    refused: list[str] = []
     for position in (usable[at] for at in chosen if at < len(usable)):
         try:
-            item = source.load(position)
+            tile = _tile(source.load(position), kind)
         except BadRecord:
-            continue  # Named by the checks of the source.
-        try:
-            tile = _tile(item, kind)
-        except BadRecord as error:
-            refused.append(str(error))
-            continue
+            continue  # Named by the checks of the records.
         if tile is not None:
             tiles.append(tile)
     if not tiles:
-        return Preview(name, None, tuple(refused))
+        return Preview(name, None)
     path = private_folder(private_folder(config.state_dir) / FOLDER) / f"{name}.png"
     write_atomic(path, _sheet(tiles))
-    return Preview(name, path, tuple(refused))
+    return Preview(name, path)
 
 
 def _backbone_kind(config: SiteConfig, source: str, offers: Mapping[str, RunConfig]) -> Kind | None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from client.config import SiteConfig
-from client.connection.checks import Check, check_backbone_fit, check_site
+from client.connection.checks import Check, check_site
 from client.connection.keys import write_key_pair
 from client.data.preview import Preview, write_previews
 from client.protocol.site import Site
@@ -199,14 +199,7 @@ def test_pictures_are_previewed_as_the_offered_backbone_sees_them_for_the_owner_
 
 
 def test_records_without_pictures_have_no_preview(tmp_path: Path) -> None:
-    assert write_previews(site_config(tmp_path, "north"), {}) == [Preview("records", None, ())]
-
-
-def test_pictures_that_the_offered_backbone_cannot_take_are_a_failure(tmp_path: Path) -> None:
-    small = {"kind": "small_cnn", "input_size": 8, "weights": "x.safetensors"}
-    (preview,) = write_previews(config(tmp_path), offers(backbone=small))
-    assert (preview.sheet, len(preview.refused)) == (None, 4)
-    assert check_backbone_fit(preview).outcome == "fail"
+    assert write_previews(site_config(tmp_path, "north"), {}) == [Preview("records", None)]
 
 
 def test_an_excluded_patients_picture_is_not_previewed(tmp_path: Path) -> None:
@@ -214,7 +207,7 @@ def test_an_excluded_patients_picture_is_not_previewed(tmp_path: Path) -> None:
 
     site = config(tmp_path)
     Exclusions.read(site.state_dir).with_ids(["p1", "p2", "p3"]).write(site.state_dir)
-    assert write_previews(site, {}) == [Preview("xrays", None, ())]
+    assert write_previews(site, {}) == [Preview("xrays", None)]
 
 
 def outcome_of(config: SiteConfig, name: str) -> tuple[str, str, str]:

@@ -1,0 +1,202 @@
+"""Tries some of a site's records with the backbones of an offered run, before anything is spent.
+
+Labels, units and sides are those of all records. Whether a backbone takes a record is tried with a sample of each side,
+from which the counts are extrapolated; with `on_bad_record: stop` every record is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.config import SiteConfig
+from client.data.backbone_store import BackboneStore
+from client.data.feature_store import list_inputs
+from client.data.records import SIDES, PlacedRecord, RejectedRecord, Side, encode_labels
+from client.data.snapshot import Survey
+from common.backbones import Kind, WeightedKind
+from common.model.backbones import Backbone, open_pretrained
+from common.plugins import resolve
+from common.run import RunConfig
+from common.tasks import Task
+from common.types import BadInput, BadRecord
+
+SAMPLE = 64
+"""Records of a task on one side that are tried, evenly spaced over those that have a label."""
+
+
+@dataclass(frozen=True)
+class OfferedBackbone:
+    """A backbone of an offered run, as far as the site has it.
+
+    Attributes:
+        preprocess: source item -> input.
+        opened: the backbone with its weights; None where they are still to come.
+        has_trunk: whether a part of it trains.
+    """
+
+    preprocess: Callable[[Any], Tensor] = field(repr=False)
+    opened: Backbone | None = field(repr=False)
+    has_trunk: bool
+
+
+@dataclass(frozen=True)
+class SideTrial:
+    """The records of one task on one side.
+
+    Attributes:
+        num_records: number of records of the task's source.
+        num_labelled: number of them with a label of the task.
+        num_tried: number of labelled records that were tried.
+        num_usable: number of labelled records that the backbone takes, extrapolated where not all were tried.
+        num_units: number of units of those.
+    """
+
+    num_records: int
+    num_labelled: int
+    num_tried: int
+    num_usable: int
+    num_units: int
+
+
+@dataclass(frozen=True)
+class TaskTrial:
+    """The outcome of trying one task of an offered run.
+
+    Attributes:
+        task: name of the task.
+        min_units: the fewest units to train on with which the site takes part.
+        sides: side of the split -> its records.
+        has_weights: whether records were encoded, not only preprocessed.
+        refused: records that cannot be used, of those that were looked at.
+    """
+
+    task: str
+    min_units: int
+    sides: Mapping[Side, SideTrial] = field(repr=False)
+    has_weights: bool
+    refused: tuple[RejectedRecord, ...] = field(repr=False)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether there are enough units to train on."""
+        return self.sides["train"].num_units >= self.min_units
+
+
+def open_at_hand(config: SiteConfig, run: RunConfig, digests: Mapping[str, str]) -> dict[str, OfferedBackbone]:
+    """Returns a run's backbones by name: with weights where the site has them or they need none.
+
+    Args:
+        config: settings of the site file, for the backbones that were received and the site's own.
+        run: the offered run.
+        digests: digest of each of its backbones.
+
+    Raises:
+        BadInput: the settings of one are wrong.
+    """
+    store = BackboneStore(config.state_dir / "backbones")
+    return {name: _open_one(config, run, name, digest, store) for name, digest in digests.items()}
+
+
+def _open_one(config: SiteConfig, run: RunConfig, name: str, digest: str, store: BackboneStore) -> OfferedBackbone:
+    spec, key, has_trunk = run.backbone_specs[name], run.backbone_key(name), name in run.trainable
+    kind: Kind = resolve("common.backbones", spec, key)
+    if not isinstance(kind, WeightedKind):
+        opened = open_pretrained(spec, key)
+        return OfferedBackbone(opened.preprocess, opened, has_trunk)
+    try:
+        at_hand = store.adopt(digest, config.own_backbones)
+    except BadInput:
+        at_hand = False  # Said when the site joins; without it the weights come from the coordinator.
+    if at_hand:
+        opened = store.open(digest)
+        return OfferedBackbone(opened.preprocess, opened, has_trunk)
+    with torch.device("meta"):
+        own = kind.architecture().preprocess
+    return OfferedBackbone(own or kind.preprocess, None, has_trunk)
+
+
+def try_tasks(
+    config: SiteConfig,
+    run: RunConfig,
+    tasks: Mapping[str, Task],
+    backbones: Mapping[str, OfferedBackbone],
+    survey: Survey,
+) -> list[TaskTrial]:
+    """Tries the records of some tasks.
+
+    Args:
+        config: settings of the site file.
+        run: the offered run.
+        tasks: the run's tasks at this site, by name.
+        backbones: the run's backbones, by name.
+        survey: the site's records.
+
+    Raises:
+        BadInput: a source lacks the column of a task.
+    """
+
+    @cache
+    def find_fault(source: str, backbone: str, position: int, encode: bool) -> str | None:
+        return _find_fault(survey, source, backbones[backbone], position, encode)
+
+    trials = []
+    for name, task in tasks.items():
+        own, backbone = config.tasks[name], run.backbone_of(name)
+        records = [each for each in survey.placed if each.source == own.source]
+        labels = encode_labels(name, task, own, records)
+        labelled = [each for each, has_label in zip(records, labels.mask_R.tolist(), strict=True) if has_label]
+        refused = list(labels.rejected)
+        sides: dict[Side, SideTrial] = {}
+        for at, side in enumerate(SIDES):
+            here = [each for each in labelled if each.side == at]
+            sample = _spread(here)
+            encoded = {each.position for each in sample}
+            tried = here if config.on_bad_record == "stop" else sample
+            usable = []
+            for each in tried:
+                fault = find_fault(own.source, backbone, each.position, each.position in encoded)
+                if fault is None:
+                    usable.append(each)
+                else:
+                    refused.append(RejectedRecord(each.record.file, each.record.row, fault))
+            sides[side] = SideTrial(
+                num_records=sum(each.side == at for each in records),
+                num_labelled=len(here),
+                num_tried=len(tried),
+                num_usable=_extrapolate(len(usable), len(tried), len(here)),
+                num_units=_extrapolate(*(len({each.unit_key for each in some}) for some in (usable, tried, here))),
+            )
+        trials.append(
+            TaskTrial(name, own.min_units, sides, backbones[backbone].opened is not None, tuple(refused)),
+        )
+    return trials
+
+
+def _spread(records: Sequence[PlacedRecord]) -> list[PlacedRecord]:
+    """Returns some of the records, evenly spaced."""
+    return [records[at] for at in sorted({round(at) for at in np.linspace(0, len(records) - 1, SAMPLE)}) if at >= 0]
+
+
+def _extrapolate(usable: int, tried: int, count: int) -> int:
+    """Returns the number of usable ones among all, from a sample; zero only where the sample has none."""
+    return math.ceil(count * usable / tried) if tried else 0
+
+
+def _find_fault(survey: Survey, source: str, backbone: OfferedBackbone, position: int, encode: bool) -> str | None:
+    """Returns why a record cannot be used; None where it can, or where that is not yet known without weights."""
+    try:
+        item = survey.sources[source].load(position)
+        inputs = list_inputs(item, backbone.preprocess, has_trunk=backbone.has_trunk)
+        if encode and backbone.opened is not None and not backbone.opened.encode(inputs).isfinite().all():
+            return "features are not finite"
+    except BadRecord as error:
+        return str(error)
+    return None
