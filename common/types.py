@@ -63,6 +63,10 @@ class BadRecord(BadInput):
     """One record cannot be used. The message states why and holds nothing of the record's content."""
 
 
+class WeightsNeeded(BadRecord):
+    """A record cannot be preprocessed without what travels with the backbone's weights; nothing is wrong with it."""
+
+
 class DigestMismatch(HeadwaterError):
     """Weights differ from the digest that was agreed on."""
 

@@ -172,7 +172,9 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
         name: {task.source: site.sources[task.source].model_dump() for task in site.tasks.values()}
         for name, site in made.items()
     }
-    tasks = {name: {**made["north"].tasks[name].model_dump(), "public_size": PATIENTS} for name in BOTH}
+    tasks = {
+        name: {**made["north"].tasks[name].model_dump(exclude={"min_units"}), "public_size": PATIENTS} for name in BOTH
+    }
     values = {
         "run": own.run.model_dump(mode="json"),
         "tasks": tasks,
@@ -218,7 +220,10 @@ def test_a_mixed_run_with_a_trunk_that_was_cut_off_resumes_to_the_heads_of_a_who
     made = {name: own.site(name, tasks) for name, tasks in {"north": BOTH, "west": ("finding",)}.items()}
     values = {
         "run": own.run.model_dump(mode="json"),
-        "tasks": {name: {**made["north"].tasks[name].model_dump(), "public_size": PATIENTS} for name in BOTH},
+        "tasks": {
+            name: {**made["north"].tasks[name].model_dump(exclude={"min_units"}), "public_size": PATIENTS}
+            for name in BOTH
+        },
         "partition": {
             "kind": "natural",
             "sites": {

@@ -16,7 +16,7 @@ from common.offers import Offer
 from common.privacy.accounting import round_up
 from common.process.console import reported_errors
 from common.run import RunConfig
-from common.types import BadInput, BudgetExhausted, RecordsUnusable
+from common.types import BadInput, BudgetExhausted
 from common.yaml import load
 
 
@@ -47,8 +47,11 @@ def approve(
         if run is None:
             _print_offers(approvals, locate_offers(site, config), json_)
             return
+        from client.connection.checks import require_usable_records  # Here, as below: `--list` needs no torch.
+
         offer = _find_offer(approvals, run)
-        about = {**_describe_offer(config, offer), **_try_records(config, offer)}
+        about = _describe_offer(config, offer)
+        about |= {item.name: item.detail for item in require_usable_records(config, [offer])}
         approval = approvals.approve(offer)
         if json_:
             typer.echo(json.dumps({**about, "approved_by": approval.by, "time": approval.time}, indent=2))
@@ -104,18 +107,6 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
             "approved"
         )
     return {**about, "price": price}
-
-
-def _try_records(config: SiteConfig, offer: Offer) -> dict[str, str]:
-    """Returns what a sample says about the records of each task. Raises where they do not do for the run."""
-    from client.connection.checks import check_records
-    from client.data.snapshot import survey_sources
-
-    tried = list(check_records(config, offer, survey_sources(config)))
-    for item in tried:
-        if item.outcome == "fail":
-            raise RecordsUnusable(f"{item.name}: {item.detail}; {item.remedy}; nothing was approved")
-    return {item.name: item.detail for item in tried}
 
 
 def _describe_trainable(run: RunConfig) -> str:

@@ -55,8 +55,9 @@ def check(
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)
             survey = survey_sources(config)
-            for offer in kept.values():
-                found += check_records(config, offer, survey)
+            for name, own in kept.items():
+                for offer in own.values():
+                    found += check_records(config.select(name), offer, survey)
         sheets = [preview.sheet for preview in previews if preview.sheet]
         failed = sum(item.outcome == "fail" for item in found)
         if json_:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from client.commands.parts.options import Coordinator, SiteFile, load_site
+from client.commands.parts.options import Coordinator, SiteFile, load_site, locate_offers
 from client.config import SiteConfig
 from common.bundle import find_installation
 from common.process.console import reported_errors
@@ -32,6 +32,9 @@ def start(
 ) -> None:
     """Joins the coordinator and answers its requests until Ctrl-C; of several coordinators, each in its own process.
 
+    Where the site file says `approval: automatic`, records are first tried as `approve` tries them, with the offers in
+    the folder `offers`.
+
     Example: headwater site start hospital-a/site.yaml
     """
     with reported_errors():
@@ -40,6 +43,8 @@ def start(
             _start_each(site, list(config.list_coordinators()), ["--patience", str(patience), "--grace", str(grace)])
             return
         config = config.select(coordinator)
+        if config.approval == "automatic":
+            _require_usable_records(config, site)
         from client.connection import node
 
         os.environ.update(node.make_private_environment(config.coordinator_dir))
@@ -77,6 +82,15 @@ def _start_each(site: Path, names: Sequence[str], options: Sequence[str]) -> Non
         time.sleep(_POLL_S)
     if worst:
         raise typer.Exit(worst)
+
+
+def _require_usable_records(config: SiteConfig, site: Path) -> None:
+    from client.connection.checks import require_usable_records  # Here: it needs torch.
+    from client.protocol.approvals import read_offer
+
+    kept = sorted(locate_offers(site, config).glob("*.json"))
+    for found in require_usable_records(config, map(read_offer, kept)):
+        _show(f"{found.name}: {found.detail}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ local screen only.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +32,7 @@ from common.bundle import compute_code_digest
 from common.offers import Offer
 from common.privacy.noise import os_entropy
 from common.run import RunConfig
-from common.types import BadInput, HeadwaterError, Unit
+from common.types import BadInput, HeadwaterError, RecordsUnusable, Unit
 
 if TYPE_CHECKING:
     from client.data.snapshot import Survey
@@ -125,6 +125,23 @@ def check_records(config: SiteConfig, offer: Offer, survey: Survey) -> Iterator[
     backbones = open_at_hand(config, run, joined.digests(tasks))
     for trial in try_tasks(config, run, tasks, backbones, survey):
         yield _judge_trial(config, run, trial)
+
+
+def require_usable_records(config: SiteConfig, offers: Iterable[Offer]) -> list[Check]:
+    """Returns what `check_records` finds for some offers, where nothing of it fails.
+
+    Raises:
+        BadInput: a source cannot be opened, or a setting is wrong.
+        RecordsUnusable: too few records can be used, or one that may not be left out cannot.
+    """
+    from client.data.snapshot import survey_sources  # Here: it needs torch.
+
+    survey = survey_sources(config)
+    found = [item for offer in offers for item in check_records(config, offer, survey)]
+    for item in found:
+        if item.outcome == "fail":
+            raise RecordsUnusable(f"{item.name}: {item.detail}; {item.remedy}")
+    return found
 
 
 def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:

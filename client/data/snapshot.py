@@ -40,9 +40,9 @@ def survey_sources(config: SiteConfig) -> Survey:
         kind = open_source(spec, f"sources.{name}", config.plugins)
         sources[name] = exclusions.applied(kind.open())
         index = sources[name].index()
-        sides = select_rows(kind.rows, index, exclusions.positions(index))
+        sides, unlisted = select_rows(kind.rows, index, exclusions.positions(index))
         found, others = find_usable(name, index, sides, {}, config.unit)
         usable += found
-        rejected += others
+        rejected += unlisted + others
     placed, others = place_records(usable, config.split, config.unit)
     return Survey(sources, tuple(placed), (*rejected, *others))

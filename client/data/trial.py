@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from client.config import SiteConfig
@@ -26,7 +25,7 @@ from common.model.backbones import Backbone, open_pretrained
 from common.plugins import resolve
 from common.run import RunConfig
 from common.tasks import Task
-from common.types import BadInput, BadRecord
+from common.types import BadInput, BadRecord, WeightsNeeded
 
 SAMPLE = 64
 """Records of a task on one side that are tried, evenly spaced over those that have a label."""
@@ -86,7 +85,7 @@ class TaskTrial:
 
     @property
     def has_enough(self) -> bool:
-        """Whether there are enough units to train on."""
+        """True where there are enough units to train on."""
         return self.sides["train"].num_units >= self.min_units
 
 
@@ -101,7 +100,7 @@ def open_at_hand(config: SiteConfig, run: RunConfig, digests: Mapping[str, str])
     Raises:
         BadInput: the settings of one are wrong.
     """
-    store = BackboneStore(config.state_dir / "backbones")
+    store = BackboneStore(config.coordinator_dir / "backbones")
     return {name: _open_one(config, run, name, digest, store) for name, digest in digests.items()}
 
 
@@ -118,9 +117,7 @@ def _open_one(config: SiteConfig, run: RunConfig, name: str, digest: str, store:
     if at_hand:
         opened = store.open(digest)
         return OfferedBackbone(opened.preprocess, opened, has_trunk)
-    with torch.device("meta"):
-        own = kind.architecture().preprocess
-    return OfferedBackbone(own or kind.preprocess, None, has_trunk)
+    return OfferedBackbone(kind.preprocess, None, has_trunk)
 
 
 def try_tasks(
@@ -182,7 +179,8 @@ def try_tasks(
 
 def _spread(records: Sequence[PlacedRecord]) -> list[PlacedRecord]:
     """Returns some of the records, evenly spaced."""
-    return [records[at] for at in sorted({round(at) for at in np.linspace(0, len(records) - 1, SAMPLE)}) if at >= 0]
+    count = min(SAMPLE, len(records))
+    return [records[round(at)] for at in np.linspace(0, len(records) - 1, count)]
 
 
 def _extrapolate(usable: int, tried: int, count: int) -> int:
@@ -197,6 +195,8 @@ def _find_fault(survey: Survey, source: str, backbone: OfferedBackbone, position
         inputs = list_inputs(item, backbone.preprocess, has_trunk=backbone.has_trunk)
         if encode and backbone.opened is not None and not backbone.opened.encode(inputs).isfinite().all():
             return "features are not finite"
+    except WeightsNeeded:
+        return None
     except BadRecord as error:
         return str(error)
     return None

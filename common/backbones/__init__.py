@@ -153,6 +153,7 @@ class Kind(Protocol):
 
         Raises:
             BadRecord: the item cannot be used; the message holds nothing of its content.
+            WeightsNeeded: `Architecture.preprocess` is needed, or files that are not here.
         """
 
     def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]:

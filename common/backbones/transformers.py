@@ -19,7 +19,7 @@ from pydantic import Field, StringConstraints, model_validator
 from common.backbones import Architecture, Divided, Example, Pretrained, Projection
 from common.inputs import Text
 from common.plugins import Frozen, LocalPath, Plugin
-from common.types import BadInput, BadRecord
+from common.types import BadInput, WeightsNeeded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -188,12 +188,12 @@ class Transformers(Plugin):
     def preprocess(self, item: Any) -> Tensor:
         """Returns a picture or recording as an input; a text needs the tokenizer, which comes with the weights."""
         if self.modality == "text":
-            raise BadRecord("expected the backbone's weights: its tokenizer travels with them")
+            raise WeightsNeeded("expected the backbone's weights: its tokenizer travels with them")
         try:
             # Nothing is downloaded to look at an item.
             files = self.files or self.model_copy(update={"local_files_only": True})._read()
         except BadInput:
-            raise BadRecord("expected the backbone's own files, which are not on this machine yet") from None
+            raise WeightsNeeded("expected the backbone's own files, which are not on this machine yet") from None
         modality = self._open_image(files) if self.modality == "image" else self._open_audio(files)
         return modality.preprocess(item)
 
