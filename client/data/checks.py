@@ -27,7 +27,10 @@ from client.data.records import (
     select_rows,
 )
 from client.data.sources import Source, open_source
-from common.inputs import find_name
+from client.ledger.overlap import record_patients
+from client.ledger.place import locate_ledgers
+from common.errors import instead
+from common.inputs import find_name, normalise_patient_id
 from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import BadInput, BadRecord, Unit
@@ -55,6 +58,8 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
     yield _sides(config, placed, problems)
     if config.unit is Unit.PATIENT and len(columns) > 1:
         yield _compare_patients(members, list(columns))
+    if len(columns) == len(config.sources):  # Else some patients are not known.
+        yield from _find_overlaps(config, members)
     tasks = {name: spec for run in offers.values() for name, spec in run.tasks.items()}
     for name, own in config.tasks.items():
         if own.source not in columns:
@@ -145,6 +150,33 @@ def _compare_patients(members: Sequence[UsableRecord], sources: Sequence[str]) -
         "compare the ids of the sources that have none in common, leading zeros too; where they are different people, "
         "nothing is wrong",
     )
+
+
+def _find_overlaps(config: SiteConfig, members: Sequence[UsableRecord]) -> Iterator[Found]:
+    """Yields the other populations of this machine that have patients of this one; remembers those of this one."""
+    known = {normalise_patient_id(member.record.patient or "") for member in members} - {""}
+    try:
+        folder = locate_ledgers(config)
+        shared = record_patients(folder, config.registry, config.state_dir, known)
+    except BadInput:
+        return  # Said of the ledger.
+    except OSError as error:
+        detail = f"the folder of ledgers cannot be written{instead(error)}"
+        yield "overlap", "fail", detail, "name one in ledger_dir that this user may write"
+        return
+    for other, count in shared.items():
+        yield (
+            "overlap",
+            "warn",
+            f"{count} patient(s) of this site are in registry {other} too: each budget holds for itself only, and what "
+            "both spend on them adds up",
+            "before any run name one registry for both; later, count both budgets together; nothing where the two give "
+            "one number to different people",
+        )
+    if not known:
+        yield "overlap", "pass", "records without patient ids are not compared with other registries", ""
+    elif not shared:
+        yield "overlap", "pass", "no other registry in the folder of ledgers has a patient of this site", ""
 
 
 def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[PlacedRecord]) -> Iterator[Found]:

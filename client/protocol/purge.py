@@ -8,6 +8,7 @@ site already, and a repeated request must get the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from pathlib import Path
 from client.data.exclusions import Exclusions
 from client.data.prepare import PROBLEMS
 from client.data.sources import open_source
+from client.ledger.overlap import forget_patients
+from client.ledger.place import locate_ledgers
 from client.protocol.site import Site
 from common.events import FileJournal, RecordsPurged
 from common.files import flush_folder, private_folder
+from common.types import BadInput
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def purge(site: Site, ids: Iterable[str]) -> Purged:
     features = _removed(site.features_folder())
     places = site.config.list_coordinator_dirs().values()
     runs = [folder for place in places for folder in sorted(place.glob("runs/*")) if _remove_prepared(folder)]
+    with contextlib.suppress(BadInput):  # Two ledgers: no charge can be made until one is gone.
+        forget_patients(locate_ledgers(site.config), site.config.registry, state_dir)
     num_new = len(after.hashes) - len(before.hashes)
     journal = FileJournal(private_folder(state_dir) / "site.jsonl")  # Of the site, whatever coordinator it serves.
     journal.write(RecordsPurged(num_excluded=num_new, num_features=features, num_runs=len(runs)))

@@ -175,9 +175,10 @@ def test_cuda_without_a_gpu_fails(tmp_path: Path) -> None:
 
 
 def test_nothing_is_spent_or_joined_by_checking(tmp_path: Path) -> None:
-    site = config(tmp_path)
+    site = config(tmp_path, ledger_dir=str(tmp_path / "ledgers"))
     seen(site)
     assert not site.state_dir.exists()
+    assert [path.name for path in (tmp_path / "ledgers").iterdir()] == [".fingerprints"]
 
 
 # --- previews --------------------------------------------------------------------------------------------------------
