@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
-from common.types import BadInput, Unit
+from common.types import DELTAS, EPSILONS, BadInput, Unit, check_delta
 
 MAIN = "main"
 """Name of the coordinator under the key `coordinator`."""
@@ -21,11 +21,11 @@ class Budget(Frozen):
 
     Attributes:
         epsilon: the cap on epsilon.
-        delta: delta at which everything is accounted.
+        delta: delta at which everything is accounted; at most 1 / (10 * the largest public_size).
     """
 
-    epsilon: Annotated[float, Field(gt=0)]
-    delta: Annotated[float, Field(gt=0, lt=1)]
+    epsilon: Annotated[float, Field(ge=EPSILONS.low, le=EPSILONS.high)]
+    delta: Annotated[float, Field(ge=DELTAS.low, le=DELTAS.high)]
 
 
 class Allow(Frozen):
@@ -97,8 +97,8 @@ class NoisedEvaluation(Frozen):
         evaluations: how many the share pays for; each is noised accordingly.
     """
 
-    share: Annotated[float, Field(gt=0, lt=1)]
-    evaluations: PositiveInt
+    share: Annotated[float, Field(ge=1e-6, lt=1)]
+    evaluations: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Coordinator(Frozen):
@@ -178,6 +178,14 @@ class SiteConfig(Frozen):
         for name, task in self.tasks.items():
             if task.source not in self.sources:
                 raise ValueError(f"tasks.{name}.source: expected one of {', '.join(self.sources)}, got {task.source!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _delta_fits_the_sizes(self) -> SiteConfig:
+        try:
+            check_delta(self.budget.delta, max(task.public_size for task in self.tasks.values()), "budget.delta")
+        except BadInput as error:
+            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ from common.flower import (
     recorddict_pb2,
     recorddict_to_proto,
 )
-from common.types import MAX_BACKBONES, MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
+from common.types import DELTAS, EPSILONS, MAX_BACKBONES, MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
 
 VERSION = 2
 """Of the messages. A site and a coordinator of different versions do not work together."""
@@ -215,8 +215,8 @@ class JoinReply:
     site: Annotated[Name, Reason("public by declaration")]
     tasks: Annotated[Mapping[Name, PublicSize], Reason("names and public sizes: public by declaration")]
     unit: Annotated[Unit, _FROM_JSON, Reason("public by declaration")]
-    delta: Annotated[Positive, Reason("public by declaration")]
-    budget_epsilon: Annotated[Positive, Reason("public by declaration")]
+    delta: Annotated[float, Field(ge=DELTAS.low, le=DELTAS.high), Reason("public by declaration")]
+    budget_epsilon: Annotated[float, Field(ge=EPSILONS.low, le=EPSILONS.high), Reason("public by declaration")]
     backbones: Annotated[
         Mapping[Name, Annotated[Held, BeforeValidator(_make_held)]],
         Field(max_length=MAX_BACKBONES),

@@ -19,7 +19,7 @@ from pydantic import (
 
 from common.errors import nearest
 from common.plugins import Frozen, Spec, resolve
-from common.types import MAX_BACKBONES, Unit
+from common.types import DELTAS, EPSILONS, MAX_BACKBONES, NOISE_MULTIPLIERS, Unit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
@@ -47,9 +47,9 @@ class Privacy(Frozen):
     """
 
     unit: Unit
-    delta: Annotated[float, Field(ge=1e-12, lt=1)]
-    target_epsilon: Annotated[float, Field(gt=0)] | None = None
-    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = None
+    delta: Annotated[float, Field(ge=DELTAS.low, le=DELTAS.high)]
+    target_epsilon: Annotated[float, Field(ge=EPSILONS.low, le=EPSILONS.high)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=NOISE_MULTIPLIERS.low, le=NOISE_MULTIPLIERS.high)] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Privacy:

@@ -8,10 +8,11 @@ Shapes: heads are plain NumPy float32 arrays, so that a message never carries an
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,45 @@ MAX_ROUND_STEPS = 1_000
 """Steps of one round. With much noise steps cost next to nothing, and each makes the time that one unit takes more: so
 many small steps would add up to a difference that a coordinator can measure."""
 
-MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-9, 1e9
-"""Of a private plan: near the ends of float32 a clipped gradient is rounded by as much as it is long, or infinite."""
+
+class Range(NamedTuple):
+    """The numbers that are accepted for a setting which affects privacy, both ends included."""
+
+    low: float
+    high: float
+
+    def check(self, key: str, value: float) -> None:
+        """Raises BadInput where a value is outside, or no number at all."""
+        if not self.low <= value <= self.high:
+            raise BadInput(f"{key}: expected {self.low:g} to {self.high:g}, got {value!r:.24}")
+
+
+# Beyond these, doubles and float32 round by as much as a value is long, and accounting overflows.
+EPSILONS = Range(1e-4, 1e4)
+DELTAS = Range(1e-12, 0.1)
+NOISE_MULTIPLIERS = Range(1e-3, 1e9)
+SAMPLING_RATES = Range(1e-6, 1.0)
+CLIP_NORMS = Range(1e-9, 1e9)
+
+
+def check_delta(delta: float, size: int, key: str) -> None:
+    """Checks that so few of a population's units may lose everything with probability delta: none, nearly surely.
+
+    Args:
+        delta: the delta.
+        size: declared number of units.
+        key: of the delta, for the message.
+
+    Raises:
+        BadInput: the delta is above 1 / (10 * size).
+    """
+    largest = 1.0 / (10 * size)
+    if delta > largest * (1.0 + 1e-9):
+        raise BadInput(
+            f"{key}: expected at most {largest:.3g}, which is 1 / (10 x {size} declared units), got {delta:g}; choose "
+            "a smaller delta, or declare the true size"
+        )
+
 
 MAX_BACKBONES = 16
 """Of one run: each is a network in a site's memory and a file on its disk."""
@@ -170,14 +208,12 @@ class Plan:
     unit: Unit
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sampling_rate <= 1.0:
-            raise BadInput(f"sampling_rate: expected a number in (0, 1], got {self.sampling_rate}")
+        SAMPLING_RATES.check("sampling_rate", self.sampling_rate)
         if self.steps < 1:
             raise BadInput(f"steps: expected at least 1, got {self.steps}")
-        if not 0.0 <= self.noise_multiplier < float("inf"):
-            raise BadInput(f"noise_multiplier: expected a finite number >= 0, got {self.noise_multiplier}")
-        if self.private and not (self.clip_norm is not None and MIN_CLIP_NORM <= self.clip_norm <= MAX_CLIP_NORM):
-            raise BadInput(f"clip_norm: expected {MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}, got {self.clip_norm}")
+        if self.noise_multiplier != 0.0:
+            NOISE_MULTIPLIERS.check("noise_multiplier", self.noise_multiplier)
+            CLIP_NORMS.check("clip_norm", math.nan if self.clip_norm is None else self.clip_norm)
 
     @property
     def private(self) -> bool:

@@ -30,7 +30,7 @@ registry: {registry} # the population one budget protects; re-exported or extend
 unit: {unit}                      # public: what the budget protects: `patient` or `example` (a single record)
 budget:                           # public: what the registry may spend in total, for ever
   epsilon: {mark}                 # such as 8.0
-  delta: 1.0e-5                   # well below 1 / number of patients
+  delta: 1.0e-5                   # at most 1 / (10 x the largest public_size below)
 
 allow:                            # nothing is allowed by omission; `any` must be written
   tasks: {tasks}

@@ -29,6 +29,7 @@ from common.types import (
     Heads,
     LedgerDamaged,
     Plan,
+    check_delta,
 )
 
 if TYPE_CHECKING:
@@ -263,6 +264,12 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
         )
     if asked is not None and asked.unit != config.unit:
         raise SiteDeclined(DeclineReason.UNIT_DIFFERS, f"the run protects {asked.unit}, this site {config.unit}")
+    sizes = joined.sizes(config).values()
+    if asked is not None and sizes:
+        try:
+            check_delta(asked.delta, max(sizes), "privacy.delta")
+        except BadInput as error:
+            raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
 
 
 def make_plan(config: SiteConfig, joined: Joined) -> Plan:

@@ -25,7 +25,7 @@ from common.plugins import Plugin
 from common.privacy.accounting import calibrate_noise_multiplier
 from common.run import PositiveInt, Privacy
 from common.tasks import Task
-from common.types import BadInput, Delta, Plan, Unit
+from common.types import CLIP_NORMS, SAMPLING_RATES, BadInput, Delta, Plan, Unit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,9 +51,9 @@ class DpSgd(Plugin):
 
     kind: Literal["dp_sgd"]
     private: ClassVar[bool] = True
-    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    sampling_rate: Annotated[float, Field(ge=SAMPLING_RATES.low, le=1)]
     steps: PositiveInt
-    clip_norm: Annotated[float, Field(gt=0)]
+    clip_norm: Annotated[float, Field(ge=CLIP_NORMS.low, le=CLIP_NORMS.high)]
     learning_rate: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from common.privacy.gaussian import gdp_epsilon, gdp_mu
-from common.types import BadInput, Plan
+from common.types import DELTAS, EPSILONS, MAX_STEPS, SAMPLING_RATES, BadInput, Plan, Range
 
 _History = tuple[tuple[float, float, int], ...]
 """Sampled Gaussians as (noise multiplier, sampling rate, steps), sorted, equal ones merged."""
@@ -160,14 +160,10 @@ def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rat
     Raises:
         BadInput: an argument is outside its range.
     """
-    if not 0.0 < target_epsilon < math.inf:
-        raise BadInput(f"target_epsilon: expected a finite number > 0, got {target_epsilon}")
-    if not 0.0 < delta < 1.0:
-        raise BadInput(f"delta: expected a number in (0, 1), got {delta}")
-    if not 0.0 < sampling_rate <= 1.0:
-        raise BadInput(f"sampling_rate: expected a number in (0, 1], got {sampling_rate}")
-    if steps < 1:
-        raise BadInput(f"steps: expected at least 1, got {steps}")
+    EPSILONS.check("target_epsilon", target_epsilon)
+    DELTAS.check("delta", delta)
+    SAMPLING_RATES.check("sampling_rate", sampling_rate)
+    Range(1, MAX_STEPS).check("steps", steps)
     return _calibrated(target_epsilon, delta, sampling_rate, steps)
 
 

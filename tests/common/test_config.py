@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from client.config import SiteConfig
+from client.solvers import open_solver
+from common.privacy.accounting import Mechanism, compute_epsilon
 from common.run import Privacy, RunConfig
 from common.tasks import open_task
-from common.types import BadInput
+from common.types import DELTAS, MAX_STEPS, NOISE_MULTIPLIERS, SAMPLING_RATES, BadInput
 from common.yaml import load, parse, read_yaml, write_yaml
 from simulations.config import SimulationConfig
 from tests.tiny import run_config
@@ -40,6 +45,8 @@ SITE: dict[str, Any] = {
     "evaluation": "local",
     "state_dir": "state",
 }
+NOISY = {**RUN, "privacy": {"unit": "example", "delta": 1e-5, "noise_multiplier": 2.0}}
+RANGES = {"delta": DELTAS, "noise_multiplier": NOISE_MULTIPLIERS, "sampling_rate": SAMPLING_RATES}
 
 
 def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -101,6 +108,54 @@ def test_exactly_one_of_epsilon_and_noise_is_written(both: dict[str, float]) -> 
 def test_nothing_that_affects_privacy_has_a_default_at_a_site(key: str) -> None:
     with pytest.raises(BadInput, match="expected a value, got nothing"):
         parse(SiteConfig, changed(SITE, key, None), base=Path())
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-150, 1e200, 10**400, float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize(
+    ("model", "values", "key"),
+    [
+        (SiteConfig, SITE, "budget.epsilon"),
+        (SiteConfig, SITE, "budget.delta"),
+        (SiteConfig, {**SITE, "evaluation": {"share": 0.1, "evaluations": 4}}, "evaluation.share"),
+        (RunConfig, RUN, "privacy.delta"),
+        (RunConfig, RUN, "privacy.target_epsilon"),
+        (RunConfig, NOISY, "privacy.noise_multiplier"),
+    ],
+    ids=["epsilon", "delta", "share", "delta of a run", "target", "noise"],
+)
+def test_a_number_at_the_edge_is_refused_in_one_sentence(
+    model: type[BaseModel], values: dict[str, Any], key: str, value: float
+) -> None:
+    with pytest.raises(BadInput, match=key.split(".")[0]) as caught:
+        parse(model, changed(values, key, value), base=Path())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("kind", ["dp_gd", "dp_sgd"])
+@pytest.mark.parametrize(
+    "change",
+    [{"clip_norm": 1e-300}, {"clip_norm": 1e200}, {"sampling_rate": 1e-150}, {"steps": 10**12}],
+    ids=str,
+)
+def test_settings_of_a_solver_at_the_edge_are_refused(kind: str, change: dict[str, float]) -> None:
+    settings = {"kind": kind, "sampling_rate": 0.5, "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}
+    with pytest.raises(BadInput, match=next(iter(change))):
+        open_solver({**settings, **change}, "solver")
+
+
+@pytest.mark.parametrize("ends", list(itertools.product(*(RANGES.values()))), ids=str)
+def test_every_number_inside_the_ranges_is_accounted_without_a_warning(ends: tuple[float, ...]) -> None:
+    delta, noise, rate = ends
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compute_epsilon([Mechanism("gaussian", noise, rate, MAX_STEPS, 1.0)], delta) >= 0.0
+
+
+def test_a_delta_is_at_most_a_tenth_of_one_unit() -> None:
+    """Of 10 declared units; a larger delta would let a release give one of them away."""
+    assert parse(SiteConfig, changed(SITE, "budget.delta", 0.01), base=Path()).budget.delta == 0.01
+    with pytest.raises(BadInput, match=r"budget\.delta: expected at most 0\.01, .* 10 declared units\), got 0\.0101"):
+        parse(SiteConfig, changed(SITE, "budget.delta", 0.0101), base=Path())
 
 
 def test_a_task_must_name_one_of_the_sites_sources() -> None:

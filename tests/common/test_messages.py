@@ -207,7 +207,7 @@ def test_a_site_or_task_whose_name_is_not_a_plain_one_is_refused(name: object) -
 
 
 @pytest.mark.parametrize("field", ["delta", "budget_epsilon"])
-@pytest.mark.parametrize("value", [0, -1.0, 10**400, True, "1", None, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0, -1.0, 1e-300, 1e6, 10**400, True, "1", None, float("nan"), float("inf")])
 def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object) -> None:
     honest = messages.JoinReply("north", {"task": 10}, Unit.EXAMPLE, 1e-5, 3.0, {"backbone": messages.Held(True, ())})
     with pytest.raises(BadInput):
@@ -224,6 +224,10 @@ def test_a_budget_that_is_no_finite_number_is_refused(field: str, value: object)
         {"sampling_rate": True},
         {"sampling_rate": float("nan")},
         {"noise_multiplier": 10**400},
+        {"noise_multiplier": 1e-150},
+        {"noise_multiplier": 1e200},
+        {"sampling_rate": 1e-150},
+        {"clip_norm": 1e-300},
         {"noise_multiplier": 0.0, "clip_norm": "x" * 1000},
         {"noise_multiplier": 0.0, "clip_norm": {"nested": 1}},
         {"noise_multiplier": 0.0, "clip_norm": float("inf")},

@@ -272,10 +272,15 @@ def solver(sampling_rate: float) -> dict[str, Any]:
     }
 
 
+FAINT = {"unit": "example", "delta": 1e-9, "noise_multiplier": 2.0}
+"""A delta for millions of units."""
+
+
 def declared(public_size: int) -> dict[str, Any]:
     """A site that declares so many units."""
     values = {"source": "records", "missing": "refuse", "public_size": public_size}
-    return {"tasks": {task: {**values, "column": task} for task in TASKS}}
+    tasks = {task: {**values, "column": task} for task in TASKS}
+    return {"tasks": tasks, "budget": {"epsilon": 100.0, "delta": FAINT["delta"]}}
 
 
 @pytest.mark.parametrize(
@@ -289,12 +294,12 @@ def declared(public_size: int) -> dict[str, Any]:
         # 25 parameters and 10 million units; (4 + 1) 5000 + 3 (5000 + 1) and the same with 2, and a million units.
         (
             declared(10**7),
-            {"solver": solver(0.5)},
+            {"solver": solver(0.5), "privacy": FAINT},
             "a round draws 10000025000 random numbers, expected at most 8589934592",
         ),
         (
             declared(10**6),
-            {"solver": solver(1.0), "tasks": WIDE},
+            {"solver": solver(1.0), "tasks": WIDE, "privacy": FAINT},
             "a round takes 75005000000000 products, expected at most",
         ),
     ],

@@ -260,14 +260,22 @@ def test_a_round_is_refused_by_the_largest_declared_size_and_the_steps_before_an
 ) -> None:
     """With much noise steps are nearly free, and many of them make one unit's part of the time measurable."""
     sizes = {name: {"source": "records", "column": name, "missing": "refuse", "public_size": 10**7} for name in TASKS}
-    large = Site(site_config(tmp_path, "large", tasks=sizes), os_entropy)
-    faint = {"unit": "example", "delta": 1e-5, "noise_multiplier": 1e5}
+    budget = {"epsilon": 100.0, "delta": 1e-8}
+    large = Site(site_config(tmp_path, "large", tasks=sizes, budget=budget), os_entropy)
+    faint = {"unit": "example", "delta": 1e-8, "noise_multiplier": 1e5}
     solver = {"kind": "dp_sgd", "sampling_rate": 0.01, "steps": 1000, "clip_norm": 1.0, "learning_rate": 1.0}
     with pytest.raises(SiteDeclined, match=r"a round draws 10000025000 random numbers, expected at most 8589934592"):
         join(large, offer(frozen, solver=solver, privacy=faint))
     with pytest.raises(SiteDeclined, match=r"a round has 1001 steps, expected at most 1000; take more rounds"):
         join(large, offer(frozen, solver={**solver, "steps": 1001}, privacy=faint))
     join(large, offer(frozen, solver={**solver, "steps": 100}, privacy=faint))
+
+
+def test_a_run_whose_delta_is_large_for_the_declared_sizes_is_declined(site: Site, frozen: Backbone) -> None:
+    """The noise of such a run would be computed for a promise that a unit may well fall out of."""
+    asked = {"unit": "example", "delta": 1 / 400, "noise_multiplier": 9.0}
+    join(site, offer(frozen, privacy=asked))
+    assert refused(site, frozen, privacy={**asked, "delta": 1 / 399}) is DeclineReason.BAD_REQUEST
 
 
 def test_another_registry_at_a_site_that_has_answered_is_no_fresh_budget(
