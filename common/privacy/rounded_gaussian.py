@@ -36,7 +36,7 @@ _CELL_BITS = 6
 _WIDTH = 2.0**-_CELL_BITS
 _NUM_CELLS = 800
 _SPARE_BITS = 22
-_GUIDE_BITS = 12
+_GUIDE_BITS = 14
 _CHUNK = 8192
 """Values made at once: their words stay in a core's own cache."""
 
@@ -61,15 +61,18 @@ def draw_rounded_gaussian(words: Words, count: int, log2_deviation: int) -> NDAr
     for start in range(0, count, _CHUNK):
         part = samples[start : start + _CHUNK]
         signs, cells = _draw_cells(words, len(part))
-        part[:] = cells << (log2_deviation - _CELL_BITS)
-        waiting = np.arange(len(part))
+        np.left_shift(cells, log2_deviation - _CELL_BITS, out=part)
+        offsets, accepted = _draw_offsets(words, cells, log2_deviation)
+        waiting = np.flatnonzero(~accepted)
+        offsets[waiting] = 0
+        part += offsets
         while len(waiting):
             # A rejected point is drawn again within its own cell: the cell has its probability already.
             offsets, accepted = _draw_offsets(words, cells[waiting], log2_deviation)
             part[waiting[accepted]] += offsets[accepted]
             waiting = waiting[~accepted]
         # floor(-y) = -floor(y) - 1 for every y that is no integer.
-        np.bitwise_xor(part, -signs, out=part)
+        part ^= np.negative(signs, out=signs)
     return samples
 
 
@@ -77,19 +80,16 @@ def _draw_cells(words: Words, count: int) -> tuple[NDArray[np.int64], NDArray[np
     """Returns a sign bit and the number of a cell of |X| for each value."""
     drawn = words(count)
     high, low = _tails()
-    guide, crowded = _guide()
     uniform = drawn >> np.uint64(1)
-    bucket = uniform >> np.uint64(63 - _GUIDE_BITS)
-    place = guide[bucket]
-    place += uniform >= high[place + 1]
-    tail = np.flatnonzero(bucket < crowded)
-    place[tail] = np.searchsorted(high, uniform[tail], side="right") - 1
-    for index in np.flatnonzero(uniform == high[place]):
+    place = _guide()[(uniform >> np.uint64(63 - _GUIDE_BITS)).view(np.int64)]
+    near = np.flatnonzero(place < 0)
+    place[near] = np.searchsorted(high, uniform[near], side="right") - 1
+    for index in near[uniform[near] == high[place[near]]]:
         # 64 more bits decide, perhaps among several boundaries: all beyond 9 have the same leading bits, zero.
         (more,) = words(1)
         while uniform[index] == high[place[index]] and more < low[place[index]]:
             place[index] -= 1
-    return (drawn & np.uint64(1)).astype(np.int64), _NUM_CELLS - 1 - place
+    return (drawn & np.uint64(1)).view(np.int64), np.subtract(_NUM_CELLS - 1, place, out=place)
 
 
 def _draw_offsets(
@@ -98,15 +98,18 @@ def _draw_offsets(
     """Returns a uniform integer offset within each cell, and whether it is accepted."""
     points = words(len(cells)) >> np.uint64(64 - (log2_deviation - _CELL_BITS + _SPARE_BITS))
     lots = words(len(cells))
-    distance = (points.astype(np.float64) + 0.5) * 2.0 ** -(log2_deviation + _SPARE_BITS)
-    rejection = -np.expm1(distance * (distance * -0.5 - cells * _WIDTH)) * 2.0**64
-    margin = lots.astype(np.float64) - rejection
-    accepted = margin >= 0.0
-    for index in np.flatnonzero(np.abs(margin) < _DOUBTFUL):
+    accepted = lots >= _sure_lots()[cells]
+    # Most lots accept every point of their cell; the others are compared with their own point's probability.
+    close = np.flatnonzero(~accepted)
+    distance = (points[close].astype(np.float64) + 0.5) * 2.0 ** -(log2_deviation + _SPARE_BITS)
+    rejection = -np.expm1(distance * (distance * -0.5 - cells[close] * _WIDTH)) * 2.0**64
+    margin = lots[close].astype(np.float64) - rejection
+    accepted[close] = margin >= 0.0
+    for index in close[np.abs(margin) < _DOUBTFUL]:
         more = [int(word) for word in words(2)]
         lot = (int(lots[index]) << 128) | (more[0] << 64) | more[1]
         accepted[index] = _accepts(int(points[index]), int(cells[index]), log2_deviation, lot)
-    return (points >> np.uint64(_SPARE_BITS)).astype(np.int64), accepted
+    return (points >> np.uint64(_SPARE_BITS)).view(np.int64), accepted
 
 
 def _accepts(point: int, cell: int, log2_deviation: int, lot: int) -> bool:
@@ -133,11 +136,18 @@ def _tails() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 
 
 @cache
-def _guide() -> tuple[NDArray[np.int64], np.uint64]:
-    """Returns the last boundary below each bucket of the uniform's leading bits, and the first bucket from which on
-    none has more than one boundary inside."""
+def _guide() -> NDArray[np.int64]:
+    """Returns the last boundary below each bucket of the uniform's leading bits; -1 where one lies inside or on its
+    lower end, so that a uniform number there has to be compared."""
     high, _ = _tails()
     starts = np.arange(2**_GUIDE_BITS + 1, dtype=np.uint64) << np.uint64(63 - _GUIDE_BITS)
-    below = np.searchsorted(high, starts, side="right") - 1
-    crowded = int(np.flatnonzero(np.diff(below) > 1).max()) + 1
-    return below[:-1], np.uint64(crowded)
+    below = np.searchsorted(high, starts, side="left") - 1
+    return np.where(np.diff(below) > 0, -1, below[:-1])
+
+
+@cache
+def _sure_lots() -> NDArray[np.uint64]:
+    """Returns for each cell a lot that accepts all of its points, beyond any doubt: none is rejected more often than
+    its upper end."""
+    ends = -np.expm1(-_WIDTH * (np.arange(_NUM_CELLS) * _WIDTH + _WIDTH / 2))
+    return np.ceil(ends * 2.0**64 + 4 * _DOUBTFUL).astype(np.uint64)

@@ -113,6 +113,27 @@ def test_an_acceptance_too_close_to_call_is_decided_by_128_more_bits() -> None:
         assert accepts[0] == accepted and offsets[0] == point >> 22
 
 
+def test_a_lot_that_accepts_without_a_look_at_the_point_accepts_every_point_of_its_cell() -> None:
+    """Against 320 bits at each cell's upper end, where rejection is most frequent; the slack exceeds any doubt."""
+    sure = rounded_gaussian._sure_lots()
+    assert len(sure) == 800
+    with mp.workprec(320):
+        for cell, lot in enumerate(sure.tolist()):
+            most = -mp.expm1(-(mpf(cell) / 64 + mpf(1) / 128) / 64) * mpf(2) ** 64
+            assert lot - most > 2 * rounded_gaussian._DOUBTFUL
+            assert rounded_gaussian._accepts(2**56 - 1, cell, 40, lot << 128)
+
+
+def test_only_buckets_without_a_boundary_decide_alone() -> None:
+    high, _ = rounded_gaussian._tails()
+    guide = rounded_gaussian._guide()
+    width = 2**63 // len(guide)
+    inside = {int(boundary) // width for boundary in high[:-1]}
+    for bucket, place in enumerate(guide.tolist()):
+        assert (place < 0) == (bucket in inside)
+        assert place < 0 or int(high[place]) < bucket * width and (bucket + 1) * width <= int(high[place + 1])
+
+
 def test_a_rejected_point_is_drawn_again_in_its_own_cell() -> None:
     # Lot 0 rejects a point at a cell's end; the second point is accepted.
     script = Script([2**62], [2**64 - 1], [0], [5 << 30], [2**64 - 1])
