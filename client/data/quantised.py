@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BLOCK_VALUES = 2**17
+_BLOCK_VALUES = 2**16
 _WIDE_VALUES = 2**21
 """Up to so many integers are kept in double precision (16 MiB), as products want them; more as 16 bits."""
 
@@ -59,17 +59,19 @@ class QuantisedRows:
 
     @classmethod
     def _of_block(cls, values: Tensor, *, wide: bool) -> QuantisedRows:
-        exact = values.double()
+        exact = values.to(torch.double, copy=True)
         width = exact.shape[-1]
-        peak = exact.abs().amax(dim=-1, keepdim=True) if width else exact.new_zeros((*exact.shape[:-1], 1))
+        magnitude = exact.abs()
+        peak = magnitude.amax(dim=-1, keepdim=True) if width else exact.new_zeros((*exact.shape[:-1], 1))
         usable = torch.isfinite(peak) & (peak > 0.0)
         unusable_scale = torch.where(torch.isfinite(peak), 0.0, torch.nan)
         peak = _round_up_to_power(torch.where(usable, peak, 1.0))
         # Rounded away from zero; sums of squares of whole numbers below 2**53 are the same in any order.
-        norm = (exact * (2.0**_PEAK_BITS / peak)).abs_().ceil_().square_().sum(dim=-1, keepdim=True).sqrt_()
+        whole = magnitude.mul_(2.0**_PEAK_BITS / peak).ceil_()
+        norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True)
         scale = _round_up_to_power(torch.where(usable, norm, 1.0)) * peak * 2.0 ** -(_PEAK_BITS + NORM_BITS)
-        integers = (exact / scale).trunc_()
-        integers = torch.where(usable, integers, 0.0)
+        # A power of two has an exact inverse.
+        integers = exact.mul_(1.0 / scale).trunc_().masked_fill_(~usable, 0.0)
         scale = torch.where(usable, scale, unusable_scale)
         return cls(integers.to(torch.double if wide else torch.int16), scale.squeeze(-1))
 
@@ -79,13 +81,18 @@ class QuantisedRows:
     def __getitem__(self, rows: Tensor | slice) -> QuantisedRows:
         return QuantisedRows(self.integers[rows], self.scale[rows])
 
+    def widen(self) -> QuantisedRows:
+        """Returns the same rows in double precision, as products want them."""
+        return QuantisedRows(self.integers.double(), self.scale)
+
     def to(self, device: torch.device) -> QuantisedRows:
         """Returns the same rows on a device."""
         return QuantisedRows(self.integers.to(device), self.scale.to(device))
 
     def bound_norms(self) -> Tensor:
         """Returns an upper bound (float64) of each row's L2 norm, of the scale's shape: the squares add exactly."""
-        return self.integers.double().square().sum(dim=-1).sqrt_().mul_(1.0 + 2.0**-50).mul_(self.scale)
+        norm: Tensor = torch.linalg.vector_norm(self.integers.double(), dim=-1)
+        return norm.mul_(1.0 + 2.0**-50).mul_(self.scale)
 
     def decode(self) -> Tensor:
         """Returns the rows as float32, ... x D."""

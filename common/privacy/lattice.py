@@ -92,12 +92,10 @@ class Lattice:
             norm_U: float64, upper bounds of the units' joint norms; infinite or NaN gives the factor 0.
             slack_U: largest norm, in steps, of what rounding may add to a unit's part.
         """
-        import torch
-
         # 2**-36 covers the rounding of these few operations.
-        room_U = (self.bound * (1.0 - 2.0**-36) - slack_U) * self.spacing
-        factor_U = (room_U / torch.where(norm_U > 0.0, norm_U, 2.0**-1000)).clamp_(0.0, 1.0)
-        return torch.where(torch.isfinite(norm_U), factor_U, 0.0)
+        room_U = norm_U.new_tensor(self.bound * (1.0 - 2.0**-36)).sub(slack_U).mul_(self.spacing)
+        # What is not a number stays so up to the end; an infinite norm gives zero.
+        return room_U.div(norm_U.clamp(min=2.0**-1000)).clamp_(0.0, 1.0).nan_to_num_(nan=0.0)
 
     def truncate(self, values_UP: Tensor, factor_U: Tensor) -> Tensor:
         """Returns factor * values in steps, truncated toward zero: exact integers, of no larger norm.
@@ -116,5 +114,7 @@ class Lattice:
             total: int64, the exact sum of units' parts in steps; changed in place.
             noise: drawn for this release alone, of deviation 2**log2_deviation.
         """
-        added = total.new_tensor(noise).view(total.shape)
+        import torch
+
+        added = torch.from_numpy(noise).to(total.device).view(total.shape)
         return total.add_(added).double().mul_(self.spacing)

@@ -150,4 +150,5 @@ def _sure_lots() -> NDArray[np.uint64]:
     """Returns for each cell a lot that accepts all of its points, beyond any doubt: none is rejected more often than
     its upper end."""
     ends = -np.expm1(-_WIDTH * (np.arange(_NUM_CELLS) * _WIDTH + _WIDTH / 2))
-    return np.ceil(ends * 2.0**64 + 4 * _DOUBTFUL).astype(np.uint64)
+    lots: NDArray[np.uint64] = np.ceil(ends * 2.0**64 + 4 * _DOUBTFUL).astype(np.uint64)
+    return lots

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -111,8 +112,9 @@ def compute_outputs(rows: QuantisedRows, weight_KD: Tensor, bias_K: Tensor | Non
         weight_KD: on the grid (`round_weights`), each row of norm at most MAX_ROW_NORM.
         bias_K: added to the exact product.
     """
-    product: Tensor = rows.integers.double() @ (weight_KD * 2.0**WEIGHT_BITS).mT
-    product.mul_((rows.scale * 2.0**-WEIGHT_BITS).unsqueeze(-1))
+    # Multiples of 2**-24 are as exact as whole numbers.
+    product: Tensor = rows.integers.double() @ weight_KD.mT
+    product.mul_(rows.scale.unsqueeze(-1))
     return product if bias_K is None else product.add_(bias_K)
 
 
@@ -184,6 +186,23 @@ class Inputs:
         """U."""
         return len(self.start_U) - 1
 
+    @cached_property
+    def counts_U(self) -> Tensor:
+        """Records of each unit."""
+        return self.start_U.diff()
+
+    @cached_property
+    def most_records(self) -> int:
+        """Records of the unit that has most."""
+        return int(self.counts_U.max()) if len(self.counts_U) else 0
+
+    @cached_property
+    def formed_U(self) -> Tensor:
+        """The units whose gradients are formed."""
+        if self.positions is not None:
+            return torch.arange(self.num_units, device=self.unit_R.device)
+        return (self.counts_U > _MOST_RECORDS).nonzero().squeeze(1)
+
     def select(self, members: Tensor) -> Inputs:
         """Returns the records of some units, in ascending order, which become units 0, 1, ..."""
         position_U = torch.full((self.num_units,), -1, device=self.unit_R.device)
@@ -238,45 +257,50 @@ class _Gradients:
     def __init__(self, inputs: Inputs, slopes: Tensor) -> None:
         self._inputs = inputs
         self._slopes_RK = slopes * inputs.factor_R.view(-1, *(1,) * (slopes.dim() - 1))
-        counts_U = inputs.start_U.diff()
-        self.slack_U = torch.zeros(len(counts_U), dtype=torch.double, device=counts_U.device)
         self._formed: list[_Formed] = []
-        if inputs.positions is not None:
-            formed_U = torch.arange(len(counts_U), device=counts_U.device)
-            self.norm_U = self.slack_U.clone()
+        self.slack_U: Tensor | float = 0.0
+        if inputs.positions is None:
+            self.norm_U = self._bound_norms()
         else:
-            formed_U = (counts_U > _MOST_RECORDS).nonzero().squeeze(1)
-            self.norm_U = self._bound_norms(counts_U)
-        at_once = _count_formed(inputs, counts_U, formed_U, slopes.shape[-1])
-        for units in torch.split(formed_U, at_once) if len(formed_U) else ():
+            self.norm_U = torch.zeros(inputs.num_units, dtype=torch.double, device=slopes.device)
+        if not len(inputs.formed_U):
+            return
+        for units in torch.split(inputs.formed_U, _count_formed(inputs, slopes.shape[-1])):
             formed = _Formed.of(inputs, self._slopes_RK, units)
             self._formed.append(formed)
             self.norm_U[units] = formed.norm_U
-            self.slack_U[units] = 0.0
+            if isinstance(self.slack_U, Tensor):
+                self.slack_U[units] = 0.0
 
-    def _bound_norms(self, counts_U: Tensor) -> Tensor:
-        """Returns norm_U from pairs of records, and sets the slack."""
+    def _bound_norms(self) -> Tensor:
+        """Returns norm_U from pairs of records, and sets the slack where a unit has several."""
         inputs, num_outputs = self._inputs, self._slopes_RK.shape[1]
         peak_R = self._slopes_RK.abs().amax(dim=1)
-        whole_RK = (self._slopes_RK * _divide(torch.full_like(peak_R, 2.0**_SLOPE_BITS), peak_R)[:, None]).round_()
+        # Slopes below 2**-1000 add nothing to any part.
+        whole_RK = (self._slopes_RK * (2.0**_SLOPE_BITS / peak_R.clamp(min=2.0**-1000))[:, None]).round_()
         square_R = whole_RK.square().sum(dim=1).mul_(2.0 ** (-2 * _SLOPE_BITS))
         # What rounding `whole` may have taken from the norm, for each record.
         rounding = 0.501 * num_outputs**0.5 * 2.0**-_SLOPE_BITS
         weight_R = peak_R * inputs.reach_R
-        norm_R: Tensor = (square_R.sqrt() + rounding) * weight_R * (1.0 + 2.0**-40)
-        if len(inputs.unit_R) == len(counts_U) and bool((counts_U == 1).all()):
+        norm_R: Tensor = square_R.sqrt().add_(rounding).mul_(weight_R).mul_(1.0 + 2.0**-40)
+        if inputs.most_records <= 1 and len(norm_R) == inputs.num_units:
             return norm_R
-        zero_U = torch.zeros(len(counts_U), dtype=torch.double, device=counts_U.device)
+        zero_U = torch.zeros(inputs.num_units, dtype=torch.double, device=norm_R.device)
         reach_U = zero_U.index_add(0, inputs.unit_R, norm_R)
+        if inputs.most_records <= 1:
+            return reach_U
         square_U = zero_U.index_add(0, inputs.unit_R, square_R * weight_R.square())
         first_Q, second_Q, unit_Q = inputs.pairs_3Q
         dot_Q = (whole_RK[first_Q] * whole_RK[second_Q]).sum(dim=1).mul_(2.0 ** (1 - 2 * _SLOPE_BITS))
         square_U.index_add_(0, unit_Q, dot_Q * peak_R[first_Q] * peak_R[second_Q] * inputs.product_Q)
         norm_U = (square_U.clamp_(min=0.0) + reach_U.square() * 2.0**-40).sqrt_()
         norm_U += zero_U.index_add(0, inputs.unit_R, weight_R * rounding)
-        self.slack_U = torch.where(counts_U > 1, counts_U.double() * (num_outputs**0.5 * (2.0**NORM_BITS + 1.0)), 0.0)
+        several_U = inputs.counts_U > 1
+        self.slack_U = torch.where(
+            several_U, inputs.counts_U.double() * (num_outputs**0.5 * (2.0**NORM_BITS + 1.0)), 0.0
+        )
         # A unit of one record has the norm that it has in a block of such units alone.
-        return torch.where(counts_U > 1, torch.maximum(norm_U, reach_U / _MOST_CANCELLATION), reach_U)
+        return torch.where(several_U, torch.maximum(norm_U, reach_U / _MOST_CANCELLATION), reach_U)
 
     def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor], exact: Tensor) -> None:
         """Adds the units' parts to integer totals.
@@ -293,13 +317,13 @@ class _Gradients:
             factor_U = factor_U.index_fill(0, formed.units, 0.0)
         if inputs.positions is not None:
             return
-        factor_R = factor_U[inputs.unit_R] / lattice.spacing
-        # Not a number: an infinite slope of a unit whose factor is 0.
-        parts_RK = (self._slopes_RK * (factor_R * inputs.rows.scale)[:, None]).nan_to_num_(nan=0.0).trunc_()
+        factor_R = factor_U[inputs.unit_R].div_(lattice.spacing)
+        # A slope that is not finite has the factor 0.
+        slopes_RK = self._slopes_RK.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        parts_RK = (slopes_RK * (factor_R * inputs.rows.scale)[:, None]).trunc_()
         totals[0].add_((parts_RK.mT @ exact).long())
         if inputs.bias:
-            bias_RK = (self._slopes_RK * factor_R[:, None]).nan_to_num_(nan=0.0).trunc_()
-            totals[1].add_(bias_RK.sum(dim=0).long())
+            totals[1].add_(slopes_RK.mul_(factor_R[:, None]).trunc_().sum(dim=0).long())
 
 
 @dataclass(frozen=True)
@@ -329,7 +353,7 @@ class _Formed:
             slopes: R x K, or R x P x K, weighted.
             units: indices in the block.
         """
-        counts_U = inputs.start_U.diff()[units]
+        counts_U = inputs.counts_U[units]
         most = int(counts_U.max())
         place_UN = torch.arange(most, device=units.device)
         there_UN = place_UN < counts_U[:, None]
@@ -383,7 +407,7 @@ def split_blocks(
         positions = max(1, values // max(1, own.rows.integers.shape[-1])) if values else 1
         outputs = positions * widths[name] * (_BLOCK_VALUES / _BLOCK_OUTPUTS)
         cost = max(cost, max(values, outputs) * len(own.unit_R) / max(1, num_units))
-    several = any(len(own.unit_R) and int(own.start_U.diff().max()) > 1 for own in inputs.values())
+    several = any(own.most_records > 1 for own in inputs.values())
     size = max(1, min(MAX_UNITS // (_MOST_CANCELLATION if several else 1), int(_BLOCK_VALUES / cost)))
     size -= size % _LANES if size > _LANES else 0
     for first in range(0, num_units, size):
@@ -409,10 +433,9 @@ def add_clipped_parts(
     """
     gradients, exact = {}, {}
     for name, inputs in block.items():
-        exact[name] = inputs.rows.integers.double()
-        gradients[name] = _Gradients(
-            inputs, _compute_slopes(inputs, exact[name], weights[name], output_gradients[name])
-        )
+        rows = inputs.rows.widen()
+        exact[name] = rows.integers
+        gradients[name] = _Gradients(inputs, _compute_slopes(inputs, rows, weights[name], output_gradients[name]))
     parts = list(gradients.values())
     if not parts:
         return
@@ -425,13 +448,10 @@ def add_clipped_parts(
 
 
 def _compute_slopes(
-    inputs: Inputs, exact: Tensor, weights: Sequence[Tensor], output_gradient: OutputGradient
+    inputs: Inputs, rows: QuantisedRows, weights: Sequence[Tensor], output_gradient: OutputGradient
 ) -> Tensor:
     """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again."""
-    outputs = exact @ (weights[0] * 2.0**WEIGHT_BITS).mT
-    outputs.mul_((inputs.rows.scale * 2.0**-WEIGHT_BITS).unsqueeze(-1))
-    if inputs.bias:
-        outputs.add_(weights[1])
+    outputs = compute_outputs(rows, weights[0], weights[1] if inputs.bias else None)
     padded, labels = outputs, inputs.labels
     if missing := -len(outputs) % _LANES:
         padded = torch.cat([outputs, outputs[:1].expand(missing, *outputs.shape[1:])])
@@ -467,12 +487,10 @@ def _pair_products(rows: QuantisedRows, pairs_3Q: Tensor, bias: bool) -> Tensor:
     return torch.cat(products)
 
 
-def _count_formed(inputs: Inputs, counts_U: Tensor, formed_U: Tensor, num_outputs: int) -> int:
+def _count_formed(inputs: Inputs, num_outputs: int) -> int:
     """Returns how many units' gradients are formed at once: their features and gradients fit into memory."""
-    if not len(formed_U):
-        return 1
     record = inputs.rows.integers[0].numel()
-    values = int(counts_U[formed_U].max()) * record + num_outputs * inputs.rows.integers.shape[-1]
+    values = inputs.most_records * record + num_outputs * inputs.rows.integers.shape[-1]
     return max(1, _BLOCK_VALUES * 8 // max(1, values))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,12 @@ class Flat:
     def views(self, vector: Tensor) -> dict[str, list[Tensor]]:
         """Returns task -> views of a vector: the weight as a matrix of outputs x features, then the bias if any."""
         parts = iter(torch.split(vector, self.sizes))
+        return {name: [next(parts).view(shape) for shape in shapes] for name, shapes in self._shapes.items()}
+
+    @cached_property
+    def _shapes(self) -> dict[str, list[tuple[int, ...]]]:
         return {
-            name: [next(parts).view(each.shape[0], -1) if each.dim() > 1 else next(parts) for each in head.parameters()]
+            name: [(each.shape[0], -1) if each.dim() > 1 else tuple(each.shape) for each in head.parameters()]
             for name, head in self.heads.items()
         }
 

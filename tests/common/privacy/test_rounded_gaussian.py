@@ -131,7 +131,7 @@ def test_only_buckets_without_a_boundary_decide_alone() -> None:
     inside = {int(boundary) // width for boundary in high[:-1]}
     for bucket, place in enumerate(guide.tolist()):
         assert (place < 0) == (bucket in inside)
-        assert place < 0 or int(high[place]) < bucket * width and (bucket + 1) * width <= int(high[place + 1])
+        assert place < 0 or (int(high[place]) < bucket * width and (bucket + 1) * width <= int(high[place + 1]))
 
 
 def test_a_rejected_point_is_drawn_again_in_its_own_cell() -> None:
