@@ -2,20 +2,29 @@
 
 A network's kernels are chosen by the shape of a batch, and some give a row other last bits in another batch. So every
 batch has one shape: the last one is filled up with zeros. Whether the rows of such a batch are independent is tried
-before a source is encoded; where they are not, every record is encoded in a batch of its own.
+before a source is encoded; where they are not, every record is encoded in a batch of its own. It is tried on made-up
+inputs: no record decides how others are encoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from client.data.sources.parts.boundary import try_record
+from common.inputs import Audio, Text
 from common.types import BadInput
 
 Encode = Callable[[Tensor], Tensor]
 """Inputs [B, ...] -> features [B, D]."""
+
+_DISTINCT = 8
+"""Made-up inputs that differ."""
 
 
 def encode_padded(encode: Encode, inputs: Tensor, batch_size: int) -> Tensor:
@@ -31,12 +40,47 @@ def encode_padded(encode: Encode, inputs: Tensor, batch_size: int) -> Tensor:
     return torch.cat([encode(part) for part in torch.split(padded, batch_size)])[: len(inputs)]
 
 
+def draw_inputs(preprocess: Callable[[Any], Tensor], count: int) -> Tensor | None:
+    """Returns made-up inputs [count, ...], the same on every call: of random pictures, texts or recordings.
+
+    Args:
+        preprocess: a backbone's preprocessing.
+        count: number of inputs.
+
+    Returns:
+        The inputs; None where the backbone takes neither a picture nor a text nor a recording.
+    """
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(_DISTINCT)]
+    texts = [Text("a word or two " * (number + 1)) for number in range(_DISTINCT)]
+    noises = [rng.normal(scale=0.1, size=16000).astype(np.float32) for _ in range(_DISTINCT)]
+    for items in (pictures, texts, [Audio(noise, 16000) for noise in noises]):
+        inputs, _ = try_record(lambda items=items: torch.stack([preprocess(item) for item in items]))  # type: ignore[misc]
+        if inputs is not None:
+            return inputs[torch.arange(count) % _DISTINCT]
+    return None
+
+
+def draw_inputs_like(sample: Tensor, count: int) -> Tensor:
+    """Returns made-up inputs [count, ...], the same on every call, of a sample's shape and type, not of its values.
+
+    Args:
+        sample: one input.
+        count: number of inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, *sample.shape)
+    if sample.is_floating_point():
+        return torch.randn(shape, generator=generator).to(sample.dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(sample.dtype)
+
+
 def choose_batch_size(encode: Encode, inputs: Tensor, batch_size: int) -> int:
     """Returns `batch_size` where rows of such a batch are independent to the bit, else 1.
 
     Args:
         encode: a backbone's encoding.
-        inputs: up to `batch_size` inputs, to try it on.
+        inputs: up to `batch_size` made-up inputs, to try it on.
         batch_size: number of inputs in a batch.
 
     Raises:

@@ -31,9 +31,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.batches import choose_batch_size, encode_padded
+from client.data.batches import choose_batch_size, draw_inputs, draw_inputs_like, encode_padded
 from client.data.quantised import QuantisedRows, pack_rows
 from client.data.sources import Source
+from client.data.sources.parts.boundary import MAX_ITEMS, try_record
 from common.files import flush, flush_folder, lock_file, private_folder, stamp_file, write_atomic
 from common.inputs import Several
 from common.process.threads import one_thread
@@ -75,7 +76,7 @@ class Features:
         unusable: position -> why that record has no features. Positions, not files and rows: another file with the same
             content shares the entry.
         path: the array's file, for later opening.
-        error: how far features are from those of float32, relative, as seen on a few records; None where not computed.
+        error: how far features are from those of float32, relative, as seen on made-up inputs; None where not computed.
     """
 
     rows_N: StoredRows = field(repr=False)
@@ -266,21 +267,24 @@ def _encoded_batches(
     size = CUDA_BATCH_SIZE if on_gpu else max(_LEAST_BATCH_SIZE, BATCH_SIZE // cores)
 
     with nullcontext() if on_gpu else one_thread():
-        first = _load(source, backbone, range(min(size, count)), most=size)
-        inputs = first.items_I
-        together = size if inputs is None else choose_batch_size(backbone.encode, inputs[:size], size)
+        made_up = draw_inputs(backbone.preprocess, size) if count else None
+        first = _load(source, backbone, range(min(size, count)), made_up, most=size)
+        if made_up is None and first.items_I is not None:
+            made_up = draw_inputs_like(first.items_I[0], size)
+        # The first inputs that a backbone encodes, and those that decide how, are nobody's.
+        together = 1 if made_up is None else choose_batch_size(backbone.encode, made_up, size)
 
         def both(batch: _Batch) -> tuple[_Batch, NDArray[np.float32] | None]:
-            return batch, None if batch.items_I is None else _means(backbone, batch.items_I, batch.sizes, together)
+            return _encode_batch(backbone, batch, together, made_up)
 
         yield both(first)
         # Volumes hold many items each: as many records are read at once as the first batch says fit.
         step = max(1, size * len(first.sizes) // sum(first.sizes)) if first.sizes else size
         ranges = [range(start, min(start + step, count)) for start in range(first.end, count, step)]
         if on_gpu:
-            yield from map(both, _made_ahead(lambda some: _pinned(source, backbone, some), ranges, _LOADERS))
+            yield from map(both, _made_ahead(lambda some: _pinned(source, backbone, some, made_up), ranges, _LOADERS))
         else:
-            yield from _made_ahead(lambda some: both(_load(source, backbone, some)), ranges, cores)
+            yield from _made_ahead(lambda some: both(_load(source, backbone, some, made_up)), ranges, cores)
 
 
 def _made_ahead(make: Callable[[range], _Made], ranges: list[range], workers: int) -> Iterator[_Made]:
@@ -295,8 +299,18 @@ def _made_ahead(make: Callable[[range], _Made], ranges: list[range], workers: in
             yield waiting.popleft().result()
 
 
-def _load(source: Source, backbone: Backbone, positions: range, most: int | None = None) -> _Batch:
-    """Records as inputs, and with `most` no further record once there are so many inputs."""
+def _load(
+    source: Source, backbone: Backbone, positions: range, like_I: Tensor | None, most: int | None = None
+) -> _Batch:
+    """Returns records as inputs, those that are not of the others' shape and type left out.
+
+    Args:
+        source: source of the records.
+        backbone: what preprocesses them.
+        positions: their positions.
+        like_I: inputs of the right shape and type; None takes those of the first record.
+        most: once there are so many inputs, no further record is read.
+    """
     usable: list[int] = []
     sizes: list[int] = []
     items: list[Tensor] = []
@@ -306,10 +320,13 @@ def _load(source: Source, backbone: Backbone, positions: range, most: int | None
         if most is not None and len(items) >= most:
             end = position
             break
-        try:
-            inputs = list_inputs(source.load(position), backbone.preprocess, has_trunk=backbone.trunk is not None)
-        except BadRecord as error:
-            unusable[position] = str(error)
+        inputs, reason = try_record(lambda position=position: _load_inputs(source, position, backbone))  # type: ignore[misc]
+        if inputs is None:
+            unusable[position] = str(reason)
+            continue
+        like_I = inputs[0].unsqueeze(0) if like_I is None else like_I
+        if any((each.shape, each.dtype) != (like_I.shape[1:], like_I.dtype) for each in inputs):
+            unusable[position] = "its size is another than that of the others"
             continue
         usable.append(position)
         sizes.append(len(inputs))
@@ -317,10 +334,14 @@ def _load(source: Source, backbone: Backbone, positions: range, most: int | None
     return _Batch(usable, sizes, torch.stack(items) if items else None, unusable, end)
 
 
-def _pinned(source: Source, backbone: Backbone, positions: range) -> _Batch:
+def _pinned(source: Source, backbone: Backbone, positions: range, like_I: Tensor | None) -> _Batch:
     """In page-locked memory, from which a copy to the GPU overlaps with computing."""
-    batch = _load(source, backbone, positions)
+    batch = _load(source, backbone, positions, like_I)
     return batch if batch.items_I is None else replace(batch, items_I=batch.items_I.pin_memory())
+
+
+def _load_inputs(source: Source, position: int, backbone: Backbone) -> list[Tensor]:
+    return list_inputs(source.load(position), backbone.preprocess, has_trunk=backbone.trunk is not None)
 
 
 def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, has_trunk: bool) -> list[Tensor]:
@@ -336,12 +357,45 @@ def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, has_trunk: bo
     """
     if not isinstance(item, Several):
         return [preprocess(item)]
-    if not item.items:
-        raise BadRecord("expected at least one item in the record")
+    if not 0 < len(item.items) <= MAX_ITEMS:
+        raise BadRecord(f"expected between one and {MAX_ITEMS} items in the record")
     if has_trunk and len(item.items) > 1:
         # What trains above is not linear: the mean of its inputs is not the input of its mean.
         raise BadRecord("expected one item in the record where a part of the backbone trains, got several")
     return [preprocess(part) for part in item.items]
+
+
+def _encode_batch(
+    backbone: Backbone, batch: _Batch, step: int, made_up: Tensor | None
+) -> tuple[_Batch, NDArray[np.float32] | None]:
+    """Returns a batch and its features; where it fails, its records are encoded one by one, padded to the same shape.
+
+    Args:
+        backbone: what encodes them.
+        batch: records as inputs.
+        step: number of inputs that are encoded at once.
+        made_up: inputs that the backbone has encoded before; where it no longer does, no record is at fault.
+    """
+    items_I = batch.items_I
+    if items_I is None:
+        return batch, None
+    encoded_BD, _ = try_record(lambda: _means(backbone, items_I, batch.sizes, step))
+    if encoded_BD is not None:
+        return batch, encoded_BD
+    rows: dict[int, NDArray[np.float32]] = {}
+    unusable = dict(batch.unusable)
+    for position, part_I in zip(batch.positions, torch.split(items_I, batch.sizes), strict=True):
+        row_1D, reason = try_record(lambda part_I=part_I: _means(backbone, part_I, [len(part_I)], step))  # type: ignore[misc]
+        if row_1D is not None:
+            rows[position] = row_1D
+            continue
+        if made_up is not None:
+            # Raises where it is the machine that fails: else all of its records would be kept as bad ones.
+            encode_padded(backbone.encode, made_up, step)
+        unusable[position] = str(reason)
+    # Only positions and reasons are read of a batch that is encoded.
+    done = replace(batch, positions=list(rows), items_I=None, unusable=unusable)
+    return done, np.concatenate(list(rows.values())) if rows else None
 
 
 def _means(backbone: Backbone, items_I: Tensor, sizes: list[int], step: int) -> NDArray[np.float32]:

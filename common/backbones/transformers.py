@@ -292,6 +292,7 @@ class Transformers(Plugin):
         return model
 
     def _open_modality(self, files: Files, module: PooledModel, config: PretrainedConfig) -> Modality:
+        from common.backbones.parts.layers import count_positions
         from common.backbones.parts.modalities import TextInput
 
         if self.modality == "image":
@@ -301,7 +302,7 @@ class Transformers(Plugin):
         types = (getattr(config, "type_vocab_size", None) or 0) > 1
         pad = getattr(config, "pad_token_id", None) or 0
         # The length is part of the input's shape: it is bounded by what the model has positions for.
-        longest = min(self.max_length, getattr(config, "max_position_embeddings", None) or self.max_length)
+        longest = min(self.max_length, count_positions(module.model, config) or self.max_length)
         return TextInput(lambda: module.open_tokenizer(longest), longest, config.vocab_size, pad, types)
 
     def _open_image(self, files: Files) -> ImageInput:

@@ -141,14 +141,16 @@ class PooledModel(nn.Module):
             self.register_buffer("tokenizer", torch.zeros(tokenizer_bytes, dtype=torch.uint8))
 
     def forward(self, inputs_B: Tensor) -> Tensor:
-        """Returns features_BD, or B x (T * D)."""
+        """Returns features_BD, or B x (T * D); zeros for inputs that are nothing but padding."""
         positions, pooled = [], []
         for rows, group_B in self.modality.groups(inputs_B):
             output, mask_BL = self.modality.run(self.model, group_B)
             positions.append(rows)
             pooled.append(self._pool(output, mask_BL)[: len(rows)].float())
-        features_BD = torch.cat(pooled)
-        return features_BD[torch.argsort(torch.cat(positions))]
+        encoded_BD = torch.cat(pooled)
+        features_BD = encoded_BD.new_zeros((len(inputs_B), encoded_BD.shape[1]))
+        features_BD[torch.cat(positions)] = encoded_BD
+        return features_BD
 
     def open_tokenizer(self, max_length: int) -> tokenizers.Tokenizer:
         """Returns the tokenizer whose bytes travelled with the weights. Raises BadInput for other bytes."""
@@ -174,6 +176,22 @@ class PooledModel(nn.Module):
             # Convolutional encoders: B x D x H x W.
             hidden_BTD = hidden_BTD.flatten(2).transpose(1, 2)
         return pool_positions(hidden_BTD, mask_BL, self.pooling, self.max_positions)
+
+
+def count_positions(model: nn.Module, config: PretrainedConfig) -> int | None:
+    """Returns the number of tokens that a model has positions for; None where it sets no bound.
+
+    RoBERTa and its kin count positions from behind that of the padding token: they take fewer tokens than
+    `max_position_embeddings` says.
+    """
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    if most is None or most < 1:
+        return None
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
+            first = 0 if part.padding_idx is None else part.padding_idx + 1
+            return min(most, part.num_embeddings - first)
+    return most
 
 
 def read_width(model: nn.Module, config: PretrainedConfig) -> int:

@@ -44,7 +44,8 @@ class Modality(Protocol):
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields positions of inputs that can be encoded together, and those inputs without needless padding.
 
-        A group may have more inputs than positions: the added ones give it its shape, and their output is cut off.
+        Inputs that are nothing but padding may be left out. A group may have more inputs than positions: the added
+        ones give it its shape, and their output is cut off.
         """
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
@@ -166,14 +167,13 @@ class AudioInput:
         return torch.stack([self.preprocess(Audio(row, self.sample_rate)) for row in samples])
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields waveforms by their exact length."""
+        """Yields each waveform by itself and at its exact length, so that none depends on the others."""
         if not self._is_waveform(inputs_B):
             yield torch.arange(len(inputs_B), device=inputs_B.device), inputs_B
             return
         lengths_B = inputs_B[:, 1].sum(1).long()
-        for length in sorted(set(lengths_B.tolist())):
-            rows = torch.nonzero(lengths_B == length).flatten()
-            yield rows, inputs_B[rows, :, :length]
+        for row in torch.nonzero(lengths_B > 0).flatten():
+            yield row.unsqueeze(0), inputs_B[row : row + 1, :, : int(lengths_B[row])]
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
         """Returns the output on waveforms without their masks: nothing in them is padding any more."""

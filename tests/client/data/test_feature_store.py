@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -212,10 +212,87 @@ def test_a_damaged_entry_is_encoded_again(tmp_path: Path, name: str, damage: str
     np.testing.assert_array_equal(features.features_ND[1:], VECTORS)
 
 
-def test_an_error_while_encoding_leaves_nothing(tmp_path: Path) -> None:
+class Hostile(NamedTuple):
+    """A record at which something fails: `load`, `preprocess` or `encode`."""
+
+    where: str
+    error: type[Exception]
+
+
+@dataclass(frozen=True)
+class Failing(Reciprocal):
+    """A backbone that fails at hostile records; as an input each is a row of NaN."""
+
+    calls: list[bytes] = field(default_factory=list)
+    fails_after: int = 10**9
+
+    def preprocess(self, item: Any) -> Tensor:
+        if isinstance(item, Hostile) and item.where == "preprocess":
+            raise item.error("q7-secret")
+        return torch.full((DIM,), torch.nan) if isinstance(item, Hostile) else torch.from_numpy(item)
+
+    def encode(self, items_B: Tensor) -> Tensor:
+        self.calls.append(items_B.numpy().tobytes())
+        if len(self.calls) > self.fails_after or items_B.isnan().any():
+            raise RuntimeError("q7-secret")
+        return items_B * 2.0
+
+
+@dataclass(frozen=True)
+class FailingVectors(Vectors):
+    """A source whose hostile records fail when they are loaded."""
+
+    def load(self, position: int) -> Any:
+        item = self.items[position]
+        if isinstance(item, Hostile) and item.where == "load":
+            raise item.error("q7-secret")
+        return item
+
+
+ERRORS = [MemoryError, RuntimeError, UnicodeError, RecursionError, KeyError, TimeoutError, OSError, AssertionError]
+
+
+@pytest.mark.parametrize("at", [0, 5, COUNT])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [(where, error) for where in ("load", "preprocess") for error in ERRORS] + [("encode", KeyError)],
+)
+def test_whatever_fails_at_one_record_costs_that_record_alone(
+    tmp_path: Path, where: str, error: type[Exception], at: int
+) -> None:
+    items: list[Any] = list(VECTORS)
+    items.insert(at, Hostile(where, error))
+    features = encoded(tmp_path, FailingVectors(items), Failing())
+    assert list(features.unusable) == [at]
+    assert "q7" not in features.unusable[at]
+    assert np.array_equal(np.delete(features.features_ND, at, 0), 2 * VECTORS)
+    assert not features.features_ND[at].any()
+
+
+def test_records_beside_a_failing_one_are_encoded_in_batches_of_the_same_shape(tmp_path: Path) -> None:
+    backbone = Failing()
+    encoded(tmp_path, FailingVectors([Hostile("encode", KeyError), *VECTORS]), backbone)
+    assert len({len(call) for call in backbone.calls}) == 1
+
+
+def test_no_record_decides_how_others_are_encoded(tmp_path: Path) -> None:
+    """The batch size and the fast copy of a network were once tried on a source's first records."""
+    first = []
+    for name, scale in (("a", 1.0), ("b", 1e30)):
+        backbone = Failing()
+        encoded(tmp_path / name, FailingVectors([scale * VECTORS[0], *VECTORS[1:]]), backbone)
+        first.append(backbone.calls[:4])
+    assert first[0] == first[1]
+
+
+def test_a_record_of_another_size_is_left_out(tmp_path: Path) -> None:
+    features = encoded(tmp_path, Vectors([VECTORS[0], VECTORS[0][:2], VECTORS[1].astype(np.float64)]), Reciprocal())
+    assert features.unusable == dict.fromkeys((1, 2), "its size is another than that of the others")
+
+
+def test_a_machine_that_fails_while_encoding_makes_no_record_bad(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
-        # Vectors of different lengths cannot be stacked: a broken backbone, not a bad record.
-        encoded(tmp_path, Vectors([VECTORS[0], VECTORS[0][:2]]), Reciprocal())
+        encoded(tmp_path, FailingVectors(list(VECTORS)), Failing(fails_after=5))
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
@@ -284,7 +361,12 @@ def test_a_record_of_several_items_has_the_mean_of_their_features(tmp_path: Path
     features = encoded(tmp_path, Vectors([*records, VECTORS[0]]))
     expected = [VECTORS[:1].mean(0), VECTORS[1:4].mean(0), np.zeros(DIM), VECTORS[4:].mean(0), VECTORS[0]]
     np.testing.assert_allclose(features.features_ND, held(np.array(expected)), rtol=0, atol=2e-4)
-    assert features.unusable == {2: "expected at least one item in the record"}
+    assert features.unusable == {2: "expected between one and 4096 items in the record"}
+
+
+def test_a_record_of_absurdly_many_items_is_left_out(tmp_path: Path) -> None:
+    features = encoded(tmp_path, Vectors([Several([VECTORS[0]] * 4097), Several([VECTORS[0]] * 4096)]))
+    assert list(features.unusable) == [0]
 
 
 def test_a_record_of_several_items_is_refused_where_a_part_of_the_backbone_trains(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load, save
 from transformers import (
     AutoModel,
@@ -335,3 +336,53 @@ def test_minilm_gives_its_sentence_embeddings() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert backbone.feature_dim == 384
     assert found[0] @ found[1] > 0.7 > 0.3 > found[0] @ found[2]
+
+
+POSITIONS = 20
+
+
+@pytest.mark.parametrize(
+    ("model", "takes", "settings"),
+    [
+        ("Bert", POSITIONS, {}),
+        ("Electra", POSITIONS, {"embedding_size": 16}),
+        ("Roberta", POSITIONS - 2, {"pad_token_id": 1}),
+        ("XLMRoberta", POSITIONS - 2, {"pad_token_id": 1}),
+        ("Camembert", POSITIONS - 2, {"pad_token_id": 1}),
+        ("MPNet", POSITIONS - 2, {"pad_token_id": 1}),
+        ("Data2VecText", POSITIONS - 3, {"pad_token_id": 2}),
+        ("DistilBert", POSITIONS, {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}),
+        ("T5Encoder", None, {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}),
+    ],
+)
+@pytest.mark.parametrize("max_length", [8, 64])
+def test_a_text_is_cut_to_the_positions_that_a_model_has(
+    tmp_path: Path, bert: dict[str, Any], model: str, takes: int | None, settings: dict[str, Any], max_length: int
+) -> None:
+    config = getattr(transformers, f"{model.removesuffix('Encoder')}Config")
+    sizes = {} if model in ("DistilBert", "T5Encoder") else {**TINY, "num_hidden_layers": 1}
+    positions = {} if takes is None else {"max_position_embeddings": POSITIONS}
+    torch.manual_seed(0)
+    folder = saved(
+        tmp_path / "model",
+        getattr(transformers, f"{model}Model")(config(vocab_size=12, **sizes, **positions, **settings)),
+    )
+    shutil.copy(Path(bert["folder"]) / "tokenizer.json", folder)
+    part = {"part": "encoder"} if takes is None else {}
+    spec = {"kind": "transformers", "folder": str(folder), "modality": "text", "max_length": max_length, **part}
+    backbone = open_pretrained(spec, "b")
+    longest = max_length if takes is None else min(max_length, takes)
+    texts = [Text("the scan shows " * count) for count in (1, 5, 200)]
+    assert [backbone.preprocess(text).shape for text in texts] == [(3, longest)] * 3
+    assert int(backbone.preprocess(texts[2])[1].sum()) == longest
+    assert features(backbone, texts).isfinite().all()
+
+
+def test_recordings_of_one_length_do_not_depend_on_how_many_they_are_or_on_padding(tmp_path: Path) -> None:
+    settings = {"kind": "transformers", "folder": str(wave(tmp_path, "wav2vec2")), "modality": "audio", "seconds": 0.2}
+    backbone = open_pretrained(settings, "b")
+    inputs = torch.stack([backbone.preprocess(clip) for clip in recordings() * 3])
+    together = backbone.encode(torch.cat([inputs, torch.zeros_like(inputs[:5])]))
+    for row, item in enumerate(inputs):
+        assert torch.equal(backbone.encode(item.unsqueeze(0))[0], together[row])
+    assert not together[len(inputs) :].any()
