@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,20 @@ def test_a_site_of_several_coordinators_must_say_which(config: SiteConfig, tmp_p
         site_config(tmp_path, "north", coordinators={"main": WHERE})
     with pytest.raises(BadInput, match="names none"):
         site_config(tmp_path, "north").select("hearts")
+
+
+def test_a_reply_to_one_coordinator_is_not_covered_by_the_charge_of_anothers_same_request(
+    config: SiteConfig, frozen: Backbone
+) -> None:
+    """Both ask for the same bytes; an older copy of the ledger holds the first one's charge alone."""
+    rich = config.model_copy(update={"budget": config.budget.model_copy(update={"epsilon": 50.0})})
+    ledgers = config.state_dir / "ledgers"
+    run(serve(rich, "hearts"), frozen, rounds=1)
+    shutil.copytree(ledgers, config.state_dir / "older")
+    lungs = serve(rich, "lungs")
+    run(lungs, frozen, rounds=1)
+    (lungs.config.coordinator_dir / "site.jsonl").unlink()
+    shutil.rmtree(ledgers)
+    (config.state_dir / "older").rename(ledgers)
+    with pytest.raises(LedgerDamaged, match="a reply of run lungs/run-1 was sent and has no charge"):
+        lungs.ledger()
