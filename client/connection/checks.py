@@ -23,7 +23,7 @@ from client.connection.diagnose import (
     read_presented_certificate,
 )
 from client.connection.keys import read_key
-from client.data.checks import data_checks
+from client.data.checks import data_checks, find_overlaps
 from client.ledger.place import find_default_ledger_dir, has_ledger, locate_ledgers
 from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals, check_offer
@@ -128,7 +128,7 @@ def check_records(config: SiteConfig, offer: Offer, survey: Survey) -> Iterator[
 
 
 def require_usable_records(config: SiteConfig, offers: Iterable[Offer]) -> list[Check]:
-    """Returns what `check_records` finds for some offers, where nothing of it fails.
+    """Returns what `check_records` finds for some offers, where nothing of it fails, and overlapping registries.
 
     Raises:
         BadInput: a source cannot be opened, or a setting is wrong.
@@ -141,7 +141,8 @@ def require_usable_records(config: SiteConfig, offers: Iterable[Offer]) -> list[
     for item in found:
         if item.outcome == "fail":
             raise RecordsUnusable(f"{item.name}: {item.detail}; {item.remedy}")
-    return found
+    overlaps = [Check(*each) for each in find_overlaps(config, (placed.record for placed in survey.placed))]
+    return found + [item for item in overlaps if item.outcome != "pass"]
 
 
 def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
@@ -243,6 +244,8 @@ def _check_place(config: SiteConfig, place: Path) -> Check:
             f"write `ledger_dir: {place}` into every site file of this registry, and lower budget.epsilon by what the "
             "other ledger holds",
         )
+    if place.exists() and place.stat().st_mode & _OTHERS:
+        return Check("ledger_dir", "fail", f"{place} is open to others than its owner", f"chmod 700 {place}")
     return Check("ledger_dir", "pass", str(place))
 
 

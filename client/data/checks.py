@@ -7,7 +7,7 @@ else: they are the staff's own words, which only they can map.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
@@ -26,7 +26,7 @@ from client.data.records import (
     place_records,
     select_rows,
 )
-from client.data.sources import Source, open_source
+from client.data.sources import Source, SourceRecord, open_source
 from client.ledger.overlap import record_patients
 from client.ledger.place import locate_ledgers
 from common.errors import instead
@@ -59,7 +59,7 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
     if config.unit is Unit.PATIENT and len(columns) > 1:
         yield _compare_patients(members, list(columns))
     if len(columns) == len(config.sources):  # Else some patients are not known.
-        yield from _find_overlaps(config, members)
+        yield from find_overlaps(config, (member.record for member in members))
     tasks = {name: spec for run in offers.values() for name, spec in run.tasks.items()}
     for name, own in config.tasks.items():
         if own.source not in columns:
@@ -152,9 +152,9 @@ def _compare_patients(members: Sequence[UsableRecord], sources: Sequence[str]) -
     )
 
 
-def _find_overlaps(config: SiteConfig, members: Sequence[UsableRecord]) -> Iterator[Found]:
-    """Yields the other populations of this machine that have patients of this one; remembers those of this one."""
-    known = {normalise_patient_id(member.record.patient or "") for member in members} - {""}
+def find_overlaps(config: SiteConfig, records: Iterable[SourceRecord]) -> Iterator[Found]:
+    """Yields the other populations of this machine that have patients of this one; keeps fingerprints of this one's."""
+    known = {normalise_patient_id(record.patient or "") for record in records} - {""}
     try:
         folder = locate_ledgers(config)
         shared = record_patients(folder, config.registry, config.state_dir, known)

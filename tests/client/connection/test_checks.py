@@ -233,3 +233,14 @@ def test_the_place_of_the_ledger_is_said_and_an_old_one_named_with_the_line_to_w
     Site(site_config(tmp_path / "b", "north", ledger_dir=None), os_entropy).ledger()
     assert outcome_of(old, "ledger_dir")[0] == "warn"
     assert outcome_of(config, "ledger")[0] == "fail"
+
+
+def test_a_folder_of_ledgers_that_others_can_read_fails(tmp_path: Path) -> None:
+    config = site_config(tmp_path, "north")
+    place = config.state_dir / "ledgers"
+    Site(config, os_entropy).ledger()
+    place.chmod(0o755)
+    outcome, _, remedy = outcome_of(config, "ledger_dir")
+    assert outcome == "fail" and remedy == f"chmod 700 {place}"
+    place.chmod(0o700)
+    assert outcome_of(config, "ledger_dir")[0] == "pass"

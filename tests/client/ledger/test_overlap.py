@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client.config import SiteConfig
-from client.connection.checks import Check, check_site
+from client.connection.checks import Check, check_site, require_usable_records
 from client.ledger.overlap import forget_patients, record_patients
 from client.protocol.purge import purge
 from client.protocol.site import Site
@@ -105,6 +105,13 @@ def test_check_names_the_other_registry_and_the_number_of_common_patients(tmp_pa
     assert found.detail.startswith("5 patient(s) of this site are in registry hearts too: ")
     [found] = find_overlaps(hearts)
     assert found.detail.startswith("5 patient(s) of this site are in registry lungs too: ")
+
+
+def test_approving_a_run_says_so_too(tmp_path: Path) -> None:
+    hearts, lungs = (clinic(tmp_path / name, name, ["7", "8", "9"]) for name in ("hearts", "lungs"))
+    assert require_usable_records(hearts, []) == []
+    [found] = require_usable_records(lungs, [])
+    assert (found.name, found.outcome) == ("overlap", "warn")
 
 
 def test_records_without_patients_are_said_not_to_be_compared(tmp_path: Path) -> None:
