@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
-from common.types import DELTAS, EPSILONS, BadInput, Unit, check_delta
+from common.types import DELTAS, EPSILONS, BadInput, FilterKind, Unit, check_delta
 
 MAIN = "main"
 """Name of the coordinator under the key `coordinator`."""
@@ -22,10 +22,13 @@ class Budget(Frozen):
     Attributes:
         epsilon: the cap on epsilon.
         delta: delta at which everything is accounted; at most 1 / (10 * the largest public_size).
+        filter: kind of the privacy filter that decides whether a charge fits: `gdp` counts each release as full batch,
+            `renyi` counts sampled ones for less and full-batch ones for a little more; null: the first charge fixes it.
     """
 
     epsilon: Annotated[float, Field(ge=EPSILONS.low, le=EPSILONS.high)]
     delta: Annotated[float, Field(ge=DELTAS.low, le=DELTAS.high)]
+    filter: FilterKind | None = None
 
 
 class Allow(Frozen):

@@ -28,6 +28,9 @@ RELATION: Relation = "add_remove"
 """The only neighbouring relation in use: one unit's records are added or removed."""
 
 
+FilterKind = Literal["gdp", "renyi"]
+"""Kinds of privacy filters (common/privacy/filters.py)."""
+
 MAX_STEPS = 1_000_000
 """Steps of a whole run; more would hold a site for hours."""
 

@@ -25,6 +25,7 @@ def amend(site: SiteFile, reason: Reason = "") -> None:
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,
             delta=config.budget.delta,
+            filter=config.budget.filter,
             reason=check_reason(reason),
         )
         print_balance(budgets.balance(config))

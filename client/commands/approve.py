@@ -14,6 +14,7 @@ from client.protocol.approvals import Approvals, check_offer, read_offer
 from common.bundle import compute_code_digest
 from common.offers import Offer
 from common.privacy.accounting import round_up
+from common.privacy.filters import TOLERANCE
 from common.process.console import reported_errors
 from common.run import RunConfig
 from common.types import BadInput, BudgetExhausted
@@ -101,7 +102,7 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
         f"epsilon {round_up(outlook.run_epsilon):g} per {outlook.unit} ({outlook.relation}) at delta "
         f"{outlook.delta:g}; {round_up(outlook.final_epsilon):g} of {outlook.budget_epsilon:g} then spent"
     )
-    if outlook.final_epsilon > outlook.budget_epsilon:
+    if outlook.final_share > TOLERANCE:
         raise BudgetExhausted(
             f"{run.name}: the budget does not cover this run, so this site would decline it: {price}; nothing was "
             "approved"

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.privacy.accounting import Mechanism
-from common.types import RELATION, BadInput, LedgerDamaged, Unit
+from common.types import RELATION, BadInput, FilterKind, LedgerDamaged, Unit
 
 Purpose = Literal["training", "evaluation"]
 TRAINING: Purpose = "training"
@@ -34,18 +34,24 @@ class Terms:
         epsilon_cap: all that may ever be spent, at `delta`.
         delta: the delta that the site chose.
         relation: which data sets count as neighbours.
+        filter: kind of the privacy filter; None: the first charge fixes it.
     """
 
     unit: Unit
     epsilon_cap: float
     delta: float
     relation: str = RELATION
+    filter: FilterKind | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.epsilon_cap < math.inf:
             raise BadInput(f"budget.epsilon: expected a finite number > 0, got {self.epsilon_cap}")
         if not 0.0 < self.delta < 1.0:
             raise BadInput(f"budget.delta: expected a number in (0, 1), got {self.delta}")
+
+    def list_fields(self) -> dict[str, Any]:
+        """Returns the fields as ledgers keep them: a filter only where one was named."""
+        return {name: value for name, value in asdict(self).items() if name != "filter" or value is not None}
 
 
 class LedgerFacts(BaseModel):
@@ -63,6 +69,7 @@ class LedgerCreated(LedgerFacts):
     epsilon_cap: float
     delta: float
     relation: str
+    filter: FilterKind | None = None
 
 
 class TermsAmended(LedgerFacts):
@@ -74,6 +81,7 @@ class TermsAmended(LedgerFacts):
     epsilon_cap: float
     delta: float
     relation: str
+    filter: FilterKind | None = None
     reason: str = ""
 
 
@@ -91,6 +99,7 @@ class LedgerRecovered(LedgerFacts):
     epsilon_cap: float
     delta: float
     relation: str
+    filter: FilterKind | None = None
     reason: str
     seen: str
     kept_aside: str | None

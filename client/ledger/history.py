@@ -1,7 +1,8 @@
 """The sum of a ledger's events: its terms, its charges, and their price together.
 
-A pure view: nothing here reads or writes a file. The whole history is composed at once; epsilons are never added, with
-one exception that is a bound and not an estimate. After a recovery (`client.ledger.recovery`) only a pair (epsilon,
+A pure view: nothing here reads or writes a file. A privacy filter (`common.privacy.filters`) decides whether more fits
+under the cap; the epsilon of the whole history, composed at once, is shown beside. Epsilons are never added, with one
+exception that is a bound and not an estimate. After a recovery (`client.ledger.recovery`) only a pair (epsilon,
 delta) is known of what may have left before. Such a pair composes with what follows only by basic composition (Dwork
 and Roth 2014, Theorem 3.16): epsilons and deltas both add up. No Gaussian is a bound for it: a pair says nothing
 about the losses beyond its epsilon.
@@ -25,10 +26,8 @@ from client.ledger.events import (
     Terms,
     TermsAmended,
 )
-from common.privacy.accounting import Mechanism, compute_epsilon, is_covered
-
-_TOLERANCE = 1.0 + 1e-9
-"""Rounding of sums, so that a plan calibrated to the cap is not refused for its last bit."""
+from common.privacy.accounting import MAX_DISTINCT, Mechanism, compute_epsilon
+from common.privacy.filters import TOLERANCE, PrivacyFilter, choose_filter
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class History:
         for line in lines:
             match line.event:
                 case LedgerCreated() | TermsAmended() | LedgerRecovered() as event:
-                    terms = Terms(event.unit, event.epsilon_cap, event.delta, event.relation)
+                    terms = Terms(event.unit, event.epsilon_cap, event.delta, event.relation, event.filter)
                 case LossAssumed() as event:
                     bound = math.inf if event.epsilon is None else event.epsilon
                     assumed = Assumed(line.number, bound, event.delta)
@@ -118,17 +117,49 @@ class History:
         return self.assumed.epsilon + (compute_epsilon(mechanisms, rest) if mechanisms else 0.0)
 
     def is_within_cap(self, further: Iterable[Mechanism] = ()) -> bool:
-        """Returns True where the history and further mechanisms together stay within the cap."""
-        cap = self.terms.epsilon_cap * _TOLERANCE
-        if self.assumed is None:
-            return is_covered([*self._list_mechanisms(False), *further], self.terms.delta, cap)
-        return self.compute_epsilon(further) <= cap
+        """Returns True where the filter covers the history and further mechanisms together."""
+        return self.compute_share(further) <= TOLERANCE
+
+    def compute_share(self, further: Iterable[Mechanism] = ()) -> float:
+        """Returns the part of the cap, as the filter counts it, that the history and further mechanisms cost."""
+        further = list(further)
+        chosen, mechanisms = self.find_filter(further), [*self._list_mechanisms(False), *further]
+        if not mechanisms:
+            return 0.0 if chosen is not None else 1.0
+        return math.inf if chosen is None else chosen.compute_share(mechanisms)
+
+    def explain_filter(self, mechanism: Mechanism) -> str:
+        """Returns the end of a refusal where the filter counts a sampled mechanism as full batch; else nothing."""
+        chosen = self.find_filter([mechanism])
+        if mechanism.sampling_rate == 1.0 or chosen is None or chosen.kind != "gdp":
+            return ""
+        return (
+            "; sampling lowers no price here, because this ledger began with full-batch runs: `budget.filter: renyi` "
+            "in the site file and `headwater site amend` change that"
+        )
+
+    def find_filter(self, further: Iterable[Mechanism] = ()) -> PrivacyFilter | None:
+        """Returns the filter that decides, where further mechanisms follow; None where the assumed loss leaves nothing.
+
+        The first charge fixes it. Ledgers older than filters may hold sampled charges after full-batch ones: those have
+        `renyi`.
+        """
+        cap, delta = self.terms.epsilon_cap, self.terms.delta
+        if self.assumed is not None:
+            cap, delta = cap - self.assumed.epsilon, delta - self.assumed.delta
+            if cap <= 0.0 or delta <= 0.0:
+                return None
+        charged = self._list_mechanisms(False)
+        first = next(iter([*charged, *further]), None)
+        sampled = any(mechanism.sampling_rate < 1.0 for mechanism in charged)
+        kind = self.terms.filter or ("renyi" if sampled else None)
+        return choose_filter(first, kind, cap, delta)
 
     def compute_run_epsilon(self, run: str) -> float:
         """Returns epsilon of one run's own charges, reserved or committed; 0 for a run that was never charged."""
-        return compute_epsilon(
-            [charge.mechanism for charge in self.charges.values() if charge.run == run], self.terms.delta
-        )
+        own = [charge.mechanism for charge in self.charges.values() if charge.run == run]
+        different = {charge.mechanism for charge in self.charges.values() if charge.mechanism.sampling_rate < 1.0}
+        return compute_epsilon(own, self.terms.delta, quick=len(different) > MAX_DISTINCT)
 
     def _list_mechanisms(self, committed_only: bool) -> list[Mechanism]:
         """Returns the mechanisms that the assumption does not already count."""

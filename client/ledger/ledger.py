@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from client.config import NoisedEvaluation
@@ -41,7 +41,7 @@ from client.ledger.events import (
 from client.ledger.history import Charge, History
 from common.files import write_atomic
 from common.privacy.accounting import Mechanism, round_up
-from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
+from common.types import BadInput, BudgetExhausted, FilterKind, LedgerDamaged, Unit
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,16 @@ class Ledger:
         return self._folder.name
 
     @classmethod
-    def open(cls, folder: Path, *, population: str, unit: Unit, epsilon_cap: float, delta: float) -> Ledger:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        population: str,
+        unit: Unit,
+        epsilon_cap: float,
+        delta: float,
+        filter: FilterKind | None = None,
+    ) -> Ledger:
         """Returns the ledger of a population, which is created the first time.
 
         Args:
@@ -97,15 +106,16 @@ class Ledger:
             unit: what the budget protects.
             epsilon_cap: all that may ever be spent.
             delta: the delta of the cap.
+            filter: kind of the privacy filter; None: the first charge fixes it.
 
         Raises:
             BadInput: the ledger was created, or last amended, with another unit, cap or delta.
             LedgerDamaged: the file does not verify.
         """
-        wanted = Terms(unit, epsilon_cap, delta)
+        wanted = Terms(unit, epsilon_cap, delta, filter=filter)
         place = folder / population
         if cls.find(folder, population) is None:
-            created = LedgerCreated(registry=population, **asdict(wanted))
+            created = LedgerCreated(registry=population, **wanted.list_fields())
             chain.create(place, created.event, write_facts(created))
             write_atomic(get_marker(place), b"")
         with chain.exclusive(place) as opened:
@@ -165,11 +175,11 @@ class Ledger:
             if history.is_within_cap([mechanism, *held]) or (allow_infinite and mechanism.kind == "none"):
                 return Reservation(_append(opened, charge))
             _append(opened, _refuse(charge))
-        total, terms = history.compute_epsilon([mechanism, *held]), history.terms
+        share, terms = history.compute_share([mechanism, *held]), history.terms
         beside = " and what is held for evaluations" if held else ""
         raise BudgetExhausted(
-            f"registry {self._folder.name}: this charge{beside} would bring epsilon to {round_up(total)}, beyond the "
-            f"budget of {terms.epsilon_cap} at delta {terms.delta}"
+            f"registry {self._folder.name}: with this charge{beside} {round_up(100.0 * share, 1)} % of the budget of "
+            f"epsilon {terms.epsilon_cap} at delta {terms.delta} would be used{history.explain_filter(mechanism)}"
         )
 
     def reserve_evaluation(
@@ -266,7 +276,16 @@ class Ledger:
         return read_lines(bodies)
 
 
-def amend(folder: Path, *, population: str, unit: Unit, epsilon_cap: float, delta: float, reason: str = "") -> None:
+def amend(
+    folder: Path,
+    *,
+    population: str,
+    unit: Unit,
+    epsilon_cap: float,
+    delta: float,
+    filter: FilterKind | None = None,
+    reason: str = "",
+) -> None:
     """Changes a ledger's unit, cap or delta in a logged line. What was spent stays spent.
 
     Args:
@@ -275,6 +294,7 @@ def amend(folder: Path, *, population: str, unit: Unit, epsilon_cap: float, delt
         unit: what the budget protects from now on.
         epsilon_cap: all that may ever be spent from now on.
         delta: the delta of the new cap.
+        filter: kind of the privacy filter from now on.
         reason: why the terms change, for the log.
 
     Raises:
@@ -283,7 +303,7 @@ def amend(folder: Path, *, population: str, unit: Unit, epsilon_cap: float, delt
     """
     if Ledger.find(folder, population) is None:
         raise BadInput(f"registry {population}: it has no ledger yet")
-    wanted = Terms(unit, epsilon_cap, delta)
+    wanted = Terms(unit, epsilon_cap, delta, filter=filter)
     with chain.exclusive(folder / population) as opened:
         history = History.of(read_lines(opened.bodies))
         before = history.terms
@@ -294,7 +314,7 @@ def amend(folder: Path, *, population: str, unit: Unit, epsilon_cap: float, delt
                 f"registry {population}: unit: expected {before.unit.value}, got {wanted.unit.value}; it cannot change "
                 "after the first charge, because what was spent per one unit does not bound the loss of the other"
             )
-        _append(opened, TermsAmended(before=before, **asdict(wanted), reason=reason))
+        _append(opened, TermsAmended(before=before, **wanted.list_fields(), reason=reason))
 
 
 def _append(opened: chain.OpenChain, event: LedgerEvent, *, durable: bool = True) -> int:
@@ -321,6 +341,7 @@ def _refuse_differences(ledger: Terms, wanted: Terms, population: str) -> None:
         ("unit", ledger.unit.value, wanted.unit.value),
         ("budget.epsilon", ledger.epsilon_cap, wanted.epsilon_cap),
         ("budget.delta", ledger.delta, wanted.delta),
+        ("budget.filter", ledger.filter, wanted.filter),
     ):
         if before != now:
             raise BadInput(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,11 @@ def recover(
     assumption = _make_assumption(worst, kept, noiseless, assume_epsilon, assume_mechanism)
     aside = _find_free_name(place) if place.exists() else None
     recovered = LedgerRecovered(
-        registry=population, **asdict(terms), reason=reason, seen=seen, kept_aside=None if aside is None else aside.name
+        registry=population,
+        **terms.list_fields(),
+        reason=reason,
+        seen=seen,
+        kept_aside=None if aside is None else aside.name,
     )
     write_atomic(get_marker(private_folder(folder) / population), b"")  # From here on a missing folder means damage.
     events = [recovered, *kept, assumption]
@@ -188,7 +192,7 @@ def _make_assumption(
     if stated_epsilon is not None and stated is not None:
         raise BadInput("expected --assume-epsilon or --assume-run, got both")
     if stated is not None and not noiseless:
-        events = [LedgerCreated(registry="", **asdict(worst)), *kept]
+        events = [LedgerCreated(registry="", **worst.list_fields()), *kept]
         lines = [LedgerLine(number, 0.0, event) for number, event in enumerate(events)]
         total = History.of(lines).compute_epsilon([stated])
         if total < worst.epsilon_cap:

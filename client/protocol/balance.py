@@ -81,6 +81,8 @@ class Balance:
         runs: in order of their first charge.
         affordable: for the last run's plan or another; None without any.
         amendment_due: whether the site file says other terms than the ledger.
+        used_share: part of the budget that the privacy filter counts as used; it decides, the epsilons are shown.
+        filter: the filter, such as `gdp` or `renyi at order 7`; None where a recovery counts the whole cap as spent.
         evaluation: the share for evaluations; None where held-out units are evaluated locally.
     """
 
@@ -92,6 +94,8 @@ class Balance:
     affordable: Affordable | None
     amendment_due: bool
     evaluation: EvaluationBudget | None
+    used_share: float
+    filter: str | None
 
     @property
     def left_epsilon(self) -> float:
@@ -112,7 +116,7 @@ def history_of(config: SiteConfig) -> History:
 
 def read_terms(config: SiteConfig) -> Terms:
     """Returns the terms of the site file as it is now."""
-    return Terms(config.unit, config.budget.epsilon, config.budget.delta)
+    return Terms(config.unit, config.budget.epsilon, config.budget.delta, filter=config.budget.filter)
 
 
 def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
@@ -137,6 +141,8 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         affordable=None if joined is None else _affordable(config, history, joined),
         amendment_due=history.terms != read_terms(config),
         evaluation=None if share is None else evaluation_share(share, history),
+        used_share=history.compute_share(),
+        filter=_describe_filter(history),
     )
 
 
@@ -198,6 +204,8 @@ def as_json(account: Balance) -> dict[str, Any]:
         "left_epsilon": round_down(account.left_epsilon),
         "infinite": math.isinf(account.reserved_epsilon),
         "amendment_due": account.amendment_due,
+        "filter": account.filter,
+        "used_share": shown(account.used_share),
         "runs": [
             {
                 "run": run.run,
@@ -245,6 +253,13 @@ def _run(history: History, name: str) -> RunSpent:
         charges=len(own),
         open=sum(not charge.committed for charge in own),
     )
+
+
+def _describe_filter(history: History) -> str | None:
+    chosen = history.find_filter()
+    if chosen is None or chosen.order is None:
+        return None if chosen is None else chosen.kind
+    return f"{chosen.kind} at order {chosen.order}"
 
 
 def _last_run(config: SiteConfig, history: History) -> Joined | None:

@@ -42,6 +42,7 @@ from client.protocol.requirements import (
 )
 from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
+from common.privacy.filters import TOLERANCE
 from common.run import RunConfig
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import BadInput, Plan
@@ -65,6 +66,7 @@ class RunPlan:
         run_epsilon: of the whole run's training alone.
         evaluation_epsilon: of its evaluations alone.
         final_epsilon: of history, training and evaluations together.
+        final_share: part of the budget that the privacy filter then counts as used or held; above 1 the site declines.
         rounds_affordable: how many such rounds the budget covers.
         evaluations: that the run asks for and the site's share pays for.
         evaluation_noise: standard deviation of the noise in each of their counts, in units; 0 without any.
@@ -90,6 +92,7 @@ class RunPlan:
     run_epsilon: float
     evaluation_epsilon: float
     final_epsilon: float
+    final_share: float
     rounds_affordable: int
     evaluations: int
     evaluation_noise: float
@@ -143,6 +146,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         run_epsilon=compute_epsilon([whole], delta),
         evaluation_epsilon=compute_epsilon(evaluations, delta),
         final_epsilon=history.compute_epsilon([whole, *evaluations]),
+        final_share=history.compute_share([whole, *list_unspent(share, history)]),
         rounds_affordable=count_affordable_rounds(history, plan, share),
         evaluations=len(evaluations),
         evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
@@ -154,8 +158,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         declines=False,
         warnings=(),
     )
-    affords = history.is_within_cap([whole, *list_unspent(share, history)])
-    declines = _declines(any_backbone, joined, plan, outlook, affords)
+    declines = _declines(any_backbone, joined, plan, outlook)
     return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
 
 
@@ -163,7 +166,7 @@ def as_json(outlook: RunPlan) -> dict[str, Any]:
     """The outlook as plain values; an infinite epsilon is null, and `infinite` says so."""
     epsilons = ("spent_epsilon", "round_epsilon", "run_epsilon", "evaluation_epsilon", "final_epsilon")
     values = asdict(outlook) | {name: shown(getattr(outlook, name)) for name in epsilons}
-    return values | {"infinite": math.isinf(outlook.final_epsilon)}
+    return values | {"final_share": shown(outlook.final_share), "infinite": math.isinf(outlook.final_epsilon)}
 
 
 def table(outlooks: list[RunPlan]) -> Table:
@@ -240,7 +243,7 @@ def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
     )
 
 
-def _declines(config: SiteConfig, joined: Joined, plan: Plan, outlook: RunPlan, affords: bool) -> list[str]:
+def _declines(config: SiteConfig, joined: Joined, plan: Plan, outlook: RunPlan) -> list[str]:
     """Why the site would decline the run.
 
     Args:
@@ -263,11 +266,11 @@ def _declines(config: SiteConfig, joined: Joined, plan: Plan, outlook: RunPlan, 
         found.append(f"the site would decline: {declined.detail}")
     except BadInput as error:
         found.append(f"the site would decline: {error}")
-    if joined.run.requested_privacy is not None and not affords:
+    if joined.run.requested_privacy is not None and outlook.final_share > TOLERANCE:
         held = "" if config.evaluation == "local" else ", of which a share is held for evaluations"
         found.append(
-            f"the site would decline: the run would bring epsilon to {round_up(outlook.final_epsilon):g}, beyond the "
-            f"budget of {outlook.budget_epsilon:g}{held}; the rest affords {outlook.rounds_affordable} of "
+            f"the site would decline: {round_up(100.0 * outlook.final_share, 1):g} % of the budget of epsilon "
+            f"{outlook.budget_epsilon:g}{held} would be used; the rest affords {outlook.rounds_affordable} of "
             f"{outlook.rounds} round(s)"
         )
     return found

@@ -102,6 +102,7 @@ class Site:
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,
             delta=config.budget.delta,
+            filter=config.budget.filter,
         )
 
     def backbones(self) -> BackboneStore:

@@ -22,7 +22,7 @@ from pydantic import Field
 from client.solvers import Rates
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
-from common.privacy.accounting import calibrate_noise_multiplier
+from common.privacy.filters import calibrate_noise_multiplier
 from common.run import PositiveInt, Privacy
 from common.tasks import Task
 from common.types import CLIP_NORMS, SAMPLING_RATES, BadInput, Delta, Plan, Unit

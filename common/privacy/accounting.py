@@ -8,8 +8,8 @@ Relation: add or remove one unit. Every value returned is an upper bound on the 
 
 The tests compare with dp_accounting's privacy loss distributions (Doroshenko et al. 2022).
 
-Limit, stated: PRV composition is proven for mechanisms fixed in advance. Within a run they are; a coordinator who picks
-the next run's numbers after seeing this one's output is outside that proof (Rogers et al. 2016).
+These prices are shown. They are proven for mechanisms fixed in advance. Whether one more release may leave is decided
+by `common.privacy.filters`, which is proven for mechanisms chosen one after the other.
 
 Opacus is imported only where sampling is used: accounting of full-batch runs does without it.
 """
@@ -29,8 +29,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from common.privacy.gaussian import gdp_epsilon, gdp_mu
-from common.types import DELTAS, EPSILONS, MAX_STEPS, SAMPLING_RATES, BadInput, Plan, Range
+from common.privacy.gaussian import gdp_epsilon
+from common.privacy.renyi import compute_renyi_epsilon
+from common.types import BadInput, Plan
 
 _History = tuple[tuple[float, float, int], ...]
 """Sampled Gaussians as (noise multiplier, sampling rate, steps), sorted, equal ones merged."""
@@ -117,54 +118,23 @@ def _validator() -> TypeAdapter[Mechanism]:
     return TypeAdapter(Mechanism)
 
 
-def compute_epsilon(mechanisms: Iterable[Mechanism], delta: float) -> float:
+def compute_epsilon(mechanisms: Iterable[Mechanism], delta: float, *, quick: bool = False) -> float:
     """An upper bound on epsilon of all mechanisms together, under add/remove of one unit.
 
     Infinite as soon as one release has no noise, 0 without any mechanism. Computed once per distinct content.
 
-    Raises:
-        BadInput: delta is not in (0, 1).
-    """
-    history = _history(mechanisms, delta)
-    return math.inf if history is None else _epsilon(history, delta)
-
-
-def is_covered(mechanisms: Iterable[Mechanism], delta: float, cap: float) -> bool:
-    """Returns true if all mechanisms together cost at most `cap`; cheaper than their epsilon while far below it.
-
     Args:
         mechanisms: releases to compose.
         delta: delta of the epsilon, in (0, 1).
-        cap: bound on the epsilon.
+        quick: leave out the accountant that takes a third of a second for each different sampled mechanism.
 
     Raises:
         BadInput: delta is not in (0, 1).
     """
     history = _history(mechanisms, delta)
     if history is None:
-        return cap == math.inf
-    return _loose_epsilon(history, delta) <= cap or _epsilon(history, delta) <= cap
-
-
-def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """Returns the smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most `target_epsilon`.
-
-    Guarantee: the epsilon of the result is at most the target. Exact to 1e-7 for full batch.
-
-    Args:
-        target_epsilon: bound on the epsilon of all releases together.
-        delta: delta of the epsilon, in (0, 1).
-        sampling_rate: probability with which a unit takes part, in (0, 1].
-        steps: number of releases.
-
-    Raises:
-        BadInput: an argument is outside its range.
-    """
-    EPSILONS.check("target_epsilon", target_epsilon)
-    DELTAS.check("delta", delta)
-    SAMPLING_RATES.check("sampling_rate", sampling_rate)
-    Range(1, MAX_STEPS).check("steps", steps)
-    return _calibrated(target_epsilon, delta, sampling_rate, steps)
+        return math.inf
+    return _loose_epsilon(history, delta, True) if quick else _epsilon(history, delta)
 
 
 def round_up(value: float, digits: int = 2) -> float:
@@ -179,6 +149,9 @@ def round_up(value: float, digits: int = 2) -> float:
 
 _MESH_POINTS = 2.0**20
 """More points cost seconds and let FFT rounding reach small deltas."""
+
+MAX_DISTINCT = 4
+"""Different sampled mechanisms that the PRV accountant composes in seconds; beyond, the Renyi bound is shown."""
 
 _SMALLEST_ERROR, _LARGEST_ERROR = 0.002, 0.5
 """What the PRV accountant may add to epsilon. Opacus' choice of domain is safe for errors below 1."""
@@ -201,9 +174,10 @@ def _history(mechanisms: Iterable[Mechanism], delta: float) -> _History | None:
 
 @lru_cache(maxsize=4096)
 def _epsilon(history: _History, delta: float) -> float:
-    loose = _loose_epsilon(history, delta)
+    quick = sum(rate < 1.0 for _, rate, _ in history) > MAX_DISTINCT
+    loose = _loose_epsilon(history, delta, quick)
     error = _prv_error(loose, delta, sum(count for _, _, count in history))
-    if all(rate == 1.0 for _, rate, _ in history) or loose <= _SMALLEST_ERROR or error > _LARGEST_ERROR:
+    if all(rate == 1.0 for _, rate, _ in history) or quick or loose <= _SMALLEST_ERROR or error > _LARGEST_ERROR:
         return loose
     from opacus.accountants import PRVAccountant
 
@@ -216,12 +190,14 @@ def _epsilon(history: _History, delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _loose_epsilon(history: _History, delta: float) -> float:
+def _loose_epsilon(history: _History, delta: float, quick: bool) -> float:
     """Exact for full batch; else the smaller of the Renyi bound and the price without amplification."""
     # Sampling never costs more than taking everyone.
     unamplified = gdp_epsilon(math.sqrt(math.fsum(count / sigma**2 for sigma, _, count in history)), delta)
     if all(rate == 1.0 for _, rate, _ in history) or unamplified <= _SMALLEST_ERROR:
         return unamplified
+    if quick:
+        return max(0.0, min(unamplified, compute_renyi_epsilon(history, delta)))
     from opacus.accountants import RDPAccountant
 
     renyi = RDPAccountant()
@@ -242,42 +218,3 @@ def _prv_error(loose: float, delta: float, steps: int) -> float:
     """The error to allow the PRV accountant (it is added to epsilon): 0.3 %, more if the mesh grew too fine."""
     mesh_at_error_1 = 2.0 * (1.5 * loose + 3.0) * math.sqrt(steps * math.log(12e3 / delta) / 2.0)
     return max(_SMALLEST_ERROR, 0.003 * loose, mesh_at_error_1 / _MESH_POINTS)
-
-
-# --- calibration -----------------------------------------------------------------------------------------------------
-
-_TOLERANCE = 1e-3
-
-
-@lru_cache(maxsize=1024)
-def _calibrated(target: float, delta: float, rate: float, steps: int) -> float:
-    mu = gdp_mu(target, delta)
-    unamplified = math.sqrt(steps) / mu * (1.0 + 1e-7)
-    if rate == 1.0:
-        return unamplified
-
-    def excess(sigma: float) -> float:
-        """Above 0 where the noise does not suffice; nearly linear in log sigma."""
-        return math.log(_epsilon(((sigma, rate, steps),), delta) / target)
-
-    # The central limit of sampled Gaussians (Bu et al. 2020) understates a little: a good first guess.
-    guess = min(unamplified, math.log1p((mu / rate) ** 2 / steps) ** -0.5)
-    return _smallest(excess, guess, unamplified)
-
-
-def _smallest(excess: Callable[[float], float], guess: float, enough: float) -> float:
-    """The smallest sigma with excess <= 0, to the tolerance: secant steps in log sigma inside a shrinking bracket."""
-    low, high = 0.0, enough
-    sigma, slope = guess, -1.0
-    previous: tuple[float, float] | None = None
-    while high > low * (1.0 + _TOLERANCE):
-        value = excess(sigma)
-        low, high = (sigma, high) if value > 0.0 else (low, sigma)
-        if previous is not None and previous[0] != sigma:
-            slope = min(-0.1, (value - previous[1]) / math.log(sigma / previous[0]))
-        previous = (sigma, value)
-        # Aim a third of the tolerance to the safe side, so that the bracket closes from both ends.
-        aim = sigma * math.exp(-value / slope) * (1.0 + _TOLERANCE / 3.0 if value > 0.0 else 1.0 - _TOLERANCE / 3.0)
-        middle = math.sqrt(low * high) if low > 0.0 else high / 2.0
-        sigma = aim if low < aim < high else middle
-    return high

@@ -28,6 +28,9 @@ def print_balance(account: Balance) -> None:
     typer.echo(f"spent     {round_up(account.spent_epsilon):g}")
     typer.echo(f"reserved  {round_up(account.reserved_epsilon):g}   (spent, and charges whose reply may have left)")
     typer.echo(f"left      {round_down(account.left_epsilon, 2):g} of {terms.epsilon_cap:g}")
+    if account.filter is not None:
+        used = round_up(100.0 * account.used_share, 1)
+        typer.echo(f"filter    {account.filter} counts {used:g} % of the budget as used; it decides what still fits")
     if account.evaluation is not None:
         held = account.evaluation
         typer.echo(

@@ -287,7 +287,7 @@ def declared(public_size: int) -> dict[str, Any]:
     ("site", "run", "warning"),
     [
         ({}, {"privacy": {"unit": "example", "delta": DELTA, "target_epsilon": 0.01}}, "cannot be useful"),
-        ({"budget": {"epsilon": 1.0, "delta": DELTA}}, {}, "beyond the budget of 1"),
+        ({"budget": {"epsilon": 1.0, "delta": DELTA}}, {}, "% of the budget of epsilon 1"),
         ({}, {"privacy": {"unit": "patient", "delta": DELTA, "noise_multiplier": 2.0}}, "protects patient"),
         ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, "solver is not allowed"),
         ({"allow": {"tasks": [], "backbones": "any", "solvers": "any"}}, {}, "none of the run's tasks"),

@@ -54,7 +54,12 @@ def test_a_ledger_that_was_never_damaged_has_the_epsilon_it_had(site: Site) -> N
 
 
 def test_the_balance_is_the_one_that_was_printed(site: Site) -> None:
-    assert as_json(balance(site.config)) == json.loads((BEFORE / "budget.json").read_text(encoding="utf-8"))
+    # The filter came later; it is stricter than the accountant by which this ledger counted its affordable rounds.
+    now, then = as_json(balance(site.config)), json.loads((BEFORE / "budget.json").read_text(encoding="utf-8"))
+    assert now.pop("filter").startswith("renyi")
+    assert 0.0 < now.pop("used_share") < 1.0
+    assert now.pop("affordable")["rounds"] <= then.pop("affordable")["rounds"]
+    assert now == then
 
 
 def test_reading_changes_no_byte_and_a_charge_only_adds_one_line_in_the_same_form(site: Site) -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from client.ledger.events import ChargeRefused, TermsAmended
 from client.ledger.ledger import Ledger, Reservation, amend
-from common.privacy.accounting import Mechanism, calibrate_noise_multiplier, compute_epsilon
+from common.privacy.accounting import Mechanism, compute_epsilon
+from common.privacy.filters import calibrate_noise_multiplier
 from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -189,6 +190,32 @@ def test_the_unit_can_change_before_the_first_charge_only(tmp_path: Path) -> Non
     charge(opened(tmp_path, unit=Unit.EXAMPLE), gaussian(4.0))
     with pytest.raises(BadInput, match="first charge"):
         amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA)
+
+
+def test_a_ledger_that_began_with_full_batch_counts_sampling_only_after_an_amendment(tmp_path: Path) -> None:
+    """A coordinator must not choose the filter in view of outputs; the staff may."""
+    charge(opened(tmp_path), gaussian(20.0))
+    sampled = gaussian(1.0, 0.01, 20)
+    with pytest.raises(BudgetExhausted, match=r"began with full-batch runs: `budget\.filter: renyi`"):
+        charge(opened(tmp_path), sampled)
+    with pytest.raises(BadInput, match=r"budget\.filter"):
+        Ledger.open(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA, filter="renyi")
+    amend(tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA, filter="renyi")
+    ledger = Ledger.open(
+        tmp_path, population="oncology", unit=Unit.PATIENT, epsilon_cap=3.0, delta=DELTA, filter="renyi"
+    )
+    charge(ledger, sampled)
+    assert ledger.history().find_filter().kind == "renyi"
+
+
+def test_the_first_sampled_charge_fixes_the_order_for_all_that_follow(tmp_path: Path) -> None:
+    charge(opened(tmp_path), gaussian(1.0, 0.01))
+    before = opened(tmp_path).history().find_filter()
+    for number in range(3):
+        charge(opened(tmp_path), gaussian(40.0, 0.5, 100), round_=number)
+        charge(opened(tmp_path), gaussian(60.0), round_=number)
+    assert opened(tmp_path).history().find_filter() == before
+    assert before.kind == "renyi"
 
 
 def test_an_amendment_needs_a_ledger_and_a_change(tmp_path: Path) -> None:
