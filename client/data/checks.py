@@ -27,13 +27,14 @@ from client.data.records import (
     select_rows,
 )
 from client.data.sources import Source, SourceRecord, open_source
+from client.data.sources.parts.boundary import try_record
 from client.ledger.overlap import record_patients
 from client.ledger.place import locate_ledgers
 from common.errors import instead
 from common.inputs import find_name, normalise_patient_id
 from common.run import RunConfig
 from common.tasks import Task, open_task
-from common.types import BadInput, BadRecord, Unit
+from common.types import BadInput, Unit
 
 Found = tuple[str, Literal["pass", "warn", "fail"], str, str]
 MAX_LOADED = 200
@@ -96,10 +97,9 @@ def _loaded(name: str, opened: Source, config: SiteConfig, rejected: Sequence[Re
     wanted = sorted({round(at) for at in np.linspace(0, count - 1, MAX_LOADED)} - left_out)
     bad: list[tuple[int | None, str]] = [(record.row, record.reason) for record in rejected]
     for position in wanted:
-        try:
-            opened.load(position)
-        except BadRecord as error:
-            bad.append((opened.index()[position].row, str(error)))
+        _, reason = try_record(lambda position=position: opened.load(position))  # type: ignore[misc]
+        if reason is not None:
+            bad.append((opened.index()[position].row, reason))
     detail = f"{count} records, {len(wanted)} of them opened"
     if not bad:
         return f"source {name}", "pass", detail, ""

@@ -282,7 +282,7 @@ def _write_rejected(path: Path, problems: Sequence[RejectedRecord]) -> None:
     writer = csv.writer(text)
     writer.writerow(["file", "row", "task", "reason"])
     writer.writerows([problem.file, problem.row, problem.task, problem.reason] for problem in problems)
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def _stop_if_asked(config: SiteConfig, problems: Sequence[RejectedRecord]) -> None:

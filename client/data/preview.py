@@ -16,12 +16,13 @@ from PIL import Image
 from client.config import SiteConfig
 from client.data.exclusions import Exclusions
 from client.data.sources import open_source
+from client.data.sources.parts.boundary import try_record
 from common.backbones import Kind
 from common.files import private_folder, write_atomic
 from common.inputs import Several
 from common.plugins import resolve
 from common.run import RunConfig
-from common.types import BadInput, BadRecord
+from common.types import BadInput
 
 FOLDER = "preview"
 _COLUMNS, _ROWS, _SIDE = 6, 4, 128
@@ -55,10 +56,8 @@ def _preview(config: SiteConfig, name: str, kind: Kind | None) -> Preview:
     chosen = sorted({round(at) for at in np.linspace(0, max(0, len(usable) - 1), _COLUMNS * _ROWS)})
     tiles: list[Image.Image] = []
     for position in (usable[at] for at in chosen if at < len(usable)):
-        try:
-            tile = _tile(source.load(position), kind)
-        except BadRecord:
-            continue  # Named by the checks of the records.
+        # What fails is named by the checks of the records.
+        tile, _ = try_record(lambda position=position: _tile(source.load(position), kind))  # type: ignore[misc]
         if tile is not None:
             tiles.append(tile)
     if not tiles:

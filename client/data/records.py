@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from client.config import LabelColumns, SiteTask, Split
 from client.data.sources import SourceRecord
+from client.data.sources.parts.boundary import try_record
 from common.errors import instead
 from common.inputs import encode_text, find_name, normalise_patient_id
 from common.tasks import Task
@@ -287,10 +288,8 @@ def _encode_label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor |
     """Returns the label, or None with a reason to report the record, or None without one."""
     if not any(cells):
         return None, "missing label" if own.missing == "refuse" else None
-    try:
-        return task.codec.encode([_map_value(own, cell) for cell in cells]), None
-    except BadRecord as error:
-        return None, str(error) if own.unmapped == "refuse" else None
+    label, reason = try_record(lambda: task.codec.encode([_map_value(own, cell) for cell in cells]))
+    return label, reason if own.unmapped == "refuse" else None
 
 
 def check_values(name: str, task: Task, own: LabelColumns) -> None:

@@ -20,6 +20,7 @@ from client.data.backbone_store import BackboneStore
 from client.data.feature_store import list_inputs
 from client.data.records import SIDES, PlacedRecord, RejectedRecord, Side, encode_labels
 from client.data.snapshot import Survey
+from client.data.sources.parts.boundary import try_record
 from common.backbones import Kind, WeightedKind
 from common.model.backbones import Backbone, open_pretrained
 from common.plugins import resolve
@@ -190,13 +191,14 @@ def _extrapolate(usable: int, tried: int, count: int) -> int:
 
 def _find_fault(survey: Survey, source: str, backbone: OfferedBackbone, position: int, encode: bool) -> str | None:
     """Returns why a record cannot be used; None where it can, or where that is not yet known without weights."""
-    try:
+
+    def try_one() -> None:
         item = survey.sources[source].load(position)
-        inputs = list_inputs(item, backbone.preprocess, has_trunk=backbone.has_trunk)
+        try:
+            inputs = list_inputs(item, backbone.preprocess, has_trunk=backbone.has_trunk)
+        except WeightsNeeded:
+            return
         if encode and backbone.opened is not None and not backbone.opened.encode(inputs).isfinite().all():
-            return "features are not finite"
-    except WeightsNeeded:
-        return None
-    except BadRecord as error:
-        return str(error)
-    return None
+            raise BadRecord("features are not finite")
+
+    return try_record(try_one)[1]

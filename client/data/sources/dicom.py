@@ -23,7 +23,8 @@ from pydantic import Field, model_validator
 
 from client.data.sources import Source, SourceExample
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.scans import spread, windowed
+from client.data.sources.parts.scans import MAX_VALUES, spread, windowed
+from client.data.sources.parts.tree import require_file
 from common.inputs import Several
 from common.types import BadInput, BadRecord
 
@@ -109,6 +110,8 @@ class Dicom(ListedFiles):
             try:
                 colour = int(found.get("SamplesPerPixel", 1)) > 1
                 count = max(1, int(found.get("NumberOfFrames", 1) or 1))
+                if not 0 < _count_values(found, count) <= MAX_VALUES:
+                    raise BadRecord(f"expected at most {MAX_VALUES >> 20} million values")
                 stored = found.pixel_array
                 frames = stored if count > 1 else stored[np.newaxis]
                 if colour:
@@ -174,6 +177,11 @@ def write_dicom(path: Path, values: NDArray[Any], **tags: Any) -> None:
     dataset.save_as(path, enforce_file_format=True)
 
 
+def _count_values(found: Any, count: int) -> int:
+    """Returns how many values a file says that its pixels are: a damaged header may ask for any amount of memory."""
+    return count * int(found.Rows) * int(found.Columns) * int(found.get("SamplesPerPixel", 1))
+
+
 def _unreadable() -> tuple[type[Exception], ...]:
     # Here: its package need not be installed where no DICOM file is read.
     from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -185,6 +193,7 @@ def _opened(path: Path, *, pixels: bool) -> Any:
     """A dataset. Raises BadRecord: no DICOM file; OSError: missing."""
     import pydicom
 
+    require_file(path, "DICOM file")
     try:
         return pydicom.dcmread(path, stop_before_pixels=not pixels)
     except _unreadable():

@@ -14,7 +14,7 @@ from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings
 from client.data.sources.parts.named import NamedGroups, Naming
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
-from client.data.sources.parts.tree import Tree, open_tree
+from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from common.inputs import CellName
 from common.plugins import LocalPath
 from common.types import BadInput
@@ -120,7 +120,7 @@ class Pictures:
         ]
 
     def _by_folder(self, number: int, name: str) -> SourceRecord:
-        parts = PurePosixPath(name).parts
+        parts = PurePosixPath(make_readable(name)).parts
         patient = None
         if self.settings.patient_pattern is not None:
             match = re.search(self.settings.patient_pattern, parts[-1])

@@ -6,6 +6,7 @@ Labels are its other columns, and where there are any, patients and splits.
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
 from client.data.sources.parts.recordings import read_recording, require_soundfile
 from client.data.sources.parts.series import read_series
-from common.inputs import Text
+from client.data.sources.parts.tree import read_file
+from common.inputs import Text, encode_text
 from common.types import BadInput
 
 
@@ -95,7 +97,7 @@ class ListedTexts:
             SourceRecord(
                 row=number,
                 file=own.path.name,
-                key=digest(text.encode() for text in self._texts(row)),
+                key=digest(encode_text(text) for text in self._texts(row)),
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
@@ -116,13 +118,12 @@ class ListedTexts:
 
 
 def _picture(path: Path) -> Any:
-    with path.open("rb") as file:
-        return read_picture(file)
+    return read_picture(io.BytesIO(read_file(path, "image")))
 
 
 def _recording(path: Path) -> Any:
-    return read_recording(path.read_bytes())
+    return read_recording(read_file(path, "recording"))
 
 
 def _series(path: Path) -> Any:
-    return read_series(path.read_bytes(), binary=path.suffix.lower() == ".npy")
+    return read_series(read_file(path, "series"), binary=path.suffix.lower() == ".npy")

@@ -14,7 +14,8 @@ from pydantic import Field
 
 from client.data.sources import Source, SourceExample
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.scans import spread, windowed
+from client.data.sources.parts.scans import MAX_VALUES, spread, windowed
+from client.data.sources.parts.tree import require_file
 from common.inputs import Several
 from common.types import BadInput, BadRecord
 
@@ -31,8 +32,6 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
 )
-_MOST_VOXELS = 1 << 30
-"""A damaged header may ask for any amount of memory."""
 
 
 class Nifti(ListedFiles):
@@ -81,11 +80,12 @@ class Nifti(ListedFiles):
         from nibabel.filebasedimages import ImageFileError
 
         # Opened here first: a missing file is an OSError, and nibabel's own would name it.
+        require_file(path, "NIfTI file")
         path.open("rb").close()
         try:
             with warnings.catch_warnings(action="ignore"):
                 found = nibabel.load(path)
-                if len(found.shape) != 3 or not 0 < int(np.prod(found.shape, dtype=np.float64)) <= _MOST_VOXELS:
+                if len(found.shape) != 3 or not 0 < int(np.prod(found.shape, dtype=np.float64)) <= MAX_VALUES:
                     raise BadRecord("expected a volume of three dimensions")
                 volume = np.asarray(nibabel.as_closest_canonical(found).dataobj, dtype=np.float32)
         except (*_UNREADABLE, OSError, ImageFileError):

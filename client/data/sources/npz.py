@@ -129,8 +129,6 @@ class Npz(SourceSettings):
                 continue
             if numbers.dtype.kind not in "iu" or names.ndim != 1:
                 raise BadInput(f"{self.path}: expected whole numbers in column {column!r} and a list of their names")
-            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(names):
-                raise BadInput(f"{self.path}: expected a name for each number in column {column!r}")
 
 
 @lru_cache(maxsize=1)
@@ -179,7 +177,11 @@ class Arrays:
 
     def _texts(self, column: str, name: str) -> list[str]:
         values = self.arrays[name]
-        return _as_texts(self.arrays[self.settings.names[column]][values] if column in self.settings.names else values)
+        if column not in self.settings.names:
+            return _as_texts(values)
+        names = _as_texts(self.arrays[self.settings.names[column]])
+        # A number without a name is a missing label: that record's alone.
+        return [names[value] if 0 <= value < len(names) else "" for value in values.tolist()]
 
     def load(self, position: int) -> Any:
         """One image or vector."""
@@ -194,5 +196,5 @@ class Arrays:
 def _as_texts(values: np.ndarray) -> list[str]:
     """Labels or ids as text; NaN is a missing one."""
     if values.dtype.kind == "S":
-        return [value.decode("utf-8", errors="replace").strip() for value in values.tolist()]
+        return [value.decode("utf-8", errors="surrogateescape").strip() for value in values.tolist()]
     return ["" if value != value else str(value).strip() for value in values.tolist()]

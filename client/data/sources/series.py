@@ -15,6 +15,7 @@ from client.data.sources.parts.base import SourceSettings, digest, digest_of_tex
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
 from client.data.sources.parts.series import series_of_cells
 from common.errors import instead
+from common.inputs import encode_text
 from common.plugins import LocalPath
 from common.types import BadInput
 
@@ -138,7 +139,7 @@ class SeriesRows:
         return SourceRecord(
             row=number,
             file=row.file if len(own.parts) == 1 else f"{row.file} (its row {row.number})",
-            key=digest(cell.encode() for cell in row.steps),
+            key=digest(encode_text(cell) for cell in row.steps),
             patient=row.cells[own.patient_column] if own.patient_column else None,
             split=(stated or None) if row.part == "all" else row.part,
             cells=row.cells,

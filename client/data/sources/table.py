@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from common.inputs import encode_text
 from common.plugins import LocalPath
 
 
@@ -109,7 +110,7 @@ class TableRows:
             SourceRecord(
                 row=number,
                 file=own.path.name,
-                key=digest(text.encode() for text in self._inputs(row)),
+                key=digest(encode_text(text) for text in self._inputs(row)),
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
-from common.inputs import Text
+from common.inputs import Text, encode_text
 from common.plugins import LocalPath
 
 
@@ -108,7 +108,7 @@ class Sentences:
             # Unique over all files; the first file's are its own rows.
             row=number,
             file=file if len(own.parts) == 1 else f"{file} (its row {row})",
-            key=digest(text.encode() for text in self._texts(cells)),
+            key=digest(encode_text(text) for text in self._texts(cells)),
             patient=cells[own.patient_column] if own.patient_column else None,
             split=(stated or None) if part == "all" else part,
             cells=cells,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
+from common.inputs import encode_text
 from common.plugins import LocalPath, Plugin
 
 
@@ -30,4 +31,4 @@ def digest(parts: Iterable[bytes]) -> str:
 
 def digest_of_texts(rows: Sequence[Sequence[str]]) -> str:
     """SHA-256 over rows of texts, unambiguous about where a row ends."""
-    return digest(part for row in rows for part in (len(row).to_bytes(8, "little"), *(text.encode() for text in row)))
+    return digest(part for row in rows for part in (len(row).to_bytes(8, "little"), *map(encode_text, row)))

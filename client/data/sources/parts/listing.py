@@ -9,7 +9,9 @@ from typing import Any
 
 from client.data.sources import SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from common.inputs import encode_text
 from common.plugins import LocalPath
 from common.types import BadRecord
 
@@ -101,11 +103,10 @@ class Listing:
 
     def _patient(self, row: Mapping[str, str]) -> str | None:
         if self.reader.patient is not None:
-            try:
-                return self.reader.patient(self._inside(row[self.reader.column]))
-            except (OSError, ValueError, BadRecord):
-                # Blank: refused where the unit is the patient.
-                return ""
+            of_file = self.reader.patient
+            patient, _ = try_record(lambda: of_file(self._inside(row[self.reader.column])))
+            # Blank: refused where the unit is the patient.
+            return patient or ""
         return row[self.settings.patient_column] if self.settings.patient_column else None
 
     def _inside(self, name: str) -> Path:
@@ -124,6 +125,6 @@ class Listing:
             files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
             stamps = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
         except (OSError, ValueError, BadRecord):
-            return f"{name}\0missing".encode()
+            return encode_text(f"{name}\0missing")
         listed = "\0".join(f"{inner}\0{status.st_size}\0{status.st_mtime_ns}" for inner, status in stamps)
-        return f"{name}\0{listed}".encode()
+        return encode_text(f"{name}\0{listed}")

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from client.data.sources import SourceRecord
+from client.data.sources.parts.tree import make_readable
 
 
 def _named_groups(pattern: str) -> str:
@@ -58,7 +59,7 @@ class Naming:
             path: relative path of the file, which is its key.
         """
         pattern = re.compile(self.pattern)
-        match = pattern.search(path)
+        match = pattern.search(make_readable(path))
         cells = {column: (match[column] or "") if match else "" for column in pattern.groupindex}
         return SourceRecord(
             row=row,

@@ -14,6 +14,8 @@ from common.types import BadInput, BadRecord
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".aif", ".aiff"})
 _MOST_VALUES = 1 << 28
 """Samples times channels: a damaged header may ask for any amount of memory."""
+_MOST_SECONDS, _LOWEST_RATE, _HIGHEST_RATE = 4 * 3600, 50, 1_000_000
+"""What is read is resampled to a backbone's rate, by a filter as long as the rates are large."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ def read_recording(data: bytes, part: Excerpt | None = None) -> Audio:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if not 0 < file.frames * file.channels <= _MOST_VALUES or file.samplerate < 1:
                 raise BadRecord("expected a recording of between one sample and some hours")
-            start, length = (0, -1) if part is None else part.frames(file.frames, file.samplerate)
+            start, length = (0, file.frames) if part is None else part.frames(file.frames, file.samplerate)
+            if not _LOWEST_RATE <= file.samplerate <= _HIGHEST_RATE or length > _MOST_SECONDS * file.samplerate:
+                raise BadRecord(f"expected at most {_MOST_SECONDS} s at {_LOWEST_RATE} to {_HIGHEST_RATE} Hz")
             file.seek(start)
             samples_TC = file.read(length, dtype="float32", always_2d=True)
             return Audio(samples_TC.mean(axis=1, dtype=np.float32), int(file.samplerate))

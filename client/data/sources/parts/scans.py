@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from common.types import BadRecord
 
+MAX_VALUES = 1 << 30
+"""Pixels or voxels of one record."""
+
 
 def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
     """Returns values between `low` and `high` as 0 to 255, values beyond at the ends.

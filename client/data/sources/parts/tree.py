@@ -1,7 +1,13 @@
-"""Files below a folder or in a zip, read by their relative path. No message repeats a path: it may name a patient."""
+"""Files below a folder or in a zip, read by their relative path. No message repeats a path: it may name a patient.
+
+Names are bytes to the operating system, and need not be UTF-8: Python holds the other bytes as surrogates.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -10,9 +16,16 @@ from pathlib import Path, PurePosixPath
 
 from client.data.sources.parts.base import digest
 from common.errors import instead
+from common.inputs import encode_text
 from common.types import BadInput, BadRecord
 
 _UNREADABLE = (EOFError, KeyError, NotImplementedError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+MAX_FILE_BYTES = 1 << 30
+"""Largest file of one record that is read into memory."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -39,15 +52,22 @@ class Tree:
 
     def digest(self) -> str:
         """Over every file's path and stamp."""
-        return digest(text.encode() for pair in self.stamps.items() for text in pair)
+        return digest(encode_text(text) for pair in self.stamps.items() for text in pair)
 
     def read(self, name: str, what: str) -> bytes:
         """A file's bytes. Raises BadRecord that calls it `what`."""
         try:
-            return self.archive.read(name) if self.archive is not None else (self.path / name).read_bytes()
+            if self.archive is None:
+                return read_file(self.path / name, what)
+            with self.archive.open(name) as file:
+                # What the archive says of the size is not believed.
+                data = file.read(MAX_FILE_BYTES + 1)
         except _UNREADABLE:
             # From None: these messages name the file, and so perhaps a patient.
             raise BadRecord(f"missing {what}") from None
+        if len(data) > MAX_FILE_BYTES:
+            raise BadRecord(f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB")
+        return data
 
 
 def open_tree(path: Path, what: str) -> Tree:
@@ -56,18 +76,57 @@ def open_tree(path: Path, what: str) -> Tree:
         if path.is_dir():
             return Tree(path, _stamps(path), None)
         archive = zipfile.ZipFile(path)
-        return Tree(path, {info.filename: f"{info.file_size} {info.CRC}" for info in archive.infolist()}, archive)
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        return Tree(path, {info.filename: f"{info.file_size} {info.CRC}" for info in files}, archive)
     except (OSError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: expected a folder or zip of {what}{instead(error)}") from None
 
 
+def read_file(path: Path, what: str) -> bytes:
+    """Returns the bytes of a regular file. Raises BadRecord where it is too large; OSError.
+
+    Args:
+        path: the file. A pipe or a socket, from which a read would wait for ever, is none.
+        what: name of such a file in messages.
+    """
+    if require_file(path, what) > MAX_FILE_BYTES:
+        raise BadRecord(f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB")
+    return path.read_bytes()
+
+
+def require_file(path: Path, what: str) -> int:
+    """Returns the size of a regular file. Raises BadRecord where it is something else; OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BadRecord(f"missing {what}")
+    return status.st_size
+
+
+def make_readable(name: str) -> str:
+    """Returns a file's name as text; one that is not UTF-8 is read as Latin-1, so that staff can write it down."""
+    if _SURROGATE.search(name) is None:
+        return name
+    return os.fsencode(name).decode("latin-1")
+
+
 def _stamps(folder: Path) -> dict[str, str]:
     found = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            status = file.stat()
-            found[file.relative_to(folder).as_posix()] = f"{status.st_size} {status.st_mtime_ns}"
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            file = Path(parent, name)
+            stamp = _stamp(file)
+            if stamp is not None:
+                found[file.relative_to(folder).as_posix()] = stamp
     return found
+
+
+def _stamp(file: Path) -> str | None:
+    """Returns size and time of change of a file, None of anything else; one that cannot be asked is a bad record."""
+    try:
+        status = file.stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else None
 
 
 def _visible(name: str) -> bool:

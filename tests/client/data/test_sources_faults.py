@@ -1,0 +1,219 @@
+"""One faulty file among good ones: the others are read as before, the fault is one bad record, and nothing waits."""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.data.records import RejectedRecord
+from client.data.sources import Source, open_source
+from client.data.sources.dicom import write_dicom
+from client.data.sources.parts.boundary import try_record
+from client.data.sources.parts.recordings import example_recordings
+
+GOOD = 3
+LATIN = b"L\xfcbeck"
+
+
+def picture(path: Path) -> None:
+    Image.new("RGB", (8, 8), (90, 20, 30)).save(path, format="PNG")
+
+
+def bomb(path: Path) -> None:
+    """A picture whose header says 10^9 pixels."""
+    picture(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 100_000, 10_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(bytes(data))
+
+
+def recording(path: Path) -> None:
+    from scipy.io import wavfile
+
+    wavfile.write(path, 8000, example_recordings(1)[0])
+
+
+def endless_recording(path: Path) -> None:
+    """A header that says one sample a second, which a model's rate would make an hour of sound."""
+    from scipy.io import wavfile
+
+    wavfile.write(path, 1, example_recordings(1)[0])
+
+
+def series(path: Path) -> None:
+    path.write_text("1\n2\n3\n")
+
+
+def scan(path: Path) -> None:
+    write_dicom(path, np.arange(30, dtype=np.uint16).reshape(6, 5))
+
+
+def absurd_scan(path: Path) -> None:
+    write_dicom(path, np.arange(30, dtype=np.uint16).reshape(6, 5), NumberOfFrames=10**9)
+
+
+def volume(path: Path) -> None:
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.eye(4)), path)
+
+
+def absurd_volume(path: Path) -> None:
+    volume(path)
+    data = bytearray(path.read_bytes())
+    # dim[1] to dim[3] of the header.
+    data[42:48] = np.array([32000, 32000, 32000], dtype="<i2").tobytes()
+    path.write_bytes(bytes(data))
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def unix_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def nulls(path: Path) -> None:
+    path.write_bytes(bytes(1000))
+
+
+def missing(path: Path) -> None:
+    del path
+
+
+def halved(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def cut(path: Path) -> None:
+        make(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+LISTED: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], None]], dict[str, Any]]] = {
+    "image": (".png", picture, [bomb, halved(picture)], {"kind": "manifest", "image": "file"}),
+    "audio": (".wav", recording, [endless_recording], {"kind": "manifest", "audio": "file"}),
+    "series": (".csv", series, [], {"kind": "manifest", "series": "file"}),
+    "dicom": (".dcm", scan, [absurd_scan, halved(scan)], {"kind": "dicom", "window": "full"}),
+    "nifti": (".nii", volume, [absurd_volume, halved(volume)], {"kind": "nifti"}),
+}
+FAULTS = [folder, pipe, unix_socket, loop, empty, nulls, missing]
+
+
+def outcomes(source: Source) -> list[bool]:
+    """True for every record that loads."""
+    return [try_record(lambda at=at: source.load(at))[1] is None for at in range(len(source.index()))]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"), [(name, fault) for name, (_, _, own, _) in LISTED.items() for fault in [*FAULTS, *own]]
+)
+def test_a_faulty_file_of_a_list_is_one_bad_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, fault: Callable[[Path], None]
+) -> None:
+    # A socket's path has at most 107 bytes.
+    monkeypatch.chdir(tmp_path)
+    suffix, make, _, settings = LISTED[content]
+    for number in range(GOOD):
+        make(Path(f"{number}{suffix}"))
+    fault(Path(f"bad{suffix}"))
+    with open("list.csv", "w", newline="") as file:
+        names = [f"0{suffix}", f"bad{suffix}", *(f"{number}{suffix}" for number in range(1, GOOD))]
+        csv.writer(file).writerows([["file", "label"], *([name, "a"] for name in names), [f"a\0b{suffix}", "a"]])
+    source = open_source({**settings, "path": str(tmp_path / "list.csv")}, "s").open()
+    assert outcomes(source)[: GOOD + 1] == [True, False, True, True]
+    assert len(source.digest()) == 64
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "audio"])
+@pytest.mark.parametrize("fault", [folder, pipe, unix_socket, loop, empty, nulls])
+def test_a_faulty_file_of_a_folder_is_one_bad_record_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Callable[[Path], None]
+) -> None:
+    suffix, make = (".png", picture) if kind == "image_folder" else (".wav", recording)
+    (tmp_path / "all" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "all" / "a")
+    for number in range(GOOD):
+        make(Path(f"{number}{suffix}"))
+    settings = {"kind": kind, "path": str(tmp_path / "all")} | ({"pattern": "(?P<n>.)"} if kind == "audio" else {})
+    whole = open_source(settings, "s").open()
+    fault(Path(f"bad{suffix}"))
+    source = open_source(settings, "s").open()
+    assert [ok for ok in outcomes(source) if ok] == [True] * GOOD
+    assert len(source.index()) - GOOD == (fault in (loop, empty, nulls))
+    assert [record.key for record in source.index()][:GOOD] == [record.key for record in whole.index()]
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "audio"])
+def test_names_that_are_not_utf_8_are_read_and_their_columns_can_be_written_down(tmp_path: Path, kind: str) -> None:
+    suffix, make = (".png", picture) if kind == "image_folder" else (".wav", recording)
+    place = os.fsencode(tmp_path / "all") + b"/" + LATIN
+    os.makedirs(place)
+    make(tmp_path / "plain")
+    os.rename(tmp_path / "plain", place + b"/" + LATIN + os.fsencode(f"_1{suffix}"))
+    pattern = r"(?P<label>[^/]+)/(?P<patient>[^/]+)_\d"
+    settings = {"kind": kind, "path": str(tmp_path / "all"), "pattern": pattern, "patient_column": "patient"}
+    source = open_source(settings, "s").open()
+    [record] = source.index()
+    assert (record.cells["label"], record.patient) == ("Lübeck", "Lübeck")
+    assert outcomes(source) == [True]
+    assert len(source.digest()) == 64
+    if kind == "image_folder":
+        [record] = open_source({"kind": kind, "path": str(tmp_path / "all")}, "s").open().index()
+        assert record.cells == {"label": "Lübeck"}
+
+
+def test_a_folder_in_a_zip_whose_name_ends_like_a_picture_is_no_record(tmp_path: Path) -> None:
+    picture(tmp_path / "plain")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.mkdir("a/b.png")
+        archive.write(tmp_path / "plain", "a/1.png")
+    source = open_source({"kind": "image_folder", "path": str(tmp_path / "all.zip")}, "s").open()
+    assert outcomes(source) == [True]
+
+
+def test_a_file_of_a_zip_that_inflates_beyond_the_bound_is_a_bad_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.data.sources.parts.tree.MAX_FILE_BYTES", 1000)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/1.png", bytes(1001))
+    (tmp_path / "all" / "a").mkdir(parents=True)
+    (tmp_path / "all" / "a" / "1.png").write_bytes(bytes(1001))
+    for path in ("all.zip", "all"):
+        source = open_source({"kind": "image_folder", "path": str(tmp_path / path)}, "s").open()
+        made, reason = try_record(lambda source=source: source.load(0))  # type: ignore[misc]
+        assert made is None
+        assert reason == "expected a file of at most 0 MiB"
+
+
+def test_a_list_of_problems_is_written_whatever_a_file_is_called(tmp_path: Path) -> None:
+    from client.data.prepare import _write_rejected
+
+    _write_rejected(tmp_path / "problems.csv", [RejectedRecord(os.fsdecode(LATIN), 1, "unreadable image")])
+    assert (tmp_path / "problems.csv").read_text(encoding="utf-8").splitlines()[1] == r"L\udcfcbeck,1,,unreadable image"
