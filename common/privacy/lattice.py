@@ -93,7 +93,7 @@ class Lattice:
             slack_U: largest norm, in steps, of what rounding may add to a unit's part.
         """
         # 2**-36 covers the rounding of these few operations.
-        room_U = norm_U.new_tensor(self.bound * (1.0 - 2.0**-36)).sub(slack_U).mul_(self.spacing)
+        room_U = norm_U.new_full((), self.bound * (1.0 - 2.0**-36)).sub(slack_U).mul_(self.spacing)
         # What is not a number stays so up to the end; an infinite norm gives zero.
         return room_U.div(norm_U.clamp(min=2.0**-1000)).clamp_(0.0, 1.0).nan_to_num_(nan=0.0)
 
@@ -111,10 +111,10 @@ class Lattice:
         """Returns a sum with noise, in double precision.
 
         Args:
-            total: int64, the exact sum of units' parts in steps; changed in place.
+            total: the exact sum of units' parts in steps, whole numbers of any type.
             noise: drawn for this release alone, of deviation 2**log2_deviation.
         """
         import torch
 
         added = torch.from_numpy(noise).to(total.device).view(total.shape)
-        return total.add_(added).double().mul_(self.spacing)
+        return added.add(total.long()).double().mul_(self.spacing)

@@ -58,6 +58,7 @@ _BLOCK_VALUES = 2**20
 _BLOCK_OUTPUTS = 2**15
 """Outputs of a block: below torch's grain, so that no operation on single values is divided among threads."""
 
+_FEW_OUTPUTS = 3
 _POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 OutputGradient = Callable[[Tensor, Tensor], Tensor]
@@ -113,7 +114,9 @@ def compute_outputs(rows: QuantisedRows, weight_KD: Tensor, bias_K: Tensor | Non
         bias_K: added to the exact product.
     """
     # Multiples of 2**-24 are as exact as whole numbers.
-    product: Tensor = rows.integers.double() @ weight_KD.mT
+    integers = rows.integers.double()
+    # The same numbers in either order; each is faster where it is taken.
+    product = (weight_KD @ integers.mT).mT if len(weight_KD) <= _FEW_OUTPUTS else integers @ weight_KD.mT
     product.mul_(rows.scale.unsqueeze(-1))
     return product if bias_K is None else product.add_(bias_K)
 
@@ -308,7 +311,7 @@ class _Gradients:
         Args:
             factor_U: clip factors; a unit of factor 0 adds nothing, whatever its slopes are.
             lattice: of the release.
-            totals: int64, weight's K x D and the bias's K where there is one.
+            totals: weight's K x D and the bias's K where there is one.
             exact: the block's integers in double precision.
         """
         inputs = self._inputs
@@ -321,9 +324,12 @@ class _Gradients:
         # A slope that is not finite has the factor 0.
         slopes_RK = self._slopes_RK.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         parts_RK = (slopes_RK * (factor_R * inputs.rows.scale)[:, None]).trunc_()
-        totals[0].add_((parts_RK.mT @ exact).long())
+        if totals[0].is_floating_point():
+            totals[0].addmm_(parts_RK.mT, exact)
+        else:
+            totals[0].add_((parts_RK.mT @ exact).long())
         if inputs.bias:
-            totals[1].add_(slopes_RK.mul_(factor_R[:, None]).trunc_().sum(dim=0).long())
+            totals[1].add_(slopes_RK.mul_(factor_R[:, None]).trunc_().sum(dim=0).to(totals[1].dtype))
 
 
 @dataclass(frozen=True)
@@ -381,7 +387,7 @@ class _Formed:
         Args:
             factor_U: clip factors of these units.
             lattice: of the release.
-            totals: int64, weight's K x D and the bias's K where there is one.
+            totals: weight's K x D and the bias's K where there is one.
         """
         factor_U2 = torch.where(factor_U[:, None] > 0.0, self.scale_U2 * (factor_U / lattice.spacing)[:, None], 0.0)
         for total, whole, factor in zip(totals, (self.weight_UKD, self.bias_UK), factor_U2.unbind(1), strict=False):
@@ -407,12 +413,23 @@ def split_blocks(
         positions = max(1, values // max(1, own.rows.integers.shape[-1])) if values else 1
         outputs = positions * widths[name] * (_BLOCK_VALUES / _BLOCK_OUTPUTS)
         cost = max(cost, max(values, outputs) * len(own.unit_R) / max(1, num_units))
-    several = any(own.most_records > 1 for own in inputs.values())
-    size = max(1, min(MAX_UNITS // (_MOST_CANCELLATION if several else 1), int(_BLOCK_VALUES / cost)))
+    size = max(1, min(_count_exact(inputs), int(_BLOCK_VALUES / cost)))
     size -= size % _LANES if size > _LANES else 0
     for first in range(0, num_units, size):
         block = {name: own.slice(first, min(first + size, num_units)) for name, own in inputs.items()}
         yield {name: own for name, own in block.items() if len(own.unit_R)}
+
+
+def choose_total_type(inputs: Mapping[str, Inputs], num_units: int) -> torch.dtype:
+    """Returns the type in which the parts of all units add exactly: double precision where they are few, else int64."""
+    return torch.double if num_units <= _count_exact(inputs) else torch.int64
+
+
+def _count_exact(inputs: Mapping[str, Inputs]) -> int:
+    """Returns the number of units whose parts, and all terms of these, add exactly in double precision."""
+    several = any(own.most_records > 1 for own in inputs.values())
+    most: int = MAX_UNITS // (_MOST_CANCELLATION if several else 1)
+    return most
 
 
 def add_clipped_parts(
@@ -429,7 +446,8 @@ def add_clipped_parts(
         weights: task -> weight_KD and, where there is one, bias_K, on the grid.
         output_gradients: task -> gradient of its loss by the head's outputs.
         lattice: of the release.
-        totals: task -> int64 sums of the weights' shapes; changed in place.
+        totals: task -> sums of the weights' shapes, of the type that `choose_total_type` returns or int64; changed in
+            place.
     """
     gradients, exact = {}, {}
     for name, inputs in block.items():
@@ -490,7 +508,7 @@ def _pair_products(rows: QuantisedRows, pairs_3Q: Tensor, bias: bool) -> Tensor:
 def _count_formed(inputs: Inputs, num_outputs: int) -> int:
     """Returns how many units' gradients are formed at once: their features and gradients fit into memory."""
     record = inputs.rows.integers[0].numel()
-    values = inputs.most_records * record + num_outputs * inputs.rows.integers.shape[-1]
+    values: int = inputs.most_records * record + num_outputs * inputs.rows.integers.shape[-1]
     return max(1, _BLOCK_VALUES * 8 // max(1, values))
 
 

@@ -18,6 +18,7 @@ from client.solvers.parts.closed_form import (
     OutputGradient,
     add_clipped_parts,
     check_affine,
+    choose_total_type,
     round_weights,
     split_blocks,
 )
@@ -64,10 +65,12 @@ def descend(
     check_unit_count(units.num_units)
     lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
     flat = Flat.from_heads(modules)
-    start = weights = flat.copy_parameters().double()
+    start = flat.copy_parameters().double()
+    weights = start.clone()
     divisors = flat.expand(objective.compute_divisors(plan, public_sizes))
     learning_rate = flat.expand({name: group.learning_rate for name, group in rates.items()})
     weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
+    has_decay = any(group.weight_decay for group in rates.values())
     velocity = torch.zeros_like(weights)
     usable = objective.select_usable(units)
     inputs = {
@@ -76,7 +79,7 @@ def descend(
     }
     widths = {name: len(parts[0]) for name, parts in flat.views(weights).items()}
     output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
-    total = torch.zeros_like(weights, dtype=torch.int64)
+    total = torch.zeros_like(weights, dtype=choose_total_type(inputs, usable.num_units))
     sums = flat.views(total)
     everyone = list(split_blocks(inputs, usable.num_units, widths)) if plan.sampling_rate >= 1.0 else []
     with torch.no_grad():
@@ -91,16 +94,18 @@ def descend(
             for block in blocks:
                 add_clipped_parts(block, parts, output_gradients, lattice, sums)
             # The update of torch.optim.SGD; what follows the noise costs nothing.
-            step = lattice.release(total, noise).div_(divisors).add_(weights * weight_decay)
-            velocity.mul_(momentum).add_(step)
-            weights = weights - velocity * learning_rate
+            step = lattice.release(total, noise).div_(divisors)
+            if has_decay:
+                step.add_(weights * weight_decay)
+            velocity = velocity.mul_(momentum).add_(step) if momentum else step
+            weights.sub_(velocity * learning_rate)
     return objective.check_update(flat.split_by_task((weights - start).float()))
 
 
 def _check_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:
     """Raises RunFailed where weights have grown so large that products with them are not exact."""
     for name, parts in weights.items():
-        if not bool((parts[0].square().sum(dim=1) <= MAX_ROW_NORM**2).all()):
+        if not bool((torch.linalg.vector_norm(parts[0], dim=1) <= MAX_ROW_NORM).all()):
             raise RunFailed(f"{name}: training diverged; a smaller learning_rate is needed")
 
 

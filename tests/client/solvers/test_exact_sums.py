@@ -21,6 +21,7 @@ from client.data.units import TaskRecords, Units
 from client.solvers.parts.closed_form import (
     Inputs,
     add_clipped_parts,
+    choose_total_type,
     compute_outputs,
     round_weights,
     split_blocks,
@@ -172,6 +173,27 @@ def test_heads_that_balance_three_units_on_an_edge_move_the_sum_by_one_unit(coun
         weight.data = (direction / direction.norm() * 0.9 * MAX_ROW_NORM).float()[None]
         moved = subtract(sum_parts({"strange": head}, tasks, more), sum_parts({"strange": head}, tasks, units))
         assert square(moved) <= int(LATTICE.bound**2)
+
+
+@pytest.mark.parametrize(
+    ("count", "records", "few"), [(2048, 1, True), (2049, 1, False), (128, 2, True), (129, 2, False)]
+)
+def test_parts_of_few_units_add_in_double_precision_to_the_same_sum(count: int, records: int, few: bool) -> None:
+    """Double precision holds 2**53: 2048 parts of at most 2**42, or a 16th as many where a part's terms may cancel."""
+    assert 2048 * LATTICE.bound <= 2**53
+    tasks = {"grade": TASKS["grade"]}
+    head, units = draw_heads(tasks)["grade"], site([Person(seed, records) for seed in range(count)], tasks)
+    inputs = {"grade": Inputs.from_records(head, units.tasks["grade"].labelled(), count)}
+    assert (choose_total_type(inputs, count) == torch.double) == few
+    if few:
+        weights = {"grade": [round_weights(part.detach()) for part in head.parameters()]}
+        totals = {"grade": [torch.zeros_like(part) for part in weights["grade"]]}
+        gradients = {"grade": _get_output_gradient(tasks["grade"])}
+        for block in split_blocks(inputs, count, {"grade": 3}):
+            add_clipped_parts(block, weights, gradients, LATTICE, totals)
+        exact = sum_parts({"grade": head}, tasks, units)
+        assert_equal({"grade": [total.long() for total in totals["grade"]]}, exact)
+        assert all(torch.equal(total, total.round()) for total in totals["grade"])
 
 
 def test_a_sample_of_units_has_the_sum_of_its_members() -> None:
