@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -35,9 +36,21 @@ from common.flower import (
     recorddict_pb2,
     recorddict_to_proto,
 )
-from common.types import DELTAS, EPSILONS, MAX_BACKBONES, MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
+from common.types import (
+    DELTAS,
+    EPSILONS,
+    MAX_BACKBONES,
+    MAX_STEPS,
+    BadInput,
+    DeclineReason,
+    Delta,
+    Heads,
+    LedgerWitness,
+    Plan,
+    Unit,
+)
 
-VERSION = 2
+VERSION = 3
 """Of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"
@@ -53,6 +66,7 @@ MAX_TASKS = 1024
 PART_BYTES = 8 << 20
 """A backbone's weights travel in parts of this size; the last one may be shorter."""
 MAX_PARTS = 1024
+_MAX_LINES = 2**40
 
 DeltaPrecision = Literal["float32", "float16"]
 _DTYPES: Mapping[DeltaPrecision, str] = {"float32": "<f4", "float16": "<f2"}
@@ -102,6 +116,19 @@ def _check_plan(plan: Plan) -> Plan:
     return plan
 
 
+def _make_witness(value: object) -> object:
+    return LedgerWitness(**value) if isinstance(value, dict) else value
+
+
+def _check_witness(witness: LedgerWitness) -> LedgerWitness:
+    texts = (witness.chain, witness.mac, witness.tag)
+    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) for text in texts):
+        raise ValueError("expected a witness of three digests")
+    if type(witness.length) is not int or not 1 <= witness.length <= _MAX_LINES:
+        raise ValueError("expected a witness of a number of lines")
+    return witness
+
+
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _FROM_JSON = Strict(False)  # An enumeration or a tuple, which JSON has only as a text or a list.
 
@@ -112,6 +139,7 @@ PublicSize = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Arrays = Annotated[InstanceOf[Heads], _ARRAYS]
 Contribution = Annotated[InstanceOf[Delta], BeforeValidator(_make_delta), _ARRAYS]
+Witness = Annotated[InstanceOf[LedgerWitness], BeforeValidator(_make_witness), AfterValidator(_check_witness)]
 PublicPlan = Annotated[InstanceOf[Plan], BeforeValidator(_make_plan), AfterValidator(_check_plan)]
 
 
@@ -120,12 +148,17 @@ PublicPlan = Annotated[InstanceOf[Plan], BeforeValidator(_make_plan), AfterValid
 
 @dataclass(frozen=True, config=_STRICT)
 class JoinRequest:
-    """An offer: a run without any path, and the digest of each of its backbones by name."""
+    """An offer: a run without any path, and the digest of each of its backbones by name.
+
+    Attributes:
+        witness: The newest record of the site's ledger that the coordinator has.
+    """
 
     run_id: str
     run: Mapping[str, Any]
     backbones: Annotated[Mapping[Name, Digest], Field(min_length=1, max_length=MAX_BACKBONES)]
     version: int = VERSION
+    witness: Witness | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -163,20 +196,22 @@ class PrepareRequest:
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainRequest:
-    """A request to train these heads for one round."""
+    """A request to train these heads for one round; with another witness it is the same request."""
 
     run_id: str
     round: int
     heads: Arrays
+    witness: Witness | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluateRequest:
-    """A request to evaluate the heads that a round ended with on held-out units."""
+    """A request to evaluate the heads that a round ended with; with another witness it is the same request."""
 
     run_id: str
     round: int
     heads: Arrays
+    witness: Witness | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -186,6 +221,12 @@ class FinishRequest:
     run_id: str
     heads: Arrays
     digest: Digest
+
+
+_WITNESS = Reason(
+    "the number of lines of the site's ledger, which follows from the requests of all its coordinators and from what "
+    "its staff did, and keyed digests, which tell nothing without the key"
+)
 
 
 # --- what a site answers ---------------------------------------------------------------------------------------------
@@ -222,6 +263,7 @@ class JoinReply:
         Field(max_length=MAX_BACKBONES),
         Reason("their names follow from the tasks"),
     ]
+    witness: Annotated[Witness | None, _WITNESS] = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -243,6 +285,7 @@ class TrainReply:
     delta: Annotated[Contribution, Reason("charged: the contribution")]
     plan: Annotated[PublicPlan, Reason("public numbers derived from the request")]
     precision: Annotated[DeltaPrecision, Reason("public: derived from the request")] = "float32"
+    witness: Annotated[Witness | None, _WITNESS] = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -261,6 +304,7 @@ class EvaluateReply:
     noise_multiplier: Annotated[
         Positive, Reason("follows from the evaluation budget, cap and delta of the site file: public by declaration")
     ]
+    witness: Annotated[Witness | None, _WITNESS] = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -333,8 +377,13 @@ def _walk_types(hint: Any) -> Iterator[type]:
 # --- encoding and decoding -------------------------------------------------------------------------------------------
 
 
-def encode(message: Payload) -> RecordDict:
-    """Returns a message as Flower's records."""
+def encode(message: Payload, packed: dict[int, ConfigRecord] | None = None) -> RecordDict:
+    """Returns a message as Flower's records.
+
+    Args:
+        message: The message.
+        packed: Arrays packed before, by the identity of the object that holds them; those of this message are added.
+    """
     values = {name: getattr(message, name) for name in _FIELDS[type(message)]}
     binary = {name: values.pop(name) for name, record in _FIELDS[type(message)].items() if record}
     # Sorted keys and no spaces: the same message is the same bytes.
@@ -346,7 +395,10 @@ def encode(message: Payload) -> RecordDict:
             records[_PART.key] = ConfigRecord({"data": content})
         else:
             heads = content.heads if isinstance(content, Delta) else content
-            records[_ARRAYS.key] = _pack_arrays(heads, values.get("precision", "float32"))
+            known = {} if packed is None else packed
+            if id(heads) not in known:
+                known[id(heads)] = _pack_arrays(heads, values.get("precision", "float32"))
+            records[_ARRAYS.key] = known[id(heads)]
     return records
 
 
@@ -474,6 +526,6 @@ def from_bytes(data: bytes) -> RecordDict:
     return recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
 
 
-def request_digest(records: RecordDict) -> str:
+def request_digest(request: TrainRequest | EvaluateRequest) -> str:
     """Returns 64 hex digits that identify a request: equal requests get the identical stored reply."""
-    return hashlib.sha256(to_bytes(records)).hexdigest()
+    return hashlib.sha256(to_bytes(encode(replace(request, witness=None)))).hexdigest()

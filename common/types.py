@@ -191,6 +191,23 @@ def explain_rejection(reason: str) -> str:
 
 
 @dataclass(frozen=True)
+class LedgerWitness:
+    """A record of how far a site's ledger was, made by the site, kept by a coordinator and shown to the site again.
+
+    Attributes:
+        chain: name of the ledger's chain: the keyed digest of its first line, 64 hex digits.
+        length: number of lines of the chain.
+        mac: keyed digest of the last of these lines, 64 hex digits.
+        tag: keyed digest of all three, 64 hex digits, by which the site knows its own witnesses.
+    """
+
+    chain: str
+    length: int
+    mac: str
+    tag: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The public numbers of one private computation: what a site does in one round.
 

@@ -43,7 +43,14 @@ def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
     backbones = open_backbones(run)
     journal = FileJournal(folder / "journal.jsonl")
     outcome = run_federation(
-        grid, run, backbones, run_id=folder.name, folder=folder, journal=journal, executor=FLOWER_APP
+        grid,
+        run,
+        backbones,
+        run_id=folder.name,
+        folder=folder,
+        journal=journal,
+        executor=FLOWER_APP,
+        witnesses=run_dir / "witnesses.json",
     )
     summary = write_results(folder, run, list_digests(backbones), outcome.heads)
     console = Console(width=100)

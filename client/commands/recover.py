@@ -9,6 +9,7 @@ import typer
 
 from client.commands.parts.options import Reason, SiteFile, check_reason
 from client.config import SiteConfig
+from client.ledger.older_copy import describe_unknown_claims
 from client.ledger.place import locate_ledgers
 from client.ledger.recovery import recover as recover_ledger
 from client.protocol import balance as budgets
@@ -59,10 +60,10 @@ def recover(
 
 def _describe_older_copy(config: SiteConfig) -> str | None:
     try:
-        find_ledger(config)
+        ledger = find_ledger(config)
     except LedgerDamaged as damage:
         return str(damage)
-    return None
+    return None if ledger is None else describe_unknown_claims(ledger)
 
 
 def _charge_whole_run(config: SiteConfig, path: Path) -> Mechanism:

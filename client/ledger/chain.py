@@ -13,8 +13,11 @@ moment
 
 A folder is created whole, under another name, and renamed: a missing file in it is damage too.
 
-Limit, stated: who can write the whole folder and read its key, or restores an older backup of all of it, can roll it
-back unseen.
+A chain alone cannot tell that all of it, its anchor too, is an older copy of itself. Whoever keeps a witness of it can
+(`LedgerWitness`): how many lines there were and the HMAC of the last one, with an HMAC over both that tells the chain's
+own witnesses from invented ones. `client/ledger/older_copy.py` says who keeps what.
+
+Limit, stated: who can write the whole folder and read its key can write any history into it.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.files import flush, flush_folder, private_folder, stamp_file, write_atomic
-from common.types import LedgerDamaged
+from common.types import LedgerDamaged, LedgerWitness
 
 _CHAIN, _KEY, _ANCHOR, _LOCK = "ledger.jsonl", "ledger.key", "anchor.json", "lock"
 _KEY_BYTES = 32
@@ -44,13 +47,19 @@ _NOTE = "committed"
 """The one event that is written without being flushed and anchored by itself."""
 
 
+Standing = Literal["held", "behind", "unknown"]
+"""A chain has the line that a witness names; or lacks it, or has another there; or the witness was not made with its
+key."""
+
+
 @dataclass
 class OpenChain:
     """The verified facts of a chain whose lock is held, and the one way to add to them."""
 
     _folder: Path
     _key: bytes
-    _last_mac: str
+    _macs: list[str]
+    _num_anchored: int
     bodies: list[str]
     """JSON text of each line without its HMAC."""
 
@@ -65,13 +74,31 @@ class OpenChain:
         number = len(self.bodies)
         line = {"n": number, "time": round(time.time(), 3), "event": event, **facts}
         body = json.dumps(line, separators=(",", ":"), allow_nan=False)
-        mac = _mac(self._key, self._last_mac, body)
+        mac = _mac(self._key, self._macs[-1] if self._macs else _START, body)
         _write_through(self._folder / _CHAIN, f'{body[:-1]},"mac":"{mac}"}}\n'.encode(), durable)
         if durable:
             _write_anchor(self._folder, self._key, number + 1, mac)
+            self._num_anchored = number + 1
         self.bodies.append(body)
-        self._last_mac = mac
+        self._macs.append(mac)
         return number
+
+    def make_witness(self) -> LedgerWitness:
+        """Returns a witness of the lines that are surely on disk: no power cut leaves the chain behind it."""
+        chain, length, mac = self._macs[0], self._num_anchored, self._macs[self._num_anchored - 1]
+        return LedgerWitness(chain, length, mac, self._tag(chain, length, mac))
+
+    def compare(self, witness: LedgerWitness) -> Standing:
+        """Returns how the chain stands to a witness that somebody shows."""
+        tag = self._tag(witness.chain, witness.length, witness.mac)
+        if witness.chain != self._macs[0] or not hmac.compare_digest(tag, witness.tag):
+            return "unknown"
+        held = witness.length <= len(self._macs) and self._macs[witness.length - 1] == witness.mac
+        return "held" if held else "behind"
+
+    def _tag(self, chain: str, length: int, mac: str) -> str:
+        key = hmac.new(self._key, b"witness", hashlib.sha256).digest()
+        return _mac(key, chain, f"{length} {mac}")
 
 
 def create(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
@@ -165,7 +192,7 @@ def _draft(folder: Path, facts: Sequence[tuple[str, Mapping[str, Any]]]) -> Path
         write_atomic(draft / _KEY, key)
         write_atomic(draft / _LOCK, b"")
         write_atomic(draft / _CHAIN, b"")
-        chain = OpenChain(draft, key, _START, [])
+        chain = OpenChain(draft, key, [], 0, [])
         for event, about in facts:
             chain.append(event, about)
     except BaseException:
@@ -204,12 +231,13 @@ def _verified(folder: Path) -> OpenChain:
     data = _read(folder, _CHAIN)
     bodies, macs, end = _whole_lines(data, key)
     _check_against_anchor(folder.name, macs, data[end:], length, anchored_mac)
-    chain = OpenChain(folder, key, macs[-1] if macs else _START, bodies)
+    chain = OpenChain(folder, key, macs, length, bodies)
     if end < len(data):
         _cut(folder / _CHAIN, end)
         chain.append("sealed", {"bytes": len(data) - end})
     elif any(json.loads(body)["event"] != _NOTE for body in bodies[length:]):
         _write_anchor(folder, key, len(macs), macs[-1])
+        chain = OpenChain(folder, key, macs, len(macs), bodies)
     return chain
 
 

@@ -91,6 +91,7 @@ class LedgerRecovered(LedgerFacts):
     Attributes:
         seen: the damage, in one sentence.
         kept_aside: name of the folder with the damaged files; None where they were gone.
+        replaced: names of the chains that this ledger stands for from now on: their witnesses are settled.
     """
 
     event: Literal["recovered"] = "recovered"
@@ -103,6 +104,7 @@ class LedgerRecovered(LedgerFacts):
     reason: str
     seen: str
     kept_aside: str | None
+    replaced: tuple[str, ...] = ()
 
 
 class OriginalLine(LedgerFacts):

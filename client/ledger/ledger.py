@@ -33,6 +33,7 @@ from client.ledger.events import (
     LedgerCreated,
     LedgerEvent,
     LedgerLine,
+    LedgerRecovered,
     Terms,
     TermsAmended,
     read_lines,
@@ -41,14 +42,20 @@ from client.ledger.events import (
 from client.ledger.history import Charge, History
 from common.files import write_atomic
 from common.privacy.accounting import Mechanism, round_up
-from common.types import BadInput, BudgetExhausted, FilterKind, LedgerDamaged, Unit
+from common.types import BadInput, BudgetExhausted, FilterKind, LedgerDamaged, LedgerWitness, Unit
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """A durable charge, by the number of its line."""
+    """A durable charge.
+
+    Attributes:
+        number: number of its line.
+        witness: of the ledger with this line, for the coordinator.
+    """
 
     number: int
+    witness: LedgerWitness
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,11 @@ class Ledger:
     """
 
     _folder: Path
+
+    @property
+    def folder(self) -> Path:
+        """Folder of its files; what is known about it from elsewhere lies beside the folder."""
+        return self._folder
 
     @property
     def population(self) -> str:
@@ -173,7 +185,7 @@ class Ledger:
             history = History.of(read_lines(opened.bodies))
             held = list_unspent(evaluation_budget, history)
             if history.is_within_cap([mechanism, *held]) or (allow_infinite and mechanism.kind == "none"):
-                return Reservation(_append(opened, charge))
+                return _reserve(opened, charge)
             _append(opened, _refuse(charge))
         share, terms = history.compute_share([mechanism, *held]), history.terms
         beside = " and what is held for evaluations" if held else ""
@@ -215,7 +227,7 @@ class Ledger:
             lost = allow_infinite and history.compute_epsilon() == math.inf
             covered = covers_evaluation(evaluation_budget, history, mechanism)
             if covered and (lost or history.is_within_cap([mechanism])):
-                return Reservation(_append(opened, charge)), mechanism
+                return _reserve(opened, charge), mechanism
             _append(opened, _refuse(charge))
         raise BudgetExhausted(
             f"registry {self._folder.name}: one more evaluation would exceed its share of {evaluation_budget.share:g} "
@@ -238,6 +250,18 @@ class Ledger:
     def identify_files(self) -> tuple[int, ...]:
         """Returns numbers that change where the ledger's folder is replaced or restored; charges do not change them."""
         return chain.identify_files(self._folder)
+
+    def make_witness(self) -> LedgerWitness:
+        """Returns a witness of the ledger as it is on disk now."""
+        with chain.exclusive(self._folder) as opened:
+            return opened.make_witness()
+
+    def compare(self, witness: LedgerWitness) -> chain.Standing:
+        """Returns how the ledger stands to a witness; one of a chain that it replaced at a recovery is held."""
+        with chain.exclusive(self._folder) as opened:
+            [first] = read_lines(opened.bodies[:1])
+            replaced = first.event.replaced if isinstance(first.event, LedgerRecovered) else ()
+            return "held" if witness.chain in replaced else opened.compare(witness)
 
     def spent(self) -> Spent:
         """Returns the balance now."""
@@ -319,6 +343,10 @@ def amend(
 
 def _append(opened: chain.OpenChain, event: LedgerEvent, *, durable: bool = True) -> int:
     return opened.append(event.event, write_facts(event), durable=durable)
+
+
+def _reserve(opened: chain.OpenChain, charge: ChargeReserved) -> Reservation:
+    return Reservation(_append(opened, charge), opened.make_witness())
 
 
 def _refuse(charge: ChargeReserved) -> ChargeRefused:

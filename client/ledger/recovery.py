@@ -39,9 +39,10 @@ from client.ledger.events import (
 )
 from client.ledger.history import History
 from client.ledger.ledger import Ledger, get_marker
+from client.ledger.older_copy import read_claims, remove_claims
 from common.files import private_folder, write_atomic
 from common.privacy.accounting import Mechanism, round_up
-from common.types import BadInput, LedgerDamaged
+from common.types import BadInput, LedgerDamaged, LedgerWitness
 
 RECOVERED_RUN = "stated-at-recovery"
 """The run under which a stated mechanism is charged."""
@@ -111,13 +112,23 @@ def recover(
         reason=reason,
         seen=seen,
         kept_aside=None if aside is None else aside.name,
+        replaced=_list_replaced(legible, read_claims(place)),
     )
     write_atomic(get_marker(private_folder(folder) / population), b"")  # From here on a missing folder means damage.
     events = [recovered, *kept, assumption]
     chain.replace(place, aside or place, [(event.event, write_facts(event)) for event in events])
+    remove_claims(place)
     num_kept = sum(isinstance(event, ChargeReserved) for event in kept)
     spent = Ledger(place).spent().reserved_epsilon
     return Recovery(seen, num_kept, len(legible) - len(bodies), aside, spent)
+
+
+def _list_replaced(legible: list[dict[str, Any]], claims: list[LedgerWitness]) -> tuple[str, ...]:
+    """Returns the names of the damaged chain, of those that it replaced, and of those that coordinators claimed."""
+    names = [legible[0].get("mac")] if legible else []
+    names += [name for values in legible if values.get("event") == "recovered" for name in values.get("replaced", [])]
+    names += [claim.chain for claim in claims]
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def _find_free_name(place: Path) -> Path:

@@ -18,7 +18,7 @@ from client.data.records import Side
 from client.data.units import Units
 from client.ledger.events import Purpose
 from client.ledger.ledger import Ledger, Reservation
-from client.ledger.older_copy import check_reply
+from client.ledger.older_copy import check_reply, check_witness
 from client.protocol.replies import Replies, ReplyDamaged
 from client.protocol.site import (
     Joined,
@@ -60,7 +60,7 @@ def answer_once(
         answer: given the request's digest and the ledger, charges and computes: the reply, its charge, and the number
             of releases.
     """
-    digest = messages.request_digest(messages.encode(request))
+    digest = messages.request_digest(request)
     try:
         with Replies.exclusive(joined.folder) as replies:
             stored = replies.find(digest)
@@ -70,6 +70,7 @@ def answer_once(
                 )
                 return messages.from_bytes(stored)
             ledger = site.ledger()
+            check_witness(ledger, request.witness)
             newest = replies.find_newest()
             if newest is not None:
                 check_reply(ledger, newest)

@@ -90,7 +90,8 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
                 mechanism=mechanism,
                 stream=stream,
             )
-        return messages.EvaluateReply(sums, mechanism.noise_multiplier), reservation, mechanism.steps
+        reply = messages.EvaluateReply(sums, mechanism.noise_multiplier, reservation.witness)
+        return reply, reservation, mechanism.steps
 
     return answer_once(site, joined, request, EVALUATION, answer)
 

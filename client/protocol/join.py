@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.ledger.events import TRAINING
+from client.ledger.older_copy import check_witness
 from client.protocol.approvals import Approvals, check_offer
 from client.protocol.prepare import refuse_while_stopped
 from client.protocol.requirements import (
@@ -68,6 +69,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     _check_heads(joined, tasks)
     ledger = site.ledger()
+    check_witness(ledger, request.witness)
     # A resumed run was partly paid for; each round's reservation stays the gate.
     charged = site.config.name_charge(joined.run_id)
     paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (charged, TRAINING)}
@@ -85,6 +87,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         delta=site.config.budget.delta,
         budget_epsilon=site.config.budget.epsilon,
         backbones={name: _held(site, digest) for name, digest in joined.digests(tasks).items()},
+        witness=ledger.make_witness(),
     )
 
 

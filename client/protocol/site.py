@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.ledger import Ledger
-from client.ledger.older_copy import check_replies
+from client.ledger.older_copy import check_claims, check_replies
 from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
@@ -143,6 +143,7 @@ def find_ledger(config: SiteConfig) -> Ledger | None:
     if ledger is None and has_replies(config):
         raise LedgerDamaged(f"ledger {config.registry}: it is missing in {folder}, at a site that has answered before")
     if ledger is not None:
+        check_claims(ledger)
         check_replies(ledger, config.list_coordinator_dirs())
     return ledger
 

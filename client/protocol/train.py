@@ -54,6 +54,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
                 public_sizes=joined.sizes(site.config),
                 stream=stream,
             )
-        return messages.TrainReply(delta, plan, joined.run.delta_precision), reservation, plan.steps
+        reply = messages.TrainReply(delta, plan, joined.run.delta_precision, reservation.witness)
+        return reply, reservation, plan.steps
 
     return answer_once(site, joined, request, TRAINING, answer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common import messages
 from common.events import BackboneSent, SiteJoined
@@ -16,7 +16,7 @@ from common.model.backbones import Backbone, list_digests
 from common.offers import make_offer
 from common.run import MAX_PUBLIC_SIZE, RunConfig
 from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
-from server.rounds.messenger import Messenger, Participant
+from server.rounds.messenger import Answers, Messenger, Participant
 from server.rounds.replies import MAY_CHANGE, Rejected
 
 _POLL_S = 0.2
@@ -196,7 +196,11 @@ def _offer_run(
     """Offers the run to some nodes: a site that agrees becomes a participant, of the others the reason is kept."""
     run = messenger.run
     timeout_s = None if run.audit == "required" else max(_SHORTEST_WAIT_S, min(_LONGEST_WAIT_S, left_s))
-    answers = messenger.ask(messages.JOIN, dict.fromkeys(nodes, request), messages.JoinReply, timeout_s=timeout_s)
+    names = {} if node_ids is None else {node: node_ids[node] for node in nodes}
+    requests = {node: _show_witness(messenger, request, names.get(node, "")) for node in nodes}
+    answers = messenger.ask(messages.JOIN, requests, messages.JoinReply, timeout_s=timeout_s)
+    if node_ids is None:
+        answers = _show_to_named(messenger, request, answers, timeout_s)
     for node in sorted(answers.accepted):
         reply, _ = answers.accepted[node]
         problem = _find_join_problem(run, reply, progress.participants, None if node_ids is None else node_ids[node])
@@ -216,10 +220,31 @@ def _offer_run(
                 budget_epsilon=reply.budget_epsilon,
             )
         )
-    known = {node: item.reason for node, item in progress.rejected.items()}
-    changed = [item for item in answers.rejected if known.get(item.node_id) != item.reason]
+    joined = {node: participant.site for participant in progress.participants.values() if (node := participant.node_id)}
+    messenger.witnesses.keep(
+        {joined[node]: reply.witness for node, (reply, _) in answers.accepted.items() if node in joined}
+    )
+    before = {node: item.reason for node, item in progress.rejected.items()}
+    changed = [item for item in answers.rejected if before.get(item.node_id) != item.reason]
     messenger.write_rejected(changed, node_ids or {}, "join")
     progress.rejected |= {item.node_id: item for item in answers.rejected}
+
+
+def _show_to_named(
+    messenger: Messenger, request: messages.JoinRequest, answers: Answers[messages.JoinReply], timeout_s: float | None
+) -> Answers[messages.JoinReply]:
+    """Offers the run once more, with a witness, to sites whose name is known only from their reply."""
+    named = {node: _show_witness(messenger, request, reply.site) for node, (reply, _) in answers.accepted.items()}
+    late = {node: offer for node, offer in named.items() if offer != request}
+    again = messenger.ask(messages.JOIN, late, messages.JoinReply, timeout_s=timeout_s)
+    accepted = {node: reply for node, reply in answers.accepted.items() if node not in late} | dict(again.accepted)
+    return Answers(accepted, answers.rejected + again.rejected, answers.bytes_sent)
+
+
+def _show_witness(messenger: Messenger, request: messages.JoinRequest, site: str) -> messages.Request:
+    """Returns the offer with the witness that is kept of a site's ledger, where there is one."""
+    witness = messenger.witnesses.find(site)
+    return request if witness is None else replace(request, witness=witness)
 
 
 def _find_join_problem(

@@ -10,8 +10,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.serverapp import Grid
 
@@ -38,6 +39,9 @@ from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metr
 from server.rounds.join import join_sites, prepare_sites
 from server.rounds.messenger import Messenger, Observe, Participant
 from server.rounds.replies import Rejected, check_delta, check_plan
+from server.rounds.witnesses import Witnesses
+
+_Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def run_federation(
     observe: Observe = lambda phase, done, total: None,
     resume: Checkpoint | None = None,
     node_ids: Mapping[int, str] | None = None,
+    witnesses: Path | None = None,
 ) -> Outcome:
     """Trains a run's heads with the sites behind a grid.
 
@@ -79,6 +84,7 @@ def run_federation(
         observe: called with the progress.
         resume: checkpoint to continue after; None starts from new heads.
         node_ids: node id -> name of every admitted site; None where names are not known beforehand.
+        witnesses: file of the witnesses of sites' ledgers, which outlives runs; None keeps none.
 
     Returns:
         The final heads, and how often each was updated.
@@ -86,7 +92,7 @@ def run_federation(
     Raises:
         RunFailed: too few sites joined or could be prepared.
     """
-    messenger = Messenger(grid, run, run_id, journal, observe)
+    messenger = Messenger(grid, run, run_id, journal, observe, Witnesses(witnesses))
     journal.write(
         RunStarted(
             run_id=run_id,
@@ -142,7 +148,10 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
     requests = _build_requests(
         cohort, lambda groups: messages.TrainRequest(messenger.run_id, round_, _select_groups(state.heads, groups))
     )
-    answers = messenger.ask_prepared(messages.TRAIN, requests, messages.TrainReply, _names_of(cohort), round_)
+    names = _names_of(cohort)
+    shown = _show_witnesses(messenger, requests, names)
+    answers = messenger.ask_prepared(messages.TRAIN, shown, messages.TrainReply, names, round_)
+    messenger.witnesses.keep({names[node]: reply.witness for node, (reply, _) in answers.accepted.items()})
     by_task: dict[str, list[Weighted]] = {name: [] for name in state.heads}
     accepted = {}
     for participant in cohort:
@@ -162,7 +171,7 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
         )
         for task, delta in reply.delta.heads.items():
             by_task[task].append(Weighted(float(participant.parameter_groups[task]), delta))
-    messenger.write_rejected(answers.rejected, _names_of(cohort), "train", round_)
+    messenger.write_rejected(answers.rejected, names, "train", round_)
     new, updated = _aggregate(messenger.run, state, by_task, round_)
     messenger.journal.write(
         RoundEnded(
@@ -193,7 +202,9 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
         participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
     )
     names = _names_of(participants)
-    answers = messenger.ask_prepared(messages.EVALUATE, requests, messages.EvaluateReply, names, round_)
+    shown = _show_witnesses(messenger, requests, names)
+    answers = messenger.ask_prepared(messages.EVALUATE, shown, messages.EvaluateReply, names, round_)
+    messenger.witnesses.keep({names[node]: reply.witness for node, (reply, _) in answers.accepted.items()})
     releases = []
     for participant in participants:
         if participant.node_id not in answers.accepted:
@@ -250,13 +261,23 @@ def _describe_backbone(run: RunConfig, name: str, backbone: Backbone) -> Backbon
 
 
 def _build_requests(
-    participants: Sequence[Participant], build: Callable[[Collection[str]], messages.Request]
-) -> dict[int, messages.Request]:
+    participants: Sequence[Participant], build: Callable[[Collection[str]], _Request]
+) -> dict[int, _Request]:
     """Returns node id -> its request. Sites that train the same heads share one object, which is encoded once."""
     shared = {
         groups: build(groups) for groups in {frozenset(participant.parameter_groups) for participant in participants}
     }
     return {participant.node_id: shared[frozenset(participant.parameter_groups)] for participant in participants}
+
+
+def _show_witnesses(
+    messenger: Messenger,
+    requests: Mapping[int, messages.TrainRequest | messages.EvaluateRequest],
+    names: Mapping[int, str],
+) -> dict[int, messages.Request]:
+    """Returns the requests, each with the witness that is kept of its site's ledger."""
+    kept = {node: messenger.witnesses.find(names[node]) for node in requests}
+    return {node: replace(request, witness=kept[node]) if kept[node] else request for node, request in requests.items()}
 
 
 def _select_groups(heads: Heads, groups: Collection[str]) -> Heads:

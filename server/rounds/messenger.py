@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
@@ -23,6 +23,7 @@ from common.flower import UnexpectedObjectContentError
 from common.run import RunConfig
 from common.types import RunFailed
 from server.rounds.replies import NOT_PREPARED, NOT_REACHED, UNREADABLE, Rejected, read_replies
+from server.rounds.witnesses import Witnesses
 
 Observe = Callable[[str, int, int], None]
 """Called with the phase under way, how much of it is done, and its total."""
@@ -90,6 +91,7 @@ class Messenger:
         run_id: the run's unique id.
         journal: where facts are written.
         observe: called with the progress.
+        witnesses: newest witness of each site's ledger.
         num_prepared_again: node id -> how often it was asked to prepare again, so far.
     """
 
@@ -98,6 +100,7 @@ class Messenger:
     run_id: str
     journal: Journal
     observe: Observe
+    witnesses: Witnesses = field(default_factory=lambda: Witnesses(None))
     num_prepared_again: Counter[int] = field(default_factory=Counter)
 
     def ask(
@@ -124,7 +127,8 @@ class Messenger:
         Raises:
             RunFailed: the SuperLink takes no message of this size.
         """
-        encoded = {id(payload): messages.encode(payload) for payload in payloads.values()}
+        packed: dict[int, ConfigRecord] = {}  # Requests that differ in their witness share their arrays.
+        encoded = {id(payload): messages.encode(payload, packed) for payload in payloads.values()}
         sizes = {key: messages.encoded_size(records) for key, records in encoded.items()}
         outgoing = [
             Message(encoded[id(payload)], dst_node_id=node, message_type=kind, group_id=str(round_))

@@ -56,6 +56,7 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             executor=DEPLOYMENT,
             resume=_load_checkpoint_if_any(folder),
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
+            witnesses=folder.parents[1] / "state" / "witnesses.json",
         )
     except HeadwaterError as error:
         journal.write(RunFailure(reason=str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Annotated
 
@@ -17,13 +18,15 @@ from pydantic.dataclasses import dataclass
 
 from common import messages
 from common.flower import get_all_nested_objects
-from common.types import MAX_STEPS, BadInput, DeclineReason, Delta, Heads, Plan, Unit
+from common.types import MAX_STEPS, BadInput, DeclineReason, Delta, Heads, LedgerWitness, Plan, Unit
+from tests.tiny import forged
 
 names = st.from_regex(r"[a-z][a-z0-9_.]{0,10}", fullmatch=True)
 arrays = npst.arrays(np.float32, npst.array_shapes(min_dims=0, max_dims=3, max_side=4), elements=st.floats(width=32))
 heads_of_any_shape = st.dictionaries(names, st.dictionaries(names, arrays, min_size=1, max_size=3), max_size=3)
 PLAN = Plan(sampling_rate=0.5, steps=3, clip_norm=1.0, noise_multiplier=2.0, unit=Unit.PATIENT)
 HEADS: Heads = {"task": {"weight": np.ones((2, 3), np.float32)}}
+WITNESS = LedgerWitness("a" * 64, 7, "b" * 64, "c" * 64)
 ONE_OF_EACH: list[messages.Payload] = [
     messages.JoinRequest("run", {"rounds": 3, "name": "\u00e9", "rate": 0.1, "none": None}, {"backbone": "d" * 64}),
     messages.JoinReply(
@@ -44,20 +47,24 @@ ONE_OF_EACH: list[messages.Payload] = [
     messages.EvaluateReply({"task": {"sums": np.arange(3, dtype=np.float32)}}, 2.5),
     messages.FinishRequest("run", HEADS, "d" * 64),
     messages.Declined(DeclineReason.BUDGET, "north"),
+    messages.TrainRequest("run", 2, HEADS, WITNESS),
+    messages.EvaluateReply({"task": {"sums": np.arange(3, dtype=np.float32)}}, 2.5, WITNESS),
 ]
-BYTES_OF_VERSION_2 = [
-    "61c076b2b7da9c5d2c498996e72c4f4fc0d027f24c7702e248919171e217a36e",
-    "adee5bef48ed7adeeab6977d941a0ddae0929ba9f8a819cad54e2aa18c54eded",
+BYTES_OF_VERSION_3 = [
+    "d31b46a296a4b2bc3f1cf9ebed957fe95b50f3b5d49957564fe2b7636edfb162",
+    "85215a74a26b708d9662cb1a57f2de5bc709c38c4f4aad7d21f34fec486cb946",
     "02c85e1b3fcd1702544fa76f95b3d7d3bb16199bde37f064af2033f5c8fca037",
     "8c4e6041abfad7d7db64d0bee2034387090533621a9e096a3e3229958c8250e3",
     "9cad123278b71364da5d4686fa5b0d2471aa0d4d781e1dfc01273ea164cd7561",
-    "b6e9d0615fe9c846f9b6202a4e1adf81fd9061c0e01e10d0e1c8cc4820ded34d",
-    "172ec89f4920a158b6a8bbb8b6adf745282e3d3bb40dde73023b7134d9bf7432",
-    "ad1a7665a2d7bce106f076e6b53e2cd316e4f1e781d62b76c05412c60a136b1c",
-    "31bfe7b03ffc223f556b63dcad32982f692200ecd2d50802d33728203a613c43",
-    "f1667ee2b2068aeb45e077328a5f24f00cae4447aa30beee909e9797d31d472f",
+    "5bd3f5631540bd2d8aa2c9bec000df88183e37f4f6d419a56a39de96d07ec1ed",
+    "4d38edcedb4ca4bdbdbca19c97507efdc4e322c0b9ae1e129207901fb61904b4",
+    "0ec144bfa2c084129f371298fc4c17d3699dc5968b121fde91ab6fc55b1995c2",
+    "aa0b0b2f4365b879021903a8494ec456072c6ffac4984beba02cae9fefb14839",
+    "a1a2a573f8ffdff1cd8b1145c1ae789a81f6292d582104a5d2aa73f95753ca50",
     "27c0316382afff784152226e1e1c09143a2fbfcdff8dfb8b874511229ff85bfe",
     "cabe4608921201a48d70de0c97d7e0e8aabd891f4aae72bbc56c9abfee0cfc5e",
+    "522ebebb71f913603b2183513509bf225d06aae0b1e3f6e0ad128915f5967810",
+    "6730eac10c058652813892fd15e45616644f736c410e971ce3d8354049e53b4f",
 ]
 
 
@@ -95,7 +102,7 @@ def test_every_payload_without_arrays_survives_the_wire(payload: messages.Payloa
 def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
     def digest(round_: int, value: float) -> str:
         heads = {"task": {"w": np.full((2,), value, np.float32)}}
-        return messages.request_digest(messages.encode(messages.TrainRequest("run", round_, heads)))
+        return messages.request_digest(messages.TrainRequest("run", round_, heads))
 
     assert digest(1, 0.5) == digest(1, 0.5)
     assert len({digest(1, 0.5), digest(2, 0.5), digest(1, 0.25)}) == 3
@@ -387,8 +394,26 @@ def test_a_message_cannot_be_made_of_values_that_no_receiver_accepts() -> None:
         messages.JoinRequest("run", {}, {})
 
 
-def test_messages_have_the_bytes_that_version_2_began_with() -> None:
+def test_messages_have_the_bytes_that_version_3_began_with() -> None:
     """Other bytes would be another request to a site that answered this one: then VERSION goes up."""
-    assert messages.VERSION == 2
-    digests = [messages.request_digest(messages.encode(message)) for message in ONE_OF_EACH]
-    assert digests == BYTES_OF_VERSION_2
+    assert messages.VERSION == 3
+    digests = [hashlib.sha256(messages.to_bytes(messages.encode(message))).hexdigest() for message in ONE_OF_EACH]
+    assert digests == BYTES_OF_VERSION_3
+
+
+def test_a_request_that_shows_another_witness_is_the_same_request() -> None:
+    """Else a coordinator that continues a run would ask something new, and the site would not resend its reply."""
+    for request in (messages.TrainRequest("run", 2, HEADS), messages.EvaluateRequest("run", 2, HEADS)):
+        shown = dataclasses.replace(request, witness=WITNESS)
+        assert messages.decode(messages.encode(shown), type(request)).witness == WITNESS
+        assert messages.request_digest(shown) == messages.request_digest(request)
+
+
+@pytest.mark.parametrize(
+    "change", [{"length": 0}, {"length": True}, {"length": 2**41}, {"mac": "A" * 64}, {"tag": "a" * 63}, {"chain": 7}]
+)
+def test_a_witness_that_is_none_is_refused(change: dict[str, object]) -> None:
+    forged_witness = dataclasses.replace(WITNESS, **change)  # type: ignore[arg-type]
+    records = messages.encode(forged(messages.TrainRequest, "run", 2, HEADS, forged_witness))
+    with pytest.raises(BadInput, match="witness"):
+        messages.decode(records, messages.TrainRequest)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_a_reservation_is_committed_once(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     reservation = charge(ledger, gaussian(4.0))
     ledger.commit(reservation)
-    for wrong in (reservation, Reservation(0), Reservation(99)):
+    for wrong in (reservation, replace(reservation, number=0), replace(reservation, number=99)):
         with pytest.raises(BadInput, match="open"):
             ledger.commit(wrong)
 

@@ -93,8 +93,8 @@ def changed(change: Callable[[np.ndarray], np.ndarray]) -> Distort:
         (changed(lambda array: array[:-1]), "statistics"),
         (changed(lambda array: array[None]), "statistics"),
         (lambda reply: messages.EvaluateReply({"colour": reply.sums["colour"]}, reply.noise_multiplier), "tasks"),
-        (lambda reply: forged(messages.EvaluateReply, reply.sums, float("inf")), "noise_multiplier"),
-        (lambda reply: forged(messages.EvaluateReply, reply.sums, 0.0), "noise_multiplier"),
+        (lambda reply: forged(messages.EvaluateReply, reply.sums, float("inf"), reply.witness), "noise_multiplier"),
+        (lambda reply: forged(messages.EvaluateReply, reply.sums, 0.0, reply.witness), "noise_multiplier"),
         (lambda reply: messages.Ready(), "another kind"),
     ],
 )
