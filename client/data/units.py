@@ -65,9 +65,10 @@ class TaskRecords:
         return cls(features_RD, labels, mask_R, unit_R, 1.0 / counts_U[unit_R].to(features_RD.dtype), trunk)
 
     def labelled(self) -> TaskRecords:
-        """Only the records that have a label, with unchanged weights."""
-        if bool(self.mask_R.all()):
-            return self
+        """Returns a copy of the records that have a label, with unchanged weights.
+
+        Also where all have one: else a single missing label would show in the time.
+        """
         return self.taken(self.mask_R.nonzero().squeeze(1), self.unit_R)
 
     def taken(self, rows: Tensor, unit_R: Tensor) -> TaskRecords:

@@ -29,6 +29,7 @@ from client.protocol.site import (
 )
 from common import messages
 from common.events import ReplyResent, ReplySent
+from common.privacy.lattice import check_unit_count
 from common.tasks import Task
 from common.types import (
     BadInput,
@@ -151,6 +152,8 @@ def open_request(
     device = site.device()
     modules = {name: module.to(device) for name, module in load_modules(site, joined, tasks, request.heads).items()}
     try:
-        return Opened(tasks, modules, open_units(joined.folder / "data", side, list(tasks), device))
+        units = open_units(joined.folder / "data", side, list(tasks), device)
+        check_unit_count(units.num_units)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.NOT_PREPARED, str(error)) from error
+    return Opened(tasks, modules, units)

@@ -36,7 +36,7 @@ from common import messages
 from common.privacy.accounting import Mechanism
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream
-from common.process.threads import one_thread
+from common.process.threads import steady_time
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import (
     DeclineReason,
@@ -82,7 +82,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
             allow_infinite=site.config.allow.non_private,
         )
         stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/evaluation/{request.round}"))
-        with one_thread():
+        with steady_time():
             sums = noised_sums(
                 opened.modules,
                 opened.tasks,

@@ -18,7 +18,7 @@ from client.solvers import open_solver
 from common import messages
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream
-from common.process.threads import one_thread
+from common.process.threads import steady_time
 
 
 def train(site: Site, request: messages.TrainRequest) -> RecordDict:
@@ -45,7 +45,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
         )
         # The purpose names everything that makes a release distinct; a key from the operating system ignores it.
         stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/{request.round}"))
-        with one_thread():
+        with steady_time():
             delta = solver.solve(
                 opened.modules,
                 opened.tasks,

@@ -286,8 +286,7 @@ class _Gradients:
         rounding = 0.501 * num_outputs**0.5 * 2.0**-_SLOPE_BITS
         weight_R = peak_R * inputs.reach_R
         norm_R: Tensor = square_R.sqrt().add_(rounding).mul_(weight_R).mul_(1.0 + 2.0**-40)
-        if inputs.most_records <= 1 and len(norm_R) == inputs.num_units:
-            return norm_R
+        # Also where each unit has one record: a single missing label would show in the time.
         zero_U = torch.zeros(inputs.num_units, dtype=torch.double, device=norm_R.device)
         reach_U = zero_U.index_add(0, inputs.unit_R, norm_R)
         if inputs.most_records <= 1:

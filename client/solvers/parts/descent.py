@@ -72,18 +72,19 @@ def descend(
     weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
     has_decay = any(group.weight_decay for group in rates.values())
     velocity = torch.zeros_like(weights)
-    usable = objective.select_usable(units)
     inputs = {
-        name: Inputs.from_records(head, usable.tasks[name], usable.num_units, tasks[name].scale)
+        name: Inputs.from_records(
+            head, objective.select_usable_records(units.tasks[name]), units.num_units, tasks[name].scale
+        )
         for name, head in flat.heads.items()
     }
     widths = {name: len(parts[0]) for name, parts in flat.views(weights).items()}
     output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
-    total = torch.zeros_like(weights, dtype=choose_total_type(inputs, usable.num_units))
+    total = torch.zeros_like(weights, dtype=choose_total_type(inputs, units.num_units))
     sums = flat.views(total)
-    everyone = list(split_blocks(inputs, usable.num_units, widths)) if plan.sampling_rate >= 1.0 else []
+    everyone = list(split_blocks(inputs, units.num_units, widths)) if plan.sampling_rate >= 1.0 else []
     with torch.no_grad():
-        for members, noise in _draw_steps(usable, plan, stream, len(total), lattice):
+        for members, noise in _draw_steps(units, plan, stream, len(total), lattice):
             blocks: Iterable[dict[str, Inputs]] = everyone
             if plan.sampling_rate < 1.0:
                 sample = {name: one.select(members) for name, one in inputs.items()}

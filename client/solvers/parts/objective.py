@@ -32,22 +32,20 @@ from common.types import Delta, Heads, Plan, RunFailed
 
 
 def select_usable(units: Units) -> Units:
-    """Returns the same units without records that have no label or features that are not finite; weights unchanged.
+    """Returns the same units with the usable records of each task (`select_usable_records`)."""
+    return Units(units.num_units, {name: select_usable_records(records) for name, records in units.tasks.items()})
 
-    Leaving such a record out depends on it alone, so it changes no other unit's part.
+
+def select_usable_records(records: TaskRecords) -> TaskRecords:
+    """Returns a copy of the records that have a label and features of finite norm, by unit; weights unchanged.
+
+    Leaving such a record out depends on it alone, so it changes no other unit's part. All are copied and sorted, also
+    where all are usable and sorted already: else one record could show in the time.
     """
-    return Units(units.num_units, {name: _select_usable_records(records) for name, records in units.tasks.items()})
-
-
-def _select_usable_records(records: TaskRecords) -> TaskRecords:
-    labelled = records.labelled()
-    rows_RD = labelled.features_RD.flatten(1)
-    # A finite norm says the same of every value, 25 times faster; it may also overflow, so the others are looked at.
-    finite_R = torch.isfinite(torch.linalg.vector_norm(rows_RD, dim=1))
-    if bool(finite_R.all()):
-        return labelled
-    finite_R[~finite_R] = torch.isfinite(rows_RD[~finite_R]).all(dim=1)
-    return labelled.taken(finite_R.nonzero().squeeze(1), labelled.unit_R)
+    # Of float32: longer than 2**64 is as good as infinite.
+    finite_R = torch.isfinite(torch.linalg.vector_norm(records.features_RD.flatten(1), dim=1))
+    usable_R = (records.mask_R & finite_R).nonzero().squeeze(1)
+    return records.taken(usable_R[torch.argsort(records.unit_R[usable_R], stable=True)], records.unit_R)
 
 
 def draw_participants(units: Units, plan: Plan, stream: NoiseStream) -> Tensor:
