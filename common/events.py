@@ -244,6 +244,7 @@ class AuditVerdict(Facts):
     seconds: float | None = Field(None, description="Duration of the audit, in seconds.")
     passed: bool = Field(description="Whether nothing refuted the claim.")
     reasons: tuple[str, ...] = Field(description="One sentence for each finding that refutes the claim.")
+    tried: tuple[str, ...] = Field((), description="One sentence for each attack that was tried.")
 
 
 class SolverAudited(Event):

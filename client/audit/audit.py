@@ -45,6 +45,7 @@ from client.audit.attack import (
     observe_step,
 )
 from client.audit.canaries import limit_canaries, plant
+from client.audit.noise import describe_noise, judge_noise, observe_noise
 from client.audit.statistics import (
     Floats,
     compute_lower_epsilon,
@@ -122,20 +123,22 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
     if not plan.private or plan.clip_norm is None:
         raise BadInput("solver: an audit needs a plan with noise; this one promises nothing")
     run = replace(run, num_canaries=limit_canaries(run.tasks, run.num_canaries))
-    planted = plant(
-        run.tasks,
-        run.trunks,
-        unit=plan.unit,
-        clip_norm=plan.clip_norm,
-        num_canaries=run.num_canaries,
-        stream=NoiseStream(run.entropy("audit/records")),
-    )
-    attack = Attack(run, planted)
     with one_thread():
+        planted = plant(
+            run.tasks,
+            run.trunks,
+            unit=plan.unit,
+            clip_norm=plan.clip_norm,
+            num_canaries=run.num_canaries,
+            stream=NoiseStream(run.entropy("audit/records")),
+        )
+        attack = Attack(run, planted)
+        noise = observe_noise(run.solver, plan, run.tasks, run.public_sizes, run.entropy)
         reasons = [
             *judge_step(observe_step(attack)),
             *judge_round(plan, observe_round(attack)),
             *judge_participation(plan, observe_participation(attack)),
+            *judge_noise(plan, noise),
         ]
         observed = observe_run(attack, observe)
     scale = measure_noise_scale(observed.noise_SWF, planted.count_rows())
@@ -159,6 +162,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
         seconds=round(time.monotonic() - started, 3),
         passed=not reasons,
         reasons=tuple(dict.fromkeys(reasons)),
+        tried=(describe_noise(noise),),
     )
 
 

@@ -41,6 +41,9 @@ MOST_VALUES = 2**24
 
 _MOST_DRAWS = 1000
 
+_LEAST_SLOPE = 0.05
+"""Of a canary's label, of the largest slope that was drawn."""
+
 ADDED = 4
 """Outputs of a stand-in trunk's layer, large enough that heads' and trunk's gradients are of one size."""
 
@@ -206,31 +209,43 @@ def _make_records(
     task: Task, head: nn.Module, trunk: str | None, features_RD: Tensor, unit_R: Tensor, *, stream: NoiseStream
 ) -> TaskRecords:
     count = int(unit_R[-1]) + 1
-    trained = [index >= BACKGROUND for index in range(count)]
-    labels_U = torch.stack([_draw_label(task, head, stream, trained=each) for each in trained])
+    labels_U = _draw_labels(task, head, count, stream)
     # Some background units lack a task's label; canaries have all, so that the joint clip is the one under test.
     missing_U = torch.from_numpy(stream.coins(count, 0.2)) & (torch.arange(count) < BACKGROUND)
     return TaskRecords.of(features_RD, labels_U[unit_R], ~missing_U[unit_R], unit_R, count, trunk=trunk)
 
 
-def _draw_label(task: Task, head: nn.Module, stream: NoiseStream, *, trained: bool) -> Tensor:
-    """Returns a random label of the task: the one that random outputs of its head decode to.
+def _draw_labels(task: Task, head: nn.Module, count: int, stream: NoiseStream) -> Tensor:
+    """Returns random labels of the task, of one unit each: those that random outputs of its head decode to.
+
+    Canaries' labels have a slope where canaries begin: a kind may train on some labels only, and a number may be the
+    one that the untrained head predicts.
 
     Args:
         task: the task.
-        head: its head, for the number of outputs.
+        head: its head.
+        count: number of units; the first are background units.
         stream: source of the outputs.
-        trained: whether to draw until the label has a loss: a kind may train on some labels only.
 
     Raises:
         RunFailed: no label has one.
     """
-    width = next(reversed(list(head.parameters()))).shape[0]
+    with torch.no_grad():
+        begin = head(torch.zeros(1, next(iter(head.parameters())).shape[1]))
+    labels: list[Tensor] = [task.codec.missing()] * count
+    waiting, steepest = list(range(count)), 0.0
     for _ in range(_MOST_DRAWS):
-        outputs = torch.from_numpy(draw_normals(stream, (1, width))).float().requires_grad_()
-        label = task.codec.encode(task.codec.decode(outputs.detach())[0])
-        if not trained or torch.autograd.grad(task.losses(outputs, label[None]).sum(), outputs)[0].any():
-            return label
+        drawn = torch.from_numpy(draw_normals(stream, (len(waiting), begin.shape[1]))).float()
+        for index, cells in zip(waiting, task.codec.decode(drawn), strict=True):
+            labels[index] = task.codec.encode(cells)
+        outputs = begin.repeat(len(waiting), 1).requires_grad_()
+        losses = task.losses(outputs, torch.stack([labels[index] for index in waiting]))
+        slopes = torch.autograd.grad(losses.sum(), outputs)[0].norm(dim=1).tolist()
+        steepest = max(steepest, *slopes)
+        flat = [index for index, slope in zip(waiting, slopes, strict=True) if slope <= _LEAST_SLOPE * steepest]
+        waiting = [index for index in flat if index >= BACKGROUND]
+        if not waiting:
+            return torch.stack(labels)
     raise RunFailed(f"audit: tasks of kind {task.kind} train on no label that was drawn; nothing can be measured")
 
 

@@ -35,7 +35,7 @@ from client.solvers.parts.closed_form import compute_outputs, round_weights
 from common import messages
 from common.privacy.accounting import Mechanism
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms, check_unit_count
-from common.privacy.noise import NoiseStream
+from common.privacy.noise import NoiseStream, open_stream
 from common.process.threads import steady_time
 from common.tasks import NOISED_BUCKETS, Task
 from common.types import (
@@ -81,7 +81,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
             request=digest,
             allow_infinite=site.config.allow.non_private,
         )
-        stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/evaluation/{request.round}"))
+        stream = open_stream(site.entropy, joined.run.name, site.config.name, f"evaluation/{request.round}")
         with steady_time():
             sums = noised_sums(
                 opened.modules,
@@ -120,7 +120,7 @@ def noised_sums(
     for name in sorted(tasks):
         total_S = sum_statistics(heads[name], tasks[name], units.tasks[name], lattice)
         noise = stream.rounded_gaussian(len(total_S), lattice.log2_deviation)
-        noised[name] = {SUMS: lattice.release(total_S, noise).numpy().astype(np.float32)}
+        noised[name] = {SUMS: lattice.release(total_S, noise, stream).numpy().astype(np.float32)}
     return noised
 
 

@@ -17,7 +17,7 @@ from client.protocol.site import (
 from client.solvers import open_solver
 from common import messages
 from common.privacy.accounting import Mechanism
-from common.privacy.noise import NoiseStream
+from common.privacy.noise import open_stream
 from common.process.threads import steady_time
 
 
@@ -44,7 +44,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
             evaluation_budget=site.share,
         )
         # The purpose names everything that makes a release distinct; a key from the operating system ignores it.
-        stream = NoiseStream(site.entropy(f"{joined.run.name}/{site.config.name}/{request.round}"))
+        stream = open_stream(site.entropy, joined.run.name, site.config.name, str(request.round))
         with steady_time():
             delta = solver.solve(
                 opened.modules,

@@ -24,6 +24,8 @@ from common.types import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from common.privacy.noise import NoiseStream
+
 BOUND_BITS = 42
 """A unit's part has a norm of at most 2**42 steps, less where the noise is very large."""
 
@@ -107,14 +109,16 @@ class Lattice:
         scale_U = (factor_U / self.spacing).view(-1, *(1,) * (values_UP.dim() - 1))
         return (values_UP.double() * scale_U).nan_to_num_(nan=0.0).trunc_()
 
-    def release(self, total: Tensor, noise: NDArray[np.int64]) -> Tensor:
+    def release(self, total: Tensor, noise: NDArray[np.int64], stream: NoiseStream) -> Tensor:
         """Returns a sum with noise, in double precision.
 
         Args:
             total: the exact sum of units' parts in steps, whole numbers of any type.
             noise: drawn for this release alone, of deviation 2**log2_deviation.
+            stream: the stream it was drawn from, which an audit looks through.
         """
         import torch
 
+        stream.inspect(total, noise)
         added = torch.from_numpy(noise).to(total.device).view(total.shape)
         return added.add(total.long()).double().mul_(self.spacing)

@@ -13,12 +13,16 @@ import hashlib
 import hmac
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 from common.privacy.rounded_gaussian import draw_rounded_gaussian
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY_BYTES = 32
 
@@ -69,5 +73,25 @@ class NoiseStream:
         """Returns independent integers floor(2**log2_deviation X), X standard normal."""
         return draw_rounded_gaussian(self._draw_words, count, log2_deviation)
 
+    def inspect(self, total: Tensor, noise: NDArray[np.int64]) -> None:
+        """Does nothing with an exact sum and what is about to be added to it.
+
+        The stream that an audit owns keeps both, of synthetic records.
+        """
+
     def _draw_words(self, count: int) -> NDArray[np.uint64]:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+
+
+def open_stream(entropy: Entropy, run: str, site: str, release: str) -> NoiseStream:
+    """Returns the stream of one release: of a site's rounds and evaluations, and of its audit, which tests this code.
+
+    The purpose names everything that makes a release distinct; a key from the operating system ignores it.
+
+    Args:
+        entropy: source of the key.
+        run: name of the run.
+        site: name of the site.
+        release: the round's number, and the kind of release where it is not a round's update.
+    """
+    return NoiseStream(entropy(f"{run}/{site}/{release}"))

@@ -95,7 +95,7 @@ def descend(
             for block in blocks:
                 add_clipped_parts(block, parts, output_gradients, lattice, sums)
             # The update of torch.optim.SGD; what follows the noise costs nothing.
-            step = lattice.release(total, noise).div_(divisors)
+            step = lattice.release(total, noise, stream).div_(divisors)
             if has_decay:
                 step.add_(weights * weight_decay)
             velocity = velocity.mul_(momentum).add_(step) if momentum else step

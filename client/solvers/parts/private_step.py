@@ -75,7 +75,8 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
         """Writes (clipped sum + noise) into each parameter's gradient. One draw of the stream is one release."""
         sizes = [parameter.numel() for parameter in self.params]
         noise = self._stream.rounded_gaussian(sum(sizes), self._lattice.log2_deviation)
-        noisy = self._lattice.release(torch.cat([total.flatten() for total in self._totals]), noise)
+        whole = torch.cat([total.flatten() for total in self._totals])
+        noisy = self._lattice.release(whole, noise, self._stream)
         for parameter, part, divisor in zip(self.params, torch.split(noisy, sizes), self._divisors, strict=True):
             parameter.grad = (part / divisor).to(parameter.dtype).view_as(parameter)
 

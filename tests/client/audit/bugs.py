@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -175,6 +176,9 @@ class Bent(NoiseStream):
     def coins(self, count: int, probability: float) -> np.ndarray:
         return self._inner.coins(count, probability)
 
+    def inspect(self, total: Tensor, noise: np.ndarray) -> None:
+        self._inner.inspect(total, noise)
+
     def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
         return self._bend(self._inner.rounded_gaussian(count, log2_deviation))
 
@@ -196,6 +200,66 @@ def repeat_for_all_classes(noise: Noise) -> Noise:
     return copied
 
 
+def key_by_round(purpose: str) -> bytes:
+    """A release's key follows from its round's number alone."""
+    return hashlib.sha256(purpose.rsplit("/", 1)[-1].encode()).digest()
+
+
+def repeat_every_16384(noise: Noise) -> Noise:
+    return np.resize(noise[:16_384], noise.shape)
+
+
+def repeat_first_third(noise: Noise) -> Noise:
+    return np.resize(noise[: -(-len(noise) // 3)], noise.shape)
+
+
+def repeat_with_other_signs(noise: Noise) -> Noise:
+    """The second half is the first one backward, with its sign changed at every other value."""
+    half = len(noise) // 2
+    turned = noise.copy()
+    turned[-half:] = np.where(np.arange(half) % 2, noise[:half], -noise[:half] - 1)[::-1]
+    return turned
+
+
+def leave_fractions(noise: Noise) -> Noise:
+    """Noise as floating point has it: on no lattice."""
+    return noise + np.random.default_rng(0).random(len(noise))
+
+
+def draw_in_float32(noise: Noise) -> Noise:
+    return noise.astype(np.float32).astype(np.int64)
+
+
+def mix_neighbours(noise: Noise) -> Noise:
+    """Variance 1, correlation 0.05 with the next value."""
+    return np.rint(np.cos(0.05) * noise + np.sin(0.05) * np.roll(noise, 1)).astype(np.int64)
+
+
+def share_a_part(stream: NoiseStream) -> NoiseStream:
+    """A twentieth of the variance of every release is the same."""
+    shared: list[Noise] = []
+
+    def bend(noise: Noise) -> Noise:
+        if not shared:
+            shared.append(noise)
+            return noise
+        return np.rint(np.sqrt(0.95) * noise + np.sqrt(0.05) * np.resize(shared[0], noise.shape)).astype(np.int64)
+
+    return Bent(stream, bend)
+
+
+def cut_tails(noise: Noise) -> Noise:
+    bound = round(3.9 * float(noise.std()))
+    return noise.clip(-bound, bound)
+
+
+def start_anew_somewhere(stream: NoiseStream) -> NoiseStream:
+    """One key for all, and another offset in its stream each time."""
+    again = NoiseStream(bytes(32))
+    again.uniform(int(stream.uniform(1)[0] * 20_000))
+    return Bent(stream, lambda noise: again.rounded_gaussian(len(noise), max(20, round(np.log2(noise.std())))))
+
+
 def draw_once_a_round(stream: NoiseStream) -> NoiseStream:
     draws = itertools.count()
     return Bent(stream, lambda noise: noise if next(draws) == 0 else np.zeros_like(noise))
@@ -206,7 +270,11 @@ def thin_out_after_the_first_step(stream: NoiseStream) -> NoiseStream:
     draws = itertools.count()
 
     def bend(noise: Noise) -> Noise:
-        return noise if next(draws) == 0 else np.convolve(np.pad(noise, 8, "wrap"), np.ones(17) / 17, "valid")
+        return (
+            noise
+            if next(draws) == 0
+            else np.rint(np.convolve(np.pad(noise, 8, "wrap"), np.ones(17) / 17, "valid")).astype(np.int64)
+        )
 
     return Bent(stream, bend)
 
@@ -238,6 +306,9 @@ class Sampler(NoiseStream):
 
     def coins(self, count: int, probability: float) -> np.ndarray:
         return self._take(self._inner, count, probability)
+
+    def inspect(self, total: Tensor, noise: np.ndarray) -> None:
+        self._inner.inspect(total, noise)
 
     def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
         return self._inner.rounded_gaussian(count, log2_deviation)

@@ -260,10 +260,10 @@ def test_the_noise_ratio_is_what_is_released_over_what_is_accounted_for(bug: str
     assert audit(CAUGHT[bug][0]()).noise_std_ratio == pytest.approx(ratio, rel=0.1)
 
 
-def test_noise_that_thins_out_after_the_first_step_of_a_round_is_the_only_finding() -> None:
-    assert join_reasons(audit(break_solver(make_run(), stream=bugs.thin_out_after_the_first_step))) == (
-        "a round's noise varies less than that of as many independent steps"
-    )
+def test_noise_that_thins_out_after_the_first_step_of_a_round_is_seen_in_the_round() -> None:
+    (first, *others) = audit(break_solver(make_run(), stream=bugs.thin_out_after_the_first_step)).reasons
+    assert first == "a round's noise varies less than that of as many independent steps"
+    assert all("released noise" in reason for reason in others)
 
 
 # --- every bug planted in a trunk is caught --------------------------------------------------------------------------

@@ -81,10 +81,10 @@ def test_a_released_sum_is_the_sum_plus_noise_on_the_lattice() -> None:
     lattice = Lattice.of(0.5, 3.0)
     total = torch.tensor([7, -9, 2**50], dtype=torch.int64)
     noise = NoiseStream(bytes(32)).rounded_gaussian(3, lattice.log2_deviation)
-    released = lattice.release(total.clone(), noise)
+    released = lattice.release(total.clone(), noise, NoiseStream(bytes(32)))
     assert released.tolist() == [float(int(a) + int(b)) * lattice.spacing for a, b in zip(total, noise, strict=True)]
     noise = NoiseStream(bytes(32)).rounded_gaussian(100_000, lattice.log2_deviation)
-    many = lattice.release(torch.zeros(100_000, dtype=torch.int64), noise)
+    many = lattice.release(torch.zeros(100_000, dtype=torch.int64), noise, NoiseStream(bytes(32)))
     assert float(many.std()) == pytest.approx(1.5, rel=0.02)
     assert np.isfinite(many.numpy()).all()
 
