@@ -14,10 +14,14 @@
   4. units take part by independent coins of the plan's rate;
   5. noise has the accounted scale for every weight and is drawn anew for every step, weight and feature;
   6. canaries (Nasr et al. 2023; Steinke et al. 2023) show no larger epsilon than is claimed;
-  7. the claimed epsilon covers all steps of the run, composed at once.
+  7. the claimed epsilon covers all steps of the run, composed at once;
+  8. one unit more adds its own part to a sum, in whole numbers, and changes no other byte of a reply
+     (`client/audit/neighbours.py`);
+  9. noise has its law and never repeats, in one request or between requests (`client/audit/noise.py`).
 
-False alarms: statement 6 at most once in 1000 audits; the other statistical tests together about once in 500,000, and
-once more in 5,000,000 for each head and trunk; the rest is exact to rounding.
+False alarms: statement 6 at most once in 1000 audits; statement 9 at most once in 1,000,000; the other statistical
+tests together about once in 500,000, and once more in 5,000,000 for each head and trunk. Statement 8 is exact, the rest
+is exact to rounding.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from client.audit.attack import (
     observe_step,
 )
 from client.audit.canaries import limit_canaries, plant
+from client.audit.neighbours import TRIES, Audited, compare_worlds, describe_worlds, judge_worlds
 from client.audit.noise import describe_noise, judge_noise, observe_noise
 from client.audit.statistics import (
     Floats,
@@ -60,7 +65,7 @@ from client.solvers import open_solver
 from common.events import AuditVerdict
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import Entropy, NoiseStream, os_entropy
-from common.process.threads import one_thread
+from common.process.threads import steady_time
 from common.run import RunConfig
 from common.tasks import open_task
 from common.types import BadInput, Plan, Unit
@@ -123,7 +128,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
     if not plan.private or plan.clip_norm is None:
         raise BadInput("solver: an audit needs a plan with noise; this one promises nothing")
     run = replace(run, num_canaries=limit_canaries(run.tasks, run.num_canaries))
-    with one_thread():
+    with steady_time():
         planted = plant(
             run.tasks,
             run.trunks,
@@ -133,12 +138,18 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
             stream=NoiseStream(run.entropy("audit/records")),
         )
         attack = Attack(run, planted)
+        audited = Audited(run.solver, plan, run.tasks, run.trunks, run.public_sizes)
+        worlds = []
+        for compared in compare_worlds(audited, NoiseStream(run.entropy("audit/worlds"))):
+            worlds.append(compared)
+            observe("audit: two worlds", len(worlds), TRIES)
         noise = observe_noise(run.solver, plan, run.tasks, run.public_sizes, run.entropy)
         reasons = [
             *judge_step(observe_step(attack)),
             *judge_round(plan, observe_round(attack)),
             *judge_participation(plan, observe_participation(attack)),
             *judge_noise(plan, noise),
+            *judge_worlds(plan, worlds),
         ]
         observed = observe_run(attack, observe)
     scale = measure_noise_scale(observed.noise_SWF, planted.count_rows())
@@ -162,7 +173,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
         seconds=round(time.monotonic() - started, 3),
         passed=not reasons,
         reasons=tuple(dict.fromkeys(reasons)),
-        tried=(describe_noise(noise),),
+        tried=(describe_noise(noise), describe_worlds(plan, worlds)),
     )
 
 
@@ -260,6 +271,7 @@ def make_audit_table(verdict: AuditVerdict) -> Table:
         ("delta, rounds, noised steps audited", f"{verdict.delta:g}, {verdict.rounds}, {verdict.steps}"),
         ("canaries", str(verdict.canaries)),
         ("seconds", f"{verdict.seconds:.1f}"),
+        *(("tried", sentence) for sentence in verdict.tried),
     )
     for row in rows:
         table.add_row(*row)

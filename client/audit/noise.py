@@ -94,7 +94,11 @@ class InspectingStream(NoiseStream):
         self._log2_deviation = log2_deviation
         if self._inner is not None:
             return self._inner.rounded_gaussian(count, log2_deviation)
-        return np.zeros(count, np.int64) if self._known is None else self._known[:count].copy()
+        values = np.zeros(count, np.int64)
+        if self._known is not None:
+            values[: len(self._known)] = self._known[:count]
+            self._known = self._known[count:]
+        return values
 
     def inspect(self, total: Tensor, noise: NDArray[np.int64]) -> None:
         """Keeps one release."""
@@ -212,7 +216,7 @@ def judge_noise(plan: Plan, observed: NoiseObservation) -> Iterator[str]:
         yield "not every released sum passes the site's stream, so that its noise is not the stream's"
         return
     everything = [*releases, *observed.known_release]
-    if any(each.total.dtype != torch.int64 or each.noise.dtype != np.int64 for each in everything):
+    if not all(is_whole(each.total) and each.noise.dtype == np.int64 for each in everything):
         yield "sums or noise are not whole numbers: a release is not rounded to its lattice"
         return
     if any(each.log2_deviation != lattice.log2_deviation for each in releases):
@@ -222,6 +226,11 @@ def judge_noise(plan: Plan, observed: NoiseObservation) -> Iterator[str]:
     if not _is_whole(observed):
         yield "what is released is not the sum that passed the site's stream, in whole steps of the lattice"
     yield from find_noise_problems([each.noise for each in releases], lattice.log2_deviation)
+
+
+def is_whole(total: Tensor) -> bool:
+    """Returns whether a sum consists of whole numbers, of whatever type."""
+    return not total.is_floating_point() or torch.equal(total, total.trunc())
 
 
 def _is_whole(observed: NoiseObservation) -> bool:

@@ -18,13 +18,13 @@ from client.audit.audit import compute_ledger_epsilon
 from client.audit.canaries import ADDED, FREE, LIVE
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
-from client.solvers.parts import private_step
+from client.solvers.parts import closed_form, private_step
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.lattice import Lattice, bound_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy
 from common.tasks import open_task
-from common.types import Delta, Plan, Unit
+from common.types import Delta, Plan, RunFailed, Unit
 
 TASKS = {
     "digit": {"kind": "classification", "labels": ["a", "b", "c"]},
@@ -249,7 +249,7 @@ def share_a_part(stream: NoiseStream) -> NoiseStream:
 
 
 def cut_tails(noise: Noise) -> Noise:
-    bound = round(3.9 * float(noise.std()))
+    bound = round(3.5 * float(noise.std()))
     return noise.clip(-bound, bound)
 
 
@@ -428,3 +428,87 @@ def count_one_step_a_round(plan: Plan, rounds: int, delta: float) -> float:
 def count_committed_only(plan: Plan, rounds: int, delta: float) -> float:
     """What a crash left between reserve and commit does not count."""
     return compute_epsilon([Mechanism.of(plan)] * (rounds - 1), delta)
+
+
+# --- what one unit does to the others' parts -------------------------------------------------------------------------
+
+
+def forget_a_task_when_clipping(block: Mapping[str, closed_form.Inputs], *others: Any) -> None:
+    """The closed form, with the first of several tasks left out of a unit's norm."""
+    weights, output_gradients, lattice, totals = others
+    gradients, exact = {}, {}
+    for name, inputs in block.items():
+        exact[name] = inputs.rows.integers.double()
+        slopes = closed_form._compute_slopes(inputs, exact[name], weights[name], output_gradients[name])
+        gradients[name] = closed_form._Gradients(inputs, slopes)
+    if not gradients:
+        return
+    counted = list(gradients.values())[1:] or list(gradients.values())
+    square_U = torch.stack([part.norm_U.square() for part in counted]).sum(dim=0)
+    factor_U = lattice.compute_factors(square_U.sqrt(), sum(part.slack_U for part in counted))
+    for name, part in gradients.items():
+        part.add_clipped(factor_U, lattice, totals[name], exact[name])
+
+
+def compute_slopes_in_float32(
+    inputs: closed_form.Inputs, exact: Tensor, weights: Any, output_gradient: closed_form.OutputGradient
+) -> Tensor:
+    """Outputs from a product in single precision, whose last bits depend on the number of rows."""
+    rows = (exact * inputs.rows.scale.unsqueeze(-1)).float()
+    outputs = nn.functional.linear(rows, weights[0].float(), weights[1].float() if inputs.bias else None)
+    return output_gradient(outputs, inputs.labels).double()
+
+
+def centre_records(units: Units) -> Units:
+    """Every record loses the mean of the site's records: each part depends on all of them."""
+    return replace(
+        units,
+        tasks={
+            name: replace(records, features_RD=records.features_RD - records.features_RD.nan_to_num().mean(dim=0))
+            for name, records in units.tasks.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class OtherUnits(BrokenSolver):
+    """Trains on units that are not quite the site's."""
+
+    change: Callable[[Units], Units] = centre_records
+
+    def solve(self, modules: Mapping[str, nn.Module], tasks: Mapping[str, Any], units: Units, **others: Any) -> Delta:
+        return self.inner.solve(modules, tasks, self.change(units) if units.num_units else units, **others)
+
+
+@dataclass(frozen=True)
+class TellsTheCount(BrokenSolver):
+    """The last bit of one weight of the reply is the parity of the number of units."""
+
+    def solve(self, modules: Mapping[str, nn.Module], tasks: Mapping[str, Any], units: Units, **others: Any) -> Delta:
+        heads = self.inner.solve(modules, tasks, units, **others).heads
+        for head in heads.values():
+            for values in head.values():
+                bits = values.view(np.uint32)
+                bits |= 1
+                bits -= np.uint32(units.num_units % 2)
+        return Delta(heads)
+
+
+@dataclass(frozen=True)
+class StopsAtAbsurdRecords(BrokenSolver):
+    """Fails where a record holds a value that is not finite."""
+
+    def solve(self, modules: Mapping[str, nn.Module], tasks: Mapping[str, Any], units: Units, **others: Any) -> Delta:
+        if not all(bool(torch.isfinite(records.features_RD).all()) for records in units.tasks.values()):
+            raise RunFailed("a record is not finite")
+        return self.inner.solve(modules, tasks, units, **others)
+
+
+class RoundsTheWholeSum(private_step.StreamOptimizer):
+    """Clipped parts are added in floating point and rounded together."""
+
+    def clip_and_accumulate(self) -> None:
+        factor_U = _factors(self.grad_samples, self.max_grad_norm)
+        for total, gradient_U in zip(self._totals, self.grad_samples, strict=True):
+            scale_U = (factor_U / self._lattice.spacing).view(-1, *(1,) * (gradient_U.dim() - 1))
+            total.add_((gradient_U.double() * scale_U).nan_to_num_(nan=0.0).sum(dim=0).long())
