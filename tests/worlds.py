@@ -247,6 +247,7 @@ _RECORDINGS = {
     "no samples": _wav([]),
     "one sample": _wav([32767]),
     "silence": _wav(np.zeros(2000)),
+    "absurd rate": _wav(np.zeros(2000), 2**31 - 1),
     "clipped": _wav(np.where(np.arange(2000) % 2, 32767, -32768)),
 }
 _TEXTS = {
@@ -277,6 +278,7 @@ _SERIES = {
     "constant": ["7"] * 16,
     "text": ["1", "zwei"] + ["1"] * 14,
     "infinite": ["inf"] * 16,
+    "extreme": ["1e300", "-1e300"] * 8,
 }
 
 MEDIA: dict[str, Medium] = {
