@@ -433,30 +433,20 @@ def count_committed_only(plan: Plan, rounds: int, delta: float) -> float:
 # --- what one unit does to the others' parts -------------------------------------------------------------------------
 
 
+RIGHT_PARTS = closed_form.add_clipped_parts
+
+
 def forget_a_task_when_clipping(block: Mapping[str, closed_form.Inputs], *others: Any) -> None:
-    """The closed form, with the first of several tasks left out of a unit's norm."""
-    weights, output_gradients, lattice, totals = others
-    gradients, exact = {}, {}
-    for name, inputs in block.items():
-        exact[name] = inputs.rows.integers.double()
-        slopes = closed_form._compute_slopes(inputs, exact[name], weights[name], output_gradients[name])
-        gradients[name] = closed_form._Gradients(inputs, slopes)
-    if not gradients:
-        return
-    counted = list(gradients.values())[1:] or list(gradients.values())
-    square_U = torch.stack([part.norm_U.square() for part in counted]).sum(dim=0)
-    factor_U = lattice.compute_factors(square_U.sqrt(), sum(part.slack_U for part in counted))
-    for name, part in gradients.items():
-        part.add_clipped(factor_U, lattice, totals[name], exact[name])
+    """The closed form, with the first of several tasks left out of a unit's joint norm and clipped by itself."""
+    first = next(iter(block), "")
+    RIGHT_PARTS({name: inputs for name, inputs in block.items() if name == first}, *others)
+    RIGHT_PARTS({name: inputs for name, inputs in block.items() if name != first}, *others)
 
 
-def compute_slopes_in_float32(
-    inputs: closed_form.Inputs, exact: Tensor, weights: Any, output_gradient: closed_form.OutputGradient
-) -> Tensor:
-    """Outputs from a product in single precision, whose last bits depend on the number of rows."""
-    rows = (exact * inputs.rows.scale.unsqueeze(-1)).float()
-    outputs = nn.functional.linear(rows, weights[0].float(), weights[1].float() if inputs.bias else None)
-    return output_gradient(outputs, inputs.labels).double()
+def compute_outputs_in_float32(rows: Any, weight_KD: Tensor, bias_K: Tensor | None) -> Tensor:
+    """A product in single precision, whose last bits depend on the number of rows."""
+    values = (rows.integers.double() * rows.scale.unsqueeze(-1)).float()
+    return nn.functional.linear(values, weight_KD.float(), None if bias_K is None else bias_K.float()).double()
 
 
 def centre_records(units: Units) -> Units:

@@ -53,7 +53,7 @@ def test_a_clip_that_forgets_a_task_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_outputs_whose_last_bits_depend_on_other_records_are_named(
     tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_form, "_compute_slopes", bugs.compute_slopes_in_float32)
+    monkeypatch.setattr(closed_form, "compute_outputs", bugs.compute_outputs_in_float32)
     for seed in range(2):
         assert "more than its own part" in find_problems(make(Unit.EXAMPLE, tasks=tasks), seed)
 
