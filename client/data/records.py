@@ -141,7 +141,7 @@ def find_usable(
     for position, side in sides.items():
         record = index[position]
         patient = _get_patient_key(record)
-        reason = unusable.get(position)
+        reason = unusable.get(position) or record.fault or None
         if reason is None and unit is Unit.PATIENT and record.patient is None:
             reason = "the unit is patient, and the source has no patients; name its column"
         elif reason is None and unit is Unit.PATIENT and patient is None:

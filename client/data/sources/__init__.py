@@ -28,6 +28,7 @@ class SourceRecord:
         identified: whether an equal key means the same record, so that it may not stand on both sides of a split.
             Two people can have equal rows in a table; two equal pictures are one.
         blank: why `patient` is blank, where the source knows more than that it is.
+        fault: why the record cannot be used, where its listing says so already; "" where it may be.
     """
 
     row: int
@@ -38,6 +39,7 @@ class SourceRecord:
     cells: Mapping[str, str] = field(repr=False)
     identified: bool = True
     blank: str = "blank patient id"
+    fault: str = ""
 
 
 class Source(Protocol):

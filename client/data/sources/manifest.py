@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from client.data.sources import Source, SourceExample, SourceRecord
 from client.data.sources.parts.base import digest, digest_of_texts
-from client.data.sources.parts.frame import read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, check_row, read_frame, require_columns
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
 from client.data.sources.parts.recordings import read_recording, require_soundfile
@@ -101,6 +101,7 @@ class ListedTexts:
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
+                fault=row[FAULT],
                 identified=False,
             )
             for number, row in enumerate(self.rows, start=1)
@@ -108,6 +109,7 @@ class ListedTexts:
 
     def load(self, position: int) -> Text:
         """One text or pair; the backbone refuses empty ones."""
+        check_row(self.rows[position])
         return Text(*self._texts(self.rows[position]))
 
     def _texts(self, row: dict[str, str]) -> list[str]:

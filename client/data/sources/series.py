@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
-from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Separator, read_frame, require_columns
 from client.data.sources.parts.series import series_of_cells
 from common.errors import instead
 from common.inputs import encode_text
@@ -83,7 +83,7 @@ class SeriesTable(SourceSettings):
         if self.names is not None:
             frame = read_frame(path, self.separator)
             require_columns(frame, path, self.names)
-            steps = [name for name in frame.columns if name not in self.names]
+            steps = [name for name in frame.columns if name not in self.names and name != FAULT]
             return [({name: row[name] for name in self.names}, [row[n] for n in steps]) for _, row in frame.iterrows()]
         assert self.columns is not None
         lines = _lines(path, self.separator)

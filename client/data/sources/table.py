@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
-from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
 from common.inputs import encode_text
 from common.plugins import LocalPath
 
@@ -78,7 +78,7 @@ class Table(SourceSettings):
         require_columns(frame, self.path, [*self.inputs, *self.complete, self.patient_column, self.split_column])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
         if self.complete:
-            frame = frame[(frame[self.complete] != "").all(axis=1)]
+            frame = frame[(frame[self.complete] != "").all(axis=1) | (frame[FAULT] != "")]
         return TableRows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
 
 
@@ -114,6 +114,7 @@ class TableRows:
                 patient=row[own.patient_column] if own.patient_column else None,
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
+                fault=row[FAULT],
                 identified=False,
             )
             for number, row in zip(self.numbers, self.rows, strict=True)
@@ -121,4 +122,5 @@ class TableRows:
 
     def load(self, position: int) -> Mapping[str, Any]:
         """The input cells of one row."""
+        check_row(self.rows[position])
         return {name: self.rows[position][name] for name in self.settings.inputs}

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
-from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
 from common.inputs import Text, encode_text
 from common.plugins import LocalPath
 
@@ -99,6 +99,7 @@ class Sentences:
 
     def load(self, position: int) -> Text:
         """One text or pair; the backbone refuses empty ones."""
+        check_row(self.rows[position][3])
         return Text(*self._texts(self.rows[position][3]))
 
     def _record(self, number: int, part: str, file: str, row: int, cells: dict[str, str]) -> SourceRecord:
@@ -112,6 +113,7 @@ class Sentences:
             patient=cells[own.patient_column] if own.patient_column else None,
             split=(stated or None) if part == "all" else part,
             cells=cells,
+            fault=cells[FAULT],
             identified=False,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import socket
 import struct
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.data.records import RejectedRecord
+from client.data.records import RejectedRecord, find_usable
 from client.data.sources import Source, open_source
 from client.data.sources.dicom import write_dicom
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.recordings import example_recordings
+from common.types import BadInput, Unit
 
 GOOD = 3
 LATIN = b"L\xfcbeck"
@@ -217,3 +219,60 @@ def test_a_list_of_problems_is_written_whatever_a_file_is_called(tmp_path: Path)
 
     _write_rejected(tmp_path / "problems.csv", [RejectedRecord(os.fsdecode(LATIN), 1, "unreadable image")])
     assert (tmp_path / "problems.csv").read_text(encoding="utf-8").splitlines()[1] == r"L\udcfcbeck,1,,unreadable image"
+
+
+ROWS = [
+    ["k1", "train", "one", "a"],
+    ["k2", "train", 'two "quoted", words\nin two lines', "b"],
+    ["k3", "test", "3", "a"],
+]
+BAD_ROWS = {
+    "too long": (b"k9,train,x,a,b,c", "more cells"),
+    "a lone quote": (b'k9,train,"x,a', "quote"),
+    "a lone quote at its end": (b'k9,train,x,"', "quote"),
+    "another encoding": (b"k9,train,L\xfcbeck,a", "UTF-8"),
+    "a null character": (b"k9,train,x\0y,a", "null"),
+    "another encoding in quotes": (b'k9,train,"L\xfcbeck",a', "UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", ["table", "text", "manifest"])
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize(("line", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_cannot_be_read_is_one_bad_record(
+    tmp_path: Path, kind: str, at: int, line: bytes, reason: str
+) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerows([["key", "split", "note", "label"], *ROWS])
+    before = text.getvalue().encode().split(b"\r\n")
+    (tmp_path / "rows.csv").write_bytes(b"\r\n".join([*before[: at + 1], line, *before[at + 1 :]]))
+    settings: dict[str, Any] = {
+        "table": {"path": str(tmp_path / "rows.csv"), "inputs": ["note"], "complete": ["note"]},
+        "text": {"parts": {"all": str(tmp_path / "rows.csv")}, "text": "note", "separator": ",", "quotes": True},
+        "manifest": {"path": str(tmp_path / "rows.csv"), "text": "note"},
+    }[kind]
+    columns = {"patient_column": "key", "split_column": "split"}
+    source = open_source({"kind": kind, **settings, **columns}, "s").open()
+    index = source.index()
+    assert [record.row for record in index] == [1, 2, 3, 4]
+    assert reason in index[at].fault
+    assert [ok for ok in outcomes(source)] == [number != at for number in range(4)]
+    good = [record for number, record in enumerate(index) if number != at]
+    assert [[record.patient, record.split, record.cells["note"], record.cells["label"]] for record in good] == ROWS
+    assert not any(record.fault for record in good)
+    usable, rejected = find_usable("s", index, dict.fromkeys(range(4)), {}, Unit.EXAMPLE)
+    assert [each.record for each in usable] == good
+    assert [each.row for each in rejected] == [at + 1]
+
+
+def test_a_row_of_empty_cells_is_a_row_and_a_blank_line_is_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b\n\n1,2\n,\n  \n3\n4,5,,\n")
+    source = open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["a", "b"]}, "s").open()
+    cells = [[record.cells["a"], record.cells["b"]] for record in source.index()]
+    assert cells == [["1", "2"], ["", ""], ["3", ""], ["4", "5"]]
+
+
+def test_text_in_utf_16_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
+    with pytest.raises(BadInput, match=r"rows\.csv: expected text in UTF-8, got UTF-16; save it as CSV UTF-8"):
+        open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["a"]}, "s").open()

@@ -94,9 +94,7 @@ def test_a_table_without_rows_is_an_empty_source(tmp_path: Path) -> None:
         ("a,b,b\n1,2,3\n", {}, "expected exactly one column 'b'"),
         ("a,b\n1,2\n", {"patient_column": "person"}, "expected exactly one column 'person'"),
         ("1,2,q7\n", {"header": False, "columns": ["a", "b"]}, "expected 2 columns, as many as `columns` names, got 3"),
-        ("a,b\nq7,2,3,4\n", {}, "expected a readable table, got ParserError"),
-        ("", {}, "expected a readable table, got EmptyDataError"),
-        ('a,b\n"q7,2\n', {}, "expected a readable table, got ParserError"),
+        ("", {}, "expected a readable table, got an empty one"),
         # The first record stands where a header was expected.
         ("q7,2\n3,4\n", {}, "expected exactly one column 'a'"),
     ],

@@ -1,23 +1,35 @@
-"""Read a table with every cell as text. No message repeats a cell, and none a column name that the file holds: where a
-file has no header, its first record would be taken for one.
+"""Read a table with every cell as text. A row of a text file that cannot be read is a fault of that row alone.
+
+No message repeats a cell, and none a column name that the file holds: where a file has no header, its first record
+would be taken for one.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
 from common.errors import instead
-from common.types import BadInput
+from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 WHITESPACE = "whitespace"
+FAULT = "\0fault"
+"""Column that says why a row cannot be read, "" where it can; no file holds one of that name."""
+
+_SURROGATE = re.compile("[\udc80-\udcff]")
+_MOST_CELL = 1 << 24
+"""Characters of a cell."""
+_MOST_LINES = 10_000
+"""Lines of a row."""
 
 
 def _one_character(value: str) -> str:
@@ -33,7 +45,7 @@ Separator = Annotated[str, AfterValidator(_one_character)]
 def read_frame(
     path: Path, separator: str = ",", columns: Sequence[str] | None = None, *, quotes: bool = True
 ) -> pd.DataFrame:
-    """A table of stripped texts; "" where a cell is empty or a row ends early.
+    """A table of stripped texts; "" where a cell is empty or a row ends early, or all of a row with a `FAULT`.
 
     Args:
         path: .parquet, or text in any other case.
@@ -45,23 +57,126 @@ def read_frame(
         The table, without columns whose name occurs twice: to ask for one of them is an error.
 
     Raises:
-        BadInput: missing, unreadable, a row longer than the first, or another number of columns than `columns`.
+        BadInput: missing, unreadable, or no row has as many cells as `columns` names.
     """
+    import pandas as pd
     import pyarrow
 
     try:
-        frame = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_text(path, separator, quotes)
+        if path.suffix.lower() == ".parquet":
+            frame = _read_parquet(path)
+            names, faults = list(frame.columns), [""] * len(frame)
+        else:
+            rows, faults = _split_rows(_read_lines(path), separator, quotes)
+            names, cells, faults = _align_rows(path, rows, faults, columns)
+            frame = pd.DataFrame(cells, columns=range(len(names)), dtype="string")
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
         # From None: a parser's own message may quote the file.
         raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
-    if path.suffix.lower() != ".parquet":
-        if columns is None:
-            columns, frame = [str(name).strip() for name in frame.iloc[0].fillna("")], frame.iloc[1:]
-        if len(columns) != frame.shape[1]:
-            raise BadInput(f"{path}: expected {len(columns)} columns, as many as `columns` names, got {frame.shape[1]}")
-        frame.columns = list(columns)
+    frame.columns = pd.Index(names)
     frame = frame.loc[:, ~frame.columns.duplicated(keep=False)].reset_index(drop=True)
-    return frame.fillna("").map(str.strip)
+    frame = frame.fillna("").map(str.strip)
+    frame[FAULT] = faults
+    return frame
+
+
+def check_row(row: Mapping[str, str]) -> None:
+    """Raises BadRecord where a row of a table could not be read."""
+    if row.get(FAULT):
+        raise BadRecord(row[FAULT])
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file with their ends; bytes that are not UTF-8 become surrogates."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BadInput(f"{path}: expected text in UTF-8, got UTF-16; save it as CSV UTF-8")
+    # Only these ends: cells may hold other characters that Python takes for the end of a line.
+    return list(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""))
+
+
+def _split_rows(lines: Sequence[str], separator: str, quotes: bool) -> tuple[list[list[str]], list[str]]:
+    """Returns the cells of every row that is not blank, and why each cannot be read, "" where it can.
+
+    A quote that is never closed would take the rows behind it into its cell. Where a cell goes on over several lines
+    and the row does not end as the first one does, its first line alone is a fault.
+    """
+    rows: list[list[str]] = []
+    faults: list[str] = []
+    blank = " \t\r\n".replace(separator, "")
+    at = 0
+    while at < len(lines):
+        cells, used = _split_row(lines, at, separator, quotes)
+        # The last line's open quote ends with the file.
+        goes_on = used > 1 or (quotes and at + 1 == len(lines) and lines[at].count('"') % 2 == 1)
+        is_whole = not goes_on or _is_strict(lines[at : at + used], separator)
+        if not is_whole or (used > 1 and rows and len(cells) != len(rows[0])):
+            cells, used, fault = [""], 1, "a quote in the row is not closed"
+            text = ""
+        else:
+            text = "".join(lines[at : at + used])
+            fault = "the row is not UTF-8 text; save the table as CSV UTF-8" if _SURROGATE.search(text) else ""
+            fault = "the row holds a null character" if "\0" in text else fault
+        at += used
+        if fault or text.strip(blank):
+            rows.append([] if fault and rows else cells)
+            faults.append(fault)
+    return rows, faults
+
+
+def _split_row(lines: Sequence[str], at: int, separator: str, quotes: bool) -> tuple[list[str], int]:
+    """Returns the cells of the row that begins at a line, and the number of its lines."""
+    if separator == WHITESPACE:
+        return lines[at].split(), 1
+    if not quotes:
+        return lines[at].rstrip("\r\n").split(separator), 1
+    if '"' not in lines[at]:
+        return lines[at].rstrip("\r\n").split(separator), 1
+    csv.field_size_limit(_MOST_CELL)
+    # A cell that goes on behind the line leaves an odd number of quotes in it.
+    most = _MOST_LINES if lines[at].count('"') % 2 else 1
+    reader = csv.reader(lines[at : at + most], delimiter=separator, skipinitialspace=True)
+    try:
+        return next(reader, []), reader.line_num
+    except csv.Error:
+        return [""], max(2, reader.line_num)
+
+
+def _is_strict(lines: Sequence[str], separator: str) -> bool:
+    csv.field_size_limit(_MOST_CELL)
+    try:
+        return len(list(csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True))) == 1
+    except csv.Error:
+        return False
+
+
+def _align_rows(
+    path: Path, rows: list[list[str]], faults: list[str], columns: Sequence[str] | None
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Returns the names of the columns, rows of as many cells, and why each cannot be read.
+
+    Args:
+        path: the file, for messages.
+        rows: cells of every row.
+        faults: why each cannot be read.
+        columns: names for a file without a header.
+    """
+    if not rows:
+        raise BadInput(f"{path}: expected a readable table, got an empty one")
+    if columns is None:
+        if faults[0]:
+            raise BadInput(f"{path}: expected a readable first line: {faults[0]}")
+        columns, rows, faults = [name.strip() for name in rows[0]], rows[1:], faults[1:]
+    elif not any(len(row) == len(columns) for row in rows):
+        raise BadInput(f"{path}: expected {len(columns)} columns, as many as `columns` names, got {len(rows[0])}")
+    width, cells, checked = len(columns), [], []
+    for row, fault in zip(rows, faults, strict=True):
+        if any(cell.strip() for cell in row[width:]):
+            fault = "the row has more cells than there are columns"
+        row = [] if fault else row[:width]
+        cells.append(row + [""] * (width - len(row)))
+        checked.append(fault)
+    return list(columns), cells, checked
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -75,23 +190,6 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     frame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
     frame.columns = [str(name) for name in frame.columns]
     return frame.astype("string")
-
-
-def _read_text(path: Path, separator: str, quotes: bool) -> pd.DataFrame:
-    import pandas as pd
-
-    # Always without a header: pandas silently takes leading columns for an index where the first row is longer than
-    # the names.
-    return pd.read_csv(
-        path,
-        sep=r"\s+" if separator == WHITESPACE else separator,
-        header=None,
-        dtype=str,
-        keep_default_na=False,
-        skipinitialspace=True,
-        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-        encoding="utf-8-sig",
-    )
 
 
 def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]) -> None:
@@ -108,6 +206,6 @@ def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]
     for name in names:
         if name is not None and name not in frame.columns:
             raise BadInput(
-                f"{path}: expected exactly one column {name!r} among its {frame.shape[1]}; see the file's first line, "
-                "or name the columns of a file without a header"
+                f"{path}: expected exactly one column {name!r} among its {frame.shape[1] - 1}; see the file's first "
+                "line, or name the columns of a file without a header"
             )

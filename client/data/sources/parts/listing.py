@@ -10,7 +10,7 @@ from typing import Any
 from client.data.sources import SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.boundary import try_record
-from client.data.sources.parts.frame import Separator, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
 from common.inputs import encode_text
 from common.plugins import LocalPath
 from common.types import BadRecord
@@ -86,6 +86,7 @@ class Listing:
                 patient=self._patient(row),
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
+                fault=row[FAULT],
                 # Rows that name no file are not one record; they become bad ones.
                 identified=row[column] != "",
             )
@@ -94,6 +95,7 @@ class Listing:
 
     def load(self, position: int) -> Any:
         """One record's item."""
+        check_row(self.rows[position])
         path = self._inside(self.rows[position][self.reader.column])
         try:
             return self.reader.read(path)
