@@ -137,7 +137,8 @@ class SiteConfig(Frozen):
         evaluation: evaluation of held-out units; `local`: only on this machine, nothing about them is ever sent.
         approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
         coordinator: whom to join; None where a simulation carries the messages. Its name is `main`.
-        coordinators: further ones by name, or all; they share the budget, and nothing of one reaches another.
+        coordinators: further ones by name, or all; they share the budget. Nothing of one reaches another, but for the
+            number of lines that the shared ledger has.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such
             intervals has passed since its request came. Longer than any answer takes, it hides how long one took; 0: at
