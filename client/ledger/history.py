@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from client.ledger.events import (
     TRAINING,
@@ -74,36 +74,44 @@ class History:
         terms: the terms as last created, amended or recovered.
         charges: number of the line -> charge, in order.
         assumed: the last recovery's assumption; None without one.
+        merged: the charges that the assumption does not count, equal ones as one of all their steps, in order of the
+            first of each; None where they are to be taken from the charges, one by one.
     """
 
     terms: Terms
     charges: Mapping[int, Charge]
     assumed: Assumed | None = None
+    merged: Mapping[tuple[str, float, float], Mechanism] | None = None
 
     @classmethod
     def of(cls, lines: Sequence[LedgerLine]) -> History:
         """Returns the history that a ledger's lines state."""
-        terms: Terms | None = None
-        assumed: Assumed | None = None
-        reserved: dict[int, ChargeReserved] = {}
-        committed: set[int] = set()
+        first = lines[0].event
+        assert isinstance(first, LedgerCreated | LedgerRecovered), "a ledger begins with its terms"
+        return cls(_read_terms(first), {}, None, {}).extend(lines)
+
+    def extend(self, lines: Sequence[LedgerLine]) -> History:
+        """Returns the history after further lines."""
+        assert self.merged is not None, "only a history of lines is extended"
+        terms, assumed, charges, merged = self.terms, self.assumed, dict(self.charges), dict(self.merged)
         for line in lines:
             match line.event:
                 case LedgerCreated() | TermsAmended() | LedgerRecovered() as event:
-                    terms = Terms(event.unit, event.epsilon_cap, event.delta, event.relation, event.filter)
+                    terms = _read_terms(event)
                 case LossAssumed() as event:
                     bound = math.inf if event.epsilon is None else event.epsilon
                     assumed = Assumed(line.number, bound, event.delta)
+                    merged.clear()
                 case ChargeReserved() as event:
-                    reserved[line.number] = event
-                case ChargeCommitted() as event:
-                    committed.add(event.reserved)
-        assert terms is not None, "a ledger begins with its terms"
-        charges = {
-            number: Charge(event.run, event.round, event.request, event.mechanism, number in committed, event.purpose)
-            for number, event in reserved.items()
-        }
-        return cls(terms, charges, assumed)
+                    charges[line.number] = Charge(
+                        event.run, event.round, event.request, event.mechanism, False, event.purpose
+                    )
+                    kind = (event.mechanism.kind, event.mechanism.noise_multiplier, event.mechanism.sampling_rate)
+                    steps = event.mechanism.steps + (merged[kind].steps if kind in merged else 0)
+                    merged[kind] = replace(event.mechanism, steps=steps)
+                case ChargeCommitted() as event if event.reserved in charges:
+                    charges[event.reserved] = replace(charges[event.reserved], committed=True)
+        return History(terms, charges, assumed, merged)
 
     def compute_epsilon(self, further: Iterable[Mechanism] = (), *, committed_only: bool = False) -> float:
         """Returns an upper bound on epsilon, at the terms' delta, of the history and further mechanisms together."""
@@ -162,10 +170,16 @@ class History:
         return compute_epsilon(own, self.terms.delta, quick=len(different) > MAX_DISTINCT)
 
     def _list_mechanisms(self, committed_only: bool) -> list[Mechanism]:
-        """Returns the mechanisms that the assumption does not already count."""
+        """Returns mechanisms that cost what the charges do that the assumption does not already count."""
+        if self.merged is not None and not committed_only:
+            return list(self.merged.values())
         first = -1 if self.assumed is None else self.assumed.number
         return [
             charge.mechanism
             for number, charge in self.charges.items()
             if number > first and (charge.committed or not committed_only)
         ]
+
+
+def _read_terms(event: LedgerCreated | TermsAmended | LedgerRecovered) -> Terms:
+    return Terms(event.unit, event.epsilon_cap, event.delta, event.relation, event.filter)

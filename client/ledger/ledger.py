@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from client.config import NoisedEvaluation
@@ -131,7 +132,7 @@ class Ledger:
             chain.create(place, created.event, write_facts(created))
             write_atomic(get_marker(place), b"")
         with chain.exclusive(place) as opened:
-            _refuse_differences(History.of(read_lines(opened.bodies)).terms, wanted, population)
+            _refuse_differences(_read_history(opened).terms, wanted, population)
         return cls(place)
 
     @classmethod
@@ -182,7 +183,7 @@ class Ledger:
         """
         charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=TRAINING)
         with chain.exclusive(self._folder) as opened:
-            history = History.of(read_lines(opened.bodies))
+            history = _read_history(opened)
             held = list_unspent(evaluation_budget, history)
             if history.is_within_cap([mechanism, *held]) or (allow_infinite and mechanism.kind == "none"):
                 return _reserve(opened, charge)
@@ -221,7 +222,7 @@ class Ledger:
             BudgetExhausted: the part, or the cap, does not cover it; the refusal is logged, nothing is spent.
         """
         with chain.exclusive(self._folder) as opened:
-            history = History.of(read_lines(opened.bodies))
+            history = _read_history(opened)
             mechanism = make_evaluation_mechanism(evaluation_budget, history.terms, num_tasks)
             charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=EVALUATION)
             lost = allow_infinite and history.compute_epsilon() == math.inf
@@ -241,7 +242,7 @@ class Ledger:
             BadInput: there is no such reservation, or it was committed before.
         """
         with chain.exclusive(self._folder) as opened:
-            charge = History.of(read_lines(opened.bodies)).charges.get(reservation.number)
+            charge = _read_history(opened).charges.get(reservation.number)
             if charge is None or charge.committed:
                 raise BadInput(f"reservation {reservation.number}: expected one that is open")
             # Not flushed: if it is lost, the charge counts as reserved, which is the same price.
@@ -291,7 +292,8 @@ class Ledger:
 
     def history(self) -> History:
         """Returns terms and charges, verified now."""
-        return History.of(self.lines())
+        with chain.exclusive(self._folder) as opened:
+            return _read_history(opened)
 
     def lines(self) -> list[LedgerLine]:
         """Returns every line in order, verified now: charges, refusals, amendments, removed torn lines."""
@@ -329,7 +331,7 @@ def amend(
         raise BadInput(f"registry {population}: it has no ledger yet")
     wanted = Terms(unit, epsilon_cap, delta, filter=filter)
     with chain.exclusive(folder / population) as opened:
-        history = History.of(read_lines(opened.bodies))
+        history = _read_history(opened)
         before = history.terms
         if before == wanted:
             raise BadInput(f"registry {population}: the ledger already has these terms")
@@ -339,6 +341,25 @@ def amend(
                 "after the first charge, because what was spent per one unit does not bound the loss of the other"
             )
         _append(opened, TermsAmended(before=before, **wanted.list_fields(), reason=reason))
+
+
+@lru_cache(maxsize=64)
+def _remember(start: str) -> list[tuple[int, str, History]]:
+    """Returns the place of a chain's last history, by the HMAC of its first line: number and HMAC of its last line."""
+    return []
+
+
+def _read_history(opened: chain.OpenChain) -> History:
+    """Returns the history that a chain's lines state; only lines that are new to this process are read."""
+    place = _remember(opened.get_mac(0))
+    known = place[-1] if place else None
+    count = len(opened.bodies)
+    if known is not None and known[0] < count and opened.get_mac(known[0]) == known[1]:
+        history = known[2].extend(read_lines(opened.bodies[known[0] + 1 :]))
+    else:
+        history = History.of(read_lines(opened.bodies))
+    place[:] = [(count - 1, opened.get_mac(count - 1), history)]
+    return history
 
 
 def _append(opened: chain.OpenChain, event: LedgerEvent, *, durable: bool = True) -> int:

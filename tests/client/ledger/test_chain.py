@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -73,6 +75,24 @@ def test_creating_again_changes_nothing(folder: Path) -> None:
     before = (folder / "ledger.jsonl").read_bytes()
     chain.create(folder, "created", {"number": 99})
     assert (folder / "ledger.jsonl").read_bytes() == before
+
+
+def test_a_long_chain_takes_as_many_hmacs_as_a_short_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bytes are compared instead: the tests of damage below edit chains that verified in this process before."""
+    made: list[object] = []
+    new = hmac.new
+
+    def counted(key: bytes, message: bytes, digest: Callable[..., Any]) -> hmac.HMAC:
+        made.append(digest)
+        return new(key, message, digest)
+
+    monkeypatch.setattr(hmac, "new", counted)
+    counts = []
+    for number in range(6, 60):
+        made.clear()
+        append(folder, number)
+        counts.append(len(made))
+    assert set(counts[1:]) == {counts[-1]} and counts[-1] < 6
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

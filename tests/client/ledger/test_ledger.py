@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.ledger.events import ChargeRefused, TermsAmended
+from client.ledger.history import History
 from client.ledger.ledger import Ledger, Reservation, amend
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.filters import calibrate_noise_multiplier
@@ -309,3 +310,22 @@ def test_two_processes_at_once_never_exceed_the_cap(tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     assert ledger.spent().reserved_epsilon <= 3.0 * (1 + 1e-9)
     assert [line.event.event for line in ledger.lines()].count("refused") == 2 * 12 - 9
+
+
+def test_a_history_that_grew_line_by_line_is_the_one_that_is_read_at_once(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, population="p", unit=Unit.EXAMPLE, epsilon_cap=50.0, delta=1e-5)
+    other = Mechanism("gaussian", 9.0, 1.0, 3, 1.0)
+    for round_ in range(1, 6):
+        done = ledger.reserve(
+            other if round_ % 2 else replace(other, noise_multiplier=20.0), run="a", round=round_, request="0"
+        )
+        if round_ != 3:
+            ledger.commit(done)
+        if round_ == 4:
+            amend(tmp_path, population="p", unit=Unit.EXAMPLE, epsilon_cap=60.0, delta=1e-5)
+    grown, whole = ledger.history(), History.of(ledger.lines())
+    assert grown == whole
+    assert [charge.committed for charge in grown.charges.values()] == [True, True, False, True, True]
+    one_by_one = History(whole.terms, whole.charges)
+    assert grown.compute_share() == pytest.approx(one_by_one.compute_share(), rel=1e-12)
+    assert grown.compute_epsilon() == one_by_one.compute_epsilon()
