@@ -276,3 +276,9 @@ def test_text_in_utf_16_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
     with pytest.raises(BadInput, match=r"rows\.csv: expected text in UTF-8, got UTF-16; save it as CSV UTF-8"):
         open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["a"]}, "s").open()
+
+
+def test_a_quote_in_a_table_of_white_space_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text('a b\n1 5"\n')
+    settings = {"kind": "table", "path": str(tmp_path / "rows.txt"), "inputs": ["a", "b"], "separator": "whitespace"}
+    assert outcomes(open_source(settings, "s").open()) == [True]

@@ -108,7 +108,9 @@ def _split_rows(lines: Sequence[str], separator: str, quotes: bool) -> tuple[lis
     while at < len(lines):
         cells, used = _split_row(lines, at, separator, quotes)
         # The last line's open quote ends with the file.
-        goes_on = used > 1 or (quotes and at + 1 == len(lines) and lines[at].count('"') % 2 == 1)
+        goes_on = used > 1 or (
+            quotes and separator != WHITESPACE and at + 1 == len(lines) and lines[at].count('"') % 2 == 1
+        )
         is_whole = not goes_on or _is_strict(lines[at : at + used], separator)
         if not is_whole or (used > 1 and rows and len(cells) != len(rows[0])):
             cells, used, fault = [""], 1, "a quote in the row is not closed"
