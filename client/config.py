@@ -133,7 +133,8 @@ class SiteConfig(Frozen):
         sources: where records are, by name.
         tasks: task name -> where its labels are.
         split: the held-out units.
-        on_bad_record: `skip` leaves out a record that cannot be used, and lists it; `stop` declines the run.
+        on_bad_record: `skip` leaves out a record that cannot be used, and lists it; with `stop` no run is approved
+            while there is one.
         evaluation: evaluation of held-out units; `local`: only on this machine, nothing about them is ever sent.
         approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
         coordinator: whom to join; None where a simulation carries the messages. Its name is `main`.

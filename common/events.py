@@ -365,6 +365,8 @@ class RunPrepared(Event):
 
     run_id: str = Field(description="Id of the run.")
     num_left_out: int = Field(description="Number of records that could not be used.")
+    num_records: int | None = Field(None, description="Number of records of the run's sources.")
+    num_usable: int | None = Field(None, description="Number of them of which nothing was left out.")
     precision_error: float | None = Field(
         None, description="Largest relative change of a feature through reduced precision; null in full precision."
     )

@@ -148,7 +148,8 @@ class SimulationConfig(Frozen):
         partition: the division into sites.
         unit: what each site's budget protects.
         budget: budget of each site.
-        on_bad_record: whether a site leaves out a record that cannot be used, or stops.
+        on_bad_record: whether a record that cannot be used is left out and listed, or stops the simulation.
+        min_usable_share: the simulation stops before it trains where a site can use a smaller part of its records.
         evaluation: evaluation of held-out units, as in a site file.
         executor: what carries the messages.
         baselines: baselines to compute.
@@ -172,6 +173,7 @@ class SimulationConfig(Frozen):
     unit: Unit
     budget: Budget
     on_bad_record: Literal["skip", "stop"] = "skip"
+    min_usable_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     evaluation: NoisedEvaluation | Literal["local"] = "local"
     executor: Executor = Executor()
     baselines: list[Baseline] = []

@@ -5,8 +5,10 @@ Invariant: everything a report says is in the run's journal; everything the run 
 
 from __future__ import annotations
 
+import csv
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from client.config import SiteConfig
@@ -152,16 +154,16 @@ def _complete(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoin
 
 def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: Checkpoint | None) -> Summary:
     config, run_ = experiment.config, experiment.config.run
-    if config.on_bad_record == "stop":
-        # A site that stops at a bad record stops the simulation, before anything is trained.
-        cohort = run_.cohort.model_copy(update={"min_sites": len(sites)})
-        run_ = run_.model_copy(update={"cohort": cohort})
     if run_.audit == "required":
         _audit(experiment)
     try:
+        observed = replace(experiment, observe=_refuse_unusable_records(experiment, sites))
         outcome = federate(
-            experiment, run_, sites, backbones=experiment.backbones, folder=experiment.folder, resume=resume
+            observed, run_, sites, backbones=experiment.backbones, folder=experiment.folder, resume=resume
         )
+    except BadInput:
+        write_results(experiment.folder, run_, experiment.digests, {})
+        raise
     except RunFailed as error:
         write_results(experiment.folder, run_, experiment.digests, {})
         _raise_with_detail(error, sites)
@@ -219,6 +221,43 @@ def _raise_with_detail(error: RunFailed, sites: Sequence[SiteConfig]) -> None:
         if declined[-1].reason == DeclineReason.BAD_REQUEST:
             raise BadInput(f"{site.name}: {declined[-1].detail}") from error
         raise RunFailed(f"{error}; {site.name}: {declined[-1].detail}") from error
+
+
+def _refuse_unusable_records(experiment: Experiment, sites: Sequence[SiteConfig]) -> Observe:
+    """Returns the experiment's observer, which first looks at what the sites prepared, before the first round.
+
+    It raises BadInput where a site left out more records than the simulation allows.
+    """
+
+    def observe(phase: str, done: int, total: int) -> None:
+        if phase == "rounds" and not checked:
+            checked.append(True)
+            for site in sites:
+                _check_usable_share(experiment, site)
+        experiment.observe(phase, done, total)
+
+    checked: list[bool] = []
+    return observe
+
+
+def _check_usable_share(experiment: Experiment, site: SiteConfig) -> None:
+    config = experiment.config
+    prepared = select_events(read_site_journal(site.state_dir / "site.jsonl"), RunPrepared)
+    if not prepared or prepared[-1].num_records is None or prepared[-1].num_usable is None:
+        return
+    usable, count = prepared[-1].num_usable, prepared[-1].num_records
+    path = locate_prepared_data(site, experiment.run_id).with_name(PROBLEMS)
+    with path.open(newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file), None)
+    if first is None:
+        return
+    where = f"{first['file']} row {first['row']}" if first["row"] else first["file"]
+    listed = f"site {site.name}: {usable} of {count} records can be used; the first of the others: {where}: "
+    listed += f"{first['reason']}; all are listed in {path}"
+    if config.on_bad_record == "stop":
+        raise BadInput(f"{listed}; mend them or write `on_bad_record: skip`")
+    if usable < config.min_usable_share * count:
+        raise BadInput(f"{listed}; mend them or lower `min_usable_share` ({config.min_usable_share:g})")
 
 
 def _journal_left_out(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:

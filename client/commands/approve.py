@@ -48,11 +48,11 @@ def approve(
         if run is None:
             _print_offers(approvals, locate_offers(site, config), json_)
             return
-        from client.connection.checks import require_usable_records  # Here, as below: `--list` needs no torch.
+        from client.connection.checks import freeze_records  # Here, as below: `--list` needs no torch.
 
         offer = _find_offer(approvals, run)
         about = _describe_offer(config, offer)
-        about |= {item.name: item.detail for item in require_usable_records(config, [offer])}
+        about |= {item.name: item.detail for item in freeze_records(config, [offer])}
         approval = approvals.approve(offer)
         if json_:
             typer.echo(json.dumps({**about, "approved_by": approval.by, "time": approval.time}, indent=2))

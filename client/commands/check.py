@@ -40,7 +40,7 @@ def check(
             check_site,
         )
         from client.data.preview import Preview, write_previews
-        from client.data.snapshot import survey_sources
+        from client.data.snapshot import freeze_snapshot, survey_sources
         from client.protocol.approvals import check_offer, read_offer
 
         names: list[str | None] = [*config.list_coordinators()]
@@ -55,9 +55,15 @@ def check(
         with contextlib.suppress(BadInput):  # A source that does not open was reported above.
             previews = write_previews(config, offers)
             survey = survey_sources(config)
-            for name, own in kept.items():
-                for offer in own.values():
-                    found += check_records(config.select(name), offer, survey)
+            tried = [
+                each
+                for name, own in kept.items()
+                for offer in own.values()
+                for each in check_records(config.select(name), offer, survey)
+            ]
+            found += tried
+            if all(each.outcome != "fail" for each in tried):
+                freeze_snapshot(config, survey)
         sheets = [preview.sheet for preview in previews if preview.sheet]
         failed = sum(item.outcome == "fail" for item in found)
         if json_:

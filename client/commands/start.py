@@ -44,7 +44,7 @@ def start(
             return
         config = config.select(coordinator)
         if config.approval == "automatic":
-            _require_usable_records(config, site)
+            _freeze_records(config, site)
         from client.connection import node
 
         os.environ.update(node.make_private_environment(config.coordinator_dir))
@@ -84,12 +84,12 @@ def _start_each(site: Path, names: Sequence[str], options: Sequence[str]) -> Non
         raise typer.Exit(worst)
 
 
-def _require_usable_records(config: SiteConfig, site: Path) -> None:
-    from client.connection.checks import require_usable_records  # Here: it needs torch.
+def _freeze_records(config: SiteConfig, site: Path) -> None:
+    from client.connection.checks import freeze_records  # Here: it needs torch.
     from client.protocol.approvals import read_offer
 
     kept = sorted(locate_offers(site, config).glob("*.json"))
-    for found in require_usable_records(config, map(read_offer, kept)):
+    for found in freeze_records(config, map(read_offer, kept)):
         _show(f"{found.name}: {found.detail}")
 
 

@@ -24,10 +24,12 @@ from client.connection.diagnose import (
 )
 from client.connection.keys import read_key
 from client.data.checks import data_checks, find_overlaps
+from client.data.records import SIDES
+from client.data.snapshot import Survey, freeze_snapshot, survey_sources
 from client.ledger.place import find_default_ledger_dir, has_ledger, locate_ledgers
 from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals, check_offer
-from client.protocol.site import STOPPED, Joined, Site
+from client.protocol.site import Joined, Site
 from common.bundle import compute_code_digest
 from common.offers import Offer
 from common.privacy.noise import os_entropy
@@ -35,7 +37,6 @@ from common.run import RunConfig
 from common.types import BadInput, HeadwaterError, RecordsUnusable, Unit
 
 if TYPE_CHECKING:
-    from client.data.snapshot import Survey
     from client.data.trial import TaskTrial
 
 LOW_DISK_BYTES = 2 << 30
@@ -127,22 +128,48 @@ def check_records(config: SiteConfig, offer: Offer, survey: Survey) -> Iterator[
         yield _judge_trial(config, run, trial)
 
 
-def require_usable_records(config: SiteConfig, offers: Iterable[Offer]) -> list[Check]:
-    """Returns what `check_records` finds for some offers, where nothing of it fails, and overlapping registries.
+def freeze_records(config: SiteConfig, offers: Iterable[Offer]) -> list[Check]:
+    """Returns what `check_records` finds for some offers, and overlapping registries; freezes the site's units.
+
+    Nothing is frozen where something fails.
 
     Raises:
         BadInput: a source cannot be opened, or a setting is wrong.
         RecordsUnusable: too few records can be used, or one that may not be left out cannot.
     """
-    from client.data.snapshot import survey_sources  # Here: it needs torch.
-
     survey = survey_sources(config)
+    if config.on_bad_record == "stop" and survey.rejected:
+        first = survey.rejected[0]
+        raise RecordsUnusable(
+            f"{first.file} row {first.row}: {first.reason}; {len(survey.rejected)} such record(s); mend them or write "
+            "`on_bad_record: skip`"
+        )
+    if config.approval == "automatic":
+        _require_labelled_units(config, survey)
     found = [item for offer in offers for item in check_records(config, offer, survey)]
     for item in found:
         if item.outcome == "fail":
             raise RecordsUnusable(f"{item.name}: {item.detail}; {item.remedy}")
+    freeze_snapshot(config, survey)
     overlaps = [Check(*each) for each in find_overlaps(config, (placed.record for placed in survey.placed))]
     return found + [item for item in overlaps if item.outcome != "pass"]
+
+
+def _require_labelled_units(config: SiteConfig, survey: Survey) -> None:
+    """Checks each task's minimum before any run is known, so that no run's settings decide whether the site joins."""
+    for name, task in config.tasks.items():
+        columns = [task.column] if isinstance(task.column, str) else task.column
+        units = {
+            each.unit_key
+            for each in survey.placed
+            if each.source == task.source and SIDES[each.side] == "train"
+            if any(each.record.cells.get(column, "").strip() for column in columns)
+        }
+        if len(units) < task.min_units:
+            raise RecordsUnusable(
+                f"tasks.{name}.min_units: expected at least {task.min_units} units with a label to train on, got "
+                f"{len(units)}; correct the source or the column"
+            )
 
 
 def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
@@ -189,9 +216,6 @@ def _check_state(config: SiteConfig) -> Iterator[Check]:
         yield Check("state", "fail", f"{folder} is open to others than its owner", f"chmod 700 {folder}")
     else:
         yield Check("state", "pass", f"{folder}, readable by its owner only")
-    stopped = folder / STOPPED
-    if stopped.exists():
-        yield Check("stopped", "fail", "a preparation was stopped by a record", f"mend it and remove {stopped}")
 
 
 def _check_device(config: SiteConfig) -> Check:

@@ -50,7 +50,7 @@ sources:                          # where records are; kinds and their keys: doc
 tasks:                            # public: their names and sizes
 {task_entries}
 split: {{test_fraction: 0.2, salt: ""}}   # held-out patients, by a hash of their id: nobody moves when rows are added
-on_bad_record: skip               # a record that cannot be used is left out and listed; `stop`: the site declines
+on_bad_record: skip               # a record that cannot be used is left out and listed; `stop`: no run is approved
 evaluation: local                 # held-out records are evaluated here only. Or in noised counts, from a share of the
                                   # budget: {{share: 0.1, evaluations: 20}}
 

@@ -1,7 +1,7 @@
 """From a site's sources to units: prepared once for a run, written as small arrays, opened each round.
 
-What cannot be used is named by file and row in the site's own `problems.csv`, counted, and skipped or fatal as the
-site's file says.
+What cannot be used is named by file and row in the site's own `problems.csv`, counted and left out; no record stops a
+preparation (see `client.data.snapshot`).
 
 # Shapes: R records, D features.
 """
@@ -38,6 +38,7 @@ from client.data.records import (
     place_records,
     select_rows,
 )
+from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
 from common.files import private_folder, write_atomic
@@ -57,11 +58,13 @@ class Preparation:
 
     Attributes:
         problems: records that are not used, or not as their files say.
+        num_records: number of records of the run's sources, those that cannot be used included.
         num_units: units on each side.
         precision_error: the largest error of features where they were computed in less than float32, else None.
     """
 
     problems: tuple[RejectedRecord, ...] = field(repr=False)
+    num_records: int = field(repr=False)
     num_units: Mapping[Side, int] = field(repr=False)
     precision_error: float | None = None
 
@@ -112,32 +115,33 @@ def prepare(
 ) -> Preparation:
     """Encodes what is not encoded yet and writes the arrays that `open_units` reads.
 
-    The steps: load every view's records, place them on a side, encode their labels, number their units, write.
+    The steps: load every view's records, place them on a side, encode their labels, number their units, write. Units
+    that the site's snapshot does not know are left out.
 
     Args:
         config: the site's file.
         tasks: the run's tasks at this site, by name.
         backbones: backbone of each task, or its frozen part; tasks on one source and one backbone share their features.
         encoding: store of cached features, and the device on which missing ones are computed.
-        folder: folder that receives the arrays; `problems.csv` is written beside it, also where preparing stops
-            because of rejected records.
+        folder: folder that receives the arrays; `problems.csv` is written beside it.
 
     Returns:
         Rejected records, numbers of units and the error of the features' precision.
 
     Raises:
-        BadInput: a source cannot be opened; a rejected record, or no record to train on, where `on_bad_record` is
-            `stop`.
+        BadInput: a source cannot be opened, or the site file was changed since the snapshot.
     """
+    snapshot = open_snapshot(config, [config.tasks[name].source for name in tasks])
     views = {name: _View(config.tasks[name].source, backbones[name].digest) for name in tasks}
     by_view = {views[name]: backbones[name] for name in reversed(list(tasks))}
     loaded = {view: _load_view(config, view, by_view[view], encoding) for view in sorted(by_view)}
     usable = {(each.source, each.position): each for view in loaded.values() for each in view.usable}
     placed, listed = place_records(list(usable.values()), config.split, config.unit)
+    placed, new = snapshot.place(placed, config.unit)
     members = {view: _select_view(placed, view, each.features) for view, each in loaded.items()}
     labels = {name: encode_labels(name, task, config.tasks[name], members[views[name]]) for name, task in tasks.items()}
     units = _number_units(placed)
-    rejected = [record for view in loaded.values() for record in view.rejected] + listed
+    rejected = [record for view in loaded.values() for record in view.rejected] + listed + new
     rejected += [record for each in labels.values() for record in each.rejected]
     if units.num_units["train"] == 0:
         names = sorted({view.source for view in loaded})
@@ -146,7 +150,6 @@ def prepare(
     rejected = list(dict.fromkeys(rejected))
     private_folder(folder.parent)
     _write_rejected(folder.with_name(PROBLEMS), rejected)
-    _stop_if_asked(config, rejected)
     about = {
         "num_units": units.num_units,
         "views": {name: view.key for name, view in views.items()},
@@ -159,7 +162,9 @@ def prepare(
     write_atomic(private_folder(folder) / ARRAYS, save(arrays, metadata=metadata))
     errors = [each.features.error for each in loaded.values() if each.features.error is not None]
     error = max(errors) if errors and config.precision != "float32" else None
-    return Preparation(tuple(rejected), units.num_units, error)
+    left_out = {(each.file, each.row) for each in rejected if each.row and not each.task and not each.is_used}
+    num_records = len(placed) + len(left_out)
+    return Preparation(tuple(rejected), num_records, units.num_units, error)
 
 
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:
@@ -283,13 +288,3 @@ def _write_rejected(path: Path, problems: Sequence[RejectedRecord]) -> None:
     writer.writerow(["file", "row", "task", "reason"])
     writer.writerows([problem.file, problem.row, problem.task, problem.reason] for problem in problems)
     write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def _stop_if_asked(config: SiteConfig, problems: Sequence[RejectedRecord]) -> None:
-    if problems and config.on_bad_record == "stop":
-        first = problems[0]
-        where = first.file if first.row is None else f"{first.file} row {first.row}"
-        raise BadInput(
-            f"{where}: {first.reason}; {len(problems)} such record(s), listed in {PROBLEMS}; mend them or write "
-            "`on_bad_record: skip`"
-        )

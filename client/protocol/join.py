@@ -12,7 +12,6 @@ from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.ledger.events import TRAINING
 from client.ledger.older_copy import check_witness
 from client.protocol.approvals import Approvals, check_offer
-from client.protocol.prepare import refuse_while_stopped
 from client.protocol.requirements import (
     num_parameters,
     refuse_what_does_not_fit,
@@ -49,7 +48,6 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         SiteDeclined: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
             has approved the run, or it requires an audit that the solver does not pass here.
     """
-    refuse_while_stopped(site)
     joined = _read_offer(site, request)
     tasks = joined.tasks(site.config)
     if not tasks:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 
 from client.data.prepare import Encoding, prepare
 from client.protocol.site import (
-    STOPPED,
     Joined,
     Site,
     SiteDeclined,
@@ -17,7 +16,7 @@ from client.protocol.site import (
 )
 from common import messages
 from common.events import HeadsReceived, RunPrepared
-from common.files import private_folder, write_atomic
+from common.files import write_atomic
 from common.model.backbones import Backbone
 from common.model.trunks import freeze_parts
 from common.types import (
@@ -47,7 +46,6 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
     Raises:
         SiteDeclined: not joined, or a backbone is not one that was agreed on.
     """
-    refuse_while_stopped(site)
     joined = joined_run(site, request.run_id)
     _refuse_others(site, joined, request.specs)
     tasks = joined.tasks(site.config)
@@ -59,26 +57,26 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
         frozen = freeze_parts(joined.run, opened)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
-    try:
-        preparation = prepare(
-            site.config,
-            tasks,
-            {name: frozen[joined.run.backbone_of(name)] for name in tasks},
-            Encoding(site.features(), site.device(), site.progress),
-            joined.folder / "data",
-        )
-    except BadInput as error:
-        # Under `skip` no record stops a preparation: what does is a file that is gone, and may be back tomorrow.
-        if site.config.on_bad_record == "stop":
-            _stop(site, str(error))
-        raise
+    preparation = prepare(
+        site.config,
+        tasks,
+        {name: frozen[joined.run.backbone_of(name)] for name in tasks},
+        Encoding(site.features(), site.device(), site.progress),
+        joined.folder / "data",
+    )
     feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}
     prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
-    num_left_out = sum(problem.row is not None and not problem.is_used for problem in preparation.problems)
+    left_out = [(problem.file, problem.row) for problem in preparation.problems if problem.row and not problem.is_used]
     site.journal.write(
-        RunPrepared(run_id=joined.run_id, num_left_out=num_left_out, precision_error=preparation.precision_error)
+        RunPrepared(
+            run_id=joined.run_id,
+            num_left_out=len(left_out),
+            num_records=preparation.num_records,
+            num_usable=max(0, preparation.num_records - len(set(left_out))),
+            precision_error=preparation.precision_error,
+        )
     )
     return messages.Ready()
 
@@ -96,14 +94,6 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     write_atomic(joined.folder / "final_heads.bin", messages.to_bytes(records))
     site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
     return messages.Ready()
-
-
-def refuse_while_stopped(site: Site) -> None:
-    """Raises SiteDeclined while the site's staff has not cleared a stop."""
-    path = site.config.state_dir / STOPPED
-    if path.exists():
-        detail = path.read_text(encoding="utf-8")
-        raise SiteDeclined(DeclineReason.BAD_REQUEST, f"stopped since: {detail}; mend it and remove {path}")
 
 
 def _refuse_others(site: Site, joined: Joined, digests: Iterable[str]) -> None:
@@ -127,12 +117,3 @@ def _open_backbones(
         if opened[name].public_spec() != joined.run.backbone_specs[name].settings():
             raise DigestMismatch(f"{joined.run.backbone_key(name)}: its settings are not those of the run")
     return opened
-
-
-def _stop(site: Site, detail: str) -> None:
-    """Answer nobody until the site's staff has looked.
-
-    Whether records stop a preparation is a fact about them. A coordinator that could ask again, with other labels or
-    ranges, would learn a fact each time; so it learns one for each time a person clears the stop.
-    """
-    write_atomic(private_folder(site.config.state_dir) / STOPPED, detail.encode())

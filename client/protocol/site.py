@@ -41,10 +41,6 @@ if TYPE_CHECKING:
     from common.privacy.noise import Entropy
 
 
-STOPPED = "stopped.txt"
-"""File in a site's state folder that says which record stopped a preparation."""
-
-
 class SiteDeclined(Exception):
     """A request that this site declines.
 

@@ -264,6 +264,22 @@ def test_a_bad_record_stops_or_is_skipped_as_the_file_says(
     assert Path(line.rpartition("listed in ")[2]).is_file()
 
 
+def test_a_simulation_of_which_a_site_can_use_too_few_records_stops_before_it_trains(
+    command: Command, simulation_file: Path, tmp_path: Path
+) -> None:
+    """Of 180 records and 60 bad ones, three quarters can be used."""
+    for _ in range(60):
+        add_row(simulation_file, "0.1", "0.2", "CANARY")
+    stopped = command("run", "min_usable_share=0.9", options=("--out", str(tmp_path / "out")))
+    refused(
+        stopped, 2, "error: site ", " records can be used; the first of the others: rows.csv row ", "min_usable_share"
+    )
+    assert "CANARY" not in stopped.output
+    journal = (tmp_path / "out" / "journal.jsonl").read_text()
+    assert "features_ready" in journal and "round" not in {json.loads(line)["event"] for line in journal.splitlines()}
+    assert command("run", "min_usable_share=0.5").exit_code == 0
+
+
 def test_missing_and_unreadable_images_are_named_by_row_and_the_run_goes_on(
     command: Command, simulation_file: Path
 ) -> None:
