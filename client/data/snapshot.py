@@ -22,6 +22,7 @@ from client.data.records import PlacedRecord, RejectedRecord, UsableRecord, find
 from client.data.sources import Source, open_source
 from common.errors import instead
 from common.files import private_folder, write_atomic
+from common.inputs import encode_text
 from common.types import BadInput, Unit
 
 SNAPSHOT = "snapshot.json"
@@ -159,7 +160,7 @@ def name_units(records: Sequence[PlacedRecord], unit: Unit) -> list[str]:
 
 
 def _digest_unit(key: bytes, name: str) -> str:
-    return hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:_DIGEST_CHARS]
+    return hmac.new(key, encode_text(name), hashlib.sha256).hexdigest()[:_DIGEST_CHARS]
 
 
 def _digest_structure(config: SiteConfig, source: str) -> str:

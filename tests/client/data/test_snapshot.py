@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_names_of_units_stay_when_records_are_reordered(tmp_path: Path) -> None:
         after = survey_sources(a_site(tmp_path, ROWS[::-1], unit=unit.value)).placed
         assert sorted(name_units(before, unit)) == sorted(name_units(after, unit))
         assert len(set(name_units(before, unit))) == len(ROWS)
+
+
+def test_a_file_name_that_is_no_text_is_a_name_like_any_other(tmp_path: Path) -> None:
+    config = a_site(tmp_path, ROWS)
+    survey = survey_sources(config)
+    odd = replace(survey.placed[0], record=replace(survey.placed[0].record, key="sc\udce4n.png"))
+    snapshot = freeze_snapshot(config, replace(survey, placed=(odd, *survey.placed[1:])))
+    assert len(snapshot.place([odd], Unit.EXAMPLE)[0]) == 1
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
