@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client.config import SiteConfig
-from client.connection.checks import Check, check_site, require_usable_records
+from client.connection.checks import Check, check_site, freeze_records
 from client.ledger.overlap import forget_patients, record_patients
 from client.protocol.purge import purge
 from client.protocol.site import Site
@@ -109,8 +109,8 @@ def test_check_names_the_other_registry_and_the_number_of_common_patients(tmp_pa
 
 def test_approving_a_run_says_so_too(tmp_path: Path) -> None:
     hearts, lungs = (clinic(tmp_path / name, name, ["7", "8", "9"]) for name in ("hearts", "lungs"))
-    assert require_usable_records(hearts, []) == []
-    [found] = require_usable_records(lungs, [])
+    assert freeze_records(hearts, []) == []
+    [found] = freeze_records(lungs, [])
     assert (found.name, found.outcome) == ("overlap", "warn")
 
 

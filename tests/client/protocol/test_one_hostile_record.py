@@ -15,7 +15,7 @@ from client.data.prepare import open_units
 from client.data.units import Units
 from client.protocol.evaluate import sum_statistics
 from client.protocol.join import join
-from client.protocol.site import STOPPED, Site, joined_run
+from client.protocol.site import Site, joined_run
 from common.events import RunPrepared, read_site_journal
 from common.model.backbones import open_backbones
 from common.privacy.lattice import Lattice
@@ -74,7 +74,6 @@ def prepared_site(config: SiteConfig, run: RunConfig) -> Site:
     site, frozen = Site(config, os_entropy), open_backbones(run)[ONLY_BACKBONE]
     join(site, offered("first", run, frozen))
     give_backbone(site, "first", frozen)
-    assert not (config.state_dir / STOPPED).exists()
     join(site, offered("second", run, frozen))
     return site
 
@@ -117,18 +116,19 @@ def test_a_record_that_is_used_all_the_same_is_listed_and_not_counted_as_left_ou
     assert len((joined_run(site, "first").folder / "problems.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize(("on_bad_record", "stops"), [("skip", False), ("stop", True)])
-def test_only_a_site_that_asked_to_stop_at_a_bad_record_stops_answering(
-    tmp_path: Path, on_bad_record: str, stops: bool
-) -> None:
+@pytest.mark.parametrize("on_bad_record", ["skip", "stop"])
+def test_a_file_that_is_gone_declines_a_preparation_and_stops_no_later_one(tmp_path: Path, on_bad_record: str) -> None:
     run = table_run("example")
     config = table_site(tmp_path / "a", GOOD, "example").model_copy(update={"on_bad_record": on_bad_record})
     site, frozen = Site(config, os_entropy), open_backbones(run)[ONLY_BACKBONE]
     join(site, offered("first", run, frozen))
-    (tmp_path / "a" / "rows.csv").unlink()
+    rows = tmp_path / "a" / "rows.csv"
+    rows.rename(tmp_path / "elsewhere.csv")
     with pytest.raises(BadInput, match=r"rows\.csv: expected a readable table"):
         give_backbone(site, "first", frozen)
-    assert (config.state_dir / STOPPED).exists() == stops
+    (tmp_path / "elsewhere.csv").rename(rows)
+    join(site, offered("second", run, frozen))
+    give_backbone(site, "second", frozen)
 
 
 def test_one_record_that_is_trained_on_moves_an_evaluation_by_nothing(tmp_path: Path) -> None:
