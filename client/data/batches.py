@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from client.data.sources.parts.boundary import try_record
@@ -51,6 +50,8 @@ def draw_inputs(preprocess: Callable[[Any], Tensor], count: int) -> Tensor | Non
         The inputs; None where the backbone takes neither a picture nor a text nor a recording.
     """
     rng = np.random.default_rng(0)
+    from PIL import Image  # Here: a round on cached features needs none.
+
     pictures = [Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(_DISTINCT)]
     texts = [Text("a word or two " * (number + 1)) for number in range(_DISTINCT)]
     noises = [rng.normal(scale=0.1, size=16000).astype(np.float32) for _ in range(_DISTINCT)]
