@@ -65,7 +65,10 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
     def clip_and_accumulate(self) -> None:
         """Adds the clipped gradients of a block's units to the totals, exactly."""
         gradients_U = [parameter.grad_sample for parameter in self.params]
-        square_U = torch.stack([bound_norms(gradient_U.flatten(1)).square_() for gradient_U in gradients_U]).sum(dim=0)
+        # One after the other: the order in which torch sums over an axis depends on a unit's place.
+        square_U = torch.zeros(len(gradients_U[0]), dtype=torch.double, device=gradients_U[0].device)
+        for gradient_U in gradients_U:
+            square_U.add_(bound_norms(gradient_U.flatten(1)).square_())
         # The sum of a few squares may round: 2**-40 is more.
         factor_U = self._lattice.compute_factors(square_U.sqrt_().mul_(1.0 + 2.0**-40))
         for total, gradient_U in zip(self._totals, gradients_U, strict=True):

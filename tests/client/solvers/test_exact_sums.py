@@ -317,6 +317,27 @@ def test_through_opacus_one_unit_more_adds_its_own_part_too(count: int) -> None:
                 assert torch.equal(total - rest, part)
 
 
+def test_a_clip_factor_over_many_parameters_is_the_same_at_every_place() -> None:
+    """Squares of parameters' norms that torch sums over an axis round differently in a vector and behind the last."""
+    parameters = [nn.Parameter(torch.zeros(5)) for _ in range(9)]
+    plan = Plan(1.0, 1, 0.5, 3.0, Unit.EXAMPLE)
+    sgd = torch.optim.SGD(parameters, lr=0.0)
+    optimizer = StreamOptimizer(sgd, plan=plan, divisors=[1.0] * 9, stream=NoiseStream(bytes(32)))
+    generator = torch.Generator().manual_seed(1)
+    own = torch.randn(1000, 9, 5, generator=generator) * 10.0 ** torch.arange(-2, 7)[:, None].remainder(3)
+
+    def total(units: Tensor) -> Tensor:
+        optimizer.reset_totals()
+        for index, parameter in enumerate(parameters):
+            parameter.grad_sample = units[:, index]  # type: ignore[attr-defined]  # As Opacus stores it.
+        optimizer.clip_and_accumulate()
+        return torch.stack(optimizer._totals)
+
+    alone = torch.stack([total(unit[None]) for unit in own])
+    for count in (1, 7, 64, 1000):
+        assert torch.equal(total(own[:count]), alone[:count].sum(dim=0))
+
+
 def test_blocks_have_one_shape_and_hold_every_unit_once() -> None:
     people = [Person(seed, records=[1, 2, 5, 0, 40][seed % 5]) for seed in range(60)]
     units = site(people, DEEP)
