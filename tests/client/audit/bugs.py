@@ -195,6 +195,8 @@ def seed_every_call_alike(stream: NoiseStream) -> NoiseStream:
 def repeat_for_all_classes(noise: Noise) -> Noise:
     """The digit head's weight comes first: its first class's noise is used for all three."""
     width = LIVE + NUM_CANARIES + FREE
+    if len(noise) < 3 * width:  # A head of other records than canaries.
+        return noise
     copied = noise.copy()
     copied[: 3 * width] = np.tile(noise[:width], 3)
     return copied
