@@ -170,6 +170,32 @@ class ChargeRefused(LedgerFacts):
     purpose: Purpose = TRAINING
 
 
+class RunEarmarked(LedgerFacts):
+    """A site joined a run: what its training may still cost is held for it.
+
+    Attributes:
+        run: id of the run.
+        mechanism: releases of all its rounds together.
+        rounds: number of its rounds.
+    """
+
+    event: Literal["earmarked"] = "earmarked"
+    run: str
+    mechanism: Mechanism
+    rounds: int
+
+
+class EarmarkReleased(LedgerFacts):
+    """A run ended or was given up: nothing is held for it any more.
+
+    Attributes:
+        run: id of the run.
+    """
+
+    event: Literal["released"] = "released"
+    run: str
+
+
 class TornLineRemoved(LedgerFacts):
     """A crash had left part of a line, which was removed.
 
@@ -189,6 +215,8 @@ LedgerEvent = (
     | ChargeReserved
     | ChargeCommitted
     | ChargeRefused
+    | RunEarmarked
+    | EarmarkReleased
     | TornLineRemoved
 )
 

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from client.ledger.events import (
     TRAINING,
     ChargeCommitted,
     ChargeReserved,
+    EarmarkReleased,
     LedgerCreated,
     LedgerLine,
     LedgerRecovered,
     LossAssumed,
     Purpose,
+    RunEarmarked,
     Terms,
     TermsAmended,
 )
@@ -67,6 +69,27 @@ class Assumed:
 
 
 @dataclass(frozen=True)
+class Earmark:
+    """The part of the budget that is held for a run that the site joined.
+
+    Attributes:
+        mechanism: releases of all its rounds together.
+        rounds: number of its rounds.
+        charged: its rounds that were charged.
+    """
+
+    mechanism: Mechanism
+    rounds: int
+    charged: frozenset[int] = frozenset()
+
+    def compute_rest(self, round_: int | None = None) -> Mechanism | None:
+        """Returns the releases of the rounds that are not charged, without a given one; None where there are none."""
+        open_rounds = self.rounds - len(self.charged | ({round_} if round_ is not None else set()))
+        steps = self.mechanism.steps * open_rounds // self.rounds
+        return replace(self.mechanism, steps=steps) if steps > 0 else None
+
+
+@dataclass(frozen=True)
 class History:
     """A population's terms and everything that may have left the site under them.
 
@@ -76,12 +99,14 @@ class History:
         assumed: the last recovery's assumption; None without one.
         merged: the charges that the assumption does not count, equal ones as one of all their steps, in order of the
             first of each; None where they are to be taken from the charges, one by one.
+        earmarks: run -> what is held for it; runs that ended are not in it.
     """
 
     terms: Terms
     charges: Mapping[int, Charge]
     assumed: Assumed | None = None
     merged: Mapping[tuple[str, float, float], Mechanism] | None = None
+    earmarks: Mapping[str, Earmark] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lines: Sequence[LedgerLine]) -> History:
@@ -94,6 +119,7 @@ class History:
         """Returns the history after further lines."""
         assert self.merged is not None, "only a history of lines is extended"
         terms, assumed, charges, merged = self.terms, self.assumed, dict(self.charges), dict(self.merged)
+        earmarks = dict(self.earmarks)
         for line in lines:
             match line.event:
                 case LedgerCreated() | TermsAmended() | LedgerRecovered() as event:
@@ -109,9 +135,33 @@ class History:
                     kind = (event.mechanism.kind, event.mechanism.noise_multiplier, event.mechanism.sampling_rate)
                     steps = event.mechanism.steps + (merged[kind].steps if kind in merged else 0)
                     merged[kind] = replace(event.mechanism, steps=steps)
+                    held = earmarks.get(event.run)
+                    if held is not None and event.purpose == TRAINING:
+                        earmarks[event.run] = replace(held, charged=held.charged | {event.round})
+                case RunEarmarked() as event:
+                    own = (charge for charge in charges.values() if charge.run == event.run)
+                    charged = frozenset(charge.round for charge in own if charge.purpose == TRAINING)
+                    earmarks[event.run] = Earmark(event.mechanism, event.rounds, charged)
+                case EarmarkReleased() as event:
+                    earmarks.pop(event.run, None)
                 case ChargeCommitted() as event if event.reserved in charges:
                     charges[event.reserved] = replace(charges[event.reserved], committed=True)
-        return History(terms, charges, assumed, merged)
+        return History(terms, charges, assumed, merged, earmarks)
+
+    def list_earmarked(self, run: str | None = None, round_: int | None = None) -> list[Mechanism]:
+        """Returns what is held for runs that the site joined.
+
+        Args:
+            run: id of a run that is about to be charged; None for none.
+            round_: its round, which is then no longer held; None: nothing is held for this run.
+        """
+        rests = []
+        for name, earmark in self.earmarks.items():
+            if name != run:
+                rests.append(earmark.compute_rest())
+            elif round_ is not None:
+                rests.append(earmark.compute_rest(round_))
+        return [rest for rest in rests if rest is not None]
 
     def compute_epsilon(self, further: Iterable[Mechanism] = (), *, committed_only: bool = False) -> float:
         """Returns an upper bound on epsilon, at the terms' delta, of the history and further mechanisms together."""

@@ -31,10 +31,12 @@ from client.ledger.events import (
     ChargeCommitted,
     ChargeRefused,
     ChargeReserved,
+    EarmarkReleased,
     LedgerCreated,
     LedgerEvent,
     LedgerLine,
     LedgerRecovered,
+    RunEarmarked,
     Terms,
     TermsAmended,
     read_lines,
@@ -184,12 +186,12 @@ class Ledger:
         charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=TRAINING)
         with chain.exclusive(self._folder) as opened:
             history = _read_history(opened)
-            held = list_unspent(evaluation_budget, history)
+            held = [*list_unspent(evaluation_budget, history), *history.list_earmarked(run, round)]
             if history.is_within_cap([mechanism, *held]) or (allow_infinite and mechanism.kind == "none"):
                 return _reserve(opened, charge)
             _append(opened, _refuse(charge))
         share, terms = history.compute_share([mechanism, *held]), history.terms
-        beside = " and what is held for evaluations" if held else ""
+        beside = " and what is held for evaluations and joined runs" if held else ""
         raise BudgetExhausted(
             f"registry {self._folder.name}: with this charge{beside} {round_up(100.0 * share, 1)} % of the budget of "
             f"epsilon {terms.epsilon_cap} at delta {terms.delta} would be used{history.explain_filter(mechanism)}"
@@ -227,7 +229,7 @@ class Ledger:
             charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=EVALUATION)
             lost = allow_infinite and history.compute_epsilon() == math.inf
             covered = covers_evaluation(evaluation_budget, history, mechanism)
-            if covered and (lost or history.is_within_cap([mechanism])):
+            if covered and (lost or history.is_within_cap([mechanism, *history.list_earmarked()])):
                 return _reserve(opened, charge), mechanism
             _append(opened, _refuse(charge))
         raise BudgetExhausted(
@@ -275,12 +277,50 @@ class Ledger:
         )
 
     def affords(self, mechanisms: Iterable[Mechanism], evaluation_budget: NoisedEvaluation | None = None) -> bool:
-        """Returns True where these, the whole history and what is held for evaluations stay within the cap.
+        """Returns True where these, the whole history and everything that is held stay within the cap.
 
         Nothing is charged or logged.
         """
         history = self.history()
-        return history.is_within_cap([*mechanisms, *list_unspent(evaluation_budget, history)])
+        held = [*list_unspent(evaluation_budget, history), *history.list_earmarked()]
+        return history.is_within_cap([*mechanisms, *held])
+
+    def earmark(
+        self, mechanism: Mechanism, *, run: str, rounds: int, evaluation_budget: NoisedEvaluation | None = None
+    ) -> None:
+        """Holds what is left of a run's price from now on; once, however often the run is joined.
+
+        Args:
+            mechanism: releases of all rounds of the run together.
+            run: id of the run.
+            rounds: number of its rounds.
+            evaluation_budget: the part of the budget that is held for evaluations.
+
+        Raises:
+            BudgetExhausted: the history, the run and everything else that is held exceed the cap; nothing is held.
+        """
+        with chain.exclusive(self._folder) as opened:
+            history = _read_history(opened)
+            wanted = RunEarmarked(run=run, mechanism=mechanism, rounds=rounds)
+            after = history.extend([LedgerLine(len(opened.bodies), 0.0, wanted)])
+            # Runs first: where nothing was charged yet, the first of these fixes the filter.
+            held = [*after.list_earmarked(), *list_unspent(evaluation_budget, history)]
+            if not history.is_within_cap(held):
+                share = 100.0 * history.compute_share(held)
+                raise BudgetExhausted(
+                    f"the run's whole price exceeds what the registry has left: {round_up(share, 1)} % of the budget "
+                    f"of epsilon {history.terms.epsilon_cap} would be used or held{history.explain_filter(mechanism)}"
+                )
+            if history.earmarks.get(run) != after.earmarks[run]:
+                _append(opened, wanted)
+
+    def release(self, run: str) -> bool:
+        """Returns True where something was held for a run; it is not any more."""
+        with chain.exclusive(self._folder) as opened:
+            held = run in _read_history(opened).earmarks
+            if held:
+                _append(opened, EarmarkReleased(run=run))
+        return held
 
     def charges(self) -> list[Charge]:
         """Returns all charges in order."""

@@ -16,12 +16,14 @@ from client.config import SiteConfig
 from client.ledger.events import (
     ChargeRefused,
     ChargeReserved,
+    EarmarkReleased,
     LedgerCreated,
     LedgerEvent,
     LedgerLine,
     LedgerRecovered,
     LossAssumed,
     Purpose,
+    RunEarmarked,
     TermsAmended,
     TornLineRemoved,
 )
@@ -190,6 +192,7 @@ def _change(event: LedgerEvent) -> str | None:
                     ("unit", before.unit, event.unit),
                     ("epsilon_cap", before.epsilon_cap, event.epsilon_cap),
                     ("delta", before.delta, event.delta),
+                    ("filter", before.filter, event.filter),
                 )
                 if old != new
             ]
@@ -201,6 +204,10 @@ def _change(event: LedgerEvent) -> str | None:
             return f"everything before counts as epsilon {known} at delta {event.delta}"
         case TornLineRemoved():
             return f"a line torn by a crash was removed ({event.bytes} bytes)"
+        case RunEarmarked():
+            return f"{event.run}: held {in_words(event.mechanism)}"
+        case EarmarkReleased():
+            return f"{event.run}: nothing is held any more"
         case LedgerCreated():
             return f"unit {event.unit}, budget {event.epsilon_cap} at delta {event.delta}"
         case _:

@@ -82,6 +82,8 @@ class Balance:
         affordable: for the last run's plan or another; None without any.
         amendment_due: whether the site file says other terms than the ledger.
         used_share: part of the budget that the privacy filter counts as used; it decides, the epsilons are shown.
+        earmarks: runs that the site joined and for which what is left of their price is held.
+        held_share: part of the budget that is held for them.
         filter: the filter, such as `gdp` or `renyi at order 7`; None where a recovery counts the whole cap as spent.
         evaluation: the share for evaluations; None where held-out units are evaluated locally.
     """
@@ -96,6 +98,8 @@ class Balance:
     evaluation: EvaluationBudget | None
     used_share: float
     filter: str | None
+    earmarks: tuple[str, ...]
+    held_share: float
 
     @property
     def left_epsilon(self) -> float:
@@ -143,6 +147,8 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
         evaluation=None if share is None else evaluation_share(share, history),
         used_share=history.compute_share(),
         filter=_describe_filter(history),
+        earmarks=tuple(history.earmarks),
+        held_share=history.compute_share(history.list_earmarked()) - history.compute_share(),
     )
 
 
@@ -173,7 +179,7 @@ def count_affordable_rounds(history: History, plan: Plan, share: NoisedEvaluatio
 
     What is unspent of a share for evaluations stays held back.
     """
-    held = list_unspent(share, history)
+    held = [*list_unspent(share, history), *history.list_earmarked()]
 
     def covers(rounds: int) -> bool:
         return history.is_within_cap([Mechanism.of(plan.over(rounds)), *held])
@@ -206,6 +212,8 @@ def as_json(account: Balance) -> dict[str, Any]:
         "amendment_due": account.amendment_due,
         "filter": account.filter,
         "used_share": shown(account.used_share),
+        "earmarks": list(account.earmarks),
+        "held_share": shown(account.held_share),
         "runs": [
             {
                 "run": run.run,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
-from client.ledger.events import TRAINING
 from client.ledger.older_copy import check_witness
 from client.protocol.approvals import Approvals, check_offer
 from client.protocol.requirements import (
@@ -36,6 +35,7 @@ from common.privacy.accounting import Mechanism
 from common.tasks import Task
 from common.types import (
     BadInput,
+    BudgetExhausted,
     DeclineReason,
     RunFailed,
 )
@@ -68,14 +68,14 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     _check_heads(joined, tasks)
     ledger = site.ledger()
     check_witness(ledger, request.witness)
-    # A resumed run was partly paid for; each round's reservation stays the gate.
-    charged = site.config.name_charge(joined.run_id)
-    paid = {charge.round for charge in ledger.charges() if (charge.run, charge.purpose) == (charged, TRAINING)}
-    rounds = joined.run.rounds - len(paid)
-    whole = [Mechanism.of(plan.over(rounds))] if rounds > 0 else []
-    if plan.private and whole and not ledger.affords(whole, site.share):
-        raise SiteDeclined(DeclineReason.BUDGET, "the run's whole price exceeds what the registry has left")
     _pass_audit(site, joined, request, tasks)
+    if plan.private:
+        # A resumed run was partly paid for: what its rounds were charged is not held again.
+        run, rounds = site.config.name_charge(joined.run_id), joined.run.rounds
+        try:
+            ledger.earmark(Mechanism.of(plan.over(rounds)), run=run, rounds=rounds, evaluation_budget=site.share)
+        except BudgetExhausted as error:
+            raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
     write_atomic(private_folder(joined.folder) / "offer.json", Offer(request.run, request.backbones).to_bytes())
     site.journal.write(RunJoined(run_id=joined.run_id, tasks=tuple(sorted(tasks))))
     return messages.JoinReply(

@@ -146,7 +146,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         run_epsilon=compute_epsilon([whole], delta),
         evaluation_epsilon=compute_epsilon(evaluations, delta),
         final_epsilon=history.compute_epsilon([whole, *evaluations]),
-        final_share=history.compute_share([whole, *list_unspent(share, history)]),
+        final_share=history.compute_share([whole, *list_unspent(share, history), *history.list_earmarked()]),
         rounds_affordable=count_affordable_rounds(history, plan, share),
         evaluations=len(evaluations),
         evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),

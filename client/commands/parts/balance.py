@@ -31,6 +31,9 @@ def print_balance(account: Balance) -> None:
     if account.filter is not None:
         used = round_up(100.0 * account.used_share, 1)
         typer.echo(f"filter    {account.filter} counts {used:g} % of the budget as used; it decides what still fits")
+    if account.earmarks:
+        part = round_up(100.0 * account.held_share, 1)
+        typer.echo(f"earmarked {part:g} % for {', '.join(account.earmarks)}; `headwater site release` gives it back")
     if account.evaluation is not None:
         held = account.evaluation
         typer.echo(

@@ -219,6 +219,6 @@ def test_killed_in_the_middle_of_writing_the_charge(tmp_path: Path, frozen: Back
     sites.start(tmp_path, "reserving")
     assert sites.ask("reap") == -signal.SIGXFSZ
     assert replies(tmp_path) == []
-    assert [line.event.event for line in site.ledger().lines()] == ["created", "sealed"]
+    assert [line.event.event for line in site.ledger().lines()] == ["created", "earmarked", "sealed"]
     again(tmp_path, site)
     assert [charge.committed for charge in site.ledger().charges()] == [True]
