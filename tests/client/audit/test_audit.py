@@ -98,7 +98,7 @@ def test_the_closed_form_solver_passes_and_its_planted_bugs_are_caught(unit: Uni
     run = make_run(tasks=LINEAR, unit=unit, kind="dp_gd", sampling_rate=rate)
     assert join_reasons(audit(run)) == ""
     assert "times" in join_reasons(audit(break_solver(run, stream=bend_noise(lambda noise: noise / 2))))
-    assert "not clipped" in join_reasons(audit(break_solver(run, plan_used=bugs.clip_at_a_million)))
+    assert "not clipped" in join_reasons(audit(break_solver(run, bugs.ClipsNothing)))
 
 
 @pytest.mark.parametrize("solver", PRIVATE_SOLVERS)
@@ -133,7 +133,7 @@ def test_equal_keys_give_equal_findings_and_the_system_s_do_not() -> None:
 
 CAUGHT: dict[str, tuple[Callable[[], AuditedRun], str]] = {
     # 1. A unit moves a step's sum by at most the clip norm.
-    "no clipping": (lambda: break_solver(make_run(), plan_used=bugs.clip_at_a_million), "not clipped"),
+    "no clipping": (lambda: break_solver(make_run(), bugs.ClipsNothing), "not clipped"),
     "each task clipped by itself": (
         lambda: break_solver(make_run(tasks=EVERY_KIND), bugs.TaskByTask),
         "times the standard deviation",
