@@ -31,6 +31,8 @@ unit: {unit}                      # public: what the budget protects: `patient` 
 budget:                           # public: what the registry may spend in total, for ever
   epsilon: {mark}                 # such as 8.0
   delta: 1.0e-5                   # at most 1 / (10 x the largest public_size below)
+  # filter: renyi                 # how charges add up: `renyi` counts sampled releases for less than `gdp` does, and
+                                  # full-batch ones for a little more. By default the first charge fixes which
 
 allow:                            # nothing is allowed by omission; `any` must be written
   tasks: {tasks}
