@@ -462,7 +462,24 @@ class ApprovalUsed(Event):
     run_id: str = Field(description="Id of the run that uses the approval.")
 
 
-ApprovalEvent = RunApproved | ApprovalUsed
+class ApprovalSuspended(Event):
+    """A run was approved whose records a trial found unusable: no run is joined under the approval."""
+
+    event_name = "suspended"
+
+    digest: str = Field(description="Digest of the offer, in hexadecimal digits.")
+    detail: str = Field(description="Result of the trial, in one sentence.")
+
+
+class ApprovalConfirmed(Event):
+    """A later trial of the same run passed: the suspended approval is in force."""
+
+    event_name = "confirmed"
+
+    digest: str = Field(description="Digest of the offer, in hexadecimal digits.")
+
+
+ApprovalEvent = RunApproved | ApprovalUsed | ApprovalSuspended | ApprovalConfirmed
 """An event of a site's `approvals.jsonl`."""
 
 

@@ -17,7 +17,7 @@ from common.privacy.accounting import round_up
 from common.privacy.filters import TOLERANCE
 from common.process.console import reported_errors
 from common.run import RunConfig
-from common.types import BadInput, BudgetExhausted
+from common.types import BadInput, BudgetExhausted, RecordsUnusable
 from common.yaml import load
 
 
@@ -35,8 +35,8 @@ def approve(
 
     Without RUN it lists too.
 
-    A run that the site's budget does not cover is not approved, nor one for which a sample says that too few records
-    can be used: exit code 1.
+    A run that the site's budget does not cover is not approved: exit code 1. Where a trial says that too few records
+    can be used, no run is joined under the approval until the same command finds enough of them.
 
     Example: headwater site approve site.yaml offers/brain-mri.json
     """
@@ -52,14 +52,23 @@ def approve(
 
         offer = _find_offer(approvals, run)
         about = _describe_offer(config, offer)
-        about |= {item.name: item.detail for item in freeze_records(config, [offer])}
-        approval = approvals.approve(offer)
+        hindrance = None
+        try:
+            about |= {item.name: item.detail for item in freeze_records(config, [offer])}
+        except RecordsUnusable as error:
+            hindrance = str(error)
+        approval = approvals.approve(offer, hindrance=hindrance)
         if json_:
-            typer.echo(json.dumps({**about, "approved_by": approval.by, "time": approval.time}, indent=2))
+            given = {"approved_by": approval.by, "time": approval.time, "in_force": hindrance is None}
+            typer.echo(json.dumps({**about, **given, "hindrance": hindrance}, indent=2))
             return
         for key, value in about.items():
             typer.echo(f"{key:<13}{value}")
         typer.echo(f"approved by {approval.by}, for one run; recorded in {config.coordinator_dir / 'approvals.jsonl'}")
+        if hindrance is not None:
+            typer.echo(
+                f"NOT IN FORCE: {hindrance}; this site joins no run under it: mend that and approve again", err=True
+            )
 
 
 def _find_offer(approvals: Approvals, wanted: str) -> Offer:

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import instead
-from common.events import ApprovalUsed, FileJournal, RunApproved, read_approval_journal, select_events
+from common.events import (
+    ApprovalConfirmed,
+    ApprovalSuspended,
+    ApprovalUsed,
+    FileJournal,
+    RunApproved,
+    read_approval_journal,
+    select_events,
+)
 from common.files import lock_file, private_folder, write_atomic
 from common.offers import Offer, parse_offer
 from common.plugins import refuse_unknown_kind
@@ -73,6 +81,8 @@ class Approvals:
     def covers(self, digest: str, run_id: str) -> bool:
         """Returns true if a run under this digest uses an approval already, or there is one that no run uses."""
         used = self._used(digest)
+        if run_id not in used and self.find_suspension(digest) is not None:
+            return False
         return run_id in used or sum(approval.digest == digest for approval in self.all()) > len(used)
 
     def use(self, digest: str, run_id: str) -> bool:
@@ -89,14 +99,33 @@ class Approvals:
         used = select_events(read_approval_journal(self._log), ApprovalUsed)
         return {event.run_id for event in used if event.digest == digest}
 
-    def approve(self, offer: Offer) -> Approval:
-        """Record that the present user of the system approves a run; the offer waits no longer."""
+    def find_suspension(self, digest: str) -> str | None:
+        """Returns the reason for which an approval is not in force; None where it is, or where there is none."""
+        for event in reversed(read_approval_journal(self._log)):
+            if isinstance(event, ApprovalSuspended | ApprovalConfirmed) and event.digest == digest:
+                return event.detail if isinstance(event, ApprovalSuspended) else None
+        return None
+
+    def approve(self, offer: Offer, *, hindrance: str | None = None) -> Approval:
+        """Records that the present user of the system approves a run; the offer waits no longer once it is in force.
+
+        Args:
+            offer: the run.
+            hindrance: reason for which its records are unusable; once approved again without, it is in force.
+        """
         private_folder(self._log.parent)
-        approved = RunApproved(digest=offer.digest, run=check_offer(offer).name, by=getpass.getuser())
-        FileJournal(self._log).write(approved)
+        journal, suspended = FileJournal(self._log), self.find_suspension(offer.digest) is not None
+        # First, so that no crash leaves the approval in force.
+        if hindrance is not None:
+            journal.write(ApprovalSuspended(digest=offer.digest, detail=hindrance))
+        elif suspended:
+            journal.write(ApprovalConfirmed(digest=offer.digest))
+        if not suspended:
+            journal.write(RunApproved(digest=offer.digest, run=check_offer(offer).name, by=getpass.getuser()))
         self._log.chmod(0o600)
-        (self._waiting / f"{offer.digest}.json").unlink(missing_ok=True)
-        return self.all()[-1]
+        if hindrance is None:
+            (self._waiting / f"{offer.digest}.json").unlink(missing_ok=True)
+        return [approval for approval in self.all() if approval.digest == offer.digest][-1]
 
     def wait(self, offer: Offer) -> bool:
         """Keep an offer until somebody decides; whether it is new here. Where too many wait, it is not kept."""

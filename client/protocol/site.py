@@ -189,7 +189,9 @@ def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
         return
     approvals = Approvals(site.config.coordinator_dir)
     if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
-        detail = f"nobody approved run {digest}; see `headwater site approve SITE.yaml`"
+        suspension = approvals.find_suspension(digest)
+        fault = "nobody approved run" if suspension is None else f"{suspension}; the approval is not in force of run"
+        detail = f"{fault} {digest}; see `headwater site approve SITE.yaml`"
         raise SiteDeclined(DeclineReason.NOT_APPROVED, detail)
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from client.__main__ import app
 from client.config import SiteConfig
-from client.protocol.approvals import Approvals
+from client.protocol.approvals import Approvals, read_offer
 from common.backbones.small_cnn import SmallCnn
 from common.model.backbones import open_backbones
 from common.offers import encode_offer, make_offer
@@ -70,7 +70,7 @@ def checked(folder: Path, name: str = "task outcome in tiny") -> tuple[str, str]
     return found["outcome"], found["detail"]
 
 
-def test_no_usable_record_fails_check_and_is_neither_approved_nor_joined(tmp_path: Path) -> None:
+def test_no_usable_record_fails_check_and_no_approval_is_in_force_until_there_are_some(tmp_path: Path) -> None:
     commas = [row(at, f"{30 + at},5") for at in range(20)]
     config = a_site(tmp_path, commas)
     outcome, detail = checked(tmp_path)
@@ -78,9 +78,17 @@ def test_no_usable_record_fails_check_and_is_neither_approved_nor_joined(tmp_pat
     assert "to train on: 16 records, 16 with a label, 0 usable (16 tried)" in detail
     assert "20 unusable, the first: rows.csv row 1: column 'age': expected a number" in detail
     result = approve(tmp_path)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "tasks.outcome.min_units: expected at least 1 usable units to train on" in result.stderr
-    assert Approvals(config.state_dir).all() == []
+    assert (
+        "NOT IN FORCE: task outcome in tiny: tasks.outcome.min_units: expected at least 1 usable units" in result.stderr
+    )
+    offer = read_offer(tmp_path / "offers" / "tiny.json")
+    assert not Approvals(config.state_dir).covers(offer.digest, "tiny-1")
+    approve(tmp_path)
+    a_site(tmp_path, [row(at, "35") for at in range(20)])
+    assert "NOT IN FORCE" not in approve(tmp_path).stderr
+    approvals = Approvals(config.state_dir)
+    assert approvals.use(offer.digest, "tiny-1")
+    assert not approvals.covers(offer.digest, "tiny-2"), "three commands gave one approval"
 
 
 def test_a_site_that_joins_without_approval_makes_the_test_before_it_contacts_anyone(tmp_path: Path) -> None:
@@ -100,7 +108,7 @@ def test_fewer_usable_units_than_the_declared_minimum_refuse_a_run(tmp_path: Pat
     rows[11] = "p11;50;;train"
     a_site(tmp_path, rows, task={"min_units": least})
     result = approve(tmp_path)
-    assert result.exit_code == code
+    assert ("NOT IN FORCE" in result.stderr) == bool(code)
     assert "to train on: 10 records, 9 with a label, 8 usable" in result.stdout + result.stderr
 
 
@@ -128,7 +136,7 @@ def test_where_records_may_not_be_left_out_every_one_is_read(tmp_path: Path) -> 
         rows[at] = row(at, "x")
     a_site(tmp_path, rows, on_bad_record="stop")
     result = approve(tmp_path)
-    assert result.exit_code == 1 and "2 unusable, the first: rows.csv row 124" in result.stderr
+    assert "NOT IN FORCE" in result.stderr and "2 unusable, the first: rows.csv row 124" in result.stderr
 
 
 def pictures(folder: Path, size: int) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def test_without_weights_records_are_preprocessed(tmp_path: Path, size: int, cod
     a_site(tmp_path, [], sources=pictures(tmp_path, size))
     (tmp_path / "offers" / "tiny.json").write_bytes(offer)
     result = approve(tmp_path)
-    assert result.exit_code == code, result.output
+    assert ("NOT IN FORCE" in result.stderr) == bool(code), result.output
     assert "tried without the backbone's weights" in result.stdout + result.stderr
 
 
@@ -166,6 +174,6 @@ def test_with_the_sites_own_copy_of_the_weights_records_are_encoded(tmp_path: Pa
     a_site(tmp_path, [], sources=pictures(tmp_path, 8), own_backbones=[own])
     (tmp_path / "offers" / "tiny.json").write_bytes(offer)
     result = approve(tmp_path)
-    assert result.exit_code == code, result.output
+    assert ("NOT IN FORCE" in result.stderr) == bool(code), result.output
     said = result.stdout + result.stderr
     assert "without" not in said and ("features are not finite" in said) == bool(code)
