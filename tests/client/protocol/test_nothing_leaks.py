@@ -182,7 +182,7 @@ def binary_source(site: SiteConfig) -> None:
     rows_of(site).write_bytes(b"\xff\xfe\x00" + CANARY.encode() * 50)
 
 
-def ragged_source(site: SiteConfig) -> None:
+def ragged_row(site: SiteConfig) -> None:
     with rows_of(site).open("a") as file:
         file.write(f"\n{CANARY},{CANARY},{CANARY},{CANARY},{CANARY},{CANARY},{CANARY}")
 
@@ -200,7 +200,7 @@ def lost_patient(site: SiteConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [broken_source, binary_source, ragged_source, foreign_cell, foreign_label, lost_patient]
+    "damage", [broken_source, binary_source, ragged_row, foreign_cell, foreign_label, lost_patient]
 )
 @pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
 def test_a_source_backbone_or_label_that_fails_tells_one_word(
