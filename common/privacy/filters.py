@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from common.privacy.accounting import Mechanism
 from common.privacy.gaussian import gdp_mu
@@ -37,12 +37,21 @@ class PrivacyFilter:
     Attributes:
         kind: `gdp` or `renyi`.
         order: order of the Renyi divergence; None for `gdp`.
-        capacity: largest sum of costs (mu^2, or a divergence); below 0 where the order allows nothing.
+        epsilon: cap on epsilon.
+        delta: delta of the cap.
     """
 
     kind: FilterKind
     order: int | None
-    capacity: float
+    epsilon: float
+    delta: float
+
+    @cached_property
+    def capacity(self) -> float:
+        """Largest sum of costs (mu^2, or a divergence); below 0 where the order allows nothing."""
+        if self.order is None:
+            return gdp_mu(self.epsilon, self.delta) ** 2
+        return compute_capacity(self.order, self.epsilon, self.delta)
 
     def compute_cost(self, mechanism: Mechanism) -> float:
         """Returns the cost of all steps of a mechanism; infinite without noise."""
@@ -75,10 +84,9 @@ def choose_filter(first: Mechanism | None, kind: FilterKind | None, epsilon: flo
     """
     sampled = first is not None and first.sampling_rate < 1.0
     if kind == "gdp" or (kind is None and not sampled):
-        return PrivacyFilter("gdp", None, gdp_mu(epsilon, delta) ** 2)
+        return PrivacyFilter("gdp", None, epsilon, delta)
     sigma, rate = (1.0, 1.0) if first is None or first.kind == "none" else (first.noise_multiplier, first.sampling_rate)
-    order = _choose_order(sigma, rate, epsilon, delta)
-    return PrivacyFilter("renyi", order, compute_capacity(order, epsilon, delta))
+    return PrivacyFilter("renyi", _choose_order(sigma, rate, epsilon, delta), epsilon, delta)
 
 
 def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
