@@ -199,19 +199,15 @@ class History:
     def find_filter(self, further: Iterable[Mechanism] = ()) -> PrivacyFilter | None:
         """Returns the filter that decides, where further mechanisms follow; None where the assumed loss leaves nothing.
 
-        The first charge fixes it. Ledgers older than filters may hold sampled charges after full-batch ones: those have
-        `renyi`.
+        The first charge fixes it, or the site file; no later charge changes it.
         """
         cap, delta = self.terms.epsilon_cap, self.terms.delta
         if self.assumed is not None:
             cap, delta = cap - self.assumed.epsilon, delta - self.assumed.delta
             if cap <= 0.0 or delta <= 0.0:
                 return None
-        charged = self._list_mechanisms(False)
-        first = next(iter([*charged, *further]), None)
-        sampled = any(mechanism.sampling_rate < 1.0 for mechanism in charged)
-        kind = self.terms.filter or ("renyi" if sampled else None)
-        return choose_filter(first, kind, cap, delta)
+        first = next(iter([*self._list_mechanisms(False), *further]), None)
+        return choose_filter(first, self.terms.filter, cap, delta)
 
     def compute_run_epsilon(self, run: str) -> float:
         """Returns epsilon of one run's own charges, reserved or committed; 0 for a run that was never charged."""

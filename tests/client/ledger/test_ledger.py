@@ -210,6 +210,16 @@ def test_a_ledger_that_began_with_full_batch_counts_sampling_only_after_an_amend
     assert ledger.history().find_filter().kind == "renyi"
 
 
+def test_a_sampled_charge_does_not_change_the_filter_of_a_ledger_that_began_with_full_batch(tmp_path: Path) -> None:
+    """Else one cheap sampled charge lets a coordinator choose between two filters in view of outputs."""
+    charge(opened(tmp_path), gaussian(20.0))
+    before = opened(tmp_path).history().find_filter()
+    charge(opened(tmp_path), gaussian(100.0, 0.01))
+    assert opened(tmp_path).history().find_filter() == before
+    with pytest.raises(BudgetExhausted, match=r"began with full-batch runs: `budget\.filter: renyi`"):
+        charge(opened(tmp_path), gaussian(1.0, 0.01, 20), round_=2)
+
+
 def test_the_first_sampled_charge_fixes_the_order_for_all_that_follow(tmp_path: Path) -> None:
     charge(opened(tmp_path), gaussian(1.0, 0.01))
     before = opened(tmp_path).history().find_filter()
