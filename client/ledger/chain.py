@@ -51,6 +51,23 @@ Standing = Literal["held", "behind", "unknown"]
 key."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The last state of a chain that this process has seen or written.
+
+    Attributes:
+        key: the chain's key.
+        length: number of its anchored lines.
+        mac: HMAC of the last of them.
+        times_behind: how often such lines were found gone.
+    """
+
+    key: bytes
+    length: int
+    mac: str
+    times_behind: int
+
+
 @dataclass
 class OpenChain:
     """The verified facts of a chain whose lock is held, and the one way to add to them."""
@@ -99,6 +116,14 @@ class OpenChain:
         held = witness.length <= len(self._macs) and self._macs[witness.length - 1] == witness.mac
         return "held" if held else "behind"
 
+    def lacks(self, seen: Seen) -> bool:
+        """Returns True where lines that this process has seen are not there, under the key that they had."""
+        return seen.key == self._key and self._macs[seen.length - 1 : seen.length] != [seen.mac]
+
+    def note_seen(self, times_behind: int) -> Seen:
+        """Returns what is seen now: only lines that no power cut takes away."""
+        return Seen(self._key, self._num_anchored, self._macs[self._num_anchored - 1], times_behind)
+
     def _tag(self, chain: str, length: int, mac: str) -> str:
         key = hmac.new(self._key, b"witness", hashlib.sha256).digest()
         return _mac(key, chain, f"{length} {mac}")
@@ -126,11 +151,12 @@ def create(folder: Path, event: str, facts: Mapping[str, Any]) -> None:
 
 
 def identify_files(folder: Path) -> tuple[int, ...]:
-    """Returns numbers that change where a chain's folder is replaced or restored; appending does not change them."""
-    try:
-        return stamp_file(folder / _KEY)
-    except FileNotFoundError as error:
-        raise LedgerDamaged(f"ledger {folder.name}: its file {_KEY!r} is missing") from error
+    """Returns numbers that change where a chain's folder is replaced or restored; appending does not change them.
+
+    Where the key's file stays as it is, they change if lines are gone that this process has seen or written.
+    """
+    with exclusive(folder):
+        return *stamp_file(folder / _KEY), _SEEN[str(folder)].times_behind
 
 
 @contextmanager
@@ -141,7 +167,14 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
         LedgerDamaged: a file is missing, or a line or the anchor does not verify; says what was seen.
     """
     with _locked(folder):
-        yield _verified(folder)
+        chain = _verified(folder)
+        seen = _SEEN.get(str(folder))
+        times = 0 if seen is None else seen.times_behind + chain.lacks(seen)
+        try:
+            _SEEN[str(folder)] = chain.note_seen(times)
+            yield chain
+        finally:
+            _SEEN[str(folder)] = chain.note_seen(times)
 
 
 def read_verifiable(folder: Path) -> list[str]:
@@ -253,6 +286,9 @@ class _Verified:
     bodies: list[str]
     macs: list[str]
 
+
+_SEEN: dict[str, Seen] = {}
+"""Folder -> what was seen; used and changed under the chain's lock only."""
 
 _MOST_CHAINS = 64
 _KNOWN: dict[str, _Verified] = {}

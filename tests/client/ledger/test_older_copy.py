@@ -149,8 +149,23 @@ def test_the_ledgers_files_are_put_back_between_two_rounds_of_a_run(tmp_path: Pa
 
     events = federate(tmp_path, site, "run-1", before, keeps=False)
     assert [len(event.sites) for event in select_events(events, RoundEnded)] == [1, 0]
-    assert [event.reason for event in select_events(events, SiteRejected)] == ["declined: budget"]
+    assert {event.reason for event in select_events(events, SiteRejected)} == {"declined: budget"}
     assert "no charge" in get_last_words(site)
+
+
+def test_the_ledgers_lines_are_put_back_between_two_runs_beside_a_key_that_stays(tmp_path: Path) -> None:
+    """As rsync does, while the site's process goes on; the coordinator keeps no witness."""
+    site = site_of(tmp_path)
+    federate(tmp_path, site, "run-1", keeps=False)
+    place = site.state_dir / "ledgers" / site.registry
+    backup = save(place, tmp_path / "backup")
+    federate(tmp_path, site, "run-2", keeps=False)
+    for name in ("ledger.jsonl", "anchor.json"):
+        shutil.copyfile(backup / name, place / name)
+    for run_id in ("run-3", "run-4"):
+        with pytest.raises(RunFailed, match="budget"):
+            federate(tmp_path, site, run_id, keeps=False)
+        assert "a reply of run run-2 was sent and has no charge" in get_last_words(site)
 
 
 def test_a_sent_event_alone_tells_an_older_copy(tmp_path: Path) -> None:
@@ -290,13 +305,18 @@ def test_an_invented_witness_declines_its_coordinator_alone(tmp_path: Path) -> N
 def test_a_site_that_was_not_restored_is_never_behind_its_witness(tmp_path: Path) -> None:
     """Several coordinators, refusals, a power cut that loses the notes of commits, and a run that is continued."""
     site = site_of(tmp_path)
-    for number in (1, 2):
-        federate(tmp_path, site, f"run-{number}")
-        federate(tmp_path / "another", site, f"other-{number}")
-        ledger = site.state_dir / "ledgers" / site.registry / "ledger.jsonl"
+    ledger = site.state_dir / "ledgers" / site.registry / "ledger.jsonl"
+
+    def lose_note(kind: str, round_: int) -> None:
+        if kind != messages.FINISH:
+            return
         anchored = json.loads((ledger.parent / "anchor.json").read_text())["length"]
         lines = ledger.read_bytes().splitlines(keepends=True)
         assert len(lines) == anchored + 1 and b"committed" in lines[-1]
         ledger.write_bytes(b"".join(lines[:-1]))
+
+    for number in (1, 2):
+        federate(tmp_path, site, f"run-{number}")
+        federate(tmp_path / "another", site, f"other-{number}", lose_note)
     federate(tmp_path, site, "run-2")  # The same rounds once more, from stored replies.
     assert len(Site(site, os_entropy).ledger().charges()) == 8
