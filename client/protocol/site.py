@@ -16,7 +16,7 @@ from client.ledger.older_copy import check_claims, check_replies
 from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
-from common.events import FileJournal, Journal
+from common.events import FileJournal, Journal, ReplySent, read_site_journal, select_events
 from common.files import private_folder
 from common.offers import parse_offer
 from common.run import RunConfig
@@ -145,8 +145,11 @@ def find_ledger(config: SiteConfig) -> Ledger | None:
 
 
 def has_replies(config: SiteConfig) -> bool:
-    """Returns true if a reply is stored from any run: then something may have left."""
-    return any(any(place.glob("runs/*/replies/*")) for place in config.list_coordinator_dirs().values())
+    """Returns true if a reply of any run is stored or was noted as sent: then something may have left."""
+    return any(
+        any(place.glob("runs/*/replies/*")) or select_events(read_site_journal(place / "site.jsonl"), ReplySent)
+        for place in config.list_coordinator_dirs().values()
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from client.config import SiteConfig
 from client.ledger.place import find_default_ledger_dir, list_populations, locate_ledgers
 from client.protocol.balance import balance
 from client.protocol.site import Site, find_ledger
+from common.events import ReplySent
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import os_entropy
 from common.types import BadInput, LedgerDamaged
@@ -132,3 +133,13 @@ def test_another_home_than_yesterdays_is_not_a_fresh_budget(tmp_path: Path, monk
     with pytest.raises(LedgerDamaged):
         balance(config)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_sent_reply_in_the_journal_alone_tells_that_a_ledger_is_missing(tmp_path: Path, home: Path) -> None:
+    """Stored replies may have been removed: else a fresh ledger would be begun at the wrong place."""
+    config = make_site(tmp_path, "north")
+    sent = ReplySent(run_id="one", round=1, purpose="training", num_releases=1, size_bytes=9)
+    Site(config, os_entropy).journal.write(sent)
+    with pytest.raises(LedgerDamaged, match="at a site that has answered before"):
+        Site(config, os_entropy).ledger()
+    assert not list(home.rglob("ledger.jsonl"))
