@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import struct
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from client.data.sources import Source, open_source
+from client.data.sources.parts.frame import FAULT, read_frame
 from common.types import BadInput
 
 HEART_COLUMNS = [f"column_{number}" for number in range(1, 15)]
@@ -58,6 +63,32 @@ def test_a_parquet_file_is_read_as_text_too(tmp_path: Path) -> None:
     frame = pd.DataFrame({"a": [1, 2], "b": ["x", None], "label": [True, False]})
     frame.to_parquet(tmp_path / "rows.parquet")
     assert loaded(table(tmp_path / "rows.parquet")) == [{"a": "1", "b": "x"}, {"a": "2", "b": ""}]
+
+
+def test_a_parquet_cell_is_read_the_same_whatever_the_others_hold(tmp_path: Path) -> None:
+    """Pandas wrote all days of a column with their time as soon as one of them had one."""
+    days = [datetime(2020, 1, 1), datetime(2020, 1, 2)]
+    table = pa.table({"day": pa.array([*days, datetime(2020, 1, 3, 4, 5)], pa.timestamp("us"))})
+    for count in (2, 3):
+        pq.write_table(table[:count], tmp_path / "rows.parquet")
+        cells = read_frame(tmp_path / "rows.parquet")["day"].tolist()
+        assert cells == ["2020-01-01", "2020-01-02", "2020-01-03 04:05:00"][:count]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.Array.from_buffers(pa.string(), 2, [None, *map(pa.py_buffer, (struct.pack("<3i", 0, 1, 2), b"a\xff"))]),
+        pa.array([b"a", b"\xff"]),
+        pa.array([[0], [2**62]], pa.list_(pa.timestamp("us"))),
+    ],
+    ids=["text", "bytes", "a year that Python does not know"],
+)
+def test_a_parquet_cell_that_cannot_be_read_is_a_fault_of_its_row_alone(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"x": [1, 2], "note": column}), tmp_path / "rows.parquet")
+    frame = read_frame(tmp_path / "rows.parquet")
+    assert frame["x"].tolist() == ["1", ""]
+    assert [bool(fault) for fault in frame[FAULT]] == [False, True]
 
 
 def test_labels_are_never_part_of_the_input(tmp_path: Path) -> None:

@@ -15,17 +15,21 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
+from client.data.sources.parts.boundary import try_record
 from common.errors import instead
 from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 WHITESPACE = "whitespace"
 FAULT = "\0fault"
 """Column that says why a row cannot be read, "" where it can; no file holds one of that name."""
 
 _SURROGATE = re.compile("[\udc80-\udcff]")
+_UNREADABLE = "\udcff"
+_NO_TIME = re.compile(r"( 00:00:00)?(\.0+)?$")
 _MOST_CELL = 1 << 24
 """Characters of a cell."""
 _MOST_LINES = 10_000
@@ -64,8 +68,8 @@ def read_frame(
 
     try:
         if path.suffix.lower() == ".parquet":
-            frame = _read_parquet(path)
-            names, faults = list(frame.columns), [""] * len(frame)
+            frame, faults = _read_parquet(path)
+            names = list(frame.columns)
         else:
             rows, faults = _split_rows(_read_lines(path), separator, quotes)
             names, cells, faults = _align_rows(path, rows, faults, columns)
@@ -181,17 +185,57 @@ def _align_rows(
     return list(columns), cells, checked
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Returns the cells of every row as text, and why each row cannot be read, "" where it can."""
+    import pandas as pd
     import pyarrow.parquet
 
     # Not pandas.read_parquet: it follows what pandas once wrote about the table, which hides an index column and, where
-    # it is damaged, fails in ways without end. A missing whole number must not turn the others into 1.0 either.
+    # it is damaged, fails in ways without end.
     table = pyarrow.parquet.read_table(path)
-    # Text that is no UTF-8 would otherwise fail later, with a message that quotes the cell.
-    table.validate(full=True)
-    frame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
-    frame.columns = [str(name) for name in frame.columns]
-    return frame.astype("string")
+    columns = [_read_cells(column) for column in table.columns]
+    faults = [""] * table.num_rows
+    for cells in columns:
+        for row in [row for row, cell in enumerate(cells) if cell is not None and _SURROGATE.search(cell)]:
+            faults[row] = "the row holds a cell that cannot be read as UTF-8 text"
+    for cells in columns:
+        cells[:] = [None if fault else cell for cell, fault in zip(cells, faults, strict=True)]
+    frame = pd.DataFrame(dict(enumerate(columns)), index=range(table.num_rows), dtype="string")
+    frame.columns = pd.Index(table.column_names)
+    return frame, faults
+
+
+def _read_cells(column: pa.ChunkedArray) -> list[str | None]:
+    """Returns a column's cells as text; each follows from that cell alone, which pandas' dates for example do not.
+
+    Bytes that are not UTF-8 become surrogates, and so does a cell that cannot be read.
+    """
+    import pyarrow as pa
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_dictionary(kind):
+        return _read_cells(column.cast(kind.value_type))
+    if types.is_temporal(kind):
+        # A moment as it is written, a length of time as its number of units: Python knows the years 1 to 9999 alone.
+        texts = column.cast(pa.int64() if types.is_duration(kind) else pa.string()).cast(pa.string()).to_pylist()
+        return [None if text is None else _NO_TIME.sub("", text) for text in texts]
+    if any(is_of(kind) for is_of in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)):
+        found = column.cast(pa.large_binary())
+        found.validate(full=True)
+        return [None if data is None else data.decode("utf-8", "surrogateescape") for data in found.to_pylist()]
+    if types.is_primitive(kind) or types.is_decimal(kind):
+        # A missing whole number must not turn the others into 1.0.
+        cells = column.to_pandas(integer_object_nulls=True).astype("string")
+        return list(cells.astype(object).where(cells.notna(), None))
+    return [_read_nested(cell) for cell in column]
+
+
+def _read_nested(cell: pa.Scalar) -> str | None:
+    if not cell.is_valid:
+        return None
+    text, _ = try_record(lambda: str(cell.as_py()))
+    return _UNREADABLE if text is None else text
 
 
 def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]) -> None:
