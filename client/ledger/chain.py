@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.files import flush, flush_folder, private_folder, stamp_file, write_atomic
-from common.types import LedgerDamaged, LedgerWitness
+from common.types import BadInput, HeadwaterError, LedgerDamaged, LedgerWitness
 
 _CHAIN, _KEY, _ANCHOR, _LOCK = "ledger.jsonl", "ledger.key", "anchor.json", "lock"
 _KEY_BYTES = 32
@@ -244,8 +244,8 @@ def _draft(folder: Path, facts: Sequence[tuple[str, Mapping[str, Any]]]) -> Path
 def _locked(folder: Path) -> Iterator[None]:
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDWR)
-    except FileNotFoundError as error:
-        raise LedgerDamaged(f"ledger {folder.name}: its file {_LOCK!r} is missing") from error
+    except OSError as error:
+        raise _describe_unreadable(folder, _LOCK, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # Released by the operating system if the process dies.
         try:
@@ -373,7 +373,7 @@ def _read_anchor(folder: Path, key: bytes) -> tuple[int, str]:
     try:
         anchor = json.loads(_read(folder, _ANCHOR))
         length, last, mac = int(anchor["length"]), str(anchor["last"]), str(anchor["mac"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise LedgerDamaged(f"ledger {folder.name}: its anchor cannot be read") from error
     if not hmac.compare_digest(mac.encode(), _mac(key, "anchor", f"{length} {last}").encode()):
         raise LedgerDamaged(f"ledger {folder.name}: its anchor does not verify with its key")
@@ -384,8 +384,17 @@ def _read(folder: Path, name: str) -> bytes:
     try:
         with open(f"{folder}/{name}", "rb", buffering=0) as file:
             return file.read()
-    except FileNotFoundError as error:
-        raise LedgerDamaged(f"ledger {folder.name}: its file {name!r} is missing") from error
+    except OSError as error:
+        raise _describe_unreadable(folder, name, error) from error
+
+
+def _describe_unreadable(folder: Path, name: str, error: OSError) -> HeadwaterError:
+    """Returns the damage that explains why a file cannot be opened; bad input where the file may be sound."""
+    if isinstance(error, FileNotFoundError):
+        return LedgerDamaged(f"ledger {folder.name}: its file {name!r} is missing")
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        return LedgerDamaged(f"ledger {folder.name}: its file {name!r} is no file in a folder")
+    return BadInput(f"ledger {folder.name}: its file {name!r} cannot be opened: {error.strerror}")
 
 
 def _write_through(path: Path, data: bytes, durable: bool) -> None:

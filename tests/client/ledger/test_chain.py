@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
+import os
 import shutil
 import signal
 import stat
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.ledger import chain
-from common.types import LedgerDamaged
+from common.types import BadInput, LedgerDamaged
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -183,6 +185,38 @@ def test_damage_is_named_and_nothing_is_written(folder: Path, damage: Callable[[
     with pytest.raises(LedgerDamaged, match=seen):
         append(folder, 6)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "ledger.key", "anchor.json", "lock"])
+def test_a_folder_where_a_file_was_is_damage(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(LedgerDamaged, match=f"'{name}' is no file"):
+        facts(folder)
+
+
+def test_a_file_where_the_folder_was_is_damage(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+    with pytest.raises(LedgerDamaged, match="'lock' is no file in a folder"):
+        facts(folder)
+
+
+def test_a_file_that_may_not_be_read_is_no_damage_and_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as after a command of another user; a recovery would count the whole cap for it."""
+
+    def refuse(*arguments: object, **options: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BadInput, match="'lock' cannot be opened: Permission denied"):
+        facts(folder)
+
+
+def test_an_anchor_of_infinite_length_is_damage(folder: Path) -> None:
+    (folder / "anchor.json").write_text('{"length": 1e999, "last": "", "mac": ""}')
+    with pytest.raises(LedgerDamaged, match="anchor cannot be read"):
+        facts(folder)
 
 
 def test_an_older_copy_of_the_facts_is_detected(folder: Path, tmp_path: Path) -> None:
