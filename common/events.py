@@ -245,6 +245,7 @@ class AuditVerdict(Facts):
     passed: bool = Field(description="Whether nothing refuted the claim.")
     reasons: tuple[str, ...] = Field(description="One sentence for each finding that refutes the claim.")
     tried: tuple[str, ...] = Field((), description="One sentence for each attack that was tried.")
+    warnings: tuple[str, ...] = Field((), description="One sentence for each finding that does not refute the claim.")
 
 
 class SolverAudited(Event):

@@ -17,11 +17,12 @@
   7. the claimed epsilon covers all steps of the run, composed at once;
   8. one unit more adds its own part to a sum, in whole numbers, and changes no other byte of a reply
      (`client/audit/neighbours.py`);
-  9. noise has its law and never repeats, in one request or between requests (`client/audit/noise.py`).
+  9. noise has its law and never repeats, in one request or between requests (`client/audit/noise.py`);
+  10. one unit's values do not move the time of a charge (`client/audit/timing.py`); small effects are warnings.
 
-False alarms: statement 6 at most once in 1000 audits; statement 9 at most once in 1,000,000; the other statistical
-tests together about once in 500,000, and once more in 5,000,000 for each head and trunk. Statement 8 is exact, the rest
-is exact to rounding.
+False alarms: statement 6 at most once in 1000 audits; statements 9 and 10 at most once in 1,000,000 each; the other
+statistical tests together about once in 500,000, and once more in 5,000,000 for each head and trunk. Statement 8 is
+exact, the rest is exact to rounding.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from client.audit.statistics import (
     is_spread_poisson,
     measure_noise_scale,
 )
+from client.audit.timing import describe_times, judge_times, measure_times
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
 from common.events import AuditVerdict
@@ -144,12 +146,14 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
             worlds.append(compared)
             observe("audit: two worlds", len(worlds), TRIES)
         noise = observe_noise(run.solver, plan, run.tasks, run.public_sizes, run.entropy)
+        times = measure_times(audited, NoiseStream(run.entropy("audit/times")))
         reasons = [
             *judge_step(observe_step(attack)),
             *judge_round(plan, observe_round(attack)),
             *judge_participation(plan, observe_participation(attack)),
             *judge_noise(plan, noise),
             *judge_worlds(plan, worlds),
+            *judge_times(times, gross=True),
         ]
         observed = observe_run(attack, observe)
     scale = measure_noise_scale(observed.noise_SWF, planted.count_rows())
@@ -173,7 +177,8 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
         seconds=round(time.monotonic() - started, 3),
         passed=not reasons,
         reasons=tuple(dict.fromkeys(reasons)),
-        tried=(describe_noise(noise), describe_worlds(plan, worlds)),
+        tried=(describe_noise(noise), describe_worlds(plan, worlds), describe_times(times)),
+        warnings=tuple(judge_times(times, gross=False)),
     )
 
 
@@ -272,6 +277,7 @@ def make_audit_table(verdict: AuditVerdict) -> Table:
         ("canaries", str(verdict.canaries)),
         ("seconds", f"{verdict.seconds:.1f}"),
         *(("tried", sentence) for sentence in verdict.tried),
+        *(("warning", sentence) for sentence in verdict.warnings),
     )
     for row in rows:
         table.add_row(*row)

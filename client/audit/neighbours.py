@@ -135,6 +135,14 @@ def answer(run: Audited, modules: Mapping[str, nn.Module], units: Units, noise: 
     return Answer(stream.seen, tuple(messages.to_bytes(messages.encode(reply)) for reply in replies))
 
 
+def make_modules(run: Audited) -> dict[str, nn.Module]:
+    """Returns untrained heads and stand-in trunks."""
+    return {
+        **create_heads(run.tasks, {name: WIDTH + ADDED * (name in run.trunks) for name in run.tasks}, seed=0),
+        **{name: stand_in(WIDTH, ADDED) for name in sorted(set(run.trunks.values()))},
+    }
+
+
 def compare_worlds(run: Audited, stream: NoiseStream) -> Iterator[TwoWorlds]:
     """Yields comparisons of two worlds, each under other heads.
 
@@ -143,10 +151,7 @@ def compare_worlds(run: Audited, stream: NoiseStream) -> Iterator[TwoWorlds]:
         stream: source of records and heads.
     """
     random = np.random.default_rng(int(stream.uniform(1)[0] * 2**53))
-    modules = {
-        **create_heads(run.tasks, {name: WIDTH + ADDED * (name in run.trunks) for name in run.tasks}, seed=0),
-        **{name: stand_in(WIDTH, ADDED) for name in sorted(set(run.trunks.values()))},
-    }
+    modules = make_modules(run)
     people = [_make_person(run, modules, random) for _ in range(_POOL)]
     for number in range(TRIES):
         others = [people[index] for index in random.permutation(_POOL - 1)[: SIZES[number % len(SIZES)]]]
@@ -155,15 +160,15 @@ def compare_worlds(run: Audited, stream: NoiseStream) -> Iterator[TwoWorlds]:
         more = others[0] if number % 7 == 6 else people[int(random.integers(_POOL))]
         words = _choose_weights(modules, others, number, random)
         place = (0, len(others) // 2, len(others))[number % 3]
-        alone = answer(run, modules, _gather(run, [more]))
+        alone = answer(run, modules, gather(run, [more]))
         part = join_sums(alone.sums).numpy() if alone.sums else None
         yield TwoWorlds(
             words,
             len(others),
             alone,
-            without=answer(run, modules, _gather(run, others)),
+            without=answer(run, modules, gather(run, others)),
             together=answer(
-                run, modules, _gather(run, [*others[:place], more, *others[place:]]), None if part is None else -part
+                run, modules, gather(run, [*others[:place], more, *others[place:]]), None if part is None else -part
             ),
         )
 
@@ -242,7 +247,8 @@ def _make_person(run: Audited, modules: Mapping[str, nn.Module], random: np.rand
     return Person(torch.from_numpy(rows.astype(np.float32)), labels, masks)
 
 
-def _gather(run: Audited, people: Sequence[Person]) -> Units:
+def gather(run: Audited, people: Sequence[Person]) -> Units:
+    """Returns a site's units."""
     features_RD = torch.cat([person.features_RD for person in people])
     unit_R = torch.cat([torch.full((len(person.features_RD),), number) for number, person in enumerate(people)])
     return Units(
@@ -336,3 +342,32 @@ def _lengthen(values: np.ndarray, norm: float) -> np.ndarray:
     """Returns rows of a norm; the last bits below it, so that float32 keeps it."""
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return np.asarray(values / np.where(norms > 0.0, norms, 1.0) * norm * (1.0 - 1e-6))
+
+
+def make_plain(run: Audited, random: np.random.Generator) -> tuple[dict[str, nn.Module], Person]:
+    """Returns heads and a unit whose outputs meet its labels, as far as a head's hidden layers allow."""
+    modules, labels, masks = make_modules(run), {}, {}
+    count = 3 if run.plan.unit is Unit.PATIENT else 1
+    direction = nn.functional.normalize(torch.from_numpy(random.normal(size=WIDTH)).float(), dim=0)
+    for name, task in run.tasks.items():
+        *_, weight = (parameter for parameter in modules[name].parameters() if parameter.dim() > 1)
+        outputs, label = _meet_label(task, torch.from_numpy(random.normal(size=(1, len(weight)))).float())
+        labels[name], masks[name] = label.expand(count, *label.shape[1:]), torch.ones(count, dtype=torch.bool)
+        with torch.no_grad():
+            biases = [parameter.zero_() for parameter in modules[name].parameters() if parameter.dim() == 1]
+            weight.mul_(1e-3)
+            if weight is next(modules[name].parameters()):
+                weight[:, :WIDTH] = outputs.T * direction
+            elif biases:
+                biases[-1].copy_(outputs[0])
+    return modules, Person(direction.expand(count, -1), labels, masks)
+
+
+def _meet_label(task: Task, drawn_1K: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns outputs and a label with little loss, where the opposite outputs have more."""
+    found = []
+    for outputs_1K in (torch.ones_like(drawn_1K), drawn_1K, 30.0 * drawn_1K):
+        label = task.codec.encode(task.codec.decode(outputs_1K)[0])[None]
+        loss, opposite = (float(task.losses(sign * outputs_1K, label).sum()) for sign in (1.0, -1.0))
+        found.append((opposite <= loss, loss, outputs_1K, label))
+    return min(found, key=lambda each: each[:2])[2:]

@@ -511,3 +511,31 @@ class RoundsTheWholeSum(private_step.StreamOptimizer):
         for total, gradient_U in zip(self._totals, self.grad_samples, strict=True):
             scale_U = (factor_U / self._lattice.spacing).view(-1, *(1,) * (gradient_U.dim() - 1))
             total.add_((gradient_U.double() * scale_U).nan_to_num_(nan=0.0).sum(dim=0).long())
+
+
+# --- time that one unit's values decide ------------------------------------------------------------------------------
+
+RIGHT_FACTORS = Lattice.compute_factors
+
+
+def multiply_for_each_clipped_unit(times: int) -> Callable[..., Tensor]:
+    """Clip factors with a loop of some products for each unit that is clipped."""
+
+    def compute_factors(self: Lattice, norm_U: Tensor, slack_U: Tensor | float = 0.0) -> Tensor:
+        factor_U = RIGHT_FACTORS(self, norm_U, slack_U)
+        square = torch.ones(96, 96)
+        for _ in range(times * int((factor_U < 1.0).sum())):
+            square @ square
+        return factor_U
+
+    return compute_factors
+
+
+@dataclass(frozen=True)
+class ReturnsEarly(BrokenSolver):
+    """Computes nothing where a record is huge."""
+
+    def solve(self, modules: Mapping[str, nn.Module], tasks: Mapping[str, Any], units: Units, **others: Any) -> Delta:
+        if any(bool((records.features_RD.abs() > 1e9).any()) for records in units.tasks.values()):
+            raise RunFailed("a record is huge")
+        return self.inner.solve(modules, tasks, units, **others)
