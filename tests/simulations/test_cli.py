@@ -167,7 +167,7 @@ def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> N
         ("baselines=[central]", ("non_private_solver: expected a solver",)),
         ("baselines=[centrl]", ("baselines", "nearest: 'central'")),
         ("run.solver.sampling_rate=1.5", ("run.solver.sampling_rate", "got 1.5")),
-        ("run.privacy.target_epsilon=-1", ("run.privacy.target_epsilon", "greater than 0", "got -1")),
+        ("run.privacy.target_epsilon=-1", ("run.privacy.target_epsilon", "greater than or equal to 0.0001", "got -1")),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(command: Command, override: str, said: tuple[str, ...]) -> None:
