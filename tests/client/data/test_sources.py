@@ -39,13 +39,16 @@ def test_a_missing_whole_number_leaves_the_others_whole(tmp_path: Path) -> None:
     assert inputs(opened(tmp_path / "t.parquet")) == ["12", "", str(2**60 + 1)]
 
 
-def test_text_that_is_no_text_is_refused_without_being_quoted(tmp_path: Path) -> None:
+def test_text_that_is_no_text_is_a_bad_record_that_is_not_quoted(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    pyarrow.parquet.write_table(pa.table({"a": ["q7-secret"] * 3}), path, use_dictionary=False, compression="none")
+    table = pa.table({"a": ["q7-secret", "other"]})
+    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="none")
     path.write_bytes(path.read_bytes().replace(b"q7-secret", b"q7-s\xffcret"))
-    with pytest.raises(BadInput, match=r"t\.parquet: expected a readable table") as caught:
-        opened(path)
-    assert "q7" not in "".join(traceback.format_exception(caught.value))
+    source = opened(path)
+    with pytest.raises(BadRecord, match="UTF-8") as caught:
+        source.load(0)
+    assert "q7" not in "".join(traceback.format_exception(caught.value)) + source.index()[0].fault
+    assert source.load(1)["a"] == "other"
 
 
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
