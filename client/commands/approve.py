@@ -62,8 +62,9 @@ def approve(
             given = {"approved_by": approval.by, "time": approval.time, "in_force": hindrance is None}
             typer.echo(json.dumps({**about, **given, "hindrance": hindrance}, indent=2))
             return
+        width = max(map(len, about))
         for key, value in about.items():
-            typer.echo(f"{key:<13}{value}")
+            typer.echo(f"{key:<{width}}  {value}")
         typer.echo(f"approved by {approval.by}, for one run; recorded in {config.coordinator_dir / 'approvals.jsonl'}")
         if hindrance is not None:
             typer.echo(
@@ -137,7 +138,14 @@ def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
             "waiting": [{"run": check_offer(offer).name, "digest": offer.digest} for offer in waiting],
             "unreadable": unreadable,
             "approved": [
-                {"run": item.run, "digest": item.digest, "by": item.by, "time": item.time} for item in approved
+                {
+                    "run": item.run,
+                    "digest": item.digest,
+                    "by": item.by,
+                    "time": item.time,
+                    "in_force": approvals.find_suspension(item.digest) is None,
+                }
+                for item in approved
             ],
         }
         typer.echo(json.dumps(listed, indent=2))
@@ -149,6 +157,7 @@ def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
     for path, offer in in_kit.items():
         typer.echo(f"in kit    {check_offer(offer).name}  {offer.digest}  {path}")
     for item in approved:
-        typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}")
+        hindered = approvals.find_suspension(item.digest) is not None
+        typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}{'; NOT IN FORCE' if hindered else ''}")
     if not waiting and not approved and not in_kit and not unreadable:
         typer.echo("no offer waits and none was approved")

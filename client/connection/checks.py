@@ -187,7 +187,8 @@ def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
         first = trial.refused[0]
         detail += f"; {len(trial.refused)} unusable, the first: {first.file} row {first.row}: {first.reason}"
     if not trial.has_enough:
-        needed = f"tasks.{trial.task}.min_units: expected at least {trial.min_units} usable units to train on"
+        units = "unit" if trial.min_units == 1 else "units"
+        needed = f"tasks.{trial.task}.min_units: expected at least {trial.min_units} usable {units} to train on"
         return Check(name, "fail", f"{needed}; {detail}", "correct the source's settings, or take no part in the run")
     if trial.refused:
         stops = config.on_bad_record == "stop"

@@ -56,7 +56,8 @@ def data_checks(config: SiteConfig, offers: Mapping[str, RunConfig]) -> Iterator
         members += found
         columns[name] = [member.record.cells for member in found]
     placed, problems = place_records(members, config.split, config.unit)
-    yield _sides(config, placed, problems)
+    if columns:  # Else the sources' own lines say why there is nobody.
+        yield _sides(config, placed, problems)
     if config.unit is Unit.PATIENT and len(columns) > 1:
         yield _compare_patients(members, list(columns))
     if len(columns) == len(config.sources):  # Else some patients are not known.

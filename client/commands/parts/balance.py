@@ -19,7 +19,8 @@ def print_balance(account: Balance) -> None:
         caption="each line is composed by itself; epsilons do not add up",
         caption_justify="left",
     )
-    for name in ("run", "epsilon", "rounds", "evaluations", "charges", "without a stored reply"):
+    table.add_column("run", overflow="fold")  # In full: `release` asks for it.
+    for name in ("epsilon", "rounds", "evaluations", "charges", "without a stored reply"):
         table.add_column(name)
     for run in account.runs:
         counts = (run.rounds, run.evaluations, run.charges, run.open)

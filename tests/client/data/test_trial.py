@@ -79,10 +79,12 @@ def test_no_usable_record_fails_check_and_no_approval_is_in_force_until_there_ar
     assert "20 unusable, the first: rows.csv row 1: column 'age': expected a number" in detail
     result = approve(tmp_path)
     assert (
-        "NOT IN FORCE: task outcome in tiny: tasks.outcome.min_units: expected at least 1 usable units" in result.stderr
+        "NOT IN FORCE: task outcome in tiny: tasks.outcome.min_units: expected at least 1 usable unit " in result.stderr
     )
     offer = read_offer(tmp_path / "offers" / "tiny.json")
     assert not Approvals(config.state_dir).covers(offer.digest, "tiny-1")
+    listed = CliRunner().invoke(app, ["approve", str(tmp_path / "site.yaml"), "--list"]).stdout
+    assert listed.startswith("approved  tiny") and "; NOT IN FORCE" in listed
     approve(tmp_path)
     a_site(tmp_path, [row(at, "35") for at in range(20)])
     assert "NOT IN FORCE" not in approve(tmp_path).stderr

@@ -252,6 +252,6 @@ def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]
     for name in names:
         if name is not None and name not in frame.columns:
             raise BadInput(
-                f"{path}: expected exactly one column {name!r} among its {frame.shape[1] - 1}; see the file's first "
-                "line, or name the columns of a file without a header"
+                f"{path}: expected exactly one column {name!r} among its {frame.shape[1] - 1} column(s); see the "
+                "file's first line, or name the columns of a file without a header"
             )
