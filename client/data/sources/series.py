@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
-from client.data.sources.parts.frame import FAULT, Separator, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Separator, read_frame, read_rows, require_columns
 from client.data.sources.parts.series import series_of_cells
 from common.errors import instead
 from common.inputs import encode_text
@@ -149,11 +149,9 @@ class SeriesRows:
 def _lines(path: Path, separator: str) -> list[list[str]]:
     """Stripped cells of every line that holds any; series may differ in length."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_rows(path, separator)
+    except OSError as error:
         raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
-    split = None if separator == "whitespace" else separator
-    lines = [[cell.strip() for cell in line.split(split)] for line in text.splitlines() if line.strip()]
     if not lines:
         raise BadInput(f"{path}: expected a series in each line, got an empty file")
     return lines

@@ -91,6 +91,20 @@ def test_a_parquet_cell_that_cannot_be_read_is_a_fault_of_its_row_alone(tmp_path
     assert [bool(fault) for fault in frame[FAULT]] == [False, True]
 
 
+@pytest.mark.parametrize("first", ['p0,"x', "p0", "p0,1,2"])
+def test_the_first_row_without_a_header_leaves_rows_of_several_lines_as_they_are(tmp_path: Path, first: str) -> None:
+    path = write(tmp_path, f'{first}\np1,"two\nlines"\np2,b\n')
+    assert read_frame(path, columns=["a", "b"])["b"].tolist()[1:] == ["two\nlines", "b"]
+
+
+@pytest.mark.parametrize("cell", [b"\xff", b"z\0", b"z\x0cz"], ids=["not UTF-8", "null character", "form feed"])
+def test_one_line_of_a_file_of_series_is_one_record_whatever_it_holds(tmp_path: Path, cell: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"a,1,2\n" + cell + b",1,2\nb,1,2\n")
+    settings = {"kind": "series", "parts": {"all": str(tmp_path / "rows.csv")}, "columns": {"label": 1}}
+    labels = [record.cells["label"] for record in open_source(settings, "sources.rows").open().index()]
+    assert (len(labels), labels[0], labels[2]) == (3, "a", "b")
+
+
 def test_labels_are_never_part_of_the_input(tmp_path: Path) -> None:
     source = table(write(tmp_path, "a,b,label\n1,2,3\n"))
     assert set(source.load(0)) == {"a", "b"}

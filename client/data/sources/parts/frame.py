@@ -71,7 +71,7 @@ def read_frame(
             frame, faults = _read_parquet(path)
             names = list(frame.columns)
         else:
-            rows, faults = _split_rows(_read_lines(path), separator, quotes)
+            rows, faults = _split_rows(_read_lines(path), separator, quotes, len(columns or ()))
             names, cells, faults = _align_rows(path, rows, faults, columns)
             frame = pd.DataFrame(cells, columns=range(len(names)), dtype="string")
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
@@ -82,6 +82,15 @@ def read_frame(
     frame = frame.fillna("").map(str.strip)
     frame[FAULT] = faults
     return frame
+
+
+def read_rows(path: Path, separator: str) -> list[list[str]]:
+    """Returns stripped cells of every line that holds any, of a text file without header and quotes.
+
+    A row that cannot be read has no cells. Raises OSError; BadInput: UTF-16.
+    """
+    rows, faults = _split_rows(_read_lines(path), separator, quotes=False, width=0)
+    return [[] if fault else [cell.strip() for cell in row] for row, fault in zip(rows, faults, strict=True)]
 
 
 def check_row(row: Mapping[str, str]) -> None:
@@ -99,11 +108,17 @@ def _read_lines(path: Path) -> list[str]:
     return list(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""))
 
 
-def _split_rows(lines: Sequence[str], separator: str, quotes: bool) -> tuple[list[list[str]], list[str]]:
+def _split_rows(lines: Sequence[str], separator: str, quotes: bool, width: int) -> tuple[list[list[str]], list[str]]:
     """Returns the cells of every row that is not blank, and why each cannot be read, "" where it can.
 
     A quote that is never closed would take the rows behind it into its cell. Where a cell goes on over several lines
-    and the row does not end as the first one does, its first line alone is a fault.
+    and the row does not have as many cells as there are columns, its first line alone is a fault.
+
+    Args:
+        lines: lines of the file with their ends.
+        separator: see `Separator`.
+        quotes: whether a quote may enclose a cell.
+        width: number of columns of a file without a header, 0 where the first row is the header.
     """
     rows: list[list[str]] = []
     faults: list[str] = []
@@ -116,7 +131,7 @@ def _split_rows(lines: Sequence[str], separator: str, quotes: bool) -> tuple[lis
             quotes and separator != WHITESPACE and at + 1 == len(lines) and lines[at].count('"') % 2 == 1
         )
         is_whole = not goes_on or _is_strict(lines[at : at + used], separator)
-        if not is_whole or (used > 1 and rows and len(cells) != len(rows[0])):
+        if not is_whole or (used > 1 and (width or rows) and len(cells) != (width or len(rows[0]))):
             cells, used, fault = [""], 1, "a quote in the row is not closed"
             text = ""
         else:
