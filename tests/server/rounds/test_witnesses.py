@@ -87,8 +87,9 @@ def test_each_site_is_shown_its_own_witness_in_every_offer_and_round(tmp_path: P
         )
     for name in ("east", "north"):
         lengths = [(kind, each and each.length) for kind, site, each in shown if site == name]
-        # Created, then reserved and committed twice in each run; the last commit is not surely on disk.
-        expected = [None, 1, 2, 4, 4, 6]
+        # Created, then in each run: earmarked, twice reserved and committed, released. A reply tells of its charge's
+        # reservation; what follows it is told by the next join's or round's reply.
+        expected = [None, 2, 2 + 1, 2 + 3, 2 + 4 + 2, 2 + 4 + 2 + 1]
         assert lengths == [
             (kind, length)
             for kind, length in zip([messages.JOIN, messages.TRAIN, messages.TRAIN] * 2, expected, strict=True)
