@@ -92,8 +92,8 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     records = messages.encode(request)
     write_atomic(joined.folder / "final_heads.bin", messages.to_bytes(records))
-    site.ledger().release(site.config.name_charge(joined.run_id))
     site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
+    site.ledger().release(site.config.name_charge(joined.run_id))
     return messages.Ready()
 
 

@@ -197,4 +197,15 @@ def _as_texts(values: np.ndarray) -> list[str]:
     """Labels or ids as text; NaN is a missing one."""
     if values.dtype.kind == "S":
         return [value.decode("utf-8", errors="surrogateescape").strip() for value in values.tolist()]
-    return ["" if value != value else str(value).strip() for value in values.tolist()]
+    try:
+        found = values.tolist()
+    except (SystemError, ValueError):  # A number that is no character: those texts alone are missing.
+        found = [_read_text(values, row) for row in range(len(values))]
+    return ["" if value != value else str(value).strip() for value in found]
+
+
+def _read_text(values: np.ndarray, row: int) -> str:
+    try:
+        return str(values[row])
+    except (SystemError, ValueError):
+        return ""

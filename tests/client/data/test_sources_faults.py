@@ -282,3 +282,12 @@ def test_a_quote_in_a_table_of_white_space_is_a_character(tmp_path: Path) -> Non
     (tmp_path / "rows.txt").write_text('a b\n1 5"\n')
     settings = {"kind": "table", "path": str(tmp_path / "rows.txt"), "inputs": ["a", "b"], "separator": "whitespace"}
     assert outcomes(open_source(settings, "s").open()) == [True]
+
+
+def test_an_archive_with_a_name_that_is_no_text_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/\u00e9.png", b"x")
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xff\xfe"))
+    with pytest.raises(BadInput, match="expected a folder or zip of images"):
+        open_source({"kind": "image_folder", "path": str(path)}, "sources.rows").open()

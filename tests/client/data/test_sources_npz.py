@@ -150,3 +150,11 @@ def test_a_file_that_changed_is_read_again_and_one_that_did_not_is_shared(tmp_pa
     assert again.digest() != first.digest()
     assert again.load(0).tolist() == [1.0, 1.0, 1.0]
     assert [record.key for record in again.index()] != [record.key for record in first.index()]
+
+
+def test_a_label_that_is_no_text_is_missing_for_its_record_alone(tmp_path: Path) -> None:
+    """NumPy stores characters as numbers; this one is beyond Unicode."""
+    labels = LABELS.copy()
+    labels.view(np.uint32)[2] = 0x7FFFFFFF
+    index = npz(write(tmp_path, x=X, y=labels)).index()
+    assert [record.cells["label"] for record in index] == ["a", "b", "", "b"]

@@ -78,7 +78,7 @@ def open_tree(path: Path, what: str) -> Tree:
         archive = zipfile.ZipFile(path)
         files = [info for info in archive.infolist() if not info.is_dir()]
         return Tree(path, {info.filename: f"{info.file_size} {info.CRC}" for info in files}, archive)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
         raise BadInput(f"{path}: expected a folder or zip of {what}{instead(error)}") from None
 
 
