@@ -515,21 +515,6 @@ class RoundsTheWholeSum(private_step.StreamOptimizer):
 
 # --- time that one unit's values decide ------------------------------------------------------------------------------
 
-RIGHT_FACTORS = Lattice.compute_factors
-
-
-def multiply_for_each_clipped_unit(times: int) -> Callable[..., Tensor]:
-    """Clip factors with a loop of some products for each unit that is clipped."""
-
-    def compute_factors(self: Lattice, norm_U: Tensor, slack_U: Tensor | float = 0.0) -> Tensor:
-        factor_U = RIGHT_FACTORS(self, norm_U, slack_U)
-        square = torch.ones(96, 96)
-        for _ in range(times * int((factor_U < 1.0).sum())):
-            square @ square
-        return factor_U
-
-    return compute_factors
-
 
 @dataclass(frozen=True)
 class ReturnsEarly(BrokenSolver):
