@@ -32,12 +32,20 @@ def make(unit: Unit = Unit.PATIENT, **changes: Any) -> AuditedRun:
 
 
 @pytest.mark.parametrize("unit", list(Unit))
-@pytest.mark.parametrize("settings", [{}, {"sampling_rate": 0.1}, {"clip_norm": 40.0, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        pytest.param({"sampling_rate": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"clip_norm": 40.0, "weight_decay": 0.1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_closed_form_adds_each_unit_s_own_part_and_nothing_else(unit: Unit, settings: dict[str, Any]) -> None:
     assert find_problems(make(unit, **settings)) == ""
 
 
-@pytest.mark.parametrize("unit", list(Unit))
+@pytest.mark.parametrize("unit", [Unit.EXAMPLE, pytest.param(Unit.PATIENT, marks=pytest.mark.slow)])
 def test_through_opacus_each_unit_adds_its_own_part_and_nothing_else(unit: Unit) -> None:
     assert find_problems(make_run(tasks={**EVERY_KIND, **ANOMALY}, unit=unit)) == ""
     assert find_problems(make_trunk_run(("loop",), tasks=EVERY_KIND, unit=unit)) == ""
