@@ -460,7 +460,7 @@ def test_who_approves_a_run_reads_all_digests_and_no_backbones_name_stands_in_fo
     (tmp_path / "offer.json").write_bytes(encode_offer(offer.run, offer.backbones))
     shown = CliRunner().invoke(app, ["approve", str(tmp_path / "site.yaml"), str(tmp_path / "offer.json")])
     assert shown.exit_code == 0, shown.output
-    lines = {line[:13].strip(): line[13:] for line in shown.stdout.splitlines()}
+    lines = {words[0]: words[1] for line in shown.stdout.splitlines() if len(words := line.split(maxsplit=1)) == 2}
     assert lines["price"].startswith("epsilon ")
     assert "warning" not in lines
     assert lines["code_digest"] == compute_code_digest()

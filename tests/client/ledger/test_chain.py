@@ -327,7 +327,9 @@ def test_whenever_a_process_is_killed_every_acknowledged_fact_is_there(folder: P
         first = process.stdout.readline()
         time.sleep(delay_s)
         process.kill()
-        rest, _ = process.communicate(timeout=60)
+        # Not `communicate`, which would leave out what the first `readline` took into its buffer beside its line.
+        rest = process.stdout.read()
+        process.communicate(timeout=60)
         acknowledged = [int(line) for line in [first, *rest.splitlines()] if line.strip()]
         found = facts(folder)
         assert set(acknowledged) <= set(found)
