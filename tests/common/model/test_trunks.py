@@ -79,7 +79,17 @@ def test_every_boundary_has_cached_features_of_its_own(kind: str, tmp_path: Path
     assert len({backbone.digest, *digests}) == 1 + len(blocks)
 
 
-@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2", "efficientnet_b0", "mobilenet_v3_small", "densenet121"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "resnet18",
+        "mobilenet_v2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("efficientnet_b0", "mobilenet_v3_small", "densenet121")
+        ),
+    ],
+)
 def test_usual_torchvision_models_are_divided_at_every_block(model: str, tmp_path: Path) -> None:
     check_every_block(torchvision_model(model, tmp_path), torch.randn(3, 3, 32, 32))
 
