@@ -42,7 +42,7 @@ MOST_VALUES = 2**24
 _MOST_DRAWS = 1000
 
 _LEAST_SLOPE = 0.05
-"""Of a canary's label, of the largest slope that was drawn."""
+"""A canary's label has at least this part of the largest slope that was drawn."""
 
 ADDED = 4
 """Outputs of a stand-in trunk's layer, large enough that heads' and trunk's gradients are of one size."""

@@ -47,7 +47,7 @@ _GRID = 2.0**-24
 _POOL = 90
 _ABSURD = (1.0, 1.0, 1.0, 1e-20, 1e4, 1e10, 1e30, 0.0, float("inf"), float("nan"))
 _SMALL = 0.04
-"""Of the clip norm: records so small that they are not clipped show the last bit of a slope."""
+"""Norm of small records, relative to the clip norm: they are not clipped, and so show the last bit of a slope."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from common.inputs import encode_text
 _FOLDER, _KEY, _LOCK = ".fingerprints", ".key", ".lock"
 _KEY_BYTES = 32
 _BYTES = 8
-"""Of two sets of a million patients each, any two share a fingerprint by chance with probability 5e-8."""
+"""Size of a fingerprint: two sets of a million patients each share one by chance with probability 5e-8."""
 
 
 def record_patients(ledgers: Path, population: str, state_dir: Path, patients: Iterable[str]) -> dict[str, int]:

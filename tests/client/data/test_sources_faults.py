@@ -22,6 +22,7 @@ from client.data.sources import Source, open_source
 from client.data.sources.dicom import write_dicom
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.recordings import example_recordings
+from client.data.sources.parts.tree import MAX_FILE_BYTES
 from common.types import BadInput, Unit
 
 GOOD = 3
@@ -199,19 +200,28 @@ def test_a_folder_in_a_zip_whose_name_ends_like_a_picture_is_no_record(tmp_path:
     assert outcomes(source) == [True]
 
 
-def test_a_file_of_a_zip_that_inflates_beyond_the_bound_is_a_bad_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("client.data.sources.parts.tree.MAX_FILE_BYTES", 1000)
-    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a/1.png", bytes(1001))
+def refuse_too_large(path: Path) -> None:
+    source = open_source({"kind": "image_folder", "path": str(path)}, "s").open()
+    made, reason = try_record(lambda: source.load(0))
+    assert made is None
+    assert reason == "expected a file of at most 1024 MiB"
+
+
+def test_a_file_beyond_the_bound_is_a_bad_record(tmp_path: Path) -> None:
     (tmp_path / "all" / "a").mkdir(parents=True)
-    (tmp_path / "all" / "a" / "1.png").write_bytes(bytes(1001))
-    for path in ("all.zip", "all"):
-        source = open_source({"kind": "image_folder", "path": str(tmp_path / path)}, "s").open()
-        made, reason = try_record(lambda source=source: source.load(0))  # type: ignore[misc]
-        assert made is None
-        assert reason == "expected a file of at most 0 MiB"
+    with (tmp_path / "all" / "a" / "1.png").open("wb") as sparse:
+        sparse.truncate(MAX_FILE_BYTES + 1)
+    refuse_too_large(tmp_path / "all")
+
+
+@pytest.mark.slow
+def test_a_file_of_a_zip_that_inflates_beyond_the_bound_is_a_bad_record(tmp_path: Path) -> None:
+    archive = zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("a/1.png", "w", force_zip64=True) as file:
+        for _ in range(MAX_FILE_BYTES >> 20):
+            file.write(bytes(1 << 20))
+        file.write(b"x")
+    refuse_too_large(tmp_path / "all.zip")
 
 
 def test_a_list_of_problems_is_written_whatever_a_file_is_called(tmp_path: Path) -> None:

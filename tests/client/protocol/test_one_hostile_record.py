@@ -79,7 +79,7 @@ def prepared_site(config: SiteConfig, run: RunConfig) -> Site:
 
 
 def parts_of(site: Site, side: Any) -> list[bytes]:
-    """What each unit of a side is trained or tested on, in any order."""
+    """Returns the records of each unit of a side, in any order."""
     units: Units = open_units(joined_run(site, "first").folder / "data", side, ["size"], torch.device("cpu"))
     records = units.tasks["size"]
     assert records.unit_R.unique().tolist() == list(range(units.num_units))

@@ -15,7 +15,7 @@ SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".aif", ".aiff"})
 _MOST_VALUES = 1 << 28
 """Samples times channels: a damaged header may ask for any amount of memory."""
 _MOST_SECONDS, _LOWEST_RATE, _HIGHEST_RATE = 4 * 3600, 50, 1_000_000
-"""What is read is resampled to a backbone's rate, by a filter as long as the rates are large."""
+"""Sample rates that are read; the filter that resamples to a backbone's rate is as long as the rates are large."""
 
 
 @dataclass(frozen=True)
