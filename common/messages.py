@@ -51,7 +51,7 @@ from common.types import (
 )
 
 VERSION = 3
-"""Of the messages. A site and a coordinator of different versions do not work together."""
+"""Version of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"
 PART = "query.part"

@@ -79,7 +79,7 @@ def check_delta(delta: float, size: int, key: str) -> None:
 
 
 MAX_BACKBONES = 16
-"""Of one run: each is a network in a site's memory and a file on its disk."""
+"""Backbones of one run at most: each is a network in a site's memory and a file on its disk."""
 
 
 class HeadwaterError(Exception):

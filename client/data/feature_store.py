@@ -51,7 +51,7 @@ BATCH_SIZE = 100
 CUDA_BATCH_SIZE = 256
 
 _LEAST_BATCH_SIZE = 8
-"""Of a core, however many there are."""
+"""Records that a core encodes together at least, however many cores there are."""
 
 _FEW_ROWS = 256
 """So many are read one by one: to map a file takes longer."""

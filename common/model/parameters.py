@@ -14,7 +14,7 @@ from common.tasks import Task
 from common.types import BadInput, Params
 
 MAX_ROW_NORM = 2.0**14
-"""Of the weights of one output: products with features are then exact (docs/exact-sums.md)."""
+"""Norm of the weights of one output at most: products with features are then exact (docs/exact-sums.md)."""
 
 
 def create_heads(tasks: Mapping[str, Task], feature_dims: Mapping[str, int], seed: int) -> dict[str, nn.Module]:
