@@ -154,6 +154,7 @@ class DeclineReason(StrEnum):
     EVALUATION_LOCAL = "evaluation_local"
     BAD_REQUEST = "bad_request"
     NOT_PREPARED = "not_prepared"
+    OVERTAKEN = "overtaken"
     INTERNAL = "internal"
 
     @property
@@ -175,6 +176,7 @@ _EXPLANATIONS = {
     DeclineReason.EVALUATION_LOCAL: "it evaluates for itself only",
     DeclineReason.BAD_REQUEST: "it found the request invalid; its own log says why",
     DeclineReason.NOT_PREPARED: "it has not prepared the run's data",
+    DeclineReason.OVERTAKEN: "a later round of the run has reached it; nothing was charged for this one",
     DeclineReason.INTERNAL: "it failed; its own log says why",
 }
 

@@ -82,6 +82,17 @@ class ConnectionRefused(HeadwaterError):
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A message that was handed out to this site, and to nobody again: Flower's envelope and the tree of its objects.
+
+    Its content is still at the coordinator.
+    """
+
+    envelope: Any
+    tree: Any
+
+
+@dataclass(frozen=True)
 class Delivery:
     """A message as it arrived: Flower's envelope and the digest-named objects it consists of."""
 
@@ -171,26 +182,35 @@ class Fleet:
         response = self._call("get-fab", request, fab_pb2.GetFabResponse(), max_bytes=MAX_BUNDLE_BYTES + _SMALL)
         return bytes(response.fab.content)
 
-    def pull_message(self, node: int) -> Delivery | None:
-        """Returns the next message for this site with all its objects; None where there is none."""
+    def claim_message(self, node: int) -> Claim | None:
+        """Returns the next message for this site without its content; None where there is none."""
         request = fleet_pb2.PullMessagesRequest(node=node_pb2.Node(node_id=node))
         response = self._call("pull-messages", request, fleet_pb2.PullMessagesResponse())
         if not response.messages_list:
             return None
-        envelope, tree = response.messages_list[0], response.message_object_trees[0]
-        run = envelope.metadata.run_id
+        return Claim(response.messages_list[0], response.message_object_trees[0])
+
+    def fetch_content(self, node: int, claim: Claim) -> Delivery:
+        """Returns a claimed message with all its objects."""
+        run = claim.envelope.metadata.run_id
         objects: dict[str, bytes] = {}
         left = MAX_MESSAGE_BYTES
-        for name in _list_object_names(tree):
+        for name in _list_object_names(claim.tree):
             bound = min(left, _OBJECT)
             objects[name] = self._retry(functools.partial(self._fetch_object, node, run, name, bound))
             left -= len(objects[name])
+        self.confirm_receipt(node, claim)
+        return Delivery(claim.envelope, claim.tree.object_id, objects)
+
+    def confirm_receipt(self, node: int, claim: Claim) -> None:
+        """Tells the coordinator that it need not keep a claimed message's content any longer."""
         confirmed = message_pb2.ConfirmMessageReceivedRequest(
-            node=node_pb2.Node(node_id=node), run_id=run, message_object_id=tree.object_id
+            node=node_pb2.Node(node_id=node),
+            run_id=claim.envelope.metadata.run_id,
+            message_object_id=claim.tree.object_id,
         )
         response = message_pb2.ConfirmMessageReceivedResponse()
         self._retry(lambda: self._call("confirm-message-received", confirmed, response))
-        return Delivery(envelope, tree.object_id, objects)
 
     def push_reply(self, node: int, outgoing: Outgoing) -> None:
         """Sends a reply, again while the coordinator cannot be reached.

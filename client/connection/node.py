@@ -4,6 +4,8 @@ Guarantees:
 - No message of a run is answered before that run's app bundle was fetched and its client/ and common/ found equal to
   this installation's own reviewed code; what runs is the installation, never the bundle. A different bundle is
   declined and journalled with both digests.
+- All messages that wait are claimed before one is answered. Of the rounds of a run only the newest is answered: a
+  request that a later one has overtaken is declined without its content and at no charge.
 - An answer for which records may have been read leaves when a whole number of `reply_every_s` has passed since its
   request came, whatever became of it: a reply, a word that declines, or the end of the process that worked on it.
 - Whatever happens to an answer (a crash, a broken connection, Ctrl-C), the ledger keeps what was reserved.
@@ -14,15 +16,16 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from client.config import Coordinator, SiteConfig
 from client.connection.diagnose import (
@@ -32,7 +35,7 @@ from client.connection.diagnose import (
     is_tls_error,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunInactive
+from client.connection.fleet import Claim, ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunInactive
 from client.connection.keys import read_key
 from client.connection.worker import COORDINATOR_VARIABLE, Abandoned, Worker, WorkerDied, make_declined_reply
 from common import messages
@@ -67,6 +70,8 @@ WORKER_IDLE_S = 300.0
 """A worker that was idle for so long is ended, which frees its memory."""
 HEARTBEAT_EVERY_S = 20.0
 MAX_DELAY_S = 60.0
+MAX_CLAIMED = 64
+"""Messages that are claimed before one of them is answered; each is without its content, and so at most 4 MiB."""
 _UNTIMED = (messages.JOIN, messages.PART, messages.FINISH)
 """Requests for which no record is read. Every other waits, also of a kind that no handler takes."""
 
@@ -118,6 +123,31 @@ def generate_delays() -> Iterator[float]:
     while True:
         yield delay * random.uniform(0.5, 1.0)
         delay = min(2 * delay, MAX_DELAY_S)
+
+
+def is_overtaken(claim: Claim, claims: Sequence[Claim]) -> bool:
+    """Returns whether nobody will use the answer: a later request of the same run is among the claims."""
+    place = _find_place(claim.envelope)
+    return (
+        place is not None
+        and claim.envelope.metadata.message_type != messages.FINISH
+        and any(
+            (later := _find_place(other.envelope)) is not None
+            and other.envelope.metadata.run_id == claim.envelope.metadata.run_id
+            and later > place
+            for other in claims
+        )
+    )
+
+
+def _find_place(envelope: Any) -> tuple[float, bool] | None:
+    """Returns the place of a round's request in the course of its run; None for a request of no round."""
+    kind, group = envelope.metadata.message_type, envelope.metadata.group_id
+    if kind == messages.FINISH:
+        return math.inf, False
+    if kind in (messages.TRAIN, messages.EVALUATE) and group.isdecimal() and len(group) < 10:
+        return int(group), kind == messages.EVALUATE
+    return None
 
 
 def compute_wait(elapsed_s: float, every_s: float) -> float:
@@ -252,9 +282,13 @@ class Node:
 
     def _serve(self) -> None:
         last = time.monotonic() - BUSY_FOR_S
+        claims: list[Claim] = []
         while not self._leaving.event.is_set():
             try:
-                delivery = self._fleet.pull_message(self._node)
+                while len(claims) < MAX_CLAIMED and (claim := self._fleet.claim_message(self._node)) is not None:
+                    claims.append(claim)
+                self._decline_overtaken(claims)
+                delivery = self._fleet.fetch_content(self._node, claims.pop(0)) if claims else None
             except RunInactive:
                 self._leaving.event.wait(BUSY_POLL_S)  # Between the hand-out and the last object.
                 continue
@@ -271,6 +305,22 @@ class Node:
             if quiet_s > WORKER_IDLE_S:
                 self._close_worker()
             self._leaving.event.wait(BUSY_POLL_S if quiet_s < BUSY_FOR_S else IDLE_POLL_S)
+
+    def _decline_overtaken(self, claims: list[Claim]) -> None:
+        """Declines the claims that a later one of the same run has overtaken, and takes them from the list."""
+        overtaken = [claim for claim in claims if is_overtaken(claim, claims)]
+        claims[:] = [claim for claim in claims if claim not in overtaken]
+        for claim in overtaken:
+            asked, group = claim.envelope.metadata.message_type, claim.envelope.metadata.group_id
+            detail = f"{asked} of round {group}: a later request of the run is here; nothing was read or charged"
+            self._journal.write(
+                RequestDeclined(message_type=asked, reason=DeclineReason.OVERTAKEN.value, detail=detail)
+            )
+            declined = make_declined_reply(claim.envelope, DeclineReason.OVERTAKEN, self._config.name)
+            with contextlib.suppress(RunInactive, ConnectionLost):  # Nobody waits for it any more.
+                self._fleet.confirm_receipt(self._node, claim)
+                self._fleet.push_reply(self._node, declined)
+            self._show_outcome(0.0)
 
     def _handle(self, delivery: Delivery) -> None:
         started = time.monotonic()
@@ -305,7 +355,7 @@ class Node:
         while (left_s := until - time.monotonic()) > 0.0:
             if self._leaving.is_due():
                 # As for an answer under way: that one was ready is nothing the coordinator learns.
-                return make_declined_reply(delivery, DeclineReason.INTERNAL, self._config.name)
+                return make_declined_reply(delivery.envelope, DeclineReason.INTERNAL, self._config.name)
             time.sleep(min(left_s, 0.5))
         return outgoing
 
@@ -313,7 +363,7 @@ class Node:
         difference = self._check_bundle(delivery.envelope.metadata.run_id)
         if difference is not None:
             self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
-            return make_declined_reply(delivery, DeclineReason.VERSION, self._config.name)
+            return make_declined_reply(delivery.envelope, DeclineReason.VERSION, self._config.name)
         if self._worker is None:
             environment = make_private_environment(self._config.coordinator_dir)
             if self._config.list_coordinators():
@@ -327,7 +377,7 @@ class Node:
             detail = "abandoned by the site's staff; what was reserved stays reserved"
         self._close_worker()
         self._journal.write(RequestDeclined(reason=DeclineReason.INTERNAL.value, detail=detail))
-        return make_declined_reply(delivery, DeclineReason.INTERNAL, self._config.name)
+        return make_declined_reply(delivery.envelope, DeclineReason.INTERNAL, self._config.name)
 
     def _check_bundle(self, run: int) -> str | None:
         """Returns why a run's messages are not answered; None where its bundle brings this installation's own code."""

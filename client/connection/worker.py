@@ -132,15 +132,15 @@ class Worker:
             raise WorkerDied(self._process.returncode) from error
 
 
-def make_declined_reply(delivery: Delivery, refusal: DeclineReason, site: str) -> Outgoing:
+def make_declined_reply(envelope: message_pb2.Message, refusal: DeclineReason, site: str) -> Outgoing:
     """Returns a reply that declines a message, made without a worker and without reading the message's content.
 
     Args:
-        delivery: The message.
+        envelope: The message's envelope.
         refusal: The reason, from the fixed list.
         site: The site's declared name.
     """
-    message = _read_envelope(delivery.envelope)
+    message = _read_envelope(envelope)
     set_task_identity(message.metadata.run_id, message.metadata.dst_node_id)
     return _pack_reply(Message(messages.encode(messages.Declined(refusal, site)), reply_to=message), message)
 

@@ -17,7 +17,7 @@ from client.data.prepare import open_units
 from client.data.units import Units
 from client.personal.local_heads import LocalTraining, train_alone
 from client.personal.metrics import compute_exact_sums, compute_metrics, compute_pair_metrics
-from client.protocol.site import Site, joined_run, load_modules
+from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
 from common.events import Metrics
@@ -96,7 +96,7 @@ def load_final_heads(folder: Path) -> Heads:
         BadInput: the run has not ended here.
         DigestMismatch: the heads changed on disk since they were sent.
     """
-    path = folder / "final_heads.bin"
+    path = folder / FINAL_HEADS
     if not path.exists():
         raise BadInput(f"run {folder.name}: expected its final heads, but it has not ended here yet")
     request = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
@@ -106,7 +106,7 @@ def load_final_heads(folder: Path) -> Heads:
 
 
 def _find_last_run(site: Site) -> str:
-    ended = sorted(site.config.coordinator_dir.glob("runs/*/final_heads.bin"), key=lambda path: path.stat().st_mtime)
+    ended = sorted(site.config.coordinator_dir.glob(f"runs/*/{FINAL_HEADS}"), key=lambda path: path.stat().st_mtime)
     if not ended:
         raise BadInput("expected a run that has ended, but this site has received no final heads yet")
     return ended[-1].parent.name

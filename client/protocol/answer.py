@@ -21,6 +21,7 @@ from client.ledger.ledger import Ledger, Reservation
 from client.ledger.older_copy import check_reply, check_witness
 from client.protocol.replies import Replies, ReplyDamaged
 from client.protocol.site import (
+    FINAL_HEADS,
     Joined,
     Site,
     SiteDeclined,
@@ -75,7 +76,9 @@ def answer_once(
             newest = replies.find_newest()
             if newest is not None:
                 check_reply(ledger, newest)
-            _check_asked_once(ledger, site.config.name_charge(joined.run_id), request.round, what, digest)
+            charged = site.config.name_charge(joined.run_id)
+            _check_not_overtaken(ledger, joined, charged, request.round)
+            _check_asked_once(ledger, charged, request.round, what, digest)
             reply, reservation, num_releases = answer(digest, ledger)
             records = messages.encode(reply)
             data = messages.to_bytes(records)
@@ -95,6 +98,22 @@ def answer_once(
         )
     )
     return records
+
+
+def _check_not_overtaken(ledger: Ledger, joined: Joined, charged: str, round_: int) -> None:
+    """A run goes forward: nobody uses an answer of a round before one that was charged, or after the final heads.
+
+    Raises:
+        SiteDeclined: a later round of the run was charged, or the run's final heads are here.
+    """
+    newest = max((charge.round for charge in ledger.charges() if charge.run == charged), default=0)
+    if (joined.folder / FINAL_HEADS).exists():
+        overtaken_by = "the run's final heads are here"
+    elif newest > round_:
+        overtaken_by = f"round {newest} was charged already"
+    else:
+        return
+    raise SiteDeclined(DeclineReason.OVERTAKEN, f"round {round_}: {overtaken_by}; nothing was read or charged")
 
 
 def _check_asked_once(ledger: Ledger, charged: str, round_: int, what: Purpose, digest: str) -> None:

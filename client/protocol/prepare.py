@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from client.data.prepare import Encoding, prepare
 from client.protocol.site import (
+    FINAL_HEADS,
     Joined,
     Site,
     SiteDeclined,
@@ -91,7 +92,7 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     if heads_digest(request.heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     records = messages.encode(request)
-    write_atomic(joined.folder / "final_heads.bin", messages.to_bytes(records))
+    write_atomic(joined.folder / FINAL_HEADS, messages.to_bytes(records))
     site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
     site.ledger().release(site.config.name_charge(joined.run_id))
     return messages.Ready()

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from common.model.backbones import Backbone
     from common.privacy.noise import Entropy
 
+FINAL_HEADS = "final_heads.bin"
+"""File of a run's folder that holds the final heads once they came."""
+
 
 class SiteDeclined(Exception):
     """A request that this site declines.

@@ -21,7 +21,7 @@ from client.connection.diagnose import (
     find_proxy,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Fleet, InvalidAnswer, RunInactive
+from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, InvalidAnswer, RunInactive
 from client.connection.keys import read_key, write_key_pair
 from common.flower import fleet_pb2, message_pb2
 from tests.answering import Answer, Answering, answering
@@ -61,6 +61,13 @@ def reached(folder: Path, authority: Authority, answer: Reached) -> Iterator[tup
         yield connection, server
 
 
+def fetch(site: Fleet) -> Delivery:
+    """Returns the message that waits, with its content."""
+    claim = site.claim_message(7)
+    assert claim is not None
+    return site.fetch_content(7, claim)
+
+
 def delivered(objects: dict[str, bytes], names: list[str]) -> Reached:
     """A coordinator that hands out one message of these objects."""
 
@@ -84,8 +91,7 @@ def test_a_message_arrives_whole_and_its_parts_are_named_by_their_digests(tmp_pa
     content = b"RecordDict,,5\x00hello"
     name = sha256(content).hexdigest()
     with reached(tmp_path, authority, delivered({name: content}, [name])) as (site, server):
-        delivery = site.pull_message(7)
-        assert delivery is not None
+        delivery = fetch(site)
         assert (delivery.root, dict(delivery.objects)) == (name, {name: content})
         assert server.asked[-1] == "/v1/fleet/confirm-message-received"
 
@@ -94,7 +100,7 @@ def test_a_part_that_is_not_what_its_digest_says_is_refused(tmp_path: Path, auth
     name = sha256(b"agreed").hexdigest()
     with reached(tmp_path, authority, delivered({name: b"another"}, [name])) as (site, server):
         with pytest.raises(InvalidAnswer, match="digest"):
-            site.pull_message(7)
+            fetch(site)
         assert "/v1/fleet/confirm-message-received" not in server.asked
 
 
@@ -104,7 +110,7 @@ def test_a_message_of_too_many_parts_is_refused_before_any_is_fetched(tmp_path: 
     reply = fleet_pb2.PullMessagesResponse(messages_list=[message_pb2.Message()], message_object_trees=[tree])
     with reached(tmp_path, authority, lambda path: Answer(body=reply.SerializeToString())) as (site, server):
         with pytest.raises(InvalidAnswer, match="parts"):
-            site.pull_message(7)
+            fetch(site)
         assert server.asked == ["/v1/fleet/pull-messages"]
 
 

@@ -1,4 +1,4 @@
-"""Answers leave at whole intervals after their request, whatever became of them."""
+"""Answers leave at whole intervals after their request, whatever became of them; overtaken requests are not read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.config import SiteConfig
-from client.connection.node import Node, StopRequest, compute_wait
+from client.connection.fleet import Claim
+from client.connection.node import JOURNAL, MAX_CLAIMED, Node, StopRequest, compute_wait, is_overtaken
 from common import messages
+from common.events import RequestDeclined, read_site_journal, select_events
 from common.flower import (
     build_bundle_from_folder,
     fab_pb2,
@@ -51,37 +53,90 @@ def test_without_an_interval_nothing_waits() -> None:
     assert compute_wait(3.7, 0.0) == 0.0
 
 
+def claim(kind: str, group: str, run: int = 1) -> Claim:
+    metadata = message_pb2.Metadata(run_id=run, message_type=kind, group_id=group)
+    return Claim(message_pb2.Message(metadata=metadata), message_pb2.ObjectTree())
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "later", "overtaken"),
+    [
+        ("train", "5", claim("train", "6"), True),
+        ("train", "5", claim("train", "10"), True),
+        ("train", "6", claim("train", "5"), False),
+        ("train", "5", claim("train", "5"), False),
+        ("train", "5", claim("train", "6", run=2), False),
+        ("train", "5", claim("evaluate", "5"), True),
+        ("evaluate", "5", claim("train", "5"), False),
+        ("evaluate", "5", claim("train", "6"), True),
+        ("evaluate", "5", claim("evaluate", "6"), True),
+        ("train", "5", claim("query.finish", "0"), True),
+        ("evaluate", "5", claim("query.finish", "0"), True),
+        ("query.finish", "0", claim("train", "5"), False),
+        ("query.finish", "0", claim("query.finish", "0"), False),
+        ("train", "5", claim("query.prepare", "6"), False),
+        ("query.prepare", "5", claim("train", "6"), False),
+        ("query.join", "0", claim("train", "6"), False),
+        ("train", "soon", claim("train", "6"), False),
+        ("train", "5", claim("train", "9" * 5000), False),
+    ],
+)
+def test_a_request_is_overtaken_by_a_later_one_of_the_same_run_only(
+    kind: str, group: str, later: Claim, overtaken: bool
+) -> None:
+    asked = claim(kind, group)
+    for claims in ([asked, later], [later, asked]):
+        assert is_overtaken(asked, claims) == overtaken
+
+
 @dataclass
 class Coordinator:
     """Hands out one message at a time, as Flower's Fleet API does, and notes when the reply to it comes.
 
     Attributes:
         bundle: the app bundle of its run.
-        waiting: a message that nobody has pulled yet.
-        objects: name -> bytes of what the last message consists of.
-        confirmed: when the site had received all of it.
-        replied: when the reply came.
-        arrived: set with the reply.
+        waiting: messages that nobody has pulled yet.
+        objects: name -> bytes of what the messages consist of.
+        fetched: names of the objects that were pulled.
+        confirmed: when the site had received all of the last message.
+        replied: when the last reply came.
+        answered: ids of the messages that were replied to, in order.
+        awaited: number of replies that are awaited.
+        arrived: set with the last of them.
     """
 
     bundle: bytes
-    waiting: Message | None = None
+    waiting: list[Message] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
+    fetched: set[str] = field(default_factory=set)
     confirmed: float = 0.0
     replied: float = 0.0
+    answered: list[str] = field(default_factory=list)
+    awaited: int = 0
     arrived: threading.Event = field(default_factory=threading.Event)
 
     def measure(self, kind: str) -> float:
         """Returns the seconds from the receipt of a message of this kind to its reply."""
-        set_task_identity()
-        message = Message(messages.encode(messages.Ready()), dst_node_id=7, message_type="query")
-        set_metadata(message, message_type=kind, created_at=time.time(), ttl=600.0)
-        set_metadata(message, message_id=message.object_id)
-        self.objects = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
-        self.arrived.clear()
-        self.waiting = message
-        assert self.arrived.wait(60.0)
+        self.ask([(kind, "")])
         return self.replied - self.confirmed
+
+    def ask(self, requests: Sequence[tuple[str, str]]) -> list[str]:
+        """Sends messages of these kinds and groups and returns their ids, once all are replied to."""
+        sent = []
+        for kind, group in requests:
+            set_task_identity()
+            message = Message(messages.encode(messages.Ready()), dst_node_id=7, message_type="query", group_id=group)
+            set_metadata(message, message_type=kind, created_at=time.time(), ttl=600.0)
+            set_metadata(message, message_id=message.object_id)
+            self.objects |= {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+            sent.append(message)
+        self.arrived.clear()
+        self.answered.clear()
+        self.fetched.clear()
+        self.awaited = len(sent)
+        self.waiting += sent
+        assert self.arrived.wait(60.0)
+        return [message.metadata.message_id for message in sent]
 
     def answer(self, path: str, body: bytes) -> bytes:
         """Returns what a SuperLink answers."""
@@ -93,15 +148,17 @@ class Coordinator:
                 return run_pb2.GetRunResponse(run=run_pb2.Run(fab_hash="0")).SerializeToString()
             case "get-fab":
                 return fab_pb2.GetFabResponse(fab=fab_pb2.Fab(content=self.bundle)).SerializeToString()
-            case "pull-messages" if self.waiting is not None:
-                message, self.waiting = self.waiting, None
+            case "pull-messages" if self.waiting:
+                message = self.waiting.pop(0)
                 envelope = message_to_proto(remove_content_from_message(message))
                 tree = get_object_tree(message)
                 return fleet_pb2.PullMessagesResponse(
                     messages_list=[envelope], message_object_trees=[tree]
                 ).SerializeToString()
             case "pull-object":
-                content = self.objects[message_pb2.PullObjectRequest.FromString(body).object_id]
+                name = message_pb2.PullObjectRequest.FromString(body).object_id
+                self.fetched.add(name)
+                content = self.objects[name]
                 return message_pb2.PullObjectResponse(
                     object_found=True, object_available=True, object_content=content
                 ).SerializeToString()
@@ -109,8 +166,11 @@ class Coordinator:
                 self.confirmed = now
             case "push-messages":
                 self.replied = now
-                assert not fleet_pb2.PushMessagesRequest.FromString(body).clientapp_runtime_list
-                self.arrived.set()
+                request = fleet_pb2.PushMessagesRequest.FromString(body)
+                assert not request.clientapp_runtime_list
+                self.answered += [message.metadata.reply_to_message_id for message in request.messages_list]
+                if len(self.answered) == self.awaited:
+                    self.arrived.set()
         return b""
 
 
@@ -161,3 +221,28 @@ def test_what_may_have_read_records_is_answered_at_whole_intervals(tmp_path: Pat
         assert worker is not None
         os.kill(worker.pid, signal.SIGKILL)
         assert EVERY_S <= coordinator.measure("train") < 2 * EVERY_S
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
+def test_a_site_that_was_away_answers_the_newest_round_only(tmp_path: Path, coordinator: Coordinator) -> None:
+    """The others are declined at once and without their content, in whatever order they come."""
+    with serving(tmp_path, coordinator):
+        asked = [("query.part", ""), ("train", "5"), ("train", "7"), ("evaluate", "6"), ("train", "6"), ("train", "7")]
+        part, fifth, newest, evaluation, sixth, again = coordinator.ask(asked)
+        assert coordinator.answered == [fifth, evaluation, sixth, part, newest, again]
+        assert {part, newest, again} <= coordinator.fetched
+        assert not {fifth, evaluation, sixth} & coordinator.fetched
+    declined = select_events(read_site_journal(tmp_path / "north" / "state" / JOURNAL), RequestDeclined)
+    overtaken = [event for event in declined if event.reason == "overtaken"]
+    assert [event.message_type for event in overtaken] == ["train", "evaluate", "train"]
+    assert overtaken[0].detail == "train of round 5: a later request of the run is here; nothing was read or charged"
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
+def test_a_flood_of_messages_is_claimed_in_part_and_answered_whole(tmp_path: Path, coordinator: Coordinator) -> None:
+    with serving(tmp_path, coordinator):
+        asked = coordinator.ask([("train", str(round_)) for round_ in range(MAX_CLAIMED + 2)])
+        assert sorted(coordinator.answered) == sorted(asked)
+    declined = select_events(read_site_journal(tmp_path / "north" / "state" / JOURNAL), RequestDeclined)
+    # Of those that were claimed at once the last was answered, and of those behind them the last.
+    assert [event.reason for event in declined].count("overtaken") == MAX_CLAIMED

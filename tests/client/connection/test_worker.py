@@ -60,7 +60,7 @@ def test_a_reply_says_neither_when_it_was_made_nor_how_long_that_took(tmp_path: 
     worker = Worker(path, environment())
     try:
         first, again = (worker.answer(asked, lambda: False) for _ in range(2))
-        declined = [make_declined_reply(asked, DeclineReason.INTERNAL, "north") for _ in range(2)]
+        declined = [make_declined_reply(asked.envelope, DeclineReason.INTERNAL, "north") for _ in range(2)]
         assert first == again
         assert declined[0] == declined[1]
     finally:

@@ -93,6 +93,34 @@ def test_a_repeated_request_gets_identical_bytes_and_costs_nothing(site: Site, f
     assert spent(site) > after
 
 
+def test_a_round_before_one_that_was_charged_costs_nothing_and_its_stored_reply_is_sent(
+    site: Site, frozen: Backbone
+) -> None:
+    """The coordinator went on, and came back to a round: nobody will use a new answer to it."""
+    ready(site, frozen, rounds=4)
+    first = messages.TrainRequest("run-1", 1, heads(frozen))
+    stored = messages.to_bytes(train(site, first))
+    train(site, messages.TrainRequest("run-1", 3, heads(frozen)))
+    after = site.ledger().charges()
+    with pytest.raises(SiteDeclined) as caught:
+        train(site, messages.TrainRequest("run-1", 2, heads(frozen)))
+    assert caught.value.reason == DeclineReason.OVERTAKEN
+    assert "round 3 was charged already" in caught.value.detail
+    assert messages.to_bytes(train(site, first)) == stored
+    assert site.ledger().charges() == after
+
+
+def test_after_the_final_heads_no_round_is_charged(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
+    final = heads(frozen)
+    finish(site, messages.FinishRequest("run-1", final, heads_digest(final)))
+    with pytest.raises(SiteDeclined) as caught:
+        train(site, messages.TrainRequest("run-1", 2, heads(frozen)))
+    assert caught.value.reason == DeclineReason.OVERTAKEN
+    assert len(site.ledger().charges()) == 1
+
+
 def refused(site: Site, frozen: Backbone, **changes: Any) -> DeclineReason:
     with pytest.raises(SiteDeclined) as caught:
         join(site, offer(frozen, **changes))
