@@ -161,6 +161,9 @@ class AcceptedUpdate(Facts):
     bytes_down: int = Field(description="Size of the encoded request to the site, in bytes.")
     bytes_up: int = Field(description="Size of the encoded reply of the site, in bytes.")
     plan: Plan = Field(description="The plan that the site declares to have followed.")
+    weights: Mapping[str, float] = Field(
+        {}, description="Name of each head and trunk in the update -> its weight; empty in journals of early versions."
+    )
 
 
 class RoundEnded(Event):
@@ -175,6 +178,11 @@ class RoundEnded(Event):
         description="Name of each head and trunk -> number of sites whose update of it was used."
     )
     updated: tuple[str, ...] = Field(description="Names of the heads and trunks that had enough updates to change.")
+    heads: str | None = Field(
+        None,
+        description="SHA-256 over all heads and trunks after the round, in hexadecimal digits; null in journals of "
+        "early versions.",
+    )
     seconds: float = Field(description="Duration of the round, in seconds.")
 
 

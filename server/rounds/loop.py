@@ -167,7 +167,10 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
             answers.rejected.append(Rejected(participant.node_id, str(error)))
             continue
         accepted[participant.site] = AcceptedUpdate(
-            bytes_down=answers.bytes_sent[participant.node_id], bytes_up=size, plan=reply.plan
+            bytes_down=answers.bytes_sent[participant.node_id],
+            bytes_up=size,
+            plan=reply.plan,
+            weights=dict(participant.parameter_groups),
         )
         for task, delta in reply.delta.heads.items():
             by_task[task].append(Weighted(float(participant.parameter_groups[task]), delta))
@@ -179,6 +182,7 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
             sites=accepted,
             num_updates={task: len(deltas) for task, deltas in by_task.items()},
             updated=tuple(sorted(updated)),
+            heads=heads_digest(new.heads),
             seconds=round(time.monotonic() - started, 4),
         )
     )

@@ -12,6 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client.app import make_app
 from client.config import SiteConfig
+from client.ledger.ledger import Ledger
+from client.ledger.place import locate_ledgers
 from common import messages
 from common.events import (
     BackboneSent,
@@ -24,8 +26,13 @@ from common.events import (
     select_events,
 )
 from common.flower import set_metadata
+from common.model.parameters import parameters
+from common.model.trunks import create_modules
 from common.privacy.noise import Entropy, SeededEntropy
+from common.tasks import open_task
 from common.types import Delta, RunFailed, heads_digest
+from server.rounds.aggregators import Weighted
+from server.rounds.aggregators.mean import Mean
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome, run_federation
 from simulations.executors.in_process import InProcessGrid
@@ -236,6 +243,43 @@ def test_final_heads_come_home_and_the_checkpoint_holds_the_last_round(tmp_path:
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     assert checkpoint.rounds_done == 2
     assert heads_digest(checkpoint.heads) == heads_digest(outcome.heads)
+
+
+def test_the_journal_and_the_stored_replies_replay_to_the_same_heads(tmp_path: Path) -> None:
+    sites = {name: site_config(tmp_path, name) for name in ("east", "north")}
+    sizes = {"colour": 10, "size": 30}
+    values = {
+        task: {"source": "records", "column": task, "missing": "refuse", "public_size": size}
+        for task, size in sizes.items()
+    }
+    sites["north"] = site_config(tmp_path, "north", tasks=values)
+    outcome, events = federate(tmp_path / "run", list(sites.values()), rounds=3)
+    tasks = {name: open_task(spec, name) for name, spec in run_config().tasks.items()}
+    heads = {
+        name: parameters(module)
+        for name, module in create_modules(run_config(), tasks, {"backbone": backbone()}).items()
+    }
+    for event in select_events(events, RoundEnded):
+        replies = {name: _stored_delta(site, event.round) for name, site in sites.items()}
+        heads = {
+            task: Mean(kind="mean").update(
+                params,
+                {},
+                [Weighted(event.sites[name].weights[task], replies[name].heads[task]) for name in event.sites],
+            )[0]
+            for task, params in heads.items()
+        }
+        assert event.heads == heads_digest(heads)
+    assert heads_digest(outcome.heads) == heads_digest(heads)
+    assert select_events(events, RoundEnded)[0].sites["north"].weights == sizes
+
+
+def _stored_delta(site: SiteConfig, round_: int) -> Delta:
+    """Returns the update that a site stored for a round, found by the charge of its ledger."""
+    charges = Ledger.find(locate_ledgers(site), site.registry).charges()  # type: ignore[union-attr]
+    (request,) = [charge.request for charge in charges if charge.round == round_ and charge.committed]
+    data = (site.state_dir / "runs" / "run-1" / "replies" / request).read_bytes()
+    return messages.decode(messages.from_bytes(data), messages.TrainReply).delta
 
 
 def test_later_rounds_carry_heads_only_and_the_backbone_travels_once(tmp_path: Path) -> None:
