@@ -189,9 +189,13 @@ class RoundEnded(Event):
 class NoisedMetrics(Facts):
     """A task's metrics on held-out units, from the noised sums that sites released."""
 
-    metrics: Metrics = Field(description="Metric name -> value, the main metric first; null where undefined.")
+    metrics: Metrics = Field(
+        description="Metric name -> value, the main metric first; null where it is undefined or the noise has made it "
+        "unreadable."
+    )
     standard_errors: Metrics = Field(
-        description="Metric name -> standard deviation due to the privacy noise alone; null where undefined."
+        description="Metric name -> standard error due to the privacy noise alone; of an unreadable metric that before "
+        "clipping it into its range. Null where the metric is undefined for much of the noise."
     )
     sites: tuple[str, ...] = Field(description="Names of the sites whose held-out units are counted.")
 

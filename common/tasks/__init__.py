@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from common.plugins import Spec, resolve
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 EXACT_BUCKETS = 2048
@@ -88,14 +91,21 @@ class Statistic:
         size: number of entries S.
         bound: public bound on the L2 norm of one example's row.
         entries: outputs and labels (as encoded, none missing) -> the rows of these examples.
-        values: sums_S over examples (float64, perhaps with noise) -> metric -> value, the main metric first; NaN where
-            a metric is undefined.
+        compute: sums_S over examples (float64, perhaps with noise), and whether what noise moved out of its range is
+            clipped to it -> metric -> value, the main metric first; NaN where a metric is undefined.
+        ranges: metric -> the ends of its range, in its own unit; of one without an end there, a value that means no
+            use at all.
     """
 
     size: int
     bound: float
     entries: Callable[[Tensor, Tensor], SparseRows]
-    values: Callable[[Tensor], dict[str, float]]
+    compute: Callable[[NDArray[np.float64], bool], dict[str, float]]
+    ranges: Mapping[str, tuple[float, float]]
+
+    def values(self, sums_S: Tensor | NDArray[np.float64]) -> dict[str, float]:
+        """Returns metric -> value of sums over examples, clipped into its range; NaN where it is undefined."""
+        return self.compute(np.asarray(sums_S), True)
 
     def rows(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns rows_BS (float64): the vector of each example."""

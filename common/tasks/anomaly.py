@@ -9,6 +9,7 @@ loss comes from that record alone, and is zero where the record is anomalous: an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from common.tasks import Statistic, TaskExample
 from common.tasks.classification import Classification
 from common.tasks.parts.codecs import ClassCodec
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import RATE, Array
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,11 +93,11 @@ class Anomaly(Plugin):
         classes = Classification(labels=(self.normal, self.anomalous), positive=self.anomalous)
         whole = classes.statistic(buckets).compose(self._logits)
 
-        def choose_values(sums_S: Tensor) -> dict[str, float]:
-            values = whole.values(sums_S)
+        def choose_values(sums_S: Array, clip: bool) -> dict[str, float]:
+            values = whole.compute(sums_S, clip)
             return {name: values[name] for name in _METRICS}
 
-        return Statistic(whole.size, whole.bound, whole.entries, choose_values)
+        return replace(whole, compute=choose_values, ranges=dict.fromkeys(_METRICS, RATE))
 
     def _logits(self, outputs: Tensor) -> Tensor:
         """Returns [B, 2]: 0, and 2 log(distance / threshold), which is monotone in the distance and never infinite."""

@@ -16,9 +16,21 @@ from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import (
+    RATE,
+    Array,
+    average_defined,
+    compute_auroc,
+    compute_ratio,
+    compute_recall,
+    compute_specificity,
+    count_one_against_rest,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+METRICS = ("accuracy", "balanced_accuracy", "auroc", "sensitivity", "specificity")
 
 
 @final
@@ -95,7 +107,8 @@ class Classification(Plugin):
             # One cell; all buckets together are weighted to be as long again.
             bound=math.sqrt(2.0),
             entries=partial(self._entries, buckets),
-            values=self._values,
+            compute=self._compute,
+            ranges=dict.fromkeys(METRICS, RATE),
         )
 
     def _entries(self, buckets: int, outputs: Tensor, labels: Tensor) -> SparseRows:
@@ -116,23 +129,20 @@ class Classification(Plugin):
         cells = SparseRows(cell_B1, value_BL.new_ones(cell_B1.shape))
         return join_rows(cells, SparseRows(index_BL, value_BL / math.sqrt(len(scored))))
 
-    def _values(self, sums_S: Tensor) -> dict[str, float]:
-        from common.tasks.parts.statistics import compute_auroc, count_one_against_rest, ratio, recall, specificity
-
+    def _compute(self, sums_S: Array, clip: bool) -> dict[str, float]:
         num_classes, num_scored, positive = len(self.labels), len(self._scored_classes()), self._positive_index()
-        counts_KK = sums_S[: num_classes**2].view(num_classes, num_classes)
+        counts_KK = sums_S[: num_classes**2].reshape(num_classes, num_classes)
         counts_K22 = count_one_against_rest(counts_KK)
-        area_L = compute_auroc(sums_S[num_classes**2 :] * math.sqrt(num_scored), num_scored)
-        recall_K, specificity_K = recall(counts_K22), specificity(counts_K22)
-        values = {
-            "accuracy": ratio(counts_KK.diagonal().sum(), counts_KK.sum()),
+        area_L = compute_auroc(sums_S[num_classes**2 :] * math.sqrt(num_scored), num_scored, clip=clip)
+        recall_K, specificity_K = compute_recall(counts_K22, clip=clip), compute_specificity(counts_K22, clip=clip)
+        return {
+            "accuracy": float(compute_ratio(counts_KK.trace(), counts_KK.sum(), clip=clip)),
             # The mean of one-against-rest recall over all classes is balanced accuracy.
-            "balanced_accuracy": recall_K.nanmean(),
-            "auroc": area_L.nanmean(),
-            "sensitivity": recall_K.nanmean() if positive is None else recall_K[positive],
-            "specificity": specificity_K.nanmean() if positive is None else specificity_K[positive],
+            "balanced_accuracy": average_defined(recall_K),
+            "auroc": average_defined(area_L),
+            "sensitivity": average_defined(recall_K) if positive is None else float(recall_K[positive]),
+            "specificity": average_defined(specificity_K) if positive is None else float(specificity_K[positive]),
         }
-        return {name: float(value) for name, value in values.items()}
 
     def _positive_index(self) -> int | None:
         if len(self.labels) != 2:

@@ -20,6 +20,7 @@ from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import ClassCodec
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import RATE, Array, compute_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,7 +122,7 @@ class Embedding(Plugin):
     def statistic(self, buckets: int) -> Statistic:
         """Returns for records of training identities 1, and 1 where the nearest direction is that of their identity."""
         del buckets
-        return Statistic(size=2, bound=math.sqrt(2.0), entries=self._entries, values=self._values)
+        return Statistic(2, math.sqrt(2.0), self._entries, self._compute, {"accuracy": RATE})
 
     def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch
@@ -131,10 +132,8 @@ class Embedding(Plugin):
         value_B2 = torch.stack([known_B, correct_B], dim=1).double()
         return SparseRows(torch.arange(2, device=value_B2.device).expand(len(value_B2), 2), value_B2)
 
-    def _values(self, sums_S: Tensor) -> dict[str, float]:
-        from common.tasks.parts.statistics import ratio
-
-        return {"accuracy": float(ratio(sums_S[1], sums_S[0]))}
+    def _compute(self, sums_S: Array, clip: bool) -> dict[str, float]:
+        return {"accuracy": float(compute_ratio(sums_S[1], sums_S[0], clip=clip))}
 
     def _is_training_identity(self, labels: Tensor) -> Tensor:
         return (labels >= 0) & (labels < len(self.labels))

@@ -17,6 +17,15 @@ from common.inputs import CellName, CellNames, find_name
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import (
+    RATE,
+    Array,
+    average_defined,
+    compute_auroc,
+    compute_ratio,
+    compute_recall,
+    compute_specificity,
+)
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 
 _SEPARATOR = "|"
 _UNKNOWN = -1
+_METRICS = ("auroc", "balanced_accuracy", "accuracy", "sensitivity", "specificity")
 
 
 @final
@@ -92,7 +102,8 @@ class Multilabel(Plugin):
             # Two entries for each known label, weighted by the number of labels.
             bound=math.sqrt(2.0),
             entries=partial(self._entries, buckets),
-            values=self._values,
+            compute=self._compute,
+            ranges=dict.fromkeys(_METRICS, RATE),
         )
 
     def _entries(self, buckets: int, outputs: Tensor, labels: Tensor) -> SparseRows:
@@ -108,21 +119,20 @@ class Multilabel(Plugin):
         index_BP, value_BP = join_rows(cells, histograms)
         return SparseRows(index_BP, value_BP / math.sqrt(num_labels))
 
-    def _values(self, sums_S: Tensor) -> dict[str, float]:
-        from common.tasks.parts.statistics import compute_auroc, ratio, recall, specificity
-
+    def _compute(self, sums_S: Array, clip: bool) -> dict[str, float]:
         num_labels = len(self.labels)
         sums_S = sums_S * math.sqrt(num_labels)
-        counts_L22 = sums_S[: 4 * num_labels].view(num_labels, 2, 2)
-        recall_L, specificity_L = recall(counts_L22), specificity(counts_L22)
-        values = {
-            "auroc": compute_auroc(sums_S[4 * num_labels :], num_labels).nanmean(),
-            "balanced_accuracy": ((recall_L + specificity_L) / 2).nanmean(),
-            "accuracy": ratio(counts_L22.diagonal(dim1=1, dim2=2).sum(), counts_L22.sum()),
-            "sensitivity": recall_L.nanmean(),
-            "specificity": specificity_L.nanmean(),
+        counts_L22 = sums_S[: 4 * num_labels].reshape(num_labels, 2, 2)
+        recall_L, specificity_L = compute_recall(counts_L22, clip=clip), compute_specificity(counts_L22, clip=clip)
+        return {
+            "auroc": average_defined(compute_auroc(sums_S[4 * num_labels :], num_labels, clip=clip)),
+            "balanced_accuracy": average_defined((recall_L + specificity_L) / 2),
+            "accuracy": float(
+                compute_ratio(counts_L22.trace(axis1=1, axis2=2).sum(), counts_L22.sum(), clip=clip),
+            ),
+            "sensitivity": average_defined(recall_L),
+            "specificity": average_defined(specificity_L),
         }
-        return {name: float(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from common.inputs import parse_number
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import RATE, Array
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -75,7 +76,10 @@ class Regression(Plugin):
         """
         del buckets
         # Five entries of at most 1: predictions are clipped to the range, and labels outside of it are not encoded.
-        return Statistic(size=5, bound=math.sqrt(5.0), entries=self._entries, values=self._values)
+        width = 2 * self.codec.half
+        # R2 has no lower end; 0 is predicting the mean.
+        ranges = {"mae": (0.0, width), "rmse": (0.0, width), "r2": RATE}
+        return Statistic(5, math.sqrt(5.0), self._entries, self._compute, ranges)
 
     def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch
@@ -86,16 +90,21 @@ class Regression(Plugin):
         value_B5 = torch.stack([torch.ones_like(error_B), error_B.abs(), error_B**2, scaled_B, scaled_B**2], dim=1)
         return SparseRows(torch.arange(5, device=value_B5.device).expand(len(value_B5), 5), value_B5)
 
-    def _values(self, sums_S: Tensor) -> dict[str, float]:
+    def _compute(self, sums_S: Array, clip: bool) -> dict[str, float]:
         total, absolute, square, target, target_square = sums_S.tolist()
         if total <= 0.0:
             return dict.fromkeys(("mae", "rmse", "r2"), math.nan)
         spread = target_square - target**2 / total
         width = 2 * self.codec.half
+        absolute, square = absolute / total, square / total
+        if clip:
+            # Predictions and targets are of the range: no true error is wider.
+            absolute, square = min(max(absolute, 0.0), 1.0), min(max(square, 0.0), 1.0)
         return {
-            "mae": max(absolute / total, 0.0) * width,
-            "rmse": math.sqrt(max(square / total, 0.0)) * width,
-            "r2": 1.0 - 4.0 * square / spread if spread > 0.0 else math.nan,
+            "mae": absolute * width,
+            # Signed, so that a square which noise made negative is seen below the range.
+            "rmse": math.copysign(math.sqrt(abs(square)), square) * width,
+            "r2": 1.0 - 4.0 * square * total / spread if spread > 0.0 else math.nan,
         }
 
 

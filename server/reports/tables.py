@@ -73,7 +73,7 @@ def _render_evaluations(summary: Summary) -> Table:
             table.add_row(
                 name if first else "",
                 metric,
-                _format_metric(value),
+                "not readable" if value is None else _format_metric(value),
                 _format_metric(task.evaluation.standard_errors[metric]),
                 str(task.evaluation.round) if first else "",
                 str(len(task.evaluation.sites)) if first else "",

@@ -2,7 +2,7 @@
 
 All of it is a function of what sites have released, so it costs no privacy. The standard error of a metric is that
 of the privacy noise alone, by adding fresh noise of the same size to the sums (parametric bootstrap): it says nothing
-of how few held-out units there are, which is not known here.
+of how few held-out units there are, which is not known here. A metric that noise has made unreadable has no value.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from common import messages
 from common.events import NoisedMetrics
@@ -21,6 +21,8 @@ from common.types import BadInput
 
 _SUMS = "sums"
 _DRAWS = 200
+_ONE_DEVIATION = (0.84134, 0.15866)
+"""Quantiles of a normal distribution one standard deviation above and below its mean."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +72,61 @@ def compute_metrics(tasks: Mapping[str, Task], releases: Sequence[SiteRelease], 
         with_task = [release for release in releases if name in release.reply.sums]
         if not with_task:
             continue
-        total = sum(release.reply.sums[name][_SUMS].astype(np.float64) for release in with_task)
         statistic = task.statistic(NOISED_BUCKETS)
-        sums = torch.from_numpy(np.asarray(total)) * statistic.bound
+        total = np.sum([release.reply.sums[name][_SUMS].astype(np.float64) for release in with_task], axis=0)
+        sums = total * statistic.bound
         deviation = math.sqrt(sum(release.noise_std**2 for release in with_task)) * statistic.bound
-        values = statistic.values(sums)
+        noise = np.random.default_rng(seed).normal(size=(_DRAWS, len(sums))) * deviation
+        errors, unclipped_errors = (_compute_errors(statistic, sums + noise, clip) for clip in (True, False))
+        unclipped = statistic.compute(sums, False)
+        readable = {
+            metric: is_readable(unclipped[metric], unclipped_errors[metric], ends)
+            for metric, ends in statistic.ranges.items()
+        }
         results[name] = NoisedMetrics(
-            metrics={metric: _none_unless_finite(value) for metric, value in values.items()},
-            standard_errors=_bootstrap_errors(statistic, sums, deviation, seed),
+            metrics={metric: value if readable[metric] else None for metric, value in statistic.values(sums).items()},
+            standard_errors={
+                metric: error if readable[metric] else unclipped_errors[metric] for metric, error in errors.items()
+            },
             sites=tuple(sorted(release.site for release in with_task)),
         )
     return results
 
 
-def _bootstrap_errors(statistic: Statistic, sums: torch.Tensor, deviation: float, seed: int) -> dict[str, float | None]:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(_DRAWS, len(sums), generator=generator, dtype=torch.float64) * deviation
-    draws = [statistic.values(sums + each) for each in noise]
+def is_readable(value: float, error: float | None, ends: tuple[float, float]) -> bool:
+    """Returns whether a noised metric says anything: noise that hides the whole range of a metric is no result.
+
+    It says nothing where it is undefined, or has no error; where an interval of one standard error to either side is
+    wider than the metric's range; or where noise moved it out of its range by more than two standard errors, so that
+    its error cannot be believed.
+
+    Args:
+        value: the metric before it is clipped into its range; NaN where undefined.
+        error: its standard error, likewise.
+        ends: the ends of its range.
+    """
+    if error is None or math.isnan(value) or 2 * error > ends[1] - ends[0]:
+        return False
+    return ends[0] - 2 * error <= value <= ends[1] + 2 * error
+
+
+def _compute_errors(statistic: Statistic, draws: NDArray[np.float64], clip: bool) -> dict[str, float | None]:
+    """Returns the standard error of each metric; None where it is often undefined.
+
+    Args:
+        statistic: the statistic of the sums.
+        draws: sums with fresh noise, one draw a row.
+        clip: whether the metrics are clipped into their ranges. A clipped metric's error is that of what is reported,
+            and small where all draws lie beyond one end. Unclipped ones are ratios whose denominators may come near
+            zero, which have no standard deviation: half the width of the central 68.3 % is that of a normal one.
+    """
+    values = [statistic.compute(sums, clip) for sums in draws]
     errors: dict[str, float | None] = {}
-    for metric in draws[0]:
-        defined = [draw[metric] for draw in draws if math.isfinite(draw[metric])]
-        # A metric that is often undefined has no error worth a number.
-        errors[metric] = float(np.std(defined)) if len(defined) > 0.9 * _DRAWS else None
+    for metric in values[0]:
+        defined = [each[metric] for each in values if math.isfinite(each[metric])]
+        if len(defined) <= 0.9 * _DRAWS:
+            errors[metric] = None
+        else:
+            above, below = np.quantile(defined, _ONE_DEVIATION)
+            errors[metric] = float(np.std(defined) if clip else (above - below) / 2)
     return errors
-
-
-def _none_unless_finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

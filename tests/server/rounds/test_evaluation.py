@@ -20,7 +20,7 @@ from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
 from server.reports.summary import summarize
 from server.reports.tables import render_summary
-from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
+from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, is_readable
 from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, forged, site_config
 
@@ -180,3 +180,50 @@ def test_a_resumed_round_counts_once(tmp_path: Path) -> None:
     repeated = [*events, evaluations(events)[-1]]
     assert summarize(repeated).tasks == summarize(events).tasks
     assert summarize(repeated).sites == summarize(events).sites
+
+
+def test_noise_that_hides_a_metrics_range_leaves_it_without_a_value() -> None:
+    """400 units under more and more noise: first all metrics have values, at last none, and none is ever clipped."""
+    sums, readable = some_counts(400, 3), []
+    for noise in (1.0, 1e3):
+        result = compute_metrics(COLOUR, [SiteRelease("a", reply_of(sums, noise))], seed=1)["colour"]
+        readable.append({name for name, value in result.metrics.items() if value is not None})
+    assert readable == [set(STATISTIC.ranges), set()]
+
+
+def test_a_metric_far_outside_its_range_has_no_value_however_small_its_error() -> None:
+    """More hits than units cannot be: clipped draws would all be 1, and their error zero."""
+    sums = some_counts(400, 3)
+    sums[0] += 1000.0
+    sums[1] -= 1000.0
+    release = SiteRelease("a", reply_of(sums, 1.0))
+    result = compute_metrics(COLOUR, [release], seed=1)["colour"]
+    assert result.metrics["accuracy"] is None and result.standard_errors["accuracy"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "readable"),
+    [
+        (0.8, 0.49, True),
+        (0.8, 0.51, False),  # From 0.29 to 1.31: all of the range and more.
+        (-0.02, 0.05, True),  # Clipped to 0.000 with its error: next to nothing is right.
+        (-0.2, 0.05, False),
+        (1.2, 0.05, False),
+        (math.nan, 0.1, False),
+        (0.8, None, False),
+    ],
+)
+def test_a_metric_is_readable_within_an_error_of_half_its_range(value: float, error: float, readable: bool) -> None:
+    assert is_readable(value, error, (0.0, 1.0)) == readable
+    assert is_readable(40 * value, None if error is None else 40 * error, (0.0, 40.0)) == readable
+
+
+def test_a_metric_without_a_value_is_not_readable_in_the_table(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE)
+    _, events = federate(tmp_path / "run", [site], evaluation={"every": 2})
+    hidden = compute_metrics(COLOUR, [SiteRelease("north", reply_of(some_counts(400, 3), 1e3))], seed=1)
+    summary = summarize([*events, evaluations(events)[-1].model_copy(update={"tasks": hidden})])
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(render_summary(summary))
+    assert shown.get().count("not readable") == len(STATISTIC.ranges) and "0.000" not in shown.get()

@@ -1,0 +1,74 @@
+"""Rates that follow from summed statistics, in NumPy: the coordinator computes them from noised sums without torch.
+
+Sums with noise may be negative or add up to nothing: a rate without a positive denominator is undefined (NaN). Others
+are clipped to [0, 1] where asked for; without clipping they show how far noise has moved them. A site that lacks a
+class is normal here, so that undefined is never counted as 0.
+
+# Shapes: L labels (or K classes, each against the rest), T score buckets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+RATE = (0.0, 1.0)
+"""The range of every rate."""
+
+
+def compute_auroc(sums: Array, num_labels: int, *, clip: bool) -> Array:
+    """Returns area_L: P(score of a positive > score of a negative) + P(same bucket) / 2; NaN where undefined.
+
+    Args:
+        sums: [2 * L * T], summed rows of `statistics.build_score_rows`, perhaps with noise.
+        num_labels: number of labels L.
+        clip: whether an area that noise moved out of [0, 1] is moved to its end.
+    """
+    positives_LT, negatives_LT = sums.reshape(2, num_labels, -1)
+    below_LT = negatives_LT.cumsum(axis=1) - negatives_LT
+    wins_L = (positives_LT * (below_LT + negatives_LT / 2)).sum(axis=1)
+    positive_L, negative_L = positives_LT.sum(axis=1), negatives_LT.sum(axis=1)
+    # Two negative numbers have a positive product, and no area.
+    pairs_L = np.where((positive_L > 0) & (negative_L > 0), positive_L * negative_L, 0.0)
+    return compute_ratio(wins_L, pairs_L, clip=clip)
+
+
+def count_one_against_rest(counts_KK: Array) -> Array:
+    """Returns counts_K22 ([class][truth][prediction]) of a confusion matrix ([truth][prediction])."""
+    hit_K = counts_KK.diagonal()
+    missed_K, wrong_K = counts_KK.sum(axis=1) - hit_K, counts_KK.sum(axis=0) - hit_K
+    rest_K = counts_KK.sum() - hit_K - missed_K - wrong_K
+    return np.stack([np.stack([rest_K, wrong_K], 1), np.stack([missed_K, hit_K], 1)], 1)
+
+
+def compute_ratio(part: Array, whole: Array, *, clip: bool) -> Array:
+    """Returns part / whole; NaN where the whole is not positive.
+
+    Args:
+        part: numerators.
+        whole: denominators, of the same shape.
+        clip: whether a ratio outside [0, 1] is moved to its end.
+    """
+    ratios = np.full(np.shape(whole), math.nan)
+    np.divide(part, whole, out=ratios, where=np.asarray(whole > 0))
+    return ratios.clip(*RATE) if clip else ratios
+
+
+def compute_recall(counts_L22: Array, *, clip: bool) -> Array:
+    """Returns for each label the ratio of its positives that are predicted positive ([label][truth][prediction])."""
+    return compute_ratio(counts_L22[:, 1, 1], counts_L22[:, 1].sum(axis=1), clip=clip)
+
+
+def compute_specificity(counts_L22: Array, *, clip: bool) -> Array:
+    """Returns for each label the ratio of its negatives that are predicted negative ([label][truth][prediction])."""
+    return compute_ratio(counts_L22[:, 0, 0], counts_L22[:, 0].sum(axis=1), clip=clip)
+
+
+def average_defined(values_L: Array) -> float:
+    """Returns the mean of the values that are defined; NaN where none is."""
+    defined = values_L[~np.isnan(values_L)]
+    return float(defined.mean()) if len(defined) else math.nan
