@@ -108,10 +108,23 @@ class TaskSpec(Spec):
         return self.model_dump(exclude={"backbone"})
 
 
+class Rates(Frozen):
+    """Learning rate and weight decay of one parameter group.
+
+    Attributes:
+        learning_rate: learning rate of the step on the mean gradient.
+        weight_decay: weight decay of that step.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
 class SolverSpec(Spec):
     """A solver's settings, of which the run file itself reads what refers to the run's own tasks and trunks.
 
-    Every kind that trains with such rates calls them `tasks` and `trunk`; their values are the kind's own.
+    Every kind that trains with such rates calls them `tasks` and `trunk`; their values are the kind's own. A private
+    kind with the names of `common.privacy.update_norm.DescentSettings` promises updates of the length derived there.
 
     Attributes:
         tasks: rates of the heads of some tasks, by the task's name; the kind's other settings are those of the rest.
@@ -196,7 +209,8 @@ class RunConfig(Frozen):
             Price and noise follow from each site's own file.
         delta_precision: numbers in which updates travel; float16 takes half the bytes. Rounding comes after the noise
             and costs no privacy.
-        max_delta_norm: L2 norm over all heads above which a reply is rejected.
+        max_delta_norm: L2 norm over all heads above which a reply is rejected. With privacy each head's and trunk's
+            change is bounded as well by what the solver's settings, the noise and the public size make possible.
         audit: `required`: each site audits its solver before it joins, and declines when the audit fails.
     """
 

@@ -7,11 +7,9 @@ with, so that commands that only plan start fast.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import Field
-
-from common.plugins import Frozen, Spec, resolve
+from common.plugins import Spec, resolve
 from common.run import Privacy
 from common.tasks import Task
 from common.types import Delta, Plan, Unit
@@ -23,18 +21,6 @@ if TYPE_CHECKING:
     from common.privacy.noise import NoiseStream
 
 
-class Rates(Frozen):
-    """Learning rate and weight decay of one parameter group.
-
-    Attributes:
-        learning_rate: learning rate of the step on the mean gradient.
-        weight_decay: weight decay of that step.
-    """
-
-    learning_rate: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-
-
 class Solver(Protocol):
     """A solver's public settings and its private computation.
 
@@ -43,7 +29,10 @@ class Solver(Protocol):
     site works and still releases noise; the plan's numbers are the ones used.
 
     A kind with other rates for the heads of some tasks calls that setting `tasks`; one with other rates for trunks
-    calls it `trunk`: the run file checks that both refer to what the run trains (`common.run.SolverSpec`).
+    calls it `trunk`: the run file checks that both refer to what the run trains (`common.run.SolverSpec`). A private
+    kind whose settings have all names of `common.privacy.update_norm.DescentSettings` that have no default must keep to
+    the update's length that follows there from its numbers: the coordinator rejects longer ones. A kind of other steps
+    gives one of these settings another name; then `max_delta_norm` of the run file is the only bound.
 
     Attributes:
         kind: file name of the plug-in.

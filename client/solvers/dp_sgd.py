@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from client.solvers import Rates
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.filters import calibrate_noise_multiplier
-from common.run import PositiveInt, Privacy
+from common.run import PositiveInt, Privacy, Rates
 from common.tasks import Task
 from common.types import CLIP_NORMS, SAMPLING_RATES, BadInput, Delta, Plan, Unit
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field
 
-from client.solvers import Rates
 from common.plugins import Plugin
-from common.run import PositiveInt, Privacy
+from common.run import PositiveInt, Privacy, Rates
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
 

@@ -30,6 +30,7 @@ from common.events import (
 from common.model.backbones import Backbone
 from common.model.parameters import parameters
 from common.model.trunks import create_modules
+from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_task
 from common.types import BadInput, Heads, heads_digest
@@ -159,9 +160,9 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
             continue
         reply, size = answers.accepted[participant.node_id]
         try:
-            check_delta(
-                reply.delta, _select_groups(state.heads, participant.parameter_groups), messenger.run.max_delta_norm
-            )
+            sent = _select_groups(state.heads, participant.parameter_groups)
+            norms = bound_update_norms(messenger.run, participant.tasks, sent)
+            check_delta(reply.delta, sent, messenger.run.max_delta_norm, norms)
             check_plan(reply.plan, messenger.run)
         except BadInput as error:
             answers.rejected.append(Rejected(participant.node_id, str(error)))

@@ -1,7 +1,7 @@
 """Replies as they come in: one bad reply is rejected with its reason and the round goes on.
 
 What is checked: the sender was asked; the payload is well formed; tasks, names and shapes are those that were sent;
-every value is finite; the norm is bounded; the plan is as private as the run asks.
+every value is finite; norms are within what the run's plan can reach; the plan is as private as the run asks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Message
 
 from common import messages
+from common.privacy.update_norm import check_descent_plan
 from common.run import RunConfig
 from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan
 
@@ -106,30 +107,32 @@ def _decode_reply(message: Message, expected: type[_Reply]) -> _Reply:
 
 
 def check_plan(plan: Plan, run: RunConfig) -> None:
-    """Checks that an update was made with the run's privacy and unit.
+    """Checks that an update was made with the run's privacy and unit, and with the numbers of the run file.
 
     Raises:
-        BadInput: a private run answered without noise or the other way round, or with another unit.
+        BadInput: a private run answered without noise or the other way round, with another unit or with other numbers.
     """
     asked = run.requested_privacy
     if plan.private != (asked is not None) or (asked is not None and plan.unit != asked.unit):
         raise BadInput("expected a plan with the run's privacy and unit, got another one")
+    check_descent_plan(plan, run)
 
 
-def check_delta(delta: Delta, sent: Heads, max_norm: float) -> None:
+def check_delta(delta: Delta, sent: Heads, max_norm: float, group_norms: Mapping[str, float] | None = None) -> None:
     """Checks that an update fits what was sent.
 
     Args:
         delta: the site's update.
         sent: heads and trunks that the site was sent.
         max_norm: largest allowed L2 norm of the whole update.
+        group_norms: head or trunk -> largest L2 norm of its change; None for no such bound.
 
     Raises:
         BadInput: a missing or extra task or parameter, a wrong shape, a value that is not finite, or too large a norm.
     """
     if set(delta.heads) != set(sent):
         raise BadInput(f"expected tasks {', '.join(sorted(sent))}, got another set")
-    square = 0.0
+    squares = dict.fromkeys(sent, 0.0)
     for task, params in sent.items():
         got = delta.heads[task]
         if set(got) != set(params):
@@ -139,6 +142,13 @@ def check_delta(delta: Delta, sent: Heads, max_norm: float) -> None:
                 raise BadInput(f"{task}.{name}: expected shape {old.shape}, got {got[name].shape}")
             if not np.isfinite(got[name]).all():
                 raise BadInput(f"{task}.{name}: expected finite values")
-            square += float(np.square(got[name], dtype=np.float64).sum())
-    if math.sqrt(square) > max_norm:
-        raise BadInput(f"expected an update of norm at most {max_norm:g}, got {math.sqrt(square):.3g}")
+            squares[task] += float(np.square(got[name], dtype=np.float64).sum())
+        largest = math.inf if group_norms is None else group_norms[task]
+        if math.sqrt(squares[task]) > largest:
+            raise BadInput(
+                f"{task}: expected a change of norm at most {largest:.3g}, which is all that the run's steps, rates, "
+                f"clip norm and noise make possible, got {math.sqrt(squares[task]):.3g}"
+            )
+    norm = math.sqrt(sum(squares.values()))
+    if norm > max_norm:
+        raise BadInput(f"expected an update of norm at most {max_norm:g} (`max_delta_norm`), got {norm:.3g}")

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ from common.model.parameters import create_heads, parameters
 from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import NoiseStream
-from common.run import Privacy
+from common.privacy.update_norm import bound_update_norms
+from common.run import Privacy, RunConfig
 from common.tasks import Task, open_task
 from common.types import BadInput, Delta, Plan, Unit
+from common.yaml import parse
 
 KINDS = kinds("client.solvers")
 PRIVATE = [kind for kind in KINDS if plugin_class("client.solvers", kind).private]
@@ -301,6 +304,61 @@ def test_the_accounted_mechanism_is_the_one_that_ran(kind: str, people: list[Per
     assert accounted.noise_multiplier == plan.noise_multiplier == PRIVACY.noise_multiplier
     assert accounted.sensitivity == plan.clip_norm
     assert accounted.sampling_rate == plan.sampling_rate
+
+
+LIKE = Person(((3, None),), (True,) * 9)
+"""Units that are all the same, so that their gradients point in one direction."""
+
+
+def bounded_run(kind: str, noise_multiplier: float, **solver: Any) -> RunConfig:
+    """The run whose coordinator bounds the updates of this kind."""
+    tasks = {name: task.model_dump(mode="json", by_alias=True) for name, task in tasks_of(kind).items()}  # type: ignore[attr-defined]
+    values: dict[str, Any] = {
+        "name": "bounded",
+        "seed": 0,
+        "rounds": 1,
+        "backbone": {"kind": "identity", "dim": FEATURES + DEAD},
+        "tasks": tasks,
+        "solver": {**example_of(kind), **solver},
+        "privacy": {**PRIVACY.model_dump(), "noise_multiplier": noise_multiplier},
+        "aggregation": {"kind": "mean"},
+    }
+    if kind.endswith(WITH_TRUNK):
+        values["solver"]["trunk"] = {"learning_rate": 0.3, "weight_decay": 0.1}
+        values["trainable"] = {"backbone": {"from": "input"}}
+    return parse(RunConfig, values, base=Path.cwd())
+
+
+def compare_with_bounds(kind: str, run: RunConfig, people: list[Person], public_size: int, key: int) -> list[float]:
+    """Returns each parameter group's change as a part of what the coordinator allows."""
+    solver = open_solver(run.solver, "solver")
+    plan = solver.plan(run.requested_privacy, Unit.PATIENT, 1)
+    delta = solve(kind, site(people), plan, NoiseStream(bytes([key]) * 32), public_size, solver)
+    sent = {name: parameters(module) for name, module in heads_of(kind).items()}
+    allowed = bound_update_norms(run, dict.fromkeys(run.tasks, public_size), sent)
+    return [float(np.linalg.norm(flat(Delta({name: delta.heads[name]})))) / allowed[name] for name in sent]
+
+
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
+@pytest.mark.parametrize(("noise_multiplier", "rate"), [(0.01, 1.0), (30.0, 0.2)])
+def test_the_coordinator_allows_every_update_whatever_the_records_and_the_noise(
+    kind: str, noise_multiplier: float, rate: float
+) -> None:
+    rates: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.05, "steps": 3, "sampling_rate": rate}
+    run = bounded_run(kind, noise_multiplier, **rates, tasks={"keys": {"learning_rate": 0.1}})
+    # At the worst half the true number is declared, and all agree.
+    for people, public_size in (([LIKE] * 16, 8), (SOME, 12)):
+        for key in range(6):
+            assert max(compare_with_bounds(kind, run, people, public_size, key)) <= 1.0
+
+
+@pytest.mark.parametrize("kind", PRIVATE_CASES)
+def test_what_the_coordinator_allows_is_near_what_units_that_agree_and_noise_reach(kind: str) -> None:
+    """The bound above is not kept by allowing everything."""
+    agreeing = bounded_run(kind, 0.01, sampling_rate=1.0, steps=2, learning_rate=0.01)
+    assert max(compare_with_bounds(kind, agreeing, [LIKE] * 16, 8, 1)) > 0.4
+    noisy = bounded_run(kind, 100.0, sampling_rate=1.0, steps=2)
+    assert max(compare_with_bounds(kind, noisy, [LIKE] * 16, 8, 1)) > 0.5
 
 
 @pytest.mark.parametrize("kind", PRIVATE)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.data.units import Units
-from client.solvers import Rates
 from client.solvers.parts import objective
 from client.solvers.parts.closed_form import (
     Inputs,
@@ -26,6 +25,7 @@ from client.solvers.parts.flat import Flat
 from common.model.parameters import MAX_ROW_NORM
 from common.privacy.lattice import Lattice, check_unit_count
 from common.privacy.noise import NoiseStream
+from common.run import Rates
 from common.tasks import LossGradient, Task
 from common.types import Delta, Plan, RunFailed
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
-from client.solvers import Rates
 from common.model.parameters import parameters
 from common.privacy.noise import NoiseStream
+from common.run import Rates
 from common.tasks import Task
 from common.types import Delta, Heads, Plan, RunFailed
 

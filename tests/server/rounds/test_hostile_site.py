@@ -27,6 +27,7 @@ from common.flower import (
 )
 from common.model.parameters import create_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
+from common.privacy.update_norm import bound_update_norms
 from common.tasks import open_task
 from common.types import DeclineReason, Delta, Heads, Plan, RunFailed, Unit, heads_digest
 from server.rounds.loop import Outcome, run_federation
@@ -46,6 +47,7 @@ def federate(
     answer: Callable[[Message], RecordDict | None] = lambda asked: None,
     grid: Grid = InProcessGrid,
     node_ids: Mapping[int, str] | None = NODE_IDS,
+    run: Mapping[str, Any] | None = None,
     **cohort: Any,
 ) -> tuple[Outcome, list[RunEvent], list[SiteConfig]]:
     """A run of two rounds in which north answers what `answer` makes, where that is anything."""
@@ -59,7 +61,7 @@ def federate(
     journal = FileJournal(folder / "journal.jsonl")
     outcome = run_federation(
         grid(app, len(sites)),
-        run_config(cohort={"min_sites": 1, "timeout_s": 5, "join_timeout_s": 2, **cohort}),
+        run_config(cohort={"min_sites": 1, "timeout_s": 5, "join_timeout_s": 2, **cohort}, **(run or {})),
         {"backbone": backbone()},
         run_id="run-1",
         folder=folder,
@@ -137,6 +139,22 @@ def planned(**changes: object) -> RecordDict:
     return records
 
 
+def train_reply(delta: Heads, plan: Plan = PLAN) -> RecordDict:
+    return messages.encode(messages.TrainReply(Delta(delta), plan))
+
+
+def stretch(norm: float) -> RecordDict:
+    """A well-formed update of a norm in one weight of one head."""
+    heads = {name: {key: value.copy() for key, value in params.items()} for name, params in zero_heads().items()}
+    next(iter(heads["colour"].values())).flat[0] = norm
+    return train_reply(heads)
+
+
+def allowed() -> float:
+    """Largest norm that the run's plan allows a change of the head of colours."""
+    return bound_update_norms(run_config(), {"colour": 40, "size": 40}, zero_heads())["colour"]
+
+
 ANYWHERE: dict[str, Callable[[], RecordDict]] = {
     "nothing": RecordDict,
     "nested JSON": lambda: raw("[" * 200_000),
@@ -190,6 +208,14 @@ AT_TRAIN: dict[str, Callable[[], RecordDict]] = {
     "a plan of another unit": lambda: planned(unit="patient"),
     "an infinite plan": lambda: planned(noise_multiplier=float("inf")),
     "a plan of text": lambda: planned(clip_norm="x" * 100_000),
+    "a plan of less noise": lambda: planned(noise_multiplier=1.0),
+    "a plan of more noise": lambda: planned(noise_multiplier=2000.0),
+    "a plan of another clip norm": lambda: planned(clip_norm=1000.0),
+    "a plan of more steps": lambda: planned(steps=3),
+    "a plan of another sampling rate": lambda: planned(sampling_rate=0.5),
+    "an update a little longer than the plan allows": lambda: stretch(1.01 * allowed()),
+    "an update three times as long as the plan allows": lambda: stretch(3 * allowed()),
+    "an update of norm 7,746": lambda: stretch(7746.0),
 }
 CASES = [
     *[(messages.JOIN, name, make) for name, make in {**ANYWHERE, **AT_JOIN}.items()],
@@ -218,6 +244,28 @@ def test_a_malicious_reply_costs_its_sender_its_place_and_nothing_else(
         ("run-1", 2),
     ]
     assert (tmp_path / "journal.jsonl").stat().st_size < 20_000
+
+
+def test_the_longest_update_that_the_plan_allows_is_used_and_a_longer_one_is_named_in_one_sentence(
+    tmp_path: Path, without_north: str
+) -> None:
+    def answer(factor: float) -> Callable[[Message], RecordDict | None]:
+        return lambda asked: stretch(factor * allowed()) if asked.metadata.message_type == messages.TRAIN else None
+
+    used, events, _ = federate(tmp_path / "used", ["east", "north"], answer=answer(0.99))
+    assert heads_digest(used.heads) != without_north and not list_rejected(events)
+    _, events, _ = federate(tmp_path / "longer", ["east", "north"], answer=answer(10))
+    (reason,) = {reason for _, _, reason in list_rejected(events)}
+    assert reason == (
+        f"colour: expected a change of norm at most {allowed():.3g}, which is all that the run's steps, rates, "
+        f"clip norm and noise make possible, got {10 * allowed():.3g}"
+    )
+
+
+def test_a_run_files_smaller_bound_stays(tmp_path: Path) -> None:
+    outcome, events, _ = federate(tmp_path, ["east"], node_ids={EAST: "east"}, run={"max_delta_norm": 1e-6})
+    assert outcome.updates == {"colour": 0, "size": 0}
+    assert all("(`max_delta_norm`)" in reason for _, _, reason in list_rejected(events))
 
 
 @pytest.mark.parametrize("kind", [messages.PART, messages.FINISH])
