@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, final, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -535,6 +535,7 @@ DaemonEvent = DaemonStarted | DaemonStopped | RequestRejected
 # --- journals --------------------------------------------------------------------------------------------------------
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
+_State = TypeVar("_State")
 
 
 class Journal(Protocol):
@@ -583,6 +584,44 @@ def read_daemon_journal(path: Path) -> list[DaemonEvent]:
     return _read(path, get_args(DaemonEvent))
 
 
+@final
+class JournalView(Generic[_State]):
+    """A value that is computed from a journal's events, and brought up to date from the lines that are new.
+
+    A journal that is another file than before, or shorter, is read from its beginning.
+    """
+
+    def __init__(
+        self, path: Path, kinds: Any, create: Callable[[], _State], add: Callable[[_State, Any], object]
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            path: the journal; it need not exist.
+            kinds: union of the events that count, such as `RunEvent`; other lines are skipped.
+            create: returns the value of an empty journal.
+            add: adds one event to the value.
+        """
+        self._path, self._kinds, self._create, self._add = path, get_args(kinds), create, add
+        self._file, self._end, self._state = 0, 0, create()
+
+    def read(self) -> _State:
+        """Returns the value now."""
+        if not self._path.exists():
+            return self._state
+        with self._path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._end:
+                self._file, self._end, self._state = found.st_ino, 0, self._create()
+            file.seek(self._end)
+            # A line without its end is being written, or was torn by a crash and is sealed by the next.
+            lines, newline, _ = file.read().rpartition(b"\n")
+        self._end += len(lines) + len(newline)
+        for event in _parse(lines.decode("utf-8", errors="replace"), self._kinds):
+            self._add(self._state, event)
+        return self._state
+
+
 def select_events(events: Iterable[Event], kind: type[_AnyEvent]) -> list[_AnyEvent]:
     """Returns the events of one class, in order."""
     return [event for event in events if isinstance(event, kind)]
@@ -590,11 +629,13 @@ def select_events(events: Iterable[Event], kind: type[_AnyEvent]) -> list[_AnyEv
 
 def _read(path: Path, kinds: Iterable[type[Any]]) -> list[Any]:
     """Returns the readable lines of a journal as events of the given classes; others are skipped."""
-    if not path.exists():
-        return []
+    return _parse(path.read_text(encoding="utf-8", errors="replace"), kinds) if path.exists() else []
+
+
+def _parse(text: str, kinds: Iterable[type[Any]]) -> list[Any]:
     by_name = {name: kind for kind in kinds for name in (kind.event_name, *kind.former_event_names)}
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             values = json.loads(line)
             if isinstance(values, dict) and values.get("event") in by_name:

@@ -19,6 +19,9 @@ from flwr.app import Message
 # Returns a message without its records: the envelope that the Fleet API carries.
 from flwr.app.message import remove_content_from_message as remove_content_from_message
 
+# The number of heartbeat intervals for which a node counts as online after a heartbeat.
+from flwr.common.constant import HEARTBEAT_PATIENCE as HEARTBEAT_PATIENCE
+
 # The header with the time that a site's signature signs.
 from flwr.common.constant import TIMESTAMP_HEADER as TIMESTAMP_HEADER
 

@@ -21,8 +21,19 @@ MAY_IMPORT = {
 ROOMS = tuple(MAY_IMPORT)
 FLOORS = {
     "common": ["", "privacy", "backbones", "tasks", "model", "process"],
-    "client": ["", "ledger", "data", "solvers", "audit", "protocol", "personal", "connection", "commands"],
-    "server": ["rounds", "reports", "deployment", "superlink", "commands"],
+    "client": [
+        "",
+        "ledger",
+        "data",
+        "solvers",
+        "audit",
+        "protocol",
+        "personal",
+        "connection",
+        "monitoring",
+        "commands",
+    ],
+    "server": ["rounds", "reports", "deployment", "superlink", "monitoring", "commands"],
 }
 """Rooms of a side, lowest first: a room imports its own and lower ones. The side's top level is "" where all may."""
 

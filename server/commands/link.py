@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.process.console import reported_errors
 from server.commands.parts.options import Folder
 from server.deployment.federation import open_federation
+from server.monitoring.monitor import Monitor
 from server.superlink.daemon import run_daemon
 
 
@@ -14,4 +15,5 @@ def link(folder: Folder) -> None:
     Example: headwater coordinator link fed
     """
     with reported_errors():
-        run_daemon(open_federation(folder))
+        federation = open_federation(folder)
+        run_daemon(federation, Monitor(federation).list_pages())

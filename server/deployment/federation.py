@@ -35,7 +35,7 @@ class FederationConfig(Frozen):
         also: further names and addresses in the server's certificate.
         bind: address that the coordinator listens on; it may differ from `address` behind a router or proxy.
         control_port: loopback port on which this machine's commands and the run's process reach the SuperLink.
-        health_port: loopback port of the gRPC health service.
+        health_port: loopback port of the gRPC health service, the status page and the metrics.
         max_upload_mib: bound of one upload of an admitted site, in MiB.
         max_connections: largest number of open connections.
         idle_timeout_s: longest time that a connection may keep the coordinator waiting, in seconds.
@@ -164,7 +164,7 @@ address: "{config.address}"    # where sites reach the coordinator: the one port
 also: [{also}]    # further names and addresses of the same machine, for its certificate
 bind: "{config.bind}"    # where the coordinator listens; it may differ from `address` behind a router or proxy
 control_port: {config.control_port}    # on loopback only: this machine's commands and the run's own process
-health_port: {config.health_port}    # on loopback only: the standard gRPC health service
+health_port: {config.health_port}    # on loopback only: gRPC health, status page, metrics
 
 max_upload_mib: {config.max_upload_mib}    # bound of one upload of an admitted site
 max_connections: {config.max_connections}    # how many connections are open at once

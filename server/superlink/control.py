@@ -5,16 +5,17 @@ Flower's own command line and its configuration files are not used: single reque
 
 from __future__ import annotations
 
+import datetime
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
 import httpx
 from google.protobuf.message import DecodeError, Message
 
-from common.flower import Fab, control_pb2, fab_to_proto, user_config_to_proto
+from common.flower import HEARTBEAT_PATIENCE, Fab, control_pb2, fab_to_proto, user_config_to_proto
 from common.types import RunFailed
 from server.deployment.federation import Federation
 from server.superlink.request_filter import CONTROL_HEADER
@@ -32,12 +33,15 @@ class NodeState:
         key: the site's public key, PEM.
         status: `registered` (never connected), `online`, `offline` or `unregistered`.
         since: time of the last change, ISO 8601; empty where it never connected.
+        last_contact: time of the last heartbeat, or of the end of the connection, in seconds since 1970; None where it
+            never connected.
     """
 
     node_id: int
     key: bytes
     status: str
     since: str
+    last_contact: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Control:
                 bytes(node.public_key),
                 str(node.status),
                 str(max(node.last_activated_at, node.last_deactivated_at)),
+                _find_last_contact(node),
             )
             for node in reply.nodes_info
             if node.status != "unregistered"
@@ -164,6 +169,14 @@ class Control:
         except DecodeError as error:
             raise RunFailed(f"the SuperLink's answer to {path} cannot be read") from error
         return response
+
+
+def _find_last_contact(node: Any) -> float | None:
+    if node.status == "online":
+        # Each heartbeat lets a node count as online for two intervals from then on.
+        return float(node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval)
+    left = str(node.last_deactivated_at)
+    return datetime.datetime.fromisoformat(left).timestamp() if left else None
 
 
 def is_listening(port: int) -> bool:

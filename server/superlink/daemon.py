@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from common.events import DaemonStarted, DaemonStopped, FileJournal
 from common.files import lock_file
 from common.process.health import Health
+from common.process.pages import Pages
 from common.types import BadInput, RunFailed
 from server.deployment.certificates import check_server
 from server.deployment.federation import Federation
@@ -66,8 +67,12 @@ def find_daemon_pid(federation: Federation) -> int | None:
         return int(text) if text.isdecimal() else None
 
 
-def run_daemon(federation: Federation) -> None:
+def run_daemon(federation: Federation, pages: Pages | None = None) -> None:
     """Serves until a signal asks to stop.
+
+    Args:
+        federation: the federation that is served.
+        pages: pages that the health port serves, by path.
 
     Raises:
         BadInput: a port is taken, a certificate has expired, or another daemon runs.
@@ -86,7 +91,7 @@ def run_daemon(federation: Federation) -> None:
             bind_socket(config.bind.host, config.bind.port, "bind"),
             bind_socket("127.0.0.1", config.control_port, "control_port"),
         )
-        health = Health(config.health_port)
+        health = Health(config.health_port, pages)
         os.environ.update(build_environment(federation))
         try:
             asyncio.run(_serve(federation, sockets, health))

@@ -74,6 +74,10 @@ FIELDS = {
     flower.message_pb2.PushObjectRequest: {"node", "run_id", "object_id", "object_content", "session_id"},
     flower.message_pb2.PushObjectResponse: {"stored"},
     flower.node_pb2.Node: {"node_id"},
+    flower.node_pb2.NodeInfo: {
+        *("node_id", "public_key", "status", "last_activated_at", "last_deactivated_at"),
+        *("online_until", "heartbeat_interval"),
+    },
     flower.run_pb2.GetRunRequest: {"node", "run_id"},
     flower.run_pb2.GetRunResponse: {"run"},
     flower.runtime_pb2.AcquireTaskRequest: set(),
