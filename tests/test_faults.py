@@ -1,4 +1,4 @@
-"""The short rows of the table of faults in docs/deploy.md, with real processes; `benchmarks.faults` has the long ones."""
+"""The short rows of the table of faults in docs/deploy.md, with real processes; the long ones: `benchmarks.faults`."""
 
 from __future__ import annotations
 
