@@ -147,15 +147,17 @@ class Deployment:
 
     Attributes:
         folder: all of it.
-        port: public port of the coordinator.
+        ports: of the coordinator: public, control, health.
         sites: by name.
-        wall: variables for all processes, such as a clock that is wrong.
+        mark: what stands in the environment of all its processes.
+        root: the checkout whose code processes run.
     """
 
     folder: Path
     ports: Sequence[int]
     sites: dict[str, DrillSite]
     mark: str
+    root: Path = ROOT
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
     runs: list[DrillRun] = field(default_factory=list)
 
@@ -171,9 +173,8 @@ class Deployment:
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def variables(self, more: Variables | None = None) -> dict[str, str]:
-        return environment(
-            **{_MARK: self.mark, "XDG_DATA_HOME": str(self.folder / "home"), "PYTHONUNBUFFERED": "1", **(more or {})}
-        )
+        home = {"XDG_DATA_HOME": str(self.folder / "home"), "PYTHONPATH": str(self.root), "PYTHONUNBUFFERED": "1"}
+        return environment(**{_MARK: self.mark, **home, **(more or {})})
 
     def command(
         self, *words: object, seconds: float = 240.0, prefix: Sequence[str] = ()
@@ -182,7 +183,7 @@ class Deployment:
         return subprocess.run(
             [*prefix, sys.executable, "-m", "headwater", *map(str, words)],
             env=self.variables(),
-            cwd=ROOT,
+            cwd=self.root,
             capture_output=True,
             text=True,
             errors="replace",
@@ -207,7 +208,7 @@ class Deployment:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.variables(more),
-                cwd=ROOT,
+                cwd=self.root,
                 start_new_session=True,
             )
         self.started.append(child)

@@ -270,10 +270,10 @@ def write_run(path: Path, **changes: Any) -> Path:
     return path
 
 
-def app_of(folder: Path) -> Path:
+def app_of(folder: Path, rooms: tuple[str, ...] = ("client", "common", "server")) -> Path:
     """A copy of the project that `flwr run` can bundle, to change at will."""
     folder.mkdir(parents=True)
-    for room in ("client", "common", "server"):
+    for room in rooms:
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder

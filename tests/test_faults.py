@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.faults import ROWS, find_faults, settle
+from benchmarks.faults import ROWS
+from benchmarks.faults.parts import find_faults, settle
 from tests.deployment import Deployment, make_deployment
 from tests.invariants import Watcher, find_leftovers, find_temporary_files
 
@@ -23,7 +24,7 @@ def watcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watcher]:
     assert not [*find_leftovers(made), *find_temporary_files(made)]
 
 
-@pytest.mark.parametrize("row", ["site_killed", "run_killed"])
+@pytest.mark.parametrize("row", ["worker_killed", "run_killed"])
 def test_what_happens_ends_no_run_and_loses_nothing(watcher: Watcher, row: str) -> None:
     made: Deployment = watcher.made
     settle(made)

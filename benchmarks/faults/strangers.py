@@ -1,0 +1,149 @@
+"""Records that cannot be read, sites that lie, and strangers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import yaml
+
+from benchmarks.faults.parts import (
+    expect_end,
+    expect_end_or_resume,
+    find_sentence,
+    row,
+)
+from common.events import SiteRejected, select_events
+from tests.deployment import Deployment
+from tests.federation import app_of
+
+
+@row
+def corrupt_record(made: Deployment) -> str:
+    """a record of a site cannot be read"""
+    return _change_table(made, lambda text: text + "abc,9,no,no\n", takes_part=True)
+
+
+@row
+def empty_task(made: Deployment) -> str:
+    """a site has no label for its one task any more"""
+    return _change_table(made, lambda text: re.sub(r"(?m)^(\d+,\d),\w+,", r"\1,,", text), takes_part=False)
+
+
+@row
+def hostile_site(made: Deployment) -> str:
+    """a site sends NaN, wrong shapes, huge numbers, garbage, 80 MB and nothing in turn"""
+    other = made.folder / "hostile"
+    app_of(other, ("client", "common", "server", "headwater"))
+    with (other / "client" / "app.py").open("a") as file:
+        file.write(_HOSTILE)
+    node = other / "client" / "connection" / "node.py"
+    text = node.read_text()
+    assert "difference = self._check_bundle" in text
+    node.write_text(text.replace("difference = self._check_bundle", "difference = None and self._check_bundle"))
+    made.stop_site("gamma")
+    made.root, before = other, made.root
+    made.start_site("gamma")
+    made.wait_for_joined("gamma")
+    made.root = before
+    run = made.start_run(rounds=7)
+    said = expect_end_or_resume(made, run)
+    made.stop_site("gamma")
+    shutil.rmtree(other)
+    used = [event.round for event in made.rounds() if "gamma" in event.sites]
+    assert not used, f"rounds {used} used it"
+    reasons = {event.reason for event in select_events(made.events(), SiteRejected) if event.site == "gamma"}
+    return f"{said}; rejected: {sorted(reasons)}"
+
+
+@row
+def strangers(made: Deployment) -> str:
+    """at each port plain HTTP, garbage bytes, slow connections and a key that is not admitted, during a run"""
+    run = made.start_run(rounds=6)
+    made.wait_for_round(1, run=run)
+    slow = []
+    for port in made.ports:
+        for content in (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", os.urandom(4096), b"POST /v1/fleet/pull-messages HTTP"):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as each:
+                each.sendall(content)
+        for _ in range(20):
+            with suppress(OSError):
+                slow.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                slow[-1].sendall(b"P")
+    stranger = made.folder / "stranger"
+    made.must("site", "init", stranger, "--name", "alpha")
+    values = yaml.safe_load(made.sites["alpha"].file.read_text())
+    values |= {"state_dir": str(stranger / "state"), "ledger_dir": str(stranger / "ledgers")}
+    values["coordinator"] |= {"key": str(stranger / "keys" / "alpha"), "ca": str(made.fed / "tls" / "ca.crt")}
+    values["sources"]["records"]["path"] = str(made.sites["alpha"].folder / "rows.csv")
+    (stranger / "site.yaml").write_text(yaml.safe_dump(values))
+    done = made.command("site", "start", stranger / "site.yaml")
+    assert done.returncode == 1, done.stderr
+    said = expect_end(run)
+    for each in slow:
+        each.close()
+    shutil.rmtree(stranger)
+    return f"{said}; stranger: {done.stderr.strip().splitlines()[-1]!r}"
+
+
+def _change_table(made: Deployment, change: Callable[[str], str], *, takes_part: bool) -> str:
+    site = made.sites["gamma"]
+    table = site.folder / "rows.csv"
+    text = table.read_text()
+    made.stop_site("gamma")
+    table.write_text(change(text))
+    before = len(site.read_log())
+    try:
+        made.start_sites()
+        said = expect_end_or_resume(made, made.start_run(rounds=3))
+        assert ("gamma" in made.rounds()[-1].sites) is takes_part, site.read_log()[before:]
+        said += f"; site said {find_sentence(site.read_log()[before:], 'cannot', 'could not', 'left out', 'usable')!r}"
+    finally:
+        made.stop_site("gamma")
+        table.write_text(text)
+    return said
+
+
+_HOSTILE = '''
+
+_honest = app
+
+
+def app(message, context):
+    """What a hostile site makes of it."""
+    import os
+    from dataclasses import replace
+
+    import numpy as np
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+    from common import messages
+
+    reply = _honest(message, context)
+    if message.metadata.message_type != messages.TRAIN:
+        return reply
+    number = int(message.metadata.group_id) % 7
+    if number == 0:
+        os._exit(1)
+    records = reply.content
+    if number == 1:
+        return Message(RecordDict({"x": ConfigRecord({"y": os.urandom(1000)})}), reply_to=message)
+    if number == 2:
+        return Message(RecordDict({"x": ArrayRecord({"y": Array(np.zeros(20_000_000, np.float32))})}), reply_to=message)
+    for name, record in records.items():
+        if isinstance(record, ArrayRecord):
+            for key in record:
+                value = record[key].numpy()
+                changed = {
+                    3: lambda: np.full_like(value, np.nan),
+                    4: lambda: np.zeros((1,), value.dtype),
+                    5: lambda: value * np.float32(1e6) + np.float32(1e6),
+                    6: lambda: np.zeros((3, *value.shape), np.float64),
+                }[number]()
+                record[key] = Array(changed)
+    return reply
+'''
