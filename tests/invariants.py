@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import re
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import messages
-from common.events import RoundEnded, RunEnded, read_run_journal, select_events
+from common.events import RoundEnded, RunEnded, RunEvent, read_run_journal, select_events
 from common.run import RunConfig
-from common.types import heads_digest
+from common.tasks import open_task
+from common.types import Params, heads_digest
 from common.yaml import load
+from server.rounds.aggregators import State, Weighted, open_aggregator
 from tests.deployment import SITES, Deployment
 
 _TEMPORARY = re.compile(r"\.[\w.-]+\.[a-z0-9_]{8}")
@@ -60,54 +63,85 @@ def find_uncharged(made: Deployment) -> list[str]:
     return missing
 
 
-def replay_heads(made: Deployment, folder: Path) -> str:
-    """The digest of a run's heads after its last round, computed from the replies that the sites keep.
+class Replay:
+    """A run computed again from the replies that its sites keep.
 
     The request of a round follows from the heads before it, and the digest of the request names the stored reply.
     """
-    from common.model.backbones import open_backbones
-    from common.model.parameters import parameters
-    from common.model.trunks import create_modules
-    from common.tasks import open_task
-    from server.rounds.aggregators import State, Weighted, open_aggregator
 
-    run = load(RunConfig, folder / "config.yaml")
-    tasks = {name: open_task(spec, name) for name, spec in run.tasks.items()}
-    heads = {name: parameters(module) for name, module in create_modules(run, tasks, open_backbones(run)).items()}
-    aggregator = open_aggregator(run.aggregation, "aggregation")
-    states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}
-    rounds = {event.round: event for event in select_events(read_run_journal(folder / "journal.jsonl"), RoundEnded)}
-    for number, event in sorted(rounds.items()):
+    def __init__(self, made: Deployment, folder: Path) -> None:
+        from common.model.backbones import open_backbones
+        from common.model.parameters import parameters
+        from common.model.trunks import create_modules
+
+        run = load(RunConfig, folder / "config.yaml")
+        tasks = {name: open_task(spec, name) for name, spec in run.tasks.items()}
+        modules = create_modules(run, tasks, open_backbones(run))
+        self._made, self._run_id = made, folder.name
+        self._aggregator = open_aggregator(run.aggregation, "aggregation")
+        self._heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
+        self._states: dict[str, State] = {name: self._aggregator.start(heads) for name, heads in self._heads.items()}
+
+    def advance(self, event: RoundEnded) -> str:
+        """The digest of the heads after the next round."""
         replies = {}
         for name in event.sites:
-            request = messages.TrainRequest(folder.name, number, {task: heads[task] for task in sorted(SITES[name])})
-            stored = made.sites[name].state / "runs" / folder.name / "replies" / messages.request_digest(request)
+            sent = {task: self._heads[task] for task in sorted(SITES[name])}
+            digest = messages.request_digest(messages.TrainRequest(self._run_id, event.round, sent))
+            stored = self._made.sites[name].state / "runs" / self._run_id / "replies" / digest
             replies[name] = messages.decode(messages.from_bytes(stored.read_bytes()), messages.TrainReply)
         for task in event.updated:
-            deltas = [
-                Weighted(80.0, reply.delta.heads[task]) for reply in replies.values() if task in reply.delta.heads
+            used = [
+                Weighted(event.sites[name].weights[task], reply.delta.heads[task])
+                for name, reply in replies.items()
+                if task in reply.delta.heads
             ]
-            heads[task], states[task] = aggregator.update(heads[task], states[task], deltas)
-    return heads_digest(heads)
+            self._heads[task], self._states[task] = self._aggregator.update(self._heads[task], self._states[task], used)
+        return heads_digest(self._heads)
 
 
-def find_lost_heads(made: Deployment) -> list[str]:
-    """Runs whose heads are not what the replies that were used give."""
-    lost = []
-    for folder in made.list_run_folders():
-        events = read_run_journal(folder / "journal.jsonl")
-        ends = select_events(events, RunEnded)
-        if ends and ends[-1].heads != replay_heads(made, folder):
-            lost.append(f"{folder.name}: its heads do not replay")
-    return lost
+def _replay(replay: Replay, events: Collection[RunEvent]) -> str | None:
+    """What of a run does not replay."""
+    # A round that was done again after a crash stands twice.
+    rounds = {event.round: event for event in select_events(events, RoundEnded)}
+    digest = None
+    for number, event in sorted(rounds.items()):
+        try:
+            digest = replay.advance(event)
+        except OSError as error:
+            return f"a reply of round {number} is not kept: {error.filename}"
+        if digest != event.heads:
+            return f"the heads of round {number} do not replay"
+    ends = select_events(events, RunEnded)
+    return "its final heads do not replay" if ends and ends[-1].heads != digest else None
 
 
 @dataclass
 class Watcher:
-    """Looks at what was added to the logs since the last look."""
+    """Looks at what was added to logs and journals since the last look.
+
+    Attributes:
+        made: what is watched.
+        seen: log -> number of its characters that were read.
+        replayed: names of the runs that ended and replayed.
+    """
 
     made: Deployment
     seen: dict[Path, int] = field(default_factory=dict)
+    replayed: set[str] = field(default_factory=set)
+
+    def find_lost_heads(self) -> list[str]:
+        """Rounds whose heads are not what the replies give that the sites keep."""
+        lost = []
+        for folder in self.made.list_run_folders():
+            if folder.name not in self.replayed:
+                events = read_run_journal(folder / "journal.jsonl")
+                problem = _replay(Replay(self.made, folder), events)
+                if problem is not None:
+                    lost.append(f"{folder.name}: {problem}")
+                if problem is not None or select_events(events, RunEnded):
+                    self.replayed.add(folder.name)
+        return lost
 
     def find_tracebacks(self) -> list[str]:
         """Logs with a traceback that a person could meet."""

@@ -11,7 +11,6 @@ from tests.bad_proxy import Mode
 from tests.deployment import Deployment, DrillRun, is_alive, wait_until
 from tests.invariants import (
     Watcher,
-    find_lost_heads,
     find_uncharged,
 )
 
@@ -99,4 +98,4 @@ def settle(made: Deployment) -> None:
 
 def find_faults(made: Deployment, watcher: Watcher) -> list[str]:
     """What is wrong after a row, whatever the row was."""
-    return [*watcher.find_tracebacks(), *find_uncharged(made), *find_lost_heads(made)]
+    return [*watcher.find_tracebacks(), *find_uncharged(made), *watcher.find_lost_heads()]
