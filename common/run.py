@@ -5,6 +5,7 @@ Paths are relative to the file they are written in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,10 @@ class Cohort(Frozen):
     min_replies_per_task: PositiveInt = 1
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     join_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+
+    def count_asked(self, num_sites: int) -> int:
+        """Returns the number of sites that a round asks, of so many that joined."""
+        return min(num_sites, max(self.min_sites, math.ceil(self.fraction * num_sites)))
 
 
 class Evaluation(Frozen):

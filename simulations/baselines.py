@@ -78,13 +78,16 @@ def pool_units(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:
 
 
 def make_aggregation(run: RunConfig) -> ApplyUpdate:
-    """Returns the run's aggregation of a single update, so that heads trained alone are comparable."""
+    """Returns the run's aggregation of a single update, so that heads trained alone are comparable.
+
+    An aggregator that needs several is given the same update as often as it needs.
+    """
     aggregator = open_aggregator(run.aggregation, "aggregation")
     states: dict[str, State] = {}
 
     def apply_update(group: str, params: Params, change: Params) -> Params:
         state = states[group] if group in states else aggregator.start(params)
-        new, states[group] = aggregator.update(params, state, [Weighted(1.0, change)])
+        new, states[group] = aggregator.update(params, state, [Weighted(1.0, change)] * aggregator.min_updates)
         return new
 
     return apply_update

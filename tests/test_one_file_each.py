@@ -213,6 +213,7 @@ class Trimmed(Plugin):
 
     kind: Literal["trimmed"]
     left_out: int
+    min_updates: ClassVar[int] = 1
     needs_sum: ClassVar[bool] = False
 
     @classmethod

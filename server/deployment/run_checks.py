@@ -13,7 +13,7 @@ from common.types import BadInput
 from common.yaml import load
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
-from server.rounds.aggregators import open_aggregator
+from server.rounds.aggregators import count_required_updates
 
 
 def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -39,5 +39,10 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
     backbones = open_backbones(run)
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
     create_modules(run, tasks, backbones)
-    open_aggregator(run.aggregation, "aggregation")
+    required, asked = count_required_updates(run), run.cohort.count_asked(len(sites))
+    if required > asked:
+        raise BadInput(
+            f"aggregation: expected the {asked} site(s) that a round asks to be enough, got {run.aggregation.kind} "
+            f"with settings and a cohort that need {required}; admit more sites, or lower these numbers"
+        )
     return resolve_backbone_paths(run)

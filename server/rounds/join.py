@@ -16,6 +16,7 @@ from common.model.backbones import Backbone, list_digests
 from common.offers import make_offer
 from common.run import MAX_PUBLIC_SIZE, RunConfig
 from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
+from server.rounds.aggregators import count_required_updates
 from server.rounds.messenger import Answers, Messenger, Participant
 from server.rounds.replies import MAY_CHANGE, Rejected
 
@@ -268,10 +269,12 @@ def _describe_missing_quorum(run: RunConfig, participants: Mapping[str, Particip
     """Returns what the participants lack to be a quorum, of all and for each task; None where nothing is missing."""
     if len(participants) < run.cohort.min_sites:
         return f"expected at least {run.cohort.min_sites} site(s) to join, got {len(participants)}"
+    least, required = run.cohort.min_replies_per_task, count_required_updates(run)
     for task in run.tasks:
         count = sum(task in participant.tasks for participant in participants.values())
-        if count < run.cohort.min_replies_per_task:
-            return f"expected at least {run.cohort.min_replies_per_task} site(s) with task {task} to join, got {count}"
+        if count < required:
+            why = f" (aggregation {run.aggregation.kind} needs so many updates)" if required > least else ""
+            return f"expected at least {required} site(s) with task {task} to join{why}, got {count}"
     return None
 
 

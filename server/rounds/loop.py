@@ -6,7 +6,6 @@ a bad reply costs its sender its place in that round and nothing else.
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,7 +33,7 @@ from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_task
 from common.types import BadInput, Heads, heads_digest
-from server.rounds.aggregators import State, Weighted, open_aggregator
+from server.rounds.aggregators import State, Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
 from server.rounds.join import join_sites, prepare_sites
@@ -304,7 +303,7 @@ def _initial_state(messenger: Messenger, backbones: Mapping[str, Backbone]) -> C
 
 
 def _sample_cohort(run: RunConfig, participants: list[Participant], round_: int) -> list[Participant]:
-    count = max(run.cohort.min_sites, math.ceil(run.cohort.fraction * len(participants)))
+    count = run.cohort.count_asked(len(participants))
     if count >= len(participants):
         return participants
     cohort = random.Random(f"{run.seed}/{round_}").sample(participants, count)
@@ -316,8 +315,9 @@ def _aggregate(
 ) -> tuple[Checkpoint, set[str]]:
     aggregator = open_aggregator(run.aggregation, "aggregation")
     heads, states, updated = dict(state.heads), dict(state.states), set()
+    required = count_required_updates(run)
     for task, deltas in by_task.items():
-        if len(deltas) < max(1, run.cohort.min_replies_per_task):
+        if len(deltas) < required:
             continue
         heads[task], states[task] = aggregator.update(heads[task], states[task], deltas)
         updated.add(task)

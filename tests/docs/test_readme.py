@@ -24,17 +24,17 @@ def test_it_has_at_most_250_lines() -> None:
 def test_its_plug_in_works(tmp_path: Path) -> None:
     block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert block is not None
-    path = tmp_path / "median.py"
+    path = tmp_path / "vote.py"
     path.write_text(block[1])
-    spec = importlib.util.spec_from_file_location("median", path)
+    spec = importlib.util.spec_from_file_location("vote", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rule = module.Median.model_validate(module.Median.example())
-    deltas = [Weighted(weight, {"w": np.array([value], np.float32)}) for weight, value in ((1, 1), (9, 2), (1, 1e6))]
+    rule = module.Vote.model_validate(module.Vote.example())
+    deltas = [Weighted(weight, {"w": np.array([value], np.float32)}) for weight, value in ((1, 1), (1, 2), (9, -1e6))]
     params = {"w": np.array([10.0], np.float32)}
     new, _ = rule.update(params, rule.start(params), deltas)
-    assert new["w"].tolist() == [12.0]
+    assert new["w"].tolist() == [10.5]
 
 
 def test_its_simulation_is_valid(tmp_path: Path) -> None:

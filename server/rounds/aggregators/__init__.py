@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.plugins import Spec, resolve
+from common.run import RunConfig
 from common.types import Params
 
 State = Mapping[str, Params]
@@ -43,6 +45,10 @@ class Aggregator(Protocol):
     kind: str
     needs_sum: bool
 
+    @property
+    def min_updates(self) -> int:
+        """The number of updates without which it has no result: with fewer a head keeps its parameters."""
+
     @classmethod
     def example(cls) -> dict[str, Any]:
         """Returns settings with every required key, which the contract suite runs."""
@@ -56,7 +62,7 @@ class Aggregator(Protocol):
         Args:
             params: parameters that the sites were sent, by name.
             state: what `start` or the last `update` returned.
-            deltas: at least one, in any order, each with the names and shapes of `params`.
+            deltas: at least `min_updates`, in any order, each with the names and shapes of `params`.
         """
 
 
@@ -70,18 +76,46 @@ def open_aggregator(spec: Spec | Mapping[str, Any], key: str) -> Aggregator:
     return aggregator
 
 
-def weighted_mean(deltas: Sequence[Weighted]) -> dict[str, np.ndarray]:
-    """Returns the weighted mean of the changes in float64, by parameter name.
+def count_required_updates(run: RunConfig) -> int:
+    """Returns the number of updates without which a round leaves a head or trunk as it is.
 
-    Changes are added in an order of their own bytes, so that rounding does not depend on which site answered first.
+    Raises:
+        BadInput: the aggregator's settings are wrong.
     """
-    ordered = sorted(
-        deltas, key=lambda item: (item.weight, *(item.delta[name].tobytes() for name in sorted(item.delta)))
-    )
+    return max(run.cohort.min_replies_per_task, open_aggregator(run.aggregation, "aggregation").min_updates)
+
+
+def sort_updates(deltas: Sequence[Weighted]) -> list[Weighted]:
+    """Returns the updates in an order of their own bytes, so that rounding does not depend on who answered first."""
+    return sorted(deltas, key=lambda item: (item.weight, *(item.delta[name].tobytes() for name in sorted(item.delta))))
+
+
+def weighted_mean(deltas: Sequence[Weighted]) -> dict[str, NDArray[np.float64]]:
+    """Returns the weighted mean of the changes in float64, by parameter name."""
+    ordered = sort_updates(deltas)
     total = sum(item.weight for item in ordered)
-    mean: dict[str, np.ndarray] = {}
+    mean: dict[str, NDArray[np.float64]] = {}
     for name, first in ordered[0].delta.items():
         mean[name] = np.zeros(first.shape)
         for item in ordered:
             mean[name] += item.weight / total * item.delta[name]
     return mean
+
+
+def stack_changes(deltas: Sequence[Weighted]) -> dict[str, NDArray[np.float64]]:
+    """Returns for each parameter the changes of all updates, one after the other along the first axis, in float64."""
+    return {
+        name: np.stack([np.asarray(item.delta[name], np.float64) for item in deltas])
+        for name in sorted(deltas[0].delta)
+    }
+
+
+def move_parameters(params: Params, changes: Mapping[str, NDArray[np.float64]], learning_rate: float) -> Params:
+    """Returns old + learning_rate * change for each parameter, as float32.
+
+    Args:
+        params: parameters before the step, by name.
+        changes: change of each parameter.
+        learning_rate: factor on the change.
+    """
+    return {name: (old + learning_rate * changes[name]).astype(np.float32) for name, old in params.items()}

@@ -28,6 +28,7 @@ class FedAdam(Plugin):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Field(gt=0)] = 1e-3
+    min_updates: ClassVar[int] = 1
     needs_sum: ClassVar[bool] = True
 
     @classmethod

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from common.plugins import Plugin
 from common.types import Params
-from server.rounds.aggregators import State, Weighted, weighted_mean
+from server.rounds.aggregators import State, Weighted, move_parameters, weighted_mean
 
 
 class Mean(Plugin):
@@ -22,6 +21,7 @@ class Mean(Plugin):
 
     kind: Literal["mean"]
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    min_updates: ClassVar[int] = 1
     needs_sum: ClassVar[bool] = True
 
     @classmethod
@@ -42,5 +42,4 @@ class Mean(Plugin):
             state: what `start` or the last `update` returned.
             deltas: updates with public weights, at least one.
         """
-        mean = weighted_mean(deltas)
-        return {name: (old + self.learning_rate * mean[name]).astype(np.float32) for name, old in params.items()}, state
+        return move_parameters(params, weighted_mean(deltas), self.learning_rate), state

@@ -35,6 +35,7 @@ from server.rounds.aggregators import Weighted
 from server.rounds.aggregators.mean import Mean
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome, run_federation
+from server.superlink.watch import describe_event
 from simulations.executors.in_process import InProcessGrid
 from tests.tiny import backbone, forged, run_config, site_config
 
@@ -214,6 +215,28 @@ def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
     outcome, events = federate(tmp_path / "run", sites, faulty_site="west", distort=edited(set_nan), cohort=cohort)
     assert outcome.updates == {"colour": 0, "size": 2}
     assert all(event.updated == ("size",) for event in select_events(events, RoundEnded))
+
+
+def test_a_task_with_fewer_updates_than_its_aggregator_needs_stays_as_it_was(tmp_path: Path) -> None:
+    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    sites = [site_config(tmp_path, name) for name in ("east", "north", "west")]
+    sites.append(site_config(tmp_path, "south", tasks=only_size))
+    trimmed = {"kind": "trimmed_mean", "trim": 1}
+    outcome, events = federate(
+        tmp_path / "run", sites, faulty_site="west", distort=edited(set_nan), aggregation=trimmed
+    )
+    assert outcome.updates == {"colour": 0, "size": 2}
+    ended = select_events(events, RoundEnded)
+    assert all(event.updated == ("size",) for event in ended)
+    said = describe_event(ended[0], 2)
+    assert said is not None and "updates: colour 2, size 3; not enough for colour, left unchanged" in said
+
+
+def test_fewer_sites_than_the_aggregator_needs_end_the_run_before_anything_is_spent(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    with pytest.raises(RunFailed, match=r"at least 5 site\(s\) with task colour to join \(aggregation krum needs"):
+        federate(tmp_path / "run", sites, aggregation={"kind": "krum", "byzantine": 1})
+    assert not any((found := Ledger.find(locate_ledgers(site), site.registry)) and found.charges() for site in sites)
 
 
 def test_a_run_without_its_minimum_of_sites_fails_with_a_sentence(tmp_path: Path) -> None:
