@@ -52,13 +52,15 @@ class Authority:
     certificate: x509.Certificate
 
     @classmethod
-    def new(cls, name: str) -> Authority:
+    def new(
+        cls, name: str, *, valid: tuple[datetime.timedelta, datetime.timedelta] = (-365 * DAY, 365 * DAY)
+    ) -> Authority:
         """A self-signed authority."""
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         key, now = ec.generate_private_key(ec.SECP384R1()), datetime.datetime.now(datetime.UTC)
         usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        builder = _builder(subject, subject, key, (now - 365 * DAY, now + 365 * DAY))
+        builder = _builder(subject, subject, key, (now + valid[0], now + valid[1]))
         builder = builder.add_extension(x509.BasicConstraints(True, 0), True).add_extension(usage, True)
         return cls(subject, key, builder.add_extension(identifier, False).sign(key, hashes.SHA384()))
 

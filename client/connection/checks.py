@@ -17,8 +17,6 @@ from client.connection import diagnose
 from client.connection.diagnose import (
     WARN_DAYS,
     create_trusting_context,
-    explain_connection_failure,
-    is_tls_error,
     open_tls,
     read_presented_certificate,
 )
@@ -298,10 +296,12 @@ def _check_network(config: SiteConfig, coordinator: Coordinator) -> Iterator[Che
     except BadInput:
         return  # Said above.
     except OSError as error:
-        tls = is_tls_error(error)
-        detail = diagnose.explain_tls_failure(coordinator) if tls else explain_connection_failure(coordinator, error)
-        what, _, remedy = detail.rpartition(": ")
-        yield Check("certificate" if tls else "reachable", "fail", what or detail, remedy if what else "")
+        found = diagnose.diagnose_connection(coordinator) or diagnose.Diagnosis(
+            f"{coordinator.address} failed once ({type(error).__name__}) and now answers: run this check again"
+        )
+        what, _, remedy = found.sentence.rpartition(": ")
+        name = "certificate" if found.is_tls else "reachable"
+        yield Check(name, "fail", what or found.sentence, remedy if what else "")
         return
     try:
         connection.request("GET", "/health")

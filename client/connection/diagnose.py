@@ -1,6 +1,10 @@
 """Explains, in one sentence each, why a coordinator cannot be reached: name, proxy, connection, certificate, clock.
 
 A certificate that does not verify is read only to say who issued it; nothing is sent over such a connection.
+
+One failure is final: a certificate of another authority or for another name. Everything else may pass by itself or be
+mended elsewhere while a site waits: a damaged record, a proxy without a coordinator behind it, an expired certificate
+that is renewed, a clock that is set.
 """
 
 from __future__ import annotations
@@ -45,6 +49,21 @@ class PresentedCertificate:
     not_after: datetime.datetime
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """The reason why a coordinator does not answer.
+
+    Attributes:
+        sentence: the reason, and what to do, for a person.
+        is_final: no further try helps.
+        is_tls: the connection was made and the TLS handshake on it failed.
+    """
+
+    sentence: str
+    is_final: bool = False
+    is_tls: bool = False
+
+
 def find_proxy(coordinator: Coordinator) -> str | None:
     """Returns the proxy that HTTPS_PROXY names for the coordinator; None where NO_PROXY covers it, or for loopback."""
     if is_loopback(coordinator.address.host) or urllib.request.proxy_bypass(str(coordinator.address)):
@@ -82,7 +101,7 @@ def open_tls(coordinator: Coordinator, context: ssl.SSLContext, timeout_s: float
 
 
 def create_trusting_context(ca: Path) -> ssl.SSLContext:
-    """Returns a TLS context that trusts one authority alone.
+    """Returns a TLS context that trusts the authorities in one file alone.
 
     Raises:
         BadInput: the file holds no certificate.
@@ -91,6 +110,16 @@ def create_trusting_context(ca: Path) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(ca))
     except (OSError, ssl.SSLError) as error:
         raise BadInput(f"coordinator.ca: expected a PEM certificate in {ca}{instead(error)}") from error
+
+
+def read_authorities(ca: Path) -> list[x509.Certificate]:
+    """Returns the authorities in a PEM file that a site trusts, at least one.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no certificate.
+    """
+    return x509.load_pem_x509_certificates(ca.read_bytes())
 
 
 def read_presented_certificate(coordinator: Coordinator) -> PresentedCertificate:
@@ -126,22 +155,31 @@ def is_tls_error(error: BaseException | None) -> bool:
     return False
 
 
-def explain_tls_failure(coordinator: Coordinator) -> str:
-    """Returns why the TLS handshake with a coordinator fails, which is found by trying again."""
+def diagnose_connection(coordinator: Coordinator) -> Diagnosis | None:
+    """Returns why a connection to a coordinator fails, found by a fresh TLS handshake; None where that succeeds."""
     try:
         open_tls(coordinator, create_trusting_context(coordinator.ca)).close()
+    except BadInput as error:
+        return Diagnosis(str(error), is_tls=True)
     except ssl.SSLCertVerificationError as error:
-        return _explain_certificate_failure(coordinator, error)
+        return _diagnose_certificate(coordinator, error)
     except ssl.SSLError as error:
-        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-            return (
-                f"{coordinator.address} answers without TLS; this site joins over TLS only: "
-                "check the port, or ask the coordinator's staff to start with certificates"
-            )
-        return f"{coordinator.address}: the TLS handshake fails ({error.reason}); ask the coordinator's staff"
-    except OSError as error:
-        return f"{coordinator.address}: the TLS connection breaks off ({type(error).__name__}); try again"
-    return f"{coordinator.address}: the TLS handshake failed once and now succeeds; try again"
+        return Diagnosis(_explain_handshake_failure(coordinator, error), is_tls=True)
+    except (OSError, http.client.HTTPException) as error:
+        return Diagnosis(explain_connection_failure(coordinator, error))
+    return None
+
+
+def _explain_handshake_failure(coordinator: Coordinator, error: ssl.SSLError) -> str:
+    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return (
+            f"{coordinator.address} answers without TLS: a proxy on the way has no coordinator behind it, or the port "
+            "is wrong; this site joins over TLS only"
+        )
+    return (
+        f"{coordinator.address}: the TLS handshake breaks off ({error.reason or type(error).__name__}): the line "
+        "damages what is sent, or what answers is no coordinator"
+    )
 
 
 def explain_clock_skew(skew_s: float | None) -> str | None:
@@ -162,40 +200,56 @@ def explain_clock_skew(skew_s: float | None) -> str | None:
     )
 
 
-def _explain_certificate_failure(coordinator: Coordinator, error: ssl.SSLCertVerificationError) -> str:
+def _diagnose_certificate(coordinator: Coordinator, error: ssl.SSLCertVerificationError) -> Diagnosis:
     try:
         shown = read_presented_certificate(coordinator)
+        authorities = read_authorities(coordinator.ca)
     except (OSError, ValueError) as other:
-        return f"{coordinator.address}: the certificate does not verify and cannot be read ({type(other).__name__})"
-    if error.verify_code == _EXPIRED:
+        sentence = f"{coordinator.address}: the certificate does not verify and cannot be read ({type(other).__name__})"
+        return Diagnosis(sentence, is_tls=True)
+    passing = error.verify_code in (_EXPIRED, _NOT_YET)
+    return Diagnosis(_explain_certificate(coordinator, error.verify_code, shown, authorities), not passing, is_tls=True)
+
+
+def _explain_certificate(
+    coordinator: Coordinator, code: int, shown: PresentedCertificate, authorities: list[x509.Certificate]
+) -> str:
+    clock = f"this machine's clock says {utc_now():%Y-%m-%d %H:%M}"
+    if code == _EXPIRED and shown.not_after > utc_now():
+        newest = max(authority.not_valid_after_utc for authority in authorities)
         return (
-            f"the coordinator's certificate expired on {shown.not_after:%Y-%m-%d %H:%M} UTC (this machine's clock says "
-            f"{utc_now():%Y-%m-%d %H:%M}): its staff renew it with `headwater coordinator renew`"
+            f"the federation's authority in {coordinator.ca} expired on {newest:%Y-%m-%d %H:%M} UTC ({clock}): "
+            "ask the coordinator's staff for a new kit"
         )
-    if error.verify_code == _NOT_YET:
+    if code == _EXPIRED:
         return (
-            f"the coordinator's certificate is valid from {shown.not_before:%Y-%m-%d %H:%M} UTC and this machine's "
-            f"clock says {utc_now():%Y-%m-%d %H:%M}: set the clock (timedatectl set-ntp true)"
+            f"the coordinator's certificate expired on {shown.not_after:%Y-%m-%d %H:%M} UTC ({clock}): "
+            "its staff renew it with `headwater coordinator renew`"
         )
-    if error.verify_code in (_WRONG_NAME, _WRONG_ADDRESS):
+    if code == _NOT_YET:
+        return (
+            f"the coordinator's certificate is valid from {shown.not_before:%Y-%m-%d %H:%M} UTC and {clock}: "
+            "set the clock (timedatectl set-ntp true)"
+        )
+    if code in (_WRONG_NAME, _WRONG_ADDRESS):
         return (
             f"the certificate is for {', '.join(shown.names) or 'no name'}, not for {coordinator.address.host}: "
             "correct coordinator.address, or ask for a certificate with this name (`headwater coordinator renew`)"
         )
-    expected = x509.load_pem_x509_certificate(coordinator.ca.read_bytes()).subject.rfc4514_string()
-    if shown.issuer == expected:
+    expected = [authority.subject.rfc4514_string() for authority in authorities]
+    if shown.issuer in expected:
         return (
-            f"the certificate names the federation's authority ({expected}) but is not signed by the one in "
+            f"the certificate names the federation's authority ({shown.issuer}) but is not signed by the one in "
             f"{coordinator.ca}: the kit is from another federation or out of date, ask for a new one"
         )
     return (
         f"the certificate of {coordinator.address} was issued by {shown.issuer}, not by the federation's authority "
-        f"({expected}): a proxy on the way intercepts TLS (have {coordinator.address} exempted from inspection), or "
-        "coordinator.ca is another federation's"
+        f"({' or '.join(dict.fromkeys(expected))}): a proxy on the way intercepts TLS (have {coordinator.address} "
+        "exempted from inspection), or coordinator.ca is another federation's"
     )
 
 
-def explain_connection_failure(coordinator: Coordinator, error: OSError) -> str:
+def explain_connection_failure(coordinator: Coordinator, error: Exception) -> str:
     """Returns why a connection to a coordinator fails, with what to check."""
     proxy = find_proxy(coordinator)
     way = f" through the proxy {_strip_password(proxy)}" if proxy else ""

@@ -9,6 +9,8 @@ Guarantees:
 - No answer larger than its bound is read, and every object is the one its digest names.
 
 Two kinds of failure: `ConnectionLost` may pass; `ConnectionRefused` says in one sentence what a person has to do.
+Final are a key that is not admitted and a certificate of another authority or name, both found by a fresh try; and,
+until the coordinator has answered once, an address at which something else answers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import base64
 import contextlib
 import datetime
 import functools
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import DecodeError, Message
 
 from client.config import Coordinator
-from client.connection.diagnose import explain_clock_skew, explain_tls_failure, find_proxy, is_tls_error
+from client.connection.diagnose import (
+    create_trusting_context,
+    diagnose_connection,
+    explain_clock_skew,
+    find_proxy,
+    is_tls_error,
+)
 from common.bundle import MAX_BUNDLE_BYTES
 from common.flower import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
@@ -59,7 +66,8 @@ _OBJECT = 1 << 30
 _MAX_OBJECTS = 100_000
 _RETRY_FOR_S = 600.0
 """How long the transfer of a message is tried again: once handed out, Flower never hands it out again."""
-_PASSING = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
+_PASSING = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS)
+_OF_NO_RUN = ("activate-node", "deactivate-node", "pull-messages", "send-node-heartbeat")
 _MEDIA_TYPE = "application/protobuf"
 _T = TypeVar("_T")
 _Response = TypeVar("_Response", bound=Message)
@@ -67,6 +75,10 @@ _Response = TypeVar("_Response", bound=Message)
 
 class ConnectionLost(Exception):
     """The coordinator cannot be reached now; another try may succeed."""
+
+
+class ExplainedLoss(ConnectionLost):
+    """The same; the message says in one sentence what was seen and what to do."""
 
 
 class InvalidAnswer(ConnectionLost):
@@ -120,16 +132,30 @@ class Fleet:
         key: ec.EllipticCurvePrivateKey,
         *,
         stopping: threading.Event,
+        report: Callable[[str], None] = lambda line: None,
         timeout_s: float = 30.0,
     ) -> None:
+        """Reads the authority's certificate; contacts nothing yet.
+
+        Args:
+            coordinator: The coordinator's address and authority.
+            key: This site's private key.
+            stopping: An event that ends all waiting.
+            report: A function that is called with one sentence when a transfer is tried again.
+            timeout_s: The longest wait for each step of a request, in seconds.
+
+        Raises:
+            BadInput: The authority's certificate cannot be read.
+        """
         self._coordinator = coordinator
-        self._stopping = stopping
+        self._stopping, self._report = stopping, report
         self._key = key
+        self._has_answered = False
         self._public = public_key_to_bytes(key.public_key())
         self._versions = make_version_headers()
         self._http = httpx.Client(
             base_url=f"https://{coordinator.address}",
-            verify=ssl.create_default_context(cafile=str(coordinator.ca)),
+            verify=create_trusting_context(coordinator.ca),
             proxy=find_proxy(coordinator),
             # The environment decides about the proxy, above, and about nothing else.
             trust_env=False,
@@ -163,24 +189,19 @@ class Fleet:
     def check_admission(self, node: int) -> None:
         """Raises ConnectionRefused unless the key is admitted as this node; changes nothing at the coordinator."""
         with contextlib.suppress(RunInactive):  # No run has the number 0; who is not admitted is not told even that.
-            self.fetch_bundle_hash(node, 0)
+            self._fetch_bundle_hash(node, 0)
 
-    def fetch_bundle_hash(self, node: int, run: int) -> str:
-        """Returns the hash under which a run's bundle can be fetched."""
+    def fetch_bundle(self, node: int, run: int) -> bytes:
+        """Returns a run's app bundle, unread; tries again while the coordinator cannot be reached."""
+        name = self._retry(lambda: self._fetch_bundle_hash(node, run))
+        request = fab_pb2.GetFabRequest(node=node_pb2.Node(node_id=node), hash_str=name, run_id=run)
+        response, max_bytes = fab_pb2.GetFabResponse(), MAX_BUNDLE_BYTES + _SMALL
+        self._retry(lambda: self._call("get-fab", request, response, max_bytes=max_bytes))
+        return bytes(response.fab.content)
+
+    def _fetch_bundle_hash(self, node: int, run: int) -> str:
         request = run_pb2.GetRunRequest(node=node_pb2.Node(node_id=node), run_id=run)
         return str(self._call("get-run", request, run_pb2.GetRunResponse()).run.fab_hash)
-
-    def fetch_bundle(self, node: int, run: int, name: str) -> bytes:
-        """Returns a run's app bundle, unread.
-
-        Args:
-            node: id of this site's node.
-            run: id of the run.
-            name: hash under which the bundle can be fetched.
-        """
-        request = fab_pb2.GetFabRequest(node=node_pb2.Node(node_id=node), hash_str=name, run_id=run)
-        response = self._call("get-fab", request, fab_pb2.GetFabResponse(), max_bytes=MAX_BUNDLE_BYTES + _SMALL)
-        return bytes(response.fab.content)
 
     def claim_message(self, node: int) -> Claim | None:
         """Returns the next message for this site without its content; None where there is none."""
@@ -242,18 +263,36 @@ class Fleet:
                 raise InvalidAnswer("the coordinator did not store a part of the reply")
 
     def _retry(self, attempt: Callable[[], _T]) -> _T:
-        """Returns the attempt's value; tries again while it is only the connection that fails."""
+        """Returns the attempt's value; tries again while it is only the connection that fails, and says so once."""
         until = time.monotonic() + _RETRY_FOR_S
-        wait_s = 0.1
+        wait_s, reported = 0.1, False
         while True:
             try:
                 return attempt()
             except InvalidAnswer:
                 raise
-            except ConnectionLost:
+            except ConnectionLost as error:
+                if not reported:
+                    self._report(f"a transfer is tried again for {_RETRY_FOR_S:g} s: {self.explain_loss(error)}")
+                    reported = True
                 if time.monotonic() > until or self._stopping.wait(wait_s):
                     raise
                 wait_s = min(2 * wait_s, 10.0)
+
+    def explain_loss(self, error: ConnectionLost) -> str:
+        """Returns in one sentence why the coordinator does not answer, found by a fresh TLS handshake.
+
+        Raises:
+            ConnectionRefused: No further try helps.
+        """
+        if isinstance(error, ExplainedLoss):
+            return str(error)
+        found = diagnose_connection(self._coordinator)
+        if found is None:
+            return f"{self._coordinator.address} is there but does not answer properly ({error})"
+        if found.is_final:
+            raise ConnectionRefused(found.sentence) from error
+        return found.sentence
 
     def _fetch_object(self, node: int, run: int, name: str, max_bytes: int) -> bytes:
         request = message_pb2.PullObjectRequest(node=node_pb2.Node(node_id=node), run_id=run, object_id=name)
@@ -275,22 +314,35 @@ class Fleet:
         timeout_s: float | None = None,
     ) -> _Response:
         body = request.SerializeToString(deterministic=True)
+        signed = now()
         timeout = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
         try:
             with self._http.stream(
-                "POST", f"/v1/fleet/{path}", content=body, headers=self._make_headers(), timeout=timeout
+                "POST", f"/v1/fleet/{path}", content=body, headers=self._make_headers(signed), timeout=timeout
             ) as reply:
                 content = _read_bounded(reply, max_bytes)
         except httpx.HTTPError as error:
             if is_tls_error(error):
-                raise ConnectionRefused(explain_tls_failure(self._coordinator)) from error
+                raise self._explain_tls_failure(error) from error
             raise ConnectionLost(f"{type(error).__name__}") from error
         if reply.status_code != httpx.codes.OK:
-            raise self._explain_failure(path, reply)
-        return _parse(response, content)
+            raise self._explain_failure(path, reply, signed)
+        parsed = _parse(response, content)
+        self._has_answered = True
+        return parsed
 
-    def _make_headers(self) -> dict[str, str]:
-        stamp = now().isoformat()
+    def _explain_tls_failure(self, error: httpx.HTTPError) -> Exception:
+        """Returns the failure to raise: only what a fresh handshake finds is final, whatever the connection met."""
+        found = diagnose_connection(self._coordinator)
+        if found is None:
+            return ExplainedLoss(
+                f"the TLS connection to {self._coordinator.address} broke ({error}) and a new handshake succeeds: the "
+                "line damages what is sent"
+            )
+        return ConnectionRefused(found.sentence) if found.is_final else ExplainedLoss(found.sentence)
+
+    def _make_headers(self, signed: datetime.datetime) -> dict[str, str]:
+        stamp = signed.isoformat()
         return {
             "content-type": _MEDIA_TYPE,
             "accept": _MEDIA_TYPE,
@@ -301,13 +353,16 @@ class Fleet:
             **self._versions,
         }
 
-    def _explain_failure(self, path: str, reply: httpx.Response) -> Exception:
+    def _explain_failure(self, path: str, reply: httpx.Response, signed: datetime.datetime) -> Exception:
         status = reply.status_code
         if status == httpx.codes.UNAUTHORIZED:
-            # A signature carries the time: a wrong clock looks like a wrong key.
-            clock = explain_clock_skew(measure_clock_skew(reply.headers.get("date")))
+            # A signature carries the time: a wrong clock looks like a wrong key. So does a process that was stopped
+            # between signing and sending, hence the time of signing.
+            clock = explain_clock_skew(measure_clock_skew(reply.headers.get("date"), signed))
+            if clock:
+                return ExplainedLoss(clock)
             return ConnectionRefused(
-                clock or self._explain_unknown_key("the coordinator does not know this site's key (any more)")
+                self._explain_unknown_key("the coordinator does not know this site's key (any more)")
             )
         if status == httpx.codes.PRECONDITION_FAILED and path == "activate-node":
             return ConnectionRefused(
@@ -315,14 +370,16 @@ class Fleet:
                     "the coordinator does not know this site's key, or another process is connected with it"
                 )
             )
-        if status == httpx.codes.FORBIDDEN:
+        if status == httpx.codes.FORBIDDEN and path not in _OF_NO_RUN:
             return RunInactive("the run is not running any more")
-        if status == httpx.codes.NOT_FOUND or 300 <= status < 400:
-            return ConnectionRefused(
+        if status in (httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUND) or 300 <= status < 400:
+            sentence = (
                 f"{self._coordinator.address} answers, but is no coordinator of this version (status {status}); "
                 "check coordinator.address"
             )
-        if status in _PASSING:
+            # What was a coordinator a minute ago may be one again, as when a proxy before it is being changed.
+            return ExplainedLoss(sentence) if self._has_answered else ConnectionRefused(sentence)
+        if status in _PASSING or status >= httpx.codes.INTERNAL_SERVER_ERROR:
             return ConnectionLost(f"status {status}")
         return InvalidAnswer(f"status {status}")
 
@@ -334,13 +391,20 @@ class Fleet:
         )
 
 
-def measure_clock_skew(date: str | None) -> float | None:
-    """Returns the seconds by which this clock is ahead of an HTTP Date header's; None without a readable header."""
+def measure_clock_skew(date: str | None, at: datetime.datetime | None = None) -> float | None:
+    """Returns the seconds by which a time is ahead of an HTTP Date header's; None without a readable header.
+
+    Args:
+        date: The header's text.
+        at: A time of this machine's clock, UTC; by default now.
+    """
     try:
         sent = parsedate_to_datetime(date or "")
     except (TypeError, ValueError):
         return None
-    return (datetime.datetime.now(datetime.UTC) - sent).total_seconds()
+    if sent.tzinfo is None:  # A header without a zone, which HTTP does not allow, is meant in UTC.
+        sent = sent.replace(tzinfo=datetime.UTC)
+    return ((at or datetime.datetime.now(datetime.UTC)) - sent).total_seconds()
 
 
 def _read_bounded(reply: httpx.Response, max_bytes: int) -> bytes:

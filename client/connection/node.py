@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import Any, final
 
 from client.config import Coordinator, SiteConfig
-from client.connection.diagnose import (
-    create_trusting_context,
-    explain_connection_failure,
-    explain_tls_failure,
-    is_tls_error,
-    open_tls,
+from client.connection.fleet import (
+    Claim,
+    ConnectionLost,
+    ConnectionRefused,
+    Delivery,
+    Fleet,
+    InvalidAnswer,
+    Outgoing,
+    RunInactive,
 )
-from client.connection.fleet import Claim, ConnectionLost, ConnectionRefused, Delivery, Fleet, Outgoing, RunInactive
 from client.connection.keys import read_key
 from client.connection.worker import COORDINATOR_VARIABLE, Abandoned, Worker, WorkerDied, make_declined_reply
 from common import messages
@@ -194,14 +196,16 @@ class Node:
         self._coordinator: Coordinator = named
         self._show, self._online, self._leaving = show, online, leaving
         self._retry_for_s = retry_for_s
-        create_trusting_context(self._coordinator.ca)
-        self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event)
+        self._fleet = Fleet(self._coordinator, read_key(self._coordinator.key), stopping=leaving.event, report=show)
         self._journal = FileJournal(private_folder(config.coordinator_dir) / JOURNAL)
         self._num_seen = len(read_site_journal(self._journal.path))
         self._own_digest = compute_code_digest()
         self._differences: dict[int, str | None] = {}
         self._worker: Worker | None = None
         self._node = 0
+        self._is_busy = False
+        self._has_joined = False
+        self._reset_tries()
 
     def run(self) -> None:
         """Serves until the staff wants to stop.
@@ -210,10 +214,9 @@ class Node:
             ConnectionRefused: No further try helps, or the time for further tries is over.
         """
         self._show(f"code digest {self._own_digest}")
-        heart = threading.Thread(target=self._send_heartbeats, daemon=True)
+        self._reset_tries()
         try:
-            self._join()
-            heart.start()
+            threading.Thread(target=self._send_heartbeats, daemon=True).start()
             self._serve()
         finally:
             self._online(False)
@@ -228,21 +231,31 @@ class Node:
     # --- joining ---------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        """Goes online; tries again for `retry_for_s`."""
-        until = time.monotonic() + self._retry_for_s
-        for delay in generate_delays():
-            try:
-                self._node = self._activate()
-                break
-            except ConnectionLost as error:
-                reason = self._explain_loss(error)
-                if time.monotonic() + delay > until:
-                    raise ConnectionRefused(f"gave up after {self._retry_for_s:g} s: {reason}") from error
-                self._show(f"not joined: {reason}; next try in {delay:.0f} s")
-                if self._leaving.event.wait(delay):
-                    return
+        """Goes online; a site that is online already stays so."""
+        self._node = self._activate()
         self._online(True)
         self._show(f"joined {self._coordinator.address} as {self._config.name} (node {self._node})")
+
+    def _reset_tries(self) -> None:
+        self._delays, self._give_up = generate_delays(), time.monotonic() + self._retry_for_s
+
+    def _wait_for_next_try(self, error: ConnectionLost) -> None:
+        """Says what was seen and waits, longer each time until a request for messages has succeeded again.
+
+        Raises:
+            ConnectionRefused: No further try helps, or the time for further tries is over.
+        """
+        reason, delay = self._fleet.explain_loss(error), next(self._delays)
+        if time.monotonic() + delay > self._give_up:
+            sentence = f"gave up after {self._retry_for_s:g} s: {reason}"
+            if self._has_joined:
+                sentence += (
+                    "; run `headwater site start` again when that is mended: what was charged stays charged, and a "
+                    "reply that was computed is kept and sent at no further cost when the coordinator asks again"
+                )
+            raise ConnectionRefused(sentence) from error
+        self._show(f"not joined: {reason}; next try in {delay:.0f} s")
+        self._leaving.event.wait(delay)
 
     def _activate(self) -> int:
         path = self._config.coordinator_dir / NODE_ID
@@ -258,53 +271,72 @@ class Node:
         write_atomic(path, str(node).encode())
         return node
 
-    def _explain_loss(self, error: ConnectionLost) -> str:
-        """Returns what a person can do about a lost connection.
-
-        Raises:
-            ConnectionRefused: No further try helps.
-        """
-        try:
-            open_tls(self._coordinator, create_trusting_context(self._coordinator.ca)).close()
-        except OSError as cause:
-            if is_tls_error(cause):
-                raise ConnectionRefused(explain_tls_failure(self._coordinator)) from cause
-            return explain_connection_failure(self._coordinator, cause)
-        return f"{self._coordinator.address} is there but does not answer properly ({error})"
-
     def _send_heartbeats(self) -> None:
+        """Keeps the site online; says so when that fails while an answer is under way and nothing else would."""
+        lost_at: float | None = None
         while not self._leaving.event.wait(HEARTBEAT_EVERY_S):
-            # What is wrong is found by the next pull, which can say it.
-            with contextlib.suppress(ConnectionLost, ConnectionRefused, RunInactive):
+            if not self._node:
+                continue
+            try:
                 self._fleet.send_heartbeat(self._node)
+            except (ConnectionLost, ConnectionRefused, RunInactive) as error:
+                # What is wrong is found by the next request for messages, which can say it and end the process.
+                if lost_at is None and self._is_busy:
+                    lost_at = time.monotonic()
+                    self._show(f"the coordinator cannot be reached ({error}); the answer under way goes on")
+                continue
+            if lost_at is not None:
+                self._show(f"the coordinator is reached again after {time.monotonic() - lost_at:.0f} s")
+                lost_at = None
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         last = time.monotonic() - BUSY_FOR_S
         claims: list[Claim] = []
+        joined = False
         while not self._leaving.event.is_set():
             try:
+                if not joined:
+                    self._join()
+                    joined = self._has_joined = True
                 while len(claims) < MAX_CLAIMED and (claim := self._fleet.claim_message(self._node)) is not None:
                     claims.append(claim)
+                self._reset_tries()
                 self._decline_overtaken(claims)
-                delivery = self._fleet.fetch_content(self._node, claims.pop(0)) if claims else None
+                delivery = self._fetch_first(claims)
             except RunInactive:
                 self._leaving.event.wait(BUSY_POLL_S)  # Between the hand-out and the last object.
                 continue
-            except ConnectionLost:
-                self._online(False)
-                self._show("the connection is lost")
-                self._join()
+            except ConnectionLost as error:
+                if joined:
+                    self._online(False)
+                    self._show("the connection is lost")
+                joined = False
+                self._wait_for_next_try(error)
                 continue
             if delivery is not None:
+                self._is_busy = True
                 self._handle(delivery)
+                self._is_busy = False
                 last = time.monotonic()
                 continue
             quiet_s = time.monotonic() - last
             if quiet_s > WORKER_IDLE_S:
                 self._close_worker()
             self._leaving.event.wait(BUSY_POLL_S if quiet_s < BUSY_FOR_S else IDLE_POLL_S)
+
+    def _fetch_first(self, claims: list[Claim]) -> Delivery | None:
+        """Takes the first claim from the list and returns its message; keeps it there while the connection is lost."""
+        if not claims:
+            return None
+        claim = claims.pop(0)
+        try:
+            return self._fleet.fetch_content(self._node, claim)
+        except ConnectionLost as error:
+            if not isinstance(error, InvalidAnswer):
+                claims.insert(0, claim)  # Flower hands no message out twice.
+            raise
 
     def _decline_overtaken(self, claims: list[Claim]) -> None:
         """Declines the claims that a later one of the same run has overtaken, and takes them from the list."""
@@ -382,8 +414,7 @@ class Node:
     def _check_bundle(self, run: int) -> str | None:
         """Returns why a run's messages are not answered; None where its bundle brings this installation's own code."""
         if run not in self._differences:
-            bundle = self._fleet.fetch_bundle(self._node, run, self._fleet.fetch_bundle_hash(self._node, run))
-            self._differences[run] = self._explain_difference(bundle)
+            self._differences[run] = self._explain_difference(self._fleet.fetch_bundle(self._node, run))
         return self._differences[run]
 
     def _explain_difference(self, bundle: bytes) -> str | None:

@@ -15,13 +15,21 @@ import pytest
 from client.config import Coordinator
 from client.connection.diagnose import (
     create_trusting_context,
+    diagnose_connection,
     explain_clock_skew,
     explain_connection_failure,
-    explain_tls_failure,
     find_proxy,
     open_tls,
 )
-from client.connection.fleet import ConnectionLost, ConnectionRefused, Delivery, Fleet, InvalidAnswer, RunInactive
+from client.connection.fleet import (
+    ConnectionLost,
+    ConnectionRefused,
+    Delivery,
+    ExplainedLoss,
+    Fleet,
+    InvalidAnswer,
+    RunInactive,
+)
 from client.connection.keys import read_key, write_key_pair
 from common.flower import fleet_pb2, message_pb2
 from tests.answering import Answer, Answering, answering
@@ -148,8 +156,11 @@ def test_bytes_that_are_no_answer_are_a_fault_and_no_crash(tmp_path: Path, autho
         (412, "activate-node", ConnectionRefused, "does not know this site's key"),
         (401, "activate-node", ConnectionRefused, "does not know this site's key"),
         (404, "activate-node", ConnectionRefused, "no coordinator"),
-        (403, "activate-node", RunInactive, "not running"),
+        (403, "activate-node", ConnectionRefused, "no coordinator"),
         (503, "activate-node", ConnectionLost, "503"),
+        (500, "activate-node", ConnectionLost, "500"),
+        (429, "activate-node", ConnectionLost, "429"),
+        (400, "activate-node", InvalidAnswer, "400"),
     ],
 )
 def test_each_status_has_its_meaning(
@@ -161,6 +172,25 @@ def test_each_status_has_its_meaning(
         assert server.asked == [f"/v1/fleet/{path}"]
 
 
+def test_a_run_that_is_over_is_said_of_requests_about_a_run_only(tmp_path: Path, authority: Authority) -> None:
+    with (
+        reached(tmp_path, authority, lambda path: Answer(status=403)) as (site, _),
+        pytest.raises(RunInactive, match="not running"),
+    ):
+        site.fetch_bundle(7, 5)
+
+
+@pytest.mark.parametrize("status", [301, 403, 404])
+def test_something_else_at_the_address_is_final_only_before_the_coordinator_has_answered_once(
+    tmp_path: Path, authority: Authority, status: int
+) -> None:
+    answers = [Answer(), Answer(status=status)]
+    with reached(tmp_path, authority, lambda path: answers.pop(0)) as (site, _):
+        site.activate()
+        with pytest.raises(ExplainedLoss, match="check coordinator.address"):
+            site.activate()
+
+
 @pytest.mark.parametrize(("hours", "side"), [(-1, "ahead of"), (1, "behind")])
 def test_a_refused_signature_with_a_wrong_clock_names_the_clock(
     tmp_path: Path, authority: Authority, hours: int, side: str
@@ -168,7 +198,7 @@ def test_a_refused_signature_with_a_wrong_clock_names_the_clock(
     date = format_datetime(datetime.datetime.now(datetime.UTC) + hours * HOUR, usegmt=True)
     with (
         reached(tmp_path, authority, lambda path: Answer(status=401, date=date)) as (site, _),
-        pytest.raises(ConnectionRefused, match=rf"3\d\d\d s {side} the coordinator's"),
+        pytest.raises(ExplainedLoss, match=rf"3\d\d\d s {side} the coordinator's"),
     ):
         site.activate()
 
@@ -182,12 +212,16 @@ def test_the_clock_may_differ_by_what_flower_tolerates() -> None:
 # --- certificates ----------------------------------------------------------------------------------------------------
 
 
-def sentence(folder: Path, server: Answering, trusted: Authority) -> str:
+def sentence(folder: Path, server: Answering, trusted: Authority, kind: type[Exception] = ConnectionRefused) -> str:
+    """What is said of a certificate; `kind` tells whether it is final."""
     where = coordinator(folder, server.address, trusted)
-    with fleet(where) as site, pytest.raises(ConnectionRefused) as refused:
+    with fleet(where) as site, pytest.raises(kind) as refused:
         site.activate()
     assert server.asked == []  # Nothing was said to a server that is not trusted.
-    assert str(refused.value) == explain_tls_failure(where)
+    found = diagnose_connection(where)
+    assert found is not None
+    assert str(refused.value) == found.sentence
+    assert type(refused.value) is kind
     return str(refused.value)
 
 
@@ -207,7 +241,7 @@ def test_an_authority_of_the_same_name_with_another_key_is_told_apart(tmp_path: 
 
 def test_an_expired_certificate_says_when(tmp_path: Path, authority: Authority) -> None:
     with answering(authority.issue(tmp_path, valid=(-10 * DAY, -2 * DAY)), lambda path: Answer()) as server:
-        said = sentence(tmp_path / "site", server, authority)
+        said = sentence(tmp_path / "site", server, authority, ExplainedLoss)
     day = datetime.datetime.now(datetime.UTC) - 2 * DAY
     assert f"expired on {day:%Y-%m-%d}" in said
     assert "coordinator renew" in said
@@ -215,7 +249,7 @@ def test_an_expired_certificate_says_when(tmp_path: Path, authority: Authority) 
 
 def test_a_certificate_of_tomorrow_points_to_the_clock(tmp_path: Path, authority: Authority) -> None:
     with answering(authority.issue(tmp_path, valid=(DAY, 9 * DAY)), lambda path: Answer()) as server:
-        assert "set the clock" in sentence(tmp_path / "site", server, authority)
+        assert "set the clock" in sentence(tmp_path / "site", server, authority, ExplainedLoss)
 
 
 def test_a_certificate_for_another_name_lists_its_names(tmp_path: Path, authority: Authority) -> None:
@@ -226,9 +260,16 @@ def test_a_certificate_for_another_name_lists_its_names(tmp_path: Path, authorit
         )
 
 
-def test_a_server_without_tls_is_refused_also_on_loopback(tmp_path: Path, authority: Authority) -> None:
+def test_an_expired_authority_says_that_the_site_needs_a_new_kit(tmp_path: Path) -> None:
+    expired = Authority.new("test authority", valid=(-9 * DAY, -DAY))
+    with answering(expired.issue(tmp_path), lambda path: Answer()) as server:
+        said = sentence(tmp_path / "site", server, expired, ExplainedLoss)
+    assert "ca.crt expired on" in said and "new kit" in said
+
+
+def test_nothing_is_said_to_a_server_without_tls_also_on_loopback(tmp_path: Path, authority: Authority) -> None:
     with answering(None, lambda path: Answer()) as server:
-        assert "answers without TLS" in sentence(tmp_path / "site", server, authority)
+        assert "answers without TLS" in sentence(tmp_path / "site", server, authority, ExplainedLoss)
 
 
 def test_nobody_there_is_a_lost_connection_with_a_remedy(tmp_path: Path, authority: Authority) -> None:

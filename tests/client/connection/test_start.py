@@ -263,7 +263,8 @@ def test_a_removed_site_ends_and_says_so(tmp_path: Path, where: Link) -> None:
         ("clock", "s behind the coordinator's"),
     ],
 )
-def test_what_no_retry_mends_ends_check_and_start_with_the_same_sentence(tmp_path: Path, what: str, words: str) -> None:
+def test_check_and_start_end_with_the_same_sentence(tmp_path: Path, what: str, words: str) -> None:
+    """Another authority or name ends `start` at once; what may pass ends it when its patience is over."""
     authority = Authority.new("test authority")
     certificate = {
         "intercepted": lambda: Authority.new("Hospital TLS inspection").issue(tmp_path),
@@ -275,10 +276,11 @@ def test_what_no_retry_mends_ends_check_and_start_with_the_same_sentence(tmp_pat
     reply = Answer(status=401, date="Fri, 01 Jan 2100 00:00:00 GMT" if what == "clock" else None)
     with answering(certificate, lambda path: reply) as server:
         site = write_site(tmp_path / "site", "l", server.address, authority.write(tmp_path / "ca.crt"))
-        checked, done = client("check", str(site)), client("start", str(site), timeout_s=60)
+        checked, done = client("check", str(site)), client("start", str(site), "--patience", "0.02", timeout_s=60)
     assert (checked.returncode, done.returncode) == (1, 1)
     assert words in checked.stdout
     assert words in done.stderr
+    assert done.stderr.startswith("error: gave up after 1.2 s") == (what not in ("intercepted", "other name"))
     assert len(done.stderr.strip().splitlines()) == 1
 
 
