@@ -111,7 +111,7 @@ class Coordinator(Frozen):
         address: host and port of the coordinator, such as `federation.example.org:9092`.
         ca: certificate of the authority that signed the coordinator's.
         key: this site's private key; it never leaves.
-        health_port: loopback port of the health service; None for none.
+        health_port: loopback port of the health service, the status page and the metrics; None for none.
     """
 
     address: AddressText

@@ -396,6 +396,9 @@ class ReplySent(Event):
     purpose: Literal["training", "evaluation"] = Field("training", description="What the release is for.")
     num_releases: int = Field(0, description="Number of noised sums that the reply is made from.")
     size_bytes: int = Field(description="Size of the stored reply, in bytes.")
+    seconds: float | None = Field(
+        None, description="Duration from the request to the stored reply, in seconds; null in earlier journals."
+    )
 
 
 class ReplyResent(Event):

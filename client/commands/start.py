@@ -50,7 +50,11 @@ def start(
         os.environ.update(node.make_private_environment(config.coordinator_dir))
         leaving = node.StopRequest()
         show = _show if coordinator is None else lambda line: _show(f"{coordinator}: {line}")
-        with node.lock_site(config.coordinator_dir), _serve_health(config) as online, _leave_on_signals(leaving, grace):
+        with (
+            node.lock_site(config.coordinator_dir),
+            _serve_health(config, site) as online,
+            _leave_on_signals(leaving, grace),
+        ):
             joined = node.Node(config, site, show=show, online=online, leaving=leaving, retry_for_s=60.0 * patience)
             joined.run()
 
@@ -94,16 +98,24 @@ def _freeze_records(config: SiteConfig, site: Path) -> None:
 
 
 @contextlib.contextmanager
-def _serve_health(config: SiteConfig) -> Iterator[Callable[[bool], None]]:
-    port = next((each.health_port for each in config.list_coordinators().values()), None)
-    if port is None:
+def _serve_health(config: SiteConfig, site: Path) -> Iterator[Callable[[bool], None]]:
+    coordinator = config.list_coordinators().get(config.coordinator_name)
+    if coordinator is None or coordinator.health_port is None:
         yield lambda online: None
         return
-    from common.process.health import Health  # Here: grpc is not needed without a port.
+    from client.monitoring.monitor import SiteMonitor  # Here: neither it nor grpc is needed without a port.
+    from client.monitoring.state import Presence
+    from common.process.health import Health
 
-    health = Health(port)
+    presence = Presence()
+    health = Health(coordinator.health_port, SiteMonitor(config, coordinator, site, presence).list_pages())
+
+    def note(online: bool) -> None:
+        health.serving(online)
+        presence.note(online)
+
     try:
-        yield health.serving
+        yield note
     finally:
         health.stop()
 

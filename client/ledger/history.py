@@ -163,16 +163,24 @@ class History:
                 rests.append(earmark.compute_rest(round_))
         return [rest for rest in rests if rest is not None]
 
-    def compute_epsilon(self, further: Iterable[Mechanism] = (), *, committed_only: bool = False) -> float:
-        """Returns an upper bound on epsilon, at the terms' delta, of the history and further mechanisms together."""
+    def compute_epsilon(
+        self, further: Iterable[Mechanism] = (), *, committed_only: bool = False, quick: bool = False
+    ) -> float:
+        """Returns an upper bound on epsilon, at the terms' delta, of the history and further mechanisms together.
+
+        Args:
+            further: mechanisms beside the history.
+            committed_only: leaves out charges whose reply is not known to be stored.
+            quick: takes the looser bound that needs no torch, where records are sampled.
+        """
         mechanisms = [*self._list_mechanisms(committed_only), *further]
         delta = self.terms.delta
         if self.assumed is None:
-            return compute_epsilon(mechanisms, delta)
+            return compute_epsilon(mechanisms, delta, quick=quick)
         rest = delta - self.assumed.delta
         if rest < 0.0 or (mechanisms and rest <= 0.0):
             return math.inf
-        return self.assumed.epsilon + (compute_epsilon(mechanisms, rest) if mechanisms else 0.0)
+        return self.assumed.epsilon + (compute_epsilon(mechanisms, rest, quick=quick) if mechanisms else 0.0)
 
     def is_within_cap(self, further: Iterable[Mechanism] = ()) -> bool:
         """Returns True where the filter covers the history and further mechanisms together."""
@@ -209,11 +217,11 @@ class History:
         first = next(iter([*self._list_mechanisms(False), *further]), None)
         return choose_filter(first, self.terms.filter, cap, delta)
 
-    def compute_run_epsilon(self, run: str) -> float:
+    def compute_run_epsilon(self, run: str, *, quick: bool = False) -> float:
         """Returns epsilon of one run's own charges, reserved or committed; 0 for a run that was never charged."""
         own = [charge.mechanism for charge in self.charges.values() if charge.run == run]
         different = {charge.mechanism for charge in self.charges.values() if charge.mechanism.sampling_rate < 1.0}
-        return compute_epsilon(own, self.terms.delta, quick=len(different) > MAX_DISTINCT)
+        return compute_epsilon(own, self.terms.delta, quick=quick or len(different) > MAX_DISTINCT)
 
     def _list_mechanisms(self, committed_only: bool) -> list[Mechanism]:
         """Returns mechanisms that cost what the charges do that the assumption does not already count."""

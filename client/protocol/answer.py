@@ -7,6 +7,7 @@ sent, so that noise is never drawn twice for one request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -62,7 +63,7 @@ def answer_once(
         answer: given the request's digest and the ledger, charges and computes: the reply, its charge, and the number
             of releases.
     """
-    digest = messages.request_digest(request)
+    digest, started = messages.request_digest(request), time.monotonic()
     try:
         with Replies.exclusive(joined.folder) as replies:
             stored = replies.find(digest)
@@ -95,6 +96,7 @@ def answer_once(
             purpose=what,
             num_releases=num_releases,
             size_bytes=len(data),
+            seconds=round(time.monotonic() - started, 3),
         )
     )
     return records

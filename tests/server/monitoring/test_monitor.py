@@ -28,6 +28,7 @@ from server.deployment.federation import Federation
 from server.monitoring.counts import classify_reason
 from server.monitoring.monitor import Monitor
 from server.monitoring.page import list_verdicts
+from tests.federation import ROOT
 from tests.server.deployment.federations import new_federation, write_key_pair
 
 PLAN = Plan(1.0, 2, 1.0, 4.0, Unit.PATIENT)
@@ -106,6 +107,14 @@ def test_metrics_are_what_the_journal_says(federation: Federation) -> None:
     assert found["superlink_up"] == {(): 0}
     assert 300 < found["certificate_days_left"][()] < 400
     assert found["run_under_way"] == {(): 0}
+
+
+def test_every_metric_is_in_the_documentation(federation: Federation) -> None:
+    rejected = SiteRejected(site="b", reason="declined: budget", stage="train", round=2)
+    write_run(federation, "chest-1", start(), join("a"), make_round(1, "a"), rejected)
+    text = (ROOT / "docs/monitoring.md").read_text()
+    names = {*read_metrics(Monitor(federation)), "site_connected", "site_last_contact_timestamp_seconds"}
+    assert not [name for name in names if f"`{name}`" not in text]
 
 
 def test_an_evaluation_is_part_of_epsilon(federation: Federation) -> None:
