@@ -176,7 +176,7 @@ _EXPLANATIONS = {
     DeclineReason.EVALUATION_LOCAL: "it evaluates for itself only",
     DeclineReason.BAD_REQUEST: "it found the request invalid; its own log says why",
     DeclineReason.NOT_PREPARED: "it has not prepared the run's data",
-    DeclineReason.OVERTAKEN: "a later round of the run has reached it; nothing was charged for this one",
+    DeclineReason.OVERTAKEN: "it came too late for the round; nothing was charged",
     DeclineReason.INTERNAL: "it failed; its own log says why",
 }
 

@@ -49,6 +49,7 @@ from common.events import (
     ReplyResent,
     ReplySent,
     RequestDeclined,
+    RunJoined,
     SiteEvent,
     read_site_journal,
     select_events,
@@ -461,6 +462,8 @@ def _describe_event(event: SiteEvent) -> str:
                 f"run {event.run_id} round {event.round}: sent the stored reply again, {event.size_bytes} bytes, at no "
                 "cost"
             )
+        case RunJoined() if event.first_round > 1:
+            return f"joined run {event.run_id} from round {event.first_round} of {event.rounds}"
         case BackboneUnusable() | RecordsPurged():
             return event.event_name
         case _:

@@ -93,6 +93,7 @@ class Messenger:
         observe: called with the progress.
         witnesses: newest witness of each site's ledger.
         num_prepared_again: node id -> how often it was asked to prepare again, so far.
+        while_waiting: called again and again while replies are awaited; each returns at once.
     """
 
     grid: Grid
@@ -102,6 +103,7 @@ class Messenger:
     observe: Observe
     witnesses: Witnesses = field(default_factory=lambda: Witnesses(None))
     num_prepared_again: Counter[int] = field(default_factory=Counter)
+    while_waiting: list[Callable[[], None]] = field(default_factory=list)
 
     def ask(
         self,
@@ -142,6 +144,37 @@ class Messenger:
         rejected += [Rejected(asked[message_id], UNREADABLE) for message_id in sorted(unreadable)]
         rejected += [Rejected(node, NOT_REACHED) for node in not_reached]
         return Answers(accepted, rejected, {node: sizes[id(payload)] for node, payload in payloads.items()})
+
+    def post(self, kind: str, node: int, payload: messages.Request) -> str | None:
+        """Sends a request to one node and waits for nothing.
+
+        Args:
+            kind: message type, as common.messages names it.
+            node: the node.
+            payload: what it is asked.
+
+        Returns:
+            The message's id for `fetch`; None where the node takes no message because it was removed.
+        """
+        asked, _ = self._push([Message(messages.encode(payload), dst_node_id=node, message_type=kind, group_id="0")])
+        return next(iter(asked), None)
+
+    def fetch(self, message_id: str, node: int, expected: type[_Reply]) -> _Reply | Rejected | None:
+        """Returns the reply to a posted message, or why it is not used; None where there is none yet.
+
+        Args:
+            message_id: the message's id.
+            node: the node that was asked.
+            expected: type of the reply.
+        """
+        try:
+            pulled = list(self.grid.pull_messages([message_id]))
+        except _MALFORMED:
+            return Rejected(node, UNREADABLE)
+        if not pulled:
+            return None
+        accepted, rejected = read_replies({message_id: node}, pulled, expected)
+        return accepted[node][0] if node in accepted else rejected[0]
 
     def ask_prepared(
         self,
@@ -234,5 +267,7 @@ class Messenger:
                 node_ids = tuple(sorted(asked[item] for item in waiting))
                 self.journal.write(RepliesAwaited(message_type=kind, round=round_, node_ids=node_ids))
             self.observe(kind, len(asked) - len(waiting), len(asked))
+            for look in self.while_waiting:
+                look()
             time.sleep(_POLL_S)
         return replies, unreadable

@@ -25,15 +25,14 @@ NOT_PREPARED = f"{DECLINED}{DeclineReason.NOT_PREPARED.value}"
 NO_REPLY = "no reply before the time-out"
 NOT_REACHED = "not reached"
 UNREADABLE = "a reply that cannot be read"
-MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED)
-"""Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
-
 _FLOWER_ERRORS = {
     3: "it was removed or left before it took the message (error 3)",
     4: "its reply did not arrive (error 4)",
     5: "it left, or was not heard of any more (error 5)",
 }
 """What Flower's error numbers mean (flwr.common.constant.ErrorCode of Flower 1.41)."""
+MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED, *_FLOWER_ERRORS.values())
+"""Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
 
 
 @dataclass(frozen=True)
