@@ -98,7 +98,6 @@ class SiteJoined(Event):
     unit: Unit = Field(description="What the site's budget protects.")
     delta: float = Field(description="Delta of the site's budget.")
     budget_epsilon: float = Field(description="Epsilon of the site's whole budget, over all runs.")
-    first_round: int = Field(1, description="First round that the site was asked to take part in.")
 
 
 class SiteRejected(Event):
@@ -154,6 +153,16 @@ class RepliesAwaited(Event):
     node_ids: tuple[int, ...] = Field(description="Flower node ids of the sites whose reply is awaited.")
 
 
+class QuorumAwaited(Event):
+    """A round has not got its quorum, and waits for sites that are not connected or have failed."""
+
+    event_name = "quorum_awaited"
+
+    round: int = Field(description="Number of the round.")
+    sites: Mapping[str, str] = Field(description="Name of each site that is missing so far -> the reason.")
+    seconds: float = Field(description="Longest further wait, in seconds; then the run is interrupted.")
+
+
 class AcceptedUpdate(Facts):
     """A site's update that a round used."""
 
@@ -164,6 +173,11 @@ class AcceptedUpdate(Facts):
     plan: Plan = Field(description="The plan that the site declares to have followed.")
     weights: Mapping[str, float] = Field(
         {}, description="Name of each head and trunk in the update -> its weight; empty in journals of early versions."
+    )
+    round: int | None = Field(
+        None,
+        description="Number of the round whose request the update answers, where that is the round before; null where "
+        "it is the round itself.",
     )
 
 
@@ -227,6 +241,17 @@ class RunEnded(Event):
         None, description="Number of sites that confirmed the final heads; null in journals of early versions."
     )
     num_sites: int | None = Field(None, description="Number of sites that joined; null in journals of early versions.")
+    missing: Mapping[str, str] = Field(
+        {}, description="Name of each site that did not confirm the final heads -> the reason."
+    )
+
+
+class RunInterruption(Event):
+    """A round did not reach its quorum in time; the run can be resumed after its last whole round."""
+
+    event_name = "run_interrupted"
+
+    reason: str = Field(description="What is missing, with each missing site and its reason, in one sentence.")
 
 
 class RunFailure(Event):
@@ -322,9 +347,11 @@ RunEvent = (
     | BackboneSent
     | FeaturesReady
     | RepliesAwaited
+    | QuorumAwaited
     | RoundEnded
     | HeadsEvaluated
     | RunEnded
+    | RunInterruption
     | RunFailure
     | SolverAudited
     | RecordsLeftOut
@@ -346,8 +373,6 @@ class RunJoined(Event):
 
     run_id: str = Field(description="Id of the run.")
     tasks: tuple[str, ...] = Field((), description="Names of the run's tasks that the site takes part in.")
-    first_round: int = Field(1, description="First round for which the site planned its noise and price.")
-    rounds: int | None = Field(None, description="Number of rounds of the run; null in older journals.")
 
 
 class RunAudited(Event):
@@ -685,6 +710,7 @@ class TaskSummary(Facts):
     kind: str = Field(description="Kind of the task.")
     status: Literal["updated", "never_updated"] = Field(description="Whether any round changed the head.")
     updates: int = Field(description="Number of rounds that changed the head.")
+    missed: int = Field(0, description="Number of completed rounds that did not change the head.")
     sites: tuple[str, ...] = Field(description="Names of the sites that joined with the task.")
     metrics: Metrics = Field(
         description="Metrics on the held-out records of all sites, the main one first; null where undefined. The "
@@ -723,6 +749,9 @@ class SiteSummary(Facts):
     relation: Relation | None = Field(None, description="Neighbouring relation; null where the site did not join.")
     budget_epsilon: float | None = Field(None, description="Epsilon of the site's budget; null where it did not join.")
     rounds: int = Field(0, description="Number of rounds that used an update of the site.")
+    missed: int = Field(
+        0, description="Number of completed rounds for which it was asked and that used no update of it."
+    )
     evaluations: int = Field(0, description="Number of rounds after which the site released noised sums.")
     left_out: LeftOut | None = Field(None, description="Records that could not be used; null where there are none.")
 
@@ -765,8 +794,10 @@ class Summary(Facts):
     path: str | None = Field(description="Folder of the run; null where it failed before it started.")
     executor: str | None = Field(description="in_process, flower, flower_app (`flwr run`) or deployment.")
     rounds: int = Field(description="Number of completed rounds.")
-    status: Literal["completed", "failed"] = Field(
-        description="completed: all rounds are done and every head and trunk was updated at least once."
+    status: Literal["completed", "partial", "interrupted", "failed"] = Field(
+        description="completed: all rounds are done, with every site that was asked and every head and trunk; partial: "
+        "all are done, but sites or tasks missed rounds, or a site the final heads; interrupted: a round did not reach "
+        "its quorum, and the run can be resumed; failed: no usable result."
     )
     backbones: Mapping[str, BackboneFacts] = Field(description="Name of each backbone -> what it is.")
     tasks: Mapping[str, TaskSummary] = Field(description="Name of each task -> its result.")

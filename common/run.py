@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -33,6 +34,21 @@ MAX_PUBLIC_SIZE = 100_000_000
 
 ONLY_BACKBONE = "backbone"
 """Name of the backbone of a run that names none."""
+
+
+def drop_unset(model: BaseModel, values: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Returns a model's dumped values without those of some keys that its file does not set.
+
+    The digest that a site approves covers the run as it was written: a key that a later version adds is in it only
+    where a file uses the key.
+
+    Args:
+        model: the model.
+        values: its dumped values.
+        keys: the keys that came later.
+    """
+    unset = set(keys) - model.model_fields_set
+    return {key: value for key, value in values.items() if key not in unset}
 
 
 class Privacy(Frozen):
@@ -60,14 +76,21 @@ class Privacy(Frozen):
 
 
 class Cohort(Frozen):
-    """The sites that are asked in a round, and the number of replies that a task needs to be updated.
+    """The sites that are asked in a round, the replies that a round needs (its quorum), and how long it waits.
 
     Attributes:
         fraction: part of the joined sites that are asked in a round.
-        min_sites: number of sites that must join before the first round, and that are asked at least in a round.
-        min_replies_per_task: number of accepted replies without which a task is not updated in a round.
-        timeout_s: seconds after which a round no longer waits for replies.
+        min_sites: number of sites that must join before the first round, that are asked at least in a round, and whose
+            updates a round needs at least.
+        min_replies_per_task: number of accepted updates that a round needs of each task, where so many of the sites
+            asked have it; where fewer have it, the task is not updated in that round.
+        timeout_s: seconds after which a round that has its quorum no longer waits for replies.
         join_timeout_s: seconds after which the run no longer waits for sites to join.
+        grace_s: seconds for which a round that has its quorum waits for a site after the connection to it was lost, and
+            beyond twice the longest time that the site has needed so far. A connected site that has not answered yet
+            in the run is waited for until `timeout_s`.
+        patience_s: seconds for which a round without its quorum waits for missing sites: those that are not connected
+            or failed, and connected ones after `timeout_s`. Then the run ends, and can be resumed.
     """
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -75,6 +98,12 @@ class Cohort(Frozen):
     min_replies_per_task: PositiveInt = 1
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     join_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    grace_s: Annotated[float, Field(ge=0)] = 30.0
+    patience_s: Annotated[float, Field(ge=0)] = 600.0
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("grace_s", "patience_s"))
 
     def count_asked(self, num_sites: int) -> int:
         """Returns the number of sites that a round asks, of so many that joined."""
@@ -141,10 +170,7 @@ class SolverSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # The digest that a site approves covers the settings as they were written, without defaults of this class.
-        values: dict[str, Any] = handler(self)
-        unset = set(type(self).model_fields) - self.model_fields_set
-        return {key: value for key, value in values.items() if key not in unset}
+        return drop_unset(self, handler(self), type(self).model_fields)
 
     def check_tasks(self, tasks: Collection[str], key: str) -> None:
         """Raises ValueError where a rate is of a task that the run does not have: it would never be used."""

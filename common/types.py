@@ -92,6 +92,7 @@ class HeadwaterError(Exception):
     |-- BudgetExhausted     a reservation would exceed the registry's budget
     |-- LedgerDamaged       the ledger's chain does not verify
     |-- RunFailed           a run ended without a usable result
+    |   `-- RunInterrupted  a round did not reach its quorum in time; the run can be resumed
     `-- Interrupted         a person ended a run that can be resumed (exit code 130)
     """
 
@@ -126,6 +127,10 @@ class RecordsUnusable(HeadwaterError):
 
 class RunFailed(HeadwaterError):
     """A run ended without a usable result."""
+
+
+class RunInterrupted(RunFailed):
+    """A round did not reach its quorum in time; the run can be resumed after its last whole round."""
 
 
 class Interrupted(HeadwaterError):
@@ -176,7 +181,7 @@ _EXPLANATIONS = {
     DeclineReason.EVALUATION_LOCAL: "it evaluates for itself only",
     DeclineReason.BAD_REQUEST: "it found the request invalid; its own log says why",
     DeclineReason.NOT_PREPARED: "it has not prepared the run's data",
-    DeclineReason.OVERTAKEN: "it came too late for the round; nothing was charged",
+    DeclineReason.OVERTAKEN: "a later round of the run has reached it; nothing was charged for this one",
     DeclineReason.INTERNAL: "it failed; its own log says why",
 }
 

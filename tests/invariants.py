@@ -58,7 +58,7 @@ def find_uncharged(made: Deployment) -> list[str]:
                 missing.append(f"{name} stored {path.name[:8]} of {path.parents[1].name}")
         for folder in made.list_run_folders():
             for event in select_events(read_run_journal(folder / "journal.jsonl"), RoundEnded):
-                if name in event.sites and (folder.name, event.round) not in charges:
+                if name in event.sites and (folder.name, event.sites[name].round or event.round) not in charges:
                     missing.append(f"round {event.round} of {folder.name} used {name}")
     return missing
 
@@ -80,14 +80,17 @@ class Replay:
         self._made, self._run_id = made, folder.name
         self._aggregator = open_aggregator(run.aggregation, "aggregation")
         self._heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
+        self._sent: dict[int, dict[str, Params]] = {}
         self._states: dict[str, State] = {name: self._aggregator.start(heads) for name, heads in self._heads.items()}
 
     def advance(self, event: RoundEnded) -> str:
         """The digest of the heads after the next round."""
         replies = {}
-        for name in event.sites:
-            sent = {task: self._heads[task] for task in sorted(SITES[name])}
-            digest = messages.request_digest(messages.TrainRequest(self._run_id, event.round, sent))
+        self._sent[event.round] = dict(self._heads)
+        for name, update in event.sites.items():
+            asked = update.round or event.round  # Of the round before, where it came late.
+            sent = {task: self._sent[asked][task] for task in sorted(SITES[name])}
+            digest = messages.request_digest(messages.TrainRequest(self._run_id, asked, sent))
             stored = self._made.sites[name].state / "runs" / self._run_id / "replies" / digest
             replies[name] = messages.decode(messages.from_bytes(stored.read_bytes()), messages.TrainReply)
         for task in event.updated:

@@ -40,11 +40,19 @@ class RunStatus(StatusFacts):
     """The newest run."""
 
     id: str = Field(description="Id of the run.")
-    state: Literal["completed", "failed", "not ended"] = Field(description="How its last attempt ended.")
+    state: Literal["completed", "partial", "interrupted", "failed", "not ended"] = Field(
+        description="How its last attempt ended; partial: sites or tasks missed rounds; interrupted: it can be resumed."
+    )
     under_way: bool = Field(False, description="Whether the daemon works on it.")
     round: int = Field(description="Number of completed rounds.")
     rounds: int | None = Field(description="Number of rounds that the run asks for; null before it started.")
     replies: Mapping[str, int] = Field(description="Name of each site -> number of rounds that used its update.")
+    missed: Mapping[str, int] = Field(
+        {}, description="Name of each site that missed rounds for which it was asked -> their number."
+    )
+    tasks_missed: Mapping[str, int] = Field(
+        {}, description="Name of each task that completed rounds did not update -> their number."
+    )
 
 
 class FederationStatus(StatusFacts):

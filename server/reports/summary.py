@@ -26,6 +26,8 @@ from common.events import (
     RoundEnded,
     RunEnded,
     RunEvent,
+    RunFailure,
+    RunInterruption,
     RunStarted,
     SiteJoined,
     SiteRejected,
@@ -50,20 +52,58 @@ DEPLOYMENT = "deployment"
 
 def summarize(events: Sequence[RunEvent]) -> Summary:
     """Returns the summary of a run from the events of its journal, in the order in which they were written."""
-    started, ended = _last(events, RunStarted), _last(events, RunEnded)
+    started = _last(events, RunStarted)
+    tasks = {name: _summarize_task(events, name, kind) for name, kind in (started.tasks if started else {}).items()}
+    sites = _summarize_sites(events)
     return Summary(
         run=started.name if started else None,
         path=started.path if started else None,
         executor=started.executor if started else None,
-        rounds=len(select_events(events, RoundEnded)),
-        status="completed" if ended and all(ended.updates.values()) else "failed",
+        rounds=len(select_rounds(events)),
+        status=find_status(events),
         backbones=started.backbones if started else {},
-        tasks={name: _summarize_task(events, name, kind) for name, kind in (started.tasks if started else {}).items()},
-        sites=_summarize_sites(events),
+        tasks=tasks,
+        sites=sites,
         audit=_summarize_audit(events),
         bytes=_count_bytes(events),
         seconds=_measure_durations(events),
     )
+
+
+def find_status(events: Sequence[RunEvent]) -> Literal["completed", "partial", "interrupted", "failed"]:
+    """Returns how the last attempt of a run ended; a run that has not ended is `failed`."""
+    started = max((at for at, event in enumerate(events) if isinstance(event, RunStarted)), default=0)
+    ends = [event for event in events[started:] if isinstance(event, RunEnded | RunInterruption | RunFailure)]
+    match ends[:1]:
+        case [RunEnded() as ended] if all(ended.updates.values()):
+            missed = count_missed_rounds(events)
+            short = any(count < len(select_rounds(events)) for count in ended.updates.values())
+            return "partial" if short or missed or ended.missing else "completed"
+        case [RunInterruption()]:
+            return "interrupted"
+        case _:
+            return "failed"
+
+
+def select_rounds(events: Sequence[RunEvent]) -> dict[int, RoundEnded]:
+    """Returns the last event of each round by its number: a resumed run may repeat a round, from stored replies."""
+    return {event.round: event for event in select_events(events, RoundEnded)}
+
+
+def count_missed_rounds(events: Sequence[RunEvent]) -> dict[str, int]:
+    """Returns the number of rounds that each site missed, of those that did: joined, and asked, and not used."""
+    rounds, missed = select_rounds(events), dict[str, set[int]]()
+    for event in events:
+        match event:
+            case SiteJoined():
+                missed.setdefault(event.site, set())
+            case SiteRejected(stage="backbone" | "prepare") if event.site in missed:
+                # It takes no part in what follows; where it joins again, rounds that used it do not count.
+                missed[event.site] |= rounds.keys()
+            case SiteRejected(stage="train") if event.site in missed and event.round in rounds:
+                missed[event.site].add(event.round)
+    used = {site: {number for number, each in rounds.items() if site in each.sites} for site in missed}
+    return {site: len(numbers - used[site]) for site, numbers in missed.items() if numbers - used[site]}
 
 
 def list_failures(summary: Summary) -> Iterable[str]:
@@ -82,13 +122,15 @@ def _last(events: Sequence[RunEvent], kind: type[_AnyEvent]) -> _AnyEvent | None
 
 def _summarize_task(events: Sequence[RunEvent], name: str, kind: str) -> TaskSummary:
     ended = _last(events, RunEnded)
-    updates = ended.updates.get(name, 0) if ended else 0
+    rounds = select_rounds(events).values()
+    updates = ended.updates.get(name, 0) if ended else sum(name in event.updated for event in rounds)
     metrics = next((event for event in select_events(events, MetricsEvaluated) if event.task == name), None)
     baselines = [event for event in select_events(events, BaselineEvaluated) if name in event.metrics]
     return TaskSummary(
         kind=kind,
         status="updated" if updates else "never_updated",
         updates=updates,
+        missed=max(0, len(rounds) - updates),
         sites=tuple(sorted(event.site for event in select_events(events, SiteJoined) if name in event.tasks)),
         metrics=metrics.pooled if metrics else {},
         per_site=metrics.per_site if metrics else {},
@@ -113,7 +155,8 @@ def _select_evaluations(events: Sequence[RunEvent]) -> list[HeadsEvaluated]:
 
 
 def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
-    rounds, evaluations = select_events(events, RoundEnded), _select_evaluations(events)
+    rounds, evaluations = list(select_rounds(events).values()), _select_evaluations(events)
+    missed = count_missed_rounds(events)
     sites: dict[str, SiteSummary] = {}
     joined_at: dict[str, int] = {}
     for position, event in enumerate(events):
@@ -127,12 +170,13 @@ def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
                 relation=RELATION,
                 budget_epsilon=event.budget_epsilon,
                 rounds=sum(event.site in each.sites for each in rounds),
+                missed=missed.get(event.site, 0),
                 evaluations=sum(event.site in each.noise_multipliers for each in evaluations),
             )
     for position, event in enumerate(events):
         match event:
             # A rejection before the site joined is over: it was asked again, and its staff had approved the run.
-            case SiteRejected() if position >= joined_at.get(event.site, 0):
+            case SiteRejected() if position >= joined_at.get(event.site, 0) and not _is_made_good(event, rounds):
                 sites[event.site] = _mark_rejected(sites.get(event.site), event.reason)
             case EpsilonSpent():
                 sites[event.site] = sites[event.site].model_copy(update={"epsilon": event.epsilon})
@@ -140,6 +184,11 @@ def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
                 left_out = LeftOut(num_records=event.num_records, path=event.path)
                 sites[event.site] = sites[event.site].model_copy(update={"left_out": left_out})
     return dict(sorted(sites.items()))
+
+
+def _is_made_good(rejected: SiteRejected, rounds: Sequence[RoundEnded]) -> bool:
+    """Returns whether the round used an update of the site all the same: it was repeated after an interruption."""
+    return any(event.round == rejected.round and rejected.site in event.sites for event in rounds)
 
 
 def _mark_rejected(site: SiteSummary | None, reason: str) -> SiteSummary:

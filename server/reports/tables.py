@@ -107,7 +107,12 @@ def _format_status(site: SiteSummary) -> str:
 def _write_footnote(summary: Summary, evaluated: bool) -> str:
     """Returns the lines below the tables: records left out, audit, bytes and durations."""
     sizes, seconds = summary.bytes, summary.seconds
+    missed = _list_missed(
+        {name: site.missed for name, site in summary.sites.items() if site.missed},
+        {name: task.missed for name, task in summary.tasks.items() if task.missed},
+    )
     down, up = _format_bytes(sizes.down_per_site_round), _format_bytes(sizes.up_per_site_round)
+    status = "" if summary.status == "completed" else f"{summary.status}{missed}\n"
     times = f"{seconds.features:.1f} features, {seconds.training:.1f} training, {seconds.baselines:.1f} baselines"
     left_out = "".join(
         f"{name}: {site.left_out.num_records} record(s) left out, listed in {site.left_out.path}\n"
@@ -117,10 +122,16 @@ def _write_footnote(summary: Summary, evaluated: bool) -> str:
     backbone = _format_bytes(sizes.backbone_per_site)
     view = "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     return (
-        f"{left_out}{_describe_audit(summary.audit)}bytes per site and round: {down} down, {up} up; "
+        f"{left_out}{status}{_describe_audit(summary.audit)}bytes per site and round: {down} down, {up} up; "
         f"backbone once per site: {backbone}\n"
         f"seconds: {seconds.total:.1f} in all; {times}" + (f"\n{view}" if evaluated else "")
     )
+
+
+def _list_missed(sites: Mapping[str, int], tasks: Mapping[str, int]) -> str:
+    """Returns the sites and tasks that missed rounds, as the end of a line; an empty text where none did."""
+    missed = [*sites.items(), *((f"task {name}", count) for name, count in tasks.items())]
+    return "; missed rounds: " + ", ".join(f"{name} {count}" for name, count in missed) if missed else ""
 
 
 def _describe_audit(audit: AuditSummary) -> str:
@@ -160,7 +171,8 @@ def render_status(status: FederationStatus) -> Group:
     if run is not None:
         replies = run.replies
         progress = f"round {run.round} of {run.rounds}" if run.rounds else "not begun"
-        lines.append(f"run {run.id}: {progress}, {'under way' if run.under_way else run.state}")
+        missed = _list_missed(run.missed, run.tasks_missed)
+        lines.append(f"run {run.id}: {progress}, {'under way' if run.under_way else run.state}{missed}")
     table = _new_table(None, ["site", "connected", "since", "replies in the run"])
     for name, site in status.sites.items():
         connected = {None: "unknown", True: "yes", False: "no"}[site.connected]

@@ -32,14 +32,14 @@ from common.model.trunks import create_modules
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_task
-from common.types import BadInput, Heads, heads_digest
+from common.types import Heads, RunInterrupted, heads_digest
 from server.rounds.aggregators import State, Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
-from server.rounds.join import RollCall, join_sites, prepare_sites
-from server.rounds.late import LateRollCall
-from server.rounds.messenger import Messenger, Observe, Participant
-from server.rounds.replies import Rejected, check_delta, check_plan
+from server.rounds.inquiry import Quorum, Waiting
+from server.rounds.join import join_sites, prepare_sites
+from server.rounds.messenger import Answers, Messenger, Observe, Participant, Request
+from server.rounds.replies import check_delta, check_plan, describe_reasons
 from server.rounds.witnesses import Witnesses
 
 _Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
@@ -92,6 +92,7 @@ def run_federation(
 
     Raises:
         RunFailed: too few sites joined or could be prepared.
+        RunInterrupted: a round did not reach its quorum in time; the checkpoint holds the last whole round.
     """
     messenger = Messenger(grid, run, run_id, journal, observe, Witnesses(witnesses))
     journal.write(
@@ -107,30 +108,27 @@ def run_federation(
             backbones={name: _describe_backbone(run, name, backbone) for name, backbone in backbones.items()},
         )
     )
-    roll_call, next_round = RollCall(), 1 if resume is None else resume.rounds_done + 1
-    participants = join_sites(messenger, backbones, node_ids, roll_call=roll_call, first_round=next_round)
+    participants = join_sites(messenger, backbones, node_ids)
     observe("joined", len(participants), len(participants))
     started = time.monotonic()
-    participants = prepare_sites(messenger, participants, backbones, roll_call)
+    participants = prepare_sites(messenger, participants, backbones)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
     state = resume or _initial_state(messenger, backbones)
-    late = LateRollCall(messenger, backbones, node_ids, roll_call)
-    messenger.while_waiting.append(late.look)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
-        participants = late.admit(participants, round_)
         observe("rounds", round_ - 1, run.rounds)
         state = one_round(messenger, participants, state, round_)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
         evaluate_round(messenger, participants, state.heads, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
-    num_received = send_final_heads(messenger, participants, state.heads)
+    missing = send_final_heads(messenger, participants, state.heads)
     journal.write(
         RunEnded(
             updates=dict(state.updates),
             heads=heads_digest(state.heads),
-            num_received=num_received,
+            num_received=len(participants) - len(missing),
             num_sites=len(participants),
+            missing=missing,
         )
     )
     return Outcome(state.heads, state.updates)
@@ -146,40 +144,38 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
         round_: number of the round, from 1.
 
     Returns:
-        The state after the round; a task with too few updates keeps its head.
+        The state after the round; a task that too few of the cohort have keeps its head.
+
+    Raises:
+        RunInterrupted: the round did not reach its quorum in time.
     """
     started = time.monotonic()
-    cohort = _sample_cohort(messenger.run, participants, round_)
-    requests = _build_requests(
-        cohort, lambda groups: messages.TrainRequest(messenger.run_id, round_, _select_groups(state.heads, groups))
-    )
-    names = _names_of(cohort)
-    shown = _show_witnesses(messenger, requests, names)
-    answers = messenger.ask_prepared(messages.TRAIN, shown, messages.TrainReply, names, round_)
-    messenger.witnesses.keep({names[node]: reply.witness for node, (reply, _) in answers.accepted.items()})
+    sampled = _sample_cohort(messenger.run, participants, round_)
+    # A site that owes its update of the round before is not asked for this one: it would pay twice and be used once.
+    late = [each for each in participants if each.node_id in messenger.late and each not in sampled]
+    cohort = [*sampled, *late]
+    quorum = Quorum.of(messenger.run, _groups_of(sampled), _groups_of(late))
+    answers = _ask_to_train(messenger, cohort, state.heads, round_, quorum)
+    messenger.write_rejected(answers.rejected, _names_of(cohort), "train", round_)
+    missing = quorum.describe_missing(answers.accepted)
+    if missing is not None:
+        raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(answers.rejected, _names_of(cohort))}")
     by_task: dict[str, list[Weighted]] = {name: [] for name in state.heads}
     accepted = {}
     for participant in cohort:
         if participant.node_id not in answers.accepted:
             continue
         reply, size = answers.accepted[participant.node_id]
-        try:
-            sent = _select_groups(state.heads, participant.parameter_groups)
-            norms = bound_update_norms(messenger.run, participant.tasks, sent)
-            check_delta(reply.delta, sent, messenger.run.max_delta_norm, norms)
-            check_plan(reply.plan, messenger.run)
-        except BadInput as error:
-            answers.rejected.append(Rejected(participant.node_id, str(error)))
-            continue
+        answered = answers.rounds[participant.node_id]
         accepted[participant.site] = AcceptedUpdate(
             bytes_down=answers.bytes_sent[participant.node_id],
             bytes_up=size,
             plan=reply.plan,
             weights=dict(participant.parameter_groups),
+            round=None if answered == round_ else answered,
         )
         for task, delta in reply.delta.heads.items():
             by_task[task].append(Weighted(float(participant.parameter_groups[task]), delta))
-    messenger.write_rejected(answers.rejected, names, "train", round_)
     new, updated = _aggregate(messenger.run, state, by_task, round_)
     messenger.journal.write(
         RoundEnded(
@@ -192,6 +188,39 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
         )
     )
     return new
+
+
+def _ask_to_train(
+    messenger: Messenger, cohort: Sequence[Participant], heads: Heads, round_: int, quorum: Quorum
+) -> Answers[messages.TrainReply]:
+    """Returns the updates of a cohort that can be used, once they are a quorum and the grace of the others is over."""
+    run, names = messenger.run, _names_of(cohort)
+    by_node = {participant.node_id: participant for participant in cohort}
+
+    def check(node: int, reply: messages.TrainReply) -> None:
+        messenger.witnesses.keep({names[node]: reply.witness})
+        sent = _select_groups(heads, by_node[node].parameter_groups)
+        check_delta(reply.delta, sent, run.max_delta_norm, bound_update_norms(run, by_node[node].tasks, sent))
+        check_plan(reply.plan, run)
+
+    requests = _build_requests(
+        cohort, lambda groups: messages.TrainRequest(messenger.run_id, round_, _select_groups(heads, groups))
+    )
+    return messenger.send(
+        Request(
+            messages.TRAIN,
+            _show_witnesses(messenger, requests, names),
+            messages.TrainReply,
+            Waiting.of(run, quorum),
+            round=round_,
+            names=names,
+            check=check,
+            # An update is a change along a gradient. That it is one round old changes nothing of its noise and of what
+            # it cost: all of it happened at the site. A mean takes it as a step with a delay of one. Aggregators that
+            # compare updates with each other need all of them to begin at the same heads.
+            takes_late=open_aggregator(run.aggregation, "aggregation").needs_sum,
+        )
+    )
 
 
 def evaluate_round(messenger: Messenger, participants: list[Participant], heads: Heads, round_: int) -> None:
@@ -211,19 +240,28 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
         participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
     )
     names = _names_of(participants)
-    shown = _show_witnesses(messenger, requests, names)
-    answers = messenger.ask_prepared(messages.EVALUATE, shown, messages.EvaluateReply, names, round_)
-    messenger.witnesses.keep({names[node]: reply.witness for node, (reply, _) in answers.accepted.items()})
-    releases = []
-    for participant in participants:
-        if participant.node_id not in answers.accepted:
-            continue
-        reply, _ = answers.accepted[participant.node_id]
-        try:
-            check_evaluation(reply, {task: tasks[task] for task in participant.tasks})
-            releases.append(SiteRelease(participant.site, reply))
-        except BadInput as error:
-            answers.rejected.append(Rejected(participant.node_id, str(error)))
+    site_tasks = {each.node_id: {task: tasks[task] for task in each.tasks} for each in participants}
+
+    def check(node: int, reply: messages.EvaluateReply) -> None:
+        messenger.witnesses.keep({names[node]: reply.witness})
+        check_evaluation(reply, site_tasks[node])
+
+    answers = messenger.send(
+        Request(
+            messages.EVALUATE,
+            _show_witnesses(messenger, requests, names),
+            messages.EvaluateReply,
+            Waiting.of(messenger.run),
+            round=round_,
+            names=names,
+            check=check,
+        )
+    )
+    releases = [
+        SiteRelease(participant.site, answers.accepted[participant.node_id][0])
+        for participant in participants
+        if participant.node_id in answers.accepted
+    ]
     messenger.journal.write(
         HeadsEvaluated(
             round=round_,
@@ -236,7 +274,7 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
     )
 
 
-def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> int:
+def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> dict[str, str]:
     """Sends every participant the final heads of its tasks, with their digest.
 
     Args:
@@ -245,17 +283,19 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
         heads: final heads and trunks.
 
     Returns:
-        The number of sites that confirmed them.
+        Name of each site that did not confirm them -> the reason.
     """
 
     def build(groups: Collection[str]) -> messages.FinishRequest:
         selected = _select_groups(heads, groups)
         return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected))
 
-    requests, names = _build_requests(participants, build), _names_of(participants)
-    answers = messenger.ask_prepared(messages.FINISH, requests, messages.Ready, names)
+    names = _names_of(participants)
+    requests: dict[int, messages.Request] = dict(_build_requests(participants, build))
+    answers = messenger.send(Request(messages.FINISH, requests, messages.Ready, Waiting.of(messenger.run), names=names))
     messenger.write_rejected(answers.rejected, names, "finish")
-    return len(answers.accepted)
+    messenger.name_overdue(names)
+    return {names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names}
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -291,6 +331,10 @@ def _show_witnesses(
 
 def _select_groups(heads: Heads, groups: Collection[str]) -> Heads:
     return {name: heads[name] for name in sorted(groups)}
+
+
+def _groups_of(participants: Sequence[Participant]) -> dict[int, Collection[str]]:
+    return {participant.node_id: participant.parameter_groups for participant in participants}
 
 
 def _names_of(participants: Sequence[Participant]) -> dict[int, str]:

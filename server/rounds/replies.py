@@ -17,21 +17,18 @@ from flwr.app import Message
 from common import messages
 from common.privacy.update_norm import check_descent_plan
 from common.run import RunConfig
-from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan
+from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan, explain_rejection
 
 _Reply = TypeVar("_Reply")
 NOT_APPROVED = f"{DECLINED}{DeclineReason.NOT_APPROVED.value}"
+FAILED = f"{DECLINED}{DeclineReason.INTERNAL.value}"
 NOT_PREPARED = f"{DECLINED}{DeclineReason.NOT_PREPARED.value}"
 NO_REPLY = "no reply before the time-out"
 NOT_REACHED = "not reached"
+AWAY = "not connected"
 UNREADABLE = "a reply that cannot be read"
-_FLOWER_ERRORS = {
-    3: "it was removed or left before it took the message (error 3)",
-    4: "its reply did not arrive (error 4)",
-    5: "it left, or was not heard of any more (error 5)",
-}
-"""What Flower's error numbers mean (flwr.common.constant.ErrorCode of Flower 1.41)."""
-MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED, *_FLOWER_ERRORS.values())
+NOT_ASKED = "a reply nobody asked for"
+MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED, AWAY)
 """Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
 
 
@@ -54,44 +51,35 @@ class Rejected:
         return names.get(self.node_id) or self.site or f"node {self.node_id}"
 
 
+def describe_reasons(rejected: Iterable[Rejected], names: Mapping[int, str]) -> str:
+    """Returns each site's name with the reason why its reply is missing."""
+    ordered = sorted(rejected, key=lambda item: item.name(names))
+    return "; ".join(f"{item.name(names)}: {explain_rejection(item.reason)}" for item in ordered)
+
+
 class _SiteDeclined(BadInput):
     def __init__(self, declined: messages.Declined) -> None:
         super().__init__(f"{DECLINED}{declined.refusal.value}")
         self.site = declined.site
 
 
-def read_replies(
-    asked: Mapping[str, int], replies: Iterable[Message], expected: type[_Reply]
-) -> tuple[dict[int, tuple[_Reply, int]], list[Rejected]]:
-    """Returns the well-formed replies by node, with their sizes in bytes, and the others with a reason.
+def read_reply(node_id: int, message: Message, expected: type[_Reply]) -> _Reply | Rejected:
+    """Returns a well-formed reply, or why it is none.
 
     Args:
-        asked: message id -> node that was asked. Errors made by Flower itself name another sender, so the message
-            they answer decides whose reply they are.
-        replies: messages in any order.
+        node_id: node that was asked. Errors made by Flower itself name another sender.
+        message: the message that answers it.
         expected: type of a usable reply; a site that declines is rejected with "declined: ...".
     """
-    accepted: dict[int, tuple[_Reply, int]] = {}
-    rejected: list[Rejected] = []
-    answered: set[int] = set()
-    for message in replies:
-        node = asked.get(message.metadata.reply_to_message_id)
-        if node is None or node in answered:
-            rejected.append(Rejected(node or message.metadata.src_node_id, "a reply nobody asked for"))
-            continue
-        answered.add(node)
-        if message.has_error():
-            # Flower's text may quote a site's exception: only its number is kept.
-            rejected.append(Rejected(node, _FLOWER_ERRORS.get(message.error.code, f"error {message.error.code}")))
-            continue
-        try:
-            accepted[node] = (_decode_reply(message, expected), messages.encoded_size(message.content))
-        except _SiteDeclined as error:
-            rejected.append(Rejected(node, str(error), error.site))
-        except BadInput as error:
-            rejected.append(Rejected(node, str(error)))
-    rejected += [Rejected(node, NO_REPLY) for node in asked.values() if node not in answered]
-    return accepted, rejected
+    if message.has_error():
+        # Flower's text may quote a site's exception: only its number is kept.
+        return Rejected(node_id, f"error {message.error.code}")
+    try:
+        return _decode_reply(message, expected)
+    except _SiteDeclined as error:
+        return Rejected(node_id, str(error), error.site)
+    except BadInput as error:
+        return Rejected(node_id, str(error))
 
 
 def _decode_reply(message: Message, expected: type[_Reply]) -> _Reply:

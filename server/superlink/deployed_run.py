@@ -11,11 +11,11 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from common.events import FileJournal, RunFailure
+from common.events import FileJournal, RunFailure, RunInterruption
 from common.files import lock_file
 from common.model.backbones import list_digests, open_backbones
 from common.run import RunConfig
-from common.types import HeadwaterError, RunFailed
+from common.types import HeadwaterError, RunFailed, RunInterrupted
 from common.yaml import load
 from server.reports.results import write_environment, write_results
 from server.reports.summary import DEPLOYMENT
@@ -59,7 +59,8 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             witnesses=folder.parents[1] / "state" / "witnesses.json",
         )
     except HeadwaterError as error:
-        journal.write(RunFailure(reason=str(error)))
+        ending = RunInterruption if isinstance(error, RunInterrupted) else RunFailure
+        journal.write(ending(reason=str(error)))
         write_results(folder, run, digests, {})
         raise
     write_results(folder, run, digests, outcome.heads)

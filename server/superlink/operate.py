@@ -8,15 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
-from common.events import RoundEnded, RunEnded, RunFailure, RunStarted, SiteJoined, read_run_journal, select_events
+from common.events import RunEnded, RunFailure, RunInterruption, RunStarted, SiteJoined, read_run_journal, select_events
 from common.process.health import is_serving
 from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.certificates import check_server, read_validity
 from server.deployment.federation import Federation
 from server.reports.status import CertificateStatus, ConnectionStatus, DaemonStatus, FederationStatus, RunStatus
+from server.reports.summary import count_missed_rounds, find_status, select_rounds
 from server.superlink.control import Control, DaemonUnreachable
 from server.superlink.daemon import find_daemon_pid
 from server.superlink.superlink import build_environment
@@ -120,7 +120,7 @@ def _describe_newest_run(federation: Federation) -> RunStatus | None:
     folder = folders[-1].parent
     events = read_run_journal(folder / "journal.jsonl")
     started = select_events(events, RunStarted)
-    done = {event.round: event for event in select_events(events, RoundEnded)}
+    done = select_rounds(events)
     replies = {event.site: 0 for event in select_events(events, SiteJoined)}
     for event in done.values():
         for site in event.sites:
@@ -128,15 +128,17 @@ def _describe_newest_run(federation: Federation) -> RunStatus | None:
     # By position: two attempts within a millisecond are equal events.
     starts = [position for position, event in enumerate(events) if isinstance(event, RunStarted)]
     since_start = events[starts[-1] :] if starts else []
-    state: Literal["completed", "failed", "not ended"] = "not ended"
-    if ended := [event for event in since_start if isinstance(event, RunEnded | RunFailure)]:
-        state = "completed" if isinstance(ended[0], RunEnded) else "failed"
+    has_ended = any(isinstance(event, RunEnded | RunInterruption | RunFailure) for event in since_start)
+    tasks = started[-1].tasks if started else ()
+    unchanged = {name: sum(name not in event.updated for event in done.values()) for name in tasks}
     return RunStatus(
         id=folder.name,
-        state=state,
+        state=find_status(events) if has_ended else "not ended",
         round=max(done, default=0),
         rounds=started[-1].rounds if started else None,
         replies=replies,
+        missed=count_missed_rounds(events),
+        tasks_missed={name: count for name, count in unchanged.items() if count},
     )
 
 

@@ -53,7 +53,9 @@ def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
         if not folders:
             raise BadInput(f"expected the id of a run under {federation.runs}, got {run_id!r}")
     for folder in folders[:1]:
-        if not select_events(read_run_journal(folder / "journal.jsonl"), RunEnded):
+        ended = select_events(read_run_journal(folder / "journal.jsonl"), RunEnded)
+        # A complete run whose final heads did not reach every site is continued by its name: they are sent again.
+        if not ended or (run_id is not None and ended[-1].missing):
             return folder
     newest = folders[0].name if folders else "none"
     raise BadInput(

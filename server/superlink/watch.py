@@ -10,6 +10,7 @@ from common.events import (
     BackboneSent,
     FeaturesReady,
     HeadsEvaluated,
+    QuorumAwaited,
     RoundEnded,
     RunEnded,
     RunEvent,
@@ -78,8 +79,7 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
             again = " (continued)" if event.resumed else ""
             return f"run {event.run_id}{again}: {', '.join(event.tasks)}; waiting for sites"
         case SiteJoined():
-            late = f" from round {event.first_round} of {rounds}" if event.first_round > 1 else ""
-            return f"{event.site} joined with {', '.join(event.tasks)}{late}"
+            return f"{event.site} joined with {', '.join(event.tasks)}"
         case SiteRejected():
             return f"{event.site} rejected at {event.stage}: {explain_rejection(event.reason)}"
         case SitePreparedAgain():
@@ -89,13 +89,20 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
             return f"{event.site} received {event.backbone}, {event.size_bytes:,} bytes"
         case FeaturesReady():
             return f"sites are ready after {event.seconds:.1f} s"
+        case QuorumAwaited():
+            missing = "; ".join(f"{site}: {explain_rejection(reason)}" for site, reason in event.sites.items())
+            return f"round {event.round} waits for its quorum, {event.seconds:.0f} s at most: {missing}"
         case RoundEnded():
             return _describe_round(event, rounds)
         case HeadsEvaluated():
-            return f"round {event.round}: evaluated on held-out units, noised"
+            without = "; ".join(f"{site}: {explain_rejection(reason)}" for site, reason in event.rejected.items())
+            return f"round {event.round}: evaluated on held-out units, noised" + (
+                f"; not by {without}" if without else ""
+            )
         case RunEnded():
             received = "the" if event.num_sites is None else f"{event.num_received} of {event.num_sites}"
-            return f"final heads sent to {received} sites"
+            without = "; ".join(f"{site}: {explain_rejection(reason)}" for site, reason in event.missing.items())
+            return f"final heads sent to {received} sites" + (f"; not to {without}" if without else "")
         case _:
             return None
 
@@ -104,5 +111,8 @@ def _describe_round(event: RoundEnded, rounds: int) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in event.num_updates.items())
     unchanged = [name for name in event.num_updates if name not in event.updated]
     kept = f"; not enough for {', '.join(unchanged)}, left unchanged" if unchanged else ""
-    sites = ", ".join(event.sites) or "no site"
-    return f"round {event.round} of {rounds}: {sites}; updates: {counts}{kept}; {event.seconds:.1f} s"
+    sites = ", ".join(
+        site if update.round is None else f"{site} (its update of round {update.round}, which came late)"
+        for site, update in event.sites.items()
+    )
+    return f"round {event.round} of {rounds}: {sites or 'no site'}; updates: {counts}{kept}; {event.seconds:.1f} s"

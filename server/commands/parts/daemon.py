@@ -6,9 +6,9 @@ from pathlib import Path
 
 import typer
 
-from common.events import RunEnded, RunFailure, Summary, read_run_journal
+from common.events import RunEnded, RunFailure, RunInterruption, Summary, read_run_journal
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
-from common.types import RunFailed
+from common.types import RunFailed, RunInterrupted
 from server.deployment.federation import Federation
 from server.reports.summary import list_failures
 from server.reports.tables import render_summary
@@ -65,18 +65,26 @@ def report_end_of_run(path: Path, state: RunState) -> None:
         RunFailed: the run failed, or its process ended without writing an end.
     """
     journal = read_run_journal(path / "journal.jsonl")
-    ends = [event for event in journal if isinstance(event, RunEnded | RunFailure)]
+    ends = [event for event in journal if isinstance(event, RunEnded | RunInterruption | RunFailure)]
+    resume = f"`headwater coordinator resume {path.parent.parent} {path.name}`"
     if not ends:
         # Its process wrote no end: it died, or was stopped.
         raise RunFailed(
-            f"run {path.name}: {state.details or state.outcome}; `headwater coordinator resume {path.parent.parent} "
-            f"{path.name}` continues it after its last whole round"
+            f"run {path.name}: {state.details or state.outcome}; {resume} continues it after its last whole round"
+        )
+    if isinstance(ends[-1], RunInterruption):
+        raise RunInterrupted(
+            f"run {path.name} was interrupted: {ends[-1].reason}; {resume} continues it after its last whole round"
         )
     if isinstance(ends[-1], RunFailure):
         raise RunFailed(f"run {path.name}: {ends[-1].reason}")
     summary = Summary.model_validate_json((path / "summary.json").read_bytes())
     make_console().print(render_summary(summary), crop=False)
     typer.echo(f"results: {path}")
+    if ends[-1].missing:
+        typer.echo(
+            f"{resume} sends the final heads again, once these sites are back: {', '.join(ends[-1].missing)}", err=True
+        )
     problems = list(list_failures(summary))
     for problem in problems:
         typer.echo(f"error: {problem}", err=True)

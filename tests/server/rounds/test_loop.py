@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from common.model.parameters import parameters
 from common.model.trunks import create_modules
 from common.privacy.noise import Entropy, SeededEntropy
 from common.tasks import open_task
-from common.types import Delta, RunFailed, heads_digest
+from common.types import Delta, RunFailed, RunInterrupted, heads_digest
+from server.reports.summary import summarize
 from server.rounds.aggregators import Weighted
 from server.rounds.aggregators.mean import Mean
 from server.rounds.checkpoint import load_checkpoint
@@ -207,28 +209,47 @@ def test_a_site_whose_budget_does_not_cover_the_run_declines_and_the_run_goes_on
     assert events[-1].updates == {"colour": 2, "size": 2}
 
 
-def test_a_task_below_its_quorum_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_task_that_too_few_of_the_sites_have_stays_as_it_was(tmp_path: Path) -> None:
+    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    sites = [site_config(tmp_path, "east"), site_config(tmp_path, "north", tasks=only_size)]
+    sites.append(site_config(tmp_path, "west"))
+    # In each round two of three are asked: with north among them, one site has the colours.
+    cohort = {"min_sites": 2, "fraction": 0.5, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
+    _, events = federate(tmp_path / "run", sites, rounds=6, cohort=cohort)
+    for event in select_events(events, RoundEnded):
+        assert event.updated == (("size",) if "north" in event.sites else ("colour", "size"))
+    assert len({event.updated for event in select_events(events, RoundEnded)}) == 2
+    summary = summarize(events)
+    assert (summary.status, summary.tasks["size"].missed) == ("partial", 0)
+    assert summary.tasks["colour"].missed == 6 - summary.tasks["colour"].updates > 0
+
+
+def test_a_round_in_which_a_task_cannot_get_its_quorum_ends_the_run_at_once_with_the_reason(tmp_path: Path) -> None:
     only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
     sites = [site_config(tmp_path, name) for name in ("east", "west")]
     sites.append(site_config(tmp_path, "north", tasks=only_size))
     cohort = {"min_sites": 2, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
-    outcome, events = federate(tmp_path / "run", sites, faulty_site="west", distort=edited(set_nan), cohort=cohort)
-    assert outcome.updates == {"colour": 0, "size": 2}
-    assert all(event.updated == ("size",) for event in select_events(events, RoundEnded))
+    said = r"round 1: expected at least 2 update\(s\) of colour, got 1: west: colour.*expected finite values"
+    started = time.monotonic()
+    with pytest.raises(RunInterrupted, match=said):
+        federate(tmp_path / "run", sites, faulty_site="west", distort=edited(set_nan), cohort=cohort)
+    assert time.monotonic() - started < 5
+    assert not select_events(read_run_journal(tmp_path / "run" / "journal.jsonl"), RoundEnded)
 
 
 def test_a_task_with_fewer_updates_than_its_aggregator_needs_stays_as_it_was(tmp_path: Path) -> None:
     only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
-    sites = [site_config(tmp_path, name) for name in ("east", "north", "west")]
-    sites.append(site_config(tmp_path, "south", tasks=only_size))
+    sites = [site_config(tmp_path, name) for name in ("east", "south", "west")]
+    sites.append(site_config(tmp_path, "north", tasks=only_size))
     trimmed = {"kind": "trimmed_mean", "trim": 1}
-    outcome, events = federate(
-        tmp_path / "run", sites, faulty_site="west", distort=edited(set_nan), aggregation=trimmed
-    )
-    assert outcome.updates == {"colour": 0, "size": 2}
+    # In each round three of four are asked: with north among them, two sites have the colours.
+    cohort = {"min_sites": 3, "fraction": 0.5, "timeout_s": 5, "join_timeout_s": 1}
+    _, events = federate(tmp_path / "run", sites, aggregation=trimmed, cohort=cohort, rounds=2)
     ended = select_events(events, RoundEnded)
-    assert all(event.updated == ("size",) for event in ended)
-    said = describe_event(ended[0], 2)
+    without = [event for event in ended if "north" in event.sites]
+    assert len(without) == 1
+    assert all(event.updated == (("size",) if event in without else ("colour", "size")) for event in ended)
+    said = describe_event(without[0], 2)
     assert said is not None and "updates: colour 2, size 3; not enough for colour, left unchanged" in said
 
 
