@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from common.events import RunEnded, RunFailure, RunInterruption, Summary, read_run_journal
+from common.events import RunEnded, RunFailure, RunInterruption, RunStarted, Summary, read_run_journal
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
 from common.types import RunFailed, RunInterrupted
 from server.deployment.federation import Federation
@@ -65,13 +65,14 @@ def report_end_of_run(path: Path, state: RunState) -> None:
         RunFailed: the run failed, or its process ended without writing an end.
     """
     journal = read_run_journal(path / "journal.jsonl")
-    ends = [event for event in journal if isinstance(event, RunEnded | RunInterruption | RunFailure)]
+    # An earlier attempt's end says nothing of this one. By position: attempts within a millisecond are equal events.
+    starts = [position for position, event in enumerate(journal) if isinstance(event, RunStarted)]
+    last = journal[starts[-1] :] if starts else []
+    ends = [event for event in last if isinstance(event, RunEnded | RunInterruption | RunFailure)]
     resume = f"`headwater coordinator resume {path.parent.parent} {path.name}`"
     if not ends:
         # Its process wrote no end: it died, or was stopped.
-        raise RunFailed(
-            f"run {path.name}: {state.details or state.outcome}; {resume} continues it after its last whole round"
-        )
+        raise RunFailed(f"run {path.name}: {_explain_end(state)}; {resume} continues it after its last whole round")
     if isinstance(ends[-1], RunInterruption):
         raise RunInterrupted(
             f"run {path.name} was interrupted: {ends[-1].reason}; {resume} continues it after its last whole round"
@@ -90,6 +91,13 @@ def report_end_of_run(path: Path, state: RunState) -> None:
         typer.echo(f"error: {problem}", err=True)
     if problems:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _explain_end(state: RunState) -> str:
+    """Returns why a run's process wrote no end, in words for a person."""
+    if "heartbeat" in state.details:
+        return "the process that worked on it died"
+    return state.details or state.outcome
 
 
 def show_line(line: str) -> None:

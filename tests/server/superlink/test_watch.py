@@ -18,6 +18,7 @@ from common.events import (
     RoundEnded,
     RunEnded,
     RunFailure,
+    RunInterruption,
     RunStarted,
     SiteJoined,
     SiteRejected,
@@ -125,5 +126,15 @@ def test_a_run_whose_process_died_says_how_to_go_on(tmp_path: Path) -> None:
     path.mkdir(parents=True)
     FileJournal(path / "journal.jsonl").write(end_of_round(1))
     command = f"headwater coordinator resume {tmp_path}/fed hearts-1"
-    with pytest.raises(RunFailed, match=f"no heartbeat; `{command}` continues"):
-        report_end_of_run(path, RunState(1, str(path), True, "failed", "no heartbeat"))
+    with pytest.raises(RunFailed, match=f"the process that worked on it died; `{command}` continues"):
+        report_end_of_run(path, RunState(1, str(path), True, "failed", "No heartbeat received from the task"))
+
+
+def test_the_end_of_an_earlier_attempt_is_not_reported_for_a_later_one(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "chest-1"
+    journal = FileJournal(path / "journal.jsonl")
+    journal.write(RunStarted(run_id="chest-1", rounds=2))
+    journal.write(RunInterruption(reason="two sites are missing"))
+    journal.write(RunStarted(run_id="chest-1", rounds=2, resumed=True))
+    with pytest.raises(RunFailed, match=r"the process that worked on it died; .*resume"):
+        report_end_of_run(path, RunState(1, str(path), True, "failed", "No heartbeat received from the task"))
