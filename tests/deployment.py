@@ -329,6 +329,8 @@ class Deployment:
 
     def list_processes(self) -> list[int]:
         """Every process of this deployment that is alive."""
+        for child in self.started:
+            child.poll()  # One that has ended and was not waited for still counts as alive for those that watch it.
         numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
         return [number for number in numbers if self._is_marked(number) and is_alive(number)]
 

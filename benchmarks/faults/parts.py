@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 from tests.bad_proxy import Mode
-from tests.deployment import Deployment, DrillRun, is_alive, wait_until
+from tests.deployment import Deployment, DrillRun, wait_until
 from tests.invariants import (
     Watcher,
     find_uncharged,
@@ -67,7 +67,7 @@ def kill_daemon(made: Deployment) -> None:
     process = made.find_daemon()
     assert process is not None
     os.kill(process, signal.SIGKILL)
-    assert wait_until(lambda: not is_alive(process), 10)
+    assert wait_until(lambda: process not in made.list_processes(), 10)
 
 
 def expect_all_running(made: Deployment) -> None:
