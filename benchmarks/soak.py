@@ -239,6 +239,7 @@ def main() -> None:
     chosen = arguments.parse_args()
     print(f"seed {chosen.seed}", flush=True)
     folder = chosen.keep or Path(tempfile.mkdtemp(prefix="soak-"))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # So that all processes are ended.
     made = make_deployment(folder)
     problems = []
     try:

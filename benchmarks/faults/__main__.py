@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ def main() -> None:
     if unknown:
         arguments.error(f"expected rows of {', '.join(ROWS)}; got {', '.join(sorted(unknown))}")
     folder = chosen.keep or Path(tempfile.mkdtemp(prefix="faults-"))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # So that all processes are ended.
     made = make_deployment(folder)
     watcher, worst = Watcher(made), 0
     try:
