@@ -43,7 +43,7 @@ def clock_of_coordinator_jumps(made: Deployment) -> str:
     made.stop()
     more = _clock(made, 0)
     made.start_coordinator(more=more)
-    run = made.start_run(rounds=8)
+    run = made.start_run(rounds=5)
     made.wait_for_round(2, run=run)
     _set_clock(made, -60)
     time.sleep(20)
@@ -113,7 +113,7 @@ def _shift_clock(made: Deployment, name: str, seconds: int, *, later: bool = Fal
     made.start_site(name, more=more)
     if later:
         made.wait_for_joined(name)
-    run = made.start_run(rounds=8, cohort__join_timeout_s=20)
+    run = made.start_run(rounds=5, cohort__join_timeout_s=20)
     made.wait_for_round(2, run=run)
     _set_clock(made, seconds)
     assert wait_until(lambda: not site.is_running(), 90), f"it goes on: {site.last_line}"

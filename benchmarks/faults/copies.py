@@ -52,7 +52,7 @@ def ledger_restored(made: Deployment) -> str:
 @row
 def coordinator_restored(made: Deployment) -> str:
     """the coordinator's folder is put back to a state two rounds older, in the middle of a run"""
-    run = made.start_run(rounds=8)
+    run = made.start_run(rounds=5)
     made.wait_for_round(2, run=run)
     kept = made.folder / "fed-before"
     shutil.copytree(made.fed, kept, ignore_dangling_symlinks=True)
@@ -93,7 +93,7 @@ def upgraded(made: Deployment) -> str:
     app_of(other, ("client", "common", "server", "headwater"))
     with (other / "common" / "types.py").open("a") as file:
         file.write("\n# A later release.\n")
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     made.stop()
     run.wait(60)
@@ -116,7 +116,7 @@ def upgraded(made: Deployment) -> str:
 @row
 def certificate_expires(made: Deployment) -> str:
     """the server's certificate expires on a running link; its staff renews it"""
-    run = made.start_run(rounds=30)
+    run = made.start_run(rounds=12)
     made.wait_for_round(2, run=run)
     _write_certificate(made, seconds=12)
     time.sleep(3)

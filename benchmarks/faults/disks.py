@@ -25,7 +25,7 @@ def disk_full_coordinator(made: Deployment) -> str:
     made.stop()
     with _small_disk(made.fed):
         made.start_coordinator()
-        run = made.start_run(rounds=8)
+        run = made.start_run(rounds=5)
         made.wait_for_round(2, run=run)
         with _filled(made.fed):
             code = run.wait(240)
@@ -109,7 +109,7 @@ def _fill_site(made: Deployment, folder: Path) -> str:
     made.stop_site("beta")
     with _small_disk(folder):
         made.start_sites()
-        run = made.start_run(rounds=8)
+        run = made.start_run(rounds=5)
         made.wait_for_round(2, run=run)
         before = len(site.read_log())
         with _filled(folder):

@@ -68,7 +68,7 @@ def refused(made: Deployment) -> str:
 
 
 def _cut(made: Deployment, seconds: float, names: list[str] | None = None) -> str:
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     for name in names or made.sites:
         made.sites[name].proxy.cut_for(seconds)
@@ -82,7 +82,7 @@ def _harm(made: Deployment, mode: Mode, rate: float) -> str:
     for site in made.sites.values():
         site.proxy.rate, site.proxy.delay_s, site.proxy.mode = rate, 0.3, mode
     before = sum(site.proxy.num_harmed for site in made.sites.values())
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     said = expect_end_or_resume(made, run)
     harmed = sum(site.proxy.num_harmed for site in made.sites.values()) - before
     assert harmed
@@ -91,7 +91,7 @@ def _harm(made: Deployment, mode: Mode, rate: float) -> str:
 
 
 def _away(made: Deployment, mode: Mode) -> str:
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     for site in made.sites.values():
         site.proxy.mode = mode

@@ -20,7 +20,7 @@ from tests.deployment import Deployment
 @row
 def site_killed(made: Deployment) -> str:
     """kill -9 of a site between rounds; its service starts it again after 3 s"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     kill_site(made, "beta")
     time.sleep(3)
@@ -31,7 +31,7 @@ def site_killed(made: Deployment) -> str:
 @row
 def worker_killed(made: Deployment) -> str:
     """kill -9 of the process that computes at a site"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     _, *workers = made.sites["beta"].find_processes()
     for worker in workers:
@@ -42,7 +42,7 @@ def worker_killed(made: Deployment) -> str:
 @row
 def daemon_killed(made: Deployment) -> str:
     """kill -9 of the coordinator's daemon"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     kill_daemon(made)
     return expect_resume(made, run)
@@ -51,7 +51,7 @@ def daemon_killed(made: Deployment) -> str:
 @row
 def run_killed(made: Deployment) -> str:
     """kill -9 of the coordinator's process that works on the run"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     process = made.find_run_process()
     assert process is not None
@@ -64,7 +64,7 @@ def run_killed(made: Deployment) -> str:
 @row
 def two_killed(made: Deployment) -> str:
     """kill -9 of the daemon and of a site at the same moment"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     kill_daemon(made)
     kill_site(made, "alpha")
@@ -87,7 +87,7 @@ def site_stopped_long(made: Deployment) -> str:
 @row
 def site_leaves(made: Deployment) -> str:
     """SIGTERM of a site in the middle of a run; it does not come back"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     assert made.stop_site("gamma") == 0
     assert "left" in made.sites["gamma"].read_log().splitlines()[-1]
@@ -109,7 +109,7 @@ def site_late(made: Deployment) -> str:
 @row
 def all_sites_away(made: Deployment) -> str:
     """SIGTERM of all sites in the middle of a run; they come back after 20 s"""
-    run = made.start_run(rounds=8)
+    run = made.start_run(rounds=5)
     made.wait_for_round(2, run=run)
     for name in made.sites:
         made.stop_site(name)
@@ -122,7 +122,7 @@ def all_sites_away(made: Deployment) -> str:
 
 
 def _stop_site(made: Deployment, seconds: float) -> str:
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     processes = made.sites["beta"].find_processes()
     for process in processes:

@@ -63,7 +63,7 @@ def hostile_site(made: Deployment) -> str:
 @row
 def strangers(made: Deployment) -> str:
     """at each port plain HTTP, garbage bytes, slow connections and a key that is not admitted, during a run"""
-    run = made.start_run(rounds=6)
+    run = made.start_run(rounds=4)
     made.wait_for_round(1, run=run)
     slow = []
     for port in made.ports:
