@@ -39,20 +39,20 @@ def delayed(made: Deployment) -> str:
 
 @row
 def reordered(made: Deployment) -> str:
-    """one chunk in 20 has its halves exchanged"""
-    return _harm(made, Mode.REORDER, 0.05)
+    """one chunk in 50 has its halves exchanged"""
+    return _harm(made, Mode.REORDER, 0.02)
 
 
 @row
 def truncated(made: Deployment) -> str:
-    """one chunk in 20 arrives by half, and the connection ends"""
-    return _harm(made, Mode.TRUNCATE, 0.05)
+    """one chunk in 50 arrives by half, and the connection ends"""
+    return _harm(made, Mode.TRUNCATE, 0.02)
 
 
 @row
 def flipped(made: Deployment) -> str:
-    """one bit is wrong in one chunk of 20"""
-    return _harm(made, Mode.FLIP, 0.05)
+    """one bit is wrong in one chunk of 50"""
+    return _harm(made, Mode.FLIP, 0.02)
 
 
 @row
