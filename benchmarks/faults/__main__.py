@@ -49,12 +49,13 @@ def main() -> None:
     watcher, worst = Watcher(made), 0
     try:
         for name in chosen.rows or ROWS:
-            settle(made)
             before = time.monotonic()
             try:
+                settle(made)
+                before = time.monotonic()
                 said = ROWS[name](made)
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                said = f"FAULT: {str(error)[-600:]}"
+            except (AssertionError, OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+                said = f"FAULT: {type(error).__name__}: {str(error)[-600:]}"
             wrong = [f"FAULT: {fault}" for fault in find_faults(made, watcher)]
             verdict = "; ".join([said, *wrong])
             worst |= "FAULT" in verdict

@@ -90,7 +90,7 @@ def second_coordinator(made: Deployment) -> str:
 def upgraded(made: Deployment) -> str:
     """the coordinator's code is another one after a restart between two rounds"""
     other = made.folder / "upgraded"
-    app_of(other, ("client", "common", "server", "headwater"))
+    app_of(other, ("client", "common", "server", "headwater", "simulations"))
     with (other / "common" / "types.py").open("a") as file:
         file.write("\n# A later release.\n")
     run = made.start_run(rounds=4)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from tests.bad_proxy import Mode
 from tests.deployment import Deployment, DrillRun, wait_until
+from tests.federation import ROOT
 from tests.invariants import (
     Watcher,
     find_uncharged,
@@ -84,6 +85,7 @@ def find_sentence(log: str, *words: str) -> str:
 
 def settle(made: Deployment) -> None:
     """Brings a deployment back to where a row begins: clean proxies, all sites running, no run under way."""
+    made.root = ROOT
     for site in made.sites.values():
         site.proxy.mode, site.proxy.rate = Mode.PASS, 1.0
     if made.find_daemon() is None:

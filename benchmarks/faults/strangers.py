@@ -38,7 +38,7 @@ def empty_task(made: Deployment) -> str:
 def hostile_site(made: Deployment) -> str:
     """a site sends NaN, wrong shapes, huge numbers, garbage, 80 MB and nothing in turn"""
     other = made.folder / "hostile"
-    app_of(other, ("client", "common", "server", "headwater"))
+    app_of(other, ("client", "common", "server", "headwater", "simulations"))
     with (other / "client" / "app.py").open("a") as file:
         file.write(_HOSTILE)
     node = other / "client" / "connection" / "node.py"
