@@ -307,9 +307,8 @@ class Deployment:
     def wait_for_joined(self, name: str, seconds: float = 120.0) -> None:
         """Until a site that was just started has joined."""
         site = self.sites[name]
-        assert wait_until(lambda: site.joined() or not site.is_running(), seconds) and site.is_running(), (
-            site.read_log()
-        )
+        assert wait_until(lambda: site.joined() or not site.is_running(), seconds), f"{name}: {site.last_line}"
+        assert site.is_running(), f"{name}: {site.last_line}"
 
     def stop_site(self, name: str, number: int = signal.SIGTERM, seconds: float = 90.0) -> int:
         """Its exit code after a signal."""
