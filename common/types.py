@@ -160,6 +160,7 @@ class DeclineReason(StrEnum):
     BAD_REQUEST = "bad_request"
     NOT_PREPARED = "not_prepared"
     OVERTAKEN = "overtaken"
+    TOO_LARGE = "too_large"
     INTERNAL = "internal"
 
     @property
@@ -181,7 +182,8 @@ _EXPLANATIONS = {
     DeclineReason.EVALUATION_LOCAL: "it evaluates for itself only",
     DeclineReason.BAD_REQUEST: "it found the request invalid; its own log says why",
     DeclineReason.NOT_PREPARED: "it has not prepared the run's data",
-    DeclineReason.OVERTAKEN: "a later round of the run has reached it; nothing was charged for this one",
+    DeclineReason.OVERTAKEN: "it came too late for the round; nothing was charged",
+    DeclineReason.TOO_LARGE: "its reply is larger than an upload may be; raise max_upload_mib of the federation",
     DeclineReason.INTERNAL: "it failed; its own log says why",
 }
 

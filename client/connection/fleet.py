@@ -68,6 +68,10 @@ _RETRY_FOR_S = 600.0
 """How long the transfer of a message is tried again: once handed out, Flower never hands it out again."""
 _PASSING = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS)
 _OF_NO_RUN = ("activate-node", "deactivate-node", "pull-messages", "send-node-heartbeat")
+_MAX_UPLOAD_HEADER = "x-headwater-max-upload"
+"""The coordinator states in it how many bytes an upload may have."""
+_AROUND_OBJECT = 1024
+"""Bytes of an upload beside its object, at most."""
 _MEDIA_TYPE = "application/protobuf"
 _T = TypeVar("_T")
 _Response = TypeVar("_Response", bound=Message)
@@ -87,6 +91,10 @@ class InvalidAnswer(ConnectionLost):
 
 class RunInactive(Exception):
     """The run a message belongs to is not running any more."""
+
+
+class UploadTooLarge(Exception):
+    """A reply is larger than the coordinator takes in; the message says what a person has to do."""
 
 
 class ConnectionRefused(HeadwaterError):
@@ -153,6 +161,7 @@ class Fleet:
         self._has_answered = False
         self._public = public_key_to_bytes(key.public_key())
         self._versions = make_version_headers()
+        self._max_upload: int | None = None
         self._http = httpx.Client(
             base_url=f"https://{coordinator.address}",
             verify=create_trusting_context(coordinator.ca),
@@ -238,8 +247,16 @@ class Fleet:
 
         Raises:
             RunInactive: The reply is not wanted any more.
+            UploadTooLarge: A part of the reply is larger than the coordinator takes in; nothing was sent of it, where
+                the coordinator had stated its bound.
             ConnectionLost: The coordinator could not be reached for too long, or the site stops.
         """
+        largest = max(map(len, outgoing.objects.values()), default=0)
+        if self._max_upload is not None and largest + _AROUND_OBJECT > self._max_upload:
+            raise UploadTooLarge(
+                f"the reply has {largest:,} bytes and the coordinator takes {self._max_upload:,}; "
+                "its staff raises max_upload_mib in federation.yaml and resumes the run"
+            )
         self._retry(lambda: self._push(node, outgoing))
 
     def _push(self, node: int, outgoing: Outgoing) -> None:
@@ -327,6 +344,9 @@ class Fleet:
             raise ConnectionLost(f"{type(error).__name__}") from error
         if reply.status_code != httpx.codes.OK:
             raise self._explain_failure(path, reply, signed)
+        stated = reply.headers.get(_MAX_UPLOAD_HEADER, "")
+        if stated.isascii() and stated.isdigit() and len(stated) < 16:
+            self._max_upload = int(stated)
         parsed = _parse(response, content)
         self._has_answered = True
         return parsed
@@ -369,6 +389,11 @@ class Fleet:
                 self._explain_unknown_key(
                     "the coordinator does not know this site's key, or another process is connected with it"
                 )
+            )
+        if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+            return UploadTooLarge(
+                "the coordinator, or a proxy before it, takes no upload of this size; its staff raises the bound "
+                "(max_upload_mib in federation.yaml, or the proxy's) and resumes the run"
             )
         if status == httpx.codes.FORBIDDEN and path not in _OF_NO_RUN:
             return RunInactive("the run is not running any more")

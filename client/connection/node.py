@@ -37,6 +37,7 @@ from client.connection.fleet import (
     InvalidAnswer,
     Outgoing,
     RunInactive,
+    UploadTooLarge,
 )
 from client.connection.keys import read_key
 from client.connection.worker import COORDINATOR_VARIABLE, Abandoned, Worker, WorkerDied, make_declined_reply
@@ -201,6 +202,7 @@ class Node:
         self._num_seen = len(read_site_journal(self._journal.path))
         self._own_digest = compute_code_digest()
         self._differences: dict[int, str | None] = {}
+        self._too_large: dict[int, str] = {}
         self._worker: Worker | None = None
         self._node = 0
         self._is_busy = False
@@ -375,11 +377,25 @@ class Node:
             self._fleet.push_reply(self._node, outgoing)
         except RunInactive:
             self._show("the run is over; the reply was not wanted any more")
+        except UploadTooLarge as error:
+            self._decline_too_large(delivery, str(error))
         except ConnectionLost as error:
             self._show(
                 f"the reply could not be delivered ({error}); it is stored and costs nothing when asked for again"
             )
         self._show_outcome(seconds)
+
+    def _decline_too_large(self, delivery: Delivery, detail: str) -> None:
+        """Says in place of a reply that it cannot be sent; further rounds of the run are declined before a charge."""
+        self._too_large[delivery.envelope.metadata.run_id] = detail
+        self._write_too_large(delivery, f"{detail}; what was answered is stored and costs nothing when asked for again")
+        declined = make_declined_reply(delivery.envelope, DeclineReason.TOO_LARGE, self._config.name)
+        with contextlib.suppress(RunInactive, ConnectionLost, UploadTooLarge):
+            self._fleet.push_reply(self._node, declined)
+
+    def _write_too_large(self, delivery: Delivery, detail: str) -> None:
+        asked = delivery.envelope.metadata.message_type
+        self._journal.write(RequestDeclined(message_type=asked, reason=DeclineReason.TOO_LARGE.value, detail=detail))
 
     def _hold_back(self, delivery: Delivery, outgoing: Outgoing, started: float) -> Outgoing:
         """Returns the reply when its time has come; a word that declines where the staff does not wait for that."""
@@ -396,6 +412,10 @@ class Node:
         if difference is not None:
             self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
             return make_declined_reply(delivery.envelope, DeclineReason.VERSION, self._config.name)
+        metadata = delivery.envelope.metadata
+        if metadata.message_type == messages.TRAIN and metadata.run_id in self._too_large:
+            self._write_too_large(delivery, f"{self._too_large[metadata.run_id]}; nothing was read or charged")
+            return make_declined_reply(delivery.envelope, DeclineReason.TOO_LARGE, self._config.name)
         if self._worker is None:
             environment = make_private_environment(self._config.coordinator_dir)
             if self._config.list_coordinators():

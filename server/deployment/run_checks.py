@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common import messages
 from common.model.backbones import open_backbones
+from common.model.parameters import parameters
 from common.model.trunks import create_modules
 from common.run import RunConfig, resolve_backbone_paths
 from common.tasks import open_task
@@ -14,6 +17,12 @@ from common.yaml import load
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
 from server.rounds.aggregators import count_required_updates
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_AROUND_UPDATE = 64 << 10
+"""Bytes of an update beside its values, generously."""
 
 
 def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -38,7 +47,7 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
     backbones = open_backbones(run)
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    create_modules(run, tasks, backbones)
+    _check_sizes(run, create_modules(run, tasks, backbones), federation.config.max_upload_mib)
     required, asked = count_required_updates(run), run.cohort.count_asked(len(sites))
     if required > asked:
         raise BadInput(
@@ -46,3 +55,24 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
             f"with settings and a cohort that need {required}; admit more sites, or lower these numbers"
         )
     return resolve_backbone_paths(run)
+
+
+def _check_sizes(run: RunConfig, modules: Mapping[str, nn.Module], max_upload_mib: int) -> None:
+    """Checks that a site with all tasks can be sent its heads and trunks, and can send their update back.
+
+    Raises:
+        BadInput: they are larger than a message or an upload may be.
+    """
+    num_values = sum(array.size for module in modules.values() for array in parameters(module).values())
+    sent, received = 4 * num_values, (2 if run.delta_precision == "float16" else 4) * num_values
+    if sent > messages.MAX_HEAD_BYTES:
+        raise BadInput(
+            f"tasks: expected heads and trunks of at most {messages.MAX_HEAD_BYTES >> 20} MiB, got {sent / 2**20:.1f} "
+            "MiB; train less of the backbones"
+        )
+    if received + _AROUND_UPDATE > max_upload_mib << 20:
+        raise BadInput(
+            f"tasks: expected an update of at most max_upload_mib of federation.yaml, {max_upload_mib} MiB, got "
+            f"{received / 2**20:.1f} MiB of a site with all tasks; raise it and restart the coordinator, train less, "
+            "or set `delta_precision: float16`"
+        )

@@ -11,6 +11,7 @@ side: whoever reaches it can register sites and run code on them. So it is never
 Guarantees of the public filter:
 - A path that is not on the list answers 404 and the SuperLink never sees it.
 - A body is rejected by its declared size before it is read, and by its true size before more than the bound is kept.
+- Every answer to an admitted site says how large an upload may be, so that it sends none that is larger.
 - All bodies being read hold at most `max_in_flight` bytes.
 - A sender that stalls is cut off.
 """
@@ -40,6 +41,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MAX_UPLOAD_HEADER = "x-headwater-max-upload"
 CONTROL_HEADER = "x-headwater-control"
 HEALTH = ("GET", "/health")
 # Not register-node and unregister-node: sites are admitted by the coordinator, never by themselves.
@@ -146,13 +148,24 @@ class PublicFilter:
             body = await self._read_body(receive, kept)
             if scope["path"] == _PUSH_MESSAGES:
                 _check_senders(body)
-            await self._app(scope, _replay(body, receive), send)
+            await self._app(scope, _replay(body, receive), self._state_bound(send))
         except _RequestRejected as rejected:
             peer = (scope.get("client") or ("unknown",))[0]
             self._on_rejection(RejectedRequest(peer, site, str(scope["path"])[:100], rejected.reason))
             await _send_error(send, rejected.status, rejected.reason)
         finally:
             self._in_flight -= kept
+
+    def _state_bound(self, send: Send) -> Send:
+        """Returns a sender that adds the bound of an upload to an answer's headers."""
+        bound = (MAX_UPLOAD_HEADER.encode(), str(self._limits.max_upload).encode())
+
+        async def stated(event: MutableMapping[str, Any]) -> None:
+            if event["type"] == "http.response.start":
+                event = {**event, "headers": [*event.get("headers", []), bound]}
+            await send(event)
+
+        return stated
 
     def _max_bytes(self, path: str) -> int:
         return self._limits.max_upload if path in _UPLOADS else _SMALL

@@ -28,7 +28,9 @@ from client.connection.fleet import (
     ExplainedLoss,
     Fleet,
     InvalidAnswer,
+    Outgoing,
     RunInactive,
+    UploadTooLarge,
 )
 from client.connection.keys import read_key, write_key_pair
 from common.flower import fleet_pb2, message_pb2
@@ -319,3 +321,30 @@ def test_without_a_proxy_in_the_environment_the_way_is_direct(
     tmp_path: Path, authority: Authority, no_proxies: pytest.MonkeyPatch
 ) -> None:
     assert find_proxy(coordinator(tmp_path, "federation.example.org:9092", authority)) is None
+
+
+def outgoing(size: int) -> Outgoing:
+    content = b"x" * size
+    name = sha256(content).hexdigest()
+    return Outgoing(message_pb2.Message(), message_pb2.ObjectTree(object_id=name), {name: content})
+
+
+def test_a_reply_above_the_stated_bound_is_not_begun(tmp_path: Path, authority: Authority) -> None:
+    """Begun and not ended, it would keep the coordinator waiting for the rest of it."""
+    with reached(tmp_path, authority, lambda path: Answer(headers={"x-headwater-max-upload": "5000"})) as (
+        site,
+        server,
+    ):
+        site.activate()
+        with pytest.raises(UploadTooLarge, match=r"4,500 bytes .* takes 5,000.*max_upload_mib"):
+            site.push_reply(7, outgoing(4500))
+        assert server.asked == ["/v1/fleet/activate-node"]
+        site.push_reply(7, outgoing(3000))
+        assert server.asked[-1] == "/v1/fleet/push-messages"
+
+
+def test_an_upload_that_a_proxy_refuses_by_its_size_is_not_tried_again(tmp_path: Path, authority: Authority) -> None:
+    with reached(tmp_path, authority, lambda path: Answer(status=413)) as (site, server):
+        with pytest.raises(UploadTooLarge, match="proxy"):
+            site.push_reply(7, outgoing(10))
+        assert len(server.asked) == 1

@@ -61,3 +61,18 @@ def test_too_few_sites_for_the_aggregator_are_named_in_one_sentence(
     with pytest.raises(BadInput, match=said) as refused:
         check(four_sites, tmp_path, aggregation, **cohort)
     assert "\n" not in str(refused.value)
+
+
+WIDE = {"colour": {"kind": "classification", "labels": ["red", "green", "blue"], "head": {"hidden": 40_000}}}
+"""320,003 parameters: 1.22 MiB, and half of that in float16."""
+
+
+def test_a_run_whose_updates_are_larger_than_an_upload_is_refused_beforehand(tmp_path: Path) -> None:
+    """Each site would be charged for a round whose reply it could not send."""
+    federation = new_federation(tmp_path / "fed", max_upload_mib=1)
+    admit_site(federation, "north", write_key_pair(tmp_path, "north"))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config(tasks=WIDE).model_dump(mode="json")))
+    with pytest.raises(BadInput, match=r"at most max_upload_mib .* 1 MiB, got 1\.2 MiB"):
+        check_run(federation, path, [])
+    check_run(federation, path, ["delta_precision=float16"])

@@ -21,6 +21,7 @@ from server.superlink.admission import AdmittedKeys, RejectionLog
 from server.superlink.request_filter import (
     CONTROL_HEADER,
     FLEET,
+    MAX_UPLOAD_HEADER,
     LoopbackFilter,
     PublicFilter,
     RejectedRequest,
@@ -211,6 +212,21 @@ def test_a_declared_size_above_the_bound_is_refused_before_a_byte_is_read() -> N
     headers = {**signed(), "content-length": "1001"}
     assert ask(public(superlink), "/v1/fleet/push-object", headers=headers, sender=sender) == 413
     assert (superlink.seen, sender.taken) == ([], 0)
+
+
+def test_every_answer_to_an_admitted_site_states_the_bound_and_none_to_a_stranger() -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    for headers in (signed(), {}):
+        scope = {"type": "http", "method": "POST", "path": "/v1/fleet/pull-messages", "client": None}
+        scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
+        asyncio.run(public(FakeSuperLink())(scope, Sender(b""), send))
+    answered, rejected = (dict(message["headers"]) for message in sent if message["type"] == "http.response.start")
+    assert answered[MAX_UPLOAD_HEADER.encode()] == str(LIMITS.max_upload).encode()
+    assert MAX_UPLOAD_HEADER.encode() not in rejected
 
 
 def test_a_body_that_is_longer_than_it_says_is_cut_off() -> None:
