@@ -559,8 +559,20 @@ class RequestRejected(Event):
     reason: str = Field(description="Why it was rejected.")
 
 
-DaemonEvent = DaemonStarted | DaemonStopped | RequestRejected
-"""An event of a federation's `link.jsonl`."""
+class CommandRun(Event):
+    """A command changed something at the coordinator, or gave something away."""
+
+    event_name = "command"
+
+    command: str = Field(description="Name of the command, such as `admit`.")
+    what: str = Field(description="The site, run or file that it was for, in words.")
+    user: str = Field(description="Name of the system's user whose process it was, or the user's number.")
+    login: str | None = Field(description="User who had logged in, as Linux or else sudo says; null where unknown.")
+    host: str = Field(description="Name of the machine.")
+
+
+DaemonEvent = DaemonStarted | DaemonStopped | RequestRejected | CommandRun
+"""An event of a federation's `link.jsonl` or `commands.jsonl`."""
 
 
 # --- journals --------------------------------------------------------------------------------------------------------
@@ -611,7 +623,7 @@ def read_approval_journal(path: Path) -> list[ApprovalEvent]:
 
 
 def read_daemon_journal(path: Path) -> list[DaemonEvent]:
-    """Returns the events of a federation's `link.jsonl` in order; an empty list where there is no file."""
+    """Returns the events of a federation's `link.jsonl` or `commands.jsonl` in order; an empty list without a file."""
     return _read(path, get_args(DaemonEvent))
 
 

@@ -12,6 +12,7 @@ from server.commands.parts.daemon import update_daemon
 from server.commands.parts.options import Folder, SiteName
 from server.deployment import admitted_sites
 from server.deployment.federation import open_federation
+from server.deployment.log import write_command
 
 
 def admit(
@@ -24,5 +25,6 @@ def admit(
     with reported_errors():
         federation = open_federation(folder)
         entry = admitted_sites.admit_site(federation, name, key)
+        write_command(federation, "admit", f"{name}, key {entry.fingerprint()}")
         update_daemon(federation)
         typer.echo(f"{name}: admitted; key {entry.fingerprint()} (compare it with the site's by telephone)")

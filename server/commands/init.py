@@ -14,6 +14,7 @@ from common.yaml import parse
 from server.commands.parts.options import Folder
 from server.deployment import admitted_sites, certificates
 from server.deployment.federation import Federation, FederationConfig, create_federation
+from server.deployment.log import write_command
 
 
 def init(
@@ -30,6 +31,7 @@ def init(
     with reported_errors():
         federation = _create(folder, name, address, also or [], bind)
         config = federation.config
+        write_command(federation, "init", f"{config.name} at {config.address}")
         typer.echo(f"{folder}: federation {config.name} at {config.address}, listening on {config.bind}")
         typer.echo(
             f"its certificate names {', '.join(config.hosts())}; keep {folder}/tls/ca.key secret, and a copy of it"

@@ -11,6 +11,7 @@ from common.process.console import reported_errors
 from server.commands.parts.options import Folder, SiteName
 from server.deployment.federation import open_federation
 from server.deployment.kit import write_kit
+from server.deployment.log import write_command
 
 
 def kit(
@@ -25,5 +26,7 @@ def kit(
     """
     with reported_errors():
         path = out or Path(f"{name}-kit.zip")
-        files = write_kit(open_federation(folder), name, run or [], path)
+        federation = open_federation(folder)
+        files = write_kit(federation, name, run or [], path)
+        write_command(federation, "kit", f"{name}: {', '.join(files)}")
         typer.echo(f"{path}: {path.stat().st_size} bytes: {', '.join(files)}")

@@ -9,6 +9,7 @@ from server.commands.parts.daemon import update_daemon
 from server.commands.parts.options import Folder, SiteName
 from server.deployment import admitted_sites
 from server.deployment.federation import open_federation
+from server.deployment.log import write_command
 
 
 def remove(folder: Folder, name: SiteName) -> None:
@@ -19,5 +20,6 @@ def remove(folder: Folder, name: SiteName) -> None:
     with reported_errors():
         federation = open_federation(folder)
         entry = admitted_sites.remove_site(federation, name)
+        write_command(federation, "remove", f"{name}, key {entry.fingerprint()}")
         update_daemon(federation)
         typer.echo(f"{name}: removed; key {entry.fingerprint()} is revoked")

@@ -10,6 +10,7 @@ from common.process.console import reported_errors
 from server.commands.parts.options import Folder
 from server.deployment import certificates
 from server.deployment.federation import open_federation
+from server.deployment.log import write_command
 
 
 def renew(
@@ -25,6 +26,7 @@ def renew(
         if ca:
             certificates.write_authority(federation.tls, federation.config.name)
         certificates.write_server(federation.tls, federation.config.hosts())
+        write_command(federation, "renew", "authority and server certificate" if ca else "server certificate")
         until = certificates.read_validity(federation.tls / "server.crt").until
         typer.echo(f"server certificate for {', '.join(federation.config.hosts())}, valid until {until:%Y-%m-%d}")
         if ca:

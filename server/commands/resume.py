@@ -11,6 +11,7 @@ from common.process.console import reported_errors
 from server.commands.parts.daemon import follow_run, start_daemon
 from server.commands.parts.options import Folder
 from server.deployment.federation import open_federation
+from server.deployment.log import write_command
 from server.superlink.control import Control
 from server.superlink.queue import find_interrupted_run, submit_run
 
@@ -31,4 +32,6 @@ def resume(
         start_daemon(federation)
         with Control(federation) as control:
             old = len(read_run_journal(path / "journal.jsonl"))
-            follow_run(federation, control, (path, submit_run(control, path)), skip=old)
+            submitted = path, submit_run(control, path)
+            write_command(federation, "resume", f"run {path.name}")
+            follow_run(federation, control, submitted, skip=old)

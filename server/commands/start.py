@@ -14,6 +14,7 @@ from common.types import HeadwaterError
 from server.commands.parts.daemon import follow_run, start_daemon
 from server.commands.parts.options import Folder, Set
 from server.deployment.federation import Federation, open_federation
+from server.deployment.log import write_command
 from server.deployment.run_checks import check_run
 from server.superlink.control import Control
 from server.superlink.queue import create_run_folder, submit_run
@@ -36,7 +37,9 @@ def start(
         checked = check_run(federation, run, set_ or [])
         start_daemon(federation)
         with Control(federation) as control:
-            follow_run(federation, control, _submit(control, federation, checked), skip=0)
+            submitted = _submit(control, federation, checked)
+            write_command(federation, "start", f"run {submitted[0].name}")
+            follow_run(federation, control, submitted, skip=0)
 
 
 def _submit(control: Control, federation: Federation, run: RunConfig) -> tuple[Path, int]:

@@ -10,6 +10,7 @@ import typer
 from common.process.console import reported_errors
 from server.commands.parts.options import Folder
 from server.deployment.federation import open_federation
+from server.deployment.log import write_command
 from server.superlink import operate
 from server.superlink.control import Control
 from server.superlink.daemon import find_daemon_pid
@@ -31,9 +32,11 @@ def stop(
             busy = control.find_current_run() if control.is_answering() else None
             if busy is not None:
                 control.stop_run(busy.run_id)
+                write_command(federation, "stop", f"run {Path(busy.folder).name}")
                 typer.echo(f"run {Path(busy.folder).name}: ended; `headwater coordinator resume {folder}` continues it")
             elif run:
                 typer.echo("no run is under way")
         if not run:
             operate.stop_daemon(federation)
+            write_command(federation, "stop", "the coordinator")
             typer.echo(f"{folder}: the coordinator has stopped")
