@@ -98,6 +98,7 @@ class SiteJoined(Event):
     unit: Unit = Field(description="What the site's budget protects.")
     delta: float = Field(description="Delta of the site's budget.")
     budget_epsilon: float = Field(description="Epsilon of the site's whole budget, over all runs.")
+    first_round: int = Field(1, description="First round that the site was asked to take part in.")
 
 
 class SiteRejected(Event):
@@ -373,6 +374,8 @@ class RunJoined(Event):
 
     run_id: str = Field(description="Id of the run.")
     tasks: tuple[str, ...] = Field((), description="Names of the run's tasks that the site takes part in.")
+    first_round: int = Field(1, description="First round for which the site planned its noise and price.")
+    rounds: int | None = Field(None, description="Number of rounds of the run; null in older journals.")
 
 
 class RunAudited(Event):

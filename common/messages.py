@@ -50,7 +50,7 @@ from common.types import (
     Unit,
 )
 
-VERSION = 3
+VERSION = 4
 """Version of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"
@@ -152,6 +152,8 @@ class JoinRequest:
 
     Attributes:
         witness: The newest record of the site's ledger that the coordinator has.
+        first_round: The number of the first round that the site would take part in. Above the run's number of rounds:
+            no round is left.
     """
 
     run_id: str
@@ -159,6 +161,7 @@ class JoinRequest:
     backbones: Annotated[Mapping[Name, Digest], Field(min_length=1, max_length=MAX_BACKBONES)]
     version: int = VERSION
     witness: Witness | None = None
+    first_round: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
 
 
 @dataclass(frozen=True, config=_STRICT)

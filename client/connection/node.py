@@ -41,6 +41,7 @@ from client.connection.fleet import (
 )
 from client.connection.keys import read_key
 from client.connection.worker import COORDINATOR_VARIABLE, Abandoned, Worker, WorkerDied, make_declined_reply
+from client.protocol.approvals import Approvals
 from common import messages
 from common.bundle import compute_bundle_digest, compute_code_digest
 from common.events import (
@@ -50,6 +51,7 @@ from common.events import (
     ReplyResent,
     ReplySent,
     RequestDeclined,
+    RunJoined,
     SiteEvent,
     read_site_journal,
     select_events,
@@ -207,6 +209,7 @@ class Node:
         self._node = 0
         self._is_busy = False
         self._has_joined = False
+        self._last_request = ""
         self._reset_tries()
 
     def run(self) -> None:
@@ -237,6 +240,8 @@ class Node:
         self._node = self._activate()
         self._online(True)
         self._show(f"joined {self._coordinator.address} as {self._config.name} (node {self._node})")
+        if waiting := Approvals(self._config.coordinator_dir).waiting():
+            self._show(f"{len(waiting)} offer(s) wait for approval: headwater site approve {self._site_file}")
 
     def _reset_tries(self) -> None:
         self._delays, self._give_up = generate_delays(), time.monotonic() + self._retry_for_s
@@ -361,7 +366,7 @@ class Node:
         envelope = delivery.envelope
         asked = envelope.metadata.message_type
         group = envelope.metadata.group_id
-        self._show(f"asked: {asked}{f', round {group}' if group.isdecimal() else ''}")
+        self._show_request(f"asked: {asked}{f', round {group}' if group.isdecimal() else ''}")
         try:
             outgoing = self._make_reply(delivery)
         except RunInactive:
@@ -457,6 +462,12 @@ class Node:
 
     # --- output ----------------------------------------------------------------------------------------------------
 
+    def _show_request(self, line: str) -> None:
+        """Shows what is asked, unless it is the same as before: a run that waits for approval is offered for days."""
+        if line != self._last_request:
+            self._show(line)
+        self._last_request = line
+
     def _show_outcome(self, seconds: float) -> None:
         """Shows the events that the site's journal gained with an answer, and the budget that a release left."""
         events = read_site_journal(self._journal.path)[self._num_seen :]
@@ -481,6 +492,8 @@ def _describe_event(event: SiteEvent) -> str:
                 f"run {event.run_id} round {event.round}: sent the stored reply again, {event.size_bytes} bytes, at no "
                 "cost"
             )
+        case RunJoined() if event.first_round > 1:
+            return f"joined run {event.run_id} from round {event.first_round} of {event.rounds}"
         case BackboneUnusable() | RecordsPurged():
             return event.event_name
         case _:

@@ -165,8 +165,8 @@ def open_request(
         BadInput: the site file names a device that is not there.
     """
     tasks = joined.tasks(site.config)
-    if not 1 <= request.round <= joined.run.rounds:
-        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run")
+    if not joined.first_round <= request.round <= joined.run.rounds:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run, or before the site joined it")
     if set(request.heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
     check_prepared(joined)

@@ -10,7 +10,7 @@ from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.evaluation_budget import compute_evaluation_noise, count_evaluations_left, list_unspent
 from client.ledger.events import EVALUATION, Terms
 from client.ledger.history import History
-from client.protocol.site import Joined, find_ledger, make_plan
+from client.protocol.site import Joined, find_ledger, make_plan, read_first_round
 from common.offers import parse_offer
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.run import RunConfig
@@ -276,7 +276,7 @@ def _last_run(config: SiteConfig, history: History) -> Joined | None:
         folder = config.locate_run(charge.run)
         if (folder / "offer.json").exists():
             offer = parse_offer((folder / "offer.json").read_bytes(), str(folder / "offer.json"))
-            return Joined(charge.run, offer.run_config(folder), offer.backbones, folder)
+            return Joined(charge.run, offer.run_config(folder), offer.backbones, folder, read_first_round(folder))
     return None
 
 

@@ -7,6 +7,7 @@ that somebody at the site approved.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.ledger.older_copy import check_witness
@@ -18,12 +19,14 @@ from client.protocol.requirements import (
     untrained_modules,
 )
 from client.protocol.site import (
+    FIRST_ROUND,
     Joined,
     Site,
     SiteDeclined,
     check_allowed,
     check_approved,
     make_plan,
+    read_first_round,
     run_folder,
 )
 from client.solvers import open_solver
@@ -46,13 +49,14 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
 
     Raises:
         SiteDeclined: a task, backbone, solver, unit, size or the whole run's price is not acceptable here, nobody
-            has approved the run, or it requires an audit that the solver does not pass here.
+            has approved the run, it requires an audit that the solver does not pass here, or no round is left.
     """
     joined = _read_offer(site, request)
     tasks = joined.tasks(site.config)
     if not tasks:
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
     check_allowed(site.config, joined)
+    joined = _choose_first_round(site, joined, request.first_round)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
         check_approved(site, joined.run_id, Offer(request.run, request.backbones).digest, use=False)
@@ -71,13 +75,23 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     _pass_audit(site, joined, request, tasks)
     if plan.private:
         # A resumed run was partly paid for: what its rounds were charged is not held again.
-        run, rounds = site.config.name_charge(joined.run_id), joined.run.rounds
+        run, rounds = site.config.name_charge(joined.run_id), joined.num_rounds
         try:
             ledger.earmark(Mechanism.of(plan.over(rounds)), run=run, rounds=rounds, evaluation_budget=site.share)
         except BudgetExhausted as error:
             raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
-    write_atomic(private_folder(joined.folder) / "offer.json", Offer(request.run, request.backbones).to_bytes())
-    site.journal.write(RunJoined(run_id=joined.run_id, tasks=tuple(sorted(tasks))))
+    private_folder(joined.folder)
+    if joined.first_round != read_first_round(joined.folder):
+        write_atomic(joined.folder / FIRST_ROUND, str(joined.first_round).encode())
+    write_atomic(joined.folder / "offer.json", Offer(request.run, request.backbones).to_bytes())
+    site.journal.write(
+        RunJoined(
+            run_id=joined.run_id,
+            tasks=tuple(sorted(tasks)),
+            first_round=joined.first_round,
+            rounds=joined.run.rounds,
+        )
+    )
     return messages.JoinReply(
         site=site.config.name,
         tasks={name: site.config.tasks[name].public_size for name in tasks},
@@ -118,14 +132,48 @@ def _read_offer(site: Site, request: messages.JoinRequest) -> Joined:
     return Joined(request.run_id, run, request.backbones, folder)
 
 
+def _choose_first_round(site: Site, joined: Joined, offered: int) -> Joined:
+    """Returns the run with the first round that this site plans for: the one offered, until the site began.
+
+    A site that was in the roll call, or has been charged, keeps its plan: else noise for few rounds would pay for many.
+
+    Raises:
+        SiteDeclined: no round is left.
+    """
+    joined_before = (joined.folder / "offer.json").exists()
+    charged = site.config.name_charge(joined.run_id)
+    if joined_before:
+        kept = read_first_round(joined.folder)
+        if kept == 1 or _has_begun(site, joined, charged):
+            return replace(joined, first_round=kept)
+    if offered > joined.run.rounds:
+        if joined_before:
+            site.ledger().release(charged)
+        raise SiteDeclined(
+            DeclineReason.OVERTAKEN,
+            f"run {joined.run_id}: no round of its {joined.run.rounds} is left for this site, which came too late; "
+            "nothing was charged",
+        )
+    return replace(joined, first_round=offered)
+
+
+def _has_begun(site: Site, joined: Joined, charged: str) -> bool:
+    """Returns whether something of the run may have left: a charge in the ledger, or a reply that is stored."""
+    stored = any((joined.folder / "replies").glob("*"))
+    return stored or any(charge.run == charged for charge in site.ledger().charges())
+
+
 def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks: Mapping[str, Task]) -> None:
     """Audit the solver here where the run requires it; the result stays at the site. Raises SiteDeclined."""
     if joined.run.audit != "required":
         return
     sizes = {name: site.config.tasks[name].public_size for name in tasks}
-    digest = Offer(request.run, request.backbones).digest
+    audited, digest = joined.run, Offer(request.run, request.backbones).digest
+    if joined.first_round > 1:
+        # Another noise than that of the whole run: a verdict of its own.
+        audited, digest = audited.model_copy(update={"rounds": joined.num_rounds}), f"{digest}/{joined.first_round}"
     try:
-        verdict = get_audit_verdict(site.config, joined.run, digest, sizes, site.entropy)
+        verdict = get_audit_verdict(site.config, audited, digest, sizes, site.entropy)
     except (AuditTooSlow, BadInput, RunFailed) as error:
         raise SiteDeclined(
             DeclineReason.AUDIT, f"the run requires an audit, and it could not be done: {error}"

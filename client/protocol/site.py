@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from common.model.backbones import Backbone
     from common.privacy.noise import Entropy
 
+FIRST_ROUND = "first_round"
+"""File of a run's folder that holds the first round that a site which joined late planned for; else there is none."""
 FINAL_HEADS = "final_heads.bin"
 """File of a run's folder that holds the final heads once they came."""
 
@@ -157,12 +159,26 @@ def has_replies(config: SiteConfig) -> bool:
 
 @dataclass(frozen=True)
 class Joined:
-    """The agreement of a site to one run, as kept on its disk; `backbones` are the digests of all of the run's."""
+    """The agreement of a site to one run, as kept on its disk.
+
+    Attributes:
+        run_id: the run's id.
+        run: the run's settings.
+        backbones: digests of all of the run's backbones, by name.
+        folder: the run's folder at the site.
+        first_round: the first round for which the site plans its noise and its price.
+    """
 
     run_id: str
     run: RunConfig
     backbones: Mapping[str, str]
     folder: Path
+    first_round: int = 1
+
+    @property
+    def num_rounds(self) -> int:
+        """The number of rounds over which the site plans the requested privacy."""
+        return self.run.rounds - self.first_round + 1
 
     def tasks(self, config: SiteConfig) -> dict[str, Task]:
         """The run's tasks that this site takes part in."""
@@ -213,17 +229,30 @@ def joined_run(site: Site, run_id: str) -> Joined:
         offer = (folder / "offer.json").read_bytes()
     except FileNotFoundError:
         raise SiteDeclined(DeclineReason.UNKNOWN_RUN, "this site did not join the run") from None
-    return _joined(run_id, offer, folder)
+    try:
+        return _joined(run_id, offer, folder, read_first_round(folder))
+    except BadInput as error:
+        raise ValueError(str(error)) from error  # The site's own file is damaged: no fault of the request.
 
 
 @lru_cache(maxsize=1024)
-def _joined(run_id: str, offer: bytes, folder: Path) -> Joined:
+def _joined(run_id: str, offer: bytes, folder: Path, first_round: int) -> Joined:
     # Remembered for these very bytes: a site reads the same ones in every round.
-    try:
-        parsed = parse_offer(offer, str(folder / "offer.json"))
-    except BadInput as error:
-        raise ValueError(str(error)) from error  # The site's own file is damaged: no fault of the request.
-    return Joined(run_id, parsed.run_config(folder), parsed.backbones, folder)
+    parsed = parse_offer(offer, str(folder / "offer.json"))
+    return Joined(run_id, parsed.run_config(folder), parsed.backbones, folder, first_round)
+
+
+def read_first_round(folder: Path) -> int:
+    """Returns the first round that a site planned for when it joined the run of a folder.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    path = folder / FIRST_ROUND
+    text = path.read_bytes() if path.exists() else b"1"
+    if not text.isdigit() or not 1 <= int(text[:10]) <= MAX_STEPS:
+        raise BadInput(f"{path}: expected the number of a round, got something else")
+    return int(text)
 
 
 def run_folder(site: Site, run_id: str) -> Path:
@@ -282,7 +311,7 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     """The public numbers of one round of a run here. Raises SiteDeclined."""
     try:
         solver: Solver = open_solver(joined.run.solver, "solver")
-        plan = solver.plan(joined.run.requested_privacy, config.unit, joined.run.rounds)
+        plan = solver.plan(joined.run.requested_privacy, config.unit, joined.num_rounds)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     if plan.steps > MAX_ROUND_STEPS:
@@ -290,7 +319,7 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
             DeclineReason.BAD_REQUEST,
             f"a round has {plan.steps} steps, expected at most {MAX_ROUND_STEPS}; take more rounds of fewer steps",
         )
-    if plan.steps * joined.run.rounds > MAX_STEPS:
+    if plan.steps * joined.num_rounds > MAX_STEPS:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, f"the run asks for more than {MAX_STEPS} steps")
     if solver.private != plan.private or plan.private != (joined.run.requested_privacy is not None):
         raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")

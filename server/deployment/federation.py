@@ -186,7 +186,7 @@ backbone:
   projection: {dim: 128, shift: batch_norm, normalize: true}
 tasks:
   finding: {kind: classification, labels: [normal, pneumonia]}
-solver: {kind: dp_sgd, sampling_rate: 1.0, steps: 2, clip_norm: 1.0, learning_rate: 4.0}
+solver: {kind: dp_gd, steps: 2, clip_norm: 1.0, learning_rate: 4.0}
 privacy: {unit: patient, delta: 1.0e-5, target_epsilon: 3.0}   # or noise_multiplier; the other follows
 aggregation: {kind: mean}
 cohort:

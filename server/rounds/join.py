@@ -26,12 +26,12 @@ _ASK_AGAIN_S = 5.0
 _LONGEST_WAIT_S = 60.0
 _SHORTEST_WAIT_S = 2.0
 """Wait for one answer before the site is asked again: joining twice is joining once."""
-_PART_TRIES = 3
+PART_TRIES = 3
 
 
 @dataclass
-class _Progress:
-    """The answers of the nodes so far.
+class RollCall:
+    """The answers of the nodes to the offer of a run so far.
 
     Attributes:
         participants: site name -> the site that joined.
@@ -51,7 +51,12 @@ class _Progress:
 
 
 def join_sites(
-    messenger: Messenger, backbones: Mapping[str, Backbone], node_ids: Mapping[int, str] | None
+    messenger: Messenger,
+    backbones: Mapping[str, Backbone],
+    node_ids: Mapping[int, str] | None,
+    *,
+    roll_call: RollCall,
+    first_round: int = 1,
 ) -> list[Participant]:
     """Returns the sites that agree to the run, by name, once they are a quorum. Nothing is spent yet.
 
@@ -62,35 +67,41 @@ def join_sites(
         messenger: connection to the sites, with the run and its journal.
         backbones: the run's backbones by name.
         node_ids: node id -> name of every admitted site; None where names are not known beforehand.
+        roll_call: receives the answers.
+        first_round: number of the round that comes next; a site that has not begun plans for the rounds from there on.
 
     Raises:
         RunFailed: there is no quorum, and no site is left to wait for or the deadline has passed; the message names
             every site's reason.
     """
     run = messenger.run
-    request = messages.JoinRequest(messenger.run_id, make_offer(run, backbones), list_digests(backbones))
+    request = messages.JoinRequest(
+        messenger.run_id, make_offer(run, backbones), list_digests(backbones), first_round=first_round
+    )
     deadline = time.monotonic() + run.cohort.join_timeout_s
     expected = len(node_ids) if node_ids is not None else run.cohort.min_sites
-    progress = _Progress()
     while True:
         now = time.monotonic()
         present = {node for node in messenger.grid.get_node_ids() if node_ids is None or node in node_ids}
-        undecided = progress.select_open(present)
-        due = sorted(node for node in undecided if now - progress.asked_at.get(node, -math.inf) > _ASK_AGAIN_S)
+        undecided = roll_call.select_open(present)
+        due = sorted(node for node in undecided if now - roll_call.asked_at.get(node, -math.inf) > _ASK_AGAIN_S)
         if due and now <= deadline:
-            _offer_run(messenger, request, due, progress, node_ids, deadline - now)
-            progress.asked_at |= dict.fromkeys(due, time.monotonic())
+            _offer_run(messenger, request, due, roll_call, node_ids, deadline - now)
+            roll_call.asked_at |= dict.fromkeys(due, time.monotonic())
             continue
-        problem = _describe_missing_quorum(run, progress.participants)
+        problem = _describe_missing_quorum(run, roll_call.participants)
         if problem is None:
-            return sorted(progress.participants.values(), key=lambda participant: participant.site)
+            return sorted(roll_call.participants.values(), key=lambda participant: participant.site)
         if now > deadline or not (undecided or len(present) < expected):
-            raise RunFailed(f"{problem}: {_describe_reasons(progress.rejected, node_ids, present)}")
+            raise RunFailed(f"{problem}: {_describe_reasons(roll_call.rejected, node_ids, present)}")
         time.sleep(_POLL_S)
 
 
 def prepare_sites(
-    messenger: Messenger, participants: list[Participant], backbones: Mapping[str, Backbone]
+    messenger: Messenger,
+    participants: list[Participant],
+    backbones: Mapping[str, Backbone],
+    roll_call: RollCall,
 ) -> list[Participant]:
     """Has every participant prepare; a backbone is sent, in parts, only to sites whose tasks need it and that lack it.
 
@@ -98,6 +109,7 @@ def prepare_sites(
         messenger: connection to the sites, with the run and its journal.
         participants: sites that joined.
         backbones: the run's backbones by name.
+        roll_call: receives the answers of those that are not ready.
 
     Returns:
         The participants that are ready.
@@ -127,12 +139,15 @@ def prepare_sites(
     answers = messenger.ask(messages.PREPARE, requests, messages.Ready)
     names = {participant.node_id: participant.site for participant in participants}
     messenger.write_rejected(answers.rejected, names, "prepare")
-    ready = {participant.site: participant for participant in participants if participant.node_id in answers.accepted}
-    problem = _describe_missing_quorum(messenger.run, ready)
+    roll_call.rejected |= {item.node_id: item for item in answers.rejected}
+    roll_call.participants = {
+        participant.site: participant for participant in participants if participant.node_id in answers.accepted
+    }
+    problem = _describe_missing_quorum(messenger.run, roll_call.participants)
     if problem is not None:
         rejected = {item.node_id: item for item in answers.rejected}
         raise RunFailed(f"{problem}: {_describe_reasons(rejected, None, set())}")
-    return list(ready.values())
+    return list(roll_call.participants.values())
 
 
 def send_backbone_parts(messenger: Messenger, participants: list[Participant], name: str, blob: BackboneBlob) -> None:
@@ -147,11 +162,7 @@ def send_backbone_parts(messenger: Messenger, participants: list[Participant], n
     Raises:
         BadInput: the weights are larger than all parts together may be.
     """
-    weights = blob.weights
-    total = -(-len(weights) // messages.PART_BYTES)
-    if total > messages.MAX_PARTS:
-        most = messages.MAX_PARTS * messages.PART_BYTES >> 20
-        raise BadInput(f"{messenger.run.backbone_key(name)}: expected at most {most} MiB of weights, got more")
+    total = count_parts(messenger.run, name, blob)
     names = {participant.node_id: participant.site for participant in participants}
     missing = {
         participant.node_id: [index for index in range(total) if index not in participant.backbones[name].parts]
@@ -162,10 +173,7 @@ def send_backbone_parts(messenger: Messenger, participants: list[Participant], n
     while any(missing.values()):
         # All sites' next part is one object: encoded once where they are at the same one.
         index = min(parts[0] for parts in missing.values() if parts)
-        start = index * messages.PART_BYTES
-        part = messages.PartRequest(
-            messenger.run_id, blob.digest, index, total, weights[start : start + messages.PART_BYTES]
-        )
+        part = make_part(messenger.run_id, blob, index, total)
         nodes = [node for node, parts in missing.items() if parts and parts[0] == index]
         answers = messenger.ask(messages.PART, dict.fromkeys(nodes, part), messages.Ready)
         for node in nodes:
@@ -176,11 +184,42 @@ def send_backbone_parts(messenger: Messenger, participants: list[Participant], n
             else:
                 tries[node] += 1
                 # A site without the whole backbone says so when it is asked to prepare.
-                missing[node] = missing[node] if tries[node] < _PART_TRIES else []
+                missing[node] = missing[node] if tries[node] < PART_TRIES else []
         messenger.write_rejected(answers.rejected, names, "backbone")
         messenger.observe("backbone", index + 1, total)
     for node, num_bytes in sent.items():
         messenger.journal.write(BackboneSent(site=names[node], backbone=name, size_bytes=num_bytes))
+
+
+def count_parts(run: RunConfig, name: str, blob: BackboneBlob) -> int:
+    """Returns the number of parts in which a backbone's weights travel.
+
+    Args:
+        run: the run.
+        name: the backbone's name in the run.
+        blob: the backbone as it travels.
+
+    Raises:
+        BadInput: the weights are larger than all parts together may be.
+    """
+    total = -(-len(blob.weights) // messages.PART_BYTES)
+    if total > messages.MAX_PARTS:
+        most = messages.MAX_PARTS * messages.PART_BYTES >> 20
+        raise BadInput(f"{run.backbone_key(name)}: expected at most {most} MiB of weights, got more")
+    return total
+
+
+def make_part(run_id: str, blob: BackboneBlob, index: int, total: int) -> messages.PartRequest:
+    """Returns the message with one part of a backbone's weights.
+
+    Args:
+        run_id: the run's id.
+        blob: the backbone as it travels.
+        index: position of the part, from 0.
+        total: number of parts.
+    """
+    start = index * messages.PART_BYTES
+    return messages.PartRequest(run_id, blob.digest, index, total, blob.weights[start : start + messages.PART_BYTES])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -190,7 +229,7 @@ def _offer_run(
     messenger: Messenger,
     request: messages.JoinRequest,
     nodes: list[int],
-    progress: _Progress,
+    roll_call: RollCall,
     node_ids: Mapping[int, str] | None,
     left_s: float,
 ) -> None:
@@ -198,20 +237,20 @@ def _offer_run(
     run = messenger.run
     timeout_s = None if run.audit == "required" else max(_SHORTEST_WAIT_S, min(_LONGEST_WAIT_S, left_s))
     names = {} if node_ids is None else {node: node_ids[node] for node in nodes}
-    requests = {node: _show_witness(messenger, request, names.get(node, "")) for node in nodes}
+    requests = {node: show_witness(messenger, request, names.get(node, "")) for node in nodes}
     answers = messenger.ask(messages.JOIN, requests, messages.JoinReply, timeout_s=timeout_s)
     if node_ids is None:
         answers = _show_to_named(messenger, request, answers, timeout_s)
     for node in sorted(answers.accepted):
         reply, _ = answers.accepted[node]
-        problem = _find_join_problem(run, reply, progress.participants, None if node_ids is None else node_ids[node])
+        problem = find_join_problem(run, reply, roll_call.participants, None if node_ids is None else node_ids[node])
         if problem:
             answers.rejected.append(Rejected(node, problem, reply.site))
             continue
-        progress.participants[reply.site] = Participant(
+        roll_call.participants[reply.site] = Participant(
             node, reply.site, reply.tasks, run.parameter_group_sizes(reply.tasks), reply.backbones
         )
-        progress.rejected.pop(node, None)
+        roll_call.rejected.pop(node, None)
         messenger.journal.write(
             SiteJoined(
                 site=reply.site,
@@ -221,37 +260,50 @@ def _offer_run(
                 budget_epsilon=reply.budget_epsilon,
             )
         )
-    joined = {node: participant.site for participant in progress.participants.values() if (node := participant.node_id)}
+    joined = {participant.node_id: participant.site for participant in roll_call.participants.values()}
     messenger.witnesses.keep(
         {joined[node]: reply.witness for node, (reply, _) in answers.accepted.items() if node in joined}
     )
-    before = {node: item.reason for node, item in progress.rejected.items()}
+    before = {node: item.reason for node, item in roll_call.rejected.items()}
     changed = [item for item in answers.rejected if before.get(item.node_id) != item.reason]
     messenger.write_rejected(changed, node_ids or {}, "join")
-    progress.rejected |= {item.node_id: item for item in answers.rejected}
+    roll_call.rejected |= {item.node_id: item for item in answers.rejected}
 
 
 def _show_to_named(
     messenger: Messenger, request: messages.JoinRequest, answers: Answers[messages.JoinReply], timeout_s: float | None
 ) -> Answers[messages.JoinReply]:
     """Offers the run once more, with a witness, to sites whose name is known only from their reply."""
-    named = {node: _show_witness(messenger, request, reply.site) for node, (reply, _) in answers.accepted.items()}
+    named = {node: show_witness(messenger, request, reply.site) for node, (reply, _) in answers.accepted.items()}
     late = {node: offer for node, offer in named.items() if offer != request}
     again = messenger.ask(messages.JOIN, late, messages.JoinReply, timeout_s=timeout_s)
     accepted = {node: reply for node, reply in answers.accepted.items() if node not in late} | dict(again.accepted)
     return Answers(accepted, answers.rejected + again.rejected, answers.bytes_sent)
 
 
-def _show_witness(messenger: Messenger, request: messages.JoinRequest, site: str) -> messages.Request:
-    """Returns the offer with the witness that is kept of a site's ledger, where there is one."""
+def show_witness(messenger: Messenger, request: messages.JoinRequest, site: str) -> messages.JoinRequest:
+    """Returns the offer with the witness that is kept of a site's ledger, where there is one.
+
+    Args:
+        messenger: connection to the sites, with the witnesses.
+        request: the offer.
+        site: the site's name; "" where it is not known.
+    """
     witness = messenger.witnesses.find(site)
     return request if witness is None else replace(request, witness=witness)
 
 
-def _find_join_problem(
+def find_join_problem(
     run: RunConfig, reply: messages.JoinReply, participants: Mapping[str, Participant], admitted_as: str | None
 ) -> str | None:
-    """Returns why a site that agreed cannot take part; None where it can."""
+    """Returns why a site that agreed cannot take part; None where it can.
+
+    Args:
+        run: the run.
+        reply: the site's declarations.
+        participants: the sites that take part already, by name.
+        admitted_as: the name with which the site was admitted; None where names are not known beforehand.
+    """
     if admitted_as is not None and reply.site != admitted_as:
         return "joined under another name than the one it was admitted with"
     if reply.site in participants:

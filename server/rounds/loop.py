@@ -37,7 +37,8 @@ from server.rounds.aggregators import State, Weighted, count_required_updates, o
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
 from server.rounds.inquiry import Quorum, Waiting
-from server.rounds.join import join_sites, prepare_sites
+from server.rounds.join import RollCall, join_sites, prepare_sites
+from server.rounds.late import LateRollCall
 from server.rounds.messenger import Answers, Messenger, Observe, Participant, Request
 from server.rounds.replies import check_delta, check_plan, describe_reasons
 from server.rounds.witnesses import Witnesses
@@ -108,13 +109,17 @@ def run_federation(
             backbones={name: _describe_backbone(run, name, backbone) for name, backbone in backbones.items()},
         )
     )
-    participants = join_sites(messenger, backbones, node_ids)
+    roll_call, next_round = RollCall(), 1 if resume is None else resume.rounds_done + 1
+    participants = join_sites(messenger, backbones, node_ids, roll_call=roll_call, first_round=next_round)
     observe("joined", len(participants), len(participants))
     started = time.monotonic()
-    participants = prepare_sites(messenger, participants, backbones)
+    participants = prepare_sites(messenger, participants, backbones, roll_call)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
     state = resume or _initial_state(messenger, backbones)
+    late = LateRollCall(messenger, backbones, node_ids, roll_call)
+    messenger.while_waiting.append(late.look)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
+        participants = late.admit(participants, round_)
         observe("rounds", round_ - 1, run.rounds)
         state = one_round(messenger, participants, state, round_)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.

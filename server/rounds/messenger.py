@@ -137,6 +137,7 @@ class Messenger:
         away_since: node id -> monotonic time since which it is not connected.
         longest_s: message type and node id -> longest time between such a request and its reply, in seconds.
         late: node id -> the inquiry of the last round that it has not answered, and whose answer the next round uses.
+        while_waiting: called again and again while replies are awaited; each returns at once.
         overdue: inquiries whose answers no round uses any more; what comes of them is named in the journal.
     """
 
@@ -151,6 +152,7 @@ class Messenger:
     longest_s: dict[tuple[str, int], float] = field(default_factory=dict)
     late: dict[int, Inquiry] = field(default_factory=dict)
     overdue: list[Inquiry] = field(default_factory=list)
+    while_waiting: list[Callable[[], None]] = field(default_factory=list)
 
     def ask(
         self,
@@ -195,6 +197,34 @@ class Messenger:
             RunFailed: the SuperLink takes no message of this size.
         """
         return _Exchange(self, request).run()
+
+    def post(self, kind: str, node: int, payload: messages.Request) -> str | None:
+        """Sends a request to one node and waits for nothing.
+
+        Args:
+            kind: message type, as common.messages names it.
+            node: the node.
+            payload: what it is asked.
+
+        Returns:
+            The message's id for `fetch`; None where the node takes no message because it was removed.
+        """
+        return self.push([Message(messages.encode(payload), dst_node_id=node, message_type=kind, group_id="0")])[0]
+
+    def fetch(self, message_id: str, node: int, expected: type[_Reply]) -> _Reply | Rejected | None:
+        """Returns the reply to a posted message, or why it is not used; None where there is none yet.
+
+        Args:
+            message_id: the message's id.
+            node: the node that was asked.
+            expected: type of the reply.
+        """
+        try:
+            pulled = list(self.grid.pull_messages([message_id]))
+        except _MALFORMED:
+            return Rejected(node, UNREADABLE)
+        answers = [message for message in pulled if message.metadata.reply_to_message_id == message_id]
+        return read_reply(node, answers[0], expected) if answers else None
 
     def write_rejected(
         self, rejected: Sequence[Rejected], names: Mapping[int, str], stage: str, round_: int | None = None
@@ -298,6 +328,8 @@ class _Exchange(Generic[_Reply]):
                 is_quorum_awaited = True
                 self._write_quorum_awaited(now)
             messenger.observe(request.kind, len(self._inquiries) - len(awaited), len(self._inquiries))
+            for look in messenger.while_waiting:
+                look()
             if not self._list_due(now):
                 time.sleep(_POLL_S)
         return self._finish()

@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Message
 
 from common import messages
+from common.flower import ErrorCode
 from common.privacy.update_norm import check_descent_plan
 from common.run import RunConfig
 from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan, explain_rejection
@@ -28,6 +29,12 @@ NOT_REACHED = "not reached"
 AWAY = "not connected"
 UNREADABLE = "a reply that cannot be read"
 NOT_ASKED = "a reply nobody asked for"
+_FLOWER_ERRORS = {
+    ErrorCode.MESSAGE_UNAVAILABLE: NO_REPLY,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: NO_REPLY,
+    ErrorCode.NODE_UNAVAILABLE: AWAY,
+}
+"""Errors by which Flower itself says that no reply came."""
 MAY_CHANGE = (NOT_APPROVED, NO_REPLY, NOT_REACHED, AWAY)
 """Reasons that may go away: the site's staff has not decided yet, or the site was not there."""
 
@@ -73,7 +80,8 @@ def read_reply(node_id: int, message: Message, expected: type[_Reply]) -> _Reply
     """
     if message.has_error():
         # Flower's text may quote a site's exception: only its number is kept.
-        return Rejected(node_id, f"error {message.error.code}")
+        code = message.error.code
+        return Rejected(node_id, _FLOWER_ERRORS.get(code, f"error {code}"))
     try:
         return _decode_reply(message, expected)
     except _SiteDeclined as error:

@@ -79,7 +79,8 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
             again = " (continued)" if event.resumed else ""
             return f"run {event.run_id}{again}: {', '.join(event.tasks)}; waiting for sites"
         case SiteJoined():
-            return f"{event.site} joined with {', '.join(event.tasks)}"
+            late = f" from round {event.first_round} of {rounds}" if event.first_round > 1 else ""
+            return f"{event.site} joined with {', '.join(event.tasks)}{late}"
         case SiteRejected():
             return f"{event.site} rejected at {event.stage}: {explain_rejection(event.reason)}"
         case SitePreparedAgain():

@@ -50,8 +50,8 @@ ONE_OF_EACH: list[messages.Payload] = [
     messages.TrainRequest("run", 2, HEADS, WITNESS),
     messages.EvaluateReply({"task": {"sums": np.arange(3, dtype=np.float32)}}, 2.5, WITNESS),
 ]
-BYTES_OF_VERSION_3 = [
-    "d31b46a296a4b2bc3f1cf9ebed957fe95b50f3b5d49957564fe2b7636edfb162",
+BYTES_OF_VERSION_4 = [
+    "fb25af7073aff0e8b159842595c87ec68efb6f9743fc47a7306ada4818701d83",
     "85215a74a26b708d9662cb1a57f2de5bc709c38c4f4aad7d21f34fec486cb946",
     "02c85e1b3fcd1702544fa76f95b3d7d3bb16199bde37f064af2033f5c8fca037",
     "8c4e6041abfad7d7db64d0bee2034387090533621a9e096a3e3229958c8250e3",
@@ -394,11 +394,11 @@ def test_a_message_cannot_be_made_of_values_that_no_receiver_accepts() -> None:
         messages.JoinRequest("run", {}, {})
 
 
-def test_messages_have_the_bytes_that_version_3_began_with() -> None:
+def test_messages_have_the_bytes_that_version_4_began_with() -> None:
     """Other bytes would be another request to a site that answered this one: then VERSION goes up."""
-    assert messages.VERSION == 3
+    assert messages.VERSION == 4
     digests = [hashlib.sha256(messages.to_bytes(messages.encode(message))).hexdigest() for message in ONE_OF_EACH]
-    assert digests == BYTES_OF_VERSION_3
+    assert digests == BYTES_OF_VERSION_4
 
 
 def test_a_request_that_shows_another_witness_is_the_same_request() -> None:

@@ -1,4 +1,7 @@
-"""Answers leave at whole intervals after their request, whatever became of them; overtaken requests are not read."""
+"""Answers leave at whole intervals after their request, whatever became of them; overtaken requests are not read.
+
+A run that waits for approval is shown once, however often it is offered.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 
 from client.config import SiteConfig
 from client.connection.fleet import Claim
-from client.connection.node import JOURNAL, MAX_CLAIMED, Node, StopRequest, compute_wait, is_overtaken
+from client.connection.node import JOURNAL, MAX_CLAIMED, Node, Show, StopRequest, compute_wait, is_overtaken
 from common import messages
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.flower import (
@@ -37,6 +40,7 @@ from common.flower import (
 from common.yaml import load
 from tests.answering import Answer, Answering, answering
 from tests.federation import ROOT, Authority, write_site
+from tests.tiny import backbone, offered, run_config
 
 EVERY_S = 0.5
 
@@ -120,12 +124,13 @@ class Coordinator:
         self.ask([(kind, "")])
         return self.replied - self.confirmed
 
-    def ask(self, requests: Sequence[tuple[str, str]]) -> list[str]:
+    def ask(self, requests: Sequence[tuple[str, str]], content: messages.Request | None = None) -> list[str]:
         """Sends messages of these kinds and groups and returns their ids, once all are replied to."""
         sent = []
         for kind, group in requests:
             set_task_identity()
-            message = Message(messages.encode(messages.Ready()), dst_node_id=7, message_type="query", group_id=group)
+            records = messages.encode(content or messages.Ready())
+            message = Message(records, dst_node_id=7, message_type="query", group_id=group)
             set_metadata(message, message_type=kind, created_at=time.time(), ttl=600.0)
             set_metadata(message, message_id=message.object_id)
             self.objects |= {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
@@ -180,7 +185,9 @@ def coordinator() -> Coordinator:
 
 
 @contextmanager
-def serving(folder: Path, coordinator: Coordinator) -> Iterator[Node]:
+def serving(
+    folder: Path, coordinator: Coordinator, *, show: Show = lambda line: None, approval: str = "automatic"
+) -> Iterator[Node]:
     """A site's node, joined to a coordinator, in a thread of this process."""
     authority = Authority.new("test authority")
     server: list[Answering] = []
@@ -189,13 +196,18 @@ def serving(folder: Path, coordinator: Coordinator) -> Iterator[Node]:
     ) as running:
         server.append(running)
         site = write_site(
-            folder / "north", "north", running.address, authority.write(folder / "ca.crt"), reply_every_s=EVERY_S
+            folder / "north",
+            "north",
+            running.address,
+            authority.write(folder / "ca.crt"),
+            reply_every_s=EVERY_S,
+            approval=approval,
         )
         leaving = StopRequest()
         node = Node(
             load(SiteConfig, site),
             site,
-            show=lambda line: None,
+            show=show,
             online=lambda joined: None,
             leaving=leaving,
             retry_for_s=5.0,
@@ -246,3 +258,25 @@ def test_a_flood_of_messages_is_claimed_in_part_and_answered_whole(tmp_path: Pat
     declined = select_events(read_site_journal(tmp_path / "north" / "state" / JOURNAL), RequestDeclined)
     # Of those that were claimed at once the last was answered, and of those behind them the last.
     assert [event.reason for event in declined].count("overtaken") == MAX_CLAIMED
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
+def test_a_run_that_waits_for_approval_is_shown_once_and_again_after_each_start(
+    tmp_path: Path, coordinator: Coordinator
+) -> None:
+    def offer(name: str) -> None:
+        coordinator.ask([("query.join", "")], offered(name, run_config(name=name), backbone()))
+
+    shown: list[str] = []
+    with serving(tmp_path, coordinator, show=shown.append, approval="required"):
+        for name in ("first", "first", "first", "second", "second"):
+            offer(name)
+    lines = [line for line in shown if line.startswith(("asked", "declined"))]
+    assert [line.partition(" ")[0] for line in lines] == ["asked:", "declined", "declined"], lines
+    assert "2 offer(s) wait" not in "".join(shown)
+    shown.clear()
+    with serving(tmp_path, coordinator, show=shown.append, approval="required"):
+        offer("first")
+        offer("second")
+    assert any(line.startswith("2 offer(s) wait for approval: headwater site approve ") for line in shown), shown
+    assert [line for line in shown if line.startswith(("asked", "declined"))] == ["asked: query.join"]

@@ -68,7 +68,9 @@ def test_init_makes_a_folder_whose_secrets_only_its_owner_can_read(tmp_path: Pat
 
 def test_the_example_run_file_is_valid(tmp_path: Path) -> None:
     init(tmp_path / "fed")
-    assert load(RunConfig, tmp_path / "fed" / "run.yaml").cohort.min_sites == 2
+    run = load(RunConfig, tmp_path / "fed" / "run.yaml")
+    assert run.cohort.min_sites == 2
+    assert run.solver.kind == "dp_gd"  # The choice that README recommends for a linear head.
 
 
 def test_init_leaves_a_folder_with_files_alone(tmp_path: Path) -> None:
