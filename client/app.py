@@ -21,7 +21,7 @@ from client.protocol.prepare import finish, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
-from common.errors import plain
+from common.errors import explain_os_error, plain
 from common.events import RequestDeclined
 from common.model.backbones import Backbone
 from common.privacy.noise import Entropy, os_entropy
@@ -122,11 +122,18 @@ def _answer(site: Site, asked: str, handle: Callable[[], RecordDict | messages.R
         refusal, detail = DeclineReason.VERSION, str(error)
     except BadInput as error:
         refusal, detail = DeclineReason.BAD_REQUEST, str(error)
+    except OSError as error:
+        refusal, detail = DeclineReason.INTERNAL, explain_os_error(error)
     except LedgerDamaged as error:
         # To the coordinator the same word as an exhausted budget: what was seen is the security officer's alone.
         refusal, detail = DeclineReason.BUDGET, str(error)
     # Short: a coordinator must not fill the disk that the ledger needs, whatever its requests make a sentence quote.
-    site.journal.write(RequestDeclined(message_type=asked, reason=refusal.value, detail=plain(detail)))
+    declined_event = RequestDeclined(message_type=asked, reason=refusal.value, detail=plain(detail))
+    try:
+        site.journal.write(declined_event)
+    except OSError as error:
+        # The disk that is full may be the journal's: the site's log still says what happened.
+        _log.error("declined (%s): %s; not in the journal: %s", refusal.value, plain(detail), explain_os_error(error))
     return messages.encode(messages.Declined(refusal, site.config.name))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import types
 import typing
 from collections.abc import Iterable
@@ -32,6 +33,30 @@ def instead(error: BaseException) -> str:
     if isinstance(error, IsADirectoryError):
         return ", but it is a folder"
     return f", got {type(error).__name__}"
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space and try again",
+    errno.EDQUOT: "this user's quota of the disk is used up; free some space and try again",
+    errno.EFBIG: "the file may not grow any further; raise this user's limit (ulimit -f) and try again",
+    errno.EROFS: "the file system is read-only; make it writable or name another folder",
+    errno.EACCES: "this user may not open it; check owner and mode of the file and of its folders",
+    errno.EPERM: "this user may not do that; check owner and mode of the file and of its folders",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file and no folder",
+    errno.EISDIR: "it is a folder and no file",
+    errno.EEXIST: "something of that name is there already",
+    errno.ELOOP: "it is a link that leads to itself",
+    errno.EIO: "the disk cannot be read or written; have it checked",
+    errno.EMFILE: "too many files are open; raise this user's limit (ulimit -n)",
+}
+
+
+def explain_os_error(error: OSError) -> str:
+    """Returns in one sentence which file the operating system refused, why, and what to do."""
+    reason = _REASONS.get(error.errno or 0, error.strerror or plain(str(error), 200) or type(error).__name__)
+    name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
+    return f"{plain(str(name))}: {reason}" if name else reason
 
 
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -93,6 +94,40 @@ def stamp_file(path: Path) -> tuple[int, ...]:
     """Returns numbers that change whenever a file is written to or replaced."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def allocate(descriptor: int, num_bytes: int) -> None:
+    """Gives the first bytes of an open file their place on the disk, so that writing them cannot find it full.
+
+    A file that is memory-mapped needs it: writing to a page for which there is no room kills the process.
+
+    Raises:
+        OSError: there is not so much room, or a quota or limit does not allow it.
+    """
+    # macOS has no such call; there, a full disk is found when it is written to.
+    if sys.platform != "darwin" and num_bytes > 0:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Checks that a new file of this size has room in a folder, by allocating one and removing it.
+
+    The free bytes that the system states know of no quota.
+
+    Raises:
+        OSError: there is not so much room; the error names the folder.
+    """
+    if not _flushing.get():
+        return  # A simulation, whose charges protect nobody.
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".room.")
+        try:
+            allocate(handle, num_bytes)
+        finally:
+            os.close(handle)
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def flush_folder(path: Path) -> None:

@@ -137,4 +137,5 @@ def _leave_on_signals(leaving: Any, grace_s: float) -> Iterator[None]:
 
 
 def _show(line: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
+    with contextlib.suppress(OSError):  # A full disk below the log, or a reader that is gone, ends no site.
+        typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")

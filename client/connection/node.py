@@ -44,6 +44,7 @@ from client.connection.worker import COORDINATOR_VARIABLE, Abandoned, Worker, Wo
 from client.protocol.approvals import Approvals
 from common import messages
 from common.bundle import compute_bundle_digest, compute_code_digest
+from common.errors import explain_os_error
 from common.events import (
     BackboneUnusable,
     FileJournal,
@@ -275,7 +276,11 @@ class Node:
                 if self._fleet.send_heartbeat(node):
                     return node
         node = self._fleet.activate()
-        write_atomic(path, str(node).encode())
+        try:
+            write_atomic(path, str(node).encode())
+        except OSError as error:
+            # After a crash the coordinator may take the site for one that is online, for a minute.
+            self._show(f"the node's number cannot be kept: {explain_os_error(error)}")
         return node
 
     def _send_heartbeats(self) -> None:
@@ -352,9 +357,7 @@ class Node:
         for claim in overtaken:
             asked, group = claim.envelope.metadata.message_type, claim.envelope.metadata.group_id
             detail = f"{asked} of round {group}: a later request of the run is here; nothing was read or charged"
-            self._journal.write(
-                RequestDeclined(message_type=asked, reason=DeclineReason.OVERTAKEN.value, detail=detail)
-            )
+            self._note(RequestDeclined(message_type=asked, reason=DeclineReason.OVERTAKEN.value, detail=detail))
             declined = make_declined_reply(claim.envelope, DeclineReason.OVERTAKEN, self._config.name)
             with contextlib.suppress(RunInactive, ConnectionLost):  # Nobody waits for it any more.
                 self._fleet.confirm_receipt(self._node, claim)
@@ -415,7 +418,7 @@ class Node:
     def _make_reply(self, delivery: Delivery) -> Outgoing:
         difference = self._check_bundle(delivery.envelope.metadata.run_id)
         if difference is not None:
-            self._journal.write(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
+            self._note(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
             return make_declined_reply(delivery.envelope, DeclineReason.VERSION, self._config.name)
         metadata = delivery.envelope.metadata
         if metadata.message_type == messages.TRAIN and metadata.run_id in self._too_large:
@@ -433,7 +436,7 @@ class Node:
         except Abandoned:
             detail = "abandoned by the site's staff; what was reserved stays reserved"
         self._close_worker()
-        self._journal.write(RequestDeclined(reason=DeclineReason.INTERNAL.value, detail=detail))
+        self._note(RequestDeclined(reason=DeclineReason.INTERNAL.value, detail=detail))
         return make_declined_reply(delivery.envelope, DeclineReason.INTERNAL, self._config.name)
 
     def _check_bundle(self, run: int) -> str | None:
@@ -459,6 +462,13 @@ class Node:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+    def _note(self, event: RequestDeclined) -> None:
+        """Writes to the journal; where its disk is full, what happened is shown and the site stays joined."""
+        try:
+            self._journal.write(event)
+        except OSError as error:
+            self._show(f"{_describe_event(event)}; not in the journal: {explain_os_error(error)}")
 
     # --- output ----------------------------------------------------------------------------------------------------
 

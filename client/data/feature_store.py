@@ -35,10 +35,11 @@ from client.data.batches import choose_batch_size, draw_inputs, draw_inputs_like
 from client.data.quantised import QuantisedRows, pack_rows
 from client.data.sources import Source
 from client.data.sources.parts.boundary import MAX_ITEMS, try_record
-from common.files import flush, flush_folder, lock_file, private_folder, stamp_file, write_atomic
+from common.errors import explain_os_error
+from common.files import allocate, flush, flush_folder, lock_file, private_folder, stamp_file, write_atomic
 from common.inputs import Several
 from common.process.threads import one_thread
-from common.types import BadRecord
+from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
     from common.backbones import Precision
@@ -218,6 +219,7 @@ def _encode(path: Path, count: int, source: Source, backbone: Backbone, progress
     shape = (count, backbone.feature_dim + (dtype == np.int16))
     rows_N = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     path.chmod(0o600)
+    _allocate(path)
     for batch, encoded_BD in _encoded_batches(source, backbone, count):
         unusable |= batch.unusable
         if encoded_BD is not None:
@@ -232,6 +234,23 @@ def _encode(path: Path, count: int, source: Source, backbone: Backbone, progress
     with path.open("rb+") as file:
         flush(file.fileno())
     return unusable
+
+
+def _allocate(path: Path) -> None:
+    """Gives an array's file its whole place on the disk before a record is encoded.
+
+    Raises:
+        BadInput: there is not so much room.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb+") as file:
+            allocate(file.fileno(), size)
+    except OSError as error:
+        raise BadInput(
+            f"cache_dir: expected room for {max(1, size >> 20)} MiB of features in {path.parent.parent}, got: "
+            f"{explain_os_error(error)}, or name a folder on a larger disk"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from client.protocol.site import (
 )
 from common import messages
 from common.events import ReplyResent, ReplySent
+from common.files import check_room
 from common.privacy.lattice import check_unit_count
 from common.tasks import Task
 from common.types import (
@@ -41,6 +42,9 @@ from common.types import (
 
 if TYPE_CHECKING:
     import torch
+
+_ROOM_BYTES = 256 << 10
+"""Room on a disk for the lines of a charge, of the journal and of a small reply."""
 
 MAX_CHARGES = 3
 """Charges of one round: the first, and again after a crash."""
@@ -80,6 +84,7 @@ def answer_once(
             charged = site.config.name_charge(joined.run_id)
             _check_not_overtaken(ledger, joined, charged, request.round)
             _check_asked_once(ledger, charged, request.round, what, digest)
+            _check_room(ledger, joined, request)
             reply, reservation, num_releases = answer(digest, ledger)
             records = messages.encode(reply)
             data = messages.to_bytes(records)
@@ -116,6 +121,18 @@ def _check_not_overtaken(ledger: Ledger, joined: Joined, charged: str, round_: i
     else:
         return
     raise SiteDeclined(DeclineReason.OVERTAKEN, f"round {round_}: {overtaken_by}; nothing was read or charged")
+
+
+def _check_room(ledger: Ledger, joined: Joined, request: messages.TrainRequest | messages.EvaluateRequest) -> None:
+    """Checks that the disks hold a charge and a reply before there are any: else a full one would cost a charge.
+
+    Raises:
+        OSError: a disk is full.
+    """
+    # A reply holds at most about as much as the request: the same parameters.
+    num_bytes = sum(array.nbytes for group in request.heads.values() for array in group.values())
+    check_room(ledger.folder, _ROOM_BYTES)
+    check_room(joined.folder, 2 * num_bytes + _ROOM_BYTES)
 
 
 def _check_asked_once(ledger: Ledger, charged: str, round_: int, what: Purpose, digest: str) -> None:

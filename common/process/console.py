@@ -23,6 +23,7 @@ import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from common.errors import explain_os_error
 from common.types import BadInput, HeadwaterError, Interrupted
 
 if TYPE_CHECKING:
@@ -141,10 +142,20 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except HeadwaterError as error:
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        _print_error(str(error))
         raise typer.Exit(_find_exit_code(error)) from error
+    except BrokenPipeError:
+        raise  # Who reads the output has seen enough, as with `| head`.
+    except OSError as error:
+        # The last resort: where a file's part is known, a sentence of its own was raised instead.
+        _print_error(explain_os_error(error))
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+def _print_error(sentence: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(f"error: {sentence}", style="red", markup=False, soft_wrap=True)
 
 
 def _find_exit_code(error: HeadwaterError) -> int:

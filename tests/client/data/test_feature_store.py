@@ -24,7 +24,8 @@ from client.data.quantised import QuantisedRows
 from client.data.sources import Source, SourceRecord, open_source
 from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
-from common.types import BadRecord
+from common.types import BadInput, BadRecord
+from tests.small_disk import run_on_small_disk
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -443,3 +444,17 @@ def test_a_cut_array_is_refused_not_read_as_zeros(tmp_path: Path) -> None:
     (tmp_path / "features.npy").write_bytes(whole[:-4])
     with pytest.raises(ValueError, match="rows"):
         rows_of(tmp_path / "features.npy", np.array([2]))
+
+
+def check_full_disk(disk: Path) -> None:
+    many = np.zeros((20_000, 100), np.float32)
+    with pytest.raises(BadInput, match=r"cache_dir: expected room for 3 MiB of features in .*the disk is full"):
+        encoded(disk, Vectors(list(many)), identity(100))
+    assert [path.name for path in disk.iterdir() if not path.name.endswith(".lock")] == []
+    assert encoded(disk, Vectors(list(VECTORS))).valid_N.all()
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_the_features_is_one_sentence_and_no_dead_process(tmp_path: Path) -> None:
+    """Without the space reserved, writing to the mapped file ends the process with SIGBUS."""
+    run_on_small_disk(check_full_disk, tmp_path / "disk")
