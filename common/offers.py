@@ -7,18 +7,34 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from common.plugins import Spec
-from common.run import RunConfig
-from common.types import BadInput
+from common.run import Name, RunConfig
+from common.types import BackboneBlob, BadInput
 from common.yaml import parse
 
-if TYPE_CHECKING:
-    from common.model.backbones import Backbone
+
+class OfferedBackbone(Protocol):
+    """The part of a backbone that a coordinator needs to offer and send it: it need not be open, nor torch loaded."""
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over settings and weights."""
+
+    def public_spec(self) -> dict[str, Any]:
+        """Returns the resolved settings as plain values; they hold no path."""
+
+    def blob(self) -> BackboneBlob:
+        """Returns the backbone as it travels."""
 
 
-def make_offer(run: RunConfig, backbones: Mapping[str, Backbone]) -> dict[str, Any]:
+def list_digests(backbones: Mapping[Name, OfferedBackbone]) -> dict[Name, str]:
+    """Returns the digest of each backbone."""
+    return {name: backbone.digest for name, backbone in backbones.items()}
+
+
+def make_offer(run: RunConfig, backbones: Mapping[str, OfferedBackbone]) -> dict[str, Any]:
     """Returns a run as a site sees it: its backbones' settings hold no path of the coordinator."""
     public = {name: Spec(**backbone.public_spec()) for name, backbone in backbones.items()}
     return run.with_backbone_specs(public).model_dump(mode="json")

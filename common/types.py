@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from mmap import mmap
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -273,12 +274,12 @@ class BackboneBlob:
 
     Attributes:
         spec: JSON text of the backbone's settings without any path.
-        weights: safetensors bytes of the state dict.
+        weights: safetensors bytes of the state dict; at the coordinator they may be a mapped file.
         digest: 64 hex digits over architecture, preprocessing and weights.
     """
 
     spec: str
-    weights: bytes
+    weights: bytes | mmap
     digest: str
 
 

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from common.events import FileJournal
-from common.model.backbones import list_digests, open_backbones
+from common.offers import list_digests
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
@@ -40,6 +40,8 @@ def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
     folder = new_run_folder(run_dir, run.name)
     write_yaml(folder / "config.yaml", run)
     write_environment(folder / "environment.json", {"run": run.seed})
+    from common.model.backbones import open_backbones  # Here: a deployed run's process never loads torch.
+
     backbones = open_backbones(run)
     journal = FileJournal(folder / "journal.jsonl")
     outcome = run_federation(

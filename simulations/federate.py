@@ -12,9 +12,10 @@ from client.app import make_app
 from client.config import SiteConfig
 from common.events import FileJournal
 from common.files import without_flushing
-from common.model.backbones import Backbone, list_digests
+from common.model.backbones import Backbone
 from common.model.parameters import load_parameters
 from common.model.trunks import trunks
+from common.offers import list_digests
 from common.privacy.noise import Entropy
 from common.run import RunConfig
 from common.tasks import Task

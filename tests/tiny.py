@@ -13,8 +13,8 @@ from client.config import SiteConfig
 from client.protocol.prepare import keep_part, prepare_run
 from client.protocol.site import Site
 from common import messages
-from common.model.backbones import Backbone, list_digests, open_backbones
-from common.offers import make_offer
+from common.model.backbones import Backbone, open_backbones
+from common.offers import list_digests, make_offer
 from common.run import ONLY_BACKBONE, RunConfig
 from common.yaml import parse
 

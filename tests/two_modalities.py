@@ -15,8 +15,8 @@ from client.config import SiteConfig
 from common import messages
 from common.backbones.small_cnn import collect_tensors
 from common.backbones.transformers import Transformers
-from common.model.backbones import Backbone, list_digests, open_backbones, open_untrained
-from common.offers import make_offer
+from common.model.backbones import Backbone, open_backbones, open_untrained
+from common.offers import list_digests, make_offer
 from common.run import RunConfig
 from common.yaml import parse
 from tests.tiny import run_config

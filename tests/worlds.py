@@ -21,9 +21,9 @@ from PIL import Image
 from client.app import make_app
 from client.config import SiteConfig
 from common import messages
-from common.model.backbones import Backbone, list_digests, open_backbones
+from common.model.backbones import Backbone, open_backbones
 from common.model.parameters import parameters
-from common.offers import make_offer
+from common.offers import list_digests, make_offer
 from common.plugins import plugin_class
 from common.privacy.noise import SeededEntropy
 from common.run import ONLY_BACKBONE, RunConfig

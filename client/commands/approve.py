@@ -77,8 +77,8 @@ def _find_offer(approvals: Approvals, wanted: str) -> Offer:
     if path.suffix == ".json":
         return read_offer(path)
     if path.suffix in (".yaml", ".yml"):
-        from common.model.backbones import list_digests, open_backbones  # Here: they need torch, and `--list` does not.
-        from common.offers import make_offer
+        from common.model.backbones import open_backbones  # Here: it needs torch, and `--list` does not.
+        from common.offers import list_digests, make_offer
 
         run = load(RunConfig, path)
         backbones = open_backbones(run)

@@ -100,7 +100,7 @@ class BackboneStore:
         backbone = self._verified(blob)
         folder = private_folder(private_folder(self._folder) / blob.digest)
         write_atomic(folder / "spec.json", blob.spec.encode())
-        write_atomic(folder / "weights.safetensors", blob.weights)
+        write_atomic(folder / "weights.safetensors", bytes(blob.weights))
         return backbone
 
     def adopt(self, digest: str, own: Sequence[Spec]) -> bool:

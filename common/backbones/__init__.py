@@ -190,6 +190,14 @@ class ResolvedKind(Protocol):
 
 
 @runtime_checkable
+class WeightsElsewhere(Protocol):
+    """A further member of a kind whose weights are not only read from paths among its settings."""
+
+    def list_weights_paths(self) -> list[Path] | None:
+        """Returns the files and folders that are read; None where they are elsewhere, and may change there."""
+
+
+@runtime_checkable
 class Divisible(Protocol):
     """Further members of a kind whose network can be divided, so that its upper part trains."""
 
@@ -213,7 +221,7 @@ class _WithWeightsSetting(Protocol):
     weights: object
 
 
-OPTIONAL = (WeightedKind, ResolvedKind, Divisible)
+OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible)
 """Protocols that a kind has as a whole or not at all."""
 
 
@@ -232,6 +240,17 @@ def write_spec(kind: Kind) -> str:
 def find_weights_file(kind: Kind) -> Path | None:
     """Returns the local file that a kind's weights are read from, if they are."""
     return kind.weights if isinstance(kind, _WithWeightsSetting) and isinstance(kind.weights, Path) else None
+
+
+def list_weights_paths(kind: Kind) -> list[Path] | None:
+    """Returns the files and folders that a kind's weights are read from; None where others may change them.
+
+    A name of torchvision's is one file for ever, and no path.
+    """
+    if isinstance(kind, WeightsElsewhere):
+        return kind.list_weights_paths()
+    path = find_weights_file(kind)
+    return [] if path is None else [path]
 
 
 def read_pretrained(kind: Kind) -> Pretrained:

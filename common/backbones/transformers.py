@@ -130,6 +130,12 @@ class Transformers(Plugin):
         gone = {"model": None, "folder": None, "package": None, "revision": None, "local_files_only": False}
         return self.model_copy(update={**gone, **defaults, "files": self._read()})
 
+    def list_weights_paths(self) -> list[Path] | None:
+        """Returns the model's folder; None of a name on the Hub, where the weights may change. Raises BadInput."""
+        if self.package is not None:
+            return [_find_package_folder(self.package)]
+        return None if self.folder is None else [self.folder]
+
     def architecture(self) -> Architecture:
         """Returns the model as transformers builds it from its configuration."""
         import torch

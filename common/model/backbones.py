@@ -245,7 +245,7 @@ def verify_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) ->
     if len(blob.weights) > max_weight_bytes or len(blob.spec) > MAX_SPEC_CHARS:
         raise BadInput(f"backbone: expected at most {max_weight_bytes} bytes of weights, got {len(blob.weights)}")
     try:
-        state = load(blob.weights)
+        state = load(bytes(blob.weights))
         json.loads(blob.spec)
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise BadInput("backbone: expected JSON settings and safetensors weights, got something else") from error
@@ -268,11 +268,6 @@ def open_backbones(
         BadInput: one of them cannot be opened.
     """
     return {name: opened_by(spec, prefix + run.backbone_key(name)) for name, spec in run.backbone_specs.items()}
-
-
-def list_digests(backbones: Mapping[Name, Backbone]) -> dict[Name, str]:
-    """Returns the digest of each backbone."""
-    return {name: backbone.digest for name, backbone in backbones.items()}
 
 
 def _assemble(kind: Kind, read_weights: Callable[[Kind], Pretrained], key: str) -> Backbone:

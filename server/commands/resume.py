@@ -13,7 +13,7 @@ from server.commands.parts.options import Folder
 from server.deployment.federation import open_federation
 from server.deployment.log import write_command
 from server.superlink.control import Control
-from server.superlink.queue import find_interrupted_run, submit_run
+from server.superlink.queue import find_interrupted_run, prepare_interrupted_run, submit_run
 
 
 def resume(
@@ -29,6 +29,7 @@ def resume(
     with reported_errors():
         federation = open_federation(folder)
         path = find_interrupted_run(federation, run_id)
+        prepare_interrupted_run(federation, path)
         start_daemon(federation)
         with Control(federation) as control:
             old = len(read_run_journal(path / "journal.jsonl"))

@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from common.process.console import reported_errors
-from common.run import RunConfig
 from common.types import HeadwaterError
 from server.commands.parts.daemon import follow_run, start_daemon
 from server.commands.parts.options import Folder, Set
-from server.deployment.federation import Federation, open_federation
+from server.deployment.federation import open_federation
 from server.deployment.log import write_command
 from server.deployment.run_checks import check_run
 from server.superlink.control import Control
@@ -34,19 +33,19 @@ def start(
     """
     with reported_errors():
         federation = open_federation(folder)
-        checked = check_run(federation, run, set_ or [])
+        checked, prepared = check_run(federation, run, set_ or [])
         start_daemon(federation)
         with Control(federation) as control:
-            submitted = _submit(control, federation, checked)
-            write_command(federation, "start", f"run {submitted[0].name}")
+            path = create_run_folder(federation, checked, prepared)
+            submitted = path, _submit(control, path)
+            write_command(federation, "start", f"run {path.name}")
             follow_run(federation, control, submitted, skip=0)
 
 
-def _submit(control: Control, federation: Federation, run: RunConfig) -> tuple[Path, int]:
-    """Returns the folder and Flower's id of a new run."""
-    path = create_run_folder(federation, run)
+def _submit(control: Control, path: Path) -> int:
+    """Returns Flower's id of a new run."""
     try:
-        return path, submit_run(control, path)
+        return submit_run(control, path)
     except HeadwaterError:
         shutil.rmtree(path)  # Nothing ran in it.
         raise

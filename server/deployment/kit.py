@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.files import write_atomic
-from common.model.backbones import list_digests, open_backbones
-from common.offers import Offer, make_offer
-from common.run import RunConfig
+from common.offers import Offer, list_digests, make_offer
+from common.run import RunConfig, resolve_backbone_paths
 from common.types import BadInput
 from common.yaml import load
 from server.deployment.admitted_sites import check_name
 from server.deployment.federation import Federation
+from server.deployment.preparation import prepare_run
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -62,7 +62,7 @@ def _build_files(federation: Federation, site: str, run_files: Sequence[Path]) -
         name = f"offers/{run.name}.json"
         if name in files:
             raise BadInput(f"{run_file}: expected runs of different names, got {run.name} twice")
-        backbones = open_backbones(run)
+        backbones = prepare_run(federation, resolve_backbone_paths(run)).backbones
         files[name] = Offer(make_offer(run, backbones), list_digests(backbones)).to_bytes()
     return files
 

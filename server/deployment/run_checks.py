@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common import messages
-from common.model.backbones import open_backbones
-from common.model.parameters import parameters
-from common.model.trunks import create_modules
 from common.run import RunConfig, resolve_backbone_paths
-from common.tasks import open_task
-from common.types import BadInput
+from common.types import BadInput, Heads
 from common.yaml import load
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
+from server.deployment.preparation import Prepared, prepare_run
 from server.rounds.aggregators import count_required_updates
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _AROUND_UPDATE = 64 << 10
 """Bytes of an update beside its values, generously."""
 
 
-def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> RunConfig:
-    """Returns a run file's run with absolute paths, where this coordinator can carry it out.
+def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Prepared]:
+    """Returns a run file's run with absolute paths, and what was prepared for it, where it can be carried out here.
 
     Args:
         federation: the federation whose sites take part.
@@ -45,25 +38,25 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> R
     needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)
     if needed > len(sites):
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
-    backbones = open_backbones(run)
-    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    _check_sizes(run, create_modules(run, tasks, backbones), federation.config.max_upload_mib)
     required, asked = count_required_updates(run), run.cohort.count_asked(len(sites))
     if required > asked:
         raise BadInput(
             f"aggregation: expected the {asked} site(s) that a round asks to be enough, got {run.aggregation.kind} "
             f"with settings and a cohort that need {required}; admit more sites, or lower these numbers"
         )
-    return resolve_backbone_paths(run)
+    run = resolve_backbone_paths(run)
+    prepared = prepare_run(federation, run)
+    _check_sizes(run, prepared.start.heads, federation.config.max_upload_mib)
+    return run, prepared
 
 
-def _check_sizes(run: RunConfig, modules: Mapping[str, nn.Module], max_upload_mib: int) -> None:
+def _check_sizes(run: RunConfig, heads: Heads, max_upload_mib: int) -> None:
     """Checks that a site with all tasks can be sent its heads and trunks, and can send their update back.
 
     Raises:
         BadInput: they are larger than a message or an upload may be.
     """
-    num_values = sum(array.size for module in modules.values() for array in parameters(module).values())
+    num_values = sum(array.size for params in heads.values() for array in params.values())
     sent, received = 4 * num_values, (2 if run.delta_precision == "float16" else 4) * num_values
     if sent > messages.MAX_HEAD_BYTES:
         raise BadInput(

@@ -26,14 +26,12 @@ from common.events import (
     RunEnded,
     RunStarted,
 )
-from common.model.backbones import Backbone
-from common.model.parameters import parameters
-from common.model.trunks import create_modules
+from common.offers import OfferedBackbone
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_task
 from common.types import Heads, RunInterrupted, heads_digest
-from server.rounds.aggregators import State, Weighted, count_required_updates, open_aggregator
+from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
 from server.rounds.inquiry import Quorum, Waiting
@@ -62,7 +60,7 @@ class Outcome:
 def run_federation(
     grid: Grid,
     run: RunConfig,
-    backbones: Mapping[str, Backbone],
+    backbones: Mapping[str, OfferedBackbone],
     *,
     run_id: str,
     folder: Path,
@@ -78,13 +76,14 @@ def run_federation(
     Args:
         grid: Flower's connection to the sites.
         run: the run's settings.
-        backbones: the run's frozen backbones by name; they are sent to sites that lack them.
+        backbones: the run's frozen backbones by name; they are sent to sites that lack them. Open ones
+            (`common.model.backbones.Backbone`) where `resume` is None.
         run_id: unique id of the run, a plain name.
         folder: folder that receives a checkpoint after every round.
         journal: journal that receives the run's events.
         executor: name of what carries the messages, for the report.
         observe: called with the progress.
-        resume: checkpoint to continue after; None starts from new heads.
+        resume: checkpoint to continue after, perhaps of no round at all; None draws new heads.
         node_ids: node id -> name of every admitted site; None where names are not known beforehand.
         witnesses: file of the witnesses of sites' ledgers, which outlives runs; None keeps none.
 
@@ -103,7 +102,7 @@ def run_federation(
             executor=executor,
             path=str(folder),
             rounds=run.rounds,
-            resumed=resume is not None,
+            resumed=resume is not None and resume.rounds_done > 0,
             audit_required=run.audit == "required",
             tasks={name: spec.kind for name, spec in run.tasks.items()},
             backbones={name: _describe_backbone(run, name, backbone) for name, backbone in backbones.items()},
@@ -115,7 +114,7 @@ def run_federation(
     started = time.monotonic()
     participants = prepare_sites(messenger, participants, backbones, roll_call)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
-    state = resume or _initial_state(messenger, backbones)
+    state = resume or _create_initial_state(messenger, backbones)
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
     messenger.while_waiting.append(late.look)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
@@ -306,7 +305,7 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _describe_backbone(run: RunConfig, name: str, backbone: Backbone) -> BackboneFacts:
+def _describe_backbone(run: RunConfig, name: str, backbone: OfferedBackbone) -> BackboneFacts:
     """Returns what a report says of a backbone."""
     settings = backbone.public_spec()
     tasks = [task for task in run.tasks if run.backbone_of(task) == name]
@@ -346,14 +345,13 @@ def _names_of(participants: Sequence[Participant]) -> dict[int, str]:
     return {participant.node_id: participant.site for participant in participants}
 
 
-def _initial_state(messenger: Messenger, backbones: Mapping[str, Backbone]) -> Checkpoint:
-    run = messenger.run
-    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-    modules = create_modules(run, tasks, backbones)
-    heads = {name: parameters(module) for name, module in modules.items()}
-    aggregator = open_aggregator(run.aggregation, "aggregation")
-    states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}
-    return Checkpoint(messenger.run_id, 0, heads, states, dict.fromkeys(heads, 0))
+def _create_initial_state(messenger: Messenger, backbones: Mapping[str, OfferedBackbone]) -> Checkpoint:
+    # Here: they need torch, and a deployed run, whose state was made before it started, does not.
+    from common.model.backbones import Backbone
+    from server.rounds.initial_state import create_initial_state
+
+    opened = {name: backbone for name, backbone in backbones.items() if isinstance(backbone, Backbone)}
+    return create_initial_state(messenger.run, messenger.run_id, opened)
 
 
 def _sample_cohort(run: RunConfig, participants: list[Participant], round_: int) -> list[Participant]:

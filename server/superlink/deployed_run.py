@@ -1,8 +1,10 @@
 """Runs a deployed run from its folder, which holds all that the run needs and all that it produces.
 
-The folder lies in the federation's: `config.yaml` (the run, resolved), `journal.jsonl`, a checkpoint after each round;
-at the end `summary.json` and `heads/`. A run whose process died is the same folder, run again: it continues after its
-last whole round.
+The folder lies in the federation's: `config.yaml` (the run, resolved), `backbones.json`, `journal.jsonl`, a checkpoint,
+first of the new heads, then after each round; at the end `summary.json` and `heads/`. A run whose process died is the
+same folder, run again: it continues after its last whole round.
+
+Invariant: this process never loads torch, which alone would take most of its memory (`server.deployment.preparation`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from flwr.serverapp import Grid
 
 from common.events import FileJournal, RunFailure, RunInterruption
 from common.files import lock_file
-from common.model.backbones import list_digests, open_backbones
+from common.offers import list_digests
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed, RunInterrupted
 from common.yaml import load
+from server.deployment.preparation import load_backbones
 from server.reports.results import write_environment, write_results
 from server.reports.summary import DEPLOYMENT
-from server.rounds.checkpoint import Checkpoint, load_checkpoint
+from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import run_federation
 from server.superlink.node_ids import NodeIds
 
@@ -44,7 +47,7 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
     journal = FileJournal(folder / "journal.jsonl")
     digests: dict[str, str] = {}
     try:
-        backbones = open_backbones(run)
+        backbones = load_backbones(folder.parents[1] / "state", folder)
         digests = list_digests(backbones)
         outcome = run_federation(
             grid,
@@ -54,7 +57,7 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             folder=folder,
             journal=journal,
             executor=DEPLOYMENT,
-            resume=_load_checkpoint_if_any(folder),
+            resume=load_checkpoint(folder / "checkpoint.safetensors"),
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
             witnesses=folder.parents[1] / "state" / "witnesses.json",
         )
@@ -64,8 +67,3 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
         write_results(folder, run, digests, {})
         raise
     write_results(folder, run, digests, outcome.heads)
-
-
-def _load_checkpoint_if_any(folder: Path) -> Checkpoint | None:
-    path = folder / "checkpoint.safetensors"
-    return load_checkpoint(path) if path.exists() else None

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.events import RunEnded, read_run_journal, select_events
+from common.events import RunEnded, RunStarted, read_run_journal, select_events
 from common.run import RunConfig
 from common.types import BadInput
-from common.yaml import write_yaml
+from common.yaml import load, write_yaml
 from server.deployment.app_bundle import RUN_FOLDER, make_bundle
 from server.deployment.federation import Federation
+from server.deployment.preparation import Prepared, prepare_again, write_prepared
 from server.reports.results import new_run_folder
 from server.superlink.control import Control
 
 
-def create_run_folder(federation: Federation, run: RunConfig) -> Path:
-    """Creates a run's folder with its resolved settings."""
+def create_run_folder(federation: Federation, run: RunConfig, prepared: Prepared) -> Path:
+    """Creates a run's folder with all that it needs.
+
+    Args:
+        federation: the run's federation.
+        run: the run, with absolute paths.
+        prepared: what was prepared for it.
+    """
     folder = new_run_folder(federation.runs, run.name)
+    write_prepared(folder, prepared)
     write_yaml(folder / "config.yaml", run)
     return folder
 
@@ -61,6 +69,17 @@ def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
     raise BadInput(
         f"expected a run that was interrupted, got {newest}, which is complete; an older one has to be named"
     )
+
+
+def prepare_interrupted_run(federation: Federation, folder: Path) -> None:
+    """Prepares a run that is to be continued, where an older release began it or what it stands on is damaged.
+
+    Raises:
+        BadInput: it cannot be continued.
+    """
+    starts = select_events(read_run_journal(folder / "journal.jsonl"), RunStarted)
+    digests = {name: facts.digest for name, facts in starts[-1].backbones.items()} if starts else {}
+    prepare_again(federation, folder, load(RunConfig, folder / "config.yaml"), digests)
 
 
 def _created_at(folder: Path) -> float:

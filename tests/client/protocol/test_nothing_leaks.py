@@ -31,7 +31,8 @@ from common.events import (
     select_events,
 )
 from common.flower import import_simulation_engine, set_metadata
-from common.model.backbones import list_digests, open_backbones
+from common.model.backbones import open_backbones
+from common.offers import list_digests
 from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
 from common.types import BadInput, DeclineReason, RunFailed

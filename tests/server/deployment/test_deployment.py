@@ -14,8 +14,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -100,6 +101,37 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+class Memory(Thread):
+    """The daemon and all it starts, looked at until it is stopped: their peaks, and who has torch's library mapped."""
+
+    def __init__(self, federation: Federation) -> None:
+        super().__init__(daemon=True)
+        self.peak_mib: dict[str, int] = {}
+        self.with_torch: set[str] = set()
+        self._federation, self._ended = federation, Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.1):
+            waiting = [process] if (process := find_daemon_pid(self._federation)) is not None else []
+            while waiting:
+                process = waiting.pop()
+                with suppress(OSError):
+                    waiting += children(process)
+                    command = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+                    name = next((word for word in ("serverapp", "superexec") if word in command), "daemon")
+                    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").open())
+                    if "VmHWM" in status:
+                        peak = int(status["VmHWM"].split()[0]) >> 10
+                        self.peak_mib[name] = max(peak, self.peak_mib.get(name, 0))
+                    if "libtorch" in Path(f"/proc/{process}/maps").read_text():
+                        self.with_torch.add(name)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
 # --- refusals before anything starts ---------------------------------------------------------------------------------
 
 
@@ -171,13 +203,20 @@ def test_there_is_nothing_to_resume_in_a_new_federation(federation: Federation) 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_runs_end_with_heads_and_a_removed_site_is_rejected_at_once(federation: Federation, tmp_path: Path) -> None:
-    run = run_file(tmp_path)
+    run = run_file(tmp_path, evaluation={"every": 1})
+    evaluation = {"share": 0.5, "evaluations": 4}
+    memory = Memory(federation)
     # The site is there first and has to wait for its coordinator.
-    with connected_site(federation, tmp_path, "north") as site:
+    with connected_site(federation, tmp_path, "north", evaluation=evaluation) as site:
         first = server("start", federation.folder, run, timeout=400)
+        memory.stop()
+        assert set(memory.peak_mib) == {"daemon", "superexec", "serverapp"}
+        # Torch alone takes some 400 MiB, whatever a run does.
+        assert memory.with_torch == set() and max(memory.peak_mib.values()) < 300, memory.peak_mib
         assert first.returncode == 0, first.stderr
         assert "round 2 of 2: north; updates: colour 1, size 1" in first.stderr
         assert "final heads sent to 1 of 1 sites" in first.stderr
+        assert "round 2: evaluated on held-out units, noised" in first.stderr
         assert "north" in first.stdout and "add_remove" in first.stdout
         process = find_daemon_pid(federation)
         assert process is not None
