@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from client.config import SiteConfig
 from client.data.sources import Source, SourceKind
 from client.solvers import Solver
-from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind
+from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind, WeightsElsewhere
 from common.events import Summary, summary_schema
 from common.messages import format_privacy_table
 from common.plugins import Spec, kinds, plugin_class
@@ -90,7 +90,19 @@ def _fill_in(page: str, text: str) -> str:
 def _format_protocols() -> str:
     """Returns what a kind of each plug-in folder must have: a table for each Protocol."""
     parts = []
-    protocols = (Kind, WeightedKind, ResolvedKind, Divisible, Task, LabelCodec, SourceKind, Source, Solver, Aggregator)
+    protocols = (
+        Kind,
+        WeightedKind,
+        ResolvedKind,
+        WeightsElsewhere,
+        Divisible,
+        Task,
+        LabelCodec,
+        SourceKind,
+        Source,
+        Solver,
+        Aggregator,
+    )
     for protocol in protocols:
         heading = f"## {protocol.__name__}\n\n`{protocol.__module__}`\n"
         meanings = _attributes_section(protocol.__doc__ or "")

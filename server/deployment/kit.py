@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.errors import instead
 from common.files import write_atomic
 from common.offers import Offer, list_digests, make_offer
 from common.run import RunConfig, resolve_backbone_paths
@@ -20,43 +21,55 @@ from server.deployment.admitted_sites import check_name
 from server.deployment.federation import Federation
 from server.deployment.preparation import prepare_run
 
+_ABOUT = "kit.yaml"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def write_kit(federation: Federation, site: str, run_files: Sequence[Path], path: Path) -> list[str]:
-    """Writes the startup kit of a site that is admitted or about to be.
+def write_kits(federation: Federation, paths: Mapping[str, Path], run_files: Sequence[Path]) -> list[str]:
+    """Writes the startup kits of sites that are admitted or about to be.
 
     Args:
-        federation: the federation that the site joins.
-        site: the site's name.
+        federation: the federation that the sites join.
+        paths: name of each site -> the archive to write.
         run_files: run files to offer, of runs with different names.
-        path: the archive to write.
 
     Returns:
-        The names of the files in the archive.
+        The names of the files in an archive.
 
     Raises:
-        BadInput: the name is not valid, a run cannot be offered, or the kit cannot be written.
+        BadInput: a name is not valid, a run cannot be offered, or a kit cannot be written.
     """
-    check_name(site)
-    files = _build_files(federation, site, run_files)
-    try:
-        write_atomic(path, _pack_files(files))
-    except OSError as error:
-        raise BadInput(f"{path}: expected a place that can be written, got {type(error).__name__}") from error
-    return list(files)
+    for site in paths:
+        check_name(site)
+    shared = {"ca.crt": _read_authority(federation), **_build_offers(federation, run_files)}
+    for site, path in paths.items():
+        try:
+            write_atomic(path, _pack_files({_ABOUT: _describe_coordinator(federation, site), **shared}))
+        except OSError as error:
+            raise BadInput(f"{path}: expected a place that can be written, got {type(error).__name__}") from error
+    return [_ABOUT, *shared]
 
 
-def _build_files(federation: Federation, site: str, run_files: Sequence[Path]) -> dict[str, bytes]:
+def _describe_coordinator(federation: Federation, site: str) -> bytes:
     # JSON is YAML: the values need no quoting rules of their own.
     about = {"federation": federation.config.name, "site": site, "address": str(federation.config.address)}
     lines = [f"{key}: {json.dumps(value)}" for key, value in about.items()]
-    files = {
-        "kit.yaml": (
-            "\n".join(["# The coordinator to join; `headwater site init DIR --kit` reads it.", *lines]) + "\n"
-        ).encode(),
-        "ca.crt": (federation.tls / "ca.crt").read_bytes(),
-    }
+    return ("\n".join(["# The coordinator to join; `headwater site init DIR --kit` reads it.", *lines]) + "\n").encode()
+
+
+def _read_authority(federation: Federation) -> bytes:
+    path = federation.tls / "ca.crt"
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"{path}: expected the federation's authority{instead(error)}; restore it, or `headwater coordinator renew "
+            "--ca` makes a new one, for which every site needs a new kit"
+        ) from error
+
+
+def _build_offers(federation: Federation, run_files: Sequence[Path]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
     for run_file in run_files:
         run = load(RunConfig, run_file)
         name = f"offers/{run.name}.json"

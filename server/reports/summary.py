@@ -6,7 +6,7 @@ The journal of a run that was resumed holds the events of every attempt: the las
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 from common.events import (
@@ -39,6 +39,7 @@ from common.events import (
     select_events,
 )
 from common.privacy.accounting import Mechanism, compute_epsilon
+from common.process.apart import run_apart
 from common.types import RELATION
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
@@ -159,12 +160,15 @@ def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
     missed = count_missed_rounds(events)
     sites: dict[str, SiteSummary] = {}
     joined_at: dict[str, int] = {}
+    epsilons = _compose_epsilons(
+        {event.site: event for event in select_events(events, SiteJoined)}, rounds, evaluations
+    )
     for position, event in enumerate(events):
         if isinstance(event, SiteJoined):
             joined_at.setdefault(event.site, position)
             sites[event.site] = SiteSummary(
                 status="completed",
-                epsilon=_compose_epsilon(event, rounds, evaluations),
+                epsilon=epsilons[event.site],
                 delta=event.delta,
                 unit=event.unit,
                 relation=RELATION,
@@ -199,20 +203,34 @@ def _mark_rejected(site: SiteSummary | None, reason: str) -> SiteSummary:
     return site.model_copy(update={"status": "partial" if site.rounds else status, "reason": reason})
 
 
-def _compose_epsilon(
-    joined: SiteJoined, rounds: Sequence[RoundEnded], evaluations: Sequence[HeadsEvaluated]
-) -> float | None:
-    """Returns epsilon of a site's accepted updates and evaluations, from their public numbers; None without privacy.
+def _compose_epsilons(
+    joined: Mapping[str, SiteJoined], rounds: Sequence[RoundEnded], evaluations: Sequence[HeadsEvaluated]
+) -> dict[str, float | None]:
+    """Returns epsilon of each site's accepted updates and evaluations, from their public numbers; None without privacy.
 
     A site may have spent more than the coordinator accepted: its own ledger decides, and a simulation replaces this
     number by the ledger's.
+
+    Args:
+        joined: each site's last `SiteJoined`, by its name.
+        rounds: the run's rounds.
+        evaluations: the run's evaluations.
     """
-    plans = [event.sites[joined.site].plan for event in rounds if joined.site in event.sites]
-    if not plans or not all(plan.private for plan in plans):
-        return None
-    noises = [event.noise_multipliers[joined.site] for event in evaluations if joined.site in event.noise_multipliers]
-    held_out = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
-    return compute_epsilon([*(Mechanism.of(plan) for plan in plans), *held_out], joined.delta)
+    releases: dict[str, tuple[list[Mechanism], float]] = {}
+    for site, event in joined.items():
+        plans = [each.sites[site].plan for each in rounds if site in each.sites]
+        if plans and all(plan.private for plan in plans):
+            noises = [each.noise_multipliers[site] for each in evaluations if site in each.noise_multipliers]
+            held_out = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
+            releases[site] = ([*(Mechanism.of(plan) for plan in plans), *held_out], event.delta)
+    sampled = any(mechanism.sampling_rate < 1.0 for mechanisms, _ in releases.values() for mechanism in mechanisms)
+    # Sampled plans are accounted for by Opacus, which loads torch.
+    epsilons = run_apart(_compute_each, releases) if sampled else _compute_each(releases)
+    return dict.fromkeys(joined, None) | epsilons
+
+
+def _compute_each(releases: Mapping[str, tuple[list[Mechanism], float]]) -> dict[str, float | None]:
+    return {site: compute_epsilon(mechanisms, delta) for site, (mechanisms, delta) in releases.items()}
 
 
 def _summarize_audit(events: Sequence[RunEvent]) -> AuditSummary:

@@ -27,7 +27,7 @@ from common.yaml import load
 from server.__main__ import app
 from server.deployment import admitted_sites, certificates
 from server.deployment.federation import FederationConfig, open_federation
-from server.deployment.kit import write_kit
+from server.deployment.kit import write_kits
 from tests.server.deployment.federations import new_federation, write_key_pair
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -345,7 +345,7 @@ def test_a_site_can_read_the_kit(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
     (tmp_path / "run.yaml").write_text(RUN.format(name="tiny"))
-    write_kit(federation, "north", [tmp_path / "run.yaml"], tmp_path / "kit.zip")
+    write_kits(federation, {"north": tmp_path / "kit.zip"}, [tmp_path / "run.yaml"])
     kit = read_kit(tmp_path / "kit.zip")
     assert (kit.settings.federation, kit.settings.site, kit.settings.address) == (
         "hearts",
@@ -358,9 +358,29 @@ def test_a_site_can_read_the_kit(tmp_path: Path) -> None:
 def test_a_kit_of_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     admitted_sites.admit_site(federation, "north", write_key_pair(tmp_path, "north"))
-    write_kit(federation, "north", [], tmp_path / "one.zip")
-    write_kit(federation, "north", [], tmp_path / "two.zip")
+    write_kits(federation, {"north": tmp_path / "one.zip"}, [])
+    write_kits(federation, {"north": tmp_path / "two.zip"}, [])
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def test_all_admitted_sites_get_the_kits_that_each_would_get_alone(tmp_path: Path) -> None:
+    federation = new_federation(tmp_path / "fed")
+    code, output = command("kit", tmp_path / "fed", "--all")
+    assert (code, "no site is admitted" in output) == (2, True)
+    for site in ("north", "south", "gone"):
+        admitted_sites.admit_site(federation, site, write_key_pair(tmp_path, site))
+    admitted_sites.remove_site(federation, "gone")
+    (tmp_path / "run.yaml").write_text(RUN.format(name="tiny"))
+    (tmp_path / "kits").mkdir()
+    code, output = command("kit", tmp_path / "fed", "--all", "--run", tmp_path / "run.yaml", "--out", tmp_path / "kits")
+    assert code == 0, output
+    assert {path.name for path in (tmp_path / "kits").iterdir()} == {"north-kit.zip", "south-kit.zip"}
+    for site in ("north", "south"):
+        write_kits(federation, {site: tmp_path / "alone.zip"}, [tmp_path / "run.yaml"])
+        assert (tmp_path / "kits" / f"{site}-kit.zip").read_bytes() == (tmp_path / "alone.zip").read_bytes()
+    for arguments in ((), ("north", "--all")):
+        code, output = command("kit", tmp_path / "fed", *arguments)
+        assert (code, "a site's name or --all" in output) == (2, True)
 
 
 def test_a_site_can_get_its_kit_before_its_key_is_known(tmp_path: Path) -> None:
