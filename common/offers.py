@@ -15,7 +15,7 @@ from common.types import BackboneBlob, BadInput
 from common.yaml import parse
 
 
-class OfferedBackbone(Protocol):
+class SentBackbone(Protocol):
     """The part of a backbone that a coordinator needs to offer and send it: it need not be open, nor torch loaded."""
 
     @property
@@ -29,12 +29,12 @@ class OfferedBackbone(Protocol):
         """Returns the backbone as it travels."""
 
 
-def list_digests(backbones: Mapping[Name, OfferedBackbone]) -> dict[Name, str]:
+def list_digests(backbones: Mapping[Name, SentBackbone]) -> dict[Name, str]:
     """Returns the digest of each backbone."""
     return {name: backbone.digest for name, backbone in backbones.items()}
 
 
-def make_offer(run: RunConfig, backbones: Mapping[str, OfferedBackbone]) -> dict[str, Any]:
+def make_offer(run: RunConfig, backbones: Mapping[str, SentBackbone]) -> dict[str, Any]:
     """Returns a run as a site sees it: its backbones' settings hold no path of the coordinator."""
     public = {name: Spec(**backbone.public_spec()) for name, backbone in backbones.items()}
     return run.with_backbone_specs(public).model_dump(mode="json")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from common import messages
 from common.events import BackboneSent, SiteJoined
-from common.offers import OfferedBackbone, list_digests, make_offer
+from common.offers import SentBackbone, list_digests, make_offer
 from common.run import MAX_PUBLIC_SIZE, RunConfig
 from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
 from server.rounds.aggregators import count_required_updates
@@ -51,7 +51,7 @@ class RollCall:
 
 def join_sites(
     messenger: Messenger,
-    backbones: Mapping[str, OfferedBackbone],
+    backbones: Mapping[str, SentBackbone],
     node_ids: Mapping[int, str] | None,
     *,
     roll_call: RollCall,
@@ -99,7 +99,7 @@ def join_sites(
 def prepare_sites(
     messenger: Messenger,
     participants: list[Participant],
-    backbones: Mapping[str, OfferedBackbone],
+    backbones: Mapping[str, SentBackbone],
     roll_call: RollCall,
 ) -> list[Participant]:
     """Has every participant prepare; a backbone is sent, in parts, only to sites whose tasks need it and that lack it.

@@ -14,7 +14,7 @@ from typing import Any, final
 
 from common import messages
 from common.events import BackboneSent, SiteJoined
-from common.offers import OfferedBackbone, list_digests, make_offer
+from common.offers import SentBackbone, list_digests, make_offer
 from common.types import BadInput
 from server.rounds.join import PART_TRIES, RollCall, count_parts, find_join_problem, make_part, show_witness
 from server.rounds.messenger import Messenger, Participant
@@ -72,7 +72,7 @@ class LateRollCall:
     def __init__(
         self,
         messenger: Messenger,
-        backbones: Mapping[str, OfferedBackbone],
+        backbones: Mapping[str, SentBackbone],
         node_ids: Mapping[int, str] | None,
         roll_call: RollCall,
     ) -> None:

@@ -26,7 +26,7 @@ from common.events import (
     RunEnded,
     RunStarted,
 )
-from common.offers import OfferedBackbone
+from common.offers import SentBackbone
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_task
@@ -60,7 +60,7 @@ class Outcome:
 def run_federation(
     grid: Grid,
     run: RunConfig,
-    backbones: Mapping[str, OfferedBackbone],
+    backbones: Mapping[str, SentBackbone],
     *,
     run_id: str,
     folder: Path,
@@ -305,7 +305,7 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _describe_backbone(run: RunConfig, name: str, backbone: OfferedBackbone) -> BackboneFacts:
+def _describe_backbone(run: RunConfig, name: str, backbone: SentBackbone) -> BackboneFacts:
     """Returns what a report says of a backbone."""
     settings = backbone.public_spec()
     tasks = [task for task in run.tasks if run.backbone_of(task) == name]
@@ -345,7 +345,7 @@ def _names_of(participants: Sequence[Participant]) -> dict[int, str]:
     return {participant.node_id: participant.site for participant in participants}
 
 
-def _create_initial_state(messenger: Messenger, backbones: Mapping[str, OfferedBackbone]) -> Checkpoint:
+def _create_initial_state(messenger: Messenger, backbones: Mapping[str, SentBackbone]) -> Checkpoint:
     # Here: they need torch, and a deployed run, whose state was made before it started, does not.
     from common.model.backbones import Backbone
     from server.rounds.initial_state import create_initial_state
