@@ -1,8 +1,8 @@
 """Parts of every command line: verbs found by file name, progress while work goes on, one sentence on failure.
 
-A folder of verbs is a plug-in folder: `commands/plan.py` is the verb `plan`, and its function `plan` is what runs. A
-verb's module is imported when the verb is called or its own help is asked for; the list of verbs is read from the
-files' text, so that it answers at once whatever a verb needs.
+A folder of verbs is a plug-in folder: `commands/plan.py` is the verb `plan`, and its function `plan` is what runs; an
+underscore in the file's name is a hyphen in the verb's. A verb's module is imported when the verb is called or its own
+help is asked for; the list of verbs is read from the files' text, so that it answers at once whatever a verb needs.
 """
 
 from __future__ import annotations
@@ -104,14 +104,16 @@ def read_verbs(package: str) -> dict[str, str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations is not None
     paths = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.py"))
-    return {path.stem: _read_first_line(path) for path in paths if not path.stem.startswith("_")}
+    files = [path for path in paths if not path.stem.startswith("_")]
+    return {path.stem.replace("_", "-"): _read_first_line(path) for path in files}
 
 
 def load_verb(package: str, verb: str) -> click.Command:
     """Returns a verb as a command with its arguments and options: imports its module."""
-    module = importlib.import_module(f"{package}.{verb}")
+    name = verb.replace("-", "_")
+    module = importlib.import_module(f"{package}.{name}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(verb)(getattr(module, verb))
+    app.command(verb)(getattr(module, name))
     return typer.main.get_command(app)
 
 

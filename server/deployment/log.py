@@ -33,7 +33,11 @@ def write_command(federation: Federation, command: str, what: str) -> None:
     )
     # Two commands may end at the same moment: each appends its line in one piece.
     journal = FileJournal(federation.state / _COMMANDS)
-    journal.path.touch(mode=0o600)
+    if not journal.path.exists():
+        journal.path.touch(mode=0o600)
+        if os.getuid() == 0:  # Through sudo: the folder's owner has to be able to write the next line.
+            owner = federation.folder.stat()
+            os.chown(journal.path, owner.st_uid, owner.st_gid)
     journal.write(event)
 
 

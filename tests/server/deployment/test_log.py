@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from server.deployment.log import write_command
 from tests.server.deployment.federations import write_key_pair
 
 ROOT = Path(__file__).resolve().parents[3]
-READ_ONLY = {"link", "log", "status"}
-"""Verbs that change nothing and give nothing away; the daemon itself writes when it starts and ends."""
+READ_ONLY = {"install_service", "link", "log", "status"}
+"""Verbs that change nothing in a federation and give nothing away; the daemon itself writes when it starts and ends."""
 NOBODY_LOGGED_IN = 2**32 - 1
 
 
@@ -66,14 +67,24 @@ def test_who_logged_in_is_named_beside_the_user_that_sudo_made_of_them(
     assert json.loads(command("log", folder, "--json"))[-1]["login"] == expected
 
 
-def test_the_daemons_events_stand_between_the_commands_and_a_strangers_text_is_harmless(folder: Path) -> None:
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, as sudo gives it")
+def test_a_log_that_root_begins_belongs_to_the_folders_owner(folder: Path) -> None:
+    (folder / "state" / "commands.jsonl").unlink()
+    os.chown(folder, 1234, 1235)
+    write_command(open_federation(folder), "stop", "the coordinator")
+    found = (folder / "state" / "commands.jsonl").stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (1234, 1235, 0o600)
+
+
+def test_the_daemons_events_stand_beside_the_commands_and_a_strangers_text_is_harmless(folder: Path) -> None:
     federation = open_federation(folder)
     journal = FileJournal(federation.state / "link.jsonl")
-    journal.write(DaemonStarted(pid=1, bind="0.0.0.0:9092"))
-    journal.write(RequestRejected(peer="203.0.113.9", site=None, path="/\x1b]0;[red]", reason="no such path"))
+    journal.write(DaemonStarted(pid=1, bind="0.0.0.0:9092", time=1.0))
+    path = "/\x1b]0;[red]"
+    journal.write(RequestRejected(peer="203.0.113.9", site=None, path=path, reason="no such path", time=2.0))
     write_command(federation, "stop", "the coordinator")
     found = [event["event"] for event in json.loads(command("log", folder, "--json"))]
-    assert found == ["command", "daemon_started", "rejected", "command"]
+    assert found == ["daemon_started", "rejected", "command", "command"]
     shown = command("log", folder)
     assert "\x1b" not in shown
     assert "/?]0;[red]: no such path" in shown
