@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from client.commands.parts.options import Coordinator, SiteFile, load_site, loca
 from client.config import SiteConfig
 from common.bundle import find_installation
 from common.process.console import reported_errors
+from common.process.lines import Level, LogFormat, LogFormatOption, Show, show_line, use_log_format
 
 _POLL_S = 0.2
 
@@ -29,6 +30,7 @@ def start(
     ] = 1440.0,
     coordinator: Coordinator = None,
     grace: Annotated[float, typer.Option(help="Seconds an answer under way may still take after Ctrl-C")] = 60.0,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Joins the coordinator and answers its requests until Ctrl-C; of several coordinators, each in its own process.
 
@@ -37,6 +39,7 @@ def start(
 
     Example: headwater site start hospital-a/site.yaml
     """
+    use_log_format(log_format)
     with reported_errors():
         config = load_site(site)
         if coordinator is None and len(config.list_coordinators()) > 1:
@@ -47,9 +50,10 @@ def start(
             _freeze_records(config, site)
         from client.connection import node
 
+        use_log_format(log_format)  # Again: Flower's logger has a handler of its own, and was imported just now.
         os.environ.update(node.make_private_environment(config.coordinator_dir))
         leaving = node.StopRequest()
-        show = _show if coordinator is None else lambda line: _show(f"{coordinator}: {line}")
+        show = show_line if coordinator is None else _name_coordinator(coordinator)
         with (
             node.lock_site(config.coordinator_dir),
             _serve_health(config, site) as online,
@@ -57,6 +61,17 @@ def start(
         ):
             joined = node.Node(config, site, show=show, online=online, leaving=leaving, retry_for_s=60.0 * patience)
             joined.run()
+
+
+def _name_coordinator(name: str) -> Show:
+    """Returns what shows a line of one of several coordinators."""
+
+    def show(
+        line: str, *, event: str = "message", level: Level = "info", fields: Mapping[str, Any] | None = None
+    ) -> None:
+        show_line(f"{name}: {line}", event=event, level=level, fields={**(fields or {}), "coordinator": name})
+
+    return show
 
 
 def _start_each(site: Path, names: Sequence[str], options: Sequence[str]) -> None:
@@ -82,7 +97,7 @@ def _start_each(site: Path, names: Sequence[str], options: Sequence[str]) -> Non
             if code is not None:
                 del running[name]
                 worst = max(worst, abs(code))
-                _show(f"{name}: ended with {code}")
+                show_line(f"{name}: ended with {code}")
         time.sleep(_POLL_S)
     if worst:
         raise typer.Exit(worst)
@@ -94,7 +109,7 @@ def _freeze_records(config: SiteConfig, site: Path) -> None:
 
     kept = sorted(locate_offers(site, config).glob("*.json"))
     for found in freeze_records(config, map(read_offer, kept)):
-        _show(f"{found.name}: {found.detail}")
+        show_line(f"{found.name}: {found.detail}")
 
 
 @contextlib.contextmanager
@@ -125,7 +140,7 @@ def _leave_on_signals(leaving: Any, grace_s: float) -> Iterator[None]:
     def ask(number: int, frame: object) -> None:
         del number, frame
         if leaving.asked == 0:
-            _show(f"leaving after the answer under way, or in {grace_s:g} s; Ctrl-C again leaves at once")
+            show_line(f"leaving after the answer under way, or in {grace_s:g} s; Ctrl-C again leaves at once")
         leaving.ask(grace_s)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -134,8 +149,3 @@ def _leave_on_signals(leaving: Any, grace_s: float) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _show(line: str) -> None:
-    with contextlib.suppress(OSError):  # A full disk below the log, or a reader that is gone, ends no site.
-        typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")

@@ -58,6 +58,7 @@ from common.events import (
     select_events,
 )
 from common.files import lock_file, private_folder, write_atomic
+from common.process.lines import Show
 from common.types import BadInput, DeclineReason
 
 JOURNAL = "site.jsonl"
@@ -80,8 +81,6 @@ MAX_CLAIMED = 64
 """Messages that are claimed before one of them is answered; each is without its content, and so at most 4 MiB."""
 _UNTIMED = (messages.JOIN, messages.PART, messages.FINISH)
 """Requests for which no record is read. Every other waits, also of a kind that no handler takes."""
-
-Show = Callable[[str], None]
 
 
 def make_private_environment(folder: Path) -> dict[str, str]:
@@ -185,8 +184,9 @@ class Node:
         Args:
             config: The settings of the site file, for one coordinator.
             site_file: The path of the same file, for the worker.
-            show: A function that is called with one line about each thing that happens.
-            online: A function that is called with whether the site is joined, whenever that changes.
+            show: Shows one line about each thing that happens.
+            online: A function that is called with true after each answer of the coordinator to a joined site, and with
+                false when the connection is lost.
             leaving: The staff's wish to stop.
             retry_for_s: The seconds for which a coordinator that cannot be reached is tried.
 
@@ -219,7 +219,7 @@ class Node:
         Raises:
             ConnectionRefused: No further try helps, or the time for further tries is over.
         """
-        self._show(f"code digest {self._own_digest}")
+        self._show(f"code digest {self._own_digest}", event="started", fields={"code_digest": self._own_digest})
         self._reset_tries()
         try:
             threading.Thread(target=self._send_heartbeats, daemon=True).start()
@@ -231,7 +231,7 @@ class Node:
             if self._node:
                 with contextlib.suppress(ConnectionLost, ConnectionRefused, RunInactive):
                     self._fleet.deactivate(self._node)
-                    self._show("left")
+                    self._show("left", event="left")
             self._fleet.close()
 
     # --- joining ---------------------------------------------------------------------------------------------------
@@ -240,9 +240,10 @@ class Node:
         """Goes online; a site that is online already stays so."""
         self._node = self._activate()
         self._online(True)
-        self._show(f"joined {self._coordinator.address} as {self._config.name} (node {self._node})")
+        self._show(f"joined {self._coordinator.address} as {self._config.name} (node {self._node})", event="connected")
         if waiting := Approvals(self._config.coordinator_dir).waiting():
-            self._show(f"{len(waiting)} offer(s) wait for approval: headwater site approve {self._site_file}")
+            line = f"{len(waiting)} offer(s) wait for approval: headwater site approve {self._site_file}"
+            self._show(line, event="offers_waiting", level="warning")
 
     def _reset_tries(self) -> None:
         self._delays, self._give_up = generate_delays(), time.monotonic() + self._retry_for_s
@@ -262,7 +263,7 @@ class Node:
                     "reply that was computed is kept and sent at no further cost when the coordinator asks again"
                 )
             raise ConnectionRefused(sentence) from error
-        self._show(f"not joined: {reason}; next try in {delay:.0f} s")
+        self._show(f"not joined: {reason}; next try in {delay:.0f} s", event="not_connected", level="warning")
         self._leaving.event.wait(delay)
 
     def _activate(self) -> int:
@@ -297,6 +298,8 @@ class Node:
                     lost_at = time.monotonic()
                     self._show(f"the coordinator cannot be reached ({error}); the answer under way goes on")
                 continue
+            if self._is_busy:
+                self._online(True)
             if lost_at is not None:
                 self._show(f"the coordinator is reached again after {time.monotonic() - lost_at:.0f} s")
                 lost_at = None
@@ -315,6 +318,7 @@ class Node:
                 while len(claims) < MAX_CLAIMED and (claim := self._fleet.claim_message(self._node)) is not None:
                     claims.append(claim)
                 self._reset_tries()
+                self._online(True)
                 self._decline_overtaken(claims)
                 delivery = self._fetch_first(claims)
             except RunInactive:
@@ -323,7 +327,7 @@ class Node:
             except ConnectionLost as error:
                 if joined:
                     self._online(False)
-                    self._show("the connection is lost")
+                    self._show("the connection is lost", event="disconnected", level="warning")
                 joined = False
                 self._wait_for_next_try(error)
                 continue
@@ -475,7 +479,7 @@ class Node:
     def _show_request(self, line: str) -> None:
         """Shows what is asked, unless it is the same as before: a run that waits for approval is offered for days."""
         if line != self._last_request:
-            self._show(line)
+            self._show(line, event="asked")
         self._last_request = line
 
     def _show_outcome(self, seconds: float) -> None:
@@ -483,11 +487,21 @@ class Node:
         events = read_site_journal(self._journal.path)[self._num_seen :]
         self._num_seen += len(events)
         for event in events:
-            self._show(f"{_describe_event(event)}  [{seconds:.1f} s]")
+            self._show(
+                f"{_describe_event(event)}  [{seconds:.1f} s]",
+                event=event.event_name,
+                level="warning" if isinstance(event, RequestDeclined) else "info",
+                fields=event.model_dump(mode="json", exclude={"time"}),
+            )
         if select_events(events, ReplySent) and self._worker is not None:
             with contextlib.suppress(WorkerDied):
                 account = self._worker.fetch_balance()
-                self._show(f"budget: epsilon {account['left_epsilon']:g} of {account['budget_epsilon']:g} left")
+                left = {name: account[name] for name in ("left_epsilon", "budget_epsilon")}
+                self._show(
+                    f"budget: epsilon {left['left_epsilon']:g} of {left['budget_epsilon']:g} left",
+                    event="budget",
+                    fields=left,
+                )
 
 
 def _describe_event(event: SiteEvent) -> str:

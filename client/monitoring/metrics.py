@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 from client.ledger.evaluation_budget import list_unspent
+from client.ledger.events import Purpose
 from client.ledger.history import History
 from client.monitoring.state import SiteState
 from common.process.metrics import Measure, write_metrics
@@ -85,7 +87,7 @@ def _list_totals(seen: SiteState) -> Iterable[Measure]:
     yield Measure("site_runs_joined", "Runs that the site joined.", {(): len(counts.joined)}, kind="counter")
     yield Measure(
         "site_replies", "Replies that were computed and charged, by purpose.",
-        {(purpose,): count for purpose, count in counts.answered.items()}, ("purpose",), "counter",
+        {(purpose,): counts.answered[purpose] for purpose in get_args(Purpose)}, ("purpose",), "counter",
     )  # fmt: skip
     yield Measure("site_replies_resent", "Stored replies sent again at no cost.", {(): counts.resent}, kind="counter")
     yield Measure(

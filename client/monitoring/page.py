@@ -40,7 +40,7 @@ def write_site_page(seen: SiteState) -> Page:
     problems = sum(level == "bad" for level, _, _ in verdicts)
     state = f"{problems} problem(s)" if problems else ("attention" if verdicts else "well")
     contact = seen.presence.last_contact
-    heard = f"; the coordinator answered last {format_age(seen.time, contact)}" if contact else ""
+    heard = f"; the coordinator answered last {format_age(seen.time, contact)} ago" if contact else ""
     good = f"The site is joined since {format_time(seen.presence.since)}."
     parts = [
         write_text(
@@ -123,7 +123,7 @@ def _judge_staff(seen: SiteState) -> Iterable[Verdict]:
     if declined is not None and seen.time - declined.time < _DAY_S:
         yield (
             "attention",
-            f"The last request was declined {format_age(seen.time, declined.time)}: {explain_decline(declined)}.",
+            f"The last request was declined {format_age(seen.time, declined.time)} ago: {explain_decline(declined)}.",
             f"`headwater site log {seen.site_file}` tells the detail",
         )
 

@@ -24,6 +24,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from common.errors import explain_os_error
+from common.process.lines import FAILED, is_json, write_json
 from common.types import BadInput, HeadwaterError, Interrupted
 
 if TYPE_CHECKING:
@@ -155,6 +156,9 @@ def reported_errors() -> Iterator[None]:
 
 
 def _print_error(sentence: str) -> None:
+    if is_json():
+        write_json(sys.stderr, sentence, event=FAILED, level="error")
+        return
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(f"error: {sentence}", style="red", markup=False, soft_wrap=True)

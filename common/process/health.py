@@ -42,12 +42,16 @@ class Health:
         # A name in memory leaves no file behind and takes no port; only Linux has such names.
         self._name = f"headwater-{secrets.token_hex(16)}" if sys.platform == "linux" else ""
         self._port = self._server.add_insecure_port(f"unix-abstract:{self._name}" if self._name else "127.0.0.1:0")
+        self._serves: bool | None = None
         self.serving(False)
         self._server.start()
         self._pages.start()
 
     def serving(self, yes: bool) -> None:
-        """Sets whether the process can work now."""
+        """Sets whether the process can work now; who watches is told where that changes."""
+        if yes == self._serves:
+            return
+        self._serves = yes
         self._servicer.set("", _Status.SERVING if yes else _Status.NOT_SERVING)
 
     def stop(self) -> None:

@@ -26,7 +26,8 @@ header p { margin: .2rem 0 0 }
 section.scroll { overflow-x: auto }
 table { border-collapse: collapse; min-width: 40rem } caption { text-align: left; padding: .2rem 0 }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
-th { font-weight: 600 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+th { font-weight: 600 }
+tbody th { font-weight: 500 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 ul.verdict { list-style: none; padding: 0; margin: 1rem 0 } ul.verdict li { padding: .5rem .8rem; margin: .4rem 0;
   background: var(--soft); border-left: .4rem solid var(--line); overflow-wrap: anywhere }
 ul.verdict li.good { border-color: var(--good) } ul.verdict li.attention { border-color: var(--attention) }
@@ -108,12 +109,12 @@ def format_time(moment: float) -> str:
 
 
 def format_age(now: float, moment: float) -> str:
-    """Returns how long ago a time was, in one unit; both are in seconds since 1970."""
+    """Returns the time since a moment, in one unit; both are in seconds since 1970."""
     age_s = max(0.0, now - moment)
     for unit, length_s in (("d", 86_400.0), ("h", 3600.0), ("min", 60.0)):
         if age_s >= 2 * length_s:
-            return f"{age_s / length_s:.0f} {unit} ago"
-    return f"{age_s:.0f} s ago"
+            return f"{age_s / length_s:.0f} {unit}"
+    return f"{age_s:.0f} s"
 
 
 def _mark_commands(text: str) -> str:

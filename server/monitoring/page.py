@@ -102,11 +102,11 @@ def _judge_sites(seen: CoordinatorState) -> Iterable[Verdict]:
         if node is not None and node.status == "online":
             continue
         contact = node.last_contact if node is not None else None
-        when = f"was heard of last {format_age(seen.time, contact)}" if contact else "has never been connected"
+        when = f"for {format_age(seen.time, contact)}" if contact else "and never has been"
         needed = run is not None and site in run.joined
         yield (
             "bad" if needed else "attention",
-            f"Site {site} is not connected and {when}{'; the run under way needs it' if needed else ''}.",
+            f"Site {site} is not connected {when}{', and is part of the run under way' if needed else ''}.",
             "ask its staff to run `headwater site check SITE.yaml`, which says what is wrong there",
         )
 
@@ -133,7 +133,7 @@ def _judge_run(seen: CoordinatorState) -> Iterable[Verdict]:
         where = f"round {run.waiting.round}" if run.waiting.round else "the beginning of the run"
         yield (
             "attention",
-            f"Run {name} has waited for {late} in {where} since {format_age(seen.time, run.waiting.time)}.",
+            f"Run {name} has waited for {late} in {where} for {format_age(seen.time, run.waiting.time)}.",
             "look at those sites first: `headwater site check SITE.yaml` there",
         )
     for site, event in sorted(run.last_rejected.items()):
@@ -161,8 +161,12 @@ def _write_sites(seen: CoordinatorState) -> Html:
     run = newest[1] if newest else RunCounts()
     rows = []
     for site, node in seen.nodes.items():
-        connected = "unknown" if not seen.answering else ("yes" if node and node.status == "online" else "NO")
-        contact = format_age(seen.time, node.last_contact) if node and node.last_contact else "never"
+        online = node is not None and node.status == "online"
+        connected = "unknown" if not seen.answering else ("yes" if online else "NO")
+        contact = "never"
+        if node is not None and node.last_contact:
+            age = format_age(seen.time, node.last_contact)
+            contact = f"{age} ago" if online else f"gone for {age}"
         rejected = sum(count for (name, _, _), count in run.rejected.items() if name == site)
         epsilon, joined = run.compute_epsilon(site), run.joined.get(site)
         spent = f"{round_up(epsilon):.2f} of {joined.budget_epsilon:g}" if joined and epsilon is not None else ""
@@ -186,7 +190,7 @@ def _write_runs(seen: CoordinatorState) -> Html:
     rows = []
     for name, run in list(seen.runs.items())[: -_MAX_RUNS - 1 : -1]:
         started = format_time(run.started.time) if run.started else ""
-        last = format_age(seen.time, run.last_time) if run.last_time else ""
+        last = f"{format_age(seen.time, run.last_time)} ago" if run.last_time else ""
         rows.append(
             (name, _describe_state(seen, name, run), _describe_rounds(run), started, last, f"{run.seconds:,.1f}")
         )

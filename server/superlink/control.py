@@ -33,8 +33,8 @@ class NodeState:
         key: the site's public key, PEM.
         status: `registered` (never connected), `online`, `offline` or `unregistered`.
         since: time of the last change, ISO 8601; empty where it never connected.
-        last_contact: time of the last heartbeat, or of the end of the connection, in seconds since 1970; None where it
-            never connected.
+        last_contact: time of the last heartbeat, or of the end of the connection, in seconds since 1970; a site that
+            vanished counts as connected for a minute. None where it never connected.
     """
 
     node_id: int

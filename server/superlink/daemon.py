@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from common.events import DaemonStarted, DaemonStopped, FileJournal
 from common.files import lock_file
 from common.process.health import Health
+from common.process.lines import show_line
 from common.process.pages import Pages
 from common.types import BadInput, RunFailed
 from server.deployment.certificates import check_server
@@ -132,7 +133,7 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
             tasks.append(await start_listener(public, sockets[0]))
             journal = FileJournal(federation.state / "link.jsonl")
             journal.write(DaemonStarted(pid=os.getpid(), bind=str(federation.config.bind)))
-            print(f"listening on {federation.config.bind} for {federation.config.address}", flush=True)  # noqa: T201
+            show_line(f"listening on {federation.config.bind} for {federation.config.address}", event="daemon_started")
             await _supervise(federation, public.reload_certificate, executor, stopping, health)
             journal.write(DaemonStopped())
         finally:

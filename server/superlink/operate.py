@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.events import RunEnded, RunFailure, RunInterruption, RunStarted, SiteJoined, read_run_journal, select_events
 from common.process.health import is_serving
+from common.process.lines import read_error
 from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.certificates import check_server, read_validity
@@ -144,5 +145,5 @@ def _describe_newest_run(federation: Federation) -> RunStatus | None:
 
 def _find_last_error(log: Path) -> str | None:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    errors = [error for line in lines if (error := read_error(line)) is not None]
     return errors[-1] if errors else None

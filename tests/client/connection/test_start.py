@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from client.config import SiteConfig
@@ -89,6 +90,13 @@ def test_two_sites_train_a_run_show_their_budgets_and_leave(tmp_path: Path, wher
         assert where.finished(run) == "finished:completed"
         seen = wait_for(logs[0], "finished")
         assert "asked: train, round 2" in seen
+        page, metrics = (httpx.get(f"http://127.0.0.1:{port}/{name}", trust_env=False).text for name in ("", "metrics"))
+        assert "round 2, training reply sent" in page
+        assert "headwater_site_joined 1.0\n" in metrics
+        assert 'headwater_site_replies_total{purpose="training"} 2.0\n' in metrics
+        assert "headwater_site_runs_held 0.0\n" in metrics
+        contact = float(metrics.split("\nheadwater_site_last_contact_timestamp_seconds ")[1].split()[0])
+        assert time.time() - contact < 10  # Not the moment at which it joined.
         assert "round 2: sent " in seen
         assert account(sites[0])["left_epsilon"] < 100  # type: ignore[operator]
         assert f"budget: epsilon {account(sites[0])['left_epsilon']:g} of 100 left" in seen

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from client.config import SiteConfig
 from client.connection.fleet import Claim
-from client.connection.node import JOURNAL, MAX_CLAIMED, Node, Show, StopRequest, compute_wait, is_overtaken
+from client.connection.node import JOURNAL, MAX_CLAIMED, Node, StopRequest, compute_wait, is_overtaken
 from common import messages
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.flower import (
@@ -37,6 +37,7 @@ from common.flower import (
     set_metadata,
     set_task_identity,
 )
+from common.process.lines import Show
 from common.yaml import load
 from tests.answering import Answer, Answering, answering
 from tests.federation import ROOT, Authority, write_site
@@ -186,7 +187,7 @@ def coordinator() -> Coordinator:
 
 @contextmanager
 def serving(
-    folder: Path, coordinator: Coordinator, *, show: Show = lambda line: None, approval: str = "automatic"
+    folder: Path, coordinator: Coordinator, *, show: Show = lambda line, **about: None, approval: str = "automatic"
 ) -> Iterator[Node]:
     """A site's node, joined to a coordinator, in a thread of this process."""
     authority = Authority.new("test authority")
@@ -268,14 +269,14 @@ def test_a_run_that_waits_for_approval_is_shown_once_and_again_after_each_start(
         coordinator.ask([("query.join", "")], offered(name, run_config(name=name), backbone()))
 
     shown: list[str] = []
-    with serving(tmp_path, coordinator, show=shown.append, approval="required"):
+    with serving(tmp_path, coordinator, show=lambda line, **about: shown.append(line), approval="required"):
         for name in ("first", "first", "first", "second", "second"):
             offer(name)
     lines = [line for line in shown if line.startswith(("asked", "declined"))]
     assert [line.partition(" ")[0] for line in lines] == ["asked:", "declined", "declined"], lines
     assert "2 offer(s) wait" not in "".join(shown)
     shown.clear()
-    with serving(tmp_path, coordinator, show=shown.append, approval="required"):
+    with serving(tmp_path, coordinator, show=lambda line, **about: shown.append(line), approval="required"):
         offer("first")
         offer("second")
     assert any(line.startswith("2 offer(s) wait for approval: headwater site approve ") for line in shown), shown

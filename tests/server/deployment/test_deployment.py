@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import httpx
 import pytest
 
 from common.events import RequestRejected, RoundEnded, read_daemon_journal, read_run_journal, select_events
@@ -230,6 +231,15 @@ def test_runs_end_with_heads_and_a_removed_site_is_rejected_at_once(federation: 
         assert found["link"] == {"running": True, "pid": process, "healthy": True}
         assert found["sites"]["north"]["connected"] is True
         assert (found["run"]["state"], found["run"]["replies"]) == ("completed", {"north": 2})
+        health = f"http://127.0.0.1:{federation.config.health_port}"
+        metrics = httpx.get(f"{health}/metrics", trust_env=False, timeout=30).text
+        for line in (
+            'site_connected{site="north"} 1.0',
+            'replies_accepted_total{site="north"} 2.0',
+            "rounds_total 2.0",
+        ):
+            assert f"headwater_{line}\n" in metrics
+        assert "1 of 1 sites are connected" in httpx.get(f"{health}/", trust_env=False, timeout=30).text
         (folder,) = federation.runs.iterdir()
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["executor"], summary["status"], summary["rounds"]) == ("deployment", "completed", 2)
