@@ -36,7 +36,7 @@ ensure_daemon(open_federation(pathlib.Path(sys.argv[1])))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_reply_above_the_coordinators_bound_ends_in_one_sentence_and_one_charge(tmp_path: Path) -> None:
     """The bound was lowered behind the run's check, as where a running coordinator was not restarted."""
     federation = new_federation(tmp_path / "fed", max_upload_mib=1)
