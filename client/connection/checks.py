@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from client.config import Coordinator, SiteConfig
 from client.connection import diagnose
 from client.connection.diagnose import (
+    AUTHORITY_WARN_DAYS,
     WARN_DAYS,
     create_trusting_context,
     open_tls,
@@ -280,9 +281,26 @@ def _check_credentials(coordinator: Coordinator) -> Iterator[Check]:
         yield Check("key", "fail", str(error), "chmod 600 it, or make a new one with `headwater site init`")
     try:
         create_trusting_context(coordinator.ca)
-        yield Check("authority", "pass", str(coordinator.ca))
     except BadInput as error:
         yield Check("authority", "fail", str(error), "take ca.crt from the coordinator's kit")
+        return
+    yield from _check_authorities(coordinator.ca)
+
+
+def _check_authorities(ca: Path) -> Iterator[Check]:
+    try:
+        authorities = diagnose.read_authorities(ca)
+    except (OSError, ValueError) as error:
+        yield Check("authority", "warn", f"{ca} cannot be read ({type(error).__name__})", "take the coordinator's kit")
+        return
+    for each in authorities:
+        days = (each.not_valid_after_utc - diagnose.utc_now()).days
+        detail = f"{ca}, valid until {each.not_valid_after_utc:%Y-%m-%d}"
+        if days < AUTHORITY_WARN_DAYS:
+            remedy = "ask the coordinator's staff for a new kit, then `headwater site init DIR --kit KIT.zip`"
+            yield Check("authority", "warn", detail, remedy)
+        else:
+            yield Check("authority", "pass", detail)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------

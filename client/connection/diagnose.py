@@ -29,6 +29,7 @@ from common.types import BadInput
 MAX_AHEAD_S, MAX_BEHIND_S = 4.0, 300.0
 """Flower refuses a signature from 5 seconds ahead or 305 behind; a Date header is good to a second."""
 WARN_DAYS = 14
+AUTHORITY_WARN_DAYS = 90
 _EXPIRED, _NOT_YET, _WRONG_NAME, _WRONG_ADDRESS = 10, 9, 62, 64
 
 

@@ -40,6 +40,7 @@ from client.connection.diagnose import (
     is_tls_error,
 )
 from common.bundle import MAX_BUNDLE_BYTES
+from common.files import stamp_file
 from common.flower import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -162,14 +163,21 @@ class Fleet:
         self._public = public_key_to_bytes(key.public_key())
         self._versions = make_version_headers()
         self._max_upload: int | None = None
+        self._timeout_s = timeout_s
+        self._open_client()
+
+    def _open_client(self) -> None:
+        """Trusts the authorities that the file names now. An earlier client is left to requests under way."""
+        context = create_trusting_context(self._coordinator.ca)
+        self._trusted = stamp_file(self._coordinator.ca)
         self._http = httpx.Client(
-            base_url=f"https://{coordinator.address}",
-            verify=create_trusting_context(coordinator.ca),
-            proxy=find_proxy(coordinator),
+            base_url=f"https://{self._coordinator.address}",
+            verify=context,
+            proxy=find_proxy(self._coordinator),
             # The environment decides about the proxy, above, and about nothing else.
             trust_env=False,
             follow_redirects=False,
-            timeout=timeout_s,
+            timeout=self._timeout_s,
         )
 
     def close(self) -> None:
@@ -354,6 +362,9 @@ class Fleet:
     def _explain_tls_failure(self, error: httpx.HTTPError) -> Exception:
         """Returns the failure to raise: only what a fresh handshake finds is final, whatever the connection met."""
         found = diagnose_connection(self._coordinator)
+        if found is None and stamp_file(self._coordinator.ca) != self._trusted:
+            self._open_client()
+            return ExplainedLoss(f"{self._coordinator.ca} names other authorities than before, which are trusted now")
         if found is None:
             return ExplainedLoss(
                 f"the TLS connection to {self._coordinator.address} broke ({error}) and a new handshake succeeds: the "

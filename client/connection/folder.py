@@ -11,7 +11,7 @@ from typing import Any
 
 from client.config import MAIN
 from client.connection.keys import read_key, write_key_pair
-from client.connection.kit import Kit
+from client.connection.kit import Kit, check_authorities
 from common.files import private_folder, write_atomic
 from common.types import BadInput
 from common.yaml import read_yaml
@@ -162,17 +162,14 @@ def take_kit(folder: Path, kit: Kit) -> None:
     address is filled in.
 
     Raises:
-        BadInput: the kit is another site's, or of another authority than the one already trusted.
+        BadInput: the kit is another site's, or names an authority that is neither trusted nor vouched for by one that
+            is.
     """
     key = folder / "keys" / kit.settings.site
     if not key.exists():
         raise BadInput(f"{folder}: expected a kit for the site whose key is in keys/, got one for {kit.settings.site}")
     ca = folder / "ca.crt"
-    if ca.exists() and ca.read_bytes() != kit.ca:
-        raise BadInput(
-            f"{ca}: the kit names another authority than the one this site trusts; ask the coordinator's staff in "
-            "person, and remove the file if that is right"
-        )
+    check_authorities(ca, kit)
     write_atomic(ca, kit.ca)
     for run, content in kit.offers.items():
         write_atomic(private_folder(folder / "offers") / f"{run}.json", content)
@@ -188,6 +185,8 @@ def take_kit(folder: Path, kit: Kit) -> None:
 def add_coordinator(folder: Path, kit: Kit, coordinator: str) -> None:
     """Adds a kit of a further coordinator to a site's folder and names the coordinator in the site file.
 
+    Of one that is there already, the authorities are brought up to date.
+
     Args:
         folder: the site's folder.
         kit: the further coordinator's kit.
@@ -200,6 +199,11 @@ def add_coordinator(folder: Path, kit: Kit, coordinator: str) -> None:
     name, site_file = kit.settings.site, folder / SITE_FILE
     if not (folder / "keys" / name).exists():
         raise BadInput(f"{folder}: expected a kit for the site whose key is in keys/, got one for {name}")
+    ca = folder / "coordinators" / coordinator / "ca.crt"
+    if coordinator != MAIN and ca.exists() and ca.read_bytes() != kit.ca:
+        check_authorities(ca, kit)  # It is known; only its authority is being exchanged.
+        write_atomic(ca, kit.ca)
+        return
     text = site_file.read_text(encoding="utf-8")
     if coordinator == MAIN or coordinator in (read_yaml(site_file).get("coordinators") or {}):
         raise BadInput(f"--coordinator: expected a name that {site_file} does not use yet, got {coordinator}")

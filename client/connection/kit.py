@@ -9,20 +9,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from cryptography import x509
+from pydantic import Field
 
 from common.errors import instead
 from common.files import read_zip
 from common.offers import parse_offer
 from common.plugins import Frozen
 from common.process.address import AddressText
+from common.process.authority import is_vouched
 from common.run import Name, RunConfig
 from common.types import BadInput
 from common.yaml import parse_text
 
 MAX_KIT_BYTES = 4 << 20
 _MAX_FILES = 256
+_MAX_AUTHORITIES = 4
 _OFFER = re.compile(r"offers/([a-z0-9][a-z0-9_-]{0,63})\.json")
 
 
@@ -33,11 +37,13 @@ class KitSettings(Frozen):
         federation: name of the federation.
         site: name under which the coordinator admits this site.
         address: host and port of the coordinator.
+        authority_vouch: signature with which an older authority of the federation vouches for a newer one.
     """
 
     federation: Name
     site: Name
     address: AddressText
+    authority_vouch: Annotated[str, Field(max_length=400)] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Kit:
 
     Attributes:
         settings: settings in its kit.yaml.
-        ca: certificate of the federation's authority, PEM.
+        ca: certificates of the federation's authorities, PEM; two while one replaces the other.
         offers: run name -> the run's offer, JSON bytes.
     """
 
@@ -107,6 +113,32 @@ def _read_files(path: Path) -> dict[str, bytes]:
 
 def _check_ca(path: Path, content: bytes) -> None:
     try:
-        x509.load_pem_x509_certificate(content)
+        count = len(x509.load_pem_x509_certificates(content))
     except ValueError as error:
         raise BadInput(f"{path}: expected a PEM certificate in ca.crt, got something else") from error
+    if count > _MAX_AUTHORITIES:
+        raise BadInput(f"{path}: expected at most {_MAX_AUTHORITIES} certificates in ca.crt, got {count}")
+
+
+def check_authorities(ca: Path, kit: Kit) -> None:
+    """Checks that a site that trusts the authorities in a file may trust those of a kit.
+
+    A kit is not trusted and certificates are no secret: each authority of the kit has to be trusted already, or one
+    that is trusted vouches for it.
+
+    Raises:
+        BadInput: that is not so for one of them, or the file holds no certificate.
+    """
+    if not ca.exists():
+        return
+    try:
+        trusted = x509.load_pem_x509_certificates(ca.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{ca}: expected a PEM certificate{instead(error)}; remove it to take the kit's") from error
+    signature = kit.settings.authority_vouch or ""
+    for each in x509.load_pem_x509_certificates(kit.ca):
+        if each not in trusted and not any(is_vouched(one, each, signature) for one in trusted):
+            raise BadInput(
+                f"{ca}: the kit names another authority than the one this site trusts, and that one does not vouch for "
+                "it; ask the coordinator's staff in person, and remove the file if that is right"
+            )

@@ -7,8 +7,10 @@ elsewhere it may be removed.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import ipaddress
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import instead
 from common.files import write_atomic
+from common.process.authority import vouch
 from common.types import BadInput
 
 CA_DAYS = 3650
 SERVER_DAYS = 397
 """Longer-lived server certificates are refused by some TLS libraries."""
 _DAY = datetime.timedelta(days=1)
+SECOND = "second"
+"""Name of the files of the authority that does not sign while two of them are trusted."""
+_VOUCH = "authority.vouch"
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,116 @@ def write_authority(folder: Path, name: str, *, days: int = CA_DAYS) -> None:
     _write_pair(folder / "ca", key, certificate)
 
 
+def add_authority(folder: Path, name: str) -> None:
+    """Writes a second authority, for which the present one vouches; nothing changes for sites before they have it.
+
+    Args:
+        folder: folder of the authority.
+        name: the federation's name.
+
+    Raises:
+        BadInput: there are two already, or the present authority's key is not there.
+    """
+    if has_two_authorities(folder):
+        raise BadInput(
+            f"{folder}: two authorities are trusted already; go on with `headwater coordinator renew --ca --switch`, "
+            "or end it with `--ca --retire`"
+        )
+    key = _read_authority_key(folder)
+    draft = folder / "draft"
+    draft.mkdir(mode=0o700, exist_ok=True)
+    write_authority(draft, name)
+    certificate = x509.load_pem_x509_certificate((draft / "ca.crt").read_bytes())
+    write_atomic(folder / _VOUCH, base64.b64encode(vouch(key, certificate)))
+    for suffix in (".key", ".crt"):  # The certificate last: its presence means that there are two.
+        os.replace(draft / f"ca{suffix}", folder / f"{SECOND}{suffix}")
+    draft.rmdir()
+
+
+def switch_authority(folder: Path, hosts: Sequence[str]) -> None:
+    """Lets the second authority sign the server's certificate from now on, and keeps the first as the second.
+
+    Args:
+        folder: folder of both authorities.
+        hosts: names and addresses of the certificate, the main one first.
+
+    Raises:
+        BadInput: there is no second authority, or a key is not there.
+    """
+    _check_two_authorities(folder)
+    _read_authority_key(folder, SECOND)
+    for suffix in (".key", ".crt"):
+        first, second, kept = (folder / f"{stem}{suffix}" for stem in ("ca", SECOND, "former"))
+        # Renamed, never copied over: whatever interrupts this, both authorities' files are still here.
+        if first.exists():  # Its key may be kept elsewhere.
+            os.replace(first, kept)
+        os.replace(second, first)
+        if kept.exists():
+            os.replace(kept, second)
+    write_server(folder, hosts)
+
+
+def replace_authority(folder: Path, name: str) -> None:
+    """Writes a new authority in the place of all that there were; no site trusts it before it has a new kit.
+
+    Args:
+        folder: folder of the authority.
+        name: the federation's name.
+    """
+    for gone in (f"{SECOND}.crt", f"{SECOND}.key", _VOUCH):
+        (folder / gone).unlink(missing_ok=True)
+    write_authority(folder, name)
+
+
+def retire_authority(folder: Path) -> None:
+    """Leaves the authority that does not sign out of the kits; its files stay in `retired`.
+
+    Raises:
+        BadInput: there is no second authority.
+    """
+    _check_two_authorities(folder)
+    retired = folder / "retired"
+    retired.mkdir(mode=0o700, exist_ok=True)
+    for suffix in (".crt", ".key"):
+        if (path := folder / f"{SECOND}{suffix}").exists():
+            os.replace(path, retired / f"{SECOND}{suffix}")
+
+
+def has_two_authorities(folder: Path) -> bool:
+    """Returns whether sites are to trust a second authority beside the one that signs."""
+    return (folder / f"{SECOND}.crt").exists()
+
+
+def read_trusted(folder: Path) -> bytes:
+    """Returns the certificates of all authorities that sites are to trust, PEM, the signing one first."""
+    second = folder / f"{SECOND}.crt"
+    return (folder / "ca.crt").read_bytes() + (second.read_bytes() if second.exists() else b"")
+
+
+def read_vouch(folder: Path) -> str | None:
+    """Returns the older authority's signature of the newer one, base64; None where there never was a newer one."""
+    path = folder / _VOUCH
+    return path.read_text(encoding="ascii") if path.exists() else None
+
+
+def _check_two_authorities(folder: Path) -> None:
+    if not has_two_authorities(folder):
+        raise BadInput(f"{folder}: expected a second authority; `headwater coordinator renew --ca` makes one")
+
+
+def _read_authority_key(folder: Path, stem: str = "ca") -> ec.EllipticCurvePrivateKey:
+    path = folder / f"{stem}.key"
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"{path}: expected the authority's key{instead(error)}; put your copy of it back. Where it is lost or may "
+            "be in other hands, `renew --ca --at-once` makes a new authority, which each site has to confirm in person"
+        ) from error
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
 def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS) -> None:
     """Writes a new server certificate, signed by the folder's authority: `server.crt` and `server.key`.
 
@@ -83,7 +199,7 @@ def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS)
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(
             f"{folder}: expected the authority's ca.key and ca.crt{instead(error)}; "
-            "put your copy of them back, or make a new authority with `renew --ca`"
+            "put your copy of them back, or make a new authority with `renew --ca --at-once`"
         ) from error
     assert isinstance(authority, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP384R1())
@@ -127,7 +243,7 @@ def check_server(folder: Path, hosts: Sequence[str]) -> Validity:
     Raises:
         BadInput: it has expired, or its authority has, or it does not name every public host.
     """
-    for name, remedy in (("ca.crt", "renew --ca"), ("server.crt", "renew")):
+    for name, remedy in (("ca.crt", "renew --ca --at-once"), ("server.crt", "renew")):
         found = read_validity(folder / name)
         if found.until <= datetime.datetime.now(datetime.UTC):
             raise BadInput(

@@ -18,6 +18,7 @@ from common.run import RunConfig, resolve_backbone_paths
 from common.types import BadInput
 from common.yaml import load
 from server.deployment.admitted_sites import check_name
+from server.deployment.certificates import read_trusted, read_vouch
 from server.deployment.federation import Federation
 from server.deployment.preparation import prepare_run
 
@@ -53,6 +54,9 @@ def write_kits(federation: Federation, paths: Mapping[str, Path], run_files: Seq
 def _describe_coordinator(federation: Federation, site: str) -> bytes:
     # JSON is YAML: the values need no quoting rules of their own.
     about = {"federation": federation.config.name, "site": site, "address": str(federation.config.address)}
+    signature = read_vouch(federation.tls)
+    if signature is not None:
+        about["authority_vouch"] = signature
     lines = [f"{key}: {json.dumps(value)}" for key, value in about.items()]
     return ("\n".join(["# The coordinator to join; `headwater site init DIR --kit` reads it.", *lines]) + "\n").encode()
 
@@ -60,11 +64,11 @@ def _describe_coordinator(federation: Federation, site: str) -> bytes:
 def _read_authority(federation: Federation) -> bytes:
     path = federation.tls / "ca.crt"
     try:
-        return path.read_bytes()
+        return read_trusted(federation.tls)
     except OSError as error:
         raise BadInput(
             f"{path}: expected the federation's authority{instead(error)}; restore it, or `headwater coordinator renew "
-            "--ca` makes a new one, for which every site needs a new kit"
+            "--ca --at-once` makes a new one, for which every site needs a new kit"
         ) from error
 
 

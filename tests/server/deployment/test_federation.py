@@ -183,10 +183,10 @@ def test_renewing_keeps_the_authority_that_sites_trust(tmp_path: Path) -> None:
     handshake(*contexts(federation.tls), "localhost")
 
 
-def test_a_new_authority_is_said_to_need_new_kits(tmp_path: Path) -> None:
+def test_a_new_authority_at_once_is_said_to_need_new_kits(tmp_path: Path) -> None:
     federation = new_federation(tmp_path / "fed")
     ca = (federation.tls / "ca.crt").read_bytes()
-    code, output = command("renew", tmp_path / "fed", "--ca")
+    code, output = command("renew", tmp_path / "fed", "--ca", "--at-once")
     assert (code, "new kit" in output) == (0, True)
     assert (federation.tls / "ca.crt").read_bytes() != ca
     handshake(*contexts(federation.tls), "localhost")
