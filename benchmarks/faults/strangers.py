@@ -116,7 +116,7 @@ _honest = app
 def app(message, context):
     """What a hostile site makes of it."""
     import os
-    from dataclasses import replace
+    from dataclasses import fields
 
     import numpy as np
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -134,16 +134,17 @@ def app(message, context):
         return Message(RecordDict({"x": ConfigRecord({"y": os.urandom(1000)})}), reply_to=message)
     if number == 2:
         return Message(RecordDict({"x": ArrayRecord({"y": Array(np.zeros(20_000_000, np.float32))})}), reply_to=message)
-    for name, record in records.items():
-        if isinstance(record, ArrayRecord):
-            for key in record:
-                value = record[key].numpy()
-                changed = {
-                    3: lambda: np.full_like(value, np.nan),
-                    4: lambda: np.zeros((1,), value.dtype),
-                    5: lambda: value * np.float32(1e6) + np.float32(1e6),
-                    6: lambda: np.zeros((3, *value.shape), np.float64),
-                }[number]()
-                record[key] = Array(changed)
-    return reply
+    change = {
+        3: lambda value: np.full_like(value, np.nan),
+        4: lambda value: np.zeros((1,), np.float32),
+        5: lambda value: value * np.float32(1e6) + np.float32(1e6),
+        6: lambda value: np.zeros((3, *value.shape), np.float32),
+    }[number]
+    honest = messages.decode(records, messages.TrainReply)
+    heads = {task: {key: change(value) for key, value in head.items()} for task, head in honest.delta.heads.items()}
+    delta, forged = object.__new__(type(honest.delta)), object.__new__(type(honest))
+    for made, model, values in ((delta, honest.delta, {"heads": heads}), (forged, honest, {"delta": delta})):
+        for field in fields(model):
+            object.__setattr__(made, field.name, values.get(field.name, getattr(model, field.name)))
+    return Message(messages.encode(forged), reply_to=message)
 '''
