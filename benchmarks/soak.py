@@ -1,6 +1,6 @@
 """A long run of three real sites to which something happens at random moments, looked at after each round.
 
-    python -m benchmarks.soak [--rounds 300] [--seed N] [--pause SECONDS]
+    python -m benchmarks.soak [--rounds 300] [--seed N] [--rate FAULTS_PER_ROUND]
 
 After each round: the ledger of each site covers all that left it, the heads are those that the sites' stored replies
 give, bit for bit, and no log holds a traceback. Memory and open files of each process are shown at the end: the median
@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.faults.parts import kill_daemon, kill_site
-from common.events import RoundEnded
+from common.events import RoundEnded, RunEnded, select_events
 from tests.bad_proxy import Mode
-from tests.deployment import Deployment, DrillRun, make_deployment, wait_until
+from tests.deployment import Deployment, DrillRun, make_deployment
 from tests.invariants import (
     Replay,
     Watcher,
@@ -53,6 +53,7 @@ class Soak:
     samples: dict[tuple[str, int], list[tuple[float, int]]] = field(default_factory=dict)
     later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     num_resumed: int = 0
+    next_try: float = 0.0
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ class Soak:
                     kill_site(self.made, name)
                     self._after(seconds, lambda: self._start_site(name))
         self.injected[what] += 1
+        self.next_try = time.monotonic() + 3
         return f"{what} ({name}, {seconds:.0f} s)"
 
     def _after(self, seconds: float, undo: Callable[[], None]) -> None:
@@ -132,15 +134,15 @@ class Soak:
         code = self.run.process.poll()
         if code is None:
             return False
-        if code == 0:
+        if select_events(self.made.events(), RunEnded):
             return True
-        if not (self.run.last_line.startswith("error: ") and "resume" in self.run.last_line):
-            self.problems.append(f"the run ended with {code}: {self.run.last_line}")
-            if self.num_resumed > 100:
-                return True
         if self.made.find_daemon() is None:
             self.made.start_coordinator()
-        wait_until(lambda: self.made.find_run_process() is None, 60)
+        if self.made.find_run_process() is not None or time.monotonic() < self.next_try:
+            return False  # It goes on, or the last process of it is still ending.
+        if not any(word in self.run.last_line for word in ("resume", "under way")):
+            self.problems.append(f"the run ended with {code}: {self.run.last_line}")
+        self.next_try = time.monotonic() + 10
         self.num_resumed += 1
         self.run = self.made.resume()
         return False
@@ -187,8 +189,8 @@ def _continue(process: int) -> None:
         os.kill(process, signal.SIGCONT)
 
 
-def soak(made: Deployment, rounds: int, seed: int, pause_s: float) -> Soak:
-    """Runs a number of rounds with something that happens about every so many seconds."""
+def soak(made: Deployment, rounds: int, seed: int, rate: float) -> Soak:
+    """Runs a number of rounds; after a share of them something happens."""
     made.start_coordinator()
     made.start_sites()
     started = time.monotonic()
@@ -198,14 +200,14 @@ def soak(made: Deployment, rounds: int, seed: int, pause_s: float) -> Soak:
     made.wait_for_round(1, run=run)
     folder = made.list_run_folders()[-1]
     replay, looked = Replay(made, folder), 0
-    due = time.monotonic()
+    due: float | None = None
     ended = False
     while not ended:
         seen.undo()
         ended = seen.keep_running()
-        if time.monotonic() > due and not ended:
+        if due is not None and time.monotonic() > due and not ended:
             print(f"  {seen.inject()}", flush=True)
-            due = time.monotonic() + seen.chance.expovariate(1 / pause_s)
+            due = None
         events: dict[int, RoundEnded] = {event.round: event for event in made.rounds()}
         for number in range(looked + 1, max(events, default=0) + 1):
             looked = number
@@ -218,6 +220,8 @@ def soak(made: Deployment, rounds: int, seed: int, pause_s: float) -> Soak:
             seen.problems += [f"round {number}: {each}" for each in wrong]
             seen.problems += [] if same else [f"round {number}: heads do not replay"]
             seen.sample()
+            if seen.chance.random() < rate:
+                due = time.monotonic() + seen.chance.uniform(0, 3)
             used = ", ".join(events[number].sites)
             print(f"round {number}: {used}; {events[number].seconds:.1f} s {'ok' if same else 'WRONG'}", flush=True)
         time.sleep(0.2)
@@ -234,7 +238,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=300)
     arguments.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
-    arguments.add_argument("--pause", type=float, default=12.0, help="mean seconds between two faults")
+    arguments.add_argument("--rate", type=float, default=0.4, help="faults for each round")
     arguments.add_argument("--keep", type=Path, help="folder for the federation, which stays")
     chosen = arguments.parse_args()
     print(f"seed {chosen.seed}", flush=True)
@@ -243,7 +247,7 @@ def main() -> None:
     made = make_deployment(folder)
     problems = []
     try:
-        seen = soak(made, chosen.rounds, chosen.seed, chosen.pause)
+        seen = soak(made, chosen.rounds, chosen.seed, chosen.rate)
         for line in seen.describe_growth():
             print(line)
         problems += seen.problems
