@@ -44,7 +44,7 @@ tasks:
 solver: {kind: dp_gd, steps: 3, clip_norm: 1.0, learning_rate: 1.0}
 privacy: {unit: example, delta: 1.0e-5, noise_multiplier: 10.0}
 aggregation: {kind: mean}
-cohort: {min_sites: 2, min_replies_per_task: 1, join_timeout_s: 200, timeout_s: 20, grace_s: 5, patience_s: 150}
+cohort: {min_sites: 2, min_replies_per_task: 1, join_timeout_s: 60, timeout_s: 20, grace_s: 5, patience_s: 150}
 """
 Variables = Mapping[str, str]
 """Variables of the environment."""
