@@ -24,7 +24,7 @@ def watcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watcher]:
     assert not [*find_leftovers(made), *find_temporary_files(made)]
 
 
-@pytest.mark.parametrize("row", ["worker_killed", "run_killed"])
+@pytest.mark.parametrize("row", ["site_processes", "run_killed"])
 def test_what_happens_ends_no_run_and_loses_nothing(watcher: Watcher, row: str) -> None:
     made: Deployment = watcher.made
     settle(made)

@@ -4,82 +4,96 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults.parts import (
+    expect_end,
     expect_end_or_resume,
     find_sentence,
     kill_daemon,
     kill_site,
     row,
 )
-from tests.deployment import Deployment, DrillSite, wait_until
+from tests.deployment import Deployment, DrillRun, wait_until
 
 
 @row
-def torn_journal(made: Deployment) -> str:
-    """a line of the run's journal that was being written is torn when the coordinator is killed"""
-    return _tear_at_coordinator(made, lambda: made.list_run_folders()[-1] / "journal.jsonl", _add_half_a_line)
-
-
-@row
-def torn_checkpoint(made: Deployment) -> str:
-    """half of the run's checkpoint is gone when the coordinator was killed"""
-    return _tear_at_coordinator(made, lambda: made.list_run_folders()[-1] / "checkpoint.safetensors", _cut_half)
-
-
-@row
-def torn_witnesses(made: Deployment) -> str:
-    """half of the coordinator's file of witnesses is gone"""
-    return _tear_at_coordinator(made, lambda: made.fed / "state" / "witnesses.json", _cut_half)
-
-
-@row
-def torn_roster(made: Deployment) -> str:
-    """half of the coordinator's file of node numbers is gone"""
-    return _tear_at_coordinator(made, lambda: made.fed / "state" / "roster.json", _cut_half)
+def torn_at_coordinator(made: Deployment) -> str:
+    """the coordinator is killed; a journal line is torn, half of checkpoint, witnesses and node numbers is gone"""
+    run = made.start_run(rounds=5)
+    made.wait_for_round(2, run=run)
+    kill_daemon(made)
+    run.wait(200)
+    assert wait_until(lambda: made.find_run_process() is None, 60), "the run's process stays"
+    folder = made.list_run_folders()[-1]
+    _add_half_a_line(folder / "journal.jsonl")
+    torn = [
+        folder / "checkpoint.safetensors",
+        made.fed / "state" / "witnesses.json",
+        made.fed / "state" / "roster.json",
+    ]
+    for path in torn:
+        _cut_half(path)
+    said: list[str] = []
+    for _ in range(len(torn) + 1):
+        if made.find_daemon() is None:
+            made.start_coordinator()
+        again = made.resume()
+        if again.wait(400) == 0:
+            return f"{'; '.join(said)}; resumed and completed"
+        said.append(repr(again.last_line.removeprefix("error: ")))
+        assert again.last_line.startswith("error: "), again.last_line
+        named = [path for path in torn if path.exists() and path.name in again.last_line]
+        assert named, f"no file is named: {again.last_line}"
+        named[0].unlink()  # As the sentence asks for.
+    raise AssertionError("; ".join(said))
 
 
 @row
 def torn_database(made: Deployment) -> str:
-    """half of the SuperLink's database is gone"""
-    return _tear_at_coordinator(made, lambda: made.fed / "state" / "superlink.db", _cut_half)
+    """half of the SuperLink's database is gone when the coordinator was stopped"""
+    made.stop()
+    _cut_half(made.fed / "state" / "superlink.db")
+    done = made.command("coordinator", "link", made.fed, seconds=60)
+    said = (done.stdout + done.stderr).strip().splitlines()[-1]
+    assert done.returncode in (1, 2) and "superlink.db" in said, said
+    (made.fed / "state" / "superlink.db").unlink()
+    made.start_coordinator()
+    for name in made.sites:
+        made.stop_site(name)
+    made.start_sites()
+    return f"{said!r}; without the file {expect_end(made.start_run(rounds=2))}"
 
 
 @row
-def torn_ledger(made: Deployment) -> str:
-    """a line of a site's ledger that was being written is torn when the site is killed"""
-    return _tear_at_site(made, lambda site: site.ledger / "ledger.jsonl", _add_half_a_line)
-
-
-@row
-def torn_site_journal(made: Deployment) -> str:
-    """the last line of a site's journal is torn when it is killed"""
-    return _tear_at_site(made, lambda site: site.state / "site.jsonl", _cut_last_line)
-
-
-@row
-def torn_node_id(made: Deployment) -> str:
-    """half of a site's node number is gone when it is killed"""
-    return _tear_at_site(made, lambda site: site.state / "node_id", _cut_half)
+def torn_at_site(made: Deployment) -> str:
+    """when a site is killed lines of its ledger, journal and approvals are torn and half of its node number is gone"""
+    run = made.start_run(rounds=5)
+    made.wait_for_round(2, run=run)
+    site = made.sites["beta"]
+    kill_site(made, "beta")
+    _add_half_a_line(site.ledger / "ledger.jsonl")
+    _cut_last_line(site.state / "site.jsonl")
+    _cut_last_line(site.state / "approvals.jsonl")
+    _cut_half(site.state / "node_id")
+    made.start_site("beta")
+    return _expect_site_in(made, run)
 
 
 @row
 def torn_reply(made: Deployment) -> str:
     """half of the newest stored reply of a site is gone when it is killed"""
-
-    def find(site: DrillSite) -> Path:
-        return max(site.state.glob("runs/*/replies/[!.]*"), key=lambda path: path.stat().st_mtime)
-
-    return _tear_at_site(made, find, _cut_half)
-
-
-@row
-def torn_approvals(made: Deployment) -> str:
-    """the last line of a site's approvals is torn when it is killed"""
-    return _tear_at_site(made, lambda site: site.state / "approvals.jsonl", _cut_last_line)
+    run = made.start_run(rounds=5)
+    made.wait_for_round(2, run=run)
+    site = made.sites["beta"]
+    kill_site(made, "beta")
+    newest = max(site.state.glob("runs/*/replies/[!.]*"), key=lambda path: path.stat().st_mtime)
+    whole = newest.read_bytes()
+    _cut_half(newest)
+    made.start_site("beta")
+    said = _expect_site_in(made, run)
+    newest.write_bytes(whole)  # What left is replayed.
+    return said
 
 
 @row
@@ -121,36 +135,9 @@ def _add_half_a_line(path: Path) -> None:
         file.write(last[: len(last) // 2])
 
 
-def _tear_at_coordinator(made: Deployment, find: Callable[[], Path], tear: Callable[[Path], None]) -> str:
-    run = made.start_run(rounds=4)
-    made.wait_for_round(2, run=run)
-    kill_daemon(made)
-    run.wait(200)
-    assert wait_until(lambda: made.find_run_process() is None, 60), "the run's process stays"
-    path = find()
-    tear(path)
-    said = ""
-    for _ in range(2):
-        with suppress(AssertionError):
-            if made.find_daemon() is None:
-                made.start_coordinator()
-        again = made.resume()
-        if again.wait(400) == 0:
-            return f"{said}resumed and completed"
-        said += f"{again.last_line!r}; "
-        assert again.last_line.startswith("error: ") and path.name in again.last_line, again.last_line
-        path.unlink()  # The sentence has to name the file; its owner moves it away.
-        said += "without the file "
-    raise AssertionError(said)
-
-
-def _tear_at_site(made: Deployment, find: Callable[[DrillSite], Path], tear: Callable[[Path], None]) -> str:
-    run = made.start_run(rounds=5)
-    made.wait_for_round(2, run=run)
-    kill_site(made, "beta")
-    tear(find(made.sites["beta"]))
-    made.start_site("beta")
+def _expect_site_in(made: Deployment, run: DrillRun) -> str:
     said = expect_end_or_resume(made, run)
     assert made.sites["beta"].is_running(), made.sites["beta"].last_line
-    last = [event.round for event in made.rounds() if "beta" in event.sites]
-    return f"{said}; rounds with the site: {last}"
+    rounds = [event.round for event in made.rounds() if "beta" in event.sites]
+    assert rounds[-1] == 5, f"rounds with the site: {rounds}"
+    return f"{said}; rounds with the site: {rounds}"

@@ -7,6 +7,7 @@ import signal
 import time
 
 from benchmarks.faults.parts import (
+    expect_all_running,
     expect_end,
     expect_end_or_resume,
     expect_resume,
@@ -14,38 +15,31 @@ from benchmarks.faults.parts import (
     kill_site,
     row,
 )
-from tests.deployment import Deployment
+from tests.deployment import Deployment, wait_until
 
 
 @row
-def site_killed(made: Deployment) -> str:
-    """kill -9 of a site between rounds; its service starts it again after 3 s"""
-    run = made.start_run(rounds=4)
-    made.wait_for_round(2, run=run)
+def site_processes(made: Deployment) -> str:
+    """kill -9 of a site, back after 3 s; of another's process that computes; SIGSTOP of the third for 10 s"""
+    run = made.start_run(rounds=7)
+    made.wait_for_round(1, run=run)
     kill_site(made, "beta")
     time.sleep(3)
     made.start_site("beta")
-    return expect_end(run)
-
-
-@row
-def worker_killed(made: Deployment) -> str:
-    """kill -9 of the process that computes at a site"""
-    run = made.start_run(rounds=4)
-    made.wait_for_round(2, run=run)
-    _, *workers = made.sites["beta"].find_processes()
-    for worker in workers:
+    made.wait_for_round(3, run=run)
+    for worker in made.sites["alpha"].find_processes()[1:]:
         os.kill(worker, signal.SIGKILL)
-    return expect_end(run)
-
-
-@row
-def daemon_killed(made: Deployment) -> str:
-    """kill -9 of the coordinator's daemon"""
-    run = made.start_run(rounds=4)
-    made.wait_for_round(2, run=run)
-    kill_daemon(made)
-    return expect_resume(made, run)
+    made.wait_for_round(5, run=run)
+    stopped = made.sites["gamma"].find_processes()
+    for process in stopped:
+        os.kill(process, signal.SIGSTOP)
+    time.sleep(10)
+    for process in stopped:
+        os.kill(process, signal.SIGCONT)
+    said = expect_end(run)
+    expect_all_running(made)
+    assert "the process that answers ended with -9" in made.sites["alpha"].read_log()
+    return said
 
 
 @row
@@ -63,7 +57,7 @@ def run_killed(made: Deployment) -> str:
 
 @row
 def two_killed(made: Deployment) -> str:
-    """kill -9 of the daemon and of a site at the same moment"""
+    """kill -9 of the coordinator's daemon and of a site at the same moment"""
     run = made.start_run(rounds=4)
     made.wait_for_round(2, run=run)
     kill_daemon(made)
@@ -73,37 +67,24 @@ def two_killed(made: Deployment) -> str:
 
 
 @row
-def site_stopped(made: Deployment) -> str:
-    """SIGSTOP of a site for 15 s, then SIGCONT"""
-    return _stop_site(made, 15)
-
-
-@row
 def site_stopped_long(made: Deployment) -> str:
     """SIGSTOP of a site for 130 s, then SIGCONT"""
     return _stop_site(made, 130)
 
 
 @row
-def site_leaves(made: Deployment) -> str:
-    """SIGTERM of a site in the middle of a run; it does not come back"""
-    run = made.start_run(rounds=4)
-    made.wait_for_round(2, run=run)
-    assert made.stop_site("gamma") == 0
-    assert "left" in made.sites["gamma"].read_log().splitlines()[-1]
-    return expect_end(run)
-
-
-@row
-def site_late(made: Deployment) -> str:
-    """a site that starts after the roll call"""
+def late_and_gone(made: Deployment) -> str:
+    """a site starts after the roll call, another leaves in the middle and does not come back"""
     made.stop_site("gamma")
     run = made.start_run(rounds=12, cohort__join_timeout_s=20)
-    made.wait_for_round(2, run=run)
+    made.wait_for_round(1, run=run)
     made.start_site("gamma")
+    assert wait_until(lambda: any("gamma" in event.sites for event in made.rounds()), 120), "it is never used"
+    assert made.stop_site("beta") == 0
+    assert made.sites["beta"].last_line.endswith("left")
     said = expect_end(run)
-    used = [event.round for event in made.rounds() if "gamma" in event.sites]
-    return f"{said}; rounds with it: {used or 'none'}"
+    used = {name: [event.round for event in made.rounds() if name in event.sites] for name in ("beta", "gamma")}
+    return f"{said}; rounds with them: {used}"
 
 
 @row

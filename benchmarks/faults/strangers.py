@@ -23,15 +23,32 @@ from tests.federation import app_of
 
 
 @row
-def corrupt_record(made: Deployment) -> str:
-    """a record of a site cannot be read"""
-    return _change_table(made, lambda text: text + "abc,9,no,no\n", takes_part=True)
-
-
-@row
-def empty_task(made: Deployment) -> str:
-    """a site has no label for its one task any more"""
-    return _change_table(made, lambda text: re.sub(r"(?m)^(\d+,\d),\w+,", r"\1,,", text), takes_part=False)
+def bad_records(made: Deployment) -> str:
+    """one site has a record that cannot be read, another no label any more for its one task"""
+    changes: dict[str, Callable[[str], str]] = {
+        "beta": lambda text: text + "abc,9,no,no\n",
+        "gamma": lambda text: re.sub(r"(?m)^(\d+,\d),\w+,", r"\1,,", text),
+    }
+    tables = {name: made.sites[name].folder / "rows.csv" for name in changes}
+    whole = {name: table.read_text() for name, table in tables.items()}
+    before = {name: len(made.sites[name].read_log()) for name in changes}
+    for name, change in changes.items():
+        made.stop_site(name)
+        tables[name].write_text(change(whole[name]))
+    try:
+        made.start_sites()
+        said = expect_end_or_resume(made, made.start_run(rounds=2))
+        assert sorted(made.rounds()[-1].sites) == ["alpha", "beta"]
+        for name in changes:
+            log = made.sites[name].read_log()[before[name] :]
+            said += (
+                f"; {name} said {find_sentence(log, 'cannot', 'could not', 'left out', '0 usable', 'not in force')!r}"
+            )
+    finally:
+        for name, table in tables.items():
+            made.stop_site(name)
+            table.write_text(whole[name])
+    return said
 
 
 @row
@@ -88,24 +105,6 @@ def strangers(made: Deployment) -> str:
         each.close()
     shutil.rmtree(stranger)
     return f"{said}; stranger: {done.stderr.strip().splitlines()[-1]!r}"
-
-
-def _change_table(made: Deployment, change: Callable[[str], str], *, takes_part: bool) -> str:
-    site = made.sites["gamma"]
-    table = site.folder / "rows.csv"
-    text = table.read_text()
-    made.stop_site("gamma")
-    table.write_text(change(text))
-    before = len(site.read_log())
-    try:
-        made.start_sites()
-        said = expect_end_or_resume(made, made.start_run(rounds=3))
-        assert ("gamma" in made.rounds()[-1].sites) is takes_part, site.read_log()[before:]
-        said += f"; site said {find_sentence(site.read_log()[before:], 'cannot', 'could not', 'left out', 'usable')!r}"
-    finally:
-        made.stop_site("gamma")
-        table.write_text(text)
-    return said
 
 
 _HOSTILE = '''
