@@ -54,6 +54,7 @@ class Soak:
     later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     num_resumed: int = 0
     next_try: float = 0.0
+    looked: int = 0
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -189,17 +190,12 @@ def _continue(process: int) -> None:
         os.kill(process, signal.SIGCONT)
 
 
-def soak(made: Deployment, rounds: int, seed: int, rate: float) -> Soak:
-    """Runs a number of rounds; after a share of them something happens."""
-    made.start_coordinator()
-    made.start_sites()
-    started = time.monotonic()
-    run = made.start_run(rounds=rounds, cohort__timeout_s=20)
-    seen = Soak(made, random.Random(seed), run)
-    watcher = Watcher(made)
+def soak(seen: Soak, rate: float) -> None:
+    """Goes on until the run has ended; after a share of its rounds something happens."""
+    made, run, watcher = seen.made, seen.run, Watcher(seen.made)
     made.wait_for_round(1, run=run)
     folder = made.list_run_folders()[-1]
-    replay, looked = Replay(made, folder), 0
+    replay = Replay(made, folder)
     due: float | None = None
     ended = False
     while not ended:
@@ -209,8 +205,8 @@ def soak(made: Deployment, rounds: int, seed: int, rate: float) -> Soak:
             print(f"  {seen.inject()}", flush=True)
             due = None
         events: dict[int, RoundEnded] = {event.round: event for event in made.rounds()}
-        for number in range(looked + 1, max(events, default=0) + 1):
-            looked = number
+        for number in range(seen.looked + 1, max(events, default=0) + 1):
+            seen.looked = number
             try:
                 same = replay.advance(events[number]) == events[number].heads
             except (OSError, KeyError) as error:
@@ -225,12 +221,6 @@ def soak(made: Deployment, rounds: int, seed: int, rate: float) -> Soak:
             used = ", ".join(events[number].sites)
             print(f"round {number}: {used}; {events[number].seconds:.1f} s {'ok' if same else 'WRONG'}", flush=True)
         time.sleep(0.2)
-    print(f"{looked} rounds in {(time.monotonic() - started) / 60:.0f} minutes, seed {seed}")
-    print(
-        f"{sum(seen.injected.values())} faults: {', '.join(f'{name} {n}' for name, n in seen.injected.most_common())}"
-    )
-    print(f"resumed {seen.num_resumed} times; {looked} rounds replayed")
-    return seen
 
 
 def main() -> None:
@@ -245,14 +235,22 @@ def main() -> None:
     folder = chosen.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # So that all processes are ended.
     made = make_deployment(folder)
-    problems = []
+    problems: list[str] = []
     try:
-        seen = soak(made, chosen.rounds, chosen.seed, chosen.rate)
-        for line in seen.describe_growth():
-            print(line)
-        problems += seen.problems
-    except (AssertionError, subprocess.TimeoutExpired) as error:
-        problems.append(str(error))
+        made.start_coordinator()
+        made.start_sites()
+        started = time.monotonic()
+        run = made.start_run(rounds=chosen.rounds, cohort__timeout_s=20)
+        seen = Soak(made, random.Random(chosen.seed), run, problems=problems)
+        try:
+            soak(seen, chosen.rate)
+        finally:
+            counts = ", ".join(f"{name} {count}" for name, count in seen.injected.most_common())
+            print(f"{seen.looked} rounds in {(time.monotonic() - started) / 60:.0f} minutes, seed {chosen.seed}")
+            print(f"{seen.injected.total()} faults: {counts}; resumed {seen.num_resumed} times")
+            print("\n".join(seen.describe_growth()), flush=True)
+    except (AssertionError, subprocess.TimeoutExpired, SystemExit) as error:
+        problems.append(f"not ended: {error}")
     finally:
         made.end()
     problems += [*find_leftovers(made), *find_temporary_files(made)]

@@ -19,6 +19,7 @@ import base64
 import contextlib
 import datetime
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -265,16 +266,22 @@ class Fleet:
                 f"the reply has {largest:,} bytes and the coordinator takes {self._max_upload:,}; "
                 "its staff raises max_upload_mib in federation.yaml and resumes the run"
             )
-        self._retry(lambda: self._push(node, outgoing))
+        tries = itertools.count()
+        self._retry(lambda: self._push(node, outgoing, again=next(tries) > 0))
 
-    def _push(self, node: int, outgoing: Outgoing) -> None:
+    def _push(self, node: int, outgoing: Outgoing, *, again: bool) -> None:
         sender = node_pb2.Node(node_id=node)
         # Flower's site would also say here for how long it worked.
         request = fleet_pb2.PushMessagesRequest(
             node=sender, messages_list=[outgoing.envelope], message_object_trees=[outgoing.tree]
         )
         response = self._call("push-messages", request, fleet_pb2.PushMessagesResponse())
-        for name in response.objects_to_push:
+        missing, session = list(response.objects_to_push), response.session_id
+        if again and not missing:
+            # The try before may have ended after the coordinator's run took the envelope: no part is asked for any
+            # more, and the run waits for them. Without a session's id Flower finds the one that lacks a part.
+            missing, session = list(outgoing.objects), ""
+        for name in missing:
             if name not in outgoing.objects:
                 raise InvalidAnswer("the coordinator asked for an object that is not part of the reply")
             stored = message_pb2.PushObjectRequest(
@@ -282,9 +289,10 @@ class Fleet:
                 run_id=outgoing.envelope.metadata.run_id,
                 object_id=name,
                 object_content=outgoing.objects[name],
-                session_id=response.session_id,
+                session_id=session,
             )
-            if not self._call("push-object", stored, message_pb2.PushObjectResponse()).stored:
+            # Not stored again is a part that was there already.
+            if not self._call("push-object", stored, message_pb2.PushObjectResponse()).stored and not again:
                 raise InvalidAnswer("the coordinator did not store a part of the reply")
 
     def _retry(self, attempt: Callable[[], _T]) -> _T:

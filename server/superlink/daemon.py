@@ -112,14 +112,17 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     superlink = create_superlink(federation)
+    public_filter = create_public_filter(superlink, federation)
     async with superlink.router.lifespan_context(superlink):
         loopback = create_loopback_listener(
             LoopbackFilter(
-                RetryingApp(superlink), secret=federation.read_control_secret(), port=federation.config.control_port
+                RetryingApp(superlink, public_filter.uploads),
+                secret=federation.read_control_secret(),
+                port=federation.config.control_port,
             )
         )
         public = create_public_listener(
-            create_public_filter(superlink, federation),
+            public_filter,
             tls=federation.tls,
             max_connections=federation.config.max_connections,
             idle_s=federation.config.idle_timeout_s,

@@ -24,7 +24,9 @@ import binascii
 import datetime
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -109,6 +111,29 @@ class _RequestRejected(Exception):
 
 
 @final
+class Uploads:
+    """The uploads of parts that are under way, of all sites together."""
+
+    def __init__(self) -> None:
+        self._num_open = 0
+        self._last = time.monotonic()
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Counts an upload while it lasts."""
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            self._last = time.monotonic()
+
+    def measure_quiet(self) -> float:
+        """Returns the seconds since the last upload; 0 while there is one."""
+        return 0.0 if self._num_open else time.monotonic() - self._last
+
+
+@final
 class PublicFilter:
     """The fleet's requests of admitted sites, and health; nothing else."""
 
@@ -130,6 +155,7 @@ class PublicFilter:
         """
         self._app, self._find_site, self._limits, self._on_rejection = app, find_site, limits, on_rejection
         self._in_flight = 0
+        self.uploads = Uploads()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or passes it on with its whole body."""
@@ -145,10 +171,11 @@ class PublicFilter:
             headers = _read_headers(scope)
             site = self._verify_signature(headers)
             kept = self._reserve_bytes(headers, self._max_bytes(scope["path"]))
-            body = await self._read_body(receive, kept)
-            if scope["path"] == _PUSH_MESSAGES:
-                _check_senders(body)
-            await self._app(scope, _replay(body, receive), self._state_bound(send))
+            with self.uploads.count() if scope["path"] in _UPLOADS else nullcontext():
+                body = await self._read_body(receive, kept)
+                if scope["path"] == _PUSH_MESSAGES:
+                    _check_senders(body)
+                await self._app(scope, _replay(body, receive), self._state_bound(send))
         except _RequestRejected as rejected:
             peer = (scope.get("client") or ("unknown",))[0]
             self._on_rejection(RejectedRequest(peer, site, str(scope["path"])[:100], rejected.reason))

@@ -2,6 +2,9 @@
 
 A site pushes a reply's envelope first and its parts after it; a request in between finds a part that is known and not
 available yet. Flower's client then waits 1 s, 2 s, ... before it asks again: a third of a small head's round.
+
+A site that is cut off in the middle uploads nothing more, and Flower would have the whole run wait three minutes for
+its parts. Where nobody uploads any more, the part is answered as missing, and the site is asked again.
 """
 
 from __future__ import annotations
@@ -13,19 +16,21 @@ from typing import Any, final
 from google.protobuf.message import DecodeError
 
 from common.flower import message_pb2
-from server.superlink.request_filter import App, Receive, Scope, Send
+from server.superlink.request_filter import App, Receive, Scope, Send, Uploads
 
 _PATH = "/v1/runtime/pull-object"
 _STEP_S = 0.03
 _LONGEST_S = 2.0
+_MAX_QUIET_S = 20.0
+"""Longer than the pauses between a site's tries of one upload."""
 
 
 @final
 class RetryingApp:
     """An app that repeats a request answered by "known, not available yet" for a while before it gives that answer."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: App, uploads: Uploads) -> None:
+        self._app, self._uploads = app, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -36,7 +41,12 @@ class RetryingApp:
         until = loop.time() + _LONGEST_S
         while True:
             answer = await self._forward({**scope, "state": dict(scope.get("state", {}))}, body)
-            if not _is_pending(answer) or loop.time() > until:
+            if not _is_pending(answer):
+                break
+            if self._uploads.measure_quiet() > _MAX_QUIET_S:
+                answer = _make_missing()
+                break
+            if loop.time() > until:
                 break
             await asyncio.sleep(_STEP_S)
         for message in answer:
@@ -71,6 +81,13 @@ async def _read_body(receive: Receive) -> bytes:
         body += event.get("body", b"")
         more = event["type"] == "http.request" and event.get("more_body", False)
     return bytes(body)
+
+
+def _make_missing() -> list[MutableMapping[str, Any]]:
+    body = message_pb2.PullObjectResponse(object_found=False).SerializeToString()
+    headers = [(b"content-type", b"application/protobuf"), (b"content-length", str(len(body)).encode())]
+    start = {"type": "http.response.start", "status": 200, "headers": headers}
+    return [start, {"type": "http.response.body", "body": body}]
 
 
 def _is_pending(answer: list[MutableMapping[str, Any]]) -> bool:

@@ -348,3 +348,21 @@ def test_an_upload_that_a_proxy_refuses_by_its_size_is_not_tried_again(tmp_path:
         with pytest.raises(UploadTooLarge, match="proxy"):
             site.push_reply(7, outgoing(10))
         assert len(server.asked) == 1
+
+
+def test_a_push_that_broke_after_the_run_took_the_envelope_brings_the_parts(
+    tmp_path: Path, authority: Authority
+) -> None:
+    """Asked again, Flower names no part that is missing, and a run that has the envelope would wait for them."""
+    reply = outgoing(10)
+    asked = fleet_pb2.PushMessagesResponse(objects_to_push=list(reply.objects), session_id="first")
+    stored = message_pb2.PushObjectResponse(stored=True).SerializeToString()
+    answers = {
+        "push-messages": [Answer(body=asked.SerializeToString()), Answer()],
+        "push-object": [Answer(status=503), Answer(body=stored)],
+    }
+    with reached(tmp_path, authority, lambda path: answers[path.rpartition("/")[2]].pop(0)) as (site, server):
+        site.push_reply(7, reply)
+    pushed = [message_pb2.PushObjectRequest.FromString(server.bodies[at]) for at in (1, 3)]
+    assert [path.rpartition("/")[2] for path in server.asked] == ["push-messages", "push-object"] * 2
+    assert [(part.session_id, part.object_content) for part in pushed] == [("first", b"x" * 10), ("", b"x" * 10)]
