@@ -67,14 +67,13 @@ def torn_database(made: Deployment) -> str:
 
 @row
 def torn_at_site(made: Deployment) -> str:
-    """when a site is killed lines of its ledger, journal and approvals are torn and half of its node number is gone"""
+    """when a site is killed a line of its ledger and of its journal is torn, and half of its node number is gone"""
     run = made.start_run(rounds=5)
     made.wait_for_round(2, run=run)
     site = made.sites["beta"]
     kill_site(made, "beta")
     _add_half_a_line(site.ledger / "ledger.jsonl")
     _cut_last_line(site.state / "site.jsonl")
-    _cut_last_line(site.state / "approvals.jsonl")
     _cut_half(site.state / "node_id")
     made.start_site("beta")
     return _expect_site_in(made, run)
