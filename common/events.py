@@ -550,6 +550,15 @@ class DaemonStopped(Event):
     former_event_names = ("link_stopped",)
 
 
+class RunsRemoved(Event):
+    """Folders of runs that had ended were removed, because they were older than the federation keeps them."""
+
+    event_name = "runs_removed"
+
+    runs: tuple[str, ...] = Field(description="Ids of the runs.")
+    days: float = Field(description="Age at which a run is removed, in days.")
+
+
 class RequestRejected(Event):
     """A request from the network was rejected before Flower saw it."""
 
@@ -574,7 +583,7 @@ class CommandRun(Event):
     host: str = Field(description="Name of the machine.")
 
 
-DaemonEvent = DaemonStarted | DaemonStopped | RequestRejected | CommandRun
+DaemonEvent = DaemonStarted | DaemonStopped | RunsRemoved | RequestRejected | CommandRun
 """An event of a federation's `link.jsonl` or `commands.jsonl`."""
 
 

@@ -16,7 +16,6 @@ import select
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, final
@@ -39,6 +38,7 @@ from common.flower import (
     set_metadata,
     set_task_identity,
 )
+from common.process.parent import end_with_parent
 from common.types import DeclineReason
 
 # What Flower's decoder raises on a stranger's bytes.
@@ -242,15 +242,8 @@ def _write_frames(pipe: IO[bytes], parts: Sequence[bytes]) -> None:
     pipe.flush()
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Exits at once when the parent is gone, also in the middle of a computation."""
-    while os.getppid() == parent:
-        threading.Event().wait(1.0)
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     # Whatever a library prints must not land between two frames.
     private = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from common.events import read_run_journal
 from common.process.console import reported_errors
 from server.commands.parts.daemon import follow_run, start_daemon
 from server.commands.parts.options import Folder
 from server.deployment.federation import open_federation
 from server.deployment.log import write_command
-from server.superlink.control import Control
-from server.superlink.queue import find_interrupted_run, prepare_interrupted_run, submit_run
+from server.superlink.queue import find_interrupted_run, prepare_interrupted_run, resume_run
 
 
 def resume(
@@ -31,8 +29,6 @@ def resume(
         path = find_interrupted_run(federation, run_id)
         prepare_interrupted_run(federation, path)
         start_daemon(federation)
-        with Control(federation) as control:
-            old = len(read_run_journal(path / "journal.jsonl"))
-            submitted = path, submit_run(control, path)
-            write_command(federation, "resume", f"run {path.name}")
-            follow_run(federation, control, submitted, skip=old)
+        resume_run(path)
+        write_command(federation, "resume", f"run {path.name}")
+        follow_run(federation, path)

@@ -1,30 +1,18 @@
-"""`start`: starts a run."""
+"""`start`: queues a run and watches it."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from common.process.console import reported_errors
-from common.types import HeadwaterError
 from server.commands.parts.daemon import follow_run, start_daemon
-from server.commands.parts.options import Folder, Set
+from server.commands.parts.options import Folder, RunFile, Set
 from server.deployment.federation import open_federation
 from server.deployment.log import write_command
 from server.deployment.run_checks import check_run
-from server.superlink.control import Control
-from server.superlink.queue import create_run_folder, submit_run
+from server.superlink.queue import submit_run
 
 
-def start(
-    folder: Folder,
-    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")],
-    set_: Set = None,
-) -> None:
-    """Starts a run, and the coordinator where it does not run yet; shows progress and the result.
+def start(folder: Folder, run: RunFile, set_: Set = None) -> None:
+    """Queues a run, starts the coordinator where it does not run yet, and shows progress and result.
 
     Exit code 0: every task reached its quorum; 1: the run failed; 2: bad input. Ctrl-C ends
     the display and the run continues.
@@ -35,17 +23,6 @@ def start(
         federation = open_federation(folder)
         checked, prepared = check_run(federation, run, set_ or [])
         start_daemon(federation)
-        with Control(federation) as control:
-            path = create_run_folder(federation, checked, prepared)
-            submitted = path, _submit(control, path)
-            write_command(federation, "start", f"run {path.name}")
-            follow_run(federation, control, submitted, skip=0)
-
-
-def _submit(control: Control, path: Path) -> int:
-    """Returns Flower's id of a new run."""
-    try:
-        return submit_run(control, path)
-    except HeadwaterError:
-        shutil.rmtree(path)  # Nothing ran in it.
-        raise
+        path = submit_run(federation, checked, prepared)
+        write_command(federation, "start", f"run {path.name}")
+        follow_run(federation, path)

@@ -39,6 +39,7 @@ class FederationConfig(Frozen):
         max_upload_mib: bound of one upload of an admitted site, in MiB.
         max_connections: largest number of open connections.
         idle_timeout_s: longest time that a connection may keep the coordinator waiting, in seconds.
+        keep_runs_days: days after which the folder of a run that ended is removed; without it none ever is.
     """
 
     name: Name
@@ -50,6 +51,7 @@ class FederationConfig(Frozen):
     max_upload_mib: Annotated[int, Field(ge=1, le=1024)] = 64
     max_connections: Annotated[int, Field(ge=2, le=10_000)] = 256
     idle_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    keep_runs_days: Annotated[float, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _ports_differ(self) -> FederationConfig:
@@ -169,11 +171,12 @@ health_port: {config.health_port}    # on loopback only: gRPC health, status pag
 max_upload_mib: {config.max_upload_mib}    # bound of one upload of an admitted site
 max_connections: {config.max_connections}    # how many connections are open at once
 idle_timeout_s: {config.idle_timeout_s:g}    # how long a connection may keep the coordinator waiting
+# keep_runs_days: 365    # runs that ended so long ago are removed with their heads; without this line none ever is
 """
 
 
 EXAMPLE_RUN = """\
-# A run file: what the coordinator asks of every site. `headwater coordinator start DIR RUN.yaml` starts it.
+# A run file: what the coordinator asks of every site. `headwater coordinator start DIR RUN.yaml` runs it.
 
 name: chest
 seed: 1

@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+RunState = Literal["queued", "running", "completed", "partial", "interrupted", "failed", "cancelled"]
+"""A run in the queue; `interrupted` goes on when the staff resumes it."""
+
 
 class StatusFacts(BaseModel):
     """Base of everything in a status: immutable."""
@@ -53,6 +56,18 @@ class RunStatus(StatusFacts):
     tasks_missed: Mapping[str, int] = Field(
         {}, description="Name of each task that completed rounds did not update -> their number."
     )
+
+
+class ListedRun(StatusFacts):
+    """A run in the list of all."""
+
+    id: str = Field(description="Id of the run.")
+    state: RunState = Field(description="Where it stands; the daemon goes on by itself with what is queued or running.")
+    round: int = Field(description="Number of completed rounds.")
+    rounds: int | None = Field(description="Number of rounds that the run asks for; null before it started.")
+    submitted_at: float = Field(description="When it took its place in the queue, in seconds since 1970 (UTC).")
+    last_event_at: float | None = Field(description="Time of its last event, in seconds since 1970; null without one.")
+    reason: str | None = Field(description="Why it failed or was given up; null where nothing is known.")
 
 
 class FederationStatus(StatusFacts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -12,7 +13,7 @@ from rich.text import Text
 from common.events import AuditSummary, SiteSummary, Summary
 from common.privacy.accounting import round_up
 from common.types import DECLINED, explain_rejection
-from server.reports.status import FederationStatus
+from server.reports.status import FederationStatus, ListedRun
 
 BASELINES = {
     "baseline_prediction": "baseline\nprediction",
@@ -178,3 +179,14 @@ def render_status(status: FederationStatus) -> Group:
         connected = {None: "unknown", True: "yes", False: "no"}[site.connected]
         table.add_row(name, connected, (site.since or "never")[:19], str(replies.get(name, "")))
     return Group(Text("\n".join(lines), no_wrap=True, overflow="ignore"), table)
+
+
+def render_runs(runs: Sequence[ListedRun]) -> Group:
+    """Returns the list of runs as a table for a terminal, with the reasons below it."""
+    table = _new_table(None, ["run", "state", "round", "submitted (UTC)"])
+    for run in runs:
+        submitted = datetime.datetime.fromtimestamp(run.submitted_at, datetime.UTC)
+        progress = f"{run.round} of {run.rounds}" if run.rounds else ""
+        table.add_row(run.id, run.state, progress, f"{submitted:%Y-%m-%d %H:%M}")
+    reasons = [f"{run.id}: {run.reason}" for run in runs if run.reason]
+    return Group(table, Text("\n".join(reasons)))

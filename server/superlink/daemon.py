@@ -1,7 +1,7 @@
 """The coordinator's daemon: Flower's SuperLink behind two listeners, and the process that starts runs.
 
-`headwater coordinator link DIR` is this process in the foreground (for systemd); `start` launches it in the
-background. It owns the folder's lock for as long as it lives, and everything it starts ends with it.
+`headwater coordinator serve DIR` is this process in the foreground (for systemd); `serve --background` and `start`
+launch it in the background. It owns the folder's lock for as long as it lives, and everything it starts ends with it.
 
 Invariant: the daemon listens to the network only after it has registered the admitted sites and removed all others in
 the SuperLink, so that a site that was removed while nothing ran is never known.
@@ -19,15 +19,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.events import DaemonStarted, DaemonStopped, FileJournal
+from common.events import DaemonStarted, DaemonStopped, FileJournal, RunsRemoved
 from common.files import lock_file
 from common.process.health import Health
 from common.process.lines import show_line
 from common.process.pages import Pages
-from common.types import BadInput, RunFailed
+from common.types import BadInput, HeadwaterError, RunFailed
 from server.deployment.certificates import check_server
 from server.deployment.federation import Federation
 from server.superlink.admission import create_public_filter
+from server.superlink.queue import Queue, remove_old_runs
 from server.superlink.request_filter import LoopbackFilter
 from server.superlink.superlink import build_environment, create_superlink, start_superexec
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 _LOCK = "link.lock"
 _WATCH_S = 1.0
+_CLEAN_S = 3600.0
+"""Time between two looks for runs that are older than the federation keeps them."""
 
 
 @contextmanager
@@ -137,7 +140,9 @@ async def _serve(federation: Federation, sockets: tuple[socket.socket, socket.so
             journal = FileJournal(federation.state / "link.jsonl")
             journal.write(DaemonStarted(pid=os.getpid(), bind=str(federation.config.bind)))
             show_line(f"listening on {federation.config.bind} for {federation.config.address}", event="daemon_started")
+            queue = asyncio.create_task(_run_queue(federation, journal))
             await _supervise(federation, public.reload_certificate, executor, stopping, health)
+            queue.cancel()
             journal.write(DaemonStopped())
         finally:
             health.serving(False)
@@ -153,6 +158,30 @@ def _stop_orphaned_runs(control: Control) -> None:
     for run in control.list_runs():
         if not run.finished:
             control.stop_run(run.run_id)
+
+
+async def _run_queue(federation: Federation, journal: FileJournal) -> None:
+    """Starts the runs of the queue, one after the other, and removes those that are kept no longer."""
+    from server.superlink.control import Control
+
+    queue, said, clean_at = Queue(federation), "", 0.0
+    loop = asyncio.get_running_loop()
+    await asyncio.to_thread(queue.resume_newest)
+    with Control(federation) as control:
+        while True:
+            try:
+                await asyncio.to_thread(queue.start_next, control)
+                if federation.config.keep_runs_days is not None and loop.time() >= clean_at:
+                    clean_at = loop.time() + _CLEAN_S
+                    removed = await asyncio.to_thread(remove_old_runs, federation, federation.config.keep_runs_days)
+                    if removed:
+                        journal.write(RunsRemoved(runs=tuple(removed), days=federation.config.keep_runs_days))
+                said = ""
+            except (HeadwaterError, OSError) as error:
+                if str(error) != said:
+                    said = str(error)
+                    show_line(f"the queue waits: {said}", event="queue_waits")
+            await asyncio.sleep(_WATCH_S)
 
 
 async def _supervise(

@@ -16,13 +16,14 @@ from flwr.serverapp import Grid
 from common.events import FileJournal, RunFailure, RunInterruption
 from common.files import lock_file
 from common.offers import list_digests
+from common.process.parent import end_with_parent
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed, RunInterrupted
 from common.yaml import load
 from server.deployment.preparation import load_backbones
 from server.reports.results import write_environment, write_results
 from server.reports.summary import DEPLOYMENT
-from server.rounds.checkpoint import load_checkpoint
+from server.rounds.checkpoint import Checkpoint, load_checkpoint
 from server.rounds.loop import run_federation
 from server.superlink.node_ids import NodeIds
 
@@ -35,6 +36,8 @@ def run_deployed(grid: Grid, folder: Path) -> None:
     Raises:
         HeadwaterError: the run ended without a usable result; its journal says why too.
     """
+    # Flower's own process goes on without its SuperLink, for ever.
+    end_with_parent()
     # Waits, because the process of an earlier daemon may still be ending.
     busy = RunFailed(f"{folder}: another process still works on this run")
     with lock_file(folder / "run.lock", timeout_s=_WAIT_S, held=busy):
@@ -46,7 +49,9 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
     write_environment(folder / "environment.json", {"run": run.seed})
     journal = FileJournal(folder / "journal.jsonl")
     digests: dict[str, str] = {}
+    resume: Checkpoint | None = None
     try:
+        resume = load_checkpoint(folder / "checkpoint.safetensors")
         backbones = load_backbones(folder.parents[1] / "state", folder)
         digests = list_digests(backbones)
         outcome = run_federation(
@@ -57,12 +62,14 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             folder=folder,
             journal=journal,
             executor=DEPLOYMENT,
-            resume=load_checkpoint(folder / "checkpoint.safetensors"),
+            resume=resume,
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
             witnesses=folder.parents[1] / "state" / "witnesses.json",
         )
     except HeadwaterError as error:
-        ending = RunInterruption if isinstance(error, RunInterrupted) else RunFailure
+        # With whole rounds behind it, a run that finds too few sites is as resumable as one that loses them.
+        begun = isinstance(error, RunFailed) and resume is not None and resume.rounds_done > 0
+        ending = RunInterruption if begun or isinstance(error, RunInterrupted) else RunFailure
         journal.write(ending(reason=str(error)))
         write_results(folder, run, digests, {})
         raise

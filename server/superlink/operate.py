@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def ensure_daemon(federation: Federation) -> bool:
     with federation.log.open("wb") as log:
         federation.log.chmod(0o600)
         process = subprocess.Popen(
-            [sys.executable, "-m", "server", "link", str(federation.folder)],
+            [sys.executable, "-m", "server", "serve", str(federation.folder)],
             cwd=Path(__file__).resolve().parents[2],
             env=build_environment(federation),
             stdin=subprocess.DEVNULL,
@@ -49,6 +50,8 @@ def ensure_daemon(federation: Federation) -> bool:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in this terminal is not for it.
         )
+    # Flower's processes take a daemon that was killed and not waited for to be alive.
+    threading.Thread(target=process.wait, daemon=True).start()
     until = time.monotonic() + _START_S
     while is_serving(federation.config.health_port, timeout_s=1.0) is not True:
         if process.poll() is not None:

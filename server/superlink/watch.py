@@ -21,54 +21,47 @@ from common.events import (
     read_run_journal,
 )
 from common.types import RunFailed, explain_rejection
-from server.superlink.control import Control, DaemonUnreachable, RunState
+from server.superlink.queue import PENDING, describe_run, is_worked_on
 
 _POLL_S = 0.5
-_MAX_SILENCE_S = 90.0
+_ENDING_S = 3.0
+"""Time after the daemon's end in which the run's process ends too."""
 
 Show = Callable[[str], None]
 """Shows one line to a person."""
 
 
-def watch(
-    control: Control, folder: Path, *, flower_run_id: int, alive: Callable[[], bool], show: Show, skip: int = 0
-) -> RunState:
-    """Shows the events of a run until its process has ended, and returns the state that Flower reports of it.
+def watch(folder: Path, *, alive: Callable[[], bool], show: Show) -> None:
+    """Shows the events of a run since it was last asked for, until it has ended and no process works on it.
 
     Args:
-        control: connection to the daemon.
         folder: folder of the run.
-        flower_run_id: Flower's id of the run.
         alive: returns whether the daemon's process exists.
         show: shows one line for each event that matters to a person.
-        skip: number of events that an earlier attempt wrote to the journal; they are not shown.
 
     Raises:
-        RunFailed: the daemon's process ended, or did not answer for 90 seconds.
+        RunFailed: the daemon's process ended before the run did.
     """
-    silent_since: float | None = None
-    rounds = 0
+    rounds, shown = 0, describe_run(folder).order.skip
+    last_alive = time.monotonic()
     while True:
+        if alive():
+            last_alive = time.monotonic()
+        run = describe_run(folder)
         events = read_run_journal(folder / "journal.jsonl")
-        for event in events[skip:]:
+        for event in events[shown:]:
             rounds = event.rounds if isinstance(event, RunStarted) else rounds
             line = describe_event(event, rounds)
             if line:
                 show(line)
-        skip = len(events)
-        try:
-            state = next((run for run in control.list_runs() if run.run_id == flower_run_id), None)
-            silent_since = None
-        except DaemonUnreachable as error:
-            silent_since = silent_since or time.monotonic()
-            if not alive() or time.monotonic() - silent_since > _MAX_SILENCE_S:
-                raise RunFailed(
-                    f"run {folder.name}: {error}: it ended while the run was under way; see state/link.log, then "
-                    "`headwater coordinator resume` continues after the last whole round"
-                ) from error
-            state = None
-        if state is not None and state.finished and len(read_run_journal(folder / "journal.jsonl")) == skip:
-            return state
+        shown = len(events)
+        if run.state not in PENDING and not is_worked_on(folder):
+            return
+        if time.monotonic() - last_alive > _ENDING_S:
+            raise RunFailed(
+                f"run {run.id}: the coordinator ended while the run was {run.state}; see state/link.log; "
+                f"`headwater coordinator serve {folder.parents[1]}` goes on with it"
+            )
         time.sleep(_POLL_S)
 
 

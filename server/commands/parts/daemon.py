@@ -6,16 +6,17 @@ from pathlib import Path
 
 import typer
 
-from common.events import RunEnded, RunFailure, RunInterruption, RunStarted, Summary, read_run_journal
+from common.events import RunFailure, RunInterruption, Summary
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
 from common.types import RunFailed, RunInterrupted
 from server.deployment.federation import Federation
 from server.reports.summary import list_failures
 from server.reports.tables import render_summary
 from server.superlink import operate
-from server.superlink.control import Control, RunState
+from server.superlink.control import Control
 from server.superlink.daemon import find_daemon_pid
 from server.superlink.node_ids import synchronise_nodes
+from server.superlink.queue import PENDING, describe_run, list_runs
 from server.superlink.watch import watch
 
 
@@ -33,71 +34,63 @@ def start_daemon(federation: Federation) -> None:
     show_line(f"{what} on {federation.config.bind} for {federation.config.address}")
 
 
-def follow_run(federation: Federation, control: Control, run: tuple[Path, int], *, skip: int) -> None:
+def stop_run(federation: Federation, folder: Path) -> None:
+    """Ends the process of a run, where the coordinator works on it now."""
+    if find_daemon_pid(federation) is None:
+        return
+    with Control(federation) as control:
+        busy = control.find_current_run() if control.is_answering() else None
+        if busy is not None and Path(busy.folder) == folder:
+            control.stop_run(busy.run_id)
+
+
+def follow_run(federation: Federation, folder: Path) -> None:
     """Shows a run's progress until it ends, then its result; exits with 130 where Ctrl-C ends the display.
 
     Args:
         federation: the run's federation.
-        control: a connection to the running daemon.
-        run: the run's folder and Flower's id of it.
-        skip: number of the journal's events that are not shown, because an earlier process wrote them.
+        folder: the run's folder.
     """
-    path, engine_run = run
+    before = [run.id for run in list_runs(federation) if run.state in PENDING and run.folder != folder]
+    if before:
+        show_line(f"run {folder.name} is queued behind {', '.join(before)}")
     try:
-        state = watch(
-            control,
-            path,
-            flower_run_id=engine_run,
-            alive=lambda: find_daemon_pid(federation) is not None,
-            show=show_line,
-            skip=skip,
-        )
+        watch(folder, alive=lambda: find_daemon_pid(federation) is not None, show=show_line)
     except KeyboardInterrupt:
-        typer.echo(f"the run continues: `headwater coordinator status {federation.folder}`, or `stop`", err=True)
+        typer.echo(f"the run continues: `headwater coordinator runs {federation.folder}`, or `stop`", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    report_end_of_run(path, state)
+    report_end_of_run(folder)
 
 
-def report_end_of_run(path: Path, state: RunState) -> None:
+def report_end_of_run(path: Path) -> None:
     """Prints a run's result, from its journal and summary; exits with 1 where a task missed its quorum.
 
     Raises:
-        RunFailed: the run failed, or its process ended without writing an end.
+        RunFailed: the run failed, was interrupted or stopped.
     """
-    journal = read_run_journal(path / "journal.jsonl")
-    # An earlier attempt's end says nothing of this one. By position: attempts within a millisecond are equal events.
-    starts = [position for position, event in enumerate(journal) if isinstance(event, RunStarted)]
-    last = journal[starts[-1] :] if starts else []
-    ends = [event for event in last if isinstance(event, RunEnded | RunInterruption | RunFailure)]
-    resume = f"`headwater coordinator resume {path.parent.parent} {path.name}`"
-    if not ends:
-        # Its process wrote no end: it died, or was stopped.
-        raise RunFailed(f"run {path.name}: {_explain_end(state)}; {resume} continues it after its last whole round")
-    if isinstance(ends[-1], RunInterruption):
+    run = describe_run(path)
+    resume = f"`headwater coordinator resume {path.parents[1]} {run.id}`"
+    if isinstance(run.end, RunFailure):
+        raise RunFailed(f"run {run.id}: {run.end.reason}")
+    if isinstance(run.end, RunInterruption):
         raise RunInterrupted(
-            f"run {path.name} was interrupted: {ends[-1].reason}; {resume} continues it after its last whole round"
+            f"run {run.id} was interrupted: {run.end.reason}; {resume} continues it after its last whole round"
         )
-    if isinstance(ends[-1], RunFailure):
-        raise RunFailed(f"run {path.name}: {ends[-1].reason}")
+    if run.end is None:
+        # Its process wrote no end: it was stopped, or died too often.
+        raise RunFailed(f"run {run.id}: {run.reason or run.state}; {resume} continues it after its last whole round")
     summary = Summary.model_validate_json((path / "summary.json").read_bytes())
     make_console().print(render_summary(summary), crop=False)
     typer.echo(f"results: {path}")
-    if ends[-1].missing:
+    if run.end.missing:
         typer.echo(
-            f"{resume} sends the final heads again, once these sites are back: {', '.join(ends[-1].missing)}", err=True
+            f"{resume} sends the final heads again, once these sites are back: {', '.join(run.end.missing)}", err=True
         )
     problems = list(list_failures(summary))
     for problem in problems:
         typer.echo(f"error: {problem}", err=True)
     if problems:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _explain_end(state: RunState) -> str:
-    """Returns why a run's process wrote no end, in words for a person."""
-    if "heartbeat" in state.details:
-        return "the process that worked on it died"
-    return state.details or state.outcome
 
 
 def show_line(line: str) -> None:

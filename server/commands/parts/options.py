@@ -11,3 +11,4 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's fo
 SiteName = Annotated[str, typer.Argument(metavar="NAME", help="The site's name")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the run file: --set rounds=5")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]

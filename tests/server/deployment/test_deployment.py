@@ -27,6 +27,7 @@ from common.yaml import write_yaml
 from server.deployment import admitted_sites, certificates
 from server.deployment.federation import Federation
 from server.superlink.daemon import find_daemon_pid
+from server.superlink.queue import list_runs
 from tests import tiny
 from tests.federation import client, started, write_site
 from tests.server.deployment.federations import new_federation, write_key_pair
@@ -303,18 +304,27 @@ def test_a_run_continues_after_its_coordinator_was_killed(federation: Federation
         process = find_daemon_pid(federation)
         assert process is not None
         executors = children(process)
+        (worker,) = [each for executor in executors for each in children(executor)]
+        os.kill(worker, signal.SIGKILL)
+        before = len(rounds())
+        assert wait_until(lambda: len(rounds()) >= before + 2, 200)
+        assert watching.poll() is None
+        (worker,) = [each for executor in executors for each in children(executor)]
+
         os.kill(process, signal.SIGKILL)
         _, error = watching.communicate(timeout=120)
         assert watching.returncode == 1, error
-        assert error.splitlines()[-1].startswith("error: ") and "headwater coordinator resume" in error.splitlines()[-1]
-        assert wait_until(lambda: not any(alive(each) for each in executors), 60)
-        done_before = len(rounds())
+        assert error.splitlines()[-1].startswith("error: ") and "headwater coordinator serve" in error.splitlines()[-1]
+        assert "(continued)" in error
+        assert wait_until(lambda: not any(alive(each) for each in [*executors, worker]), 60)
 
-        resumed = server("resume", federation.folder, timeout=400)
-        assert resumed.returncode == 0, resumed.stderr
-        assert "(continued)" in resumed.stderr
-        assert f"round {done_before} of 40" not in resumed.stderr
-        assert rounds() == list(range(1, 41))
+        # Nobody asks for the run again: the service that starts goes on with it.
+        assert server("serve", federation.folder, "--background").returncode == 0
+        found = json.loads(server("runs", federation.folder, "--json").stdout)
+        assert [run["state"] for run in found] == ["running"]
+        assert wait_until(lambda: [run.state for run in list_runs(federation)] == ["completed"], 400)
+        # A round that was cut off is repeated from the stored replies: the same heads, and no second charge.
+        assert sorted(set(rounds())) == list(range(1, 41))
         assert server("resume", federation.folder).returncode == 2
     assert server("stop", federation.folder).returncode == 0
 

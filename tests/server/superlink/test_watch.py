@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import pytest
 from rich.console import Console
 
 from common.events import (
@@ -16,23 +15,18 @@ from common.events import (
     FileJournal,
     RepliesAwaited,
     RoundEnded,
-    RunEnded,
     RunFailure,
-    RunInterruption,
     RunStarted,
     SiteJoined,
     SiteRejected,
 )
-from common.types import BadInput, Plan, RunFailed, Unit
+from common.types import Plan, Unit
 from common.yaml import write_yaml
-from server.commands.parts.daemon import report_end_of_run
 from server.deployment import admitted_sites
 from server.reports.status import RunStatus
 from server.reports.tables import render_status
 from server.superlink import operate
-from server.superlink.control import RunState
 from server.superlink.node_ids import NodeIds
-from server.superlink.queue import find_interrupted_run
 from server.superlink.watch import describe_event
 from tests import tiny
 from tests.server.deployment.federations import new_federation, write_key_pair
@@ -105,36 +99,3 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
         console.print(render_status(found))
     shown = capture.get()
     assert "round 2 of 4, not ended" in shown and "not running" in shown and "north" in shown
-
-
-def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(tmp_path: Path) -> None:
-    federation = new_federation(tmp_path / "fed")
-    for name in ("a", "b"):
-        (federation.runs / name).mkdir()
-        write_yaml(federation.runs / name / "config.yaml", tiny.run_config())
-        FileJournal(federation.runs / name / "journal.jsonl").write(end_of_round(1))
-        time.sleep(0.02)
-    assert find_interrupted_run(federation, None).name == "b"
-    FileJournal(federation.runs / "b" / "journal.jsonl").write(RunEnded(updates={}, heads=""))
-    with pytest.raises(BadInput, match="got b, which is complete"):
-        find_interrupted_run(federation, None)
-    assert find_interrupted_run(federation, "a").name == "a"
-
-
-def test_a_run_whose_process_died_says_how_to_go_on(tmp_path: Path) -> None:
-    path = tmp_path / "fed" / "runs" / "hearts-1"
-    path.mkdir(parents=True)
-    FileJournal(path / "journal.jsonl").write(end_of_round(1))
-    command = f"headwater coordinator resume {tmp_path}/fed hearts-1"
-    with pytest.raises(RunFailed, match=f"the process that worked on it died; `{command}` continues"):
-        report_end_of_run(path, RunState(1, str(path), True, "failed", "No heartbeat received from the task"))
-
-
-def test_the_end_of_an_earlier_attempt_is_not_reported_for_a_later_one(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / "chest-1"
-    journal = FileJournal(path / "journal.jsonl")
-    journal.write(RunStarted(run_id="chest-1", rounds=2))
-    journal.write(RunInterruption(reason="two sites are missing"))
-    journal.write(RunStarted(run_id="chest-1", rounds=2, resumed=True))
-    with pytest.raises(RunFailed, match=r"the process that worked on it died; .*resume"):
-        report_end_of_run(path, RunState(1, str(path), True, "failed", "No heartbeat received from the task"))
