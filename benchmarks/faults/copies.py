@@ -79,7 +79,7 @@ def second_coordinator(made: Deployment) -> str:
     run = made.start_run(rounds=4)
     said = []
     for folder in (made.fed, twin):
-        done = made.command("coordinator", "link", folder)
+        done = made.command("coordinator", "serve", folder)
         assert done.returncode == 2, done.stderr
         said.append(done.stderr.strip().splitlines()[-1])
     shutil.rmtree(twin)

@@ -32,7 +32,7 @@ def install_service(
         service = Service(
             side="coordinator",
             name=federation.config.name,
-            command=(sys.executable, "-m", "server", "link", str(federation.folder)),
+            command=(sys.executable, "-m", "server", "serve", str(federation.folder)),
             owner=federation.folder.stat().st_uid,
             writable=(federation.folder,),
             restart_s=10,

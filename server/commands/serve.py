@@ -11,6 +11,7 @@ from common.process.lines import LogFormat, LogFormatOption, use_log_format
 from server.commands.parts.daemon import start_daemon
 from server.commands.parts.options import Folder
 from server.deployment.federation import open_federation
+from server.deployment.log import write_command
 from server.monitoring.monitor import Monitor
 from server.superlink.daemon import run_daemon
 
@@ -29,5 +30,7 @@ def serve(
         federation = open_federation(folder)
         if background:
             start_daemon(federation)
+            write_command(federation, "serve", "in the background")
         else:
+            write_command(federation, "serve", "in the foreground")
             run_daemon(federation, Monitor(federation).list_pages())

@@ -401,7 +401,7 @@ def test_from_another_network_only_the_fleets_door_answers(tmp_path: Path) -> No
         admit(federation, tmp_path, "north")
         write_key_pair(tmp_path, "intruder")
         link = subprocess.Popen(
-            [sys.executable, "-m", "server", "link", str(federation.folder)],
+            [sys.executable, "-m", "server", "serve", str(federation.folder)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -17,7 +17,7 @@ from server.deployment.log import write_command
 from tests.server.deployment.federations import write_key_pair
 
 ROOT = Path(__file__).resolve().parents[3]
-READ_ONLY = {"install_service", "link", "log", "status"}
+READ_ONLY = {"install_service", "log", "runs", "status"}
 """Verbs that change nothing in a federation and give nothing away; the daemon itself writes when it starts and ends."""
 NOBODY_LOGGED_IN = 2**32 - 1
 
