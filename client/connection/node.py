@@ -4,8 +4,9 @@ Guarantees:
 - No message of a run is answered before that run's app bundle was fetched and its client/ and common/ found equal to
   this installation's own reviewed code; what runs is the installation, never the bundle. A different bundle is
   declined and journalled with both digests.
-- All messages that wait are claimed before one is answered. Of the rounds of a run only the newest is answered: a
-  request that a later one has overtaken is declined without its content and at no charge.
+- All messages that wait are claimed before one is answered. Of equal requests only the last is answered, and of the
+  rounds of a run only the newest: a request that a later one has overtaken is declined without its content and at no
+  charge.
 - An answer for which records may have been read leaves when a whole number of `reply_every_s` has passed since its
   request came, whatever became of it: a reply, a word that declines, or the end of the process that worked on it.
 - Whatever happens to an answer (a crash, a broken connection, Ctrl-C), the ledger keeps what was reserved.
@@ -128,6 +129,19 @@ def generate_delays() -> Iterator[float]:
     while True:
         yield delay * random.uniform(0.5, 1.0)
         delay = min(2 * delay, MAX_DELAY_S)
+
+
+def list_repeated(claims: Sequence[Claim]) -> list[Claim]:
+    """Returns the claims of which an equal request came later: a coordinator asks again while it hears nothing."""
+    last = {_identify_request(claim): position for position, claim in enumerate(claims)}
+    return [claim for position, claim in enumerate(claims) if last[_identify_request(claim)] != position]
+
+
+def _identify_request(claim: Claim) -> tuple[Any, ...]:
+    """Returns what equal requests have in common: run, kind, round, and the digests of what they consist of."""
+    metadata = claim.envelope.metadata
+    content = tuple(child.object_id for child in claim.tree.children)
+    return metadata.run_id, metadata.message_type, metadata.group_id, content
 
 
 def is_overtaken(claim: Claim, claims: Sequence[Claim]) -> bool:
@@ -319,6 +333,7 @@ class Node:
                     claims.append(claim)
                 self._reset_tries()
                 self._online(True)
+                self._drop_repeated(claims)
                 self._decline_overtaken(claims)
                 delivery = self._fetch_first(claims)
             except RunInactive:
@@ -353,6 +368,14 @@ class Node:
             if not isinstance(error, InvalidAnswer):
                 claims.insert(0, claim)  # Flower hands no message out twice.
             raise
+
+    def _drop_repeated(self, claims: list[Claim]) -> None:
+        """Takes the claims that are repeated later from the list; the answer to the last is the answer to all."""
+        repeated = list_repeated(claims)
+        claims[:] = [claim for claim in claims if all(claim is not each for each in repeated)]
+        for claim in repeated:
+            with contextlib.suppress(RunInactive, ConnectionLost):
+                self._fleet.confirm_receipt(self._node, claim)
 
     def _decline_overtaken(self, claims: list[Claim]) -> None:
         """Declines the claims that a later one of the same run has overtaken, and takes them from the list."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from common import messages
@@ -18,12 +18,15 @@ from common.offers import SentBackbone, list_digests, make_offer
 from common.types import BadInput
 from server.rounds.join import PART_TRIES, RollCall, count_parts, find_join_problem, make_part, show_witness
 from server.rounds.messenger import Messenger, Participant
-from server.rounds.replies import Rejected
+from server.rounds.replies import AWAY, NO_REPLY, Rejected
 
 _LOOK_EVERY_S = 2.0
 """Time between two looks at who is connected while a round is under way."""
 _ASK_AGAIN_S = 5.0
 """Time before a site that may change its answer is asked again."""
+_FIRST_INTERVAL_S, _LONGEST_INTERVAL_S = 5.0, 120.0
+"""Times before a message to which nothing came is sent again: the first, and the longest after doubling."""
+_BYTES_PER_S = 2**18
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,23 @@ class _Newcomer:
     Attributes:
         steps: what it is asked.
         question: what it was asked last.
-        message_id: the message under way; None where the node took none.
-        asked_at: monotonic time at which it was sent.
+        message_ids: the messages that carry it.
+        ask_again_at: monotonic time at which the next of them is due.
+        interval_s: seconds between the last of them and the next.
     """
 
     steps: _Steps
     question: _Question
-    message_id: str | None
-    asked_at: float
+    message_ids: list[str] = field(default_factory=list)
+    ask_again_at: float = 0.0
+    interval_s: float = 0.0
+
+    def put(self, question: _Question) -> None:
+        """Takes the next question, of which no message was sent yet."""
+        self.question, self.message_ids, self.ask_again_at = question, [], 0.0
+        # A part of a backbone takes a while to arrive.
+        size = len(question.payload.data) if isinstance(question.payload, messages.PartRequest) else 0
+        self.interval_s = _FIRST_INTERVAL_S + size / _BYTES_PER_S
 
 
 @final
@@ -145,30 +157,37 @@ class LateRollCall:
             if now - asked_at.get(node, -_ASK_AGAIN_S) >= _ASK_AGAIN_S:
                 asked_at[node] = now
                 steps = self._bring_in(node)
-                self._newcomers[node] = self._ask(node, steps, next(steps))
+                newcomer = self._newcomers[node] = _Newcomer(steps, next(steps))
+                newcomer.put(newcomer.question)
+                self._ask_where_due(node, newcomer)
 
-    def _ask(self, node: int, steps: _Steps, question: _Question) -> _Newcomer:
-        return _Newcomer(steps, question, self._messenger.post(question.kind, node, question.payload), time.monotonic())
+    def _ask_where_due(self, node: int, newcomer: _Newcomer) -> None:
+        """Sends the question, again where nothing came: a site that was killed has lost it; twice is once."""
+        now = time.monotonic()
+        if now >= newcomer.ask_again_at:
+            question = newcomer.question
+            message_id = self._messenger.post(question.kind, node, question.payload)
+            newcomer.message_ids += [] if message_id is None else [message_id]
+            newcomer.ask_again_at = now + newcomer.interval_s
+            newcomer.interval_s = max(newcomer.interval_s, min(2.0 * newcomer.interval_s, _LONGEST_INTERVAL_S))
 
     def _advance(self) -> bool:
         """Returns whether an answer was there; each is followed by the next question to its site."""
         any_answer = False
-        wait_s = self._messenger.run.cohort.timeout_s
         for node, newcomer in list(self._newcomers.items()):
             answer = None
-            if newcomer.message_id is not None:
-                answer = self._messenger.fetch(newcomer.message_id, node, newcomer.question.expected)
-            if answer is None:
-                # Lost with a site that was restarted, or still at work: everything here may be asked twice.
-                if time.monotonic() - newcomer.asked_at > wait_s:
-                    self._newcomers[node] = self._ask(node, newcomer.steps, newcomer.question)
-                continue
-            any_answer = True
-            try:
-                self._newcomers[node] = self._ask(node, newcomer.steps, newcomer.steps.send(answer))
-            except StopIteration as end:
-                del self._newcomers[node]
-                self._end(node, newcomer.question.stage, end.value)
+            if newcomer.message_ids:
+                answer = self._messenger.fetch(newcomer.message_ids, node, newcomer.question.expected)
+            # By an error Flower says that no reply will come: it is asked again when that is due.
+            if answer is not None and not (isinstance(answer, Rejected) and answer.reason in (NO_REPLY, AWAY)):
+                any_answer = True
+                try:
+                    newcomer.put(newcomer.steps.send(answer))
+                except StopIteration as end:
+                    del self._newcomers[node]
+                    self._end(node, newcomer.question.stage, end.value)
+                    continue
+            self._ask_where_due(node, newcomer)
         return any_answer
 
     def _end(self, node: int, stage: str, outcome: _Ready | Rejected) -> None:

@@ -211,19 +211,19 @@ class Messenger:
         """
         return self.push([Message(messages.encode(payload), dst_node_id=node, message_type=kind, group_id="0")])[0]
 
-    def fetch(self, message_id: str, node: int, expected: type[_Reply]) -> _Reply | Rejected | None:
-        """Returns the reply to a posted message, or why it is not used; None where there is none yet.
+    def fetch(self, message_ids: Sequence[str], node: int, expected: type[_Reply]) -> _Reply | Rejected | None:
+        """Returns the first reply to posted messages of one request, or why it is not used; None where none came yet.
 
         Args:
-            message_id: the message's id.
+            message_ids: ids of the messages.
             node: the node that was asked.
             expected: type of the reply.
         """
         try:
-            pulled = list(self.grid.pull_messages([message_id]))
+            pulled = list(self.grid.pull_messages(message_ids))
         except _MALFORMED:
             return Rejected(node, UNREADABLE)
-        answers = [message for message in pulled if message.metadata.reply_to_message_id == message_id]
+        answers = [message for message in pulled if message.metadata.reply_to_message_id in message_ids]
         return read_reply(node, answers[0], expected) if answers else None
 
     def write_rejected(

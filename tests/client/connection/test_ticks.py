@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from client.config import SiteConfig
 from client.connection.fleet import Claim
-from client.connection.node import JOURNAL, MAX_CLAIMED, Node, StopRequest, compute_wait, is_overtaken
+from client.connection.node import JOURNAL, MAX_CLAIMED, Node, StopRequest, compute_wait, is_overtaken, list_repeated
 from common import messages
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.flower import (
@@ -94,6 +94,18 @@ def test_a_request_is_overtaken_by_a_later_one_of_the_same_run_only(
         assert is_overtaken(asked, claims) == overtaken
 
 
+def test_of_equal_requests_that_wait_the_last_is_answered_and_of_others_each() -> None:
+    def made(kind: str, group: str, content: str, run: int = 1) -> Claim:
+        tree = message_pb2.ObjectTree(object_id="own", children=[message_pb2.ObjectTree(object_id=content)])
+        return Claim(claim(kind, group, run).envelope, tree)
+
+    first, last = made("train", "5", "a"), made("train", "5", "a")
+    others = [made("train", "5", "b"), made("train", "6", "a"), made("evaluate", "5", "a"), made("train", "5", "a", 2)]
+    repeated = list_repeated([first, *others, last])
+    assert len(repeated) == 1
+    assert repeated[0] is first
+
+
 @dataclass
 class Coordinator:
     """Hands out one message at a time, as Flower's Fleet API does, and notes when the reply to it comes.
@@ -125,8 +137,14 @@ class Coordinator:
         self.ask([(kind, "")])
         return self.replied - self.confirmed
 
-    def ask(self, requests: Sequence[tuple[str, str]], content: messages.Request | None = None) -> list[str]:
-        """Sends messages of these kinds and groups and returns their ids, once all are replied to."""
+    def ask(
+        self,
+        requests: Sequence[tuple[str, str]],
+        content: messages.Request | None = None,
+        *,
+        answers: int | None = None,
+    ) -> list[str]:
+        """Sends messages of these kinds and groups and returns their ids, once all, or so many, are replied to."""
         sent = []
         for kind, group in requests:
             set_task_identity()
@@ -139,7 +157,7 @@ class Coordinator:
         self.arrived.clear()
         self.answered.clear()
         self.fetched.clear()
-        self.awaited = len(sent)
+        self.awaited = len(sent) if answers is None else answers
         self.waiting += sent
         assert self.arrived.wait(60.0)
         return [message.metadata.message_id for message in sent]
@@ -241,10 +259,11 @@ def test_a_site_that_was_away_answers_the_newest_round_only(tmp_path: Path, coor
     """The others are declined at once and without their content, in whatever order they come."""
     with serving(tmp_path, coordinator):
         asked = [("query.part", ""), ("train", "5"), ("train", "7"), ("evaluate", "6"), ("train", "6"), ("train", "7")]
-        part, fifth, newest, evaluation, sixth, again = coordinator.ask(asked)
-        assert coordinator.answered == [fifth, evaluation, sixth, part, newest, again]
-        assert {part, newest, again} <= coordinator.fetched
-        assert not {fifth, evaluation, sixth} & coordinator.fetched
+        part, fifth, newest, evaluation, sixth, again = coordinator.ask(asked, answers=5)
+        # The coordinator repeated a request while it heard nothing: it is answered once.
+        assert coordinator.answered == [fifth, evaluation, sixth, part, again]
+        assert {part, again} <= coordinator.fetched
+        assert not {fifth, evaluation, sixth, newest} & coordinator.fetched
     declined = select_events(read_site_journal(tmp_path / "north" / "state" / JOURNAL), RequestDeclined)
     overtaken = [event for event in declined if event.reason == "overtaken"]
     assert [event.message_type for event in overtaken] == ["train", "evaluate", "train"]

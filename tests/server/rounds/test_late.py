@@ -247,9 +247,10 @@ def test_a_site_that_left_while_it_prepared_is_offered_the_run_when_it_is_back(t
     assert [kind for name, kind, _ in federation.asked if name == "west"].count(messages.JOIN) >= 2
 
 
-def test_a_message_to_a_newcomer_that_was_lost_is_sent_again(tmp_path: Path) -> None:
+def test_a_message_to_a_newcomer_that_was_lost_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A site that was killed and came back within seconds was never seen to be away."""
-    federation = Federation(tmp_path, cohort={"min_sites": 1, "timeout_s": 0.01, "join_timeout_s": 1})
+    monkeypatch.setattr("server.rounds.late._FIRST_INTERVAL_S", 0.0)
+    federation = Federation(tmp_path)
     federation.before = connect_west(at=1)
     lost: list[bool] = []
 
