@@ -13,6 +13,7 @@ from common.process.console import reported_errors
 from common.types import BadInput
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
+_FOLDERS = ("simulations", "runs", "sites")
 
 
 def example(
@@ -43,7 +44,7 @@ def example(
 
 def list_examples() -> dict[str, Path]:
     """Returns the example files: simulations by their name, run and site files as `runs/NAME` and `sites/NAME`."""
-    paths = sorted(FOLDER.glob("*/*.yaml"), key=lambda path: (path.parent.name != "simulations", path))
+    paths = [path for folder in _FOLDERS for path in sorted((FOLDER / folder).glob("*.yaml"))]
     return {
         path.stem if path.parent.name == "simulations" else f"{path.parent.name}/{path.stem}": path for path in paths
     }
