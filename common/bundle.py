@@ -89,7 +89,7 @@ def hash_files(files: Mapping[str, bytes]) -> str:
 def _check_components(settings: bytes) -> None:
     try:
         components = tomllib.loads(settings.decode())["tool"]["flwr"]["app"]["components"]
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # Of which not all are tomllib's own.
         raise BadInput(
             f"app bundle: expected {SETTINGS} with the app's components, got {type(error).__name__}"
         ) from error

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+_MAX_CLAUSE = 600
+"""Most characters about one key: what was written may be of any length."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (nearest: 'x')` for the closest known name, or nothing."""
@@ -83,7 +86,7 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         elif not any(key == other or key.startswith(f"{other}.") for other in said):
             # The options of a union are several errors of one key; one of them says what is wrong.
             said[key] = _sentence(item, model, prefix)
-    first, *others = said.values()
+    first, *others = (plain(text, _MAX_CLAUSE) for text in said.values())
     return "; ".join([first, *others]) if len(others) <= 2 else f"{first} (and {len(others)} more)"
 
 
@@ -96,7 +99,7 @@ def _sentence(item: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
     if item["type"] in {"literal_error", "enum"}:
         expected = str(item.get("ctx", {}).get("expected", "another value"))
         hint = nearest(str(got), [word.strip(" '") for word in expected.replace(" or ", ",").split(",")])
-        return f"{key}: expected {expected}, got {got!r}{hint}"
+        return f"{key}: expected {expected}, got {_short(got)}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "expected")
     if item["type"] == "value_error" and not path and not prefix:

@@ -22,6 +22,12 @@ _LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 _DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 
+_INVALID = (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, LookupError)
+"""What reading a text as YAML raises: PyYAML lets errors of dates, numbers and unhashable keys through."""
+
+MAX_VALUES = 200_000
+MAX_DEPTH = 64
+
 Model = TypeVar("Model", bound=BaseModel)
 
 _FILES = {
@@ -94,10 +100,11 @@ def parse_text(model: type[Model], content: bytes, where: str) -> Model:
     """
     try:
         values = yaml.load(content.decode(), Loader=_LOADER)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except _INVALID as error:
         raise BadInput(f"{where}: expected valid YAML, got {type(error).__name__}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{where}: expected keys and values, got {type(values).__name__}")
+    _check_size(values, where)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -112,17 +119,37 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise BadInput(f"{path}: expected a readable YAML file{instead(error)}") from error
     try:
         values = yaml.load(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
+    except _INVALID as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise BadInput(f"{path}: expected valid YAML, got a syntax error{where}") from error
+        fault = "a syntax error" if isinstance(error, yaml.YAMLError) else "a date, number or nesting that is none"
+        raise BadInput(f"{path}: expected valid YAML, got {fault}{where}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path}: expected keys and values, got {type(values).__name__}")
     for override in overrides:
         _override(values, override)
+    _check_size(values, str(path))
     filled = _fill(values, "")
     assert isinstance(filled, dict)
     return filled
+
+
+def _check_size(values: Mapping[str, Any], where: str) -> None:
+    """Refuses what is nested deeply or, through its aliases, has very many values: reading it would never end."""
+    count, waiting = 0, [(1, iter(values.values()))]
+    while waiting:
+        depth, inner = waiting[-1]
+        for value in inner:
+            count += 1
+            if count > MAX_VALUES or depth > MAX_DEPTH:
+                raise BadInput(
+                    f"{where}: expected at most {MAX_VALUES:,} values, nested at most {MAX_DEPTH} deep, got more"
+                )
+            if isinstance(value, dict | list | set | tuple):
+                waiting.append((depth + 1, iter(value.values() if isinstance(value, dict) else value)))
+                break
+        else:
+            waiting.pop()
 
 
 def as_override(key: str, value: Any) -> str:
@@ -143,7 +170,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise BadInput(f"--set {override}: expected key.path=value")
     try:
         value = yaml.load(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
+    except _INVALID as error:
         raise BadInput(f"--set {key}: expected a YAML value, got {text!r}") from error
     if isinstance(value, str) and value.startswith(("./", "../")):
         value = str(Path(value).resolve())

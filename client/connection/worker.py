@@ -127,7 +127,7 @@ class Worker:
                 if abandon():
                     raise Abandoned
             return _read_frames(pipes[1])
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, OverflowError, MemoryError) as error:
             self.close()
             raise WorkerDied(self._process.returncode) from error
 

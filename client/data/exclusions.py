@@ -51,7 +51,7 @@ class Exclusions:
             return cls(b"", frozenset())
         try:
             found = cls(key.read_bytes(), frozenset(map(str, json.loads(listed.read_text(encoding="utf-8")))))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{_HASHES}: expected the exclusion list and its key, got {type(error).__name__}; restore both or "
                 "purge again after removing both"

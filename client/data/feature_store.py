@@ -446,7 +446,7 @@ def _read_about(entry: Path) -> dict[str, Any]:
         about: dict[str, Any] = signed["about"]
         whole = signed["sha256"] == _digest(about) and path.stat().st_size == about["bytes"]
         whole = whole and _hash_file(path, stamp_file(path)) == about["content"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("expected the notes of a cached array") from error
     if not whole:
         raise ValueError("expected the cached array that was written")

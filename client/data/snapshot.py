@@ -131,7 +131,7 @@ def open_snapshot(config: SiteConfig, sources: Iterable[str]) -> Snapshot:
         snapshot = Snapshot(**{**content, "key": bytes.fromhex(content["key"])})
     except FileNotFoundError:
         return freeze_snapshot(config, survey_sources(config))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{SNAPSHOT}: expected the units of the last check{instead(error)}; {_REMEDY}") from None
     for name in sources:
         if snapshot.structure.get(name) != _digest_structure(config, name):

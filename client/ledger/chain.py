@@ -196,7 +196,7 @@ def read_legible(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(values, dict):
             objects.append(values)
@@ -373,9 +373,10 @@ def _read_anchor(folder: Path, key: bytes) -> tuple[int, str]:
     try:
         anchor = json.loads(_read(folder, _ANCHOR))
         length, last, mac = int(anchor["length"]), str(anchor["last"]), str(anchor["mac"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        verified = hmac.compare_digest(mac.encode(), _mac(key, "anchor", f"{length} {last}").encode())
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise LedgerDamaged(f"ledger {folder.name}: its anchor cannot be read") from error
-    if not hmac.compare_digest(mac.encode(), _mac(key, "anchor", f"{length} {last}").encode()):
+    if not verified:
         raise LedgerDamaged(f"ledger {folder.name}: its anchor does not verify with its key")
     return length, last
 

@@ -133,7 +133,7 @@ def read_claims(place: Path) -> list[LedgerWitness]:
     """Returns the witnesses beside a ledger's folder that it did not hold when they were shown."""
     try:
         claims = [LedgerWitness(**values) for values in json.loads(_locate_claims(place).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):  # One that is lost is shown again.
+    except (OSError, ValueError, TypeError, RecursionError):  # One that is lost is shown again.
         return []
     return claims
 

@@ -274,7 +274,7 @@ def check_prepared(joined: Joined) -> dict[str, int]:
         prepared = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))
         feature_dims: dict[str, int] = prepared["feature_dims"]
         current = prepared["offer"] == digest_of_offer(joined.folder)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         current = False
     if not current:
         raise SiteDeclined(DeclineReason.NOT_PREPARED, "the run's data are not prepared, or for another offer")

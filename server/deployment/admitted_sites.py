@@ -66,7 +66,7 @@ def load_all_sites(federation: Federation) -> list[AdmittedSite]:
     path = federation.folder / "sites.json"
     try:
         return [AdmittedSite(**item) for item in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: expected the list of admitted sites{instead(error)}") from error
 
 

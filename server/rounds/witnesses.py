@@ -54,12 +54,20 @@ def _is_newer(witness: LedgerWitness, known: LedgerWitness) -> bool:
     return witness.chain != known.chain or witness.length > known.length
 
 
+def _is_whole(witness: LedgerWitness) -> bool:
+    texts = (witness.chain, witness.mac, witness.tag)
+    return type(witness.length) is int and all(isinstance(text, str) for text in texts)
+
+
 def _read(path: Path) -> dict[str, LedgerWitness]:
     try:
-        return {site: LedgerWitness(**values) for site, values in json.loads(path.read_text(encoding="utf-8")).items()}
+        kept = {site: LedgerWitness(**values) for site, values in json.loads(path.read_text(encoding="utf-8")).items()}
+        if not all(_is_whole(witness) for witness in kept.values()):
+            raise ValueError("expected texts and a number of lines")
+        return kept
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(
             f"{path}: expected the witnesses of sites' ledgers, got a damaged file; restore it, or remove it: sites "
             "then cannot tell by it that their ledger was set back"

@@ -59,7 +59,7 @@ class NodeIds(Mapping[int, str]):
                 self._names = {int(node): str(site) for node, site in json.loads(self._path.read_bytes()).items()}
                 self._ever |= self._names
                 self._stamp = stamp
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{self._path}: expected site names by node id{instead(error)}") from error
         return self._names
 

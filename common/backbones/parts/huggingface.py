@@ -163,7 +163,7 @@ def _convert_tokenizer(location: Location) -> tokenizers.Tokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"folder: expected a readable JSON file {path}{instead(error)}") from error
     if not isinstance(values, dict):
         raise BadInput(f"folder: expected keys and values in {path}")

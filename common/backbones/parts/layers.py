@@ -159,7 +159,7 @@ class PooledModel(nn.Module):
             try:
                 json.loads(data)
                 opened = tokenizers.Tokenizer.from_buffer(data)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput("backbone: expected a tokenizer among the weights, got other bytes") from error
             opened.enable_truncation(max_length)
             self._opened = opened

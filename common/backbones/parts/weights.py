@@ -6,7 +6,9 @@ import hashlib
 import io
 import math
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +22,25 @@ from common.types import BadInput
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 _WHEEL = ".whl"
+_DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What torch's restricted unpickler, safetensors and zipfile raise on bytes that are no weights (benchmarks/fuzz)."""
+
 _COUNTER = ".num_batches_tracked"
 
 
@@ -42,7 +63,7 @@ def read_state(path: Path, key: str = "weights", entry: str | None = None) -> di
         if path.suffix == _WHEEL:
             return _load_from_wheel(path, key, entry)
         return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, path, key, entry)
-    except (OSError, SafetensorError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise BadInput(f"{key}: expected readable weights, got a damaged or unreadable file {path}") from error
 
 
