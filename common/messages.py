@@ -60,6 +60,8 @@ TRAIN = "train"
 EVALUATE = "evaluate"
 FINISH = "query.finish"
 
+MAX_UPLOAD_HEADER = "x-headwater-max-upload"
+"""HTTP header of a coordinator's answers: the number of bytes that an upload may have."""
 MAX_JSON_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 30
 MAX_TASKS = 1024

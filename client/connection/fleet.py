@@ -57,6 +57,7 @@ from common.flower import (
     run_pb2,
     sign_message,
 )
+from common.messages import MAX_UPLOAD_HEADER
 from common.types import HeadwaterError
 
 HEARTBEAT_S = 30.0
@@ -70,8 +71,6 @@ _RETRY_FOR_S = 600.0
 """How long the transfer of a message is tried again: once handed out, Flower never hands it out again."""
 _PASSING = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS)
 _OF_NO_RUN = ("activate-node", "deactivate-node", "pull-messages", "send-node-heartbeat")
-_MAX_UPLOAD_HEADER = "x-headwater-max-upload"
-"""The coordinator states in it how many bytes an upload may have."""
 _AROUND_OBJECT = 1024
 """Bytes of an upload beside its object, at most."""
 _MEDIA_TYPE = "application/protobuf"
@@ -360,7 +359,7 @@ class Fleet:
             raise ConnectionLost(f"{type(error).__name__}") from error
         if reply.status_code != httpx.codes.OK:
             raise self._explain_failure(path, reply, signed)
-        stated = reply.headers.get(_MAX_UPLOAD_HEADER, "")
+        stated = reply.headers.get(MAX_UPLOAD_HEADER, "")
         if stated.isascii() and stated.isdigit() and len(stated) < 16:
             self._max_upload = int(stated)
         parsed = _parse(response, content)

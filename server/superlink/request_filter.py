@@ -37,13 +37,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from google.protobuf.message import DecodeError
 
 from common.flower import fleet_pb2
+from common.messages import MAX_UPLOAD_HEADER
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-MAX_UPLOAD_HEADER = "x-headwater-max-upload"
 CONTROL_HEADER = "x-headwater-control"
 HEALTH = ("GET", "/health")
 # Not register-node and unregister-node: sites are admitted by the coordinator, never by themselves.

@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.events import FileJournal, read_daemon_journal
 from common.flower import fleet_pb2, message_pb2, node_pb2
+from common.messages import MAX_UPLOAD_HEADER
 from server.deployment import admitted_sites
 from server.superlink.admission import AdmittedKeys, RejectionLog
 from server.superlink.request_filter import (
     CONTROL_HEADER,
     FLEET,
-    MAX_UPLOAD_HEADER,
     LoopbackFilter,
     PublicFilter,
     RejectedRequest,
