@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from common.events import (
     BackboneSent,
     HeadsEvaluated,
+    QuorumAwaited,
     RepliesAwaited,
     RoundEnded,
-    RunEnded,
     RunEvent,
-    RunFailure,
     RunStarted,
     SiteJoined,
     SiteRejected,
@@ -42,9 +40,7 @@ class RunCounts:
         bytes_down: site -> bytes sent to it in rounds, and backbones.
         bytes_up: site -> bytes of its updates that were used.
         releases: site -> a release's mechanism, of one step -> number of steps.
-        outcome: how the last attempt ended; empty while it did not.
-        reason: why it failed.
-        waiting: the last request whose replies were awaited, while nothing came after it.
+        waiting: the last request whose replies were awaited, or the quorum that was, while nothing came after it.
         last_rejected: site -> its last rejection.
         last_time: time of the last event, in seconds since 1970; None before the first.
         recent: time and description of the last events.
@@ -60,9 +56,7 @@ class RunCounts:
     bytes_down: Counter[str] = field(default_factory=Counter)
     bytes_up: Counter[str] = field(default_factory=Counter)
     releases: dict[str, Counter[Mechanism]] = field(default_factory=dict)
-    outcome: Literal["", "completed", "failed"] = ""
-    reason: str = ""
-    waiting: RepliesAwaited | None = None
+    waiting: RepliesAwaited | QuorumAwaited | None = None
     last_rejected: dict[str, SiteRejected] = field(default_factory=dict)
     last_time: float | None = None
     recent: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
@@ -70,10 +64,10 @@ class RunCounts:
     def add(self, event: RunEvent) -> None:
         """Adds the next event of the journal."""
         self.last_time = event.time
-        self.waiting = event if isinstance(event, RepliesAwaited) else None
+        self.waiting = event if isinstance(event, RepliesAwaited | QuorumAwaited) else None
         match event:
             case RunStarted():
-                self.started, self.outcome, self.reason = event, "", ""
+                self.started = event
             case SiteJoined():
                 self.joined[event.site] = event
             case SiteRejected():
@@ -86,10 +80,6 @@ class RunCounts:
             case HeadsEvaluated():
                 for site, noise in event.noise_multipliers.items():
                     self._add_release(site, Mechanism("gaussian", noise, 1.0, 1, 1.0))
-            case RunEnded():
-                self.outcome = "completed"
-            case RunFailure():
-                self.outcome, self.reason = "failed", event.reason
             case _:
                 pass
         line = describe_event(event, self.num_rounds or 0)

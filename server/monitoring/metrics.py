@@ -47,6 +47,7 @@ def _list_state(seen: CoordinatorState) -> Iterable[Measure]:
 
 def _list_run(seen: CoordinatorState) -> Iterable[Measure]:
     """Yields the numbers of the present or newest run."""
+    yield Measure("queue_length", "Runs that wait for their turn.", {(): seen.count_queued()})
     newest = seen.get_newest_run()
     if newest is None:
         return

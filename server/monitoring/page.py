@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from common.events import QuorumAwaited
 from common.privacy.accounting import round_up
 from common.process.html import (
     Html,
@@ -64,7 +65,7 @@ def _describe_good(seen: CoordinatorState) -> str:
     if newest is None:
         return f"{sites}. No run was started yet."
     name, run = newest
-    return f"{sites}. Run {name}: {_describe_state(seen, name, run)}, {_describe_rounds(run)}."
+    return f"{sites}. Run {name}: {_describe_state(seen, name)}, {_describe_rounds(run)}."
 
 
 def _judge_coordinator(seen: CoordinatorState) -> Iterable[Verdict]:
@@ -116,26 +117,19 @@ def _judge_run(seen: CoordinatorState) -> Iterable[Verdict]:
     if newest is None:
         return
     name, run = newest
-    if name != seen.current and run.outcome == "failed":
+    listed = seen.listed[name]
+    if name == seen.current:
+        yield from _judge_wait(seen, name, run)
+    elif listed.state in ("failed", "interrupted"):
+        why = f": {listed.reason}" if listed.reason else f" after {_describe_rounds(run)}."
         yield (
             "bad",
-            f"Run {name} failed: {run.reason}",
-            f"mend what the sentence names, then `headwater coordinator resume {folder} {name}`",
+            f"Run {name} {'failed' if listed.state == 'failed' else 'was interrupted'}{why}",
+            f"`headwater coordinator resume {folder} {name}`, once what the sentence names is mended; what sites spent "
+            "stays spent and is not spent again",
         )
-    elif name != seen.current and not run.outcome and seen.answering:
-        yield (
-            "bad",
-            f"Run {name} was interrupted after {_describe_rounds(run)}.",
-            f"`headwater coordinator resume {folder} {name}`; what sites spent stays spent and is not spent again",
-        )
-    if name == seen.current and run.waiting is not None and seen.time - run.waiting.time > _WAITING_S:
-        late = ", ".join(seen.name_node(node) for node in run.waiting.node_ids)
-        where = f"round {run.waiting.round}" if run.waiting.round else "the beginning of the run"
-        yield (
-            "attention",
-            f"Run {name} has waited for {late} in {where} for {format_age(seen.time, run.waiting.time)}.",
-            "look at those sites first: `headwater site check SITE.yaml` there",
-        )
+    elif listed.state == "partial":
+        yield "attention", f"Run {name} is complete, but sites or tasks missed rounds of it.", ""
     for site, event in sorted(run.last_rejected.items()):
         at = f"round {event.round}" if event.round is not None else event.stage
         yield (
@@ -145,10 +139,27 @@ def _judge_run(seen: CoordinatorState) -> Iterable[Verdict]:
         )
 
 
-def _describe_state(seen: CoordinatorState, name: str, run: RunCounts) -> str:
-    if name == seen.current:
-        return "under way"
-    return run.outcome or ("interrupted" if run.started else "not begun")
+def _judge_wait(seen: CoordinatorState, name: str, run: RunCounts) -> Iterable[Verdict]:
+    if isinstance(run.waiting, QuorumAwaited):
+        missing = "; ".join(f"{site}: {reason}" for site, reason in run.waiting.sites.items())
+        until = format_time(run.waiting.time + run.waiting.seconds)
+        yield (
+            "bad",
+            f"Run {name} has too few sites in round {run.waiting.round} and waits for them until {until}: {missing}.",
+            "look at those sites: `headwater site check SITE.yaml` there",
+        )
+    elif run.waiting is not None and seen.time - run.waiting.time > _WAITING_S:
+        late = ", ".join(seen.name_node(node) for node in run.waiting.node_ids)
+        where = f"round {run.waiting.round}" if run.waiting.round else "the beginning of the run"
+        yield (
+            "attention",
+            f"Run {name} has waited for {late} in {where} for {format_age(seen.time, run.waiting.time)}.",
+            "look at those sites first: `headwater site check SITE.yaml` there",
+        )
+
+
+def _describe_state(seen: CoordinatorState, name: str) -> str:
+    return "under way" if name == seen.current else seen.listed[name].state
 
 
 def _describe_rounds(run: RunCounts) -> str:
@@ -191,9 +202,7 @@ def _write_runs(seen: CoordinatorState) -> Html:
     for name, run in list(seen.runs.items())[: -_MAX_RUNS - 1 : -1]:
         started = format_time(run.started.time) if run.started else ""
         last = f"{format_age(seen.time, run.last_time)} ago" if run.last_time else ""
-        rows.append(
-            (name, _describe_state(seen, name, run), _describe_rounds(run), started, last, f"{run.seconds:,.1f}")
-        )
+        rows.append((name, _describe_state(seen, name), _describe_rounds(run), started, last, f"{run.seconds:,.1f}"))
     heading = "Runs" if len(seen.runs) <= _MAX_RUNS else f"The last {_MAX_RUNS} of {len(seen.runs)} runs"
     columns = ("run", "state", "rounds", "last start", "last event", "seconds in rounds")
     return write_table(heading, columns, rows, numbers=columns[5:], empty="No run was started yet.")

@@ -10,6 +10,7 @@ from server.deployment.certificates import Validity
 from server.deployment.federation import Federation
 from server.monitoring.counts import RunCounts
 from server.superlink.control import NodeState
+from server.superlink.queue import FederationRun
 
 
 @dataclass
@@ -45,7 +46,8 @@ class CoordinatorState:
         nodes: admitted site -> its connection; None where the SuperLink knows none, or did not answer.
         answering: whether the SuperLink answered.
         current: id of the run that is under way; None where there is none.
-        runs: run id -> its numbers, oldest first.
+        runs: run id -> its numbers, in the order of the queue.
+        listed: run id -> what is wanted of it and where it stands; of the run under way, when it was last asked for.
         ever: numbers of all runs that this process has seen, those included whose folders are gone.
         rejections: rejected requests.
     """
@@ -60,17 +62,19 @@ class CoordinatorState:
     answering: bool
     current: str | None
     runs: Mapping[str, RunCounts]
+    listed: Mapping[str, FederationRun]
     ever: Sequence[RunCounts]
     rejections: Rejections
 
     def get_newest_run(self) -> tuple[str, RunCounts] | None:
-        """Returns the run that is under way, else the newest one; None where there is none."""
-        if not self.runs:
-            return None
-        name = list(self.runs)[-1]
-        if self.current is not None and self.current in self.runs:
-            name = self.current
-        return name, self.runs[name]
+        """Returns the run that is under way, else the last that was begun; None where there is none."""
+        name = self.current if self.current in self.runs else None
+        name = name or next((each for each in reversed(list(self.runs)) if self.runs[each].started), None)
+        return None if name is None else (name, self.runs[name])
+
+    def count_queued(self) -> int:
+        """Returns the number of runs that wait for their turn."""
+        return sum(run.state == "queued" and name != self.current for name, run in self.listed.items())
 
     def name_node(self, node_id: int) -> str:
         """Returns the site of a node, as far as it is known."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from common.events import (
     Event,
     FileJournal,
     HeadsEvaluated,
+    QuorumAwaited,
     RepliesAwaited,
     RoundEnded,
     RunEnded,
     RunFailure,
+    RunInterruption,
     RunStarted,
     SiteJoined,
     SiteRejected,
@@ -223,9 +226,34 @@ def test_problems_come_first_with_what_to_do(federation: Federation) -> None:
     assert [level for level, _, _ in levels] == ["bad", "bad", "attention"]
     assert levels[0][1] == "The SuperLink inside the coordinator does not answer."
     assert levels[1][1] == "Run chest-1 failed: the disk is full"
-    assert levels[1][2].endswith(f"`headwater coordinator resume {federation.folder} chest-1`")
+    assert levels[1][2].startswith(f"`headwater coordinator resume {federation.folder} chest-1`")
     assert levels[2][1] == "The server's certificate expires in 8 day(s)."
     assert f"<code>headwater coordinator renew {federation.folder}</code>" in read_page(Monitor(federation))
+
+
+def test_runs_that_wait_are_counted_and_are_not_the_newest_begun(federation: Federation) -> None:
+    write_run(
+        federation, "chest-1", start(), join("a"), make_round(1, "a"), RunInterruption(reason="b is not connected")
+    )
+    for name in ("chest-2", "chest-3"):
+        (write_run(federation, name) / "order.json").write_text('{"submitted_at": 9e9}')
+    monitor = Monitor(federation)
+    found = read_metrics(monitor)
+    assert (found["queue_length"], found["run_info"]) == ({(): 2}, {("chest-1",): 1})
+    assert "Run chest-1 was interrupted: b is not connected" in [what for _, what, _ in list_verdicts(monitor.look())]
+    (federation.runs / "chest-3/order.json").write_text('{"submitted_at": 9e9, "wanted": "cancel"}')
+    assert read_metrics(monitor)["queue_length"] == {(): 1}
+    page = read_page(monitor)
+    assert [page.count(f"<td>{state}</td>") for state in ("queued", "cancelled", "interrupted")] == [1, 1, 1]
+
+
+def test_a_round_that_waits_for_its_quorum_is_said(federation: Federation) -> None:
+    awaited = QuorumAwaited(round=2, sites={"b": "not connected"}, seconds=600)
+    write_run(federation, "chest-1", start(), join("a"), make_round(1, "a"), awaited)
+    seen = replace(Monitor(federation).look(), current="chest-1", answering=True)
+    [what] = [what for level, what, _ in list_verdicts(seen) if level == "bad" and "too few" in what]
+    assert what.startswith("Run chest-1 has too few sites in round 2 and waits for them until ")
+    assert what.endswith(": b: not connected.")
 
 
 def test_a_run_that_completed_is_no_problem(federation: Federation) -> None:
