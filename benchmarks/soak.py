@@ -141,9 +141,9 @@ class Soak:
             self.made.start_coordinator()
         if self.made.find_run_process() is not None or time.monotonic() < self.next_try:
             return False  # It goes on, or the last process of it is still ending.
-        if not any(word in self.run.last_line for word in ("resume", "under way")):
+        if not any(word in self.run.last_line for word in ("resume", "under way", "by itself", "running", "queued")):
             self.problems.append(f"the run ended with {code}: {self.run.last_line}")
-        self.next_try = time.monotonic() + 10
+        self.next_try = time.monotonic() + 60  # The daemon itself continues it within a minute.
         self.num_resumed += 1
         self.run = self.made.resume()
         return False

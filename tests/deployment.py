@@ -254,7 +254,7 @@ class Deployment:
         """The daemon, as a service starts it; returns when it listens."""
         log = self.folder / "logs" / "link.log"
         before = log.read_text().count("listening on") if log.exists() else 0
-        child = self.spawn("coordinator", "link", self.fed, log=log, prefix=prefix, more=more)
+        child = self.spawn("coordinator", "serve", self.fed, log=log, prefix=prefix, more=more)
         assert wait_until(lambda: log.read_text().count("listening on") > before or child.poll() is not None, 120)
         assert child.poll() is None, log.read_text()[-500:]
 

@@ -54,7 +54,7 @@ def torn_database(made: Deployment) -> str:
     """half of the SuperLink's database is gone when the coordinator was stopped"""
     made.stop()
     _cut_half(made.fed / "state" / "superlink.db")
-    done = made.command("coordinator", "link", made.fed, seconds=60)
+    done = made.command("coordinator", "serve", made.fed, seconds=60)
     said = (done.stdout + done.stderr).strip().splitlines()[-1]
     assert done.returncode in (1, 2) and "superlink.db" in said, said
     (made.fed / "state" / "superlink.db").unlink()

@@ -50,9 +50,7 @@ def run_killed(made: Deployment) -> str:
     process = made.find_run_process()
     assert process is not None
     os.kill(process, signal.SIGKILL)
-    said = expect_resume(made, run)
-    assert "the process that worked on it died" in said
-    return said
+    return expect_resume(made, run)
 
 
 @row
