@@ -73,4 +73,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 states[task].setdefault(rest[0], {})[rest[1]] = array
         return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states, updates)
     except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
-        raise BadInput(f"{path}: expected a checkpoint{instead(error)}") from error
+        raise BadInput(
+            f"{path}: expected a checkpoint{instead(error)}; restore it, or remove it and resume the run: it begins "
+            "again, and sites send the replies that they have stored at no further cost"
+        ) from error
