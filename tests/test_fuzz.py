@@ -5,8 +5,10 @@ The inputs below are faults that longer runs found; each was mended.
 
 from __future__ import annotations
 
+import base64
 import json
 import random
+import ssl
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import pytest
 
 from benchmarks.fuzz import PART, Broken, Tally, Target, check, fuzz_randomly, mutate, record
 from benchmarks.fuzz.targets import RUN, TARGETS
+from client.connection.diagnose import read_authorities
 from client.ledger import chain
 from common.types import BadInput, LedgerDamaged
 from common.yaml import read_yaml
+from server.deployment.certificates import read_validity
 
 DEEP = b"[" * 100_000
 
@@ -73,6 +77,20 @@ FAULTS: dict[str, tuple[str, bytes]] = {
     "weights that end in an integer": ("weights", b"p\x80\x02J\x00"),
     "a frame of 2**64 - 1 bytes": ("frames", b"\x00\x00\x00\x01" + b"\xff" * 8),
 }
+
+
+def test_a_certificate_of_an_unknown_version_is_no_certificate(tmp_path: Path) -> None:
+    seed = open_target("kit").seeds[-1]
+    settings, certificate, offer = seed.split(PART)
+    text = b"".join(certificate.splitlines()[1:-1])
+    der = base64.b64decode(text).replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x03", 1)
+    pem = ssl.DER_cert_to_PEM_cert(der).encode()
+    assert not check(open_target("kit"), PART.join([settings, pem, offer]))
+    (tmp_path / "ca.crt").write_bytes(pem)
+    with pytest.raises(ValueError, match="known version"):
+        read_authorities(tmp_path / "ca.crt")
+    with pytest.raises(BadInput, match="expected a certificate"):
+        read_validity(tmp_path / "ca.crt")
 
 
 @pytest.mark.parametrize("name", FAULTS)

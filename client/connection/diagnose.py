@@ -120,7 +120,10 @@ def read_authorities(ca: Path) -> list[x509.Certificate]:
         OSError: the file cannot be read.
         ValueError: it holds no certificate.
     """
-    return x509.load_pem_x509_certificates(ca.read_bytes())
+    try:
+        return x509.load_pem_x509_certificates(ca.read_bytes())
+    except x509.InvalidVersion as error:
+        raise ValueError("expected a certificate of a known version") from error
 
 
 def read_presented_certificate(coordinator: Coordinator) -> PresentedCertificate:
@@ -138,7 +141,10 @@ def read_presented_certificate(coordinator: Coordinator) -> PresentedCertificate
         raw = connection.sock.getpeercert(binary_form=True)
     finally:
         connection.close()
-    certificate = x509.load_der_x509_certificate(raw or b"")
+    try:
+        certificate = x509.load_der_x509_certificate(raw or b"")
+    except x509.InvalidVersion as error:
+        raise ValueError("expected a certificate of a known version") from error
     return PresentedCertificate(
         issuer=certificate.issuer.rfc4514_string(),
         names=_read_names(certificate),

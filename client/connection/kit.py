@@ -114,7 +114,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
 def _check_ca(path: Path, content: bytes) -> None:
     try:
         count = len(x509.load_pem_x509_certificates(content))
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:  # The latter is no ValueError.
         raise BadInput(f"{path}: expected a PEM certificate in ca.crt, got something else") from error
     if count > _MAX_AUTHORITIES:
         raise BadInput(f"{path}: expected at most {_MAX_AUTHORITIES} certificates in ca.crt, got {count}")
@@ -133,7 +133,7 @@ def check_authorities(ca: Path, kit: Kit) -> None:
         return
     try:
         trusted = x509.load_pem_x509_certificates(ca.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, x509.InvalidVersion) as error:
         raise BadInput(f"{ca}: expected a PEM certificate{instead(error)}; remove it to take the kit's") from error
     signature = kit.settings.authority_vouch or ""
     for each in x509.load_pem_x509_certificates(kit.ca):

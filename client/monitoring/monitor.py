@@ -93,7 +93,7 @@ class SiteMonitor:
 def _count_days_left(authorities: Path) -> int | None:
     try:
         found = x509.load_pem_x509_certificates(authorities.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, x509.InvalidVersion):
         return None
     end = max(each.not_valid_after_utc for each in found)
     return (end - datetime.datetime.now(datetime.UTC)).days

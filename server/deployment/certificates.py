@@ -196,7 +196,7 @@ def write_server(folder: Path, hosts: Sequence[str], *, days: int = SERVER_DAYS)
     try:
         authority = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
         issuer = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, x509.InvalidVersion) as error:
         raise BadInput(
             f"{folder}: expected the authority's ca.key and ca.crt{instead(error)}; "
             "put your copy of them back, or make a new authority with `renew --ca --at-once`"
@@ -227,7 +227,7 @@ def read_validity(path: Path) -> Validity:
     """
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, x509.InvalidVersion) as error:
         raise BadInput(f"{path}: expected a certificate{instead(error)}") from error
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
