@@ -25,6 +25,9 @@ from common.run import Name
 from common.types import BadInput
 from common.yaml import load
 
+ROOM_BYTES = 8 << 20
+"""Free bytes without which nothing is started: the SuperLink's database does not survive a disk that is full."""
+
 
 class FederationConfig(Frozen):
     """The settings in federation.yaml.

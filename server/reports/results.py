@@ -6,7 +6,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -59,11 +59,19 @@ def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], he
         backbones: backbone name -> digest.
         heads: final parameters of heads and trunks by name; empty where the run failed.
     """
+    # An earlier attempt's: where there is one, the heads are whole.
+    (folder / "summary.json").unlink(missing_ok=True)
     summary = summarize(read_run_journal(folder / "journal.jsonl"))
     epsilon = {name: site.epsilon for name, site in summary.sites.items() if site.rounds}
     save_heads(folder, run, backbones, heads, epsilon)
     write_atomic(folder / "summary.json", summary.to_json().encode())
     return summary
+
+
+def has_results(folder: Path, names: Iterable[str]) -> bool:
+    """Returns whether a run's folder has all heads of a run that ended, and the summary that was written after them."""
+    heads = [folder / "heads" / f"{name}.safetensors" for name in names]
+    return all(path.exists() for path in [folder / "summary.json", *heads])
 
 
 def save_heads(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import final
 
@@ -60,4 +61,5 @@ class RejectionLog:
         if len(self._muted) >= _MAX_MUTED:
             self._muted.clear()
         self._muted[key] = now + _QUIET_S
-        self._journal.write(RequestRejected(**asdict(rejected)))
+        with suppress(OSError):  # A full disk below the list of rejections stops nobody.
+            self._journal.write(RequestRejected(**asdict(rejected)))

@@ -9,10 +9,13 @@ Invariant: this process never loads torch, which alone would take most of its me
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 from flwr.serverapp import Grid
 
+from common.errors import explain_os_error
 from common.events import FileJournal, RunFailure, RunInterruption
 from common.files import lock_file
 from common.offers import list_digests
@@ -40,8 +43,11 @@ def run_deployed(grid: Grid, folder: Path) -> None:
     end_with_parent()
     # Waits, because the process of an earlier daemon may still be ending.
     busy = RunFailed(f"{folder}: another process still works on this run")
-    with lock_file(folder / "run.lock", timeout_s=_WAIT_S, held=busy):
-        _run_and_report(grid, folder)
+    try:
+        with lock_file(folder / "run.lock", timeout_s=_WAIT_S, held=busy):
+            _run_and_report(grid, folder)
+    except OSError as error:
+        raise _interrupt(error, folder) from None
 
 
 def _run_and_report(grid: Grid, folder: Path) -> None:
@@ -66,11 +72,25 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
             witnesses=folder.parents[1] / "state" / "witnesses.json",
         )
-    except HeadwaterError as error:
+    except (HeadwaterError, OSError, httpx.HTTPError) as error:
+        raised = error if isinstance(error, HeadwaterError) else _interrupt(error, folder)
         # With whole rounds behind it, a run that finds too few sites is as resumable as one that loses them.
-        begun = isinstance(error, RunFailed) and resume is not None and resume.rounds_done > 0
-        ending = RunInterruption if begun or isinstance(error, RunInterrupted) else RunFailure
-        journal.write(ending(reason=str(error)))
-        write_results(folder, run, digests, {})
-        raise
+        begun = isinstance(raised, RunFailed) and resume is not None and resume.rounds_done > 0
+        ending = RunInterruption if begun or isinstance(raised, RunInterrupted) else RunFailure
+        # On a full disk nothing can be written; the daemon goes on with the run once there is room.
+        with suppress(OSError):
+            journal.write(ending(reason=str(raised)))
+            write_results(folder, run, digests, {})
+        raise raised from None
     write_results(folder, run, digests, outcome.heads)
+
+
+def _interrupt(error: OSError | httpx.HTTPError, folder: Path) -> RunInterrupted:
+    """Returns why a run cannot go on for now: what the machine refused, and what to do."""
+    if isinstance(error, OSError):
+        explained = explain_os_error(error)
+        return RunInterrupted(explained if error.filename else f"{folder}: {explained}")
+    return RunInterrupted(
+        f"the coordinator's daemon did not take or give a message ({type(error).__name__}): see state/link.log, and "
+        "the free space of the disk"
+    )

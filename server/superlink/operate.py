@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 from common.events import RunEnded, RunFailure, RunInterruption, RunStarted, SiteJoined, read_run_journal, select_events
+from common.files import check_room
 from common.process.health import is_serving
 from common.process.lines import read_error
 from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.certificates import check_server, read_validity
-from server.deployment.federation import Federation
+from server.deployment.federation import ROOM_BYTES, Federation
 from server.reports.status import CertificateStatus, ConnectionStatus, DaemonStatus, FederationStatus, RunStatus
 from server.reports.summary import count_missed_rounds, find_status, select_rounds
 from server.superlink.control import Control, DaemonUnreachable
@@ -33,10 +34,12 @@ def ensure_daemon(federation: Federation) -> bool:
     Raises:
         BadInput: it cannot start, with its own reason.
         RunFailed: it did not come up in time.
+        OSError: the disk is nearly full.
     """
     if find_daemon_pid(federation) is not None:
         return False
     check_server(federation.tls, federation.config.hosts())
+    check_room(federation.state, ROOM_BYTES)
     if federation.log.exists():
         federation.log.replace(federation.log.with_suffix(".log.1"))
     with federation.log.open("wb") as log:

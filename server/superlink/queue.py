@@ -27,15 +27,15 @@ from common.events import (
     read_run_journal,
     select_events,
 )
-from common.files import lock_file, stamp_file, write_atomic
+from common.files import check_room, lock_file, stamp_file, write_atomic
 from common.plugins import Frozen
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
 from server.deployment.app_bundle import RUN_FOLDER, make_bundle
-from server.deployment.federation import Federation
+from server.deployment.federation import ROOM_BYTES, Federation
 from server.deployment.preparation import Prepared, prepare_again, write_prepared
-from server.reports.results import new_run_folder
+from server.reports.results import has_results, new_run_folder
 from server.reports.status import ListedRun, RunState
 from server.reports.summary import find_status, select_rounds
 from server.superlink.control import Control
@@ -123,9 +123,12 @@ def submit_run(federation: Federation, run: RunConfig, prepared: Prepared) -> Pa
         federation: the run's federation.
         run: the run, with absolute paths.
         prepared: what was prepared for it.
+
+    Raises:
+        OSError: the disk is nearly full.
     """
+    check_room(federation.runs, ROOM_BYTES)
     folder = new_run_folder(federation.runs, run.name)
-    write_prepared(folder, prepared)
     write_prepared(folder, prepared)
     write_yaml(folder / "config.yaml", run)
     # Last: without an order the daemon does not see the folder.
@@ -134,7 +137,12 @@ def submit_run(federation: Federation, run: RunConfig, prepared: Prepared) -> Pa
 
 
 def resume_run(folder: Path) -> None:
-    """Wants a run again that did not end; it keeps its place, before all that were submitted after it."""
+    """Wants a run again that did not end; it keeps its place, before all that were submitted after it.
+
+    Raises:
+        OSError: the disk is nearly full.
+    """
+    check_room(folder, ROOM_BYTES)
     events = read_run_journal(folder / "journal.jsonl")
     _write_order(folder, Order(submitted_at=_read_order(folder).submitted_at, skip=len(events)))
 
@@ -197,7 +205,8 @@ def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
         raise BadInput(f"expected a run that was interrupted, got {newest.id}, which is {newest.state}")
     ended = select_events(read_run_journal(newest.folder / "journal.jsonl"), RunEnded)
     # A complete run whose final heads did not reach every site is continued by its name: they are sent again.
-    if ended and not (run_id is not None and ended[-1].missing):
+    resend = run_id is not None and ended and ended[-1].missing
+    if ended and not resend and has_results(newest.folder, ended[-1].updates):
         raise BadInput(
             f"expected a run that was interrupted, got {newest.id}, which is complete; an older one has to be named"
         )
@@ -265,6 +274,7 @@ class Queue:
 
         Raises:
             HeadwaterError: the SuperLink does not answer, or does not take the run.
+            OSError: the disk is nearly full.
         """
         open_ = self._list_open()
         if not open_:
@@ -278,6 +288,8 @@ class Queue:
         for run in sorted(pending, key=lambda run: (run.order.attempts == 0, run.order.submitted_at)):
             if is_worked_on(run.folder):
                 return  # The process of an earlier daemon is still ending.
+            # Before the attempt: a run does not use its attempts up while the disk is full.
+            check_room(run.folder, ROOM_BYTES)
             if self._begin_attempt(run):
                 control.submit(make_bundle(), {RUN_FOLDER: str(run.folder)})
                 return

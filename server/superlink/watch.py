@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common.errors import explain_os_error
 from common.events import (
     BackboneSent,
     FeaturesReady,
@@ -20,7 +21,9 @@ from common.events import (
     SiteRejected,
     read_run_journal,
 )
+from common.files import check_room
 from common.types import RunFailed, explain_rejection
+from server.deployment.federation import ROOM_BYTES
 from server.superlink.queue import PENDING, describe_run, is_worked_on
 
 _POLL_S = 0.5
@@ -42,7 +45,7 @@ def watch(folder: Path, *, alive: Callable[[], bool], show: Show) -> None:
     Raises:
         RunFailed: the daemon's process ended before the run did.
     """
-    rounds, shown = 0, describe_run(folder).order.skip
+    rounds, shown, said = 0, describe_run(folder).order.skip, ""
     last_alive = time.monotonic()
     while True:
         if alive():
@@ -57,12 +60,25 @@ def watch(folder: Path, *, alive: Callable[[], bool], show: Show) -> None:
         shown = len(events)
         if run.state not in PENDING and not is_worked_on(folder):
             return
+        problem = _find_lack_of_room(folder) if run.order.attempts and not is_worked_on(folder) else ""
+        if problem and problem != said:
+            show(f"run {run.id} waits: {problem}; the coordinator then goes on with it by itself")
+        said = problem
         if time.monotonic() - last_alive > _ENDING_S:
             raise RunFailed(
                 f"run {run.id}: the coordinator ended while the run was {run.state}; see state/link.log; "
                 f"`headwater coordinator serve {folder.parents[1]}` goes on with it"
             )
         time.sleep(_POLL_S)
+
+
+def _find_lack_of_room(folder: Path) -> str:
+    """Returns in a sentence that the disk is nearly full; an empty text where it is not."""
+    try:
+        check_room(folder, ROOM_BYTES)
+    except OSError as error:
+        return explain_os_error(error)
+    return ""
 
 
 def describe_event(event: RunEvent, rounds: int) -> str | None:

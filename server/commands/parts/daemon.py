@@ -10,6 +10,7 @@ from common.events import RunFailure, RunInterruption, Summary
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
 from common.types import RunFailed, RunInterrupted
 from server.deployment.federation import Federation
+from server.reports.results import has_results
 from server.reports.summary import list_failures
 from server.reports.tables import render_summary
 from server.superlink import operate
@@ -79,6 +80,8 @@ def report_end_of_run(path: Path) -> None:
     if run.end is None:
         # Its process wrote no end: it was stopped, or died too often.
         raise RunFailed(f"run {run.id}: {run.reason or run.state}; {resume} continues it after its last whole round")
+    if not has_results(path, run.end.updates):
+        raise RunInterrupted(f"run {run.id}: its process ended before it had written all results; {resume} writes them")
     summary = Summary.model_validate_json((path / "summary.json").read_bytes())
     make_console().print(render_summary(summary), crop=False)
     typer.echo(f"results: {path}")
