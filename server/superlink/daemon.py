@@ -30,7 +30,7 @@ from server.deployment.federation import Federation
 from server.superlink.admission import create_public_filter
 from server.superlink.queue import Queue, remove_old_runs
 from server.superlink.request_filter import LoopbackFilter
-from server.superlink.superlink import build_environment, create_superlink, start_superexec
+from server.superlink.superlink import build_environment, check_database, create_superlink, start_superexec
 
 if TYPE_CHECKING:
     import socket
@@ -89,6 +89,7 @@ def run_daemon(federation: Federation, pages: Pages | None = None) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     with hold_daemon_lock(federation):
         check_server(federation.tls, config.hosts())
+        check_database(federation)
         from server.superlink.listeners import bind_socket  # uvicorn and Flower: only this process pays for them.
 
         sockets = (

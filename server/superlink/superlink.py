@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import private_folder
 from common.flower import import_superlink
+from common.types import BadInput
 from server.deployment.federation import Federation
 
 if TYPE_CHECKING:
@@ -37,6 +40,27 @@ def build_environment(federation: Federation) -> dict[str, str]:
         "NO_PROXY": local,
         "no_proxy": local,
     }
+
+
+def check_database(federation: Federation) -> None:
+    """Checks that the SuperLink's database, where there is one, is whole.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    path = federation.state / "superlink.db"
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            whole = database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    except sqlite3.Error:
+        whole = False
+    if not whole:
+        raise BadInput(
+            f"{path}: expected the SuperLink's database, got a damaged file; remove it and its -wal and -shm files: "
+            "sites are registered anew, and a run can be resumed"
+        )
 
 
 def create_superlink(federation: Federation) -> FastAPI:
