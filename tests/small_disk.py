@@ -16,13 +16,14 @@ from tests.federation import ROOT, environment
 _MOUNT = 'mount -t tmpfs -o "size=$1,mode=700" tmpfs "$2" && exec "$3" -c "$4"'
 
 
-def run_on_small_disk(check: Callable[[Path], None], folder: Path, *, size: str = "2m") -> str:
+def run_on_small_disk(check: Callable[[Path], None], folder: Path, *, size: str = "2m", timeout_s: float = 240) -> str:
     """Runs a function of a test module with an empty folder on a disk of that size; returns what it printed.
 
     Args:
         check: the function; it is imported by its name in a process of its own.
         folder: the folder to mount the disk at.
         size: the disk's size, as tmpfs takes it.
+        timeout_s: seconds after which it is ended.
     """
     folder.mkdir(parents=True)
     code = f"from pathlib import Path; from {check.__module__} import {check.__name__} as f; f(Path({str(folder)!r}))"
@@ -30,7 +31,7 @@ def run_on_small_disk(check: Callable[[Path], None], folder: Path, *, size: str 
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
     done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
     )
     if "mount:" in done.stderr:
         pytest.skip("no file system can be mounted here")

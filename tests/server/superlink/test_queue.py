@@ -210,6 +210,7 @@ def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(f
         withdraw_run(folder, "pause")
     assert find_interrupted_run(federation, None) == second
     begin(second).write(RunEnded(updates={}, heads=""))
+    (second / "summary.json").touch()  # Complete is what has its results.
     with pytest.raises(BadInput, match=f"got {second.name}, which is complete"):
         find_interrupted_run(federation, None)
     assert find_interrupted_run(federation, first.name) == first
