@@ -22,6 +22,7 @@ from server.reports.status import CertificateStatus, ConnectionStatus, DaemonSta
 from server.reports.summary import count_missed_rounds, find_status, select_rounds
 from server.superlink.control import Control, DaemonUnreachable
 from server.superlink.daemon import find_daemon_pid
+from server.superlink.queue import find_shown_run
 from server.superlink.superlink import build_environment
 
 _START_S = 60.0
@@ -94,7 +95,7 @@ def status(federation: Federation) -> FederationStatus:
         daemon=DaemonStatus(running=process is not None, pid=process),
         certificate=CertificateStatus(valid_until=certificate.until.isoformat(), days_left=certificate.days_left),
         sites={site: ConnectionStatus() for site in sorted(load_admitted_sites(federation))},
-        run=_describe_newest_run(federation),
+        run=_describe_shown_run(federation),
     )
     return found if process is None else _ask_daemon(federation, found)
 
@@ -120,11 +121,10 @@ def _ask_daemon(federation: Federation, found: FederationStatus) -> FederationSt
     return found.model_copy(update={"daemon": daemon, "sites": dict(found.sites) | sites, "run": run})
 
 
-def _describe_newest_run(federation: Federation) -> RunStatus | None:
-    folders = sorted(federation.runs.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not folders:
+def _describe_shown_run(federation: Federation) -> RunStatus | None:
+    folder = find_shown_run(federation)
+    if folder is None:
         return None
-    folder = folders[-1].parent
     events = read_run_journal(folder / "journal.jsonl")
     started = select_events(events, RunStarted)
     done = select_rounds(events)

@@ -158,6 +158,17 @@ def list_runs(federation: Federation) -> list[FederationRun]:
     return sorted(found, key=lambda run: run.order.submitted_at)
 
 
+def find_shown_run(federation: Federation) -> Path | None:
+    """Returns the folder of the run that a status is about: the one under way, or the last that was; None without any.
+
+    A run that waits is shown where none has begun.
+    """
+    runs = list_runs(federation)
+    shown = [run for run in runs if run.state == "running"] or [run for run in runs if run.last_event_at is not None]
+    chosen = max(shown or runs, key=lambda run: (run.last_event_at or 0.0, run.order.submitted_at), default=None)
+    return None if chosen is None else chosen.folder
+
+
 def describe_run(folder: Path) -> FederationRun:
     """Returns the state of the run in a folder."""
     order = _read_order(folder)

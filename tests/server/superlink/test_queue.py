@@ -16,12 +16,14 @@ from server.commands.parts.daemon import report_end_of_run
 from server.deployment.federation import Federation
 from server.deployment.preparation import Prepared
 from server.rounds.checkpoint import Checkpoint
+from server.superlink import operate
 from server.superlink.control import RunState
 from server.superlink.queue import (
     MAX_ATTEMPTS,
     Queue,
     describe_run,
     find_interrupted_run,
+    find_shown_run,
     list_runs,
     remove_old_runs,
     resume_run,
@@ -107,6 +109,27 @@ def test_a_run_whose_process_died_goes_on_before_any_other_also_in_another_daemo
     submit(federation, "b")
     Queue(federation).start_next(engine)
     assert engine.started == [first.name, first.name]
+
+
+def test_a_status_shows_the_run_under_way_and_not_one_that_waits_behind_it(federation: Federation) -> None:
+    assert find_shown_run(federation) is None
+    first = submit(federation, "a")
+    assert find_shown_run(federation) == first
+    engine, queue = Engine(), Queue(federation)
+    queue.start_next(engine)
+    second = submit(federation, "b")
+    assert find_shown_run(federation) == first, "it is about to begin"
+    journal = begin(first, 1, 2, 3, 4)
+    assert find_shown_run(federation) == first
+    journal.write(RunEnded(updates={}, heads=""))
+    withdraw_run(second, "cancel")
+    assert find_shown_run(federation) == first, "the other never began"
+    engine.die()
+    third = submit(federation, "c")
+    queue.start_next(engine)
+    assert find_shown_run(federation) == third
+    found = operate.status(federation).run
+    assert found is not None and found.id == third.name
 
 
 def test_no_second_process_starts_while_the_earlier_one_is_still_ending(federation: Federation) -> None:
