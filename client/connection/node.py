@@ -77,6 +77,8 @@ BUSY_FOR_S = 30.0
 WORKER_IDLE_S = 300.0
 """A worker that was idle for so long is ended, which frees its memory."""
 HEARTBEAT_EVERY_S = 20.0
+AWAY_S = 1.0
+"""Time for which a site that was started again is away: the coordinator looks at who is there several times in it."""
 MAX_DELAY_S = 60.0
 MAX_CLAIMED = 64
 """Messages that are claimed before one of them is answered; each is without its content, and so at most 4 MiB."""
@@ -289,7 +291,13 @@ class Node:
             # A site that crashed a moment ago still counts as online, and activating it again would be refused.
             with contextlib.suppress(ConnectionRefused):
                 if self._fleet.send_heartbeat(node):
-                    return node
+                    if self._has_joined:
+                        return node
+                    # A process before this one may have died with a message, and the coordinator hands none out twice.
+                    # A site that was away and is back is asked again at once; of one that seems to have been there all
+                    # the time the coordinator only sees that it is silent.
+                    self._fleet.deactivate(node)
+                    self._leaving.event.wait(AWAY_S)
         node = self._fleet.activate()
         try:
             write_atomic(path, str(node).encode())
