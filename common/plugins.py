@@ -69,7 +69,10 @@ class Spec(BaseModel):
 
 def _relative_to_file(path: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base") or Path.cwd()
-    return (base / path.expanduser()).resolve()
+    try:
+        return (base / path.expanduser()).resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected a path, got a link that leads to itself") from error
 
 
 LocalPath = Annotated[Path, AfterValidator(_relative_to_file)]

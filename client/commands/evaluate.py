@@ -35,7 +35,7 @@ def evaluate(
         try:
             result = compare(Site(load(SiteConfig, site).select(coordinator), os_entropy), run)
         except SiteDeclined as declined:
-            raise BadInput(f"--run {run}: {declined.detail}") from declined
+            raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
         if json_:
             typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
         else:

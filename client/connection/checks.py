@@ -369,8 +369,9 @@ def _check_admission(config: SiteConfig, coordinator: Coordinator) -> Check:
     except BadInput:
         return Check("admitted", "warn", "not tried: there is no usable key", "")
     try:
-        if path.exists():
-            fleet.check_admission(int(path.read_text(encoding="ascii")))
+        # A damaged number is as good as none.
+        if path.is_file() and (text := path.read_bytes().strip()).isdigit():
+            fleet.check_admission(int(text[:20]))
         else:
             # The first time: joins as `start` does, and leaves at once.
             fleet.deactivate(fleet.activate())

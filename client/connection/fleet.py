@@ -86,6 +86,10 @@ class ExplainedLoss(ConnectionLost):
     """The same; the message says in one sentence what was seen and what to do."""
 
 
+class PartPending(ConnectionLost):
+    """A part of a message has not reached the coordinator yet; that is no fault."""
+
+
 class InvalidAnswer(ConnectionLost):
     """The coordinator can be reached and its answer is wrong; the same request again would not help."""
 
@@ -304,7 +308,7 @@ class Fleet:
             except InvalidAnswer:
                 raise
             except ConnectionLost as error:
-                if not reported:
+                if not reported and not isinstance(error, PartPending):
                     self._report(f"a transfer is tried again for {_RETRY_FOR_S:g} s: {self.explain_loss(error)}")
                     reported = True
                 if time.monotonic() > until or self._stopping.wait(wait_s):
@@ -330,7 +334,7 @@ class Fleet:
         request = message_pb2.PullObjectRequest(node=node_pb2.Node(node_id=node), run_id=run, object_id=name)
         response = self._call("pull-object", request, message_pb2.PullObjectResponse(), max_bytes=max_bytes + _SMALL)
         if response.object_found and not response.object_available:
-            raise ConnectionLost("a part of the message is still on its way")
+            raise PartPending("a part of the message is still on its way")
         content = bytes(response.object_content)
         if sha256(content).hexdigest() != name:
             raise InvalidAnswer("a part of the message is not there, or not what its digest says")

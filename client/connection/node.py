@@ -284,7 +284,7 @@ class Node:
 
     def _activate(self) -> int:
         path = self._config.coordinator_dir / NODE_ID
-        saved = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+        saved = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
         # A damaged file is as good as none: the coordinator knows the node by its key.
         if saved.isascii() and saved.isdigit():
             node = int(saved)

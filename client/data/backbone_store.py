@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.backbones import Kind, find_weights_file
+from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.messages import PART_BYTES
 from common.model.backbones import Backbone, load_blob, open_pretrained, verify_blob
@@ -145,7 +146,13 @@ class BackboneStore:
         if not self.has(digest):
             raise BadInput("the backbone was not received yet")
         folder = self._folder / digest
-        spec = (folder / "spec.json").read_text(encoding="utf-8")
+        try:
+            spec = (folder / "spec.json").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DigestMismatch(
+                f"{folder}: expected the settings of a stored backbone{instead(error)}; remove the folder, and the "
+                "backbone is received again by the next run"
+            ) from error
         backbone = self._verified(BackboneBlob(spec, (folder / "weights.safetensors").read_bytes(), digest))
         if backbone.digest != digest:
             raise DigestMismatch("the stored backbone differs from its digest")

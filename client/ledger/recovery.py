@@ -99,6 +99,11 @@ def recover(
         BadInput: the ledger is not damaged, there never was one, or less than the worst case is stated.
     """
     place = folder / population
+    if place.is_symlink() and not place.exists():
+        raise BadInput(
+            f"{place}: the ledger is a link to {place.readlink()}, which is not there; if its disk is not mounted, "
+            "mount it; if it is lost, remove the link and recover again"
+        )
     seen = _describe_damage(folder, population, was_used, behind)
     bodies, legible = chain.read_verifiable(place), chain.read_legible(place)
     worst = _find_worst_terms(terms, legible)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from google.protobuf.message import DecodeError
 
 from client.data.prepare import open_units
 from client.data.units import Units
@@ -20,6 +21,7 @@ from client.personal.metrics import compute_exact_sums, compute_metrics, compute
 from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
+from common.errors import instead
 from common.events import Metrics
 from common.model.trunks import create_modules
 from common.run import Privacy
@@ -99,7 +101,10 @@ def load_final_heads(folder: Path) -> Heads:
     path = folder / FINAL_HEADS
     if not path.exists():
         raise BadInput(f"run {folder.name}: expected its final heads, but it has not ended here yet")
-    request = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
+    try:
+        request = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
+    except (DecodeError, OSError, messages.OtherVersion) as error:
+        raise DigestMismatch(f"{path}: expected the final heads of a run{instead(error)}") from error
     if heads_digest(request.heads) != request.digest:
         raise DigestMismatch(f"{path}: the heads differ from the digest they were sent with")
     return request.heads

@@ -223,7 +223,7 @@ def digest_of_offer(folder: Path) -> str:
 
 
 def joined_run(site: Site, run_id: str) -> Joined:
-    """A run this site joined. Raises SiteDeclined for any other."""
+    """A run this site joined. Raises SiteDeclined for any other, and for one whose files are damaged."""
     folder = run_folder(site, run_id)
     try:
         offer = (folder / "offer.json").read_bytes()
@@ -232,7 +232,8 @@ def joined_run(site: Site, run_id: str) -> Joined:
     try:
         return _joined(run_id, offer, folder, read_first_round(folder))
     except BadInput as error:
-        raise ValueError(str(error)) from error  # The site's own file is damaged: no fault of the request.
+        # The site's own file is damaged: no fault of the request.
+        raise SiteDeclined(DeclineReason.INTERNAL, str(error)) from error
 
 
 @lru_cache(maxsize=1024)

@@ -156,6 +156,6 @@ def test_a_damaged_note_of_the_first_round_charges_nothing(site: Site, frozen: B
     give_backbone(site, "run-1", frozen)
     for damaged in (b"", b"0", b"soon", b"4\n4", b"99999999999"):
         (site.config.state_dir / "runs" / "run-1" / "first_round").write_bytes(damaged)
-        with pytest.raises(ValueError, match="first_round"):
+        with pytest.raises(SiteDeclined, match="first_round"):
             train_round(site, frozen, 4)
     assert site.ledger().charges() == []
