@@ -18,7 +18,7 @@ from benchmarks.faults.parts import (
     row,
 )
 from common.events import SiteRejected, select_events
-from tests.deployment import Deployment
+from tests.deployment import Deployment, wait_until
 from tests.federation import app_of
 
 
@@ -36,7 +36,11 @@ def bad_records(made: Deployment) -> str:
         made.stop_site(name)
         tables[name].write_text(change(whole[name]))
     try:
-        made.start_sites()
+        made.start_site("beta")
+        made.wait_for_joined("beta")
+        made.start_site("gamma")  # Its records are tried before anybody is contacted.
+        gamma = made.sites["gamma"]
+        assert wait_until(lambda: not gamma.is_running(), 120), "it joined without a label"
         said = expect_end_or_resume(made, made.start_run(rounds=2))
         assert sorted(made.rounds()[-1].sites) == ["alpha", "beta"]
         for name in changes:
