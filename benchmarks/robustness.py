@@ -294,7 +294,8 @@ def render_table(rows: Sequence[Mapping[str, Any]], epsilon: float) -> str:
     lines = ["| attack | hostile | " + " | ".join(f"`{name}`" for name in AGGREGATORS) + " |", "|---" * 7 + "|"]
     for attack, count in [("none", 0), *product(ATTACKS, (1, 2))]:
         shown = [_show(cells.get((attack, count, name), [])) for name in AGGREGATORS]
-        lines.append(f"| {attack} | {count} of {NUM_SITES} | " + " | ".join(shown) + " |")
+        if "-" not in shown:  # A row of which a run is missing is left out.
+            lines.append(f"| {attack} | {count} of {NUM_SITES} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -306,10 +307,8 @@ def _show(values: Sequence[float]) -> str:
 
 
 def write_page(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces the tables between the page's two marks; one of which a run is missing is left out."""
-    tables = [render_table(rows, epsilon) for epsilon in EPSILONS]
-    whole = {epsilon: table for epsilon, table in zip(EPSILONS, tables, strict=True) if "| - |" not in table}
-    shown = "\n\n".join(f"### ε = {epsilon:g}\n\n{table}" for epsilon, table in whole.items())
+    """Replaces the tables between the page's two marks."""
+    shown = "\n\n".join(f"### ε = {epsilon:g}\n\n{render_table(rows, epsilon)}" for epsilon in EPSILONS)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- tables -->")
     _, _, after = rest.partition("<!-- end of tables -->")
     PAGE.write_text(f"{before}<!-- tables -->\n\n{shown}\n\n<!-- end of tables -->{after}", encoding="utf-8")
