@@ -59,7 +59,10 @@ def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model
     """
     values = read_yaml(path, overrides)
     _refuse_another_file(model, values, path)
-    return parse(model, values, base=path.resolve().parent)
+    try:
+        return parse(model, values, base=path.resolve().parent)
+    except BadInput as error:
+        raise BadInput(f"{error} (in {path})") from error
 
 
 def _refuse_another_file(model: type[BaseModel], values: Mapping[str, Any], path: Path) -> None:

@@ -46,7 +46,7 @@ def approve(
         if list_ and run is not None:
             raise BadInput(f"--list: expected no run beside it, got {run!r}; leave one of the two out")
         if run is None:
-            _print_offers(approvals, locate_offers(site, config), json_)
+            _print_offers(approvals, site, locate_offers(site, config), json_)
             return
         from client.connection.checks import freeze_records  # Here, as below: `--list` needs no torch.
 
@@ -128,7 +128,7 @@ def _describe_trainable(run: RunConfig) -> str:
     )
 
 
-def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
+def _print_offers(approvals: Approvals, site: Path, kit: Path, json_: bool) -> None:
     """Prints the offers that wait, those that came with the kit, and what was approved."""
     waiting, approved, unreadable = approvals.waiting(), approvals.all(), approvals.unreadable()
     known = {offer.digest for offer in waiting} | {item.digest for item in approved}
@@ -144,6 +144,7 @@ def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
                     "by": item.by,
                     "time": item.time,
                     "in_force": approvals.find_suspension(item.digest) is None,
+                    "used_by": item.used_by,
                 }
                 for item in approved
             ],
@@ -158,6 +159,9 @@ def _print_offers(approvals: Approvals, kit: Path, json_: bool) -> None:
         typer.echo(f"in kit    {check_offer(offer).name}  {offer.digest}  {path}")
     for item in approved:
         hindered = approvals.find_suspension(item.digest) is not None
-        typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}{'; NOT IN FORCE' if hindered else ''}")
+        used = f"; used by {item.used_by}" if item.used_by else ""
+        typer.echo(f"approved  {item.run}  {item.digest}  by {item.by}{used or ('; NOT IN FORCE' if hindered else '')}")
     if not waiting and not approved and not in_kit and not unreadable:
         typer.echo("no offer waits and none was approved")
+    if waiting:
+        typer.echo(f"next: headwater site approve {site} DIGEST, of a run that waits")

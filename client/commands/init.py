@@ -57,7 +57,7 @@ def init(
         if kit is None and not new_key:
             typer.echo(f"kit         when it has come: headwater site init {folder} --kit KIT.zip")
         others = list_populations(find_default_ledger_dir())
-        if others and not new_key:
+        if others and lines and not new_key:
             shown = ", ".join(others[:_MAX_SHOWN]) + (", ..." if len(others) > _MAX_SHOWN else "")
-            typer.echo(f"registry    this machine has ledgers of {shown}: for the same patients write that registry")
+            typer.echo(f"registry    this machine has ledgers of {shown}: for the same patients name it as `registry`")
         typer.echo(f"then        headwater site check {site_file}")

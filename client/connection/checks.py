@@ -100,8 +100,12 @@ def check_approvals(
         name = path.stem if coordinator is None else f"{coordinator} {path.stem}"
         if config.approval == "automatic":
             yield Check(f"run {name}", "pass", "joined without an approval, as the site file says")
-        elif offer.digest in {approval.digest for approval in approvals.all()}:
-            yield Check(f"run {name}", "pass", f"approved, digest {offer.digest}")
+            continue
+        given = [approval for approval in approvals.all() if approval.digest == offer.digest]
+        unused = any(approval.used_by is None for approval in given)
+        if given:
+            used = "" if unused else f"; used by {given[-1].used_by}: a further run needs another approval"
+            yield Check(f"run {name}", "pass", f"approved, digest {offer.digest}{used}")
         else:
             yield Check(f"run {name}", "warn", "not approved yet", f"headwater site approve {site} {path}{option}")
 

@@ -404,7 +404,7 @@ class Node:
         envelope = delivery.envelope
         asked = envelope.metadata.message_type
         group = envelope.metadata.group_id
-        self._show_request(f"asked: {asked}{f', round {group}' if group.isdecimal() else ''}")
+        self._show_request(f"asked: {asked.removeprefix('query.')}{f', round {group}' if group.isdecimal() else ''}")
         try:
             outgoing = self._make_reply(delivery)
         except RunInactive:

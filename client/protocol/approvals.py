@@ -56,12 +56,13 @@ def check_offer(offer: Offer) -> RunConfig:
 
 @dataclass(frozen=True)
 class Approval:
-    """One approval: which run, by whom, when (seconds since 1970)."""
+    """One approval: which run, by whom, when (seconds since 1970), and the id of the run that used it, if one did."""
 
     digest: str
     run: str
     by: str
     time: float
+    used_by: str | None = None
 
 
 class Approvals:
@@ -72,10 +73,15 @@ class Approvals:
         self._waiting = state_dir / "waiting"
 
     def all(self) -> list[Approval]:
-        """Every approval ever given, oldest first."""
+        """Returns every approval ever given, oldest first; of one digest the oldest are used first."""
+        events = read_approval_journal(self._log)
+        used: dict[str, dict[str, None]] = {}
+        for use in select_events(events, ApprovalUsed):
+            used.setdefault(use.digest, {})[use.run_id] = None
+        runs = {digest: iter(ids) for digest, ids in used.items()}
         return [
-            Approval(event.digest, event.run, event.by, event.time)
-            for event in select_events(read_approval_journal(self._log), RunApproved)
+            Approval(given.digest, given.run, given.by, given.time, next(runs.get(given.digest, iter(())), None))
+            for given in select_events(events, RunApproved)
         ]
 
     def covers(self, digest: str, run_id: str) -> bool:

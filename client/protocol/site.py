@@ -212,8 +212,13 @@ def check_approved(site: Site, run_id: str, digest: str, *, use: bool) -> None:
     approvals = Approvals(site.config.coordinator_dir)
     if not (approvals.use(digest, run_id) if use else approvals.covers(digest, run_id)):
         suspension = approvals.find_suspension(digest)
-        fault = "nobody approved run" if suspension is None else f"{suspension}; the approval is not in force of run"
-        detail = f"{fault} {digest}; see `headwater site approve SITE.yaml`"
+        if suspension is not None:
+            fault = f"{suspension}; the approval is not in force of run {digest}"
+        elif any(approval.digest == digest for approval in approvals.all()):
+            fault = f"each approval of run {digest} was used by an earlier run, and covers no other"
+        else:
+            fault = f"nobody approved run {digest}"
+        detail = f"{fault}; see `headwater site approve SITE.yaml`"
         raise SiteDeclined(DeclineReason.NOT_APPROVED, detail)
 
 

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import click
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
 
 from common.errors import explain_os_error
 from common.process.lines import FAILED, is_json, write_json
@@ -114,8 +115,20 @@ def load_verb(package: str, verb: str) -> click.Command:
     name = verb.replace("-", "_")
     module = importlib.import_module(f"{package}.{name}")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(verb)(getattr(module, name))
-    return typer.main.get_command(app)
+    function = getattr(module, name)
+    app.command(verb)(function)
+    command = typer.main.get_command(app)
+    _restore_argument_help(command, function)
+    return command
+
+
+def _restore_argument_help(command: click.Command, function: Callable[..., None]) -> None:
+    """Gives each argument its help text again, which click 8.5 takes away from those that typer makes."""
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in command.params:
+        for note in getattr(hints.get(parameter.name or ""), "__metadata__", ()):
+            if isinstance(parameter, TyperArgument) and isinstance(note, ArgumentInfo):
+                parameter.help = note.help
 
 
 def run_app(app: typer.Typer) -> None:

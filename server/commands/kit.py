@@ -32,6 +32,8 @@ def kit(
     with reported_errors():
         federation = open_federation(folder)
         paths = _choose_paths(federation, name, all_, out)
+        if all_ and out is not None:
+            out.mkdir(parents=True, exist_ok=True)
         files = write_kits(federation, paths, run or [])
         write_command(federation, "kit", f"{', '.join(paths)}: {', '.join(files)}")
         for path in paths.values():

@@ -29,8 +29,7 @@ def serve(
     with reported_errors():
         federation = open_federation(folder)
         if background:
-            start_daemon(federation)
-            write_command(federation, "serve", "in the background")
+            start_daemon(federation)  # Its own process writes the line into the log.
         else:
-            write_command(federation, "serve", "in the foreground")
+            write_command(federation, "serve", f"for {federation.config.address}")
             run_daemon(federation, Monitor(federation).list_pages())

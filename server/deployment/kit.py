@@ -47,7 +47,7 @@ def write_kits(federation: Federation, paths: Mapping[str, Path], run_files: Seq
         try:
             write_atomic(path, _pack_files({_ABOUT: _describe_coordinator(federation, site), **shared}))
         except OSError as error:
-            raise BadInput(f"{path}: expected a place that can be written, got {type(error).__name__}") from error
+            raise BadInput(f"{path}: expected a place that can be written{instead(error)}") from error
     return [_ABOUT, *shared]
 
 

@@ -43,8 +43,8 @@ class RunStatus(StatusFacts):
     """The newest run."""
 
     id: str = Field(description="Id of the run.")
-    state: Literal["completed", "partial", "interrupted", "failed", "not ended"] = Field(
-        description="How its last attempt ended; partial: sites or tasks missed rounds; interrupted: it can be resumed."
+    state: RunState = Field(
+        description="Where it stands; partial: sites or tasks missed rounds; interrupted: it can be resumed."
     )
     under_way: bool = Field(False, description="Whether the daemon works on it.")
     round: int = Field(description="Number of completed rounds.")
@@ -75,6 +75,7 @@ class FederationStatus(StatusFacts):
 
     federation: str = Field(description="Name of the federation.")
     address: str = Field(description="Public address, as host:port.")
+    page: str = Field("", description="Address of the status page, for this machine only.")
     daemon: DaemonStatus = Field(serialization_alias="link", description="The coordinator's daemon.")
     certificate: CertificateStatus = Field(description="The server's certificate.")
     sites: Mapping[str, ConnectionStatus] = Field(description="Name of each admitted site -> its connection.")

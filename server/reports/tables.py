@@ -168,10 +168,12 @@ def render_status(status: FederationStatus) -> Group:
         f"{status.federation} at {status.address}: {state}",
         f"server certificate: {certificate.days_left} days left (until {certificate.valid_until[:10]})",
     ]
+    if daemon.running:
+        lines.append(f"status page, with the reasons of sites that do not take part: {status.page}")
     replies: Mapping[str, int] = {}
     if run is not None:
         replies = run.replies
-        progress = f"round {run.round} of {run.rounds}" if run.rounds else "not begun"
+        progress = f"round {run.round} of {run.rounds}" if run.rounds else "waiting to begin"
         missed = _list_missed(run.missed, run.tasks_missed)
         lines.append(f"run {run.id}: {progress}, {'under way' if run.under_way else run.state}{missed}")
     table = _new_table(None, ["site", "connected", "since", "replies in the run"])

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from common.events import RunEnded, RunFailure, RunInterruption, RunStarted, SiteJoined, read_run_journal, select_events
+from common.events import RunStarted, SiteJoined, read_run_journal, select_events
 from common.files import check_room
 from common.process.health import is_serving
 from common.process.lines import read_error
@@ -19,10 +19,10 @@ from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.certificates import check_server, read_validity
 from server.deployment.federation import ROOM_BYTES, Federation
 from server.reports.status import CertificateStatus, ConnectionStatus, DaemonStatus, FederationStatus, RunStatus
-from server.reports.summary import count_missed_rounds, find_status, select_rounds
+from server.reports.summary import count_missed_rounds, select_rounds
 from server.superlink.control import Control, DaemonUnreachable
 from server.superlink.daemon import find_daemon_pid
-from server.superlink.queue import find_shown_run
+from server.superlink.queue import describe_run, find_shown_run
 from server.superlink.superlink import build_environment
 
 _START_S = 60.0
@@ -92,6 +92,7 @@ def status(federation: Federation) -> FederationStatus:
     found = FederationStatus(
         federation=federation.config.name,
         address=str(federation.config.address),
+        page=f"http://127.0.0.1:{federation.config.health_port}/",
         daemon=DaemonStatus(running=process is not None, pid=process),
         certificate=CertificateStatus(valid_until=certificate.until.isoformat(), days_left=certificate.days_left),
         sites={site: ConnectionStatus() for site in sorted(load_admitted_sites(federation))},
@@ -125,6 +126,7 @@ def _describe_shown_run(federation: Federation) -> RunStatus | None:
     folder = find_shown_run(federation)
     if folder is None:
         return None
+    run = describe_run(folder)
     events = read_run_journal(folder / "journal.jsonl")
     started = select_events(events, RunStarted)
     done = select_rounds(events)
@@ -132,17 +134,13 @@ def _describe_shown_run(federation: Federation) -> RunStatus | None:
     for event in done.values():
         for site in event.sites:
             replies[site] = replies.get(site, 0) + 1
-    # By position: two attempts within a millisecond are equal events.
-    starts = [position for position, event in enumerate(events) if isinstance(event, RunStarted)]
-    since_start = events[starts[-1] :] if starts else []
-    has_ended = any(isinstance(event, RunEnded | RunInterruption | RunFailure) for event in since_start)
     tasks = started[-1].tasks if started else ()
     unchanged = {name: sum(name not in event.updated for event in done.values()) for name in tasks}
     return RunStatus(
-        id=folder.name,
-        state=find_status(events) if has_ended else "not ended",
-        round=max(done, default=0),
-        rounds=started[-1].rounds if started else None,
+        id=run.id,
+        state=run.state,
+        round=run.round,
+        rounds=run.rounds,
         replies=replies,
         missed=count_missed_rounds(events),
         tasks_missed={name: count for name, count in unchanged.items() if count},

@@ -41,6 +41,10 @@ def test_every_verb_has_an_example_of_itself(group: str, package: str, verb: str
     )
 
 
+def test_the_help_of_a_verb_explains_its_arguments() -> None:
+    assert "The federation's folder" in invoke("coordinator", "status", "--help")
+
+
 @pytest.mark.parametrize("group", ["site", "coordinator", "simulate"])
 def test_a_groups_help_lists_every_verb(group: str) -> None:
     text = invoke(group, "--help")

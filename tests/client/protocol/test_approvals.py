@@ -106,8 +106,9 @@ def test_one_approval_pays_for_one_run_however_many_joined_under_it(site: Site, 
     give_backbone(site, "run-1", frozen)
     give_backbone(site, "run-2", frozen)
     train(site, messages.TrainRequest("run-1", 1, heads(frozen)))
-    with pytest.raises(SiteDeclined, match="not_approved"):
+    with pytest.raises(SiteDeclined, match="not_approved: each approval of run .* was used by an earlier run"):
         train(site, messages.TrainRequest("run-2", 1, heads(frozen)))
+    assert [approval.used_by for approval in Approvals(site.config.state_dir).all()] == ["run-1"]
     assert len(site.ledger().charges()) == 1
     train(site, messages.TrainRequest("run-1", 2, heads(frozen)))
     assert refusal(site, request(frozen, "run-3")) is DeclineReason.NOT_APPROVED
@@ -213,6 +214,10 @@ def test_the_command_lists_what_waits_and_what_is_approved(tmp_path: Path, site:
     values = json.loads(listed.stdout)
     assert [item["digest"] for item in values["waiting"]] == [offer(frozen, seed=5).digest]
     assert [item["digest"] for item in values["approved"]] == [offer(frozen).digest]
+    assert values["approved"][0]["used_by"] is None
+    Approvals(site.config.state_dir).use(offer(frozen).digest, "run-1")
+    assert f"{offer(frozen).digest}  by " in (shown := CliRunner().invoke(app, ["approve", str(path)]).stdout)
+    assert "; used by run-1" in shown and f"next: headwater site approve {path} DIGEST" in shown
 
 
 def test_an_offer_file_with_text_in_place_of_a_kind_is_refused_before_it_is_shown(

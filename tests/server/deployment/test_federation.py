@@ -371,7 +371,6 @@ def test_all_admitted_sites_get_the_kits_that_each_would_get_alone(tmp_path: Pat
         admitted_sites.admit_site(federation, site, write_key_pair(tmp_path, site))
     admitted_sites.remove_site(federation, "gone")
     (tmp_path / "run.yaml").write_text(RUN.format(name="tiny"))
-    (tmp_path / "kits").mkdir()
     code, output = command("kit", tmp_path / "fed", "--all", "--run", tmp_path / "run.yaml", "--out", tmp_path / "kits")
     assert code == 0, output
     assert {path.name for path in (tmp_path / "kits").iterdir()} == {"north-kit.zip", "south-kit.zip"}

@@ -27,6 +27,7 @@ from server.reports.status import RunStatus
 from server.reports.tables import render_status
 from server.superlink import operate
 from server.superlink.node_ids import NodeIds
+from server.superlink.queue import withdraw_run
 from server.superlink.watch import describe_event
 from tests import tiny
 from tests.server.deployment.federations import new_federation, write_key_pair
@@ -92,10 +93,13 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
     journal.write(end_of_round(2))
     found = operate.status(federation)
     assert found.run == RunStatus(
-        id="tiny-1", state="not ended", under_way=False, round=2, rounds=4, replies={"north": 1}
+        id="tiny-1", state="interrupted", under_way=False, round=2, rounds=4, replies={"north": 1}
     )
     console = Console(width=100)
     with console.capture() as capture:
         console.print(render_status(found))
     shown = capture.get()
-    assert "round 2 of 4, not ended" in shown and "not running" in shown and "north" in shown
+    assert "round 2 of 4, interrupted" in shown and "not running" in shown and "north" in shown
+    withdraw_run(folder, "cancel")
+    run = operate.status(federation).run
+    assert run is not None and run.state == "cancelled"
