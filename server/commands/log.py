@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import plain
-from common.events import CommandRun, DaemonEvent, DaemonStarted, RequestRejected
+from common.events import CommandRun, DaemonEvent, DaemonStarted, RequestRejected, RunsRemoved
 from common.process.console import make_console, print_json, reported_errors
 from server.commands.parts.options import Folder, Json
 from server.deployment.federation import open_federation
@@ -16,7 +16,8 @@ from server.deployment.log import read_log
 
 
 def log(folder: Folder, json_: Json = False) -> None:
-    """Lists who ran which command, when the coordinator started and ended, and which requests it rejected.
+    """Lists who ran which command, when the coordinator started and ended, which requests it rejected, and
+    which old runs it removed.
 
     Example: headwater coordinator log fed --json
     """
@@ -44,5 +45,7 @@ def _describe_event(event: DaemonEvent) -> tuple[str, str, str]:
             return event.site or plain(event.peer), event.event_name, f"{plain(event.path)}: {event.reason}"
         case DaemonStarted():
             return "", event.event_name, f"listening on {event.bind}"
+        case RunsRemoved():
+            return "", event.event_name, f"{', '.join(event.runs)}: older than {event.days:g} day(s)"
         case _:
             return "", event.event_name, ""

@@ -165,12 +165,14 @@ async def _run_queue(federation: Federation, journal: FileJournal) -> None:
     """Starts the runs of the queue, one after the other, and removes those that are kept no longer."""
     from server.superlink.control import Control
 
-    queue, said, clean_at = Queue(federation), "", 0.0
+    queue, said, clean_at, resumed = Queue(federation), "", 0.0, False
     loop = asyncio.get_running_loop()
-    await asyncio.to_thread(queue.resume_newest)
     with Control(federation) as control:
         while True:
             try:
+                if not resumed:
+                    await asyncio.to_thread(queue.resume_newest)
+                    resumed = True
                 await asyncio.to_thread(queue.start_next, control)
                 if federation.config.keep_runs_days is not None and loop.time() >= clean_at:
                     clean_at = loop.time() + _CLEAN_S

@@ -17,12 +17,13 @@ from flwr.serverapp import Grid
 
 from common.errors import explain_os_error
 from common.events import FileJournal, RunFailure, RunInterruption
-from common.files import lock_file
+from common.files import check_room, lock_file
 from common.offers import list_digests
 from common.process.parent import end_with_parent
 from common.run import RunConfig
 from common.types import HeadwaterError, RunFailed, RunInterrupted
 from common.yaml import load
+from server.deployment.federation import ROOM_BYTES
 from server.deployment.preparation import load_backbones
 from server.reports.results import write_environment, write_results
 from server.reports.summary import DEPLOYMENT
@@ -87,6 +88,12 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
 
 def _interrupt(error: OSError | httpx.HTTPError, folder: Path) -> RunInterrupted:
     """Returns why a run cannot go on for now: what the machine refused, and what to do."""
+    if not isinstance(error, OSError):
+        # The SuperLink, whose database needs room as well, says only that it failed.
+        try:
+            check_room(folder, ROOM_BYTES)
+        except OSError as lack:
+            error = lack
     if isinstance(error, OSError):
         explained = explain_os_error(error)
         return RunInterrupted(explained if error.filename else f"{folder}: {explained}")

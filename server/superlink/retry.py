@@ -1,10 +1,13 @@
-"""Retries, in small steps, requests for a part of a reply that is still being uploaded.
+"""Has Flower's processes at the coordinator wait for what passes: a reply's part under way, a full disk.
 
 A site pushes a reply's envelope first and its parts after it; a request in between finds a part that is known and not
 available yet. Flower's client then waits 1 s, 2 s, ... before it asks again: a third of a small head's round.
 
 A site that is cut off in the middle uploads nothing more, and Flower would have the whole run wait three minutes for
 its parts. Where nobody uploads any more, the part is answered as missing, and the site is asked again.
+
+The process that starts runs ends at an error of the SuperLink, and the daemon with it. Its database fails where the
+disk is full; "not available now" is answered instead, after which that process asks again, 20 s later at most.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from common.flower import message_pb2
 from server.superlink.request_filter import App, Receive, Scope, Send, Uploads
 
 _PATH = "/v1/runtime/pull-object"
+_ACQUIRE = "/v1/runtime/acquire-task"
 _STEP_S = 0.03
 _LONGEST_S = 2.0
 _MAX_QUIET_S = 20.0
@@ -27,13 +31,18 @@ _MAX_QUIET_S = 20.0
 
 @final
 class RetryingApp:
-    """An app that repeats a request answered by "known, not available yet" for a while before it gives that answer."""
+    """An app that answers what its callers wait for, where the SuperLink's answer would end them or hold them up.
+
+    It repeats a request answered by "known, not available yet" for a while before it gives that answer.
+    """
 
     def __init__(self, app: App, uploads: Uploads) -> None:
         self._app, self._uploads = app, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
+        if scope["type"] == "http" and scope["path"] == _ACQUIRE:
+            return await self._app(scope, receive, _answer_errors_as_unavailable(send))
         if scope["type"] != "http" or scope["path"] != _PATH:
             return await self._app(scope, receive, send)
         body = await _read_body(receive)
@@ -71,6 +80,13 @@ class RetryingApp:
         finally:
             ended.set()
         return answer
+
+
+def _answer_errors_as_unavailable(send: Send) -> Send:
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        await send({**message, "status": 503} if message.get("status") == 500 else message)
+
+    return sent
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.events import DaemonStarted, FileJournal, RequestRejected
+from common.events import DaemonStarted, FileJournal, RequestRejected, RunsRemoved
 from server.__main__ import app
 from server.deployment.federation import open_federation
 from server.deployment.log import write_command
@@ -88,6 +88,12 @@ def test_the_daemons_events_stand_beside_the_commands_and_a_strangers_text_is_ha
     shown = command("log", folder)
     assert "\x1b" not in shown
     assert "/?]0;[red]: no such path" in shown
+
+
+def test_the_log_names_the_old_runs_that_the_daemon_removed(folder: Path) -> None:
+    journal = FileJournal(open_federation(folder).state / "link.jsonl")
+    journal.write(RunsRemoved(runs=("chest-1", "chest-2"), days=1))
+    assert "chest-1, chest-2: older than 1 day(s)" in command("log", folder)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "server" / "commands").glob("[a-z]*.py")), ids=lambda path: path.stem)

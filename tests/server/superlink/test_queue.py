@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from server.deployment.preparation import Prepared
 from server.rounds.checkpoint import Checkpoint
 from server.superlink import operate
 from server.superlink.control import RunState
+from server.superlink.daemon import _run_queue
 from server.superlink.queue import (
     MAX_ATTEMPTS,
     Queue,
@@ -252,6 +254,32 @@ def test_only_runs_that_ended_long_enough_ago_are_removed(federation: Federation
     assert remove_old_runs(federation, 11) == []
     assert remove_old_runs(federation, 9) == [done.name]
     assert [run.folder for run in list_runs(federation)] == [fresh, paused, queued]
+
+
+def test_a_daemon_that_starts_on_a_full_disk_goes_on_once_there_is_room(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else nothing would look at the queue any more for as long as the daemon lives."""
+    folder = submit(federation, "a")
+    begin(folder, 1).write(RunInterruption(reason="sites are missing"))
+    monkeypatch.setattr("server.superlink.daemon._WATCH_S", 0.01)
+    monkeypatch.setattr("server.superlink.queue.ROOM_BYTES", 1 << 60)
+
+    async def start_and_free() -> None:
+        queue = asyncio.create_task(_run_queue(federation, FileJournal(federation.state / "link.jsonl")))
+        try:
+            said = ""
+            while "the queue waits" not in said and not queue.done():
+                await asyncio.sleep(0.01)
+                said += "".join(capsys.readouterr())
+            monkeypatch.setattr("server.superlink.queue.ROOM_BYTES", 1)
+            while describe_run(folder).state != "queued" and not queue.done():
+                await asyncio.sleep(0.01)
+            assert describe_run(folder).state == "queued"
+        finally:
+            queue.cancel()
+
+    asyncio.run(asyncio.wait_for(start_and_free(), 60))
 
 
 def test_a_run_that_was_given_up_says_how_to_go_on(federation: Federation) -> None:

@@ -85,6 +85,18 @@ def test_every_other_answer_is_given_as_it_is(answer: tuple[int, bytes]) -> None
     assert len(superlink.bodies) == 1
 
 
+def test_the_process_that_starts_runs_waits_where_the_database_fails() -> None:
+    """At 500 it ends, and the daemon with it; at 503 it asks again."""
+    path = "/v1/runtime/acquire-task"
+    assert ask(FakeSuperLink((500, b"{}")), path) == (503, b"{}")
+    assert [ask(FakeSuperLink((status, b"a")), path) for status in (200, 401, 403)] == [
+        (200, b"a"),
+        (401, b"a"),
+        (403, b"a"),
+    ]
+    assert ask(FakeSuperLink((500, b"{}")), "/v1/runtime/get-nodes") == (500, b"{}")
+
+
 def test_other_requests_pass_untouched() -> None:
     superlink = FakeSuperLink((200, ON_ITS_WAY))
     assert ask(superlink, "/v1/runtime/get-nodes") == (200, ON_ITS_WAY)
