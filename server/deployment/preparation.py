@@ -25,7 +25,7 @@ from typing import Any
 
 from common.backbones import Kind, list_weights_paths
 from common.bundle import compute_code_digest
-from common.errors import instead
+from common.errors import explain_os_error, instead
 from common.files import private_folder, stamp_file, write_atomic
 from common.plugins import resolve
 from common.process.apart import run_apart
@@ -203,7 +203,7 @@ def _prepare(state: Path, run: RunConfig, key: str) -> None:
         # Last: where it is, the others are.
         write_atomic(prepared / f"{key}.json", _encode_backbones(stored))
     except OSError as error:
-        raise BadInput(f"{state}: expected a folder that can be written{instead(error)}") from error
+        raise BadInput(f"{state}: expected a folder that can be written; {explain_os_error(error)}") from error
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
