@@ -34,5 +34,6 @@ def stop(
             typer.echo("no run is under way")
         if not run:
             stopped = operate.stop_daemon(federation)
-            write_command(federation, "stop", "the coordinator")
+            if stopped:
+                write_command(federation, "stop", "the coordinator")
             typer.echo(f"{folder}: the coordinator {'has stopped' if stopped else 'is not running'}")

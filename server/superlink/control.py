@@ -154,8 +154,12 @@ class Control:
         return next((run for run in self.list_runs() if not run.finished), None)
 
     def stop_run(self, run_id: int) -> None:
-        """Ends a run."""
-        self._call("stop-run", control_pb2.StopRunRequest(run_id=run_id), control_pb2.StopRunResponse())
+        """Ends a run; one that has ended by itself meanwhile stays as it is."""
+        try:
+            self._call("stop-run", control_pb2.StopRunRequest(run_id=run_id), control_pb2.StopRunResponse())
+        except RunFailed:
+            if any(run.run_id == run_id and not run.finished for run in self.list_runs()):
+                raise
 
     def _call(self, path: str, request: Message, response: _Response) -> _Response:
         try:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from common.files import private_folder
 from common.flower import import_superlink
+from common.process.lines import JsonFormatter, is_json
 from common.types import BadInput
 from server.deployment.federation import Federation
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+_TEXT = logging.Formatter("%(asctime)s  %(levelname)s %(message)s", "%H:%M:%S")
 
 TASK_POLL_S = 0.25
 """Seconds between two looks for a run to start; Flower's own value is a second."""
@@ -63,12 +66,22 @@ def check_database(federation: Federation) -> None:
         )
 
 
-def create_superlink(federation: Federation) -> FastAPI:
-    """Returns the SuperLink's app: it authenticates nodes, has its database in the folder and starts no run."""
-    superlink = import_superlink()
+def configure_flower_log() -> None:
+    """Has Flower's code in this process write its log in the chosen form, with times and without colours."""
     log = logging.getLogger("flwr")
     log.propagate = False  # It has a handler of its own.
     log.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if is_json() else _TEXT)
+    # The queue looks at the runs about once a second: a line for each look would bury all others.
+    handler.addFilter(lambda record: not record.getMessage().startswith("ControlServicer.List"))
+    log.handlers = [handler]
+
+
+def create_superlink(federation: Federation) -> FastAPI:
+    """Returns the SuperLink's app: it authenticates nodes, has its database in the folder and starts no run."""
+    superlink = import_superlink()
+    configure_flower_log()
     settings = superlink.settings(
         control_address="",
         health_server_address=None,
