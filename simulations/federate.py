@@ -100,6 +100,9 @@ def federate(
     """
     # All simulated sites run the same code with the same unit: one audit, made before, holds for all of them.
     run = run.model_copy(update={"audit": "on_request"})
+    if "patience_s" not in run.cohort.model_fields_set:
+        # A simulated site that failed does not come back.
+        run = run.model_copy(update={"cohort": run.cohort.model_copy(update={"patience_s": 0.0})})
     by_position = list(sites)
     executor = experiment.config.executor
     # Ray's actors are other processes: they open backbones themselves.

@@ -37,7 +37,7 @@ def run_config(**changes: Any) -> RunConfig:
         "solver": {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0},
         "privacy": {"unit": "example", "delta": 1e-5, "noise_multiplier": 2.0},
         "aggregation": {"kind": "mean"},
-        "cohort": {"min_sites": 1, "timeout_s": 5, "join_timeout_s": 1},
+        "cohort": {"min_sites": 1, "timeout_s": 5, "join_timeout_s": 1, "patience_s": 0.5},
     }
     return parse(RunConfig, {**values, **changes}, base=Path.cwd())
 

@@ -206,13 +206,13 @@ def find_interrupted_run(federation: Federation, run_id: str | None) -> Path:
     Raises:
         BadInput: there is none, it has ended, or it waits or runs already.
     """
-    runs = [run for run in list_runs(federation) if run_id in (None, run.id)]
+    runs = [run for run in list_runs(federation) if run.id == run_id or (run_id is None and run.state != "cancelled")]
     if run_id is not None and not runs:
         find_run(federation, run_id)
     if not runs:
         raise BadInput("expected a run that was interrupted, got none")
     newest = runs[-1]
-    if newest.state in PENDING:
+    if newest.state in (*PENDING, "cancelled"):
         raise BadInput(f"expected a run that was interrupted, got {newest.id}, which is {newest.state}")
     ended = select_events(read_run_journal(newest.folder / "journal.jsonl"), RunEnded)
     # A complete run whose final heads did not reach every site is continued by its name: they are sent again.

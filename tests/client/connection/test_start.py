@@ -63,7 +63,7 @@ def admitted(folder: Path, name: str, where: Link, **changes: object) -> Path:
 
 
 def cohort(sites: int, timeout_s: float = 90) -> dict[str, object]:
-    return {"cohort": {"min_sites": sites, "timeout_s": timeout_s, "join_timeout_s": 60}}
+    return {"cohort": {"min_sites": sites, "timeout_s": timeout_s, "join_timeout_s": 60, "patience_s": 1}}
 
 
 def account(site: Path) -> dict[str, object]:

@@ -99,7 +99,7 @@ def test_a_site_that_joins_without_approval_makes_the_test_before_it_contacts_an
     result = invoke("start", tmp_path / "site.yaml")
     assert result.exit_code == 1 and "min_units" in result.stderr
     a_site(tmp_path, [row(at, "15") for at in range(9)], approval="automatic", coordinator=nowhere)
-    assert "none.crt" in invoke("start", tmp_path / "site.yaml").stderr
+    assert "coordinator.key" in invoke("start", tmp_path / "site.yaml").stderr
 
 
 @pytest.mark.parametrize(("least", "code"), [(8, 0), (9, 1)])

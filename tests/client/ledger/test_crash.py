@@ -40,6 +40,7 @@ ROUNDS = """
 import os, resource, signal, sys, time
 from pathlib import Path
 import client.solvers.dp_sgd
+from client.protocol import answer
 from client.protocol.train import train
 from client.protocol.site import Site
 from common import messages
@@ -65,8 +66,15 @@ def one_round(folder, place):
     if place == "reserving":
         ledger = folder / "north-state" / "ledgers" / "north-registry" / "ledger.jsonl"
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.stat().st_size + 30, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        check_room = answer._check_room
+
+        def fill_the_disk(*arguments):
+            check_room(*arguments)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.stat().st_size + 30, resource.RLIM_INFINITY))
+
+        # Between the look for room and the charge, another program takes it.
+        answer._check_room = fill_the_disk
     train(site, request)
     wait_at("trained")
 

@@ -32,7 +32,7 @@ from common.events import (
     select_events,
 )
 from common.privacy.noise import os_entropy
-from common.types import LedgerDamaged, RunFailed
+from common.types import LedgerDamaged, RunFailed, RunInterrupted
 from common.yaml import write_yaml
 from server.rounds.loop import run_federation
 from simulations.executors.in_process import InProcessGrid
@@ -147,8 +147,10 @@ def test_the_ledgers_files_are_put_back_between_two_rounds_of_a_run(tmp_path: Pa
             for name in files:
                 shutil.copyfile(backup / name, place / name)
 
-    events = federate(tmp_path, site, "run-1", before, keeps=False)
-    assert [len(event.sites) for event in select_events(events, RoundEnded)] == [1, 0]
+    with pytest.raises(RunInterrupted, match="round 2"):
+        federate(tmp_path, site, "run-1", before, keeps=False)
+    events = read_run_journal(tmp_path / "coordinator" / "run-1" / "journal.jsonl")
+    assert [len(event.sites) for event in select_events(events, RoundEnded)] == [1]
     assert {event.reason for event in select_events(events, SiteRejected)} == {"declined: budget"}
     assert "no charge" in get_last_words(site)
 
@@ -231,8 +233,8 @@ def test_the_whole_state_is_restored_between_two_rounds_of_a_run(tmp_path: Path)
         if (kind, round_) == (messages.TRAIN, 2):
             restore(tmp_path / "backup", site.state_dir)
 
-    events = federate(tmp_path, site, "run-1", before)
-    assert [len(event.sites) for event in select_events(events, RoundEnded)] == [1, 0]
+    with pytest.raises(RunInterrupted, match="round 2"):
+        federate(tmp_path, site, "run-1", before)
     assert len(Ledger.find(site.state_dir / "ledgers", site.registry).charges()) == 0  # type: ignore[union-attr]
 
 

@@ -167,7 +167,7 @@ class Liar(Plugin):
         def entries(outputs: Tensor, labels: Tensor) -> SparseRows:
             return SparseRows(torch.arange(2).expand(len(labels), 2), outputs.double())
 
-        return Statistic(2, 1.0, entries, lambda sums: {})
+        return Statistic(2, 1.0, entries, lambda sums: {}, {})
 
 
 @pytest.mark.parametrize(

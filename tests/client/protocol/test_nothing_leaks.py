@@ -35,7 +35,7 @@ from common.model.backbones import open_backbones
 from common.offers import list_digests
 from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
-from common.types import BadInput, DeclineReason, RunFailed
+from common.types import BadInput, DeclineReason, RunFailed, RunInterrupted
 from server.reports.results import write_results
 from server.rounds.loop import run_federation
 from simulations.executors.in_process import InProcessGrid
@@ -526,7 +526,10 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
     run = run_of()
     frozen = open_backbones(run)
     journal = FileJournal(own / "journal.jsonl")
-    run_federation(InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x")
+    with pytest.raises(RunInterrupted, match="error"):
+        run_federation(
+            InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x"
+        )
     summary = write_results(own, run, list_digests(frozen), {})
     assert "error" in summary.sites["north"].reason
     assert CANARY not in summary.to_json() + (own / "journal.jsonl").read_text()

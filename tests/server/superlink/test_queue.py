@@ -241,6 +241,12 @@ def test_the_newest_run_is_the_one_to_resume_and_an_older_one_only_by_its_name(f
     assert find_interrupted_run(federation, first.name) == first
     with pytest.raises(BadInput, match="got 'c'"):
         find_interrupted_run(federation, "c")
+    withdraw_run(second := submit(federation, "c"), "cancel")
+    with pytest.raises(BadInput, match="which is cancelled"):
+        find_interrupted_run(federation, second.name)
+    withdraw_run(submit(federation, "d"), "pause")
+    withdraw_run(submit(federation, "e"), "cancel")
+    assert find_interrupted_run(federation, None).name.startswith("d-")
 
 
 def test_only_runs_that_ended_long_enough_ago_are_removed(federation: Federation) -> None:
