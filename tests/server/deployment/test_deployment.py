@@ -276,7 +276,7 @@ def test_runs_end_with_heads_and_a_removed_site_is_rejected_at_once(federation: 
     assert find_daemon_pid(federation) is None
     logged = json.loads(server("log", federation.folder, "--json").stdout)
     commands = [event["command"] for event in logged if event["event"] == "command"]
-    assert commands == ["admit", "start", "start", "admit", "start", "remove", "stop"]
+    assert commands == ["admit", "serve", "start", "start", "admit", "start", "remove", "stop"]
     assert wait_until(lambda: not any(alive(each) for each in [process, *executors]), 20)
 
 
