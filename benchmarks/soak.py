@@ -3,8 +3,8 @@
     python -m benchmarks.soak [--rounds 300] [--seed N] [--rate FAULTS_PER_ROUND]
 
 After each round: the ledger of each site covers all that left it, the heads are those that the sites' stored replies
-give, bit for bit, and no log holds a traceback. Memory and open files of each process are shown at the end: the median
-of the last third of its life against that of the first.
+give, bit for bit, no log holds a traceback, and the run has not stalled. Memory and open files of each process are
+shown at the end: the median of the last third of its life against that of the first.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ from tests.invariants import (
     find_leftovers,
     find_temporary_files,
     find_uncharged,
+    read_charges,
+    read_use,
 )
 
 MIN_SAMPLES = 30
 """Shorter lives say nothing about growth."""
+STALL_S = 150.0
+"""A run that needs longer from one round to the next has stalled, whatever happened to it: its run file's patience."""
 
 
 @dataclass
@@ -55,6 +59,9 @@ class Soak:
     num_resumed: int = 0
     next_try: float = 0.0
     looked: int = 0
+    num_replayed: int = 0
+    pauses: list[float] = field(default_factory=list)
+    ended_at: float = field(default_factory=time.monotonic)
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -158,12 +165,27 @@ class Soak:
                 with suppress(OSError):
                     parts += zip((name, f"{name}'s worker"), site.find_processes(), strict=False)
         for role, process in parts:
-            with suppress(OSError):
-                if process is not None:
-                    status = Path(f"/proc/{process}/status").read_text()
-                    memory = int(status.split("VmRSS:")[1].split()[0]) / 1024
-                    files = len(list(Path(f"/proc/{process}/fd").iterdir()))
-                    self.samples.setdefault((role, process), []).append((memory, files))
+            used = read_use(process) if process is not None else None
+            if process is not None and used is not None:
+                self.samples.setdefault((role, process), []).append(used)
+
+    def note_pause(self, number: int) -> None:
+        """Notes the seconds since the round before, as a person at the coordinator would count them."""
+        before, self.ended_at = self.ended_at, time.monotonic()
+        self.pauses.append(self.ended_at - before)
+        if self.pauses[-1] > STALL_S:
+            self.problems.append(f"round {number}: ended {self.pauses[-1]:.0f} s after the one before")
+
+    def describe_rounds(self) -> str:
+        """How long rounds took, how many replayed, and how many charges stand for those that were used."""
+        charges = [read_charges(site.ledger) for site in self.made.sites.values()]
+        num_charged = sum(len(requests) for each in charges for requests in each.values())
+        num_used = sum(len(event.sites) for event in {event.round: event for event in self.made.rounds()}.values())
+        pauses = self.pauses or [0.0]
+        return (
+            f"from round to round: median {statistics.median(pauses):.1f} s, longest {max(pauses):.1f} s; "
+            f"{self.num_replayed} rounds replayed; {num_charged} charges for {num_used} replies that were used"
+        )
 
     def describe_growth(self) -> list[str]:
         """For each role: the longest-lived process's memory and files, first third against last."""
@@ -194,6 +216,7 @@ def soak(seen: Soak, rate: float) -> None:
     """Goes on until the run has ended; after a share of its rounds something happens."""
     made, run, watcher = seen.made, seen.run, Watcher(seen.made)
     made.wait_for_round(1, run=run)
+    seen.ended_at = time.monotonic()  # The start is no pause between rounds.
     folder = made.list_run_folders()[-1]
     replay = Replay(made, folder)
     due: float | None = None
@@ -207,6 +230,7 @@ def soak(seen: Soak, rate: float) -> None:
         events: dict[int, RoundEnded] = {event.round: event for event in made.rounds()}
         for number in range(seen.looked + 1, max(events, default=0) + 1):
             seen.looked = number
+            seen.note_pause(number)
             try:
                 same = replay.advance(events[number]) == events[number].heads
             except (OSError, KeyError) as error:
@@ -215,6 +239,7 @@ def soak(seen: Soak, rate: float) -> None:
             wrong = [*find_uncharged(made), *watcher.find_tracebacks()]
             seen.problems += [f"round {number}: {each}" for each in wrong]
             seen.problems += [] if same else [f"round {number}: heads do not replay"]
+            seen.num_replayed += same
             seen.sample()
             if seen.chance.random() < rate:
                 due = time.monotonic() + seen.chance.uniform(0, 3)
@@ -248,6 +273,7 @@ def main() -> None:
             counts = ", ".join(f"{name} {count}" for name, count in seen.injected.most_common())
             print(f"{seen.looked} rounds in {(time.monotonic() - started) / 60:.0f} minutes, seed {chosen.seed}")
             print(f"{seen.injected.total()} faults: {counts}; resumed {seen.num_resumed} times")
+            print(seen.describe_rounds())
             print("\n".join(seen.describe_growth()), flush=True)
     except (AssertionError, subprocess.TimeoutExpired, SystemExit) as error:
         problems.append(f"not ended: {error}")

@@ -276,9 +276,7 @@ class Deployment:
         return select_events(self.events(), RoundEnded)
 
     def wait_for_round(self, number: int, seconds: float = 240.0, *, run: DrillRun) -> None:
-        """Until the run that began after `run` has ended a round."""
-        count = len(self.list_run_folders())
-        del count
+        """Until a run has ended a round."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if f"round {number} of" in run.read_log():

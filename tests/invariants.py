@@ -170,6 +170,16 @@ def find_temporary_files(made: Deployment) -> list[str]:
     ]
 
 
+def read_use(process: int) -> tuple[float, int] | None:
+    """MiB of memory and number of open files of a process; none for one that has ended, waited for or not."""
+    try:
+        memory = re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{process}/status").read_text())
+        files = len(list(Path(f"/proc/{process}/fd").iterdir()))
+    except OSError:
+        return None
+    return (int(memory[1]) / 1024, files) if memory else None
+
+
 def find_leftovers(made: Deployment) -> list[str]:
     """Processes and ports of a deployment that was stopped."""
     found = [
