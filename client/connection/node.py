@@ -459,6 +459,10 @@ class Node:
         if metadata.message_type == messages.TRAIN and metadata.run_id in self._too_large:
             self._write_too_large(delivery, f"{self._too_large[metadata.run_id]}; nothing was read or charged")
             return make_declined_reply(delivery.envelope, DeclineReason.TOO_LARGE, self._config.name)
+        if self._worker is not None and self._worker.has_ended:
+            # With nothing in hand: nothing of this message is charged yet, and another process can answer it.
+            self._show("the process that answers had ended while it was idle; another one is started", level="warning")
+            self._close_worker()
         if self._worker is None:
             environment = make_private_environment(self._config.coordinator_dir)
             if self._config.list_coordinators():

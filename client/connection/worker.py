@@ -85,6 +85,11 @@ class Worker:
         """The number of the process."""
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """True once the process has ended, by whatever means."""
+        return self._process.poll() is not None
+
     def answer(self, delivery: Delivery, abandon: Callable[[], bool]) -> Outgoing:
         """Returns the reply to a message.
 
@@ -127,7 +132,7 @@ class Worker:
                 if abandon():
                     raise Abandoned
             return _read_frames(pipes[1])
-        except (OSError, EOFError, OverflowError, MemoryError) as error:
+        except (OSError, EOFError, ValueError, OverflowError, MemoryError) as error:  # ValueError: closed before.
             self.close()
             raise WorkerDied(self._process.returncode) from error
 

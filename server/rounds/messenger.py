@@ -408,8 +408,7 @@ class _Exchange(Generic[_Reply]):
                 if len(self._strangers) < 2 * len(self._inquiries):
                     self._strangers.append(Rejected(message.metadata.src_node_id, NOT_ASKED))
             elif answers == 0 and not self._note_flower_error(inquiry, message):
-                answers += 1
-                self._take(inquiry, message)
+                answers += self._take(inquiry, message)
 
     def _note_flower_error(self, inquiry: Inquiry, message: Message) -> bool:
         """Returns true for an error by which Flower says that no reply will come to a message, and notes it."""
@@ -425,16 +424,25 @@ class _Exchange(Generic[_Reply]):
             return True
         return False
 
-    def _take(self, inquiry: Inquiry, message: Message) -> None:
-        """Takes the first answer to an inquiry: a usable reply, or a reason."""
+    def _take(self, inquiry: Inquiry, message: Message) -> bool:
+        """Takes the first answer to an inquiry that counts: a usable reply, or a reason; returns false for another."""
         expected = messages.Ready if inquiry.preparing else self._request.expected
         reply = read_reply(inquiry.node_id, message, expected)
+        answered = message.metadata.reply_to_message_id
+        if isinstance(reply, Rejected) and answered != next(reversed(inquiry.asked_at)):
+            # The site has the request once more, and may answer it, and pay, after a round that went on without it.
+            del inquiry.asked_at[answered]
+            return False
         if inquiry.preparing:
             self._go_on_after_preparing(inquiry, ready=not isinstance(reply, Rejected))
-            return
-        if isinstance(reply, Rejected):
+        elif isinstance(reply, Rejected):
             self._reject(inquiry, reply)
-            return
+        else:
+            self._accept(inquiry, message, reply)
+        return True
+
+    def _accept(self, inquiry: Inquiry, message: Message, reply: object) -> None:
+        """Accepts a reply of the expected type, where its content is what was asked for."""
         if inquiry.kind in _TIMED:
             self._messenger.note_duration(inquiry, message)
         assert isinstance(reply, self._request.expected)

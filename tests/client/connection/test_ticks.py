@@ -5,8 +5,10 @@ A run that waits for approval is shown once, however often it is offered.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from client.config import SiteConfig
 from client.connection.fleet import Claim
 from client.connection.node import JOURNAL, MAX_CLAIMED, Node, StopRequest, compute_wait, is_overtaken, list_repeated
+from client.connection.worker import Worker
 from common import messages
 from common.events import RequestDeclined, read_site_journal, select_events
 from common.flower import (
@@ -240,6 +243,21 @@ def serving(
             thread.join(timeout=30)
 
 
+def kill_when_asked(worker: Worker) -> None:
+    """Kills a process that was stopped, once a message waits in its pipe."""
+    assert worker._process.stdin is not None
+    until = time.monotonic() + 30.0
+    while not any(fcntl.ioctl(worker._process.stdin, termios.FIONREAD, bytes(4))) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+def list_failures(folder: Path) -> list[str]:
+    """Reasons "internal" among those for which north declined a request."""
+    events = select_events(read_site_journal(folder / "north" / "state" / JOURNAL), RequestDeclined)
+    return [event.reason for event in events if event.reason == "internal"]
+
+
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
 def test_what_may_have_read_records_is_answered_at_whole_intervals(tmp_path: Path, coordinator: Coordinator) -> None:
     """Also a word that declines, and one for a process that died; each is ready within a fraction of an interval."""
@@ -250,8 +268,25 @@ def test_what_may_have_read_records_is_answered_at_whole_intervals(tmp_path: Pat
             assert EVERY_S <= coordinator.measure(kind) < 2 * EVERY_S
         worker = node._worker
         assert worker is not None
-        os.kill(worker.pid, signal.SIGKILL)
+        os.kill(worker.pid, signal.SIGSTOP)  # So that it dies with the message in its hands.
+        threading.Thread(target=kill_when_asked, args=(worker,)).start()
         assert EVERY_S <= coordinator.measure("train") < 2 * EVERY_S
+        assert list_failures(tmp_path) == ["internal"]
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build
+def test_a_process_that_died_while_it_was_idle_costs_no_answer(tmp_path: Path, coordinator: Coordinator) -> None:
+    shown: list[str] = []
+    with serving(tmp_path, coordinator, show=lambda line, **about: shown.append(line)) as node:
+        coordinator.measure("query.part")
+        worker = node._worker
+        assert worker is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        coordinator.measure("query.part")
+        assert node._worker is not None and node._worker is not worker
+        assert list_failures(tmp_path) == []
+    assert "the process that answers had ended while it was idle; another one is started" in shown
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own build

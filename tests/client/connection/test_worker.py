@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
 
 from client.connection.fleet import Delivery, Outgoing
-from client.connection.worker import Worker, make_declined_reply
+from client.connection.worker import Worker, WorkerDied, make_declined_reply
 from common import messages
 from common.flower import (
     get_all_nested_objects,
@@ -65,3 +67,17 @@ def test_a_reply_says_neither_when_it_was_made_nor_how_long_that_took(tmp_path: 
         assert declined[0] == declined[1]
     finally:
         worker.close()
+
+
+def test_a_process_that_died_is_named_as_often_as_it_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site_config(tmp_path, "north"))
+    worker = Worker(path, environment())
+    os.kill(worker.pid, signal.SIGKILL)
+    asked = delivery("query.part", messages.encode(messages.Ready()))
+    for _ in range(2):
+        with pytest.raises(WorkerDied, match=str(-signal.SIGKILL)):
+            worker.answer(asked, lambda: False)
+        with pytest.raises(WorkerDied):
+            worker.fetch_balance()
+        assert worker.has_ended

@@ -264,6 +264,30 @@ def test_the_first_of_several_answers_counts_and_the_others_are_no_strangers(tmp
     assert select_events(events, SiteRejected) == []
 
 
+@pytest.mark.parametrize("held", [[], [False, True]], ids=["both at once", "one after the other"])
+def test_a_failure_does_not_count_while_the_site_has_the_request_once_more(
+    tmp_path: Path, calm: str, held: list[bool]
+) -> None:
+    """Its second answer would be paid for after a round that went on without it."""
+    network, asked, is_held = Network(), list[Message](), iter(held)
+
+    def answer(message: Message) -> Message | None:
+        if not is_train(message, 2):
+            return None
+        asked.append(message)
+        declined = messages.Declined(DeclineReason.INTERNAL, "north")
+        return Message(messages.encode(declined), reply_to=message) if len(asked) == 1 else None
+
+    network.hold = lambda *request: (
+        request == (messages.TRAIN, 2, NORTH) and (len(network.times(*request)) < 2 or next(is_held, False))
+    )
+    outcome, events, sites = federate(tmp_path, network, answer=answer, rounds=3, cohort={"grace_s": 20})
+    assert len(asked) == 2
+    assert heads_digest(outcome.heads) == calm
+    assert [count_charges(site) for site in sites] == [3, 3]
+    assert select_events(events, SiteRejected) == []
+
+
 def test_a_lost_evaluation_and_lost_final_heads_are_asked_for_again(tmp_path: Path) -> None:
     held_out = {"evaluation": {"share": 0.2, "evaluations": 1}, "split": {"test_fraction": 0.2, "salt": ""}}
     sites = [site_config(tmp_path, name, **held_out) for name in ("east", "north")]
