@@ -334,4 +334,4 @@ def test_a_run_that_waits_for_approval_is_shown_once_and_again_after_each_start(
         offer("first")
         offer("second")
     assert any(line.startswith("2 offer(s) wait for approval: headwater site approve ") for line in shown), shown
-    assert [line for line in shown if line.startswith(("asked", "declined"))] == ["asked: query.join"]
+    assert [line for line in shown if line.startswith(("asked", "declined"))] == ["asked: join"]
