@@ -106,6 +106,10 @@ class ConnectionRefused(HeadwaterError):
     """No further try helps; the message says what a person has to do."""
 
 
+class KeyInUse(ConnectionRefused):
+    """The coordinator does not know the key, or counts it as connected: for a minute after a crash, too."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """A message that was handed out to this site, and to nobody again: Flower's envelope and the tree of its objects.
@@ -407,7 +411,7 @@ class Fleet:
                 self._explain_unknown_key("the coordinator does not know this site's key (any more)")
             )
         if status == httpx.codes.PRECONDITION_FAILED and path == "activate-node":
-            return ConnectionRefused(
+            return KeyInUse(
                 self._explain_unknown_key(
                     "the coordinator does not know this site's key, or another process is connected with it"
                 )

@@ -36,6 +36,7 @@ from client.connection.fleet import (
     Delivery,
     Fleet,
     InvalidAnswer,
+    KeyInUse,
     Outgoing,
     RunInactive,
     UploadTooLarge,
@@ -298,7 +299,13 @@ class Node:
                     # the time the coordinator only sees that it is silent.
                     self._fleet.deactivate(node)
                     self._leaving.event.wait(AWAY_S)
-        node = self._fleet.activate()
+        try:
+            node = self._fleet.activate()
+        except KeyInUse as error:
+            if not path.is_file():
+                raise
+            # It was connected before, so the key is known; what tells its number is damaged.
+            raise ConnectionLost("this site still counts as connected, for about a minute after a crash") from error
         try:
             write_atomic(path, str(node).encode())
         except OSError as error:
