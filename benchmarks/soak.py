@@ -177,7 +177,7 @@ class Soak:
             self.problems.append(f"round {number}: ended {self.pauses[-1]:.0f} s after the one before")
 
     def describe_rounds(self) -> str:
-        """How long rounds took, how many replayed, and how many charges stand for those that were used."""
+        """Returns the rounds' durations, the number that replayed, and the charges beside the replies used."""
         charges = [read_charges(site.ledger) for site in self.made.sites.values()]
         num_charged = sum(len(requests) for each in charges for requests in each.values())
         num_used = sum(len(event.sites) for event in {event.round: event for event in self.made.rounds()}.values())

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.faults.parts import (
@@ -17,6 +17,7 @@ from benchmarks.faults.parts import (
     row,
 )
 from tests.deployment import Deployment
+from tests.small_disk import filled
 
 
 @row
@@ -27,7 +28,7 @@ def disk_full_coordinator(made: Deployment) -> str:
         made.start_coordinator()
         run = made.start_run(rounds=5)
         made.wait_for_round(2, run=run)
-        with _filled(made.fed):
+        with filled(made.fed):
             code = run.wait(240)
             said = run.last_line
         assert code == 1, f"expected exit code 1, got {code}: {said}"
@@ -60,7 +61,7 @@ def disk_full_cache(made: Deployment) -> str:
     (site.folder / "cache").mkdir(exist_ok=True)
     with _small_disk(site.folder / "cache"):
         made.start_sites()
-        with _filled(site.folder / "cache"):
+        with filled(site.folder / "cache"):
             run = made.start_run("--set", f"backbone={_other_backbone()}", rounds=4)
             said = expect_end_or_resume(made, run)
         assert site.is_running(), site.last_line
@@ -89,21 +90,6 @@ def _small_disk(folder: Path) -> Iterator[None]:
         shutil.move(kept, folder)
 
 
-@contextmanager
-def _filled(folder: Path) -> Iterator[None]:
-    """A folder whose disk is full."""
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        for size in (1 << 20, 4096, 1):
-            with suppress(OSError):
-                while True:
-                    file.write(bytes(size))
-    try:
-        yield
-    finally:
-        filler.unlink()
-
-
 def _fill_site(made: Deployment, folder: Path) -> str:
     site = made.sites["beta"]
     made.stop_site("beta")
@@ -112,7 +98,7 @@ def _fill_site(made: Deployment, folder: Path) -> str:
         run = made.start_run(rounds=5)
         made.wait_for_round(2, run=run)
         before = len(site.read_log())
-        with _filled(folder):
+        with filled(folder):
             time.sleep(12)
         said = expect_end_or_resume(made, run)
         if not site.is_running():

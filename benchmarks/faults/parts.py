@@ -1,4 +1,4 @@
-"""What rows have in common."""
+"""Steps and checks that several rows share."""
 
 from __future__ import annotations
 
@@ -112,5 +112,5 @@ def settle(made: Deployment) -> None:
 
 
 def find_faults(made: Deployment, watcher: Watcher) -> list[str]:
-    """What is wrong after a row, whatever the row was."""
+    """Returns the invariants that a deployment breaks after a row; they are the same for all rows."""
     return [*watcher.find_tracebacks(), *find_uncharged(made), *watcher.find_lost_heads()]

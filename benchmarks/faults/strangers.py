@@ -117,7 +117,7 @@ _honest = app
 
 
 def app(message, context):
-    """What a hostile site makes of it."""
+    """Returns the reply that a hostile site sends in place of an honest one."""
     import os
     from dataclasses import fields
 

@@ -98,7 +98,7 @@ def open_messages() -> Target:
 
 
 def open_frames() -> Target:
-    """What passes between a site's connection and its worker: frames, and the objects of a message in them."""
+    """Reads the frames that a site's connection and its worker exchange, and the objects of a message in them."""
     from flwr.app import Message, RecordDict
 
     from client.connection import worker

@@ -36,8 +36,15 @@ class RetryingApp:
     It repeats a request answered by "known, not available yet" for a while before it gives that answer.
     """
 
-    def __init__(self, app: App, uploads: Uploads) -> None:
-        self._app, self._uploads = app, uploads
+    def __init__(self, app: App, uploads: Uploads, max_quiet_s: float = _MAX_QUIET_S) -> None:
+        """Wraps an app.
+
+        Args:
+            app: the SuperLink.
+            uploads: the uploads of sites that are under way.
+            max_quiet_s: seconds without any upload after which a part is not waited for.
+        """
+        self._app, self._uploads, self._max_quiet_s = app, uploads, max_quiet_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -52,7 +59,7 @@ class RetryingApp:
             answer = await self._forward({**scope, "state": dict(scope.get("state", {}))}, body)
             if not _is_pending(answer):
                 break
-            if self._uploads.measure_quiet() > _MAX_QUIET_S:
+            if self._uploads.measure_quiet() > self._max_quiet_s:
                 answer = _make_missing()
                 break
             if loop.time() > until:

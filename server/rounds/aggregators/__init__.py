@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from common.plugins import Spec, resolve
+from common.plugins import Plugin, Spec, resolve
 from common.run import RunConfig
 from common.types import Params
 
@@ -64,6 +65,35 @@ class Aggregator(Protocol):
             state: what `start` or the last `update` returned.
             deltas: at least `min_updates`, in any order, each with the names and shapes of `params`.
         """
+
+
+class Stateless(Plugin):
+    """Base of aggregations that keep nothing between rounds: new = old + learning_rate * `combine` of the changes.
+
+    Attributes:
+        learning_rate: factor on the combined change.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+
+    def combine(self, deltas: Sequence[Weighted]) -> Mapping[str, NDArray[np.float64]]:
+        """Returns one change of each parameter for the changes of all sites, at least `min_updates`, in any order."""
+        raise NotImplementedError
+
+    def start(self, params: Params) -> State:
+        """Returns an empty state."""
+        del params
+        return {}
+
+    def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
+        """Returns the parameters after a step along the combined change, and the empty state.
+
+        Args:
+            params: parameters that the sites were sent, by name.
+            state: what `start` or the last `update` returned.
+            deltas: updates, at least `min_updates`.
+        """
+        return move_parameters(params, self.combine(deltas), self.learning_rate), state
 
 
 def open_aggregator(spec: Spec | Mapping[str, Any], key: str) -> Aggregator:

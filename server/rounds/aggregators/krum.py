@@ -12,31 +12,27 @@ nearly as far from each other, and a hostile update near their middle has the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from common.plugins import Plugin
-from common.types import Params
-from server.rounds.aggregators import State, Weighted, move_parameters, sort_updates, stack_changes
+from server.rounds.aggregators import Stateless, Weighted, sort_updates, stack_changes
 
 
-class Krum(Plugin):
+class Krum(Stateless):
     """new = old + learning_rate * mean of the changes of the lowest scores, whatever the sites' sizes.
 
     Attributes:
         byzantine: number of sites that may send anything.
         selected: number of updates that are averaged; 1 is Krum, more is Multi-Krum.
-        learning_rate: factor on the mean of the selected changes.
     """
 
     kind: Literal["krum"]
     byzantine: Annotated[int, Field(ge=1, le=10_000)]
     selected: Annotated[int, Field(ge=1, le=10_000)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
     needs_sum: ClassVar[bool] = False
 
     @classmethod
@@ -49,25 +45,13 @@ class Krum(Plugin):
         """2 * byzantine + 3, and byzantine + selected + 2 where that is more."""
         return max(2 * self.byzantine + 3, self.byzantine + self.selected + 2)
 
-    def start(self, params: Params) -> State:
-        """Returns an empty state."""
-        del params
-        return {}
-
-    def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """Returns the parameters after a step along the mean of the selected changes.
-
-        Args:
-            params: parameters that the sites were sent, by name.
-            state: what `start` or the last `update` returned.
-            deltas: updates, at least `min_updates`.
-        """
+    def combine(self, deltas: Sequence[Weighted]) -> Mapping[str, NDArray[np.float64]]:
+        """Returns the mean of the selected changes."""
         ordered = sort_updates(deltas)  # Of equal scores the first is selected, whoever answered first.
         changes = stack_changes(ordered)
         scores_N = self._compute_scores(np.concatenate([part.reshape(len(part), -1) for part in changes.values()], 1))
         selected = np.sort(np.argsort(scores_N, kind="stable")[: self.selected])
-        means = {name: part[selected].mean(axis=0) for name, part in changes.items()}
-        return move_parameters(params, means, self.learning_rate), state
+        return {name: part[selected].mean(axis=0) for name, part in changes.items()}
 
     def _compute_scores(self, changes_NP: NDArray[np.float64]) -> NDArray[np.float64]:
         """Returns each update's sum of squared distances to its nearest others."""

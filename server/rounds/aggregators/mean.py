@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+import numpy as np
+from numpy.typing import NDArray
 
-from common.plugins import Plugin
-from common.types import Params
-from server.rounds.aggregators import State, Weighted, move_parameters, weighted_mean
+from server.rounds.aggregators import Stateless, Weighted, weighted_mean
 
 
-class Mean(Plugin):
-    """new = old + learning_rate * weighted mean of the sites' changes.
-
-    Attributes:
-        learning_rate: factor on the mean change.
-    """
+class Mean(Stateless):
+    """new = old + learning_rate * weighted mean of the sites' changes."""
 
     kind: Literal["mean"]
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
     min_updates: ClassVar[int] = 1
     needs_sum: ClassVar[bool] = True
 
@@ -29,17 +23,6 @@ class Mean(Plugin):
         """Returns settings for the contract suite."""
         return {"kind": "mean", "learning_rate": 0.5}
 
-    def start(self, params: Params) -> State:
-        """Returns an empty state."""
-        del params
-        return {}
-
-    def update(self, params: Params, state: State, deltas: Sequence[Weighted]) -> tuple[Params, State]:
-        """Returns the parameters after a step along the mean change.
-
-        Args:
-            params: parameters that the sites were sent, by name.
-            state: what `start` or the last `update` returned.
-            deltas: updates with public weights, at least one.
-        """
-        return move_parameters(params, weighted_mean(deltas), self.learning_rate), state
+    def combine(self, deltas: Sequence[Weighted]) -> Mapping[str, NDArray[np.float64]]:
+        """Returns the mean change by public weights."""
+        return weighted_mean(deltas)

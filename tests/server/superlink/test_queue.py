@@ -262,30 +262,32 @@ def test_only_runs_that_ended_long_enough_ago_are_removed(federation: Federation
     assert [run.folder for run in list_runs(federation)] == [fresh, paused, queued]
 
 
-def test_a_daemon_that_starts_on_a_full_disk_goes_on_once_there_is_room(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_daemon_that_starts_while_a_disk_fails_goes_on_once_it_works_again(
+    federation: Federation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else nothing would look at the queue any more for as long as the daemon lives."""
     folder = submit(federation, "a")
     begin(folder, 1).write(RunInterruption(reason="sites are missing"))
-    monkeypatch.setattr("server.superlink.daemon._WATCH_S", 0.01)
-    monkeypatch.setattr("server.superlink.queue.ROOM_BYTES", 1 << 60)
+    journal = folder / "journal.jsonl"
+    journal.rename(folder / "kept")
+    journal.mkdir()  # Reading it is an error of the operating system, as of a disk that fails.
 
-    async def start_and_free() -> None:
+    async def start_and_mend() -> None:
         queue = asyncio.create_task(_run_queue(federation, FileJournal(federation.state / "link.jsonl")))
         try:
             said = ""
             while "the queue waits" not in said and not queue.done():
                 await asyncio.sleep(0.01)
                 said += "".join(capsys.readouterr())
-            monkeypatch.setattr("server.superlink.queue.ROOM_BYTES", 1)
+            journal.rmdir()
+            (folder / "kept").rename(journal)
             while describe_run(folder).state != "queued" and not queue.done():
                 await asyncio.sleep(0.01)
             assert describe_run(folder).state == "queued"
         finally:
             queue.cancel()
 
-    asyncio.run(asyncio.wait_for(start_and_free(), 60))
+    asyncio.run(asyncio.wait_for(start_and_mend(), 60))
 
 
 def test_a_run_that_was_given_up_says_how_to_go_on(federation: Federation) -> None:
