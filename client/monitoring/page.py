@@ -13,8 +13,10 @@ from client.monitoring.state import SiteState, explain_decline
 from client.protocol.balance import read_terms
 from common.privacy.accounting import round_up
 from common.process.html import (
+    LOW_BYTES,
     Html,
-    Level,
+    Verdict,
+    describe_state,
     format_age,
     format_time,
     write_page,
@@ -25,20 +27,15 @@ from common.process.html import (
 from common.process.pages import Page
 
 _SOON_DAYS = 60
-_LOW_BYTES = 2 << 30
 _MAX_RUNS = 10
 _DAY_S = 86_400.0
 _SCARCE = 0.9
-
-Verdict = tuple[Level, str, str]
 
 
 def write_site_page(seen: SiteState) -> Page:
     """Returns the page as a browser shows it."""
     name = seen.config.name
     verdicts = list_verdicts(seen)
-    problems = sum(level == "bad" for level, _, _ in verdicts)
-    state = f"{problems} problem(s)" if problems else ("attention" if verdicts else "well")
     contact = seen.presence.last_contact
     heard = f"; the coordinator answered last {format_age(seen.time, contact)} ago" if contact else ""
     good = f"The site is joined since {format_time(seen.presence.since)}."
@@ -56,7 +53,9 @@ def write_site_page(seen: SiteState) -> Page:
             "every release and refusal: headwater site log."
         ),
     ]
-    return Page("text/html; charset=utf-8", write_page(f"{state}: site {name}", f"Site {name}", parts))
+    return Page(
+        "text/html; charset=utf-8", write_page(f"{describe_state(verdicts)}: site {name}", f"Site {name}", parts)
+    )
 
 
 def list_verdicts(seen: SiteState) -> list[Verdict]:
@@ -78,7 +77,7 @@ def _judge_connection(seen: SiteState) -> Iterable[Verdict]:
             f"The coordinator's authority expires in {seen.authority_days_left} day(s).",
             "ask the coordinator's staff for a new kit",
         )
-    if seen.free_bytes < _LOW_BYTES:
+    if seen.free_bytes < LOW_BYTES:
         yield (
             "bad",
             f"Only {seen.free_bytes / 2**20:,.0f} MiB are free where the site's state lies.",

@@ -15,6 +15,12 @@ Html = NewType("Html", str)
 
 Level = Literal["good", "attention", "bad"]
 
+Verdict = tuple[Level, str, str]
+"""Level, what is the matter, and what to do about it, which may be empty."""
+
+LOW_BYTES = 2 << 30
+"""Free space below which a page says so."""
+
 STYLE = """
 :root { color-scheme: light dark; --line: #767676; --soft: #f2f2f2; --good: #1a7f37; --attention: #8a5a00;
   --bad: #b3261e }
@@ -61,7 +67,13 @@ def write_text(text: str) -> Html:
     return Html(f"<p>{escape(text)}</p>\n")
 
 
-def write_verdicts(verdicts: Sequence[tuple[Level, str, str]]) -> Html:
+def describe_state(verdicts: Sequence[Verdict]) -> str:
+    """Returns a page's state in a word or two, for its title: the number of problems, `attention` or `well`."""
+    problems = sum(level == "bad" for level, _, _ in verdicts)
+    return f"{problems} problem(s)" if problems else ("attention" if verdicts else "well")
+
+
+def write_verdicts(verdicts: Sequence[Verdict]) -> Html:
     """Returns the list of what is wrong, each with what to do first; the level stands there as a word too.
 
     Args:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from common.events import QuorumAwaited
 from common.privacy.accounting import round_up
 from common.process.html import (
+    LOW_BYTES,
     Html,
-    Level,
+    Verdict,
+    describe_state,
     format_age,
     format_time,
     write_page,
@@ -22,19 +24,14 @@ from server.monitoring.counts import RunCounts
 from server.monitoring.state import CoordinatorState
 
 _SOON_DAYS = 30
-_LOW_BYTES = 2 << 30
 _MAX_RUNS = 20
 _WAITING_S = 120.0
-
-Verdict = tuple[Level, str, str]
 
 
 def write_coordinator_page(seen: CoordinatorState) -> Page:
     """Returns the page as a browser shows it."""
     config = seen.federation.config
     verdicts = list_verdicts(seen)
-    problems = sum(level == "bad" for level, _, _ in verdicts)
-    state = f"{problems} problem(s)" if problems else ("attention" if verdicts else "well")
     parts = [
         write_text(
             f"Sites reach it at {config.address}. It is {format_time(seen.time)}; this page loads itself again every "
@@ -49,7 +46,7 @@ def write_coordinator_page(seen: CoordinatorState) -> Page:
             f"{seen.certificate.until:%Y-%m-%d}. Metrics for Prometheus: /metrics."
         ),
     ]
-    body = write_page(f"{state}: coordinator {config.name}", f"Coordinator {config.name}", parts)
+    body = write_page(f"{describe_state(verdicts)}: coordinator {config.name}", f"Coordinator {config.name}", parts)
     return Page("text/html; charset=utf-8", body)
 
 
@@ -84,7 +81,7 @@ def _judge_coordinator(seen: CoordinatorState) -> Iterable[Verdict]:
             f"The server's certificate {'has expired' if days < 0 else f'expires in {days} day(s)'}.",
             f"`headwater coordinator renew {folder}`; nothing has to be started again",
         )
-    if seen.free_bytes < _LOW_BYTES:
+    if seen.free_bytes < LOW_BYTES:
         yield (
             "bad",
             f"Only {seen.free_bytes / 2**20:,.0f} MiB are free where the coordinator's folder lies.",
