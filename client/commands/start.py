@@ -17,6 +17,7 @@ import typer
 from client.commands.parts.options import Coordinator, SiteFile, load_site, locate_offers
 from client.config import SiteConfig
 from common.bundle import find_installation
+from common.process.apart import run_apart
 from common.process.console import reported_errors
 from common.process.lines import Level, LogFormat, LogFormatOption, Show, show_line, use_log_format
 
@@ -47,7 +48,9 @@ def start(
             return
         config = config.select(coordinator)
         if config.approval == "automatic":
-            _freeze_records(config, site)
+            # What the trial imports, torch above all, would stay for as long as this process waits.
+            for line in run_apart(_freeze_records, config, site):
+                show_line(line)
         from client.connection import node
 
         use_log_format(log_format)  # Again: Flower's logger has a handler of its own, and was imported just now.
@@ -103,13 +106,12 @@ def _start_each(site: Path, names: Sequence[str], options: Sequence[str]) -> Non
         raise typer.Exit(worst)
 
 
-def _freeze_records(config: SiteConfig, site: Path) -> None:
+def _freeze_records(config: SiteConfig, site: Path) -> list[str]:
     from client.connection.checks import freeze_records  # Here: it needs torch.
     from client.protocol.approvals import read_offer
 
     kept = sorted(locate_offers(site, config).glob("*.json"))
-    for found in freeze_records(config, map(read_offer, kept)):
-        show_line(f"{found.name}: {found.detail}")
+    return [f"{found.name}: {found.detail}" for found in freeze_records(config, map(read_offer, kept))]
 
 
 @contextlib.contextmanager

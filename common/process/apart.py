@@ -36,7 +36,7 @@ def run_apart(function: Callable[_Given, _Result], *args: _Given.args, **kwargs:
             return pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool as error:
             raise RunFailed(
-                "the process that prepares the run was ended from outside, perhaps because memory ran out"
+                "the process that prepares it was ended from outside, perhaps because memory ran out"
             ) from error
 
 
