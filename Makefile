@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOWER_VERSIONS := 1.41 1.42
+# Two processes, each with whole files: many tests wait for processes, and the limits are for two cores.
+PARALLEL := -n 2 --dist loadfile
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -19,10 +21,10 @@ demo: $(STAMP)
 	$(BIN)/python -m simulations run configs/simulations/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 test-all: test test-slow
 
