@@ -172,6 +172,18 @@ class LossGradient(Protocol):
 
 
 @runtime_checkable
+class ServedPrior(Protocol):
+    """Optional part of a task whose head is served for a declared prior, whatever the labels' shares in training are.
+
+    Law (tests/contracts/test_tasks.py): of outputs that are zero, those with the offset added have the probabilities of
+    the declared prior, which is uniform where none is declared.
+    """
+
+    def served_offset(self) -> list[float]:
+        """Returns what is added to each output of a head that was trained for equally frequent labels."""
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing pairs of records.
 

@@ -15,6 +15,7 @@ from common.inputs import CellName, CellNames
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
+from common.tasks.parts.declared import LabelRatios, LabelWeights, Threshold, compute_logit, order_by_label
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import (
     RATE,
@@ -40,6 +41,12 @@ class Classification(Plugin):
     Attributes:
         labels: the classes, in the order of the head's outputs.
         positive: of two classes the one that AUROC, sensitivity and specificity are about; by default the last.
+        threshold: of two classes, probability of the positive one above which it is predicted; by default the more
+            probable class is.
+        weights: label -> factor from 0.01 to 100 on the loss of its records, before clipping; labels without one have
+            1. The head then judges as if a mistake on such a record counted so many times.
+        prior: label -> share, the label shares for which the head is served; `uniform`, the default, takes all classes
+            for equally frequent.
         scale: public factor on this task's loss, applied before joint clipping.
         head_settings: shape of the head, `head` in a file.
     """
@@ -47,6 +54,9 @@ class Classification(Plugin):
     kind: Literal["classification"] = "classification"
     labels: Annotated[CellNames, Field(min_length=2)]
     positive: CellName | None = None
+    threshold: Threshold | None = None
+    weights: LabelWeights = {}
+    prior: LabelRatios | Literal["uniform"] = "uniform"
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
@@ -54,6 +64,17 @@ class Classification(Plugin):
     def _check_positive_is_a_label(self) -> Classification:
         if self.positive is not None and (len(self.labels) != 2 or self.positive not in self.labels):
             raise ValueError(f"positive: expected one of two labels, got {self.positive!r} for {len(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_declared_numbers(self) -> Classification:
+        if self.threshold is not None and len(self.labels) != 2:
+            raise ValueError(f"threshold: expected a task of two labels, got one of {len(self.labels)}")
+        order_by_label(self.weights, self.labels, "weights", default=1.0)
+        if self.prior != "uniform":
+            total = math.fsum(order_by_label(self.prior, self.labels, "prior"))
+            if abs(total - 1.0) > 1e-6:
+                raise ValueError(f"prior: expected shares that add up to 1, got {total:.6g}")
         return self
 
     @classmethod
@@ -64,25 +85,35 @@ class Classification(Plugin):
 
     @property
     def codec(self) -> ClassCodec:
-        """Class indices; the prediction is the most probable class."""
-        return ClassCodec(self.labels, lambda outputs: outputs.argmax(1))
+        """Class indices; the prediction is the most probable class, or by the threshold where there is one."""
+        return ClassCodec(self.labels, self._predict)
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BD -> logits_BK."""
         return self.head_settings.build(feature_dim, len(self.labels))
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the cross entropy of each example."""
+        """Returns the cross entropy of each example, times its label's weight."""
         from torch.nn import functional
 
-        return functional.cross_entropy(outputs, labels, reduction="none", ignore_index=MISSING_CLASS)
+        weight_K = outputs.new_tensor(self._weights()) if self.weights else None
+        return functional.cross_entropy(outputs, labels, weight_K, reduction="none", ignore_index=MISSING_CLASS)
 
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the probabilities minus the label's unit vector."""
+        """Returns the probabilities minus the label's unit vector, times the label's weight."""
         # Over the first axis torch's softmax is many times faster where classes are few.
         gradient_BK = outputs.mT.contiguous().softmax(dim=0).mT
         labels_B1 = labels.unsqueeze(1)
-        return gradient_BK.scatter_add_(1, labels_B1, gradient_BK.new_full(labels_B1.shape, -1.0))
+        gradient_BK = gradient_BK.scatter_add_(1, labels_B1, gradient_BK.new_full(labels_B1.shape, -1.0))
+        return gradient_BK * gradient_BK.new_tensor(self._weights())[labels_B1] if self.weights else gradient_BK
+
+    def served_offset(self) -> list[float]:
+        """Returns the logarithm of each class's share in the declared prior, with a mean of 0."""
+        if self.prior == "uniform":
+            return [0.0] * len(self.labels)
+        logarithms = [math.log(share) for share in order_by_label(self.prior, self.labels, "prior")]
+        mean = math.fsum(logarithms) / len(logarithms)
+        return [logarithm - mean for logarithm in logarithms]
 
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns the logarithm of each class's frequency in training, whatever the features: it predicts the majority.
@@ -118,7 +149,7 @@ class Classification(Plugin):
 
         num_classes, scored = len(self.labels), self._scored_classes()
         scores_BK = outputs.softmax(dim=1)
-        cell_B1 = (labels * num_classes + scores_BK.argmax(dim=1)).unsqueeze(1)
+        cell_B1 = (labels * num_classes + self._predict(outputs)).unsqueeze(1)
         index_BL, value_BL = build_score_rows(
             scores_BK[:, scored],
             functional.one_hot(labels, num_classes)[:, scored],
@@ -143,6 +174,18 @@ class Classification(Plugin):
             "sensitivity": average_defined(recall_K) if positive is None else float(recall_K[positive]),
             "specificity": average_defined(specificity_K) if positive is None else float(specificity_K[positive]),
         }
+
+    def _predict(self, outputs: Tensor) -> Tensor:
+        """Returns index_B of the predicted class."""
+        if self.threshold is None:
+            return outputs.argmax(dim=1)
+        positive = self._positive_index()
+        assert positive is not None
+        above_B = outputs[:, positive] - outputs[:, 1 - positive] > compute_logit(self.threshold)
+        return above_B.long() if positive == 1 else 1 - above_B.long()
+
+    def _weights(self) -> list[float]:
+        return order_by_label(self.weights, self.labels, "weights", default=1.0)
 
     def _positive_index(self) -> int | None:
         if len(self.labels) != 2:

@@ -16,6 +16,14 @@ from pydantic import Field, model_validator
 from common.inputs import CellName, CellNames, find_name
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
+from common.tasks.parts.declared import (
+    LabelRatios,
+    LabelThresholds,
+    LabelWeights,
+    Threshold,
+    compute_logit,
+    order_by_label,
+)
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import (
     RATE,
@@ -43,6 +51,11 @@ class Multilabel(Plugin):
     Attributes:
         labels: the labels' names, in the order of the head's outputs.
         none: the cell that means "none of the labels", such as `No Finding`, where labels share one column.
+        threshold: probability above which a label is predicted, one for all or one for each; 0.5 where none is given.
+        weights: label -> factor from 0.01 to 100 on its loss in records that have it, before clipping; labels without
+            one have 1. The head then judges as if missing such a label counted so many times.
+        prior: label -> ratio of records that have it, for which the head is served; `uniform`, the default, takes every
+            label for as often present as absent.
         scale: public factor on this task's loss, applied before joint clipping.
         head_settings: shape of the head, `head` in a file.
     """
@@ -50,6 +63,9 @@ class Multilabel(Plugin):
     kind: Literal["multilabel"] = "multilabel"
     labels: Annotated[CellNames, Field(min_length=2)]
     none: CellName | None = None
+    threshold: Threshold | LabelThresholds = 0.5
+    weights: LabelWeights = {}
+    prior: LabelRatios | Literal["uniform"] = "uniform"
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
@@ -61,6 +77,15 @@ class Multilabel(Plugin):
             raise ValueError(f"none: expected a name that is not one of the labels, got {self.none!r}")
         return self
 
+    @model_validator(mode="after")
+    def _check_declared_numbers(self) -> Multilabel:
+        if isinstance(self.threshold, dict):
+            order_by_label(self.threshold, self.labels, "threshold", default=0.5)
+        order_by_label(self.weights, self.labels, "weights", default=1.0)
+        if self.prior != "uniform":
+            order_by_label(self.prior, self.labels, "prior")
+        return self
+
     @classmethod
     def example(cls) -> TaskExample:
         """Returns a task of two findings."""
@@ -69,8 +94,10 @@ class Multilabel(Plugin):
 
     @property
     def codec(self) -> MultilabelCodec:
-        """Vectors of 0, 1 and -1 (unknown); a label is predicted where its probability is above 1/2."""
-        return MultilabelCodec(self.labels, self.none)
+        """Vectors of 0, 1 and -1 (unknown); a label is predicted where its probability is above its threshold."""
+        given = self.threshold if isinstance(self.threshold, dict) else dict.fromkeys(self.labels, self.threshold)
+        thresholds = order_by_label(given, self.labels, "threshold", default=0.5)
+        return MultilabelCodec(self.labels, self.none, [compute_logit(threshold) for threshold in thresholds])
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BD -> logits_BL."""
@@ -84,18 +111,30 @@ class Multilabel(Plugin):
         from torch.nn import functional
 
         truth_BL = labels.clamp(min=0).to(outputs.dtype)
-        losses_BL = functional.binary_cross_entropy_with_logits(outputs, truth_BL, reduction="none")
+        weight_L = outputs.new_tensor(self._weights()) if self.weights else None
+        losses_BL = functional.binary_cross_entropy_with_logits(
+            outputs, truth_BL, pos_weight=weight_L, reduction="none"
+        )
         return losses_BL.where(labels != _UNKNOWN, 0.0).sum(dim=1)
 
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns probability minus truth of each known label, and zero for the others."""
-        return (outputs.sigmoid() - labels).where(labels != _UNKNOWN, 0.0)
+        """Returns probability minus truth of each known label, weighted where it is present; zero for the others."""
+        gradient_BL = (outputs.sigmoid() - labels).where(labels != _UNKNOWN, 0.0)
+        if not self.weights:
+            return gradient_BL
+        return (gradient_BL * gradient_BL.new_tensor(self._weights())).where(labels == 1, gradient_BL)
+
+    def served_offset(self) -> list[float]:
+        """Returns the logit of each label's ratio in the declared prior."""
+        if self.prior == "uniform":
+            return [0.0] * len(self.labels)
+        return [compute_logit(ratio) for ratio in order_by_label(self.prior, self.labels, "prior")]
 
     def statistic(self, buckets: int) -> Statistic:
         """Returns for each known label the cell of truth and prediction, and the bucket of its score.
 
         The main metric is the mean AUROC over labels, as is usual for findings that are rare; the others are at
-        probability 1/2.
+        the labels' thresholds.
         """
         return Statistic(
             size=len(self.labels) * (4 + 2 * buckets),
@@ -112,12 +151,15 @@ class Multilabel(Plugin):
         from common.tasks.parts.statistics import build_score_rows, join_rows
 
         num_labels, scores_BL = len(self.labels), outputs.sigmoid()
-        cell_BL = 2 * labels.clamp(min=0) + (scores_BL > 0.5).long()
+        cell_BL = 2 * labels.clamp(min=0) + self.codec.predict(outputs)
         first_L = 4 * torch.arange(num_labels, device=scores_BL.device)
         cells = SparseRows(first_L + cell_BL, (labels != _UNKNOWN).double())
         histograms = build_score_rows(scores_BL, labels, num_classes=2, buckets=buckets, offset=4 * num_labels)
         index_BP, value_BP = join_rows(cells, histograms)
         return SparseRows(index_BP, value_BP / math.sqrt(num_labels))
+
+    def _weights(self) -> list[float]:
+        return order_by_label(self.weights, self.labels, "weights", default=1.0)
 
     def _compute(self, sums_S: Array, clip: bool) -> dict[str, float]:
         num_labels = len(self.labels)
@@ -142,10 +184,12 @@ class MultilabelCodec:
     Attributes:
         names: public names of the labels, in the order of the vector.
         none: the cell that means "none of the labels", or None.
+        thresholds: output of each label above which it is predicted.
     """
 
     names: Sequence[str]
     none: str | None
+    thresholds: Sequence[float]
 
     def encode(self, cells: Sequence[str]) -> Tensor:
         """Returns the vector of one example.
@@ -170,9 +214,13 @@ class MultilabelCodec:
 
         return torch.full((len(self.names),), _UNKNOWN)
 
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Returns predicted_BL (int64), 1 where a label's output is above its threshold, else 0."""
+        return (outputs > outputs.new_tensor(self.thresholds)).long()
+
     def decode(self, outputs: Tensor) -> list[list[str]]:
-        """Returns for each example one cell for each label, "1" where its probability is above 1/2, else "0"."""
-        return [[str(int(present)) for present in row] for row in (outputs > 0).tolist()]
+        """Returns for each example one cell for each label, "1" where it is predicted, else "0"."""
+        return [[str(present) for present in row] for row in self.predict(outputs).tolist()]
 
     def _split(self, cell: str) -> list[int]:
         labels = [0] * len(self.names)

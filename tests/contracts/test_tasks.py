@@ -14,14 +14,42 @@ from opacus.validators import ModuleValidator
 from torch import Tensor
 
 from common.plugins import kinds, plugin_class
-from common.tasks import EXACT_BUCKETS, NOISED_BUCKETS, LossGradient, Task, TaskExample, open_task
+from common.tasks import EXACT_BUCKETS, NOISED_BUCKETS, LossGradient, ServedPrior, Task, TaskExample, open_task
 from common.types import BadRecord
 
 FEATURE_DIM = 7
 
+DECLARED = {
+    "classification, declared": TaskExample(
+        {
+            "kind": "classification",
+            "labels": ["none", "tumour"],
+            "positive": "none",
+            "threshold": 0.7,
+            "weights": {"tumour": 20.0, "none": 0.5},
+            "prior": {"tumour": 0.02, "none": 0.98},
+        },
+        [["none"], ["tumour"], ["none"], ["tumour"]],
+    ),
+    "multilabel, declared": TaskExample(
+        {
+            "kind": "multilabel",
+            "labels": ["edema", "effusion"],
+            "none": "no finding",
+            "threshold": {"effusion": 0.2},
+            "weights": {"edema": 20.0},
+            "prior": {"edema": 0.02, "effusion": 0.3},
+        },
+        [["edema"], ["edema|effusion"], ["no finding"], ["effusion"]],
+    ),
+}
+"""Kinds that declare numbers for their labels, with all of them."""
 
-@pytest.fixture(scope="module", params=kinds("common.tasks"))
+
+@pytest.fixture(scope="module", params=[*kinds("common.tasks"), *DECLARED])
 def example(request: pytest.FixtureRequest) -> TaskExample:
+    if request.param in DECLARED:
+        return DECLARED[request.param]
     return plugin_class("common.tasks", request.param).example()
 
 
@@ -76,6 +104,22 @@ def test_a_stated_gradient_is_the_one_that_autograd_computes(task: Task, labels:
         torch.testing.assert_close(task.loss_gradient(outputs.detach(), labels), expected)
     else:
         assert expected.shape == outputs.shape  # Solvers ask autograd, which knows it.
+
+
+def test_an_offset_alone_has_the_probabilities_of_the_declared_prior(task: Task) -> None:
+    if not isinstance(task, ServedPrior):
+        pytest.skip("the task declares no prior")
+    offset = torch.tensor(task.served_offset(), dtype=torch.float64)
+    assert len(offset) == len(many(task, torch.stack([task.codec.missing()]), 1)[0][0])
+    # The prior is what sits in the settings, in the order of the labels.
+    prior, labels = task.model_dump()["prior"], task.model_dump()["labels"]
+    if task.kind == "multilabel":
+        expected = [0.5 if prior == "uniform" else prior[name] for name in labels]
+        torch.testing.assert_close(offset.sigmoid(), torch.tensor(expected, dtype=torch.float64))
+    else:
+        expected = [1 / len(labels) if prior == "uniform" else prior[name] for name in labels]
+        torch.testing.assert_close(offset.softmax(0), torch.tensor(expected, dtype=torch.float64))
+        assert float(offset.mean()) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_opacus_validates_linear_and_hidden_heads(task: Task, example: TaskExample) -> None:

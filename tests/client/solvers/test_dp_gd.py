@@ -61,7 +61,11 @@ class PerStep(PerPixel):
 
 
 DENSE: dict[str, Task] = {"map": PerPixel(), "plain": PerPixel(bias=False), "words": PerStep()}
-ALL = {**VECTORS, **DENSE}
+WEIGHTED: dict[str, Task] = {
+    "rare": open_task({"kind": "classification", "labels": ["a", "b", "c"], "weights": {"b": 50, "c": 0.02}}, "rare"),
+    "signs": open_task({"kind": "multilabel", "labels": ["x", "y"], "weights": {"y": 20}}, "signs"),
+}
+ALL = {**VECTORS, **DENSE, **WEIGHTED}
 
 
 class SilentStream(NoiseStream):
@@ -83,7 +87,7 @@ def heads(tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
 def shapes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape of one record's features and labels."""
     features = {"map": (FEATURES, 4, 3), "plain": (FEATURES, 4, 3), "words": (6, FEATURES)}.get(name, (FEATURES,))
-    labels = {"map": (4, 3), "plain": (4, 3), "words": (6,), "findings": (2,)}.get(name, ())
+    labels = {"map": (4, 3), "plain": (4, 3), "words": (6,), "findings": (2,), "signs": (2,)}.get(name, ())
     return features, labels
 
 
@@ -102,7 +106,7 @@ def site(
     for name in tasks:
         features, labels = shapes(name)
         own = common if shared else (512.0 * torch.randn(count, *features, generator=generator)).round() / 256.0
-        if name in ("findings", "size"):
+        if name in ("findings", "signs", "size"):
             label = torch.randint(0, 2, (count, *labels), generator=generator).float()
         else:
             label = torch.randint(0, 3, (count, *labels), generator=generator)
@@ -136,6 +140,7 @@ CASES = {
     "one task": ["grade"],
     "three tasks": ["findings", "grade", "size"],
     "maps": ["map", "plain"],
+    "weighted": ["rare", "signs"],
     "all at once": list(ALL),
 }
 

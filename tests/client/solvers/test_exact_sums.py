@@ -42,6 +42,7 @@ TASKS: dict[str, Task] = {
     "signs": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 3.0}, "signs"),
     "size": open_task({"kind": "regression", "range": [-1, 1]}, "size"),
     "strange": open_task({"kind": "anomaly", "normal": "n", "anomalous": "a"}, "strange"),
+    "rare": open_task({"kind": "classification", "labels": ["a", "b"], "weights": {"a": 100, "b": 0.01}}, "rare"),
 }
 Sums = dict[str, list[Tensor]]
 

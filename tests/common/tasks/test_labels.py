@@ -61,6 +61,20 @@ def test_text_wins_over_number_and_other_spellings_are_no_numbers() -> None:
         ({"kind": "classification", "labels": ["a", "b"], "hed": {}}, "nearest: 'head'"),
         ({"kind": "classification", "labels": ["a", "b"], "head": {"hiden": 3}}, "nearest: 'hidden'"),
         ({"kind": "classification", "labels": ["a", "b"], "head": {"hidden": 0}}, r"tasks\.t\.head\.hidden"),
+        ({"kind": "classification", "labels": ["a", "b", "c"], "threshold": 0.3}, "threshold: expected a task of two"),
+        ({"kind": "classification", "labels": ["a", "b"], "threshold": 1}, r"tasks\.t\.threshold"),
+        ({"kind": "classification", "labels": ["a", "b"], "weights": {"c": 2}}, "weights: expected each name"),
+        ({"kind": "classification", "labels": ["1", "b"], "weights": {"1": 2, 1.0: 3}}, "weights: expected each name"),
+        ({"kind": "classification", "labels": ["a", "b"], "weights": {"a": 0}}, r"tasks\.t\.weights"),
+        ({"kind": "classification", "labels": ["a", "b"], "weights": {"a": 101}}, r"tasks\.t\.weights"),
+        ({"kind": "classification", "labels": ["a", "b"], "prior": {"a": 0.5}}, "prior: expected a value for every"),
+        ({"kind": "classification", "labels": ["a", "b"], "prior": {"a": 0.5, "b": 0.6}}, "add up to 1, got 1.1"),
+        ({"kind": "classification", "labels": ["a", "b"], "prior": {"a": 0, "b": 1}}, r"tasks\.t\.prior"),
+        ({"kind": "classification", "labels": ["a", "b"], "prior": "even"}, r"tasks\.t\.prior"),
+        ({"kind": "multilabel", "labels": ["a", "b"], "threshold": {"c": 0.5}}, "threshold: expected each name"),
+        ({"kind": "multilabel", "labels": ["a", "b"], "threshold": 0}, r"tasks\.t\.threshold"),
+        ({"kind": "multilabel", "labels": ["a", "b"], "prior": {"a": 0.5}}, "prior: expected a value for every"),
+        ({"kind": "multilabel", "labels": ["a", "b"], "prior": {"a": 1, "b": 0.1}}, r"tasks\.t\.prior"),
         ({"kind": "multilabel", "labels": ["a|b", "c"]}, "labels: expected names without"),
         ({"kind": "multilabel", "labels": ["a", "b"], "none": "a"}, "none: expected a name that is not"),
         ({"kind": "regression", "range": [1, 1]}, r"expected \[lowest, highest\]"),
@@ -128,6 +142,33 @@ def test_regression_outputs_are_in_halves_of_the_range() -> None:
     assert task.losses(outputs, labels).tolist() == [0.0, 0.0, 0.0]
     assert task.losses(outputs + 1, labels).tolist() == [0.5, 0.5, 0.5]
     assert task.codec.decode(torch.tensor([[0.5], [7.0]])) == [["17.5"], ["20.0"]]
+
+
+def test_weights_are_factors_on_the_losses_of_records_with_the_label() -> None:
+    outputs = torch.tensor([[0.3, -2.0, 1.0]]).expand(3, 3)
+    plain = classification().losses(outputs, torch.arange(3))
+    weighted = classification(weights={6: 10, "7.0": 0.25}).losses(outputs, torch.arange(3))
+    torch.testing.assert_close(weighted, plain * torch.tensor([1.0, 10.0, 0.25]))
+
+
+def test_weights_of_labels_count_where_they_are_present() -> None:
+    weighted, plain, outputs = multilabel(weights={"b": 10}), multilabel(), torch.tensor([[0.3, -2.0, 1.0]])
+    for row, factor in ([-1, 1, -1], 10.0), ([-1, 0, -1], 1.0), ([1, -1, 0], 1.0):
+        label = torch.tensor([row])
+        torch.testing.assert_close(weighted.losses(outputs, label), factor * plain.losses(outputs, label))
+
+
+def test_a_label_is_predicted_above_its_threshold() -> None:
+    probabilities = torch.tensor([0.19, 0.21, 0.69, 0.71])
+    outputs = torch.stack([probabilities.log(), (1 - probabilities).log()], dim=1)
+    tumour = {"kind": "classification", "labels": ["tumour", "none"], "positive": "tumour"}
+    for settings_, positives in ({"threshold": 0.2}, 3), ({"threshold": 0.7}, 1), ({}, 2):
+        predicted = open_task({**tumour, **settings_}, "task").codec.decode(outputs)
+        assert predicted == [["none"]] * (4 - positives) + [["tumour"]] * positives
+    task = multilabel(threshold={"a": 0.2, "c": 0.7})
+    found = task.codec.decode(torch.logit(probabilities).unsqueeze(1).expand(4, 3))
+    assert found == [["0", "0", "0"], ["1", "0", "0"], ["1", "1", "0"], ["1", "1", "1"]]
+    assert multilabel(threshold=0.7).codec.decode(torch.full((1, 3), 0.5)) == [["0", "0", "0"]]
 
 
 def test_a_hidden_head_learns_from_its_zero_start() -> None:

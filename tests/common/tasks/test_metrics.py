@@ -65,6 +65,30 @@ def test_binary_metrics_are_about_the_positive_label(positive: str | None, index
     assert found["auroc"] == pytest.approx(sk.roc_auc_score(truth, outputs.softmax(1)[:, index]), abs=0.003)
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.8])
+def test_metrics_of_predictions_are_at_the_declared_threshold(threshold: float) -> None:
+    outputs, labels = logits(200, 2, 5), classes(200, 2, 5)
+    predicted = outputs.softmax(1)[:, 0].numpy() > threshold
+    found = values(classification(2, positive="c0", threshold=threshold), outputs, labels)
+    truth = labels.numpy() == 0
+    assert found["sensitivity"] == pytest.approx(sk.recall_score(truth, predicted))
+    assert found["specificity"] == pytest.approx(sk.recall_score(~truth, ~predicted))
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(truth, predicted))
+
+
+def test_each_label_has_metrics_at_its_own_threshold() -> None:
+    outputs = logits(120, 2, 2)
+    labels = (logits(120, 2, 3) + outputs > 0.3).long()
+    found = values(
+        open_task({"kind": "multilabel", "labels": ["a", "b"], "threshold": {"b": 0.2}}, "t"), outputs, labels
+    )
+    recalls = [
+        sk.recall_score(labels[:, k].numpy(), outputs[:, k].sigmoid().numpy() > threshold)
+        for k, threshold in enumerate((0.5, 0.2))
+    ]
+    assert found["sensitivity"] == pytest.approx(np.mean(recalls))
+
+
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 5.0])
 def test_auroc_is_torchmetrics_exact_one_at_every_scale_of_scores(scale: float) -> None:
     outputs, labels = logits(400, 4, 1), classes(400, 4, 1)

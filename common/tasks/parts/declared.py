@@ -1,0 +1,59 @@
+"""Numbers that a run file declares for each label: the prior that a head is served with, weights and thresholds.
+
+All of them are public. None may come from a site's records: a true label count inside a loss or an output would let one
+record change what is computed from all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from common.inputs import CellName, find_name
+
+LabelWeight = Annotated[float, Field(ge=0.01, le=100.0)]
+"""Factor on a loss. It enters a unit's gradient before that is clipped, so that the clip norm bounds it as ever."""
+
+Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""Probability above which a label is predicted."""
+
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""Ratio of records that have a label."""
+
+LabelWeights = dict[CellName, LabelWeight]
+LabelRatios = dict[CellName, Ratio]
+LabelThresholds = dict[CellName, Threshold]
+
+
+def order_by_label(
+    values: Mapping[str, float], labels: Sequence[str], key: str, *, default: float | None = None
+) -> list[float]:
+    """Returns one value for each label, in the labels' order.
+
+    Args:
+        values: label -> value.
+        labels: the task's labels.
+        key: key of the setting, for the message.
+        default: value of labels that are not named; None where all must be.
+
+    Raises:
+        ValueError: a name is not one of the labels, two names are the same label, or a label has no value.
+    """
+    found: dict[int, float] = {}
+    for name, value in values.items():
+        index = find_name(name, labels)
+        if index is None or index in found:
+            raise ValueError(f"{key}: expected each name to be another one of the task's labels, got {name!r}")
+        found[index] = value
+    absent = [name for index, name in enumerate(labels) if index not in found]
+    if default is None and absent:
+        raise ValueError(f"{key}: expected a value for every label, got none for {absent[0]!r}")
+    return [found[index] if default is None else found.get(index, default) for index in range(len(labels))]
+
+
+def compute_logit(probability: float) -> float:
+    """Returns log(p / (1 - p))."""
+    return math.log(probability) - math.log1p(-probability)
