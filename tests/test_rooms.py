@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 ROOMS = tuple(MAY_IMPORT)
 FLOORS = {
-    "common": ["", "privacy", "backbones", "tasks", "model", "process"],
+    "common": ["", "privacy", "secure_sum", "backbones", "tasks", "model", "process"],
     "client": [
         "",
         "ledger",
