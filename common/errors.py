@@ -78,10 +78,10 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
     absent = [item for item in errors if item["type"] == "missing"]
     said: dict[str, str] = {}
     for item in errors:
-        key = _key(item, prefix)
+        key = _key(item, model, prefix)
         if item["type"] == "missing":
             # All at once: who writes a file from nothing would be told one key a try.
-            keys = ", ".join(_key(other, prefix) for other in absent)
+            keys = ", ".join(_key(other, model, prefix) for other in absent)
             said.setdefault("missing", f"{keys}: expected a value, got nothing; write it explicitly")
         elif not any(key == other or key.startswith(f"{other}.") for other in said):
             # The options of a union are several errors of one key; one of them says what is wrong.
@@ -91,7 +91,7 @@ def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -
 
 
 def _sentence(item: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
-    path, key, got = _path(item), _key(item, prefix), item.get("input")
+    path, key, got = _path(item, model), _key(item, model, prefix), item.get("input")
     if item["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
         hint = nearest(path[-1], known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
@@ -108,14 +108,20 @@ def _sentence(item: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
     return f"{key}: {message}{shown}"
 
 
-def _path(item: ErrorDetails) -> list[str]:
+def _path(item: ErrorDetails, model: object) -> list[str]:
     """Key path; pydantic names validators and the options of a union inside it, a user wrote neither."""
-    return [str(part) for part in item["loc"] if not str(part).startswith(("function-", "literal["))]
+    path = []
+    for part in map(str, item["loc"]):
+        if part.startswith(("function-", "literal[")) or part in {option.__name__ for option in _models_in(model)}:
+            continue
+        path.append(part)
+        model = _step(model, part)
+    return path
 
 
-def _key(item: ErrorDetails, prefix: str) -> str:
+def _key(item: ErrorDetails, model: object, prefix: str) -> str:
     # Keys are as strange as values: an offer from the network may be of any length and hold a terminal's codes.
-    return plain(".".join(([prefix] if prefix else []) + _path(item)), 120) or "the file"
+    return plain(".".join(([prefix] if prefix else []) + _path(item, model)), 120) or "the file"
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.backbones import Kind, find_weights_file
+from common.backbones import Kind, find_public_mean_file, find_weights_file
 from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.messages import PART_BYTES
@@ -176,8 +176,13 @@ class BackboneStore:
     def _known(self, spec: Spec, key: str) -> Path:
         """Returns the path where the digest of one of the site's own backbones is kept while its file is unchanged."""
         kind: Kind = resolve("common.backbones", spec, key)
-        file = find_weights_file(kind)
-        status = file.stat() if file is not None and file.exists() else None
-        about = [kind.model_dump(mode="json", by_alias=True), status and [status.st_size, status.st_mtime_ns]]
+        about: list[object] = [kind.model_dump(mode="json", by_alias=True), _stamp(find_weights_file(kind))]
+        mean = find_public_mean_file(kind)
+        about += [] if mean is None else [_stamp(mean)]
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"
+
+
+def _stamp(file: Path | None) -> list[int] | None:
+    status = file.stat() if file is not None and file.exists() else None
+    return status and [status.st_size, status.st_mtime_ns]

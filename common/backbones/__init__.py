@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 
 from pydantic import Field
 
-from common.plugins import Frozen
+from common.plugins import Frozen, LocalPath, Spec
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -45,19 +45,31 @@ class Kernel(Frozen):
     dim: Annotated[int, Field(ge=1, le=65536)]
 
 
+class PublicShift(Frozen):
+    """A declared public mean of the raw features, which is subtracted from them.
+
+    Attributes:
+        public: a file that `headwater simulate public-mean` made of public records for this very backbone; null in
+            settings that travel, because the mean is then among the weights.
+    """
+
+    public: LocalPath | None
+
+
 class Projection(Frozen):
     """Settings of the last steps of a backbone, in their order: shift, project, normalise, kernel.
 
     Attributes:
         dim: number of top right singular vectors of the pre-training classifier's weights (minus their class mean) to
             project on; null keeps all features.
-        shift: `batch_norm` subtracts the mean that the last BatchNorm's parameters predict after its ReLU.
+        shift: `batch_norm` subtracts the mean that the last BatchNorm's parameters predict after its ReLU;
+            `{public: FILE}` subtracts the declared mean of public records' features.
         normalize: whether features are divided by their L2 norm.
         kernel: random Fourier features of the result; null for none.
     """
 
     dim: Annotated[int, Field(ge=1)] | None = None
-    shift: Literal["none", "batch_norm"] = "none"
+    shift: Literal["none", "batch_norm"] | PublicShift = "none"
     normalize: bool
     kernel: Kernel | None = None
 
@@ -85,7 +97,7 @@ class Pretrained:
     Attributes:
         state: tensors of `Kind.architecture().module`, by name.
         classifier_KD: weights of the pre-training's classifier, for a projection; None where there are none.
-        shift_D: predicted mean of the features, for a projection; None where nothing predicts it.
+        shift_D: predicted or declared mean of the features, for a projection; None where there is none.
         scale: factor on the features; 1 unless the weights are random.
     """
 
@@ -227,9 +239,15 @@ OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible)
 
 def resolve_settings(kind: Kind) -> Kind:
     """Returns the settings that travel to the sites and that the digest covers: they hold no location of weights."""
+    resolved = kind
     if isinstance(kind, ResolvedKind):
-        return kind.resolved()
-    return kind if find_weights_file(kind) is None else kind.model_copy(update={"weights": None})
+        resolved = kind.resolved()
+    elif find_weights_file(kind) is not None:
+        resolved = kind.model_copy(update={"weights": None})
+    if kind.projection is None or find_public_mean_file(kind) is None:
+        return resolved
+    projection = kind.projection.model_copy(update={"shift": PublicShift(public=None)})
+    return resolved.model_copy(update={"projection": projection})
 
 
 def write_spec(kind: Kind) -> str:
@@ -242,15 +260,35 @@ def find_weights_file(kind: Kind) -> Path | None:
     return kind.weights if isinstance(kind, _WithWeightsSetting) and isinstance(kind.weights, Path) else None
 
 
+def find_public_mean_file(kind: Kind) -> Path | None:
+    """Returns the file that a declared public mean of a backbone's features is read from, if there is one."""
+    shift = kind.projection.shift if kind.projection is not None else None
+    return shift.public if isinstance(shift, PublicShift) else None
+
+
+def declares_public_mean(settings: Spec | Mapping[str, Any]) -> bool:
+    """Returns whether a backbone's settings, with or without paths, subtract a declared public mean.
+
+    Features of such a backbone are centred: no budget needs to be spent on their mean.
+    """
+    values = settings.settings() if isinstance(settings, Spec) else settings
+    projection = values.get("projection")
+    shift = projection.get("shift") if isinstance(projection, Mapping) else None
+    return isinstance(shift, Mapping) and "public" in shift
+
+
 def list_weights_paths(kind: Kind) -> list[Path] | None:
     """Returns the files and folders that a kind's weights are read from; None where others may change them.
 
     A name of torchvision's is one file for ever, and no path.
     """
     if isinstance(kind, WeightsElsewhere):
-        return kind.list_weights_paths()
-    path = find_weights_file(kind)
-    return [] if path is None else [path]
+        paths = kind.list_weights_paths()
+    else:
+        path = find_weights_file(kind)
+        paths = [] if path is None else [path]
+    mean = find_public_mean_file(kind)
+    return paths if paths is None or mean is None else [*paths, mean]
 
 
 def read_pretrained(kind: Kind) -> Pretrained:

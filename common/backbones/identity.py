@@ -26,7 +26,7 @@ class Identity(Plugin):
         columns: what is made of each column, in this order; other columns of a record are not read.
         dim: length of vectors that already are features.
         missing_values: cell texts that mean an empty cell; the empty text always does.
-        projection: its `dim` and `shift` are not possible here.
+        projection: its `dim` and `shift: batch_norm` are not possible here.
     """
 
     kind: Literal["identity"] = "identity"

@@ -34,7 +34,7 @@ class LogMel(Plugin):
         sample_rate: recordings are resampled to it.
         bands: number of mel bands; there are two features for each.
         range_hz: lowest and highest frequency.
-        projection: its `dim` and `shift` are not possible here.
+        projection: its `dim` and `shift: batch_norm` are not possible here.
     """
 
     kind: Literal["log_mel"] = "log_mel"

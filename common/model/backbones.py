@@ -27,13 +27,16 @@ from common.backbones import (
     Kind,
     Precision,
     Pretrained,
+    PublicShift,
     draw_random,
+    find_public_mean_file,
     find_weights_file,
     read_pretrained,
     resolve_settings,
     write_spec,
 )
 from common.backbones.parts.projection import ProjectionLayer, compute_projection
+from common.backbones.parts.public_mean import read_public_mean
 from common.backbones.parts.weights import compute_digest, load_strict
 from common.model.fast import FastBackbone
 from common.plugins import Spec, resolve
@@ -173,7 +176,7 @@ def open_pretrained(spec: Spec | Mapping[str, Any], key: str) -> Backbone:
     """
     kind: Kind = resolve("common.backbones", spec, key)
     with torch.random.fork_rng(devices=[]):
-        return _assemble(kind, read_pretrained, key)
+        return _assemble(kind, _read_with_public_mean, key)
 
 
 def open_random(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Backbone:
@@ -272,16 +275,29 @@ def open_backbones(
 
 def _assemble(kind: Kind, read_weights: Callable[[Kind], Pretrained], key: str) -> Backbone:
     try:
-        parts = read_weights(kind)
-        state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
-        state["scale"] = torch.tensor(parts.scale)
-        resolved = resolve_settings(kind)
-        architecture = resolved.architecture()
-        projection = compute_projection(kind.projection, architecture.feature_dim, parts.classifier_KD, parts.shift_D)
-        state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
-        return _freeze(resolved, architecture, state, "weights")
+        return _build(kind, read_weights(kind))
     except BadInput as error:
         raise BadInput(f"{key}.{error}") from error
+
+
+def _read_with_public_mean(kind: Kind) -> Pretrained:
+    """Returns a kind's weights, with the declared public mean as shift where its projection names one."""
+    parts = read_pretrained(kind)
+    if kind.projection is None or not isinstance(kind.projection.shift, PublicShift):
+        return parts
+    # The mean was made with the backbone that has no projection, and names it by its digest.
+    plain = _build(kind.model_copy(update={"projection": None}), parts)
+    return dataclasses.replace(parts, shift_D=read_public_mean(find_public_mean_file(kind), plain.digest))
+
+
+def _build(kind: Kind, parts: Pretrained) -> Backbone:
+    state = {f"encoder.{name}": tensor for name, tensor in parts.state.items()}
+    state["scale"] = torch.tensor(parts.scale)
+    resolved = resolve_settings(kind)
+    architecture = resolved.architecture()
+    projection = compute_projection(kind.projection, architecture.feature_dim, parts.classifier_KD, parts.shift_D)
+    state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
+    return _freeze(resolved, architecture, state, "weights")
 
 
 def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tensor], source: str) -> Backbone:

@@ -8,7 +8,7 @@ from common.process.console import reported_errors, shown_progress
 from common.yaml import load
 from simulations.commands.parts.options import Set, SimulationFile
 from simulations.config import SimulationConfig
-from simulations.pretrain import pretrain as pretrain_backbone
+from simulations.public.pretrain import pretrain as pretrain_backbone
 
 
 def pretrain(config: SimulationFile, set_: Set = None) -> None:

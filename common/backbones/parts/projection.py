@@ -1,9 +1,10 @@
-"""A fixed projection of features, made from public weights only (PRIVACY.md, section 5).
+"""A fixed projection of features, made from public weights and records only (PRIVACY.md, section 5).
 
 # Shapes: B examples, D raw features, P projected features, K classes of the pre-training, R random features.
 
 Fewer dimensions mean less noise under the same privacy, and normalised features bound each record's gradient. Nothing
-here depends on a private record: the directions are the classifier's, the shift is the last BatchNorm's.
+here depends on a private record: the directions are the classifier's, the shift is the last BatchNorm's or the declared
+mean of public records' features.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def compute_projection(
         settings: the projection; None for no buffers.
         raw_dim: number of raw features D.
         classifier_KD: [K, D], weights of the pre-training's classifier; None where there are none.
-        shift_D: [D], predicted mean of the raw features; None where nothing predicts it.
+        shift_D: [D], predicted or declared mean of the raw features; None where there is none.
 
     Raises:
         BadInput: the settings ask for what the pre-training did not leave; names the key.

@@ -17,7 +17,7 @@ from common.model.backbones import open_pretrained
 from common.types import BadInput, BadRecord
 from common.yaml import parse
 from simulations.config import SimulationConfig
-from simulations.pretrain import pretrain
+from simulations.public.pretrain import pretrain
 
 
 def windows(path: Path, **settings: Any) -> Any:
