@@ -19,7 +19,7 @@ from client.protocol.evaluate import evaluate
 from client.protocol.join import join
 from client.protocol.prepare import finish, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
-from client.protocol.train import train
+from client.protocol.train import measure, train
 from common import messages
 from common.errors import explain_os_error, plain
 from common.events import RequestDeclined
@@ -93,6 +93,10 @@ def make_app(
     @app.query(messages.PREPARE.removeprefix("query."))
     def on_prepare(message: Message, context: Context) -> Message:
         return answer(message, context, messages.PrepareRequest, prepare_run)
+
+    @app.query(messages.MOMENTS.removeprefix("query."))
+    def on_moments(message: Message, context: Context) -> Message:
+        return answer(message, context, messages.MomentsRequest, measure)
 
     @app.train()
     def on_train(message: Message, context: Context) -> Message:

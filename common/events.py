@@ -164,6 +164,19 @@ class QuorumAwaited(Event):
     seconds: float = Field(description="Longest further wait, in seconds; then the run is interrupted.")
 
 
+class MomentsMeasured(Event):
+    """Sites released sums of their features and labels before the first round, and the heads' fixed numbers are set."""
+
+    event_name = "moments"
+
+    sites: tuple[str, ...] = Field(description="Names of the sites whose sums were used.")
+    num_sums: Mapping[str, int] = Field(
+        description="Name of each sum, a backbone with `.mean` or a task, -> number of sites whose sum was used."
+    )
+    heads: str = Field(description="SHA-256 over all heads and trunks with these numbers, in hexadecimal digits.")
+    seconds: float = Field(description="Time from the request to the last reply, in seconds.")
+
+
 class AcceptedUpdate(Facts):
     """A site's update that a round used."""
 

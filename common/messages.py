@@ -50,12 +50,13 @@ from common.types import (
     Unit,
 )
 
-VERSION = 4
+VERSION = 5
 """Version of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"
 PART = "query.part"
 PREPARE = "query.prepare"
+MOMENTS = "query.moments"
 TRAIN = "train"
 EVALUATE = "evaluate"
 FINISH = "query.finish"
@@ -200,6 +201,24 @@ class PrepareRequest:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class MomentsRequest:
+    """A request to release what the run measures before its first round (`common.model.moments`)."""
+
+    run_id: str
+    witness: Witness | None = None
+
+    @property
+    def round(self) -> int:
+        """The number under which a site's ledger keeps it: rounds begin at 1."""
+        return 0
+
+    @property
+    def heads(self) -> Heads:
+        """No parameters are sent."""
+        return {}
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrainRequest:
     """A request to train these heads for one round; with another witness it is the same request."""
 
@@ -294,6 +313,25 @@ class TrainReply:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class MomentsReply:
+    """Noised sums over a site's training units: part -> "sum" -> vector.
+
+    Attributes:
+        sums: The sums, each unit's part of which has a length of at most 1.
+        deviations: Part -> deviation of the noise in each of its values; 0 without privacy. A sum that was released
+            for an earlier run, and is sent again, has the noise of that run.
+    """
+
+    sums: Annotated[
+        Arrays, Reason("charged: noised sums of features and of labels, once for a population, backbone and task")
+    ]
+    deviations: Annotated[
+        Mapping[str, Annotated[float, Field(ge=0)]], Reason("public numbers derived from the run file")
+    ]
+    witness: Annotated[Witness | None, _WITNESS] = None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class EvaluateReply:
     """Noised sums of held-out units' statistics: task -> "sums" -> vector.
 
@@ -320,8 +358,8 @@ class Declined:
     site: Annotated[Name | Literal[""], Reason("public by declaration in the site file")]
 
 
-Request = JoinRequest | PartRequest | PrepareRequest | TrainRequest | EvaluateRequest | FinishRequest
-Reply = JoinReply | Ready | TrainReply | EvaluateReply | Declined
+Request = JoinRequest | PartRequest | PrepareRequest | MomentsRequest | TrainRequest | EvaluateRequest | FinishRequest
+Reply = JoinReply | Ready | MomentsReply | TrainReply | EvaluateReply | Declined
 Payload = Request | Reply
 _Payload = TypeVar("_Payload")
 
@@ -531,6 +569,6 @@ def from_bytes(data: bytes) -> RecordDict:
     return recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
 
 
-def request_digest(request: TrainRequest | EvaluateRequest) -> str:
+def request_digest(request: MomentsRequest | TrainRequest | EvaluateRequest) -> str:
     """Returns 64 hex digits that identify a request: equal requests get the identical stored reply."""
     return hashlib.sha256(to_bytes(encode(replace(request, witness=None)))).hexdigest()

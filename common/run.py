@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     StringConstraints,
     model_serializer,
@@ -31,6 +33,9 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 MAX_PUBLIC_SIZE = 100_000_000
+
+AUTO = "auto"
+"""Kind of solver that no plug-in has: while a run file is read, settings take its place (`common.model.auto`)."""
 
 ONLY_BACKBONE = "backbone"
 """Name of the backbone of a run that names none."""
@@ -180,6 +185,59 @@ class SolverSpec(Spec):
             raise ValueError(f"{key}.tasks: expected some of {known}, got {unknown[0]!r}{nearest(unknown[0], tasks)}")
 
 
+class Moments(Frozen):
+    """Noised sums that sites release once, before the first round, and their parts of the run's privacy.
+
+    A part is one of mu^2 (Gaussian differential privacy): parts of releases add up, and the rounds have the rest.
+
+    Attributes:
+        means: part for the mean of the features of each backbone on which a head with `centre` stands, all together.
+        counts: part for how frequent each label is of each task whose head has a `prior`, all together.
+    """
+
+    means: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    counts: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _leave_something(self) -> Moments:
+        if not 0.0 < self.share < 1.0:
+            raise ValueError(f"expected means and counts that are together above 0 and below 1, got {self.share:g}")
+        return self
+
+    @property
+    def share(self) -> float:
+        """The part of the run's mu^2 that both take together."""
+        return self.means + self.counts
+
+
+class AggregationSpec(Spec):
+    """An aggregator's settings, and beside them other values of some for the heads of some tasks.
+
+    Attributes:
+        tasks: task -> setting -> its value for that task's head.
+    """
+
+    tasks: dict[str, dict[str, Any]] = {}
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("tasks",))
+
+    def select(self, group: str | None) -> Spec:
+        """Returns the settings of one head or trunk as the kind's own file reads them; None: without any task's own."""
+        shared = {name: value for name, value in self.model_dump().items() if name != "tasks"}
+        return Spec(**{**shared, **self.tasks.get(group or "", {})})
+
+    def check_tasks(self, tasks: Collection[str]) -> None:
+        """Raises ValueError where a setting is of a task that the run does not have, or is the kind."""
+        for name, settings in self.tasks.items():
+            if name not in tasks:
+                known = ", ".join(tasks)
+                raise ValueError(f"aggregation.tasks: expected some of {known}, got {name!r}{nearest(name, tasks)}")
+            if "kind" in settings:
+                raise ValueError(f"aggregation.tasks.{name}: expected settings of kind {self.kind}, got another kind")
+
+
 class Lora(Frozen):
     """Low-rank adapters beside linear layers: y = W x + (alpha / rank) B A x, of which A and B train.
 
@@ -217,6 +275,15 @@ class Trainable(Frozen):
         return {"from": self.from_, "lora": None if self.lora is None else self.lora.model_dump()}
 
 
+def _require_less(schema: dict[str, Any]) -> None:
+    """Lets an editor accept a run file without what `solver: {kind: auto}` chooses."""
+    schema["required"] = [name for name in schema["required"] if name not in ("rounds", "aggregation")]
+
+
+def _find_kind(spec: Any) -> Any:
+    return spec.get("kind") if isinstance(spec, Mapping) else getattr(spec, "kind", None)
+
+
 class RunConfig(Frozen):
     """One federated run, as the coordinator asks for it.
 
@@ -235,6 +302,7 @@ class RunConfig(Frozen):
         solver: how a site turns features into an update.
         privacy: the privacy that the run asks for, or `non_private`.
         aggregation: how updates become new parameters.
+        moments: noised sums that sites release before the first round; without it none.
         cohort: the sites that are asked in a round.
         evaluation: when sites evaluate the heads on held-out units and release noised statistics; without it never.
             Price and noise follow from each site's own file.
@@ -245,7 +313,7 @@ class RunConfig(Frozen):
         audit: `required`: each site audits its solver before it joins, and declines when the audit fails.
     """
 
-    model_config = ConfigDict(title="run file")
+    model_config = ConfigDict(title="run file", json_schema_extra=_require_less)
 
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -256,12 +324,35 @@ class RunConfig(Frozen):
     trainable: dict[Name, Trainable] = {}
     solver: SolverSpec
     privacy: Privacy | Literal["non_private"]
-    aggregation: Spec
+    aggregation: AggregationSpec
+    moments: Moments | None = None
     cohort: Cohort = Cohort()
     evaluation: Evaluation | None = None
     delta_precision: Literal["float32", "float16"] = "float32"
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
     audit: Literal["required", "on_request"] = "on_request"
+    _chosen: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose_settings(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not (isinstance(values, Mapping) and _find_kind(values.get("solver")) == AUTO):
+            return handler(values)
+        from common.model.auto import choose_settings  # Here: it reads what this module defines.
+
+        choice = choose_settings(values)
+        run = handler(choice.settings)
+        run._chosen = choice.reasons
+        return run
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("moments",))
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """What `solver: {kind: auto}` chose in place of itself, and why: one sentence each."""
+        return self._chosen
 
     @model_validator(mode="after")
     def _each_task_on_a_backbone(self) -> RunConfig:
@@ -284,6 +375,7 @@ class RunConfig(Frozen):
         if unknown:
             raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
         self.solver.check_tasks(self.tasks, "solver")
+        self.aggregation.check_tasks(self.tasks)
         rated = self.solver.trunk is not None
         if self.trainable and not rated:
             # The heads' rate is tens of times what a trained network bears.
@@ -302,6 +394,17 @@ class RunConfig(Frozen):
     def requested_privacy(self) -> Privacy | None:
         """The privacy that the run asks for; None in a run without privacy (`privacy: non_private`)."""
         return None if self.privacy == "non_private" else self.privacy
+
+    @property
+    def training_privacy(self) -> Privacy | None:
+        """The privacy that is left for the rounds beside `moments`; None in a run without privacy."""
+        from common.privacy.shares import keep_for_rounds  # Here: it reads what this module defines.
+
+        return keep_for_rounds(self.requested_privacy, self.moments)
+
+    def aggregation_of(self, group: str | None) -> Spec:
+        """Returns the settings by which the updates of a head or trunk are aggregated; None: those of no task's own."""
+        return self.aggregation.select(group)
 
     @property
     def backbone_specs(self) -> Mapping[Name, Spec]:

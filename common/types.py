@@ -24,6 +24,15 @@ Params = Mapping[str, NDArray[np.float32]]
 Heads = Mapping[str, Params]
 """Task name -> head."""
 
+FIXED = "fixed."
+"""Begins the names of a head's numbers that travel with it and never train: they are in no update."""
+
+
+def select_trained(params: Params) -> Params:
+    """Returns the parameters that train, and that an update therefore holds."""
+    return {name: values for name, values in params.items() if not name.startswith(FIXED)}
+
+
 Relation = Literal["add_remove"]
 RELATION: Relation = "add_remove"
 """The only neighbouring relation in use: one unit's records are added or removed."""

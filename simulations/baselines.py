@@ -77,17 +77,22 @@ def pool_units(units: Mapping[str, Units], tasks: Mapping[str, Task]) -> Units:
     return Units(num_units, pooled)
 
 
-def make_aggregation(run: RunConfig) -> ApplyUpdate:
+def make_aggregation(run: RunConfig, sizes: Mapping[str, int]) -> ApplyUpdate:
     """Returns the run's aggregation of a single update, so that heads trained alone are comparable.
 
     An aggregator that needs several is given the same update as often as it needs.
+
+    Args:
+        run: the run.
+        sizes: parameter group -> declared number of units.
     """
-    aggregator = open_aggregator(run.aggregation, "aggregation")
     states: dict[str, State] = {}
 
     def apply_update(group: str, params: Params, change: Params) -> Params:
+        aggregator = open_aggregator(run.aggregation_of(group), "aggregation")
         state = states[group] if group in states else aggregator.start(params)
-        new, states[group] = aggregator.update(params, state, [Weighted(1.0, change)] * aggregator.min_updates)
+        weighted = [Weighted(sizes[group] / aggregator.min_updates, change)] * aggregator.min_updates
+        new, states[group] = aggregator.update(params, state, weighted)
         return new
 
     return apply_update
@@ -177,8 +182,9 @@ def _train_alone(
     """Returns heads trained on these units alone, with the run's rounds and its aggregation of one update."""
     run = experiment.config.run
     training = LocalTraining(
+        run=run if solver.private else run.model_copy(update={"privacy": "non_private"}),
         solver=solver,
-        plan=solver.plan(run.requested_privacy if solver.private else None, experiment.config.unit, run.rounds),
+        plan=solver.plan(run.training_privacy if solver.private else None, experiment.config.unit, run.rounds),
         rounds=run.rounds,
         tasks=tasks,
         units=units,
@@ -189,7 +195,7 @@ def _train_alone(
         create_modules(run, tasks, experiment.backbones),
         entropy=experiment.entropy,
         purpose=purpose,
-        apply_update=make_aggregation(run),
+        apply_update=make_aggregation(run, training.public_sizes),
     )
 
 

@@ -33,7 +33,8 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
     for key, spec in list_sources(config).items():
         open_source(spec, key)
     solver = open_solver(run.solver, f"{RUN_PREFIX}solver")
-    open_aggregator(run.aggregation, f"{RUN_PREFIX}aggregation")
+    for name in (None, *run.tasks):
+        open_aggregator(run.aggregation_of(name), f"{RUN_PREFIX}aggregation")
     privacy = run.requested_privacy
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")

@@ -111,7 +111,7 @@ def audit_run(
         raise BadInput("run.tasks: expected at least one task that the site has, got none")
     audited = AuditedRun(
         solver=solver,
-        plan=solver.plan(run.requested_privacy, unit, run.rounds),
+        plan=solver.plan(run.training_privacy, unit, run.rounds),
         tasks=tasks,
         public_sizes=run.parameter_group_sizes({name: public_sizes[name] for name in tasks}),
         rounds=run.rounds,

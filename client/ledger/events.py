@@ -177,12 +177,14 @@ class RunEarmarked(LedgerFacts):
         run: id of the run.
         mechanism: releases of all its rounds together.
         rounds: number of its rounds.
+        before: the release before its first round; None where it has none, or it was paid for by an earlier run.
     """
 
     event: Literal["earmarked"] = "earmarked"
     run: str
     mechanism: Mechanism
     rounds: int
+    before: Mechanism | None = None
 
 
 class EarmarkReleased(LedgerFacts):

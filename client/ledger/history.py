@@ -75,18 +75,21 @@ class Earmark:
     Attributes:
         mechanism: releases of all its rounds together.
         rounds: number of its rounds.
-        charged: its rounds that were charged.
+        charged: its rounds that were charged; 0 is the release before the first.
+        before: the release before its first round; None without one.
     """
 
     mechanism: Mechanism
     rounds: int
     charged: frozenset[int] = frozenset()
+    before: Mechanism | None = None
 
-    def compute_rest(self, round_: int | None = None) -> Mechanism | None:
-        """Returns the releases of the rounds that are not charged, without a given one; None where there are none."""
-        open_rounds = self.rounds - len(self.charged | ({round_} if round_ is not None else set()))
-        steps = self.mechanism.steps * open_rounds // self.rounds
-        return replace(self.mechanism, steps=steps) if steps > 0 else None
+    def list_rest(self, round_: int | None = None) -> list[Mechanism]:
+        """Returns the releases that are not charged, without those of a given round."""
+        charged = self.charged | ({round_} if round_ is not None else set())
+        steps = self.mechanism.steps * (self.rounds - len(charged - {0})) // self.rounds
+        rest = [] if self.before is None or 0 in charged else [self.before]
+        return [*rest, replace(self.mechanism, steps=steps)] if steps > 0 else rest
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class History:
                 case RunEarmarked() as event:
                     own = (charge for charge in charges.values() if charge.run == event.run)
                     charged = frozenset(charge.round for charge in own if charge.purpose == TRAINING)
-                    earmarks[event.run] = Earmark(event.mechanism, event.rounds, charged)
+                    earmarks[event.run] = Earmark(event.mechanism, event.rounds, charged, event.before)
                 case EarmarkReleased() as event:
                     earmarks.pop(event.run, None)
                 case ChargeCommitted() as event if event.reserved in charges:
@@ -158,10 +161,10 @@ class History:
         rests = []
         for name, earmark in self.earmarks.items():
             if name != run:
-                rests.append(earmark.compute_rest())
+                rests += earmark.list_rest()
             elif round_ is not None:
-                rests.append(earmark.compute_rest(round_))
-        return [rest for rest in rests if rest is not None]
+                rests += earmark.list_rest(round_)
+        return rests
 
     def compute_epsilon(
         self, further: Iterable[Mechanism] = (), *, committed_only: bool = False, quick: bool = False

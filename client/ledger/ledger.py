@@ -286,7 +286,13 @@ class Ledger:
         return history.is_within_cap([*mechanisms, *held])
 
     def earmark(
-        self, mechanism: Mechanism, *, run: str, rounds: int, evaluation_budget: NoisedEvaluation | None = None
+        self,
+        mechanism: Mechanism,
+        *,
+        run: str,
+        rounds: int,
+        before: Mechanism | None = None,
+        evaluation_budget: NoisedEvaluation | None = None,
     ) -> None:
         """Holds what is left of a run's price from now on; once, however often the run is joined.
 
@@ -294,6 +300,7 @@ class Ledger:
             mechanism: releases of all rounds of the run together.
             run: id of the run.
             rounds: number of its rounds.
+            before: the release before its first round; None without one.
             evaluation_budget: the part of the budget that is held for evaluations.
 
         Raises:
@@ -301,7 +308,7 @@ class Ledger:
         """
         with chain.exclusive(self._folder) as opened:
             history = _read_history(opened)
-            wanted = RunEarmarked(run=run, mechanism=mechanism, rounds=rounds)
+            wanted = RunEarmarked(run=run, mechanism=mechanism, rounds=rounds, before=before)
             after = history.extend([LedgerLine(len(opened.bodies), 0.0, wanted)])
             # Runs first: where nothing was charged yet, the first of these fixes the filter.
             held = [*after.list_earmarked(), *list_unspent(evaluation_budget, history)]

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from client.data.prepare import open_units
 from client.data.units import Units
-from client.personal.local_heads import LocalTraining, train_alone
+from client.personal.local_heads import LocalTraining, make_local_steps, train_alone
 from client.personal.metrics import compute_exact_sums, compute_metrics, compute_pair_metrics
 from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
@@ -74,14 +74,16 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
 
     def train_here(solver: Solver, privacy: Privacy | None, purpose: str) -> Heads:
         plan = solver.plan(privacy, site.config.unit, run.rounds)
-        training = LocalTraining(solver, plan, run.rounds, tasks, train, sizes)
+        asked = run if privacy is not None else run.model_copy(update={"privacy": "non_private"})
+        training = LocalTraining(asked, solver, plan, run.rounds, tasks, train, sizes)
         modules = create_modules(run, tasks, backbones)
-        return train_alone(training, modules, entropy=site.entropy, purpose=purpose)
+        steps = make_local_steps(asked, sizes)
+        return train_alone(training, modules, entropy=site.entropy, purpose=purpose, apply_update=steps)
 
     solver = open_solver(run.solver, "solver")
     heads = {FEDERATED: load_final_heads(joined.folder)}
     if run.requested_privacy is not None:
-        heads[ALONE] = train_here(solver, run.requested_privacy, f"home/{run_id}")
+        heads[ALONE] = train_here(solver, run.training_privacy, f"home/{run_id}")
     heads[ALONE_NOT_PRIVATE] = train_here(solver.without_privacy(), None, f"home/{run_id}/not-private")
     held_out = {by: test.passed(load_modules(site, joined, tasks, each)) for by, each in heads.items()}
     results = {

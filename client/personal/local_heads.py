@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ValidationError
 from torch import nn
 
 from client.data.units import Units
 from client.solvers import Solver
+from client.solvers.parts.moments import release_moments
+from common.model.moments import NoisedSum, count_units, fix_heads, list_parts, select_parts, serve_heads
+from common.model.momentum import Momentum
 from common.model.parameters import load_parameters, parameters
 from common.privacy.noise import Entropy, NoiseStream
+from common.privacy.shares import plan_moments
 from common.process.threads import one_thread
-from common.tasks import Task
-from common.types import Heads, Params, Plan
+from common.run import RunConfig
+from common.tasks import Task, open_task
+from common.types import Heads, Params, Plan, select_trained
 
 ApplyUpdate = Callable[[str, Params, Params], Params]
 """(parameter group, its parameters, their change in a round) -> new parameters."""
@@ -25,6 +31,7 @@ class LocalTraining:
     """The training of one party alone.
 
     Attributes:
+        run: the run; without privacy, where the party trains without.
         solver: the solver of every round.
         plan: plan of one round.
         rounds: number of rounds, as in the federation.
@@ -33,12 +40,39 @@ class LocalTraining:
         public_sizes: parameter group -> declared number of units, as in the federation.
     """
 
+    run: RunConfig
     solver: Solver
     plan: Plan
     rounds: int
     tasks: Mapping[str, Task]
     units: Units
     public_sizes: Mapping[str, int]
+
+
+def make_local_steps(run: RunConfig, sizes: Mapping[str, int]) -> ApplyUpdate:
+    """Returns how a site alone turns its updates into new parameters, as like the run's aggregation as it can be.
+
+    Where the aggregation's settings are those of `Momentum`, the steps are; of all others a site's own update is the
+    mean.
+
+    Args:
+        run: the run.
+        sizes: parameter group -> declared number of units.
+    """
+    velocity: dict[str, Params] = {}
+
+    def apply_update(group: str, params: Params, change: Params) -> Params:
+        settings = run.aggregation_of(group).settings()
+        try:
+            momentum = Momentum.model_validate({key: settings[key] for key in settings if key != "kind"})
+        except ValidationError:
+            return add_update(group, params, change)
+        step, kept = momentum.choose_step(sizes[group], 1)
+        before = velocity.get(group, {})
+        velocity[group] = {name: kept * before.get(name, 0.0) + each for name, each in change.items()}
+        return add_update(group, params, {name: step * each for name, each in velocity[group].items()})
+
+    return apply_update
 
 
 def add_update(group: str, params: Params, change: Params) -> Params:
@@ -70,7 +104,8 @@ def train_alone(
         purpose: distinguishes this party's keys from those of others.
         apply_update: computes new parameters from a round's change.
     """
-    heads: dict[str, Params] = {name: parameters(module) for name, module in modules.items()}
+    drawn: Heads = {name: parameters(module) for name, module in modules.items()}
+    heads = dict(_fix_heads(training, drawn, NoiseStream(entropy(f"{purpose}/0"))))
     for round_ in range(1, training.rounds + 1):
         for name, params in heads.items():
             load_parameters(modules[name], params)
@@ -84,5 +119,29 @@ def train_alone(
                 public_sizes=training.public_sizes,
                 stream=stream,
             )
-        heads = {name: apply_update(name, params, update.heads[name]) for name, params in heads.items()}
-    return heads
+        heads = {
+            name: {**params, **apply_update(name, select_trained(params), update.heads[name])}
+            for name, params in heads.items()
+        }
+    return serve_heads(heads, training.tasks)
+
+
+def _fix_heads(training: LocalTraining, heads: Heads, stream: NoiseStream) -> Heads:
+    """Returns the heads with the fixed numbers that this party's own sums give."""
+    run, tasks = training.run, training.tasks
+    every = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+    parts, plan = select_parts(list_parts(run, every), run, tasks), plan_moments(run, training.plan.unit)
+    if plan is None or not parts:
+        return heads
+    units = count_units(parts, run, {name: training.public_sizes[name] for name in tasks})
+    with one_thread():
+        sums = release_moments(parts, run, tasks, training.units, plan=plan, stream=stream)
+    noised = {
+        part: NoisedSum(
+            sums[part]["sum"].astype(np.float64),
+            plan.noise_multiplier / factor,
+            units[part],
+        )
+        for part, factor in parts.items()
+    }
+    return fix_heads(heads, run, tasks, noised)

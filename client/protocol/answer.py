@@ -50,10 +50,14 @@ MAX_CHARGES = 3
 """Charges of one round: the first, and again after a crash."""
 
 
+Charged = messages.MomentsRequest | messages.TrainRequest | messages.EvaluateRequest
+"""A request whose answer is charged."""
+
+
 def answer_once(
     site: Site,
     joined: Joined,
-    request: messages.TrainRequest | messages.EvaluateRequest,
+    request: Charged,
     what: Purpose,
     answer: Callable[[str, Ledger], tuple[messages.Reply, Reservation, int]],
 ) -> RecordDict:
@@ -123,7 +127,7 @@ def _check_not_overtaken(ledger: Ledger, joined: Joined, charged: str, round_: i
     raise SiteDeclined(DeclineReason.OVERTAKEN, f"round {round_}: {overtaken_by}; nothing was read or charged")
 
 
-def _check_room(ledger: Ledger, joined: Joined, request: messages.TrainRequest | messages.EvaluateRequest) -> None:
+def _check_room(ledger: Ledger, joined: Joined, request: Charged) -> None:
     """Checks that the disks hold a charge and a reply before there are any: else a full one would cost a charge.
 
     Raises:
@@ -189,9 +193,24 @@ def open_request(
     check_prepared(joined)
     device = site.device()
     modules = {name: module.to(device) for name, module in load_modules(site, joined, tasks, request.heads).items()}
+    return Opened(tasks, modules, open_side(joined, tasks, side, device))
+
+
+def open_side(joined: Joined, tasks: Mapping[str, Task], side: Side, device: torch.device) -> Units:
+    """Opens one side of a site's units as it prepared them for a run.
+
+    Args:
+        joined: the run.
+        tasks: task -> its definition.
+        side: the side.
+        device: device to open them on.
+
+    Raises:
+        SiteDeclined: they are gone or damaged.
+    """
     try:
         units = open_units(joined.folder / "data", side, list(tasks), device)
         check_unit_count(units.num_units)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.NOT_PREPARED, str(error)) from error
-    return Opened(tasks, modules, units)
+    return units

@@ -31,13 +31,14 @@ from client.protocol.site import (
     digest_of_offer,
     joined_run,
 )
-from client.solvers.parts.closed_form import compute_outputs, round_weights
+from client.solvers.parts.closed_form import compute_outputs, get_affine, round_weights
 from common import messages
 from common.privacy.accounting import Mechanism
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream, open_stream
 from common.process.threads import steady_time
 from common.tasks import NOISED_BUCKETS, Task
+from common.tasks.parts.adjusted import AdjustedHead
 from common.types import (
     DeclineReason,
     Heads,
@@ -160,7 +161,11 @@ def _compute_outputs(head: nn.Module, features_RD: Tensor) -> Tensor:
     """
     missing = -len(features_RD) % _BLOCK_RECORDS
     padded_RD = torch.cat([features_RD, features_RD.new_zeros((missing, *features_RD.shape[1:]))])
-    if isinstance(head, nn.Linear) and padded_RD.dim() == 2:
-        bias_K = None if head.bias is None else head.bias.double()
-        return compute_outputs(QuantisedRows.of(padded_RD), round_weights(head.weight), bias_K)
+    affine, offset_K = get_affine(head), None
+    if isinstance(affine, nn.Linear) and padded_RD.dim() == 2:
+        if isinstance(head, AdjustedHead):
+            padded_RD, offset_K = head.adjust(padded_RD), head.offset_K
+        bias_K = None if affine.bias is None else affine.bias.double()
+        outputs = compute_outputs(QuantisedRows.of(padded_RD), round_weights(affine.weight), bias_K)
+        return outputs if offset_K is None else outputs + offset_K.double()
     return torch.cat([head(block) for block in torch.split(padded_RD, _BLOCK_RECORDS)])

@@ -26,6 +26,7 @@ from client.protocol.site import (
     check_allowed,
     check_approved,
     make_plan,
+    plan_measurement,
     read_first_round,
     run_folder,
 )
@@ -76,8 +77,15 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     if plan.private:
         # A resumed run was partly paid for: what its rounds were charged is not held again.
         run, rounds = site.config.name_charge(joined.run_id), joined.num_rounds
+        measured = plan_measurement(site.config, joined).plan if joined.first_round == 1 else None
         try:
-            ledger.earmark(Mechanism.of(plan.over(rounds)), run=run, rounds=rounds, evaluation_budget=site.share)
+            ledger.earmark(
+                Mechanism.of(plan.over(rounds)),
+                run=run,
+                rounds=rounds,
+                before=None if measured is None else Mechanism.of(measured),
+                evaluation_budget=site.share,
+            )
         except BudgetExhausted as error:
             raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
     private_folder(joined.folder)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.ledger import Ledger
+from client.ledger.measured import Measured, find_measured
 from client.ledger.older_copy import check_claims, check_replies
 from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, open_solver
 from common.events import FileJournal, Journal, ReplySent, read_site_journal, select_events
 from common.files import private_folder
+from common.model.moments import get_backbone, is_mean, list_parts, select_parts
 from common.offers import parse_offer
+from common.privacy.shares import plan_moments
 from common.run import RunConfig
 from common.tasks import Task, open_task
 from common.types import (
@@ -42,6 +46,12 @@ if TYPE_CHECKING:
 
 FIRST_ROUND = "first_round"
 """File of a run's folder that holds the first round that a site which joined late planned for; else there is none."""
+_MOST_STORED_NOISE = 2.0
+"""Noise of a sum that an earlier run paid for, at most, in multiples of this run's: it is sent again then."""
+
+_OF_TRAINING = ("head", "scale")
+"""Settings of a task that change nothing of how frequent its labels are."""
+
 FINAL_HEADS = "final_heads.bin"
 """File of a run's folder that holds the final heads once they came."""
 
@@ -317,7 +327,7 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     """The public numbers of one round of a run here. Raises SiteDeclined."""
     try:
         solver: Solver = open_solver(joined.run.solver, "solver")
-        plan = solver.plan(joined.run.requested_privacy, config.unit, joined.num_rounds)
+        plan = solver.plan(joined.run.training_privacy, config.unit, joined.num_rounds)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     if plan.steps > MAX_ROUND_STEPS:
@@ -330,6 +340,70 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     if solver.private != plan.private or plan.private != (joined.run.requested_privacy is not None):
         raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The sums that a run asks for before its first round, at one site.
+
+    Attributes:
+        parts: name of each sum -> its public factor.
+        about: name -> plain values that say what the sum is of, at this population.
+        stored: name -> what the population paid for in an earlier run, and is sent again.
+        plan: the release of the others; None where there are none.
+    """
+
+    parts: Mapping[str, float]
+    about: Mapping[str, object]
+    stored: Mapping[str, Measured]
+    plan: Plan | None
+
+    @property
+    def missing(self) -> dict[str, float]:
+        """The sums that are not stored, with their factors."""
+        return {name: factor for name, factor in self.parts.items() if name not in self.stored}
+
+
+def plan_measurement(config: SiteConfig, joined: Joined) -> Measurement:
+    """Returns what a run asks for before its first round here, and what of it was paid for before.
+
+    Raises:
+        SiteDeclined: the run's settings contradict each other.
+    """
+    run, own = joined.run, joined.tasks(config)
+    try:
+        everything = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+        parts = select_parts(list_parts(run, everything), run, own)
+        whole = plan_moments(run, config.unit)
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
+    about = {name: _describe_part(name, config, joined, own) for name in parts}
+    folder, stored = locate_ledgers(config) / config.registry, {}
+    for name, factor in parts.items():
+        assert whole is not None  # Where there are parts there is a plan.
+        found = find_measured(folder, about[name])
+        # Noisier than this run would make it: not worth what it saves.
+        if found is not None and found.deviation <= _MOST_STORED_NOISE * whole.noise_multiplier / factor:
+            stored[name] = found
+    reach = math.sqrt(sum(factor**2 for name, factor in parts.items() if name not in stored))
+    plan = None
+    if reach and whole is not None:
+        # The noise stays; a unit can move fewer numbers.
+        plan = replace(whole, clip_norm=reach, noise_multiplier=whole.noise_multiplier / reach)
+        plan = plan if whole.private else whole
+    return Measurement(parts, about, stored, plan)
+
+
+def _describe_part(part: str, config: SiteConfig, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, object]:
+    """Returns what a sum is of: the same values in a later run mean the same sum."""
+    if not is_mean(part):
+        settings = {key: value for key, value in joined.run.tasks[part].settings().items() if key not in _OF_TRAINING}
+        columns = config.tasks[part].model_dump(mode="json")
+        return {"counts": part, "task": settings, "columns": columns, "unit": config.unit.value}
+    backbone = get_backbone(part)
+    on_it = [name for name in tasks if joined.run.backbone_of(name) == backbone]
+    sources = sorted({config.tasks[name].source for name in on_it})
+    return {"mean": joined.backbones.get(backbone, ""), "sources": sources, "unit": config.unit.value}
 
 
 def load_modules(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:

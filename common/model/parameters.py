@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from common.tasks import Task
-from common.types import BadInput, Params
+from common.types import FIXED, BadInput, Params
 
 MAX_ROW_NORM = 2.0**14
 """Norm of the weights of one output at most: products with features are then exact (docs/exact-sums.md)."""
@@ -42,8 +42,8 @@ def compute_seed(name: str, seed: int) -> int:
 
 
 def parameters(module: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Float32 copies of a head's parameters that train, by name: the others are known and travel nowhere."""
-    return {name: parameter.detach().cpu().numpy().astype(np.float32) for name, parameter in _trainable(module)}
+    """Returns float32 copies of what travels of a head, by name: its parameters that train, and its fixed numbers."""
+    return {name: values.detach().cpu().numpy().astype(np.float32) for name, values in _list_travelling(module)}
 
 
 def load_parameters(module: nn.Module, params: Params) -> None:
@@ -52,15 +52,16 @@ def load_parameters(module: nn.Module, params: Params) -> None:
     Raises:
         BadInput: names or shapes are not the head's, or a value is not finite; the head is unchanged.
     """
-    own = dict(_trainable(module))
+    own = dict(_list_travelling(module))
     _check(params, {name: tuple(parameter.shape) for name, parameter in own.items()})
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(torch.from_numpy(np.array(params[name], dtype=np.float32)))
 
 
-def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+def _list_travelling(module: nn.Module) -> list[tuple[str, Tensor]]:
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return trained + [(name, buffer) for name, buffer in module.named_buffers() if name.startswith(FIXED)]
 
 
 def _check(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:

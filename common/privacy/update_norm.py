@@ -42,6 +42,8 @@ MAX_TRUE_PER_PUBLIC = 2.0
 class DescentSettings(BaseModel):
     """The settings by which a solver says that it is noised gradient descent as above (`client.solvers.Solver`).
 
+    A kind that has neither `steps` nor `learning_rate` releases one sum a round, divided by the public size.
+
     Attributes:
         sampling_rate: probability with which a unit takes part in a step.
         steps: steps in a round.
@@ -56,9 +58,9 @@ class DescentSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     sampling_rate: float = 1.0
-    steps: PositiveInt
+    steps: PositiveInt = 1
     clip_norm: float
-    learning_rate: float
+    learning_rate: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     tasks: Mapping[str, Rates] = {}
@@ -134,7 +136,7 @@ def compute_noise_range(run: RunConfig, descent: DescentSettings) -> Range:
     Raises:
         BadInput: no noise is enough for what the run asks.
     """
-    asked = run.requested_privacy
+    asked = run.training_privacy
     assert asked is not None  # Else there is no descent to read.
     if asked.noise_multiplier is not None:
         return Range(asked.noise_multiplier, asked.noise_multiplier)

@@ -184,6 +184,43 @@ class ServedPrior(Protocol):
 
 
 @runtime_checkable
+class SmoothLoss(Protocol):
+    """Optional part of a task whose loss is smooth: gradient descent on it needs no step to be tuned.
+
+    Law (tests/contracts/test_tasks.py): the gradient of a record's loss by its outputs, the task's scale left out,
+    changes by at most `smoothness` times the change of the outputs.
+    """
+
+    @property
+    def smoothness(self) -> float:
+        """The largest curvature of a record's loss by its outputs."""
+
+
+@runtime_checkable
+class LabelPrior(Protocol):
+    """Optional part of a task whose outputs can be shifted by how frequent labels are.
+
+    Law (tests/contracts/test_tasks.py): a row of `count_labels` follows from that label alone and has an L2 norm of at
+    most 1, whatever the label is; offsets of the rows' sums are finite for any sums, also with noise.
+    """
+
+    @property
+    def num_counts(self) -> int:
+        """The number of counts C."""
+
+    def count_labels(self, labels: Tensor) -> Tensor:
+        """Returns rows_BC (float32), whose sum over records tells how frequent labels are; none is missing."""
+
+    def compute_offset(self, sums_C: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
+        """Returns what is added to the outputs while they are trained: the logarithm of labels' frequencies.
+
+        Args:
+            sums_C: sum of the rows of `count_labels`, with noise.
+            deviation: deviation of that noise; 0 without any.
+        """
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing pairs of records.
 

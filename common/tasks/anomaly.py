@@ -76,6 +76,11 @@ class Anomaly(Plugin):
         losses_B = 0.5 * (outputs.squeeze(1) - 1.0) ** 2
         return losses_B.where(labels == 0, 0.0)
 
+    @property
+    def smoothness(self) -> float:
+        """Curvature of half a squared distance."""
+        return 1.0
+
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns outputs [B, 1], as far from 1 as the features are from the mean of the normal training records.
 

@@ -9,6 +9,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from common.inputs import CellName, CellNames
@@ -114,6 +115,35 @@ class Classification(Plugin):
         logarithms = [math.log(share) for share in order_by_label(self.prior, self.labels, "prior")]
         mean = math.fsum(logarithms) / len(logarithms)
         return [logarithm - mean for logarithm in logarithms]
+
+    @property
+    def smoothness(self) -> float:
+        """Curvature of the cross entropy: that of a softmax is at most 1/2, times the largest weight."""
+        return 0.5 * max([1.0, *self._weights()])
+
+    @property
+    def num_counts(self) -> int:
+        """Number of counts."""
+        return len(self.labels)
+
+    def count_labels(self, labels: Tensor) -> Tensor:
+        """Returns the unit vector of each label's class."""
+        from torch.nn import functional
+
+        return functional.one_hot(labels, len(self.labels)).float()
+
+    def compute_offset(self, sums_C: Array, deviation: float) -> Array:
+        """Returns the logarithm of each class's share, with mean 0.
+
+        Args:
+            sums_C: number of records of each class, with noise.
+            deviation: deviation of that noise.
+        """
+        # A count below its noise says no more than that it is small.
+        counts_K = np.maximum(np.asarray(sums_C, np.float64), max(1.0, deviation))
+        logarithms_K = np.log(counts_K)
+        offset_K: Array = logarithms_K - logarithms_K.mean()
+        return offset_K
 
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns the logarithm of each class's frequency in training, whatever the features: it predicts the majority.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from common.inputs import CellName, CellNames, find_name
@@ -129,6 +130,35 @@ class Multilabel(Plugin):
         if self.prior == "uniform":
             return [0.0] * len(self.labels)
         return [compute_logit(ratio) for ratio in order_by_label(self.prior, self.labels, "prior")]
+
+    @property
+    def smoothness(self) -> float:
+        """Curvature of the binary cross entropy: at most 1/4 times the largest weight, and labels are apart."""
+        return 0.25 * max([1.0, *self._weights()])
+
+    @property
+    def num_counts(self) -> int:
+        """Number of counts."""
+        return 2 * len(self.labels)
+
+    def count_labels(self, labels: Tensor) -> Tensor:
+        """Returns for each label 1 where it is present, then 1 where it is absent, over sqrt(number of labels)."""
+        import torch
+
+        present_BL, absent_BL = (labels == 1).float(), (labels == 0).float()
+        return torch.cat([present_BL, absent_BL], dim=1) / math.sqrt(len(self.labels))
+
+    def compute_offset(self, sums_C: Array, deviation: float) -> Array:
+        """Returns the logarithm of each label's odds.
+
+        Args:
+            sums_C: sums of `count_labels`, with noise.
+            deviation: deviation of that noise.
+        """
+        counts_C = np.maximum(np.asarray(sums_C, np.float64), max(1.0 / math.sqrt(len(self.labels)), deviation))
+        present_L, absent_L = np.split(counts_C, 2)
+        offset_L: Array = np.log(present_L / absent_L)
+        return offset_L
 
     def statistic(self, buckets: int) -> Statistic:
         """Returns for each known label the cell of truth and prediction, and the bucket of its score.

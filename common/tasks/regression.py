@@ -65,6 +65,11 @@ class Regression(Plugin):
         """Returns half the squared error of each example, with targets scaled to [-1, 1]."""
         return 0.5 * (outputs.squeeze(1) - self.codec.to_unit(labels)) ** 2
 
+    @property
+    def smoothness(self) -> float:
+        """Curvature of half a squared error."""
+        return 1.0
+
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the residual of each example, with targets scaled to [-1, 1]."""
         return outputs - self.codec.to_unit(labels).unsqueeze(1)

@@ -12,6 +12,7 @@ from common.model.parameters import parameters
 from common.model.trunks import create_modules
 from common.run import RunConfig
 from common.tasks import open_task
+from common.types import select_trained
 from server.rounds.aggregators import State, open_aggregator
 from server.rounds.checkpoint import Checkpoint
 
@@ -29,6 +30,8 @@ def create_initial_state(run: RunConfig, run_id: str, backbones: Mapping[str, Ba
     """
     tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
     heads = {name: parameters(module) for name, module in create_modules(run, tasks, backbones).items()}
-    aggregator = open_aggregator(run.aggregation, "aggregation")
-    states: dict[str, State] = {name: aggregator.start(params) for name, params in heads.items()}
+    states: dict[str, State] = {
+        name: open_aggregator(run.aggregation_of(name), "aggregation").start(select_trained(params))
+        for name, params in heads.items()
+    }
     return Checkpoint(run_id, 0, heads, states, dict.fromkeys(heads, 0))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from flwr.serverapp import Grid
 
 from common import messages
@@ -22,15 +23,25 @@ from common.events import (
     FeaturesReady,
     HeadsEvaluated,
     Journal,
+    MomentsMeasured,
     RoundEnded,
     RunEnded,
     RunStarted,
 )
+from common.model.moments import (
+    NoisedSum,
+    count_units,
+    count_values,
+    fix_heads,
+    list_parts,
+    select_parts,
+    serve_heads,
+)
 from common.offers import SentBackbone
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
-from common.tasks import open_task
-from common.types import Heads, RunInterrupted, heads_digest
+from common.tasks import Task, open_task
+from common.types import Heads, RunInterrupted, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
@@ -38,7 +49,7 @@ from server.rounds.inquiry import Quorum, Waiting
 from server.rounds.join import RollCall, join_sites, prepare_sites
 from server.rounds.late import LateRollCall
 from server.rounds.messenger import Answers, Messenger, Observe, Participant, Request
-from server.rounds.replies import check_delta, check_plan, describe_reasons
+from server.rounds.replies import check_delta, check_moments, check_plan, describe_reasons
 from server.rounds.witnesses import Witnesses
 
 _Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
@@ -115,6 +126,8 @@ def run_federation(
     participants = prepare_sites(messenger, participants, backbones, roll_call)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
     state = resume or _create_initial_state(messenger, backbones)
+    if run.moments is not None and state.rounds_done == 0:
+        state = measure_moments(messenger, participants, state)
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
     messenger.while_waiting.append(late.look)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
@@ -125,17 +138,79 @@ def run_federation(
         evaluate_round(messenger, participants, state.heads, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
-    missing = send_final_heads(messenger, participants, state.heads)
+    final = _serve(messenger.run, state.heads)
+    missing = send_final_heads(messenger, participants, final)
     journal.write(
         RunEnded(
             updates=dict(state.updates),
-            heads=heads_digest(state.heads),
+            heads=heads_digest(final),
             num_received=len(participants) - len(missing),
             num_sites=len(participants),
             missing=missing,
         )
     )
-    return Outcome(state.heads, state.updates)
+    return Outcome(final, state.updates)
+
+
+def measure_moments(messenger: Messenger, participants: list[Participant], state: Checkpoint) -> Checkpoint:
+    """Asks every participant for the sums that the run measures, and sets the heads' fixed numbers by them.
+
+    It is asked again where a run is resumed before its first round ended: sites send the same sums again.
+
+    Args:
+        messenger: connection to the sites, with the run and its journal.
+        participants: sites that joined.
+        state: state before the first round.
+
+    Raises:
+        RunInterrupted: the sums did not reach the quorum of a round in time.
+    """
+    run, started, names = messenger.run, time.monotonic(), _names_of(participants)
+    tasks = _open_tasks(run)
+    parts = list_parts(run, tasks)
+    own = {
+        each.node_id: list(select_parts(parts, run, {name: tasks[name] for name in each.tasks}))
+        for each in participants
+    }
+    asked = [each for each in participants if own[each.node_id]]
+    lengths = {part: count_values(part, run, tasks, state.heads) for part in parts}
+
+    def check(node: int, reply: messages.MomentsReply) -> None:
+        messenger.witnesses.keep({names[node]: reply.witness})
+        check_moments(reply, {part: lengths[part] for part in own[node]}, units[node])
+
+    units = {each.node_id: count_units(own[each.node_id], run, each.tasks) for each in asked}
+    quorum = Quorum.of(run, _groups_of(asked), {})
+    request = messages.MomentsRequest(messenger.run_id)
+    answers = messenger.send(
+        Request(
+            messages.MOMENTS,
+            _show_witnesses(messenger, {each.node_id: request for each in asked}, names),
+            messages.MomentsReply,
+            Waiting.of(run, quorum),
+            names=names,
+            check=check,
+        )
+    )
+    messenger.write_rejected(answers.rejected, names, "moments")
+    missing = quorum.describe_missing(answers.accepted)
+    if missing is not None:
+        raise RunInterrupted(f"before round 1: {missing}: {describe_reasons(answers.rejected, names)}")
+    released: dict[str, list[NoisedSum]] = {}
+    for node, (reply, _) in sorted(answers.accepted.items(), key=lambda item: names[item[0]]):
+        for part in own[node]:
+            values = reply.sums[part]["sum"].astype(np.float64)
+            released.setdefault(part, []).append(NoisedSum(values, reply.deviations[part], units[node][part]))
+    heads = fix_heads(state.heads, run, tasks, {part: NoisedSum.add(sums) for part, sums in released.items()})
+    messenger.journal.write(
+        MomentsMeasured(
+            sites=tuple(sorted(names[node] for node in answers.accepted)),
+            num_sums={part: len(sums) for part, sums in sorted(released.items())},
+            heads=heads_digest(heads),
+            seconds=round(time.monotonic() - started, 4),
+        )
+    )
+    return replace(state, heads=heads)
 
 
 def one_round(messenger: Messenger, participants: list[Participant], state: Checkpoint, round_: int) -> Checkpoint:
@@ -203,7 +278,7 @@ def _ask_to_train(
 
     def check(node: int, reply: messages.TrainReply) -> None:
         messenger.witnesses.keep({names[node]: reply.witness})
-        sent = _select_groups(heads, by_node[node].parameter_groups)
+        sent = _select_trained(heads, by_node[node].parameter_groups)
         check_delta(reply.delta, sent, run.max_delta_norm, bound_update_norms(run, by_node[node].tasks, sent))
         check_plan(reply.plan, run)
 
@@ -222,7 +297,7 @@ def _ask_to_train(
             # An update is a change along a gradient. That it is one round old changes nothing of its noise and of what
             # it cost: all of it happened at the site. A mean takes it as a step with a delay of one. Aggregators that
             # compare updates with each other need all of them to begin at the same heads.
-            takes_late=open_aggregator(run.aggregation, "aggregation").needs_sum,
+            takes_late=open_aggregator(run.aggregation_of(None), "aggregation").needs_sum,
         )
     )
 
@@ -239,7 +314,7 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
     evaluation = messenger.run.evaluation
     if evaluation is None or not evaluation.due(round_, messenger.run.rounds):
         return
-    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in messenger.run.tasks.items()}
+    tasks, heads = _open_tasks(messenger.run), _serve(messenger.run, heads)
     requests = _build_requests(
         participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
     )
@@ -305,6 +380,15 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
+def _open_tasks(run: RunConfig) -> dict[str, Task]:
+    return {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+
+
+def _serve(run: RunConfig, heads: Heads) -> Heads:
+    """Returns the heads as sites and reports use them (`common.model.moments.serve_heads`)."""
+    return serve_heads(heads, _open_tasks(run))
+
+
 def _describe_backbone(run: RunConfig, name: str, backbone: SentBackbone) -> BackboneFacts:
     """Returns what a report says of a backbone."""
     settings = backbone.public_spec()
@@ -325,7 +409,7 @@ def _build_requests(
 
 def _show_witnesses(
     messenger: Messenger,
-    requests: Mapping[int, messages.TrainRequest | messages.EvaluateRequest],
+    requests: Mapping[int, messages.MomentsRequest | messages.TrainRequest | messages.EvaluateRequest],
     names: Mapping[int, str],
 ) -> dict[int, messages.Request]:
     """Returns the requests, each with the witness that is kept of its site's ledger."""
@@ -335,6 +419,10 @@ def _show_witnesses(
 
 def _select_groups(heads: Heads, groups: Collection[str]) -> Heads:
     return {name: heads[name] for name in sorted(groups)}
+
+
+def _select_trained(heads: Heads, groups: Collection[str]) -> Heads:
+    return {name: select_trained(heads[name]) for name in sorted(groups)}
 
 
 def _groups_of(participants: Sequence[Participant]) -> dict[int, Collection[str]]:
@@ -365,13 +453,14 @@ def _sample_cohort(run: RunConfig, participants: list[Participant], round_: int)
 def _aggregate(
     run: RunConfig, state: Checkpoint, by_task: Mapping[str, list[Weighted]], round_: int
 ) -> tuple[Checkpoint, set[str]]:
-    aggregator = open_aggregator(run.aggregation, "aggregation")
     heads, states, updated = dict(state.heads), dict(state.states), set()
     required = count_required_updates(run)
     for task, deltas in by_task.items():
         if len(deltas) < required:
             continue
-        heads[task], states[task] = aggregator.update(heads[task], states[task], deltas)
+        aggregator, old = open_aggregator(run.aggregation_of(task), "aggregation"), heads[task]
+        new, states[task] = aggregator.update(select_trained(old), states[task], deltas)
+        heads[task] = {**old, **new}
         updated.add(task)
     updates = {task: count + (task in updated) for task, count in state.updates.items()}
     return Checkpoint(state.run_id, round_, heads, states, updates), updated

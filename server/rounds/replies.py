@@ -16,7 +16,7 @@ from flwr.app import Message
 
 from common import messages
 from common.flower import ErrorCode
-from common.privacy.update_norm import check_descent_plan
+from common.privacy.update_norm import FAILURE, MAX_TRUE_PER_PUBLIC, check_descent_plan
 from common.run import RunConfig
 from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan, explain_rejection
 
@@ -147,3 +147,32 @@ def check_delta(delta: Delta, sent: Heads, max_norm: float, group_norms: Mapping
     norm = math.sqrt(sum(squares.values()))
     if norm > max_norm:
         raise BadInput(f"expected an update of norm at most {max_norm:g} (`max_delta_norm`), got {norm:.3g}")
+
+
+def check_moments(reply: messages.MomentsReply, lengths: Mapping[str, int], units: Mapping[str, float]) -> None:
+    """Checks that sums fit what was asked, and are no longer than the declared units and their noise make them.
+
+    Args:
+        reply: the site's sums.
+        lengths: part -> number of its values.
+        units: part -> declared number of units at the site.
+
+    Raises:
+        BadInput: a missing or extra sum, a wrong shape, a value that is not finite, or too large a norm.
+    """
+    if set(reply.sums) != set(lengths) or set(reply.deviations) != set(lengths):
+        raise BadInput(f"expected sums of {', '.join(sorted(lengths))}, got another set")
+    for part, length in lengths.items():
+        got = reply.sums[part]
+        if set(got) != {"sum"} or got["sum"].shape != (length,):
+            raise BadInput(f"{part}: expected a sum of {length} values, got another shape")
+        if not np.isfinite(got["sum"]).all():
+            raise BadInput(f"{part}: expected finite values")
+        tail = math.sqrt(length) + math.sqrt(2.0 * math.log(1.0 / FAILURE))
+        bound = (MAX_TRUE_PER_PUBLIC * units[part] + reply.deviations[part] * tail) * (1.0 + 2.0**-20)
+        norm = float(np.linalg.norm(got["sum"].astype(np.float64)))
+        if norm > bound:
+            raise BadInput(
+                f"{part}: expected a sum of norm at most {bound:.3g}, which is all that {units[part]:g} declared units "
+                f"and the noise make possible, got {norm:.3g}"
+            )

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from client.data.quantised import NORM_BITS, QuantisedRows
 from client.data.units import TaskRecords
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms
+from common.tasks.parts.adjusted import AdjustedHead
 from common.types import BadInput
 
 WEIGHT_BITS = 24
@@ -65,8 +66,17 @@ OutputGradient = Callable[[Tensor, Tensor], Tensor]
 """A head's outputs and the records' labels -> gradient of each record's loss by its outputs."""
 
 
-def check_affine(heads: Mapping[str, nn.Module]) -> None:
+def get_affine(head: nn.Module) -> nn.Module:
+    """Returns the layer of a head that trains: the head itself, or what stands between its fixed steps."""
+    return head.layers if type(head) is AdjustedHead else head
+
+
+def check_affine(heads: Mapping[str, nn.Module], solver: str = "dp_gd") -> None:
     """Refuses heads for which the formula is not exact, and trunks.
+
+    Args:
+        heads: parameter group -> head or trunk.
+        solver: kind of the solver, for the message.
 
     Raises:
         BadInput: a head is anything but one linear layer or 1x1 convolution with all its parameters trainable.
@@ -74,13 +84,14 @@ def check_affine(heads: Mapping[str, nn.Module]) -> None:
     for name, head in heads.items():
         if "." in name:
             raise BadInput(
-                "trainable: solver dp_gd trains heads on frozen features and no part of a backbone; kind dp_sgd does"
+                f"trainable: solver {solver} trains heads on frozen features and no part of a backbone; kind dp_sgd "
+                "does"
             )
-        reason = _explain_not_affine(head)
+        reason = _explain_not_affine(get_affine(head))
         if reason:
             raise BadInput(
-                f"tasks.{name}.head: solver dp_gd is exact only for a linear head or a 1x1 convolution, got {reason}; "
-                "kind dp_sgd trains it"
+                f"tasks.{name}.head: solver {solver} is exact only for a linear head or a 1x1 convolution, got "
+                f"{reason}; kind dp_sgd trains it"
             )
 
 
@@ -135,6 +146,7 @@ class Inputs:
         pairs_3Q: r, t and unit of all pairs of different records of a unit that is not too large, by unit.
         product_Q: float64, x_r . x_t, + 1 with a bias.
         bias: whether the head has one.
+        offset_K: float64, what is added to the outputs and does not train; None where nothing is.
         positions: shape of a record's positions; None where it has one only.
         maps: whether the head's outputs have their K before the positions, as a convolution's.
     """
@@ -148,6 +160,7 @@ class Inputs:
     pairs_3Q: Tensor
     product_Q: Tensor
     bias: bool
+    offset_K: Tensor | None
     positions: torch.Size | None
     maps: bool
 
@@ -165,9 +178,12 @@ class Inputs:
         sorted_records = records if bool((records.unit_R.diff() >= 0).all()) else records.taken(order_R, records.unit_R)
         unit_R, maps = sorted_records.unit_R, isinstance(head, _POINTWISE)
         features = sorted_records.features_RD.movedim(1, -1) if maps else sorted_records.features_RD
+        offset_K = None
+        if isinstance(head, AdjustedHead):
+            features, offset_K = head.adjust(features), head.offset_K
         vectors = features.dim() == 2
         rows = QuantisedRows.of(features if vectors else features.flatten(1, -2))
-        bias = head.bias is not None
+        bias = get_affine(head).bias is not None
         counts_U = torch.bincount(unit_R, minlength=num_units)
         pairs_3Q = _pair_records(unit_R, counts_U) if vectors else unit_R.new_empty((3, 0))
         return cls(
@@ -180,6 +196,7 @@ class Inputs:
             pairs_3Q=pairs_3Q,
             product_Q=_pair_products(rows, pairs_3Q, bias),
             bias=bias,
+            offset_K=None if offset_K is None else offset_K.double(),
             positions=None if vectors else features.shape[1:-1],
             maps=maps,
         )
@@ -469,6 +486,8 @@ def _compute_slopes(
 ) -> Tensor:
     """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again."""
     outputs = compute_outputs(rows, weights[0], weights[1] if inputs.bias else None)
+    if inputs.offset_K is not None:
+        outputs = outputs + inputs.offset_K
     padded, labels = outputs, inputs.labels
     if missing := -len(outputs) % _LANES:
         padded = torch.cat([outputs, outputs[:1].expand(missing, *outputs.shape[1:])])

@@ -1,4 +1,4 @@
-"""Gradient descent on exact sums with noise: the computation of `dp_gd`."""
+"""Gradient descent on exact sums with noise: the computation of `dp_gd` and `head_sum`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def descend(
     public_sizes: Mapping[str, int],
     stream: NoiseStream,
     rates: Mapping[str, Rates],
-    momentum: float,
+    momentum: float = 0.0,
+    solver: str = "dp_gd",
 ) -> Delta:
     """Trains copies of linear heads and returns the change of their parameters.
 
@@ -55,13 +56,14 @@ def descend(
         stream: source of coins and noise.
         rates: task -> learning rate and weight decay.
         momentum: of the steps on noised means, at least 0 and below 1.
+        solver: kind of the solver, for messages.
 
     Raises:
         BadInput: a head is not affine.
         RunFailed: training diverged.
     """
     assert plan.clip_norm is not None  # A private plan has one.
-    check_affine(modules)
+    check_affine(modules, solver)
     check_unit_count(units.num_units)
     lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
     flat = Flat.from_heads(modules)

@@ -26,7 +26,7 @@ from common.model.parameters import parameters
 from common.privacy.noise import NoiseStream
 from common.run import Rates
 from common.tasks import Task
-from common.types import Delta, Heads, Plan, RunFailed
+from common.types import Delta, Heads, Plan, RunFailed, select_trained
 
 # --- units and batches -----------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ def compute_update(new: Mapping[str, nn.Module], old: Mapping[str, nn.Module]) -
     changes = {}
     for name, module in new.items():
         before = parameters(old[name])
-        changes[name] = {key: value - before[key] for key, value in parameters(module).items()}
+        changes[name] = {key: value - before[key] for key, value in select_trained(parameters(module)).items()}
     return check_update(changes)
 
 

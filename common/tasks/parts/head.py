@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from common.plugins import Frozen
+from common.run import drop_unset
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,10 +20,20 @@ class HeadSettings(Frozen):
         hidden: width of one hidden layer with tanh; null is a linear head. Tanh is bounded, which suits clipped
             gradients (Papernot et al. 2021, arXiv 2007.14191).
         bias: whether the layers have a bias.
+        centre: whether the head subtracts a mean from its features and normalises what is left. The mean is measured
+            before the first round (`moments` of the run file); until then it is zero.
+        prior: whether a number of each output that does not train is added to it: while it trains, the logarithm of
+            how frequent the label is (`moments` of the run file); in use, of how frequent it is said to be.
     """
 
     hidden: Annotated[int, Field(ge=1, le=65536)] | None = None
     bias: bool = True
+    centre: bool = False
+    prior: bool = False
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("centre", "prior"))
 
     def build(self, feature_dim: int, num_outputs: int) -> nn.Module:
         """Returns Linear, or Linear-Tanh-Linear, with the last layer zero.
@@ -30,6 +41,14 @@ class HeadSettings(Frozen):
         Zero outputs are the same distance from every label and make the first private step independent of chance; a
         linear head's loss is convex, so that its start does not matter without privacy.
         """
+        layers = self._build_layers(feature_dim, num_outputs)
+        if not (self.centre or self.prior):
+            return layers
+        from common.tasks.parts.adjusted import AdjustedHead
+
+        return AdjustedHead(layers, feature_dim if self.centre else None, num_outputs if self.prior else None)
+
+    def _build_layers(self, feature_dim: int, num_outputs: int) -> nn.Module:
         from torch import nn
 
         last = nn.Linear(self.hidden or feature_dim, num_outputs, bias=self.bias)

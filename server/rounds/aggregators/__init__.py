@@ -25,10 +25,12 @@ class Weighted:
     Attributes:
         weight: positive; the site's declared public size.
         delta: new minus old parameters, by name.
+        sites: number of sites whose changes it is the weighted mean of, each with noise of its own.
     """
 
     weight: float
     delta: Params
+    sites: int = 1
 
 
 class Aggregator(Protocol):
@@ -112,7 +114,7 @@ def count_required_updates(run: RunConfig) -> int:
     Raises:
         BadInput: the aggregator's settings are wrong.
     """
-    return max(run.cohort.min_replies_per_task, open_aggregator(run.aggregation, "aggregation").min_updates)
+    return max(run.cohort.min_replies_per_task, open_aggregator(run.aggregation_of(None), "aggregation").min_updates)
 
 
 def sort_updates(deltas: Sequence[Weighted]) -> list[Weighted]:

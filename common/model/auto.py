@@ -1,0 +1,149 @@
+"""`solver: {kind: auto}`: a run's settings from public numbers alone.
+
+Nothing here reads a record or a result: the choice follows from the kinds of the tasks and heads, from the requested
+privacy and from how many rounds are asked for, and is made while the run file is read. Sites are offered, and approve,
+what was chosen; none of it is chosen again. Sizes and the number of sites enter later and are public too: by them the
+coordinator chooses its steps (`server.rounds.aggregators.heavy_ball`).
+
+Of laboratory runs on training records (docs/results.md): one noised sum a round and momentum at the coordinator, 48
+rounds, features centred by a noised mean, labels' frequencies as an offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from common.plugins import Spec
+from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.shares import keep_for_rounds
+from common.run import Moments, Privacy
+from common.tasks import LabelPrior, SmoothLoss, Task, open_task
+from common.types import BadInput
+
+ROUNDS = 48
+CLIP_NORM = 1.0
+MEANS, COUNTS = 0.03, 0.05
+TRUNK_RATE = 0.05
+"""Rate of a trunk beside heads of rate 1: what is pre-trained moves little."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A run file's values with `auto` replaced.
+
+    Attributes:
+        settings: the values.
+        reasons: one sentence for each choice.
+    """
+
+    settings: dict[str, Any]
+    reasons: tuple[str, ...]
+
+
+def choose_settings(values: Mapping[str, Any]) -> Choice:
+    """Returns a run file's values with concrete settings in place of `solver: {kind: auto}`.
+
+    Args:
+        values: the file's values, not validated yet; what is wrong in them stays as it is.
+
+    Raises:
+        ValueError: something is set beside `auto` that it chooses, or a task has no rule.
+    """
+    extra = sorted(set(_as_mapping(values["solver"])) - {"kind"})
+    if extra:
+        raise ValueError(f"solver: expected no setting beside `kind: auto`, got {extra[0]}; it chooses them all")
+    for key in ("aggregation", "moments"):
+        if values.get(key) is not None:
+            raise ValueError(f"{key}: expected none beside `solver: {{kind: auto}}`, which chooses it")
+    try:
+        tasks = {name: _as_mapping(spec) for name, spec in _as_mapping(values.get("tasks")).items()}
+        opened = {name: _open(name, spec) for name, spec in tasks.items()}
+        privacy = _read_privacy(values.get("privacy"))
+        rounds = TypeAdapter(int).validate_python(values.get("rounds", ROUNDS))
+    except (BadInput, ValidationError, TypeError):
+        # What is wrong is named where the file's values are validated.
+        opened, tasks, privacy, rounds = {}, {}, None, ROUNDS
+    trains_network = bool(values.get("trainable")) or any(_has_hidden_layer(spec) for spec in tasks.values())
+    adjusted = {name for name, task in opened.items() if isinstance(task, LabelPrior)}
+    chosen = {**values, "rounds": rounds, "tasks": {**_as_mapping(values.get("tasks"))}}
+    for name in sorted(adjusted):
+        head = {"bias": False, "centre": True, "prior": True, **_as_mapping(tasks[name].get("head"))}
+        chosen["tasks"][name] = {**tasks[name], "head": head}
+    moments = Moments(means=MEANS, counts=COUNTS) if adjusted else None
+    if moments is not None:
+        chosen["moments"] = moments.model_dump()
+    chosen["solver"] = _choose_solver(privacy, trains_network, bool(values.get("trainable")))
+    chosen["aggregation"] = _choose_aggregation(opened, privacy, moments, rounds)
+    return Choice(chosen, _explain(chosen, adjusted, trains_network))
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, Spec):
+        return value.model_dump()
+    return value if isinstance(value, Mapping) else {}
+
+
+def _open(name: str, spec: Mapping[str, Any]) -> Task:
+    return open_task({key: value for key, value in spec.items() if key != "backbone"}, f"tasks.{name}")
+
+
+def _read_privacy(value: Any) -> Privacy | None:
+    return None if value == "non_private" else Privacy.model_validate(value)
+
+
+def _has_hidden_layer(spec: Mapping[str, Any]) -> bool:
+    return _as_mapping(spec.get("head")).get("hidden") is not None
+
+
+def _choose_solver(privacy: Privacy | None, trains_network: bool, trains_trunk: bool) -> dict[str, Any]:
+    trunk = {"trunk": {"learning_rate": TRUNK_RATE}} if trains_trunk else {}
+    if privacy is None:
+        return {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0, **trunk}
+    if not trains_network:
+        return {"kind": "head_sum", "clip_norm": CLIP_NORM}
+    one_step = {"sampling_rate": 1.0, "steps": 1, "clip_norm": CLIP_NORM, "learning_rate": 1.0}
+    return {"kind": "dp_sgd", **one_step, **trunk}
+
+
+def _choose_aggregation(
+    tasks: Mapping[str, Task], privacy: Privacy | None, moments: Moments | None, rounds: int
+) -> dict[str, Any]:
+    steps = {}
+    for name, task in tasks.items():
+        if not isinstance(task, SmoothLoss):
+            raise ValueError(
+                f"solver: expected a kind with settings, because `auto` has no rule for task {name} of kind {task.kind}"
+            )
+        steps[name] = {"step": round(1.0 / (task.scale * task.smoothness), 6)}
+    noise = 0.0
+    left = keep_for_rounds(privacy, moments)
+    if left is not None:
+        multiplier = left.noise_multiplier
+        if multiplier is None:
+            assert left.target_epsilon is not None  # Privacy holds exactly one of the two.
+            multiplier = calibrate_noise_multiplier(left.target_epsilon, left.delta, 1.0, rounds)
+        noise = round(multiplier * CLIP_NORM, 6)
+    return {"kind": "heavy_ball", "rounds": rounds, "noise": noise, "tasks": steps}
+
+
+def _explain(chosen: Mapping[str, Any], adjusted: Collection[str], trains_network: bool) -> tuple[str, ...]:
+    solver, aggregation, moments = chosen["solver"], chosen["aggregation"], chosen.get("moments")
+    what = "a network or hidden layer trains" if trains_network else "all heads are linear"
+    reasons = [f"solver {solver['kind']}: {what}, and one noised sum a round leaves the step to the coordinator"]
+    reasons.append(
+        f"rounds {chosen['rounds']}: more change little, because the step follows from the noise, and fewer stop early"
+    )
+    reasons.append(
+        f"aggregation heavy_ball: its step adds noise of about 0.5 to a logit, whatever the sizes and epsilon are; one "
+        f"site's sum has noise of deviation {aggregation['noise']:g}"
+    )
+    if moments is not None:
+        reasons.append(
+            f"moments: {moments['means']:.0%} of the run's mu^2 measure the mean of features and "
+            f"{moments['counts']:.0%} the labels' frequencies, for {', '.join(sorted(adjusted))}"
+        )
+    return tuple(reasons)

@@ -1,0 +1,188 @@
+"""The release before the first round: noised sums of features and of labels, and the heads' fixed numbers from them.
+
+A unit's part is one vector: for each backbone on which a head with `centre` stands, the mean of the unit's features,
+each divided by its length; for each task whose head has a `prior`, the mean of the rows of `count_labels`. Both have a
+length of at most 1; with the factors below the whole has one of at most 1, whatever the unit's records are, and one
+draw of noise hides all of it.
+
+# Shapes: D features, C counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.run import RunConfig
+from common.tasks import LabelPrior, ServedPrior, Task
+from common.types import FIXED, BadInput, Heads, Params
+
+CENTRE, OFFSET = f"{FIXED}centre", f"{FIXED}offset"
+_MEAN = ".mean"
+
+
+@dataclass(frozen=True)
+class NoisedSum:
+    """A sum over the units of one or more sites.
+
+    Attributes:
+        values: float64, the sum with noise.
+        deviation: deviation of the noise in each value; 0 without any.
+        units: declared number of units.
+    """
+
+    values: NDArray[np.float64]
+    deviation: float
+    units: float
+
+    @classmethod
+    def add(cls, sums: Sequence[NoisedSum]) -> NoisedSum:
+        """Returns the sum over the units of all."""
+        values = np.sum([each.values for each in sums], axis=0)
+        return cls(values, math.hypot(*(each.deviation for each in sums)), sum(each.units for each in sums))
+
+
+def list_parts(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Returns the names of the sums that a run's sites release before its first round, each with its public factor.
+
+    Args:
+        run: the run.
+        tasks: all of the run's tasks, by name.
+
+    Raises:
+        BadInput: the run measures something that no head uses, or a head uses what it cannot measure.
+    """
+    centred = {run.backbone_of(name) for name, task in tasks.items() if _has(task, "centre")}
+    counted = {name for name, task in tasks.items() if _has(task, "prior")}
+    for name in counted:
+        if not isinstance(tasks[name], LabelPrior):
+            raise BadInput(f"tasks.{name}.head.prior: expected false for a task of kind {tasks[name].kind}, got true")
+    if run.moments is None:
+        return {}
+    trained = sorted(centred & set(run.trainable))
+    if trained:
+        raise BadInput(f"trainable: expected nothing of {trained[0]} to train, because a head on it has a `centre`")
+    for share, used, key, field in (
+        (run.moments.means, centred, "means", "centre"),
+        (run.moments.counts, counted, "counts", "prior"),
+    ):
+        if bool(share) != bool(used):
+            raise BadInput(
+                f"moments.{key}: expected a share above 0 exactly where a task's head has `{field}: true`, got {share}"
+            )
+    whole = run.moments.share
+    means = {f"{name}{_MEAN}": run.moments.means / len(centred) for name in sorted(centred)}
+    counts = {name: run.moments.counts / len(counted) for name in sorted(counted)}
+    return {name: math.sqrt(share / whole) for name, share in {**means, **counts}.items()}
+
+
+def select_parts(parts: Mapping[str, float], run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Returns the sums that a site with some of the run's tasks releases.
+
+    Args:
+        parts: what `list_parts` returned.
+        run: the run.
+        tasks: the site's tasks of the run.
+    """
+    backbones = {f"{run.backbone_of(name)}{_MEAN}" for name, task in tasks.items() if _has(task, "centre")}
+    return {name: factor for name, factor in parts.items() if name in backbones or name in tasks}
+
+
+def is_mean(part: str) -> bool:
+    """Returns true for the sum of a backbone's features, false for the counts of a task's labels."""
+    return part.endswith(_MEAN)
+
+
+def get_backbone(part: str) -> str:
+    """Returns the name of the backbone whose features a sum is of."""
+    return part.removesuffix(_MEAN)
+
+
+def count_values(part: str, run: RunConfig, tasks: Mapping[str, Task], heads: Heads) -> int:
+    """Returns the number of values of a sum.
+
+    Args:
+        part: name of the sum.
+        run: the run.
+        tasks: the run's tasks.
+        heads: their heads.
+    """
+    if is_mean(part):
+        return next(
+            len(heads[name][CENTRE])
+            for name in tasks
+            if run.backbone_of(name) == get_backbone(part) and CENTRE in heads[name]
+        )
+    task = tasks[part]
+    assert isinstance(task, LabelPrior)
+    return task.num_counts
+
+
+def count_units(parts: Iterable[str], run: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Returns the declared number of units of each sum at a site: of the largest of the tasks that it is about.
+
+    Args:
+        parts: names of the sums.
+        run: the run.
+        sizes: task of the site -> declared public size.
+    """
+    return {
+        part: float(max(size for task, size in sizes.items() if part in (task, f"{run.backbone_of(task)}{_MEAN}")))
+        for part in parts
+    }
+
+
+def fix_heads(heads: Heads, run: RunConfig, tasks: Mapping[str, Task], sums: Mapping[str, NoisedSum]) -> Heads:
+    """Returns the heads with the fixed numbers with which they train.
+
+    Args:
+        heads: parameter group -> parameters.
+        run: the run.
+        tasks: the run's tasks.
+        sums: name of a part -> its sum over all sites that released it.
+    """
+    fixed: dict[str, Params] = {}
+    for name, params in heads.items():
+        mean = sums.get(f"{run.backbone_of(name)}{_MEAN}") if name in tasks else None
+        new = dict(params)
+        if mean is not None and CENTRE in params:
+            new[CENTRE] = compute_centre(mean).astype(np.float32)
+        task = tasks.get(name)
+        if name in sums and isinstance(task, LabelPrior) and OFFSET in params:
+            new[OFFSET] = task.compute_offset(sums[name].values, sums[name].deviation).astype(np.float32)
+        fixed[name] = new
+    return fixed
+
+
+def compute_centre(total: NoisedSum) -> NDArray[np.float64]:
+    """Returns the mean of features, shortened by as much as noise lengthens it (James and Stein 1961)."""
+    mean_D = total.values / total.units
+    variance = (total.deviation / total.units) ** 2
+    square = float(mean_D @ mean_D)
+    centre_D: NDArray[np.float64] = mean_D * max(0.0, 1.0 - len(mean_D) * variance / square) if square else mean_D
+    return centre_D
+
+
+def serve_heads(heads: Heads, tasks: Mapping[str, Task]) -> Heads:
+    """Returns the heads as they are used: with the offset of the labels' declared frequencies, not the measured ones.
+
+    Args:
+        heads: parameter group -> parameters.
+        tasks: the tasks, by name.
+    """
+    served: dict[str, Params] = {}
+    for name, params in heads.items():
+        task = tasks.get(name)
+        if OFFSET in params and isinstance(task, ServedPrior):
+            served[name] = {**params, OFFSET: np.asarray(task.served_offset(), np.float32)}
+        else:
+            served[name] = params
+    return served
+
+
+def _has(task: Task, setting: str) -> bool:
+    return bool(getattr(getattr(task, "head_settings", None), setting, False))

@@ -1,0 +1,70 @@
+"""The step of noised gradient descent with momentum, from how much noise there is: one rule for all who take it.
+
+V <- m V + mean gradient, W <- W - eta V. After T rounds the sum of all gradients has moved W by tau times their mean at
+most,
+
+    tau = eta / (1 - m) (T - m (1 - m^T) / (1 - m))
+
+and the noise of deviation `noise` at each of K sites, which one of N units adds to a logit, has grown to about
+tau noise sqrt(K) / (N sqrt(T)). With tau = rho sqrt(T) N / (noise sqrt(K)) that is rho, whatever T, N, K, the privacy
+and the number of features are: more noise gives fewer, shorter steps, and none needs to be tuned. The step is at most
+`step`, which is one over the smoothness of the loss, so that without noise it is plain gradient descent with momentum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from common.plugins import Frozen
+
+_MOST_MOMENTUM = 0.97
+
+
+class Momentum(Frozen):
+    """Public numbers from which the step follows.
+
+    Attributes:
+        rounds: number of rounds T of the run.
+        step: largest step on a mean gradient; one over the smoothness of the loss by the head's outputs, where features
+            have length 1.
+        noise: deviation of the noise in one site's sum, in the units of that sum (the noise multiplier times the clip
+            norm); 0 without privacy.
+        rho: noise that may be added to a logit.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    step: Annotated[float, Field(gt=0)] = 1.0
+    noise: Annotated[float, Field(ge=0)]
+    rho: Annotated[float, Field(gt=0)] = 0.5
+
+    def choose_step(self, num_units: float, num_sites: int) -> tuple[float, float]:
+        """Returns the step eta and the momentum m that give the tau above.
+
+        Args:
+            num_units: declared number of units of all sites together.
+            num_sites: number of sites.
+        """
+        deviation = self.noise * math.sqrt(num_sites) / num_units
+        tau = self.rho * math.sqrt(self.rounds) / deviation if deviation else math.inf
+        if tau <= self.step * self.rounds:
+            return tau / self.rounds, 0.0
+        low, high = 0.0, _MOST_MOMENTUM
+        if self.step * compute_reach(high, self.rounds) <= tau:
+            return self.step, high
+        for _ in range(60):
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if self.step * compute_reach(middle, self.rounds) < tau else (low, middle)
+        return self.step, low
+
+
+def compute_reach(momentum: float, rounds: int) -> float:
+    """Returns by how many mean gradients a step of 1 in each of so many rounds moves the parameters, if all are alike.
+
+    Args:
+        momentum: momentum, at least 0 and below 1.
+        rounds: number of rounds.
+    """
+    return (rounds - momentum * (1.0 - momentum**rounds) / (1.0 - momentum)) / (1.0 - momentum)
