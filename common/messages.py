@@ -50,7 +50,7 @@ from common.types import (
     Unit,
 )
 
-VERSION = 5
+VERSION = 4
 """Version of the messages. A site and a coordinator of different versions do not work together."""
 
 JOIN = "query.join"

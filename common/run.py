@@ -351,7 +351,7 @@ class RunConfig(Frozen):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """What `solver: {kind: auto}` chose in place of itself, and why: one sentence each."""
+        """The choices of `solver: {kind: auto}` and their reasons, one sentence each; none where it was not used."""
         return self._chosen
 
     @model_validator(mode="after")

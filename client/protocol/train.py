@@ -1,4 +1,4 @@
-"""What a site releases of its training units: the update of a round, and before the first what the run measures."""
+"""The releases of training units: the update of a round, and before the first round what the run measures."""
 
 from __future__ import annotations
 

@@ -49,6 +49,8 @@ ONE_OF_EACH: list[messages.Payload] = [
     messages.Declined(DeclineReason.BUDGET, "north"),
     messages.TrainRequest("run", 2, HEADS, WITNESS),
     messages.EvaluateReply({"task": {"sums": np.arange(3, dtype=np.float32)}}, 2.5, WITNESS),
+    messages.MomentsRequest("run"),
+    messages.MomentsReply({"one.mean": {"sum": np.arange(3, dtype=np.float32)}}, {"one.mean": 2.5}),
 ]
 BYTES_OF_VERSION_4 = [
     "fb25af7073aff0e8b159842595c87ec68efb6f9743fc47a7306ada4818701d83",
@@ -65,6 +67,8 @@ BYTES_OF_VERSION_4 = [
     "cabe4608921201a48d70de0c97d7e0e8aabd891f4aae72bbc56c9abfee0cfc5e",
     "522ebebb71f913603b2183513509bf225d06aae0b1e3f6e0ad128915f5967810",
     "6730eac10c058652813892fd15e45616644f736c410e971ce3d8354049e53b4f",
+    "320c46bbac2da3e448e2a5f01cae41d839ddb73280ae6707dda60c014af92ac9",
+    "88d81f63180110cd9a149c4bba748ce8ccfa38b38001c49dcb0db5e0978e3a14",
 ]
 
 
@@ -280,7 +284,7 @@ def with_heads_of(reply: messages.TrainReply, records: RecordDict) -> RecordDict
 
 def test_every_field_a_site_sends_has_one_privacy_reason_and_one_row_in_the_table() -> None:
     reasons = messages.privacy_reasons()
-    assert set(reasons) == {"JoinReply", "Held", "Ready", "TrainReply", "EvaluateReply", "Declined"}
+    assert set(reasons) == {"JoinReply", "Held", "Ready", "MomentsReply", "TrainReply", "EvaluateReply", "Declined"}
     table = messages.format_privacy_table().splitlines()
     for model, fields in reasons.items():
         assert set(fields) == {field.name for field in dataclasses.fields(getattr(messages, model))}

@@ -56,7 +56,7 @@ def test_combining_the_sum_equals_combining_the_parts(kind: str, data: st.DataOb
     total = sum(item.weight for item in deltas)
     mean = sum(item.weight * item.delta["w"].astype(np.float64) for item in deltas) / total
     parts, _ = rule.update(PARAMS, rule.start(PARAMS), deltas)
-    whole, _ = rule.update(PARAMS, rule.start(PARAMS), [Weighted(total, {"w": mean})])
+    whole, _ = rule.update(PARAMS, rule.start(PARAMS), [Weighted(total, {"w": mean}, len(deltas))])
     np.testing.assert_allclose(parts["w"], whole["w"], rtol=1e-4, atol=1e-5)
 
 

@@ -180,6 +180,17 @@ def example_of(kind: str) -> dict[str, Any]:
     return plugin_class("client.solvers", kind.removesuffix(WITH_TRUNK)).example()
 
 
+def rate_of(kind: str) -> float:
+    """The learning rate of a kind's example; without such a setting a kind divides its sum and no more."""
+    return float(example_of(kind).get("learning_rate", 1.0))
+
+
+def settings_of(kind: str, **rates: Any) -> dict[str, Any]:
+    """A kind's example with those of some rates that it has settings for."""
+    fields = plugin_class("client.solvers", kind.removesuffix(WITH_TRUNK)).model_fields
+    return {**example_of(kind), **{name: value for name, value in rates.items() if name in fields}}
+
+
 def is_private(kind: str) -> bool:
     return kind.removesuffix(WITH_TRUNK) in PRIVATE
 
@@ -208,7 +219,7 @@ def solve(
 def released_sum(kind: str, units: Units, plan: Plan, public_size: int) -> np.ndarray:
     """All heads' sum of one step as one vector."""
     delta = solve(kind, units, plan, SilentStream(KEY), public_size)
-    divisor = plan.sampling_rate * public_size / example_of(kind)["learning_rate"]
+    divisor = plan.sampling_rate * public_size / rate_of(kind)
     return -divisor * flat(delta)
 
 
@@ -274,8 +285,7 @@ def test_one_ordinary_unit_with_all_tasks_uses_the_whole_clip_norm(kind: str) ->
 def test_noise_has_the_claimed_scale_where_no_record_reaches(kind: str, people: list[Person]) -> None:
     plan = plan_of(kind, steps=4, sampling_rate=0.5, clip_norm=0.3)
     delta = solve(kind, site(people), plan, NoiseStream(KEY), public_size=2)
-    learning_rate = example_of(kind)["learning_rate"]
-    noise = dead_weights(delta) / learning_rate
+    noise = dead_weights(delta) / rate_of(kind)
     claimed = plan.noise_multiplier * 0.3 * np.sqrt(plan.steps)
     assert has_scale(noise, claimed)
     assert not has_scale(noise, claimed * 2 / 3)
@@ -319,7 +329,7 @@ def bounded_run(kind: str, noise_multiplier: float, **solver: Any) -> RunConfig:
         "rounds": 1,
         "backbone": {"kind": "identity", "dim": FEATURES + DEAD},
         "tasks": tasks,
-        "solver": {**example_of(kind), **solver},
+        "solver": settings_of(kind, **solver),
         "privacy": {**PRIVACY.model_dump(), "noise_multiplier": noise_multiplier},
         "aggregation": {"kind": "mean"},
     }
@@ -377,11 +387,13 @@ def test_a_kind_without_privacy_declines_a_private_run_and_says_none(kind: str) 
 @pytest.mark.parametrize("kind", CASES)
 def test_without_clipping_and_noise_a_kind_trains_like_the_solver_it_names(kind: str) -> None:
     """With all of its rates: of the heads, of one task's head and, where it trains one, of a trunk."""
-    settings = {**example_of(kind), "momentum": 0.5, "weight_decay": 0.01}
-    settings["tasks"] = {"keys": {"learning_rate": 0.02, "weight_decay": 0.3}}
+    of_one = {"keys": {"learning_rate": 0.02, "weight_decay": 0.3}}
+    settings = settings_of(kind, momentum=0.5, weight_decay=0.01, tasks=of_one)
     if kind.endswith(WITH_TRUNK):
         settings["trunk"] = {"learning_rate": 0.003, "weight_decay": 0.1}
-    solver, plan = open_solver(settings, "solver"), plan_of(kind, sampling_rate=0.5)
+    solver, plan = open_solver(settings, "solver"), plan_of(kind)
+    if "sampling_rate" in settings:
+        plan = replace(plan, sampling_rate=0.5)
     if plan.private:
         plan = replace(plan, clip_norm=64.0)  # Above every norm; the stream is silent.
     other = solver.without_privacy()
@@ -426,9 +438,9 @@ def test_linear_heads_are_accepted_by_every_kind(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if f"{kind}{WITH_TRUNK}" not in CASES])
 def test_a_kind_that_trains_no_trunk_refuses_one_before_and_while_training(kind: str) -> None:
-    assert kind == "dp_gd", "every other kind of this project trains trunks"
+    assert kind in ("dp_gd", "head_sum"), "every other kind of this project trains trunks"
     for refused in (lambda: solver_of(kind).check_modules({TRUNK: nn.Linear(2, 2)}), lambda: example_with_rates(kind)):
-        with pytest.raises(BadInput, match="no part of a backbone"):
+        with pytest.raises(BadInput, match=r"no part of a backbone|solver.trunk: unknown key"):
             refused()
 
 

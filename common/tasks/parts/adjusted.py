@@ -47,7 +47,7 @@ class AdjustedHead(nn.Module):
 
     @property
     def offset_K(self) -> Tensor | None:
-        """What is added to the outputs; None where nothing is."""
+        """The numbers that are added to the outputs; None where there are none."""
         return self.fixed._buffers.get("offset")
 
     def forward(self, features_BD: Tensor) -> Tensor:

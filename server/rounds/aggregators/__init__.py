@@ -37,8 +37,8 @@ class Aggregator(Protocol):
     """Settings and rule of one aggregation.
 
     Law (tests/contracts/test_aggregators.py): the order of sites is irrelevant; inputs are not modified, shapes and
-    float32 are kept; if `needs_sum`, one update that is the weighted mean of several gives the same result as the
-    several.
+    float32 are kept; if `needs_sum`, one update that is the weighted mean of several, and says of how many,
+    gives the same result as the several.
 
     Attributes:
         kind: file name of the plug-in.
