@@ -11,6 +11,7 @@ rounds, features centred by a noised mean, labels' frequencies as an offset.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ from common.tasks import LabelPrior, SmoothLoss, Task, open_task
 from common.types import BadInput
 
 ROUNDS = 48
-CLIP_NORM = 1.0
-MEANS, COUNTS = 0.03, 0.05
+MEANS, COUNTS = 0.05, 0.05
+CLIP_SHARE = 0.7
+"""Clip norm in parts of the gradient's length at the start."""
 TRUNK_RATE = 0.05
 """Rate of a trunk beside heads of rate 1: what is pre-trained moves little."""
 
@@ -76,8 +78,9 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     moments = Moments(means=MEANS, counts=COUNTS) if adjusted else None
     if moments is not None:
         chosen["moments"] = moments.model_dump()
-    chosen["solver"] = _choose_solver(privacy, trains_network, bool(values.get("trainable")))
-    chosen["aggregation"] = _choose_aggregation(opened, privacy, moments, rounds)
+    clip_norm = _choose_clip_norm(opened)
+    chosen["solver"] = _choose_solver(privacy, clip_norm, trains_network, bool(values.get("trainable")))
+    chosen["aggregation"] = _choose_aggregation(opened, keep_for_rounds(privacy, moments), clip_norm, rounds)
     return Choice(chosen, _explain(chosen, adjusted, trains_network))
 
 
@@ -99,18 +102,26 @@ def _has_hidden_layer(spec: Mapping[str, Any]) -> bool:
     return _as_mapping(spec.get("head")).get("hidden") is not None
 
 
-def _choose_solver(privacy: Privacy | None, trains_network: bool, trains_trunk: bool) -> dict[str, Any]:
+def _choose_clip_norm(tasks: Mapping[str, Task]) -> float:
+    """Returns a clip norm for all tasks of a unit together, whose features have a length of 1."""
+    slopes = [task.scale * task.first_slope for task in tasks.values() if isinstance(task, SmoothLoss)]
+    return round(CLIP_SHARE * math.hypot(*slopes), 4) or 1.0
+
+
+def _choose_solver(
+    privacy: Privacy | None, clip_norm: float, trains_network: bool, trains_trunk: bool
+) -> dict[str, Any]:
     trunk = {"trunk": {"learning_rate": TRUNK_RATE}} if trains_trunk else {}
     if privacy is None:
         return {"kind": "sgd", "sampling_rate": 1.0, "steps": 1, "learning_rate": 1.0, **trunk}
     if not trains_network:
-        return {"kind": "head_sum", "clip_norm": CLIP_NORM}
-    one_step = {"sampling_rate": 1.0, "steps": 1, "clip_norm": CLIP_NORM, "learning_rate": 1.0}
+        return {"kind": "head_sum", "clip_norm": clip_norm}
+    one_step = {"sampling_rate": 1.0, "steps": 1, "clip_norm": clip_norm, "learning_rate": 1.0}
     return {"kind": "dp_sgd", **one_step, **trunk}
 
 
 def _choose_aggregation(
-    tasks: Mapping[str, Task], privacy: Privacy | None, moments: Moments | None, rounds: int
+    tasks: Mapping[str, Task], left: Privacy | None, clip_norm: float, rounds: int
 ) -> dict[str, Any]:
     steps = {}
     for name, task in tasks.items():
@@ -120,13 +131,12 @@ def _choose_aggregation(
             )
         steps[name] = {"step": round(1.0 / (task.scale * task.smoothness), 6)}
     noise = 0.0
-    left = keep_for_rounds(privacy, moments)
     if left is not None:
         multiplier = left.noise_multiplier
         if multiplier is None:
             assert left.target_epsilon is not None  # Privacy holds exactly one of the two.
             multiplier = calibrate_noise_multiplier(left.target_epsilon, left.delta, 1.0, rounds)
-        noise = round(multiplier * CLIP_NORM, 6)
+        noise = round(multiplier * clip_norm, 6)
     return {"kind": "heavy_ball", "rounds": rounds, "noise": noise, "tasks": steps}
 
 

@@ -195,6 +195,10 @@ class SmoothLoss(Protocol):
     def smoothness(self) -> float:
         """The largest curvature of a record's loss by its outputs."""
 
+    @property
+    def first_slope(self) -> float:
+        """The usual length of the gradient of a record's loss by outputs that are zero: a scale for clip norms."""
+
 
 @runtime_checkable
 class LabelPrior(Protocol):

@@ -81,6 +81,11 @@ class Anomaly(Plugin):
         """Curvature of half a squared distance."""
         return 1.0
 
+    @property
+    def first_slope(self) -> float:
+        """Distance of zero from 1."""
+        return 1.0
+
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns outputs [B, 1], as far from 1 as the features are from the mean of the normal training records.
 

@@ -27,6 +27,7 @@ from common.tasks.parts.rates import (
     compute_recall,
     compute_specificity,
     count_one_against_rest,
+    shrink_counts,
 )
 
 if TYPE_CHECKING:
@@ -122,6 +123,11 @@ class Classification(Plugin):
         return 0.5 * max([1.0, *self._weights()])
 
     @property
+    def first_slope(self) -> float:
+        """Length of uniform probabilities minus a unit vector."""
+        return math.sqrt(1.0 - 1.0 / len(self.labels))
+
+    @property
     def num_counts(self) -> int:
         """Number of counts."""
         return len(self.labels)
@@ -139,9 +145,7 @@ class Classification(Plugin):
             sums_C: number of records of each class, with noise.
             deviation: deviation of that noise.
         """
-        # A count below its noise says no more than that it is small.
-        counts_K = np.maximum(np.asarray(sums_C, np.float64), max(1.0, deviation))
-        logarithms_K = np.log(counts_K)
+        logarithms_K = np.log(shrink_counts(np.asarray(sums_C, np.float64), deviation))
         offset_K: Array = logarithms_K - logarithms_K.mean()
         return offset_K
 

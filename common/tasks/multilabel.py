@@ -34,6 +34,7 @@ from common.tasks.parts.rates import (
     compute_ratio,
     compute_recall,
     compute_specificity,
+    shrink_counts,
 )
 from common.types import BadRecord
 
@@ -137,6 +138,11 @@ class Multilabel(Plugin):
         return 0.25 * max([1.0, *self._weights()])
 
     @property
+    def first_slope(self) -> float:
+        """Length of as many halves as there are labels."""
+        return math.sqrt(len(self.labels)) / 2.0
+
+    @property
     def num_counts(self) -> int:
         """Number of counts."""
         return 2 * len(self.labels)
@@ -155,10 +161,10 @@ class Multilabel(Plugin):
             sums_C: sums of `count_labels`, with noise.
             deviation: deviation of that noise.
         """
-        counts_C = np.maximum(np.asarray(sums_C, np.float64), max(1.0 / math.sqrt(len(self.labels)), deviation))
-        present_L, absent_L = np.split(counts_C, 2)
-        offset_L: Array = np.log(present_L / absent_L)
-        return offset_L
+        root = math.sqrt(len(self.labels))
+        counts_2L = root * np.asarray(sums_C, np.float64).reshape(2, -1)
+        pairs_L2 = [np.log(shrink_counts(pair, root * deviation)) for pair in counts_2L.T]
+        return np.array([present - absent for present, absent in pairs_L2])
 
     def statistic(self, buckets: int) -> Statistic:
         """Returns for each known label the cell of truth and prediction, and the bucket of its score.

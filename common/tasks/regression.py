@@ -70,6 +70,11 @@ class Regression(Plugin):
         """Curvature of half a squared error."""
         return 1.0
 
+    @property
+    def first_slope(self) -> float:
+        """Half of the largest residual, which is 1: that of targets spread evenly."""
+        return 0.5
+
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the residual of each example, with targets scaled to [-1, 1]."""
         return outputs - self.codec.to_unit(labels).unsqueeze(1)

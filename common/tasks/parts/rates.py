@@ -72,3 +72,21 @@ def average_defined(values_L: Array) -> float:
     """Returns the mean of the values that are defined; NaN where none is."""
     defined = values_L[~np.isnan(values_L)]
     return float(defined.mean()) if len(defined) else math.nan
+
+
+def shrink_counts(counts_K: Array, deviation: float) -> Array:
+    """Returns positive estimates of counts that were released with noise.
+
+    They are drawn toward their mean by as much as noise drives them apart (James and Stein 1961): where labels are
+    equally frequent, noise alone makes none look frequent. A count that is less than its noise is taken as half of it.
+
+    Args:
+        counts_K: counts of some labels, with noise.
+        deviation: deviation of the noise in each; 0 without any.
+    """
+    mean = max(float(counts_K.mean()), deviation, 1.0)
+    apart_K = counts_K - float(counts_K.mean())
+    square = float(apart_K @ apart_K)
+    kept = max(0.0, 1.0 - (len(counts_K) - 1) * deviation**2 / square) if square else 0.0
+    estimates_K: Array = np.maximum(mean + kept * apart_K, max(0.5 * deviation, 0.5))
+    return estimates_K
