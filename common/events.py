@@ -362,6 +362,7 @@ RunEvent = (
     | FeaturesReady
     | RepliesAwaited
     | QuorumAwaited
+    | MomentsMeasured
     | RoundEnded
     | HeadsEvaluated
     | RunEnded

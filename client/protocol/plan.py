@@ -40,7 +40,7 @@ from client.protocol.requirements import (
     refuse_what_takes_too_long,
     untrained_modules,
 )
-from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan
+from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan, plan_measurement
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.filters import TOLERANCE
 from common.run import RunConfig
@@ -122,7 +122,9 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
     any_backbone = config.model_copy(update={"allow": config.allow.model_copy(update={"backbones": "any"})})
     joined = Joined("plan", run, {}, Path())
     tasks, plan, history = joined.tasks(config), make_plan(config, joined), history_of(config)
-    whole, share = Mechanism.of(plan.over(run.rounds)), get_evaluation_budget(config)
+    whole, share = [Mechanism.of(plan.over(run.rounds))], get_evaluation_budget(config)
+    measured = plan_measurement(config, joined).plan
+    whole += [] if measured is None else [Mechanism.of(measured)]
     evaluations = _evaluations(run, share, history, len(tasks))
     delta = history.terms.delta
     sizes = joined.sizes(config)
@@ -143,10 +145,10 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         noise_multiplier=plan.noise_multiplier,
         rounds=run.rounds,
         round_epsilon=compute_epsilon([Mechanism.of(plan)], delta),
-        run_epsilon=compute_epsilon([whole], delta),
+        run_epsilon=compute_epsilon(whole, delta),
         evaluation_epsilon=compute_epsilon(evaluations, delta),
-        final_epsilon=history.compute_epsilon([whole, *evaluations]),
-        final_share=history.compute_share([whole, *list_unspent(share, history), *history.list_earmarked()]),
+        final_epsilon=history.compute_epsilon([*whole, *evaluations]),
+        final_share=history.compute_share([*whole, *list_unspent(share, history), *history.list_earmarked()]),
         rounds_affordable=count_affordable_rounds(history, plan, share),
         evaluations=len(evaluations),
         evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),

@@ -71,7 +71,7 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
         opened, tasks, privacy, rounds = {}, {}, None, ROUNDS
     trains_network = bool(values.get("trainable")) or any(_has_hidden_layer(spec) for spec in tasks.values())
     adjusted = {name for name, task in opened.items() if isinstance(task, LabelPrior)}
-    chosen = {**values, "rounds": rounds, "tasks": {**_as_mapping(values.get("tasks"))}}
+    chosen = {"rounds": rounds, **values, "tasks": {**_as_mapping(values.get("tasks"))}}
     for name in sorted(adjusted):
         head = {"bias": False, "centre": True, "prior": True, **_as_mapping(tasks[name].get("head"))}
         chosen["tasks"][name] = {**tasks[name], "head": head}

@@ -11,6 +11,7 @@ from common.events import (
     BackboneSent,
     FeaturesReady,
     HeadsEvaluated,
+    MomentsMeasured,
     QuorumAwaited,
     RoundEnded,
     RunEnded,
@@ -102,6 +103,8 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
         case QuorumAwaited():
             missing = "; ".join(f"{site}: {explain_rejection(reason)}" for site, reason in event.sites.items())
             return f"round {event.round} waits for its quorum, {event.seconds:.0f} s at most: {missing}"
+        case MomentsMeasured():
+            return f"features and labels measured at {', '.join(event.sites)}  [{event.seconds:.1f} s]"
         case RoundEnded():
             return _describe_round(event, rounds)
         case HeadsEvaluated():

@@ -8,13 +8,24 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from opacus.validators import ModuleValidator
 from torch import Tensor
 
 from common.plugins import kinds, plugin_class
-from common.tasks import EXACT_BUCKETS, NOISED_BUCKETS, LossGradient, ServedPrior, Task, TaskExample, open_task
+from common.tasks import (
+    EXACT_BUCKETS,
+    NOISED_BUCKETS,
+    LabelPrior,
+    LossGradient,
+    ServedPrior,
+    SmoothLoss,
+    Task,
+    TaskExample,
+    open_task,
+)
 from common.types import BadRecord
 
 FEATURE_DIM = 7
@@ -92,6 +103,51 @@ def test_the_loss_of_a_batch_is_the_losses_of_its_examples(task: Task, labels: T
     torch.testing.assert_close(losses_B, alone_B)
     assert torch.isfinite(losses_B).all()
     assert (losses_B >= 0).all()
+
+
+def test_a_gradient_changes_by_at_most_the_stated_smoothness(task: Task, labels: Tensor) -> None:
+    if not isinstance(task, SmoothLoss):
+        pytest.skip("this kind states none")
+    outputs, labels = many(task, labels, 40)
+    outputs = outputs.double()
+    generator = torch.Generator().manual_seed(9)
+    for length in (1e-2, 1.0, 10.0):
+        step = length * torch.randn(outputs.shape, generator=generator).double()
+        slopes = []
+        for at in (outputs, outputs + step):
+            leaf = at.clone().requires_grad_()
+            slopes.append(torch.autograd.grad(task.losses(leaf, labels).sum(), leaf)[0].flatten(1))
+        change_B, moved_B = (slopes[1] - slopes[0]).norm(dim=1), step.flatten(1).norm(dim=1)
+        assert (change_B <= task.smoothness * moved_B * (1 + 1e-6)).all()
+    if getattr(task, "weights", None):
+        return  # A scale for clip norms is that of records of weight 1.
+    zero = torch.zeros_like(outputs).requires_grad_()
+    first = torch.autograd.grad(task.losses(zero, labels).sum(), zero)[0].flatten(1).norm(dim=1)
+    assert float(first.max()) / 2.5 <= task.first_slope <= 2.5 * float(first.max())
+
+
+def test_labels_are_counted_in_rows_of_length_one_and_their_offset_is_what_trains_best(
+    task: Task, labels: Tensor
+) -> None:
+    if not isinstance(task, LabelPrior):
+        pytest.skip("this kind counts none")
+    rows = task.count_labels(labels)
+    assert rows.shape == (len(labels), task.num_counts)
+    assert (rows.norm(dim=1) <= 1 + 1e-6).all()
+    for deviation in (0.0, 5.0, 1e6):
+        noise = deviation * np.random.default_rng(3).normal(size=task.num_counts)
+        assert np.isfinite(task.compute_offset(rows.double().sum(0).numpy() + noise, deviation)).all()
+    if getattr(task, "weights", None):
+        return  # With weights, what trains best is no frequency.
+    # Without noise, of outputs that are the same for all records these have the smallest loss.
+    tail = [1] * (labels.dim() - 1)
+    repeated = torch.cat([labels.repeat(50, *tail), labels[:1].repeat(90, *tail)])
+    offset = torch.tensor(
+        task.compute_offset(task.count_labels(repeated).double().sum(0).numpy(), 0.0)
+    ).requires_grad_()
+    losses = task.losses(offset.expand(len(repeated), -1), repeated)
+    (gradient,) = torch.autograd.grad(losses.mean(), offset)
+    assert gradient.abs().max() < 1e-2
 
 
 def test_a_stated_gradient_is_the_one_that_autograd_computes(task: Task, labels: Tensor) -> None:

@@ -1,0 +1,154 @@
+"""The release before the first round: exact sums within their bound, and noise of the planned scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.data.units import TaskRecords, Units
+from client.solvers.parts.moments import release_moments
+from common.model.moments import NoisedSum, compute_centre, list_parts
+from common.privacy.noise import NoiseStream
+from common.privacy.shares import plan_moments
+from common.run import RunConfig
+from common.tasks import Task, open_task
+from common.types import BadInput, Plan, Unit
+from common.yaml import parse
+
+DIM = 6
+HEAD = {"bias": False, "centre": True, "prior": True}
+SETTINGS: dict[str, Any] = {
+    "name": "moments",
+    "seed": 1,
+    "rounds": 4,
+    "backbones": {"one": {"kind": "identity", "dim": DIM}, "two": {"kind": "identity", "dim": DIM}},
+    "tasks": {
+        "grade": {"kind": "classification", "labels": ["a", "b", "c"], "head": HEAD, "backbone": "one"},
+        "signs": {"kind": "multilabel", "labels": ["x", "y"], "head": HEAD, "backbone": "one"},
+        "only": {"kind": "classification", "labels": ["n", "y"], "head": {"centre": True}, "backbone": "two"},
+    },
+    "solver": {"kind": "head_sum", "clip_norm": 1.0},
+    "privacy": {"unit": "patient", "delta": 1e-5, "target_epsilon": 3.0},
+    "aggregation": {"kind": "heavy_ball", "rounds": 4, "noise": 10.0},
+    "moments": {"means": 0.1, "counts": 0.3},
+}
+
+
+def make_run(**changes: Any) -> RunConfig:
+    return parse(RunConfig, {**SETTINGS, **changes}, base=Path.cwd())
+
+
+def open_tasks(run: RunConfig) -> dict[str, Task]:
+    return {name: open_task(spec, name) for name, spec in run.tasks.items()}
+
+
+RUN = make_run()
+TASKS = open_tasks(RUN)
+PARTS = list_parts(RUN, TASKS)
+
+
+class SilentStream(NoiseStream):
+    """A stream whose noise is zero."""
+
+    def rounded_gaussian(self, count: int, log2_deviation: int) -> np.ndarray:
+        return np.zeros(count, np.int64)
+
+
+def make_units(people: list[list[tuple[int, float]]]) -> Units:
+    """Units with records of (seed, length of the features)."""
+    rows, unit, seeds = [torch.zeros(0, DIM)], [], []
+    for index, records in enumerate(people):
+        for seed, length in records:
+            rows.append(length * torch.randn(1, DIM, generator=torch.Generator().manual_seed(seed)))
+            unit.append(index)
+            seeds.append(seed)
+    features_RD, unit_R, seed_R = torch.cat(rows), torch.tensor(unit, dtype=torch.long), torch.tensor(seeds).long()
+    labels = {"grade": seed_R % 3, "only": seed_R % 2, "signs": torch.stack([seed_R % 2, seed_R % 3 - 1], 1).float()}
+    tasks = {name: TaskRecords.of(features_RD, labels[name], seed_R % 7 > 0, unit_R, len(people)) for name in RUN.tasks}
+    return Units(len(people), tasks)
+
+
+def release(units: Units, plan: Plan, stream: NoiseStream) -> Mapping[str, np.ndarray]:
+    sums = release_moments(PARTS, RUN, TASKS, units, plan=plan, stream=stream)
+    return {part: sums[part]["sum"].astype(np.float64) for part in PARTS}
+
+
+def get_plan() -> Plan:
+    plan = plan_moments(RUN, Unit.PATIENT)
+    assert plan is not None
+    return plan
+
+
+RECORDS = st.lists(
+    st.tuples(st.integers(0, 5000), st.sampled_from([1.0, 0.0, 1e-30, 1e8, float("inf")])), min_size=0, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(others=st.lists(RECORDS, max_size=8), more=RECORDS)
+def test_one_unit_more_moves_all_sums_together_by_at_most_one(others: list[Any], more: Any) -> None:
+    plan = get_plan()
+    with_it, without = (
+        release(make_units(people), plan, SilentStream(b"k" * 32)) for people in ([*others, more], others)
+    )
+    square = sum(PARTS[part] ** 2 * float(np.square(with_it[part] - without[part]).sum()) for part in PARTS)
+    assert square <= (plan.clip_norm or 0.0) ** 2 + 1e-4  # Float32 of what is shown; the sums are exact in integers.
+
+
+def test_the_bound_is_reached_so_that_no_noise_is_wasted() -> None:
+    """A patient with one record that has every label, whose features have some length."""
+    sums = release(make_units([[(1, 3.0)]]), get_plan(), SilentStream(b"k" * 32))
+    square = sum(PARTS[part] ** 2 * float(np.square(sums[part]).sum()) for part in PARTS)
+    assert square == pytest.approx(1.0, abs=1e-3)
+
+
+def test_sums_are_those_of_normalised_features_and_of_labels() -> None:
+    people = [[(seed, 2.0)] for seed in range(1, 40) if seed % 7]
+    sums = release(make_units(people), get_plan(), SilentStream(b"k" * 32))
+    seeds = [seed for ((seed, _),) in people]
+    rows = [torch.randn(1, DIM, generator=torch.Generator().manual_seed(seed))[0].numpy() for seed in seeds]
+    expected = np.sum([row / np.linalg.norm(row) for row in rows], axis=0)
+    np.testing.assert_allclose(sums["one.mean"], expected, atol=1e-3)
+    np.testing.assert_allclose(sums["two.mean"], expected, atol=1e-3)
+    np.testing.assert_allclose(sums["grade"], np.bincount(np.array(seeds) % 3, minlength=3), atol=1e-3)
+
+
+def test_noise_has_the_planned_scale() -> None:
+    plan = get_plan()
+    empty = make_units([[]])
+    drawn = [release(empty, plan, NoiseStream(bytes([key]) * 32)) for key in range(200)]
+    for part, factor in PARTS.items():
+        values = np.concatenate([each[part] for each in drawn])
+        expected = plan.noise_multiplier / factor
+        assert abs(values.std() / expected - 1.0) < 5.0 / np.sqrt(2 * len(values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"moments": {"counts": 0.1}}, "moments.means: expected a share above 0"),
+        (
+            {"tasks": {name: {**task, "head": {}} for name, task in SETTINGS["tasks"].items()}},
+            "expected a share above 0",
+        ),
+    ],
+)
+def test_a_share_for_nothing_and_nothing_for_a_head_are_refused(changes: dict[str, Any], said: str) -> None:
+    run = make_run(**changes)
+    with pytest.raises(BadInput, match=said):
+        list_parts(run, open_tasks(run))
+
+
+def test_a_mean_that_is_mostly_noise_is_taken_for_zero() -> None:
+    rng = np.random.default_rng(0)
+    noise = NoisedSum(50.0 * rng.normal(size=256), 50.0, 100.0)
+    assert np.linalg.norm(compute_centre(noise)) < 0.35 * np.linalg.norm(noise.values / noise.units)
+    clear = NoisedSum(np.r_[80.0, np.zeros(255)] + 0.1 * rng.normal(size=256), 0.1, 100.0)
+    assert compute_centre(clear)[0] == pytest.approx(0.8, abs=0.01)

@@ -1,0 +1,134 @@
+"""`solver: {kind: auto}`: concrete settings from public numbers, and no more privacy than was asked for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+
+from common.offers import make_offer
+from common.privacy.accounting import Mechanism, compute_epsilon
+from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.shares import plan_moments
+from common.run import RunConfig
+from common.tasks import open_task
+from common.types import BadInput, Plan, Unit
+from common.yaml import parse
+from tests.tiny import TASKS, backbone, run_config
+
+AUTO: dict[str, Any] = {
+    "name": "auto",
+    "seed": 3,
+    "backbone": {"kind": "identity", "dim": 4},
+    "tasks": TASKS,
+    "solver": {"kind": "auto"},
+    "privacy": {"unit": "example", "delta": 1e-5, "target_epsilon": 3.0},
+}
+
+
+def auto(**changes: Any) -> RunConfig:
+    return parse(RunConfig, {**AUTO, **changes}, base=Path.cwd())
+
+
+def price(run: RunConfig) -> list[Mechanism]:
+    asked, first = run.training_privacy, plan_moments(run, Unit.EXAMPLE)
+    assert asked is not None and asked.target_epsilon is not None and first is not None
+    sigma = calibrate_noise_multiplier(asked.target_epsilon, asked.delta, 1.0, run.rounds)
+    return [Mechanism.of(Plan(1.0, run.rounds, 1.0, sigma, Unit.EXAMPLE)), Mechanism.of(first)]
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1.0, 3.0, 8.0])
+def test_rounds_and_the_release_before_them_cost_what_was_asked_for_and_not_less(epsilon: float) -> None:
+    run = auto(privacy={**AUTO["privacy"], "target_epsilon": epsilon})
+    mechanisms = price(run)
+    assert compute_epsilon(mechanisms, 1e-5) == pytest.approx(epsilon, rel=1e-5)
+    oracle = PLDAccountant()
+    for each in mechanisms:
+        event = dp_accounting.GaussianDpEvent(each.noise_multiplier)
+        oracle.compose(dp_accounting.SelfComposedDpEvent(event, each.steps))
+    assert oracle.get_epsilon(1e-5) == pytest.approx(epsilon, rel=2e-3)
+
+
+def test_a_noise_multiplier_is_that_of_the_rounds_and_the_first_release_has_its_share_beside_them() -> None:
+    run = auto(privacy={"unit": "example", "delta": 1e-5, "noise_multiplier": 20.0})
+    first = plan_moments(run, Unit.EXAMPLE)
+    assert first is not None and run.moments is not None and run.training_privacy == run.requested_privacy
+    rounds = run.rounds / 20.0**2
+    assert first.noise_multiplier**-2 == pytest.approx(rounds * run.moments.share / (1.0 - run.moments.share))
+
+
+def test_what_is_chosen_is_concrete_and_the_same_when_it_is_read_again() -> None:
+    run = auto()
+    assert run.solver.kind == "head_sum" and run.aggregation.kind == "heavy_ball" and run.rounds == 48
+    assert "auto" not in str(run.model_dump(exclude={"name"}))
+    assert len(run.chosen) == 4
+    again = parse(RunConfig, run.model_dump(mode="json"), base=Path.cwd())
+    assert again.model_dump() == run.model_dump() and again.chosen == ()
+    assert make_offer(again, {"backbone": backbone()}) == make_offer(run, {"backbone": backbone()})
+
+
+def test_the_offer_of_a_run_that_uses_no_new_key_names_none() -> None:
+    offer = make_offer(run_config(), {"backbone": backbone()})
+    assert "moments" not in offer and set(offer["aggregation"]) == {"kind"}
+    assert all("head" not in task and "prior" not in task for task in offer["tasks"].values())
+
+
+def test_rounds_and_head_settings_of_the_user_are_kept() -> None:
+    tasks = {**TASKS, "size": {**TASKS["size"], "head": {"bias": True, "centre": False}}}
+    run = auto(rounds=7, tasks=tasks)
+    assert run.rounds == 7 and run.aggregation_of("size").settings()["rounds"] == 7
+    head = run.tasks["size"].settings()["head"]
+    assert (head["bias"], head["centre"], head["prior"]) == (True, False, True)
+
+
+def test_hidden_layers_and_trunks_train_with_one_step_a_round() -> None:
+    tasks = {name: {**task, "head": {"hidden": 8}} for name, task in TASKS.items()}
+    hidden = auto(tasks=tasks)
+    assert hidden.solver.kind == "dp_sgd"
+    assert {name: hidden.solver.settings()[name] for name in ("steps", "sampling_rate", "learning_rate")} == {
+        "steps": 1,
+        "sampling_rate": 1.0,
+        "learning_rate": 1.0,
+    }
+
+
+def test_a_run_without_privacy_has_no_noise_to_keep_small() -> None:
+    run = auto(privacy="non_private")
+    assert run.solver.kind == "sgd" and run.aggregation_of("size").settings()["noise"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"solver": {"kind": "auto", "clip_norm": 1.0}}, "expected no setting beside `kind: auto`, got clip_norm"),
+        ({"aggregation": {"kind": "mean"}}, "aggregation: expected none beside"),
+        ({"tasks": {"who": {"kind": "embedding", "labels": ["a", "b"]}}}, "no rule for task who of kind embedding"),
+        ({"privacy": {"unit": "example"}}, "privacy.delta"),
+        ({"tasks": {"size": {"kind": "clasification"}}}, "clasification"),
+        ({"rounds": "many"}, "rounds"),
+    ],
+)
+def test_what_auto_cannot_be_used_with_is_one_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        run = auto(**changes)
+        for name, task in run.tasks.items():  # A kind is looked up where the tasks are opened.
+            open_task(task, name)
+
+
+def test_the_noise_of_a_logit_does_not_depend_on_rounds_or_size() -> None:
+    """The rule's promise, by replaying its steps: V and W of noise alone, per unit of a feature vector of length 1."""
+    from common.model.momentum import Momentum
+
+    found = []
+    for rounds, units, sites, noise in itertools.product((12, 48, 200), (300, 5000), (1, 5), (20.0, 90.0)):
+        step, momentum = Momentum(rounds=rounds, step=2.0, noise=noise).choose_step(units, sites)
+        # The response of the last weights to one round's noise, for every round.
+        responses = [step * (1 - momentum**left) / (1 - momentum) for left in range(1, rounds + 1)]
+        found.append(math.hypot(*responses) * noise * math.sqrt(sites) / units)
+    assert max(found) < 0.75
+    assert sorted(found)[len(found) // 2] == pytest.approx(0.5, abs=0.1)

@@ -1,0 +1,123 @@
+"""Round 0 in whole runs: its sums reach the heads, are paid for once, and bad ones cost their sender alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.ledger.ledger import Ledger
+from client.ledger.place import locate_ledgers
+from client.protocol.site import Site
+from common import messages
+from common.events import MomentsMeasured, RunEvent, SiteRejected, select_events
+from common.privacy.noise import os_entropy
+from server.rounds.checkpoint import load_checkpoint
+from server.rounds.loop import Outcome
+from tests.server.rounds.test_loop import federate
+from tests.tiny import TASKS, run_config, site_config
+
+HEAD = {"bias": False, "centre": True, "prior": True}
+MEASURED: dict[str, Any] = {
+    "tasks": {name: {**task, "head": HEAD} for name, task in TASKS.items()},
+    "solver": {"kind": "head_sum", "clip_norm": 1.0},
+    "aggregation": {"kind": "heavy_ball", "rounds": 2, "noise": 2.0},
+    "moments": {"means": 0.2, "counts": 0.2},
+}
+
+
+def charges(site: Any) -> list[tuple[int, int]]:
+    """Round and number of releases of each charge, in order."""
+    ledger = Ledger.find(locate_ledgers(site), site.registry)
+    assert ledger is not None
+    return [(charge.round, charge.mechanism.steps) for charge in ledger.charges()]
+
+
+def run_once(folder: Path, sites: list[Any], run_id: str = "run-1", **changes: Any) -> tuple[Outcome, list[RunEvent]]:
+    return federate(folder / run_id, sites, run_id=run_id, **{**MEASURED, **changes})
+
+
+def test_heads_train_with_what_was_measured_and_are_handed_out_for_equal_frequencies(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north", "west")]
+    outcome, events = run_once(tmp_path, sites)
+    (measured,) = select_events(events, MomentsMeasured)
+    assert measured.sites == ("east", "north", "west")
+    assert dict(measured.num_sums) == {"backbone.mean": 3, "colour": 3, "size": 3}
+    trained = load_checkpoint(tmp_path / "run-1" / "checkpoint.safetensors").heads
+    for task in TASKS:
+        assert np.any(trained[task]["fixed.centre"]) and not np.any(outcome.heads[task]["fixed.offset"])
+        assert np.array_equal(trained[task]["fixed.centre"], outcome.heads["colour"]["fixed.centre"])
+        assert np.array_equal(trained[task]["layers.weight"], outcome.heads[task]["layers.weight"])
+    assert [charges(site) for site in sites] == [[(0, 1), (1, 1), (2, 1)]] * 3
+
+
+def test_what_was_measured_is_sent_again_to_later_runs_for_nothing_and_only_what_is_new_is_paid(
+    tmp_path: Path,
+) -> None:
+    sites = [site_config(tmp_path, "east")]
+    only = {"tasks": {"size": MEASURED["tasks"]["size"]}}
+    first, _ = run_once(tmp_path, sites, "run-1", **only)
+    second, _ = run_once(tmp_path, sites, "run-2", **only)
+    assert charges(sites[0]) == [(0, 1), (1, 1), (2, 1), (1, 1), (2, 1)]
+    assert np.array_equal(first.heads["size"]["fixed.centre"], second.heads["size"]["fixed.centre"])
+    third, _ = run_once(tmp_path, sites, "run-3")
+    assert np.array_equal(first.heads["size"]["fixed.centre"], third.heads["colour"]["fixed.centre"])
+    ledger = Site(sites[0], os_entropy).ledger()
+    (again,) = [each.mechanism for each in ledger.charges() if each.run == "run-3" and each.round == 0]
+    (paid,) = [each.mechanism for each in ledger.charges() if each.run == "run-1" and each.round == 0]
+    assert again.noise_multiplier > paid.noise_multiplier and (again.sensitivity or 1.0) < (paid.sensitivity or 0.0)
+
+
+def change_sums(change: Callable[[dict[str, Any], dict[str, float]], None]) -> Any:
+    def distort(records: Any) -> Any:
+        reply = messages.decode(records, messages.MomentsReply)
+        sums, deviations = {part: dict(each) for part, each in reply.sums.items()}, dict(reply.deviations)
+        change(sums, deviations)
+        return messages.encode(messages.MomentsReply(sums, deviations))
+
+    return distort
+
+
+def make_long(sums: dict[str, Any], deviations: dict[str, float]) -> None:
+    sums["size"] = {"sum": np.array([1e6, 0.0], np.float32)}
+
+
+def make_short(sums: dict[str, Any], deviations: dict[str, float]) -> None:
+    sums["size"] = {"sum": np.zeros(1, np.float32)}
+
+
+def leave_out(sums: dict[str, Any], deviations: dict[str, float]) -> None:
+    del sums["backbone.mean"], deviations["backbone.mean"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(make_long, "expected a sum of norm at most"), (make_short, "2 values"), (leave_out, "expected sums of")],
+)
+def test_a_bad_sum_costs_its_sender_its_place_and_nothing_else(
+    tmp_path: Path, change: Callable[..., None], said: str
+) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    outcome, events = federate(
+        tmp_path / "run", sites, faulty_site="north", distort=change_sums(change), kind=messages.MOMENTS, **MEASURED
+    )
+    (rejected,) = [event for event in select_events(events, SiteRejected) if event.stage == "moments"]
+    assert rejected.site == "north" and said in rejected.reason
+    assert select_events(events, MomentsMeasured)[0].sites == ("east",)
+    assert np.any(outcome.heads["size"]["fixed.centre"])
+
+
+def test_a_site_that_is_asked_for_what_the_run_does_not_measure_declines(tmp_path: Path) -> None:
+    from client.protocol.join import join
+    from client.protocol.site import SiteDeclined
+    from client.protocol.train import measure
+    from tests.tiny import backbone, give_backbone, offered
+
+    site = Site(site_config(tmp_path, "east"), os_entropy)
+    join(site, offered("run-1", run_config(), backbone()))
+    give_backbone(site, "run-1", backbone())
+    with pytest.raises(SiteDeclined, match="measures nothing"):
+        measure(site, messages.MomentsRequest("run-1"))
