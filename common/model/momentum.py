@@ -8,7 +8,7 @@ most,
 and the noise of deviation `noise` at each of K sites, which one of N units adds to a logit, has grown to about
 tau noise sqrt(K) / (N sqrt(T)). With tau = rho sqrt(T) N / (noise sqrt(K)) that is rho, whatever T, N, K, the privacy
 and the number of features are: more noise gives fewer, shorter steps, and none needs to be tuned. The step is at most
-`step`, which is one over the smoothness of the loss, so that without noise it is plain gradient descent with momentum.
+`step`, a few times one over the smoothness of the loss, so that without noise it is gradient descent with momentum.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Momentum(Frozen):
 
     Attributes:
         rounds: number of rounds T of the run.
-        step: largest step on a mean gradient; one over the smoothness of the loss by the head's outputs, where features
-            have length 1.
+        step: largest step on a mean gradient; with features of length 1, from one to three over the smoothness of the
+            loss by the head's outputs.
         noise: deviation of the noise in one site's sum, in the units of that sum (the noise multiplier times the clip
             norm); 0 without privacy.
         rho: noise that may be added to a logit.
