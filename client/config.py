@@ -104,6 +104,10 @@ class NoisedEvaluation(Frozen):
     evaluations: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
+Personal = Literal["none", "prior", "fit"]
+"""Ways in which a site adapts final heads to itself; see docs/personal.md."""
+
+
 class Coordinator(Frozen):
     """Whom a deployed site joins.
 
@@ -140,6 +144,8 @@ class SiteConfig(Frozen):
         coordinator: whom to join; None where a simulation carries the messages. Its name is `main`.
         coordinators: further ones by name, or all; they share the budget. Nothing of one reaches another, but for the
             number of lines that the shared ledger has.
+        personal: heads that the site adapts to itself after the last round, which never leave: none, `prior` (to its
+            own label frequencies) or `fit` (and weights of its own, tied to the federated ones).
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such
             intervals has passed since its request came. Longer than any answer takes, it hides how long one took; 0: at
@@ -169,6 +175,7 @@ class SiteConfig(Frozen):
     approval: Literal["required", "automatic"] = "required"
     coordinator: Coordinator | None = None
     coordinators: dict[Name, Coordinator] = {}
+    personal: Personal = "none"
     own_backbones: list[Spec] = []
     reply_every_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0
     plugins: LocalPath | None = None

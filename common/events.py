@@ -25,6 +25,15 @@ from common.types import HeadwaterError, Plan, Relation, Unit
 Metrics = Mapping[str, float | None]
 """Metric name -> value, the task's main metric first; None where the metric is undefined."""
 
+Interval = tuple[float, float]
+"""The ends of a 95 % interval."""
+
+Intervals = Mapping[str, Interval | None]
+"""Metric name -> its interval; None where it is undefined."""
+
+FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE = "federated", "personal", "site alone", "site alone, not private"
+"""Kinds of heads that a site compares on its own held-out units."""
+
 SCHEMA_VERSION: Literal[2] = 2
 """Version of `Summary`. Version 1 had the key `schema` and is no longer written."""
 
@@ -353,6 +362,31 @@ class BaselineEvaluated(Event):
     seconds: float = Field(description="Duration, in seconds.")
 
 
+class HomeMetrics(Facts):
+    """Metrics of one kind of heads, each site's on its own held-out records, with 95 % intervals over their units."""
+
+    mean: Metrics = Field(description="Mean over the sites where the metric is defined.")
+    mean_intervals: Intervals = Field(description="Metric name -> interval of the mean; null where it is undefined.")
+    pooled: Metrics = Field(
+        description="Metrics on all sites' records together, each record judged by its site's heads."
+    )
+    pooled_intervals: Intervals = Field(description="Metric name -> interval of the pooled metric.")
+    per_site: Mapping[str, Metrics] = Field(description="Name of each site -> its metrics.")
+    per_site_intervals: Mapping[str, Intervals] = Field(description="Name of each site -> intervals of its metrics.")
+
+
+class HomeEvaluated(Event):
+    """A simulator compared heads that its sites adapted to themselves with others, outside the privacy guarantee."""
+
+    event_name = "at_home"
+
+    task: str = Field(description="Name of the task.")
+    personal: str = Field(description="How the sites adapted the final heads: prior or fit.")
+    heads: Mapping[str, HomeMetrics] = Field(
+        description="Kind of heads (federated, personal, site alone with and without privacy) -> their metrics."
+    )
+
+
 RunEvent = (
     RunStarted
     | SiteJoined
@@ -373,6 +407,7 @@ RunEvent = (
     | EpsilonSpent
     | MetricsEvaluated
     | BaselineEvaluated
+    | HomeEvaluated
 )
 """An event of a run's `journal.jsonl`."""
 
@@ -761,6 +796,14 @@ class TaskSummary(Facts):
     baselines: Mapping[str, Metrics] = Field(
         description="Name of each baseline -> its metrics; the simulator's own view, outside the privacy guarantee. "
         "`local` is the mean over sites, each evaluated on the held-out records of all sites."
+    )
+    personal: str | None = Field(
+        None, description="How the sites adapted the final heads to themselves; null where they did not."
+    )
+    at_home: Mapping[str, HomeMetrics] = Field(
+        {},
+        description="Kind of heads -> their metrics, each site's on its own held-out records; the simulator's own "
+        "view. Empty without `personal`.",
     )
 
 

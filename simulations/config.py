@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from client.config import Budget, LabelColumns, NoisedEvaluation
+from client.config import Budget, LabelColumns, NoisedEvaluation, Personal
 from common.plugins import Frozen, LocalPath, Spec
 from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
@@ -151,6 +151,8 @@ class SimulationConfig(Frozen):
         on_bad_record: whether a record that cannot be used is left out and listed, or stops the simulation.
         min_usable_share: the simulation stops before it trains where a site can use a smaller part of its records.
         evaluation: evaluation of held-out units, as in a site file.
+        personal: heads that each site adapts to itself, as in a site file; they are then compared with the federated
+            ones and with those of each site alone, on each site's own held-out records.
         executor: what carries the messages.
         baselines: baselines to compute.
         non_private_solver: solver of the baselines `non_private` and `central`.
@@ -175,6 +177,7 @@ class SimulationConfig(Frozen):
     on_bad_record: Literal["skip", "stop"] = "skip"
     min_usable_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     evaluation: NoisedEvaluation | Literal["local"] = "local"
+    personal: Personal = "none"
     executor: Executor = Executor()
     baselines: list[Baseline] = []
     non_private_solver: SolverSpec | None = None

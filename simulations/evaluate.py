@@ -13,13 +13,17 @@ import torch
 from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
+from client.personal.evaluate import HomePredictions
+from client.personal.intervals import average_estimates, estimate_metrics, list_intervals, list_values
 from client.personal.metrics import (
-    compute_exact_sums,
+    Predictions,
     compute_metrics,
     compute_pair_metrics,
+    open_head,
+    predict,
     replace_undefined,
 )
-from common.events import Metrics
+from common.events import HomeMetrics, Metrics
 from common.tasks import EXACT_BUCKETS, BaselinePrediction, PairMetrics, Task
 from common.types import Heads
 
@@ -49,24 +53,56 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
     for name, task in tasks.items():
         if name not in heads:
             continue
-        per_site = {
-            site: compute_exact_sums(heads[name], name, task, units)
+        found = {
+            site: predict(open_head(heads[name], name, task, units), name, units)
             for site, units in held_out.items()
             if name in units.tasks
         }
-        present = {site: sums for site, sums in per_site.items() if sums is not None}
-        own = {site: held_out[site] for site in present}
+        present = {site: predictions for site, predictions in found.items() if predictions is not None}
+        statistic = task.statistic(EXACT_BUCKETS)
+        sums = {site: statistic.sums(each.outputs, each.labels) for site, each in present.items()}
         results[name] = HeadEvaluation(
             pooled={
-                **(compute_metrics(task, reduce(torch.add, present.values())) if present else {}),
-                **compute_pair_metrics(heads[name], name, task, list(own.values())),
+                **(compute_metrics(task, reduce(torch.add, sums.values())) if sums else {}),
+                **compute_pair_metrics(task, list(present.values())),
             },
             per_site={
-                site: {**compute_metrics(task, sums), **compute_pair_metrics(heads[name], name, task, [own[site]])}
-                for site, sums in present.items()
+                site: {**compute_metrics(task, sums[site]), **compute_pair_metrics(task, [each])}
+                for site, each in present.items()
             },
         )
     return results
+
+
+def evaluate_at_home(sites: Mapping[str, HomePredictions]) -> dict[str, dict[str, HomeMetrics]]:
+    """Returns task -> kind of heads -> their metrics, where each site's heads are judged on its own held-out units.
+
+    Args:
+        sites: site name -> the outputs of all kinds of heads there.
+    """
+    results: dict[str, dict[str, HomeMetrics]] = {}
+    for task_name in dict.fromkeys(name for each in sites.values() for name in each.outputs):
+        own = {site: each for site, each in sites.items() if task_name in each.outputs}
+        task = next(iter(own.values())).tasks[task_name]
+        kinds = dict.fromkeys(kind for each in own.values() for kind in each.outputs[task_name])
+        results[task_name] = {
+            kind: _compute_home_metrics(task, {site: each.outputs[task_name][kind] for site, each in own.items()})
+            for kind in kinds
+        }
+    return results
+
+
+def _compute_home_metrics(task: Task, predictions: Mapping[str, Predictions]) -> HomeMetrics:
+    per_site = {site: estimate_metrics(task, [each]) for site, each in predictions.items()}
+    mean, pooled = average_estimates(list(per_site.values())), estimate_metrics(task, list(predictions.values()))
+    return HomeMetrics(
+        mean=list_values(mean),
+        mean_intervals=list_intervals(mean),
+        pooled=list_values(pooled),
+        pooled_intervals=list_intervals(pooled),
+        per_site={site: list_values(each) for site, each in per_site.items()},
+        per_site_intervals={site: list_intervals(each) for site, each in per_site.items()},
+    )
 
 
 def evaluate_baseline_predictions(

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from client.config import SiteConfig
 from client.data.prepare import PROBLEMS
-from client.protocol.site import Site
+from client.personal.evaluate import predict_at_home
+from client.protocol.site import FINAL_HEADS, Site
 from common.events import (
     BaselineEvaluated,
     EpsilonSpent,
+    HomeEvaluated,
     MetricsEvaluated,
     RecordsLeftOut,
     RequestDeclined,
@@ -40,7 +42,7 @@ from server.rounds.messenger import Observe
 from simulations.baselines import compute_baseline
 from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
-from simulations.evaluate import locate_prepared_data
+from simulations.evaluate import evaluate_at_home, locate_prepared_data
 from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress
 from simulations.partition import build_sites, read_sites
 
@@ -172,6 +174,8 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
         _journal_left_out(experiment, sites)
         _journal_epsilon(experiment, sites)
     _journal_metrics(experiment, sites, outcome)
+    if config.personal != "none":
+        _journal_at_home(experiment, sites)
     for name in config.baselines:
         experiment.observe(f"baseline {name}", 0, 1)
         started = time.monotonic()
@@ -284,3 +288,15 @@ def _journal_metrics(experiment: Experiment, sites: Sequence[SiteConfig], outcom
     )
     for task, result in evaluations.items():
         experiment.journal.write(MetricsEvaluated(task=task, pooled=result.pooled, per_site=result.per_site))
+
+
+def _journal_at_home(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
+    """Compares the kinds of heads at each site that received the final heads."""
+    found = {}
+    for position, site in enumerate(sites):
+        experiment.observe("personal heads", position, len(sites))
+        if (locate_prepared_data(site, experiment.run_id).with_name(FINAL_HEADS)).exists():
+            found[site.name] = predict_at_home(Site(site, experiment.entropy), experiment.run_id)
+    for task, heads in evaluate_at_home(found).items():
+        experiment.journal.write(HomeEvaluated(task=task, personal=experiment.config.personal, heads=heads))
+    experiment.observe("personal heads", len(sites), len(sites))

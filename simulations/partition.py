@@ -108,6 +108,7 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
         on_bad_record=config.on_bad_record,
         evaluation=config.evaluation,
         approval="automatic",
+        personal=config.personal,
         ledger_dir=folder / "state" / "ledgers",
         state_dir=folder / "state",
         cache_dir=config.cache_dir,

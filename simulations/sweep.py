@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.events import Summary
+from common.events import ALONE, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, Summary
 from common.types import BadInput
 from common.yaml import as_override, load
 from server.reports.results import new_run_folder
@@ -84,15 +84,19 @@ def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Obser
 def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], int, Summary]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*keys, "seed", "task", "metric", "value", *_BASELINE_COLUMNS])
+        writer.writerow([*keys, "seed", "task", "metric", "value", *_BASELINE_COLUMNS, *_HOME_COLUMNS.values()])
         for values, seed, summary in results:
             for task, result in summary.tasks.items():
                 for metric, value in result.metrics.items():
                     others = [result.baselines.get(name, {}).get(metric) for name in _BASELINE_COLUMNS]
-                    writer.writerow([*values.values(), seed, task, metric, value, *others])
+                    home = [result.at_home[kind].mean.get(metric) if result.at_home else None for kind in _HOME_COLUMNS]
+                    writer.writerow([*values.values(), seed, task, metric, value, *others, *home])
 
 
 _BASELINE_COLUMNS = ("baseline_prediction", "local", "non_private", "central", "random_backbone")
+
+_HOME_COLUMNS = {kind: f"at home: {kind}" for kind in (FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE)}
+"""Kind of heads -> column of the mean over sites, each on its own held-out records."""
 
 
 def _aggregate(combinations: list[dict[str, Any]], results: list[tuple[dict[str, Any], int, Summary]]) -> list[Row]:

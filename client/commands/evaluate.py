@@ -1,4 +1,4 @@
-"""`evaluate`: compares a run's heads with heads trained at this site alone."""
+"""`evaluate`: compares a run's heads with those adapted to this site and with heads trained here alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from rich.table import Table
 
 from client.commands.parts.options import Coordinator, Json, SiteFile
 from client.config import SiteConfig
-from client.personal.evaluate import FEDERATED, Comparison, compare
+from client.personal.evaluate import Comparison, compare
+from client.personal.intervals import Estimate
 from client.protocol.site import Site, SiteDeclined
+from common.events import FEDERATED, PERSONAL
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.types import BadInput
@@ -27,7 +29,7 @@ def evaluate(
     coordinator: Coordinator = None,
     json_: Json = False,
 ) -> None:
-    """Compares a run's final heads with heads trained here alone, on held-out units. Nothing is sent or spent.
+    """Compares a run's final heads with personal ones and with heads trained here alone. Nothing is sent or spent.
 
     Example: headwater site evaluate site.yaml
     """
@@ -44,15 +46,22 @@ def evaluate(
 
 def _make_comparison_table(result: Comparison) -> Table:
     table = Table(
-        title=f"{result.run_id}: {result.num_held_out} held-out unit(s) of this site; nothing was sent or spent",
+        title=f"{result.run_id}: {result.num_held_out} held-out unit(s) of this site; nothing was sent or spent\n"
+        "below each metric its 95 % interval over the choice of held-out units",
         title_justify="left",
     )
-    columns = list(next(iter(result.tasks.values())))
-    for name in ("task", "metric", *columns):
+    kinds = list(dict.fromkeys(kind for own in result.tasks.values() for kind in own))
+    headings = [f"personal ({result.personal})" if kind == PERSONAL else kind for kind in kinds]
+    for name in ("task", "metric", *headings):
         table.add_column(name)
     for task, own in result.tasks.items():
-        for position, metric in enumerate(own[FEDERATED]):
-            values = [own[who].get(metric) for who in columns]
-            shown = ["" if value is None else f"{value:.3f}" for value in values]
-            table.add_row(task if position == 0 else "", metric, *shown)
+        for position, metric in enumerate(own.get(FEDERATED, ())):
+            table.add_row(task if position == 0 else "", metric, *(_format(own[kind].get(metric)) for kind in kinds))
     return table
+
+
+def _format(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.value is None:
+        return ""
+    interval = estimate.interval
+    return f"{estimate.value:.3f}" + ("" if interval is None else f"\n{interval[0]:.3f} to {interval[1]:.3f}")

@@ -1,4 +1,4 @@
-"""Compares a run's final heads with heads that the site trains alone, on the site's own held-out units.
+"""Compares a run's final heads with those that the site adapts to itself or trains alone, on its own held-out units.
 
 Everything stays here: nothing is sent, so nothing is charged. The site alone is shown twice: with the privacy that the
 run asked for, which shows what the federation added; and without, which is what a site could use if it never shared
@@ -8,27 +8,47 @@ anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from google.protobuf.message import DecodeError
 
+from client.config import Personal
 from client.data.prepare import open_units
-from client.data.units import Units
+from client.personal.adapt import adapt_heads
+from client.personal.intervals import Estimate, estimate_metrics, list_intervals, list_values
 from client.personal.local_heads import LocalTraining, make_local_steps, train_alone
-from client.personal.metrics import compute_exact_sums, compute_metrics, compute_pair_metrics
+from client.personal.metrics import Predictions, predict
+from client.personal.personal_heads import PersonalHeads, list_head_parameters, save_personal_heads
 from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
 from common.errors import instead
-from common.events import Metrics
+from common.events import ALONE, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
 from common.model.trunks import create_modules
 from common.run import Privacy
 from common.tasks import Task
-from common.types import BadInput, DigestMismatch, Heads, Params, heads_digest
+from common.types import BadInput, DigestMismatch, Heads, heads_digest
 
-FEDERATED, ALONE, ALONE_NOT_PRIVATE = "federated", "site alone", "site alone, not private"
+
+@dataclass(frozen=True)
+class HomePredictions:
+    """The outputs of several kinds of heads for one site's held-out units.
+
+    Attributes:
+        run_id: id of the run.
+        personal: how the site adapted the final heads.
+        num_held_out: number of held-out units.
+        tasks: task -> its definition.
+        outputs: task -> kind of heads -> outputs; tasks without a labelled held-out record are left out.
+    """
+
+    run_id: str
+    personal: Personal
+    num_held_out: int
+    tasks: Mapping[str, Task]
+    outputs: Mapping[str, Mapping[str, Predictions]] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -37,22 +57,53 @@ class Comparison:
 
     Attributes:
         run_id: id of the run.
+        personal: how the site adapted the final heads.
         num_held_out: number of held-out units.
-        tasks: task -> trained by (`FEDERATED`, `ALONE` or `ALONE_NOT_PRIVATE`) -> metrics.
+        tasks: task -> kind of heads -> metric -> its estimate; kinds are `FEDERATED`, `PERSONAL`, `ALONE` and
+            `ALONE_NOT_PRIVATE`.
     """
 
     run_id: str
+    personal: Personal
     num_held_out: int
-    tasks: Mapping[str, Mapping[str, Metrics]]
+    tasks: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
 
     def to_dict(self) -> dict[str, object]:
         """Returns the comparison as plain values for JSON."""
-        tasks = {name: {by: dict(metrics) for by, metrics in columns.items()} for name, columns in self.tasks.items()}
-        return {"run": self.run_id, "held_out_units": self.num_held_out, "tasks": tasks}
+        return {
+            "run": self.run_id,
+            "held_out_units": self.num_held_out,
+            "personal": self.personal,
+            "tasks": {
+                task: {kind: list_values(own) for kind, own in each.items()} for task, each in self.tasks.items()
+            },
+            "intervals": {
+                task: {kind: list_intervals(own) for kind, own in each.items()} for task, each in self.tasks.items()
+            },
+        }
 
 
 def compare(site: Site, run_id: str | None = None) -> Comparison:
-    """Evaluates a run's final heads, and heads trained alone, on held-out units of the site.
+    """Evaluates a run's final heads, personal heads and heads trained alone, on held-out units of the site.
+
+    Args:
+        site: the site that took part in the run.
+        run_id: id of the run; by default the run whose final heads arrived last.
+
+    Raises:
+        BadInput: no such run, or its data are gone, or no unit is held out.
+        DigestMismatch: the heads on disk are not those that were sent.
+    """
+    found = predict_at_home(site, run_id)
+    estimates = {
+        name: {kind: estimate_metrics(task, [each]) for kind, each in found.outputs.get(name, {}).items()}
+        for name, task in found.tasks.items()
+    }
+    return Comparison(found.run_id, found.personal, found.num_held_out, estimates)
+
+
+def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
+    """Returns the outputs of all kinds of heads for the site's held-out units; personal heads are saved.
 
     Args:
         site: the site that took part in the run.
@@ -81,16 +132,47 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
         return train_alone(training, modules, entropy=site.entropy, purpose=purpose, apply_update=steps)
 
     solver = open_solver(run.solver, "solver")
-    heads = {FEDERATED: load_final_heads(joined.folder)}
+    final = load_final_heads(joined.folder)
+    modules = {FEDERATED: load_modules(site, joined, tasks, final)}
+    if site.config.personal != "none":
+        modules[PERSONAL] = {**modules[FEDERATED], **adapt(site, run_id)}
     if run.requested_privacy is not None:
-        heads[ALONE] = train_here(solver, run.training_privacy, f"home/{run_id}")
-    heads[ALONE_NOT_PRIVATE] = train_here(solver.without_privacy(), None, f"home/{run_id}/not-private")
-    held_out = {by: test.passed(load_modules(site, joined, tasks, each)) for by, each in heads.items()}
-    results = {
-        name: {by: _evaluate(each[name], name, task, held_out[by]) for by, each in heads.items()}
-        for name, task in tasks.items()
-    }
-    return Comparison(run_id, test.num_units, results)
+        alone = train_here(solver, run.training_privacy, f"home/{run_id}")
+        modules[ALONE] = load_modules(site, joined, tasks, alone)
+    alone = train_here(solver.without_privacy(), None, f"home/{run_id}/not-private")
+    modules[ALONE_NOT_PRIVATE] = load_modules(site, joined, tasks, alone)
+    outputs: dict[str, dict[str, Predictions]] = {}
+    for kind, own in modules.items():
+        held_out = test.passed(own)
+        for name in tasks:
+            predictions = predict(own[name], name, held_out)
+            if predictions is not None:
+                outputs.setdefault(name, {})[kind] = predictions
+    return HomePredictions(run_id, site.config.personal, test.num_units, tasks, outputs)
+
+
+def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
+    """Adapts a run's final heads to the site as its file says, saves and returns them; nothing is sent or spent.
+
+    Args:
+        site: the site that took part in the run.
+        run_id: id of the run; by default the run whose final heads arrived last.
+
+    Raises:
+        BadInput: no such run, or its data are gone, or the site file has no `personal`.
+        DigestMismatch: the heads on disk are not those that were sent.
+    """
+    mode = site.config.personal
+    if mode == "none":
+        raise BadInput("personal: expected prior or fit in the site file, got none")
+    joined = joined_run(site, run_id or _find_last_run(site))
+    tasks, final = joined.tasks(site.config), load_final_heads(joined.folder)
+    modules = load_modules(site, joined, tasks, final)
+    units = open_units(joined.folder / "data", "train", list(tasks), torch.device("cpu")).passed(modules)
+    adapted = adapt_heads(mode, modules, tasks, units)
+    heads = {name: list_head_parameters(head) for name, head in adapted.items()}
+    save_personal_heads(joined.folder, PersonalHeads(mode, heads_digest(final), heads))
+    return adapted
 
 
 def load_final_heads(folder: Path) -> Heads:
@@ -117,10 +199,3 @@ def _find_last_run(site: Site) -> str:
     if not ended:
         raise BadInput("expected a run that has ended, but this site has received no final heads yet")
     return ended[-1].parent.name
-
-
-def _evaluate(params: Params, name: str, task: Task, units: Units) -> Metrics:
-    sums = compute_exact_sums(params, name, task, units)
-    if sums is None:
-        return {}
-    return {**compute_metrics(task, sums), **compute_pair_metrics(params, name, task, [units])}

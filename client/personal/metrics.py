@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.data.units import Units
 from common.events import Metrics
@@ -15,20 +16,48 @@ from common.tasks import EXACT_BUCKETS, PairMetrics, Task
 from common.types import Params
 
 
-def compute_exact_sums(params: Params, name: str, task: Task, units: Units) -> Tensor | None:
-    """Returns the exact sums of a task's statistic over the labelled records of units.
+@dataclass(frozen=True)
+class Predictions:
+    """A head's outputs for the labelled records of one site, R of them.
+
+    Attributes:
+        outputs: R x the task's output shape.
+        labels: R x the task's label shape.
+        unit_R: int64 [R], number of the unit that each record belongs to.
+    """
+
+    outputs: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    unit_R: Tensor = field(repr=False)
+
+
+def open_head(params: Params, name: str, task: Task, units: Units) -> nn.Module:
+    """Returns a task's head with these parameters.
 
     Args:
-        params: parameters of the task's head.
+        params: parameters of the head.
         name: the task's name.
         task: the task's definition.
         units: units with the features that the head reads.
-
-    Returns:
-        sums_S in float64, or None where no record has a label.
     """
-    predictions = _predict(params, name, task, units)
-    return None if predictions is None else task.statistic(EXACT_BUCKETS).sums(*predictions)
+    module = task.head(units.tasks[name].features_RD.shape[1])
+    load_parameters(module, params)
+    return module
+
+
+def predict(head: nn.Module, name: str, units: Units) -> Predictions | None:
+    """Returns a head's outputs for the labelled records of units, and their labels; None where there is none.
+
+    Args:
+        head: the task's head.
+        name: the task's name.
+        units: units with the features that the head reads.
+    """
+    records = units.tasks[name].labelled()
+    if len(records.features_RD) == 0:
+        return None
+    with torch.inference_mode():
+        return Predictions(head(records.features_RD), records.labels, records.unit_R)
 
 
 def compute_metrics(task: Task, sums_S: Tensor) -> Metrics:
@@ -36,35 +65,15 @@ def compute_metrics(task: Task, sums_S: Tensor) -> Metrics:
     return replace_undefined(task.statistic(EXACT_BUCKETS).values(sums_S))
 
 
-def compute_pair_metrics(params: Params, name: str, task: Task, units: Sequence[Units]) -> Metrics:
-    """Returns the metrics over pairs of all labelled records together; none where the task has none.
-
-    Args:
-        params: parameters of the task's head.
-        name: the task's name.
-        task: the task's definition.
-        units: units of one or several sites, with the features that the head reads.
-    """
-    if not isinstance(task, PairMetrics):
+def compute_pair_metrics(task: Task, predictions: Sequence[Predictions]) -> Metrics:
+    """Returns the metrics over pairs of all labelled records together; none where the task has none."""
+    if not isinstance(task, PairMetrics) or not predictions:
         return {}
-    predictions = [pair for each in units if (pair := _predict(params, name, task, each)) is not None]
-    if not predictions:
-        return {}
-    outputs, labels = zip(*predictions, strict=True)
-    return replace_undefined(task.pair_metrics(torch.cat(outputs), torch.cat(labels)))
+    outputs = torch.cat([each.outputs for each in predictions])
+    labels = torch.cat([each.labels for each in predictions])
+    return replace_undefined(task.pair_metrics(outputs, labels))
 
 
 def replace_undefined(values: Mapping[str, float]) -> Metrics:
     """Returns the same metrics with None for every value that is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _predict(params: Params, name: str, task: Task, units: Units) -> tuple[Tensor, Tensor] | None:
-    """Returns a head's outputs for the labelled records, and their labels; None where there is none."""
-    records = units.tasks[name].labelled()
-    if len(records.features_RD) == 0:
-        return None
-    module = task.head(records.features_RD.shape[1])
-    load_parameters(module, params)
-    with torch.inference_mode():
-        return module(records.features_RD), records.labels

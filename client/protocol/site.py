@@ -54,6 +54,8 @@ _OF_TRAINING = ("head", "scale")
 
 FINAL_HEADS = "final_heads.bin"
 """File of a run's folder that holds the final heads once they came."""
+PERSONAL_HEADS = "personal_heads.private"
+"""File of a run's folder that holds the heads which the site adapted to itself."""
 
 
 class SiteDeclined(Exception):

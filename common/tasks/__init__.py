@@ -205,7 +205,8 @@ class LabelPrior(Protocol):
     """Optional part of a task whose outputs can be shifted by how frequent labels are.
 
     Law (tests/contracts/test_tasks.py): a row of `count_labels` follows from that label alone and has an L2 norm of at
-    most 1, whatever the label is; offsets of the rows' sums are finite for any sums, also with noise.
+    most 1, whatever the label is; offsets of the rows' sums are finite for any sums, also with noise; those of the
+    balanced labels' sums are zero.
     """
 
     @property
@@ -222,6 +223,9 @@ class LabelPrior(Protocol):
             sums_C: sum of the rows of `count_labels`, with noise.
             deviation: deviation of that noise; 0 without any.
         """
+
+    def balanced_labels(self) -> Tensor:
+        """Returns a few labels as encoded, among which each is as frequent as the others."""
 
 
 @runtime_checkable

@@ -166,6 +166,12 @@ class Multilabel(Plugin):
         pairs_L2 = [np.log(shrink_counts(pair, root * deviation)) for pair in counts_2L.T]
         return np.array([present - absent for present, absent in pairs_L2])
 
+    def balanced_labels(self) -> Tensor:
+        """Returns the labels of two records: one with all labels, and one with none."""
+        import torch
+
+        return torch.stack([torch.ones(len(self.labels)), torch.zeros(len(self.labels))]).long()
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns for each known label the cell of truth and prediction, and the bucket of its score.
 

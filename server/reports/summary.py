@@ -20,6 +20,7 @@ from common.events import (
     Event,
     FeaturesReady,
     HeadsEvaluated,
+    HomeEvaluated,
     LeftOut,
     MetricsEvaluated,
     RecordsLeftOut,
@@ -127,6 +128,7 @@ def _summarize_task(events: Sequence[RunEvent], name: str, kind: str) -> TaskSum
     updates = ended.updates.get(name, 0) if ended else sum(name in event.updated for event in rounds)
     metrics = next((event for event in select_events(events, MetricsEvaluated) if event.task == name), None)
     baselines = [event for event in select_events(events, BaselineEvaluated) if name in event.metrics]
+    home = next((event for event in select_events(events, HomeEvaluated) if event.task == name), None)
     return TaskSummary(
         kind=kind,
         status="updated" if updates else "never_updated",
@@ -137,6 +139,8 @@ def _summarize_task(events: Sequence[RunEvent], name: str, kind: str) -> TaskSum
         per_site=metrics.per_site if metrics else {},
         evaluation=_summarize_evaluation(events, name),
         baselines={event.name: event.metrics[name] for event in baselines},
+        personal=home.personal if home else None,
+        at_home=home.heads if home else {},
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.events import AuditSummary, SiteSummary, Summary
+from common.events import PERSONAL, AuditSummary, Interval, SiteSummary, Summary
 from common.privacy.accounting import round_up
 from common.types import DECLINED, explain_rejection
 from server.reports.status import FederationStatus, ListedRun
@@ -29,6 +29,8 @@ def render_summary(summary: Summary) -> Group:
     """Returns a run's results and their cost as tables for a terminal."""
     evaluated = any(task.metrics for task in summary.tasks.values())
     results: list[RenderableType] = [_render_results(summary)] if evaluated else []
+    if any(task.at_home for task in summary.tasks.values()):
+        results.append(_render_at_home(summary))
     if any(task.evaluation for task in summary.tasks.values()):
         results.append(_render_evaluations(summary))
     footnote = Text(_write_footnote(summary, evaluated), no_wrap=True, overflow="ignore")
@@ -58,6 +60,27 @@ def _render_results(summary: Summary) -> Table:
             values = [task.metrics, *(task.baselines.get(baseline, {}) for baseline in shown)]
             cells = [_format_metric(value.get(metric)) for value in values]
             table.add_row(name if position == 0 else "", metric, *cells)
+    return table
+
+
+def _render_at_home(summary: Summary) -> Table:
+    tasks = {name: task for name, task in summary.tasks.items() if task.at_home}
+    kinds = list(dict.fromkeys(kind for task in tasks.values() for kind in task.at_home))
+    modes = ", ".join(dict.fromkeys(task.personal or "" for task in tasks.values()))
+    headings = [f"personal\n({modes})" if kind == PERSONAL else kind.replace(", ", "\n") for kind in kinds]
+    title = f"{summary.run}: each site's own held-out records, with 95 % intervals over their units"
+    table = _new_table(title, ["task"])
+    for left in ("metric", "over"):
+        table.add_column(left, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, task in tasks.items():
+        own = [task.at_home[kind] for kind in kinds if kind in task.at_home]
+        for position, metric in enumerate(own[0].mean):
+            mean = [_format_estimate(each.mean[metric], each.mean_intervals.get(metric)) for each in own]
+            pooled = [_format_estimate(each.pooled[metric], each.pooled_intervals.get(metric)) for each in own]
+            table.add_row(name if position == 0 else "", metric, "sites (mean)", *mean)
+            table.add_row("", "", "records", *pooled)
     return table
 
 
@@ -154,6 +177,11 @@ def _format_epsilon(site: SiteSummary) -> str:
 
 def _format_bytes(value: int | None) -> str:
     return "none sent" if value is None else f"{value:,}"
+
+
+def _format_estimate(value: float | None, interval: Interval | None) -> str:
+    """Returns a metric with its interval on a second line."""
+    return _format_metric(value) + ("" if interval is None else f"\n{interval[0]:.3f} to {interval[1]:.3f}")
 
 
 def _format_metric(value: float | None) -> str:

@@ -95,6 +95,13 @@ def test_it_fulfils_the_protocol(task: Task) -> None:
     assert task.scale == 1.0
 
 
+def test_balanced_labels_need_no_offset(task: Task) -> None:
+    if not isinstance(task, LabelPrior):
+        pytest.skip("the kind's labels have no frequencies that an offset could express")
+    sums_C = task.count_labels(task.balanced_labels()).sum(dim=0).double().numpy()
+    assert not task.compute_offset(sums_C, 0.0).any()
+
+
 def test_the_loss_of_a_batch_is_the_losses_of_its_examples(task: Task, labels: Tensor) -> None:
     outputs, labels = many(task, labels)
     losses_B = task.losses(outputs, labels)

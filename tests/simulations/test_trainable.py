@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import nn
 
-from client.personal.evaluate import FEDERATED, compare
+from client.personal.evaluate import compare
 from client.protocol.plan import plan_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import train
 from common import messages
 from common.backbones.small_cnn import SmallCnn
 from common.backbones.transformers import Transformers
-from common.events import MetricsEvaluated, read_run_journal, select_events
+from common.events import FEDERATED, MetricsEvaluated, read_run_journal, select_events
 from common.model.backbones import open_pretrained
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.run import RunConfig
@@ -133,7 +133,7 @@ def test_a_site_evaluates_what_came_home_through_the_trunk(tmp_path: Path) -> No
     for config in read_sites(tmp_path / "out" / "sites"):
         result = compare(Site(config, os_entropy))
         for task, own in result.tasks.items():
-            assert own[FEDERATED]["accuracy"] == pytest.approx(reported[task][config.name]["accuracy"])
+            assert own[FEDERATED]["accuracy"].value == pytest.approx(reported[task][config.name]["accuracy"])
 
 
 def test_training_the_convolutions_learns_what_a_frozen_random_net_does_not_show(tmp_path: Path) -> None:

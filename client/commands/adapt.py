@@ -1,0 +1,36 @@
+"""`adapt`: adapts a run's final heads to this site."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from client.commands.parts.options import Coordinator, SiteFile
+from client.config import SiteConfig
+from client.personal.evaluate import adapt as adapt_heads
+from client.personal.personal_heads import NEVER_LEAVES
+from client.protocol.site import Site, SiteDeclined
+from common.privacy.noise import os_entropy
+from common.process.console import reported_errors
+from common.types import BadInput
+from common.yaml import load
+
+
+def adapt(
+    site: SiteFile,
+    run: Annotated[
+        str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
+    ] = None,
+    coordinator: Coordinator = None,
+) -> None:
+    """Adapts a run's final heads to this site, as `personal` in the site file says. Nothing is sent or spent.
+
+    Example: headwater site adapt site.yaml
+    """
+    with reported_errors():
+        try:
+            heads = adapt_heads(Site(load(SiteConfig, site).select(coordinator), os_entropy), run)
+        except SiteDeclined as declined:
+            raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
+        typer.echo(f"adapted: {', '.join(heads)}; the file {NEVER_LEAVES}")

@@ -1,0 +1,120 @@
+"""The file of a site's personal heads: how it is written, and who may read it.
+
+What was computed from records without noise never leaves the site. The loader gives it to a caller that states the
+purpose `AT_HOME`, and to no other: whatever sends or exports heads has another purpose, and gets a sentence. The file
+begins with a line that says so, which also keeps readers of the format behind it from opening the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from client.personal.adapt import OwnHead
+from client.protocol.site import PERSONAL_HEADS
+from common.files import write_atomic
+from common.model.parameters import load_parameters, parameters
+from common.tasks import Task
+from common.types import BadInput, DigestMismatch, Heads, Params
+
+NEVER_LEAVES = "contains unnoised information: never leaves"
+
+AT_HOME: Literal["at_home"] = "at_home"
+"""The purpose of a caller that keeps everything at the site."""
+
+_FIRST_LINE = NEVER_LEAVES.encode() + b"\n"
+_OFFSET = "own.offset"
+
+
+@dataclass(frozen=True)
+class PersonalHeads:
+    """Heads that a site adapted to itself.
+
+    Attributes:
+        mode: `prior` or `fit`.
+        final_heads: digest of the federated heads that they were made from.
+        heads: task -> parameters, with the site's offsets.
+    """
+
+    mode: str
+    final_heads: str
+    heads: Heads
+
+
+def list_head_parameters(head: nn.Module) -> dict[str, np.ndarray]:
+    """Returns a personal head's parameters, and its offsets where it has any, by name."""
+    if not isinstance(head, OwnHead):
+        return parameters(head)
+    return {**parameters(head.head), _OFFSET: head.offset_K.detach().cpu().numpy()}
+
+
+def open_personal_head(params: Params, task: Task, feature_dim: int) -> nn.Module:
+    """Returns a personal head as a module.
+
+    Args:
+        params: parameters of the head, as `PersonalHeads` has them.
+        task: the head's task.
+        feature_dim: number of features that it reads.
+
+    Raises:
+        BadInput: they are not those of such a head.
+    """
+    module = task.head(feature_dim)
+    load_parameters(module, {name: value for name, value in params.items() if name != _OFFSET})
+    return OwnHead(module, torch.from_numpy(np.array(params[_OFFSET]))) if _OFFSET in params else module
+
+
+def save_personal_heads(folder: Path, personal: PersonalHeads) -> Path:
+    """Writes personal heads to a run's folder, in place of earlier ones, and returns the file's path."""
+    arrays = {
+        f"{task}/{name}": np.asarray(value, order="C")
+        for task, params in personal.heads.items()
+        for name, value in params.items()
+    }
+    metadata = {"mode": personal.mode, "final_heads": personal.final_heads, "warning": NEVER_LEAVES}
+    path = folder / PERSONAL_HEADS
+    write_atomic(path, _FIRST_LINE + save(arrays, metadata=metadata))
+    return path
+
+
+def load_personal_heads(folder: Path, *, purpose: str) -> PersonalHeads:
+    """Returns the personal heads of a run's folder.
+
+    Args:
+        folder: the run's folder at the site.
+        purpose: what the caller does with them; anything but `AT_HOME` is refused.
+
+    Raises:
+        BadInput: there are none, or the purpose is another than to use them at the site.
+        DigestMismatch: the file is damaged.
+    """
+    path = folder / PERSONAL_HEADS
+    if not path.exists():
+        raise BadInput(
+            f"run {folder.name}: expected personal heads, but there are none; `headwater site adapt` makes them"
+        )
+    if purpose != AT_HOME:
+        raise BadInput(f"{path}: {NEVER_LEAVES}; it is of use at this site only; the federated heads may leave")
+    data = path.read_bytes()
+    try:
+        if not data.startswith(_FIRST_LINE):
+            raise ValueError("the first line")
+        rest = data.removeprefix(_FIRST_LINE)
+        # The header follows its length.
+        metadata = json.loads(rest[8 : 8 + int.from_bytes(rest[:8], "little")])["__metadata__"]
+        flat = load(rest)
+        heads: dict[str, dict[str, np.ndarray]] = {}
+        for key, value in flat.items():
+            task, _, name = key.partition("/")
+            heads.setdefault(task, {})[name] = value
+        return PersonalHeads(metadata["mode"], metadata["final_heads"], heads)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DigestMismatch(f"{path}: expected the personal heads of a run, got a damaged file") from error

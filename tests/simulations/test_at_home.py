@@ -1,0 +1,58 @@
+"""A simulation shows personal heads beside federated and local ones, on each site's own held-out records."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from client.personal.evaluate import compare
+from client.protocol.site import Site
+from common.events import ALONE, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
+from common.privacy.noise import os_entropy
+from common.yaml import load
+from server.reports.tables import render_summary
+from simulations.config import SimulationConfig
+from simulations.experiment import run
+from simulations.partition import read_sites
+from simulations.sweep import sweep
+
+
+def test_each_kind_of_heads_is_judged_at_home_and_averaged(simulation_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = run(simulation_file, overrides=["personal=fit", "noise_seed=1"], out=out)
+    task = summary.tasks["colour"]
+    assert task.personal == "fit"
+    assert list(task.at_home) == [FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE]
+    # The federated head is the same everywhere: pooled over sites it is what the summary says of it.
+    assert task.at_home[FEDERATED].pooled == task.metrics
+    assert task.at_home[FEDERATED].per_site == task.per_site
+    personal = task.at_home[PERSONAL]
+    values = [metrics["accuracy"] for metrics in personal.per_site.values()]
+    assert personal.mean["accuracy"] == pytest.approx(sum(value or 0.0 for value in values) / 3)
+    low, high = personal.mean_intervals["accuracy"] or (1.0, 0.0)
+    assert low < (personal.mean["accuracy"] or 0.0) < high
+    site = read_sites(out / "sites")[0]
+    own = compare(Site(site, os_entropy)).tasks["colour"][PERSONAL]
+    assert own["accuracy"].value == personal.per_site[site.name]["accuracy"], "the site's own command says the same"
+    console = Console(width=140)
+    with console.capture() as shown:
+        console.print(render_summary(summary))
+    assert "personal" in shown.get() and "95 % intervals" in shown.get()
+
+
+def test_without_the_key_nothing_is_compared(simulation_file: Path, tmp_path: Path) -> None:
+    summary = run(simulation_file, out=tmp_path / "out")
+    assert summary.tasks["colour"].at_home == {}
+    assert not list(tmp_path.rglob("personal_heads.private"))
+
+
+def test_a_sweep_writes_them_to_its_table(simulation_file: Path, tmp_path: Path) -> None:
+    config = load(SimulationConfig, simulation_file)
+    assert config.personal == "none"
+    path, _ = sweep(simulation_file, ["personal=prior", "sweep={seeds: [1]}"], tmp_path / "sweep", lambda *_: None)
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "accuracy"]
+    assert 0.0 < float(rows[0]["at home: personal"]) <= 1.0
