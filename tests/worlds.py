@@ -22,6 +22,7 @@ from client.app import make_app
 from client.config import SiteConfig
 from common import messages
 from common.model.backbones import Backbone, open_backbones
+from common.model.moments import list_parts
 from common.model.parameters import parameters
 from common.offers import list_digests, make_offer
 from common.plugins import plugin_class
@@ -32,11 +33,12 @@ from common.types import Heads, heads_digest
 from common.yaml import parse
 from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 
+MEASURED = {"bias": False, "centre": True, "prior": True}
 TASKS: dict[str, dict[str, Any]] = {
     "age": {"kind": "regression", "range": [0, 100]},
-    "finding": {"kind": "classification", "labels": ["tumour", "edema", "none"]},
+    "finding": {"kind": "classification", "labels": ["tumour", "edema", "none"], "head": MEASURED},
     "odd": {"kind": "anomaly", "normal": "none", "anomalous": "edema"},
-    "signs": {"kind": "multilabel", "labels": ["fever", "cough"]},
+    "signs": {"kind": "multilabel", "labels": ["fever", "cough"], "head": MEASURED},
     "voice": {"kind": "embedding", "labels": ["ann", "bob"], "head": {"bias": False}},
 }
 COLUMNS = {"age": "age", "finding": "finding", "odd": "finding", "signs": "signs", "voice": "voice"}
@@ -317,6 +319,7 @@ def make_run(backbone: Mapping[str, Any], unit: str, **changes: Any) -> RunConfi
         "solver": {"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": RATE},
         "privacy": {"unit": unit, "delta": 1e-6, "noise_multiplier": 2.0},
         "aggregation": {"kind": "mean"},
+        "moments": {"means": 0.2, "counts": 0.2},
         "evaluation": {"every": 1},
     }
     return parse(RunConfig, {**values, **changes}, base=Path.cwd())
@@ -352,11 +355,13 @@ class Replies:
 
     Attributes:
         plain: bytes of every reply, in order, without the noised sums.
+        moments: the sums before the first round, with noise, each times its factor: a unit's part has length 1 at most.
         update: the clipped sum of the round, with noise, in clip norms.
         statistics: the sums of the evaluation, with noise, in units of each task's bound.
     """
 
     plain: tuple[bytes, ...]
+    moments: np.ndarray[Any, Any]
     update: np.ndarray[Any, Any]
     statistics: np.ndarray[Any, Any]
 
@@ -377,6 +382,7 @@ def answer_run(config: SiteConfig, run: RunConfig, backbone: Backbone) -> Replie
         (messages.JOIN, messages.JoinRequest("run-1", make_offer(run, only), list_digests(only))),
         (messages.PART, messages.PartRequest("run-1", digest, 0, 1, blob.weights)),
         (messages.PREPARE, messages.PrepareRequest("run-1", {digest: blob.spec})),
+        (messages.MOMENTS, messages.MomentsRequest("run-1")),
         (messages.TRAIN, messages.TrainRequest("run-1", 1, heads)),
         (messages.EVALUATE, messages.EvaluateRequest("run-1", 1, heads)),
         (messages.FINISH, messages.FinishRequest("run-1", heads, heads_digest(heads))),
@@ -384,6 +390,10 @@ def answer_run(config: SiteConfig, run: RunConfig, backbone: Backbone) -> Replie
     plain, sums = [], {}
     for kind, payload in asked:
         records = send(kind, payload)
+        if kind == messages.MOMENTS:
+            released = messages.decode(records, messages.MomentsReply).sums
+            factors = list_parts(run, {name: open_task(spec, name) for name, spec in run.tasks.items()})
+            sums[kind] = _flatten({part: {"sum": factors[part] * each["sum"]} for part, each in released.items()})
         if kind == messages.TRAIN:
             sums[kind] = _flatten(messages.decode(records, messages.TrainReply).delta.heads)
         if kind == messages.EVALUATE:
@@ -393,7 +403,8 @@ def answer_run(config: SiteConfig, run: RunConfig, backbone: Backbone) -> Replie
             messages.to_bytes(RecordDict({key: records[key] for key in records if key not in ("heads", "public")}))
         ]
         plain += [_without_keyed_digests(str(records["public"]["json"])).encode()]  # type: ignore[index]
-    return Replies(tuple(plain), sums[messages.TRAIN] * (PUBLIC_SIZE / RATE), sums[messages.EVALUATE])
+    update = sums[messages.TRAIN] * (PUBLIC_SIZE / RATE)
+    return Replies(tuple(plain), sums[messages.MOMENTS], update, sums[messages.EVALUATE])
 
 
 def _without_keyed_digests(public: str) -> str:
