@@ -53,6 +53,7 @@ class AuditedRun:
         solver: the solver whose `solve` is attacked.
         plan: the plan of one round.
         tasks: the tasks of the site, which are clipped jointly.
+        whole_tasks: the same with the heads' fixed steps, with which pairs of worlds are compared; empty: `tasks`.
         public_sizes: parameter group -> declared number of units.
         rounds: number of rounds of the run.
         delta: delta of the claimed epsilon.
@@ -71,6 +72,7 @@ class AuditedRun:
     delta: float
     entropy: Entropy
     accountant: Accountant
+    whole_tasks: Mapping[str, Task] = field(default_factory=dict)
     trunks: Mapping[str, str] = field(default_factory=dict)
     num_canaries: int = 1000
     max_steps: int = 200

@@ -65,10 +65,11 @@ from client.audit.timing import describe_times, judge_times, measure_times
 from client.ledger.ledger import Ledger
 from client.solvers import open_solver
 from common.events import AuditVerdict
+from common.plugins import Spec
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import Entropy, NoiseStream, os_entropy
 from common.process.threads import steady_time
-from common.run import RunConfig
+from common.run import RunConfig, TaskSpec
 from common.tasks import open_task
 from common.types import BadInput, Plan, Unit
 
@@ -89,7 +90,9 @@ def audit_run(
     """Audits a run as one site would take part in it.
 
     Where a part of a backbone trains, a small stand-in trunk with its name, rates and public size takes its place, and
-    is attacked together with the heads.
+    is attacked together with the heads. Planted records reach the part of a head that trains as they are: features of
+    length 1, as a head with a `centre` has them, could not be too long, and would hide a clip that is missing. Pairs of
+    worlds are compared with whole heads.
 
     Args:
         run: the run file; its solver, tasks, rounds and requested privacy are audited.
@@ -106,13 +109,15 @@ def audit_run(
     if run.requested_privacy is None:
         raise BadInput("run.privacy: an audit needs a private run, got non_private; it promises nothing")
     solver = open_solver(run.solver, "run.solver")
-    tasks = {name: open_task(spec, f"run.tasks.{name}") for name, spec in run.tasks.items() if name in public_sizes}
+    whole = {name: open_task(spec, f"run.tasks.{name}") for name, spec in run.tasks.items() if name in public_sizes}
+    tasks = {name: open_task(_without_fixed_steps(run.tasks[name]), f"run.tasks.{name}") for name in whole}
     if not tasks:
         raise BadInput("run.tasks: expected at least one task that the site has, got none")
     audited = AuditedRun(
         solver=solver,
         plan=solver.plan(run.training_privacy, unit, run.rounds),
         tasks=tasks,
+        whole_tasks=whole,
         public_sizes=run.parameter_group_sizes({name: public_sizes[name] for name in tasks}),
         rounds=run.rounds,
         delta=run.requested_privacy.delta if delta is None else delta,
@@ -121,6 +126,15 @@ def audit_run(
         trunks={name: trunk for name in tasks if (trunk := run.trunk_of(name)) is not None},
     )
     return audit(audited, observe)
+
+
+def _without_fixed_steps(spec: TaskSpec) -> Spec:
+    """Returns a task's settings with a head of the same shape that neither centres nor adds an offset."""
+    settings = spec.settings()
+    head = {key: value for key, value in settings.pop("head", {}).items() if key not in ("centre", "prior")}
+    if head:
+        settings["head"] = head
+    return Spec(**settings)
 
 
 def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
@@ -140,7 +154,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
             stream=NoiseStream(run.entropy("audit/records")),
         )
         attack = Attack(run, planted)
-        audited = Audited(run.solver, plan, run.tasks, run.trunks, run.public_sizes)
+        audited = Audited(run.solver, plan, run.whole_tasks or run.tasks, run.trunks, run.public_sizes)
         worlds = []
         for compared in compare_worlds(audited, NoiseStream(run.entropy("audit/worlds"))):
             worlds.append(compared)
