@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from client.audit.attack import AuditedRun
 from client.audit.audit import audit, audit_run, compute_ledger_epsilon
@@ -26,6 +27,7 @@ from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy, RunConfig
+from common.tasks.parts.adjusted import AdjustedHead, normalize_rows
 from common.types import BadInput, Unit
 from common.yaml import parse
 from tests.client.audit import bugs
@@ -384,3 +386,21 @@ def test_a_run_with_a_part_of_a_backbone_that_trains_is_audited_through_a_trunk(
     assert join_reasons(audit_run(run, Unit.PATIENT, sizes, entropy=SeededEntropy(3))) == ""
     bugs.count_for_another_patient(monkeypatch)
     assert "a step's noise" in join_reasons(audit_run(run, Unit.PATIENT, sizes, entropy=SeededEntropy(3)))
+
+
+def test_a_run_whose_settings_were_chosen_is_audited_and_a_centre_of_the_records_own_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = {key: value for key, value in RUN.items() if key not in ("rounds", "aggregation")}
+    privacy = {"unit": "example", "delta": 1e-5, "target_epsilon": 3.0}
+    run = parse(RunConfig, {**chosen, "solver": {"kind": "auto"}, "privacy": privacy}, base=Path.cwd())
+    sizes = {"loop": 80, "digit": 60}
+    assert join_reasons(audit_run(run, Unit.EXAMPLE, sizes, entropy=SeededEntropy(3))) == ""
+
+    def centre_on_the_batch(head: AdjustedHead, features_RD: Tensor) -> Tensor:
+        del head
+        return normalize_rows(features_RD, normalize_rows(features_RD).mean(dim=0))
+
+    monkeypatch.setattr(AdjustedHead, "adjust", centre_on_the_batch)
+    found = join_reasons(audit_run(run, Unit.EXAMPLE, sizes, entropy=SeededEntropy(3)))
+    assert "one unit" in found, found
