@@ -224,6 +224,29 @@ class RoundEnded(Event):
     seconds: float = Field(description="Duration of the round, in seconds.")
 
 
+class Calibration(Facts):
+    """A head's mean confidence beside its accuracy, and the temperature that mends it; from noised sums."""
+
+    temperature: float | None = Field(
+        description="Number by which the head's outputs are to be divided before they become probabilities; null where "
+        "the noise is too large to tell."
+    )
+    interval: tuple[float, float] = Field(
+        description="Lower and upper end of the temperature's interval of one standard error of the noise."
+    )
+    confidence_gap: float | None = Field(
+        description="Mean confidence minus accuracy without the temperature (calibration error in one bin); null where "
+        "the noise is too large to tell."
+    )
+    standard_error: float | None = Field(
+        description="Standard error of the gap due to the privacy noise alone; null where it is too large to tell."
+    )
+    gap_left: float | None = Field(
+        description="Expected distance between mean confidence and accuracy with the temperature, which the noise "
+        "leaves; null without a temperature."
+    )
+
+
 class NoisedMetrics(Facts):
     """A task's metrics on held-out units, from the noised sums that sites released."""
 
@@ -236,6 +259,9 @@ class NoisedMetrics(Facts):
         "clipping it into its range. Null where the metric is undefined for much of the noise."
     )
     sites: tuple[str, ...] = Field(description="Names of the sites whose held-out units are counted.")
+    calibration: Calibration | None = Field(
+        None, description="The head's calibration; null where the run does not ask for it or the task has none."
+    )
 
 
 class HeadsEvaluated(Event):

@@ -91,6 +91,11 @@ class Reason:
 
 
 @plain_dataclass(frozen=True)
+class Added:
+    """Marks a field that came later: left out where it is empty, so that the other messages stay what they were."""
+
+
+@plain_dataclass(frozen=True)
 class InRecord:
     """The key of the record in which a field travels that is not JSON; a message has at most one such field."""
 
@@ -240,11 +245,17 @@ class EvaluateRequest:
 
 @dataclass(frozen=True, config=_STRICT)
 class FinishRequest:
-    """The final heads and their digest."""
+    """The final heads and their digest.
+
+    Attributes:
+        temperatures: task -> number by which its head's outputs are to be divided before they become probabilities;
+            tasks of which none is known are left out.
+    """
 
     run_id: str
     heads: Arrays
     digest: Digest
+    temperatures: Annotated[dict[str, Positive], Added()] = Field(default_factory=dict)
 
 
 _WITNESS = Reason(
@@ -374,6 +385,12 @@ _FIELDS: Mapping[type, Mapping[str, InRecord | None]] = {
 }
 """The fields of each message, each with the record in which it travels; None for the JSON text."""
 
+_LATER: Mapping[type, set[str]] = {
+    model: {name for name, hint in get_type_hints(model, include_extras=True).items() if Added() in get_args(hint)[1:]}
+    for model in get_args(Payload)
+}
+"""The fields of each message that came later and may be missing."""
+
 
 # --- privacy reasons -------------------------------------------------------------------------------------------------
 
@@ -428,6 +445,7 @@ def encode(message: Payload, packed: dict[int, ConfigRecord] | None = None) -> R
         packed: Arrays packed before, by the identity of the object that holds them; those of this message are added.
     """
     values = {name: getattr(message, name) for name in _FIELDS[type(message)]}
+    values = {name: value for name, value in values.items() if value or name not in _LATER[type(message)]}
     binary = {name: values.pop(name) for name, record in _FIELDS[type(message)].items() if record}
     # Sorted keys and no spaces: the same message is the same bytes.
     named = {"payload": type(message).__name__, **values}
@@ -478,7 +496,7 @@ def _read_fields(records: RecordDict, expected: type) -> dict[str, Any]:
     if kind != expected.__name__:
         raise BadInput(f"expected a {expected.__name__}, got another kind of message")
     binary = {name: record for name, record in _FIELDS[expected].items() if record}
-    if set(values) != _FIELDS[expected].keys() - binary.keys():
+    if set(values) | _LATER[expected] != _FIELDS[expected].keys() - binary.keys():
         raise BadInput(f"malformed {expected.__name__}: expected its fields and no others")
     extra = set(records) - {_PUBLIC} - {record.key for record in binary.values()}
     if extra:

@@ -120,9 +120,17 @@ class Evaluation(Frozen):
 
     Attributes:
         every: number of rounds between two evaluations.
+        calibrate: releases also how far the heads' confidence is from their accuracy, from which the coordinator
+            computes the temperature that probabilities need. It costs no budget; the noise in the other metrics grows
+            by a fifth.
     """
 
     every: PositiveInt
+    calibrate: bool = False
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("calibrate",))
 
     def due(self, round_: int, rounds: int) -> bool:
         """Returns true if the heads are evaluated after this round."""

@@ -37,8 +37,9 @@ from common.privacy.accounting import Mechanism
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream, open_stream
 from common.process.threads import steady_time
-from common.tasks import NOISED_BUCKETS, Task
+from common.tasks import NOISED_BUCKETS, Statistic, Task
 from common.tasks.parts.adjusted import AdjustedHead
+from common.tasks.parts.calibration import make_released_statistic
 from common.types import (
     DeclineReason,
     Heads,
@@ -90,6 +91,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
                 opened.units.passed(opened.modules),
                 mechanism=mechanism,
                 stream=stream,
+                calibrate=asked.calibrate,
             )
         reply = messages.EvaluateReply(sums, mechanism.noise_multiplier, reservation.witness)
         return reply, reservation, mechanism.steps
@@ -104,6 +106,7 @@ def noised_sums(
     *,
     mechanism: Mechanism,
     stream: NoiseStream,
+    calibrate: bool = False,
 ) -> Heads:
     """Returns task -> "sums" -> float32 vector, with noise.
 
@@ -113,19 +116,23 @@ def noised_sums(
         units: held-out units; there may be none. Their features are what the heads read (`Units.passed`).
         mechanism: the charged mechanism, whose noise is added.
         stream: source of the noise.
+        calibrate: whether the statistics tell the heads' overconfidence too.
     """
     assert mechanism.sensitivity is not None and mechanism.sensitivity**2 >= len(tasks) * (1.0 - 1e-9)
     check_unit_count(units.num_units)
     lattice = Lattice.of(mechanism.sensitivity, mechanism.noise_multiplier)
     noised = {}
     for name in sorted(tasks):
-        total_S = sum_statistics(heads[name], tasks[name], units.tasks[name], lattice)
+        statistic = make_released_statistic(tasks[name], calibrate=calibrate)
+        total_S = sum_statistics(heads[name], tasks[name], units.tasks[name], lattice, statistic)
         noise = stream.rounded_gaussian(len(total_S), lattice.log2_deviation)
         noised[name] = {SUMS: lattice.release(total_S, noise, stream).numpy().astype(np.float32)}
     return noised
 
 
-def sum_statistics(head: nn.Module, task: Task, records: TaskRecords, lattice: Lattice) -> Tensor:
+def sum_statistics(
+    head: nn.Module, task: Task, records: TaskRecords, lattice: Lattice, statistic: Statistic | None = None
+) -> Tensor:
     """Returns the exact sum over units (int64, on the CPU), without noise, in steps of the lattice.
 
     A unit's part is the sum of its records' rows, each divided by the unit's number of records and truncated toward
@@ -136,8 +143,9 @@ def sum_statistics(head: nn.Module, task: Task, records: TaskRecords, lattice: L
         task: the task.
         records: its held-out records.
         lattice: of the release.
+        statistic: what is summed; by default the task's own statistic.
     """
-    statistic = task.statistic(NOISED_BUCKETS)
+    statistic = statistic or task.statistic(NOISED_BUCKETS)
     total_S = torch.zeros(statistic.size, dtype=torch.int64)
     labelled = records.labelled()
     at_once = min(MAX_UNITS, max(1, _CHUNK_VALUES // statistic.size // _BLOCK_RECORDS) * _BLOCK_RECORDS)

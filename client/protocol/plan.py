@@ -44,7 +44,8 @@ from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan,
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.filters import TOLERANCE
 from common.run import RunConfig
-from common.tasks import NOISED_BUCKETS, Task
+from common.tasks import Task
+from common.tasks.parts.calibration import make_released_statistic
 from common.types import BadInput, Plan
 
 
@@ -151,7 +152,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         final_share=history.compute_share([*whole, *list_unspent(share, history), *history.list_earmarked()]),
         rounds_affordable=count_affordable_rounds(history, plan, share),
         evaluations=len(evaluations),
-        evaluation_noise=max((_count_noise(tasks, each) for each in evaluations), default=0.0),
+        evaluation_noise=max((_count_noise(run, tasks, each) for each in evaluations), default=0.0),
         noise_to_signal=per_round,
         run_noise_to_signal=per_round / averaged,
         trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
@@ -235,14 +236,11 @@ def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: Histor
     return [make_evaluation_mechanism(share, history.terms, num_tasks)] * answered
 
 
-def _count_noise(tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
+def _count_noise(run: RunConfig, tasks: Mapping[str, Task], mechanism: Mechanism) -> float:
     """The largest standard deviation of the noise over the tasks, in a count where each unit is one."""
-    assert mechanism.sensitivity is not None
-    return (
-        mechanism.noise_multiplier
-        * mechanism.sensitivity
-        * max(task.statistic(NOISED_BUCKETS).bound for task in tasks.values())
-    )
+    assert mechanism.sensitivity is not None and run.evaluation is not None
+    released = [make_released_statistic(task, calibrate=run.evaluation.calibrate) for task in tasks.values()]
+    return mechanism.noise_multiplier * mechanism.sensitivity * max(statistic.bound for statistic in released)
 
 
 def _declines(config: SiteConfig, joined: Joined, plan: Plan, outlook: RunPlan) -> list[str]:

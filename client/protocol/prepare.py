@@ -88,6 +88,8 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     tasks = joined.tasks(site.config)
     if set(request.heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
+    if not set(request.temperatures) <= set(tasks):
+        raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the temperatures are not those of this site's tasks")
     load_modules(site, joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")

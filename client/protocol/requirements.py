@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from common.plugins import Spec
 from common.run import RunConfig, Trainable
-from common.tasks import NOISED_BUCKETS, Task
+from common.tasks import Task
+from common.tasks.parts.calibration import make_released_statistic
 from common.types import BadInput, Plan
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
     if parameters > MAX_PARAMETERS:
         raise BadInput(f"the run trains {parameters} parameters, expected at most {MAX_PARAMETERS}")
     if run.evaluation is not None:
-        statistics = sum(task.statistic(NOISED_BUCKETS).size for task in tasks.values())
+        released = [make_released_statistic(task, calibrate=run.evaluation.calibrate) for task in tasks.values()]
+        statistics = sum(statistic.size for statistic in released)
         if statistics > MAX_STATISTICS:
             raise BadInput(f"an evaluation of the run has {statistics} statistics, expected at most {MAX_STATISTICS}")
 

@@ -229,6 +229,27 @@ class LabelPrior(Protocol):
 
 
 @runtime_checkable
+class Calibratable(Protocol):
+    """Optional part of a task whose outputs are logarithms of probabilities, up to a constant.
+
+    Law (tests/contracts/test_tasks.py): both follow from an example alone; overconfidence is in [-k, k], where k is the
+    known part of the labels, in [0, 1], and never falls where the outputs are multiplied by more.
+    """
+
+    def overconfidence(self, outputs: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
+        """Returns for each example the probability of its prediction, less 1 where that is true; over known labels.
+
+        Args:
+            outputs: outputs of a head for equally frequent labels; the prediction follows from them alone.
+            labels: the labels.
+            offset: what is added to the outputs of each example before they become probabilities.
+        """
+
+    def known_part(self, labels: Tensor) -> Tensor:
+        """Returns the ratio of labels that are known of each example."""
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing pairs of records.
 

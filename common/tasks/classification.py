@@ -155,6 +155,24 @@ class Classification(Plugin):
 
         return torch.arange(len(self.labels))
 
+    def overconfidence(self, outputs: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
+        """Returns the probability of the predicted class, less 1 where that is the example's; 0 without a class.
+
+        Args:
+            outputs: [B, K], from which the prediction follows.
+            labels: int64 [B].
+            offset: [K], added to the outputs of each example before they become probabilities.
+        """
+        predicted_B = outputs.argmax(dim=1)
+        probability_BK = (outputs + offset).softmax(dim=1).nan_to_num(nan=0.0)
+        confidence_B = probability_BK.gather(1, predicted_B.unsqueeze(1)).squeeze(1)
+        overconfidence_B = confidence_B - (predicted_B == labels).to(confidence_B)
+        return overconfidence_B.where(labels != MISSING_CLASS, 0.0)
+
+    def known_part(self, labels: Tensor) -> Tensor:
+        """Returns 1 for each example whose class is known."""
+        return (labels != MISSING_CLASS).double()
+
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns the logarithm of each class's frequency in training, whatever the features: it predicts the majority.
 

@@ -172,6 +172,24 @@ class Multilabel(Plugin):
 
         return torch.stack([torch.ones(len(self.labels)), torch.zeros(len(self.labels))]).long()
 
+    def overconfidence(self, outputs: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
+        """Returns the mean over labels of the probability of what is predicted, less 1 where it is true.
+
+        Args:
+            outputs: [B, L]; a label is taken as predicted where its output is above 0.
+            labels: int64 [B, L]; unknown ones add 0.
+            offset: [L], added to the outputs of each example before they become probabilities.
+        """
+        predicted_BL = outputs > 0
+        probability_BL = (outputs + offset).sigmoid().nan_to_num(nan=0.0)
+        confidence_BL = probability_BL.where(predicted_BL, 1.0 - probability_BL)
+        correct_BL = (predicted_BL == (labels == 1)).to(confidence_BL)
+        return (confidence_BL - correct_BL).where(labels != _UNKNOWN, 0.0).mean(dim=1)
+
+    def known_part(self, labels: Tensor) -> Tensor:
+        """Returns the ratio of known labels of each example."""
+        return (labels != _UNKNOWN).double().mean(dim=1)
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns for each known label the cell of truth and prediction, and the bucket of its score.
 

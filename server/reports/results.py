@@ -19,6 +19,7 @@ from common.files import write_atomic
 from common.run import RunConfig
 from common.types import Heads
 from server.reports.summary import summarize
+from server.rounds.evaluation import select_temperatures
 
 PACKAGES = ("flwr", "numpy", "opacus", "ray", "safetensors", "scikit-learn", "torch", "torchvision")
 
@@ -63,7 +64,7 @@ def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], he
     (folder / "summary.json").unlink(missing_ok=True)
     summary = summarize(read_run_journal(folder / "journal.jsonl"))
     epsilon = {name: site.epsilon for name, site in summary.sites.items() if site.rounds}
-    save_heads(folder, run, backbones, heads, epsilon)
+    save_heads(folder, run, backbones, heads, epsilon, find_temperatures(summary))
     write_atomic(folder / "summary.json", summary.to_json().encode())
     return summary
 
@@ -74,12 +75,25 @@ def has_results(folder: Path, names: Iterable[str]) -> bool:
     return all(path.exists() for path in [folder / "summary.json", *heads])
 
 
+def find_temperatures(summary: Summary) -> dict[str, float]:
+    """Returns the temperature of each task's final head; tasks without a readable one are left out."""
+    evaluations = {name: task.evaluation for name, task in summary.tasks.items() if task.evaluation is not None}
+    final = {name: evaluation for name, evaluation in evaluations.items() if evaluation.round == summary.rounds}
+    return select_temperatures(final)
+
+
 def save_heads(
-    folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads, epsilon: Mapping[str, float | None]
+    folder: Path,
+    run: RunConfig,
+    backbones: Mapping[str, str],
+    heads: Heads,
+    epsilon: Mapping[str, float | None],
+    temperatures: Mapping[str, float],
 ) -> None:
     """Writes each head as `heads/<task>.safetensors` and each trunk as `heads/<backbone>.trunk.safetensors`.
 
-    The metadata of each file names the task, its settings, the backbone's digest, and epsilon of each site.
+    The metadata of each file names the task, its settings, the backbone's digest, epsilon of each site, and the
+    temperature where one is known.
 
     Args:
         folder: folder of the run.
@@ -87,12 +101,15 @@ def save_heads(
         backbones: backbone name -> digest.
         heads: final parameters of heads and trunks by name.
         epsilon: site name -> epsilon spent in this run; None where the run is not private.
+        temperatures: task -> number by which its head's outputs are to be divided before they become probabilities.
     """
     (folder / "heads").mkdir(exist_ok=True)
     for name, params in heads.items():
         describe = _describe_head if name in run.tasks else _describe_trunk
         arrays = {key: np.asarray(array, order="C") for key, array in params.items()}
         metadata = {**describe(run, name, backbones), "epsilon": json.dumps(dict(epsilon))}
+        if name in temperatures:
+            metadata["temperature"] = json.dumps(temperatures[name])
         write_atomic(folder / "heads" / f"{name}.safetensors", save(arrays, metadata=metadata))
 
 

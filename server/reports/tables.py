@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.events import PERSONAL, AuditSummary, Interval, SiteSummary, Summary
+from common.events import PERSONAL, AuditSummary, Calibration, Interval, SiteSummary, Summary
 from common.privacy.accounting import round_up
 from common.types import DECLINED, explain_rejection
 from server.reports.status import FederationStatus, ListedRun
@@ -102,7 +102,22 @@ def _render_evaluations(summary: Summary) -> Table:
                 str(task.evaluation.round) if first else "",
                 str(len(task.evaluation.sites)) if first else "",
             )
+        if task.evaluation.calibration is not None:
+            _add_calibration(table, task.evaluation.calibration)
     return table
+
+
+def _add_calibration(table: Table, calibration: Calibration) -> None:
+    """Adds the rows of a head's calibration."""
+    gap, temperature = calibration.confidence_gap, calibration.temperature
+    shown = "not readable" if gap is None else f"{gap:+.3f}"
+    table.add_row("", "confidence - accuracy", shown, _format_metric(calibration.standard_error), "", "")
+    if temperature is None:
+        table.add_row("", "temperature", "not readable", "", "", "")
+        return
+    low, high = calibration.interval
+    table.add_row("", "temperature", f"{temperature:.2f}", f"{low:.2f} to {high:.2f}", "", "")
+    table.add_row("", "  gap that it leaves", _format_metric(calibration.gap_left), "", "", "")
 
 
 def _render_sites(summary: Summary) -> Table:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import messages
-from common.events import NoisedMetrics
-from common.tasks import NOISED_BUCKETS, Statistic, Task
+from common.events import Calibration, NoisedMetrics
+from common.tasks import Calibratable, Statistic, Task
+from common.tasks.parts.calibration import fit_temperature, make_released_statistic
 from common.types import BadInput
 
 _SUMS = "sums"
@@ -43,8 +44,13 @@ class SiteRelease:
         return self.reply.noise_multiplier * math.sqrt(len(self.reply.sums))
 
 
-def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -> None:
+def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task], *, calibrate: bool = False) -> None:
     """Checks that released statistics fit the site's tasks.
+
+    Args:
+        reply: a site's reply.
+        tasks: the site's tasks by name.
+        calibrate: whether the run asks for a temperature.
 
     Raises:
         BadInput: another set of tasks, another number of statistics, or a value that is not finite.
@@ -52,31 +58,35 @@ def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task]) -
     if set(reply.sums) != set(tasks):
         raise BadInput(f"evaluation: expected tasks {', '.join(sorted(tasks))}, got another set")
     for name, task in tasks.items():
-        size = task.statistic(NOISED_BUCKETS).size
+        size = make_released_statistic(task, calibrate=calibrate).size
         if set(reply.sums[name]) != {_SUMS} or reply.sums[name][_SUMS].shape != (size,):
             raise BadInput(f"evaluation: {name}: expected {size} statistics, got another shape")
         if not np.isfinite(reply.sums[name][_SUMS]).all():
             raise BadInput(f"evaluation: {name}: expected finite statistics")
 
 
-def compute_metrics(tasks: Mapping[str, Task], releases: Sequence[SiteRelease], seed: int) -> dict[str, NoisedMetrics]:
+def compute_metrics(
+    tasks: Mapping[str, Task], releases: Sequence[SiteRelease], seed: int, *, calibrate: bool = False
+) -> dict[str, NoisedMetrics]:
     """Returns each task's metrics over all sites that have it; tasks that no site evaluated are left out.
 
     Args:
         tasks: the run's tasks by name.
         releases: checked releases, at most one of each site.
         seed: seed of the bootstrap's noise.
+        calibrate: whether the releases tell the heads' overconfidence too.
     """
     results = {}
     for name, task in tasks.items():
         with_task = [release for release in releases if name in release.reply.sums]
         if not with_task:
             continue
-        statistic = task.statistic(NOISED_BUCKETS)
+        statistic = make_released_statistic(task, calibrate=calibrate)
         total = np.sum([release.reply.sums[name][_SUMS].astype(np.float64) for release in with_task], axis=0)
         sums = total * statistic.bound
         deviation = math.sqrt(sum(release.noise_std**2 for release in with_task)) * statistic.bound
-        noise = np.random.default_rng(seed).normal(size=(_DRAWS, len(sums))) * deviation
+        draws = np.random.default_rng(seed).normal(size=(_DRAWS, len(sums)))
+        noise = draws * deviation
         errors, unclipped_errors = (_compute_errors(statistic, sums + noise, clip) for clip in (True, False))
         unclipped = statistic.compute(sums, False)
         readable = {
@@ -89,8 +99,30 @@ def compute_metrics(tasks: Mapping[str, Task], releases: Sequence[SiteRelease], 
                 metric: error if readable[metric] else unclipped_errors[metric] for metric, error in errors.items()
             },
             sites=tuple(sorted(release.site for release in with_task)),
+            calibration=_calibrate(sums, deviation, draws) if calibrate and isinstance(task, Calibratable) else None,
         )
     return results
+
+
+def select_temperatures(results: Mapping[str, NoisedMetrics]) -> dict[str, float]:
+    """Returns the temperature of each task that has a readable one."""
+    return {
+        name: result.calibration.temperature
+        for name, result in results.items()
+        if result.calibration is not None and result.calibration.temperature is not None
+    }
+
+
+def _calibrate(sums: NDArray[np.float64], deviation: float, draws: NDArray[np.float64]) -> Calibration:
+    """Returns the temperature that sums of a calibrated statistic tell, as a report says it."""
+    fit = fit_temperature(sums, deviation, draws)
+    return Calibration(
+        temperature=fit.temperature,
+        interval=(fit.low, fit.high),
+        confidence_gap=fit.gap,
+        standard_error=fit.gap_error if math.isfinite(fit.gap_error) else None,
+        gap_left=fit.gap_left,
+    )
 
 
 def is_readable(value: float, error: float | None, ends: tuple[float, float]) -> bool:

@@ -44,7 +44,7 @@ from common.tasks import Task, open_task
 from common.types import Heads, RunInterrupted, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
-from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics
+from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, select_temperatures
 from server.rounds.inquiry import Quorum, Waiting
 from server.rounds.join import RollCall, join_sites, prepare_sites
 from server.rounds.late import LateRollCall
@@ -130,16 +130,20 @@ def run_federation(
         state = measure_moments(messenger, participants, state)
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
     messenger.while_waiting.append(late.look)
+    temperatures: Mapping[str, float] = {}
+    if run.evaluation is not None and run.evaluation.calibrate and state.rounds_done == run.rounds:
+        # Resumed with nothing left to train: sites answer from stored replies.
+        temperatures = evaluate_round(messenger, participants, state.heads, run.rounds)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         participants = late.admit(participants, round_)
         observe("rounds", round_ - 1, run.rounds)
         state = one_round(messenger, participants, state, round_)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
-        evaluate_round(messenger, participants, state.heads, round_)
+        temperatures = evaluate_round(messenger, participants, state.heads, round_)
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     final = _serve(messenger.run, state.heads)
-    missing = send_final_heads(messenger, participants, final)
+    missing = send_final_heads(messenger, participants, final, temperatures)
     journal.write(
         RunEnded(
             updates=dict(state.updates),
@@ -302,7 +306,9 @@ def _ask_to_train(
     )
 
 
-def evaluate_round(messenger: Messenger, participants: list[Participant], heads: Heads, round_: int) -> None:
+def evaluate_round(
+    messenger: Messenger, participants: list[Participant], heads: Heads, round_: int
+) -> dict[str, float]:
     """Asks every participant for noised statistics of its held-out units, where the run evaluates after this round.
 
     Args:
@@ -310,10 +316,13 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
         participants: sites that joined.
         heads: heads and trunks after the round.
         round_: number of the round, from 1.
+
+    Returns:
+        Task -> temperature of its head, where the run asks for it and the noise leaves it readable.
     """
     evaluation = messenger.run.evaluation
     if evaluation is None or not evaluation.due(round_, messenger.run.rounds):
-        return
+        return {}
     tasks, heads = _open_tasks(messenger.run), _serve(messenger.run, heads)
     requests = _build_requests(
         participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
@@ -323,7 +332,7 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
 
     def check(node: int, reply: messages.EvaluateReply) -> None:
         messenger.witnesses.keep({names[node]: reply.witness})
-        check_evaluation(reply, site_tasks[node])
+        check_evaluation(reply, site_tasks[node], calibrate=evaluation.calibrate)
 
     answers = messenger.send(
         Request(
@@ -341,25 +350,30 @@ def evaluate_round(messenger: Messenger, participants: list[Participant], heads:
         for participant in participants
         if participant.node_id in answers.accepted
     ]
+    results = compute_metrics(tasks, releases, messenger.run.seed, calibrate=evaluation.calibrate)
     messenger.journal.write(
         HeadsEvaluated(
             round=round_,
-            tasks=compute_metrics(tasks, releases, messenger.run.seed),
+            tasks=results,
             # A site is charged one release of this noise for all its tasks together.
             noise_multipliers={release.site: release.reply.noise_multiplier for release in releases},
             # Not evaluating is no fault: these sites stay in the run.
             rejected={names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names},
         )
     )
+    return select_temperatures(results)
 
 
-def send_final_heads(messenger: Messenger, participants: list[Participant], heads: Heads) -> dict[str, str]:
-    """Sends every participant the final heads of its tasks, with their digest.
+def send_final_heads(
+    messenger: Messenger, participants: list[Participant], heads: Heads, temperatures: Mapping[str, float]
+) -> dict[str, str]:
+    """Sends every participant the final heads of its tasks, with their digest and temperatures.
 
     Args:
         messenger: connection to the sites, with the run and its journal.
         participants: sites that joined.
         heads: final heads and trunks.
+        temperatures: task -> temperature of its head, where one is known.
 
     Returns:
         Name of each site that did not confirm them -> the reason.
@@ -367,7 +381,8 @@ def send_final_heads(messenger: Messenger, participants: list[Participant], head
 
     def build(groups: Collection[str]) -> messages.FinishRequest:
         selected = _select_groups(heads, groups)
-        return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected))
+        known = {task: temperature for task, temperature in temperatures.items() if task in selected}
+        return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected), known)
 
     names = _names_of(participants)
     requests: dict[int, messages.Request] = dict(_build_requests(participants, build))

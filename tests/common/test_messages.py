@@ -103,6 +103,18 @@ def test_every_payload_without_arrays_survives_the_wire(payload: messages.Payloa
     assert messages.decode(messages.from_bytes(messages.to_bytes(messages.encode(payload))), type(payload)) == payload
 
 
+def test_a_field_that_came_later_is_left_out_where_it_is_empty_and_may_be_missing() -> None:
+    plain, known = (messages.FinishRequest("run", HEADS, "d" * 64, each) for each in ({}, {"task": 1.5}))
+    assert "temperatures" not in str(messages.encode(plain)["public"])
+    assert messages.decode(messages.encode(plain), messages.FinishRequest).temperatures == {}
+    assert messages.decode(messages.encode(known), messages.FinishRequest).temperatures == {"task": 1.5}
+    for wrong in ({"task": 0.0}, {"task": "1"}, {"task": None}, [1.0]):
+        with pytest.raises(BadInput, match="temperatures"):
+            messages.decode(
+                messages.encode(forged(messages.FinishRequest, "run", HEADS, "d" * 64, wrong)), messages.FinishRequest
+            )
+
+
 def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
     def digest(round_: int, value: float) -> str:
         heads = {"task": {"w": np.full((2,), value, np.float32)}}

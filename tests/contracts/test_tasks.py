@@ -18,6 +18,7 @@ from common.plugins import kinds, plugin_class
 from common.tasks import (
     EXACT_BUCKETS,
     NOISED_BUCKETS,
+    Calibratable,
     LabelPrior,
     LossGradient,
     ServedPrior,
@@ -26,6 +27,7 @@ from common.tasks import (
     TaskExample,
     open_task,
 )
+from common.tasks.parts.calibration import make_released_statistic
 from common.types import BadRecord
 
 FEATURE_DIM = 7
@@ -257,6 +259,40 @@ def test_an_examples_row_is_no_longer_than_declared(task: Task, labels: Tensor, 
         rows = statistic.rows(outputs * factor, labels)
         assert rows.dtype == torch.float64 and rows.shape == (len(labels), statistic.size)
         assert torch.linalg.vector_norm(rows, dim=1).max() <= statistic.bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("offset", [None, 1e3])
+def test_rows_that_tell_the_temperature_are_no_longer_than_declared_and_change_no_metric(
+    task: Task, labels: Tensor, offset: float | None
+) -> None:
+    outputs, labels = many(task, labels)
+    offsets = None if offset is None else [offset, *[-offset] * (outputs.shape[1] - 1)]
+    plain = task.statistic(NOISED_BUCKETS)
+    statistic = make_released_statistic(task, calibrate=True, offset=offsets)
+    assert (statistic.size > plain.size) == isinstance(task, Calibratable)
+    for factor in (0.0, 1.0, 1e4, 1e30):
+        rows = statistic.rows(outputs * factor, labels)
+        assert rows.dtype == torch.float64 and rows.shape == (len(labels), statistic.size)
+        assert rows.isfinite().all()
+        assert torch.linalg.vector_norm(rows, dim=1).max() <= statistic.bound * (1 + 1e-6)
+        alone = torch.cat([statistic.rows(outputs[i : i + 1] * factor, labels[i : i + 1]) for i in range(len(labels))])
+        torch.testing.assert_close(rows, alone)
+    assert statistic.values(statistic.sums(outputs, labels)) == plain.values(plain.sums(outputs, labels))
+    assert make_released_statistic(task, calibrate=False).size == plain.size
+
+
+def test_overconfidence_is_bounded_by_the_known_part(task: Task, labels: Tensor) -> None:
+    if not isinstance(task, Calibratable):
+        pytest.skip("the task has no probabilities")
+    outputs, labels = many(task, torch.cat([labels, task.codec.missing().unsqueeze(0)]))
+    known_B = task.known_part(labels)
+    assert (known_B >= 0).all() and (known_B <= 1).all() and known_B[-1] == 0
+    for offset in (0.0, 3.0):
+        shift = offset * torch.arange(outputs.shape[1]) - offset
+        for factor in (0.0, 1.0, 1e30, math.inf):
+            assert (task.overconfidence(outputs * factor, labels, shift).abs() <= known_B + 1e-6).all()
+        growing = torch.stack([task.overconfidence(outputs * factor, labels, shift) for factor in (0.1, 0.5, 1, 3, 9)])
+        assert (growing.diff(dim=0) >= -1e-6).all()
 
 
 def test_the_declared_bound_is_not_larger_than_it_has_to_be(task: Task, labels: Tensor) -> None:

@@ -311,6 +311,14 @@ def test_another_registry_at_a_site_that_has_answered_is_no_fresh_budget(
         renamed.ledger()
 
 
+def test_temperatures_of_other_tasks_are_refused(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    final = heads(frozen)
+    with pytest.raises(SiteDeclined, match="temperatures"):
+        finish(site, messages.FinishRequest("run-1", final, heads_digest(final), {"evil": 2.0}))
+    finish(site, messages.FinishRequest("run-1", final, heads_digest(final), {"size": 2.0}))
+
+
 @pytest.mark.parametrize("change", [not_finite, bad_shape, lambda good: {**good, "evil": good["size"]}])
 def test_final_heads_that_do_not_fit_are_refused(site: Site, frozen: Backbone, change: Any) -> None:
     ready(site, frozen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,21 @@ import pytest
 import torch
 from flwr.app import RecordDict
 from rich.console import Console
+from safetensors import safe_open
 
+from client.protocol.site import FINAL_HEADS
 from common import messages
 from common.events import HeadsEvaluated, RunEvent, Summary, select_events
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
+from server.reports.results import write_results
 from server.reports.summary import summarize
 from server.reports.tables import render_summary
+from server.rounds.checkpoint import load_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, is_readable
 from tests.server.rounds.test_loop import federate
-from tests.tiny import TASKS, forged, site_config
+from tests.tiny import TASKS, forged, run_config, site_config
 
 SHARE = {"share": 0.5, "evaluations": 2}
 RICH = {"epsilon": 200.0, "delta": 1e-5}
@@ -172,6 +177,50 @@ def test_the_report_tells_noised_results_from_everything_else(tmp_path: Path) ->
         console.print(render_summary(summary))
     assert "noised, charged" in shown.get()
     assert "simulator's own view" not in shown.get()
+
+
+def test_a_calibrated_run_hands_out_a_temperature_with_the_heads(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE, budget={"epsilon": 1e4, "delta": 1e-5})
+    changes: dict[str, Any] = {"evaluation": {"every": 1, "calibrate": True}}
+    outcome, events = federate(tmp_path / "run", [site], **changes)
+    found = evaluations(events)[-1].tasks
+    temperature = found["colour"].calibration.temperature
+    assert temperature > 0.0
+    (path,) = tmp_path.glob(f"**/runs/run-1/{FINAL_HEADS}")
+    sent = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
+    assert sent.temperatures == {"colour": temperature, "size": found["size"].calibration.temperature}
+    summary = write_results(tmp_path / "run", run_config(**changes), {"backbone": "0" * 64}, outcome.heads)
+    assert summary.tasks["colour"].evaluation.calibration.temperature == temperature
+    with safe_open(tmp_path / "run" / "heads" / "colour.safetensors", "np") as file:
+        assert json.loads(file.metadata()["temperature"]) == temperature
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(render_summary(summary))
+    assert "confidence - accuracy" in shown.get() and f"{temperature:.2f}" in shown.get()
+
+
+def test_a_temperature_that_the_noise_hides_is_not_handed_out(tmp_path: Path) -> None:
+    little = {"share": 0.01, "evaluations": 20}
+    site = site_config(tmp_path, "north", evaluation=little)
+    _, events = federate(tmp_path / "run", [site], evaluation={"every": 2, "calibrate": True})
+    found = evaluations(events)[-1].tasks["colour"].calibration
+    assert found.temperature is None and found.gap_left is None
+    (path,) = tmp_path.glob(f"**/runs/run-1/{FINAL_HEADS}")
+    assert messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest).temperatures == {}
+
+
+def test_a_run_resumed_with_nothing_left_to_train_hands_out_its_temperature_all_the_same(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE, budget={"epsilon": 1e4, "delta": 1e-5})
+    changes: dict[str, Any] = {"evaluation": {"every": 2, "calibrate": True}}
+    _, events = federate(tmp_path / "run", [site], **changes)
+    spent = summarize(events).sites["north"].epsilon
+    (path,) = tmp_path.glob(f"**/runs/run-1/{FINAL_HEADS}")
+    before = path.read_bytes()
+    path.unlink()
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    _, events = federate(tmp_path / "run", [site], resume=checkpoint, **changes)
+    assert path.read_bytes() == before
+    assert summarize(events).sites["north"].epsilon == spent
 
 
 def test_a_resumed_round_counts_once(tmp_path: Path) -> None:

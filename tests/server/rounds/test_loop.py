@@ -35,7 +35,7 @@ from common.types import Delta, RunFailed, RunInterrupted, heads_digest
 from server.reports.summary import summarize
 from server.rounds.aggregators import Weighted
 from server.rounds.aggregators.mean import Mean
-from server.rounds.checkpoint import load_checkpoint
+from server.rounds.checkpoint import Checkpoint, load_checkpoint
 from server.rounds.loop import Outcome, run_federation
 from server.superlink.watch import describe_event
 from simulations.executors.in_process import InProcessGrid
@@ -53,6 +53,7 @@ def federate(
     kind: str = messages.TRAIN,
     run_id: str = "run-1",
     entropy: Entropy | None = None,
+    resume: Checkpoint | None = None,
     **changes: Any,
 ) -> tuple[Outcome, list[RunEvent]]:
     """Run two rounds; one site's replies of a kind go through `distort`. Outcome and journal."""
@@ -74,6 +75,7 @@ def federate(
         folder=folder,
         journal=FileJournal(folder / "journal.jsonl"),
         executor="in_process",
+        resume=resume,
     )
     return outcome, read_run_journal(folder / "journal.jsonl")
 
