@@ -235,12 +235,18 @@ class TrainRequest:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluateRequest:
-    """A request to evaluate the heads that a round ended with; with another witness it is the same request."""
+    """A request to evaluate the heads that a round ended with; with another witness it is the same request.
+
+    Attributes:
+        offsets: task -> the offset of its outputs in training, where the run asks for temperatures and the head is
+            served with another one.
+    """
 
     run_id: str
     round: int
     heads: Arrays
     witness: Witness | None = None
+    offsets: Annotated[dict[str, list[float]], Added()] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -12,7 +12,7 @@ are and however many it has; missing labels only make its part smaller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         opened = open_request(site, joined, request, "test")
+        _check_offsets(request.offsets, opened.modules)
         reservation, mechanism = ledger.reserve_evaluation(
             share,
             len(opened.tasks),
@@ -92,11 +93,21 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
                 mechanism=mechanism,
                 stream=stream,
                 calibrate=asked.calibrate,
+                offsets=request.offsets,
             )
         reply = messages.EvaluateReply(sums, mechanism.noise_multiplier, reservation.witness)
         return reply, reservation, mechanism.steps
 
     return answer_once(site, joined, request, EVALUATION, answer)
+
+
+def _check_offsets(offsets: Mapping[str, Sequence[float]], modules: Mapping[str, nn.Module]) -> None:
+    """Raises SiteDeclined where offsets are not those of heads that have one."""
+    for name, offset in offsets.items():
+        head = modules.get(name)
+        own_K = head.offset_K if isinstance(head, AdjustedHead) else None
+        if own_K is None or len(own_K) != len(offset):
+            raise SiteDeclined(DeclineReason.BAD_REQUEST, "an offset is not one of this site's heads")
 
 
 def noised_sums(
@@ -107,6 +118,7 @@ def noised_sums(
     mechanism: Mechanism,
     stream: NoiseStream,
     calibrate: bool = False,
+    offsets: Mapping[str, Sequence[float]] | None = None,
 ) -> Heads:
     """Returns task -> "sums" -> float32 vector, with noise.
 
@@ -117,13 +129,14 @@ def noised_sums(
         mechanism: the charged mechanism, whose noise is added.
         stream: source of the noise.
         calibrate: whether the statistics tell the heads' overconfidence too.
+        offsets: task -> the offset of its outputs in training, where its head is served with another one.
     """
     assert mechanism.sensitivity is not None and mechanism.sensitivity**2 >= len(tasks) * (1.0 - 1e-9)
     check_unit_count(units.num_units)
     lattice = Lattice.of(mechanism.sensitivity, mechanism.noise_multiplier)
     noised = {}
     for name in sorted(tasks):
-        statistic = make_released_statistic(tasks[name], calibrate=calibrate)
+        statistic = make_released_statistic(tasks[name], calibrate=calibrate, offset=(offsets or {}).get(name))
         total_S = sum_statistics(heads[name], tasks[name], units.tasks[name], lattice, statistic)
         noise = stream.rounded_gaussian(len(total_S), lattice.log2_deviation)
         noised[name] = {SUMS: lattice.release(total_S, noise, stream).numpy().astype(np.float32)}

@@ -184,5 +184,10 @@ def serve_heads(heads: Heads, tasks: Mapping[str, Task]) -> Heads:
     return served
 
 
+def select_offsets(heads: Heads) -> dict[str, list[float]]:
+    """Returns parameter group -> the offset of its outputs while it trains; groups without one are left out."""
+    return {name: params[OFFSET].astype(float).tolist() for name, params in heads.items() if OFFSET in params}
+
+
 def _has(task: Task, setting: str) -> bool:
     return bool(getattr(getattr(task, "head_settings", None), setting, False))

@@ -34,6 +34,7 @@ from common.model.moments import (
     count_values,
     fix_heads,
     list_parts,
+    select_offsets,
     select_parts,
     serve_heads,
 )
@@ -323,10 +324,16 @@ def evaluate_round(
     evaluation = messenger.run.evaluation
     if evaluation is None or not evaluation.due(round_, messenger.run.rounds):
         return {}
-    tasks, heads = _open_tasks(messenger.run), _serve(messenger.run, heads)
-    requests = _build_requests(
-        participants, lambda groups: messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups))
-    )
+    tasks = _open_tasks(messenger.run)
+    # Served heads are for the declared prior; how sure they may be is seen with that of the records.
+    offsets = select_offsets(heads) if evaluation.calibrate else {}
+    heads = _serve(messenger.run, heads)
+
+    def build(groups: Collection[str]) -> messages.EvaluateRequest:
+        own = {name: offset for name, offset in offsets.items() if name in groups}
+        return messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups), offsets=own)
+
+    requests = _build_requests(participants, build)
     names = _names_of(participants)
     site_tasks = {each.node_id: {task: tasks[task] for task in each.tasks} for each in participants}
 
