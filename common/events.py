@@ -31,8 +31,10 @@ Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
 """Metric name -> its interval; None where it is undefined."""
 
-FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE = "federated", "personal", "site alone", "site alone, not private"
-"""Kinds of heads that a site compares on its own held-out units."""
+FEDERATED, PERSONAL = "federated", "personal"
+ALONE, ALONE_NOT_PRIVATE, ALONE_ADAPTED = "site alone", "site alone, not private", "site alone, adapted"
+"""Kinds of heads that a site compares on its own held-out units. The last is an untrained head that the site adapted as
+it adapted the federated one, which shows what the federation's head added."""
 
 SCHEMA_VERSION: Literal[2] = 2
 """Version of `Summary`. Version 1 had the key `schema` and is no longer written."""
@@ -409,7 +411,7 @@ class HomeEvaluated(Event):
     task: str = Field(description="Name of the task.")
     personal: str = Field(description="How the sites adapted the final heads: prior or fit.")
     heads: Mapping[str, HomeMetrics] = Field(
-        description="Kind of heads (federated, personal, site alone with and without privacy) -> their metrics."
+        description="Kind of heads (federated, personal, site alone in three ways) -> their metrics."
     )
 
 

@@ -64,4 +64,4 @@ def _format(estimate: Estimate | None) -> str:
     if estimate is None or estimate.value is None:
         return ""
     interval = estimate.interval
-    return f"{estimate.value:.3f}" + ("" if interval is None else f"\n{interval[0]:.3f} to {interval[1]:.3f}")
+    return f"{estimate.value:.3f}" + ("" if interval is None else f"\n{interval[0]:.3f}..{interval[1]:.3f}")

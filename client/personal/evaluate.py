@@ -1,8 +1,8 @@
 """Compares a run's final heads with those that the site adapts to itself or trains alone, on its own held-out units.
 
-Everything stays here: nothing is sent, so nothing is charged. The site alone is shown twice: with the privacy that the
-run asked for, which shows what the federation added; and without, which is what a site could use if it never shared
-anything.
+Everything stays here: nothing is sent, so nothing is charged. The site alone is shown with the privacy that the run
+asked for, which shows what the federation added; without it; and as what the site's own adaptation makes of an
+untrained head, which is what it could use if it never shared anything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
 from common.errors import instead
-from common.events import ALONE, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
+from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
 from common.model.trunks import create_modules
 from common.run import Privacy
 from common.tasks import Task
@@ -59,8 +59,7 @@ class Comparison:
         run_id: id of the run.
         personal: how the site adapted the final heads.
         num_held_out: number of held-out units.
-        tasks: task -> kind of heads -> metric -> its estimate; kinds are `FEDERATED`, `PERSONAL`, `ALONE` and
-            `ALONE_NOT_PRIVATE`.
+        tasks: task -> kind of heads (`FEDERATED` and the others of common/events.py) -> metric -> its estimate.
     """
 
     run_id: str
@@ -123,10 +122,10 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
     sizes = run.parameter_group_sizes({name: site.config.tasks[name].public_size for name in tasks})
     backbones = {name: site.backbones().open(digest) for name, digest in joined.digests(tasks).items()}
 
-    def train_here(solver: Solver, privacy: Privacy | None, purpose: str) -> Heads:
+    def train_here(solver: Solver, privacy: Privacy | None, purpose: str, rounds: int = run.rounds) -> Heads:
         plan = solver.plan(privacy, site.config.unit, run.rounds)
         asked = run if privacy is not None else run.model_copy(update={"privacy": "non_private"})
-        training = LocalTraining(asked, solver, plan, run.rounds, tasks, train, sizes)
+        training = LocalTraining(asked, solver, plan, rounds, tasks, train, sizes)
         modules = create_modules(run, tasks, backbones)
         steps = make_local_steps(asked, sizes)
         return train_alone(training, modules, entropy=site.entropy, purpose=purpose, apply_update=steps)
@@ -141,6 +140,11 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
         modules[ALONE] = load_modules(site, joined, tasks, alone)
     alone = train_here(solver.without_privacy(), None, f"home/{run_id}/not-private")
     modules[ALONE_NOT_PRIVATE] = load_modules(site, joined, tasks, alone)
+    if site.config.personal != "none":
+        start = train_here(solver.without_privacy(), None, f"home/{run_id}/adapted", rounds=0)
+        untrained = load_modules(site, joined, tasks, start)
+        own = adapt_heads(site.config.personal, untrained, tasks, train.passed(untrained))
+        modules[ALONE_ADAPTED] = {**untrained, **own}
     outputs: dict[str, dict[str, Predictions]] = {}
     for kind, own in modules.items():
         held_out = test.passed(own)

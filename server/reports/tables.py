@@ -68,7 +68,7 @@ def _render_at_home(summary: Summary) -> Table:
     kinds = list(dict.fromkeys(kind for task in tasks.values() for kind in task.at_home))
     modes = ", ".join(dict.fromkeys(task.personal or "" for task in tasks.values()))
     headings = [f"personal\n({modes})" if kind == PERSONAL else kind.replace(", ", "\n") for kind in kinds]
-    title = f"{summary.run}: each site's own held-out records, with 95 % intervals over their units"
+    title = f"{summary.run}: each site's heads on its own held-out records, mean over sites and all records together"
     table = _new_table(title, ["task"])
     for left in ("metric", "over"):
         table.add_column(left, no_wrap=True)
@@ -79,8 +79,10 @@ def _render_at_home(summary: Summary) -> Table:
         for position, metric in enumerate(own[0].mean):
             mean = [_format_estimate(each.mean[metric], each.mean_intervals.get(metric)) for each in own]
             pooled = [_format_estimate(each.pooled[metric], each.pooled_intervals.get(metric)) for each in own]
-            table.add_row(name if position == 0 else "", metric, "sites (mean)", *mean)
+            table.add_row(name if position == 0 else "", metric, "sites", *mean)
             table.add_row("", "", "records", *pooled)
+    table.caption = "below each metric its 95 % interval over the choice of held-out units"
+    table.caption_justify = "left"
     return table
 
 
@@ -196,7 +198,7 @@ def _format_bytes(value: int | None) -> str:
 
 def _format_estimate(value: float | None, interval: Interval | None) -> str:
     """Returns a metric with its interval on a second line."""
-    return _format_metric(value) + ("" if interval is None else f"\n{interval[0]:.3f} to {interval[1]:.3f}")
+    return _format_metric(value) + ("" if interval is None else f"\n{interval[0]:.3f}..{interval[1]:.3f}")
 
 
 def _format_metric(value: float | None) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from client.personal.evaluate import compare
 from client.protocol.site import Site
-from common.events import ALONE, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
+from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
 from common.privacy.noise import os_entropy
 from common.yaml import load
 from server.reports.tables import render_summary
@@ -25,7 +25,7 @@ def test_each_kind_of_heads_is_judged_at_home_and_averaged(simulation_file: Path
     summary = run(simulation_file, overrides=["personal=fit", "noise_seed=1"], out=out)
     task = summary.tasks["colour"]
     assert task.personal == "fit"
-    assert list(task.at_home) == [FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE]
+    assert list(task.at_home) == [FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE, ALONE_ADAPTED]
     # The federated head is the same everywhere: pooled over sites it is what the summary says of it.
     assert task.at_home[FEDERATED].pooled == task.metrics
     assert task.at_home[FEDERATED].per_site == task.per_site
@@ -40,7 +40,7 @@ def test_each_kind_of_heads_is_judged_at_home_and_averaged(simulation_file: Path
     console = Console(width=140)
     with console.capture() as shown:
         console.print(render_summary(summary))
-    assert "personal" in shown.get() and "95 % intervals" in shown.get()
+    assert "personal" in shown.get() and "95 % interval" in shown.get()
 
 
 def test_without_the_key_nothing_is_compared(simulation_file: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from client.personal.personal_heads import AT_HOME, load_personal_heads, open_pe
 from client.protocol.purge import purge
 from client.protocol.site import Site
 from common import messages
-from common.events import ALONE, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, FileJournal, read_site_journal
+from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, FileJournal, read_site_journal
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.types import BadInput, DigestMismatch, heads_digest
 from common.yaml import write_yaml
@@ -138,7 +138,7 @@ def test_personal_heads_stand_beside_the_others_are_kept_here_and_cost_nothing(t
     result = compare(site)
     assert site.ledger().lines() == before
     assert read_site_journal(config.state_dir / "site.jsonl") == sent
-    assert list(result.tasks["colour"]) == [FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE]
+    assert list(result.tasks["colour"]) == [FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE, ALONE_ADAPTED]
     folder = config.state_dir / "runs" / "run-1"
     kept = load_personal_heads(folder, purpose=AT_HOME)
     assert (kept.mode, kept.final_heads) == (mode, heads_digest(load_final_heads(folder)))
@@ -170,7 +170,7 @@ def test_the_command_adapts_and_shows_personal_heads_with_intervals(tmp_path: Pa
     assert done.exit_code == 0, done.output
     assert "never leaves" in done.stdout
     shown = CliRunner().invoke(app, ["evaluate", str(path)], env={"COLUMNS": "160"})
-    assert "personal (fit)" in shown.stdout and " to " in shown.stdout
+    assert "personal (fit)" in shown.stdout and ".." in shown.stdout
     values = json.loads(CliRunner().invoke(app, ["evaluate", str(path), "--json"]).stdout)
     assert values["personal"] == "fit"
     low, high = values["intervals"]["colour"][PERSONAL]["accuracy"]
