@@ -180,7 +180,10 @@ class MomentsMeasured(Event):
 
     event_name = "moments"
 
-    sites: tuple[str, ...] = Field(description="Names of the sites whose sums were used.")
+    noise_multipliers: Mapping[str, float] = Field(
+        description="Name of each site whose sums were used -> deviation of the noise in all its sums together, in "
+        "units of the longest part of one unit; 0 without privacy."
+    )
     num_sums: Mapping[str, int] = Field(
         description="Name of each sum, a backbone with `.mean` or a task, -> number of sites whose sum was used."
     )

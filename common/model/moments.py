@@ -92,6 +92,16 @@ def select_parts(parts: Mapping[str, float], run: RunConfig, tasks: Mapping[str,
     return {name: factor for name, factor in parts.items() if name in backbones or name in tasks}
 
 
+def compute_noise_multiplier(deviations: Iterable[float]) -> float:
+    """Returns the noise of several sums together, each of which one unit changes by a vector of length 1 at most.
+
+    Args:
+        deviations: deviation of the noise in each; 0 is no privacy.
+    """
+    listed = list(deviations)
+    return 0.0 if not all(listed) else 1.0 / math.sqrt(math.fsum(each**-2 for each in listed))
+
+
 def is_mean(part: str) -> bool:
     """Returns true for the sum of a backbone's features, false for the counts of a task's labels."""
     return part.endswith(_MEAN)

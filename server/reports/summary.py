@@ -23,6 +23,7 @@ from common.events import (
     HomeEvaluated,
     LeftOut,
     MetricsEvaluated,
+    MomentsMeasured,
     RecordsLeftOut,
     RoundEnded,
     RunEnded,
@@ -165,7 +166,10 @@ def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
     sites: dict[str, SiteSummary] = {}
     joined_at: dict[str, int] = {}
     epsilons = _compose_epsilons(
-        {event.site: event for event in select_events(events, SiteJoined)}, rounds, evaluations
+        {event.site: event for event in select_events(events, SiteJoined)},
+        rounds,
+        evaluations,
+        select_events(events, MomentsMeasured),
     )
     for position, event in enumerate(events):
         if isinstance(event, SiteJoined):
@@ -208,9 +212,12 @@ def _mark_rejected(site: SiteSummary | None, reason: str) -> SiteSummary:
 
 
 def _compose_epsilons(
-    joined: Mapping[str, SiteJoined], rounds: Sequence[RoundEnded], evaluations: Sequence[HeadsEvaluated]
+    joined: Mapping[str, SiteJoined],
+    rounds: Sequence[RoundEnded],
+    evaluations: Sequence[HeadsEvaluated],
+    measured: Sequence[MomentsMeasured],
 ) -> dict[str, float | None]:
-    """Returns epsilon of each site's accepted updates and evaluations, from their public numbers; None without privacy.
+    """Returns epsilon of what was accepted of each site, from its public numbers; None without privacy.
 
     A site may have spent more than the coordinator accepted: its own ledger decides, and a simulation replaces this
     number by the ledger's.
@@ -219,14 +226,16 @@ def _compose_epsilons(
         joined: each site's last `SiteJoined`, by its name.
         rounds: the run's rounds.
         evaluations: the run's evaluations.
+        measured: what was released before the first round; of several the last, where a run was resumed before that.
     """
     releases: dict[str, tuple[list[Mechanism], float]] = {}
     for site, event in joined.items():
         plans = [each.sites[site].plan for each in rounds if site in each.sites]
         if plans and all(plan.private for plan in plans):
-            noises = [each.noise_multipliers[site] for each in evaluations if site in each.noise_multipliers]
-            held_out = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
-            releases[site] = ([*(Mechanism.of(plan) for plan in plans), *held_out], event.delta)
+            others: list[HeadsEvaluated | MomentsMeasured] = [*evaluations, *measured[-1:]]
+            noises = [each.noise_multipliers[site] for each in others if site in each.noise_multipliers]
+            beside = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
+            releases[site] = ([*(Mechanism.of(plan) for plan in plans), *beside], event.delta)
     sampled = any(mechanism.sampling_rate < 1.0 for mechanisms, _ in releases.values() for mechanism in mechanisms)
     # Sampled plans are accounted for by Opacus, which loads torch.
     epsilons = run_apart(_compute_each, releases) if sampled else _compute_each(releases)

@@ -30,6 +30,7 @@ from common.events import (
 )
 from common.model.moments import (
     NoisedSum,
+    compute_noise_multiplier,
     count_units,
     count_values,
     fix_heads,
@@ -209,7 +210,10 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
     heads = fix_heads(state.heads, run, tasks, {part: NoisedSum.add(sums) for part, sums in released.items()})
     messenger.journal.write(
         MomentsMeasured(
-            sites=tuple(sorted(names[node] for node in answers.accepted)),
+            noise_multipliers={
+                names[node]: compute_noise_multiplier(reply.deviations.values())
+                for node, (reply, _) in answers.accepted.items()
+            },
             num_sums={part: len(sums) for part, sums in sorted(released.items())},
             heads=heads_digest(heads),
             seconds=round(time.monotonic() - started, 4),

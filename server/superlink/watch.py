@@ -104,7 +104,7 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
             missing = "; ".join(f"{site}: {explain_rejection(reason)}" for site, reason in event.sites.items())
             return f"round {event.round} waits for its quorum, {event.seconds:.0f} s at most: {missing}"
         case MomentsMeasured():
-            return f"features and labels measured at {', '.join(event.sites)}  [{event.seconds:.1f} s]"
+            return f"features and labels measured at {', '.join(event.noise_multipliers)}  [{event.seconds:.1f} s]"
         case RoundEnded():
             return _describe_round(event, rounds)
         case HeadsEvaluated():

@@ -15,6 +15,7 @@ from client.protocol.site import Site
 from common import messages
 from common.events import MomentsMeasured, RunEvent, SiteRejected, select_events
 from common.privacy.noise import os_entropy
+from server.reports.summary import summarize
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome
 from tests.server.rounds.test_loop import federate
@@ -44,8 +45,11 @@ def test_heads_train_with_what_was_measured_and_are_handed_out_for_equal_frequen
     sites = [site_config(tmp_path, name) for name in ("east", "north", "west")]
     outcome, events = run_once(tmp_path, sites)
     (measured,) = select_events(events, MomentsMeasured)
-    assert measured.sites == ("east", "north", "west")
+    assert set(measured.noise_multipliers) == {"east", "north", "west"}
     assert dict(measured.num_sums) == {"backbone.mean": 3, "colour": 3, "size": 3}
+    # The coordinator knows of the first release what the ledger was charged.
+    known = summarize(events).sites["east"].epsilon
+    assert known == pytest.approx(Site(sites[0], os_entropy).ledger().compute_run_epsilon("run-1"), rel=1e-6)
     trained = load_checkpoint(tmp_path / "run-1" / "checkpoint.safetensors").heads
     for task in TASKS:
         assert np.any(trained[task]["fixed.centre"]) and not np.any(outcome.heads[task]["fixed.offset"])
@@ -106,7 +110,7 @@ def test_a_bad_sum_costs_its_sender_its_place_and_nothing_else(
     )
     (rejected,) = [event for event in select_events(events, SiteRejected) if event.stage == "moments"]
     assert rejected.site == "north" and said in rejected.reason
-    assert select_events(events, MomentsMeasured)[0].sites == ("east",)
+    assert set(select_events(events, MomentsMeasured)[0].noise_multipliers) == {"east"}
     assert np.any(outcome.heads["size"]["fixed.centre"])
 
 
