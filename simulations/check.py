@@ -12,6 +12,7 @@ from client.data.records import check_values
 from client.data.sources import open_source
 from client.protocol.requirements import untrained_modules
 from client.solvers import open_solver
+from common.model.moments import list_parts
 from common.plugins import resolve
 from common.run import resolve_backbone_paths
 from common.tasks import Task, open_task
@@ -40,6 +41,7 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")
     solver.plan(privacy, config.unit, run.rounds)
     solver.check_modules(untrained_modules(run, tasks))
+    list_parts(run, tasks)
     for name, task in tasks.items():
         check_values(name, task, config.tasks[name])
     if run.audit == "required" and privacy is None:

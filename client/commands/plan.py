@@ -31,6 +31,8 @@ def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) ->
         if json_:
             print_json(forecasts.as_json(outlook))
         else:
+            for reason in wanted.chosen:
+                typer.echo(f"chosen: {reason}")
             Console().print(forecasts.table([outlook]))
             typer.echo(forecasts.LEGEND)
             for warning in outlook.warnings:

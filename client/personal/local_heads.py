@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import ValidationError
 from torch import nn
 
 from client.data.units import Units
 from client.solvers import Solver
 from client.solvers.parts.moments import release_moments
 from common.model.moments import NoisedSum, count_units, fix_heads, list_parts, select_parts, serve_heads
-from common.model.momentum import Momentum
+from common.model.momentum import read_momentum
 from common.model.parameters import load_parameters, parameters
 from common.privacy.noise import Entropy, NoiseStream
 from common.privacy.shares import plan_moments
@@ -62,10 +61,8 @@ def make_local_steps(run: RunConfig, sizes: Mapping[str, int]) -> ApplyUpdate:
     velocity: dict[str, Params] = {}
 
     def apply_update(group: str, params: Params, change: Params) -> Params:
-        settings = run.aggregation_of(group).settings()
-        try:
-            momentum = Momentum.model_validate({key: settings[key] for key in settings if key != "kind"})
-        except ValidationError:
+        momentum = read_momentum(run, group)
+        if momentum is None:
             return add_update(group, params, change)
         step, kept = momentum.choose_step(sizes[group], 1)
         before = velocity.get(group, {})

@@ -41,6 +41,7 @@ from client.protocol.requirements import (
     untrained_modules,
 )
 from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan, plan_measurement
+from common.model.momentum import read_momentum
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.filters import TOLERANCE
 from common.run import RunConfig
@@ -73,6 +74,8 @@ class RunPlan:
         evaluation_noise: standard deviation of the noise in each of their counts, in units; 0 without any.
         noise_to_signal: of one round at this site.
         run_noise_to_signal: of the whole run, averaged over sites and rounds.
+        logit_noise: deviation of the noise that the whole run adds to a logit, of the task where it is largest; None
+            where the steps do not follow from the noise.
         trunk_parameters: that train of the backbones here, by backbone; empty where they are frozen.
         trunk_noise_to_signal: of one round, the largest of these trunks; 0 without any.
         run_trunk_noise_to_signal: of the whole run, likewise.
@@ -99,6 +102,7 @@ class RunPlan:
     evaluation_noise: float
     noise_to_signal: float
     run_noise_to_signal: float
+    logit_noise: float | None
     trunk_parameters: Mapping[str, int]
     trunk_noise_to_signal: float
     run_trunk_noise_to_signal: float
@@ -155,6 +159,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         evaluation_noise=max((_count_noise(run, tasks, each) for each in evaluations), default=0.0),
         noise_to_signal=per_round,
         run_noise_to_signal=per_round / averaged,
+        logit_noise=_compute_logit_noise(run, {name: sizes[name] for name in tasks}, num_sites),
         trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
         trunk_noise_to_signal=of_trunks,
         run_trunk_noise_to_signal=of_trunks / averaged,
@@ -190,6 +195,8 @@ count noise      standard deviation of the noise in each count of an evaluation,
 noise/signal     of one round: expected length of its noise over that of the largest signal this site could give;
   over the run   the same averaged over all sites and rounds. Where this row is above 1 the result is hopeless and a
                  warning says so; one round may be above 1. Below 1 nothing is promised, for true signals are smaller
+noise on a logit deviation of what the noise of the whole run adds to an output for a record; what training adds is to
+                 be larger. It follows from the settings, and where `auto` chose them it is about 0.5 for any run
 trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
 """What the rows of `table` mean that do not speak for themselves."""
 
@@ -212,6 +219,7 @@ _ROWS: dict[str, Callable[[RunPlan], str]] = {
     "  count noise": lambda each: f"{each.evaluation_noise:.1f}",
     "noise/signal": lambda each: f"{each.noise_to_signal:.2f}",
     "  over the run": lambda each: f"{each.run_noise_to_signal:.2f}",
+    "noise on a logit": lambda each: "-" if each.logit_noise is None else f"{each.logit_noise:.2f}",
 }
 
 _TRUNK_ROWS: dict[str, Callable[[RunPlan], str]] = {
@@ -226,6 +234,21 @@ def _noise_to_signal(plan: Plan, num_parameters: int, size: int) -> float:
     if not plan.private or not size:
         return 0.0
     return plan.noise_multiplier * math.sqrt(num_parameters / plan.steps) / (plan.sampling_rate * size)
+
+
+def _compute_logit_noise(run: RunConfig, sizes: Mapping[str, int], num_sites: int) -> float | None:
+    """Returns the noise on a logit of sites that are like this one, of the task where it is largest; None by default.
+
+    Args:
+        run: the run.
+        sizes: task of the site -> declared number of units.
+        num_sites: number of sites.
+    """
+    if run.requested_privacy is None:
+        return None
+    found = {name: read_momentum(run, name) for name in sizes}
+    noises = [each.compute_logit_noise(num_sites * sizes[name], num_sites) for name, each in found.items() if each]
+    return max(noises, default=None)
 
 
 def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: History, num_tasks: int) -> list[Mechanism]:

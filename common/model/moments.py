@@ -61,6 +61,12 @@ def list_parts(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, float]:
     for name in counted:
         if not isinstance(tasks[name], LabelPrior):
             raise BadInput(f"tasks.{name}.head.prior: expected false for a task of kind {tasks[name].kind}, got true")
+    for name, task in tasks.items():
+        if name not in counted and isinstance(task, ServedPrior) and any(task.served_offset()):
+            raise BadInput(
+                f"tasks.{name}.prior: expected `head: {{prior: true}}` and `moments` beside it, or `solver: {{kind: "
+                "auto}`; another head is for the labels' shares of its training records"
+            )
     if run.moments is None:
         return {}
     trained = sorted(centred & set(run.trainable))

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from common.plugins import Frozen
+from common.run import RunConfig
 
 _MOST_MOMENTUM = 0.97
 
@@ -58,6 +59,33 @@ class Momentum(Frozen):
             middle = (low + high) / 2.0
             low, high = (middle, high) if self.step * compute_reach(middle, self.rounds) < tau else (low, middle)
         return self.step, low
+
+    def compute_logit_noise(self, num_units: float, num_sites: int) -> float:
+        """Returns the deviation of the noise that all rounds add to a logit of a record of length 1.
+
+        Args:
+            num_units: declared number of units of all sites together.
+            num_sites: number of sites.
+        """
+        step, momentum = self.choose_step(num_units, num_sites)
+        # The noise of round t has moved W by step (1 - m^(T - t)) / (1 - m) in the end.
+        left = range(1, self.rounds + 1)
+        reached = (step * (1.0 - momentum**rounds) / (1.0 - momentum) for rounds in left)
+        return self.noise * math.sqrt(num_sites) / num_units * math.hypot(*reached)
+
+
+def read_momentum(run: RunConfig, group: str) -> Momentum | None:
+    """Returns the numbers by which the coordinator chooses a head's steps; None where its aggregator chooses none.
+
+    Args:
+        run: the run.
+        group: name of the head's task, or of a trunk.
+    """
+    settings = run.aggregation_of(group).settings()
+    try:
+        return Momentum.model_validate({key: value for key, value in settings.items() if key != "kind"})
+    except ValidationError:
+        return None
 
 
 def compute_reach(momentum: float, rounds: int) -> float:

@@ -28,6 +28,8 @@ def plan(config: SimulationFile, set_: Set = None, json_: Json = False) -> None:
         if json_:
             typer.echo(json.dumps({"sites": [as_json(each) for each in outlooks]}, indent=2, allow_nan=False))
         else:
+            for reason in loaded.run.chosen:
+                typer.echo(f"chosen: {reason}")
             Console().print(table(outlooks))
             typer.echo(LEGEND)
             warned: dict[str, list[str]] = {}

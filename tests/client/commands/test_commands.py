@@ -259,6 +259,22 @@ def test_noise_to_signal_is_that_of_noise_really_drawn(tmp_path: Path) -> None:
     assert outlook["noise_to_signal"] == pytest.approx(np.linalg.norm(noise, axis=1).mean() / (2 * 40), rel=0.02)
 
 
+def test_a_plan_says_what_auto_chose_and_the_noise_on_a_logit(tmp_path: Path) -> None:
+    values = run_config().model_dump(mode="json", by_alias=True)
+    del values["aggregation"], values["rounds"]
+    values |= {"solver": {"kind": "auto"}, "privacy": {"unit": "example", "delta": DELTA, "target_epsilon": 1.0}}
+    (tmp_path / "auto.yaml").write_text(yaml.safe_dump(values))
+    site = written(tmp_path)
+    shown = invoke("plan", site, tmp_path / "auto.yaml").stdout
+    chosen = [line for line in shown.splitlines() if line.startswith("chosen: ")]
+    assert any("head_sum" in line for line in chosen) and any("rounds 48" in line for line in chosen)
+    outlook = said("plan", site, tmp_path / "auto.yaml")
+    # The rule: about 0.5 on a logit, whatever the settings are.
+    assert outlook["logit_noise"] == pytest.approx(0.5, abs=0.1)
+    assert outlook["run_epsilon"] <= 1.0001
+    assert said("plan", site, run_file(tmp_path))["logit_noise"] is None
+
+
 WIDE = {name: {**task, "head": {"hidden": 5000}} for name, task in TASKS.items()}
 
 

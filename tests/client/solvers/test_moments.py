@@ -146,6 +146,19 @@ def test_a_share_for_nothing_and_nothing_for_a_head_are_refused(changes: dict[st
         list_parts(run, open_tasks(run))
 
 
+def test_a_declared_prior_needs_a_head_that_is_served_for_one() -> None:
+    name = next(name for name, task in SETTINGS["tasks"].items() if task["kind"] == "classification")
+    labels = SETTINGS["tasks"][name]["labels"]
+    prior = {label: (0.5 if label == labels[0] else 0.5 / (len(labels) - 1)) for label in labels}
+    declared = {**SETTINGS["tasks"], name: {**SETTINGS["tasks"][name], "prior": prior}}
+    run = make_run(tasks=declared)
+    list_parts(run, open_tasks(run))
+    plain = {key: {**task, "head": {"bias": False, "centre": True}} for key, task in declared.items()}
+    run = make_run(tasks=plain, moments={"means": 0.1, "counts": 0.0})
+    with pytest.raises(BadInput, match=rf"tasks\.{name}\.prior: expected"):
+        list_parts(run, open_tasks(run))
+
+
 def test_a_mean_that_is_mostly_noise_is_taken_for_zero() -> None:
     rng = np.random.default_rng(0)
     noise = NoisedSum(50.0 * rng.normal(size=256), 50.0, 100.0)

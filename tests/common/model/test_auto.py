@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 
+from common.model.momentum import Momentum
 from common.offers import make_offer
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.filters import calibrate_noise_multiplier
@@ -120,10 +122,20 @@ def test_what_auto_cannot_be_used_with_is_one_sentence(changes: dict[str, Any], 
             open_task(task, name)
 
 
+@pytest.mark.parametrize(("rounds", "units", "sites", "noise"), [(12, 300, 1, 90.0), (48, 5000, 5, 20.0)])
+def test_the_noise_of_a_logit_is_that_of_noise_really_drawn(rounds: int, units: int, sites: int, noise: float) -> None:
+    rule = Momentum(rounds=rounds, step=2.0, noise=noise)
+    step, momentum = rule.choose_step(units, sites)
+    rng = np.random.default_rng(0)
+    velocity, weights = np.zeros(20_000), np.zeros(20_000)
+    for _ in range(rounds):
+        velocity = momentum * velocity + noise * rng.normal(size=(sites, 20_000)).sum(axis=0) / units
+        weights = weights - step * velocity
+    assert rule.compute_logit_noise(units, sites) == pytest.approx(weights.std(), rel=0.03)
+
+
 def test_the_noise_of_a_logit_does_not_depend_on_rounds_or_size() -> None:
     """The rule's promise, by replaying its steps: V and W of noise alone, per unit of a feature vector of length 1."""
-    from common.model.momentum import Momentum
-
     found = []
     for rounds, units, sites, noise in itertools.product((12, 48, 200), (300, 5000), (1, 5), (20.0, 90.0)):
         step, momentum = Momentum(rounds=rounds, step=2.0, noise=noise).choose_step(units, sites)

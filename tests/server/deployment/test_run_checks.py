@@ -76,3 +76,11 @@ def test_a_run_whose_updates_are_larger_than_an_upload_is_refused_beforehand(tmp
     with pytest.raises(BadInput, match=r"at most max_upload_mib .* 1 MiB, got 1\.2 MiB"):
         check_run(federation, path, [])
     check_run(federation, path, ["delta_precision=float16"])
+
+
+def test_a_prior_for_which_no_head_is_served_is_refused_beforehand(four_sites: Federation, tmp_path: Path) -> None:
+    declared = {"kind": "classification", "labels": ["red", "blue"], "prior": {"red": 0.9, "blue": 0.1}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_config(tasks={"colour": declared}).model_dump(mode="json")))
+    with pytest.raises(BadInput, match=r"tasks\.colour\.prior: expected `head: \{prior: true\}`"):
+        check_run(four_sites, path, [])
