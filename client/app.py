@@ -20,6 +20,7 @@ from client.protocol.join import join
 from client.protocol.prepare import finish, keep_part, prepare_run
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import measure, train
+from client.secure_sum.steps import confirm_survivors, make_sum_keys, share_secrets, train_masked, unmask
 from common import messages
 from common.errors import explain_os_error, plain
 from common.events import RequestDeclined
@@ -101,6 +102,26 @@ def make_app(
     @app.train()
     def on_train(message: Message, context: Context) -> Message:
         return answer(message, context, messages.TrainRequest, train)
+
+    @app.query(messages.SUM_KEYS.removeprefix("query."))
+    def on_sum_keys(message: Message, context: Context) -> Message:
+        return answer(message, context, messages.SumKeysRequest, make_sum_keys)
+
+    @app.query(messages.SUM_SHARES.removeprefix("query."))
+    def on_sum_shares(message: Message, context: Context) -> Message:
+        return answer(message, context, messages.SumSharesRequest, share_secrets)
+
+    @app.train(messages.MASKED.removeprefix("train."))
+    def on_masked(message: Message, context: Context) -> Message:
+        return answer(message, context, messages.MaskedRequest, train_masked)
+
+    @app.query(messages.SURVIVORS.removeprefix("query."))
+    def on_survivors(message: Message, context: Context) -> Message:
+        return answer(message, context, messages.SurvivorsRequest, confirm_survivors)
+
+    @app.query(messages.UNMASK.removeprefix("query."))
+    def on_unmask(message: Message, context: Context) -> Message:
+        return answer(message, context, messages.UnmaskRequest, unmask)
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:

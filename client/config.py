@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
+from common.secure_sum.terms import MAX_SITES, SumRules, hash_values
 from common.types import DELTAS, EPSILONS, BadInput, FilterKind, Unit, check_delta
 
 MAIN = "main"
@@ -108,6 +109,44 @@ Personal = Literal["none", "prior", "fit"]
 """Ways in which a site adapts final heads to itself; see docs/personal.md."""
 
 
+class SecureSum(Frozen):
+    """The secure sums that this site takes part in (docs/secure-sum.md). All sites of a federation write the same.
+
+    Attributes:
+        identity: file of this site's private identity key, which `headwater site identity` makes; it never leaves.
+        roster: name of every site, this one among them -> its public identity key, from that site's own staff.
+        min_sites: number of sites without which nothing is unmasked; a run's `cohort.min_sites` is the same.
+        colluding: number of them that may collude with the coordinator; a run's `colluding` is the same.
+    """
+
+    identity: LocalPath
+    roster: Annotated[dict[Name, Digest], Field(min_length=2, max_length=MAX_SITES)]
+    min_sites: PositiveInt
+    colluding: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _leave_honest_sites(self) -> SecureSum:
+        if len(set(self.roster.values())) != len(self.roster):
+            raise ValueError("roster: expected another key for each site, got one twice")
+        if self.min_sites > len(self.roster):
+            raise ValueError(f"min_sites: expected at most the {len(self.roster)} sites of the roster")
+        try:
+            SumRules(self.min_sites, self.colluding)
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def rules(self) -> SumRules:
+        """The rules of every sum."""
+        return SumRules(self.min_sites, self.colluding)
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over the roster and the rules."""
+        return hash_values("site file", self.roster, self.min_sites, self.colluding).hex()
+
+
 class Coordinator(Frozen):
     """Whom a deployed site joins.
 
@@ -146,6 +185,7 @@ class SiteConfig(Frozen):
             number of lines that the shared ledger has.
         personal: heads that the site adapts to itself after the last round, which never leave: none, `prior` (to its
             own label frequencies) or `fit` (and weights of its own, tied to the federated ones).
+        secure_sum: sums of which the coordinator sees nothing but the total; without it such runs are declined.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such
             intervals has passed since its request came. Longer than any answer takes, it hides how long one took; 0: at
@@ -176,6 +216,7 @@ class SiteConfig(Frozen):
     coordinator: Coordinator | None = None
     coordinators: dict[Name, Coordinator] = {}
     personal: Personal = "none"
+    secure_sum: SecureSum | None = None
     own_backbones: list[Spec] = []
     reply_every_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0
     plugins: LocalPath | None = None
@@ -204,6 +245,12 @@ class SiteConfig(Frozen):
     def _refuse_a_second_main(self) -> SiteConfig:
         if MAIN in self.coordinators:
             raise ValueError(f"coordinators.{MAIN}: expected another name, because the one under `coordinator` has it")
+        return self
+
+    @model_validator(mode="after")
+    def _stand_in_the_roster(self) -> SiteConfig:
+        if self.secure_sum is not None and self.name not in self.secure_sum.roster:
+            raise ValueError(f"secure_sum.roster: expected this site, {self.name}, among its names")
         return self
 
     def list_coordinators(self) -> dict[str, Coordinator]:

@@ -57,6 +57,11 @@ JOIN = "query.join"
 PART = "query.part"
 PREPARE = "query.prepare"
 MOMENTS = "query.moments"
+SUM_KEYS = "query.sum_keys"
+SUM_SHARES = "query.sum_shares"
+MASKED = "train.masked"
+SURVIVORS = "query.survivors"
+UNMASK = "query.unmask"
 TRAIN = "train"
 EVALUATE = "evaluate"
 FINISH = "query.finish"
@@ -69,6 +74,8 @@ MAX_TASKS = 1024
 PART_BYTES = 8 << 20
 """A backbone's weights travel in parts of this size; the last one may be shorter."""
 MAX_PARTS = 1024
+MAX_ATTEMPTS = 1000
+"""Attempts at one secure sum."""
 _MAX_LINES = 2**40
 
 DeltaPrecision = Literal["float32", "float16"]
@@ -145,6 +152,11 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicSize = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Attempt = Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)]
+SumKeys = Annotated[str, Field(pattern=r"^[0-9a-f]{256}$")]
+EncryptedShare = Annotated[str, Field(pattern=r"^[0-9a-f]{164}$")]
+SumSignature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+SumShare = Annotated[str, Field(pattern=r"^[0-9a-f]{66}$")]
 Arrays = Annotated[InstanceOf[Heads], _ARRAYS]
 Contribution = Annotated[InstanceOf[Delta], BeforeValidator(_make_delta), _ARRAYS]
 Witness = Annotated[InstanceOf[LedgerWitness], BeforeValidator(_make_witness), AfterValidator(_check_witness)]
@@ -231,6 +243,60 @@ class TrainRequest:
     round: int
     heads: Arrays
     witness: Witness | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SumKeysRequest:
+    """A request for a site's keys of one attempt at a secure sum (docs/secure-sum.md), its first step."""
+
+    run_id: str
+    round: int
+    attempt: Attempt
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SumSharesRequest:
+    """The signed keys of all sites of an attempt; asks for the shares of a site's two secrets."""
+
+    run_id: str
+    round: int
+    attempt: Attempt
+    keys: Mapping[Name, SumKeys]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MaskedRequest:
+    """The other sites' shares for one site; asks for its noised sum over these heads under all masks.
+
+    With another witness it is the same request.
+    """
+
+    run_id: str
+    round: int
+    attempt: Attempt
+    shares: Mapping[Name, EncryptedShare]
+    heads: Arrays
+    witness: Witness | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SurvivorsRequest:
+    """The names of the sites whose masked vectors arrived; asks for a signature of this one list."""
+
+    run_id: str
+    round: int
+    attempt: Attempt
+    survivors: Annotated[tuple[Name, ...], _FROM_JSON]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class UnmaskRequest:
+    """The signatures of the list of survivors; asks for shares that remove the masks from their sum."""
+
+    run_id: str
+    round: int
+    attempt: Attempt
+    signatures: Mapping[Name, SumSignature]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -349,6 +415,66 @@ class MomentsReply:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SumKeysReply:
+    """A site's public keys of one attempt, signed by its identity key, as hex digits, and the digest of its roster."""
+
+    keys: Annotated[SumKeys, Reason("random keys of one attempt and their signature: they depend on no record")]
+    roster: Annotated[
+        Digest, Reason("digest of the names, public keys and rules in the site file: public by declaration")
+    ]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SumSharesReply:
+    """Name of each other site -> encrypted shares of this site's two secrets, as hex digits."""
+
+    shares: Annotated[
+        Mapping[Name, EncryptedShare], Reason("encrypted shares of random secrets: they depend on no record")
+    ]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MaskedReply:
+    """A site's noised sum modulo 2**64 under all masks, and the public numbers it was made with.
+
+    Attributes:
+        masked: Little-endian words of 64 bits.
+        plan: The public numbers of the round; its noise is that of the sum of all sites.
+    """
+
+    masked: Annotated[
+        bytes,
+        Field(min_length=8, max_length=2 * MAX_HEAD_BYTES),
+        _PART,
+        Reason(
+            "charged: a noised sum under masks; what removes them leaves only the sum of at least the number of sites "
+            "in the site file"
+        ),
+    ]
+    plan: Annotated[PublicPlan, Reason("public numbers derived from the request")]
+    witness: Annotated[Witness | None, _WITNESS] = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SurvivorsReply:
+    """A site's signature of the one list of survivors that it confirms, as hex digits."""
+
+    signature: Annotated[SumSignature, Reason("signature of names and of what was received: it depends on no record")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class UnmaskReply:
+    """Name of each site -> this site's share of one of its two secrets, as hex digits."""
+
+    shares: Annotated[
+        Mapping[Name, SumShare],
+        Reason(
+            "shares of random secrets, which remove the masks from the survivors' sum only: they depend on no record"
+        ),
+    ]
+
+
+@dataclass(frozen=True, config=_STRICT)
 class EvaluateReply:
     """Noised sums of held-out units' statistics: task -> "sums" -> vector.
 
@@ -375,8 +501,35 @@ class Declined:
     site: Annotated[Name | Literal[""], Reason("public by declaration in the site file")]
 
 
-Request = JoinRequest | PartRequest | PrepareRequest | MomentsRequest | TrainRequest | EvaluateRequest | FinishRequest
-Reply = JoinReply | Ready | MomentsReply | TrainReply | EvaluateReply | Declined
+SumRequest = SumKeysRequest | SumSharesRequest | MaskedRequest | SurvivorsRequest | UnmaskRequest
+"""The steps of an attempt at a secure sum."""
+Request = (
+    JoinRequest
+    | PartRequest
+    | PrepareRequest
+    | MomentsRequest
+    | TrainRequest
+    | SumKeysRequest
+    | SumSharesRequest
+    | MaskedRequest
+    | SurvivorsRequest
+    | UnmaskRequest
+    | EvaluateRequest
+    | FinishRequest
+)
+Reply = (
+    JoinReply
+    | Ready
+    | MomentsReply
+    | TrainReply
+    | SumKeysReply
+    | SumSharesReply
+    | MaskedReply
+    | SurvivorsReply
+    | UnmaskReply
+    | EvaluateReply
+    | Declined
+)
 Payload = Request | Reply
 _Payload = TypeVar("_Payload")
 
@@ -593,6 +746,6 @@ def from_bytes(data: bytes) -> RecordDict:
     return recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
 
 
-def request_digest(request: MomentsRequest | TrainRequest | EvaluateRequest) -> str:
+def request_digest(request: MomentsRequest | TrainRequest | MaskedRequest | EvaluateRequest) -> str:
     """Returns 64 hex digits that identify a request: equal requests get the identical stored reply."""
     return hashlib.sha256(to_bytes(encode(replace(request, witness=None)))).hexdigest()

@@ -311,6 +311,9 @@ class RunConfig(Frozen):
         privacy: the privacy that the run asks for, or `non_private`.
         aggregation: how updates become new parameters.
         moments: noised sums that sites release before the first round; without it none.
+        trust: `secure_sum`: the coordinator sees only the sum of at least `cohort.min_sites` sites' updates, and each
+            site adds a part of the noise (docs/secure-sum.md); without it each site's update leaves with its own noise.
+        colluding: with `trust: secure_sum`, the number of those sites that may collude with the coordinator.
         cohort: the sites that are asked in a round.
         evaluation: when sites evaluate the heads on held-out units and release noised statistics; without it never.
             Price and noise follow from each site's own file.
@@ -334,6 +337,8 @@ class RunConfig(Frozen):
     privacy: Privacy | Literal["non_private"]
     aggregation: AggregationSpec
     moments: Moments | None = None
+    trust: Literal["secure_sum"] | None = None
+    colluding: Annotated[int, Field(ge=0)] | None = None
     cohort: Cohort = Cohort()
     evaluation: Evaluation | None = None
     delta_precision: Literal["float32", "float16"] = "float32"
@@ -355,7 +360,7 @@ class RunConfig(Frozen):
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_unset(self, handler(self), ("moments",))
+        return drop_unset(self, handler(self), ("moments", "trust", "colluding"))
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -397,6 +402,36 @@ class RunConfig(Frozen):
                 "got none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _sum_securely(self) -> RunConfig:
+        if self.trust is None:
+            if self.colluding is not None:
+                raise ValueError("colluding: expected none without `trust: secure_sum`")
+            return self
+        if self.colluding is None:
+            raise ValueError("colluding: expected the number of sites that may collude with the coordinator, got none")
+        if self.cohort.min_sites - self.colluding < 2:
+            raise ValueError(
+                "cohort.min_sites: expected at least two sites beside the colluding ones in a secure sum, got "
+                f"{self.cohort.min_sites} of which {self.colluding} may collude"
+            )
+        if self.privacy == "non_private":
+            raise ValueError("trust: expected a `privacy` section with secure_sum, whose sums are noised")
+        if self.delta_precision != "float32":
+            raise ValueError("delta_precision: expected float32 with `trust: secure_sum`, which sends whole numbers")
+        if self.cohort.fraction < 1.0:
+            raise ValueError("cohort.fraction: expected 1 with `trust: secure_sum`, which asks all sites in each round")
+        if self.trainable:
+            raise ValueError("trainable: expected nothing with `trust: secure_sum`, which sums heads only")
+        return self
+
+    def count_noises(self, num_sites: int) -> float:
+        """Returns the variance of the noise in the sum of so many sites' updates, in multiples of one site's."""
+        if self.colluding is None:
+            return num_sites
+        # Each adds a share that the sites which surely are honest make up together.
+        return num_sites / (self.cohort.min_sites - self.colluding)
 
     @property
     def requested_privacy(self) -> Privacy | None:

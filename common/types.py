@@ -165,6 +165,7 @@ class DeclineReason(StrEnum):
     SOLVER_NOT_ALLOWED = "solver_not_allowed"
     UNIT_DIFFERS = "unit_differs"
     BUDGET = "budget"
+    TRUST = "trust"
     AUDIT = "audit"
     EVALUATION_LOCAL = "evaluation_local"
     BAD_REQUEST = "bad_request"
@@ -188,6 +189,7 @@ _EXPLANATIONS = {
     DeclineReason.SOLVER_NOT_ALLOWED: "its site file does not allow the solver or its plan",
     DeclineReason.UNIT_DIFFERS: "its budget protects another unit",
     DeclineReason.BUDGET: "its budget does not cover what was asked",
+    DeclineReason.TRUST: "its site file has no secure sums, or other rules or keys for them",
     DeclineReason.AUDIT: "the audit that the run requires did not pass there",
     DeclineReason.EVALUATION_LOCAL: "it evaluates for itself only",
     DeclineReason.BAD_REQUEST: "it found the request invalid; its own log says why",

@@ -11,13 +11,13 @@ from pydantic import BaseModel
 from client.data.records import check_values
 from client.data.sources import open_source
 from client.protocol.requirements import untrained_modules
-from client.solvers import open_solver
+from client.solvers import SummingSolver, open_solver
 from common.model.moments import list_parts
 from common.plugins import resolve
 from common.run import resolve_backbone_paths
 from common.tasks import Task, open_task
 from common.types import BadInput
-from server.rounds.aggregators import open_aggregator
+from server.rounds.aggregators import check_trust, open_aggregator
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.partition import list_sources
 
@@ -36,6 +36,9 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
     solver = open_solver(run.solver, f"{RUN_PREFIX}solver")
     for name in (None, *run.tasks):
         open_aggregator(run.aggregation_of(name), f"{RUN_PREFIX}aggregation")
+    check_trust(run, f"{RUN_PREFIX}aggregation")
+    if run.trust is not None and not isinstance(solver, SummingSolver):
+        raise BadInput(f"run.solver.kind: expected head_sum with `trust: secure_sum`, got {solver.kind}")
     privacy = run.requested_privacy
     if privacy is not None and privacy.unit != config.unit:
         raise BadInput(f"run.privacy.unit: expected the sites' unit {config.unit.value!r}, got {privacy.unit.value!r}")

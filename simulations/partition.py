@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from client.config import Allow, SiteConfig, SiteTask, Split
+from client.config import Allow, SecureSum, SiteConfig, SiteTask, Split
 from client.data.sources import SourceRecord, open_source
 from common.inputs import normalise_patient_id
 from common.plugins import Spec
+from common.run import RunConfig
+from common.secure_sum.identity import format_public_key, write_identity
 from common.types import BadInput, Unit
 from common.yaml import load, write_yaml
 from simulations.config import Keep, Partition, SimulatedTask, SimulationConfig
@@ -56,7 +59,26 @@ def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = F
     layout = _lay_out_natural(config) if config.partition.kind == "natural" else _lay_out_divided(config)
     names = sorted(layout.sources)
     _check_site_names(config, names)
-    return [_write_site(config, layout, name, folder / name, non_private) for name in names]
+    sums = {name: None for name in names} if config.run.trust is None else _make_sums(config.run, names, folder)
+    return [_write_site(config, layout, name, folder / name, sums[name], non_private) for name in names]
+
+
+def _make_sums(run: RunConfig, names: list[str], folder: Path) -> dict[str, SecureSum]:
+    """Returns the section `secure_sum` of each site's file, with a new identity key for each."""
+    assert run.colluding is not None  # The run file has looked.
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.identity" for name in names}
+    roster = {name: format_public_key(write_identity(path)) for name, path in paths.items()}
+    try:
+        return {
+            name: SecureSum(identity=path, roster=roster, min_sites=run.cohort.min_sites, colluding=run.colluding)
+            for name, path in paths.items()
+        }
+    except ValidationError as error:
+        raise BadInput(
+            f"run.cohort.min_sites: expected at most the {len(names)} sites of the partition in a secure sum, and at "
+            f"least 2 sites, got {run.cohort.min_sites}"
+        ) from error
 
 
 def list_sources(config: SimulationConfig) -> dict[str, Spec]:
@@ -77,7 +99,9 @@ def _check_site_names(config: SimulationConfig, names: list[str]) -> None:
                 )
 
 
-def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Path, non_private: bool) -> SiteConfig:
+def _write_site(
+    config: SimulationConfig, layout: Layout, name: str, folder: Path, secure_sum: SecureSum | None, non_private: bool
+) -> SiteConfig:
     folder.mkdir(parents=True)
     tasks = {
         task_name: _make_site_task(task, task_name, name)
@@ -109,6 +133,7 @@ def _write_site(config: SimulationConfig, layout: Layout, name: str, folder: Pat
         evaluation=config.evaluation,
         approval="automatic",
         personal=config.personal,
+        secure_sum=secure_sum,
         ledger_dir=folder / "state" / "ledgers",
         state_dir=folder / "state",
         cache_dir=config.cache_dir,

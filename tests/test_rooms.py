@@ -28,6 +28,7 @@ FLOORS = {
         "solvers",
         "audit",
         "protocol",
+        "secure_sum",
         "personal",
         "connection",
         "monitoring",

@@ -102,6 +102,11 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
         "tasks": ", ".join(f"{name} ({spec.kind}, on {run.backbone_of(name)})" for name, spec in run.tasks.items()),
         "training": f"{run.rounds} round(s), solver {run.solver.kind}{_describe_trainable(run)}",
     }
+    if run.trust is not None:
+        about["trust"] = (
+            f"secure sum: the coordinator sees only the sum of at least {run.cohort.min_sites} sites, of which "
+            f"{run.colluding} may collude with it"
+        )
     if run.requested_privacy is None:
         return {**about, "price": "not private: epsilon is infinite"}
     try:

@@ -463,7 +463,7 @@ class Node:
             self._note(RequestDeclined(reason=DeclineReason.VERSION.value, detail=difference))
             return make_declined_reply(delivery.envelope, DeclineReason.VERSION, self._config.name)
         metadata = delivery.envelope.metadata
-        if metadata.message_type == messages.TRAIN and metadata.run_id in self._too_large:
+        if metadata.message_type in (messages.TRAIN, messages.MASKED) and metadata.run_id in self._too_large:
             self._write_too_large(delivery, f"{self._too_large[metadata.run_id]}; nothing was read or charged")
             return make_declined_reply(delivery.envelope, DeclineReason.TOO_LARGE, self._config.name)
         if self._worker is not None and self._worker.has_ended:

@@ -50,7 +50,7 @@ MAX_CHARGES = 3
 """Charges of one round: the first, and again after a crash."""
 
 
-Charged = messages.MomentsRequest | messages.TrainRequest | messages.EvaluateRequest
+Charged = messages.MomentsRequest | messages.TrainRequest | messages.MaskedRequest | messages.EvaluateRequest
 """A request whose answer is charged."""
 
 
@@ -87,7 +87,7 @@ def answer_once(
                 check_reply(ledger, newest)
             charged = site.config.name_charge(joined.run_id)
             _check_not_overtaken(ledger, joined, charged, request.round)
-            _check_asked_once(ledger, charged, request.round, what, digest)
+            _check_asked_once(ledger, charged, request, what, digest)
             _check_room(ledger, joined, request)
             reply, reservation, num_releases = answer(digest, ledger)
             records = messages.encode(reply)
@@ -139,17 +139,22 @@ def _check_room(ledger: Ledger, joined: Joined, request: Charged) -> None:
     check_room(joined.folder, 2 * num_bytes + _ROOM_BYTES)
 
 
-def _check_asked_once(ledger: Ledger, charged: str, round_: int, what: Purpose, digest: str) -> None:
+def _check_asked_once(ledger: Ledger, charged: str, request: Charged, what: Purpose, digest: str) -> None:
     """A round is answered to one request: else a coordinator could ask it over and over, up to the whole budget.
 
-    Charges that were cut off, by a crash or an error, may be made again a few times.
+    Charges that were cut off, by a crash or an error, may be made again a few times. So may a secure sum, in a new
+    attempt with other masks and other noise; but in one attempt one vector leaves: of two under the same masks the
+    difference would be plain.
 
     Raises:
         SiteDeclined: another request of this round was answered, or it was charged too often.
     """
-    about = (charged, what, round_)
+    about = (charged, what, request.round)
     charges = [charge for charge in ledger.charges() if (charge.run, charge.purpose, charge.round) == about]
-    if any(charge.committed and charge.request != digest for charge in charges):
+    if isinstance(request, messages.MaskedRequest):
+        if any(charge.committed and charge.request == digest for charge in charges):
+            raise SiteDeclined(DeclineReason.BAD_REQUEST, "this attempt's vector left already, and is not stored here")
+    elif any(charge.committed and charge.request != digest for charge in charges):
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "this round was answered already, to another request")
     if len(charges) >= MAX_CHARGES:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, f"this round was charged {MAX_CHARGES} times already")
@@ -171,7 +176,10 @@ class Opened:
 
 
 def open_request(
-    site: Site, joined: Joined, request: messages.TrainRequest | messages.EvaluateRequest, side: Side
+    site: Site,
+    joined: Joined,
+    request: messages.TrainRequest | messages.MaskedRequest | messages.EvaluateRequest,
+    side: Side,
 ) -> Opened:
     """Opens the tasks, parameters and units of a request to a site that has joined and prepared the run.
 

@@ -25,7 +25,9 @@ from client.protocol.site import (
     SiteDeclined,
     check_allowed,
     check_approved,
+    find_sum_rules,
     make_plan,
+    open_member,
     plan_measurement,
     read_first_round,
     run_folder,
@@ -36,6 +38,7 @@ from common.events import BackboneUnusable, RunAudited, RunJoined
 from common.files import private_folder, write_atomic
 from common.offers import Offer
 from common.privacy.accounting import Mechanism
+from common.secure_sum.vectors import make_mechanism
 from common.tasks import Task
 from common.types import (
     BadInput,
@@ -58,6 +61,9 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "no task of the run is configured and allowed here")
     check_allowed(site.config, joined)
     joined = _choose_first_round(site, joined, request.first_round)
+    rules = find_sum_rules(site.config, joined)
+    if rules is not None:
+        open_member(site.config)
     # Before anything about the budget is answered: else offers could bisect what is left of it.
     try:
         check_approved(site, joined.run_id, Offer(request.run, request.backbones).digest, use=False)
@@ -80,7 +86,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         measured = plan_measurement(site.config, joined).plan if joined.first_round == 1 else None
         try:
             ledger.earmark(
-                Mechanism.of(plan.over(rounds)),
+                make_mechanism(plan.over(rounds), rules),
                 run=run,
                 rounds=rounds,
                 before=None if measured is None else Mechanism.of(measured),

@@ -40,7 +40,7 @@ from client.protocol.requirements import (
     refuse_what_takes_too_long,
     untrained_modules,
 )
-from client.protocol.site import Joined, SiteDeclined, check_allowed, make_plan, plan_measurement
+from client.protocol.site import Joined, SiteDeclined, check_allowed, find_sum_rules, make_plan, plan_measurement
 from common.model.momentum import read_momentum
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.filters import TOLERANCE
@@ -138,7 +138,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
     heads = sum(count_trained(modules[name]) for name in tasks)
     per_round = _noise_to_signal(plan, heads, max((sizes[name] for name in tasks), default=0))
     of_trunks = max((_noise_to_signal(plan, width, sizes[name]) for name, width in trunks.items()), default=0.0)
-    averaged = math.sqrt(num_sites * run.rounds)
+    averaged = num_sites * math.sqrt(run.rounds / run.count_noises(num_sites))
     outlook = RunPlan(
         site=config.name,
         tasks=tuple(sorted(tasks)),
@@ -247,7 +247,8 @@ def _compute_logit_noise(run: RunConfig, sizes: Mapping[str, int], num_sites: in
     if run.requested_privacy is None:
         return None
     found = {name: read_momentum(run, name) for name in sizes}
-    noises = [each.compute_logit_noise(num_sites * sizes[name], num_sites) for name, each in found.items() if each]
+    count = run.count_noises(num_sites)
+    noises = [each.compute_logit_noise(num_sites * sizes[name], count) for name, each in found.items() if each]
     return max(noises, default=None)
 
 
@@ -281,6 +282,7 @@ def _declines(config: SiteConfig, joined: Joined, plan: Plan, outlook: RunPlan) 
         found.append("the site would decline: it has none of the run's tasks")
     try:
         check_allowed(config, joined)
+        find_sum_rules(config, joined)
         tasks = joined.tasks(config)
         refuse_what_does_not_fit(joined.run, tasks)
         units = max(joined.sizes(config).values(), default=0)

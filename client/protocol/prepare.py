@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from client.data.prepare import Encoding, prepare
 from client.protocol.site import (
     FINAL_HEADS,
+    SECURE_SUM,
     Joined,
     Site,
     SiteDeclined,
@@ -95,6 +96,7 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     records = messages.encode(request)
     write_atomic(joined.folder / FINAL_HEADS, messages.to_bytes(records))
+    (joined.folder / SECURE_SUM).unlink(missing_ok=True)
     site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
     site.ledger().release(site.config.name_charge(joined.run_id))
     return messages.Ready()

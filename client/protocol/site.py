@@ -17,13 +17,16 @@ from client.ledger.measured import Measured, find_measured
 from client.ledger.older_copy import check_claims, check_replies
 from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
-from client.solvers import Solver, open_solver
+from client.solvers import Solver, SummingSolver, open_solver
 from common.events import FileJournal, Journal, ReplySent, read_site_journal, select_events
 from common.files import private_folder
 from common.model.moments import get_backbone, is_mean, list_parts, select_parts
 from common.offers import parse_offer
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
+from common.secure_sum.attempt import Member
+from common.secure_sum.identity import format_public_key, read_identity
+from common.secure_sum.terms import SumRules
 from common.tasks import Task, open_task
 from common.types import (
     MAX_ROUND_STEPS,
@@ -51,6 +54,9 @@ _MOST_STORED_NOISE = 2.0
 
 _OF_TRAINING = ("head", "scale")
 """Settings of a task that change nothing of how frequent its labels are."""
+
+SECURE_SUM = "secure_sum.json"
+"""File of a run's folder that holds the secrets of its newest secure sum, until the final heads come."""
 
 FINAL_HEADS = "final_heads.bin"
 """File of a run's folder that holds the final heads once they came."""
@@ -342,6 +348,54 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     if solver.private != plan.private or plan.private != (joined.run.requested_privacy is not None):
         raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan
+
+
+def find_sum_rules(config: SiteConfig, joined: Joined) -> SumRules | None:
+    """Returns the rules of a run's secure sums; None in a run that has none.
+
+    Raises:
+        SiteDeclined: this site's file has no secure sums or other rules, the run's solver does not release whole sums,
+            or this site has not all of the run's tasks or came after the first round.
+    """
+    run = joined.run
+    if run.trust is None:
+        return None
+    if config.secure_sum is None:
+        raise SiteDeclined(DeclineReason.TRUST, "the run sums securely, and this site's file has no `secure_sum`")
+    rules = config.secure_sum.rules
+    if (run.cohort.min_sites, run.colluding) != (rules.min_sites, rules.colluding):
+        raise SiteDeclined(
+            DeclineReason.TRUST,
+            f"the run sums at least {run.cohort.min_sites} sites of which {run.colluding} may collude, and this site's "
+            f"file says {rules.min_sites} and {rules.colluding}",
+        )
+    if not isinstance(open_solver(run.solver, "solver"), SummingSolver):
+        raise SiteDeclined(
+            DeclineReason.SOLVER_NOT_ALLOWED, f"solver {run.solver.kind} cannot be summed securely; kind head_sum can"
+        )
+    if set(joined.tasks(config)) != set(run.tasks):
+        raise SiteDeclined(DeclineReason.TRUST, "the run sums securely, and this site has not all of its tasks")
+    if joined.first_round > 1:
+        raise SiteDeclined(DeclineReason.TRUST, "the run sums securely, and this site came after its first round")
+    return rules
+
+
+def open_member(config: SiteConfig) -> Member:
+    """Returns this site as a member of secure sums, with its private identity key.
+
+    Raises:
+        SiteDeclined: the key is missing, or is not the one of this site in the roster.
+    """
+    assert config.secure_sum is not None  # `find_sum_rules` has looked.
+    try:
+        identity = read_identity(config.secure_sum.identity)
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.TRUST, f"secure_sum.identity: {error}") from error
+    if format_public_key(identity) != config.secure_sum.roster[config.name]:
+        raise SiteDeclined(
+            DeclineReason.TRUST, f"secure_sum.roster.{config.name}: expected the public key of secure_sum.identity"
+        )
+    return Member(config.name, identity, config.secure_sum.roster)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
         SiteDeclined: not joined or prepared, heads that do not fit, or a budget that does not cover the plan.
     """
     joined = joined_run(site, request.run_id)
+    if joined.run.trust is not None:
+        raise SiteDeclined(DeclineReason.TRUST, "the run sums securely: no update of this site alone leaves")
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         # Again: several runs may have joined under one approval, before any of them was charged.

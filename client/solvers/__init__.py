@@ -7,7 +7,7 @@ with, so that commands that only plan start fast.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from common.plugins import Spec, resolve
 from common.run import Privacy
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from client.data.units import Units
+    from common.privacy.lattice import Lattice
     from common.privacy.noise import NoiseStream
+    from common.secure_sum.vectors import WholeHeads
 
 
 class Solver(Protocol):
@@ -96,6 +98,41 @@ class Solver(Protocol):
         Raises:
             BadInput: a module cannot be trained as the solver promises.
             RunFailed: training diverged.
+        """
+
+
+@runtime_checkable
+class SummingSolver(Solver, Protocol):
+    """A solver whose update is minus one noised sum of whole numbers, divided by the public size.
+
+    Such updates can be added before anybody sees one of them (`trust: secure_sum` of the run file).
+
+    Law (tests/contracts/test_solvers.py): from the same stream, and on the lattice of the plan, `solve` returns minus
+    `release_whole` times the lattice's spacing, divided by the public sizes.
+    """
+
+    def release_whole(
+        self,
+        modules: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        units: Units,
+        *,
+        plan: Plan,
+        lattice: Lattice,
+        stream: NoiseStream,
+    ) -> WholeHeads:
+        """Returns the sum with noise of deviation 2**`lattice.log2_deviation`, in steps of a lattice.
+
+        Args:
+            modules: parameter group -> module at the start of the round; they are not modified.
+            tasks: task -> its definition.
+            units: the site's training units.
+            plan: the plan of one round.
+            lattice: the lattice, whose noise may be a part of the plan's.
+            stream: the only source of randomness: the noise.
+
+        Raises:
+            BadInput: a module cannot be trained as the solver promises.
         """
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from client.data.units import Units
+    from common.privacy.lattice import Lattice
     from common.privacy.noise import NoiseStream
+    from common.secure_sum.vectors import WholeHeads
 
 
 @final
@@ -112,3 +114,31 @@ class HeadSum(Plugin):
             rates=rates,
             solver=self.kind,
         )
+
+    def release_whole(
+        self,
+        modules: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        units: Units,
+        *,
+        plan: Plan,
+        lattice: Lattice,
+        stream: NoiseStream,
+    ) -> WholeHeads:
+        """Returns the noised sum in steps of a lattice. See `client.solvers.SummingSolver.release_whole`.
+
+        Args:
+            modules: parameter group -> head at the round's start; not modified.
+            tasks: task -> its definition.
+            units: training units.
+            plan: what `plan` returned.
+            lattice: the lattice, whose noise may be a part of the plan's.
+            stream: the only source of randomness: the noise.
+
+        Raises:
+            BadInput: a head is not affine.
+        """
+        from client.solvers.parts.descent import release_sum  # Here: a site that only plans needs no torch.
+
+        del plan  # Its clip norm is the lattice's bound.
+        return release_sum(modules, tasks, units, lattice=lattice, stream=stream, solver=self.kind)

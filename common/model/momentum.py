@@ -41,12 +41,12 @@ class Momentum(Frozen):
     noise: Annotated[float, Field(ge=0)]
     rho: Annotated[float, Field(gt=0)] = 0.5
 
-    def choose_step(self, num_units: float, num_sites: int) -> tuple[float, float]:
+    def choose_step(self, num_units: float, num_sites: float) -> tuple[float, float]:
         """Returns the step eta and the momentum m that give the tau above.
 
         Args:
             num_units: declared number of units of all sites together.
-            num_sites: number of sites.
+            num_sites: number of sites; of a secure sum, the variance of its noise in multiples of one site's.
         """
         deviation = self.noise * math.sqrt(num_sites) / num_units
         tau = self.rho * math.sqrt(self.rounds) / deviation if deviation else math.inf
@@ -60,12 +60,12 @@ class Momentum(Frozen):
             low, high = (middle, high) if self.step * compute_reach(middle, self.rounds) < tau else (low, middle)
         return self.step, low
 
-    def compute_logit_noise(self, num_units: float, num_sites: int) -> float:
+    def compute_logit_noise(self, num_units: float, num_sites: float) -> float:
         """Returns the deviation of the noise that all rounds add to a logit of a record of length 1.
 
         Args:
             num_units: declared number of units of all sites together.
-            num_sites: number of sites.
+            num_sites: number of sites; of a secure sum, the variance of its noise in multiples of one site's.
         """
         step, momentum = self.choose_step(num_units, num_sites)
         # The noise of round t has moved W by step (1 - m^(T - t)) / (1 - m) in the end.

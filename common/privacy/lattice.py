@@ -74,15 +74,20 @@ class Lattice:
     bound: float
 
     @classmethod
-    def of(cls, clip_norm: float, noise_multiplier: float) -> Lattice:
+    def of(cls, clip_norm: float, noise_multiplier: float, *, bound_bits: int = BOUND_BITS) -> Lattice:
         """Returns the lattice of a release.
+
+        Args:
+            clip_norm: C.
+            noise_multiplier: sigma.
+            bound_bits: a unit's part has a norm of at most 2**bound_bits steps, where there is noise enough.
 
         Raises:
             BadInput: the noise is none, or too small or too large for any privacy.
         """
         if not 2.0**-22 <= noise_multiplier <= 2.0**40:
             raise BadInput(f"noise_multiplier: expected {2.0**-22:.0e} to {2.0**40:.0e}, got {noise_multiplier}")
-        exponent = BOUND_BITS + math.floor(math.log2(noise_multiplier))
+        exponent = bound_bits + math.floor(math.log2(noise_multiplier))
         log2_deviation = min(max(exponent, MIN_LOG2), MAX_LOG2)
         spacing = noise_multiplier * clip_norm * 2.0**-log2_deviation
         return cls(spacing, log2_deviation, 2.0**log2_deviation / noise_multiplier)
@@ -117,8 +122,18 @@ class Lattice:
             noise: drawn for this release alone, of deviation 2**log2_deviation.
             stream: the stream it was drawn from, which an audit looks through.
         """
+        return self.add_noise(total, noise, stream).double().mul_(self.spacing)
+
+    def add_noise(self, total: Tensor, noise: NDArray[np.int64], stream: NoiseStream) -> Tensor:
+        """Returns a sum with noise in steps, int64.
+
+        Args:
+            total: the exact sum of units' parts in steps, whole numbers of any type.
+            noise: drawn for this release alone, of deviation 2**log2_deviation.
+            stream: the stream it was drawn from, which an audit looks through.
+        """
         import torch
 
         stream.inspect(total, noise)
         added = torch.from_numpy(noise).to(total.device).view(total.shape)
-        return added.add(total.long()).double().mul_(self.spacing)
+        return added.add(total.long())

@@ -14,7 +14,7 @@ from common.yaml import load
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.federation import Federation
 from server.deployment.preparation import Prepared, prepare_run
-from server.rounds.aggregators import count_required_updates
+from server.rounds.aggregators import check_trust, count_required_updates
 
 _AROUND_UPDATE = 64 << 10
 """Bytes of an update beside its values, generously."""
@@ -37,6 +37,7 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> t
         raise BadInput(
             f"{federation.folder}: no site is admitted; `headwater coordinator admit` each with its public key"
         )
+    check_trust(run, "aggregation")
     needed = max(run.cohort.min_sites, run.cohort.min_replies_per_task)
     if needed > len(sites):
         raise BadInput(f"cohort: expected at most the {len(sites)} admitted site(s) to be needed, got {needed}")
@@ -60,7 +61,9 @@ def _check_sizes(run: RunConfig, heads: Heads, max_upload_mib: int) -> None:
         BadInput: they are larger than a message or an upload may be.
     """
     num_values = sum(array.size for params in heads.values() for array in params.values())
-    sent, received = 4 * num_values, (2 if run.delta_precision == "float16" else 4) * num_values
+    # A secure sum's words have 64 bits.
+    each = 8 if run.trust is not None else 2 if run.delta_precision == "float16" else 4
+    sent, received = 4 * num_values, each * num_values
     if sent > messages.MAX_HEAD_BYTES:
         raise BadInput(
             f"tasks: expected heads and trunks of at most {messages.MAX_HEAD_BYTES >> 20} MiB, got {sent / 2**20:.1f} "

@@ -167,6 +167,7 @@ class Waiting:
         asks_again: whether a silent site is asked again.
         quorum: the replies that are needed.
         since_lost: whether the grace of a site that was away before the request began counts from that time.
+        at_once: whether the request ends with its quorum: more replies are of no use.
     """
 
     timeout_s: float
@@ -175,6 +176,7 @@ class Waiting:
     asks_again: bool = True
     quorum: Quorum = field(default_factory=Quorum)
     since_lost: bool = False
+    at_once: bool = False
 
     @classmethod
     def of(cls, run: RunConfig, quorum: Quorum | None = None) -> Waiting:
@@ -201,7 +203,7 @@ class Waiting:
         """
         if self.quorum.describe_missing(_accepted(inquiries)) is not None:
             return not self.can_be_met(inquiries, started, now)
-        if now >= started + self.timeout_s:
+        if self.at_once or now >= started + self.timeout_s:
             return True
         return all(
             now >= self._grace_until(inquiry, longest_s.get(inquiry.node_id), started)

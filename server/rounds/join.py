@@ -313,6 +313,8 @@ def find_join_problem(
         return "joined with other backbones than its tasks stand on"
     if max(reply.tasks.values()) > MAX_PUBLIC_SIZE:
         return f"declared a public size above {MAX_PUBLIC_SIZE}"
+    if run.trust is not None and set(reply.tasks) != set(run.tasks):
+        return "joined a run of secure sums without all of its tasks"
     return None
 
 

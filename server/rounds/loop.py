@@ -51,7 +51,8 @@ from server.rounds.inquiry import Quorum, Waiting
 from server.rounds.join import RollCall, join_sites, prepare_sites
 from server.rounds.late import LateRollCall
 from server.rounds.messenger import Answers, Messenger, Observe, Participant, Request
-from server.rounds.replies import check_delta, check_moments, check_plan, describe_reasons
+from server.rounds.replies import RoundUpdates, check_delta, check_moments, check_plan, describe_reasons
+from server.rounds.secure_sum import collect_sum
 from server.rounds.witnesses import Witnesses
 
 _Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
@@ -238,17 +239,37 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
         RunInterrupted: the round did not reach its quorum in time.
     """
     started = time.monotonic()
+    collect = _collect_updates if messenger.run.trust is None else collect_sum
+    collected = collect(messenger, participants, state.heads, round_)
+    new, updated = _aggregate(messenger.run, state, collected, round_)
+    messenger.journal.write(
+        RoundEnded(
+            round=round_,
+            sites=collected.accepted,
+            num_updates=collected.counts,
+            updated=tuple(sorted(updated)),
+            heads=heads_digest(new.heads),
+            seconds=round(time.monotonic() - started, 4),
+        )
+    )
+    return new
+
+
+def _collect_updates(
+    messenger: Messenger, participants: Sequence[Participant], heads: Heads, round_: int
+) -> RoundUpdates:
+    """Returns the updates of a cohort, each by itself."""
     sampled = _sample_cohort(messenger.run, participants, round_)
     # A site that owes its update of the round before is not asked for this one: it would pay twice and be used once.
     late = [each for each in participants if each.node_id in messenger.late and each not in sampled]
     cohort = [*sampled, *late]
     quorum = Quorum.of(messenger.run, _groups_of(sampled), _groups_of(late))
-    answers = _ask_to_train(messenger, cohort, state.heads, round_, quorum)
+    answers = _ask_to_train(messenger, cohort, heads, round_, quorum)
     messenger.write_rejected(answers.rejected, _names_of(cohort), "train", round_)
     missing = quorum.describe_missing(answers.accepted)
     if missing is not None:
         raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(answers.rejected, _names_of(cohort))}")
-    by_task: dict[str, list[Weighted]] = {name: [] for name in state.heads}
+    by_group: dict[str, list[Weighted]] = {name: [] for name in heads}
     accepted = {}
     for participant in cohort:
         if participant.node_id not in answers.accepted:
@@ -262,20 +283,9 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
             weights=dict(participant.parameter_groups),
             round=None if answered == round_ else answered,
         )
-        for task, delta in reply.delta.heads.items():
-            by_task[task].append(Weighted(float(participant.parameter_groups[task]), delta))
-    new, updated = _aggregate(messenger.run, state, by_task, round_)
-    messenger.journal.write(
-        RoundEnded(
-            round=round_,
-            sites=accepted,
-            num_updates={task: len(deltas) for task, deltas in by_task.items()},
-            updated=tuple(sorted(updated)),
-            heads=heads_digest(new.heads),
-            seconds=round(time.monotonic() - started, 4),
-        )
-    )
-    return new
+        for group, delta in reply.delta.heads.items():
+            by_group[group].append(Weighted(float(participant.parameter_groups[group]), delta))
+    return RoundUpdates(accepted, by_group, {group: len(deltas) for group, deltas in by_group.items()})
 
 
 def _ask_to_train(
@@ -468,21 +478,19 @@ def _create_initial_state(messenger: Messenger, backbones: Mapping[str, SentBack
     return create_initial_state(messenger.run, messenger.run_id, opened)
 
 
-def _sample_cohort(run: RunConfig, participants: list[Participant], round_: int) -> list[Participant]:
+def _sample_cohort(run: RunConfig, participants: Sequence[Participant], round_: int) -> list[Participant]:
     count = run.cohort.count_asked(len(participants))
     if count >= len(participants):
-        return participants
+        return list(participants)
     cohort = random.Random(f"{run.seed}/{round_}").sample(participants, count)
     return sorted(cohort, key=lambda participant: participant.site)
 
 
-def _aggregate(
-    run: RunConfig, state: Checkpoint, by_task: Mapping[str, list[Weighted]], round_: int
-) -> tuple[Checkpoint, set[str]]:
+def _aggregate(run: RunConfig, state: Checkpoint, collected: RoundUpdates, round_: int) -> tuple[Checkpoint, set[str]]:
     heads, states, updated = dict(state.heads), dict(state.states), set()
     required = count_required_updates(run)
-    for task, deltas in by_task.items():
-        if len(deltas) < required:
+    for task, deltas in collected.by_group.items():
+        if collected.counts[task] < required:
             continue
         aggregator, old = open_aggregator(run.aggregation_of(task), "aggregation"), heads[task]
         new, states[task] = aggregator.update(select_trained(old), states[task], deltas)

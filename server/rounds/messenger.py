@@ -56,7 +56,15 @@ _MALFORMED = (
 """What Flower raises over a reply whose parts are not what they claim to be; a lost connection is none of these."""
 _MAX_PREPARED_AGAIN = 3
 """So often a site may prepare again in a run: a failing disk must not hold every round up."""
-_TIMED = (messages.TRAIN, messages.EVALUATE)
+_TIMED = (
+    messages.TRAIN,
+    messages.EVALUATE,
+    messages.SUM_KEYS,
+    messages.SUM_SHARES,
+    messages.MASKED,
+    messages.SURVIVORS,
+    messages.UNMASK,
+)
 """Requests that are repeated round by round: how long a site took tells how long it will take."""
 
 

@@ -7,7 +7,7 @@ every value is finite; norms are within what the run's plan can reach; the plan 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,10 +15,12 @@ import numpy as np
 from flwr.app import Message
 
 from common import messages
+from common.events import AcceptedUpdate
 from common.flower import ErrorCode
 from common.privacy.update_norm import FAILURE, MAX_TRUE_PER_PUBLIC, check_descent_plan
 from common.run import RunConfig
 from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan, explain_rejection
+from server.rounds.aggregators import Weighted
 
 _Reply = TypeVar("_Reply")
 NOT_APPROVED = f"{DECLINED}{DeclineReason.NOT_APPROVED.value}"
@@ -56,6 +58,21 @@ class Rejected:
     def name(self, names: Mapping[int, str]) -> str:
         """Returns the site's name for a report: as it is known, as it called itself, or its node's number."""
         return names.get(self.node_id) or self.site or f"node {self.node_id}"
+
+
+@dataclass(frozen=True)
+class RoundUpdates:
+    """The updates of a round that can be aggregated.
+
+    Attributes:
+        accepted: site -> facts of its update.
+        by_group: head or trunk -> updates to aggregate; of a secure sum one, for all of its sites.
+        counts: head or trunk -> number of sites whose updates these are.
+    """
+
+    accepted: Mapping[str, AcceptedUpdate]
+    by_group: Mapping[str, Sequence[Weighted]]
+    counts: Mapping[str, int]
 
 
 def describe_reasons(rejected: Iterable[Rejected], names: Mapping[int, str]) -> str:

@@ -51,6 +51,16 @@ ONE_OF_EACH: list[messages.Payload] = [
     messages.EvaluateReply({"task": {"sums": np.arange(3, dtype=np.float32)}}, 2.5, WITNESS),
     messages.MomentsRequest("run"),
     messages.MomentsReply({"one.mean": {"sum": np.arange(3, dtype=np.float32)}}, {"one.mean": 2.5}),
+    messages.SumKeysRequest("run", 2, 1),
+    messages.SumKeysReply("ab" * 128, "d" * 64),
+    messages.SumSharesRequest("run", 2, 1, {"north": "ab" * 128}),
+    messages.SumSharesReply({"south": "cd" * 82}),
+    messages.MaskedRequest("run", 2, 1, {"south": "cd" * 82}, HEADS),
+    messages.MaskedReply(bytes(range(16)), PLAN),
+    messages.SurvivorsRequest("run", 2, 1, ("north", "south")),
+    messages.SurvivorsReply("ef" * 64),
+    messages.UnmaskRequest("run", 2, 1, {"north": "ef" * 64}),
+    messages.UnmaskReply({"north": "01" * 33}),
 ]
 BYTES_OF_VERSION_4 = [
     "fb25af7073aff0e8b159842595c87ec68efb6f9743fc47a7306ada4818701d83",
@@ -69,6 +79,16 @@ BYTES_OF_VERSION_4 = [
     "6730eac10c058652813892fd15e45616644f736c410e971ce3d8354049e53b4f",
     "320c46bbac2da3e448e2a5f01cae41d839ddb73280ae6707dda60c014af92ac9",
     "88d81f63180110cd9a149c4bba748ce8ccfa38b38001c49dcb0db5e0978e3a14",
+    "cb5739b597f3d6c17ba58b4cf8c5d8904560383b5db38642610e59445a60423b",
+    "19318fe20cf34ebe5359f091641f94d93a7bcfe776a673f8ddcdac4d6f1afaec",
+    "b034333787ceb9efbe816735dcc4ddda5816f7d11e74cbeb47ac1c1ef896c019",
+    "cd4326e16a8503ab2a1cce1671bbce0466fbab22d9184ea783ea4a961e5e89f2",
+    "5f69df74542fa4dd790a8d9ac6a8c21546c2deecc542a2c39e176cf2b9e9a5a3",
+    "e706991d6e200421337b551c4b78e8e70ad2ff8c95a027129dba73b2b69a0a4f",
+    "b4f58e2b1d72b4593d10c4c75e5c2716a94c9c8d61afb7686c62c3aa550a0840",
+    "9a3311529e352e4a314e8c5d2c2b5013dcc7857f7a3425ca977381c930cb8e55",
+    "3aebac79a3ca7b429354b4525bb8401b1e0d4f1f700fd24182ea3da807b501f0",
+    "99b3ed36e8d167012ea9eef40b5eb6a1cf344cb99801d34cbf4d9c8656431091",
 ]
 
 
@@ -296,7 +316,9 @@ def with_heads_of(reply: messages.TrainReply, records: RecordDict) -> RecordDict
 
 def test_every_field_a_site_sends_has_one_privacy_reason_and_one_row_in_the_table() -> None:
     reasons = messages.privacy_reasons()
-    assert set(reasons) == {"JoinReply", "Held", "Ready", "MomentsReply", "TrainReply", "EvaluateReply", "Declined"}
+    sums = {"SumKeysReply", "SumSharesReply", "MaskedReply", "SurvivorsReply", "UnmaskReply"}
+    others = {"JoinReply", "Held", "Ready", "MomentsReply", "TrainReply", "EvaluateReply", "Declined"}
+    assert set(reasons) == sums | others
     table = messages.format_privacy_table().splitlines()
     for model, fields in reasons.items():
         assert set(fields) == {field.name for field in dataclasses.fields(getattr(messages, model))}

@@ -24,18 +24,22 @@ from torch import Tensor, nn
 
 from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
-from client.solvers import Solver, open_solver
+from client.solvers import Solver, SummingSolver, open_solver
 from common.model.parameters import create_heads, parameters
 from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism
+from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
 from common.privacy.update_norm import bound_update_norms
 from common.run import Privacy, RunConfig
+from common.secure_sum.terms import SumRules
+from common.secure_sum.vectors import choose_lattice, flatten_whole
 from common.tasks import Task, open_task
 from common.types import BadInput, Delta, Plan, Unit
 from common.yaml import parse
 
 KINDS = kinds("client.solvers")
+SUMMING = [kind for kind in KINDS if hasattr(plugin_class("client.solvers", kind), "release_whole")]
 PRIVATE = [kind for kind in KINDS if plugin_class("client.solvers", kind).private]
 FEATURES, DEAD = 6, 150
 PRIVACY = Privacy(unit=Unit.PATIENT, delta=1e-5, noise_multiplier=0.7)
@@ -429,6 +433,44 @@ def test_a_coin_decides_whether_a_unit_moves_the_heads(kind: str) -> None:
     assert released_sum(kind, site(SOME), plan, 2) == pytest.approx(
         released_sum(kind, site(sampled), everyone, 1), abs=1e-5
     )
+
+
+def release_whole(kind: str, people: list[Person], lattice: Lattice, stream: NoiseStream) -> np.ndarray:
+    solver = solver_of(kind)
+    assert isinstance(solver, SummingSolver)
+    whole = solver.release_whole(
+        heads_of(kind), tasks_of(kind), site(people), plan=plan_of(kind), lattice=lattice, stream=stream
+    )
+    return flatten_whole(whole)
+
+
+@pytest.mark.parametrize("kind", SUMMING)
+def test_whole_sums_are_the_update_before_it_is_divided(kind: str) -> None:
+    plan = plan_of(kind)
+    assert plan.clip_norm is not None
+    lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
+    whole = release_whole(kind, SOME, lattice, NoiseStream(KEY))
+    update = flat(solve(kind, site(SOME), plan, NoiseStream(KEY), public_size=8))
+    assert np.array_equal((whole * (-lattice.spacing / 8)).astype(np.float32), update.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", SUMMING)
+@settings(max_examples=20, deadline=None)
+@given(people=st.lists(PEOPLE, max_size=4), more=PEOPLE)
+def test_one_unit_more_moves_a_whole_sum_by_at_most_the_lattices_bound(
+    kind: str, people: list[Person], more: Person
+) -> None:
+    """In Python's integers: on the coarser lattice of a secure sum too, with no tolerance."""
+    lattice = choose_lattice(plan_of(kind), SumRules(5, 1))
+    one = release_whole(kind, people, lattice, SilentStream(KEY))
+    two = release_whole(kind, [*people, more], lattice, SilentStream(KEY))
+    alone = release_whole(kind, [more], lattice, SilentStream(KEY))
+    assert np.array_equal(two - one, alone)
+    assert sum(int(value) ** 2 for value in alone) <= int(lattice.bound) ** 2
+    noise = release_whole(kind, [*people, more], lattice, NoiseStream(KEY)) - two
+    # A bias is drawn after its weights, and stands before them here.
+    drawn = NoiseStream(KEY).rounded_gaussian(len(two), lattice.log2_deviation)
+    assert np.array_equal(np.sort(noise), np.sort(drawn))
 
 
 @pytest.mark.parametrize("kind", KINDS)

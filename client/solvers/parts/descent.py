@@ -74,12 +74,7 @@ def descend(
     weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
     has_decay = any(group.weight_decay for group in rates.values())
     velocity = torch.zeros_like(weights)
-    inputs = {
-        name: Inputs.from_records(
-            head, objective.select_usable_records(units.tasks[name]), units.num_units, tasks[name].scale
-        )
-        for name, head in flat.heads.items()
-    }
+    inputs = _open_inputs(flat, tasks, units)
     widths = {name: len(parts[0]) for name, parts in flat.views(weights).items()}
     output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
     total = torch.zeros_like(weights, dtype=choose_total_type(inputs, units.num_units))
@@ -103,6 +98,54 @@ def descend(
             velocity = velocity.mul_(momentum).add_(step) if momentum else step
             weights.sub_(velocity * learning_rate)
     return objective.check_update(flat.split_by_task((weights - start).float()))
+
+
+def release_sum(
+    modules: Mapping[str, nn.Module],
+    tasks: Mapping[str, Task],
+    units: Units,
+    *,
+    lattice: Lattice,
+    stream: NoiseStream,
+    solver: str,
+) -> dict[str, dict[str, NDArray[np.int64]]]:
+    """Returns the sum of all units' clipped gradients with noise, as whole numbers in steps of a lattice.
+
+    Args:
+        modules: task -> head.
+        tasks: task -> its definition.
+        units: training units.
+        lattice: the lattice, with the clip norm as its bound.
+        stream: source of the noise.
+        solver: kind of the solver, for messages.
+
+    Raises:
+        BadInput: a head is not affine.
+        RunFailed: the heads' weights are too large for exact products.
+    """
+    check_affine(modules, solver)
+    check_unit_count(units.num_units)
+    flat = Flat.from_heads(modules)
+    parts = flat.views(round_weights(flat.copy_parameters()))
+    _check_weights(parts)
+    inputs = _open_inputs(flat, tasks, units)
+    output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
+    total = torch.zeros_like(flat.copy_parameters(), dtype=choose_total_type(inputs, units.num_units))
+    sums = flat.views(total)
+    noise = stream.rounded_gaussian(len(total), lattice.log2_deviation)
+    with torch.no_grad():
+        for block in split_blocks(inputs, units.num_units, {name: len(own[0]) for name, own in parts.items()}):
+            add_clipped_parts(block, parts, output_gradients, lattice, sums)
+        return flat.split_by_task(lattice.add_noise(total, noise, stream))
+
+
+def _open_inputs(flat: Flat, tasks: Mapping[str, Task], units: Units) -> dict[str, Inputs]:
+    return {
+        name: Inputs.from_records(
+            head, objective.select_usable_records(units.tasks[name]), units.num_units, tasks[name].scale
+        )
+        for name, head in flat.heads.items()
+    }
 
 
 def _check_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:

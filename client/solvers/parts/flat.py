@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from common.types import Heads
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Flat:
         ]
         return torch.cat(per_task).to(device)
 
-    def split_by_task(self, vector: Tensor) -> Heads:
+    def split_by_task(self, vector: Tensor) -> dict[str, dict[str, NDArray[Any]]]:
         """Returns task -> parameter -> its part of a vector, in its own shape."""
         parts = iter(torch.split(vector.cpu(), self.sizes))
         return {

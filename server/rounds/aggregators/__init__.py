@@ -12,7 +12,7 @@ from pydantic import Field
 
 from common.plugins import Plugin, Spec, resolve
 from common.run import RunConfig
-from common.types import Params
+from common.types import BadInput, Params
 
 State = Mapping[str, Params]
 """What an aggregator keeps between rounds for one task: name -> arrays; goes into the checkpoint."""
@@ -25,12 +25,13 @@ class Weighted:
     Attributes:
         weight: positive; the site's declared public size.
         delta: new minus old parameters, by name.
-        sites: number of sites whose changes it is the weighted mean of, each with noise of its own.
+        sites: number of sites whose changes it is the weighted mean of, each with noise of its own; of a secure sum,
+            the variance of its noise in multiples of one site's.
     """
 
     weight: float
     delta: Params
-    sites: int = 1
+    sites: float = 1
 
 
 class Aggregator(Protocol):
@@ -106,6 +107,19 @@ def open_aggregator(spec: Spec | Mapping[str, Any], key: str) -> Aggregator:
     """
     aggregator: Aggregator = resolve("server.rounds.aggregators", spec, key)
     return aggregator
+
+
+def check_trust(run: RunConfig, key: str) -> None:
+    """Checks that an aggregation does with the sum of all updates where that is all that the coordinator sees.
+
+    Raises:
+        BadInput: it compares updates with each other.
+    """
+    if run.trust is not None and not open_aggregator(run.aggregation_of(None), key).needs_sum:
+        raise BadInput(
+            f"{key}.kind: expected a kind that needs only the sum of updates with `trust: secure_sum`, which hides "
+            f"each of them, got {run.aggregation.kind}; take mean, fedadam or heavy_ball"
+        )
 
 
 def count_required_updates(run: RunConfig) -> int:
