@@ -315,7 +315,11 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
                 DeclineReason.BACKBONE_NOT_ALLOWED, f"the digest of {joined.run.backbone_key(name)} is not allowed here"
             )
     if allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
-        raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "the solver is not allowed here")
+        kind = joined.run.solver.kind
+        raise SiteDeclined(
+            DeclineReason.SOLVER_NOT_ALLOWED,
+            f"solver {kind} is not allowed here; `allow.solvers` of the site file lists {', '.join(allow.solvers)}",
+        )
     asked = joined.run.requested_privacy
     if asked is None and not allow.non_private:
         raise SiteDeclined(

@@ -23,6 +23,7 @@ from client.protocol.site import (
 )
 from client.solvers import open_solver
 from common import messages
+from common.events import ReplyResent
 from common.privacy.accounting import Mechanism
 from common.privacy.noise import open_stream
 from common.process.threads import steady_time
@@ -84,7 +85,10 @@ def measure(site: Site, request: messages.MomentsRequest) -> RecordDict:
     if asked.plan is None:
         ledger = site.ledger()
         check_witness(ledger, request.witness)
-        return messages.encode(_make_moments_reply(asked.stored, ledger.make_witness()))
+        records = messages.encode(_make_moments_reply(asked.stored, ledger.make_witness()))
+        size = messages.encoded_size(records)
+        site.journal.write(ReplyResent(run_id=joined.run_id, round=request.round, purpose=TRAINING, size_bytes=size))
+        return records
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         plan = asked.plan
