@@ -46,6 +46,8 @@ class Partition(Frozen):
         by: a task, with `dirichlet`; a column, with `column`.
         sites: site name -> its own sources by name, with `natural`.
         divide: source name -> site name -> what the site keeps of its part, with `natural`.
+        thin: source name -> column -> cell -> part of the training records with this cell that the sites have together;
+            of records that are held out none is left out. It makes a set with rare labels of a balanced one.
         split: how units are held out: `hash` of the unit's id, the `source`'s own split, or `stratified` by label.
         test_fraction: part of the units that are held out.
         seed: seed of the division.
@@ -57,6 +59,7 @@ class Partition(Frozen):
     by: str | None = None
     sites: dict[Name, dict[Name, Spec]] | None = None
     divide: dict[Name, Annotated[dict[Name, Keep], Field(min_length=1)]] = {}
+    thin: dict[Name, dict[str, dict[str, Annotated[float, Field(gt=0, lt=1)]]]] = {}
     split: Literal["source", "hash", "stratified"] = "hash"
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     seed: int = 0
@@ -71,6 +74,10 @@ class Partition(Frozen):
         }[self.kind]
         if self.divide and self.kind != "natural":
             raise ValueError(f"partition.divide: expected it in kind natural, got {self.kind!r}")
+        if self.thin and self.split != "source":
+            raise ValueError(
+                f"partition.thin: expected `split: source`, which says what to train on, got {self.split!r}"
+            )
         for field in needed:
             if getattr(self, field) is None:
                 raise ValueError(f"partition.{field}: expected a value for kind {self.kind!r}, got nothing")
@@ -195,10 +202,11 @@ class SimulationConfig(Frozen):
         for name in self.run.tasks:
             if name not in self.tasks:
                 raise ValueError(f"tasks.{name}: expected where this task's labels are, got nothing")
-        unknown = sorted(set(self.partition.divide) - set(self.sources))
-        if unknown:
-            known = ", ".join(self.sources) or "none"
-            raise ValueError(f"partition.divide.{unknown[0]}: expected one of the file's sources ({known})")
+        for key in ("divide", "thin"):
+            unknown = sorted(set(getattr(self.partition, key)) - set(self.sources))
+            if unknown:
+                known = ", ".join(self.sources) or "none"
+                raise ValueError(f"partition.{key}.{unknown[0]}: expected one of the file's sources ({known})")
         self.pretrained_backbone()
         if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
             raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")

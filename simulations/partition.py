@@ -182,7 +182,8 @@ def _lay_out_natural(config: SimulationConfig) -> Layout:
     layout = {site: dict(sources) for site, sources in own.items()}
     for name, sites in config.partition.divide.items():
         index = _load_index(config.sources[name], f"sources.{name}")
-        for site, positions in _deal_evenly(config, index, list(sites)).items():
+        groups = _list_groups(config, name, index)
+        for site, positions in _deal_evenly(config.partition, index, groups, list(sites)).items():
             kept = _select_kept(index, positions, sites[site], f"partition.divide.{name}.{site}")
             layout.setdefault(site, {})[name] = config.sources[name]
             rows.setdefault(site, {})[name] = _add_splits(config, name, index, kept)
@@ -220,7 +221,7 @@ def _lay_out_divided(config: SimulationConfig) -> Layout:
     rows: Assignment = {}
     for name, spec in config.sources.items():
         index = _load_index(spec, f"sources.{name}")
-        groups = _group_by_unit(index, config.unit)
+        groups = _list_groups(config, name, index)
         for site, positions in _assign(config, name, index, groups).items():
             rows.setdefault(site, {})[name] = _add_splits(config, name, index, positions)
     return Layout({site: config.sources for site in rows}, rows)
@@ -228,6 +229,23 @@ def _lay_out_divided(config: SimulationConfig) -> Layout:
 
 def _load_index(spec: Spec, key: str) -> list[SourceRecord]:
     return open_source(spec, key).open().index()
+
+
+def _list_groups(config: SimulationConfig, name: str, index: list[SourceRecord]) -> list[list[int]]:
+    """Returns groups of positions that stay together, without those of a source that `partition.thin` leaves out."""
+    groups = _group_by_unit(index, config.unit)
+    left_out: set[int] = set()
+    for column, parts in config.partition.thin.get(name, {}).items():
+        for cell, part in parts.items():
+            rows = [
+                at for at, record in enumerate(index) if record.split == "train" and record.cells.get(column) == cell
+            ]
+            if not rows:
+                raise BadInput(f"partition.thin.{name}.{column}.{cell}: expected training records with it, got none")
+            rng = np.random.default_rng([config.partition.seed, len(rows)])
+            left_out |= {rows[i] for i in rng.permutation(len(rows))[max(1, round(part * len(rows))) :]}
+    kept = [[position for position in group if position not in left_out] for group in groups]
+    return [group for group in kept if group]
 
 
 def _group_by_unit(index: list[SourceRecord], unit: Unit) -> list[list[int]]:
@@ -251,7 +269,7 @@ def _assign(
     width = len(str(partition.num_sites))
     names = [f"site-{number:0{width}d}" for number in range(1, partition.num_sites + 1)]
     if partition.kind == "iid":
-        return _deal_evenly(config, index, names)
+        return _deal_evenly(partition, index, groups, names)
     chosen: dict[str, list[int]] = {name: [] for name in names}
     proportions: dict[str, np.ndarray] = {}
     for side, groups_there in _split_groups(partition, index, groups).items():
@@ -277,12 +295,14 @@ def _split_groups(
     return dict(sorted(parts.items()))
 
 
-def _deal_evenly(config: SimulationConfig, index: list[SourceRecord], names: Sequence[str]) -> dict[str, list[int]]:
+def _deal_evenly(
+    partition: Partition, index: list[SourceRecord], groups: list[list[int]], names: Sequence[str]
+) -> dict[str, list[int]]:
     """Returns site name -> positions, dealt out unit by unit after shuffling."""
     chosen: dict[str, list[int]] = {name: [] for name in names}
-    for side, groups in _split_groups(config.partition, index, _group_by_unit(index, config.unit)).items():
-        rng = np.random.default_rng([config.partition.seed, len(side)])
-        order = [groups[i] for i in rng.permutation(len(groups))]
+    for side, groups_there in _split_groups(partition, index, groups).items():
+        rng = np.random.default_rng([partition.seed, len(side)])
+        order = [groups_there[i] for i in rng.permutation(len(groups_there))]
         for number, name in enumerate(names):
             chosen[name] += [position for group in order[number :: len(names)] for position in group]
     return chosen

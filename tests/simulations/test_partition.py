@@ -119,6 +119,40 @@ def test_a_stratified_split_keeps_the_labels_shares(tmp_path: Path, table: Path)
             assert sides.count("test") == pytest.approx(0.25 * len(sides), abs=1)
 
 
+def read_cells(table: Path) -> list[dict[str, str]]:
+    with table.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("unit", ["example", "patient"])
+def test_a_thinned_cell_keeps_its_part_of_the_training_records_and_all_that_are_held_out(
+    tmp_path: Path, table: Path, unit: str
+) -> None:
+    partition = {"kind": "iid", "num_sites": 4, "split": "source", "thin": {"rows": {"colour": {"red": 0.25}}}}
+    cells = read_cells(table)
+    everything = Counter((row["colour"], row["side"]) for row in cells)
+    kept = []
+    for seed in (0, 0, 1):
+        sites = build_sites(simulation(table, {**partition, "seed": seed}, unit=unit), tmp_path / f"{unit}-{len(kept)}")
+        rows = [row for site in sites for row in rows_of(site)]
+        assert len(rows) == len(set(rows))
+        kept.append(sorted(number for number, _ in rows))
+        counted = Counter((cells[number - 1]["colour"], side) for number, side in rows)
+        assert counted == {**everything, ("red", "train"): everything["red", "train"] // 4}
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_thinning_that_leaves_nothing_out_is_refused(tmp_path: Path, table: Path) -> None:
+    partition = {"kind": "iid", "num_sites": 4, "split": "source"}
+    config = simulation(table, {**partition, "thin": {"rows": {"colour": {"pink": 0.5}}}})
+    with pytest.raises(BadInput, match=r"^partition\.thin\.rows\.colour\.pink: expected training records with it"):
+        build_sites(config, tmp_path / "sites")
+    with pytest.raises(BadInput, match=r"^partition\.thin\.others: expected one of the file's sources \(rows\)"):
+        simulation(table, {**partition, "thin": {"others": {"colour": {"red": 0.5}}}})
+    with pytest.raises(BadInput, match=r"partition\.thin: expected `split: source`"):
+        simulation(table, {**partition, "split": "hash", "thin": {"rows": {"colour": {"red": 0.5}}}})
+
+
 def test_a_partition_is_reproducible_and_depends_on_its_seed(tmp_path: Path, table: Path) -> None:
     def held(folder: str, seed: int) -> list[list[tuple[int, str]]]:
         config = simulation(table, {**PARTITIONS[0], "seed": seed})
