@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from common.backbones import declares_public_mean
 from common.plugins import Spec
 from common.privacy.filters import calibrate_noise_multiplier
 from common.privacy.shares import keep_for_rounds
@@ -75,10 +76,14 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     trains_network = bool(values.get("trainable")) or any(_has_hidden_layer(spec) for spec in tasks.values())
     adjusted = {name for name, task in opened.items() if isinstance(task, LabelPrior)}
     chosen = {"rounds": rounds, **values, "tasks": {**_as_mapping(values.get("tasks"))}}
+    heads = {}
     for name in sorted(adjusted):
-        head = {"bias": False, "centre": True, "prior": True, **_as_mapping(tasks[name].get("head"))}
-        chosen["tasks"][name] = {**tasks[name], "head": head}
-    moments = Moments(means=MEANS, counts=COUNTS) if adjusted else None
+        centre = not _has_public_mean(values, tasks[name])
+        heads[name] = {"bias": False, "centre": centre, "prior": True, **_as_mapping(tasks[name].get("head"))}
+        chosen["tasks"][name] = {**tasks[name], "head": heads[name]}
+    means = MEANS if any(head["centre"] for head in heads.values()) else 0.0
+    counts = COUNTS if any(head["prior"] for head in heads.values()) else 0.0
+    moments = Moments(means=means, counts=counts) if means or counts else None
     if moments is not None:
         chosen["moments"] = moments.model_dump()
     clip_norm = _choose_clip_norm(opened)
@@ -95,6 +100,13 @@ def _as_mapping(value: Any) -> Mapping[str, Any]:
 
 def _open(name: str, spec: Mapping[str, Any]) -> Task:
     return open_task({key: value for key, value in spec.items() if key != "backbone"}, f"tasks.{name}")
+
+
+def _has_public_mean(values: Mapping[str, Any], task: Mapping[str, Any]) -> bool:
+    """Returns true for a task on a backbone whose features are centred by a declared public mean."""
+    several = _as_mapping(values.get("backbones"))
+    spec = values.get("backbone") or several.get(task.get("backbone") or next(iter(several), ""))
+    return declares_public_mean(_as_mapping(spec))
 
 
 def _read_privacy(value: Any) -> Privacy | None:
@@ -155,8 +167,7 @@ def _explain(chosen: Mapping[str, Any], adjusted: Collection[str], trains_networ
         f"site's sum has noise of deviation {aggregation['noise']:g}"
     )
     if moments is not None:
-        reasons.append(
-            f"moments: {moments['means']:.0%} of the run's mu^2 measure the mean of features and "
-            f"{moments['counts']:.0%} the labels' frequencies, for {', '.join(sorted(adjusted))}"
-        )
+        parts = {"the mean of features": moments["means"], "the labels' frequencies": moments["counts"]}
+        measured = " and ".join(f"{part:.0%} of the run's mu^2 measure {what}" for what, part in parts.items() if part)
+        reasons.append(f"moments: {measured}, for {', '.join(sorted(adjusted))}")
     return tuple(reasons)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from client.data.units import TaskRecords, Units
 from client.solvers.parts.moments import release_moments
-from common.model.moments import NoisedSum, compute_centre, list_parts
+from common.model.moments import CENTRE, OFFSET, NoisedSum, compute_centre, fix_heads, list_parts
 from common.privacy.noise import NoiseStream
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
@@ -165,3 +165,53 @@ def test_a_mean_that_is_mostly_noise_is_taken_for_zero() -> None:
     assert np.linalg.norm(compute_centre(noise)) < 0.35 * np.linalg.norm(noise.values / noise.units)
     clear = NoisedSum(np.r_[80.0, np.zeros(255)] + 0.1 * rng.normal(size=256), 0.1, 100.0)
     assert compute_centre(clear)[0] == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_head_whose_labels_are_equally_frequent_subtracts_the_mean_and_one_with_a_rare_label_less() -> None:
+    run = parse(RunConfig, SETTINGS, base=Path.cwd())
+    tasks = {name: open_task(spec, name) for name, spec in run.tasks.items()}
+    mean_D = np.linspace(0.1, 0.3, DIM)
+    heads = {"grade": {CENTRE: np.zeros(DIM, np.float32), OFFSET: np.zeros(3, np.float32)}}
+
+    def find_centre(*counts: float) -> np.ndarray:
+        sums = {"one.mean": NoisedSum(100 * mean_D, 0.0, 100.0), "grade": NoisedSum(np.array(counts), 0.0, 100.0)}
+        return fix_heads(heads, run, tasks, sums)["grade"][CENTRE]
+
+    np.testing.assert_allclose(find_centre(30.0, 30.0, 30.0), mean_D, rtol=1e-6)
+    parts = [find_centre(45.0, 45.0, rare) / mean_D for rare in (30.0, 10.0, 1.0)]
+    for part in parts:
+        np.testing.assert_allclose(part, part[0], rtol=1e-6)
+    assert 1.0 > parts[0][0] > parts[1][0] > parts[2][0] > 0.5
+    alone = fix_heads(heads, run, tasks, {"one.mean": NoisedSum(100 * mean_D, 0.0, 100.0)})
+    np.testing.assert_allclose(alone["grade"][CENTRE], mean_D, rtol=1e-6)
+
+
+def test_with_a_rare_label_a_head_without_a_bias_finds_both_labels() -> None:
+    settings = {**SETTINGS, "tasks": {"only": {"kind": "classification", "labels": ["n", "y"], "head": HEAD}}}
+    run = parse(RunConfig, {**settings, "backbone": {"kind": "identity", "dim": 8}, "backbones": None}, base=Path.cwd())
+    task = open_task(run.tasks["only"], "only")
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(2000) % 10 == 0).long()
+    features = 0.25 * torch.randn(2000, 8, generator=generator)
+    features[:, 0] += 1.0
+    features[:, 1] += 0.8 * labels
+    lengths = features / features.norm(dim=1, keepdim=True)
+    sums = {
+        "backbone.mean": NoisedSum(lengths.double().sum(0).numpy(), 0.0, 2000.0),
+        "only": NoisedSum(np.array([1800.0, 200.0]), 0.0, 2000.0),
+    }
+    head = task.head(8)
+    start = {name: value.detach().numpy() for name, value in head.state_dict().items()}
+    fixed = fix_heads({"only": start}, run, {"only": task}, sums)["only"]
+    found = {}
+    for name, centre_D in (("whole", compute_centre(sums["backbone.mean"])), ("part", fixed[CENTRE])):
+        values = {**fixed, CENTRE: np.asarray(centre_D, np.float32)}
+        head.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in values.items()})
+        optimizer = torch.optim.SGD(head.parameters(), lr=2.0, momentum=0.9)
+        for _ in range(48):
+            optimizer.zero_grad()
+            task.losses(head(features), labels).mean().backward()
+            optimizer.step()
+        predicted = (head(features).detach() - torch.from_numpy(fixed[OFFSET])).argmax(1)
+        found[name] = np.mean([(predicted[labels == label] == label).float().mean() for label in (0, 1)])
+    assert found["part"] > found["whole"] + 0.03

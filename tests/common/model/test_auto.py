@@ -74,6 +74,24 @@ def test_what_is_chosen_is_concrete_and_the_same_when_it_is_read_again() -> None
     assert make_offer(again, {"backbone": backbone()}) == make_offer(run, {"backbone": backbone()})
 
 
+def test_a_declared_public_mean_is_not_measured_again() -> None:
+    public = {**AUTO["backbone"], "projection": {"shift": {"public": "mean.safetensors"}, "normalize": True}}
+    run = auto(backbone=public)
+    assert run.moments is not None and run.moments.means == 0.0 < run.moments.counts
+    assert not any(open_task(spec, name).head_settings.centre for name, spec in run.tasks.items())
+    assert "the labels' frequencies" in run.chosen[-1] and "mean" not in run.chosen[-1]
+    named = {name: {**task, "backbone": "public"} for name, task in TASKS.items()}
+    first = next(iter(named))
+    both = auto(
+        backbone=None,
+        backbones={"public": public, "plain": AUTO["backbone"]},
+        tasks={**named, first: {**named[first], "backbone": "plain"}},
+    )
+    assert both.moments is not None and both.moments.means > 0.0
+    centred = {name for name, spec in both.tasks.items() if open_task(spec, name).head_settings.centre}
+    assert centred == {first}
+
+
 def test_the_offer_of_a_run_that_uses_no_new_key_names_none() -> None:
     offer = make_offer(run_config(), {"backbone": backbone()})
     assert "moments" not in offer and set(offer["aggregation"]) == {"kind"}
