@@ -28,7 +28,8 @@ class Solver(Protocol):
 
     Law (tests/contracts/test_solvers.py): per step with weights fixed and noise off, adding or removing one unit moves
     the released sum by at most the clip norm; the noise has standard deviation noise_multiplier * clip_norm; an empty
-    site works and still releases noise; the plan's numbers are the ones used.
+    site works and still releases noise; the plan's numbers are the ones used; all rounds of a plan for a
+    target together cost the target.
 
     A kind with other rates for the heads of some tasks calls that setting `tasks`; one with other rates for trunks
     calls it `trunk`: the run file checks that both refer to what the run trains (`common.run.SolverSpec`). A private

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy.stats import trim_mean
 
+from common.model.momentum import Momentum
 from common.plugins import kinds, plugin_class
 from common.types import BadInput
 from server.rounds.aggregators import Aggregator, Weighted, open_aggregator
@@ -91,6 +93,23 @@ def test_fedadam_follows_the_papers_recursion() -> None:
         x += 0.1 * m / (v**0.5 + 0.01)
         params, state = rule.update(params, state, [Weighted(2.0, {"w": np.array([delta], np.float32)})])
     assert params["w"][0] == pytest.approx(x, rel=1e-5)
+
+
+@pytest.mark.parametrize(("noise", "momentum"), [(2.0, 0.0), (0.05, 0.85)])
+def test_the_heavy_ball_is_torchs_descent_with_momentum_along_the_weighted_mean(noise: float, momentum: float) -> None:
+    rule = open_aggregator({"kind": "heavy_ball", "rounds": 8, "noise": noise, "step": 2.0}, "aggregation")
+    rng, params = np.random.default_rng(0), {"w": np.zeros(3, np.float32)}
+    step, chosen = Momentum(rounds=8, noise=noise, step=2.0).choose_step(4.0, 2)
+    assert chosen == pytest.approx(momentum, abs=0.15) and (chosen > 0.0) == (momentum > 0.0)
+    weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    reference = torch.optim.SGD([weight], lr=step, momentum=chosen)
+    state = rule.start(params)
+    for _ in range(5):
+        first, second = rng.normal(size=(2, 3)).astype(np.float32)
+        params, state = rule.update(params, state, [Weighted(1.0, {"w": first}), Weighted(3.0, {"w": second})])
+        weight.grad = -torch.from_numpy((first.astype(np.float64) + 3.0 * second) / 4.0)
+        reference.step()
+    np.testing.assert_allclose(params["w"], weight.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
