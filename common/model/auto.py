@@ -12,7 +12,7 @@ rounds, features centred by a noised mean, labels' frequencies as an offset.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from common.backbones import declares_public_mean
 from common.plugins import Spec
 from common.privacy.filters import calibrate_noise_multiplier
 from common.privacy.shares import keep_for_rounds
-from common.run import Moments, Privacy
+from common.run import ONLY_BACKBONE, Moments, Privacy
 from common.tasks import LabelPrior, SmoothLoss, Task, open_task
 from common.types import BadInput
 
@@ -74,22 +74,18 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
         # What is wrong is named where the file's values are validated.
         opened, tasks, privacy, rounds = {}, {}, None, ROUNDS
     trains_network = bool(values.get("trainable")) or any(_has_hidden_layer(spec) for spec in tasks.values())
-    adjusted = {name for name, task in opened.items() if isinstance(task, LabelPrior)}
+    heads = {name: _choose_head(task, tasks[name], values) for name, task in opened.items()}
     chosen = {"rounds": rounds, **values, "tasks": {**_as_mapping(values.get("tasks"))}}
-    heads = {}
-    for name in sorted(adjusted):
-        centre = not _has_public_mean(values, tasks[name])
-        heads[name] = {"bias": False, "centre": centre, "prior": True, **_as_mapping(tasks[name].get("head"))}
-        chosen["tasks"][name] = {**tasks[name], "head": heads[name]}
-    means = MEANS if any(head["centre"] for head in heads.values()) else 0.0
-    counts = COUNTS if any(head["prior"] for head in heads.values()) else 0.0
-    moments = Moments(means=means, counts=counts) if means or counts else None
+    for name, head in heads.items():
+        if head:
+            chosen["tasks"][name] = {**tasks[name], "head": head}
+    moments = _choose_moments(heads.values())
     if moments is not None:
         chosen["moments"] = moments.model_dump()
     clip_norm = _choose_clip_norm(opened)
     chosen["solver"] = _choose_solver(privacy, clip_norm, trains_network, bool(values.get("trainable")))
     chosen["aggregation"] = _choose_aggregation(opened, keep_for_rounds(privacy, moments), clip_norm, rounds)
-    return Choice(chosen, _explain(chosen, adjusted, trains_network))
+    return Choice(chosen, _explain(chosen, trains_network))
 
 
 def _as_mapping(value: Any) -> Mapping[str, Any]:
@@ -115,6 +111,27 @@ def _read_privacy(value: Any) -> Privacy | None:
 
 def _has_hidden_layer(spec: Mapping[str, Any]) -> bool:
     return _as_mapping(spec.get("head")).get("hidden") is not None
+
+
+def _choose_head(task: Task, spec: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a task's head; what the file sets stays."""
+    chosen: dict[str, Any] = {}
+    # Features of a backbone that trains have no mean that could be measured before.
+    backbone = spec.get("backbone") or next(iter(_as_mapping(values.get("backbones"))), ONLY_BACKBONE)
+    trained = backbone in _as_mapping(values.get("trainable"))
+    if isinstance(task, SmoothLoss) and task.centres and not trained and not _has_public_mean(values, spec):
+        chosen["centre"] = True
+    if isinstance(task, LabelPrior):
+        chosen |= {"bias": False, "prior": True}
+    return {**chosen, **_as_mapping(spec.get("head"))}
+
+
+def _choose_moments(heads: Iterable[Mapping[str, Any]]) -> Moments | None:
+    """Returns the parts of what some head uses; None where none uses any."""
+    settings = list(heads)
+    means = MEANS if any(head.get("centre") for head in settings) else 0.0
+    counts = COUNTS if any(head.get("prior") for head in settings) else 0.0
+    return Moments(means=means, counts=counts) if means or counts else None
 
 
 def _choose_clip_norm(tasks: Mapping[str, Task]) -> float:
@@ -144,7 +161,8 @@ def _choose_aggregation(
             raise ValueError(
                 f"solver: expected a kind with settings, because `auto` has no rule for task {name} of kind {task.kind}"
             )
-        steps[name] = {"step": round(STEP / (task.scale * task.smoothness), 6)}
+        step = round(STEP / (task.scale * task.smoothness), 6)
+        steps[name] = {"step": step, "rho": task.tolerated_noise}
     noise = 0.0
     if left is not None:
         multiplier = left.noise_multiplier
@@ -155,19 +173,20 @@ def _choose_aggregation(
     return {"kind": "heavy_ball", "rounds": rounds, "noise": noise, "tasks": steps}
 
 
-def _explain(chosen: Mapping[str, Any], adjusted: Collection[str], trains_network: bool) -> tuple[str, ...]:
+def _explain(chosen: Mapping[str, Any], trains_network: bool) -> tuple[str, ...]:
     solver, aggregation, moments = chosen["solver"], chosen["aggregation"], chosen.get("moments")
     what = "a network or hidden layer trains" if trains_network else "all heads are linear"
     reasons = [f"solver {solver['kind']}: {what}, and one noised sum a round leaves the step to the coordinator"]
     reasons.append(
         f"rounds {chosen['rounds']}: more change little, because the step follows from the noise, and fewer stop early"
     )
+    tolerated = " or ".join(f"{rho:g}" for rho in sorted({each["rho"] for each in aggregation["tasks"].values()}))
     reasons.append(
-        f"aggregation heavy_ball: its step adds noise of about 0.5 to a logit, whatever the sizes and epsilon are; one "
-        f"site's sum has noise of deviation {aggregation['noise']:g}"
+        f"aggregation heavy_ball: its step adds noise of about {tolerated} to an output, whatever the sizes and "
+        f"epsilon are; one site's sum has noise of deviation {aggregation['noise']:g}"
     )
     if moments is not None:
         parts = {"the mean of features": moments["means"], "the labels' frequencies": moments["counts"]}
         measured = " and ".join(f"{part:.0%} of the run's mu^2 measure {what}" for what, part in parts.items() if part)
-        reasons.append(f"moments: {measured}, for {', '.join(sorted(adjusted))}")
+        reasons.append(f"moments: {measured}, which gradients then need not repeat")
     return tuple(reasons)

@@ -199,6 +199,14 @@ class SmoothLoss(Protocol):
     def first_slope(self) -> float:
         """The usual length of the gradient of a record's loss by outputs that are zero: a scale for clip norms."""
 
+    @property
+    def tolerated_noise(self) -> float:
+        """The deviation of noise in an output that costs little beside what the longer steps behind it gain."""
+
+    @property
+    def centres(self) -> bool:
+        """True where what is common to all features tells nothing about a label."""
+
 
 @runtime_checkable
 class LabelPrior(Protocol):

@@ -128,6 +128,16 @@ class Classification(Plugin):
         return math.sqrt(1.0 - 1.0 / len(self.labels))
 
     @property
+    def tolerated_noise(self) -> float:
+        """That of a logit (docs/results.md)."""
+        return 0.5
+
+    @property
+    def centres(self) -> bool:
+        """The mean of features tells no class from another."""
+        return True
+
+    @property
     def num_counts(self) -> int:
         """Number of counts."""
         return len(self.labels)

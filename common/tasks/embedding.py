@@ -86,7 +86,7 @@ class Embedding(Plugin):
             return self.head_settings.build(feature_dim, self.dim or len(self.labels))
         head = nn.Linear(feature_dim, feature_dim, bias=False)
         nn.init.eye_(head.weight)
-        return head
+        return self.head_settings.adjust(head, feature_dim, feature_dim)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the cross entropy of scaled cosines with the margin; zero for other than training identities."""
@@ -97,6 +97,26 @@ class Embedding(Plugin):
         logits_BK = self.sharpness * (self._cosines(outputs) - self.margin * target_BK)
         losses_B = functional.cross_entropy(logits_BK, target_BK.argmax(dim=1), reduction="none")
         return losses_B.where(known_B, 0.0)
+
+    @property
+    def smoothness(self) -> float:
+        """Curvature of the loss: of a softmax of scaled cosines with unit vectors, and of a cosine by the outputs."""
+        return self.sharpness**2 + 2.0 * self.sharpness
+
+    @property
+    def first_slope(self) -> float:
+        """Length of uniform probabilities minus a unit vector, times the sharpness."""
+        return self.sharpness * math.sqrt(1.0 - 1.0 / len(self.labels))
+
+    @property
+    def tolerated_noise(self) -> float:
+        """That of a logit: noise turns an embedding as a whole."""
+        return 0.5
+
+    @property
+    def centres(self) -> bool:
+        """The mean of features tells no identity from another, and makes all cosines alike."""
+        return True
 
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns the features themselves as embeddings.

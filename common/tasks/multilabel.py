@@ -143,6 +143,16 @@ class Multilabel(Plugin):
         return math.sqrt(len(self.labels)) / 2.0
 
     @property
+    def tolerated_noise(self) -> float:
+        """That of a logit (docs/results.md)."""
+        return 0.5
+
+    @property
+    def centres(self) -> bool:
+        """The mean of features tells no label from another."""
+        return True
+
+    @property
     def num_counts(self) -> int:
         """Number of counts."""
         return 2 * len(self.labels)

@@ -75,6 +75,16 @@ class Regression(Plugin):
         """Half of the largest residual, which is 1: that of targets spread evenly."""
         return 0.5
 
+    @property
+    def tolerated_noise(self) -> float:
+        """That of a number from -1 to 1: a fifth of what a logit bears."""
+        return 0.1
+
+    @property
+    def centres(self) -> bool:
+        """A mean target is the bias's."""
+        return True
+
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the residual of each example, with targets scaled to [-1, 1]."""
         return outputs - self.codec.to_unit(labels).unsqueeze(1)

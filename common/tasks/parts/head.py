@@ -41,7 +41,16 @@ class HeadSettings(Frozen):
         Zero outputs are the same distance from every label and make the first private step independent of chance; a
         linear head's loss is convex, so that its start does not matter without privacy.
         """
-        layers = self._build_layers(feature_dim, num_outputs)
+        return self.adjust(self._build_layers(feature_dim, num_outputs), feature_dim, num_outputs)
+
+    def adjust(self, layers: nn.Module, feature_dim: int, num_outputs: int) -> nn.Module:
+        """Returns layers with the fixed numbers that the settings ask for around them.
+
+        Args:
+            layers: the part that trains.
+            feature_dim: number of features.
+            num_outputs: number of outputs.
+        """
         if not (self.centre or self.prior):
             return layers
         from common.tasks.parts.adjusted import AdjustedHead

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 
+from common.model.auto import _choose_aggregation
 from common.model.momentum import Momentum
 from common.offers import make_offer
 from common.privacy.accounting import Mechanism, compute_epsilon
@@ -35,6 +36,10 @@ AUTO: dict[str, Any] = {
 
 def auto(**changes: Any) -> RunConfig:
     return parse(RunConfig, {**AUTO, **changes}, base=Path.cwd())
+
+
+def read_names(run: RunConfig, task: str) -> set[str]:
+    return set(open_task(run.tasks[task].settings(), task).head(4).state_dict())
 
 
 def price(run: RunConfig) -> list[Mechanism]:
@@ -117,6 +122,47 @@ def test_hidden_layers_and_trunks_train_with_one_step_a_round() -> None:
     }
 
 
+def test_each_kind_has_what_suits_its_loss() -> None:
+    tasks: dict[str, Any] = {
+        "class": {"kind": "classification", "labels": ["a", "b"]},
+        "number": {"kind": "regression", "range": [0, 1]},
+        "odd": {"kind": "anomaly", "normal": "a", "anomalous": "b"},
+        "who": {"kind": "embedding", "labels": ["a", "b"], "start": "features", "head": {"bias": False}},
+    }
+    run = auto(tasks=tasks)
+    heads = {name: run.tasks[name].settings().get("head", {}) for name in tasks}
+    assert {name for name, head in heads.items() if head.get("centre")} == {"class", "number", "who"}
+    assert {name for name, head in heads.items() if head.get("prior")} == {"class"}
+    rho = {name: run.aggregation_of(name).settings()["rho"] for name in tasks}
+    assert rho == {"class": 0.5, "number": 0.1, "odd": 0.1, "who": 0.5}
+    for name in tasks:
+        assert "fixed.centre" in read_names(run, name) or not heads[name].get("centre")
+
+
+@pytest.mark.parametrize("kind", ["regression", "anomaly"])
+def test_only_what_some_head_uses_is_measured_before_the_first_round(kind: str) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "regression": {"range": [0, 1]},
+        "anomaly": {"normal": "a", "anomalous": "b"},
+    }
+    moments = auto(tasks={"one": {"kind": kind, **settings[kind]}}).moments
+    assert moments is None if kind == "anomaly" else (moments is not None and moments.counts == 0 < moments.means)
+
+
+def test_a_head_on_a_backbone_that_trains_has_no_centre() -> None:
+    run = auto(trainable={"backbone": {"from": "layer4"}})
+    assert run.moments is not None and run.moments.means == 0
+    assert not any(task.settings()["head"].get("centre") for task in run.tasks.values())
+
+
+def test_a_kind_without_a_rule_needs_settings() -> None:
+    class Strange:
+        kind = "strange"
+
+    with pytest.raises(ValueError, match="no rule for task one of kind strange"):
+        _choose_aggregation({"one": Strange()}, None, 1.0, 8)  # type: ignore[dict-item]
+
+
 def test_a_run_without_privacy_has_no_noise_to_keep_small() -> None:
     run = auto(privacy="non_private")
     assert run.solver.kind == "sgd" and run.aggregation_of("size").settings()["noise"] == 0.0
@@ -127,7 +173,6 @@ def test_a_run_without_privacy_has_no_noise_to_keep_small() -> None:
     [
         ({"solver": {"kind": "auto", "clip_norm": 1.0}}, "expected no setting beside `kind: auto`, got clip_norm"),
         ({"aggregation": {"kind": "mean"}}, "aggregation: expected none beside"),
-        ({"tasks": {"who": {"kind": "embedding", "labels": ["a", "b"]}}}, "no rule for task who of kind embedding"),
         ({"privacy": {"unit": "example"}}, "privacy.delta"),
         ({"tasks": {"size": {"kind": "clasification"}}}, "clasification"),
         ({"rounds": "many"}, "rounds"),
