@@ -64,6 +64,11 @@ coordinator:
 # coordinators: {{}}               # further ones, by name, under the same budget; this one is called `main`:
                                   # headwater site init DIR --kit KIT.zip --coordinator NAME adds one
 
+# secure_sum:                     # runs with `trust: secure_sum`: the coordinator sees the sum over sites alone
+#   identity: ./keys/identity     # made by `headwater site identity keys/identity`; it never leaves
+#   roster: {{{name}: PUBLIC_KEY}}  # all sites, with the public keys that their own staff told you
+#   min_sites: 4                  # nothing is unmasked with fewer
+#   colluding: 1                  # so many of them may collude with the coordinator
 # own_backbones:                  # opened from here instead of being received, where a run's backbone is one of these
 #   - {{kind: torchvision, model: mobilenet_v2, weights: ./mobilenet_v2.safetensors}}
 # reply_every_s: 1.0              # answers leave at whole numbers of such seconds; longer than any takes hides its time

@@ -6,6 +6,7 @@ delta(eps) = Phi(-eps/mu + mu/2) - exp(eps) Phi(-eps/mu - mu/2)   (Balle and Wan
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 # scipy is imported where it computes: commands that only read a ledger do not need it.
 
@@ -37,6 +38,7 @@ def gdp_epsilon(mu: float, delta: float) -> float:
     return float(root) * (1.0 + 2e-12) + 2e-12
 
 
+@lru_cache(maxsize=1024)
 def gdp_mu(epsilon: float, delta: float) -> float:
     """Returns the largest mu, to 1e-12 relative, whose mechanism is (epsilon, delta)-DP."""
     low = high = epsilon / 1e3

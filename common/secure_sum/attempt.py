@@ -11,7 +11,7 @@ at most one sum leaves, modulo 2**64, in which those of at least `min_sites` - `
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -202,14 +202,14 @@ def accept_keys(member: Member, attempt: SiteAttempt, keys: Mapping[str, str]) -
 
 def make_shares(attempt: SiteAttempt) -> dict[str, str]:
     """Returns name -> encrypted shares of this site's two secrets for each other site, as hex digits."""
-    names, roster = list_sorted(attempt.roster), hash_roster(attempt.terms, attempt.roster)
+    names, roster, key = list_sorted(attempt.roster), hash_roster(attempt.terms, attempt.roster), attempt.share_key
     encrypted = {}
     split = [_split(attempt, secret, roster) for secret in (attempt.mask_secret, attempt.self_secret)]
     for name, mask_share, self_share in zip(names, *split, strict=True):
         if name != attempt.name:
             public = SignedKeys.parse(attempt.roster[name]).share_key
             info = _name_direction(roster, attempt.name, name)
-            encrypted[name] = encrypt_share(attempt.share_key, public, info, mask_share + self_share).hex()
+            encrypted[name] = encrypt_share(key, public, info, mask_share + self_share).hex()
     return encrypted
 
 
@@ -233,8 +233,7 @@ def accept_shares(attempt: SiteAttempt, shares: Mapping[str, str], heads: str) -
     if len(shares) + 1 < attempt.num_needed:
         raise BadInput(f"expected the shares of at least {attempt.num_needed} sites, got those of {len(shares) + 1}")
     accepted = replace(attempt, shares=dict(shares), heads=heads)
-    for name in shares:
-        _read_share(accepted, name)
+    _read_shares(accepted, shares)
     return accepted
 
 
@@ -312,10 +311,9 @@ def reveal_shares(member: Member, attempt: SiteAttempt, signatures: Mapping[str,
             f"expected the signatures of at least {attempt.threshold} survivors under the list that this site "
             f"confirmed, got {confirmed}"
         )
-    revealed = {}
-    for name in attempt.senders:
-        mask_share, self_share = _read_share(attempt, name)
-        revealed[name] = (self_share if name in (attempt.survivors or ()) else mask_share).hex()
+    survivors, revealed = set(attempt.survivors or ()), {}
+    for name, (mask_share, self_share) in _read_shares(attempt, attempt.senders).items():
+        revealed[name] = (self_share if name in survivors else mask_share).hex()
     return revealed
 
 
@@ -348,21 +346,27 @@ def _split(attempt: SiteAttempt, secret: bytes, roster: bytes) -> list[bytes]:
     return split_secret(secret, len(attempt.roster), attempt.threshold, draw)
 
 
-def _read_share(attempt: SiteAttempt, name: str) -> tuple[bytes, bytes]:
-    """Returns this site's shares of the mask secret and of the self secret of a site."""
-    roster = hash_roster(attempt.terms, attempt.roster)
-    if name == attempt.name:
-        position = list_sorted(attempt.roster).index(name)
-        return (
-            _split(attempt, attempt.mask_secret, roster)[position],
-            _split(attempt, attempt.self_secret, roster)[position],
-        )
-    public = SignedKeys.parse(attempt.roster[name]).share_key
-    encrypted = _from_hex((attempt.shares or {})[name])
-    both = decrypt_share(attempt.share_key, public, _name_direction(roster, name, attempt.name), encrypted)
-    if len(both) != 2 * SHARE_BYTES:
-        raise BadInput(f"expected two shares of {name}, got something else")
-    return both[:SHARE_BYTES], both[SHARE_BYTES:]
+def _read_shares(attempt: SiteAttempt, names: Iterable[str]) -> dict[str, tuple[bytes, bytes]]:
+    """Returns this site's shares of the mask secret and of the self secret of some sites, perhaps of itself.
+
+    Raises:
+        BadInput: one was not encrypted for this site in this attempt.
+    """
+    roster, key, read = hash_roster(attempt.terms, attempt.roster), attempt.share_key, {}
+    for name in names:
+        if name == attempt.name:
+            position = list_sorted(attempt.roster).index(name)
+            secrets = (attempt.mask_secret, attempt.self_secret)
+            first, second = (_split(attempt, secret, roster)[position] for secret in secrets)
+            read[name] = (first, second)
+            continue
+        public = SignedKeys.parse(attempt.roster[name]).share_key
+        encrypted = _from_hex((attempt.shares or {})[name])
+        both = decrypt_share(key, public, _name_direction(roster, name, attempt.name), encrypted)
+        if len(both) != 2 * SHARE_BYTES:
+            raise BadInput(f"expected two shares of {name}, got something else")
+        read[name] = (both[:SHARE_BYTES], both[SHARE_BYTES:])
+    return read
 
 
 def _from_hex(text: str) -> bytes:

@@ -199,6 +199,17 @@ def test_signatures_of_others_or_of_nobody_do_not_count() -> None:
             reveal_shares(group.members["site-00"], group.states["site-00"], signatures)
 
 
+def test_the_signature_of_a_site_that_is_no_survivor_does_not_count() -> None:
+    """A colluding site whose vector is not in the sum signs the list all the same."""
+    group = advance("mask")
+    group.mask(draw_values(SITES), without=["site-04"])
+    group.confirm(without=["site-02", "site-03"])
+    signature = sign_survivors(group.members["site-04"], group.states["site-00"])
+    signatures = {**group.signatures, "site-04": signature}
+    with pytest.raises(BadInput, match="got 2"):
+        reveal_shares(group.members["site-00"], group.states["site-00"], signatures)
+
+
 def test_a_site_reveals_one_secret_of_each_other_site_and_never_both() -> None:
     """Both shares of one site are never given: whatever is asked a second time gets the same answer."""
     group = advance("mask")
@@ -237,3 +248,9 @@ def test_steps_out_of_order_are_refused() -> None:
     group.share()
     with pytest.raises(BadInput, match="shares of the other sites first"):
         accept_survivors(group.states["site-00"], SITES)
+
+
+@pytest.mark.parametrize("text", ["", "zz" * 128, "ab" * 127, "ab" * 129])
+def test_keys_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="expected keys|expected two keys"):
+        SignedKeys.parse(text)
