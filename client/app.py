@@ -26,6 +26,7 @@ from common.errors import explain_os_error, plain
 from common.events import RequestDeclined
 from common.model.backbones import Backbone
 from common.privacy.noise import Entropy, os_entropy
+from common.process.lines import ProgressLines
 from common.types import BadInput, DeclineReason, LedgerDamaged
 from common.yaml import load
 
@@ -60,6 +61,7 @@ def make_app(
     open_site: OpenSite = load_site_from_environment,
     entropy: Entropy = os_entropy,
     opened: Mapping[str, Backbone] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ClientApp:
     """Returns a ClientApp for one site.
 
@@ -67,13 +69,14 @@ def make_app(
         open_site: A function that returns the settings of the site that a message is for.
         entropy: The source of noise keys; anything but the default is for tests and simulations only.
         opened: The backbones that this process has open, by digest, for simulations.
+        progress: Told how many of how many records are encoded; by default the site's log is.
     """
-    app = ClientApp()
+    app, encoding = ClientApp(), progress or ProgressLines("encoding")
 
     def answer(message: Message, context: Context, request: type[_Request], handle: Handle[_Request]) -> Message:
         name, asked = "", message.metadata.message_type
         try:
-            site = Site(open_site(context), entropy, opened=opened)
+            site = Site(open_site(context), entropy, encoding, opened)
             name = site.config.name
             records = _answer(site, asked, lambda: handle(site, messages.decode(message.content, request)))
         except (KeyboardInterrupt, SystemExit):

@@ -107,7 +107,12 @@ def federate(
     executor = experiment.config.executor
     # Ray's actors are other processes: they open backbones themselves.
     opened = {one.digest: one for one in backbones.values()} if executor.kind == "in_process" else None
-    app = make_app(lambda context: by_position[int(context.node_config["partition-id"])], experiment.entropy, opened)
+    app = make_app(
+        lambda context: by_position[int(context.node_config["partition-id"])],
+        experiment.entropy,
+        opened,
+        None if opened is None else lambda done, total: experiment.observe("encoding", done, total),
+    )
 
     def coordinate(grid: Grid) -> Outcome:
         return run_federation(

@@ -13,9 +13,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Protocol, TextIO
+from typing import Annotated, Any, Literal, Protocol, TextIO, final
 
 import typer
 
@@ -78,6 +78,50 @@ def show_line(
             write_json(sys.stdout, line, event=event, level=level, fields=fields)
         else:
             typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
+
+
+@final
+class ProgressLines:
+    """Shows how far a long work is as lines of a log: the first after some seconds, then one now and then.
+
+    Attributes:
+        what: name of the work, which begins each line.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        show: Callable[[str], None] = show_line,
+        *,
+        first_s: float = 10.0,
+        every_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.what = what
+        self._show, self._clock = show, clock
+        self._first_s, self._every_s = first_s, every_s
+        self._started, self._due, self._begun_at, self._last = 0.0, 0.0, 0, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Notes that so many of all records are done."""
+        now = self._clock()
+        if done <= self._last or not self._last:  # Another source begins.
+            self._started, self._due, self._begun_at = now, now + self._first_s, done
+        self._last = 0 if done >= total else done
+        if now < self._due:
+            return
+        self._due = now + self._every_s
+        rate = (done - self._begun_at) / max(now - self._started, 1e-9)
+        left = (
+            f", {rate:.3g} a second, {_describe_duration((total - done) / rate)} left" if rate and done < total else ""
+        )
+        self._show(f"{self.what}: {done:,} of {total:,} records ({100.0 * done / total:.0f} %){left}")
+
+
+def _describe_duration(seconds: float) -> str:
+    if seconds < 90.0:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60.0:.0f} min" if seconds < 5400.0 else f"about {seconds / 3600.0:.1f} h"
 
 
 def write_json(

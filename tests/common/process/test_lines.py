@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from common.process.lines import JsonFormatter, LogFormat, read_error, show_line, use_log_format, write_json
+from common.process.lines import (
+    JsonFormatter,
+    LogFormat,
+    ProgressLines,
+    read_error,
+    show_line,
+    use_log_format,
+    write_json,
+)
 from tests.federation import ROOT, client, free_port, write_site
 
 
@@ -69,3 +77,29 @@ def test_a_site_that_cannot_join_says_all_of_it_in_json(tmp_path: Path) -> None:
     values = json.loads(line)
     assert (refused.returncode, values["level"], values["event"]) == (2, "error", "failed")
     assert "expected" in values["message"]
+
+
+def test_a_long_work_is_seen_now_and_then_with_its_rate_and_the_time_left() -> None:
+    said: list[str] = []
+    now = [0.0]
+    show = ProgressLines("encoding", said.append, first_s=10, every_s=60, clock=lambda: now[0])
+    for second in range(0, 200, 2):
+        now[0] = float(second)
+        show(10 * (second + 2), 36_000)
+    assert said == [
+        "encoding: 120 of 36,000 records (0 %), 10 a second, about 60 min left",
+        "encoding: 720 of 36,000 records (2 %), 10 a second, about 59 min left",
+        "encoding: 1,320 of 36,000 records (4 %), 10 a second, about 58 min left",
+        "encoding: 1,920 of 36,000 records (5 %), 10 a second, about 57 min left",
+    ]
+
+
+def test_a_short_work_and_the_next_one_say_nothing() -> None:
+    said: list[str] = []
+    now = [0.0]
+    show = ProgressLines("encoding", said.append, first_s=10, every_s=60, clock=lambda: now[0])
+    for start in (0.0, 1000.0):
+        for step in range(5):
+            now[0] = start + step
+            show(step + 1, 5)
+    assert said == []
