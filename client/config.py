@@ -105,7 +105,7 @@ class NoisedEvaluation(Frozen):
     evaluations: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-Personal = Literal["none", "prior", "fit"]
+Personal = Literal["none", "prior", "fit", "tied"]
 """Ways in which a site adapts final heads to itself; see docs/personal.md."""
 
 
@@ -183,8 +183,9 @@ class SiteConfig(Frozen):
         coordinator: whom to join; None where a simulation carries the messages. Its name is `main`.
         coordinators: further ones by name, or all; they share the budget. Nothing of one reaches another, but for the
             number of lines that the shared ledger has.
-        personal: heads that the site adapts to itself after the last round, which never leave: none, `prior` (to its
-            own label frequencies) or `fit` (and weights of its own, tied to the federated ones).
+        personal: heads that the site adapts to itself after the last round: none; `prior` (to its own label
+            frequencies) and `fit` (and weights of its own, tied to the federated ones), which never leave; or `tied`,
+            from what the site released in the run.
         secure_sum: sums of which the coordinator sees nothing but the total; without it such runs are declined.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such

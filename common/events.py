@@ -412,7 +412,7 @@ class HomeEvaluated(Event):
     event_name = "at_home"
 
     task: str = Field(description="Name of the task.")
-    personal: str = Field(description="How the sites adapted the final heads: prior or fit.")
+    personal: str = Field(description="How the sites adapted the final heads: prior, fit or tied.")
     heads: Mapping[str, HomeMetrics] = Field(
         description="Kind of heads (federated, personal, site alone in three ways) -> their metrics."
     )

@@ -89,7 +89,10 @@ def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], 
             for task, result in summary.tasks.items():
                 for metric, value in result.metrics.items():
                     others = [result.baselines.get(name, {}).get(metric) for name in _BASELINE_COLUMNS]
-                    home = [result.at_home[kind].mean.get(metric) if result.at_home else None for kind in _HOME_COLUMNS]
+                    home = [
+                        result.at_home[kind].mean.get(metric) if kind in result.at_home else None
+                        for kind in _HOME_COLUMNS
+                    ]
                     writer.writerow([*values.values(), seed, task, metric, value, *others, *home])
 
 

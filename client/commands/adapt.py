@@ -9,8 +9,8 @@ import typer
 from client.commands.parts.options import Coordinator, SiteFile
 from client.config import SiteConfig
 from client.personal.evaluate import adapt as adapt_heads
-from client.personal.personal_heads import NEVER_LEAVES
-from client.protocol.site import Site, SiteDeclined
+from client.personal.personal_heads import MAY_LEAVE, NEVER_LEAVES
+from client.protocol.site import PERSONAL_HEADS, Site, SiteDeclined
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.types import BadInput
@@ -30,7 +30,9 @@ def adapt(
     """
     with reported_errors():
         try:
-            heads = adapt_heads(Site(load(SiteConfig, site).select(coordinator), os_entropy), run)
+            config = load(SiteConfig, site).select(coordinator)
+            heads = adapt_heads(Site(config, os_entropy), run)
         except SiteDeclined as declined:
             raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
-        typer.echo(f"adapted: {', '.join(heads)}; the file {NEVER_LEAVES}")
+        leaving = MAY_LEAVE if config.personal == "tied" else NEVER_LEAVES
+        typer.echo(f"adapted: {', '.join(heads)}; {PERSONAL_HEADS} in the run's folder: {leaving}")

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from client.config import Personal
 from client.data.units import TaskRecords, Units
 from common.process.threads import one_thread
 from common.tasks import LabelPrior, Task
@@ -50,9 +50,9 @@ class OwnHead(nn.Module):
 
 
 def adapt_heads(
-    mode: Personal, modules: Mapping[str, nn.Module], tasks: Mapping[str, Task], units: Units
+    mode: Literal["prior", "fit"], modules: Mapping[str, nn.Module], tasks: Mapping[str, Task], units: Units
 ) -> dict[str, nn.Module]:
-    """Returns each task's head as the site adapted it; with `none` the federated one.
+    """Returns each task's head as the site adapted it; the federated one where it has no label.
 
     Args:
         mode: what is adapted.
@@ -162,8 +162,8 @@ def _minimise(compute_objective: Callable[[], Tensor], values: Sequence[Tensor])
         solver.step(compute_and_differentiate)  # type: ignore[no-untyped-call]
 
 
-def _adapt(mode: Personal, head: nn.Module, task: Task, records: TaskRecords) -> nn.Module:
-    if mode == "none" or len(records.unit_R) == 0:
+def _adapt(mode: Literal["prior", "fit"], head: nn.Module, task: Task, records: TaskRecords) -> nn.Module:
+    if len(records.unit_R) == 0:
         return head
     own = fit_offsets(head, task, records)
     if mode == "prior":

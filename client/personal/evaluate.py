@@ -21,6 +21,7 @@ from client.personal.intervals import Estimate, estimate_metrics, list_intervals
 from client.personal.local_heads import LocalTraining, make_local_steps, train_alone
 from client.personal.metrics import Predictions, predict
 from client.personal.personal_heads import PersonalHeads, list_head_parameters, save_personal_heads
+from client.personal.tied import tie_heads
 from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
@@ -140,10 +141,10 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
         modules[ALONE] = load_modules(site, joined, tasks, alone)
     alone = train_here(solver.without_privacy(), None, f"home/{run_id}/not-private")
     modules[ALONE_NOT_PRIVATE] = load_modules(site, joined, tasks, alone)
-    if site.config.personal != "none":
+    if site.config.personal == "fit":
         start = train_here(solver.without_privacy(), None, f"home/{run_id}/adapted", rounds=0)
         untrained = load_modules(site, joined, tasks, start)
-        own = adapt_heads(site.config.personal, untrained, tasks, train.passed(untrained))
+        own = adapt_heads("fit", untrained, tasks, train.passed(untrained))
         modules[ALONE_ADAPTED] = {**untrained, **own}
     outputs: dict[str, dict[str, Predictions]] = {}
     for kind, own in modules.items():
@@ -163,19 +164,24 @@ def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
         run_id: id of the run; by default the run whose final heads arrived last.
 
     Raises:
-        BadInput: no such run, or its data are gone, or the site file has no `personal`.
+        BadInput: no such run, or its data are gone, or the site file's `personal` is none or does not suit the run.
         DigestMismatch: the heads on disk are not those that were sent.
     """
     mode = site.config.personal
     if mode == "none":
-        raise BadInput("personal: expected prior or fit in the site file, got none")
+        raise BadInput("personal: expected prior, fit or tied in the site file, got none")
     joined = joined_run(site, run_id or _find_last_run(site))
     tasks, final = joined.tasks(site.config), load_final_heads(joined.folder)
-    modules = load_modules(site, joined, tasks, final)
-    units = open_units(joined.folder / "data", "train", list(tasks), torch.device("cpu")).passed(modules)
-    adapted = adapt_heads(mode, modules, tasks, units)
-    heads = {name: list_head_parameters(head) for name, head in adapted.items()}
-    save_personal_heads(joined.folder, PersonalHeads(mode, heads_digest(final), heads))
+    if mode == "tied":
+        heads = {**final, **tie_heads(site, joined, tasks, final)}
+        modules = load_modules(site, joined, tasks, heads)
+        adapted = {name: modules[name] for name in tasks}
+    else:
+        modules = load_modules(site, joined, tasks, final)
+        units = open_units(joined.folder / "data", "train", list(tasks), torch.device("cpu")).passed(modules)
+        adapted = adapt_heads(mode, modules, tasks, units)
+    kept = {name: list_head_parameters(head) for name, head in adapted.items()}
+    save_personal_heads(joined.folder, PersonalHeads(mode, heads_digest(final), mode == "tied", kept))
     return adapted
 
 

@@ -1,8 +1,8 @@
 """The file of a site's personal heads: how it is written, and who may read it.
 
-What was computed from records without noise never leaves the site. The loader gives it to a caller that states the
-purpose `AT_HOME`, and to no other: whatever sends or exports heads has another purpose, and gets a sentence. The file
-begins with a line that says so, which also keeps readers of the format behind it from opening the file.
+A file begins with a line that says whether it may leave the site. What was computed from records without noise never
+may: the loader gives it to a caller that states the purpose `AT_HOME`, and to no other. Whatever sends or exports heads
+has another purpose, and gets a sentence. The line also keeps readers of the format behind it from opening the file.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from common.tasks import Task
 from common.types import BadInput, DigestMismatch, Heads, Params
 
 NEVER_LEAVES = "contains unnoised information: never leaves"
+MAY_LEAVE = "computed from charged releases alone: may leave"
 
 AT_HOME: Literal["at_home"] = "at_home"
 """The purpose of a caller that keeps everything at the site."""
 
-_FIRST_LINE = NEVER_LEAVES.encode() + b"\n"
 _OFFSET = "own.offset"
 
 
@@ -39,13 +39,15 @@ class PersonalHeads:
     """Heads that a site adapted to itself.
 
     Attributes:
-        mode: `prior` or `fit`.
+        mode: `prior`, `fit` or `tied`.
         final_heads: digest of the federated heads that they were made from.
+        may_leave: whether they were computed from what the site had released already, and from nothing else.
         heads: task -> parameters, with the site's offsets.
     """
 
     mode: str
     final_heads: str
+    may_leave: bool
     heads: Heads
 
 
@@ -79,9 +81,10 @@ def save_personal_heads(folder: Path, personal: PersonalHeads) -> Path:
         for task, params in personal.heads.items()
         for name, value in params.items()
     }
-    metadata = {"mode": personal.mode, "final_heads": personal.final_heads, "warning": NEVER_LEAVES}
+    first = MAY_LEAVE if personal.may_leave else NEVER_LEAVES
+    metadata = {"mode": personal.mode, "final_heads": personal.final_heads, "leaving": first}
     path = folder / PERSONAL_HEADS
-    write_atomic(path, _FIRST_LINE + save(arrays, metadata=metadata))
+    write_atomic(path, first.encode() + b"\n" + save(arrays, metadata=metadata))
     return path
 
 
@@ -90,10 +93,10 @@ def load_personal_heads(folder: Path, *, purpose: str) -> PersonalHeads:
 
     Args:
         folder: the run's folder at the site.
-        purpose: what the caller does with them; anything but `AT_HOME` is refused.
+        purpose: what the caller does with them; anything but `AT_HOME` is refused heads that never leave.
 
     Raises:
-        BadInput: there are none, or the purpose is another than to use them at the site.
+        BadInput: there are none, or they never leave and the purpose is another.
         DigestMismatch: the file is damaged.
     """
     path = folder / PERSONAL_HEADS
@@ -101,20 +104,22 @@ def load_personal_heads(folder: Path, *, purpose: str) -> PersonalHeads:
         raise BadInput(
             f"run {folder.name}: expected personal heads, but there are none; `headwater site adapt` makes them"
         )
-    if purpose != AT_HOME:
+    first, _, rest = path.read_bytes().partition(b"\n")
+    if purpose != AT_HOME and first != MAY_LEAVE.encode():
         raise BadInput(f"{path}: {NEVER_LEAVES}; it is of use at this site only; the federated heads may leave")
-    data = path.read_bytes()
     try:
-        if not data.startswith(_FIRST_LINE):
+        if first not in (MAY_LEAVE.encode(), NEVER_LEAVES.encode()):
             raise ValueError("the first line")
-        rest = data.removeprefix(_FIRST_LINE)
         # The header follows its length.
         metadata = json.loads(rest[8 : 8 + int.from_bytes(rest[:8], "little")])["__metadata__"]
         flat = load(rest)
+        # Who changes the line alone changes nothing.
+        if metadata["leaving"].encode() != first:
+            raise ValueError("the first line and the metadata differ")
         heads: dict[str, dict[str, np.ndarray]] = {}
         for key, value in flat.items():
             task, _, name = key.partition("/")
             heads.setdefault(task, {})[name] = value
-        return PersonalHeads(metadata["mode"], metadata["final_heads"], heads)
+        return PersonalHeads(metadata["mode"], metadata["final_heads"], metadata["leaving"] == MAY_LEAVE, heads)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DigestMismatch(f"{path}: expected the personal heads of a run, got a damaged file") from error

@@ -143,7 +143,7 @@ def test_a_head_with_a_centre_and_an_offset_keeps_both(tmp_path: Path) -> None:
     assert kept["fixed.centre"].tolist() == params["fixed.centre"].tolist()
     assert kept["fixed.offset"].tolist() == params["fixed.offset"].tolist()
     assert (fitted(features).argmax(1) == labels).float().mean() > 0.6
-    save_personal_heads(tmp_path, PersonalHeads("fit", "0" * 64, {"t": kept}))
+    save_personal_heads(tmp_path, PersonalHeads("fit", "0" * 64, False, {"t": kept}))
     again = open_personal_head(load_personal_heads(tmp_path, purpose=AT_HOME).heads["t"], task, 4)
     assert torch.equal(again(features), fitted(features))
 

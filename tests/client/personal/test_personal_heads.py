@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from client.personal.adapt import OwnHead
 from client.personal.personal_heads import (
     AT_HOME,
+    MAY_LEAVE,
     NEVER_LEAVES,
     PersonalHeads,
     list_head_parameters,
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def some_heads() -> tuple[OwnHead, PersonalHeads]:
     head = OwnHead(TASK.head(4), torch.tensor([0.5, -1.0, 0.25]))
     torch.nn.init.normal_(head.head.weight)  # type: ignore[arg-type]
-    return head, PersonalHeads("fit", "0" * 64, {"t": list_head_parameters(head)})
+    return head, PersonalHeads("fit", "0" * 64, False, {"t": list_head_parameters(head)})
 
 
 def test_what_was_written_is_read_back_as_a_module_that_predicts_alike(tmp_path: Path) -> None:
@@ -49,6 +51,19 @@ def test_whoever_would_send_or_export_them_gets_a_sentence(tmp_path: Path, purpo
     save_personal_heads(tmp_path, some_heads()[1])
     with pytest.raises(BadInput, match="never leaves"):
         load_personal_heads(tmp_path, purpose=purpose)
+
+
+def test_heads_from_releases_alone_may_leave(tmp_path: Path) -> None:
+    _, personal = some_heads()
+    save_personal_heads(tmp_path, replace(personal, mode="tied", may_leave=True))
+    assert load_personal_heads(tmp_path, purpose="export").may_leave
+
+
+def test_whoever_changes_the_first_line_alone_changes_nothing(tmp_path: Path) -> None:
+    path = save_personal_heads(tmp_path, some_heads()[1])
+    path.write_bytes(MAY_LEAVE.encode() + b"\n" + path.read_bytes().partition(b"\n")[2])
+    with pytest.raises(DigestMismatch):
+        load_personal_heads(tmp_path, purpose="export")
 
 
 def test_the_file_says_so_in_its_first_line_and_no_other_reader_opens_it(tmp_path: Path) -> None:
