@@ -58,10 +58,10 @@ class AttemptStore:
         """Returns the state of an attempt.
 
         Raises:
-            SiteDeclined: it is over or has not begun, or it has begun under other terms.
+            SiteDeclined: it is over or has not begun.
         """
         kept = self.find(terms)
-        if kept is None or kept.terms != terms:
+        if kept is None:
             raise SiteDeclined(
                 DeclineReason.BAD_REQUEST, f"attempt {terms.attempt} of round {terms.round} has not begun here"
             )
