@@ -7,8 +7,8 @@ sites' held-out records together.
 |---|---|---|---|
 | baseline_prediction | all records in one place | none | none: majority, distance to the mean normal record, features |
 | local | each site's own | the run's | the run's solver and rounds, at one site alone; mean over sites |
-| non_private | federated | none | `non_private_solver`, same rounds |
-| central | all records in one place | none | `non_private_solver`, same rounds |
+| non_private | federated | none | `non_private_solver`, or the run's without clip and noise; same rounds |
+| central | all records in one place | none | as non_private |
 | random_backbone | federated | the run's | the same run on the same architecture with random weights |
 """
 
@@ -23,15 +23,17 @@ import torch
 from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
 from client.personal.local_heads import ApplyUpdate, LocalTraining, train_alone
-from client.solvers import Solver, open_solver
+from client.solvers import open_solver
 from common.events import Metrics
 from common.model.backbones import Backbone, open_backbones, open_random
+from common.model.momentum import Momentum
 from common.model.trunks import create_modules
-from common.run import RunConfig
+from common.plugins import Plugin
+from common.run import AggregationSpec, RunConfig, SolverSpec
 from common.tasks import Task
 from common.types import Heads, Params
 from server.rounds.aggregators import State, Weighted, open_aggregator
-from simulations.config import RUN_PREFIX
+from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import evaluate_baseline_predictions, open_prepared_units
 from simulations.federate import Experiment, evaluate_heads, federate
 from simulations.partition import build_sites
@@ -98,6 +100,25 @@ def make_aggregation(run: RunConfig, sizes: Mapping[str, int]) -> ApplyUpdate:
     return apply_update
 
 
+def make_non_private_run(config: SimulationConfig) -> RunConfig:
+    """Returns the run that the baselines without privacy train: with `non_private_solver`, or its own without privacy.
+
+    An aggregation whose steps follow from the noise takes those of a run that has none.
+    """
+    run, solver = config.run, config.non_private_solver
+    if solver is None:
+        own = open_solver(run.solver, f"{RUN_PREFIX}solver").without_privacy()
+        assert isinstance(own, Plugin)  # Every opened kind is one.
+        solver = SolverSpec.model_validate(own.model_dump(exclude_unset=True))
+    aggregation = run.aggregation
+    if isinstance(open_aggregator(run.aggregation_of(None), f"{RUN_PREFIX}aggregation"), Momentum):
+        tasks = {name: {**own, **({"noise": 0.0} if "noise" in own else {})} for name, own in aggregation.tasks.items()}
+        quiet = {**aggregation.model_dump(), "noise": 0.0, "tasks": tasks}
+        aggregation = AggregationSpec.model_validate(quiet)
+    changes = {"solver": solver, "privacy": "non_private", "aggregation": aggregation, "evaluation": None}
+    return run.model_copy(update=changes)
+
+
 # --- the baselines ---------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +130,7 @@ def _compute_baseline_prediction(experiment: Experiment, sites: Sequence[SiteCon
 
 
 def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
-    solver = open_solver(experiment.config.run.solver, f"{RUN_PREFIX}solver")
+    run = experiment.config.run
     train = open_prepared_units(sites, experiment.run_id, experiment.tasks, "train")
     results: dict[str, list[Metrics]] = {}
     for site in sites:
@@ -117,7 +138,7 @@ def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskM
             continue
         tasks = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
         sizes = {name: site.tasks[name].public_size for name in tasks}
-        heads = _train_alone(experiment, solver, tasks, train[site.name], sizes, purpose=f"local/{site.name}")
+        heads = _train_alone(experiment, run, tasks, train[site.name], sizes, purpose=f"local/{site.name}")
         metrics = _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
         for task, values in metrics.items():
             results.setdefault(task, []).append(values)
@@ -131,19 +152,15 @@ def _compute_central(experiment: Experiment, sites: Sequence[SiteConfig]) -> Tas
         name: sum(site.tasks[name].public_size for site in sites if site.name in train and name in site.tasks)
         for name in tasks
     }
-    assert experiment.config.non_private_solver is not None
-    solver = open_solver(experiment.config.non_private_solver, "non_private_solver")
-    heads = _train_alone(experiment, solver, tasks, pool_units(train, tasks), sizes, purpose="central")
+    run = make_non_private_run(experiment.config)
+    heads = _train_alone(experiment, run, tasks, pool_units(train, tasks), sizes, purpose="central")
     return _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
 
 
 def _compute_non_private(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
     del sites  # Their files do not allow a run without privacy.
-    config = experiment.config
-    changes = {"solver": config.non_private_solver, "privacy": "non_private", "evaluation": None}
-    return _federate_again(
-        experiment, config.run.model_copy(update=changes), backbones=experiment.backbones, name="non_private"
-    )
+    run = make_non_private_run(experiment.config)
+    return _federate_again(experiment, run, backbones=experiment.backbones, name="non_private")
 
 
 def _compute_random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
@@ -172,19 +189,19 @@ def _select_tasks(experiment: Experiment, units: Mapping[str, Units]) -> dict[st
 
 def _train_alone(
     experiment: Experiment,
-    solver: Solver,
+    run: RunConfig,
     tasks: Mapping[str, Task],
     units: Units,
     sizes: Mapping[str, int],
     *,
     purpose: str,
 ) -> Heads:
-    """Returns heads trained on these units alone, with the run's rounds and its aggregation of one update."""
-    run = experiment.config.run
+    """Returns heads trained on these units alone, with a run's rounds and its aggregation of one update."""
+    solver = open_solver(run.solver, f"{RUN_PREFIX}solver")
     training = LocalTraining(
-        run=run if solver.private else run.model_copy(update={"privacy": "non_private"}),
+        run=run,
         solver=solver,
-        plan=solver.plan(run.training_privacy if solver.private else None, experiment.config.unit, run.rounds),
+        plan=solver.plan(run.training_privacy, experiment.config.unit, run.rounds),
         rounds=run.rounds,
         tasks=tasks,
         units=units,

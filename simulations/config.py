@@ -162,7 +162,8 @@ class SimulationConfig(Frozen):
             ones and with those of each site alone, on each site's own held-out records.
         executor: what carries the messages.
         baselines: baselines to compute.
-        non_private_solver: solver of the baselines `non_private` and `central`.
+        non_private_solver: solver of the baselines `non_private` and `central`; by default the run's own, without clip
+            and noise.
         pretrain: settings of `simulations pretrain`.
         expect: task name -> what its result must beat; else the command exits with code 1.
         noise_seed: seed of sampling and noise, for papers only: the result is reproducible and not private.
@@ -208,8 +209,6 @@ class SimulationConfig(Frozen):
                 known = ", ".join(self.sources) or "none"
                 raise ValueError(f"partition.{key}.{unknown[0]}: expected one of the file's sources ({known})")
         self.pretrained_backbone()
-        if self.non_private_solver is None and {"non_private", "central"} & set(self.baselines):
-            raise ValueError("non_private_solver: expected a solver for the non-private baselines, got nothing")
         other = self.non_private_solver
         if other is not None:
             other.check_tasks(self.run.tasks, "non_private_solver")

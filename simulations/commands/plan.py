@@ -32,6 +32,8 @@ def plan(config: SimulationFile, set_: Set = None, json_: Json = False) -> None:
                 typer.echo(f"chosen: {reason}")
             Console().print(table(outlooks))
             typer.echo(LEGEND)
+            for reason in loaded.run.chosen:
+                typer.echo(f"chosen: {reason}")
             warned: dict[str, list[str]] = {}
             for each in outlooks:
                 for warning in each.warnings:

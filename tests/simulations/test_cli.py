@@ -16,7 +16,10 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from common.process.console import reported_errors
+from common.yaml import load
 from simulations.__main__ import app
+from simulations.baselines import make_non_private_run
+from simulations.config import SimulationConfig
 from simulations.experiment import run
 
 Command = Callable[..., Result]
@@ -88,6 +91,27 @@ def test_all_baselines_are_beside_the_result(command: Command) -> None:
     baselines = json.loads(result.stdout)["tasks"]["colour"]["baselines"]
     assert set(baselines) == {"local", "non_private", "central"}
     assert all(values["accuracy"] > 0.7 for values in baselines.values())
+
+
+def test_baselines_without_privacy_need_no_solver_of_their_own(command: Command) -> None:
+    result = command("run", "baselines=[non_private, central]", options=("--json",))
+    baselines = json.loads(result.stdout)["tasks"]["colour"]["baselines"]
+    assert all(baselines[name]["accuracy"] > 0.7 for name in ("non_private", "central"))
+
+
+def test_a_baseline_without_privacy_is_the_run_that_asks_for_none(simulation_file: Path) -> None:
+    auto = ["run.solver={kind: auto}", "run.aggregation=null"]
+    private = load(SimulationConfig, simulation_file, auto)
+    asked = load(SimulationConfig, simulation_file, [*auto, "run.privacy=non_private"]).run
+    assert private.run.solver != asked.solver and private.run.aggregation != asked.aggregation
+    assert make_non_private_run(private).model_dump() == asked.model_dump()
+
+
+def test_a_plan_says_what_was_chosen(command: Command) -> None:
+    assert "chosen: " not in command("plan").stdout
+    result = command("plan", "run.solver={kind: auto}", "run.aggregation=null")
+    assert result.exit_code == 0, result.output
+    assert "chosen: solver head_sum: all heads are linear" in result.stdout
 
 
 def test_an_expectation_without_its_baseline_is_refused(command: Command) -> None:
@@ -164,7 +188,6 @@ def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> N
         ("run.aggregation.kind=fedadm", ("run.aggregation.kind", "nearest: 'fedadam'")),
         ("sources.rows.kind=tabel", ("sources.rows.kind", "nearest: 'table'")),
         ("partition.kind=natural", ("partition.sites: expected a value",)),
-        ("baselines=[central]", ("non_private_solver: expected a solver",)),
         ("baselines=[centrl]", ("baselines", "nearest: 'central'")),
         ("run.solver.sampling_rate=1.5", ("run.solver.sampling_rate", "got 1.5")),
         ("run.privacy.target_epsilon=-1", ("run.privacy.target_epsilon", "greater than or equal to 0.0001", "got -1")),
