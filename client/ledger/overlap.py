@@ -65,6 +65,25 @@ def forget_patients(ledgers: Path, population: str, state_dir: Path) -> None:
     _locate(ledgers / _FOLDER, population, state_dir).unlink(missing_ok=True)
 
 
+def claim_run(ledger_folder: Path, run: str, site: str) -> bool:
+    """Returns true if a site is the one of its population that takes part in a run of secure sums: who asks first is.
+
+    Two sites of one population would bring a unit that both have into one sum twice; their two charges are those of two
+    sums, each with noise of its own, and that costs less.
+
+    Args:
+        ledger_folder: folder of the population's ledger.
+        run: name under which the ledger charges the run.
+        site: name of the site.
+    """
+    folder = private_folder(ledger_folder / "secure_sums")
+    path = folder / sha256(run.encode()).hexdigest()
+    with lock_file(folder / _LOCK):
+        if not path.exists():
+            write_atomic(path, site.encode())
+        return path.read_bytes() == site.encode()
+
+
 def _locate(folder: Path, population: str, state_dir: Path) -> Path:
     # A population's own id holds no dot.
     return folder / f"{population}.{sha256(os.fsencode(state_dir)).hexdigest()[:16]}"

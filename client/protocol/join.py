@@ -25,6 +25,7 @@ from client.protocol.site import (
     SiteDeclined,
     check_allowed,
     check_approved,
+    claim_sums,
     find_sum_rules,
     make_plan,
     open_member,
@@ -79,6 +80,8 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     _check_heads(joined, tasks)
     ledger = site.ledger()
     check_witness(ledger, request.witness)
+    if rules is not None:
+        claim_sums(site.config, joined, ledger)
     _pass_audit(site, joined, request, tasks)
     if plan.private:
         # A resumed run was partly paid for: what its rounds were charged is not held again.

@@ -15,6 +15,7 @@ from client.config import NoisedEvaluation, SiteConfig
 from client.ledger.ledger import Ledger
 from client.ledger.measured import Measured, find_measured
 from client.ledger.older_copy import check_claims, check_replies
+from client.ledger.overlap import claim_run
 from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.solvers import Solver, SummingSolver, open_solver
@@ -382,6 +383,25 @@ def find_sum_rules(config: SiteConfig, joined: Joined) -> SumRules | None:
     if joined.first_round > 1:
         raise SiteDeclined(DeclineReason.TRUST, "the run sums securely, and this site came after its first round")
     return rules
+
+
+def claim_sums(config: SiteConfig, joined: Joined, ledger: Ledger) -> None:
+    """Checks that no other site of this population takes part in a run of secure sums.
+
+    Args:
+        config: the site file.
+        joined: the run.
+        ledger: the population's ledger.
+
+    Raises:
+        SiteDeclined: one does.
+    """
+    if not claim_run(ledger.folder, config.name_charge(joined.run_id), config.name):
+        raise SiteDeclined(
+            DeclineReason.TRUST,
+            f"another site of registry {config.registry} takes part in the run's secure sums, and a unit may be in a "
+            "sum once",
+        )
 
 
 def open_member(config: SiteConfig) -> Member:

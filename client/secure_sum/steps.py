@@ -17,10 +17,12 @@ from client.ledger.events import TRAINING
 from client.ledger.ledger import Ledger, Reservation
 from client.protocol.answer import answer_once, open_request
 from client.protocol.site import (
+    FINAL_HEADS,
     Joined,
     Site,
     SiteDeclined,
     check_approved,
+    claim_sums,
     digest_of_offer,
     find_sum_rules,
     joined_run,
@@ -67,11 +69,13 @@ def make_sum_keys(site: Site, request: messages.SumKeysRequest) -> messages.SumK
     """Returns this site's signed keys for an attempt, which begins with them.
 
     Raises:
-        SiteDeclined: the run has no secure sums that this site takes part in, or the attempt is over.
+        SiteDeclined: the run has no secure sums that this site takes part in, or it or the attempt is over.
     """
     step = _open_step(site, request)
     if not 1 <= request.round <= step.joined.run.rounds:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run")
+    if (step.joined.folder / FINAL_HEADS).exists():
+        raise SiteDeclined(DeclineReason.OVERTAKEN, "the run's final heads are here, and its secrets are gone")
     with AttemptStore.exclusive(step.joined.folder) as store:
         kept = store.find(step.terms)
         if kept is None:
@@ -110,6 +114,8 @@ def train_masked(site: Site, request: messages.MaskedRequest) -> RecordDict:
         opened = open_request(site, joined, request, "train")
         solver = open_solver(joined.run.solver, "solver")
         assert isinstance(solver, SummingSolver)  # `find_sum_rules` has looked.
+        # Again: the site file may name another ledger since the site joined.
+        claim_sums(site.config, joined, ledger)
         reservation = ledger.reserve(
             make_mechanism(step.plan, step.terms.rules),
             run=site.config.name_charge(joined.run_id),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from common.secure_sum.identity import is_signed
 from common.secure_sum.masks import (
     SignedKeys,
+    agree,
     decrypt_share,
     derive_key,
     derive_private_key,
@@ -143,6 +144,11 @@ class SiteAttempt:
         return derive_key(self.seed, b"mask key")
 
     @property
+    def mask_private_key(self) -> X25519PrivateKey:
+        """The private key of pairwise masks."""
+        return derive_private_key(self.mask_secret)
+
+    @property
     def self_secret(self) -> bytes:
         """The secret of the mask that this site adds alone, which is shared."""
         return derive_key(self.seed, b"self mask")
@@ -158,7 +164,7 @@ class SiteAttempt:
 
 def make_keys(member: Member, attempt: SiteAttempt) -> str:
     """Returns the site's public keys for this attempt, signed, as hex digits."""
-    mask_key = derive_private_key(attempt.mask_secret).public_key().public_bytes_raw()
+    mask_key = attempt.mask_private_key.public_key().public_bytes_raw()
     share_key = attempt.share_key.public_key().public_bytes_raw()
     signature = member.identity.sign(_hash_keys(attempt.terms, member.name, mask_key, share_key))
     return SignedKeys(mask_key, share_key, signature).format()
@@ -174,7 +180,8 @@ def accept_keys(member: Member, attempt: SiteAttempt, keys: Mapping[str, str]) -
 
     Raises:
         BadInput: other keys came before, a site is not in the roster of this site's file or did not sign its keys,
-            this site's own keys are not among them, two sites have the same key, or there are too few sites.
+            this site's own keys are not among them, two sites have the same key or one has a key that is none, or there
+            are too few sites.
     """
     if attempt.keys is not None:
         return _refuse_another(attempt, attempt.keys == dict(keys), "list of keys")
@@ -191,6 +198,9 @@ def accept_keys(member: Member, attempt: SiteAttempt, keys: Mapping[str, str]) -
         signed_hash = _hash_keys(attempt.terms, name, signed.mask_key, signed.share_key)
         if not is_signed(member.roster[name], signed.signature, signed_hash):
             raise BadInput(f"the keys of {name} were not signed for this attempt by the key in this site's roster")
+        # Now, because a vector is charged before it is masked: a key with which none can agree is to cost nothing.
+        agree(attempt.mask_private_key, signed.mask_key, b"check")
+        agree(attempt.share_key, signed.share_key, b"check")
         public |= {signed.mask_key, signed.share_key}
     if len(public) != 2 * len(keys):
         raise BadInput("expected different keys of all sites, got one twice")
@@ -247,7 +257,7 @@ def mask_vector(attempt: SiteAttempt, values: NDArray[np.int64]) -> bytes:
         attempt: the site's state after `accept_shares`.
         values: the vector, of one dimension.
     """
-    view, key = attempt.view, derive_private_key(attempt.mask_secret)
+    view, key = attempt.view, attempt.mask_private_key
     masked = values.astype("<i8").view("<u8").copy()
     masked += make_self_mask(attempt.self_secret, view, attempt.name, len(values))
     for other in attempt.senders:
@@ -304,7 +314,8 @@ def reveal_shares(member: Member, attempt: SiteAttempt, signatures: Mapping[str,
         BadInput: too few survivors signed the list that this site confirmed.
     """
     message, confirmed = _hash_survivors(attempt), 0
-    for name in set(signatures) & set(attempt.survivors or ()):
+    # A site that left the roster since its keys came counts no more.
+    for name in set(signatures) & set(attempt.survivors or ()) & set(member.roster):
         confirmed += is_signed(member.roster[name], _from_hex(signatures[name]), message)
     if confirmed < attempt.threshold:
         raise BadInput(

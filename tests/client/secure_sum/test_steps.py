@@ -62,14 +62,14 @@ def make_run(**changes: Any) -> RunConfig:
     return run_config(**{**values, **changes})
 
 
-def make_site(folder: Path, **changes: Any) -> Site:
-    """Returns the site `north`, in a roster with three others that the tests play."""
+def make_site(folder: Path, name: str = "north", **changes: Any) -> Site:
+    """Returns the site `north` by default, in a roster with three others that the tests play."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "identity"
     roster = {name: format_public_key(key) for name, key in OTHERS.items()}
-    roster["north"] = format_public_key(write_identity(path))
+    roster[name] = format_public_key(write_identity(path))
     section = {"identity": str(path), "roster": roster, "min_sites": 3, "colluding": 0}
-    return Site(site_config(folder, "north", **{"secure_sum": section, **changes}), os_entropy)
+    return Site(site_config(folder, name, **{"secure_sum": section, **changes}), os_entropy)
 
 
 def make_ready(site: Site, frozen: Backbone, **changes: Any) -> None:
@@ -281,6 +281,46 @@ def test_the_secrets_are_the_owners_and_go_with_the_final_heads(site: Site, froz
     assert path.stat().st_mode & 0o077 == 0
     finish(site, messages.FinishRequest("run-1", attempt.heads, heads_digest(attempt.heads)))
     assert not path.exists()
+
+
+def test_nothing_begins_once_the_final_heads_are_here(site: Site, frozen: Backbone) -> None:
+    attempt = Attempt(site, make_heads(frozen))
+    attempt.go()
+    finish(site, messages.FinishRequest("run-1", attempt.heads, heads_digest(attempt.heads)))
+    with is_declined(DeclineReason.OVERTAKEN, "final heads are here"):
+        attempt.ask_keys()
+    assert not (site.config.state_dir / "runs" / "run-1" / SECURE_SUM).exists()
+
+
+def test_two_sites_of_one_registry_are_not_in_one_sum(tmp_path: Path, frozen: Backbone) -> None:
+    """A unit of both would be in the sum twice, and be charged as if it were in two sums once."""
+    shared = {"registry": "people", "ledger_dir": str(tmp_path / "ledgers")}
+    first, second = make_site(tmp_path / "first", **shared), make_site(tmp_path / "second", name="south", **shared)
+    make_ready(first, frozen)
+    with is_declined(DeclineReason.TRUST, "another site of registry people"):
+        join(second, offered("run-1", make_run(), frozen))
+    assert second.ledger().history().earmarks.keys() == {"run-1"}
+    join(second, offered("run-2", make_run(), frozen))
+    join(first, offered("run-1", make_run(), frozen))
+    with is_declined(DeclineReason.TRUST, "another site of registry people"):
+        join(first, offered("run-2", make_run(), frozen))
+
+
+def test_a_site_file_that_names_another_registry_since_it_joined_is_looked_at_again(
+    tmp_path: Path, frozen: Backbone
+) -> None:
+    shared = {"registry": "people", "ledger_dir": str(tmp_path / "ledgers")}
+    make_ready(make_site(tmp_path / "other", name="south", **shared), frozen)
+    site = make_site(tmp_path / "own")
+    make_ready(site, frozen)
+    attempt = Attempt(site, make_heads(frozen))
+    attempt.go(2)
+    attempt.site = replace(
+        site, config=site.config.model_copy(update={"registry": "people", "ledger_dir": tmp_path / "ledgers"})
+    )
+    with is_declined(DeclineReason.TRUST, "another site of registry people"):
+        attempt.ask_masked()
+    assert list_charges(site) == []
 
 
 def test_a_damaged_state_declines_and_a_new_attempt_goes_on_without_it(site: Site, frozen: Backbone) -> None:

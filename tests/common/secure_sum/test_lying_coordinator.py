@@ -90,6 +90,21 @@ def test_a_site_that_took_another_ones_public_key_is_refused() -> None:
         accept_keys(group.members["site-00"], group.states["site-00"], {**group.keys, "site-01": copied})
 
 
+@pytest.mark.parametrize("point", [0, 1, 2**255 - 20, 2**255 - 19], ids=hex)
+@pytest.mark.parametrize("place", ["mask_key", "share_key"])
+def test_a_key_with_which_every_key_agrees_on_zero_is_refused_before_anything_is_charged(
+    place: str, point: int
+) -> None:
+    """Points of low order (RFC 7748, section 7): signed by a site that colludes, they would end every attempt."""
+    group = advance("share")
+    honest = SignedKeys.parse(group.keys["site-01"])
+    chosen = replace(honest, **{place: point.to_bytes(32, "little")})
+    message = hash_terms(group.terms, "keys", "site-01", chosen.mask_key.hex(), chosen.share_key.hex())
+    signed = replace(chosen, signature=group.members["site-01"].identity.sign(message)).format()
+    with pytest.raises(BadInput, match="X25519"):
+        accept_keys(group.members["site-00"], group.states["site-00"], {**group.keys, "site-01": signed})
+
+
 def test_too_few_sites_are_refused_at_every_step() -> None:
     group = advance("share")
     few = {name: group.keys[name] for name in SITES[:2]}
@@ -208,6 +223,16 @@ def test_the_signature_of_a_site_that_is_no_survivor_does_not_count() -> None:
     signatures = {**group.signatures, "site-04": signature}
     with pytest.raises(BadInput, match="got 2"):
         reveal_shares(group.members["site-00"], group.states["site-00"], signatures)
+
+
+def test_a_site_that_left_the_roster_in_the_middle_does_not_count() -> None:
+    group = advance("reveal")
+    member = group.members["site-00"]
+    left = replace(member, roster={name: member.roster[name] for name in SITES[:3]})
+    assert set(reveal_shares(left, group.states["site-00"], group.signatures)) == set(SITES)
+    left = replace(member, roster={name: member.roster[name] for name in SITES[:2]})
+    with pytest.raises(BadInput, match="got 2"):
+        reveal_shares(left, group.states["site-00"], group.signatures)
 
 
 def test_a_site_reveals_one_secret_of_each_other_site_and_never_both() -> None:
