@@ -2,7 +2,7 @@
 
     python -m benchmarks.secure_sum [SITES ...]
 
-All sites run in this process, one after the other: the seconds are those of the whole federation's work, without
+All sites run in this process, one after the other: the seconds are processor time of the whole federation's work, without
 network, polling and intervals of `reply_every_s`. Bytes are those of Flower's own encoding, as the run's journal has
 them, for one site. The last line is the arithmetic alone: what one site and what the coordinator compute.
 """
@@ -40,14 +40,16 @@ from simulations.config import SimulationConfig
 from simulations.experiment import run
 
 SITES = (3, 5, 10, 20, 50)
-DIM, CLASSES, ROUNDS = 256, 10, 6
+DIM, CLASSES = 256, 10
+SHORT, LONG = 2, 8
+"""Rounds of two runs: their difference is that of rounds alone."""
 HEADS = "0" * 64
 
 
-def make_config(folder: Path, sites: int, *, is_secure: bool) -> SimulationConfig:
+def make_config(folder: Path, sites: int, rounds: int, *, is_secure: bool) -> SimulationConfig:
     """Returns a federation of one linear head of 2,570 values."""
-    folder.mkdir()
-    config = simulation(folder, sites, rounds=ROUNDS, dim=DIM, classes=CLASSES)
+    folder.mkdir(parents=True)
+    config = simulation(folder, sites, rounds=rounds, dim=DIM, classes=CLASSES)
     values = config.run.model_dump() | {
         "solver": {"kind": "head_sum", "clip_norm": 1.0},
         "aggregation": {"kind": "mean"},
@@ -58,12 +60,17 @@ def make_config(folder: Path, sites: int, *, is_secure: bool) -> SimulationConfi
 
 
 def measure_rounds(folder: Path, sites: int, *, is_secure: bool) -> tuple[float, float, float]:
-    """Returns the seconds of a round, and the bytes to and from one site."""
-    run(make_config(folder / "in", sites, is_secure=is_secure), out=folder / "out")
-    rounds = select_events(read_run_journal(folder / "out" / "journal.jsonl"), RoundEnded)
-    updates = [update for each in rounds for update in each.sites.values()]
-    seconds = median(each.seconds for each in rounds[1:])
-    return seconds, median(each.bytes_down for each in updates), median(each.bytes_up for each in updates)
+    """Returns the processor seconds of a round, and the bytes to and from one site."""
+    seconds = {}
+    for rounds in (SHORT, LONG):
+        config = make_config(folder / f"in-{rounds}", sites, rounds, is_secure=is_secure)
+        started = time.process_time()
+        run(config, out=folder / f"out-{rounds}")
+        seconds[rounds] = time.process_time() - started
+    ended = select_events(read_run_journal(folder / f"out-{LONG}" / "journal.jsonl"), RoundEnded)
+    updates = [update for each in ended for update in each.sites.values()]
+    a_round = (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
+    return a_round, median(each.bytes_down for each in updates), median(each.bytes_up for each in updates)
 
 
 def measure_arithmetic(sites: int, num_values: int) -> tuple[float, float]:
@@ -74,7 +81,7 @@ def measure_arithmetic(sites: int, num_values: int) -> tuple[float, float]:
     members = {name: Member(name, key, roster) for name, key in keys.items()}
     states = {name: SiteAttempt(terms, name, os.urandom(32)) for name in keys}
     values = np.zeros(num_values, np.int64)
-    started = time.perf_counter()
+    started = time.process_time()
     listed = {name: make_keys(members[name], state) for name, state in states.items()}
     states = {name: accept_keys(members[name], state, listed) for name, state in states.items()}
     encrypted = {name: make_shares(state) for name, state in states.items()}
@@ -85,16 +92,16 @@ def measure_arithmetic(sites: int, num_values: int) -> tuple[float, float]:
     states = {name: accept_survivors(states[name], list(masked)) for name in masked}
     signed = {name: sign_survivors(members[name], state) for name, state in states.items()}
     revealed = {name: reveal_shares(members[name], state, signed) for name, state in states.items()}
-    site_s = (time.perf_counter() - started) / sites
-    started = time.perf_counter()
+    site_s = (time.process_time() - started) / sites
+    started = time.process_time()
     total = unmask_sum(Collected(terms, listed, list(encrypted), HEADS, masked), revealed)
     assert not total.any()
-    return site_s, time.perf_counter() - started
+    return site_s, time.process_time() - started
 
 
 def main() -> None:
     """Prints one row of a table for each number of sites."""
-    head = "| sites | s a round, plain | secure | KB to a site, plain | secure | KB from a site, plain | secure |"
+    head = "| sites | CPU s a round, plain | secure | KB to a site, plain | secure | KB from a site, plain | secure |"
     print(head, "|---|---|---|---|---|---|---|", sep="\n")
     for sites in [int(each) for each in sys.argv[1:]] or SITES:
         with tempfile.TemporaryDirectory() as place:
