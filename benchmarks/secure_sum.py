@@ -2,9 +2,9 @@
 
     python -m benchmarks.secure_sum [SITES ...]
 
-All sites run in this process, one after the other: the seconds are processor time of the whole federation's work, without
-network, polling and intervals of `reply_every_s`. Bytes are those of Flower's own encoding, as the run's journal has
-them, for one site. The last line is the arithmetic alone: what one site and what the coordinator compute.
+All sites run in this process, one after the other: the seconds are processor time of the whole federation's work,
+without network, polling and intervals of `reply_every_s`. Bytes are those of Flower's own encoding for one site, as the
+run's journal has them. The last lines are the arithmetic alone: what one site and what the coordinator compute.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def main() -> None:
     """Prints one row of a table for each number of sites."""
     head = "| sites | CPU s a round, plain | secure | KB to a site, plain | secure | KB from a site, plain | secure |"
     print(head, "|---|---|---|---|---|---|---|", sep="\n")
+    with tempfile.TemporaryDirectory() as place:
+        run(make_config(Path(place) / "in", 3, SHORT, is_secure=True), out=Path(place) / "out")  # Imports.
     for sites in [int(each) for each in sys.argv[1:]] or SITES:
         with tempfile.TemporaryDirectory() as place:
             rows = []
