@@ -28,10 +28,11 @@ from client.solvers.parts.closed_form import (
 )
 from client.solvers.parts.descent import _get_output_gradient
 from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step, split_fixed_blocks
-from common.model.parameters import MAX_ROW_NORM
+from common.model.parameters import MAX_ROW_NORM, load_parameters, parameters
 from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task
+from common.tasks.parts.adjusted import AdjustedHead, normalize_rows
 from common.types import Plan, Unit
 
 FEATURES = 40
@@ -153,6 +154,47 @@ def test_neither_their_number_nor_the_place_changes_what_a_unit_adds(count: int)
     for place in {0, count // 2, count}:
         with_it = sum_parts(heads, tasks, site([*people[:place], more, *people[place:]], tasks))
         assert_equal(subtract(with_it, without), own)
+
+
+ADJUSTED = {
+    name: open_task({**settings, "head": {"centre": True, "prior": True}}, name)
+    for name, settings in {
+        "grade": {"kind": "classification", "labels": ["a", "b", "c"]},
+        "signs": {"kind": "multilabel", "labels": ["x", "y"], "scale": 3.0},
+    }.items()
+}
+"""Heads with numbers that do not train and that a coordinator chooses."""
+
+
+def fix_numbers(heads: Mapping[str, nn.Module], centre_D: Tensor, offset: float) -> None:
+    """Puts a centre and an offset of the first output into heads, as a request would."""
+    for head in heads.values():
+        assert isinstance(head, AdjustedHead)
+        offset_K = torch.zeros(len(head.fixed.offset))
+        offset_K[0] = offset
+        load_parameters(head, parameters(head) | {"fixed.centre": centre_D.numpy(), "fixed.offset": offset_K.numpy()})
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    others=st.lists(PEOPLE, max_size=6),
+    more=PEOPLE,
+    place=st.integers(0, 6),
+    centre=st.sampled_from(["its own", "another's", MAX_ROW_NORM, 1e-45, -0.0, 1.0]),
+    offset=st.sampled_from([-MAX_ROW_NORM, 0.0, 88.0, 1e-45, MAX_ROW_NORM]),
+)
+def test_no_centre_and_no_offset_makes_a_unit_add_more_or_change_another(
+    others: list[Person], more: Person, place: int, centre: str | float, offset: float
+) -> None:
+    """A centre that is a record's own direction leaves only what rounding made of it."""
+    heads, own_site = draw_heads(ADJUSTED), site([more], ADJUSTED)
+    chosen = own_site if centre == "its own" or not others else site(others, ADJUSTED)
+    direction_D = normalize_rows(chosen.tasks["grade"].features_RD[:1])[0]
+    fix_numbers(heads, direction_D if isinstance(centre, str) else torch.full((FEATURES,), centre), offset)
+    own = sum_parts(heads, ADJUSTED, own_site)
+    with_it = sum_parts(heads, ADJUSTED, site([*others[:place], more, *others[place:]], ADJUSTED))
+    assert_equal(subtract(with_it, sum_parts(heads, ADJUSTED, site(others, ADJUSTED))), own)
+    assert square(own) <= int(LATTICE.bound**2)
 
 
 @pytest.mark.parametrize("duplicates", [False, True])
@@ -286,7 +328,7 @@ DEEP: dict[str, Task] = {
 }
 
 
-def sum_by_opacus(heads: Mapping[str, nn.Module], units: Units) -> list[Tensor]:
+def sum_by_opacus(heads: Mapping[str, nn.Module], units: Units, tasks: Mapping[str, Task] = DEEP) -> list[Tensor]:
     """The integer totals of one step through Opacus' hooks."""
     module = hook_record_gradients(heads)
     plan = Plan(1.0, 1, 0.5, 3.0, Unit.EXAMPLE)
@@ -300,7 +342,7 @@ def sum_by_opacus(heads: Mapping[str, nn.Module], units: Units) -> list[Tensor]:
     sgd = torch.optim.SGD(module.parameters(), lr=0.0)
     optimizer = Reading(sgd, plan=plan, divisors=[1.0] * len(list(module.parameters())), stream=NoiseStream(bytes(32)))
     usable = replace(units, tasks={name: records.labelled() for name, records in units.tasks.items()})
-    release_step(optimizer, heads, DEEP, usable, torch.arange(units.num_units))
+    release_step(optimizer, heads, tasks, usable, torch.arange(units.num_units))
     return seen
 
 
@@ -316,6 +358,27 @@ def test_through_opacus_one_unit_more_adds_its_own_part_too(count: int) -> None:
             with_it = sum_by_opacus(draw_heads(DEEP, 0.5), site([*people[:place], more, *people[place:]], DEEP))
             for total, rest, part in zip(with_it, without, own, strict=True):
                 assert torch.equal(total - rest, part)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e18])
+def test_through_opacus_a_centre_that_is_a_units_own_direction_changes_no_other_unit(scale: float) -> None:
+    head = {"hidden": 16, "centre": True, "prior": True}
+    tasks = {"grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": head}, "grade")}
+    people = [Person(seed, records=1 + seed % 2, scale=[1.0, 1e4, 1e-6][seed % 3]) for seed in range(70)]
+    more = Person(99_999, scale=scale)
+    own_site = site([more], tasks)
+
+    def add(units: Units) -> list[Tensor]:
+        heads = draw_heads(tasks, 0.5)
+        fix_numbers(heads, normalize_rows(own_site.tasks["grade"].features_RD)[0], 30.0)
+        return sum_by_opacus(heads, units, tasks)
+
+    own, without = add(own_site), add(site(people, tasks))
+    assert sum(int(value) ** 2 for total in own for value in total.flatten().tolist()) <= int(LATTICE.bound**2)
+    for place in (0, 23, 70):
+        with_it = add(site([*people[:place], more, *people[place:]], tasks))
+        for total, rest, part in zip(with_it, without, own, strict=True):
+            assert torch.equal(total - rest, part)
 
 
 def test_a_clip_factor_over_many_parameters_is_the_same_at_every_place() -> None:
