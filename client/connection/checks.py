@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from client.config import Coordinator, SiteConfig
+from client.config import Coordinator, SecureSum, SiteConfig
 from client.connection import diagnose
 from client.connection.diagnose import (
     AUTHORITY_WARN_DAYS,
@@ -28,7 +28,7 @@ from client.data.snapshot import Survey, freeze_snapshot, survey_sources
 from client.ledger.place import find_default_ledger_dir, has_ledger, locate_ledgers
 from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals, check_offer
-from client.protocol.site import Joined, Site
+from client.protocol.site import Joined, Site, SiteDeclined, open_member
 from common.bundle import compute_code_digest
 from common.offers import Offer
 from common.privacy.noise import os_entropy
@@ -71,6 +71,8 @@ def check_site(config: SiteConfig, offers: Mapping[str, RunConfig], *, offline: 
     yield from _check_state(config)
     yield _check_device(config)
     yield from _check_ledger(config)
+    if config.secure_sum is not None:
+        yield _check_secure_sum(config, config.secure_sum)
     for found in data_checks(config, offers):
         yield Check(*found)
     coordinators = config.list_coordinators()
@@ -252,6 +254,21 @@ def _check_ledger(config: SiteConfig) -> Iterator[Check]:
     else:
         yield Check("ledger", "pass", left)
     yield _check_place(config, place)
+
+
+def _check_secure_sum(config: SiteConfig, section: SecureSum) -> Check:
+    try:
+        open_member(config)
+    except SiteDeclined as declined:
+        remedy = f"headwater site identity {section.identity}, and its public key into all rosters"
+        return Check("secure sum", "fail", declined.detail, remedy)
+    # By this digest staffs compare their files by telephone.
+    return Check(
+        "secure sum",
+        "pass",
+        f"at least {section.min_sites} of {len(section.roster)} sites, {section.colluding} may collude; digest "
+        f"{section.digest[:16]}, the same at every site",
+    )
 
 
 def _check_place(config: SiteConfig, place: Path) -> Check:

@@ -38,7 +38,8 @@ from server.rounds.replies import Rejected, RoundUpdates, check_delta, check_pla
 _Reply = TypeVar("_Reply")
 MAX_TRIES = 8
 """Attempts at one round by one coordinator process; a site's ledger allows fewer once its vector has left."""
-_OF_THE_ATTEMPT = (f"{DECLINED}{DeclineReason.OVERTAKEN}", f"{DECLINED}{DeclineReason.BAD_REQUEST}")
+_OVERTAKEN = f"{DECLINED}{DeclineReason.OVERTAKEN}"
+_OF_THE_ATTEMPT = (_OVERTAKEN, f"{DECLINED}{DeclineReason.BAD_REQUEST}")
 """Reasons to decline that another attempt may not have."""
 
 
@@ -56,22 +57,24 @@ def collect_sum(messenger: Messenger, participants: Sequence[Participant], heads
         RunFailed: the sum is none that the sites' plans make possible.
     """
     rules = read_rules(messenger.run)
-    asked = list(participants)
-    for number in range(1, MAX_TRIES + 1):
-        attempt = _Attempt(messenger, heads, rules, round_, number, asked)
+    asked, number, num_tries, problem = list(participants), 0, 0, ""
+    while num_tries < MAX_TRIES and len(asked) >= rules.min_sites and number < messages.MAX_ATTEMPTS:
+        number += 1
+        attempt, over = _Attempt(messenger, heads, rules, round_, number, asked), None
         try:
             updates = attempt.run()
-        except _AttemptOver as over:
-            problem = str(over)
-            if over.is_final:
-                break
-        else:
-            return updates
-        finally:
+        except _AttemptOver as error:
+            over = error
+        if over is None or not over.is_stale:
             messenger.write_rejected(attempt.rejected, attempt.names, "train", round_)
-        asked = [each for each in asked if each.node_id not in attempt.find_unwilling()]
-        if len(asked) < rules.min_sites:
+        if over is None:
+            return updates
+        problem = str(over)
+        if over.is_final:
             break
+        # A coordinator that began anew counts from 1: what its predecessor had tried is no try of its own.
+        num_tries += not over.is_stale
+        asked = [each for each in asked if each.node_id not in attempt.find_unwilling()]
     raise RunInterrupted(f"round {round_}: {problem}")
 
 
@@ -82,11 +85,17 @@ def read_rules(run: RunConfig) -> SumRules:
 
 
 class _AttemptOver(Exception):
-    """An attempt that too few sites are left for. `is_final`: waiting for sites did not help either."""
+    """An attempt that too few sites are left for.
 
-    def __init__(self, problem: str, *, is_final: bool = False) -> None:
+    Attributes:
+        is_final: true where waiting for sites did not help either.
+        is_stale: true where sites have gone on to a later attempt.
+    """
+
+    def __init__(self, problem: str, *, is_final: bool = False, is_stale: bool = False) -> None:
         super().__init__(problem)
         self.is_final = is_final
+        self.is_stale = is_stale
 
 
 @dataclass
@@ -213,8 +222,8 @@ class _Attempt:
         missing = quorum.describe_missing(answers.accepted)
         if missing is not None:
             problem = f"{missing}: {describe_reasons(answers.rejected, names)}"
-            again = any(item.reason in _OF_THE_ATTEMPT for item in answers.rejected)
-            raise _AttemptOver(problem, is_final=kind == messages.SUM_KEYS and not again)
+            stale = kind == messages.SUM_KEYS and any(item.reason == _OVERTAKEN for item in answers.rejected)
+            raise _AttemptOver(problem, is_final=kind == messages.SUM_KEYS and not stale, is_stale=stale)
         return {
             names[node]: reply for node, (reply, _) in sorted(answers.accepted.items(), key=lambda item: names[item[0]])
         }

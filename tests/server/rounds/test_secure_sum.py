@@ -17,6 +17,7 @@ from client.ledger.ledger import Ledger
 from client.ledger.place import locate_ledgers
 from client.protocol.answer import open_request
 from client.protocol.site import Site, joined_run, make_plan
+from client.secure_sum.steps import make_sum_keys
 from client.solvers import SummingSolver, open_solver
 from common import messages
 from common.events import FileJournal, RoundEnded, RunEvent, SiteRejected, read_run_journal, select_events
@@ -255,6 +256,28 @@ def test_a_coordinator_that_died_asks_again_and_nobody_pays_twice(tmp_path: Path
     before = first_heads(run)
     update = compute_sum(sites, before, round_=1, counted=set(NAMES))
     assert is_moved(outcome, before, update)
+
+
+def test_a_coordinator_that_begins_anew_goes_on_after_attempts_it_does_not_know(tmp_path: Path) -> None:
+    sites, run = make_sites(tmp_path), make_run(rounds=1)
+
+    def skip_ahead(honest: Answer) -> Answer:
+        def answer(message: Message, context: Context) -> Message:
+            position = int(context.node_config["partition-id"])
+            if message.metadata.message_type == messages.SUM_KEYS and position not in seen:
+                seen.add(position)
+                make_sum_keys(Site(sites[position], SeededEntropy(0)), messages.SumKeysRequest("run-1", 1, 12))
+            return honest(message, context)
+
+        seen: set[int] = set()
+        return answer
+
+    outcome, events = federate(tmp_path / "run", sites, run, wrap=skip_ahead)
+    before = first_heads(run)
+    # The twelfth has begun at every site and goes on with the keys that are there.
+    assert is_moved(outcome, before, compute_sum(sites, before, round_=1, counted=set(NAMES), attempt=12))
+    assert not select_events(events, SiteRejected)
+    assert [count_charges(site) for site in sites] == [1] * 5
 
 
 def test_a_site_with_another_roster_takes_no_part(tmp_path: Path) -> None:
