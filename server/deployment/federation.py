@@ -183,7 +183,6 @@ EXAMPLE_RUN = """\
 
 name: chest
 seed: 1
-rounds: 5
 backbone:
   kind: torchvision
   model: mobilenet_v2
@@ -192,9 +191,8 @@ backbone:
   projection: {dim: 128, shift: batch_norm, normalize: true}
 tasks:
   finding: {kind: classification, labels: [normal, pneumonia]}
-solver: {kind: dp_gd, steps: 2, clip_norm: 1.0, learning_rate: 4.0}
+solver: {kind: auto}    # chooses rounds, clip norm, steps and aggregation from public numbers
 privacy: {unit: patient, delta: 1.0e-5, target_epsilon: 3.0}   # or noise_multiplier; the other follows
-aggregation: {kind: mean}
 cohort:
   min_sites: 2                # fewer than these ready at the deadline: the run ends, and nothing was spent
   min_replies_per_task: 2     # a task is updated by at least as many sites

@@ -70,7 +70,7 @@ def test_the_example_run_file_is_valid(tmp_path: Path) -> None:
     init(tmp_path / "fed")
     run = load(RunConfig, tmp_path / "fed" / "run.yaml")
     assert run.cohort.min_sites == 2
-    assert run.solver.kind == "dp_gd"  # The choice that README recommends for a linear head.
+    assert run.solver.kind == "head_sum" and run.chosen  # What `auto`, as in README, takes for a linear head.
 
 
 def test_init_leaves_a_folder_with_files_alone(tmp_path: Path) -> None:
