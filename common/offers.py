@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.plugins import Spec
-from common.run import Name, RunConfig
+from common.run import AUTO, Name, RunConfig
 from common.types import BackboneBlob, BadInput
 from common.yaml import parse
 
@@ -77,10 +77,14 @@ class Offer:
         return encode_offer(self.run, self.backbones)
 
     def run_config(self, base: Path = Path("/nonexistent")) -> RunConfig:
-        """Returns the run's settings. Raises BadInput where they are no run's.
+        """Returns the run's settings. Raises BadInput where they are no run's, or are left to each site's program.
 
         An offer holds no path; one that does names no file below the default base.
         """
+        solver = self.run.get("solver")
+        if isinstance(solver, Mapping) and solver.get("kind") == AUTO:
+            # Another version may choose others: an approval is to mean the same as long as it holds.
+            raise BadInput("solver.kind: expected in an offer the settings that `auto` chose, got auto itself")
         return parse(RunConfig, self.run, base=base)
 
 

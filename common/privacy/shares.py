@@ -10,7 +10,7 @@ import math
 
 from common.privacy.gaussian import gdp_epsilon, gdp_mu
 from common.run import Moments, Privacy, RunConfig
-from common.types import Plan, Unit
+from common.types import EPSILONS, BadInput, Plan, Unit
 
 
 def keep_for_rounds(asked: Privacy | None, moments: Moments | None) -> Privacy | None:
@@ -19,12 +19,21 @@ def keep_for_rounds(asked: Privacy | None, moments: Moments | None) -> Privacy |
     Args:
         asked: the privacy of the whole run.
         moments: the release before the first round; None without one.
+
+    Raises:
+        BadInput: next to nothing is left.
     """
     # A noise multiplier is one of the rounds already.
     if asked is None or moments is None or asked.target_epsilon is None:
         return asked
     mu = gdp_mu(asked.target_epsilon, asked.delta) * math.sqrt(1.0 - moments.share)
-    return Privacy(unit=asked.unit, delta=asked.delta, target_epsilon=gdp_epsilon(mu, asked.delta))
+    epsilon = gdp_epsilon(mu, asked.delta)
+    if epsilon < EPSILONS.low:
+        raise BadInput(
+            f"moments: expected parts that leave the rounds an epsilon of at least {EPSILONS.low:g}, got {epsilon:.2g} "
+            f"of {asked.target_epsilon:g}"
+        )
+    return Privacy(unit=asked.unit, delta=asked.delta, target_epsilon=epsilon)
 
 
 def plan_moments(run: RunConfig, unit: Unit) -> Plan | None:

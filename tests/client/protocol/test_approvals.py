@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,15 @@ def test_offers_that_wait_are_bounded_in_number_and_never_make_room_for_others(s
     assert {waiting.digest for waiting in approvals.waiting()} == {
         offer(frozen, seed=seed).digest for seed in range(MAX_WAITING)
     }
+
+
+def test_an_offer_that_leaves_its_settings_to_this_sites_program_is_declined(site: Site, frozen: Backbone) -> None:
+    """`auto` of another version chooses others: what is approved would not be what runs."""
+    offer = offered("run-1", run_config(), frozen)
+    run = {key: value for key, value in offer.run.items() if key != "aggregation"}
+    with pytest.raises(SiteDeclined, match="settings that `auto` chose"):
+        join(site, replace(offer, run={**run, "solver": {"kind": "auto"}}))
+    assert Approvals(site.config.state_dir).waiting() == []
 
 
 def test_a_run_that_is_called_like_another_ones_digest_is_not_found_by_it(site: Site, frozen: Backbone) -> None:

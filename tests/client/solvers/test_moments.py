@@ -215,3 +215,17 @@ def test_with_a_rare_label_a_head_without_a_bias_finds_both_labels() -> None:
         predicted = (head(features).detach() - torch.from_numpy(fixed[OFFSET])).argmax(1)
         found[name] = np.mean([(predicted[labels == label] == label).float().mean() for label in (0, 1)])
     assert found["part"] > found["whole"] + 0.03
+
+
+@pytest.mark.parametrize(
+    ("moments", "said"),
+    [
+        ({"means": 0.5, "counts": 0.4999999999}, "leave the rounds an epsilon of at least 0.0001, got 0"),
+        ({"means": 1e-300, "counts": 1e-300}, "noise_multiplier"),
+        ({"means": 5e-324, "counts": 5e-324}, "noise_multiplier"),
+    ],
+)
+def test_parts_that_leave_nothing_for_one_side_are_refused(moments: dict[str, float], said: str) -> None:
+    run = make_run(moments=moments)
+    with pytest.raises(BadInput, match=said):
+        assert plan_moments(run, Unit.PATIENT) is None or run.training_privacy is None

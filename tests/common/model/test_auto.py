@@ -176,6 +176,7 @@ def test_a_run_without_privacy_has_no_noise_to_keep_small() -> None:
         ({"privacy": {"unit": "example"}}, "privacy.delta"),
         ({"tasks": {"size": {"kind": "clasification"}}}, "clasification"),
         ({"rounds": "many"}, "rounds"),
+        ({"privacy": {"unit": "example", "delta": 1e-5, "target_epsilon": 1e-4}}, "leave the rounds an epsilon of"),
     ],
 )
 def test_what_auto_cannot_be_used_with_is_one_sentence(changes: dict[str, Any], said: str) -> None:
