@@ -6,6 +6,7 @@ Invariant: everything a report says is in the run's journal; everything the run 
 from __future__ import annotations
 
 import csv
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import evaluate_at_home, locate_prepared_data
 from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress
 from simulations.partition import build_sites, read_sites
+from simulations.plan import refuse_hopeless
 
 
 def run(
@@ -54,6 +56,7 @@ def run(
     overrides: Sequence[str] = (),
     entropy: Entropy | None = None,
     observe: Observe = ignore_progress,
+    anyway: bool = True,
 ) -> Summary:
     """Runs a simulation and returns its summary.
 
@@ -63,9 +66,10 @@ def run(
         overrides: settings that replace those of the file, each as "key.path=value".
         entropy: source of the keys of sampling and noise, for tests; by default the operating system, or `noise_seed`.
         observe: receives the progress: phase, number of steps done, number of all steps.
+        anyway: whether a run is begun that cannot be better than guessing.
 
     Raises:
-        BadInput: a setting or a record is wrong.
+        BadInput: a setting or a record is wrong, or no task can be better than guessing.
         RunFailed: the run ended without a usable result.
         Interrupted: a person ended the run; it can be resumed.
     """
@@ -77,6 +81,12 @@ def run(
     write_yaml(folder / "config.yaml", make_paths_absolute(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
     sites = build_sites(config, folder / "sites", non_private=config.run.requested_privacy is None)
+    if not anyway:
+        try:
+            refuse_hopeless(sites, config.run)
+        except BadInput:
+            shutil.rmtree(folder)
+            raise
     experiment = Experiment(config, tasks, backbones, folder, entropy or _choose_entropy(config), observe)
     return _complete(experiment, sites, resume=None)
 

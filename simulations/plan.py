@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from client.config import SiteConfig
 from client.protocol.plan import RunPlan, plan_run
+from common.model.guessing import Totals, explain_hopeless
+from common.run import RunConfig
+from common.tasks import open_task
+from common.types import BadInput
 from simulations.check import check_simulation
-from simulations.config import SimulationConfig
+from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.partition import build_sites
+
+
+def sum_totals(sites: Sequence[SiteConfig], run: RunConfig) -> dict[str, Totals]:
+    """Returns the public numbers of each of a run's tasks over all sites that have it."""
+    sizes = {name: [site.tasks[name].public_size for site in sites if name in site.tasks] for name in run.tasks}
+    return {name: Totals(sum(own), len(own)) for name, own in sizes.items() if own}
+
+
+def refuse_hopeless(sites: Sequence[SiteConfig], run: RunConfig) -> None:
+    """Raises BadInput where no task of a run can be better than guessing."""
+    tasks = {name: open_task(spec, f"{RUN_PREFIX}tasks.{name}") for name, spec in run.tasks.items()}
+    reason = explain_hopeless(run, tasks, sum_totals(sites, run))
+    if reason is not None:
+        raise BadInput(f"{reason}; `--anyway` runs it")
 
 
 def plan_simulation(config: SimulationConfig) -> list[RunPlan]:
@@ -20,4 +40,5 @@ def plan_simulation(config: SimulationConfig) -> list[RunPlan]:
     check_simulation(config)
     with TemporaryDirectory() as folder:
         sites = build_sites(config, Path(folder) / "sites", non_private=config.run.requested_privacy is None)
-        return [plan_run(site, config.run, len(sites)) for site in sites]
+        totals = sum_totals(sites, config.run)
+        return [plan_run(site, config.run, len(sites), totals) for site in sites]

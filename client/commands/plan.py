@@ -35,6 +35,8 @@ def plan(site: SiteFile, run: RunFile, set_: Set = None, json_: Json = False) ->
                 typer.echo(f"chosen: {reason}")
             Console().print(forecasts.table([outlook]))
             typer.echo(forecasts.LEGEND)
+            for line in forecasts.describe_forecasts([outlook]):
+                typer.echo(line)
             for warning in outlook.warnings:
                 typer.echo(f"warning: {outlook.site}: {warning}")
         if outlook.declines:

@@ -21,7 +21,7 @@ depends on its learning rate, and the warning says that heads alone may do bette
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ from client.ledger.history import History
 from client.protocol.balance import count_affordable_rounds, get_evaluation_budget, history_of, shown
 from client.protocol.requirements import (
     count_trained,
+    feature_dim,
     num_parameters,
     refuse_what_does_not_fit,
     refuse_what_takes_too_long,
     untrained_modules,
 )
 from client.protocol.site import Joined, SiteDeclined, check_allowed, find_sum_rules, make_plan, plan_measurement
+from common.model.forecast import Forecast, forecast_loss
+from common.model.guessing import Totals, explain_hopeless
 from common.model.momentum import read_momentum
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.filters import TOLERANCE
@@ -76,6 +79,8 @@ class RunPlan:
         run_noise_to_signal: of the whole run, averaged over sites and rounds.
         logit_noise: deviation of the noise that the whole run adds to a logit, of the task where it is largest; None
             where the steps do not follow from the noise.
+        forecasts: task -> accuracy that privacy will cost it, where there is a forecast.
+        hopeless: why the whole run cannot be better than guessing; None where it can.
         trunk_parameters: that train of the backbones here, by backbone; empty where they are frozen.
         trunk_noise_to_signal: of one round, the largest of these trunks; 0 without any.
         run_trunk_noise_to_signal: of the whole run, likewise.
@@ -103,6 +108,8 @@ class RunPlan:
     noise_to_signal: float
     run_noise_to_signal: float
     logit_noise: float | None
+    forecasts: Mapping[str, Forecast]
+    hopeless: str | None
     trunk_parameters: Mapping[str, int]
     trunk_noise_to_signal: float
     run_trunk_noise_to_signal: float
@@ -110,13 +117,14 @@ class RunPlan:
     warnings: tuple[str, ...]
 
 
-def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
+def plan_run(config: SiteConfig, run: RunConfig, num_sites: int, totals: Mapping[str, Totals] | None = None) -> RunPlan:
     """Returns the price of a run at a site and the part of its result that would be noise.
 
     Args:
         config: the site's file.
         run: the run's file.
         num_sites: how many sites' contributions are averaged.
+        totals: task -> its units and sites; by default all sites are taken to be like this one.
 
     Raises:
         BadInput: a setting that is wrong.
@@ -138,6 +146,9 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
     heads = sum(count_trained(modules[name]) for name in tasks)
     per_round = _noise_to_signal(plan, heads, max((sizes[name] for name in tasks), default=0))
     of_trunks = max((_noise_to_signal(plan, width, sizes[name]) for name, width in trunks.items()), default=0.0)
+    alike = {name: Totals(num_sites * sizes[name], num_sites) for name in tasks}
+    own_totals = {name: (totals or {}).get(name, alike[name]) for name in tasks}
+    forecasts = {name: forecast for name in tasks if (forecast := _forecast(run, name, own_totals[name])) is not None}
     averaged = num_sites * math.sqrt(run.rounds / run.count_noises(num_sites))
     outlook = RunPlan(
         site=config.name,
@@ -159,7 +170,9 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int) -> RunPlan:
         evaluation_noise=max((_count_noise(run, tasks, each) for each in evaluations), default=0.0),
         noise_to_signal=per_round,
         run_noise_to_signal=per_round / averaged,
-        logit_noise=_compute_logit_noise(run, {name: sizes[name] for name in tasks}, num_sites),
+        logit_noise=_compute_logit_noise(run, own_totals),
+        forecasts=forecasts,
+        hopeless=explain_hopeless(run, tasks, own_totals),
         trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
         trunk_noise_to_signal=of_trunks,
         run_trunk_noise_to_signal=of_trunks / averaged,
@@ -236,20 +249,36 @@ def _noise_to_signal(plan: Plan, num_parameters: int, size: int) -> float:
     return plan.noise_multiplier * math.sqrt(num_parameters / plan.steps) / (plan.sampling_rate * size)
 
 
-def _compute_logit_noise(run: RunConfig, sizes: Mapping[str, int], num_sites: int) -> float | None:
-    """Returns the noise on a logit of sites that are like this one, of the task where it is largest; None by default.
-
-    Args:
-        run: the run.
-        sizes: task of the site -> declared number of units.
-        num_sites: number of sites.
-    """
+def _compute_logit_noise(run: RunConfig, totals: Mapping[str, Totals]) -> float | None:
+    """Returns the noise on a logit of the task where it is largest; None where steps do not follow from the noise."""
     if run.requested_privacy is None:
         return None
-    found = {name: read_momentum(run, name) for name in sizes}
-    count = run.count_noises(num_sites)
-    noises = [each.compute_logit_noise(num_sites * sizes[name], count) for name, each in found.items() if each]
+    found = {name: read_momentum(run, name) for name in totals}
+    noises = [
+        each.compute_logit_noise(totals[name].num_units, run.count_noises(totals[name].num_sites))
+        for name, each in found.items()
+        if each
+    ]
     return max(noises, default=None)
+
+
+def _forecast(run: RunConfig, task: str, total: Totals) -> Forecast | None:
+    """Returns the accuracy that privacy will cost a task; None where there is no forecast."""
+    num_features = feature_dim(run.backbone_specs[run.backbone_of(task)])
+    return forecast_loss(run, task, num_features, total.num_units, total.num_sites)
+
+
+def describe_forecasts(outlooks: Sequence[RunPlan]) -> list[str]:
+    """Returns one line for each task that has a forecast: of the site where it is worst, where they differ."""
+    worst: dict[str, Forecast] = {}
+    for outlook in outlooks:
+        for name, forecast in outlook.forecasts.items():
+            worst[name] = max(worst.get(name, forecast), forecast, key=lambda each: each.most)
+    return [
+        f"expected: {name}: privacy costs {100 * each.least:.0f} to {100 * each.most:.0f} points of accuracy, by how "
+        "hard its records are to tell apart"
+        for name, each in worst.items()
+    ]
 
 
 def _evaluations(run: RunConfig, share: NoisedEvaluation | None, history: History, num_tasks: int) -> list[Mechanism]:
@@ -325,7 +354,9 @@ def _warnings(config: SiteConfig, joined: Joined, outlook: RunPlan) -> list[str]
             f"at the site's delta of {outlook.delta:g} the run costs epsilon {round_up(outlook.run_epsilon):g}, more "
             f"than the {target:g} asked for at delta {joined.run.requested_privacy.delta:g}"
         )
-    if outlook.run_noise_to_signal > 1.0:
+    if outlook.hopeless is not None:
+        found.append(outlook.hopeless)
+    elif outlook.run_noise_to_signal > 1.0:
         found.append(
             f"the result cannot be useful: the noise of the whole run is {outlook.run_noise_to_signal:.1f} times its "
             "largest possible signal; use more units, fewer features or parameters, or a larger epsilon"

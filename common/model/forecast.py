@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -103,6 +104,7 @@ def forecast_loss(run: RunConfig, task: str, num_features: int, num_units: float
     return rehearse(rehearsal)
 
 
+@lru_cache(maxsize=256)
 def rehearse(numbers: Rehearsal) -> Forecast:
     """Returns the losses of both worlds."""
     far, overlapping = (_rehearse_in(numbers, decay) for decay in (0.0, 0.5))

@@ -28,6 +28,7 @@ from common.events import (
     RunEnded,
     RunStarted,
 )
+from common.model.guessing import Totals, explain_hopeless
 from common.model.moments import (
     NoisedSum,
     compute_noise_multiplier,
@@ -43,7 +44,7 @@ from common.offers import SentBackbone
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import Task, open_task
-from common.types import Heads, RunInterrupted, heads_digest, select_trained
+from common.types import Heads, RunFailed, RunInterrupted, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, select_temperatures
@@ -84,6 +85,7 @@ def run_federation(
     resume: Checkpoint | None = None,
     node_ids: Mapping[int, str] | None = None,
     witnesses: Path | None = None,
+    anyway: bool = True,
 ) -> Outcome:
     """Trains a run's heads with the sites behind a grid.
 
@@ -100,12 +102,13 @@ def run_federation(
         resume: checkpoint to continue after, perhaps of no round at all; None draws new heads.
         node_ids: node id -> name of every admitted site; None where names are not known beforehand.
         witnesses: file of the witnesses of sites' ledgers, which outlives runs; None keeps none.
+        anyway: whether training is begun also where no task can be better than guessing.
 
     Returns:
         The final heads, and how often each was updated.
 
     Raises:
-        RunFailed: too few sites joined or could be prepared.
+        RunFailed: too few sites joined or could be prepared, or no task can be better than guessing.
         RunInterrupted: a round did not reach its quorum in time; the checkpoint holds the last whole round.
     """
     messenger = Messenger(grid, run, run_id, journal, observe, Witnesses(witnesses))
@@ -129,6 +132,8 @@ def run_federation(
     participants = prepare_sites(messenger, participants, backbones, roll_call)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
     state = resume or _create_initial_state(messenger, backbones)
+    if not anyway and state.rounds_done == 0:
+        _refuse_hopeless(run, participants)
     if run.moments is not None and state.rounds_done == 0:
         state = measure_moments(messenger, participants, state)
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
@@ -411,6 +416,15 @@ def send_final_heads(
     messenger.write_rejected(answers.rejected, names, "finish")
     messenger.name_overdue(names)
     return {names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names}
+
+
+def _refuse_hopeless(run: RunConfig, participants: Sequence[Participant]) -> None:
+    """Raises RunFailed where no task can be better than guessing with these sites; nothing was charged yet."""
+    sizes = {name: [each.tasks[name] for each in participants if name in each.tasks] for name in run.tasks}
+    totals = {name: Totals(sum(own), len(own)) for name, own in sizes.items() if own}
+    reason = explain_hopeless(run, _open_tasks(run), totals)
+    if reason is not None:
+        raise RunFailed(f"{reason}; nothing was charged, and `--anyway` of `start` and `submit` runs it")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from server.reports.summary import DEPLOYMENT
 from server.rounds.checkpoint import Checkpoint, load_checkpoint
 from server.rounds.loop import run_federation
 from server.superlink.node_ids import NodeIds
+from server.superlink.queue import is_wanted_anyway
 
 _WAIT_S = 60.0
 
@@ -72,6 +73,7 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             resume=resume,
             node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
             witnesses=folder.parents[1] / "state" / "witnesses.json",
+            anyway=is_wanted_anyway(folder),
         )
     except (HeadwaterError, OSError, httpx.HTTPError) as error:
         raised = error if isinstance(error, HeadwaterError) else _interrupt(error, folder)

@@ -61,6 +61,7 @@ class Order(Frozen):
         attempts: number of attempts since the last whole round.
         rounds_done: number of whole rounds when the last attempt began.
         problem: why the daemon gave the run up; None where it did not.
+        anyway: whether it is begun also where it cannot be better than guessing.
     """
 
     wanted: Literal["run", "pause", "cancel"] = "run"
@@ -69,6 +70,7 @@ class Order(Frozen):
     attempts: int = 0
     rounds_done: int = 0
     problem: str | None = None
+    anyway: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,14 @@ class FederationRun:
         )
 
 
-def submit_run(federation: Federation, run: RunConfig, prepared: Prepared) -> Path:
+def submit_run(federation: Federation, run: RunConfig, prepared: Prepared, *, anyway: bool = False) -> Path:
     """Creates a run's folder, with all that it needs, at the end of the queue, and returns it.
 
     Args:
         federation: the run's federation.
         run: the run, with absolute paths.
         prepared: what was prepared for it.
+        anyway: whether it is begun also where it cannot be better than guessing.
 
     Raises:
         OSError: the disk is nearly full.
@@ -132,7 +135,7 @@ def submit_run(federation: Federation, run: RunConfig, prepared: Prepared) -> Pa
     write_prepared(folder, prepared)
     write_yaml(folder / "config.yaml", run)
     # Last: without an order the daemon does not see the folder.
-    _write_order(folder, Order(submitted_at=time.time()))
+    _write_order(folder, Order(submitted_at=time.time(), anyway=anyway))
     return folder
 
 
@@ -144,7 +147,13 @@ def resume_run(folder: Path) -> None:
     """
     check_room(folder, ROOM_BYTES)
     events = read_run_journal(folder / "journal.jsonl")
-    _write_order(folder, Order(submitted_at=_read_order(folder).submitted_at, skip=len(events)))
+    order = _read_order(folder)
+    _write_order(folder, Order(submitted_at=order.submitted_at, skip=len(events), anyway=order.anyway))
+
+
+def is_wanted_anyway(folder: Path) -> bool:
+    """Returns whether a run is to begin also where it cannot be better than guessing."""
+    return _read_order(folder).anyway
 
 
 def withdraw_run(folder: Path, wanted: Literal["pause", "cancel"]) -> None:

@@ -7,16 +7,18 @@ import json
 import typer
 from rich.console import Console
 
-from client.protocol.plan import LEGEND, as_json, table
+from client.protocol.plan import LEGEND, as_json, describe_forecasts, table
 from common.process.console import EXIT_FAILED, reported_errors
 from common.yaml import load
-from simulations.commands.parts.options import Json, Set, SimulationFile
+from simulations.commands.parts.options import Anyway, Json, Set, SimulationFile
 from simulations.config import SimulationConfig
 from simulations.plan import plan_simulation
 
 
-def plan(config: SimulationFile, set_: Set = None, json_: Json = False) -> None:
-    """Shows what a simulation would cost each site and how well it can work; exit code 1 when all would decline.
+def plan(config: SimulationFile, set_: Set = None, anyway: Anyway = False, json_: Json = False) -> None:
+    """Shows what a simulation would cost each site and how well it can work.
+
+    Exit code 1 when all sites would decline, or when no task can be better than guessing.
 
     No features are computed and nothing is spent.
 
@@ -32,13 +34,14 @@ def plan(config: SimulationFile, set_: Set = None, json_: Json = False) -> None:
                 typer.echo(f"chosen: {reason}")
             Console().print(table(outlooks))
             typer.echo(LEGEND)
-            for reason in loaded.run.chosen:
-                typer.echo(f"chosen: {reason}")
+            for line in describe_forecasts(outlooks):
+                typer.echo(line)
             warned: dict[str, list[str]] = {}
             for each in outlooks:
                 for warning in each.warnings:
                     warned.setdefault(warning, []).append(each.site)
             for warning, names in warned.items():
                 typer.echo(f"warning: {', '.join(names)}: {warning}")
-        if all(each.declines for each in outlooks):
+        hopeless = all(each.hopeless for each in outlooks) and not anyway
+        if hopeless or all(each.declines for each in outlooks):
             raise typer.Exit(EXIT_FAILED)

@@ -164,6 +164,20 @@ def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
     assert "legend" not in json.loads(command("plan", options=("--json",)).stdout)
 
 
+def test_a_run_that_cannot_be_better_than_guessing_is_refused_unless_told_otherwise(
+    command: Command, tmp_path: Path
+) -> None:
+    hopeless, out = "run.privacy.target_epsilon=0.001", tmp_path / "out"
+    shown = command("plan", hopeless)
+    assert shown.exit_code == 1 and "no better than guessing (colour)" in shown.stdout
+    assert command("plan", hopeless, options=("--anyway",)).exit_code == 0
+    refused(command("run", hopeless, options=("--out", str(out))), 2, "no better than guessing", "--anyway")
+    assert not out.exists()
+    assert command("run", hopeless, options=("--out", str(out), "--anyway")).exit_code == 0
+    expected = [line for line in command("plan").stdout.splitlines() if line.startswith("expected: colour: ")]
+    assert expected == []  # Settings by hand are not rehearsed.
+
+
 def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> None:
     result = command("plan", "budget.epsilon=0.01")
     assert result.exit_code == 1 and "would decline" in result.stdout

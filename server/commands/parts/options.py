@@ -10,5 +10,6 @@ import typer
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's folder")]
 SiteName = Annotated[str, typer.Argument(metavar="NAME", help="The site's name")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the run file: --set rounds=5")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Also a run that cannot be better than guessing")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's file")]

@@ -12,4 +12,5 @@ SimulationFile = Annotated[
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set run.rounds=5 (repeatable)")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the results, new or empty")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Also a run that cannot be better than guessing")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]

@@ -15,6 +15,7 @@ from client.app import make_app
 from client.config import SiteConfig
 from client.ledger.ledger import Ledger
 from client.ledger.place import locate_ledgers
+from client.protocol.site import Site
 from common import messages
 from common.events import (
     BackboneSent,
@@ -54,6 +55,7 @@ def federate(
     run_id: str = "run-1",
     entropy: Entropy | None = None,
     resume: Checkpoint | None = None,
+    anyway: bool = True,
     **changes: Any,
 ) -> tuple[Outcome, list[RunEvent]]:
     """Run two rounds; one site's replies of a kind go through `distort`. Outcome and journal."""
@@ -76,8 +78,19 @@ def federate(
         journal=FileJournal(folder / "journal.jsonl"),
         executor="in_process",
         resume=resume,
+        anyway=anyway,
     )
     return outcome, read_run_journal(folder / "journal.jsonl")
+
+
+def test_a_run_that_cannot_be_better_than_guessing_ends_before_anything_is_charged(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    hopeless = {"privacy": {"unit": "example", "delta": 1e-5, "noise_multiplier": 500.0}}
+    with pytest.raises(RunFailed, match=r"no better than guessing \(colour, size\).*nothing was charged.*--anyway"):
+        federate(tmp_path / "run", sites, anyway=False, **hopeless)
+    assert Site(sites[0], SeededEntropy(0)).ledger().history().charges == {}
+    federate(tmp_path / "again", sites, run_id="run-2", **hopeless)
+    federate(tmp_path / "useful", sites, run_id="run-3", anyway=False)
 
 
 def edited(change: Callable[[dict[str, dict[str, np.ndarray]]], None]) -> Distort:
