@@ -306,7 +306,7 @@ def declared(public_size: int) -> dict[str, Any]:
         ({}, {"privacy": {"unit": "example", "delta": DELTA, "target_epsilon": 0.01}}, "cannot be useful"),
         ({"budget": {"epsilon": 1.0, "delta": DELTA}}, {}, "% of the budget of epsilon 1"),
         ({}, {"privacy": {"unit": "patient", "delta": DELTA, "noise_multiplier": 2.0}}, "protects patient"),
-        ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, "solver is not allowed"),
+        ({"allow": {"tasks": "any", "backbones": "any", "solvers": []}}, {}, "solver dp_sgd is not allowed"),
         ({"allow": {"tasks": [], "backbones": "any", "solvers": "any"}}, {}, "none of the run's tasks"),
         # 25 parameters and 10 million units; (4 + 1) 5000 + 3 (5000 + 1) and the same with 2, and a million units.
         (
