@@ -23,6 +23,7 @@ from common.errors import nearest
 from common.model.adapters import add_adapters
 from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
+from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
 from common.tasks import Task
 from common.types import BadInput
@@ -94,7 +95,9 @@ def create_modules(
     """
     own = {name: run.backbone_of(name) for name in tasks}
     dims = {name: backbones[own[name]].feature_dim for name in tasks}
-    return {**create_heads(tasks, dims, run.seed), **trunks(run, {name: backbones[name] for name in own.values()})}
+    heads = create_heads(tasks, dims, run.seed)
+    start_from_texts(heads, tasks, {name: backbones[own[name]] for name in tasks})
+    return {**heads, **trunks(run, {name: backbones[name] for name in own.values()})}
 
 
 def stand_in(num_rows: int, num_added: int) -> Trunk:

@@ -184,6 +184,14 @@ class ServedPrior(Protocol):
 
 
 @runtime_checkable
+class StartsFromTexts(Protocol):
+    """Optional part of a task whose linear head may begin as public texts say (`common.model.text_start`)."""
+
+    def list_start_texts(self) -> list[list[str]]:
+        """Returns the texts of each output, in the outputs' order; an empty list where the head begins at zero."""
+
+
+@runtime_checkable
 class SmoothLoss(Protocol):
     """Optional part of a task whose loss is smooth: gradient descent on it needs no step to be tuned.
 

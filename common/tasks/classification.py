@@ -16,7 +16,7 @@ from common.inputs import CellName, CellNames
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
-from common.tasks.parts.declared import LabelRatios, LabelWeights, Threshold, compute_logit, order_by_label
+from common.tasks.parts.declared import LabelRatios, LabelWeights, TextStart, Threshold, compute_logit, order_by_label
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import (
     RATE,
@@ -49,6 +49,8 @@ class Classification(Plugin):
             1. The head then judges as if a mistake on such a record counted so many times.
         prior: label -> share, the label shares for which the head is served; `uniform`, the default, takes all classes
             for equally frequent.
+        start: texts of each label from which a linear head begins, where the backbone reads texts; without them it
+            begins at zero.
         scale: public factor on this task's loss, applied before joint clipping.
         head_settings: shape of the head, `head` in a file.
     """
@@ -59,6 +61,7 @@ class Classification(Plugin):
     threshold: Threshold | None = None
     weights: LabelWeights = {}
     prior: LabelRatios | Literal["uniform"] = "uniform"
+    start: TextStart | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
@@ -77,6 +80,8 @@ class Classification(Plugin):
             total = math.fsum(order_by_label(self.prior, self.labels, "prior"))
             if abs(total - 1.0) > 1e-6:
                 raise ValueError(f"prior: expected shares that add up to 1, got {total:.6g}")
+        if self.list_start_texts() and self.head_settings.hidden is not None:
+            raise ValueError("start: expected a head without `hidden`, whose rows texts can give")
         return self
 
     @classmethod
@@ -108,6 +113,10 @@ class Classification(Plugin):
         labels_B1 = labels.unsqueeze(1)
         gradient_BK = gradient_BK.scatter_add_(1, labels_B1, gradient_BK.new_full(labels_B1.shape, -1.0))
         return gradient_BK * gradient_BK.new_tensor(self._weights())[labels_B1] if self.weights else gradient_BK
+
+    def list_start_texts(self) -> list[list[str]]:
+        """Returns the texts of each class; none where the head begins at zero."""
+        return [] if self.start is None else self.start.order(self.labels)
 
     def served_offset(self) -> list[float]:
         """Returns the logarithm of each class's share in the declared prior, with a mean of 0."""

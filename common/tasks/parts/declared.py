@@ -1,4 +1,4 @@
-"""Numbers that a run file declares for each label: the prior that a head is served with, weights and thresholds.
+"""What a run file declares for each label: the prior that a head is served with, weights, thresholds, texts.
 
 All of them are public. None may come from a site's records: a true label count inside a loss or an output would let one
 record change what is computed from all others.
@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from common.inputs import CellName, find_name
+from common.plugins import Frozen
 
 LabelWeight = Annotated[float, Field(ge=0.01, le=100.0)]
 """Factor on a loss. It enters a unit's gradient before that is clipped, so that the clip norm bounds it as ever."""
@@ -23,9 +24,28 @@ Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 """Ratio of records that have a label."""
 
+StartText = Annotated[str, Field(min_length=1, max_length=2000)]
+"""A text that says what a label means."""
+
 LabelWeights = dict[CellName, LabelWeight]
 LabelRatios = dict[CellName, Ratio]
 LabelThresholds = dict[CellName, Threshold]
+
+
+class TextStart(Frozen):
+    """A head before the first round from public texts, through a backbone that reads texts.
+
+    Attributes:
+        texts: label -> names of the class and phrases that are typical of it; never of a site's records.
+    """
+
+    texts: dict[CellName, Annotated[list[StartText], Field(min_length=1, max_length=100)]]
+
+    def order(self, labels: Sequence[str]) -> list[list[str]]:
+        """Returns the texts of each label, in the labels' order. Raises ValueError where a label has none."""
+        position = order_by_label({name: float(at) for at, name in enumerate(self.texts)}, labels, "start.texts")
+        texts = list(self.texts.values())
+        return [texts[int(at)] for at in position]
 
 
 def order_by_label(
