@@ -9,6 +9,9 @@ or whose outputs are too large because of their noise, they are what is missing.
 they are. For a linear head and a convex loss that has one solution, which is found to the tolerance below; other heads
 end where the descent from the federated head ends. Either way the result follows from records and heads alone.
 
+The tie's weight, and whether it is to the federated head or, where noise has left nothing of that, to zero, follow from
+the site's own units: each fifth of them is predicted by heads fitted to the others.
+
 # Shapes: R records, K outputs.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,8 +33,9 @@ _MAX_STEPS = 500
 _TOLERANCE = 1e-8
 """Largest entry of the objective's gradient at which the solver stops; its Hessian is the tie at least."""
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TIE = 0.5
-"""Half a logit's square beside the summed loss; how it was found stands in docs/personal.md."""
+_TRIAL_TOLERANCE = 1e-4
+"""Of heads that only tell one tie from another."""
+_FOLDS = 5
 
 
 class OwnHead(nn.Module):
@@ -63,20 +68,71 @@ def adapt_heads(
     return {name: _adapt(mode, modules[name], task, units.tasks[name].labelled()) for name, task in tasks.items()}
 
 
-def choose_tie(head: nn.Module, records: TaskRecords) -> float:
-    """Returns the weight of the distance from the federated head beside the mean loss of the site's labelled records.
+@dataclass(frozen=True)
+class Tie:
+    """The head that a fit is tied to, and how strongly.
 
-    The summed loss stands against half a logit's square, whatever the number of units and the unit of the features are:
-    tie = mean |x|^2 / (2 * units), with x as the head's first layer reads it.
+    Attributes:
+        scale: factor on the federated weights: 1, or 0 for none of them.
+        strength: squares of a logit that stand against twice the units' summed loss.
+    """
+
+    scale: float
+    strength: float
+
+    def compute_weight(self, head: nn.Module, records: TaskRecords) -> float:
+        """Returns the weight of the distance beside the mean loss: strength * mean |x|^2 / units.
+
+        Its effect does not depend on the number of units or on the unit of the features. With x as the head's first
+        layer reads it.
+
+        Args:
+            head: the head.
+            records: the site's labelled training records.
+        """
+        weight_R = records.weight_R.double()
+        square_R = _read_features(head, records.features_RD).flatten(1).double().square().sum(1)
+        num_units = len(torch.unique(records.unit_R))
+        return self.strength * float((weight_R * square_R).sum() / weight_R.sum()) / num_units
+
+
+_TIES = tuple(Tie(scale, strength) for scale in (1.0, 0.0) for strength in (0.5, 0.125, 2.0))
+"""The first is for sites with too few units to try others; how it was found stands in docs/personal.md."""
+
+
+def choose_tie(head: nn.Module, task: Task, records: TaskRecords) -> Tie:
+    """Returns the tie whose heads predict each fifth of the site's units best, fitted to the other units.
 
     Args:
-        head: the head.
+        head: the federated head.
+        task: the task.
         records: the site's labelled training records, with the features that the head reads.
     """
-    weight_R = records.weight_R.double()
-    square_R = _read_features(head, records.features_RD).flatten(1).double().square().sum(1)
-    num_units = len(torch.unique(records.unit_R))
-    return _TIE * float((weight_R * square_R).sum() / weight_R.sum()) / num_units
+    units, unit_R = torch.unique(records.unit_R, return_inverse=True)
+    if len(units) < 2 * _FOLDS:
+        return _TIES[0]
+    losses = dict.fromkeys(_TIES, 0.0)
+    for fold in range(_FOLDS):
+        held_out_R = unit_R % _FOLDS == fold
+        known = records.taken((~held_out_R).nonzero().squeeze(1), records.unit_R)
+        tried = records.taken(held_out_R.nonzero().squeeze(1), records.unit_R)
+        for scale in dict.fromkeys(tie.scale for tie in _TIES):
+            own = fit_offsets(_scale_head(head, scale), task, known)
+            for tie in (tie for tie in _TIES if tie.scale == scale):
+                fitted = fit_head(own, task, known, tie.compute_weight(own, known), tolerance=_TRIAL_TOLERANCE)
+                with torch.no_grad():
+                    losses_R = task.losses(fitted(tried.features_RD), tried.labels)
+                losses[tie] += float((tried.weight_R * losses_R).double().sum())
+    return min(losses, key=losses.__getitem__)
+
+
+def _scale_head(head: nn.Module, scale: float) -> nn.Module:
+    scaled = copy.deepcopy(head)
+    with torch.no_grad():
+        for each in scaled.parameters():
+            if each.requires_grad:
+                each.mul_(scale)
+    return scaled
 
 
 def _read_features(head: nn.Module, features_RD: Tensor) -> Tensor:
@@ -112,11 +168,13 @@ def fit_offsets(head: nn.Module, task: Task, records: TaskRecords) -> nn.Module:
             equal = task.losses(offset_K.expand(len(balanced), -1), balanced).sum() / 2
             return (own + equal) / weight_R.sum()
 
-        _minimise(compute_objective, [offset_K])
+        _minimise(compute_objective, [offset_K], _TOLERANCE)
     return OwnHead(copy.deepcopy(head), offset_K.detach().float())
 
 
-def fit_head(head: nn.Module, task: Task, records: TaskRecords, tie: float) -> nn.Module:
+def fit_head(
+    head: nn.Module, task: Task, records: TaskRecords, tie: float, *, tolerance: float = _TOLERANCE
+) -> nn.Module:
     """Returns the head that minimises the records' mean loss + tie / 2 times the squared distance from this one.
 
     Args:
@@ -124,6 +182,7 @@ def fit_head(head: nn.Module, task: Task, records: TaskRecords, tie: float) -> n
         task: the task.
         records: the site's labelled training records, with the features that the head reads.
         tie: weight of the distance.
+        tolerance: largest entry of the gradient at which the fit ends.
     """
     fitted = copy.deepcopy(head).double()
     weights = [each for each in fitted.parameters() if each.requires_grad]
@@ -135,17 +194,17 @@ def fit_head(head: nn.Module, task: Task, records: TaskRecords, tie: float) -> n
         distance = torch.stack([(each - at).square().sum() for each, at in zip(weights, federated, strict=True)]).sum()
         return (weight_R * losses_R).sum() / weight_R.sum() + tie / 2 * distance
 
-    _minimise(compute_objective, weights)
+    _minimise(compute_objective, weights, tolerance)
     return fitted.float()
 
 
-def _minimise(compute_objective: Callable[[], Tensor], values: Sequence[Tensor]) -> None:
+def _minimise(compute_objective: Callable[[], Tensor], values: Sequence[Tensor], tolerance: float) -> None:
     """Changes values in place until the objective's gradient is next to nothing."""
     solver = torch.optim.LBFGS(
         values,
         max_iter=_MAX_STEPS,
         max_eval=2 * _MAX_STEPS,
-        tolerance_grad=_TOLERANCE,
+        tolerance_grad=tolerance,
         tolerance_change=0.0,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -165,7 +224,8 @@ def _minimise(compute_objective: Callable[[], Tensor], values: Sequence[Tensor])
 def _adapt(mode: Literal["prior", "fit"], head: nn.Module, task: Task, records: TaskRecords) -> nn.Module:
     if len(records.unit_R) == 0:
         return head
-    own = fit_offsets(head, task, records)
     if mode == "prior":
-        return own
-    return fit_head(own, task, records, choose_tie(own, records))
+        return fit_offsets(head, task, records)
+    tie = choose_tie(head, task, records)
+    own = fit_offsets(_scale_head(head, tie.scale), task, records)
+    return fit_head(own, task, records, tie.compute_weight(own, records))

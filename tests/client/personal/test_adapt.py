@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 
 from client.data.units import TaskRecords, Units
-from client.personal.adapt import adapt_heads, choose_tie, fit_head, fit_offsets
+from client.personal.adapt import Tie, adapt_heads, choose_tie, fit_head, fit_offsets
 from client.personal.personal_heads import (
     AT_HOME,
     PersonalHeads,
@@ -163,13 +163,35 @@ def test_records_without_a_label_change_nothing_and_a_site_with_none_keeps_the_f
 
 def test_the_tie_is_weaker_where_there_are_more_units_and_scales_with_the_features_that_the_head_reads() -> None:
     task, features, zeros = open_task(CLASSES, "t"), draw(10)[0], torch.zeros(100)
-    head = task.head(4)
-    tie = choose_tie(head, records_of(features, zeros[:10]))
-    assert tie == pytest.approx(0.5 / 10)
-    assert choose_tie(head, records_of(features.repeat(10, 1), zeros)) == pytest.approx(tie / 10)
-    assert choose_tie(head, records_of(3 * features, zeros[:10])) == pytest.approx(9 * tie)
+    head, tie = task.head(4), Tie(1.0, 0.5)
+    weight = tie.compute_weight(head, records_of(features, zeros[:10]))
+    assert weight == pytest.approx(0.5 / 10)
+    assert tie.compute_weight(head, records_of(features.repeat(10, 1), zeros)) == pytest.approx(weight / 10)
+    assert tie.compute_weight(head, records_of(3 * features, zeros[:10])) == pytest.approx(9 * weight)
     centred = open_task({**CLASSES, "head": {"bias": False, "centre": True}}, "t").head(4)
-    assert choose_tie(centred, records_of(3 * features, zeros[:10])) == pytest.approx(tie)
+    assert tie.compute_weight(centred, records_of(3 * features, zeros[:10])) == pytest.approx(weight)
+
+
+def test_a_federated_head_of_noise_alone_is_dropped_and_a_good_one_is_kept() -> None:
+    task = open_task(CLASSES, "t")
+    features, labels = draw(60)
+    records = records_of(features, labels)
+    many = draw(3000, seed=9)
+    good, noise = fit_head(task.head(4), task, records_of(*many), 1e-3), task.head(4)
+    with torch.no_grad():
+        noise.weight.copy_(50.0 * torch.randn(3, 4, generator=torch.Generator().manual_seed(1)))  # type: ignore[union-attr, operator]
+    assert choose_tie(good, task, records).scale == 1.0
+    assert choose_tie(noise, task, records).scale == 0.0
+
+
+def test_a_patient_s_records_are_never_on_both_sides_of_a_trial() -> None:
+    """Five patients are too few to try: however many records they have, the tie is the default."""
+    task = open_task(CLASSES, "t")
+    features, labels = draw(60)
+    noise = task.head(4)
+    torch.nn.init.normal_(noise.weight, std=50.0)  # type: ignore[union-attr, arg-type]
+    few = records_of(features, labels, torch.arange(60) % 5)
+    assert choose_tie(noise, task, few) == Tie(1.0, 0.5)
 
 
 def test_the_fit_does_not_depend_on_the_unit_of_the_features() -> None:
