@@ -182,7 +182,7 @@ class SiteConfig(Frozen):
         approval: `required`: runs are joined after `headwater site approve`; `automatic`: whatever `allow` covers.
         coordinator: whom to join; None where a simulation carries the messages. Its name is `main`.
         coordinators: further ones by name, or all; they share the budget. Nothing of one reaches another, but for the
-            number of lines that the shared ledger has.
+            number of lines that the shared ledger has, and noised sums that an earlier run paid for (`moments`).
         personal: heads that the site adapts to itself after the last round: none; `prior` (to its own label
             frequencies) and `fit` (and weights of its own, tied to the federated ones), which never leave; or `tied`,
             from what the site released in the run.

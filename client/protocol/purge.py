@@ -1,9 +1,10 @@
 """A patient leaves: excluded from now on, and everything at the site that was computed from records is removed.
 
-Removed are all cached features, all prepared arrays and all heads that the site adapted to itself, not only those that
-can be matched to the patient: features of an earlier export of a source have another digest and could not be found by
-name. They are encoded again, without the patient, when a run is prepared. What was spent stays spent; stored replies
-stay, because they are noised and left the site already, and a repeated request must get the same bytes.
+Removed are all cached features, all prepared arrays, all heads that the site adapted to itself and the keys of secure
+sums, not only those that can be matched to the patient: features of an earlier export of a source have another digest
+and could not be found by name. They are encoded again, without the patient, when a run is prepared. What was spent
+stays spent; stored replies stay, because they are noised and left the site already, and a repeated request must get the
+same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from client.data.prepare import PROBLEMS
 from client.data.sources import open_source
 from client.ledger.overlap import forget_patients
 from client.ledger.place import locate_ledgers
-from client.protocol.site import PERSONAL_HEADS, Site
+from client.protocol.site import PERSONAL_HEADS, SECURE_SUM, Site
 from common.events import FileJournal, RecordsPurged
 from common.files import flush_folder, private_folder
 from common.types import BadInput
@@ -84,13 +85,17 @@ def _removed(folder: Path) -> int:
 
 
 def _remove_prepared(run: Path) -> bool:
-    """Remove a run's arrays and the heads adapted to them; the mark of complete preparation goes first."""
+    """Remove a run's arrays and the heads adapted to them; the mark of complete preparation goes first.
+
+    So does what opens the stored vector of a secure sum, whose noise is a part of what the sum has.
+    """
     prepared = (run / "prepared.json").exists() or (run / "data").exists()
     (run / "prepared.json").unlink(missing_ok=True)
     shutil.rmtree(run / "data", ignore_errors=True)
     (run / PROBLEMS).unlink(missing_ok=True)
-    personal = (run / PERSONAL_HEADS).exists()
-    (run / PERSONAL_HEADS).unlink(missing_ok=True)
-    if prepared or personal:
+    others = [path for path in (run / PERSONAL_HEADS, run / SECURE_SUM) if path.exists()]
+    for path in others:
+        path.unlink(missing_ok=True)
+    if prepared or others:
         flush_folder(run)
     return prepared

@@ -75,7 +75,8 @@ def make_sum_keys(site: Site, request: messages.SumKeysRequest) -> messages.SumK
     if not 1 <= request.round <= step.joined.run.rounds:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run")
     if (step.joined.folder / FINAL_HEADS).exists():
-        raise SiteDeclined(DeclineReason.OVERTAKEN, "the run's final heads are here, and its secrets are gone")
+        # Not OVERTAKEN: no later attempt would be answered either.
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run's final heads are here, and its secrets are gone")
     with AttemptStore.exclusive(step.joined.folder) as store:
         kept = store.find(step.terms)
         if kept is None:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.config import SiteConfig
 from client.protocol.join import join
 from client.protocol.prepare import finish
+from client.protocol.purge import purge
 from client.protocol.site import SECURE_SUM, Site, SiteDeclined
 from client.protocol.train import train
 from client.secure_sum.steps import confirm_survivors, make_sum_keys, share_secrets, train_masked, unmask
@@ -283,11 +284,24 @@ def test_the_secrets_are_the_owners_and_go_with_the_final_heads(site: Site, froz
     assert not path.exists()
 
 
+def test_a_purge_removes_what_opens_the_stored_vector(site: Site, frozen: Backbone) -> None:
+    """That vector has this site's part of the noise alone. The run goes on once it is prepared anew."""
+    Attempt(site, make_heads(frozen)).go(3)
+    purge(site, ["somebody"])
+    folder = site.config.state_dir / "runs" / "run-1"
+    assert any((folder / "replies").iterdir()) and not (folder / SECURE_SUM).exists()
+    with is_declined(DeclineReason.BAD_REQUEST, "has not begun here"):
+        confirm_survivors(site, messages.SurvivorsRequest("run-1", 1, 1, ("east", "north", "south")))
+    give_backbone(site, "run-1", frozen)
+    Attempt(site, make_heads(frozen), number=2).go()
+    assert len(list_charges(site)) == 2
+
+
 def test_nothing_begins_once_the_final_heads_are_here(site: Site, frozen: Backbone) -> None:
     attempt = Attempt(site, make_heads(frozen))
     attempt.go()
     finish(site, messages.FinishRequest("run-1", attempt.heads, heads_digest(attempt.heads)))
-    with is_declined(DeclineReason.OVERTAKEN, "final heads are here"):
+    with is_declined(DeclineReason.BAD_REQUEST, "final heads are here"):
         attempt.ask_keys()
     assert not (site.config.state_dir / "runs" / "run-1" / SECURE_SUM).exists()
 
