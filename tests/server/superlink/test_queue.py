@@ -26,6 +26,7 @@ from server.superlink.queue import (
     describe_run,
     find_interrupted_run,
     find_shown_run,
+    is_wanted_anyway,
     list_runs,
     remove_old_runs,
     resume_run,
@@ -68,9 +69,9 @@ def federation(tmp_path: Path) -> Federation:
     return new_federation(tmp_path / "fed")
 
 
-def submit(federation: Federation, name: str) -> Path:
+def submit(federation: Federation, name: str, **how: bool) -> Path:
     prepared = Prepared({}, Checkpoint("", 0, {}, {}, {}))
-    folder = submit_run(federation, parse(RunConfig, tiny.run_config(name=name), base=Path.cwd()), prepared)
+    folder = submit_run(federation, parse(RunConfig, tiny.run_config(name=name), base=Path.cwd()), prepared, **how)
     time.sleep(0.01)
     return folder
 
@@ -81,6 +82,14 @@ def begin(folder: Path, *rounds: int) -> FileJournal:
     for number in rounds:
         journal.write(RoundEnded(round=number, sites={}, num_updates={}, updated=(), seconds=0.1))
     return journal
+
+
+def test_a_run_that_is_wanted_anyway_stays_so_when_it_is_resumed(federation: Federation) -> None:
+    plain, anyway = submit(federation, "a"), submit(federation, "b", anyway=True)
+    for folder in (plain, anyway):
+        withdraw_run(folder, "pause")
+        resume_run(folder)
+    assert not is_wanted_anyway(plain) and is_wanted_anyway(anyway)
 
 
 def test_runs_start_one_after_the_other_in_the_order_of_their_submission(federation: Federation) -> None:
