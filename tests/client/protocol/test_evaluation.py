@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,17 @@ def test_a_round_that_the_run_does_not_evaluate_is_declined(
     give_backbone(own, "run-1", frozen)
     assert declined(lambda: evaluate(own, request(frozen, round_))).reason is DeclineReason.BAD_REQUEST
     assert own.ledger().charges() == []
+
+
+def test_offsets_that_are_not_those_of_the_sites_heads_are_declined_and_cost_nothing(
+    tmp_path: Path, frozen: Backbone
+) -> None:
+    site = ready(tmp_path, frozen)
+    for offsets in ({"colour": [0.0, 0.0, 0.0]}, {"evil": [0.0]}):
+        asked = replace(request(frozen), offsets=offsets)
+        assert declined(lambda asked=asked: evaluate(site, asked)).reason is DeclineReason.BAD_REQUEST
+    assert site.ledger().charges() == []
+    evaluate(site, request(frozen))
 
 
 def test_a_run_that_would_eat_the_share_is_declined_at_the_door(tmp_path: Path, frozen: Backbone) -> None:
