@@ -21,7 +21,7 @@ from client.protocol.approvals import Approvals
 from client.solvers import Solver, SummingSolver, open_solver
 from common.events import FileJournal, Journal, ReplySent, read_site_journal, select_events
 from common.files import private_folder
-from common.model.moments import get_backbone, is_mean, list_parts, select_parts
+from common.model.moments import MOST_STORED_NOISE, get_backbone, is_mean, list_parts, select_parts
 from common.offers import parse_offer
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
 
 FIRST_ROUND = "first_round"
 """File of a run's folder that holds the first round that a site which joined late planned for; else there is none."""
-_MOST_STORED_NOISE = 2.0
-"""Noise of a sum that an earlier run paid for, at most, in multiples of this run's: it is sent again then."""
-
 _OF_TRAINING = ("head", "scale")
 """Settings of a task that change nothing of how frequent its labels are."""
 
@@ -463,7 +460,7 @@ def plan_measurement(config: SiteConfig, joined: Joined) -> Measurement:
         assert whole is not None  # Where there are parts there is a plan.
         found = find_measured(folder, about[name])
         # Noisier than this run would make it: not worth what it saves.
-        if found is not None and found.deviation <= _MOST_STORED_NOISE * whole.noise_multiplier / factor:
+        if found is not None and found.deviation <= MOST_STORED_NOISE * whole.noise_multiplier / factor:
             stored[name] = found
     reach = math.sqrt(sum(factor**2 for name, factor in parts.items() if name not in stored))
     plan = None

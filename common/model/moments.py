@@ -23,6 +23,8 @@ from common.types import FIXED, BadInput, Heads, Params
 
 CENTRE, OFFSET = f"{FIXED}centre", f"{FIXED}offset"
 _MEAN = ".mean"
+MOST_STORED_NOISE = 2.0
+"""Noise of a sum that an earlier run paid for, at most, in multiples of this run's: it is sent again then."""
 
 
 @dataclass(frozen=True)

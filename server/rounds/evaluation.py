@@ -18,7 +18,7 @@ from common import messages
 from common.events import Calibration, NoisedMetrics
 from common.tasks import Calibratable, Statistic, Task
 from common.tasks.parts.calibration import fit_temperature, make_released_statistic
-from common.types import BadInput
+from common.types import NOISE_MULTIPLIERS, BadInput
 
 _SUMS = "sums"
 _DRAWS = 200
@@ -53,8 +53,10 @@ def check_evaluation(reply: messages.EvaluateReply, tasks: Mapping[str, Task], *
         calibrate: whether the run asks for a temperature.
 
     Raises:
-        BadInput: another set of tasks, another number of statistics, or a value that is not finite.
+        BadInput: another set of tasks, another number of statistics, a value that is not finite, or absurd noise.
     """
+    if reply.noise_multiplier > NOISE_MULTIPLIERS.high:
+        raise BadInput(f"evaluation: expected noise of at most {NOISE_MULTIPLIERS.high:g} times the bound on one unit")
     if set(reply.sums) != set(tasks):
         raise BadInput(f"evaluation: expected tasks {', '.join(sorted(tasks))}, got another set")
     for name, task in tasks.items():

@@ -41,10 +41,11 @@ from common.model.moments import (
     serve_heads,
 )
 from common.offers import SentBackbone
+from common.privacy.shares import plan_moments
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import Task, open_task
-from common.types import Heads, RunFailed, RunInterrupted, heads_digest, select_trained
+from common.types import Heads, RunFailed, RunInterrupted, Unit, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, select_temperatures
@@ -186,10 +187,12 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
     }
     asked = [each for each in participants if own[each.node_id]]
     lengths = {part: count_values(part, run, tasks, state.heads) for part in parts}
+    plan = plan_moments(run, Unit.EXAMPLE)  # Of any unit: the noise is the same.
+    deviations = {part: 0.0 if plan is None else plan.noise_multiplier / factor for part, factor in parts.items()}
 
     def check(node: int, reply: messages.MomentsReply) -> None:
         messenger.witnesses.keep({names[node]: reply.witness})
-        check_moments(reply, {part: lengths[part] for part in own[node]}, units[node])
+        check_moments(reply, {part: lengths[part] for part in own[node]}, units[node], deviations)
 
     units = {each.node_id: count_units(own[each.node_id], run, each.tasks) for each in asked}
     quorum = Quorum.of(run, _groups_of(asked), {})

@@ -17,9 +17,19 @@ from flwr.app import Message
 from common import messages
 from common.events import AcceptedUpdate
 from common.flower import ErrorCode
+from common.model.moments import MOST_STORED_NOISE
 from common.privacy.update_norm import FAILURE, MAX_TRUE_PER_PUBLIC, check_descent_plan
 from common.run import RunConfig
-from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan, explain_rejection
+from common.types import (
+    DECLINED,
+    NOISE_MULTIPLIERS,
+    BadInput,
+    DeclineReason,
+    Delta,
+    Heads,
+    Plan,
+    explain_rejection,
+)
 from server.rounds.aggregators import Weighted
 
 _Reply = TypeVar("_Reply")
@@ -166,16 +176,23 @@ def check_delta(delta: Delta, sent: Heads, max_norm: float, group_norms: Mapping
         raise BadInput(f"expected an update of norm at most {max_norm:g} (`max_delta_norm`), got {norm:.3g}")
 
 
-def check_moments(reply: messages.MomentsReply, lengths: Mapping[str, int], units: Mapping[str, float]) -> None:
+def check_moments(
+    reply: messages.MomentsReply,
+    lengths: Mapping[str, int],
+    units: Mapping[str, float],
+    deviations: Mapping[str, float],
+) -> None:
     """Checks that sums fit what was asked, and are no longer than the declared units and their noise make them.
 
     Args:
         reply: the site's sums.
         lengths: part -> number of its values.
         units: part -> declared number of units at the site.
+        deviations: part -> deviation of the noise that the run asks for; 0 without privacy.
 
     Raises:
-        BadInput: a missing or extra sum, a wrong shape, a value that is not finite, or too large a norm.
+        BadInput: a missing or extra sum, a wrong shape, a value that is not finite, too large a norm, or noise that no
+            run adds.
     """
     if set(reply.sums) != set(lengths) or set(reply.deviations) != set(lengths):
         raise BadInput(f"expected sums of {', '.join(sorted(lengths))}, got another set")
@@ -185,6 +202,13 @@ def check_moments(reply: messages.MomentsReply, lengths: Mapping[str, int], unit
             raise BadInput(f"{part}: expected a sum of {length} values, got another shape")
         if not np.isfinite(got["sum"]).all():
             raise BadInput(f"{part}: expected finite values")
+        # Else a site that states much noise may send what it likes, and all others' sums would count for nothing.
+        most = deviations[part] * MOST_STORED_NOISE * (1.0 + 2.0**-20)
+        least = NOISE_MULTIPLIERS.low if deviations[part] else 0.0
+        if not least <= reply.deviations[part] <= most:
+            raise BadInput(
+                f"{part}: expected noise of deviation {least:g} to {most:.3g}, got {reply.deviations[part]:.3g}"
+            )
         tail = math.sqrt(length) + math.sqrt(2.0 * math.log(1.0 / FAILURE))
         bound = (MAX_TRUE_PER_PUBLIC * units[part] + reply.deviations[part] * tail) * (1.0 + 2.0**-20)
         norm = float(np.linalg.norm(got["sum"].astype(np.float64)))

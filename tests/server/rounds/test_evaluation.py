@@ -161,6 +161,10 @@ def test_a_reply_is_checked_against_the_sites_own_tasks() -> None:
     check_evaluation(reply_of(some_counts(5, 0), 1.0), COLOUR)
     with pytest.raises(BadInput, match="another set"):
         check_evaluation(reply_of(some_counts(5, 0), 1.0), {"size": COLOUR["colour"]})
+    # Its square is no number: the run of all others would end.
+    with pytest.raises(BadInput, match="expected noise of at most"):
+        check_evaluation(reply_of(some_counts(5, 0), 1e200), COLOUR)
+    compute_metrics(COLOUR, [SiteRelease("north", reply_of(some_counts(5, 0), 1e9))], seed=1)
 
 
 def test_the_report_tells_noised_results_from_everything_else(tmp_path: Path) -> None:

@@ -104,9 +104,25 @@ def leave_out(sums: dict[str, Any], deviations: dict[str, float]) -> None:
     del sums["backbone.mean"], deviations["backbone.mean"]
 
 
+def state_much_noise(sums: dict[str, Any], deviations: dict[str, float]) -> None:
+    """A sum of any length then is within the noise, and the mean of all sites is mostly noise."""
+    make_long(sums, deviations)
+    deviations["size"] = 1e200
+
+
+def state_no_noise(sums: dict[str, Any], deviations: dict[str, float]) -> None:
+    deviations["size"] = 5e-324
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(make_long, "expected a sum of norm at most"), (make_short, "2 values"), (leave_out, "expected sums of")],
+    [
+        (state_much_noise, "noise of deviation"),
+        (state_no_noise, "noise of deviation"),
+        (make_long, "expected a sum of norm at most"),
+        (make_short, "2 values"),
+        (leave_out, "expected sums of"),
+    ],
 )
 def test_a_bad_sum_costs_its_sender_its_place_and_nothing_else(
     tmp_path: Path, change: Callable[..., None], said: str
