@@ -1,4 +1,4 @@
-"""What a run file declares for each label: the prior that a head is served with, weights, thresholds, texts.
+"""Numbers and texts that a run file declares for each label: the prior a head is served with, weights, thresholds.
 
 All of them are public. None may come from a site's records: a true label count inside a loss or an output would let one
 record change what is computed from all others.
