@@ -98,9 +98,10 @@ def forecast_loss(run: RunConfig, task: str, num_features: int, num_units: float
         return None
     if not isinstance(opened, Classification):
         return None
-    rehearsal = Rehearsal(
-        momentum, clip_norm, len(opened.labels), num_features, num_units, run.count_noises(num_sites), _read_mean(run)
-    )
+    num_noises = run.count_noises(num_sites)
+    # Sums before the first round have each site's whole noise, also where those of rounds are secure.
+    mean_noise = _read_mean(run) * math.sqrt(num_sites / num_noises)
+    rehearsal = Rehearsal(momentum, clip_norm, len(opened.labels), num_features, num_units, num_noises, mean_noise)
     return rehearse(rehearsal)
 
 
