@@ -62,6 +62,10 @@ def explain_os_error(error: OSError) -> str:
     return f"{plain(str(name))}: {reason}" if name else reason
 
 
+_OPTIONS = ("function-", "literal[", "dict[", "list[", "constrained-")
+"""How pydantic begins the names that it gives to validators and to the options of a union."""
+
+
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Returns a pydantic validation's errors as one sentence: up to three, else the first and the number of the others.
 
@@ -112,7 +116,7 @@ def _path(item: ErrorDetails, model: object) -> list[str]:
     """Key path; pydantic names validators and the options of a union inside it, a user wrote neither."""
     path = []
     for part in map(str, item["loc"]):
-        if part.startswith(("function-", "literal[")) or part in {option.__name__ for option in _models_in(model)}:
+        if part.startswith(_OPTIONS) or part in {option.__name__ for option in _models_in(model)}:
             continue
         path.append(part)
         model = _step(model, part)
