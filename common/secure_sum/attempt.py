@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -69,7 +69,7 @@ class SiteAttempt:
 
     terms: SumTerms
     name: str
-    seed: bytes
+    seed: bytes = field(repr=False)
     keys: Mapping[str, str] | None = None
     shares: Mapping[str, str] | None = None
     heads: str = ""

@@ -258,6 +258,15 @@ def test_a_site_that_was_killed_goes_on_with_the_same_keys() -> None:
     assert group.unmask().tolist() == add_modulo(list(values.values()))
 
 
+def test_what_is_shown_of_a_state_holds_no_secret() -> None:
+    """A log or a debugger shows values."""
+    state = advance("share").states["site-00"]
+    shown = repr(state)
+    assert "site-00" in shown
+    for secret in (state.seed, state.mask_secret, state.self_secret):
+        assert secret.hex() not in shown and repr(secret)[2:-1] not in shown
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"terms": 3}'])
 def test_a_damaged_state_is_refused(data: bytes) -> None:
     with pytest.raises(BadInput, match="state of a secure sum"):
