@@ -15,6 +15,7 @@ from typing import TypeVar
 from common import messages
 from common.events import AcceptedUpdate
 from common.privacy.lattice import Lattice
+from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.secure_sum.terms import SumRules, SumTerms
 from common.secure_sum.unmasking import Collected, select_shares, unmask_sum
@@ -111,6 +112,7 @@ class _Attempt:
         asked: sites that it begins with.
         rejected: answers that were not used.
         masked_rejected: node ids of the sites that did not send a masked vector -> why.
+        spoilers: node ids of the sites whose masked vector cannot be one.
         bytes_down: node id -> bytes that it was sent.
         bytes_up: node id -> bytes that it answered.
     """
@@ -123,6 +125,7 @@ class _Attempt:
     asked: Sequence[Participant]
     rejected: list[Rejected] = field(default_factory=list)
     masked_rejected: dict[int, str] = field(default_factory=dict)
+    spoilers: set[int] = field(default_factory=set)
     bytes_down: Counter[int] = field(default_factory=Counter)
     bytes_up: Counter[int] = field(default_factory=Counter)
 
@@ -132,12 +135,16 @@ class _Attempt:
         return {each.node_id: each.site for each in self.asked}
 
     def find_unwilling(self) -> set[int]:
-        """Returns the nodes whose site would decline the masked vector of another attempt too."""
-        return {
+        """Returns the nodes whose site would not send a usable masked vector in another attempt either.
+
+        All others would pay for each attempt that such a site spoils.
+        """
+        declined = {
             node
             for node, reason in self.masked_rejected.items()
             if reason.startswith(DECLINED) and reason not in _OF_THE_ATTEMPT
         }
+        return declined | self.spoilers
 
     def run(self) -> RoundUpdates:
         """Returns the sum of all who stayed until their masked vectors had come."""
@@ -258,9 +265,11 @@ class _Attempt:
 
         def check(name: str, reply: messages.MaskedReply) -> None:
             witnesses.keep({name: reply.witness})
+            self.spoilers.add(nodes[name])
             if len(reply.masked) != length:
                 raise BadInput(f"expected a masked vector of {length} bytes, got {len(reply.masked)}")
             check_plan(reply.plan, run)
+            self.spoilers.remove(nodes[name])
 
         return self._ask(messages.MASKED, requests, messages.MaskedReply, needed, check=check)
 
@@ -289,7 +298,7 @@ class _Attempt:
                 mean = {name: (values / size).astype(values.dtype) for name, values in params.items()}
                 updates[group] = [Weighted(size, mean, self.messenger.run.count_noises(len(counted)))]
             delta = {group: dict(own[0].delta) for group, own in updates.items()}
-            check_delta(Delta(delta), sent, self.messenger.run.max_delta_norm)
+            check_delta(Delta(delta), sent, self.messenger.run.max_delta_norm, self._bound_norms(counted, sent))
         except BadInput as error:
             raise RunFailed(
                 f"round {self.round_}: the sites' secure sum cannot be used: {error}; which site caused it a "
@@ -305,6 +314,14 @@ class _Attempt:
             for each in counted
         }
         return RoundUpdates(accepted, updates, dict.fromkeys(updates, len(counted)))
+
+    def _bound_norms(self, counted: Sequence[Participant], sent: Heads) -> dict[str, float]:
+        """Returns head -> largest norm of its change: of wrong shares comes a sum that is uniform modulo 2**64."""
+        run = self.messenger.run
+        sizes = {task: sum(each.tasks[task] for each in counted) for task in run.tasks}
+        # Of one site with all units, whose noise is that of the honest ones; that of all may be more.
+        more = max(1.0, run.count_noises(len(counted))) ** 0.5
+        return {group: more * norm for group, norm in bound_update_norms(run, sizes, sent).items()}
 
 
 def _check_names(shares: Mapping[str, str], expected: set[str]) -> None:

@@ -335,6 +335,41 @@ def test_a_vector_that_no_plan_makes_possible_ends_the_run(tmp_path: Path) -> No
         federate(tmp_path / "run", make_sites(tmp_path), make_run(max_delta_norm=1e3), wrap=wrap)
 
 
+def test_shares_that_are_none_end_the_run_however_long_an_update_may_be(tmp_path: Path) -> None:
+    """Of wrong shares comes a sum that is uniform; divided by the units of large sites it would pass for an update."""
+
+    def wrap(honest: Answer) -> Answer:
+        def answer(message: Message, context: Context) -> Message:
+            reply = honest(message, context)
+            if message.metadata.message_type == messages.UNMASK and name_of(context) == "mid":
+                revealed = messages.decode(reply.content, messages.UnmaskReply)
+                wrong = {name: "00" * 33 for name in revealed.shares}
+                return Message(messages.encode(replace(revealed, shares=wrong)), reply_to=message)
+            return reply
+
+        return answer
+
+    with pytest.raises(RunFailed, match="expected a change of norm at most"):
+        federate(tmp_path / "run", make_sites(tmp_path), make_run(max_delta_norm=1e30), wrap=wrap)
+
+
+def test_a_site_that_spoils_an_attempt_does_not_make_all_others_pay_again(tmp_path: Path) -> None:
+    def wrap(honest: Answer) -> Answer:
+        def answer(message: Message, context: Context) -> Message:
+            reply = honest(message, context)
+            if message.metadata.message_type == messages.MASKED and name_of(context) == "mid":
+                masked = messages.decode(reply.content, messages.MaskedReply)
+                return Message(messages.encode(replace(masked, masked=masked.masked[8:])), reply_to=message)
+            return reply
+
+        return answer
+
+    sites = make_sites(tmp_path, min_sites=5)
+    with pytest.raises(RunInterrupted, match="expected a masked vector of"):
+        federate(tmp_path / "run", sites, make_run(min_sites=5), wrap=wrap)
+    assert [count_charges(site) for site in sites] == [1] * 5
+
+
 def test_a_robust_aggregation_is_refused_with_one_sentence() -> None:
     for settings in ({"kind": "median"}, {"kind": "krum", "byzantine": 1}, {"kind": "trimmed_mean", "trim": 1}):
         with pytest.raises(BadInput, match="needs only the sum of updates"):
