@@ -89,7 +89,7 @@ def _find_offer(approvals: Approvals, wanted: str) -> Offer:
 def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
     """Returns what an approval covers, as lines for a person. Raises where the run would be declined here."""
     from client.protocol.plan import plan_run  # Here: they need torch, and `--list` does not.
-    from client.protocol.site import SiteDeclined
+    from client.protocol.site import Joined, SiteDeclined, find_sum_rules
 
     run = check_offer(offer)
     about = {
@@ -110,6 +110,7 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
     if run.requested_privacy is None:
         return {**about, "price": "not private: epsilon is infinite"}
     try:
+        find_sum_rules(config, Joined("approve", run, offer.backbones, Path()))
         outlook = plan_run(config, run, run.cohort.min_sites)
     except SiteDeclined as declined:
         raise BadInput(f"this run would be declined here: {declined.detail}") from declined

@@ -210,6 +210,15 @@ def test_a_run_that_the_budget_does_not_cover_is_not_approved(tmp_path: Path, si
     assert approvals.all() == [] and [each.digest for each in approvals.waiting()] == [offer(frozen).digest]
 
 
+def test_a_run_whose_sums_this_site_takes_no_part_in_is_not_approved(tmp_path: Path, site: Site) -> None:
+    write_yaml(tmp_path / "site.yaml", site.config)
+    summed = {"trust": "secure_sum", "colluding": 0, "cohort": {"min_sites": 3}}
+    write_yaml(tmp_path / "run.yaml", run_config(solver={"kind": "head_sum", "clip_norm": 1.0}, **summed))
+    result = CliRunner().invoke(app, ["approve", str(tmp_path / "site.yaml"), str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2 and "would be declined here" in result.stderr and "`secure_sum`" in result.stderr
+    assert Approvals(site.config.state_dir).all() == []
+
+
 def test_the_command_lists_what_waits_and_what_is_approved(tmp_path: Path, site: Site, frozen: Backbone) -> None:
     path = tmp_path / "site.yaml"
     write_yaml(path, site.config)
