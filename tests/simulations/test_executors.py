@@ -31,7 +31,9 @@ def test_ray_and_in_process_make_the_same_heads_to_the_bit(tmp_path: Path) -> No
     from simulations.__main__ import app
 
     weights = f"run.backbone.weights={tmp_path / 'backbone.safetensors'}"
-    common = [weights, "run.rounds=2", "baselines=[]", "expect={}", "run.solver.sampling_rate=0.5"]
+    sampled = "run.solver={kind: dp_gd, sampling_rate: 0.5, steps: 4, clip_norm: 1.0, learning_rate: 8.0}"
+    by_hand = [sampled, "run.aggregation={kind: mean}"]
+    common = [weights, "run.rounds=2", "baselines=[]", "expect={}", *by_hand]
     assert (
         CliRunner().invoke(app, ["pretrain", str(DEMO), "--set", weights, "--set", "pretrain.epochs=1"]).exit_code == 0
     )
