@@ -62,8 +62,9 @@ def admitted(folder: Path, name: str, where: Link, **changes: object) -> Path:
     return site
 
 
-def cohort(sites: int, timeout_s: float = 90) -> dict[str, object]:
-    return {"cohort": {"min_sites": sites, "timeout_s": timeout_s, "join_timeout_s": 60, "patience_s": 1}}
+def cohort(sites: int, timeout_s: float = 90, patience_s: float = 1) -> dict[str, object]:
+    waiting = {"timeout_s": timeout_s, "join_timeout_s": 60, "patience_s": patience_s}
+    return {"cohort": {"min_sites": sites, **waiting}}
 
 
 def account(site: Path) -> dict[str, object]:
@@ -150,7 +151,7 @@ def test_a_crash_in_the_middle_of_a_round_is_answered_at_once_and_stays_charged(
     site, log = admitted(tmp_path, "e", where), tmp_path / "e.log"
     with started(site, log) as child:
         wait_for(log, "joined")
-        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1))
+        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1, patience_s=0))
         run = where.submit(ROOT, run_file, tmp_path / "runs")
         wait_for(log, "asked: train", 90)
         (worker,) = children(child.pid)
@@ -169,7 +170,7 @@ def test_leaving_twice_abandons_the_round_and_keeps_its_charge(tmp_path: Path, w
     site, log = admitted(tmp_path, "f", where), tmp_path / "f.log"
     with started(site, log) as child:
         wait_for(log, "joined")
-        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1))
+        run_file = write_run(tmp_path / "run.yaml", **SLOW, privacy=HUGE_NOISE, rounds=1, **cohort(1, patience_s=0))
         run = where.submit(ROOT, run_file, tmp_path / "runs")
         wait_for(log, "asked: train", 90)
         wait_until_charged(site)
