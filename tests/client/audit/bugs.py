@@ -19,6 +19,7 @@ from client.audit.canaries import ADDED, FREE, LIVE
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
 from client.solvers.parts import closed_form, private_step
+from common.plugins import plugin_class
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.lattice import Lattice, bound_norms
 from common.privacy.noise import NoiseStream, SeededEntropy
@@ -51,7 +52,10 @@ def make_run(
     **settings: Any,
 ) -> AuditedRun:
     """Returns the real parts with keys that repeat from test to test; `settings` are the solver's."""
-    values = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 3, "clip_norm": 0.5, "learning_rate": 4.0, **settings}
+    descent = {"sampling_rate": 1.0, "steps": 3, "clip_norm": 0.5, "learning_rate": 4.0}
+    # Of these a kind is given those that are settings of it.
+    known = plugin_class("client.solvers", settings.get("kind", "dp_sgd")).model_fields
+    values = {"kind": "dp_sgd", **{key: each for key, each in descent.items() if key in known}, **settings}
     solver = open_solver(values, "solver")
     privacy = Privacy(unit=unit, delta=1e-5, target_epsilon=target_epsilon)
     return AuditedRun(

@@ -121,7 +121,7 @@ class Memory(Thread):
                 with suppress(OSError):
                     waiting += children(process)
                     command = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
-                    if "multiprocessing" in command:
+                    if "common.process.apart" in command:
                         continue  # Opacus computes in a process that ends at once.
                     name = next((word for word in ("serverapp", "superexec") if word in command), "daemon")
                     lines = Path(f"/proc/{process}/status").read_text().splitlines()
