@@ -108,7 +108,7 @@ run_simulation(server, client, num_supernodes=sites, backend_config={
 
 
 def seconds_of(command: list[str], folder: Path) -> float:
-    """Of a cold process, its imports included."""
+    """Returns the seconds of a cold process, its imports included."""
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {**os.environ, **quiet, "FLWR_HOME": str(folder)}
     started = time.perf_counter()

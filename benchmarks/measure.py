@@ -49,7 +49,7 @@ def compare(name: str, subject: Work, reference: Work, *, target: float, repeats
 
 
 def seconds_of(work: Work) -> float:
-    """How long it takes."""
+    """Returns the seconds that a work takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -49,7 +49,7 @@ def timed(app: SiteApp, seconds: list[float]) -> SiteApp:
 
 
 def seconds_of_rounds(folder: Path) -> list[float]:
-    """Of every round but the first."""
+    """Returns the seconds of every round but the first."""
     simulation(folder, RECORDS // 40, ROUNDS, dim=576, classes=8)
     changes = ["partition.num_sites=1", f"tasks.task.public_size={RECORDS}", "run.solver.steps=16"]
     config = load(SimulationConfig, folder / "simulation.yaml", changes)
@@ -68,7 +68,7 @@ def seconds_of_rounds(folder: Path) -> list[float]:
 
 
 def seconds_of_imports(code: str) -> float:
-    """Of a new process."""
+    """Returns the seconds that imports take in a new process."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     return time.perf_counter() - started

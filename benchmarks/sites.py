@@ -30,7 +30,7 @@ from simulations.experiment import run
 
 ROUNDS, RECORDS, DIM = 5, 40, 64
 TURNS = 2
-"""Of both sides of a ratio, one after the other."""
+"""Number of times that both sides of a ratio are timed, one after the other."""
 ENGINE_COUNTS = (10, 100)
 
 

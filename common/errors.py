@@ -63,7 +63,7 @@ def explain_os_error(error: OSError) -> str:
 
 
 _OPTIONS = ("function-", "literal[", "dict[", "list[", "constrained-")
-"""How pydantic begins the names that it gives to validators and to the options of a union."""
+"""Beginnings of the names that pydantic gives to validators and to the options of a union."""
 
 
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -23,7 +23,7 @@ _LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 _DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 
 _INVALID = (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, LookupError)
-"""What reading a text as YAML raises: PyYAML lets errors of dates, numbers and unhashable keys through."""
+"""Errors of reading a text as YAML: PyYAML lets errors of dates, numbers and unhashable keys through."""
 
 MAX_VALUES = 200_000
 MAX_DEPTH = 64

@@ -12,7 +12,7 @@ from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
 
 RUN_PREFIX = "run."
-"""Where a run's keys stand in a simulation file."""
+"""Beginning of a run's keys in a simulation file."""
 
 
 class SimulatedTask(LabelColumns):

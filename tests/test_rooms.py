@@ -221,6 +221,13 @@ def test_docstrings_say_what_is_returned_or_done() -> None:
         for path, node in documented
         if (text := ast.get_docstring(node)) and riddle.match(text)
     ]
+    # The texts below constants too.
+    riddles += [
+        f"{relative(path)}: {node.value.value.splitlines()[0]}"
+        for path in sources()
+        for node in parse(path).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and riddle.match(str(node.value.value))
+    ]
     assert not riddles, "\n".join(riddles)
 
 

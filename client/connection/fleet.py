@@ -68,7 +68,7 @@ _SMALL = 4 << 20
 _OBJECT = 1 << 30
 _MAX_OBJECTS = 100_000
 _RETRY_FOR_S = 600.0
-"""How long the transfer of a message is tried again: once handed out, Flower never hands it out again."""
+"""Seconds for which the transfer of a message is tried again: once handed out, Flower never hands it out again."""
 _PASSING = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS)
 _OF_NO_RUN = ("activate-node", "deactivate-node", "pull-messages", "send-node-heartbeat")
 _AROUND_OBJECT = 1024

@@ -74,7 +74,7 @@ PRIVATE_ENVIRONMENT = {
 }
 BUSY_POLL_S, IDLE_POLL_S = 0.1, 2.0
 BUSY_FOR_S = 30.0
-"""How long the short poll interval lasts after a message."""
+"""Seconds for which the short poll interval lasts after a message."""
 WORKER_IDLE_S = 300.0
 """A worker that was idle for so long is ended, which frees its memory."""
 HEARTBEAT_EVERY_S = 20.0

@@ -34,7 +34,7 @@ _TOLERANCE = 1e-8
 """Largest entry of the objective's gradient at which the solver stops; its Hessian is the tie at least."""
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRIAL_TOLERANCE = 1e-4
-"""Of heads that only tell one tie from another."""
+"""Largest entry of the gradient at which a fit ends whose heads are only compared, to choose the tie."""
 _FOLDS = 5
 
 

@@ -17,7 +17,7 @@ from common.run import RunConfig
 from common.types import Plan
 
 MAX_ROUNDS = 100_000
-"""What a run file may ask for at most."""
+"""Most rounds that a run file may ask for."""
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ noise/signal     of one round: expected length of its noise over that of the lar
 noise on a logit deviation of what the noise of the whole run adds to an output for a record; what training adds is to
                  be larger. It follows from the settings, and where `auto` chose them it is about 0.5 for any run
 trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
-"""What the rows of `table` mean that do not speak for themselves."""
+"""Meanings of those rows of `table` that do not speak for themselves."""
 
 
 def _shown_up(epsilon: float) -> str:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_PARAMETERS = 2**24
-"""Of all that a run trains together: one unit's gradient is then 64 MiB, about what a solver works on at once."""
+"""Most parameters that a run trains: one unit's gradient is then 64 MiB, about what a solver works on at once."""
 
 MAX_PROJECTION = 2**26
 """Values of a backbone's projection, which are made room for before its weights arrive: 256 MiB."""
 
 MAX_STATISTICS = 2**24
-"""Of all tasks together in one evaluation; classes count squared."""
+"""Most statistics of all tasks together in one evaluation; classes count squared."""
 
 MAX_DRAWS = 2**33
 """Random numbers of one round, noise and coins: minutes."""

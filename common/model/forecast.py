@@ -30,7 +30,8 @@ from common.tasks.classification import Classification
 Array = NDArray[np.float32]
 
 MOST_RECORDS, MOST_FEATURES, TEST_RECORDS = 700, 256, 1000
-"""Of more the loss is the same within a point: noise is scaled to fewer records, and further features matter little."""
+"""Most records, features and test records of a rehearsal. With more, the loss is the same within a point: the noise is
+scaled to fewer records, and further features matter little."""
 
 _COMMON = 0.5
 """Squared length of the mean of features of length 1."""

@@ -154,7 +154,7 @@ MAX_DISTINCT = 4
 """Different sampled mechanisms that the PRV accountant composes in seconds; beyond, the Renyi bound is shown."""
 
 _SMALLEST_ERROR, _LARGEST_ERROR = 0.002, 0.5
-"""What the PRV accountant may add to epsilon. Opacus' choice of domain is safe for errors below 1."""
+"""Least and most that the PRV accountant may add to epsilon. Opacus' choice of domain is safe for errors below 1."""
 
 
 def _history(mechanisms: Iterable[Mechanism], delta: float) -> _History | None:

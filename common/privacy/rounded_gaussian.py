@@ -41,7 +41,7 @@ _CHUNK = 8192
 """Values made at once: their words stay in a core's own cache."""
 
 _DOUBTFUL = 2.0**15
-"""Of 2**64: the acceptance probability is computed to 2**-50 or better, so a word farther away is decided."""
+"""Distance, of 2**64, within which a word decides nothing: the acceptance probability is computed to 2**-50."""
 
 
 def draw_rounded_gaussian(words: Words, count: int, log2_deviation: int) -> NDArray[np.int64]:

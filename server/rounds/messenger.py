@@ -53,7 +53,7 @@ _MALFORMED = (
     UnexpectedObjectContentError,
     ValueError,
 )
-"""What Flower raises over a reply whose parts are not what they claim to be; a lost connection is none of these."""
+"""Errors of Flower over a reply whose parts are not what they claim to be; a lost connection is none of these."""
 _MAX_PREPARED_AGAIN = 3
 """So often a site may prepare again in a run: a failing disk must not hold every round up."""
 _TIMED = (

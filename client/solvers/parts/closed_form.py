@@ -42,7 +42,7 @@ WEIGHT_BITS = 24
 
 
 _MOST_RECORDS = 32
-"""Of a unit whose norm comes from pairs of its records; those of larger ones would outgrow its gradient."""
+"""Most records of a unit whose norm comes from pairs of them; the pairs of more would outgrow its gradient."""
 
 _MOST_CANCELLATION = 16
 """A unit's norm counts as at least a 16th of the sum of its records' norms: the terms of its part are then at most so

@@ -39,7 +39,7 @@ _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What torch's restricted unpickler, safetensors and zipfile raise on bytes that are no weights (benchmarks/fuzz)."""
+"""Errors of torch's restricted unpickler, safetensors and zipfile on bytes that are no weights (benchmarks/fuzz)."""
 
 _COUNTER = ".num_batches_tracked"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _MAX_RECORDS = 2000
-"""Of more records, evenly spread ones are compared: these have two million pairs."""
+"""Most records that are compared, evenly spread where there are more: these have two million pairs."""
 
 
 def compute_verification(embeddings_BE: Tensor, identity_B: Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from common.run import RunConfig
 from common.types import BadInput, Params
 
 State = Mapping[str, Params]
-"""What an aggregator keeps between rounds for one task: name -> arrays; goes into the checkpoint."""
+"""The arrays, by name, that an aggregator keeps between rounds for one task; they go into the checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def test_the_fit_is_the_same_each_time_and_the_federated_head_is_left_alone() ->
 
 
 def test_a_head_with_a_centre_and_an_offset_keeps_both(tmp_path: Path) -> None:
-    """What is fitted are the weights between them; the file brings back the same head."""
+    """The weights between them are fitted; the file brings back the same head."""
     task = open_task({**CLASSES, "head": {"bias": False, "centre": True, "prior": True}}, "t")
     features, labels = draw(60)
     head = task.head(4)

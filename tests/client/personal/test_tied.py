@@ -126,7 +126,7 @@ def test_updates_that_are_no_noised_gradients_get_a_sentence(tmp_path: Path) -> 
 
 
 def test_updates_that_were_private_in_their_sum_alone_get_a_sentence(tmp_path: Path) -> None:
-    """Of a secure sum each site's own vector has a part of the noise: nothing computed from it may leave."""
+    """In a secure sum a site's own vector has only a part of the noise: nothing computed from it may leave."""
     site = Site(federated(tmp_path), os_entropy)
     joined = joined_run(site, "run-1")
     summed = replace(joined, run=joined.run.model_copy(update={"trust": "secure_sum"}))

@@ -43,7 +43,7 @@ def _one_character(value: str) -> str:
 
 
 Separator = Annotated[str, AfterValidator(_one_character)]
-"""What stands between the cells of a text file: one character, or any amount of white space."""
+"""The separator of the cells of a text file: one character, or any amount of white space."""
 
 
 def read_frame(
