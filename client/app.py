@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -38,6 +39,22 @@ OpenSite = Callable[[Context], SiteConfig]
 _Request = TypeVar("_Request")
 Handle = Callable[[Site, _Request], RecordDict | messages.Reply]
 """A function that answers a request: with stored records where a request sent again must get the same bytes."""
+
+_ANSWERS: Mapping[str, tuple[type[messages.Request], Handle[Any]]] = {
+    messages.JOIN: (messages.JoinRequest, join),
+    messages.PART: (messages.PartRequest, keep_part),
+    messages.PREPARE: (messages.PrepareRequest, prepare_run),
+    messages.MOMENTS: (messages.MomentsRequest, measure),
+    messages.TRAIN: (messages.TrainRequest, train),
+    messages.SUM_KEYS: (messages.SumKeysRequest, make_sum_keys),
+    messages.SUM_SHARES: (messages.SumSharesRequest, share_secrets),
+    messages.MASKED: (messages.MaskedRequest, train_masked),
+    messages.SURVIVORS: (messages.SurvivorsRequest, confirm_survivors),
+    messages.UNMASK: (messages.UnmaskRequest, unmask),
+    messages.EVALUATE: (messages.EvaluateRequest, evaluate),
+    messages.FINISH: (messages.FinishRequest, finish),
+}
+"""Flower message type -> the request that it carries, and the function that answers it."""
 
 
 def load_site_from_environment(context: Context) -> SiteConfig:
@@ -73,7 +90,7 @@ def make_app(
     """
     app, encoding = ClientApp(), progress or ProgressLines("encoding")
 
-    def answer(message: Message, context: Context, request: type[_Request], handle: Handle[_Request]) -> Message:
+    def answer(message: Message, context: Context, *, request: type[Any], handle: Handle[Any]) -> Message:
         name, asked = "", message.metadata.message_type
         try:
             site = Site(open_site(context), entropy, encoding, opened)
@@ -86,54 +103,10 @@ def make_app(
             records = messages.encode(messages.Declined(DeclineReason.INTERNAL, name))
         return Message(records, reply_to=message)
 
-    @app.query(messages.JOIN.removeprefix("query."))
-    def on_join(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.JoinRequest, join)
-
-    @app.query(messages.PART.removeprefix("query."))
-    def on_part(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.PartRequest, keep_part)
-
-    @app.query(messages.PREPARE.removeprefix("query."))
-    def on_prepare(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.PrepareRequest, prepare_run)
-
-    @app.query(messages.MOMENTS.removeprefix("query."))
-    def on_moments(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.MomentsRequest, measure)
-
-    @app.train()
-    def on_train(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.TrainRequest, train)
-
-    @app.query(messages.SUM_KEYS.removeprefix("query."))
-    def on_sum_keys(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.SumKeysRequest, make_sum_keys)
-
-    @app.query(messages.SUM_SHARES.removeprefix("query."))
-    def on_sum_shares(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.SumSharesRequest, share_secrets)
-
-    @app.train(messages.MASKED.removeprefix("train."))
-    def on_masked(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.MaskedRequest, train_masked)
-
-    @app.query(messages.SURVIVORS.removeprefix("query."))
-    def on_survivors(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.SurvivorsRequest, confirm_survivors)
-
-    @app.query(messages.UNMASK.removeprefix("query."))
-    def on_unmask(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.UnmaskRequest, unmask)
-
-    @app.evaluate()
-    def on_evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.EvaluateRequest, evaluate)
-
-    @app.query(messages.FINISH.removeprefix("query."))
-    def on_finish(message: Message, context: Context) -> Message:
-        return answer(message, context, messages.FinishRequest, finish)
-
+    for kind, (request, handle) in _ANSWERS.items():
+        category, _, action = kind.partition(".")
+        register = {"query": app.query, "train": app.train, "evaluate": app.evaluate}[category]
+        register(action or "default")(partial(answer, request=request, handle=handle))
     return app
 
 

@@ -18,7 +18,7 @@ from common.privacy.noise import Entropy, NoiseStream
 from common.privacy.shares import plan_moments
 from common.process.threads import one_thread
 from common.run import RunConfig
-from common.tasks import Task, open_task
+from common.tasks import Task, open_tasks
 from common.types import Heads, Params, Plan, select_trained
 
 ApplyUpdate = Callable[[str, Params, Params], Params]
@@ -126,7 +126,7 @@ def train_alone(
 def _fix_heads(training: LocalTraining, heads: Heads, stream: NoiseStream) -> Heads:
     """Returns the heads with the fixed numbers that this party's own sums give."""
     run, tasks = training.run, training.tasks
-    every = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+    every = open_tasks(run)
     parts, plan = select_parts(list_parts(run, every), run, tasks), plan_moments(run, training.plan.unit)
     if plan is None or not parts:
         return heads

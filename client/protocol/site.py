@@ -28,7 +28,7 @@ from common.run import RunConfig
 from common.secure_sum.attempt import Member
 from common.secure_sum.identity import format_public_key, read_identity
 from common.secure_sum.terms import SumRules
-from common.tasks import Task, open_task
+from common.tasks import Task, open_task, open_tasks
 from common.types import (
     MAX_ROUND_STEPS,
     MAX_STEPS,
@@ -449,7 +449,7 @@ def plan_measurement(config: SiteConfig, joined: Joined) -> Measurement:
     """
     run, own = joined.run, joined.tasks(config)
     try:
-        everything = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+        everything = open_tasks(run)
         parts = select_parts(list_parts(run, everything), run, own)
         whole = plan_moments(run, config.unit)
     except BadInput as error:

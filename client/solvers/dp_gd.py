@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
-from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.filters import choose_noise_multiplier
 from common.run import PositiveInt, Privacy, Rates
 from common.tasks import Task
 from common.types import CLIP_NORMS, SAMPLING_RATES, BadInput, Delta, Plan, Unit
@@ -86,12 +86,7 @@ class DpGd(Plugin):
         """
         if privacy is None:
             raise BadInput("solver.kind: dp_gd needs a `privacy` section, got non_private; kind sgd trains without")
-        noise = privacy.noise_multiplier
-        if noise is None:
-            assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
-            noise = calibrate_noise_multiplier(
-                privacy.target_epsilon, privacy.delta, self.sampling_rate, rounds * self.steps
-            )
+        noise = choose_noise_multiplier(privacy, self.sampling_rate, rounds * self.steps)
         return Plan(self.sampling_rate, self.steps, self.clip_norm, noise, unit)
 
     def without_privacy(self) -> Sgd:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
-from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.filters import choose_noise_multiplier
 from common.run import Privacy, Rates
 from common.tasks import Task
 from common.types import CLIP_NORMS, BadInput, Delta, Plan, Unit
@@ -61,10 +61,7 @@ class HeadSum(Plugin):
         """
         if privacy is None:
             raise BadInput("solver.kind: head_sum needs a `privacy` section, got non_private; kind sgd trains without")
-        noise = privacy.noise_multiplier
-        if noise is None:
-            assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
-            noise = calibrate_noise_multiplier(privacy.target_epsilon, privacy.delta, 1.0, rounds)
+        noise = choose_noise_multiplier(privacy, 1.0, rounds)
         return Plan(1.0, 1, self.clip_norm, noise, unit)
 
     def without_privacy(self) -> Sgd:

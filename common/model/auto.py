@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from common.backbones import declares_public_mean
 from common.plugins import Spec
-from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.filters import choose_noise_multiplier
 from common.privacy.shares import keep_for_rounds
 from common.run import ONLY_BACKBONE, Moments, Privacy
 from common.tasks import LabelPrior, SmoothLoss, Task, open_task
@@ -165,11 +165,7 @@ def _choose_aggregation(
         steps[name] = {"step": step, "rho": task.tolerated_noise}
     noise = 0.0
     if left is not None:
-        multiplier = left.noise_multiplier
-        if multiplier is None:
-            assert left.target_epsilon is not None  # Privacy holds exactly one of the two.
-            multiplier = calibrate_noise_multiplier(left.target_epsilon, left.delta, 1.0, rounds)
-        noise = round(multiplier * clip_norm, 6)
+        noise = round(choose_noise_multiplier(left, 1.0, rounds) * clip_norm, 6)
     return {"kind": "heavy_ball", "rounds": rounds, "noise": noise, "tasks": steps}
 
 

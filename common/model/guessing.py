@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.filters import choose_noise_multiplier
 from common.privacy.update_norm import DescentSettings
 from common.run import RunConfig
 from common.tasks import LabelPrior, SmoothLoss, Task
@@ -109,10 +109,7 @@ def _find_noise(run: RunConfig) -> _Noise | None:
     if privacy is None or not settings.usable:
         return None
     steps = settings.steps * run.rounds
-    multiplier = privacy.noise_multiplier
-    if multiplier is None:
-        assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
-        multiplier = calibrate_noise_multiplier(privacy.target_epsilon, privacy.delta, settings.sampling_rate, steps)
+    multiplier = choose_noise_multiplier(privacy, settings.sampling_rate, steps)
     return _Noise(multiplier * settings.clip_norm, settings.clip_norm, steps, settings.sampling_rate)
 
 

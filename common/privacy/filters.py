@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache
 from common.privacy.accounting import Mechanism
 from common.privacy.gaussian import gdp_mu
 from common.privacy.renyi import ORDERS_O, compute_capacity, compute_divergence
+from common.run import Privacy
 from common.types import DELTAS, EPSILONS, MAX_STEPS, SAMPLING_RATES, BadInput, FilterKind, Range
 
 TOLERANCE = 1.0 + 1e-9
@@ -87,6 +88,23 @@ def choose_filter(first: Mechanism | None, kind: FilterKind | None, epsilon: flo
         return PrivacyFilter("gdp", None, epsilon, delta)
     sigma, rate = (1.0, 1.0) if first is None or first.kind == "none" else (first.noise_multiplier, first.sampling_rate)
     return PrivacyFilter("renyi", _choose_order(sigma, rate, epsilon, delta), epsilon, delta)
+
+
+def choose_noise_multiplier(privacy: Privacy, sampling_rate: float, steps: int) -> float:
+    """Returns the noise multiplier that a requested privacy states, or the smallest that reaches its epsilon.
+
+    Args:
+        privacy: the requested privacy of all steps together.
+        sampling_rate: probability with which a unit takes part, in (0, 1].
+        steps: number of releases.
+
+    Raises:
+        BadInput: no noise is enough, or an argument is outside its range.
+    """
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.target_epsilon is not None  # Privacy holds exactly one of the two.
+    return calibrate_noise_multiplier(privacy.target_epsilon, privacy.delta, sampling_rate, steps)
 
 
 def calibrate_noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:

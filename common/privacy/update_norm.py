@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from common.privacy.filters import calibrate_noise_multiplier
+from common.privacy.filters import choose_noise_multiplier
 from common.run import PositiveInt, Rates, RunConfig
 from common.types import CLIP_NORMS, MAX_ROUND_STEPS, SAMPLING_RATES, BadInput, Heads, Params, Plan, Range
 
@@ -138,12 +138,8 @@ def compute_noise_range(run: RunConfig, descent: DescentSettings) -> Range:
     """
     asked = run.training_privacy
     assert asked is not None  # Else there is no descent to read.
-    if asked.noise_multiplier is not None:
-        return Range(asked.noise_multiplier, asked.noise_multiplier)
-    assert asked.target_epsilon is not None  # Privacy holds exactly one of the two.
     low, high = (
-        calibrate_noise_multiplier(asked.target_epsilon, asked.delta, descent.sampling_rate, rounds * descent.steps)
-        for rounds in (1, run.rounds)
+        choose_noise_multiplier(asked, descent.sampling_rate, rounds * descent.steps) for rounds in (1, run.rounds)
     )
     return Range(low, high)
 

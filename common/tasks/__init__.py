@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from common.run import RunConfig
+
 EXACT_BUCKETS = 2048
 """Score buckets where no noise is added. Measured against the AUROC of the scores themselves, for logits of scale 0.01
 to 5: the largest difference is 0.0009."""
@@ -291,6 +293,11 @@ class BaselinePrediction(Protocol):
         Returns:
             Outputs as a head would give them; of a task with `PairMetrics`, embeddings of any width.
         """
+
+
+def open_tasks(run: RunConfig) -> dict[str, Task]:
+    """Returns all tasks of a run by name; raises BadInput naming the key of one that is wrong."""
+    return {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
 
 
 def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:

@@ -8,7 +8,7 @@ from pathlib import Path
 from common import messages
 from common.model.moments import list_parts
 from common.run import RunConfig, resolve_backbone_paths
-from common.tasks import open_task
+from common.tasks import open_tasks
 from common.types import BadInput, Heads
 from common.yaml import load
 from server.deployment.admitted_sites import load_admitted_sites
@@ -47,7 +47,7 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> t
             f"aggregation: expected the {asked} site(s) that a round asks to be enough, got {run.aggregation.kind} "
             f"with settings and a cohort that need {required}; admit more sites, or lower these numbers"
         )
-    list_parts(run, {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()})
+    list_parts(run, open_tasks(run))
     run = resolve_backbone_paths(run)
     prepared = prepare_run(federation, run)
     _check_sizes(run, prepared.start.heads, federation.config.max_upload_mib)

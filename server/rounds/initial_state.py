@@ -11,7 +11,7 @@ from common.model.backbones import Backbone
 from common.model.parameters import parameters
 from common.model.trunks import create_modules
 from common.run import RunConfig
-from common.tasks import open_task
+from common.tasks import open_tasks
 from common.types import select_trained
 from server.rounds.aggregators import State, open_aggregator
 from server.rounds.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ def create_initial_state(run: RunConfig, run_id: str, backbones: Mapping[str, Ba
     Raises:
         BadInput: a task, what trains of a backbone, or the aggregation cannot be opened.
     """
-    tasks = {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+    tasks = open_tasks(run)
     heads = {name: parameters(module) for name, module in create_modules(run, tasks, backbones).items()}
     states: dict[str, State] = {
         name: open_aggregator(run.aggregation_of(name), "aggregation").start(select_trained(params))

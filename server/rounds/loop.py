@@ -9,11 +9,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from flwr.serverapp import Grid
 
 from common import messages
@@ -23,37 +22,29 @@ from common.events import (
     FeaturesReady,
     HeadsEvaluated,
     Journal,
-    MomentsMeasured,
     RoundEnded,
     RunEnded,
     RunStarted,
 )
 from common.model.guessing import Totals, explain_hopeless
 from common.model.moments import (
-    NoisedSum,
-    compute_noise_multiplier,
-    count_units,
-    count_values,
-    fix_heads,
-    list_parts,
     select_offsets,
-    select_parts,
     serve_heads,
 )
 from common.offers import SentBackbone
-from common.privacy.shares import plan_moments
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
-from common.tasks import Task, open_task
-from common.types import Heads, RunFailed, RunInterrupted, Unit, heads_digest, select_trained
+from common.tasks import open_tasks
+from common.types import Heads, RunFailed, RunInterrupted, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, select_temperatures
 from server.rounds.inquiry import Quorum, Waiting
 from server.rounds.join import RollCall, join_sites, prepare_sites
 from server.rounds.late import LateRollCall
-from server.rounds.messenger import Answers, Messenger, Observe, Participant, Request
-from server.rounds.replies import RoundUpdates, check_delta, check_moments, check_plan, describe_reasons
+from server.rounds.messenger import Answers, Messenger, Observe, Participant, Request, map_groups, map_names
+from server.rounds.moments import measure_moments
+from server.rounds.replies import RoundUpdates, check_delta, check_plan, describe_reasons
 from server.rounds.secure_sum import collect_sum
 from server.rounds.witnesses import Witnesses
 
@@ -165,72 +156,6 @@ def run_federation(
     return Outcome(final, state.updates)
 
 
-def measure_moments(messenger: Messenger, participants: list[Participant], state: Checkpoint) -> Checkpoint:
-    """Asks every participant for the sums that the run measures, and sets the heads' fixed numbers by them.
-
-    It is asked again where a run is resumed before its first round ended: sites send the same sums again.
-
-    Args:
-        messenger: connection to the sites, with the run and its journal.
-        participants: sites that joined.
-        state: state before the first round.
-
-    Raises:
-        RunInterrupted: the sums did not reach the quorum of a round in time.
-    """
-    run, started, names = messenger.run, time.monotonic(), _names_of(participants)
-    tasks = _open_tasks(run)
-    parts = list_parts(run, tasks)
-    own = {
-        each.node_id: list(select_parts(parts, run, {name: tasks[name] for name in each.tasks}))
-        for each in participants
-    }
-    asked = [each for each in participants if own[each.node_id]]
-    lengths = {part: count_values(part, run, tasks, state.heads) for part in parts}
-    plan = plan_moments(run, Unit.EXAMPLE)  # Of any unit: the noise is the same.
-    deviations = {part: 0.0 if plan is None else plan.noise_multiplier / factor for part, factor in parts.items()}
-
-    def check(node: int, reply: messages.MomentsReply) -> None:
-        messenger.witnesses.keep({names[node]: reply.witness})
-        check_moments(reply, {part: lengths[part] for part in own[node]}, units[node], deviations)
-
-    units = {each.node_id: count_units(own[each.node_id], run, each.tasks) for each in asked}
-    quorum = Quorum.of(run, _groups_of(asked), {})
-    request = messages.MomentsRequest(messenger.run_id)
-    answers = messenger.send(
-        Request(
-            messages.MOMENTS,
-            _show_witnesses(messenger, {each.node_id: request for each in asked}, names),
-            messages.MomentsReply,
-            Waiting.of(run, quorum),
-            names=names,
-            check=check,
-        )
-    )
-    messenger.write_rejected(answers.rejected, names, "moments")
-    missing = quorum.describe_missing(answers.accepted)
-    if missing is not None:
-        raise RunInterrupted(f"before round 1: {missing}: {describe_reasons(answers.rejected, names)}")
-    released: dict[str, list[NoisedSum]] = {}
-    for node, (reply, _) in sorted(answers.accepted.items(), key=lambda item: names[item[0]]):
-        for part in own[node]:
-            values = reply.sums[part]["sum"].astype(np.float64)
-            released.setdefault(part, []).append(NoisedSum(values, reply.deviations[part], units[node][part]))
-    heads = fix_heads(state.heads, run, tasks, {part: NoisedSum.add(sums) for part, sums in released.items()})
-    messenger.journal.write(
-        MomentsMeasured(
-            noise_multipliers={
-                names[node]: compute_noise_multiplier(reply.deviations.values())
-                for node, (reply, _) in answers.accepted.items()
-            },
-            num_sums={part: len(sums) for part, sums in sorted(released.items())},
-            heads=heads_digest(heads),
-            seconds=round(time.monotonic() - started, 4),
-        )
-    )
-    return replace(state, heads=heads)
-
-
 def one_round(messenger: Messenger, participants: list[Participant], state: Checkpoint, round_: int) -> Checkpoint:
     """Asks a cohort to train and aggregates its updates task by task.
 
@@ -271,12 +196,12 @@ def _collect_updates(
     # A site that owes its update of the round before is not asked for this one: it would pay twice and be used once.
     late = [each for each in participants if each.node_id in messenger.late and each not in sampled]
     cohort = [*sampled, *late]
-    quorum = Quorum.of(messenger.run, _groups_of(sampled), _groups_of(late))
+    quorum = Quorum.of(messenger.run, map_groups(sampled), map_groups(late))
     answers = _ask_to_train(messenger, cohort, heads, round_, quorum)
-    messenger.write_rejected(answers.rejected, _names_of(cohort), "train", round_)
+    messenger.write_rejected(answers.rejected, map_names(cohort), "train", round_)
     missing = quorum.describe_missing(answers.accepted)
     if missing is not None:
-        raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(answers.rejected, _names_of(cohort))}")
+        raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(answers.rejected, map_names(cohort))}")
     by_group: dict[str, list[Weighted]] = {name: [] for name in heads}
     accepted = {}
     for participant in cohort:
@@ -300,7 +225,7 @@ def _ask_to_train(
     messenger: Messenger, cohort: Sequence[Participant], heads: Heads, round_: int, quorum: Quorum
 ) -> Answers[messages.TrainReply]:
     """Returns the updates of a cohort that can be used, once they are a quorum and the grace of the others is over."""
-    run, names = messenger.run, _names_of(cohort)
+    run, names = messenger.run, map_names(cohort)
     by_node = {participant.node_id: participant for participant in cohort}
 
     def check(node: int, reply: messages.TrainReply) -> None:
@@ -315,7 +240,7 @@ def _ask_to_train(
     return messenger.send(
         Request(
             messages.TRAIN,
-            _show_witnesses(messenger, requests, names),
+            messenger.witnesses.show(requests, names),
             messages.TrainReply,
             Waiting.of(run, quorum),
             round=round_,
@@ -346,7 +271,7 @@ def evaluate_round(
     evaluation = messenger.run.evaluation
     if evaluation is None or not evaluation.due(round_, messenger.run.rounds):
         return {}
-    tasks = _open_tasks(messenger.run)
+    tasks = open_tasks(messenger.run)
     # Served heads are for the declared prior; how sure they may be is seen with that of the records.
     offsets = select_offsets(heads) if evaluation.calibrate else {}
     heads = _serve(messenger.run, heads)
@@ -356,7 +281,7 @@ def evaluate_round(
         return messages.EvaluateRequest(messenger.run_id, round_, _select_groups(heads, groups), offsets=own)
 
     requests = _build_requests(participants, build)
-    names = _names_of(participants)
+    names = map_names(participants)
     site_tasks = {each.node_id: {task: tasks[task] for task in each.tasks} for each in participants}
 
     def check(node: int, reply: messages.EvaluateReply) -> None:
@@ -366,7 +291,7 @@ def evaluate_round(
     answers = messenger.send(
         Request(
             messages.EVALUATE,
-            _show_witnesses(messenger, requests, names),
+            messenger.witnesses.show(requests, names),
             messages.EvaluateReply,
             Waiting.of(messenger.run),
             round=round_,
@@ -413,7 +338,7 @@ def send_final_heads(
         known = {task: temperature for task, temperature in temperatures.items() if task in selected}
         return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected), known)
 
-    names = _names_of(participants)
+    names = map_names(participants)
     requests: dict[int, messages.Request] = dict(_build_requests(participants, build))
     answers = messenger.send(Request(messages.FINISH, requests, messages.Ready, Waiting.of(messenger.run), names=names))
     messenger.write_rejected(answers.rejected, names, "finish")
@@ -425,7 +350,7 @@ def _refuse_hopeless(run: RunConfig, participants: Sequence[Participant]) -> Non
     """Raises RunFailed where no task can be better than guessing with these sites; nothing was charged yet."""
     sizes = {name: [each.tasks[name] for each in participants if name in each.tasks] for name in run.tasks}
     totals = {name: Totals(sum(own), len(own)) for name, own in sizes.items() if own}
-    reason = explain_hopeless(run, _open_tasks(run), totals)
+    reason = explain_hopeless(run, open_tasks(run), totals)
     if reason is not None:
         raise RunFailed(f"{reason}; nothing was charged, and `--anyway` of `start` and `submit` runs it")
 
@@ -433,13 +358,9 @@ def _refuse_hopeless(run: RunConfig, participants: Sequence[Participant]) -> Non
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _open_tasks(run: RunConfig) -> dict[str, Task]:
-    return {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
-
-
 def _serve(run: RunConfig, heads: Heads) -> Heads:
     """Returns the heads as sites and reports use them (`common.model.moments.serve_heads`)."""
-    return serve_heads(heads, _open_tasks(run))
+    return serve_heads(heads, open_tasks(run))
 
 
 def _describe_backbone(run: RunConfig, name: str, backbone: SentBackbone) -> BackboneFacts:
@@ -460,30 +381,12 @@ def _build_requests(
     return {participant.node_id: shared[frozenset(participant.parameter_groups)] for participant in participants}
 
 
-def _show_witnesses(
-    messenger: Messenger,
-    requests: Mapping[int, messages.MomentsRequest | messages.TrainRequest | messages.EvaluateRequest],
-    names: Mapping[int, str],
-) -> dict[int, messages.Request]:
-    """Returns the requests, each with the witness that is kept of its site's ledger."""
-    kept = {node: messenger.witnesses.find(names[node]) for node in requests}
-    return {node: replace(request, witness=kept[node]) if kept[node] else request for node, request in requests.items()}
-
-
 def _select_groups(heads: Heads, groups: Collection[str]) -> Heads:
     return {name: heads[name] for name in sorted(groups)}
 
 
 def _select_trained(heads: Heads, groups: Collection[str]) -> Heads:
     return {name: select_trained(heads[name]) for name in sorted(groups)}
-
-
-def _groups_of(participants: Sequence[Participant]) -> dict[int, Collection[str]]:
-    return {participant.node_id: participant.parameter_groups for participant in participants}
-
-
-def _names_of(participants: Sequence[Participant]) -> dict[int, str]:
-    return {participant.node_id: participant.site for participant in participants}
 
 
 def _create_initial_state(messenger: Messenger, backbones: Mapping[str, SentBackbone]) -> Checkpoint:

@@ -87,6 +87,16 @@ class Participant:
     backbones: Mapping[str, messages.Held]
 
 
+def map_groups(participants: Sequence[Participant]) -> dict[int, Collection[str]]:
+    """Returns node id -> heads and trunks that its site trains."""
+    return {participant.node_id: participant.parameter_groups for participant in participants}
+
+
+def map_names(participants: Sequence[Participant]) -> dict[int, str]:
+    """Returns node id -> name of its site."""
+    return {participant.node_id: participant.site for participant in participants}
+
+
 @dataclass(frozen=True)
 class Answers(Generic[_Reply]):
     """The answers to one request.

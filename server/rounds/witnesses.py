@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import final
+from typing import TypeVar, final
 
+from common import messages
 from common.files import lock_file, write_atomic
 from common.types import BadInput, LedgerWitness
+
+_Shown = TypeVar("_Shown", messages.MomentsRequest, messages.TrainRequest, messages.EvaluateRequest)
 
 
 @final
@@ -28,6 +31,18 @@ class Witnesses:
     def find(self, site: str) -> LedgerWitness | None:
         """Returns the newest witness of a site's ledger; None where there is none."""
         return self._newest.get(site)
+
+    def show(self, requests: Mapping[int, _Shown], names: Mapping[int, str]) -> dict[int, messages.Request]:
+        """Returns the requests, each with the witness that is kept of its site's ledger.
+
+        Args:
+            requests: node id -> its request.
+            names: node id -> name of its site.
+        """
+        kept = {node: self.find(names[node]) for node in requests}
+        return {
+            node: replace(request, witness=kept[node]) if kept[node] else request for node, request in requests.items()
+        }
 
     def keep(self, received: Mapping[str, LedgerWitness | None]) -> None:
         """Keeps what sites sent; durable when this returns.
