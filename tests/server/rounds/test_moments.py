@@ -11,7 +11,9 @@ import pytest
 
 from client.ledger.ledger import Ledger
 from client.ledger.place import locate_ledgers
-from client.protocol.site import Site
+from client.protocol.join import join
+from client.protocol.site import Site, SiteDeclined
+from client.protocol.train import measure
 from common import messages
 from common.events import MomentsMeasured, RunEvent, SiteRejected, select_events
 from common.privacy.noise import os_entropy
@@ -19,7 +21,7 @@ from server.reports.summary import summarize
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.loop import Outcome
 from tests.server.rounds.test_loop import federate
-from tests.tiny import TASKS, run_config, site_config
+from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 HEAD = {"bias": False, "centre": True, "prior": True}
 MEASURED: dict[str, Any] = {
@@ -138,13 +140,21 @@ def test_a_bad_sum_costs_its_sender_its_place_and_nothing_else(
 
 
 def test_a_site_that_is_asked_for_what_the_run_does_not_measure_declines(tmp_path: Path) -> None:
-    from client.protocol.join import join
-    from client.protocol.site import SiteDeclined
-    from client.protocol.train import measure
-    from tests.tiny import backbone, give_backbone, offered
-
     site = Site(site_config(tmp_path, "east"), os_entropy)
     join(site, offered("run-1", run_config(), backbone()))
     give_backbone(site, "run-1", backbone())
     with pytest.raises(SiteDeclined, match="measures nothing"):
         measure(site, messages.MomentsRequest("run-1"))
+
+
+@pytest.mark.parametrize(("budget", "joins"), [(3.0, True), (2.9, False)])
+def test_a_site_that_joins_holds_the_price_of_the_first_release_too(tmp_path: Path, budget: float, joins: bool) -> None:
+    site = Site(site_config(tmp_path, "east", budget={"epsilon": budget, "delta": 1e-5}), os_entropy)
+    run = run_config(**{**MEASURED, "privacy": {"unit": "example", "delta": 1e-5, "target_epsilon": 3.0}})
+    left = run.training_privacy
+    assert left is not None and left.target_epsilon is not None and left.target_epsilon < 2.9  # The rounds alone fit.
+    if joins:
+        join(site, offered("run-1", run, backbone()))
+        return
+    with pytest.raises(SiteDeclined, match="whole price"):
+        join(site, offered("run-1", run, backbone()))
