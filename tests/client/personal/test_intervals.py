@@ -49,6 +49,7 @@ def test_a_patient_s_records_are_one_draw() -> None:
     assert ten.num_units == 20
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_over_sites_covers_the_truth() -> None:
     """A third of the sites has rate .5, two thirds have .8; 200 repetitions of 30 units a site."""
     rng = np.random.default_rng(5)

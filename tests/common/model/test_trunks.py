@@ -83,7 +83,7 @@ def test_every_boundary_has_cached_features_of_its_own(kind: str, tmp_path: Path
     "model",
     [
         "resnet18",
-        "mobilenet_v2",
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("efficientnet_b0", "mobilenet_v3_small", "densenet121")
