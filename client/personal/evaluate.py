@@ -60,7 +60,7 @@ class Comparison:
         run_id: id of the run.
         personal: how the site adapted the final heads.
         num_held_out: number of held-out units.
-        tasks: task -> kind of heads (`FEDERATED` and the others of common/events.py) -> metric -> its estimate.
+        tasks: task -> kind of heads (`FEDERATED` and the others of common/events) -> metric -> its estimate.
     """
 
     run_id: str
