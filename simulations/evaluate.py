@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -27,6 +28,9 @@ from common.events import HomeMetrics, Metrics
 from common.tasks import EXACT_BUCKETS, BaselinePrediction, PairMetrics, Task
 from common.types import Heads
 
+CURVE_POINTS = 50
+"""Rounds, at most, after which a simulator evaluates the heads, besides the last one."""
+
 
 @dataclass(frozen=True)
 class HeadEvaluation:
@@ -49,7 +53,38 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
         tasks: task name -> task; only those in `heads` are evaluated.
         held_out: site name -> its test units, with the features that the heads read (`Units.passed`).
     """
-    results = {}
+    return {
+        name: HeadEvaluation(
+            pooled=_compute_pooled(task, list(present.values())),
+            per_site={site: _compute_pooled(task, [each]) for site, each in present.items()},
+        )
+        for name, task, present in _predict_each(heads, tasks, held_out)
+    }
+
+
+def evaluate_pooled(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]) -> dict[str, Metrics]:
+    """Returns the metrics of each task's head on the held-out units of all sites together.
+
+    Args:
+        heads: task name -> parameters of its head.
+        tasks: task name -> task; only those in `heads` are evaluated.
+        held_out: site name -> its test units, with the features that the heads read (`Units.passed`).
+    """
+    return {
+        name: _compute_pooled(task, list(present.values()))
+        for name, task, present in _predict_each(heads, tasks, held_out)
+    }
+
+
+def is_evaluated_after(round_: int, rounds: int) -> bool:
+    """Returns whether a simulator evaluates the heads after a round: about `CURVE_POINTS` rounds, and the last."""
+    return round_ % math.ceil(rounds / CURVE_POINTS) == 0 or round_ == rounds
+
+
+def _predict_each(
+    heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]
+) -> Iterator[tuple[str, Task, dict[str, Predictions]]]:
+    """Yields each task that has a head, with its predictions at the sites that hold out a labelled record."""
     for name, task in tasks.items():
         if name not in heads:
             continue
@@ -58,20 +93,16 @@ def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Uni
             for site, units in held_out.items()
             if name in units.tasks
         }
-        present = {site: predictions for site, predictions in found.items() if predictions is not None}
-        statistic = task.statistic(EXACT_BUCKETS)
-        sums = {site: statistic.sums(each.outputs, each.labels) for site, each in present.items()}
-        results[name] = HeadEvaluation(
-            pooled={
-                **(compute_metrics(task, reduce(torch.add, sums.values())) if sums else {}),
-                **compute_pair_metrics(task, list(present.values())),
-            },
-            per_site={
-                site: {**compute_metrics(task, sums[site]), **compute_pair_metrics(task, [each])}
-                for site, each in present.items()
-            },
-        )
-    return results
+        yield name, task, {site: predictions for site, predictions in found.items() if predictions is not None}
+
+
+def _compute_pooled(task: Task, predictions: Sequence[Predictions]) -> Metrics:
+    """Returns a task's metrics over the records of some sites together; none where there are no records."""
+    if not predictions:
+        return {}
+    statistic = task.statistic(EXACT_BUCKETS)
+    sums_S = reduce(torch.add, [statistic.sums(each.outputs, each.labels) for each in predictions])
+    return {**compute_metrics(task, sums_S), **compute_pair_metrics(task, predictions)}
 
 
 def evaluate_at_home(sites: Mapping[str, HomePredictions]) -> dict[str, dict[str, HomeMetrics]]:

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 
 from client.app import make_app
 from client.config import SiteConfig
-from common.events import FileJournal
+from client.data.units import Units
+from common.events import FileJournal, RoundEvaluated
 from common.files import without_flushing
 from common.model.backbones import Backbone
 from common.model.parameters import load_parameters
@@ -24,7 +25,7 @@ from server.rounds.checkpoint import Checkpoint
 from server.rounds.loop import Outcome, run_federation
 from server.rounds.messenger import Observe
 from simulations.config import SimulationConfig
-from simulations.evaluate import HeadEvaluation, evaluate, open_prepared_units
+from simulations.evaluate import HeadEvaluation, evaluate, evaluate_pooled, is_evaluated_after, open_prepared_units
 from simulations.executors.flower import run_on_flower
 from simulations.executors.in_process import InProcessGrid
 
@@ -114,6 +115,14 @@ def federate(
         None if opened is None else lambda done, total: experiment.observe("encoding", done, total),
     )
 
+    journal = FileJournal(folder / "journal.jsonl")
+
+    def evaluate_round(round_: int, heads: Heads) -> None:
+        if is_evaluated_after(round_, run.rounds):
+            tasks, held_out = _open_held_out(experiment, heads, sites, folder.name, backbones)
+            for task, pooled in evaluate_pooled(heads, tasks, held_out).items():
+                journal.write(RoundEvaluated(round=round_, task=task, pooled=pooled))
+
     def coordinate(grid: Grid) -> Outcome:
         return run_federation(
             grid,
@@ -121,10 +130,11 @@ def federate(
             backbones,
             run_id=folder.name,
             folder=folder,
-            journal=FileJournal(folder / "journal.jsonl"),
+            journal=journal,
             executor=executor.kind,
             observe=experiment.observe if folder == experiment.folder else ignore_progress,
             resume=resume,
+            after_round=evaluate_round,
         )
 
     if executor.kind == "flower":
@@ -151,9 +161,21 @@ def evaluate_heads(
         run_id: id of the run for which the sites prepared their records.
         backbones: backbones that the trunks belong to.
     """
+    tasks, held_out = _open_held_out(experiment, heads, sites, run_id, backbones)
+    return evaluate(heads, tasks, held_out)
+
+
+def _open_held_out(
+    experiment: Experiment,
+    heads: Heads,
+    sites: Sequence[SiteConfig],
+    run_id: str,
+    backbones: Mapping[str, Backbone],
+) -> tuple[dict[str, Task], dict[str, Units]]:
+    """Returns the tasks that have a head, and each site's held-out units with the features that these heads read."""
     tasks = {name: task for name, task in experiment.tasks.items() if name in heads}
     trained = {name: trunk for name, trunk in trunks(experiment.config.run, backbones).items() if name in heads}
     for name, trunk in trained.items():
         load_parameters(trunk, heads[name])
     held_out = open_prepared_units(sites, run_id, tasks, "test")
-    return evaluate(heads, tasks, {site: units.passed(trained) for site, units in held_out.items()})
+    return tasks, {site: units.passed(trained) for site, units in held_out.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from common.events.facts import AuditVerdict, Event, Facts, Intervals, Metrics, nest_verdict
+from common.events.facts import AuditVerdict, Event, Facts, Interval, Intervals, Metrics, nest_verdict
 from common.types import Plan, Unit
 
 
@@ -207,6 +207,11 @@ class NoisedMetrics(Facts):
         None, description="The head's calibration; null where the run does not ask for it or the task has none."
     )
 
+    def compute_interval(self, metric: str) -> Interval | None:
+        """Returns the 95 % interval of a metric's noise, value +- 1.96 standard errors; None where it is unreadable."""
+        value, error = self.metrics.get(metric), self.standard_errors.get(metric)
+        return None if value is None or error is None else (value - 1.96 * error, value + 1.96 * error)
+
 
 class HeadsEvaluated(Event):
     """Sites released noised sums of their held-out units after a round; each release is charged to its budget."""
@@ -298,6 +303,16 @@ class MetricsEvaluated(Event):
     per_site: Mapping[str, Metrics] = Field(description="Name of each site -> metrics on its own held-out records.")
 
 
+class RoundEvaluated(Event):
+    """A simulator evaluated a task's head after a round on held-out records, outside the privacy guarantee."""
+
+    event_name = "round_metrics"
+
+    round: int = Field(description="Number of the round after which the head was evaluated.")
+    task: str = Field(description="Name of the task.")
+    pooled: Metrics = Field(description="Metrics on the held-out records of all sites together.")
+
+
 class BaselineEvaluated(Event):
     """A simulator trained and evaluated a baseline, outside the privacy guarantee."""
 
@@ -351,6 +366,7 @@ RunEvent = (
     | SolverAudited
     | RecordsLeftOut
     | EpsilonSpent
+    | RoundEvaluated
     | MetricsEvaluated
     | BaselineEvaluated
     | HomeEvaluated

@@ -48,6 +48,9 @@ from server.rounds.replies import RoundUpdates, check_delta, check_plan, describ
 from server.rounds.secure_sum import collect_sum
 from server.rounds.witnesses import Witnesses
 
+AfterRound = Callable[[int, Heads], None]
+"""Receives the number of a round and the heads after it, as they would be sent to sites."""
+
 _Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
 
 
@@ -78,6 +81,7 @@ def run_federation(
     node_ids: Mapping[int, str] | None = None,
     witnesses: Path | None = None,
     anyway: bool = True,
+    after_round: AfterRound | None = None,
 ) -> Outcome:
     """Trains a run's heads with the sites behind a grid.
 
@@ -95,6 +99,7 @@ def run_federation(
         node_ids: node id -> name of every admitted site; None where names are not known beforehand.
         witnesses: file of the witnesses of sites' ledgers, which outlives runs; None keeps none.
         anyway: whether training is begun also where no task can be better than guessing.
+        after_round: called after each round; it changes nothing of the run.
 
     Returns:
         The final heads, and how often each was updated.
@@ -140,6 +145,8 @@ def run_federation(
         state = one_round(messenger, participants, state, round_)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
         temperatures = evaluate_round(messenger, participants, state.heads, round_)
+        if after_round is not None:
+            after_round(round_, _serve(messenger.run, state.heads))
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     final = _serve(messenger.run, state.heads)

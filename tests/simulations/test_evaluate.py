@@ -1,17 +1,22 @@
-"""What needs no training, as a baseline: over all sites' records together, and never with a head."""
+"""What only a simulator sees: baselines without training, and the heads' metrics after each round."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from client.data.units import TaskRecords, Units
-from common.events import TaskSummary
+from client.protocol.site import Site
+from common.events import RoundEnded, RoundEvaluated, TaskSummary, read_run_journal, select_events
+from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
 from server.reports.summary import summarize
-from simulations.evaluate import evaluate_baseline_predictions
+from simulations.evaluate import evaluate_baseline_predictions, is_evaluated_after
+from simulations.experiment import run
+from simulations.partition import read_sites
 from simulations.sweep import _aggregate
 
 
@@ -58,3 +63,35 @@ def test_a_sweep_shows_the_first_metric_that_is_defined() -> None:
         summaries.append(summarize([]).model_copy(update={"tasks": {"t": own}}))
     (row,) = _aggregate([{}], [({}, seed, summary) for seed, summary in enumerate(summaries)])
     assert (row.metric, row.runs) == ("eer", 2) and row.mean == pytest.approx(0.3)
+
+
+def test_a_simulation_journals_the_metrics_of_each_round(simulation_file: Path, tmp_path: Path) -> None:
+    summary = run(simulation_file, out=tmp_path / "run")
+    curve = select_events(read_run_journal(tmp_path / "run" / "journal.jsonl"), RoundEvaluated)
+    assert [(event.round, event.task) for event in curve] == [(1, "colour"), (2, "colour"), (3, "colour")]
+    assert curve[-1].pooled == summary.tasks["colour"].metrics, "the last round's heads are the final ones"
+    assert len({tuple(event.pooled.items()) for event in curve}) > 1, "the heads of each round, not always the same"
+
+
+def test_evaluating_after_a_round_changes_neither_heads_nor_ledgers(
+    simulation_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, spent = [], []
+    for points in (50, 1):
+        monkeypatch.setattr("simulations.evaluate.CURVE_POINTS", points)
+        folder = tmp_path / str(points) / "run"
+        run(simulation_file, out=folder, entropy=SeededEntropy(1))
+        events = read_run_journal(folder / "journal.jsonl")
+        assert len(select_events(events, RoundEvaluated)) == (3 if points == 50 else 1)
+        heads.append([event.heads for event in select_events(events, RoundEnded)])
+        sites = [Site(site, os_entropy) for site in read_sites(folder / "sites")]
+        spent.append([(len(site.ledger().charges()), site.ledger().spent()) for site in sites])
+    assert heads[0] == heads[1]
+    assert spent[0] == spent[1]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 49, 50, 51, 99, 100, 101, 777, 10_000])
+def test_a_learning_curve_has_few_points_and_the_last_round(rounds: int) -> None:
+    points = [round_ for round_ in range(1, rounds + 1) if is_evaluated_after(round_, rounds)]
+    assert points[-1] == rounds
+    assert len(points) == rounds if rounds <= 50 else 25 <= len(points) <= 51
