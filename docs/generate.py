@@ -385,7 +385,7 @@ def _summary_page() -> str:
     parts = [
         f"# summary.json\n\n{NOTE}\nEvery run ends with a `summary.json`. "
         "The JSON Schema is [summary.schema.json](../summary.schema.json); a reader in Python is "
-        "`headwater.load(RUN_FOLDER).summary`.\n"
+        "`headwater.read_run(RUN_FOLDER).summary`.\n"
     ]
     for model in _walk_models(Summary):
         heading = "" if model is Summary else f"## {model.__name__}\n\n{_first_paragraph(model)}\n\n"

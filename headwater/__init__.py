@@ -1,4 +1,4 @@
-"""The public API of Headwater: run, load, plan and audit a simulation from Python.
+"""The public API of Headwater: run, plan and audit a simulation, and use what came out of it, from Python.
 
 Importing it loads nothing heavy; each function imports what it uses when it is called.
 
@@ -6,6 +6,7 @@ Importing it loads nothing heavy; each function imports what it uses when it is 
 
     run = headwater.simulate("demo.yaml", run__rounds=3)
     print(run.summary.tasks["digit"].metrics)
+    model = headwater.load(run.folder)
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from client.protocol.plan import RunPlan
     from common.events import AuditVerdict, RunEvent, Summary
+    from common.serving.network import Model
 
-__all__ = ["Run", "audit", "load", "plan", "simulate"]
+__all__ = ["Run", "audit", "load", "plan", "read_run", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: the run's folder, with `journal.jsonl`, `summary.json`, `heads/` and `checkpoint.safetensors`.
+        folder: the run's folder, with `journal.jsonl`, `summary.json`, `model/` and `checkpoint.safetensors`.
         summary: metrics of every task, privacy spent at every site, bytes and time.
     """
 
@@ -42,7 +44,7 @@ class Run:
     @property
     def heads(self) -> dict[str, Path]:
         """The safetensors files of the final heads, by task."""
-        return {path.stem: path for path in sorted((self.folder / "heads").glob("*.safetensors"))}
+        return {path.stem: path for path in sorted((self.folder / "model" / "heads").glob("*.safetensors"))}
 
 
 def simulate(config: str | Path, *, out: str | Path | None = None, **overrides: Any) -> Run:
@@ -64,7 +66,26 @@ def simulate(config: str | Path, *, out: str | Path | None = None, **overrides: 
     return Run(Path(summary.path), summary)
 
 
-def load(run_folder: str | Path) -> Run:
+def load(path: str | Path, *, device: str = "cpu", backbones: str | Path | None = None) -> Model:
+    """Returns a finished model, ready to use.
+
+    Args:
+        path: the model's folder, or the folder of the run that it is the result of.
+        device: device that records are encoded on, as torch names it.
+        backbones: weights of a model that was handed on without them: a safetensors file, or a folder of such files.
+
+    Raises:
+        BadInput: there is no model, or a part of it is missing.
+        DigestMismatch: a part of it was changed.
+    """
+    import torch
+
+    from common.serving.network import open_model
+
+    return open_model(Path(path), torch.device(device), backbones=None if backbones is None else Path(backbones))
+
+
+def read_run(run_folder: str | Path) -> Run:
     """Returns a finished run from its folder.
 
     Raises:

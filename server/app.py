@@ -9,7 +9,6 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from common.events import FileJournal
-from common.offers import list_digests
 from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import load, write_yaml
@@ -54,7 +53,7 @@ def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
         executor=FLOWER_APP,
         witnesses=run_dir / "witnesses.json",
     )
-    summary = write_results(folder, run, list_digests(backbones), outcome.heads)
+    summary = write_results(folder, run, backbones, outcome.heads)
     console = Console(width=100)
     console.print(render_summary(summary))
     console.print(f"results: {folder}", soft_wrap=True)

@@ -174,10 +174,10 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
             observed, run_, sites, backbones=experiment.backbones, folder=experiment.folder, resume=resume
         )
     except BadInput:
-        write_results(experiment.folder, run_, experiment.digests, {})
+        write_results(experiment.folder, run_, experiment.backbones, {})
         raise
     except RunFailed as error:
-        write_results(experiment.folder, run_, experiment.digests, {})
+        write_results(experiment.folder, run_, experiment.backbones, {})
         _raise_with_detail(error, sites)
         raise
     with without_flushing():  # One line for each site; the next line that is flushed puts them all on the disk.
@@ -193,7 +193,7 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
         seconds = round(time.monotonic() - started, 3)
         experiment.journal.write(BaselineEvaluated(name=name, metrics=metrics, seconds=seconds))
         experiment.observe(f"baseline {name}", 1, 1)
-    return write_results(experiment.folder, run_, experiment.digests, outcome.heads)
+    return write_results(experiment.folder, run_, experiment.backbones, outcome.heads)
 
 
 def _audit(experiment: Experiment) -> None:
@@ -206,7 +206,7 @@ def _audit(experiment: Experiment) -> None:
     try:
         require_passed(verdict)
     except RunFailed:
-        write_results(experiment.folder, experiment.config.run, experiment.digests, {})
+        write_results(experiment.folder, experiment.config.run, experiment.backbones, {})
         raise
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 from typer.testing import CliRunner
 
@@ -42,6 +41,7 @@ from common.events import (
 from common.offers import Offer, encode_offer
 from common.privacy.noise import NoiseStream, os_entropy
 from common.run import RunConfig
+from common.serving.folder import read_config
 from common.tasks import open_task
 from common.types import BadInput, DeclineReason, Plan, Unit, heads_digest
 from common.yaml import parse, write_yaml
@@ -110,7 +110,7 @@ def test_hospitals_with_pictures_with_texts_and_with_both_federate_and_receive_w
     spent = {site.name: Site(site, os_entropy).ledger().compute_run_epsilon("run-1") for site in sites}
     assert spent["north"] == spent["east"] == spent["west"] > 0
 
-    summary = write_results(tmp_path / "run-1", own.run, own.digests, outcome.heads)
+    summary = write_results(tmp_path / "run-1", own.run, own.backbones, outcome.heads)
     about = {name: (entry.kind, entry.tasks) for name, entry in summary.backbones.items()}
     assert about == {"pictures": ("small_cnn", ("shade",)), "texts": ("transformers", ("finding",))}
     each = {event.site: 0 for event in select_events(events, SiteJoined)}
@@ -192,9 +192,10 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
     for task in BOTH:
         baselines = summary.tasks[task].baselines
         assert set(baselines) == {"baseline_prediction", "local", "non_private", "central", "random_backbone"}
-        with safe_open(tmp_path / "out" / "heads" / f"{task}.safetensors", framework="np") as file:
-            assert file.metadata()["backbone_digest"] == own.digests[own.run.backbone_of(task)]
-            assert "backbone" not in json.loads(file.metadata()["settings"])
+        about = read_config(tmp_path / "out")
+        name = about.tasks[task].backbone
+        assert name == own.run.backbone_of(task) and about.backbones[name].digest == own.digests[name]
+        assert "backbone" not in about.tasks[task].settings
     # Both nets are random as they are: others with the same architecture have other digests.
     again = read_run_journal(tmp_path / "out" / "baselines" / "random_backbone" / "journal.jsonl")
     (about,) = (event.backbones for event in select_events(again, RunStarted))

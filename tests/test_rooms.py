@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 ROOMS = tuple(MAY_IMPORT)
 FLOORS = {
-    "common": ["", "events", "privacy", "secure_sum", "backbones", "tasks", "model", "process"],
+    "common": ["", "events", "privacy", "secure_sum", "backbones", "tasks", "model", "serving", "exports", "process"],
     "client": [
         "",
         "ledger",

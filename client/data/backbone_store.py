@@ -41,7 +41,11 @@ class BackboneStore:
 
     def has(self, digest: str) -> bool:
         """Returns whether a backbone is stored; it was verified when it was stored."""
-        return (self._folder / digest / "weights.safetensors").exists()
+        return self.locate_weights(digest).exists()
+
+    def locate_weights(self, digest: str) -> Path:
+        """Returns the file of a stored backbone's weights."""
+        return self._folder / digest / "weights.safetensors"
 
     def held_parts(self, digest: str) -> tuple[int, ...]:
         """Returns the indices of the parts that are stored of a transfer that has not ended."""
@@ -101,7 +105,7 @@ class BackboneStore:
         backbone = self._verified(blob)
         folder = private_folder(private_folder(self._folder) / blob.digest)
         write_atomic(folder / "spec.json", blob.spec.encode())
-        write_atomic(folder / "weights.safetensors", bytes(blob.weights))
+        write_atomic(self.locate_weights(blob.digest), bytes(blob.weights))
         return backbone
 
     def adopt(self, digest: str, own: Sequence[Spec]) -> bool:
@@ -153,7 +157,7 @@ class BackboneStore:
                 f"{folder}: expected the settings of a stored backbone{instead(error)}; remove the folder, and the "
                 "backbone is received again by the next run"
             ) from error
-        backbone = self._verified(BackboneBlob(spec, (folder / "weights.safetensors").read_bytes(), digest))
+        backbone = self._verified(BackboneBlob(spec, self.locate_weights(digest).read_bytes(), digest))
         if backbone.digest != digest:
             raise DigestMismatch("the stored backbone differs from its digest")
         return backbone

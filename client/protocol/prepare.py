@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from client.data.prepare import Encoding, prepare
 from client.protocol.site import (
@@ -21,6 +22,7 @@ from common.events import HeadsReceived, RunPrepared
 from common.files import write_atomic
 from common.model.backbones import Backbone
 from common.model.trunks import freeze_parts
+from common.serving.folder import MODEL, describe_model, write_model
 from common.types import (
     BadInput,
     DeclineReason,
@@ -94,12 +96,38 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     load_modules(site, joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
+    keep_model(site, joined, request)
     records = messages.encode(request)
     write_atomic(joined.folder / FINAL_HEADS, messages.to_bytes(records))
     (joined.folder / SECURE_SUM).unlink(missing_ok=True)
     site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
     site.ledger().release(site.config.name_charge(joined.run_id))
     return messages.Ready()
+
+
+def keep_model(site: Site, joined: Joined, request: messages.FinishRequest) -> Path:
+    """Writes a run's final heads as a model that can be used without a run, and returns its folder.
+
+    Args:
+        site: the site.
+        joined: the run.
+        request: the final heads, verified.
+    """
+    tasks = joined.tasks(site.config)
+    digests = joined.digests(tasks)
+    private = joined.run.requested_privacy is not None
+    config = describe_model(
+        joined.run,
+        joined.run_id,
+        request.heads,
+        {name: (digest, joined.run.backbone_specs[name].settings()) for name, digest in digests.items()},
+        digest=request.digest,
+        epsilon={site.config.name: site.ledger().compute_run_epsilon(joined.run_id)} if private else {},
+        temperatures=request.temperatures,
+    )
+    weights = {name: site.backbones().locate_weights(digest) for name, digest in digests.items()}
+    write_model(joined.folder / MODEL, config, request.heads, weights)
+    return joined.folder / MODEL
 
 
 def _refuse_others(site: Site, joined: Joined, digests: Iterable[str]) -> None:

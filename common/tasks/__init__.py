@@ -268,6 +268,21 @@ class Calibratable(Protocol):
 
 
 @runtime_checkable
+class Servable(Protocol):
+    """Optional part of a task that says what a finished model tells of a record; without it, the head's outputs.
+
+    Law (tests/contracts/test_tasks.py): a record's row follows from its own outputs alone, is finite for finite
+    outputs, and has one column for each name; torch can export `serve`.
+    """
+
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the names of the columns that `serve` returns of so many outputs."""
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns served_BC (float32) of a head's outputs: probabilities where the task has any."""
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing pairs of records.
 

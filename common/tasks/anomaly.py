@@ -108,6 +108,15 @@ class Anomaly(Plugin):
         distance_B1: Tensor = (features - mean_D).norm(dim=1, keepdim=True)
         return 1.0 + distance_B1
 
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the name of the only column."""
+        del num_outputs
+        return ["distance"]
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns the distance [B, 1] from normal records; beyond the threshold a record is called anomalous."""
+        return (outputs - 1.0).abs()
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns the statistic of a classification into normal and anomalous; AUROC is that of the distance."""
         classes = Classification(labels=(self.normal, self.anomalous), positive=self.anomalous)

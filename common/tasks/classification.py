@@ -192,6 +192,15 @@ class Classification(Plugin):
         """Returns 1 for each example whose class is known."""
         return (labels != MISSING_CLASS).double()
 
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the labels: one column for each class's probability."""
+        del num_outputs
+        return list(self.labels)
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns probability_BK of each class."""
+        return outputs.softmax(dim=1)
+
     def predict_baseline(self, features: Tensor, known_features: Tensor, known_labels: Tensor) -> Tensor:
         """Returns the logarithm of each class's frequency in training, whatever the features: it predicts the majority.
 

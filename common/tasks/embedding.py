@@ -139,6 +139,16 @@ class Embedding(Plugin):
         unseen_B = labels >= len(self.labels)
         return compute_verification(outputs[unseen_B].detach(), labels[unseen_B])
 
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the numbers of the embedding's dimensions."""
+        return [str(number) for number in range(num_outputs)]
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns embeddings of length 1, whose products are the cosines that compare two records."""
+        from torch.nn import functional
+
+        return functional.normalize(outputs, dim=1)
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns for records of training identities 1, and 1 where the nearest direction is that of their identity."""
         del buckets

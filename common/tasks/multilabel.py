@@ -200,6 +200,15 @@ class Multilabel(Plugin):
         """Returns the ratio of known labels of each example."""
         return (labels != _UNKNOWN).double().mean(dim=1)
 
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the labels: one column for each one's probability."""
+        del num_outputs
+        return list(self.labels)
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns probability_BL of each label."""
+        return outputs.sigmoid()
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns for each known label the cell of truth and prediction, and the bucket of its score.
 

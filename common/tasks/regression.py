@@ -89,6 +89,15 @@ class Regression(Plugin):
         """Returns the residual of each example, with targets scaled to [-1, 1]."""
         return outputs - self.codec.to_unit(labels).unsqueeze(1)
 
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the name of the only column."""
+        del num_outputs
+        return ["value"]
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns the predicted value [B, 1] in the target's unit, clipped to the range."""
+        return self.codec.predict(outputs).float().unsqueeze(1)
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns 1, absolute and squared error in widths of the range, the target scaled to [-1, 1], and its square.
 

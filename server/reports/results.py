@@ -1,4 +1,4 @@
-"""The folder of a run: its name, the versions it was made with, its summary and its heads."""
+"""The folder of a run: its name, the versions it was made with, its summary and its model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save
-
 from common.bundle import compute_code_digest
-from common.events import Summary, read_run_journal
+from common.events import Summary, TaskSummary, read_run_journal
 from common.files import write_atomic
+from common.offers import SentBackbone
 from common.run import RunConfig
-from common.types import Heads
+from common.serving.folder import MODEL, Metric, describe_model, write_model
+from common.types import Heads, heads_digest
 from server.reports.summary import summarize
 from server.rounds.evaluation import select_temperatures
 
@@ -51,28 +50,45 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_results(folder: Path, run: RunConfig, backbones: Mapping[str, str], heads: Heads) -> Summary:
-    """Writes `summary.json` and the heads to a run's folder, and returns the summary.
+def write_results(
+    folder: Path,
+    run: RunConfig,
+    backbones: Mapping[str, SentBackbone],
+    heads: Heads,
+) -> Summary:
+    """Writes `summary.json` and the model to a run's folder, and returns the summary.
 
     Args:
         folder: folder of the run, with its journal.
         run: settings of the run.
-        backbones: backbone name -> digest.
+        backbones: the run's backbones by name; none where the run failed before they were open.
         heads: final parameters of heads and trunks by name; empty where the run failed.
     """
-    # An earlier attempt's: where there is one, the heads are whole.
+    # An earlier attempt's: where there is one, the model is whole.
     (folder / "summary.json").unlink(missing_ok=True)
     summary = summarize(read_run_journal(folder / "journal.jsonl"))
-    epsilon = {name: site.epsilon for name, site in summary.sites.items() if site.rounds}
-    save_heads(folder, run, backbones, heads, epsilon, find_temperatures(summary))
+    if heads:
+        config = describe_model(
+            run,
+            folder.name,
+            heads,
+            {name: (backbone.digest, backbone.public_spec()) for name, backbone in backbones.items()},
+            digest=heads_digest(heads),
+            epsilon={name: site.epsilon for name, site in summary.sites.items() if site.rounds},
+            temperatures=find_temperatures(summary),
+            metrics={name: list_metrics(task) for name, task in summary.tasks.items()},
+        )
+        write_model(folder / MODEL, config, heads, {name: backbone.blob() for name, backbone in backbones.items()})
     write_atomic(folder / "summary.json", summary.to_json().encode())
     return summary
 
 
 def has_results(folder: Path, names: Iterable[str]) -> bool:
     """Returns whether a run's folder has all heads of a run that ended, and the summary that was written after them."""
-    heads = [folder / "heads" / f"{name}.safetensors" for name in names]
-    return all(path.exists() for path in [folder / "summary.json", *heads])
+    # Older releases wrote the heads alone, beside the summary.
+    places = [folder / MODEL / "heads", folder / "heads"]
+    whole = any(all((place / f"{name}.safetensors").exists() for name in names) for place in places)
+    return whole and (folder / "summary.json").exists()
 
 
 def find_temperatures(summary: Summary) -> dict[str, float]:
@@ -82,50 +98,13 @@ def find_temperatures(summary: Summary) -> dict[str, float]:
     return select_temperatures(final)
 
 
-def save_heads(
-    folder: Path,
-    run: RunConfig,
-    backbones: Mapping[str, str],
-    heads: Heads,
-    epsilon: Mapping[str, float | None],
-    temperatures: Mapping[str, float],
-) -> None:
-    """Writes each head as `heads/<task>.safetensors` and each trunk as `heads/<backbone>.trunk.safetensors`.
-
-    The metadata of each file names the task, its settings, the backbone's digest, epsilon of each site, and the
-    temperature where one is known.
-
-    Args:
-        folder: folder of the run.
-        run: settings of the run.
-        backbones: backbone name -> digest.
-        heads: final parameters of heads and trunks by name.
-        epsilon: site name -> epsilon spent in this run; None where the run is not private.
-        temperatures: task -> number by which its head's outputs are to be divided before they become probabilities.
-    """
-    (folder / "heads").mkdir(exist_ok=True)
-    for name, params in heads.items():
-        describe = _describe_head if name in run.tasks else _describe_trunk
-        arrays = {key: np.asarray(array, order="C") for key, array in params.items()}
-        metadata = {**describe(run, name, backbones), "epsilon": json.dumps(dict(epsilon))}
-        if name in temperatures:
-            metadata["temperature"] = json.dumps(temperatures[name])
-        write_atomic(folder / "heads" / f"{name}.safetensors", save(arrays, metadata=metadata))
-
-
-def _describe_head(run: RunConfig, task: str, backbones: Mapping[str, str]) -> dict[str, str]:
-    settings = run.tasks[task].settings()
-    trunk = run.trunk_of(task)
+def list_metrics(task: TaskSummary) -> dict[str, Metric]:
+    """Returns a task's final metrics: exact ones where a simulator knows them, else those that sites released."""
+    if task.metrics:
+        return {name: Metric(value=value) for name, value in task.metrics.items()}
+    if task.evaluation is None:
+        return {}
+    errors = task.evaluation.standard_errors
     return {
-        "task": task,
-        "settings": json.dumps(settings),
-        "labels": json.dumps(settings.get("labels")),
-        "backbone_digest": backbones[run.backbone_of(task)],
-        **({} if trunk is None else {"trunk": trunk}),
+        name: Metric(value=value, standard_error=errors.get(name)) for name, value in task.evaluation.metrics.items()
     }
-
-
-def _describe_trunk(run: RunConfig, trunk: str, backbones: Mapping[str, str]) -> dict[str, str]:
-    name = trunk.removesuffix(".trunk")
-    trainable = run.trainable[name].model_dump_json()
-    return {"trunk": trunk, "backbone_digest": backbones[name], "trainable": trainable}

@@ -1,7 +1,7 @@
 """Runs a deployed run from its folder, which holds all that the run needs and all that it produces.
 
 The folder lies in the federation's: `config.yaml` (the run, resolved), `backbones.json`, `journal.jsonl`, a checkpoint,
-first of the new heads, then after each round; at the end `summary.json` and `heads/`. A run whose process died is the
+first of the new heads, then after each round; at the end `summary.json` and `model/`. A run whose process died is the
 same folder, run again: it continues after its last whole round.
 
 Invariant: this process never loads torch, which alone would take most of its memory (`server.deployment.preparation`).
@@ -18,13 +18,12 @@ from flwr.serverapp import Grid
 from common.errors import explain_os_error
 from common.events import FileJournal, RunFailure, RunInterruption
 from common.files import check_room, lock_file
-from common.offers import list_digests
 from common.process.parent import end_with_parent
-from common.run import RunConfig
+from common.run import Name, RunConfig
 from common.types import HeadwaterError, RunFailed, RunInterrupted
 from common.yaml import load
 from server.deployment.federation import ROOM_BYTES
-from server.deployment.preparation import load_backbones
+from server.deployment.preparation import StoredBackbone, load_backbones
 from server.reports.results import write_environment, write_results
 from server.reports.summary import DEPLOYMENT
 from server.rounds.checkpoint import Checkpoint, load_checkpoint
@@ -56,12 +55,11 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
     run = load(RunConfig, folder / "config.yaml")
     write_environment(folder / "environment.json", {"run": run.seed})
     journal = FileJournal(folder / "journal.jsonl")
-    digests: dict[str, str] = {}
+    backbones: dict[Name, StoredBackbone] = {}
     resume: Checkpoint | None = None
     try:
         resume = load_checkpoint(folder / "checkpoint.safetensors")
         backbones = load_backbones(folder.parents[1] / "state", folder)
-        digests = list_digests(backbones)
         outcome = run_federation(
             grid,
             run,
@@ -83,9 +81,9 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
         # On a full disk nothing can be written; the daemon goes on with the run once there is room.
         with suppress(OSError):
             journal.write(ending(reason=str(raised)))
-            write_results(folder, run, digests, {})
+            write_results(folder, run, backbones, {})
         raise raised from None
-    write_results(folder, run, digests, outcome.heads)
+    write_results(folder, run, backbones, outcome.heads)
 
 
 def _interrupt(error: OSError | httpx.HTTPError, folder: Path) -> RunInterrupted:

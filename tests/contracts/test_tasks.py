@@ -21,6 +21,7 @@ from common.tasks import (
     Calibratable,
     LabelPrior,
     LossGradient,
+    Servable,
     ServedPrior,
     SmoothLoss,
     Task,
@@ -293,6 +294,33 @@ def test_overconfidence_is_bounded_by_the_known_part(task: Task, labels: Tensor)
             assert (task.overconfidence(outputs * factor, labels, shift).abs() <= known_B + 1e-6).all()
         growing = torch.stack([task.overconfidence(outputs * factor, labels, shift) for factor in (0.1, 0.5, 1, 3, 9)])
         assert (growing.diff(dim=0) >= -1e-6).all()
+
+
+def test_a_record_s_served_row_comes_from_its_own_outputs_and_has_a_name_for_each_column(
+    task: Task, labels: Tensor
+) -> None:
+    if not isinstance(task, Servable):
+        pytest.skip("the task serves the head's outputs")
+    outputs, _ = many(task, labels)
+    for factor in (0.0, 1.0, 1e4):
+        served_BC = task.serve(outputs * factor)
+        assert served_BC.dtype == torch.float32 and served_BC.isfinite().all()
+        assert served_BC.shape == (len(outputs), len(task.name_served(outputs.shape[1])))
+        alone = torch.cat([task.serve(outputs[i : i + 1] * factor) for i in range(len(outputs))])
+        torch.testing.assert_close(served_BC, alone)
+
+
+def test_what_is_served_can_be_exported(task: Task, labels: Tensor) -> None:
+    if not isinstance(task, Servable):
+        pytest.skip("the task serves the head's outputs")
+
+    class Served(torch.nn.Module):
+        def forward(self, outputs: Tensor) -> Tensor:
+            return task.serve(outputs)
+
+    outputs, _ = many(task, labels)
+    program = torch.export.export(Served(), (outputs,))
+    torch.testing.assert_close(program.module()(outputs), task.serve(outputs))
 
 
 def test_the_declared_bound_is_not_larger_than_it_has_to_be(task: Task, labels: Tensor) -> None:

@@ -60,7 +60,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_passed_audit_is_journalled_and_the_heads_are_exported(config: Path, tmp_path: Path) -> None:
     summary = run(config, out=tmp_path / "out", entropy=SeededEntropy(1))
     assert summary.status == "completed"
-    assert (tmp_path / "out/heads/answer.safetensors").exists()
+    assert (tmp_path / "out/model/heads/answer.safetensors").exists()
     audits = select_events(read_run_journal(tmp_path / "out/journal.jsonl"), SolverAudited)
     assert [event.verdict.passed for event in audits] == [True]
     audit = summary.audit

@@ -12,10 +12,10 @@ import torch
 import typer
 from click.testing import Result
 from PIL import Image
-from safetensors import safe_open
 from typer.testing import CliRunner
 
 from common.process.console import reported_errors
+from common.serving.folder import read_config
 from common.yaml import load
 from simulations.__main__ import app
 from simulations.baselines import make_non_private_run
@@ -54,11 +54,11 @@ def test_a_run_leaves_all_it_promises(command: Command, tmp_path: Path, monkeypa
         assert (out / name).exists(), name
     environment = json.loads((out / "environment.json").read_text())
     assert set(environment) == {"python", "packages", "code_digest", "seeds"} and "torch" in environment["packages"]
-    with safe_open(out / "heads" / "colour.safetensors", framework="numpy") as file:
-        about = file.metadata()
-    assert json.loads(about["labels"]) == ["red", "blue"]
-    assert len(about["backbone_digest"]) == 64
-    assert set(json.loads(about["epsilon"])) == {"site-1", "site-2", "site-3"}
+    about = read_config(out)
+    assert about.tasks["colour"].settings["labels"] == ["red", "blue"]
+    assert set(about.privacy.epsilon) == {"site-1", "site-2", "site-3"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert about.tasks["colour"].metrics["accuracy"].value == summary["tasks"]["colour"]["metrics"]["accuracy"]
     assert (out / "sites" / "site-1" / "state" / "ledgers").is_dir()
     assert not (tmp_path / "home").exists(), "a simulation's ledgers are its own, not its user's"
 

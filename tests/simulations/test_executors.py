@@ -44,7 +44,7 @@ def test_ray_and_in_process_make_the_same_heads_to_the_bit(tmp_path: Path) -> No
         assert summary.status == "completed" and summary.executor == kind
         heads[kind] = {
             path.name: {name: array.tobytes() for name, array in load_file(path).items()}
-            for path in (tmp_path / kind / "run" / "heads").iterdir()
+            for path in (tmp_path / kind / "run" / "model" / "heads").iterdir()
         }
     assert heads["in_process"] == heads["flower"]
 
@@ -70,7 +70,7 @@ def test_two_ray_nodes_share_the_sites_and_make_the_same_heads_to_the_bit(tmp_pa
     heads = {
         place: {
             path.name: {name: array.tobytes() for name, array in load_file(path).items()}
-            for path in (tmp_path / place / "heads").iterdir()
+            for path in (tmp_path / place / "model" / "heads").iterdir()
         }
         for place in ("ray", "here")
     }

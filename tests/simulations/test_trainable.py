@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -23,6 +22,7 @@ from common.events import FEDERATED, MetricsEvaluated, read_run_journal, select_
 from common.model.backbones import open_pretrained
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.run import RunConfig
+from common.serving.folder import read_config
 from common.types import BadInput, DeclineReason
 from common.yaml import load, parse
 from server.rounds.checkpoint import load_checkpoint
@@ -107,9 +107,8 @@ def test_what_trains_travels_and_nothing_else_and_the_export_gives_the_reported_
     numbers = sum(array.size for params in heads.values() for array in params.values())
     assert 4 * numbers < summary.bytes.up_per_site_round < 4 * numbers + 1000
 
-    exported = {path.stem: load_file(path) for path in (tmp_path / "out" / "heads").iterdir()}
-    with safe_open(tmp_path / "out" / "heads" / "width.safetensors", framework="numpy") as file:
-        assert file.metadata()["trunk"] == TRUNK
+    exported = {path.stem: load_file(path) for path in (tmp_path / "out" / "model" / "heads").iterdir()}
+    assert read_config(tmp_path / "out").tasks["width"].trunk == TRUNK
     backbone = open_pretrained(config.run.backbone_specs["backbone"], "backbone")
     whole = backbone.module
     before = whole.encoder.get_submodule("4").weight.detach().clone()

@@ -32,7 +32,6 @@ from common.events import (
 )
 from common.flower import import_simulation_engine, set_metadata
 from common.model.backbones import open_backbones
-from common.offers import list_digests
 from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
 from common.types import BadInput, DeclineReason, RunFailed, RunInterrupted
@@ -138,7 +137,7 @@ def federate(
     except RunFailed as error:
         assert CANARY not in str(error).lower()
         heads = {}
-    write_results(own, run, list_digests(frozen), heads)
+    write_results(own, run, frozen, heads)
     return tap, read_run_journal(own / "journal.jsonl")
 
 
@@ -530,6 +529,6 @@ def test_the_coordinator_keeps_only_the_number_of_an_error_of_flower(tmp_path: P
         run_federation(
             InProcessGrid(raising, 1), run, frozen, run_id="run-1", folder=own, journal=journal, executor="x"
         )
-    summary = write_results(own, run, list_digests(frozen), {})
+    summary = write_results(own, run, frozen, {})
     assert "error" in summary.sites["north"].reason
     assert CANARY not in summary.to_json() + (own / "journal.jsonl").read_text()

@@ -245,7 +245,10 @@ def test_runs_end_with_heads_and_a_removed_site_is_rejected_at_once(federation: 
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["executor"], summary["status"], summary["rounds"]) == ("deployment", "completed", 2)
         assert all(task["metrics"] == {} and task["baselines"] == {} for task in summary["tasks"].values())
-        assert {path.name for path in (folder / "heads").iterdir()} == {"colour.safetensors", "size.safetensors"}
+        assert {path.name for path in (folder / "model" / "heads").iterdir()} == {
+            "colour.safetensors",
+            "size.safetensors",
+        }
 
         second = server("start", federation.folder, run, "--set", "rounds=1", timeout=400)
         assert (second.returncode, find_daemon_pid(federation)) == (0, process), second.stderr
@@ -476,7 +479,7 @@ def test_a_deployed_run_of_two_backbones_sends_each_site_what_its_tasks_need(
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert {name: entry["digest"] for name, entry in summary["backbones"].items()} == own.digests
-    assert {path.stem for path in (folder / "heads").iterdir()} == {"shade", "finding", "pictures.trunk"}
+    assert {path.stem for path in (folder / "model" / "heads").iterdir()} == {"shade", "finding", "pictures.trunk"}
     for name, tasks in (("north", {"shade", "finding"}), ("west", {"finding"})):
         evaluated = client("evaluate", str(tmp_path / name / "site.yaml"), "--json")
         assert evaluated.returncode == 0, evaluated.stderr

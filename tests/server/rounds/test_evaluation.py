@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,13 @@ import pytest
 import torch
 from flwr.app import RecordDict
 from rich.console import Console
-from safetensors import safe_open
 
 from client.protocol.site import FINAL_HEADS
 from common import messages
 from common.events import HeadsEvaluated, RunEvent, Summary, select_events
 from common.privacy.accounting import Mechanism, compute_epsilon
+from common.run import ONLY_BACKBONE
+from common.serving.folder import read_config
 from common.tasks import NOISED_BUCKETS, open_task
 from common.types import BadInput
 from server.reports.results import write_results
@@ -27,7 +27,7 @@ from server.reports.tables import render_summary
 from server.rounds.checkpoint import load_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, is_readable
 from tests.server.rounds.test_loop import federate
-from tests.tiny import TASKS, forged, run_config, site_config
+from tests.tiny import TASKS, backbone, forged, run_config, site_config
 
 SHARE = {"share": 0.5, "evaluations": 2}
 RICH = {"epsilon": 200.0, "delta": 1e-5}
@@ -193,10 +193,15 @@ def test_a_calibrated_run_hands_out_a_temperature_with_the_heads(tmp_path: Path)
     (path,) = tmp_path.glob(f"**/runs/run-1/{FINAL_HEADS}")
     sent = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
     assert sent.temperatures == {"colour": temperature, "size": found["size"].calibration.temperature}
-    summary = write_results(tmp_path / "run", run_config(**changes), {"backbone": "0" * 64}, outcome.heads)
+    summary = write_results(tmp_path / "run", run_config(**changes), {ONLY_BACKBONE: backbone()}, outcome.heads)
     assert summary.tasks["colour"].evaluation.calibration.temperature == temperature
-    with safe_open(tmp_path / "run" / "heads" / "colour.safetensors", "np") as file:
-        assert json.loads(file.metadata()["temperature"]) == temperature
+    about = read_config(tmp_path / "run").tasks["colour"]
+    assert about.temperature == temperature
+    released = summary.tasks["colour"].evaluation
+    assert about.metrics["accuracy"].value == released.metrics["accuracy"]
+    assert about.metrics["accuracy"].standard_error == released.standard_errors["accuracy"]
+    at_home = read_config(path.parent)
+    assert at_home.tasks["colour"].temperature == temperature and set(at_home.privacy.epsilon) == {"north"}
     console = Console(width=100)
     with console.capture() as shown:
         console.print(render_summary(summary))

@@ -1,0 +1,325 @@
+"""The folder of a finished model: how it is written, and how it is read and verified.
+
+    config.json                     `ModelConfig`: tasks, labels, backbones, privacy, metrics, digests
+    heads/TASK.safetensors          the head of each task
+    heads/BACKBONE.trunk.safetensors  the trained part of a backbone, where there is one
+    backbones/BACKBONE.safetensors  the frozen backbone of the tasks
+
+Nothing in it is executed. `config.json` names the SHA-256 of every head, and the digest of every backbone covers its
+settings, its preprocessing and its weights: a model that was changed is refused. Nothing here loads torch, so that the
+coordinator can write a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from common.errors import instead
+from common.files import private_folder, write_atomic
+from common.plugins import Frozen
+from common.run import RunConfig
+from common.types import RELATION, BackboneBlob, BadInput, DigestMismatch, Heads, Relation, Unit
+
+CONFIG = "config.json"
+MODEL = "model"
+"""Name of the model's folder in the folder of a run."""
+FORMAT: Literal["headwater model"] = "headwater model"
+VERSION: Literal[1] = 1
+
+
+class Metric(Frozen):
+    """One metric on held-out units.
+
+    Attributes:
+        value: its value; null where it is undefined.
+        standard_error: standard error due to the privacy noise of its release; null where no noise was added.
+    """
+
+    value: float | None
+    standard_error: float | None = None
+
+
+class ModelTask(Frozen):
+    """One task of a model.
+
+    Attributes:
+        settings: the task's settings, with its labels.
+        backbone: name of the backbone that its head stands on.
+        trunk: name of the trained part of that backbone; null where all of it is frozen.
+        temperature: number by which outputs are divided before they become probabilities; null where none is known.
+        metrics: metric -> its value on held-out units.
+    """
+
+    settings: dict[str, Any]
+    backbone: str
+    trunk: str | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    metrics: dict[str, Metric] = {}
+
+
+class ModelBackbone(Frozen):
+    """One backbone of a model.
+
+    Attributes:
+        digest: 64 hex digits over its settings and weights.
+        spec: its resolved settings, with the preprocessing and projection.
+        source: its weights as the run file names them, a path as its last part; null where the site knows the digest
+            only.
+        trainable: settings of the part that was trained; null where all is frozen.
+    """
+
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    spec: dict[str, Any]
+    source: str | None = None
+    trainable: dict[str, Any] | None = None
+
+
+class ModelPrivacy(Frozen):
+    """The differential privacy that a model was trained with.
+
+    Attributes:
+        unit: what one budget protects.
+        delta: delta of the run.
+        relation: neighbouring relation.
+        epsilon: site -> epsilon spent in the run, of the sites where it is known.
+    """
+
+    unit: Unit
+    delta: float
+    relation: Relation = RELATION
+    epsilon: dict[str, float | None] = {}
+
+
+class ModelConfig(Frozen):
+    """All that is known of a finished model but its numbers.
+
+    Attributes:
+        format: names this format.
+        version: version of this format.
+        run: id of the run that trained it.
+        created: day on which it was written, as YYYY-MM-DD.
+        seed: seed of the run.
+        rounds: number of rounds that the run asked for.
+        tasks: task -> what its head is.
+        backbones: name -> what it is.
+        privacy: how it was trained; null where the run was not private.
+        solver: settings of the solver.
+        heads: digest over all parameters, as the sites were sent it.
+        files: file of a head or trunk -> its SHA-256.
+    """
+
+    format: Literal["headwater model"] = FORMAT
+    version: Literal[1] = VERSION
+    run: str
+    created: str
+    seed: int
+    rounds: int
+    tasks: dict[str, ModelTask] = Field(min_length=1)
+    backbones: dict[str, ModelBackbone] = Field(min_length=1)
+    privacy: ModelPrivacy | None = None
+    solver: dict[str, Any] = {}
+    heads: str
+    files: dict[str, str]
+
+
+def describe_model(
+    run: RunConfig,
+    run_id: str,
+    heads: Heads,
+    backbones: Mapping[str, tuple[str, Mapping[str, Any]]],
+    *,
+    digest: str,
+    epsilon: Mapping[str, float | None],
+    temperatures: Mapping[str, float],
+    metrics: Mapping[str, Mapping[str, Metric]] | None = None,
+) -> ModelConfig:
+    """Returns what is to be known of a run's final heads.
+
+    Args:
+        run: settings of the run.
+        run_id: id of the run.
+        heads: final parameters of heads and trunks by name; a site has those of its own tasks.
+        backbones: backbone name -> its digest and its resolved settings.
+        digest: digest over all parameters.
+        epsilon: site -> epsilon spent in the run.
+        temperatures: task -> temperature, where one is known.
+        metrics: task -> metric -> its value, where any are known.
+    """
+    names = [name for name in run.tasks if name in heads]
+    asked = run.requested_privacy
+    return ModelConfig(
+        run=run_id,
+        created=time.strftime("%Y-%m-%d"),
+        seed=run.seed,
+        rounds=run.rounds,
+        tasks={
+            name: ModelTask(
+                settings=run.tasks[name].settings(),
+                backbone=run.backbone_of(name),
+                trunk=run.trunk_of(name),
+                temperature=temperatures.get(name),
+                metrics=dict((metrics or {}).get(name, {})),
+            )
+            for name in names
+        },
+        backbones={
+            name: ModelBackbone(
+                digest=backbones[name][0],
+                spec=dict(backbones[name][1]),
+                source=_name_source(run, name),
+                trainable=run.trainable[name].model_dump(mode="json", by_alias=True) if name in run.trainable else None,
+            )
+            for name in dict.fromkeys(run.backbone_of(task) for task in names)
+        },
+        privacy=None if asked is None else ModelPrivacy(unit=asked.unit, delta=asked.delta, epsilon=dict(epsilon)),
+        solver=run.solver.settings(),
+        heads=digest,
+        files={},
+    )
+
+
+def _name_source(run: RunConfig, backbone: str) -> str | None:
+    weights = run.backbone_specs[backbone].settings().get("weights")
+    return Path(weights).name if isinstance(weights, str) else None
+
+
+def write_model(folder: Path, config: ModelConfig, heads: Heads, backbones: Mapping[str, BackboneBlob | Path]) -> None:
+    """Writes a model's folder, in place of an earlier one; `config.json` comes last and marks a whole model.
+
+    Args:
+        folder: the model's folder.
+        config: what is known of it; the digests of its files are added.
+        heads: final parameters of heads and trunks by name.
+        backbones: name -> the backbone as it travels, or the file of its weights, to which the model's becomes a second
+            link where the file system allows it. One that is missing is left out.
+    """
+    private_folder(folder)
+    (folder / CONFIG).unlink(missing_ok=True)
+    for part in ("heads", "backbones"):
+        private_folder(folder / part)
+    files = {}
+    for name, params in heads.items():
+        content = save({key: np.asarray(array, dtype=np.float32, order="C") for key, array in params.items()})
+        files[f"heads/{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+        write_atomic(folder / "heads" / f"{name}.safetensors", content)
+    for name in config.backbones:
+        given = backbones.get(name)
+        if isinstance(given, Path):
+            _link(given, folder / "backbones" / f"{name}.safetensors")
+        elif given is not None:
+            write_atomic(folder / "backbones" / f"{name}.safetensors", bytes(given.weights))
+    whole = config.model_copy(update={"files": files})
+    write_atomic(folder / CONFIG, (whole.model_dump_json(indent=2) + "\n").encode())
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def find_model(path: Path) -> Path:
+    """Returns the folder of a model, given itself or the folder of the run that it is the result of.
+
+    Raises:
+        BadInput: there is none.
+    """
+    for folder in (path, path / MODEL):
+        if (folder / CONFIG).is_file():
+            return folder
+    if not path.exists():
+        raise BadInput(f"{path}: expected a model's folder or a finished run's, found nothing there")
+    if (path / "journal.jsonl").is_file():
+        raise BadInput(f"{path}: expected a finished run, got one without a model: it failed, or has not ended yet")
+    raise BadInput(f"{path}: expected a model's folder, which has a {CONFIG}, or a finished run's")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Returns what is known of a model.
+
+    Args:
+        path: folder of the model, or of the run that it is the result of.
+
+    Raises:
+        BadInput: there is none, or it is of another format or version.
+    """
+    file = find_model(path) / CONFIG
+    try:
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise BadInput(f"{file}: expected a Headwater model's config.json, got another one")
+        if values.get("version") != VERSION:
+            raise BadInput(f"{file}: expected version {VERSION} of the format, got {values.get('version')!r}")
+        return ModelConfig.model_validate(values)
+    except (OSError, ValueError, RecursionError) as error:
+        detail = f", got {error.error_count()} wrong or missing key(s)" if isinstance(error, ValidationError) else ""
+        raise BadInput(f"{file}: expected a model's settings{detail or instead(error)}") from error
+
+
+def read_heads(path: Path, config: ModelConfig) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Returns the parameters of a model's heads and trunks by name, verified.
+
+    Args:
+        path: folder of the model, or of its run.
+        config: what is known of it.
+
+    Raises:
+        BadInput: a file is missing.
+        DigestMismatch: a file changed since the model was written.
+    """
+    folder, heads = find_model(path), {}
+    needed = [*config.tasks, *dict.fromkeys(task.trunk for task in config.tasks.values() if task.trunk is not None)]
+    for name in needed:
+        file = folder / "heads" / f"{name}.safetensors"
+        if not file.is_file():
+            raise BadInput(f"{file}: expected a head of the model, found no file")
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != config.files.get(f"heads/{name}.safetensors"):
+            raise DigestMismatch(f"{file}: the file was changed since the model was written")
+        try:
+            heads[name] = load(content)
+        except (SafetensorError, ValueError) as error:
+            raise DigestMismatch(f"{file}: expected safetensors, got a damaged file") from error
+    return heads
+
+
+def read_backbone(path: Path, name: str, config: ModelConfig, elsewhere: Path | None = None) -> BackboneBlob:
+    """Returns one of a model's backbones as it travels, not verified yet (`common.model.backbones.load_blob`).
+
+    Args:
+        path: folder of the model, or of its run.
+        name: the backbone's name.
+        config: what is known of the model.
+        elsewhere: file of the weights, or a folder with `NAME.safetensors` or `DIGEST.safetensors`, for a model that
+            was handed on without them.
+
+    Raises:
+        BadInput: its weights are not there.
+    """
+    own, digest = find_model(path) / "backbones" / f"{name}.safetensors", config.backbones[name].digest
+    candidates = [own]
+    if elsewhere is not None:
+        candidates += [elsewhere, elsewhere / f"{name}.safetensors", elsewhere / f"{digest}.safetensors"]
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise BadInput(
+            f"{own}: expected the weights of backbone {name}, found no file; name its safetensors file or a folder of "
+            f"such files (digest {digest[:12]}...)"
+        )
+    spec = json.dumps(config.backbones[name].spec, sort_keys=True, separators=(",", ":"))
+    return BackboneBlob(spec, found.read_bytes(), digest)

@@ -1,0 +1,205 @@
+"""A finished model as networks: from preprocessed inputs to what a user reads.
+
+# Shapes: B records, D features, O outputs of a head, C columns of what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from common.backbones.parts.projection import ProjectionLayer
+from common.inputs import Several
+from common.model.backbones import Backbone, FrozenBackbone, load_blob
+from common.model.parameters import load_parameters
+from common.model.trunks import cut
+from common.run import Trainable
+from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
+from common.tasks import Servable, Task, open_task
+from common.tasks.parts.adjusted import AdjustedHead
+from common.types import BadInput, DigestMismatch, Params
+
+_CHUNK = 64
+"""Records that are encoded at once where a caller hands all of them over."""
+
+
+@final
+class ServedHead(nn.Module):
+    """A task's head as it is used: features -> calibrated outputs -> what the task serves.
+
+    A temperature divides what the head learnt and leaves the offset of the declared prior as it is.
+    """
+
+    temperature: Tensor
+    offset_O: Tensor
+
+    def __init__(self, task: Task, head: nn.Module, temperature: float | None) -> None:
+        super().__init__()
+        self.task = task
+        self.head = head
+        offset = head.offset_K if isinstance(head, AdjustedHead) else None
+        self.register_buffer("temperature", torch.tensor(1.0 if temperature is None else temperature))
+        self.register_buffer("offset_O", torch.zeros(()) if offset is None else offset.detach().clone())
+        self.requires_grad_(False)
+        self.train(False)
+
+    def compute_outputs(self, features_BD: Tensor) -> Tensor:
+        """Returns outputs_BO, from which the task's codec decodes a prediction."""
+        outputs_BO: Tensor = self.head(features_BD)
+        return self.offset_O + (outputs_BO - self.offset_O) / self.temperature
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Returns served_BC: probabilities, or what else the task serves (`Servable`)."""
+        outputs_BO = self.compute_outputs(features_BD)
+        return self.task.serve(outputs_BO) if isinstance(self.task, Servable) else outputs_BO
+
+
+@final
+class Network(nn.Module):
+    """One task of a model as one module: preprocessed inputs -> served_BC."""
+
+    def __init__(self, backbone: nn.Module, head: ServedHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.requires_grad_(False)
+        self.train(False)
+
+    def forward(self, inputs_B: Tensor) -> Tensor:
+        """Returns served_BC of inputs as `Backbone.preprocess` makes them, stacked."""
+        served_BC: Tensor = self.head(self.backbone(inputs_B))
+        return served_BC
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A finished model, ready to use.
+
+    Attributes:
+        config: what is known of it.
+        tasks: task -> its definition.
+        backbones: name -> the backbone that encodes records, with the trained part where there is one.
+        heads: task -> its head.
+    """
+
+    config: ModelConfig
+    tasks: Mapping[str, Task]
+    backbones: Mapping[str, Backbone] = field(repr=False)
+    heads: Mapping[str, ServedHead] = field(repr=False)
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Returns what each task serves for records: task -> served_BC (`list_columns` names the columns).
+
+        Args:
+            items: pictures, texts, recordings or other items (`common.inputs`).
+
+        Raises:
+            BadRecord: one of them cannot be used.
+        """
+        features = {name: self.encode(name, items) for name in self.backbones}
+        with torch.inference_mode():
+            return {name: self.heads[name](features[self.config.tasks[name].backbone]) for name in self.tasks}
+
+    def encode(self, backbone: str, items: Sequence[Any]) -> Tensor:
+        """Returns features_BD of records, on the CPU.
+
+        Args:
+            backbone: name of the backbone.
+            items: pictures, texts, recordings or other items (`common.inputs`).
+
+        Raises:
+            BadRecord: one of them cannot be used.
+        """
+        own = self.backbones[backbone]
+        parts = [list(item.items) if isinstance(item, Several) else [item] for item in items]
+        inputs = [own.preprocess(part) for several in parts for part in several]
+        if not inputs:
+            return torch.zeros(0, own.feature_dim)
+        features = torch.cat([own.encode(inputs[first : first + _CHUNK]) for first in range(0, len(inputs), _CHUNK)])
+        return torch.stack([rows.mean(dim=0) for rows in torch.split(features, [len(several) for several in parts])])
+
+    def list_columns(self, task: str) -> list[str]:
+        """Returns the names of the columns that a task serves."""
+        definition, head = self.tasks[task], self.heads[task]
+        dim = self.backbones[self.config.tasks[task].backbone].feature_dim
+        num_outputs = head.compute_outputs(torch.zeros(1, dim)).shape[1]
+        if isinstance(definition, Servable):
+            return definition.name_served(num_outputs)
+        return [f"output {number}" for number in range(num_outputs)]
+
+    def torch(self, task: str | None = None) -> Network:
+        """Returns one task as one module on the CPU, from preprocessed inputs to what it serves.
+
+        Args:
+            task: the task; may be left out where the model has one.
+
+        Raises:
+            BadInput: there is no such task, or several and none is named.
+        """
+        name = self.choose_task(task)
+        backbone = self.backbones[self.config.tasks[name].backbone].to(torch.device("cpu"))
+        return Network(backbone.module, self.heads[name])
+
+    def choose_task(self, task: str | None) -> str:
+        """Returns the named task, or the only one. Raises BadInput."""
+        if task is None and len(self.tasks) == 1:
+            return next(iter(self.tasks))
+        if task is None or task not in self.tasks:
+            got = "none" if task is None else repr(task)
+            raise BadInput(f"task: expected one of {', '.join(self.tasks)}, got {got}")
+        return task
+
+
+def open_model(path: Path, device: torch.device | None = None, *, backbones: Path | None = None) -> Model:
+    """Returns the model of a folder, verified.
+
+    Args:
+        path: folder of the model, or of the run that it is the result of.
+        device: device that backbones encode on; by default the CPU.
+        backbones: weights of backbones that the model was handed on without (`read_backbone`).
+
+    Raises:
+        BadInput: there is no model, or a part of it is missing.
+        DigestMismatch: a part of it was changed.
+    """
+    config = read_config(path)
+    heads = read_heads(path, config)
+    tasks = {name: open_task(own.settings, f"{path}: tasks.{name}") for name, own in config.tasks.items()}
+    opened = {name: _open_backbone(path, name, config, heads, backbones) for name in config.backbones}
+    if device is not None:
+        opened = {name: backbone.to(device) for name, backbone in opened.items()}
+    served = {}
+    for name, own in config.tasks.items():
+        head = tasks[name].head(opened[own.backbone].feature_dim)
+        try:
+            load_parameters(head, heads[name])
+        except BadInput as error:
+            raise DigestMismatch(f"{path}: the head of {name} does not fit its backbone: {error}") from error
+        served[name] = ServedHead(tasks[name], head, own.temperature)
+    return Model(config, tasks, opened, served)
+
+
+def _open_backbone(
+    path: Path, name: str, config: ModelConfig, heads: Mapping[str, Params], elsewhere: Path | None
+) -> Backbone:
+    """Returns a backbone as the model uses it: the trained part is put in place of the part that was sent."""
+    try:
+        backbone = load_blob(read_backbone(path, name, config, elsewhere))
+    except DigestMismatch as error:
+        raise DigestMismatch(
+            f"{path}: backbone {name}: its weights, preprocessing or other settings are not those that the heads were "
+            "trained on"
+        ) from error
+    trainable = config.backbones[name].trainable
+    trunk = next((own.trunk for own in config.tasks.values() if own.backbone == name and own.trunk is not None), None)
+    if trainable is None or trunk is None:
+        return backbone
+    parts = cut(backbone, Trainable.model_validate(trainable), trunk, f"trainable.{name}", config.seed)
+    load_parameters(parts.trunk, heads[trunk])
+    whole = FrozenBackbone(nn.Sequential(parts.below.module, parts.trunk), ProjectionLayer(None, backbone.feature_dim))
+    return replace(backbone, module=whole)
