@@ -24,7 +24,6 @@ from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
 from client.personal.local_heads import ApplyUpdate, LocalTraining, train_alone
 from client.solvers import open_solver
-from common.events import Metrics
 from common.model.backbones import Backbone, open_backbones, open_random
 from common.model.momentum import Momentum
 from common.model.trunks import create_modules
@@ -34,12 +33,17 @@ from common.tasks import Task
 from common.types import Heads, Params
 from server.rounds.aggregators import State, Weighted, open_aggregator
 from simulations.config import RUN_PREFIX, SimulationConfig
-from simulations.evaluate import evaluate_baseline_predictions, open_prepared_units
+from simulations.evaluate import (
+    HeadEvaluation,
+    average_evaluations,
+    evaluate_baseline_predictions,
+    open_prepared_units,
+)
 from simulations.federate import Experiment, evaluate_heads, federate
 from simulations.partition import build_sites
 
-TaskMetrics = dict[str, Metrics]
-"""Task name -> metrics on the held-out records of all sites together."""
+TaskMetrics = dict[str, HeadEvaluation]
+"""Task name -> metrics on the held-out records of all sites together, with their spreads."""
 
 
 def compute_baseline(name: str, experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
@@ -132,7 +136,7 @@ def _compute_baseline_prediction(experiment: Experiment, sites: Sequence[SiteCon
 def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
     run = experiment.config.run
     train = open_prepared_units(sites, experiment.run_id, experiment.tasks, "train")
-    results: dict[str, list[Metrics]] = {}
+    results: dict[str, list[HeadEvaluation]] = {}
     for site in sites:
         if site.name not in train:
             continue
@@ -142,7 +146,7 @@ def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskM
         metrics = _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
         for task, values in metrics.items():
             results.setdefault(task, []).append(values)
-    return {task: _average(values) for task, values in results.items()}
+    return {task: average_evaluations(each) for task, each in results.items()}
 
 
 def _compute_central(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
@@ -235,14 +239,4 @@ def _evaluate_pooled(
     run_id: str,
     backbones: Mapping[str, Backbone],
 ) -> TaskMetrics:
-    evaluations = evaluate_heads(experiment, heads, sites, run_id=run_id, backbones=backbones)
-    return {task: dict(result.pooled) for task, result in evaluations.items()}
-
-
-def _average(values: Sequence[Metrics]) -> Metrics:
-    """Returns the mean of each metric over the sites where it is defined."""
-    means: dict[str, float | None] = {}
-    for name in values[0]:
-        defined = [value for metrics in values if (value := metrics[name]) is not None]
-        means[name] = sum(defined) / len(defined) if defined else None
-    return means
+    return evaluate_heads(experiment, heads, sites, run_id=run_id, backbones=backbones, intervals=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,15 @@ from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
 from client.personal.evaluate import HomePredictions
-from client.personal.intervals import average_estimates, estimate_metrics, list_intervals, list_values
+from client.personal.intervals import (
+    Estimates,
+    average_estimates,
+    average_heads,
+    estimate_metrics,
+    list_differences,
+    list_intervals,
+    list_values,
+)
 from client.personal.metrics import (
     Predictions,
     compute_metrics,
@@ -24,12 +32,16 @@ from client.personal.metrics import (
     predict,
     replace_undefined,
 )
-from common.events import HomeMetrics, Metrics
-from common.tasks import EXACT_BUCKETS, BaselinePrediction, PairMetrics, Task
+from common.events import FEDERATED, HomeMetrics, Metrics, Outcomes
+from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task
+from common.tasks.parts.outcomes import join_score_ranges
 from common.types import Heads
 
 CURVE_POINTS = 50
 """Rounds, at most, after which a simulator evaluates the heads, besides the last one."""
+
+MOST_SITES = 50
+"""Sites above which only the metrics of all together get intervals: a bootstrap of each would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +51,43 @@ class HeadEvaluation:
     Attributes:
         pooled: metrics on the held-out records of all sites together.
         per_site: site name -> metrics on its own held-out records; sites without a labelled one are left out.
+        estimates: the pooled metrics with their spreads; empty where none were asked for.
+        site_estimates: site name -> those of its own metrics; empty above `MOST_SITES`.
+        errors: metrics that are the better the smaller they are.
+        outcomes: counts of predictions and scores over all sites; None where the task counts none.
     """
 
     pooled: Metrics
     per_site: Mapping[str, Metrics]
+    estimates: Estimates = field(default_factory=dict)
+    site_estimates: Mapping[str, Estimates] = field(default_factory=dict)
+    errors: frozenset[str] = frozenset()
+    outcomes: Outcomes | None = None
 
 
-def evaluate(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units]) -> dict[str, HeadEvaluation]:
+def evaluate(
+    heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[str, Units], *, intervals: bool = False
+) -> dict[str, HeadEvaluation]:
     """Returns the metrics of each task's head on held-out units.
 
     Args:
         heads: task name -> parameters of its head.
         tasks: task name -> task; only those in `heads` are evaluated.
         held_out: site name -> its test units, with the features that the heads read (`Units.passed`).
+        intervals: whether the spreads of the metrics are computed too, which takes some hundred times as long.
     """
     return {
         name: HeadEvaluation(
             pooled=_compute_pooled(task, list(present.values())),
             per_site={site: _compute_pooled(task, [each]) for site, each in present.items()},
+            estimates=estimate_metrics(task, list(present.values())) if intervals else {},
+            site_estimates={
+                site: estimate_metrics(task, [each])
+                for site, each in present.items()
+                if intervals and len(present) <= MOST_SITES
+            },
+            errors=task.statistic(EXACT_BUCKETS).errors,
+            outcomes=_count_outcomes(task, list(present.values())),
         )
         for name, task, present in _predict_each(heads, tasks, held_out)
     }
@@ -100,9 +131,19 @@ def _compute_pooled(task: Task, predictions: Sequence[Predictions]) -> Metrics:
     """Returns a task's metrics over the records of some sites together; none where there are no records."""
     if not predictions:
         return {}
+    return {**compute_metrics(task, _add_up(task, predictions)), **compute_pair_metrics(task, predictions)}
+
+
+def _add_up(task: Task, predictions: Sequence[Predictions]) -> torch.Tensor:
+    """Returns the exact sums of a task's statistic over the records of some sites."""
     statistic = task.statistic(EXACT_BUCKETS)
-    sums_S = reduce(torch.add, [statistic.sums(each.outputs, each.labels) for each in predictions])
-    return {**compute_metrics(task, sums_S), **compute_pair_metrics(task, predictions)}
+    return reduce(torch.add, [statistic.sums(each.outputs, each.labels) for each in predictions])
+
+
+def _count_outcomes(task: Task, predictions: Sequence[Predictions]) -> Outcomes | None:
+    if not isinstance(task, CountedOutcomes) or not predictions:
+        return None
+    return join_score_ranges(task.count_outcomes(_add_up(task, predictions).numpy(), 0.0))
 
 
 def evaluate_at_home(sites: Mapping[str, HomePredictions]) -> dict[str, dict[str, HomeMetrics]]:
@@ -116,14 +157,19 @@ def evaluate_at_home(sites: Mapping[str, HomePredictions]) -> dict[str, dict[str
         own = {site: each for site, each in sites.items() if task_name in each.outputs}
         task = next(iter(own.values())).tasks[task_name]
         kinds = dict.fromkeys(kind for each in own.values() for kind in each.outputs[task_name])
+        federated = {site: estimate_metrics(task, [each.outputs[task_name][FEDERATED]]) for site, each in own.items()}
         results[task_name] = {
-            kind: _compute_home_metrics(task, {site: each.outputs[task_name][kind] for site, each in own.items()})
+            kind: _compute_home_metrics(
+                task, {site: each.outputs[task_name][kind] for site, each in own.items()}, federated
+            )
             for kind in kinds
         }
     return results
 
 
-def _compute_home_metrics(task: Task, predictions: Mapping[str, Predictions]) -> HomeMetrics:
+def _compute_home_metrics(
+    task: Task, predictions: Mapping[str, Predictions], federated: Mapping[str, Estimates]
+) -> HomeMetrics:
     per_site = {site: estimate_metrics(task, [each]) for site, each in predictions.items()}
     mean, pooled = average_estimates(list(per_site.values())), estimate_metrics(task, list(predictions.values()))
     return HomeMetrics(
@@ -133,12 +179,22 @@ def _compute_home_metrics(task: Task, predictions: Mapping[str, Predictions]) ->
         pooled_intervals=list_intervals(pooled),
         per_site={site: list_values(each) for site, each in per_site.items()},
         per_site_intervals={site: list_intervals(each) for site, each in per_site.items()},
+        differences={site: list_differences(federated[site], each) for site, each in per_site.items()},
     )
+
+
+def average_evaluations(evaluations: Sequence[HeadEvaluation]) -> HeadEvaluation:
+    """Returns the mean of each metric over several heads that are judged on the same units, where it is defined."""
+    means: dict[str, float | None] = {}
+    for name in evaluations[0].pooled:
+        defined = [value for each in evaluations if (value := each.pooled[name]) is not None]
+        means[name] = sum(defined) / len(defined) if defined else None
+    return HeadEvaluation(means, {}, average_heads([each.estimates for each in evaluations]))
 
 
 def evaluate_baseline_predictions(
     tasks: Mapping[str, Task], train: Mapping[str, Units], held_out: Mapping[str, Units]
-) -> dict[str, Metrics]:
+) -> dict[str, HeadEvaluation]:
     """Returns the metrics of each task's prediction without training; tasks that have none are left out.
 
     Args:
@@ -146,7 +202,7 @@ def evaluate_baseline_predictions(
         train: site name -> its training units.
         held_out: site name -> its test units; those of all sites are evaluated together.
     """
-    results: dict[str, Metrics] = {}
+    results: dict[str, HeadEvaluation] = {}
     for name, task in tasks.items():
         if not isinstance(task, BaselinePrediction):
             continue
@@ -155,9 +211,15 @@ def evaluate_baseline_predictions(
         outputs = task.predict_baseline(features, known_features, known_labels)
         # Features as embeddings have no side of any training identity: only their pairs can be judged.
         if isinstance(task, PairMetrics):
-            results[name] = replace_undefined(task.pair_metrics(outputs, labels))
-        else:
-            results[name] = compute_metrics(task, task.statistic(EXACT_BUCKETS).sums(outputs, labels))
+            results[name] = HeadEvaluation(replace_undefined(task.pair_metrics(outputs, labels)), {})
+            continue
+        units = [own.tasks[name].labelled().unit_R for own in held_out.values() if name in own.tasks]
+        # One part for each site, as heads are judged: the draws are then the same.
+        parts = zip(
+            *(torch.split(part, [len(each) for each in units]) for part in (outputs, labels)), units, strict=True
+        )
+        estimates = estimate_metrics(task, [Predictions(*part) for part in parts])
+        results[name] = HeadEvaluation(list_values(estimates), {}, estimates)
     return results
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from client.config import SiteConfig
 from client.data.prepare import PROBLEMS
 from client.personal.evaluate import predict_at_home
+from client.personal.intervals import list_differences, list_intervals
 from client.protocol.site import FINAL_HEADS, Site
 from common.events import (
     BaselineEvaluated,
@@ -43,7 +44,7 @@ from server.rounds.messenger import Observe
 from simulations.baselines import compute_baseline
 from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
-from simulations.evaluate import evaluate_at_home, locate_prepared_data
+from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data
 from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless
@@ -183,15 +184,25 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
     with without_flushing():  # One line for each site; the next line that is flushed puts them all on the disk.
         _journal_left_out(experiment, sites)
         _journal_epsilon(experiment, sites)
-    _journal_metrics(experiment, sites, outcome)
+    evaluations = _journal_metrics(experiment, sites, outcome)
     if config.personal != "none":
         _journal_at_home(experiment, sites)
     for name in config.baselines:
         experiment.observe(f"baseline {name}", 0, 1)
         started = time.monotonic()
-        metrics = compute_baseline(name, experiment, sites)
-        seconds = round(time.monotonic() - started, 3)
-        experiment.journal.write(BaselineEvaluated(name=name, metrics=metrics, seconds=seconds))
+        found = compute_baseline(name, experiment, sites)
+        event = BaselineEvaluated(
+            name=name,
+            metrics={task: each.pooled for task, each in found.items()},
+            seconds=round(time.monotonic() - started, 3),
+            intervals={task: list_intervals(each.estimates) for task, each in found.items()},
+            differences={
+                task: list_differences(evaluations[task].estimates, each.estimates)
+                for task, each in found.items()
+                if task in evaluations
+            },
+        )
+        experiment.journal.write(event)
         experiment.observe(f"baseline {name}", 1, 1)
     return write_results(experiment.folder, run_, experiment.backbones, outcome.heads)
 
@@ -292,12 +303,24 @@ def _journal_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> Non
             experiment.journal.write(EpsilonSpent(site=site.name, epsilon=epsilon))
 
 
-def _journal_metrics(experiment: Experiment, sites: Sequence[SiteConfig], outcome: Outcome) -> None:
+def _journal_metrics(
+    experiment: Experiment, sites: Sequence[SiteConfig], outcome: Outcome
+) -> dict[str, HeadEvaluation]:
     evaluations = evaluate_heads(
-        experiment, outcome.heads, sites, run_id=experiment.run_id, backbones=experiment.backbones
+        experiment, outcome.heads, sites, run_id=experiment.run_id, backbones=experiment.backbones, intervals=True
     )
     for task, result in evaluations.items():
-        experiment.journal.write(MetricsEvaluated(task=task, pooled=result.pooled, per_site=result.per_site))
+        event = MetricsEvaluated(
+            task=task,
+            pooled=result.pooled,
+            per_site=result.per_site,
+            pooled_intervals=list_intervals(result.estimates),
+            per_site_intervals={site: list_intervals(each) for site, each in result.site_estimates.items()},
+            errors=tuple(sorted(result.errors)),
+            outcomes=result.outcomes,
+        )
+        experiment.journal.write(event)
+    return evaluations
 
 
 def _journal_at_home(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:

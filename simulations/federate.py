@@ -151,6 +151,7 @@ def evaluate_heads(
     *,
     run_id: str,
     backbones: Mapping[str, Backbone],
+    intervals: bool = False,
 ) -> dict[str, HeadEvaluation]:
     """Returns the metrics of heads on the held-out records of all sites, by task.
 
@@ -160,9 +161,10 @@ def evaluate_heads(
         sites: the sites; those that prepared nothing for the run are left out.
         run_id: id of the run for which the sites prepared their records.
         backbones: backbones that the trunks belong to.
+        intervals: whether the spreads of the metrics are computed too.
     """
     tasks, held_out = _open_held_out(experiment, heads, sites, run_id, backbones)
-    return evaluate(heads, tasks, held_out)
+    return evaluate(heads, tasks, held_out, intervals=intervals)
 
 
 def _open_held_out(

@@ -6,7 +6,9 @@ interval for the number of units that has this spread (Korn and Graubard 1998; F
 one record a unit that is Wilson's interval itself; it stays within [0, 1], and is not empty where all units are right.
 Other metrics have the value plus and minus 1.96 spreads. Metrics over pairs of records have no interval.
 
-The draws are the same each time. Intervals are about the choice of held-out units alone: not about training or noise.
+The draws are the same each time, so that two heads that are judged on the same units are compared draw by draw: the
+spread of their difference is that of one choice of units for both. Intervals are about the choice of held-out units
+alone: not about training or noise.
 
 # Shapes: R records, S entries of a statistic, P entries of it that one record fills.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +41,14 @@ class Estimate:
         spread: standard deviation over the choice of units; None where it is undefined for much of it.
         num_units: number of units that it is computed from.
         is_rate: whether the metric is a rate.
+        draws: the metric of each replicate, NaN where it is undefined; empty where there are none.
     """
 
     value: float | None
     spread: float | None
     num_units: int
     is_rate: bool
+    draws: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def interval(self) -> Interval | None:
@@ -102,6 +106,7 @@ def estimate_metrics(task: Task, predictions: Sequence[Predictions]) -> dict[str
             _compute_spread(draws[name]),
             num_units,
             statistic.ranges.get(name) == RATE,
+            tuple(draws[name]),
         )
         for name, value in values.items()
     }
@@ -112,6 +117,41 @@ def estimate_metrics(task: Task, predictions: Sequence[Predictions]) -> dict[str
 def average_estimates(estimates: Sequence[Estimates]) -> dict[str, Estimate]:
     """Returns the mean of each metric over the sites where it is defined; their units are drawn independently."""
     return {name: _average([each[name] for each in estimates]) for name in (estimates[0] if estimates else ())}
+
+
+def average_heads(estimates: Sequence[Estimates]) -> dict[str, Estimate]:
+    """Returns the mean of each metric over several heads that are judged on the same units."""
+    return {name: _average_draws([each[name] for each in estimates]) for name in (estimates[0] if estimates else ())}
+
+
+def list_differences(first: Estimates, second: Estimates) -> dict[str, Interval | None]:
+    """Returns metric name -> 95 % interval of the first minus the second, judged on the same units."""
+    return {name: compute_difference(each, second[name]) for name, each in first.items() if name in second}
+
+
+def compute_difference(first: Estimate, second: Estimate) -> Interval | None:
+    """Returns the 95 % interval of a metric's difference between two heads on the same units; None where undefined.
+
+    Of rates two units are counted that the heads judge differently, one either way (half of each as in Agresti and Min
+    2005): few units that happen to agree are no certainty.
+
+    Args:
+        first: the metric of one head.
+        second: the metric of the other.
+    """
+    if first.value is None or second.value is None or not first.draws or len(first.draws) != len(second.draws):
+        return None
+    drawn = np.subtract(first.draws, second.draws)
+    spread = _compute_spread(drawn.tolist())
+    if spread is None:
+        return None
+    difference, count = first.value - second.value, first.num_units
+    if first.is_rate and second.is_rate:
+        # A unit's mean square follows from the spread of the mean; two halves either way add 1 to its sum.
+        squares = count * (count * spread**2 + difference**2) + 1.0
+        difference, count = difference * count / (count + 2), count + 2
+        spread = math.sqrt(max(0.0, squares / count - difference**2) / count)
+    return difference - _NORMAL_95 * spread, difference + _NORMAL_95 * spread
 
 
 def list_values(estimates: Estimates) -> Metrics:
@@ -133,6 +173,16 @@ def _average(estimates: Sequence[Estimate]) -> Estimate:
         sum(each.num_units for each in estimates),
         all(each.is_rate for each in estimates),
     )
+
+
+def _average_draws(estimates: Sequence[Estimate]) -> Estimate:
+    defined = [each for each in estimates if each.value is not None]
+    if not defined:
+        return estimates[0]
+    draws = tuple(np.mean([each.draws for each in defined], axis=0).tolist()) if defined[0].draws else ()
+    value = math.fsum(each.value or 0.0 for each in defined) / len(defined)
+    is_rate = all(each.is_rate for each in estimates)
+    return Estimate(value, _compute_spread(draws) if draws else None, defined[0].num_units, is_rate, draws)
 
 
 def _compute_spread(values: Sequence[float]) -> float | None:

@@ -30,6 +30,7 @@ from common.events.journal import (
     read_site_journal,
     select_events,
 )
+from common.events.outcomes import ConfusionCounts, Outcomes, ScoreCounts
 from common.events.runs import (
     AcceptedUpdate,
     BackboneFacts,
@@ -111,6 +112,7 @@ __all__ = [
     "ByteCounts",
     "Calibration",
     "CommandRun",
+    "ConfusionCounts",
     "DaemonEvent",
     "DaemonStarted",
     "DaemonStopped",
@@ -134,6 +136,7 @@ __all__ = [
     "MetricsEvaluated",
     "MomentsMeasured",
     "NoisedMetrics",
+    "Outcomes",
     "QuorumAwaited",
     "RecordsLeftOut",
     "RecordsPurged",
@@ -154,6 +157,7 @@ __all__ = [
     "RunPrepared",
     "RunStarted",
     "RunsRemoved",
+    "ScoreCounts",
     "SiteEvent",
     "SiteJoined",
     "SitePreparedAgain",

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from common.events.facts import AuditVerdict, Event, Facts, Interval, Intervals, Metrics, nest_verdict
+from common.events.outcomes import Outcomes
 from common.types import Plan, Unit
 
 
@@ -226,6 +227,9 @@ class HeadsEvaluated(Event):
         "together are one release."
     )
     rejected: Mapping[str, str] = Field({}, description="Name of each site whose release is missing -> the reason.")
+    outcomes: Mapping[str, Outcomes] = Field(
+        {}, description="Task name -> noised counts of predictions and scores over all sites that released."
+    )
 
 
 class RunEnded(Event):
@@ -301,6 +305,14 @@ class MetricsEvaluated(Event):
     task: str = Field(description="Name of the task.")
     pooled: Metrics = Field(description="Metrics on the held-out records of all sites together.")
     per_site: Mapping[str, Metrics] = Field(description="Name of each site -> metrics on its own held-out records.")
+    pooled_intervals: Intervals = Field({}, description="Metric name -> 95 % interval over the choice of units.")
+    per_site_intervals: Mapping[str, Intervals] = Field(
+        {}, description="Name of each site -> the same intervals; empty where there are more sites than a page shows."
+    )
+    errors: tuple[str, ...] = Field((), description="Names of the metrics that are the better the smaller they are.")
+    outcomes: Outcomes | None = Field(
+        None, description="Counts of predictions and scores over all sites; null where the task counts none."
+    )
 
 
 class RoundEvaluated(Event):
@@ -321,6 +333,12 @@ class BaselineEvaluated(Event):
     name: str = Field(description="Name of the baseline.")
     metrics: Mapping[str, Metrics] = Field(description="Task name -> metrics on the held-out records of all sites.")
     seconds: float = Field(description="Duration, in seconds.")
+    intervals: Mapping[str, Intervals] = Field({}, description="Task name -> 95 % intervals of these metrics.")
+    differences: Mapping[str, Intervals] = Field(
+        {},
+        description="Task name -> metric name -> 95 % interval of the federated heads' metric minus this one, on the "
+        "same held-out units.",
+    )
 
 
 class HomeMetrics(Facts):
@@ -334,6 +352,11 @@ class HomeMetrics(Facts):
     pooled_intervals: Intervals = Field(description="Metric name -> interval of the pooled metric.")
     per_site: Mapping[str, Metrics] = Field(description="Name of each site -> its metrics.")
     per_site_intervals: Mapping[str, Intervals] = Field(description="Name of each site -> intervals of its metrics.")
+    differences: Mapping[str, Intervals] = Field(
+        {},
+        description="Name of each site -> metric name -> 95 % interval of the federated heads' metric minus this one, "
+        "on the same held-out units.",
+    )
 
 
 class HomeEvaluated(Event):

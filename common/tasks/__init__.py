@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from common.events import Outcomes
 from common.plugins import Spec, resolve
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Statistic:
             clipped to it -> metric -> value, the main metric first; NaN where a metric is undefined.
         ranges: metric -> the ends of its range, in its own unit; of one without an end there, a value that means no
             use at all.
+        errors: metrics that are the better the smaller they are.
     """
 
     size: int
@@ -104,6 +106,7 @@ class Statistic:
     entries: Callable[[Tensor, Tensor], SparseRows]
     compute: Callable[[NDArray[np.float64], bool], dict[str, float]]
     ranges: Mapping[str, tuple[float, float]]
+    errors: frozenset[str] = frozenset()
 
     def values(self, sums_S: Tensor | NDArray[np.float64]) -> dict[str, float]:
         """Returns metric -> value of sums over examples, clipped into its range; NaN where it is undefined."""
@@ -280,6 +283,23 @@ class Servable(Protocol):
 
     def serve(self, outputs: Tensor) -> Tensor:
         """Returns served_BC (float32) of a head's outputs: probabilities where the task has any."""
+
+
+@runtime_checkable
+class CountedOutcomes(Protocol):
+    """Optional part of a task whose statistic counts predictions and scores: confusion matrices, curves.
+
+    Law (tests/contracts/test_tasks.py): of the sums of one example, each table of all classes holds a single 1, and so
+    do the positives and negatives of a label together where its truth is known.
+    """
+
+    def count_outcomes(self, sums_S: NDArray[np.float64], deviation: float) -> Outcomes:
+        """Returns the counts that sums of the task's statistic hold, whatever its number of score buckets is.
+
+        Args:
+            sums_S: summed rows, perhaps with noise.
+            deviation: standard deviation of the noise in each entry; 0 without any.
+        """
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from pydantic import Field, model_validator
 
+from common.events import Outcomes
 from common.inputs import CellName, find_name
 from common.plugins import Plugin
 from common.tasks import Statistic, TaskExample
@@ -127,6 +128,16 @@ class Anomaly(Plugin):
             return {name: values[name] for name in _METRICS}
 
         return replace(whole, compute=choose_values, ranges=dict.fromkeys(_METRICS, RATE))
+
+    def count_outcomes(self, sums_S: Array, deviation: float) -> Outcomes:
+        """Returns the counts of a classification into normal and anomalous; its scores are no probabilities.
+
+        Args:
+            sums_S: summed rows of the statistic.
+            deviation: standard deviation of the noise in each entry.
+        """
+        classes = Classification(labels=(self.normal, self.anomalous), positive=self.anomalous)
+        return classes.count_outcomes(sums_S, deviation).model_copy(update={"probabilities": False})
 
     def _logits(self, outputs: Tensor) -> Tensor:
         """Returns [B, 2]: 0, and 2 log(distance / threshold), which is monotone in the distance and never infinite."""

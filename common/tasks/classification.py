@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 import numpy as np
 from pydantic import Field, model_validator
 
+from common.events import Outcomes
 from common.inputs import CellName, CellNames
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
 from common.tasks.parts.declared import LabelRatios, LabelWeights, TextStart, Threshold, compute_logit, order_by_label
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.outcomes import make_confusions, make_scores
 from common.tasks.parts.rates import (
     RATE,
     Array,
@@ -260,6 +262,21 @@ class Classification(Plugin):
             "sensitivity": average_defined(recall_K) if positive is None else float(recall_K[positive]),
             "specificity": average_defined(specificity_K) if positive is None else float(specificity_K[positive]),
         }
+
+    def count_outcomes(self, sums_S: Array, deviation: float) -> Outcomes:
+        """Returns the confusion matrix, and the scores of the positive class or of every class.
+
+        Args:
+            sums_S: summed rows of the statistic.
+            deviation: standard deviation of the noise in each entry.
+        """
+        scored = [self.labels[index] for index in self._scored_classes()]
+        root = math.sqrt(len(scored))
+        return Outcomes(
+            confusions=make_confusions(sums_S[: len(self.labels) ** 2], self.labels, deviation),
+            scores=make_scores(root * sums_S[len(self.labels) ** 2 :], scored, len(self.labels), root * deviation),
+            probabilities=True,
+        )
 
     def _predict(self, outputs: Tensor) -> Tensor:
         """Returns index_B of the predicted class."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 import numpy as np
 from pydantic import Field, model_validator
 
+from common.events import Outcomes
 from common.inputs import CellName, CellNames, find_name
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
@@ -26,6 +27,7 @@ from common.tasks.parts.declared import (
     order_by_label,
 )
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.outcomes import make_label_confusions, make_scores
 from common.tasks.parts.rates import (
     RATE,
     Array,
@@ -236,6 +238,20 @@ class Multilabel(Plugin):
         histograms = build_score_rows(scores_BL, labels, num_classes=2, buckets=buckets, offset=4 * num_labels)
         index_BP, value_BP = join_rows(cells, histograms)
         return SparseRows(index_BP, value_BP / math.sqrt(num_labels))
+
+    def count_outcomes(self, sums_S: Array, deviation: float) -> Outcomes:
+        """Returns for each label its absences and presences by prediction, and its scores.
+
+        Args:
+            sums_S: summed rows of the statistic.
+            deviation: standard deviation of the noise in each entry.
+        """
+        root, cells = math.sqrt(len(self.labels)), 4 * len(self.labels)
+        return Outcomes(
+            confusions=make_label_confusions(root * sums_S[:cells], self.labels, root * deviation),
+            scores=make_scores(root * sums_S[cells:], self.labels, 2, root * deviation),
+            probabilities=True,
+        )
 
     def _weights(self) -> list[float]:
         return order_by_label(self.weights, self.labels, "weights", default=1.0)

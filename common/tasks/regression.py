@@ -108,7 +108,8 @@ class Regression(Plugin):
         width = 2 * self.codec.half
         # R2 has no lower end; 0 is predicting the mean.
         ranges = {"mae": (0.0, width), "rmse": (0.0, width), "r2": RATE}
-        return Statistic(5, math.sqrt(5.0), self._entries, self._compute, ranges)
+        errors = frozenset({"mae", "rmse"})
+        return Statistic(5, math.sqrt(5.0), self._entries, self._compute, ranges, errors)
 
     def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import messages
-from common.events import Calibration, NoisedMetrics
-from common.tasks import Calibratable, Statistic, Task
+from common.events import Calibration, NoisedMetrics, Outcomes
+from common.tasks import NOISED_BUCKETS, Calibratable, CountedOutcomes, Statistic, Task
 from common.tasks.parts.calibration import fit_temperature, make_released_statistic
 from common.types import NOISE_MULTIPLIERS, BadInput
 
@@ -84,9 +84,7 @@ def compute_metrics(
         if not with_task:
             continue
         statistic = make_released_statistic(task, calibrate=calibrate)
-        total = np.sum([release.reply.sums[name][_SUMS].astype(np.float64) for release in with_task], axis=0)
-        sums = total * statistic.bound
-        deviation = math.sqrt(sum(release.noise_std**2 for release in with_task)) * statistic.bound
+        sums, deviation = _add_up(name, statistic, with_task)
         draws = np.random.default_rng(seed).normal(size=(_DRAWS, len(sums)))
         noise = draws * deviation
         errors, unclipped_errors = (_compute_errors(statistic, sums + noise, clip) for clip in (True, False))
@@ -104,6 +102,39 @@ def compute_metrics(
             calibration=_calibrate(sums, deviation, draws) if calibrate and isinstance(task, Calibratable) else None,
         )
     return results
+
+
+def count_outcomes(
+    tasks: Mapping[str, Task], releases: Sequence[SiteRelease], *, calibrate: bool = False
+) -> dict[str, Outcomes]:
+    """Returns the noised counts of predictions and scores over all sites, of each task that counts them.
+
+    Args:
+        tasks: the run's tasks by name.
+        releases: checked releases, at most one of each site.
+        calibrate: whether the releases tell the heads' overconfidence too.
+    """
+    counts = {}
+    for name, task in tasks.items():
+        with_task = [release for release in releases if name in release.reply.sums]
+        if with_task and isinstance(task, CountedOutcomes):
+            statistic = make_released_statistic(task, calibrate=calibrate)
+            sums_S, deviation = _add_up(name, statistic, with_task)
+            counts[name] = task.count_outcomes(sums_S[: task.statistic(NOISED_BUCKETS).size], deviation)
+    return counts
+
+
+def _add_up(name: str, statistic: Statistic, releases: Sequence[SiteRelease]) -> tuple[NDArray[np.float64], float]:
+    """Returns the summed statistic of a task over sites, and the deviation of the noise in each entry.
+
+    Args:
+        name: the task's name.
+        statistic: its released statistic.
+        releases: the releases of the sites that have the task.
+    """
+    total = np.sum([release.reply.sums[name][_SUMS].astype(np.float64) for release in releases], axis=0)
+    deviation = math.sqrt(sum(release.noise_std**2 for release in releases))
+    return total * statistic.bound, deviation * statistic.bound
 
 
 def select_temperatures(results: Mapping[str, NoisedMetrics]) -> dict[str, float]:

@@ -38,7 +38,7 @@ from common.tasks import open_tasks
 from common.types import Heads, RunFailed, RunInterrupted, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
-from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, select_temperatures
+from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, count_outcomes, select_temperatures
 from server.rounds.inquiry import Quorum, Waiting
 from server.rounds.join import RollCall, join_sites, prepare_sites
 from server.rounds.late import LateRollCall
@@ -320,6 +320,7 @@ def evaluate_round(
             noise_multipliers={release.site: release.reply.noise_multiplier for release in releases},
             # Not evaluating is no fault: these sites stay in the run.
             rejected={names[item.node_id]: item.reason for item in answers.rejected if item.node_id in names},
+            outcomes=count_outcomes(tasks, releases, calibrate=evaluation.calibrate),
         )
     )
     return select_temperatures(results)

@@ -19,6 +19,7 @@ from common.tasks import (
     EXACT_BUCKETS,
     NOISED_BUCKETS,
     Calibratable,
+    CountedOutcomes,
     LabelPrior,
     LossGradient,
     Servable,
@@ -29,6 +30,7 @@ from common.tasks import (
     open_task,
 )
 from common.tasks.parts.calibration import make_released_statistic
+from common.tasks.parts.outcomes import MOST_RANGES, join_score_ranges
 from common.types import BadRecord
 
 FEATURE_DIM = 7
@@ -370,3 +372,43 @@ def test_reading_its_settings_loads_no_torch(example: TaskExample) -> None:
         [sys.executable, "-c", code, json.dumps(dict(example.settings))], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("buckets", [NOISED_BUCKETS, 64])
+def test_counts_of_outcomes_are_those_of_the_examples(task: Task, labels: Tensor, buckets: int) -> None:
+    """The metrics that follow from the tables are the statistic's own."""
+    if not isinstance(task, CountedOutcomes):
+        pytest.skip("the task counts no outcomes")
+    outputs, labels = many(task, labels)
+    statistic = task.statistic(buckets)
+    sums = statistic.sums(outputs, labels)
+    outcomes = task.count_outcomes(sums.numpy(), 2.0)
+    values = statistic.values(sums)
+    right = sum(table.counts[index][index] for table in outcomes.confusions for index in range(len(table.names)))
+    everything = sum(sum(map(sum, table.counts)) for table in outcomes.confusions)
+    if "accuracy" in values:
+        assert right / everything == pytest.approx(values["accuracy"])
+    areas = []
+    for scores in outcomes.scores:
+        pairs = [(low, high) for high in enumerate(scores.positives) for low in enumerate(scores.negatives)]
+        wins = sum(p * n * (0.5 if i == j else i > j) for (j, n), (i, p) in pairs if p and n)
+        areas.append(wins / (sum(scores.positives) * sum(scores.negatives)))
+    assert sum(areas) / len(areas) == pytest.approx(values["auroc"])
+    assert all(table.deviation >= 2.0 for table in (*outcomes.confusions, *outcomes.scores))
+    for scores in outcomes.scores:
+        assert len(scores.edges) == buckets - 1 and list(scores.edges) == sorted(scores.edges)
+        whole = [round(number, 6) for number in (*scores.positives, *scores.negatives)]
+        assert all(number >= 0 and number == int(number) for number in whole)
+        assert 0 < sum(whole) <= len(labels)
+
+
+def test_joined_ranges_keep_the_numbers_and_nearly_the_area(task: Task, labels: Tensor) -> None:
+    if not isinstance(task, CountedOutcomes):
+        pytest.skip("the task counts no outcomes")
+    outputs, labels = many(task, labels)
+    exact = task.count_outcomes(task.statistic(EXACT_BUCKETS).sums(outputs, labels).numpy(), 0.0)
+    joined = join_score_ranges(exact)
+    for whole, few in zip(exact.scores, joined.scores, strict=True):
+        assert len(few.positives) == len(few.edges) + 1 <= MOST_RANGES
+        assert sum(few.positives) == pytest.approx(sum(whole.positives))
+        assert sum(few.negatives) == pytest.approx(sum(whole.negatives))

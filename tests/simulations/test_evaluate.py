@@ -33,7 +33,7 @@ def test_the_majority_is_that_of_all_sites_labelled_training_records() -> None:
     # At site x alone, and with its unlabelled records, most would be a.
     train = {"x": units("t", [[0.0]] * 5, [0, 0, 0, 0, 0], unlabelled=3), "y": units("t", [[0.0]] * 3, [1, 1, 1])}
     test = {"x": units("t", [[0.0]] * 4, [1, 1, 1, 0])}
-    assert evaluate_baseline_predictions({"t": task}, train, test)["t"]["accuracy"] == pytest.approx(0.75)
+    assert evaluate_baseline_predictions({"t": task}, train, test)["t"].pooled["accuracy"] == pytest.approx(0.75)
 
 
 def test_features_themselves_are_judged_by_the_pairs_of_identities_never_seen() -> None:
@@ -45,7 +45,7 @@ def test_features_themselves_are_judged_by_the_pairs_of_identities_never_seen() 
         "y": units("t", [[1.0, 0.0, 0.0], [0.0, 1.0, 0.1]], [2, 3]),
     }
     expected = {"eer": 0.0, "tar_at_far_1": 1.0, "tar_at_far_10": 1.0}
-    assert evaluate_baseline_predictions({"t": task}, train, test)["t"] == expected
+    assert evaluate_baseline_predictions({"t": task}, train, test)["t"].pooled == expected
 
 
 def test_a_task_that_says_nothing_without_training_has_no_such_baseline() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.tasks import SparseRows
+from common.tasks.parts.outcomes import compute_score_edges
 
 
 def join_rows(*parts: SparseRows) -> SparseRows:
@@ -39,11 +40,5 @@ def build_score_rows(scores_BL: Tensor, truth_BL: Tensor, *, num_classes: int, b
 
 
 def build_score_edges(num_classes: int, buckets: int) -> Tensor:
-    """Returns the edges between buckets of probabilities, evenly spaced in asinh(logit - logit of chance).
-
-    A head trained with privacy may move scores only a little around chance (1 / num_classes), where evenly spaced
-    buckets of [0, 1] would see nothing but ties.
-    """
-    logits_T = 0.1 * torch.sinh(torch.linspace(-5.8, 5.8, buckets - 1, dtype=torch.float64))
-    chance = -torch.log(torch.tensor(num_classes - 1.0, dtype=torch.float64))
-    return torch.sigmoid(chance + logits_T).float()
+    """Returns the edges between buckets of probabilities (`outcomes.compute_score_edges`)."""
+    return torch.from_numpy(compute_score_edges(num_classes, buckets)).float()

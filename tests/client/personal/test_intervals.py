@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from client.personal.intervals import Estimate, average_estimates, compute_wilson_interval, estimate_metrics
+from client.personal.intervals import (
+    Estimate,
+    average_estimates,
+    average_heads,
+    compute_difference,
+    compute_wilson_interval,
+    estimate_metrics,
+)
 from client.personal.metrics import Predictions
 from common.tasks import open_task
 
@@ -78,3 +85,32 @@ def test_a_metric_that_is_no_rate_may_have_an_interval_beyond_one() -> None:
     # The standard error of a mean of 41 values, to the bootstrap's tenth.
     error = float((labels - 50).abs().std()) / 41**0.5
     assert got.interval[1] - got.interval[0] == pytest.approx(2 * 1.96 * error, rel=0.2)
+
+
+def test_two_heads_on_the_same_units_are_compared_unit_by_unit() -> None:
+    """Agresti and Min (2005), their interval from counts: 12 and 4 of 100 units judged differently."""
+    first = [True] * 70 + [True] * 12 + [False] * 4 + [False] * 14
+    second = [True] * 70 + [False] * 12 + [True] * 4 + [False] * 14
+    one, two = (estimate_metrics(CLASSES, [predictions_of(right)])["accuracy"] for right in (first, second))
+    b, c, n = 12.5, 4.5, 102
+    half = 1.959963984540054 * ((b + c) - (b - c) ** 2 / n) ** 0.5 / n
+    assert compute_difference(one, two) == pytest.approx(((b - c) / n - half, (b - c) / n + half), abs=0.01)
+    # The intervals of the two overlap, and would hide a difference twice as large.
+    assert one.interval is not None and two.interval is not None and one.interval[0] < two.interval[1]
+
+
+def test_a_head_does_not_differ_from_itself_and_few_units_are_no_certainty() -> None:
+    one = estimate_metrics(CLASSES, [predictions_of([True, True, False])])["accuracy"]
+    low, high = compute_difference(one, one) or (1.0, 0.0)
+    assert low < 0.0 < high
+    two = estimate_metrics(CLASSES, [predictions_of([True, True])])["accuracy"]
+    none = estimate_metrics(CLASSES, [predictions_of([False, False])])["accuracy"]
+    low, high = compute_difference(two, none) or (0.0, 0.0)
+    assert low < 0.0, "two units that agree decide nothing"
+
+
+def test_heads_of_several_sites_are_averaged_draw_by_draw() -> None:
+    right = [True] * 8 + [False] * 12
+    one = estimate_metrics(CLASSES, [predictions_of(right)])
+    mean = average_heads([one, one])
+    assert mean["accuracy"] == one["accuracy"] and mean["accuracy"].draws == one["accuracy"].draws

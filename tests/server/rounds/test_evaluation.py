@@ -20,12 +20,13 @@ from common.privacy.accounting import Mechanism, compute_epsilon
 from common.run import ONLY_BACKBONE
 from common.serving.folder import read_config
 from common.tasks import NOISED_BUCKETS, open_task
+from common.tasks.parts.calibration import make_released_statistic
 from common.types import BadInput
 from server.reports.results import write_results
 from server.reports.summary import summarize
 from server.reports.tables import render_summary
 from server.rounds.checkpoint import load_checkpoint
-from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, is_readable
+from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, count_outcomes, is_readable
 from tests.server.rounds.test_loop import federate
 from tests.tiny import TASKS, backbone, forged, run_config, site_config
 
@@ -285,3 +286,25 @@ def test_a_metric_without_a_value_is_not_readable_in_the_table(tmp_path: Path) -
     with console.capture() as shown:
         console.print(render_summary(summary))
     assert shown.get().count("not readable") == len(STATISTIC.ranges) and "0.000" not in shown.get()
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_counts_of_outcomes_are_the_sums_of_sites_with_their_noise(calibrate: bool) -> None:
+    statistic = make_released_statistic(COLOUR["colour"], calibrate=calibrate)
+    outputs, labels = torch.eye(3)[[0, 1, 1, 2]] * 5, torch.tensor([0, 1, 2, 2])
+    exact = statistic.sums(outputs, labels).numpy() / statistic.bound
+    releases = [
+        SiteRelease(site, messages.EvaluateReply({"colour": {"sums": exact.astype(np.float32)}}, noise))
+        for site, noise in (("east", 3.0), ("north", 4.0))
+    ]
+    (table,) = count_outcomes(COLOUR, releases, calibrate=calibrate)["colour"].confusions
+    np.testing.assert_allclose(table.counts, [[2, 0, 0], [0, 2, 0], [0, 2, 2]], atol=1e-5)
+    assert table.deviation == pytest.approx(5.0 * statistic.bound)
+
+
+def test_an_evaluation_s_counts_stand_in_the_journal(tmp_path: Path) -> None:
+    site = site_config(tmp_path, "north", evaluation=SHARE, budget=RICH)
+    _, events = federate(tmp_path / "run", [site], evaluation={"every": 1, "calibrate": True})
+    for event in evaluations(events):
+        assert set(event.outcomes) == {"colour", "size"}
+        assert all(table.deviation > 0.0 for each in event.outcomes.values() for table in each.confusions)
