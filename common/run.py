@@ -307,6 +307,8 @@ class RunConfig(Frozen):
         tasks: the tasks by name; where there are several backbones, each task names its own.
         trainable: name of a backbone (`backbone`, where it has no other) -> what of it trains; without an entry it is
             frozen.
+        licences: name of a backbone (`backbone`, where it has no other) -> licence of its weights, such as
+            `Apache-2.0`, which the model's card repeats.
         solver: how a site turns features into an update.
         privacy: the privacy that the run asks for, or `non_private`.
         aggregation: how updates become new parameters.
@@ -333,6 +335,7 @@ class RunConfig(Frozen):
     backbones: Annotated[dict[Name, Spec], Field(min_length=1, max_length=MAX_BACKBONES)] | None = None
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
     trainable: dict[Name, Trainable] = {}
+    licences: dict[Name, Annotated[str, StringConstraints(min_length=1, max_length=200)]] = {}
     solver: SolverSpec
     privacy: Privacy | Literal["non_private"]
     aggregation: AggregationSpec
@@ -360,7 +363,7 @@ class RunConfig(Frozen):
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_unset(self, handler(self), ("moments", "trust", "colluding"))
+        return drop_unset(self, handler(self), ("licences", "moments", "trust", "colluding"))
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -384,9 +387,10 @@ class RunConfig(Frozen):
         unused = sorted(set(names) - {self.backbone_of(task) for task in self.tasks})
         if unused:
             raise ValueError(f"backbones.{unused[0]}: expected a task that stands on it, got none")
-        unknown = sorted(set(self.trainable) - set(names))
-        if unknown:
-            raise ValueError(f"trainable: expected some of {', '.join(names)}, got {unknown[0]!r}")
+        for key, named in (("trainable", self.trainable), ("licences", self.licences)):
+            unknown = sorted(set(named) - set(names))
+            if unknown:
+                raise ValueError(f"{key}: expected some of {', '.join(names)}, got {unknown[0]!r}")
         self.solver.check_tasks(self.tasks, "solver")
         self.aggregation.check_tasks(self.tasks)
         rated = self.solver.trunk is not None

@@ -161,10 +161,16 @@ def as_override(key: str, value: Any) -> str:
     return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
 
+def format_yaml(values: Mapping[str, Any]) -> str:
+    """Returns plain values as YAML text, keys in their order."""
+    text: str = yaml.dump(dict(values), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def write_yaml(path: Path, model: BaseModel) -> None:
     """Write a model as YAML, readable by `load`."""
     values = model.model_dump(mode="json")  # None too: a written null may be required (`crop: null`).
-    path.write_text(yaml.dump(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(format_yaml(values), encoding="utf-8")
 
 
 def _override(values: dict[str, Any], override: str) -> None:

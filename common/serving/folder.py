@@ -78,12 +78,14 @@ class ModelBackbone(Frozen):
         spec: its resolved settings, with the preprocessing and projection.
         source: its weights as the run file names them, a path as its last part; null where the site knows the digest
             only.
+        licence: licence of its weights as the run file declares it; null where it does not.
         trainable: settings of the part that was trained; null where all is frozen.
     """
 
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     spec: dict[str, Any]
     source: str | None = None
+    licence: str | None = None
     trainable: dict[str, Any] | None = None
 
 
@@ -180,6 +182,7 @@ def describe_model(
                 digest=backbones[name][0],
                 spec=dict(backbones[name][1]),
                 source=_name_source(run, name),
+                licence=run.licences.get(name),
                 trainable=run.trainable[name].model_dump(mode="json", by_alias=True) if name in run.trainable else None,
             )
             for name in dict.fromkeys(run.backbone_of(task) for task in names)
