@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from common.inputs import find_name, parse_number
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
-from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt
+from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt, drop_unset
 from common.secure_sum.terms import MAX_SITES, SumRules, hash_values
 from common.types import DELTAS, EPSILONS, BadInput, FilterKind, Unit, check_delta
 
@@ -53,17 +54,61 @@ class LabelColumns(Frozen):
 
     Attributes:
         source: name of an entry in `sources`.
-        column: the label column; or one column for each label of a multi-label task, in the task's label order.
-        values: local value -> task value; without it, local values are the task's own.
+        column: the label column; or one column for each label of a multi-label task, in the task's label order; or of a
+            survival task the column of times and that of events.
+        values: local value -> task value, of all columns alike or under a column's name; without it, local values are
+            the task's own.
+        multiply: column -> number by which its numbers are multiplied, where the task's unit is another one.
         missing: what an empty label means: `skip` (the record has no label for this task) or `refuse` (an error).
         unmapped: what a value outside `values` and the task's labels means, likewise.
     """
 
     source: str
     column: str | list[str]
-    values: dict[str, str] | None = None
+    values: dict[str, str | dict[str, str]] | None = None
+    multiply: dict[str, Annotated[float, Field(gt=0)]] | None = None
     missing: Literal["skip", "refuse"]
     unmapped: Literal["skip", "refuse"] = "refuse"
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        by_column = [name for name, value in (self.values or {}).items() if not isinstance(value, str)]
+        if by_column and len(by_column) != len(self.values or {}):
+            raise ValueError(f"values: expected all of them under a column's name or none, got both, {by_column[0]!r}")
+        for key, names in (("values", by_column), ("multiply", list(self.multiply or {}))):
+            for name in names:
+                if name not in self.columns:
+                    raise ValueError(f"{key}: expected names of this task's columns, got {name!r}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("multiply",))
+
+    @property
+    def columns(self) -> list[str]:
+        """The label columns."""
+        return [self.column] if isinstance(self.column, str) else self.column
+
+    def list_values(self, column: str) -> dict[str, str] | None:
+        """Returns local value -> task value of a column; None where its values are the task's own."""
+        if self.values is None:
+            return None
+        own = self.values.get(column)
+        if isinstance(own, dict):
+            return own
+        flat = {local: value for local, value in self.values.items() if isinstance(value, str)}
+        return flat if len(flat) == len(self.values) else None
+
+    def read_cell(self, column: str, cell: str) -> str:
+        """Returns the task's value for a column's local one; a value that is not listed may be the task's own."""
+        values, factor = self.list_values(column), (self.multiply or {}).get(column)
+        found = find_name(cell, list(values or {}))
+        if values is not None and found is not None:
+            return list(values.values())[found]
+        number = None if factor is None else parse_number(cell)
+        # 0.1 x 3 is to be 0.3.
+        return cell if number is None or factor is None else f"{number * factor:.12g}"
 
 
 class SiteTask(LabelColumns):

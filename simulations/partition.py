@@ -369,9 +369,7 @@ def _split_stratified(config: SimulationConfig, source: str, index: list[SourceR
     if any(record.patient for record in index):
         raise BadInput("partition.split: stratified divides single records; write hash, which keeps patients whole")
     task = next(task for task in config.tasks.values() if task.source == source)
-    columns = [task.column] if isinstance(task.column, str) else task.column
-    values = task.values or {}
-    labels = [tuple(values.get(record.cells[name], record.cells[name]) for name in columns) for record in index]
+    labels = [tuple(task.read_cell(name, record.cells[name]) for name in task.columns) for record in index]
     counts = {label: labels.count(label) for label in set(labels)}
     stratify = ["|".join(label) for label in labels] if len(counts) > 1 and min(counts.values()) > 2 else None
     # Imported here: it takes a third of a second, and few simulations need it.

@@ -20,7 +20,7 @@ from tests.worlds import MEDIA, TASKS, Experiment, Replies, Row, honest_rows
 Sums = Mapping[str, np.ndarray[Any, Any]]
 LARGEST = {"moments": 1.0, "update": 1.0, "statistics": len(TASKS) ** 0.5}
 SIDES = {"moments": "train", "update": "train", "statistics": "test"}
-CELLS = {"age": "50", "finding": "edema", "signs": "fever", "voice": "ann"}
+CELLS = {"age": "50", "days": "150", "died": "1", "finding": "edema", "signs": "fever", "voice": "ann"}
 FEW, MANY = 6, 9
 """Patients of the two sites beside whose records a hostile unit stands."""
 
@@ -50,6 +50,9 @@ def hostile_units(medium: str, unit: str) -> dict[str, list[Row]]:
     units["odd labels, held out"] = [replace(test, cells=odd)]
     units["no labels"] = [replace(train, cells=none)]
     units["an infinite age"] = [replace(train, cells={**CELLS, "age": "1e999"})]
+    units["a negative time"] = [replace(train, cells={**CELLS, "days": "-1"})]
+    units["a time without an event"] = [replace(train, cells={**CELLS, "died": ""})]
+    units["a time that says nothing"] = [replace(train, cells={**CELLS, "days": "0", "died": "0"})]
     units["an age that is no number"] = [replace(train, cells={**CELLS, "age": "nan"})]
     units["blank patient"] = [replace(train, patient="")]
     units["odd patient"] = [replace(train, patient="\u202e\u0301 x" * 20)]

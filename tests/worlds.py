@@ -36,13 +36,21 @@ from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 MEASURED = {"bias": False, "centre": True, "prior": True}
 TASKS: dict[str, dict[str, Any]] = {
     "age": {"kind": "regression", "range": [0, 100]},
+    "death": {"kind": "survival", "boundaries": [100, 200, 400], "head": MEASURED},
     "finding": {"kind": "classification", "labels": ["tumour", "edema", "none"], "head": MEASURED},
     "odd": {"kind": "anomaly", "normal": "none", "anomalous": "edema"},
     "signs": {"kind": "multilabel", "labels": ["fever", "cough"], "head": MEASURED},
     "voice": {"kind": "embedding", "labels": ["ann", "bob"], "head": {"bias": False}},
 }
-COLUMNS = {"age": "age", "finding": "finding", "odd": "finding", "signs": "signs", "voice": "voice"}
-LABELS = ("age", "finding", "signs", "voice")
+COLUMNS: dict[str, str | list[str]] = {
+    "age": "age",
+    "death": ["days", "died"],
+    "finding": "finding",
+    "odd": "finding",
+    "signs": "signs",
+    "voice": "voice",
+}
+LABELS = ("age", "days", "died", "finding", "signs", "voice")
 PUBLIC_SIZE = 20
 RATE = 0.5
 
@@ -74,6 +82,8 @@ def honest_rows(content: Callable[[np.random.Generator], Any], count: int = 8) -
         for number in range(2):
             cells = {
                 "age": str(int(rng.integers(0, 100))),
+                "days": str(int(rng.integers(0, 600))),
+                "died": str(int(rng.integers(2))),
                 "finding": TASKS["finding"]["labels"][int(rng.integers(3))],
                 "signs": ["fever", "cough", "fever|cough"][int(rng.integers(3))],
                 "voice": ["ann", "bob"][int(rng.integers(2))],

@@ -163,12 +163,11 @@ def freeze_records(config: SiteConfig, offers: Iterable[Offer]) -> list[Check]:
 def _require_labelled_units(config: SiteConfig, survey: Survey) -> None:
     """Checks each task's minimum before any run is known, so that no run's settings decide whether the site joins."""
     for name, task in config.tasks.items():
-        columns = [task.column] if isinstance(task.column, str) else task.column
         units = {
             each.unit_key
             for each in survey.placed
             if each.source == task.source and SIDES[each.side] == "train"
-            if any(each.record.cells.get(column, "").strip() for column in columns)
+            if any(each.record.cells.get(column, "").strip() for column in task.columns)
         }
         if len(units) < task.min_units:
             raise RecordsUnusable(

@@ -181,17 +181,16 @@ def find_overlaps(config: SiteConfig, records: Iterable[SourceRecord]) -> Iterat
 
 
 def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[PlacedRecord]) -> Iterator[Found]:
-    columns = [own.column] if isinstance(own.column, str) else own.column
-    for column in columns:
+    for column in own.columns:
         if members and column not in members[0].record.cells:
             raise BadInput(f"tasks.{name}.column: there is no column {column!r}")
         values = Counter(member.record.cells[column].strip() for member in members)
         missing = values.pop("", 0)
-        unmapped = {value: count for value, count in values.items() if not _mapped(own, value)}
+        unmapped = {value: count for value, count in values.items() if not _mapped(own, column, value)}
         shown = ", ".join(f"{value} {count}" for value, count in values.most_common(_MAX_SHOWN))
         more = f" and {len(values) - _MAX_SHOWN} more values" if len(values) > _MAX_SHOWN else ""
         detail = f"{column}: {shown}{more}; {missing} empty"
-        if own.values is not None and unmapped:
+        if unmapped:
             lost = ", ".join(f"{value} {count}" for value, count in list(unmapped.items())[:_MAX_SHOWN])
             yield f"labels {name}", "warn", f"{detail}; not in `values`: {lost}", f"map them in tasks.{name}.values"
         else:
@@ -215,9 +214,9 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
         yield f"task {name}", "pass", detail, ""
 
 
-def _mapped(own: SiteTask, value: str) -> bool:
-    known = list(own.values or {})
-    return own.values is None or find_name(value, known) is not None or value in own.values.values()
+def _mapped(own: SiteTask, column: str, value: str) -> bool:
+    values = own.list_values(column)
+    return values is None or find_name(value, list(values)) is not None or value in values.values()
 
 
 def _size(name: str, own: SiteTask, members: Sequence[PlacedRecord]) -> Found:

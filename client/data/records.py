@@ -21,8 +21,8 @@ from client.config import LabelColumns, SiteTask, Split
 from client.data.sources import SourceRecord
 from client.data.sources.parts.boundary import try_record
 from common.errors import instead
-from common.inputs import encode_text, find_name, normalise_patient_id
-from common.tasks import Task
+from common.inputs import encode_text, normalise_patient_id
+from common.tasks import NamedCells, Task
 from common.types import BadInput, BadRecord, Unit
 
 if TYPE_CHECKING:
@@ -214,7 +214,8 @@ def encode_labels(name: str, task: Task, own: SiteTask, records: Iterable[Placed
     """
     import torch
 
-    columns = [own.column] if isinstance(own.column, str) else own.column
+    check_columns(name, task, own)
+    columns = own.columns
     labels, mask, rejected = [task.codec.missing()], [], []
     for record in (each.record for each in records):
         absent = [column for column in columns if column not in record.cells]
@@ -286,9 +287,10 @@ def _get_identity(placed: PlacedRecord) -> tuple[str, str]:
 
 def _encode_label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, str | None]:
     """Returns the label, or None with a reason to report the record, or None without one."""
-    if not any(cells):
+    if not (all(cells) if isinstance(task, NamedCells) else any(cells)):
         return None, "missing label" if own.missing == "refuse" else None
-    label, reason = try_record(lambda: task.codec.encode([_map_value(own, cell) for cell in cells]))
+    read = [own.read_cell(column, cell) for column, cell in zip(own.columns, cells, strict=True)]
+    label, reason = try_record(lambda: task.codec.encode(read))
     return label, reason if own.unmapped == "refuse" else None
 
 
@@ -303,16 +305,36 @@ def check_values(name: str, task: Task, own: LabelColumns) -> None:
     Raises:
         BadInput: a local value is mapped to something that is no value of the task.
     """
+    check_columns(name, task, own)
     # A value of one of several columns means nothing by itself.
-    for local, value in (own.values or {}).items() if isinstance(own.column, str) else ():
+    for local, value in (own.list_values(own.column) or {}).items() if isinstance(own.column, str) else ():
         try:
             task.codec.encode([value])
         except BadRecord as error:
             raise BadInput(f"tasks.{name}.values.{local}: {error}, got {value!r}") from error
 
 
-def _map_value(own: SiteTask, cell: str) -> str:
-    """Returns the task's value for a local one; a value that is not listed may be the task's own."""
-    known = list(own.values or {})
-    found = find_name(cell, known)
-    return cell if own.values is None or found is None else own.values[known[found]]
+def check_columns(name: str, task: Task, own: LabelColumns) -> None:
+    """Checks that a task whose label is several cells of different meanings has a column for each.
+
+    Args:
+        name: name of the task, for messages.
+        task: the task.
+        own: the site's columns and mapping of values for the task.
+
+    Raises:
+        BadInput: another number of columns, or values that are not under a column's name: those of an event would
+            replace times that are written alike.
+    """
+    if not isinstance(task, NamedCells):
+        return
+    if len(own.columns) != len(task.cell_names):
+        raise BadInput(
+            f"tasks.{name}.column: expected {len(task.cell_names)} columns, for {' and '.join(task.cell_names)}, got "
+            f"{len(own.columns)}"
+        )
+    if any(isinstance(value, str) for value in (own.values or {}).values()):
+        raise BadInput(
+            f"tasks.{name}.values: expected them under a column's name, such as `{{{own.columns[-1]}: {{...}}}}`, "
+            f"because its columns mean different things ({', '.join(task.cell_names)})"
+        )

@@ -117,4 +117,6 @@ def _count_classes(task: LabelPrior) -> float:
     """Returns the number of classes among which a unit's gradient is divided."""
     # Each label of several is present or absent, and their gradients, side by side, are sqrt(labels) times as long.
     labels = len(getattr(task, "labels", ()))
+    if not labels:
+        return 2.0  # Records with an event and those without.
     return float(task.num_counts) if task.num_counts == labels else 2.0 * math.sqrt(labels)

@@ -166,6 +166,15 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class NamedCells(Protocol):
+    """Optional part of a task whose label is several cells of different meanings, all of which it needs."""
+
+    @property
+    def cell_names(self) -> tuple[str, ...]:
+        """The meaning of each cell, in the order in which `LabelCodec.encode` takes them."""
+
+
+@runtime_checkable
 class LossGradient(Protocol):
     """Optional part of a task whose loss has a gradient in closed form, which is faster than autograd.
 
@@ -210,7 +219,10 @@ class SmoothLoss(Protocol):
 
     @property
     def first_slope(self) -> float:
-        """The usual length of the gradient of a record's loss by outputs that are zero: a scale for clip norms."""
+        """The usual length of the gradient of a record's loss by outputs with which training begins.
+
+        That is zero, or what label frequencies give (`LabelPrior`). It is a scale for clip norms.
+        """
 
     @property
     def tolerated_noise(self) -> float:

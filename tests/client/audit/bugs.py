@@ -35,6 +35,7 @@ EVERY_KIND = {
     **TASKS,
     "findings": {"kind": "multilabel", "labels": ["x", "y"], "scale": 0.5},
     "age": {"kind": "regression", "range": [0, 90], "head": {"hidden": 4}},
+    "death": {"kind": "survival", "boundaries": [1, 2, 5]},
 }
 LINEAR = {name: {**spec, "head": {"bias": name != "loop"}} for name, spec in EVERY_KIND.items()}
 ROUNDS, NUM_CANARIES, TRUNK = 4, 400, "backbone.trunk"

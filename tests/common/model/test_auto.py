@@ -127,14 +127,15 @@ def test_each_kind_has_what_suits_its_loss() -> None:
         "class": {"kind": "classification", "labels": ["a", "b"]},
         "number": {"kind": "regression", "range": [0, 1]},
         "odd": {"kind": "anomaly", "normal": "a", "anomalous": "b"},
+        "death": {"kind": "survival", "boundaries": [1, 2, 3, 4], "variation": 1.0},
         "who": {"kind": "embedding", "labels": ["a", "b"], "start": "features", "head": {"bias": False}},
     }
     run = auto(tasks=tasks)
     heads = {name: run.tasks[name].settings().get("head", {}) for name in tasks}
-    assert {name for name, head in heads.items() if head.get("centre")} == {"class", "number", "who"}
-    assert {name for name, head in heads.items() if head.get("prior")} == {"class"}
+    assert {name for name, head in heads.items() if head.get("centre")} == {"class", "number", "death", "who"}
+    assert {name for name, head in heads.items() if head.get("prior")} == {"class", "death"}
     rho = {name: run.aggregation_of(name).settings()["rho"] for name in tasks}
-    assert rho == {"class": 0.5, "number": 0.1, "odd": 0.1, "who": 0.5}
+    assert rho == {"class": 0.5, "number": 0.1, "odd": 0.1, "death": 0.5, "who": 0.5}
     for name in tasks:
         assert "fixed.centre" in read_names(run, name) or not heads[name].get("centre")
 
