@@ -3,9 +3,10 @@
 Features that heads read are kept as the 16-bit integers that training computes with (`client.data.quantised`); what
 passes a trunk first is kept in float32.
 
-Invariant: an entry appears whole, by one rename, or not at all; everything in it is readable by its owner only.
+Invariant: an entry appears whole, by one rename, or not at all; everything in it is readable by its owner only. An
+encoding that was interrupted goes on where it stopped (`client.data.encoding.partial`).
 
-# Shapes: N records of a source, I items of some of them, D features.
+# Shapes: N records of a source, D features.
 """
 
 from __future__ import annotations
@@ -16,43 +17,31 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data.batches import choose_batch_size, draw_inputs, draw_inputs_like, encode_padded
-from client.data.quantised import QuantisedRows, pack_rows
+from client.data.encoding.encode import Progress, choose_type, encode_source
+from client.data.encoding.partial import BLOCKS
+from client.data.quantised import QuantisedRows
 from client.data.sources import Source
-from client.data.sources.parts.boundary import MAX_ITEMS, try_record
-from common.errors import explain_os_error
-from common.files import allocate, flush, flush_folder, lock_file, private_folder, stamp_file, write_atomic
-from common.inputs import Several
-from common.process.threads import one_thread
-from common.types import BadInput, BadRecord
+from common.files import flush_folder, lock_file, private_folder, stamp_file, write_atomic
 
 if TYPE_CHECKING:
     from common.backbones import Precision
     from common.model.backbones import Backbone
 
-Progress = Callable[[int, int], None]
-BATCH_SIZE = 100
-"""Inputs that a CPU's cores hold at once, all together: measured best for small images is 50 to 125 on a core."""
-
-CUDA_BATCH_SIZE = 256
-
-_LEAST_BATCH_SIZE = 8
-"""Records that a core encodes together at least, however many cores there are."""
+_KEPT_S = 7 * 86400.0
+"""An interrupted encoding that nobody has gone on with for so long is removed: its source may have changed."""
 
 _FEW_ROWS = 256
 """So many are read one by one: to map a file takes longer."""
@@ -60,10 +49,6 @@ _FEW_ROWS = 256
 _HEADER_BYTES = 1024
 """More than the first line of an array's file has."""
 
-_LOADERS = 4
-"""Threads that load and preprocess the next batches while a GPU encodes."""
-
-_Made = TypeVar("_Made")
 StoredRows = NDArray[Any]
 """int16: packed (`client.data.quantised.pack_rows`); float32: as they are."""
 
@@ -171,15 +156,13 @@ class FeatureStore:
             precision: precision inside the backbone; other than float32 it is another entry of the store.
             progress: told (done, total) in records.
         """
-        how = f" {_choose_type(backbone)}" + ("" if precision == "float32" else f" {precision}")
+        how = f" {choose_type(backbone)}" + ("" if precision == "float32" else f" {precision}")
         key = hashlib.sha256(f"{backbone.digest} {source.digest()}{how}".encode()).hexdigest()
         entry = private_folder(self._folder) / key
         with lock_file(self._folder / f".{key}.lock"):
             found = _open(entry)
             if found is None:
-                # Under the lock nobody else writes this entry: what lies there is damaged or a dead writer's.
-                for leftover in (entry, *self._folder.glob(f".{key}.*.partial")):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                self._remove_leftovers(key)
                 moved = backbone.to(device)
                 self._write(entry, source, moved if precision == "float32" else moved.at(precision), progress)
                 found = _open(entry)
@@ -187,243 +170,34 @@ class FeatureStore:
         return found
 
     def _write(self, entry: Path, source: Source, backbone: Backbone, progress: Progress | None) -> None:
-        scratch = Path(tempfile.mkdtemp(dir=self._folder, prefix=f".{entry.name}.", suffix=".partial"))
-        try:
-            path = scratch / "features.npy"
-            count = len(source.index())
-            unusable = _encode(path, count, source, backbone, progress)
-            about = {
-                "error": backbone.error,
-                "bytes": path.stat().st_size,
-                "content": _hash_file(path, stamp_file(path)),
-                "unusable": {str(position): reason for position, reason in unusable.items()},
-            }
-            signed = {"about": about, "sha256": _digest(about)}
-            write_atomic(scratch / "about.json", json.dumps(signed).encode())
-            scratch.rename(entry)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        # What an earlier process left of this entry is gone on with. So it is after an error: it may be mended.
+        partial = self._folder / f".{entry.name}.partial"
+        array = encode_source(partial, source, backbone, progress)
+        about = {
+            "error": backbone.error,
+            "bytes": array.path.stat().st_size,
+            "content": _hash_file(array.path, stamp_file(array.path)),
+            "unusable": {str(position): reason for position, reason in array.unusable.items()},
+        }
+        signed = {"about": about, "sha256": _digest(about)}
+        write_atomic(partial / "about.json", json.dumps(signed).encode())
+        (partial / BLOCKS).unlink()
+        partial.rename(entry)
         flush_folder(self._folder)
 
+    def _remove_leftovers(self, key: str) -> None:
+        """Removes what is damaged of an entry, and what nobody has gone on with for a long time of any.
 
-def _choose_type(backbone: Backbone) -> str:
-    """Returns the type of the stored rows: of what a trunk reads no bit is lost."""
-    return "int16" if backbone.trunk is None else "float32"
-
-
-def _encode(path: Path, count: int, source: Source, backbone: Backbone, progress: Progress | None) -> dict[int, str]:
-    """Write the array and return the records that have no features."""
-    unusable: dict[int, str] = {}
-    dtype = np.dtype(_choose_type(backbone))
-    shape = (count, backbone.feature_dim + (dtype == np.int16))
-    rows_N = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    path.chmod(0o600)
-    _allocate(path)
-    for batch, encoded_BD in _encoded_batches(source, backbone, count):
-        unusable |= batch.unusable
-        if encoded_BD is not None:
-            finite_B = np.asarray(np.isfinite(encoded_BD).all(axis=1))
-            usable_BD = np.where(finite_B[:, None], encoded_BD, np.float32(0.0))
-            rows_N[batch.positions] = pack_rows(torch.from_numpy(usable_BD)) if dtype == np.int16 else usable_BD
-            for index in np.flatnonzero(~finite_B):
-                unusable[batch.positions[index]] = "features are not finite"
-        if progress is not None:
-            progress(batch.end, count)
-    rows_N.flush()
-    with path.open("rb+") as file:
-        flush(file.fileno())
-    return unusable
-
-
-def _allocate(path: Path) -> None:
-    """Gives an array's file its whole place on the disk before a record is encoded.
-
-    Raises:
-        BadInput: there is not so much room.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb+") as file:
-            allocate(file.fileno(), size)
-    except OSError as error:
-        raise BadInput(
-            f"cache_dir: expected room for {max(1, size >> 20)} MiB of features in {path.parent.parent}, got: "
-            f"{explain_os_error(error)}, or name a folder on a larger disk"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Some records as inputs.
-
-    Attributes:
-        positions: of the records that can be encoded.
-        sizes: how many inputs each of them has, most often one.
-        items_I: all their inputs, None where there is none.
-        unusable: position -> why a record cannot be used.
-        end: the first position after them.
-    """
-
-    positions: list[int]
-    sizes: list[int]
-    items_I: Tensor | None = field(repr=False)
-    unusable: Mapping[int, str]
-    end: int
-
-
-def _encoded_batches(
-    source: Source, backbone: Backbone, count: int
-) -> Iterator[tuple[_Batch, NDArray[np.float32] | None]]:
-    """All records in order, with the features of those that can be used.
-
-    A GPU encodes while threads load the next batches. A CPU's cores each load and encode batches of their own, torch on
-    one thread in each: beside another busy process this is up to ten times faster than all cores on one batch, alone it
-    is as fast (measured); and no feature depends on how many cores there are.
-    """
-    on_gpu = backbone.device.type == "cuda"
-    cores = torch.get_num_threads()
-    size = CUDA_BATCH_SIZE if on_gpu else max(_LEAST_BATCH_SIZE, BATCH_SIZE // cores)
-
-    with nullcontext() if on_gpu else one_thread():
-        made_up = draw_inputs(backbone.preprocess, size) if count else None
-        first = _load(source, backbone, range(min(size, count)), made_up, most=size)
-        if made_up is None and first.items_I is not None:
-            made_up = draw_inputs_like(first.items_I[0], size)
-        # The first inputs that a backbone encodes, and those that decide how, are nobody's.
-        together = 1 if made_up is None else choose_batch_size(backbone.encode, made_up, size)
-
-        def both(batch: _Batch) -> tuple[_Batch, NDArray[np.float32] | None]:
-            return _encode_batch(backbone, batch, together, made_up)
-
-        yield both(first)
-        # Volumes hold many items each: as many records are read at once as the first batch says fit.
-        step = max(1, size * len(first.sizes) // sum(first.sizes)) if first.sizes else size
-        ranges = [range(start, min(start + step, count)) for start in range(first.end, count, step)]
-        if on_gpu:
-            yield from map(both, _made_ahead(lambda some: _pinned(source, backbone, some, made_up), ranges, _LOADERS))
-        else:
-            yield from _made_ahead(lambda some: both(_load(source, backbone, some, made_up)), ranges, cores)
-
-
-def _made_ahead(make: Callable[[range], _Made], ranges: list[range], workers: int) -> Iterator[_Made]:
-    """Yields the result for each range, in order, made by some threads; only a few are held at once."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[_Made]] = deque()
-        for some in ranges:
-            waiting.append(pool.submit(make, some))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _load(
-    source: Source, backbone: Backbone, positions: range, like_I: Tensor | None, most: int | None = None
-) -> _Batch:
-    """Returns records as inputs, those that are not of the others' shape and type left out.
-
-    Args:
-        source: source of the records.
-        backbone: what preprocesses them.
-        positions: their positions.
-        like_I: inputs of the right shape and type; None takes those of the first record.
-        most: once there are so many inputs, no further record is read.
-    """
-    usable: list[int] = []
-    sizes: list[int] = []
-    items: list[Tensor] = []
-    unusable: dict[int, str] = {}
-    end = positions.stop
-    for position in positions:
-        if most is not None and len(items) >= most:
-            end = position
-            break
-        inputs, reason = try_record(lambda position=position: _load_inputs(source, position, backbone))  # type: ignore[misc]
-        if inputs is None:
-            unusable[position] = str(reason)
-            continue
-        like_I = inputs[0].unsqueeze(0) if like_I is None else like_I
-        if any((each.shape, each.dtype) != (like_I.shape[1:], like_I.dtype) for each in inputs):
-            unusable[position] = "its size is another than that of the others"
-            continue
-        usable.append(position)
-        sizes.append(len(inputs))
-        items += inputs
-    return _Batch(usable, sizes, torch.stack(items) if items else None, unusable, end)
-
-
-def _pinned(source: Source, backbone: Backbone, positions: range, like_I: Tensor | None) -> _Batch:
-    """In page-locked memory, from which a copy to the GPU overlaps with computing."""
-    batch = _load(source, backbone, positions, like_I)
-    return batch if batch.items_I is None else replace(batch, items_I=batch.items_I.pin_memory())
-
-
-def _load_inputs(source: Source, position: int, backbone: Backbone) -> list[Tensor]:
-    return list_inputs(source.load(position), backbone.preprocess, has_trunk=backbone.trunk is not None)
-
-
-def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, has_trunk: bool) -> list[Tensor]:
-    """Returns one record's inputs: one, or one for each of its items.
-
-    Args:
-        item: the content of a record.
-        preprocess: source item -> input of the backbone.
-        has_trunk: whether a part of the backbone trains.
-
-    Raises:
-        BadRecord: the record cannot be used.
-    """
-    if not isinstance(item, Several):
-        return [preprocess(item)]
-    if not 0 < len(item.items) <= MAX_ITEMS:
-        raise BadRecord(f"expected between one and {MAX_ITEMS} items in the record")
-    if has_trunk and len(item.items) > 1:
-        # What trains above is not linear: the mean of its inputs is not the input of its mean.
-        raise BadRecord("expected one item in the record where a part of the backbone trains, got several")
-    return [preprocess(part) for part in item.items]
-
-
-def _encode_batch(
-    backbone: Backbone, batch: _Batch, step: int, made_up: Tensor | None
-) -> tuple[_Batch, NDArray[np.float32] | None]:
-    """Returns a batch and its features; where it fails, its records are encoded one by one, padded to the same shape.
-
-    Args:
-        backbone: what encodes them.
-        batch: records as inputs.
-        step: number of inputs that are encoded at once.
-        made_up: inputs that the backbone has encoded before; where it no longer does, no record is at fault.
-    """
-    items_I = batch.items_I
-    if items_I is None:
-        return batch, None
-    encoded_BD, _ = try_record(lambda: _means(backbone, items_I, batch.sizes, step))
-    if encoded_BD is not None:
-        return batch, encoded_BD
-    rows: dict[int, NDArray[np.float32]] = {}
-    unusable = dict(batch.unusable)
-    for position, part_I in zip(batch.positions, torch.split(items_I, batch.sizes), strict=True):
-        row_1D, reason = try_record(lambda part_I=part_I: _means(backbone, part_I, [len(part_I)], step))  # type: ignore[misc]
-        if row_1D is not None:
-            rows[position] = row_1D
-            continue
-        if made_up is not None:
-            # Raises where it is the machine that fails: else all of its records would be kept as bad ones.
-            encode_padded(backbone.encode, made_up, step)
-        unusable[position] = str(reason)
-    # Only positions and reasons are read of a batch that is encoded.
-    done = replace(batch, positions=list(rows), items_I=None, unusable=unusable)
-    return done, np.concatenate(list(rows.values())) if rows else None
-
-
-def _means(backbone: Backbone, items_I: Tensor, sizes: list[int], step: int) -> NDArray[np.float32]:
-    """Features of consecutive records, each the mean of as many inputs as its size says, `step` inputs at once."""
-    encoded_ID = encode_padded(backbone.encode, items_I, step)
-    if len(encoded_ID) == len(sizes):
-        means: NDArray[np.float32] = encoded_ID.numpy()
-        return means
-    return np.stack([part.mean(0).numpy() for part in torch.split(encoded_ID, sizes)])
+        Under the entry's lock nobody else writes it.
+        """
+        for leftover in (self._folder / key, *self._folder.glob(f".{key}.*.partial")):  # Of earlier versions too.
+            shutil.rmtree(leftover, ignore_errors=True)
+        for partial in self._folder.glob(".*.partial"):
+            lines = partial / BLOCKS
+            if lines.exists() and time.time() - lines.stat().st_mtime > _KEPT_S:
+                name = partial.name.removesuffix(".partial")
+                with suppress(TimeoutError), lock_file(self._folder / f"{name}.lock", timeout_s=0.0):
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open(entry: Path) -> Features | None:

@@ -24,8 +24,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from client.config import SiteConfig
+from client.data.encoding.encode import Progress
 from client.data.exclusions import Exclusions
-from client.data.feature_store import Features, FeatureStore, Progress, check_features, decode_rows, rows_of
+from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of
 from client.data.records import (
     SIDES,
     PlacedRecord,

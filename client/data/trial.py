@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.config import SiteConfig
 from client.data.backbone_store import BackboneStore
-from client.data.feature_store import list_inputs
+from client.data.encoding.encode import list_inputs
 from client.data.records import SIDES, PlacedRecord, RejectedRecord, Side, encode_labels
 from client.data.snapshot import Survey
 from client.data.sources.parts.boundary import try_record

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client.data.batches import choose_batch_size, encode_padded
+from client.data.encoding.batches import choose_batch_size, encode_padded
 from common.types import BadInput
 
 INPUTS = torch.randn(11, 3, 8, 8, generator=torch.Generator().manual_seed(1))

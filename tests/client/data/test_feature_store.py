@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.data.feature_store import BATCH_SIZE, Features, FeatureStore, rows_of
+from client.data.encoding.encode import BATCH_SIZE
+from client.data.feature_store import Features, FeatureStore, rows_of
 from client.data.quantised import QuantisedRows
 from client.data.sources import Source, SourceRecord, open_source
 from common.inputs import Several
@@ -297,41 +300,151 @@ def test_a_machine_that_fails_while_encoding_makes_no_record_bad(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
-KILLED = """
-import os, sys
-from itertools import pairwise
+NPZ = {"kind": "npz", "parts": {"all": {"inputs": "x", "columns": {}}}}
+ENCODE = """
+import sys, time
 from pathlib import Path
 import torch
-from client.data.feature_store import BATCH_SIZE, FeatureStore
+from client.data.encoding import partial
+from client.data.feature_store import FeatureStore
 from client.data.sources import open_source
 from common.model.backbones import open_pretrained
 
+partial.BLOCK_S = 0.0
 parts = {"all": {"inputs": "x", "columns": {}}}
 source = open_source({"kind": "npz", "path": sys.argv[1], "parts": parts}, "source").open()
 backbone = open_pretrained({"kind": "identity", "dim": 3}, "backbone")
 
-def die_in_the_middle(done, total):
-    if done > BATCH_SIZE:
-        os._exit(9)
+def wait_in_the_middle(done, total):
+    if done > 100:
+        print(done, flush=True)
+        time.sleep(60)
 
 FeatureStore(Path(sys.argv[2])).open_or_encode(
-    source, backbone, device=torch.device("cpu"), progress=die_in_the_middle
+    source, backbone, device=torch.device("cpu"), progress=wait_in_the_middle
 )
 """
 
 
-def test_a_process_that_dies_while_encoding_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    path, store = tmp_path / "a.npz", tmp_path / "store"
-    np.savez(path, x=VECTORS)
-    died = subprocess.run([sys.executable, "-c", KILLED, path, store], cwd=ROOT, check=False)
-    assert died.returncode == 9
-    assert len(list(store.glob(".*.partial"))) == 1, "the dead process leaves its scratch folder"
-    source = open_source(
-        {"kind": "npz", "path": str(path), "parts": {"all": {"inputs": "x", "columns": {}}}}, "s"
-    ).open()
-    features = encoded(store, source)
-    np.testing.assert_array_equal(features.features_ND, VECTORS)
+@dataclass(frozen=True)
+class Counted:
+    """A source that counts how often it is read."""
+
+    source: Source
+    loads: list[int] = field(default_factory=list)
+
+    def digest(self) -> str:
+        return self.source.digest()
+
+    def index(self) -> list[SourceRecord]:
+        return self.source.index()
+
+    def load(self, position: int) -> Any:
+        self.loads.append(position)
+        return self.source.load(position)
+
+
+def kill_while_encoding(path: Path, store: Path) -> int:
+    """Ends a process by SIGKILL in the middle of encoding; returns the number of records that it had encoded."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ENCODE, path, store], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        done = int(process.stdout.readline())
+        process.kill()
+    assert len(list(store.glob(".*.partial"))) == 1, "the dead process leaves what it has encoded"
+    return done
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """A source's file, the store of a process that was killed while it encoded it, and how far it was."""
+    folder = tmp_path_factory.mktemp("killed")
+    vectors = np.concatenate([VECTORS, np.full((1, DIM), np.nan, np.float32), VECTORS])
+    vectors[5] = np.inf  # Two records without features, one on each side of the interruption.
+    np.savez(folder / "a.npz", x=vectors)
+    return folder / "a.npz", folder / "store", kill_while_encoding(folder / "a.npz", folder / "store")
+
+
+def open_counted(path: Path) -> Counted:
+    return Counted(open_source({**NPZ, "path": str(path)}, "s").open())
+
+
+def encode_whole(tmp_path: Path, path: Path) -> Features:
+    return encoded(tmp_path / "whole", open_counted(path))
+
+
+def test_an_encoding_that_was_killed_goes_on_where_it_stopped(killed: tuple[Path, Path, int], tmp_path: Path) -> None:
+    path, store, done = killed
+    store = shutil.copytree(store, tmp_path / "store")
+    whole, source = encode_whole(tmp_path, path), open_counted(path)
+    told: list[tuple[int, int]] = []
+    backbone = open_pretrained({"kind": "identity", "dim": DIM}, "backbone")
+    features = FeatureStore(store).open_or_encode(
+        source, backbone, device=CPU, progress=lambda done, total: told.append((done, total))
+    )
+    first = BATCH_SIZE // torch.get_num_threads()
+    again = [position for position in source.loads if first <= position < done]
+    assert not again, "beyond the first batch, which shows what inputs are like, no record is read twice"
+    assert told[0] == (done, 2 * COUNT + 1)
+    assert features.unusable == whole.unusable and set(whole.unusable) == {5, COUNT}
+    assert features.path.read_bytes() == whole.path.read_bytes()
     assert [entry for entry in store.iterdir() if entry.is_dir()] == [features.path.parent]
+    assert sorted(each.name for each in features.path.parent.iterdir()) == ["about.json", "features.npy"]
+
+
+@pytest.mark.parametrize("damage", ["row", "line", "torn", "after", "conditions", "array"])
+def test_what_is_damaged_of_an_interrupted_encoding_is_encoded_again(
+    killed: tuple[Path, Path, int], tmp_path: Path, damage: str
+) -> None:
+    path, store, _ = killed
+    store = shutil.copytree(store, tmp_path / "store")
+    (partial,) = store.glob(".*.partial")
+    rows, lines = partial / "features.npy", partial / "blocks.jsonl"
+    if damage == "row":
+        flipped(rows, 128 + 8)  # In the first rows, whose digest the second line has.
+    elif damage == "line":
+        text = lines.read_text()
+        lines.write_text(text.replace('"5":"', '"5":"x', 1))
+        assert lines.read_text() != text
+    elif damage == "torn":
+        lines.write_bytes(lines.read_bytes()[:-20])
+    elif damage == "after":
+        flipped(rows, 128 + 8 * COUNT)  # The row of the second record without features, which no block has yet.
+    elif damage == "conditions":
+        lines.write_text(lines.read_text().replace("torch ", "torch 0", 1))
+    else:
+        rows.write_bytes(rows.read_bytes()[:-1])
+    source = open_counted(path)
+    features, whole = encoded(store, source), encode_whole(tmp_path, path)
+    assert features.path.read_bytes() == whole.path.read_bytes()
+    assert features.unusable == whole.unusable
+    if damage not in ("torn", "after"):
+        assert set(source.loads) == set(range(2 * COUNT + 1)), "from the beginning"
+
+
+def test_a_source_that_changed_meanwhile_is_encoded_from_the_beginning(
+    killed: tuple[Path, Path, int], tmp_path: Path
+) -> None:
+    path, store, _ = killed
+    store = shutil.copytree(store, tmp_path / "store")
+    other = tmp_path / "a.npz"
+    np.savez(other, x=np.load(path)["x"][::-1])
+    source = open_counted(other)
+    features = encoded(store, source)
+    assert set(source.loads) == set(range(2 * COUNT + 1))
+    assert features.path.read_bytes() == encode_whole(tmp_path, other).path.read_bytes()
+
+
+def test_an_encoding_that_nobody_goes_on_with_is_removed(killed: tuple[Path, Path, int], tmp_path: Path) -> None:
+    store = shutil.copytree(killed[1], tmp_path / "store")
+    (partial,) = store.glob(".*.partial")
+    encoded(store, Vectors(list(VECTORS)))
+    assert partial.exists(), "another source may be gone on with later"
+    week_ago = time.time() - 8 * 86400
+    os.utime(partial / "blocks.jsonl", (week_ago, week_ago))
+    encoded(store, Vectors(list(VECTORS)), Reciprocal(digest="22"))
+    assert not partial.exists()
 
 
 def test_two_that_ask_at_once_encode_once(tmp_path: Path) -> None:
