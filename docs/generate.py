@@ -29,6 +29,7 @@ from client.data.sources import Source, SourceKind
 from client.solvers import Solver
 from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind, WeightsElsewhere
 from common.events import Summary, summary_schema
+from common.exports import Format
 from common.messages import format_privacy_table
 from common.plugins import Spec, kinds, plugin_class
 from common.run import RunConfig
@@ -102,6 +103,7 @@ def _format_protocols() -> str:
         Source,
         Solver,
         Aggregator,
+        Format,
     )
     for protocol in protocols:
         heading = f"## {protocol.__name__}\n\n`{protocol.__module__}`\n"

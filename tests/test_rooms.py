@@ -42,6 +42,7 @@ FLOORS = {
 PLUGIN_FOLDERS = (
     "common/backbones",
     "common/tasks",
+    "common/exports",
     "client/data/sources",
     "client/solvers",
     "server/rounds/aggregators",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -75,6 +75,46 @@ class Projection(Frozen):
 
 
 @dataclass(frozen=True)
+class RawTensor:
+    """One input of a network that is handed on.
+
+    Attributes:
+        name: such as `pixels` or `input_ids`.
+        dtype: number format, as torch and numpy name it.
+        shape: lengths of one record's axes; the name of an axis stands where it may have any length.
+        meaning: one sentence about its numbers, for whoever fills it.
+        longest: the greatest length of a named axis; None for no bound.
+    """
+
+    name: str
+    dtype: Literal["uint8", "int64", "float32", "float64"]
+    shape: tuple[int | str, ...]
+    meaning: str
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
+class RawInputs:
+    """The beginning of a network that is handed on: tensors as others have them -> inputs as `preprocess` makes them.
+
+    Law (tests/contracts/test_backbones.py): `module` of stacked tensors of `prepare` gives what `preprocess` gives.
+
+    Attributes:
+        tensors: the network's inputs.
+        module: one batch for each of them -> batch of preprocessed items.
+        before: the steps from a source item to the tensors, in order: the name of each as `step`, and its numbers.
+        prepare: source item -> one tensor for each input; raises BadRecord.
+        files: name -> content of files that these steps need, such as a tokenizer.
+    """
+
+    tensors: tuple[RawTensor, ...]
+    module: nn.Module
+    before: Sequence[Mapping[str, Any]]
+    prepare: Callable[[Any], tuple[Tensor, ...]]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A network and the number of its features.
 
@@ -83,11 +123,13 @@ class Architecture:
         feature_dim: number of features before any projection.
         preprocess: used in place of `Kind.preprocess` where preprocessing needs what travels with the weights, such as
             a vocabulary.
+        open_raw: opens the inputs of a network that is handed on; None where there are none but preprocessed items.
     """
 
     module: nn.Module
     feature_dim: int
     preprocess: Callable[[Any], Tensor] | None = None
+    open_raw: Callable[[], RawInputs] | None = None
 
 
 @dataclass(frozen=True)

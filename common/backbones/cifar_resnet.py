@@ -65,8 +65,9 @@ class CifarResnet(Plugin):
     def architecture(self) -> Architecture:
         """Returns pictures B x 3 x 32 x 32 -> features B x 64."""
         from common.backbones.parts.nets import CifarNet
+        from common.backbones.parts.raw import open_pixels
 
-        return Architecture(CifarNet((self.depth - 2) // 6), 64)
+        return Architecture(CifarNet((self.depth - 2) // 6), 64, open_raw=lambda: open_pixels(_PIXELS))
 
     def pretrained(self) -> Pretrained:
         """Returns the network's weights, and the classifier's for a projection."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 import numpy as np
 from pydantic import Field, model_validator
 
-from common.backbones import Architecture, Example, Projection
+from common.backbones import Architecture, Example, Projection, RawInputs
 from common.backbones.parts.columns import Column
 from common.plugins import Plugin
 from common.types import BadRecord
@@ -65,7 +65,7 @@ class Identity(Plugin):
         from torch import nn
 
         dim = self.dim if self.dim is not None else sum(column.width for column in self.columns or ())
-        return Architecture(nn.Identity(), dim)
+        return Architecture(nn.Identity(), dim, open_raw=self._open_raw)
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns a float32 vector of finite values from a mapping column -> text, or from a vector.
@@ -80,6 +80,13 @@ class Identity(Plugin):
         import torch
 
         return torch.tensor([value for column in self.columns for value in column.inputs(self._cell(item, column))])
+
+    def _open_raw(self) -> RawInputs:
+        from common.backbones.parts.raw import open_columns, open_given
+
+        if self.columns is not None:
+            return open_columns(self.columns, self.missing_values, self._cell)
+        return open_given("vector", (self.dim or 0,), "numbers that already are features", self.preprocess)
 
     def _cell(self, row: Mapping[str, Any], column: Column) -> str | None:
         if column.name not in row:

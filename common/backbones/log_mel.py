@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from common.backbones import Architecture, Example, Projection
+from common.backbones import Architecture, Example, Projection, RawInputs
 from common.backbones.parts.audio import build_triangles, resample
 from common.inputs import Audio
 from common.plugins import Plugin
@@ -63,7 +63,25 @@ class LogMel(Plugin):
         """Returns the identity: the statistics are made of each recording alone, whatever its length."""
         from torch import nn
 
-        return Architecture(nn.Identity(), 2 * self.bands)
+        return Architecture(nn.Identity(), 2 * self.bands, open_raw=self._open_raw)
+
+    def _open_raw(self) -> RawInputs:
+        from common.backbones.parts.raw import open_given
+
+        step = {
+            "step": "log_mel_statistics",
+            "sample_rate": self.sample_rate,
+            "bands": self.bands,
+            "range_hz": list(self.range_hz),
+            "window_s": _WINDOW_S,
+            "hop_s": _HOP_S,
+            "window": "hann, zero-padded to a power of two",
+            "mel": "2595 log10(1 + f / 700), triangles of height 1 on the power spectrum",
+            "logarithm": "natural, of at least 1e-12, and at least the loudest value less 8 ln 10",
+            "statistics": "mean over time of each band less the mean of all, then deviation over time of each band",
+        }
+        meaning = "means, then deviations, of the log-mel bands of one recording"
+        return open_given("statistics", (2 * self.bands,), meaning, self.preprocess, [step])
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns means, then deviations, of the bands of one recording. Raises BadRecord."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from common.backbones import Architecture, Divided, Example, Pretrained, Projection
@@ -63,8 +65,11 @@ class SeriesCnn(Plugin):
     def architecture(self) -> Architecture:
         """Returns series B x 1 x T -> features B x (channels of the last block x parts of the time)."""
         from common.backbones.parts.nets import build_series_cnn
+        from common.backbones.parts.raw import open_series
 
-        return Architecture(build_series_cnn(self.channels, self.pool), self.channels[-1] * self.pool)
+        network = build_series_cnn(self.channels, self.pool)
+        open_raw = partial(open_series, self.length, self.read)
+        return Architecture(network, self.channels[-1] * self.pool, open_raw=open_raw)
 
     def pretrained(self) -> Pretrained:
         """Returns weights from the file that pre-training wrote."""
@@ -108,6 +113,15 @@ class SeriesCnn(Plugin):
         """
         import torch
 
+        values_T = self.read(item)
+        places = np.linspace(0, len(values_T) - 1, self.length)
+        steps_T = np.interp(places, np.arange(len(values_T)), values_T)
+        deviation = steps_T.std()
+        standard_T = (steps_T - steps_T.mean()) / (deviation if deviation > 0 else 1.0)
+        return torch.from_numpy(standard_T.astype(np.float32)).unsqueeze(0)
+
+    def read(self, item: Any) -> NDArray[np.float64]:
+        """Returns the values of a series in their own unit. Raises BadRecord."""
         if not isinstance(item, np.ndarray) or item.dtype.kind not in "fiu" or item.size < 2:
             raise BadRecord("expected a series of at least two numbers")
         if item.ndim != 1 and item.shape[1:] != (1,):
@@ -115,8 +129,4 @@ class SeriesCnn(Plugin):
         values_T = item.reshape(-1).astype(np.float64)
         if not np.isfinite(values_T).all():
             raise BadRecord("expected a series of finite numbers")
-        places = np.linspace(0, len(values_T) - 1, self.length)
-        steps_T = np.interp(places, np.arange(len(values_T)), values_T)
-        deviation = steps_T.std()
-        standard_T = (steps_T - steps_T.mean()) / (deviation if deviation > 0 else 1.0)
-        return torch.from_numpy(standard_T.astype(np.float32)).unsqueeze(0)
+        return values_T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
@@ -76,8 +77,11 @@ class SmallCnn(Plugin):
     def architecture(self) -> Architecture:
         """Returns grey images B x 1 x H x W -> B x (channels of the last block x places of the pooled map)."""
         from common.backbones.parts.nets import build_small_cnn
+        from common.backbones.parts.raw import open_grey
 
-        return Architecture(build_small_cnn(self.channels, self.pool), self.channels[-1] * self.pool**2)
+        network = build_small_cnn(self.channels, self.pool)
+        open_raw = partial(open_grey, self.input_size, self.preprocess)
+        return Architecture(network, self.channels[-1] * self.pool**2, open_raw=open_raw)
 
     def pretrained(self) -> Pretrained:
         """Returns weights from the file that pre-training wrote."""

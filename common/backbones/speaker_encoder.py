@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from common.backbones import Architecture, Example, Pretrained, Projection
+from common.backbones import Architecture, Example, Pretrained, Projection, RawInputs
 from common.backbones.parts.audio import build_triangles, fit_length, resample
 from common.inputs import Audio
 from common.plugins import LocalPath, Plugin
@@ -70,7 +70,7 @@ class SpeakerEncoder(Plugin):
 
     def architecture(self) -> Architecture:
         """Returns mel spectra B x F x M -> features B x 256."""
-        return Architecture(_build_network(), _WIDTH)
+        return Architecture(_build_network(), _WIDTH, open_raw=self._open_raw)
 
     def pretrained(self) -> Pretrained:
         """Returns the weights, without the scale and shift of similarities that only training needs."""
@@ -92,6 +92,26 @@ class SpeakerEncoder(Plugin):
         spectra_BFM = torch.stack([_compute_spectra(noise_L) for noise_L in noise_BL.numpy()])
         architecture = Architecture(initialise_speaker_net(_build_network(), _MELS), _WIDTH)
         return scale_random_weights(architecture, torch.nn.Linear(_WIDTH, _WIDTH + 1).weight, spectra_BFM)
+
+    def _open_raw(self) -> RawInputs:
+        from common.backbones.parts.raw import open_given
+
+        num_samples = round(self.seconds * _RATE)
+        steps = [
+            {"step": "resample", "sample_rate": _RATE, "channels": 1, "range": [-1, 1]},
+            {"step": "raise_loudness", "root_mean_square": _QUIETEST, "when": "below it, and not silent"},
+            {"step": "fit_length", "samples": num_samples, "longer": "middle", "shorter": "between two silences"},
+            {
+                "step": "mel_spectrum",
+                "window": f"hann of {_FFT} samples, periodic, centred, zeros beyond the ends",
+                "hop": _HOP,
+                "bands": _MELS,
+                "mel": "Slaney, triangles of equal area",
+                "value": "power, not its logarithm",
+            },
+        ]
+        shape = (1 + num_samples // _HOP, _MELS)
+        return open_given("spectra", shape, "mel spectra, time by band", self.preprocess, steps)
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns mel spectra F x M of a recording at 16 kHz that is not too quiet. Raises BadRecord."""

@@ -62,8 +62,11 @@ class SpeechEmbedding(Plugin):
     def architecture(self) -> Architecture:
         """Returns samples B x L -> features B x 96."""
         from common.backbones.parts.nets import SpeechNet
+        from common.backbones.parts.raw import open_samples
 
-        return Architecture(SpeechNet(num_mels=_MELS, fft_size=_FFT, hop=_HOP, window=_WINDOW, step=_STEP), 96)
+        network = SpeechNet(num_mels=_MELS, fft_size=_FFT, hop=_HOP, window=_WINDOW, step=_STEP)
+        length = round(self.seconds * _RATE)
+        return Architecture(network, 96, open_raw=lambda: open_samples(_RATE, length, 32768.0))
 
     def pretrained(self) -> Pretrained:
         """Returns the weights, spectrogram included."""

@@ -114,8 +114,10 @@ class Torchvision(Plugin):
 
     def architecture(self) -> Architecture:
         """Returns the model with its last linear layer replaced by the identity."""
+        from common.backbones.parts.raw import open_pixels
+
         network, classifier = self._split(self._build())
-        return Architecture(network, classifier.in_features)
+        return Architecture(network, classifier.in_features, open_raw=lambda: open_pixels(self._preprocessing()))
 
     def pretrained(self) -> Pretrained:
         """Returns the named or local weights, split into network and classifier."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
+    from common.backbones import RawInputs
     from common.backbones.parts.huggingface import Location
     from common.backbones.parts.layers import PooledModel
     from common.backbones.parts.modalities import AudioInput, ImageInput, Modality
@@ -152,7 +154,8 @@ class Transformers(Plugin):
         module = PooledModel(model.to(getattr(torch, self.dtype)), files.tokenizer_bytes, self.pooling)
         module.modality = self._open_modality(files, module, getattr(model, "config", config))
         width = read_width(model, config)
-        return Architecture(module, width * self._count_positions(module, width), module.modality.preprocess)
+        feature_dim = width * self._count_positions(module, width)
+        return Architecture(module, feature_dim, module.modality.preprocess, partial(self._open_raw, files, module))
 
     def pretrained(self) -> Pretrained:
         """Returns the model's weights and its tokenizer."""
@@ -310,6 +313,12 @@ class Transformers(Plugin):
         # The length is part of the input's shape: it is bounded by what the model has positions for.
         longest = min(self.max_length, count_positions(module.model, config) or self.max_length)
         return TextInput(lambda: module.open_tokenizer(longest), longest, config.vocab_size, pad, types)
+
+    def _open_raw(self, files: Files, module: PooledModel) -> RawInputs:
+        from common.backbones.parts.modalities import open_raw_inputs
+
+        tokenizer = module.tokenizer.cpu().numpy().tobytes() if files.tokenizer_bytes else None
+        return open_raw_inputs(module.modality, files.processor, tokenizer)
 
     def _open_image(self, files: Files) -> ImageInput:
         from common.backbones.parts.modalities import ImageInput, open_image_processor

@@ -28,6 +28,7 @@ from common.backbones import (
     Precision,
     Pretrained,
     PublicShift,
+    RawInputs,
     draw_random,
     find_public_mean_file,
     find_weights_file,
@@ -88,6 +89,7 @@ class Backbone:
         module: the network with its projection.
         device: the device that it encodes on.
         precision: number format inside the network; the site's choice, not in the digest.
+        open_raw: opens the inputs of a network that is handed on; None where there are none but preprocessed items.
         trunk: where this is only the frozen part of a backbone, the name of the trunk that its features still have to
             pass (`common.model.trunks`); else None.
     """
@@ -100,6 +102,7 @@ class Backbone:
     module: FrozenBackbone = dataclasses.field(repr=False)
     device: torch.device
     precision: Precision = "float32"
+    open_raw: Callable[[], RawInputs] | None = dataclasses.field(default=None, repr=False)
     trunk: str | None = None
 
     @cached_property
@@ -307,4 +310,5 @@ def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tens
     spec = write_spec(resolved)
     digest = compute_digest(spec, module.state_dict().items())
     prepare = architecture.preprocess or resolved.preprocess
-    return Backbone(resolved, spec, digest, projection.out_dim, prepare, module, torch.device("cpu"))
+    open_raw = architecture.open_raw
+    return Backbone(resolved, spec, digest, projection.out_dim, prepare, module, torch.device("cpu"), open_raw=open_raw)

@@ -13,6 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from common.backbones import RawInputs
 from common.backbones.parts.projection import ProjectionLayer
 from common.inputs import Several
 from common.model.backbones import Backbone, FrozenBackbone, load_blob
@@ -61,19 +62,28 @@ class ServedHead(nn.Module):
 
 @final
 class Network(nn.Module):
-    """One task of a model as one module: preprocessed inputs -> served_BC."""
+    """Tasks of a model as one module: raw inputs (`common.backbones.RawInputs`) -> served_BC of each task.
 
-    def __init__(self, backbone: nn.Module, head: ServedHead) -> None:
+    This is the module that is exported: what it computes of a batch, a graph of torch or ONNX can compute.
+    """
+
+    def __init__(self, start: nn.Module, backbone: nn.Module, heads: Sequence[ServedHead]) -> None:
         super().__init__()
+        self.start = start
         self.backbone = backbone
-        self.head = head
+        self.heads = nn.ModuleList(heads)
         self.requires_grad_(False)
         self.train(False)
 
-    def forward(self, inputs_B: Tensor) -> Tensor:
-        """Returns served_BC of inputs as `Backbone.preprocess` makes them, stacked."""
-        served_BC: Tensor = self.head(self.backbone(inputs_B))
-        return served_BC
+    def forward(self, *inputs_B: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Returns served_BC, or one for each task where there are several.
+
+        Args:
+            *inputs_B: one batch for each raw input, in their order.
+        """
+        features_BD = self.backbone(self.start(*inputs_B))
+        served = tuple(head(features_BD) for head in self.heads)
+        return served[0] if len(served) == 1 else served
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,18 +142,40 @@ class Model:
             return definition.name_served(num_outputs)
         return [f"output {number}" for number in range(num_outputs)]
 
-    def torch(self, task: str | None = None) -> Network:
-        """Returns one task as one module on the CPU, from preprocessed inputs to what it serves.
+    def torch(self, *tasks: str) -> Network:
+        """Returns tasks as one module on the CPU, from raw inputs to what they serve.
 
         Args:
-            task: the task; may be left out where the model has one.
+            *tasks: the tasks, which share a backbone; may be left out where the model has one.
 
         Raises:
-            BadInput: there is no such task, or several and none is named.
+            BadInput: there is no such task, or several and none is named; their backbones differ, or have no raw
+                inputs.
         """
-        name = self.choose_task(task)
-        backbone = self.backbones[self.config.tasks[name].backbone].to(torch.device("cpu"))
-        return Network(backbone.module, self.heads[name])
+        names = tasks or (self.choose_task(None),)
+        name = self.find_backbone(names)
+        backbone = self.backbones[name].to(torch.device("cpu"))
+        return Network(self.open_raw(name).module, backbone.module, [self.heads[task] for task in names])
+
+    def find_backbone(self, tasks: Sequence[str]) -> str:
+        """Returns the name of the backbone that tasks share. Raises BadInput."""
+        names = dict.fromkeys(self.config.tasks[self.choose_task(task)].backbone for task in tasks)
+        if len(names) != 1:
+            raise BadInput(f"task: expected tasks of one backbone, got {', '.join(tasks)}, which stand on several")
+        return next(iter(names))
+
+    def open_raw(self, backbone: str) -> RawInputs:
+        """Returns the inputs of a backbone as others have them.
+
+        Raises:
+            BadInput: its kind says of none.
+        """
+        own = self.backbones[backbone]
+        if own.open_raw is None:
+            raise BadInput(
+                f"backbone {backbone}: expected a kind with raw inputs (`Architecture.open_raw`), got {own.kind.kind!r}"
+            )
+        return own.open_raw()
 
     def choose_task(self, task: str | None) -> str:
         """Returns the named task, or the only one. Raises BadInput."""

@@ -71,6 +71,24 @@ def test_an_items_features_do_not_depend_on_its_batch(backbone: Backbone, exampl
     torch.testing.assert_close(backbone.encode(inputs.flip(0)).flip(0), alone, rtol=1e-5, atol=1e-5)
 
 
+def test_raw_inputs_become_what_preprocessing_makes(backbone: Backbone, example: Example) -> None:
+    if backbone.open_raw is None:
+        pytest.skip("the kind says of no raw inputs: it is not exported")
+    raw = backbone.open_raw()
+    assert len({tensor.name for tensor in raw.tensors}) == len(raw.tensors)
+    json.dumps(raw.before)
+    for item in example.items:
+        prepared = raw.prepare(item)
+        for tensor, stated in zip(prepared, raw.tensors, strict=True):
+            assert str(tensor.dtype) == f"torch.{stated.dtype}"
+            assert len(tensor.shape) == len(stated.shape)
+            assert all(
+                isinstance(axis, str) or axis == own for axis, own in zip(stated.shape, tensor.shape, strict=True)
+            )
+        made = raw.module(*(tensor[None] for tensor in prepared))[0]
+        torch.testing.assert_close(made, backbone.preprocess(item), rtol=1e-6, atol=1e-6)
+
+
 def test_train_thaws_nothing(backbone: Backbone, example: Example) -> None:
     inputs = inputs_of(backbone, example)
     before, features = state_of(backbone), backbone.encode(inputs)

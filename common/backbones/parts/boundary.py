@@ -141,6 +141,6 @@ class Trunk(nn.Module):
 
     def forward(self, boundary_BF: Tensor) -> Tensor:
         """Returns features_BD in float32."""
-        raw_BD: Tensor = self.above(boundary_BF.view(len(boundary_BF), *self.shape))
+        raw_BD: Tensor = self.above(boundary_BF.view(boundary_BF.shape[0], *self.shape))
         features_BD: Tensor = self.projection(raw_BD * self.scale)
         return features_BD

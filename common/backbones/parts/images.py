@@ -130,16 +130,22 @@ class ImagePreprocessing(Frozen):
         """Returns float32 pixels, 3 x H x W, of a PIL image or uint8 array. Raises BadRecord."""
         import torch
 
-        pixels = self._resize(item)
-        if self.crop is not None:
-            from torchvision.transforms import functional as transforms
-
-            pixels = transforms.center_crop(pixels, [self.crop, self.crop])
+        pixels = self.cut(item)
         # The same operations as torchvision's `convert_image_dtype` and `normalize`, without their checks and copies,
         # which cost more than the arithmetic.
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
         standardised: Tensor = scaled.sub_(_per_channel(self.mean)).div_(_per_channel(self.std))
         return standardised
+
+    def cut(self, item: Any) -> Tensor:
+        """Returns uint8 pixels, 3 x H x W, of the inputs' size. Raises BadRecord."""
+        pixels = self._resize(item)
+        if self.crop is None:
+            return pixels
+        from torchvision.transforms import functional as transforms
+
+        cut: Tensor = transforms.center_crop(pixels, [self.crop, self.crop])
+        return cut
 
     def _resize(self, item: Any) -> Tensor:
         """Returns uint8 pixels, 3 x H x W."""

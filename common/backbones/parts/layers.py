@@ -67,18 +67,24 @@ class LowerLayers(nn.Module):
 
     def forward(self, inputs_B: Tensor) -> Tensor:
         """Returns the outputs; zeros, in the mask too, where a text has ended."""
+        if torch.compiler.is_exporting():
+            # A graph has no groups: padding is masked, and all texts of a batch are as long as the longest.
+            return self._run(inputs_B)
         positions, states = [], []
         for rows, group_B in self.modality.groups(inputs_B):
-            output, mask_BT = self.modality.run(self.model, group_B)
-            hidden_BTD = output.last_hidden_state
-            if self.max_length is not None:
-                assert mask_BT is not None
-                mask_BT1 = mask_BT.unsqueeze(2).to(hidden_BTD.dtype)
-                hidden_BTD = torch.cat([hidden_BTD * mask_BT1, mask_BT1], dim=2)
-                hidden_BTD = nn.functional.pad(hidden_BTD, (0, 0, 0, self.max_length - hidden_BTD.shape[1]))
             positions.append(rows)
-            states.append(hidden_BTD[: len(rows)])
+            states.append(self._run(group_B)[: len(rows)])
         return torch.cat(states)[torch.argsort(torch.cat(positions))]
+
+    def _run(self, group_B: Tensor) -> Tensor:
+        output, mask_BT = self.modality.run(self.model, group_B)
+        hidden_BTD: Tensor = output.last_hidden_state
+        if self.max_length is None:
+            return hidden_BTD
+        assert mask_BT is not None
+        mask_BT1 = mask_BT.unsqueeze(2).to(hidden_BTD.dtype)
+        hidden_BTD = torch.cat([hidden_BTD * mask_BT1, mask_BT1], dim=2)
+        return nn.functional.pad(hidden_BTD, (0, 0, 0, self.max_length - hidden_BTD.shape[1]))
 
 
 @final
@@ -100,7 +106,10 @@ class UpperLayers(nn.Module):
         hidden_BTD, mask_BT, more = states, None, {}
         if self.masked:
             # Only as many positions as the longest text has: the others are masked for everyone.
-            longest = max(1, int(states[:, :, -1].sum(1).max())) if len(states) else 1
+            if torch.compiler.is_exporting():
+                longest = states.shape[1]
+            else:
+                longest = max(1, int(states[:, :, -1].sum(1).max())) if len(states) else 1
             hidden_BTD, mask_BT = states[:, :longest, :-1], states[:, :longest, -1]
             more = {"attention_mask": _create_additive_mask(mask_BT)}
         for layer in self.layers:
@@ -142,6 +151,8 @@ class PooledModel(nn.Module):
 
     def forward(self, inputs_B: Tensor) -> Tensor:
         """Returns features_BD, or B x (T * D); zeros for inputs that are nothing but padding."""
+        if torch.compiler.is_exporting():
+            return self._pool(*self.modality.run(self.model, inputs_B)).float()
         positions, pooled = [], []
         for rows, group_B in self.modality.groups(inputs_B):
             output, mask_BL = self.modality.run(self.model, group_B)

@@ -9,9 +9,10 @@ mask makes exact, and a waveform sees none at all, because some audio encoders n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import numpy as np
 import tokenizers
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
+from common.backbones import RawInputs, RawTensor
 from common.backbones.parts.audio import fit_length, resample
 from common.backbones.parts.images import convert_to_rgb
+from common.backbones.parts.raw import open_given
 from common.inputs import Audio, Text
 from common.types import BadInput, BadRecord
 
@@ -168,7 +171,7 @@ class AudioInput:
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields each waveform by itself and at its exact length, so that none depends on the others."""
-        if not self._is_waveform(inputs_B):
+        if not self.is_waveform(inputs_B):
             yield torch.arange(len(inputs_B), device=inputs_B.device), inputs_B
             return
         lengths_B = inputs_B[:, 1].sum(1).long()
@@ -177,11 +180,87 @@ class AudioInput:
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
         """Returns the output on waveforms without their masks: nothing in them is padding any more."""
-        values_B = inputs_B[:, 0] if self._is_waveform(inputs_B) else inputs_B
+        values_B = inputs_B[:, 0] if self.is_waveform(inputs_B) else inputs_B
         return model(values_B.to(_get_dtype(model))), None
 
-    def _is_waveform(self, inputs_B: Tensor) -> bool:
+    def is_waveform(self, inputs_B: Tensor) -> bool:
+        """Returns whether inputs are samples with their mask."""
         return inputs_B.ndim == 3 and inputs_B.shape[1] == 2
+
+
+@final
+class _Tokens(nn.Module):
+    """Token ids, mask and perhaps token types, each B x L -> inputs B x 3 x L."""
+
+    def forward(self, *rows_BL: Tensor) -> Tensor:
+        untyped = [torch.zeros_like(rows_BL[0])] if len(rows_BL) == 2 else []
+        return torch.stack([*rows_BL, *untyped], dim=1)
+
+
+@final
+class _Waveforms(nn.Module):
+    """Recordings of one length, B x L -> inputs B x 2 x L."""
+
+    def forward(self, values_BL: Tensor) -> Tensor:
+        return torch.stack([values_BL, torch.ones_like(values_BL)], dim=1)
+
+
+def open_raw_inputs(modality: Modality, processor: dict[str, Any] | None, tokenizer: bytes | None) -> RawInputs:
+    """Returns the inputs of a transformers model, as the library names them.
+
+    Args:
+        modality: what the model reads.
+        processor: content of preprocessor_config.json, of pictures and recordings.
+        tokenizer: content of tokenizer.json, of texts.
+    """
+    if isinstance(modality, TextInput):
+        return _open_tokens(modality, tokenizer or b"")
+    files = {"preprocessor_config.json": json.dumps(processor, indent=2).encode()}
+    step: dict[str, Any] = {"step": "processor", "file": "preprocessor_config.json", "library": "transformers"}
+    if not isinstance(modality, AudioInput):
+        shape = tuple(modality.preprocess(np.zeros((64, 64, 3), dtype=np.uint8)).shape)
+        convert: dict[str, Any] = {"step": "convert", "mode": "RGB"}
+        return open_given("pixel_values", shape, "pixels", modality.preprocess, [convert, step], files)
+    length: dict[str, Any] = {"step": "fit_length", "samples": modality.num_samples, "longer": "middle"}
+    resampled: dict[str, Any] = {
+        "step": "resample",
+        "sample_rate": modality.sample_rate,
+        "channels": 1,
+        "range": [-1, 1],
+    }
+    steps = [
+        {**resampled, "range": [-1, 1]},
+        {**length, "shorter": "between two silences" if modality.fixed else "as it is"},
+        step,
+    ]
+    example = modality.noise(1)[0]
+    name = modality.extractor.model_input_names[0]
+    if not modality.is_waveform(example[None]):
+        return open_given(name, tuple(example.shape), "spectra", modality.preprocess, steps, files)
+    meaning = "samples of recordings of one length, without any padding"
+    tensor = RawTensor(name, "float32", ("samples",), meaning, longest=modality.num_samples)
+
+    def prepare(item: Any) -> tuple[Tensor, ...]:
+        values_T, mask_T = modality.preprocess(item)
+        return (values_T[: int(mask_T.sum())],)
+
+    return RawInputs((tensor,), _Waveforms(), steps, prepare, files)
+
+
+def _open_tokens(modality: TextInput, tokenizer: bytes) -> RawInputs:
+    meanings = {"input_ids": "tokens of a text", "attention_mask": "1 for a token, 0 for padding behind the text"}
+    if modality.has_types:
+        meanings["token_type_ids"] = "0 in the first text, 1 in a second one that is read together with it"
+    tensors = tuple(
+        RawTensor(name, "int64", ("tokens",), meaning, longest=modality.max_length)
+        for name, meaning in meanings.items()
+    )
+    step = {"step": "tokenize", "file": "tokenizer.json", "max_length": modality.max_length, "pad_id": modality.pad_id}
+
+    def prepare(item: Any) -> tuple[Tensor, ...]:
+        return tuple(modality.preprocess(item)[: len(tensors)])
+
+    return RawInputs(tensors, _Tokens(), [step], prepare, {"tokenizer.json": tokenizer})
 
 
 def open_image_processor(values: dict[str, Any]) -> Any:

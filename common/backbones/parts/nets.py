@@ -189,5 +189,5 @@ class SpeechNet(nn.Module):
                 x = nn.functional.leaky_relu(self.get_submodule(layer)(x), 0.2).clamp(min=-0.4)
             else:
                 x = nn.functional.max_pool2d(x, layer, layer)
-        averaged_B96: Tensor = self.conv19(x).reshape(len(windows), -1, 96).mean(1)
+        averaged_B96: Tensor = self.conv19(x).reshape(windows.shape[0], -1, 96).mean(1)
         return averaged_B96

@@ -1,0 +1,1 @@
+"""Parts that several formats share, and files that are copied into what is exported."""

@@ -1,0 +1,160 @@
+"""The part of a model that is exported: one network, its inputs, its outputs, and all that a user must know of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.backbones import RawInputs, RawTensor
+from common.errors import nearest
+from common.serving.folder import ModelBackbone
+from common.serving.network import Model, Network
+from common.types import BadInput
+
+_EXAMPLES = 3
+_LENGTH = 16
+"""Length of tokens and series in examples, where as much is allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """Tasks of a model that share a backbone, to be written in some format.
+
+    Attributes:
+        model: the whole model.
+        tasks: the tasks, in the order of the network's outputs.
+        backbone: name of their backbone.
+        left_out: whether the backbone is left out: the network then begins at its features.
+        raw: the network's inputs.
+        network: from those to what the tasks serve.
+    """
+
+    model: Model = field(repr=False)
+    tasks: tuple[str, ...]
+    backbone: str
+    left_out: bool
+    raw: RawInputs = field(repr=False)
+    network: Network = field(repr=False)
+
+    @property
+    def origin(self) -> ModelBackbone:
+        """The backbone as the model's config names it."""
+        return self.model.config.backbones[self.backbone]
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Name -> content of the files that preprocessing needs."""
+        return self.raw.files
+
+    def list_columns(self) -> dict[str, list[str]]:
+        """Returns task -> names of what it serves, in order."""
+        return {task: self.model.list_columns(task) for task in self.tasks}
+
+    def make_example(self, count: int = _EXAMPLES) -> tuple[Tensor, ...]:
+        """Returns random inputs of so many records, from torch's current generator."""
+        return tuple(_draw(tensor, count) for tensor in self.raw.tensors)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns all that a program needs to use the network, as plain values."""
+        config = self.model.config
+        backbone: dict[str, Any] = {"name": self.backbone, "digest": self.origin.digest, "source": self.origin.source}
+        if self.left_out:
+            backbone["left_out"] = self.explain_left_out()
+        return {
+            "format": "headwater export",
+            "version": 1,
+            "run": config.run,
+            "created": config.created,
+            "inputs": [{**asdict(tensor), "shape": ["batch", *tensor.shape]} for tensor in self.raw.tensors],
+            "before": [dict(step) for step in self.raw.before],
+            "outputs": [
+                {
+                    "task": task,
+                    "kind": config.tasks[task].settings["kind"],
+                    "columns": columns,
+                    "settings": config.tasks[task].settings,
+                }
+                for task, columns in self.list_columns().items()
+            ],
+            "backbone": backbone,
+        }
+
+    def explain_left_out(self) -> str:
+        """Returns a sentence that says where a backbone that was left out can be got."""
+        source = f"its weights are {self.origin.source}, " if self.origin.source else ""
+        return (
+            f"The backbone {self.backbone} is not part of this folder: {source}digest {self.origin.digest}; "
+            "the network begins at its features."
+        )
+
+    def write_metadata(self) -> bytes:
+        """Returns the content of `preprocessing.json`."""
+        return (json.dumps(self.describe(), indent=2) + "\n").encode()
+
+
+def select(model: Model, tasks: Sequence[str], without: Sequence[str], *, one_task: bool, name: str) -> Exported:
+    """Returns the part of a model that is exported.
+
+    Args:
+        model: the whole model.
+        tasks: names of the tasks; empty for all.
+        without: names or digests of backbones that are left out.
+        one_task: whether the format holds one task only.
+        name: of the format, for messages.
+
+    Raises:
+        BadInput: there is no such task or backbone, or the format cannot hold the tasks together.
+    """
+    chosen = tuple(model.choose_task(task) for task in tasks) or tuple(model.tasks)
+    if one_task and len(chosen) > 1:
+        raise BadInput(f"--format {name} holds one task: name it with --task, one of {', '.join(chosen)}")
+    if len({model.config.tasks[task].backbone for task in chosen}) > 1:
+        raise BadInput(f"--task: expected tasks of one backbone, got {', '.join(chosen)}; export one after the other")
+    backbone = model.find_backbone(chosen)
+    left_out = backbone in {_find_backbone(model, each) for each in without}
+    raw = _open_features(model, backbone) if left_out else model.open_raw(backbone)
+    network = model.torch(*chosen)
+    if left_out:
+        network = Network(nn.Identity(), nn.Identity(), [model.heads[task] for task in chosen])
+    return Exported(model, chosen, backbone, left_out, raw, network)
+
+
+def _find_backbone(model: Model, wanted: str) -> str:
+    own = model.config.backbones
+    found = [name for name, each in own.items() if wanted == name or each.digest.startswith(wanted.lower())]
+    if len(found) != 1 or not wanted:
+        known = ", ".join(f"{name} ({each.digest[:12]}...)" for name, each in own.items())
+        raise BadInput(f"--without-backbone: expected one of {known}, got {wanted!r}{nearest(wanted, own)}")
+    if any(task.backbone == found[0] and task.trunk is not None for task in model.config.tasks.values()):
+        raise BadInput(f"--without-backbone: expected a frozen backbone, got {found[0]}, a part of which was trained")
+    return found[0]
+
+
+def _open_features(model: Model, backbone: str) -> RawInputs:
+    dim = model.backbones[backbone].feature_dim
+    digest = model.config.backbones[backbone].digest
+    tensor = RawTensor("features", "float32", (dim,), f"features of the backbone with digest {digest}")
+
+    def prepare(item: Any) -> tuple[Tensor, ...]:
+        own = model.backbones[backbone]
+        return (own.encode([own.preprocess(item)])[0],)
+
+    return RawInputs((tensor,), nn.Identity(), [{"step": "encode", "digest": digest}], prepare)
+
+
+def _draw(tensor: RawTensor, count: int) -> Tensor:
+    longest = tensor.longest or _LENGTH
+    # Recordings must be long enough for the layers behind them.
+    length = longest if tensor.dtype == "float32" else min(_LENGTH, longest)
+    shape = (count, *(length if isinstance(axis, str) else axis for axis in tensor.shape))
+    if tensor.dtype == "uint8":
+        return torch.randint(256, shape, dtype=torch.uint8)
+    if tensor.dtype == "int64":
+        # Valid as a token, a mask and a type.
+        return torch.ones(shape, dtype=torch.int64)
+    return torch.rand(shape, dtype=getattr(torch, tensor.dtype))
