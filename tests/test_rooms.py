@@ -21,7 +21,19 @@ MAY_IMPORT = {
 }
 ROOMS = tuple(MAY_IMPORT)
 FLOORS = {
-    "common": ["", "events", "privacy", "secure_sum", "backbones", "tasks", "model", "serving", "exports", "process"],
+    "common": [
+        "",
+        "events",
+        "privacy",
+        "secure_sum",
+        "backbones",
+        "tasks",
+        "model",
+        "serving",
+        "exports",
+        "process",
+        "report",
+    ],
     "client": [
         "",
         "ledger",
@@ -60,6 +72,8 @@ DOORS = {
     "transformers": ("common/backbones/",),
     "torchvision": ("common/backbones/",),
     "pandas": ("client/data/sources/",),
+    "matplotlib": ("common/report/",),
+    "jinja2": ("common/report/",),
 }
 
 

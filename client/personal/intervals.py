@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from client.personal.metrics import Predictions, compute_pair_metrics
 from common.events import Interval, Metrics
 from common.tasks import EXACT_BUCKETS, Statistic, Task
-from common.tasks.parts.rates import RATE
+from common.tasks.parts.rates import NORMAL_95, RATE, compute_wilson_interval
 
 _REPLICATES = 200
 """A standard deviation of so many draws is within 10 % nearly always."""
-_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Estimate:
         if self.value is None or self.spread is None:
             return None
         if not self.is_rate or not RATE[0] <= self.value <= RATE[1]:
-            return self.value - _NORMAL_95 * self.spread, self.value + _NORMAL_95 * self.spread
+            return self.value - NORMAL_95 * self.spread, self.value + NORMAL_95 * self.spread
         variance = self.value * (1.0 - self.value)
         # Where all units agree the spread is 0, and the number of units says all.
         effective = variance / self.spread**2 if variance * self.spread > 0.0 else float(self.num_units)
@@ -65,14 +64,6 @@ class Estimate:
 
 Estimates = Mapping[str, Estimate]
 """Metric name -> its estimate, the main metric first."""
-
-
-def compute_wilson_interval(rate: float, count: float) -> Interval:
-    """Returns Wilson's 95 % score interval of a rate that was seen in so many trials (Wilson 1927)."""
-    square = _NORMAL_95**2 / count
-    middle = (rate + square / 2) / (1 + square)
-    half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def estimate_metrics(task: Task, predictions: Sequence[Predictions]) -> dict[str, Estimate]:
@@ -151,7 +142,7 @@ def compute_difference(first: Estimate, second: Estimate) -> Interval | None:
         squares = count * (count * spread**2 + difference**2) + 1.0
         difference, count = difference * count / (count + 2), count + 2
         spread = math.sqrt(max(0.0, squares / count - difference**2) / count)
-    return difference - _NORMAL_95 * spread, difference + _NORMAL_95 * spread
+    return difference - NORMAL_95 * spread, difference + NORMAL_95 * spread
 
 
 def list_values(estimates: Estimates) -> Metrics:

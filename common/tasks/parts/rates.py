@@ -19,6 +19,9 @@ Array = NDArray[np.float64]
 RATE = (0.0, 1.0)
 """The range of every rate."""
 
+NORMAL_95 = 1.959963984540054
+"""Standard deviations to either side between which 95 % of a normal distribution lie."""
+
 
 def compute_auroc(sums: Array, num_labels: int, *, clip: bool) -> Array:
     """Returns area_L: P(score of a positive > score of a negative) + P(same bucket) / 2; NaN where undefined.
@@ -56,6 +59,14 @@ def compute_ratio(part: Array, whole: Array, *, clip: bool) -> Array:
     ratios = np.full(np.shape(whole), math.nan)
     np.divide(part, whole, out=ratios, where=np.asarray(whole > 0))
     return ratios.clip(*RATE) if clip else ratios
+
+
+def compute_wilson_interval(rate: float, count: float) -> tuple[float, float]:
+    """Returns Wilson's 95 % score interval of a rate that was seen in so many trials (Wilson 1927)."""
+    square = NORMAL_95**2 / count
+    middle = (rate + square / 2) / (1 + square)
+    half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def compute_recall(counts_L22: Array, *, clip: bool) -> Array:

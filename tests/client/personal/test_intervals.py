@@ -11,11 +11,11 @@ from client.personal.intervals import (
     average_estimates,
     average_heads,
     compute_difference,
-    compute_wilson_interval,
     estimate_metrics,
 )
 from client.personal.metrics import Predictions
 from common.tasks import open_task
+from common.tasks.parts.rates import compute_wilson_interval
 
 CLASSES = open_task({"kind": "classification", "labels": ["a", "b"]}, "t")
 
