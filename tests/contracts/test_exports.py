@@ -46,16 +46,6 @@ def test_an_export_states_its_inputs_and_outputs_and_has_a_card(name: str, model
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_two_exports_of_a_model_have_the_same_files(name: str, model: Path, tmp_path: Path) -> None:
-    opened = headwater.load(model)
-    for folder in ("a", "b"):
-        write_export(opened, tmp_path / folder, open_format(name))
-    a, b = (sorted(path.relative_to(tmp_path / each) for path in (tmp_path / each).rglob("*")) for each in "ab")
-    assert a == b
-    assert (tmp_path / "a" / "preprocessing.json").read_text() == (tmp_path / "b" / "preprocessing.json").read_text()
-
-
-@pytest.mark.parametrize("name", FORMATS)
 def test_a_folder_with_something_in_it_is_refused_and_stays_as_it_is(name: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     code, output = run(model, tmp_path, "--format", name)

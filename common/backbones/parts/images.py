@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 # Others (I;16, I, F) hold more than 8 bits; Pillow would cut them off without a word.
-_EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"})
+EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"})
 
 Positive = Annotated[float, Field(gt=0)]
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -56,7 +56,7 @@ def _convert(item: Any, mode: str) -> Image.Image:
     image = _from_array(item) if isinstance(item, np.ndarray) else item
     if not isinstance(image, Image.Image):
         raise BadRecord("expected a PIL image or an array")
-    if image.mode not in _EIGHT_BIT_MODES:
+    if image.mode not in EIGHT_BIT_MODES:
         raise BadRecord("expected an image with 8 bits per value; convert it with a window of your choice first")
     if min(image.size) == 0:
         raise BadRecord("expected an image with at least one pixel")

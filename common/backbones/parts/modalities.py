@@ -216,22 +216,20 @@ def open_raw_inputs(modality: Modality, processor: dict[str, Any] | None, tokeni
     if isinstance(modality, TextInput):
         return _open_tokens(modality, tokenizer or b"")
     files = {"preprocessor_config.json": json.dumps(processor, indent=2).encode()}
-    step: dict[str, Any] = {"step": "processor", "file": "preprocessor_config.json", "library": "transformers"}
+    last: dict[str, Any] = {"step": "processor", "file": "preprocessor_config.json", "library": "transformers"}
     if not isinstance(modality, AudioInput):
         shape = tuple(modality.preprocess(np.zeros((64, 64, 3), dtype=np.uint8)).shape)
         convert: dict[str, Any] = {"step": "convert", "mode": "RGB"}
-        return open_given("pixel_values", shape, "pixels", modality.preprocess, [convert, step], files)
-    length: dict[str, Any] = {"step": "fit_length", "samples": modality.num_samples, "longer": "middle"}
-    resampled: dict[str, Any] = {
-        "step": "resample",
-        "sample_rate": modality.sample_rate,
-        "channels": 1,
-        "range": [-1, 1],
-    }
+        return open_given("pixel_values", shape, "pixels", modality.preprocess, [convert, last], files)
     steps = [
-        {**resampled, "range": [-1, 1]},
-        {**length, "shorter": "between two silences" if modality.fixed else "as it is"},
-        step,
+        {"step": "resample", "sample_rate": modality.sample_rate, "channels": 1, "range": [-1, 1]},
+        {
+            "step": "fit_length",
+            "samples": modality.num_samples,
+            "longer": "middle",
+            "shorter": "between two silences" if modality.fixed else "as it is",
+        },
+        last,
     ]
     example = modality.noise(1)[0]
     name = modality.extractor.model_input_names[0]

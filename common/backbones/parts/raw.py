@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.backbones import RawInputs, RawTensor
 from common.backbones.parts.audio import fit_length, resample
 from common.backbones.parts.columns import REFUSE, Column
-from common.backbones.parts.images import ImagePreprocessing
+from common.backbones.parts.images import EIGHT_BIT_MODES, ImagePreprocessing
 from common.inputs import find_name, parse_number
 from common.types import BadRecord
 
@@ -48,6 +48,8 @@ def open_given(
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
+
+_TURN = {"step": "turn", "by": "EXIF orientation"}
 
 
 @final
@@ -82,7 +84,7 @@ def open_pixels(settings: ImagePreprocessing) -> RawInputs:
     return RawInputs(
         (tensor,),
         _Standardise(settings),
-        [{"step": "convert", "mode": "RGB"}, resize, *crop],
+        [_TURN, {"step": "convert", "mode": "RGB", "modes": sorted(EIGHT_BIT_MODES)}, resize, *crop],
         lambda item: (settings.cut(item),),
     )
 
@@ -95,7 +97,8 @@ def open_grey(side: int, preprocess: Callable[[Any], Tensor]) -> RawInputs:
         preprocess: picture -> values.
     """
     before: list[dict[str, Any]] = [
-        {"step": "convert", "mode": "L"},
+        _TURN,
+        {"step": "convert", "mode": "L", "modes": sorted(EIGHT_BIT_MODES)},
         {"step": "expect_size", "size": side},
         {"step": "divide", "by": 255},
     ]

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from common.exports.parts.exported import Exported
 from common.types import BadInput
 
-_UNTRACEABLE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, NotImplementedError)
+UNTRACEABLE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, NotImplementedError)
 TOLERANCE = 1e-4
 """Largest distance of a program's outputs from the network's, on random inputs."""
 
@@ -31,19 +31,25 @@ def list_axes(exported: Exported) -> tuple[dict[int, Any], ...]:
     )
 
 
+def draw_inputs(exported: Exported) -> tuple[torch.Tensor, ...]:
+    """Returns the random inputs of a few records, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return exported.make_example()
+
+
 def trace(exported: Exported) -> ExportedProgram:
     """Returns the network as a program of torch, compared with the network on random inputs.
 
     Raises:
         BadInput: torch cannot trace the network, or the program computes something else.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    inputs = draw_inputs(exported)
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        inputs = exported.make_example()
         try:
             program = torch.export.export(exported.network, inputs, dynamic_shapes=(list_axes(exported),))
-        except _UNTRACEABLE as error:
+        except UNTRACEABLE as error:
             raise BadInput(
                 f"backbone {exported.backbone}: expected a network that torch can trace, got one that it cannot "
                 f"({type(error).__name__})"
