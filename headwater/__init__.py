@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from client.prediction.predict import LoadedModel
     from client.protocol.plan import RunPlan
     from common.events import AuditVerdict, RunEvent, Summary
-    from common.serving.network import Model
 
 __all__ = ["Run", "audit", "load", "plan", "read_run", "simulate"]
 
@@ -66,7 +66,7 @@ def simulate(config: str | Path, *, out: str | Path | None = None, **overrides: 
     return Run(Path(summary.path), summary)
 
 
-def load(path: str | Path, *, device: str = "cpu", backbones: str | Path | None = None) -> Model:
+def load(path: str | Path, *, device: str = "cpu", backbones: str | Path | None = None) -> LoadedModel:
     """Returns a finished model, ready to use.
 
     Args:
@@ -80,9 +80,12 @@ def load(path: str | Path, *, device: str = "cpu", backbones: str | Path | None 
     """
     import torch
 
+    from client.prediction.predict import LoadedModel
     from common.serving.network import open_model
 
-    return open_model(Path(path), torch.device(device), backbones=None if backbones is None else Path(backbones))
+    return LoadedModel(
+        open_model(Path(path), torch.device(device), backbones=None if backbones is None else Path(backbones))
+    )
 
 
 def read_run(run_folder: str | Path) -> Run:

@@ -43,6 +43,7 @@ FLOORS = {
         "protocol",
         "secure_sum",
         "personal",
+        "prediction",
         "connection",
         "monitoring",
         "commands",
@@ -71,7 +72,7 @@ DOORS = {
     "sklearn": ("client/data/sources/", "simulations/"),
     "transformers": ("common/backbones/",),
     "torchvision": ("common/backbones/",),
-    "pandas": ("client/data/sources/",),
+    "pandas": ("client/data/sources/", "client/prediction/"),
     "matplotlib": ("common/report/",),
     "jinja2": ("common/report/",),
 }

@@ -140,12 +140,9 @@ class Site:
 
     def device(self) -> torch.device:
         """Returns the device to encode and train on."""
-        import torch  # Here, as below: a command that reads a budget needs no torch.
+        from common.model.backbones import choose_device  # Here: a command that reads a budget needs no torch.
 
-        wanted = self.config.device
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise BadInput("device: expected a CUDA device, found none; write `device: auto` or `cpu`")
-        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+        return choose_device(self.config.device)
 
 
 def find_ledger(config: SiteConfig) -> Ledger | None:

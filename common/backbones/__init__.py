@@ -271,11 +271,19 @@ class Divisible(Protocol):
 
 
 @runtime_checkable
+class ReadsColumns(Protocol):
+    """A further member of a kind that reads rows of tables."""
+
+    def list_columns(self) -> list[str]:
+        """Returns the names of the columns that it reads of a row; none where it reads something else."""
+
+
+@runtime_checkable
 class _WithWeightsSetting(Protocol):
     weights: object
 
 
-OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible)
+OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns)
 """Protocols that a kind has as a whole or not at all."""
 
 

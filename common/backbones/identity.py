@@ -88,6 +88,10 @@ class Identity(Plugin):
             return open_columns(self.columns, self.missing_values, self._cell)
         return open_given("vector", (self.dim or 0,), "numbers that already are features", self.preprocess)
 
+    def list_columns(self) -> list[str]:
+        """Returns the columns' names; none where vectors are given."""
+        return [column.name for column in self.columns or ()]
+
     def _cell(self, row: Mapping[str, Any], column: Column) -> str | None:
         if column.name not in row:
             raise BadRecord(f"column {column.name!r}: expected it in the row, found none of that name")

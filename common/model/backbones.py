@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from safetensors import SafetensorError
@@ -168,6 +168,13 @@ class Untrained:
     def preprocess(self, item: Any) -> Tensor:
         """Returns one source item as one input. Raises BadRecord."""
         return self.kind.preprocess(item)
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Returns the device to encode on. Raises BadInput where `cuda` is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device: expected a CUDA device, found none; write auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def open_pretrained(spec: Spec | Mapping[str, Any], key: str) -> Backbone:

@@ -56,7 +56,10 @@ class ServedHead(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Returns served_BC: probabilities, or what else the task serves (`Servable`)."""
-        outputs_BO = self.compute_outputs(features_BD)
+        return self.serve(self.compute_outputs(features_BD))
+
+    def serve(self, outputs_BO: Tensor) -> Tensor:
+        """Returns served_BC of outputs as `compute_outputs` returns them."""
         return self.task.serve(outputs_BO) if isinstance(self.task, Servable) else outputs_BO
 
 

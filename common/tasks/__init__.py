@@ -315,6 +315,14 @@ class CountedOutcomes(Protocol):
 
 
 @runtime_checkable
+class JoinsCells(Protocol):
+    """Optional part of a task whose prediction is several cells (`LabelCodec.decode`); else they are joined by `|`."""
+
+    def join_cells(self, cells: Sequence[str]) -> str:
+        """Returns the cells of one prediction as one that people read."""
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing pairs of records.
 

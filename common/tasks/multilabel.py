@@ -202,6 +202,11 @@ class Multilabel(Plugin):
         """Returns the ratio of known labels of each example."""
         return (labels != _UNKNOWN).double().mean(dim=1)
 
+    def join_cells(self, cells: Sequence[str]) -> str:
+        """Returns the names of the labels that are present, as one column of labels holds them."""
+        present = [name for name, cell in zip(self.labels, cells, strict=True) if cell == "1"]
+        return _SEPARATOR.join(present) or self.none or ""
+
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the labels: one column for each one's probability."""
         del num_outputs

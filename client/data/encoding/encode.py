@@ -87,6 +87,42 @@ def encode_source(folder: Path, source: Source, backbone: Backbone, progress: Pr
     return array
 
 
+@dataclass(frozen=True)
+class EncodedRecords:
+    """Consecutive records of a source, encoded.
+
+    Attributes:
+        positions: positions of those that have features, B of them.
+        features_BD: their features, in float32.
+        unusable: position -> why a record has no features.
+        end: the first position after them.
+    """
+
+    positions: list[int]
+    features_BD: NDArray[np.float32] = field(repr=False)
+    unusable: Mapping[int, str]
+    end: int
+
+
+def encode_records(source: Source, backbone: Backbone) -> Iterator[EncodedRecords]:
+    """Yields the features of all records of a source in order; only a few batches are in memory, and nothing is kept.
+
+    Args:
+        source: source of the records.
+        backbone: what encodes them, on its device.
+    """
+    cores = torch.get_num_threads()
+    with nullcontext() if backbone.device.type == "cuda" else one_thread():
+        for batch, encoded_BD in _Batches(source, backbone, len(source.index()), cores).encode(0):
+            unusable, positions = dict(batch.unusable), batch.positions
+            if encoded_BD is None:
+                positions, encoded_BD = [], np.zeros((0, backbone.feature_dim), np.float32)
+            finite_B = np.asarray(np.isfinite(encoded_BD).all(axis=1))
+            unusable |= {positions[index]: "features are not finite" for index in np.flatnonzero(~finite_B)}
+            kept = [positions[index] for index in np.flatnonzero(finite_B)]
+            yield EncodedRecords(kept, encoded_BD[finite_B], unusable, batch.end)
+
+
 def _add(array: PartialArray, batch: _Batch, encoded_BD: NDArray[np.float32] | None) -> None:
     """Adds the rows of a batch to an array."""
     unusable = dict(batch.unusable)

@@ -29,6 +29,7 @@ class SourceRecord:
             Two people can have equal rows in a table; two equal pictures are one.
         blank: why `patient` is blank, where the source knows more than that it is.
         fault: why the record cannot be used, where its listing says so already; "" where it may be.
+        path: relative path of the record's own file, where it has one.
     """
 
     row: int
@@ -40,6 +41,7 @@ class SourceRecord:
     identified: bool = True
     blank: str = "blank patient id"
     fault: str = ""
+    path: str = field(default="", repr=False)
 
 
 class Source(Protocol):

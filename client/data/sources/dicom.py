@@ -90,9 +90,10 @@ class Dicom(ListedFiles):
             raise BadInput("sources: expected the package pydicom; install headwater[dicom]") from error
         settings = f"dicom {self.window} {self.max_slices}"
         patient = _patient if self.patient_from_tag else None
-        return open_listing(self, Reader(self.file, self._read, "DICOM file", settings, patient))
+        return open_listing(self, Reader(self.file, self.read, "DICOM file", settings, patient))
 
-    def _read(self, path: Path) -> Any:
+    def read(self, path: Path) -> Any:
+        """Returns a file's picture, or those of a multi-frame file or a folder's series. Raises BadRecord, OSError."""
         if not path.is_dir():
             frames = self._frames(path)
             chosen = [frames[position] for position in spread(len(frames), self.max_slices)]

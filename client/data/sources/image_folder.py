@@ -129,6 +129,7 @@ class Pictures:
             row=number,
             file=self.settings.path.name,
             key=name,
+            path=name,
             patient=patient,
             split=parts[0] if self.settings.splits else None,
             cells={"label": parts[-2]},

@@ -73,9 +73,10 @@ class Nifti(ListedFiles):
         except ImportError as error:
             raise BadInput("sources: expected the package nibabel; install headwater[nifti]") from error
         settings = f"nifti {self.plane} {self.window} {self.max_slices}"
-        return open_listing(self, Reader(self.file, self._read, "NIfTI file", settings))
+        return open_listing(self, Reader(self.file, self.read, "NIfTI file", settings))
 
-    def _read(self, path: Path) -> Several:
+    def read(self, path: Path) -> Several:
+        """Returns a volume's slices. Raises BadRecord, OSError."""
         import nibabel
         from nibabel.filebasedimages import ImageFileError
 

@@ -77,6 +77,23 @@ def read_frame(
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
         # From None: a parser's own message may quote the file.
         raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
+    return _strip_cells(frame, names, faults)
+
+
+def convert_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns a table that is in memory as `read_frame` returns one that is written as Parquet. Raises BadInput."""
+    import pyarrow as pa
+
+    try:
+        found, faults = _read_arrow(pa.Table.from_pandas(frame, preserve_index=False))
+    except (ValueError, OverflowError, TypeError, pa.ArrowException) as error:
+        raise BadInput(f"data: expected a table of numbers, dates and texts{instead(error)}") from None
+    return _strip_cells(found, list(found.columns), faults)
+
+
+def _strip_cells(frame: pd.DataFrame, names: Sequence[str], faults: list[str]) -> pd.DataFrame:
+    import pandas as pd
+
     frame.columns = pd.Index(names)
     frame = frame.loc[:, ~frame.columns.duplicated(keep=False)].reset_index(drop=True)
     frame = frame.fillna("").map(str.strip)
@@ -202,12 +219,16 @@ def _align_rows(
 
 def _read_parquet(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """Returns the cells of every row as text, and why each row cannot be read, "" where it can."""
-    import pandas as pd
     import pyarrow.parquet
 
     # Not pandas.read_parquet: it follows what pandas once wrote about the table, which hides an index column and, where
     # it is damaged, fails in ways without end.
-    table = pyarrow.parquet.read_table(path)
+    return _read_arrow(pyarrow.parquet.read_table(path))
+
+
+def _read_arrow(table: pa.Table) -> tuple[pd.DataFrame, list[str]]:
+    import pandas as pd
+
     columns = [_read_cells(column) for column in table.columns]
     faults = [""] * table.num_rows
     for cells in columns:

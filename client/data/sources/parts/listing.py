@@ -87,6 +87,7 @@ class Listing:
                 split=row[own.split_column] or None if own.split_column else None,
                 cells=row,
                 fault=row[FAULT],
+                path=row[column],
                 # Rows that name no file are not one record; they become bad ones.
                 identified=row[column] != "",
             )

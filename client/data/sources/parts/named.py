@@ -65,6 +65,7 @@ class Naming:
             row=row,
             file=file,
             key=path,
+            path=path,
             patient=cells[self.patient_column] if self.patient_column else None,
             split=_side(self.test, cells) if self.test is not None else None,
             cells=cells,

@@ -1,0 +1,232 @@
+"""Data without settings: the shape of a file or folder, and the model's backbone, say how it is read.
+
+    a folder or zip        its files of the kind that the backbone takes
+    CSV, TSV, Parquet      feature columns, where the backbone names some; else a column of texts or of files' paths
+    .npz                   its array of records
+    any other file         that file
+
+No message repeats a cell, nor the name of a column that a user did not write: where a file has no header, its first
+record would be taken for one.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from client.data.sources import Source, open_source
+from client.data.sources.manifest import ListedTexts, Manifest
+from client.data.sources.parts.boundary import try_record
+from client.data.sources.parts.frame import FAULT, convert_frame, read_frame
+from client.data.sources.parts.listing import ListedFiles, Listing, Reader
+from client.data.sources.parts.tree import read_file
+from client.data.sources.table import Table, TableRows
+from client.prediction.files import FILE_KINDS, LooseFiles, find_kind, list_files, list_suffixes, open_files
+from common.backbones import ReadsColumns
+from common.errors import instead
+from common.inputs import Several, Text
+from common.types import BadInput, BadRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from common.model.backbones import Backbone
+
+TABLES = frozenset({".csv", ".tsv", ".tab", ".parquet", ".data"})
+_SEPARATORS = (",", ";", "\t")
+_TEXTS = ("text", "sentence", "note")
+_PATHS = ("path", "file", "filename", "image", "audio", "series")
+_ARRAYS = ("x", "images", "inputs", "data")
+_TRIED = 8
+"""Records with which it is tried whether a backbone takes a source."""
+
+
+@dataclass(frozen=True)
+class PlainData:
+    """Data as it was read.
+
+    Attributes:
+        source: its records.
+        how: in words, for whoever gave it; nothing of its content.
+    """
+
+    source: Source = field(repr=False)
+    how: str
+
+
+def open_plain(
+    data: Path | pd.DataFrame | Sequence[str | Path], backbone: Backbone, columns: Sequence[str]
+) -> PlainData:
+    """Returns data without settings as a source for a backbone.
+
+    Args:
+        data: a file or folder, a table in memory, or paths of files.
+        backbone: what its records are for.
+        columns: of a table the column of texts or paths, and of pairs of texts the second one too; of an .npz file the
+            array; empty where it is to be found.
+
+    Raises:
+        BadInput: there is nothing that can be read, or a column is missing or must be named.
+    """
+    if isinstance(data, Path):
+        return _open_path(data, backbone, columns)
+    if isinstance(data, Sequence):
+        return _choose(list_files(data), backbone)
+    rows = [dict(row) for row in convert_frame(data).to_dict("records")]
+    return _open_rows(Path("table"), rows, backbone, columns, root=None)
+
+
+def takes(backbone: Backbone, source: Source) -> bool:
+    """Returns whether a backbone takes some records of a source, of a few that are tried."""
+    count = len(source.index())
+    tried = sorted({round(at) for at in np.linspace(0, max(count - 1, 0), _TRIED)}) if count else []
+    return any(_takes_item(backbone, lambda at=at: source.load(at)) for at in tried)  # type: ignore[misc]
+
+
+def _open_path(path: Path, backbone: Backbone, columns: Sequence[str]) -> PlainData:
+    if not path.exists():
+        raise BadInput(f"{path}: expected a file or folder of records, found nothing there")
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix in (".zip", ".whl"):
+        return _choose(open_files(path), backbone)
+    if suffix == ".npz":
+        return _open_arrays(path, columns)
+    if suffix in TABLES:
+        separator = "," if suffix == ".parquet" else _guess_separator(path)
+        rows = [dict(row) for row in read_frame(path, separator).to_dict("records")]
+        return _open_rows(path, rows, backbone, columns, root=path.parent.resolve())
+    if find_kind(path.name) is None:
+        raise BadInput(
+            f"{path}: expected a folder, a table ({', '.join(sorted(TABLES))}), .npz or a file that a model can read "
+            f"({list_suffixes()}), got one that ends in {path.suffix!r}"
+        )
+    return _choose(open_files(path), backbone)
+
+
+def _choose(found: Sequence[LooseFiles], backbone: Backbone) -> PlainData:
+    """Returns the files of the kind that the backbone takes; of the first kind where it takes none of them."""
+    chosen = next((files for files in found if takes(backbone, files)), found[0])
+    others = sum(len(files.names) for files in found if files is not chosen)
+    return PlainData(chosen, f"{chosen.kind.name}" + (f"; {others} file(s) of other kinds left out" if others else ""))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _guess_separator(path: Path) -> str:
+    """Returns the separator that the first line of a text file has most often."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline(1 << 20)
+    except OSError as error:
+        raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
+    return max(_SEPARATORS, key=first.count)
+
+
+def _open_rows(
+    path: Path, rows: list[dict[str, str]], backbone: Backbone, columns: Sequence[str], root: Path | None
+) -> PlainData:
+    """Returns a table's rows as records.
+
+    Args:
+        path: the table's file, for messages.
+        rows: its cells.
+        backbone: what the records are for.
+        columns: the columns of texts or paths that a user named.
+        root: folder of the files that it lists; None takes paths as they are written.
+    """
+    known = [name for name in (rows[0] if rows else {}) if name != FAULT]
+    if not rows:
+        raise BadInput(f"{path}: expected rows, got a table without any")
+    for name in columns:
+        if name not in known:
+            raise BadInput(f"{path}: expected exactly one column {name!r} among its {len(known)} column(s)")
+    needed = backbone.kind.list_columns() if isinstance(backbone.kind, ReadsColumns) else []
+    if needed:
+        return _open_features(path, rows, needed, known)
+    if _takes_item(backbone, lambda: Text("a word or two")):
+        chosen = list(columns) or _find_column(path, known, _TEXTS, "texts")
+        if len(chosen) > 2:
+            raise BadInput(f"--column: expected one column of texts, or two of pairs of texts, got {len(chosen)}")
+        pair = chosen[1] if len(chosen) == 2 else None
+        manifest = Manifest(kind="manifest", path=path, text=chosen[0], text_pair=pair)
+        return PlainData(ListedTexts(manifest, rows), f"texts of column {' and '.join(chosen)}")
+    chosen = list(columns) or _find_column(path, known, _PATHS, "paths of files")
+    if len(chosen) > 1:
+        raise BadInput(f"--column: expected one column of paths, got {len(chosen)}")
+    settings = ListedFiles(kind="", path=path)
+    reader = Reader(chosen[0], _read_any, "file")
+    if root is None:
+        rows = [{**row, chosen[0]: str(Path(row[chosen[0]]).absolute()) if row[chosen[0]] else ""} for row in rows]
+    return PlainData(Listing(settings, reader, rows, root or Path("/")), f"files of column {chosen[0]}")
+
+
+def _open_features(path: Path, rows: list[dict[str, str]], needed: Sequence[str], known: Sequence[str]) -> PlainData:
+    absent = [name for name in needed if name not in known]
+    if absent:
+        shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        raise BadInput(
+            f"{path}: expected the model's {len(needed)} feature columns, found no column {shown}; name them as the "
+            "model does, in the file's first line"
+        )
+    settings = Table(kind="table", path=path, inputs=list(needed))
+    return PlainData(TableRows(settings, rows, tuple(range(1, len(rows) + 1))), f"{len(needed)} feature columns")
+
+
+def _find_column(path: Path, known: Sequence[str], usual: Sequence[str], what: str) -> list[str]:
+    found = next((name for name in usual if name in known), None)
+    if found is None and len(known) == 1:
+        found = known[0]
+    if found is None:
+        raise BadInput(
+            f"{path}: expected a column of {what} called {', '.join(usual)}, or one named with --column; its columns "
+            "are in the file's first line"
+        )
+    return [found]
+
+
+def _read_any(path: Path) -> Any:
+    kind = find_kind(path.name)
+    if path.is_dir():
+        kind = next(kind for kind in FILE_KINDS if kind.name == "DICOM files")
+    if kind is None:
+        raise BadRecord(f"expected a file that ends in {list_suffixes()}, got another")
+    return kind.read(b"" if kind.by_path else read_file(path, "file"), path)
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _open_arrays(path: Path, columns: Sequence[str]) -> PlainData:
+    """Returns an .npz file's array of records: the named one, one with a usual name, or the only one that can be."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: expected a readable .npz file{instead(error)}") from None
+    if len(columns) > 1:
+        raise BadInput(f"--column: expected one array, got {len(columns)}")
+    usual = [name for name in _ARRAYS if name in names]
+    chosen = [*columns, *usual, *(names if len(names) == 1 else ())]
+    if not chosen or chosen[0] not in names:
+        raise BadInput(
+            f"{path}: expected an array of records called {', '.join(_ARRAYS)}, or one named with --column, among its "
+            f"{len(names)} array(s)"
+        )
+    spec = {"kind": "npz", "path": str(path), "parts": {"all": {"inputs": chosen[0], "columns": {}}}}
+    return PlainData(open_source(spec, "data").open(), f"records of array {chosen[0]}")
+
+
+def _takes_item(backbone: Backbone, load: Callable[[], Any]) -> bool:
+    def preprocess() -> bool:
+        item = load()
+        first = item.items[0] if isinstance(item, Several) and item.items else item
+        backbone.preprocess(first)
+        return True
+
+    return try_record(preprocess)[0] is True
