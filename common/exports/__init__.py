@@ -18,6 +18,7 @@ from common.types import BadInput
 
 if TYPE_CHECKING:
     from common.exports.parts.exported import Exported
+    from common.exports.parts.facts import RunFacts
     from common.serving.network import Model
 
 PACKAGE = "common.exports"
@@ -78,7 +79,13 @@ def check_folder(folder: Path) -> None:
 
 
 def write_export(
-    model: Model, folder: Path, opened: Format, *, tasks: Sequence[str] = (), without: Sequence[str] = ()
+    model: Model,
+    folder: Path,
+    opened: Format,
+    *,
+    tasks: Sequence[str] = (),
+    without: Sequence[str] = (),
+    facts: RunFacts | None = None,
 ) -> Exported:
     """Writes a model in a format, to a new or empty folder; a failure leaves no file.
 
@@ -88,6 +95,7 @@ def write_export(
         opened: the format.
         tasks: the tasks; empty for all of the model.
         without: names or digests of backbones that are left out, because their licence forbids to hand them on.
+        facts: what the run's folder says beside the model, for the card.
 
     Raises:
         BadInput: the folder is not empty, there is no such task or backbone, or the format cannot hold the model.
@@ -104,7 +112,7 @@ def write_export(
         write_atomic(folder / "preprocessing.json", exported.write_metadata())
         for name, content in exported.files.items():
             write_atomic(folder / name, content)
-        write_atomic(folder / "README.md", write_card(exported, opened.kind, used).encode())
+        write_atomic(folder / "README.md", write_card(exported, opened.kind, used, facts).encode())
     except BaseException:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

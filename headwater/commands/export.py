@@ -14,14 +14,25 @@ from common.types import BadInput
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model's folder, or a finished run's")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder")],
-    format_: Annotated[str, typer.Option("--format", help="huggingface, monai, onnx or torch")],
+    format_: Annotated[str | None, typer.Option("--format", help="huggingface, monai, onnx or torch")] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task; without it, all of the model")] = None,
     without_backbone: Annotated[
         list[str] | None, typer.Option(help="Name or digest of a backbone whose licence forbids to hand it on")
     ] = None,
     backbones: Annotated[Path | None, typer.Option(help="Weights that the model was handed on without")] = None,
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="Write what an output checker reads before the model leaves")
+    ] = False,
+    site: Annotated[Path | None, typer.Option(help="With --evidence: the site's file, for its ledger")] = None,
+    run: Annotated[str | None, typer.Option(help="With --site: id of the run; by default the model's")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="With --site: name of the coordinator, where the file has several")
+    ] = None,
+    no_attack: Annotated[
+        bool, typer.Option("--no-attack", help="With --evidence: leave out the attack on the records")
+    ] = False,
 ) -> None:
-    """Exports a finished model for programs that know nothing of Headwater.
+    """Exports a finished model for programs that know nothing of Headwater, or the evidence for letting it leave.
 
     Example: headwater export runs/mine exported --format onnx
     """
@@ -29,9 +40,15 @@ def export(
         from common.exports import check_folder, open_format
 
         _refuse_personal(model)
+        _check_together(evidence, format_, site, run or coordinator, no_attack)
+        if evidence:
+            _write_evidence(model, folder, site, run, coordinator, attack=not no_attack)
+            return
+        assert format_ is not None
         opened = open_format(format_)
         check_folder(folder)
         from common.exports import write_export
+        from common.exports.parts.facts import read_run_facts
         from common.serving.network import open_model
 
         exported = write_export(
@@ -40,11 +57,56 @@ def export(
             opened,
             tasks=task or (),
             without=without_backbone or (),
+            facts=read_run_facts(model),
         )
         for path in sorted(folder.iterdir()):
             typer.echo(f"{path.name:<28}{path.stat().st_size:>12,} bytes")
         if exported.left_out:
             typer.echo(exported.explain_left_out())
+
+
+def _check_together(
+    evidence: bool, format_: str | None, site: Path | None, of_site: str | None, no_attack: bool
+) -> None:
+    """Checks that the options fit each other. Raises BadInput."""
+    if evidence and format_ is not None:
+        raise BadInput("--evidence: expected it without --format; export first, then write the evidence to another DIR")
+    if not evidence and format_ is None:
+        raise BadInput("--format: expected a format, such as onnx, or --evidence, got neither")
+    if not evidence and (site is not None or no_attack):
+        raise BadInput("--site and --no-attack: expected them with --evidence only")
+    if site is None and of_site is not None:
+        raise BadInput("--run and --coordinator: expected them with --site only")
+
+
+def _write_evidence(
+    model: Path, folder: Path, site: Path | None, run: str | None, coordinator: str | None, *, attack: bool
+) -> None:
+    from common.exports.parts.evidence import check_target, write_evidence
+    from common.process.console import shown_progress
+
+    check_target(folder)
+    with shown_progress() as observe:
+        if site is not None:
+            from client.commands.parts.options import load_site
+            from client.personal.evidence import collect_site_evidence
+
+            config = load_site(site).select(coordinator)
+            found = collect_site_evidence(config, model, run_id=run, attack=attack, observe=observe)
+        else:
+            from simulations.evidence import collect_simulation_evidence, is_simulation
+
+            if is_simulation(model):
+                found = collect_simulation_evidence(model, attack=attack, observe=observe)
+            else:
+                from server.reports.evidence import collect_run_evidence
+
+                found = collect_run_evidence(model)
+    for path in write_evidence(found, folder):
+        typer.echo(f"{path.name:<28}{path.stat().st_size:>12,} bytes")
+    for outcome in found.attacks or ():
+        if outcome.contradicts:
+            typer.echo(f"{outcome.name} on {outcome.task}: more than the promise allows; see {folder / 'evidence.md'}")
 
 
 def _refuse_personal(path: Path) -> None:

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from common.events import AuditSummary, ByteCounts, Durations, SiteSummary, Summary
+from common.exports.parts.card import CardSubject, bound_guess, make_card
 from common.exports.parts.facts import RunFacts
 from common.exports.parts.markdown import escape, make_table, quote
-from common.exports.parts.model_card import CardSubject, bound_guess, make_card
 from common.offers import make_offer
 from common.run import ONLY_BACKBONE
 from common.serving.folder import Metric, ModelConfig, describe_model
