@@ -37,6 +37,7 @@ from common.tasks import LabelCodec, Task
 from common.types import BadInput
 from headwater.__main__ import make_app
 from headwater.commands.schema import FIELDS, PLUGIN_FOLDERS, File, make_schema
+from server.reports.trackers import Tracker
 from server.rounds.aggregators import Aggregator
 from simulations.config import SimulationConfig
 
@@ -103,6 +104,7 @@ def _format_protocols() -> str:
         Source,
         Solver,
         Aggregator,
+        Tracker,
         Format,
     )
     for protocol in protocols:

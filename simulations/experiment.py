@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,15 @@ from simulations.federate import Experiment, evaluate_heads, federate, ignore_pr
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless
 
+Watch = Callable[[Path], AbstractContextManager[object]]
+"""Watches a run from its folder."""
+
+
+def watch_nothing(folder: Path) -> AbstractContextManager[object]:
+    """Watches no run."""
+    del folder
+    return nullcontext()
+
 
 def run(
     config: SimulationConfig | Path | str,
@@ -58,6 +68,7 @@ def run(
     entropy: Entropy | None = None,
     observe: Observe = ignore_progress,
     anyway: bool = True,
+    watch: Watch = watch_nothing,
 ) -> Summary:
     """Runs a simulation and returns its summary.
 
@@ -68,6 +79,7 @@ def run(
         entropy: source of the keys of sampling and noise, for tests; by default the operating system, or `noise_seed`.
         observe: receives the progress: phase, number of steps done, number of all steps.
         anyway: whether a run is begun that cannot be better than guessing.
+        watch: entered with the run's folder while the run goes on; it reads the journal there.
 
     Raises:
         BadInput: a setting or a record is wrong, or no task can be better than guessing.
@@ -89,10 +101,17 @@ def run(
             shutil.rmtree(folder)
             raise
     experiment = Experiment(config, tasks, backbones, folder, entropy or _choose_entropy(config), observe)
-    return _complete(experiment, sites, resume=None)
+    with watch(folder):
+        return _complete(experiment, sites, resume=None)
 
 
-def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = ignore_progress) -> Summary:
+def resume(
+    folder: Path,
+    *,
+    entropy: Entropy | None = None,
+    observe: Observe = ignore_progress,
+    watch: Watch = watch_nothing,
+) -> Summary:
     """Continues a run whose process ended, after its last completed round, and returns its summary.
 
     Ledgers are kept and never reset.
@@ -101,6 +120,7 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = i
         folder: folder of the run.
         entropy: source of the keys of sampling and noise, for tests; by default the operating system, or `noise_seed`.
         observe: receives the progress: phase, number of steps done, number of all steps.
+        watch: entered with the run's folder while the run goes on; it reads the journal there.
 
     Raises:
         BadInput: the folder is not a run's, or the run has already ended.
@@ -120,7 +140,8 @@ def resume(folder: Path, *, entropy: Entropy | None = None, observe: Observe = i
     sites = read_sites(folder / "sites")
     tasks = check_simulation(config)
     experiment = Experiment(config, tasks, backbones, folder, entropy or _choose_entropy(config), observe)
-    return _complete(experiment, sites, checkpoint)
+    with watch(experiment.folder):
+        return _complete(experiment, sites, checkpoint)
 
 
 def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:

@@ -20,7 +20,7 @@ from server.reports.results import new_run_folder
 from server.rounds.messenger import Observe
 from simulations.check import check_simulation
 from simulations.config import SimulationConfig
-from simulations.experiment import run
+from simulations.experiment import Watch, run, watch_nothing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Row:
     runs: int
 
 
-def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Observe) -> tuple[Path, list[Row]]:
+def sweep(
+    path: Path, overrides: Sequence[str], out: Path | None, observe: Observe, watch: Watch = watch_nothing
+) -> tuple[Path, list[Row]]:
     """Runs every combination, and returns the path of a CSV with all results and one row for each combination and task.
 
     Args:
@@ -52,6 +54,7 @@ def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Obser
         overrides: settings that replace those of the file in every run, each as "key.path=value".
         out: folder of the runs and of `sweep.csv`; by default a new one under the simulation's `runs_dir`.
         observe: receives the progress in runs.
+        watch: entered with each run's folder while it goes on.
 
     Raises:
         BadInput: there is no `sweep` section, or a combination is not valid; nothing has run then.
@@ -74,7 +77,7 @@ def sweep(path: Path, overrides: Sequence[str], out: Path | None, observe: Obser
     results = []
     for position, (values, seed, one) in enumerate(plans):
         observe("sweep", position, len(plans))
-        summary = run(one, out=folder / f"{position:03d}")
+        summary = run(one, out=folder / f"{position:03d}", watch=watch)
         results.append((values, seed, summary))
         _write_csv(folder / "sweep.csv", keys, results)  # After every run: an interrupted sweep keeps its rows.
     observe("sweep", len(plans), len(plans))

@@ -59,6 +59,7 @@ PLUGIN_FOLDERS = (
     "client/data/sources",
     "client/solvers",
     "server/rounds/aggregators",
+    "server/reports/trackers",
     "client/commands",
     "server/commands",
     "simulations/commands",
@@ -73,6 +74,9 @@ DOORS = {
     "transformers": ("common/backbones/",),
     "torchvision": ("common/backbones/",),
     "pandas": ("client/data/sources/", "client/prediction/"),
+    "tensorboard": ("server/reports/trackers/",),
+    "mlflow": ("server/reports/trackers/",),
+    "wandb": ("server/reports/trackers/",),
     "matplotlib": ("common/report/",),
     "jinja2": ("common/report/",),
 }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from common.events import (
     BackboneSent,
-    HeadsEvaluated,
     QuorumAwaited,
     RepliesAwaited,
     RoundEnded,
@@ -16,8 +15,8 @@ from common.events import (
     SiteJoined,
     SiteRejected,
 )
-from common.privacy.accounting import Mechanism, compute_epsilon
 from common.types import DECLINED, DeclineReason
+from server.reports.spent import SpentSoFar
 from server.rounds.replies import NO_REPLY, NOT_REACHED, UNREADABLE
 from server.superlink.watch import describe_event
 
@@ -39,7 +38,7 @@ class RunCounts:
         rejected: site, stage and class of the reason -> replies that were not used.
         bytes_down: site -> bytes sent to it in rounds, and backbones.
         bytes_up: site -> bytes of its updates that were used.
-        releases: site -> a release's mechanism, of one step -> number of steps.
+        spent: what each site has spent.
         waiting: the last request whose replies were awaited, or the quorum that was, while nothing came after it.
         last_rejected: site -> its last rejection.
         last_time: time of the last event, in seconds since 1970; None before the first.
@@ -55,7 +54,7 @@ class RunCounts:
     rejected: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     bytes_down: Counter[str] = field(default_factory=Counter)
     bytes_up: Counter[str] = field(default_factory=Counter)
-    releases: dict[str, Counter[Mechanism]] = field(default_factory=dict)
+    spent: SpentSoFar = field(default_factory=SpentSoFar)
     waiting: RepliesAwaited | QuorumAwaited | None = None
     last_rejected: dict[str, SiteRejected] = field(default_factory=dict)
     last_time: float | None = None
@@ -64,6 +63,7 @@ class RunCounts:
     def add(self, event: RunEvent) -> None:
         """Adds the next event of the journal."""
         self.last_time = event.time
+        self.spent.add(event)
         self.waiting = event if isinstance(event, RepliesAwaited | QuorumAwaited) else None
         match event:
             case RunStarted():
@@ -77,9 +77,6 @@ class RunCounts:
                 self.bytes_down[event.site] += event.size_bytes
             case RoundEnded():
                 self._add_round(event)
-            case HeadsEvaluated():
-                for site, noise in event.noise_multipliers.items():
-                    self._add_release(site, Mechanism("gaussian", noise, 1.0, 1, 1.0))
             case _:
                 pass
         line = describe_event(event, self.num_rounds or 0)
@@ -97,10 +94,7 @@ class RunCounts:
         From the public numbers that the site declared. It is the bound that is computed at once: a run's results say a
         smaller one where records are sampled.
         """
-        if site not in self.joined:
-            return None
-        mechanisms = [replace(kind, steps=count) for kind, count in self.releases.get(site, Counter()).items()]
-        return compute_epsilon(mechanisms, self.joined[site].delta, quick=True)
+        return self.spent.compute_epsilon(site)
 
     def _add_round(self, event: RoundEnded) -> None:
         self.rounds.add(event.round)
@@ -110,10 +104,6 @@ class RunCounts:
             self.accepted[site] += 1
             self.bytes_down[site] += update.bytes_down
             self.bytes_up[site] += update.bytes_up
-            self._add_release(site, Mechanism.of(update.plan))
-
-    def _add_release(self, site: str, mechanism: Mechanism) -> None:
-        self.releases.setdefault(site, Counter())[replace(mechanism, steps=1)] += mechanism.steps
 
 
 def classify_reason(reason: str) -> str:

@@ -417,3 +417,18 @@ def test_a_sweep_with_a_bad_combination_runs_nothing(command: Command, tmp_path:
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = CliRunner().invoke(app, [verb, "--help"])
     assert result.exit_code == 0 and "Example:" in result.output
+
+
+def test_trackers_have_the_curves_of_each_run_and_an_unknown_one_starts_nothing(
+    command: Command, tmp_path: Path
+) -> None:
+    refused(command("run", options=("--out", str(tmp_path / "x"), "--tracker", "tensorbord")), 2, "tensorboard")
+    assert not (tmp_path / "x").exists()
+    options = ("--out", str(tmp_path / "run"), "--tracker", "tensorboard", "--tracker-dir", str(tmp_path / "curves"))
+    assert command("run", options=options).exit_code == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(tmp_path / "curves" / "tensorboard" / "run"))
+    curves.Reload()
+    assert [event.step for event in curves.Tensors("colour/accuracy")] == [1, 2, 3]
+    assert not (tmp_path / "run" / "trackers").exists()

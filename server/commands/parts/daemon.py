@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from common.events import RunFailure, RunInterruption, Summary
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
+from common.process.lines import Level
 from common.types import RunFailed, RunInterrupted
 from server.deployment.federation import Federation
 from server.reports.results import has_results
@@ -99,3 +102,18 @@ def report_end_of_run(path: Path) -> None:
 def show_line(line: str) -> None:
     """Prints a line of progress on stderr."""
     typer.echo(line, err=True)
+
+
+def warn(
+    line: str, *, event: str = "message", level: Level = "warning", fields: Mapping[str, Any] | None = None
+) -> None:
+    """Prints a line on stderr beside the progress.
+
+    Args:
+        line: the text.
+        event: one word for programs; not shown.
+        level: written before the line.
+        fields: not shown.
+    """
+    del event, fields
+    show_line(f"{level}: {line}")

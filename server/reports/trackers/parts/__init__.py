@@ -1,0 +1,1 @@
+"""Parts that all trackers share: the points of a journal, and the thread that follows it."""
