@@ -9,20 +9,32 @@ import typer
 
 from common.errors import instead
 from common.files import write_atomic
-from common.process.console import reported_errors
+from common.process.console import reported_errors, shown_progress
 from common.types import BadInput
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs; several are compared")],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN ...]", help="Folders of runs; several, or a sweep's, are compared"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page to write; an older one is replaced")] = Path("report.html"),
+    site: Annotated[Path | None, typer.Option(help="A site file: its own report, which must stay there")] = None,
+    run: Annotated[str | None, typer.Option(help="With --site: id of the run; by default the last that ended")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="With --site: name of the coordinator, where the site file has several")
+    ] = None,
 ) -> None:
     """Writes a report as one HTML page: results, curves, privacy spent, who took part, cost.
 
     Example: headwater report runs/demo-20260101-120000-ab12 --out report.html
     """
     with reported_errors():
-        page = _write_runs_page(runs)
+        if bool(runs) == (site is not None):
+            raise BadInput("expected folders of runs, or --site SITE.yaml for a site's own report")
+        if site is None and (run or coordinator):
+            raise BadInput("--run, --coordinator: expected --site SITE.yaml with them")
+        page = _write_site_page(site, run, coordinator) if site is not None else _write_runs_page(runs or [])
         try:
             write_atomic(out, page.encode("utf-8", errors="replace"))
         except OSError as error:
@@ -38,3 +50,14 @@ def _write_runs_page(folders: list[Path]) -> str:
 
     runs = read_runs(folders)
     return write_report(make_run_page(runs[0]) if len(runs) == 1 else make_comparison_page(runs))
+
+
+def _write_site_page(site: Path, run: str | None, coordinator: str | None) -> str:
+    from client.commands.parts.options import load_site
+    from client.personal.report import make_site_page
+    from client.protocol.site import Site
+    from common.privacy.noise import os_entropy
+    from common.report.page import write_report
+
+    with shown_progress() as observe:
+        return write_report(make_site_page(Site(load_site(site).select(coordinator), os_entropy), run, observe))

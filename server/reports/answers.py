@@ -6,22 +6,20 @@ difference of two heads on the same units (`client.personal.intervals`): they sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable
 
 from common.events import (
+    ALONE,
+    ALONE_NOT_PRIVATE,
     FEDERATED,
-    PERSONAL,
     BaselineEvaluated,
     HomeEvaluated,
-    Interval,
     MetricsEvaluated,
     select_events,
 )
+from common.report.judgement import Judgement, choose_metric, judge_difference, name_heads, name_metric
 from common.report.page import ReportAnswer, Tone, count_of, format_estimate, format_interval, format_value, join_words
 from server.reports.reported_run import ReportedRun
-
-Judgement = Literal["better", "not distinguishable", "worse", "unknown"]
 
 BASELINES = {
     "baseline_prediction": "no training",
@@ -31,8 +29,6 @@ BASELINES = {
     "random_backbone": "random backbone, private",
 }
 """Name of each baseline -> what it is called on a page."""
-
-_METRICS = {"auroc": "AUROC", "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "R²"}
 
 _AT_THE_SITE = "Whether a site is better off than alone is known only there: `headwater report --site SITE.yaml`."
 
@@ -45,19 +41,6 @@ def list_answers(run: ReportedRun) -> list[ReportAnswer]:
     return answers or [ReportAnswer("neutral", "Unknown", "The run has no task.")]
 
 
-def judge_difference(interval: Interval | None, *, is_error: bool) -> Judgement:
-    """Returns how one head compares with another, from the interval of the first's metric minus the second's.
-
-    Args:
-        interval: 95 % interval of the difference; None where it is not known.
-        is_error: whether the metric is the better the smaller it is.
-    """
-    if interval is None:
-        return "unknown"
-    low, high = (-interval[1], -interval[0]) if is_error else interval
-    return "better" if low > 0.0 else "worse" if high < 0.0 else "not distinguishable"
-
-
 def find_metrics(run: ReportedRun, task: str) -> MetricsEvaluated | None:
     """Returns the evaluation of a task's final head by a simulator; None where there is none."""
     return next((each for each in select_events(run.events, MetricsEvaluated) if each.task == task), None)
@@ -66,21 +49,6 @@ def find_metrics(run: ReportedRun, task: str) -> MetricsEvaluated | None:
 def find_home(run: ReportedRun, task: str) -> HomeEvaluated | None:
     """Returns the comparison of heads on each site's own records; None where there is none."""
     return next((each for each in select_events(run.events, HomeEvaluated) if each.task == task), None)
-
-
-def choose_metric(metrics: Mapping[str, float | None]) -> str | None:
-    """Returns the first metric that is defined, which is the task's main one where it is; None where none is."""
-    return next((name for name, value in metrics.items() if value is not None), None)
-
-
-def name_metric(metric: str) -> str:
-    """Returns a metric's name as a page shows it."""
-    return _METRICS.get(metric, metric.replace("_", " "))
-
-
-def name_heads(kind: str) -> str:
-    """Returns the name of a kind of heads at home as a page shows it."""
-    return {FEDERATED: "federated", PERSONAL: "personal"}.get(kind, kind)
 
 
 def _answer_deployed(run: ReportedRun, task: str) -> Iterable[ReportAnswer]:
@@ -177,7 +145,7 @@ def _tell_price(baseline: BaselineEvaluated, event: MetricsEvaluated, metric: st
 def _answer_at_home(run: ReportedRun, event: MetricsEvaluated) -> Iterable[ReportAnswer]:
     """Yields how many sites are better off with the federated head than alone, on their own records."""
     home = find_home(run, event.task)
-    alone = next((kind for kind in home.heads if kind not in (FEDERATED, PERSONAL)), None) if home else None
+    alone = next((kind for kind in (ALONE_NOT_PRIVATE, ALONE) if home and kind in home.heads), None)
     metric = choose_metric(home.heads[FEDERATED].mean) if home else None
     if home is None or alone is None or metric is None or not home.heads[alone].differences:
         return

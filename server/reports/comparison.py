@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from common.events import HeadsEvaluated, Interval, Metrics, RoundEvaluated, select_events
 from common.privacy.accounting import round_up
 from common.report.figures import MOST_SERIES, Estimated, Series, draw_estimates, draw_series
+from common.report.judgement import choose_metric, name_metric
 from common.report.page import (
     ReportAnswer,
     ReportPage,
@@ -26,7 +27,7 @@ from common.report.page import (
     format_value,
     join_words,
 )
-from server.reports.answers import BASELINES, choose_metric, find_metrics, name_metric
+from server.reports.answers import BASELINES, find_metrics
 from server.reports.reported_run import ReportedRun
 from server.reports.run_report import FOOTER, list_notices
 

@@ -19,6 +19,7 @@ from common.events import (
     select_events,
 )
 from common.report.figures import Estimated, Figure, Series, draw_estimates, draw_series
+from common.report.judgement import choose_metric, judge_difference, name_heads, name_metric
 from common.report.outcome_sections import ShownOutcomes, show_mistakes, show_probabilities, show_ranking
 from common.report.page import (
     ReportTable,
@@ -28,15 +29,7 @@ from common.report.page import (
     format_interval,
     format_value,
 )
-from server.reports.answers import (
-    BASELINES,
-    choose_metric,
-    find_home,
-    find_metrics,
-    judge_difference,
-    name_heads,
-    name_metric,
-)
+from server.reports.answers import BASELINES, find_home, find_metrics
 from server.reports.reported_run import ReportedRun
 
 MOST_ROWS = 60

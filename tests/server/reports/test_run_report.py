@@ -35,9 +35,10 @@ from common.events import (
     SiteRejected,
 )
 from common.privacy.accounting import Mechanism, compute_epsilon
+from common.report.judgement import judge_difference
 from common.report.page import Section, write_report
 from common.types import BadInput, Plan, Unit
-from server.reports.answers import judge_difference, list_answers
+from server.reports.answers import list_answers
 from server.reports.comparison import make_comparison_page
 from server.reports.conduct_sections import show_left_out, show_participation, show_privacy, trace_participation
 from server.reports.reported_run import ReportedRun, read_run, read_runs, trace_epsilons
