@@ -113,7 +113,7 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
         BadInput: no such run, or its data are gone, or no unit is held out.
         DigestMismatch: the heads on disk are not those that were sent.
     """
-    run_id = run_id or _find_last_run(site)
+    run_id = run_id or find_last_run(site)
     joined = joined_run(site, run_id)
     run, tasks = joined.run, joined.tasks(site.config)
     device = torch.device("cpu")
@@ -170,7 +170,7 @@ def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
     mode = site.config.personal
     if mode == "none":
         raise BadInput("personal: expected prior, fit or tied in the site file, got none")
-    joined = joined_run(site, run_id or _find_last_run(site))
+    joined = joined_run(site, run_id or find_last_run(site))
     tasks, final = joined.tasks(site.config), load_final_heads(joined.folder)
     if mode == "tied":
         heads = {**final, **tie_heads(site, joined, tasks, final)}
@@ -186,7 +186,12 @@ def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
 
 
 def load_final_heads(folder: Path) -> Heads:
-    """Returns the final heads in a run's folder.
+    """Returns the final heads in a run's folder. Raises as `load_final_request`."""
+    return load_final_request(folder).heads
+
+
+def load_final_request(folder: Path) -> messages.FinishRequest:
+    """Returns what arrived at a run's end: its final heads, verified, and their temperatures.
 
     Raises:
         BadInput: the run has not ended here.
@@ -201,10 +206,11 @@ def load_final_heads(folder: Path) -> Heads:
         raise DigestMismatch(f"{path}: expected the final heads of a run{instead(error)}") from error
     if heads_digest(request.heads) != request.digest:
         raise DigestMismatch(f"{path}: the heads differ from the digest they were sent with")
-    return request.heads
+    return request
 
 
-def _find_last_run(site: Site) -> str:
+def find_last_run(site: Site) -> str:
+    """Returns the id of the run whose final heads arrived last. Raises BadInput where none has."""
     ended = sorted(site.config.coordinator_dir.glob(f"runs/*/{FINAL_HEADS}"), key=lambda path: path.stat().st_mtime)
     if not ended:
         raise BadInput("expected a run that has ended, but this site has received no final heads yet")

@@ -121,6 +121,14 @@ class Chosen:
         return self.whole.load(self.positions[position])
 
 
+def resolve(source: Source) -> tuple[Source, list[int]]:
+    """Returns the source that some records are of, and their positions in it."""
+    if not isinstance(source, Chosen):
+        return source, list(range(len(source.index())))
+    whole, positions = resolve(source.whole) if isinstance(source.whole, Chosen) else (source.whole, None)
+    return whole, list(source.positions) if positions is None else [positions[at] for at in source.positions]
+
+
 def predict_part(
     model: Model, part: Part, encode: Encode = encode_now, progress: Progress | None = None
 ) -> Iterator[tuple[list[PredictedRecord], list[RejectedRecord]]]:

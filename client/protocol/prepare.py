@@ -122,7 +122,9 @@ def keep_model(site: Site, joined: Joined, request: messages.FinishRequest) -> P
         request.heads,
         {name: (digest, joined.run.backbone_specs[name].settings()) for name, digest in digests.items()},
         digest=request.digest,
-        epsilon={site.config.name: site.ledger().compute_run_epsilon(joined.run_id)} if private else {},
+        epsilon={site.config.name: site.ledger().compute_run_epsilon(site.config.name_charge(joined.run_id))}
+        if private
+        else {},
         temperatures=request.temperatures,
     )
     weights = {name: site.backbones().locate_weights(digest) for name, digest in digests.items()}
