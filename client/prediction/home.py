@@ -31,7 +31,7 @@ from common.serving.network import Model, ServedHead, open_model
 from common.types import BadInput, DigestMismatch
 
 Choice = Literal["test", "train", "all"]
-"""Which of a site's own records are predicted: those of a side of the split, or all."""
+"""A choice among a site's own records: those of a side of the split, or all."""
 
 _ROWS = 1024
 """Cached features that are read at once."""
