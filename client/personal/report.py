@@ -40,7 +40,7 @@ from common.privacy.accounting import round_up
 from common.process.html import format_time
 from common.report.figures import Estimated, Series, draw_estimates, draw_series
 from common.report.judgement import choose_metric, judge_difference, name_heads, name_metric
-from common.report.outcome_sections import ShownOutcomes, show_mistakes, show_probabilities, show_ranking
+from common.report.outcome_sections import ShownOutcomes, show_outcomes
 from common.report.page import (
     ReportAnswer,
     ReportPage,
@@ -117,9 +117,7 @@ def make_site_page(site: Site, run_id: str | None, observe: Callable[[str, int, 
         answers=list_site_answers(run),
         sections=[
             _show_results(run),
-            show_mistakes(shown),
-            show_ranking(shown),
-            show_probabilities(shown),
+            *show_outcomes(shown),
             show_budget(config, lines),
             show_sent(page, config, run.run_id),
             _show_declined(page),

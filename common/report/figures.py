@@ -262,7 +262,7 @@ def draw_grid(
     """
     looks = {state: (letter, SERIES[colour]) for state, letter, colour in marks}
     cell = 0.3 if len(columns) <= 24 else max(0.06, 7.2 / len(columns))
-    width = max(WIDTH_IN, 1.9 + cell * len(columns))
+    width = max(WIDTH_IN, 2.0 + cell * len(columns))
     with _styled():
         canvas = _new_canvas(width, 1.25 + 0.27 * len(rows))
         axes = canvas.subplots()
@@ -271,12 +271,13 @@ def draw_grid(
                 letter, colour = looks.get(state, ("", SOFT))
                 ends = [column + 0.04, column + 0.96]
                 axes.fill_between(ends, place + 0.08, place + 0.92, color=colour, alpha=0.55, linewidth=0)
-                if letter and cell >= 0.2:
-                    axes.text(column + 0.5, place + 0.52, letter, ha="center", va="center", fontsize=8)
+                if letter and cell >= 0.12:
+                    size = 8 if cell >= 0.2 else 6.5
+                    axes.text(column + 0.5, place + 0.52, letter, ha="center", va="center", fontsize=size)
         step = math.ceil(len(columns) / 24)
         places = range(0, len(columns), step)
         axes.set_xticks([place + 0.5 for place in places], [str(columns[place]) for place in places])
-        axes.set_yticks([place + 0.5 for place in range(len(rows))], [shorten(row, 22) for row in rows])
+        axes.set_yticks([place + 0.5 for place in range(len(rows))], [shorten(row, 26) for row in rows])
         axes.tick_params(length=0)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel="round")
         axes.spines[:].set_visible(False)

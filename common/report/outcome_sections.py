@@ -32,6 +32,18 @@ class ShownOutcomes:
     outcomes: Outcomes
 
 
+def show_outcomes(shown: Sequence[ShownOutcomes], remarks: Sequence[str] = ()) -> list[Section]:
+    """Returns the sections on mistakes, ranking and probabilities; one that says why where there is nothing to draw.
+
+    Args:
+        shown: counts of heads.
+        remarks: further sentences on probabilities, such as on a temperature.
+    """
+    if not shown and not remarks:
+        return [Section("Mistakes, ranking and probabilities", _NO_COUNTS)]
+    return [show_mistakes(shown), show_ranking(shown), show_probabilities(shown, remarks)]
+
+
 def show_mistakes(shown: Sequence[ShownOutcomes]) -> Section:
     """Returns the section with the confusion matrices."""
     heading = "Which mistakes were made"

@@ -45,8 +45,8 @@ def show_privacy(run: ReportedRun) -> Section:
         lead = (
             "Epsilon bounds how much anyone may learn about one unit from everything that a site released, all rounds "
             "together, whether or not the unit was there; smaller is more private. Round 0 is what sites release "
-            "before the first round; a dashed line is the site's whole budget. It may have spent more of it in other "
-            "runs, which is known only there."
+            "before the first round. Where all sites have the same budget, a dashed line marks it. A site may have "
+            "spent more of its budget in other runs, which is known only there."
         )
     elif run.is_private or not select_rounds(run.events):
         lead = "Nothing was released in this run that could be traced over its rounds."

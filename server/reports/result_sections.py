@@ -20,7 +20,7 @@ from common.events import (
 )
 from common.report.figures import Estimated, Figure, Series, draw_estimates, draw_series
 from common.report.judgement import choose_metric, judge_difference, name_heads, name_metric
-from common.report.outcome_sections import ShownOutcomes, show_mistakes, show_probabilities, show_ranking
+from common.report.outcome_sections import ShownOutcomes, show_outcomes
 from common.report.page import (
     ReportTable,
     Section,
@@ -342,7 +342,7 @@ def _explain_no_learning(run: ReportedRun) -> str:
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
-def show_outcomes(run: ReportedRun) -> list[Section]:
+def show_final_heads(run: ReportedRun) -> list[Section]:
     """Returns the sections on mistakes, ranking and probabilities of the final heads."""
     shown: list[ShownOutcomes] = []
     remarks = []
@@ -356,7 +356,7 @@ def show_outcomes(run: ReportedRun) -> list[Section]:
             shown.append(ShownOutcomes(title, released[-1].outcomes[name]))
         if task.evaluation is not None and task.evaluation.calibration is not None:
             remarks.append(_describe_temperature(name, task.evaluation.calibration))
-    return [show_mistakes(shown), show_ranking(shown), show_probabilities(shown, remarks)]
+    return show_outcomes(shown, remarks)
 
 
 def _describe_temperature(task: str, calibration: Calibration) -> str:

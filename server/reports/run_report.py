@@ -19,7 +19,7 @@ from server.reports.conduct_sections import (
     show_versions,
 )
 from server.reports.reported_run import ReportedRun
-from server.reports.result_sections import show_learning, show_outcomes, show_results, show_sites
+from server.reports.result_sections import show_final_heads, show_learning, show_results, show_sites
 
 FOOTER = (
     "Made by `headwater report` from what journals hold. The page holds no script and loads nothing from elsewhere."
@@ -37,7 +37,7 @@ def make_run_page(run: ReportedRun) -> ReportPage:
             show_results(run),
             show_sites(run),
             show_learning(run),
-            *show_outcomes(run),
+            *show_final_heads(run),
             show_privacy(run),
             show_participation(run),
             show_rejections(run),

@@ -178,7 +178,7 @@ def test_an_older_journal_without_intervals_concludes_nothing(tmp_path: Path) ->
     (run.folder / "journal.jsonl").write_bytes((tmp_path / "old.jsonl").read_bytes())
     page = make_run_page(read_run(run.folder))
     assert page.answers[0].word == "Not known"
-    assert find(page.sections, "Which mistakes were made").lead.startswith("There are no counts")
+    assert find(page.sections, "Mistakes, ranking and probabilities").lead.startswith("There are no counts")
     write_report(page)
 
 
