@@ -25,7 +25,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
 from common.errors import explain_os_error
-from common.process.lines import FAILED, is_json, write_json
+from common.process.lines import FAILED, ProgressLines, is_json, write_json
 from common.types import BadInput, HeadwaterError, Interrupted
 
 if TYPE_CHECKING:
@@ -185,21 +185,29 @@ def _find_exit_code(error: HeadwaterError) -> int:
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields an observer that draws a bar for each phase on stderr; on a pipe it prints a line when a phase ends."""
+    """Yields an observer that draws a bar for each phase on stderr.
+
+    On a pipe it prints a line when a phase ends, and one now and then while a long one lasts.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
+    lines: dict[str, ProgressLines] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def observe(phase: str, done: int, total: int) -> None:
             if phase not in bars:
                 bars[phase] = progress.add_task(phase, total=total)
             progress.update(bars[phase], completed=done, total=total)
-            if not console.is_terminal and done == total:
+            if console.is_terminal:
+                return
+            if done == total:
                 console.print(f"{phase}: {done} of {total}")
+            else:
+                lines.setdefault(phase, ProgressLines(phase, console.print, unit=""))(done, total)
 
         yield observe
 

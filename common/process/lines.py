@@ -93,12 +93,13 @@ class ProgressLines:
         what: str,
         show: Callable[[str], None] = show_line,
         *,
+        unit: str = " records",
         first_s: float = 10.0,
         every_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.what = what
-        self._show, self._clock = show, clock
+        self._show, self._unit, self._clock = show, unit, clock
         self._first_s, self._every_s = first_s, every_s
         self._started, self._due, self._begun_at, self._last = 0.0, 0.0, 0, 0
 
@@ -111,14 +112,27 @@ class ProgressLines:
         if now < self._due:
             return
         self._due = now + self._every_s
-        rate = (done - self._begun_at) / max(now - self._started, 1e-9)
-        left = (
-            f", {rate:.3g} a second, {_describe_duration((total - done) / rate)} left" if rate and done < total else ""
-        )
-        self._show(f"{self.what}: {done:,} of {total:,} records ({100.0 * done / total:.0f} %){left}")
+        left = describe_pace(done - self._begun_at, total - done, now - self._started)
+        self._show(f"{self.what}: {done:,} of {total:,}{self._unit} ({100.0 * done / total:.0f} %){left}")
 
 
-def _describe_duration(seconds: float) -> str:
+def describe_pace(done: int, left: int, seconds: float) -> str:
+    """Returns the pace of a work and the time that is left, as the end of a line; empty where they are not known.
+
+    Args:
+        done: steps that were done in the time.
+        left: steps that are left.
+        seconds: the time.
+    """
+    if done <= 0 or left <= 0:
+        return ""
+    each = max(seconds, 1e-9) / done
+    pace = f"{1.0 / each:.3g} a second" if each < 1.0 else f"{each:.3g} s each"
+    return f", {pace}, {describe_duration(left * each)} left"
+
+
+def describe_duration(seconds: float) -> str:
+    """Returns a duration in words, as accurate as an estimate."""
     if seconds < 90.0:
         return f"about {seconds:.0f} s"
     return f"about {seconds / 60.0:.0f} min" if seconds < 5400.0 else f"about {seconds / 3600.0:.1f} h"

@@ -16,7 +16,7 @@ from common.events import (
     SiteRejected,
 )
 from common.types import DECLINED, DeclineReason
-from server.reports.spent import SpentSoFar
+from server.reports.live.spent import SpentSoFar
 from server.rounds.replies import NO_REPLY, NOT_REACHED, UNREADABLE
 from server.superlink.watch import describe_event
 

@@ -49,6 +49,13 @@ class RunStatus(StatusFacts):
     under_way: bool = Field(False, description="Whether the daemon works on it.")
     round: int = Field(description="Number of completed rounds.")
     rounds: int | None = Field(description="Number of rounds that the run asks for; null before it started.")
+    phase: str = Field("", description="The phase that it is in, in words.")
+    seconds_per_round: float | None = Field(
+        None, description="Pace of its last rounds, in seconds a round; null before the first of this attempt."
+    )
+    seconds_left: float | None = Field(
+        None, description="Duration of the rounds that are left, at that pace; null where it is not known."
+    )
     replies: Mapping[str, int] = Field(description="Name of each site -> number of rounds that used its update.")
     missed: Mapping[str, int] = Field(
         {}, description="Name of each site that missed rounds for which it was asked -> their number."

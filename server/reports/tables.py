@@ -12,6 +12,7 @@ from rich.text import Text
 
 from common.events import PERSONAL, AuditSummary, Calibration, Interval, SiteSummary, Summary
 from common.privacy.accounting import round_up
+from common.process.lines import describe_duration
 from common.types import DECLINED, explain_rejection
 from server.reports.status import FederationStatus, ListedRun
 
@@ -219,6 +220,10 @@ def render_status(status: FederationStatus) -> Group:
     if run is not None:
         replies = run.replies
         progress = f"round {run.round} of {run.rounds}" if run.rounds else "waiting to begin"
+        if run.under_way and run.phase:
+            progress += f", {run.phase}"
+        if run.under_way and run.seconds_per_round is not None and run.seconds_left:
+            progress += f", {run.seconds_per_round:.3g} s a round, {describe_duration(run.seconds_left)} left"
         missed = _list_missed(run.missed, run.tasks_missed)
         lines.append(f"run {run.id}: {progress}, {'under way' if run.under_way else run.state}{missed}")
     table = _new_table(None, ["site", "connected", "since", "replies in the run"])

@@ -18,6 +18,7 @@ from common.types import BadInput, RunFailed
 from server.deployment.admitted_sites import load_admitted_sites
 from server.deployment.certificates import check_server, read_validity
 from server.deployment.federation import ROOM_BYTES, Federation
+from server.reports.live.progress import RunProgress
 from server.reports.status import CertificateStatus, ConnectionStatus, DaemonStatus, FederationStatus, RunStatus
 from server.reports.summary import count_missed_rounds, select_rounds
 from server.superlink.control import Control, DaemonUnreachable
@@ -136,7 +137,13 @@ def _describe_shown_run(federation: Federation) -> RunStatus | None:
             replies[site] = replies.get(site, 0) + 1
     tasks = started[-1].tasks if started else ()
     unchanged = {name: sum(name not in event.updated for event in done.values()) for name in tasks}
+    progress = RunProgress()
+    for each in events:
+        progress.add(each)
     return RunStatus(
+        phase=progress.phase,
+        seconds_per_round=progress.measure_pace(),
+        seconds_left=progress.estimate_seconds_left(),
         id=run.id,
         state=run.state,
         round=run.round,

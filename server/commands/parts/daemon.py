@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
 
 from common.events import RunFailure, RunInterruption, Summary
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
 from common.process.lines import Level
 from common.types import RunFailed, RunInterrupted
 from server.deployment.federation import Federation
+from server.reports.live.display import LiveRun, drawn
 from server.reports.results import has_results
 from server.reports.summary import list_failures
 from server.reports.tables import render_summary
@@ -59,11 +62,29 @@ def follow_run(federation: Federation, folder: Path) -> None:
     if before:
         show_line(f"run {folder.name} is queued behind {', '.join(before)}")
     try:
-        watch(folder, alive=lambda: find_daemon_pid(federation) is not None, show=show_line)
+        with shown_live(folder) as show:
+            watch(folder, alive=lambda: find_daemon_pid(federation) is not None, show=show)
     except KeyboardInterrupt:
         typer.echo(f"the run continues: `headwater coordinator runs {federation.folder}`, or `stop`", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     report_end_of_run(folder)
+
+
+@contextmanager
+def shown_live(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Yields what shows a run's lines; on a terminal one screen with its progress stands below them.
+
+    Args:
+        folder: the run's folder.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield show_line
+        return
+    live = LiveRun()
+    live.follow(folder)
+    with drawn(live, console):
+        yield lambda line: console.print(line, markup=False, soft_wrap=True)
 
 
 def report_end_of_run(path: Path) -> None:

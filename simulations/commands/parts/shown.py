@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
 
 from common.process.console import shown_progress
 from common.process.lines import Level
+from server.reports.live.display import LiveRun, drawn
 from server.reports.trackers import Tracker
 from server.reports.trackers.parts.follow import tracked
 from server.rounds.messenger import Observe
@@ -34,14 +36,26 @@ class ShownRun:
 
 @contextmanager
 def shown_run(trackers: Sequence[Tracker], tracker_dir: Path | None) -> Iterator[ShownRun]:
-    """Yields what shows a simulation until the end of the block.
+    """Yields what shows a simulation until the end of the block: one screen on a terminal, lines on a pipe.
 
     Args:
         trackers: trackers that follow it.
         tracker_dir: folder of their files; None for one in the run's folder.
     """
-    with shown_progress() as observe:
-        yield ShownRun(observe, lambda folder: tracked(folder, trackers, tracker_dir, show=show_on_stderr))
+    console, live = Console(stderr=True, highlight=False), LiveRun()
+
+    @contextmanager
+    def watch(folder: Path) -> Iterator[None]:
+        live.follow(folder)
+        with tracked(folder, trackers, tracker_dir, show=show_on_stderr):
+            yield
+
+    if console.is_terminal:
+        with drawn(live, console):
+            yield ShownRun(live.observe, watch)
+    else:
+        with shown_progress() as observe:
+            yield ShownRun(observe, watch)
 
 
 def show_on_stderr(

@@ -18,7 +18,7 @@ from common.events import (
     RunEvent,
     RunStarted,
 )
-from server.reports.spent import SpentSoFar
+from server.reports.live.spent import SpentSoFar
 from server.reports.trackers import Point
 
 
