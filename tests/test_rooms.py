@@ -71,7 +71,7 @@ DOORS = {
     "grpc": ("common/process/health.py",),
     "yaml": ("common/yaml.py",),
     "sklearn": ("client/data/sources/", "simulations/"),
-    "transformers": ("common/backbones/",),
+    "transformers": ("common/backbones/", "common/exports/parts/"),
     "torchvision": ("common/backbones/",),
     "pandas": ("client/data/sources/", "client/prediction/"),
     "tensorboard": ("server/reports/trackers/",),

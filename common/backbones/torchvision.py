@@ -166,7 +166,7 @@ class Torchvision(Plugin):
     def _build(self) -> nn.Module:
         from torchvision import models
 
-        options = _list_options(self.model, self._preprocessing().side)
+        options = list_options(self.model, self._preprocessing().side)
         model: nn.Module = models.get_model(self.model, weights=None, num_classes=self.num_classes, **options)
         return model
 
@@ -213,7 +213,8 @@ class Torchvision(Plugin):
         return linear[-1]
 
 
-def _list_options(model: str, side: int) -> dict[str, Any]:
+def list_options(model: str, side: int) -> dict[str, Any]:
+    """Returns the options with which torchvision builds a model for pictures of a size."""
     if model in ("googlenet", "inception_v3"):
         # Their auxiliary classifiers serve training only, and their weights expect inputs scaled in another way.
         return {"aux_logits": False, "transform_input": True, "init_weights": False}

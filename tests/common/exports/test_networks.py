@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import headwater
 from common.exports import open_format, write_export
 from common.plugins import kinds, plugin_class
-from common.serving.network import Model
+from common.serving.network import Model, open_model
 from common.types import BadInput
 from tests.finished import write_finished
 
@@ -38,7 +37,7 @@ def mark_slow(kinds: Sequence[str], quick: Sequence[str]) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_module_from_raw_inputs_gives_the_models_numbers(kind: str, tmp_path: Path) -> None:
     example = plugin_class("common.backbones", kind).example(tmp_path)
-    model = headwater.load(write_finished(tmp_path / "model", example.settings))
+    model = open_model(write_finished(tmp_path / "model", example.settings))
     inputs = stack_inputs(model, example.items)
     torch.testing.assert_close(model.torch()(*inputs), model(example.items)["finding"], rtol=1e-5, atol=1e-5)
 
@@ -46,7 +45,7 @@ def test_one_module_from_raw_inputs_gives_the_models_numbers(kind: str, tmp_path
 @pytest.mark.parametrize("kind", mark_slow(TRACED, QUICK))
 def test_a_program_of_torch_gives_the_models_numbers(kind: str, tmp_path: Path) -> None:
     example = plugin_class("common.backbones", kind).example(tmp_path)
-    model = headwater.load(write_finished(tmp_path / "model", example.settings))
+    model = open_model(write_finished(tmp_path / "model", example.settings))
     write_export(model, tmp_path / "out", open_format("torch"))
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     for items in (example.items[:1], list(example.items) * 2):
@@ -57,7 +56,7 @@ def test_a_program_of_torch_gives_the_models_numbers(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", mark_slow(TRACED, ["identity"]))
 def test_an_onnx_file_gives_the_models_numbers(kind: str, tmp_path: Path) -> None:
     example = plugin_class("common.backbones", kind).example(tmp_path)
-    model = headwater.load(write_finished(tmp_path / "model", example.settings))
+    model = open_model(write_finished(tmp_path / "model", example.settings))
     write_export(model, tmp_path / "out", open_format("onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     for items in (example.items[:1], list(example.items) * 2):
@@ -79,7 +78,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_every_task_and_head_is_exported_as_it_is_served(name: str, tmp_path: Path) -> None:
     tasks = {"first": HEADS[name], "second": HEADS["hidden"]}
-    model = headwater.load(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks, {"first": 2.5}))
+    model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks, {"first": 2.5}))
     write_export(model, tmp_path / "out", open_format("torch"))
     vectors = torch.randn(7, 6)
     served = torch.export.load(tmp_path / "out" / "model.pt2").module()(vectors)
@@ -93,7 +92,7 @@ def test_every_task_and_head_is_exported_as_it_is_served(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", HEADS)
 def test_every_task_and_head_is_an_output_of_one_onnx_file(name: str, tmp_path: Path) -> None:
     tasks = {"first": HEADS[name], "second": HEADS["hidden"]}
-    model = headwater.load(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks, {"first": 2.5}))
+    model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks, {"first": 2.5}))
     write_export(model, tmp_path / "out", open_format("onnx"))
     vectors = torch.randn(7, 6).numpy()
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
@@ -104,7 +103,7 @@ def test_every_task_and_head_is_an_output_of_one_onnx_file(name: str, tmp_path: 
 
 def test_a_program_takes_the_tasks_that_are_named(tmp_path: Path) -> None:
     tasks = {name: HEADS["hidden"] for name in ("a", "b", "c")}
-    model = headwater.load(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks))
+    model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks))
     write_export(model, tmp_path / "out", open_format("torch"), tasks=["c"])
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     vectors = torch.randn(4, 6)
