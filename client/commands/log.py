@@ -14,6 +14,7 @@ from client.config import SiteConfig
 from client.ledger import log as statements
 from client.ledger.log import Statement, in_words
 from common.process.console import print_json, reported_errors
+from common.process.lines import describe_pace
 from common.yaml import load
 
 
@@ -53,6 +54,13 @@ def _print_log(page: Statement) -> None:
     refusals = [(_format_time(each.time), each.source, each.reason, each.detail) for each in page.refusals]
     console.print(_make_table("refusals", ("time (UTC)", "by", "reason sent", "detail, kept here"), refusals))
     changes = [(_format_time(each.time), each.event, each.detail) for each in page.changes]
+    if page.encoding is not None:
+        each = page.encoding
+        left = describe_pace(1, round(max(0, each.num_records - each.num_done)), 1.0 / each.rate) if each.rate else ""
+        console.print(
+            f"encoding for run {escape(each.run)}: {each.num_done:,} of {each.num_records:,} records{left} "
+            f"({_format_time(each.time)} UTC)"
+        )
     console.print(_make_table("changes", ("time (UTC)", "what", "detail"), changes))
 
 

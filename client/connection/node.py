@@ -49,6 +49,7 @@ from common.bundle import compute_bundle_digest, compute_code_digest
 from common.errors import explain_os_error
 from common.events import (
     BackboneUnusable,
+    EncodingContinues,
     FileJournal,
     RecordsPurged,
     ReplyResent,
@@ -529,6 +530,8 @@ class Node:
         events = read_site_journal(self._journal.path)[self._num_seen :]
         self._num_seen += len(events)
         for event in events:
+            if isinstance(event, EncodingContinues):
+                continue  # The process that encodes has shown it.
             self._show(
                 f"{_describe_event(event)}  [{seconds:.1f} s]",
                 event=event.event_name,

@@ -8,7 +8,7 @@ recovery keeps no charge that did not verify.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,11 +30,13 @@ from client.ledger.events import (
 from client.ledger.ledger import Ledger
 from client.ledger.place import locate_ledgers
 from common.events import (
+    EncodingContinues,
     RecordsPurged,
     ReplyResent,
     ReplySent,
     RequestDeclined,
     RunAudited,
+    RunPrepared,
     SiteEvent,
     read_site_journal,
     select_events,
@@ -85,12 +87,32 @@ class Change:
 
 
 @dataclass(frozen=True)
+class LoggedEncoding:
+    """How far the encoding of a source was when it was last heard of.
+
+    Attributes:
+        time: seconds since 1970 when that was.
+        run: the run that is prepared.
+        num_done: records that were encoded.
+        num_records: records of the source.
+        rate: records a second.
+    """
+
+    time: float
+    run: str
+    num_done: int
+    num_records: int
+    rate: float
+
+
+@dataclass(frozen=True)
 class Statement:
-    """All three, each in order of time."""
+    """All three, each in order of time, and the encoding under way, None where there is none."""
 
     releases: tuple[LoggedRelease, ...]
     refusals: tuple[Refused, ...]
     changes: tuple[Change, ...]
+    encoding: LoggedEncoding | None = None
 
 
 def statement(config: SiteConfig) -> Statement:
@@ -132,7 +154,24 @@ def statement(config: SiteConfig) -> Statement:
         tuple(sorted(releases, key=lambda each: each.time)),
         tuple(sorted(refusals, key=lambda each: each.time)),
         tuple(sorted(changes, key=lambda each: each.time)),
+        _find_encoding(events),
     )
+
+
+def _find_encoding(events: Sequence[SiteEvent]) -> LoggedEncoding | None:
+    """Returns the last encoding whose run was neither prepared nor declined since; None where there is none."""
+    last: LoggedEncoding | None = None
+    for event in sorted(events, key=lambda each: each.time):
+        match event:
+            case EncodingContinues():
+                last = LoggedEncoding(event.time, event.run_id, event.num_done, event.num_records, event.rate)
+            case RunPrepared() if last is not None and event.run_id == last.run:
+                last = None
+            case RequestDeclined():
+                last = None
+            case _:
+                pass
+    return last
 
 
 def _read_journals(config: SiteConfig) -> list[SiteEvent]:

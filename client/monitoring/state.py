@@ -13,6 +13,7 @@ from pathlib import Path
 from client.config import Coordinator, SiteConfig
 from client.ledger.history import History
 from common.events import (
+    EncodingContinues,
     HeadsReceived,
     ReplyResent,
     ReplySent,
@@ -21,6 +22,7 @@ from common.events import (
     RunPrepared,
     SiteEvent,
 )
+from common.process.lines import describe_duration
 from common.types import DeclineReason
 
 MAX_RECENT = 20
@@ -56,6 +58,14 @@ class SiteCounts:
             case RunJoined():
                 self.joined.add(event.run_id)
                 line = f"run {event.run_id}: joined"
+            case EncodingContinues():
+                # The page has no number of records.
+                share = 100.0 * event.num_done / max(1, event.num_records)
+                left = (event.num_records - event.num_done) / event.rate if event.rate else None
+                line = f"run {event.run_id}: encoding, {share:.0f} % of a source"
+                line += "" if left is None else f", {describe_duration(left)} left"
+                if self.recent and self.recent[-1][1].startswith(f"run {event.run_id}: encoding"):
+                    self.recent.pop()  # The newest one alone.
             case RunPrepared():
                 line = f"run {event.run_id}: features are ready"
             case ReplySent():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import final
 
 from client.data.prepare import Encoding, prepare
 from client.protocol.site import (
@@ -18,7 +21,7 @@ from client.protocol.site import (
     load_modules,
 )
 from common import messages
-from common.events import HeadsReceived, RunPrepared
+from common.events import EncodingContinues, HeadsReceived, RunPrepared
 from common.files import write_atomic
 from common.model.backbones import Backbone
 from common.model.trunks import freeze_parts
@@ -29,6 +32,34 @@ from common.types import (
     DigestMismatch,
     heads_digest,
 )
+
+FIRST_S, EVERY_S = 10.0, 60.0
+"""Seconds of encoding after which the journal has its first line about it, and between two lines."""
+
+
+@final
+class JournalledEncoding:
+    """Tells how far the encoding of a run's sources is: the site's own observer, and now and then its journal."""
+
+    def __init__(self, site: Site, run_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._site, self._run_id, self._clock = site, run_id, clock
+        self._began, self._begun_at, self._done, self._due = 0.0, 0, -1, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Notes that so many of a source's records are done."""
+        if self._site.progress is not None:
+            self._site.progress(done, total)
+        now = self._clock()
+        if self._done < 0 or done <= self._done:  # Another source begins.
+            self._began, self._begun_at, self._due = now, done, now + FIRST_S
+        self._done = -1 if done >= total else done
+        if now < self._due or done >= total:
+            return
+        self._due = now + EVERY_S
+        rate = (done - self._begun_at) / max(now - self._began, 1e-9)
+        event = EncodingContinues(run_id=self._run_id, num_done=done, num_records=total, rate=round(rate, 3))
+        with suppress(OSError):  # It is news only: a full disk is said where it matters.
+            self._site.journal.write(event)
 
 
 def keep_part(site: Site, request: messages.PartRequest) -> messages.Ready:
@@ -65,7 +96,7 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
         site.config,
         tasks,
         {name: frozen[joined.run.backbone_of(name)] for name in tasks},
-        Encoding(site.features(), site.device(), site.progress),
+        Encoding(site.features(), site.device(), JournalledEncoding(site, joined.run_id)),
         joined.folder / "data",
     )
     feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}

@@ -44,6 +44,17 @@ class BackboneUnusable(Event):
     detail: str = Field(description="Why, in one sentence.")
 
 
+class EncodingContinues(Event):
+    """A source of a run is being encoded, which takes long; written once a minute while it does."""
+
+    event_name = "encoding"
+
+    run_id: str = Field(description="Id of the run.")
+    num_done: int = Field(description="Number of records of the source that are encoded.")
+    num_records: int = Field(description="Number of records of the source.")
+    rate: float = Field(description="Records a second since this process began with the source.")
+
+
 class RunPrepared(Event):
     """Features of the site's records are computed and its label arrays written."""
 
@@ -123,6 +134,7 @@ SiteEvent = (
     RunJoined
     | RunAudited
     | BackboneUnusable
+    | EncodingContinues
     | RunPrepared
     | ReplySent
     | ReplyResent
