@@ -88,7 +88,7 @@ class Change:
 
 @dataclass(frozen=True)
 class LoggedEncoding:
-    """How far the encoding of a source was when it was last heard of.
+    """The encoding of a source as it was when it was last heard of.
 
     Attributes:
         time: seconds since 1970 when that was.
