@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 
 from client.config import SiteConfig
 from client.data.sources import Source, SourceKind
+from client.scorers import Scorer
 from client.solvers import Solver
 from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind, WeightsElsewhere
 from common.events import Summary, summary_schema
@@ -46,6 +47,7 @@ HEADINGS = {
     "task": "Tasks",
     "source": "Sources",
     "solver": "Solvers",
+    "scorer": "Scorers",
     "aggregator": "Aggregators",
 }
 NOTE = "<!-- Written by docs/generate.py from the code; do not edit. -->\n"
@@ -103,6 +105,7 @@ def _format_protocols() -> str:
         SourceKind,
         Source,
         Solver,
+        Scorer,
         Aggregator,
         Tracker,
         Format,
@@ -141,7 +144,7 @@ def _settings_page(model: type[BaseModel], title: str, about: str) -> str:
 
 def _kinds_page() -> str:
     parts = [
-        f"# Kinds and their settings\n\n{NOTE}\nEvery `kind` of the five plug-in folders. A kind's settings stand "
+        f"# Kinds and their settings\n\n{NOTE}\nEvery `kind` of the six plug-in folders. A kind's settings stand "
         "beside its `kind`. [Extending](../extending.md) says how to add one.\n"
     ]
     shown: set[type[BaseModel]] = set()

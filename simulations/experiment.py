@@ -90,7 +90,7 @@ def run(
         config = load(SimulationConfig, Path(config), overrides)
     tasks = check_simulation(config)
     backbones = open_backbones(config.run, RUN_PREFIX)
-    folder = _create_folder(config, out)
+    folder = create_folder(config, out)
     write_yaml(folder / "config.yaml", make_paths_absolute(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
     sites = build_sites(config, folder / "sites", non_private=config.run.requested_privacy is None)
@@ -100,7 +100,7 @@ def run(
         except BadInput:
             shutil.rmtree(folder)
             raise
-    experiment = Experiment(config, tasks, backbones, folder, entropy or _choose_entropy(config), observe)
+    experiment = Experiment(config, tasks, backbones, folder, entropy or choose_entropy(config), observe)
     with watch(folder):
         return _complete(experiment, sites, resume=None)
 
@@ -139,7 +139,7 @@ def resume(
     backbones = open_backbones(config.run, RUN_PREFIX)
     sites = read_sites(folder / "sites")
     tasks = check_simulation(config)
-    experiment = Experiment(config, tasks, backbones, folder, entropy or _choose_entropy(config), observe)
+    experiment = Experiment(config, tasks, backbones, folder, entropy or choose_entropy(config), observe)
     with watch(experiment.folder):
         return _complete(experiment, sites, checkpoint)
 
@@ -151,7 +151,7 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
         BadInput: a setting is wrong, or the folder is not empty.
     """
     check_simulation(config)
-    _create_folder(config, folder)
+    create_folder(config, folder)
     write_yaml(folder / "run.yaml", make_paths_absolute(config).run)
     return build_sites(config, folder.resolve() / "sites", non_private=config.run.requested_privacy is None)
 
@@ -242,7 +242,8 @@ def _audit(experiment: Experiment) -> None:
         raise
 
 
-def _create_folder(config: SimulationConfig, out: Path | None) -> Path:
+def create_folder(config: SimulationConfig, out: Path | None) -> Path:
+    """Returns a new folder for a simulation's results, or the given one. Raises BadInput where that is not empty."""
     if out is None:
         return new_run_folder(config.runs_dir, config.run.name)
     if out.exists() and any(out.iterdir()):
@@ -251,7 +252,8 @@ def _create_folder(config: SimulationConfig, out: Path | None) -> Path:
     return out.resolve()
 
 
-def _choose_entropy(config: SimulationConfig) -> Entropy:
+def choose_entropy(config: SimulationConfig) -> Entropy:
+    """Returns the operating system as the source of noise keys, or the simulation's `noise_seed`."""
     return os_entropy if config.noise_seed is None else SeededEntropy(config.noise_seed)
 
 

@@ -1,8 +1,9 @@
-"""A made-up task, backbone, source and aggregator, each added as one file to a copy of the rooms, run a federation;
-nothing else is touched, and the contract suites find and test them."""
+"""A made-up task, backbone, source, scorer and aggregator, each added as one file to a copy of the rooms, run a vote
+and a federation; nothing else is touched, and the contract suites find and test them."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -57,7 +58,12 @@ class Swings:
         """In order; every fourth is held out."""
         return [
             SourceRecord(
-                i + 1, "pendulums", f"pendulum {i}", None, "test" if i % 4 == 0 else "train", {"length": f"{m:.3f}"}
+                i + 1,
+                "pendulums",
+                f"pendulum {i}",
+                None,
+                "test" if i % 4 == 0 else "train",
+                {"length": f"{m:.3f}", "size": "long" if m > 1.0 else "short"},
             )
             for i, m in enumerate(self.lengths)
         ]
@@ -235,6 +241,46 @@ class Trimmed(Plugin):
         return new, state
 '''
 
+SCORER = '''
+"""The squared distance of targets from the nearest of two fixed guesses: a cost that no candidate can change."""
+
+from typing import Any, Literal, final
+
+import numpy as np
+
+from client.scorers import ScoredRows
+from common.plugins import Plugin
+
+
+@final
+class Constant(Plugin):
+    """The squares of all targets: a unit adds at most 1."""
+
+    kind: Literal["constant"] = "constant"
+    scale: float = 1.0
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Returns settings for the contract suite."""
+        return {"kind": "constant"}
+
+    @property
+    def sensitivity(self) -> float:
+        """Of the squares of one unit, and some rounding."""
+        return 1.001 * self.scale
+
+    def compute_cost(self, rows: ScoredRows, public_size: int) -> float:
+        """Returns the sum of all squares."""
+        return self.scale * float(np.square(rows.targets_RC).sum())
+'''
+
+CANDIDATES = """
+candidates:
+  spectrum: {kind: spectrum, steps: 128, projection: {normalize: true}}
+  as-it-is: {kind: identity, dim: 128}
+scorer: {kind: constant}
+"""
+
 CONFIG = """
 run:
   name: pendulums
@@ -257,7 +303,7 @@ runs_dir: ./runs
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the rooms and contract suites, and four new files."""
+    """A copy of the rooms and contract suites, and five new files."""
     folder = tmp_path_factory.mktemp("rooms")
     leave = shutil.ignore_patterns("__pycache__")
     for name in ("common", "client", "server", "simulations", "tests/contracts"):
@@ -268,7 +314,9 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("client/data/sources/pendulums.py", SOURCE),
         ("common/backbones/spectrum.py", BACKBONE),
         ("common/tasks/above.py", TASK),
+        ("client/scorers/constant.py", SCORER),
         ("server/rounds/aggregators/trimmed.py", AGGREGATOR),
+        ("candidates.yaml", CANDIDATES),
         ("pendulums.yaml", CONFIG),
     ):
         assert not (folder / name).exists()
@@ -295,10 +343,20 @@ def test_a_new_task_backbone_source_and_aggregator_run_a_private_federation(room
     assert len(spent) == 3 and all(7.9 < epsilon <= 8.0 for epsilon in spent)
 
 
+def test_sites_vote_by_a_new_scorer(rooms: Path) -> None:
+    task, labels = "run.tasks.long={kind: classification, labels: [short, long]}", "tasks.long.column=size"
+    options = ("--backbones", "candidates.yaml", "--epsilon", "2", "--out", "chosen", "--json")
+    done = python(rooms, "-m", "simulations", "choose", "pendulums.yaml", "--set", task, "--set", labels, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    choice = json.loads(done.stdout)
+    assert choice["price"]["sensitivity"] == 1.001 and choice["min_size"] == 13
+    assert len(choice["site_votes"]) == 3
+
+
 @pytest.mark.slow
 def test_the_contract_suites_find_and_pass_them(rooms: Path) -> None:
     # A kind may import torch with its module, as this one does; the project's own do not.
-    chosen = "(pendulums or spectrum or above or trimmed) and not another_process and not loads_no_torch"
+    chosen = "(pendulums or spectrum or above or trimmed or constant) and not another_process and not loads_no_torch"
     done = python(rooms, "-m", "pytest", "tests/contracts", "-p", "no:cacheprovider", "-k", chosen)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 30

@@ -195,6 +195,11 @@ def in_words(mechanism: Mechanism | None) -> str:
         return "lost with a damaged ledger"
     if mechanism.kind == "none":
         return f"{mechanism.steps} without noise: epsilon is infinite"
+    if mechanism.kind == "exponential":
+        return (
+            f"{mechanism.steps} exponential, a choice among candidates at pure epsilon "
+            f"{mechanism.choice_epsilon:.4g}, sensitivity {mechanism.sensitivity:g}"
+        )
     return (
         f"{mechanism.steps} Gaussian, noise {mechanism.noise_multiplier:.4g}, rate {mechanism.sampling_rate:g}, "
         f"sensitivity {mechanism.sensitivity:g}"

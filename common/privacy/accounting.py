@@ -3,6 +3,8 @@
 Relation: add or remove one unit. Every value returned is an upper bound on the true epsilon; the bounds are
 
 * full batch only: exact Gaussian DP (Dong, Roth, Su 2022), mu_total = sqrt(sum of T / sigma^2);
+* a choice by the exponential mechanism: the Gaussian of `common.privacy.exponential`, or its own epsilon on top of all
+  else (basic composition), whichever gives less;
 * Poisson sampling: the upper end of the PRV accountant (Gopi, Lee, Wutschitz 2021) as implemented in Opacus, never
   above the Renyi bound (Mironov 2017) or the price without amplification, which also bound.
 
@@ -29,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from common.privacy.exponential import compute_choice_mu
 from common.privacy.gaussian import gdp_epsilon
 from common.privacy.renyi import compute_renyi_epsilon
 from common.types import BadInput, Plan
@@ -39,14 +42,16 @@ _History = tuple[tuple[float, float, int], ...]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """One reservation as the ledger keeps it: `steps` noised sums over Poisson samples of the units.
+    """One reservation as the ledger keeps it: `steps` noised sums over Poisson samples of the units, or choices.
 
     Attributes:
-        kind: "gaussian", or "none" for a release without noise.
-        noise_multiplier: standard deviation of the noise in what becomes visible, divided by `sensitivity`.
+        kind: "gaussian"; "exponential" for a choice among candidates; "none" for a release without noise.
+        noise_multiplier: standard deviation of the noise in what becomes visible, divided by `sensitivity`; of a
+            choice, the scale of its Gumbel noise divided by it, which is 1 / epsilon.
         sampling_rate: probability with which a unit takes part in a step; 1 is full batch.
         steps: number of releases.
-        sensitivity: L2 bound on one unit's part in one release (the clip norm); None without a bound.
+        sensitivity: L2 bound on one unit's part in one release (the clip norm), or a choice's bound on what one unit
+            changes of the candidates' costs; None without a bound.
         noise_share: this site's part of the visible noise's standard deviation; 1 when the site adds all of it.
         min_sites: sites that must be summed before anything becomes visible; None when the site is seen alone.
         colluding: how many of them may lie about their noise.
@@ -54,7 +59,7 @@ class Mechanism:
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    kind: Literal["gaussian", "none"]
+    kind: Literal["gaussian", "exponential", "none"]
     noise_multiplier: float
     sampling_rate: float
     steps: int
@@ -64,13 +69,15 @@ class Mechanism:
     colluding: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind == "gaussian") != (0.0 < self.noise_multiplier < math.inf):
-            raise BadInput(f"noise_multiplier: expected > 0 for gaussian and 0 for none, got {self.noise_multiplier}")
+        if (self.kind != "none") != (0.0 < self.noise_multiplier < math.inf):
+            raise BadInput(f"noise_multiplier: expected > 0 with noise and 0 for none, got {self.noise_multiplier}")
+        if self.kind == "exponential" and (self.sampling_rate, self.noise_share, self.min_sites) != (1.0, 1.0, None):
+            raise BadInput("mechanism: expected a choice of one site alone over all of its units")
         if not 0.0 < self.sampling_rate <= 1.0:
             raise BadInput(f"sampling_rate: expected a number in (0, 1], got {self.sampling_rate}")
         if self.steps < 1:
             raise BadInput(f"steps: expected at least 1, got {self.steps}")
-        if self.kind == "gaussian" and not 0.0 < (self.sensitivity or 0.0) < math.inf:
+        if self.kind != "none" and not 0.0 < (self.sensitivity or 0.0) < math.inf:
             raise BadInput(f"sensitivity: expected a finite number > 0, got {self.sensitivity}")
         honest = (self.min_sites or 1) - (self.colluding or 0)
         # Independent shares add in variance: the honest sites' shares must make up the whole noise by themselves.
@@ -87,6 +94,16 @@ class Mechanism:
             steps=plan.steps,
             sensitivity=plan.clip_norm,
         )
+
+    @classmethod
+    def of_choice(cls, epsilon: float, sensitivity: float) -> Mechanism:
+        """Returns the mechanism of one choice among candidates, at a pure epsilon."""
+        return cls("exponential", 1.0 / epsilon, 1.0, 1, sensitivity)
+
+    @property
+    def choice_epsilon(self) -> float:
+        """The pure epsilon of one choice; only of kind "exponential"."""
+        return 1.0 / self.noise_multiplier
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -131,10 +148,27 @@ def compute_epsilon(mechanisms: Iterable[Mechanism], delta: float, *, quick: boo
     Raises:
         BadInput: delta is not in (0, 1).
     """
+    listed = list(mechanisms)
+    choices = [each for each in listed if each.kind == "exponential"]
+    together = _compose(listed, delta, quick)
+    if not choices:
+        return together
+    sums = _compose([each for each in listed if each.kind != "exponential"], delta, quick)
+    return min(together, sums + math.fsum(each.steps * each.choice_epsilon for each in choices))
+
+
+def _compose(mechanisms: Iterable[Mechanism], delta: float, quick: bool) -> float:
     history = _history(mechanisms, delta)
     if history is None:
         return math.inf
     return _loose_epsilon(history, delta, True) if quick else _epsilon(history, delta)
+
+
+def compute_equal_noise(mechanism: Mechanism) -> float:
+    """Returns the noise multiplier of a Gaussian that costs what one of a mechanism's releases does, at least."""
+    if mechanism.kind != "exponential":
+        return mechanism.noise_multiplier
+    return 1.0 / (compute_choice_mu(mechanism.choice_epsilon) * (1.0 + 1e-15))
 
 
 def round_up(value: float, digits: int = 2) -> float:
@@ -165,7 +199,7 @@ def _history(mechanisms: Iterable[Mechanism], delta: float) -> _History | None:
     for mechanism in mechanisms:
         if mechanism.kind == "none":
             return None
-        steps[mechanism.noise_multiplier, mechanism.sampling_rate] += mechanism.steps
+        steps[compute_equal_noise(mechanism), mechanism.sampling_rate] += mechanism.steps
     full = math.fsum(count / sigma**2 for (sigma, rate), count in steps.items() if rate == 1.0)
     sampled = sorted((sigma, rate, count) for (sigma, rate), count in steps.items() if rate < 1.0)
     # Full-batch Gaussians are one: their inverse variances add up exactly.

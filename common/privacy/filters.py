@@ -5,7 +5,8 @@ outputs. Two kinds are proven for that, under add/remove of one unit:
 
 * `gdp`, for full-batch Gaussians: the sum of mu^2 = steps / sigma^2 stays within mu(epsilon, delta)^2 (Smith and
   Thakurta 2022; Koskela, Tobaben, Honkela 2022). It costs nothing beside exact Gaussian DP. A sampled release counts as
-  if it took every unit, which is never less than it costs.
+  if it took every unit, which is never less than it costs; a choice among candidates as the Gaussian that bounds it
+  (`common.privacy.exponential`).
 * `renyi`, for Poisson-sampled Gaussians too: the sum of Renyi divergences at one order stays within what (epsilon,
   delta) allows at that order (Feldman and Zrnic 2021; conversion of Canonne, Kamath, Steinke 2020). The order is a
   function of (epsilon, delta) and of the public numbers of the first release: it is fixed before any output exists.
@@ -21,7 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from common.privacy.accounting import Mechanism
+from common.privacy.accounting import Mechanism, compute_equal_noise
+from common.privacy.exponential import compute_choice_divergence
 from common.privacy.gaussian import gdp_mu
 from common.privacy.renyi import ORDERS_O, compute_capacity, compute_divergence
 from common.run import Privacy
@@ -59,7 +61,9 @@ class PrivacyFilter:
         if mechanism.kind == "none":
             return math.inf
         if self.order is None:
-            return mechanism.steps / mechanism.noise_multiplier**2
+            return mechanism.steps / compute_equal_noise(mechanism) ** 2
+        if mechanism.kind == "exponential":
+            return mechanism.steps * compute_choice_divergence(mechanism.choice_epsilon, self.order)
         return mechanism.steps * compute_divergence(mechanism.noise_multiplier, mechanism.sampling_rate, self.order)
 
     def compute_share(self, mechanisms: Iterable[Mechanism]) -> float:
@@ -86,7 +90,9 @@ def choose_filter(first: Mechanism | None, kind: FilterKind | None, epsilon: flo
     sampled = first is not None and first.sampling_rate < 1.0
     if kind == "gdp" or (kind is None and not sampled):
         return PrivacyFilter("gdp", None, epsilon, delta)
-    sigma, rate = (1.0, 1.0) if first is None or first.kind == "none" else (first.noise_multiplier, first.sampling_rate)
+    sigma, rate = (
+        (1.0, 1.0) if first is None or first.kind == "none" else (compute_equal_noise(first), first.sampling_rate)
+    )
     return PrivacyFilter("renyi", _choose_order(sigma, rate, epsilon, delta), epsilon, delta)
 
 

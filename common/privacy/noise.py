@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
+from common.privacy.exponential import choose_least_cost
 from common.privacy.rounded_gaussian import draw_rounded_gaussian
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class NoiseStream:
     def rounded_gaussian(self, count: int, log2_deviation: int) -> NDArray[np.int64]:
         """Returns independent integers floor(2**log2_deviation X), X standard normal."""
         return draw_rounded_gaussian(self._draw_words, count, log2_deviation)
+
+    def choose_least_cost(self, costs: Sequence[int], sensitivity: int, epsilon: float) -> int:
+        """Returns the index that the exponential mechanism chooses (`common.privacy.exponential`).
+
+        Args:
+            costs: cost of each candidate.
+            sensitivity: length of an interval that holds the changes of all costs by one unit.
+            epsilon: price of the choice.
+        """
+        return choose_least_cost(costs, sensitivity, epsilon, self._draw_words)
 
     def inspect(self, total: Tensor, noise: NDArray[np.int64]) -> None:
         """Does nothing with an exact sum and what is about to be added to it.

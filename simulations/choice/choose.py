@@ -1,0 +1,306 @@
+"""The choice of a backbone before a run: each simulated site votes under its budget, or public records stand in.
+
+A site encodes its training records with every candidate, charges its ledger, computes the scorer's costs and releases
+which candidate costs least (`client.scorers.parts.vote`). The candidate with most votes is chosen. Which sites may vote
+follows from declared sizes alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from client.config import SiteConfig
+from client.data.prepare import Encoding, open_units, prepare
+from client.data.units import Units
+from client.protocol.site import Site
+from client.scorers import Scorer, open_scorer
+from client.scorers.parts.vote import cast_vote, compute_min_size
+from common.files import private_folder, without_flushing, write_atomic
+from common.privacy.accounting import Mechanism
+from common.privacy.exponential import compute_choice_mu
+from common.privacy.noise import Entropy, open_stream, os_entropy
+from common.run import Name
+from common.tasks import LabelPrior, Task
+from common.types import EPSILONS, BadInput
+from common.yaml import load, write_yaml
+from server.rounds.messenger import Observe
+from simulations.check import check_simulation
+from simulations.choice.candidates import Candidate, open_candidates
+from simulations.choice.proxy import ProxyFile, ProxyScore, score_on_public_records
+from simulations.config import SimulationConfig
+from simulations.experiment import choose_entropy, create_folder, make_paths_absolute
+from simulations.federate import ignore_progress
+from simulations.partition import build_sites
+
+RESULT = "choice.json"
+"""File of the choice's folder with everything that is shown."""
+
+VOTE = "vote.json"
+"""File of a site's state folder with its vote."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """The price of one site's vote in its ledger.
+
+    Attributes:
+        mechanism: kind of the release.
+        epsilon: pure epsilon (delta 0) of the vote alone.
+        sensitivity: what one unit changes of the candidates' costs at most.
+        mu: the vote counts in a ledger of full-batch releases as this Gaussian does.
+        budget_used: part of each voting site's budget that the filter counts, by site.
+    """
+
+    mechanism: str
+    epsilon: float
+    sensitivity: float
+    mu: float
+    budget_used: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One line of the table.
+
+    Attributes:
+        name: name of the candidate.
+        votes: number of sites that voted for it; None without a vote.
+        proxy: its score on public records; None without a proxy.
+        dimension: number of its features.
+        seconds: seconds a record in the network on this machine; None where it cannot be timed on made-up inputs.
+        megabytes: size of what travels to a site.
+        licence: declared licence of its weights; None where none is declared.
+    """
+
+    name: str
+    votes: int | None
+    proxy: ProxyScore | None
+    dimension: int
+    seconds: float | None
+    megabytes: float
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """The outcome of `choose`.
+
+    Attributes:
+        task: name of the task.
+        chosen: name of the candidate with most votes; without a vote, of the one with the highest public score.
+        by: `vote` or `public proxy`.
+        rows: the candidates, in the order of their file.
+        site_votes: site -> the candidate that it voted for; empty without a vote.
+        abstained: sites whose declared size is too small to vote.
+        min_size: declared size from which on a site votes; None without a vote.
+        price: price of each vote; None without one.
+    """
+
+    task: str
+    chosen: str
+    by: str
+    rows: Sequence[CandidateRow]
+    site_votes: Mapping[str, str]
+    abstained: Sequence[str]
+    min_size: int | None
+    price: Price | None
+
+
+def choose_backbone(
+    config: SimulationConfig,
+    backbones: Path,
+    *,
+    task: Name | None = None,
+    epsilon: float | None = None,
+    proxy: Path | None = None,
+    out: Path | None = None,
+    entropy: Entropy | None = None,
+    observe: Observe = ignore_progress,
+) -> BackboneChoice:
+    """Compares candidates for the backbone of a task, and returns which is chosen.
+
+    Args:
+        config: the simulation, for its sites, its tasks and their budgets; its own backbone is not used.
+        backbones: file of candidates.
+        task: name of the task; None where the run has only one.
+        epsilon: pure epsilon of each site's vote; None for no vote.
+        proxy: file of a public data set; None for no public score.
+        out: folder of the vote's sites, with their ledgers, new or empty; by default a new one under `runs_dir`.
+        entropy: source of the keys of noise, for tests; by default the operating system, or `noise_seed`.
+        observe: receives the progress: phase, number of steps done, number of all steps.
+
+    Raises:
+        BadInput: a setting or a file is wrong, a candidate cannot read the records, or no site is large enough.
+        BudgetExhausted: a site's budget does not cover its vote.
+    """
+    if epsilon is None and proxy is None:
+        raise BadInput(
+            "choose: expected --epsilon, the price of each site's vote, or --proxy, public records; got none"
+        )
+    opened_tasks = check_simulation(config)
+    name = _choose_task(opened_tasks, task)
+    file, candidates = open_candidates(backbones)
+    scores = {} if proxy is None else _score_all(proxy, candidates, observe)
+    if epsilon is None:
+        return _make_choice(name, candidates, scores, {}, (), None, None)
+    EPSILONS.check("--epsilon", epsilon)
+    scorer = open_scorer(file.scorer, f"{backbones}: scorer")
+    opened = opened_tasks[name]
+    if not isinstance(opened, LabelPrior):
+        raise BadInput(f"tasks.{name}: expected a task with classes to vote on, got kind {opened.kind!r}; use --proxy")
+    folder = create_folder(config, out)
+    write_yaml(folder / "config.yaml", make_paths_absolute(config))
+    with without_flushing():  # A power cut may cost a simulation its choice: its ledgers protect nobody.
+        sites = [site for site in build_sites(config, folder / "sites") if name in site.tasks]
+        least = compute_min_size(scorer, epsilon)
+        voting = [site for site in sites if site.tasks[name].public_size >= least]
+        if not voting:
+            shutil.rmtree(folder)
+            raise BadInput(_explain_too_few(epsilon, least, max(site.tasks[name].public_size for site in sites)))
+        keys = entropy or choose_entropy(config)
+        ballot = Ballot(opened, name, list(candidates.values()), scorer, epsilon, folder.name)
+        votes = {}
+        for position, site in enumerate(voting):
+            observe("votes", position, len(voting))
+            votes[site.name] = _vote(Site(site, keys), ballot, observe)
+        observe("votes", len(voting), len(voting))
+        price = _make_price(Mechanism.of_choice(epsilon, scorer.sensitivity), voting)
+    abstained = [site.name for site in sites if site.name not in votes]
+    choice = _make_choice(name, candidates, scores, votes, abstained, least, price)
+    write_atomic(folder / RESULT, json.dumps(asdict(choice), indent=2).encode())
+    return choice
+
+
+def count_votes(votes: Iterable[Name], candidates: Sequence[Name]) -> Name:
+    """Returns the candidate with most votes; of several, the first in the order of their file, which is public."""
+    counts = Counter(votes)
+    return max(candidates, key=lambda name: counts[name])
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """The question that every voting site answers.
+
+    Attributes:
+        task: the task that the candidates are compared on.
+        name: its name.
+        candidates: the candidates, in the order of their file.
+        scorer: the kind of cost.
+        epsilon: pure epsilon of a vote.
+        run: id under which votes are charged.
+    """
+
+    task: LabelPrior
+    name: Name
+    candidates: Sequence[Candidate]
+    scorer: Scorer
+    epsilon: float
+    run: str
+
+
+def _vote(site: Site, ballot: Ballot, observe: Observe) -> Name:
+    """Returns the candidate that a site votes for; the vote is stored in the site's folder."""
+    config = site.config
+    units = [_encode(site, ballot, candidate, observe) for candidate in ballot.candidates]
+    ledger = site.ledger()
+    place, reservation = cast_vote(
+        ledger,
+        ballot.scorer,
+        ballot.task,
+        ballot.name,
+        units,
+        epsilon=ballot.epsilon,
+        public_size=config.tasks[ballot.name].public_size,
+        run=config.name_charge(ballot.run),
+        stream=open_stream(site.entropy, ballot.run, config.name, "vote"),
+        evaluation_budget=site.share,
+    )
+    vote = ballot.candidates[place].name
+    write_atomic(config.state_dir / VOTE, json.dumps({"task": ballot.name, "vote": vote}).encode())
+    ledger.commit(reservation)
+    return vote
+
+
+def _encode(site: Site, ballot: Ballot, candidate: Candidate, observe: Observe) -> Units:
+    """Returns a site's training units with a candidate's features. Raises BadInput where it reads none of them."""
+    folder = private_folder(site.config.state_dir / "candidates") / candidate.name / "data"
+    progress = partial(observe, f"encoding {candidate.name}")
+    encoding = Encoding(site.features(), site.device(), progress)
+    done = prepare(site.config, {ballot.name: ballot.task}, {ballot.name: candidate.backbone}, encoding, folder)  # type: ignore[dict-item]
+    units = open_units(folder, "train", [ballot.name], torch.device("cpu"))
+    if not len(units.tasks[ballot.name].features_RD):
+        because = f" ({done.problems[0].reason})" if done.problems else ""
+        raise BadInput(
+            f"candidates.{candidate.name}: expected a backbone that reads the records of task {ballot.name}, got one "
+            f"that can use none of site {site.config.name}'s{because}"
+        )
+    return units
+
+
+def _explain_too_few(epsilon: float, least: int, largest: int) -> str:
+    enough = math.ceil(100.0 * epsilon * least / largest) / 100.0
+    return (
+        f"--epsilon {epsilon:g}: expected a site that declares at least {least} units, below which a vote is mostly "
+        f"noise, got at most {largest}, for which epsilon {enough:g} is needed; rank on public records with --proxy"
+    )
+
+
+def _choose_task(tasks: Mapping[str, Task], name: Name | None) -> Name:
+    if name is None and len(tasks) == 1:
+        return next(iter(tasks))
+    if name is None or name not in tasks:
+        raise BadInput(f"--task: expected one of {', '.join(tasks)}, got {name or 'nothing'}")
+    return name
+
+
+def _score_all(path: Path, candidates: Mapping[Name, Candidate], observe: Observe) -> dict[Name, ProxyScore]:
+    file = load(ProxyFile, path)
+    return {name: score_on_public_records(file, path, each, observe) for name, each in candidates.items()}
+
+
+def _make_price(mechanism: Mechanism, sites: Sequence[SiteConfig]) -> Price:
+    used = {site.name: Site(site, os_entropy).ledger().history().compute_share() for site in sites}
+    assert mechanism.sensitivity is not None
+    epsilon = mechanism.choice_epsilon
+    return Price(mechanism.kind, epsilon, mechanism.sensitivity, compute_choice_mu(epsilon), used)
+
+
+def _make_choice(
+    task: Name,
+    candidates: Mapping[Name, Candidate],
+    scores: Mapping[Name, ProxyScore],
+    votes: Mapping[str, Name],
+    abstained: Sequence[str],
+    least: int | None,
+    price: Price | None,
+) -> BackboneChoice:
+    counts = Counter(votes.values())
+    if votes:
+        chosen = count_votes(votes.values(), list(candidates))
+    else:
+        chosen = max(candidates, key=lambda name: scores[name].accuracy)
+    rows = [
+        CandidateRow(
+            name,
+            counts[name] if votes else None,
+            scores.get(name),
+            each.backbone.feature_dim,
+            each.seconds,
+            each.megabytes,
+            each.licence,
+        )
+        for name, each in candidates.items()
+    ]
+    return BackboneChoice(task, chosen, "vote" if votes else "public proxy", rows, votes, abstained, least, price)

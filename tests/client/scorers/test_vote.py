@@ -1,0 +1,152 @@
+"""A site's vote: rows within their bounds, charged before anything is computed, nothing but the winner released."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client.data.units import TaskRecords, Units
+from client.ledger.ledger import Ledger
+from client.scorers import ScoredRows
+from client.scorers.parts.rows import make_rows
+from client.scorers.parts.vote import cast_vote, compute_min_size
+from client.scorers.ridge import Ridge
+from common.privacy.noise import NoiseStream, os_entropy
+from common.tasks import LabelPrior, open_task
+from common.types import BudgetExhausted, Unit
+
+LABELS = ["a", "b", "c"]
+SIZE = 400
+
+
+def task(**settings: Any) -> LabelPrior:
+    opened = open_task({"kind": "classification", "labels": LABELS, **settings}, "task")
+    assert isinstance(opened, LabelPrior)
+    return opened
+
+
+def records(features_RD: Any, labels_R: Any, unit_R: Any = None) -> TaskRecords:
+    count = len(features_RD)
+    units = torch.arange(count) if unit_R is None else torch.as_tensor(unit_R)
+    return TaskRecords.of(
+        torch.as_tensor(np.asarray(features_RD, np.float32)),
+        torch.as_tensor(np.asarray(labels_R, np.int64)),
+        torch.ones(count, dtype=torch.bool),
+        units,
+        int(units.max()) + 1 if count else 0,
+    )
+
+
+def make_candidates(seed: int, noises: list[float]) -> list[Units]:
+    """Candidates whose features show the class the less, the larger their noise."""
+    rng = np.random.default_rng(seed)
+    labels_R = rng.integers(0, 3, SIZE)
+    clean_RD = np.eye(5)[labels_R]
+    return [
+        Units(SIZE, {"kind": records(clean_RD + noise * rng.normal(size=clean_RD.shape), labels_R)}) for noise in noises
+    ]
+
+
+def open_ledger(folder: Path, cap: float = 3.0) -> Ledger:
+    return Ledger.open(folder, population="oncology", unit=Unit.EXAMPLE, epsilon_cap=cap, delta=1e-5)
+
+
+def vote(ledger: Ledger, candidates: list[Units], scorer: Any = None, epsilon: float = 0.5) -> int:
+    place, reservation = cast_vote(
+        ledger,
+        scorer or Ridge(kind="ridge"),
+        task(),
+        "kind",
+        candidates,
+        epsilon=epsilon,
+        public_size=SIZE,
+        run="choice",
+        stream=NoiseStream(os_entropy("vote")),
+    )
+    ledger.commit(reservation)
+    return place
+
+
+class Failing:
+    """A scorer that counts its calls and fails."""
+
+    kind, sensitivity = "failing", 9.25
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def compute_cost(self, rows: ScoredRows, public_size: int) -> float:
+        self.calls += 1
+        raise RuntimeError("stop")
+
+
+def test_a_vote_is_charged_before_anything_is_computed(tmp_path: Path) -> None:
+    ledger, scorer = open_ledger(tmp_path), Failing()
+    with pytest.raises(RuntimeError):
+        vote(ledger, make_candidates(0, [0.1, 0.2]), scorer)
+    (charge,) = ledger.charges()
+    assert (charge.mechanism.kind, charge.mechanism.choice_epsilon, charge.committed) == ("exponential", 0.5, False)
+    assert (charge.mechanism.sensitivity, charge.run, charge.round) == (9.25, "choice", 0)
+    assert ledger.spent().reserved_epsilon == 0.5
+
+
+def test_a_vote_that_the_budget_does_not_cover_computes_nothing(tmp_path: Path) -> None:
+    ledger, scorer = open_ledger(tmp_path, cap=1.0), Failing()
+    with pytest.raises(BudgetExhausted, match="of the budget of epsilon 1"):
+        vote(ledger, make_candidates(0, [0.1, 0.2]), scorer, epsilon=4.0)
+    assert scorer.calls == 0 and not ledger.charges()
+
+
+def test_the_ledger_refuses_votes_once_they_fill_the_budget(tmp_path: Path) -> None:
+    """At mu(0.5) = .313 each, a budget of epsilon 3 (mu .719) holds five."""
+    ledger, candidates = open_ledger(tmp_path), make_candidates(0, [0.1, 0.2])
+    for _ in range(5):
+        vote(ledger, candidates)
+    with pytest.raises(BudgetExhausted):
+        vote(ledger, candidates)
+    assert len(Ledger.find(tmp_path, "oncology").charges()) == 5  # type: ignore[union-attr]
+
+
+def test_the_better_candidate_wins_where_records_are_enough(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path, cap=60.0)
+    wins = [vote(ledger, make_candidates(seed, [2.0, 0.1, 2.0]), epsilon=1.0) for seed in range(10)]
+    assert wins == [1] * 10
+
+
+def test_the_price_does_not_grow_with_the_number_of_candidates(tmp_path: Path) -> None:
+    two, twelve = open_ledger(tmp_path / "a"), open_ledger(tmp_path / "b")
+    vote(two, make_candidates(0, [0.1] * 2))
+    vote(twelve, make_candidates(0, [0.1] * 12))
+    assert [each.mechanism for each in two.charges()] == [each.mechanism for each in twelve.charges()]
+
+
+def test_rows_keep_their_bounds_whatever_features_are() -> None:
+    rng = np.random.default_rng(0)
+    features_RD = rng.normal(size=(9, 4)).astype(np.float32) * 10.0 ** rng.integers(-12, 12, (9, 1))
+    features_RD[0], features_RD[1, 0], features_RD[2, 0] = 0.0, np.inf, np.nan
+    unit_R = [0, 1, 2, 3, 3, 3, 4, 4, 5]
+    rows = make_rows(task(), records(features_RD, [0, 1, 2] * 3, unit_R))
+    assert len(rows.features_RD) == 7  # Infinite and missing features are left out.
+    squares = [np.square(each).sum(1) for each in (rows.features_RD, rows.targets_RC)]
+    for unit in ([0], [1, 2, 3], [4, 5], [6]):
+        assert all(0.0 <= square[unit].sum() <= 1.0 for square in squares)
+    assert squares[0][1:4].sum() > 0.999 and squares[0][0] == 0.0
+    assert np.allclose(rows.targets_RC.sum(1), 0.0, atol=1e-4)
+
+
+def test_a_units_rows_are_the_same_to_the_bit_wherever_it_stands() -> None:
+    rng = np.random.default_rng(1)
+    features_RD, labels_R = rng.normal(size=(301, 37)), rng.integers(0, 3, 301)
+    alone = make_rows(task(), records(features_RD[-1:], labels_R[-1:]))
+    among = make_rows(task(), records(features_RD, labels_R))
+    assert np.array_equal(alone.features_RD[0], among.features_RD[-1])
+    assert np.array_equal(alone.targets_RC[0], among.targets_RC[-1])
+
+
+def test_the_least_declared_size_follows_from_public_numbers() -> None:
+    # 25 x 9.25 / epsilon.
+    assert [compute_min_size(Ridge(kind="ridge"), epsilon) for epsilon in (0.5, 1.0, 3.0)] == [463, 232, 78]

@@ -1,0 +1,166 @@
+"""`simulate choose`: the vote, the public proxy, the table, and one sentence for each bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client.ledger.ledger import Ledger
+from common.plugins import resolve
+from common.yaml import load
+from simulations.__main__ import app
+from simulations.choice.candidates import CandidateFile
+from simulations.choice.choose import choose_backbone, count_votes
+from simulations.config import SimulationConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+Choose = Callable[..., Result]
+GOOD = {
+    "kind": "identity",
+    "columns": [{"name": name, "range": [-5, 5], "missing": "refuse"} for name in ("x", "y")],
+    "licence": "CC0-1.0",
+}
+# Of the first column only what lies far to the right, and nothing of the second.
+POOR = {"kind": "identity", "columns": [{"name": "x", "range": [4.9, 5], "missing": "refuse"}]}
+
+
+def write(path: Path, values: Any) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def choose(simulation_file: Path, tmp_path: Path) -> Choose:
+    """Runs the verb on the small simulation, whose sites declare more than they have, with two candidates."""
+    candidates = write(tmp_path / "candidates.yaml", {"candidates": {"poor": POOR, "good": GOOD}})
+
+    def run(*options: str, backbones: Path = candidates) -> Result:
+        given = ["choose", str(simulation_file), "--backbones", str(backbones), *options]
+        return CliRunner().invoke(app, given)
+
+    return run
+
+
+def refused(result: Result, exit_code: int, *said: str) -> None:
+    assert result.exit_code == exit_code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output
+    assert all(word in lines[0] for word in said), lines[0]
+
+
+def test_sites_vote_and_pay_and_the_table_says_so(choose: Choose, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = choose("--epsilon", "6", "--out", str(out), "--set", "budget.epsilon=60", "--json")
+    assert result.exit_code == 0, result.output
+    choice = json.loads(result.stdout)
+    assert (choice["task"], choice["chosen"], choice["by"]) == ("colour", "good", "vote")
+    assert choice == json.loads((out / "choice.json").read_text())
+    rows = {row["name"]: row for row in choice["rows"]}
+    assert rows["good"]["votes"] + rows["poor"]["votes"] == 3 and rows["good"]["votes"] >= 2
+    assert (rows["good"]["dimension"], rows["good"]["licence"], rows["poor"]["licence"]) == (2, "CC0-1.0", None)
+    assert choice["price"]["epsilon"] == 6.0 and choice["price"]["sensitivity"] == 9.25
+    for site, vote in choice["site_votes"].items():
+        state = out / "sites" / site / "state"
+        assert json.loads((state / "vote.json").read_text()) == {"task": "colour", "vote": vote}
+        ledger = Ledger.find(state / "ledgers", f"{site}-registry")
+        assert ledger is not None
+        (charge,) = ledger.charges()
+        assert charge.committed and charge.mechanism.kind == "exponential" and charge.mechanism.choice_epsilon == 6.0
+        assert choice["price"]["budget_used"][site] == ledger.history().compute_share() > 0.0
+
+
+def test_people_read_the_noise_the_price_and_the_licence(choose: Choose) -> None:
+    result = choose("--epsilon", "6", "--set", "budget.epsilon=60")
+    assert result.exit_code == 0, result.output
+    for said in ("votes of 3", "CC0-1.0", "not declared", "pure epsilon 6", "9.25 / 6", "of a site's budget"):
+        assert said in result.stdout, result.stdout
+
+
+def test_too_few_declared_units_are_refused_with_the_number_that_is_needed(choose: Choose, tmp_path: Path) -> None:
+    """25 x 9.25 / 1 = 231.25; for 48 units 25 x 9.25 / 48 = 4.82 is needed."""
+    out = tmp_path / "out"
+    result = choose("--epsilon", "1", "--out", str(out))
+    refused(result, 2, "at least 232 units", "at most 48", "epsilon 4.84", "--proxy")
+    assert not out.exists()
+
+
+def test_a_site_that_declares_too_few_is_not_asked(choose: Choose) -> None:
+    sizes = "tasks.colour.public_size={site-1: 48, site-2: 48, site-3: 10}"
+    result = choose("--epsilon", "6", "--set", sizes, "--set", "budget.epsilon=60", "--json")
+    choice = json.loads(result.stdout)
+    assert choice["abstained"] == ["site-3"] and set(choice["site_votes"]) == {"site-1", "site-2"}
+
+
+def test_a_budget_that_does_not_cover_the_vote_is_said(choose: Choose) -> None:
+    refused(choose("--epsilon", "6", "--set", "budget.epsilon=2"), 1, "of the budget of epsilon 2")
+
+
+@pytest.mark.parametrize("name", ["pictures", "text", "sound"])
+def test_the_files_of_candidates_name_at_least_five_kinds_that_exist(name: str) -> None:
+    file = load(CandidateFile, ROOT / "configs" / "candidates" / f"{name}.yaml")
+    assert len(file.candidates) >= 5
+    for key, spec in file.candidates.items():
+        resolve("common.backbones", spec, key)
+
+
+def test_ties_go_to_the_first_of_the_file() -> None:
+    assert count_votes(["b", "a", "c", "b", "a"], ["a", "b", "c"]) == "a"
+    assert count_votes(["b", "a", "c", "b", "a"], ["c", "b", "a"]) == "b"
+
+
+def test_the_declared_noise_seed_repeats_a_choice(simulation_file: Path, tmp_path: Path) -> None:
+    candidates = write(tmp_path / "candidates.yaml", {"candidates": {"one": GOOD, "other": POOR}})
+    config = load(SimulationConfig, simulation_file, ["noise_seed=7", "budget.epsilon=60"])
+    twice = [choose_backbone(config, candidates, epsilon=5.0, out=tmp_path / name).site_votes for name in ("a", "b")]
+    assert twice[0] == twice[1]
+
+
+def write_proxy(tmp_path: Path, **changes: Any) -> Path:
+    source = {"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["x", "y"]}
+    return write(tmp_path / "proxy.yaml", {"source": source, "column": "colour", "labels": ["red", "blue"], **changes})
+
+
+def test_a_public_proxy_ranks_for_nothing_and_is_named(choose: Choose, tmp_path: Path) -> None:
+    result = choose("--proxy", str(write_proxy(tmp_path)), "--json")
+    assert result.exit_code == 0, result.output
+    choice = json.loads(result.stdout)
+    assert (choice["chosen"], choice["by"], choice["price"]) == ("good", "public proxy", None)
+    scores = {row["name"]: row["proxy"] for row in choice["rows"]}
+    assert scores["good"]["accuracy"] > 0.8 > scores["poor"]["accuracy"] and scores["good"]["error"] < 0.05
+    assert "public proxy" in choose("--proxy", str(write_proxy(tmp_path))).stdout
+    assert not list(tmp_path.rglob("ledgers"))
+
+
+def test_a_proxy_beside_a_vote_does_not_decide(choose: Choose, tmp_path: Path) -> None:
+    result = choose("--epsilon", "6", "--set", "budget.epsilon=60", "--proxy", str(write_proxy(tmp_path)), "--json")
+    assert json.loads(result.stdout)["by"] == "vote"
+
+
+def test_bad_input_is_one_sentence(choose: Choose, tmp_path: Path) -> None:
+    refused(choose(), 2, "--epsilon", "--proxy")
+    refused(choose("--epsilon", "6", "--task", "size"), 2, "--task", "colour", "size")
+    refused(choose("--epsilon", "0"), 2, "--epsilon")
+    refused(choose("--proxy", str(write_proxy(tmp_path, labels=["red", "green"]))), 2, "labels", "'blue'")
+    refused(choose("--proxy", str(write_proxy(tmp_path, labels=["red", "blue", "lilac"]))), 2, "at least 5", "'lilac'")
+    refused(choose("--proxy", str(write_proxy(tmp_path, column="size"))), 2, "column", "'size'")
+    one = write(tmp_path / "one.yaml", {"candidates": {"good": GOOD}})
+    refused(choose("--epsilon", "6", backbones=one), 2, "candidates")
+    scorer = write(tmp_path / "s.yaml", {"candidates": {"a": GOOD, "b": POOR}, "scorer": {"kind": "rigde"}})
+    refused(choose("--epsilon", "6", backbones=scorer), 2, "scorer.kind", "nearest", "ridge")
+    refused(choose("--epsilon", "6", backbones=tmp_path / "none.yaml"), 2, "none.yaml")
+
+
+def test_a_candidate_that_does_not_fit_the_modality_is_named(choose: Choose, tmp_path: Path) -> None:
+    spectrum = {"kind": "log_mel", "sample_rate": 8000, "bands": 12, "range_hz": [60, 3800]}
+    wrong = write(tmp_path / "wrong.yaml", {"candidates": {"good": GOOD, "sound": spectrum}})
+    result = choose("--epsilon", "6", "--set", "budget.epsilon=60", backbones=wrong)
+    refused(result, 2, "candidates.sound", "none of")
+    assert not any(path.stat().st_size for path in (tmp_path / "runs").rglob("vote.json"))
+    refused(choose("--proxy", str(write_proxy(tmp_path)), backbones=wrong), 2, "candidates.sound", "none of them")
