@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -104,7 +105,7 @@ def write_export(
     from common.exports.parts.exported import select
 
     check_folder(folder)
-    exported = select(model, tasks, without, one_task=opened.one_task, name=opened.kind)
+    exported = replace(select(model, tasks, without, one_task=opened.one_task, name=opened.kind), facts=facts)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,7 +113,7 @@ def write_export(
         write_atomic(folder / "preprocessing.json", exported.write_metadata())
         for name, content in exported.files.items():
             write_atomic(folder / name, content)
-        write_atomic(folder / "README.md", write_card(exported, opened.kind, used, facts).encode())
+        write_atomic(folder / "README.md", write_card(exported, opened.kind, used).encode())
     except BaseException:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -59,8 +59,8 @@ def export(
             without=without_backbone or (),
             facts=read_run_facts(model),
         )
-        for path in sorted(folder.iterdir()):
-            typer.echo(f"{path.name:<28}{path.stat().st_size:>12,} bytes")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            typer.echo(f"{path.relative_to(folder).as_posix():<28}{path.stat().st_size:>12,} bytes")
         if exported.left_out:
             typer.echo(exported.explain_left_out())
 

@@ -63,14 +63,13 @@ class CardSubject:
     left_out: str | None = None
 
 
-def write_card(exported: Exported, name: str, used: Sequence[str], facts: RunFacts | None = None) -> str:
+def write_card(exported: Exported, name: str, used: Sequence[str]) -> str:
     """Returns the card of an exported folder.
 
     Args:
         exported: what was exported.
         name: name of the format.
         used: sentences that say how each file of the format is used.
-        facts: what is known of the run.
     """
     stated = "`preprocessing.json` states what comes before the network and what its outputs are."
     subject = CardSubject(
@@ -78,7 +77,7 @@ def write_card(exported: Exported, name: str, used: Sequence[str], facts: RunFac
         tasks=exported.tasks,
         format=name,
         used=(*used, stated),
-        facts=facts,
+        facts=exported.facts,
         pipeline=find_pipeline(exported),
         left_out=exported.explain_left_out() if exported.left_out else None,
     )

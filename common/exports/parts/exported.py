@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.backbones import RawInputs, RawTensor
 from common.errors import nearest
+from common.exports.parts.facts import RunFacts
 from common.serving.folder import ModelBackbone
 from common.serving.network import Model, Network
 from common.types import BadInput
@@ -32,6 +33,7 @@ class Exported:
         left_out: whether the backbone is left out: the network then begins at its features.
         raw: the network's inputs.
         network: from those to what the tasks serve.
+        facts: what the run's folder says beside the model; None where it was not there.
     """
 
     model: Model = field(repr=False)
@@ -40,6 +42,7 @@ class Exported:
     left_out: bool
     raw: RawInputs = field(repr=False)
     network: Network = field(repr=False)
+    facts: RunFacts | None = field(default=None, repr=False)
 
     @property
     def origin(self) -> ModelBackbone:
