@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from common.report.svg import LINE, SERIES, SOFT, STYLE, TEXT, shorten, write_svg
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 WIDTH_IN = 4.3
@@ -227,13 +228,14 @@ def draw_matrix(
         is_flat = 0.085 * longest < (width - 1.1) / count
         canvas = _new_canvas(width, 1.05 + min(cell, 0.5) * count + (0.0 if is_flat else 0.05 * longest))
         axes = canvas.subplots()
-        for row, column in itertools.product(range(count), range(count)):
-            share = min(1.0, max(0.0, shares[row][column]))
-            colour = SERIES[0] if row == column else SERIES[1]
-            axes.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, color=SOFT, linewidth=0)
-            axes.fill_between(
-                [column - 0.5, column + 0.5], row - 0.5, row + 0.5, color=colour, alpha=0.6 * share, linewidth=0
-            )
+        places = list(itertools.product(range(count), range(count)))
+        looks = [
+            (SERIES[0 if row == column else 1], 0.6 * min(1.0, max(0.0, shares[row][column]))) for row, column in places
+        ]
+        squares = [(column - 0.5, row - 0.5, 1.0) for row, column in places]
+        _fill_cells(axes, squares, [(SOFT, 1.0)] * len(squares))
+        _fill_cells(axes, squares, looks)
+        for row, column in places:
             axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=10 if count <= 8 else 7)
         ticks: dict[str, Any] = {"rotation": 0 if is_flat else 45, "ha": "center" if is_flat else "right"}
         axes.set_xticks(range(count), shown, **ticks)
@@ -266,14 +268,18 @@ def draw_grid(
     with _styled():
         canvas = _new_canvas(width, 1.25 + 0.27 * len(rows))
         axes = canvas.subplots()
-        for place, states in enumerate(cells):
-            for column, state in enumerate(states):
-                letter, colour = looks.get(state, ("", SOFT))
-                ends = [column + 0.04, column + 0.96]
-                axes.fill_between(ends, place + 0.08, place + 0.92, color=colour, alpha=0.55, linewidth=0)
-                if letter and cell >= 0.12:
-                    size = 8 if cell >= 0.2 else 6.5
-                    axes.text(column + 0.5, place + 0.52, letter, ha="center", va="center", fontsize=size)
+        has_letters = cell >= 0.12
+        for state in dict.fromkeys(state for states in cells for state in states):
+            letter, colour = looks.get(state, ("", SOFT))
+            runs = [
+                (at, row, length)
+                for row, states in enumerate(cells)
+                for at, length in _list_runs(states, state, 1 if has_letters else len(columns))
+            ]
+            _fill_cells(axes, runs, [(colour, 0.55)] * len(runs), gap=0.06)
+            for at, row, _ in runs if letter and has_letters else []:
+                size = 8 if cell >= 0.2 else 6.5
+                axes.text(at + 0.5, row + 0.52, letter, ha="center", va="center", fontsize=size)
         step = math.ceil(len(columns) / 24)
         places = range(0, len(columns), step)
         axes.set_xticks([place + 0.5 for place in places], [str(columns[place]) for place in places])
@@ -289,6 +295,46 @@ def draw_grid(
             # Below the figure, outside the axes: cells keep their size.
             canvas.legend(loc="outside lower left", ncols=min(len(present), 2 if width < 6 else 4))
         return Figure(write_svg(canvas, caption), caption, wide=width > 6.5)
+
+
+def _list_runs(states: Sequence[str], state: str, longest: int) -> list[tuple[int, int]]:
+    """Returns the places where a state stands, and for how long it does: neighbours are one, up to a length.
+
+    Args:
+        states: the states in order.
+        state: the one that is looked for.
+        longest: largest length of one.
+    """
+    runs: list[tuple[int, int]] = []
+    for place, each in enumerate(states):
+        if each != state:
+            continue
+        if runs and sum(runs[-1]) == place and runs[-1][1] < longest:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((place, 1))
+    return runs
+
+
+def _fill_cells(
+    axes: Axes, cells: Sequence[tuple[float, float, float]], looks: Sequence[tuple[str, float]], *, gap: float = 0.0
+) -> None:
+    """Draws rectangles of height 1 as one artist: thousands of artists take minutes.
+
+    Args:
+        axes: the axes.
+        cells: left end, upper end and width of each.
+        looks: colour and opacity of each.
+        gap: space between a rectangle and its neighbours, on each side.
+    """
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    corners = [
+        [(left + gap, top + gap), (right - gap, top + gap), (right - gap, top + 1 - gap), (left + gap, top + 1 - gap)]
+        for left, top, right in ((left, top, left + width) for left, top, width in cells)
+    ]
+    axes.add_collection(PolyCollection(corners, facecolors=[to_rgba(*look) for look in looks], linewidths=0))
 
 
 def _new_canvas(width_in: float, height_in: float) -> Canvas:

@@ -140,3 +140,12 @@ def test_numbers_are_written_for_people() -> None:
         format_seconds(0.25) == "0.25 s" and format_seconds(125) == "2 min 5 s" and format_seconds(7300) == "2 h 1 min"
     )
     assert join_words(["a", "b", "c"]) == "a, b and c" and join_words(list("abc"), 2) == "a, b and 1 more"
+
+
+def test_many_cells_are_few_elements() -> None:
+    """A grid of 60 sites and 200 rounds was ten megabytes, and took minutes, where each cell was a patch."""
+    cells = [["took part"] * 200 for _ in range(60)]
+    figure = draw_grid(
+        "grid", [f"site-{number}" for number in range(60)], list(range(1, 201)), cells, [("took part", "", 0)]
+    )
+    assert len(figure.svg) < 100_000 and figure.wide
