@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from common.model.backbones import open_backbones
 from common.model.parameters import parameters
+from common.model.trunks import create_modules
 from common.serving.folder import describe_model, write_model
 from common.tasks import open_tasks
 from tests.tiny import run_config
@@ -23,24 +23,35 @@ def write_finished(
     backbone: Mapping[str, Any],
     tasks: Mapping[str, Any] = TASKS,
     temperatures: Mapping[str, float] | None = None,
+    trainable: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the model of a run with heads drawn at random; returns its folder.
+    """Writes the model of a run with heads and trained parts drawn at random; returns its folder.
 
     Args:
         folder: the model's folder.
         backbone: settings of the backbone.
         tasks: settings of the tasks.
         temperatures: task -> temperature.
+        trainable: the part of the backbone that was trained; None where all is frozen.
     """
-    run = run_config(backbone=dict(backbone), tasks={name: dict(own) for name, own in tasks.items()})
+    changes: dict[str, Any] = {}
+    if trainable is not None:
+        solver = {"kind": "dp_sgd", "sampling_rate": 1.0, "steps": 2, "clip_norm": 1.0, "learning_rate": 1.0}
+        changes = {
+            "trainable": {"backbone": dict(trainable)},
+            "solver": {**solver, "trunk": {"learning_rate": 0.1}},
+        }
+    own = {name: dict(settings) for name, settings in tasks.items()}
+    run = run_config(backbone=dict(backbone), tasks=own, **changes)
     opened = open_backbones(run)
     rng = np.random.default_rng(0)
     heads = {}
-    for name, task in open_tasks(run).items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            shapes = parameters(task.head(opened[run.backbone_of(name)].feature_dim))
-        heads[name] = {key: rng.normal(size=value.shape).astype(np.float32) for key, value in shapes.items()}
+    for name, module in create_modules(run, open_tasks(run), opened).items():
+        shift = 0.1 if name.endswith(".trunk") else 1.0
+        heads[name] = {
+            key: (value + shift * rng.normal(size=value.shape)).astype(np.float32)
+            for key, value in parameters(module).items()
+        }
     config = describe_model(
         run,
         "run-1",

@@ -75,6 +75,7 @@ DOORS = {
     "sklearn": ("client/data/sources/", "simulations/"),
     "transformers": ("common/backbones/", "common/exports/parts/"),
     "torchvision": ("common/backbones/",),
+    "onnxruntime": ("common/exports/",),
     "pandas": ("client/data/sources/", "client/prediction/"),
     "tensorboard": ("server/reports/trackers/",),
     "mlflow": ("server/reports/trackers/",),

@@ -20,7 +20,8 @@ def list_axes(exported: Exported) -> tuple[dict[int, Any], ...]:
     """Returns for each input the axes that may have any length."""
     batch = Dim("batch", min=1)
     named = {
-        axis: Dim(axis, min=2, max=tensor.longest) if tensor.longest else Dim(axis, min=2)
+        # The layers that read samples say themselves how many they need at least.
+        axis: Dim.DYNAMIC if tensor.dtype == "float32" else Dim(axis, min=2, max=tensor.longest)
         for tensor in exported.raw.tensors
         for axis in tensor.shape
         if isinstance(axis, str)

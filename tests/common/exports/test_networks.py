@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from common.exports import open_format, write_export
+from common.exports.parts.exported import select
+from common.exports.parts.program import check, draw_inputs
+from common.inputs import Audio
 from common.plugins import kinds, plugin_class
 from common.serving.network import Model, open_model
 from common.types import BadInput
@@ -99,6 +104,90 @@ def test_every_task_and_head_is_an_output_of_one_onnx_file(name: str, tmp_path: 
     served = dict(zip(tasks, session.run(list(tasks), {"vector": vectors}), strict=True))
     for task, expected in model(list(vectors)).items():
         torch.testing.assert_close(torch.from_numpy(served[task]), expected, rtol=1e-5, atol=1e-5)
+
+
+TRAINED = {
+    "small_cnn": ("small_cnn", {"from": "4"}),
+    "cifar_resnet": ("cifar_resnet", {"from": "layer3"}),
+    "transformers": ("transformers", {"from": "encoder.layer.1"}),
+    "transformers, with adapters": (
+        "transformers",
+        {"from": "encoder.layer.0", "lora": {"rank": 2, "alpha": 4, "targets": ["query", "value"]}},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "torch"])
+@pytest.mark.parametrize("trained", TRAINED)
+def test_a_part_that_was_trained_is_in_the_network(trained: str, name: str, tmp_path: Path) -> None:
+    kind, trainable = TRAINED[trained]
+    example = plugin_class("common.backbones", kind).example(tmp_path)
+    path = write_finished(tmp_path / "model", example.settings, trainable=trainable)
+    model = open_model(path)
+    frozen = open_model(write_finished(tmp_path / "frozen", example.settings))
+    write_export(model, tmp_path / "out", open_format(name))
+    inputs = stack_inputs(model, example.items)
+    if name == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+        names = [own.name for own in session.get_inputs()]
+        given = {key: each.numpy() for key, each in zip(names, inputs, strict=True)}
+        served = torch.from_numpy(session.run(None, given)[0])
+    else:
+        served = torch.export.load(tmp_path / "out" / "model.pt2").module()(*inputs)
+    torch.testing.assert_close(served, model(example.items)["finding"], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(served, frozen(example.items)["finding"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_recordings_of_any_length_go_through_one_program(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    layers = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = transformers.Wav2Vec2Config(**sizes, **layers, **positions, initializer_range=0.5)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(tmp_path)
+    settings = {"kind": "transformers", "folder": str(tmp_path), "modality": "audio", "seconds": 0.5}
+    model = open_model(write_finished(tmp_path / "model", settings))
+    write_export(model, tmp_path / "out", open_format("torch"))
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    rng = np.random.default_rng(0)
+    for length, count in ((8000, 2), (3000, 3), (700, 1)):
+        items = [Audio(rng.normal(size=length).astype(np.float32) / 10, 16_000) for _ in range(count)]
+        served = program(*stack_inputs(model, items))
+        torch.testing.assert_close(served, model(items)["finding"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_trained_backbone_is_neither_left_out_nor_given_to_transformers(tmp_path: Path) -> None:
+    settings = plugin_class("common.backbones", "small_cnn").example(tmp_path).settings
+    model = open_model(write_finished(tmp_path / "model", settings, trainable=TRAINED["small_cnn"][1]))
+    with pytest.raises(BadInput, match="expected a frozen backbone, got backbone, a part of which was trained"):
+        write_export(model, tmp_path / "out", open_format("torch"), without=["backbone"])
+    with pytest.raises(BadInput, match="holds frozen backbones, got one with a trained part"):
+        write_export(model, tmp_path / "out", open_format("huggingface"))
+
+
+def test_a_program_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}))
+    exported = select(model, (), (), one_task=False, name="torch")
+    inputs = draw_inputs(exported)
+    check(exported, inputs, model.torch()(*inputs))
+    with pytest.raises(BadInput, match="the exported program computes something else"):
+        check(exported, inputs, model.torch()(*inputs) + 0.01)
+
+
+def test_an_empty_cell_that_may_not_be_empty_makes_no_number(tmp_path: Path) -> None:
+    columns = [
+        {"name": "age", "range": [0, 100], "missing": "refuse"},
+        {"name": "sex", "levels": ["f", "m"], "missing": "f"},
+    ]
+    model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "columns": columns}))
+    network, empty = model.torch(), float("nan")
+    rows = torch.tensor([[50.0, 1.0], [50.0, empty], [50.0, 0.0], [empty, 0.0]], dtype=torch.float64)
+    served = network(rows)
+    torch.testing.assert_close(served[1], served[2])
+    assert not torch.allclose(served[0], served[1])
+    assert served[3].isnan().all() and not served[:3].isnan().any()
 
 
 def test_a_program_takes_the_tasks_that_are_named(tmp_path: Path) -> None:
