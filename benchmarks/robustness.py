@@ -181,7 +181,7 @@ def make_config(file: tuple[Path, int], epsilon: float, aggregator: str, seed: i
         seed: seed of the initial head and of the division into sites.
     """
     path, dim = file
-    parts = {split: {"inputs": f"{split}_x", "columns": {TASK: f"{split}_{TASK}"}} for split in ("train", "test")}
+    parts = {split: {"inputs": f"{split}_x", "labels": {TASK: f"{split}_{TASK}"}} for split in ("train", "test")}
     source = {"kind": "npz", "path": str(path), "parts": parts}
     return _make_simulation(
         path.parent, {"kind": "identity", "dim": dim}, source, epsilon=epsilon, aggregator=aggregator, seed=seed
@@ -205,7 +205,7 @@ def _make_simulation(
             "aggregation": AGGREGATORS[aggregator],
         },
         "sources": {"recordings": source},
-        "tasks": {TASK: {"source": "recordings", "column": TASK, "missing": "refuse", "public_size": SITE_SIZE}},
+        "tasks": {TASK: {"source": "recordings", "label": TASK, "missing": "refuse", "public_size": SITE_SIZE}},
         "partition": {"kind": "iid", "num_sites": NUM_SITES, "split": "source", "seed": seed},
         "unit": "example",
         "budget": {"epsilon": 10.0, "delta": 1e-5},

@@ -46,7 +46,7 @@ def simulation(
         x=rng.normal(size=(count, dim)).astype(np.float32),
         y=names[rng.integers(0, classes, count)],
     )
-    parts = {"all": {"inputs": "x", "columns": {"y": "y"}}}
+    parts = {"all": {"inputs": "x", "labels": {"y": "y"}}}
     values: dict[str, Any] = {
         "run": {
             "name": "many",
@@ -59,7 +59,7 @@ def simulation(
             "aggregation": {"kind": "mean"},
         },
         "sources": {"rows": {"kind": "npz", "path": str(folder / "rows.npz"), "parts": parts}},
-        "tasks": {"task": {"source": "rows", "column": "y", "missing": "refuse", "public_size": RECORDS}},
+        "tasks": {"task": {"source": "rows", "label": "y", "missing": "refuse", "public_size": RECORDS}},
         "partition": {"kind": "iid", "num_sites": num_sites, "split": "hash", "test_fraction": 0.2},
         "unit": "example",
         "budget": {"epsilon": 10.0, "delta": 1e-5},

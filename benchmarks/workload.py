@@ -42,7 +42,7 @@ def simulation(folder: Path, images: int, sampling_rate: float = FULL_BATCH) -> 
     pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     names = np.array([f"c{number}" for number in range(CLASSES)])
     # One test image a site: the floor evaluates nothing.
-    parts = {part: {"inputs": f"{part}_x", "columns": {"y": f"{part}_y"}} for part in ("train", "test")}
+    parts = {part: {"inputs": f"{part}_x", "labels": {"y": f"{part}_y"}} for part in ("train", "test")}
     labels = names[rng.integers(0, CLASSES, count)]
     arrays = {"train_x": pixels, "train_y": labels, "test_x": pixels[:SITES], "test_y": labels[:SITES]}
     np.savez(folder / "images.npz", **arrays)
@@ -73,7 +73,7 @@ def simulation(folder: Path, images: int, sampling_rate: float = FULL_BATCH) -> 
             "aggregation": {"kind": "mean"},
         },
         "sources": {"images": {"kind": "npz", "path": str(folder / "images.npz"), "parts": parts}},
-        "tasks": {"task": {"source": "images", "column": "y", "missing": "refuse", "public_size": images}},
+        "tasks": {"task": {"source": "images", "label": "y", "missing": "refuse", "public_size": images}},
         "partition": {"kind": "iid", "num_sites": SITES, "split": "source"},
         "unit": "example",
         "budget": {"epsilon": 10.0, "delta": 1e-5},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -54,7 +55,7 @@ class LabelColumns(Frozen):
 
     Attributes:
         source: name of an entry in `sources`.
-        column: the label column; or one column for each label of a multi-label task, in the task's label order; or of a
+        label: the label column; or one column for each label of a multi-label task, in the task's label order; or of a
             survival task the column of times and that of events.
         values: local value -> task value, of all columns alike or under a column's name; without it, local values are
             the task's own.
@@ -63,8 +64,9 @@ class LabelColumns(Frozen):
         unmapped: what a value outside `values` and the task's labels means, likewise.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {"column": "`label`"}
     source: str
-    column: str | list[str]
+    label: str | list[str]
     values: dict[str, str | dict[str, str]] | None = None
     multiply: dict[str, Annotated[float, Field(gt=0)]] | None = None
     missing: Literal["skip", "refuse"]
@@ -88,7 +90,7 @@ class LabelColumns(Frozen):
     @property
     def columns(self) -> list[str]:
         """The label columns."""
-        return [self.column] if isinstance(self.column, str) else self.column
+        return [self.label] if isinstance(self.label, str) else self.label
 
     def list_values(self, column: str) -> dict[str, str] | None:
         """Returns local value -> task value of a column; None where its values are the task's own."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -38,6 +38,18 @@ class Frozen(BaseModel):
     """Base of every settings model: immutable, unknown keys refused, non-finite numbers refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    former_keys: ClassVar[Mapping[str, str]] = {}
+    """Key of an earlier version -> what to write in its place. A file that has one is refused with that."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_former_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for former, now in cls.former_keys.items():
+                if former in values:
+                    raise ValueError(f"{former}: this key has another name now, write {now}")
+        return values
 
 
 class Plugin(Frozen):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -125,7 +126,7 @@ class Pretrain(Frozen):
     Attributes:
         backbone: name of the backbone; needed where the run has several.
         sources: sources of public records, which are trained on together.
-        column: column of the labels.
+        label: column of the labels.
         labels: values of the column.
         epochs: number of passes over all records.
         batch_size: number of records in a step.
@@ -134,9 +135,10 @@ class Pretrain(Frozen):
         seed: seed of initial weights, order and shifts.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {"column": "`label`"}
     backbone: Name | None = None
     sources: Annotated[list[Spec], Field(min_length=1)]
-    column: str
+    label: str
     labels: Annotated[list[str], Field(min_length=2)]
     epochs: PositiveInt
     batch_size: PositiveInt

@@ -326,9 +326,9 @@ def _read_labels(
 ) -> list[str]:
     task_name = config.partition.by or ""
     task = config.tasks.get(task_name)
-    if task is None or task.source != source or not isinstance(task.column, str):
+    if task is None or task.source != source or not isinstance(task.label, str):
         raise BadInput(f"partition.by: expected a task with one label column in source {source!r}, got {task_name!r}")
-    return [index[group[0]].cells[task.column] for group in groups]
+    return [index[group[0]].cells[task.label] for group in groups]
 
 
 def _deal_by_proportion(

@@ -378,9 +378,9 @@ def _make_site(made: Deployment, name: str, tasks: Sequence[str], approval: str)
     (folder / "rows.csv").write_text(_TABLE)
     values = yaml.safe_load((folder / "site.yaml").read_text().replace("FILL_IN: ", "fill_in: "))
     values["budget"]["epsilon"] = 9_000.0
-    values["sources"] = {"records": {"kind": "table", "path": "./rows.csv", "inputs": ["age", "sex"]}}
+    values["sources"] = {"records": {"kind": "table", "path": "./rows.csv", "columns": ["age", "sex"]}}
     values["tasks"] = {
-        task: {"source": "records", "column": task, "missing": "skip", "public_size": 80} for task in tasks
+        task: {"source": "records", "label": task, "missing": "skip", "public_size": 80} for task in tasks
     }
     values["coordinator"]["address"] = site.proxy.address
     values |= {"ledger_dir": "./ledgers", "cache_dir": "./cache", "reply_every_s": 0.3, "approval": approval}

@@ -139,11 +139,11 @@ def test_no_single_record_makes_a_site_decline(tmp_path: Path, record: str) -> N
     source = {
         "kind": "table",
         "path": str(tmp_path / "rows.csv"),
-        "inputs": [column["name"] for column in columns],
-        "patient_column": "id",
-        "split_column": "split",
+        "columns": [column["name"] for column in columns],
+        "patient": "id",
+        "split": "split",
     }
-    labels = {"source": "rows", "column": "size", "missing": "skip", "unmapped": "refuse", "public_size": 40}
+    labels = {"source": "rows", "label": "size", "missing": "skip", "unmapped": "refuse", "public_size": 40}
     config = site_config(
         tmp_path,
         "north",

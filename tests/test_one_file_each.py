@@ -292,7 +292,7 @@ run:
   privacy: {unit: example, delta: 1.0e-5, target_epsilon: 8.0}
   aggregation: {kind: trimmed, left_out: 1}
 sources: {swings: {kind: pendulums, count: 400}}
-tasks: {long: {source: swings, column: length, missing: refuse, public_size: 100}}
+tasks: {long: {source: swings, label: length, missing: refuse, public_size: 100}}
 partition: {kind: iid, num_sites: 3, split: source}
 unit: example
 budget: {epsilon: 10.0, delta: 1.0e-5}

@@ -91,7 +91,7 @@ def site_config(folder: Path, name: str, **changes: Any) -> SiteConfig:
         write_records(path, seed=sum(name.encode()))
     columns = {"colour": "colour", "size": "size"}
     parts = {
-        part: {"inputs": f"{part}_x", "columns": {column: f"{part}_{column}" for column in columns}}
+        part: {"inputs": f"{part}_x", "labels": {column: f"{part}_{column}" for column in columns}}
         for part in ("train", "test")
     }
     state_dir = str(changes.get("state_dir", folder / f"{name}-state"))
@@ -102,9 +102,7 @@ def site_config(folder: Path, name: str, **changes: Any) -> SiteConfig:
         "budget": {"epsilon": 100.0, "delta": 1e-5},
         "allow": {"tasks": "any", "backbones": "any", "solvers": "any"},
         "sources": {"records": {"kind": "npz", "path": str(path), "parts": parts}},
-        "tasks": {
-            task: {"source": "records", "column": task, "missing": "refuse", "public_size": 40} for task in TASKS
-        },
+        "tasks": {task: {"source": "records", "label": task, "missing": "refuse", "public_size": 40} for task in TASKS},
         "split": {"test_fraction": 0.0},
         "on_bad_record": "stop",
         "evaluation": "local",

@@ -52,7 +52,7 @@ class Hospitals:
             folder.mkdir()
             write_records(folder, seed=sum(name.encode()))
         manifest = {"kind": "manifest", "path": str(folder / "pictures.csv"), "image": "path"}
-        table = {"kind": "text", "parts": {"all": str(folder / "reports.tsv")}, "text": "report"}
+        table = {"kind": "text", "path": str(folder / "reports.tsv"), "text": "report"}
         sources = {"pictures": manifest, "reports": table}
         held = {"shade": "pictures", "finding": "reports", "again": "pictures"}
         values: dict[str, Any] = {
@@ -61,11 +61,11 @@ class Hospitals:
             "unit": "patient",
             "budget": {"epsilon": 100.0, "delta": 1e-5},
             "allow": {"tasks": "any", "backbones": "any", "solvers": "any"},
-            "sources": {key: {**value, "patient_column": "patient"} for key, value in sources.items()},
+            "sources": {key: {**value, "patient": "patient"} for key, value in sources.items()},
             "tasks": {
                 task: {
                     "source": held[task],
-                    "column": "finding" if task == "finding" else "shade",
+                    "label": "finding" if task == "finding" else "shade",
                     "missing": "skip",
                     "public_size": PATIENTS,
                 }

@@ -123,13 +123,13 @@ def _write_csv(path: Path, rows: Sequence[Row], names: Sequence[str], cells: Cal
             writer.writerow([row.patient, row.split, *(row.cells[name] for name in LABELS), *cells(number, row)])
 
 
-_LISTED = {"patient_column": "patient", "split_column": "split"}
+_LISTED = {"patient": "patient", "split": "split"}
 _NUMBERS = ("x0", "x1", "x2")
 
 
 def _write_table(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     _write_csv(folder / "rows.csv", rows, _NUMBERS, lambda _, row: list(row.content))
-    return {"kind": "table", "path": str(folder / "rows.csv"), "inputs": list(_NUMBERS), **_LISTED}
+    return {"kind": "table", "path": str(folder / "rows.csv"), "columns": list(_NUMBERS), **_LISTED}
 
 
 def _columns(folder: Path) -> dict[str, Any]:
@@ -158,13 +158,13 @@ def _write_npz(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _write_texts(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     _write_csv(folder / "rows.tsv", rows, ["note"], lambda _, row: [row.content])
-    return {"kind": "text", "parts": {"all": str(folder / "rows.tsv")}, "text": "note", **_LISTED}
+    return {"kind": "text", "path": str(folder / "rows.tsv"), "text": "note", **_LISTED}
 
 
 def _write_series(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     _write_csv(folder / "rows.csv", rows, [f"t{step}" for step in range(16)], lambda _, row: list(row.content))
     names = ["patient", "split", *LABELS]
-    return {"kind": "series", "parts": {"all": str(folder / "rows.csv")}, "names": names, **_LISTED}
+    return {"kind": "series", "path": str(folder / "rows.csv"), "labels": names, **_LISTED}
 
 
 def _write_files(folder: Path, rows: Sequence[Row], suffix: str) -> list[str]:
@@ -190,7 +190,7 @@ def _named(kind: str, suffix: str) -> Callable[[Path, Sequence[Row]], dict[str, 
             "kind": kind,
             "path": str(folder / "files"),
             "pattern": _PATTERN,
-            "patient_column": "patient",
+            "patient": "patient",
             "test": test,
         }
 
@@ -345,7 +345,7 @@ def make_site(folder: Path, source: Mapping[str, Any], unit: str) -> SiteConfig:
         "allow": {"tasks": "any", "backbones": "any", "solvers": "any"},
         "sources": {"records": source},
         "tasks": {
-            task: {"source": "records", "column": column, "missing": "refuse", "public_size": PUBLIC_SIZE}
+            task: {"source": "records", "label": column, "missing": "refuse", "public_size": PUBLIC_SIZE}
             for task, column in COLUMNS.items()
         },
         "split": {"test_fraction": 0.3},

@@ -46,8 +46,8 @@ sources:                          # where records are; kinds and their keys: doc
     kind: manifest                # a CSV or Parquet file that lists images, labels and patients
     path: {mark}                  # such as ./records.csv
     image: image                  # its column of image paths, relative to the file
-    patient_column: patient       # its column of patient ids; leave the line out where there are none
-    # split_column: split         # its column of `train` or `test`, where the data come with a split
+    patient: patient       # its column of patient ids; leave the line out where there are none
+    # split: split         # its column of `train` or `test`, where the data come with a split
 
 tasks:                            # public: their names and sizes
 {task_entries}
@@ -85,7 +85,7 @@ device: auto                      # `cpu`, `cuda`, or what is there
 _TASK = """\
   {name}:                         # {about}
     source: records
-    column: {mark}                # your column of this task's labels
+    label: {mark}                 # your column of this task's labels
     # values: {{{values}}}         # your values, where they are not the task's own
     missing: skip                 # an empty label: `skip` (no label for this task) or `refuse` (a bad record)
     unmapped: refuse              # a value that is no label, likewise

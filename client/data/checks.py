@@ -183,7 +183,7 @@ def find_overlaps(config: SiteConfig, records: Iterable[SourceRecord]) -> Iterat
 def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[PlacedRecord]) -> Iterator[Found]:
     for column in own.columns:
         if members and column not in members[0].record.cells:
-            raise BadInput(f"tasks.{name}.column: there is no column {column!r}")
+            raise BadInput(f"tasks.{name}.label: there is no column {column!r}")
         values = Counter(member.record.cells[column].strip() for member in members)
         missing = values.pop("", 0)
         unmapped = {value: count for value, count in values.items() if not _mapped(own, column, value)}
@@ -209,7 +209,7 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
             f"map them in tasks.{name}.values",
         )
     elif not bool(mask.any()):
-        yield f"task {name}", "fail", detail, f"check tasks.{name}.column and values"
+        yield f"task {name}", "fail", detail, f"check tasks.{name}.label and values"
     else:
         yield f"task {name}", "pass", detail, ""
 

@@ -220,7 +220,7 @@ def encode_labels(name: str, task: Task, own: SiteTask, records: Iterable[Placed
     for record in (each.record for each in records):
         absent = [column for column in columns if column not in record.cells]
         if absent:
-            raise BadInput(f"tasks.{name}.column: {record.file} has no column {absent[0]!r}")
+            raise BadInput(f"tasks.{name}.label: {record.file} has no column {absent[0]!r}")
         label, reason = _encode_label(task, own, [record.cells[column].strip() for column in columns])
         if reason is not None:
             rejected.append(RejectedRecord(record.file, record.row, reason, name))
@@ -307,7 +307,7 @@ def check_values(name: str, task: Task, own: LabelColumns) -> None:
     """
     check_columns(name, task, own)
     # A value of one of several columns means nothing by itself.
-    for local, value in (own.list_values(own.column) or {}).items() if isinstance(own.column, str) else ():
+    for local, value in (own.list_values(own.label) or {}).items() if isinstance(own.label, str) else ():
         try:
             task.codec.encode([value])
         except BadRecord as error:
@@ -330,7 +330,7 @@ def check_columns(name: str, task: Task, own: LabelColumns) -> None:
         return
     if len(own.columns) != len(task.cell_names):
         raise BadInput(
-            f"tasks.{name}.column: expected {len(task.cell_names)} columns, for {' and '.join(task.cell_names)}, got "
+            f"tasks.{name}.label: expected {len(task.cell_names)} columns, for {' and '.join(task.cell_names)}, got "
             f"{len(own.columns)}"
         )
     if any(isinstance(value, str) for value in (own.values or {}).values()):

@@ -174,7 +174,7 @@ def _open_features(path: Path, rows: list[dict[str, str]], needed: Sequence[str]
             f"{path}: expected the model's {len(needed)} feature columns, found no column {shown}; name them as the "
             "model does, in the file's first line"
         )
-    settings = Table(kind="table", path=path, inputs=list(needed))
+    settings = Table(kind="table", path=path, columns=list(needed))
     return PlainData(TableRows(settings, rows, tuple(range(1, len(rows) + 1))), f"{len(needed)} feature columns")
 
 
@@ -218,7 +218,7 @@ def _open_arrays(path: Path, columns: Sequence[str]) -> PlainData:
             f"{path}: expected an array of records called {', '.join(_ARRAYS)}, or one named with --column, among its "
             f"{len(names)} array(s)"
         )
-    spec = {"kind": "npz", "path": str(path), "parts": {"all": {"inputs": chosen[0], "columns": {}}}}
+    spec = {"kind": "npz", "path": str(path), "parts": {"all": {"inputs": chosen[0], "labels": {}}}}
     return PlainData(open_source(spec, "data").open(), f"records of array {chosen[0]}")
 
 

@@ -122,7 +122,7 @@ def _open_sources(records: Path) -> Iterator[Source]:
         raise BadInput(f"{records}: expected {_RECORDS}, got none")
     for file in texts:
         # No text holds this separator: a line is a text, whatever else stands in it.
-        settings = {"parts": {"all": str(file)}, "separator": "\x1f", "header": False, "columns": ["text"]}
+        settings = {"path": str(file), "separator": "\x1f", "header": ["text"]}
         yield open_source({"kind": "text", "text": "text", **settings}, "records").open()
 
 

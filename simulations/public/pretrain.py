@@ -87,9 +87,9 @@ def _load_records(plan: Pretrain, sources: list[Source], untrained: Untrained) -
     items, labels = [], []
     for source in sources:
         for position, record in enumerate(source.index()):
-            name = record.cells.get(plan.column)
+            name = record.cells.get(plan.label)
             if name not in plan.labels:
-                raise BadInput(f"pretrain.labels: {record.file} row {record.row} has another label in {plan.column!r}")
+                raise BadInput(f"pretrain.labels: {record.file} row {record.row} has another label in {plan.label!r}")
             items.append(untrained.preprocess(source.load(position)))
             labels.append(plan.labels.index(name))
     return torch.stack(items), torch.tensor(labels)

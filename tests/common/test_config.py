@@ -39,7 +39,7 @@ SITE: dict[str, Any] = {
     "budget": {"epsilon": 3.0, "delta": 1e-5},
     "allow": {"tasks": "any", "backbones": "any", "solvers": ["dp_sgd"]},
     "sources": {"rows": {"kind": "table", "path": "rows.csv"}},
-    "tasks": {"disease": {"source": "rows", "column": "sick", "missing": "skip", "public_size": 10}},
+    "tasks": {"disease": {"source": "rows", "label": "sick", "missing": "skip", "public_size": 10}},
     "split": {"test_fraction": 0.2},
     "on_bad_record": "skip",
     "evaluation": "local",

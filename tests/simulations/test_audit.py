@@ -43,9 +43,9 @@ def config(tmp_path: Path) -> Path:
             "audit": "required",
         },
         "sources": {
-            "rows": {"kind": "npz", "path": "data.npz", "parts": {"train": {"inputs": "x", "columns": {"y": "y"}}}}
+            "rows": {"kind": "npz", "path": "data.npz", "parts": {"train": {"inputs": "x", "labels": {"y": "y"}}}}
         },
-        "tasks": {"answer": {"source": "rows", "column": "y", "missing": "refuse", "public_size": 20}},
+        "tasks": {"answer": {"source": "rows", "label": "y", "missing": "refuse", "public_size": 20}},
         "partition": {"kind": "iid", "num_sites": 2, "split": "hash", "test_fraction": 0.2},
         "unit": "example",
         "budget": {"epsilon": 10.0, "delta": 1e-5},

@@ -141,8 +141,8 @@ def test_check_names_every_file_that_is_missing_once(command: Command, tmp_path:
 
 def test_check_asks_for_no_weights_that_pretraining_is_to_write(command: Command, tmp_path: Path) -> None:
     backbone = f"run.backbone={{kind: small_cnn, input_size: 12, channels: [4, 8], weights: {tmp_path / 'net'}}}"
-    source = f"{{kind: table, path: {tmp_path / 'rows.csv'}, inputs: [x, y]}}"
-    numbers = "column: colour, labels: [red, blue], epochs: 1, batch_size: 8, learning_rate: 0.1, seed: 0"
+    source = f"{{kind: table, path: {tmp_path / 'rows.csv'}, columns: [x, y]}}"
+    numbers = "label: colour, labels: [red, blue], epochs: 1, batch_size: 8, learning_rate: 0.1, seed: 0"
     pretrain = f"pretrain={{sources: [{source}], {numbers}}}"
     assert command("check", backbone, pretrain).exit_code == 0
     absent = pretrain.replace("rows.csv", "others.csv")
@@ -254,7 +254,7 @@ def test_a_head_the_solver_is_not_exact_for_is_refused_before_anything_runs(comm
     ("override", "said"),
     [
         ("sources.rows.path=./nowhere.csv", ("nowhere.csv",)),
-        ("tasks.colour.column=color", ("tasks.colour.column", "'color'")),
+        ("tasks.colour.label=color", ("tasks.colour.label", "'color'")),
         ("tasks.colour.sites=[site-9]", ("tasks.colour.sites", "'site-9'")),
         ("partition.kind=column", ("partition.by",)),
     ],
@@ -355,7 +355,7 @@ def test_a_run_that_cannot_be_evaluated_is_no_success(command: Command) -> None:
 
 
 def test_a_stratified_split_does_not_part_a_patients_records(command: Command, simulation_file: Path) -> None:
-    source = "sources.rows={kind: table, path: rows.csv, inputs: [x, y], patient_column: colour}"
+    source = "sources.rows={kind: table, path: rows.csv, columns: [x, y], patient: colour}"
     refused(command("run", source, "partition.split=stratified"), 2, "partition.split", "write hash")
 
 

@@ -47,12 +47,12 @@ def simulation(table: Path, partition: dict[str, Any], **changes: Any) -> Simula
             "rows": {
                 "kind": "table",
                 "path": str(table),
-                "inputs": ["x"],
-                "patient_column": "patient",
-                "split_column": "side",
+                "columns": ["x"],
+                "patient": "patient",
+                "split": "side",
             }
         },
-        "tasks": {"colour": {"source": "rows", "column": "colour", "missing": "refuse", "public_size": 50}},
+        "tasks": {"colour": {"source": "rows", "label": "colour", "missing": "refuse", "public_size": 50}},
         "partition": partition,
         "unit": unit,
         "budget": {"epsilon": 10.0, "delta": 1e-5},
@@ -111,7 +111,7 @@ def test_dirichlet_skews_labels_and_gives_train_and_test_the_same_skew(tmp_path:
 
 
 def test_a_stratified_split_keeps_the_labels_shares(tmp_path: Path, table: Path) -> None:
-    source = {"rows": {"kind": "table", "path": str(table), "inputs": ["x"]}}
+    source = {"rows": {"kind": "table", "path": str(table), "columns": ["x"]}}
     partition = {"kind": "iid", "num_sites": 2, "split": "stratified", "test_fraction": 0.25}
     for site in build_sites(simulation(table, partition, sources=source), tmp_path):
         for colour in range(3):
@@ -168,7 +168,7 @@ def test_a_column_makes_one_site_for_each_value(tmp_path: Path, table: Path) -> 
         update={
             "tasks": {
                 "colour": values.tasks["colour"],
-                "ward": values.tasks["colour"].model_copy(update={"column": "ward"}),
+                "ward": values.tasks["colour"].model_copy(update={"label": "ward"}),
             }
         }
     )
@@ -236,7 +236,7 @@ def test_a_source_that_cannot_be_divided_is_refused(
 
 
 def test_a_task_at_a_site_without_its_source_is_refused(tmp_path: Path, table: Path) -> None:
-    task = {"source": "other", "column": "colour", "missing": "refuse", "public_size": 50, "sites": ["north"]}
+    task = {"source": "other", "label": "colour", "missing": "refuse", "public_size": 50, "sites": ["north"]}
     config = simulation(table, DIVIDED, tasks={"colour": task})
     with pytest.raises(BadInput, match=r"tasks\.colour\.source: expected a source of site north \(rows\), got 'other'"):
         build_sites(config, tmp_path)
@@ -264,7 +264,7 @@ def test_written_site_files_are_read_back_equal(tmp_path: Path, table: Path) -> 
 def test_a_partition_that_cannot_be_made_says_why(
     tmp_path: Path, table: Path, partition: dict[str, Any], tasks: dict[str, Any], said: str
 ) -> None:
-    task = {"source": "rows", "column": "colour", "missing": "refuse", "public_size": 50, **tasks}
+    task = {"source": "rows", "label": "colour", "missing": "refuse", "public_size": 50, **tasks}
     with pytest.raises(BadInput, match=said):
         build_sites(simulation(table, partition, tasks={"colour": task}), tmp_path)
 

@@ -39,13 +39,12 @@ def test_sites_read_texts_with_a_tokenizer_they_were_sent(tmp_path: Path) -> Non
         "sources": {
             "reports": {
                 "kind": "text",
-                "parts": {part: str(tmp_path / f"{part}.tsv") for part in ("train", "test")},
-                "header": False,
-                "columns": ["report", "finding"],
+                "path": {part: str(tmp_path / f"{part}.tsv") for part in ("train", "test")},
+                "header": ["report", "finding"],
                 "text": "report",
             }
         },
-        "tasks": {"finding": {"source": "reports", "column": "finding", "missing": "refuse", "public_size": 90}},
+        "tasks": {"finding": {"source": "reports", "label": "finding", "missing": "refuse", "public_size": 90}},
         "partition": {"kind": "iid", "num_sites": 2, "split": "source"},
         "unit": "example",
         "budget": {"epsilon": 10.0, "delta": 1e-5},

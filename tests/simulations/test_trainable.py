@@ -51,7 +51,7 @@ def simulation(folder: Path, **changes: Any) -> SimulationConfig:
         arrays[f"{part}_width"] = np.array(["thin", "thick"])[width]
     np.savez(folder / "stripes.npz", **arrays)
     parts = {
-        part: {"inputs": f"{part}_x", "columns": {name: f"{part}_{name}" for name in ("direction", "width")}}
+        part: {"inputs": f"{part}_x", "labels": {name: f"{part}_{name}" for name in ("direction", "width")}}
         for part in ("train", "test")
     }
     values: dict[str, Any] = {
@@ -78,7 +78,7 @@ def simulation(folder: Path, **changes: Any) -> SimulationConfig:
         },
         "sources": {"stripes": {"kind": "npz", "path": str(folder / "stripes.npz"), "parts": parts}},
         "tasks": {
-            name: {"source": "stripes", "column": name, "missing": "refuse", "public_size": 60}
+            name: {"source": "stripes", "label": name, "missing": "refuse", "public_size": 60}
             for name in ("direction", "width")
         },
         "partition": {"kind": "iid", "num_sites": 2, "split": "source"},
@@ -234,9 +234,8 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
         (tmp_path / f"{part}.tsv").write_text("\n".join(rows) + "\n")
     source = {
         "kind": "text",
-        "parts": {part: str(tmp_path / f"{part}.tsv") for part in ("train", "test")},
-        "header": False,
-        "columns": ["report", "finding"],
+        "path": {part: str(tmp_path / f"{part}.tsv") for part in ("train", "test")},
+        "header": ["report", "finding"],
         "text": "report",
     }
     lora = {"rank": 2, "alpha": 4, "targets": ["query", "value"]}
@@ -248,7 +247,7 @@ def test_adapters_on_a_text_encoder_train_and_alone_travel(tmp_path: Path) -> No
             "tasks": {"finding": {"kind": "classification", "labels": ["tumour", "edema"]}},
         },
         sources={"reports": source},
-        tasks={"finding": {"source": "reports", "column": "finding", "missing": "refuse", "public_size": 40}},
+        tasks={"finding": {"source": "reports", "label": "finding", "missing": "refuse", "public_size": 40}},
     )
     summary = run(config, out=tmp_path / "out")
     assert summary.status == "completed"

@@ -43,7 +43,7 @@ class Recordings(SourceSettings):
         path: a folder or zip; recordings lie anywhere below it.
         pattern: regular expression, searched in a file's relative path; each named group is a column. A file that it
             does not fit has empty cells.
-        patient_column: the group that is the patient id.
+        patient: the group that is the patient id.
         test: column -> values: a recording is held out where any of its cells is listed; all others are to train on.
             Without it the source states no split.
         excerpts: cuts each recording into several records; without it a recording is one.
@@ -52,7 +52,7 @@ class Recordings(SourceSettings):
     kind: Literal["audio"]
     path: LocalPath
     pattern: NamedGroups
-    patient_column: str | None = None
+    patient: str | None = None
     test: dict[str, list[CellName]] | None = None
     excerpts: Excerpts | None = None
 
@@ -74,7 +74,7 @@ class Recordings(SourceSettings):
             "kind": "audio",
             "path": str(folder / "clips"),
             "pattern": r"(?P<sound>z-\w+?)_(?P<patient>q7-\w+?)_(?P<take>\d)",
-            "patient_column": "patient",
+            "patient": "patient",
             "test": {"patient": ["q7-cem"]},
         }
         return SourceExample(settings, ["q7-", "z-cough", "z-wheeze"])
@@ -89,7 +89,7 @@ class Recordings(SourceSettings):
 
     def naming(self) -> Naming:
         """Returns the rule by which a recording's path is read."""
-        return Naming(self.pattern, self.patient_column, self.test)
+        return Naming(self.pattern, self.patient, self.test)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Dicom(ListedFiles):
 
     @model_validator(mode="after")
     def _one_patient(self) -> Dicom:
-        if self.patient_from_tag and self.patient_column is not None:
-            raise ValueError("patient_from_tag: expected either the tag or a `patient_column`, got both")
+        if self.patient_from_tag and self.patient is not None:
+            raise ValueError("patient_from_tag: expected either the tag or a `patient`, got both")
         return self
 
     @classmethod

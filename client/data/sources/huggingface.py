@@ -39,7 +39,7 @@ class HuggingFace(SourceSettings):
         series: column of time series.
         text: column of texts.
         text_pair: column of the texts that are read together with `text`.
-        patient_column: column of patient ids.
+        patient: column of patient ids.
         splits: split of the data set -> our side, for splits that are not called `train` and `test`; those that are
             not named are left out.
     """
@@ -52,7 +52,7 @@ class HuggingFace(SourceSettings):
     text: str | None = None
     text_pair: str | None = None
     splits: dict[str, Literal["train", "test"]] = _SIDES
-    patient_column: str | None = None
+    patient: str | None = None
 
     @model_validator(mode="after")
     def _one_content(self) -> HuggingFace:
@@ -86,7 +86,7 @@ class HuggingFace(SourceSettings):
         whole = datasets.DatasetDict({"train": part([1, 2, 3]), "test": part([4, 5])})
         with _no_bars():
             whole.save_to_disk(str(folder / "notes"))
-        settings = {"kind": "huggingface", "path": str(folder / "notes"), "text": "note", "patient_column": "patient"}
+        settings = {"kind": "huggingface", "path": str(folder / "notes"), "text": "note", "patient": "patient"}
         return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
     def open(self) -> DatasetRows:
@@ -132,7 +132,7 @@ class HuggingFace(SourceSettings):
             ) from None
         if not parts:
             raise BadInput(f"{self.path}: expected one of the splits {', '.join(self.splits)}, got none of them")
-        for name in (self.content(), self.text_pair, self.patient_column):
+        for name in (self.content(), self.text_pair, self.patient):
             if name is not None and not all(name in table.column_names for _, table in parts):
                 raise BadInput(f"{self.path}: expected a column {name!r} in every split, found none of that name")
         return [(side, self._raw(table, datasets)) for side, table in parts]
@@ -182,7 +182,7 @@ class DatasetRows:
                         row=len(records) + 1,
                         file=own.path.name,
                         key=_key(self._values(part, at)),
-                        patient=cells[own.patient_column] if own.patient_column else None,
+                        patient=cells[own.patient] if own.patient else None,
                         split=part.side,
                         cells=cells,
                         # Two people can say the same; two equal pictures are one.

@@ -46,7 +46,7 @@ class ImageFolder(SourceSettings):
         patient_pattern: regular expression, searched in the file's name; its one group is the patient id.
         pattern: regular expression, searched in a file's relative path; each named group is a column, and images lie
             anywhere below `path`. A file that it does not fit has empty cells.
-        patient_column: the pattern's group that is the patient id.
+        patient: the pattern's group that is the patient id.
         test: column of the pattern -> values: an image is held out where any of its cells is listed; all others are to
             train on. Without it the source states no split.
     """
@@ -56,16 +56,16 @@ class ImageFolder(SourceSettings):
     splits: bool = False
     patient_pattern: Annotated[str, AfterValidator(_one_group)] | None = None
     pattern: NamedGroups | None = None
-    patient_column: str | None = None
+    patient: str | None = None
     test: dict[str, list[CellName]] | None = None
 
     @model_validator(mode="after")
     def _one_layout(self) -> ImageFolder:
         folders = [name for name in ("splits", "patient_pattern") if getattr(self, name)]
-        named = [name for name in ("patient_column", "test") if getattr(self, name) is not None]
+        named = [name for name in ("patient", "test") if getattr(self, name) is not None]
         if self.pattern is not None and folders:
             raise ValueError(
-                f"expected no {' and '.join(folders)} beside pattern: its named groups, patient_column and test say"
+                f"expected no {' and '.join(folders)} beside pattern: its named groups, patient and test say"
                 " labels, patients and sides"
             )
         if self.pattern is None and named:
@@ -96,7 +96,7 @@ class ImageFolder(SourceSettings):
 
     def naming(self) -> Naming | None:
         """Returns the rule by which an image's path is read where there is a pattern."""
-        return None if self.pattern is None else Naming(self.pattern, self.patient_column, self.test)
+        return None if self.pattern is None else Naming(self.pattern, self.patient, self.test)
 
 
 @dataclass(frozen=True)

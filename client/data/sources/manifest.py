@@ -62,14 +62,14 @@ class Manifest(ListedFiles):
             writer.writerow(["image", "patient", "finding"])
             for number, name in enumerate([*pictures, "q7-missing.png"]):
                 writer.writerow([name, name[:6], ["z-benign", "z-malignant"][number % 2]])
-        settings = {"kind": "manifest", "path": str(folder / "list.csv"), "patient_column": "patient"}
+        settings = {"kind": "manifest", "path": str(folder / "list.csv"), "patient": "patient"}
         return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
     def open(self) -> Source:
         """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
         if self.text is not None:
             frame = read_frame(self.path, self.separator)
-            require_columns(frame, self.path, [self.text, self.text_pair, self.patient_column, self.split_column])
+            require_columns(frame, self.path, [self.text, self.text_pair, self.patient, self.split])
             return ListedTexts(self, frame.to_dict("records"))
         if self.audio is not None:
             require_soundfile()
@@ -98,8 +98,8 @@ class ListedTexts:
                 row=number,
                 file=own.path.name,
                 key=digest(encode_text(text) for text in self._texts(row)),
-                patient=row[own.patient_column] if own.patient_column else None,
-                split=row[own.split_column] or None if own.split_column else None,
+                patient=row[own.patient] if own.patient else None,
+                split=row[own.split] or None if own.split else None,
                 cells=row,
                 fault=row[FAULT],
                 identified=False,

@@ -63,7 +63,7 @@ class Nifti(ListedFiles):
         with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
             rows = [(name, f"q7-pat{number // 2}", f"z-{number % 2}") for number, name in enumerate(names)]
             csv.writer(file).writerows([("file", "patient", "finding"), *rows])
-        settings = {"kind": "nifti", "path": str(folder / "list.csv"), "patient_column": "patient"}
+        settings = {"kind": "nifti", "path": str(folder / "list.csv"), "patient": "patient"}
         return SourceExample(settings, ["q7-", "z-0", "z-1"])
 
     def open(self) -> Source:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -30,17 +30,18 @@ class ArrayPart(Frozen):
 
     Attributes:
         inputs: array of images or vectors, one record each.
-        columns: column -> array of labels.
+        labels: column -> array of labels.
         patient: array of patient ids.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {"columns": "`labels`"}
     inputs: str
-    columns: dict[str, str]
+    labels: dict[str, str]
     patient: str | None = None
 
     def per_record(self) -> list[str]:
         """Arrays with one value for each record."""
-        return [*self.columns.values(), *([self.patient] if self.patient else [])]
+        return [*self.labels.values(), *([self.patient] if self.patient else [])]
 
 
 class Npz(SourceSettings):
@@ -72,7 +73,7 @@ class Npz(SourceSettings):
             classes=np.array(["z-benign", "z-malignant"]),
         )
         parts = {
-            part: {"inputs": f"{part}_x", "columns": {"finding": f"{part}_y"}, "patient": f"{part}_patient"}
+            part: {"inputs": f"{part}_x", "labels": {"finding": f"{part}_y"}, "patient": f"{part}_patient"}
             for part in ("train", "test")
         }
         path = str(folder / "arrays.npz")
@@ -124,7 +125,7 @@ class Npz(SourceSettings):
             if arrays[name].shape != arrays[part.inputs].shape[:1]:
                 raise BadInput(f"{self.path}: expected {name!r} to hold one value for each record of {part.inputs!r}")
         for column, array in self.names.items():
-            numbers, names = arrays.get(part.columns.get(column, "")), arrays[array]
+            numbers, names = arrays.get(part.labels.get(column, "")), arrays[array]
             if numbers is None:
                 continue
             if numbers.dtype.kind not in "iu" or names.ndim != 1:
@@ -160,7 +161,7 @@ class Arrays:
         records: list[SourceRecord] = []
         for split, part in self.settings.parts.items():
             inputs = self.arrays[part.inputs]
-            columns = {column: self._texts(column, name) for column, name in part.columns.items()}
+            columns = {column: self._texts(column, name) for column, name in part.labels.items()}
             patients = None if part.patient is None else _as_texts(self.arrays[part.patient])
             for row in range(len(inputs)):
                 records.append(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
-from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
+from client.data.sources.parts.base import FilesOfSides, SourceSettings, digest, digest_of_texts, list_files
 from client.data.sources.parts.frame import FAULT, Separator, read_frame, read_rows, require_columns
 from client.data.sources.parts.series import series_of_cells
 from common.errors import instead
 from common.inputs import encode_text
-from common.plugins import LocalPath
 from common.types import BadInput
 
 Position = Annotated[int, Field(ge=1)]
@@ -26,31 +26,33 @@ class SeriesTable(SourceSettings):
     """Settings: the files, and which of their columns are no time steps.
 
     Attributes:
-        parts: `train` and `test`, or one called `all` without a split.
+        path: one file without a split, or `train` and `test` -> its file.
         separator: of a text file: one character, or `whitespace`.
-        columns: name -> 1-based position of the columns that are no time steps but labels or patient ids, in files
-            without a header.
-        names: those columns' names in files with a header. Exactly one of `columns` and `names`.
+        labels: names of the columns that are no time steps but labels, patient ids or sides, in files with a header;
+            name -> 1-based position in files without one.
         channels: values of each time step, side by side.
-        patient_column: one of those columns: patient ids.
-        split_column: one of those columns: `train`, `test` or nothing, for the part `all`.
+        patient: one of those columns: patient ids.
+        split: one of those columns: `train`, `test` or nothing, where `path` is one file.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {
+        **SourceSettings.former_keys,
+        "parts": "`path`",
+        "columns": "`labels`",
+        "names": "`labels`",
+    }
     kind: Literal["series"]
-    parts: Annotated[dict[Literal["train", "test", "all"], LocalPath], Field(min_length=1)]
+    path: FilesOfSides
     separator: Separator = ","
-    columns: dict[str, Position] | None = None
-    names: list[str] | None = None
+    labels: list[str] | dict[str, Position]
     channels: Annotated[int, Field(ge=1, le=4096)] = 1
-    patient_column: str | None = None
-    split_column: str | None = None
+    patient: str | None = None
+    split: str | None = None
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> SeriesTable:
-        if (self.columns is None) == (self.names is None):
-            raise ValueError("expected exactly one of columns (files without a header) and names (files with one)")
-        for key, name in (("patient_column", self.patient_column), ("split_column", self.split_column)):
-            if name is not None and name not in (self.columns or self.names or ()):
+    def _check_names(self) -> SeriesTable:
+        for key, name in (("patient", self.patient), ("split", self.split)):
+            if name is not None and name not in self.labels:
                 raise ValueError(f"{key}: expected one of the columns that are no time steps, got {name!r}")
         return self
 
@@ -66,37 +68,35 @@ class SeriesTable(SourceSettings):
         (folder / "test.csv").write_text(lines[4].replace("pat0", "pat9") + "\nz-label1,q7-pat8,1,q7-two,3,4,5,6\n")
         settings = {
             "kind": "series",
-            "parts": {part: str(folder / f"{part}.csv") for part in ("train", "test")},
-            "columns": {"beat": 1, "patient": 2},
-            "patient_column": "patient",
+            "path": {part: str(folder / f"{part}.csv") for part in ("train", "test")},
+            "labels": {"beat": 1, "patient": 2},
+            "patient": "patient",
         }
         return SourceExample(settings, ["q7-", "z-label"])
 
     def open(self) -> SeriesRows:
         """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
         rows: list[SeriesRow] = []
-        for part, path in self.parts.items():
+        for part, path in list_files(self.path).items():
             rows += [SeriesRow(part, path.name, number, *row) for number, row in enumerate(self._read(path), start=1)]
         return SeriesRows(self, rows)
 
     def _read(self, path: Path) -> list[tuple[dict[str, str], list[str]]]:
-        if self.names is not None:
+        labels = self.labels
+        if not isinstance(labels, dict):
             frame = read_frame(path, self.separator)
-            require_columns(frame, path, self.names)
-            steps = [name for name in frame.columns if name not in self.names and name != FAULT]
-            return [({name: row[name] for name in self.names}, [row[n] for n in steps]) for _, row in frame.iterrows()]
-        assert self.columns is not None
+            require_columns(frame, path, labels)
+            steps = [name for name in frame.columns if name not in labels and name != FAULT]
+            return [({name: row[name] for name in labels}, [row[n] for n in steps]) for _, row in frame.iterrows()]
         lines = _lines(path, self.separator)
         width = max(len(line) for line in lines)
-        beyond = next((name for name, position in self.columns.items() if position > width), None)
+        beyond = next((name for name, position in labels.items() if position > width), None)
         if beyond is not None:
-            raise BadInput(
-                f"{path}: expected column {beyond!r} at position {self.columns[beyond]}, got {width} columns"
-            )
-        chosen = {position - 1 for position in self.columns.values()}
+            raise BadInput(f"{path}: expected column {beyond!r} at position {labels[beyond]}, got {width} columns")
+        chosen = {position - 1 for position in labels.values()}
         return [
             (
-                {name: line[position - 1] if position <= len(line) else "" for name, position in self.columns.items()},
+                {name: line[position - 1] if position <= len(line) else "" for name, position in labels.items()},
                 [cell for position, cell in enumerate(line) if position not in chosen],
             )
             for line in lines
@@ -135,12 +135,12 @@ class SeriesRows:
 
     def _record(self, number: int, row: SeriesRow) -> SourceRecord:
         own = self.settings
-        stated = row.cells[own.split_column] if own.split_column else ""
+        stated = row.cells[own.split] if own.split else ""
         return SourceRecord(
             row=number,
-            file=row.file if len(own.parts) == 1 else f"{row.file} (its row {row.number})",
+            file=row.file if len(list_files(own.path)) == 1 else f"{row.file} (its row {row.number})",
             key=digest(encode_text(cell) for cell in row.steps),
-            patient=row.cells[own.patient_column] if own.patient_column else None,
+            patient=row.cells[own.patient] if own.patient else None,
             split=(stated or None) if row.part == "all" else row.part,
             cells=row.cells,
         )

@@ -6,12 +6,12 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from client.data.sources import SourceExample, SourceRecord
-from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.base import Header, SourceSettings, digest, list_names
 from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
 from common.inputs import encode_text
 from common.plugins import LocalPath
@@ -22,32 +22,25 @@ class Table(SourceSettings):
 
     Attributes:
         path: the file.
-        header: whether the first line of a text file names the columns.
+        header: true where the first line of a text file names the columns; else their names.
         separator: of a text file: one character, or `whitespace`.
-        columns: names of the columns of a file without a header.
-        inputs: columns given to the backbone; labels never are by accident.
-        patient_column: column of patient ids.
-        split_column: column of `train`, `test` or nothing.
+        columns: columns given to the backbone; labels never are by accident.
+        patient: column of patient ids.
+        split: column of `train`, `test` or nothing.
         missing_values: texts that mean "nothing"; they are read as "".
         complete: columns that must not be missing: rows that lack one are no records at all.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {**SourceSettings.former_keys, "inputs": "`columns`"}
     kind: Literal["table"]
     path: LocalPath
     separator: Separator = ","
-    header: bool = True
-    columns: list[str] | None = None
-    inputs: Annotated[list[str], Field(min_length=1)]
-    patient_column: str | None = None
-    split_column: str | None = None
+    header: Header = True
+    columns: Annotated[list[str], Field(min_length=1)]
+    patient: str | None = None
+    split: str | None = None
     missing_values: list[str] = [""]
     complete: list[str] = []
-
-    @model_validator(mode="after")
-    def _names_come_from_one_place(self) -> Table:
-        if self.header == (self.columns is not None):
-            raise ValueError("columns: expected names exactly where `header: false` says that the file has none")
-        return self
 
     @classmethod
     def example(cls, folder: Path) -> SourceExample:
@@ -66,16 +59,16 @@ class Table(SourceSettings):
         settings = {
             "kind": "table",
             "path": str(folder / "rows.csv"),
-            "inputs": ["age", "dose"],
-            "patient_column": "patient",
+            "columns": ["age", "dose"],
+            "patient": "patient",
             "complete": ["dose"],
         }
         return SourceExample(settings, ["q7-", "z-benign", "z-malignant"])
 
     def open(self) -> TableRows:
         """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
-        frame = read_frame(self.path, self.separator, self.columns)
-        require_columns(frame, self.path, [*self.inputs, *self.complete, self.patient_column, self.split_column])
+        frame = read_frame(self.path, self.separator, list_names(self.header))
+        require_columns(frame, self.path, [*self.columns, *self.complete, self.patient, self.split])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
         if self.complete:
             frame = frame[(frame[self.complete] != "").all(axis=1) | (frame[FAULT] != "")]
@@ -97,11 +90,11 @@ class TableRows:
 
     def digest(self) -> str:
         """Over the input columns of all rows."""
-        inputs = self.settings.inputs
-        return digest(text.encode() for texts in (inputs, *map(self._inputs, self.rows)) for text in texts)
+        columns = self.settings.columns
+        return digest(text.encode() for texts in (columns, *map(self._inputs, self.rows)) for text in texts)
 
     def _inputs(self, row: Mapping[str, str]) -> list[str]:
-        return [row[name] for name in self.settings.inputs]
+        return [row[name] for name in self.settings.columns]
 
     def index(self) -> list[SourceRecord]:
         """Returns the rows in the file's order. Equal inputs have equal keys: they are on one side of a split."""
@@ -111,8 +104,8 @@ class TableRows:
                 row=number,
                 file=own.path.name,
                 key=digest(encode_text(text) for text in self._inputs(row)),
-                patient=row[own.patient_column] if own.patient_column else None,
-                split=row[own.split_column] or None if own.split_column else None,
+                patient=row[own.patient] if own.patient else None,
+                split=row[own.split] or None if own.split else None,
                 cells=row,
                 fault=row[FAULT],
                 identified=False,
@@ -123,4 +116,4 @@ class TableRows:
     def load(self, position: int) -> Mapping[str, Any]:
         """The input cells of one row."""
         check_row(self.rows[position])
-        return {name: self.rows[position][name] for name in self.settings.inputs}
+        return {name: self.rows[position][name] for name in self.settings.columns}

@@ -5,48 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any, ClassVar, Literal
 
 from client.data.sources import SourceExample, SourceRecord
-from client.data.sources.parts.base import SourceSettings, digest, digest_of_texts
+from client.data.sources.parts.base import (
+    FilesOfSides,
+    Header,
+    SourceSettings,
+    digest,
+    digest_of_texts,
+    list_files,
+    list_names,
+)
 from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
 from common.inputs import Text, encode_text
-from common.plugins import LocalPath
 
 
 class Texts(SourceSettings):
     """Settings: the files, and which of their columns hold the texts.
 
     Attributes:
-        parts: `train` and `test`, or one called `all` without a split; text files or Parquet.
+        path: one file without a split, or `train` and `test` -> its file; text files or Parquet.
         separator: of a text file: one character (a tab by default), or `whitespace`.
         quotes: whether a quote may enclose a cell; where it may not, it is a character of the text.
-        header: whether the first line names the columns.
-        columns: their names where it does not.
+        header: true where the first line names the columns; else their names.
         text: column of texts.
         text_pair: column of the texts that are read together with them.
-        patient_column: column of patient ids.
-        split_column: column of `train`, `test` or nothing, for the part `all`.
+        patient: column of patient ids.
+        split: column of `train`, `test` or nothing, where `path` is one file.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {
+        **SourceSettings.former_keys,
+        "parts": "`path`",
+        "columns": "the list of names as `header`",
+    }
     kind: Literal["text"]
-    parts: Annotated[dict[Literal["train", "test", "all"], LocalPath], Field(min_length=1)]
+    path: FilesOfSides
     separator: Separator = "\t"
     quotes: bool = False
-    header: bool = True
-    columns: list[str] | None = None
+    header: Header = True
     text: str
     text_pair: str | None = None
-    patient_column: str | None = None
-    split_column: str | None = None
-
-    @model_validator(mode="after")
-    def _names_come_from_one_place(self) -> Texts:
-        if self.header == (self.columns is not None):
-            raise ValueError("columns: expected names exactly where `header: false` says that the files have none")
-        return self
+    patient: str | None = None
+    split: str | None = None
 
     @classmethod
     def example(cls, folder: Path) -> SourceExample:
@@ -57,20 +59,19 @@ class Texts(SourceSettings):
         (folder / "test.tsv").write_text(lines[4].replace("q7-pat1", "q7-pat9") + "\n", encoding="utf-8")
         settings = {
             "kind": "text",
-            "parts": {part: str(folder / f"{part}.tsv") for part in ("train", "test")},
-            "header": False,
-            "columns": ["note", "patient", "finding"],
+            "path": {part: str(folder / f"{part}.tsv") for part in ("train", "test")},
+            "header": ["note", "patient", "finding"],
             "text": "note",
-            "patient_column": "patient",
+            "patient": "patient",
         }
         return SourceExample(settings, ["q7-", "z-0", "z-1"])
 
     def open(self) -> Sentences:
         """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
         rows: list[tuple[str, str, int, dict[str, str]]] = []
-        for part, path in self.parts.items():
-            frame = read_frame(path, self.separator, self.columns, quotes=self.quotes)
-            require_columns(frame, path, [self.text, self.text_pair, self.patient_column, self.split_column])
+        for part, path in list_files(self.path).items():
+            frame = read_frame(path, self.separator, list_names(self.header), quotes=self.quotes)
+            require_columns(frame, path, [self.text, self.text_pair, self.patient, self.split])
             rows += [(part, path.name, number, row) for number, row in enumerate(frame.to_dict("records"), start=1)]
         return Sentences(self, rows)
 
@@ -104,13 +105,13 @@ class Sentences:
 
     def _record(self, number: int, part: str, file: str, row: int, cells: dict[str, str]) -> SourceRecord:
         own = self.settings
-        stated = cells[own.split_column] if own.split_column else ""
+        stated = cells[own.split] if own.split else ""
         return SourceRecord(
             # Unique over all files; the first file's are its own rows.
             row=number,
-            file=file if len(own.parts) == 1 else f"{file} (its row {row})",
+            file=file if len(list_files(own.path)) == 1 else f"{file} (its row {row})",
             key=digest(encode_text(text) for text in self._texts(cells)),
-            patient=cells[own.patient_column] if own.patient_column else None,
+            patient=cells[own.patient] if own.patient else None,
             split=(stated or None) if part == "all" else part,
             cells=cells,
             fault=cells[FAULT],

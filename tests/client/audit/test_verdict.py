@@ -72,7 +72,7 @@ def test_other_settings_and_other_sizes_are_audited_anew(tmp_path: Path, frozen:
     site = Site(site_config(tmp_path, "north"), SeededEntropy(1))
     join(site, offer(frozen))
     join(site, offer(frozen, "run-2", rounds=1))
-    smaller = {task: {"source": "records", "column": task, "missing": "refuse", "public_size": 20} for task in TASKS}
+    smaller = {task: {"source": "records", "label": task, "missing": "refuse", "public_size": 20} for task in TASKS}
     join(Site(site_config(tmp_path, "north", tasks=smaller), SeededEntropy(1)), offer(frozen, "run-3"))
     assert len(verdicts(site)) == 3
 

@@ -296,7 +296,7 @@ FAINT = {"unit": "example", "delta": 1e-9, "noise_multiplier": 2.0}
 def declared(public_size: int) -> dict[str, Any]:
     """A site that declares so many units."""
     values = {"source": "records", "missing": "refuse", "public_size": public_size}
-    tasks = {task: {**values, "column": task} for task in TASKS}
+    tasks = {task: {**values, "label": task} for task in TASKS}
     return {"tasks": tasks, "budget": {"epsilon": 100.0, "delta": FAINT["delta"]}}
 
 
@@ -386,11 +386,11 @@ def with_patients(folder: Path) -> dict[str, Any]:
             "records": {
                 "kind": "table",
                 "path": str(folder / "rows.csv"),
-                "inputs": ["a", "b"],
-                "patient_column": "who",
+                "columns": ["a", "b"],
+                "patient": "who",
             }
         },
-        "tasks": {"colour": {"source": "records", "column": "colour", "missing": "refuse", "public_size": 30}},
+        "tasks": {"colour": {"source": "records", "label": "colour", "missing": "refuse", "public_size": 30}},
     }
 
 

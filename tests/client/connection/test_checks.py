@@ -51,10 +51,10 @@ def config(folder: Path, rows: list[tuple[str, str, str, str]] = ROWS, **changes
     source = {
         "kind": "manifest",
         "path": str(images(folder, rows)),
-        "patient_column": "patient",
-        "split_column": "split",
+        "patient": "patient",
+        "split": "split",
     }
-    task = {"source": "xrays", "column": "report", "values": {"POS": "yes", "NEG": "no"}, "missing": "skip"}
+    task = {"source": "xrays", "label": "report", "values": {"POS": "yes", "NEG": "no"}, "missing": "skip"}
     values = {
         "unit": "patient",
         "sources": {"xrays": source},
@@ -116,13 +116,13 @@ def test_a_source_or_column_that_is_not_there_fails_with_its_key(tmp_path: Path)
     found = seen(config(tmp_path, sources=gone, unit="example"))
     assert found["source xrays"].outcome == "fail"
     assert "gone.csv" in found["source xrays"].detail
-    wrong = {"source": "xrays", "column": "reprot", "missing": "skip", "public_size": 2}
+    wrong = {"source": "xrays", "label": "reprot", "missing": "skip", "public_size": 2}
     found = seen(config(tmp_path, tasks={"finding": wrong}))
     assert (found["task finding"].outcome, "reprot" in found["task finding"].detail) == ("fail", True)
 
 
 def test_a_public_size_far_from_the_truth_is_a_warning_only(tmp_path: Path) -> None:
-    task = {"source": "xrays", "column": "report", "missing": "skip", "public_size": 500}
+    task = {"source": "xrays", "label": "report", "missing": "skip", "public_size": 500}
     found = seen(config(tmp_path, tasks={"finding": task}))["size finding"]
     assert (found.outcome, "declared 500, counted 2" in found.detail) == ("warn", True)
 

@@ -93,7 +93,7 @@ def filled(text: str) -> dict[str, Any]:
     values["budget"]["epsilon"] = 8.0
     values["sources"]["records"]["path"] = "./records.csv"
     for task in values["tasks"].values():
-        task |= {"column": "label", "public_size": 100}
+        task |= {"label": "label", "public_size": 100}
     if values["coordinator"]["address"] == MARK:
         values["coordinator"]["address"] = "federation.example.org:9092"
     return values

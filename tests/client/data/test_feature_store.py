@@ -111,7 +111,7 @@ def test_what_is_encoded_is_not_read_again(tmp_path: Path) -> None:
 def test_another_backbone_and_other_data_have_entries_of_their_own(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=VECTORS)
     np.savez(tmp_path / "b.npz", x=2 * VECTORS)
-    parts = {"all": {"inputs": "x", "columns": {}}}
+    parts = {"all": {"inputs": "x", "labels": {}}}
     backbones = [
         identity(),
         open_pretrained({"kind": "identity", "dim": DIM, "projection": {"normalize": True}}, "backbone"),
@@ -300,7 +300,7 @@ def test_a_machine_that_fails_while_encoding_makes_no_record_bad(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
-NPZ = {"kind": "npz", "parts": {"all": {"inputs": "x", "columns": {}}}}
+NPZ = {"kind": "npz", "parts": {"all": {"inputs": "x", "labels": {}}}}
 ENCODE = """
 import sys, time
 from pathlib import Path
@@ -311,7 +311,7 @@ from client.data.sources import open_source
 from common.model.backbones import open_pretrained
 
 partial.BLOCK_S = 0.0
-parts = {"all": {"inputs": "x", "columns": {}}}
+parts = {"all": {"inputs": "x", "labels": {}}}
 source = open_source({"kind": "npz", "path": sys.argv[1], "parts": parts}, "source").open()
 backbone = open_pretrained({"kind": "identity", "dim": 3}, "backbone")
 

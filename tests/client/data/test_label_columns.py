@@ -19,7 +19,7 @@ AGE = open_task({"kind": "regression", "range": [0, 100]}, "age")
 
 
 def columns(**changes: Any) -> SiteTask:
-    values = {"source": "rows", "column": ["years", "status"], "missing": "skip", "public_size": 10}
+    values = {"source": "rows", "label": ["years", "status"], "missing": "skip", "public_size": 10}
     return SiteTask.model_validate({**values, **changes})
 
 
@@ -48,7 +48,7 @@ def test_a_time_or_an_event_that_is_missing_is_a_missing_label() -> None:
     assert encode(DEATH, columns(), *rows) == ([None] * 3, [])
     assert encode(DEATH, columns(missing="refuse"), *rows) == ([None] * 3, ["missing label"] * 3)
     # Of several labels each may be unknown.
-    own = columns(column=["a", "b"])
+    own = columns(label=["a", "b"])
     assert encode(SIGNS, own, {"a": "", "b": "1"}, {"a": "", "b": ""}) == ([[-1, 1], None], [])
 
 
@@ -62,8 +62,8 @@ def test_a_strange_time_or_event_is_a_bad_record_or_left_out_as_the_site_says() 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"column": "years"}, "column: expected 2 columns, for time and event, got 1"),
-        ({"column": ["years", "status", "age"]}, "expected 2 columns, for time and event, got 3"),
+        ({"label": "years"}, "label: expected 2 columns, for time and event, got 1"),
+        ({"label": ["years", "status", "age"]}, "expected 2 columns, for time and event, got 3"),
         ({"values": {"1": "0", "2": "1"}}, "values: expected them under a column's name"),
     ],
 )
@@ -89,14 +89,14 @@ def test_columns_are_named_as_they_are(changes: dict[str, Any], said: str) -> No
 
 
 def test_any_number_can_be_in_another_unit() -> None:
-    own = columns(column="months", multiply={"months": 0.1})
+    own = columns(label="months", multiply={"months": 0.1})
     labels, reasons = encode(AGE, own, {"months": "3"}, {"months": "old"})
     assert labels[0] == pytest.approx(0.3) and reasons == ["expected one number"]
     assert own.read_cell("months", "3") == "0.3"  # Not 0.30000000000000004.
 
 
 def test_values_under_a_columns_name_are_those_of_several_labels_too() -> None:
-    own = columns(column=["a", "b"], values={"a": {"yes": "1", "no": "0"}, "b": {"yes": "0", "no": "1"}})
+    own = columns(label=["a", "b"], values={"a": {"yes": "1", "no": "0"}, "b": {"yes": "0", "no": "1"}})
     assert encode(SIGNS, own, {"a": "yes", "b": "no"}, {"a": "no", "b": "no"}) == ([[1, 1], [0, 1]], [])
 
 

@@ -113,9 +113,9 @@ def site_of_two(folder: Path, ids: list[list[str]]) -> SiteConfig:
     for name, listed in zip(("labs", "notes"), ids, strict=True):
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("patient", "age", "size"), *((id, 40, "small") for id in listed)])
-        settings = {"kind": "table", "path": str(folder / f"{name}.csv"), "inputs": ["age"]}
-        sources[name] = {**settings, "patient_column": "patient"}
-    task = {"column": "size", "missing": "skip", "unmapped": "refuse", "public_size": 4}
+        settings = {"kind": "table", "path": str(folder / f"{name}.csv"), "columns": ["age"]}
+        sources[name] = {**settings, "patient": "patient"}
+    task = {"label": "size", "missing": "skip", "unmapped": "refuse", "public_size": 4}
     tasks = {name: {**task, "source": name} for name in sources}
     return site_config(folder, "north", unit="patient", sources=sources, tasks=tasks, split={"test_fraction": 0})
 

@@ -60,12 +60,12 @@ def write(folder: Path, rows: Sequence[Sequence[object]], name: str = "rows.csv"
 
 
 def task(column: str, **changes: Any) -> dict[str, Any]:
-    return {"source": "rows", "column": column, "missing": "refuse", "public_size": 10, **changes}
+    return {"source": "rows", "label": column, "missing": "refuse", "public_size": 10, **changes}
 
 
 def site(folder: Path, **changes: Any) -> SiteConfig:
     """A site whose records are in rows.csv."""
-    table = {"kind": "table", "path": "rows.csv", "inputs": ["a", "b"], "split_column": "part"}
+    table = {"kind": "table", "path": "rows.csv", "columns": ["a", "b"], "split": "part"}
     values: dict[str, Any] = {
         "name": "here",
         "registry": "here",
@@ -144,7 +144,7 @@ def test_a_mask_stands_beside_its_own_records_on_each_side(tmp_path: Path) -> No
 def test_a_patient_is_one_unit_across_sources_and_shares_its_weight_among_its_records(tmp_path: Path) -> None:
     write(tmp_path, [[*row[:5], ""] for row in ROWS])
     write(tmp_path, [[0, 0, "red", 1, patient, ""] for patient in ("dan", "cem", "cem", "cem")], "more.csv")
-    table = {"kind": "table", "inputs": ["a", "b"], "patient_column": "patient"}
+    table = {"kind": "table", "columns": ["a", "b"], "patient": "patient"}
     config = site(
         tmp_path,
         unit="patient",
@@ -165,7 +165,7 @@ def test_a_patient_is_one_unit_across_sources_and_shares_its_weight_among_its_re
 
 def test_examples_of_different_sources_are_different_units(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
-    table = {"kind": "table", "path": "rows.csv", "inputs": ["a", "b"]}
+    table = {"kind": "table", "path": "rows.csv", "columns": ["a", "b"]}
     config = site(
         tmp_path,
         sources={"rows": table, "again": table},
@@ -217,7 +217,7 @@ def test_a_record_without_features_is_left_out_and_named(tmp_path: Path) -> None
 
 def test_a_blank_patient_is_refused_by_row(tmp_path: Path) -> None:
     write(tmp_path, [ROWS[0], [1, 1, "red", 5, "  ", "train"]])
-    config = site(tmp_path, unit="patient", table={"patient_column": "patient"})
+    config = site(tmp_path, unit="patient", table={"patient": "patient"})
     assert prepared(tmp_path, config).num_units["train"] == 1
     assert listed(tmp_path) == [["rows.csv", "2", "", "blank patient id"]]
 
@@ -258,8 +258,8 @@ def test_a_site_without_a_record_to_train_on_is_reported_and_goes_on(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"tasks": {"colour": task("hue"), "size": task("size")}}, "tasks.colour.column: rows.csv has no column 'hue'"),
-        ({"table": {"inputs": ["a", "c"]}}, "expected exactly one column 'c'"),
+        ({"tasks": {"colour": task("hue"), "size": task("size")}}, "tasks.colour.label: rows.csv has no column 'hue'"),
+        ({"table": {"columns": ["a", "c"]}}, "expected exactly one column 'c'"),
         ({"table": {"path": "absent.csv"}}, "absent.csv: expected a readable table"),
         ({"sources": {"rows": {"kind": "tabel"}}}, "sources.rows.kind: expected one of"),
     ],
@@ -318,7 +318,7 @@ def test_no_record_changes_sides_when_the_table_grows_or_is_sorted_anew(
     def held_out(numbers: list[int]) -> set[int]:
         folder = tmp_path_factory.mktemp("site")
         write(folder, [[number, 0, "red", 1, f"p{number // 3}", ""] for number in numbers])
-        config = site(folder, split={"test_fraction": 0.4}, table={"patient_column": "patient"})
+        config = site(folder, split={"test_fraction": 0.4}, table={"patient": "patient"})
         prepared(folder, config)
         features_RD = units(folder, "test").tasks["colour"].features_RD
         shutil.rmtree(folder)
@@ -411,7 +411,7 @@ def test_the_true_number_of_units_is_in_no_repr(tmp_path: Path) -> None:
 
 def test_brain_mri_keeps_its_own_split(assets: Path, tmp_path: Path) -> None:
     path = assets / "data" / "brain_mri_4class" / "brain_mri_128.npz"
-    parts = {side: {"inputs": f"{side}_images", "columns": {"label": f"{side}_labels"}} for side in ("train", "test")}
+    parts = {side: {"inputs": f"{side}_images", "labels": {"label": f"{side}_labels"}} for side in ("train", "test")}
     source = {"kind": "npz", "path": str(path), "parts": parts, "names": {"label": "classes"}}
     labels = ["glioma_tumor", "meningioma_tumor", "no_tumor", "pituitary_tumor"]
     tumour = {"tumour": open_task({"kind": "classification", "labels": labels}, "tasks.tumour")}

@@ -19,7 +19,7 @@ from common.types import BadInput, BadRecord
 
 
 def opened(path: Path, **settings: Any) -> Source:
-    return open_source({"kind": "table", "path": str(path), "inputs": ["a"], **settings}, "sources.rows").open()
+    return open_source({"kind": "table", "path": str(path), "columns": ["a"], **settings}, "sources.rows").open()
 
 
 def inputs(source: Source) -> list[str]:
@@ -29,7 +29,7 @@ def inputs(source: Source) -> list[str]:
 def test_an_index_that_pandas_named_is_a_column_like_any_other(tmp_path: Path) -> None:
     frame = pd.DataFrame({"a": ["x", "y"]}, index=pd.Index(["ann", "bea"], name="patient"))
     frame.to_parquet(tmp_path / "t.parquet")
-    index = opened(tmp_path / "t.parquet", patient_column="patient").index()
+    index = opened(tmp_path / "t.parquet", patient="patient").index()
     assert [record.patient for record in index] == ["ann", "bea"]
 
 

@@ -180,7 +180,7 @@ def test_names_that_are_not_utf_8_are_read_and_their_columns_can_be_written_down
     make(tmp_path / "plain")
     os.rename(tmp_path / "plain", place + b"/" + LATIN + os.fsencode(f"_1{suffix}"))
     pattern = r"(?P<label>[^/]+)/(?P<patient>[^/]+)_\d"
-    settings = {"kind": kind, "path": str(tmp_path / "all"), "pattern": pattern, "patient_column": "patient"}
+    settings = {"kind": kind, "path": str(tmp_path / "all"), "pattern": pattern, "patient": "patient"}
     source = open_source(settings, "s").open()
     [record] = source.index()
     assert (record.cells["label"], record.patient) == ("Lübeck", "Lübeck")
@@ -257,11 +257,11 @@ def test_a_row_that_cannot_be_read_is_one_bad_record(
     before = text.getvalue().encode().split(b"\r\n")
     (tmp_path / "rows.csv").write_bytes(b"\r\n".join([*before[: at + 1], line, *before[at + 1 :]]))
     settings: dict[str, Any] = {
-        "table": {"path": str(tmp_path / "rows.csv"), "inputs": ["note"], "complete": ["note"]},
-        "text": {"parts": {"all": str(tmp_path / "rows.csv")}, "text": "note", "separator": ",", "quotes": True},
+        "table": {"path": str(tmp_path / "rows.csv"), "columns": ["note"], "complete": ["note"]},
+        "text": {"path": str(tmp_path / "rows.csv"), "text": "note", "separator": ",", "quotes": True},
         "manifest": {"path": str(tmp_path / "rows.csv"), "text": "note"},
     }[kind]
-    columns = {"patient_column": "key", "split_column": "split"}
+    columns = {"patient": "key", "split": "split"}
     source = open_source({"kind": kind, **settings, **columns}, "s").open()
     index = source.index()
     assert [record.row for record in index] == [1, 2, 3, 4]
@@ -277,7 +277,7 @@ def test_a_row_that_cannot_be_read_is_one_bad_record(
 
 def test_a_row_of_empty_cells_is_a_row_and_a_blank_line_is_none(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n\n1,2\n,\n  \n3\n4,5,,\n")
-    source = open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["a", "b"]}, "s").open()
+    source = open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "columns": ["a", "b"]}, "s").open()
     cells = [[record.cells["a"], record.cells["b"]] for record in source.index()]
     assert cells == [["1", "2"], ["", ""], ["3", ""], ["4", "5"]]
 
@@ -285,12 +285,12 @@ def test_a_row_of_empty_cells_is_a_row_and_a_blank_line_is_none(tmp_path: Path) 
 def test_text_in_utf_16_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes("a,b\n1,2\n".encode("utf-16"))
     with pytest.raises(BadInput, match=r"rows\.csv: expected text in UTF-8, got UTF-16; save it as CSV UTF-8"):
-        open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["a"]}, "s").open()
+        open_source({"kind": "table", "path": str(tmp_path / "rows.csv"), "columns": ["a"]}, "s").open()
 
 
 def test_a_quote_in_a_table_of_white_space_is_a_character(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text('a b\n1 5"\n')
-    settings = {"kind": "table", "path": str(tmp_path / "rows.txt"), "inputs": ["a", "b"], "separator": "whitespace"}
+    settings = {"kind": "table", "path": str(tmp_path / "rows.txt"), "columns": ["a", "b"], "separator": "whitespace"}
     assert outcomes(open_source(settings, "s").open()) == [True]
 
 

@@ -38,8 +38,8 @@ def test_a_manifest_lists_images_labels_patients_and_splits(tmp_path: Path) -> N
         ["file,diagnosis,person,part", "one.png,flu,p1,test", "two.png,,p2,"],
         image="file",
         root=str(tmp_path / "scans"),
-        patient_column="person",
-        split_column="part",
+        patient="person",
+        split="part",
     )
     first, second = source.index()
     assert (first.row, first.file, first.key, first.patient, first.split) == (1, "list.csv", "one.png", "p1", "test")
@@ -185,7 +185,7 @@ def people(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("pack", [lambda folder: folder, zipped], ids=["folder", "zip"])
 def test_a_pattern_says_an_images_columns_patient_and_side(people: Path, pack: Any) -> None:
     pattern = r"data/(?P<person>s\d+)/(?P<take>\d+)\."
-    source = image_folder(pack(people), pattern=pattern, patient_column="person", test={"person": ["s12"], "take": [2]})
+    source = image_folder(pack(people), pattern=pattern, patient="person", test={"person": ["s12"], "take": [2]})
     found = [(r.key, r.cells["person"], r.cells["take"], r.patient, r.split) for r in source.index()]
     assert found == [
         ("data/s1/10.pgm", "s1", "10", "s1", "train"),
@@ -206,12 +206,12 @@ def test_a_pattern_without_patients_and_sides_states_none(people: Path) -> None:
     [
         ({"pattern": "("}, r"scans\.pattern: .*got one with an error"),
         ({"pattern": r"(\d)"}, r"scans\.pattern: .*named group for each column"),
-        ({"pattern": r"(?P<take>\d)", "patient_column": "who"}, "patient_column: expected one of .* take, got 'who'"),
+        ({"pattern": r"(?P<take>\d)", "patient": "who"}, "patient: expected one of .* take, got 'who'"),
         ({"pattern": r"(?P<take>\d)", "test": {"who": ["x"]}}, "test: expected one of .* take, got 'who'"),
         ({"pattern": r"(?P<take>\d)", "splits": True}, "expected no splits beside pattern"),
         ({"pattern": r"(?P<take>\d)", "patient_pattern": "(a)"}, "expected no patient_pattern beside pattern"),
         ({"test": {"label": ["x"]}}, "expected a pattern beside test"),
-        ({"patient_column": "label", "test": {}}, "expected a pattern beside patient_column and test"),
+        ({"patient": "label", "test": {}}, "expected a pattern beside patient and test"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_sentence(
@@ -229,7 +229,7 @@ def test_with_a_pattern_a_folder_without_images_is_refused(tmp_path: Path) -> No
 
 def test_neither_names_nor_held_out_values_are_shown(people: Path) -> None:
     (people / "data" / "s1" / "2.pgm").write_bytes(b"P5 4 3 255 ")
-    source = image_folder(people, pattern=r"(?P<person>s\d+)/", patient_column="person", test={"person": ["s12"]})
+    source = image_folder(people, pattern=r"(?P<person>s\d+)/", patient="person", test={"person": ["s12"]})
     with pytest.raises(BadRecord) as caught:
         source.load(1)
     shown = [*traceback.format_exception(caught.value), repr(source), *map(repr, source.index())]

@@ -54,7 +54,7 @@ def test_excerpts_are_parts_of_a_recording_evenly_spread_and_on_one_side(tmp_pat
     ramp = (np.arange(1000) / 1000).astype(np.float32)
     soundfile.write(tmp_path / "a_song.wav", ramp, 100, subtype="FLOAT")
     soundfile.write(tmp_path / "b_jingle.wav", ramp[:150], 100, subtype="FLOAT")
-    settings = {"kind": "audio", "path": tmp_path, "pattern": r"(?P<song>[ab])_", "patient_column": "song"}
+    settings = {"kind": "audio", "path": tmp_path, "pattern": r"(?P<song>[ab])_", "patient": "song"}
     cut = opened(**settings, excerpts={"count": 2, "seconds": 2})
     # 8 s are left beside an excerpt of 2: they begin at a quarter and at three quarters of these.
     np.testing.assert_array_equal(cut.load(0).samples_T, ramp[200:400])
@@ -87,7 +87,7 @@ def test_a_recordings_name_says_its_columns_patient_and_side(tmp_path: Path) -> 
         archive.writestr("readme.txt", b"")
     pattern = r"(?P<digit>\d)_(?P<speaker>\w+)_(?P<take>\d+)\."
     source = opened(
-        kind="audio", path=tmp_path / "clips.zip", pattern=pattern, patient_column="speaker", test={"take": [0, 1]}
+        kind="audio", path=tmp_path / "clips.zip", pattern=pattern, patient="speaker", test={"take": [0, 1]}
     )
     found = [(r.cells["digit"], r.patient, r.split) for r in source.index()]
     assert found == [("3", "bob", "test"), ("7", "ann", "test"), ("7", "ann", "train"), ("", "", "train")]
@@ -99,7 +99,7 @@ def test_a_recordings_name_says_its_columns_patient_and_side(tmp_path: Path) -> 
     [
         ({"pattern": "("}, "got one with an error"),
         ({"pattern": r"(\d)"}, "named group for each column"),
-        ({"patient_column": "who"}, "patient_column: expected one of the pattern's groups digit"),
+        ({"patient": "who"}, "patient: expected one of the pattern's groups digit"),
         ({"test": {"who": ["x"]}}, "test: expected one of the pattern's groups digit"),
         ({"path": "absent"}, "expected a folder or zip of recordings"),
     ],
@@ -114,9 +114,8 @@ def test_texts_keep_their_quotes_and_stand_on_their_files_side(tmp_path: Path) -
     (tmp_path / "dev.tsv").write_text("naïve\t0\n", encoding="utf-8")
     source = opened(
         kind="text",
-        parts={"train": str(tmp_path / "train.tsv"), "test": str(tmp_path / "dev.tsv")},
-        header=False,
-        columns=["sentence", "label"],
+        path={"train": str(tmp_path / "train.tsv"), "test": str(tmp_path / "dev.tsv")},
+        header=["sentence", "label"],
         text="sentence",
     )
     assert [source.load(position) for position in range(3)] == [
@@ -149,18 +148,18 @@ def test_series_come_from_files_and_from_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("  1.0  0 1 2 3 4 5\n -1.0  7 8\n")
     table = opened(
         kind="series",
-        parts={"all": str(tmp_path / "rows.txt")},
+        path=str(tmp_path / "rows.txt"),
         separator="whitespace",
-        columns={"beat": 1},
+        labels={"beat": 1},
         channels=2,
     )
     (tmp_path / "named.csv").write_text("t0,who,t1,side\n0.5,ann,1.5,train\n1,bob,,test\n")
     named = opened(
         kind="series",
-        parts={"all": str(tmp_path / "named.csv")},
-        names=["who", "side"],
-        patient_column="who",
-        split_column="side",
+        path=str(tmp_path / "named.csv"),
+        labels=["who", "side"],
+        patient="who",
+        split="side",
     )
     for found in (listed.load(0), listed.load(1), table.load(0)):
         np.testing.assert_array_equal(found, steps)
@@ -233,10 +232,10 @@ def test_a_broken_recording_is_named_by_file_and_row_and_left_out(tmp_path: Path
                 "kind": "manifest",
                 "path": str(tmp_path / "list.csv"),
                 "audio": "file",
-                "patient_column": "who",
+                "patient": "who",
             }
         },
-        "tasks": {"word": {"source": "voices", "column": "word", "missing": "refuse", "public_size": 4}},
+        "tasks": {"word": {"source": "voices", "label": "word", "missing": "refuse", "public_size": 4}},
         "split": {"test_fraction": 0.0},
         "on_bad_record": "stop",  # Approves no run; nothing stops a run that was joined.
         "evaluation": "local",
@@ -260,7 +259,7 @@ def test_a_file_whose_name_fits_no_pattern_is_left_out_as_that(tmp_path: Path) -
     names = ["a_song.wav", "_song.wav", "jingle.wav"]
     for name in names:
         soundfile.write(tmp_path / name, np.zeros(10, np.float32), 100)
-    source = opened(kind="audio", path=tmp_path, pattern="^(?P<who>[ab]?)_", patient_column="who")
+    source = opened(kind="audio", path=tmp_path, pattern="^(?P<who>[ab]?)_", patient="who")
     index = source.index()
     members, problems = find_usable("songs", index, select_rows(None, index)[0], {}, Unit.PATIENT)
     assert [member.record.key for member in members] == ["a_song.wav"]

@@ -18,7 +18,7 @@ LABELS = np.array(["a", "b", "a", "b"])
 
 
 def npz(path: Path, parts: dict[str, Any] | None = None, **settings: Any) -> Source:
-    parts = parts or {"all": {"inputs": "x", "columns": {"label": "y"}}}
+    parts = parts or {"all": {"inputs": "x", "labels": {"label": "y"}}}
     return open_source({"kind": "npz", "path": str(path), "parts": parts, **settings}, "sources.rows").open()
 
 
@@ -30,8 +30,8 @@ def write(folder: Path, **arrays: Any) -> Path:
 def test_parts_follow_each_other_and_state_the_side(tmp_path: Path) -> None:
     path = write(tmp_path, x=X, y=LABELS, more_x=X[:1] + 50, more_y=LABELS[1:2])
     parts = {
-        "test": {"inputs": "more_x", "columns": {"label": "more_y"}},
-        "train": {"inputs": "x", "columns": {"label": "y"}},
+        "test": {"inputs": "more_x", "labels": {"label": "more_y"}},
+        "train": {"inputs": "x", "labels": {"label": "y"}},
     }
     source = npz(path, parts)
     assert [record.split for record in source.index()] == ["test"] + 4 * ["train"]
@@ -52,7 +52,7 @@ def test_equal_content_has_an_equal_key_wherever_it_stands(tmp_path: Path) -> No
 
 
 def test_other_content_and_other_inputs_have_another_digest(tmp_path: Path) -> None:
-    other = {"all": {"inputs": "z", "columns": {"label": "y"}}}
+    other = {"all": {"inputs": "z", "labels": {"label": "y"}}}
     digests = {npz(write(tmp_path, x=x, y=LABELS, z=-X)).digest() for x in (X, X + 1)}
     assert len({*digests, npz(tmp_path / "rows.npz", other).digest()}) == 3
 
@@ -121,7 +121,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
 
 
 def test_brain_mri_is_read_with_the_names_of_its_classes(assets: Path) -> None:
-    parts = {side: {"inputs": f"{side}_images", "columns": {"label": f"{side}_labels"}} for side in ("train", "test")}
+    parts = {side: {"inputs": f"{side}_images", "labels": {"label": f"{side}_labels"}} for side in ("train", "test")}
     path = assets / "data" / "brain_mri_4class" / "brain_mri_128.npz"
     source = npz(path, parts, names={"label": "classes"})
     index = source.index()
@@ -140,7 +140,7 @@ def test_brain_mri_is_read_with_the_names_of_its_classes(assets: Path) -> None:
 def test_a_file_that_changed_is_read_again_and_one_that_did_not_is_shared(tmp_path: Path) -> None:
     """Whichever rows of it a site has."""
     path = tmp_path / "a.npz"
-    parts = {"all": {"inputs": "x", "columns": {}}}
+    parts = {"all": {"inputs": "x", "labels": {}}}
     settings = {"kind": "npz", "path": str(path), "parts": parts}
     np.savez(path, x=np.zeros((2, 3), dtype=np.float32))
     first = open_source(settings, "s").open()

@@ -108,7 +108,7 @@ def test_the_patient_comes_from_the_tag_only_when_asked(tmp_path: Path) -> None:
     tagged = listed(tmp_path, *files, patient_from_tag=True).index()
     assert [record.patient for record in tagged] == ["P-17", "", "P-18", ""]
     with pytest.raises(BadInput, match="either the tag or"):
-        listed(tmp_path, "a.dcm", patient_from_tag=True, patient_column="finding")
+        listed(tmp_path, "a.dcm", patient_from_tag=True, patient="finding")
 
 
 def test_a_file_without_a_window_asks_for_one(tmp_path: Path) -> None:

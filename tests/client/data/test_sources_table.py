@@ -28,7 +28,7 @@ def write(folder: Path, text: str, name: str = "rows.csv") -> Path:
 
 
 def table(path: Path, **settings: Any) -> Source:
-    return open_source({"kind": "table", "path": str(path), "inputs": ["a", "b"], **settings}, "sources.rows").open()
+    return open_source({"kind": "table", "path": str(path), "columns": ["a", "b"], **settings}, "sources.rows").open()
 
 
 def loaded(source: Source) -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def test_cells_stay_the_text_that_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
-        ("1,2,3\n4,5,6\n", {"header": False, "columns": ["a", "b", "label"]}),
+        ("1,2,3\n4,5,6\n", {"header": ["a", "b", "label"]}),
         ("a\tb\tlabel\n1\t2\t3\n4\t5\t6\n", {"separator": "\t"}),
         ("  a   b label\n   1 2\t3\n 4  5   6\n", {"separator": "whitespace"}),
         ("\ufeffa;b;label\n1;2;3\n\n4;5;6\n", {"separator": ";"}),
@@ -100,7 +100,7 @@ def test_the_first_row_without_a_header_leaves_rows_of_several_lines_as_they_are
 @pytest.mark.parametrize("cell", [b"\xff", b"z\0", b"z\x0cz"], ids=["not UTF-8", "null character", "form feed"])
 def test_one_line_of_a_file_of_series_is_one_record_whatever_it_holds(tmp_path: Path, cell: bytes) -> None:
     (tmp_path / "rows.csv").write_bytes(b"a,1,2\n" + cell + b",1,2\nb,1,2\n")
-    settings = {"kind": "series", "parts": {"all": str(tmp_path / "rows.csv")}, "columns": {"label": 1}}
+    settings = {"kind": "series", "path": str(tmp_path / "rows.csv"), "labels": {"label": 1}}
     labels = [record.cells["label"] for record in open_source(settings, "sources.rows").open().index()]
     assert (len(labels), labels[0], labels[2]) == (3, "a", "b")
 
@@ -137,8 +137,8 @@ def test_a_table_without_rows_is_an_empty_source(tmp_path: Path) -> None:
     [
         ("a,label\n1,2\n", {}, "expected exactly one column 'b'"),
         ("a,b,b\n1,2,3\n", {}, "expected exactly one column 'b'"),
-        ("a,b\n1,2\n", {"patient_column": "person"}, "expected exactly one column 'person'"),
-        ("1,2,q7\n", {"header": False, "columns": ["a", "b"]}, "expected 2 columns, as many as `columns` names, got 3"),
+        ("a,b\n1,2\n", {"patient": "person"}, "expected exactly one column 'person'"),
+        ("1,2,q7\n", {"header": ["a", "b"]}, "expected 2 columns, as many as `columns` names, got 3"),
         ("", {}, "expected a readable table, got an empty one"),
         # The first record stands where a header was expected.
         ("q7,2\n3,4\n", {}, "expected exactly one column 'a'"),
@@ -157,10 +157,12 @@ def test_a_table_that_does_not_fit_its_settings_is_refused_without_a_word_of_its
     ("settings", "expected"),
     [
         ({"separator": "::"}, "sources.rows.separator: expected one character or 'whitespace', got '::'"),
-        ({"columns": ["a", "b"]}, "columns: expected names exactly where `header: false`"),
-        ({"header": False}, "columns: expected names exactly where `header: false`"),
-        ({"inputs": []}, "sources.rows.inputs"),
-        ({"patient": "p"}, "sources.rows.patient: unknown key (nearest: 'patient_column')"),
+        ({"header": False}, "sources.rows.header: expected the columns' names as a list"),
+        ({"columns": []}, "sources.rows.columns"),
+        ({"inputs": ["a"]}, "sources.rows: inputs: this key has another name now, write `columns`"),
+        ({"patient_column": "p"}, "sources.rows: patient_column: this key has another name now, write `patient`"),
+        ({"split_column": "p"}, "sources.rows: split_column: this key has another name now, write `split`"),
+        ({"pateint": "p"}, "sources.rows.pateint: unknown key (nearest: 'patient')"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, settings: dict[str, Any], expected: str) -> None:
@@ -195,13 +197,12 @@ def test_digests_and_keys_agree_exactly_where_the_inputs_do(
 @pytest.mark.parametrize("hospital", FED_HEART)
 def test_the_four_hospitals_have_the_published_numbers_of_rows(assets: Path, hospital: str) -> None:
     settings: dict[str, Any] = {
-        "header": False,
-        "columns": HEART_COLUMNS,
-        "inputs": [f"column_{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)],
+        "header": HEART_COLUMNS,
+        "columns": [f"column_{number}" for number in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)],
         "missing_values": ["", "?"],
     }
     path = assets / "data" / "fed_heart_disease" / f"processed.{hospital}.data"
     # FLamby (Ogier du Terrail et al. 2022) leaves out columns 11 to 13 and then incomplete rows.
-    complete = [*settings["inputs"], "column_14"]
+    complete = [*settings["columns"], "column_14"]
     found = len(table(path, **settings).index()), len(table(path, **settings, complete=complete).index())
     assert found == FED_HEART[hospital]

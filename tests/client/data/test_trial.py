@@ -34,9 +34,9 @@ def a_site(folder: Path, rows: list[str], run: RunConfig | None = None, **change
     """Writes a site whose table has these rows, and a kept offer; returns its settings."""
     folder.mkdir(exist_ok=True)
     (folder / "rows.csv").write_text("\n".join(["patient;age;outcome;split", *rows]) + "\n")
-    table = {"kind": "table", "path": str(folder / "rows.csv"), "separator": ";", "inputs": ["age"]}
-    table |= {"patient_column": "patient", "split_column": "split"}
-    task = {"source": "rows", "column": "outcome", "missing": "skip", "public_size": 50}
+    table = {"kind": "table", "path": str(folder / "rows.csv"), "separator": ";", "columns": ["age"]}
+    table |= {"patient": "patient", "split": "split"}
+    task = {"source": "rows", "label": "outcome", "missing": "skip", "public_size": 50}
     values: dict[str, Any] = {
         "sources": {"rows": table},
         "tasks": {"outcome": {**task, **changes.pop("task", {})}},

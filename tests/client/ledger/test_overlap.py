@@ -79,15 +79,15 @@ def clinic(folder: Path, registry: str, patients: list[str], unit: str = "patien
     folder.mkdir()
     rows = [f"{number},{patient},{'ab'[number % 2]}" for number, patient in enumerate(patients)]
     (folder / "rows.csv").write_text("\n".join(["age,who,label", *rows]))
-    source = {"kind": "table", "path": str(folder / "rows.csv"), "inputs": ["age"]}
+    source = {"kind": "table", "path": str(folder / "rows.csv"), "columns": ["age"]}
     return site_config(
         folder,
         registry,
         registry=registry,
         unit=unit,
         ledger_dir=None,
-        sources={"rows": source | ({"patient_column": column} if column else {})},
-        tasks={"label": {"source": "rows", "column": "label", "missing": "refuse", "public_size": 20}},
+        sources={"rows": source | ({"patient": column} if column else {})},
+        tasks={"label": {"source": "rows", "label": "label", "missing": "refuse", "public_size": 20}},
     )
 
 

@@ -119,7 +119,7 @@ def test_excluded_records_are_neither_predicted_nor_named(finished: SiteConfig, 
     path = write_site(tmp_path, config)
     arrays = np.load(config.sources["records"].settings()["path"])
     source = {"kind": "npz", "path": config.sources["records"].settings()["path"]}
-    source["parts"] = {"all": {"inputs": "test_x", "columns": {}}}
+    source["parts"] = {"all": {"inputs": "test_x", "labels": {}}}
     (tmp_path / "data.yaml").write_text(json.dumps(source))
     keys = [record.key for record in open_source(source, "s").open().index()]
     Exclusions.read(config.state_dir).with_ids([keys[3]]).write(config.state_dir)

@@ -188,10 +188,9 @@ def test_the_settings_of_a_source_say_how_it_is_read(make_model: MakeModel, tmp_
         "kind": "table",
         "path": "rows.txt",
         "separator": "whitespace",
-        "header": False,
-        "columns": ["sex", "age", "patient"],
-        "inputs": ["age", "sex"],
-        "patient_column": "patient",
+        "header": ["sex", "age", "patient"],
+        "columns": ["age", "sex"],
+        "patient": "patient",
     }
     (tmp_path / "source.yaml").write_text(json.dumps({**settings, "rows": "use.csv"}))
     result = predict(model, "--data", tmp_path / "source.yaml", "--out", tmp_path / "p.csv")

@@ -73,9 +73,9 @@ def a_site(folder: Path, **changes: Any) -> SiteConfig:
         "unit": "patient",
         "registry": f"{CANARY}-registry",
         "sources": {
-            "records": {"kind": "table", "path": str(path), "inputs": ["a", "b"], "patient_column": "who"},
+            "records": {"kind": "table", "path": str(path), "columns": ["a", "b"], "patient": "who"},
         },
-        "tasks": {"colour": {"source": "records", "column": "colour", "missing": "refuse", "public_size": 30}},
+        "tasks": {"colour": {"source": "records", "label": "colour", "missing": "refuse", "public_size": 30}},
         "split": {"test_fraction": 0.3, "salt": f"{CANARY}-salt"},
         "evaluation": SHARE,
         "ledger_dir": str(home / "state" / "ledgers"),

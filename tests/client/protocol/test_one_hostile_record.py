@@ -47,13 +47,13 @@ def table_site(folder: Path, rows: list[list[Any]], unit: str) -> SiteConfig:
     folder.mkdir()
     with (folder / "rows.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *rows])
-    source = {"kind": "table", "path": str(folder / "rows.csv"), "inputs": INPUTS, "split_column": "split"}
-    task = {"source": "rows", "column": "size", "missing": "skip", "unmapped": "refuse", "public_size": 40}
+    source = {"kind": "table", "path": str(folder / "rows.csv"), "columns": INPUTS, "split": "split"}
+    task = {"source": "rows", "label": "size", "missing": "skip", "unmapped": "refuse", "public_size": 40}
     return site_config(
         folder,
         "north",
         unit=unit,
-        sources={"rows": {**source, "patient_column": "id"}},
+        sources={"rows": {**source, "patient": "id"}},
         tasks={"size": task},
         split={"test_fraction": 0.2},
         on_bad_record="skip",

@@ -76,7 +76,7 @@ def site(folder: Path, **changes: Any) -> SiteConfig:
     (folder / "own").mkdir(exist_ok=True)
     (folder / "own" / "lines.py").write_text(KIND)
     (folder / "lines.txt").write_text("1,2,3,4,red\n5,6,7,8,blue\n")
-    colour = {"source": "records", "column": "colour", "missing": "refuse", "public_size": 2}
+    colour = {"source": "records", "label": "colour", "missing": "refuse", "public_size": 2}
     values: dict[str, Any] = {
         "sources": {"records": {"kind": "lines", "path": str(folder / "lines.txt")}},
         "tasks": {"colour": colour},

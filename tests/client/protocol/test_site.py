@@ -282,7 +282,7 @@ def test_a_round_is_refused_by_the_largest_declared_size_and_the_steps_before_an
     tmp_path: Path, frozen: Backbone
 ) -> None:
     """With much noise steps are nearly free, and many of them make one unit's part of the time measurable."""
-    sizes = {name: {"source": "records", "column": name, "missing": "refuse", "public_size": 10**7} for name in TASKS}
+    sizes = {name: {"source": "records", "label": name, "missing": "refuse", "public_size": 10**7} for name in TASKS}
     budget = {"epsilon": 100.0, "delta": 1e-8}
     large = Site(site_config(tmp_path, "large", tasks=sizes, budget=budget), os_entropy)
     faint = {"unit": "example", "delta": 1e-8, "noise_multiplier": 1e5}

@@ -24,7 +24,7 @@ from server.rounds.loop import run_federation
 from simulations.executors.in_process import FIRST_NODE_ID, InProcessGrid
 from tests.tiny import backbone, run_config, site_config
 
-ONLY_SIZE = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+ONLY_SIZE = {"size": {"source": "records", "label": "size", "missing": "refuse", "public_size": 40}}
 
 
 class LateGrid(InProcessGrid):

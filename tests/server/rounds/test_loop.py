@@ -209,7 +209,7 @@ def test_two_sites_of_one_name_count_once(tmp_path: Path) -> None:
 
 
 def test_every_site_trains_and_aggregates_only_its_own_tasks(tmp_path: Path) -> None:
-    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    only_size = {"size": {"source": "records", "label": "size", "missing": "refuse", "public_size": 40}}
     sites = [site_config(tmp_path, "east"), site_config(tmp_path, "north", tasks=only_size)]
     _, events = federate(tmp_path / "run", sites)
     assert [event.num_updates for event in select_events(events, RoundEnded)] == [{"colour": 1, "size": 2}] * 2
@@ -225,7 +225,7 @@ def test_a_site_whose_budget_does_not_cover_the_run_declines_and_the_run_goes_on
 
 
 def test_a_task_that_too_few_of_the_sites_have_stays_as_it_was(tmp_path: Path) -> None:
-    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    only_size = {"size": {"source": "records", "label": "size", "missing": "refuse", "public_size": 40}}
     sites = [site_config(tmp_path, "east"), site_config(tmp_path, "north", tasks=only_size)]
     sites.append(site_config(tmp_path, "west"))
     # In each round two of three are asked: with north among them, one site has the colours.
@@ -240,7 +240,7 @@ def test_a_task_that_too_few_of_the_sites_have_stays_as_it_was(tmp_path: Path) -
 
 
 def test_a_round_in_which_a_task_cannot_get_its_quorum_ends_the_run_at_once_with_the_reason(tmp_path: Path) -> None:
-    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    only_size = {"size": {"source": "records", "label": "size", "missing": "refuse", "public_size": 40}}
     sites = [site_config(tmp_path, name) for name in ("east", "west")]
     sites.append(site_config(tmp_path, "north", tasks=only_size))
     cohort = {"min_sites": 2, "min_replies_per_task": 2, "timeout_s": 5, "join_timeout_s": 1}
@@ -253,7 +253,7 @@ def test_a_round_in_which_a_task_cannot_get_its_quorum_ends_the_run_at_once_with
 
 
 def test_a_task_with_fewer_updates_than_its_aggregator_needs_stays_as_it_was(tmp_path: Path) -> None:
-    only_size = {"size": {"source": "records", "column": "size", "missing": "refuse", "public_size": 40}}
+    only_size = {"size": {"source": "records", "label": "size", "missing": "refuse", "public_size": 40}}
     sites = [site_config(tmp_path, name) for name in ("east", "south", "west")]
     sites.append(site_config(tmp_path, "north", tasks=only_size))
     trimmed = {"kind": "trimmed_mean", "trim": 1}
@@ -308,7 +308,7 @@ def test_the_journal_and_the_stored_replies_replay_to_the_same_heads(tmp_path: P
     sites = {name: site_config(tmp_path, name) for name in ("east", "north")}
     sizes = {"colour": 10, "size": 30}
     values = {
-        task: {"source": "records", "column": task, "missing": "refuse", "public_size": size}
+        task: {"source": "records", "label": task, "missing": "refuse", "public_size": size}
         for task, size in sizes.items()
     }
     sites["north"] = site_config(tmp_path, "north", tasks=values)

@@ -135,9 +135,7 @@ def test_each_line_of_a_folders_text_files_is_a_text(tmp_path: Path) -> None:
     assert "4 records; " in result.stdout, result.output
     texts = [Text(line) for line in lines]
     torch.testing.assert_close(read_mean(tmp_path), average(open_plain(file), texts), rtol=1e-3, atol=1e-4)
-    (tmp_path / "source.yaml").write_text(
-        "{kind: text, parts: {all: texts/a.txt}, header: false, columns: [note], text: note, separator: '|'}"
-    )
+    (tmp_path / "source.yaml").write_text("{kind: text, path: texts/a.txt, header: [note], text: note, separator: '|'}")
     assert "3 records; " in call(file, tmp_path / "source.yaml").stdout
 
 

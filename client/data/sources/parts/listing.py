@@ -23,15 +23,15 @@ class ListedFiles(SourceSettings):
         path: the table, CSV or Parquet.
         root: folder of the files; the table's own by default. A path that leaves it is refused.
         separator: of a text file: one character, or `whitespace`.
-        patient_column: column of patient ids.
-        split_column: column of `train`, `test` or nothing.
+        patient: column of patient ids.
+        split: column of `train`, `test` or nothing.
     """
 
     path: LocalPath
     root: LocalPath | None = None
     separator: Separator = ","
-    patient_column: str | None = None
-    split_column: str | None = None
+    patient: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Reader:
 def open_listing(settings: ListedFiles, reader: Reader) -> Listing:
     """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
     frame = read_frame(settings.path, settings.separator)
-    require_columns(frame, settings.path, [reader.column, settings.patient_column, settings.split_column])
+    require_columns(frame, settings.path, [reader.column, settings.patient, settings.split])
     root = (settings.root or settings.path.parent).resolve()
     return Listing(settings, reader, frame.to_dict("records"), root)
 
@@ -84,7 +84,7 @@ class Listing:
                 file=own.path.name,
                 key=row[column],
                 patient=self._patient(row),
-                split=row[own.split_column] or None if own.split_column else None,
+                split=row[own.split] or None if own.split else None,
                 cells=row,
                 fault=row[FAULT],
                 path=row[column],
@@ -110,7 +110,7 @@ class Listing:
             patient, _ = try_record(lambda: of_file(self._inside(row[self.reader.column])))
             # Blank: refused where the unit is the patient.
             return patient or ""
-        return row[self.settings.patient_column] if self.settings.patient_column else None
+        return row[self.settings.patient] if self.settings.patient else None
 
     def _inside(self, name: str) -> Path:
         try:

@@ -34,19 +34,19 @@ class Naming:
     Attributes:
         pattern: searched in a file's relative path; each named group is a column. A file that it does not fit has
             empty cells.
-        patient_column: the group that is the patient id.
+        patient: the group that is the patient id.
         test: column -> values: a file is held out where any of its cells is listed; all others are to train on.
             Without it no side is stated.
     """
 
     pattern: str
-    patient_column: str | None
+    patient: str | None
     test: Mapping[str, Sequence[str]] | None
 
     def check(self) -> None:
         """Raise ValueError where a column is none of the pattern's groups."""
         known = list(re.compile(self.pattern).groupindex)
-        for key, name in (("patient_column", self.patient_column), *(("test", name) for name in self.test or ())):
+        for key, name in (("patient", self.patient), *(("test", name) for name in self.test or ())):
             if name is not None and name not in known:
                 raise ValueError(f"{key}: expected one of the pattern's groups {', '.join(known)}, got {name!r}")
 
@@ -66,7 +66,7 @@ class Naming:
             file=file,
             key=path,
             path=path,
-            patient=cells[self.patient_column] if self.patient_column else None,
+            patient=cells[self.patient] if self.patient else None,
             split=_side(self.test, cells) if self.test is not None else None,
             cells=cells,
             blank="blank patient id" if match else "the file's name does not fit the source's pattern",
