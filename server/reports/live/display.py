@@ -122,9 +122,9 @@ class LiveRun:
         yield _make_bar(f"{phase}: {step.done:,} of {step.total:,}", step.done, step.total, pace.removeprefix(", "))
 
     def _compute_epsilon(self, progress: RunProgress) -> float | None:
-        """Returns the largest epsilon; computed once a round."""
-        if self._epsilon[0] != progress.round:
-            self._epsilon = (progress.round, progress.spent.find_largest())
+        """Returns the largest epsilon; computed again where a release was added."""
+        if self._epsilon[0] != progress.spent.num_added:
+            self._epsilon = (progress.spent.num_added, progress.spent.find_largest())
         return self._epsilon[1]
 
 

@@ -16,9 +16,14 @@ from common.privacy.accounting import Mechanism, compute_epsilon
 
 @final
 class SpentSoFar:
-    """The releases of every site that the coordinator used, added up event by event."""
+    """The releases of every site that the coordinator used, added up event by event.
+
+    Attributes:
+        num_added: number of releases so far: while it stays the same, so does every epsilon.
+    """
 
     def __init__(self) -> None:
+        self.num_added = 0
         self._deltas: dict[str, float] = {}
         self._releases: dict[str, Counter[Mechanism]] = {}
         self._before: dict[str, Mechanism] = {}
@@ -29,6 +34,7 @@ class SpentSoFar:
             case SiteJoined():
                 self._deltas[event.site] = event.delta
             case MomentsMeasured():
+                self.num_added += 1
                 # Of several the last: a run was resumed before its first round, and got the stored replies.
                 self._before = {
                     site: _make_release(noise) for site, noise in event.noise_multipliers.items() if noise > 0
@@ -57,6 +63,7 @@ class SpentSoFar:
         return None if largest is None or math.isinf(largest) else largest
 
     def _add_release(self, site: str, mechanism: Mechanism) -> None:
+        self.num_added += 1
         self._releases.setdefault(site, Counter())[replace(mechanism, steps=1)] += mechanism.steps
 
 

@@ -21,6 +21,8 @@ from common.events import (
 from server.reports.live.spent import SpentSoFar
 from server.reports.trackers import Point
 
+_EPSILON = "epsilon/largest of all sites"
+
 
 @final
 class PointMaker:
@@ -46,10 +48,11 @@ class PointMaker:
                 yield "sites/updates used", float(len(event.sites))
                 yield "bytes/to sites", float(sum(each.bytes_down for each in event.sites.values()))
                 yield "bytes/from sites", float(sum(each.bytes_up for each in event.sites.values()))
-                yield "epsilon/largest of all sites", self._spent.find_largest()
+                yield _EPSILON, self._spent.find_largest()
             case RoundEvaluated():
                 yield from _name(event.task, event.pooled)
             case HeadsEvaluated():
+                yield _EPSILON, self._spent.find_largest()
                 for task, result in event.tasks.items():
                     yield from _name(f"{task}/noised", result.metrics)
                     intervals = {metric: result.compute_interval(metric) for metric in result.metrics}

@@ -79,9 +79,13 @@ def test_the_screen_says_pace_time_left_metrics_sites_and_epsilon(tmp_path: Path
 
 def test_noised_metrics_have_their_interval(tmp_path: Path) -> None:
     noised = NoisedMetrics(metrics={"auroc": 0.75}, standard_errors={"auroc": 0.0625}, sites=("a",))
-    text = "\n".join(
-        draw(tmp_path / "r", *BEGUN[:5], HeadsEvaluated(round=1, tasks={"t": noised}, noise_multipliers={"a": 8.0}))
-    )
+    live = LiveRun()
+    before = "\n".join(draw(tmp_path / "r", *BEGUN[:5], live=live))
+    evaluated = HeadsEvaluated(round=1, tasks={"t": noised}, noise_multipliers={"a": 8.0})
+    text = "\n".join(draw(tmp_path / "r", evaluated, live=live))
+    mechanisms = [Mechanism.of(PLAN), Mechanism("gaussian", 8.0, 1.0, 1, 1.0)]
+    for shown, released in ((before, mechanisms[:1]), (text, mechanisms)):
+        assert f"at most {round_up(compute_epsilon(released, 1e-5)):.2f} at any site" in shown
     assert "0.750  (0.627 to 0.873)" in text and "noised by the sites" in text
 
 
