@@ -32,6 +32,7 @@ class ScoreCounts(Facts):
     positives: tuple[float, ...] = Field(description="Number of records with the label for each range.")
     negatives: tuple[float, ...] = Field(description="Number of records without the label for each range.")
     deviation: float = Field(0.0, description="Standard deviation of the noise in each number; 0 where exact.")
+    means: tuple[float, ...] = Field((), description="Mean score in each range; empty where it is not known.")
 
 
 class Outcomes(Facts):

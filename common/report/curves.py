@@ -45,6 +45,22 @@ class ScoreCurves:
     prevalence: float
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A range of scores of one label: its ends, its counts, and the deviation of the noise in each."""
+
+    low: float
+    high: float
+    positives: float
+    negatives: float
+    deviation: float
+
+    @property
+    def mean(self) -> float:
+        """The middle of the range."""
+        return (self.low + self.high) / 2.0
+
+
 def trace_curves(scores: ScoreCounts) -> ScoreCurves | None:
     """Returns a label's curves; None where there is no record of one truth, or the noise is too large to tell."""
     positives_T, negatives_T = np.array(scores.positives), np.array(scores.negatives)
@@ -74,15 +90,9 @@ def judge_calibration(scores: Sequence[ScoreCounts]) -> list[Frequency]:
     The groups hold about equally many records, and more where noise asks for it. An empty list where all records
     together do not stand out of the noise.
     """
-    cells = sorted(
-        (low, high, positive, negative, each.deviation)
-        for each in scores
-        for low, high, positive, negative in zip(
-            (0.0, *each.edges), (*each.edges, 1.0), each.positives, each.negatives, strict=True
-        )
-    )
-    goal = sum(positive + negative for _, _, positive, negative, _ in cells) / _MOST_GROUPS
-    groups, group = [], list[tuple[float, float, float, float, float]]()
+    cells = sorted((cell for each in scores for cell in _list_cells(each)), key=lambda cell: cell.mean)
+    goal = _count(cells) / _MOST_GROUPS
+    groups, group = [], list[_Cell]()
     for cell in cells:
         group.append(cell)
         if _count(group) >= max(goal, 1.0, _FEWEST_NOISES * _measure_noise(group)):
@@ -126,30 +136,39 @@ def _make_series(label: str, xs_G: _Array, ys_G: _Array, drawn: Sequence[_Array]
     return Series(label, xs_G.tolist(), ys_G.tolist(), low_G.tolist(), high_G.tolist())
 
 
-def _count(group: Sequence[tuple[float, float, float, float, float]]) -> float:
-    return sum(positive + negative for _, _, positive, negative, _ in group)
+def _list_cells(scores: ScoreCounts) -> list[_Cell]:
+    """Returns the ranges of a label's scores; where the mean score of a range is known, it stands for the range."""
+    ends = (0.0, *scores.edges, 1.0)
+    cells = []
+    for place, (positive, negative) in enumerate(zip(scores.positives, scores.negatives, strict=True)):
+        low, high = (scores.means[place],) * 2 if scores.means else (ends[place], ends[place + 1])
+        cells.append(_Cell(low, high, positive, negative, scores.deviation))
+    return cells
 
 
-def _measure_noise(group: Sequence[tuple[float, float, float, float, float]]) -> float:
+def _count(group: Sequence[_Cell]) -> float:
+    return sum(cell.positives + cell.negatives for cell in group)
+
+
+def _measure_noise(group: Sequence[_Cell]) -> float:
     """Returns the deviation of the noise in the number of records of a group."""
-    return math.sqrt(sum(2.0 * deviation**2 for *_, deviation in group))
+    return math.sqrt(sum(2.0 * cell.deviation**2 for cell in group))
 
 
-def _judge_group(group: Sequence[tuple[float, float, float, float, float]]) -> Frequency:
-    total, positives = _count(group), sum(positive for _, _, positive, _, _ in group)
-    share = min(1.0, max(0.0, positives / total))
-    weights = [max(positive + negative, 0.0) for _, _, positive, negative, _ in group]
-    middles = [(low + high) / 2.0 for low, high, *_ in group]
-    variance = sum(deviation**2 for *_, deviation in group)
+def _judge_group(group: Sequence[_Cell]) -> Frequency:
+    total = _count(group)
+    share = min(1.0, max(0.0, sum(cell.positives for cell in group) / total))
+    weights = [max(cell.positives + cell.negatives, 0.0) for cell in group]
+    variance = sum(cell.deviation**2 for cell in group)
     if variance > 0.0:
         half = NORMAL_95 * math.sqrt(variance * (share**2 + (1.0 - share) ** 2)) / total
         interval = (max(0.0, share - half), min(1.0, share + half))
     else:
         interval = compute_wilson_interval(share, total)
     return Frequency(
-        min(low for low, *_ in group),
-        max(high for _, high, *_ in group),
-        sum(middle * weight for middle, weight in zip(middles, weights, strict=True)) / sum(weights),
+        min(cell.low for cell in group),
+        max(cell.high for cell in group),
+        sum(cell.mean * weight for cell, weight in zip(group, weights, strict=True)) / sum(weights),
         share,
         interval,
         total,

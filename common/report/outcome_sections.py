@@ -13,6 +13,9 @@ from common.report.figures import MOST_SERIES, Figure, Series, draw_calibration,
 from common.report.page import ReportTable, Section, count_of, format_estimate
 
 _MOST_TABLES = 12
+_MOST_APART = 4
+"""Labels with figures of their own; the table has all."""
+
 _NO_COUNTS = (
     "There are no counts of predictions to draw this from: the tasks have none (as a regression), nothing was "
     "evaluated on held-out records, or an earlier version wrote the journal."
@@ -100,7 +103,8 @@ def show_ranking(shown: Sequence[ShownOutcomes]) -> Section:
                 "lack it, the noise hides it, or there are more labels than lines that can be told apart."
             )
         if traced:
-            figures += _draw_curves(each.title, traced)
+            # A curve through noise is not to be read without its band.
+            figures += _draw_curves(each.title, traced, apart=scores[0].deviation > 0.0)
             tables.append(_tabulate_curves(each.title, traced))
     if not figures:
         return Section(heading, " ".join(remarks) or _NO_COUNTS)
@@ -147,9 +151,9 @@ def show_probabilities(shown: Sequence[ShownOutcomes], remarks: Sequence[str] = 
         return Section(heading, " ".join([*hidden, *remarks]) or _NO_COUNTS)
     lead = (
         "Points on the diagonal mean: of the records to which the head gives a probability of 30 %, about 30 % have "
-        "the label. Below it the head is too sure, above it not sure enough. The flat bar is the range of "
-        "probabilities that a point stands for, the upright one its 95 % interval. The probabilities are those of the "
-        "head itself, before a temperature mends them."
+        "the label. Below the diagonal a label is less frequent than predicted, above it more. The upright bar is a "
+        "point's 95 % interval, a flat one the range of probabilities that it stands for. The probabilities are those "
+        "of the head itself, before a temperature mends them."
     )
     return Section(heading, lead, figures, tables, [*hidden, *remarks])
 
@@ -164,7 +168,20 @@ def _draw_confusion(title: str, confusion: ConfusionCounts) -> Figure:
     return draw_matrix(title, confusion.names, shares, texts)
 
 
-def _draw_curves(title: str, traced: Sequence[ScoreCurves]) -> list[Figure]:
+def _draw_curves(title: str, traced: Sequence[ScoreCurves], *, apart: bool) -> list[Figure]:
+    """Returns the curves of some labels.
+
+    Args:
+        title: what they are of.
+        traced: the labels' curves.
+        apart: whether each label has figures of its own, with its bands; otherwise more than two labels have no bands.
+    """
+    if apart and len(traced) > 1:
+        return [
+            figure
+            for each in traced[:_MOST_APART]
+            for figure in _draw_curves(f"{title}, label {each.roc.label}", [each], apart=False)
+        ]
     roc, precision = [each.roc for each in traced], [each.precision for each in traced]
     if len(traced) > 2:  # Bands of more hide each other; the table has them.
         roc, precision = ([Series(line.label, line.xs, line.ys) for line in lines] for lines in (roc, precision))

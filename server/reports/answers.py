@@ -57,12 +57,11 @@ def _answer_deployed(run: ReportedRun, task: str) -> Iterable[ReportAnswer]:
         yield ReportAnswer("neutral", "Not known here", f"Task {task}: no site released an evaluation. {_AT_THE_SITE}")
         return
     metric, value = next(iter(evaluation.metrics.items()))
-    error = evaluation.standard_errors[metric]
-    if value is None or error is None:
+    ends = evaluation.compute_interval(metric)
+    if value is None or ends is None:
         said = f"Task {task}: the noise of the evaluation hides the {name_metric(metric)}. {_AT_THE_SITE}"
         yield ReportAnswer("attention", "Not readable", said)
         return
-    ends = (value - 1.96 * error, value + 1.96 * error)
     said = (
         f"Task {task}: {name_metric(metric)} {format_value(value)} after round {evaluation.round} "
         f"({format_interval(ends)}: 95 % for the privacy noise alone), over {count_of(len(evaluation.sites), 'site')}."

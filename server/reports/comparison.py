@@ -103,8 +103,7 @@ def _find_result(run: ReportedRun, task: str) -> tuple[str, float, Interval | No
     metric = choose_metric(evaluation.metrics) if evaluation is not None else None
     if evaluation is None or metric is None:
         return None
-    value, error = evaluation.metrics[metric] or 0.0, evaluation.standard_errors[metric]
-    return metric, value, None if error is None else (value - 1.96 * error, value + 1.96 * error)
+    return metric, evaluation.metrics[metric] or 0.0, evaluation.compute_interval(metric)
 
 
 def _answer(runs: Sequence[ReportedRun], names: Sequence[str], task: str) -> ReportAnswer:

@@ -38,8 +38,6 @@ MOST_ROWS = 60
 _MOST_FIGURES = 12
 """Sites with a figure of their own."""
 
-_NORMAL_95 = 1.96
-
 _EXPLAINED = {
     "baseline_prediction": "No training: the same answer for every record, such as the most frequent one.",
     "local": "A site alone, private: each site trains by itself with the same privacy, and is judged on all sites' "
@@ -64,8 +62,7 @@ def show_results(run: ReportedRun) -> Section:
         rows = _list_heads(run, event)
         shown = [Estimated(name, own.get(metric), ends.get(metric), not place) for place, (name, own, ends) in rows]
         direction = "smaller is better" if metric in event.errors else "larger is better"
-        title = name_metric(metric)
-        figures.append(draw_estimates(f"Task {task}: {title}", shown, f"{title} ({direction})"))
+        figures.append(draw_estimates(f"Task {task}: {name_metric(metric)}", shown, direction))
         tables.append(
             ReportTable(
                 f"Task {task}: every metric, with its 95 % interval",
@@ -106,7 +103,7 @@ def _show_released(run: ReportedRun, heading: str) -> Section:
         found = task.evaluation
         if found is None:
             continue
-        rows = [Estimated(name_metric(key), value, _find_noise(found, key)) for key, value in found.metrics.items()]
+        rows = [Estimated(name_metric(key), value, found.compute_interval(key)) for key, value in found.metrics.items()]
         figures.append(draw_estimates(f"Task {name}: after round {found.round}", rows, "value"))
         error = "standard error of the noise"
         tables.append(
@@ -135,12 +132,6 @@ def _show_released(run: ReportedRun, heading: str) -> Section:
         "a 95 % interval for that noise alone; how few records are held out is not known here."
     )
     return Section(heading, lead, figures, tables)
-
-
-def _find_noise(found: NoisedMetrics, metric: str) -> tuple[float, float] | None:
-    """Returns the 95 % interval of a released metric for the noise alone; None where it is not readable."""
-    value, error = found.metrics.get(metric), found.standard_errors.get(metric)
-    return None if value is None or error is None else (value - _NORMAL_95 * error, value + _NORMAL_95 * error)
 
 
 # --- sites -----------------------------------------------------------------------------------------------------------
@@ -307,7 +298,7 @@ def _list_learning(exact: Mapping[int, Metrics], noised: Mapping[int, NoisedMetr
     released = [
         (at, own.metrics[metric] or 0.0, ends)
         for at, own in sorted(noised.items())
-        if (ends := _find_noise(own, metric)) is not None
+        if (ends := own.compute_interval(metric)) is not None
     ]
     lines = [
         Series("exact, seen by the simulator", [at for at, _ in seen], [value for _, value in seen]),
@@ -326,7 +317,7 @@ def _describe_noised(found: NoisedMetrics | None, metric: str) -> str:
     """Returns a released metric with its interval; an empty text where none was released."""
     if found is None:
         return ""
-    ends = _find_noise(found, metric)
+    ends = found.compute_interval(metric)
     return "not readable" if ends is None else format_estimate(found.metrics[metric], ends)
 
 

@@ -410,6 +410,7 @@ def test_joined_ranges_keep_the_numbers_and_nearly_the_area(task: Task, labels: 
     exact = task.count_outcomes(task.statistic(EXACT_BUCKETS).sums(outputs, labels).numpy(), 0.0)
     joined = join_score_ranges(exact)
     for whole, few in zip(exact.scores, joined.scores, strict=True):
-        assert len(few.positives) == len(few.edges) + 1 <= MOST_RANGES
+        assert len(few.positives) == len(few.means) == len(few.edges) + 1 <= MOST_RANGES
+        assert list(few.means) == sorted(few.means)
         assert sum(few.positives) == pytest.approx(sum(whole.positives))
         assert sum(few.negatives) == pytest.approx(sum(whole.negatives))

@@ -99,10 +99,16 @@ def _join_ranges(scores: ScoreCounts) -> ScoreCounts:
     goals = total_T[-1] * np.arange(1, MOST_RANGES) / MOST_RANGES
     last = np.unique(np.append(np.searchsorted(total_T, goals), len(total_T) - 1))
     first = np.append(0, last[:-1] + 1)
+    counts_T = np.add.reduceat(positives_T + negatives_T, first)
+    ends_T = np.array([0.0, *scores.edges, 1.0])
+    middles_T = (ends_T[1:] + ends_T[:-1]) / 2.0
+    sums_T = np.add.reduceat((positives_T + negatives_T) * middles_T, first)
+    # The buckets are so narrow that their middles stand for the scores in them.
+    means_T = np.where(counts_T > 0.0, sums_T / np.maximum(counts_T, 1e-9), middles_T[last])
     return ScoreCounts(
         label=scores.label,
         edges=tuple(scores.edges[index] for index in last[:-1]),
         positives=tuple(np.add.reduceat(positives_T, first).tolist()),
         negatives=tuple(np.add.reduceat(negatives_T, first).tolist()),
-        deviation=0.0,
+        means=tuple(means_T.tolist()),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from common.events import ScoreCounts
+from common.events import Outcomes, ScoreCounts
 from common.report.curves import judge_calibration, trace_curves
+from common.report.outcome_sections import ShownOutcomes, show_ranking
 
 
 def count(scores: np.ndarray, truth: np.ndarray, edges: list[float], deviation: float = 0.0) -> ScoreCounts:
@@ -88,3 +89,23 @@ def test_noised_groups_are_as_large_as_their_noise_asks_for() -> None:
     exact, noised = count(SCORES, TRUTH, EDGES), count(SCORES, TRUTH, EDGES, deviation=100.0)
     assert 1 <= len(judge_calibration([noised])) < len(judge_calibration([exact]))
     assert all(point.count >= 3 * 100.0 for point in judge_calibration([noised]))
+
+
+def test_where_mean_scores_are_known_a_point_stands_at_them() -> None:
+    """Scores just above .5 are predicted as such, though their range reaches to 1."""
+    counts = ScoreCounts(
+        label="a", edges=(0.5,), positives=(10.0, 60.0), negatives=(90.0, 40.0), means=(0.1, 0.6), deviation=0.0
+    )
+    low, high = judge_calibration([counts])
+    assert (low.predicted, low.observed) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert (high.predicted, high.observed, high.low, high.high) == (pytest.approx(0.6),) * 4
+
+
+def test_curves_through_noise_have_bands_however_many_labels_there_are() -> None:
+    exact = [count(SCORES, TRUTH, EDGES).model_copy(update={"label": name}) for name in "abc"]
+    noised = [each.model_copy(update={"deviation": 5.0}) for each in exact]
+    together = show_ranking([ShownOutcomes("t", Outcomes(scores=tuple(exact)))])
+    apart = show_ranking([ShownOutcomes("t", Outcomes(scores=tuple(noised)))])
+    assert len(together.figures) == 2 and not any("fill-opacity" in figure.svg for figure in together.figures)
+    assert len(apart.figures) == 6 and all("fill-opacity" in figure.svg for figure in apart.figures)
+    assert "standard deviation of 5.0 records" in apart.remarks[0]
