@@ -13,6 +13,7 @@ from client.config import MAIN
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import Kit, check_authorities
 from common.files import private_folder, write_atomic
+from common.tasks import NamedCells, open_task
 from common.types import BadInput
 from common.yaml import read_yaml
 
@@ -85,8 +86,9 @@ device: auto                      # `cpu`, `cuda`, or what is there
 _TASK = """\
   {name}:                         # {about}
     source: records
-    label: {mark}                 # your column of this task's labels
+    label: {column}                 # {meaning}
     # values: {{{values}}}         # your values, where they are not the task's own
+    # multiply: {{{mark}: 30.4375}}  # a column whose numbers are in another unit than the task's: months for days, say
     missing: skip                 # an empty label: `skip` (no label for this task) or `refuse` (a bad record)
     unmapped: refuse              # a value that is no label, likewise
     public_size: {mark}           # public: declared number of units, a round number near the truth; weights use it,
@@ -269,8 +271,27 @@ def _render_site_file(name: str, kit: Kit | None, registry: str) -> str:
 
 
 def _render_task(name: str, spec: Mapping[str, Any]) -> str:
-    labels = [str(label) for label in spec.get("labels") or ["no", "yes"]]
     # JSON quotes what a stranger wrote: no line break or colon of it can become a key of this file.
-    about = f"{json.dumps(str(spec.get('kind', 'classification')))}, labels {json.dumps(labels)}"
-    values = ", ".join(f"{MARK}: {json.dumps(label)}" for label in labels)
-    return _TASK.format(name=name, mark=MARK, about=about, values=values)
+    kind, cells = json.dumps(str(spec.get("kind", "classification"))), _name_cells(spec)
+    if cells:
+        column, meaning = f"[{', '.join([MARK] * len(cells))}]", f"your columns of {' and '.join(cells)}"
+        values = f'{MARK}: {{{MARK}: "0", {MARK}: "1"}}'
+        return _TASK.format(name=name, mark=MARK, about=kind, column=column, meaning=meaning, values=values)
+    labels = [str(label) for label in spec.get("labels") or ["no", "yes"]]
+    return _TASK.format(
+        name=name,
+        mark=MARK,
+        about=f"{kind}, labels {json.dumps(labels)}",
+        column=MARK,
+        meaning="your column of this task's labels",
+        values=", ".join(f"{MARK}: {json.dumps(label)}" for label in labels),
+    )
+
+
+def _name_cells(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the meanings of a task's columns where they differ; nothing of a kind that is not installed here."""
+    try:
+        task = open_task({"kind": "", **{key: value for key, value in spec.items() if key != "backbone"}}, "task")
+    except BadInput:
+        return ()
+    return task.cell_names if isinstance(task, NamedCells) else ()

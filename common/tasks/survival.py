@@ -40,6 +40,11 @@ _METRICS = ("c_index", "brier", "calibration_error", "predicted_risk", "observed
 _BUCKETS_OF_GROUP = 4
 """Score buckets for each group of intervals: with 16 buckets pairs are compared over 4 groups, because every cell of
 bucket and group has noise of its own."""
+_NO_CLIPPING = 1.0 / 0.6
+"""Clip norms are 0.6 of a slope (`common.model.auto`); of this one, they leave an event's gradient whole. Records
+without one have short gradients: to clip those of events alone would teach a lower hazard. On synthetic records at
+epsilon 3 the distance of predictions from the curve was .008 and .005 instead of .029 and .011 with 10 and 3 % events, and the
+same with 30 and 50 %; the C-index changed by less than its error, .002 to .012."""
 _MIDDLE_RISK, _RISK_SPREAD = -1.2, 1.25
 """Middle and spread of the logits of risks for which score buckets are made: most are finer than 0.5 between risks of
 3 % and 70 %."""
@@ -115,15 +120,13 @@ class Survival(Plugin):
 
     @property
     def first_slope(self) -> float:
-        """Length of the gradient of an event where hazards are small, as they are from the first round on."""
-        # A unit vector, mixed.
-        num_intervals = len(self.boundaries)
-        return math.sqrt(self.variation**2 * (1.0 - 1.0 / num_intervals) + 1.0 / num_intervals)
+        """More than the length of an event's gradient where hazards are small, as they are from the first round on."""
+        return _NO_CLIPPING * self._mix_length
 
     @property
     def tolerated_noise(self) -> float:
         """That of a logit: mixing shortens noise by as much as a unit vector."""
-        return 0.5 / self.first_slope
+        return 0.5 / self._mix_length
 
     @property
     def centres(self) -> bool:
@@ -262,6 +265,12 @@ class Survival(Plugin):
             name: min(max(value, 0.0), 1.0) if clip and not math.isnan(value) else value
             for name, value in values.items()
         }
+
+    @property
+    def _mix_length(self) -> float:
+        """Length of a unit vector after mixing."""
+        num_intervals = len(self.boundaries)
+        return math.sqrt(self.variation**2 * (1.0 - 1.0 / num_intervals) + 1.0 / num_intervals)
 
     def _widths(self) -> list[float]:
         """Returns the width of each interval in parts of the whole."""

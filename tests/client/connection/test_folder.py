@@ -21,9 +21,11 @@ from client.config import Coordinator, SiteConfig, SiteTask
 from client.connection.folder import MARK, SITE_FILE, add_coordinator, find_marks, make_folder, take_kit
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import MAX_KIT_BYTES, read_kit
+from client.data.records import check_values
 from client.protocol.site import Site
 from common.offers import encode_offer, make_offer
 from common.privacy.noise import os_entropy
+from common.tasks import open_task
 from common.types import BadInput
 from common.yaml import load, write_yaml
 from tests.federation import Authority
@@ -114,6 +116,19 @@ def test_a_new_site_file_is_valid_once_its_marks_are_filled_in(tmp_path: Path, w
         assert list(config.tasks) == ["colour", "size"]
         assert (config.allow.solvers, config.unit) == (["dp_sgd"], "example")
         assert config.coordinator.ca.read_bytes() == (tmp_path / "north.crt").read_bytes()
+
+
+def test_a_new_site_file_has_a_column_for_each_cell_of_a_label(tmp_path: Path) -> None:
+    death = {"death": {"kind": "survival", "boundaries": [30, 90]}}
+    make_folder(tmp_path / "site", read_kit(kit(tmp_path, **{"offers/tiny.json": offer(tasks=death)})), None)
+    text = (tmp_path / "site" / SITE_FILE).read_text()
+    assert yaml.safe_load(text)["tasks"]["death"]["column"] == [MARK, MARK]
+    assert "your columns of time and event" in text
+    # The proposed values are some of one column, as a survival task needs them.
+    [line] = [line.strip() for line in text.splitlines() if line.strip().startswith("# values:")]
+    [values] = yaml.safe_load(line.removeprefix("# ").split("  ")[0]).values()
+    own = SiteTask(source="r", column=["days", MARK], values=values, missing="skip", public_size=1)
+    check_values("death", open_task(death["death"], "death"), own)
 
 
 def test_every_key_of_a_site_file_is_explained_in_a_new_one(tmp_path: Path) -> None:
