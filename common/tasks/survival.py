@@ -40,11 +40,15 @@ _METRICS = ("c_index", "brier", "calibration_error", "predicted_risk", "observed
 _BUCKETS_OF_GROUP = 4
 """Score buckets for each group of intervals: with 16 buckets pairs are compared over 4 groups, because every cell of
 bucket and group has noise of its own."""
+_LESS = 0.5
+"""Weight of all parts of a statistic but the risks' buckets, whose metric suffers most from noise: of Cox's predictions
+for 527 records of ACTG 175, 129 of them with an event, noise of 1 is an error of .031 in the C-index and not .048, and
+of .020 in the Brier score and not .015."""
 _NO_CLIPPING = 1.0 / 0.6
 """Clip norms are 0.6 of a slope (`common.model.auto`); of this one, they leave an event's gradient whole. Records
 without one have short gradients: to clip those of events alone would teach a lower hazard. On synthetic records at
-epsilon 3 the distance of predictions from the curve was .008 and .005 instead of .029 and .011 with 10 and 3 % events, and the
-same with 30 and 50 %; the C-index changed by less than its error, .002 to .012."""
+epsilon 3 the distance of predictions from the curve was .008 and .005 instead of .029 and .011 with 10 and 3 % events,
+and the same with 30 and 50 %; the C-index changed by less than its error, .002 to .012."""
 _MIDDLE_RISK, _RISK_SPREAD = -1.2, 1.25
 """Middle and spread of the logits of risks for which score buckets are made: most are finer than 0.5 between risks of
 3 % and 70 %."""
@@ -205,8 +209,8 @@ class Survival(Plugin):
         num_intervals, groups = len(self.boundaries), self._count_groups(buckets)
         return Statistic(
             size=5 * num_intervals + 1 + buckets * (2 * groups + 1),
-            # Four parts, each of length 1 at most: widths in parts of the whole add up to 1.
-            bound=2.0,
+            # Four parts, each of length 1 at most before its weight: widths in parts of the whole add up to 1.
+            bound=math.sqrt(1.0 + 3.0 * _LESS**2),
             entries=partial(self._entries, buckets),
             compute=partial(self._compute, buckets),
             ranges=dict.fromkeys(_METRICS, RATE),
@@ -241,12 +245,14 @@ class Survival(Plugin):
             ],
             dim=1,
         )
-        return SparseRows(index_BP, torch.cat([one_B1, without_BK, with_B1, predicted_BK, one_B1], dim=1))
+        other_BP = _LESS * torch.cat([one_B1, without_BK, with_B1, predicted_BK], dim=1)
+        return SparseRows(index_BP, torch.cat([other_BP, one_B1], dim=1))
 
     def _compute(self, buckets: int, sums_S: Array, clip: bool) -> dict[str, float]:
         num_intervals, width_K = len(self.boundaries), np.array(self._widths())
         ends = np.cumsum([2 * num_intervals + 1, 2 * num_intervals, num_intervals])
         cells_C, errors_2K, predicted_K, cells_TC = np.split(sums_S, ends)
+        cells_C, errors_2K, predicted_K = cells_C / _LESS, errors_2K / _LESS, predicted_K / _LESS
         counts = Counts.split(cells_C)
         if counts.total <= 0.0:
             return dict.fromkeys(_METRICS, math.nan)

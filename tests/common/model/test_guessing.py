@@ -77,6 +77,12 @@ def test_two_labels_are_told_apart_like_two_classes() -> None:
     assert several == pytest.approx(kept(Totals(300, 4), name="t", tasks=two), rel=1e-6)
 
 
+def test_events_and_their_absence_are_told_apart_like_two_classes() -> None:
+    death = {"t": {"kind": "survival", "boundaries": [1, 2, 3]}}
+    two = {"t": {"kind": "classification", "labels": ["no", "yes"]}}
+    assert kept(name="t", tasks=death) == pytest.approx(kept(name="t", tasks=two), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

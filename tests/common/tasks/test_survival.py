@@ -115,6 +115,23 @@ def test_a_record_counts_once_wherever_it_ends() -> None:
     assert set(rows.sum(dim=1).tolist()) == {0.0, 1.0} and (rows >= 0).all()
 
 
+def test_no_label_whatever_is_known_of_it_counts_more_than_one_record() -> None:
+    labels = torch.tensor(list(itertools.product((-1, 0, 1), repeat=len(ENDS))))
+    assert float(survival().count_labels(labels).norm(dim=1).max()) == 1.0
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_outputs_that_are_no_numbers_are_bounded_too(value: float) -> None:
+    task = survival()
+    outputs = torch.zeros(3, len(ENDS))
+    outputs[0, 1], outputs[1] = value, value
+    labels = torch.stack([task.codec.encode(["60", "1"])] * 3)
+    for buckets in (NOISED_BUCKETS, EXACT_BUCKETS):
+        rows = task.statistic(buckets).rows(outputs, labels)
+        assert rows.isfinite().all() and float(rows.norm(dim=1).max()) <= task.statistic(buckets).bound
+    assert task.codec.decode(outputs)[2] == ["10.0", "1"]
+
+
 def test_the_baseline_is_the_observed_hazard_of_each_interval() -> None:
     task = survival(variation=0.2)
     labels = draw(task, 500, 1)[1]
