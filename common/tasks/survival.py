@@ -384,12 +384,14 @@ class SurvivalCodec:
     def _find_median(self, survival: Sequence[float]) -> list[str]:
         at = next((index for index, value in enumerate(survival) if value <= 0.5), None)
         if at is None:
-            return [repr(float(self.boundaries[-1])), "0"]
+            return [f"{self.boundaries[-1]:.17g}", "0"]
         start, before = (self.boundaries[at - 1], survival[at - 1]) if at else (0.0, 1.0)
         end = self.boundaries[at]
         # An event at the start would be one of the interval before.
         part = max((before - 0.5) / (before - survival[at]), 1e-6)
-        return [repr(min(start + part * (end - start), end)), "1"]
+        time = min(start + part * (end - start), end)
+        text = f"{time:.6g}"
+        return [text if start < float(text) <= end else repr(time), "1"]
 
 
 def mix(values_BK: Tensor, variation: float) -> Tensor:
