@@ -187,6 +187,11 @@ class Survival(Plugin):
         sums_C = self.count_labels(known_labels).double().sum(dim=0).numpy()
         return features.new_tensor(self.compute_offset(sums_C, 0.0)).expand(len(features), -1)
 
+    def join_cells(self, cells: Sequence[str]) -> str:
+        """Returns the median time, with `>` before it where it lies after the last boundary."""
+        time, event = cells
+        return time if event == "1" else f">{time}"
+
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns `risk`, then one column for each boundary."""
         del num_outputs
@@ -384,7 +389,7 @@ class SurvivalCodec:
     def _find_median(self, survival: Sequence[float]) -> list[str]:
         at = next((index for index, value in enumerate(survival) if value <= 0.5), None)
         if at is None:
-            return [f"{self.boundaries[-1]:.17g}", "0"]
+            return [repr(float(self.boundaries[-1])).removesuffix(".0"), "0"]
         start, before = (self.boundaries[at - 1], survival[at - 1]) if at else (0.0, 1.0)
         end = self.boundaries[at]
         # An event at the start would be one of the interval before.

@@ -129,7 +129,7 @@ def test_outputs_that_are_no_numbers_are_bounded_too(value: float) -> None:
     for buckets in (NOISED_BUCKETS, EXACT_BUCKETS):
         rows = task.statistic(buckets).rows(outputs, labels)
         assert rows.isfinite().all() and float(rows.norm(dim=1).max()) <= task.statistic(buckets).bound
-    assert task.codec.decode(outputs)[2] == ["10.0", "1"]
+    assert task.codec.decode(outputs)[2] == ["10", "1"]
 
 
 def test_the_baseline_is_the_observed_hazard_of_each_interval() -> None:
@@ -164,6 +164,21 @@ def test_the_prediction_is_the_median_time() -> None:
     # 0.75, 0.5; 0.5; never; 0.7, 0.35 of which 0.5 lies 4/7 of the way.
     assert [event for _, event in cells] == ["1", "1", "0", "1"]
     assert [float(time) for time, _ in cells] == pytest.approx([20.0, 10.0, 100.0, 10.0 + 10.0 * 4 / 7])
+
+
+def test_people_read_a_time_and_whether_it_lies_later() -> None:
+    task: Any = survival(variation=1.0)
+    cells = task.codec.decode(torch.tensor([[1.0, 0.0, 0.0, 0.0], [-9.0, -9.0, -9.0, -9.0]]))
+    assert [task.join_cells(each) for each in cells] == ["6.8394", ">100"]  # 5 / sigmoid(1)
+
+
+def test_what_is_served_is_the_lost_part_of_the_time_and_the_curve() -> None:
+    task: Any = survival(variation=1.0)
+    assert task.name_served(4) == ["risk", "survival_10", "survival_20", "survival_50", "survival_100"]
+    served = task.serve(torch.logit(torch.tensor([[0.5, 0.2, 0.25, 0.0001]])))[0].tolist()
+    assert served[1:] == pytest.approx([0.5, 0.4, 0.3, 0.29997])
+    # Of 100: 7.5, 4.5, 10.5 and 15 are lived, as areas under straight lines.
+    assert served[0] == pytest.approx(1 - (7.5 + 4.5 + 10.5 + 14.99925) / 100)
 
 
 # --- metrics against definitions -------------------------------------------------------------------------------------
