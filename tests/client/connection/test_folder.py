@@ -122,12 +122,12 @@ def test_a_new_site_file_has_a_column_for_each_cell_of_a_label(tmp_path: Path) -
     death = {"death": {"kind": "survival", "boundaries": [30, 90]}}
     make_folder(tmp_path / "site", read_kit(kit(tmp_path, **{"offers/tiny.json": offer(tasks=death)})), None)
     text = (tmp_path / "site" / SITE_FILE).read_text()
-    assert yaml.safe_load(text)["tasks"]["death"]["column"] == [MARK, MARK]
+    assert yaml.safe_load(text)["tasks"]["death"]["label"] == [MARK, MARK]
     assert "your columns of time and event" in text
     # The proposed values are some of one column, as a survival task needs them.
     [line] = [line.strip() for line in text.splitlines() if line.strip().startswith("# values:")]
     [values] = yaml.safe_load(line.removeprefix("# ").split("  ")[0]).values()
-    own = SiteTask(source="r", column=["days", MARK], values=values, missing="skip", public_size=1)
+    own = SiteTask(source="r", label=["days", MARK], values=values, missing="skip", public_size=1)
     check_values("death", open_task(death["death"], "death"), own)
 
 
