@@ -281,6 +281,30 @@ candidates:
 scorer: {kind: constant}
 """
 
+FORMAT = '''
+"""The names of what a network serves, one in each line."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from common.plugins import Plugin
+
+
+class Names(Plugin):
+    """A file of names."""
+
+    kind: Literal["names"] = "names"
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    one_task: ClassVar[bool] = False
+
+    def write(self, exported: Any, folder: Path) -> list[str]:
+        """Writes names.txt."""
+        names = [name for columns in exported.list_columns().values() for name in columns]
+        (folder / "names.txt").write_text("\\n".join(names))
+        return ["`names.txt` has the names."]
+'''
+
 CONFIG = """
 run:
   name: pendulums
@@ -316,6 +340,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("common/tasks/above.py", TASK),
         ("client/scorers/constant.py", SCORER),
         ("server/rounds/aggregators/trimmed.py", AGGREGATOR),
+        ("common/exports/names.py", FORMAT),
         ("candidates.yaml", CANDIDATES),
         ("pendulums.yaml", CONFIG),
     ):
@@ -351,6 +376,24 @@ def test_sites_vote_by_a_new_scorer(rooms: Path) -> None:
     choice = json.loads(done.stdout)
     assert choice["price"]["sensitivity"] == 1.001 and choice["min_size"] == 13
     assert len(choice["site_votes"]) == 3
+
+
+def test_a_new_format_exports_what_is_there_and_a_backbone_without_raw_inputs_is_refused(rooms: Path) -> None:
+    for name in ("headwater", "tests"):
+        shutil.copytree(ROOT / name, rooms / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    script = (
+        "from pathlib import Path; from tests.finished import write_finished;"
+        "write_finished(Path('vectors'), {'kind': 'identity', 'dim': 3});"
+        "write_finished(Path('spectra'), {'kind': 'spectrum', 'steps': 16})"
+    )
+    made = python(rooms, "-c", script)
+    assert made.returncode == 0, made.stderr
+    done = python(rooms, "-m", "headwater", "export", "vectors", "names", "--format", "names")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (rooms / "names" / "names.txt").read_text() == "none\nglioma\nmeningioma"
+    refused = python(rooms, "-m", "headwater", "export", "spectra", "no", "--format", "names")
+    assert refused.returncode == 2 and "expected a kind with raw inputs" in refused.stderr
+    assert not (rooms / "no").exists()
 
 
 @pytest.mark.slow

@@ -113,6 +113,11 @@ def write_export(
         write_atomic(folder / "preprocessing.json", exported.write_metadata())
         for name, content in exported.files.items():
             write_atomic(folder / name, content)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                # Libraries write with the user's mask.
+                path.chmod(0o600)
+        # Last: a folder without it is not whole.
         write_atomic(folder / "README.md", write_card(exported, opened.kind, used).encode())
     except BaseException:
         for path in folder.iterdir():

@@ -43,6 +43,8 @@ def test_an_export_states_its_inputs_and_outputs_and_has_a_card(name: str, model
     assert stated["inputs"] and all(each["shape"][0] == "batch" for each in stated["inputs"])
     assert [each["columns"] for each in stated["outputs"]] == [["none", "glioma", "meningioma"]]
     assert "run-1" in (tmp_path / "out" / "README.md").read_text()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files), "others decide nothing before the owner does"
 
 
 @pytest.mark.parametrize("name", FORMATS)
