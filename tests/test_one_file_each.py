@@ -369,7 +369,7 @@ def test_a_new_task_backbone_source_and_aggregator_run_a_private_federation(room
 
 
 def test_sites_vote_by_a_new_scorer(rooms: Path) -> None:
-    task, labels = "run.tasks.long={kind: classification, labels: [short, long]}", "tasks.long.column=size"
+    task, labels = "run.tasks.long={kind: classification, labels: [short, long]}", "tasks.long.label=size"
     options = ("--backbones", "candidates.yaml", "--epsilon", "2", "--out", "chosen", "--json")
     done = python(rooms, "-m", "simulations", "choose", "pendulums.yaml", "--set", task, "--set", labels, *options)
     assert done.returncode == 0, done.stdout + done.stderr
