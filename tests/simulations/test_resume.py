@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from common.types import BadInput
 from server.rounds.checkpoint import load_checkpoint
 from simulations.experiment import resume, run
 from simulations.partition import read_sites
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Interrupted(Exception):
@@ -114,3 +118,37 @@ def test_another_runs_checkpoint_is_not_resumed(simulation_file: Path, tmp_path:
     (tmp_path / "one" / "checkpoint.safetensors").replace(tmp_path / "two" / "checkpoint.safetensors")
     with pytest.raises(BadInput, match="expected a checkpoint of this run"):
         resume(tmp_path / "two")
+
+
+DIES = """
+import os, signal, sys
+from client.data.encoding import partial
+from simulations.experiment import run
+
+partial.BLOCK_S = 0.0
+
+def observe(phase, done, total):
+    if phase == "encoding":
+        print(done, total, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(sys.argv[1], out=__import__("pathlib").Path(sys.argv[2]), observe=observe)
+"""
+
+
+def test_a_simulation_that_is_killed_while_it_encodes_goes_on_there(simulation_file: Path, tmp_path: Path) -> None:
+    died = subprocess.run(
+        [sys.executable, "-c", DIES, simulation_file, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert died.returncode == -9, died.stderr
+    begun, total = map(int, died.stdout.split())
+    assert 0 < begun < total == 180
+    told: list[tuple[int, int]] = []
+    summary = resume(
+        tmp_path / "run", observe=lambda phase, *steps: told.append(steps) if phase == "encoding" else None
+    )
+    assert summary.status == "completed"
+    assert told[0] == (begun, total), "it goes on where it was"
+    run(simulation_file, out=tmp_path / "whole", overrides=["cache_dir=other"])
+    (cut,), (whole,) = (list((tmp_path / name).glob("features/*/features.npy")) for name in ("cache", "other"))
+    assert cut.read_bytes() == whole.read_bytes() and cut.parent.name == whole.parent.name

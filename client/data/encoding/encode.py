@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
@@ -210,6 +211,7 @@ def _name_device(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+@cache
 def _name_versions() -> str:
     return f"torch {torch.__version__}, numpy {np.__version__}, code {compute_code_digest()}"
 

@@ -15,6 +15,7 @@ from common.process.lines import (
     JsonFormatter,
     LogFormat,
     ProgressLines,
+    describe_pace,
     read_error,
     show_line,
     use_log_format,
@@ -103,3 +104,16 @@ def test_a_short_work_and_the_next_one_say_nothing() -> None:
             now[0] = start + step
             show(step + 1, 5)
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("done", "left", "seconds", "said"),
+    [
+        (50, 100, 10.0, ", 5 a second, about 20 s left"),
+        (2, 30, 20.0, ", 10 s each, about 5 min left"),
+        (0, 100, 10.0, ""),
+        (100, 0, 10.0, ""),
+    ],
+)
+def test_a_pace_is_said_by_what_is_larger_than_one(done: int, left: int, seconds: float, said: str) -> None:
+    assert describe_pace(done, left, seconds) == said
