@@ -17,13 +17,14 @@ from pydantic import (
     PrivateAttr,
     SerializerFunctionWrapHandler,
     StringConstraints,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
 from common.errors import nearest
 from common.plugins import Frozen, Spec, resolve
-from common.types import DELTAS, EPSILONS, MAX_BACKBONES, NOISE_MULTIPLIERS, Unit
+from common.types import DELTAS, EPSILONS, MAX_BACKBONES, NOISE_MULTIPLIERS, BadInput, Unit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
@@ -351,7 +352,15 @@ class RunConfig(Frozen):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _choose_settings(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _choose_settings(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        # Only its own file may name a table: an offer comes from elsewhere.
+        if isinstance(values, Mapping) and info.context and info.context.get("is_file"):
+            from common.backbones.parts.columns import replace_ranges  # Here: most files name none.
+
+            try:
+                values = replace_ranges(values, info.context["base"])
+            except BadInput as error:
+                raise ValueError(str(error)) from error
         if not (isinstance(values, Mapping) and _find_kind(values.get("solver")) == AUTO):
             return handler(values)
         from common.model.auto import choose_settings  # Here: it reads what this module defines.

@@ -60,7 +60,7 @@ def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model
     values = read_yaml(path, overrides)
     _refuse_another_file(model, values, path)
     try:
-        return parse(model, values, base=path.resolve().parent)
+        return _parse(model, values, {"base": path.resolve().parent, "is_file": True})
     except BadInput as error:
         raise BadInput(f"{error} (in {path})") from error
 
@@ -84,8 +84,12 @@ def parse(model: type[Model], values: Mapping[str, Any], *, base: Path) -> Model
     Raises:
         BadInput: in one sentence what is wrong and where.
     """
+    return _parse(model, values, {"base": base})
+
+
+def _parse(model: type[Model], values: Mapping[str, Any], context: Mapping[str, Any]) -> Model:
     try:
-        return model.model_validate(values, context={"base": base})
+        return model.model_validate(values, context=dict(context))
     except ValidationError as error:
         raise BadInput(describe(error, model)) from error
 

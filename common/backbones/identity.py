@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from common.backbones import Architecture, Example, Projection, RawInputs
 from common.backbones.parts.columns import Column
-from common.plugins import Plugin
+from common.plugins import LocalPath, Plugin
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 @final
 class Identity(Plugin):
-    """Settings of given features. Exactly one of `columns` and `dim`.
+    """Settings of given features. Exactly one of `columns`, `ranges` and `dim`.
 
     Attributes:
         columns: what is made of each column, in this order; other columns of a record are not read.
+        ranges: a CSV `column,lowest,highest,levels,missing,indicator` that says the same; levels are separated by `|`,
+            `missing` may be `middle`. It is read with the run or simulation file that names it, and becomes `columns`.
         dim: length of vectors that already are features.
         missing_values: cell texts that mean an empty cell; the empty text always does.
         projection: its `dim` and `shift: batch_norm` are not possible here.
@@ -31,12 +33,16 @@ class Identity(Plugin):
 
     kind: Literal["identity"] = "identity"
     columns: Annotated[tuple[Column, ...], Field(min_length=1)] | None = None
+    ranges: Annotated[LocalPath | None, Field(exclude=True)] = None
     dim: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     missing_values: tuple[str, ...] = ("",)
     projection: Projection | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Identity:
+        if self.ranges is not None:
+            # Never read here: settings also come from others.
+            raise ValueError("ranges: expected it in a run file or simulation file only; write `columns` here")
         if (self.columns is None) == (self.dim is None):
             raise ValueError("expected exactly one of columns and dim")
         names = [column.name for column in self.columns or ()]

@@ -1,19 +1,45 @@
 """One column of a table as inputs: scaled by a declared public range, or one-hot over declared public levels.
 
-Nothing is estimated from data: ranges, levels and imputed values are written by whoever writes the run.
+Nothing is estimated from data: ranges, levels and imputed values are written by whoever writes the run. A table may say
+all columns at once:
+
+    column,lowest,highest,levels,missing,indicator
+    age,0,110,,middle,
+    sex,,,f|m,refuse,
+
+It is read with the run file that names it as `ranges`, and becomes `columns`: no path travels, and the digest covers
+what it says.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from common.errors import describe, instead
 from common.inputs import CellName, CellNames, find_name, parse_number
 from common.plugins import Frozen
-from common.types import BadRecord
+from common.types import BadInput, BadRecord
 
 REFUSE = "refuse"
+
+HEADER = ("column", "lowest", "highest", "levels", "missing", "indicator")
+FILL_IN = "FILL_IN"
+"""Stands where a person has to write a number or a word that is public."""
+
+BETWEEN = "|"
+"""Stands between the levels of a cell."""
+
+MIDDLE = "middle"
+"""Word for the middle of the range as the value in place of an empty cell."""
+
+_NO_WORDS, _YES_WORDS = ("", "no", "false", "0"), ("yes", "true", "1")
+_MOST_BYTES = 1 << 24
 
 
 class Column(Frozen):
@@ -82,3 +108,98 @@ class Column(Frozen):
             return find_name(text, self.levels) is not None
         value = parse_number(text)
         return value is not None and self.range is not None and self.range[0] <= value <= self.range[1]
+
+
+def replace_ranges(values: Mapping[str, Any], base: Path) -> Mapping[str, Any]:
+    """Returns a run file's values with `columns` in place of each backbone's `ranges`.
+
+    Raises:
+        BadInput: a table cannot be read, or says too little; names the key.
+    """
+    several = values.get("backbones")
+    if isinstance(several, Mapping):
+        named = {name: _replace(spec, base, f"backbones.{name}") for name, spec in several.items()}
+        return {**values, "backbones": named}
+    return {**values, "backbone": _replace(values["backbone"], base, "backbone")} if "backbone" in values else values
+
+
+def _replace(spec: Any, base: Path, key: str) -> Any:
+    if not (isinstance(spec, Mapping) and spec.get("kind") == "identity" and isinstance(spec.get("ranges"), str)):
+        return spec
+    if spec.get("columns") is not None:
+        raise BadInput(f"{key}.ranges: expected either it or `columns`, got both")
+    others = {name: value for name, value in spec.items() if name != "ranges"}
+    return {**others, "columns": read_ranges(base / Path(spec["ranges"]).expanduser(), f"{key}.ranges")}
+
+
+def read_ranges(path: Path, key: str) -> list[dict[str, Any]]:
+    """Returns a table of ranges as the settings of columns.
+
+    Args:
+        path: the table, a CSV; a semicolon may separate its cells, and then a comma may be its decimal sign.
+        key: key of the setting, for messages.
+
+    Raises:
+        BadInput: it cannot be read, or a column's cells are wrong or still to be filled in; names the column.
+    """
+    where = f"{key}: {path}"
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{where}: expected a readable CSV of public ranges{instead(error)}") from None
+    first = text.partition("\n")[0]
+    separator = ";" if ";" in first and "," not in first else ","
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+    except csv.Error as error:
+        raise BadInput(f"{where}: expected a readable CSV of public ranges, got a damaged one") from error
+    rows = [[cell.strip() for cell in line] for line in lines if any(cell.strip() for cell in line)]
+    names = rows[0] if rows else []
+    if not set(HEADER[:-1]) <= set(names) <= set(HEADER) or len(set(names)) < len(names):
+        raise BadInput(f"{where}: expected a first line {','.join(HEADER)}, the last of them optional; got another")
+    if len(rows) < 2:
+        raise BadInput(f"{where}: expected a line for each column, got none")
+    columns = []
+    for number, row in enumerate(rows[1:], start=1):
+        if len(row) > len(names):
+            raise BadInput(f"{where}: line {number} below the first: expected {len(names)} cells, got {len(row)}")
+        cells = dict(zip(names, [*row, *[""] * (len(names) - len(row))], strict=True))
+        columns.append(_make_column({"indicator": "", **cells}, where, separator == ";"))
+    return columns
+
+
+def _make_column(cells: Mapping[str, str], where: str, has_decimal_comma: bool) -> dict[str, Any]:
+    where = f"{where}: column {cells['column']!r}"
+    for name in HEADER[1:]:
+        if cells[name].upper() == FILL_IN:
+            raise BadInput(
+                f"{where}: expected a public value in the cell {name}, got {FILL_IN}; write one in its place"
+            )
+    if cells["indicator"].lower() not in (*_NO_WORDS, *_YES_WORDS):
+        raise BadInput(f"{where}: expected yes or no in the cell indicator, got {cells['indicator'][:40]!r}")
+    values: dict[str, Any] = {"name": cells["column"], "missing": cells["missing"] or REFUSE}
+    if cells["levels"]:
+        values["levels"] = [level.strip() for level in cells["levels"].split(BETWEEN)]
+    if cells["lowest"] or cells["highest"]:
+        ends = [_read_end(cells, name, where, has_decimal_comma) for name in ("lowest", "highest")]
+        values["range"] = ends
+        if values["missing"] == MIDDLE:
+            values["missing"] = f"{sum(ends) / 2:.12g}"
+    if cells["indicator"].lower() in _YES_WORDS:
+        values["indicator"] = True
+    try:
+        Column.model_validate(values)
+    except ValidationError as error:
+        raise BadInput(describe(error, Column, where)) from None
+    return values
+
+
+def _read_end(cells: Mapping[str, str], name: str, where: str, has_decimal_comma: bool) -> float:
+    text = cells[name]
+    number = parse_number(text.replace(",", ".") if has_decimal_comma else text)
+    if number is None:
+        raise BadInput(f"{where}: expected a number in the cell {name}, got {text[:40]!r}")
+    return number
