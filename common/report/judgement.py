@@ -12,7 +12,15 @@ from common.events import FEDERATED, PERSONAL, Interval
 
 Judgement = Literal["better", "not distinguishable", "worse", "unknown"]
 
-_METRICS = {"auroc": "AUROC", "mae": "mean absolute error", "rmse": "root mean squared error", "r2": "R²"}
+_METRICS = {
+    "auroc": "AUROC",
+    "brier": "Brier score",
+    "c_index": "C-index",
+    "eer": "equal error rate",
+    "mae": "mean absolute error",
+    "r2": "R²",
+    "rmse": "root mean squared error",
+}
 
 
 def judge_difference(interval: Interval | None, *, is_error: bool) -> Judgement:

@@ -53,7 +53,17 @@ def show_privacy(run: ReportedRun) -> Section:
     else:
         lead = "This run is not private: its updates carried no noise, and nothing bounds what they tell of a unit."
     figures = [_draw_epsilons(run, traced)] if traced else []
-    return Section("Privacy spent", lead, figures, [table] if rows else [], [_describe_audit(run)])
+    remarks = [_describe_audit(run)]
+    if any(
+        update.plan.sampling_rate < 1.0
+        for ended in select_rounds(run.events).values()
+        for update in ended.sites.values()
+    ):
+        remarks.append(
+            "Records are sampled in this run: the line is the bound that is computed at once, and what the table says, "
+            "from a slower computation, may be smaller."
+        )
+    return Section("Privacy spent", lead, figures, [table] if rows else [], remarks)
 
 
 def _draw_epsilons(run: ReportedRun, traced: Mapping[str, list[tuple[int, float]]]) -> Figure:
