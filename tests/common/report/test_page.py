@@ -104,7 +104,7 @@ def test_a_figure_s_colours_are_the_page_s() -> None:
 def test_names_with_signs_of_formulas_are_drawn_as_they_are() -> None:
     for figure in make_figures("a $x^2$ & _b_ $"):
         texts = [each.text or "" for each in ElementTree.fromstring(figure.svg).iter() if each.tag.endswith("text")]
-        assert any(text.endswith("a $x^2$ & _b_ $") or text == "a $x^2$ & _b…" for text in texts), texts
+        assert any("a $x^2$ & _b_" in text for text in texts), texts
 
 
 def test_names_of_other_scripts_and_control_characters_are_no_fault() -> None:
