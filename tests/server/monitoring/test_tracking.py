@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from common.events import FileJournal, RoundEnded, RunEnded, RunInterruption, RunStarted
+from server.__main__ import app
 from server.monitoring.tracking import tracked_runs
 from server.reports.trackers import open_trackers
 from tests.server.deployment.federations import new_federation
@@ -39,3 +42,11 @@ def test_runs_that_go_on_are_followed_and_finished_ones_are_left(tmp_path: Path)
         new.write(RunEnded(updates={}, heads="00"))
     assert read_rounds(tmp_path / "curves" / "tensorboard" / "new") == [1, 2]
     assert not (tmp_path / "curves" / "tensorboard" / "old").exists()
+
+
+def test_a_coordinator_in_the_background_takes_no_tracker(tmp_path: Path) -> None:
+    federation = new_federation(tmp_path / "fed")
+    words = ["serve", str(federation.folder), "--background", "--tracker", "tensorboard"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "--tracker: expected it without --background" in " ".join(result.stderr.split())

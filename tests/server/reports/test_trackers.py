@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +21,7 @@ from common.events import (
 )
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.types import Plan, Unit
-from server.reports.trackers import open_trackers
+from server.reports.trackers import TrackedRun, open_trackers
 from server.reports.trackers.parts.follow import tracked
 from server.reports.trackers.parts.points import PointMaker
 
@@ -90,3 +93,31 @@ def test_an_unreadable_metric_is_no_point() -> None:
     noised = NoisedMetrics(metrics={"auroc": None}, standard_errors={"auroc": 9.0}, sites=("a",))
     made = PointMaker().make(HeadsEvaluated(round=1, tasks={"t": noised}, noise_multipliers={}))
     assert made == []
+
+
+class Stuck:
+    """A tracker that never begins, as one does that waits for a network."""
+
+    kind = "stuck"
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+
+    def begin(self, folder: Path, run_id: str, settings: Mapping[str, str]) -> TrackedRun:
+        del folder, run_id, settings
+        time.sleep(30.0)
+        raise AssertionError("it was to be left alone")
+
+
+def test_a_tracker_that_hangs_is_left_alone_when_the_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.reports.trackers.parts.follow._END_S", 0.5)
+    lines, began = list[str](), time.monotonic()
+
+    def show(line: str, **_: object) -> None:
+        lines.append(line)
+
+    with tracked(tmp_path / "run", [Stuck()], show=show):
+        write_run(FileJournal(tmp_path / "run" / "journal.jsonl"))
+    assert time.monotonic() - began < 20.0
+    assert lines == ["--tracker stuck: given up, the run goes on: it did not end within 0.5 s of the run"]
