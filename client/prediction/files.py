@@ -74,9 +74,11 @@ class FileKind:
     require: Callable[[], None] = lambda: None
 
 
+_DICOM = FileKind("DICOM files", frozenset({".dcm", ".dicom"}), _read_dicom, True, _require_package("pydicom", "dicom"))
+
 FILE_KINDS = (
     FileKind("pictures", PICTURES, lambda data, path: read_picture(io.BytesIO(data))),
-    FileKind("DICOM files", frozenset({".dcm", ".dicom"}), _read_dicom, True, _require_package("pydicom", "dicom")),
+    _DICOM,
     FileKind("NIfTI volumes", frozenset({".nii", ".nii.gz"}), _read_nifti, True, _require_package("nibabel", "nifti")),
     FileKind("recordings", RECORDINGS, lambda data, path: read_recording(data), require=require_soundfile),
     FileKind("arrays", frozenset({".npy"}), lambda data, path: read_series(data, binary=True)),
@@ -85,10 +87,29 @@ FILE_KINDS = (
 """In this order they are tried where a folder holds several."""
 
 
-def find_kind(name: str) -> FileKind | None:
-    """Returns how a file of this name is read; None where no model reads such files."""
+def find_kind(name: str, path: Path | None = None) -> FileKind | None:
+    """Returns how a file is read; None where no model reads such files.
+
+    Args:
+        name: its name.
+        path: its path, by whose first bytes a DICOM file without a suffix is known; None where it has none.
+    """
     lower = name.lower()
-    return next((kind for kind in FILE_KINDS if lower.endswith(tuple(kind.suffixes))), None)
+    found = next((kind for kind in FILE_KINDS if lower.endswith(tuple(kind.suffixes))), None)
+    if found is None and path is not None and not Path(name).suffix.strip(".0123456789") and _is_dicom(path):
+        return _DICOM
+    return found
+
+
+def _is_dicom(path: Path) -> bool:
+    """Returns whether a file begins as a DICOM file does; scanners often name them by numbers alone."""
+    try:
+        if not path.is_file():
+            return False  # A pipe would be waited for.
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def list_suffixes() -> str:
@@ -143,7 +164,8 @@ def open_files(path: Path) -> list[LooseFiles]:
     """
     if path.is_file() and path.suffix.lower() not in (".zip", ".whl"):
         return list_files([str(path)], {str(path): path.name})
-    tree = open_tree(path, "files").chosen(lambda name: find_kind(name.name) is not None)
+    whole = open_tree(path, "files")
+    tree = whole.chosen(lambda name: find_kind(name.name, None if whole.archive else path / name) is not None)
     if not tree.stamps:
         raise BadInput(f"{path}: expected files that a model can read ({list_suffixes()}), found none")
     found = _divide(
@@ -169,7 +191,7 @@ def list_files(paths: Sequence[str | Path], shown: Mapping[str, str] | None = No
     """
     names = [(shown or {}).get(str(path), str(path)) for path in paths]
     located = dict(zip(names, map(Path, paths), strict=True))
-    unknown = [path.suffix for name, path in located.items() if find_kind(name) is None]
+    unknown = [path.suffix for name, path in located.items() if find_kind(name, path) is None]
     if unknown or not located:
         got = f"a file that ends in {unknown[0]!r}" if unknown else "none"
         raise BadInput(f"data: expected files that a model can read ({list_suffixes()}), got {got}")
@@ -184,7 +206,7 @@ def _divide(
 ) -> list[LooseFiles]:
     found = []
     for kind in FILE_KINDS:
-        own = [name for name in names if find_kind(name) is kind]
+        own = [name for name in names if find_kind(name, locate(name) if kind is _DICOM else None) is kind]
         if own:
             kind.require()
             found.append(LooseFiles(kind, own, fetch, locate, stamps))

@@ -100,7 +100,7 @@ def _open_path(path: Path, backbone: Backbone, columns: Sequence[str]) -> PlainD
         separator = "," if suffix == ".parquet" else _guess_separator(path)
         rows = [dict(row) for row in read_frame(path, separator).to_dict("records")]
         return _open_rows(path, rows, backbone, columns, root=path.parent.resolve())
-    if find_kind(path.name) is None:
+    if find_kind(path.name, path) is None:
         raise BadInput(
             f"{path}: expected a folder, a table ({', '.join(sorted(TABLES))}), .npz or a file that a model can read "
             f"({list_suffixes()}), got one that ends in {path.suffix!r}"
@@ -191,7 +191,7 @@ def _find_column(path: Path, known: Sequence[str], usual: Sequence[str], what: s
 
 
 def _read_any(path: Path) -> Any:
-    kind = find_kind(path.name)
+    kind = find_kind(path.name, path)
     if path.is_dir():
         kind = next(kind for kind in FILE_KINDS if kind.name == "DICOM files")
     if kind is None:

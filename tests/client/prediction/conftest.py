@@ -30,6 +30,7 @@ def make_backbones(folder: Path, names: tuple[str, ...]) -> dict[str, Backbone]:
     made: dict[str, Callable[[], Backbone]] = {
         "pictures": lambda: open_random({"kind": "small_cnn", "input_size": SIDE}, "b", 1),
         "texts": lambda: open_pretrained(Transformers.example(folder).settings, "b"),
+        "sounds": lambda: open_pretrained({"kind": "log_mel", "sample_rate": 8000, "range_hz": [60.0, 3800.0]}, "b"),
         "rows": lambda: open_pretrained(
             {
                 "kind": "identity",

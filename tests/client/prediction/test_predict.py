@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ import pytest
 from click.testing import Result
 from PIL import Image
 from pyarrow import parquet
+from scipy.io import wavfile
 from typer.testing import CliRunner
 
 import headwater
+from client.data.sources.dicom import write_dicom
+from client.data.sources.nifti import Nifti
+from client.data.sources.parts.recordings import example_recordings
 from client.prediction import records as records_module
 from client.prediction.data import choose_tasks, open_records
 from client.prediction.output import plan_output
 from client.prediction.predict import write_predictions
-from common.inputs import Text
+from common.inputs import Audio, Text
 from common.types import BadInput
 from headwater.__main__ import make_app
-from tests.client.prediction.conftest import FINDING, MakeModel, write_pictures
+from tests.client.prediction.conftest import FINDING, SIDE, MakeModel, write_pictures
 
 ON_PICTURES = {"finding": {**FINDING, "backbone": "pictures"}}
 ON_ROWS = {"finding": {**FINDING, "backbone": "rows"}}
@@ -166,6 +171,48 @@ def test_a_table_lists_files_beside_it_and_no_others(make_model: MakeModel, tmp_
         found = loaded.predict(table)
     assert found["file"].tolist() == ["scan001.png", "scan000.png"] and found["row"].tolist() == [1, 3]
     assert found.attrs["rejected"][0]["reason"] == "file path is empty or leaves the folder"
+
+
+def test_recordings_are_read_from_a_folder_and_from_a_zip(make_model: MakeModel, tmp_path: Path) -> None:
+    loaded = headwater.load(make_model({"finding": {**FINDING, "backbone": "sounds"}}))
+    (tmp_path / "clips" / "ward").mkdir(parents=True)
+    tones = [tone.astype(np.float32) / 32768 for tone in example_recordings(3)]
+    with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
+        for number, tone in enumerate(tones):
+            path = tmp_path / "clips" / "ward" / f"{number}.wav"
+            wavfile.write(path, 8000, (tone * 32768).astype(np.int16))
+            archive.write(path, f"ward/{number}.wav")
+    expected = loaded([Audio(tone, 8000) for tone in tones])["finding"].numpy()
+    for data in (tmp_path / "clips", tmp_path / "clips.zip"):
+        found = loaded.predict(data)
+        assert found["file"].tolist() == ["ward/0.wav", "ward/1.wav", "ward/2.wav"]
+        assert np.allclose(found[["finding.normal", "finding.ill"]], expected, atol=1e-6)
+
+
+def test_scans_are_read_from_a_folder(make_model: MakeModel, tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    loaded = headwater.load(make_model(ON_PICTURES))
+    rng = np.random.default_rng(0)
+    for folder in ("dicom", "nifti"):
+        (tmp_path / folder).mkdir()
+    pictures = rng.integers(0, 256, (2, SIDE, SIDE), dtype=np.uint16)
+    tags = {"WindowCenter": 127.5, "WindowWidth": 255, "PatientID": "q7-ann"}
+    write_dicom(tmp_path / "dicom" / "0.dcm", pictures[0], **tags)
+    write_dicom(tmp_path / "dicom" / "1", pictures[1], **tags)
+    write_dicom(tmp_path / "dicom" / "2.dcm", pictures[1])
+    (tmp_path / "dicom" / "README").write_text("no suffix, no DICOM file")
+    with pytest.warns(UserWarning, match="1 record"):
+        found = loaded.predict(tmp_path / "dicom")
+    assert found["file"].tolist() == ["0.dcm", "1"] and "q7-ann" not in str(found)
+    assert "without a window of its own" in found.attrs["rejected"][0]["reason"]
+    expected = loaded(list(pictures.astype(np.uint8)))["finding"].numpy()
+    assert np.allclose(found[["finding.normal", "finding.ill"]], expected, atol=1e-6)
+    volume = nibabel.Nifti1Image(rng.normal(size=(SIDE, SIDE, 3)).astype(np.float32), np.eye(4))
+    nibabel.save(volume, tmp_path / "nifti" / "a.nii.gz")
+    slices = Nifti(kind="nifti", path=tmp_path / "nifti").read(tmp_path / "nifti" / "a.nii.gz")
+    expected = loaded([slices])["finding"].numpy()
+    found = loaded.predict(tmp_path / "nifti" / "a.nii.gz")
+    assert np.allclose(found[["finding.normal", "finding.ill"]], expected, atol=1e-6)
 
 
 def test_arrays_are_read_from_the_one_that_holds_records(make_model: MakeModel, tmp_path: Path) -> None:
