@@ -190,8 +190,9 @@ def explain_attacks(units: str) -> str:
     return (
         f"Membership inference with {units}: members trained the model, others were held out. The loss attack takes a "
         "unit with a small loss for a member; LiRA (offline, one spread for all) compares its loss with heads that "
-        "were trained without it, on random halves of the same units. A bound is the largest value that the charges "
-        "of section 4 allow to any attack; where the site's releases were one Gaussian mechanism it is exact, "
+        "were trained without it, on random halves of the same units. Where units were held out by something else than "
+        "chance, such as a published split, the attacks see that difference too. A bound is the largest value that the "
+        "charges of section 4 allow to any attack; where the site's releases were one Gaussian mechanism it is exact, "
         "otherwise it follows from ε and δ."
     )
 

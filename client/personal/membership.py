@@ -80,7 +80,7 @@ def attack_heads(site: Site, run_id: str, observe: Progress) -> dict[str, Attack
     own = join_units(sides[0], sides[1])
     member_U = np.arange(own.num_units) < sides[0].num_units
     read = own.passed(modules).tasks
-    target = {name: _rate_units(task, modules[name], read[name], own.num_units) for name, task in tasks.items()}
+    target = {name: rate_units(task, modules[name], read[name], own.num_units) for name, task in tasks.items()}
     shadows = _rate_by_shadows(site, joined, tasks, own, observe)
     found = {name: AttackedUnits(member_U, target[name], _compare(target[name], shadows[name])) for name in tasks}
     return {name: each for name, each in found.items() if _is_scored(each.confidence_U, member_U)}
@@ -146,18 +146,27 @@ def take_units(units: Units, chosen_U: Bools) -> Units:
     return Units(int(chosen.sum()), tasks)
 
 
-def _rate_units(task: Task, head: nn.Module, records: TaskRecords, num_units: int) -> Floats:
-    """Returns the logit of exp(-mean loss) of each unit's labelled records; NaN for a unit without one."""
+def rate_units(task: Task, head: nn.Module, records: TaskRecords, num_units: int) -> Floats:
+    """Returns the logit of exp(-mean loss) of each unit's labelled records; NaN for a unit that has no loss.
+
+    Args:
+        task: the task.
+        head: the task's head.
+        records: the units' records of the task, with the features that the head reads.
+        num_units: number of units.
+    """
     labelled = records.labelled()
     with torch.inference_mode():
-        loss_R = task.losses(head(labelled.features_RD), labelled.labels).double()
-    total_U = torch.zeros(num_units, dtype=torch.float64).index_add_(0, labelled.unit_R, loss_R)
-    count_U = torch.bincount(labelled.unit_R, minlength=num_units)
+        outputs = head(labelled.features_RD)
+        loss_R = task.losses(outputs, labelled.labels).double()
+        # Some tasks train on a part of their labels; a record whose loss is zero for any head has no part in it.
+        has_loss_R = (loss_R != 0.0) | (task.losses(torch.zeros_like(outputs), labelled.labels) != 0.0)
+    unit_R = labelled.unit_R[has_loss_R]
+    total_U = torch.zeros(num_units, dtype=torch.float64).index_add_(0, unit_R, loss_R[has_loss_R])
+    count_U = torch.bincount(unit_R, minlength=num_units)
     mean_U = (total_U / count_U).numpy()
-    probability_U = np.clip(np.exp(-mean_U), _SMALLEST, 1.0)
-    # 1 - exp(-loss) without the rounding of a loss near 0.
-    rest_U = np.maximum(-np.expm1(-mean_U), _SMALLEST)
-    return np.asarray(np.log(probability_U) - np.log(rest_U))
+    # log p - log(1 - p) of p = exp(-loss), without the rounding of a loss near 0 or of a large one.
+    return np.asarray(-mean_U - np.log(np.maximum(-np.expm1(-mean_U), _SMALLEST)))
 
 
 def _rate_by_shadows(
@@ -189,7 +198,7 @@ def _rate_by_shadows(
         )
         for name, task in tasks.items():
             load_parameters(modules[name], heads[name])
-            rated_U = _rate_units(task, modules[name], units.tasks[name], units.num_units)
+            rated_U = rate_units(task, modules[name], units.tasks[name], units.num_units)
             found[name][shadow] = np.where(inside_U, np.nan, rated_U)
     observe("attack: heads on random halves", NUM_SHADOWS, NUM_SHADOWS)
     return found

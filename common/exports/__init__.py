@@ -36,12 +36,14 @@ class Format(Protocol):
         packages: packages that writing needs besides Headwater's own.
         extra: the extra of Headwater's installation that brings them; null where nothing is needed.
         one_task: whether a folder holds one task only.
+        library: library that loads the folder, as Hugging Face names it.
     """
 
     kind: str
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None]
     one_task: ClassVar[bool]
+    library: ClassVar[str]
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes the format's own files, and returns sentences that say how each is used, for the model card.
@@ -118,7 +120,7 @@ def write_export(
                 # Libraries write with the user's mask.
                 path.chmod(0o600)
         # Last: a folder without it is not whole.
-        write_atomic(folder / "README.md", write_card(exported, opened.kind, used).encode())
+        write_atomic(folder / "README.md", write_card(exported, opened.kind, used, opened.library).encode())
     except BaseException:
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -24,6 +24,7 @@ class HuggingfaceFormat(Plugin):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     one_task: ClassVar[bool] = True
+    library: ClassVar[str] = "transformers"
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes a folder of one of transformers' own classes, or of a class whose code is in it."""

@@ -37,6 +37,7 @@ class MonaiFormat(Plugin):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     one_task: ClassVar[bool] = True
+    library: ClassVar[str] = "monai"
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes the bundle.
@@ -68,7 +69,7 @@ class MonaiFormat(Plugin):
             '`models/model.pt2`: `torch.export.load("models/model.pt2").module()` is the network, from float32 pixels '
             f"B x {' x '.join(map(str, tensor.shape))} ({tensor.meaning}) to the columns {', '.join(columns)}.",
         ]
-        write_atomic(folder / "docs" / "README.md", write_card(exported, self.kind, used).encode())
+        write_atomic(folder / "docs" / "README.md", write_card(exported, self.kind, used, self.library).encode())
         return used
 
 

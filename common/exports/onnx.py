@@ -27,6 +27,7 @@ class OnnxFormat(Plugin):
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxscript")
     extra: ClassVar[str | None] = "onnx"
     one_task: ClassVar[bool] = False
+    library: ClassVar[str] = "onnx"
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes `model.onnx` and `predict.py`; compares the file's outputs with the network's."""

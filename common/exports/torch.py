@@ -33,6 +33,7 @@ class TorchFormat(Plugin):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     one_task: ClassVar[bool] = False
+    library: ClassVar[str] = "pytorch"
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes `model.pt2` and `load.py`."""

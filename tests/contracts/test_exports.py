@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from common.exports import PACKAGE, check_packages, open_format, write_export
@@ -42,9 +43,11 @@ def test_an_export_states_its_inputs_and_outputs_and_has_a_card(name: str, model
     stated = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     assert stated["inputs"] and all(each["shape"][0] == "batch" for each in stated["inputs"])
     assert [each["columns"] for each in stated["outputs"]] == [["none", "glioma", "meningioma"]]
-    assert "run-1" in (tmp_path / "out" / "README.md").read_text()
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert all(path.stat().st_mode & 0o077 == 0 for path in files), "others decide nothing before the owner does"
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert "run-1" in card.text and card.data.library_name == open_format(name).library
+    assert card.data.pipeline_tag == "image-classification"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -62,6 +65,7 @@ class Unfinished(Plugin):
     packages: ClassVar[tuple[str, ...]] = ("json", "no_such_package")
     extra: ClassVar[str | None] = "unfinished"
     one_task: ClassVar[bool] = True
+    library: ClassVar[str] = "none"
 
     def write(self, exported: Any, folder: Path) -> list[str]:
         """Writes a file and a folder, and fails."""

@@ -49,6 +49,7 @@ class CardSubject:
         tasks: names of the tasks that were exported.
         format: name of the format, such as `onnx`.
         used: sentences of Markdown that say how each file is used.
+        library: library that loads the folder, as Hugging Face names it.
         facts: what is known of the run; None where its folder was not there.
         pipeline: Hugging Face's name of what the model does, such as `image-classification`; None for none.
         left_out: sentence that says which backbone is not part of the folder; None where all is there.
@@ -58,24 +59,27 @@ class CardSubject:
     tasks: tuple[str, ...]
     format: str
     used: tuple[str, ...] = ()
+    library: str = "headwater"
     facts: RunFacts | None = None
     pipeline: str | None = None
     left_out: str | None = None
 
 
-def write_card(exported: Exported, name: str, used: Sequence[str]) -> str:
+def write_card(exported: Exported, name: str, used: Sequence[str], library: str) -> str:
     """Returns the card of an exported folder.
 
     Args:
         exported: what was exported.
         name: name of the format.
         used: sentences that say how each file of the format is used.
+        library: library that loads the folder, as Hugging Face names it.
     """
     stated = "`preprocessing.json` states what comes before the network and what its outputs are."
     subject = CardSubject(
         config=exported.model.config,
         tasks=exported.tasks,
         format=name,
+        library=library,
         used=(*used, stated),
         facts=exported.facts,
         pipeline=find_pipeline(exported),
@@ -132,7 +136,7 @@ def _make_metadata(subject: CardSubject) -> dict[str, Any]:
     if subject.config.privacy is not None:
         tags.append("differential-privacy")
     values: dict[str, Any] = {
-        "library_name": "headwater",
+        "library_name": subject.library,
         "license": "other",
         "license_name": "not-declared",
         "tags": tags,

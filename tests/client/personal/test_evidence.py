@@ -19,7 +19,7 @@ from client.app import make_app as make_site_app
 from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
 from client.personal.evidence import collect_site_evidence, judge_attacks, state_ledger
-from client.personal.membership import LIRA, LOSS_ATTACK, attack_heads, join_units, take_units
+from client.personal.membership import LIRA, LOSS_ATTACK, attack_heads, join_units, rate_units, take_units
 from client.protocol.purge import purge
 from client.protocol.site import Site
 from common.events import FileJournal, read_site_journal
@@ -29,6 +29,7 @@ from common.model.backbones import open_backbones
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.serving.folder import ModelPrivacy
+from common.tasks import open_task
 from common.types import BadInput, DigestMismatch, Unit
 from common.yaml import write_yaml
 from headwater.__main__ import make_app
@@ -70,6 +71,11 @@ def test_what_was_charged_before_a_run_is_not_its_own(tmp_path: Path) -> None:
     assert second.before == state_ledger(config, "run-1").epsilon
     assert second.epsilon == compute_epsilon([other], 1e-5)
     assert second.now is not None and second.now > second.before
+
+
+def test_a_run_that_was_never_charged_is_refused(ended: SiteConfig) -> None:
+    with pytest.raises(BadInput, match="expected charges of run run-9 in its ledger, found none"):
+        state_ledger(ended, "run-9")
 
 
 def test_evidence_sends_and_spends_nothing_and_lists_every_file(ended: SiteConfig, tmp_path: Path) -> None:
@@ -155,6 +161,18 @@ def test_an_attack_finds_the_members_of_heads_that_know_their_records_by_heart(t
 def state_claim() -> tuple[ChargedReleases, ...]:
     """Releases that would cost an epsilon of about 0.5."""
     return (ChargedReleases("training", (1, 2), Mechanism("gaussian", 12.0, 1.0, 1, 1.0)),)
+
+
+def test_a_unit_is_rated_by_the_records_that_have_a_loss() -> None:
+    """An anomaly head learns from normal records alone; of two units one has both kinds, one anomalous ones only."""
+    task = open_task({"kind": "anomaly", "normal": "fine", "anomalous": "ill"}, "task")
+    outputs = torch.tensor([[0.0], [0.5], [3.0], [0.2]])
+    labels = torch.stack([task.codec.encode([cell]) for cell in ("fine", "fine", "ill", "ill")])
+    records = TaskRecords.of(outputs, labels, torch.ones(4, dtype=torch.bool), torch.tensor([0, 0, 0, 1]), 2)
+    rated = rate_units(task, torch.nn.Identity(), records, 2)
+    loss = (0.5 + 0.5 * 0.25) / 2
+    assert rated[0] == pytest.approx(-loss - math.log(1.0 - math.exp(-loss)))
+    assert math.isnan(rated[1])
 
 
 def test_halves_hold_the_units_that_were_chosen_with_all_their_records() -> None:
