@@ -46,6 +46,11 @@ def find_metrics(run: ReportedRun, task: str) -> MetricsEvaluated | None:
     return next((each for each in select_events(run.events, MetricsEvaluated) if each.task == task), None)
 
 
+def find_baselines(run: ReportedRun, task: str) -> dict[str, BaselineEvaluated]:
+    """Returns the baselines of a task by their name; of one that a resumed run made again, the last."""
+    return {each.name: each for each in select_events(run.events, BaselineEvaluated) if task in each.metrics}
+
+
 def find_home(run: ReportedRun, task: str) -> HomeEvaluated | None:
     """Returns the comparison of heads on each site's own records; None where there is none."""
     return next((each for each in select_events(run.events, HomeEvaluated) if each.task == task), None)
@@ -77,7 +82,7 @@ def _answer_simulated(run: ReportedRun, task: str) -> Iterable[ReportAnswer]:
         return
     value = format_estimate(event.pooled[metric], event.pooled_intervals.get(metric))
     begun = f"Task {task}: on all sites' held-out records the federated head has {name_metric(metric)} {value}"
-    known = {each.name: each for each in select_events(run.events, BaselineEvaluated) if task in each.metrics}
+    known = find_baselines(run, task)
     first = next((name for name in ("local", "baseline_prediction") if name in known), None)
     if first is None:
         advice = "The run compared it with nothing; `baselines: [local, central]` in the simulation file does."

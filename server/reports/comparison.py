@@ -90,7 +90,8 @@ def list_differences(runs: Sequence[ReportedRun]) -> list[str]:
     # A sweep sets both seeds to the same number.
     both = {"run.seed", "partition.seed"} <= set(different)
     same = both and all(run.settings["run.seed"] == run.settings.get("partition.seed") for run in runs)
-    return [key for key in different if not (same and key == "partition.seed")]
+    kept = [key for key in different if not (same and key == "partition.seed")]
+    return sorted(kept, key=lambda key: key.rpartition(".")[2] in _SEEDS)
 
 
 def _find_result(run: ReportedRun, task: str) -> tuple[str, float, Interval | None] | None:
@@ -132,11 +133,14 @@ def _show_differences(runs: Sequence[ReportedRun], names: Sequence[str]) -> Sect
     heading = "What differs between the runs"
     if not keys:
         return Section(heading, "Their files hold the same settings, or a run's folder keeps no file.")
-    rows = [(key, *(run.settings.get(key, "not set") for run in runs)) for key in keys[:_MOST_SETTINGS]]
-    left = len(keys) - len(rows)
+    shown = keys[:_MOST_SETTINGS]
+    left = len(keys) - len(shown)
+    columns, rows = ("setting", *names), [(key, *(run.settings.get(key, "not set") for run in runs)) for key in shown]
+    if len(runs) > len(shown):
+        columns, *rows = zip(*[("run", *names), *rows], strict=True)
     lead = "The settings of the runs' files that are not the same in all of them; everything else is."
     remarks = [f"{left} further settings differ."] if left else []
-    return Section(heading, lead, tables=[ReportTable("Settings", ("setting", *names), rows)], remarks=remarks)
+    return Section(heading, lead, tables=[ReportTable("Settings", columns, rows)], remarks=remarks)
 
 
 def _show_results(runs: Sequence[ReportedRun], names: Sequence[str], tasks: Sequence[str]) -> Section:

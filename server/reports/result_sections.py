@@ -29,7 +29,7 @@ from common.report.page import (
     format_interval,
     format_value,
 )
-from server.reports.answers import BASELINES, find_home, find_metrics
+from server.reports.answers import BASELINES, find_baselines, find_home, find_metrics
 from server.reports.reported_run import ReportedRun
 
 MOST_ROWS = 60
@@ -90,9 +90,8 @@ def _list_heads(run: ReportedRun, event: MetricsEvaluated) -> list[tuple[int, tu
     own = "federated, private" if run.is_private else "federated, not private"
     rows: list[tuple[str, Metrics, Intervals]] = [(own, event.pooled, event.pooled_intervals)]
     rows += [
-        (BASELINES.get(each.name, each.name), each.metrics[event.task], each.intervals.get(event.task, {}))
-        for each in select_events(run.events, BaselineEvaluated)
-        if event.task in each.metrics
+        (BASELINES.get(name, name), each.metrics[event.task], each.intervals.get(event.task, {}))
+        for name, each in find_baselines(run, event.task).items()
     ]
     return list(enumerate(rows))
 

@@ -353,3 +353,12 @@ def test_the_coordinator_s_report_loads_no_torch(tmp_path: Path) -> None:
     text = out.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "Report of run story" in text
     assert re.search(r"<svg", text) and len(text) < 1_000_000
+
+
+def test_what_a_resumed_run_made_again_stands_there_once(tmp_path: Path) -> None:
+    events = make_events()
+    baseline = next(each for each in events if isinstance(each, BaselineEvaluated))
+    again = baseline.model_copy(update={"metrics": {"finding": {"accuracy": 0.5}}})
+    page = make_run_page(read_run(write_run(tmp_path / "r", [*events, again])))
+    rows = find(page.sections, "Results on held-out records").tables[0].rows
+    assert [row[0] for row in rows] == ["federated, private", "a site alone, private"] and "0.500" in rows[1][1]
