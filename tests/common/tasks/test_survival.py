@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.tasks import EXACT_BUCKETS, NOISED_BUCKETS, Task, open_task
+from common.tasks.parts.curves import compute_concordance
 from common.tasks.survival import mix
 from common.types import BadInput, BadRecord
 
@@ -286,6 +287,14 @@ def test_pairs_of_one_group_of_intervals_are_not_compared_where_noise_is_added()
         statistic = task.statistic(buckets)
         found = statistic.values(statistic.sums(outputs, labels))["c_index"]
         assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_numbers_of_events_and_of_others_that_noise_made_negative_are_no_pairs() -> None:
+    # In the first interval -2 events; in the second 4, which are riskier, and 2 others.
+    cells = np.array([[-1.0, 0.0, 0.0, 0.0, 2.0], [-1.0, 4.0, 0.0, 0.0, 0.0]])
+    assert compute_concordance(cells, clip=True) == 1.0
+    # -4 events and -2 others have a positive product.
+    assert math.isnan(compute_concordance(np.array([[0.0, 0.0, -2.0], [-4.0, 0.0, 0.0]]), clip=True))
 
 
 def test_a_site_without_events_has_no_c_index() -> None:
