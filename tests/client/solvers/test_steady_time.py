@@ -31,12 +31,20 @@ from common.types import Plan, Unit
 ROOT = Path(__file__).resolve().parents[3]
 TASKS = {
     "age": open_task({"kind": "regression", "range": [0, 100]}, "age"),
+    "death": open_task({"kind": "survival", "boundaries": [10, 20, 40]}, "death"),
     "finding": open_task({"kind": "classification", "labels": ["tumour", "edema", "none"]}, "finding"),
     "odd": open_task({"kind": "anomaly", "normal": "none", "anomalous": "edema"}, "odd"),
     "signs": open_task({"kind": "multilabel", "labels": ["fever", "cough"]}, "signs"),
     "voice": open_task({"kind": "embedding", "labels": ["ann", "bob"], "unseen": ["cem"]}, "voice"),
 }
-CELLS = {"age": "50", "finding": "edema", "odd": "none", "signs": "fever", "voice": "ann"}
+CELLS = {
+    "age": ["50"],
+    "death": ["15", "1"],
+    "finding": ["edema"],
+    "odd": ["none"],
+    "signs": ["fever"],
+    "voice": ["ann"],
+}
 DIM = 6
 RECORDS = 24
 
@@ -91,7 +99,7 @@ def make_units(change: Change) -> Units:
     """Two records for each unit, beside one another but for the last unit's; `change` may change one unit's."""
     rng = np.random.default_rng(0)
     features_RD = torch.from_numpy(rng.normal(size=(RECORDS, DIM)).astype(np.float32))
-    labels = {name: torch.stack([task.codec.encode([CELLS[name]])] * RECORDS) for name, task in TASKS.items()}
+    labels = {name: torch.stack([task.codec.encode(CELLS[name])] * RECORDS) for name, task in TASKS.items()}
     masks = {name: torch.ones(RECORDS, dtype=torch.bool) for name in TASKS}
     unit_R = torch.arange(RECORDS) // 2
     change(features_RD[6:8], {name: each[6:8] for name, each in labels.items()}, {n: m[6:8] for n, m in masks.items()})
