@@ -49,7 +49,7 @@ class RunStatus(StatusFacts):
     under_way: bool = Field(False, description="Whether the daemon works on it.")
     round: int = Field(description="Number of completed rounds.")
     rounds: int | None = Field(description="Number of rounds that the run asks for; null before it started.")
-    phase: str = Field("", description="The phase that it is in, in words.")
+    phase: str = Field("", description="The phase that it is in, in words; empty where it is not running.")
     seconds_per_round: float | None = Field(
         None, description="Pace of its last rounds, in seconds a round; null before the first of this attempt."
     )

@@ -138,10 +138,11 @@ def _describe_shown_run(federation: Federation) -> RunStatus | None:
     tasks = started[-1].tasks if started else ()
     unchanged = {name: sum(name not in event.updated for event in done.values()) for name in tasks}
     progress = RunProgress()
-    for each in events:
-        progress.add(each)
+    if run.state == "running":
+        for each in events:
+            progress.add(each)
     return RunStatus(
-        phase=progress.phase,
+        phase=progress.phase if run.state == "running" else "",
         seconds_per_round=progress.measure_pace(),
         seconds_left=progress.estimate_seconds_left(),
         id=run.id,

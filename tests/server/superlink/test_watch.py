@@ -12,6 +12,7 @@ from rich.console import Console
 
 from common.events import (
     AcceptedUpdate,
+    FeaturesReady,
     FileJournal,
     RepliesAwaited,
     RoundEnded,
@@ -27,7 +28,7 @@ from server.reports.status import RunStatus
 from server.reports.tables import render_status
 from server.superlink import operate
 from server.superlink.node_ids import NodeIds
-from server.superlink.queue import withdraw_run
+from server.superlink.queue import Order, withdraw_run
 from server.superlink.watch import describe_event
 from tests import tiny
 from tests.server.deployment.federations import new_federation, write_key_pair
@@ -103,3 +104,24 @@ def test_status_counts_replies_and_continues_over_a_resumed_run(tmp_path: Path) 
     withdraw_run(folder, "cancel")
     run = operate.status(federation).run
     assert run is not None and run.state == "cancelled"
+
+
+def test_status_says_pace_and_time_left_of_a_run_under_way(tmp_path: Path) -> None:
+    federation = new_federation(tmp_path / "fed")
+    folder = federation.runs / "tiny-1"
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", tiny.run_config())
+    (folder / "order.json").write_text(Order(submitted_at=0.0, attempts=1).model_dump_json())
+    journal = FileJournal(folder / "journal.jsonl")
+    journal.write(RunStarted(run_id="tiny-1", rounds=10))
+    journal.write(FeaturesReady(seconds=1.0, time=100.0))
+    for number in (1, 2):
+        journal.write(end_of_round(number).model_copy(update={"time": 100.0 + 3.0 * number}))
+    run = operate.status(federation).run
+    assert run is not None
+    assert (run.phase, run.seconds_per_round, run.seconds_left) == ("training", 3.0, 24.0)
+    found = operate.status(federation).model_copy(update={"run": run.model_copy(update={"under_way": True})})
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render_status(found))
+    assert "round 2 of 10, training, 3 s a round, about 24 s left, under way" in capture.get()
