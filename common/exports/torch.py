@@ -37,11 +37,16 @@ class TorchFormat(Plugin):
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes `model.pt2` and `load.py`."""
+        import io
+
         import torch
 
         from common.exports.parts.program import trace
 
-        torch.export.save(trace(exported), folder / "model.pt2")
+        # Through memory: torch's own error where a disk is full is no sentence.
+        content = io.BytesIO()
+        torch.export.save(trace(exported), content)
+        write_atomic(folder / "model.pt2", content.getvalue())
         examples = [
             f"{tensor.name} = torch.zeros({[2, *(8 if isinstance(axis, str) else axis for axis in tensor.shape)]}, "
             f"dtype=torch.{tensor.dtype})"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from common.exports import PACKAGE, check_packages, open_format, write_export
+from common.exports.parts.exported import select
 from common.plugins import Plugin, kinds, plugin_class
 from common.serving.network import open_model
 from common.types import BadInput
@@ -36,6 +40,15 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def list_imports(path: Path) -> set[str]:
+    """Returns the packages that a file names in its imports, wherever they stand."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return named | {
+        (node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+    }
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_export_states_its_inputs_and_outputs_and_has_a_card(name: str, model: Path, tmp_path: Path) -> None:
     code, output = run(model, tmp_path / "out", "--format", name)
@@ -44,10 +57,35 @@ def test_an_export_states_its_inputs_and_outputs_and_has_a_card(name: str, model
     assert stated["inputs"] and all(each["shape"][0] == "batch" for each in stated["inputs"])
     assert [each["columns"] for each in stated["outputs"]] == [["none", "glioma", "meningioma"]]
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert all(path.stat().st_mode & 0o077 == 0 for path in files), "others decide nothing before the owner does"
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files), "readable by others before the owner decides so"
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
     assert "run-1" in card.text and card.data.library_name == open_format(name).library
     assert card.data.pipeline_tag == "image-classification"
+    for path in files:
+        if path.suffix == ".py":
+            assert not list_imports(path) & {"common", "client", "server", "simulations", "headwater"}, path.name
+
+
+class Altered(nn.Module):
+    """A network of which a program computes something else."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs_B: Tensor) -> Tensor:
+        """Returns other numbers where it is not traced."""
+        served: Tensor = self.inner(*inputs_B)
+        return served if torch.compiler.is_exporting() else served * 0.9
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_is_written_that_gives_other_numbers(name: str, model: Path, tmp_path: Path) -> None:
+    opened = open_format(name)
+    exported = select(open_model(model), (), (), one_task=opened.one_task, name=name)
+    altered = replace(exported, network=Altered(exported.network))
+    with pytest.raises(BadInput, match="the exported program computes something else"):
+        opened.write(altered, tmp_path)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -124,7 +124,7 @@ class _Columns(nn.Module):
         empty_B = torch.isnan(cells_B)
         filled_B = torch.where(empty_B, _read_missing(column), cells_B)
         if column.levels is not None:
-            numbers_K = torch.arange(len(column.levels), dtype=torch.float64)
+            numbers_K = torch.arange(len(column.levels), dtype=torch.float64, device=cells_B.device)
             # A level is refused before it comes here; an empty cell that may not be empty makes everything NaN.
             inputs_BK = (filled_B[:, None] == numbers_K).to(torch.float64)
             inputs_BK = torch.where(torch.isnan(filled_B)[:, None], math.nan, inputs_BK)
@@ -194,7 +194,7 @@ class _Series(nn.Module):
     def forward(self, values_BT: Tensor) -> Tensor:
         # The last index as a tensor: T is any length in a graph.
         last = torch.ones_like(values_BT[0]).sum() - 1.0
-        places = torch.arange(self.length, dtype=torch.float64) * (last / (self.length - 1))
+        places = torch.arange(self.length, dtype=torch.float64, device=values_BT.device) * (last / (self.length - 1))
         below = torch.minimum(places.floor(), last - 1.0)
         lower = below.to(torch.int64)
         low_BS, high_BS = values_BT[:, lower], values_BT[:, lower + 1]
