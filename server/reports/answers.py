@@ -110,9 +110,13 @@ def _compare(begun: str, baseline: BaselineEvaluated, event: MetricsEvaluated, m
     tone: Tone
     match judge_difference(interval, is_error=metric in event.errors):
         case "better":
-            tone, word, said = "good", "Yes", f"better than {other}. {known}, more than chance explains."
+            tone, word, said = (
+                "good",
+                "Yes",
+                f"better than {other}. {known}: the choice of records does not explain it.",
+            )
         case "worse":
-            tone, word, said = "bad", "No", f"worse than {other}. {known}, more than chance explains."
+            tone, word, said = "bad", "No", f"worse than {other}. {known}: the choice of records does not explain it."
         case "not distinguishable":
             tone, word = "attention", "Cannot be told"
             said = f"not distinguishable from {other}. {known}, which holds zero: so few held-out records do not tell."
