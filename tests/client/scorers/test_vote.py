@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,13 @@ def test_a_units_rows_are_the_same_to_the_bit_wherever_it_stands() -> None:
 def test_the_least_declared_size_follows_from_public_numbers() -> None:
     # 25 x 9.25 / epsilon.
     assert [compute_min_size(Ridge(kind="ridge"), epsilon) for epsilon in (0.5, 1.0, 3.0)] == [463, 232, 78]
+
+
+def test_rows_of_several_labels_keep_their_bounds() -> None:
+    opened = open_task({"kind": "multilabel", "labels": ["cough", "fever", "rash"]}, "task")
+    assert isinstance(opened, LabelPrior)
+    labels_R = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, -1], [-1, -1, -1]], dtype=torch.float32)
+    given = records(np.eye(4), [0] * 4)
+    rows = make_rows(opened, replace(given, labels=labels_R))
+    squares_R = np.square(rows.targets_RC).sum(1)
+    assert (squares_R <= 1.0).all() and (squares_R[:2] > 0.45).all() and squares_R[3] == 0.0
