@@ -297,6 +297,7 @@ class Names(Plugin):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     one_task: ClassVar[bool] = False
+    library: ClassVar[str] = "none"
 
     def write(self, exported: Any, folder: Path) -> list[str]:
         """Writes names.txt."""
