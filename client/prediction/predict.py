@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -33,12 +34,10 @@ class Written:
     Attributes:
         num_predicted: number of records with a row.
         num_rejected: number of records that cannot be used, or not by all tasks.
-        first_reason: why the first of them cannot; "" where there is none.
     """
 
     num_predicted: int
     num_rejected: int
-    first_reason: str = field(repr=False)
 
 
 def write_predictions(
@@ -70,7 +69,7 @@ def write_predictions(
             write_rejected(output, rejected)
         raise
     write_rejected(output, rejected)
-    return Written(count, len({(each.file, each.row) for each in rejected}), rejected[0].reason if rejected else "")
+    return Written(count, len({(each.file, each.row) for each in rejected}))
 
 
 @final
@@ -174,6 +173,7 @@ def _predict_all(
 
 
 def _explain_none(records: Records, rejected: Sequence[RejectedRecord], where: str) -> str:
-    reason = f", the first because: {rejected[0].reason}" if rejected else ""
+    reasons = Counter(each.reason for each in rejected).most_common(1)
+    reason = f", most because: {reasons[0][0]}" if reasons else ""
     counted = f"got {records.num_records:,}, of which it can use none"
     return f"data: expected records that the model can use, {counted}{reason}{where}"

@@ -304,7 +304,9 @@ def make_wrong(folder: Path, model: Path, what: str) -> list[object]:
     elif what == "texts":
         data = folder / "texts"
         data.mkdir()
-        (data / "a.txt").write_text("q7-ann")
+        for name in ("b.txt", "c.txt"):
+            (data / name).write_text("q7-ann")
+        (data / "a.txt").write_bytes(b"\xff")
     elif what == "columns":
         data = folder / "rows.csv"
         data.write_text("q7-ann,q7-bob\n1,2\n")
@@ -335,7 +337,7 @@ def make_wrong(folder: Path, model: Path, what: str) -> list[object]:
         ("empty", "expected files that a model can read"),
         ("other files", "expected files that a model can read"),
         ("missing", "expected a file or folder of records, found nothing there"),
-        ("texts", "of which it can use none, the first because: expected"),
+        ("texts", "of which it can use none, most because: expected"),
         ("columns", "expected a column of paths of files called path, file"),
         ("changed", "the file was changed since the model was written"),
         ("no backbone", "expected the weights of backbone pictures, found no file"),

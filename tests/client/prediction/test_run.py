@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import headwater
+from client.prediction.predict import LoadedModel
 from headwater.__main__ import make_app
 from tests.client.prediction.conftest import FINDING
 from tests.finished import write_finished
@@ -55,9 +56,9 @@ def test_the_accuracy_of_a_runs_held_out_records_is_that_of_its_summary(tmp_path
     for task in TASKS:
         accuracy = np.mean([row[task] == truth for row, truth in zip(held_out, arrays[f"test_{task}"], strict=True)])
         assert accuracy == run.summary.tasks[task].metrics["accuracy"], "to the last digit"
-    assert headwater.load(run.folder).predict(tmp_path / "tiny.yaml")["size"].tolist()[80:] == [
-        row["size"] for row in held_out
-    ]
+    loaded = headwater.load(run.folder)
+    assert isinstance(loaded, LoadedModel)
+    assert loaded.predict(tmp_path / "tiny.yaml")["size"].tolist()[80:] == [row["size"] for row in held_out]
 
 
 @pytest.mark.slow
