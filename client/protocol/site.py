@@ -473,6 +473,8 @@ def _describe_part(part: str, config: SiteConfig, joined: Joined, tasks: Mapping
     if not is_mean(part):
         settings = {key: value for key, value in joined.run.tasks[part].settings().items() if key not in _OF_TRAINING}
         columns = config.tasks[part].model_dump(mode="json")
+        # The key's former name: sums that were paid for under it are found again.
+        columns["column"] = columns.pop("label")
         return {"counts": part, "task": settings, "columns": columns, "unit": config.unit.value}
     backbone = get_backbone(part)
     on_it = [name for name in tasks if joined.run.backbone_of(name) == backbone]

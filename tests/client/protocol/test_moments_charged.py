@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from client.config import SiteConfig
+from client.ledger.measured import find_measured
 from client.protocol.join import join
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import measure
@@ -100,3 +101,16 @@ def test_what_was_lost_is_made_anew_at_its_price_a_few_times_and_then_no_more(tm
     shutil.rmtree(replies)
     with pytest.raises(SiteDeclined, match="charged 3 times already"):
         ask_again(config, "run-1")
+
+
+def test_a_sum_that_was_paid_for_before_a_key_was_renamed_is_found_again(tmp_path: Path, frozen: Backbone) -> None:
+    config = site_config(tmp_path, "north")
+    columns = {"source": "records", "column": "size", "values": None, "missing": "refuse", "unmapped": "refuse"}
+    about = {
+        "counts": "size",
+        "task": {"kind": "classification", "labels": ["small", "large"]},
+        "columns": {**columns, "public_size": 40, "min_units": 1},
+        "unit": "example",
+    }
+    ask(config, frozen, "run-1")
+    assert find_measured(Site(config, os_entropy).ledger().folder, about) is not None
