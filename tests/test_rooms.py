@@ -38,6 +38,7 @@ FLOORS = {
         "",
         "ledger",
         "data",
+        "inspect",
         "solvers",
         "scorers",
         "audit",

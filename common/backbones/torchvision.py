@@ -225,6 +225,14 @@ def list_options(model: str, side: int) -> dict[str, Any]:
     return {}
 
 
+def list_weights(model: str) -> list[str]:
+    """Returns the names of the weights of one of torchvision's models, sorted. Raises BadInput where it is none."""
+    names = _read_names()
+    if not names.get(model):
+        raise BadInput(f"--backbone {model}: expected a torchvision model, or a file{nearest(model, names)}")
+    return sorted(names[model])
+
+
 @cache
 def _read_names() -> dict[str, frozenset[str]]:
     """Returns the names of torchvision's models, each with the names of its weights, as far as its source text shows.

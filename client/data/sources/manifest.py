@@ -68,7 +68,7 @@ class Manifest(ListedFiles):
     def open(self) -> Source:
         """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
         if self.text is not None:
-            frame = read_frame(self.path, self.separator)
+            frame = read_frame(self.path, self.separator, encoding=self.encoding)
             require_columns(frame, self.path, [self.text, self.text_pair, self.patient, self.split])
             return ListedTexts(self, frame.to_dict("records"))
         if self.audio is not None:

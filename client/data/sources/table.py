@@ -12,9 +12,11 @@ from pydantic import Field
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import Header, SourceSettings, digest, list_names
-from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
 from common.inputs import encode_text
 from common.plugins import LocalPath
+
+_WITH_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
 
 
 class Table(SourceSettings):
@@ -24,6 +26,8 @@ class Table(SourceSettings):
         path: the file.
         header: true where the first line of a text file names the columns; else their names.
         separator: of a text file: one character, or `whitespace`.
+        encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
+        decimal: the decimal sign; with "," a cell 1,5 of a text file is read as 1.5.
         columns: columns given to the backbone; labels never are by accident.
         patient: column of patient ids.
         split: column of `train`, `test` or nothing.
@@ -35,6 +39,8 @@ class Table(SourceSettings):
     kind: Literal["table"]
     path: LocalPath
     separator: Separator = ","
+    encoding: Encoding = "utf-8"
+    decimal: Literal[".", ","] = "."
     header: Header = True
     columns: Annotated[list[str], Field(min_length=1)]
     patient: str | None = None
@@ -67,9 +73,11 @@ class Table(SourceSettings):
 
     def open(self) -> TableRows:
         """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
-        frame = read_frame(self.path, self.separator, list_names(self.header))
+        frame = read_frame(self.path, self.separator, list_names(self.header), encoding=self.encoding)
         require_columns(frame, self.path, [*self.columns, *self.complete, self.patient, self.split])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
+        if self.decimal == ",":
+            frame = frame.replace(_WITH_COMMA, r"\1.\2", regex=True)
         if self.complete:
             frame = frame[(frame[self.complete] != "").all(axis=1) | (frame[FAULT] != "")]
         return TableRows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))

@@ -17,7 +17,7 @@ from client.data.sources.parts.base import (
     list_files,
     list_names,
 )
-from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
 from common.inputs import Text, encode_text
 
 
@@ -27,6 +27,7 @@ class Texts(SourceSettings):
     Attributes:
         path: one file without a split, or `train` and `test` -> its file; text files or Parquet.
         separator: of a text file: one character (a tab by default), or `whitespace`.
+        encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
         quotes: whether a quote may enclose a cell; where it may not, it is a character of the text.
         header: true where the first line names the columns; else their names.
         text: column of texts.
@@ -43,6 +44,7 @@ class Texts(SourceSettings):
     kind: Literal["text"]
     path: FilesOfSides
     separator: Separator = "\t"
+    encoding: Encoding = "utf-8"
     quotes: bool = False
     header: Header = True
     text: str
@@ -70,7 +72,9 @@ class Texts(SourceSettings):
         """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
         rows: list[tuple[str, str, int, dict[str, str]]] = []
         for part, path in list_files(self.path).items():
-            frame = read_frame(path, self.separator, list_names(self.header), quotes=self.quotes)
+            frame = read_frame(
+                path, self.separator, list_names(self.header), quotes=self.quotes, encoding=self.encoding
+            )
             require_columns(frame, path, [self.text, self.text_pair, self.patient, self.split])
             rows += [(part, path.name, number, row) for number, row in enumerate(frame.to_dict("records"), start=1)]
         return Sentences(self, rows)

@@ -171,8 +171,9 @@ def read_ranges(path: Path, key: str) -> list[dict[str, Any]]:
     return columns
 
 
-def _make_column(cells: Mapping[str, str], where: str, has_decimal_comma: bool) -> dict[str, Any]:
-    where = f"{where}: column {cells['column']!r}"
+def _make_column(cells: Mapping[str, str], table: str, has_decimal_comma: bool) -> dict[str, Any]:
+    named = f"column {cells['column']!r}"
+    where = f"{table}: {named}"
     for name in HEADER[1:]:
         if cells[name].upper() == FILL_IN:
             raise BadInput(
@@ -193,7 +194,8 @@ def _make_column(cells: Mapping[str, str], where: str, has_decimal_comma: bool) 
     try:
         Column.model_validate(values)
     except ValidationError as error:
-        raise BadInput(describe(error, Column, where)) from None
+        # The path apart from the key, which is cut where it is long.
+        raise BadInput(f"{table}: {describe(error, Column, named)}") from None
     return values
 
 

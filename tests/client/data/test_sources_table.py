@@ -206,3 +206,15 @@ def test_the_four_hospitals_have_the_published_numbers_of_rows(assets: Path, hos
     complete = [*settings["columns"], "column_14"]
     found = len(table(path, **settings).index()), len(table(path, **settings, complete=complete).index())
     assert found == FED_HEART[hospital]
+
+
+def test_a_decimal_comma_and_an_encoding_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("a;b;label\n1,5;süß;x\n-2,25e3;1,2,3;y\n7;,5;z\n".encode("latin-1"))
+    source = table(path, separator=";", decimal=",", encoding="latin-1")
+    assert loaded(source) == [{"a": "1.5", "b": "süß"}, {"a": "-2.25e3", "b": "1,2,3"}, {"a": "7", "b": ".5"}]
+    assert [record.fault for record in table(path, separator=";").index()] == [
+        "the row is not UTF-8 text; save the table as CSV UTF-8, or set `encoding`",
+        "",
+        "",
+    ]

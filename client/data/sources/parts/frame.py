@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator
 
@@ -30,6 +30,7 @@ FAULT = "\0fault"
 _SURROGATE = re.compile("[\udc80-\udcff]")
 _UNREADABLE = "\udcff"
 _NO_TIME = re.compile(r"( 00:00:00)?(\.0+)?$")
+_NO_TEXT = "the row is not UTF-8 text; save the table as CSV UTF-8, or set `encoding`"
 _MOST_CELL = 1 << 24
 """Characters of a cell."""
 _MOST_LINES = 10_000
@@ -46,8 +47,17 @@ Separator = Annotated[str, AfterValidator(_one_character)]
 """The separator of the cells of a text file: one character, or any amount of white space."""
 
 
+Encoding = Literal["utf-8", "cp1252", "latin-1"]
+"""Characters of a text file: UTF-8, Windows' Western European ones, or ISO 8859-1."""
+
+
 def read_frame(
-    path: Path, separator: str = ",", columns: Sequence[str] | None = None, *, quotes: bool = True
+    path: Path,
+    separator: str = ",",
+    columns: Sequence[str] | None = None,
+    *,
+    quotes: bool = True,
+    encoding: Encoding = "utf-8",
 ) -> pd.DataFrame:
     """A table of stripped texts; "" where a cell is empty or a row ends early, or all of a row with a `FAULT`.
 
@@ -56,6 +66,7 @@ def read_frame(
         separator: see `Separator`.
         columns: names for a text file without a header.
         quotes: whether a quote may enclose a cell of a text file.
+        encoding: of a text file.
 
     Returns:
         The table, without columns whose name occurs twice: to ask for one of them is an error.
@@ -71,7 +82,7 @@ def read_frame(
             frame, faults = _read_parquet(path)
             names = list(frame.columns)
         else:
-            rows, faults = _split_rows(_read_lines(path), separator, quotes, len(columns or ()))
+            rows, faults = _split_rows(_read_lines(path, encoding), separator, quotes, len(columns or ()))
             names, cells, faults = _align_rows(path, rows, faults, columns)
             frame = pd.DataFrame(cells, columns=range(len(names)), dtype="string")
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
@@ -116,13 +127,14 @@ def check_row(row: Mapping[str, str]) -> None:
         raise BadRecord(row[FAULT])
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Returns the lines of a text file with their ends; bytes that are not UTF-8 become surrogates."""
+def _read_lines(path: Path, encoding: Encoding = "utf-8") -> list[str]:
+    """Returns the lines of a text file with their ends; bytes that are no characters become surrogates."""
     data = path.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadInput(f"{path}: expected text in UTF-8, got UTF-16; save it as CSV UTF-8")
     # Only these ends: cells may hold other characters that Python takes for the end of a line.
-    return list(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""))
+    text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding, "surrogateescape")
+    return list(io.StringIO(text, newline=""))
 
 
 def _split_rows(lines: Sequence[str], separator: str, quotes: bool, width: int) -> tuple[list[list[str]], list[str]]:
@@ -153,7 +165,7 @@ def _split_rows(lines: Sequence[str], separator: str, quotes: bool, width: int) 
             text = ""
         else:
             text = "".join(lines[at : at + used])
-            fault = "the row is not UTF-8 text; save the table as CSV UTF-8" if _SURROGATE.search(text) else ""
+            fault = _NO_TEXT if _SURROGATE.search(text) else ""
             fault = "the row holds a null character" if "\0" in text else fault
         at += used
         if fault or text.strip(blank):

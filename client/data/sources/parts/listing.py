@@ -10,7 +10,7 @@ from typing import Any
 from client.data.sources import SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.boundary import try_record
-from client.data.sources.parts.frame import FAULT, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
 from common.inputs import encode_text
 from common.plugins import LocalPath
 from common.types import BadRecord
@@ -23,6 +23,7 @@ class ListedFiles(SourceSettings):
         path: the table, CSV or Parquet.
         root: folder of the files; the table's own by default. A path that leaves it is refused.
         separator: of a text file: one character, or `whitespace`.
+        encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
         patient: column of patient ids.
         split: column of `train`, `test` or nothing.
     """
@@ -30,6 +31,7 @@ class ListedFiles(SourceSettings):
     path: LocalPath
     root: LocalPath | None = None
     separator: Separator = ","
+    encoding: Encoding = "utf-8"
     patient: str | None = None
     split: str | None = None
 
@@ -55,7 +57,7 @@ class Reader:
 
 def open_listing(settings: ListedFiles, reader: Reader) -> Listing:
     """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
-    frame = read_frame(settings.path, settings.separator)
+    frame = read_frame(settings.path, settings.separator, encoding=settings.encoding)
     require_columns(frame, settings.path, [reader.column, settings.patient, settings.split])
     root = (settings.root or settings.path.parent).resolve()
     return Listing(settings, reader, frame.to_dict("records"), root)

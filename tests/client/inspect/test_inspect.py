@@ -1,0 +1,274 @@
+"""First contact with a user's data: what is found in it, the file that is written, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from client.inspect.finding import describe_column
+from client.inspect.folders import inspect
+from client.inspect.tables import sniff
+from common.types import BadInput
+from common.yaml import load
+from headwater.__main__ import make_app
+from simulations.check import check_simulation, list_missing_files
+from simulations.config import SimulationConfig
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(make_app(), ["inspect", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    result = CliRunner().invoke(make_app(), ["inspect", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def check(path: Path) -> SimulationConfig:
+    config = load(SimulationConfig, path)
+    check_simulation(config)
+    assert list_missing_files(config) == []
+    return config
+
+
+def write_rows(path: Path, separator: str = ",", comma: bool = False, encoding: str = "utf-8") -> Path:
+    """Writes 60 visits of 30 patients: two numbers, a category, a note with a quoted end of line, a finding."""
+    rng = random.Random(1)
+    lines = [separator.join(["patient", "größe", "dose", "sex", "note", "finding"])]
+    for number in range(60):
+        numbers = [f"{rng.uniform(1, 2):.3f}", "" if number == 7 else f"{rng.uniform(10, 99):.2f}"]
+        numbers = [text.replace(".", ",") for text in numbers] if comma else numbers
+        note = f'"a note of several words {number};\nand ""more"", of it"'
+        cells = [f"p{number // 2}", *numbers, "fm"[number % 2], note, ["gut", "böse"][number % 3 // 2]]
+        lines.append(separator.join(cells))
+    path.write_bytes(("\r\n".join(lines) + "\r\n").encode(encoding))
+    return path
+
+
+def fill_in(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace("FILL_IN,FILL_IN", "0,100"), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("separator", "comma", "encoding", "sniffed"),
+    [
+        (",", False, "utf-8", "utf-8"),
+        (";", True, "latin-1", "latin-1"),
+        (";", True, "utf-8-sig", "utf-8"),
+        ("\t", True, "utf-8", "utf-8"),
+        ("|", False, "utf-8", "utf-8"),
+    ],
+)
+def test_a_table_in_any_dialect_becomes_a_simulation_that_reads_it(
+    tmp_path: Path, separator: str, comma: bool, encoding: str, sniffed: str
+) -> None:
+    path = write_rows(tmp_path / "visits.csv", separator, comma, encoding)
+    form = sniff(path)
+    assert (form.separator, form.is_comma, form.encoding, form.names) == (separator, comma, sniffed, None)
+    out = tmp_path / "visits.yaml"
+    assert run(path, "--out", out).splitlines()[-1] == f"next: headwater simulate check {out}"
+    with pytest.raises(BadInput, match="column 'größe': expected a public value in the cell lowest, got FILL_IN"):
+        check(out)
+    fill_in(tmp_path / "visits.ranges.csv")
+    config = check(out)
+    (columns,) = [spec.settings()["columns"] for spec in config.run.backbone_specs.values()]
+    assert [column["name"] for column in columns] == ["größe", "dose", "sex"]
+    assert columns[2]["levels"] == ["f", "m"]
+    assert config.unit == "patient" and config.run.tasks["finding"].settings()["labels"] == ["böse", "gut"]
+    from client.data.sources import open_source
+
+    source = open_source(config.sources["records"], "sources.records").open()
+    index = source.index()
+    assert len(index) == 60 and {record.fault for record in index} == {""}
+    assert len({record.patient for record in index}) == 30
+    assert all(1 <= float(source.load(position)["größe"]) <= 2 for position in range(60))
+
+
+def test_no_number_of_a_record_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows = [f"{number + 31337},{number % 2}" for number in range(60)]
+    path.write_text("\n".join(["dose,outcome", *rows]), encoding="utf-8")
+    shown = run(path, "--out", tmp_path / "a.yaml")
+    assert "31337 to 31396" in shown
+    written = "".join(file.read_text() for file in (tmp_path / "a.yaml", tmp_path / "a.ranges.csv"))
+    assert "313" not in written and "dose,FILL_IN,FILL_IN,,middle," in written
+
+
+def test_many_numbers_are_a_regression_whose_range_is_to_be_filled_in(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["dose,weight", *(f"{n / 7:.3f},{n * n}" for n in range(60))]), encoding="utf-8")
+    out = tmp_path / "a.yaml"
+    assert "fill in: run.tasks.weight.range in a.yaml" in run(path, "--task", "weight", "--out", out)
+    fill_in(tmp_path / "a.ranges.csv")
+    with pytest.raises(BadInput, match="FILL_IN"):
+        check(out)
+    out.write_text(out.read_text().replace("[FILL_IN, FILL_IN]", "[0, 4000]"))
+    check(out)
+
+
+def test_cells_with_bars_are_several_labels(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    cells = ["oedema|effusion", "effusion", "mass|oedema", "mass"]
+    path.write_text("\n".join(["dose,findings", *(f"{n}.5,{cells[n % 4]}" for n in range(60))]), encoding="utf-8")
+    run(path, "--out", tmp_path / "a.yaml")
+    fill_in(tmp_path / "a.ranges.csv")
+    task = check(tmp_path / "a.yaml").run.tasks["findings"]
+    assert task.kind == "multilabel" and task.settings()["labels"] == ["effusion", "mass", "oedema"]
+
+
+def draw(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).save(path)
+
+
+def test_a_folder_for_each_class_needs_nothing_filled_in(tmp_path: Path) -> None:
+    for number in range(12):
+        draw(tmp_path / "scans" / ["absent", "present"][number % 2] / f"{number}.png")
+    out = tmp_path / "scans.yaml"
+    assert "fill in" not in run(tmp_path / "scans", "--out", out)
+    config = check(out)
+    assert config.sources["records"].kind == "image_folder" and config.partition.split == "hash"
+
+
+def test_sides_above_the_classes_are_the_split(tmp_path: Path) -> None:
+    for number in range(12):
+        draw(tmp_path / "scans" / ["train", "test"][number % 3 // 2] / ["a", "b"][number % 2] / f"{number}.png")
+    run(tmp_path / "scans", "--out", tmp_path / "scans.yaml")
+    config = check(tmp_path / "scans.yaml")
+    assert config.sources["records"].settings()["splits"] is True and config.partition.split == "source"
+
+
+def test_pictures_beside_a_list_are_read_by_it(tmp_path: Path) -> None:
+    lines = ["file,patient,finding"]
+    for number in range(12):
+        draw(tmp_path / "scans" / "files" / f"{number}.png")
+        lines.append(f"files/{number}.png,p{number // 2},{'ab'[number % 2]}")
+    (tmp_path / "scans" / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    run(tmp_path / "scans", "--out", tmp_path / "scans.yaml")
+    config = check(tmp_path / "scans.yaml")
+    settings = config.sources["records"].settings()
+    assert (settings["kind"], settings["image"], settings["patient"]) == ("manifest", "file", "patient")
+
+
+def test_names_of_recordings_are_read_as_columns(tmp_path: Path) -> None:
+    from scipy.io import wavfile
+
+    folder = tmp_path / "words"
+    folder.mkdir()
+    for number in range(12):
+        wavfile.write(folder / f"{number % 3}_{'ab'[number % 2]}_{number}.wav", 8000, np.zeros(800, dtype=np.int16))
+    run(folder, "--task", "part2", "--out", tmp_path / "words.yaml")
+    config = check(tmp_path / "words.yaml")
+    assert config.sources["records"].kind == "audio" and config.tasks["part2"].label == "part2"
+    assert "nearest: 'part2'" in refuse(folder, "--task", "part22", "--out", tmp_path / "other.yaml")
+
+
+def test_arrays_with_sides_and_names(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "a.npz",
+        train_x=rng.normal(size=(20, 5)),
+        train_y=np.arange(20) % 2,
+        test_x=rng.normal(size=(6, 5)),
+        test_y=np.arange(6) % 2,
+        names=np.array(["healthy", "ill"]),
+    )
+    run(tmp_path / "a.npz", "--out", tmp_path / "a.yaml")
+    config = check(tmp_path / "a.yaml")
+    assert set(config.sources["records"].settings()["parts"]) == {"train", "test"}
+    assert next(iter(config.run.tasks.values())).settings()["labels"] == ["healthy", "ill"]
+    assert config.run.backbone_specs["backbone"].settings()["dim"] == 5
+
+
+def test_rows_of_numbers_without_names_are_series(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for side in ("TRAIN", "TEST"):
+        rows = np.column_stack([np.arange(20) % 2, rng.normal(size=(20, 30))])
+        np.savetxt(tmp_path / f"Beats_{side}.txt", rows)
+    run(tmp_path / "Beats_TRAIN.txt", "--out", tmp_path / "a.yaml")
+    config = check(tmp_path / "a.yaml")
+    assert config.sources["records"].kind == "series" and config.partition.split == "source"
+    assert config.run.backbone_specs["backbone"].settings()["dim"] == 30
+
+
+def test_texts_without_a_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "notes.tsv"
+    path.write_text("".join(f'a "note of some words {n}\t{n % 2}\n' for n in range(40)), encoding="utf-8")
+    run(path, "--out", tmp_path / "a.yaml")
+    settings = check(tmp_path / "a.yaml").sources["records"].settings()
+    assert settings["kind"] == "text" and settings["header"] == ["column1", "column2"] and settings["quotes"] is False
+
+
+def test_the_parts_of_a_site_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "visits.csv")
+    assert "simulate" not in run(path, "--site", "--out", tmp_path / "site.yaml").splitlines()[-1]
+    text = (tmp_path / "site.yaml").read_text(encoding="utf-8")
+    assert "sources:" in text and "public_size:" in text and "run:" not in text and "partition" not in text
+    assert not (tmp_path / "site.ranges.csv").exists()
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "out.yaml"
+    (tmp_path / "empty").mkdir()
+    assert "got an empty one" in refuse(tmp_path / "empty", "--out", out)
+    assert "there is no such file or folder" in refuse(tmp_path / "none.csv", "--out", out)
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    assert "got a binary file of another kind" in refuse(tmp_path / "binary.csv", "--out", out)
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    assert "expected a readable table" in refuse(tmp_path / "damaged.parquet", "--out", out)
+    (tmp_path / "damaged.npz").write_bytes(b"PK")
+    assert "expected a readable .npz file" in refuse(tmp_path / "damaged.npz", "--out", out)
+    rows = write_rows(tmp_path / "rows.csv")
+    assert "has no such column (nearest: 'finding')" in refuse(rows, "--task", "findings", "--out", out)
+    assert "expected a column of few values" in refuse(rows, "--task", "note", "--out", out)
+    assert "there is no such file" in refuse(rows, "--backbone", "./none.safetensors", "--out", out)
+    (tmp_path / "plain.csv").write_text("\n".join(["a,b", *(f"{n / 3},{n / 7}" for n in range(40))]), encoding="utf-8")
+    assert "say which with --task COLUMN" in refuse(tmp_path / "plain.csv", "--out", out)
+    assert not out.exists()
+    out.write_text("mine", encoding="utf-8")
+    assert "it is there already" in refuse(rows, "--out", out)
+    assert out.read_text() == "mine"
+
+
+def test_no_file_is_written_where_the_ranges_are_there_already(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.csv")
+    (tmp_path / "a.ranges.csv").write_text("mine", encoding="utf-8")
+    assert "a.ranges.csv: it is there already" in refuse(rows, "--out", tmp_path / "a.yaml")
+    assert not (tmp_path / "a.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["1", "0"] * 20, "category"),
+        (["1.0", "0", "?", ""] * 20, "category"),
+        ([f"{n / 3:.3f}" for n in range(40)], "number"),
+        (["f", "m"] * 20, "category"),
+        ([f"p{n}" for n in range(40)], "id"),
+        (["2024-01-02", "2024-01-03"] * 20, "date"),
+        ([f"scans/{n}.png" for n in range(40)], "path"),
+        (["x"] * 40, "constant"),
+        (["", "NA"] * 20, "empty"),
+    ],
+)
+def test_kinds_of_columns(cells: list[str], kind: str) -> None:
+    assert describe_column("a", cells, [".png"]).kind == kind
+
+
+def test_an_id_that_repeats_is_a_patient(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(["id,dose,y", *(f"{n // 2 + 100},{n / 3},{n % 2}" for n in range(60))]), encoding="utf-8")
+    assert inspect(path, None).patient == "id"
+    path.write_text("\n".join(["id,dose,y", *(f"{n + 100},{n / 3},{n % 2}" for n in range(60))]), encoding="utf-8")
+    found = inspect(path, None)
+    assert found.patient is None and found.features == ("dose",)
