@@ -260,6 +260,8 @@ def _unit(finding: Finding) -> str:
 def _count_units(finding: Finding) -> int:
     if finding.patient is None:
         return finding.records - finding.label_facts.missing
+    if finding.patients is not None:
+        return finding.patients
     return next(column.distinct for column in finding.columns if column.name == finding.patient)
 
 

@@ -76,6 +76,7 @@ class Finding:
         has_split: whether the source says what is held out.
         features: names of the columns that a backbone is given, of a table.
         dim: length of the vectors, where a record is one.
+        patients: number of patients that the source itself knows.
         notes: sentences for whoever reads the file that is written.
     """
 
@@ -90,6 +91,7 @@ class Finding:
     has_split: bool = False
     features: tuple[str, ...] = ()
     dim: int | None = None
+    patients: int | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -6,11 +6,12 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.data.sources import open_source
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.parts.frame import FAULT, WHITESPACE, Encoding, read_frame
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
@@ -25,7 +26,7 @@ from client.inspect.finding import (
 )
 from common.errors import instead
 from common.inputs import parse_number
-from common.types import BadInput
+from common.types import BadInput, BadRecord
 
 _SAMPLE_BYTES = 1 << 18
 _SAMPLE_ROWS = 200
@@ -109,7 +110,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
     people: dict[str, Any] = {"patient": patient, "split": found.split}
     source: dict[str, Any]
     notes: list[str] = []
-    has_split, dim = found.split is not None, None
+    has_split, patients = found.split is not None, None
     shape = {} if form is None else {"separator": form.separator, "encoding": form.encoding}
     if paths:
         cell = _first_cell(path, form, paths[0].name).lower()
@@ -118,6 +119,10 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         if form is not None and form.names is not None:
             raise BadInput(f"{path}: expected a first line that names the columns of a list of files, got a record")
         features = []
+        if kind == "dicom":
+            own, patients = _probe_dicom(source)
+            source |= own
+            patient = "" if patients else patient
     elif texts and len(features) <= 2:
         modality, features = "text", []
         sides = _find_sides(path)
@@ -150,9 +155,28 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         patient=patient,
         has_split=has_split,
         features=tuple(features),
-        dim=dim,
+        patients=patients,
         notes=tuple(notes),
     )
+
+
+def _probe_dicom(source: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """Returns further settings of listed DICOM files, and the number of patients where their tags say it.
+
+    Without a window of its own a file is shown from its lowest to its highest value.
+    """
+    has_column = source["patient"] is not None
+    values = {key: value for key, value in source.items() if value is not None}
+    opened = open_source({**values, "patient_from_tag": not has_column}, "sources.records").open()
+    patients = {record.patient for record in opened.index()}
+    own: dict[str, Any] = {}
+    try:
+        opened.load(0)
+    except BadRecord as error:
+        own = {"window": "full"} if "window" in str(error) else {}
+    if has_column or "" in patients:
+        return own, None
+    return {**own, "patient_from_tag": True}, len(patients)
 
 
 def _listed(cell: str) -> tuple[str, str, Any]:

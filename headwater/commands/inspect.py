@@ -44,7 +44,7 @@ def inspect(
         for path, text in draft.files.items():
             try:
                 path.write_text(text, encoding="utf-8")
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 raise BadInput(f"{path}: expected a file that can be written{instead(error)}") from error
             typer.echo(f"wrote {path}")
         for blank in draft.blanks:
@@ -65,7 +65,13 @@ def _show(finding: Finding) -> None:
     for name in ("column", "kind", "distinct", "missing", "seen (stays here)", "guess"):
         table.add_column(name, justify="right" if name in ("distinct", "missing") else "left")
     for column in finding.columns[:_MOST_ROWS]:
-        guess = "label" if column.name == finding.label else "patient" if column.name == finding.patient else ""
+        guess = (
+            "label"
+            if column.name == finding.label
+            else "patient"
+            if column.name == finding.patient and finding.patient
+            else ""
+        )
         cells = [column.name, column.kind, str(column.distinct), str(column.missing), _describe(column), guess]
         table.add_row(*map(escape, cells))
     console.print(table)

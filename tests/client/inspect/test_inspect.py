@@ -160,6 +160,22 @@ def test_pictures_beside_a_list_are_read_by_it(tmp_path: Path) -> None:
     assert (settings["kind"], settings["image"], settings["patient"]) == ("manifest", "file", "patient")
 
 
+def test_dicom_files_say_their_patients_and_windows(tmp_path: Path) -> None:
+    from client.data.sources.dicom import write_dicom
+
+    lines = ["file,finding"]
+    for number in range(12):
+        pixels = np.arange(16, dtype=np.uint16).reshape(4, 4)
+        write_dicom(tmp_path / f"{number}.dcm", pixels, PatientID=f"p{number // 2}")
+        lines.append(f"{number}.dcm,{'ab'[number % 2]}")
+    assert "expected a CSV beside the 12 DICOM files" in refuse(tmp_path, "--out", tmp_path / "a.yaml")
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    run(tmp_path, "--out", tmp_path / "a.yaml")
+    config = check(tmp_path / "a.yaml")
+    settings = config.sources["records"].settings()
+    assert (settings["window"], settings["patient_from_tag"], config.unit) == ("full", True, "patient")
+
+
 def test_names_of_recordings_are_read_as_columns(tmp_path: Path) -> None:
     from scipy.io import wavfile
 
