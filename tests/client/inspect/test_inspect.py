@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +263,16 @@ def test_no_file_is_written_where_the_ranges_are_there_already(tmp_path: Path) -
     (tmp_path / "a.ranges.csv").write_text("mine", encoding="utf-8")
     assert "a.ranges.csv: it is there already" in refuse(rows, "--out", tmp_path / "a.yaml")
     assert not (tmp_path / "a.yaml").exists()
+
+
+def test_a_table_is_inspected_without_torch(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.csv")
+    code = (
+        "import sys; from headwater.commands.inspect import inspect; from pathlib import Path;"
+        f"inspect(Path({str(rows)!r}), None, False, Path({str(tmp_path / 'a.yaml')!r}), None);"
+        "assert not {'torch', 'scipy', 'flwr'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[3])
 
 
 @pytest.mark.parametrize(
