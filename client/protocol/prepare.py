@@ -25,7 +25,7 @@ from common.events import EncodingContinues, HeadsReceived, RunPrepared
 from common.files import write_atomic
 from common.model.backbones import Backbone
 from common.model.trunks import freeze_parts
-from common.serving.folder import MODEL, describe_model, write_model
+from common.serving.folder import MAX_TEMPERATURE, MIN_TEMPERATURE, MODEL, describe_model, write_model
 from common.types import (
     BadInput,
     DeclineReason,
@@ -124,6 +124,8 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
     if not set(request.temperatures) <= set(tasks):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the temperatures are not those of this site's tasks")
+    if not all(MIN_TEMPERATURE <= value <= MAX_TEMPERATURE for value in request.temperatures.values()):
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "a temperature divides outputs so that they are no numbers")
     load_modules(site, joined, tasks, request.heads)
     if heads_digest(request.heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")

@@ -169,6 +169,8 @@ def reported_errors() -> Iterator[None]:
 
 
 def _print_error(sentence: str) -> None:
+    # A name in it may be a stranger's: a terminal obeys what does not print.
+    sentence = "".join(char if char.isprintable() or char == "\n" else "?" for char in sentence)
     if is_json():
         write_json(sys.stderr, sentence, event=FAILED, level="error")
         return
@@ -192,8 +194,8 @@ def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True, highlight=False, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
     lines: dict[str, ProgressLines] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -15,22 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.errors import instead
 from common.files import private_folder, write_atomic
 from common.plugins import Frozen
-from common.run import RunConfig
+from common.run import Name, RunConfig, Trainable
 from common.types import RELATION, BackboneBlob, BadInput, DigestMismatch, Heads, Relation, Unit
 
 CONFIG = "config.json"
@@ -38,6 +37,10 @@ MODEL = "model"
 """Name of the model's folder in the folder of a run."""
 FORMAT: Literal["headwater model"] = "headwater model"
 VERSION: Literal[1] = 1
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+"""Temperatures that a coordinator may send: with others, float32 outputs would be no numbers. Fitted ones lie between
+0.25 and 4 (`common.tasks.parts.calibration`)."""
 
 
 class Metric(Frozen):
@@ -64,9 +67,10 @@ class ModelTask(Frozen):
     """
 
     settings: dict[str, Any]
-    backbone: str
-    trunk: str | None = None
-    temperature: float | None = Field(default=None, gt=0)
+    backbone: Name
+    # Part of a file's name, as tasks and backbones are: it may not lead out of the folder.
+    trunk: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}\.trunk$")] | None = None
+    temperature: float | None = Field(default=None, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     metrics: dict[str, Metric] = {}
 
 
@@ -86,7 +90,7 @@ class ModelBackbone(Frozen):
     spec: dict[str, Any]
     source: str | None = None
     licence: str | None = None
-    trainable: dict[str, Any] | None = None
+    trainable: Trainable | None = None
 
 
 class ModelPrivacy(Frozen):
@@ -100,9 +104,9 @@ class ModelPrivacy(Frozen):
     """
 
     unit: Unit
-    delta: float
+    delta: float = Field(ge=0, le=1)
     relation: Relation = RELATION
-    epsilon: dict[str, float | None] = {}
+    epsilon: dict[str, Annotated[float, Field(ge=0)] | None] = {}
 
 
 class ModelConfig(Frozen):
@@ -129,12 +133,18 @@ class ModelConfig(Frozen):
     created: str
     seed: int
     rounds: int
-    tasks: dict[str, ModelTask] = Field(min_length=1)
-    backbones: dict[str, ModelBackbone] = Field(min_length=1)
+    tasks: dict[Name, ModelTask] = Field(min_length=1)
+    backbones: dict[Name, ModelBackbone] = Field(min_length=1)
     privacy: ModelPrivacy | None = None
     solver: dict[str, Any] = {}
     heads: str
     files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_backbones(self) -> Self:
+        if not {task.backbone for task in self.tasks.values()} <= set(self.backbones):
+            raise ValueError("expected tasks on backbones of the model")
+        return self
 
 
 def describe_model(
@@ -183,7 +193,7 @@ def describe_model(
                 spec=dict(backbones[name][1]),
                 source=_name_source(run, name),
                 licence=run.licences.get(name),
-                trainable=run.trainable[name].model_dump(mode="json", by_alias=True) if name in run.trainable else None,
+                trainable=run.trainable.get(name),
             )
             for name in dict.fromkeys(run.backbone_of(task) for task in names)
         },
@@ -232,8 +242,10 @@ def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
+    except FileNotFoundError:
+        return  # Staff removed it: the heads are kept all the same.
     except OSError:
-        shutil.copyfile(source, target)
+        write_atomic(target, source.read_bytes())
 
 
 def find_model(path: Path) -> Path:
@@ -268,6 +280,8 @@ def read_config(path: Path) -> ModelConfig:
             raise BadInput(f"{file}: expected a Headwater model's config.json, got another one")
         if values.get("version") != VERSION:
             raise BadInput(f"{file}: expected version {VERSION} of the format, got {values.get('version')!r}")
+        # JSON can hold halves of characters, which no file and no terminal takes.
+        json.dumps(values, ensure_ascii=False).encode()
         return ModelConfig.model_validate(values)
     except (OSError, ValueError, RecursionError) as error:
         detail = f", got {error.error_count()} wrong or missing key(s)" if isinstance(error, ValidationError) else ""

@@ -19,7 +19,6 @@ from common.inputs import Several
 from common.model.backbones import Backbone, FrozenBackbone, load_blob
 from common.model.parameters import load_parameters
 from common.model.trunks import cut
-from common.run import Trainable
 from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
 from common.tasks import Servable, Task, open_task
 from common.tasks.parts.adjusted import AdjustedHead
@@ -234,7 +233,7 @@ def _open_backbone(
     trunk = next((own.trunk for own in config.tasks.values() if own.backbone == name and own.trunk is not None), None)
     if trainable is None or trunk is None:
         return backbone
-    parts = cut(backbone, Trainable.model_validate(trainable), trunk, f"trainable.{name}", config.seed)
+    parts = cut(backbone, trainable, trunk, f"trainable.{name}", config.seed)
     load_parameters(parts.trunk, heads[trunk])
     whole = FrozenBackbone(nn.Sequential(parts.below.module, parts.trunk), ProjectionLayer(None, backbone.feature_dim))
     return replace(backbone, module=whole)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common.process.console import reported_errors
-from common.types import BadInput
+from common.types import BadInput, DigestMismatch
 
 
 def export(
@@ -37,32 +38,41 @@ def export(
     Example: headwater export runs/mine exported --format onnx
     """
     with reported_errors():
-        from common.exports import check_folder, open_format
-
         _refuse_personal(model)
         _check_together(evidence, format_, site, run or coordinator, no_attack)
-        if evidence:
-            _write_evidence(model, folder, site, run, coordinator, attack=not no_attack)
-            return
-        assert format_ is not None
-        opened = open_format(format_)
-        check_folder(folder)
-        from common.exports import write_export
-        from common.exports.parts.facts import read_run_facts
-        from common.serving.network import open_model
+        try:
+            if evidence:
+                _write_evidence(model, folder, site, run, coordinator, attack=not no_attack)
+            else:
+                assert format_ is not None
+                _write_format(model, folder, format_, task or (), without_backbone or (), backbones)
+        except DigestMismatch as error:
+            raise BadInput(str(error)) from error
 
-        exported = write_export(
-            open_model(model, backbones=backbones),
-            folder,
-            opened,
-            tasks=task or (),
-            without=without_backbone or (),
-            facts=read_run_facts(model),
-        )
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            typer.echo(f"{path.relative_to(folder).as_posix():<28}{path.stat().st_size:>12,} bytes")
-        if exported.left_out:
-            typer.echo(exported.explain_left_out())
+
+def _write_format(
+    model: Path, folder: Path, name: str, tasks: Sequence[str], without: Sequence[str], backbones: Path | None
+) -> None:
+    from common.exports import check_folder, open_format
+
+    opened = open_format(name)
+    check_folder(folder)
+    from common.exports import write_export
+    from common.exports.parts.facts import read_run_facts
+    from common.serving.network import open_model
+
+    exported = write_export(
+        open_model(model, backbones=backbones),
+        folder,
+        opened,
+        tasks=tasks,
+        without=without,
+        facts=read_run_facts(model),
+    )
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        typer.echo(f"{path.relative_to(folder).as_posix():<28}{path.stat().st_size:>12,} bytes")
+    if exported.left_out:
+        typer.echo(exported.explain_left_out())
 
 
 def _check_together(

@@ -367,3 +367,15 @@ def test_the_columns_that_a_table_lacks_are_named_as_the_model_names_them(
     result = predict(model, "--data", tmp_path / "rows.csv", "--out", tmp_path / "p.csv")
     assert result.exit_code == 2 and "q7-" not in result.output
     assert "expected the model's 2 feature columns, found no column age" in result.stderr
+
+
+def test_what_a_stranger_named_is_shown_and_not_obeyed(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(ON_PICTURES)
+    (tmp_path / "labelled").mkdir()
+    write_pictures(tmp_path / "labelled" / "ill", 2)
+    settings = {"sources": {"[/b]": {"kind": "image_folder", "path": str(tmp_path / "labelled")}}}
+    (tmp_path / "data.yaml").write_text(json.dumps(settings))
+    result = predict(model, "--data", tmp_path / "data.yaml", "--out", tmp_path / "p.csv")
+    assert result.exit_code == 0 and "predicting [/b]: 2 of 2" in result.stderr, result.output
+    result = predict("\x1b[2Jmodel", "--data", tmp_path, "--out", tmp_path / "q.csv")
+    assert result.exit_code == 2 and "?[2Jmodel: expected" in result.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from common import messages
 from common.model.backbones import Backbone
 from common.model.parameters import create_heads, parameters
 from common.privacy.noise import SeededEntropy, os_entropy
+from common.serving.network import open_model
 from common.tasks import open_task
-from common.types import DeclineReason, Heads, LedgerDamaged, heads_digest
+from common.types import BadInput, DeclineReason, Heads, LedgerDamaged, heads_digest
 from tests.tiny import TASKS, backbone, give_backbone, offered, run_config, site_config
 
 
@@ -317,6 +320,44 @@ def test_temperatures_of_other_tasks_are_refused(site: Site, frozen: Backbone) -
     with pytest.raises(SiteDeclined, match="temperatures"):
         finish(site, messages.FinishRequest("run-1", final, heads_digest(final), {"evil": 2.0}))
     finish(site, messages.FinishRequest("run-1", final, heads_digest(final), {"size": 2.0}))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_a_temperature_that_makes_outputs_no_numbers_is_refused(
+    site: Site, frozen: Backbone, temperature: float
+) -> None:
+    ready(site, frozen)
+    final = heads(frozen)
+    with pytest.raises(SiteDeclined, match="temperature"):
+        finish(site, messages.FinishRequest("run-1", final, heads_digest(final), {"size": temperature}))
+    assert not (site.config.state_dir / "runs" / "run-1" / "final_heads.bin").exists()
+
+
+def test_final_heads_are_kept_where_staff_removed_the_backbone(site: Site, frozen: Backbone) -> None:
+    ready(site, frozen)
+    site.backbones().locate_weights(frozen.digest).unlink()
+    final = heads(frozen)
+    finish(site, messages.FinishRequest("run-1", final, heads_digest(final)))
+    run = site.config.state_dir / "runs" / "run-1"
+    assert (run / "final_heads.bin").exists()
+    with pytest.raises(BadInput, match="expected the weights of backbone backbone"):
+        open_model(run / "model")
+
+
+def test_a_model_on_another_disk_than_the_backbone_is_a_private_copy(
+    site: Site, frozen: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(site, frozen)
+    monkeypatch.setattr(os, "link", refuse_link)
+    final = heads(frozen)
+    finish(site, messages.FinishRequest("run-1", final, heads_digest(final)))
+    (copy,) = site.config.state_dir.glob("runs/run-1/model/backbones/*")
+    assert copy.read_bytes() == site.backbones().locate_weights(frozen.digest).read_bytes()
+    assert copy.stat().st_mode & 0o077 == 0
+
+
+def refuse_link(*paths: object) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
 @pytest.mark.parametrize("change", [not_finite, bad_shape, lambda good: {**good, "evil": good["size"]}])
