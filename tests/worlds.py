@@ -148,7 +148,7 @@ def _write_npz(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     parts = {
         side: {
             "inputs": f"{side}_x",
-            "columns": {name: f"{side}_{name}" for name in LABELS},
+            "labels": {name: f"{side}_{name}" for name in LABELS},
             "patient": f"{side}_patient",
         }
         for side in ("train", "test")

@@ -25,7 +25,8 @@ from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.frame import FAULT, convert_frame, read_frame
 from client.data.sources.parts.listing import ListedFiles, Listing, Reader
 from client.data.sources.parts.tree import read_file
-from client.data.sources.table import Table, TableRows
+from client.data.sources.table import Table, TableRows, replace_decimal_commas
+from client.inspect.tables import sniff
 from client.prediction.files import FILE_KINDS, LooseFiles, find_kind, list_files, list_suffixes, open_files
 from common.backbones import ReadsColumns
 from common.errors import instead
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from common.model.backbones import Backbone
 
 TABLES = frozenset({".csv", ".tsv", ".tab", ".parquet", ".data"})
-_SEPARATORS = (",", ";", "\t")
 _TEXTS = ("text", "sentence", "note")
 _PATHS = ("path", "file", "filename", "image", "audio", "series")
 _ARRAYS = ("x", "images", "inputs", "data")
@@ -97,8 +97,7 @@ def _open_path(path: Path, backbone: Backbone, columns: Sequence[str]) -> PlainD
     if suffix == ".npz":
         return _open_arrays(path, columns)
     if suffix in TABLES:
-        separator = "," if suffix == ".parquet" else _guess_separator(path)
-        rows = [dict(row) for row in read_frame(path, separator).to_dict("records")]
+        rows = [dict(row) for row in _read_table(path, backbone).to_dict("records")]
         return _open_rows(path, rows, backbone, columns, root=path.parent.resolve())
     if find_kind(path.name, path) is None:
         raise BadInput(
@@ -118,14 +117,17 @@ def _choose(found: Sequence[LooseFiles], backbone: Backbone) -> PlainData:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _guess_separator(path: Path) -> str:
-    """Returns the separator that the first line of a text file has most often."""
+def _read_table(path: Path, backbone: Backbone) -> pd.DataFrame:
+    """Returns a table of texts in whatever form it is written, as `headwater inspect` finds it."""
+    if path.suffix.lower() == ".parquet":
+        return read_frame(path)
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            first = file.readline(1 << 20)
-    except OSError as error:
-        raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
-    return max(_SEPARATORS, key=first.count)
+        form = sniff(path)
+    except BadInput:
+        # One column has no separator; of all else the reader says what is wrong.
+        return read_frame(path)
+    frame = read_frame(path, form.separator, encoding=form.encoding)
+    return replace_decimal_commas(frame) if form.is_comma and isinstance(backbone.kind, ReadsColumns) else frame
 
 
 def _open_rows(

@@ -123,7 +123,7 @@ def test_the_declared_noise_seed_repeats_a_choice(simulation_file: Path, tmp_pat
 
 
 def write_proxy(tmp_path: Path, **changes: Any) -> Path:
-    source = {"kind": "table", "path": str(tmp_path / "rows.csv"), "inputs": ["x", "y"]}
+    source = {"kind": "table", "path": str(tmp_path / "rows.csv"), "columns": ["x", "y"]}
     return write(tmp_path / "proxy.yaml", {"source": source, "column": "colour", "labels": ["red", "blue"], **changes})
 
 

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,9 @@ from client.data.sources.parts.base import Header, SourceSettings, digest, list_
 from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
 from common.inputs import encode_text
 from common.plugins import LocalPath
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _WITH_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
 
@@ -77,10 +80,15 @@ class Table(SourceSettings):
         require_columns(frame, self.path, [*self.columns, *self.complete, self.patient, self.split])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
         if self.decimal == ",":
-            frame = frame.replace(_WITH_COMMA, r"\1.\2", regex=True)
+            frame = replace_decimal_commas(frame)
         if self.complete:
             frame = frame[(frame[self.complete] != "").all(axis=1) | (frame[FAULT] != "")]
         return TableRows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
+
+
+def replace_decimal_commas(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns a table of texts in which a cell such as 1,5 is 1.5."""
+    return frame.replace(_WITH_COMMA, r"\1.\2", regex=True)
 
 
 @dataclass(frozen=True)

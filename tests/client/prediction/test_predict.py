@@ -127,8 +127,20 @@ def test_a_table_is_read_by_the_models_own_columns(make_model: MakeModel, tmp_pa
     assert [row["row"] for row in read(tmp_path / "p.csv")] == ["1", "3"]
     (rejected,) = read(tmp_path / "p.rejected.csv")
     assert (rejected["row"], rejected["reason"]) == ("2", "column 'age': expected a number")
-    written = (tmp_path / "p.csv").read_text() + (tmp_path / "p.rejected.csv").read_text() + result.output
+    shown = result.output.replace(str(tmp_path), "")
+    written = (tmp_path / "p.csv").read_text() + (tmp_path / "p.rejected.csv").read_text() + shown
     assert not any(word in written for word in ("ann", "bob", "old", "41"))
+
+
+def test_a_table_with_decimal_commas_is_read_as_the_one_with_points(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(ON_ROWS)
+    (tmp_path / "points.csv").write_text("sex,age\nf,41.5\nm,63.25\n")
+    (tmp_path / "commas.csv").write_bytes("sex;age;stadt\nf;41,5;K\u00f6ln\nm;63,25;Bonn\n".encode("latin-1"))
+    for name in ("points", "commas"):
+        result = predict(model, "--data", tmp_path / f"{name}.csv", "--out", tmp_path / f"{name}.out.csv")
+        assert result.exit_code == 0, result.output
+    points, commas = (read(tmp_path / f"{name}.out.csv") for name in ("points", "commas"))
+    assert [{**row, "file": ""} for row in points] == [{**row, "file": ""} for row in commas] and len(points) == 2
 
 
 def test_a_table_in_memory_keeps_its_index(make_model: MakeModel) -> None:
