@@ -23,6 +23,12 @@ from common.types import BadInput
 _DIGITS = ".7g"
 """As many digits as a float32 has."""
 
+_PLACES = ("source", "file", "row", "patient", "split")
+"""Columns that say which record a row is of."""
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of a cell that a spreadsheet takes for a formula, and would run."""
+
 
 @dataclass(frozen=True)
 class OutputColumn:
@@ -67,12 +73,13 @@ class OutputLayout:
     @property
     def columns(self) -> list[OutputColumn]:
         """All columns in their order."""
-        first = [("source", self.has_source), ("file", True), ("row", True)]
-        first += [("patient", self.has_patient), ("split", self.has_side)]
-        found = [OutputColumn(name, "whole" if name == "row" else "text") for name, there in first if there]
+        there = (self.has_source, True, True, self.has_patient, self.has_side)
+        first = [name for name, is_there in zip(_PLACES, there, strict=True) if is_there]
+        found = [OutputColumn(name, "whole" if name == "row" else "text") for name in first]
         for task, names in self.tasks.items():
-            found.append(OutputColumn(task, "text"))
-            found += [OutputColumn(f"{task}.{name}", "number") for name in names]
+            shown = f"task.{task}" if task in _PLACES else task
+            found.append(OutputColumn(shown, "text"))
+            found += [OutputColumn(f"{shown}.{name}", "number") for name in names]
         return found
 
     def make_row(self, part: Part, each: PredictedRecord) -> list[Any]:
@@ -107,10 +114,10 @@ class _CsvWriter:
     def __init__(self, file: IO[bytes], columns: Sequence[OutputColumn]) -> None:
         self._text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="", write_through=True)
         self._writer = csv.writer(self._text)
-        self._writer.writerow([column.name for column in columns])
+        self._writer.writerow([_disarm(column.name) for column in columns])
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
-        self._writer.writerows([[_format(value) for value in row] for row in rows])
+        self._writer.writerows([[_disarm(_format(value)) for value in row] for row in rows])
 
     def close(self) -> None:
         self._text.detach()
@@ -228,8 +235,19 @@ def write_rejected(output: Output, rejected: Sequence[RejectedRecord]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["file", "row", "task", "reason"])
-    writer.writerows([each.file, each.row, each.task, each.reason] for each in rejected)
+    writer.writerows([_disarm(each.file), each.row, each.task, each.reason] for each in rejected)
     write_atomic(output.rejected, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _disarm(value: Any) -> Any:
+    """Returns a CSV cell with an apostrophe before a text that a spreadsheet would run; a number stays as it is."""
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def _format(value: Any) -> Any:

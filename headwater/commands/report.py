@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from common.errors import instead
+from common.errors import explain_os_error
 from common.files import write_atomic
 from common.process.console import reported_errors, shown_progress
 from common.types import BadInput
@@ -38,7 +38,7 @@ def report(
         try:
             write_atomic(out, page.encode("utf-8", errors="replace"))
         except OSError as error:
-            raise BadInput(f"--out {out}: expected a file that can be written{instead(error)}") from error
+            raise BadInput(f"--out: expected a file that can be written, got {explain_os_error(error)}") from error
         typer.echo(f"report: {out}")
 
 

@@ -89,7 +89,7 @@ def list_differences(runs: Sequence[ReportedRun]) -> list[str]:
     ]
     # A sweep sets both seeds to the same number.
     both = {"run.seed", "partition.seed"} <= set(different)
-    same = both and all(run.settings["run.seed"] == run.settings.get("partition.seed") for run in runs)
+    same = both and all(run.settings.get("run.seed") == run.settings.get("partition.seed") for run in runs)
     kept = [key for key in different if not (same and key == "partition.seed")]
     return sorted(kept, key=lambda key: key.rpartition(".")[2] in _SEEDS)
 

@@ -190,9 +190,10 @@ def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
             # A rejection before the site joined is over: it was asked again, and its staff had approved the run.
             case SiteRejected() if position >= joined_at.get(event.site, 0) and not _is_made_good(event, rounds):
                 sites[event.site] = _mark_rejected(sites.get(event.site), event.reason)
-            case EpsilonSpent():
+            # A damaged line of a journal is skipped, and may be the one by which the site joined.
+            case EpsilonSpent() if event.site in sites:
                 sites[event.site] = sites[event.site].model_copy(update={"epsilon": event.epsilon})
-            case RecordsLeftOut():
+            case RecordsLeftOut() if event.site in sites:
                 left_out = LeftOut(num_records=event.num_records, path=event.path)
                 sites[event.site] = sites[event.site].model_copy(update={"left_out": left_out})
     return dict(sorted(sites.items()))

@@ -391,3 +391,42 @@ def test_what_a_stranger_named_is_shown_and_not_obeyed(make_model: MakeModel, tm
     assert result.exit_code == 0 and "predicting [/b]: 2 of 2" in result.stderr, result.output
     result = predict("\x1b[2Jmodel", "--data", tmp_path, "--out", tmp_path / "q.csv")
     assert result.exit_code == 2 and "?[2Jmodel: expected" in result.stderr
+
+
+def test_no_cell_of_a_csv_file_is_a_formula_and_no_number_is_changed(make_model: MakeModel, tmp_path: Path) -> None:
+    labels = ['=HYPERLINK("http://x")', "@SUM(1)"]
+    model = make_model({"finding": {**FINDING, "labels": labels, "backbone": "pictures"}})
+    write_pictures(tmp_path / "scans", 2)
+    (tmp_path / "scans" / "scan000.png").rename(tmp_path / "scans" / "=1+1.png")
+    (tmp_path / "scans" / "-1+cmd.png").write_bytes(b"nothing")
+    for name in ("p.csv", "p.jsonl"):
+        assert predict(model, "--data", tmp_path / "scans", "--out", tmp_path / name, "--force").exit_code == 0
+    texts = [*read(tmp_path / "p.csv"), *read(tmp_path / "p.rejected.csv")]
+    cells = [cell for row in texts for pair in row.items() for cell in pair]
+    assert "'=1+1.png" in cells and "'-1+cmd.png" in cells
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    (line, _) = (tmp_path / "p.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == "=1+1.png"
+
+
+def test_a_negative_number_is_no_formula(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model({"age": {"kind": "regression", "range": [-90, -10], "backbone": "pictures"}})
+    write_pictures(tmp_path / "scans", 2)
+    assert predict(model, "--data", tmp_path / "scans", "--out", tmp_path / "p.csv").exit_code == 0
+    assert all(float(row["age"]) < 0 for row in read(tmp_path / "p.csv"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_task_called_like_a_column_hides_no_record_s_file(make_model: MakeModel, tmp_path: Path, suffix: str) -> None:
+    model = make_model({"file": {**FINDING, "backbone": "pictures"}})
+    write_pictures(tmp_path / "scans", 1)
+    out = tmp_path / f"p{suffix}"
+    assert predict(model, "--data", tmp_path / "scans", "--out", out).exit_code == 0
+    match suffix:
+        case ".csv":
+            (row,) = read(out)
+        case ".jsonl":
+            row = json.loads(out.read_text())
+        case _:
+            (row,) = parquet.read_table(out).to_pylist()
+    assert row["file"] == "scan000.png" and row["task.file"] in ("normal", "ill")

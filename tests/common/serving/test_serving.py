@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import headwater
 from common.messages import FinishRequest, decode, from_bytes
 from common.serving.folder import read_config
 from common.serving.network import open_model
 from common.types import BadInput, DigestMismatch
+from headwater.__main__ import make_app
 from tests.server.rounds.test_loop import federate
 from tests.tiny import DIM, backbone, run_config, site_config
 
@@ -142,3 +144,68 @@ def test_a_model_without_its_backbone_takes_the_weights_from_elsewhere(model: Pa
     elsewhere.mkdir()
     shutil.move(model / "backbones" / "backbone.safetensors", elsewhere / f"{digest}.safetensors")
     assert torch.equal(open_model(model, backbones=elsewhere)(CORNERS)["size"], before)
+
+
+def rename_task(values: dict[str, Any]) -> None:
+    values["tasks"]["../../evil"] = values["tasks"].pop("size")
+
+
+def rename_backbone(values: dict[str, Any]) -> None:
+    values["backbones"]["../evil"] = values["backbones"].pop("backbone")
+    values["tasks"]["size"]["backbone"] = "../evil"
+
+
+def name_trunk_outside(values: dict[str, Any]) -> None:
+    values["tasks"]["size"]["trunk"] = "../../evil.trunk"
+
+
+def name_no_backbone(values: dict[str, Any]) -> None:
+    values["tasks"]["size"]["backbone"] = "another"
+
+
+def train_nothing(values: dict[str, Any]) -> None:
+    values["backbones"]["backbone"]["trainable"] = {"x": 1}
+
+
+def pay_less_than_nothing(values: dict[str, Any]) -> None:
+    values["privacy"] = {"unit": "patient", "delta": 1e-5, "epsilon": {"north": -1e6}}
+
+
+def halve_a_character(values: dict[str, Any]) -> None:
+    values["run"] = "\ud800"
+
+
+def divide_by_nothing(values: dict[str, Any]) -> None:
+    values["tasks"]["size"]["temperature"] = 1e-300
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rename_task,
+        rename_backbone,
+        name_trunk_outside,
+        name_no_backbone,
+        train_nothing,
+        pay_less_than_nothing,
+        halve_a_character,
+        divide_by_nothing,
+    ],
+)
+def test_a_hostile_config_is_refused_in_one_sentence(model: Path, change: Any) -> None:
+    path = model / "config.json"
+    read_config(model)
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(BadInput, match="expected a model's settings") as refused:
+        read_config(model)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_export_of_a_changed_model_ends_as_a_prediction_does(model: Path, tmp_path: Path) -> None:
+    path = model / "heads" / "size.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    result = CliRunner().invoke(make_app(), ["export", str(model), str(tmp_path / "out"), "--format", "torch"])
+    assert result.exit_code == 2 and "was changed since the model was written" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from common.events import (
     BackboneSent,
     BaselineEvaluated,
     ConfusionCounts,
+    EpsilonSpent,
     Event,
     FileJournal,
     HeadsEvaluated,
@@ -39,7 +40,7 @@ from common.report.judgement import judge_difference
 from common.report.page import Section, write_report
 from common.types import BadInput, Plan, Unit
 from server.reports.answers import list_answers
-from server.reports.comparison import make_comparison_page
+from server.reports.comparison import make_comparison_page, name_runs
 from server.reports.conduct_sections import show_left_out, show_participation, show_privacy, trace_participation
 from server.reports.reported_run import ReportedRun, read_run, read_runs, trace_epsilons
 from server.reports.run_report import list_notices, make_run_page
@@ -311,6 +312,18 @@ def test_runs_of_the_same_settings_show_how_far_noise_moves_them(tmp_path: Path)
         runs.append(replace(run, events=events))
     section = find(make_comparison_page(runs).sections, "How far noise moves the result")
     assert list(section.tables[0].rows[0])[-3:] == ["0.800", "0.100", "3"]
+
+
+def test_a_run_without_its_settings_is_compared_too(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / str(number), make_events())) for number in range(2)]
+    (tmp_path / "0" / "config.yaml").write_text("run: {seed: 1}\npartition: {seed: 1}\n")
+    names = name_runs([read_run(runs[0].folder), runs[1]])
+    assert len(set(names)) == 2
+
+
+def test_a_journal_whose_line_of_a_joined_site_is_damaged_has_a_page(tmp_path: Path) -> None:
+    events = [*make_events(), EpsilonSpent(site="gone", epsilon=1.0)]
+    make_run_page(read_run(write_run(tmp_path, events)))
 
 
 def test_a_sweep_s_folder_stands_for_its_runs(tmp_path: Path) -> None:
