@@ -64,7 +64,7 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
     head = [f"# Written by `headwater inspect {finding.path.name}`: {_plain(finding.what)}; {finding.records} records."]
     head += [f"# {_plain(note)}" for note in finding.notes]
     if site:
-        lines = [*head, *_site_lines(finding, task, out)]
+        lines = [*head, *_site_lines(finding, task)]
     else:
         head.insert(0, "# A simulation: these data are divided into sites on this machine. See docs/your-data.md.")
         if blanks:
@@ -103,7 +103,8 @@ def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequ
     ]
 
 
-def _source_lines(finding: Finding, out: Path) -> list[str]:
+def _source_lines(finding: Finding, out: Path | None) -> list[str]:
+    """Returns the source's settings; paths are whole where the lines will be copied to a file elsewhere (None)."""
     source = {key: _relative(value, out) for key, value in finding.source.items()}
     lines = ["sources:", "  records:"]
     for key, value in source.items():
@@ -151,13 +152,13 @@ def _rest_lines(finding: Finding) -> list[str]:
     ]
 
 
-def _site_lines(finding: Finding, task: str, out: Path) -> list[str]:
+def _site_lines(finding: Finding, task: str) -> list[str]:
     unit = _unit(finding)
     split = f'split: {{test_fraction: {_choose_held_out(finding)}, salt: ""}}'
     return [
         "# Parts of a site file, to be copied into it. Names of tasks and labels must be the run's.",
         f"unit: {unit}",
-        *_source_lines(finding, out),
+        *_source_lines(finding, None),
         *_task_lines(finding, task, 1),
         split,
     ]
@@ -291,11 +292,13 @@ def _plain(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _relative(value: Any, out: Path) -> Any:
+def _relative(value: Any, out: Path | None) -> Any:
     if isinstance(value, dict):
         return {key: _relative(inner, out) for key, inner in value.items()}
     if not isinstance(value, Path):
         return value
+    if out is None:
+        return str(value.resolve())
     relative = os.path.relpath(value.resolve(), out.resolve().parent)
     # Far away, the whole path is the plainer one.
     return str(value.resolve()) if relative.startswith("../../..") else f"./{relative}"

@@ -13,7 +13,9 @@ from common.errors import nearest
 from common.inputs import find_name, parse_number
 from common.types import BadInput
 
-MISSING = ("?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "-", ".", "missing")
+MISSING = tuple(
+    ["?", "NA", "N/A", "n/a", "n.a.", "#N/A", "NaN", "nan", "NULL", "null", "None", "-", ".", "missing", "k.A.", "k.A"]
+)
 """Cells that mean nothing in many exports, beside the empty one."""
 
 FEW = 20

@@ -15,6 +15,7 @@ from client.data.sources import open_source
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.parts.frame import FAULT, WHITESPACE, Encoding, read_frame
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
+from client.data.sources.table import replace_decimal_comma
 from client.inspect.finding import (
     FEW,
     ColumnFacts,
@@ -199,7 +200,7 @@ def _first_cell(path: Path, form: TextForm | None, name: str) -> str:
 
 
 def _point(cell: str, form: TextForm | None) -> str:
-    return cell.replace(",", ".") if form is not None and form.is_comma and _COMMA.fullmatch(cell) else cell
+    return replace_decimal_comma(cell) if form is not None and form.is_comma else cell
 
 
 def _read(path: Path, form: TextForm | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from common.plugins import LocalPath
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_GROUPED = r"^([+-]?[0-9]{1,3}(?:\.[0-9]{3})+)((?:,[0-9]+)?)$"
+"""A number such as 1.234.567,8, whose points group its digits where the decimal sign is a comma."""
 
 _WITH_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
 
@@ -87,8 +91,15 @@ class Table(SourceSettings):
 
 
 def replace_decimal_commas(frame: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table of texts in which a cell such as 1,5 is 1.5."""
-    return frame.replace(_WITH_COMMA, r"\1.\2", regex=True)
+    """Returns a table of texts in which a cell such as 1,5 is 1.5, and 1.234,5 is 1234.5."""
+    return frame.map(replace_decimal_comma)
+
+
+def replace_decimal_comma(cell: str) -> str:
+    """Returns a number that is written with a decimal comma, with a point; other texts as they are."""
+    if re.match(_GROUPED, cell):
+        cell = cell.replace(".", "")
+    return re.sub(_WITH_COMMA, r"\1.\2", cell)
 
 
 @dataclass(frozen=True)

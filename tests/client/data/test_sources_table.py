@@ -208,6 +208,13 @@ def test_the_four_hospitals_have_the_published_numbers_of_rows(assets: Path, hos
     assert found == FED_HEART[hospital]
 
 
+def test_points_that_group_digits_are_no_decimal_points_where_the_decimal_sign_is_a_comma(tmp_path: Path) -> None:
+    path = write(tmp_path, "a;b;label\n4.100;1.234.567,8;x\n-1.000,5;4.1;y\n")
+    read = loaded(table(path, separator=";", decimal=","))
+    assert read == [{"a": "4100", "b": "1234567.8"}, {"a": "-1000.5", "b": "4.1"}]
+    assert loaded(table(path, separator=";"))[0]["a"] == "4.100"
+
+
 def test_a_decimal_comma_and_an_encoding_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes("a;b;label\n1,5;süß;x\n-2,25e3;1,2,3;y\n7;,5;z\n".encode("latin-1"))

@@ -233,6 +233,8 @@ def test_the_parts_of_a_site_file(tmp_path: Path) -> None:
     text = (tmp_path / "site.yaml").read_text(encoding="utf-8")
     assert "sources:" in text and "public_size:" in text and "run:" not in text and "partition" not in text
     assert not (tmp_path / "site.ranges.csv").exists()
+    # The lines are copied to a file elsewhere.
+    assert f"path: {path.resolve()}" in text
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
