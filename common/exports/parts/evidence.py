@@ -22,8 +22,8 @@ from common.events import AuditVerdict, Interval
 from common.exports.parts.markdown import escape, format_number, make_table, quote
 from common.files import private_folder, write_atomic
 from common.privacy.accounting import Mechanism, round_up
-from common.serving.folder import CONFIG, ModelConfig, find_model, read_config, read_heads
-from common.types import BadInput, Relation, Unit
+from common.serving.folder import CONFIG, ModelConfig, find_model, read_backbone, read_config, read_heads
+from common.types import BadInput, DigestMismatch, Relation, Unit, heads_digest
 
 EVIDENCE = "evidence.md"
 PERSONAL = ".private"
@@ -196,6 +196,25 @@ def open_leaving_model(path: Path) -> tuple[Path, ModelConfig]:
     return folder, config
 
 
+def _check_weights(folder: Path, config: ModelConfig) -> None:
+    """Raises DigestMismatch where heads or backbones are not the run's: anything could have been put in their place."""
+    # Digests of files are in the same folder, for whoever may change one; this one is the run's.
+    if heads_digest(read_heads(folder, config)) != config.heads:
+        raise DigestMismatch(f"{folder}: the heads are not those that the run ended with")
+    for name in config.backbones:
+        if (folder / "backbones" / f"{name}.safetensors").is_file():
+            _check_backbone(folder, name, config)
+
+
+def _check_backbone(folder: Path, name: str, config: ModelConfig) -> None:
+    from common.model.backbones import verify_blob  # Here: it loads torch.
+
+    try:
+        verify_blob(read_backbone(folder, name, config))
+    except (BadInput, DigestMismatch) as error:
+        raise DigestMismatch(f"{folder}: backbone {name}: its weights or settings are not the run's") from error
+
+
 def list_leaving_files(folder: Path) -> list[LeavingFile]:
     """Returns the files of a model's folder, in order of their paths. Raises BadInput where something else is there."""
     found = []
@@ -221,8 +240,10 @@ def write_evidence(evidence: Evidence, folder: Path) -> list[Path]:
 
     Raises:
         BadInput: the folder is not empty, or what would leave is not a model's folder.
+        DigestMismatch: a head or backbone is not the run's.
     """
     check_target(folder)
+    _check_weights(evidence.model, evidence.config)
     leaving = list_leaving_files(evidence.model)
     files = {
         EVIDENCE: make_document(evidence, leaving).encode(),

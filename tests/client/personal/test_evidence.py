@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
 from client.app import make_app as make_site_app
@@ -219,6 +220,22 @@ def test_each_fault_is_one_sentence(fault: str, tmp_path: Path) -> None:
         said = "got a link"
     with pytest.raises(error, match=said):
         write_evidence(collect_site_evidence(config, model, run_id=run_id), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["heads", "backbones"])
+def test_records_in_the_place_of_weights_are_not_attested(ended: SiteConfig, tmp_path: Path, part: str) -> None:
+    """Whoever changes a file can change its digest in `config.json` too, and that of the run then does not fit."""
+    folder = Path(shutil.copytree(model_of(ended), tmp_path / "model"))
+    file = next((folder / part).glob("*.safetensors"))
+    content = save({name: np.asarray(values + 1) for name, values in load(file.read_bytes()).items()})
+    file.unlink()  # A second link of the site's own.
+    file.write_bytes(content)
+    values = json.loads((folder / "config.json").read_text())
+    values["files"] |= {f"heads/{file.name}": hashlib.sha256(content).hexdigest()} if part == "heads" else {}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(DigestMismatch, match="not those that the run ended with|are not the run's"):
+        write_evidence(collect_site_evidence(ended, folder, attack=False), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
