@@ -25,6 +25,7 @@ from common.events import (
 from common.files import check_room
 from common.types import RunFailed, explain_rejection
 from server.deployment.federation import ROOM_BYTES
+from server.rounds.replies import MAY_CHANGE
 from server.superlink.queue import PENDING, describe_run, is_worked_on
 
 _POLL_S = 0.5
@@ -91,6 +92,9 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
         case SiteJoined():
             late = f" from round {event.first_round} of {rounds}" if event.first_round > 1 else ""
             return f"{event.site} joined with {', '.join(event.tasks)}{late}"
+        case SiteRejected() if event.stage == "join" and event.reason in MAY_CHANGE:
+            # It is asked again while sites may join.
+            return f"{event.site} has not joined so far: {explain_rejection(event.reason)}"
         case SiteRejected():
             return f"{event.site} rejected at {event.stage}: {explain_rejection(event.reason)}"
         case SitePreparedAgain():

@@ -59,6 +59,13 @@ def test_a_round_names_its_sites_and_the_tasks_that_stayed_as_they_were() -> Non
     )
 
 
+def test_a_site_that_may_still_join_is_not_called_rejected() -> None:
+    early = SiteRejected(site="north", reason="not connected", stage="join")
+    assert describe_event(early, 10) == "north has not joined so far: not connected"
+    refused = SiteRejected(site="north", reason="declined: budget", stage="join")
+    assert str(describe_event(refused, 10)).startswith("north rejected at join: declined: budget")
+
+
 def test_a_site_that_is_rejected_is_shown_with_its_reason() -> None:
     event = SiteRejected(site="north", reason="declined: budget", stage="train", round=2)
     assert (
