@@ -159,6 +159,10 @@ class _ParquetWriter:
     def close(self) -> None:
         self._writer.close()
 
+    def abandon(self) -> None:
+        """Leaves a file that failed: the library would write its end, to a file that is closed, and show a trace."""
+        self._writer.is_open = False
+
 
 WRITERS: Mapping[str, Callable[[IO[bytes], Sequence[OutputColumn]], RowWriter]] = {
     ".csv": _CsvWriter,
@@ -216,6 +220,8 @@ def opened_output(output: Output, columns: Sequence[OutputColumn]) -> Iterator[R
         with ExitStack() as stack:
             file = stack.enter_context(os.fdopen(handle, "wb"))
             writer: RowWriter = WRITERS[path.suffix.lower()](file, columns)
+            if isinstance(writer, _ParquetWriter):
+                stack.callback(writer.abandon)
             yield writer
             writer.close()
             file.flush()

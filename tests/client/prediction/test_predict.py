@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
+import gc
 import json
+import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +434,20 @@ def test_a_task_called_like_a_column_hides_no_record_s_file(make_model: MakeMode
         case _:
             (row,) = parquet.read_table(out).to_pylist()
     assert row["file"] == "scan000.png" and row["task.file"] in ("normal", "ill")
+
+
+def test_a_parquet_file_that_fails_on_the_way_says_so_once(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, unraisable = headwater.load(make_model(ON_PICTURES)).model, list[Any]()
+    write_pictures(tmp_path / "scans", 2)
+    records = open_records(loaded, tmp_path / "scans", tasks=choose_tasks(loaded, ()))
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+
+    def fail(what: str, done: int, total: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with suppress(OSError):
+        write_predictions(loaded, records, plan_output(tmp_path / "p.parquet", force=False), observe=fail)
+    gc.collect()
+    assert not unraisable and not list(tmp_path.glob("*p.parquet*"))
