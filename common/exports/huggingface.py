@@ -49,6 +49,7 @@ class HuggingfaceFormat(Plugin):
         return [
             f"`{name}.from_pretrained(FOLDER{trusted})` is the model.",
             *_write_processor(exported, folder, trusted),
+            "Needs transformers, torch, torchvision and pillow: `pip install transformers torch torchvision pillow`.",
         ]
 
 

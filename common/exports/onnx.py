@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from common.exports.parts.exported import Exported
 
 _SCRIPTS = Path(__file__).parent / "parts" / "scripts"
-_NEEDS = {"pictures": "numpy and pillow", "texts": "numpy and tokenizers", "table": "numpy", "arrays": "numpy"}
+_NEEDS = {"pictures": "numpy pillow", "texts": "numpy tokenizers", "table": "numpy", "arrays": "numpy"}
+_ARGUMENTS = {
+    "pictures": "a.png b.png",
+    "texts": "'a text' 'another text'",
+    "table": "rows.csv",
+    "arrays": "records.npz",
+}
 
 
 @final
@@ -62,7 +68,8 @@ class OnnxFormat(Plugin):
         write_atomic(folder / "predict.py", (_SCRIPTS / f"{script}.py").read_bytes())
         return [
             f"`model.onnx` maps {', '.join(names)} to {', '.join(exported.tasks)}, for any number of records.",
-            f"`python predict.py` runs it and needs onnxruntime, {_NEEDS[script]} only.",
+            f"`python predict.py {_ARGUMENTS[script]}` prints a CSV row for each record, and needs these only: "
+            f"`pip install onnxruntime {_NEEDS[script]}`.",
         ]
 
 

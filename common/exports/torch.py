@@ -59,5 +59,5 @@ class TorchFormat(Plugin):
         return [
             '`model.pt2`: `torch.export.load("model.pt2").module()` is a module from '
             f"`{names}` to the outputs of {outputs}; torch is all it needs.",
-            "`load.py` loads it, and runs it on two empty records.",
+            "`python load.py` loads it, and runs it on two empty records; it takes no argument.",
         ]

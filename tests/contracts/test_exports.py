@@ -61,6 +61,13 @@ def test_an_export_states_its_inputs_and_outputs_and_has_a_card(name: str, model
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
     assert "run-1" in card.text and card.data.library_name == open_format(name).library
     assert card.data.pipeline_tag == "image-classification"
+    command = {
+        "huggingface": "pip install transformers torch torchvision pillow",
+        "monai": "--dataset_dir PICTURES",
+        "onnx": "python predict.py a.png",
+        "torch": "python load.py",
+    }
+    assert command.get(name, "") in card.text
     for path in files:
         if path.suffix == ".py":
             assert not list_imports(path) & {"common", "client", "server", "simulations", "headwater"}, path.name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from common.exports import open_format, write_export
@@ -24,6 +27,7 @@ from common.types import BadInput
 from tests.finished import write_finished
 
 KINDS = kinds("common.backbones")
+SCRIPTS = Path("common/exports/parts/scripts").resolve()
 QUICK = ("identity", "small_cnn", "series_cnn", "log_mel")
 # Tracing its three recurrent layers over 160 frames takes a minute.
 TRACED = [kind for kind in KINDS if kind != "speaker_encoder"]
@@ -200,3 +204,71 @@ def test_a_program_takes_the_tasks_that_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="task: expected one of a, b, c, got 'd'"):
         write_export(model, tmp_path / "other", open_format("torch"), tasks=["d"])
     assert not (tmp_path / "other").exists()
+
+
+# --- the programs beside an ONNX file --------------------------------------------------------------------------------
+
+
+def export_program(folder: Path, settings: Any) -> Path:
+    """Returns the program that an export as ONNX writes."""
+    model = open_model(write_finished(folder / "model", settings))
+    write_export(model, folder / "out", open_format("onnx"))
+    return folder / "out" / "predict.py"
+
+
+def run_program(program: Path, *arguments: object) -> tuple[int, list[str], str]:
+    """Returns a program's exit code, the first cells of the rows that it printed, and its errors."""
+    command = [sys.executable, str(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, [line.split(",")[0] for line in done.stdout.splitlines()], done.stderr
+
+
+def test_a_broken_picture_costs_itself_only(tmp_path: Path) -> None:
+    example = plugin_class("common.backbones", "small_cnn").example(tmp_path)
+    program = export_program(tmp_path, example.settings)
+    stated = json.loads((program.parent / "preprocessing.json").read_text())
+    side = stated["inputs"][0]["shape"][-1]
+    good, last, broken, large, lost = (tmp_path / f"{name}.png" for name in ("good", "last", "broken", "large", "lost"))
+    for path, size in ((good, side), (last, side), (large, side + 1)):
+        Image.new("L", (size, size)).save(path)
+    broken.write_bytes(good.read_bytes()[:40])
+    code, rows, errors = run_program(program, good, broken, large, lost, last)
+    assert (code, rows) == (1, ["record", str(good), str(last)])
+    named = [line.split(": ")[0] for line in errors.splitlines()]
+    assert named == [str(broken), str(large), str(lost)], errors
+    assert f"expected {side} x {side} pixels" in errors
+    assert run_program(program, good, last) == (0, ["record", str(good), str(last)], "")
+
+
+def test_a_bad_row_costs_itself_only(tmp_path: Path) -> None:
+    columns = [{"name": name, "range": [0, 100], "missing": "refuse"} for name in ("age", "chol")]
+    program = export_program(tmp_path, {"kind": "identity", "columns": columns})
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"age,chol\n50,20\nold,20\n50\n\xe9,20\n51,21\n")
+    code, rows, errors = run_program(program, table)
+    assert (code, rows) == (1, ["record", "1", "5"])
+    assert [line.split(": ")[0] for line in errors.splitlines()] == ["row 2", "row 3", "row 4"], errors
+    table.write_text("age\n50\n")
+    code, _, errors = run_program(program, table)
+    assert code == 1 and errors == f"{table}: expected the columns chol, which it lacks\n"
+    code, _, errors = run_program(program, tmp_path / "lost.csv")
+    assert code == 1 and len(errors.splitlines()) == 1
+
+
+def test_prepared_arrays_that_are_none_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    program = export_program(tmp_path, {"kind": "identity", "dim": 6})
+    np.savez(tmp_path / "records.npz", vector=np.zeros((2, 6)))
+    assert run_program(program, tmp_path / "records.npz") == (0, ["record", "1", "2"], "")
+    code, _, errors = run_program(program, tmp_path / "lost.npz")
+    assert code == 1 and len(errors.splitlines()) == 1 and "expected an .npz file with vector" in errors
+
+
+@pytest.mark.parametrize("script", ["pictures", "texts", "table", "arrays"])
+def test_a_program_without_an_argument_says_its_usage(script: str, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    program = tmp_path / "predict.py"
+    program.write_bytes((SCRIPTS / f"{script}.py").read_bytes())
+    (tmp_path / "preprocessing.json").write_text("{}")
+    code, rows, errors = run_program(program)
+    assert (code, rows) == (2, []) and errors.startswith("usage: python predict.py ")
+    assert run_program(program, "--help") == (0, [errors.strip()], "")

@@ -12,12 +12,22 @@ import onnxruntime
 
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
+USAGE = "usage: python predict.py RECORDS.npz"
+
 
 if __name__ == "__main__":
+    asked = sys.argv[1:2] in (["-h"], ["--help"])
+    if asked or len(sys.argv) != 2:
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
     print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
-    with np.load(sys.argv[1]) as arrays:
-        inputs = {each["name"]: arrays[each["name"]].astype(each["dtype"]) for each in STATED["inputs"]}
-    served = session.run(None, inputs)
+    try:
+        with np.load(sys.argv[1]) as arrays:
+            inputs = {each["name"]: arrays[each["name"]].astype(each["dtype"]) for each in STATED["inputs"]}
+        served = session.run(None, inputs)
+    except Exception as error:  # NumPy, zip and the network raise many kinds.
+        names = ", ".join(f"{each['name']} ({' x '.join(map(str, each['shape']))})" for each in STATED["inputs"])
+        sys.exit(f"{sys.argv[1]}: expected an .npz file with {names}, got {type(error).__name__}")
     for number in range(len(served[0])):
         print(",".join([str(number + 1), *(f"{value:.7g}" for part in served for value in part[number])]))

@@ -13,6 +13,7 @@ import onnxruntime
 
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
+USAGE = "usage: python predict.py TABLE.csv"
 
 
 def number(text: str) -> float:
@@ -23,12 +24,15 @@ def number(text: str) -> float:
         return float("nan")
 
 
-def read(row: dict[str, str]) -> np.ndarray:
+def read(row: dict[str, str | None]) -> np.ndarray:
     """Returns a row as the network reads it: numbers, levels by their place, NaN for what is empty."""
     (step,) = STATED["before"]
     cells = []
     for column in step["columns"]:
-        name, text = column["name"], row[column["name"]].strip()
+        name, text = column["name"], row[column["name"]]
+        if text is None:
+            raise ValueError(f"column {name!r}: expected a value, got a row that ends before it")
+        text = text.strip()
         if text == "" or text in step["missing_values"]:
             cells.append(np.nan)
             bad = column["missing"] == "refuse"
@@ -40,14 +44,35 @@ def read(row: dict[str, str]) -> np.ndarray:
             cells.append(float(equal.index(True)) if any(equal) else np.nan)
             bad = not any(equal)
         if bad:
-            sys.exit(f"column {name!r}: expected another value, got {text!r}")
+            raise ValueError(f"column {name!r}: expected another value, got {text!r}")
     return np.array(cells, dtype=np.float64)
 
 
 if __name__ == "__main__":
+    asked = sys.argv[1:2] in (["-h"], ["--help"])
+    if asked or len(sys.argv) != 2:
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    failed = 0
     session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
     print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
-    with open(sys.argv[1], newline="", encoding="utf-8") as file:
-        for count, row in enumerate(csv.DictReader(file), start=1):
-            served = session.run(None, {STATED["inputs"][0]["name"]: read(row)[None]})
-            print(",".join([str(count), *(f"{value:.7g}" for part in served for value in part[0])]))
+    try:
+        # A byte that is no UTF-8 makes its own cell unfit, not the file.
+        with open(sys.argv[1], newline="", encoding="utf-8", errors="replace") as file:
+            table = csv.DictReader(file)
+            names, rows = set(table.fieldnames or ()), list(table)
+    except (OSError, csv.Error) as error:
+        sys.exit(f"{sys.argv[1]}: expected a CSV table that can be read, got {type(error).__name__}")
+    lacking = {column["name"] for column in STATED["before"][0]["columns"]} - names
+    if lacking:
+        sys.exit(f"{sys.argv[1]}: expected the columns {', '.join(sorted(lacking))}, which it lacks")
+    for count, row in enumerate(rows, start=1):
+        try:
+            cells = read(row)
+        except ValueError as error:  # One row costs itself only.
+            print(f"row {count}: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        served = session.run(None, {STATED["inputs"][0]["name"]: cells[None]})
+        print(",".join([str(count), *(f"{value:.7g}" for part in served for value in part[0])]))
+    sys.exit(failed)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
+USAGE = "usage: python predict.py TEXT ..."
 
 
 def read(texts: list[str]) -> dict[str, np.ndarray]:
@@ -30,8 +31,19 @@ def read(texts: list[str]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
+    asked = sys.argv[1:2] in (["-h"], ["--help"])
+    if asked or not sys.argv[1:]:
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    failed = 0
     session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
     print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
     for number, text in enumerate(sys.argv[1:], start=1):
-        served = session.run(None, read([text]))
+        try:
+            served = session.run(None, read([text]))
+        except Exception as error:  # One text costs itself only.
+            print(f"text {number}: expected words in UTF-8, got {type(error).__name__}", file=sys.stderr)
+            failed = 1
+            continue
         print(",".join([str(number), *(f"{value:.7g}" for part in served for value in part[0])]))
+    sys.exit(failed)
