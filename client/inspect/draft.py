@@ -137,9 +137,6 @@ def _task_lines(finding: Finding, task: str, num_sites: int) -> list[str]:
 
 def _rest_lines(finding: Finding) -> list[str]:
     baselines = "[local, non_private]         # each site alone; and without privacy"
-    if _choose_task(finding.label_facts) == "regression":
-        # Without noise the steps that `auto` takes for noised sums make a regression grow without end.
-        baselines = "[baseline_prediction, local]   # predicting the mean; and each site alone"
     split = "source" if finding.has_split else f"hash, test_fraction: {_choose_held_out(finding)}"
     return [
         f"partition: {{kind: iid, num_sites: {_SITES}, split: {split}, seed: 1}}",

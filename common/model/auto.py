@@ -19,11 +19,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from common.backbones import declares_public_mean
+from common.model.momentum import Momentum
 from common.plugins import Spec
 from common.privacy.filters import choose_noise_multiplier
 from common.privacy.shares import keep_for_rounds
 from common.run import ONLY_BACKBONE, Moments, Privacy
-from common.tasks import LabelPrior, SmoothLoss, Task, open_task
+from common.tasks import ConstantCurvature, LabelPrior, SmoothLoss, Task, open_task
 from common.types import BadInput
 
 ROUNDS = 48
@@ -32,7 +33,9 @@ CLIP_SHARE = 0.6
 """Clip norm in parts of the gradient's length at the start."""
 STEP = 3.0
 """Largest step in parts of one over the smoothness of a loss by the head's outputs. By its weights the loss is far
-smoother: centred features of length 1 lie along no one direction. Clipped gradients cannot make it diverge."""
+smoother: centred features of length 1 lie along no one direction, and gradients shrink as outputs become sure."""
+CALM = 8.0
+"""Momentum m shrinks an oscillation by m^(T / 2) in T rounds: to exp(-CALM / 2) of it with the largest momentum."""
 TRUNK_RATE = 0.05
 """Rate of a trunk beside heads of rate 1: what is pre-trained moves little."""
 
@@ -161,12 +164,25 @@ def _choose_aggregation(
             raise ValueError(
                 f"solver: expected a kind with settings, because `auto` has no rule for task {name} of kind {task.kind}"
             )
-        step = round(STEP / (task.scale * task.smoothness), 6)
-        steps[name] = {"step": step, "rho": task.tolerated_noise}
+        steps[name] = {**_choose_step(task, rounds), "rho": task.tolerated_noise}
     noise = 0.0
     if left is not None:
         noise = round(choose_noise_multiplier(left, 1.0, rounds) * clip_norm, 6)
     return {"kind": "heavy_ball", "rounds": rounds, "noise": noise, "tasks": steps}
+
+
+def _choose_step(task: Task, rounds: int) -> dict[str, float]:
+    """Returns the largest step of a task's head, and its largest momentum where that is not the usual one.
+
+    Gradient descent with momentum m diverges from steps of 2 (1 + m) over the curvature by the weights. Where that
+    never falls, the step is one over its bound, which leaves room for declared sizes below the true ones.
+    """
+    assert isinstance(task, SmoothLoss)  # The caller has refused others.
+    smoothness = task.scale * task.smoothness
+    if not isinstance(task, ConstantCurvature):
+        return {"step": round(STEP / smoothness, 6)}
+    most = min(Momentum.model_fields["most_momentum"].default, math.exp(-CALM / rounds))
+    return {"step": round(1.0 / (smoothness * task.squared_length), 6), "most_momentum": round(most, 6)}
 
 
 def _explain(chosen: Mapping[str, Any], trains_network: bool) -> tuple[str, ...]:

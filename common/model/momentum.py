@@ -21,8 +21,6 @@ from pydantic import Field, ValidationError
 from common.plugins import Frozen
 from common.run import RunConfig
 
-_MOST_MOMENTUM = 0.97
-
 
 class Momentum(Frozen):
     """Public numbers from which the step follows.
@@ -34,12 +32,14 @@ class Momentum(Frozen):
         noise: deviation of the noise in one site's sum, in the units of that sum (the noise multiplier times the clip
             norm); 0 without privacy.
         rho: noise that may be added to a logit.
+        most_momentum: largest momentum.
     """
 
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     step: Annotated[float, Field(gt=0)] = 1.0
     noise: Annotated[float, Field(ge=0)]
     rho: Annotated[float, Field(gt=0)] = 0.5
+    most_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.97
 
     def choose_step(self, num_units: float, num_sites: float) -> tuple[float, float]:
         """Returns the step eta and the momentum m that give the tau above.
@@ -52,7 +52,7 @@ class Momentum(Frozen):
         tau = self.rho * math.sqrt(self.rounds) / deviation if deviation else math.inf
         if tau <= self.step * self.rounds:
             return tau / self.rounds, 0.0
-        low, high = 0.0, _MOST_MOMENTUM
+        low, high = 0.0, self.most_momentum
         if self.step * compute_reach(high, self.rounds) <= tau:
             return self.step, high
         for _ in range(60):

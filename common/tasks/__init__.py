@@ -234,6 +234,18 @@ class SmoothLoss(Protocol):
 
 
 @runtime_checkable
+class ConstantCurvature(Protocol):
+    """Optional part of a task with a smooth loss whose curvature stays, however well the outputs fit: squared errors.
+
+    Its steps stay below the limit beyond which they diverge.
+    """
+
+    @property
+    def squared_length(self) -> float:
+        """The squared length of what the outputs' weights are multiplied by, with features of length 1."""
+
+
+@runtime_checkable
 class LabelPrior(Protocol):
     """Optional part of a task whose outputs can be shifted by how frequent labels are.
 

@@ -71,6 +71,11 @@ class Regression(Plugin):
         return 1.0
 
     @property
+    def squared_length(self) -> float:
+        """That of the features, and of the 1 that a bias is multiplied by."""
+        return 2.0 if self.head_settings.bias else 1.0
+
+    @property
     def first_slope(self) -> float:
         """Half of the largest residual, which is 1: that of targets spread evenly."""
         return 0.5

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -105,6 +106,38 @@ def test_a_baseline_without_privacy_is_the_run_that_asks_for_none(simulation_fil
     asked = load(SimulationConfig, simulation_file, [*auto, "run.privacy=non_private"]).run
     assert private.run.solver != asked.solver and private.run.aggregation != asked.aggregation
     assert make_non_private_run(private).model_dump() == asked.model_dump()
+
+
+def test_a_regression_by_auto_reaches_least_squares(command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(300, 2)) + 0.5
+    direction = points / np.linalg.norm(points, axis=1, keepdims=True)
+    targets = direction @ [0.5, -0.3] + 0.2 + 0.1 * rng.normal(size=300)
+    with (tmp_path / "numbers.csv").open("w", newline="") as file:
+        rows = [["x", "y", "dose"], *np.column_stack([points, targets]).tolist()]
+        csv.writer(file).writerows(rows)
+    ways = ["baselines=[non_private, central]", "run.privacy.target_epsilon=50", "budget.epsilon=60"]
+    result = command(
+        "run",
+        "run.solver={kind: auto}",
+        "run.aggregation=null",
+        "run.rounds=48",
+        "run.backbone.projection={normalize: true}",
+        "run.tasks={dose: {kind: regression, range: [-2, 2], outside: clip}}",
+        "sources={rows: {kind: table, path: numbers.csv, columns: [x, y]}}",
+        # Below the true number, as it should be.
+        "tasks={dose: {source: rows, label: dose, missing: skip, public_size: 50}}",
+        *ways,
+        options=("--json",),
+    )
+    assert result.exit_code == 0, result.output
+    task = json.loads(result.stdout)["tasks"]["dose"]
+    inputs = np.column_stack([direction, np.ones(300)])
+    residuals = targets - inputs @ np.linalg.lstsq(inputs, targets, rcond=None)[0]
+    best = 1 - residuals.var() / targets.var()
+    reached = {name: values["r2"] for name, values in task["baselines"].items()}
+    assert set(reached) == {"non_private", "central"}
+    assert min(*reached.values(), task["metrics"]["r2"]) > best - 0.1
 
 
 def test_a_plan_says_what_was_chosen(command: Command) -> None:

@@ -169,6 +169,28 @@ def test_a_run_without_privacy_has_no_noise_to_keep_small() -> None:
     assert run.solver.kind == "sgd" and run.aggregation_of("size").settings()["noise"] == 0.0
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("true_to_declared", [1.0, 2.5])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_a_squared_error_converges_whatever_its_features_are(bias: bool, true_to_declared: float, noise: float) -> None:
+    """The worst features of length 1 are all alike; squares make one row of data all that is needed."""
+    task = {"kind": "regression", "range": [0, 1], "scale": 2.0, "head": {"bias": bias}}
+    settings = auto(tasks={"number": task}).aggregation_of("number").settings()
+    rule = Momentum.model_validate({key: value for key, value in settings.items() if key != "kind"} | {"noise": noise})
+    step, momentum = rule.choose_step(1000, 3)
+    row = np.array([0.6, 0.8, 1.0]) if bias else np.array([0.6, 0.8])
+    weights = velocity = np.zeros(len(row))
+    for _ in range(rule.rounds):
+        velocity = momentum * velocity - true_to_declared * 2.0 * (row @ weights - 0.7) * row
+        weights = weights + step * velocity
+    assert row @ weights == pytest.approx(0.7, abs=0.05)
+
+
+def test_losses_that_flatten_keep_their_steps() -> None:
+    settings = auto().aggregation_of("size").settings()
+    assert settings["step"] == pytest.approx(6.0) and "most_momentum" not in settings
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
