@@ -36,6 +36,7 @@ _FEWEST_STEPS = 16
 """Columns of numbers without names, from which a row is a time series."""
 
 _COMMA = re.compile(r"[+-]?\d*,\d+")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 _DICOM = (".dcm", ".dicom")
 
 
@@ -276,7 +277,9 @@ def sniff(path: Path) -> TextForm:
     if len(rows[0]) < 2:
         raise BadInput(f"{path}: expected a table of several columns, got lines without a separator")
     first = [cell.strip() for cell in rows[0]]
-    comma = separator != "," and any(_COMMA.fullmatch(cell.strip()) for row in rows for cell in row)
+    cells = [cell.strip() for row in rows for cell in row]
+    # Between commas, a quoted 1,234 may as well be a thousand.
+    comma = any(_COMMA.fullmatch(cell) and (separator != "," or not _THOUSANDS.fullmatch(cell)) for cell in cells)
     has_numbers = any(parse_number(cell.replace(",", ".") if comma else cell) is not None for cell in first)
     is_named = all(first) and not has_numbers and len(set(first)) == len(first)
     # Spreadsheets leave the name of a column of row numbers empty.

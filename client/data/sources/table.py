@@ -20,8 +20,8 @@ from common.plugins import LocalPath
 if TYPE_CHECKING:
     import pandas as pd
 
-_GROUPED = r"^([+-]?[0-9]{1,3}(?:\.[0-9]{3})+)((?:,[0-9]+)?)$"
-"""A number such as 1.234.567,8, whose points group its digits where the decimal sign is a comma."""
+_GROUPED = r"^[+-]?[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+$"
+"""A number such as 1.234.567,8. Without its comma, 1.234 may as well have a decimal point: it is left as it is."""
 
 _WITH_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
 

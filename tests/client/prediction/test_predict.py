@@ -140,11 +140,13 @@ def test_a_table_with_decimal_commas_is_read_as_the_one_with_points(make_model: 
     model = make_model(ON_ROWS)
     (tmp_path / "points.csv").write_text("sex,age\nf,41.5\nm,63.25\n")
     (tmp_path / "commas.csv").write_bytes("sex;age;stadt\nf;41,5;K\u00f6ln\nm;63,25;Bonn\n".encode("latin-1"))
-    for name in ("points", "commas"):
+    (tmp_path / "quoted.csv").write_text('sex,age\nf,"41,5"\nm,"63,25"\n')
+    for name in ("points", "commas", "quoted"):
         result = predict(model, "--data", tmp_path / f"{name}.csv", "--out", tmp_path / f"{name}.out.csv")
         assert result.exit_code == 0, result.output
-    points, commas = (read(tmp_path / f"{name}.out.csv") for name in ("points", "commas"))
-    assert [{**row, "file": ""} for row in points] == [{**row, "file": ""} for row in commas] and len(points) == 2
+    points, *others = (read(tmp_path / f"{name}.out.csv") for name in ("points", "commas", "quoted"))
+    for found in others:
+        assert [{**row, "file": ""} for row in points] == [{**row, "file": ""} for row in found] and len(found) == 2
 
 
 def test_a_table_in_memory_keeps_its_index(make_model: MakeModel) -> None:
