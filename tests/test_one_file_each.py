@@ -333,7 +333,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     leave = shutil.ignore_patterns("__pycache__")
     for name in ("common", "client", "server", "simulations", "tests/contracts"):
         shutil.copytree(ROOT / name, folder / name, ignore=leave)
-    for name in ("pyproject.toml", "tests/conftest.py"):
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/finished.py", "tests/tiny.py"):
         shutil.copy(ROOT / name, folder / name)
     for name, text in (
         ("client/data/sources/pendulums.py", SOURCE),
