@@ -17,7 +17,8 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 def write_pictures(folder: Path, assets: Path) -> None:
     """Eighty slices of each of two kinds, as a person would have them."""
-    data = np.load(assets / "data" / "brain_mri_4class" / "brain_mri_128.npz", allow_pickle=False)
+    with np.load(assets / "data" / "brain_mri_4class" / "brain_mri_128.npz", allow_pickle=False) as file:
+        data = dict(file)
     names = [str(name) for name in data["classes"]]
     for label in ("no_tumor", "pituitary_tumor"):
         (folder / label).mkdir(parents=True)

@@ -66,7 +66,7 @@ def test_a_sweep_shows_the_first_metric_that_is_defined() -> None:
 
 
 def test_a_simulation_journals_the_metrics_of_each_round(simulation_file: Path, tmp_path: Path) -> None:
-    summary = run(simulation_file, out=tmp_path / "run")
+    summary = run(simulation_file, out=tmp_path / "run", overrides=["noise_seed=2"])
     curve = select_events(read_run_journal(tmp_path / "run" / "journal.jsonl"), RoundEvaluated)
     assert [(event.round, event.task) for event in curve] == [(1, "colour"), (2, "colour"), (3, "colour")]
     assert curve[-1].pooled == summary.tasks["colour"].metrics, "the last round's heads are the final ones"

@@ -71,7 +71,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def count_hits(config: SiteConfig, rows: list[dict[str, str]], task: str) -> tuple[int, int]:
     """Returns how many rows have the label that the site's own file states, and how many rows there are."""
-    arrays = np.load(config.sources["records"].settings()["path"])
+    with np.load(config.sources["records"].settings()["path"]) as file:
+        arrays = dict(file)
     truth = [*arrays[f"train_{task}"], *arrays[f"test_{task}"]]
     return sum(row[task] == truth[int(row["row"]) - 1] for row in rows), len(rows)
 
@@ -117,7 +118,8 @@ def test_train_and_all_records_on_request(finished: SiteConfig, tmp_path: Path) 
 def test_excluded_records_are_neither_predicted_nor_named(finished: SiteConfig, tmp_path: Path) -> None:
     config = copy_site(finished, tmp_path)
     path = write_site(tmp_path, config)
-    arrays = np.load(config.sources["records"].settings()["path"])
+    with np.load(config.sources["records"].settings()["path"]) as file:
+        arrays = dict(file)
     source = {"kind": "npz", "path": config.sources["records"].settings()["path"]}
     source["parts"] = {"all": {"inputs": "test_x", "labels": {}}}
     (tmp_path / "data.yaml").write_text(json.dumps(source))
@@ -150,7 +152,8 @@ def test_a_run_of_an_earlier_version_gets_its_model_at_the_first_prediction(
 def test_the_sites_model_serves_other_data_too(finished: SiteConfig, tmp_path: Path) -> None:
     config = copy_site(finished, tmp_path, personal="fit")
     path = write_site(tmp_path, config)
-    arrays = np.load(config.sources["records"].settings()["path"])
+    with np.load(config.sources["records"].settings()["path"]) as file:
+        arrays = dict(file)
     np.savez(tmp_path / "new.npz", x=arrays["test_x"])
     assert predict("--site", path, "--data", tmp_path / "new.npz", "--out", tmp_path / "new.csv").exit_code == 0
     assert predict("--site", path, "--out", tmp_path / "own.csv").exit_code == 0

@@ -52,7 +52,8 @@ def test_the_accuracy_of_a_runs_held_out_records_is_that_of_its_summary(tmp_path
     assert result.exit_code == 0, result.output
     with out.open(encoding="utf-8", newline="") as file:
         held_out = list(csv.DictReader(file))[80:]
-    arrays = np.load(tmp_path / "records.npz")
+    with np.load(tmp_path / "records.npz") as file:
+        arrays = dict(file)
     for task in TASKS:
         accuracy = np.mean([row[task] == truth for row, truth in zip(held_out, arrays[f"test_{task}"], strict=True)])
         assert accuracy == run.summary.tasks[task].metrics["accuracy"], "to the last digit"
@@ -71,7 +72,8 @@ def test_a_real_networks_row_does_not_depend_on_the_others(tmp_path: Path, asset
         "projection": {"dim": 64, "shift": "batch_norm", "normalize": True},
     }
     loaded = headwater.load(write_finished(tmp_path / "model", backbone, {"finding": FINDING}))
-    pictures = np.load(assets / "data" / "brain_mri_4class" / "brain_mri_128.npz")["test_images"][:6]
+    with np.load(assets / "data" / "brain_mri_4class" / "brain_mri_128.npz") as file:
+        pictures = file["test_images"][:6]
     (tmp_path / "scans").mkdir()
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / "scans" / f"{number}.png")
