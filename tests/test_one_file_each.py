@@ -266,7 +266,7 @@ class Constant(Plugin):
 
     @property
     def sensitivity(self) -> float:
-        """Of the squares of one unit, and some rounding."""
+        """The squared error of one unit is at most 1; a thousandth is for rounding."""
         return 1.001 * self.scale
 
     def compute_cost(self, rows: ScoredRows, public_size: int) -> float:

@@ -53,7 +53,7 @@ def hostile_rows(rng: np.random.Generator) -> ScoredRows:
 
 
 def search_change(kind: Scorer, rows: ScoredRows, rng: np.random.Generator) -> list[float]:
-    """What units change that a search moves towards the largest change, beginning with the extreme ones."""
+    """Returns changes of the score by one unit, each as large as a search from an extreme record makes it."""
     dim, classes = rows.features_RD.shape[1], rows.targets_RC.shape[1]
     before = kind.compute_cost(rows, PUBLIC_SIZE)
 

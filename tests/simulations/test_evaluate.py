@@ -1,4 +1,4 @@
-"""What only a simulator sees: baselines without training, and the heads' metrics after each round."""
+"""A simulator evaluates baselines without training, and the heads after each round."""
 
 from __future__ import annotations
 

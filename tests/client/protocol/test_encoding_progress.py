@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,14 @@ def test_a_full_disk_stops_no_encoding(tmp_path: Path) -> None:
     assert told == [(0, 200), (100, 200)]
 
 
-def test_a_preparation_writes_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.protocol.prepare.FIRST_S", 0.0)
+@pytest.mark.slow
+def test_a_preparation_writes_its_progress(tmp_path: Path) -> None:
+    def wait(done: int, total: int) -> None:
+        if done < total:
+            time.sleep(FIRST_S + 0.5)
+
     write_records(tmp_path / "north.npz", seed=1, count=300)  # More records than are encoded at once.
-    site = Site(site_config(tmp_path, "north"), os_entropy)
+    site = Site(site_config(tmp_path, "north"), os_entropy, wait)
     join(site, offered("run-1", run_config(), backbone()))
     give_backbone(site, "run-1", backbone())
     events = read_site_journal(site.config.state_dir / "site.jsonl")

@@ -108,16 +108,13 @@ class Stuck:
         raise AssertionError("it was to be left alone")
 
 
-def test_a_tracker_that_hangs_is_left_alone_when_the_run_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.reports.trackers.parts.follow._END_S", 0.5)
+def test_a_tracker_that_hangs_is_left_alone_when_the_run_has_ended(tmp_path: Path) -> None:
     lines, began = list[str](), time.monotonic()
 
     def show(line: str, **_: object) -> None:
         lines.append(line)
 
-    with tracked(tmp_path / "run", [Stuck()], show=show):
+    with tracked(tmp_path / "run", [Stuck()], show=show, patience_s=0.5):
         write_run(FileJournal(tmp_path / "run" / "journal.jsonl"))
     assert time.monotonic() - began < 20.0
     assert lines == ["--tracker stuck: given up, the run goes on: it did not end within 0.5 s of the run"]

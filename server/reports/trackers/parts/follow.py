@@ -23,9 +23,6 @@ FOLDER = "trackers"
 """Folder of a run's trackers in the run's own, where no other is asked for."""
 
 _POLL_S = 1.0
-_END_S = 60.0
-"""Longest wait for a tracker after the end of the run."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -37,6 +34,7 @@ def tracked(
     *,
     name: str | None = None,
     show: Show = show_line,
+    patience_s: float = 60.0,
 ) -> Iterator[None]:
     """Feeds trackers from a run's journal until the end of the block.
 
@@ -46,6 +44,7 @@ def tracked(
         folder: folder of the trackers' files, one for each kind in it; by default `trackers` in the run's folder.
         name: name of the run at the trackers; by default that of its folder.
         show: shows the line by which a tracker is given up.
+        patience_s: longest wait for a tracker after the end of the run, in seconds.
     """
     ended = threading.Event()
     place = folder or run_folder / FOLDER
@@ -60,9 +59,9 @@ def tracked(
     finally:
         ended.set()
         for follower, thread in zip(followers, threads, strict=True):
-            thread.join(_END_S)
+            thread.join(patience_s)
             if thread.is_alive():
-                follower.give_up(f"it did not end within {_END_S:g} s of the run")
+                follower.give_up(f"it did not end within {patience_s:g} s of the run")
 
 
 @final
