@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import BinaryIO
 
 from common.types import BadInput
 
@@ -59,10 +60,17 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing; owner-only; on disk when this returns."""
     if not _flushing.get() and _written_over(path, data):
         return
+    with opened_atomic(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def opened_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yields a new file that takes its place, whole and on disk, when the block ends; nothing stays where it fails."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             flush(file.fileno())
         os.replace(temporary, path)

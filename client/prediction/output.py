@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import IO, Any, Literal, Protocol, final
 from client.data.records import RejectedRecord
 from client.prediction.records import Part, PredictedRecord, name_file
 from common.errors import instead
-from common.files import flush, flush_folder, write_atomic
+from common.files import opened_atomic, write_atomic
 from common.serving.network import Model
 from common.types import BadInput
 
@@ -212,25 +210,16 @@ def plan_output(path: Path, *, force: bool) -> Output:
 def opened_output(output: Output, columns: Sequence[OutputColumn]) -> Iterator[RowWriter]:
     """Yields a writer of rows; the file takes its place when the block ends, and not at all where it fails."""
     path = output.path
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise BadInput(f"--out {path}: expected a folder that can be written to{instead(error)}") from error
-    try:
-        with ExitStack() as stack:
-            file = stack.enter_context(os.fdopen(handle, "wb"))
-            writer: RowWriter = WRITERS[path.suffix.lower()](file, columns)
-            if isinstance(writer, _ParquetWriter):
-                stack.callback(writer.abandon)
-            yield writer
-            writer.close()
-            file.flush()
-            flush(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened_atomic(path))
+        except OSError as error:
+            raise BadInput(f"--out {path}: expected a folder that can be written to{instead(error)}") from error
+        writer: RowWriter = WRITERS[path.suffix.lower()](file, columns)
+        if isinstance(writer, _ParquetWriter):
+            stack.callback(writer.abandon)
+        yield writer
+        writer.close()
 
 
 def write_rejected(output: Output, rejected: Sequence[RejectedRecord]) -> None:
