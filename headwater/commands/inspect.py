@@ -15,6 +15,9 @@ from common.types import BadInput
 if TYPE_CHECKING:
     from client.inspect.finding import ColumnFacts, Finding
 
+_SHOWN = ("number", "category", "several", "constant")
+"""Kinds of columns whose values are shown."""
+
 _MOST_ROWS = 40
 """Columns that are shown; a wide table has hundreds."""
 
@@ -65,14 +68,11 @@ def _show(finding: Finding) -> None:
     for name in ("column", "kind", "distinct", "missing", "seen (stays here)", "guess"):
         table.add_column(name, justify="right" if name in ("distinct", "missing") else "left")
     for column in finding.columns[:_MOST_ROWS]:
-        guess = (
-            "label"
-            if column.name == finding.label
-            else "patient"
-            if column.name == finding.patient and finding.patient
-            else ""
-        )
-        cells = [column.name, column.kind, str(column.distinct), str(column.missing), _describe(column), guess]
+        is_patient = bool(finding.patient) and column.name == finding.patient
+        guess = "label" if column.name == finding.label else "patient" if is_patient else ""
+        # Ids, dates, paths and notes belong to one record each: the screen shows none.
+        seen = _describe(column) if column.kind in _SHOWN and not is_patient else ""
+        cells = [column.name, column.kind, str(column.distinct), str(column.missing), seen, guess]
         table.add_row(*map(escape, cells))
     console.print(table)
     if len(finding.columns) > _MOST_ROWS:

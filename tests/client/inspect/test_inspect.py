@@ -302,3 +302,12 @@ def test_an_id_that_repeats_is_a_patient(tmp_path: Path) -> None:
     path.write_text("\n".join(["id,dose,y", *(f"{n + 100},{n / 3},{n % 2}" for n in range(60))]), encoding="utf-8")
     found = inspect(path, None)
     assert found.patient is None and found.features == ("dose",)
+
+
+def test_the_screen_shows_no_patient_and_no_note_of_a_small_file(tmp_path: Path) -> None:
+    rows = enumerate("abcdefgh")
+    lines = [f"q7-{name};{30 + number};q7-note {number} of a visit;{number % 2}" for number, name in rows]
+    (tmp_path / "few.csv").write_text("\n".join(["patient;age;note;finding", *lines]) + "\n")
+    shown = run(tmp_path / "few.csv", "--task", "finding", "--out", tmp_path / "few.yaml")
+    assert "30 to 37" in shown or "30, 31" in shown
+    assert "q7-" not in shown
