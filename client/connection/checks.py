@@ -198,6 +198,12 @@ def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
         stops = config.on_bad_record == "stop"
         remedy = "mend them, or write `on_bad_record: skip`" if stops else "mend them, or let them be left out"
         return Check(name, "fail" if stops else "warn", detail, remedy)
+    num_usable = sum(side.num_tried for side in trial.sides.values())
+    clipped = {column: count for column, count in trial.clipped.items() if 2 * count > num_usable}
+    if clipped:
+        counts = ", ".join(f"{column} {count}" for column, count in clipped.items())
+        detail += f"; numbers beyond the run's ranges, which are clipped, of {num_usable} tried: {counts}"
+        return Check(name, "warn", detail, "compare these columns' units with the run's `range`")
     return Check(name, "pass", detail)
 
 

@@ -7,6 +7,7 @@ from which the counts are extrapolated; with `on_bad_record: stop` every record 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,8 +21,9 @@ from client.data.backbone_store import BackboneStore
 from client.data.encoding.encode import list_inputs
 from client.data.records import SIDES, PlacedRecord, RejectedRecord, Side, encode_labels
 from client.data.snapshot import Survey
+from client.data.sources import Source
 from client.data.sources.parts.boundary import try_record
-from common.backbones import Kind, WeightedKind
+from common.backbones import Kind, ReadsColumns, WeightedKind
 from common.model.backbones import Backbone, open_pretrained
 from common.plugins import resolve
 from common.run import RunConfig
@@ -37,11 +39,13 @@ class OfferedBackbone:
     """A backbone of an offered run, as far as the site has it.
 
     Attributes:
+        kind: its settings.
         preprocess: source item -> input.
         opened: the backbone with its weights; None where they are still to come.
         has_trunk: whether a part of it trains.
     """
 
+    kind: Kind
     preprocess: Callable[[Any], Tensor] = field(repr=False)
     opened: Backbone | None = field(repr=False)
     has_trunk: bool
@@ -76,6 +80,7 @@ class TaskTrial:
         sides: side of the split -> its records.
         has_weights: whether records were encoded, not only preprocessed.
         refused: records that cannot be used, of those that were looked at.
+        clipped: column -> number of usable records that were tried whose number lies beyond the run's range.
     """
 
     task: str
@@ -83,6 +88,7 @@ class TaskTrial:
     sides: Mapping[Side, SideTrial] = field(repr=False)
     has_weights: bool
     refused: tuple[RejectedRecord, ...] = field(repr=False)
+    clipped: Mapping[str, int] = field(repr=False)
 
     @property
     def has_enough(self) -> bool:
@@ -110,15 +116,15 @@ def _open_one(config: SiteConfig, run: RunConfig, name: str, digest: str, store:
     kind: Kind = resolve("common.backbones", spec, key)
     if not isinstance(kind, WeightedKind):
         opened = open_pretrained(spec, key)
-        return OfferedBackbone(opened.preprocess, opened, has_trunk)
+        return OfferedBackbone(kind, opened.preprocess, opened, has_trunk)
     try:
         at_hand = store.adopt(digest, config.own_backbones)
     except BadInput:
         at_hand = False  # Said when the site joins; without it the weights come from the coordinator.
     if at_hand:
         opened = store.open(digest)
-        return OfferedBackbone(opened.preprocess, opened, has_trunk)
-    return OfferedBackbone(kind.preprocess, None, has_trunk)
+        return OfferedBackbone(kind, opened.preprocess, opened, has_trunk)
+    return OfferedBackbone(kind, kind.preprocess, None, has_trunk)
 
 
 def try_tasks(
@@ -153,6 +159,7 @@ def try_tasks(
         labelled = [each for each, has_label in zip(records, labels.mask_R.tolist(), strict=True) if has_label]
         refused = list(labels.rejected)
         sides: dict[Side, SideTrial] = {}
+        clipped = Counter[str]()
         for at, side in enumerate(SIDES):
             here = [each for each in labelled if each.side == at]
             sample = _spread(here)
@@ -163,6 +170,7 @@ def try_tasks(
                 fault = find_fault(own.source, backbone, each.position, each.position in encoded)
                 if fault is None:
                     usable.append(each)
+                    clipped.update(list_clipped(backbones[backbone].kind, survey.sources[own.source], each.position))
                 else:
                     refused.append(RejectedRecord(each.record.file, each.record.row, fault))
             sides[side] = SideTrial(
@@ -173,9 +181,25 @@ def try_tasks(
                 num_units=_extrapolate(*(len({each.unit_key for each in some}) for some in (usable, tried, here))),
             )
         trials.append(
-            TaskTrial(name, own.min_units, sides, backbones[backbone].opened is not None, tuple(refused)),
+            TaskTrial(name, own.min_units, sides, backbones[backbone].opened is not None, tuple(refused), clipped),
         )
     return trials
+
+
+def list_clipped(kind: Kind, source: Source, position: int) -> list[str]:
+    """Returns the columns of a record whose number lies beyond the range that a backbone declares for it.
+
+    Args:
+        kind: the backbone's settings.
+        source: where the record is.
+        position: its position in the source's index.
+
+    Raises:
+        BadRecord: the record cannot be read.
+    """
+    if not isinstance(kind, ReadsColumns) or not kind.list_columns():
+        return []
+    return kind.list_clipped(source.load(position))
 
 
 def _spread(records: Sequence[PlacedRecord]) -> list[PlacedRecord]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.data.records import RejectedRecord, select_rows
 from client.data.sources import Source, open_source
+from client.data.sources.parts.boundary import try_record
+from client.data.trial import list_clipped
 from client.prediction.plain import open_plain, takes
 from client.prediction.records import Chosen, Part
+from common.backbones import ReadsColumns
 from common.plugins import Spec
 from common.serving.network import Model
 from common.types import BadInput
@@ -77,6 +82,25 @@ def open_records(
     if source is not None:
         raise BadInput("--source: expected it beside a file that names sources (.yaml, or --site)")
     return _open_without_settings(model, data, tasks, columns)
+
+
+def describe_clipped(model: Model, records: Records) -> list[str]:
+    """Returns a sentence for each column with numbers beyond the range that the model declares."""
+    lines = []
+    for part in records.parts:
+        counts, positions = Counter[str](), range(len(part.source.index()))
+        for name in dict.fromkeys(model.config.tasks[task].backbone for task in part.tasks):
+            kind = model.backbones[name].kind
+            if not isinstance(kind, ReadsColumns):
+                continue
+            for position in positions:
+                found, _ = try_record(partial(list_clipped, kind, part.source, position))
+                counts.update(found or ())
+        lines += [
+            f"column {column}: {count} of {len(positions)} numbers lie beyond the model's range, and are clipped"
+            for column, count in counts.items()
+        ]
+    return lines
 
 
 def _open_settings(model: Model, path: Path, tasks: Sequence[str], source: str | None) -> Records:

@@ -277,6 +277,9 @@ class ReadsColumns(Protocol):
     def list_columns(self) -> list[str]:
         """Returns the names of the columns that it reads of a row; none where it reads something else."""
 
+    def list_clipped(self, row: Mapping[str, Any]) -> list[str]:
+        """Returns the names of the columns whose number in a row lies beyond the declared range."""
+
 
 @runtime_checkable
 class _WithWeightsSetting(Protocol):

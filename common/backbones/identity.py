@@ -87,6 +87,11 @@ class Identity(Plugin):
 
         return torch.tensor([value for column in self.columns for value in column.inputs(self._cell(item, column))])
 
+    def list_clipped(self, row: Mapping[str, Any]) -> list[str]:
+        """Returns the names of the columns whose number in a row lies beyond the declared range."""
+        cells = [(column, self._cell(row, column)) for column in self.columns or () if column.name in row]
+        return [column.name for column, cell in cells if cell is not None and column.clips(cell)]
+
     def _open_raw(self) -> RawInputs:
         from common.backbones.parts.raw import open_columns, open_given
 

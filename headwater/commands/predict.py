@@ -74,7 +74,7 @@ def predict(
                 raise BadInput(f"{option}: expected it beside --site and without MODEL, for the site's own run")
         if split is not None and (site is None or data is not None):
             raise BadInput("--split: expected it beside --site and without --data, for the site's own records")
-        from client.prediction.data import choose_tasks, open_records
+        from client.prediction.data import choose_tasks, describe_clipped, open_records
         from client.prediction.home import StoredFeatures, exclude_records, open_home_records
         from client.prediction.predict import write_predictions
         from client.prediction.records import encode_now
@@ -89,7 +89,7 @@ def predict(
             else:
                 assert own is not None
                 records = open_home_records(own, opened, tasks, split or "test", source)
-            for note in records.notes:
+            for note in (*records.notes, *describe_clipped(opened, records)):
                 typer.echo(note, err=True)
             encode = encode_now if own is None or data is not None else StoredFeatures(own, opened).encode
             written = write_predictions(opened, records, output, encode=encode, observe=observe)

@@ -80,6 +80,11 @@ class Column(Frozen):
         """Number of inputs."""
         return (len(self.levels) if self.levels is not None else 1) + int(self.indicator)
 
+    def clips(self, cell: str) -> bool:
+        """Returns whether a cell is a number beyond the range."""
+        value = parse_number(cell)
+        return self.range is not None and value is not None and not self.range[0] <= value <= self.range[1]
+
     def inputs(self, cell: str | None) -> list[float]:
         """`width` inputs from a cell; None is an empty one.
 

@@ -179,3 +179,12 @@ def test_with_the_sites_own_copy_of_the_weights_records_are_encoded(tmp_path: Pa
     assert ("NOT IN FORCE" in result.stderr) == bool(code), result.output
     said = result.stdout + result.stderr
     assert "without" not in said and ("features are not finite" in said) == bool(code)
+
+
+def test_a_column_in_another_unit_than_the_run_s_range_is_warned_of(tmp_path: Path) -> None:
+    a_site(tmp_path, [row(at, str(3000 + at if at < 15 else 40)) for at in range(20)])
+    outcome, detail = checked(tmp_path)
+    assert outcome == "warn"
+    assert detail.endswith("; numbers beyond the run's ranges, which are clipped, of 20 tried: age 15")
+    a_site(tmp_path, [row(at, str(3000 if at < 8 else 40)) for at in range(20)])
+    assert checked(tmp_path)[0] == "pass", "a few outliers are clipped without a word"

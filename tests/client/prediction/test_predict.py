@@ -149,6 +149,16 @@ def test_a_table_with_decimal_commas_is_read_as_the_one_with_points(make_model: 
         assert [{**row, "file": ""} for row in points] == [{**row, "file": ""} for row in found] and len(found) == 2
 
 
+def test_numbers_beyond_the_models_range_are_counted_on_the_screen(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(ON_ROWS)
+    (tmp_path / "rows.csv").write_text("sex,age\nf,41000\nm,63\nf,99000\nm,\n")
+    result = predict(model, "--data", tmp_path / "rows.csv", "--out", tmp_path / "p.csv")
+    assert "column age: 2 of 4 numbers lie beyond the model's range, and are clipped" in result.stderr
+    assert "41000" not in result.output
+    (tmp_path / "rows.csv").write_text("sex,age\nf,41\n")
+    assert "beyond" not in predict(model, "--data", tmp_path / "rows.csv", "--out", tmp_path / "q.csv").stderr
+
+
 def test_a_table_in_memory_keeps_its_index(make_model: MakeModel) -> None:
     loaded = headwater.load(make_model(ON_ROWS))
     frame = pd.DataFrame({"sex": ["f", "m", "x"], "age": [41.0, 63.5, 5.0]}, index=["a", "b", "c"])
