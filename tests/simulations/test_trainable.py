@@ -145,6 +145,7 @@ def test_training_the_convolutions_learns_what_a_frozen_random_net_does_not_show
     assert accuracy["whole"] > 0.95 > accuracy["frozen"] + 0.1
 
 
+@pytest.mark.slow
 def test_all_baselines_and_noised_evaluations_go_through_the_trunk(tmp_path: Path) -> None:
     config = simulation(
         tmp_path,

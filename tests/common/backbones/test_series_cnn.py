@@ -61,6 +61,7 @@ def test_windows_are_the_same_every_time_and_files_can_be_left_out(tmp_path: Pat
         windows(tmp_path, exclude="saw")
 
 
+@pytest.mark.slow
 def test_pre_training_learns_what_was_done_to_windows(tmp_path: Path) -> None:
     waves(tmp_path / "saw.ts")
     weights = tmp_path / "series_cnn.safetensors"

@@ -61,7 +61,11 @@ def check_every_block(backbone: Backbone, inputs: Tensor) -> None:
         assert torch.equal(backbone.module(inputs), whole), "dividing must leave the backbone as it is"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    # Every block of a whole network takes many seconds; the others are small.
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind == "torchvision" else ()) for kind in KINDS],
+)
 def test_below_and_above_are_the_whole_at_every_block(kind: str, tmp_path: Path) -> None:
     check_every_block(*opened(kind, tmp_path))
 
