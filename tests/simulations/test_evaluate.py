@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from client.app import make_app
 from client.data.units import TaskRecords, Units
 from client.protocol.site import Site
-from common.events import RoundEnded, RoundEvaluated, TaskSummary, read_run_journal, select_events
+from common.events import FileJournal, RoundEnded, RoundEvaluated, TaskSummary, read_run_journal, select_events
+from common.model.backbones import open_backbones
 from common.privacy.noise import SeededEntropy, os_entropy
 from common.tasks import open_task
+from common.yaml import load
 from server.reports.summary import summarize
+from server.rounds.loop import run_federation
+from simulations.config import SimulationConfig
 from simulations.evaluate import evaluate_baseline_predictions, is_evaluated_after
+from simulations.executors.in_process import InProcessGrid
 from simulations.experiment import run
-from simulations.partition import read_sites
+from simulations.partition import build_sites, read_sites
 from simulations.sweep import _aggregate
 
 
@@ -73,20 +79,30 @@ def test_a_simulation_journals_the_metrics_of_each_round(simulation_file: Path, 
     assert len({tuple(event.pooled.items()) for event in curve}) > 1, "the heads of each round, not always the same"
 
 
-def test_evaluating_after_a_round_changes_neither_heads_nor_ledgers(
-    simulation_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluating_after_a_round_changes_neither_heads_nor_ledgers(simulation_file: Path, tmp_path: Path) -> None:
+    evaluated, plain = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    run(simulation_file, out=evaluated, entropy=SeededEntropy(1))
+    config = load(SimulationConfig, simulation_file)
+    plain.mkdir(parents=True)
+    sites = build_sites(config, plain / "sites", non_private=False)
+    app = make_app(lambda context: sites[int(context.node_config["partition-id"])], SeededEntropy(1))
+    run_federation(
+        InProcessGrid(app, len(sites)),
+        config.run,
+        open_backbones(config.run),
+        run_id="run",
+        folder=plain,
+        journal=FileJournal(plain / "journal.jsonl"),
+        executor="in_process",
+    )
     heads, spent = [], []
-    for points in (50, 1):
-        monkeypatch.setattr("simulations.evaluate.CURVE_POINTS", points)
-        folder = tmp_path / str(points) / "run"
-        run(simulation_file, out=folder, entropy=SeededEntropy(1))
+    for folder, num_evaluations in ((evaluated, 3), (plain, 0)):
         events = read_run_journal(folder / "journal.jsonl")
-        assert len(select_events(events, RoundEvaluated)) == (3 if points == 50 else 1)
+        assert len(select_events(events, RoundEvaluated)) == num_evaluations
         heads.append([event.heads for event in select_events(events, RoundEnded)])
-        sites = [Site(site, os_entropy) for site in read_sites(folder / "sites")]
-        spent.append([(len(site.ledger().charges()), site.ledger().spent()) for site in sites])
-    assert heads[0] == heads[1]
+        own = [Site(site, os_entropy) for site in read_sites(folder / "sites")]
+        spent.append([(len(site.ledger().charges()), site.ledger().spent()) for site in own])
+    assert heads[0] == heads[1] and len(heads[0]) == 3
     assert spent[0] == spent[1]
 
 

@@ -26,7 +26,7 @@ MakeModel = Callable[..., Path]
 
 
 def make_backbones(folder: Path, names: tuple[str, ...]) -> dict[str, Backbone]:
-    """Returns the named backbones of three that there are."""
+    """Returns the named backbones of those that there are."""
     made: dict[str, Callable[[], Backbone]] = {
         "pictures": lambda: open_random({"kind": "small_cnn", "input_size": SIDE}, "b", 1),
         "texts": lambda: open_pretrained(Transformers.example(folder).settings, "b"),
@@ -42,6 +42,9 @@ def make_backbones(folder: Path, names: tuple[str, ...]) -> dict[str, Backbone]:
             "b",
         ),
     }
+    made["ages"] = lambda: open_pretrained(
+        {"kind": "identity", "columns": [{"name": "age", "range": [0, 100], "missing": "refuse"}]}, "b"
+    )
     return {name: made[name]() for name in names}
 
 

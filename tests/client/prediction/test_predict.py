@@ -25,7 +25,6 @@ import headwater
 from client.data.sources.dicom import write_dicom
 from client.data.sources.nifti import Nifti
 from client.data.sources.parts.recordings import example_recordings
-from client.prediction import records as records_module
 from client.prediction.data import choose_tasks, open_records
 from client.prediction.output import plan_output
 from client.prediction.predict import write_predictions
@@ -286,7 +285,7 @@ def test_the_settings_of_a_source_say_how_it_is_read(make_model: MakeModel, tmp_
 
 
 def test_tasks_on_several_backbones_are_told_of_the_records_that_these_take(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, tmp_path: Path
 ) -> None:
     tasks = {
         "finding": {**FINDING, "backbone": "pictures"},
@@ -301,13 +300,25 @@ def test_tasks_on_several_backbones_are_told_of_the_records_that_these_take(
     for row in read(tmp_path / "p.csv"):
         present = [name for name in ("edema", "tumour") if float(row[f"signs.{name}"]) > 0.5]
         assert row["signs"] == ("|".join(present) or "none")
-    # One source for two backbones, block by block: a record that one cannot use keeps the other's prediction.
-    rows = pd.DataFrame({"age": ["1", "2", "x"], "sex": ["f"] * 3, "text": ["an edema .", "", "no ."]})
-    both = headwater.load(make_model({"a": {**FINDING, "backbone": "rows"}, "b": {**FINDING, "backbone": "rows"}}))
-    monkeypatch.setattr(records_module, "_BLOCK", 2)
-    with pytest.warns(UserWarning, match="1 record"):
-        assert len(both.predict(rows)) == 2
-    assert both.predict(rows[:2], tasks=["b"]).columns.tolist() == ["file", "row", "b", "b.normal", "b.ill"]
+
+
+def test_a_record_that_one_backbone_cannot_use_keeps_what_another_says_in_every_block(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    loaded = headwater.load(make_model({"a": {**FINDING, "backbone": "rows"}, "b": {**FINDING, "backbone": "ages"}}))
+    # More rows than are encoded by one backbone after the other.
+    rows = pd.DataFrame({"age": [str(at % 100) for at in range(5000)], "sex": ["f"] * 5000})
+    rows.loc[[10, 4500], "sex"] = "?"
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    settings = {"kind": "table", "path": str(tmp_path / "rows.csv"), "columns": ["age", "sex"]}
+    (tmp_path / "source.yaml").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="2 record"):
+        found = loaded.predict(tmp_path / "source.yaml")
+    assert len(found) == 5000 and found["b"].notna().all()
+    assert found["row"][found["a"].isna()].tolist() == [11, 4501]
+    with pytest.warns(UserWarning, match="2 record"):
+        alone = loaded.predict(tmp_path / "source.yaml", tasks=["a"])
+    assert found["a.ill"].dropna().tolist() == alone["a.ill"].tolist()
 
 
 def test_what_is_said_of_probabilities_is_calibrated(make_model: MakeModel, tmp_path: Path) -> None:
