@@ -320,6 +320,8 @@ class FinishRequest:
     """The final heads and their digest.
 
     Attributes:
+        heads: heads and trunks, and what the run released of classes (`common.model.class_moments`).
+        digest: digest of the heads and trunks alone.
         temperatures: task -> number by which its head's outputs are to be divided before they become probabilities;
             tasks of which none is known are left out.
     """

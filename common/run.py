@@ -202,21 +202,31 @@ class Moments(Frozen):
     Attributes:
         means: part for the mean of the features of each backbone on which a head with `centre` stands, all together.
         counts: part for how frequent each label is of each task whose head has a `prior`, all together.
+        classes: part for the sum of the features of each class, of each task with classes whose head has a `prior`, all
+            together; the run's model has them, and a site can adapt the head to records of another kind by them.
+        scatter: part for the products of features with each other, of each backbone on which such a head stands, all
+            together; they are for the same, and need `classes`.
     """
 
     means: Annotated[float, Field(ge=0, lt=1)] = 0.0
     counts: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    classes: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scatter: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _leave_something(self) -> Moments:
         if not 0.0 < self.share < 1.0:
-            raise ValueError(f"expected means and counts that are together above 0 and below 1, got {self.share:g}")
+            raise ValueError(f"expected parts that are together above 0 and below 1, got {self.share:g}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("classes", "scatter"))
 
     @property
     def share(self) -> float:
-        """The part of the run's mu^2 that both take together."""
-        return self.means + self.counts
+        """The part of the run's mu^2 that all take together."""
+        return self.means + self.counts + self.classes + self.scatter
 
 
 class AggregationSpec(Spec):

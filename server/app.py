@@ -53,7 +53,7 @@ def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
         executor=FLOWER_APP,
         witnesses=run_dir / "witnesses.json",
     )
-    summary = write_results(folder, run, backbones, outcome.heads)
+    summary = write_results(folder, run, backbones, outcome.heads, outcome.moments)
     console = Console(width=100)
     console.print(render_summary(summary))
     console.print(f"results: {folder}", soft_wrap=True)

@@ -225,7 +225,7 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
         )
         experiment.journal.write(event)
         experiment.observe(f"baseline {name}", 1, 1)
-    return write_results(experiment.folder, run_, experiment.backbones, outcome.heads)
+    return write_results(experiment.folder, run_, experiment.backbones, outcome.heads, outcome.moments)
 
 
 def _audit(experiment: Experiment) -> None:

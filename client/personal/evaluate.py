@@ -27,6 +27,7 @@ from client.solvers import Solver, open_solver
 from common import messages
 from common.errors import instead
 from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
+from common.model.class_moments import split_class_moments
 from common.model.trunks import create_modules
 from common.run import Privacy
 from common.tasks import Task
@@ -187,7 +188,7 @@ def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
 
 def load_final_heads(folder: Path) -> Heads:
     """Returns the final heads in a run's folder. Raises as `load_final_request`."""
-    return load_final_request(folder).heads
+    return split_class_moments(load_final_request(folder).heads)[0]
 
 
 def load_final_request(folder: Path) -> messages.FinishRequest:
@@ -204,7 +205,8 @@ def load_final_request(folder: Path) -> messages.FinishRequest:
         request = messages.decode(messages.from_bytes(path.read_bytes()), messages.FinishRequest)
     except (DecodeError, OSError, messages.OtherVersion) as error:
         raise DigestMismatch(f"{path}: expected the final heads of a run{instead(error)}") from error
-    if heads_digest(request.heads) != request.digest:
+    heads, _ = split_class_moments(request.heads)
+    if heads_digest(heads) != request.digest:
         raise DigestMismatch(f"{path}: the heads differ from the digest they were sent with")
     return request
 

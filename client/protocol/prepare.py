@@ -24,6 +24,7 @@ from common import messages
 from common.events import EncodingContinues, HeadsReceived, RunPrepared
 from common.files import write_atomic
 from common.model.backbones import Backbone
+from common.model.class_moments import check_class_moments, split_class_moments
 from common.model.trunks import freeze_parts
 from common.serving.folder import MAX_TEMPERATURE, MIN_TEMPERATURE, MODEL, describe_model, write_model
 from common.types import (
@@ -120,15 +121,20 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     """Keep the run's final heads, verified by digest."""
     joined = joined_run(site, request.run_id)
     tasks = joined.tasks(site.config)
-    if set(request.heads) != set(joined.sizes(site.config)):
+    heads, moments = split_class_moments(request.heads)
+    if set(heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")
     if not set(request.temperatures) <= set(tasks):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the temperatures are not those of this site's tasks")
     if not all(MIN_TEMPERATURE <= value <= MAX_TEMPERATURE for value in request.temperatures.values()):
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "a temperature divides outputs so that they are no numbers")
-    load_modules(site, joined, tasks, request.heads)
-    if heads_digest(request.heads) != request.digest:
+    load_modules(site, joined, tasks, heads)
+    if heads_digest(heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
+    try:
+        check_class_moments(moments, tasks, {name: joined.run.backbone_of(name) for name in tasks})
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     keep_model(site, joined, request)
     records = messages.encode(request)
     write_atomic(joined.folder / FINAL_HEADS, messages.to_bytes(records))
@@ -148,11 +154,12 @@ def keep_model(site: Site, joined: Joined, request: messages.FinishRequest) -> P
     """
     tasks = joined.tasks(site.config)
     digests = joined.digests(tasks)
+    heads, moments = split_class_moments(request.heads)
     private = joined.run.requested_privacy is not None
     config = describe_model(
         joined.run,
         joined.run_id,
-        request.heads,
+        heads,
         {name: (digest, joined.run.backbone_specs[name].settings()) for name, digest in digests.items()},
         digest=request.digest,
         epsilon={site.config.name: site.ledger().compute_run_epsilon(site.config.name_charge(joined.run_id))}
@@ -161,7 +168,7 @@ def keep_model(site: Site, joined: Joined, request: messages.FinishRequest) -> P
         temperatures=request.temperatures,
     )
     weights = {name: site.backbones().locate_weights(digest) for name, digest in digests.items()}
-    write_model(joined.folder / MODEL, config, request.heads, weights)
+    write_model(joined.folder / MODEL, config, heads, weights, moments)
     return joined.folder / MODEL
 
 

@@ -21,7 +21,15 @@ from client.protocol.approvals import Approvals
 from client.solvers import Solver, SummingSolver, open_solver
 from common.events import FileJournal, Journal, ReplySent, read_site_journal, select_events
 from common.files import private_folder
-from common.model.moments import MOST_STORED_NOISE, get_backbone, is_mean, list_parts, select_parts
+from common.model.moments import (
+    CLASSES,
+    MOST_STORED_NOISE,
+    SCATTER,
+    get_subject,
+    is_of_backbone,
+    list_parts,
+    select_parts,
+)
 from common.offers import parse_offer
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
@@ -470,16 +478,20 @@ def plan_measurement(config: SiteConfig, joined: Joined) -> Measurement:
 
 def _describe_part(part: str, config: SiteConfig, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, object]:
     """Returns what a sum is of: the same values in a later run mean the same sum."""
-    if not is_mean(part):
-        settings = {key: value for key, value in joined.run.tasks[part].settings().items() if key not in _OF_TRAINING}
-        columns = config.tasks[part].model_dump(mode="json")
-        # The key's former name: sums that were paid for under it are found again.
-        columns["column"] = columns.pop("label")
-        return {"counts": part, "task": settings, "columns": columns, "unit": config.unit.value}
-    backbone = get_backbone(part)
-    on_it = [name for name in tasks if joined.run.backbone_of(name) == backbone]
-    sources = sorted({config.tasks[name].source for name in on_it})
-    return {"mean": joined.backbones.get(backbone, ""), "sources": sources, "unit": config.unit.value}
+    subject = get_subject(part)
+    if is_of_backbone(part):
+        on_it = [name for name in tasks if joined.run.backbone_of(name) == subject]
+        sources = sorted({config.tasks[name].source for name in on_it})
+        kind = "scatter" if part.endswith(SCATTER) else "mean"
+        return {kind: joined.backbones.get(subject, ""), "sources": sources, "unit": config.unit.value}
+    settings = {key: value for key, value in joined.run.tasks[subject].settings().items() if key not in _OF_TRAINING}
+    columns = config.tasks[subject].model_dump(mode="json")
+    # The key's former name: sums that were paid for under it are found again.
+    columns["column"] = columns.pop("label")
+    about = {"task": settings, "columns": columns, "unit": config.unit.value}
+    if part.endswith(CLASSES):
+        return {"classes": subject, "backbone": joined.backbones.get(joined.run.backbone_of(subject), ""), **about}
+    return {"counts": subject, **about}
 
 
 def load_modules(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads) -> dict[str, torch.nn.Module]:

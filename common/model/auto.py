@@ -65,9 +65,11 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     extra = sorted(set(_as_mapping(values["solver"])) - {"kind"})
     if extra:
         raise ValueError(f"solver: expected no setting beside `kind: auto`, got {extra[0]}; it chooses them all")
-    for key in ("aggregation", "moments"):
-        if values.get(key) is not None:
-            raise ValueError(f"{key}: expected none beside `solver: {{kind: auto}}`, which chooses it")
+    if values.get("aggregation") is not None:
+        raise ValueError("aggregation: expected none beside `solver: {kind: auto}`, which chooses it")
+    asked = _as_mapping(values.get("moments"))
+    if set(asked) - {"classes", "scatter"}:
+        raise ValueError("moments: expected `classes` and `scatter` alone beside `solver: {kind: auto}`")
     try:
         tasks = {name: _as_mapping(spec) for name, spec in _as_mapping(values.get("tasks")).items()}
         opened = {name: _open(name, spec) for name, spec in tasks.items()}
@@ -82,7 +84,7 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     for name, head in heads.items():
         if head:
             chosen["tasks"][name] = {**tasks[name], "head": head}
-    moments = _choose_moments(heads.values())
+    moments = _choose_moments(heads.values(), asked)
     if moments is not None:
         chosen["moments"] = moments.model_dump()
     clip_norm = _choose_clip_norm(opened)
@@ -129,12 +131,17 @@ def _choose_head(task: Task, spec: Mapping[str, Any], values: Mapping[str, Any])
     return {**chosen, **_as_mapping(spec.get("head"))}
 
 
-def _choose_moments(heads: Iterable[Mapping[str, Any]]) -> Moments | None:
-    """Returns the parts of what some head uses; None where none uses any."""
+def _choose_moments(heads: Iterable[Mapping[str, Any]], asked: Mapping[str, Any]) -> Moments | None:
+    """Returns the parts of what some head uses, and what the file asks for beside them; None where there are none.
+
+    Args:
+        heads: settings of the heads.
+        asked: `classes` and `scatter` as the file has them.
+    """
     settings = list(heads)
     means = MEANS if any(head.get("centre") for head in settings) else 0.0
     counts = COUNTS if any(head.get("prior") for head in settings) else 0.0
-    return Moments(means=means, counts=counts) if means or counts else None
+    return Moments.model_validate({"means": means, "counts": counts, **asked}) if means or counts or asked else None
 
 
 def _choose_clip_norm(tasks: Mapping[str, Task]) -> float:
@@ -198,7 +205,12 @@ def _explain(chosen: Mapping[str, Any], trains_network: bool) -> tuple[str, ...]
         f"epsilon are; one site's sum has noise of deviation {aggregation['noise']:g}"
     )
     if moments is not None:
-        parts = {"the mean of features": moments["means"], "the labels' frequencies": moments["counts"]}
+        parts = {
+            "the mean of features": moments["means"],
+            "the labels' frequencies": moments["counts"],
+            "the classes' features": moments.get("classes", 0.0),
+            "products of features": moments.get("scatter", 0.0),
+        }
         measured = " and ".join(f"{part:.0%} of the run's mu^2 measure {what}" for what, part in parts.items() if part)
         reasons.append(f"moments: {measured}, which gradients then need not repeat")
     return tuple(reasons)

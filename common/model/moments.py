@@ -1,9 +1,10 @@
 """The release before the first round: noised sums of features and of labels, and the heads' fixed numbers from them.
 
-A unit's part is one vector: for each backbone on which a head with `centre` stands, the mean of the unit's features,
-each divided by its length; for each task whose head has a `prior`, the mean of the rows of `count_labels`. Both have a
-length of at most 1; with the factors below the whole has one of at most 1, whatever the unit's records are, and one
-draw of noise hides all of it.
+A unit's part is one vector: for each backbone on which a head with `centre` stands, the mean of the unit's features z,
+each divided by its length; for each task whose head has a `prior`, the mean of the rows y of `count_labels`; where the
+run measures `classes`, for each such task with classes, the mean of y z'; with `scatter`, for each of their backbones,
+the mean of z z'. Each has a length of at most 1; with the factors below the whole has one of at most 1, whatever the
+unit's records are, and one draw of noise hides all of it.
 
 # Shapes: D features, C counts.
 """
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.run import RunConfig
+from common.run import Moments, RunConfig
 from common.tasks import LabelPrior, ServedPrior, Task
 from common.types import FIXED, BadInput, Heads, Params
 
 CENTRE, OFFSET = f"{FIXED}centre", f"{FIXED}offset"
-_MEAN = ".mean"
+MEAN, CLASSES, SCATTER = ".mean", ".classes", ".scatter"
+"""Ends of the names of sums over a backbone's features, a task's classes, and products of a backbone's features."""
 MOST_STORED_NOISE = 2.0
 """Noise of a sum that an earlier run paid for, at most, in multiples of this run's: it is sent again then."""
 
@@ -82,10 +84,28 @@ def list_parts(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, float]:
             raise BadInput(
                 f"moments.{key}: expected a share above 0 exactly where a task's head has `{field}: true`, got {share}"
             )
-    whole = run.moments.share
-    means = {f"{name}{_MEAN}": run.moments.means / len(centred) for name in sorted(centred)}
-    counts = {name: run.moments.counts / len(counted) for name in sorted(counted)}
-    return {name: math.sqrt(share / whole) for name, share in {**means, **counts}.items()}
+    shares = {f"{name}{MEAN}": run.moments.means / len(centred) for name in sorted(centred)}
+    shares |= {name: run.moments.counts / len(counted) for name in sorted(counted)}
+    shares |= _list_class_sums(run, run.moments, {name: tasks[name] for name in sorted(counted)})
+    return {name: math.sqrt(share / run.moments.share) for name, share in shares.items()}
+
+
+def _list_class_sums(run: RunConfig, moments: Moments, counted: Mapping[str, Task]) -> dict[str, float]:
+    """Returns the shares of sums by class, and of products of features, where the run measures them."""
+    classed = [name for name, task in counted.items() if _has_classes(task)]
+    backbones = sorted({run.backbone_of(name) for name in classed})
+    for key, share in (("classes", moments.classes), ("scatter", moments.scatter)):
+        if share and not classed:
+            raise BadInput(
+                f"moments.{key}: expected a task of kind classification whose head has `prior: true`, got none"
+            )
+        for name in set(backbones) & set(run.trainable) if share else ():
+            raise BadInput(f"trainable: expected nothing of {name} to train, because of `moments.{key}`")
+    if moments.scatter and not moments.classes:
+        raise BadInput("moments.scatter: expected `classes` beside it: it is of no use alone")
+    shares = {f"{name}{CLASSES}": moments.classes / len(classed) for name in classed}
+    shares |= {f"{name}{SCATTER}": moments.scatter / len(backbones) for name in backbones}
+    return {name: share for name, share in shares.items() if share}
 
 
 def select_parts(parts: Mapping[str, float], run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, float]:
@@ -96,8 +116,10 @@ def select_parts(parts: Mapping[str, float], run: RunConfig, tasks: Mapping[str,
         run: the run.
         tasks: the site's tasks of the run.
     """
-    backbones = {f"{run.backbone_of(name)}{_MEAN}" for name, task in tasks.items() if _has(task, "centre")}
-    return {name: factor for name, factor in parts.items() if name in backbones or name in tasks}
+    own = {f"{run.backbone_of(name)}{MEAN}" for name, task in tasks.items() if _has(task, "centre")}
+    own |= {*tasks, *(f"{name}{CLASSES}" for name in tasks)}
+    own |= {f"{run.backbone_of(name)}{SCATTER}" for name in tasks if f"{name}{CLASSES}" in parts}
+    return {name: factor for name, factor in parts.items() if name in own}
 
 
 def compute_noise_multiplier(deviations: Iterable[float]) -> float:
@@ -110,14 +132,14 @@ def compute_noise_multiplier(deviations: Iterable[float]) -> float:
     return 0.0 if not all(listed) else 1.0 / math.sqrt(math.fsum(each**-2 for each in listed))
 
 
-def is_mean(part: str) -> bool:
-    """Returns true for the sum of a backbone's features, false for the counts of a task's labels."""
-    return part.endswith(_MEAN)
+def is_of_backbone(part: str) -> bool:
+    """Returns true for a sum over all features of a backbone, false for one by a task's labels."""
+    return part.endswith((MEAN, SCATTER))
 
 
-def get_backbone(part: str) -> str:
-    """Returns the name of the backbone whose features a sum is of."""
-    return part.removesuffix(_MEAN)
+def get_subject(part: str) -> str:
+    """Returns the name of the backbone or of the task that a sum is of."""
+    return part.partition(".")[0]
 
 
 def count_values(part: str, run: RunConfig, tasks: Mapping[str, Task], heads: Heads) -> int:
@@ -129,15 +151,13 @@ def count_values(part: str, run: RunConfig, tasks: Mapping[str, Task], heads: He
         tasks: the run's tasks.
         heads: their heads.
     """
-    if is_mean(part):
-        return next(
-            len(heads[name][CENTRE])
-            for name in tasks
-            if run.backbone_of(name) == get_backbone(part) and CENTRE in heads[name]
-        )
-    task = tasks[part]
+    subject = get_subject(part)
+    if is_of_backbone(part):
+        dim = next(_count_features(heads[name]) for name in tasks if run.backbone_of(name) == subject)
+        return dim if part.endswith(MEAN) else dim**2
+    task = tasks[subject]
     assert isinstance(task, LabelPrior)
-    return task.num_counts
+    return task.num_counts * (_count_features(heads[subject]) if part.endswith(CLASSES) else 1)
 
 
 def count_units(parts: Iterable[str], run: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -149,7 +169,13 @@ def count_units(parts: Iterable[str], run: RunConfig, sizes: Mapping[str, int]) 
         sizes: task of the site -> declared public size.
     """
     return {
-        part: float(max(size for task, size in sizes.items() if part in (task, f"{run.backbone_of(task)}{_MEAN}")))
+        part: float(
+            max(
+                size
+                for task, size in sizes.items()
+                if get_subject(part) == (run.backbone_of(task) if is_of_backbone(part) else task)
+            )
+        )
         for part in parts
     }
 
@@ -165,7 +191,7 @@ def fix_heads(heads: Heads, run: RunConfig, tasks: Mapping[str, Task], sums: Map
     """
     fixed: dict[str, Params] = {}
     for name, params in heads.items():
-        mean = sums.get(f"{run.backbone_of(name)}{_MEAN}") if name in tasks else None
+        mean = sums.get(f"{run.backbone_of(name)}{MEAN}") if name in tasks else None
         new = dict(params)
         task = tasks.get(name)
         subtracted = 1.0
@@ -222,6 +248,18 @@ def serve_heads(heads: Heads, tasks: Mapping[str, Task]) -> Heads:
 def select_offsets(heads: Heads) -> dict[str, list[float]]:
     """Returns parameter group -> the offset of its outputs while it trains; groups without one are left out."""
     return {name: params[OFFSET].astype(float).tolist() for name, params in heads.items() if OFFSET in params}
+
+
+def _count_features(head: Params) -> int:
+    """Returns the number of features that a head reads: the last axis of its first layer's weights."""
+    if CENTRE in head:
+        return len(head[CENTRE])
+    return int(next(head[key].shape[1] for key in sorted(head) if head[key].ndim > 1))
+
+
+def _has_classes(task: Task) -> bool:
+    """Returns true for a task of which each record has one label of several."""
+    return isinstance(task, LabelPrior) and task.num_counts == len(getattr(task, "labels", ()))
 
 
 def _has(task: Task, setting: str) -> bool:

@@ -4,6 +4,8 @@
     heads/TASK.safetensors          the head of each task
     heads/BACKBONE.trunk.safetensors  the trained part of a backbone, where there is one
     backbones/BACKBONE.safetensors  the frozen backbone of the tasks
+    moments/TASK.classes.safetensors  what was released of a task's classes, where the run measured it; and
+    moments/BACKBONE.scatter.safetensors  of products of features (`common.model.class_moments`)
 
 Nothing in it is executed. `config.json` names the SHA-256 of every head, and the digest of every backbone covers its
 settings, its preprocessing and its weights: a model that was changed is refused. Nothing here loads torch, so that the
@@ -18,6 +20,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -28,6 +31,8 @@ from safetensors.numpy import load, save
 
 from common.errors import instead
 from common.files import private_folder, write_atomic
+from common.model.class_moments import ClassMoments, unpack_class_moments
+from common.model.moments import CLASSES, SCATTER
 from common.plugins import Frozen
 from common.run import Name, RunConfig, Trainable
 from common.types import RELATION, BackboneBlob, BadInput, DigestMismatch, Heads, Relation, Unit
@@ -124,7 +129,7 @@ class ModelConfig(Frozen):
         privacy: how it was trained; null where the run was not private.
         solver: settings of the solver.
         heads: digest over all parameters, as the sites were sent it.
-        files: file of a head or trunk -> its SHA-256.
+        files: file of a head, a trunk or moments -> its SHA-256.
     """
 
     format: Literal["headwater model"] = FORMAT
@@ -209,7 +214,13 @@ def _name_source(run: RunConfig, backbone: str) -> str | None:
     return Path(weights).name if isinstance(weights, str) else None
 
 
-def write_model(folder: Path, config: ModelConfig, heads: Heads, backbones: Mapping[str, BackboneBlob | Path]) -> None:
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    heads: Heads,
+    backbones: Mapping[str, BackboneBlob | Path],
+    moments: Heads = MappingProxyType({}),
+) -> None:
     """Writes a model's folder, in place of an earlier one; `config.json` comes last and marks a whole model.
 
     Args:
@@ -218,16 +229,18 @@ def write_model(folder: Path, config: ModelConfig, heads: Heads, backbones: Mapp
         heads: final parameters of heads and trunks by name.
         backbones: name -> the backbone as it travels, or the file of its weights, to which the model's becomes a second
             link where the file system allows it. One that is missing is left out.
+        moments: what `common.model.class_moments.pack_class_moments` returned.
     """
     private_folder(folder)
     (folder / CONFIG).unlink(missing_ok=True)
-    for part in ("heads", "backbones"):
+    for part in ("heads", "backbones", *(["moments"] if moments else [])):
         private_folder(folder / part)
     files = {}
-    for name, params in heads.items():
-        content = save({key: np.asarray(array, dtype=np.float32, order="C") for key, array in params.items()})
-        files[f"heads/{name}.safetensors"] = hashlib.sha256(content).hexdigest()
-        write_atomic(folder / "heads" / f"{name}.safetensors", content)
+    for part, groups in (("heads", heads), ("moments", moments)):
+        for name, params in groups.items():
+            content = save({key: np.asarray(array, dtype=np.float32, order="C") for key, array in params.items()})
+            files[f"{part}/{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+            write_atomic(folder / part / f"{name}.safetensors", content)
     for name in config.backbones:
         given = backbones.get(name)
         if isinstance(given, Path):
@@ -299,20 +312,44 @@ def read_heads(path: Path, config: ModelConfig) -> dict[str, dict[str, NDArray[n
         BadInput: a file is missing.
         DigestMismatch: a file changed since the model was written.
     """
-    folder, heads = find_model(path), {}
+    folder = find_model(path)
     needed = [*config.tasks, *dict.fromkeys(task.trunk for task in config.tasks.values() if task.trunk is not None)]
-    for name in needed:
-        file = folder / "heads" / f"{name}.safetensors"
-        if not file.is_file():
-            raise BadInput(f"{file}: expected a head of the model, found no file")
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != config.files.get(f"heads/{name}.safetensors"):
-            raise DigestMismatch(f"{file}: the file was changed since the model was written")
-        try:
-            heads[name] = load(content)
-        except (SafetensorError, ValueError) as error:
-            raise DigestMismatch(f"{file}: expected safetensors, got a damaged file") from error
-    return heads
+    return {name: _read_params(folder, f"heads/{name}.safetensors", config) for name in needed}
+
+
+def read_moments(path: Path, config: ModelConfig, task: Name) -> ClassMoments:
+    """Returns what a model's run released of the classes of a task, verified.
+
+    Args:
+        path: folder of the model, or of its run.
+        config: what is known of it.
+        task: name of the task.
+
+    Raises:
+        BadInput: the model has no such task or no such moments, or a file is missing.
+        DigestMismatch: a file changed since the model was written.
+    """
+    if task not in config.tasks:
+        raise BadInput(f"task {task}: expected one of {', '.join(config.tasks)}")
+    folder, backbone = find_model(path), config.tasks[task].backbone
+    names = [
+        name for name in (f"{task}{CLASSES}", f"{backbone}{SCATTER}") if f"moments/{name}.safetensors" in config.files
+    ]
+    groups = {name: _read_params(folder, f"moments/{name}.safetensors", config) for name in names}
+    return unpack_class_moments(groups, task, backbone, len(config.tasks[task].settings.get("labels", ())))
+
+
+def _read_params(folder: Path, name: str, config: ModelConfig) -> dict[str, NDArray[np.float32]]:
+    file = folder / name
+    if not file.is_file():
+        raise BadInput(f"{file}: expected a file of the model, found none")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != config.files.get(name):
+        raise DigestMismatch(f"{file}: the file was changed since the model was written")
+    try:
+        return load(content)
+    except (SafetensorError, ValueError) as error:
+        raise DigestMismatch(f"{file}: expected safetensors, got a damaged file") from error
 
 
 def read_backbone(path: Path, name: str, config: ModelConfig, elsewhere: Path | None = None) -> BackboneBlob:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 from common.bundle import compute_code_digest
 from common.events import Summary, TaskSummary, read_run_journal
@@ -55,6 +56,7 @@ def write_results(
     run: RunConfig,
     backbones: Mapping[str, SentBackbone],
     heads: Heads,
+    moments: Heads = MappingProxyType({}),
 ) -> Summary:
     """Writes `summary.json` and the model to a run's folder, and returns the summary.
 
@@ -63,6 +65,7 @@ def write_results(
         run: settings of the run.
         backbones: the run's backbones by name; none where the run failed before they were open.
         heads: final parameters of heads and trunks by name; empty where the run failed.
+        moments: what the run released of classes before its first round.
     """
     # An earlier attempt's: where there is one, the model is whole.
     (folder / "summary.json").unlink(missing_ok=True)
@@ -78,7 +81,8 @@ def write_results(
             temperatures=find_temperatures(summary),
             metrics={name: list_metrics(task) for name, task in summary.tasks.items()},
         )
-        write_model(folder / MODEL, config, heads, {name: backbone.blob() for name, backbone in backbones.items()})
+        blobs = {name: backbone.blob() for name, backbone in backbones.items()}
+        write_model(folder / MODEL, config, heads, blobs, moments)
     write_atomic(folder / "summary.json", summary.to_json().encode())
     return summary
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ class Checkpoint:
         heads: heads and trunks after these rounds.
         states: what the aggregator keeps, for each head and trunk.
         updates: how often each head and trunk was updated.
+        moments: what the release before the first round says of classes (`common.model.class_moments`).
     """
 
     run_id: str
@@ -34,6 +35,7 @@ class Checkpoint:
     heads: Heads
     states: Mapping[str, State]
     updates: Mapping[str, int]
+    moments: Heads = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -43,6 +45,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         flat |= {f"head/{task}/{name}": array for name, array in params.items()}
     for task, state in checkpoint.states.items():
         flat |= {f"state/{task}/{part}/{name}": array for part in state for name, array in state[part].items()}
+    for group, params in checkpoint.moments.items():
+        flat |= {f"moments/{group}/{name}": array for name, array in params.items()}
     flat = {name: np.asarray(array, order="C") for name, array in flat.items()}
     about = {
         "run_id": checkpoint.run_id,
@@ -65,13 +69,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         updates = json.loads(about["updates"])
         heads: dict[str, dict[str, np.ndarray]] = {task: {} for task in updates}
         states: dict[str, dict[str, dict[str, np.ndarray]]] = {task: {} for task in updates}
+        moments: dict[str, dict[str, np.ndarray]] = {}
         for key, array in arrays.items():
             kind, task, *rest = key.split("/")
             if kind == "head":
                 heads[task][rest[0]] = array
+            elif kind == "moments":
+                moments.setdefault(task, {})[rest[0]] = array
             else:
                 states[task].setdefault(rest[0], {})[rest[1]] = array
-        return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states, updates)
+        return Checkpoint(about["run_id"], int(about["rounds_done"]), heads, states, updates, moments)
     except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
         raise BadInput(
             f"{path}: expected a checkpoint{instead(error)}; restore it, or remove it and resume the run: it begins "

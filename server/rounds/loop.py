@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from common.events import (
     RunEnded,
     RunStarted,
 )
+from common.model.class_moments import select_class_moments
 from common.model.guessing import Totals, explain_hopeless
 from common.model.moments import (
     select_offsets,
@@ -61,10 +62,12 @@ class Outcome:
     Attributes:
         heads: final heads and trunks.
         updates: how often each was updated.
+        moments: what the run released of classes before its first round.
     """
 
     heads: Heads
     updates: Mapping[str, int]
+    moments: Heads
 
 
 def run_federation(
@@ -150,7 +153,7 @@ def run_federation(
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     final = _serve(messenger.run, state.heads)
-    missing = send_final_heads(messenger, participants, final, temperatures)
+    missing = send_final_heads(messenger, participants, final, temperatures, state.moments)
     journal.write(
         RunEnded(
             updates=dict(state.updates),
@@ -160,7 +163,7 @@ def run_federation(
             missing=missing,
         )
     )
-    return Outcome(final, state.updates)
+    return Outcome(final, state.updates, state.moments)
 
 
 def one_round(messenger: Messenger, participants: list[Participant], state: Checkpoint, round_: int) -> Checkpoint:
@@ -327,15 +330,20 @@ def evaluate_round(
 
 
 def send_final_heads(
-    messenger: Messenger, participants: list[Participant], heads: Heads, temperatures: Mapping[str, float]
+    messenger: Messenger,
+    participants: list[Participant],
+    heads: Heads,
+    temperatures: Mapping[str, float],
+    moments: Heads,
 ) -> dict[str, str]:
-    """Sends every participant the final heads of its tasks, with their digest and temperatures.
+    """Sends every participant the final heads of its tasks, with their digest and temperatures, and their moments.
 
     Args:
         messenger: connection to the sites, with the run and its journal.
         participants: sites that joined.
         heads: final heads and trunks.
         temperatures: task -> temperature of its head, where one is known.
+        moments: what was released of classes.
 
     Returns:
         Name of each site that did not confirm them -> the reason.
@@ -344,9 +352,10 @@ def send_final_heads(
     def build(groups: Collection[str]) -> messages.FinishRequest:
         selected = _select_groups(heads, groups)
         known = {task: temperature for task, temperature in temperatures.items() if task in selected}
-        return messages.FinishRequest(messenger.run_id, selected, heads_digest(selected), known)
+        measured = select_class_moments(moments, {name: run.backbone_of(name) for name in groups if name in run.tasks})
+        return messages.FinishRequest(messenger.run_id, {**selected, **measured}, heads_digest(selected), known)
 
-    names = map_names(participants)
+    run, names = messenger.run, map_names(participants)
     requests: dict[int, messages.Request] = dict(_build_requests(participants, build))
     answers = messenger.send(Request(messages.FINISH, requests, messages.Ready, Waiting.of(messenger.run), names=names))
     messenger.write_rejected(answers.rejected, names, "finish")
@@ -425,4 +434,4 @@ def _aggregate(run: RunConfig, state: Checkpoint, collected: RoundUpdates, round
         heads[task] = {**old, **new}
         updated.add(task)
     updates = {task: count + (task in updated) for task, count in state.updates.items()}
-    return Checkpoint(state.run_id, round_, heads, states, updates), updated
+    return replace(state, rounds_done=round_, heads=heads, states=states, updates=updates), updated

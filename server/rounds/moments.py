@@ -9,6 +9,7 @@ import numpy as np
 
 from common import messages
 from common.events import MomentsMeasured
+from common.model.class_moments import pack_class_moments
 from common.model.moments import (
     NoisedSum,
     compute_noise_multiplier,
@@ -78,7 +79,8 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
         for part in own[node]:
             values = reply.sums[part]["sum"].astype(np.float64)
             released.setdefault(part, []).append(NoisedSum(values, reply.deviations[part], units[node][part]))
-    heads = fix_heads(state.heads, run, tasks, {part: NoisedSum.add(sums) for part, sums in released.items()})
+    totals = {part: NoisedSum.add(sums) for part, sums in released.items()}
+    heads = fix_heads(state.heads, run, tasks, totals)
     messenger.journal.write(
         MomentsMeasured(
             noise_multipliers={
@@ -90,4 +92,6 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
             seconds=round(time.monotonic() - started, 4),
         )
     )
-    return replace(state, heads=heads)
+    return replace(
+        state, heads=heads, moments=pack_class_moments(totals, {name: run.backbone_of(name) for name in tasks})
+    )

@@ -83,7 +83,7 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             journal.write(ending(reason=str(raised)))
             write_results(folder, run, backbones, {})
         raise raised from None
-    write_results(folder, run, backbones, outcome.heads)
+    write_results(folder, run, backbones, outcome.heads, outcome.moments)
 
 
 def _interrupt(error: OSError | httpx.HTTPError, folder: Path) -> RunInterrupted:

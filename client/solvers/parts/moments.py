@@ -1,7 +1,8 @@
 """The exact sums of the release before the first round (`common.model.moments`), with noise.
 
 Each part is written as what a linear head's gradient would be: features, or the constant 1, times slopes that follow
-from the label alone. So the sums are those of `closed_form`, exact in integers and clipped jointly.
+from the record's label, or are its features. So the sums are those of `closed_form`, exact in integers and clipped
+jointly.
 
 # Shapes: R records, U units, D features, C counts.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from client.data.units import TaskRecords, Units
 from client.solvers.parts.closed_form import Inputs, OutputGradient, add_clipped_parts, choose_total_type, split_blocks
 from client.solvers.parts.objective import select_usable_records
-from common.model.moments import get_backbone, is_mean
+from common.model.moments import CLASSES, SCATTER, get_subject, is_of_backbone
 from common.privacy.lattice import Lattice, check_unit_count
 from common.privacy.noise import NoiseStream
 from common.run import RunConfig
@@ -77,26 +78,38 @@ def _describe(
     part: str, factor: float, run: RunConfig, tasks: Mapping[str, Task], units: Units
 ) -> tuple[Inputs, OutputGradient, int]:
     """Returns a part's inputs, its slopes, and their number."""
-    if is_mean(part):
-        records = _pool_features([units.tasks[name] for name in tasks if run.backbone_of(name) == get_backbone(part)])
-        head = nn.Linear(records.features_RD.shape[1], 1, bias=False, device="meta")
-        return Inputs.from_records(head, records, units.num_units, factor), _return_ones, 1
-    task = tasks[part]
-    assert isinstance(task, LabelPrior)
-    labelled = select_usable_records(units.tasks[part])
-    ones = replace(labelled, features_RD=labelled.features_RD.new_ones((len(labelled.unit_R), 1)))
-    head = nn.Linear(1, task.num_counts, bias=False, device="meta")
-    count_labels = task.count_labels
-    return (
-        Inputs.from_records(head, ones, units.num_units, factor),
-        lambda outputs, labels: count_labels(labels).to(outputs.dtype),
-        task.num_counts,
-    )
+    subject = get_subject(part)
+    if is_of_backbone(part):
+        records = _pool_features([units.tasks[name] for name in tasks if run.backbone_of(name) == subject])
+        slopes, width = _return_ones, 1
+        if part.endswith(SCATTER):
+            # The products of features with each other: a record's slopes are its features.
+            records = replace(records, labels=records.features_RD)
+            slopes, width = _return_labels, records.features_RD.shape[1]
+    else:
+        task = tasks[subject]
+        assert isinstance(task, LabelPrior)
+        records = select_usable_records(units.tasks[subject])
+        if part.endswith(CLASSES):
+            records = replace(records, features_RD=normalize_rows(records.features_RD))
+        else:
+            records = replace(records, features_RD=records.features_RD.new_ones((len(records.unit_R), 1)))
+        count_labels, width = task.count_labels, task.num_counts
+
+        def slopes(outputs: Tensor, labels: Tensor) -> Tensor:
+            return count_labels(labels).to(outputs.dtype)
+
+    head = nn.Linear(records.features_RD.shape[1], width, bias=False, device="meta")
+    return Inputs.from_records(head, records, units.num_units, factor), slopes, width
 
 
 def _return_ones(outputs: Tensor, labels: Tensor) -> Tensor:
     del labels
     return torch.ones_like(outputs)
+
+
+def _return_labels(outputs: Tensor, labels: Tensor) -> Tensor:
+    return labels.to(outputs.dtype)
 
 
 def _pool_features(tasks: list[TaskRecords]) -> TaskRecords:

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "solver": {"kind": "head_sum", "clip_norm": 1.0},
     "privacy": {"unit": "patient", "delta": 1e-5, "target_epsilon": 3.0},
     "aggregation": {"kind": "heavy_ball", "rounds": 4, "noise": 10.0},
-    "moments": {"means": 0.1, "counts": 0.3},
+    "moments": {"means": 0.1, "counts": 0.3, "classes": 0.2, "scatter": 0.1},
 }
 
 
@@ -118,6 +118,18 @@ def test_sums_are_those_of_normalised_features_and_of_labels() -> None:
     np.testing.assert_allclose(sums["one.mean"], expected, atol=1e-3)
     np.testing.assert_allclose(sums["two.mean"], expected, atol=1e-3)
     np.testing.assert_allclose(sums["grade"], np.bincount(np.array(seeds) % 3, minlength=3), atol=1e-3)
+    unit_ND = np.array([row / np.linalg.norm(row) for row in rows])
+    of_class = [unit_ND[np.array(seeds) % 3 == label].sum(axis=0) for label in range(3)]
+    np.testing.assert_allclose(sums["grade.classes"].reshape(3, DIM), of_class, atol=1e-3)
+    np.testing.assert_allclose(sums["one.scatter"].reshape(DIM, DIM), unit_ND.T @ unit_ND, atol=1e-3)
+    assert set(PARTS) == {"one.mean", "two.mean", "grade", "signs", "grade.classes", "one.scatter"}
+
+
+def test_a_patient_adds_the_mean_of_its_records_to_each_sum() -> None:
+    several = release(make_units([[(1, 2.0), (2, 1.0), (3, 5.0)]]), get_plan(), SilentStream(b"k" * 32))
+    alone = [release(make_units([[(seed, 1.0)]]), get_plan(), SilentStream(b"k" * 32)) for seed in (1, 2, 3)]
+    for part in ("grade.classes", "one.scatter", "one.mean", "grade"):
+        np.testing.assert_allclose(several[part], np.mean([each[part] for each in alone], axis=0), atol=1e-3)
 
 
 def test_noise_has_the_planned_scale() -> None:
@@ -134,6 +146,17 @@ def test_noise_has_the_planned_scale() -> None:
     ("changes", "said"),
     [
         ({"moments": {"counts": 0.1}}, "moments.means: expected a share above 0"),
+        ({"moments": {"means": 0.1, "counts": 0.1, "scatter": 0.1}}, "moments.scatter: expected `classes` beside it"),
+        (
+            {
+                "moments": {"means": 0.1, "counts": 0.1, "classes": 0.1},
+                "tasks": {
+                    name: {**task, "head": {**HEAD, "prior": name == "signs"}}
+                    for name, task in SETTINGS["tasks"].items()
+                },
+            },
+            "moments.classes: expected a task of kind classification whose head has `prior: true`",
+        ),
         (
             {"tasks": {name: {**task, "head": {}} for name, task in SETTINGS["tasks"].items()}},
             "expected a share above 0",

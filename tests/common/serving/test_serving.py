@@ -121,7 +121,7 @@ def half_written(model: Path) -> None:
     ("damage", "sentence"),
     [
         (break_head, "size.safetensors: the file was changed since the model was written"),
-        (lose_head, "size.safetensors: expected a head of the model, found no file"),
+        (lose_head, "size.safetensors: expected a file of the model, found none"),
         (lose_backbone, "expected the weights of backbone backbone, found no file; name its safetensors file"),
         (change_preprocessing, "backbone backbone: its weights, preprocessing or other settings are not those"),
         (change_version, "config.json: expected version 1 of the format, got 9"),
