@@ -127,15 +127,15 @@ def make_non_private_run(config: SimulationConfig) -> RunConfig:
 
 
 def _compute_baseline_prediction(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
-    train, held_out = (
-        open_prepared_units(sites, experiment.run_id, experiment.tasks, split) for split in ("train", "test")
-    )
+    train = _open_training_units(experiment, sites)
+    judging = experiment.config.list_judging_sites(sites)
+    held_out = open_prepared_units(judging, experiment.run_id, experiment.tasks, "test")
     return evaluate_baseline_predictions(_select_tasks(experiment, train), train, held_out)
 
 
 def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
     run = experiment.config.run
-    train = open_prepared_units(sites, experiment.run_id, experiment.tasks, "train")
+    train = _open_training_units(experiment, sites)
     results: dict[str, list[HeadEvaluation]] = {}
     for site in sites:
         if site.name not in train:
@@ -150,7 +150,7 @@ def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskM
 
 
 def _compute_central(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
-    train = open_prepared_units(sites, experiment.run_id, experiment.tasks, "train")
+    train = _open_training_units(experiment, sites)
     tasks = _select_tasks(experiment, train)
     sizes = {
         name: sum(site.tasks[name].public_size for site in sites if site.name in train and name in site.tasks)
@@ -184,6 +184,12 @@ _BASELINES: Mapping[str, Callable[[Experiment, Sequence[SiteConfig]], TaskMetric
 
 
 # --- their parts -----------------------------------------------------------------------------------------------------
+
+
+def _open_training_units(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Units]:
+    """Returns the training units of each site that trains."""
+    training = experiment.config.list_training_sites(sites)
+    return open_prepared_units(training, experiment.run_id, experiment.tasks, "train")
 
 
 def _select_tasks(experiment: Experiment, units: Mapping[str, Units]) -> dict[str, Task]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from client.config import Budget, LabelColumns, NoisedEvaluation, Personal
+from client.config import Budget, LabelColumns, NoisedEvaluation, Personal, SiteConfig
 from common.plugins import Frozen, LocalPath, Spec
 from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
@@ -155,6 +155,8 @@ class SimulationConfig(Frozen):
         sources: data sets that are divided into sites, by name.
         tasks: task name -> its labels and its sites.
         partition: the division into sites.
+        leave_out: name of a site that does not train; metrics are then those on its held-out records alone, and say how
+            the heads do at a site that they have not seen.
         unit: what each site's budget protects.
         budget: budget of each site.
         on_bad_record: whether a record that cannot be used is left out and listed, or stops the simulation.
@@ -182,6 +184,7 @@ class SimulationConfig(Frozen):
     sources: dict[Name, Spec] = {}
     tasks: Annotated[dict[Name, SimulatedTask], Field(min_length=1)]
     partition: Partition
+    leave_out: Name | None = None
     unit: Unit
     budget: Budget
     on_bad_record: Literal["skip", "stop"] = "skip"
@@ -222,6 +225,14 @@ class SimulationConfig(Frozen):
                 "`--set expect={}` too"
             )
         return self
+
+    def list_training_sites(self, sites: Sequence[SiteConfig]) -> list[SiteConfig]:
+        """Returns the sites that train: all but the one that is left out."""
+        return [site for site in sites if site.name != self.leave_out]
+
+    def list_judging_sites(self, sites: Sequence[SiteConfig]) -> list[SiteConfig]:
+        """Returns the sites whose held-out records judge the heads: the one that is left out, else all."""
+        return [site for site in sites if self.leave_out in (None, site.name)]
 
     def pretrained_backbone(self) -> Name | None:
         """Returns the name of the backbone that `simulations pretrain` trains; None without a `pretrain` section."""

@@ -96,7 +96,7 @@ def run(
     sites = build_sites(config, folder / "sites", non_private=config.run.requested_privacy is None)
     if not anyway:
         try:
-            refuse_hopeless(sites, config.run)
+            refuse_hopeless(config.list_training_sites(sites), config.run)
         except BadInput:
             shutil.rmtree(folder)
             raise
@@ -151,6 +151,8 @@ def write_files(config: SimulationConfig, folder: Path) -> list[SiteConfig]:
         BadInput: a setting is wrong, or the folder is not empty.
     """
     check_simulation(config)
+    if config.leave_out is not None:
+        raise BadInput("leave_out: expected none for `sites`, whose run all sites join; take `run` or `sweep`")
     create_folder(config, folder)
     write_yaml(folder / "run.yaml", make_paths_absolute(config).run)
     return build_sites(config, folder.resolve() / "sites", non_private=config.run.requested_privacy is None)
@@ -320,7 +322,7 @@ def _journal_left_out(experiment: Experiment, sites: Sequence[SiteConfig]) -> No
 def _journal_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
     if experiment.config.run.requested_privacy is None:
         return
-    for site in sites:
+    for site in experiment.config.list_training_sites(sites):
         epsilon = Site(site, os_entropy).ledger().compute_run_epsilon(experiment.run_id)
         if epsilon > 0:
             experiment.journal.write(EpsilonSpent(site=site.name, epsilon=epsilon))

@@ -10,12 +10,14 @@ from flwr.serverapp import Grid
 
 from client.app import make_app
 from client.config import SiteConfig
+from client.data.prepare import Encoding, prepare
 from client.data.units import Units
+from client.protocol.site import Site
 from common.events import FileJournal, RoundEvaluated
 from common.files import without_flushing
 from common.model.backbones import Backbone
 from common.model.parameters import load_parameters
-from common.model.trunks import trunks
+from common.model.trunks import freeze_parts, trunks
 from common.offers import list_digests
 from common.privacy.noise import Entropy
 from common.run import RunConfig
@@ -25,7 +27,14 @@ from server.rounds.checkpoint import Checkpoint
 from server.rounds.loop import Outcome, run_federation
 from server.rounds.messenger import Observe
 from simulations.config import SimulationConfig
-from simulations.evaluate import HeadEvaluation, evaluate, evaluate_pooled, is_evaluated_after, open_prepared_units
+from simulations.evaluate import (
+    HeadEvaluation,
+    evaluate,
+    evaluate_pooled,
+    is_evaluated_after,
+    locate_prepared_data,
+    open_prepared_units,
+)
 from simulations.executors.flower import run_on_flower
 from simulations.executors.in_process import InProcessGrid
 
@@ -91,7 +100,7 @@ def federate(
     Args:
         experiment: the simulation, for its executor, its entropy and its observer.
         run: the run to train; a baseline's differs from the simulation's own.
-        sites: the sites, in the order of their nodes.
+        sites: the sites, in the order of their nodes; one that the simulation leaves out only prepares its records.
         backbones: backbone name -> opened backbone.
         folder: folder of the journal and the checkpoint; its name is the run's id.
         resume: checkpoint after which the run continues; None for a new run.
@@ -104,7 +113,10 @@ def federate(
     if "patience_s" not in run.cohort.model_fields_set:
         # A simulated site that failed does not come back.
         run = run.model_copy(update={"cohort": run.cohort.model_copy(update={"patience_s": 0.0})})
-    by_position = list(sites)
+    by_position = experiment.config.list_training_sites(sites)
+    for site in sites:
+        if site not in by_position:
+            _prepare_unseen(experiment, run, site, backbones, folder.name)
     executor = experiment.config.executor
     # Ray's actors are other processes: they open backbones themselves.
     opened = {one.digest: one for one in backbones.values()} if executor.kind == "in_process" else None
@@ -138,10 +150,26 @@ def federate(
         )
 
     if executor.kind == "flower":
-        return run_on_flower(app, len(sites), executor, coordinate)
+        return run_on_flower(app, len(by_position), executor, coordinate)
     # A power cut may cost a simulation its run: its ledgers protect nobody.
     with without_flushing():
-        return coordinate(InProcessGrid(app, len(sites)))
+        return coordinate(InProcessGrid(app, len(by_position)))
+
+
+def _prepare_unseen(
+    experiment: Experiment, run: RunConfig, site: SiteConfig, backbones: Mapping[str, Backbone], run_id: str
+) -> None:
+    """Encodes the records of a site that does not train, so that heads can be judged on them."""
+    tasks = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
+    frozen = freeze_parts(run, backbones)
+    opened = Site(site, experiment.entropy)
+    prepare(
+        site,
+        tasks,
+        {name: frozen[run.backbone_of(name)] for name in tasks},
+        Encoding(opened.features(), opened.device(), lambda done, total: experiment.observe("encoding", done, total)),
+        locate_prepared_data(site, run_id),
+    )
 
 
 def evaluate_heads(
@@ -153,7 +181,7 @@ def evaluate_heads(
     backbones: Mapping[str, Backbone],
     intervals: bool = False,
 ) -> dict[str, HeadEvaluation]:
-    """Returns the metrics of heads on the held-out records of all sites, by task.
+    """Returns the metrics of heads on the held-out records of all sites that judge them, by task.
 
     Args:
         experiment: the simulation, for its tasks.
@@ -179,5 +207,5 @@ def _open_held_out(
     trained = {name: trunk for name, trunk in trunks(experiment.config.run, backbones).items() if name in heads}
     for name, trunk in trained.items():
         load_parameters(trunk, heads[name])
-    held_out = open_prepared_units(sites, run_id, tasks, "test")
+    held_out = open_prepared_units(experiment.config.list_judging_sites(sites), run_id, tasks, "test")
     return tasks, {site: units.passed(trained) for site, units in held_out.items()}

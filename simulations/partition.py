@@ -59,8 +59,10 @@ def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = F
     layout = _lay_out_natural(config) if config.partition.kind == "natural" else _lay_out_divided(config)
     names = sorted(layout.sources)
     _check_site_names(config, names)
-    sums = {name: None for name in names} if config.run.trust is None else _make_sums(config.run, names, folder)
-    return [_write_site(config, layout, name, folder / name, sums[name], non_private) for name in names]
+    sums: dict[str, SecureSum] = {}
+    if config.run.trust is not None:
+        sums = _make_sums(config.run, [name for name in names if name != config.leave_out], folder)
+    return [_write_site(config, layout, name, folder / name, sums.get(name), non_private) for name in names]
 
 
 def _make_sums(run: RunConfig, names: list[str], folder: Path) -> dict[str, SecureSum]:
@@ -90,6 +92,9 @@ def list_sources(config: SimulationConfig) -> dict[str, Spec]:
 
 
 def _check_site_names(config: SimulationConfig, names: list[str]) -> None:
+    if config.leave_out is not None and (config.leave_out not in names or len(names) == 1):
+        others = " beside another that trains" if len(names) == 1 else ""
+        raise BadInput(f"leave_out: expected one of the sites {', '.join(names)}{others}, got {config.leave_out!r}")
     for task_name, task in config.tasks.items():
         for key, listed in (("sites", task.sites), ("public_size", task.public_size)):
             unknown = set(listed if isinstance(listed, (list, dict)) else ()) - set(names) - {"all"}

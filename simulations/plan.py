@@ -39,6 +39,7 @@ def plan_simulation(config: SimulationConfig) -> list[RunPlan]:
     """
     check_simulation(config)
     with TemporaryDirectory() as folder:
-        sites = build_sites(config, Path(folder) / "sites", non_private=config.run.requested_privacy is None)
+        built = build_sites(config, Path(folder) / "sites", non_private=config.run.requested_privacy is None)
+        sites = config.list_training_sites(built)
         totals = sum_totals(sites, config.run)
         return [plan_run(site, config.run, len(sites), totals) for site in sites]

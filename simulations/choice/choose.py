@@ -160,7 +160,8 @@ def choose_backbone(
     folder = create_folder(config, out)
     write_yaml(folder / "config.yaml", make_paths_absolute(config))
     with without_flushing():  # A power cut may cost a simulation its choice: its ledgers protect nobody.
-        sites = [site for site in build_sites(config, folder / "sites") if name in site.tasks]
+        built = config.list_training_sites(build_sites(config, folder / "sites"))
+        sites = [site for site in built if name in site.tasks]
         least = compute_min_size(scorer, epsilon)
         voting = [site for site in sites if site.tasks[name].public_size >= least]
         if not voting:
