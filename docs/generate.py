@@ -26,7 +26,6 @@ from pydantic.fields import FieldInfo
 
 from client.config import SiteConfig
 from client.data.sources import Source, SourceKind
-from client.scorers import Scorer
 from client.solvers import Solver
 from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind, WeightsElsewhere
 from common.events import Summary, summary_schema
@@ -34,6 +33,7 @@ from common.exports import Format
 from common.messages import format_privacy_table
 from common.plugins import Spec, kinds, plugin_class
 from common.run import RunConfig
+from common.scorers import Scorer
 from common.tasks import LabelCodec, Task
 from common.types import BadInput
 from headwater.__main__ import make_app

@@ -248,7 +248,7 @@ from typing import Any, Literal, final
 
 import numpy as np
 
-from client.scorers import ScoredRows
+from common.scorers import ScoredRows
 from common.plugins import Plugin
 
 
@@ -339,7 +339,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("client/data/sources/pendulums.py", SOURCE),
         ("common/backbones/spectrum.py", BACKBONE),
         ("common/tasks/above.py", TASK),
-        ("client/scorers/constant.py", SCORER),
+        ("common/scorers/constant.py", SCORER),
         ("server/rounds/aggregators/trimmed.py", AGGREGATOR),
         ("common/exports/names.py", FORMAT),
         ("candidates.yaml", CANDIDATES),

@@ -28,6 +28,7 @@ FLOORS = {
         "secure_sum",
         "backbones",
         "tasks",
+        "scorers",
         "model",
         "serving",
         "exports",
@@ -40,9 +41,9 @@ FLOORS = {
         "data",
         "inspect",
         "solvers",
-        "scorers",
         "audit",
         "protocol",
+        "choice",
         "secure_sum",
         "personal",
         "prediction",
@@ -50,17 +51,17 @@ FLOORS = {
         "monitoring",
         "commands",
     ],
-    "server": ["rounds", "reports", "deployment", "superlink", "monitoring", "commands"],
+    "server": ["rounds", "reports", "choice", "deployment", "superlink", "monitoring", "commands"],
 }
 """Rooms of a side, lowest first: a room imports its own and lower ones. The side's top level is "" where all may."""
 
 PLUGIN_FOLDERS = (
     "common/backbones",
     "common/tasks",
+    "common/scorers",
     "common/exports",
     "client/data/sources",
     "client/solvers",
-    "client/scorers",
     "server/rounds/aggregators",
     "server/reports/trackers",
     "client/commands",

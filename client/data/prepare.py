@@ -168,6 +168,28 @@ def prepare(
     return Preparation(tuple(rejected), num_records, units.num_units, error)
 
 
+def prepare_candidates(
+    config: SiteConfig,
+    name: str,
+    task: Task,
+    backbones: Mapping[str, Backbone],
+    encoding: Encoding,
+    folder: Path,
+) -> Preparation:
+    """Prepares one task's records with each of several backbones, as tasks of the backbones' names (`prepare`).
+
+    Args:
+        config: the site's file.
+        name: name of the task there.
+        task: the task.
+        backbones: the backbones by name.
+        encoding: store of cached features, and the device on which missing ones are computed.
+        folder: folder that receives the arrays.
+    """
+    as_tasks = config.model_copy(update={"tasks": dict.fromkeys(backbones, config.tasks[name])})
+    return prepare(as_tasks, dict.fromkeys(backbones, task), backbones, encoding, folder)
+
+
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:
     """Returns one side's units of a prepared run; tasks on one source and one backbone share their features.
 

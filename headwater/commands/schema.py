@@ -20,7 +20,7 @@ PLUGIN_FOLDERS = {
     "task": "common.tasks",
     "source": "client.data.sources",
     "solver": "client.solvers",
-    "scorer": "client.scorers",
+    "scorer": "common.scorers",
     "aggregator": "server.rounds.aggregators",
 }
 

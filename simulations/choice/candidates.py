@@ -1,4 +1,4 @@
-"""The file of candidates for `choose`, and what is known of each without any private record."""
+"""The candidates of `choose`, opened, and what is known of each without any private record."""
 
 from __future__ import annotations
 
@@ -6,51 +6,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field
 
 from client.data.encoding.batches import draw_inputs
 from common.model.backbones import Backbone, open_pretrained
-from common.plugins import Frozen, Spec
 from common.run import Name
 from common.yaml import load
+from server.choice.candidates import CandidateFile
+from server.choice.outcome import CandidateFacts
 
 _TIMED = 16
 """Made-up inputs on which a candidate is timed."""
 
 _PASSES = 3
 """Passes of which the fastest counts: others slow down a busy machine."""
-
-MAX_CANDIDATES = 64
-
-
-class CandidateSpec(Spec):
-    """A backbone's settings, and beside them its licence.
-
-    Attributes:
-        licence: licence of the weights, as whoever writes the file declares it.
-    """
-
-    licence: str | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the settings that the kind's own file is given."""
-        return self.model_dump(exclude={"licence"})
-
-
-class CandidateFile(Frozen):
-    """Backbones to choose from.
-
-    Attributes:
-        candidates: name -> settings of a backbone, in the order that decides ties.
-        scorer: what a site's vote minimises.
-    """
-
-    model_config = ConfigDict(title="candidate file")
-
-    candidates: Annotated[dict[Name, CandidateSpec], Field(min_length=2, max_length=MAX_CANDIDATES)]
-    scorer: Spec = Spec(kind="ridge")
 
 
 @dataclass(frozen=True)
@@ -60,16 +28,12 @@ class Candidate:
     Attributes:
         name: its name in the file.
         backbone: the backbone with its weights.
-        licence: its declared licence; None where none is declared.
-        seconds: seconds a record in the network on this machine, on made-up inputs; None where none can be made up.
-        megabytes: size of what travels to a site.
+        facts: its public facts; it is timed on made-up inputs, where they can be made up.
     """
 
     name: Name
     backbone: Backbone
-    licence: str | None
-    seconds: float | None
-    megabytes: float
+    facts: CandidateFacts
 
 
 def open_candidates(path: Path) -> tuple[CandidateFile, dict[Name, Candidate]]:
@@ -80,7 +44,14 @@ def open_candidates(path: Path) -> tuple[CandidateFile, dict[Name, Candidate]]:
     }
     return file, {
         name: Candidate(
-            name, backbone, file.candidates[name].licence, _time_record(backbone), _measure_megabytes(backbone)
+            name,
+            backbone,
+            CandidateFacts(
+                backbone.feature_dim,
+                _time_record(backbone),
+                _measure_megabytes(backbone),
+                file.candidates[name].licence,
+            ),
         )
         for name, backbone in opened.items()
     }

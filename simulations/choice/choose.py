@@ -1,7 +1,7 @@
 """The choice of a backbone before a run: each simulated site votes under its budget, or public records stand in.
 
 A site encodes its training records with every candidate, charges its ledger, computes the scorer's costs and releases
-which candidate costs least (`client.scorers.parts.vote`). The candidate with most votes is chosen. Which sites may vote
+which candidate costs least (`client.choice.vote`). The candidate with most votes is chosen. Which sites may vote
 follows from declared sizes alone.
 """
 
@@ -10,109 +10,39 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from client.choice.vote import cast_vote
 from client.config import SiteConfig
-from client.data.prepare import Encoding, open_units, prepare
+from client.data.prepare import Encoding, open_units, prepare_candidates
 from client.data.units import Units
 from client.protocol.site import Site
-from client.scorers import Scorer, open_scorer
-from client.scorers.parts.vote import cast_vote, compute_min_size
 from common.files import private_folder, without_flushing, write_atomic
 from common.privacy.accounting import Mechanism
 from common.privacy.exponential import compute_choice_mu
 from common.privacy.noise import Entropy, open_stream, os_entropy
 from common.run import Name
+from common.scorers import Scorer, compute_min_size, open_scorer
 from common.tasks import LabelPrior, Task
 from common.types import EPSILONS, BadInput
 from common.yaml import load, write_yaml
+from server.choice.outcome import RESULT, BackboneChoice, Price, ProxyScore, make_choice
 from server.rounds.messenger import Observe
 from simulations.check import check_simulation
 from simulations.choice.candidates import Candidate, open_candidates
-from simulations.choice.proxy import ProxyFile, ProxyScore, score_on_public_records
+from simulations.choice.proxy import ProxyFile, score_on_public_records
 from simulations.config import SimulationConfig
 from simulations.experiment import choose_entropy, create_folder, make_paths_absolute
 from simulations.federate import ignore_progress
 from simulations.partition import build_sites
 
-RESULT = "choice.json"
-"""File of the choice's folder with everything that is shown."""
-
 VOTE = "vote.json"
 """File of a site's state folder with its vote."""
-
-
-@dataclass(frozen=True)
-class Price:
-    """The price of one site's vote in its ledger.
-
-    Attributes:
-        mechanism: kind of the release.
-        epsilon: pure epsilon (delta 0) of the vote alone.
-        sensitivity: what one unit changes of the candidates' costs at most.
-        mu: the vote counts in a ledger of full-batch releases as this Gaussian does.
-        budget_used: part of each voting site's budget that the filter counts, by site.
-    """
-
-    mechanism: str
-    epsilon: float
-    sensitivity: float
-    mu: float
-    budget_used: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class CandidateRow:
-    """One line of the table.
-
-    Attributes:
-        name: name of the candidate.
-        votes: number of sites that voted for it; None without a vote.
-        proxy: its score on public records; None without a proxy.
-        dimension: number of its features.
-        seconds: seconds a record in the network on this machine; None where it cannot be timed on made-up inputs.
-        megabytes: size of what travels to a site.
-        licence: declared licence of its weights; None where none is declared.
-    """
-
-    name: str
-    votes: int | None
-    proxy: ProxyScore | None
-    dimension: int
-    seconds: float | None
-    megabytes: float
-    licence: str | None
-
-
-@dataclass(frozen=True)
-class BackboneChoice:
-    """The outcome of `choose`.
-
-    Attributes:
-        task: name of the task.
-        chosen: name of the candidate with most votes; without a vote, of the one with the highest public score.
-        by: `vote` or `public proxy`.
-        rows: the candidates, in the order of their file.
-        site_votes: site -> the candidate that it voted for; empty without a vote.
-        abstained: sites whose declared size is too small to vote.
-        min_size: declared size from which on a site votes; None without a vote.
-        price: price of each vote; None without one.
-    """
-
-    task: str
-    chosen: str
-    by: str
-    rows: Sequence[CandidateRow]
-    site_votes: Mapping[str, str]
-    abstained: Sequence[str]
-    min_size: int | None
-    price: Price | None
 
 
 def choose_backbone(
@@ -149,9 +79,10 @@ def choose_backbone(
     opened_tasks = check_simulation(config)
     name = _choose_task(opened_tasks, task)
     file, candidates = open_candidates(backbones)
+    facts = {each.name: each.facts for each in candidates.values()}
     scores = {} if proxy is None else _score_all(proxy, candidates, observe)
     if epsilon is None:
-        return _make_choice(name, candidates, scores, {}, (), None, None)
+        return make_choice(name, facts, scores=scores)
     EPSILONS.check("--epsilon", epsilon)
     scorer = open_scorer(file.scorer, f"{backbones}: scorer")
     opened = opened_tasks[name]
@@ -176,15 +107,9 @@ def choose_backbone(
         observe("votes", len(voting), len(voting))
         price = _make_price(Mechanism.of_choice(epsilon, scorer.sensitivity), voting)
     abstained = [site.name for site in sites if site.name not in votes]
-    choice = _make_choice(name, candidates, scores, votes, abstained, least, price)
+    choice = make_choice(name, facts, scores=scores, votes=votes, abstained=abstained, min_size=least, price=price)
     write_atomic(folder / RESULT, json.dumps(asdict(choice), indent=2).encode())
     return choice
-
-
-def count_votes(votes: Iterable[Name], candidates: Sequence[Name]) -> Name:
-    """Returns the candidate with most votes; of several, the first in the order of their file, which is public."""
-    counts = Counter(votes)
-    return max(candidates, key=lambda name: counts[name])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -214,13 +139,12 @@ class Ballot:
 def _vote(site: Site, ballot: Ballot, observe: Observe) -> Name:
     """Returns the candidate that a site votes for; the vote is stored in the site's folder."""
     config = site.config
-    units = [_encode(site, ballot, candidate, observe) for candidate in ballot.candidates]
+    units = _encode(site, ballot, observe)
     ledger = site.ledger()
-    place, reservation = cast_vote(
+    vote, reservation = cast_vote(
         ledger,
         ballot.scorer,
         ballot.task,
-        ballot.name,
         units,
         epsilon=ballot.epsilon,
         public_size=config.tasks[ballot.name].public_size,
@@ -228,25 +152,27 @@ def _vote(site: Site, ballot: Ballot, observe: Observe) -> Name:
         stream=open_stream(site.entropy, ballot.run, config.name, "vote"),
         evaluation_budget=site.share,
     )
-    vote = ballot.candidates[place].name
     write_atomic(config.state_dir / VOTE, json.dumps({"task": ballot.name, "vote": vote}).encode())
     ledger.commit(reservation)
     return vote
 
 
-def _encode(site: Site, ballot: Ballot, candidate: Candidate, observe: Observe) -> Units:
-    """Returns a site's training units with a candidate's features. Raises BadInput where it reads none of them."""
-    folder = private_folder(site.config.state_dir / "candidates") / candidate.name / "data"
-    progress = partial(observe, f"encoding {candidate.name}")
-    encoding = Encoding(site.features(), site.device(), progress)
-    done = prepare(site.config, {ballot.name: ballot.task}, {ballot.name: candidate.backbone}, encoding, folder)  # type: ignore[dict-item]
-    units = open_units(folder, "train", [ballot.name], torch.device("cpu"))
-    if not len(units.tasks[ballot.name].features_RD):
-        because = f" ({done.problems[0].reason})" if done.problems else ""
-        raise BadInput(
-            f"candidates.{candidate.name}: expected a backbone that reads the records of task {ballot.name}, got one "
-            f"that can use none of site {site.config.name}'s{because}"
-        )
+def _encode(site: Site, ballot: Ballot, observe: Observe) -> Units:
+    """Returns a site's training units with every candidate's features. Raises BadInput where one reads none."""
+    folder = private_folder(site.config.state_dir / "candidates") / "data"
+    backbones = {each.name: each.backbone for each in ballot.candidates}
+    encoding = Encoding(site.features(), site.device(), partial(observe, "encoding"))
+    prepare_candidates(site.config, ballot.name, ballot.task, backbones, encoding, folder)  # type: ignore[arg-type]
+    units = open_units(folder, "train", list(backbones), torch.device("cpu"))
+    for name, records in units.tasks.items():
+        if not len(records.features_RD):
+            alone = {name: backbones[name]}
+            done = prepare_candidates(site.config, ballot.name, ballot.task, alone, encoding, folder)  # type: ignore[arg-type]
+            because = f" ({done.problems[0].reason})" if done.problems else ""
+            raise BadInput(
+                f"candidates.{name}: expected a backbone that reads the records of task {ballot.name}, got one that "
+                f"can use none of site {site.config.name}'s{because}"
+            )
     return units
 
 
@@ -276,32 +202,3 @@ def _make_price(mechanism: Mechanism, sites: Sequence[SiteConfig]) -> Price:
     assert mechanism.sensitivity is not None
     epsilon = mechanism.choice_epsilon
     return Price(mechanism.kind, epsilon, mechanism.sensitivity, compute_choice_mu(epsilon), used)
-
-
-def _make_choice(
-    task: Name,
-    candidates: Mapping[Name, Candidate],
-    scores: Mapping[Name, ProxyScore],
-    votes: Mapping[str, Name],
-    abstained: Sequence[str],
-    least: int | None,
-    price: Price | None,
-) -> BackboneChoice:
-    counts = Counter(votes.values())
-    if votes:
-        chosen = count_votes(votes.values(), list(candidates))
-    else:
-        chosen = max(candidates, key=lambda name: scores[name].accuracy)
-    rows = [
-        CandidateRow(
-            name,
-            counts[name] if votes else None,
-            scores.get(name),
-            each.backbone.feature_dim,
-            each.seconds,
-            each.megabytes,
-            each.licence,
-        )
-        for name, each in candidates.items()
-    ]
-    return BackboneChoice(task, chosen, "vote" if votes else "public proxy", rows, votes, abstained, least, price)

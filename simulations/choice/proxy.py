@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -23,6 +22,7 @@ from client.data.feature_store import FeatureStore
 from client.data.sources import open_source
 from common.plugins import Frozen, Spec
 from common.types import BadInput
+from server.choice.outcome import ProxyScore
 from server.rounds.messenger import Observe
 from simulations.choice.candidates import Candidate
 
@@ -43,19 +43,6 @@ class ProxyFile(Frozen):
     source: Spec
     column: str
     labels: Annotated[list[str], Field(min_length=2)]
-
-
-@dataclass(frozen=True)
-class ProxyScore:
-    """A candidate's score on public records.
-
-    Attributes:
-        accuracy: part of the records that a classifier fitted on the other folds labels right.
-        error: its standard error, by the number of records.
-    """
-
-    accuracy: float
-    error: float
 
 
 def score_on_public_records(file: ProxyFile, path: Path, candidate: Candidate, observe: Observe) -> ProxyScore:

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from mpmath import matrix, mp, mpf
 
-from client.scorers import ROUNDING, Array, ScoredRows, Scorer, open_scorer
-from client.scorers.ridge import MARGIN, Ridge, _minimise
 from common.plugins import kinds, plugin_class
+from common.scorers import ROUNDING, Array, ScoredRows, Scorer, open_scorer
+from common.scorers.ridge import MARGIN, Ridge, _minimise
 
-KINDS = kinds("client.scorers")
+KINDS = kinds("common.scorers")
 PUBLIC_SIZE = 60
 
 
 def scorer(kind: str) -> Scorer:
     """A kind with the settings of its own example; called inside tests, so that a broken kind fails alone."""
-    cls: Any = plugin_class("client.scorers", kind)
+    cls: Any = plugin_class("common.scorers", kind)
     return open_scorer(cls.example(), "scorer")
 
 

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from client.ledger.ledger import Ledger
 from common.plugins import resolve
 from common.yaml import load
+from server.choice.candidates import CandidateFile
+from server.choice.outcome import count_votes
 from simulations.__main__ import app
-from simulations.choice.candidates import CandidateFile
-from simulations.choice.choose import choose_backbone, count_votes
+from simulations.choice.choose import choose_backbone
 from simulations.config import SimulationConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal, final
 import numpy as np
 from pydantic import Field
 
-from client.scorers import ROUNDING, Array, ScoredRows
 from common.plugins import Plugin
+from common.scorers import ROUNDING, Array, ScoredRows
 
 MARGIN = 2.0**-14
 """Bound on the rounding of one cost, of at most two million units."""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from client.choice.rows import make_comparable_rows, make_rows
+from client.choice.vote import cast_vote
 from client.data.units import TaskRecords, Units
 from client.ledger.ledger import Ledger
-from client.scorers import ScoredRows
-from client.scorers.parts.rows import make_rows
-from client.scorers.parts.vote import cast_vote, compute_min_size
-from client.scorers.ridge import Ridge
 from common.privacy.noise import NoiseStream, os_entropy
+from common.scorers import ScoredRows, compute_min_size
+from common.scorers.ridge import Ridge
 from common.tasks import LabelPrior, open_task
 from common.types import BudgetExhausted, Unit
 
@@ -42,26 +42,29 @@ def records(features_RD: Any, labels_R: Any, unit_R: Any = None) -> TaskRecords:
     )
 
 
-def make_candidates(seed: int, noises: list[float]) -> list[Units]:
+def make_candidates(seed: int, noises: list[float]) -> Units:
     """Candidates whose features show the class the less, the larger their noise."""
     rng = np.random.default_rng(seed)
     labels_R = rng.integers(0, 3, SIZE)
     clean_RD = np.eye(5)[labels_R]
-    return [
-        Units(SIZE, {"kind": records(clean_RD + noise * rng.normal(size=clean_RD.shape), labels_R)}) for noise in noises
-    ]
+    return Units(
+        SIZE,
+        {
+            f"c{place}": records(clean_RD + noise * rng.normal(size=clean_RD.shape), labels_R)
+            for place, noise in enumerate(noises)
+        },
+    )
 
 
 def open_ledger(folder: Path, cap: float = 3.0) -> Ledger:
     return Ledger.open(folder, population="oncology", unit=Unit.EXAMPLE, epsilon_cap=cap, delta=1e-5)
 
 
-def vote(ledger: Ledger, candidates: list[Units], scorer: Any = None, epsilon: float = 0.5) -> int:
-    place, reservation = cast_vote(
+def vote(ledger: Ledger, candidates: Units, scorer: Any = None, epsilon: float = 0.5) -> str:
+    name, reservation = cast_vote(
         ledger,
         scorer or Ridge(kind="ridge"),
         task(),
-        "kind",
         candidates,
         epsilon=epsilon,
         public_size=SIZE,
@@ -69,7 +72,7 @@ def vote(ledger: Ledger, candidates: list[Units], scorer: Any = None, epsilon: f
         stream=NoiseStream(os_entropy("vote")),
     )
     ledger.commit(reservation)
-    return place
+    return name
 
 
 class Failing:
@@ -115,7 +118,32 @@ def test_the_ledger_refuses_votes_once_they_fill_the_budget(tmp_path: Path) -> N
 def test_the_better_candidate_wins_where_records_are_enough(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path, cap=60.0)
     wins = [vote(ledger, make_candidates(seed, [2.0, 0.1, 2.0]), epsilon=1.0) for seed in range(10)]
-    assert wins == [1] * 10
+    assert wins == ["c1"] * 10
+
+
+def test_a_candidate_that_reads_fewer_records_does_not_win_by_it(tmp_path: Path) -> None:
+    """Of the first, nine units in ten are there; of the second none at all; without their targets both cost less."""
+    whole = make_candidates(0, [0.1, 0.1, 0.1])
+    few, none = whole.tasks["c0"], whole.tasks["c1"]
+    kept = torch.arange(SIZE // 10)
+    few, none = few.taken(kept, few.unit_R), none.taken(kept[:0], none.unit_R)
+    units = Units(SIZE, {"few": few, "none": none, "all": whole.tasks["c2"]})
+    assert vote(open_ledger(tmp_path, cap=60.0), units, epsilon=6.0) == "all"
+
+
+def test_a_unit_has_the_same_targets_whichever_candidate_reads_it() -> None:
+    """Units 0 and 1 have two records: a candidate that reads one of a unit's, or none, is still within the bounds."""
+    labels_R, unit_R = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 1])
+    first = TaskRecords.of(torch.eye(4)[:2], labels_R[:2], torch.ones(2, dtype=torch.bool), unit_R[:2], 2)
+    second = TaskRecords.of(torch.eye(4)[2:], labels_R[2:], torch.ones(2, dtype=torch.bool), unit_R[2:], 2)
+    both = TaskRecords.of(torch.eye(4), labels_R, torch.ones(4, dtype=torch.bool), unit_R, 2)
+    rows = make_comparable_rows(task(), [first, second, both])
+    for own, names in zip(rows, ([0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]), strict=True):
+        assert own.features_RD.shape == (4, 4) and own.targets_RC.shape == (4, 3)
+        for unit in (0, 1):
+            here = np.array(names) == unit
+            assert np.square(own.targets_RC[here]).sum() == pytest.approx(2 / 3, abs=1e-3)
+    assert not rows[0].features_RD[2:].any() and not rows[1].features_RD[2:].any()
 
 
 def test_the_price_does_not_grow_with_the_number_of_candidates(tmp_path: Path) -> None:

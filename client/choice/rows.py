@@ -5,16 +5,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from torch import Tensor
 
 from client.data.units import TaskRecords
-from client.scorers import GRID, ScoredRows
 from client.solvers.parts.objective import select_usable_records
+from common.scorers import GRID, ScoredRows
 from common.tasks import LabelPrior
 from common.tasks.parts.adjusted import normalize_rows
 
 _SHRINK = 1.0 - 2.0**-20
 """More than what float32 weights and the rounding of lengths add to a unit's norm."""
+
+
+def make_comparable_rows(task: LabelPrior, candidates: Sequence[TaskRecords]) -> list[ScoredRows]:
+    """Returns each candidate's rows of the same units: one of which a candidate reads nothing has features of 0.
+
+    Without them a candidate would cost the less, the fewer records it reads. The rows of a unit follow from that unit
+    alone, and are within the bounds of one: its targets are those of the first candidate that reads it.
+
+    Args:
+        task: the records' task.
+        candidates: the records of the same units as each candidate sees them.
+    """
+    unit_R = [select_usable_records(records).unit_R.cpu().numpy() for records in candidates]
+    rows = [make_rows(task, records) for records in candidates]
+    comparable = []
+    for own, units in zip(rows, unit_R, strict=True):
+        targets_RC, read = [own.targets_RC], units
+        for other, others in zip(rows, unit_R, strict=True):
+            missing_R = ~np.isin(others, read)
+            targets_RC.append(other.targets_RC[missing_R])
+            read = np.union1d(read, others)
+        targets = np.concatenate(targets_RC)
+        nothing_RD = np.zeros((len(targets) - len(units), own.features_RD.shape[1]))
+        comparable.append(ScoredRows(np.concatenate([own.features_RD, nothing_RD]), targets))
+    return comparable
 
 
 def make_rows(task: LabelPrior, records: TaskRecords) -> ScoredRows:

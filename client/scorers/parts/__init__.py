@@ -1,1 +1,0 @@
-"""Shared parts of scorers: rows from records, and the vote of a site."""

@@ -1,0 +1,1 @@
+"""The choice of a backbone at the coordinator: what was chosen of which candidates, and its table."""

@@ -1,0 +1,157 @@
+"""The outcome of a choice: the votes, what is known of each candidate, and the price; what `choice.json` holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from common.run import Name
+
+RESULT = "choice.json"
+"""File of a choice's folder with everything that is shown."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """The price of one site's vote in its ledger.
+
+    Attributes:
+        mechanism: kind of the release.
+        epsilon: pure epsilon (delta 0) of the vote alone.
+        sensitivity: what one unit changes of the candidates' costs at most.
+        mu: the vote counts in a ledger of full-batch releases as this Gaussian does.
+        budget_used: part of each voting site's budget that the filter counts, by site.
+    """
+
+    mechanism: str
+    epsilon: float
+    sensitivity: float
+    mu: float
+    budget_used: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ProxyScore:
+    """A candidate's score on public records.
+
+    Attributes:
+        accuracy: part of the records that a classifier fitted on the other folds labels right.
+        error: its standard error, by the number of records.
+    """
+
+    accuracy: float
+    error: float
+
+
+@dataclass(frozen=True)
+class CandidateFacts:
+    """The public facts of a candidate.
+
+    Attributes:
+        dimension: number of its features.
+        seconds: seconds a record in the network on this machine; None where it was not timed.
+        megabytes: size of what travels to a site.
+        licence: declared licence of its weights; None where none is declared.
+    """
+
+    dimension: int
+    seconds: float | None
+    megabytes: float
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One line of the table.
+
+    Attributes:
+        name: name of the candidate.
+        votes: number of sites that voted for it; None without a vote.
+        proxy: its score on public records; None without a proxy.
+        dimension: number of its features.
+        seconds: seconds a record in the network on this machine; None where it was not timed.
+        megabytes: size of what travels to a site.
+        licence: declared licence of its weights; None where none is declared.
+    """
+
+    name: str
+    votes: int | None
+    proxy: ProxyScore | None
+    dimension: int
+    seconds: float | None
+    megabytes: float
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """The outcome of `choose`.
+
+    Attributes:
+        task: name of the task.
+        chosen: name of the candidate with most votes; without a vote, of the one with the highest public score.
+        by: `vote` or `public proxy`.
+        rows: the candidates, in the order of their file.
+        site_votes: site -> the candidate that it voted for; empty without a vote.
+        abstained: sites whose declared size is too small to vote.
+        min_size: declared size from which on a site votes; None without a vote.
+        price: price of each vote; None without one.
+    """
+
+    task: str
+    chosen: str
+    by: str
+    rows: Sequence[CandidateRow]
+    site_votes: Mapping[str, str]
+    abstained: Sequence[str]
+    min_size: int | None
+    price: Price | None
+
+
+def count_votes(votes: Iterable[Name], candidates: Sequence[Name]) -> Name:
+    """Returns the candidate with most votes; of several, the first in the order of their file, which is public."""
+    counts = Counter(votes)
+    return max(candidates, key=lambda name: counts[name])
+
+
+def make_choice(
+    task: Name,
+    candidates: Mapping[Name, CandidateFacts],
+    *,
+    scores: Mapping[Name, ProxyScore] | None = None,
+    votes: Mapping[str, Name] | None = None,
+    abstained: Sequence[str] = (),
+    min_size: int | None = None,
+    price: Price | None = None,
+) -> BackboneChoice:
+    """Returns the outcome: the candidate with most votes, or without votes the one with the highest public score.
+
+    Args:
+        task: name of the task.
+        candidates: name -> facts of each candidate, in the order of their file.
+        scores: name -> public score; None without a proxy.
+        votes: site -> name of the candidate that it voted for; None without a vote.
+        abstained: sites whose declared size is too small to vote.
+        min_size: declared size from which on a site votes.
+        price: price of each vote.
+    """
+    scores, votes = scores or {}, votes or {}
+    counts = Counter(votes.values())
+    if votes:
+        chosen = count_votes(votes.values(), list(candidates))
+    else:
+        chosen = max(candidates, key=lambda name: scores[name].accuracy)
+    rows = [
+        CandidateRow(
+            name,
+            counts[name] if votes else None,
+            scores.get(name),
+            each.dimension,
+            each.seconds,
+            each.megabytes,
+            each.licence,
+        )
+        for name, each in candidates.items()
+    ]
+    return BackboneChoice(task, chosen, "vote" if votes else "public proxy", rows, votes, abstained, min_size, price)
