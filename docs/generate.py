@@ -24,6 +24,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from client.aligners import Aligner
 from client.config import SiteConfig
 from client.data.sources import Source, SourceKind
 from client.solvers import Solver
@@ -48,6 +49,7 @@ HEADINGS = {
     "source": "Sources",
     "solver": "Solvers",
     "scorer": "Scorers",
+    "aligner": "Aligners",
     "aggregator": "Aggregators",
 }
 NOTE = "<!-- Written by docs/generate.py from the code; do not edit. -->\n"
@@ -106,6 +108,7 @@ def _format_protocols() -> str:
         Source,
         Solver,
         Scorer,
+        Aligner,
         Aggregator,
         Tracker,
         Format,
@@ -144,7 +147,7 @@ def _settings_page(model: type[BaseModel], title: str, about: str) -> str:
 
 def _kinds_page() -> str:
     parts = [
-        f"# Kinds and their settings\n\n{NOTE}\nEvery `kind` of the six plug-in folders. A kind's settings stand "
+        f"# Kinds and their settings\n\n{NOTE}\nEvery `kind` of the seven plug-in folders. A kind's settings stand "
         "beside its `kind`. [Extending](../extending.md) says how to add one.\n"
     ]
     shown: set[type[BaseModel]] = set()

@@ -21,6 +21,7 @@ PLUGIN_FOLDERS = {
     "source": "client.data.sources",
     "solver": "client.solvers",
     "scorer": "common.scorers",
+    "aligner": "client.aligners",
     "aggregator": "server.rounds.aggregators",
 }
 

@@ -1,0 +1,1 @@
+"""Parts that several aligners and the adaptation of heads share."""
