@@ -32,7 +32,7 @@ from common.model.moments import (
     select_offsets,
     serve_heads,
 )
-from common.offers import SentBackbone
+from common.offers import SentBackbone, list_digests
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_tasks
@@ -135,7 +135,7 @@ def run_federation(
     if not anyway and state.rounds_done == 0:
         _refuse_hopeless(run, participants)
     if run.moments is not None and state.rounds_done == 0:
-        state = measure_moments(messenger, participants, state)
+        state = measure_moments(messenger, participants, state, folder=folder, digests=list_digests(backbones))
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
     messenger.while_waiting.append(late.look)
     temperatures: Mapping[str, float] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -11,15 +13,18 @@ from common import messages
 from common.events import MomentsMeasured
 from common.model.class_moments import pack_class_moments
 from common.model.moments import (
+    MEAN,
     NoisedSum,
     compute_noise_multiplier,
     count_units,
     count_values,
     fix_heads,
+    get_subject,
     list_parts,
     select_parts,
 )
 from common.privacy.shares import plan_moments
+from common.serving.means import MEANS, FeatureMean, write_means
 from common.tasks import open_tasks
 from common.types import RunInterrupted, Unit, heads_digest
 from server.rounds.checkpoint import Checkpoint
@@ -28,7 +33,14 @@ from server.rounds.messenger import Messenger, Participant, Request, map_groups,
 from server.rounds.replies import check_moments, describe_reasons
 
 
-def measure_moments(messenger: Messenger, participants: list[Participant], state: Checkpoint) -> Checkpoint:
+def measure_moments(
+    messenger: Messenger,
+    participants: list[Participant],
+    state: Checkpoint,
+    *,
+    folder: Path,
+    digests: Mapping[str, str],
+) -> Checkpoint:
     """Asks every participant for the sums that the run measures, and sets the heads' fixed numbers by them.
 
     It is asked again where a run is resumed before its first round ended: sites send the same sums again.
@@ -37,6 +49,8 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
         messenger: connection to the sites, with the run and its journal.
         participants: sites that joined.
         state: state before the first round.
+        folder: folder of the run, which receives each site's means of features.
+        digests: backbone -> its digest.
 
     Raises:
         RunInterrupted: the sums did not reach the quorum of a round in time.
@@ -75,10 +89,16 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
     if missing is not None:
         raise RunInterrupted(f"before round 1: {missing}: {describe_reasons(answers.rejected, names)}")
     released: dict[str, list[NoisedSum]] = {}
+    means: list[FeatureMean] = []
     for node, (reply, _) in sorted(answers.accepted.items(), key=lambda item: names[item[0]]):
         for part in own[node]:
             values = reply.sums[part]["sum"].astype(np.float64)
-            released.setdefault(part, []).append(NoisedSum(values, reply.deviations[part], units[node][part]))
+            total = NoisedSum(values, reply.deviations[part], units[node][part])
+            released.setdefault(part, []).append(total)
+            if part.endswith(MEAN):
+                means.append(_divide(total, names[node], digests[get_subject(part)]))
+    if means:
+        write_means(folder / MEANS, means)
     totals = {part: NoisedSum.add(sums) for part, sums in released.items()}
     heads = fix_heads(state.heads, run, tasks, totals)
     messenger.journal.write(
@@ -95,3 +115,9 @@ def measure_moments(messenger: Messenger, participants: list[Participant], state
     return replace(
         state, heads=heads, moments=pack_class_moments(totals, {name: run.backbone_of(name) for name in tasks})
     )
+
+
+def _divide(total: NoisedSum, site: str, digest: str) -> FeatureMean:
+    """Returns a site's mean of features, as it is kept to compare sites: it was charged when the sum was released."""
+    deviation = total.deviation / total.units
+    return FeatureMean(site, digest, total.values / total.units, deviation, total.units, "training records, noised")

@@ -29,21 +29,28 @@ def public_mean(
         int | None,
         typer.Option(min=1, help="Shrink larger pictures to so many pixels first, to be as blurred as the sites' are"),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write a home file of these records alone, for `distance` and `similarity`, of any backbone"),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Measures the mean of public records' features and writes it where a backbone says `shift: {public: FILE}`.
 
-    Every site receives the mean, without noise: never make it of private records.
+    Every site receives the mean, without noise: never make it of private records. The file is the home file of these
+    records too, from which distances are measured; --out writes that alone, of records like the pre-training's.
 
     Example: headwater simulate public-mean chest.yaml ./public-pictures --shrink 64
     """
     with reported_errors():
         run, prefix = _load_run(config, set_ or [])
         with shown_progress() as observe:
-            done = measure_public_mean(run, records, prefix=prefix, backbone=backbone, shrink=shrink, observe=observe)
+            done = measure_public_mean(
+                run, records, prefix=prefix, backbone=backbone, shrink=shrink, out=out, observe=observe
+            )
         left_out = f", {len(done.reasons)} left out (first: {done.reasons[0]})" if done.reasons else ""
         typer.echo(
-            f"public mean: {done.path} written; {done.num_records} records{left_out}; its sampling error is "
+            f"{'public mean' if done.is_shift else 'home sample'}: {done.path} written; {done.num_records} records{left_out}; its sampling error is "
             f"{done.error:.1%} of its length"
         )
 

@@ -3,14 +3,19 @@
 Features of most networks have a large common part. Heads without a bias learn faster under noise once it is subtracted,
 and what it is can be seen on any records like those of the task: on public ones it costs no budget.
 
+The file also holds the records as a home sample: the mean of the whole backbone's features of length 1, to which the
+distance of a site can be measured (`common.serving.means`). Of records like those of the pre-training, it can be
+written to a file of its own, and then any backbone has one.
+
 # Shapes: N records, D raw features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from client.data.feature_store import FeatureStore, decode_rows
+from client.data.feature_store import Features, FeatureStore, decode_rows
 from client.data.sources import Source, SourceRecord, open_source
 from common.backbones import Kind, find_public_mean_file
 from common.backbones.parts.public_mean import write_public_mean
@@ -28,6 +33,8 @@ from common.errors import instead
 from common.model.backbones import Backbone, open_pretrained
 from common.plugins import Spec, resolve
 from common.run import Name, RunConfig
+from common.serving.means import HOME, FeatureMean, pack_means, write_means
+from common.tasks.parts.adjusted import normalize_rows
 from common.types import BadInput, BadRecord
 from common.yaml import parse, read_yaml
 from server.rounds.messenger import Observe
@@ -42,22 +49,31 @@ class PublicMean:
     """A mean that was written.
 
     Attributes:
-        path: its file.
+        path: the file.
         num_records: number of records whose mean it is.
         reasons: why a record could not be used, for each that could not.
         error: standard error of the mean, relative to its length.
+        is_shift: false for a file with a home sample alone.
     """
 
     path: Path
     num_records: int
     reasons: list[str]
     error: float
+    is_shift: bool
 
 
 def measure_public_mean(
-    run: RunConfig, records: Path, *, prefix: str, backbone: Name | None, shrink: int | None, observe: Observe
+    run: RunConfig,
+    records: Path,
+    *,
+    prefix: str,
+    backbone: Name | None,
+    shrink: int | None,
+    out: Path | None,
+    observe: Observe,
 ) -> PublicMean:
-    """Writes the mean of public records' features to the file that a run's backbone names.
+    """Writes the mean of public records' features to the file that a run's backbone names, or a home file.
 
     Args:
         run: the run; its backbone's projection says `shift: {public: FILE}`.
@@ -66,6 +82,7 @@ def measure_public_mean(
         prefix: beginning of keys in error messages, where the run stands inside another file.
         backbone: name of the backbone; None where the run has one.
         shrink: pixels of the shorter side that larger pictures are shrunk to first; None leaves them as they are.
+        out: file that receives the records as a home sample; the backbone's own file is then left as it is.
         observe: receives the progress in records.
 
     Raises:
@@ -76,22 +93,41 @@ def measure_public_mean(
     key = prefix + run.backbone_key(name)
     kind: Kind = resolve("common.backbones", run.backbone_specs[name], key)
     path = find_public_mean_file(kind)
-    if path is None:
-        raise BadInput(f"{key}.projection.shift: expected `{{public: FILE}}`, the file to write the mean to")
+    if path is None and out is None:
+        raise BadInput(
+            f"{key}.projection.shift: expected `{{public: FILE}}`, the file to write the mean to; --out FILE writes a "
+            "home sample of any backbone"
+        )
     plain = open_pretrained({**kind.model_dump(mode="json", by_alias=True), "projection": None}, key)
+    # Here already: records are encoded for nothing where it cannot be opened.
+    whole = None if out is None else open_pretrained(run.backbone_specs[name], key)
     sources = list(_open_sources(records))
     if shrink is not None:
         sources = [ShrunkPictures(source, shrink) for source in sources]
-    sums = _add_up(sources, plain, observe)
-    if sums.count < _FEWEST:
-        because = f" ({sums.reasons[0]})" if sums.reasons else ""
-        raise BadInput(f"{records}: expected at least {_FEWEST} records that {key} reads, got {sums.count}{because}")
-    mean_D = sums.sum_D / sums.count
-    try:
-        write_public_mean(path, mean_D.float(), digest=plain.digest, num_records=sums.count)
-    except OSError as error:
-        raise BadInput(f"{key}.projection.shift.public: expected a file that can be written{instead(error)}") from error
-    return PublicMean(path, sums.count, sums.reasons, _estimate_error(mean_D, sums.squares, sums.count))
+    with TemporaryDirectory() as folder:
+        encoded = _encode(sources, plain, Path(folder), observe)
+        if encoded.count < _FEWEST:
+            because = f" ({encoded.reasons[0]})" if encoded.reasons else ""
+            got = f"{encoded.count}{because}"
+            raise BadInput(f"{records}: expected at least {_FEWEST} records that {key} reads, got {got}")
+        try:
+            if out is not None and whole is not None:
+                home = _add_up(_list_unit_features(encoded, whole))
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_means(out, [_make_home(home, whole, records)])
+                return PublicMean(out, encoded.count, encoded.reasons, home.estimate_error(), is_shift=False)
+            assert path is not None  # One of the two is given.
+            raw = _add_up(encoded.list_blocks())
+            write = partial(write_public_mean, path, raw.mean_D.float(), digest=plain.digest, num_records=raw.count)
+            write()  # The whole backbone subtracts it.
+            whole = open_pretrained(run.backbone_specs[name], key)
+            home = _add_up(_list_unit_features(encoded, whole))
+            tensors, notes = pack_means([_make_home(home, whole, records)])
+            write(others={each: torch.from_numpy(values) for each, values in tensors.items()}, notes=notes)
+        except OSError as error:
+            where = f"{key}.projection.shift.public" if out is None else "--out"
+            raise BadInput(f"{where}: expected a file that can be written{instead(error)}") from error
+    return PublicMean(path, encoded.count, encoded.reasons, raw.estimate_error(), is_shift=True)
 
 
 def _choose_backbone(run: RunConfig, name: Name | None) -> Name:
@@ -127,48 +163,72 @@ def _open_sources(records: Path) -> Iterator[Source]:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    sum_D: Tensor
-    squares: float
+class _EncodedSources:
+    """All features of some sources: of each record the raw ones."""
+
+    features: list[Features]
     count: int
     reasons: list[str]
 
+    def list_blocks(self) -> Iterator[Tensor]:
+        """Yields blocks of features_BD in float64."""
+        for features in self.features:
+            for positions in torch.split(torch.from_numpy(features.valid_N).nonzero().flatten(), _ROWS_AT_ONCE):
+                yield decode_rows(features.rows_N[positions.numpy()]).double()
 
-def _add_up(sources: list[Source], backbone: Backbone, observe: Observe) -> _Sums:
-    """Returns the sums over all features of some sources, in float64."""
+
+def _encode(sources: list[Source], backbone: Backbone, folder: Path, observe: Observe) -> _EncodedSources:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before, total = 0, sum(len(source.index()) for source in sources)
 
     def observe_records(done: int, _: int) -> None:
         observe("encoding", before + done, total)
 
-    sum_D, squares, count = torch.zeros(backbone.feature_dim, dtype=torch.float64), 0.0, 0
-    reasons: list[str] = []
+    store, encoded = FeatureStore(folder), []
     for source in sources:
-        with TemporaryDirectory() as folder:
-            store = FeatureStore(Path(folder))
-            features = store.open_or_encode(source, backbone, device=device, progress=observe_records)
-            before += len(features.rows_N)
-            reasons += [reason for _, reason in sorted(features.unusable.items())]
-            for positions in torch.split(torch.from_numpy(features.valid_N).nonzero().flatten(), _ROWS_AT_ONCE):
-                features_ND = decode_rows(features.rows_N[positions.numpy()]).double()
-                sum_D += features_ND.sum(0)
-                squares += float(features_ND.square().sum())
-                count += len(features_ND)
-    return _Sums(sum_D, squares, count, reasons)
+        encoded.append(store.open_or_encode(source, backbone, device=device, progress=observe_records))
+        before += len(encoded[-1].rows_N)
+    reasons = [reason for each in encoded for _, reason in sorted(each.unusable.items())]
+    return _EncodedSources(encoded, sum(int(each.valid_N.sum()) for each in encoded), reasons)
 
 
-def _estimate_error(mean_D: Tensor, squares: float, count: int) -> float:
-    """Returns the standard error of a mean of `count` records, relative to its length.
+def _list_unit_features(encoded: _EncodedSources, whole: Backbone) -> Iterator[Tensor]:
+    """Yields blocks of a whole backbone's features, each divided by its length, in float64."""
+    for raw_BD in encoded.list_blocks():
+        with torch.inference_mode():
+            yield normalize_rows(whole.module.projection(raw_BD.float())).double()
 
-    Args:
-        mean_D: float64 [D], the mean.
-        squares: sum of all records' squared norms.
-        count: number of records, at least 2.
-    """
-    length = float(mean_D.norm())
-    variance = max(0.0, squares - count * length**2) / (count - 1)
-    return math.sqrt(variance / count) / length if length > 0 else math.inf
+
+@dataclass(frozen=True)
+class _FeatureSums:
+    sum_D: Tensor
+    squares: float
+    count: int
+
+    @property
+    def mean_D(self) -> Tensor:
+        return self.sum_D / self.count
+
+    def estimate_error(self) -> float:
+        """Returns the standard error of the mean, relative to its length."""
+        length = float(self.mean_D.norm())
+        variance = max(0.0, self.squares - self.count * length**2) / (self.count - 1)
+        return math.sqrt(variance / self.count) / length if length > 0 else math.inf
+
+
+def _add_up(blocks: Iterable[Tensor]) -> _FeatureSums:
+    """Returns the sums over blocks of features in float64, of which there is one at least."""
+    sum_D, squares, count = torch.zeros(1, dtype=torch.float64), 0.0, 0
+    for features_BD in blocks:
+        sum_D = sum_D + features_BD.sum(0)
+        squares += float(features_BD.square().sum())
+        count += len(features_BD)
+    return _FeatureSums(sum_D, squares, count)
+
+
+def _make_home(sums: _FeatureSums, whole: Backbone, records: Path) -> FeatureMean:
+    values_D = sums.mean_D.numpy().copy()
+    return FeatureMean(HOME, whole.digest, values_D, 0.0, sums.count, f"public records of {records.name}", is_home=True)
 
 
 @dataclass(frozen=True)

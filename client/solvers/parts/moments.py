@@ -80,7 +80,7 @@ def _describe(
     """Returns a part's inputs, its slopes, and their number."""
     subject = get_subject(part)
     if is_of_backbone(part):
-        records = _pool_features([units.tasks[name] for name in tasks if run.backbone_of(name) == subject])
+        records = pool_features([units.tasks[name] for name in tasks if run.backbone_of(name) == subject])
         slopes, width = _return_ones, 1
         if part.endswith(SCATTER):
             # The products of features with each other: a record's slopes are its features.
@@ -112,7 +112,7 @@ def _return_labels(outputs: Tensor, labels: Tensor) -> Tensor:
     return labels.to(outputs.dtype)
 
 
-def _pool_features(tasks: list[TaskRecords]) -> TaskRecords:
+def pool_features(tasks: list[TaskRecords]) -> TaskRecords:
     """Returns the records of all tasks on a backbone, one tensor of features once, each divided by its length.
 
     A unit's records weigh the same; so do those that cannot be used, which add nothing.

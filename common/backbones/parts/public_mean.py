@@ -8,6 +8,7 @@ like the task's: a mean of sharp photographs under blurred ones costs a point or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,15 @@ _KEY = "projection.shift.public"
 _MAKE = "`headwater simulate public-mean` makes it from public records"
 
 
-def write_public_mean(path: Path, mean_D: Tensor, *, digest: str, num_records: int) -> None:
+def write_public_mean(
+    path: Path,
+    mean_D: Tensor,
+    *,
+    digest: str,
+    num_records: int,
+    others: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Writes a mean as a file that `read_public_mean` reads.
 
     Args:
@@ -30,9 +39,12 @@ def write_public_mean(path: Path, mean_D: Tensor, *, digest: str, num_records: i
         mean_D: float32 [D], mean of the raw features.
         digest: digest of the backbone without a projection.
         num_records: number of public records whose mean it is.
+        others: further tensors of the file by name, such as the records' home sample (`common.serving.means`).
+        notes: what is known of them, as text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save({"mean": mean_D}, metadata={"backbone": digest, "records": str(num_records)}))
+    about = {**(notes or {}), "backbone": digest, "records": str(num_records)}
+    write_atomic(path, save({**(others or {}), "mean": mean_D}, metadata=about))
 
 
 def read_public_mean(path: Path | None, digest: str) -> Tensor:

@@ -19,6 +19,7 @@ from common.inputs import Text
 from common.model.backbones import Backbone, open_pretrained
 from common.plugins import Spec, plugin_class
 from common.run import RunConfig
+from common.serving.means import read_means
 from common.yaml import load
 from simulations.__main__ import app
 
@@ -147,11 +148,47 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path: Path) -> N
     write_pictures(tmp_path / "one", SIDE, count=1)
     refused(call(file, tmp_path / "one"), "expected at least 2 records that backbone reads, got 1")
     refused(call(file, tmp_path / "one", "--backbone", "other"), "--backbone: expected one of backbone, got other")
-    refused(call(make_run_file(tmp_path, normalize=True), tmp_path / "one"), "backbone.projection.shift: expected")
+    refused(
+        call(make_run_file(tmp_path, normalize=True), tmp_path / "one"), "backbone.projection.shift: expected", "--out"
+    )
     write_pictures(tmp_path / "two", SIDE, count=2)
     (tmp_path / "file").write_text("")
     file = make_run_file(tmp_path, normalize=True, shift={"public": str(tmp_path / "file" / "mean.safetensors")})
     refused(call(file, tmp_path / "two"), "shift.public: expected a file that can be written")
+
+
+def test_the_file_is_also_the_home_file_of_its_records(tmp_path: Path) -> None:
+    file = make_run_file(tmp_path, shift={"public": "mean.safetensors"}, normalize=True)
+    pictures = write_pictures(tmp_path / "pictures", SIDE)
+    assert call(file, tmp_path / "pictures").exit_code == 0
+    centred = open_pretrained(read_backbone(file), "backbone")
+    (home,) = read_means(tmp_path / "mean.safetensors")
+    assert home.is_home and home.units == 12 and home.digest == centred.digest and "pictures" in home.source
+    np.testing.assert_allclose(home.mean_D, average(centred, pictures), rtol=0, atol=2e-3)
+
+
+def test_a_home_file_of_other_records_holds_the_mean_of_the_whole_backbones_features_of_length_1(
+    tmp_path: Path,
+) -> None:
+    file = make_run_file(tmp_path)
+    write_pictures(tmp_path / "pictures", SIDE)
+    home = tmp_path / "homes" / "home.safetensors"
+    refused(call(file, tmp_path / "pictures", "--out", str(home)), "found no file", "mean.safetensors")
+    assert call(file, tmp_path / "pictures").exit_code == 0
+    others = write_pictures(tmp_path / "others", SIDE, count=20)
+    kept = (tmp_path / "mean.safetensors").read_bytes()
+    result = call(file, tmp_path / "others", "--out", str(home))
+    assert result.stdout.startswith("home sample: ") and "20 records; " in result.stdout, result.output
+    assert (tmp_path / "mean.safetensors").read_bytes() == kept
+    whole = open_pretrained(read_backbone(file), "backbone")
+    features = whole.encode([whole.preprocess(picture) for picture in others]).double()
+    (found,) = read_means(home)
+    assert found.digest == whole.digest and found.units == 20 and found.deviation == 0.0
+    unit = torch.nn.functional.normalize(features, dim=1)
+    np.testing.assert_allclose(found.mean_D, unit.mean(0), rtol=0, atol=2e-3)
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "home")
+    refused(call(file, tmp_path / "others", "--out", out), "--out: expected a file that can be written")
 
 
 def test_help_says_that_every_site_receives_the_mean() -> None:
