@@ -1,7 +1,7 @@
 """Means of features of length 1, which may be handed on, and the distances between them.
 
-A mean is of a backbone's home sample, which is public, or what a site released before a run's first round: a noised sum,
-charged to its ledger, divided by its declared number of units. A distance follows from them and costs nothing.
+A mean is of a backbone's home sample, which is public, or what a site released before a run's first round: a noised
+sum, charged to its ledger, divided by its declared number of units. A distance follows from them and costs nothing.
 
 # Shapes: D features.
 """

@@ -1,4 +1,4 @@
-"""The table of distances between the sites of a run, and from a backbone's home sample to each (`common.serving.means`)."""
+"""The distances between the sites of a run, and from a backbone's home sample to each (`common.serving.means`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ALL, OTHERS = "all sites", "all others"
 """Names, as they are shown, of the mean over all sites, and over all but one."""
 
 WARNING = (
-    "A distance is a warning, not a forecast. Sharpness dominates it: the same pictures blurred can be farther away than "
-    "other pictures. It knows nothing of labels: between the four hospitals of Fed-Heart its order was the wrong one."
+    "A distance is a warning, not a forecast. Sharpness dominates it: the same pictures blurred can be farther away "
+    "than other pictures. It knows nothing of labels: between the four hospitals of Fed-Heart its order was the wrong one."
 )
 
 

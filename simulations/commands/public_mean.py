@@ -49,8 +49,9 @@ def public_mean(
                 run, records, prefix=prefix, backbone=backbone, shrink=shrink, out=out, observe=observe
             )
         left_out = f", {len(done.reasons)} left out (first: {done.reasons[0]})" if done.reasons else ""
+        name = "public mean" if done.is_shift else "home sample"
         typer.echo(
-            f"{'public mean' if done.is_shift else 'home sample'}: {done.path} written; {done.num_records} records{left_out}; its sampling error is "
+            f"{name}: {done.path} written; {done.num_records} records{left_out}; its sampling error is "
             f"{done.error:.1%} of its length"
         )
 

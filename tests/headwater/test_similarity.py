@@ -36,7 +36,7 @@ def make_home(path: Path, digest: str) -> FeatureMean:
 
 def test_a_run_leaves_each_sites_mean_with_its_noise_and_the_table_follows_from_them(tmp_path: Path) -> None:
     sites = [site_config(tmp_path, name) for name in ("east", "north", "west")]
-    _, events = run_once(tmp_path, sites)
+    run_once(tmp_path, sites)
     means = read_means(tmp_path / "run-1")
     assert [each.name for each in means] == ["east", "north", "west"]
     assert {each.digest for each in means} == {backbone().digest} and {each.units for each in means} == {40}

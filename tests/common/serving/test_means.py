@@ -1,4 +1,4 @@
-"""Distances of means: what noise adds is taken off, how much is left is said, and a file is read whole or not at all."""
+"""Distances of means: what noise adds is taken off, what is left of it is said; a file is read whole or not at all."""
 
 from __future__ import annotations
 
