@@ -12,7 +12,7 @@ ALL, OTHERS = "all sites", "all others"
 
 WARNING = (
     "A distance is a warning, not a forecast. Sharpness dominates it: the same pictures blurred can be farther away "
-    "than other pictures. It knows nothing of labels: between the four hospitals of Fed-Heart its order was the wrong one."
+    "than other pictures. It knows nothing of labels: for the four hospitals of Fed-Heart its order was the wrong one."
 )
 
 
