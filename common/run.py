@@ -17,12 +17,13 @@ from pydantic import (
     PrivateAttr,
     SerializerFunctionWrapHandler,
     StringConstraints,
+    ValidationError,
     ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from common.errors import nearest
+from common.errors import describe, nearest
 from common.plugins import Frozen, Spec, resolve
 from common.types import DELTAS, EPSILONS, MAX_BACKBONES, NOISE_MULTIPLIERS, BadInput, Unit
 
@@ -168,6 +169,16 @@ class Rates(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
 
+class TrunkRates(Rates):
+    """Learning rate and weight decay of the trunks.
+
+    Attributes:
+        layer_decay: factor on the rate from each block that trains to the one below it; the last block has the rate.
+    """
+
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class SolverSpec(Spec):
     """A solver's settings, of which the run file itself reads what refers to the run's own tasks and trunks.
 
@@ -229,23 +240,115 @@ class Moments(Frozen):
         return self.means + self.counts + self.classes + self.scatter
 
 
-class AggregationSpec(Spec):
-    """An aggregator's settings, and beside them other values of some for the heads of some tasks.
+class Schedule(Frozen):
+    """A factor on each round's step, which follows from the number of the round alone.
+
+    Attributes:
+        warm_up: number of rounds in which the factor rises to 1, in equal parts; the round after them has 1.
+        shape: course of the factor after that: `linear` and `cosine` fall from 1 to `end` in the last round.
+        end: factor of the last round where it falls.
+    """
+
+    warm_up: Annotated[int, Field(ge=0, le=100_000)] = 0
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    end: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _fall_to_an_end(self) -> Schedule:
+        if self.shape == "constant" and "end" in self.model_fields_set:
+            raise ValueError("end: expected none beside `shape: constant`, which does not fall")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), type(self).model_fields)
+
+    def check_rounds(self, rounds: int) -> None:
+        """Raises ValueError where a run of so many rounds ends before the schedule does."""
+        needed = self.warm_up + (1 if self.shape == "constant" else 2)
+        if needed > rounds:
+            raise ValueError(f"expected a schedule of at most the run's {rounds} round(s), got one of {needed}")
+
+    def compute_factor(self, round_: int, rounds: int) -> float:
+        """Returns the factor of one round.
+
+        Args:
+            round_: number of the round, from 1.
+            rounds: number of rounds of the run.
+        """
+        if round_ <= self.warm_up:
+            return round_ / (self.warm_up + 1)
+        if self.shape == "constant":
+            return 1.0
+        done = (round_ - self.warm_up - 1) / (rounds - self.warm_up - 1)
+        left = 1.0 - done if self.shape == "linear" else (1.0 + math.cos(math.pi * done)) / 2.0
+        return self.end + (1.0 - self.end) * left
+
+
+class Adjustment(Frozen):
+    """Settings of any aggregation that act on a round's new parameters, and so cost no privacy.
+
+    With factor f of the schedule and the decay d, old parameters W and what the aggregator makes of them, W', the
+    round's new parameters are W_start + (1 - d) (W + f (W' - W) - W_start).
+
+    Attributes:
+        schedule: factor on each round's step; without it 1.
+        decay_to_start: part of the distance from the parameters before the first round that each round takes away.
+    """
+
+    schedule: Schedule | None = None
+    decay_to_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def compute_factor(self, round_: int, rounds: int) -> float:
+        """Returns the factor on the step of one round.
+
+        Args:
+            round_: number of the round, from 1.
+            rounds: number of rounds of the run.
+        """
+        return 1.0 if self.schedule is None else self.schedule.compute_factor(round_, rounds)
+
+
+NO_ADJUSTMENT = Adjustment()
+
+
+class AggregationSpec(Spec, Adjustment):
+    """An aggregator's settings, beside them those of every kind, and other values of some for the heads of some tasks.
 
     Attributes:
         tasks: task -> setting -> its value for that task's head.
     """
 
+    model_config = ConfigDict(extra="allow")
+
     tasks: dict[str, dict[str, Any]] = {}
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_unset(self, handler(self), ("tasks",))
+        return drop_unset(self, handler(self), ("tasks", *Adjustment.model_fields))
 
     def select(self, group: str | None) -> Spec:
         """Returns the settings of one head or trunk as the kind's own file reads them; None: without any task's own."""
-        shared = {name: value for name, value in self.model_dump().items() if name != "tasks"}
-        return Spec(**{**shared, **self.tasks.get(group or "", {})})
+        values = {**self.model_dump(exclude={"tasks"}), **self.tasks.get(group or "", {})}
+        return Spec(**{name: value for name, value in values.items() if name not in Adjustment.model_fields})
+
+    def select_adjustment(self, group: str) -> Adjustment:
+        """Returns the settings of every kind for one head or trunk."""
+        values = {**self.model_dump(), **self.tasks.get(group, {})}
+        return Adjustment(**{name: values[name] for name in Adjustment.model_fields if name in values})
+
+    def check_adjustments(self, rounds: int) -> None:
+        """Raises ValueError where a setting of every kind is wrong for some task, or in a run of so many rounds."""
+        for name, key in (("", "aggregation"), *((name, f"aggregation.tasks.{name}") for name in self.tasks)):
+            try:
+                adjustment = self.select_adjustment(name)
+            except ValidationError as error:
+                raise ValueError(describe(error, Adjustment, key)) from error
+            if adjustment.schedule is not None:
+                try:
+                    adjustment.schedule.check_rounds(rounds)
+                except ValueError as error:
+                    raise ValueError(f"{key}.schedule: {error}") from error
 
     def check_tasks(self, tasks: Collection[str]) -> None:
         """Raises ValueError where a setting is of a task that the run does not have, or is the kind."""
@@ -412,6 +515,7 @@ class RunConfig(Frozen):
                 raise ValueError(f"{key}: expected some of {', '.join(names)}, got {unknown[0]!r}")
         self.solver.check_tasks(self.tasks, "solver")
         self.aggregation.check_tasks(self.tasks)
+        self.aggregation.check_adjustments(self.rounds)
         rated = self.solver.trunk is not None
         if self.trainable and not rated:
             # The heads' rate is tens of times what a trained network bears.

@@ -22,7 +22,7 @@ import torch
 
 from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
-from client.personal.local_heads import ApplyUpdate, LocalTraining, train_alone
+from client.personal.local_heads import ApplyUpdate, LocalTraining, adjust_updates, train_alone
 from client.solvers import open_solver
 from common.model.backbones import Backbone, open_backbones, open_random
 from common.model.momentum import Momentum
@@ -101,7 +101,7 @@ def make_aggregation(run: RunConfig, sizes: Mapping[str, int]) -> ApplyUpdate:
         new, states[group] = aggregator.update(params, state, weighted)
         return new
 
-    return apply_update
+    return adjust_updates(run, apply_update)
 
 
 def make_non_private_run(config: SimulationConfig) -> RunConfig:

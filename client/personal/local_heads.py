@@ -12,7 +12,7 @@ from client.data.units import Units
 from client.solvers import Solver
 from client.solvers.parts.moments import release_moments
 from common.model.moments import NoisedSum, count_units, fix_heads, list_parts, select_parts, serve_heads
-from common.model.momentum import read_momentum
+from common.model.momentum import adjust_step, read_momentum
 from common.model.parameters import load_parameters, parameters
 from common.privacy.noise import Entropy, NoiseStream
 from common.privacy.shares import plan_moments
@@ -69,7 +69,27 @@ def make_local_steps(run: RunConfig, sizes: Mapping[str, int]) -> ApplyUpdate:
         velocity[group] = {name: kept * before.get(name, 0.0) + each for name, each in change.items()}
         return add_update(group, params, {name: step * each for name, each in velocity[group].items()})
 
-    return apply_update
+    return adjust_updates(run, apply_update)
+
+
+def adjust_updates(run: RunConfig, apply_update: ApplyUpdate) -> ApplyUpdate:
+    """Returns what turns updates into new parameters with the run's schedule and decay, as its coordinator does.
+
+    Args:
+        run: the run.
+        apply_update: computes new parameters from a round's change, without both.
+    """
+    starts: dict[str, Params] = {}
+    rounds_done: dict[str, int] = {}
+
+    def apply_adjusted(group: str, params: Params, change: Params) -> Params:
+        start = starts.setdefault(group, params)
+        rounds_done[group] = round_ = rounds_done.get(group, 0) + 1
+        new = apply_update(group, params, change)
+        adjustment = run.aggregation.select_adjustment(group)
+        return adjust_step(adjustment, params, new, start, round_=round_, rounds=run.rounds)
+
+    return apply_adjusted
 
 
 def add_update(group: str, params: Params, change: Params) -> Params:

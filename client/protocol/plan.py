@@ -255,7 +255,11 @@ def _compute_logit_noise(run: RunConfig, totals: Mapping[str, Totals]) -> float 
         return None
     found = {name: read_momentum(run, name) for name in totals}
     noises = [
-        each.compute_logit_noise(totals[name].num_units, run.count_noises(totals[name].num_sites))
+        each.compute_logit_noise(
+            totals[name].num_units,
+            run.count_noises(totals[name].num_sites),
+            run.aggregation.select_adjustment(name),
+        )
         for name, each in found.items()
         if each
     ]

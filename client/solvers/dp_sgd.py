@@ -22,7 +22,7 @@ from pydantic import Field
 from client.solvers.sgd import Sgd
 from common.plugins import Plugin
 from common.privacy.filters import choose_noise_multiplier
-from common.run import PositiveInt, Privacy, Rates
+from common.run import PositiveInt, Privacy, Rates, TrunkRates
 from common.tasks import Task
 from common.types import CLIP_NORMS, SAMPLING_RATES, BadInput, Delta, Plan, Unit
 
@@ -45,7 +45,7 @@ class DpSgd(Plugin):
         momentum: momentum of that SGD; costs no privacy.
         weight_decay: weight decay of that SGD; costs no privacy.
         tasks: task -> learning rate and weight decay of its head, in place of those above.
-        trunk: learning rate and weight decay of the trunks; null for those above.
+        trunk: learning rate, weight decay and layer decay of the trunks; null for those above.
     """
 
     kind: Literal["dp_sgd"]
@@ -57,7 +57,7 @@ class DpSgd(Plugin):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     tasks: Mapping[str, Rates] = Field(default_factory=dict)
-    trunk: Rates | None = None
+    trunk: TrunkRates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -94,10 +94,12 @@ class DpSgd(Plugin):
         )
 
     def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
-        """Raises BadInput for heads or trunks that mix the examples of a batch."""
+        """Raises BadInput for heads or trunks that mix the examples of a batch, or have no layers to tell apart."""
+        from client.solvers.parts.objective import check_layers
         from client.solvers.parts.private_step import check_separable
 
         check_separable(modules)
+        check_layers(modules, self.trunk)
 
     def solve(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 from pydantic import Field
 
 from common.plugins import Plugin
-from common.run import PositiveInt, Privacy, Rates
+from common.run import PositiveInt, Privacy, Rates, TrunkRates
 from common.tasks import Task
 from common.types import BadInput, Delta, Plan, Unit
 
@@ -33,7 +33,7 @@ class Sgd(Plugin):
         momentum: momentum of that step.
         weight_decay: weight decay of that step.
         tasks: task -> learning rate and weight decay of its head, in place of those above.
-        trunk: learning rate and weight decay of the trunks; null for those above.
+        trunk: learning rate, weight decay and layer decay of the trunks; null for those above.
     """
 
     kind: Literal["sgd"]
@@ -44,7 +44,7 @@ class Sgd(Plugin):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     tasks: Mapping[str, Rates] = Field(default_factory=dict)
-    trunk: Rates | None = None
+    trunk: TrunkRates | None = None
 
     @classmethod
     def example(cls) -> dict[str, Any]:
@@ -72,8 +72,11 @@ class Sgd(Plugin):
         return self
 
     def check_modules(self, modules: Mapping[str, nn.Module]) -> None:
-        """Accepts every head and trunk."""
-        del modules
+        """Accepts every head and trunk; raises BadInput where a trunk has no layers for rates that differ."""
+        if self.trunk is not None and self.trunk.layer_decay < 1.0:
+            from client.solvers.parts.objective import check_layers  # Here: a site that only plans needs no torch.
+
+            check_layers(modules, self.trunk)
 
     def solve(
         self,

@@ -23,7 +23,7 @@ from common.model.momentum import Momentum
 from common.plugins import Spec
 from common.privacy.filters import choose_noise_multiplier
 from common.privacy.shares import keep_for_rounds
-from common.run import ONLY_BACKBONE, Moments, Privacy
+from common.run import ONLY_BACKBONE, Adjustment, Moments, Privacy
 from common.tasks import ConstantCurvature, LabelPrior, SmoothLoss, Task, open_task
 from common.types import BadInput
 
@@ -65,8 +65,12 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     extra = sorted(set(_as_mapping(values["solver"])) - {"kind"})
     if extra:
         raise ValueError(f"solver: expected no setting beside `kind: auto`, got {extra[0]}; it chooses them all")
-    if values.get("aggregation") is not None:
-        raise ValueError("aggregation: expected none beside `solver: {kind: auto}`, which chooses it")
+    adjustment = _as_mapping(values.get("aggregation"))
+    if values.get("aggregation") is not None and not (adjustment and set(adjustment) <= set(Adjustment.model_fields)):
+        raise ValueError(
+            "aggregation: expected none beside `solver: {kind: auto}`, which chooses it; schedule and decay_to_start "
+            "may stand there"
+        )
     asked = _as_mapping(values.get("moments"))
     if set(asked) - {"classes", "scatter"}:
         raise ValueError("moments: expected `classes` and `scatter` alone beside `solver: {kind: auto}`")
@@ -89,7 +93,8 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
         chosen["moments"] = moments.model_dump()
     clip_norm = _choose_clip_norm(opened)
     chosen["solver"] = _choose_solver(privacy, clip_norm, trains_network, bool(values.get("trainable")))
-    chosen["aggregation"] = _choose_aggregation(opened, keep_for_rounds(privacy, moments), clip_norm, rounds)
+    left = keep_for_rounds(privacy, moments)
+    chosen["aggregation"] = {**_choose_aggregation(opened, left, clip_norm, rounds), **adjustment}
     return Choice(chosen, _explain(chosen, trains_network))
 
 

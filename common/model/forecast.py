@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from common.model.momentum import Momentum, read_momentum
 from common.privacy.shares import plan_moments
-from common.run import RunConfig
+from common.run import NO_ADJUSTMENT, Adjustment, RunConfig
 from common.tasks import open_task
 from common.tasks.classification import Classification
 
@@ -68,6 +68,8 @@ class Rehearsal:
         num_units: declared number of units of all sites together.
         num_noises: variance of the noise of all sites together, in multiples of one site's.
         mean_deviation: deviation of the noise in one site's sum of features; infinite where no mean is measured.
+        adjustment: the run's schedule and decay.
+        smoothing: part of each label that the loss shares among all classes.
     """
 
     momentum: Momentum
@@ -77,6 +79,8 @@ class Rehearsal:
     num_units: float
     num_noises: float
     mean_deviation: float = math.inf
+    adjustment: Adjustment = NO_ADJUSTMENT
+    smoothing: float = 0.0
 
 
 def forecast_loss(run: RunConfig, task: str, num_features: int, num_units: float, num_sites: int) -> Forecast | None:
@@ -102,7 +106,17 @@ def forecast_loss(run: RunConfig, task: str, num_features: int, num_units: float
     num_noises = run.count_noises(num_sites)
     # Sums before the first round have each site's whole noise, also where those of rounds are secure.
     mean_noise = _read_mean(run) * math.sqrt(num_sites / num_noises)
-    rehearsal = Rehearsal(momentum, clip_norm, len(opened.labels), num_features, num_units, num_noises, mean_noise)
+    rehearsal = Rehearsal(
+        momentum,
+        clip_norm,
+        len(opened.labels),
+        num_features,
+        num_units,
+        num_noises,
+        mean_noise,
+        run.aggregation.select_adjustment(task),
+        opened.smoothing,
+    )
     return rehearse(rehearsal)
 
 
@@ -181,9 +195,11 @@ def _train(
 ) -> Array:
     """Returns weights [D, K] after all rounds; `rule` are step and momentum."""
     targets_NK = np.eye(numbers.num_outputs, dtype=np.float32)[labels_N]
+    targets_NK = (1.0 - numbers.smoothing) * targets_NK + numbers.smoothing / numbers.num_outputs
+    adjustment, rounds = numbers.adjustment, numbers.momentum.rounds
     weights_DK = np.zeros((features_ND.shape[1], numbers.num_outputs), np.float32)
     velocity_DK = np.zeros_like(weights_DK)
-    for _ in range(numbers.momentum.rounds):
+    for round_ in range(1, rounds + 1):
         outputs_NK = features_ND @ weights_DK
         slopes_NK = np.exp(outputs_NK - outputs_NK.max(1, keepdims=True))
         slopes_NK = slopes_NK / slopes_NK.sum(1, keepdims=True) - targets_NK
@@ -193,7 +209,8 @@ def _train(
         if noise:
             sum_DK += (noise * rng.standard_normal(sum_DK.shape)).astype(np.float32)
         velocity_DK = rule[1] * velocity_DK + sum_DK / len(labels_N)
-        weights_DK = weights_DK - rule[0] * velocity_DK
+        step = rule[0] * adjustment.compute_factor(round_, rounds)
+        weights_DK = (1.0 - adjustment.decay_to_start) * (weights_DK - step * velocity_DK)
     return weights_DK
 
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from common.plugins import Frozen
-from common.run import RunConfig
+from common.run import NO_ADJUSTMENT, Adjustment, RunConfig
+from common.types import Params
 
 
 class Momentum(Frozen):
@@ -60,18 +62,22 @@ class Momentum(Frozen):
             low, high = (middle, high) if self.step * compute_reach(middle, self.rounds) < tau else (low, middle)
         return self.step, low
 
-    def compute_logit_noise(self, num_units: float, num_sites: float) -> float:
+    def compute_logit_noise(self, num_units: float, num_sites: float, adjustment: Adjustment = NO_ADJUSTMENT) -> float:
         """Returns the deviation of the noise that all rounds add to a logit of a record of length 1.
 
         Args:
             num_units: declared number of units of all sites together.
             num_sites: number of sites; of a secure sum, the variance of its noise in multiples of one site's.
+            adjustment: the run's schedule and decay.
         """
         step, momentum = self.choose_step(num_units, num_sites)
-        # The noise of round t has moved W by step (1 - m^(T - t)) / (1 - m) in the end.
-        left = range(1, self.rounds + 1)
-        reached = (step * (1.0 - momentum**rounds) / (1.0 - momentum) for rounds in left)
-        return self.noise * math.sqrt(num_sites) / num_units * math.hypot(*reached)
+        kept, reached, reaches = 1.0, 0.0, []
+        # By how much the noise of each round has moved W in the end, from the last round to the first.
+        for round_ in range(self.rounds, 0, -1):
+            kept *= 1.0 - adjustment.decay_to_start
+            reached = momentum * reached + step * adjustment.compute_factor(round_, self.rounds) * kept
+            reaches.append(reached)
+        return self.noise * math.sqrt(num_sites) / num_units * math.hypot(*reaches)
 
 
 def read_momentum(run: RunConfig, group: str) -> Momentum | None:
@@ -86,6 +92,27 @@ def read_momentum(run: RunConfig, group: str) -> Momentum | None:
         return Momentum.model_validate({key: value for key, value in settings.items() if key != "kind"})
     except ValidationError:
         return None
+
+
+def adjust_step(adjustment: Adjustment, old: Params, new: Params, start: Params, *, round_: int, rounds: int) -> Params:
+    """Returns the parameters after a round, with its schedule and its decay towards those of the start.
+
+    Args:
+        adjustment: schedule and decay; without both, `new` is returned as it is.
+        old: parameters before the round, by name.
+        new: parameters that the aggregation made of them.
+        start: parameters before the first round.
+        round_: number of the round, from 1.
+        rounds: number of rounds of the run.
+    """
+    factor, kept = adjustment.compute_factor(round_, rounds), 1.0 - adjustment.decay_to_start
+    if factor == 1.0 and kept == 1.0:
+        return new
+    adjusted = {}
+    for name, values in new.items():
+        before, first = np.asarray(old[name], np.float64), np.asarray(start[name], np.float64)
+        adjusted[name] = np.asarray(first + kept * (before + factor * (values - before) - first), np.float32)
+    return adjusted
 
 
 def compute_reach(momentum: float, rounds: int) -> float:

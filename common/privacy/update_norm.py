@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.privacy.filters import choose_noise_multiplier
-from common.run import PositiveInt, Rates, RunConfig
+from common.run import PositiveInt, Rates, RunConfig, TrunkRates
 from common.types import CLIP_NORMS, MAX_ROUND_STEPS, SAMPLING_RATES, BadInput, Heads, Params, Plan, Range
 
 FAILURE = 1e-9
@@ -64,7 +64,7 @@ class DescentSettings(BaseModel):
     momentum: float = 0.0
     weight_decay: float = 0.0
     tasks: Mapping[str, Rates] = {}
-    trunk: Rates | None = None
+    trunk: TrunkRates | None = None
 
     @property
     def usable(self) -> bool:
@@ -98,25 +98,40 @@ class Response:
     decay: float
 
     @classmethod
-    def of(cls, rates: Rates, momentum: float, steps: int) -> Response:
+    def of(cls, rates: Rates, momentum: float, steps: int, most_depth: int = 0) -> Response:
         """Returns the response of gradient descent.
+
+        Where rates differ from block to block, each number is that of the block in which it is largest.
 
         Args:
             rates: learning rate and weight decay.
             momentum: momentum, at least 0 and below 1.
             steps: number of steps, at least 1.
+            most_depth: largest depth that a block may have, where rates have a layer decay.
         """
-        change, velocity, weight = -rates.learning_rate, 1.0, 1.0
-        factors = [change]
-        for _ in range(steps - 1):
-            velocity = momentum * velocity + rates.weight_decay * change
-            change -= rates.learning_rate * velocity
-            factors.append(change)
-        velocity = 0.0
-        for _ in range(steps):
-            velocity = momentum * velocity + rates.weight_decay * weight
-            weight -= rates.learning_rate * velocity
-        return cls(math.fsum(map(abs, factors)), math.hypot(*factors), abs(weight - 1.0))
+        decay = rates.layer_decay if isinstance(rates, TrunkRates) else 1.0
+        depths = range(most_depth + 1) if decay < 1.0 else range(1)
+        blocks = [
+            _trace_weights(rates.learning_rate * decay**depth, rates.weight_decay, momentum, steps) for depth in depths
+        ]
+        # The largest of each step: which block it is of may change from step to step.
+        factors = [max(map(abs, each)) for each in zip(*(changes for changes, _ in blocks), strict=True)]
+        return cls(math.fsum(factors), math.hypot(*factors), max(abs(weight - 1.0) for _, weight in blocks))
+
+
+def _trace_weights(learning_rate: float, weight_decay: float, momentum: float, steps: int) -> tuple[list[float], float]:
+    """Returns the change of weights 0, 1, ... steps after a vector of length 1 was added, and what becomes of 1."""
+    change, velocity, weight = -learning_rate, 1.0, 1.0
+    changes = [change]
+    for _ in range(steps - 1):
+        velocity = momentum * velocity + weight_decay * change
+        change -= learning_rate * velocity
+        changes.append(change)
+    velocity = 0.0
+    for _ in range(steps):
+        velocity = momentum * velocity + weight_decay * weight
+        weight -= learning_rate * velocity
+    return changes, weight
 
 
 def read_descent(run: RunConfig) -> DescentSettings | None:
@@ -197,7 +212,8 @@ def _bound_group(
 ) -> float:
     """Returns the bound of one group; `declared` are the units that may take part, and the public size."""
     units, public_size = declared
-    response = Response.of(rates, descent.momentum, descent.steps)
+    # A trunk has at most as many blocks as parameters.
+    response = Response.of(rates, descent.momentum, descent.steps, most_depth=len(params))
     tail = math.log((descent.steps + 1) / FAILURE)
     most = MAX_TRUE_PER_PUBLIC * units
     expected = descent.sampling_rate * most

@@ -17,7 +17,15 @@ from common.inputs import CellName, CellNames
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
-from common.tasks.parts.declared import LabelRatios, LabelWeights, TextStart, Threshold, compute_logit, order_by_label
+from common.tasks.parts.declared import (
+    LabelRatios,
+    LabelWeights,
+    Smoothing,
+    TextStart,
+    Threshold,
+    compute_logit,
+    order_by_label,
+)
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.outcomes import make_confusions, make_scores
 from common.tasks.parts.rates import (
@@ -53,6 +61,7 @@ class Classification(Plugin):
             for equally frequent.
         start: texts of each label from which a linear head begins, where the backbone reads texts; without them it
             begins at zero.
+        smoothing: part of each label, in [0, 1), that the loss shares among all classes alike (label smoothing).
         scale: public factor on this task's loss, applied before joint clipping.
         head_settings: shape of the head, `head` in a file.
     """
@@ -64,6 +73,7 @@ class Classification(Plugin):
     weights: LabelWeights = {}
     prior: LabelRatios | Literal["uniform"] = "uniform"
     start: TextStart | None = None
+    smoothing: Smoothing = 0.0
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
@@ -102,18 +112,29 @@ class Classification(Plugin):
         return self.head_settings.build(feature_dim, len(self.labels))
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the cross entropy of each example, times its label's weight."""
+        """Returns the cross entropy of each example with its smoothed label, times its label's weight."""
         from torch.nn import functional
 
+        if self.smoothing:
+            losses_B = functional.cross_entropy(
+                outputs, labels, reduction="none", ignore_index=MISSING_CLASS, label_smoothing=self.smoothing
+            )
+            # torch would weight what is shared by the class that gets it, not by the record's own.
+            known_B = labels.clamp(min=0)
+            return losses_B * outputs.new_tensor(self._weights())[known_B] if self.weights else losses_B
         weight_K = outputs.new_tensor(self._weights()) if self.weights else None
         return functional.cross_entropy(outputs, labels, weight_K, reduction="none", ignore_index=MISSING_CLASS)
 
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the probabilities minus the label's unit vector, times the label's weight."""
+        """Returns the probabilities minus the smoothed label's vector, times the label's weight."""
         # Over the first axis torch's softmax is many times faster where classes are few.
         gradient_BK = outputs.mT.contiguous().softmax(dim=0).mT
         labels_B1 = labels.unsqueeze(1)
-        gradient_BK = gradient_BK.scatter_add_(1, labels_B1, gradient_BK.new_full(labels_B1.shape, -1.0))
+        gradient_BK = gradient_BK.scatter_add_(
+            1, labels_B1, gradient_BK.new_full(labels_B1.shape, self.smoothing - 1.0)
+        )
+        if self.smoothing:
+            gradient_BK = gradient_BK - self.smoothing / len(self.labels)
         return gradient_BK * gradient_BK.new_tensor(self._weights())[labels_B1] if self.weights else gradient_BK
 
     def list_start_texts(self) -> list[list[str]]:
@@ -135,8 +156,8 @@ class Classification(Plugin):
 
     @property
     def first_slope(self) -> float:
-        """Length of uniform probabilities minus a unit vector."""
-        return math.sqrt(1.0 - 1.0 / len(self.labels))
+        """Length of uniform probabilities minus a unit vector, smoothed."""
+        return (1.0 - self.smoothing) * math.sqrt(1.0 - 1.0 / len(self.labels))
 
     @property
     def tolerated_noise(self) -> float:
@@ -160,13 +181,16 @@ class Classification(Plugin):
         return functional.one_hot(labels, len(self.labels)).float()
 
     def compute_offset(self, sums_C: Array, deviation: float) -> Array:
-        """Returns the logarithm of each class's share, with mean 0.
+        """Returns the logarithm of each class's share of the smoothed labels, with mean 0.
 
         Args:
             sums_C: number of records of each class, with noise.
             deviation: deviation of that noise.
         """
-        logarithms_K = np.log(shrink_counts(np.asarray(sums_C, np.float64), deviation))
+        counts_K = shrink_counts(np.asarray(sums_C, np.float64), deviation)
+        if self.smoothing:
+            counts_K = (1.0 - self.smoothing) * counts_K + self.smoothing * counts_K.mean()
+        logarithms_K = np.log(counts_K)
         offset_K: Array = logarithms_K - logarithms_K.mean()
         return offset_K
 

@@ -22,6 +22,7 @@ from common.tasks.parts.declared import (
     LabelRatios,
     LabelThresholds,
     LabelWeights,
+    Smoothing,
     Threshold,
     compute_logit,
     order_by_label,
@@ -60,6 +61,8 @@ class Multilabel(Plugin):
             one have 1. The head then judges as if missing such a label counted so many times.
         prior: label -> ratio of records that have it, for which the head is served; `uniform`, the default, takes every
             label for as often present as absent.
+        smoothing: part of each known label, in [0, 1), that the loss takes as present and absent alike (label
+            smoothing).
         scale: public factor on this task's loss, applied before joint clipping.
         head_settings: shape of the head, `head` in a file.
     """
@@ -70,6 +73,7 @@ class Multilabel(Plugin):
     threshold: Threshold | LabelThresholds = 0.5
     weights: LabelWeights = {}
     prior: LabelRatios | Literal["uniform"] = "uniform"
+    smoothing: Smoothing = 0.0
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
@@ -108,13 +112,18 @@ class Multilabel(Plugin):
         return self.head_settings.build(feature_dim, len(self.labels))
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the binary cross entropy, summed over the known labels of each example.
+        """Returns the binary cross entropy of smoothed labels, summed over the known labels of each example.
 
         A sum, not a mean over the known ones: how many labels a record has must not change any divisor.
         """
         from torch.nn import functional
 
         truth_BL = labels.clamp(min=0).to(outputs.dtype)
+        if self.smoothing:
+            losses_BL = functional.binary_cross_entropy_with_logits(outputs, self._smooth(truth_BL), reduction="none")
+            if self.weights:
+                losses_BL = (losses_BL * outputs.new_tensor(self._weights())).where(labels == 1, losses_BL)
+            return losses_BL.where(labels != _UNKNOWN, 0.0).sum(dim=1)
         weight_L = outputs.new_tensor(self._weights()) if self.weights else None
         losses_BL = functional.binary_cross_entropy_with_logits(
             outputs, truth_BL, pos_weight=weight_L, reduction="none"
@@ -122,8 +131,9 @@ class Multilabel(Plugin):
         return losses_BL.where(labels != _UNKNOWN, 0.0).sum(dim=1)
 
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns probability minus truth of each known label, weighted where it is present; zero for the others."""
-        gradient_BL = (outputs.sigmoid() - labels).where(labels != _UNKNOWN, 0.0)
+        """Returns probability minus smoothed truth of each known label, weighted where it is present; else zero."""
+        truth_BL = self._smooth(labels.to(outputs.dtype)) if self.smoothing else labels
+        gradient_BL = (outputs.sigmoid() - truth_BL).where(labels != _UNKNOWN, 0.0)
         if not self.weights:
             return gradient_BL
         return (gradient_BL * gradient_BL.new_tensor(self._weights())).where(labels == 1, gradient_BL)
@@ -141,8 +151,8 @@ class Multilabel(Plugin):
 
     @property
     def first_slope(self) -> float:
-        """Length of as many halves as there are labels."""
-        return math.sqrt(len(self.labels)) / 2.0
+        """Length of as many halves as there are labels, smoothed."""
+        return (1.0 - self.smoothing) * math.sqrt(len(self.labels)) / 2.0
 
     @property
     def tolerated_noise(self) -> float:
@@ -167,7 +177,7 @@ class Multilabel(Plugin):
         return torch.cat([present_BL, absent_BL], dim=1) / math.sqrt(len(self.labels))
 
     def compute_offset(self, sums_C: Array, deviation: float) -> Array:
-        """Returns the logarithm of each label's odds.
+        """Returns the logarithm of each smoothed label's odds.
 
         Args:
             sums_C: sums of `count_labels`, with noise.
@@ -175,8 +185,10 @@ class Multilabel(Plugin):
         """
         root = math.sqrt(len(self.labels))
         counts_2L = root * np.asarray(sums_C, np.float64).reshape(2, -1)
-        pairs_L2 = [np.log(shrink_counts(pair, root * deviation)) for pair in counts_2L.T]
-        return np.array([present - absent for present, absent in pairs_L2])
+        pairs_L2 = [shrink_counts(pair, root * deviation) for pair in counts_2L.T]
+        if self.smoothing:
+            pairs_L2 = [(1.0 - self.smoothing) * pair + self.smoothing * pair.mean() for pair in pairs_L2]
+        return np.array([present - absent for present, absent in map(np.log, pairs_L2)])
 
     def balanced_labels(self) -> Tensor:
         """Returns the labels of two records: one with all labels, and one with none."""
@@ -257,6 +269,9 @@ class Multilabel(Plugin):
             scores=make_scores(root * sums_S[cells:], self.labels, 2, root * deviation),
             probabilities=True,
         )
+
+    def _smooth(self, truth_BL: Tensor) -> Tensor:
+        return truth_BL * (1.0 - self.smoothing) + self.smoothing / 2.0
 
     def _weights(self) -> list[float]:
         return order_by_label(self.weights, self.labels, "weights", default=1.0)

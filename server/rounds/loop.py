@@ -32,6 +32,7 @@ from common.model.moments import (
     select_offsets,
     serve_heads,
 )
+from common.model.momentum import adjust_step
 from common.offers import SentBackbone, list_digests
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
@@ -51,6 +52,9 @@ from server.rounds.witnesses import Witnesses
 
 AfterRound = Callable[[int, Heads], None]
 """Receives the number of a round and the heads after it, as they would be sent to sites."""
+
+_START = "start"
+"""Name in an aggregator's state of the parameters before the first round, where a run decays towards them."""
 
 _Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
 
@@ -429,9 +433,14 @@ def _aggregate(run: RunConfig, state: Checkpoint, collected: RoundUpdates, round
     for task, deltas in collected.by_group.items():
         if collected.counts[task] < required:
             continue
-        aggregator, old = open_aggregator(run.aggregation_of(task), "aggregation"), heads[task]
-        new, states[task] = aggregator.update(select_trained(old), states[task], deltas)
-        heads[task] = {**old, **new}
+        aggregator, old = open_aggregator(run.aggregation_of(task), "aggregation"), select_trained(heads[task])
+        new, state_after = aggregator.update(old, states[task], deltas)
+        adjustment = run.aggregation.select_adjustment(task)
+        if adjustment.decay_to_start:
+            # A head that was not updated yet is what it was before the first round.
+            state_after = {**state_after, _START: states[task].get(_START, old)}
+        new = adjust_step(adjustment, old, new, state_after.get(_START, old), round_=round_, rounds=run.rounds)
+        states[task], heads[task] = state_after, {**heads[task], **new}
         updated.add(task)
     updates = {task: count + (task in updated) for task, count in state.updates.items()}
     return replace(state, rounds_done=round_, heads=heads, states=states, updates=updates), updated

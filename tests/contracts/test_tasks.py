@@ -59,6 +59,14 @@ DECLARED = {
         },
         [["edema"], ["edema|effusion"], ["no finding"], ["effusion"]],
     ),
+    "classification, smoothed": TaskExample(
+        {"kind": "classification", "labels": ["none", "glioma", "meningioma"], "smoothing": 0.2},
+        [["glioma"], ["none"], ["meningioma"], ["none"]],
+    ),
+    "multilabel, smoothed": TaskExample(
+        {"kind": "multilabel", "labels": ["edema", "effusion"], "none": "no finding", "smoothing": 0.2},
+        [["edema"], ["edema|effusion"], ["no finding"], ["effusion"]],
+    ),
 }
 """Kinds that declare numbers for their labels, with all of them."""
 

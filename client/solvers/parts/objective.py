@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
+from common.backbones.parts.boundary import count_depths
 from common.model.parameters import parameters
 from common.privacy.noise import NoiseStream
-from common.run import Rates
+from common.run import Rates, TrunkRates
 from common.tasks import Task
-from common.types import Delta, Heads, Plan, RunFailed, select_trained
+from common.types import BadInput, Delta, Heads, Plan, RunFailed, select_trained
 
 # --- units and batches -----------------------------------------------------------------------------------------------
 
@@ -144,9 +145,11 @@ def make_optimizer_groups(
     tasks: Mapping[str, Task],
     rates: Rates,
     task_rates: Mapping[str, Rates],
-    trunk_rates: Rates | None,
+    trunk_rates: TrunkRates | None,
 ) -> list[dict[str, Any]]:
     """Returns the parameter groups with their rates as torch's optimizers take them, in the modules' order.
+
+    A trunk with rates of its own for each block is as many groups as it has parameters.
 
     Args:
         modules: parameter group -> head or trunk.
@@ -155,15 +158,34 @@ def make_optimizer_groups(
         task_rates: task -> rates of its head.
         trunk_rates: rates of all trunks; None for those of the heads.
     """
-    return [
-        {
-            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
-            "lr": group.learning_rate,
-            "weight_decay": group.weight_decay,
-        }
-        for name, module in modules.items()
-        for group in [task_rates.get(name, rates) if name in tasks or trunk_rates is None else trunk_rates]
-    ]
+    groups = []
+    for name, module in modules.items():
+        of_trunk = None if name in tasks else trunk_rates
+        own = of_trunk or task_rates.get(name, rates)
+        trained = {key: parameter for key, parameter in module.named_parameters() if parameter.requires_grad}
+        parts = [(list(trained.values()), own.learning_rate)]
+        if of_trunk is not None and of_trunk.layer_decay < 1.0:
+            depths = count_depths(module)
+            parts = [([each], own.learning_rate * of_trunk.layer_decay ** depths[key]) for key, each in trained.items()]
+        groups += [{"params": each, "lr": rate, "weight_decay": own.weight_decay} for each, rate in parts]
+    return groups
+
+
+def check_layers(modules: Mapping[str, nn.Module], trunk_rates: TrunkRates | None) -> None:
+    """Raises BadInput where rates differ from block to block and a trunk has only one.
+
+    Args:
+        modules: parameter group -> head or trunk.
+        trunk_rates: rates of all trunks; None for those of the heads.
+    """
+    if trunk_rates is None or trunk_rates.layer_decay == 1.0:
+        return
+    for name, module in modules.items():
+        if "." in name and not any(count_depths(module).values()):
+            raise BadInput(
+                f"solver.trunk.layer_decay: expected a trunk in which several blocks train, got {name} with one; leave "
+                "it out"
+            )
 
 
 def copy_trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -43,6 +43,29 @@ def list_blocks(network: nn.Module) -> list[str]:
     return [name for name, part in list_chain(network).items() if list_trainable(part)]
 
 
+def count_depths(trunk: nn.Module) -> dict[str, int]:
+    """Returns for each parameter that trains the number of blocks between its own and the last block of its trunk.
+
+    A block is a part of the chain in which a weight of more than one dimension trains; others, such as norms, belong to
+    the block before them.
+
+    Args:
+        trunk: a `Trunk`.
+    """
+    parts: dict[str, nn.Module] = {}
+    for name, part in list_chain(trunk.get_submodule("above")).items():
+        inner = part.named_children() if isinstance(part, nn.ModuleList) else ()
+        parts |= {f"{name}.{key}": each for key, each in inner} or {name: part}
+    num_blocks = 0
+    blocks: dict[str, int] = {}
+    for name, part in parts.items():
+        trained = [(key, parameter.dim()) for key, parameter in part.named_parameters() if parameter.requires_grad]
+        num_blocks += any(dims > 1 for _, dims in trained)
+        blocks |= {f"above.{name}.{key}": max(1, num_blocks) for key, _ in trained}
+    names = (name for name, parameter in trunk.named_parameters() if parameter.requires_grad)
+    return {name: max(0, num_blocks - blocks.get(name, 1)) for name in names}
+
+
 def divide_chain(network: nn.Module, block: str, item_shape: tuple[int, ...]) -> Divided:
     """Returns both sides of a block of a network whose forward pass begins with its parts, one after the other.
 

@@ -24,6 +24,9 @@ Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 """Ratio of records that have a label."""
 
+Smoothing = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Part of a label that a loss shares among all of them."""
+
 StartText = Annotated[str, Field(min_length=1, max_length=2000)]
 """A text that says what a label means."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
 from client.solvers.parts.private_step import compute_conv2d_gradients
 from common.backbones import Divided, Projection
-from common.backbones.parts.boundary import Trunk, list_trainable
+from common.backbones.parts.boundary import Trunk, count_depths, list_trainable
 from common.backbones.parts.projection import ProjectionLayer
 from common.backbones.transformers import Transformers
 from common.model.backbones import open_pretrained
 from common.model.parameters import parameters
-from common.model.trunks import cut
+from common.model.trunks import cut, stand_in
 from common.privacy.noise import NoiseStream
 from common.run import Trainable
 from common.tasks import Task, open_task
@@ -232,6 +233,53 @@ def test_each_group_moves_by_its_own_rate_and_decay(kind: str) -> None:
         moved = 0.25 * 0.8 if name == TRUNK else 0.5 * 0.1
         for key, value in parameters(module).items():
             assert delta.heads[name][key] == pytest.approx(-moved * value, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dp_sgd", "sgd"])
+def test_with_a_layer_decay_each_block_moves_less_than_the_one_above_it(
+    trunk_and_rows: tuple[Trunk, Tensor], kind: str
+) -> None:
+    trunk, rows = trunk_and_rows
+    modules, units = heads_on(trunk, rows), site(rows)
+    depths = count_depths(trunk)
+    assert depths.keys() == parameters(trunk).keys()
+
+    def solve(**trunk_rates: float) -> dict[str, np.ndarray]:
+        spec: dict[str, Any] = {"kind": kind, "sampling_rate": 1.0, "steps": 1, "learning_rate": 0.5}
+        spec |= {"trunk": {"learning_rate": 0.25, **trunk_rates}} | ({"clip_norm": 0.5} if kind == "dp_sgd" else {})
+        plan = Plan(1.0, 1, 0.5, 1.0, Unit.PATIENT) if kind == "dp_sgd" else Plan(1.0, 1, None, 0.0, Unit.PATIENT)
+        delta = open_solver(spec, "solver").solve(
+            modules, TASKS, units, plan=plan, public_sizes=SIZES, stream=SilentStream(KEY)
+        )
+        return {f"{group}/{name}": each for group, own in delta.heads.items() for name, each in own.items()}
+
+    plain, layered = solve(), solve(layer_decay=0.5)
+    for name, change in plain.items():
+        group, _, key = name.partition("/")
+        factor = 0.5 ** depths[key] if group == TRUNK else 1.0
+        assert layered[name] == pytest.approx(factor * change, abs=1e-6, rel=1e-3)
+
+
+def test_blocks_are_counted_from_the_features_down(tmp_path: Path) -> None:
+    depths = count_depths(convolutions()[0])
+    # Norms and what has no weights count to the convolution before them.
+    expected = {"above.0": 3, "above.3": 2, "above.5": 1, "above.7": 1, "above.10": 0}
+    for name, depth in depths.items():
+        assert depth == next(each for part, each in expected.items() if name.startswith(f"{part}."))
+    layers = {int(name.split(".")[2]): depth for name, depth in count_depths(adapters(tmp_path)[0]).items()}
+    assert layers == {0: 1, 1: 0}
+
+
+@pytest.mark.parametrize("kind", ["dp_sgd", "sgd"])
+def test_layers_cannot_be_told_apart_in_a_trunk_of_one_block(kind: str) -> None:
+    trunk = stand_in(7, 3)
+    spec: dict[str, Any] = {"kind": kind, "sampling_rate": 1.0, "steps": 1, "learning_rate": 0.5}
+    spec |= {"clip_norm": 0.5} if kind == "dp_sgd" else {}
+    open_solver({**spec, "trunk": {"learning_rate": 0.1}}, "solver").check_modules({TRUNK: trunk})
+    layered = open_solver({**spec, "trunk": {"learning_rate": 0.1, "layer_decay": 0.9}}, "solver")
+    with pytest.raises(BadInput, match="layer_decay: expected a trunk in which several blocks train"):
+        layered.check_modules({TRUNK: trunk})
+    layered.check_modules({TRUNK: convolutions()[0]})
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

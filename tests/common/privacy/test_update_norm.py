@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.privacy.update_norm import Response, bound_update_norms, check_descent_plan, compute_noise_range
 from common.privacy.update_norm import read_descent as read
-from common.run import Rates, RunConfig
+from common.run import Rates, RunConfig, TrunkRates
 from common.types import BadInput, Heads, Plan, Unit
 from tests.tiny import run_config
 
@@ -46,6 +46,27 @@ def test_the_response_is_that_of_torchs_optimizer(rates: Rates, momentum: float,
     assert response.euclidean == pytest.approx(math.sqrt(sum(effect**2 for effect in effects)), rel=1e-9)
     decayed = run_torch(rates, momentum, 1.0, [0.0] * steps) - 1.0
     assert response.decay == pytest.approx(abs(decayed), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_with_a_layer_decay_the_response_bounds_every_block(weight_decay: float) -> None:
+    rates = TrunkRates(learning_rate=4.0, weight_decay=weight_decay, layer_decay=0.5)
+    own = Response.of(rates, 0.5, 6, most_depth=3)
+    blocks = [Response.of(Rates(learning_rate=4.0 * 0.5**d, weight_decay=weight_decay), 0.5, 6) for d in range(4)]
+    for name in ("absolute", "euclidean", "decay"):
+        assert getattr(own, name) >= max(getattr(block, name) for block in blocks) * (1 - 1e-12)
+    if not weight_decay:
+        # Then the last block has the longest step each time.
+        assert own == blocks[0]
+
+
+def test_a_layer_decay_is_a_setting_of_the_run_that_is_bounded() -> None:
+    trunk = {"backbone.trunk": {"w": np.zeros((2, 4), np.float32), "v": np.zeros(4, np.float32)}}
+    deep = {"trainable": {"backbone": {"from": "input"}}}
+    plain = bound({**SENT, **trunk}, solver={"trunk": {"learning_rate": 0.2}}, **deep)
+    layered = bound({**SENT, **trunk}, solver={"trunk": {"learning_rate": 0.2, "layer_decay": 0.8}}, **deep)
+    assert layered == plain
+    assert math.isfinite(layered["backbone.trunk"])
 
 
 def bound(sent: Heads = SENT, sizes: dict[str, int] = SIZES, **changes: Any) -> dict[str, float]:

@@ -333,6 +333,29 @@ def test_the_journal_and_the_stored_replies_replay_to_the_same_heads(tmp_path: P
     assert select_events(events, RoundEnded)[0].sites["north"].weights == sizes
 
 
+def test_each_round_follows_the_schedule_and_decays_to_what_was_sent_first(tmp_path: Path) -> None:
+    sites = {name: site_config(tmp_path, name) for name in ("east", "north")}
+    aggregation = {"kind": "mean", "schedule": {"shape": "linear", "end": 0.5}, "decay_to_start": 0.2}
+    outcome, events = federate(tmp_path / "run", list(sites.values()), rounds=3, aggregation=aggregation)
+    tasks = {name: open_task(spec, name) for name, spec in run_config().tasks.items()}
+    modules = create_modules(run_config(), tasks, {"backbone": backbone()})
+    start = {name: parameters(module) for name, module in modules.items()}
+    heads = start
+    for event, factor in zip(select_events(events, RoundEnded), (1.0, 0.75, 0.5), strict=True):
+        replies = [_stored_delta(site, event.round) for site in sites.values()]
+        for task, params in heads.items():
+            means = {name: np.mean([reply.heads[task][name] for reply in replies], axis=0) for name in params}
+            far = {name: values + factor * means[name] - start[task][name] for name, values in params.items()}
+            heads = {**heads, task: {name: start[task][name] + 0.8 * each for name, each in far.items()}}
+    for task, params in heads.items():
+        for name, values in params.items():
+            np.testing.assert_allclose(outcome.heads[task][name], values, rtol=1e-4, atol=1e-6)
+    # What a resumed run decays to.
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    for task, params in start.items():
+        assert all(np.array_equal(checkpoint.states[task]["start"][name], each) for name, each in params.items())
+
+
 def _stored_delta(site: SiteConfig, round_: int) -> Delta:
     """Returns the update that a site stored for a round, found by the charge of its ledger."""
     charges = Ledger.find(locate_ledgers(site), site.registry).charges()  # type: ignore[union-attr]
