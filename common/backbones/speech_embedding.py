@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 import numpy as np
 from pydantic import Field
 
-from common.backbones import Architecture, Example, Pretrained, Projection
+from common.backbones import Architecture, Divided, Example, Pretrained, Projection
 from common.backbones.parts.audio import fit_length, resample
 from common.inputs import Audio
 from common.plugins import LocalPath, Plugin
 from common.types import BadInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _RATE, _HOP, _FFT, _MELS = 16_000, 160, 512, 32
 _WINDOW, _STEP = 76, 8
@@ -96,6 +96,27 @@ class SpeechEmbedding(Plugin):
                         tensor.copy_(known[name])
         noise = torch.randn(4, round(self.seconds * _RATE)) * 3000
         return scale_random_weights(architecture, nn.Linear(96, 97).weight, noise)
+
+    def blocks(self, network: nn.Module) -> list[str]:
+        """Returns the convolutions; the spectrogram before them is a fixed transform and stays frozen."""
+        return [name for name, _ in network.named_children() if name != "frontend"]
+
+    def divide(self, network: nn.Module, block: str) -> Divided:
+        """Returns both sides of a convolution's input."""
+        import torch
+
+        from common.backbones.parts.boundary import check_whole
+        from common.backbones.parts.nets import LowerSpeechNet, SpeechNet, UpperSpeechNet
+
+        assert isinstance(network, SpeechNet)
+        below, above = LowerSpeechNet(network, block), UpperSpeechNet(network, block)
+        with torch.no_grad():
+            length = round(self.seconds * _RATE)
+            probe_BL = 3000.0 * torch.cos(0.37 * torch.arange(2 * length, dtype=torch.float32)).view(2, length)
+            probe_BL = probe_BL.to(next(network.parameters()).device)
+            at_boundary_B = below(probe_BL)
+            check_whole(above(at_boundary_B), network(probe_BL), block)
+        return Divided(below, above, tuple(at_boundary_B.shape[1:]))
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns samples at 16 kHz in the range of 16-bit integers. Raises BadRecord."""

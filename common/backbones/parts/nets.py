@@ -179,15 +179,95 @@ class SpeechNet(nn.Module):
             self.layers.append(pool)
         self.conv19 = nn.Conv2d(inner, 96, (3, 1), bias=False)
 
+    def open_windows(self, samples_BL: Tensor) -> Tensor:
+        """Returns windows B x W x 1 x F x M of log-mel frames."""
+        frames_BFM: Tensor = self.frontend(samples_BL)
+        windows_BWFM: Tensor = frames_BFM.unfold(1, self.window, self.step).transpose(2, 3)
+        return windows_BWFM.unsqueeze(2)
+
     def forward(self, samples_BL: Tensor) -> Tensor:
         """Returns features B x 96."""
-        frames_BFM = self.frontend(samples_BL)
-        windows = frames_BFM.unfold(1, self.window, self.step).transpose(2, 3)
-        x = windows.reshape(-1, 1, *windows.shape[2:])
+        windows_BW1FM = self.open_windows(samples_BL)
+        x = self.apply_layers(windows_BW1FM.flatten(0, 1), self.layers)
+        averaged_B96: Tensor = self.conv19(x).reshape(windows_BW1FM.shape[0], -1, 96).mean(1)
+        return averaged_B96
+
+    def apply_layers(self, maps: Tensor, layers: Sequence[str | tuple[int, int]]) -> Tensor:
+        """Returns what some of the net's layers make of maps N x channels x time x mel bands."""
+        for layer in layers:
+            if isinstance(layer, str):
+                maps = nn.functional.leaky_relu(self.get_submodule(layer)(maps), 0.2).clamp(min=-0.4)
+            else:
+                maps = nn.functional.max_pool2d(maps, layer, layer)
+        return maps
+
+
+class LowerSpeechNet(nn.Module):
+    """The net up to one of its convolutions: samples B x L -> maps B x channels x W x time x mel bands.
+
+    Args:
+        network: the whole net.
+        block: name of the convolution.
+    """
+
+    def __init__(self, network: SpeechNet, block: str) -> None:
+        super().__init__()
+        self.network = network
+        self.before = network.layers[: network.layers.index(block)] if block in network.layers else network.layers
+
+    def forward(self, samples_BL: Tensor) -> Tensor:
+        """Returns the maps; windows are a dimension of their own."""
+        windows_BW1FM = self.network.open_windows(samples_BL)
+        maps = self.network.apply_layers(windows_BW1FM.flatten(0, 1), self.before)
+        by_window = maps.reshape(*windows_BW1FM.shape[:2], *maps.shape[1:])
+        return by_window.transpose(1, 2).contiguous()
+
+
+class UpperSpeechNet(nn.Module):
+    """The net from one of its convolutions on: maps B x channels x W x time x mel bands -> features B x 96.
+
+    Convolutions have three dimensions, with a kernel of 1 over windows: so a record stays one row, whose gradient
+    Opacus can tell from those of others.
+
+    Args:
+        network: the whole net.
+        block: name of the convolution.
+    """
+
+    def __init__(self, network: SpeechNet, block: str) -> None:
+        super().__init__()
+        whole = [*network.layers, "conv19"]
+        self.layers: list[str | tuple[int, int]] = whole[whole.index(block) : -1]
+        for name in (*self.layers, "conv19"):
+            if isinstance(name, str):
+                self.add_module(name, _add_dimension(network.get_submodule(name)))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Returns features B x 96."""
         for layer in self.layers:
             if isinstance(layer, str):
-                x = nn.functional.leaky_relu(self.get_submodule(layer)(x), 0.2).clamp(min=-0.4)
+                maps = nn.functional.leaky_relu(self.get_submodule(layer)(maps), 0.2).clamp(min=-0.4)
             else:
-                x = nn.functional.max_pool2d(x, layer, layer)
-        averaged_B96: Tensor = self.conv19(x).reshape(windows.shape[0], -1, 96).mean(1)
-        return averaged_B96
+                maps = nn.functional.max_pool3d(maps, (1, *layer), (1, *layer))
+        features_BDN: Tensor = self.get_submodule("conv19")(maps).flatten(2)
+        return features_BDN.mean(2)
+
+
+def _add_dimension(flat: nn.Module) -> nn.Conv3d:
+    """Returns a convolution in two dimensions as one in three."""
+    assert isinstance(flat, nn.Conv2d)
+    height, width = flat.kernel_size
+    above, beside = (int(each) for each in flat.padding)
+    layer = nn.Conv3d(
+        flat.in_channels,
+        flat.out_channels,
+        (1, height, width),
+        padding=(0, above, beside),
+        bias=flat.bias is not None,
+        device=flat.weight.device,
+    )
+    with torch.no_grad():
+        layer.weight.copy_(flat.weight.unsqueeze(2))
+        if layer.bias is not None and flat.bias is not None:
+            layer.bias.copy_(flat.bias)
+    return layer
