@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -120,10 +121,20 @@ class SiteTask(LabelColumns):
         public_size: declared, public number of units; weights and divisors use it, never the true count.
         min_units: fewest units to train on, with a label and a record that the offered backbone takes, with which the
             site takes part; tried when a run is approved.
+        mix: label -> its share among the site's own records, for `personal: adapt` where they have no labels; a label
+            that is not named has none. Without it, labelled training records say it.
     """
 
     public_size: Annotated[int, Field(ge=1, le=MAX_PUBLIC_SIZE)]
     min_units: PositiveInt = 1
+    mix: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+
+    @model_validator(mode="after")
+    def _check_mix(self) -> Self:
+        total = 1.0 if self.mix is None else math.fsum(self.mix.values())
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"mix: expected shares that add up to 1, got {total:.6g}")
+        return self
 
 
 class Split(Frozen):
@@ -152,8 +163,11 @@ class NoisedEvaluation(Frozen):
     evaluations: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-Personal = Literal["none", "prior", "fit", "tied"]
-"""Ways in which a site adapts final heads to itself; see docs/personal.md."""
+Personal = Literal["none", "prior", "fit", "tied", "adapt"]
+"""Ways in which a site adapts final heads to itself; see docs/personal.md, and docs/transfer.md for `adapt`."""
+
+ALIGNERS = (Spec(kind="mean_std"), Spec(kind="coral_em"))
+"""Aligners by default."""
 
 
 class SecureSum(Frozen):
@@ -231,8 +245,10 @@ class SiteConfig(Frozen):
         coordinators: further ones by name, or all; they share the budget. Nothing of one reaches another, but for the
             number of lines that the shared ledger has, and noised sums that an earlier run paid for (`moments`).
         personal: heads that the site adapts to itself after the last round: none; `prior` (to its own label
-            frequencies) and `fit` (and weights of its own, tied to the federated ones), which never leave; or `tied`,
-            from what the site released in the run.
+            frequencies), `fit` (and weights of its own, tied to the federated ones) and `adapt` (features moved to what
+            the run released of its classes), which never leave; or `tied`, from what the site released in the run.
+        aligners: ways of moving features that `personal: adapt` tries: the first is taken unless labels at home veto
+            it, a further one where they speak for it.
         secure_sum: sums of which the coordinator sees nothing but the total; without it such runs are declined.
         own_backbones: opened from here instead of being received, where a run's backbone has their digest.
         reply_every_s: seconds; an answer for which records may have been read leaves when a whole number of such
@@ -264,6 +280,7 @@ class SiteConfig(Frozen):
     coordinator: Coordinator | None = None
     coordinators: dict[Name, Coordinator] = {}
     personal: Personal = "none"
+    aligners: Annotated[list[Spec], Field(min_length=1)] = list(ALIGNERS)
     secure_sum: SecureSum | None = None
     own_backbones: list[Spec] = []
     reply_every_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0

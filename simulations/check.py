@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from client.aligners import open_aligners
 from client.data.records import check_values
 from client.data.sources import open_source
 from client.protocol.requirements import untrained_modules
 from client.solvers import SummingSolver, open_solver
-from common.model.moments import list_parts
+from common.model.moments import has_classes, list_parts
 from common.plugins import resolve
-from common.run import resolve_backbone_paths
+from common.run import RunConfig, resolve_backbone_paths
 from common.tasks import Task, open_task
 from common.types import BadInput
 from server.rounds.aggregators import check_trust, open_aggregator
@@ -49,11 +50,25 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
         check_values(name, task, config.tasks[name])
     if run.audit == "required" and privacy is None:
         raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
+    open_aligners(config.aligners, "aligners")
+    if config.personal == "adapt":
+        _check_adaptable(run, tasks)
     if config.non_private_solver is not None:
         other = open_solver(config.non_private_solver, "non_private_solver")
         if other.private:
             raise BadInput(f"non_private_solver.kind: expected a solver without privacy, got {other.kind!r}")
     return tasks
+
+
+def _check_adaptable(run: RunConfig, tasks: Mapping[str, Task]) -> None:
+    if not any(has_classes(task) for task in tasks.values()):
+        raise BadInput("personal: expected a task of kind classification for `adapt`; `fit` takes any task")
+    for key in ("classes", "scatter"):
+        if run.moments is None or not getattr(run.moments, key):
+            raise BadInput(
+                f"run.moments.{key}: expected a share above 0 for `personal: adapt`, as in `moments: {{classes: 0.1, "
+                "scatter: 0.1}` beside `solver: {kind: auto}`; got none"
+            )
 
 
 def list_missing_files(config: SimulationConfig) -> list[str]:

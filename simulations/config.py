@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from client.config import Budget, LabelColumns, NoisedEvaluation, Personal, SiteConfig
+from client.config import ALIGNERS, Budget, LabelColumns, NoisedEvaluation, Personal, SiteConfig
 from common.plugins import Frozen, LocalPath, Spec
 from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
@@ -164,6 +164,7 @@ class SimulationConfig(Frozen):
         evaluation: evaluation of held-out units, as in a site file.
         personal: heads that each site adapts to itself, as in a site file; they are then compared with the federated
             ones and with those of each site alone, on each site's own held-out records.
+        aligners: ways of moving features that `personal: adapt` tries, as in a site file.
         executor: what carries the messages.
         baselines: baselines to compute.
         non_private_solver: solver of the baselines `non_private` and `central`; by default the run's own, without clip
@@ -191,6 +192,7 @@ class SimulationConfig(Frozen):
     min_usable_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     evaluation: NoisedEvaluation | Literal["local"] = "local"
     personal: Personal = "none"
+    aligners: Annotated[list[Spec], Field(min_length=1)] = list(ALIGNERS)
     executor: Executor = Executor()
     baselines: list[Baseline] = []
     non_private_solver: SolverSpec | None = None

@@ -138,6 +138,7 @@ def _write_site(
         evaluation=config.evaluation,
         approval="automatic",
         personal=config.personal,
+        aligners=config.aligners,
         secure_sum=secure_sum,
         ledger_dir=folder / "state" / "ledgers",
         state_dir=folder / "state",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, Summary
+from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, PERSONAL_UNIFORM, Summary
 from common.types import BadInput
 from common.yaml import as_override, load
 from server.reports.results import new_run_folder
@@ -101,7 +101,10 @@ def _write_csv(path: Path, keys: list[str], results: list[tuple[dict[str, Any], 
 
 _BASELINE_COLUMNS = ("baseline_prediction", "local", "non_private", "central", "random_backbone")
 
-_HOME_COLUMNS = {kind: f"at home: {kind}" for kind in (FEDERATED, PERSONAL, ALONE, ALONE_NOT_PRIVATE, ALONE_ADAPTED)}
+_HOME_COLUMNS = {
+    kind: f"at home: {kind}"
+    for kind in (FEDERATED, PERSONAL, PERSONAL_UNIFORM, ALONE, ALONE_NOT_PRIVATE, ALONE_ADAPTED)
+}
 """Kind of heads -> column of the mean over sites, each on its own held-out records."""
 
 

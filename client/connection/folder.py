@@ -73,7 +73,7 @@ coordinator:
 # own_backbones:                  # opened from here instead of being received, where a run's backbone is one of these
 #   - {{kind: torchvision, model: mobilenet_v2, weights: ./mobilenet_v2.safetensors}}
 # reply_every_s: 1.0              # answers leave at whole numbers of such seconds; longer than any takes hides its time
-# personal: fit                 # final heads adapted to this site, which never leave: none, prior, fit or tied
+# personal: fit                 # final heads adapted to this site, which never leave: none, prior, fit, tied or adapt
 # plugins: ./plugins              # folder of this site's own source kinds, one file each
 # ledger_dir: ./ledgers           # where budgets are kept; by default one place for all site files of this user,
                                   # ~/.local/share/headwater/ledgers. In a container: on a volume that stays. Back it up

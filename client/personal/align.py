@@ -1,4 +1,4 @@
-"""Domain adaptation at a site: a run's head behind an alignment that its own labels have not spoken against.
+"""Domain adaptation at a site: a run's head behind an alignment that the site's own labels have not spoken against.
 
 Nothing leaves. What the run is sent stays sums of features as the backbone gives them: a site that standardised them by
 its own statistics first would let one record move all others, and epsilon 3 would be 4.7 or more.
@@ -15,16 +15,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from client.aligners import Aligner, Array, SourceMoments, TargetRecords
+from client.aligners import Aligner, Array, SourceMoments, TargetRecords, open_aligners
 from client.aligners.parts.guard import choose_guarded, compare_hits
 from client.aligners.parts.head import AlignedHead, keep_head, place_head
 from client.aligners.parts.linear import make_discriminant
-from client.aligners.parts.mix import estimate_mix
-from client.data.units import TaskRecords
+from client.aligners.parts.mix import estimate_mix, lift_shares, read_mix
+from client.config import SiteConfig
+from client.data.units import TaskRecords, Units
+from common.model.class_moments import ClassMoments
+from common.model.moments import has_classes
+from common.tasks import Task
 from common.types import BadInput
 
 SERVED = "served"
 """Name of the head that is taken where labels at home veto every alignment."""
+
+
+class MixUnknown(BadInput):
+    """A site's labels do not say its class mix."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,97 @@ class Adaptation:
     mix_C: Array = field(repr=False)
 
 
+@dataclass(frozen=True)
+class ReleasedTask:
+    """A task of a finished run as a site holds it, all of it from charged releases.
+
+    Attributes:
+        task: its definition.
+        head: its head, as it is served.
+        moments: what the run released of its classes.
+        temperature: number by which the head's outputs are divided; None where none is known.
+    """
+
+    task: Task
+    head: nn.Module
+    moments: ClassMoments
+    temperature: float | None
+
+
+def adapt_tasks(
+    config: SiteConfig, released: Mapping[str, ReleasedTask], units: Units, *, lenient: bool = False
+) -> dict[str, Adaptation]:
+    """Returns the head of each task, adapted to a site's training units.
+
+    Args:
+        config: the site's settings.
+        released: task -> what the run released of it; tasks with classes alone.
+        units: the site's training units.
+        lenient: keeps the run's head where labels do not say the site's class mix, instead of refusing.
+
+    Raises:
+        BadInput: the moments do not fit, or the site's class mix is not known.
+    """
+    aligners = open_aligners(config.aligners, "aligners")
+    adapted = {}
+    for name, own in released.items():
+        records, declared = units.tasks[name], config.tasks[name].mix
+        source = read_source(own.moments, name, records.features_RD.shape[1])
+        labels: list[str] = own.task.labels  # type: ignore[attr-defined]
+        mix_C = None if declared is None else read_mix(declared, labels, f"tasks.{name}.mix")
+        try:
+            adapted[name] = align_head(own.head, source, records, aligners, mix_C, temperature=own.temperature)
+        except MixUnknown as error:
+            if not lenient:
+                raise BadInput(f"task {name}: {error}") from error
+            adapted[name] = Adaptation(keep_head(own.head, source), SERVED, source.shares_C)
+    return adapted
+
+
+def select_adaptable(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """Returns the tasks whose records have one class each. Raises BadInput where there is none."""
+    found = {name: task for name, task in tasks.items() if has_classes(task)}
+    if not found:
+        kinds = ", ".join(dict.fromkeys(task.kind for task in tasks.values()))
+        raise BadInput(
+            f"personal: adapt: expected a task of kind classification, got {kinds}; `personal: fit` takes any task"
+        )
+    return found
+
+
+def read_source(moments: ClassMoments, task: str, num_features: int) -> SourceMoments:
+    """Returns released moments as aligners read them.
+
+    Args:
+        moments: what the run released of the task's classes.
+        task: name of the task.
+        num_features: number of features of the site's records.
+
+    Raises:
+        BadInput: they lack products of features, or are of another backbone.
+    """
+    within_DD = moments.within_DD()
+    if within_DD is None:
+        raise BadInput(
+            f"task {task}: expected a run that released products of features (`moments.scatter` of its run file), got "
+            "one without"
+        )
+    if within_DD.shape[0] != num_features:
+        raise BadInput(
+            f"task {task}: expected moments of {num_features} features, got {within_DD.shape[0]}: they are of another "
+            "backbone"
+        )
+    return SourceMoments(moments.means_CD(), within_DD, lift_shares(moments.shares_C()))
+
+
 def align_head(
     head: nn.Module,
     source: SourceMoments,
     records: TaskRecords,
     aligners: Mapping[str, Aligner],
     mix_C: Array | None = None,
+    *,
+    temperature: float | None = None,
 ) -> Adaptation:
     """Returns a run's head adapted to a site's records.
 
@@ -58,22 +151,23 @@ def align_head(
             used where the mask has them.
         aligners: kind -> aligner, in the order in which they are tried.
         mix_C: the site's class mix, where it is declared.
+        temperature: number by which the head's outputs are divided; None where none is known.
 
     Raises:
-        BadInput: no mix is declared, and the site has no labels, or of one class only.
+        MixUnknown: no mix is declared, and the site has no labels, or of one class only.
     """
     labelled = records.labelled()
     weight_R = labelled.weight_R.double().numpy()
-    counts_C: Array = np.zeros(len(source.shares_C))
-    np.add.at(counts_C, labelled.labels.numpy(), weight_R)
     if mix_C is None:
+        counts_C: Array = np.zeros(len(source.shares_C))
+        np.add.at(counts_C, labelled.labels.numpy(), weight_R)
         mix_C = choose_mix(counts_C, source)
     rows_RD = nn.functional.normalize(records.features_RD.double(), dim=1).numpy()
     target = TargetRecords(rows_RD, records.weight_R.double().numpy())
     heads = [(SERVED, keep_head(head, source))]
-    heads += [
-        (kind, place_head(head, source, each.align(source, target, mix_C), mix_C)) for kind, each in aligners.items()
-    ]
+    for kind, aligner in aligners.items():
+        alignment = aligner.align(source, target, mix_C)
+        heads.append((kind, place_head(head, source, alignment, mix_C, temperature=temperature or 1.0)))
 
     def compare(one: tuple[str, AlignedHead], other: tuple[str, AlignedHead]) -> float:
         hit_R, other_R = (find_hits(own, labelled) for _, own in (one, other))
@@ -84,13 +178,13 @@ def align_head(
 
 
 def choose_mix(counts_C: Array, source: SourceMoments) -> Array:
-    """Returns a site's class mix from its labelled units. Raises BadInput where they do not tell it."""
+    """Returns a site's class mix from its labelled units. Raises MixUnknown where they do not tell it."""
     known = int((counts_C > 0).sum())
     if known < 2:
         got = "no label" if known == 0 else "labels of one class only"
-        raise BadInput(
-            f"expected labelled training records of two classes at least, got {got}; "
-            "declare the site's class mix in its file, as `mix: {LABEL: SHARE}` of the task"
+        raise MixUnknown(
+            f"expected labelled training records of two classes at least, got {got}; declare the site's class mix in "
+            "its file, as `mix: {LABEL: SHARE}` of the task"
         )
     return estimate_mix(counts_C, source.shares_C)
 

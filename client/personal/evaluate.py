@@ -7,27 +7,30 @@ untrained head, which is what it could use if it never shared anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from google.protobuf.message import DecodeError
 
+from client.aligners.parts.head import AlignedHead, UniformHead
 from client.config import Personal
 from client.data.prepare import open_units
+from client.data.units import Units
 from client.personal.adapt import adapt_heads
+from client.personal.align import ReleasedTask, adapt_tasks, select_adaptable
 from client.personal.intervals import Estimate, estimate_metrics, list_intervals, list_values
 from client.personal.local_heads import LocalTraining, make_local_steps, train_alone
 from client.personal.metrics import Predictions, predict
 from client.personal.personal_heads import PersonalHeads, list_head_parameters, save_personal_heads
 from client.personal.tied import tie_heads
-from client.protocol.site import FINAL_HEADS, Site, joined_run, load_modules
+from client.protocol.site import FINAL_HEADS, Joined, Site, joined_run, load_modules
 from client.solvers import Solver, open_solver
 from common import messages
 from common.errors import instead
-from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
-from common.model.class_moments import split_class_moments
+from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, PERSONAL_UNIFORM
+from common.model.class_moments import split_class_moments, unpack_class_moments
 from common.model.trunks import create_modules
 from common.run import Privacy
 from common.tasks import Task
@@ -103,12 +106,13 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
     return Comparison(found.run_id, found.personal, found.num_held_out, estimates)
 
 
-def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
+def predict_at_home(site: Site, run_id: str | None = None, *, lenient: bool = False) -> HomePredictions:
     """Returns the outputs of all kinds of heads for the site's held-out units; personal heads are saved.
 
     Args:
         site: the site that took part in the run.
         run_id: id of the run; by default the run whose final heads arrived last.
+        lenient: as in `adapt`.
 
     Raises:
         BadInput: no such run, or its data are gone, or no unit is held out.
@@ -136,7 +140,9 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
     final = load_final_heads(joined.folder)
     modules = {FEDERATED: load_modules(site, joined, tasks, final)}
     if site.config.personal != "none":
-        modules[PERSONAL] = {**modules[FEDERATED], **adapt(site, run_id)}
+        modules[PERSONAL] = {**modules[FEDERATED], **adapt(site, run_id, lenient=lenient)}
+        if any(isinstance(head, AlignedHead) for head in modules[PERSONAL].values()):
+            modules[PERSONAL_UNIFORM] = _serve_equal_classes(modules[PERSONAL])
     if run.requested_privacy is not None:
         alone = train_here(solver, run.training_privacy, f"home/{run_id}")
         modules[ALONE] = load_modules(site, joined, tasks, alone)
@@ -147,6 +153,20 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
         untrained = load_modules(site, joined, tasks, start)
         own = adapt_heads("fit", untrained, tasks, train.passed(untrained))
         modules[ALONE_ADAPTED] = {**untrained, **own}
+    outputs = predict_held_out(modules, list(tasks), test)
+    return HomePredictions(run_id, site.config.personal, test.num_units, tasks, outputs)
+
+
+def predict_held_out(
+    modules: Mapping[str, Mapping[str, torch.nn.Module]], tasks: Sequence[str], test: Units
+) -> dict[str, dict[str, Predictions]]:
+    """Returns task -> kind of heads -> outputs for held-out units; tasks without a labelled one are left out.
+
+    Args:
+        modules: kind of heads -> heads and trunks by name.
+        tasks: names of the tasks.
+        test: the held-out units.
+    """
     outputs: dict[str, dict[str, Predictions]] = {}
     for kind, own in modules.items():
         held_out = test.passed(own)
@@ -154,15 +174,20 @@ def predict_at_home(site: Site, run_id: str | None = None) -> HomePredictions:
             predictions = predict(own[name], name, held_out)
             if predictions is not None:
                 outputs.setdefault(name, {})[kind] = predictions
-    return HomePredictions(run_id, site.config.personal, test.num_units, tasks, outputs)
+    return outputs
 
 
-def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
+def _serve_equal_classes(heads: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    return {name: UniformHead(head) if isinstance(head, AlignedHead) else head for name, head in heads.items()}
+
+
+def adapt(site: Site, run_id: str | None = None, *, lenient: bool = False) -> dict[str, torch.nn.Module]:
     """Adapts a run's final heads to the site as its file says, saves and returns them; nothing is sent or spent.
 
     Args:
         site: the site that took part in the run.
         run_id: id of the run; by default the run whose final heads arrived last.
+        lenient: with `personal: adapt` keeps the run's head where the site's labels do not say its class mix.
 
     Raises:
         BadInput: no such run, or its data are gone, or the site file's `personal` is none or does not suit the run.
@@ -170,7 +195,7 @@ def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
     """
     mode = site.config.personal
     if mode == "none":
-        raise BadInput("personal: expected prior, fit or tied in the site file, got none")
+        raise BadInput("personal: expected prior, fit, tied or adapt in the site file, got none")
     joined = joined_run(site, run_id or find_last_run(site))
     tasks, final = joined.tasks(site.config), load_final_heads(joined.folder)
     if mode == "tied":
@@ -180,10 +205,29 @@ def adapt(site: Site, run_id: str | None = None) -> dict[str, torch.nn.Module]:
     else:
         modules = load_modules(site, joined, tasks, final)
         units = open_units(joined.folder / "data", "train", list(tasks), torch.device("cpu")).passed(modules)
-        adapted = adapt_heads(mode, modules, tasks, units)
+        if mode == "adapt":
+            released = _read_released(joined, tasks, modules)
+            aligned = adapt_tasks(site.config, released, units, lenient=lenient)
+            adapted = {name: aligned[name].head if name in aligned else modules[name] for name in tasks}
+        else:
+            adapted = adapt_heads(mode, modules, tasks, units)
     kept = {name: list_head_parameters(head) for name, head in adapted.items()}
     save_personal_heads(joined.folder, PersonalHeads(mode, heads_digest(final), mode == "tied", kept))
     return adapted
+
+
+def _read_released(
+    joined: Joined, tasks: Mapping[str, Task], modules: Mapping[str, torch.nn.Module]
+) -> dict[str, ReleasedTask]:
+    """Returns what a run released of those of its tasks that have classes. Raises BadInput where there is nothing."""
+    request = load_final_request(joined.folder)
+    _, moments = split_class_moments(request.heads)
+    released = {}
+    for name, task in select_adaptable(tasks).items():
+        num_classes = len(task.labels)  # type: ignore[attr-defined]
+        own = unpack_class_moments(moments, name, joined.run.backbone_of(name), num_classes)
+        released[name] = ReleasedTask(task, modules[name], own, request.temperatures.get(name))
+    return released
 
 
 def load_final_heads(folder: Path) -> Heads:

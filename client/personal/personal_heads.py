@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
+from client.aligners import Alignment
+from client.aligners.parts.head import AlignedHead
 from client.personal.adapt import OwnHead
 from client.protocol.site import PERSONAL_HEADS
 from common.files import write_atomic
@@ -31,7 +33,8 @@ MAY_LEAVE = "computed from charged releases alone: may leave"
 AT_HOME: Literal["at_home"] = "at_home"
 """The purpose of a caller that keeps everything at the site."""
 
-_OFFSET = "own.offset"
+_OWN = "own."
+_OFFSET = f"{_OWN}offset"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PersonalHeads:
     """Heads that a site adapted to itself.
 
     Attributes:
-        mode: `prior`, `fit` or `tied`.
+        mode: `prior`, `fit`, `tied` or `adapt`.
         final_heads: digest of the federated heads that they were made from.
         may_leave: whether they were computed from what the site had released already, and from nothing else.
         heads: task -> parameters, with the site's offsets.
@@ -53,6 +56,9 @@ class PersonalHeads:
 
 def list_head_parameters(head: nn.Module) -> dict[str, np.ndarray]:
     """Returns a personal head's parameters, and its offsets where it has any, by name."""
+    if isinstance(head, AlignedHead):
+        own = {f"{_OWN}{name}": values.detach().cpu().numpy() for name, values in head.named_buffers(recurse=False)}
+        return {**parameters(head.head), **own}
     if not isinstance(head, OwnHead):
         return parameters(head)
     return {**parameters(head.head), _OFFSET: head.offset_K.detach().cpu().numpy()}
@@ -70,8 +76,20 @@ def open_personal_head(params: Params, task: Task, feature_dim: int) -> nn.Modul
         BadInput: they are not those of such a head.
     """
     module = task.head(feature_dim)
-    load_parameters(module, {name: value for name, value in params.items() if name != _OFFSET})
-    return OwnHead(module, torch.from_numpy(np.array(params[_OFFSET]))) if _OFFSET in params else module
+    load_parameters(module, {name: value for name, value in params.items() if not name.startswith(_OWN)})
+    own = {name.removeprefix(_OWN): np.array(each) for name, each in params.items() if name.startswith(_OWN)}
+    if "scale" in own:
+        exact = {name: values.astype(np.float64) for name, values in own.items()}
+        discriminant = (exact["weights_CD"], exact["bias_C"]) if "weights_CD" in exact else None
+        return AlignedHead(
+            module,
+            Alignment(exact["scale"], exact["shift_D"]),
+            discriminant,
+            exact["log_mix_C"],
+            exact["log_shares_C"],
+            float(exact["temperature"]),
+        )
+    return OwnHead(module, torch.from_numpy(own["offset"])) if own else module
 
 
 def save_personal_heads(folder: Path, personal: PersonalHeads) -> Path:

@@ -485,7 +485,7 @@ def _describe_part(part: str, config: SiteConfig, joined: Joined, tasks: Mapping
         kind = "scatter" if part.endswith(SCATTER) else "mean"
         return {kind: joined.backbones.get(subject, ""), "sources": sources, "unit": config.unit.value}
     settings = {key: value for key, value in joined.run.tasks[subject].settings().items() if key not in _OF_TRAINING}
-    columns = config.tasks[subject].model_dump(mode="json")
+    columns = config.tasks[subject].model_dump(mode="json", exclude={"mix"})
     # The key's former name: sums that were paid for under it are found again.
     columns["column"] = columns.pop("label")
     about = {"task": settings, "columns": columns, "unit": config.unit.value}

@@ -21,10 +21,11 @@ Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
 """Metric name -> its interval; None where it is undefined."""
 
-FEDERATED, PERSONAL = "federated", "personal"
+FEDERATED, PERSONAL, PERSONAL_UNIFORM = "federated", "personal", "personal, equal classes"
 ALONE, ALONE_NOT_PRIVATE, ALONE_ADAPTED = "site alone", "site alone, not private", "site alone, adapted"
 """Kinds of heads that a site compares on its own held-out units. The last is an untrained head that the site adapted as
-it adapted the federated one, which shows what the federation's head added."""
+it adapted the federated one, which shows what the federation's head added. Heads for equally frequent classes stand
+beside personal ones that know the site's own class mix."""
 
 
 class Facts(BaseModel):

@@ -365,9 +365,9 @@ class HomeEvaluated(Event):
     event_name = "at_home"
 
     task: str = Field(description="Name of the task.")
-    personal: str = Field(description="How the sites adapted the final heads: prior, fit or tied.")
+    personal: str = Field(description="How the sites adapted the final heads: prior, fit, tied or adapt.")
     heads: Mapping[str, HomeMetrics] = Field(
-        description="Kind of heads (federated, personal, site alone in three ways) -> their metrics."
+        description="Kind of heads (federated, personal in up to two ways, site alone in three) -> their metrics."
     )
 
 

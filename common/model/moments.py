@@ -92,7 +92,7 @@ def list_parts(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, float]:
 
 def _list_class_sums(run: RunConfig, moments: Moments, counted: Mapping[str, Task]) -> dict[str, float]:
     """Returns the shares of sums by class, and of products of features, where the run measures them."""
-    classed = [name for name, task in counted.items() if _has_classes(task)]
+    classed = [name for name, task in counted.items() if has_classes(task)]
     backbones = sorted({run.backbone_of(name) for name in classed})
     for key, share in (("classes", moments.classes), ("scatter", moments.scatter)):
         if share and not classed:
@@ -257,7 +257,7 @@ def _count_features(head: Params) -> int:
     return int(next(head[key].shape[1] for key in sorted(head) if head[key].ndim > 1))
 
 
-def _has_classes(task: Task) -> bool:
+def has_classes(task: Task) -> bool:
     """Returns true for a task of which each record has one label of several."""
     return isinstance(task, LabelPrior) and task.num_counts == len(getattr(task, "labels", ()))
 

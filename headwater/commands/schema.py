@@ -28,8 +28,8 @@ PLUGIN_FOLDERS = {
 FIELDS = {
     "RunConfig": {"backbone": "backbone", "backbones": "backbone", "tasks": "task", "solver": "solver",
                   "aggregation": "aggregator"},
-    "SiteConfig": {"sources": "source", "own_backbones": "backbone"},
-    "SimulationConfig": {"sources": "source", "non_private_solver": "solver"},
+    "SiteConfig": {"sources": "source", "own_backbones": "backbone", "aligners": "aligner"},
+    "SimulationConfig": {"sources": "source", "non_private_solver": "solver", "aligners": "aligner"},
     "Partition": {"sites": "source"},
     "Pretrain": {"sources": "source"},
 }  # fmt: skip

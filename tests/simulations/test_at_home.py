@@ -10,8 +10,9 @@ from rich.console import Console
 
 from client.personal.evaluate import compare
 from client.protocol.site import Site
-from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL
+from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, PERSONAL_UNIFORM
 from common.privacy.noise import os_entropy
+from common.types import BadInput
 from common.yaml import load
 from server.reports.tables import render_summary
 from simulations.config import SimulationConfig
@@ -56,3 +57,39 @@ def test_a_sweep_writes_them_to_its_table(simulation_file: Path, tmp_path: Path)
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "accuracy"]
     assert 0.0 < float(rows[0]["at home: personal"]) <= 1.0
+
+
+AUTO = [
+    "run.solver={kind: auto}",
+    "run.aggregation=null",
+    "run.tasks.colour.head={centre: false}",
+    "run.moments={classes: 0.2, scatter: 0.2}",
+    "personal=adapt",
+    "noise_seed=1",
+]
+
+
+def test_sites_that_adapt_are_shown_with_their_own_mix_and_for_equal_classes(
+    simulation_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    task = run(simulation_file, overrides=AUTO, out=out).tasks["colour"]
+    assert task.personal == "adapt"
+    assert list(task.at_home) == [FEDERATED, PERSONAL, PERSONAL_UNIFORM, ALONE, ALONE_NOT_PRIVATE]
+    assert (task.at_home[PERSONAL].mean["balanced_accuracy"] or 0.0) > 0.7
+    assert (task.at_home[PERSONAL_UNIFORM].mean["balanced_accuracy"] or 0.0) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.moments={classes: 0.2}", "run.moments.scatter: expected a share above 0 for `personal: adapt`"),
+        ("run.moments=null", "run.moments.classes: expected a share above 0"),
+        ("aligners=[{kind: mean_sdt}]", "aligners.0.kind: expected one of .* got 'mean_sdt' .nearest: 'mean_std'"),
+    ],
+)
+def test_an_adaptation_that_the_run_does_not_allow_is_refused_before_it_begins(
+    simulation_file: Path, tmp_path: Path, override: str, words: str
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        run(simulation_file, overrides=[*AUTO, override], out=tmp_path / "out")

@@ -64,7 +64,6 @@ class AlignedHead(nn.Module):
             ("temperature", np.array(temperature)),
         ):
             self.register_buffer(name, None if values is None else torch.from_numpy(np.asarray(values, np.float32)))
-        self.requires_grad_(False)
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Returns outputs_BC for the site's own mix."""

@@ -165,7 +165,7 @@ def test_the_command_adapts_and_shows_personal_heads_with_intervals(tmp_path: Pa
     write_yaml(path, config)
     refused = CliRunner().invoke(app, ["adapt", str(path)])
     assert refused.exit_code == 2
-    assert "personal: expected prior, fit or tied" in refused.stderr
+    assert "personal: expected prior, fit, tied or adapt" in refused.stderr
     write_yaml(path, config.model_copy(update={"personal": "fit"}))
     done = CliRunner().invoke(app, ["adapt", str(path)])
     assert done.exit_code == 0, done.output
