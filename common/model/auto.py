@@ -191,10 +191,11 @@ def _choose_step(task: Task, rounds: int) -> dict[str, float]:
     """
     assert isinstance(task, SmoothLoss)  # The caller has refused others.
     smoothness = task.scale * task.smoothness
-    if not isinstance(task, ConstantCurvature):
-        return {"step": round(STEP / smoothness, 6)}
-    most = min(Momentum.model_fields["most_momentum"].default, math.exp(-CALM / rounds))
-    return {"step": round(1.0 / (smoothness * task.squared_length), 6), "most_momentum": round(most, 6)}
+    calm = {"most_momentum": round(min(Momentum.model_fields["most_momentum"].default, math.exp(-CALM / rounds)), 6)}
+    if isinstance(task, ConstantCurvature):
+        return {"step": round(1.0 / (smoothness * task.squared_length), 6), **calm}
+    # A smoothed loss has its least at outputs of finite length, where its curvature is left.
+    return {"step": round(STEP / smoothness, 6), **(calm if getattr(task, "smoothing", 0.0) else {})}
 
 
 def _explain(chosen: Mapping[str, Any], trains_network: bool) -> tuple[str, ...]:
