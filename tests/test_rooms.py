@@ -48,6 +48,7 @@ FLOORS = {
         "secure_sum",
         "personal",
         "prediction",
+        "start",
         "connection",
         "monitoring",
         "commands",

@@ -9,10 +9,11 @@ import typer
 from client.commands.parts.options import Coordinator, SiteFile
 from client.config import SiteConfig
 from client.personal.evaluate import adapt as adapt_heads
-from client.personal.personal_heads import MAY_LEAVE, NEVER_LEAVES
+from client.personal.personal_heads import MAY_LEAVE
 from client.protocol.site import PERSONAL_HEADS, Site, SiteDeclined
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
+from common.serving.folder import NEVER_LEAVES
 from common.types import BadInput
 from common.yaml import load
 

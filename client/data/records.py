@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from client.config import LabelColumns, SiteTask, Split
+from client.config import LabelColumns, Split
 from client.data.sources import SourceRecord
 from client.data.sources.parts.boundary import try_record
 from common.errors import instead
@@ -200,7 +200,7 @@ def count_copies(placed: Sequence[PlacedRecord]) -> int:
     )
 
 
-def encode_labels(name: str, task: Task, own: SiteTask, records: Iterable[PlacedRecord]) -> TaskLabels:
+def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[PlacedRecord]) -> TaskLabels:
     """Returns a task's labels of the records of its source, in their order.
 
     Args:
@@ -285,7 +285,7 @@ def _get_identity(placed: PlacedRecord) -> tuple[str, str]:
     return placed.source, placed.record.key
 
 
-def _encode_label(task: Task, own: SiteTask, cells: list[str]) -> tuple[Tensor | None, str | None]:
+def _encode_label(task: Task, own: LabelColumns, cells: list[str]) -> tuple[Tensor | None, str | None]:
     """Returns the label, or None with a reason to report the record, or None without one."""
     if not (all(cells) if isinstance(task, NamedCells) else any(cells)):
         return None, "missing label" if own.missing == "refuse" else None

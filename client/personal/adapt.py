@@ -117,7 +117,7 @@ def choose_tie(head: nn.Module, task: Task, records: TaskRecords) -> Tie:
         known = records.taken((~held_out_R).nonzero().squeeze(1), records.unit_R)
         tried = records.taken(held_out_R.nonzero().squeeze(1), records.unit_R)
         for scale in dict.fromkeys(tie.scale for tie in _TIES):
-            own = fit_offsets(_scale_head(head, scale), task, known)
+            own = fit_offsets(scale_head(head, scale), task, known)
             for tie in (tie for tie in _TIES if tie.scale == scale):
                 fitted = fit_head(own, task, known, tie.compute_weight(own, known), tolerance=_TRIAL_TOLERANCE)
                 with torch.no_grad():
@@ -126,7 +126,8 @@ def choose_tie(head: nn.Module, task: Task, records: TaskRecords) -> Tie:
     return min(losses, key=losses.__getitem__)
 
 
-def _scale_head(head: nn.Module, scale: float) -> nn.Module:
+def scale_head(head: nn.Module, scale: float) -> nn.Module:
+    """Returns a copy of a head whose trainable weights are multiplied by a factor."""
     scaled = copy.deepcopy(head)
     with torch.no_grad():
         for each in scaled.parameters():
@@ -227,5 +228,5 @@ def _adapt(mode: Literal["prior", "fit"], head: nn.Module, task: Task, records: 
     if mode == "prior":
         return fit_offsets(head, task, records)
     tie = choose_tie(head, task, records)
-    own = fit_offsets(_scale_head(head, tie.scale), task, records)
+    own = fit_offsets(scale_head(head, tie.scale), task, records)
     return fit_head(own, task, records, tie.compute_weight(own, records))

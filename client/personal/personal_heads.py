@@ -24,10 +24,10 @@ from client.personal.adapt import OwnHead
 from client.protocol.site import PERSONAL_HEADS
 from common.files import write_atomic
 from common.model.parameters import load_parameters, parameters
+from common.serving.folder import NEVER_LEAVES
 from common.tasks import Task
 from common.types import BadInput, DigestMismatch, Heads, Params
 
-NEVER_LEAVES = "contains unnoised information: never leaves"
 MAY_LEAVE = "computed from charged releases alone: may leave"
 
 AT_HOME: Literal["at_home"] = "at_home"

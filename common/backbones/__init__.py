@@ -282,11 +282,19 @@ class ReadsColumns(Protocol):
 
 
 @runtime_checkable
+class NamedClasses(Protocol):
+    """A further member of a kind whose pre-training's classes have known names."""
+
+    def list_classes(self) -> list[str]:
+        """Returns the names of the classes of the classifier's rows, in their order; none where they are not known."""
+
+
+@runtime_checkable
 class _WithWeightsSetting(Protocol):
     weights: object
 
 
-OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns)
+OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns, NamedClasses)
 """Protocols that a kind has as a whole or not at all."""
 
 

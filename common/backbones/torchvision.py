@@ -131,6 +131,16 @@ class Torchvision(Plugin):
         load_strict(model, own, f"weights: {self.weights}")
         return self._read_parts(model)
 
+    def list_classes(self) -> list[str]:
+        """Returns torchvision's names of the classes of its weights, where there are as many."""
+        from torchvision import models
+
+        for weights in models.get_model_weights(self.model):
+            names: list[str] = weights.meta.get("categories", [])
+            if len(names) == self.num_classes:
+                return list(names)
+        return []
+
     def random(self) -> Pretrained:
         """Returns weights as torchvision initialises them."""
         import torch

@@ -105,8 +105,10 @@ def write_export(
     """
     from common.exports.parts.card import write_card
     from common.exports.parts.exported import select
+    from common.serving.folder import refuse_home_model
 
     check_folder(folder)
+    refuse_home_model(folder, model.config)
     exported = replace(select(model, tasks, without, one_task=opened.one_task, name=opened.kind), facts=facts)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,13 +44,23 @@ def start_from_texts(
         # Where a trunk trains, what a site opens of the backbone ends before the features; its weights are sent to it.
         if not texts or backbones[name].trunk is not None:
             continue
-        rows_KD = _encode_rows(texts, backbones[name], f"tasks.{name}.start")
+        rows_KD = encode_rows(texts, backbones[name], f"tasks.{name}.start")
         (weight_KD,) = (values for key, values in heads[name].named_parameters() if key.endswith("weight"))
         with torch.no_grad():
             weight_KD.copy_(rows_KD)
 
 
-def _encode_rows(texts: Sequence[Sequence[str]], backbone: Backbone, key: str) -> Tensor:
+def encode_rows(texts: Sequence[Sequence[str]], backbone: Backbone, key: str) -> Tensor:
+    """Returns the rows of a head, float32 [K, D], each from the middle of all classes' texts to its own class's.
+
+    Args:
+        texts: the texts of each class.
+        backbone: open backbone.
+        key: key of the setting, for messages.
+
+    Raises:
+        BadInput: the backbone reads no texts, or they are all alike to it.
+    """
     try:
         means = [backbone.encode([backbone.preprocess(Text(text)) for text in own]).double().mean(0) for own in texts]
     except BadRecord as error:

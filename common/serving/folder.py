@@ -25,7 +25,13 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -34,7 +40,7 @@ from common.files import private_folder, write_atomic
 from common.model.class_moments import ClassMoments, unpack_class_moments
 from common.model.moments import CLASSES, SCATTER
 from common.plugins import Frozen
-from common.run import Name, RunConfig, Trainable
+from common.run import Name, RunConfig, Trainable, drop_unset
 from common.types import RELATION, BackboneBlob, BadInput, DigestMismatch, Heads, Relation, Unit
 
 CONFIG = "config.json"
@@ -42,6 +48,9 @@ MODEL = "model"
 """Name of the model's folder in the folder of a run."""
 FORMAT: Literal["headwater model"] = "headwater model"
 VERSION: Literal[1] = 1
+
+NEVER_LEAVES = "contains unnoised information: never leaves"
+"""Mark of what was computed from a site's records without noise."""
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 """Temperatures that a coordinator may send: with others, float32 outputs would be no numbers. Fitted ones lie between
@@ -114,6 +123,20 @@ class ModelPrivacy(Frozen):
     epsilon: dict[str, Annotated[float, Field(ge=0)] | None] = {}
 
 
+class ModelStart(Frozen):
+    """The beginning of a model that no run trained (`headwater start-from`).
+
+    Attributes:
+        prior: digest over the parameters of the model that it started from.
+        names: whether a head was made from names of classes.
+        records: whether labelled records had a part in a head, without noise: the model then never leaves its site.
+    """
+
+    prior: str
+    names: bool
+    records: bool
+
+
 class ModelConfig(Frozen):
     """All that is known of a finished model but its numbers.
 
@@ -130,6 +153,7 @@ class ModelConfig(Frozen):
         solver: settings of the solver.
         heads: digest over all parameters, as the sites were sent it.
         files: file of a head, a trunk or moments -> its SHA-256.
+        start: how it started from the run's model; null where it is the run's own.
     """
 
     format: Literal["headwater model"] = FORMAT
@@ -144,6 +168,16 @@ class ModelConfig(Frozen):
     solver: dict[str, Any] = {}
     heads: str
     files: dict[str, str]
+    start: ModelStart | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("start",))
+
+    @property
+    def never_leaves(self) -> bool:
+        """True where the model contains unnoised information of a site's records."""
+        return self.start is not None and self.start.records
 
     @model_validator(mode="after")
     def _check_backbones(self) -> Self:
@@ -299,6 +333,14 @@ def read_config(path: Path) -> ModelConfig:
     except (OSError, ValueError, RecursionError) as error:
         detail = f", got {error.error_count()} wrong or missing key(s)" if isinstance(error, ValidationError) else ""
         raise BadInput(f"{file}: expected a model's settings{detail or instead(error)}") from error
+
+
+def refuse_home_model(path: Path, config: ModelConfig) -> None:
+    """Raises BadInput where a model never leaves its site."""
+    if config.never_leaves:
+        raise BadInput(
+            f"{path}: {NEVER_LEAVES}; `headwater predict` uses it here, and the model it started from may leave"
+        )
 
 
 def read_heads(path: Path, config: ModelConfig) -> dict[str, dict[str, NDArray[np.float32]]]:

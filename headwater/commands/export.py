@@ -120,9 +120,11 @@ def _write_evidence(
 
 
 def _refuse_personal(path: Path) -> None:
-    """Refuses the file of a site's personal heads. Raises BadInput."""
-    from client.personal.personal_heads import NEVER_LEAVES
+    """Refuses what never leaves a site: its personal heads, and a model with its records in it. Raises BadInput."""
     from client.protocol.site import PERSONAL_HEADS
+    from common.serving.folder import NEVER_LEAVES, read_config, refuse_home_model
 
     if path.is_file() and (path.name == PERSONAL_HEADS or path.read_bytes()[:64].startswith(NEVER_LEAVES.encode())):
         raise BadInput(f"{path}: {NEVER_LEAVES}; name the run's folder to export the federated model instead")
+    if path.is_dir():
+        refuse_home_model(path, read_config(path))

@@ -33,6 +33,11 @@ _MODALITIES = {
     "columns": "tabular",
 }
 """First input of a network (`common.backbones.RawTensor`) -> beginning of Hugging Face's name of what it does."""
+_STARTED = (
+    "A head from the names of its classes and public networks alone: no record had a part in its weights. It stands on "
+    "the network of the run that the rest of this card is about, and subtracts the mean of features that the run "
+    "released."
+)
 UNKNOWN_LICENCE = "not known: check before you publish"
 _DEPLOYED = ("deployment", "flower_app")
 _DIFFERENCES = {Unit.EXAMPLE: "one record", Unit.PATIENT: "all records of one patient"}
@@ -121,6 +126,8 @@ def make_card(subject: CardSubject) -> str:
         "Small heads on frozen pre-trained networks, trained by several sites together; no record left a site. "
         + ("Each site's part was noised (differential privacy)." if config.privacy else "**Trained without privacy.**")
     )
+    if config.start is not None:
+        summary = f"{_STARTED} {summary}"
     lines = ["---", format_yaml(_make_metadata(subject)).rstrip(), "---", "", title, "", summary, ""]
     for heading, body in sections:
         lines += [f"## {heading}", "", *body, ""]

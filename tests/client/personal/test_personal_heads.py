@@ -16,7 +16,6 @@ from client.personal.adapt import OwnHead
 from client.personal.personal_heads import (
     AT_HOME,
     MAY_LEAVE,
-    NEVER_LEAVES,
     PersonalHeads,
     list_head_parameters,
     load_personal_heads,
@@ -24,6 +23,7 @@ from client.personal.personal_heads import (
     save_personal_heads,
 )
 from client.protocol.site import PERSONAL_HEADS
+from common.serving.folder import NEVER_LEAVES
 from common.tasks import open_task
 from common.types import BadInput, DigestMismatch
 

@@ -1,0 +1,197 @@
+"""A new model folder from a finished model: heads from names, heads tied to a few records, or both in this order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from client.start.names import NamesFile, make_rows
+from client.start.shots import Progress, Shots, ShotsFile, open_shots
+from client.start.tied import fit_to_shots
+from common.model.moments import serve_heads
+from common.model.parameters import load_parameters, parameters
+from common.serving.folder import ModelStart, ModelTask, read_backbone, read_heads, write_model
+from common.serving.network import Model, open_model
+from common.tasks import Task, open_task
+from common.tasks.parts.adjusted import AdjustedHead
+from common.types import BadInput, Heads, heads_digest
+
+
+@dataclass(frozen=True)
+class StartedHead:
+    """A head of the new model.
+
+    Attributes:
+        settings: the task's settings.
+        task: the task.
+        backbone: name of the backbone that the head stands on.
+        trunk: name of its trained part; None where there is none.
+        head: the head.
+        how: how it was made, in words.
+    """
+
+    settings: Mapping[str, Any]
+    task: Task
+    backbone: str
+    trunk: str | None
+    head: nn.Module
+    how: str
+
+
+def start_from(
+    prior: Path,
+    out: Path,
+    *,
+    shots: ShotsFile | None,
+    names: NamesFile | None,
+    backbones: Path | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, StartedHead]:
+    """Writes a model that starts from a prior, and returns its heads.
+
+    Args:
+        prior: folder of a finished model, or of its run.
+        out: the new model's folder.
+        shots: labelled records of the new site; None for none.
+        names: a new task by the names of its classes; None for the prior's own tasks.
+        backbones: weights of a prior that was handed on without them.
+        device: device that encodes records; by default the CPU.
+        progress: told how many records are encoded.
+
+    Raises:
+        BadInput: neither records nor names are given, or they do not fit the prior.
+        DigestMismatch: the prior was changed.
+    """
+    if shots is None and names is None:
+        raise BadInput("expected --shots, --names or both")
+    model = open_model(prior, device, backbones=backbones)
+    heads = list_prior_heads(model) if names is None else {names.task: start_from_names(model, names)}
+    if shots is not None:
+        heads = _fit_all(model, heads, shots, progress)
+    _write(prior, out, model, heads, backbones, names is not None, shots is not None)
+    return heads
+
+
+def list_prior_heads(model: Model) -> dict[str, StartedHead]:
+    """Returns the heads of a finished model."""
+    return {
+        name: StartedHead(
+            own.settings, model.tasks[name], own.backbone, own.trunk, model.heads[name].head, "the prior's"
+        )
+        for name, own in model.config.tasks.items()
+    }
+
+
+def start_from_names(model: Model, names: NamesFile) -> StartedHead:
+    """Returns a head for new classes on the backbone of a finished model.
+
+    The centre that the model's sites released is kept: it tells no class from another. Raises BadInput.
+    """
+    backbone = _choose_backbone(model, names)
+    rows_KD = make_rows(names, model.backbones[backbone])
+    centres = [
+        head.head.fixed.centre
+        for name, head in model.heads.items()
+        if model.config.tasks[name].backbone == backbone
+        and isinstance(head.head, AdjustedHead)
+        and "centre" in head.head.fixed._buffers
+    ]
+    settings = {
+        "kind": "classification",
+        "labels": list(names.list_texts()),
+        "head": {"bias": False, "centre": bool(centres)},
+    }
+    task = open_task(settings, f"task {names.task}")
+    head = task.head(model.backbones[backbone].feature_dim)
+    with torch.no_grad():
+        if isinstance(head, AdjustedHead):
+            head.fixed.centre.copy_(centres[0])
+        (weight_KD,) = head.parameters()
+        weight_KD.copy_(rows_KD)
+    trunk = next((own.trunk for own in model.config.tasks.values() if own.backbone == backbone), None)
+    return StartedHead(settings, task, backbone, trunk, head, "from names alone: no record had a part in it")
+
+
+def _choose_backbone(model: Model, names: NamesFile) -> str:
+    if len(model.backbones) > 1:
+        raise BadInput(f"task {names.task}: expected a prior of one backbone, got one of {', '.join(model.backbones)}")
+    (backbone,) = model.backbones
+    if model.config.backbones[backbone].trainable is not None and names.text is not None:
+        raise BadInput("classifier: expected a prior whose backbone is frozen, got one of which a part was trained")
+    return backbone
+
+
+def _fit_all(
+    model: Model, heads: Mapping[str, StartedHead], file: ShotsFile, progress: Progress | None
+) -> dict[str, StartedHead]:
+    tasks = {name: each.task for name, each in heads.items()}
+    opened = open_shots(file, tasks, {name: model.backbones[each.backbone] for name, each in heads.items()}, progress)
+    return {name: _fit(name, heads[name], own, file) for name, own in opened.items()}
+
+
+def _fit(name: str, start: StartedHead, shots: Shots, file: ShotsFile) -> StartedHead:
+    fitted = fit_to_shots(name, start.head, start.task, shots.records)
+    unusable = f", {shots.num_unusable} more cannot be used" if shots.num_unusable else ""
+    rarest = f", {fitted.fewest} of the rarest label" if fitted.fewest < len(shots.records.unit_R) else ""
+    how = f"{fitted.describe()}; {len(shots.records.unit_R)} record(s){rarest}{unusable}"
+    settings, head = dict(start.settings), fitted.head
+    prior = file.tasks[name].prior
+    if prior is not None:
+        settings |= {"prior": prior, "head": {**settings.get("head", {}), "prior": True}}
+        head = _declare_prior(name, settings, head)
+    return StartedHead(settings, open_task(settings, f"task {name}"), start.backbone, start.trunk, head, how)
+
+
+def _declare_prior(name: str, settings: Mapping[str, Any], head: nn.Module) -> nn.Module:
+    """Returns the head served for other label shares; it was fitted for equally frequent labels."""
+    served = open_task(settings, f"task {name}")
+    params = parameters(head)
+    inner = head.layers if isinstance(head, AdjustedHead) else head
+    module = served.head(next(iter(inner.parameters())).shape[1])
+    given = params if isinstance(head, AdjustedHead) else {f"layers.{key}": value for key, value in params.items()}
+    blank = {key: value for key, value in parameters(module).items() if key not in given}
+    load_parameters(module, serve_heads({name: {**blank, **given}}, {name: served})[name])
+    return module
+
+
+def _write(
+    prior: Path,
+    out: Path,
+    model: Model,
+    heads: Mapping[str, StartedHead],
+    backbones: Path | None,
+    from_names: bool,
+    from_records: bool,
+) -> None:
+    config = model.config
+    known = read_heads(prior, config)
+    params: Heads = {name: parameters(each.head) for name, each in heads.items()}
+    trunks = dict.fromkeys(each.trunk for each in heads.values() if each.trunk is not None)
+    params = {**params, **{name: known[name] for name in trunks}}
+    used = dict.fromkeys(each.backbone for each in heads.values())
+    before = config.start
+    start = ModelStart(
+        prior=config.heads,
+        names=from_names or (before is not None and before.names),
+        records=from_records or config.never_leaves,
+    )
+    described = config.model_copy(
+        update={
+            "created": time.strftime("%Y-%m-%d"),
+            "tasks": {
+                name: ModelTask(settings=dict(each.settings), backbone=each.backbone, trunk=each.trunk)
+                for name, each in heads.items()
+            },
+            "backbones": {name: config.backbones[name] for name in used},
+            "heads": heads_digest(params),
+            "start": start,
+        }
+    )
+    write_model(out, described, params, {name: read_backbone(prior, name, config, backbones) for name in used})
