@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from client.commands.parts.options import Coordinator, SiteFile
-from client.config import SiteConfig
+from client.commands.parts.options import Coordinator, FinishedModel, SiteFile, load_for
+from client.personal.adopt import adapt_model, adopt_model
 from client.personal.evaluate import adapt as adapt_heads
 from client.personal.personal_heads import MAY_LEAVE
 from client.protocol.site import PERSONAL_HEADS, Site, SiteDeclined
@@ -15,7 +15,6 @@ from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.serving.folder import NEVER_LEAVES
 from common.types import BadInput
-from common.yaml import load
 
 
 def adapt(
@@ -23,6 +22,7 @@ def adapt(
     run: Annotated[
         str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
     ] = None,
+    model: FinishedModel = None,
     coordinator: Coordinator = None,
 ) -> None:
     """Adapts a run's final heads to this site, as `personal` in the site file says. Nothing is sent or spent.
@@ -31,9 +31,14 @@ def adapt(
     """
     with reported_errors():
         try:
-            config = load(SiteConfig, site).select(coordinator)
-            heads = adapt_heads(Site(config, os_entropy), run)
+            config = load_for(site, coordinator, run, model)
+            own = Site(config, os_entropy)
+            if model is None:
+                heads, place = adapt_heads(own, run), "the run's folder"
+            else:
+                adopted = adopt_model(own, model)
+                heads, place = adapt_model(own, adopted), str(adopted.folder)
         except SiteDeclined as declined:
             raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
         leaving = MAY_LEAVE if config.personal == "tied" else NEVER_LEAVES
-        typer.echo(f"adapted: {', '.join(heads)}; {PERSONAL_HEADS} in the run's folder: {leaving}")
+        typer.echo(f"adapted: {', '.join(heads)}; {PERSONAL_HEADS} in {place}: {leaving}")

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.commands.parts.options import Coordinator, Json, SiteFile
-from client.config import SiteConfig
+from client.commands.parts.options import Coordinator, FinishedModel, Json, SiteFile, load_for
+from client.personal.adopt import compare_model
 from client.personal.evaluate import Comparison, compare
 from client.personal.intervals import Estimate
 from client.protocol.site import Site, SiteDeclined
@@ -18,7 +18,6 @@ from common.events import FEDERATED, PERSONAL
 from common.privacy.noise import os_entropy
 from common.process.console import reported_errors
 from common.types import BadInput
-from common.yaml import load
 
 
 def evaluate(
@@ -26,6 +25,7 @@ def evaluate(
     run: Annotated[
         str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
     ] = None,
+    model: FinishedModel = None,
     coordinator: Coordinator = None,
     json_: Json = False,
 ) -> None:
@@ -35,7 +35,8 @@ def evaluate(
     """
     with reported_errors():
         try:
-            result = compare(Site(load(SiteConfig, site).select(coordinator), os_entropy), run)
+            own = Site(load_for(site, coordinator, run, model), os_entropy)
+            result = compare(own, run) if model is None else compare_model(own, model)
         except SiteDeclined as declined:
             raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
         if json_:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from google.protobuf.message import DecodeError
 
-from client.aligners.parts.head import AlignedHead, UniformHead
+from client.aligners.parts.head import AlignedHead, serve_equal_classes
 from client.config import Personal
 from client.data.prepare import open_units
 from client.data.units import Units
@@ -98,7 +98,11 @@ def compare(site: Site, run_id: str | None = None) -> Comparison:
         BadInput: no such run, or its data are gone, or no unit is held out.
         DigestMismatch: the heads on disk are not those that were sent.
     """
-    found = predict_at_home(site, run_id)
+    return estimate_all(predict_at_home(site, run_id))
+
+
+def estimate_all(found: HomePredictions) -> Comparison:
+    """Returns the metrics of all kinds of heads, with their intervals."""
     estimates = {
         name: {kind: estimate_metrics(task, [each]) for kind, each in found.outputs.get(name, {}).items()}
         for name, task in found.tasks.items()
@@ -142,7 +146,7 @@ def predict_at_home(site: Site, run_id: str | None = None, *, lenient: bool = Fa
     if site.config.personal != "none":
         modules[PERSONAL] = {**modules[FEDERATED], **adapt(site, run_id, lenient=lenient)}
         if any(isinstance(head, AlignedHead) for head in modules[PERSONAL].values()):
-            modules[PERSONAL_UNIFORM] = _serve_equal_classes(modules[PERSONAL])
+            modules[PERSONAL_UNIFORM] = serve_equal_classes(modules[PERSONAL])
     if run.requested_privacy is not None:
         alone = train_here(solver, run.training_privacy, f"home/{run_id}")
         modules[ALONE] = load_modules(site, joined, tasks, alone)
@@ -175,10 +179,6 @@ def predict_held_out(
             if predictions is not None:
                 outputs.setdefault(name, {})[kind] = predictions
     return outputs
-
-
-def _serve_equal_classes(heads: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    return {name: UniformHead(head) if isinstance(head, AlignedHead) else head for name, head in heads.items()}
 
 
 def adapt(site: Site, run_id: str | None = None, *, lenient: bool = False) -> dict[str, torch.nn.Module]:

@@ -19,12 +19,13 @@ from client.data.feature_store import Features, decode_rows
 from client.data.records import SIDES, select_rows
 from client.data.snapshot import open_snapshot, survey_sources
 from client.data.sources import Source, open_source
+from client.personal.adopt import locate_adopted
 from client.personal.evaluate import find_last_run, load_final_request
 from client.personal.personal_heads import AT_HOME, load_personal_heads, open_personal_head
 from client.prediction.data import Records
 from client.prediction.records import Chosen, Part, encode_now, resolve
 from client.protocol.prepare import keep_model
-from client.protocol.site import FINAL_HEADS, PERSONAL_HEADS, Joined, Site, SiteDeclined, joined_run
+from client.protocol.site import FINAL_HEADS, PERSONAL_HEADS, Site, SiteDeclined, joined_run
 from common.model.backbones import Backbone
 from common.serving.folder import CONFIG, MODEL
 from common.serving.network import Model, ServedHead, open_model
@@ -84,7 +85,26 @@ def open_home_model(site: Site, run_id: str | None, device: torch.device, *, fed
     mode = site.config.personal
     if federated or mode == "none":
         return HomeModel(model, folder, f"run {chosen}, federated heads")
-    return HomeModel(_add_personal_heads(model, joined, mode), folder, f"run {chosen}, personal heads ({mode})")
+    return HomeModel(_add_personal_heads(model, joined.folder, mode), folder, f"run {chosen}, personal heads ({mode})")
+
+
+def find_adopted_heads(site: Site, model: Model, folder: Path) -> HomeModel | None:
+    """Returns a model with the heads that a site which took part in no run adapted; None where it has adapted none.
+
+    Args:
+        site: the site.
+        model: the model.
+        folder: its folder.
+
+    Raises:
+        BadInput: the heads were made in another way than the site file says.
+        DigestMismatch: they are damaged, or were made from other heads.
+    """
+    mode, own = site.config.personal, locate_adopted(site.config, model)
+    if mode == "none" or not (own / PERSONAL_HEADS).exists():
+        return None
+    adapted = _add_personal_heads(model, own, mode, partly=True)
+    return HomeModel(adapted, folder, f"personal heads ({mode}) of {', '.join(adapted.tasks)}")
 
 
 def refuse_home_files(path: Path) -> None:
@@ -97,20 +117,24 @@ def refuse_home_files(path: Path) -> None:
         raise BadInput(f"{path}: expected a model, got a site's run of an earlier version; --site and --run open it")
 
 
-def _add_personal_heads(model: Model, joined: Joined, mode: str) -> Model:
+def _add_personal_heads(model: Model, folder: Path, mode: str, *, partly: bool = False) -> Model:
+    """Returns a model with the personal heads of a site's folder; `partly`: the others of its tasks keep theirs."""
     remedy = "`headwater site adapt` makes them anew, and --federated takes the shared heads"
     try:
-        personal = load_personal_heads(joined.folder, purpose=AT_HOME)
+        personal = load_personal_heads(folder, purpose=AT_HOME)
     except BadInput as error:
         raise BadInput(f"{error}, and --federated takes the shared heads") from error
     if personal.mode != mode:
         raise BadInput(
-            f"run {joined.run_id}: expected personal heads as the site file says, {mode}, got {personal.mode}; {remedy}"
+            f"run {folder.name}: expected personal heads as the site file says, {mode}, got {personal.mode}; {remedy}"
         )
-    if personal.final_heads != model.config.heads or set(personal.heads) != set(model.tasks):
-        raise DigestMismatch(f"run {joined.run_id}: the personal heads were made from other final heads; {remedy}")
-    heads = {}
+    fits = set(personal.heads) <= set(model.tasks) if partly else set(personal.heads) == set(model.tasks)
+    if personal.final_heads != model.config.heads or not fits:
+        raise DigestMismatch(f"run {folder.name}: the personal heads were made from other final heads; {remedy}")
+    heads = dict(model.heads)
     for name, task in model.tasks.items():
+        if name not in personal.heads:
+            continue
         dim = model.backbones[model.config.tasks[name].backbone].feature_dim
         heads[name] = ServedHead(task, open_personal_head(personal.heads[name], task, dim), None)
     return replace(model, heads=heads)

@@ -20,7 +20,7 @@ from client.data.prepare import PROBLEMS
 from client.data.sources import open_source
 from client.ledger.overlap import forget_patients
 from client.ledger.place import locate_ledgers
-from client.protocol.site import PERSONAL_HEADS, SECURE_SUM, Site
+from client.protocol.site import MODELS, PERSONAL_HEADS, SECURE_SUM, Site
 from common.events import FileJournal, RecordsPurged
 from common.files import flush_folder, private_folder
 from common.types import BadInput
@@ -60,6 +60,8 @@ def purge(site: Site, ids: Iterable[str]) -> Purged:
     features = _removed(site.features_folder())
     places = site.config.list_coordinator_dirs().values()
     runs = [folder for place in places for folder in sorted(place.glob("runs/*")) if _remove_prepared(folder)]
+    for folder in sorted((state_dir / MODELS).glob("*")):
+        _remove_prepared(folder)
     with contextlib.suppress(BadInput):  # Two ledgers: no charge can be made until one is gone.
         forget_patients(locate_ledgers(site.config), site.config.registry, state_dir)
     num_new = len(after.hashes) - len(before.hashes)

@@ -66,6 +66,8 @@ SECURE_SUM = "secure_sum.json"
 
 FINAL_HEADS = "final_heads.bin"
 """File of a run's folder that holds the final heads once they came."""
+MODELS = "models"
+"""Folder of a site's state folder with its records and heads for models that came without a run."""
 PERSONAL_HEADS = "personal_heads.private"
 """File of a run's folder that holds the heads which the site adapted to itself."""
 

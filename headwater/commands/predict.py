@@ -69,9 +69,11 @@ def predict(
         output = plan_output(out, force=force)
         if site is None and (model is None or data is None):
             raise BadInput("expected a model's folder and --data, or --site")
-        for option, given in (("--run", run), ("--coordinator", coordinator), ("--federated", federated)):
+        for option, given in (("--run", run), ("--coordinator", coordinator)):
             if given and (site is None or model is not None):
                 raise BadInput(f"{option}: expected it beside --site and without MODEL, for the site's own run")
+        if federated and site is None:
+            raise BadInput("--federated: expected it beside --site, where there are personal heads")
         if split is not None and (site is None or data is not None):
             raise BadInput("--split: expected it beside --site and without --data, for the site's own records")
         from client.prediction.data import choose_tasks, describe_clipped, open_records
@@ -120,7 +122,7 @@ def _open_model(
     federated: bool,
 ) -> Model:
     """Returns the model of a folder, or of the site's own run; says which heads it has."""
-    from client.prediction.home import open_home_model, refuse_home_files
+    from client.prediction.home import find_adopted_heads, open_home_model, refuse_home_files
     from common.model.backbones import choose_device
     from common.serving.network import open_model
 
@@ -128,7 +130,12 @@ def _open_model(
     try:
         if folder is not None:
             refuse_home_files(folder)
-            return open_model(folder, chosen, backbones=backbones)
+            opened = open_model(folder, chosen, backbones=backbones)
+            adopted = None if site is None or federated else find_adopted_heads(site, opened, folder)
+            if adopted is None:
+                return opened
+            typer.echo(adopted.heads, err=True)
+            return adopted.model
         assert site is not None
         home = open_home_model(site, run, chosen, federated=federated)
     except DigestMismatch as error:

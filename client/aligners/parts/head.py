@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 import numpy as np
@@ -93,6 +94,11 @@ class UniformHead(nn.Module):
     def forward(self, features_BD: Tensor) -> Tensor:
         """Returns outputs_BC."""
         return self.head.compute_uniform(features_BD)
+
+
+def serve_equal_classes(heads: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns heads by name, those behind an alignment with their outputs for equally frequent classes."""
+    return {name: UniformHead(head) if isinstance(head, AlignedHead) else head for name, head in heads.items()}
 
 
 def read_log_shares(head: nn.Module, source: SourceMoments) -> Array:

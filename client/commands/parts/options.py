@@ -21,6 +21,33 @@ Coordinator = Annotated[
     str | None, typer.Option("--coordinator", help="Name of the coordinator, where the site file has several")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else")]
+FinishedModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="Folder of a finished model, or of the run that it came from, for a site that took part in no run",
+    ),
+]
+
+
+def load_for(site: Path, coordinator: str | None, run: str | None, model: Path | None) -> SiteConfig:
+    """Returns a site file's settings for a run of one of its coordinators, or for a model without one.
+
+    Args:
+        site: the site file.
+        coordinator: name of the coordinator.
+        run: id of the run.
+        model: folder of the model.
+
+    Raises:
+        BadInput: the file is wrong, or both a model and a run are named.
+    """
+    if model is None:
+        return load(SiteConfig, site).select(coordinator)
+    for option, given in (("--run", run), ("--coordinator", coordinator)):
+        if given is not None:
+            raise BadInput(f"{option}: expected none beside --model, which stands for no run of this site")
+    return load(SiteConfig, site)
 
 
 def check_reason(reason: str) -> str:

@@ -232,6 +232,8 @@ def test_bad_input_at_a_site_is_one_sentence(finished: SiteConfig, tmp_path: Pat
 
 
 def test_the_sites_own_run_is_asked_for_at_a_site_only(tmp_path: Path) -> None:
-    for option in (("--run", "run-1"), ("--federated",), ("--coordinator", "main")):
+    for option in (("--run", "run-1"), ("--coordinator", "main")):
         result = predict(tmp_path, "--data", tmp_path, "--out", tmp_path / "p.csv", *option)
         assert result.exit_code == 2 and f"{option[0]}: expected it beside --site and without MODEL" in result.stderr
+    result = predict(tmp_path, "--data", tmp_path, "--out", tmp_path / "p.csv", "--federated")
+    assert result.exit_code == 2 and "--federated: expected it beside --site, where" in result.stderr
