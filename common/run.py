@@ -6,7 +6,7 @@ Paths are relative to the file they are written in.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -286,7 +286,7 @@ class Schedule(Frozen):
 
 
 class Adjustment(Frozen):
-    """Settings of any aggregation that act on a round's new parameters, and so cost no privacy.
+    """Settings of any aggregation that act on a round's updates or new parameters, and so cost no privacy.
 
     With factor f of the schedule and the decay d, old parameters W and what the aggregator makes of them, W', the
     round's new parameters are W_start + (1 - d) (W + f (W' - W) - W_start).
@@ -294,10 +294,59 @@ class Adjustment(Frozen):
     Attributes:
         schedule: factor on each round's step; without it 1.
         decay_to_start: part of the distance from the parameters before the first round that each round takes away.
+        balance: `sites` lets each site count the same, whatever its size; groups by name, each with a list of sites,
+            count the same each, and a site that is in none is one of its own. Without it each unit counts the same,
+            which has the least noise.
     """
 
     schedule: Schedule | None = None
     decay_to_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    balance: Literal["sites"] | Annotated[dict[Name, list[Name]], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_group_each(self) -> Self:
+        listed = [site for sites in self.groups.values() for site in sites]
+        twice = sorted({site for site in listed if listed.count(site) > 1})
+        if twice:
+            raise ValueError(f"balance: expected each site in one group, got {twice[0]} in more")
+        return self
+
+    @property
+    def groups(self) -> Mapping[Name, Sequence[Name]]:
+        """The declared groups of sites; none where each is one of its own, or each unit counts the same."""
+        return self.balance if isinstance(self.balance, dict) else {}
+
+    def weigh_sites(self, sizes: Mapping[str, float]) -> dict[str, float]:
+        """Returns the weight of each site's mean update: its size, times what makes all groups count the same.
+
+        The weights add up to all units. One unit of a site counts N / (G n) times as much as without groups, with N
+        units at all sites, G groups among them and n units in the site's own.
+
+        Args:
+            sizes: site -> declared number of units; at least one.
+        """
+        if self.balance is None:
+            return dict(sizes)
+        group_of = {site: (name,) for name, sites in self.groups.items() for site in sites}
+        own = {site: group_of.get(site, (site, "alone")) for site in sizes}
+        totals: dict[tuple[str, ...], float] = {}
+        for site, size in sizes.items():
+            totals[own[site]] = totals.get(own[site], 0.0) + size
+        share = sum(sizes.values()) / len(totals)
+        return {site: size * share / totals[own[site]] for site, size in sizes.items()}
+
+    def count_effective_units(self, sizes: Mapping[str, float]) -> float:
+        """Returns the number of units without groups, at as many sites, whose mean update has the same noise.
+
+        With equal noise in each site's sum, the mean over groups has sqrt(sum r^2 / K) times as much as that over
+        units, r the factors of `weigh_sites` and K sites: never less than 1, because the r have mean 1 over units.
+
+        Args:
+            sizes: site -> declared number of units; at least one.
+        """
+        weights = self.weigh_sites(sizes)
+        factors = [weights[site] / size for site, size in sizes.items()]
+        return sum(sizes.values()) * math.sqrt(len(factors) / math.fsum(factor**2 for factor in factors))
 
     def compute_factor(self, round_: int, rounds: int) -> float:
         """Returns the factor on the step of one round.
@@ -551,6 +600,10 @@ class RunConfig(Frozen):
             raise ValueError("cohort.fraction: expected 1 with `trust: secure_sum`, which asks all sites in each round")
         if self.trainable:
             raise ValueError("trainable: expected nothing with `trust: secure_sum`, which sums heads only")
+        if any(self.aggregation.select_adjustment(name).balance is not None for name in self.tasks):
+            raise ValueError(
+                "aggregation.balance: expected none with `trust: secure_sum`, whose sum has no sites in it"
+            )
         return self
 
     def count_noises(self, num_sites: int) -> float:

@@ -95,6 +95,11 @@ def _check_site_names(config: SimulationConfig, names: list[str]) -> None:
     if config.leave_out is not None and (config.leave_out not in names or len(names) == 1):
         others = " beside another that trains" if len(names) == 1 else ""
         raise BadInput(f"leave_out: expected one of the sites {', '.join(names)}{others}, got {config.leave_out!r}")
+    adjustments = [config.run.aggregation.select_adjustment(name) for name in config.run.tasks]
+    grouped = {site for each in adjustments for sites in each.groups.values() for site in sites}
+    if not grouped <= set(names):
+        strange = sorted(grouped - set(names))[0]
+        raise BadInput(f"run.aggregation.balance: expected sites among {', '.join(names)}, got {strange!r}")
     for task_name, task in config.tasks.items():
         for key, listed in (("sites", task.sites), ("public_size", task.public_size)):
             unknown = set(listed if isinstance(listed, (list, dict)) else ()) - set(names) - {"all"}

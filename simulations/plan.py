@@ -19,8 +19,10 @@ from simulations.partition import build_sites
 
 def sum_totals(sites: Sequence[SiteConfig], run: RunConfig) -> dict[str, Totals]:
     """Returns the public numbers of each of a run's tasks over all sites that have it."""
-    sizes = {name: [site.tasks[name].public_size for site in sites if name in site.tasks] for name in run.tasks}
-    return {name: Totals(sum(own), len(own)) for name, own in sizes.items() if own}
+    sizes = {
+        name: {site.name: site.tasks[name].public_size for site in sites if name in site.tasks} for name in run.tasks
+    }
+    return {name: Totals.of(run, name, own) for name, own in sizes.items() if own}
 
 
 def refuse_hopeless(sites: Sequence[SiteConfig], run: RunConfig) -> None:

@@ -68,8 +68,8 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     adjustment = _as_mapping(values.get("aggregation"))
     if values.get("aggregation") is not None and not (adjustment and set(adjustment) <= set(Adjustment.model_fields)):
         raise ValueError(
-            "aggregation: expected none beside `solver: {kind: auto}`, which chooses it; schedule and decay_to_start "
-            "may stand there"
+            "aggregation: expected none beside `solver: {kind: auto}`, which chooses it; schedule, decay_to_start "
+            "and balance may stand there"
         )
     asked = _as_mapping(values.get("moments"))
     if set(asked) - {"classes", "scatter"}:

@@ -35,12 +35,25 @@ class Totals:
     """Public numbers of a task over all sites that have it.
 
     Attributes:
-        num_units: declared number of units of these sites together.
+        num_units: declared number of units of these sites together; where groups of sites count the same, that whose
+            mean update has as much noise.
         num_sites: number of these sites.
     """
 
     num_units: int
     num_sites: int
+
+    @classmethod
+    def of(cls, run: RunConfig, task: str, sizes: Mapping[str, int]) -> Totals:
+        """Returns the numbers of a task.
+
+        Args:
+            run: the run.
+            task: name of the task.
+            sizes: site -> its declared number of units; at least one.
+        """
+        units = run.aggregation.select_adjustment(task).count_effective_units(sizes)
+        return cls(max(1, round(units)), len(sizes))
 
 
 def explain_hopeless(run: RunConfig, tasks: Mapping[str, Task], totals: Mapping[str, Totals]) -> str | None:

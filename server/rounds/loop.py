@@ -37,7 +37,7 @@ from common.offers import SentBackbone, list_digests
 from common.privacy.update_norm import bound_update_norms
 from common.run import RunConfig
 from common.tasks import open_tasks
-from common.types import Heads, RunFailed, RunInterrupted, heads_digest, select_trained
+from common.types import Heads, Params, RunFailed, RunInterrupted, heads_digest, select_trained
 from server.rounds.aggregators import Weighted, count_required_updates, open_aggregator
 from server.rounds.checkpoint import Checkpoint, save_checkpoint
 from server.rounds.evaluation import SiteRelease, check_evaluation, compute_metrics, count_outcomes, select_temperatures
@@ -216,7 +216,7 @@ def _collect_updates(
     missing = quorum.describe_missing(answers.accepted)
     if missing is not None:
         raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(answers.rejected, map_names(cohort))}")
-    by_group: dict[str, list[Weighted]] = {name: [] for name in heads}
+    changes: dict[str, dict[str, tuple[float, Params]]] = {name: {} for name in heads}
     accepted = {}
     for participant in cohort:
         if participant.node_id not in answers.accepted:
@@ -231,8 +231,23 @@ def _collect_updates(
             round=None if answered == round_ else answered,
         )
         for group, delta in reply.delta.heads.items():
-            by_group[group].append(Weighted(float(participant.parameter_groups[group]), delta))
+            changes[group][participant.site] = float(participant.parameter_groups[group]), delta
+    by_group = {group: _weigh(messenger.run, group, own) for group, own in changes.items()}
     return RoundUpdates(accepted, by_group, {group: len(deltas) for group, deltas in by_group.items()})
+
+
+def _weigh(run: RunConfig, group: str, changes: Mapping[str, tuple[float, Params]]) -> list[Weighted]:
+    """Returns the updates of a head or trunk with weights from what is public: sites' declared sizes and groups.
+
+    Args:
+        run: the run.
+        group: name of the head or trunk.
+        changes: site -> its declared size, and its change.
+    """
+    sizes = {site: size for site, (size, _) in changes.items()}
+    weights = run.aggregation.select_adjustment(group).weigh_sites(sizes) if sizes else {}
+    # A site whose units count twice as much brings twice its noise.
+    return [Weighted(weights[site], change, (weights[site] / size) ** 2) for site, (size, change) in changes.items()]
 
 
 def _ask_to_train(
@@ -369,8 +384,8 @@ def send_final_heads(
 
 def _refuse_hopeless(run: RunConfig, participants: Sequence[Participant]) -> None:
     """Raises RunFailed where no task can be better than guessing with these sites; nothing was charged yet."""
-    sizes = {name: [each.tasks[name] for each in participants if name in each.tasks] for name in run.tasks}
-    totals = {name: Totals(sum(own), len(own)) for name, own in sizes.items() if own}
+    sizes = {name: {each.site: each.tasks[name] for each in participants if name in each.tasks} for name in run.tasks}
+    totals = {name: Totals.of(run, name, own) for name, own in sizes.items() if own}
     reason = explain_hopeless(run, open_tasks(run), totals)
     if reason is not None:
         raise RunFailed(f"{reason}; nothing was charged, and `--anyway` of `start` and `submit` runs it")

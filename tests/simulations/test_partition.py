@@ -272,3 +272,11 @@ def test_a_partition_that_cannot_be_made_says_why(
 def test_a_kind_without_its_settings_is_refused(table: Path) -> None:
     with pytest.raises(BadInput, match=r"partition\.alpha: expected a value for kind 'dirichlet'"):
         simulation(table, {"kind": "dirichlet", "num_sites": 2, "by": "colour"})
+
+
+def test_a_group_of_an_unknown_site_is_refused(tmp_path: Path, table: Path) -> None:
+    config = simulation(table, PARTITIONS[0])
+    grouped = config.run.aggregation.model_copy(update={"balance": {"coast": ["site-1", "site-9"]}})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"aggregation": grouped})})
+    with pytest.raises(BadInput, match="aggregation.balance: expected sites among .*'site-9'"):
+        build_sites(config, tmp_path)

@@ -28,6 +28,7 @@ from common.events import (
     select_events,
 )
 from common.flower import set_metadata
+from common.model.momentum import Momentum
 from common.model.parameters import parameters
 from common.model.trunks import create_modules
 from common.privacy.noise import Entropy, SeededEntropy
@@ -354,6 +355,35 @@ def test_each_round_follows_the_schedule_and_decays_to_what_was_sent_first(tmp_p
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
     for task, params in start.items():
         assert all(np.array_equal(checkpoint.states[task]["start"][name], each) for name, each in params.items())
+
+
+def test_balanced_sites_release_what_they_would_anyway_and_count_the_same(tmp_path: Path) -> None:
+    """The setting reads declared sizes and names: no release, no charge and no noise of a site follows from it."""
+    found = {}
+    for balance in (None, "sites"):
+        folder = tmp_path / str(balance)
+        # North declares half its units: its mean update is of twice as much noise.
+        sites = {name: site_config(folder, name) for name in ("east", "north")}
+        halved = {name: task.model_copy(update={"public_size": 20}) for name, task in sites["north"].tasks.items()}
+        sites["north"] = sites["north"].model_copy(update={"tasks": halved})
+        rule = {"kind": "heavy_ball", "rounds": 1, "noise": 100.0}
+        aggregation = rule if balance is None else {**rule, "balance": balance}
+        outcome, _ = federate(folder / "run", list(sites.values()), rounds=1, aggregation=aggregation)
+        ledgers = [Ledger.find(locate_ledgers(site), site.registry) for site in sites.values()]
+        prices = [charge.mechanism for ledger in ledgers for charge in ledger.charges()]  # type: ignore[union-attr]
+        found[balance] = {name: _stored_delta(site, 1) for name, site in sites.items()}, outcome.heads, prices
+    assert found[None][2] == found["sites"][2]
+    for name, delta in found[None][0].items():
+        assert heads_digest(delta.heads) == heads_digest(found["sites"][0][name].heads)
+    tasks = {name: open_task(spec, name) for name, spec in run_config().tasks.items()}
+    modules = create_modules(run_config(), tasks, {"backbone": backbone()})
+    for task, start in {name: parameters(module) for name, module in modules.items()}.items():
+        east, north = (found["sites"][0][name].heads[task] for name in ("east", "north"))
+        for name, values in start.items():
+            # Of 60 units east declares 40: its own count for 3/4, those of north for 3/2.
+            step, _ = Momentum(rounds=1, noise=100.0).choose_step(60.0, 0.75**2 + 1.5**2)
+            expected = values + step * (east[name] + north[name]) / 2
+            np.testing.assert_allclose(found["sites"][1][task][name], expected, rtol=1e-5, atol=1e-6)
 
 
 def _stored_delta(site: SiteConfig, round_: int) -> Delta:
