@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.choice.answer import vote
 from client.config import SiteConfig
 from client.protocol.evaluate import evaluate
 from client.protocol.join import join
@@ -45,6 +46,7 @@ _ANSWERS: Mapping[str, tuple[type[messages.Request], Handle[Any]]] = {
     messages.PART: (messages.PartRequest, keep_part),
     messages.PREPARE: (messages.PrepareRequest, prepare_run),
     messages.MOMENTS: (messages.MomentsRequest, measure),
+    messages.VOTE: (messages.VoteRequest, vote),
     messages.TRAIN: (messages.TrainRequest, train),
     messages.SUM_KEYS: (messages.SumKeysRequest, make_sum_keys),
     messages.SUM_SHARES: (messages.SumSharesRequest, share_secrets),

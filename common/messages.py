@@ -57,6 +57,7 @@ JOIN = "query.join"
 PART = "query.part"
 PREPARE = "query.prepare"
 MOMENTS = "query.moments"
+VOTE = "query.vote"
 SUM_KEYS = "query.sum_keys"
 SUM_SHARES = "query.sum_shares"
 MASKED = "train.masked"
@@ -236,6 +237,24 @@ class MomentsRequest:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class VoteRequest:
+    """A request for the one vote of a site on the backbone of a task; with another witness it is the same request."""
+
+    run_id: str
+    witness: Witness | None = None
+
+    @property
+    def round(self) -> int:
+        """The number under which a site's ledger keeps it: a choice has one round."""
+        return 1
+
+    @property
+    def heads(self) -> Heads:
+        """No parameters are sent."""
+        return {}
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrainRequest:
     """A request to train these heads for one round; with another witness it is the same request."""
 
@@ -324,12 +343,14 @@ class FinishRequest:
         digest: digest of the heads and trunks alone.
         temperatures: task -> number by which its head's outputs are to be divided before they become probabilities;
             tasks of which none is known are left out.
+        chosen: the candidate that was chosen, where the run is a choice, which has no heads.
     """
 
     run_id: str
     heads: Arrays
     digest: Digest
     temperatures: Annotated[dict[str, Positive], Added()] = Field(default_factory=dict)
+    chosen: Annotated[Name | Literal[""], Added()] = ""
 
 
 _WITNESS = Reason(
@@ -413,6 +434,14 @@ class MomentsReply:
     deviations: Annotated[
         Mapping[str, Annotated[float, Field(ge=0)]], Reason("public numbers derived from the run file")
     ]
+    witness: Annotated[Witness | None, _WITNESS] = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VoteReply:
+    """The name of the candidate that a site votes for."""
+
+    vote: Annotated[Name, Reason("charged: the candidate that the exponential mechanism chose, and no cost")]
     witness: Annotated[Witness | None, _WITNESS] = None
 
 
@@ -510,6 +539,7 @@ Request = (
     | PartRequest
     | PrepareRequest
     | MomentsRequest
+    | VoteRequest
     | TrainRequest
     | SumKeysRequest
     | SumSharesRequest
@@ -523,6 +553,7 @@ Reply = (
     JoinReply
     | Ready
     | MomentsReply
+    | VoteReply
     | TrainReply
     | SumKeysReply
     | SumSharesReply
@@ -748,6 +779,6 @@ def from_bytes(data: bytes) -> RecordDict:
     return recorddict_from_proto(recorddict_pb2.RecordDict.FromString(data))
 
 
-def request_digest(request: MomentsRequest | TrainRequest | MaskedRequest | EvaluateRequest) -> str:
+def request_digest(request: MomentsRequest | VoteRequest | TrainRequest | MaskedRequest | EvaluateRequest) -> str:
     """Returns 64 hex digits that identify a request: equal requests get the identical stored reply."""
     return hashlib.sha256(to_bytes(encode(replace(request, witness=None)))).hexdigest()

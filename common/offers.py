@@ -22,6 +22,10 @@ class SentBackbone(Protocol):
     def digest(self) -> str:
         """64 hex digits over settings and weights."""
 
+    @property
+    def feature_dim(self) -> int:
+        """Number of features of a record."""
+
     def public_spec(self) -> dict[str, Any]:
         """Returns the resolved settings as plain values; they hold no path."""
 

@@ -240,6 +240,18 @@ class Moments(Frozen):
         return self.means + self.counts + self.classes + self.scatter
 
 
+class ChoiceSettings(Frozen):
+    """A vote of the sites on the backbone of one task, in place of training; the run's `backbones` are the candidates.
+
+    Each site releases only which of them fits its training records best, at the pure epsilon `privacy.target_epsilon`.
+
+    Attributes:
+        scorer: what a vote minimises.
+    """
+
+    scorer: Spec = Spec(kind="ridge")
+
+
 class Schedule(Frozen):
     """A factor on each round's step, which follows from the number of the round alone.
 
@@ -476,6 +488,7 @@ class RunConfig(Frozen):
         privacy: the privacy that the run asks for, or `non_private`.
         aggregation: how updates become new parameters.
         moments: noised sums that sites release before the first round; without it none.
+        choice: sites vote on a backbone in one round, and nothing is trained (`headwater coordinator choose`).
         trust: `secure_sum`: the coordinator sees only the sum of at least `cohort.min_sites` sites' updates, and each
             site adds a part of the noise (docs/secure-sum.md); without it each site's update leaves with its own noise.
         colluding: with `trust: secure_sum`, the number of those sites that may collude with the coordinator.
@@ -503,6 +516,7 @@ class RunConfig(Frozen):
     privacy: Privacy | Literal["non_private"]
     aggregation: AggregationSpec
     moments: Moments | None = None
+    choice: ChoiceSettings | None = None
     trust: Literal["secure_sum"] | None = None
     colluding: Annotated[int, Field(ge=0)] | None = None
     cohort: Cohort = Cohort()
@@ -534,7 +548,7 @@ class RunConfig(Frozen):
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_unset(self, handler(self), ("licences", "moments", "trust", "colluding"))
+        return drop_unset(self, handler(self), ("licences", "moments", "choice", "trust", "colluding"))
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -546,6 +560,8 @@ class RunConfig(Frozen):
         if (self.backbone is None) == (self.backbones is None):
             got = "neither" if self.backbone is None else "both"
             raise ValueError(f"backbone: expected either it or `backbones`, several by name; got {got}")
+        if self.choice is not None:
+            return self._check_choice()
         names = list(self.backbone_specs)
         for name, task in self.tasks.items():
             if task.backbone is None and len(names) > 1:
@@ -577,6 +593,23 @@ class RunConfig(Frozen):
                 "solver.trunk: expected `trainable` beside it, which says what of a backbone trains (`{}`: nothing); "
                 "got none"
             )
+        return self
+
+    def _check_choice(self) -> RunConfig:
+        """Returns the run. Raises ValueError where it is not a vote on one task between several backbones, or more."""
+        if len(self.backbones or {}) < 2:
+            raise ValueError("backbones: expected at least two candidates with `choice`")
+        if len(self.tasks) != 1 or next(iter(self.tasks.values())).backbone is not None:
+            raise ValueError("tasks: expected one task without a backbone with `choice`")
+        if self.rounds != 1:
+            raise ValueError(f"rounds: expected 1 with `choice`, the vote, got {self.rounds}")
+        if self.requested_privacy is None or self.requested_privacy.target_epsilon is None:
+            raise ValueError("privacy: expected the epsilon of a vote as target_epsilon with `choice`")
+        others = [key for key in ("trainable", "moments", "trust", "colluding", "evaluation") if getattr(self, key)]
+        if self.audit == "required":
+            others.append("audit")
+        if others:
+            raise ValueError(f"{others[0]}: expected none with `choice`, which trains nothing")
         return self
 
     @model_validator(mode="after")
@@ -643,7 +676,13 @@ class RunConfig(Frozen):
 
     def backbone_of(self, task: Name) -> Name:
         """Returns the name of the backbone that a task stands on."""
-        return self.tasks[task].backbone or next(iter(self.backbone_specs))
+        return self.backbones_of(task)[0]
+
+    def backbones_of(self, task: Name) -> tuple[Name, ...]:
+        """Returns the names of the backbones that a site with a task needs: its own, or in a choice all candidates."""
+        if self.choice is not None:
+            return tuple(self.backbone_specs)
+        return (self.tasks[task].backbone or next(iter(self.backbone_specs)),)
 
     def trunk_of(self, task: Name) -> str | None:
         """The entry of the heads that holds what trains of a task's backbone; None where all of it is frozen.

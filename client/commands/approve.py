@@ -10,6 +10,7 @@ import typer
 
 from client.commands.parts.options import Coordinator, Json, SiteFile, locate_offers
 from client.config import SiteConfig
+from client.ledger.evaluation_budget import list_unspent
 from client.protocol.approvals import Approvals, check_offer, read_offer
 from common.bundle import compute_code_digest
 from common.offers import Offer
@@ -99,6 +100,10 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
         "backbones": "; ".join(
             f"{name} ({spec.kind}) {offer.backbones[name]}" for name, spec in run.backbone_specs.items()
         ),
+    }
+    if run.choice is not None:
+        return about | _describe_vote(config, offer, run, run.choice.scorer.kind)
+    about |= {
         "tasks": ", ".join(f"{name} ({spec.kind}, on {run.backbone_of(name)})" for name, spec in run.tasks.items()),
         "training": f"{run.rounds} round(s), solver {run.solver.kind}{_describe_trainable(run)}",
     }
@@ -121,6 +126,41 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
     if outlook.final_share > TOLERANCE:
         raise BudgetExhausted(
             f"{run.name}: the budget does not cover this run, so this site would decline it: {price}; nothing was "
+            "approved"
+        )
+    return {**about, "price": price}
+
+
+def _describe_vote(config: SiteConfig, offer: Offer, run: RunConfig, scorer: str) -> dict[str, str]:
+    """Returns what a choice asks of this site. Raises where it would be declined here."""
+    from client.protocol.balance import get_evaluation_budget, history_of
+    from client.protocol.site import Joined, SiteDeclined, check_allowed, plan_vote
+
+    joined = Joined("approve", run, offer.backbones, Path())
+    if not joined.tasks(config):
+        raise BadInput(f"this run would be declined here: this site has no task {', '.join(run.tasks)}")
+    try:
+        check_allowed(config, joined)
+        vote = plan_vote(config, joined)
+    except SiteDeclined as declined:
+        raise BadInput(f"this run would be declined here: {declined.detail}") from declined
+    about = {
+        "task": f"{vote.name} ({run.tasks[vote.name].kind})",
+        "vote": f"on {len(run.backbone_specs)} backbones, by scorer {scorer}: only the number of one of them leaves",
+    }
+    if vote.public_size < vote.min_size:
+        why = f"{vote.min_size} declared units are needed, this site declares {vote.public_size}"
+        return {**about, "price": f"none: this site will not be asked; {why}"}
+    history = history_of(config)
+    held = [*list_unspent(get_evaluation_budget(config), history), *history.list_earmarked()]
+    price = (
+        f"pure epsilon {vote.epsilon:g} per {config.unit} ({history.terms.relation}), whatever the number of "
+        f"candidates; {round_up(history.compute_epsilon([vote.mechanism])):g} of {history.terms.epsilon_cap:g} then "
+        "spent"
+    )
+    if not history.is_within_cap([vote.mechanism, *held]):
+        raise BudgetExhausted(
+            f"{run.name}: the budget does not cover this vote, so this site would decline it: {price}; nothing was "
             "approved"
         )
     return {**about, "price": price}

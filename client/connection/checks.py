@@ -129,8 +129,12 @@ def check_records(config: SiteConfig, offer: Offer, survey: Survey) -> Iterator[
     joined = Joined("", run, offer.backbones, config.state_dir)
     tasks = joined.tasks(config)
     backbones = open_at_hand(config, run, joined.digests(tasks))
-    for trial in try_tasks(config, run, tasks, backbones, survey):
-        yield _judge_trial(config, run, trial)
+    trials = try_tasks(config, run, tasks, backbones, survey)
+    # One candidate that reads nothing is no reason to take no part in a choice: it will not be chosen.
+    is_choice = run.choice is not None and any(trial.has_enough for trial in trials)
+    for trial in trials:
+        found = _judge_trial(config, run, trial)
+        yield replace(found, outcome="warn") if is_choice and not trial.has_enough else found
 
 
 def freeze_records(config: SiteConfig, offers: Iterable[Offer]) -> list[Check]:
@@ -177,7 +181,7 @@ def _require_labelled_units(config: SiteConfig, survey: Survey) -> None:
 
 
 def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
-    name = f"task {trial.task} in {run.name}"
+    name = f"task {trial.task} in {run.name}" + (f" on {trial.backbone}" if run.choice is not None else "")
     detail = "; ".join(
         f"{what}: {side.num_records} records, {side.num_labelled} with a label, "
         f"{'' if side.num_tried == side.num_labelled else 'about '}{side.num_usable} usable"

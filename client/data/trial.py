@@ -76,6 +76,7 @@ class TaskTrial:
 
     Attributes:
         task: name of the task.
+        backbone: name of the backbone on which it was tried.
         min_units: the fewest units to train on with which the site takes part.
         sides: side of the split -> its records.
         has_weights: whether records were encoded, not only preprocessed.
@@ -84,6 +85,7 @@ class TaskTrial:
     """
 
     task: str
+    backbone: str
     min_units: int
     sides: Mapping[Side, SideTrial] = field(repr=False)
     has_weights: bool
@@ -152,8 +154,8 @@ def try_tasks(
         return _find_fault(survey, source, backbones[backbone], position, encode)
 
     trials = []
-    for name, task in tasks.items():
-        own, backbone = config.tasks[name], run.backbone_of(name)
+    for name, backbone in [(task, backbone) for task in tasks for backbone in run.backbones_of(task)]:
+        own, task = config.tasks[name], tasks[name]
         records = [each for each in survey.placed if each.source == own.source]
         labels = encode_labels(name, task, own, records)
         labelled = [each for each, has_label in zip(records, labels.mask_R.tolist(), strict=True) if has_label]
@@ -181,7 +183,9 @@ def try_tasks(
                 num_units=_extrapolate(*(len({each.unit_key for each in some}) for some in (usable, tried, here))),
             )
         trials.append(
-            TaskTrial(name, own.min_units, sides, backbones[backbone].opened is not None, tuple(refused), clipped),
+            TaskTrial(
+                name, backbone, own.min_units, sides, backbones[backbone].opened is not None, tuple(refused), clipped
+            ),
         )
     return trials
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from client.config import Coordinator, SiteConfig
 from client.ledger.history import History
 from common.events import (
+    ChoiceEnded,
     EncodingContinues,
     HeadsReceived,
     ReplyResent,
@@ -86,6 +87,8 @@ class SiteCounts:
                 line = f"declined a request: {explain_decline(event)}"
             case HeadsReceived():
                 line = f"run {event.run_id}: final heads received"
+            case ChoiceEnded():
+                line = f"run {event.run_id}: {event.chosen} was chosen"
             case _:
                 line = event.event_name.replace("_", " ")
         self.recent.append((event.time, line))

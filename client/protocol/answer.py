@@ -8,7 +8,7 @@ sent, so that noise is never drawn twice for one request.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,13 @@ MAX_CHARGES = 3
 """Charges of one round: the first, and again after a crash."""
 
 
-Charged = messages.MomentsRequest | messages.TrainRequest | messages.MaskedRequest | messages.EvaluateRequest
+Charged = (
+    messages.MomentsRequest
+    | messages.VoteRequest
+    | messages.TrainRequest
+    | messages.MaskedRequest
+    | messages.EvaluateRequest
+)
 """A request whose answer is charged."""
 
 
@@ -204,12 +210,12 @@ def open_request(
     return Opened(tasks, modules, open_side(joined, tasks, side, device))
 
 
-def open_side(joined: Joined, tasks: Mapping[str, Task], side: Side, device: torch.device) -> Units:
+def open_side(joined: Joined, tasks: Collection[str], side: Side, device: torch.device) -> Units:
     """Opens one side of a site's units as it prepared them for a run.
 
     Args:
         joined: the run.
-        tasks: task -> its definition.
+        tasks: names under which they were prepared.
         side: the side.
         device: device to open them on.
 

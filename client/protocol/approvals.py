@@ -48,6 +48,8 @@ def check_offer(offer: Offer) -> RunConfig:
         raise BadInput(f"backbones: expected a digest for each of {', '.join(run.backbone_specs)}, and no other")
     named = [("common.backbones", spec, run.backbone_key(name)) for name, spec in run.backbone_specs.items()]
     named += [("client.solvers", run.solver, "solver")]
+    if run.choice is not None:
+        named.append(("common.scorers", run.choice.scorer, "choice.scorer"))
     named += [("common.tasks", spec, f"tasks.{name}") for name, spec in run.tasks.items()]
     for package, spec, key in named:
         refuse_unknown_kind(package, spec.kind, f"{key}.kind")

@@ -271,12 +271,14 @@ def _describe_filter(history: History) -> str | None:
 
 
 def _last_run(config: SiteConfig, history: History) -> Joined | None:
-    """The run charged last that is still on disk."""
+    """The run charged last that is still on disk and trains something."""
     for charge in reversed(list(history.charges.values())):
         folder = config.locate_run(charge.run)
         if (folder / "offer.json").exists():
             offer = parse_offer((folder / "offer.json").read_bytes(), str(folder / "offer.json"))
-            return Joined(charge.run, offer.run_config(folder), offer.backbones, folder, read_first_round(folder))
+            run = offer.run_config(folder)
+            if run.choice is None:
+                return Joined(charge.run, run, offer.backbones, folder, read_first_round(folder))
     return None
 
 

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
+from client.ledger.ledger import Ledger
 from client.ledger.older_copy import check_witness
 from client.protocol.approvals import Approvals, check_offer
 from client.protocol.requirements import (
     num_parameters,
+    refuse_long_vote,
     refuse_what_does_not_fit,
     refuse_what_takes_too_long,
     untrained_modules,
@@ -30,6 +32,7 @@ from client.protocol.site import (
     make_plan,
     open_member,
     plan_measurement,
+    plan_vote,
     read_first_round,
     run_folder,
 )
@@ -71,6 +74,8 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
     except SiteDeclined as declined:
         # A coordinator asks every few seconds while it waits: one line says it.
         raise SiteDeclined(declined.reason, declined.detail, logged=not _let_wait(site, request)) from declined
+    if joined.run.choice is not None:
+        return _join_choice(site, joined, request)
     try:
         refuse_what_does_not_fit(joined.run, tasks)
         plan = make_plan(site.config, joined)
@@ -97,6 +102,34 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
             )
         except BudgetExhausted as error:
             raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
+    return _agree(site, joined, request, ledger)
+
+
+def _join_choice(site: Site, joined: Joined, request: messages.JoinRequest) -> messages.JoinReply:
+    """Agrees to a choice: the price of a vote is held, where the site declares enough units to vote."""
+    vote = plan_vote(site.config, joined)
+    try:
+        refuse_long_vote(joined.run, vote.public_size)
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
+    ledger = site.ledger()
+    check_witness(ledger, request.witness)
+    if vote.public_size >= vote.min_size:
+        try:
+            ledger.earmark(
+                vote.mechanism,
+                run=site.config.name_charge(joined.run_id),
+                rounds=joined.num_rounds,
+                evaluation_budget=site.share,
+            )
+        except BudgetExhausted as error:
+            raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
+    return _agree(site, joined, request, ledger)
+
+
+def _agree(site: Site, joined: Joined, request: messages.JoinRequest, ledger: Ledger) -> messages.JoinReply:
+    """Keeps the offer and returns the site's declarations."""
+    tasks = joined.tasks(site.config)
     private_folder(joined.folder)
     if joined.first_round != read_first_round(joined.folder):
         write_atomic(joined.folder / FIRST_ROUND, str(joined.first_round).encode())

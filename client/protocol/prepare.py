@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import final
 
-from client.data.prepare import Encoding, prepare
+from client.data.prepare import Encoding, prepare, prepare_candidates
 from client.protocol.site import (
+    CHOSEN,
     FINAL_HEADS,
     SECURE_SUM,
     Joined,
@@ -21,7 +22,7 @@ from client.protocol.site import (
     load_modules,
 )
 from common import messages
-from common.events import EncodingContinues, HeadsReceived, RunPrepared
+from common.events import ChoiceEnded, EncodingContinues, HeadsReceived, RunPrepared
 from common.files import write_atomic
 from common.model.backbones import Backbone
 from common.model.class_moments import check_class_moments, split_class_moments
@@ -93,14 +94,15 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
         frozen = freeze_parts(joined.run, opened)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
-    preparation = prepare(
-        site.config,
-        tasks,
-        {name: frozen[joined.run.backbone_of(name)] for name in tasks},
-        Encoding(site.features(), site.device(), JournalledEncoding(site, joined.run_id)),
-        joined.folder / "data",
-    )
-    feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}
+    encoding = Encoding(site.features(), site.device(), JournalledEncoding(site, joined.run_id))
+    if joined.run.choice is not None:
+        ((name, task),) = tasks.items()
+        preparation = prepare_candidates(site.config, name, task, opened, encoding, joined.folder / "data")
+        feature_dims = {name: backbone.feature_dim for name, backbone in opened.items()}
+    else:
+        own = {name: frozen[joined.run.backbone_of(name)] for name in tasks}
+        preparation = prepare(site.config, tasks, own, encoding, joined.folder / "data")
+        feature_dims = {name: opened[joined.run.backbone_of(name)].feature_dim for name in tasks}
     prepared = {"feature_dims": feature_dims, "offer": digest_of_offer(joined.folder)}
     # Last: its presence marks complete preparation.
     write_atomic(joined.folder / "prepared.json", json.dumps(prepared).encode())
@@ -118,8 +120,10 @@ def prepare_run(site: Site, request: messages.PrepareRequest) -> messages.Ready:
 
 
 def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
-    """Keep the run's final heads, verified by digest."""
+    """Keep the run's final heads, verified by digest; of a choice the name of what was chosen."""
     joined = joined_run(site, request.run_id)
+    if joined.run.choice is not None:
+        return _end_choice(site, joined, request)
     tasks = joined.tasks(site.config)
     heads, moments = split_class_moments(request.heads)
     if set(heads) != set(joined.sizes(site.config)):
@@ -140,6 +144,15 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     write_atomic(joined.folder / FINAL_HEADS, messages.to_bytes(records))
     (joined.folder / SECURE_SUM).unlink(missing_ok=True)
     site.journal.write(HeadsReceived(run_id=joined.run_id, heads=request.digest))
+    site.ledger().release(site.config.name_charge(joined.run_id))
+    return messages.Ready()
+
+
+def _end_choice(site: Site, joined: Joined, request: messages.FinishRequest) -> messages.Ready:
+    if request.heads or request.chosen not in joined.run.backbone_specs:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "a choice ends with the name of a candidate, and with no heads")
+    write_atomic(joined.folder / CHOSEN, request.chosen.encode())
+    site.journal.write(ChoiceEnded(run_id=joined.run_id, chosen=request.chosen))
     site.ledger().release(site.config.name_charge(joined.run_id))
     return messages.Ready()
 

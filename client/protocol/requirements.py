@@ -117,6 +117,19 @@ def refuse_what_does_not_fit(run: RunConfig, tasks: Mapping[str, Task]) -> None:
             raise BadInput(f"an evaluation of the run has {statistics} statistics, expected at most {MAX_STATISTICS}")
 
 
+def refuse_long_vote(run: RunConfig, units: int) -> None:
+    """Raises BadInput where the vote in a choice would hold a site for too long, or a candidate does not fit.
+
+    Args:
+        run: the choice.
+        units: the declared number of units.
+    """
+    dims = [feature_dim(spec) for spec in run.backbone_specs.values()]
+    products = sum(units * dim * min(units, dim) for dim in dims)
+    if products > MAX_PRODUCTS:
+        raise BadInput(f"the vote takes {products} products, expected at most {MAX_PRODUCTS}; project the features")
+
+
 def refuse_what_takes_too_long(plan: Plan, parameters: int, units: int) -> None:
     """Raise BadInput where a round would hold a site for too long; only public numbers decide.
 

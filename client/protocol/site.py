@@ -31,12 +31,14 @@ from common.model.moments import (
     select_parts,
 )
 from common.offers import parse_offer
+from common.privacy.accounting import Mechanism
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
+from common.scorers import Scorer, compute_min_size, open_scorer
 from common.secure_sum.attempt import Member
 from common.secure_sum.identity import format_public_key, read_identity
 from common.secure_sum.terms import SumRules
-from common.tasks import Task, open_task, open_tasks
+from common.tasks import LabelPrior, Task, open_task, open_tasks
 from common.types import (
     MAX_ROUND_STEPS,
     MAX_STEPS,
@@ -68,6 +70,8 @@ FINAL_HEADS = "final_heads.bin"
 """File of a run's folder that holds the final heads once they came."""
 MODELS = "models"
 """Folder of a site's state folder with its records and heads for models that came without a run."""
+CHOSEN = "chosen"
+"""File of a choice's folder that holds the name of the candidate that was chosen, once it came."""
 PERSONAL_HEADS = "personal_heads.private"
 """File of a run's folder that holds the heads which the site adapted to itself."""
 
@@ -217,7 +221,7 @@ class Joined:
 
     def digests(self, tasks: Iterable[str]) -> dict[str, str]:
         """Digest of each backbone, by name, that some of the run's tasks stand on: no other comes to this site."""
-        needed = {self.run.backbone_of(task) for task in tasks}
+        needed = {name for task in tasks for name in self.run.backbones_of(task)}
         return {name: digest for name, digest in self.backbones.items() if name in needed}
 
 
@@ -319,7 +323,7 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
             raise SiteDeclined(
                 DeclineReason.BACKBONE_NOT_ALLOWED, f"the digest of {joined.run.backbone_key(name)} is not allowed here"
             )
-    if allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
+    if joined.run.choice is None and allow.solvers != "any" and joined.run.solver.kind not in allow.solvers:
         kind = joined.run.solver.kind
         raise SiteDeclined(
             DeclineReason.SOLVER_NOT_ALLOWED,
@@ -342,6 +346,8 @@ def check_allowed(config: SiteConfig, joined: Joined) -> None:
 
 def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     """The public numbers of one round of a run here. Raises SiteDeclined."""
+    if joined.run.choice is not None:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run is a choice among backbones, which trains nothing")
     try:
         solver: Solver = open_solver(joined.run.solver, "solver")
         plan = solver.plan(joined.run.training_privacy, config.unit, joined.num_rounds)
@@ -357,6 +363,57 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     if solver.private != plan.private or plan.private != (joined.run.requested_privacy is not None):
         raise SiteDeclined(DeclineReason.SOLVER_NOT_ALLOWED, "solver, plan and requested privacy do not agree")
     return plan
+
+
+@dataclass(frozen=True)
+class PlannedVote:
+    """The public numbers of a site's vote on a backbone.
+
+    Attributes:
+        name: name of the task.
+        task: the task.
+        scorer: what the vote minimises.
+        epsilon: pure epsilon of the vote.
+        min_size: declared size from which on a site votes.
+        public_size: this site's declared size.
+    """
+
+    name: str
+    task: LabelPrior
+    scorer: Scorer
+    epsilon: float
+    min_size: int
+    public_size: int
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The price of the vote."""
+        return Mechanism.of_choice(self.epsilon, self.scorer.sensitivity)
+
+
+def plan_vote(config: SiteConfig, joined: Joined) -> PlannedVote:
+    """Returns the public numbers of a site's vote in a choice.
+
+    Args:
+        config: the site file.
+        joined: the choice, with its task at this site.
+
+    Raises:
+        SiteDeclined: the run is no choice, or its scorer or its task is none that can be voted with.
+    """
+    run = joined.run
+    if run.choice is None or run.requested_privacy is None or run.requested_privacy.target_epsilon is None:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run is no choice among backbones")
+    ((name, task),) = joined.tasks(config).items()
+    epsilon = run.requested_privacy.target_epsilon
+    try:
+        scorer = open_scorer(run.choice.scorer, "choice.scorer")
+        if not isinstance(task, LabelPrior):
+            raise BadInput(f"tasks.{name}: expected a task with classes to vote on, got kind {task.kind!r}")
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
+    least = compute_min_size(scorer, epsilon)
+    return PlannedVote(name, task, scorer, epsilon, least, config.tasks[name].public_size)
 
 
 def find_sum_rules(config: SiteConfig, joined: Joined) -> SumRules | None:

@@ -60,6 +60,7 @@ from common.events.runs import (
     SitePreparedAgain,
     SiteRejected,
     SolverAudited,
+    VotesCounted,
 )
 from common.events.sites import (
     ApprovalConfirmed,
@@ -67,6 +68,7 @@ from common.events.sites import (
     ApprovalSuspended,
     ApprovalUsed,
     BackboneUnusable,
+    ChoiceEnded,
     EncodingContinues,
     HeadsReceived,
     RecordsPurged,
@@ -114,6 +116,7 @@ __all__ = [
     "BaselineEvaluated",
     "ByteCounts",
     "Calibration",
+    "ChoiceEnded",
     "CommandRun",
     "ConfusionCounts",
     "DaemonEvent",
@@ -171,6 +174,7 @@ __all__ = [
     "Summary",
     "TaskEvaluation",
     "TaskSummary",
+    "VotesCounted",
     "read_approval_journal",
     "read_daemon_journal",
     "read_run_journal",

@@ -61,7 +61,7 @@ class SiteRejected(Event):
 
     site: str = Field(description="Name of the site, or its node id where the name is not known.")
     reason: str = Field(description="Why the reply was not used.")
-    stage: str = Field("train", description="What was asked: join, backbone, prepare, train or finish.")
+    stage: str = Field("train", description="What was asked: join, backbone, prepare, vote, train or finish.")
     round: int | None = Field(None, description="Number of the round; null outside rounds.")
 
 
@@ -129,6 +129,21 @@ class MomentsMeasured(Event):
     )
     heads: str = Field(description="SHA-256 over all heads and trunks with these numbers, in hexadecimal digits.")
     seconds: float = Field(description="Time from the request to the last reply, in seconds.")
+
+
+class VotesCounted(Event):
+    """Sites voted on the backbone of a task; each vote is charged to its site's budget."""
+
+    event_name = "votes"
+
+    task: str = Field(description="Name of the task.")
+    votes: Mapping[str, str] = Field(description="Name of each site that voted -> the candidate that it voted for.")
+    chosen: str = Field(description="The candidate with most votes; of several, the first in the order of the file.")
+    epsilon: float = Field(description="Pure epsilon of each vote.")
+    sensitivity: float = Field(description="Bound on what one unit changes of the candidates' costs.")
+    min_size: int = Field(description="Declared size from which on a site was asked.")
+    abstained: tuple[str, ...] = Field((), description="Names of the sites that declare fewer units: not asked.")
+    seconds: float = Field(description="Time from the request to the last vote, in seconds.")
 
 
 class AcceptedUpdate(Facts):
@@ -381,6 +396,7 @@ RunEvent = (
     | RepliesAwaited
     | QuorumAwaited
     | MomentsMeasured
+    | VotesCounted
     | RoundEnded
     | HeadsEvaluated
     | RunEnded

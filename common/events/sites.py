@@ -119,6 +119,15 @@ class HeadsReceived(Event):
     heads: str = Field(description="SHA-256 over the heads, in hexadecimal digits.")
 
 
+class ChoiceEnded(Event):
+    """The coordinator counted the votes on a backbone."""
+
+    event_name = "choice_ended"
+
+    run_id: str = Field(description="Id of the choice.")
+    chosen: str = Field(description="Name of the candidate that was chosen.")
+
+
 class RecordsPurged(Event):
     """The site's staff excluded patients or records, and everything computed from records was removed."""
 
@@ -140,6 +149,7 @@ SiteEvent = (
     | ReplyResent
     | RequestDeclined
     | HeadsReceived
+    | ChoiceEnded
     | RecordsPurged
 )
 """An event of a site's `site.jsonl`."""

@@ -28,6 +28,7 @@ PLUGIN_FOLDERS = {
 FIELDS = {
     "RunConfig": {"backbone": "backbone", "backbones": "backbone", "tasks": "task", "solver": "solver",
                   "aggregation": "aggregator"},
+    "ChoiceSettings": {"scorer": "scorer"},
     "SiteConfig": {"sources": "source", "own_backbones": "backbone", "aligners": "aligner"},
     "SimulationConfig": {"sources": "source", "non_private_solver": "solver", "aligners": "aligner"},
     "Partition": {"sites": "source"},

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from common.run import Name
+from pydantic import TypeAdapter
+
+from common.errors import instead
+from common.events import SiteJoined, VotesCounted, read_run_journal, select_events
+from common.files import write_atomic
+from common.offers import SentBackbone
+from common.privacy.accounting import Mechanism
+from common.privacy.exponential import compute_choice_mu
+from common.privacy.filters import choose_filter
+from common.run import Name, RunConfig
+from common.types import BadInput
 
 RESULT = "choice.json"
 """File of a choice's folder with everything that is shown."""
@@ -107,6 +119,48 @@ class BackboneChoice:
     abstained: Sequence[str]
     min_size: int | None
     price: Price | None
+
+
+def write_choice(folder: Path, run: RunConfig, backbones: Mapping[str, SentBackbone]) -> None:
+    """Writes `choice.json` to the folder of a deployed choice, from its journal.
+
+    Args:
+        folder: the choice's folder.
+        run: its settings.
+        backbones: the candidates by name.
+    """
+    events = read_run_journal(folder / "journal.jsonl")
+    counted, joined = select_events(events, VotesCounted)[-1], select_events(events, SiteJoined)
+    vote = Mechanism.of_choice(counted.epsilon, counted.sensitivity)
+    # Of what each site declares: its ledger, which alone knows what is left, stays there.
+    used = {
+        each.site: choose_filter(vote, None, each.budget_epsilon, each.delta).compute_share([vote])
+        for each in joined
+        if each.site in counted.votes
+    }
+    facts = {
+        name: CandidateFacts(
+            backbones[name].feature_dim, None, len(backbones[name].blob().weights) / 1e6, run.licences.get(name)
+        )
+        for name in run.backbone_specs
+    }
+    choice = make_choice(
+        counted.task,
+        facts,
+        votes=counted.votes,
+        abstained=counted.abstained,
+        min_size=counted.min_size,
+        price=Price(vote.kind, counted.epsilon, counted.sensitivity, compute_choice_mu(counted.epsilon), used),
+    )
+    write_atomic(folder / RESULT, json.dumps(asdict(choice), indent=2).encode())
+
+
+def read_choice(folder: Path) -> BackboneChoice:
+    """Returns the outcome that was written to a folder. Raises BadInput where the file is damaged."""
+    try:
+        return TypeAdapter(BackboneChoice).validate_json((folder / RESULT).read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / RESULT}: expected the result of a choice{instead(error)}") from error
 
 
 def count_votes(votes: Iterable[Name], candidates: Sequence[Name]) -> Name:

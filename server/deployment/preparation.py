@@ -50,12 +50,14 @@ class StoredBackbone:
         spec: JSON text of the settings without any path.
         sha256: 64 hex digits over the file with the weights.
         path: that file.
+        feature_dim: number of its features; 0 where an older release prepared it.
     """
 
     digest: str
     spec: str
     sha256: str
     path: Path
+    feature_dim: int = 0
 
     def public_spec(self) -> dict[str, Any]:
         """Returns the resolved settings as plain values; they hold no path."""
@@ -193,7 +195,11 @@ def _prepare(state: Path, run: RunConfig, key: str) -> None:
         for name, backbone in opened.items():
             blob = backbone.blob()
             stored[name] = StoredBackbone(
-                blob.digest, blob.spec, hashlib.sha256(blob.weights).hexdigest(), _name_weights(state, blob.digest)
+                blob.digest,
+                blob.spec,
+                hashlib.sha256(blob.weights).hexdigest(),
+                _name_weights(state, blob.digest),
+                backbone.feature_dim,
             )
             try:
                 stored[name].blob()
@@ -250,14 +256,21 @@ def _name_weights(state: Path, digest: str) -> Path:
 
 def _encode_backbones(backbones: Mapping[Name, StoredBackbone]) -> bytes:
     facts = {
-        name: {"digest": each.digest, "spec": each.spec, "sha256": each.sha256} for name, each in backbones.items()
+        name: {"digest": each.digest, "spec": each.spec, "sha256": each.sha256, "feature_dim": each.feature_dim}
+        for name, each in backbones.items()
     }
     return json.dumps(facts, indent=2).encode()
 
 
 def _read_backbones(state: Path, path: Path) -> dict[Name, StoredBackbone]:
     return {
-        name: StoredBackbone(facts["digest"], facts["spec"], facts["sha256"], _name_weights(state, facts["digest"]))
+        name: StoredBackbone(
+            facts["digest"],
+            facts["spec"],
+            facts["sha256"],
+            _name_weights(state, facts["digest"]),
+            facts.get("feature_dim", 0),
+        )
         for name, facts in json.loads(path.read_bytes()).items()
     }
 

@@ -31,7 +31,15 @@ def check_run(federation: Federation, path: Path, overrides: Sequence[str]) -> t
     Raises:
         BadInput: no site is admitted, or a setting is wrong or asks for more sites than are admitted.
     """
-    run = load(RunConfig, path, overrides)
+    return check_loaded(federation, load(RunConfig, path, overrides))
+
+
+def check_loaded(federation: Federation, run: RunConfig) -> tuple[RunConfig, Prepared]:
+    """Returns a run with absolute paths, and what was prepared for it, where it can be carried out here.
+
+    Raises:
+        BadInput: no site is admitted, or a setting is wrong or asks for more sites than are admitted.
+    """
     sites = load_admitted_sites(federation)
     if not sites:
         raise BadInput(

@@ -38,6 +38,7 @@ from common.events import (
     Summary,
     TaskEvaluation,
     TaskSummary,
+    VotesCounted,
     select_events,
 )
 from common.privacy.accounting import Mechanism, compute_epsilon
@@ -170,6 +171,7 @@ def _summarize_sites(events: Sequence[RunEvent]) -> dict[str, SiteSummary]:
         rounds,
         evaluations,
         select_events(events, MomentsMeasured),
+        _last(events, VotesCounted),
     )
     for position, event in enumerate(events):
         if isinstance(event, SiteJoined):
@@ -217,6 +219,7 @@ def _compose_epsilons(
     rounds: Sequence[RoundEnded],
     evaluations: Sequence[HeadsEvaluated],
     measured: Sequence[MomentsMeasured],
+    votes: VotesCounted | None,
 ) -> dict[str, float | None]:
     """Returns epsilon of what was accepted of each site, from its public numbers; None without privacy.
 
@@ -228,6 +231,7 @@ def _compose_epsilons(
         rounds: the run's rounds.
         evaluations: the run's evaluations.
         measured: what was released before the first round; of several the last, where a run was resumed before that.
+        votes: the votes of a choice; None in a run that trains.
     """
     releases: dict[str, tuple[list[Mechanism], float]] = {}
     for site, event in joined.items():
@@ -237,6 +241,9 @@ def _compose_epsilons(
             noises = [each.noise_multipliers[site] for each in others if site in each.noise_multipliers]
             beside = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
             releases[site] = ([*(Mechanism.of(plan) for plan in plans), *beside], event.delta)
+    if votes is not None:
+        vote = Mechanism.of_choice(votes.epsilon, votes.sensitivity)
+        releases |= {site: ([vote], joined[site].delta) for site in votes.votes if site in joined}
     sampled = any(mechanism.sampling_rate < 1.0 for mechanisms, _ in releases.values() for mechanism in mechanisms)
     # Sampled plans are accounted for by Opacus, which loads torch.
     epsilons = run_apart(_compute_each, releases) if sampled else _compute_each(releases)

@@ -56,6 +56,7 @@ def join_sites(
     *,
     roll_call: RollCall,
     first_round: int = 1,
+    waits_for_all: bool = False,
 ) -> list[Participant]:
     """Returns the sites that agree to the run, by name, once they are a quorum. Nothing is spent yet.
 
@@ -68,6 +69,7 @@ def join_sites(
         node_ids: node id -> name of every admitted site; None where names are not known beforehand.
         roll_call: receives the answers.
         first_round: number of the round that comes next; a site that has not begun plans for the rounds from there on.
+        waits_for_all: waits for the others until the deadline also where there is a quorum.
 
     Raises:
         RunFailed: there is no quorum, and no site is left to wait for or the deadline has passed; the message names
@@ -89,9 +91,10 @@ def join_sites(
             roll_call.asked_at |= dict.fromkeys(due, time.monotonic())
             continue
         problem = _describe_missing_quorum(run, roll_call.participants)
-        if problem is None:
+        is_over = now > deadline or not (undecided or len(present) < expected)
+        if problem is None and (is_over or not waits_for_all):
             return sorted(roll_call.participants.values(), key=lambda participant: participant.site)
-        if now > deadline or not (undecided or len(present) < expected):
+        if is_over:
             raise RunFailed(f"{problem}: {_describe_reasons(roll_call.rejected, node_ids, present)}")
         time.sleep(_POLL_S)
 
@@ -309,7 +312,7 @@ def find_join_problem(
         return "another site joined under the same name"
     if not reply.tasks or not set(reply.tasks) <= set(run.tasks):
         return "joined with tasks that are not the run's"
-    if set(reply.backbones) != {run.backbone_of(task) for task in reply.tasks}:
+    if set(reply.backbones) != {name for task in reply.tasks for name in run.backbones_of(task)}:
         return "joined with other backbones than its tasks stand on"
     if max(reply.tasks.values()) > MAX_PUBLIC_SIZE:
         return f"declared a public size above {MAX_PUBLIC_SIZE}"

@@ -400,7 +400,7 @@ def _serve(run: RunConfig, heads: Heads) -> Heads:
 
 
 def _describe_backbone(run: RunConfig, name: str, backbone: SentBackbone) -> BackboneFacts:
-    """Returns what a report says of a backbone."""
+    """Returns what a report says of a backbone, and of the tasks that stand on it."""
     settings = backbone.public_spec()
     tasks = [task for task in run.tasks if run.backbone_of(task) == name]
     model = settings.get("model")

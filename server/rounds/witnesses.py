@@ -16,7 +16,9 @@ from common import messages
 from common.files import lock_file, write_atomic
 from common.types import BadInput, LedgerWitness
 
-_Shown = TypeVar("_Shown", messages.MomentsRequest, messages.TrainRequest, messages.EvaluateRequest)
+_Shown = TypeVar(
+    "_Shown", messages.MomentsRequest, messages.VoteRequest, messages.TrainRequest, messages.EvaluateRequest
+)
 
 
 @final

@@ -20,8 +20,10 @@ from common.events import FileJournal, RunFailure, RunInterruption
 from common.files import check_room, lock_file
 from common.process.parent import end_with_parent
 from common.run import Name, RunConfig
-from common.types import HeadwaterError, RunFailed, RunInterrupted
+from common.types import Heads, HeadwaterError, RunFailed, RunInterrupted
 from common.yaml import load
+from server.choice.outcome import write_choice
+from server.choice.votes import run_choice
 from server.deployment.federation import ROOM_BYTES
 from server.deployment.preparation import StoredBackbone, load_backbones
 from server.reports.results import write_environment, write_results
@@ -57,22 +59,40 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
     journal = FileJournal(folder / "journal.jsonl")
     backbones: dict[Name, StoredBackbone] = {}
     resume: Checkpoint | None = None
+    heads: Heads = {}
+    moments: Heads = {}
     try:
         resume = load_checkpoint(folder / "checkpoint.safetensors")
         backbones = load_backbones(folder.parents[1] / "state", folder)
-        outcome = run_federation(
-            grid,
-            run,
-            backbones,
-            run_id=folder.name,
-            folder=folder,
-            journal=journal,
-            executor=DEPLOYMENT,
-            resume=resume,
-            node_ids=NodeIds(folder.parents[1] / "state" / "roster.json"),
-            witnesses=folder.parents[1] / "state" / "witnesses.json",
-            anyway=is_wanted_anyway(folder),
-        )
+        state = folder.parents[1] / "state"
+        node_ids, witnesses = NodeIds(state / "roster.json"), state / "witnesses.json"
+        if run.choice is not None:
+            run_choice(
+                grid,
+                run,
+                backbones,
+                run_id=folder.name,
+                folder=folder,
+                journal=journal,
+                executor=DEPLOYMENT,
+                node_ids=node_ids,
+                witnesses=witnesses,
+            )
+        else:
+            outcome = run_federation(
+                grid,
+                run,
+                backbones,
+                run_id=folder.name,
+                folder=folder,
+                journal=journal,
+                executor=DEPLOYMENT,
+                resume=resume,
+                node_ids=node_ids,
+                witnesses=witnesses,
+                anyway=is_wanted_anyway(folder),
+            )
+            heads, moments = outcome.heads, outcome.moments
     except (HeadwaterError, OSError, httpx.HTTPError) as error:
         raised = error if isinstance(error, HeadwaterError) else _interrupt(error, folder)
         # With whole rounds behind it, a run that finds too few sites is as resumable as one that loses them.
@@ -83,7 +103,9 @@ def _run_and_report(grid: Grid, folder: Path) -> None:
             journal.write(ending(reason=str(raised)))
             write_results(folder, run, backbones, {})
         raise raised from None
-    write_results(folder, run, backbones, outcome.heads, outcome.moments)
+    if run.choice is not None:
+        write_choice(folder, run, backbones)
+    write_results(folder, run, backbones, heads, moments)
 
 
 def _interrupt(error: OSError | httpx.HTTPError, folder: Path) -> RunInterrupted:

@@ -20,6 +20,7 @@ from common.events import (
     SiteJoined,
     SitePreparedAgain,
     SiteRejected,
+    VotesCounted,
     read_run_journal,
 )
 from common.files import check_room
@@ -88,7 +89,8 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
     match event:
         case RunStarted():
             again = " (continued)" if event.resumed else ""
-            return f"run {event.run_id}{again}: {', '.join(event.tasks)}; waiting for sites"
+            what = ", ".join(event.tasks) or f"a vote on {len(event.backbones)} backbones"
+            return f"run {event.run_id}{again}: {what}; waiting for sites"
         case SiteJoined():
             late = f" from round {event.first_round} of {rounds}" if event.first_round > 1 else ""
             return f"{event.site} joined with {', '.join(event.tasks)}{late}"
@@ -109,6 +111,8 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
             return f"round {event.round} waits for its quorum, {event.seconds:.0f} s at most: {missing}"
         case MomentsMeasured():
             return f"features and labels measured at {', '.join(event.noise_multipliers)}  [{event.seconds:.1f} s]"
+        case VotesCounted():
+            return _describe_votes(event)
         case RoundEnded():
             return _describe_round(event, rounds)
         case HeadsEvaluated():
@@ -119,9 +123,18 @@ def describe_event(event: RunEvent, rounds: int) -> str | None:
         case RunEnded():
             received = "the" if event.num_sites is None else f"{event.num_received} of {event.num_sites}"
             without = "; ".join(f"{site}: {explain_rejection(reason)}" for site, reason in event.missing.items())
-            return f"final heads sent to {received} sites" + (f"; not to {without}" if without else "")
+            sent = "final heads sent" if event.updates else "the result was sent"
+            return f"{sent} to {received} sites" + (f"; not to {without}" if without else "")
         case _:
             return None
+
+
+def _describe_votes(event: VotesCounted) -> str:
+    votes = ", ".join(f"{site} for {vote}" for site, vote in event.votes.items())
+    few = (
+        f"; not asked, with fewer than {event.min_size} units: {', '.join(event.abstained)}" if event.abstained else ""
+    )
+    return f"votes, noised: {votes}; {event.chosen} is chosen{few}  [{event.seconds:.1f} s]"
 
 
 def _describe_round(event: RoundEnded, rounds: int) -> str:

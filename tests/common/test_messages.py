@@ -61,6 +61,8 @@ ONE_OF_EACH: list[messages.Payload] = [
     messages.SurvivorsReply("ef" * 64),
     messages.UnmaskRequest("run", 2, 1, {"north": "ef" * 64}),
     messages.UnmaskReply({"north": "01" * 33}),
+    messages.VoteRequest("run"),
+    messages.VoteReply("small"),
 ]
 BYTES_OF_VERSION_4 = [
     "fb25af7073aff0e8b159842595c87ec68efb6f9743fc47a7306ada4818701d83",
@@ -89,6 +91,8 @@ BYTES_OF_VERSION_4 = [
     "9a3311529e352e4a314e8c5d2c2b5013dcc7857f7a3425ca977381c930cb8e55",
     "3aebac79a3ca7b429354b4525bb8401b1e0d4f1f700fd24182ea3da807b501f0",
     "99b3ed36e8d167012ea9eef40b5eb6a1cf344cb99801d34cbf4d9c8656431091",
+    "371e16f42f8b1a0b491c74235ef690b83d170cdaf55304b7f097a152c6180dce",
+    "b8617aa96818ffde548c08ddf3546e15e31ee15c32b51f1468381cbb88406cfc",
 ]
 
 
@@ -131,8 +135,15 @@ def test_a_field_that_came_later_is_left_out_where_it_is_empty_and_may_be_missin
     for wrong in ({"task": 0.0}, {"task": "1"}, {"task": None}, [1.0]):
         with pytest.raises(BadInput, match="temperatures"):
             messages.decode(
-                messages.encode(forged(messages.FinishRequest, "run", HEADS, "d" * 64, wrong)), messages.FinishRequest
+                messages.encode(forged(messages.FinishRequest, "run", HEADS, "d" * 64, wrong, "")),
+                messages.FinishRequest,
             )
+    assert "chosen" not in str(messages.encode(plain)["public"])
+    ended = messages.FinishRequest("run", {}, "d" * 64, chosen="small")
+    assert messages.decode(messages.encode(ended), messages.FinishRequest) == ended
+    with pytest.raises(BadInput, match="chosen"):
+        bad = forged(messages.FinishRequest, "run", {}, "d" * 64, {}, "../small")
+        messages.decode(messages.encode(bad), messages.FinishRequest)
 
 
 def test_equal_requests_have_equal_digests_and_others_do_not() -> None:
@@ -317,7 +328,7 @@ def with_heads_of(reply: messages.TrainReply, records: RecordDict) -> RecordDict
 def test_every_field_a_site_sends_has_one_privacy_reason_and_one_row_in_the_table() -> None:
     reasons = messages.privacy_reasons()
     sums = {"SumKeysReply", "SumSharesReply", "MaskedReply", "SurvivorsReply", "UnmaskReply"}
-    others = {"JoinReply", "Held", "Ready", "MomentsReply", "TrainReply", "EvaluateReply", "Declined"}
+    others = {"JoinReply", "Held", "Ready", "MomentsReply", "VoteReply", "TrainReply", "EvaluateReply", "Declined"}
     assert set(reasons) == sums | others
     table = messages.format_privacy_table().splitlines()
     for model, fields in reasons.items():
@@ -441,7 +452,11 @@ def test_messages_have_the_bytes_that_version_4_began_with() -> None:
 
 def test_a_request_that_shows_another_witness_is_the_same_request() -> None:
     """Else a coordinator that continues a run would ask something new, and the site would not resend its reply."""
-    for request in (messages.TrainRequest("run", 2, HEADS), messages.EvaluateRequest("run", 2, HEADS)):
+    for request in (
+        messages.TrainRequest("run", 2, HEADS),
+        messages.EvaluateRequest("run", 2, HEADS),
+        messages.VoteRequest("run"),
+    ):
         shown = dataclasses.replace(request, witness=WITNESS)
         assert messages.decode(messages.encode(shown), type(request)).witness == WITNESS
         assert messages.request_digest(shown) == messages.request_digest(request)

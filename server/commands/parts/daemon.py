@@ -14,6 +14,8 @@ from common.events import RunFailure, RunInterruption, Summary
 from common.process.console import EXIT_FAILED, EXIT_INTERRUPTED, make_console
 from common.process.lines import Level
 from common.types import RunFailed, RunInterrupted
+from server.choice.outcome import RESULT, read_choice
+from server.choice.table import show_choice
 from server.deployment.federation import Federation
 from server.reports.live.display import LiveRun, drawn
 from server.reports.results import has_results
@@ -51,12 +53,13 @@ def stop_run(federation: Federation, folder: Path) -> None:
             control.stop_run(busy.run_id)
 
 
-def follow_run(federation: Federation, folder: Path) -> None:
+def follow_run(federation: Federation, folder: Path, *, as_json: bool = False) -> None:
     """Shows a run's progress until it ends, then its result; exits with 130 where Ctrl-C ends the display.
 
     Args:
         federation: the run's federation.
         folder: the run's folder.
+        as_json: whether the result of a choice is printed as JSON.
     """
     before = [run.id for run in list_runs(federation) if run.state in PENDING and run.folder != folder]
     if before:
@@ -67,7 +70,7 @@ def follow_run(federation: Federation, folder: Path) -> None:
     except KeyboardInterrupt:
         typer.echo(f"the run continues: `headwater coordinator runs {federation.folder}`, or `stop`", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    report_end_of_run(folder)
+    report_end_of_run(folder, as_json=as_json)
 
 
 @contextmanager
@@ -87,8 +90,12 @@ def shown_live(folder: Path) -> Iterator[Callable[[str], None]]:
         yield lambda line: console.print(line, markup=False, soft_wrap=True)
 
 
-def report_end_of_run(path: Path) -> None:
+def report_end_of_run(path: Path, *, as_json: bool = False) -> None:
     """Prints a run's result, from its journal and summary; exits with 1 where a task missed its quorum.
+
+    Args:
+        path: the run's folder.
+        as_json: whether the result of a choice is printed as JSON.
 
     Raises:
         RunFailed: the run failed, was interrupted or stopped.
@@ -106,6 +113,10 @@ def report_end_of_run(path: Path) -> None:
         raise RunFailed(f"run {run.id}: {run.reason or run.state}; {resume} continues it after its last whole round")
     if not has_results(path, run.end.updates):
         raise RunInterrupted(f"run {run.id}: its process ended before it had written all results; {resume} writes them")
+    if (path / RESULT).exists():
+        show_choice(read_choice(path), as_json=as_json)
+        show_line(f"results: {path}")
+        return
     summary = Summary.model_validate_json((path / "summary.json").read_bytes())
     make_console().print(render_summary(summary), crop=False)
     typer.echo(f"results: {path}")
