@@ -42,8 +42,9 @@ from client.protocol.requirements import (
     untrained_modules,
 )
 from client.protocol.site import Joined, SiteDeclined, check_allowed, find_sum_rules, make_plan, plan_measurement
+from common.model.advice import estimate_points, list_contradictions
 from common.model.forecast import Forecast, forecast_loss
-from common.model.guessing import Totals, explain_hopeless
+from common.model.guessing import Totals, compute_v, explain_hopeless
 from common.model.momentum import read_momentum
 from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.filters import TOLERANCE
@@ -79,6 +80,7 @@ class RunPlan:
         run_noise_to_signal: of the whole run, averaged over sites and rounds.
         logit_noise: deviation of the noise that the whole run adds to a logit, of the task where it is largest; None
             where the steps do not follow from the noise.
+        v: task -> mu N / (s C) of its head (`common/model/guessing.py`), where its kind has such a number.
         forecasts: task -> accuracy that privacy will cost it, where there is a forecast.
         hopeless: why the whole run cannot be better than guessing; None where it can.
         trunk_parameters: that train of the backbones here, by backbone; empty where they are frozen.
@@ -108,6 +110,7 @@ class RunPlan:
     noise_to_signal: float
     run_noise_to_signal: float
     logit_noise: float | None
+    v: Mapping[str, float]
     forecasts: Mapping[str, Forecast]
     hopeless: str | None
     trunk_parameters: Mapping[str, int]
@@ -171,6 +174,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int, totals: Mapping
         noise_to_signal=per_round,
         run_noise_to_signal=per_round / averaged,
         logit_noise=_compute_logit_noise(run, own_totals),
+        v={name: v for name, v in compute_v(run, tasks, own_totals).items() if v is not None},
         forecasts=forecasts,
         hopeless=explain_hopeless(run, tasks, own_totals),
         trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
@@ -180,7 +184,9 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int, totals: Mapping
         warnings=(),
     )
     declines = _declines(any_backbone, joined, plan, outlook)
-    return replace(outlook, declines=bool(declines), warnings=(*declines, *_warnings(config, joined, outlook)))
+    against = [] if outlook.hopeless is not None else list_contradictions(run, tasks, own_totals)
+    warnings = (*declines, *_warnings(config, joined, outlook), *against)
+    return replace(outlook, declines=bool(declines), warnings=warnings)
 
 
 def as_json(outlook: RunPlan) -> dict[str, Any]:
@@ -273,12 +279,20 @@ def _forecast(run: RunConfig, task: str, total: Totals) -> Forecast | None:
 
 
 def describe_forecasts(outlooks: Sequence[RunPlan]) -> list[str]:
-    """Returns one line for each task that has a forecast: of the site where it is worst, where they differ."""
+    """Returns one line for each task that has a v or a forecast: of the site where it is worst, where they differ."""
     worst: dict[str, Forecast] = {}
+    least: dict[str, float] = {}
     for outlook in outlooks:
         for name, forecast in outlook.forecasts.items():
             worst[name] = max(worst.get(name, forecast), forecast, key=lambda each: each.most)
-    return [
+        for name, v in outlook.v.items():
+            least[name] = min(least.get(name, v), v)
+    lines = [
+        f"v: {name}: {v:.1f} (mu N / (s C)); at this v privacy cost about {estimate_points(v):.0f} points on CIFAR-10, "
+        "the hardest set measured"
+        for name, v in least.items()
+    ]
+    return lines + [
         f"expected: {name}: privacy costs {100 * each.least:.0f} to {100 * each.most:.0f} points of accuracy, by how "
         "hard its records are to tell apart"
         for name, each in worst.items()

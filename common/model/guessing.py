@@ -7,9 +7,9 @@ T steps with noise of deviation s in a site's sum, of S sites that add it, what 
 
 where r is the length of the task's own gradient at the start, as far as the clip norm and the other tasks leave it.
 With full batches sqrt(T) r / s is about the mu of Gaussian privacy: x is mu N / (sqrt(S) K), whatever T and the number
-of features are. Of accuracy above chance x^2 / (x^2 + x0^2) is left. x0 depends on how easily records are told apart:
-4 for the easiest of the data sets seen, 40 for the hardest. A run in which the easiest would be guessed is hopeless.
-docs/results.md shows what was seen.
+of features are (a secure sum has S near 1): the v of docs/transfer.md. Of accuracy above chance x^2 / (x^2 + x0^2) is
+left. x0 depends on how easily records are told apart: 4 for the easiest of the data sets seen, 40 for the hardest. A
+run in which the easiest would be guessed is hopeless. docs/results.md shows what was seen.
 """
 
 from __future__ import annotations
@@ -84,14 +84,31 @@ def estimate_kept(run: RunConfig, tasks: Mapping[str, Task], totals: Mapping[str
         tasks: some or all of its tasks by name.
         totals: task -> its sites and units; tasks without any are left out.
     """
+    found: dict[str, float | None] = {}
+    for name, clear in compute_v(run, tasks, totals).items():
+        hidden = getattr(getattr(tasks[name], "head_settings", None), "hidden", None)
+        deep = run.trunk_of(name) or hidden
+        found[name] = None if clear is None or deep else clear**2 / (clear**2 + _EASY**2)
+    return found
+
+
+def compute_v(run: RunConfig, tasks: Mapping[str, Task], totals: Mapping[str, Totals]) -> dict[str, float | None]:
+    """Returns x of the formula above for each task's linear head; whatever else trains is left out of account.
+
+    It is None for tasks without labels to count, and in runs without privacy or with a solver that hides its noise.
+
+    Args:
+        run: the run.
+        tasks: some or all of its tasks by name.
+        totals: task -> its sites and units; tasks without any are left out.
+    """
     noise = _find_noise(run)
     slopes = {name: task.scale * task.first_slope for name, task in tasks.items() if isinstance(task, SmoothLoss)}
     found: dict[str, float | None] = {}
     for name, task in tasks.items():
         if name not in totals:
             continue
-        hidden = getattr(getattr(task, "head_settings", None), "hidden", None)
-        if noise is None or not isinstance(task, LabelPrior) or name not in slopes or run.trunk_of(name) or hidden:
+        if noise is None or not isinstance(task, LabelPrior) or name not in slopes:
             found[name] = None
             continue
         total = totals[name]
@@ -99,8 +116,7 @@ def estimate_kept(run: RunConfig, tasks: Mapping[str, Task], totals: Mapping[str
         # Where a round asks a part of the sites, fewer units stand against less noise.
         part = math.sqrt(run.cohort.count_asked(total.num_sites) / total.num_sites)
         signal = part * math.sqrt(noise.steps) * noise.sampling_rate * total.num_units * reach
-        clear = signal / (noise.deviation * math.sqrt(run.count_noises(total.num_sites)) * _count_classes(task))
-        found[name] = clear**2 / (clear**2 + _EASY**2)
+        found[name] = signal / (noise.deviation * math.sqrt(run.count_noises(total.num_sites)) * _count_classes(task))
     return found
 
 

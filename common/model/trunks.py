@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from common.backbones import Divided, Divisible, Kind
 from common.backbones.parts.boundary import INPUT, Trunk, list_trainable
 from common.backbones.parts.projection import ProjectionLayer
 from common.errors import nearest
-from common.model.adapters import add_adapters
 from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
@@ -170,11 +169,47 @@ def _divided(
             opened = (
                 list_trainable(trunk.above)
                 if lora is None
-                else add_adapters(trunk.above, lora.rank, lora.alpha, lora.targets)
+                else _add_adapters(trunk.above, lora.rank, lora.alpha, lora.targets)
             )
     except BadInput as error:
         raise BadInput(f"{key}.{error}") from error
     return divided, trunk.open(opened)
+
+
+def _add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> list[nn.Parameter]:
+    """Puts low-rank adapters beside linear layers, in place, and returns their parameters.
+
+    Hu et al. (2021), arXiv 2106.09685: y = W x + (alpha / rank) B A x, of which A and B train.
+
+    B is zero, so that the module computes what it did; A is drawn from torch's current generator.
+
+    Args:
+        module: the module, such as the upper layers of a transformer.
+        rank: of B A.
+        alpha: see above.
+        targets: last parts of the layers' names, such as `query`.
+
+    Raises:
+        BadInput: a target is no linear layer; names those there are.
+    """
+    linear = {name.rpartition(".")[2] for name, part in module.named_modules() if type(part) is nn.Linear}
+    wrong = sorted(set(targets) - linear)
+    if wrong and not linear:
+        raise BadInput(
+            "lora: expected a part with linear layers, as backbones of kind transformers have; got one without any: "
+            "leave lora out and its own weights train"
+        )
+    if wrong:
+        raise BadInput(f"lora.targets: expected some of {', '.join(sorted(linear))}, got {', '.join(wrong)}")
+    try:
+        # Here: it takes seconds to import, and few runs use it.
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise BadInput("lora: expected the package peft; pip install 'headwater[lora]'") from error
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
+    inject_adapter_in_model(config, module)
+    return [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
 
 
 def _divide(kind: object, network: nn.Module, block: str) -> Divided:

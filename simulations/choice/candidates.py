@@ -48,7 +48,7 @@ def open_candidates(path: Path) -> tuple[CandidateFile, dict[Name, Candidate]]:
             backbone,
             CandidateFacts(
                 backbone.feature_dim,
-                _time_record(backbone),
+                time_record(backbone),
                 _measure_megabytes(backbone),
                 file.candidates[name].licence,
             ),
@@ -57,7 +57,8 @@ def open_candidates(path: Path) -> tuple[CandidateFile, dict[Name, Candidate]]:
     }
 
 
-def _time_record(backbone: Backbone) -> float | None:
+def time_record(backbone: Backbone) -> float | None:
+    """Returns seconds a record in a backbone on this machine; None where no inputs can be made up for it."""
     inputs = draw_inputs(backbone.preprocess, _TIMED)
     if inputs is None:
         return None

@@ -49,17 +49,31 @@ def draw_inputs(preprocess: Callable[[Any], Tensor], count: int) -> Tensor | Non
     Returns:
         The inputs; None where the backbone takes neither a picture nor a text nor a recording.
     """
+    for inputs in _try_modalities(preprocess).values():
+        return inputs[torch.arange(count) % _DISTINCT]
+    return None
+
+
+def find_modality(preprocess: Callable[[Any], Tensor]) -> str | None:
+    """Returns `picture`, `text` or `sound`, whichever a backbone's preprocessing takes; None where it takes none."""
+    return next(iter(_try_modalities(preprocess)), None)
+
+
+def _try_modalities(preprocess: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Returns the first modality of which made-up items can be preprocessed, and the inputs that they become."""
     rng = np.random.default_rng(0)
     from PIL import Image  # Here: a round on cached features needs none.
 
     pictures = [Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(_DISTINCT)]
     texts = [Text("a word or two " * (number + 1)) for number in range(_DISTINCT)]
     noises = [rng.normal(scale=0.1, size=16000).astype(np.float32) for _ in range(_DISTINCT)]
-    for items in (pictures, texts, [Audio(noise, 16000) for noise in noises]):
+    sounds = [Audio(noise, 16000) for noise in noises]
+    made_up: dict[str, list[Any]] = {"picture": [*pictures], "text": [*texts], "sound": [*sounds]}
+    for modality, items in made_up.items():
         inputs, _ = try_record(lambda items=items: torch.stack([preprocess(item) for item in items]))  # type: ignore[misc]
         if inputs is not None:
-            return inputs[torch.arange(count) % _DISTINCT]
-    return None
+            return {modality: inputs}
+    return {}
 
 
 def draw_inputs_like(sample: Tensor, count: int) -> Tensor:

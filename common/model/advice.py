@@ -1,0 +1,342 @@
+"""Advice on a run before it is trained: whether to train together, what trains, and where the noise is added.
+
+One table of rules on public numbers; of each topic the first that applies is given, with its reason and the experiment
+behind it (docs/transfer.md, "Decide"). `solver: {kind: auto}` chooses all that is not said here, and
+`headwater simulate plan` computes the same v for the run that follows.
+
+Nothing here reads a record or a result.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from common.model.auto import ROUNDS
+from common.model.guessing import Totals, compute_v
+from common.run import RunConfig
+from common.tasks import Task
+
+HOPELESS_V, NEAR_V = 15.0, 90.0
+"""Values of v below which most of what a head learns is lost, and from which little is."""
+
+LEAST_RECORDS = 300
+"""Number of records from which a trained block of a network for pictures was better than its head alone."""
+
+TRUNK_ROUNDS = 16
+LONGEST_S = 4 * 3600.0
+"""Seconds that all passes of a trained block may take at a site; beyond, the head is trained alone."""
+
+UNRELATED = 0.9
+"""Distance from a backbone's home from which records were of another kind altogether."""
+
+LOSSES = ((1, 49), (3, 46), (7, 36), (12, 36), (16, 26), (21, 20), (26, 16), (31, 12), (48, 7), (70, 5), (90, 5),
+          (160, 2), (210, 2), (475, 1))  # fmt: skip
+"""Points of accuracy that privacy cost on CIFAR-10, the hardest set measured, by v (benchmarks/sizes.py)."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The public numbers of one task of a run.
+
+    Attributes:
+        modality: `picture`, `text` or `sound`; None for what is neither or not known.
+        num_units: declared number of units of all its sites together.
+        num_sites: number of those sites.
+        private: whether the run has privacy.
+        v: v of a linear head with noise at each site; None where the task's kind has no such number.
+        v_secure: v with a secure sum; None where there is none, or too few sites for one.
+        last_block: name of the last block of the backbone that can train; None where none can.
+        seconds: seconds a record in the backbone on this machine; None where it was not measured.
+        distance: distance of the sites' records from the backbone's home; None where it is not known.
+    """
+
+    modality: str | None
+    num_units: int
+    num_sites: int
+    private: bool
+    v: float | None
+    v_secure: float | None
+    last_block: str | None
+    seconds: float | None
+    distance: float | None
+
+    @property
+    def secure(self) -> bool:
+        """True where a secure sum is advised: it needs less noise, and there is something to win by it."""
+        return self.v is not None and self.v_secure is not None and self.v_secure > self.v and self.v < NEAR_V
+
+    @property
+    def advised_v(self) -> float | None:
+        """The v of the run that is advised."""
+        return self.v_secure if self.secure else self.v
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds of all passes of a trained block over one site's records, forward and backward."""
+        return 3.0 * TRUNK_ROUNDS * self.num_units / self.num_sites * (self.seconds or 0.0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One piece of advice.
+
+    Attributes:
+        topic: what it is about.
+        choice: what is advised.
+        reason: why, with the numbers it follows from.
+        evidence: the experiment behind it.
+    """
+
+    topic: str
+    choice: str
+    reason: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """All advice on one task.
+
+    Attributes:
+        together: whether training together is advised at all.
+        trains: `head` or `last block`.
+        rounds: number of rounds.
+        secure: whether sums are to be secure.
+        loss: points of accuracy that privacy cost on the hardest set measured at this v; None where there is no v.
+        lines: every choice with its reason.
+    """
+
+    together: bool
+    trains: str
+    rounds: int
+    secure: bool
+    loss: float | None
+    lines: tuple[Line, ...]
+
+
+def advise(situation: Situation) -> Advice:
+    """Returns the advice on one task from public numbers."""
+    lines = {}
+    for rule in RULES:
+        if rule.topic not in lines and rule.applies(situation):
+            reason = rule.reason.format_map(_describe(situation))
+            lines[rule.topic] = Line(rule.topic, rule.choice.format_map(_describe(situation)), reason, rule.evidence)
+    trains = lines["what trains"].choice.split(" (")[0]
+    rounds = TRUNK_ROUNDS if trains == _LAST_BLOCK else ROUNDS
+    return Advice(
+        together=not _has_low_v(situation),
+        trains=trains,
+        rounds=rounds,
+        secure=situation.secure,
+        loss=None if situation.advised_v is None else estimate_points(situation.advised_v),
+        lines=tuple(lines.values()),
+    )
+
+
+def estimate_points(v: float) -> float:
+    """Returns the points of accuracy that privacy cost on the hardest set measured at this v; it falls as v grows."""
+    values = [value for value, _ in LOSSES]
+    at = bisect.bisect_right(values, v)
+    if at in (0, len(LOSSES)):
+        return float(LOSSES[min(at, len(LOSSES) - 1)][1])
+    (low, before), (high, after) = LOSSES[at - 1], LOSSES[at]
+    return before + (after - before) * (v - low) / (high - low)
+
+
+def list_contradictions(run: RunConfig, tasks: Mapping[str, Task], totals: Mapping[str, Totals]) -> list[str]:
+    """Returns one sentence for each way in which a run goes against the advice.
+
+    Args:
+        run: the run.
+        tasks: some or all of its tasks by name.
+        totals: task -> its sites and units; tasks without any are left out.
+    """
+    if run.requested_privacy is None:
+        return []
+    deep = [name for name in tasks if run.trunk_of(name)]
+    found = []
+    if deep:
+        found.append(
+            f"a part of the backbone trains under privacy ({', '.join(deep)}): in every experiment the head alone was "
+            "better; leave `trainable` out (`headwater advise`)"
+        )
+    low = {name: v for name, v in compute_v(run, tasks, totals).items() if v is not None and v < HOPELESS_V}
+    if low:
+        shown = ", ".join(f"{name} {v:.0f}" for name, v in low.items())
+        found.append(
+            f"v is below {HOPELESS_V:g} ({shown}): most of what a head learns is lost; a secure sum, more units or a "
+            "larger epsilon raise it, and `headwater advise` says what works without"
+        )
+    return found
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: where it applies, what is advised, and why."""
+
+    topic: str
+    choice: str
+    applies: Callable[[Situation], bool]
+    reason: str
+    evidence: str
+
+
+_LAST_BLOCK = "last block"
+
+
+def _has_low_v(each: Situation) -> bool:
+    return each.advised_v is not None and each.advised_v < HOPELESS_V
+
+
+def _suits_block(each: Situation) -> bool:
+    return each.modality == "picture" and each.last_block is not None and each.num_units >= LEAST_RECORDS
+
+
+RULES = (
+    Rule(
+        "together", "no: names of the labels, shots at home, or nothing",
+        _has_low_v,
+        "v is {advised_v:.0f}, below 15: heads would hardly be better than guessing; `headwater start-from` a prior "
+        "model costs no privacy",
+        "CIFAR-10: v 7 keeps 25 to 35 % of what is learned, v 12 40 %",
+    ),
+    Rule(
+        "together", "yes",
+        lambda each: each.advised_v is not None,
+        "v = mu N / (s C) is {advised_v:.0f}, at least 15",
+        "CIFAR-10: half of what is learned is kept at v 17, 80 % at 32, 90 % at 50",
+    ),
+    Rule(
+        "together", "yes",
+        lambda each: each.private,
+        "v counts classes, and this kind of task has none: `plan` says how much noise reaches an output",
+        "none: the rule was measured on tasks with classes",
+    ),
+    Rule("together", "yes", lambda each: True, "the run is not private: nothing is lost to noise", "none needed"),
+    Rule(
+        "what trains", "head",
+        lambda each: each.private,
+        "under privacy the noise of a trunk grows with its parameters, and it takes the head's part of the clip",
+        "epsilon 8: MRI head .917, last block .892, everything .500; SST-2 head .795, adapters .762, last layer .592; "
+        "FSDD, 500 recordings: head .959, last stage .897",
+    ),
+    Rule(
+        "what trains", "head",
+        lambda each: _suits_block(each) and each.pass_s > LONGEST_S,
+        "a trained block passes every record in every round: {pass_h:.1f} hours at a site, measured on this machine",
+        "MRI, not private: head .925, last block .954",
+    ),
+    Rule(
+        "what trains", _LAST_BLOCK + " ({last_block})",
+        _suits_block,
+        "not private, pictures, {num_units} records: at least 300",
+        "MRI, not private: head .925, last block .954, everything .938",
+    ),
+    Rule(
+        "what trains", "head",
+        lambda each: each.modality == "picture" and each.last_block is not None,
+        "not private, but {num_units} records are fewer than 300: a block would learn them by heart",
+        "MRI with 100 records",
+    ),
+    Rule(
+        "what trains", "head",
+        lambda each: each.last_block is not None,
+        "not private: on texts and recordings nothing deeper was better",
+        "SST-2, not private: head .802, adapters .793, last layer .799; FSDD: head .971, last stage .972",
+    ),
+    Rule(
+        "what trains", "head",
+        lambda each: True,
+        "no part of this backbone can be trained, or it could not be opened here",
+        "none needed",
+    ),
+    Rule(
+        "noise", "none", lambda each: not each.private, "the run is not private", "none needed",
+    ),
+    Rule(
+        "noise", "secure sum (v {v_secure:.0f}; noise at sites: {v:.0f})",
+        lambda each: each.secure,
+        "the sum needs the noise once instead of {num_sites} times; v at sites is below 90",
+        "CIFAR-10, 1000 records, epsilon 3, 5 sites: secure sum .66, noise at sites .60",
+    ),
+    Rule(
+        "noise", "at each site (v {v:.0f}; secure sum: {v_secure:.0f})",
+        lambda each: each.v is not None and each.v_secure is not None,
+        "little is left to win, and each site's own noise needs no trust in other sites",
+        "CIFAR-10: at v 90 and above privacy cost 7 points or fewer",
+    ),
+    Rule(
+        "noise", "at each site (v {v:.0f})",
+        lambda each: each.v is not None,
+        "a secure sum needs three sites, and a run whose heads are linear",
+        "docs/secure-sum.md",
+    ),
+    Rule("noise", "at each site", lambda each: True, "nothing is known of this kind of task", "none"),
+    Rule(
+        "rounds", f"{TRUNK_ROUNDS}",
+        lambda each: not each.private and _suits_block(each) and each.pass_s <= LONGEST_S,
+        "a trained block passes every record in every round",
+        "the experiments by depth had as many",
+    ),
+    Rule(
+        "rounds", f"{ROUNDS}",
+        lambda each: True,
+        "more change little, because the step follows from the noise; rounds of a head cost seconds",
+        "docs/auto.md: 24 to 96 rounds differ by less than two points",
+    ),
+    Rule(
+        "expected loss", "{points:.0f} points of accuracy or fewer",
+        lambda each: each.advised_v is not None,
+        "v {advised_v:.0f}; on sets that are easier to tell apart less is lost",
+        "CIFAR-10, the hardest set measured, by v",
+    ),
+    Rule("expected loss", "none to noise", lambda each: not each.private, "the run is not private", "none needed"),
+    Rule("expected loss", "not known", lambda each: True, "no experiment with this kind of task by size", "none"),
+    Rule(
+        "time", "{seconds:.3f} s a record",
+        lambda each: each.seconds is not None,
+        "{encode_s:.0f} s to encode a site's {per_site:.0f} records once; rounds then read cached features",
+        "measured on this machine, on made-up records",
+    ),
+    Rule(
+        "distance", "compare other backbones first: `headwater simulate choose`",
+        lambda each: each.distance is not None and each.distance >= UNRELATED,
+        "{distance:.2f} from the backbone's home is as far as records of another kind",
+        "nuclei and digits lie 1.0 to 1.1 from photographs; MRI .66, where the head reaches .92",
+    ),
+    Rule(
+        "distance", "keep this backbone",
+        lambda each: each.distance is not None,
+        "{distance:.2f} from the backbone's home is below .9",
+        "MRI lies .66 from photographs, and a head on their features reaches .92",
+    ),
+)  # fmt: skip
+"""The first rule that applies to a topic is the advice on it.
+
+Adapters and everything are advised nowhere: no experiment was in their favour.
+"""
+
+
+def _describe(each: Situation) -> dict[str, object]:
+    """Returns the numbers that the table's sentences name; what is not known is named by no rule that applies."""
+    per_site = each.num_units / each.num_sites
+    unknown = float("nan")
+    return {
+        "v": unknown if each.v is None else each.v,
+        "v_secure": unknown if each.v_secure is None else each.v_secure,
+        "advised_v": unknown if each.advised_v is None else each.advised_v,
+        "points": unknown if each.advised_v is None else estimate_points(each.advised_v),
+        "num_units": each.num_units,
+        "num_sites": each.num_sites,
+        "last_block": each.last_block,
+        "pass_h": each.pass_s / 3600.0,
+        "seconds": unknown if each.seconds is None else each.seconds,
+        "encode_s": per_site * (each.seconds or 0.0),
+        "per_site": per_site,
+        "distance": unknown if each.distance is None else each.distance,
+    }
