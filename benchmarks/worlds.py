@@ -8,7 +8,9 @@ kept in a folder, because encoding takes minutes.
 
 from __future__ import annotations
 
+import csv
 import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from common.inputs import Audio
 from common.model.backbones import open_backbones
 from common.yaml import load
 from simulations.config import RUN_PREFIX, SimulationConfig
+from simulations.partition import build_sites
 
 Change = Callable[[Any, np.random.Generator], Any]
 """A record's content and a stream of its world -> its content in that world."""
@@ -90,7 +93,12 @@ def make_fsdd_worlds(file: Path, cache: Path) -> list[World]:
 
 
 def make_picture_worlds(
-    file: Path, cache: Path, task: str, changes: Mapping[str, Change], overrides: Sequence[str] = ()
+    file: Path,
+    cache: Path,
+    task: str,
+    changes: Mapping[str, Change],
+    overrides: Sequence[str] = (),
+    left_out: str | None = None,
 ) -> list[World]:
     """Returns the test pictures of a simulation as they are, and in each of the changes.
 
@@ -100,18 +108,20 @@ def make_picture_worlds(
         task: the task whose labels are in a column of the source.
         changes: name of a world -> what is different in it.
         overrides: settings that replace those of the file.
+        left_out: site whose training pictures are in each world too.
     """
     config = load(SimulationConfig, file, overrides)
     (source,) = config.sources
     labels = list(config.run.tasks[task].settings()["labels"])
-    records = _Records(file, source, lambda record: record.split == "test", overrides)
+    own = set() if left_out is None else _list_rows(config, source, left_out)
+    records = _Records(file, source, lambda record: record.split == "test" or record.row in own, overrides)
     labels_R = np.array([labels.index(record.cells["label"]) for record in records.index])
     family = config.run.name
     return [
         World(
             family if change is _keep else f"{family} changed",
             name,
-            None,
+            left_out,
             records.encode(change, cache / f"{family}-{name.replace(' ', '-')}.npy"),
             labels_R,
         )
@@ -142,6 +152,14 @@ def shift_labels(world: World, alpha: float, rng: np.random.Generator, least: in
     taken_R = np.sort(np.concatenate(rows))
     name = f"{world.name}, other mix"
     return World("cifar10 mix", name, world.left_out, world.features_RD[taken_R], world.labels_R[taken_R])
+
+
+def _list_rows(config: SimulationConfig, source: str, site: str) -> set[int]:
+    """Returns the numbers of the records that a site is dealt."""
+    with tempfile.TemporaryDirectory() as folder:
+        (dealt,) = [each for each in build_sites(config, Path(folder)) if each.name == site]
+        with Path(str(dealt.sources[source].settings()["rows"])).open(newline="", encoding="utf-8") as file:
+            return {int(line["row"]) for line in csv.DictReader(file)}
 
 
 class _Records:
