@@ -330,7 +330,14 @@ def test_a_plan_warns_where_it_must(tmp_path: Path, site: dict, run: dict, warni
 
 
 def test_a_useful_affordable_plan_has_no_warning(tmp_path: Path) -> None:
-    assert said("plan", written(tmp_path), run_file(tmp_path))["warnings"] == []
+    less_noise = {"unit": "example", "delta": DELTA, "noise_multiplier": 1.0}
+    assert said("plan", written(tmp_path), run_file(tmp_path, privacy=less_noise))["warnings"] == []
+
+
+def test_a_plan_below_the_v_that_is_advised_says_so(tmp_path: Path) -> None:
+    outlook = said("plan", written(tmp_path), run_file(tmp_path))
+    (warning,) = outlook["warnings"]
+    assert "v is below 15" in warning and all(0.0 < v < 15.0 for v in outlook["v"].values())
 
 
 @pytest.mark.parametrize("projection", [None, {"dim": 3, "normalize": True}, {"normalize": True}])
