@@ -11,7 +11,7 @@ and moving its features to the mean of all sites would move each class onto anot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,11 +30,34 @@ class SourceMoments:
         means_CD: float64 [C, D], mean of each class.
         within_DD: float64 [D, D], covariance within classes, positive definite.
         shares_C: float64 [C], share of each class among the units, above 0, adding up to 1.
+        noise_C: float64 [C], deviation of the noise in each value of a class's mean; None where there is none.
     """
 
     means_CD: Array = field(repr=False)
     within_DD: Array = field(repr=False)
     shares_C: Array = field(repr=False)
+    noise_C: Array | None = field(default=None, repr=False)
+
+    def compute_noise(self, mix_C: Array) -> float:
+        """Returns the length of the noise in the mean of a record's class, its root mean square at a class mix."""
+        if self.noise_C is None:
+            return 0.0
+        return float(np.sqrt(self.means_CD.shape[1] * (mix_C @ np.square(self.noise_C))))
+
+    def shrink_means(self) -> SourceMoments:
+        """Returns the same with class means moved towards their common mean, by as much as noise drives them apart.
+
+        And the common mean shortened likewise (James and Stein 1961). Without noise nothing is moved.
+        """
+        if self.noise_C is None:
+            return self
+        num_features = self.means_CD.shape[1]
+        common_D = self.shares_C @ self.means_CD
+        common_D = common_D * _keep(common_D @ common_D, num_features * (self.shares_C**2 @ self.noise_C**2))
+        apart_CD = self.means_CD - common_D
+        spread = float(self.shares_C @ np.square(apart_CD).sum(axis=1))
+        noise = num_features * float(self.shares_C @ self.noise_C**2) * (1.0 - 1.0 / len(self.shares_C))
+        return replace(self, means_CD=common_D + _keep(spread, noise) * apart_CD)
 
     def compute_mean(self, mix_C: Array) -> Array:
         """Returns mean_D of records with another class mix."""
@@ -46,6 +69,11 @@ class SourceMoments:
         apart_CD = self.means_CD - self.compute_mean(mix_C)
         covariance_DD: Array = self.within_DD + apart_CD.T @ (mix_C[:, None] * apart_CD)
         return covariance_DD
+
+
+def _keep(square: float, noise: float) -> float:
+    """Returns the factor that takes away what noise adds to a squared length."""
+    return max(0.0, 1.0 - noise / square) if square > 0.0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class MeanStd(Plugin):
             target: the site's records.
             mix_C: the site's own class mix.
         """
+        source = source.shrink_means()
         mean_D = source.compute_mean(mix_C)
         if target.num_units == 0.0:
             return Alignment(np.ones_like(mean_D), np.zeros_like(mean_D))

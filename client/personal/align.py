@@ -9,7 +9,7 @@ its own statistics first would let one record move all others, and epsilon 3 wou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from client.data.units import TaskRecords, Units
 from common.model.class_moments import ClassMoments
 from common.model.moments import has_classes
 from common.tasks import Task
+from common.tasks.parts.rates import shrink_counts
 from common.types import BadInput
 
 SERVED = "served"
@@ -119,6 +120,8 @@ def read_source(moments: ClassMoments, task: str, num_features: int) -> SourceMo
     Raises:
         BadInput: they lack products of features, or are of another backbone.
     """
+    # Where labels are equally frequent, noise alone is not to make some frequent.
+    moments = replace(moments, counts_C=shrink_counts(moments.counts_C, moments.counts_deviation))
     within_DD = moments.within_DD()
     if within_DD is None:
         raise BadInput(
@@ -130,7 +133,8 @@ def read_source(moments: ClassMoments, task: str, num_features: int) -> SourceMo
             f"task {task}: expected moments of {num_features} features, got {within_DD.shape[0]}: they are of another "
             "backbone"
         )
-    return SourceMoments(moments.means_CD(), within_DD, lift_shares(moments.shares_C()))
+    noise_C = moments.sums_deviation / moments.counts_C
+    return SourceMoments(moments.means_CD(), within_DD, lift_shares(moments.shares_C()), noise_C)
 
 
 def align_head(
@@ -173,7 +177,7 @@ def align_head(
         hit_R, other_R = (find_hits(own, labelled) for _, own in (one, other))
         return compare_hits(hit_R, other_R, labelled.unit_R.numpy(), weight_R)
 
-    kind, chosen = choose_guarded(heads[0], heads[1:], compare)
+    kind, chosen = choose_guarded(heads[0], heads[1:], compare, noise=source.compute_noise(mix_C))
     return Adaptation(chosen, kind, mix_C)
 
 

@@ -24,12 +24,15 @@ def aligner(kind: str) -> Aligner:
     return open_aligner(cls.example(), "aligner")
 
 
-def some_source(rng: np.random.Generator, classes: int = 3, dim: int = 5) -> SourceMoments:
+def some_source(
+    rng: np.random.Generator, classes: int = 3, dim: int = 5, noise_C: Array | None = None
+) -> SourceMoments:
     spread_DD = rng.normal(size=(dim, dim))
     return SourceMoments(
         0.4 * rng.normal(size=(classes, dim)),
         0.02 * spread_DD @ spread_DD.T + 0.01 * np.eye(dim),
         rng.dirichlet(np.full(classes, 5.0)),
+        noise_C,
     )
 
 
@@ -71,7 +74,8 @@ def test_an_alignment_follows_from_its_arguments_and_not_from_their_order(kind: 
 def test_an_alignment_is_finite_for_any_records_and_any_mix(kind: str, count: int) -> None:
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        source, records = some_source(rng), some_records(rng, count)
+        noise_C = np.full(3, 10.0 ** rng.uniform(-2, 2)) if seed % 4 else None
+        source, records = some_source(rng, noise_C=noise_C), some_records(rng, count)
         if seed % 3 == 1 and count:  # All records are one and the same.
             records = TargetRecords(np.repeat(records.features_RD[:1], count, axis=0), records.weight_R)
         if seed % 3 == 2:  # Nothing in them.

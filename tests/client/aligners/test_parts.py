@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.aligners import Alignment, SourceMoments
-from client.aligners.parts.guard import choose_guarded, compare_hits
+from client.aligners.parts.guard import MOST_NOISE, choose_guarded, compare_hits
 from client.aligners.parts.head import UniformHead, keep_head, place_head, read_log_shares
 from client.aligners.parts.linear import compute_power
 from client.aligners.parts.mix import TIES, compute_evidence, estimate_mix, read_mix
@@ -92,7 +92,54 @@ def test_hits_are_compared_in_standard_errors_over_units() -> None:
 def test_the_first_alignment_stands_unless_it_loses_and_the_next_has_to_win(
     scores: dict[str, float], chosen: str
 ) -> None:
-    assert choose_guarded("served", ["first", "second"], lambda one, other: scores[one] - scores[other]) == chosen
+    def compare(one: str, other: str) -> float:
+        return scores[one] - scores[other]
+
+    assert choose_guarded("served", ["first", "second"], compare, noise=MOST_NOISE) == chosen
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [
+        ({"served": 0, "first": 0.9, "second": 0.9}, "served"),
+        ({"served": 0, "first": 1.1, "second": 2.0}, "first"),
+        ({"served": 0, "first": 0.5, "second": 1.1}, "second"),
+    ],
+)
+def test_where_moments_are_mostly_noise_an_alignment_has_to_win(scores: dict[str, float], chosen: str) -> None:
+    def compare(one: str, other: str) -> float:
+        return scores[one] - scores[other]
+
+    assert choose_guarded("served", ["first", "second"], compare, noise=MOST_NOISE + 0.01) == chosen
+
+
+# --- noise in the moments --------------------------------------------------------------------------------------------
+
+
+def test_means_are_moved_together_by_what_noise_has_driven_them_apart() -> None:
+    """Mean squared error over many releases: next to none of the noise is left where classes have one mean."""
+    rng = np.random.default_rng(0)
+    for apart, most in ((0.0, 0.35), (0.6, 0.95)):
+        true_CD = 0.5 * np.eye(4, 40)[[0, 0, 0, 0]] + apart * np.eye(4, 40, k=3)
+        before, after = 0.0, 0.0
+        for _ in range(40):
+            noise_C = np.array([0.1, 0.1, 0.15, 0.1])
+            released_CD = true_CD + noise_C[:, None] * rng.normal(size=(4, 40))
+            noisy = SourceMoments(released_CD, np.eye(40), np.full(4, 0.25), noise_C)
+            before += float(np.square(noisy.means_CD - true_CD).sum())
+            after += float(np.square(noisy.shrink_means().means_CD - true_CD).sum())
+        assert after < most * before
+    exact = SourceMoments(true_CD, np.eye(40), np.full(4, 0.25))
+    np.testing.assert_array_equal(exact.shrink_means().means_CD, true_CD)
+    np.testing.assert_allclose(
+        SourceMoments(true_CD, np.eye(40), np.full(4, 0.25), np.zeros(4)).shrink_means().means_CD, true_CD, atol=1e-12
+    )
+
+
+def test_the_noise_of_a_mix_is_that_in_the_mean_of_a_records_class() -> None:
+    noisy = SourceMoments(np.zeros((2, 9)), np.eye(9), np.full(2, 0.5), np.array([0.1, 0.3]))
+    assert noisy.compute_noise(np.array([0.75, 0.25])) == pytest.approx(math.sqrt(9 * (0.75 * 0.01 + 0.25 * 0.09)))
+    assert SOURCE.compute_noise(SOURCE.shares_C) == 0.0
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

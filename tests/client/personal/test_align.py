@@ -14,7 +14,7 @@ from client.__main__ import app
 from client.aligners import SourceMoments, open_aligners
 from client.aligners.parts.head import AlignedHead
 from client.data.units import TaskRecords
-from client.personal.align import SERVED, MixUnknown, align_head, make_discriminant_head
+from client.personal.align import SERVED, MixUnknown, align_head, make_discriminant_head, read_source
 from client.personal.evaluate import adapt, compare
 from client.personal.personal_heads import (
     AT_HOME,
@@ -26,6 +26,7 @@ from client.personal.personal_heads import (
 from client.protocol.site import PERSONAL_HEADS, Site, joined_run
 from common import messages
 from common.events import FEDERATED, PERSONAL, PERSONAL_UNIFORM
+from common.model.class_moments import ClassMoments
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput
@@ -114,6 +115,24 @@ def test_an_aligned_head_is_read_back_to_the_bit() -> None:
         assert torch.equal(opened(features), adapted(features))
         assert isinstance(opened, AlignedHead)
         assert torch.equal(opened.compute_uniform(features), adapted.compute_uniform(features))
+
+
+def test_noise_alone_makes_no_class_frequent_and_no_mean_long() -> None:
+    """Counts that differ by less than their noise are taken for equal."""
+    rng = np.random.default_rng(11)
+    counts_C, units = 200.0 + 40.0 * rng.normal(size=8), 1600.0
+    sums_CD = 200.0 * 0.5 * np.eye(8, 20)
+    scatter_DD = units * 0.05 * np.eye(20)
+    source = read_source(ClassMoments(counts_C, sums_CD, scatter_DD, 40.0, 4.0, 4.0, units), "t", 20)
+    assert np.abs(source.shares_C - 1 / 8).max() < 0.5 * np.abs(counts_C / counts_C.sum() - 1 / 8).max()
+    assert source.noise_C is not None
+    np.testing.assert_allclose(source.noise_C, 4.0 / (source.shares_C * counts_C.sum()), rtol=1e-6)
+
+
+def test_moments_of_another_backbone_are_refused_in_one_sentence() -> None:
+    moments = ClassMoments(np.ones(2), np.zeros((2, 3)), np.eye(3), 0.0, 0.0, 0.0, 2.0)
+    with pytest.raises(BadInput, match="task t: expected moments of 5 features, got 3: they are of another backbone"):
+        read_source(moments, "t", 5)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
