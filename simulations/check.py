@@ -67,7 +67,7 @@ def _check_adaptable(run: RunConfig, tasks: Mapping[str, Task]) -> None:
         if run.moments is None or not getattr(run.moments, key):
             raise BadInput(
                 f"run.moments.{key}: expected a share above 0 for `personal: adapt`, as in `moments: {{classes: 0.1, "
-                "scatter: 0.1}` beside `solver: {kind: auto}`; got none"
+                "scatter: 0.05}` beside `solver: {kind: auto}`; got none"
             )
 
 

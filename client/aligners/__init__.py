@@ -53,7 +53,8 @@ class SourceMoments:
             return self
         num_features = self.means_CD.shape[1]
         common_D = self.shares_C @ self.means_CD
-        common_D = common_D * _keep(common_D @ common_D, num_features * (self.shares_C**2 @ self.noise_C**2))
+        common_noise = num_features * float(np.square(self.shares_C * self.noise_C).sum())
+        common_D = common_D * _keep(float(common_D @ common_D), common_noise)
         apart_CD = self.means_CD - common_D
         spread = float(self.shares_C @ np.square(apart_CD).sum(axis=1))
         noise = num_features * float(self.shares_C @ self.noise_C**2) * (1.0 - 1.0 / len(self.shares_C))
