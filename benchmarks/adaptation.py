@@ -43,7 +43,7 @@ from benchmarks.worlds import (
 from client.aligners import SourceMoments, TargetRecords, open_aligners
 from client.aligners.parts.head import AlignedHead, keep_head, place_head
 from client.data.units import TaskRecords
-from client.personal.align import align_head, make_discriminant_head
+from client.personal.align import align_head, make_discriminant_head, read_source
 from common.model.parameters import load_parameters
 from common.serving.folder import read_config, read_heads, read_moments
 from common.tasks import open_task
@@ -140,9 +140,7 @@ def open_source(
             (Path(scratch) / "run" / "model").rename(folder)
     config = read_config(folder)
     released = read_moments(folder, config, family.task)
-    within_DD = released.within_DD()
-    assert within_DD is not None, "the run measures products of features"
-    source = SourceMoments(released.means_CD(), within_DD, released.shares_C())
+    source = read_source(released, family.task, released.sums_CD.shape[1])
     if given.source == "moments":
         return make_discriminant_head(source), source
     module = open_task(config.tasks[family.task].settings, "task").head(source.means_CD.shape[1])
