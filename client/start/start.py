@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from client.start.names import NamesFile, make_rows
+from client.start.pooled import pool_heads
 from client.start.shots import Progress, Shots, ShotsFile, open_shots
 from client.start.tied import fit_to_shots
 from common.model.moments import serve_heads
@@ -34,6 +35,8 @@ class StartedHead:
         trunk: name of its trained part; None where there is none.
         head: the head.
         how: how it was made, in words.
+        temperature: number by which its outputs are divided before they become probabilities.
+        root_DD: root of the covariance of its rows, where several priors told one (`client.start.pooled`).
     """
 
     settings: Mapping[str, Any]
@@ -42,6 +45,8 @@ class StartedHead:
     trunk: str | None
     head: nn.Module
     how: str
+    temperature: float | None = None
+    root_DD: Tensor | None = field(default=None, repr=False)
 
 
 def start_from(
@@ -50,6 +55,7 @@ def start_from(
     *,
     shots: ShotsFile | None,
     names: NamesFile | None,
+    also: Sequence[Path] = (),
     backbones: Path | None = None,
     device: torch.device | None = None,
     progress: Progress | None = None,
@@ -61,6 +67,7 @@ def start_from(
         out: the new model's folder.
         shots: labelled records of the new site; None for none.
         names: a new task by the names of its classes; None for the prior's own tasks.
+        also: further models with the same tasks on the same backbones.
         backbones: weights of a prior that was handed on without them.
         device: device that encodes records; by default the CPU.
         progress: told how many records are encoded.
@@ -72,7 +79,13 @@ def start_from(
     if shots is None and names is None:
         raise BadInput("expected --shots, --names or both")
     model = open_model(prior, device, backbones=backbones)
-    heads = list_prior_heads(model) if names is None else {names.task: start_from_names(model, names)}
+    others = [_open_other(model, path, backbones) for path in also]
+    if names is None:
+        heads = list_prior_heads(model)
+        wanted = list(heads) if shots is None else [name for name in heads if name in shots.tasks]
+        heads |= {name: _pool(name, heads[name], others) for name in wanted}
+    else:
+        heads = {names.task: start_from_names(model, names)}
     if shots is not None:
         heads = _fit_all(model, heads, shots, progress)
     _write(prior, out, model, heads, backbones, names is not None, shots is not None)
@@ -83,10 +96,33 @@ def list_prior_heads(model: Model) -> dict[str, StartedHead]:
     """Returns the heads of a finished model."""
     return {
         name: StartedHead(
-            own.settings, model.tasks[name], own.backbone, own.trunk, model.heads[name].head, "the prior's"
+            own.settings, model.tasks[name], own.backbone, own.trunk, model.heads[name].head, "from the prior"
         )
         for name, own in model.config.tasks.items()
     }
+
+
+def _open_other(model: Model, path: Path, backbones: Path | None) -> Model:
+    other = open_model(path, backbones=backbones)
+    own, others = (
+        {name: (each.digest, each.trainable) for name, each in opened.config.backbones.items()}
+        for opened in (model, other)
+    )
+    if own != others or any(trainable is not None for _, trainable in own.values()):
+        raise BadInput(f"--also {path}: expected a model on the prior's frozen backbones, got one on others")
+    return other
+
+
+def _pool(name: str, start: StartedHead, others: Sequence[Model]) -> StartedHead:
+    """Returns the head of a task by all models."""
+    if not others:
+        return start
+    for other in others:
+        own = other.config.tasks.get(name)
+        if own is None or (own.settings, own.backbone) != (start.settings, start.backbone):
+            raise BadInput(f"--also: expected models with task {name} and the prior's settings of it, got one without")
+    prior = pool_heads([start.head, *(other.heads[name].head for other in others)])
+    return replace(start, head=prior.mean, how=prior.how, root_DD=prior.root_DD)
 
 
 def start_from_names(model: Model, names: NamesFile) -> StartedHead:
@@ -137,16 +173,18 @@ def _fit_all(
 
 
 def _fit(name: str, start: StartedHead, shots: Shots, file: ShotsFile) -> StartedHead:
-    fitted = fit_to_shots(name, start.head, start.task, shots.records)
+    fitted = fit_to_shots(name, start.head, start.task, shots.records, start.root_DD)
     unusable = f", {shots.num_unusable} more cannot be used" if shots.num_unusable else ""
     rarest = f", {fitted.fewest} of the rarest label" if fitted.fewest < len(shots.records.unit_R) else ""
-    how = f"{fitted.describe()}; {len(shots.records.unit_R)} record(s){rarest}{unusable}"
+    how = f"{start.how}; {fitted.describe()}; {len(shots.records.unit_R)} record(s){rarest}{unusable}"
     settings, head = dict(start.settings), fitted.head
     prior = file.tasks[name].prior
     if prior is not None:
         settings |= {"prior": prior, "head": {**settings.get("head", {}), "prior": True}}
         head = _declare_prior(name, settings, head)
-    return StartedHead(settings, open_task(settings, f"task {name}"), start.backbone, start.trunk, head, how)
+    return StartedHead(
+        settings, open_task(settings, f"task {name}"), start.backbone, start.trunk, head, how, fitted.temperature
+    )
 
 
 def _declare_prior(name: str, settings: Mapping[str, Any], head: nn.Module) -> nn.Module:
@@ -186,7 +224,12 @@ def _write(
         update={
             "created": time.strftime("%Y-%m-%d"),
             "tasks": {
-                name: ModelTask(settings=dict(each.settings), backbone=each.backbone, trunk=each.trunk)
+                name: ModelTask(
+                    settings=dict(each.settings),
+                    backbone=each.backbone,
+                    trunk=each.trunk,
+                    temperature=each.temperature,
+                )
                 for name, each in heads.items()
             },
             "backbones": {name: config.backbones[name] for name in used},

@@ -20,6 +20,9 @@ def start_from(
     names: Annotated[
         Path | None, typer.Option(help="YAML file of a new task: its name, and its labels as words or phrases")
     ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="With --shots: a further model with the same tasks (repeatable)")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The new model's folder, new or empty")] = Path("first-model"),
     backbones: Annotated[
         Path | None, typer.Option(help="Weights of a prior that was handed on without them: a file or a folder")
@@ -44,6 +47,8 @@ def start_from(
 
         if shots is None and names is None:
             raise BadInput("expected --shots, --names or both, got neither")
+        if also and (shots is None or names is not None):
+            raise BadInput("--also: expected it with --shots and without --names")
         check_folder(out)
         try:
             with shown_progress() as observe:
@@ -52,6 +57,7 @@ def start_from(
                     out,
                     shots=None if shots is None else load(ShotsFile, shots),
                     names=None if names is None else load(NamesFile, names),
+                    also=also or (),
                     backbones=backbones,
                     device=choose_device(device),
                     progress=lambda done, total: observe("encoding", done, total),
