@@ -9,6 +9,7 @@ from client.choice.vote import cast_vote
 from client.ledger.events import TRAINING
 from client.ledger.ledger import Ledger, Reservation
 from client.protocol.answer import answer_once, open_side
+from client.protocol.replies import Replies
 from client.protocol.site import (
     CHOSEN,
     Site,
@@ -45,7 +46,10 @@ def vote(site: Site, request: messages.VoteRequest) -> RecordDict:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         if (joined.folder / CHOSEN).exists():
             raise SiteDeclined(DeclineReason.OVERTAKEN, "the votes of this choice were counted; nothing was charged")
-        candidates = check_prepared(joined)
+        candidates, charged = check_prepared(joined), site.config.name_charge(joined.run_id)
+        # Nothing of a vote that was never stored has left: what the site was killed in is not paid for again.
+        cut_off = ledger.find_cut_off(planned.mechanism, run=charged, round=request.round, request=digest)
+        paid = None if Replies.was_stored(joined.folder, digest) else cut_off
         units = open_side(joined, sorted(candidates), "train", torch.device("cpu"))
         with steady_time():
             name, reservation = cast_vote(
@@ -55,11 +59,12 @@ def vote(site: Site, request: messages.VoteRequest) -> RecordDict:
                 units,
                 epsilon=planned.epsilon,
                 public_size=planned.public_size,
-                run=site.config.name_charge(joined.run_id),
+                run=charged,
                 round=request.round,
                 request=digest,
                 stream=open_stream(site.entropy, joined.run.name, site.config.name, "vote"),
                 evaluation_budget=site.share,
+                paid=paid,
             )
         return messages.VoteReply(name, reservation.witness), reservation, 1
 

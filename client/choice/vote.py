@@ -31,6 +31,7 @@ def cast_vote(
     round: int = 0,
     request: str = "",
     evaluation_budget: NoisedEvaluation | None = None,
+    paid: Reservation | None = None,
 ) -> tuple[str, Reservation]:
     """Returns the name of the candidate that a site votes for, and the charge, to be committed once it is stored.
 
@@ -46,6 +47,7 @@ def cast_vote(
         round: round under which it is charged.
         request: digest of the request that it answers; empty in a simulation.
         evaluation_budget: the part of the budget that is held for evaluations.
+        paid: the charge of a vote that was cut off before it was stored; None for a new charge.
 
     Raises:
         BudgetExhausted: the budget does not cover the vote; nothing is computed.
@@ -53,7 +55,9 @@ def cast_vote(
     """
     check_unit_count(units.num_units)
     mechanism = Mechanism.of_choice(epsilon, scorer.sensitivity)
-    reservation = ledger.reserve(mechanism, run=run, round=round, request=request, evaluation_budget=evaluation_budget)
+    reservation = paid or ledger.reserve(
+        mechanism, run=run, round=round, request=request, evaluation_budget=evaluation_budget
+    )
     costs = [scorer.compute_cost(rows, public_size) for rows in make_comparable_rows(task, list(units.tasks.values()))]
     # Each is less than a step too small, and so is the sensitivity: three steps are within `ROUNDING`.
     whole = [math.floor(cost / _STEP) for cost in costs]

@@ -333,6 +333,22 @@ class Ledger:
         """Returns all charges in order."""
         return list(self.history().charges.values())
 
+    def find_cut_off(self, mechanism: Mechanism, *, run: str, round: int, request: str) -> Reservation | None:
+        """Returns the charge of a request that is not known to be answered; None where there is none.
+
+        Args:
+            mechanism: what was charged.
+            run: id of the run.
+            round: its round.
+            request: digest of the request.
+        """
+        wanted = (mechanism, run, round, request, False)
+        with chain.exclusive(self._folder) as opened:
+            for number, each in _read_history(opened).charges.items():
+                if (each.mechanism, each.run, each.round, each.request, each.committed) == wanted:
+                    return Reservation(number, opened.make_witness())
+        return None
+
     def compute_run_epsilon(self, run: str) -> float:
         """Returns epsilon of one run's own charges, reserved or committed; 0 for a run that was never charged."""
         return self.history().compute_run_epsilon(run)

@@ -66,6 +66,11 @@ class Replies:
             )
         return data
 
+    @staticmethod
+    def was_stored(run_folder: Path, request: str) -> bool:
+        """Returns whether a reply to a request was ever stored, or begun to be: before, none was sent."""
+        return request.encode() in (run_folder / "reply_digests").read_bytes()
+
     def find_newest(self) -> Path | None:
         """Returns the file of the reply that was stored last; None where there is none, or it was removed."""
         size = os.fstat(self._digests).st_size // _LINE_BYTES * _LINE_BYTES

@@ -18,6 +18,7 @@ from client.ledger.place import locate_ledgers
 from client.protocol.approvals import Approvals
 from client.protocol.evaluate import evaluate
 from client.protocol.prepare import finish
+from client.protocol.replies import Replies
 from client.protocol.site import Site, SiteDeclined
 from client.protocol.train import measure, train
 from common import messages
@@ -34,6 +35,7 @@ from common.events import (
 )
 from common.model.backbones import Backbone, open_backbones
 from common.offers import list_digests, make_offer
+from common.privacy.accounting import Mechanism
 from common.privacy.noise import Entropy, SeededEntropy, os_entropy
 from common.run import RunConfig
 from common.types import BadInput, RunFailed, RunInterrupted, heads_digest
@@ -273,6 +275,35 @@ def answer_choice(app: Any, run: RunConfig, opened: Mapping[str, Backbone]) -> I
         if values.get("witness"):
             values["witness"] = values["witness"]["length"]  # Its digests have a key of the ledger's own.
         yield json.dumps(values, separators=(",", ":"))
+
+
+def test_a_site_that_is_killed_in_its_vote_does_not_pay_again(tmp_path: Path) -> None:
+    """Killed between charge and stored vote nothing has left; once a vote was stored, a new one is a new charge."""
+    (site,) = sites = [site_config(tmp_path, "east")]
+    digest = messages.request_digest(messages.VoteRequest("choice-1"))
+    mechanism = Mechanism.of_choice(8.0, 9.25)
+    Site(site, os_entropy).ledger().reserve(mechanism, run="choice-1", round=1, request=digest)
+    choose(tmp_path / "run", sites)
+    assert list_charges(site) == [("exponential", 8.0, 1, True)]
+    folder = site.coordinator_dir / "runs" / "choice-1"
+    (folder / "replies" / digest).unlink()
+    (folder / "chosen").unlink()
+    choose(tmp_path / "run", sites)
+    assert list_charges(site) == [("exponential", 8.0, 1, True)] * 2
+
+
+def test_a_vote_that_may_have_left_is_charged_anew_where_it_is_lost(tmp_path: Path) -> None:
+    """Killed between the stored vote and the ledger's line about it, and the vote was then removed by hand."""
+    (site,) = sites = [site_config(tmp_path, "east")]
+    digest = messages.request_digest(messages.VoteRequest("choice-1"))
+    Site(site, os_entropy).ledger().reserve(Mechanism.of_choice(8.0, 9.25), run="choice-1", round=1, request=digest)
+    folder = site.coordinator_dir / "runs" / "choice-1"
+    folder.mkdir(parents=True)
+    with Replies.exclusive(folder) as replies:
+        replies.store(digest, b"a vote")
+    (folder / "replies" / digest).unlink()
+    choose(tmp_path / "run", sites)
+    assert list_charges(site) == [("exponential", 8.0, 1, False), ("exponential", 8.0, 1, True)]
 
 
 def test_requests_that_are_not_for_a_choice_are_declined(tmp_path: Path) -> None:
