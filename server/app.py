@@ -36,6 +36,8 @@ def main(grid: Grid, context: Context) -> None:
 def _run_from_file(grid: Grid, run_file: Path, run_dir: Path) -> None:
     """Runs a run file, as by `flwr run . --run-config 'run-file="..." run-dir="..."'`."""
     run = load(RunConfig, run_file)
+    if run.choice is not None:
+        raise BadInput(f"{run_file}: choice: expected none here; `headwater coordinator choose` has sites vote")
     folder = new_run_folder(run_dir, run.name)
     write_yaml(folder / "config.yaml", run)
     write_environment(folder / "environment.json", {"run": run.seed})

@@ -30,6 +30,8 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
         BadInput: a setting is wrong; the first one is named.
     """
     run = config.run
+    if run.choice is not None:
+        raise BadInput("run.choice: expected none in a simulation; `headwater simulate choose` has its sites vote")
     resolve_backbone_paths(run, RUN_PREFIX)  # Resolves every backbone.
     tasks = {name: open_task(spec, f"{RUN_PREFIX}tasks.{name}") for name, spec in run.tasks.items()}
     for key, spec in list_sources(config).items():

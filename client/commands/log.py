@@ -42,7 +42,7 @@ def _print_log(page: Statement) -> None:
                     _format_time(each.time),
                     each.run,
                     str(each.round),
-                    each.purpose,
+                    "vote" if each.mechanism and each.mechanism.kind == "exponential" else each.purpose,
                     in_words(each.mechanism),
                     "no stored reply" if each.bytes is None else str(each.bytes),
                     str(each.resent),

@@ -219,7 +219,8 @@ def render_status(status: FederationStatus) -> Group:
     replies: Mapping[str, int] = {}
     if run is not None:
         replies = run.replies
-        progress = f"round {run.round} of {run.rounds}" if run.rounds else "waiting to begin"
+        begun = f"round {run.round} of {run.rounds}" if run.rounds else "a vote"
+        progress = "waiting to begin" if run.rounds is None else begun
         if run.under_way and run.phase:
             progress += f", {run.phase}"
         if run.under_way and run.seconds_per_round is not None and run.seconds_left:

@@ -158,6 +158,13 @@ def test_bad_input_is_one_sentence(choose: Choose, tmp_path: Path) -> None:
     refused(choose("--epsilon", "6", backbones=tmp_path / "none.yaml"), 2, "none.yaml")
 
 
+def test_a_simulation_of_a_vote_as_a_run_is_refused(simulation_file: Path) -> None:
+    changes = ("run.choice={}", "run.rounds=1", "run.backbone=null", "run.privacy.noise_multiplier=null")
+    more = ("run.backbones={a: {kind: identity, dim: 2}, b: {kind: identity, dim: 2}}", "run.privacy.target_epsilon=6")
+    sets = [word for change in (*changes, *more) for word in ("--set", change)]
+    refused(CliRunner().invoke(app, ["run", str(simulation_file), *sets]), 2, "run.choice", "simulate choose")
+
+
 def test_a_candidate_that_does_not_fit_the_modality_is_named(choose: Choose, tmp_path: Path) -> None:
     spectrum = {"kind": "log_mel", "sample_rate": 8000, "bands": 12, "range_hz": [60, 3800]}
     wrong = write(tmp_path / "wrong.yaml", {"candidates": {"good": GOOD, "sound": spectrum}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from common.events import (
     ChoiceEnded,
     FileJournal,
     ReplyResent,
+    RequestDeclined,
     RunEvent,
     SiteRejected,
     VotesCounted,
@@ -79,9 +81,13 @@ def choose(
     *,
     entropy: Entropy = os_entropy,
     lost: Mapping[str, str] | None = None,
+    forged: Mapping[str, messages.VoteReply] | None = None,
     **changes: Any,
 ) -> list[RunEvent]:
-    """Runs a choice and returns its journal. Of some sites the answer to a kind of request is lost: site -> kind."""
+    """Runs a choice and returns its journal.
+
+    Of some sites the answer to a kind of request is lost (site -> kind), or another vote is sent.
+    """
     honest = make_app(lambda context: sites[int(context.node_config["partition-id"])], entropy)
 
     def app(message: Message, context: Context) -> Message:
@@ -89,6 +95,8 @@ def choose(
         name = sites[int(context.node_config["partition-id"])].name
         if (lost or {}).get(name) == message.metadata.message_type:
             raise ConnectionError("lost")
+        if message.metadata.message_type == messages.VOTE and name in (forged or {}):
+            return Message(messages.encode((forged or {})[name]), reply_to=message)
         return reply
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,29 +165,14 @@ def test_a_choice_that_is_done_again_gets_the_stored_votes_for_nothing(tmp_path:
 def test_ties_go_to_the_first_of_the_file(tmp_path: Path) -> None:
     """Two sites, one sure of each candidate: the order of the file decides, in the run's folder too."""
     sites = [site_config(tmp_path, name) for name in ("east", "north")]
-    votes = {"east": "good", "north": "poor"}
-
-    def app(message: Message, context: Context) -> Message:
-        site = sites[int(context.node_config["partition-id"])]
-        honest = make_app(lambda context: site, os_entropy)(message, context)
-        if message.metadata.message_type != messages.VOTE:
-            return honest
-        return Message(messages.encode(messages.VoteReply(votes[site.name])), reply_to=message)
-
+    forged = {"east": messages.VoteReply("good"), "north": messages.VoteReply("poor")}
     for names in (["poor", "good"], ["good", "poor"]):
         folder = tmp_path / names[0]
-        folder.mkdir()
-        run = choice_config(backbones={name: BACKBONES[name] for name in names})
-        chosen = run_choice(
-            InProcessGrid(app, 2),
-            run,
-            open_backbones(run),
-            run_id=f"choice-{names[0]}",
-            folder=folder,
-            journal=FileJournal(folder / "journal.jsonl"),
-            executor="in_process",
-        )
-        assert chosen == names[0]
+        backbones = {name: BACKBONES[name] for name in names}
+        for site in sites:
+            shutil.rmtree(site.state_dir, ignore_errors=True)
+        choose(folder, sites, forged=forged, backbones=backbones)
+        assert read_choice(folder).chosen == names[0]
 
 
 def test_who_declares_too_few_is_not_asked_and_nothing_is_held(tmp_path: Path) -> None:
@@ -227,8 +220,30 @@ def test_a_site_that_declines_is_named_and_the_others_vote(tmp_path: Path) -> No
         "zone": "declined: backbone_not_allowed",
     }
     assert not any(list_charges(site) for site in sites[1:])
-    Approvals(sites[2].coordinator_dir).approve(Approvals(sites[2].coordinator_dir).waiting()[0])
+    approvals = Approvals(sites[2].coordinator_dir)
+    approvals.approve(approvals.waiting()[0])
     assert set(select_events(choose(tmp_path / "run", sites), VotesCounted)[-1].votes) == {"east", "south"}
+    # Under this approval no other choice is charged.
+    assert [approval.used_by for approval in approvals.all()] == ["choice-1"]
+
+
+def test_a_site_that_votes_for_no_candidate_is_named_and_not_counted(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    events = choose(tmp_path / "run", sites, forged={"north": messages.VoteReply("other")})
+    assert set(select_events(events, VotesCounted)[-1].votes) == {"east"}
+    ((site, stage, reason),) = [(each.site, each.stage, each.reason) for each in select_events(events, SiteRejected)]
+    assert (site, stage) == ("north", "vote") and "no candidate" in reason
+
+
+def test_a_vote_that_would_hold_a_site_for_hours_is_declined(tmp_path: Path) -> None:
+    """Of 10^8 declared units and 10^4 features it has 10^16 products; 2^44 is 1.8 x 10^13."""
+    wide = {**BACKBONES["poor"], "projection": {"normalize": False, "kernel": {"width": 1.0, "dim": 10_000}}}
+    site = declare(site_config(tmp_path, "east"), 100_000_000)
+    with pytest.raises(RunFailed, match="bad_request"):
+        privacy = {"unit": "example", "delta": 1e-9, "target_epsilon": 8.0}
+        choose(tmp_path / "run", [site], backbones={**BACKBONES, "wide": wide}, privacy=privacy)
+    (declined,) = select_events(read_site_journal(site.coordinator_dir / "site.jsonl"), RequestDeclined)
+    assert "products" in declined.detail
 
 
 def test_a_candidate_that_reads_no_record_is_not_chosen_and_the_coordinator_hears_nothing_of_it(tmp_path: Path) -> None:
