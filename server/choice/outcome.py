@@ -26,14 +26,14 @@ RESULT = "choice.json"
 
 @dataclass(frozen=True)
 class Price:
-    """The price of one site's vote in its ledger.
+    """The price of one site's vote, or of its part of sums over all sites, in its ledger.
 
     Attributes:
         mechanism: kind of the release.
-        epsilon: pure epsilon (delta 0) of the vote alone.
-        sensitivity: what one unit changes of the candidates' costs at most.
-        mu: the vote counts in a ledger of full-batch releases as this Gaussian does.
-        budget_used: part of each voting site's budget that the filter counts, by site.
+        epsilon: pure epsilon (delta 0) of the vote alone; of sums, epsilon at the run's delta.
+        sensitivity: what one unit changes of the candidates' costs at most, or of the sums.
+        mu: the vote counts in a ledger of full-batch releases as this Gaussian does; of sums, their own.
+        budget_used: part of each asked site's budget that the filter counts, by site.
     """
 
     mechanism: str
@@ -50,6 +50,19 @@ class ProxyScore:
     Attributes:
         accuracy: part of the records that a classifier fitted on the other folds labels right.
         error: its standard error, by the number of records.
+    """
+
+    accuracy: float
+    error: float
+
+
+@dataclass(frozen=True)
+class MomentScore:
+    """A candidate's score by sums over all sites.
+
+    Attributes:
+        accuracy: part of one half of the units that are nearest to the mean of their class over the other half, noised.
+        error: its standard error, by the noise and the declared number of units.
     """
 
     accuracy: float
@@ -85,6 +98,7 @@ class CandidateRow:
         seconds: seconds a record in the network on this machine; None where it was not timed.
         megabytes: size of what travels to a site.
         licence: declared licence of its weights; None where none is declared.
+        moments: its score by sums over all sites; None without them.
     """
 
     name: str
@@ -94,6 +108,7 @@ class CandidateRow:
     seconds: float | None
     megabytes: float
     licence: str | None
+    moments: MomentScore | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,9 @@ class BackboneChoice:
 
     Attributes:
         task: name of the task.
-        chosen: name of the candidate with most votes; without a vote, of the one with the highest public score.
-        by: `vote` or `public proxy`.
+        chosen: name of the candidate with most votes; without a vote, of the one with the highest score by sums over
+            all sites, or the highest public one.
+        by: `vote`, `moments` or `public proxy`.
         rows: the candidates, in the order of their file.
         site_votes: site -> the candidate that it voted for; empty without a vote.
         abstained: sites whose declared size is too small to vote.
@@ -175,27 +191,29 @@ def make_choice(
     *,
     scores: Mapping[Name, ProxyScore] | None = None,
     votes: Mapping[str, Name] | None = None,
+    moments: Mapping[Name, MomentScore] | None = None,
     abstained: Sequence[str] = (),
     min_size: int | None = None,
     price: Price | None = None,
 ) -> BackboneChoice:
-    """Returns the outcome: the candidate with most votes, or without votes the one with the highest public score.
+    """Returns the outcome: the candidate with most votes, or without votes the one with the highest score.
 
     Args:
         task: name of the task.
         candidates: name -> facts of each candidate, in the order of their file.
         scores: name -> public score; None without a proxy.
         votes: site -> name of the candidate that it voted for; None without a vote.
+        moments: name -> score by sums over all sites; None without them. It goes before the public one.
         abstained: sites whose declared size is too small to vote.
         min_size: declared size from which on a site votes.
-        price: price of each vote.
+        price: price of each vote, or of each site's sums.
     """
-    scores, votes = scores or {}, votes or {}
+    scores, votes, moments = scores or {}, votes or {}, moments or {}
     counts = Counter(votes.values())
     if votes:
         chosen = count_votes(votes.values(), list(candidates))
     else:
-        chosen = max(candidates, key=lambda name: scores[name].accuracy)
+        chosen = max(candidates, key=lambda name: (moments or scores)[name].accuracy)
     rows = [
         CandidateRow(
             name,
@@ -205,7 +223,9 @@ def make_choice(
             each.seconds,
             each.megabytes,
             each.licence,
+            moments.get(name),
         )
         for name, each in candidates.items()
     ]
-    return BackboneChoice(task, chosen, "vote" if votes else "public proxy", rows, votes, abstained, min_size, price)
+    by = "vote" if votes else "moments" if moments else "public proxy"
+    return BackboneChoice(task, chosen, by, rows, votes, abstained, min_size, price)

@@ -28,6 +28,8 @@ def _make_table(choice: BackboneChoice) -> Table:
     columns = ["candidate"]
     if choice.site_votes:
         columns.append(f"votes of {len(choice.site_votes)} sites, noised")
+    if choice.by == "moments":
+        columns.append("class means: accuracy, noised")
     if has_proxy:
         columns.append("public proxy: accuracy")
     for name in (*columns, "features", "s/record", "MB", "licence", "price in each ledger"):
@@ -41,6 +43,8 @@ def _format_row(row: CandidateRow, choice: BackboneChoice, has_proxy: bool) -> l
     cells = [f"{row.name} (chosen)" if row.name == choice.chosen else row.name]
     if row.votes is not None:
         cells.append(str(row.votes))
+    if row.moments is not None:
+        cells.append(f"{row.moments.accuracy:.3f} ± {row.moments.error:.3f}")
     if has_proxy:
         cells.append("-" if row.proxy is None else f"{row.proxy.accuracy:.3f} ± {row.proxy.error:.3f}")
     seconds = "-" if row.seconds is None else f"{row.seconds:.2g}"
@@ -50,7 +54,13 @@ def _format_row(row: CandidateRow, choice: BackboneChoice, has_proxy: bool) -> l
 
 def _describe(choice: BackboneChoice) -> list[str]:
     lines = []
-    if choice.price is not None:
+    if choice.by == "moments" and choice.price is not None:
+        used = [round_up(100.0 * each, 1) for each in choice.price.budget_used.values()]
+        lines.append(
+            f"price at each site: one Gaussian release of mu {round_up(choice.price.mu, 3):g} in the total over "
+            f"{len(used)} sites, {max(used):g} % of a site's budget; no site's own sum is seen"
+        )
+    elif choice.price is not None:
         used = [round_up(100.0 * each, 1) for each in choice.price.budget_used.values()]
         lines.append(
             f"each vote: exponential mechanism, pure epsilon {choice.price.epsilon:g} (Gumbel noise of scale "
@@ -61,7 +71,12 @@ def _describe(choice: BackboneChoice) -> list[str]:
         lines.append(
             f"not asked, because fewer than {choice.min_size} units are declared: {', '.join(choice.abstained)}"
         )
-    if choice.by == "vote":
+    if choice.by == "moments":
+        lines.append(
+            f"chosen: {choice.chosen}, by the class means of half of the units, counted on the other half; a head that "
+            "is trained is better than class means, above all where classes overlap"
+        )
+    elif choice.by == "vote":
         count = sum(vote == choice.chosen for vote in choice.site_votes.values())
         lines.append(f"chosen: {choice.chosen}, by {count} of {len(choice.site_votes)} votes")
     else:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -31,10 +32,11 @@ from common.scorers import Scorer, compute_min_size, open_scorer
 from common.tasks import LabelPrior, Task
 from common.types import EPSILONS, BadInput
 from common.yaml import load, write_yaml
-from server.choice.outcome import RESULT, BackboneChoice, Price, ProxyScore, make_choice
+from server.choice.outcome import RESULT, BackboneChoice, CandidateFacts, Price, ProxyScore, make_choice
 from server.rounds.messenger import Observe
 from simulations.check import check_simulation
 from simulations.choice.candidates import Candidate, open_candidates
+from simulations.choice.moments import MIN_SIGNAL, MomentQuestion, compute_signal, plan_question, score_candidates
 from simulations.choice.proxy import ProxyFile, score_on_public_records
 from simulations.config import SimulationConfig
 from simulations.experiment import choose_entropy, create_folder, make_paths_absolute
@@ -51,6 +53,7 @@ def choose_backbone(
     *,
     task: Name | None = None,
     epsilon: float | None = None,
+    by: Literal["vote", "moments"] = "vote",
     proxy: Path | None = None,
     out: Path | None = None,
     entropy: Entropy | None = None,
@@ -62,7 +65,8 @@ def choose_backbone(
         config: the simulation, for its sites, its tasks and their budgets; its own backbone is not used.
         backbones: file of candidates.
         task: name of the task; None where the run has only one.
-        epsilon: pure epsilon of each site's vote; None for no vote.
+        epsilon: pure epsilon of each site's vote, or epsilon of the sums at the run's delta; None asks no site.
+        by: what sites are asked for: votes, or sums over all of them (`simulations.choice.moments`).
         proxy: file of a public data set; None for no public score.
         out: folder of the vote's sites, with their ledgers, new or empty; by default a new one under `runs_dir`.
         entropy: source of the keys of noise, for tests; by default the operating system, or `noise_seed`.
@@ -88,17 +92,22 @@ def choose_backbone(
     opened = opened_tasks[name]
     if not isinstance(opened, LabelPrior):
         raise BadInput(f"tasks.{name}: expected a task with classes to vote on, got kind {opened.kind!r}; use --proxy")
+    question = None if by == "vote" else plan_question(config.run, opened, name, list(candidates.values()), epsilon)
     folder = create_folder(config, out)
     write_yaml(folder / "config.yaml", make_paths_absolute(config))
     with without_flushing():  # A power cut may cost a simulation its choice: its ledgers protect nobody.
         built = config.list_training_sites(build_sites(config, folder / "sites"))
         sites = [site for site in built if name in site.tasks]
+        keys = entropy or choose_entropy(config)
+        if question is not None:
+            choice = _sum_over_sites(question, [Site(site, keys) for site in sites], folder, facts, scores, observe)
+            write_atomic(folder / RESULT, json.dumps(asdict(choice), indent=2).encode())
+            return choice
         least = compute_min_size(scorer, epsilon)
         voting = [site for site in sites if site.tasks[name].public_size >= least]
         if not voting:
             shutil.rmtree(folder)
             raise BadInput(_explain_too_few(epsilon, least, max(site.tasks[name].public_size for site in sites)))
-        keys = entropy or choose_entropy(config)
         ballot = Ballot(opened, name, list(candidates.values()), scorer, epsilon, folder.name)
         votes = {}
         for position, site in enumerate(voting):
@@ -139,7 +148,7 @@ class Ballot:
 def _vote(site: Site, ballot: Ballot, observe: Observe) -> Name:
     """Returns the candidate that a site votes for; the vote is stored in the site's folder."""
     config = site.config
-    units = _encode(site, ballot, observe)
+    units = _encode(site, ballot.name, ballot.task, ballot.candidates, observe)
     ledger = site.ledger()
     vote, reservation = cast_vote(
         ledger,
@@ -157,20 +166,45 @@ def _vote(site: Site, ballot: Ballot, observe: Observe) -> Name:
     return vote
 
 
-def _encode(site: Site, ballot: Ballot, observe: Observe) -> Units:
+def _sum_over_sites(
+    question: MomentQuestion,
+    sites: Sequence[Site],
+    folder: Path,
+    facts: Mapping[Name, CandidateFacts],
+    scores: Mapping[Name, ProxyScore],
+    observe: Observe,
+) -> BackboneChoice:
+    """Returns the choice by sums over all sites. Raises BadInput where noise would decide, and asks no site then."""
+    sizes = [site.config.tasks[question.name].public_size for site in sites]
+    signal = compute_signal(question, sizes)
+    if signal < MIN_SIGNAL:
+        shutil.rmtree(folder)
+        needed = math.ceil(sum(sizes) * MIN_SIGNAL / signal)
+        raise BadInput(
+            f"--epsilon {question.epsilon:g}: expected sites that declare at least {needed:,} units together, below "
+            f"which the sums are mostly noise, got {sum(sizes):,}; rank on public records with --proxy"
+        )
+    encoded = [(site, _encode(site, question.name, question.task, question.candidates, observe)) for site in sites]
+    moments = score_candidates(question, encoded, folder.name)
+    used = {site.config.name: site.ledger().history().compute_share() for site in sites}
+    price = Price("gaussian", question.epsilon, 1.0, question.mu, used)
+    return make_choice(question.name, facts, scores=scores, moments=moments, price=price)
+
+
+def _encode(site: Site, task_name: Name, task: LabelPrior, candidates: Sequence[Candidate], observe: Observe) -> Units:
     """Returns a site's training units with every candidate's features. Raises BadInput where one reads none."""
     folder = private_folder(site.config.state_dir / "candidates") / "data"
-    backbones = {each.name: each.backbone for each in ballot.candidates}
+    backbones = {each.name: each.backbone for each in candidates}
     encoding = Encoding(site.features(), site.device(), partial(observe, "encoding"))
-    prepare_candidates(site.config, ballot.name, ballot.task, backbones, encoding, folder)  # type: ignore[arg-type]
+    prepare_candidates(site.config, task_name, task, backbones, encoding, folder)  # type: ignore[arg-type]
     units = open_units(folder, "train", list(backbones), torch.device("cpu"))
     for name, records in units.tasks.items():
         if not len(records.features_RD):
             alone = {name: backbones[name]}
-            done = prepare_candidates(site.config, ballot.name, ballot.task, alone, encoding, folder)  # type: ignore[arg-type]
+            done = prepare_candidates(site.config, task_name, task, alone, encoding, folder)  # type: ignore[arg-type]
             because = f" ({done.problems[0].reason})" if done.problems else ""
             raise BadInput(
-                f"candidates.{name}: expected a backbone that reads the records of task {ballot.name}, got one that "
+                f"candidates.{name}: expected a backbone that reads the records of task {task_name}, got one that "
                 f"can use none of site {site.config.name}'s{because}"
             )
     return units

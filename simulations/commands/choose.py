@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,22 @@ from simulations.commands.parts.options import Json, Out, Set, SimulationFile
 from simulations.config import SimulationConfig
 
 
+class ChoiceBy(StrEnum):
+    """The question that sites answer."""
+
+    VOTE = "vote"
+    MOMENTS = "moments"
+
+
 def choose(
     config: SimulationFile,
     backbones: Annotated[Path, typer.Option(help="YAML file with `candidates`: name -> settings of a backbone")],
     epsilon: Annotated[
         float | None, typer.Option(help="Each site votes, and pays this pure epsilon whatever the number of candidates")
     ] = None,
+    by: Annotated[
+        ChoiceBy, typer.Option(help="With --epsilon: votes, or sums over all sites where the run sums securely")
+    ] = ChoiceBy.VOTE,
     proxy: Annotated[
         Path | None,
         typer.Option(help="YAML file of a PUBLIC data set to compare on, for nothing: source, column, labels"),
@@ -33,7 +44,8 @@ def choose(
     """Compares candidates for a task's backbone: each site votes under its budget, or public records stand in.
 
     A site releases only which candidate fits its training records best. It does not vote where so few units are
-    declared that noise would decide.
+    declared that noise would decide. With --by moments all sites are summed: how often the mean of its class is
+    nearest, at an epsilon of the run's delta.
 
     Example: headwater simulate choose cifar10.yaml --backbones candidates.yaml --epsilon 0.5
     """
@@ -41,6 +53,6 @@ def choose(
         loaded = load(SimulationConfig, config, set_ or [])
         with shown_progress() as observe:
             choice = choose_backbone(
-                loaded, backbones, task=task, epsilon=epsilon, proxy=proxy, out=out, observe=observe
+                loaded, backbones, task=task, epsilon=epsilon, by=by.value, proxy=proxy, out=out, observe=observe
             )
         show_choice(choice, as_json=json_)

@@ -1,0 +1,88 @@
+"""`simulate choose --by moments`: a unit pays one Gaussian release, only totals are used, and too few are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client.ledger.ledger import Ledger
+from common.privacy.gaussian import gdp_mu
+from simulations.__main__ import app
+from tests.simulations.test_choose import GOOD, POOR
+
+SECURE = [
+    "run.trust=secure_sum",
+    "run.colluding=1",
+    "run.cohort.min_sites=3",
+    "run.solver={kind: head_sum, clip_norm: 1}",
+]
+Choose = Callable[..., Result]
+
+
+@pytest.fixture
+def choose(simulation_file: Path, tmp_path: Path) -> Choose:
+    """Runs the verb by moments on the small simulation, with two candidates."""
+    candidates = tmp_path / "candidates.yaml"
+    candidates.write_text(yaml.safe_dump({"candidates": {"poor": POOR, "good": GOOD}}))
+
+    def run(*options: str, settings: list[str] = SECURE) -> Result:
+        set_ = [word for setting in settings for word in ("--set", setting)]
+        given = ["choose", str(simulation_file), "--backbones", str(candidates), "--by", "moments", *set_, *options]
+        return CliRunner().invoke(app, given)
+
+    return run
+
+
+def refused(result: Result, exit_code: int, *said: str) -> None:
+    assert result.exit_code == exit_code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output
+    assert all(word in lines[0] for word in said), lines[0]
+
+
+def test_the_better_candidate_is_chosen_and_each_site_pays_one_release_of_its_share(
+    choose: Choose, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = choose("--epsilon", "8", "--out", str(out), "--json")
+    assert result.exit_code == 0, result.output
+    choice = json.loads(result.stdout)
+    assert (choice["chosen"], choice["by"], choice["site_votes"]) == ("good", "moments", {})
+    assert choice == json.loads((out / "choice.json").read_text())
+    scores = {row["name"]: row["moments"] for row in choice["rows"]}
+    assert scores["good"]["accuracy"] > scores["poor"]["accuracy"] + 0.2
+    mu = gdp_mu(8.0, 1e-5)
+    # 144 units, 3 shares of 1 / sqrt(2), 2 candidates, half of the units.
+    noise = (1 / mu) * (3 / 2) ** 0.5 * 2**0.5 / 72
+    assert noise < scores["poor"]["error"] < (noise**2 + 0.25 / 72) ** 0.5 * 1.001
+    for number in (1, 2, 3):
+        ledger = Ledger.find(out / "sites" / f"site-{number}" / "state" / "ledgers", f"site-{number}-registry")
+        assert ledger is not None
+        (charge,) = ledger.charges()
+        mechanism = charge.mechanism
+        assert charge.committed and (mechanism.kind, mechanism.steps, mechanism.sensitivity) == ("gaussian", 1, 1.0)
+        assert mechanism.noise_multiplier == pytest.approx(1 / mu) and mechanism.noise_share == pytest.approx(2**-0.5)
+        assert (mechanism.min_sites, mechanism.colluding) == (3, 1)
+        assert ledger.spent().spent_epsilon == pytest.approx(8.0, rel=1e-4)
+    shown = " ".join(choose("--epsilon", "8").stdout.split())
+    assert "accuracy, noised" in shown and "one Gaussian release of mu" in shown and "±" in shown
+
+
+def test_what_noise_would_decide_is_refused_and_nobody_is_asked(choose: Choose, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(choose("--epsilon", "0.5", "--out", str(out)), 2, "--epsilon 0.5", "got 144", "--proxy")
+    assert not out.exists()
+
+
+def test_a_budget_that_does_not_cover_the_sums_is_said(choose: Choose) -> None:
+    refused(choose("--epsilon", "8", "--set", "budget.epsilon=2"), 1, "of the budget of epsilon 2")
+
+
+def test_a_run_that_does_not_sum_securely_is_refused(choose: Choose) -> None:
+    refused(choose("--epsilon", "8", settings=[]), 2, "--by moments", "trust: secure_sum", "--by vote")
