@@ -223,7 +223,7 @@ RULES = (
         lambda each: each.private,
         "under privacy the noise of a trunk grows with its parameters, and it takes the head's part of the clip",
         "epsilon 8: MRI head .917, last block .892, everything .500; SST-2 head .795, adapters .762, last layer .592; "
-        "FSDD, 500 recordings: head .959, last stage .897",
+        "FSDD, 500 recordings: head .963, last stage .887",
     ),
     Rule(
         "what trains", "head",
@@ -245,9 +245,15 @@ RULES = (
     ),
     Rule(
         "what trains", "head",
-        lambda each: each.last_block is not None,
+        lambda each: each.modality in ("text", "sound") and each.last_block is not None,
         "not private: on texts and recordings nothing deeper was better",
-        "SST-2, not private: head .802, adapters .793, last layer .799; FSDD: head .971, last stage .972",
+        "SST-2, not private: head .802, adapters .793, last layer .799; FSDD, 500 recordings: head and last stage .973",
+    ),
+    Rule(
+        "what trains", "head",
+        lambda each: each.last_block is not None,
+        "not private: no experiment says more of what this backbone reads",
+        "none",
     ),
     Rule(
         "what trains", "head",
@@ -302,6 +308,12 @@ RULES = (
         lambda each: each.seconds is not None,
         "{encode_s:.0f} s to encode a site's {per_site:.0f} records once; rounds then read cached features",
         "measured on this machine, on made-up records",
+    ),
+    Rule(
+        "time", "not measured",
+        lambda each: True,
+        "the backbone's weights are not on this machine, or no record can be made up for it",
+        "none needed",
     ),
     Rule(
         "distance", "compare other backbones first: `headwater simulate choose`",

@@ -124,7 +124,8 @@ def write_following(path: Path, source: Path, following: Following) -> None:
         raise BadInput(f"--out {path}: expected a file beside {source}, because its paths are relative to that folder")
     if path.exists():
         raise BadInput(f"--out {path}: expected a new file, but there is one")
-    write_atomic(path, format_yaml(following.values).encode("utf-8"))
+    head = f"# By `headwater advise {source.name}`; `headwater simulate plan` shows its price.\n"
+    write_atomic(path, (head + format_yaml(following.values)).encode("utf-8"))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

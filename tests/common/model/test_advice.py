@@ -127,7 +127,7 @@ def test_every_situation_has_one_line_of_each_topic_without_an_unknown_number(
 def check_lines(advice: Advice) -> None:
     topics = [line.topic for line in advice.lines]
     assert len(topics) == len(set(topics)) and topics[:2] == ["together", "what trains"]
-    assert {"noise", "rounds", "expected loss"} <= set(topics)
+    assert {"noise", "rounds", "expected loss", "time"} <= set(topics)
     words = [word.strip("(),;:") for line in advice.lines for word in f"{line.choice} {line.reason}".split()]
     assert "nan" not in words and "None" not in words
 
