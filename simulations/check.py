@@ -53,6 +53,10 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
     if run.audit == "required" and privacy is None:
         raise BadInput("run.audit: expected a private run where an audit is required, got privacy: non_private")
     open_aligners(config.aligners, "aligners")
+    if config.leave_out is not None and config.personal == "tied":
+        raise BadInput("personal: expected none, prior, fit or adapt beside `leave_out`: that site releases nothing")
+    if config.leave_out is not None and config.personal != "none" and run.trainable:
+        raise BadInput("personal: expected none beside `leave_out` where a backbone trains")
     if config.personal == "adapt":
         _check_adaptable(run, tasks)
     if config.non_private_solver is not None:

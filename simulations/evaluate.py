@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
+from client.aligners.parts.head import serve_equal_classes
 from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
-from client.personal.evaluate import HomePredictions
+from client.personal.adopt import adapt_without_run
+from client.personal.align import ReleasedTask, select_adaptable
+from client.personal.evaluate import HomePredictions, predict_held_out
 from client.personal.intervals import (
     Estimates,
     average_estimates,
@@ -32,10 +36,13 @@ from client.personal.metrics import (
     predict,
     replace_undefined,
 )
-from common.events import FEDERATED, HomeMetrics, Metrics, Outcomes
-from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task
+from common.events import FEDERATED, PERSONAL, PERSONAL_UNIFORM, HomeMetrics, Metrics, Outcomes
+from common.model.class_moments import unpack_class_moments
+from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task, open_tasks
 from common.tasks.parts.outcomes import join_score_ranges
 from common.types import Heads
+from server.rounds.loop import Outcome
+from simulations.config import SimulationConfig
 
 CURVE_POINTS = 50
 """Rounds, at most, after which a simulator evaluates the heads, besides the last one."""
@@ -165,6 +172,31 @@ def evaluate_at_home(sites: Mapping[str, HomePredictions]) -> dict[str, dict[str
             for kind in kinds
         }
     return results
+
+
+def predict_left_out(config: SimulationConfig, site: SiteConfig, outcome: Outcome, run_id: str) -> HomePredictions:
+    """Returns the outputs of the final heads, and of the same as the site that was left out adapts them.
+
+    Args:
+        config: the simulation.
+        site: the site that was left out; its records were prepared for the run.
+        outcome: the end of the run.
+        run_id: id of the run.
+    """
+    tasks = {name: task for name, task in open_tasks(config.run).items() if name in site.tasks}
+    train, test = (open_prepared_units([site], run_id, tasks, side)[site.name] for side in ("train", "test"))
+    modules = {name: open_head(outcome.heads[name], name, task, train) for name, task in tasks.items()}
+    released = {}
+    if config.personal == "adapt":
+        for name, task in select_adaptable(tasks).items():
+            num_classes = len(task.labels)  # type: ignore[attr-defined]
+            own = unpack_class_moments(outcome.moments, name, config.run.backbone_of(name), num_classes)
+            released[name] = ReleasedTask(task, modules[name], own, None)
+    adapted = adapt_without_run(site, modules, tasks, train, released, lenient=True)
+    kinds: dict[str, Mapping[str, nn.Module]] = {FEDERATED: modules, PERSONAL: adapted}
+    if released:
+        kinds[PERSONAL_UNIFORM] = serve_equal_classes(adapted)
+    return HomePredictions(run_id, config.personal, test.num_units, tasks, predict_held_out(kinds, list(tasks), test))
 
 
 def _compute_home_metrics(

@@ -45,7 +45,7 @@ from server.rounds.messenger import Observe
 from simulations.baselines import compute_baseline
 from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
-from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data
+from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data, predict_left_out
 from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless
@@ -209,7 +209,7 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
         _journal_epsilon(experiment, sites)
     evaluations = _journal_metrics(experiment, sites, outcome)
     if config.personal != "none":
-        _journal_at_home(experiment, sites)
+        _journal_at_home(experiment, sites, outcome)
     for name in config.baselines:
         experiment.observe(f"baseline {name}", 0, 1)
         started = time.monotonic()
@@ -348,9 +348,19 @@ def _journal_metrics(
     return evaluations
 
 
-def _journal_at_home(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
-    """Compares the kinds of heads at each site that received the final heads."""
+def _journal_at_home(experiment: Experiment, sites: Sequence[SiteConfig], outcome: Outcome) -> None:
+    """Compares the kinds of heads at each site that received the final heads, or at the one that was left out alone.
+
+    Args:
+        experiment: the simulation.
+        sites: its sites.
+        outcome: the end of the run.
+    """
     found = {}
+    if experiment.config.leave_out is not None:
+        (site,) = experiment.config.list_judging_sites(sites)
+        found[site.name] = predict_left_out(experiment.config, site, outcome, experiment.run_id)
+        sites = []
     for position, site in enumerate(sites):
         experiment.observe("personal heads", position, len(sites))
         if (locate_prepared_data(site, experiment.run_id).with_name(FINAL_HEADS)).exists():

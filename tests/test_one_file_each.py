@@ -1,5 +1,5 @@
-"""A made-up task, backbone, source, scorer and aggregator, each added as one file to a copy of the rooms, run a vote
-and a federation; nothing else is touched, and the contract suites find and test them."""
+"""A made-up task, backbone, source, scorer, aligner and aggregator, each added as one file to a copy of the rooms, run
+a vote and a federation; nothing else is touched, and the contract suites find and test them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from common.events import EpsilonSpent, MetricsEvaluated, read_run_journal, select_events
+from common.events import (
+    PERSONAL,
+    EpsilonSpent,
+    HomeEvaluated,
+    MetricsEvaluated,
+    read_run_journal,
+    select_events,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -274,6 +281,35 @@ class Constant(Plugin):
         return self.scale * float(np.square(rows.targets_RC).sum())
 '''
 
+ALIGNER = '''
+"""Features get the released mean, and nothing else."""
+
+from typing import Any, Literal, final
+
+import numpy as np
+
+from client.aligners import Alignment
+from common.plugins import Plugin
+
+
+@final
+class Recentred(Plugin):
+    """Settings: the part of the way to the released mean."""
+
+    kind: Literal["recentred"] = "recentred"
+    part: float = 1.0
+
+    @classmethod
+    def example(cls) -> dict[str, Any]:
+        """Returns settings for the contract suite."""
+        return {"kind": "recentred"}
+
+    def align(self, source: Any, target: Any, mix_C: Any) -> Alignment:
+        """Returns the shift from the site's mean to the released one at its mix."""
+        moved_D = self.part * (source.compute_mean(mix_C) - target.compute_mean())
+        return Alignment(np.ones_like(moved_D), moved_D if target.num_units else 0.0 * moved_D)
+'''
+
 CANDIDATES = """
 candidates:
   spectrum: {kind: spectrum, steps: 128, projection: {normalize: true}}
@@ -328,7 +364,7 @@ runs_dir: ./runs
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the rooms and contract suites, and five new files."""
+    """A copy of the rooms and contract suites, and six new files."""
     folder = tmp_path_factory.mktemp("rooms")
     leave = shutil.ignore_patterns("__pycache__")
     for name in ("common", "client", "server", "simulations", "tests/contracts"):
@@ -340,6 +376,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("common/backbones/spectrum.py", BACKBONE),
         ("common/tasks/above.py", TASK),
         ("common/scorers/constant.py", SCORER),
+        ("client/aligners/recentred.py", ALIGNER),
         ("server/rounds/aggregators/trimmed.py", AGGREGATOR),
         ("common/exports/names.py", FORMAT),
         ("candidates.yaml", CANDIDATES),
@@ -379,6 +416,26 @@ def test_sites_vote_by_a_new_scorer(rooms: Path) -> None:
     assert len(choice["site_votes"]) == 3
 
 
+def test_sites_adapt_by_a_new_aligner(rooms: Path) -> None:
+    changes = {
+        "run.tasks.long": "{kind: classification, labels: [short, long]}",
+        "tasks.long.label": "size",
+        "run.solver": "{kind: auto}",
+        "run.rounds": "6",
+        "run.aggregation": "null",
+        "run.moments": "{classes: 0.2, scatter: 0.1}",
+        "personal": "adapt",
+        "aligners": "[{kind: recentred, part: 0.5}]",
+    }
+    options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    done = python(rooms, "-m", "simulations", "run", "pendulums.yaml", "--out", "adapted", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (home,) = select_events(read_run_journal(rooms / "adapted" / "journal.jsonl"), HomeEvaluated)
+    assert home.personal == "adapt" and (home.heads[PERSONAL].mean["accuracy"] or 0.0) > 0.8
+    done = python(rooms, "-m", "client", "adapt", str(next(rooms.glob("adapted/sites/*/site.yaml"))))
+    assert done.returncode == 0 and "long (recentred)" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_new_format_exports_what_is_there_and_a_backbone_without_raw_inputs_is_refused(rooms: Path) -> None:
     for name in ("headwater", "tests"):
         shutil.copytree(ROOT / name, rooms / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -400,7 +457,8 @@ def test_a_new_format_exports_what_is_there_and_a_backbone_without_raw_inputs_is
 @pytest.mark.slow
 def test_the_contract_suites_find_and_pass_them(rooms: Path) -> None:
     # A kind may import torch with its module, as this one does; the project's own do not.
-    chosen = "(pendulums or spectrum or above or trimmed or constant) and not another_process and not loads_no_torch"
+    kinds = "(pendulums or spectrum or above or trimmed or constant or recentred)"
+    chosen = f"{kinds} and not another_process and not loads_no_torch"
     done = python(rooms, "-m", "pytest", "tests/contracts", "-p", "no:cacheprovider", "-k", chosen)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 30

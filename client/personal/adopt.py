@@ -103,22 +103,45 @@ def adapt_model(site: Site, adopted: AdoptedModel) -> dict[str, nn.Module]:
         DigestMismatch: a part of the model was changed.
     """
     mode, config = site.config.personal, adopted.model.config
-    if mode == "none" or mode == "tied":
-        raise BadInput(f"personal: expected adapt, prior or fit in the site file for a model without a run, got {mode}")
-    modules, units = adopted.list_heads(), adopted.open_side("train")
+    modules, released = adopted.list_heads(), {}
     if mode == "adapt":
-        released = {
-            name: ReleasedTask(
-                task, modules[name], read_moments(adopted.path, config, name), config.tasks[name].temperature
-            )
-            for name, task in select_adaptable(adopted.tasks).items()
-        }
-        heads = {**modules, **{name: own.head for name, own in adapt_tasks(site.config, released, units).items()}}
-    else:
-        heads = adapt_heads(mode, modules, adopted.tasks, units)
+        for name, task in select_adaptable(adopted.tasks).items():
+            moments = read_moments(adopted.path, config, name)
+            released[name] = ReleasedTask(task, modules[name], moments, config.tasks[name].temperature)
+    heads = adapt_without_run(site.config, modules, adopted.tasks, adopted.open_side("train"), released)
     kept = {name: list_head_parameters(head) for name, head in heads.items()}
     save_personal_heads(adopted.folder, PersonalHeads(mode, config.heads, False, kept))
     return heads
+
+
+def adapt_without_run(
+    config: SiteConfig,
+    modules: Mapping[str, nn.Module],
+    tasks: Mapping[str, Task],
+    units: Units,
+    released: Mapping[str, ReleasedTask],
+    *,
+    lenient: bool = False,
+) -> dict[str, nn.Module]:
+    """Returns heads as a site that took part in no run adapts them.
+
+    Args:
+        config: the site's settings.
+        modules: task -> head, and trunks by name; not modified.
+        tasks: task -> its definition, for the tasks of the site.
+        units: the site's training units, with the features that the heads read.
+        released: task -> what the run released of it; with `personal: adapt`.
+        lenient: as in `adapt_tasks`.
+
+    Raises:
+        BadInput: the site file's `personal` needs a run that the site took part in, or does not suit the heads.
+    """
+    mode = config.personal
+    if mode == "none" or mode == "tied":
+        raise BadInput(f"personal: expected adapt, prior or fit in the site file for a model without a run, got {mode}")
+    if mode != "adapt":
+        return {**modules, **adapt_heads(mode, modules, tasks, units)}
+    return {**modules, **adapt_tasks(config, released, units, lenient=lenient)}
 
 
 def compare_model(site: Site, path: Path) -> Comparison:

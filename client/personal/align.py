@@ -70,7 +70,7 @@ class ReleasedTask:
 
 def adapt_tasks(
     config: SiteConfig, released: Mapping[str, ReleasedTask], units: Units, *, lenient: bool = False
-) -> dict[str, Adaptation]:
+) -> dict[str, AlignedHead]:
     """Returns the head of each task, adapted to a site's training units.
 
     Args:
@@ -83,18 +83,18 @@ def adapt_tasks(
         BadInput: the moments do not fit, or the site's class mix is not known.
     """
     aligners = open_aligners(config.aligners, "aligners")
-    adapted = {}
+    adapted: dict[str, AlignedHead] = {}
     for name, own in released.items():
         records, declared = units.tasks[name], config.tasks[name].mix
         source = read_source(own.moments, name, records.features_RD.shape[1])
         labels: list[str] = own.task.labels  # type: ignore[attr-defined]
         mix_C = None if declared is None else read_mix(declared, labels, f"tasks.{name}.mix")
         try:
-            adapted[name] = align_head(own.head, source, records, aligners, mix_C, temperature=own.temperature)
+            adapted[name] = align_head(own.head, source, records, aligners, mix_C, temperature=own.temperature).head
         except MixUnknown as error:
             if not lenient:
                 raise BadInput(f"task {name}: {error}") from error
-            adapted[name] = Adaptation(keep_head(own.head, source), SERVED, source.shares_C)
+            adapted[name] = keep_head(own.head, source)
     return adapted
 
 
@@ -171,7 +171,8 @@ def align_head(
     heads = [(SERVED, keep_head(head, source))]
     for kind, aligner in aligners.items():
         alignment = aligner.align(source, target, mix_C)
-        heads.append((kind, place_head(head, source, alignment, mix_C, temperature=temperature or 1.0)))
+        placed = place_head(head, source, alignment, mix_C, temperature=temperature or 1.0, aligner=kind)
+        heads.append((kind, placed))
 
     def compare(one: tuple[str, AlignedHead], other: tuple[str, AlignedHead]) -> float:
         hit_R, other_R = (find_hits(own, labelled) for _, own in (one, other))

@@ -208,7 +208,7 @@ def adapt(site: Site, run_id: str | None = None, *, lenient: bool = False) -> di
         if mode == "adapt":
             released = _read_released(joined, tasks, modules)
             aligned = adapt_tasks(site.config, released, units, lenient=lenient)
-            adapted = {name: aligned[name].head if name in aligned else modules[name] for name in tasks}
+            adapted = {name: aligned.get(name, modules[name]) for name in tasks}
         else:
             adapted = adapt_heads(mode, modules, tasks, units)
     kept = {name: list_head_parameters(head) for name, head in adapted.items()}

@@ -149,7 +149,7 @@ def evaluate_run(site: Site, run_id: str | None) -> SiteRun:
     except SiteDeclined as declined:
         raise BadInput(f"--run {chosen}: {declined.detail}") from declined
     try:
-        found = predict_at_home(site, chosen)
+        found = predict_at_home(site, chosen, lenient=True)
     except BadInput as error:
         return SiteRun(chosen, missing=f"There are no results to show: {error}.")
     return _judge(found)

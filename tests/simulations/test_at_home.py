@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from client.personal.adopt import compare_model
 from client.personal.evaluate import compare
 from client.protocol.site import Site
 from common.events import ALONE, ALONE_ADAPTED, ALONE_NOT_PRIVATE, FEDERATED, PERSONAL, PERSONAL_UNIFORM
@@ -17,7 +18,7 @@ from common.yaml import load
 from server.reports.tables import render_summary
 from simulations.config import SimulationConfig
 from simulations.experiment import run
-from simulations.partition import read_sites
+from simulations.partition import build_sites, read_sites
 from simulations.sweep import sweep
 
 
@@ -93,3 +94,24 @@ def test_an_adaptation_that_the_run_does_not_allow_is_refused_before_it_begins(
 ) -> None:
     with pytest.raises(BadInput, match=words):
         run(simulation_file, overrides=[*AUTO, override], out=tmp_path / "out")
+
+
+def test_a_site_that_is_left_out_adapts_by_what_the_others_released(simulation_file: Path, tmp_path: Path) -> None:
+    """The simulation says the same as the site's own command with the model of the run."""
+    out = tmp_path / "out"
+    name = read_sites_of(simulation_file, tmp_path)[-1]
+    task = run(simulation_file, overrides=[*AUTO, f"leave_out={name}"], out=out).tasks["colour"]
+    assert list(task.at_home) == [FEDERATED, PERSONAL, PERSONAL_UNIFORM]
+    assert set(task.at_home[PERSONAL].per_site) == {name}
+    assert task.at_home[FEDERATED].pooled == task.metrics
+    (site,) = (each for each in read_sites(out / "sites") if each.name == name)
+    own = compare_model(Site(site, os_entropy), out).tasks["colour"]
+    for kind in (FEDERATED, PERSONAL, PERSONAL_UNIFORM):
+        assert own[kind]["accuracy"].value == task.at_home[kind].per_site[name]["accuracy"]
+    with pytest.raises(BadInput, match="personal: expected none, prior, fit or adapt beside `leave_out`"):
+        run(simulation_file, overrides=[f"leave_out={name}", "personal=tied"], out=tmp_path / "tied")
+
+
+def read_sites_of(simulation_file: Path, tmp_path: Path) -> list[str]:
+    """Names of a simulation's sites."""
+    return [site.name for site in build_sites(load(SimulationConfig, simulation_file), tmp_path / "built")]

@@ -33,6 +33,7 @@ class AlignedHead(nn.Module):
         log_mix_C: logarithm of the class mix for which outputs are.
         log_shares_C: logarithm of that for which the head's outputs are.
         temperature: number by which the head's outputs are divided.
+        aligner: kind of the alignment; empty where it is not known, or is none.
     """
 
     scale: Tensor
@@ -51,9 +52,11 @@ class AlignedHead(nn.Module):
         log_mix_C: Array,
         log_shares_C: Array,
         temperature: float = 1.0,
+        aligner: str = "",
     ) -> None:
         super().__init__()
         self.head = head
+        self.aligner = aligner
         weights, bias = (None, None) if discriminant is None else discriminant
         for name, values in (
             ("scale", alignment.scale),
@@ -113,7 +116,13 @@ def read_log_shares(head: nn.Module, source: SourceMoments) -> Array:
 
 
 def place_head(
-    head: nn.Module, source: SourceMoments, alignment: Alignment, mix_C: Array, *, temperature: float = 1.0
+    head: nn.Module,
+    source: SourceMoments,
+    alignment: Alignment,
+    mix_C: Array,
+    *,
+    temperature: float = 1.0,
+    aligner: str = "",
 ) -> AlignedHead:
     """Returns a run's head behind an alignment.
 
@@ -123,9 +132,10 @@ def place_head(
         alignment: the alignment.
         mix_C: the site's own class mix.
         temperature: number by which the head's outputs are divided.
+        aligner: kind of the alignment.
     """
     found = None if alignment.means_CD is None else make_discriminant(source, alignment.means_CD)
-    return AlignedHead(head, alignment, found, np.log(mix_C), read_log_shares(head, source), temperature)
+    return AlignedHead(head, alignment, found, np.log(mix_C), read_log_shares(head, source), temperature, aligner)
 
 
 def keep_head(head: nn.Module, source: SourceMoments) -> AlignedHead:
