@@ -6,15 +6,26 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from client.data.units import TaskRecords, Units
 from client.ledger.ledger import Ledger
+from client.protocol.site import Site
+from common.model.backbones import open_pretrained
 from common.privacy.gaussian import gdp_mu
+from common.privacy.noise import os_entropy
+from common.tasks import LabelPrior, open_task
+from server.choice.outcome import CandidateFacts
 from simulations.__main__ import app
+from simulations.choice.candidates import Candidate
+from simulations.choice.moments import plan_question, score_candidates
 from tests.simulations.test_choose import GOOD, POOR
+from tests.tiny import run_config, site_config
 
 SECURE = [
     "run.trust=secure_sum",
@@ -86,3 +97,28 @@ def test_a_budget_that_does_not_cover_the_sums_is_said(choose: Choose) -> None:
 
 def test_a_run_that_does_not_sum_securely_is_refused(choose: Choose) -> None:
     refused(choose("--epsilon", "8", settings=[]), 2, "--by moments", "trust: secure_sum", "--by vote")
+
+
+def test_units_that_are_counted_are_not_those_of_the_means(tmp_path: Path) -> None:
+    """Each unit has a feature of its own: its class is told where it is among the means, and else guessed."""
+    num_units, rng = 30, np.random.default_rng(0)
+    labels_R = torch.from_numpy(rng.permutation(np.arange(num_units) % 2))
+    ones_R = torch.ones(num_units, dtype=torch.bool)
+    records = TaskRecords.of(torch.eye(num_units), labels_R, ones_R, torch.arange(num_units), num_units)
+    opened = open_task({"kind": "classification", "labels": ["a", "b"]}, "colour")
+    assert isinstance(opened, LabelPrior)
+    backbone = open_pretrained({"kind": "identity", "dim": num_units}, "backbone")
+    candidate = Candidate("only", backbone, CandidateFacts(num_units, None, 0.0, None))
+    run = run_config(
+        trust="secure_sum",
+        colluding=0,
+        cohort={"min_sites": 2},
+        solver={"kind": "head_sum", "clip_norm": 1.0},
+        privacy={"unit": "example", "delta": 1e-5, "target_epsilon": 90.0},
+    )
+    question = plan_question(run, opened, "colour", [candidate], 90.0)
+    site = Site(site_config(tmp_path, "east", budget={"epsilon": 1000.0, "delta": 1e-5}), os_entropy)
+    units = Units(num_units, {"only": records})
+    scores = [score_candidates(question, [(site, units)], f"run-{draw}")["only"].accuracy for draw in range(8)]
+    # Of 15 units in the second half, at 40 declared ones: a half of them by chance, all where they were in the first.
+    assert 0.2 < np.mean(scores) < 0.55
