@@ -13,8 +13,10 @@ An item is what a source hands to a backbone, where an array or a picture does n
 
 A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
 
-A cell is text. A column of whole numbers with one empty cell is exported as `1.0`, `0.0` by many tools, and YAML reads
-an unquoted 1 as a number: names that both parse as numbers are therefore equal when the numbers are.
+A cell is text. A mask, which labels each place of a picture, is one too: its height, its width and its runs of equal
+values, row by row (`write_mask`). A column of whole numbers with one empty cell is exported as `1.0`, `0.0` by many
+tools, and YAML reads an unquoted 1 as a number: names that both parse as numbers are therefore equal when the numbers
+are.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
+
+from common.types import BadRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +58,53 @@ class Several:
     """One record that is several items; its features are the mean of theirs."""
 
     items: Sequence[Any] = field(repr=False)
+
+
+_MASK = re.compile(r"mask ([0-9]{1,6}) ([0-9]{1,6})((?: [0-9]{1,10}\*[0-9]{1,10})+)")
+MAX_PIXELS = 1 << 28
+"""Places of a mask that are read at most."""
+
+
+def write_mask(values_HW: NDArray[Any]) -> str:
+    """Returns a mask of whole numbers as a cell: `mask H W value*length value*length ...`, row by row.
+
+    Raises:
+        BadRecord: it is no picture of whole numbers from 0.
+    """
+    import numpy as np
+
+    if values_HW.ndim != 2 or not values_HW.size or values_HW.dtype.kind not in "bui" or values_HW.min() < 0:
+        raise BadRecord("expected a mask with one whole number from 0 for each place of the picture")
+    if values_HW.size > MAX_PIXELS:
+        raise BadRecord(f"expected a mask of at most {MAX_PIXELS} places")
+    flat = values_HW.reshape(-1).astype(np.int64)
+    starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))
+    lengths = np.diff(starts, append=len(flat))
+    runs = " ".join(f"{value}*{length}" for value, length in zip(flat[starts].tolist(), lengths.tolist(), strict=True))
+    return f"mask {values_HW.shape[0]} {values_HW.shape[1]} {runs}"
+
+
+def is_mask(cell: str) -> bool:
+    """Returns true for a cell that holds a mask."""
+    return cell.startswith("mask ")
+
+
+def read_mask(cell: str) -> NDArray[np.int64]:
+    """Returns the values H x W of a mask's cell.
+
+    Raises:
+        BadRecord: it is none, or its runs do not fill it.
+    """
+    import numpy as np
+
+    found = _MASK.fullmatch(cell)
+    height, width = (int(found[1]), int(found[2])) if found else (0, 0)
+    if found is None or not 0 < height * width <= MAX_PIXELS:
+        raise BadRecord("expected a mask: a value for each place of the picture")
+    runs = np.array([part.split("*") for part in found[3].split()], dtype=np.int64)
+    if int(runs[:, 1].sum()) != height * width:
+        raise BadRecord("expected a mask whose runs fill its height and width")
+    return np.repeat(runs[:, 0], runs[:, 1]).reshape(height, width)
 
 
 def parse_number(text: str) -> float | None:

@@ -43,7 +43,7 @@ from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
 from common.files import private_folder, write_atomic
-from common.tasks import Task
+from common.tasks import ReadsPlaces, Task
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -157,6 +157,9 @@ def prepare(
         "features": {view.key: str(each.features.path) for view, each in loaded.items()},
         "trunks": {name: backbones[name].trunk for name in tasks},
     }
+    places = [name for name, task in tasks.items() if isinstance(task, ReadsPlaces)]
+    if places:
+        about["places"] = dict.fromkeys(places, True)
     # One file, so that a crash leaves the old arrays or the new ones.
     arrays = _build_arrays(labels, members, units)
     metadata = {"about": json.dumps(about), "sha256": _digest(about, arrays)}
@@ -218,9 +221,12 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
             "damaged; prepare the run again"
         ) from error
     num_units = about["num_units"][side]
+    pooled: dict[str, Tensor] = {}
     records = {}
     for task, view in views.items():
         chosen_R, features_RD, unit_R = shared[view]
+        if features_RD.dim() > 2 and not about.get("places", {}).get(task):
+            features_RD = pooled.setdefault(view, features_RD.flatten(1, -2).mean(dim=1))
         labels, mask_R = arrays[f"{task}/labels"][chosen_R].to(device), arrays[f"{task}/mask"][chosen_R].to(device)
         records[task] = TaskRecords.of(features_RD, labels, mask_R, unit_R, num_units, trunk=about["trunks"][task])
     return Units(num_units, records)

@@ -105,21 +105,21 @@ class QuantisedRows:
 
     @classmethod
     def unpack(cls, packed: NDArray[np.int16]) -> QuantisedRows:
-        """Returns rows as `pack_rows` packed them, R x (1 + D)."""
-        return cls(torch.from_numpy(packed[:, 1:]), torch.from_numpy(np.ldexp(1.0, packed[:, 0].astype(np.int32))))
+        """Returns rows as `pack_rows` packed them, ... x (1 + D)."""
+        return cls(torch.from_numpy(packed[..., 1:]), torch.from_numpy(np.ldexp(1.0, packed[..., 0].astype(np.int32))))
 
 
 def pack_rows(values: Tensor) -> NDArray[np.int16]:
-    """Returns finite rows R x D as R x (1 + D): each row's exponent of two, then its integers.
+    """Returns finite rows ... x D as ... x (1 + D): each row's exponent of two, then its integers.
 
     What is unpacked has the same integers and scales as the decoded rows have when they are quantised again.
     """
     # Truncation may bring a row's norm below a power of two: the second time its scale is half as large, then it stays.
     rows = QuantisedRows.of(QuantisedRows.of(values).decode())
     mantissa, exponent = np.frexp(rows.scale.numpy())
-    packed = np.empty((len(rows), 1 + values.shape[1]), np.int16)
-    packed[:, 0] = np.where(mantissa > 0.0, exponent - 1, _ZERO_EXPONENT)
-    packed[:, 1:] = rows.integers.numpy()
+    packed = np.empty((*values.shape[:-1], 1 + values.shape[-1]), np.int16)
+    packed[..., 0] = np.where(mantissa > 0.0, exponent - 1, _ZERO_EXPONENT)
+    packed[..., 1:] = rows.integers.numpy()
     return packed
 
 

@@ -221,7 +221,11 @@ def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[Pl
         absent = [column for column in columns if column not in record.cells]
         if absent:
             raise BadInput(f"tasks.{name}.label: {record.file} has no column {absent[0]!r}")
-        label, reason = _encode_label(task, own, [record.cells[column].strip() for column in columns])
+        # A mask is read now, and may be a bad one.
+        cells, reason = try_record(lambda record=record: [record.cells[column].strip() for column in columns])  # type: ignore[misc]
+        label = None
+        if cells is not None:
+            label, reason = _encode_label(task, own, cells)
         if reason is not None:
             rejected.append(RejectedRecord(record.file, record.row, reason, name))
         labels.append(task.codec.missing() if label is None else label)

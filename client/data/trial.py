@@ -18,7 +18,7 @@ from torch import Tensor
 
 from client.config import SiteConfig
 from client.data.backbone_store import BackboneStore
-from client.data.encoding.encode import list_inputs
+from client.data.encoding.encode import explain_one, list_inputs
 from client.data.records import SIDES, PlacedRecord, RejectedRecord, Side, encode_labels
 from client.data.snapshot import Survey
 from client.data.sources import Source
@@ -223,7 +223,9 @@ def _find_fault(survey: Survey, source: str, backbone: OfferedBackbone, position
     def try_one() -> None:
         item = survey.sources[source].load(position)
         try:
-            inputs = list_inputs(item, backbone.preprocess, has_trunk=backbone.has_trunk)
+            has_places = backbone.opened is not None and bool(backbone.opened.grid)
+            one = explain_one(has_trunk=backbone.has_trunk, has_places=has_places)
+            inputs = list_inputs(item, backbone.preprocess, one=one)
         except WeightsNeeded:
             return
         if encode and backbone.opened is not None and not backbone.opened.encode(inputs).isfinite().all():

@@ -40,7 +40,7 @@ def open_head(params: Params, name: str, task: Task, units: Units) -> nn.Module:
         task: the task's definition.
         units: units with the features that the head reads.
     """
-    module = task.head(units.tasks[name].features_RD.shape[1])
+    module = task.head(units.tasks[name].features_RD.shape[-1])
     load_parameters(module, params)
     return module
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.plugins import Frozen, LocalPath, Spec
 from common.types import BadInput
@@ -74,6 +74,30 @@ class Projection(Frozen):
     kernel: Kernel | None = None
 
 
+class Maps(Frozen):
+    """Settings of feature maps.
+
+    Attributes:
+        layers: names of the layers whose outputs are read, such as `features.6` or `layer2`.
+        grid: number of places along each side.
+        colours: whether the picture's own colours stand beside the layers, as deviations from their mean over it.
+        context: side, in places, of the square around each whose mean stands beside it; 1 for none.
+    """
+
+    layers: Annotated[list[str], Field(min_length=1)]
+    grid: Annotated[int, Field(ge=1, le=256)]
+    colours: bool = False
+    context: Annotated[int, Field(ge=1, le=63)] = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Maps:
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers: expected each layer once")
+        if self.context % 2 == 0:
+            raise ValueError(f"context: expected an odd number of places, got {self.context}")
+        return self
+
+
 @dataclass(frozen=True)
 class RawTensor:
     """One input of a network that is handed on.
@@ -119,17 +143,19 @@ class Architecture:
     """A network and the number of its features.
 
     Attributes:
-        module: batch of preprocessed items -> raw features, [B, `feature_dim`].
+        module: batch of preprocessed items -> raw features, [B, *`grid`, `feature_dim`].
         feature_dim: number of features before any projection.
         preprocess: used in place of `Kind.preprocess` where preprocessing needs what travels with the weights, such as
             a vocabulary.
         open_raw: opens the inputs of a network that is handed on; None where there are none but preprocessed items.
+        grid: number of places along each axis of an item's features; none where an item has one vector.
     """
 
     module: nn.Module
     feature_dim: int
     preprocess: Callable[[Any], Tensor] | None = None
     open_raw: Callable[[], RawInputs] | None = None
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

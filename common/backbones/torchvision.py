@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from common.backbones import Architecture, Divided, Example, Pretrained, Projection
+from common.backbones import Architecture, Divided, Example, Maps, Pretrained, Projection
 from common.backbones.parts.images import ImagePreprocessing
 from common.errors import nearest
 from common.plugins import LocalPath, Plugin
@@ -45,6 +52,8 @@ class Torchvision(Plugin):
             that it must be written there.
         num_classes: classes of the weights' classifier.
         projection: what happens to the features before they leave the backbone.
+        maps: layers whose outputs at each place are the features, for tasks that label places; null takes the features
+            of the whole picture.
     """
 
     kind: Literal["torchvision"] = "torchvision"
@@ -53,6 +62,13 @@ class Torchvision(Plugin):
     preprocess_settings: ImagePreprocessing | None = Field(default=None, alias="preprocess")
     num_classes: Annotated[int, Field(ge=2)] = IMAGENET_CLASSES
     projection: Projection | None = None
+    maps: Maps | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        # Older digests cover settings without it.
+        return values if self.maps is not None else {key: value for key, value in values.items() if key != "maps"}
 
     @field_validator("model")
     @classmethod
@@ -79,6 +95,10 @@ class Torchvision(Plugin):
                 )
         if not isinstance(self.weights, str) and self.preprocess_settings is None:
             raise ValueError("preprocess: expected settings (only weights that torchvision names bring their own)")
+        if self.maps is not None and self.preprocess_settings is not None and self.preprocess_settings.crop is not None:
+            raise ValueError("preprocess.crop: expected null beside maps: masks are of the whole picture")
+        if self.maps is not None and self.projection is not None and self.projection.dim is not None:
+            raise ValueError("projection.dim: expected null beside maps: no classifier has rows for places")
         return self
 
     @classmethod
@@ -113,9 +133,11 @@ class Torchvision(Plugin):
         )
 
     def architecture(self) -> Architecture:
-        """Returns the model with its last linear layer replaced by the identity."""
+        """Returns the model with its last linear layer replaced by the identity, or its maps."""
         from common.backbones.parts.raw import open_pixels
 
+        if self.maps is not None:
+            return self._open_maps(self._build())
         network, classifier = self._split(self._build())
         return Architecture(network, classifier.in_features, open_raw=lambda: open_pixels(self._preprocessing()))
 
@@ -129,7 +151,7 @@ class Torchvision(Plugin):
         state = read_state(self.weights) if isinstance(self.weights, Path) else self._download()
         own = {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
         load_strict(model, own, f"weights: {self.weights}")
-        return self._read_parts(model)
+        return self._read_parts(model) if self.maps is None else Pretrained(self._open_maps(model).module.state_dict())
 
     def list_classes(self) -> list[str]:
         """Returns torchvision's names of the classes of its weights, where there are as many."""
@@ -147,17 +169,20 @@ class Torchvision(Plugin):
 
         from common.backbones.parts.weights import scale_random_weights
 
-        network, classifier = self._split(self._build())
         # Standardised images have about mean 0 and variance 1.
         side = self._preprocessing().side
-        architecture = Architecture(network, classifier.in_features)
-        return scale_random_weights(architecture, classifier.weight, torch.randn(4, 3, side, side))
+        noise_B = torch.randn(4, 3, side, side)
+        if self.maps is not None:
+            architecture = self._open_maps(self._build())
+            return scale_random_weights(architecture, torch.zeros(1, architecture.feature_dim), noise_B)
+        network, classifier = self._split(self._build())
+        return scale_random_weights(Architecture(network, classifier.in_features), classifier.weight, noise_B)
 
     def blocks(self, network: nn.Module) -> list[str]:
         """Returns names such as `features.17` or `layer4`."""
         from common.backbones.parts.boundary import list_blocks
 
-        return list_blocks(network)
+        return [] if self.maps is not None else list_blocks(network)
 
     def divide(self, network: nn.Module, block: str) -> Divided:
         """Returns both sides of a block. Raises BadInput where the model is not a chain up to there."""
@@ -169,6 +194,17 @@ class Torchvision(Plugin):
     def preprocess(self, item: Any) -> Tensor:
         """Returns 3 x H x W pixels of a PIL image or uint8 array; grey is repeated. Raises BadRecord."""
         return self._preprocessing().apply(item)
+
+    def _open_maps(self, model: nn.Module) -> Architecture:
+        from common.backbones.parts.maps import MapNetwork
+
+        assert self.maps is not None  # The caller has looked.
+        if self._preprocessing().crop is not None:
+            raise BadInput(
+                "preprocess: expected settings with `crop: null` beside maps: masks are of the whole picture"
+            )
+        network = MapNetwork(model.train(False), self.maps, self._preprocessing().side)
+        return Architecture(network, network.feature_dim, grid=(self.maps.grid, self.maps.grid))
 
     def _preprocessing(self) -> ImagePreprocessing:
         return self.preprocess_settings or ImagePreprocessing.of_weights(self._named_weights())

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from common.backbones import RawInputs
-    from common.backbones.parts.huggingface import Location
+    from common.backbones.parts.hub.huggingface import Location
+    from common.backbones.parts.hub.modalities import AudioInput, ImageInput, Modality
     from common.backbones.parts.layers import PooledModel
-    from common.backbones.parts.modalities import AudioInput, ImageInput, Modality
 
 PackageFolder = Annotated[str, StringConstraints(pattern=r"^\w+(/\w[\w.-]*)*$")]
 HubName = Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
@@ -102,7 +102,7 @@ class Transformers(Plugin):
         import torch
         from transformers import BertConfig, BertModel
 
-        from common.backbones.parts.huggingface import silence
+        from common.backbones.parts.hub.huggingface import silence
 
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "scan", "shows", "no", "tumour", "an", "edema", "."]
         model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
@@ -143,7 +143,7 @@ class Transformers(Plugin):
         import torch
         from transformers import AutoModel
 
-        from common.backbones.parts.huggingface import read_config, silence
+        from common.backbones.parts.hub.huggingface import read_config, silence
         from common.backbones.parts.layers import PooledModel, read_width
 
         files = self.files or self._read()
@@ -161,7 +161,7 @@ class Transformers(Plugin):
         """Returns the model's weights and its tokenizer."""
         import torch
 
-        from common.backbones.parts.huggingface import load_model, read_config
+        from common.backbones.parts.hub.huggingface import load_model, read_config
 
         location = self._locate()
         files = self._read()
@@ -223,7 +223,7 @@ class Transformers(Plugin):
 
         from common.backbones.parts import layers as parts
         from common.backbones.parts.boundary import check_whole
-        from common.backbones.parts.modalities import TextInput
+        from common.backbones.parts.hub.modalities import TextInput
 
         assert isinstance(network, parts.PooledModel)
         if self.modality == "audio" or self.pooling == "pooler":
@@ -252,7 +252,7 @@ class Transformers(Plugin):
         return Divided(below, above, tuple(at_boundary_B.shape[1:]))
 
     def _locate(self) -> Location:
-        from common.backbones.parts.huggingface import Location
+        from common.backbones.parts.hub.huggingface import Location
 
         name = self.folder or self.model
         if self.package is not None:
@@ -262,7 +262,7 @@ class Transformers(Plugin):
         return Location(name, self.revision, self.local_files_only)
 
     def _read(self) -> Files:
-        from common.backbones.parts.huggingface import read_config, read_tokenizer
+        from common.backbones.parts.hub.huggingface import read_config, read_tokenizer
 
         location = self._locate()
         config = location.settings("config.json")
@@ -281,7 +281,7 @@ class Transformers(Plugin):
     def _read_tokenizer(self, location: Location) -> dict[str, Tensor]:
         import torch
 
-        from common.backbones.parts.huggingface import read_tokenizer
+        from common.backbones.parts.hub.huggingface import read_tokenizer
 
         if self.modality != "text":
             return {}
@@ -301,8 +301,8 @@ class Transformers(Plugin):
         return model
 
     def _open_modality(self, files: Files, module: PooledModel, config: PretrainedConfig) -> Modality:
+        from common.backbones.parts.hub.modalities import TextInput
         from common.backbones.parts.layers import count_positions
-        from common.backbones.parts.modalities import TextInput
 
         if self.modality == "image":
             return self._open_image(files)
@@ -315,18 +315,18 @@ class Transformers(Plugin):
         return TextInput(lambda: module.open_tokenizer(longest), longest, config.vocab_size, pad, types)
 
     def _open_raw(self, files: Files, module: PooledModel) -> RawInputs:
-        from common.backbones.parts.modalities import open_raw_inputs
+        from common.backbones.parts.hub.modalities import open_raw_inputs
 
         tokenizer = module.tokenizer.cpu().numpy().tobytes() if files.tokenizer_bytes else None
         return open_raw_inputs(module.modality, files.processor, tokenizer)
 
     def _open_image(self, files: Files) -> ImageInput:
-        from common.backbones.parts.modalities import ImageInput, open_image_processor
+        from common.backbones.parts.hub.modalities import ImageInput, open_image_processor
 
         return ImageInput(open_image_processor(files.processor or {}))
 
     def _open_audio(self, files: Files) -> AudioInput:
-        from common.backbones.parts.modalities import AudioInput, open_feature_extractor
+        from common.backbones.parts.hub.modalities import AudioInput, open_feature_extractor
 
         extractor = open_feature_extractor(files.processor or {})
         rate = int(extractor.sampling_rate)
@@ -335,7 +335,7 @@ class Transformers(Plugin):
     def _count_positions(self, module: PooledModel, width: int) -> int:
         import torch
 
-        from common.backbones.parts.modalities import TextInput
+        from common.backbones.parts.hub.modalities import TextInput
 
         if self.pooling != "tokens":
             return 1

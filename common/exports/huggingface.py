@@ -28,7 +28,7 @@ class HuggingfaceFormat(Plugin):
 
     def write(self, exported: Exported, folder: Path) -> list[str]:
         """Writes a folder of one of transformers' own classes, or of a class whose code is in it."""
-        from common.backbones.parts.huggingface import silence
+        from common.backbones.parts.hub.huggingface import silence
         from common.exports.parts.transformer import describe, find_own_class, open_described
 
         standard = find_own_class(exported)

@@ -70,7 +70,7 @@ class FrozenBackbone(nn.Module):
         return self
 
     def forward(self, items_B: Tensor) -> Tensor:
-        """Returns features_BD in float32."""
+        """Returns features_BD in float32, or B x grid x D."""
         features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32) * self.scale)
         return features_BD
 
@@ -84,7 +84,7 @@ class Backbone:
         kind: the resolved settings.
         spec: the same as canonical JSON text.
         digest: 64 hex digits over `spec` and every weight.
-        feature_dim: number of features per item.
+        feature_dim: number of features per item, or of each of its places.
         prepare: source item -> input.
         module: the network with its projection.
         device: the device that it encodes on.
@@ -92,6 +92,7 @@ class Backbone:
         open_raw: opens the inputs of a network that is handed on; None where there are none but preprocessed items.
         trunk: where this is only the frozen part of a backbone, the name of the trunk that its features still have to
             pass (`common.model.trunks`); else None.
+        grid: number of places along each axis of an item's features; none where an item has one vector.
     """
 
     kind: Kind
@@ -104,6 +105,7 @@ class Backbone:
     precision: Precision = "float32"
     open_raw: Callable[[], RawInputs] | None = dataclasses.field(default=None, repr=False)
     trunk: str | None = None
+    grid: tuple[int, ...] = ()
 
     @cached_property
     def _fast(self) -> FastBackbone:
@@ -124,7 +126,7 @@ class Backbone:
         return self.prepare(item)
 
     def encode(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
-        """Returns features_BD of preprocessed items, float32, on the CPU; heads can be trained on them."""
+        """Returns features of preprocessed items, B x grid x D float32, on the CPU; heads can be trained on them."""
         batch = items_B if isinstance(items_B, Tensor) else torch.stack(list(items_B))
         # Again before every use: `train()` on an inner module would not pass through FrozenBackbone.train.
         self.module.train(False)
@@ -317,5 +319,14 @@ def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tens
     spec = write_spec(resolved)
     digest = compute_digest(spec, module.state_dict().items())
     prepare = architecture.preprocess or resolved.preprocess
-    open_raw = architecture.open_raw
-    return Backbone(resolved, spec, digest, projection.out_dim, prepare, module, torch.device("cpu"), open_raw=open_raw)
+    return Backbone(
+        resolved,
+        spec,
+        digest,
+        projection.out_dim,
+        prepare,
+        module,
+        torch.device("cpu"),
+        open_raw=architecture.open_raw,
+        grid=architecture.grid,
+    )

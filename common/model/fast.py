@@ -86,5 +86,5 @@ def _fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def _compute_error(features_BD: Tensor, original_BD: Tensor) -> float:
-    distance_B = (features_BD - original_BD).double().norm(dim=1)
-    return float((distance_B / original_BD.double().norm(dim=1).clamp(min=1e-12)).max())
+    distance_B = (features_BD - original_BD).double().flatten(1).norm(dim=1)
+    return float((distance_B / original_BD.double().flatten(1).norm(dim=1).clamp(min=1e-12)).max())

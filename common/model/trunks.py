@@ -24,7 +24,7 @@ from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
-from common.tasks import Task
+from common.tasks import ReadsPlaces, Task
 from common.types import BadInput
 
 
@@ -91,8 +91,17 @@ def create_modules(
         run: the run.
         tasks: task -> its definition.
         backbones: name -> open backbone, for those that the tasks stand on.
+
+    Raises:
+        BadInput: a task labels places, and its backbone has one vector for a record.
     """
     own = {name: run.backbone_of(name) for name in tasks}
+    for name, task in tasks.items():
+        if isinstance(task, ReadsPlaces) and not backbones[own[name]].grid:
+            raise BadInput(
+                f"tasks.{name}: expected a backbone with `maps` for a task of kind {task.kind}, got one whose features "
+                "are those of a whole record"
+            )
     dims = {name: backbones[own[name]].feature_dim for name in tasks}
     heads = create_heads(tasks, dims, run.seed)
     start_from_texts(heads, tasks, {name: backbones[own[name]] for name in tasks})

@@ -20,7 +20,7 @@ from common.model.backbones import Backbone, FrozenBackbone, load_blob
 from common.model.parameters import load_parameters
 from common.model.trunks import cut
 from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
-from common.tasks import Servable, Task, open_task
+from common.tasks import ReadsPlaces, Servable, Task, open_task
 from common.tasks.parts.adjusted import AdjustedHead
 from common.types import BadInput, DigestMismatch, Params
 
@@ -49,7 +49,12 @@ class ServedHead(nn.Module):
         self.train(False)
 
     def compute_outputs(self, features_BD: Tensor) -> Tensor:
-        """Returns outputs_BO, from which the task's codec decodes a prediction."""
+        """Returns outputs_BO, from which the task's codec decodes a prediction.
+
+        A task of whole records reads the mean of features of places.
+        """
+        if features_BD.dim() > 2 and not isinstance(self.task, ReadsPlaces):
+            features_BD = features_BD.flatten(1, -2).mean(dim=1)
         outputs_BO: Tensor = self.head(features_BD)
         return self.offset_O + (outputs_BO - self.offset_O) / self.temperature
 

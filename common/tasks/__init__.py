@@ -41,10 +41,12 @@ class TaskExample:
     Attributes:
         settings: the task's settings as a user would write them.
         cells: label cells of at least four records, as a site would read them.
+        grid: number of places along each axis of the features that its head reads; none where a record has one vector.
     """
 
     settings: Mapping[str, Any]
     cells: Sequence[Sequence[str]]
+    grid: tuple[int, ...] = ()
 
 
 class LabelCodec(Protocol):
@@ -172,6 +174,15 @@ class NamedCells(Protocol):
     @property
     def cell_names(self) -> tuple[str, ...]:
         """The meaning of each cell, in the order in which `LabelCodec.encode` takes them."""
+
+
+@runtime_checkable
+class ReadsPlaces(Protocol):
+    """Optional part of a task whose head reads the features of a record's places; others read their mean."""
+
+    @property
+    def reads_places(self) -> bool:
+        """True where the head's outputs are those of places."""
 
 
 @runtime_checkable

@@ -88,10 +88,16 @@ def labels(task: Task, example: TaskExample) -> Tensor:
     return torch.stack([task.codec.encode(cells) for cells in example.cells])
 
 
+def draw_features(task: Task, count: int) -> Tensor:
+    """Features as the kind's heads read them."""
+    grid = type(task).example().grid
+    return torch.randn(count, *grid, FEATURE_DIM, generator=torch.Generator().manual_seed(5))
+
+
 def many(task: Task, labels: Tensor, copies: int = 6) -> tuple[Tensor, Tensor]:
     """Random outputs for several copies of the labels."""
     labels = labels.repeat(copies, *[1] * (labels.ndim - 1))
-    width = task.head(FEATURE_DIM)(torch.zeros(1, FEATURE_DIM)).shape[1:]
+    width = task.head(FEATURE_DIM)(draw_features(task, 1)).shape[1:]
     return torch.randn(len(labels), *width, generator=torch.Generator().manual_seed(3)), labels
 
 
@@ -143,7 +149,10 @@ def test_a_gradient_changes_by_at_most_the_stated_smoothness(task: Task, labels:
     if getattr(task, "weights", None):
         return  # A scale for clip norms is that of records of weight 1.
     zero = torch.zeros_like(outputs).requires_grad_()
-    first = torch.autograd.grad(task.losses(zero, labels).sum(), zero)[0].flatten(1).norm(dim=1)
+    slopes = torch.autograd.grad(task.losses(zero, labels).sum(), zero)[0]
+    if grid := type(task).example().grid:
+        slopes = slopes.flatten(1, len(grid)).sum(dim=1)  # Places that are alike add up.
+    first = slopes.flatten(1).norm(dim=1)
     assert float(first.max()) / 2.5 <= task.first_slope <= 2.5 * float(first.max())
 
 
@@ -207,7 +216,7 @@ def test_opacus_validates_linear_and_hidden_heads(task: Task, example: TaskExamp
 
 
 def test_a_new_head_says_the_same_of_every_record(task: Task) -> None:
-    outputs = task.head(FEATURE_DIM)(torch.randn(4, FEATURE_DIM))
+    outputs = task.head(FEATURE_DIM)(draw_features(task, 4))
     assert torch.equal(outputs, torch.zeros_like(outputs))
 
 

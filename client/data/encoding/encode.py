@@ -72,7 +72,7 @@ def encode_source(folder: Path, source: Source, backbone: Backbone, progress: Pr
     cores = torch.get_num_threads()
     with nullcontext() if backbone.device.type == "cuda" else one_thread():
         batches = _Batches(source, backbone, count, cores)
-        shape = (count, backbone.feature_dim + (dtype == np.int16))
+        shape = (count, *backbone.grid, backbone.feature_dim + (dtype == np.int16))
         array = PartialArray(folder, shape, dtype, batches.conditions)
         if array.done and progress is not None:
             progress(array.done, count)
@@ -117,8 +117,8 @@ def encode_records(source: Source, backbone: Backbone) -> Iterator[EncodedRecord
         for batch, encoded_BD in _Batches(source, backbone, len(source.index()), cores).encode(0):
             unusable, positions = dict(batch.unusable), batch.positions
             if encoded_BD is None:
-                positions, encoded_BD = [], np.zeros((0, backbone.feature_dim), np.float32)
-            finite_B = np.asarray(np.isfinite(encoded_BD).all(axis=1))
+                positions, encoded_BD = [], np.zeros((0, *backbone.grid, backbone.feature_dim), np.float32)
+            finite_B = _find_finite(encoded_BD)
             unusable |= {positions[index]: "features are not finite" for index in np.flatnonzero(~finite_B)}
             kept = [positions[index] for index in np.flatnonzero(finite_B)]
             yield EncodedRecords(kept, encoded_BD[finite_B], unusable, batch.end)
@@ -129,13 +129,18 @@ def _add(array: PartialArray, batch: _Batch, encoded_BD: NDArray[np.float32] | N
     unusable = dict(batch.unusable)
     rows_BD: NDArray[Any] | None = None
     if encoded_BD is not None:
-        finite_B = np.asarray(np.isfinite(encoded_BD).all(axis=1))
-        rows_BD = np.where(finite_B[:, None], encoded_BD, np.float32(0.0))
+        finite_B = _find_finite(encoded_BD)
+        rows_BD = np.where(finite_B.reshape(-1, *(1,) * (encoded_BD.ndim - 1)), encoded_BD, np.float32(0.0))
         if array.dtype == np.int16:
             rows_BD = pack_rows(torch.from_numpy(rows_BD))
         for index in np.flatnonzero(~finite_B):
             unusable[batch.positions[index]] = "features are not finite"
     array.add(batch.end, batch.positions, rows_BD, unusable)
+
+
+def _find_finite(encoded_BD: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Returns a bool for each record: true where all of its features are finite."""
+    return np.asarray(np.isfinite(encoded_BD).all(axis=tuple(range(1, encoded_BD.ndim))))
 
 
 @dataclass(frozen=True)
@@ -270,16 +275,30 @@ def _pinned(source: Source, backbone: Backbone, positions: range, like_I: Tensor
 
 
 def _load_inputs(source: Source, position: int, backbone: Backbone) -> list[Tensor]:
-    return list_inputs(source.load(position), backbone.preprocess, has_trunk=backbone.trunk is not None)
+    one = explain_one(has_trunk=backbone.trunk is not None, has_places=bool(backbone.grid))
+    return list_inputs(source.load(position), backbone.preprocess, one=one)
 
 
-def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, has_trunk: bool) -> list[Tensor]:
+def explain_one(*, has_trunk: bool, has_places: bool) -> str:
+    """Returns why a record of a backbone may be one item only; "" where it may be several.
+
+    Args:
+        has_trunk: whether a part of the backbone trains.
+        has_places: whether its features are those of places.
+    """
+    # What trains above is not linear: the mean of its inputs is not the input of its mean.
+    if has_trunk:
+        return "a part of the backbone trains"
+    return "features are those of places" if has_places else ""
+
+
+def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, one: str) -> list[Tensor]:
     """Returns one record's inputs: one, or one for each of its items.
 
     Args:
         item: the content of a record.
         preprocess: source item -> input of the backbone.
-        has_trunk: whether a part of the backbone trains.
+        one: what `explain_one` says of the backbone.
 
     Raises:
         BadRecord: the record cannot be used.
@@ -288,9 +307,8 @@ def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, has_trunk: bo
         return [preprocess(item)]
     if not 0 < len(item.items) <= MAX_ITEMS:
         raise BadRecord(f"expected between one and {MAX_ITEMS} items in the record")
-    if has_trunk and len(item.items) > 1:
-        # What trains above is not linear: the mean of its inputs is not the input of its mean.
-        raise BadRecord("expected one item in the record where a part of the backbone trains, got several")
+    if one and len(item.items) > 1:
+        raise BadRecord(f"expected one item in the record where {one}, got several")
     return [preprocess(part) for part in item.items]
 
 

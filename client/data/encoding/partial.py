@@ -77,7 +77,7 @@ class PartialArray:
         unusable: position -> why that record has no features; its row is zeros.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int], dtype: np.dtype[Any], conditions: Conditions) -> None:
+    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any], conditions: Conditions) -> None:
         """Opens an array in a folder of its own; one that was begun under the same conditions is gone on with.
 
         Args:

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +17,9 @@ from pydantic import Field
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.masks import LazyCells
 from common.errors import instead
+from common.inputs import write_mask
 from common.plugins import Frozen, LocalPath
 from common.types import BadInput
 
@@ -30,7 +32,7 @@ class ArrayPart(Frozen):
 
     Attributes:
         inputs: array of images or vectors, one record each.
-        labels: column -> array of labels.
+        labels: column -> array of labels: one value for each record, or a mask of whole numbers.
         patient: array of patient ids.
     """
 
@@ -40,7 +42,7 @@ class ArrayPart(Frozen):
     patient: str | None = None
 
     def per_record(self) -> list[str]:
-        """Arrays with one value for each record."""
+        """Arrays with one value, or one mask, for each record."""
         return [*self.labels.values(), *([self.patient] if self.patient else [])]
 
 
@@ -122,8 +124,10 @@ class Npz(SourceSettings):
         if arrays[part.inputs].ndim < 2:
             raise BadInput(f"{self.path}: expected {part.inputs!r} to hold one image or vector for each record")
         for name in part.per_record():
-            if arrays[name].shape != arrays[part.inputs].shape[:1]:
-                raise BadInput(f"{self.path}: expected {name!r} to hold one value for each record of {part.inputs!r}")
+            of_places = name != part.patient and arrays[name].ndim == 3
+            if arrays[name].shape[: 3 if of_places else None] != arrays[part.inputs].shape[: 3 if of_places else 1]:
+                what = "one mask of its size" if of_places else "one value"
+                raise BadInput(f"{self.path}: expected {name!r} to hold {what} for each record of {part.inputs!r}")
         for column, array in self.names.items():
             numbers, names = arrays.get(part.labels.get(column, "")), arrays[array]
             if numbers is None:
@@ -161,7 +165,8 @@ class Arrays:
         records: list[SourceRecord] = []
         for split, part in self.settings.parts.items():
             inputs = self.arrays[part.inputs]
-            columns = {column: self._texts(column, name) for column, name in part.labels.items()}
+            masks = {column: self.arrays[name] for column, name in part.labels.items() if self.arrays[name].ndim == 3}
+            columns = {column: self._texts(column, name) for column, name in part.labels.items() if column not in masks}
             patients = None if part.patient is None else _as_texts(self.arrays[part.patient])
             for row in range(len(inputs)):
                 records.append(
@@ -171,7 +176,7 @@ class Arrays:
                         key=hashlib.sha256(np.ascontiguousarray(inputs[row]).tobytes()).hexdigest(),
                         patient=patients[row] if patients is not None else None,
                         split=None if split == "all" else split,
-                        cells={column: texts[row] for column, texts in columns.items()},
+                        cells=_join_cells({column: texts[row] for column, texts in columns.items()}, masks, row),
                     )
                 )
         return records
@@ -192,6 +197,12 @@ class Arrays:
                 return inputs[position]
             position -= len(inputs)
         raise IndexError("no record at this position")
+
+
+def _join_cells(cells: Mapping[str, str], masks: Mapping[str, np.ndarray], row: int) -> Mapping[str, str]:
+    if not masks:
+        return cells
+    return LazyCells(cells, {column: partial(write_mask, values[row]) for column, values in masks.items()})
 
 
 def _as_texts(values: np.ndarray) -> list[str]:

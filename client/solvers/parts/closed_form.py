@@ -23,6 +23,7 @@ Guarantees, whatever features, labels and weights are:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -484,12 +485,15 @@ def add_clipped_parts(
 def _compute_slopes(
     inputs: Inputs, rows: QuantisedRows, weights: Sequence[Tensor], output_gradient: OutputGradient
 ) -> Tensor:
-    """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again."""
+    """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again.
+
+    The places of a record fill lanes of their own.
+    """
     outputs = compute_outputs(rows, weights[0], weights[1] if inputs.bias else None)
     if inputs.offset_K is not None:
         outputs = outputs + inputs.offset_K
     padded, labels = outputs, inputs.labels
-    if missing := -len(outputs) % _LANES:
+    if missing := -len(outputs) % (_LANES // math.gcd(_LANES, math.prod(inputs.positions or ()))):
         padded = torch.cat([outputs, outputs[:1].expand(missing, *outputs.shape[1:])])
         labels = torch.cat([labels, labels[:1].expand(missing, *labels.shape[1:])])
     if inputs.positions is None:

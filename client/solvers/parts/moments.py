@@ -115,9 +115,11 @@ def _return_labels(outputs: Tensor, labels: Tensor) -> Tensor:
 def pool_features(tasks: list[TaskRecords]) -> TaskRecords:
     """Returns the records of all tasks on a backbone, one tensor of features once, each divided by its length.
 
+    Features of places are those of tasks that are not centred, and are left out.
+
     A unit's records weigh the same; so do those that cannot be used, which add nothing.
     """
-    different = list({id(records.features_RD): records for records in tasks}.values())
+    different = list({id(records.features_RD): records for records in tasks if records.features_RD.dim() == 2}.values())
     unit_R = torch.cat([records.unit_R for records in different])
     features_RD = torch.cat([normalize_rows(records.features_RD) for records in different])
     labels_R, mask_R = torch.zeros_like(unit_R), torch.ones_like(unit_R, dtype=torch.bool)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from common.backbones.parts.modalities import Modality
+from common.backbones.parts.hub.modalities import Modality
 from common.types import BadInput
 
 

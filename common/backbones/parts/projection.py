@@ -58,12 +58,12 @@ class ProjectionLayer(nn.Module):
             self.out_dim = kernel.dim
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """Returns features_BP, or features_BR; without a kernel, a feature vector of zeros stays zero."""
+        """Returns features_BP, or features_BR, also at each of several places; without a kernel zeros stay zero."""
         if self._settings.shift != "none":
             features_BD = features_BD - self.shift
         features_BP = features_BD if self._settings.dim is None else features_BD @ self.matrix
         if self._settings.normalize:
-            features_BP = nn.functional.normalize(features_BP, dim=1)
+            features_BP = nn.functional.normalize(features_BP, dim=-1)
         if self._settings.kernel is None:
             return features_BP
         angles_BR = features_BP @ self.frequencies + self.phases

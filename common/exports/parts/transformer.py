@@ -127,7 +127,7 @@ def find_own_class(exported: Exported) -> Any | None:
 def _build_own(config: dict[str, Any], name: str, columns: list[str]) -> Any | None:
     import transformers
 
-    from common.backbones.parts.huggingface import read_config, silence
+    from common.backbones.parts.hub.huggingface import read_config, silence
 
     numbers = {column: number for number, column in enumerate(columns)}
     read = read_config({**config, "id2label": dict(enumerate(columns)), "label2id": numbers})

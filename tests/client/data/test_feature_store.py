@@ -68,6 +68,7 @@ class Reciprocal:
     device: torch.device = CPU
     error: float | None = None
     trunk: str | None = None
+    grid: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Reciprocal:
         del device

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from client.data.sources import Source, open_source
+from common.inputs import read_mask
 from common.types import BadInput
 
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -158,3 +159,20 @@ def test_a_label_that_is_no_text_is_missing_for_its_record_alone(tmp_path: Path)
     labels.view(np.uint32)[2] = 0x7FFFFFFF
     index = npz(write(tmp_path, x=X, y=labels)).index()
     assert [record.cells["label"] for record in index] == ["a", "b", "", "b"]
+
+
+def test_masks_are_cells_that_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    pictures = np.zeros((3, 4, 5, 3), np.uint8)
+    pictures[1:] += np.arange(2, dtype=np.uint8)[:, None, None, None] + 1
+    masks = np.arange(60).reshape(3, 4, 5) % 2
+    np.savez(tmp_path / "a.npz", x=pictures, mask=masks, kind=np.array([0, 1, 1]))
+    parts = {"all": {"inputs": "x", "labels": {"mask": "mask", "kind": "kind"}}}
+    spec = {"kind": "npz", "path": str(tmp_path / "a.npz"), "parts": parts}
+    records = open_source(spec, "s").open().index()
+    assert [record.cells["kind"] for record in records] == ["0", "1", "1"]
+    assert set(records[0].cells) == {"mask", "kind"} and len(records[0].cells) == 2
+    for record, mask in zip(records, masks, strict=True):
+        np.testing.assert_array_equal(read_mask(record.cells["mask"]), mask)
+    np.savez(tmp_path / "a.npz", x=pictures, mask=masks[:, :3], kind=np.array([0, 1, 1]))
+    with pytest.raises(BadInput, match="expected 'mask' to hold one mask of its size for each record of 'x'"):
+        open_source(spec, "s").open()

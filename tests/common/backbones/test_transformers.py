@@ -29,7 +29,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from common.backbones.parts.huggingface import silence
+from common.backbones.parts.hub.huggingface import silence
 from common.backbones.transformers import Transformers
 from common.inputs import Audio, Text
 from common.model.backbones import Backbone, load_blob, open_pretrained

@@ -1,0 +1,1 @@
+"""Networks, tokenizers and processors of Hugging Face."""

@@ -1,0 +1,76 @@
+"""Outputs and labels of places: from the grid of a head's outputs to the finer one of masks, and back for gradients.
+
+Only operations on single values and sums of two: what is computed of a record does not depend on the records beside it.
+
+# Shapes: B records, G places along a side of the outputs' grid, S along one of the labels', K outputs of a place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """The two places of the coarse grid between which each place of the fine one lies, and the weight of the second."""
+
+    first: list[int]
+    second: list[int]
+    weight: list[float]
+
+
+@cache
+def _find_taps(coarse: int, fine: int) -> _Taps:
+    at = np.clip((np.arange(fine) + 0.5) * coarse / fine - 0.5, 0.0, coarse - 1.0)
+    first = np.floor(at).astype(int)
+    second = np.minimum(first + 1, coarse - 1)
+    return _Taps(first.tolist(), second.tolist(), (at - first).tolist())
+
+
+def refine(outputs_BGGK: Tensor, side: int) -> Tensor:
+    """Returns outputs on a finer grid, B x S x S x K: between places on straight lines.
+
+    Args:
+        outputs_BGGK: outputs of a head.
+        side: S.
+    """
+    for axis in (1, 2):
+        taps = _find_taps(outputs_BGGK.shape[axis], side)
+        weight = outputs_BGGK.new_tensor(taps.weight).view(*(-1 if each == axis else 1 for each in range(4)))
+        first = outputs_BGGK.index_select(axis, _as_index(taps.first, outputs_BGGK))
+        second = outputs_BGGK.index_select(axis, _as_index(taps.second, outputs_BGGK))
+        outputs_BGGK = first * (1.0 - weight) + second * weight
+    return outputs_BGGK
+
+
+def gather_slopes(slopes_BSSK: Tensor, grid: int) -> Tensor:
+    """Returns the gradient by outputs on a grid, B x G x G x K, of one by what `refine` made of them.
+
+    Args:
+        slopes_BSSK: gradient by the finer outputs.
+        grid: G.
+    """
+    for axis in (1, 2):
+        taps = _find_taps(grid, slopes_BSSK.shape[axis])
+        shape = list(slopes_BSSK.shape)
+        shape[axis] = grid
+        gathered = slopes_BSSK.new_zeros(shape)
+        for place, (first, second, weight) in enumerate(zip(taps.first, taps.second, taps.weight, strict=True)):
+            slope = slopes_BSSK.select(axis, place)
+            gathered.select(axis, first).add_(slope * (1.0 - weight))
+            gathered.select(axis, second).add_(slope * weight)
+        slopes_BSSK = gathered
+    return slopes_BSSK
+
+
+def _as_index(places: list[int], like: Tensor) -> Tensor:
+    import torch
+
+    return torch.tensor(places, device=like.device)
