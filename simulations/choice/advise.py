@@ -16,7 +16,7 @@ from client.protocol.requirements import feature_dim
 from client.solvers import SummingSolver, open_solver
 from common.backbones import Divisible
 from common.files import write_atomic
-from common.model.advice import Advice, Situation, advise
+from common.model.advice import TRUNK_SETTINGS, Advice, Situation, advise
 from common.model.backbones import open_pretrained
 from common.model.forecast import Forecast, forecast_loss
 from common.model.guessing import Totals, compute_v
@@ -148,7 +148,7 @@ class _Editor:
     is_simulation: bool
 
     def edit(self, *, secure: int, blocks: Mapping[Name, str], rounds: int) -> dict[str, Any]:
-        """Returns the values with what was advised and `solver: {kind: auto}` for the rest.
+        """Returns the values with what was advised; `solver: {kind: auto}` chooses the rest where only heads train.
 
         Args:
             secure: number of sites of a secure sum; 0 for noise at each site.
@@ -161,7 +161,7 @@ class _Editor:
         run = {key: value for key, value in whole.items() if key not in gone}
         run |= {"rounds": rounds, "solver": {"kind": "auto"}}
         if blocks:
-            run["trainable"] = {name: {"from": block} for name, block in blocks.items()}
+            run |= {**TRUNK_SETTINGS, "trainable": {name: {"from": block} for name, block in blocks.items()}}
         if secure:
             run |= {"trust": "secure_sum", "colluding": 1, "cohort": {**(run.get("cohort") or {}), "min_sites": secure}}
         if not self.is_simulation:
@@ -241,6 +241,8 @@ def _look_at(run: RunConfig, backbone: Name) -> tuple[str | None, str | None, fl
     asked = run.trainable.get(backbone)
     blocks = kind.blocks(opened.module.encoder) if isinstance(kind, Divisible) else []
     last = asked.from_ if asked is not None and asked.lora is None else (blocks[-1] if blocks else None)
+    if kind.projection is None or not kind.projection.normalize:
+        last = None
     return find_modality(opened.preprocess), last, time_record(opened)
 
 
