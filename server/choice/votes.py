@@ -1,7 +1,7 @@
 """The coordinator's side of a choice: sites join, receive the candidates, vote once, and hear what was chosen.
 
-Invariant: nothing is kept but the journal. A choice that is continued asks the same sites the same again: they answer
-from stored replies, and no vote is paid for twice.
+Invariant: nothing is kept but the journal and the result. A choice that is continued before there is a result asks the
+same sites the same again: they answer from stored replies, and no vote is paid for twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.offers import SentBackbone
 from common.run import Name, RunConfig
 from common.scorers import compute_min_size, open_scorer
 from common.types import BadInput, RunFailed, RunInterrupted, heads_digest
-from server.choice.outcome import count_votes
+from server.choice.outcome import RESULT, count_votes, read_choice
 from server.rounds.inquiry import Quorum, Waiting
 from server.rounds.join import RollCall, join_sites, prepare_sites
 from server.rounds.messenger import Messenger, Observe, Participant, Request, map_groups, map_names
@@ -58,17 +58,39 @@ def run_choice(
         RunFailed: too few sites joined, declare enough units or could be prepared.
         RunInterrupted: too few votes came in time; sites keep theirs.
     """
-    assert run.choice is not None and run.requested_privacy is not None
     messenger = Messenger(grid, run, run_id, journal, observe, Witnesses(witnesses))
     facts = {name: _describe_candidate(backbone) for name, backbone in backbones.items()}
     journal.write(
         RunStarted(run_id=run_id, name=run.name, executor=executor, path=str(folder), rounds=0, backbones=facts)
     )
+    roll_call = RollCall()
+    joined = join_sites(messenger, backbones, node_ids, roll_call=roll_call, waits_for_all=True)
+    if (folder / RESULT).exists():
+        chosen = read_choice(folder).chosen  # It stands: sites are told again, and nobody votes.
+    else:
+        chosen = _hold_vote(messenger, backbones, joined, roll_call)
+    missing = _send_chosen(messenger, joined, chosen)
+    journal.write(
+        RunEnded(
+            updates={},
+            heads=heads_digest({}),
+            num_received=len(joined) - len(missing),
+            num_sites=len(joined),
+            missing=missing,
+        )
+    )
+    return chosen
+
+
+def _hold_vote(
+    messenger: Messenger, backbones: Mapping[str, SentBackbone], joined: Sequence[Participant], roll_call: RollCall
+) -> Name:
+    """Has the sites that declare enough units prepare and vote, and returns what they choose."""
+    run, journal = messenger.run, messenger.journal
+    assert run.choice is not None and run.requested_privacy is not None
     scorer, epsilon = open_scorer(run.choice.scorer, "choice.scorer"), run.requested_privacy.target_epsilon
     assert epsilon is not None  # The run file's own check.
     (task,), least = run.tasks, compute_min_size(scorer, epsilon)
-    roll_call = RollCall()
-    joined = join_sites(messenger, backbones, node_ids, roll_call=roll_call, waits_for_all=True)
     large = [each for each in joined if each.tasks[task] >= least]
     if len(large) < run.cohort.min_sites:
         raise RunFailed(_explain_too_few(epsilon, least, [each.tasks[task] for each in joined], run.cohort.min_sites))
@@ -88,16 +110,6 @@ def run_choice(
             min_size=least,
             abstained=tuple(each.site for each in joined if each not in large),
             seconds=round(time.monotonic() - started, 4),
-        )
-    )
-    missing = _send_chosen(messenger, joined, chosen)
-    journal.write(
-        RunEnded(
-            updates={},
-            heads=heads_digest({}),
-            num_received=len(joined) - len(missing),
-            num_sites=len(joined),
-            missing=missing,
         )
     )
     return chosen

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message
 
@@ -28,6 +29,7 @@ from common.events import (
     FileJournal,
     ReplyResent,
     RequestDeclined,
+    RunEnded,
     RunEvent,
     SiteRejected,
     VotesCounted,
@@ -155,11 +157,23 @@ def test_a_choice_that_is_done_again_gets_the_stored_votes_for_nothing(tmp_path:
     with pytest.raises(RunInterrupted, match="the vote: expected"):
         choose(tmp_path / "run", sites, lost={"west": messages.VOTE}, cohort=rules)
     votes = select_events(choose(tmp_path / "run", sites, cohort=rules), VotesCounted)[-1].votes
-    again = select_events(choose(tmp_path / "run", sites, cohort=rules), VotesCounted)[-1].votes
+    again = select_events(choose(tmp_path / "again", sites, cohort=rules), VotesCounted)[-1].votes
     assert votes == again and len(votes) == 3
     for site in sites:
         assert list_charges(site) == [("exponential", 8.0, 1, True)]
         assert select_events(read_site_journal(site.coordinator_dir / "site.jsonl"), ReplyResent)
+
+
+def test_a_result_stands_and_who_missed_it_is_told_again(tmp_path: Path) -> None:
+    """North did not hear the result, and had not voted; when the choice is resumed it hears it, and is not asked."""
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    events = choose(tmp_path / "run", sites, lost={"north": messages.PREPARE})
+    before = (tmp_path / "run" / "choice.json").read_bytes()
+    (tmp_path / "north-state" / "runs" / "choice-1" / "chosen").unlink()
+    events = choose(tmp_path / "run", sites)
+    assert len(select_events(events, VotesCounted)) == 1 and len(select_events(events, RunEnded)) == 2
+    assert (tmp_path / "run" / "choice.json").read_bytes() == before and list_charges(sites[1]) == []
+    assert (tmp_path / "north-state" / "runs" / "choice-1" / "chosen").exists()
 
 
 def test_ties_go_to_the_first_of_the_file(tmp_path: Path) -> None:
@@ -222,7 +236,7 @@ def test_a_site_that_declines_is_named_and_the_others_vote(tmp_path: Path) -> No
     assert not any(list_charges(site) for site in sites[1:])
     approvals = Approvals(sites[2].coordinator_dir)
     approvals.approve(approvals.waiting()[0])
-    assert set(select_events(choose(tmp_path / "run", sites), VotesCounted)[-1].votes) == {"east", "south"}
+    assert set(select_events(choose(tmp_path / "again", sites), VotesCounted)[-1].votes) == {"east", "south"}
     # Under this approval no other choice is charged.
     assert [approval.used_by for approval in approvals.all()] == ["choice-1"]
 
@@ -260,6 +274,10 @@ def test_everything_a_site_sends_but_its_vote_is_the_same_whatever_its_records(t
     for place, seed in enumerate((1, 2)):
         (folder := tmp_path / str(place)).mkdir()
         write_records(folder / "east.npz", seed, count=40 + 7 * place)
+        if place:
+            arrays = dict(np.load(folder / "east.npz"))
+            arrays["train_x"][3] = np.nan
+            np.savez(folder / "east.npz", **arrays)
         site = site_config(folder, "east", on_bad_record="skip")
         run = choice_config()
         opened = open_backbones(run)
@@ -303,7 +321,7 @@ def test_a_site_that_is_killed_in_its_vote_does_not_pay_again(tmp_path: Path) ->
     folder = site.coordinator_dir / "runs" / "choice-1"
     (folder / "replies" / digest).unlink()
     (folder / "chosen").unlink()
-    choose(tmp_path / "run", sites)
+    choose(tmp_path / "again", sites)
     assert list_charges(site) == [("exponential", 8.0, 1, True)] * 2
 
 
