@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def distance(
     site: SiteFile,
     to: Annotated[
-        list[Path], typer.Option("--to", help="A home file, or means.safetensors of a run (or its folder); repeatable")
-    ],
+        list[Path] | None,
+        typer.Option("--to", help="A home file, or means.safetensors of a run (or its folder); repeatable"),
+    ] = None,
     run: Annotated[
         str | None, typer.Option(help="Id of the run; by default the run whose final heads arrived last")
     ] = None,
@@ -33,7 +34,8 @@ def distance(
 ) -> None:
     """Measures how far this site's training records are from the records behind some means. Nothing is sent or spent.
 
-    The site's side is exact; a mean that other sites released has noise, whose deviation is shown.
+    The site's side is exact; a mean that other sites released has noise, whose deviation is shown. Where the model
+    holds the moments of classes of all its sites, the distance from those is shown without --to.
 
     Example: headwater site distance site.yaml --to home.safetensors --to means.safetensors
     """
@@ -49,7 +51,7 @@ def distance(
             with shown_progress() as observe:
                 opened = Site(load_site(site).select(coordinator), os_entropy)
                 opened = replace(opened, progress=lambda done, total: observe("encoding", done, total))
-                found = measure_distances(opened, to, run_id=run, model=model)
+                found = measure_distances(opened, to or [], run_id=run, model=model)
         except SiteDeclined as declined:
             raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
         except DigestMismatch as error:

@@ -5,6 +5,7 @@ The site's mean is exact and is neither kept nor sent. Its units are those that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,12 @@ from client.personal.evaluate import find_last_run
 from client.protocol.site import Site, joined_run
 from client.solvers.parts.moments import pool_features
 from common.files import private_folder
+from common.model.moments import CLASSES, has_classes
+from common.serving.folder import CONFIG, MODEL, find_model, read_config, read_moments
 from common.serving.means import FeatureMean, MeanDistance, combine_means, compute_distance, read_means, select_backbone
 from common.serving.network import open_model
 from common.serving.similarity import ALL
+from common.tasks import open_task
 from common.types import BadInput
 
 
@@ -44,10 +48,12 @@ class _PreparedUnits:
     Attributes:
         units: the units.
         digest_of: task -> digest of its backbone.
+        model: folder of the model that the tasks are of; perhaps there is none.
     """
 
     units: Units = field(repr=False)
     digest_of: Mapping[str, str]
+    model: Path
 
 
 def measure_distances(
@@ -57,7 +63,7 @@ def measure_distances(
 
     Args:
         site: the site.
-        files: home files, and means that a run left.
+        files: home files, and means that a run left; what the model holds of all its sites' classes is taken beside.
         run_id: id of a run that the site joined; by default the one whose final heads arrived last.
         model: a model's folder in place of a run; records are encoded with its backbones, and features are cached.
 
@@ -69,16 +75,21 @@ def measure_distances(
     opened = {file: read_means(file) for file in files}
     prepared = _open_run(site, run_id) if model is None else _encode_with_model(site, model)
     digests = set(prepared.digest_of.values())
-    chosen = {file: select_backbone(means, digests, file) for file, means in opened.items()}
+    means = []
+    for file, listed in opened.items():
+        chosen = select_backbone(listed, digests, file)
+        means += chosen
+        for digest in sorted(digests):
+            sites = [each for each in chosen if each.digest == digest and not each.is_home]
+            means += [combine_means(sites, ALL)] if len(sites) > 1 else []
+    means += _read_released(prepared)
+    if not means:
+        raise BadInput(
+            "--to: expected a home file or a run's means, because the model holds no moments of classes "
+            "(`moments.classes` of a run file)"
+        )
     own = {digest: _compute_mean(prepared, digest) for digest in sorted(digests)}
-    found = []
-    for means in chosen.values():
-        for digest in own:
-            listed = [each for each in means if each.digest == digest]
-            sites = [each for each in listed if not each.is_home]
-            listed += [combine_means(sites, ALL)] if len(sites) > 1 else []
-            found += [OwnDistance(each, compute_distance(own[digest], each)) for each in listed]
-    return found
+    return [OwnDistance(each, compute_distance(own[each.digest], each)) for each in means]
 
 
 def _compute_mean(prepared: _PreparedUnits, digest: str) -> FeatureMean:
@@ -93,6 +104,23 @@ def _compute_mean(prepared: _PreparedUnits, digest: str) -> FeatureMean:
     return FeatureMean("here", digest, (sum_D / count).numpy(), 0.0, count, "training records, exact")
 
 
+def _read_released(prepared: _PreparedUnits) -> list[FeatureMean]:
+    """Returns for each task the mean over all sites of its run, where the model holds the sums of its classes."""
+    if not (prepared.model / CONFIG).is_file():
+        return []
+    config, means = read_config(prepared.model), []
+    for name in prepared.units.tasks:
+        task = open_task(config.tasks[name].settings, f"tasks.{name}") if name in config.tasks else None
+        if f"moments/{name}{CLASSES}.safetensors" in config.files and task is not None and has_classes(task):
+            moments = read_moments(prepared.model, config, name)
+            # A record is of one class: the sum over classes is that over records.
+            deviation = moments.sums_deviation * math.sqrt(len(moments.counts_C)) / moments.units
+            mean_D, digest = moments.sums_CD.sum(0) / moments.units, prepared.digest_of[name]
+            source = f"all sites of the run, labelled for {name}, noised"
+            means.append(FeatureMean(config.run, digest, mean_D, deviation, moments.units, source))
+    return means
+
+
 def _open_run(site: Site, run_id: str | None) -> _PreparedUnits:
     joined = joined_run(site, run_id or find_last_run(site))
     tasks = joined.tasks(site.config)
@@ -103,7 +131,8 @@ def _open_run(site: Site, run_id: str | None) -> _PreparedUnits:
             f"run {joined.run_id}: expected frozen backbones, got {trained[0]}, of which a part trains: means of its "
             "features are never released"
         )
-    return _PreparedUnits(units, {name: joined.backbones[joined.run.backbone_of(name)] for name in tasks})
+    digest_of = {name: joined.backbones[joined.run.backbone_of(name)] for name in tasks}
+    return _PreparedUnits(units, digest_of, joined.folder / MODEL)
 
 
 def _encode_with_model(site: Site, path: Path) -> _PreparedUnits:
@@ -121,4 +150,4 @@ def _encode_with_model(site: Site, path: Path) -> _PreparedUnits:
     with TemporaryDirectory(dir=private_folder(site.config.coordinator_dir)) as folder:
         prepare(site.config, tasks, backbones, encoding, Path(folder) / "data")
         units = open_units(Path(folder) / "data", "train", list(tasks), torch.device("cpu"))
-    return _PreparedUnits(units, {name: each.digest for name, each in backbones.items()})
+    return _PreparedUnits(units, {name: each.digest for name, each in backbones.items()}, find_model(path))

@@ -15,6 +15,7 @@ from client.__main__ import app
 from client.config import SiteConfig
 from client.protocol.site import Site
 from common.privacy.noise import os_entropy
+from common.serving.folder import read_config, read_moments
 from common.serving.means import HOME, FeatureMean, read_means, write_means
 from common.yaml import write_yaml
 from tests.server.rounds.test_moments import run_once
@@ -77,6 +78,23 @@ def test_distances_are_those_of_the_sites_exact_mean_and_nothing_is_spent(tmp_pa
     assert "nothing was sent or spent" in shown and "Sharpness dominates" in shown
 
 
+def test_what_the_model_holds_of_classes_is_compared_with_no_file(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    run_once(tmp_path, sites, moments={"means": 0.2, "counts": 0.2, "classes": 0.2})
+    model = sites[0].coordinator_dir / "runs" / "run-1" / "model"
+    released = {name: read_moments(model, read_config(model), name) for name in ("colour", "size")}
+    own = average_units(tmp_path / "east.npz")
+    found = json.loads(call(tmp_path, sites[0], "--json").stdout)["distances"]
+    assert [each["from"] for each in found] == ["run-1", "run-1"]
+    for each, (name, moments) in zip(found, released.items(), strict=True):
+        variance = len(moments.counts_C) * (moments.sums_deviation / 80) ** 2
+        exact = np.square(own - moments.sums_CD.sum(0) / 80).sum() - 4 * variance
+        assert each["debiased"] == pytest.approx(exact, abs=5e-3) and name in each["source"] and each["noise"] > 0.0
+    # The same of a site that took part in no run.
+    new = call(tmp_path, site_config(tmp_path, "new"), "--model", model, "--json")
+    assert [each["from"] for each in json.loads(new.stdout)["distances"]] == ["run-1", "run-1"]
+
+
 def test_a_patient_counts_once(tmp_path: Path) -> None:
     config = site_config(tmp_path, "east")
     arrays = dict(np.load(tmp_path / "east.npz"))
@@ -101,6 +119,7 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(tmp_path: Path) -> None
     refused(call(tmp_path, config, "--to", tmp_path / "home"), "expected a run that has ended")
     refused(call(tmp_path, config, "--to", tmp_path / "home", "--run", "other"), "--run other", "did not join")
     run_once(tmp_path, [config])
+    refused(call(tmp_path, config), "--to: expected a home file", "moments.classes")
     refused(call(tmp_path, config, "--to", tmp_path / "absent"), "absent: expected means", "public-mean")
     write_home(tmp_path / "another", "f" * 64)
     refused(call(tmp_path, config, "--to", tmp_path / "another"), "those of another backbone", "ffffffffffff")
