@@ -34,6 +34,8 @@ class Manifest(ListedFiles):
         series: column of paths of time series (.npy, or text with one time step a line).
         text: column of texts.
         text_pair: column of the texts that are read together with them.
+        masks: columns of paths of masks, relative to `root`: pictures or .npy arrays of whole numbers, of the size of
+            the row's picture.
     """
 
     kind: Literal["manifest"]
@@ -42,6 +44,7 @@ class Manifest(ListedFiles):
     series: str | None = None
     text: str | None = None
     text_pair: str | None = None
+    masks: list[str] = []
 
     @model_validator(mode="after")
     def _one_content(self) -> Manifest:
@@ -50,6 +53,8 @@ class Manifest(ListedFiles):
             raise ValueError(f"expected at most one of image, audio, series and text, got {' and '.join(named)}")
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair: expected it beside `text`")
+        if self.masks and named not in ([], ["image"]):
+            raise ValueError(f"masks: expected pictures that they are of, got {named[0]}")
         return self
 
     @classmethod
@@ -76,7 +81,7 @@ class Manifest(ListedFiles):
             return open_listing(self, Reader(self.audio, _recording, "recording"))
         if self.series is not None:
             return open_listing(self, Reader(self.series, _series, "series"))
-        return open_listing(self, Reader(self.image or "image", _picture, "image"))
+        return open_listing(self, Reader(self.image or "image", _picture, "image"), self.masks)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from client.data.sources import SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.masks import LazyCells, read_mask_file
 from common.inputs import encode_text
 from common.plugins import LocalPath
 from common.types import BadRecord
@@ -55,12 +57,21 @@ class Reader:
     patient: Callable[[Path], str] | None = None
 
 
-def open_listing(settings: ListedFiles, reader: Reader) -> Listing:
-    """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
+def open_listing(settings: ListedFiles, reader: Reader, masks: Sequence[str] = ()) -> Listing:
+    """Returns the opened table.
+
+    Args:
+        settings: the table.
+        reader: reads a record's file.
+        masks: columns whose cells are paths of masks.
+
+    Raises:
+        BadInput: missing, unreadable, or without a named column.
+    """
     frame = read_frame(settings.path, settings.separator, encoding=settings.encoding)
-    require_columns(frame, settings.path, [reader.column, settings.patient, settings.split])
+    require_columns(frame, settings.path, [reader.column, settings.patient, settings.split, *masks])
     root = (settings.root or settings.path.parent).resolve()
-    return Listing(settings, reader, frame.to_dict("records"), root)
+    return Listing(settings, reader, frame.to_dict("records"), root, tuple(masks))
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,11 @@ class Listing:
     reader: Reader = field(repr=False)
     rows: list[dict[str, str]] = field(repr=False)
     root: Path = field(repr=False)
+    masks: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Over every file's path, size and time of change: to read them all each time could take hours."""
-        stamps = (self._stamp(row[self.reader.column]) for row in self.rows)
+        stamps = (self._stamp(row[column]) for row in self.rows for column in (self.reader.column, *self.masks))
         return digest([self.reader.settings.encode(), *stamps])
 
     def index(self) -> list[SourceRecord]:
@@ -87,7 +99,7 @@ class Listing:
                 key=row[column],
                 patient=self._patient(row),
                 split=row[own.split] or None if own.split else None,
-                cells=row,
+                cells=self._cells(number - 1, row),
                 fault=row[FAULT],
                 path=row[column],
                 # Rows that name no file are not one record; they become bad ones.
@@ -105,6 +117,13 @@ class Listing:
         except (OSError, ValueError):
             # From None: these messages name the file, and so perhaps a patient.
             raise BadRecord(f"missing {self.reader.what}") from None
+
+    def _cells(self, position: int, row: Mapping[str, str]) -> Mapping[str, str]:
+        own = {column: partial(self._read_mask, position, row[column]) for column in self.masks if row[column].strip()}
+        return LazyCells(row, own) if own else row
+
+    def _read_mask(self, position: int, name: str) -> str:
+        return read_mask_file(self._inside(name), self.load(position))
 
     def _patient(self, row: Mapping[str, str]) -> str | None:
         if self.reader.patient is not None:

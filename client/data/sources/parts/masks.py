@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping
-from typing import final
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data.sources.parts.pictures import read_picture
+from client.data.sources.parts.tree import read_file
+from common.inputs import write_mask
+from common.types import BadRecord
 
 
 @final
@@ -29,8 +39,43 @@ class LazyCells(Mapping[str, str]):
         return column in self._read or column in self._cells
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._cells
-        yield from self._read
+        return iter({**self._cells, **self._read})
 
     def __len__(self) -> int:
-        return len(self._cells) + len(self._read)
+        return len({**self._cells, **self._read})
+
+
+def read_mask_file(path: Path, picture: Any) -> str:
+    """Returns a mask's file as a cell (`common.inputs.write_mask`).
+
+    Args:
+        path: a grey, black-and-white or indexed picture, or a .npy array, of whole numbers from 0.
+        picture: the picture that it is of, as its source loads it.
+
+    Raises:
+        BadRecord: it is missing, unreadable, no mask, or of another size than the picture.
+    """
+    try:
+        data = read_file(path, "mask")
+        values_HW = _read_array(data) if path.suffix.lower() == ".npy" else _read_values(data)
+    except (OSError, ValueError, EOFError):
+        # From None: these messages name the file, and so perhaps a patient.
+        raise BadRecord("missing or unreadable mask") from None
+    size = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+    if values_HW.shape != size:
+        raise BadRecord("expected a mask of its picture's size, got one of another")
+    return write_mask(values_HW)
+
+
+def _read_array(data: bytes) -> NDArray[Any]:
+    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _read_values(data: bytes) -> NDArray[Any]:
+    values = np.asarray(read_picture(io.BytesIO(data)))
+    if values.ndim == 3:
+        colours = values[..., :3]
+        if values.shape[2] not in (3, 4) or (colours != colours[..., :1]).any():
+            raise BadRecord("expected a mask with one whole number for each place, got a picture in colours")
+        values = colours[..., 0]
+    return values
