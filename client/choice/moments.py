@@ -38,6 +38,10 @@ MakeRows = Callable[[TaskRecords], Tensor]
 
 _BLOCK = 256
 
+_GRID = 2.0**-25
+"""Features and directions are whole multiples of it where they are multiplied: products of them add up exactly, so that
+a row has the same bits whatever rows stand beside it, and no other record decides which class it is nearest to."""
+
 
 @dataclass(frozen=True)
 class MeanClassifier:
@@ -131,11 +135,13 @@ def add_up_hits(
 
     def make_hits(name: str) -> MakeRows:
         means_CE = torch.from_numpy(classifiers[name].means_CE)
-        squares_C = torch.from_numpy(classifiers[name].squares_C)
+        # Which class is nearest does not change with the length of the longest mean.
+        peak = max(float(means_CE.abs().sum(1).max()), 1e-9)
+        half_squares_C = torch.from_numpy(classifiers[name].squares_C) / (2.0 * peak)
 
         def make(records: TaskRecords) -> Tensor:
             features_RE = reduce_features(records.features_RD, directions[name])
-            nearest_R = (features_RE @ means_CE.T - squares_C / 2.0).argmax(1)
+            nearest_R = (_multiply(features_RE, means_CE.T / peak) - half_squares_C).argmax(1)
             hits_R: Tensor = scale * (nearest_R == task.count_labels(records.labels).argmax(1)).double()
             return hits_R[:, None]
 
@@ -153,7 +159,12 @@ def reduce_features(features_RD: Tensor, directions_DE: NDArray[np.float64] | No
         directions_DE: the directions; None for all features.
     """
     rows_RD = normalize_rows(features_RD.flatten(1).double())
-    return rows_RD if directions_DE is None else normalize_rows(rows_RD @ torch.from_numpy(directions_DE))
+    return rows_RD if directions_DE is None else normalize_rows(_multiply(rows_RD, torch.from_numpy(directions_DE)))
+
+
+def _multiply(rows_RD: Tensor, columns_DE: Tensor) -> Tensor:
+    """Returns the product of two matrices on their grid, exact where the products of a value add up to 4 at most."""
+    return (rows_RD / _GRID).trunc() @ (columns_DE / _GRID).trunc() * _GRID**2
 
 
 def _add_up(

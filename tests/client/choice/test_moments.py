@@ -81,6 +81,30 @@ def test_one_unit_more_moves_either_release_by_at_most_the_bound(seed: int) -> N
                 assert moved > 0.1 * LATTICE.bound  # The bound is not far off.
 
 
+def test_a_record_has_the_same_bits_beside_any_others() -> None:
+    """A product of matrices rounds otherwise for few rows, and a record beside others would count as another one."""
+    rng, directions_DE = np.random.default_rng(3), draw_directions("cd" * 32, 768)
+    features_RD = torch.from_numpy(rng.normal(size=(301, 768)).astype(np.float32))
+    whole_RE = reduce_features(features_RD, directions_DE)
+    for count in (1, 2, 3, 5, 13):
+        assert torch.equal(reduce_features(features_RD[:count], directions_DE), whole_RE[:count])
+    task, half_U, classifiers = open_classes(), np.ones(40, bool), classify(rng)
+    units = make_units(rng, 40, 40)
+    for sums in (
+        lambda units, half: add_up_classes(task, units, DIRECTIONS, half, LATTICE),
+        lambda units, half: add_up_hits(task, units, DIRECTIONS, classifiers, half, LATTICE),
+    ):
+        alone = [
+            sums(Units(40, {name: _select(records, unit) for name, records in units.tasks.items()}), half_U)
+            for unit in range(40)
+        ]
+        assert torch.equal(torch.stack(alone).sum(0), sums(units, half_U))
+
+
+def _select(records: TaskRecords, unit: int) -> TaskRecords:
+    return records.taken((records.unit_R == unit).nonzero().squeeze(1), records.unit_R)
+
+
 def test_sums_are_those_of_a_loop_over_records() -> None:
     rng, task = np.random.default_rng(7), open_classes()
     units, half_U = make_units(rng, 40, 90), np.arange(40) < 25
