@@ -1,6 +1,6 @@
 """What schedules, decay to the start and label smoothing change of a private linear head (docs/transfer.md, Adjust).
 
-    python -m benchmarks.adjusting CACHE [--sets cifar10 sst2 brain_mri] [--splits 10] [--test]
+    python -m benchmarks.adjusting CACHE [--sets cifar10 sst2 brain_mri] [--splits 10] [--only TEXT] [--test]
 
 Each setting trains the run that `solver: {kind: auto}` chooses, with its centre, offset, clip norm, noise and steps, on
 features that are kept in the folder CACHE. By default it trains on four fifths of the training records and is scored on
@@ -242,7 +242,9 @@ def keep_noise(run: RunConfig, task: str, num_units: int, num_sites: int) -> Run
     return run.model_copy(update={"aggregation": run.aggregation.model_copy(update={"tasks": {task: own}})})
 
 
-def measure(name: str, records: Records, epsilon: float | None, seeds: int, *, on_test: bool) -> None:
+def measure(
+    name: str, records: Records, epsilon: float | None, seeds: int, *, only: str = "", on_test: bool = False
+) -> None:
     """Prints each setting's difference to none at one epsilon.
 
     Args:
@@ -250,6 +252,7 @@ def measure(name: str, records: Records, epsilon: float | None, seeds: int, *, o
         records: its records.
         epsilon: requested epsilon; None for none.
         seeds: number of seeds.
+        only: text in the names of the settings that are tried.
         on_test: whether test records are scored.
     """
     num_sites = load_config(name, epsilon, {}).partition.num_sites  # type: ignore[union-attr]
@@ -257,6 +260,8 @@ def measure(name: str, records: Records, epsilon: float | None, seeds: int, *, o
     cut = len(own) if on_test else 4 * len(own) // 5
     found: dict[str, list[float]] = {}
     for label, run in list_settings(name, epsilon, cut, num_sites):
+        if label != "none" and only not in label:
+            continue
         for seed in range(seeds):
             order = np.random.default_rng(seed).permutation(own)
             held_out = np.flatnonzero(records.is_test_N) if on_test else order[cut:]
@@ -281,13 +286,14 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--only", default="", help="settings whose name holds this text")
     parser.add_argument("--test", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.sets:
         records = encode(name, given.cache)
         for epsilon in EPSILONS:
-            measure(name, records, epsilon, given.splits, on_test=given.test)
+            measure(name, records, epsilon, given.splits, only=given.only, on_test=given.test)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "death": {"kind": "survival", "boundaries": [100, 200, 400], "head": MEASURED},
     "finding": {"kind": "classification", "labels": ["tumour", "edema", "none"], "head": MEASURED},
     "odd": {"kind": "anomaly", "normal": "none", "anomalous": "edema"},
-    "signs": {"kind": "multilabel", "labels": ["fever", "cough"], "head": MEASURED},
+    "signs": {"kind": "multilabel", "labels": ["fever", "cough"], "smoothing": 0.1, "head": MEASURED},
     "voice": {"kind": "embedding", "labels": ["ann", "bob"], "head": {"bias": False}},
 }
 COLUMNS: dict[str, str | list[str]] = {

@@ -29,8 +29,10 @@ from common.types import BadInput, Delta, Plan, Unit
 KEY = bytes(range(32))
 FEATURES = 5
 VECTORS: dict[str, Task] = {
-    "findings": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 2.0}, "findings"),
-    "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": {"bias": False}}, "grade"),
+    "findings": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 2.0, "smoothing": 0.3}, "findings"),
+    "grade": open_task(
+        {"kind": "classification", "labels": ["a", "b", "c"], "smoothing": 0.2, "head": {"bias": False}}, "grade"
+    ),
     "size": open_task({"kind": "regression", "range": [-1, 1]}, "size"),
 }
 

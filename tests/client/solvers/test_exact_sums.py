@@ -39,7 +39,9 @@ FEATURES = 40
 LATTICE = Lattice.of(0.5, 3.0)
 TASKS: dict[str, Task] = {
     "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "grade"),
-    "only": open_task({"kind": "classification", "labels": ["a", "b"], "head": {"bias": False}}, "only"),
+    "only": open_task(
+        {"kind": "classification", "labels": ["a", "b"], "smoothing": 0.2, "head": {"bias": False}}, "only"
+    ),
     "signs": open_task({"kind": "multilabel", "labels": ["x", "y"], "scale": 3.0}, "signs"),
     "size": open_task({"kind": "regression", "range": [-1, 1]}, "size"),
     "strange": open_task({"kind": "anomaly", "normal": "n", "anomalous": "a"}, "strange"),
