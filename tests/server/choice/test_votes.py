@@ -209,6 +209,7 @@ def test_where_all_declare_too_few_nobody_votes_and_the_epsilon_that_is_enough_i
     ):
         choose(tmp_path / "run", sites)
     assert [list_charges(site) for site in sites] == [[], []]
+    assert not any(Site(site, os_entropy).ledger().history().earmarks for site in sites)
 
 
 def declare(site: SiteConfig, size: int) -> SiteConfig:
