@@ -45,6 +45,11 @@ def test_a_choice_has_the_runs_task_unit_and_cohort_and_the_votes_epsilon(tmp_pa
     assert again.choice.scorer.kind == "ridge"
 
 
+def test_a_run_without_a_choice_is_offered_as_before() -> None:
+    """Its digest, which sites approved, is over its keys."""
+    assert "choice" not in run_config().model_dump(mode="json")
+
+
 def test_a_path_in_the_file_of_candidates_is_relative_to_it(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
