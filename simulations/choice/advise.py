@@ -16,7 +16,7 @@ from client.protocol.requirements import feature_dim
 from client.solvers import SummingSolver, open_solver
 from common.backbones import Divisible
 from common.files import write_atomic
-from common.model.advice import TRUNK_SETTINGS, Advice, Situation, advise
+from common.model.advice import Advice, Situation, advise, choose_block_settings
 from common.model.backbones import open_pretrained
 from common.model.forecast import Forecast, forecast_loss
 from common.model.guessing import Totals, compute_v
@@ -161,7 +161,7 @@ class _Editor:
         run = {key: value for key, value in whole.items() if key not in gone}
         run |= {"rounds": rounds, "solver": {"kind": "auto"}}
         if blocks:
-            run |= {**TRUNK_SETTINGS, "trainable": {name: {"from": block} for name, block in blocks.items()}}
+            run = choose_block_settings(run, blocks)
         if secure:
             run |= {"trust": "secure_sum", "colluding": 1, "cohort": {**(run.get("cohort") or {}), "min_sites": secure}}
         if not self.is_simulation:

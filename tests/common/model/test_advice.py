@@ -11,8 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.model.advice import HOPELESS_V, Advice, Situation, advise, estimate_points, list_contradictions
+from common.model.advice import (
+    HOPELESS_V,
+    TRUNK_REACH,
+    Advice,
+    Situation,
+    advise,
+    choose_block_settings,
+    estimate_points,
+    list_contradictions,
+)
 from common.model.guessing import Totals, compute_v
+from common.model.momentum import read_momentum
 from common.privacy.gaussian import gdp_mu
 from common.run import RunConfig
 from common.tasks import open_tasks
@@ -162,3 +172,17 @@ def test_a_trunk_under_privacy_and_a_low_v_are_warned_of_and_nothing_else_is() -
     assert contradict(read(privacy="non_private", trainable={"backbone": {"from": "input"}}), Totals(50, 4)) == []
     regression = {"age": {"kind": "regression", "range": [0, 1]}}
     assert contradict(read(tasks=regression), Totals(50, 4)) == []
+
+
+def test_a_block_moves_as_far_as_it_is_meant_to_with_the_momentum_of_its_run() -> None:
+    values = {key: value for key, value in AUTO.items() if key != "solver"}
+    run = read(**choose_block_settings({**values, "privacy": "non_private"}, {"backbone": "input"}))
+    momentum = read_momentum(run, "backbone.trunk")
+    assert momentum is not None and run.solver.trunk is not None
+    step, beta = momentum.choose_step(600, 4)
+    # All gradients alike: velocity and place, round by round.
+    velocity = place = 0.0
+    for _ in range(run.rounds):
+        velocity = beta * velocity + run.solver.trunk["learning_rate"]
+        place += step * velocity
+    assert place == pytest.approx(TRUNK_REACH, rel=1e-3)
