@@ -359,7 +359,8 @@ def test_requests_that_are_not_for_a_choice_are_declined(tmp_path: Path) -> None
         }[type(request)]
         with pytest.raises(SiteDeclined):
             answer(opened, request)
-    federate(tmp_path / "trained", sites, run_id="run-1")
+    privacy = {"unit": "example", "delta": 1e-5, "target_epsilon": 8.0}
+    federate(tmp_path / "trained", sites, run_id="run-1", privacy=privacy)
     with pytest.raises(SiteDeclined, match="the run is no choice"):
         vote(opened, messages.VoteRequest("run-1"))
     assert [charge for charge in list_charges(site) if charge[0] == "exponential"] == [("exponential", 8.0, 1, True)]
