@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from client.data.units import TaskRecords, Units
 from client.ledger.ledger import Ledger
 from common.privacy.noise import NoiseStream, os_entropy
 from common.scorers import ScoredRows, compute_min_size
-from common.scorers.ridge import Ridge
+from common.scorers.ridge import MARGIN, Ridge
 from common.tasks import LabelPrior, open_task
 from common.types import BudgetExhausted, Unit
 
@@ -144,6 +145,35 @@ def test_a_unit_has_the_same_targets_whichever_candidate_reads_it() -> None:
             here = np.array(names) == unit
             assert np.square(own.targets_RC[here]).sum() == pytest.approx(2 / 3, abs=1e-3)
     assert not rows[0].features_RD[2:].any() and not rows[1].features_RD[2:].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_unit_more_adds_its_own_rows_to_each_candidate_and_changes_no_other(seed: int) -> None:
+    """Whichever candidates read which of the records: costs then move by at most the sensitivity."""
+    rng = np.random.default_rng(seed)
+    count, scorer = 60, Ridge(kind="ridge")
+    labels_R, unit_R = torch.as_tensor(rng.integers(0, 3, count)), torch.as_tensor(np.sort(rng.integers(0, 25, count)))
+    features = [torch.as_tensor(rng.normal(size=(count, dim)).astype(np.float32)) for dim in (2, 5, 9)]
+    reads = [torch.as_tensor(rng.random(count) < part) for part in (0.3, 0.6, 0.9)]
+    extra = int(unit_R[int(rng.integers(count))])
+
+    def make(kept_R: torch.Tensor) -> list[ScoredRows]:
+        views = []
+        for features_RD, reads_R in zip(features, reads, strict=True):
+            here = (reads_R & kept_R).nonzero().squeeze(1)
+            mask_R = torch.ones(len(here), dtype=torch.bool)
+            views.append(TaskRecords.of(features_RD[here], labels_R[here], mask_R, unit_R[here], 25))
+        return make_comparable_rows(task(), views)
+
+    def count_rows(rows: ScoredRows) -> Counter[bytes]:
+        return Counter(row.tobytes() for row in np.hstack([rows.features_RD, rows.targets_RC]))
+
+    with_unit, without = make(torch.ones(count, dtype=torch.bool)), make(unit_R != extra)
+    for more, fewer in zip(with_unit, without, strict=True):
+        assert count_rows(fewer) <= count_rows(more)
+        assert len(more.targets_RC) - len(fewer.targets_RC) <= int((unit_R == extra).sum())
+        change = scorer.compute_cost(more, 25) - scorer.compute_cost(fewer, 25)
+        assert -MARGIN <= change <= scorer.sensitivity
 
 
 def test_the_price_does_not_grow_with_the_number_of_candidates(tmp_path: Path) -> None:
