@@ -108,10 +108,25 @@ def choose_tie(head: nn.Module, task: Task, records: TaskRecords) -> Tie:
         task: the task.
         records: the site's labelled training records, with the features that the head reads.
     """
+    return try_ties(head, task, records)[0]
+
+
+def try_ties(head: nn.Module, task: Task, records: TaskRecords) -> tuple[Tie, Tensor | None]:
+    """Returns what `choose_tie` does, and the outputs of its heads for each fifth, fitted to the other units.
+
+    Args:
+        head: the federated head.
+        task: the task.
+        records: the site's labelled training records, with the features that the head reads.
+
+    Returns:
+        The tie, and outputs_RK; None in their place where there are too few units to try.
+    """
     units, unit_R = torch.unique(records.unit_R, return_inverse=True)
     if len(units) < 2 * _FOLDS:
-        return _TIES[0]
+        return _TIES[0], None
     losses = dict.fromkeys(_TIES, 0.0)
+    outputs: dict[Tie, Tensor] = {}
     for fold in range(_FOLDS):
         held_out_R = unit_R % _FOLDS == fold
         known = records.taken((~held_out_R).nonzero().squeeze(1), records.unit_R)
@@ -121,9 +136,13 @@ def choose_tie(head: nn.Module, task: Task, records: TaskRecords) -> Tie:
             for tie in (tie for tie in _TIES if tie.scale == scale):
                 fitted = fit_head(own, task, known, tie.compute_weight(own, known), tolerance=_TRIAL_TOLERANCE)
                 with torch.no_grad():
-                    losses_R = task.losses(fitted(tried.features_RD), tried.labels)
+                    tried_RK = fitted(tried.features_RD)
+                    losses_R = task.losses(tried_RK, tried.labels)
                 losses[tie] += float((tried.weight_R * losses_R).double().sum())
-    return min(losses, key=losses.__getitem__)
+                whole_RK = outputs.setdefault(tie, tried_RK.new_zeros(len(unit_R), *tried_RK.shape[1:]))
+                whole_RK[held_out_R] = tried_RK
+    chosen = min(losses, key=losses.__getitem__)
+    return chosen, outputs[chosen]
 
 
 def scale_head(head: nn.Module, scale: float) -> nn.Module:
@@ -227,6 +246,17 @@ def _adapt(mode: Literal["prior", "fit"], head: nn.Module, task: Task, records: 
         return head
     if mode == "prior":
         return fit_offsets(head, task, records)
-    tie = choose_tie(head, task, records)
+    return fit_tied(head, task, records, choose_tie(head, task, records))
+
+
+def fit_tied(head: nn.Module, task: Task, records: TaskRecords, tie: Tie) -> nn.Module:
+    """Returns the head with offsets of the site's own and weights fitted to its records, under a tie.
+
+    Args:
+        head: the federated head; not modified.
+        task: the task.
+        records: the site's labelled training records, with the features that the head reads.
+        tie: the tie.
+    """
     own = fit_offsets(scale_head(head, tie.scale), task, records)
     return fit_head(own, task, records, tie.compute_weight(own, records))

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from client.aligners import Aligner, Array, SourceMoments, TargetRecords, open_aligners
-from client.aligners.parts.guard import choose_guarded, compare_hits
+from client.aligners.parts.guard import LIMIT, MOST_NOISE, choose_guarded, compare_hits
 from client.aligners.parts.head import AlignedHead, keep_head, place_head
 from client.aligners.parts.linear import make_discriminant
 from client.aligners.parts.mix import estimate_mix, lift_shares, read_mix
 from client.config import SiteConfig
 from client.data.units import TaskRecords, Units
+from client.personal.adapt import OwnHead, fit_tied, try_ties
 from common.model.class_moments import ClassMoments
 from common.model.moments import has_classes
 from common.tasks import Task
@@ -90,7 +91,8 @@ def adapt_tasks(
         labels: list[str] = own.task.labels  # type: ignore[attr-defined]
         mix_C = None if declared is None else read_mix(declared, labels, f"tasks.{name}.mix")
         try:
-            adapted[name] = align_head(own.head, source, records, aligners, mix_C, temperature=own.temperature).head
+            found = align_head(own.head, source, records, aligners, mix_C, temperature=own.temperature, task=own.task)
+            adapted[name] = found.head
         except MixUnknown as error:
             if not lenient:
                 raise BadInput(f"task {name}: {error}") from error
@@ -145,6 +147,7 @@ def align_head(
     mix_C: Array | None = None,
     *,
     temperature: float | None = None,
+    task: Task | None = None,
 ) -> Adaptation:
     """Returns a run's head adapted to a site's records.
 
@@ -156,6 +159,7 @@ def align_head(
         aligners: kind -> aligner, in the order in which they are tried.
         mix_C: the site's class mix, where it is declared.
         temperature: number by which the head's outputs are divided; None where none is known.
+        task: the task, to fit the head behind the first alignment to the labels; None leaves its weights as they are.
 
     Raises:
         MixUnknown: no mix is declared, and the site has no labels, or of one class only.
@@ -179,7 +183,40 @@ def align_head(
         return compare_hits(hit_R, other_R, labelled.unit_R.numpy(), weight_R)
 
     kind, chosen = choose_guarded(heads[0], heads[1:], compare, noise=source.compute_noise(mix_C))
+    start = heads[1] if source.compute_noise(mix_C) <= MOST_NOISE else heads[0]
+    fitted = None if task is None or start[1].weights_CD is not None else fit_behind(start[1], task, labelled, mix_C)
+    if fitted is not None:
+        hit_R = (fitted[1].argmax(dim=1) == labelled.labels).double().numpy()
+        if compare_hits(hit_R, find_hits(chosen, labelled), labelled.unit_R.numpy(), weight_R) > LIMIT:
+            kind, chosen = f"{start[0]}, then fit", fitted[0]
     return Adaptation(chosen, kind, mix_C)
+
+
+def fit_behind(
+    aligned: AlignedHead, task: Task, labelled: TaskRecords, mix_C: Array
+) -> tuple[AlignedHead, Tensor] | None:
+    """Returns a head behind an alignment, fitted to labelled records, and what such heads say of each fifth of them.
+
+    Each fifth is classified by a head that was fitted to the others. None where there are too few records to try.
+
+    Args:
+        aligned: the head behind the alignment; not modified.
+        task: the task.
+        labelled: the site's labelled training records.
+        mix_C: the site's class mix.
+    """
+    tie, outputs_RC = try_ties(aligned, task, labelled)
+    if outputs_RC is None:
+        return None
+    own = fit_tied(aligned, task, labelled, tie)
+    assert isinstance(own, OwnHead) and isinstance(own.head, AlignedHead)
+    fitted = own.head
+    # What the fit makes are outputs for the site's mix: those for equal classes are without it.
+    log_mix_C = torch.from_numpy(np.log(mix_C)).float()
+    fitted.log_shares_C = fitted.log_shares_C - own.offset_K - fitted.log_mix_C + log_mix_C
+    fitted.log_mix_C = log_mix_C
+    fitted.aligner = f"{aligned.aligner or SERVED}, then fit"
+    return fitted, outputs_RC
 
 
 def choose_mix(counts_C: Array, source: SourceMoments) -> Array:

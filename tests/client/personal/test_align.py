@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,34 @@ def test_labels_at_home_veto_an_alignment_that_does_harm() -> None:
     guarded = align_head(head, source, records, CHAIN, wrong_C)
     assert guarded.aligner == SERVED
     torch.testing.assert_close(guarded.head(features), head(features))
+
+
+def turned_world(seed: int) -> tuple[Any, ...]:
+    """A site whose features are turned: no moments tell which class is which, but labels do."""
+    source, records, _, labels = world(seed, shift=0.0, mix=[0.5, 0.3, 0.2], labelled=80)
+    turned_RD = records.features_RD.roll(1, dims=1).contiguous()
+    return source, replace(records, features_RD=turned_RD), turned_RD[80:], labels
+
+
+def test_labels_fit_the_head_where_that_is_better_for_labels_that_it_was_not_fitted_to() -> None:
+    task = open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "t")
+    source, records, features, labels = turned_world(12)
+    head = make_discriminant_head(source)
+    without = align_head(head, source, records, CHAIN)
+    adapted = align_head(head, source, records, CHAIN, task=task)
+    assert accuracy(without.head, features, labels) < 0.7
+    assert adapted.aligner.endswith("then fit") and adapted.head.aligner == adapted.aligner
+    assert accuracy(adapted.head, features, labels) > 0.9
+    mix = torch.from_numpy(np.log(adapted.mix_C)).float()
+    torch.testing.assert_close(adapted.head(features), adapted.head.compute_uniform(features) + mix)
+    opened = open_personal_head(list_head_parameters(adapted.head), task, 12)
+    assert torch.equal(opened(features), adapted.head(features))
+
+
+def test_labels_that_say_nothing_new_leave_the_head_as_it_is() -> None:
+    task = open_task({"kind": "classification", "labels": ["a", "b", "c"]}, "t")
+    source, records, _, _ = world(13, shift=0.5, mix=[0.5, 0.3, 0.2])
+    assert align_head(make_discriminant_head(source), source, records, CHAIN, task=task).aligner == "mean_std"
 
 
 def test_an_aligned_head_is_read_back_to_the_bit() -> None:
