@@ -416,6 +416,29 @@ def open_checkpoint() -> Target:
     )
 
 
+def open_means() -> Target:
+    """The means of features that a run left; what is read can be written again and is the same."""
+    import numpy as np
+
+    from common.serving.means import FeatureMean, read_means, write_means
+    from common.serving.similarity import compare_means
+
+    path = _make_file("means.safetensors")
+    write_means(path, [FeatureMean(name, "a" * 64, np.ones(4), 0.1, 40.0, "records") for name in ("east", "north")])
+    seeds = [path.read_bytes()]
+
+    def read(path: Path) -> object:
+        found = read_means(path)
+        write_means(path, found)
+        if [each.name for each in read_means(path)] != [each.name for each in found]:
+            raise Broken("expected the means that were written")
+        return compare_means(found, None)
+
+    return Target(
+        "means", seeds, _read_from(path, read), [b'\\"deviation\\"', b'\\"units\\": 1e400', b'"BF16"', b"NaN"]
+    )
+
+
 TARGETS: Mapping[str, Callable[[], Target]] = {
     "messages": open_messages,
     "frames": open_frames,
@@ -428,6 +451,7 @@ TARGETS: Mapping[str, Callable[[], Target]] = {
     "journals": open_journals,
     "witnesses": open_witnesses,
     "weights": open_weights,
+    "means": open_means,
     "checkpoint": open_checkpoint,
 }
 """Name -> what opens the target."""

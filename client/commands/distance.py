@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from client.commands.parts.options import Coordinator, Json, SiteFile, load_site
@@ -69,7 +70,8 @@ def _make_table(found: list[OwnDistance]) -> Table:
         table.add_column(name, overflow="fold")
     for each in found:
         noise = f"± {each.distance.error:.3f}" if each.distance.error else "none"
-        table.add_row(each.mean.name, f"{each.distance.shown:.3f}", noise, f"{each.mean.units:g}", each.mean.source)
+        name, source = escape(each.mean.name), escape(each.mean.source)
+        table.add_row(name, f"{each.distance.shown:.3f}", noise, f"{each.mean.units:g}", source)
     return table
 
 

@@ -79,7 +79,11 @@ def compute_distance(one: FeatureMean, other: FeatureMean) -> MeanDistance:
 
     With noise of variance v in each of D values of the difference, |difference + noise|^2 is D v larger on average and
     has the variance 4 v |difference|^2 + 2 D v^2.
+
+    Raises:
+        BadInput: they have different numbers of features: a file was changed.
     """
+    _check_lengths([one, other])
     variance = one.deviation**2 + other.deviation**2
     value = float(np.square(one.mean_D - other.mean_D).sum()) - len(one.mean_D) * variance
     error = math.sqrt(4.0 * variance * max(0.0, value) + 2.0 * len(one.mean_D) * variance**2)
@@ -92,11 +96,24 @@ def combine_means(means: Sequence[FeatureMean], name: str) -> FeatureMean:
     Args:
         means: their means, at least one.
         name: name of the result.
+
+    Raises:
+        BadInput: they have different numbers of features: a file was changed.
     """
+    _check_lengths(means)
     units = math.fsum(each.units for each in means)
     mean_D = np.sum([each.units * each.mean_D for each in means], axis=0) / units
     deviation = math.hypot(*(each.units * each.deviation for each in means)) / units
     return FeatureMean(name, means[0].digest, mean_D, deviation, units, f"{len(means)} sites")
+
+
+def _check_lengths(means: Sequence[FeatureMean]) -> None:
+    lengths = sorted({len(each.mean_D) for each in means})
+    if len(lengths) > 1:
+        raise BadInput(
+            f"means of backbone {means[0].digest[:12]}: expected one number of features in all files, got {lengths[0]} "
+            f"and {lengths[1]}; take the file that the run left"
+        )
 
 
 def pack_means(means: Sequence[FeatureMean]) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
@@ -161,7 +178,8 @@ def _unpack(about: Mapping[str, Any], mean_D: NDArray[Any]) -> FeatureMean:
     numbers = [mean.deviation, mean.units]
     if mean.mean_D.ndim != 1 or not np.all(np.isfinite(mean.mean_D)) or not np.all(np.isfinite(numbers)):
         raise ValueError("expected a mean")
-    if mean.deviation < 0.0 or mean.units <= 0.0:
+    texts = (mean.name, mean.digest, mean.source)
+    if mean.deviation < 0.0 or mean.units <= 0.0 or not all(text.isprintable() and len(text) < 400 for text in texts):
         raise ValueError("expected a mean of units")
     return mean
 

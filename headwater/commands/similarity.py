@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from common.process.console import make_console, print_json, reported_errors
@@ -62,13 +63,13 @@ def _make_table(found: Similarity) -> Table:
     names = [each.name for each in found.means]
     columns = names if len(names) <= _MOST_COLUMNS else [name for name in names if name == HOME]
     for heading in ("", "units", *columns, *([OTHERS] if found.others else [])):
-        table.add_column(heading, overflow="fold")
+        table.add_column(escape(heading), overflow="fold")
     for each in found.means:
         own = found.distances[each.name]
         cells = [_format(own.get(name)) for name in columns]
         if found.others:
             cells.append(_format(found.others[each.name]) + (f" ({ALL})" if each.is_home else ""))
-        table.add_row(each.name, f"{each.units:g}", *cells)
+        table.add_row(escape(each.name), f"{each.units:g}", *cells)
     if columns != names:
         table.caption = f"--json has all {len(names)} x {len(names)}"
     return table

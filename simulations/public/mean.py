@@ -227,8 +227,9 @@ def _add_up(blocks: Iterable[Tensor]) -> _FeatureSums:
 
 
 def _make_home(sums: _FeatureSums, whole: Backbone, records: Path) -> FeatureMean:
+    name = "".join(letter if letter.isprintable() else "?" for letter in records.name[:255])
     values_D = sums.mean_D.numpy().copy()
-    return FeatureMean(HOME, whole.digest, values_D, 0.0, sums.count, f"public records of {records.name}", is_home=True)
+    return FeatureMean(HOME, whole.digest, values_D, 0.0, sums.count, f"public records of {name}", is_home=True)
 
 
 @dataclass(frozen=True)

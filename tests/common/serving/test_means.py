@@ -94,9 +94,26 @@ def test_a_file_without_whole_means_is_refused_in_one_sentence(tmp_path: Path) -
     with pytest.raises(BadInput, match="expected a file with means of features, got SafetensorError"):
         read_means(path)
     assert read_means(spoil(path))[0].units == 1.0
-    for changes in ({"units": 0}, {"units": "nan"}, {"deviation": -1}, {"deviation": "inf"}, {"tensor": "x"}):
+    for changes in (
+        {"name": "\x1b[2J"},
+        {"source": "a" * 500},
+        {"units": 0},
+        {"units": "nan"},
+        {"deviation": -1},
+        {"deviation": "inf"},
+        {"tensor": "x"},
+    ):
         with pytest.raises(BadInput, match="expected a file with means of features, got"):
             read_means(spoil(path, **changes))
+
+
+def test_means_of_different_lengths_are_refused() -> None:
+    one, other = make_mean("east"), make_mean("west")
+    short = replace(other, mean_D=other.mean_D[1:])
+    with pytest.raises(BadInput, match="one number of features in all files, got 63 and 64"):
+        compute_distance(one, short)
+    with pytest.raises(BadInput, match="one number of features in all files, got 63 and 64"):
+        combine_means([one, short], "both")
 
 
 def test_means_of_another_backbone_are_refused(tmp_path: Path) -> None:
