@@ -36,7 +36,7 @@ from client.data.sources import Source, SourceRecord, open_source
 from client.data.units import TaskRecords
 from client.personal.adapt import fit_head
 from client.start.names import NamesFile, make_rows
-from client.start.tied import fit_to_shots
+from client.start.tied import FEW_STRENGTH, USUAL_STRENGTH, fit_to_shots
 from common.inputs import Audio
 from common.model.backbones import open_pretrained
 from common.plugins import Spec
@@ -180,7 +180,7 @@ def compare(rows: Rows, task: Task, heads: dict[str, nn.Module], own: Arrays, se
     Args:
         rows: (way, k) -> accuracies so far.
         task: the task.
-        heads: `prior`, and `reptile` where there is one.
+        heads: `prior`, and `reptile` where there is one; a prior without is one of names.
         own: the new site's records.
         seed: seed of the draws.
         prefer_held_out: judges by the data set's own test records.
@@ -196,10 +196,9 @@ def compare(rows: Rows, task: Task, heads: dict[str, nn.Module], own: Arrays, se
         judged_N = own.held_out_N.copy() if prefer_held_out else np.ones(len(labels_N), dtype=bool)
         judged_N[chosen] = False
         records = _make_records(features_ND[chosen], labels_N[chosen])
-        made = {
-            "federated head": heads["prior"],
-            "start-from": fit_to_shots("task", heads["prior"], task, records).head,
-        }
+        few = FEW_STRENGTH if "reptile" in heads else USUAL_STRENGTH
+        fitted = fit_to_shots("task", heads["prior"], task, records, few_strength=few)
+        made = {"federated head": heads["prior"], "start-from": fitted.head}
         for tie in MR_MTL:
             made[f"MR-MTL, tie {tie:g}"] = fit_head(_open(heads["prior"]), task, records, tie, tolerance=1e-5)
         made["class means"] = _make_class_means(heads["prior"], task, records)

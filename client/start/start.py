@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client.start.names import NamesFile, make_rows
 from client.start.pooled import pool_heads
 from client.start.shots import Progress, Shots, ShotsFile, open_shots
-from client.start.tied import fit_to_shots
+from client.start.tied import FEW_STRENGTH, USUAL_STRENGTH, fit_to_shots
 from common.model.moments import serve_heads
 from common.model.parameters import load_parameters, parameters
 from common.serving.folder import ModelStart, ModelTask, read_backbone, read_heads, write_model
@@ -37,6 +37,7 @@ class StartedHead:
         how: how it was made, in words.
         temperature: number by which its outputs are divided before they become probabilities.
         root_DD: root of the covariance of its rows, where several priors told one (`client.start.pooled`).
+        named: whether it was made from names alone.
     """
 
     settings: Mapping[str, Any]
@@ -47,6 +48,7 @@ class StartedHead:
     how: str
     temperature: float | None = None
     root_DD: Tensor | None = field(default=None, repr=False)
+    named: bool = False
 
 
 def start_from(
@@ -152,7 +154,8 @@ def start_from_names(model: Model, names: NamesFile) -> StartedHead:
         (weight_KD,) = head.parameters()
         weight_KD.copy_(rows_KD)
     trunk = next((own.trunk for own in model.config.tasks.values() if own.backbone == backbone), None)
-    return StartedHead(settings, task, backbone, trunk, head, "from names alone: no record had a part in it")
+    how = "from names alone: no record had a part in it"
+    return StartedHead(settings, task, backbone, trunk, head, how, named=True)
 
 
 def _choose_backbone(model: Model, names: NamesFile) -> str:
@@ -173,10 +176,12 @@ def _fit_all(
 
 
 def _fit(name: str, start: StartedHead, shots: Shots, file: ShotsFile) -> StartedHead:
-    fitted = fit_to_shots(name, start.head, start.task, shots.records, start.root_DD)
+    few = USUAL_STRENGTH if start.named else FEW_STRENGTH
+    fitted = fit_to_shots(name, start.head, start.task, shots.records, start.root_DD, few_strength=few)
     unusable = f", {shots.num_unusable} more cannot be used" if shots.num_unusable else ""
     rarest = f", {fitted.fewest} of the rarest label" if fitted.fewest < len(shots.records.unit_R) else ""
-    how = f"{start.how}; {fitted.describe()}; {len(shots.records.unit_R)} record(s){rarest}{unusable}"
+    source = "from names" if start.named else start.how
+    how = f"{source}; {fitted.describe()}; {len(shots.records.unit_R)} record(s){rarest}{unusable}"
     settings, head = dict(start.settings), fitted.head
     prior = file.tasks[name].prior
     if prior is not None:

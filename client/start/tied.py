@@ -3,9 +3,10 @@
     min over W of (mean loss of the records) + tie / 2 |W - t W_prior|^2
 
 Each class counts the same, whatever the number of its records. `t` tempers a prior whose outputs are too large for the
-records' losses to move it. The tie is s squares of a logit against twice the records' summed loss: s = 1/8 with fewer
-than five records of a class. From five on, s and whether the prior is of any use here are chosen by predicting each
-fifth of the records from the others; s = 1/2 stays unless another is better by more than the standard error.
+records' losses to move it. The tie is s squares of a logit against twice the records' summed loss. With fewer than five
+records of a class s is 1/8, and 1/2 where the prior is of names, which one record of each class is no match for. From
+five on, s and whether the prior is of any use here are chosen by predicting each fifth of the records from the others;
+s = 1/2 stays unless another is better by more than the standard error.
 
 The result follows from records and the prior alone: it is computed at home without noise, and never leaves.
 """
@@ -60,7 +61,13 @@ class FittedHead:
 
 
 def fit_to_shots(
-    name: str, head: nn.Module, task: Task, records: TaskRecords, root_DD: Tensor | None = None
+    name: str,
+    head: nn.Module,
+    task: Task,
+    records: TaskRecords,
+    root_DD: Tensor | None = None,
+    *,
+    few_strength: float = FEW_STRENGTH,
 ) -> FittedHead:
     """Returns a head fitted to a few labelled records.
 
@@ -71,6 +78,7 @@ def fit_to_shots(
         records: labelled records, with the features that the head reads.
         root_DD: root of the covariance of rows around the prior's, of a linear head (`client.start.pooled`); None for
             the same in all directions.
+        few_strength: strength of the tie with fewer than `FEW` records of a class.
 
     Raises:
         BadInput: the records are all of one class, or some class has none.
@@ -81,7 +89,7 @@ def fit_to_shots(
     prior = _open_trainable(head)
     if root_DD is not None:
         prior, balanced = _stretch(prior, balanced, root_DD)
-    tie, temperature = Tie(1.0, FEW_STRENGTH), None
+    tie, temperature = Tie(1.0, few_strength), None
     if fewest >= FEW:
         tie, temperature = _choose_tie(prior, task, balanced, _deal_folds(records, class_R))
     start = scale_head(prior, tie.scale)
