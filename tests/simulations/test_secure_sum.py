@@ -11,6 +11,7 @@ from client.config import SiteConfig
 from client.ledger.ledger import Ledger
 from client.ledger.place import locate_ledgers
 from common.run import RunConfig
+from common.serving.means import read_means
 from common.types import BadInput
 from common.yaml import load
 from simulations.config import SimulationConfig
@@ -45,6 +46,7 @@ def test_auto_goes_with_secure_sums(simulation_file: Path, tmp_path: Path) -> No
     values["run"] |= {"solver": {"kind": "auto"}, "rounds": 2}
     simulation_file.write_text(yaml.safe_dump(values))
     assert run(simulation_file, out=tmp_path / "out", overrides=SECURE).status == "completed"
+    assert len(read_means(tmp_path / "out")) == 3
     # The sums before the first round are each site's own, with its whole noise.
     share = pytest.approx(2**-0.5)
     assert read_charges(tmp_path / "out", "site-1") == [(1.0, None, None), (share, 3, 1), (share, 3, 1)]
