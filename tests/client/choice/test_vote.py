@@ -171,7 +171,9 @@ def test_one_unit_more_adds_its_own_rows_to_each_candidate_and_changes_no_other(
     with_unit, without = make(torch.ones(count, dtype=torch.bool)), make(unit_R != extra)
     for more, fewer in zip(with_unit, without, strict=True):
         assert count_rows(fewer) <= count_rows(more)
-        assert len(more.targets_RC) - len(fewer.targets_RC) <= int((unit_R == extra).sum())
+        added = count_rows(more) - count_rows(fewer)
+        rows_RX = np.array([np.frombuffer(row) for row in added.elements()]).reshape(-1, more.features_RD.shape[1] + 3)
+        assert np.square(rows_RX[:, :-3]).sum() <= 1.0 and np.square(rows_RX[:, -3:]).sum() <= 1.0
         change = scorer.compute_cost(more, 25) - scorer.compute_cost(fewer, 25)
         assert -MARGIN <= change <= scorer.sensitivity
 
