@@ -16,11 +16,11 @@ from client.protocol.requirements import feature_dim
 from client.solvers import SummingSolver, open_solver
 from common.backbones import Divisible
 from common.files import write_atomic
-from common.model.advice import Advice, Situation, advise, choose_block_settings
+from common.model.advice import Advice, Situation, advise
 from common.model.backbones import open_pretrained
 from common.model.forecast import Forecast, forecast_loss
 from common.model.guessing import Totals, compute_v
-from common.run import Name, RunConfig
+from common.run import AUTO, Name, RunConfig
 from common.tasks import Task, open_tasks
 from common.types import BadInput
 from common.yaml import format_yaml, load, parse, read_yaml
@@ -147,21 +147,17 @@ class _Editor:
     run: RunConfig
     is_simulation: bool
 
-    def edit(self, *, secure: int, blocks: Mapping[Name, str], rounds: int) -> dict[str, Any]:
-        """Returns the values with what was advised; `solver: {kind: auto}` chooses the rest where only heads train.
+    def edit(self, *, secure: int) -> dict[str, Any]:
+        """Returns the values with what was advised, and `solver: {kind: auto}` for the rest.
 
         Args:
             secure: number of sites of a secure sum; 0 for noise at each site.
-            blocks: backbone -> the block from which it trains.
-            rounds: number of rounds.
         """
         # All that `auto` chooses, and what follows from the advice.
         gone = ("solver", "aggregation", "moments", "rounds", "trainable", "trust", "colluding")
         whole = self.values["run"] if self.is_simulation else self.values
         run = {key: value for key, value in whole.items() if key not in gone}
-        run |= {"rounds": rounds, "solver": {"kind": "auto"}}
-        if blocks:
-            run = choose_block_settings(run, blocks)
+        run["solver"] = {"kind": AUTO}
         if secure:
             run |= {"trust": "secure_sum", "colluding": 1, "cohort": {**(run.get("cohort") or {}), "min_sites": secure}}
         if not self.is_simulation:
@@ -188,7 +184,7 @@ def _sum_sizes(config: SimulationConfig) -> dict[Name, Totals]:
 def _advise_on_run(editor: _Editor, totals: Mapping[Name, Totals], distance: float | None) -> Following:
     tasks = open_tasks(editor.run)
     num_sites = max(each.num_sites for each in totals.values())
-    plain = editor.read(editor.edit(secure=0, blocks={}, rounds=1))
+    plain = editor.read(editor.edit(secure=0))
     summed = _find_secure(editor, num_sites)
     facts = {name: _look_at(editor.run, name) for name in editor.run.backbone_specs}
     v = compute_v(plain, tasks, totals)
@@ -208,9 +204,8 @@ def _advise_on_run(editor: _Editor, totals: Mapping[Name, Totals], distance: flo
             distance=distance,
         )
     advice = {name: advise(situation) for name, situation in situations.items()}
-    blocks = _choose_blocks(editor.run, advice, facts)
     secure = num_sites if summed is not None and any(each.secure for each in advice.values()) else 0
-    values = editor.edit(secure=secure, blocks=blocks, rounds=max(each.rounds for each in advice.values()))
+    values = editor.edit(secure=secure)
     advised = editor.read(values)
     made = {
         name: TaskAdvice(situations[name], each, _forecast(advised, name, totals[name], tasks))
@@ -224,7 +219,7 @@ def _find_secure(editor: _Editor, num_sites: int) -> RunConfig | None:
     if num_sites < LEAST_SECURE or editor.run.requested_privacy is None:
         return None
     try:
-        run = editor.read(editor.edit(secure=num_sites, blocks={}, rounds=1))
+        run = editor.read(editor.edit(secure=num_sites))
         check_trust(run, f"{RUN_PREFIX}aggregation")
         return run if isinstance(open_solver(run.solver, f"{RUN_PREFIX}solver"), SummingSolver) else None
     except BadInput:  # Such as updates in float16, or cohorts of a part of the sites.
@@ -241,21 +236,7 @@ def _look_at(run: RunConfig, backbone: Name) -> tuple[str | None, str | None, fl
     asked = run.trainable.get(backbone)
     blocks = kind.blocks(opened.module.encoder) if isinstance(kind, Divisible) else []
     last = asked.from_ if asked is not None and asked.lora is None else (blocks[-1] if blocks else None)
-    if kind.projection is None or not kind.projection.normalize:
-        last = None
     return find_modality(opened.preprocess), last, time_record(opened)
-
-
-def _choose_blocks(
-    run: RunConfig, advice: Mapping[Name, Advice], facts: Mapping[Name, tuple[str | None, str | None, float | None]]
-) -> dict[Name, str]:
-    """Returns backbone -> block where all tasks that stand on it are to train one."""
-    found = {}
-    for backbone, (_, block, _) in facts.items():
-        own = [each for name, each in advice.items() if run.backbone_of(name) == backbone]
-        if block is not None and own and all(each.trains != "head" for each in own):
-            found[backbone] = block
-    return found
 
 
 def _forecast(run: RunConfig, task: Name, total: Totals, tasks: Mapping[str, Task]) -> Forecast | None:

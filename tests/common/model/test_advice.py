@@ -13,16 +13,13 @@ from hypothesis import strategies as st
 
 from common.model.advice import (
     HOPELESS_V,
-    TRUNK_REACH,
     Advice,
     Situation,
     advise,
-    choose_block_settings,
     estimate_points,
     list_contradictions,
 )
 from common.model.guessing import Totals, compute_v
-from common.model.momentum import read_momentum
 from common.privacy.gaussian import gdp_mu
 from common.run import RunConfig
 from common.tasks import open_tasks
@@ -69,19 +66,16 @@ def test_under_privacy_the_head_alone_trains_whatever_else_there_is() -> None:
             assert advise(replace(PICTURES, modality=modality, num_units=size)).trains == "head"
 
 
-def test_without_privacy_a_block_trains_for_pictures_with_enough_records_and_time() -> None:
-    assert advise(OPEN).trains == "last block" and "layer4" in choose(advise(OPEN), "what trains")
-    assert advise(OPEN).rounds < advise(PICTURES).rounds
+def test_a_block_is_named_without_privacy_for_enough_pictures_only() -> None:
+    assert "layer4" in advise(OPEN).trains and advise(OPEN).trains.startswith("head")
     for changes in (
         {"num_units": 299},
         {"modality": "text"},
         {"modality": "sound"},
         {"modality": None},
         {"last_block": None},
-        {"seconds": 100.0},
     ):
-        other = advise(replace(OPEN, **changes))
-        assert other.trains == "head" and other.rounds == advise(PICTURES).rounds, changes
+        assert advise(replace(OPEN, **changes)).trains == "head", changes
 
 
 def test_a_low_v_is_advised_against_and_a_secure_sum_where_it_helps() -> None:
@@ -172,17 +166,3 @@ def test_a_trunk_under_privacy_and_a_low_v_are_warned_of_and_nothing_else_is() -
     assert contradict(read(privacy="non_private", trainable={"backbone": {"from": "input"}}), Totals(50, 4)) == []
     regression = {"age": {"kind": "regression", "range": [0, 1]}}
     assert contradict(read(tasks=regression), Totals(50, 4)) == []
-
-
-def test_a_block_moves_as_far_as_it_is_meant_to_with_the_momentum_of_its_run() -> None:
-    values = {key: value for key, value in AUTO.items() if key != "solver"}
-    run = read(**choose_block_settings({**values, "privacy": "non_private"}, {"backbone": "input"}))
-    momentum = read_momentum(run, "backbone.trunk")
-    assert momentum is not None and run.solver.trunk is not None
-    step, beta = momentum.choose_step(600, 4)
-    # All gradients alike: velocity and place, round by round.
-    velocity = place = 0.0
-    for _ in range(run.rounds):
-        velocity = beta * velocity + run.solver.trunk["learning_rate"]
-        place += step * velocity
-    assert place == pytest.approx(TRUNK_REACH, rel=1e-3)
