@@ -42,7 +42,7 @@ def evaluate(
         if json_:
             typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
         else:
-            Console().print(_make_comparison_table(result))
+            Console(markup=False).print(_make_comparison_table(result))
 
 
 def _make_comparison_table(result: Comparison) -> Table:

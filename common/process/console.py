@@ -215,10 +215,10 @@ def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def make_console() -> Console:
-    """Returns a console on stdout whose tables are wide enough also on a pipe."""
+    """Returns a console on stdout whose tables are wide enough also on a pipe; a stranger's text is no markup."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False)
 
 
 def print_json(values: Any) -> None:

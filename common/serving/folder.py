@@ -390,7 +390,7 @@ def _read_params(folder: Path, name: str, config: ModelConfig) -> dict[str, NDAr
         raise DigestMismatch(f"{file}: the file was changed since the model was written")
     try:
         return load(content)
-    except (SafetensorError, ValueError) as error:
+    except (KeyError, SafetensorError, ValueError) as error:  # A key error: a type of numbers that numpy lacks.
         raise DigestMismatch(f"{file}: expected safetensors, got a damaged file") from error
 
 

@@ -30,6 +30,8 @@ HOME = "home sample"
 """Name of the mean of a backbone's home sample, as it is shown."""
 
 _KEY = "means"
+_MOST = 1e10
+"""Largest value of a mean, its noise and its units in a file from elsewhere: their squares stay numbers."""
 _PUBLIC_MEAN = "`headwater simulate public-mean ... --out FILE` makes a home file"
 
 
@@ -175,12 +177,14 @@ def _unpack(about: Mapping[str, Any], mean_D: NDArray[Any]) -> FeatureMean:
         str(about["source"]),
         about["home"] is True,
     )
-    numbers = [mean.deviation, mean.units]
-    if mean.mean_D.ndim != 1 or not np.all(np.isfinite(mean.mean_D)) or not np.all(np.isfinite(numbers)):
+    # Features have a length of 1: what is far larger is noise alone.
+    if mean.mean_D.ndim != 1 or not mean.mean_D.size or not np.abs(mean.mean_D).max() <= _MOST:
         raise ValueError("expected a mean")
     texts = (mean.name, mean.digest, mean.source)
-    if mean.deviation < 0.0 or mean.units <= 0.0 or not all(text.isprintable() and len(text) < 400 for text in texts):
+    if not 0.0 <= mean.deviation <= _MOST or not 1.0 <= mean.units <= _MOST:
         raise ValueError("expected a mean of units")
+    if not all(text.isprintable() and len(text) < 400 for text in texts):
+        raise ValueError("expected texts that can be printed")
     return mean
 
 

@@ -59,11 +59,10 @@ def inspect(
 
 
 def _show(finding: Finding) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     console = make_console()
-    console.print(f"{finding.path}: {finding.what}", markup=False)
+    console.print(f"{finding.path}: {finding.what}")
     table = Table(title=f"{finding.records} records")
     for name in ("column", "kind", "distinct", "missing", "seen (stays here)", "guess"):
         table.add_column(name, justify="right" if name in ("distinct", "missing") else "left")
@@ -73,12 +72,12 @@ def _show(finding: Finding) -> None:
         # Ids, dates, paths and notes belong to one record each: the screen shows none.
         seen = _describe(column) if column.kind in _SHOWN and not is_patient else ""
         cells = [column.name, column.kind, str(column.distinct), str(column.missing), seen, guess]
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     console.print(table)
     if len(finding.columns) > _MOST_ROWS:
         console.print(f"and {len(finding.columns) - _MOST_ROWS} more columns")
     for note in finding.notes:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def _describe(column: ColumnFacts) -> str:

@@ -43,6 +43,7 @@ def start_from(
         from client.start.start import start_from as start
         from common.exports import check_folder
         from common.model.backbones import choose_device
+        from common.serving.folder import read_config
         from common.yaml import load
 
         if shots is None and names is None:
@@ -66,4 +67,5 @@ def start_from(
             raise BadInput(str(error)) from error
         for name, head in heads.items():
             typer.echo(f"{name}: {head.how}")
-        typer.echo(f"{out}: {'stays at home: it never leaves' if shots is not None else 'may leave'}")
+        # Also where no record was read now: the prior may have been fitted to some.
+        typer.echo(f"{out}: {'stays at home: it never leaves' if read_config(out).never_leaves else 'may leave'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from rich.markup import escape
 from rich.table import Table
 
 from common.errors import plain
@@ -31,7 +30,7 @@ def log(folder: Folder, json_: Json = False) -> None:
             table.add_column(column, overflow="fold")
         for event in events:
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
-            table.add_row(when, *map(escape, _describe_event(event)))
+            table.add_row(when, *_describe_event(event))
         make_console().print(table)
 
 

@@ -87,4 +87,7 @@ def test_many_sites_are_shown_by_their_distance_from_home_and_from_all_others(tm
     write_means(tmp_path / "means.safetensors", sites)
     shown = call(tmp_path, "--home", tmp_path / "home").stdout
     assert "--json has all 10 x 10" in " ".join(shown.split())
+    # A name from elsewhere is no instruction to the terminal.
+    write_means(tmp_path / "means.safetensors", [replace(sites[0], name="[/red]a"), *sites[1:]])
+    assert "[/red]a" in call(tmp_path, "--home", tmp_path / "home").stdout
     assert len(json.loads(call(tmp_path, "--json").stdout)["backbones"][0]["distances"]) == 9

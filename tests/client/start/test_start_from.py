@@ -437,6 +437,17 @@ def test_the_published_files_are_of_tasks_labels_and_backbones_that_the_publishe
     assert len(load(NamesFile, start / "sentiment.yaml").list_texts()) == 2
 
 
+def test_names_of_a_prior_that_never_leaves_are_not_said_to_leave(
+    start: Start, pictures: Path, public: dict[str, Any], tmp_path: Path
+) -> None:
+    marked = json.loads((pictures / "config.json").read_text())
+    marked["start"] = {"prior": "x", "names": False, "records": True}
+    (pictures / "config.json").write_text(json.dumps(marked))
+    result = start(pictures, "--names", write_names(tmp_path, public))
+    assert result.exit_code == 0 and read_config(tmp_path / "out").never_leaves
+    assert "it never leaves" in result.output and "may leave" not in result.output
+
+
 @pytest.mark.slow
 def test_the_published_commands_run(tmp_path: Path, start: Start) -> None:
     assets = Path(os.environ.get("HEADWATER_ASSETS", ROOT.parent / "shared" / "assets"))

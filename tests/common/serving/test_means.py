@@ -97,6 +97,8 @@ def test_a_file_without_whole_means_is_refused_in_one_sentence(tmp_path: Path) -
     for changes in (
         {"name": "\x1b[2J"},
         {"source": "a" * 500},
+        {"units": 1e300},
+        {"deviation": 1e300},
         {"units": 0},
         {"units": "nan"},
         {"deviation": -1},
@@ -105,6 +107,13 @@ def test_a_file_without_whole_means_is_refused_in_one_sentence(tmp_path: Path) -
     ):
         with pytest.raises(BadInput, match="expected a file with means of features, got"):
             read_means(spoil(path, **changes))
+
+
+@pytest.mark.parametrize("values", [np.full(3, 1e300), np.ones(0), np.ones((2, 2))])
+def test_a_mean_that_is_none_is_refused(tmp_path: Path, values: np.ndarray) -> None:
+    write_means(tmp_path / "means.safetensors", [replace(make_mean("east"), mean_D=values)])
+    with pytest.raises(BadInput, match="expected a file with means of features, got"):
+        read_means(tmp_path)
 
 
 def test_means_of_different_lengths_are_refused() -> None:

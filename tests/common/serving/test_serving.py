@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as save_torch
 from typer.testing import CliRunner
 
 import headwater
@@ -87,6 +89,13 @@ def break_head(model: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
 
 
+def use_other_numbers(model: Path) -> None:
+    content = save_torch({"weight": torch.zeros(2, DIM, dtype=torch.bfloat16)})
+    (model / "heads" / "size.safetensors").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite_config(model, lambda values: values["files"].update({"heads/size.safetensors": digest}))
+
+
 def lose_head(model: Path) -> None:
     (model / "heads" / "size.safetensors").unlink()
 
@@ -121,6 +130,7 @@ def half_written(model: Path) -> None:
     ("damage", "sentence"),
     [
         (break_head, "size.safetensors: the file was changed since the model was written"),
+        (use_other_numbers, "size.safetensors: expected safetensors, got a damaged file"),
         (lose_head, "size.safetensors: expected a file of the model, found none"),
         (lose_backbone, "expected the weights of backbone backbone, found no file; name its safetensors file"),
         (change_preprocessing, "backbone backbone: its weights, preprocessing or other settings are not those"),
