@@ -292,8 +292,9 @@ def main() -> None:
                     for each in measure_world(*opened[world.left_out], world, ceilings[number], rng):
                         about = {"family": world.family, "world": world.name, "epsilon": epsilon, "draw": draw}
                         rows.append({**about, **each})
+                # After every draw: what was cut off keeps its rows.
+                (given.cache / f"results-{given.source}.json").write_text(json.dumps(rows))
         report([row for row in rows if row["family"].startswith(name)])
-        (given.cache / f"results-{given.source}.json").write_text(json.dumps(rows))
     print("all")
     report(rows)
 
