@@ -16,7 +16,7 @@ from client.aligners import Array
 
 T = TypeVar("T")
 LIMIT = 1.0
-"""Standard errors by which a head has to be worse, or better, than another."""
+"""Standard errors by which a head has to be better than another."""
 MOST_NOISE = 1.2
 """Noise in the mean of a class beyond which an alignment has to win against the served head, as features have a length
 of 1. On training records of three sets alignments gained 1 to 6 points up to 1.2, and lost 1 to 20 from 1.6 on."""
@@ -41,8 +41,8 @@ def compare_hits(hit_R: Array, other_R: Array, unit_R: NDArray[np.int64], weight
 def choose_guarded(served: T, aligned: Sequence[T], compare: Callable[[T, T], float], *, noise: float) -> T:
     """Returns the head that labels at home do not speak against.
 
-    The first aligned head is taken unless it loses against the served one, or the moments have much noise; each further
-    one has to win against what was taken so far.
+    The first aligned head is taken unless it is right less often than the served one, or the moments have much noise;
+    each further one has to win clearly against what was taken so far.
 
     Args:
         served: the run's head as it is.
@@ -50,7 +50,7 @@ def choose_guarded(served: T, aligned: Sequence[T], compare: Callable[[T, T], fl
         compare: (head, other) -> standard errors by which the head is better; 0 without any label.
         noise: length of the noise in the mean of a record's class (`SourceMoments.compute_noise`).
     """
-    trusted = noise <= MOST_NOISE and compare(aligned[0], served) >= -LIMIT
+    trusted = noise <= MOST_NOISE and compare(aligned[0], served) >= 0.0
     chosen = aligned[0] if trusted else served
     for head in aligned[1:] if trusted else aligned:
         if compare(head, chosen) > LIMIT:

@@ -82,7 +82,7 @@ def test_hits_are_compared_in_standard_errors_over_units() -> None:
     ("scores", "chosen"),
     [
         ({"served": 0, "first": 0, "second": 0}, "first"),
-        ({"served": 0.9, "first": 0, "second": 0}, "first"),
+        ({"served": 0.1, "first": 0, "second": 0.9}, "served"),
         ({"served": 1.1, "first": 0, "second": 1.5}, "served"),
         ({"served": 1.1, "first": 0, "second": 2.2}, "second"),
         ({"served": 0, "first": 5, "second": 5.5}, "first"),
