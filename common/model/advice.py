@@ -155,8 +155,8 @@ def list_contradictions(run: RunConfig, tasks: Mapping[str, Task], totals: Mappi
     if low:
         shown = ", ".join(f"{name} {v:.0f}" for name, v in low.items())
         found.append(
-            f"v is below {HOPELESS_V:g} ({shown}): most of what a head learns is lost; a secure sum, more units or a "
-            "larger epsilon raise it, and `headwater advise` says what works without"
+            f"v is below {HOPELESS_V:g} ({shown}): where classes are hard to tell apart most is lost; a secure sum, "
+            "more units or a larger epsilon raise it, and `headwater advise` says what works without"
         )
     return found
 
@@ -187,9 +187,9 @@ RULES = (
     Rule(
         "together", "no: names of the labels, shots at home, or nothing",
         _has_low_v,
-        "v is {advised_v:.0f}, below 15: heads would hardly be better than guessing; `headwater start-from` a prior "
-        "model costs no privacy",
-        "CIFAR-10: of what is learned v 7 keeps 20 to 35 %, v 11 38 %",
+        "v is {advised_v:.0f}, below 15: of classes that are hard to tell apart most is lost; `headwater start-from` a "
+        "prior model costs no privacy",
+        "of what is learned CIFAR-10 keeps 38 % at v 11; FSDD, which is easy, 19 % at v 3 and 81 % at 8",
     ),
     Rule(
         "together", "yes",
@@ -271,10 +271,10 @@ RULES = (
         "docs/auto.md: 24 to 96 rounds differ by less than two points",
     ),
     Rule(
-        "expected loss", "{points:.0f} points of accuracy or fewer",
+        "expected loss", "{points:.0f} points of accuracy, as on CIFAR-10",
         lambda each: each.advised_v is not None,
-        "v {advised_v:.0f}; on sets that are easier to tell apart less is lost",
-        "CIFAR-10, the hardest set measured, by v",
+        "v {advised_v:.0f}; from v 8 on, less where classes are easier to tell apart",
+        "CIFAR-10 by v; FSDD lost 16 points at v 8, 2 at 19, 1 at 50",
     ),
     Rule("expected loss", "none to noise", lambda each: not each.private, "the run is not private", "none needed"),
     Rule("expected loss", "not known", lambda each: True, "no experiment with this kind of task by size", "none"),
