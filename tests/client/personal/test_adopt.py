@@ -162,3 +162,20 @@ def test_a_purge_removes_what_was_computed_for_a_model(trained: Path, tmp_path: 
     (folder,) = (config.state_dir / "models").iterdir()
     purge(Site(config, os_entropy), ["train_x/0"])
     assert not (folder / PERSONAL_HEADS).exists() and not (folder / "data").exists()
+
+
+def test_held_out_labels_have_no_part_in_what_they_judge(trained: Path, tmp_path: Path) -> None:
+    """The adapted heads are the same to the bit where every held-out label is another."""
+    kept = []
+    for turned in (0, 1):
+        config = new_site(tmp_path / str(turned))
+        path = tmp_path / str(turned) / "west.npz"
+        arrays = dict(np.load(path))
+        arrays["test_colour"] = np.roll(arrays["test_colour"], turned)
+        arrays["test_size"] = np.array(LABELS["size"])[(arrays["test_size"] == "small").astype(int) ^ turned]
+        np.savez(path, **arrays)
+        assert invoke("adapt", config, trained).exit_code == 0
+        (folder,) = (config.state_dir / "models").iterdir()
+        heads = load_personal_heads(folder, purpose=AT_HOME).heads
+        kept.append({(task, name): value.tobytes() for task, own in heads.items() for name, value in own.items()})
+    assert kept[0] == kept[1] and kept[0]
