@@ -61,8 +61,12 @@ class NamesFile(Frozen):
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
-        fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
-        if fields != [""]:
+        try:
+            parts = [part[1:] for part in string.Formatter().parse(self.prompt) if part[1] is not None]
+        except ValueError:
+            parts = []
+        # A width or a second place within the braces is no label.
+        if parts != [("", "", None)]:
             raise ValueError(f"prompt: expected a phrase with one {{}} for the label, got {self.prompt!r}")
         if len(self.labels) < 2:
             raise ValueError(f"labels: expected at least 2 labels, got {len(self.labels)}")
