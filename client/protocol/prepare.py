@@ -17,6 +17,7 @@ from client.protocol.site import (
     Joined,
     Site,
     SiteDeclined,
+    check_prepared,
     digest_of_offer,
     joined_run,
     load_modules,
@@ -136,7 +137,8 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     if heads_digest(heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
     try:
-        check_class_moments(moments, tasks, {name: joined.run.backbone_of(name) for name in tasks})
+        backbones = {name: joined.run.backbone_of(name) for name in tasks}
+        check_class_moments(moments, tasks, backbones, check_prepared(joined))
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
     keep_model(site, joined, request)

@@ -157,22 +157,30 @@ def unpack_class_moments(groups: Heads, task: str, backbone: str, num_classes: i
     return moments
 
 
-def check_class_moments(groups: Heads, tasks: Mapping[str, Task], backbones: Mapping[str, str]) -> None:
+def check_class_moments(
+    groups: Heads, tasks: Mapping[str, Task], backbones: Mapping[str, str], num_features: Mapping[str, int]
+) -> None:
     """Checks packed moments that came over a network.
 
     Args:
         groups: the moments.
         tasks: task -> its definition.
         backbones: task -> name of its backbone.
+        num_features: task -> number of its features.
 
     Raises:
         BadInput: some are of another task or backbone, or do not fit.
     """
-    if len(select_class_moments(groups, backbones)) != len(groups):
+    sent = {name: backbone for name, backbone in backbones.items() if f"{name}{CLASSES}" in groups}
+    # Products of features without the classes of a task on the same backbone are of no use, and are not looked at.
+    if len(select_class_moments(groups, sent)) != len(groups):
         raise BadInput("moments: expected those of this site's tasks, got others")
-    for name, task in tasks.items():
-        if f"{name}{CLASSES}" in groups:
-            unpack_class_moments(groups, name, backbones[name], len(getattr(task, "labels", ())))
+    for name, backbone in sent.items():
+        moments = unpack_class_moments(groups, name, backbone, len(getattr(tasks[name], "labels", ())))
+        if moments.sums_CD.shape[1] != num_features[name]:
+            raise BadInput(
+                f"moments: expected those of {num_features[name]} features for {name}, got {moments.sums_CD.shape[1]}"
+            )
 
 
 def _pack(total: NoisedSum) -> dict[str, NDArray[np.float32]]:

@@ -61,7 +61,7 @@ def test_changed_moments_are_refused(tmp_path: Path) -> None:
         read_moments(folder, read_config(folder), "size")
 
 
-@pytest.mark.parametrize("what", ["another task's", "another length", "no number"])
+@pytest.mark.parametrize("what", ["another task's", "another length", "no number", "more features", "products alone"])
 def test_a_site_refuses_moments_that_do_not_fit(tmp_path: Path, what: str) -> None:
     run_once(tmp_path, [site_config(tmp_path, "east")], moments=SHARES)
     site = Site(site_config(tmp_path, "east"), os_entropy)
@@ -72,6 +72,10 @@ def test_a_site_refuses_moments_that_do_not_fit(tmp_path: Path, what: str) -> No
         moments["weight.classes"] = good
     elif what == "another length":
         moments["size.classes"] = {**good, "sum": good["sum"][:-1]}
+    elif what == "more features":
+        moments = {"size.classes": {**good, "sum": np.zeros(2 * 1000, np.float32)}}
+    elif what == "products alone":
+        moments = {"backbone.scatter": {"sum": np.zeros(1000, np.float32)}}
     else:
         moments["size.classes"] = {**good, "sum": good["sum"] * np.float32("nan")}
     with pytest.raises(SiteDeclined, match="moments"):
