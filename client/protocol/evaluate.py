@@ -12,6 +12,7 @@ are and however many it has; missing labels only make its part smaller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -161,7 +162,10 @@ def sum_statistics(
     statistic = statistic or task.statistic(NOISED_BUCKETS)
     total_S = torch.zeros(statistic.size, dtype=torch.int64)
     labelled = records.labelled()
-    at_once = min(MAX_UNITS, max(1, _CHUNK_VALUES // statistic.size // _BLOCK_RECORDS) * _BLOCK_RECORDS)
+    # A mask has a label at each of its places, for which outputs are refined.
+    values = max([statistic.size, *(each.numel() for each in labelled.labels[:1])])
+    block = _count_block(labelled.features_RD)
+    at_once = min(MAX_UNITS, max(1, _CHUNK_VALUES // values // block) * block)
     for rows in torch.split(torch.arange(len(labelled.unit_R)), at_once):
         with torch.inference_mode():
             outputs, labels = _compute_outputs(head, labelled.features_RD[rows]), labelled.labels[rows]
@@ -180,7 +184,8 @@ def _compute_outputs(head: nn.Module, features_RD: Tensor) -> Tensor:
 
     An affine head's outputs are exact integers before anything is rounded; other heads compute in blocks of one shape.
     """
-    missing = -len(features_RD) % _BLOCK_RECORDS
+    block = _count_block(features_RD)
+    missing = -len(features_RD) % block
     padded_RD = torch.cat([features_RD, features_RD.new_zeros((missing, *features_RD.shape[1:]))])
     affine, offset_K = get_affine(head), None
     if isinstance(affine, nn.Linear) and padded_RD.dim() == 2:
@@ -189,4 +194,10 @@ def _compute_outputs(head: nn.Module, features_RD: Tensor) -> Tensor:
         bias_K = None if affine.bias is None else affine.bias.double()
         outputs = compute_outputs(QuantisedRows.of(padded_RD), round_weights(affine.weight), bias_K)
         return outputs if offset_K is None else outputs + offset_K.double()
-    return torch.cat([head(block) for block in torch.split(padded_RD, _BLOCK_RECORDS)])
+    return torch.cat([head(own) for own in torch.split(padded_RD, block)])
+
+
+def _count_block(features_RD: Tensor) -> int:
+    """Returns the number of records in a block, whose rows are places where features are those of places."""
+    places = math.prod(features_RD.shape[1:-1]) if features_RD.dim() > 2 else 1
+    return max(1, _BLOCK_RECORDS // max(1, places))

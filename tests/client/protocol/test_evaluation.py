@@ -442,3 +442,26 @@ def test_killed_before_sending_the_same_bytes_are_sent_again(killed: Callable[[s
     (stored,) = (site.config.state_dir / "runs" / "run-1" / "replies").iterdir()
     assert messages.to_bytes(evaluate(site, request(frozen))) == stored.read_bytes()
     assert [charge.committed for charge in site.ledger().charges()] == [True]
+
+
+def test_masks_are_looked_at_few_at_once_and_none_changes_anothers_part() -> None:
+    """Statistics of all pictures at once would fill a site's memory after they were charged."""
+    task = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 256}, "cells")
+    generator = torch.Generator().manual_seed(1)
+    features_RGGD = torch.randn(40, 2, 2, 3, generator=generator)
+    labels = torch.randint(0, 2, (40, 256, 256), generator=generator).to(torch.uint8)
+    own, head, seen = task.statistic(0), task.head(3), list[int]()
+
+    def note(outputs: Tensor, masks: Tensor) -> SparseRows:
+        seen.append(masks.numel())
+        return own.entries(outputs, masks)
+
+    def sum_some(first: int, last: int) -> Tensor:
+        count = last - first
+        everywhere = torch.ones(count, dtype=torch.bool)
+        records = TaskRecords.of(features_RGGD[first:last], labels[first:last], everywhere, torch.arange(count), count)
+        return sum_statistics(head, task, records, LATTICE, replace(own, entries=note))
+
+    whole = sum_some(0, 40)
+    assert max(seen) <= 2**22
+    assert torch.equal(whole, torch.stack([sum_some(at, at + 1) for at in range(40)]).sum(0))
