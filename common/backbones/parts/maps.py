@@ -46,7 +46,8 @@ class MapNetwork(nn.Module):
         self.extractor = create_feature_extractor(network, {name: name for name in settings.layers})
         self._settings = settings
         empty = torch.zeros(1, 3, side, side, device="meta")
-        shapes = {name: output.shape for name, output in copy.deepcopy(self.extractor).to("meta")(empty).items()}
+        outputs = copy.deepcopy(self.extractor).eval().to("meta")(empty)
+        shapes = {name: output.shape for name, output in outputs.items()}
         self._channels_last = {name: _find_places(name, shape) for name, shape in shapes.items()}
         width = sum(shapes[name][-1 if last else 1] for name, last in self._channels_last.items())
         width += 3 if settings.colours else 0

@@ -98,6 +98,15 @@ def test_maps_that_cannot_be_are_refused_in_one_sentence(changes: dict[str, Any]
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_layer_of_one_place_is_read_and_one_behind_it_is_refused() -> None:
+    """A network that is asked for its shapes does not train: batches of one value have no deviation."""
+    small = {**PREPROCESS, "resize": 32}
+    backbone = open_random(settings(preprocess=small, maps={"layers": ["features.18"], "grid": 2}), "b", 1)
+    assert backbone.encode(torch.randn(1, 3, 32, 32)).shape == (1, 2, 2, 1280)
+    with pytest.raises(BadInput, match="expected layers with places, got 'classifier'"):
+        open_random(settings(preprocess=small, maps={"layers": ["classifier"]}), "b", 1)
+
+
 def test_settings_without_maps_have_the_digest_that_they_had() -> None:
     spec = {key: value for key, value in settings().items() if key != "maps"}
     assert "maps" not in open_random(spec, "b", 1).public_spec()
