@@ -16,7 +16,7 @@ import torch
 from client.data.prepare import Encoding, open_units, prepare
 from client.data.units import Units
 from client.personal.evaluate import find_last_run
-from client.protocol.site import Site, joined_run
+from client.protocol.site import MODELS, Site, joined_run
 from client.solvers.parts.moments import pool_features
 from common.files import private_folder
 from common.model.moments import CLASSES, has_classes
@@ -147,7 +147,8 @@ def _encode_with_model(site: Site, path: Path) -> _PreparedUnits:
         raise BadInput(f"{path}: expected frozen backbones, got {trained[0]}, of which a part was trained")
     backbones = {name: model.backbones[of_task[name]] for name in tasks}
     encoding = Encoding(site.features(), site.device(), site.progress)
-    with TemporaryDirectory(dir=private_folder(site.config.coordinator_dir)) as folder:
+    # Where a purge finds it, if this process is killed.
+    with TemporaryDirectory(dir=private_folder(site.config.state_dir / MODELS)) as folder:
         prepare(site.config, tasks, backbones, encoding, Path(folder) / "data")
         units = open_units(Path(folder) / "data", "train", list(tasks), torch.device("cpu"))
     return _PreparedUnits(units, {name: each.digest for name, each in backbones.items()}, find_model(path))

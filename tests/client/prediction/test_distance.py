@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from client.__main__ import app
 from client.config import SiteConfig
-from client.protocol.site import Site
+from client.prediction.distance import measure_distances
+from client.protocol.purge import purge
+from client.protocol.site import MODELS, Site
 from common.privacy.noise import os_entropy
 from common.serving.folder import read_config, read_moments
 from common.serving.means import HOME, FeatureMean, read_means, write_means
@@ -126,3 +128,21 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(tmp_path: Path) -> None
     both = ["--run", "run-1", "--model", tmp_path]
     refused(call(tmp_path, config, "--to", tmp_path / "home", *both), "--run, --model: expected one of them")
     refused(call(tmp_path, config, "--to", tmp_path / "home", "--model", tmp_path / "x"), "expected a model's folder")
+
+
+def test_what_a_killed_measurement_leaves_lies_where_a_purge_looks(tmp_path: Path) -> None:
+    sites = [site_config(tmp_path, name) for name in ("east", "north")]
+    run_once(tmp_path, sites)
+    write_home(tmp_path / "home.safetensors", backbone().digest)
+    new = site_config(tmp_path, "new")
+    seen: list[Path] = []
+
+    def note(done: int, total: int) -> None:
+        seen.extend((new.state_dir / MODELS).glob("*"))
+
+    model = sites[0].coordinator_dir / "runs" / "run-1" / "model"
+    measure_distances(Site(new, os_entropy, note), [tmp_path / "home.safetensors"], model=model)
+    assert seen and not list((new.state_dir / MODELS).glob("*"))
+    (seen[0] / "data").mkdir(parents=True)
+    purge(Site(new, os_entropy), ["train_x/0"])
+    assert not (seen[0] / "data").exists()
