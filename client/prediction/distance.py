@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -148,7 +149,10 @@ def _encode_with_model(site: Site, path: Path) -> _PreparedUnits:
     backbones = {name: model.backbones[of_task[name]] for name in tasks}
     encoding = Encoding(site.features(), site.device(), site.progress)
     # Where a purge finds it, if this process is killed.
-    with TemporaryDirectory(dir=private_folder(site.config.state_dir / MODELS)) as folder:
+    place = private_folder(site.config.state_dir / MODELS)
+    with TemporaryDirectory(dir=place) as folder:
         prepare(site.config, tasks, backbones, encoding, Path(folder) / "data")
         units = open_units(Path(folder) / "data", "train", list(tasks), torch.device("cpu"))
+    with suppress(OSError):  # There may be others' folders.
+        place.rmdir()
     return _PreparedUnits(units, {name: each.digest for name, each in backbones.items()}, find_model(path))
