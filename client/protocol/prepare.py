@@ -136,6 +136,8 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     load_modules(site, joined, tasks, heads)
     if heads_digest(heads) != request.digest:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the final heads differ from their digest")
+    if moments and (joined.run.moments is None or not joined.run.moments.classes):
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run measures no moments of classes, and some came")
     try:
         backbones = {name: joined.run.backbone_of(name) for name in tasks}
         check_class_moments(moments, tasks, backbones, check_prepared(joined))

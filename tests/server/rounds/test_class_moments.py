@@ -80,3 +80,14 @@ def test_a_site_refuses_moments_that_do_not_fit(tmp_path: Path, what: str) -> No
         moments["size.classes"] = {**good, "sum": good["sum"] * np.float32("nan")}
     with pytest.raises(SiteDeclined, match="moments"):
         finish(site, messages.FinishRequest("run-1", {**heads, **moments}, heads_digest(heads)))
+
+
+def test_a_site_refuses_moments_that_nobody_released(tmp_path: Path) -> None:
+    run_once(tmp_path / "with", [site_config(tmp_path / "with", "east")], moments=SHARES)
+    moments = load_checkpoint(tmp_path / "with" / "run-1" / "checkpoint.safetensors").moments
+    run_once(tmp_path, [site_config(tmp_path, "east")])
+    site = Site(site_config(tmp_path, "east"), os_entropy)
+    heads = load_final_heads(joined_run(site, "run-1").folder)
+    with pytest.raises(SiteDeclined, match="the run measures no moments of classes, and some came"):
+        finish(site, messages.FinishRequest("run-1", {**heads, **moments}, heads_digest(heads)))
+    finish(site, messages.FinishRequest("run-1", heads, heads_digest(heads)))
