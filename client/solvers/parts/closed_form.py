@@ -60,6 +60,9 @@ _BLOCK_VALUES = 2**20
 _BLOCK_OUTPUTS = 2**15
 """Outputs of a block: below torch's grain, so that no operation on single values is divided among threads."""
 
+_MOST_REFINED = 2**22
+"""Outputs at once at the places of masks: 32 MiB in double precision."""
+
 _FEW_OUTPUTS = 3
 _POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -493,13 +496,18 @@ def _compute_slopes(
     if inputs.offset_K is not None:
         outputs = outputs + inputs.offset_K
     padded, labels = outputs, inputs.labels
-    if missing := -len(outputs) % (_LANES // math.gcd(_LANES, math.prod(inputs.positions or ()))):
+    whole = _LANES // math.gcd(_LANES, math.prod(inputs.positions or ()))
+    if missing := -len(outputs) % whole:
         padded = torch.cat([outputs, outputs[:1].expand(missing, *outputs.shape[1:])])
         labels = torch.cat([labels, labels[:1].expand(missing, *labels.shape[1:])])
     if inputs.positions is None:
         return output_gradient(padded, labels)[: len(outputs)].double()
     shaped = padded.view(len(padded), *inputs.positions, -1)
-    found = output_gradient(shaped.movedim(-1, 1) if inputs.maps else shaped, labels)[: len(outputs)].double()
+    shaped = shaped.movedim(-1, 1) if inputs.maps else shaped
+    # A task may refine outputs to as many places as a mask has: few records at once.
+    size = max(1, _MOST_REFINED // (labels[0].numel() * outputs.shape[-1]) // whole) * whole
+    parts = zip(torch.split(shaped, size), torch.split(labels, size), strict=True)
+    found = torch.cat([output_gradient(*part) for part in parts])[: len(outputs)].double()
     return found.flatten(2).mT if inputs.maps else found.flatten(1, -2)
 
 

@@ -417,3 +417,37 @@ def test_blocks_have_one_shape_and_hold_every_unit_once() -> None:
         seen.append(block.tasks["grade"].features_RD[block.tasks["grade"].unit_R < block.num_units - 1])
     whole = units.tasks["grade"].features_RD
     assert torch.equal(torch.cat(seen).sort(dim=0).values, whole.sort(dim=0).values)
+
+
+def test_masks_are_looked_at_few_at_once_and_none_changes_anothers_part() -> None:
+    """Of places too: whatever a picture or its mask is, and however many labels its mask has."""
+    task = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 256}, "cells")
+    generator = torch.Generator().manual_seed(2)
+    features_RGGD = torch.randn(70, 2, 2, 3, generator=generator)
+    features_RGGD[0], features_RGGD[1], features_RGGD[2] = 1e18, 0.0, 1e-30
+    labels = torch.randint(0, 2, (70, 256, 256), generator=generator).to(torch.uint8)
+    labels[3], labels[4, 0] = 255, 255
+    head, seen = task.head(3), list[int]()
+    weights = [round_weights(20.0 * head.weight.detach()), head.bias.detach().double()]
+
+    def note(outputs: Tensor, masks: Tensor) -> Tensor:
+        seen.append(masks.numel())
+        return task.loss_gradient(outputs, masks)  # type: ignore[attr-defined]
+
+    def add_up(first: int, last: int) -> Tensor:
+        count = last - first
+        own = torch.arange(count)
+        records = TaskRecords.of(
+            features_RGGD[first:last], labels[first:last], torch.ones(count, dtype=torch.bool), own, count
+        )
+        inputs = {"cells": Inputs.from_records(head, records, count)}
+        totals = {"cells": [torch.zeros(each.shape, dtype=torch.int64) for each in weights]}
+        for block in split_blocks(inputs, count, {"cells": 2}):
+            add_clipped_parts(block, {"cells": weights}, {"cells": note}, LATTICE, totals)
+        return torch.cat([total.flatten() for total in totals["cells"]])
+
+    whole = add_up(0, 70)
+    assert max(seen) <= 2**21
+    parts = [add_up(at, at + 1) for at in range(70)]
+    assert torch.equal(torch.stack(parts).sum(0), whole)
+    assert all(part.double().norm() <= LATTICE.bound * (1.0 + 2.0**-40) for part in parts)
