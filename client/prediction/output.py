@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, final
@@ -23,6 +23,9 @@ _DIGITS = ".7g"
 
 _PLACES = ("source", "file", "row", "patient", "split")
 """Columns that say which record a row is of."""
+
+_REJECTED_NAMES = ["file", "row", "task", "reason"]
+"""The first line of the list of records that could not be used."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of a cell that a spreadsheet takes for a formula, and would run."""
@@ -201,9 +204,18 @@ def plan_output(path: Path, *, force: bool) -> Output:
         raise BadInput(f"--out {path}: expected a folder at {path.parent}, found none")
     output = Output(path, path.with_name(f"{path.stem}.rejected.csv"))
     for each in (output.path, output.rejected):
-        if each.exists() and not (force and each.is_file()):
+        if each.exists() and not (each.is_file() and (force or (each == output.rejected and _is_left(output)))):
             raise BadInput(f"--out: expected a new file, but there is {each} already; --force replaces it")
     return output
+
+
+def _is_left(output: Output) -> bool:
+    """Returns true for the list of a try that could use no record: it stands alone, and the next try replaces it."""
+    if any(output.path.with_suffix(suffix).exists() for suffix in (output.path.suffix, *WRITERS)):
+        return False
+    with suppress(OSError), output.rejected.open("rb") as file:
+        return file.readline(100).strip() == ",".join(_REJECTED_NAMES).encode()
+    return False
 
 
 @contextmanager
@@ -229,7 +241,7 @@ def write_rejected(output: Output, rejected: Sequence[RejectedRecord]) -> None:
         return
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["file", "row", "task", "reason"])
+    writer.writerow(_REJECTED_NAMES)
     writer.writerows([_disarm(each.file), each.row, each.task, each.reason] for each in rejected)
     write_atomic(output.rejected, text.getvalue().encode("utf-8", "backslashreplace"))
 

@@ -105,6 +105,27 @@ def test_an_earlier_output_is_kept_unless_force_says_otherwise(make_model: MakeM
     assert len(read(out)) == 2 and not (tmp_path / "p.rejected.csv").exists()
 
 
+def test_a_try_that_could_use_no_record_is_not_in_the_way_of_the_next(make_model: MakeModel, tmp_path: Path) -> None:
+    model, listed = make_model(ON_PICTURES), tmp_path / "p.rejected.csv"
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "broken.png").write_bytes(b"nothing")
+    asked = ("--data", tmp_path / "scans", "--out", tmp_path / "p.csv")
+    for _ in range(2):
+        result = predict(model, *asked)
+        assert result.exit_code == 2 and "p.rejected.csv lists them" in result.stderr
+        assert [row["file"] for row in read(listed)] == ["broken.png"]
+    write_pictures(tmp_path / "scans", 1)
+    (tmp_path / "p.jsonl").write_text("predictions that the list is of")
+    assert predict(model, *asked).exit_code == 2
+    (tmp_path / "p.jsonl").unlink()
+    assert predict(model, *asked).exit_code == 0
+    (tmp_path / "p.csv").unlink()
+    listed.write_text("a file of one's own")
+    result = predict(model, *asked)
+    assert result.exit_code == 2 and "p.rejected.csv already; --force replaces it" in " ".join(result.stderr.split())
+    assert listed.read_text() == "a file of one's own"
+
+
 def test_a_prediction_that_fails_on_the_way_leaves_no_half_output(make_model: MakeModel, tmp_path: Path) -> None:
     loaded = headwater.load(make_model(ON_PICTURES)).model
     write_pictures(tmp_path / "scans", 2)
