@@ -14,13 +14,14 @@ An item is what a source hands to a backbone, where an array or a picture does n
 A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
 
 A cell is text. A mask, which labels each place of a picture, is one too: its height, its width and its runs of equal
-values, row by row (`write_mask`). A column of whole numbers with one empty cell is exported as `1.0`, `0.0` by many
+values, row by row (`write_mask`); so are the boxes around the objects on it (`write_boxes`). A column of whole numbers with one empty cell is exported as `1.0`, `0.0` by many
 tools, and YAML reads an unquoted 1 as a number: names that both parse as numbers are therefore equal when the numbers
 are.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -105,6 +106,70 @@ def read_mask(cell: str) -> NDArray[np.int64]:
     if int(runs[:, 1].sum()) != height * width:
         raise BadRecord("expected a mask whose runs fill its height and width")
     return np.repeat(runs[:, 0], runs[:, 1]).reshape(height, width)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle around an object, with x to the right and y downwards from the picture's upper left corner.
+
+    Attributes:
+        name: what the object is.
+        left: smallest x.
+        top: smallest y.
+        right: largest x.
+        bottom: largest y.
+        score: probability that it is there; 1 where it was drawn by a person.
+    """
+
+    name: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+    score: float = 1.0
+
+
+_BOXES = "boxes "
+MAX_BOXES = 10_000
+"""Boxes of a picture that are read at most."""
+
+
+def write_boxes(boxes: Sequence[Box], width: float, height: float) -> str:
+    """Returns the boxes of a picture as a cell: `boxes` and JSON of its width, its height and a list for each box.
+
+    Args:
+        boxes: boxes, in the unit of the width and the height; none is a picture without objects.
+        width: of the picture.
+        height: of the picture.
+    """
+    rows = [[box.name, box.left, box.top, box.right, box.bottom, box.score] for box in boxes]
+    return _BOXES + json.dumps([width, height, rows], ensure_ascii=False)
+
+
+def is_boxes(cell: str) -> bool:
+    """Returns true for a cell that holds boxes."""
+    return cell.startswith(_BOXES)
+
+
+def read_boxes(cell: str) -> list[Box]:
+    """Returns the boxes of a cell as fractions of their picture's width and height; some may lie outside of [0, 1].
+
+    Raises:
+        BadRecord: it holds none, or one that is no box of finite numbers.
+    """
+    try:
+        width, height, rows = json.loads(cell.removeprefix(_BOXES)) if is_boxes(cell) else (0, 0, [])
+        if not (width > 0 and height > 0) or len(rows) > MAX_BOXES:
+            raise ValueError
+        boxes = []
+        for name, left, top, right, bottom, score in rows:
+            sides = [left / width, top / height, right / width, bottom / height, float(score)]
+            if not isinstance(name, str) or not all(map(math.isfinite, sides)):
+                raise ValueError
+            boxes.append(Box(name, *sides))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise BadRecord("expected boxes: a name and four sides for each object on the picture") from None
+    return boxes
 
 
 def parse_number(text: str) -> float | None:

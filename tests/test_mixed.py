@@ -173,7 +173,8 @@ def test_a_simulation_of_two_backbones_has_all_baselines_and_says_which_head_sta
         for name, site in made.items()
     }
     tasks = {
-        name: {**made["north"].tasks[name].model_dump(exclude={"min_units"}), "public_size": PATIENTS} for name in BOTH
+        name: {**made["north"].tasks[name].model_dump(exclude={"min_units", "mix"}), "public_size": PATIENTS}
+        for name in BOTH
     }
     values = {
         "run": own.run.model_dump(mode="json"),
@@ -222,7 +223,7 @@ def test_a_mixed_run_with_a_trunk_that_was_cut_off_resumes_to_the_heads_of_a_who
     values = {
         "run": own.run.model_dump(mode="json"),
         "tasks": {
-            name: {**made["north"].tasks[name].model_dump(exclude={"min_units"}), "public_size": PATIENTS}
+            name: {**made["north"].tasks[name].model_dump(exclude={"min_units", "mix"}), "public_size": PATIENTS}
             for name in BOTH
         },
         "partition": {

@@ -74,6 +74,8 @@ coordinator:
 #   - {{kind: torchvision, model: mobilenet_v2, weights: ./mobilenet_v2.safetensors}}
 # reply_every_s: 1.0              # answers leave at whole numbers of such seconds; longer than any takes hides its time
 # personal: fit                 # final heads adapted to this site, which never leave: none, prior, fit, tied or adapt
+# aligners: [{{kind: mean_std}}]  # how `adapt` moves features towards those the heads were trained on; the first is
+                                  # taken unless labels here veto it
 # plugins: ./plugins              # folder of this site's own source kinds, one file each
 # ledger_dir: ./ledgers           # where budgets are kept; by default one place for all site files of this user,
                                   # ~/.local/share/headwater/ledgers. In a container: on a volume that stays. Back it up
@@ -94,6 +96,7 @@ _TASK = """\
     public_size: {mark}           # public: declared number of units, a round number near the truth; weights use it,
                                   # never the true count
     # min_units: 50               # take part with at least so many usable ones to train on; default 1
+    # mix: {{no: 0.7, yes: 0.3}}    # shares of the task's labels here, for `personal: adapt` where no record has one
 """
 
 _COORDINATOR = """\
