@@ -14,9 +14,9 @@ An item is what a source hands to a backbone, where an array or a picture does n
 A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
 
 A cell is text. A mask, which labels each place of a picture, is one too: its height, its width and its runs of equal
-values, row by row (`write_mask`); so are the boxes around the objects on it (`write_boxes`). A column of whole numbers with one empty cell is exported as `1.0`, `0.0` by many
-tools, and YAML reads an unquoted 1 as a number: names that both parse as numbers are therefore equal when the numbers
-are.
+values, row by row (`write_mask`); so are the boxes around the objects on it (`write_boxes`). A column of whole numbers
+with one empty cell is exported as `1.0`, `0.0` by many tools, and YAML reads an unquoted 1 as a number: names that both
+parse as numbers are therefore equal when the numbers are.
 """
 
 from __future__ import annotations
