@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from common.inputs import find_name, parse_number
+from common.inputs import find_name, is_boxes, is_mask, parse_number, rename_parts
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt, drop_unset
@@ -59,10 +59,11 @@ class LabelColumns(Frozen):
         label: the label column; or one column for each label of a multi-label task, in the task's label order; or of a
             survival task the column of times and that of events.
         values: local value -> task value, of all columns alike or under a column's name; without it, local values are
-            the task's own.
+            the task's own. Of a mask, local values are its numbers or their names, of boxes the names of objects.
         multiply: column -> number by which its numbers are multiplied, where the task's unit is another one.
         missing: what an empty label means: `skip` (the record has no label for this task) or `refuse` (an error).
-        unmapped: what a value outside `values` and the task's labels means, likewise.
+        unmapped: what a value outside `values` and the task's labels means, likewise; `skip` leaves out such boxes, and
+            such places of a mask, where its values have names.
     """
 
     former_keys: ClassVar[Mapping[str, str]] = {"column": "`label`"}
@@ -104,8 +105,17 @@ class LabelColumns(Frozen):
         return flat if len(flat) == len(self.values) else None
 
     def read_cell(self, column: str, cell: str) -> str:
-        """Returns the task's value for a column's local one; a value that is not listed may be the task's own."""
+        """Returns the task's value for a column's local one; a value that is not listed may be the task's own.
+
+        In a mask or boxes, the local names of places and objects are replaced.
+
+        Raises:
+            BadRecord: the cell is a damaged mask, or damaged boxes.
+        """
         values, factor = self.list_values(column), (self.multiply or {}).get(column)
+        if values is not None and (is_mask(cell) or is_boxes(cell)):
+            local, own = list(values), list(values.values())
+            return rename_parts(cell, lambda name: name if (at := find_name(name, local)) is None else own[at])
         found = find_name(cell, list(values or {}))
         if values is not None and found is not None:
             return list(values.values())[found]

@@ -14,7 +14,8 @@ An item is what a source hands to a backbone, where an array or a picture does n
 A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
 
 A cell is text. A mask, which labels each place of a picture, is one too: its height, its width and its runs of equal
-values, row by row (`write_mask`); so are the boxes around the objects on it (`write_boxes`). A column of whole numbers
+values, row by row (`write_mask`), and where its file says so, the names of the values; so are the boxes around the
+objects on it (`write_boxes`). A column of whole numbers
 with one empty cell is exported as `1.0`, `0.0` by many tools, and YAML reads an unquoted 1 as a number: names that both
 parse as numbers are therefore equal when the numbers are.
 """
@@ -25,7 +26,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,13 +62,17 @@ class Several:
     items: Sequence[Any] = field(repr=False)
 
 
-_MASK = re.compile(r"mask ([0-9]{1,6}) ([0-9]{1,6})((?: [0-9]{1,10}\*[0-9]{1,10})+)")
+_MASK = re.compile(r"mask ([0-9]{1,6}) ([0-9]{1,6})((?: [0-9]{1,10}\*[0-9]{1,10})+)( \{.*\})?", re.DOTALL)
 MAX_PIXELS = 1 << 28
 """Places of a mask that are read at most."""
 
 
-def write_mask(values_HW: NDArray[Any]) -> str:
+def write_mask(values_HW: NDArray[Any], names: Mapping[int, str] | None = None) -> str:
     """Returns a mask of whole numbers as a cell: `mask H W value*length value*length ...`, row by row.
+
+    Args:
+        values_HW: whole numbers from 0.
+        names: value -> name of the label that it means, "" for no label; without them a value is a label's position.
 
     Raises:
         BadRecord: it is no picture of whole numbers from 0.
@@ -82,7 +87,7 @@ def write_mask(values_HW: NDArray[Any]) -> str:
     starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))
     lengths = np.diff(starts, append=len(flat))
     runs = " ".join(f"{value}*{length}" for value, length in zip(flat[starts].tolist(), lengths.tolist(), strict=True))
-    return f"mask {values_HW.shape[0]} {values_HW.shape[1]} {runs}"
+    return f"mask {values_HW.shape[0]} {values_HW.shape[1]} {runs}" + ("" if names is None else _write_names(names))
 
 
 def is_mask(cell: str) -> bool:
@@ -106,6 +111,52 @@ def read_mask(cell: str) -> NDArray[np.int64]:
     if int(runs[:, 1].sum()) != height * width:
         raise BadRecord("expected a mask whose runs fill its height and width")
     return np.repeat(runs[:, 0], runs[:, 1]).reshape(height, width)
+
+
+def read_mask_names(cell: str) -> dict[int, str] | None:
+    """Returns the names of a mask's values; None where it has none.
+
+    Raises:
+        BadRecord: it is no mask, or its names cannot be read.
+    """
+    found = _MASK.fullmatch(cell)
+    try:
+        names = json.loads(found[4] or "null") if found else []
+        if names is None:
+            return None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError
+        return {int(value): name for value, name in names.items()}
+    except (ValueError, RecursionError):
+        raise BadRecord("expected a mask: a value for each place of the picture") from None
+
+
+def rename_parts(cell: str, rename: Callable[[str], str | None]) -> str:
+    """Returns a cell of boxes or of a mask with other names.
+
+    Args:
+        cell: the cell. The values of a mask without names are named by their digits.
+        rename: name -> new name; None leaves a box out, and the places of a mask without a label.
+
+    Raises:
+        BadRecord: the cell is a damaged one.
+    """
+    if is_boxes(cell):
+        read_boxes(cell)
+        width, height, rows = json.loads(cell.removeprefix(_BOXES))
+        renamed = [[rename(name), *rest] for name, *rest in rows]
+        return _BOXES + json.dumps([width, height, [row for row in renamed if row[0] is not None]], ensure_ascii=False)
+    found, names = _MASK.fullmatch(cell), read_mask_names(cell)
+    if found is None:
+        raise BadRecord("expected boxes or a mask")
+    if names is None:
+        names = {int(value): value for value in {run.partition("*")[0] for run in found[3].split()}}
+    renamed_parts = {value: rename(name) if name else "" for value, name in sorted(names.items())}
+    return cell[: found.end(3)] + _write_names({value: name or "" for value, name in renamed_parts.items()})
+
+
+def _write_names(names: Mapping[int, str]) -> str:
+    return " " + json.dumps({str(value): name for value, name in names.items()}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

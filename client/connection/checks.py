@@ -25,6 +25,8 @@ from client.connection.keys import read_key
 from client.data.checks import data_checks, find_overlaps
 from client.data.records import SIDES
 from client.data.snapshot import Survey, freeze_snapshot, survey_sources
+from client.data.sources import SourceRecord
+from client.data.sources.parts.boundary import try_record
 from client.ledger.place import find_default_ledger_dir, has_ledger, locate_ledgers
 from client.protocol import balance as budgets
 from client.protocol.approvals import Approvals, check_offer
@@ -171,13 +173,19 @@ def _require_labelled_units(config: SiteConfig, survey: Survey) -> None:
             each.unit_key
             for each in survey.placed
             if each.source == task.source and SIDES[each.side] == "train"
-            if any(each.record.cells.get(column, "").strip() for column in task.columns)
+            if any(_has_cell(each.record, column) for column in task.columns)
         }
         if len(units) < task.min_units:
             raise RecordsUnusable(
                 f"tasks.{name}.min_units: expected at least {task.min_units} units with a label to train on, got "
                 f"{len(units)}; correct the source or the column"
             )
+
+
+def _has_cell(record: SourceRecord, column: str) -> bool:
+    # A mask is read now, and may be a bad one.
+    cell, _ = try_record(lambda: record.cells.get(column, "").strip())
+    return bool(cell)
 
 
 def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:

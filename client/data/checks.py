@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from client.config import SiteConfig, SiteTask
+from client.data.drawn import count_drawn, find_unknown, is_drawn
 from client.data.exclusions import Exclusions
 from client.data.records import (
     SIDES,
@@ -33,7 +34,7 @@ from client.ledger.place import locate_ledgers
 from common.errors import instead
 from common.inputs import find_name, normalise_patient_id
 from common.run import RunConfig
-from common.tasks import Task, open_task
+from common.tasks import NamedParts, Task, open_task
 from common.types import BadInput, Unit
 
 Found = tuple[str, Literal["pass", "warn", "fail"], str, str]
@@ -184,8 +185,13 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
     for column in own.columns:
         if members and column not in members[0].record.cells:
             raise BadInput(f"tasks.{name}.label: there is no column {column!r}")
-        values = Counter(member.record.cells[column].strip() for member in members)
+        cells, reasons = _read_cells(members, column)
+        values = Counter(cell for _, cell in cells)
         missing = values.pop("", 0)
+        if any(map(is_drawn, values)) or reasons:
+            yield from _drawn(name, own, task, column, [(row, cell) for row, cell in cells if is_drawn(cell)], missing)
+            yield from _list_reasons(name, column, reasons)
+            continue
         unmapped = {value: count for value, count in values.items() if not _mapped(own, column, value)}
         shown = ", ".join(f"{value} {count}" for value, count in values.most_common(_MAX_SHOWN))
         more = f" and {len(values) - _MAX_SHOWN} more values" if len(values) > _MAX_SHOWN else ""
@@ -198,7 +204,7 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
     if task is None:
         return
     encoded = encode_labels(name, task, own, members)
-    mask, problems = encoded.mask_R, encoded.rejected
+    mask, problems = encoded.mask_R, [each for each in encoded.rejected if not each.is_used]
     detail = f"{int(mask.sum())} of {len(members)} records have a label of the offered task"
     if problems:
         rows = ", ".join(f"row {problem.row}: {problem.reason}" for problem in problems[:3])
@@ -212,6 +218,46 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
         yield f"task {name}", "fail", detail, f"check tasks.{name}.label and values"
     else:
         yield f"task {name}", "pass", detail, ""
+
+
+def _read_cells(members: Sequence[PlacedRecord], column: str) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Returns the cells that can be read, each beside its row, and the reasons for which the others cannot."""
+    cells: list[tuple[int, str]] = []
+    reasons: list[tuple[int, str]] = []
+    for record in (member.record for member in members):
+        cell, reason = try_record(lambda record=record: record.cells[column].strip())  # type: ignore[misc]
+        if cell is not None and is_drawn(cell):
+            _, reason = try_record(lambda cell=cell, row=record.row: count_drawn([(row, cell)]))  # type: ignore[misc]
+        if cell is None or reason is not None:
+            reasons.append((record.row, f"{reason}"))
+        else:
+            cells.append((record.row, cell))
+    return cells, reasons
+
+
+def _drawn(
+    name: str, own: SiteTask, task: Task | None, column: str, cells: Sequence[tuple[int, str]], missing: int
+) -> Iterator[Found]:
+    counts = count_drawn(cells)
+    known = task.part_names if isinstance(task, NamedParts) else None
+    detail = counts.describe(column, missing)
+    unknown = find_unknown(counts.parts, own, column, known)
+    if unknown:
+        lost = ", ".join(f"{part} {counts.parts[part]}" for part in unknown[:_MAX_SHOWN])
+        where = "`values`" if known is None else "`values` and the offered task"
+        yield f"labels {name}", "warn", f"{detail}; not in {where}: {lost}", f"map them in tasks.{name}.values"
+    else:
+        yield f"labels {name}", "pass", detail, ""
+    for warning, remedy in counts.list_warnings():
+        yield f"labels {name}", "warn", f"{column}: {warning}", remedy
+
+
+def _list_reasons(name: str, column: str, reasons: Sequence[tuple[int, str]]) -> Iterator[Found]:
+    """Yields each reason for which labels cannot be read, with its count and first rows."""
+    for reason, count in Counter(reason for _, reason in reasons).most_common(_MAX_SHOWN):
+        rows = ", ".join(f"row {row}" for row, other in reasons if other == reason)
+        shown = rows if count <= 3 else ", ".join([*rows.split(", ")[:3], "..."])
+        yield f"labels {name}", "warn", f"{column}: {count} unusable: {reason} ({shown})", "mend these files"
 
 
 def _mapped(own: SiteTask, column: str, value: str) -> bool:

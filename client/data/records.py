@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from client.config import LabelColumns, Split
+from client.data.drawn import clip_boxes
 from client.data.sources import SourceRecord
 from client.data.sources.parts.boundary import try_record
 from common.errors import instead
-from common.inputs import encode_text, normalise_patient_id
-from common.tasks import NamedCells, Task
+from common.inputs import encode_text, find_name, is_boxes, is_mask, normalise_patient_id, read_mask_names, rename_parts
+from common.tasks import NamedCells, NamedParts, Task
 from common.types import BadInput, BadRecord, Unit
 
 if TYPE_CHECKING:
@@ -225,6 +226,9 @@ def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[Pl
         cells, reason = try_record(lambda record=record: [record.cells[column].strip() for column in columns])  # type: ignore[misc]
         label = None
         if cells is not None:
+            cells, note = _leave_out_boxes(cells)
+            if note is not None:
+                rejected.append(RejectedRecord(record.file, record.row, note, name, is_used=True))
             label, reason = _encode_label(task, own, cells)
         if reason is not None:
             rejected.append(RejectedRecord(record.file, record.row, reason, name))
@@ -293,9 +297,34 @@ def _encode_label(task: Task, own: LabelColumns, cells: list[str]) -> tuple[Tens
     """Returns the label, or None with a reason to report the record, or None without one."""
     if not (all(cells) if isinstance(task, NamedCells) else any(cells)):
         return None, "missing label" if own.missing == "refuse" else None
-    read = [own.read_cell(column, cell) for column, cell in zip(own.columns, cells, strict=True)]
-    label, reason = try_record(lambda: task.codec.encode(read))
+
+    def encode() -> Tensor:
+        read = [own.read_cell(column, cell) for column, cell in zip(own.columns, cells, strict=True)]
+        if isinstance(task, NamedParts) and own.unmapped == "skip":
+            read = [_select_parts(cell, task.part_names) for cell in read]
+        return task.codec.encode(read)
+
+    label, reason = try_record(encode)
     return label, reason if own.unmapped == "refuse" else None
+
+
+def _leave_out_boxes(cells: list[str]) -> tuple[list[str], str | None]:
+    """Returns cells without boxes that have no area on their picture, and a sentence where there were any."""
+    if not any(map(is_boxes, cells)):
+        return cells, None
+    clipped, _ = try_record(lambda: [clip_boxes(cell) if is_boxes(cell) else (cell, 0, 0) for cell in cells])
+    if clipped is None:
+        return cells, None  # The codec says what is wrong with them.
+    left_out, count = sum(each[1] for each in clipped), sum(each[2] for each in clipped)
+    note = f"{left_out} of its {count} boxes have no area on the picture and are left out" if left_out else None
+    return [cell for cell, *_ in clipped], note
+
+
+def _select_parts(cell: str, names: Sequence[str]) -> str:
+    """Returns boxes of other names left out, and places of other names without a label."""
+    if not is_boxes(cell) and (not is_mask(cell) or read_mask_names(cell) is None):
+        return cell
+    return rename_parts(cell, lambda name: name if find_name(name, names) is not None else None)
 
 
 def check_values(name: str, task: Task, own: LabelColumns) -> None:
@@ -312,6 +341,12 @@ def check_values(name: str, task: Task, own: LabelColumns) -> None:
     check_columns(name, task, own)
     # A value of one of several columns means nothing by itself.
     for local, value in (own.list_values(own.label) or {}).items() if isinstance(own.label, str) else ():
+        if isinstance(task, NamedParts):
+            if find_name(value, task.part_names) is None:
+                raise BadInput(
+                    f"tasks.{name}.values.{local}: expected one of {', '.join(task.part_names)}, got {value!r}"
+                )
+            continue
         try:
             task.codec.encode([value])
         except BadRecord as error:

@@ -159,7 +159,7 @@ def try_tasks(
         records = [each for each in survey.placed if each.source == own.source]
         labels = encode_labels(name, task, own, records)
         labelled = [each for each, has_label in zip(records, labels.mask_R.tolist(), strict=True) if has_label]
-        refused = list(labels.rejected)
+        refused = [each for each in labels.rejected if not each.is_used]
         sides: dict[Side, SideTrial] = {}
         clipped = Counter[str]()
         for at, side in enumerate(SIDES):

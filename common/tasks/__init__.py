@@ -177,6 +177,15 @@ class NamedCells(Protocol):
 
 
 @runtime_checkable
+class NamedParts(Protocol):
+    """Optional part of a task whose label is a mask or boxes: one cell, whose places or objects have names."""
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names that a place or an object may have."""
+
+
+@runtime_checkable
 class ReadsPlaces(Protocol):
     """Optional part of a task whose head reads the features of a record's places; others read their mean."""
 

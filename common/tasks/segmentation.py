@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 import numpy as np
 from pydantic import Field, model_validator
 
-from common.inputs import CellName, CellNames, read_mask, write_mask
+from common.inputs import CellName, CellNames, find_name, read_mask, read_mask_names, write_mask
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
@@ -75,6 +75,11 @@ class Segmentation(Plugin):
     def reads_places(self) -> bool:
         """The head's outputs are those of places."""
         return True
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The labels of places."""
+        return self.labels
 
     @property
     def codec(self) -> MaskCodec:
@@ -226,10 +231,25 @@ class MaskCodec:
         rows, columns = (
             (np.arange(self.side) * 2 + 1) * np.array([[length] for length in values_HW.shape]) // (2 * self.side)
         )
-        return torch.from_numpy(self._find_indices(values_HW[np.ix_(rows, columns)], values_HW))
+        values_SS, found = values_HW[np.ix_(rows, columns)], np.unique(values_HW).tolist()
+        names = read_mask_names(cells[0])
+        return torch.from_numpy(
+            self._find_indices(values_SS, found) if names is None else self._find_named(values_SS, found, names)
+        )
 
-    def _find_indices(self, values_SS: NDArray[np.int64], whole_HW: NDArray[np.int64]) -> NDArray[np.uint8]:
-        found = [value for value in np.unique(whole_HW).tolist() if value != self.ignore]
+    def _find_named(self, values_SS: NDArray[np.int64], found: list[int], names: dict[int, str]) -> NDArray[np.uint8]:
+        indices_SS = np.full(values_SS.shape, IGNORED, np.uint8)
+        for value in found:
+            name = names.get(value, str(value))
+            index = find_name(name, self.names)
+            if index is not None:
+                indices_SS[values_SS == value] = index
+            elif name and value != self.ignore:
+                raise BadRecord("expected a mask of the task's labels, got a place with another one")
+        return indices_SS
+
+    def _find_indices(self, values_SS: NDArray[np.int64], found: list[int]) -> NDArray[np.uint8]:
+        found = [value for value in found if value != self.ignore]
         indices_SS = np.full(values_SS.shape, IGNORED, np.uint8)
         # Masks of two labels are often written in black and white.
         two = len(self.names) == 2 and set(found) <= {0, 255}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import pytest
 from PIL import Image
 
 from client.data.sources import Source, SourceExample, open_source
+from client.data.sources.parts.boundary import try_record
+from client.data.sources.parts.masks import LazyCells
 from common.inputs import Audio, Several, Text
 from common.plugins import kinds, plugin_class
 from common.types import BadInput, BadRecord
@@ -72,6 +75,13 @@ def contents(source: Source) -> list[Any]:
         except BadRecord:
             found.append(UNREADABLE)
     return found
+
+
+def drawn(source: Source) -> list[Any]:
+    """Every record's labels that have files of their own, or that these cannot be read."""
+    return [
+        try_record(lambda each=each: dict(each.cells)) for each in source.index() if isinstance(each.cells, LazyCells)
+    ]
 
 
 def damaged(folder: Path) -> Iterator[Path]:
@@ -134,13 +144,13 @@ def test_restricting_a_source_to_rows_leaves_index_and_digest_whole(example: Sou
 
 def test_the_digest_changes_whenever_any_content_changes(example: SourceExample, tmp_path: Path) -> None:
     before = opened(example)
-    digest, whole = before.digest(), contents(before)
+    digest, whole, labels = before.digest(), contents(before), drawn(before)
     for path in damaged(tmp_path):
         try:
             source = opened(example)
         except BadInput:
             continue
-        if contents(source) != whole:
+        if contents(source) != whole or drawn(source) != labels:
             assert source.digest() != digest, f"{path.name} was changed"
     assert opened(example).digest() == digest
 
@@ -154,12 +164,14 @@ def test_no_repr_and_no_error_shows_a_record_however_its_files_are_damaged(
         errors: list[BaseException] = []
         try:
             source = kind.open()
-            texts = [repr(source), str(source), *map(repr, source.index())]
-            for position in range(len(source.index())):
-                try:
-                    source.load(position)
-                except BadRecord as error:
-                    errors.append(error)
+            index = source.index()
+            texts = [repr(source), str(source), *map(repr, index)]
+            for position, record in enumerate(index):
+                for read in (partial(source.load, position), partial(dict, record.cells)):
+                    try:
+                        read()
+                    except BadRecord as error:
+                        errors.append(error)
         except BadInput as error:
             texts = []
             errors.append(error)

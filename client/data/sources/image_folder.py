@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings
-from client.data.sources.parts.named import NamedGroups, Naming
+from client.data.sources.parts.named import NamedGroups, Naming, OneGroup, find_patient
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from common.inputs import CellName
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
-
-
-def _one_group(pattern: str) -> str:
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(f"expected a regular expression, got one with an error: {error}") from error
-    if groups != 1:
-        raise ValueError(f"expected a regular expression with one group, got {groups}")
-    return pattern
 
 
 class ImageFolder(SourceSettings):
@@ -54,7 +43,7 @@ class ImageFolder(SourceSettings):
     kind: Literal["image_folder"]
     path: LocalPath
     splits: bool = False
-    patient_pattern: Annotated[str, AfterValidator(_one_group)] | None = None
+    patient_pattern: OneGroup | None = None
     pattern: NamedGroups | None = None
     patient: str | None = None
     test: dict[str, list[CellName]] | None = None
@@ -121,16 +110,12 @@ class Pictures:
 
     def _by_folder(self, number: int, name: str) -> SourceRecord:
         parts = PurePosixPath(make_readable(name)).parts
-        patient = None
-        if self.settings.patient_pattern is not None:
-            match = re.search(self.settings.patient_pattern, parts[-1])
-            patient = (match.group(1) or "") if match else ""
         return SourceRecord(
             row=number,
             file=self.settings.path.name,
             key=name,
             path=name,
-            patient=patient,
+            patient=find_patient(self.settings.patient_pattern, parts[-1]),
             split=parts[0] if self.settings.splits else None,
             cells={"label": parts[-2]},
         )

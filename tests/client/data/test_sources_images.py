@@ -236,9 +236,13 @@ def test_neither_names_nor_held_out_values_are_shown(people: Path) -> None:
     assert not [text for text in shown if "s1" in text]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"P5", b"P5 4 3 255\n\0", b"P5 -1 3 255\n", b"P5 99999 99999 255\n", b"P5 4 3 0\n"]
-)
+def test_a_picture_of_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    (tmp_path / "1.pgm").write_bytes(b"P5 40000 40000 255\n")
+    with pytest.raises(BadRecord, match="expected a picture of at most 178 million pixels"):
+        image_folder(tmp_path, pattern=r"(?P<take>\d)").load(0)
+
+
+@pytest.mark.parametrize("data", [b"", b"P5", b"P5 4 3 255\n\0", b"P5 -1 3 255\n", b"P5 4 3 0\n"])
 def test_a_broken_pgm_is_a_bad_record(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "1.pgm").write_bytes(data)
     with pytest.raises(BadRecord, match="unreadable image"):

@@ -1,18 +1,18 @@
-"""Label cells that are read when somebody asks for them: masks, which are files or arrays of their own."""
+"""Label cells that are read when somebody asks for them: masks and boxes, which have files or arrays of their own."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.sources.parts.pictures import read_picture
+from client.data.sources.parts.pictures import read_picture, read_size
 from client.data.sources.parts.tree import read_file
-from common.inputs import write_mask
+from common.inputs import Box, write_boxes, write_mask
 from common.types import BadRecord
 
 
@@ -79,3 +79,20 @@ def _read_values(data: bytes) -> NDArray[Any]:
             raise BadRecord("expected a mask with one whole number for each place, got a picture in colours")
         values = colours[..., 0]
     return values
+
+
+def write_boxes_of(picture: bytes, boxes: Sequence[Box], size: tuple[float, float] | None = None) -> str:
+    """Returns the boxes of a picture as a cell (`common.inputs.write_boxes`).
+
+    Args:
+        picture: bytes of the picture's file.
+        boxes: boxes in pixels.
+        size: width and height that their file says the picture has; None where it says none.
+
+    Raises:
+        BadRecord: the picture is unreadable, or of another size than their file says.
+    """
+    found = read_size(io.BytesIO(picture))
+    if size is not None and size != found:
+        raise BadRecord("expected boxes of a picture of its size, got those of another size")
+    return write_boxes(boxes, *found)

@@ -27,6 +27,28 @@ NamedGroups = Annotated[str, AfterValidator(_named_groups)]
 """A regular expression with at least one named group."""
 
 
+def _one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got one with an error: {error}") from error
+    if groups != 1:
+        raise ValueError(f"expected a regular expression with one group, got {groups}")
+    return pattern
+
+
+OneGroup = Annotated[str, AfterValidator(_one_group)]
+"""A regular expression with exactly one group."""
+
+
+def find_patient(pattern: str | None, name: str) -> str | None:
+    """Returns the patient id in a file's name, "" where it has none; None without a pattern."""
+    if pattern is None:
+        return None
+    match = re.search(pattern, name)
+    return (match.group(1) or "") if match else ""
+
+
 @dataclass(frozen=True)
 class Naming:
     """A rule that reads columns, patient and side from a file's path.

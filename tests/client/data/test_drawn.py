@@ -1,0 +1,197 @@
+"""Masks and boxes as labels of a site: its own names, what is left out of them, and what `check` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from client.config import SiteTask
+from client.data.checks import data_checks
+from client.data.drawn import clip_boxes, count_drawn
+from client.data.records import PlacedRecord, RejectedRecord, check_values, encode_labels
+from client.data.sources import SourceRecord
+from client.data.sources.voc import write_annotation
+from common.inputs import Box, read_boxes, read_mask, read_mask_names, write_boxes, write_mask
+from common.tasks import Task, open_task
+from common.types import BadInput, BadRecord
+from tests.tiny import site_config
+
+CELLS = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 2}, "cells")
+MASK = np.array([[0, 128], [7, 128]])
+
+
+def own(**changes: Any) -> SiteTask:
+    return SiteTask.model_validate({"source": "s", "label": "m", "missing": "skip", "public_size": 10, **changes})
+
+
+def encode(task: Task, settings: SiteTask, cell: str) -> tuple[Any, tuple[RejectedRecord, ...]]:
+    """Returns the label, None where there is none, and what is reported."""
+    record = SourceRecord(7, "list.csv", "k", None, None, {"m": cell})
+    found = encode_labels("t", task, settings, [PlacedRecord("s", 0, "u", 0, record)])
+    return found.labels[0].tolist() if found.mask_R[0] else None, found.rejected
+
+
+def test_a_masks_numbers_are_mapped_to_labels_and_others_are_refused_or_left_without_one() -> None:
+    values = {"0": "ground", "128": "cell"}
+    label, rejected = encode(CELLS, own(values=values), write_mask(MASK))
+    assert label is None and rejected[0].reason == "expected a mask of the task's labels, got a place with another one"
+    assert encode(CELLS, own(values=values, unmapped="skip"), write_mask(MASK)) == ([[0, 1], [255, 1]], ())
+    assert encode(CELLS, own(values={**values, "7": "cell"}), write_mask(MASK)) == ([[0, 1], [1, 1]], ())
+    ignoring = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 2, "ignore": 7}, "cells")
+    assert encode(ignoring, own(values=values), write_mask(MASK)) == ([[0, 1], [255, 1]], ())
+
+
+def test_names_of_a_masks_values_are_mapped_and_an_empty_one_is_no_label() -> None:
+    cell = write_mask(MASK, {0: "Boden", 7: "", 128: "cell"})
+    assert encode(CELLS, own(values={"Boden": "ground"}), cell) == ([[0, 1], [255, 1]], ())
+    assert read_mask_names(cell) == {0: "Boden", 7: "", 128: "cell"}
+    np.testing.assert_array_equal(read_mask(cell), MASK)
+
+
+@pytest.mark.parametrize("end", ["{", "{}x", '{"a": "b"}', '{"1": 2}', "[]"])
+def test_damaged_names_of_a_mask_are_a_bad_record(end: str) -> None:
+    with pytest.raises(BadRecord, match="expected a mask"):
+        read_mask_names(f"mask 1 1 0*1 {end}")
+    label, rejected = encode(CELLS, own(values={"0": "ground"}), f"mask 1 1 0*1 {end}")
+    assert label is None and "expected a mask" in rejected[0].reason
+
+
+def test_values_of_a_mask_are_names_of_the_task() -> None:
+    check_values("t", CELLS, own(values={"128": "cell"}))
+    with pytest.raises(BadInput, match=r"tasks\.t\.values\.128: expected one of ground, cell, got 'sell'"):
+        check_values("t", CELLS, own(values={"128": "sell"}))
+
+
+class Named:
+    """A task whose label is the boxes themselves: the numbers of those of each name."""
+
+    part_names = ("red", "white")
+
+    @property
+    def codec(self) -> Named:
+        return self
+
+    def encode(self, cells: Sequence[str]) -> torch.Tensor:
+        names = [box.name for box in read_boxes(cells[0])]
+        if not set(names) <= set(self.part_names):
+            raise BadRecord("another name")
+        return torch.tensor([names.count(name) for name in self.part_names])
+
+    def missing(self) -> torch.Tensor:
+        return torch.zeros(2, dtype=torch.int64)
+
+
+BOXES: Any = Named()
+SIX = write_boxes(
+    [
+        Box("RBC", 1, 1, 5, 5),
+        Box("RBC", 3, 3, 3, 3),
+        Box("WBC", 6, 4, 2, 8),
+        Box("WBC", -4, -4, 2, 2),
+        Box("WBC", 10, 2, 30, 8),
+        Box("dust", 8, 8, 10, 10),
+    ],
+    10,
+    20,
+)
+
+
+def test_boxes_without_area_are_left_out_and_listed_and_the_picture_is_used() -> None:
+    values = {"RBC": "red", "WBC": "white"}
+    label, rejected = encode(BOXES, own(values=values, unmapped="skip"), SIX)
+    assert label == [1, 1]
+    said = "3 of its 6 boxes have no area on the picture and are left out"
+    assert rejected == (RejectedRecord("list.csv", 7, said, "t", is_used=True),)
+    label, rejected = encode(BOXES, own(values=values), SIX)
+    assert label is None and [each.reason for each in rejected] == [said, "another name"]
+
+
+def test_boxes_are_cut_at_the_edges_of_their_picture() -> None:
+    cut, left_out, count = clip_boxes(SIX)
+    assert (left_out, count) == (3, 6)
+    assert read_boxes(cut)[1] == Box("WBC", 0, 0, 0.2, 0.1)
+
+
+def test_boxes_that_look_like_another_unit_are_counted_by_row() -> None:
+    def counts(boxes: Sequence[Box], width: float, height: float) -> Any:
+        return count_drawn([(3, write_boxes(boxes, width, height))])
+
+    fractions, pixels = [Box("a", 0.1, 0.2, 0.9, 1.0)], [Box("a", 40, 20, 90, 60)]
+    assert counts(fractions, 640, 480).as_fractions == (3,) and counts(fractions, 1, 1).as_fractions == ()
+    assert counts(pixels, 1, 1).as_pixels == (3,) and counts(pixels, 640, 480).as_pixels == ()
+    assert counts([], 640, 480).empty == 1
+
+
+def checked(folder: Path, annotations: Mapping[str, str], **task: Any) -> list[tuple[str, str, str]]:
+    """Returns what `check` says of the labels of pictures of 8 x 4 pixels."""
+    for name, text in annotations.items():
+        for inner in ("JPEGImages", "Annotations"):
+            (folder / "voc" / inner).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(folder / "voc" / "JPEGImages" / f"{name}.png")
+        if text:
+            (folder / "voc" / "Annotations" / f"{name}.xml").write_text(text)
+    site = site_config(
+        folder,
+        "north",
+        unit="example",
+        sources={"s": {"kind": "voc", "path": str(folder / "voc")}},
+        tasks={"cells": {"source": "s", "label": "boxes", "missing": "skip", "public_size": 4, **task}},
+        split={"test_fraction": 0},
+    )
+    return [
+        (outcome, detail, remedy) for what, outcome, detail, remedy in data_checks(site, {}) if what == "labels cells"
+    ]
+
+
+def test_check_counts_boxes_by_name_and_warns_of_each_kind_of_bad_ones(tmp_path: Path) -> None:
+    found = checked(
+        tmp_path,
+        {
+            "a": write_annotation(8, 4, [("RBC", 0, 0, 2, 2), ("RBC", 3, 1, 6, 4), ("WBC", 4, 2, 4, 2)]),
+            "b": write_annotation(8, 4, [("WBC", 0.25, 0.5, 0.5, 1.0)]),
+            "c": write_annotation(8, 4, []),
+            "d": "",
+            "e": write_annotation(4, 4, [("q7", 0, 0, 2, 2)]),
+            "f": "<annotation",
+        },
+        values={"RBC": "red"},
+    )
+    assert found == [
+        (
+            "warn",
+            "boxes: 3 drawn, 1 of them without an object; 1 empty; RBC 2 in 1 record(s), WBC 2 in 2 record(s); not in "
+            "`values`: WBC 2",
+            "map them in tasks.cells.values",
+        ),
+        (
+            "warn",
+            "boxes: boxes without area on their picture, which are left out while the pictures are used: 1 (row 1)",
+            "draw them again, or leave it so",
+        ),
+        (
+            "warn",
+            "boxes: boxes that look like fractions of the picture where pixels are expected: in 1 record(s) (row 2)",
+            "export the boxes in the other unit",
+        ),
+        (
+            "warn",
+            "boxes: 1 unusable: expected boxes of a picture of its size, got those of another size (row 5)",
+            "mend these files",
+        ),
+        (
+            "warn",
+            "boxes: 1 unusable: expected an annotation in XML, got a file that cannot be read as such (row 6)",
+            "mend these files",
+        ),
+    ]
+
+
+def test_check_of_good_boxes_passes_in_one_line(tmp_path: Path) -> None:
+    found = checked(tmp_path, {"a": write_annotation(8, 4, [("RBC", 0, 0, 2, 2)])})
+    assert found == [("pass", "boxes: 1 drawn, 0 of them without an object; 0 empty; RBC 1 in 1 record(s)", "")]
