@@ -48,7 +48,7 @@ class DrawnCounts:
 
     Attributes:
         number: number of masks, or of pictures with or without boxes, that were read.
-        empty: number of them without an object: no box, or no place but those of the first value.
+        empty: number of them without an object: no box, or the same value at all places.
         parts: name -> number of its boxes or places; numbers of masks without names are named by their digits.
         records: name -> number of records that have it.
         flat: rows with a box without area on its picture -> the number of such boxes.
@@ -72,7 +72,9 @@ class DrawnCounts:
             missing: number of records without a label.
         """
         shown = sorted(self.parts.items(), key=lambda item: -item[1])[:_MAX_SHOWN]
-        parts = ", ".join(f"{name} {count} in {self.records[name]} record(s)" for name, count in shown)
+        parts = ", ".join(
+            f"{name or 'without a label'} {count} in {self.records[name]} record(s)" for name, count in shown
+        )
         more = f" and {len(self.parts) - _MAX_SHOWN} more" if len(self.parts) > _MAX_SHOWN else ""
         return f"{column}: {self.number} drawn, {self.empty} of them without an object; {missing} empty; {parts}{more}"
 

@@ -1,7 +1,8 @@
-"""Boxes around objects on pictures, from VOC annotations: read as labels, and each bad one refused by itself."""
+"""Objects on pictures, from VOC annotations and COCO's lists: read as labels, and each bad one refused by itself."""
 
 from __future__ import annotations
 
+import json
 import time
 import zipfile
 from collections import Counter
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from client.data.sources import Source, open_source
+from client.data.sources.coco import decode_counts, decode_runs, draw_mask
 from client.data.sources.voc import MAX_BYTES, write_annotation
-from common.inputs import Box, read_boxes
+from common.inputs import Box, read_boxes, read_mask, read_mask_names
 from common.types import BadInput, BadRecord
 
 
@@ -151,3 +155,201 @@ def test_blood_cells_are_read_from_their_zip(assets: Path) -> None:
     # The numbers of <name> elements in the files.
     assert names == {"RBC": 4155, "WBC": 372, "Platelets": 361}
     assert source.load(0).size == (640, 480)
+
+
+# --- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def write_list(folder: Path, objects: list[Any], **changes: Any) -> Source:
+    """Returns a source of two pictures, 8 x 4 and 5 x 4 pixels, with these annotations."""
+    draw(folder / "a.png")
+    draw(folder / "sub" / "b.png", width=5)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 4}, {"id": "2", "file_name": "sub/b.png"}],
+        "categories": [{"id": 3, "name": "cell"}, {"id": 1, "name": "grain"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 3, **each} if isinstance(each, dict) else each for each in objects
+        ],
+        **changes,
+    }
+    (folder / "objects.json").write_text(json.dumps(content))
+    return open_source({"kind": "coco", "path": str(folder / "objects.json")}, "s").open()
+
+
+def mask_of(source: Source, position: int = 0) -> tuple[list[list[int]], dict[int, str] | None]:
+    cell = source.index()[position].cells["mask"]
+    return read_mask(cell).tolist(), read_mask_names(cell)
+
+
+def test_boxes_of_a_list_are_a_corner_with_width_and_height_and_crowds_are_none(tmp_path: Path) -> None:
+    boxes = [{"bbox": [2, 1, 4, 3]}, {"bbox": [0, 0, 8, 4], "iscrowd": 1}, {"bbox": [0, 0, 4, -1], "category_id": 1}]
+    source = write_list(tmp_path, boxes)
+    assert read(source) == [Box("cell", 0.25, 0.25, 0.75, 1.0), Box("grain", 0, 0, 0.5, -0.25)]
+    assert read(source, 1) == []
+    assert [record.path for record in source.index()] == ["a.png", "sub/b.png"] and source.load(1).size == (5, 4)
+
+
+def test_a_mask_has_the_later_object_where_two_overlap_and_no_label_on_a_crowd(tmp_path: Path) -> None:
+    source = write_list(
+        tmp_path,
+        [
+            {"image_id": "2", "segmentation": [[0, 0, 3, 0, 3, 2, 0, 2]]},
+            {"image_id": "2", "category_id": 1, "segmentation": [[2, 1, 5, 1, 5, 2, 2, 2], [0, 3, 1, 3, 1, 4, 0, 4]]},
+            {"image_id": "2", "iscrowd": 1, "segmentation": {"size": [4, 5], "counts": [15, 1, 3, 1]}},
+        ],
+    )
+    assert mask_of(source, 1) == (
+        [[1, 1, 1, 0, 0], [1, 1, 2, 2, 2], [0, 0, 0, 0, 0], [2, 0, 0, 3, 3]],
+        {0: "background", 1: "cell", 2: "grain", 3: ""},
+    )
+    assert mask_of(source) == ([[0] * 8] * 4, {0: "background"})
+
+
+def test_run_lengths_are_read_as_their_definition_says() -> None:
+    # The example of MaskApi, as text and as numbers.
+    runs = [6, 1, 40, 4, 5, 4, 5, 4, 21]
+    assert decode_counts("61X13mN000`0") == runs
+    inside = decode_runs({"size": [9, 10], "counts": "61X13mN000`0"}, (9, 10))
+    assert inside.T.ravel().tolist() == [bool(at % 2) for at, run in enumerate(runs) for _ in range(run)]
+    np.testing.assert_array_equal(inside, decode_runs({"size": [9, 10], "counts": runs}, (9, 10)))
+
+
+def write_counts(runs: list[int]) -> str:
+    """Returns run lengths as text: a transcription of MaskApi's rleToString."""
+    text = ""
+    for at, run in enumerate(runs):
+        number = run - runs[at - 2] if at > 2 else run
+        more = True
+        while more:
+            code = number & 31
+            number >>= 5
+            more = number != -1 if code & 16 else number != 0
+            text += chr((code | 32 if more else code) + 48)
+    return text
+
+
+@given(st.lists(st.integers(0, 2**26), max_size=30))
+def test_run_lengths_that_were_written_as_text_are_read_back(runs: list[int]) -> None:
+    assert decode_counts(write_counts(runs)) == runs
+
+
+def is_inside(x: float, y: float, corners: list[tuple[float, float]]) -> bool:
+    """Returns whether a ray to the left of a point crosses an odd number of edges."""
+    inside = False
+    for (x1, y1), (x2, y2) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        if (y1 <= y) != (y2 <= y):
+            inside ^= x1 + (y - y1) * (x2 - x1) / (y2 - y1) <= x
+    return inside
+
+
+@given(st.lists(st.tuples(st.integers(-8, 40), st.integers(-8, 40)), min_size=3, max_size=8))
+def test_a_place_is_on_an_object_where_its_centre_is_in_the_polygon(quarters: list[tuple[int, int]]) -> None:
+    corners = [(x / 4, y / 4) for x, y in quarters]
+    found = draw_mask([{"category_id": 1, "segmentation": [[v for c in corners for v in c]]}], {1: 1}, (7, 8))
+    expected = [[int(is_inside(x + 0.5, y + 0.5, corners)) for x in range(8)] for y in range(7)]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("annotation", "said"),
+    [
+        ({"bbox": [0, 0, 2]}, "4 numbers of a box"),
+        ({"bbox": "q7"}, "4 numbers of a box"),
+        ({"bbox": [0, 0, float("nan"), 2]}, "4 numbers of a box"),
+        ({"bbox": [0, 0, 10**400, 2]}, "4 numbers of a box"),
+        ({"bbox": [0, 0, 1, 2], "category_id": 9}, "a category that the file names"),
+        ({"bbox": [0, 0, 1, 2], "category_id": [3]}, "a category that the file names"),
+        ({"segmentation": []}, "expected polygons or run lengths"),
+        ({"segmentation": "q7"}, "expected polygons or run lengths"),
+        ({"segmentation": [[0, 0, 1, 1]]}, "the corners of a polygon"),
+        ({"segmentation": [[0, 0, 1, 1, 1, 1e300]]}, "the corners of a polygon"),
+        ({"segmentation": [7]}, "the corners of a polygon"),
+        ({"segmentation": {"size": [8, 4], "counts": [32]}}, "run lengths that fill"),
+        ({"segmentation": {"size": [4, 8], "counts": [31]}}, "run lengths that fill"),
+        ({"segmentation": {"size": [4, 8], "counts": [33, -1]}}, "run lengths that fill"),
+        ({"segmentation": {"size": [4, 8], "counts": {"q7": 1}}}, "run lengths that fill"),
+        ({"segmentation": {"size": [4, 8], "counts": "X"}}, "run lengths that can be read"),
+        ({"segmentation": {"size": [4, 8], "counts": "q7é"}}, "run lengths that can be read"),
+        ({"segmentation": {"size": [4, 8], "counts": "o" * 10_000 + "0"}}, "run lengths that can be read"),
+    ],
+)
+def test_a_bad_object_makes_its_picture_a_bad_record_in_one_sentence(
+    tmp_path: Path, annotation: dict[str, Any], said: str
+) -> None:
+    source = write_list(
+        tmp_path, [annotation, {"image_id": "2", "bbox": [0, 0, 1, 1], "segmentation": [[0, 0, 1, 0, 1, 1]]}]
+    )
+    with pytest.raises(BadRecord, match=said) as refused:
+        source.index()[0].cells["boxes" if "bbox" in annotation else "mask"]
+    assert "q7" not in str(refused.value)
+    assert read(source, 1) == [Box("cell", 0, 0, 0.2, 0.25)]
+
+
+def test_what_is_wrong_with_one_picture_of_a_list_is_that_records_alone(tmp_path: Path) -> None:
+    images = [
+        {"id": 1, "file_name": "a.png", "width": 8, "height": 5},
+        {"id": 2, "file_name": "../a.png"},
+        {"id": 3, "file_name": "a.png"},
+        {"id": 3, "file_name": "sub/b.png"},
+        "q7",
+        {"id": 4},
+        {"id": {}, "file_name": "a.png"},
+        {"id": 5, "file_name": "a.png"},
+    ]
+    source = write_list(tmp_path, ["q7", {"image_id": []}, {"image_id": 77}, {"bbox": [0, 0, 2, 2]}], images=images)
+    twice, nameless = "another image has its id too", "expected an id and a file_name of each image"
+    assert [each.fault for each in source.index()] == ["", "", twice, twice, nameless, nameless, nameless, ""]
+    for column in ("boxes", "mask"):
+        with pytest.raises(BadRecord, match="of its size, got those of another size"):
+            source.index()[0].cells[column]
+        with pytest.raises(BadRecord, match="missing image"):
+            source.index()[1].cells[column]
+    with pytest.raises(BadRecord, match=twice):
+        source.load(2)
+    assert read(source, 7) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images": []},
+        {"images": {"q7": 1}},
+        {"annotations": None},
+        {"categories": [{"id": 1, "name": "q7"}, {"id": 1, "name": "other"}]},
+        {"categories": [{"id": 1, "name": " "}]},
+        {"categories": [{"id": [], "name": "q7"}]},
+        {"categories": ["q7"]},
+    ],
+)
+def test_a_file_that_is_no_list_of_coco_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"objects\.json: expected a COCO annotation file") as refused:
+        write_list(tmp_path, [], **changes)
+    assert "q7" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "7", "[" * 100_000, '{"images": ' * 50_000, '{"images": [' + "9" * 5000 + "]}"]
+)
+def test_truncated_and_deep_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "objects.json").write_text(text)
+    with pytest.raises(BadInput, match=r"objects\.json: expected a COCO annotation file"):
+        open_source({"kind": "coco", "path": str(tmp_path / "objects.json")}, "s").open()
+
+
+def test_sides_of_a_list_have_files_and_folders_of_their_own(tmp_path: Path) -> None:
+    for side in ("train", "test"):
+        (tmp_path / side).mkdir()
+        write_list(tmp_path / side, [{"bbox": [0, 0, 8, 4]}] if side == "test" else [])
+    files = {side: str(tmp_path / side / "objects.json") for side in ("train", "test")}
+    folders = {side: str(tmp_path / side) for side in files}
+    source = open_source({"kind": "coco", "path": files, "root": folders}, "s").open()
+    assert [record.split for record in source.index()] == ["train", "train", "test", "test"]
+    assert [len(read(source, position)) for position in range(4)] == [0, 0, 1, 0]
+    assert source.digest() == open_source({"kind": "coco", "path": files}, "s").open().digest()
+    with pytest.raises(BadInput, match="root: expected one folder, or one for each side"):
+        open_source({"kind": "coco", "path": files, "root": {"train": folders["train"]}}, "s").open()
+
+
+def test_another_annotation_of_a_list_is_another_source(tmp_path: Path) -> None:
+    before = write_list(tmp_path, []).digest()
+    assert write_list(tmp_path, [{"bbox": [0, 0, 2, 2]}]).digest() != before
