@@ -275,7 +275,13 @@ def sniff(path: Path) -> TextForm:
     if not quotes and separator != WHITESPACE:
         rows = _split_lines(text, separator)
     if len(rows[0]) < 2:
-        raise BadInput(f"{path}: expected a table of several columns, got lines without a separator")
+        title = next((index for index, row in enumerate(rows) if len(row) > 1), None)
+        found = (
+            "lines without a separator"
+            if title is None
+            else f"column names only behind line {title}: delete what is above them"
+        )
+        raise BadInput(f"{path}: expected a table of several columns, got {found}")
     first = [cell.strip() for cell in rows[0]]
     cells = [cell.strip() for row in rows for cell in row]
     # Between commas, a quoted 1,234 may as well be a thousand.

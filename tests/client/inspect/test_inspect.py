@@ -106,6 +106,13 @@ def test_no_number_of_a_record_is_written(tmp_path: Path) -> None:
     assert "313" not in written and "dose,FILL_IN,FILL_IN,,middle," in written
 
 
+def test_a_title_above_the_column_names_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("Export of May\nage,finding\n" + "44,no\n50,yes\n" * 5, encoding="utf-8")
+    with pytest.raises(BadInput, match="column names only behind line 1: delete what is above them"):
+        sniff(path)
+
+
 def test_many_numbers_are_a_regression_whose_range_is_to_be_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(["dose,weight", *(f"{n / 7:.3f},{n * n}" for n in range(60))]), encoding="utf-8")

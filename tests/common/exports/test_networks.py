@@ -252,6 +252,9 @@ def test_a_bad_row_costs_itself_only(tmp_path: Path) -> None:
     code, rows, errors = run_program(program, table)
     assert (code, rows) == (1, ["record", "1", "5"])
     assert [line.split(": ")[0] for line in errors.splitlines()] == ["row 2", "row 3", "row 4"], errors
+    for separator in (";", "\t"):
+        table.write_text(separator.join(["age", "chol\n50", "20\n"]))
+        assert run_program(program, table) == (0, ["record", "1"], "")
     table.write_text("age\n50\n")
     code, _, errors = run_program(program, table)
     assert code == 1 and errors == f"{table}: expected the columns chol, which it lacks\n"

@@ -59,7 +59,9 @@ if __name__ == "__main__":
     try:
         # A byte that is no UTF-8 makes its own cell unfit, not the file.
         with open(sys.argv[1], newline="", encoding="utf-8", errors="replace") as file:
-            table = csv.DictReader(file)
+            first = file.readline()
+            file.seek(0)
+            table = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
             names, rows = set(table.fieldnames or ()), list(table)
     except (OSError, csv.Error) as error:
         sys.exit(f"{sys.argv[1]}: expected a CSV table that can be read, got {type(error).__name__}")
