@@ -24,13 +24,13 @@ from common.plugins import Spec
 from common.privacy.filters import choose_noise_multiplier
 from common.privacy.shares import keep_for_rounds
 from common.run import ONLY_BACKBONE, Adjustment, Moments, Privacy
-from common.tasks import ConstantCurvature, LabelPrior, SmoothLoss, Task, open_task
+from common.tasks import ConstantCurvature, LabelPrior, LaterSlope, SmoothLoss, Task, expect_slope, open_task
 from common.types import BadInput
 
 ROUNDS = 48
 MEANS, COUNTS = 0.05, 0.05
 CLIP_SHARE = 0.6
-"""Clip norm in parts of the gradient's length at the start."""
+"""Clip norm in parts of the gradient's usual length: at the start, or later where it soon is another."""
 STEP = 3.0
 """Largest step in parts of one over the smoothness of a loss by the head's outputs. By its weights the loss is far
 smoother: centred features of length 1 lie along no one direction, and gradients shrink as outputs become sure."""
@@ -76,15 +76,17 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
         raise ValueError("moments: expected `classes` and `scatter` alone beside `solver: {kind: auto}`")
     try:
         tasks = {name: _as_mapping(spec) for name, spec in _as_mapping(values.get("tasks")).items()}
+        scales = {name: scale for name, spec in tasks.items() if (scale := _choose_scale(name, spec)) is not None}
+        tasks |= {name: {**tasks[name], "scale": scale} for name, scale in scales.items()}
         opened = {name: _open(name, spec) for name, spec in tasks.items()}
         privacy = _read_privacy(values.get("privacy"))
         rounds = TypeAdapter(int).validate_python(values.get("rounds", ROUNDS))
     except (BadInput, ValidationError, TypeError):
         # What is wrong is named where the file's values are validated.
-        opened, tasks, privacy, rounds = {}, {}, None, ROUNDS
+        opened, tasks, scales, privacy, rounds = {}, {}, {}, None, ROUNDS
     trains_network = bool(values.get("trainable")) or any(_has_hidden_layer(spec) for spec in tasks.values())
     heads = {name: _choose_head(task, tasks[name], values) for name, task in opened.items()}
-    chosen = {"rounds": rounds, **values, "tasks": {**_as_mapping(values.get("tasks"))}}
+    chosen = {"rounds": rounds, **values, "tasks": {**_as_mapping(values.get("tasks")), **tasks}}
     for name, head in heads.items():
         if head:
             chosen["tasks"][name] = {**tasks[name], "head": head}
@@ -95,7 +97,7 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     chosen["solver"] = _choose_solver(privacy, clip_norm, trains_network, bool(values.get("trainable")))
     left = keep_for_rounds(privacy, moments)
     chosen["aggregation"] = {**_choose_aggregation(opened, left, clip_norm, rounds), **adjustment}
-    return Choice(chosen, _explain(chosen, trains_network))
+    return Choice(chosen, _explain(chosen, trains_network, scales))
 
 
 def _as_mapping(value: Any) -> Mapping[str, Any]:
@@ -106,6 +108,18 @@ def _as_mapping(value: Any) -> Mapping[str, Any]:
 
 def _open(name: str, spec: Mapping[str, Any]) -> Task:
     return open_task({key: value for key, value in spec.items() if key != "backbone"}, f"tasks.{name}")
+
+
+def _choose_scale(name: str, spec: Mapping[str, Any]) -> float | None:
+    """Returns the scale with which a task's later gradients are as long as its first ones are without; None for none.
+
+    A task whose gradients shrink at once drowns in the noise of a clip norm for its first ones, or for those of the
+    tasks beside it. With the scale tasks share one clip norm about equally.
+    """
+    task = _open(name, spec)
+    if "scale" in spec or not (isinstance(task, SmoothLoss) and isinstance(task, LaterSlope)):
+        return None
+    return round(task.first_slope / task.later_slope, 4)
 
 
 def _has_public_mean(values: Mapping[str, Any], task: Mapping[str, Any]) -> bool:
@@ -151,7 +165,7 @@ def _choose_moments(heads: Iterable[Mapping[str, Any]], asked: Mapping[str, Any]
 
 def _choose_clip_norm(tasks: Mapping[str, Task]) -> float:
     """Returns a clip norm for all tasks of a unit together, whose features have a length of 1."""
-    slopes = [task.scale * task.first_slope for task in tasks.values() if isinstance(task, SmoothLoss)]
+    slopes = [task.scale * expect_slope(task) for task in tasks.values() if isinstance(task, SmoothLoss)]
     return round(CLIP_SHARE * math.hypot(*slopes), 4) or 1.0
 
 
@@ -198,7 +212,7 @@ def _choose_step(task: Task, rounds: int) -> dict[str, float]:
     return {"step": round(STEP / smoothness, 6), **(calm if getattr(task, "smoothing", 0.0) else {})}
 
 
-def _explain(chosen: Mapping[str, Any], trains_network: bool) -> tuple[str, ...]:
+def _explain(chosen: Mapping[str, Any], trains_network: bool, scales: Mapping[str, float]) -> tuple[str, ...]:
     solver, aggregation, moments = chosen["solver"], chosen["aggregation"], chosen.get("moments")
     what = "a network or hidden layer trains" if trains_network else "all heads are linear"
     reasons = [f"solver {solver['kind']}: {what}, and one noised sum a round leaves the step to the coordinator"]
@@ -210,6 +224,11 @@ def _explain(chosen: Mapping[str, Any], trains_network: bool) -> tuple[str, ...]
         f"aggregation heavy_ball: its step adds noise of about {tolerated} to an output, whatever the sizes and "
         f"epsilon are; one site's sum has noise of deviation {aggregation['noise']:g}"
     )
+    reasons += [
+        f"scale {scale:g} of {name}: after the first round its gradients are so many times shorter, and the clip norm "
+        "is for those that follow"
+        for name, scale in scales.items()
+    ]
     if moments is not None:
         parts = {
             "the mean of features": moments["means"],

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from common.privacy.filters import choose_noise_multiplier
 from common.privacy.update_norm import DescentSettings
 from common.run import RunConfig
-from common.tasks import LabelPrior, SmoothLoss, Task
+from common.tasks import LabelPrior, SmoothLoss, Task, expect_slope
 
 _EASY = 4.0
 _LEAST_KEPT = 0.15
@@ -103,7 +103,7 @@ def compute_v(run: RunConfig, tasks: Mapping[str, Task], totals: Mapping[str, To
         totals: task -> its sites and units; tasks without any are left out.
     """
     noise = _find_noise(run)
-    slopes = {name: task.scale * task.first_slope for name, task in tasks.items() if isinstance(task, SmoothLoss)}
+    slopes = {name: task.scale * expect_slope(task) for name, task in tasks.items() if isinstance(task, SmoothLoss)}
     found: dict[str, float | None] = {}
     for name, task in tasks.items():
         if name not in totals:

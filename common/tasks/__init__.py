@@ -254,6 +254,18 @@ class SmoothLoss(Protocol):
 
 
 @runtime_checkable
+class LaterSlope(Protocol):
+    """Optional part of a task with a smooth loss whose gradients are soon much shorter, or longer, than at first.
+
+    Clip norms, and the scale by which a task shares one with others, follow from it (`common.model.auto`).
+    """
+
+    @property
+    def later_slope(self) -> float:
+        """The usual length of a record's gradient in the rounds after the first, where features have a length of 1."""
+
+
+@runtime_checkable
 class ConstantCurvature(Protocol):
     """Optional part of a task with a smooth loss whose curvature stays, however well the outputs fit: squared errors.
 
@@ -380,6 +392,11 @@ class BaselinePrediction(Protocol):
         Returns:
             Outputs as a head would give them; of a task with `PairMetrics`, embeddings of any width.
         """
+
+
+def expect_slope(task: SmoothLoss) -> float:
+    """Returns the usual length of a record's gradient while a task trains, its scale left out."""
+    return task.later_slope if isinstance(task, LaterSlope) else task.first_slope
 
 
 def open_tasks(run: RunConfig) -> dict[str, Task]:

@@ -13,13 +13,14 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from common.model.auto import _choose_aggregation
+from common.model.guessing import Totals, compute_v
 from common.model.momentum import Momentum
 from common.offers import make_offer
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.filters import calibrate_noise_multiplier
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
-from common.tasks import open_task
+from common.tasks import open_task, open_tasks
 from common.types import BadInput, Plan, Unit
 from common.yaml import parse
 from tests.tiny import TASKS, backbone, run_config
@@ -167,6 +168,34 @@ def test_a_kind_without_a_rule_needs_settings() -> None:
 def test_a_run_without_privacy_has_no_noise_to_keep_small() -> None:
     run = auto(privacy="non_private")
     assert run.solver.kind == "sgd" and run.aggregation_of("size").settings()["noise"] == 0.0
+
+
+PLACES: dict[str, Any] = {"kind": "segmentation", "labels": ["ground", "cell"], "side": 8}
+PICTURE: dict[str, Any] = {"kind": "classification", "labels": ["a", "b"]}
+
+
+def test_a_task_of_places_has_the_scale_with_which_it_shares_a_clip_norm_equally() -> None:
+    both = auto(tasks={"places": PLACES, "picture": PICTURE})
+    alone = {name: auto(tasks={name: task}) for name, task in (("places", PLACES), ("picture", PICTURE))}
+    assert both.tasks["places"].settings()["scale"] == alone["places"].tasks["places"].settings()["scale"] == 4.0
+    assert "scale" not in both.tasks["picture"].settings()
+    clip = {name: run.solver.settings()["clip_norm"] for name, run in alone.items()}
+    assert clip["places"] == clip["picture"]
+    assert both.solver.settings()["clip_norm"] == pytest.approx(math.sqrt(2) * clip["places"], abs=1e-4)
+    # A step on a loss times four is four times shorter, or the scale would change runs without noise.
+    steps = both.aggregation_of("places").settings()["step"], both.aggregation_of("picture").settings()["step"]
+    assert 4.0 * steps[0] == pytest.approx(steps[1])
+    assert any("scale 4 of places" in reason for reason in both.chosen)
+    assert not any("scale" in reason for reason in alone["picture"].chosen)
+    mine = auto(tasks={"places": {**PLACES, "scale": 1.0}, "picture": PICTURE})
+    assert mine.tasks["places"].settings()["scale"] == 1.0
+    assert mine.solver.settings()["clip_norm"] < both.solver.settings()["clip_norm"]
+
+
+def test_a_task_of_places_takes_half_of_what_a_task_beside_it_can_learn_and_not_more() -> None:
+    both, alone = auto(tasks={"places": PLACES, "picture": PICTURE}), auto(tasks={"picture": PICTURE})
+    v = [compute_v(run, open_tasks(run), {"picture": Totals(500, 4)})["picture"] for run in (both, alone)]
+    assert v[0] is not None and v[1] is not None and v[0] == pytest.approx(v[1] / math.sqrt(2), rel=1e-3)
 
 
 @pytest.mark.parametrize("bias", [True, False])
