@@ -52,6 +52,7 @@ class Dicom(ListedFiles):
             value.
         patient_from_tag: whether the patient id is the file's PatientID instead of a column.
         max_slices: of a series, evenly spread; null takes all.
+        masks: columns of paths of masks of single pictures, as of a manifest.
     """
 
     kind: Literal["dicom"]
@@ -59,6 +60,7 @@ class Dicom(ListedFiles):
     window: tuple[float, Annotated[float, Field(gt=0)]] | Literal["file", "full"] = "file"
     patient_from_tag: bool = False
     max_slices: Annotated[int, Field(ge=1)] | None = None
+    masks: list[str] = []
 
     @model_validator(mode="after")
     def _one_patient(self) -> Dicom:
@@ -90,7 +92,7 @@ class Dicom(ListedFiles):
             raise BadInput("sources: expected the package pydicom; install headwater[dicom]") from error
         settings = f"dicom {self.window} {self.max_slices}"
         patient = _patient if self.patient_from_tag else None
-        return open_listing(self, Reader(self.file, self.read, "DICOM file", settings, patient))
+        return open_listing(self, Reader(self.file, self.read, "DICOM file", settings, patient), self.masks)
 
     def read(self, path: Path) -> Any:
         """Returns a file's picture, or those of a multi-frame file or a folder's series. Raises BadRecord, OSError."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
@@ -11,8 +14,9 @@ from pydantic import model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings
+from client.data.sources.parts.masks import LazyCells, decode_mask
 from client.data.sources.parts.named import NamedGroups, Naming, OneGroup, find_patient
-from client.data.sources.parts.pictures import read_picture, write_example_pictures
+from client.data.sources.parts.pictures import read_picture, read_size, write_example_pictures
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from common.inputs import CellName
 from common.plugins import LocalPath
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+
+
+_BRACES = re.compile(r"\{(\w+)\}")
 
 
 class ImageFolder(SourceSettings):
@@ -38,6 +45,8 @@ class ImageFolder(SourceSettings):
         patient: the pattern's group that is the patient id.
         test: column of the pattern -> values: an image is held out where any of its cells is listed; all others are to
             train on. Without it the source states no split.
+        masks: column -> path of an image's mask, relative to `path`, with the pattern's groups in braces:
+            `masks/{frame}.png`. Only images that fit the pattern are then records; one without the file has no label.
     """
 
     kind: Literal["image_folder"]
@@ -47,11 +56,13 @@ class ImageFolder(SourceSettings):
     pattern: NamedGroups | None = None
     patient: str | None = None
     test: dict[str, list[CellName]] | None = None
+    masks: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _one_layout(self) -> ImageFolder:
         folders = [name for name in ("splits", "patient_pattern") if getattr(self, name)]
         named = [name for name in ("patient", "test") if getattr(self, name) is not None]
+        named += ["masks"] if self.masks else []
         if self.pattern is not None and folders:
             raise ValueError(
                 f"expected no {' and '.join(folders)} beside pattern: its named groups, patient and test say"
@@ -62,6 +73,12 @@ class ImageFolder(SourceSettings):
         naming = self.naming()
         if naming is not None:
             naming.check()
+            for column, path in self.masks.items():
+                unknown = set(_BRACES.findall(path)) - set(re.compile(naming.pattern).groupindex)
+                if unknown:
+                    raise ValueError(
+                        f"masks.{column}: expected groups of the pattern in braces, got {sorted(unknown)[0]!r}"
+                    )
         return self
 
     @classmethod
@@ -75,13 +92,30 @@ class ImageFolder(SourceSettings):
     def open(self) -> Pictures:
         """The opened folder. Raises BadInput: missing, or without an image at the right depth."""
         depth = None if self.pattern is not None else 3 if self.splits else 2
-        tree = open_tree(self.path, "images").chosen(
-            lambda name: name.suffix.lower() in SUFFIXES and depth in (None, len(name.parts))
+        fitting = re.compile(self.pattern) if self.pattern is not None and self.masks else None
+        everything = open_tree(self.path, "images")
+        tree = everything.chosen(
+            lambda name: (
+                name.suffix.lower() in SUFFIXES
+                and depth in (None, len(name.parts))
+                and (fitting is None or fitting.search(name.as_posix()) is not None)
+            )
         )
         if not tree.stamps:
             layout = {None: "", 2: " as label/file", 3: " as split/label/file"}[depth]
             raise BadInput(f"{self.path}: expected images{layout}, got none")
-        return Pictures(self, tree, tuple(tree.stamps))
+        masks = {name: self._locate_masks(name, everything) for name in tree.stamps} if self.masks else {}
+        used = {*tree.stamps, *(path for each in masks.values() for path in each.values())}
+        return Pictures(self, everything.chosen(lambda name: name.as_posix() in used), tuple(tree.stamps), masks)
+
+    def _locate_masks(self, name: str, tree: Tree) -> dict[str, str]:
+        """Returns column -> path of each mask of an image that is there."""
+        match = re.compile(f"{self.pattern}").search(name)
+        found = {
+            column: PurePosixPath(_BRACES.sub(lambda group: (match[group[1]] or "") if match else "", path)).as_posix()
+            for column, path in self.masks.items()
+        }
+        return {column: path for column, path in found.items() if path in tree.stamps}
 
     def naming(self) -> Naming | None:
         """Returns the rule by which an image's path is read where there is a pattern."""
@@ -95,16 +129,17 @@ class Pictures:
     settings: ImageFolder = field(repr=False)
     tree: Tree = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
+    masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
 
     def digest(self) -> str:
-        """Over every image's path and its size and time of change, or its checksum in a zip."""
+        """Over every image's and mask's path and its size and time of change, or its checksum in a zip."""
         return self.tree.digest()
 
     def index(self) -> list[SourceRecord]:
         """Images in the order of their paths; `row` counts in this order."""
         naming, file = self.settings.naming(), self.settings.path.name
         return [
-            self._by_folder(number, name) if naming is None else naming.record(number, file, name)
+            self._by_folder(number, name) if naming is None else self._add_masks(naming.record(number, file, name))
             for number, name in enumerate(self.names, start=1)
         ]
 
@@ -119,6 +154,18 @@ class Pictures:
             split=parts[0] if self.settings.splits else None,
             cells={"label": parts[-2]},
         )
+
+    def _add_masks(self, record: SourceRecord) -> SourceRecord:
+        if not self.settings.masks:
+            return record
+        known = self.masks[record.key]
+        blank = {column: "" for column in self.settings.masks}
+        read = {column: partial(self._read_mask, record.key, path) for column, path in known.items()}
+        return replace(record, cells=LazyCells({**record.cells, **blank}, read))
+
+    def _read_mask(self, name: str, path: str) -> str:
+        size = read_size(io.BytesIO(self.tree.read(name, "image")))
+        return decode_mask(self.tree.read(path, "mask"), PurePosixPath(path).suffix, size)
 
     def load(self, position: int) -> Image.Image:
         """One image."""

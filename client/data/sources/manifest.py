@@ -35,7 +35,7 @@ class Manifest(ListedFiles):
         text: column of texts.
         text_pair: column of the texts that are read together with them.
         masks: columns of paths of masks, relative to `root`: pictures or .npy arrays of whole numbers, of the size of
-            the row's picture.
+            the row's picture; of arrays also height x width x labels with a single 1 at each place.
     """
 
     kind: Literal["manifest"]

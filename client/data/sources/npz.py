@@ -17,7 +17,7 @@ from pydantic import Field
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
-from client.data.sources.parts.masks import LazyCells
+from client.data.sources.parts.masks import LazyCells, find_indices
 from common.errors import instead
 from common.inputs import write_mask
 from common.plugins import Frozen, LocalPath
@@ -32,7 +32,8 @@ class ArrayPart(Frozen):
 
     Attributes:
         inputs: array of images or vectors, one record each.
-        labels: column -> array of labels: one value for each record, or a mask of whole numbers.
+        labels: column -> array of labels: one value for each record, or a mask: a whole number for each place, or one
+            number for each label there, with a single 1.
         patient: array of patient ids.
     """
 
@@ -124,7 +125,7 @@ class Npz(SourceSettings):
         if arrays[part.inputs].ndim < 2:
             raise BadInput(f"{self.path}: expected {part.inputs!r} to hold one image or vector for each record")
         for name in part.per_record():
-            of_places = name != part.patient and arrays[name].ndim == 3
+            of_places = name != part.patient and arrays[name].ndim in (3, 4)
             if arrays[name].shape[: 3 if of_places else None] != arrays[part.inputs].shape[: 3 if of_places else 1]:
                 what = "one mask of its size" if of_places else "one value"
                 raise BadInput(f"{self.path}: expected {name!r} to hold {what} for each record of {part.inputs!r}")
@@ -165,7 +166,7 @@ class Arrays:
         records: list[SourceRecord] = []
         for split, part in self.settings.parts.items():
             inputs = self.arrays[part.inputs]
-            masks = {column: self.arrays[name] for column, name in part.labels.items() if self.arrays[name].ndim == 3}
+            masks = {column: self.arrays[name] for column, name in part.labels.items() if self.arrays[name].ndim > 2}
             columns = {column: self._texts(column, name) for column, name in part.labels.items() if column not in masks}
             patients = None if part.patient is None else _as_texts(self.arrays[part.patient])
             for row in range(len(inputs)):
@@ -202,7 +203,7 @@ class Arrays:
 def _join_cells(cells: Mapping[str, str], masks: Mapping[str, np.ndarray], row: int) -> Mapping[str, str]:
     if not masks:
         return cells
-    return LazyCells(cells, {column: partial(write_mask, values[row]) for column, values in masks.items()})
+    return LazyCells(cells, {column: partial(_write_one, values, row) for column, values in masks.items()})
 
 
 def _as_texts(values: np.ndarray) -> list[str]:
@@ -221,3 +222,7 @@ def _read_text(values: np.ndarray, row: int) -> str:
         return str(values[row])
     except (SystemError, ValueError):
         return ""
+
+
+def _write_one(values: np.ndarray, row: int) -> str:
+    return write_mask(find_indices(values[row]))

@@ -1,4 +1,4 @@
-"""Masks that a manifest lists: read as labels, and each bad one refused by itself."""
+"""Masks that a table lists or a folder holds: read as labels, and each bad one refused by itself."""
 
 from __future__ import annotations
 
@@ -82,3 +82,90 @@ def test_another_mask_is_another_source(tmp_path: Path) -> None:
     assert listing(tmp_path, "m.npy").digest() != before
     with pytest.raises(BadInput, match="masks"):
         listing(tmp_path, "m.npy", audio="image")
+
+
+ONE_HOT = np.eye(3, dtype=np.uint8)[MASK]
+
+
+def test_a_mask_with_one_number_for_each_label_is_read_as_the_labels_positions(tmp_path: Path) -> None:
+    write(tmp_path, "m.npy", ONE_HOT.astype(np.float32))
+    (record,) = listing(tmp_path, "m.npy").index()
+    np.testing.assert_array_equal(read_mask(record.cells["mask"]), MASK)
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 3, 5), np.uint8), mask=np.stack([ONE_HOT, ONE_HOT[::-1]]))
+    parts = {"all": {"inputs": "x", "labels": {"mask": "mask"}}}
+    records = open_source({"kind": "npz", "path": str(tmp_path / "a.npz"), "parts": parts}, "s").open().index()
+    assert [read_mask(each.cells["mask"]).tolist() for each in records] == [MASK.tolist(), MASK[::-1].tolist()]
+
+
+@pytest.mark.parametrize("values", [ONE_HOT * 2, ONE_HOT * 0, np.maximum(ONE_HOT, ONE_HOT[..., ::-1]), ONE_HOT / 2])
+def test_a_place_with_two_labels_or_none_among_them_is_refused(tmp_path: Path, values: np.ndarray) -> None:
+    write(tmp_path, "m.npy", values)
+    with pytest.raises(BadRecord, match="expected a mask with a single 1 for each place"):
+        listing(tmp_path, "m.npy").index()[0].cells["mask"]
+
+
+def folder_of(folder: Path, **settings: Any) -> Source:
+    """Three frames in the layout of Cityscapes, of which the last has no mask; and files that are no frames."""
+    pictures, masks = folder / "leftImg8bit", folder / "gtFine"
+    for name in ("train/aachen/aachen_0_1", "val/bonn/bonn_0_2", "val/bonn/bonn_0_3"):
+        for path, end in ((pictures, "leftImg8bit"), (masks, "gtFine_labelIds"), (masks, "gtFine_color")):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            if end != "gtFine_labelIds" or not name.endswith("3"):
+                Image.fromarray(MASK).save(path / f"{name}_{end}.png")
+    return source_of(folder, **settings)
+
+
+def source_of(folder: Path, **settings: Any) -> Source:
+    pattern = r"^leftImg8bit/(?P<side>\w+)/(?P<city>\w+)/(?P<frame>.+)_leftImg8bit\.png$"
+    masks_of = {"mask": "gtFine/{side}/{city}/{frame}_gtFine_labelIds.png"}
+    spec = {
+        "kind": "image_folder",
+        "path": str(folder),
+        "pattern": pattern,
+        "masks": masks_of,
+        "test": {"side": ["val"]},
+    }
+    return open_source({**spec, **settings}, "s").open()
+
+
+def test_masks_in_a_folder_beside_the_pictures_are_found_by_name(tmp_path: Path) -> None:
+    source = folder_of(tmp_path)
+    records = source.index()
+    assert [(each.split, each.cells["city"]) for each in records] == [
+        ("train", "aachen"),
+        ("test", "bonn"),
+        ("test", "bonn"),
+    ]
+    np.testing.assert_array_equal(read_mask(records[1].cells["mask"]), MASK)
+    assert records[2].cells["mask"] == "" and source.load(2).size == (5, 3)
+    path = tmp_path / "gtFine" / "val" / "bonn" / "bonn_0_2_gtFine_labelIds.png"
+    Image.fromarray(MASK[:, :3]).save(path)
+    changed = source_of(tmp_path)
+    assert changed.digest() != source.digest()
+    with pytest.raises(BadRecord, match="of its picture's size, got one of another"):
+        changed.index()[1].cells["mask"]
+
+
+def test_masks_of_a_folder_need_a_pattern_whose_groups_they_name(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"masks\.mask: expected groups of the pattern in braces, got 'town'"):
+        folder_of(tmp_path, masks={"mask": "gtFine/{town}.png"})
+    with pytest.raises(BadInput, match="expected a pattern beside test and masks"):
+        folder_of(tmp_path, pattern=None)
+    assert len(folder_of(tmp_path, masks={"mask": "../{frame}.png"}).index()) == 3
+    assert folder_of(tmp_path, masks={"mask": "../{frame}.png"}).index()[0].cells["mask"] == ""
+
+
+def test_a_mask_of_a_dicom_picture_is_read_and_one_of_a_series_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from client.data.sources.dicom import write_dicom
+
+    (tmp_path / "series").mkdir()
+    for path in ("a.dcm", "series/1.dcm", "series/2.dcm"):
+        write_dicom(tmp_path / path, 100 * MASK.astype(np.uint16))
+    write(tmp_path, "m.npy", MASK)
+    (tmp_path / "list.csv").write_text("file,mask\na.dcm,m.npy\nseries,m.npy\n")
+    spec = {"kind": "dicom", "path": str(tmp_path / "list.csv"), "masks": ["mask"], "window": "full"}
+    one, series = open_source(spec, "s").open().index()
+    np.testing.assert_array_equal(read_mask(one.cells["mask"]), MASK)
+    with pytest.raises(BadRecord, match="expected a mask of one picture, got one of several"):
+        series.cells["mask"]

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from client.data.sources.parts.pictures import read_picture, read_size
 from client.data.sources.parts.tree import read_file
-from common.inputs import Box, write_boxes, write_mask
+from common.inputs import Box, Several, write_boxes, write_mask
 from common.types import BadRecord
+
+_UNREADABLE = "missing or unreadable mask"
 
 
 @final
@@ -49,7 +51,7 @@ def read_mask_file(path: Path, picture: Any) -> str:
     """Returns a mask's file as a cell (`common.inputs.write_mask`).
 
     Args:
-        path: a grey, black-and-white or indexed picture, or a .npy array, of whole numbers from 0.
+        path: see `decode_mask`.
         picture: the picture that it is of, as its source loads it.
 
     Raises:
@@ -57,14 +59,49 @@ def read_mask_file(path: Path, picture: Any) -> str:
     """
     try:
         data = read_file(path, "mask")
-        values_HW = _read_array(data) if path.suffix.lower() == ".npy" else _read_values(data)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError):
         # From None: these messages name the file, and so perhaps a patient.
-        raise BadRecord("missing or unreadable mask") from None
-    size = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
-    if values_HW.shape != size:
+        raise BadRecord(_UNREADABLE) from None
+    if isinstance(picture, Several):
+        raise BadRecord("expected a mask of one picture, got one of several")
+    height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+    return decode_mask(data, path.suffix, (width, height))
+
+
+def decode_mask(data: bytes, suffix: str, size: tuple[int, int]) -> str:
+    """Returns a mask as a cell (`common.inputs.write_mask`).
+
+    Args:
+        data: a grey, black-and-white or indexed picture, or a .npy array, of whole numbers from 0; of an array also one
+            for each label, with a single 1 at each place.
+        suffix: that of its file.
+        size: width and height of the picture that it is of.
+
+    Raises:
+        BadRecord: it is unreadable, no mask, or of another size.
+    """
+    try:
+        values = find_indices(_read_array(data)) if suffix.lower() == ".npy" else _read_values(data)
+    except (OSError, ValueError, EOFError):
+        raise BadRecord(_UNREADABLE) from None
+    if values.shape != size[::-1]:
         raise BadRecord("expected a mask of its picture's size, got one of another")
-    return write_mask(values_HW)
+    return write_mask(values)
+
+
+def find_indices(values: NDArray[Any]) -> NDArray[Any]:
+    """Returns whole numbers H x W of a mask that may be H x W x K, with a single 1 among zeros at each place.
+
+    Raises:
+        BadRecord: a place with something else.
+    """
+    if values.ndim != 3:
+        return values
+    if values.dtype.kind not in "buif" or not (
+        ((values == 0) | (values == 1)).all() and (values.sum(axis=2) == 1).all()
+    ):
+        raise BadRecord("expected a mask with a single 1 for each place among zeros, one number for each label")
+    return np.asarray(values.argmax(axis=2))
 
 
 def _read_array(data: bytes) -> NDArray[Any]:
