@@ -63,6 +63,8 @@ class Several:
 
 
 _MASK = re.compile(r"mask ([0-9]{1,6}) ([0-9]{1,6})((?: [0-9]{1,10}\*[0-9]{1,10})+)( \{.*\})?", re.DOTALL)
+# A label may be called "mask worn", or "boxes".
+_BEGINNING = re.compile(r"mask [0-9]{1,6} [0-9]{1,6} [0-9]{1,10}\*[0-9]")
 MAX_PIXELS = 1 << 28
 """Places of a mask that are read at most."""
 
@@ -92,7 +94,7 @@ def write_mask(values_HW: NDArray[Any], names: Mapping[int, str] | None = None) 
 
 def is_mask(cell: str) -> bool:
     """Returns true for a cell that holds a mask."""
-    return cell.startswith("mask ")
+    return _BEGINNING.match(cell) is not None
 
 
 def read_mask(cell: str) -> NDArray[np.int64]:
@@ -159,6 +161,24 @@ def _write_names(names: Mapping[int, str]) -> str:
     return " " + json.dumps({str(value): name for value, name in names.items()}, ensure_ascii=False)
 
 
+def resize_mask(values_HW: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """Returns a mask of another size, each of whose places has the value of the nearest of the mask's.
+
+    Args:
+        values_HW: the mask.
+        height: height of the result.
+        width: width of the result.
+    """
+    import numpy as np
+
+    rows, columns = (
+        (np.arange(wanted) * 2 + 1) * own // (2 * wanted)
+        for own, wanted in zip(values_HW.shape, (height, width), strict=True)
+    )
+    resized: NDArray[Any] = values_HW[np.ix_(rows, columns)]
+    return resized
+
+
 @dataclass(frozen=True)
 class Box:
     """A rectangle around an object, with x to the right and y downwards from the picture's upper left corner.
@@ -199,7 +219,7 @@ def write_boxes(boxes: Sequence[Box], width: float, height: float) -> str:
 
 def is_boxes(cell: str) -> bool:
     """Returns true for a cell that holds boxes."""
-    return cell.startswith(_BOXES)
+    return cell.startswith(f"{_BOXES}[")
 
 
 def read_boxes(cell: str) -> list[Box]:

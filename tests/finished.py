@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
+from torchvision import models
 
 from common.model.backbones import open_backbones
 from common.model.parameters import parameters
@@ -15,6 +18,7 @@ from common.serving.folder import describe_model, write_model
 from common.tasks import open_tasks
 from tests.tiny import run_config
 
+MASKS = {"kind": "segmentation", "labels": ["ground", "cell"], "side": 16}
 TASKS = {"finding": {"kind": "classification", "labels": ["none", "glioma", "meningioma"]}}
 
 
@@ -63,3 +67,19 @@ def write_finished(
     )
     write_model(folder, config, heads, {name: own.blob() for name, own in opened.items()})
     return folder
+
+
+def write_maps(folder: Path, **maps: Any) -> dict[str, Any]:
+    """Returns settings of maps of a MobileNetV2 at 32 pixels, whose random weights are written to the folder."""
+    path = folder / "mobilenet.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(models.mobilenet_v2(weights=None, num_classes=4).state_dict(), path)
+    return {
+        "kind": "torchvision",
+        "model": "mobilenet_v2",
+        "weights": str(path),
+        "num_classes": 4,
+        "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+        "maps": {"layers": ["features.1"], "grid": 4, **maps},
+    }

@@ -112,6 +112,12 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
+def strip_suffix(name: str) -> str:
+    """Returns a file's name without the end that says how it is read."""
+    ends = [suffix for kind in FILE_KINDS for suffix in kind.suffixes if name.lower().endswith(suffix)]
+    return (name[: -max(map(len, ends))] if ends else "") or name
+
+
 def list_suffixes() -> str:
     """Returns the ends of all names that are read, for messages."""
     return ", ".join(sorted(suffix for kind in FILE_KINDS for suffix in kind.suffixes))
@@ -125,14 +131,14 @@ class LooseFiles:
         kind: how they are read.
         names: what each is called in the output.
         fetch: name -> content; raises BadRecord or OSError.
-        locate: name -> path.
+        find: name -> path.
         stamps: name -> size and time of change.
     """
 
     kind: FileKind
     names: Sequence[str] = field(repr=False)
     fetch: Callable[[str], bytes] = field(repr=False)
-    locate: Callable[[str], Path] = field(repr=False)
+    find: Callable[[str], Path] = field(repr=False)
     stamps: Mapping[str, str] = field(repr=False)
 
     def digest(self) -> str:
@@ -150,10 +156,14 @@ class LooseFiles:
         """Returns one file's item."""
         name = self.names[position]
         try:
-            return self.kind.read(b"" if self.kind.by_path else self.fetch(name), self.locate(name))
+            return self.kind.read(b"" if self.kind.by_path else self.fetch(name), self.find(name))
         except (OSError, ValueError):
             # From None: these messages name the file, and so perhaps a patient.
             raise BadRecord("missing or unreadable file") from None
+
+    def locate(self, position: int) -> Path:
+        """Returns one file's path."""
+        return self.find(self.names[position])
 
 
 def open_files(path: Path) -> list[LooseFiles]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 from client.data.records import RejectedRecord
 from client.prediction.data import Records, choose_tasks, open_records
 from client.prediction.output import Output, OutputLayout, opened_output, write_rejected
+from client.prediction.places import NO_PLACES, PlacesOutput, PlacesWriter, opened_places, plan_places
 from client.prediction.records import Encode, Part, PredictedRecord, encode_now, predict_part
 from common.serving.network import Model
 from common.types import BadInput
@@ -41,7 +42,13 @@ class Written:
 
 
 def write_predictions(
-    model: Model, records: Records, output: Output, *, encode: Encode = encode_now, observe: Observe | None = None
+    model: Model,
+    records: Records,
+    output: Output,
+    *,
+    places: PlacesOutput = NO_PLACES,
+    encode: Encode = encode_now,
+    observe: Observe | None = None,
 ) -> Written:
     """Writes what a model says of records, and the list of those that it cannot use.
 
@@ -49,6 +56,7 @@ def write_predictions(
         model: the model, with its backbones on the device that is to encode.
         records: the records.
         output: where both are written.
+        places: where masks, boxes and overlays are written, as `plan_places` returned it.
         encode: computes or reads features.
         observe: told how far it is.
 
@@ -57,13 +65,15 @@ def write_predictions(
     """
     layout, rejected, count = OutputLayout.of(model, records.parts), list(records.rejected), 0
     try:
-        with opened_output(output, layout.columns) as writer:
-            for part, predicted, others in _predict_all(model, records, encode, observe):
+        # The table is on the disk before anything else takes its place.
+        with opened_places(places, model, records.parts) as drawing, opened_output(output, layout.columns) as writer:
+            for part, predicted, others in _predict_all(model, records, encode, observe, drawing):
                 writer.write([layout.make_row(part, each) for each in predicted])
                 rejected += others
                 count += len(predicted)
             if count == 0:
                 raise BadInput(_explain_none(records, rejected, f"; {output.rejected} lists them" if rejected else ""))
+            drawing.finish()
     except BadInput:
         if count == 0:
             write_rejected(output, rejected)
@@ -119,6 +129,9 @@ class LoadedModel:
         tasks: Sequence[str] = (),
         columns: Sequence[str] = (),
         source: str | None = None,
+        masks: str | Path | None = None,
+        boxes: str | Path | None = None,
+        overlays: str | Path | None = None,
     ) -> pd.DataFrame:
         """Returns a row for each record of data that can be used, as `headwater predict` writes it.
 
@@ -129,25 +142,34 @@ class LoadedModel:
             columns: of a table the column of texts or paths, and of pairs of texts the second one too; of an .npz file
                 the array; by default it is found.
             source: of a file with several sources, the one to read.
+            masks: new folder for the masks of a model that predicts some; the table then has their paths.
+            boxes: new `.json` file for the boxes of a model that predicts some.
+            overlays: new folder for the pictures with masks or boxes drawn on them.
 
         Returns:
             The table. `attrs["rejected"]` lists the file, row, task and reason of each record that cannot be used; a
             warning says how many there are.
 
         Raises:
-            BadInput: there is nothing that can be read, or no record can be used.
+            BadInput: there is nothing that can be read, no record can be used, or something is there already.
         """
         import pandas as pd
 
+        wanted = PlacesOutput(*(None if path is None else Path(path) for path in (masks, boxes, overlays)))
+
         given = Path(data) if isinstance(data, str) else data
-        records = open_records(self.model, given, tasks=choose_tasks(self.model, tasks), columns=columns, source=source)
+        chosen = choose_tasks(self.model, tasks)
+        places = plan_places(wanted, self.model, chosen, force=False)
+        records = open_records(self.model, given, tasks=chosen, columns=columns, source=source)
         layout, rejected, rows, index = OutputLayout.of(self.model, records.parts), list(records.rejected), [], []
-        for part, predicted, others in _predict_all(self.model, records, encode_now, None):
-            rows += [layout.make_row(part, each) for each in predicted]
-            index += [each.position for each in predicted]
-            rejected += others
-        if not rows:
-            raise BadInput(_explain_none(records, rejected, ""))
+        with opened_places(places, self.model, records.parts) as drawing:
+            for part, predicted, others in _predict_all(self.model, records, encode_now, None, drawing):
+                rows += [layout.make_row(part, each) for each in predicted]
+                index += [each.position for each in predicted]
+                rejected += others
+            if not rows:
+                raise BadInput(_explain_none(records, rejected, ""))
+            drawing.finish()
         frame = pd.DataFrame(rows, columns=[column.name for column in layout.columns])
         if isinstance(data, pd.DataFrame):
             frame.index = data.index[index]
@@ -160,7 +182,7 @@ class LoadedModel:
 
 
 def _predict_all(
-    model: Model, records: Records, encode: Encode, observe: Observe | None
+    model: Model, records: Records, encode: Encode, observe: Observe | None, drawing: PlacesWriter
 ) -> Iterator[tuple[Part, list[PredictedRecord], list[RejectedRecord]]]:
     for part in records.parts:
 
@@ -169,7 +191,8 @@ def _predict_all(
                 observe(f"predicting {part.name}".strip(), done, total)
 
         for predicted, rejected in predict_part(model, part, encode, progress):
-            yield part, predicted, rejected
+            drawn, others = drawing.write(part, predicted)
+            yield part, drawn, [*rejected, *others]
 
 
 def _explain_none(records: Records, rejected: Sequence[RejectedRecord], where: str) -> str:

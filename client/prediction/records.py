@@ -8,6 +8,7 @@ and so are features. A record that cannot be used costs itself only, and is name
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from common.serving.network import Model, ServedHead
 from common.tasks import JoinsCells, Task
 
 _ROWS = 256
-"""Features that pass a head at once."""
+"""Rows that pass a head at once: vectors of records, or of places, where a record has many."""
 
 _BLOCK = 4096
 """Records that are encoded by one backbone after the other where a source has several."""
@@ -206,10 +207,15 @@ def _join(parts: Sequence[EncodedRecords], first: int) -> EncodedRecords:
 
 
 def _apply_head(task: Task, head: ServedHead, features_BD: NDArray[np.float32]) -> TaskResult:
+    num_places = math.prod(features_BD.shape[1:-1])
+    at_once = max(1, _ROWS // max(1, num_places))
     with torch.inference_mode():
-        outputs_BO = encode_padded(head.compute_outputs, torch.from_numpy(features_BD), _ROWS)
-        served_BC = head.serve(outputs_BO).float().numpy()
-    return TaskResult([_join_cells(task, cells) for cells in task.codec.decode(outputs_BO)], served_BC)
+        outputs_BO = encode_padded(head.compute_outputs, torch.from_numpy(features_BD), at_once)
+        # Outputs of places are refined: those of all records together would need more memory than the features.
+        parts = torch.split(outputs_BO, at_once if num_places > 1 else max(1, len(outputs_BO)))
+        served_BC = torch.cat([head.serve(part).float() for part in parts]).numpy()
+        cells = [each for part in parts for each in task.codec.decode(part)]
+    return TaskResult([_join_cells(task, each) for each in cells], served_BC)
 
 
 def _join_cells(task: Task, cells: Sequence[str]) -> str:

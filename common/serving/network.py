@@ -142,12 +142,20 @@ class Model:
 
     def list_columns(self, task: str) -> list[str]:
         """Returns the names of the columns that a task serves."""
-        definition, head = self.tasks[task], self.heads[task]
-        dim = self.backbones[self.config.tasks[task].backbone].feature_dim
-        num_outputs = head.compute_outputs(torch.zeros(1, dim)).shape[1]
+        definition, num_outputs = self.tasks[task], self._compute_any(task).shape[-1]
         if isinstance(definition, Servable):
             return definition.name_served(num_outputs)
         return [f"output {number}" for number in range(num_outputs)]
+
+    def make_any_cell(self, task: str) -> str:
+        """Returns a prediction of a task as one cell, of features that are zero: it shows whether that is a mask."""
+        return "|".join(self.tasks[task].codec.decode(self._compute_any(task))[0])
+
+    def _compute_any(self, task: str) -> Tensor:
+        """Returns outputs of one record whose features are zero."""
+        own = self.backbones[self.config.tasks[task].backbone]
+        with torch.inference_mode():
+            return self.heads[task].compute_outputs(torch.zeros(1, *own.grid, own.feature_dim))
 
     def torch(self, *tasks: str) -> Network:
         """Returns tasks as one module on the CPU, from raw inputs to what they serve.

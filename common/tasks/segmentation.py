@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 import numpy as np
 from pydantic import Field, model_validator
 
-from common.inputs import CellName, CellNames, find_name, read_mask, read_mask_names, write_mask
+from common.inputs import CellName, CellNames, find_name, read_mask, read_mask_names, resize_mask, write_mask
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
@@ -236,10 +236,7 @@ class MaskCodec:
         if len(cells) != 1:
             raise BadRecord("expected a mask in one column")
         values_HW = read_mask(cells[0])
-        rows, columns = (
-            (np.arange(self.side) * 2 + 1) * np.array([[length] for length in values_HW.shape]) // (2 * self.side)
-        )
-        values_SS, found = values_HW[np.ix_(rows, columns)], np.unique(values_HW).tolist()
+        values_SS, found = resize_mask(values_HW, self.side, self.side), np.unique(values_HW).tolist()
         names = read_mask_names(cells[0])
         return torch.from_numpy(
             self._find_indices(values_SS, found) if names is None else self._find_named(values_SS, found, names)

@@ -28,6 +28,15 @@ def predict(
         typer.Option(help="A file or folder of records, or a YAML file with the settings of a source"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write: .csv, .jsonl or .parquet")] = Path("predictions.csv"),
+    masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new folder for the masks of a model that predicts some")
+    ] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A new .json file for predicted boxes, in COCO's format")
+    ] = None,
+    overlays: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new folder for pictures with masks or boxes drawn on them")
+    ] = None,
     site: Annotated[
         Path | None,
         typer.Option(help="The site's file: its last run where no MODEL is named, and its own records without --data"),
@@ -78,6 +87,7 @@ def predict(
             raise BadInput("--split: expected it beside --site and without --data, for the site's own records")
         from client.prediction.data import choose_tasks, describe_clipped, open_records
         from client.prediction.home import StoredFeatures, exclude_records, open_home_records
+        from client.prediction.places import PlacesOutput, plan_places
         from client.prediction.predict import write_predictions
         from client.prediction.records import encode_now
 
@@ -85,6 +95,7 @@ def predict(
             own = None if site is None else _open_site(site, coordinator, observe)
             opened = _open_model(model, own, run, device, backbones, federated=federated)
             tasks = choose_tasks(opened, task or ())
+            places = plan_places(PlacesOutput(masks, boxes, overlays, out.parent), opened, tasks, force=force)
             if data is not None:
                 records = open_records(opened, data, tasks=tasks, columns=column or (), source=source)
                 records = records if own is None else exclude_records(own, records)
@@ -94,7 +105,7 @@ def predict(
             for note in (*records.notes, *describe_clipped(opened, records)):
                 typer.echo(note, err=True)
             encode = encode_now if own is None or data is not None else StoredFeatures(own, opened).encode
-            written = write_predictions(opened, records, output, encode=encode, observe=observe)
+            written = write_predictions(opened, records, output, places=places, encode=encode, observe=observe)
         typer.echo(f"{output.path}: {written.num_predicted:,} record(s)")
         if written.num_rejected:
             typer.echo(f"{output.rejected}: {written.num_rejected:,} record(s) that could not be used, with reasons")

@@ -1,12 +1,13 @@
-"""Label cells that are more than a name: boxes around objects."""
+"""Label cells that are more than a name: masks, and boxes around objects."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.inputs import Box, is_boxes, read_boxes, write_boxes
+from common.inputs import Box, is_boxes, is_mask, read_boxes, resize_mask, write_boxes, write_mask
 from common.types import BadRecord
 
 SIDE = st.integers(-4, 12).map(lambda eighths: eighths / 8)
@@ -45,3 +46,16 @@ def test_boxes_are_read_as_fractions_of_their_picture() -> None:
 def test_a_cell_of_no_boxes_is_a_bad_record(cell: str) -> None:
     with pytest.raises(BadRecord, match="expected boxes"):
         read_boxes(cell)
+
+
+def test_a_label_that_begins_like_a_mask_or_boxes_is_none() -> None:
+    assert is_mask(write_mask(np.zeros((2, 3), np.uint8)))
+    assert not any(map(is_mask, ("mask worn", "mask 2 3", "no mask 1 1 0*1", "mask")))
+    assert not any(map(is_boxes, ("boxes of apples", "boxes", "boxes ")))
+
+
+def test_a_place_of_a_resized_mask_has_the_value_of_the_nearest() -> None:
+    values = np.array([[0, 1], [2, 3]])
+    assert resize_mask(values, 4, 2).tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert resize_mask(np.arange(9).reshape(3, 3), 1, 1).tolist() == [[4]]
+    assert np.array_equal(resize_mask(values, 2, 2), values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from common.plugins import Spec, resolve
 
@@ -65,6 +65,14 @@ class Source(Protocol):
         Raises:
             BadRecord: missing or unreadable; says why, without path or content.
         """
+
+
+@runtime_checkable
+class LocatesFiles(Protocol):
+    """Optional part of a source each of whose records is a file of its own."""
+
+    def locate(self, position: int) -> Path:
+        """Returns the path of the file of `index()[position]`. Raises BadRecord where it may not be read."""
 
 
 @dataclass(frozen=True)

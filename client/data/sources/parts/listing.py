@@ -118,6 +118,10 @@ class Listing:
             # From None: these messages name the file, and so perhaps a patient.
             raise BadRecord(f"missing {self.reader.what}") from None
 
+    def locate(self, position: int) -> Path:
+        """Returns the path of one record's file. Raises BadRecord."""
+        return self._inside(self.rows[position][self.reader.column])
+
     def _cells(self, position: int, row: Mapping[str, str]) -> Mapping[str, str]:
         own = {column: partial(self._read_mask, position, row[column]) for column in self.masks if row[column].strip()}
         return LazyCells(row, own) if own else row
