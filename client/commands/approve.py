@@ -10,7 +10,6 @@ import typer
 
 from client.commands.parts.options import Coordinator, Json, SiteFile, locate_offers
 from client.config import SiteConfig
-from client.ledger.evaluation_budget import list_unspent
 from client.protocol.approvals import Approvals, check_offer, read_offer
 from common.bundle import compute_code_digest
 from common.offers import Offer
@@ -133,7 +132,7 @@ def _describe_offer(config: SiteConfig, offer: Offer) -> dict[str, str]:
 
 def _describe_vote(config: SiteConfig, offer: Offer, run: RunConfig, scorer: str) -> dict[str, str]:
     """Returns what a choice asks of this site. Raises where it would be declined here."""
-    from client.protocol.balance import get_evaluation_budget, history_of
+    from client.protocol.balance import explain_largest_epsilon, find_largest_epsilon, history_of
     from client.protocol.site import Joined, SiteDeclined, check_allowed, plan_vote
 
     joined = Joined("approve", run, offer.backbones, Path())
@@ -152,16 +151,16 @@ def _describe_vote(config: SiteConfig, offer: Offer, run: RunConfig, scorer: str
         why = f"{vote.min_size} declared units are needed, this site declares {vote.public_size}"
         return {**about, "price": f"none: this site will not be asked; {why}"}
     history = history_of(config)
-    held = [*list_unspent(get_evaluation_budget(config), history), *history.list_earmarked()]
     price = (
         f"pure epsilon {vote.epsilon:g} per {config.unit} ({history.terms.relation}), whatever the number of "
         f"candidates; {round_up(history.compute_epsilon([vote.mechanism])):g} of {history.terms.epsilon_cap:g} then "
         "spent"
     )
-    if not history.is_within_cap([vote.mechanism, *held]):
+    largest = find_largest_epsilon(config, vote.make_mechanism, vote.epsilon)
+    if largest < vote.epsilon:
         raise BudgetExhausted(
-            f"{run.name}: the budget does not cover this vote, so this site would decline it: {price}; nothing was "
-            "approved"
+            f"{run.name}: the budget does not cover this vote, so this site would decline it: {price}; "
+            f"{explain_largest_epsilon(largest)}; nothing was approved"
         )
     return {**about, "price": price}
 

@@ -88,13 +88,18 @@ class Exclusions:
     def applied(self, source: Source) -> Source:
         """The source without them; the source itself where it holds none, so that cached features stay shared."""
         left_out = self.positions(source.index())
-        return _Without(source, left_out) if left_out else source
+        return leave_out(source, left_out) if left_out else source
 
     def _names(self, record: SourceRecord) -> bool:
         patient = record.patient or ""
         # Lists of earlier versions hold ids as they were written.
         known = (record.key, patient.strip(), normalise_patient_id(patient))
         return any(text and _hash(self.key, text) in self.hashes for text in known)
+
+
+def leave_out(source: Source, positions: frozenset[int]) -> Source:
+    """Returns a source whose records at some positions cannot be loaded, and are not encoded; positions stay."""
+    return _Without(source, positions)
 
 
 @dataclass(frozen=True)

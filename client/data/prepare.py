@@ -89,11 +89,13 @@ class Encoding:
         store: cached features.
         device: device on which backbones run.
         progress: called with (done, total) in records, source by source.
+        named: digest of a backbone -> what is called in its place where that backbone encodes.
     """
 
     store: FeatureStore
     device: torch.device
     progress: Progress | None = None
+    named: Mapping[str, Progress] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -269,8 +271,9 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
     exclusions = Exclusions.read(config.state_dir)
     kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
     opened = exclusions.applied(kind.open())
+    progress = encoding.named.get(view.backbone, encoding.progress)
     features = encoding.store.open_or_encode(
-        opened, backbone, device=encoding.device, precision=config.precision, progress=encoding.progress
+        opened, backbone, device=encoding.device, precision=config.precision, progress=progress
     )
     index = opened.index()
     sides, unlisted = select_rows(kind.rows, index, exclusions.positions(index))

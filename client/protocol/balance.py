@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,6 +156,41 @@ def balance(config: SiteConfig, run: RunConfig | None = None) -> Balance:
 def get_evaluation_budget(config: SiteConfig) -> NoisedEvaluation | None:
     """Returns the part of the budget that a site's file holds for evaluations; None where they are local."""
     return None if config.evaluation == "local" else config.evaluation
+
+
+def find_largest_epsilon(config: SiteConfig, make: Callable[[float], Mechanism], wanted: float) -> float:
+    """Returns the wanted epsilon if a site's budget covers its release, else the largest that it covers.
+
+    Args:
+        config: the site file.
+        make: epsilon -> its release; a smaller epsilon costs less.
+        wanted: the wanted epsilon, above 0.
+
+    Returns:
+        The epsilon, a smaller one in whole hundredths; 0 where not even 0.01 is covered.
+
+    Raises:
+        BadInput: there are two ledgers of the site's population.
+        LedgerDamaged: its ledger does not verify.
+    """
+    history = history_of(config)
+    held = [*list_unspent(get_evaluation_budget(config), history), *history.list_earmarked()]
+
+    def covers(epsilon: float) -> bool:
+        return history.is_within_cap([make(epsilon), *held])
+
+    if covers(wanted):
+        return wanted
+    low, high = 0, math.ceil(100.0 * wanted)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if covers(middle / 100.0) else (low, middle)
+    return low / 100.0
+
+
+def explain_largest_epsilon(largest: float) -> str:
+    """Returns the end of a refusal: the largest epsilon that a budget covers, by `find_largest_epsilon`."""
+    return f"the largest epsilon that fits is {largest:g}" if largest else "no epsilon from 0.01 on fits"
 
 
 def evaluation_share(share: NoisedEvaluation, history: History) -> EvaluationBudget:

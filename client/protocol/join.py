@@ -13,6 +13,7 @@ from client.audit.verdict import AuditTooSlow, get_audit_verdict
 from client.ledger.ledger import Ledger
 from client.ledger.older_copy import check_witness
 from client.protocol.approvals import Approvals, check_offer
+from client.protocol.balance import explain_largest_epsilon, find_largest_epsilon
 from client.protocol.requirements import (
     num_parameters,
     refuse_long_vote,
@@ -123,7 +124,8 @@ def _join_choice(site: Site, joined: Joined, request: messages.JoinRequest) -> m
                 evaluation_budget=site.share,
             )
         except BudgetExhausted as error:
-            raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
+            largest = find_largest_epsilon(site.config, vote.make_mechanism, vote.epsilon)
+            raise SiteDeclined(DeclineReason.BUDGET, f"{error}; {explain_largest_epsilon(largest)}") from error
     return _agree(site, joined, request, ledger)
 
 

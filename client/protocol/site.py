@@ -388,7 +388,11 @@ class PlannedVote:
     @property
     def mechanism(self) -> Mechanism:
         """The price of the vote."""
-        return Mechanism.of_choice(self.epsilon, self.scorer.sensitivity)
+        return self.make_mechanism(self.epsilon)
+
+    def make_mechanism(self, epsilon: float) -> Mechanism:
+        """Returns the price of the same vote at another pure epsilon."""
+        return Mechanism.of_choice(epsilon, self.scorer.sensitivity)
 
 
 def plan_vote(config: SiteConfig, joined: Joined) -> PlannedVote:

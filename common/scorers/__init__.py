@@ -88,3 +88,8 @@ def open_scorer(spec: Spec | Mapping[str, Any], key: str) -> Scorer:
 def compute_min_size(scorer: Scorer, epsilon: float) -> int:
     """Returns the declared number of units from which on a site may vote."""
     return math.ceil(MIN_SIGNAL * scorer.sensitivity / epsilon)
+
+
+def compute_min_epsilon(scorer: Scorer, public_size: int) -> float:
+    """Returns the pure epsilon, in hundredths rounded up, from which on a site of a declared size may vote."""
+    return math.ceil(100.0 * MIN_SIGNAL * scorer.sensitivity / public_size) / 100.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 from rich.table import Table
@@ -12,13 +13,19 @@ from common.process.console import make_console, print_json
 from server.choice.outcome import BackboneChoice, CandidateRow
 
 
-def show_choice(choice: BackboneChoice, *, as_json: bool) -> None:
-    """Prints the outcome of a choice on stdout: its table, or JSON and nothing else."""
+def show_choice(choice: BackboneChoice, path: Path, *, as_json: bool) -> None:
+    """Prints the outcome of a choice on stdout: its table and where it is kept, or JSON and nothing else.
+
+    Args:
+        choice: the outcome.
+        path: the file that holds it.
+        as_json: whether JSON is printed.
+    """
     if as_json:
         print_json(asdict(choice))
         return
     make_console().print(_make_table(choice))
-    for line in _describe(choice):
+    for line in [*_describe(choice), f"results: {path}"]:
         typer.echo(line)
 
 
@@ -33,7 +40,7 @@ def _make_table(choice: BackboneChoice) -> Table:
     if has_proxy:
         columns.append("public proxy: accuracy")
     for name in (*columns, "features", "s/record", "MB", "licence", "price in each ledger"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "candidate")
     for row in choice.rows:
         table.add_row(*_format_row(row, choice, has_proxy))
     return table
@@ -48,7 +55,7 @@ def _format_row(row: CandidateRow, choice: BackboneChoice, has_proxy: bool) -> l
     if has_proxy:
         cells.append("-" if row.proxy is None else f"{row.proxy.accuracy:.3f} ± {row.proxy.error:.3f}")
     seconds = "-" if row.seconds is None else f"{row.seconds:.2g}"
-    price = "none" if choice.price is None else f"all together epsilon {choice.price.epsilon:g}"
+    price = "none" if choice.price is None else f"epsilon {choice.price.epsilon:g} for all"
     return [*cells, str(row.dimension), seconds, f"{row.megabytes:.1f}", row.licence or "not declared", price]
 
 

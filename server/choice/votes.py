@@ -6,7 +6,6 @@ same sites the same again: they answer from stored replies, and no vote is paid 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,10 @@ from flwr.serverapp import Grid
 from common import messages
 from common.events import BackboneFacts, FeaturesReady, Journal, RunEnded, RunStarted, VotesCounted
 from common.offers import SentBackbone
+from common.privacy.accounting import Mechanism
+from common.privacy.filters import choose_filter
 from common.run import Name, RunConfig
-from common.scorers import compute_min_size, open_scorer
+from common.scorers import Scorer, compute_min_epsilon, compute_min_size, open_scorer
 from common.types import BadInput, RunFailed, RunInterrupted, heads_digest
 from server.choice.outcome import RESULT, count_votes, read_choice
 from server.rounds.inquiry import Quorum, Waiting
@@ -93,7 +94,14 @@ def _hold_vote(
     (task,), least = run.tasks, compute_min_size(scorer, epsilon)
     large = [each for each in joined if each.tasks[task] >= least]
     if len(large) < run.cohort.min_sites:
-        raise RunFailed(_explain_too_few(epsilon, least, [each.tasks[task] for each in joined], run.cohort.min_sites))
+        sizes = sorted((each.tasks[task] for each in joined), reverse=True)
+        needed = compute_min_epsilon(scorer, sizes[run.cohort.min_sites - 1])
+        raise RunFailed(
+            f"a vote of epsilon {epsilon:g} needs at least {least} declared units, below which noise decides: expected "
+            f"{run.cohort.min_sites} such site(s) of the {len(joined)} that joined, got {len(large)}; epsilon "
+            f"{needed:g} is enough{_explain_budgets(joined, scorer, needed)}; no site was asked to vote, and "
+            "nothing was charged"
+        )
     started = time.monotonic()
     voting = prepare_sites(messenger, large, backbones, roll_call)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
@@ -120,13 +128,11 @@ def _describe_candidate(backbone: SentBackbone) -> BackboneFacts:
     return BackboneFacts(kind=settings["kind"], model=settings.get("model"), digest=backbone.digest)
 
 
-def _explain_too_few(epsilon: float, least: int, sizes: Sequence[int], min_sites: int) -> str:
-    enough = math.ceil(100.0 * epsilon * least / sorted(sizes)[-min_sites]) / 100.0
-    return (
-        f"a vote of epsilon {epsilon:g} needs at least {least} declared units, below which noise decides: expected "
-        f"{min_sites} such site(s) of the {len(sizes)} that joined, got {sum(size >= least for size in sizes)}; "
-        f"epsilon {enough:g} is enough; no site was asked to vote, and nothing was charged"
-    )
+def _explain_budgets(joined: Sequence[Participant], scorer: Scorer, epsilon: float) -> str:
+    """Returns how many sites' declared budgets a vote of some epsilon would fit; what is left of one is not known."""
+    vote = Mechanism.of_choice(epsilon, scorer.sensitivity)
+    covering = sum(choose_filter(vote, None, each.budget_epsilon, each.delta).covers([vote]) for each in joined)
+    return f" (the whole budget of {covering} of these sites covers it)"
 
 
 def _collect_votes(messenger: Messenger, voting: Sequence[Participant]) -> dict[str, Name]:

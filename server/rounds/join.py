@@ -249,9 +249,7 @@ def _offer_run(
         if problem:
             answers.rejected.append(Rejected(node, problem, reply.site))
             continue
-        roll_call.participants[reply.site] = Participant(
-            node, reply.site, reply.tasks, run.parameter_group_sizes(reply.tasks), reply.backbones
-        )
+        roll_call.participants[reply.site] = Participant.of(node, reply, run)
         roll_call.rejected.pop(node, None)
         messenger.journal.write(
             SiteJoined(

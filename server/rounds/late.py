@@ -248,12 +248,7 @@ class LateRollCall:
             if problem:
                 return Rejected(node, problem, reply.site)
         messenger.witnesses.keep({reply.site: reply.witness})
-        return _Ready(
-            Participant(
-                node, reply.site, reply.tasks, messenger.run.parameter_group_sizes(reply.tasks), reply.backbones
-            ),
-            reply,
-        )
+        return _Ready(Participant.of(node, reply, messenger.run), reply)
 
     def _make_offer(self, site: str) -> messages.JoinRequest:
         return show_witness(self._messenger, replace(self._offer, first_round=self._next_round), site)

@@ -78,6 +78,8 @@ class Participant:
         tasks: tasks that it takes part in -> their declared public sizes.
         parameter_groups: heads that it trains, and trunks below them -> their public sizes.
         backbones: backbones that its tasks stand on -> what it holds of them.
+        budget_epsilon: declared epsilon of its whole budget, over all runs.
+        delta: delta of that budget.
     """
 
     node_id: int
@@ -85,6 +87,20 @@ class Participant:
     tasks: Mapping[str, int]
     parameter_groups: Mapping[str, int]
     backbones: Mapping[str, messages.Held]
+    budget_epsilon: float
+    delta: float
+
+    @classmethod
+    def of(cls, node_id: int, reply: messages.JoinReply, run: RunConfig) -> Participant:
+        """Returns the participant that a site is once it agreed to a run.
+
+        Args:
+            node_id: Flower's number of the site's node.
+            reply: the site's agreement.
+            run: the run.
+        """
+        groups = run.parameter_group_sizes(reply.tasks)
+        return cls(node_id, reply.site, reply.tasks, groups, reply.backbones, reply.budget_epsilon, reply.delta)
 
 
 def map_groups(participants: Sequence[Participant]) -> dict[int, Collection[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,32 +27,25 @@ class Candidate:
     Attributes:
         name: its name in the file.
         backbone: the backbone with its weights.
-        facts: its public facts; it is timed on made-up inputs, where they can be made up.
+        licence: declared licence of its weights; None where none is declared.
     """
 
     name: Name
     backbone: Backbone
-    facts: CandidateFacts
+    licence: str | None = None
+
+    def measure_facts(self) -> CandidateFacts:
+        """Returns its public facts; it is timed on made-up inputs, where they can be made up."""
+        size = _measure_megabytes(self.backbone)
+        return CandidateFacts(self.backbone.feature_dim, time_record(self.backbone), size, self.licence)
 
 
 def open_candidates(path: Path) -> tuple[CandidateFile, dict[Name, Candidate]]:
-    """Returns a file of candidates, and each of them opened and timed. Raises BadInput."""
+    """Returns a file of candidates, and each of them opened. Raises BadInput."""
     file = load(CandidateFile, path)
-    opened: Mapping[Name, Backbone] = {
-        name: open_pretrained(spec, f"candidates.{name}") for name, spec in file.candidates.items()
-    }
     return file, {
-        name: Candidate(
-            name,
-            backbone,
-            CandidateFacts(
-                backbone.feature_dim,
-                time_record(backbone),
-                _measure_megabytes(backbone),
-                file.candidates[name].licence,
-            ),
-        )
-        for name, backbone in opened.items()
+        name: Candidate(name, open_pretrained(spec, f"candidates.{name}"), spec.licence)
+        for name, spec in file.candidates.items()
     }
 
 

@@ -30,13 +30,14 @@ from client.choice.moments import (
 from client.data.units import Units
 from client.ledger.ledger import Reservation
 from client.protocol.site import Site
+from common.privacy.accounting import Mechanism
 from common.privacy.gaussian import gdp_mu
 from common.privacy.noise import open_stream
 from common.run import Name, RunConfig
 from common.secure_sum.terms import SumRules
 from common.secure_sum.vectors import choose_lattice, make_mechanism
 from common.tasks import LabelPrior
-from common.types import BadInput, Plan
+from common.types import BadInput, Plan, Unit
 from server.choice.outcome import MomentScore
 from simulations.choice.candidates import Candidate
 
@@ -53,19 +54,34 @@ class MomentQuestion:
         task: the task that the candidates are compared on.
         name: its name.
         candidates: the candidates, in the order of their file.
-        plan: the release.
         rules: the rules of the secure sum.
-        epsilon: epsilon of the release at the run's delta.
-        mu: the same as the Gaussian's mu.
+        unit: what the release protects.
+        delta: the run's delta.
+        epsilon: epsilon of the release at that delta.
     """
 
     task: LabelPrior
     name: Name
     candidates: Sequence[Candidate]
-    plan: Plan
     rules: SumRules
+    unit: Unit
+    delta: float
     epsilon: float
-    mu: float
+
+    @property
+    def mu(self) -> float:
+        """The price as the Gaussian's mu."""
+        return gdp_mu(self.epsilon, self.delta)
+
+    @property
+    def plan(self) -> Plan:
+        """The release."""
+        return Plan(1.0, 1, 1.0, (1.0 + 1e-7) / self.mu, self.unit)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The release as a ledger charges it."""
+        return make_mechanism(self.plan, self.rules)
 
 
 def plan_question(
@@ -89,9 +105,8 @@ def plan_question(
             "--by vote needs no sum"
         )
     check_one_class(task, name)
-    mu = gdp_mu(epsilon, run.requested_privacy.delta)
-    plan = Plan(1.0, 1, 1.0, (1.0 + 1e-7) / mu, run.requested_privacy.unit)
-    return MomentQuestion(task, name, candidates, plan, SumRules(run.cohort.min_sites, run.colluding), epsilon, mu)
+    rules, privacy = SumRules(run.cohort.min_sites, run.colluding), run.requested_privacy
+    return MomentQuestion(task, name, candidates, rules, privacy.unit, privacy.delta, epsilon)
 
 
 def compute_signal(question: MomentQuestion, sizes: Sequence[int]) -> float:
@@ -122,7 +137,7 @@ def score_candidates(
     charges: list[tuple[Site, Reservation]] = []
     for site, _ in sites:
         reservation = site.ledger().reserve(
-            make_mechanism(question.plan, question.rules),
+            question.mechanism,
             run=site.config.name_charge(run_id),
             round=0,
             request="",

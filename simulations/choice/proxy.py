@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 
+from client.data.exclusions import leave_out
 from client.data.feature_store import FeatureStore
+from client.data.records import select_rows
 from client.data.sources import open_source
 from common.plugins import Frozen, Spec
 from common.types import BadInput
@@ -58,23 +61,33 @@ def score_on_public_records(file: ProxyFile, path: Path, candidate: Candidate, o
         BadInput: the source cannot be opened, a label is another, a class has too few records, or the candidate reads
             none of them.
     """
-    source = open_source(file.source, f"{path}: source").open()
+    kind = open_source(file.source, f"{path}: source")
+    source = kind.open()
     index = source.index()
     if index and file.column not in index[0].cells:
         known = ", ".join(sorted(index[0].cells))
         raise BadInput(f"{path}: column: expected one of the source's columns {known}, got {file.column!r}")
+    chosen, unlisted = select_rows(kind.rows, index)
+    if unlisted:
+        raise BadInput(f"{path}: source.rows: row {unlisted[0].row}: {unlisted[0].reason}")
+    chosen_N = np.array([position in chosen for position in range(len(index))], dtype=np.bool_)
     labels_N = np.array([record.cells[file.column] for record in index])
-    others = sorted(set(labels_N) - set(file.labels))
+    others = sorted(set(labels_N[chosen_N]) - set(file.labels))
     if others:
         raise BadInput(f"{path}: labels: expected those of column {file.column!r}, which also has {str(others[0])!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as folder:
+        progress = partial(observe, f"public proxy with {candidate.name}")
+        if not chosen_N.all():
+            source = leave_out(source, frozenset(np.flatnonzero(~chosen_N).tolist()))
         features = FeatureStore(Path(folder)).open_or_encode(
-            source, candidate.backbone, device=device, progress=lambda done, total: observe("public proxy", done, total)
+            source, candidate.backbone, device=device, progress=progress
         )
-        features_ND, labels_N = features.features_ND[features.valid_N], labels_N[features.valid_N]
+        read_N = features.valid_N & chosen_N
+        features_ND, labels_N = features.features_ND[read_N], labels_N[read_N]
         if len(features_ND) == 0:
-            because = f" ({next(iter(features.unusable.values()))})" if features.unusable else ""
+            reasons = [reason for position, reason in features.unusable.items() if chosen_N[position]]
+            because = f" ({reasons[0]})" if reasons else ""
             raise BadInput(
                 f"candidates.{candidate.name}: expected a backbone that reads the records of {path}, got one that can "
                 f"use none of them{because}"

@@ -52,7 +52,7 @@ def choose(
     with reported_errors():
         loaded = load(SimulationConfig, config, set_ or [])
         with shown_progress() as observe:
-            choice = choose_backbone(
+            choice, path = choose_backbone(
                 loaded, backbones, task=task, epsilon=epsilon, by=by.value, proxy=proxy, out=out, observe=observe
             )
-        show_choice(choice, as_json=json_)
+        show_choice(choice, path, as_json=json_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from client.ledger.ledger import Ledger
 from common.plugins import resolve
+from common.privacy.exponential import compute_choice_mu
+from common.privacy.gaussian import gdp_mu
 from common.yaml import load
 from server.choice.candidates import CandidateFile
 from server.choice.outcome import count_votes
@@ -30,6 +33,9 @@ GOOD = {
 }
 # Of the first column only what lies far to the right, and nothing of the second.
 POOR = {"kind": "identity", "columns": [{"name": "x", "range": [4.9, 5], "missing": "refuse"}]}
+
+COVERED = 3.33
+"""The largest epsilon of a vote, in hundredths, that a budget of epsilon 10 at delta 1e-5 covers."""
 
 
 def write(path: Path, values: Any) -> Path:
@@ -84,11 +90,22 @@ def test_people_read_the_noise_the_price_and_the_licence(choose: Choose) -> None
         assert said in result.stdout, result.stdout
 
 
-def test_too_few_declared_units_are_refused_with_the_number_that_is_needed(choose: Choose, tmp_path: Path) -> None:
-    """25 x 9.25 / 1 = 231.25; for 48 units 25 x 9.25 / 48 = 4.82 is needed."""
+def test_too_few_declared_units_are_refused_with_what_is_needed_and_whether_the_budget_covers_it(
+    choose: Choose, tmp_path: Path
+) -> None:
+    """25 x 9.25 / 1 = 231.25; for 48 units 231.25 / 48 = 4.8178 is needed.
+
+    Epsilon 10 at delta 1e-5 is mu 2.0004; 2 log(1 / Phi(-mu / 2) - 1) = 3.337, for which 231.25 / 3.33 = 69.4 units are
+    needed; epsilon 60 covers it.
+    """
     out = tmp_path / "out"
+    mu = gdp_mu(10.0, 1e-5)
+    assert compute_choice_mu(COVERED) <= mu < compute_choice_mu(COVERED + 0.01)
     result = choose("--epsilon", "1", "--out", str(out))
-    refused(result, 2, "at least 232 units", "at most 48", "epsilon 4.84", "--proxy")
+    needed = ("at least 232 units", "at most 48", "epsilon 4.82 is needed", "--proxy")
+    refused(result, 2, *needed, f"more than the {COVERED} that the budget of epsilon 10 of site-1", "70 units")
+    rich = choose("--epsilon", "1", "--out", str(out), "--set", "budget.epsilon=60")
+    refused(rich, 2, *needed, "which the budget of epsilon 60 of site-1 covers")
     assert not out.exists()
 
 
@@ -99,8 +116,35 @@ def test_a_site_that_declares_too_few_is_not_asked(choose: Choose) -> None:
     assert choice["abstained"] == ["site-3"] and set(choice["site_votes"]) == {"site-1", "site-2"}
 
 
-def test_a_budget_that_does_not_cover_the_vote_is_said(choose: Choose) -> None:
-    refused(choose("--epsilon", "6", "--set", "budget.epsilon=2"), 1, "of the budget of epsilon 2")
+def test_a_price_above_a_budget_is_refused_before_anything_is_encoded(choose: Choose, tmp_path: Path) -> None:
+    """Neither the sites' records nor the public ones are encoded; with the epsilon that fits all goes on."""
+    out, proxy = tmp_path / "out", str(write_proxy(tmp_path))
+    sizes = ("--set", "tasks.colour.public_size=72")
+    result = choose("--epsilon", "6", "--out", str(out), "--proxy", proxy, *sizes)
+    refused(result, 1, "--epsilon 6", "the budget of epsilon 10 of site-1", f"largest epsilon that fits is {COVERED}")
+    assert "encoding" not in result.stderr and "public proxy" not in result.stderr
+    assert not out.exists() and not (tmp_path / "cache").exists()
+    held = ("--set", "evaluation={share: 0.5, evaluations: 4}")
+    refused(choose("--epsilon", "3", *sizes, *held), 2, "of site-1 covers")
+    wide = ("--set", "tasks.colour.public_size=480")
+    refused(choose("--epsilon", "3", *wide, *held), 1, "a part is held for evaluations", "fits is 2.3")  # mu / sqrt(2)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    assert choose("--epsilon", str(COVERED), "--out", str(out), *sizes).exit_code == 0
+    assert (out / "choice.json").exists()
+
+
+def test_the_last_line_names_the_file_of_the_result_and_progress_names_the_candidate(
+    choose: Choose, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for options in (("--epsilon", "6", "--set", "budget.epsilon=60"), ("--proxy", str(write_proxy(tmp_path)))):
+        shutil.rmtree(out, ignore_errors=True)
+        result = choose(*options, "--out", str(out))
+        assert result.stdout.splitlines()[-1] == f"results: {out / 'choice.json'}", result.output
+        assert (out / "choice.json").exists()
+        phase = "public proxy" if "--proxy" in options else "encoding"
+        for name in ("poor", "good"):
+            assert f"{phase} with {name}: 180 of 180" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("name", ["pictures", "text", "sound"])
@@ -119,8 +163,8 @@ def test_ties_go_to_the_first_of_the_file() -> None:
 def test_the_declared_noise_seed_repeats_a_choice(simulation_file: Path, tmp_path: Path) -> None:
     candidates = write(tmp_path / "candidates.yaml", {"candidates": {"one": GOOD, "other": POOR}})
     config = load(SimulationConfig, simulation_file, ["noise_seed=7", "budget.epsilon=60"])
-    twice = [choose_backbone(config, candidates, epsilon=5.0, out=tmp_path / name).site_votes for name in ("a", "b")]
-    assert twice[0] == twice[1]
+    twice = [choose_backbone(config, candidates, epsilon=5.0, out=tmp_path / name)[0] for name in ("a", "b")]
+    assert twice[0].site_votes == twice[1].site_votes
 
 
 def write_proxy(tmp_path: Path, **changes: Any) -> Path:
@@ -137,6 +181,19 @@ def test_a_public_proxy_ranks_for_nothing_and_is_named(choose: Choose, tmp_path:
     assert scores["good"]["accuracy"] > 0.8 > scores["poor"]["accuracy"] and scores["good"]["error"] < 0.05
     assert "public proxy" in choose("--proxy", str(write_proxy(tmp_path))).stdout
     assert not list(tmp_path.rglob("ledgers"))
+
+
+def test_a_proxy_reads_only_the_listed_rows(choose: Choose, tmp_path: Path) -> None:
+    """Of 180 rows 40 count: the standard error is that of 40. A row that is not there is refused."""
+    rows = tmp_path / "listed.csv"
+    source = {"kind": "table", "path": str(tmp_path / "rows.csv"), "columns": ["x", "y"], "rows": str(rows)}
+    proxy = write_proxy(tmp_path, source=source)
+    rows.write_text("row,split\n" + "".join(f"{row},train\n" for row in range(1, 41)))
+    choice = json.loads(choose("--proxy", str(proxy), "--json").stdout)
+    score = choice["rows"][1]["proxy"]
+    assert score["error"] == pytest.approx((score["accuracy"] * (1 - score["accuracy"]) / 40) ** 0.5)
+    rows.write_text("row,split\n1,train\n181,train\n")
+    refused(choose("--proxy", str(proxy)), 2, "source.rows: row 2", "expected a row of the source")
 
 
 def test_a_proxy_beside_a_vote_does_not_decide(choose: Choose, tmp_path: Path) -> None:
@@ -170,5 +227,5 @@ def test_a_candidate_that_does_not_fit_the_modality_is_named(choose: Choose, tmp
     wrong = write(tmp_path / "wrong.yaml", {"candidates": {"good": GOOD, "sound": spectrum}})
     result = choose("--epsilon", "6", "--set", "budget.epsilon=60", backbones=wrong)
     refused(result, 2, "candidates.sound", "none of")
-    assert not any(path.stat().st_size for path in (tmp_path / "runs").rglob("vote.json"))
     refused(choose("--proxy", str(write_proxy(tmp_path)), backbones=wrong), 2, "candidates.sound", "none of them")
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

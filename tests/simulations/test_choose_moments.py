@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,9 @@ from client.data.units import TaskRecords, Units
 from client.ledger.ledger import Ledger
 from client.protocol.site import Site
 from common.model.backbones import open_pretrained
-from common.privacy.gaussian import gdp_mu
+from common.privacy.gaussian import gdp_epsilon, gdp_mu
 from common.privacy.noise import os_entropy
 from common.tasks import LabelPrior, open_task
-from server.choice.outcome import CandidateFacts
 from simulations.__main__ import app
 from simulations.choice.candidates import Candidate
 from simulations.choice.moments import plan_question, score_candidates
@@ -91,8 +91,22 @@ def test_what_noise_would_decide_is_refused_and_nobody_is_asked(choose: Choose, 
     assert not out.exists()
 
 
-def test_a_budget_that_does_not_cover_the_sums_is_said(choose: Choose) -> None:
-    refused(choose("--epsilon", "8", "--set", "budget.epsilon=2"), 1, "of the budget of epsilon 2")
+def test_the_epsilon_that_is_needed_is_enough_and_compared_with_the_budget(choose: Choose, tmp_path: Path) -> None:
+    """144 units x mu / (2 classes x sqrt(2 candidates x 3 sites / 2)) is 25 at mu = .6014."""
+    needed = math.ceil(100 * gdp_epsilon(25 * 2 * 3**0.5 / 144, 1e-5)) / 100
+    said = f"for which epsilon {needed} is needed"
+    refused(choose("--epsilon", "0.5"), 2, said, "which the budget of epsilon 10 of site-1 covers")
+    poor = choose("--epsilon", "0.5", "--set", "budget.epsilon=2")
+    refused(poor, 2, said, "more than the 2 that the budget of epsilon 2 of site-1 covers", "units are needed")
+    assert choose("--epsilon", str(needed)).exit_code == 0
+    refused(choose("--epsilon", str(needed - 0.01)), 2, said)
+
+
+def test_a_price_above_a_budget_is_refused_before_anything_is_encoded(choose: Choose, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    poor = choose("--epsilon", "8", "--set", "budget.epsilon=7.5", "--out", str(out))
+    refused(poor, 1, "--epsilon 8", "the budget of epsilon 7.5 of site-1", "largest epsilon that fits is 7.5")
+    assert not out.exists() and not (tmp_path / "cache").exists()
 
 
 def test_a_run_that_does_not_sum_securely_is_refused(choose: Choose) -> None:
@@ -108,7 +122,7 @@ def test_units_that_are_counted_are_not_those_of_the_means(tmp_path: Path) -> No
     opened = open_task({"kind": "classification", "labels": ["a", "b"]}, "colour")
     assert isinstance(opened, LabelPrior)
     backbone = open_pretrained({"kind": "identity", "dim": num_units}, "backbone")
-    candidate = Candidate("only", backbone, CandidateFacts(num_units, None, 0.0, None))
+    candidate = Candidate("only", backbone)
     run = run_config(
         trust="secure_sum",
         colluding=0,

@@ -114,8 +114,7 @@ def report_end_of_run(path: Path, *, as_json: bool = False) -> None:
     if not has_results(path, run.end.updates):
         raise RunInterrupted(f"run {run.id}: its process ended before it had written all results; {resume} writes them")
     if (path / RESULT).exists():
-        show_choice(read_choice(path), as_json=as_json)
-        show_line(f"results: {path}")
+        show_choice(read_choice(path), path / RESULT, as_json=as_json)
         return
     summary = Summary.model_validate_json((path / "summary.json").read_bytes())
     make_console().print(render_summary(summary), crop=False)

@@ -48,7 +48,7 @@ def test_the_officer_sees_candidates_digests_and_the_price(tmp_path: Path, offer
 def test_what_would_be_declined_is_not_approved(tmp_path: Path, offer: Offer) -> None:
     for place, (changes, said) in enumerate(
         [
-            ({"budget": {"epsilon": 2.0, "delta": 1e-5}}, "the budget does not cover this vote"),
+            ({"budget": {"epsilon": 2.0, "delta": 1e-5}}, "the largest epsilon that fits is 0."),
             ({"allow": {"tasks": ["size"], "backbones": "any", "solvers": "any"}}, "no task colour"),
             ({"allow": {"tasks": "any", "backbones": ["d" * 64], "solvers": "any"}}, "is not allowed here"),
         ]

@@ -202,10 +202,12 @@ def test_who_declares_too_few_is_not_asked_and_nothing_is_held(tmp_path: Path) -
 
 
 def test_where_all_declare_too_few_nobody_votes_and_the_epsilon_that_is_enough_is_said(tmp_path: Path) -> None:
-    """25 x 9.25 = 231.25; for 20 units epsilon 11.57 is needed, to whole units of size 29 a little more."""
-    sites = [declare(site_config(tmp_path, name), size) for name, size in (("east", 20), ("north", 12))]
+    """25 x 9.25 = 231.25; for 20 units epsilon 11.57 is needed, which only the larger of both budgets covers."""
+    small = site_config(tmp_path, "north", budget={"epsilon": 4.0, "delta": 1e-5})
+    sites = [declare(site_config(tmp_path, "east"), 20), declare(small, 12)]
     with pytest.raises(
-        RunFailed, match=r"needs at least 29 declared units.*got 0; epsilon 11\.6 is enough.*no site was"
+        RunFailed,
+        match=r"at least 29 declared units.*got 0; epsilon 11\.57 is enough \(the whole budget of 1 .*no site was",
     ):
         choose(tmp_path / "run", sites)
     assert [list_charges(site) for site in sites] == [[], []]
@@ -235,6 +237,9 @@ def test_a_site_that_declines_is_named_and_the_others_vote(tmp_path: Path) -> No
         "zone": "declined: backbone_not_allowed",
     }
     assert not any(list_charges(site) for site in sites[1:])
+    # Only the site's own journal says how much is left.
+    (declined,) = select_events(read_site_journal(sites[1].coordinator_dir / "site.jsonl"), RequestDeclined)
+    assert "the largest epsilon that fits is 0." in declined.detail
     approvals = Approvals(sites[2].coordinator_dir)
     approvals.approve(approvals.waiting()[0])
     assert set(select_events(choose(tmp_path / "again", sites), VotesCounted)[-1].votes) == {"east", "south"}
