@@ -80,7 +80,17 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
 
 def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequence[str]) -> list[str]:
     facts = finding.label_facts
-    if kind == "regression":
+    if kind == "segmentation":
+        own = [
+            "    # The labels travel to all sites, in the order of the head's outputs; the first is the background.",
+            f"    {task}: {{kind: segmentation, labels: {_flow(_list_parts(facts))}, side: 128}}",
+        ]
+    elif kind == "detection":
+        own = [
+            "    # The labels travel to all sites. Public numbers of usual objects help: see docs/your-data.md.",
+            f"    {task}: {{kind: detection, labels: {_flow(_list_parts(facts))}}}",
+        ]
+    elif kind == "regression":
         own = [
             f"    {task}: {{kind: regression, range: [{FILL_IN}, {FILL_IN}], outside: clip}}   # public, and travels"
         ]
@@ -120,6 +130,14 @@ def _source_lines(finding: Finding, out: Path | None) -> list[str]:
 def _task_lines(finding: Finding, task: str, num_sites: int) -> list[str]:
     facts = finding.label_facts
     lines = ["tasks:", f"  {task}:", "    source: records", f"    label: {_flow(finding.label)}"]
+    if _choose_task(facts) in ("segmentation", "detection"):
+        names = zip(facts.values, _name_parts(facts), strict=True)
+        pairs = ", ".join(f"{json.dumps(local, ensure_ascii=False)}: {_flow(name)}" for local, name in names)
+        lines.append(
+            "    # Your number or name: the task's label. Rename labels here and in run.tasks; several may map to one."
+        )
+        lines.append(f"    values: {{{pairs}}}")
+        lines.append("    unmapped: skip                      # places and objects of other names are left out")
     if _choose_task(facts) == "classification":
         pairs = ", ".join(f"{json.dumps(v, ensure_ascii=False)}: {_flow(v)}" for v in list_levels(facts))
         lines.append("    # Your value: the task's label. Rename labels here and in run.tasks; several may map to one.")
@@ -181,6 +199,8 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
         own = {"kind": "identity", "ranges": ranges.name, **({"missing_values": marks} if marks else {})}
         return _backbone({**own, "projection": {"normalize": True}}, {"ranges": comment})
     where = None if path is None or not is_there else _relative(path, out)
+    if finding.label_facts.kind in ("mask", "boxes"):
+        return _maps(wanted, where)
     return {"image": _image, "text": _text, "audio": _audio}[finding.modality](wanted, where)
 
 
@@ -197,6 +217,17 @@ def _image(wanted: str | None, where: Any) -> list[str]:
     if values["model"] != "mobilenet_v2":
         return _backbone({**values, "projection": {"normalize": True}}, comments)
     return _backbone({**values, "projection": {"dim": 128, "shift": "batch_norm", "normalize": True}}, comments)
+
+
+def _maps(wanted: str | None, where: Any) -> list[str]:
+    if wanted is not None and where is None:
+        raise BadInput(f"--backbone {wanted}: expected the file of MobileNetV2's weights for masks and boxes")
+    values: dict[str, Any] = {"kind": "torchvision", "model": "mobilenet_v2", "weights": where or "IMAGENET1K_V2"}
+    values["preprocess"] = {"resize": 256, "crop": None, **_IMAGENET}
+    values["maps"] = {"layers": ["features.1", "features.3", "features.6", "features.13"], "grid": 32, "colours": True}
+    comments = {} if where is not None else {"weights": "   # downloaded by torchvision; or --backbone FILE"}
+    comments["maps"] = "   # features of 32 x 32 places"
+    return _backbone({**values, "projection": {"normalize": True}}, comments)
 
 
 def _text(wanted: str | None, where: Any) -> list[str]:
@@ -255,7 +286,24 @@ def _write_ranges(finding: Finding) -> tuple[str, list[str]]:
 
 
 def _choose_task(facts: ColumnFacts) -> str:
-    return {"number": "regression", "several": "multilabel"}.get(facts.kind, "classification")
+    kinds = {"number": "regression", "several": "multilabel", "mask": "segmentation", "boxes": "detection"}
+    return kinds.get(facts.kind, "classification")
+
+
+def _name_parts(facts: ColumnFacts) -> list[str]:
+    """Returns a label for each name of a mask or of boxes; a mask's numbers are no names."""
+    if facts.kind == "boxes" or not all(value.isdigit() for value in facts.values):
+        return list(facts.values)
+    two = len(facts.values) == 2
+    return ["background" if int(value) == 0 else "object" if two else f"object_{value}" for value in facts.values]
+
+
+def _list_parts(facts: ColumnFacts) -> list[str]:
+    """Returns the labels of a task that reads a mask or boxes, the background first."""
+    names = list(dict.fromkeys(_name_parts(facts)))
+    first = [name for name in names if name == "background"]
+    labels = first + [name for name in names if name not in first]
+    return ["background", *labels] if facts.kind == "mask" and len(labels) < 2 else labels
 
 
 def _unit(finding: Finding) -> str:

@@ -48,13 +48,13 @@ class ColumnFacts:
         kind: what its cells are.
         distinct: number of distinct cells that are not missing.
         missing: number of cells that are empty or mean nothing.
-        values: the distinct cells, sorted, where there are few; else none.
+        values: the distinct cells, sorted, where there are few; else none; of masks and boxes the names in them.
         observed: lowest and highest number; for the screen only.
         marks: texts in it that stand for a missing cell.
     """
 
     name: str
-    kind: Literal["number", "category", "several", "text", "path", "date", "id", "constant", "empty"]
+    kind: Literal["number", "category", "several", "text", "path", "date", "id", "constant", "empty", "mask", "boxes"]
     distinct: int
     missing: int
     values: tuple[str, ...] = ()

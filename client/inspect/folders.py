@@ -14,6 +14,7 @@ import numpy as np
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
+from client.inspect.drawn import find_drawn, find_list, find_masks, is_mask_name
 from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
 from client.inspect.tables import inspect_table
 from common.errors import instead, nearest
@@ -39,6 +40,8 @@ def inspect(path: Path, task: str | None) -> Finding:
     if not path.is_dir():
         if path.suffix.lower() == ".npz":
             return _inspect_npz(path, task)
+        if path.suffix.lower() == ".json":
+            return find_list(path, task)
         if path.suffix.lower() in PICTURES | RECORDINGS | _DICOM:
             raise BadInput(f"{path}: expected a folder of such files, or a table that lists them, got one file")
         if path.suffix.lower() not in _LISTS and zipfile.is_zipfile(path):
@@ -49,6 +52,9 @@ def inspect(path: Path, task: str | None) -> Finding:
 
 def _inspect_tree(path: Path, task: str | None) -> Finding:
     everything = open_tree(path, "files").chosen(lambda name: True)
+    drawn = find_drawn(path, everything, task)
+    if drawn is not None:
+        return drawn
     kinds: dict[str, frozenset[str]] = {"pictures": PICTURES, "recordings": RECORDINGS, "DICOM files": _DICOM}
     counts = {
         kind: sum(PurePosixPath(name).suffix.lower() in suffixes for name in everything.stamps)
@@ -146,6 +152,9 @@ def _inspect_npz(path: Path, task: str | None) -> Finding:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
         raise BadInput(f"{path}: expected a readable .npz file without Python objects{instead(error)}") from None
     inputs = [name for name, array in arrays.items() if array.ndim >= 2 and array.dtype.kind in "uif"]
+    masked = [(name, other) for name in inputs for other in _list_masks(name, arrays) if task in (None, other)]
+    if masked and (task is not None or not any(_list_labels(name, arrays) for name in inputs)):
+        return _find_masks(path, *next((pair for pair in masked if "test" not in pair[0].lower()), masked[0]), arrays)
     pairs = {name: _list_labels(name, arrays) for name in inputs}
     inputs = [name for name in inputs if pairs[name]]
     if not inputs:
@@ -187,6 +196,29 @@ def _inspect_npz(path: Path, task: str | None) -> Finding:
         has_split=len(parts) == 2,
         dim=dim,
     )
+
+
+def _list_masks(name: str, arrays: dict[str, Any]) -> list[str]:
+    """Returns the arrays that may hold a mask of each picture of an array."""
+    if arrays[name].ndim not in (3, 4) or is_mask_name(name):
+        return []
+    return [
+        other
+        for other, array in arrays.items()
+        if is_mask_name(other) and array.dtype.kind in "bui" and array.ndim in (3, 4)
+        if array.shape[:3] == arrays[name].shape[:3]
+    ]
+
+
+def _find_masks(path: Path, main: str, masks: str, arrays: dict[str, Any]) -> Finding:
+    label = re.sub(r"^(train|test|x|y)[_-]|[_-](train|test)$", "", masks)
+    parts = _pair_sides(main, masks, arrays) or {"all": (main, masks)}
+    source = {
+        "kind": "npz",
+        "path": path,
+        "parts": {side: {"inputs": one, "labels": {label: other}} for side, (one, other) in parts.items()},
+    }
+    return find_masks(path, source, label, f"npz of {len(arrays)} arrays; pictures {main} {arrays[main].shape[1:]}")
 
 
 def _list_labels(name: str, arrays: dict[str, Any]) -> list[str]:

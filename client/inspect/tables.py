@@ -7,7 +7,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.parts.frame import FAULT, WHITESPACE, Encoding, read_frame
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
 from client.data.sources.table import replace_decimal_comma
+from client.inspect.drawn import find_masks, is_mask_name
 from client.inspect.finding import (
     FEW,
     ColumnFacts,
@@ -91,6 +92,15 @@ def inspect_table(path: Path, task: str | None) -> Finding:
     if form is not None and _is_series(form, columns):
         return _find_series(path, form, columns, len(rows), what)
     patient, split = guess_patient(columns, len(rows)), guess_split(columns)
+    masks = [column.name for column in columns if column.kind == "path" and is_mask_name(column.name)]
+    plain = [
+        column for column in columns if column.kind in ("category", "several") and column.name not in (patient, split)
+    ]
+    if task in masks or (task is None and masks and not plain):
+        finding = _find(path, form, columns, task or masks[0], _Guesses(patient, split, len(rows), what))
+        drawn = find_masks(path, {**finding.source, "masks": [finding.label]}, finding.label, what)
+        shown = tuple(drawn.label_facts if each.name == finding.label else each for each in columns)
+        return replace(finding, source=drawn.source, columns=shown, notes=(*finding.notes, *drawn.notes))
     label = choose_label(columns, task, (patient, split), path)
     return _find(path, form, columns, label, _Guesses(patient, split, len(rows), what))
 

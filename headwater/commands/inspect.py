@@ -15,7 +15,7 @@ from common.types import BadInput
 if TYPE_CHECKING:
     from client.inspect.finding import ColumnFacts, Finding
 
-_SHOWN = ("number", "category", "several", "constant")
+_SHOWN = ("number", "category", "several", "constant", "mask", "boxes")
 """Kinds of columns whose values are shown."""
 
 _MOST_ROWS = 40
