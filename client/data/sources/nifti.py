@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import csv
-import struct
-import warnings
-import zlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from client.data.sources import Source, SourceExample
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.scans import MAX_VALUES, spread, windowed
-from client.data.sources.parts.tree import require_file
+from client.data.sources.parts.scans import Plane, Window, cut_slices, read_pixels, require_nibabel, spread
 from common.inputs import Several
-from common.types import BadInput, BadRecord
-
-_UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
 
 
 class Nifti(ListedFiles):
@@ -46,8 +27,8 @@ class Nifti(ListedFiles):
 
     kind: Literal["nifti"]
     file: str = "file"
-    plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    window: tuple[float, float] | Literal["full"] = "full"
+    plane: Plane = "axial"
+    window: Window = "full"
     max_slices: Annotated[int, Field(ge=1)] | None = None
 
     @classmethod
@@ -68,38 +49,11 @@ class Nifti(ListedFiles):
 
     def open(self) -> Source:
         """The opened table. Raises BadInput: missing, without a named column, or nibabel is not installed."""
-        try:
-            import nibabel  # noqa: F401
-        except ImportError as error:
-            raise BadInput("sources: expected the package nibabel; install headwater[nifti]") from error
+        require_nibabel()
         settings = f"nifti {self.plane} {self.window} {self.max_slices}"
         return open_listing(self, Reader(self.file, self.read, "NIfTI file", settings))
 
     def read(self, path: Path) -> Several:
         """Returns a volume's slices. Raises BadRecord, OSError."""
-        import nibabel
-        from nibabel.filebasedimages import ImageFileError
-
-        # Opened here first: a missing file is an OSError, and nibabel's own would name it.
-        require_file(path, "NIfTI file")
-        path.open("rb").close()
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                found = nibabel.load(path)
-                if len(found.shape) != 3 or not 0 < int(np.prod(found.shape, dtype=np.float64)) <= MAX_VALUES:
-                    raise BadRecord("expected a volume of three dimensions")
-                volume = np.asarray(nibabel.as_closest_canonical(found).dataobj, dtype=np.float32)
-        except (*_UNREADABLE, OSError, ImageFileError):
-            # From None: nibabel's messages name the file.
-            raise BadRecord("not a NIfTI volume that can be read") from None
-        return Several(self._slices(volume))
-
-    def _slices(self, volume: np.ndarray) -> list[Any]:
-        if not np.isfinite(volume).all():
-            raise BadRecord("expected finite intensities")
-        low, high = np.percentile(volume, (0.5, 99.5)) if self.window == "full" else self.window
-        pixels = windowed(volume, float(low), float(high))
-        axis = {"sagittal": 0, "coronal": 1, "axial": 2}[self.plane]
-        # Canonical axes run to the right, front and top; a picture's first row is its top, and its front or head.
-        slices = np.moveaxis(pixels, axis, 0)
-        return [np.ascontiguousarray(slices[p].T[::-1]) for p in spread(len(slices), self.max_slices)]
+        slices_SHW = cut_slices(read_pixels(path, self.window), self.plane)
+        return Several([slices_SHW[at] for at in spread(len(slices_SHW), self.max_slices)])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from client.data.sources import Source, open_source
 from client.data.sources.dicom import write_dicom
-from common.inputs import Several
+from common.inputs import Several, read_mask
 from common.types import BadInput, BadRecord
 
 VALUES = np.array([[0, 1000, 1024], [1064, 1104, 4095]], dtype=np.uint16)
@@ -166,3 +166,63 @@ def test_a_volume_of_four_dimensions_or_with_nan_is_a_bad_record(tmp_path: Path)
     for position, message in enumerate(("three dimensions", "finite", "missing NIfTI file", "leaves the folder")):
         with pytest.raises(BadRecord, match=message):
             source.load(position)
+
+
+def test_a_slice_and_its_mask_are_cut_alike_whatever_way_the_two_volumes_are_stored(tmp_path: Path) -> None:
+    source = write_labelled(tmp_path, plane="axial", window=[0, 100])
+    index = source.index()
+    assert [record.row for record in index] == list(range(1, 7)) and len({record.key for record in index}) == 6
+    assert {record.patient for record in index} == {"a.nii"}
+    for position, record in enumerate(index):
+        found = read_mask(record.cells["organ"])
+        assert (found * 85 == source.load(position)).all() and found.shape == (5, 4)
+    assert read_mask(index[5].cells["organ"])[0, -1] == 3  # Right, front, top.
+    few = write_labelled(tmp_path, plane="sagittal", max_slices=2)
+    assert [few.load(position).shape for position in range(len(few.index()))] == [(6, 5)] * 2
+
+
+def write_labelled(folder: Path, **settings: Any) -> Source:
+    import nibabel
+
+    labels = np.random.default_rng(0).integers(0, 3, (4, 5, 6))
+    labels[3, 4, 5] = 3
+    nibabel.save(nibabel.Nifti1Image(labels * 100 / 3, np.eye(4)), folder / "a.nii")
+    # Stored the other way round, and as floating-point numbers.
+    turned = labels[::-1, :, ::-1].astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(turned, np.diag([-1.0, 1.0, -1.0, 1.0])), folder / "a-organ.nii.gz")
+    (folder / "list.csv").write_text("file,organ\na.nii,a-organ.nii.gz\n")
+    path = str(folder / "list.csv")
+    return open_source({"kind": "nifti_slices", "path": path, "masks": ["organ"], **settings}, "sources.scans").open()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((2, 2, 3)), "of its volume's size"),
+        (np.full((2, 2, 2), 0.5), "whole numbers"),
+        (np.full((2, 2, 2), np.nan), "whole numbers"),
+        (np.full((2, 2, 2), -1), "whole number from 0"),
+        (np.zeros((2, 2, 2, 2)), "three dimensions"),
+        (None, "missing label volume"),
+    ],
+)
+def test_a_label_volume_that_does_not_fit_costs_its_own_slices(tmp_path: Path, labels: Any, message: str) -> None:
+    import nibabel
+
+    for name in ("a", "b"):
+        nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.float32), np.eye(4)), tmp_path / f"{name}.nii")
+    nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2), np.uint8), np.eye(4)), tmp_path / "b-organ.nii")
+    if labels is not None:
+        nibabel.save(nibabel.Nifti1Image(labels.astype(np.float32), np.eye(4)), tmp_path / "a-organ.nii")
+    (tmp_path / "list.csv").write_text("file,organ\na.nii,a-organ.nii\nb.nii,b-organ.nii\nc.nii,\n")
+    settings = {"kind": "nifti_slices", "path": str(tmp_path / "list.csv"), "masks": ["organ"]}
+    source = open_source(settings, "sources.scans").open()
+    index = source.index()
+    assert [record.patient for record in index] == ["a.nii"] * 2 + ["b.nii"] * 2 + ["c.nii"]
+    for record in index[:2]:
+        with pytest.raises(BadRecord, match=message):
+            record.cells["organ"]
+    assert [record.cells["organ"] for record in index[2:]] == ["mask 2 2 1*4"] * 2 + [""]
+    assert "missing NIfTI file" in index[4].fault
+    with pytest.raises(BadRecord, match="missing NIfTI file"):
+        source.load(4)

@@ -1,16 +1,45 @@
-"""From stored values of a scan to 8-bit pictures: a window of intensities becomes black to white."""
+"""From stored values of a scan to 8-bit pictures: a window of intensities becomes black to white.
+
+# Shapes: X, Y, Z of a volume along the patient's axes to the right, front and top; S slices of H x W.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.types import BadRecord
+from client.data.sources.parts.tree import require_file
+from common.types import BadInput, BadRecord
 
 MAX_VALUES = 1 << 30
 """Pixels or voxels of one record."""
+
+Plane = Literal["axial", "coronal", "sagittal"]
+Window = tuple[float, float] | Literal["full"]
+
+_Read = TypeVar("_Read")
+_AXES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 
 
 def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
@@ -39,3 +68,72 @@ def spread(count: int, most: int | None) -> list[int]:
     if most is None or count <= most:
         return list(range(count))
     return [int((2 * number + 1) * count / (2 * most)) for number in range(most)]
+
+
+def require_nibabel() -> None:
+    """Raises BadInput where the package that reads NIfTI files is not installed."""
+    try:
+        import nibabel  # noqa: F401
+    except ImportError as error:
+        raise BadInput("sources: expected the package nibabel; install headwater[nifti]") from error
+
+
+def count_slices(path: Path, plane: Plane) -> int:
+    """Returns the number of a NIfTI volume's slices from its header.
+
+    Raises:
+        BadRecord: it is none that can be read.
+        OSError: it is missing.
+    """
+    return _read_nifti(path, lambda image: int(image.shape[_AXES[plane]]))
+
+
+def read_volume(path: Path) -> NDArray[np.float32]:
+    """Returns a NIfTI volume along the patient's axes, X x Y x Z.
+
+    Raises:
+        BadRecord: it is none that can be read.
+        OSError: it is missing.
+    """
+    return _read_nifti(path, lambda image: np.asarray(image.dataobj, dtype=np.float32))
+
+
+def read_pixels(path: Path, window: Window) -> NDArray[np.uint8]:
+    """Returns a NIfTI volume as X x Y x Z values from black to white.
+
+    Args:
+        path: the file.
+        window: lowest and highest intensity; `full` takes the volume's .5 and 99.5 percentiles.
+
+    Raises:
+        BadRecord: it is none that can be read.
+        OSError: it is missing.
+    """
+    volume = read_volume(path)
+    if not np.isfinite(volume).all():
+        raise BadRecord("expected finite intensities")
+    low, high = np.percentile(volume, (0.5, 99.5)) if window == "full" else window
+    return windowed(volume, float(low), float(high))
+
+
+def cut_slices(volume_XYZ: NDArray[Any], plane: Plane) -> NDArray[Any]:
+    """Returns a volume's slices, S x H x W: the first row of each is its top, or its front."""
+    return np.ascontiguousarray(np.moveaxis(volume_XYZ, _AXES[plane], 0).transpose(0, 2, 1)[:, ::-1])
+
+
+def _read_nifti(path: Path, read: Callable[[Any], _Read]) -> _Read:
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    # Opened here first: a missing file is an OSError, and nibabel's own would name it.
+    require_file(path, "NIfTI file")
+    path.open("rb").close()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = nibabel.load(path)
+            if len(found.shape) != 3 or not 0 < int(np.prod(found.shape, dtype=np.float64)) <= MAX_VALUES:
+                raise BadRecord("expected a volume of three dimensions")
+            return read(nibabel.as_closest_canonical(found))
+    except (*_UNREADABLE, OSError, ImageFileError):
+        # From None: nibabel's messages name the file.
+        raise BadRecord("not a NIfTI volume that can be read") from None
