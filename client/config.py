@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from common.inputs import find_name, is_boxes, is_mask, parse_number, rename_parts
+from common.inputs import CellText, find_name, is_boxes, is_mask, parse_number, rename_parts
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
 from common.run import MAX_PUBLIC_SIZE, Digest, Name, PositiveInt, drop_unset
@@ -69,7 +69,7 @@ class LabelColumns(Frozen):
     former_keys: ClassVar[Mapping[str, str]] = {"column": "`label`"}
     source: str
     label: str | list[str]
-    values: dict[str, str | dict[str, str]] | None = None
+    values: dict[CellText, CellText | dict[CellText, CellText]] | None = None
     multiply: dict[str, Annotated[float, Field(gt=0)]] | None = None
     missing: Literal["skip", "refuse"]
     unmapped: Literal["skip", "refuse"] = "refuse"

@@ -317,6 +317,9 @@ def _check_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+CellText = Annotated[str, BeforeValidator(_format_number)]
+"""A cell as it is; YAML numbers are taken as their text."""
+
 CellName = Annotated[str, BeforeValidator(_format_number), AfterValidator(_strip)]
 """A public name that cells are compared with; YAML numbers are taken as their text."""
 

@@ -15,7 +15,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from client.config import Allow, SecureSum, SiteConfig, SiteTask, Split
+from client.data.drawn import is_drawn
 from client.data.sources import SourceRecord, open_source
+from client.data.sources.parts.boundary import try_record
 from common.inputs import normalise_patient_id
 from common.plugins import Spec
 from common.run import RunConfig
@@ -339,7 +341,13 @@ def _read_labels(
     task = config.tasks.get(task_name)
     if task is None or task.source != source or not isinstance(task.label, str):
         raise BadInput(f"partition.by: expected a task with one label column in source {source!r}, got {task_name!r}")
-    return [index[group[0]].cells[task.label] for group in groups]
+    return [_read_label(index[group[0]], task.label) for group in groups]
+
+
+def _read_label(record: SourceRecord, column: str) -> str:
+    """Returns a label by which records are divided; masks and boxes are no two alike, and count as a missing one."""
+    cell, _ = try_record(lambda: record.cells[column])
+    return "" if cell is None or is_drawn(cell) else cell
 
 
 def _deal_by_proportion(
@@ -380,7 +388,7 @@ def _split_stratified(config: SimulationConfig, source: str, index: list[SourceR
     if any(record.patient for record in index):
         raise BadInput("partition.split: stratified divides single records; write hash, which keeps patients whole")
     task = next(task for task in config.tasks.values() if task.source == source)
-    labels = [tuple(task.read_cell(name, record.cells[name]) for name in task.columns) for record in index]
+    labels = [tuple(task.read_cell(name, _read_label(record, name)) for name in task.columns) for record in index]
     counts = {label: labels.count(label) for label in set(labels)}
     stratify = ["|".join(label) for label in labels] if len(counts) > 1 and min(counts.values()) > 2 else None
     # Imported here: it takes a third of a second, and few simulations need it.

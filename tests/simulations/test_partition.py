@@ -119,6 +119,24 @@ def test_a_stratified_split_keeps_the_labels_shares(tmp_path: Path, table: Path)
             assert sides.count("test") == pytest.approx(0.25 * len(sides), abs=1)
 
 
+@pytest.mark.parametrize(
+    "partition", [{"kind": "iid", "split": "stratified"}, {"kind": "dirichlet", "alpha": 1.0, "by": "m"}]
+)
+def test_masks_one_of_them_bad_are_divided_as_records_without_a_label(
+    tmp_path: Path, partition: dict[str, Any]
+) -> None:
+    lines = ["image,mask", *(f"a{number}.npy,m{number}.npy" for number in range(12))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    values = simulation(tmp_path, {"num_sites": 2, "test_fraction": 0.25, **partition}).model_dump(
+        mode="json", exclude_none=True
+    )
+    values["sources"] = {"rows": {"kind": "manifest", "path": str(tmp_path / "list.csv"), "masks": ["mask"]}}
+    values["run"]["tasks"] = {"m": {"kind": "segmentation", "labels": ["a", "b"], "side": 2}}
+    values["tasks"] = {"m": {"source": "rows", "label": "mask", "missing": "skip", "public_size": 5}}
+    sites = build_sites(SimulationConfig.model_validate(values), tmp_path / "sites")
+    assert sum(len(read_cells(Path(str(site.sources["rows"].settings()["rows"])))) for site in sites) == 12
+
+
 def read_cells(table: Path) -> list[dict[str, str]]:
     with table.open() as file:
         return list(csv.DictReader(file))

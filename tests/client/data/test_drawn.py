@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from client.config import SiteTask
 from client.data.checks import data_checks
@@ -45,6 +46,12 @@ def test_a_masks_numbers_are_mapped_to_labels_and_others_are_refused_or_left_wit
     assert encode(CELLS, own(values={**values, "7": "cell"}), write_mask(MASK)) == ([[0, 1], [1, 1]], ())
     ignoring = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 2, "ignore": 7}, "cells")
     assert encode(ignoring, own(values=values), write_mask(MASK)) == ([[0, 1], [255, 1]], ())
+
+
+def test_numbers_that_a_file_does_not_quote_are_their_text() -> None:
+    assert own(values={0: "ground", 128: "cell"}).values == {"0": "ground", "128": "cell"}
+    with pytest.raises(ValidationError, match="put yes, no, true and false in quotes"):
+        own(values={True: "cell"})
 
 
 def test_names_of_a_masks_values_are_mapped_and_an_empty_one_is_no_label() -> None:
