@@ -79,7 +79,7 @@ DOORS = {
     "yaml": ("common/yaml.py",),
     "sklearn": ("client/data/sources/", "simulations/"),
     "transformers": ("common/backbones/", "common/exports/parts/"),
-    "torchvision": ("common/backbones/",),
+    "torchvision": ("common/backbones/", "common/tasks/parts/"),
     "onnxruntime": ("common/exports/",),
     "pandas": ("client/data/sources/", "client/prediction/"),
     "tensorboard": ("server/reports/trackers/",),

@@ -368,7 +368,7 @@ class JoinsCells(Protocol):
 
 @runtime_checkable
 class PairMetrics(Protocol):
-    """Optional part of a task that is also judged by comparing pairs of records.
+    """Optional part of a task that is also judged by comparing its records with each other, in pairs or in an order.
 
     These metrics are no sums over records: they cannot be merged over sites or released, and no loss may use them.
     """

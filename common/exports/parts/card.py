@@ -17,7 +17,7 @@ from common.exports.parts.facts import RunFacts
 from common.exports.parts.markdown import escape, format_number, make_table, quote
 from common.privacy.accounting import round_up
 from common.serving.folder import Metric, ModelConfig, ModelPrivacy, ModelTask
-from common.tasks import Calibratable, PairMetrics
+from common.tasks import Calibratable, PairMetrics, ReadsPlaces
 from common.types import Unit
 from common.yaml import format_yaml
 
@@ -101,8 +101,10 @@ def find_pipeline(exported: Exported) -> str | None:
         return None
     if all(isinstance(task, Calibratable) for task in tasks):
         return f"{modality}-classification"
-    pictures = modality == "image" and all(isinstance(task, PairMetrics) for task in tasks)
-    return "image-feature-extraction" if pictures else None
+    if modality == "image" and all(isinstance(task, PairMetrics) for task in tasks):
+        # None for boxes: what `serve` returns of them is a number for each label.
+        return None if any(isinstance(task, ReadsPlaces) for task in tasks) else "image-feature-extraction"
+    return None
 
 
 def make_card(subject: CardSubject) -> str:

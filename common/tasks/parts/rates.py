@@ -79,6 +79,26 @@ def compute_specificity(counts_L22: Array, *, clip: bool) -> Array:
     return compute_ratio(counts_L22[:, 0, 0], counts_L22[:, 0].sum(axis=1), clip=clip)
 
 
+def compute_average_precision(hits_T: Array, wrong_T: Array, num_true: float, *, clip: bool) -> float:
+    """Returns the mean over 101 recalls of the best precision at that recall or beyond (Lin et al. 2014, COCO).
+
+    Args:
+        hits_T: number of true detections in each range of scores, from the highest; perhaps with noise.
+        wrong_T: number of others.
+        num_true: number of objects, found or not; of one that is not positive there is no precision (NaN).
+        clip: whether a precision that noise moved out of [0, 1] is moved to its end.
+    """
+    if not num_true > 0.0:
+        return math.nan
+    found_T, said_T = hits_T.cumsum(), (hits_T + wrong_T).cumsum()
+    # Noise may let a recall fall where more is said, or leave nothing that was said.
+    recall_T = np.maximum.accumulate(found_T / num_true)
+    precision_T = np.nan_to_num(compute_ratio(found_T, said_T, clip=clip))
+    best_T = np.append(np.maximum.accumulate(precision_T[::-1])[::-1], 0.0)
+    # COCO compares to recalls that are computed as multiples of 0.01.
+    return float(best_T[np.searchsorted(recall_T, np.linspace(0.0, 1.0, 101))].mean())
+
+
 def average_defined(values_L: Array) -> float:
     """Returns the mean of the values that are defined; NaN where none is."""
     defined = values_L[~np.isnan(values_L)]
