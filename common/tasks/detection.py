@@ -36,6 +36,9 @@ REACH = 0.5
 POSITIVES = 10.0
 """Weight of centres beside that of the many places without one."""
 
+SIZE_STEP = 0.3
+"""Change of a size, in parts of the usual one, for an output of 1: noise in outputs moves sizes as much less."""
+
 MOST_LOGIT = 6.0
 """Score buckets are of equal width between logits of this and minus this."""
 
@@ -68,7 +71,7 @@ class Detection(Plugin):
     counts: dict[CellName, Annotated[float, Field(gt=0.0, le=1000.0)]] = {}
     learn_sizes: bool = True
     weights: LabelWeights = {}
-    size_weight: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
+    size_weight: Annotated[float, Field(ge=0.01, le=100.0)] = 4.0
     most_boxes: Annotated[int, Field(ge=1, le=MAX_BOXES)] = 64
     most_detections: Annotated[int, Field(ge=1, le=MAX_BOXES)] = 100
     overlap: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
@@ -88,7 +91,7 @@ class Detection(Plugin):
     def example(cls) -> TaskExample:
         """Returns pictures of two kinds of objects, one of them empty."""
         cell, grain = Box("cell", 0.1875, 0.0625, 0.6875, 0.5625), Box("grain", 0.6875, 0.5625, 0.9375, 0.8125)
-        pictures = [[cell, grain], [], [grain], [Box("cell", 0.4375, 0.4375, 0.9375, 0.8125)]]
+        pictures = [[cell, grain], [], [grain], [Box("cell", 0.4375, 0.5625, 0.9375, 0.8125)]]
         settings = {
             "kind": "detection",
             "labels": ["cell", "grain"],
@@ -142,7 +145,9 @@ class Detection(Plugin):
         slopes = (logits_BGGK.sigmoid() * weight_BGGK - POSITIVES * aim.centre_BGGK) * self._weights(outputs)
         if self.learn_sizes:
             error_BGG2 = (size_BGG2 - aim.size_BGG2).clamp(-1.0, 1.0)
-            slopes = torch.cat([slopes, error_BGG2 * (self.size_weight * aim.inside_BGG).unsqueeze(-1)], dim=-1)
+            slopes = torch.cat(
+                [slopes, error_BGG2 * (SIZE_STEP * self.size_weight * aim.inside_BGG).unsqueeze(-1)], dim=-1
+            )
         part_B = _find_known(labels).to(slopes) / math.prod(outputs.shape[1:3])
         return slopes * part_B.view(-1, 1, 1, 1)
 
@@ -156,7 +161,9 @@ class Detection(Plugin):
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits_BGGK of centres, and size_BGG2 over the usual one, minus 1."""
         logits_BGGK = outputs[..., : len(self.labels)] + outputs.new_tensor(self._usual_logits())
-        return logits_BGGK, outputs[..., len(self.labels) :] if self.learn_sizes else outputs[..., :2] * 0.0
+        if not self.learn_sizes:
+            return logits_BGGK, outputs.new_zeros(*outputs.shape[:-1], 2)
+        return logits_BGGK, SIZE_STEP * outputs[..., len(self.labels) :]
 
     def _usual_logits(self) -> list[float]:
         """Returns the logit of each label that fits best where nothing is known of a place but the usual numbers."""
@@ -168,6 +175,11 @@ class Detection(Plugin):
         # The mean of what falls off as a parabola is 2/3 along each axis.
         areas = [(2.0 / 3.0 * REACH) ** 2 * width * height for width, height in self._sizes()]
         return [min(count * area, 0.5) for count, area in zip(counts, areas, strict=True)]
+
+    def _weighted_shares(self) -> list[tuple[float, float]]:
+        """Returns the weight and the share of each label's centres."""
+        weights = order_by_label(self.weights, self.labels, "weights", default=1.0)
+        return list(zip(weights, self._shares(), strict=True))
 
     def _sizes(self) -> list[tuple[float, float]]:
         axes = [
@@ -184,20 +196,31 @@ class Detection(Plugin):
 
     @property
     def smoothness(self) -> float:
-        """Curvature of the loss of a usual picture if all places had the same outputs."""
-        weights = order_by_label(self.weights, self.labels, "weights", default=1.0)
+        """Curvature of a usual picture's loss where nothing is known of any place, if all had the same outputs."""
+        # p (1 - p) times the weight of all places together, with p / (1 - p) = POSITIVES share / (1 - share).
         centres = [
-            0.25 * weight * (1.0 + (POSITIVES - 1.0) * share)
-            for weight, share in zip(weights, self._shares(), strict=True)
+            weight * POSITIVES * share * (1.0 - share) / (1.0 + (POSITIVES - 1.0) * share)
+            for weight, share in self._weighted_shares()
         ]
-        return max(*centres, self.size_weight * sum(self._shares()) if self.learn_sizes else 0.0)
+        return max(*centres, self.size_weight * SIZE_STEP**2 * sum(share for _, share in self._weighted_shares()))
 
     @property
     def first_slope(self) -> float:
         """Length of what a usual picture's centres add to the gradient where nothing is known of any place."""
         return math.hypot(
-            *(POSITIVES * share * (1.0 - share) / (1.0 + (POSITIVES - 1.0) * share) for share in self._shares())
+            *(
+                weight * POSITIVES * share * (1.0 - share) / (1.0 + (POSITIVES - 1.0) * share)
+                for weight, share in self._weighted_shares()
+            )
         )
+
+    @property
+    def later_slope(self) -> float:
+        """A sixth of the first: the gradients of a picture's objects and of what is beside them soon cancel.
+
+        On blood cells half of it or twice as much was worse under noise (docs/results.md).
+        """
+        return self.first_slope / 6.0
 
     @property
     def tolerated_noise(self) -> float:

@@ -108,7 +108,7 @@ def fitted(task: Task, labels: Tensor) -> Tensor:
     """Outputs that fit the labels, found through the task's own loss alone."""
     outputs = torch.zeros_like(many(task, labels, 1)[0]).requires_grad_()
     # The loss of places is their mean.
-    step = max(1.0, math.prod(type(task).example().grid) / 4.0)
+    step = max(1.0, 0.6 * math.prod(type(task).example().grid))
     for _ in range(50):
         (gradient,) = torch.autograd.grad(task.losses(outputs, labels).sum(), outputs)
         outputs = (outputs - step * gradient).detach().requires_grad_()

@@ -33,7 +33,7 @@ _MOST_SIZE = 4.0
 
 
 class Targets(NamedTuple):
-    """What a head should say at each place.
+    """Outputs of a head that would fit the boxes of some pictures.
 
     Attributes:
         centre_BGGK: 1 at the centre of an object, falling to 0 at a part of its width and height; 0 elsewhere.

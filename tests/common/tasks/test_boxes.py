@@ -200,7 +200,7 @@ def test_the_statistic_s_precision_is_that_of_the_pictures_where_none_is_unusual
     )
     labels = torch.stack([encode(task, draw_boxes(rng, int(rng.integers(0, 5)))) for _ in range(40)])
     aim = compute_targets(labels, (8, 8), torch.tensor(task._sizes()).double(), reach=0.5)
-    outputs = torch.cat([6.0 * aim.centre_BGGK - 3.0, aim.size_BGG2], dim=-1)
+    outputs = torch.cat([6.0 * aim.centre_BGGK - 3.0, aim.size_BGG2 / 0.3], dim=-1)
     outputs = outputs + torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
     statistic = task.statistic(2048)
     values = statistic.values(statistic.sums(outputs, labels))

@@ -1,0 +1,116 @@
+"""Objects on pictures are found through the whole of a simulation, and by the model that it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
+
+import headwater
+from common.inputs import Box, read_boxes, write_boxes
+from common.yaml import parse
+from simulations.config import SimulationConfig
+from simulations.experiment import run as run_experiment
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Grey noise with a bright square each, and a dark one on every second."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(60, 120, (count, 32, 32, 3), dtype=np.uint8)
+    cells = []
+    for index, picture in enumerate(pictures):
+        boxes = []
+        for name, value in (("bright", 120), ("dark", -55))[: 1 + index % 2]:
+            row, column = rng.integers(0, 24, 2).tolist()
+            picture[row : row + 8, column : column + 8] += np.uint8(value % 256)
+            boxes.append(Box(name, column, row, column + 8, row + 8))
+        cells.append(write_boxes(boxes, 32, 32))
+    np.savez(folder / "pictures.npz", x=pictures, boxes=np.array(cells))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
+
+
+def make_config(folder: Path, **run: Any) -> SimulationConfig:
+    values: dict[str, Any] = {
+        "run": {
+            "name": "squares",
+            "seed": 1,
+            "backbone": {
+                "kind": "torchvision",
+                "model": "mobilenet_v2",
+                "weights": "weights.safetensors",
+                "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+                "maps": {"layers": ["features.1"], "grid": 16, "colours": True, "context": 3},
+                "projection": {"normalize": True},
+            },
+            "tasks": {
+                "squares": {
+                    "kind": "detection",
+                    "labels": ["bright", "dark"],
+                    "sizes": {"bright": [0.25, 0.25], "dark": [0.25, 0.25]},
+                    "most_boxes": 4,
+                }
+            },
+            "solver": {"kind": "auto"},
+            "rounds": 24,
+            "privacy": "non_private",
+            **run,
+        },
+        "sources": {
+            "pictures": {
+                "kind": "npz",
+                "path": "pictures.npz",
+                "parts": {"all": {"inputs": "x", "labels": {"boxes": "boxes"}}},
+            }
+        },
+        "tasks": {"squares": {"source": "pictures", "label": "boxes", "missing": "refuse", "public_size": 20}},
+        "partition": {"kind": "iid", "num_sites": 2, "split": "hash", "test_fraction": 0.2, "seed": 1},
+        "unit": "example",
+        "budget": {"epsilon": 100.0, "delta": 1e-5},
+        "cache_dir": "cache",
+        "runs_dir": "runs",
+    }
+    return parse(SimulationConfig, values, base=folder)
+
+
+def simulate(folder: Path, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(run_experiment(make_config(folder, **changes)).to_json())
+    metrics: dict[str, Any] = values["tasks"]["squares"]["metrics"]
+    return metrics
+
+
+@pytest.mark.slow
+def test_objects_are_found_at_their_places_with_noise_and_without(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 50)
+    plain = simulate(tmp_path)
+    assert plain["ap_50"] > 0.9 and plain["map_50"] == pytest.approx(plain["ap_50"], abs=0.02)
+    assert 0.3 < plain["map"] < plain["map_50"]
+    private = simulate(tmp_path, privacy={"unit": "example", "delta": 1e-5, "target_epsilon": 50.0})
+    assert private["ap_50"] > 0.6
+    folder = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
+    found = headwater.load(folder).predict(tmp_path / "pictures.npz", columns=["x"])
+    assert count_found(tmp_path, found["squares"].tolist()) > 0.6
+    highest = found[["squares.highest bright", "squares.highest dark"]].to_numpy()
+    assert ((highest > 0) & (highest < 1)).all() and highest[1::2, 1].mean() > highest[::2, 1].mean() + 0.1
+
+
+def count_found(folder: Path, cells: list[str]) -> float:
+    """Ratio of objects of which a predicted box of the same name has its centre within a tenth of the picture."""
+    found, number = 0, 0
+    for said, true in zip(cells, np.load(folder / "pictures.npz")["boxes"].tolist(), strict=True):
+        for own in read_boxes(true):
+            near = (
+                box.name == own.name
+                and abs(box.left + box.right - own.left - own.right) < 0.2
+                and abs(box.top + box.bottom - own.top - own.bottom) < 0.2
+                for box in read_boxes(said)
+            )
+            found, number = found + any(near), number + 1
+    return found / number
