@@ -155,7 +155,7 @@ class Detection(Plugin):
         """Returns what a head should say, and what it says."""
         from common.tasks.parts.boxes import compute_targets
 
-        aim = compute_targets(labels, outputs.shape[1:3], self._usual(outputs), REACH)
+        aim = compute_targets(labels, (outputs.shape[1], outputs.shape[2]), self._usual(outputs), REACH)
         return aim, *self._split(outputs)
 
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +373,7 @@ class BoxCodec:
         for found in self.task.detect(outputs):
             rows = zip(found.label_D.tolist(), found.logit_D.sigmoid().tolist(), found.box_D4.tolist(), strict=True)
             boxes = [
-                Box(names[label], *(round(side, 6) for side in sides), score=round(score, 6))
+                Box(names[label], *(round(each, 6) for each in (*sides, score)))
                 for label, score, sides in rows
                 if score >= self.task.threshold
             ]
