@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from client.aligners.parts.head import serve_equal_classes
+from client.aligners.parts.head import list_alignments, serve_equal_classes
 from client.config import SiteConfig
 from client.data.prepare import open_units
 from client.data.units import Units
@@ -196,7 +196,8 @@ def predict_left_out(config: SimulationConfig, site: SiteConfig, outcome: Outcom
     kinds: dict[str, Mapping[str, nn.Module]] = {FEDERATED: modules, PERSONAL: adapted}
     if released:
         kinds[PERSONAL_UNIFORM] = serve_equal_classes(adapted)
-    return HomePredictions(run_id, config.personal, test.num_units, tasks, predict_held_out(kinds, list(tasks), test))
+    outputs = predict_held_out(kinds, list(tasks), test)
+    return HomePredictions(run_id, config.personal, test.num_units, tasks, outputs, list_alignments(adapted))
 
 
 def _compute_home_metrics(

@@ -357,14 +357,15 @@ def _journal_at_home(experiment: Experiment, sites: Sequence[SiteConfig], outcom
         outcome: the end of the run.
     """
     found = {}
-    if experiment.config.leave_out is not None:
-        (site,) = experiment.config.list_judging_sites(sites)
-        found[site.name] = predict_left_out(experiment.config, site, outcome, experiment.run_id)
-        sites = []
+    sites = experiment.config.list_judging_sites(sites)
     for position, site in enumerate(sites):
         experiment.observe("personal heads", position, len(sites))
-        if (locate_prepared_data(site, experiment.run_id).with_name(FINAL_HEADS)).exists():
+        if experiment.config.leave_out is not None:
+            found[site.name] = predict_left_out(experiment.config, site, outcome, experiment.run_id)
+        elif (locate_prepared_data(site, experiment.run_id).with_name(FINAL_HEADS)).exists():
             found[site.name] = predict_at_home(Site(site, experiment.entropy), experiment.run_id, lenient=True)
     for task, heads in evaluate_at_home(found).items():
-        experiment.journal.write(HomeEvaluated(task=task, personal=experiment.config.personal, heads=heads))
+        taken = {site: each.alignments[task] for site, each in found.items() if task in each.alignments}
+        event = HomeEvaluated(task=task, personal=experiment.config.personal, heads=heads, alignments=taken)
+        experiment.journal.write(event)
     experiment.observe("personal heads", len(sites), len(sites))

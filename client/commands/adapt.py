@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from client.aligners.parts.head import AlignedHead
+from client.aligners.parts.head import list_alignments
 from client.commands.parts.options import Coordinator, FinishedModel, SiteFile, load_for
 from client.personal.adopt import adapt_model, adopt_model
 from client.personal.evaluate import adapt as adapt_heads
@@ -42,11 +42,6 @@ def adapt(
         except SiteDeclined as declined:
             raise BadInput(f"{'the last run' if run is None else f'--run {run}'}: {declined.detail}") from declined
         leaving = MAY_LEAVE if config.personal == "tied" else NEVER_LEAVES
-        listed = ", ".join(f"{name}{_describe(head)}" for name, head in heads.items())
+        taken = list_alignments(heads)
+        listed = ", ".join(f"{name} ({taken[name]})" if name in taken else name for name in heads)
         typer.echo(f"adapted: {listed}; {PERSONAL_HEADS} in {place}: {leaving}")
-
-
-def _describe(head: object) -> str:
-    if not isinstance(head, AlignedHead):
-        return ""
-    return f" ({head.aligner or 'no alignment: the head as it is served is better here, or cannot be told from it'})"

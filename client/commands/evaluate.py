@@ -43,6 +43,8 @@ def evaluate(
             typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
         else:
             Console(markup=False).print(_make_comparison_table(result))
+            for task, taken in result.alignments.items():
+                typer.echo(f"this site took for {task}: {taken}")
 
 
 def _make_comparison_table(result: Comparison) -> Table:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from client.aligners.parts.head import serve_equal_classes
+from client.aligners.parts.head import list_alignments, serve_equal_classes
 from client.config import SiteConfig
 from client.data.prepare import Encoding, open_units, prepare
 from client.data.records import Side
@@ -165,5 +165,7 @@ def compare_model(site: Site, path: Path) -> Comparison:
         if site.config.personal == "adapt":
             kinds[PERSONAL_UNIFORM] = serve_equal_classes(kinds[PERSONAL])
     outputs = predict_held_out(kinds, list(adopted.tasks), test)
-    run_id = adopted.model.config.run
-    return estimate_all(HomePredictions(run_id, site.config.personal, test.num_units, adopted.tasks, outputs))
+    run_id, alignments = adopted.model.config.run, list_alignments(kinds.get(PERSONAL, {}))
+    return estimate_all(
+        HomePredictions(run_id, site.config.personal, test.num_units, adopted.tasks, outputs, alignments)
+    )

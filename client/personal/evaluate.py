@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from google.protobuf.message import DecodeError
 
-from client.aligners.parts.head import AlignedHead, serve_equal_classes
+from client.aligners.parts.head import AlignedHead, list_alignments, serve_equal_classes
 from client.config import Personal
 from client.data.prepare import open_units
 from client.data.units import Units
@@ -47,6 +47,7 @@ class HomePredictions:
         num_held_out: number of held-out units.
         tasks: task -> its definition.
         outputs: task -> kind of heads -> outputs; tasks without a labelled held-out record are left out.
+        alignments: task -> which alignment the site took, in words; of tasks that none was tried for nothing.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class HomePredictions:
     num_held_out: int
     tasks: Mapping[str, Task]
     outputs: Mapping[str, Mapping[str, Predictions]] = field(repr=False)
+    alignments: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Comparison:
         personal: how the site adapted the final heads.
         num_held_out: number of held-out units.
         tasks: task -> kind of heads (`FEDERATED` and the others of common/events) -> metric -> its estimate.
+        alignments: task -> which alignment the site took, in words; of tasks that none was tried for nothing.
     """
 
     run_id: str
     personal: Personal
     num_held_out: int
     tasks: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
+    alignments: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """Returns the comparison as plain values for JSON."""
@@ -78,6 +82,7 @@ class Comparison:
             "run": self.run_id,
             "held_out_units": self.num_held_out,
             "personal": self.personal,
+            "alignments": dict(self.alignments),
             "tasks": {
                 task: {kind: list_values(own) for kind, own in each.items()} for task, each in self.tasks.items()
             },
@@ -107,7 +112,7 @@ def estimate_all(found: HomePredictions) -> Comparison:
         name: {kind: estimate_metrics(task, [each]) for kind, each in found.outputs.get(name, {}).items()}
         for name, task in found.tasks.items()
     }
-    return Comparison(found.run_id, found.personal, found.num_held_out, estimates)
+    return Comparison(found.run_id, found.personal, found.num_held_out, estimates, found.alignments)
 
 
 def predict_at_home(site: Site, run_id: str | None = None, *, lenient: bool = False) -> HomePredictions:
@@ -158,7 +163,8 @@ def predict_at_home(site: Site, run_id: str | None = None, *, lenient: bool = Fa
         own = adapt_heads("fit", untrained, tasks, train.passed(untrained))
         modules[ALONE_ADAPTED] = {**untrained, **own}
     outputs = predict_held_out(modules, list(tasks), test)
-    return HomePredictions(run_id, site.config.personal, test.num_units, tasks, outputs)
+    alignments = list_alignments(modules.get(PERSONAL, {}))
+    return HomePredictions(run_id, site.config.personal, test.num_units, tasks, outputs, alignments)
 
 
 def predict_held_out(
@@ -259,5 +265,8 @@ def find_last_run(site: Site) -> str:
     """Returns the id of the run whose final heads arrived last. Raises BadInput where none has."""
     ended = sorted(site.config.coordinator_dir.glob(f"runs/*/{FINAL_HEADS}"), key=lambda path: path.stat().st_mtime)
     if not ended:
-        raise BadInput("expected a run that has ended, but this site has received no final heads yet")
+        raise BadInput(
+            "expected a run that has ended, but this site has received no final heads yet; a site that took "
+            "part in no run names a model's folder: `--model MODEL`, or `headwater predict MODEL`"
+        )
     return ended[-1].parent.name

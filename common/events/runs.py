@@ -384,6 +384,9 @@ class HomeEvaluated(Event):
     heads: Mapping[str, HomeMetrics] = Field(
         description="Kind of heads (federated, personal in up to two ways, site alone in three) -> their metrics."
     )
+    alignments: Mapping[str, str] = Field(
+        default_factory=dict, description="With `personal: adapt`, site -> which alignment it took, in words."
+    )
 
 
 RunEvent = (

@@ -56,6 +56,9 @@ class TaskSummary(Facts):
         description="Kind of heads -> their metrics, each site's on its own held-out records; the simulator's own "
         "view. Empty without `personal`.",
     )
+    alignments: Mapping[str, str] = Field(
+        {}, description="With `personal: adapt`, site -> which alignment it took, in words."
+    )
 
 
 class LeftOut(Facts):

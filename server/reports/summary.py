@@ -143,6 +143,7 @@ def _summarize_task(events: Sequence[RunEvent], name: str, kind: str) -> TaskSum
         baselines={event.name: event.metrics[name] for event in baselines},
         personal=home.personal if home else None,
         at_home=home.heads if home else {},
+        alignments=home.alignments if home else {},
     )
 
 

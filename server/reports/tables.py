@@ -82,7 +82,10 @@ def _render_at_home(summary: Summary) -> Table:
             pooled = [_format_estimate(each.pooled[metric], each.pooled_intervals.get(metric)) for each in own]
             table.add_row(name if position == 0 else "", metric, "sites", *mean)
             table.add_row("", "", "records", *pooled)
-    table.caption = "below each metric its 95 % interval over the choice of held-out units"
+    taken = [
+        f"{site} took for {name}: {text}" for name, task in tasks.items() for site, text in task.alignments.items()
+    ]
+    table.caption = "\n".join(["below each metric its 95 % interval over the choice of held-out units", *taken])
     table.caption_justify = "left"
     return table
 

@@ -79,6 +79,7 @@ def test_sites_that_adapt_are_shown_with_their_own_mix_and_for_equal_classes(
     assert list(task.at_home) == [FEDERATED, PERSONAL, PERSONAL_UNIFORM, ALONE, ALONE_NOT_PRIVATE]
     assert (task.at_home[PERSONAL].mean["balanced_accuracy"] or 0.0) > 0.7
     assert (task.at_home[PERSONAL_UNIFORM].mean["balanced_accuracy"] or 0.0) > 0.7
+    assert set(task.alignments) == set(task.at_home[PERSONAL].per_site)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +101,18 @@ def test_a_site_that_is_left_out_adapts_by_what_the_others_released(simulation_f
     """The simulation says the same as the site's own command with the model of the run."""
     out = tmp_path / "out"
     name = read_sites_of(simulation_file, tmp_path)[-1]
-    task = run(simulation_file, overrides=[*AUTO, f"leave_out={name}"], out=out).tasks["colour"]
+    summary = run(simulation_file, overrides=[*AUTO, f"leave_out={name}"], out=out)
+    task = summary.tasks["colour"]
     assert list(task.at_home) == [FEDERATED, PERSONAL, PERSONAL_UNIFORM]
     assert set(task.at_home[PERSONAL].per_site) == {name}
     assert task.at_home[FEDERATED].pooled == task.metrics
     (site,) = (each for each in read_sites(out / "sites") if each.name == name)
-    own = compare_model(Site(site, os_entropy), out).tasks["colour"]
+    compared = compare_model(Site(site, os_entropy), out)
+    own = compared.tasks["colour"]
+    assert task.alignments == {name: compared.alignments["colour"]} and compared.alignments["colour"]
+    console = Console(width=200, record=True)
+    console.print(render_summary(summary))
+    assert f"{name} took for colour: {task.alignments[name]}" in " ".join(console.export_text().split())
     for kind in (FEDERATED, PERSONAL, PERSONAL_UNIFORM):
         assert own[kind]["accuracy"].value == task.at_home[kind].per_site[name]["accuracy"]
     with pytest.raises(BadInput, match="personal: expected none, prior, fit or adapt beside `leave_out`"):

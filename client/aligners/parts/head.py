@@ -144,3 +144,9 @@ def keep_head(head: nn.Module, source: SourceMoments) -> AlignedHead:
     unmoved = Alignment(np.ones(num_features), np.zeros(num_features))
     log_shares_C = read_log_shares(head, source)
     return AlignedHead(head, unmoved, None, log_shares_C, log_shares_C)
+
+
+def list_alignments(heads: Mapping[str, object]) -> dict[str, str]:
+    """Returns task -> which alignment a site took for its head, in words, for those that one was tried for."""
+    none = "no alignment: the head as it is served is better here, or cannot be told from it"
+    return {name: head.aligner or none for name, head in heads.items() if isinstance(head, AlignedHead)}

@@ -86,6 +86,10 @@ def test_a_new_site_adapts_a_model_and_is_better_for_it(trained: Path, tmp_path:
         assert own[PERSONAL]["accuracy"] > own[FEDERATED]["accuracy"] + 0.1
     done = invoke("adapt", config, trained)
     assert done.exit_code == 0 and NEVER_LEAVES in done.stdout
+    read = " ".join(invoke("evaluate", config, trained).stdout.split())
+    for task in TASKS:
+        taken = found["alignments"][task]
+        assert f"{task} ({taken})" in done.stdout and f"this site took for {task}: {taken}" in read
     (folder,) = (config.state_dir / "models").iterdir()
     kept = load_personal_heads(folder, purpose=AT_HOME)
     assert (kept.mode, kept.final_heads) == ("adapt", read_config(trained).heads)
