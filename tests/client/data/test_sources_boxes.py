@@ -24,7 +24,8 @@ from common.types import BadInput, BadRecord
 
 def draw(path: Path, width: int = 8, height: int = 4, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path, **options)
+    if not path.exists():  # Written again, it would be another file.
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path, **options)
 
 
 def voc(folder: Path, **settings: Any) -> Source:
