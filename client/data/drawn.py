@@ -12,7 +12,7 @@ import numpy as np
 from client.config import LabelColumns
 from common.inputs import Box, find_name, is_boxes, is_mask, read_boxes, read_mask, read_mask_names, write_boxes
 
-_FAR, _NEAR = 2.0, 0.01
+_FAR, _NEAR, _LEAST = 2.0, 0.01, 1e-6
 _MAX_SHOWN = 12
 
 
@@ -39,7 +39,7 @@ def _clip(box: Box) -> Box:
 
 def _has_area(box: Box) -> bool:
     cut = _clip(box)
-    return cut.right > cut.left and cut.bottom > cut.top
+    return min(cut.right - cut.left, cut.bottom - cut.top) > _LEAST
 
 
 @dataclass(frozen=True)

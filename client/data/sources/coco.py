@@ -238,7 +238,7 @@ def _read_entry(entry: Any, annotations: Sequence[Mapping[str, Any]], repeated: 
 def _check_size(entry: _Entry, width: int, height: int) -> None:
     for said, found in zip(entry.size, (width, height), strict=True):
         if said and said != found:
-            raise BadRecord("expected objects on a picture of its size, got those of another size")
+            raise BadRecord("expected objects of a picture of its size, got those of another size")
 
 
 def _check_count(annotations: Sequence[Any]) -> None:

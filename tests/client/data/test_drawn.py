@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pydantic import ValidationError
 
@@ -21,7 +20,7 @@ from client.data.sources.voc import write_annotation
 from common.inputs import Box, read_boxes, read_mask, read_mask_names, write_boxes, write_mask
 from common.tasks import Task, open_task
 from common.types import BadInput, BadRecord
-from tests.tiny import site_config
+from tests.tiny import run_config, site_config
 
 CELLS = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 2}, "cells")
 MASK = np.array([[0, 128], [7, 128]])
@@ -75,26 +74,8 @@ def test_values_of_a_mask_are_names_of_the_task() -> None:
         check_values("t", CELLS, own(values={"128": "sell"}))
 
 
-class Named:
-    """A task whose label is the boxes themselves: the numbers of those of each name."""
-
-    part_names = ("red", "white")
-
-    @property
-    def codec(self) -> Named:
-        return self
-
-    def encode(self, cells: Sequence[str]) -> torch.Tensor:
-        names = [box.name for box in read_boxes(cells[0])]
-        if not set(names) <= set(self.part_names):
-            raise BadRecord("another name")
-        return torch.tensor([names.count(name) for name in self.part_names])
-
-    def missing(self) -> torch.Tensor:
-        return torch.zeros(2, dtype=torch.int64)
-
-
-BOXES: Any = Named()
+DETECTION = {"kind": "detection", "labels": ["red", "white"], "most_boxes": 4}
+BOXES = open_task(DETECTION, "boxes")
 SIX = write_boxes(
     [
         Box("RBC", 1, 1, 5, 5),
@@ -112,11 +93,14 @@ SIX = write_boxes(
 def test_boxes_without_area_are_left_out_and_listed_and_the_picture_is_used() -> None:
     values = {"RBC": "red", "WBC": "white"}
     label, rejected = encode(BOXES, own(values=values, unmapped="skip"), SIX)
-    assert label == [1, 1]
+    assert [row[0] for row in label] == [0, 1, -1, -1]
     said = "3 of its 6 boxes have no area on the picture and are left out"
     assert rejected == (RejectedRecord("list.csv", 7, said, "t", is_used=True),)
     label, rejected = encode(BOXES, own(values=values), SIX)
-    assert label is None and [each.reason for each in rejected] == [said, "another name"]
+    assert label is None and [each.reason for each in rejected] == [
+        said,
+        "expected boxes of the task's labels, got one of another name",
+    ]
 
 
 def test_boxes_are_cut_at_the_edges_of_their_picture() -> None:
@@ -135,8 +119,10 @@ def test_boxes_that_look_like_another_unit_are_counted_by_row() -> None:
     assert counts([], 640, 480).empty == 1
 
 
-def checked(folder: Path, annotations: Mapping[str, str], **task: Any) -> list[tuple[str, str, str]]:
-    """Returns what `check` says of the labels of pictures of 8 x 4 pixels."""
+def checked(
+    folder: Path, annotations: Mapping[str, str], offered: Any = None, **task: Any
+) -> list[tuple[str, str, str]]:
+    """Returns what `check` says of the labels of pictures of 8 x 4 pixels, and of an offered task."""
     for name, text in annotations.items():
         for inner in ("JPEGImages", "Annotations"):
             (folder / "voc" / inner).mkdir(parents=True, exist_ok=True)
@@ -151,8 +137,10 @@ def checked(folder: Path, annotations: Mapping[str, str], **task: Any) -> list[t
         tasks={"cells": {"source": "s", "label": "boxes", "missing": "skip", "public_size": 4, **task}},
         split={"test_fraction": 0},
     )
+    offers = {} if offered is None else {"run": run_config(tasks={"cells": offered})}
+    found = data_checks(site, offers)
     return [
-        (outcome, detail, remedy) for what, outcome, detail, remedy in data_checks(site, {}) if what == "labels cells"
+        (outcome, detail, remedy) for what, outcome, detail, remedy in found if what in ("labels cells", "task cells")
     ]
 
 
@@ -202,3 +190,21 @@ def test_check_counts_boxes_by_name_and_warns_of_each_kind_of_bad_ones(tmp_path:
 def test_check_of_good_boxes_passes_in_one_line(tmp_path: Path) -> None:
     found = checked(tmp_path, {"a": write_annotation(8, 4, [("RBC", 0, 0, 2, 2)])})
     assert found == [("pass", "boxes: 1 drawn, 0 of them without an object; 0 empty; RBC 1 in 1 record(s)", "")]
+
+
+def test_check_of_an_offered_detection_names_what_it_lacks_and_counts_no_used_picture_as_lost(tmp_path: Path) -> None:
+    flat = write_annotation(8, 4, [("RBC", 0, 0, 2, 2), ("RBC", 1, 1, 1, 1)])
+    found = checked(
+        tmp_path, {"a": flat, "b": write_annotation(8, 4, [("dust", 0, 0, 2, 2)])}, DETECTION, values={"RBC": "red"}
+    )
+    assert [outcome for outcome, *_ in found] == ["warn", "warn", "warn"]
+    assert found[0][1].endswith("not in `values` and the offered task: dust 1")
+    assert found[2] == (
+        "warn",
+        "1 of 2 records have a label of the offered task; 1 do not fit (row 2: expected boxes of the task's labels, "
+        "got one of another name)",
+        "map them in tasks.cells.values",
+    )
+    (tmp_path / "2").mkdir()
+    found = checked(tmp_path / "2", {"a": flat}, DETECTION, values={"RBC": "red"})
+    assert found[-1] == ("pass", "1 of 1 records have a label of the offered task", "")
