@@ -335,8 +335,10 @@ def make_run(backbone: Mapping[str, Any], unit: str, **changes: Any) -> RunConfi
     return parse(RunConfig, {**values, **changes}, base=Path.cwd())
 
 
-def make_site(folder: Path, source: Mapping[str, Any], unit: str) -> SiteConfig:
-    """Returns the file of a site with this source."""
+def make_site(
+    folder: Path, source: Mapping[str, Any], unit: str, columns: Mapping[str, str | list[str]] = COLUMNS
+) -> SiteConfig:
+    """Returns the file of a site with this source, whose tasks have these columns."""
     values = {
         "name": "north",
         "registry": "north",
@@ -346,7 +348,7 @@ def make_site(folder: Path, source: Mapping[str, Any], unit: str) -> SiteConfig:
         "sources": {"records": source},
         "tasks": {
             task: {"source": "records", "label": column, "missing": "refuse", "public_size": PUBLIC_SIZE}
-            for task, column in COLUMNS.items()
+            for task, column in columns.items()
         },
         "split": {"test_fraction": 0.3},
         "on_bad_record": "skip",
