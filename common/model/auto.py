@@ -76,7 +76,7 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
         raise ValueError("moments: expected `classes` and `scatter` alone beside `solver: {kind: auto}`")
     try:
         tasks = {name: _as_mapping(spec) for name, spec in _as_mapping(values.get("tasks")).items()}
-        scales = {name: scale for name, spec in tasks.items() if (scale := _choose_scale(name, spec)) is not None}
+        scales = _choose_scales(tasks)
         tasks |= {name: {**tasks[name], "scale": scale} for name, scale in scales.items()}
         opened = {name: _open(name, spec) for name, spec in tasks.items()}
         privacy = _read_privacy(values.get("privacy"))
@@ -110,16 +110,19 @@ def _open(name: str, spec: Mapping[str, Any]) -> Task:
     return open_task({key: value for key, value in spec.items() if key != "backbone"}, f"tasks.{name}")
 
 
-def _choose_scale(name: str, spec: Mapping[str, Any]) -> float | None:
-    """Returns the scale with which a task's later gradients are as long as its first ones are without; None for none.
+def _choose_scales(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the scales of tasks whose gradients soon have another length, of which the file sets none.
 
     A task whose gradients shrink at once drowns in the noise of a clip norm for its first ones, or for those of the
-    tasks beside it. With the scale tasks share one clip norm about equally.
+    tasks beside it. With the scale its later gradients are as long as the longest first ones of all tasks of the run.
     """
-    task = _open(name, spec)
-    if "scale" in spec or not (isinstance(task, SmoothLoss) and isinstance(task, LaterSlope)):
-        return None
-    return round(task.first_slope / task.later_slope, 4)
+    smooth = {name: task for name, spec in tasks.items() if isinstance(task := _open(name, spec), SmoothLoss)}
+    longest = max((task.first_slope for task in smooth.values()), default=1.0)
+    return {
+        name: round(longest / task.later_slope, 4)
+        for name, task in smooth.items()
+        if isinstance(task, LaterSlope) and "scale" not in tasks[name]
+    }
 
 
 def _has_public_mean(values: Mapping[str, Any], task: Mapping[str, Any]) -> bool:
@@ -225,8 +228,7 @@ def _explain(chosen: Mapping[str, Any], trains_network: bool, scales: Mapping[st
         f"epsilon are; one site's sum has noise of deviation {aggregation['noise']:g}"
     )
     reasons += [
-        f"scale {scale:g} of {name}: after the first round its gradients are so many times shorter, and the clip norm "
-        "is for those that follow"
+        f"scale {scale:g} of {name}: its gradients soon are short, and tasks share one clip norm about equally"
         for name, scale in scales.items()
     ]
     if moments is not None:

@@ -20,7 +20,7 @@ from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.filters import calibrate_noise_multiplier
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
-from common.tasks import open_task, open_tasks
+from common.tasks import SmoothLoss, expect_slope, open_task, open_tasks
 from common.types import BadInput, Plan, Unit
 from common.yaml import parse
 from tests.tiny import TASKS, backbone, run_config
@@ -190,6 +190,14 @@ def test_a_task_of_places_has_the_scale_with_which_it_shares_a_clip_norm_equally
     mine = auto(tasks={"places": {**PLACES, "scale": 1.0}, "picture": PICTURE})
     assert mine.tasks["places"].settings()["scale"] == 1.0
     assert mine.solver.settings()["clip_norm"] < both.solver.settings()["clip_norm"]
+
+
+def test_tasks_of_places_share_a_clip_norm_equally_with_each_other() -> None:
+    objects = {"kind": "detection", "labels": ["cell"], "sizes": {"cell": [0.1, 0.2]}}
+    tasks = {"places": PLACES, "objects": objects, "picture": PICTURE}
+    opened = open_tasks(auto(tasks=tasks))
+    lengths = {name: task.scale * expect_slope(task) for name, task in opened.items() if isinstance(task, SmoothLoss)}
+    assert lengths == pytest.approx(dict.fromkeys(tasks, math.sqrt(0.5)), rel=1e-3)
 
 
 def test_a_task_of_places_takes_half_of_what_a_task_beside_it_can_learn_and_not_more() -> None:
