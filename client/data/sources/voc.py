@@ -32,7 +32,7 @@ from common.types import BadInput, BadRecord
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_BYTES = 1 << 24
+MAX_BYTES = 1 << 22
 """Bytes of an annotation that are parsed at most."""
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")

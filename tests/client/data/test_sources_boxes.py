@@ -124,7 +124,7 @@ LAUGHS = b'<!DOCTYPE l [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation><obj
         (write_annotation(8, 4, [(" ", 0, 0, 2, 2)]), NUMBERS),
         ("<annotation><object><name>q7-cell</name><bndbox/></object></annotation>", NUMBERS),
         ("<annotation><object/></annotation>", NUMBERS),
-        (b"<annotation>" + b" " * MAX_BYTES, "at most 16 MiB"),
+        (b"<annotation>" + b" " * MAX_BYTES, "at most 4 MiB"),
     ],
 )
 def test_a_bad_annotation_is_refused_in_one_sentence_that_names_nothing_of_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def test_a_bad_mask_is_refused_in_one_sentence_that_names_no_file(tmp_path: Path
     with pytest.raises(BadRecord, match=said) as refused:
         record.cells["mask"]
     assert "q7" not in str(refused.value)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 9])
+def test_an_array_whose_header_asks_for_much_memory_is_refused_before_it_is_read(tmp_path: Path, version: int) -> None:
+    header = "{'descr': '<i8', 'fortran_order': False, 'shape': (40000, 40000)}".ljust(117 if version == 1 else 115)
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    (tmp_path / "m.npy").write_bytes(b"\x93NUMPY" + bytes([version, 0]) + length + header.encode() + bytes(64))
+    tracemalloc.start()
+    with pytest.raises(BadRecord, match="missing or unreadable mask"):
+        listing(tmp_path, "m.npy").index()[0].cells["mask"]
+    assert tracemalloc.get_traced_memory()[1] < 1 << 30
+    tracemalloc.stop()
 
 
 def test_no_mask_is_a_missing_label_and_a_path_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from client.data.sources.parts.pictures import read_picture, read_size
@@ -105,7 +107,14 @@ def find_indices(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _read_array(data: bytes) -> NDArray[Any]:
-    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    file = io.BytesIO(data)
+    read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    # A damaged header may ask for any amount of memory.
+    if math.prod(shape) * dtype.itemsize > len(data):
+        raise ValueError
+    file.seek(0)
+    return np.asarray(np.load(file, allow_pickle=False))
 
 
 def _read_values(data: bytes) -> NDArray[Any]:
