@@ -197,6 +197,7 @@ class Torchvision(Plugin):
 
     def _open_maps(self, model: nn.Module) -> Architecture:
         from common.backbones.parts.maps import MapNetwork
+        from common.backbones.parts.raw import open_pixels
 
         assert self.maps is not None  # The caller has looked.
         if self._preprocessing().crop is not None:
@@ -204,7 +205,8 @@ class Torchvision(Plugin):
                 "preprocess: expected settings with `crop: null` beside maps: masks are of the whole picture"
             )
         network = MapNetwork(model.train(False), self.maps, self._preprocessing().side)
-        return Architecture(network, network.feature_dim, grid=(self.maps.grid, self.maps.grid))
+        grid, settings = (self.maps.grid, self.maps.grid), self._preprocessing()
+        return Architecture(network, network.feature_dim, open_raw=lambda: open_pixels(settings), grid=grid)
 
     def _preprocessing(self) -> ImagePreprocessing:
         return self.preprocess_settings or ImagePreprocessing.of_weights(self._named_weights())

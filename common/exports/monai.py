@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
@@ -51,7 +51,8 @@ class MonaiFormat(Plugin):
         from common.exports.parts.program import trace
 
         steps, (columns,) = _make_steps(exported), exported.list_columns().values()
-        _refuse_expressions(columns)
+        told = _Returned.of(exported)
+        _refuse_expressions([*columns, *told.maps])
         tensor = exported.raw.tensors[0]
         # MONAI's pictures are float32; whole numbers from 0 to 255 are exact there, and the graph begins with a cast.
         floats = replace(exported, raw=replace(exported.raw, tensors=(replace(tensor, dtype="float32"),)))
@@ -59,18 +60,51 @@ class MonaiFormat(Plugin):
         for part in ("configs", "models", "docs"):
             (folder / part).mkdir()
         torch.export.save(program, folder / "models" / "model.pt2")
-        write_atomic(folder / "configs" / "metadata.json", _to_json(_describe(floats, columns)))
-        write_atomic(folder / "configs" / "inference.json", _to_json(_configure(steps, columns)))
+        write_atomic(folder / "configs" / "metadata.json", _to_json(_describe(floats, columns, told)))
+        write_atomic(folder / "configs" / "inference.json", _to_json(_configure(steps, columns, told)))
         write_atomic(folder / "LICENSE", _make_licence(exported).encode())
         used = [
             "`configs/inference.json`: with MONAI installed, and `fire`, `python -m monai.bundle run --config_file "
             "configs/inference.json --bundle_root . --dataset_dir PICTURES --output predictions.csv`, run in this "
-            "folder, writes a row for each picture.",
+            f"folder, writes a row for each picture{told.explain()}.",
             '`models/model.pt2`: `torch.export.load("models/model.pt2").module()` is the network, from float32 pixels '
             f"B x {' x '.join(map(str, tensor.shape))} ({tensor.meaning}) to the columns {', '.join(columns)}.",
         ]
         write_atomic(folder / "docs" / "README.md", write_card(exported, self.kind, used, self.library).encode())
         return used
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """The form of what the network returns of a picture.
+
+    Attributes:
+        maps: names of its maps; empty where it returns columns.
+        shape: places of a map.
+        summary: how a map is summed up to a column.
+        is_mask: whether the largest map of a place is its label.
+    """
+
+    maps: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    summary: str = ""
+    is_mask: bool = False
+
+    @classmethod
+    def of(cls, exported: Exported) -> _Returned:
+        """Returns the form of the one task that is exported."""
+        from common.tasks import ServesMaps
+
+        (name,) = exported.tasks
+        task = exported.model.tasks[name]
+        if not isinstance(task, ServesMaps):
+            return cls()
+        shape = exported.find_shape(name)[1:]
+        return cls(tuple(task.name_maps()), shape, task.map_summary, exported.find_prediction(name) == "mask")
+
+    def explain(self) -> str:
+        """Returns the end of the sentence on what the inference writes."""
+        return ", and its mask as PNG of its own size to the folder that `--masks_dir` names" if self.is_mask else ""
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:
@@ -130,13 +164,30 @@ def _make_steps(exported: Exported) -> list[str]:
     return [*steps, f"lambda pixels: torch.from_numpy({rows}.transpose(2, 0, 1).copy())"]
 
 
-def _configure(steps: list[str], columns: list[str]) -> dict[str, Any]:
-    """Returns the configuration of an inference: pictures of a folder -> rows of a CSV file.
+def _configure(steps: list[str], columns: list[str], told: _Returned) -> dict[str, Any]:
+    """Returns the configuration of an inference: pictures of a folder -> rows of a CSV file, and masks.
 
     Args:
         steps: expressions that read a picture, one after the other.
-        columns: names of the outputs.
+        columns: names of the columns.
+        told: what the network returns.
     """
+    predicted = "@inferer(batch['image'].to(@device), @network_def)"
+    shown = predicted
+    if told.maps:
+        summed = "mean" if told.summary == "mean" else "amax"
+        shown = f"{predicted}.flatten(2)[:, : {len(columns)}].{summed}(2)"
+    masks = {
+        "masks_dir": "$@bundle_root + '/masks'",
+        # As for all else a turned picture has the size that it is seen in.
+        "resize": "$lambda values, size: values[numpy.ix_(*((numpy.arange(wanted) * 2 + 1) * own // (2 * wanted) "
+        "for own, wanted in zip(values.shape, size[::-1])))]",
+        "write_mask": "$lambda file, maps: Image.fromarray(@resize(maps.argmax(0).numpy().astype(numpy.uint8), "
+        "ImageOps.exif_transpose(Image.open(file)).size)).save(pathlib.Path(@masks_dir) / "
+        "(pathlib.Path(file).stem + '.png'))",
+        "write_masks": "$lambda: (pathlib.Path(@masks_dir).mkdir(exist_ok=True), [@write_mask(file, maps) for batch in "
+        f"@dataloader for file, maps in zip(batch['file'], {predicted}.cpu())])",
+    }
     modules = [f"$import {module}" for module in ("csv", "io", "pathlib", "numpy", "torch")]
     return {
         "imports": [*modules, "$from PIL import Image", "$from PIL import ImageOps"],
@@ -162,28 +213,31 @@ def _configure(steps: list[str], columns: list[str]) -> dict[str, Any]:
         },
         "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 8, "num_workers": 0},
         "evaluator": "$lambda: [[file, *row] for batch in @dataloader for file, row in "
-        "zip(batch['file'], @inferer(batch['image'].to(@device), @network_def).tolist())]",
+        f"zip(batch['file'], {shown}.tolist())]",
         "write": "$lambda rows, buffer: (csv.writer(buffer).writerows([['file', *@columns], *rows]), "
         "pathlib.Path(@output).write_text(buffer.getvalue(), encoding='utf-8'))",
-        "run": ["$@write(@evaluator(), io.StringIO())"],
+        **(masks if told.is_mask else {}),
+        "run": ["$@write(@evaluator(), io.StringIO())", *(["$@write_masks()"] if told.is_mask else [])],
     }
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
 
 
-def _describe(exported: Exported, columns: list[str]) -> dict[str, Any]:
+def _describe(exported: Exported, columns: list[str], told: _Returned) -> dict[str, Any]:
     """Returns the bundle's metadata.
 
     Args:
         exported: what is exported.
-        columns: names of the outputs.
+        columns: names of the columns.
+        told: what the network returns.
     """
     from common.tasks import Calibratable
 
     config, (task,), (tensor,) = exported.model.config, exported.tasks, exported.raw.tensors
     known = {name: each.value for name, each in config.tasks[task].metrics.items() if each.value is not None}
-    is_probability = isinstance(exported.model.tasks[task], Calibratable)
+    is_probability = isinstance(exported.model.tasks[task], Calibratable) or told.is_mask
+    outputs = told.maps or tuple(columns)
     channels, *shape = tensor.shape
     # The id is the name of a folder, which MONAI is not to take for an expression.
     run = re.sub(r"[^A-Za-z0-9._-]", "_", config.run)
@@ -203,7 +257,7 @@ def _describe(exported: Exported, columns: list[str]) -> dict[str, Any]:
         "copyright": _UNKNOWN,
         "data_source": "records of the training sites; not public",
         "data_type": "pictures that Pillow reads, with 8 bits per value",
-        "pred_classes": ", ".join(f"{number}: {name}" for number, name in enumerate(columns)),
+        "pred_classes": ", ".join(f"{number}: {name}" for number, name in enumerate(outputs)),
         "eval_metrics": known,
         "intended_use": "Research, and predictions that a qualified person checks; see docs/README.md.",
         "references": [],
@@ -224,13 +278,13 @@ def _describe(exported: Exported, columns: list[str]) -> dict[str, Any]:
             "outputs": {
                 "pred": {
                     "type": "probabilities" if is_probability else "values",
-                    "format": "classes" if is_probability else "values",
-                    "num_channels": len(columns),
-                    "spatial_shape": [],
+                    "format": "segmentation" if told.is_mask else "classes" if is_probability else "values",
+                    "num_channels": len(outputs),
+                    "spatial_shape": list(told.shape),
                     "dtype": "float32",
                     "value_range": [0, 1] if is_probability else [],
                     "is_patch_data": False,
-                    "channel_def": dict(enumerate(columns)),
+                    "channel_def": dict(enumerate(outputs)),
                 }
             },
         },

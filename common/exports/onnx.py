@@ -65,11 +65,13 @@ class OnnxFormat(Plugin):
                 ) from error
         check(exported, inputs, _run(path, dict(zip(names, inputs, strict=True))))
         script = _choose_script(exported)
+        has_masks = script == "pictures" and any(exported.find_prediction(task) == "mask" for task in exported.tasks)
         write_atomic(folder / "predict.py", (_SCRIPTS / f"{script}.py").read_bytes())
         return [
             f"`model.onnx` maps {', '.join(names)} to {', '.join(exported.tasks)}, for any number of records.",
             f"`python predict.py {_ARGUMENTS[script]}` prints a CSV row for each record, and needs these only: "
-            f"`pip install onnxruntime {_NEEDS[script]}`.",
+            f"`pip install onnxruntime {_NEEDS[script]}`."
+            + (" With `--masks FOLDER` first it writes each picture's mask, as PNG of its own size." * has_masks),
         ]
 
 

@@ -20,7 +20,7 @@ from common.model.backbones import Backbone, FrozenBackbone, load_blob
 from common.model.parameters import load_parameters
 from common.model.trunks import cut
 from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
-from common.tasks import ReadsPlaces, Servable, Task, open_task
+from common.tasks import ReadsPlaces, Servable, ServesMaps, Task, open_task
 from common.tasks.parts.adjusted import AdjustedHead
 from common.types import BadInput, DigestMismatch, Params
 
@@ -62,14 +62,31 @@ class ServedHead(nn.Module):
         """Returns served_BC: probabilities, or what else the task serves (`Servable`)."""
         return self.serve(self.compute_outputs(features_BD))
 
+    def tell(self, features_BD: Tensor) -> Tensor:
+        """Returns what an exported network does: maps_BCSS of a task that has some (`ServesMaps`), else served_BC."""
+        outputs_BO = self.compute_outputs(features_BD)
+        return self.task.serve_maps(outputs_BO) if isinstance(self.task, ServesMaps) else self.serve(outputs_BO)
+
     def serve(self, outputs_BO: Tensor) -> Tensor:
         """Returns served_BC of outputs as `compute_outputs` returns them."""
         return self.task.serve(outputs_BO) if isinstance(self.task, Servable) else outputs_BO
 
 
 @final
+class _Told(nn.Module):
+    """A head as an exported network has it: features -> maps_BCSS of a task that has some, else served_BC."""
+
+    def __init__(self, head: ServedHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        return self.head.tell(features_BD)
+
+
+@final
 class Network(nn.Module):
-    """Tasks of a model as one module: raw inputs (`common.backbones.RawInputs`) -> served_BC of each task.
+    """Tasks of a model as one module: raw inputs (`common.backbones.RawInputs`) -> what each task tells.
 
     This is the module that is exported: what it computes of a batch, a graph of torch or ONNX can compute.
     """
@@ -78,12 +95,12 @@ class Network(nn.Module):
         super().__init__()
         self.start = start
         self.backbone = backbone
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(_Told(head) for head in heads)
         self.requires_grad_(False)
         self.train(False)
 
     def forward(self, *inputs_B: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Returns served_BC, or one for each task where there are several.
+        """Returns served_BC or maps_BCSS, or one for each task where there are several.
 
         Args:
             *inputs_B: one batch for each raw input, in their order.
@@ -119,8 +136,14 @@ class Model:
             BadRecord: one of them cannot be used.
         """
         features = {name: self.encode(name, items) for name in self.backbones}
+        served = {}
         with torch.inference_mode():
-            return {name: self.heads[name](features[self.config.tasks[name].backbone]) for name in self.tasks}
+            for name in self.tasks:
+                features_BD = features[self.config.tasks[name].backbone]
+                # Outputs of places are refined, which takes much memory: one record after the other.
+                at_once = 1 if features_BD.dim() > 2 else max(1, len(features_BD))
+                served[name] = torch.cat([self.heads[name](part) for part in torch.split(features_BD, at_once)])
+        return served
 
     def encode(self, backbone: str, items: Sequence[Any]) -> Tensor:
         """Returns features_BD of records, on the CPU.
@@ -136,7 +159,7 @@ class Model:
         parts = [list(item.items) if isinstance(item, Several) else [item] for item in items]
         inputs = [own.preprocess(part) for several in parts for part in several]
         if not inputs:
-            return torch.zeros(0, own.feature_dim)
+            return torch.zeros(0, *own.grid, own.feature_dim)
         features = torch.cat([own.encode(inputs[first : first + _CHUNK]) for first in range(0, len(inputs), _CHUNK)])
         return torch.stack([rows.mean(dim=0) for rows in torch.split(features, [len(several) for several in parts])])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -339,6 +339,25 @@ class Servable(Protocol):
 
     def serve(self, outputs: Tensor) -> Tensor:
         """Returns served_BC (float32) of a head's outputs: probabilities where the task has any."""
+
+
+@runtime_checkable
+class ServesMaps(Protocol):
+    """Optional part of a task that labels places: what an exported network tells of each of them.
+
+    Law (tests/contracts/test_tasks.py): a record's maps follow from its own outputs alone; torch can export
+    `serve_maps`; the first maps, summed up over places, are the columns of `serve`.
+    """
+
+    @property
+    def map_summary(self) -> Literal["mean", "max"]:
+        """The way in which a map is summed up over its places to a column of `serve`."""
+
+    def name_maps(self) -> list[str]:
+        """Returns the names of the maps, first those behind the columns of `serve`."""
+
+    def serve_maps(self, outputs: Tensor) -> Tensor:
+        """Returns maps_BCSS (float32) of a head's outputs: probabilities where the task has any."""
 
 
 @runtime_checkable

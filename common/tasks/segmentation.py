@@ -143,8 +143,23 @@ class Segmentation(Plugin):
         return [f"share {label}" for label in self.labels]
 
     def serve(self, outputs: Tensor) -> Tensor:
-        """Returns share_BK of each label: its mean probability over the picture's places."""
-        return outputs.softmax(dim=-1).flatten(1, -2).mean(dim=1)
+        """Returns share_BK of each label: its mean probability over the places of the picture's mask."""
+        return self.serve_maps(outputs).mean(dim=(2, 3))
+
+    @property
+    def map_summary(self) -> Literal["mean"]:
+        """A share is a mean."""
+        return "mean"
+
+    def name_maps(self) -> list[str]:
+        """Returns the labels."""
+        return list(self.labels)
+
+    def serve_maps(self, outputs: Tensor) -> Tensor:
+        """Returns probability_BKSS of each label."""
+        from common.tasks.parts.places import refine
+
+        return refine(outputs, self.side).softmax(dim=-1).movedim(-1, 1)
 
     def statistic(self, buckets: int) -> Statistic:
         """Returns Dice and IoU of each label that a picture has or is said to have, and the accuracy of its places."""

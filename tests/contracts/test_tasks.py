@@ -24,6 +24,7 @@ from common.tasks import (
     LossGradient,
     Servable,
     ServedPrior,
+    ServesMaps,
     SmoothLoss,
     Task,
     TaskExample,
@@ -333,6 +334,27 @@ def test_a_record_s_served_row_comes_from_its_own_outputs_and_has_a_name_for_eac
         assert served_BC.shape == (len(outputs), len(task.name_served(outputs.shape[1])))
         alone = torch.cat([task.serve(outputs[i : i + 1] * factor) for i in range(len(outputs))])
         torch.testing.assert_close(served_BC, alone)
+
+
+def test_maps_come_from_their_record_and_are_summed_up_to_what_is_served(task: Task, labels: Tensor) -> None:
+    if not isinstance(task, ServesMaps):
+        pytest.skip("the task has no maps")
+
+    class Maps(torch.nn.Module):
+        def forward(self, outputs: Tensor) -> Tensor:
+            return task.serve_maps(outputs)
+
+    outputs, _ = many(task, labels)
+    maps_BCSS, served_BC = task.serve_maps(outputs), task.serve(outputs)  # type: ignore[attr-defined]
+    assert maps_BCSS.dtype == torch.float32 and maps_BCSS.isfinite().all()
+    assert maps_BCSS.dim() == 4 and maps_BCSS.shape[1] == len(task.name_maps())
+    alone = torch.cat([task.serve_maps(outputs[i : i + 1]) for i in range(len(outputs))])
+    torch.testing.assert_close(maps_BCSS, alone)
+    flat = maps_BCSS.flatten(2)[:, : served_BC.shape[1]]
+    summed = flat.mean(dim=2) if task.map_summary == "mean" else flat.amax(dim=2)
+    torch.testing.assert_close(summed, served_BC, rtol=1e-5, atol=1e-6)
+    program = torch.export.export(Maps(), (outputs,))
+    torch.testing.assert_close(program.module()(outputs), maps_BCSS)
 
 
 def test_what_is_served_can_be_exported(task: Task, labels: Tensor) -> None:

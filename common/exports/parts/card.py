@@ -33,6 +33,8 @@ _MODALITIES = {
     "columns": "tabular",
 }
 """First input of a network (`common.backbones.RawTensor`) -> beginning of Hugging Face's name of what it does."""
+_OF_PLACES = {"boxes": "object-detection", "mask": "image-segmentation"}
+"""Predictions about places of a picture (`Exported.find_prediction`) -> Hugging Face's name."""
 _STARTED = (
     "A head from the names of its classes and public networks alone: no record had a part in its weights. It stands on "
     "the network of the run that the rest of this card is about, and subtracts the mean of features that the run "
@@ -99,6 +101,10 @@ def find_pipeline(exported: Exported) -> str | None:
     modality = _MODALITIES.get(exported.raw.tensors[0].name)
     if modality is None:
         return None
+    predictions = {exported.find_prediction(name) for name in exported.tasks}
+    if predictions & set(_OF_PLACES):
+        # Of several the hub takes one: that which needs more of whoever uses it.
+        return next(name for kind, name in _OF_PLACES.items() if kind in predictions) if modality == "image" else None
     if all(isinstance(task, Calibratable) for task in tasks):
         return f"{modality}-classification"
     if modality == "image" and all(isinstance(task, PairMetrics) for task in tasks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from common.backbones import RawInputs, RawTensor
 from common.errors import nearest
 from common.exports.parts.facts import RunFacts
+from common.inputs import is_boxes, is_mask
 from common.serving.folder import ModelBackbone
 from common.serving.network import Model, Network
+from common.tasks import ServesMaps
 from common.types import BadInput
 
 _EXAMPLES = 3
@@ -58,6 +60,22 @@ class Exported:
         """Returns task -> names of what it serves, in order."""
         return {task: self.model.list_columns(task) for task in self.tasks}
 
+    def list_maps(self) -> dict[str, list[str]]:
+        """Returns task -> names of the maps that the network returns of it, for tasks that label places."""
+        tasks = {task: self.model.tasks[task] for task in self.tasks}
+        return {name: task.name_maps() for name, task in tasks.items() if isinstance(task, ServesMaps)}
+
+    def find_shape(self, task: str) -> tuple[int, ...]:
+        """Returns the shape of what the network returns of one record for a task."""
+        own = self.model.backbones[self.backbone]
+        with torch.inference_mode():
+            return tuple(self.model.heads[task].tell(torch.zeros(1, *own.grid, own.feature_dim)).shape[1:])
+
+    def find_prediction(self, task: str) -> Literal["mask", "boxes", "cell"]:
+        """Returns what a prediction of a task is, as its cell shows."""
+        cell = self.model.make_any_cell(task)
+        return "mask" if is_mask(cell) else "boxes" if is_boxes(cell) else "cell"
+
     def make_example(self, count: int = _EXAMPLES) -> tuple[Tensor, ...]:
         """Returns random inputs of so many records, from torch's current generator."""
         return tuple(_draw(tensor, count) for tensor in self.raw.tensors)
@@ -79,6 +97,8 @@ class Exported:
                 {
                     "task": task,
                     "kind": config.tasks[task].settings["kind"],
+                    "shape": ["batch", *self.find_shape(task)],
+                    **self._describe_maps(task),
                     "columns": columns,
                     "settings": config.tasks[task].settings,
                 }
@@ -86,6 +106,13 @@ class Exported:
             ],
             "backbone": backbone,
         }
+
+    def _describe_maps(self, task: str) -> dict[str, Any]:
+        """Returns what is said of a task that labels places; of another one nothing."""
+        own = self.model.tasks[task]
+        if not isinstance(own, ServesMaps):
+            return {}
+        return {"prediction": self.find_prediction(task), "maps": own.name_maps(), "column_of_map": own.map_summary}
 
     def explain_left_out(self) -> str:
         """Returns a sentence that says where a backbone that was left out can be got."""
@@ -139,9 +166,9 @@ def _find_backbone(model: Model, wanted: str) -> str:
 
 
 def _open_features(model: Model, backbone: str) -> RawInputs:
-    dim = model.backbones[backbone].feature_dim
+    shape = (*model.backbones[backbone].grid, model.backbones[backbone].feature_dim)
     digest = model.config.backbones[backbone].digest
-    tensor = RawTensor("features", "float32", (dim,), f"features of the backbone with digest {digest}")
+    tensor = RawTensor("features", "float32", shape, f"features of the backbone with digest {digest}")
 
     def prepare(item: Any) -> tuple[Tensor, ...]:
         own = model.backbones[backbone]

@@ -182,11 +182,13 @@ def compare(exported: Exported, model: Any, name: str) -> None:
 
 def _describe_network(exported: Exported) -> tuple[dict[str, Any], str]:
     """Returns a network's settings and the name of its first input as transformers calls it. Raises BadInput."""
-    if exported.left_out:
-        return {"kind": "given"}, "features"
     own, raw = exported.model.backbones[exported.backbone], exported.raw
+    if not own.grid and exported.left_out:
+        return {"kind": "given"}, "features"
     if exported.origin.trainable is not None:
         raise BadInput("--format huggingface holds frozen backbones, got one with a trained part; choose onnx or torch")
+    if own.grid:
+        raise BadInput("--format huggingface holds no backbone with maps; choose onnx or torch")
     kind, spec = own.kind.kind, own.public_spec()
     if kind == "torchvision":
         from common.backbones.torchvision import IMAGENET_CLASSES, list_options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +11,23 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from common.events import AuditSummary, ByteCounts, Durations, SiteSummary, Summary
-from common.exports.parts.card import CardSubject, bound_guess, make_card
+from common.exports.parts.card import CardSubject, bound_guess, find_pipeline, make_card
+from common.exports.parts.exported import select
 from common.exports.parts.facts import RunFacts
 from common.exports.parts.markdown import escape, make_table, quote
 from common.offers import make_offer
 from common.run import ONLY_BACKBONE
 from common.serving.folder import Metric, ModelConfig, describe_model
+from common.serving.network import open_model
 from common.types import BadInput, Unit
+from tests.finished import MASKS, TASKS, write_finished, write_maps
 from tests.tiny import backbone, run_config
 
+PLACES = [
+    ({"cells": MASKS}, "image-segmentation"),
+    ({"cells": MASKS, **TASKS}, "image-segmentation"),
+    (TASKS, "image-classification"),
+]
 HOSTILE = "</td><script>alert(1)</script> [x](http://evil.example) | `a` *b* www.evil.example\n# c"
 
 
@@ -159,3 +168,9 @@ def test_an_offer_without_licences_has_no_such_key() -> None:
     frozen = {ONLY_BACKBONE: backbone()}
     assert "licences" not in make_offer(run_config(), frozen)
     assert make_offer(run_config(licences={"backbone": "MIT"}), frozen)["licences"] == {"backbone": "MIT"}
+
+
+@pytest.mark.parametrize(("tasks", "pipeline"), PLACES, ids=["mask", "mask and label", "label"])
+def test_the_pipeline_of_maps_is_that_of_what_is_predicted(tasks: Any, pipeline: str, tmp_path: Path) -> None:
+    model = open_model(write_finished(tmp_path / "model", write_maps(tmp_path), tasks))
+    assert find_pipeline(select(model, (), (), one_task=False, name="torch")) == pipeline

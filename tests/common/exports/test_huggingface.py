@@ -19,7 +19,7 @@ from common.serving.network import open_model
 from common.types import BadInput
 from tests.common.exports.test_elsewhere import MINILM, TEXTS, TWO, read_mobilenet, write_pictures
 from tests.elsewhere import make_environment, run_python
-from tests.finished import TASKS, write_finished
+from tests.finished import TASKS, write_finished, write_maps
 
 
 def export(folder: Path, settings: Any, of: Any = TASKS, **more: Any) -> tuple[Any, Path]:
@@ -102,19 +102,25 @@ def test_every_backbone_that_the_format_holds_gives_the_models_numbers(kind: str
     assert read_config(out)["architectures"] == ["HeadwaterModel"]
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in kinds("common.tasks") if not plugin_class("common.tasks", kind).example().grid]
-)
+@pytest.mark.parametrize("kind", kinds("common.tasks"))
 def test_every_task_is_held_or_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
     tasks = {"own": plugin_class("common.tasks", kind).example().settings}
     settings = plugin_class("common.backbones", "small_cnn").example(tmp_path).settings
-    if kind == "survival":
-        with pytest.raises(BadInput, match="holds no task of kind survival; choose onnx or torch"):
+    has_places = bool(plugin_class("common.tasks", kind).example().grid)
+    settings = write_maps(tmp_path) if has_places else settings
+    if kind == "survival" or has_places:
+        with pytest.raises(BadInput, match=f"holds no task of kind {kind}; choose onnx or torch"):
             export(tmp_path, settings, tasks)
         assert not (tmp_path / "out").exists()
         return
     model, out = export(tmp_path, settings, tasks)
     assert list(read_config(out)["label2id"]) == sorted(model.list_columns("own"))
+
+
+def test_maps_are_refused_for_tasks_of_whole_pictures_too(tmp_path: Path) -> None:
+    for without in ([], ["backbone"]):
+        with pytest.raises(BadInput, match="holds no backbone with maps; choose onnx or torch"):
+            export(tmp_path, write_maps(tmp_path), without=without)
 
 
 @pytest.mark.parametrize("kind", ["identity", "series_cnn"])

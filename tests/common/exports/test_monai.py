@@ -19,7 +19,7 @@ from common.exports import open_format, write_export
 from common.plugins import plugin_class
 from common.serving.network import Model, open_model
 from common.types import BadInput
-from tests.finished import TASKS, write_finished
+from tests.finished import MASKS, TASKS, write_finished, write_maps
 
 RUN = """
 import sys
@@ -27,7 +27,8 @@ from monai.bundle import ConfigWorkflow
 for folder in sys.argv[1:]:
     configs = f"{folder}/bundle/configs"
     workflow = ConfigWorkflow(f"{configs}/inference.json", f"{configs}/metadata.json", None, workflow_type="infer")
-    for name, place in (("bundle_root", "bundle"), ("dataset_dir", "pictures"), ("output", "out.csv")):
+    places = {"bundle_root": "bundle", "dataset_dir": "pictures", "output": "out.csv", "masks_dir": "masks"}
+    for name, place in places.items():
         workflow.parser[name] = f"{folder}/{place}"
     workflow.initialize()
     assert not workflow.check_properties(), workflow.check_properties()
@@ -121,6 +122,27 @@ def test_monai_gets_the_models_numbers(tmp_path: Path) -> None:
         columns = [name for name in expected.columns if str(name).endswith(("none", "glioma", "meningioma"))]
         found = np.array([row[1:] for row in rows], dtype=float)
         assert np.allclose(found, expected[columns].to_numpy(dtype=float), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_monai_gets_the_models_masks(tmp_path: Path) -> None:
+    model = export(tmp_path, write_maps(tmp_path, colours=True), {"cells": MASKS})
+    metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
+    jsonschema.validate(metadata, SCHEMA)
+    output = metadata["network_data_format"]["outputs"]["pred"]
+    assert (output["num_channels"], output["spatial_shape"], output["format"]) == (2, [16, 16], "segmentation")
+    write_pictures(tmp_path / "pictures", [(71, 40), (33, 90), (32, 32)], "RGB")
+    predict_with_monai([tmp_path], tmp_path)
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    expected = headwater.load(tmp_path / "model").predict(pictures, masks=tmp_path / "own")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[1:] == model.list_columns("cells")
+    found = np.array([row[1:] for row in rows], dtype=float)
+    assert np.allclose(found, expected[[f"cells.{name}" for name in header[1:]]].to_numpy(dtype=float), atol=1e-5)
+    for path in pictures:
+        own, theirs = (np.asarray(Image.open(tmp_path / folder / path.name)) for folder in ("own", "masks"))
+        assert np.array_equal(own, theirs), path.name
 
 
 def test_the_metadata_fulfils_monais_schema(tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from client.prediction.predict import LoadedModel
 from common.exports import open_format, write_export
 from common.exports.parts.exported import select
 from common.exports.parts.program import check, draw_inputs
-from common.inputs import Audio
+from common.inputs import Audio, is_mask, read_mask
 from common.plugins import kinds, plugin_class
 from common.serving.network import Model, open_model
 from common.tasks import TaskExample
 from common.types import BadInput
-from tests.finished import write_finished
+from tests.finished import MASKS, write_finished, write_maps
 
 KINDS = kinds("common.backbones")
 SCRIPTS = Path("common/exports/parts/scripts").resolve()
@@ -84,11 +85,12 @@ SURE = ["none", "glioma", "meningioma"]
 HEADS = {
     "centred, with a prior": {"kind": "classification", "labels": SURE, "head": {"centre": True, "prior": True}},
     "hidden": {"kind": "classification", "labels": SURE, "head": {"hidden": 5}},
-    **{kind: example.settings for kind, example in EXAMPLES.items() if not example.grid},
+    **{kind: example.settings for kind, example in EXAMPLES.items()},
 }
+ON_VECTORS = [name for name in HEADS if name not in EXAMPLES or not EXAMPLES[name].grid]
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ON_VECTORS)
 def test_every_task_and_head_is_exported_as_it_is_served(name: str, tmp_path: Path) -> None:
     tasks = {"first": HEADS[name], "second": HEADS["hidden"]}
     model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks, {"first": 2.5}))
@@ -102,7 +104,7 @@ def test_every_task_and_head_is_exported_as_it_is_served(name: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ON_VECTORS)
 def test_every_task_and_head_is_an_output_of_one_onnx_file(name: str, tmp_path: Path) -> None:
     tasks = {"first": HEADS[name], "second": HEADS["hidden"]}
     model = open_model(write_finished(tmp_path / "model", {"kind": "identity", "dim": 6}, tasks, {"first": 2.5}))
@@ -112,6 +114,96 @@ def test_every_task_and_head_is_an_output_of_one_onnx_file(name: str, tmp_path: 
     served = dict(zip(tasks, session.run(list(tasks), {"vector": vectors}), strict=True))
     for task, expected in model(list(vectors)).items():
         torch.testing.assert_close(torch.from_numpy(served[task]), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
+def open_maps(folder: Path, name: str, **maps: Any) -> Model:
+    """Returns a model on maps: a task, and beside it one of whole pictures, which reads their mean."""
+    tasks = {"first": HEADS[name], "second": HEADS["hidden"]}
+    return open_model(write_finished(folder / "model", write_maps(folder, **maps), tasks, {"first": 2.5}))
+
+
+def draw_pictures(count: int = 3) -> list[Image.Image]:
+    """Returns pictures of unequal size, whose parts differ."""
+    rng = np.random.default_rng(0)
+    blocks = [Image.fromarray(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8)) for _ in range(count)]
+    return [block.resize((51, 40 + 9 * n), Image.Resampling.NEAREST) for n, block in enumerate(blocks)]
+
+
+def check_told(model: Model, told: Sequence[Tensor], stated: Any, pictures: Sequence[Image.Image]) -> None:
+    """Compares what a network tells with what the model serves and predicts."""
+    served = model(pictures)
+    for each, own in zip(stated["outputs"], told, strict=True):
+        assert each["shape"][1:] == list(own.shape[1:])
+        if "maps" in each:
+            assert len(each["maps"]) == own.shape[1]
+            flat = own.flatten(2)[:, : len(each["columns"])]
+            own = flat.mean(dim=2) if each["column_of_map"] == "mean" else flat.amax(dim=2)
+        torch.testing.assert_close(own, served[each["task"]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", mark_slow(list(HEADS), ["segmentation"]))
+def test_every_task_on_maps_is_exported_as_it_is_served(name: str, tmp_path: Path) -> None:
+    model = open_maps(tmp_path, name, colours=True, context=3)
+    write_export(model, tmp_path / "out", open_format("torch"))
+    stated = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    pictures = draw_pictures()
+    for items in (pictures[:1], pictures * 2):
+        check_told(model, program(*stack_inputs(model, items)), stated, items)
+
+
+def test_the_likeliest_label_of_each_place_is_the_mask_that_is_predicted(tmp_path: Path) -> None:
+    tasks = {"first": MASKS, "second": HEADS["hidden"]}
+    model = open_model(write_finished(tmp_path / "model", write_maps(tmp_path, colours=True), tasks))
+    pictures = draw_pictures()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    cells = LoadedModel(model).predict([tmp_path / f"{number}.png" for number in range(3)])["first"]
+    maps_BKSS = model.torch("first")(*stack_inputs(model, pictures))
+    assert isinstance(maps_BKSS, Tensor) and maps_BKSS.shape[1:] == (2, 16, 16)
+    for cell, own in zip(cells, maps_BKSS.argmax(dim=1).numpy(), strict=True):
+        assert np.array_equal(read_mask(cell), own) and len(np.unique(own)) == 2
+
+
+@pytest.mark.slow
+def test_features_of_places_are_the_input_of_a_network_without_its_backbone(tmp_path: Path) -> None:
+    model = open_maps(tmp_path, "hidden")
+    write_export(model, tmp_path / "out", open_format("torch"), without=["backbone"])
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    pictures = draw_pictures()
+    for own, expected in zip(program(model.encode("backbone", pictures)), model(pictures).values(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.grid])
+def test_the_program_beside_an_onnx_file_gives_the_models_rows_and_masks(name: str, tmp_path: Path) -> None:
+    model = open_maps(tmp_path, name, grid=5, colours=True, context=3)
+    write_export(model, tmp_path / "out", open_format("onnx"))
+    pictures = draw_pictures()
+    paths = [tmp_path / f"{number}.png" for number in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    command = [
+        sys.executable,
+        str(tmp_path / "out" / "predict.py"),
+        "--masks",
+        str(tmp_path / "masks"),
+        *map(str, paths),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [[float(cell) for cell in line.split(",")[1:]] for line in done.stdout.splitlines()[1:]]
+    expected = torch.cat(list(model(pictures).values()), dim=1)
+    torch.testing.assert_close(torch.tensor(rows), expected, rtol=1e-5, atol=1e-5)
+    if is_mask(model.make_any_cell("first")):
+        LoadedModel(model).predict(paths, tasks=["first"], masks=tmp_path / "own")
+        for path in paths:
+            mine, theirs = (np.asarray(Image.open(tmp_path / folder / path.name)) for folder in ("own", "masks"))
+            assert np.array_equal(mine, theirs)
 
 
 TRAINED = {

@@ -6,6 +6,7 @@ The file has one array for each input that preprocessing.json names, records fir
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -13,6 +14,14 @@ import onnxruntime
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
 USAGE = "usage: python predict.py RECORDS.npz"
+
+
+def sum_up(stated: dict[str, Any], told: np.ndarray) -> list[float]:
+    """Returns the columns of what the network tells of one record for a task; maps are summed up over their places."""
+    if "maps" in stated:
+        flat = told.reshape(len(told), -1)[: len(stated["columns"])]
+        told = flat.mean(axis=1) if stated["column_of_map"] == "mean" else flat.max(axis=1)
+    return [float(value) for value in told]
 
 
 if __name__ == "__main__":
@@ -30,4 +39,7 @@ if __name__ == "__main__":
         names = ", ".join(f"{each['name']} ({' x '.join(map(str, each['shape']))})" for each in STATED["inputs"])
         sys.exit(f"{sys.argv[1]}: expected an .npz file with {names}, got {type(error).__name__}")
     for number in range(len(served[0])):
-        print(",".join([str(number + 1), *(f"{value:.7g}" for part in served for value in part[number])]))
+        values = [
+            value for out, part in zip(STATED["outputs"], served, strict=True) for value in sum_up(out, part[number])
+        ]
+        print(",".join([str(number + 1), *(f"{value:.7g}" for value in values)]))

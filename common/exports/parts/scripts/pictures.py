@@ -1,11 +1,13 @@
-"""Prints what the exported network tells of pictures: `python predict.py PICTURE ...`.
+"""Prints what the exported network tells of pictures: `python predict.py [--masks FOLDER] PICTURE ...`.
 
-Needs onnxruntime, numpy and pillow.
+With --masks, writes the mask of each picture where the network has masks: grey PNG of the picture's own size, whose
+values are the places of the labels in preprocessing.json. Needs onnxruntime, numpy and pillow.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -13,16 +15,49 @@ from PIL import Image, ImageOps
 
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
-USAGE = "usage: python predict.py PICTURE ..."
+USAGE = "usage: python predict.py [--masks FOLDER] PICTURE ..."
 
 
 class UnfitPicture(Exception):
     """A picture that opens, and that the network does not take."""
 
 
-def read(path: str) -> np.ndarray:
+def sum_up(stated: dict[str, Any], told: np.ndarray) -> list[float]:
+    """Returns the columns of what the network tells of one picture for a task; maps are summed up over their places."""
+    if "maps" in stated:
+        flat = told.reshape(len(told), -1)[: len(stated["columns"])]
+        told = flat.mean(axis=1) if stated["column_of_map"] == "mean" else flat.max(axis=1)
+    return [float(value) for value in told]
+
+
+def write_masks(folder: Path, path: str, size: tuple[int, int], told: list[np.ndarray]) -> None:
+    """Writes a picture's masks, each place the label of the nearest.
+
+    Args:
+        folder: folder of the masks.
+        path: the picture's file.
+        size: width and height of the picture.
+        told: what the network tells of it, for each task.
+    """
+    masks = [
+        (out["task"], maps)
+        for out, maps in zip(STATED["outputs"], told, strict=True)
+        if out.get("prediction") == "mask"
+    ]
+    for task, maps in masks:
+        own = maps.argmax(axis=0).astype(np.uint8)
+        columns, rows = (
+            (np.arange(wanted) * 2 + 1) * side // (2 * wanted)
+            for wanted, side in zip(size, own.shape[::-1], strict=True)
+        )
+        name = f"{Path(path).stem}.png" if len(masks) == 1 else f"{Path(path).stem}.{task}.png"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(own[np.ix_(rows, columns)]).save(folder / name)
+
+
+def read(opened: Image.Image) -> np.ndarray:
     """Returns the pixels of a picture as the network reads them, channels by rows by columns."""
-    image, divisor = ImageOps.exif_transpose(Image.open(path)), None
+    image, divisor = opened, None
     for step in STATED["before"]:
         if step["step"] == "convert":
             if image.mode not in step["modes"]:
@@ -50,19 +85,25 @@ def read(path: str) -> np.ndarray:
 
 if __name__ == "__main__":
     asked = sys.argv[1:2] in (["-h"], ["--help"])
-    if asked or not sys.argv[1:]:
+    masks = Path(sys.argv[2]) if sys.argv[1:2] == ["--masks"] and len(sys.argv) > 2 else None
+    paths = sys.argv[1:] if masks is None else sys.argv[3:]
+    if asked or not paths:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     failed = 0
     session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
     print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
-    for path in sys.argv[1:]:
+    for path in paths:
         try:
-            served = session.run(None, {STATED["inputs"][0]["name"]: read(path)[None]})
+            opened = ImageOps.exif_transpose(Image.open(path))
+            told = [part[0] for part in session.run(None, {STATED["inputs"][0]["name"]: read(opened)[None]})]
+            if masks is not None:
+                write_masks(masks, path, opened.size, told)
         except Exception as error:  # Pillow raises many kinds; one picture costs itself only.
             other = f"expected a picture that Pillow opens, got {type(error).__name__}"
             print(f"{path}: {error if isinstance(error, UnfitPicture) else other}", file=sys.stderr)
             failed = 1
             continue
-        print(",".join([path, *(f"{value:.7g}" for part in served for value in part[0])]))
+        values = [value for out, part in zip(STATED["outputs"], told, strict=True) for value in sum_up(out, part)]
+        print(",".join([path, *(f"{value:.7g}" for value in values)]))
     sys.exit(failed)
