@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from client.config import SiteConfig, SiteTask
-from client.data.drawn import count_drawn, find_unknown, is_drawn
+from client.data.drawn import DrawnCounts, count_drawn, find_unknown, is_drawn
 from client.data.exclusions import Exclusions
 from client.data.records import (
     SIDES,
@@ -185,11 +185,12 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
     for column in own.columns:
         if members and column not in members[0].record.cells:
             raise BadInput(f"tasks.{name}.label: there is no column {column!r}")
-        cells, reasons = _read_cells(members, column)
-        values = Counter(cell for _, cell in cells)
+        values, reasons = Counter[str](), list[tuple[int, str]]()
+        counts = count_drawn(_read_drawn(members, column, values, reasons))
+        reasons += counts.damaged
         missing = values.pop("", 0)
-        if any(map(is_drawn, values)) or reasons:
-            yield from _drawn(name, own, task, column, [(row, cell) for row, cell in cells if is_drawn(cell)], missing)
+        if counts.number or reasons:
+            yield from _drawn(name, own, task, column, counts, missing)
             yield from _list_reasons(name, column, reasons)
             continue
         unmapped = {value: count for value, count in values.items() if not _mapped(own, column, value)}
@@ -220,25 +221,30 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
         yield f"task {name}", "pass", detail, ""
 
 
-def _read_cells(members: Sequence[PlacedRecord], column: str) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    """Returns the cells that can be read, each beside its row, and the reasons for which the others cannot."""
-    cells: list[tuple[int, str]] = []
-    reasons: list[tuple[int, str]] = []
+def _read_drawn(
+    members: Sequence[PlacedRecord], column: str, values: Counter[str], reasons: list[tuple[int, str]]
+) -> Iterator[tuple[int, str]]:
+    """Yields row and cell of each mask and of all boxes, one at a time: together they may not fit into memory.
+
+    Args:
+        members: the records.
+        column: name of the column.
+        values: counts of other cells, which are added.
+        reasons: row of each cell that cannot be read, and why, which are added.
+    """
     for record in (member.record for member in members):
         cell, reason = try_record(lambda record=record: record.cells[column].strip())  # type: ignore[misc]
-        if cell is not None and is_drawn(cell):
-            _, reason = try_record(lambda cell=cell, row=record.row: count_drawn([(row, cell)]))  # type: ignore[misc]
-        if cell is None or reason is not None:
+        if cell is None:
             reasons.append((record.row, f"{reason}"))
+        elif is_drawn(cell):
+            yield record.row, cell
         else:
-            cells.append((record.row, cell))
-    return cells, reasons
+            values[cell] += 1
 
 
 def _drawn(
-    name: str, own: SiteTask, task: Task | None, column: str, cells: Sequence[tuple[int, str]], missing: int
+    name: str, own: SiteTask, task: Task | None, column: str, counts: DrawnCounts, missing: int
 ) -> Iterator[Found]:
-    counts = count_drawn(cells)
     known = task.part_names if isinstance(task, NamedParts) else None
     detail = counts.describe(column, missing)
     unknown = find_unknown(counts.parts, own, column, known)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from client.config import LabelColumns
+from client.data.sources.parts.boundary import try_record
 from common.inputs import Box, find_name, is_boxes, is_mask, read_boxes, read_mask, read_mask_names, write_boxes
 
 _FAR, _NEAR, _LEAST = 2.0, 0.01, 1e-6
@@ -54,6 +55,7 @@ class DrawnCounts:
         flat: rows with a box without area on its picture -> the number of such boxes.
         as_fractions: rows of boxes that look like fractions of the picture where pixels were expected.
         as_pixels: rows of boxes that look like pixels where fractions were expected.
+        damaged: rows that hold something else, and why.
     """
 
     number: int
@@ -63,6 +65,7 @@ class DrawnCounts:
     flat: Mapping[int, int] = field(repr=False)
     as_fractions: tuple[int, ...] = field(repr=False)
     as_pixels: tuple[int, ...] = field(repr=False)
+    damaged: tuple[tuple[int, str], ...] = field(repr=False)
 
     def describe(self, column: str, missing: int) -> str:
         """Returns one sentence for the site's own screen.
@@ -103,33 +106,35 @@ class DrawnCounts:
 
 
 def count_drawn(cells: Iterable[tuple[int, str]]) -> DrawnCounts:
-    """Returns the counts of a column's readable masks or boxes, each beside its record's row."""
+    """Returns the counts of a column's masks or boxes, each beside its record's row; they are read one by one."""
     number, empty = 0, 0
     parts, records = Counter[str](), Counter[str]()
     flat: dict[int, int] = {}
-    as_fractions, as_pixels = [], []
+    as_fractions, as_pixels, damaged = [], [], []
     for row, cell in cells:
-        own = _count_boxes(cell) if is_boxes(cell) else _count_places(cell)
+        own, reason = try_record(lambda cell=cell: _count_boxes(cell) if is_boxes(cell) else _count_places(cell))  # type: ignore[misc]
+        if own is None:
+            damaged.append((row, f"{reason}"))
+            continue
         number += 1
-        empty += len(own) == 0 if is_boxes(cell) else len(own) == 1
+        empty += len(own) == (0 if is_boxes(cell) else 1)
         parts.update(own)
         records.update(own.keys())
-        if not is_boxes(cell):
-            continue
-        _, left_out, _ = clip_boxes(cell)
-        if left_out:
-            flat[row] = left_out
-        width, height, _ = json.loads(cell.removeprefix("boxes "))
-        boxes = read_boxes(cell)
-        if any(max(box.right, box.bottom) > _FAR for box in boxes):
-            as_pixels.append(row)
-        elif (
-            boxes
-            and max(width, height) > 1
-            and all(max(box.right * width, box.bottom * height) < 1 + _NEAR for box in boxes)
-        ):
-            as_fractions.append(row)
-    return DrawnCounts(number, empty, parts, records, flat, tuple(as_fractions), tuple(as_pixels))
+        if is_boxes(cell):
+            _, left_out, _ = clip_boxes(cell)
+            flat |= {row: left_out} if left_out else {}
+            as_fractions += [row] if _has_fractions(cell) else []
+            as_pixels += [row] if any(max(box.right, box.bottom) > _FAR for box in read_boxes(cell)) else []
+    return DrawnCounts(
+        number, empty, parts, records, flat, tuple(as_fractions), tuple(as_pixels), damaged=tuple(damaged)
+    )
+
+
+def _has_fractions(cell: str) -> bool:
+    """Returns true for boxes all of which lie within the first pixel of a picture of several."""
+    width, height, rows = json.loads(cell.removeprefix("boxes "))
+    within = all(max(right, bottom) < 1 + _NEAR for _, _, _, right, bottom, _ in rows)
+    return bool(rows) and max(width, height) > 1 and within
 
 
 def find_unknown(parts: Iterable[str], own: LabelColumns, column: str, names: Sequence[str] | None) -> list[str]:

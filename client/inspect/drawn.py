@@ -213,9 +213,9 @@ def _describe(path: Path, source: Mapping[str, Any], columns: Sequence[str], wha
     index = open_source(dict(source), "sources.records").open().index()
     facts, notes = [], []
     for column in columns:
-        cells = {row: cell for row, cell, reason in _read(index, column) if reason is None}
-        bad = sum(reason is not None for _, _, reason in _read(index, column))
-        facts.append(describe_drawn(column, cells))
+        read = list(_read(index, column))
+        facts.append(describe_drawn(column, {row: cell for row, cell, reason in read if reason is None}))
+        bad = sum(reason is not None for _, _, reason in read)
         if bad and column == (task or columns[0]):
             notes.append(f"{bad} of the {column} that were looked at cannot be read; `check` lists them.")
     number = len(_spread(index))

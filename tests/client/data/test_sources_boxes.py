@@ -17,6 +17,7 @@ from PIL import Image
 
 from client.data.sources import Source, open_source
 from client.data.sources.coco import decode_counts, decode_runs, draw_mask
+from client.data.sources.parts.boundary import try_record
 from client.data.sources.voc import MAX_BYTES, write_annotation
 from common.inputs import Box, read_boxes, read_mask, read_mask_names
 from common.types import BadInput, BadRecord
@@ -308,6 +309,29 @@ def test_what_is_wrong_with_one_picture_of_a_list_is_that_records_alone(tmp_path
     with pytest.raises(BadRecord, match=twice):
         source.load(2)
     assert read(source, 7) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"id": 3, "file_name": "a.png"},
+        {"id": 1, "file_name": "sub/b.png"},
+        {"id": 1, "file_name": "a.png"},
+        {"id": 9, "file_name": "q7"},
+        {"id": None},
+        "q7",
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_one_picture_more_in_a_list_changes_one_record_at_most(tmp_path: Path, more: Any, first: bool) -> None:
+    def usable(images: list[Any]) -> Counter[tuple[str, str]]:
+        source = write_list(tmp_path, [{"bbox": [0, 0, 2, 2]}, {"image_id": "2", "bbox": [1, 1, 2, 2]}], images=images)
+        read = ((each, try_record(lambda each=each: each.cells["boxes"])[0]) for each in source.index())
+        return Counter((each.key, cell) for each, cell in read if cell)
+
+    images = [{"id": 1, "file_name": "a.png"}, {"id": "2", "file_name": "sub/b.png"}]
+    before, after = usable(images), usable([more, *images] if first else [*images, more])
+    assert len(before) == 2 and ((before - after) + (after - before)).total() <= 1
 
 
 @pytest.mark.parametrize(
