@@ -75,6 +75,7 @@ def score_on_public_records(file: ProxyFile, path: Path, candidate: Candidate, o
     others = sorted(set(labels_N[chosen_N]) - set(file.labels))
     if others:
         raise BadInput(f"{path}: labels: expected those of column {file.column!r}, which also has {str(others[0])!r}")
+    _check_counts(labels_N[chosen_N], file, path)  # Before anything is encoded; again for those that were read.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as folder:
         progress = partial(observe, f"public proxy with {candidate.name}")
@@ -92,6 +93,13 @@ def score_on_public_records(file: ProxyFile, path: Path, candidate: Candidate, o
                 f"candidates.{candidate.name}: expected a backbone that reads the records of {path}, got one that can "
                 f"use none of them{because}"
             )
+    _check_counts(labels_N, file, path)
+    accuracy = _cross_validate(features_ND.reshape(len(features_ND), -1).astype(np.float64), labels_N)
+    return ProxyScore(accuracy, math.sqrt(accuracy * (1.0 - accuracy) / len(labels_N)))
+
+
+def _check_counts(labels_N: np.ndarray, file: ProxyFile, path: Path) -> None:
+    """Checks that there are enough records of each label for a score. Raises BadInput."""
     counts = Counter(labels_N.tolist())
     fewest = min(file.labels, key=lambda label: counts[label])
     if counts[fewest] < FOLDS:
@@ -99,8 +107,6 @@ def score_on_public_records(file: ProxyFile, path: Path, candidate: Candidate, o
             f"{path}: expected at least {FOLDS} usable records of each label for a score, got {counts[fewest]} of "
             f"{fewest!r}"
         )
-    accuracy = _cross_validate(features_ND.reshape(len(features_ND), -1).astype(np.float64), labels_N)
-    return ProxyScore(accuracy, math.sqrt(accuracy * (1.0 - accuracy) / len(labels_N)))
 
 
 def _cross_validate(features_ND: np.ndarray, labels_N: np.ndarray) -> float:
