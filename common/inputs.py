@@ -317,10 +317,12 @@ def _check_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-CellText = Annotated[str, BeforeValidator(_format_number)]
+CellText = Annotated[str, BeforeValidator(_format_number, json_schema_input_type=str | int | float)]
 """A cell as it is; YAML numbers are taken as their text."""
 
-CellName = Annotated[str, BeforeValidator(_format_number), AfterValidator(_strip)]
+CellName = Annotated[
+    str, BeforeValidator(_format_number, json_schema_input_type=str | int | float), AfterValidator(_strip)
+]
 """A public name that cells are compared with; YAML numbers are taken as their text."""
 
 CellNames = Annotated[tuple[CellName, ...], AfterValidator(_check_distinct)]

@@ -88,8 +88,30 @@ def make_schema(file: str) -> str:
                 _replace_specs(definition_of[name]["properties"][field], role)
     for role in sorted(used):
         _add_kinds(definitions, role)
+    if "solver" in used:
+        _add_auto(definitions, definition_of["RunConfig"])
     whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **values, "x-kinds": _list_kinds()}
     return json.dumps(whole, indent=1, sort_keys=True) + "\n"
+
+
+def _add_auto(definitions: dict[str, Any], run: dict[str, Any]) -> None:
+    """Adds `solver: {kind: auto}`, and what may stand in `aggregation` beside it and beside every kind."""
+    from common.run import AUTO, Adjustment
+
+    shared = definitions.pop("AggregationSpec")["properties"]
+    for name in [name for name in definitions if name.startswith("aggregator.")]:
+        if "kind" in definitions[name]["properties"]:
+            definitions[name]["properties"] = {**shared, **definitions[name]["properties"]}
+    plain = {"type": "object", "additionalProperties": False}
+    kind = {"const": AUTO, "title": "Kind", "type": "string"}
+    definitions["solver.auto"] = {**plain, "properties": {"kind": kind}, "required": ["kind"], "title": "Auto"}
+    definitions["solver"]["oneOf"].append({"$ref": "#/$defs/solver.auto"})
+    definitions["solver"]["discriminator"]["mapping"][AUTO] = "#/$defs/solver.auto"
+    adjustment = {name: shared[name] for name in Adjustment.model_fields}
+    definitions["aggregator.auto"] = {**plain, "properties": adjustment, "minProperties": 1, "title": "Beside auto"}
+    run["properties"]["aggregation"] = {
+        "anyOf": [{"$ref": "#/$defs/aggregator"}, {"$ref": "#/$defs/aggregator.auto"}, {"type": "null"}]
+    }
 
 
 def _list_kinds() -> dict[str, list[str]]:

@@ -69,13 +69,34 @@ def test_a_schema_tells_kinds_apart_and_knows_their_settings() -> None:
 
 
 @pytest.mark.parametrize("path", list_examples().values(), ids=lambda path: path.stem)
-def test_every_example_names_its_schema_and_has_only_keys_of_it(path: Path) -> None:
+def test_every_example_names_its_schema_and_is_valid_by_it(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     target = (path.resolve().parent / re.sub(r".*\$schema=", "", first)).resolve()
     schema = json.loads(target.read_text(encoding="utf-8"))
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert set(values) <= set(schema["properties"])
     assert set(schema["required"]) <= set(values)
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schema)
+    assert not [(list(error.absolute_path), error.message[:200]) for error in validator.iter_errors(values)]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "is_valid"),
+    [
+        ({"schedule": {"shape": "cosine"}}, True),
+        ({"balance": "sites"}, True),
+        ({"kind": "mean", "decay_to_start": 0.1, "tasks": {"colour": {"learning_rate": 0.5}}}, True),
+        ({"learning_rate": 0.5}, False),
+        ({"kind": "mean", "decay_to_strat": 0.1}, False),
+        ({"kind": "maen"}, False),
+    ],
+)
+def test_the_schema_knows_what_stands_beside_auto_and_beside_every_kind(aggregation: object, is_valid: bool) -> None:
+    schema = json.loads((FOLDER / "run.json").read_text(encoding="utf-8"))
+    values = yaml.safe_load((ROOT / "configs" / "runs" / "demo.yaml").read_text(encoding="utf-8"))
+    values |= {"solver": {"kind": "auto"}, "aggregation": aggregation}
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(schema)
+    assert validator.is_valid(values) is is_valid
 
 
 def test_a_copied_example_is_valid_where_it_lies(tmp_path: Path) -> None:
