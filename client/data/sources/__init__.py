@@ -24,7 +24,8 @@ class SourceRecord:
         key: identity that survives reordering and re-export: a relative path or a hash of the content.
         patient: patient id, "" where it is blank, None where the source has none.
         split: "train" or "test" where the source decides, else None.
-        cells: label columns, column name -> text ("" is missing).
+        cells: label columns, column name -> text ("" is missing); those in files of their own are read when they are
+            asked for, and may then be a BadRecord.
         identified: whether an equal key means the same record, so that it may not stand on both sides of a split.
             Two people can have equal rows in a table; two equal pictures are one.
         blank: why `patient` is blank, where the source knows more than that it is.
@@ -52,7 +53,7 @@ class Source(Protocol):
     """
 
     def digest(self) -> str:
-        """64 hex digits over everything `load` can return."""
+        """64 hex digits over everything that `load` can return, and over labels that have files of their own."""
 
     def index(self) -> list[SourceRecord]:
         """All records in a deterministic order."""
