@@ -36,6 +36,7 @@ from client.data.records import (
     UsableRecord,
     encode_labels,
     find_usable,
+    place_labels,
     place_records,
     select_rows,
 )
@@ -43,7 +44,7 @@ from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
 from common.files import private_folder, write_atomic
-from common.tasks import ReadsPlaces, Task
+from common.tasks import PlacesLabels, ReadsPlaces, Task
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 ARRAYS = "arrays.safetensors"
 PROBLEMS = "problems.csv"
+_ROWS = 1024
+"""Records whose features are read at once."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,11 @@ def prepare(
     placed, new = snapshot.place(placed, config.unit)
     members = {view: _select_view(placed, view, each.features) for view, each in loaded.items()}
     labels = {name: encode_labels(name, task, config.tasks[name], members[views[name]]) for name, task in tasks.items()}
+    for name, task in tasks.items():
+        if isinstance(task, PlacesLabels):
+            members_of = members[views[name]]
+            marks_RP = _read_marks(loaded[views[name]].features, members_of)
+            labels[name] = place_labels(name, task, labels[name], members_of, marks_RP)
     units = _number_units(placed)
     rejected = [record for view in loaded.values() for record in view.rejected] + listed + new
     rejected += [record for each in labels.values() for record in each.rejected]
@@ -284,6 +292,13 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
 def _select_view(placed: Sequence[PlacedRecord], view: _View, features: Features) -> list[PlacedRecord]:
     """Returns the records of a view: those of its source that have features of its backbone."""
     return [each for each in placed if each.source == view.source and each.position not in features.unusable]
+
+
+def _read_marks(features: Features, members: Sequence[PlacedRecord]) -> Tensor:
+    """Returns marks_RP of the records' places: the last feature of each."""
+    positions_R = np.array([each.position for each in members], dtype=np.int64)
+    parts = np.split(positions_R, range(_ROWS, len(positions_R), _ROWS))
+    return torch.cat([decode_rows(rows_of(features.path, part))[..., -1] for part in parts])
 
 
 def _number_units(placed: Sequence[PlacedRecord]) -> _UnitNumbers:

@@ -1,7 +1,7 @@
 """Selects a site's records, gives each its unit and its side of the split, and encodes its labels.
 
-The steps are select_rows -> find_usable -> place_records -> encode_labels, each a pure function of its arguments; only
-`select_rows` reads a file, the row list. Shape: R records.
+The steps are select_rows -> find_usable -> place_records -> encode_labels -> place_labels, each a pure function of its
+arguments; only `select_rows` reads a file, the row list. Shapes: R records, P places of one.
 
 Invariants: a unit is on one side of the split only, and stays there when rows are added or reordered. No unit removes,
 moves or rejects a record of another, and no record stops the others: what is wrong with one is said of that one.
@@ -23,7 +23,7 @@ from client.data.sources import SourceRecord
 from client.data.sources.parts.boundary import try_record
 from common.errors import instead
 from common.inputs import encode_text, find_name, is_boxes, is_mask, normalise_patient_id, read_mask_names, rename_parts
-from common.tasks import NamedCells, NamedParts, Task
+from common.tasks import NamedCells, NamedParts, PlacesLabels, Task
 from common.types import BadInput, BadRecord, Unit
 
 if TYPE_CHECKING:
@@ -236,6 +236,34 @@ def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[Pl
         mask.append(label is not None)
     # The first only gives the shape, also where there is no record.
     return TaskLabels(torch.stack(labels)[1:], torch.tensor(mask, dtype=torch.bool), tuple(rejected))
+
+
+def place_labels(
+    name: str, task: PlacesLabels, labels: TaskLabels, records: Sequence[PlacedRecord], marks_RP: Tensor
+) -> TaskLabels:
+    """Returns a task's labels with what its loss needs to know of each record's places.
+
+    Args:
+        name: name of the task, for messages.
+        task: the task.
+        labels: its labels as encoded.
+        records: the records, in the labels' order.
+        marks_RP: marks of their places.
+    """
+    import torch
+
+    mask_R, rejected = labels.mask_R.clone(), list(labels.rejected)
+    # The first only gives the shape, also where there is no record.
+    placed = [torch.cat([task.codec.missing(), torch.zeros_like(marks_RP[0] if len(marks_RP) else marks_RP.sum(0))])]
+    for row, (label, marks_P) in enumerate(zip(labels.labels, marks_RP, strict=True)):
+        found, reason = None, None
+        if mask_R[row]:
+            found, reason = try_record(lambda label=label, marks_P=marks_P: task.place_label(label, marks_P))  # type: ignore[misc]
+        if reason is not None:
+            rejected.append(RejectedRecord(records[row].record.file, records[row].record.row, reason, name))
+            mask_R[row] = False
+        placed.append(placed[0] if found is None else found)
+    return TaskLabels(torch.stack(placed)[1:].to(labels.labels.dtype), mask_R, tuple(rejected))
 
 
 def _read_row_list(rows: Path, count: int) -> tuple[dict[int, str], list[RejectedRecord]]:

@@ -18,7 +18,7 @@ from common.privacy.noise import Entropy, NoiseStream
 from common.privacy.shares import plan_moments
 from common.process.threads import one_thread
 from common.run import RunConfig
-from common.tasks import Task, open_tasks
+from common.tasks import Task, open_tasks, select_round
 from common.types import Heads, Params, Plan, select_trained
 
 ApplyUpdate = Callable[[str, Params, Params], Params]
@@ -130,7 +130,7 @@ def train_alone(
         with one_thread():
             update = training.solver.solve(
                 modules,
-                training.tasks,
+                select_round(training.tasks, round_, training.rounds),
                 training.units,
                 plan=training.plan,
                 public_sizes=training.public_sizes,

@@ -33,7 +33,7 @@ from common import messages
 from common.events import ReplyResent, ReplySent
 from common.files import check_room
 from common.privacy.lattice import check_unit_count
-from common.tasks import Task
+from common.tasks import Task, select_round
 from common.types import (
     BadInput,
     BudgetExhausted,
@@ -207,7 +207,8 @@ def open_request(
     check_prepared(joined)
     device = site.device()
     modules = {name: module.to(device) for name, module in load_modules(site, joined, tasks, request.heads).items()}
-    return Opened(tasks, modules, open_side(joined, tasks, side, device))
+    in_round = select_round(tasks, request.round, joined.run.rounds)
+    return Opened(in_round, modules, open_side(joined, tasks, side, device))
 
 
 def open_side(joined: Joined, tasks: Collection[str], side: Side, device: torch.device) -> Units:

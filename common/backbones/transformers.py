@@ -15,11 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from common.backbones import Architecture, Divided, Example, Pretrained, Projection
 from common.inputs import Text
 from common.plugins import Frozen, LocalPath, Plugin
+from common.run import drop_unset
 from common.types import BadInput, WeightsNeeded
 
 if TYPE_CHECKING:
@@ -63,11 +70,14 @@ class Transformers(Plugin):
         modality: what the model reads.
         part: submodule that encodes, such as `vision_model` of CLIP or `encoder` of T5; null is the whole model.
         pooling: `mean` over the positions that count, `cls` the first, `pooler` the model's own; `tokens` keeps all
-            positions, one after the other, zeros where a text has ended.
+            positions, one after the other, zeros where a text has ended; `frames` keeps the positions of a recording
+            apart, as places, its own mean subtracted and a mark behind them.
+        every: of `frames`, how many positions are averaged to one place.
         max_length: of a text, in tokens; longer ones are cut.
-        seconds: of a recording; longer ones give their middle.
+        seconds: of a recording; longer ones give their middle, and are left out with `frames`.
         dtype: of weights and arithmetic; features are float32 in any case.
-        projection: what happens to the features before they leave the backbone; `dim` is not possible here.
+        projection: what happens to the features before they leave the backbone; `dim` is possible with `frames` alone:
+            directions that the model's own decoder reads, or random ones where it has none.
         files: what the model's folder says besides its weights; filled in for the sites, never written by hand.
     """
 
@@ -79,7 +89,8 @@ class Transformers(Plugin):
     local_files_only: bool = False
     modality: Literal["text", "image", "audio"]
     part: str | None = None
-    pooling: Literal["mean", "cls", "pooler", "tokens"] = "mean"
+    pooling: Literal["mean", "cls", "pooler", "tokens", "frames"] = "mean"
+    every: Annotated[int, Field(ge=1, le=100)] = 4
     max_length: Annotated[int, Field(ge=2, le=32768)] = 128
     seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -94,6 +105,22 @@ class Transformers(Plugin):
         if self.model is None and (self.revision is not None or self.local_files_only):
             raise ValueError("revision, local_files_only: expected them only beside a `model`")
         return self
+
+    @model_validator(mode="after")
+    def _check_frames(self) -> Transformers:
+        if self.pooling != "frames":
+            if "every" in self.model_fields_set:
+                raise ValueError("every: expected it only beside `pooling: frames`")
+            return self
+        if self.modality != "audio":
+            raise ValueError(f"pooling: expected `frames` only with modality audio, got {self.modality}")
+        if self.projection is not None and (self.projection.kernel is not None or self.projection.shift != "none"):
+            raise ValueError("projection: expected no `kernel` and no `shift` with `pooling: frames`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("every",))
 
     @classmethod
     def example(cls, folder: Path) -> Example:
@@ -151,6 +178,8 @@ class Transformers(Plugin):
         with silence():
             whole = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
         model = self._select_part(whole)
+        if self.pooling == "frames":
+            return self._open_frames(files, model.to(getattr(torch, self.dtype)))
         module = PooledModel(model.to(getattr(torch, self.dtype)), files.tokenizer_bytes, self.pooling)
         module.modality = self._open_modality(files, module, getattr(model, "config", config))
         width = read_width(model, config)
@@ -166,6 +195,7 @@ class Transformers(Plugin):
         location = self._locate()
         files = self._read()
         whole, missing = load_model(location, read_config(files.config))
+        directions_KD = self._find_directions(whole) if self.pooling == "frames" else None
         state = self._select_part(whole).to(getattr(torch, self.dtype)).state_dict()
         prefix = f"{self.part}." if self.part else ""
         absent = [name for name in missing if name.removeprefix(prefix) in state and name.startswith(prefix)]
@@ -175,13 +205,15 @@ class Transformers(Plugin):
                 f"{sorted(absent)[0]})"
             )
         return Pretrained(
-            {**{f"model.{name}": tensor for name, tensor in state.items()}, **self._read_tokenizer(location)}
+            {**{f"model.{name}": tensor for name, tensor in state.items()}, **self._read_tokenizer(location)},
+            directions_KD,
         )
 
     def random(self) -> Pretrained:
         """Returns weights as transformers initialises them, with the model's own tokenizer."""
         import torch
 
+        from common.backbones.parts.hub.frames import FrameModel
         from common.backbones.parts.layers import PooledModel
         from common.backbones.parts.weights import scale_random_weights
 
@@ -190,14 +222,17 @@ class Transformers(Plugin):
         with torch.no_grad():
             for name, values in self._read_tokenizer(self._locate()).items():
                 module.get_buffer(name).copy_(values)
-        assert isinstance(module, PooledModel)
-        classifier = torch.nn.Linear(architecture.feature_dim, architecture.feature_dim + 1)
+        assert isinstance(module, PooledModel | FrameModel)
+        width = architecture.feature_dim - architecture.num_marks
+        classifier = torch.nn.Linear(width, width + 1)
         return scale_random_weights(architecture, classifier.weight, module.modality.noise(4))
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns a picture or recording as an input; a text needs the tokenizer, which comes with the weights."""
         if self.modality == "text":
             raise WeightsNeeded("expected the backbone's weights: its tokenizer travels with them")
+        if self.pooling == "frames":
+            raise WeightsNeeded("expected the backbone's weights: the model says how long its frames are")
         try:
             # Nothing is downloaded to look at an item.
             files = self.files or self.model_copy(update={"local_files_only": True})._read()
@@ -313,6 +348,25 @@ class Transformers(Plugin):
         # The length is part of the input's shape: it is bounded by what the model has positions for.
         longest = min(self.max_length, count_positions(module.model, config) or self.max_length)
         return TextInput(lambda: module.open_tokenizer(longest), longest, config.vocab_size, pad, types)
+
+    def _open_frames(self, files: Files, model: nn.Module) -> Architecture:
+        from common.backbones.parts.hub.frames import FrameInput, FrameModel, FrameRates
+        from common.backbones.parts.hub.modalities import open_feature_extractor
+        from common.backbones.parts.layers import read_width
+
+        extractor = open_feature_extractor(files.processor or {})
+        modality = FrameInput(extractor, FrameRates.of(model, extractor, self.seconds, self.every))
+        width = read_width(model, model.config)
+        module = FrameModel(model, modality, width)
+        return Architecture(module, width + 1, modality.preprocess, grid=(modality.rates.places,), num_marks=1)
+
+    def _find_directions(self, whole: nn.Module) -> Tensor:
+        from common.backbones.parts.hub.frames import draw_directions, find_cross_attention
+        from common.backbones.parts.layers import read_width
+
+        rows_KD = find_cross_attention(whole)
+        width = read_width(self._select_part(whole), whole.config)
+        return draw_directions(width) if rows_KD is None else rows_KD
 
     def _open_raw(self, files: Files, module: PooledModel) -> RawInputs:
         from common.backbones.parts.hub.modalities import open_raw_inputs

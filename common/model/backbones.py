@@ -54,8 +54,9 @@ class FrozenBackbone(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, network: nn.Module, projection: ProjectionLayer) -> None:
+    def __init__(self, network: nn.Module, projection: ProjectionLayer, num_marks: int = 0) -> None:
         super().__init__()
+        self._num_marks = num_marks
         # This name prefixes the tensors that a digest covers.
         self.encoder = network
         self.register_buffer("scale", torch.ones(()))
@@ -71,8 +72,12 @@ class FrozenBackbone(nn.Module):
 
     def forward(self, items_B: Tensor) -> Tensor:
         """Returns features_BD in float32, or B x grid x D."""
-        features_BD: Tensor = self.projection(self.encoder(items_B).to(torch.float32) * self.scale)
-        return features_BD
+        raw_BD = self.encoder(items_B).to(torch.float32)
+        if not self._num_marks:
+            features_BD: Tensor = self.projection(raw_BD * self.scale)
+            return features_BD
+        raw_BD, marks_BM = raw_BD.tensor_split([-self._num_marks], dim=-1)
+        return torch.cat([self.projection(raw_BD * self.scale), marks_BM], dim=-1)
 
 
 @final
@@ -93,6 +98,7 @@ class Backbone:
         trunk: where this is only the frozen part of a backbone, the name of the trunk that its features still have to
             pass (`common.model.trunks`); else None.
         grid: number of places along each axis of an item's features; none where an item has one vector.
+        num_marks: number of features at the end that are marks of places.
     """
 
     kind: Kind
@@ -106,6 +112,7 @@ class Backbone:
     open_raw: Callable[[], RawInputs] | None = dataclasses.field(default=None, repr=False)
     trunk: str | None = None
     grid: tuple[int, ...] = ()
+    num_marks: int = 0
 
     @cached_property
     def _fast(self) -> FastBackbone:
@@ -307,14 +314,15 @@ def _build(kind: Kind, parts: Pretrained) -> Backbone:
     state["scale"] = torch.tensor(parts.scale)
     resolved = resolve_settings(kind)
     architecture = resolved.architecture()
-    projection = compute_projection(kind.projection, architecture.feature_dim, parts.classifier_KD, parts.shift_D)
+    raw_dim = architecture.feature_dim - architecture.num_marks
+    projection = compute_projection(kind.projection, raw_dim, parts.classifier_KD, parts.shift_D)
     state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
     return _freeze(resolved, architecture, state, "weights")
 
 
 def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tensor], source: str) -> Backbone:
-    projection = ProjectionLayer(resolved.projection, architecture.feature_dim)
-    module = FrozenBackbone(architecture.module, projection)
+    projection = ProjectionLayer(resolved.projection, architecture.feature_dim - architecture.num_marks)
+    module = FrozenBackbone(architecture.module, projection, architecture.num_marks)
     load_strict(module, state, source)
     spec = write_spec(resolved)
     digest = compute_digest(spec, module.state_dict().items())
@@ -323,10 +331,11 @@ def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tens
         resolved,
         spec,
         digest,
-        projection.out_dim,
+        projection.out_dim + architecture.num_marks,
         prepare,
         module,
         torch.device("cpu"),
         open_raw=architecture.open_raw,
         grid=architecture.grid,
+        num_marks=architecture.num_marks,
     )

@@ -24,7 +24,7 @@ from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
-from common.tasks import ReadsPlaces, Task
+from common.tasks import PlacesLabels, ReadsPlaces, Task
 from common.types import BadInput
 
 
@@ -93,10 +93,15 @@ def create_modules(
         backbones: name -> open backbone, for those that the tasks stand on.
 
     Raises:
-        BadInput: a task labels places, and its backbone has one vector for a record.
+        BadInput: a task labels places, and its backbone has one vector for a record, or places without marks.
     """
     own = {name: run.backbone_of(name) for name in tasks}
     for name, task in tasks.items():
+        if isinstance(task, PlacesLabels) and not backbones[own[name]].num_marks:
+            raise BadInput(
+                f"tasks.{name}: expected a backbone with `pooling: frames` for a task of kind {task.kind}, got one "
+                "whose places have no marks"
+            )
         if isinstance(task, ReadsPlaces) and not backbones[own[name]].grid:
             raise BadInput(
                 f"tasks.{name}: expected a backbone with `maps` for a task of kind {task.kind}, got one whose features "

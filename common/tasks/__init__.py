@@ -195,6 +195,42 @@ class ReadsPlaces(Protocol):
 
 
 @runtime_checkable
+class PlacesLabels(Protocol):
+    """Optional part of a task that reads the marks of a record's places (`common.backbones.Architecture.num_marks`).
+
+    Law (tests/contracts/test_tasks.py): a placed label begins with the label itself; it follows from that record alone.
+    """
+
+    @property
+    def codec(self) -> LabelCodec:
+        """Translation between cells, labels and predictions, as every task has it."""
+
+    def place_label(self, label: Tensor, marks_P: Tensor) -> Tensor:
+        """Returns a record's label followed by what its loss needs to know of the record's places.
+
+        Args:
+            label: as encoded.
+            marks_P: marks of its places, 0 where the record has ended.
+
+        Raises:
+            BadRecord: the label does not fit the record.
+        """
+
+
+@runtime_checkable
+class ChangesWithRounds(Protocol):
+    """Optional part of a task whose loss is another one in some rounds of a run."""
+
+    def select_round(self, round_: int, rounds: int) -> Task:
+        """Returns the task as it is trained in a round; nothing but these public numbers decides.
+
+        Args:
+            round_: number of the round, from 1.
+            rounds: number of rounds of the run.
+        """
+
+
+@runtime_checkable
 class LossGradient(Protocol):
     """Optional part of a task whose loss has a gradient in closed form, which is faster than autograd.
 
@@ -421,6 +457,20 @@ def expect_slope(task: SmoothLoss) -> float:
 def open_tasks(run: RunConfig) -> dict[str, Task]:
     """Returns all tasks of a run by name; raises BadInput naming the key of one that is wrong."""
     return {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}
+
+
+def select_round(tasks: Mapping[str, Task], round_: int, rounds: int) -> dict[str, Task]:
+    """Returns tasks as they are trained in a round of a run.
+
+    Args:
+        tasks: the tasks by name.
+        round_: number of the round, from 1.
+        rounds: number of rounds of the run.
+    """
+    return {
+        name: task.select_round(round_, rounds) if isinstance(task, ChangesWithRounds) else task
+        for name, task in tasks.items()
+    }
 
 
 def open_task(spec: Spec | Mapping[str, Any], key: str) -> Task:

@@ -28,10 +28,11 @@ from client.solvers.parts.closed_form import (
 )
 from client.solvers.parts.descent import _get_output_gradient
 from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step, split_fixed_blocks
+from common.backbones import QUIET, SPEECH
 from common.model.parameters import MAX_ROW_NORM, load_parameters, parameters
 from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
-from common.tasks import Task, open_task
+from common.tasks import PlacesLabels, Task, open_task, select_round
 from common.tasks.parts.adjusted import AdjustedHead, normalize_rows
 from common.types import Plan, Unit
 
@@ -451,3 +452,50 @@ def test_masks_are_looked_at_few_at_once_and_none_changes_anothers_part() -> Non
     parts = [add_up(at, at + 1) for at in range(70)]
     assert torch.equal(torch.stack(parts).sum(0), whole)
     assert all(part.double().norm() <= LATTICE.bound * (1.0 + 2.0**-40) for part in parts)
+
+
+@pytest.mark.parametrize("round_", [1, 2])
+def test_an_utterance_adds_its_own_part_whatever_is_said_in_others(round_: int) -> None:
+    """Alignments of a block are summed together: none may change a bit of another's."""
+    settings = {"kind": "ctc", "symbols": ["yes", "no"], "unit": "words", "max_symbols": 3}
+    task = select_round({"said": open_task(settings, "said")}, round_, 2)["said"]
+    assert isinstance(task, PlacesLabels)
+    generator = torch.Generator().manual_seed(2)
+    count, places = 70, 9
+    features_RPD = torch.randn(count, places, 4, generator=generator)
+    features_RPD[0], features_RPD[1], features_RPD[2] = 1e18, 1e-30, 0.0
+    labels = []
+    for row in range(count):
+        length = 5 + row % 5
+        features_RPD[row, length:] = 0.0
+        marks_P = torch.where(torch.rand(places, generator=generator) < 0.5, QUIET, SPEECH)
+        marks_P[length:] = 0.0
+        said = " ".join(["no", "yes", "no"][: row % 4])
+        labels.append(task.place_label(task.codec.encode([said]), marks_P))
+    head = task.head(4)
+    weights = [round_weights(torch.randn(head.weight.shape, generator=generator))]
+
+    def add_up(first: int, last: int) -> Tensor:
+        own = torch.arange(last - first)
+        mask_R = torch.ones(len(own), dtype=torch.bool)
+        records = TaskRecords.of(features_RPD[first:last], torch.stack(labels[first:last]), mask_R, own, len(own))
+        inputs = {"said": Inputs.from_records(head, records, len(own))}
+        total = torch.zeros(head.weight.shape, dtype=torch.int64)
+        gradients = {"said": _get_output_gradient(task)}
+        for block in split_blocks(inputs, len(own), {"said": 3}):
+            add_clipped_parts(block, {"said": weights}, gradients, LATTICE, {"said": [total]})
+        return total
+
+    parts = [add_up(at, at + 1) for at in range(count)]
+    assert torch.equal(torch.stack(parts).sum(0), add_up(0, count))
+    assert torch.equal(torch.stack(parts[:69]).sum(0), add_up(0, 69))
+    assert all(part.double().norm() <= LATTICE.bound * (1.0 + 2.0**-40) for part in parts)
+    # Against one utterance at a time, by autograd through the head itself, as far as truncation lets them agree.
+    with torch.no_grad():
+        head.weight.copy_(weights[0])
+    for at in range(3, count):
+        gradient = torch.autograd.grad(
+            task.losses(head(features_RPD[at : at + 1]), labels[at][None]).sum(), head.weight
+        )[0]
+        expected = gradient * min(1.0, 0.5 / float(gradient.norm()))
+        torch.testing.assert_close((parts[at] * LATTICE.spacing).float(), expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,275 @@
+"""What is said in a recording: a transcript from a head on its frames.
+
+Nobody says which frame belongs to which word. The loss is that of all alignments together (connectionist temporal
+classification: Graves et al. 2006, Section 4). From an untrained head it finds none under noise, and says nothing at
+all instead; so in the first rounds the frames that are not quiet are divided evenly among the symbols, by a rule that
+looks at this recording alone, and each frame is trained on its own.
+
+# Shapes: B recordings, P places (frames) of them, S symbols of the longest transcript, K outputs: blank and symbols.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, final
+
+import numpy as np
+from pydantic import Field, PrivateAttr, model_validator
+
+from common.backbones import QUIET, SPEECH
+from common.inputs import CellNames
+from common.plugins import Plugin
+from common.tasks import SparseRows, Statistic, TaskExample
+from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.rates import RATE, Array, compute_ratio
+from common.tasks.parts.transcripts.symbols import Symbols, count_edits
+from common.types import BadRecord
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+NONE = -1
+"""Behind the last symbol of a label."""
+
+_USUAL_PLACES = 30
+"""Places of a short utterance, of 80 ms each."""
+
+_ENDED, _STILL, _LOUD = 0, 1, 2
+"""What a place is, in a placed label."""
+
+
+@final
+class Ctc(Plugin):
+    """Settings of a transcript.
+
+    Attributes:
+        symbols: what transcripts are made of, in the order of the head's outputs behind that of the blank.
+        unit: whether symbols are words, or characters with blanks between words.
+        figures: ten words that stand for the figures from 0 to 9, each figure apart; without them a figure is a symbol
+            itself or makes the record a bad one.
+        max_symbols: most symbols of a transcript; records with more are bad ones.
+        even_part: part of the rounds, from the first, in which symbols are divided evenly among frames.
+        beam: number of prefixes that decoding keeps; 1 takes the most probable path.
+        scale: public factor on this task's loss, applied before joint clipping.
+        head_settings: shape of the head, `head` in a file; without a bias, because the mark of a frame serves as one.
+    """
+
+    kind: Literal["ctc"] = "ctc"
+    symbols: Annotated[CellNames, Field(min_length=1, max_length=30_000)]
+    unit: Literal["words", "characters"]
+    figures: Annotated[tuple[str, ...], Field(min_length=10, max_length=10)] | None = None
+    max_symbols: Annotated[int, Field(ge=1, le=1000)]
+    even_part: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beam: Annotated[int, Field(ge=1, le=1000)] = 1
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    head_settings: HeadSettings = Field(default=HeadSettings(bias=False), alias="head")
+    _even: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Ctc:
+        if fault := self.codec.symbols.find_fault():
+            raise ValueError(fault)
+        own = self.head_settings
+        if own.bias or own.centre or own.prior:
+            raise ValueError("head: expected `bias: false`, no `centre` and no `prior`; a frame's mark serves as bias")
+        return self
+
+    @classmethod
+    def example(cls) -> TaskExample:
+        """Returns short and long transcripts, one of them empty."""
+        settings = {"kind": "ctc", "symbols": ["yes", "no"], "unit": "words", "max_symbols": 3}
+        return TaskExample(settings, [["yes yes yes"], ["no"], [""], ["No, yes!"]], grid=(8,))
+
+    @property
+    def reads_places(self) -> bool:
+        """The head's outputs are those of frames."""
+        return True
+
+    @property
+    def codec(self) -> TranscriptCodec:
+        """Transcripts as indices of symbols."""
+        return TranscriptCodec(Symbols(self.symbols, self.unit, self.figures or ()), self.max_symbols, self.beam)
+
+    def head(self, feature_dim: int) -> nn.Module:
+        """Returns a head, features_BPD -> logits_BPK."""
+        return self.head_settings.build(feature_dim, 1 + len(self.codec.symbols.all))
+
+    def select_round(self, round_: int, rounds: int) -> Ctc:
+        """Returns the task with symbols divided evenly in the first part of the rounds."""
+        chosen = self.model_copy()
+        chosen._even = round_ <= self.even_part * rounds
+        return chosen
+
+    def place_label(self, label: Tensor, marks_P: Tensor) -> Tensor:
+        """Returns the symbols, and for each place whether it is the recording's own, and loud.
+
+        Raises:
+            BadRecord: there are fewer frames than the transcript needs.
+        """
+        import torch
+
+        own_P, loud_P = marks_P > QUIET / 2, marks_P > (QUIET + SPEECH) / 2
+        said = label[label != NONE]
+        needed = len(said) + int((said[1:] == said[:-1]).sum())
+        if int(own_P.sum()) < max(1, needed):
+            raise BadRecord("expected a recording that is long enough for its transcript")
+        place_P = torch.where(loud_P, _LOUD, _STILL).where(own_P, _ENDED)
+        return torch.cat([label, place_P.to(label.dtype)])
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the loss of each recording over its number of frames; a label that is not placed has all of them."""
+        # Audits look at records of one place.
+        outputs_BPK = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
+        log_BPK = outputs_BPK.log_softmax(dim=-1)
+        symbols_BS, count_B = self._gather_symbols(labels)
+        place_BP = labels[:, self.max_symbols :]
+        if not place_BP.shape[1]:
+            place_BP = labels.new_full(log_BPK.shape[:2], _LOUD)
+        lengths_B = (place_BP > _ENDED).sum(dim=1)
+        if self._even:
+            total_B = self._sum_even(log_BPK, symbols_BS, count_B, place_BP)
+        else:
+            import torch
+
+            total_B = torch.nn.functional.ctc_loss(
+                log_BPK.transpose(0, 1), symbols_BS + 1, lengths_B, count_B, reduction="none"
+            )
+        return total_B / lengths_B.clamp(min=1)
+
+    def _sum_even(self, log_BPK: Tensor, symbols_BS: Tensor, count_B: Tensor, place_BP: Tensor) -> Tensor:
+        """Returns the cross entropy of frames with symbols divided evenly among the loud ones, the others blank."""
+        own_BP, loud_BP = place_BP > _ENDED, place_BP == _LOUD
+        loud_BP = loud_BP | (own_BP & ~loud_BP.any(dim=1, keepdim=True))
+        rank_BP = loud_BP.cumsum(dim=1) - 1
+        symbol_BP = rank_BP * count_B[:, None] // loud_BP.sum(dim=1, keepdim=True).clamp(min=1)
+        said_BP = symbols_BS.gather(1, symbol_BP.clamp(min=0, max=self.max_symbols - 1)) + 1
+        target_BP = said_BP.where(loud_BP & (count_B[:, None] > 0), 0)
+        found_BP: Tensor = log_BPK.gather(-1, target_BP.unsqueeze(-1)).squeeze(-1)
+        return -found_BP.where(own_BP, 0.0).sum(dim=1)
+
+    def _gather_symbols(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the symbols of each label, those behind the last one 0, and their number."""
+        symbols_BS = labels[:, : self.max_symbols].long()
+        known_BS = symbols_BS != NONE
+        order_BS = known_BS.logical_not().byte().argsort(dim=1, stable=True)
+        return symbols_BS.clamp(min=0).gather(1, order_BS), known_BS.sum(dim=1)
+
+    @property
+    def smoothness(self) -> float:
+        """Curvature of the mean cross entropy if all frames had the same outputs; that of alignments is no larger."""
+        return 0.5
+
+    @property
+    def first_slope(self) -> float:
+        """Length of uniform probabilities minus a unit vector, over frames that are not alike: their mean is gone."""
+        return math.sqrt((1.0 - 1.0 / (1 + len(self.codec.symbols.all))) / _USUAL_PLACES)
+
+    @property
+    def tolerated_noise(self) -> float:
+        """That of a logit (docs/results.md)."""
+        return 0.5
+
+    @property
+    def centres(self) -> bool:
+        """Each recording's own mean is gone already."""
+        return False
+
+    def name_served(self, num_outputs: int) -> list[str]:
+        """Returns the name of the only column."""
+        del num_outputs
+        return ["confidence"]
+
+    def serve(self, outputs: Tensor) -> Tensor:
+        """Returns confidence_B1: the geometric mean, over a recording's frames, of the most probable output's."""
+        outputs_BPK = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
+        own_BP = (outputs_BPK != 0).any(dim=-1)
+        best_BP = outputs_BPK.log_softmax(dim=-1).amax(dim=-1) * own_BP
+        return (best_BP.sum(dim=1, keepdim=True) / own_BP.sum(dim=1, keepdim=True).clamp(min=1)).exp().float()
+
+    def statistic(self, buckets: int) -> Statistic:
+        """Returns word and character errors and the numbers of words and characters, each over its largest number."""
+        del buckets
+        return Statistic(
+            size=4,
+            # Each entry is at most 1.
+            bound=2.0,
+            entries=self._entries,
+            compute=_compute_rates,
+            ranges={"wer": RATE, "cer": RATE},
+            errors=frozenset({"wer", "cer"}),
+        )
+
+    def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
+        import torch
+
+        codec = self.codec
+        most_words = self.max_symbols if self.unit == "words" else (self.max_symbols + 1) // 2
+        most_chars = self.max_symbols
+        if self.unit == "words":
+            most_chars = self.max_symbols * (codec.symbols.longest + 1) - 1
+        most_4 = [most_words, most_words, most_chars, most_chars]
+        symbols_BS, count_B = self._gather_symbols(labels)
+        values_B4 = torch.zeros(len(outputs), 4, dtype=torch.float64)
+        rows = zip(codec.decode(outputs), symbols_BS.tolist(), count_B.tolist(), strict=True)
+        for row, ((said,), symbols, count) in enumerate(rows):
+            meant = codec.symbols.write(symbols[:count])
+            words, chars = count_edits(said.split(), meant.split()), count_edits(said, meant)
+            counts = [words, len(meant.split()), chars, len(meant)]
+            values_B4[row] = torch.tensor([min(each / most, 1.0) for each, most in zip(counts, most_4, strict=True)])
+        return SparseRows(torch.arange(4).expand(values_B4.shape), values_B4)
+
+
+def _compute_rates(sums_4: Array, clip: bool) -> dict[str, float]:
+    wrong_words, words, wrong_chars, chars = (np.asarray(each) for each in sums_4)
+    return {
+        "wer": float(compute_ratio(wrong_words, words, clip=clip)),
+        "cer": float(compute_ratio(wrong_chars, chars, clip=clip)),
+    }
+
+
+@dataclass(frozen=True)
+class TranscriptCodec:
+    """Labels are S indices of symbols (int16), NONE behind the last.
+
+    Attributes:
+        symbols: what transcripts are made of.
+        max_symbols: S.
+        beam: number of prefixes that decoding keeps; 1 takes the most probable path.
+    """
+
+    symbols: Symbols
+    max_symbols: int
+    beam: int
+
+    def encode(self, cells: Sequence[str]) -> torch.Tensor:
+        """Returns the symbols of a transcript. Raises BadRecord."""
+        import torch
+
+        if len(cells) != 1:
+            raise BadRecord("expected a transcript in one column")
+        indices = self.symbols.read(cells[0], self.max_symbols)
+        return torch.tensor(indices + [NONE] * (self.max_symbols - len(indices)), dtype=torch.int16)
+
+    def missing(self) -> torch.Tensor:
+        """Returns a transcript without symbols."""
+        import torch
+
+        return torch.full((self.max_symbols,), NONE, dtype=torch.int16)
+
+    def decode(self, outputs: torch.Tensor) -> list[list[str]]:
+        """Returns the transcript of each recording, in one cell; places whose outputs are all zero are not its own.
+
+        A head without a bias has such outputs where a recording has ended, and nowhere else once it is trained.
+        """
+        from common.tasks.parts.transcripts.decoding import search_prefixes, take_best_path
+
+        outputs_BPK = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
+        texts = []
+        for outputs_PK in outputs_BPK.detach().double().cpu().numpy():
+            own_TK = outputs_PK[(outputs_PK != 0.0).any(axis=1)]
+            found = take_best_path(own_TK) if self.beam == 1 else search_prefixes(own_TK, self.beam)
+            texts.append([self.symbols.write(found[: self.max_symbols])])
+        return texts

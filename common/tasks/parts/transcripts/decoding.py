@@ -1,0 +1,60 @@
+"""From the outputs of frames to symbols: the best path, or a beam of prefixes.
+
+An output of a frame is a blank's logit and one of each symbol. A path has one of them for each frame; equal neighbours
+count once, then blanks are left out (Graves et al. 2006). Many paths say the same: `search_prefixes` adds them up.
+
+# Shapes: T frames, K outputs: the blank, then the symbols.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+BLANK = 0
+
+
+def take_best_path(outputs_TK: Array) -> list[int]:
+    """Returns the indices of the symbols on the most probable path."""
+    best_T = outputs_TK.argmax(axis=1)
+    changed_T = np.diff(best_T, prepend=-1) != 0
+    return (best_T[changed_T & (best_T != BLANK)] - 1).tolist()
+
+
+def search_prefixes(outputs_TK: Array, width: int) -> list[int]:
+    """Returns the indices of the symbols that are most probable over all their paths, as far as a beam finds them.
+
+    Args:
+        outputs_TK: logits.
+        width: number of prefixes that are kept after each frame; as many as there are gives the exact answer.
+    """
+    shifted_TK = outputs_TK - outputs_TK.max(axis=1, keepdims=True, initial=-math.inf)
+    log_TK = shifted_TK - np.log(np.exp(shifted_TK).sum(axis=1, keepdims=True))
+    # Prefix -> logarithms of the probability of its paths that end in a blank, and in its last symbol.
+    beam: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
+    for log_K in log_TK.tolist():
+        grown: dict[tuple[int, ...], tuple[float, float]] = {}
+
+        def add(prefix: tuple[int, ...], blank: float, symbol: float, grown=grown) -> None:  # type: ignore[no-untyped-def]
+            old_blank, old_symbol = grown.get(prefix, (-math.inf, -math.inf))
+            grown[prefix] = (_add_logs(old_blank, blank), _add_logs(old_symbol, symbol))
+
+        for prefix, (blank, symbol) in beam.items():
+            either = _add_logs(blank, symbol)
+            add(prefix, either + log_K[BLANK], symbol + log_K[prefix[-1] + 1] if prefix else -math.inf)
+            for index, log in enumerate(log_K[1:]):
+                # The same symbol once more needs a blank between.
+                reached = blank if prefix and prefix[-1] == index else either
+                add((*prefix, index), -math.inf, reached + log)
+        best = sorted(grown.items(), key=lambda item: (-_add_logs(*item[1]), item[0]))
+        beam = dict(best[:width])
+    return list(min(beam, key=lambda prefix: (-_add_logs(*beam[prefix]), prefix)))
+
+
+def _add_logs(first: float, second: float) -> float:
+    """Returns log(exp(first) + exp(second))."""
+    high, low = max(first, second), min(first, second)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
