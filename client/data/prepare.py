@@ -147,7 +147,8 @@ def prepare(
     members = {view: _select_view(placed, view, each.features) for view, each in loaded.items()}
     labels = {name: encode_labels(name, task, config.tasks[name], members[views[name]]) for name, task in tasks.items()}
     for name, task in tasks.items():
-        if isinstance(task, PlacesLabels):
+        # Without marks the run is refused where heads are made for it.
+        if isinstance(task, PlacesLabels) and backbones[name].num_marks:
             members_of = members[views[name]]
             marks_RP = _read_marks(loaded[views[name]].features, members_of)
             labels[name] = place_labels(name, task, labels[name], members_of, marks_RP)

@@ -254,7 +254,7 @@ def place_labels(
 
     mask_R, rejected = labels.mask_R.clone(), list(labels.rejected)
     # The first only gives the shape, also where there is no record.
-    placed = [torch.cat([task.codec.missing(), torch.zeros_like(marks_RP[0] if len(marks_RP) else marks_RP.sum(0))])]
+    placed = [torch.cat([task.codec.missing(), marks_RP.new_zeros(marks_RP.shape[1])])]
     for row, (label, marks_P) in enumerate(zip(labels.labels, marks_RP, strict=True)):
         found, reason = None, None
         if mask_R[row]:

@@ -24,7 +24,16 @@ from common.plugins import Spec
 from common.privacy.filters import choose_noise_multiplier
 from common.privacy.shares import keep_for_rounds
 from common.run import ONLY_BACKBONE, Adjustment, Moments, Privacy
-from common.tasks import ConstantCurvature, LabelPrior, LaterSlope, SmoothLoss, Task, expect_slope, open_task
+from common.tasks import (
+    ChangesWithRounds,
+    ConstantCurvature,
+    LabelPrior,
+    LaterSlope,
+    SmoothLoss,
+    Task,
+    expect_slope,
+    open_task,
+)
 from common.types import BadInput
 
 ROUNDS = 48
@@ -211,8 +220,10 @@ def _choose_step(task: Task, rounds: int) -> dict[str, float]:
     calm = {"most_momentum": round(min(Momentum.model_fields["most_momentum"].default, math.exp(-CALM / rounds)), 6)}
     if isinstance(task, ConstantCurvature):
         return {"step": round(1.0 / (smoothness * task.squared_length), 6), **calm}
-    # A smoothed loss has its least at outputs of finite length, where its curvature is left.
-    return {"step": round(STEP / smoothness, 6), **(calm if getattr(task, "smoothing", 0.0) else {})}
+    # A smoothed loss has its least at outputs of finite length, where its curvature is left; and what is carried over to
+    # another loss has to be forgotten in time.
+    is_calm = bool(getattr(task, "smoothing", 0.0)) or isinstance(task, ChangesWithRounds)
+    return {"step": round(STEP / smoothness, 6), **(calm if is_calm else {})}
 
 
 def _explain(chosen: Mapping[str, Any], trains_network: bool, scales: Mapping[str, float]) -> tuple[str, ...]:

@@ -1,0 +1,120 @@
+"""Utterances are transcribed through the whole of a simulation, and by the model that comes out of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+import headwater
+from common.backbones.parts.hub.huggingface import silence
+from common.yaml import parse
+from simulations.config import SimulationConfig
+from simulations.experiment import run as run_experiment
+
+RATE = 16000
+TONES = {"low": 300.0, "high": 3000.0}
+
+
+def write_words(folder: Path) -> None:
+    """Tones of two heights, each said by two speakers at different loudness, and a small random network."""
+    rng = np.random.default_rng(0)
+    (folder / "words").mkdir()
+    for speaker, loudness in (("ann", 0.4), ("bea", 0.1)):
+        for word, pitch in TONES.items():
+            for take in range(40):
+                time = np.arange(rng.integers(700, 900)) / RATE
+                tone = loudness * np.sin(2 * np.pi * pitch * time) + rng.normal(scale=0.01, size=len(time))
+                wavfile.write(folder / "words" / f"{word}_{speaker}_{take}.wav", RATE, (2**15 * tone).astype(np.int16))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    layers = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    config = Wav2Vec2Config(feat_extract_norm="layer", num_conv_pos_embedding_groups=4, **sizes, **layers)
+    with silence():
+        Wav2Vec2Model(config).save_pretrained(folder / "network")
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder / "network")
+
+
+def make_config(folder: Path, **run: Any) -> SimulationConfig:
+    values: dict[str, Any] = {
+        "run": {
+            "name": "tones",
+            "seed": 1,
+            "backbone": {
+                "kind": "transformers",
+                "folder": "network",
+                "modality": "audio",
+                "pooling": "frames",
+                "every": 10,
+                "seconds": 0.4,
+                "projection": {"normalize": True},
+            },
+            "tasks": {"said": {"kind": "ctc", "symbols": list(TONES), "unit": "words", "max_symbols": 4}},
+            "solver": {"kind": "auto"},
+            "rounds": 12,
+            "privacy": "non_private",
+            **run,
+        },
+        "sources": {
+            "words": {
+                "kind": "utterances",
+                "path": "words",
+                "pattern": r"(?P<word>\w+?)_(?P<speaker>\w+?)_(?P<take>\d+)",
+                "word": "word",
+                "by": ["speaker"],
+                "test": {"take": [str(take) for take in range(8)]},
+                "words": [2, 3],
+                "pause_s": 0.05,
+            }
+        },
+        "tasks": {"said": {"source": "words", "label": "transcript", "missing": "refuse", "public_size": 24}},
+        "partition": {"kind": "column", "by": "speaker", "split": "source"},
+        "unit": "example",
+        "budget": {"epsilon": 100.0, "delta": 1e-5},
+        "cache_dir": "cache",
+        "runs_dir": "runs",
+    }
+    return parse(SimulationConfig, values, base=folder)
+
+
+def simulate(folder: Path, **changes: Any) -> dict[str, float]:
+    summary = json.loads(run_experiment(make_config(folder, **changes)).to_json())
+    metrics: dict[str, float] = summary["tasks"]["said"]["metrics"]
+    return metrics
+
+
+def test_utterances_are_transcribed_and_so_are_new_recordings(tmp_path: Path) -> None:
+    write_words(tmp_path)
+    plain = simulate(tmp_path, rounds=48)
+    assert plain["wer"] < 0.2 and plain["cer"] < 0.2
+    private = simulate(tmp_path, privacy={"unit": "example", "delta": 1e-5, "target_epsilon": 50.0})
+    assert plain["wer"] < private["wer"] < 0.9
+    folder = min((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
+    # A recording of its own, at another rate, and one that the model's frames do not reach.
+    time = np.arange(800) / RATE
+    pitches = ["high", "low", "low"]
+    tones = [np.sin(2 * np.pi * TONES[word] * time) for word in pitches]
+    whole = 0.2 * np.concatenate([piece for tone in tones for piece in (tone, np.zeros(800))])
+    wavfile.write(tmp_path / "new.wav", RATE, (2**15 * whole).astype(np.int16))
+    wavfile.write(tmp_path / "long.wav", RATE, np.zeros(RATE, np.int16))
+    with (tmp_path / "list.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["audio"], ["new.wav"], ["long.wav"], ["gone.wav"]])
+    found = headwater.load(folder).predict({"kind": "manifest", "path": str(tmp_path / "list.csv"), "audio": "audio"})
+    assert found["said"].tolist()[0] == "high low low"
+    assert 0.5 < found["said.confidence"].iloc[0] <= 1.0
+
+
+def test_a_backbone_without_marks_is_refused(tmp_path: Path) -> None:
+    write_words(tmp_path)
+    backbone = make_config(tmp_path).run.backbone_specs["backbone"].settings()
+    del backbone["every"]
+    config = make_config(tmp_path, backbone={**backbone, "pooling": "mean"})
+    with pytest.raises(Exception, match="tasks.said: expected a backbone with `pooling: frames`"):
+        run_experiment(config)
