@@ -220,8 +220,8 @@ def _choose_step(task: Task, rounds: int) -> dict[str, float]:
     calm = {"most_momentum": round(min(Momentum.model_fields["most_momentum"].default, math.exp(-CALM / rounds)), 6)}
     if isinstance(task, ConstantCurvature):
         return {"step": round(1.0 / (smoothness * task.squared_length), 6), **calm}
-    # A smoothed loss has its least at outputs of finite length, where its curvature is left; where a loss becomes another
-    # one, what the first has gathered has to be forgotten in time.
+    # A smoothed loss has its least at outputs of finite length, where its curvature is left; where a loss changes
+    # on the way, what was gathered under the first has to be forgotten.
     is_calm = bool(getattr(task, "smoothing", 0.0)) or isinstance(task, ChangesWithRounds)
     return {"step": round(STEP / smoothness, 6), **(calm if is_calm else {})}
 

@@ -14,6 +14,7 @@ import torch
 from opacus.validators import ModuleValidator
 from torch import Tensor
 
+from common.backbones import SPEECH
 from common.plugins import kinds, plugin_class
 from common.tasks import (
     EXACT_BUCKETS,
@@ -30,6 +31,7 @@ from common.tasks import (
     Task,
     TaskExample,
     open_task,
+    select_round,
 )
 from common.tasks.parts.calibration import make_released_statistic
 from common.tasks.parts.outcomes import MOST_RANGES, join_score_ranges
@@ -198,6 +200,27 @@ def test_a_stated_gradient_is_the_one_that_autograd_computes(task: Task, labels:
         torch.testing.assert_close(task.loss_gradient(outputs.detach(), labels), expected)
     else:
         assert expected.shape == outputs.shape  # Solvers ask autograd, which knows it.
+
+
+def test_a_placed_label_begins_with_the_label_and_what_lies_behind_a_record_has_no_slope(
+    task: Task, labels: Tensor
+) -> None:
+    if not isinstance(task, PlacesLabels):
+        pytest.skip("the kind's labels say nothing of places")
+    outputs, labels = many(task, labels)
+    outputs.requires_grad_()
+    marks_P = torch.full((outputs.shape[1],), SPEECH)
+    own = outputs.shape[1] - 2
+    marks_P[own:] = 0.0
+    placed = torch.stack([task.place_label(label, marks_P) for label in labels])
+    assert torch.equal(placed[:, : labels.shape[1]], labels) and placed.dtype == labels.dtype
+    for round_ in (1, 2):
+        (slopes,) = torch.autograd.grad(
+            select_round({"task": task}, round_, 2)["task"].losses(outputs, placed).sum(), outputs
+        )
+        assert bool(slopes[:, :own].any()) and not slopes[:, own:].any()
+    statistic = task.statistic(EXACT_BUCKETS)
+    assert torch.equal(statistic.rows(outputs, placed), statistic.rows(outputs, labels))
 
 
 def test_an_offset_alone_has_the_probabilities_of_the_declared_prior(task: Task) -> None:

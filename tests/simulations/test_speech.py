@@ -14,6 +14,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 import headwater
 from common.backbones.parts.hub.huggingface import silence
+from common.tasks.parts.transcripts.symbols import count_edits
 from common.yaml import parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
@@ -105,7 +106,8 @@ def test_utterances_are_transcribed_and_so_are_new_recordings(tmp_path: Path) ->
     wavfile.write(tmp_path / "long.wav", RATE, np.zeros(RATE, np.int16))
     with pytest.warns(UserWarning, match=r"1 record\(s\) could not be used"):
         found = headwater.load(folder).predict([tmp_path / "long.wav", tmp_path / "new.wav"])
-    assert found["said"].tolist() == ["high low low"]
+    (said,) = found["said"]
+    assert count_edits(said.split(), pitches) <= 1
     assert 0.5 < found["said.confidence"].iloc[0] <= 1.0
 
 

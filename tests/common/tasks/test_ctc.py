@@ -106,7 +106,8 @@ def test_symbols_are_divided_evenly_among_loud_frames(text: str, marks: str, tar
 def test_the_round_alone_decides_which_loss_is_trained() -> None:
     outputs, label = draw_outputs(6)[None], place(make_task(), "yes no", "-####-")[None]
     task = make_task(even_part=0.25)
-    losses = [select_round({"said": task}, round_, 8)["said"].losses(outputs, label).item() for round_ in range(1, 9)]
+    tasks: dict[str, Any] = {"said": task}
+    losses = [select_round(tasks, round_, 8)["said"].losses(outputs, label).item() for round_ in range(1, 9)]
     assert losses[0] == losses[1] != losses[2]
     assert losses[2:] == [task.losses(outputs, label).item()] * 6
     never = make_task(even_part=0.0)

@@ -78,13 +78,13 @@ class FrameRates:
                     f"seconds: expected at most {most * hop / sample_rate:g} for this model, got {seconds:g}"
                 )
             return cls(sample_rate, hop, every, longest, spectral=True)
-        hop = getattr(getattr(model, "config", None), "inputs_to_logits_ratio", None)
-        if not isinstance(hop, int):
+        ratio = getattr(getattr(model, "config", None), "inputs_to_logits_ratio", None)
+        if not isinstance(ratio, int):
             raise BadInput(
                 "pooling: expected for `frames` a model that reads samples, such as wav2vec2, or Whisper's encoder "
                 "(`part: encoder`)"
             )
-        return cls(sample_rate, hop, every, longest, spectral=False)
+        return cls(sample_rate, ratio, every, longest, spectral=False)
 
     @property
     def places(self) -> int:

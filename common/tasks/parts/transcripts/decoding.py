@@ -9,19 +9,23 @@ count once, then blanks are left out (Graves et al. 2006). Many paths say the sa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 BLANK = 0
+_Beam = dict[tuple[int, ...], tuple[float, float]]
+"""Prefix -> logarithms of the probability of its paths that end in a blank, and of those that end in a symbol."""
 
 
 def take_best_path(outputs_TK: Array) -> list[int]:
     """Returns the indices of the symbols on the most probable path."""
     best_T = outputs_TK.argmax(axis=1)
     changed_T = np.diff(best_T, prepend=-1) != 0
-    return (best_T[changed_T & (best_T != BLANK)] - 1).tolist()
+    found: list[int] = (best_T[changed_T & (best_T != BLANK)] - 1).tolist()
+    return found
 
 
 def search_prefixes(outputs_TK: Array, width: int) -> list[int]:
@@ -33,25 +37,30 @@ def search_prefixes(outputs_TK: Array, width: int) -> list[int]:
     """
     shifted_TK = outputs_TK - outputs_TK.max(axis=1, keepdims=True, initial=-math.inf)
     log_TK = shifted_TK - np.log(np.exp(shifted_TK).sum(axis=1, keepdims=True))
-    # Prefix -> logarithms of the probability of its paths that end in a blank, and in its last symbol.
-    beam: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
+    beam: _Beam = {(): (0.0, -math.inf)}
     for log_K in log_TK.tolist():
-        grown: dict[tuple[int, ...], tuple[float, float]] = {}
-
-        def add(prefix: tuple[int, ...], blank: float, symbol: float, grown=grown) -> None:  # type: ignore[no-untyped-def]
-            old_blank, old_symbol = grown.get(prefix, (-math.inf, -math.inf))
-            grown[prefix] = (_add_logs(old_blank, blank), _add_logs(old_symbol, symbol))
-
-        for prefix, (blank, symbol) in beam.items():
-            either = _add_logs(blank, symbol)
-            add(prefix, either + log_K[BLANK], symbol + log_K[prefix[-1] + 1] if prefix else -math.inf)
-            for index, log in enumerate(log_K[1:]):
-                # The same symbol once more needs a blank between.
-                reached = blank if prefix and prefix[-1] == index else either
-                add((*prefix, index), -math.inf, reached + log)
+        grown = _grow(beam, log_K)
         best = sorted(grown.items(), key=lambda item: (-_add_logs(*item[1]), item[0]))
         beam = dict(best[:width])
-    return list(min(beam, key=lambda prefix: (-_add_logs(*beam[prefix]), prefix)))
+    return list(min(beam.items(), key=lambda item: (-_add_logs(*item[1]), item[0]))[0])
+
+
+def _grow(beam: _Beam, log_K: Sequence[float]) -> _Beam:
+    """Returns the prefixes that those of a beam become with one frame more."""
+    grown: _Beam = {}
+
+    def add(prefix: tuple[int, ...], blank: float, symbol: float) -> None:
+        old_blank, old_symbol = grown.get(prefix, (-math.inf, -math.inf))
+        grown[prefix] = (_add_logs(old_blank, blank), _add_logs(old_symbol, symbol))
+
+    for prefix, (blank, symbol) in beam.items():
+        either = _add_logs(blank, symbol)
+        add(prefix, either + log_K[BLANK], symbol + log_K[prefix[-1] + 1] if prefix else -math.inf)
+        for index, log in enumerate(log_K[1:]):
+            # The same symbol once more needs a blank between.
+            reached = blank if prefix and prefix[-1] == index else either
+            add((*prefix, index), -math.inf, reached + log)
+    return grown
 
 
 def _add_logs(first: float, second: float) -> float:
