@@ -1,4 +1,4 @@
-"""What is said in a recording: a transcript from a head on its frames.
+"""Transcripts of recordings, from a head on their frames.
 
 Nobody says which frame belongs to which word. The loss is that of all alignments together (connectionist temporal
 classification: Graves et al. 2006, Section 4). From an untrained head it finds none under noise, and says nothing at
@@ -38,7 +38,7 @@ _USUAL_PLACES = 30
 """Places of a short utterance, of 80 ms each."""
 
 _ENDED, _STILL, _LOUD = 0, 1, 2
-"""What a place is, in a placed label."""
+"""Kinds of a place, in a placed label."""
 
 
 @final

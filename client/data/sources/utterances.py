@@ -74,11 +74,11 @@ class Utterances(SourceSettings):
         more = {"kind": "utterances", "word": "sound", "by": ["patient"], "patient": "patient", "words": [1, 2]}
         return SourceExample({**settings, **more}, ["q7-", "z-cough", "z-wheeze"])
 
-    def open(self) -> Joined:
+    def open(self) -> JoinedRecordings:
         """The opened folder. Raises BadInput: missing, or without a recording that the pattern fits."""
         require_soundfile()
         tree = open_tree(self.path, "recordings").chosen(lambda name: name.suffix.lower() in SUFFIXES)
-        joined = Joined(self, tree)
+        joined = JoinedRecordings(self, tree)
         if not joined.parts:
             raise BadInput(f"{self.path}: expected recordings whose names fit the pattern, got none")
         return joined
@@ -89,7 +89,7 @@ class Utterances(SourceSettings):
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedRecordings:
     """An opened folder or zip."""
 
     settings: Utterances = field(repr=False)

@@ -39,7 +39,7 @@ take ten times as long and are no better."""
 
 @dataclass(frozen=True)
 class FrameRates:
-    """How the inputs, frames and places of a model follow from samples.
+    """The rates by which inputs, frames and places of a model follow from samples.
 
     Attributes:
         sample_rate: samples per second.

@@ -1,1 +1,1 @@
-"""What is said in a recording: its text as symbols, and symbols from the outputs of frames."""
+"""Transcripts of recordings: texts as symbols, and symbols from the outputs of frames."""
