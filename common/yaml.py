@@ -25,6 +25,9 @@ _DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 _INVALID = (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, LookupError)
 """Errors of reading a text as YAML: PyYAML lets errors of dates, numbers and unhashable keys through."""
 
+FILL_IN = "FILL_IN"
+"""Stands in a file that was written for a person to complete, where only that person knows the value."""
+
 MAX_VALUES = 200_000
 MAX_DEPTH = 64
 
@@ -59,10 +62,25 @@ def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model
     """
     values = read_yaml(path, overrides)
     _refuse_another_file(model, values, path)
+    _refuse_marks(values, path)
     try:
         return _parse(model, values, {"base": path.resolve().parent, "is_file": True})
     except BadInput as error:
         raise BadInput(f"{error} (in {path})") from error
+
+
+def find_marks(text: str) -> list[int]:
+    """Returns the numbers, from 1, of a file's lines that are still to be filled in."""
+    return [number for number, line in enumerate(text.splitlines(), start=1) if FILL_IN in line.split("#")[0]]
+
+
+def _refuse_marks(values: Mapping[str, Any], path: Path) -> None:
+    """Raise BadInput where a value is still to be filled in: all of the file's lines at once."""
+    if FILL_IN not in repr(values):
+        return
+    lines = find_marks(path.read_text(encoding="utf-8"))
+    where = f" in lines {', '.join(map(str, lines))}" if lines else " in --set"
+    raise BadInput(f"{path}: expected every {FILL_IN} to be replaced, got some{where}")
 
 
 def _refuse_another_file(model: type[BaseModel], values: Mapping[str, Any], path: Path) -> None:

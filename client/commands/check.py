@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.commands.parts.options import Json, SiteFile, load_site, locate_offers
+from client.commands.parts.options import Json, SiteFile, locate_offers
+from client.config import SiteConfig
 from common.process.console import EXIT_FAILED, print_json, reported_errors
 from common.types import BadInput
+from common.yaml import load
 
 if TYPE_CHECKING:
     from client.connection.checks import Check
@@ -33,7 +35,7 @@ def check(
     Example: headwater site check hospital-a/site.yaml --offline
     """
     with reported_errors():
-        config = load_site(site)
+        config = load(SiteConfig, site)
         from client.connection.checks import (  # Here: it needs torch, and `init` does not.
             check_approvals,
             check_records,

@@ -10,9 +10,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from client.commands.parts.options import Coordinator, Json, SiteFile, load_site
+from client.commands.parts.options import Coordinator, Json, SiteFile
+from client.config import SiteConfig
 from common.process.console import make_console, print_json, reported_errors, shown_progress
 from common.types import BadInput, DigestMismatch
+from common.yaml import load
 
 if TYPE_CHECKING:
     from client.prediction.distance import OwnDistance
@@ -50,7 +52,7 @@ def distance(
             raise BadInput("--run, --model: expected one of them, got both")
         try:
             with shown_progress() as observe:
-                opened = Site(load_site(site).select(coordinator), os_entropy)
+                opened = Site(load(SiteConfig, site).select(coordinator), os_entropy)
                 opened = replace(opened, progress=lambda done, total: observe("encoding", done, total))
                 found = measure_distances(opened, to or [], run_id=run, model=model)
         except SiteDeclined as declined:

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from client.connection.folder import MARK, SITE_FILE, add_coordinator, find_marks, make_folder, renew_key, take_kit
+from client.connection.folder import SITE_FILE, add_coordinator, make_folder, renew_key, take_kit
 from client.connection.keys import compute_fingerprint
 from client.connection.kit import read_kit
 from client.ledger.place import find_default_ledger_dir, list_populations
 from common.process.console import reported_errors
 from common.types import BadInput
+from common.yaml import FILL_IN, find_marks
 
 _MAX_SHOWN = 5
 
@@ -49,7 +50,7 @@ def init(
             public = make_folder(folder, None if kit is None else read_kit(kit), name)
         site_file = folder / SITE_FILE
         lines = find_marks(site_file.read_text(encoding="utf-8"))
-        where = f"replace {MARK} in lines {', '.join(map(str, lines))}" if lines else "complete"
+        where = f"replace {FILL_IN} in lines {', '.join(map(str, lines))}" if lines else "complete"
         typer.echo(f"site file   {site_file}: {where}")
         typer.echo(f"private key {public.with_suffix('')}: stays here")
         typer.echo(f"public key  {public}: send it to the coordinator's staff")

@@ -10,11 +10,13 @@ from typing import Annotated
 
 import typer
 
-from client.commands.parts.options import SiteFile, load_site
+from client.commands.parts.options import SiteFile
+from client.config import SiteConfig
 from client.ledger.place import find_default_ledger_dir, locate_ledgers
 from common.process.console import reported_errors
 from common.process.service import Service
 from common.process.service import install_service as write_service
+from common.yaml import load
 
 
 def install_service(
@@ -30,7 +32,7 @@ def install_service(
     Example: headwater site install-service hospital-a/site.yaml --user
     """
     with reported_errors():
-        config, owner = load_site(site), site.stat().st_uid
+        config, owner = load(SiteConfig, site), site.stat().st_uid
         # The unit must find the ledgers that the staff's commands use: systemd does not read a shell's variables.
         data = _find_data_home(owner)
         os.environ["XDG_DATA_HOME"] = str(data)

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from client.commands.parts.balance import print_balance
-from client.commands.parts.options import SiteFile, load_site
+from client.commands.parts.options import SiteFile
+from client.config import SiteConfig
 from client.ledger.ledger import Ledger
 from client.ledger.place import locate_ledgers
 from client.protocol import balance as budgets
 from common.process.console import reported_errors
 from common.types import BadInput
+from common.yaml import load
 
 
 def release(
@@ -25,7 +27,7 @@ def release(
     Example: headwater site release site.yaml chest-1
     """
     with reported_errors():
-        config = load_site(site)
+        config = load(SiteConfig, site)
         ledger = Ledger.find(locate_ledgers(config), config.registry)
         if ledger is None or not ledger.release(run):
             raise BadInput(

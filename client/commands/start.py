@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from client.commands.parts.options import Coordinator, SiteFile, load_site, locate_offers
+from client.commands.parts.options import Coordinator, SiteFile, locate_offers
 from client.config import SiteConfig
 from common.bundle import find_installation
 from common.process.apart import run_apart
 from common.process.console import reported_errors
 from common.process.lines import Level, LogFormat, LogFormatOption, Show, show_line, use_log_format
+from common.yaml import load
 
 _POLL_S = 0.2
 
@@ -42,7 +43,7 @@ def start(
     """
     use_log_format(log_format)
     with reported_errors():
-        config = load_site(site)
+        config = load(SiteConfig, site)
         if coordinator is None and len(config.list_coordinators()) > 1:
             _start_each(site, list(config.list_coordinators()), ["--patience", str(patience), "--grace", str(grace)])
             return

@@ -15,9 +15,8 @@ from client.connection.kit import Kit, check_authorities
 from common.files import private_folder, write_atomic
 from common.tasks import NamedCells, open_task
 from common.types import BadInput
-from common.yaml import read_yaml
+from common.yaml import FILL_IN, read_yaml
 
-MARK = "FILL_IN"
 SITE_FILE = "site.yaml"
 
 _TEMPLATE = """\
@@ -188,7 +187,7 @@ def take_kit(folder: Path, kit: Kit) -> None:
     text = site_file.read_text(encoding="utf-8")
     registry = "".join(re.findall(r"^registry: (\S+)", text, re.MULTILINE)[:1])
     untouched = text == _render_site_file(kit.settings.site, None, registry)
-    waiting = f"  address: {MARK} "
+    waiting = f"  address: {FILL_IN} "
     filled = text.replace(waiting, f"  address: {kit.settings.address} ")
     write_atomic(site_file, (_render_site_file(kit.settings.site, kit, registry) if untouched else filled).encode())
 
@@ -234,11 +233,6 @@ def add_coordinator(folder: Path, kit: Kit, coordinator: str) -> None:
     write_atomic(site_file, text.encode())
 
 
-def find_marks(text: str) -> list[int]:
-    """Returns the numbers, from 1, of a site file's lines that are still to be filled in."""
-    return [number for number, line in enumerate(text.splitlines(), start=1) if MARK in line.split("#")[0]]
-
-
 def _choose_name(kit: Kit | None, name: str | None) -> str:
     known = None if kit is None else kit.settings.site
     if name is not None and known is not None and name != known:
@@ -262,14 +256,14 @@ def _render_site_file(name: str, kit: Kit | None, registry: str) -> str:
     solvers = sorted({run.solver.kind for run in runs})
     entries = [_render_task(task, spec.model_dump()) for task, spec in tasks.items()] or [_render_task("finding", {})]
     return _TEMPLATE.format(
-        mark=MARK,
+        mark=FILL_IN,
         name=name,
         registry=registry,
         unit=units.pop() if len(units) == 1 else "patient",
         tasks=json.dumps(sorted(tasks) or ["finding"]),
         solvers=json.dumps(solvers or ["dp_sgd", "head_sum"]),
         task_entries="".join(entries),
-        address=MARK if kit is None else kit.settings.address,
+        address=FILL_IN if kit is None else kit.settings.address,
     )
 
 
@@ -277,17 +271,17 @@ def _render_task(name: str, spec: Mapping[str, Any]) -> str:
     # JSON quotes what a stranger wrote: no line break or colon of it can become a key of this file.
     kind, cells = json.dumps(str(spec.get("kind", "classification"))), _name_cells(spec)
     if cells:
-        column, meaning = f"[{', '.join([MARK] * len(cells))}]", f"your columns of {' and '.join(cells)}"
-        values = f'{MARK}: {{{MARK}: "0", {MARK}: "1"}}'
-        return _TASK.format(name=name, mark=MARK, about=kind, column=column, meaning=meaning, values=values)
+        column, meaning = f"[{', '.join([FILL_IN] * len(cells))}]", f"your columns of {' and '.join(cells)}"
+        values = f'{FILL_IN}: {{{FILL_IN}: "0", {FILL_IN}: "1"}}'
+        return _TASK.format(name=name, mark=FILL_IN, about=kind, column=column, meaning=meaning, values=values)
     labels = [str(label) for label in spec.get("labels") or ["no", "yes"]]
     return _TASK.format(
         name=name,
-        mark=MARK,
+        mark=FILL_IN,
         about=f"{kind}, labels {json.dumps(labels)}",
-        column=MARK,
+        column=FILL_IN,
         meaning="your column of this task's labels",
-        values=", ".join(f"{MARK}: {json.dumps(label)}" for label in labels),
+        values=", ".join(f"{FILL_IN}: {json.dumps(label)}" for label in labels),
     )
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from client.inspect.finding import ColumnFacts, Finding, list_levels
-from common.backbones.parts.columns import BETWEEN, FILL_IN, HEADER, MIDDLE, REFUSE
+from common.backbones.parts.columns import BETWEEN, HEADER, MIDDLE, REFUSE
 from common.types import BadInput
+from common.yaml import FILL_IN
 
 _SITES = 3
 _HELD_OUT, _HELD_OUT_OF_FEW, _FEW_UNITS = 0.2, 0.3, 100

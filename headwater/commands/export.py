@@ -98,10 +98,11 @@ def _write_evidence(
     check_target(folder)
     with shown_progress() as observe:
         if site is not None:
-            from client.commands.parts.options import load_site
+            from client.config import SiteConfig
             from client.personal.evidence import collect_site_evidence
+            from common.yaml import load
 
-            config = load_site(site).select(coordinator)
+            config = load(SiteConfig, site).select(coordinator)
             found = collect_site_evidence(config, model, run_id=run, attack=attack, observe=observe)
         else:
             from simulations.evidence import collect_simulation_evidence, is_simulation

@@ -53,11 +53,12 @@ def _write_runs_page(folders: list[Path]) -> str:
 
 
 def _write_site_page(site: Path, run: str | None, coordinator: str | None) -> str:
-    from client.commands.parts.options import load_site
+    from client.config import SiteConfig
     from client.personal.report import make_site_page
     from client.protocol.site import Site
     from common.privacy.noise import os_entropy
     from common.report.page import write_report
+    from common.yaml import load
 
     with shown_progress() as observe:
-        return write_report(make_site_page(Site(load_site(site).select(coordinator), os_entropy), run, observe))
+        return write_report(make_site_page(Site(load(SiteConfig, site).select(coordinator), os_entropy), run, observe))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from client.config import MAIN, SiteConfig
-from client.connection.folder import MARK, find_marks
 from common.types import BadInput
 from common.yaml import load
 
@@ -55,16 +53,6 @@ def check_reason(reason: str) -> str:
     if not reason.strip():
         raise BadInput('--reason: expected a reason, such as --reason "cap raised by the board", got nothing')
     return reason.strip()
-
-
-def load_site(site: Path) -> SiteConfig:
-    """Returns a site file's settings. Raises BadInput where a place in it is still to be filled in."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        waiting = find_marks(site.read_text(encoding="utf-8"))
-        if waiting:
-            lines = ", ".join(map(str, waiting))
-            raise BadInput(f"{site}: expected every {MARK} to be replaced, got one in lines {lines}")
-    return load(SiteConfig, site)
 
 
 def locate_offers(site: Path, config: SiteConfig) -> Path:

@@ -25,12 +25,11 @@ from common.errors import describe, instead
 from common.inputs import CellName, CellNames, find_name, parse_number
 from common.plugins import Frozen
 from common.types import BadInput, BadRecord
+from common.yaml import FILL_IN
 
 REFUSE = "refuse"
 
 HEADER = ("column", "lowest", "highest", "levels", "missing", "indicator")
-FILL_IN = "FILL_IN"
-"""Stands where a person has to write a number or a word that is public."""
 
 BETWEEN = "|"
 """Stands between the levels of a cell."""
@@ -167,23 +166,30 @@ def read_ranges(path: Path, key: str) -> list[dict[str, Any]]:
         raise BadInput(f"{where}: expected a first line {','.join(HEADER)}, the last of them optional; got another")
     if len(rows) < 2:
         raise BadInput(f"{where}: expected a line for each column, got none")
-    columns = []
+    lines_of_cells = []
     for number, row in enumerate(rows[1:], start=1):
         if len(row) > len(names):
             raise BadInput(f"{where}: line {number} below the first: expected {len(names)} cells, got {len(row)}")
         cells = dict(zip(names, [*row, *[""] * (len(names) - len(row))], strict=True))
-        columns.append(_make_column({"indicator": "", **cells}, where, separator == ";"))
-    return columns
+        lines_of_cells.append({"indicator": "", **cells})
+    waiting = [_find_marks(cells) for cells in lines_of_cells]
+    if any(waiting):
+        raise BadInput(
+            f"{where}: expected a public value in every cell, got {FILL_IN} in {', '.join(filter(None, waiting))}; "
+            "write values in their place"
+        )
+    return [_make_column(cells, where, separator == ";") for cells in lines_of_cells]
+
+
+def _find_marks(cells: Mapping[str, str]) -> str:
+    """Returns a column and its cells that are still to be filled in; nothing where there are none."""
+    names = [name for name in HEADER[1:] if cells[name].upper() == FILL_IN]
+    return f"column {cells['column']!r} ({', '.join(names)})" if names else ""
 
 
 def _make_column(cells: Mapping[str, str], table: str, has_decimal_comma: bool) -> dict[str, Any]:
     named = f"column {cells['column']!r}"
     where = f"{table}: {named}"
-    for name in HEADER[1:]:
-        if cells[name].upper() == FILL_IN:
-            raise BadInput(
-                f"{where}: expected a public value in the cell {name}, got {FILL_IN}; write one in its place"
-            )
     if cells["indicator"].lower() not in (*_NO_WORDS, *_YES_WORDS):
         raise BadInput(f"{where}: expected yes or no in the cell indicator, got {cells['indicator'][:40]!r}")
     values: dict[str, Any] = {"name": cells["column"], "missing": cells["missing"] or REFUSE}

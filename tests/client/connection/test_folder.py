@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from client.__main__ import app
 from client.config import Coordinator, SiteConfig, SiteTask
-from client.connection.folder import MARK, SITE_FILE, add_coordinator, find_marks, make_folder, take_kit
+from client.connection.folder import SITE_FILE, add_coordinator, make_folder, take_kit
 from client.connection.keys import read_key, write_key_pair
 from client.connection.kit import MAX_KIT_BYTES, read_kit
 from client.data.records import check_values
@@ -27,7 +27,7 @@ from common.offers import encode_offer, make_offer
 from common.privacy.noise import os_entropy
 from common.tasks import open_task
 from common.types import BadInput
-from common.yaml import load, write_yaml
+from common.yaml import FILL_IN, find_marks, load, write_yaml
 from tests.federation import Authority
 from tests.tiny import backbone, run_config, site_config
 
@@ -96,7 +96,7 @@ def filled(text: str) -> dict[str, Any]:
     values["sources"]["records"]["path"] = "./records.csv"
     for task in values["tasks"].values():
         task |= {"label": "label", "public_size": 100}
-    if values["coordinator"]["address"] == MARK:
+    if values["coordinator"]["address"] == FILL_IN:
         values["coordinator"]["address"] = "federation.example.org:9092"
     return values
 
@@ -122,12 +122,12 @@ def test_a_new_site_file_has_a_column_for_each_cell_of_a_label(tmp_path: Path) -
     death = {"death": {"kind": "survival", "boundaries": [30, 90]}}
     make_folder(tmp_path / "site", read_kit(kit(tmp_path, **{"offers/tiny.json": offer(tasks=death)})), None)
     text = (tmp_path / "site" / SITE_FILE).read_text()
-    assert yaml.safe_load(text)["tasks"]["death"]["label"] == [MARK, MARK]
+    assert yaml.safe_load(text)["tasks"]["death"]["label"] == [FILL_IN, FILL_IN]
     assert "your columns of time and event" in text
     # The proposed values are some of one column, as a survival task needs them.
     [line] = [line.strip() for line in text.splitlines() if line.strip().startswith("# values:")]
     [values] = yaml.safe_load(line.removeprefix("# ").split("  ")[0]).values()
-    own = SiteTask(source="r", label=["days", MARK], values=values, missing="skip", public_size=1)
+    own = SiteTask(source="r", label=["days", FILL_IN], values=values, missing="skip", public_size=1)
     check_values("death", open_task(death["death"], "death"), own)
 
 
@@ -183,6 +183,18 @@ def test_new_sites_of_one_name_share_no_budget_by_accident_and_are_told_of_the_l
     second = CliRunner().invoke(app, ["init", str(tmp_path / "second"), "--name", "hospital-a"])
     assert f"this machine has ledgers of {registry}" in second.output
     assert read_registry(tmp_path / "second") != registry
+
+
+def test_every_command_names_all_lines_that_are_to_be_filled_in(tmp_path: Path) -> None:
+    make_folder(tmp_path / "site", None, "hospital-a")
+    path = tmp_path / "site" / SITE_FILE
+    lines = path.read_text().splitlines()
+    marked = [str(place) for place, line in enumerate(lines, start=1) if "FILL_IN" in line.split("#")[0]]
+    assert len(marked) > 2
+    for command in (["check"], ["budget"], ["evaluate"], ["adapt", "--model", str(tmp_path)]):
+        refused = CliRunner().invoke(app, [command[0], str(path), *command[1:]])
+        assert refused.exit_code == 2, refused.output
+        assert f"expected every FILL_IN to be replaced, got some in lines {', '.join(marked)}" in refused.stderr
 
 
 def test_a_kit_leaves_what_the_staff_wrote(tmp_path: Path) -> None:
@@ -297,7 +309,7 @@ def test_what_a_kit_says_cannot_become_a_key_of_the_site_file(tmp_path: Path) ->
     values = read_kit(kit(tmp_path, **{"offers/tiny.json": offer(tasks=tasks)}))
     make_folder(tmp_path / "site", values, None)
     text = (tmp_path / "site" / SITE_FILE).read_text()
-    assert yaml.safe_load(text)["budget"]["epsilon"] == MARK
+    assert yaml.safe_load(text)["budget"]["epsilon"] == FILL_IN
     assert list(yaml.safe_load(text)["tasks"]) == ["colour"]
 
 

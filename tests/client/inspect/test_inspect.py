@@ -79,7 +79,7 @@ def test_a_table_in_any_dialect_becomes_a_simulation_that_reads_it(
     assert (form.separator, form.is_comma, form.encoding, form.names) == (separator, comma, sniffed, None)
     out = tmp_path / "visits.yaml"
     assert run(path, "--out", out).splitlines()[-1] == f"next: headwater simulate check {out}"
-    with pytest.raises(BadInput, match="column 'größe': expected a public value in the cell lowest, got FILL_IN"):
+    with pytest.raises(BadInput, match="in every cell, got FILL_IN in column 'größe' .lowest"):
         check(out)
     fill_in(tmp_path / "visits.ranges.csv")
     config = check(out)

@@ -57,7 +57,7 @@ def test_a_spreadsheet_may_write_semicolons_and_decimal_commas(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("20", "FILL_IN", r"backbone\.ranges: .*column 'age': expected a public value in the cell lowest, got FILL_IN"),
+        ("20", "FILL_IN", r"backbone\.ranges: .*in every cell, got FILL_IN in column 'age' .lowest.;"),
         ("20", "twenty", "column 'age': expected a number in the cell lowest, got 'twenty'"),
         ("20", "60", "expected .lowest, highest."),
         ("middle", "99", "missing: expected 'refuse', a value in the range"),
