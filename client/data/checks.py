@@ -197,7 +197,14 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
         shown = ", ".join(f"{value} {count}" for value, count in values.most_common(_MAX_SHOWN))
         more = f" and {len(values) - _MAX_SHOWN} more values" if len(values) > _MAX_SHOWN else ""
         detail = f"{column}: {shown}{more}; {missing} empty"
-        if unmapped:
+        if missing and not values:
+            yield (
+                f"labels {name}",
+                "warn",
+                f"{column}: {missing} empty, no record has a label",
+                "check the column, or the paths of masks",
+            )
+        elif unmapped:
             lost = ", ".join(f"{value} {count}" for value, count in list(unmapped.items())[:_MAX_SHOWN])
             yield f"labels {name}", "warn", f"{detail}; not in `values`: {lost}", f"map them in tasks.{name}.values"
         else:

@@ -59,8 +59,9 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
     table, blanks = _write_ranges(finding) if needs_ranges else ("", [])
     task = _to_name(finding.label)
     kind = _choose_task(finding.label_facts)
-    if kind == "regression" and not site:
-        blanks.insert(0, f"run.tasks.{task}.range in {out.name}")
+    keys = {"regression": "range", "detection": "sizes"}
+    if kind in keys and not site:
+        blanks.insert(0, f"run.tasks.{task}.{keys[kind]} in {out.name}")
     blanks = [blank.replace("RANGES", ranges.name) for blank in blanks]
     head = [f"# Written by `headwater inspect {finding.path.name}`: {_plain(finding.what)}; {finding.records} records."]
     head += [f"# {_plain(note)}" for note in finding.notes]
@@ -88,8 +89,12 @@ def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequ
         ]
     elif kind == "detection":
         own = [
-            "    # The labels travel to all sites. Public numbers of usual objects help: see docs/your-data.md.",
-            f"    {task}: {{kind: detection, labels: {_flow(_list_parts(facts))}}}",
+            "    # The labels travel to all sites, and so do usual widths and heights, as fractions of the picture:",
+            "    # of the literature or of public pictures. `counts` may say how many objects are usual on one.",
+            f"    {task}:",
+            "      kind: detection",
+            f"      labels: {_flow(_list_parts(facts))}",
+            f"      sizes: {{{', '.join(f'{_flow(name)}: [{FILL_IN}, {FILL_IN}]' for name in _list_parts(facts))}}}",
         ]
     elif kind == "regression":
         own = [

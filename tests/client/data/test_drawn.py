@@ -187,6 +187,14 @@ def test_check_counts_boxes_by_name_and_warns_of_each_kind_of_bad_ones(tmp_path:
     ]
 
 
+def test_check_warns_where_no_picture_has_a_label(tmp_path: Path) -> None:
+    (tmp_path / "voc" / "Annotations").mkdir(parents=True)
+    (tmp_path / "voc" / "Annotations" / "z.xml").write_text(write_annotation(8, 4, []))
+    found = checked(tmp_path, {"a": "", "b": ""})
+    remedy = "check the column, or the paths of masks"
+    assert found == [("warn", "boxes: 2 empty, no record has a label", remedy)]
+
+
 def test_check_of_good_boxes_passes_in_one_line(tmp_path: Path) -> None:
     found = checked(tmp_path, {"a": write_annotation(8, 4, [("RBC", 0, 0, 2, 2)])})
     assert found == [("pass", "boxes: 1 drawn, 0 of them without an object; 0 empty; RBC 1 in 1 record(s)", "")]

@@ -32,9 +32,13 @@ def draw(path: Path, values: np.ndarray = MASK) -> None:
 def draft(finding: Finding, folder: Path) -> SimulationConfig:
     """Returns the simulation file that is written, which reads every record and its label."""
     out = folder / "draft.yaml"
-    for path, text in draft_file(finding, out, site=False, backbone=None).files.items():
-        path.write_text(text, encoding="utf-8")
+    written = draft_file(finding, out, site=False, backbone=None)
+    assert written.blanks == (("run.tasks.boxes.sizes in draft.yaml",) if finding.label == "boxes" else ())
+    for path, text in written.files.items():
+        assert ("FILL_IN" in text) == bool(written.blanks)
+        path.write_text(text.replace("FILL_IN, FILL_IN", "0.2, 0.3"), encoding="utf-8")
     config = load(SimulationConfig, out)
+    check_simulation(config)
     index = open_source(config.sources["records"], "sources.records").open().index()
     assert len(index) == finding.records and all(record.cells[finding.label] for record in index)
     return config
@@ -69,7 +73,6 @@ def test_masks_beside_pictures_become_a_segmentation(tmp_path: Path, image: str,
     assert (finding.records, finding.label, finding.has_split) == (4, "mask", has_sides)
     assert finding.label_facts.values == ("0", "255")
     config = draft(finding, tmp_path)
-    check_simulation(config)
     assert config.run.tasks["mask"].settings()["labels"] == ["background", "object"]
     assert config.tasks["mask"].values == {"0": "background", "255": "object"}
     assert config.partition.split == ("source" if has_sides else "hash")
@@ -90,7 +93,8 @@ def test_a_folder_of_voc_becomes_a_detection(tmp_path: Path) -> None:
     assert finding.source["sides"] == {"train": ["trainval"], "test": ["test"]}
     config = draft(finding, tmp_path)
     assert (config.run.tasks["boxes"].kind, config.partition.split) == ("detection", "source")
-    assert config.run.tasks["boxes"].settings()["labels"] == ["cell", "grain"]
+    settings = config.run.tasks["boxes"].settings()
+    assert settings["labels"] == ["cell", "grain"] and settings["sizes"] == {"cell": [0.2, 0.3], "grain": [0.2, 0.3]}
     inner = inspect(tmp_path, None)
     assert (inner.source["images"], inner.source["lists"]) == ("VOC/JPEGImages", "VOC/ImageSets/Main")
 
@@ -119,7 +123,6 @@ def test_a_folder_of_coco_becomes_a_detection_or_a_segmentation(tmp_path: Path) 
     config = draft(finding, tmp_path)
     assert (config.run.tasks["boxes"].kind, config.partition.split) == ("detection", "source")
     config = draft(inspect(data, "mask"), tmp_path)
-    check_simulation(config)
     assert config.run.tasks["mask"].settings()["labels"] == ["background", "rider"]
     one = tmp_path / "one"
     coco(one, ["a.png"], "all.json")
@@ -135,14 +138,12 @@ def test_masks_in_a_table_and_in_arrays_are_found(tmp_path: Path) -> None:
         lines.append(f"{number}.png,p{number // 2},m{number}.png")
     (tmp_path / "t" / "list.csv").write_text("\n".join(lines))
     config = draft(inspect(tmp_path / "t" / "list.csv", None), tmp_path)
-    check_simulation(config)
     assert config.sources["records"].settings()["masks"] == ["mask"] and config.unit == "patient"
     np.savez(
         tmp_path / "a.npz", images=np.zeros((4, 4, 6, 3), np.uint8), masks=np.stack([MASK // 255] * 4), y=[0, 1, 0, 1]
     )
     assert inspect(tmp_path / "a.npz", None).label == "y"
-    config = draft(inspect(tmp_path / "a.npz", "masks"), tmp_path)
-    check_simulation(config)
+    draft(inspect(tmp_path / "a.npz", "masks"), tmp_path)
 
 
 def test_masks_that_number_objects_are_refused_in_one_sentence(tmp_path: Path) -> None:
