@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ _HEADER_BYTES = 1024
 
 StoredRows = NDArray[Any]
 """int16: packed (`client.data.quantised.pack_rows`); float32: as they are."""
+
+_Places = TypeVar("_Places", StoredRows, Tensor)
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,20 @@ def check_features(path: Path) -> None:
     _read_about(path.parent)
 
 
-def rows_of(path: Path, positions_R: NDArray[np.int64]) -> StoredRows:
+def rows_of(path: Path, positions_R: NDArray[np.int64], every: int = 1) -> StoredRows:
     """Copies of some rows of a cached array: what is trained on does not refer to the read-only file.
+
+    Args:
+        path: the array's file.
+        positions_R: which rows.
+        every: for rows of places, every so manieth place along each side is read, and no other (`thin`).
 
     Raises:
         OSError: it is gone.
         ValueError: it is damaged.
     """
-    if len(positions_R) > _FEW_ROWS:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[positions_R])
+    if len(positions_R) > _FEW_ROWS or every > 1:
+        return np.asarray(thin(np.load(path, mmap_mode="r", allow_pickle=False), every)[positions_R])
     with path.open("rb", buffering=0) as file:
         shape, dtype, start = _layout(os.pread(file.fileno(), _HEADER_BYTES, 0).partition(b"\n")[0] + b"\n")
         rows_RD: StoredRows = np.empty((len(positions_R), *shape[1:]), dtype)
@@ -111,6 +118,11 @@ def rows_of(path: Path, positions_R: NDArray[np.int64]) -> StoredRows:
             if os.preadv(file.fileno(), [row_D], start + position * step) != step:
                 raise ValueError("expected all of the array's rows")
     return rows_RD
+
+
+def thin(values: _Places, every: int) -> _Places:
+    """Returns a view of every so manieth place along both sides, R x G x G x ..., from the middle of the first."""
+    return values if every == 1 else values[:, every // 2 :: every, every // 2 :: every]
 
 
 @lru_cache(maxsize=1024)

@@ -26,7 +26,7 @@ from torch import Tensor
 from client.config import SiteConfig
 from client.data.encoding.encode import Progress
 from client.data.exclusions import Exclusions
-from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of
+from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of, thin
 from client.data.records import (
     SIDES,
     PlacedRecord,
@@ -44,7 +44,7 @@ from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
 from common.files import private_folder, write_atomic
-from common.tasks import PlacesLabels, ReadsPlaces, Task
+from common.tasks import PlacesLabels, ReadsPlaces, Task, ThinsPlaces
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ def prepare(
         "features": {view.key: str(each.features.path) for view, each in loaded.items()},
         "trunks": {name: backbones[name].trunk for name in tasks},
     }
-    places = [name for name, task in tasks.items() if isinstance(task, ReadsPlaces)]
-    if places:
-        about["places"] = dict.fromkeys(places, True)
+    reading = {name: task for name, task in tasks.items() if isinstance(task, ReadsPlaces)}
+    if reading:
+        about["places"] = {name: task.every if isinstance(task, ThinsPlaces) else 1 for name, task in reading.items()}
     # One file, so that a crash leaves the old arrays or the new ones.
     arrays = _build_arrays(labels, members, units)
     metadata = {"about": json.dumps(about), "sha256": _digest(about, arrays)}
@@ -222,9 +222,13 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
         about, arrays = _read(folder / ARRAYS)
         views = {task: about["views"][task] for task in tasks}
         trunks = {view: about["trunks"][task] for task, view in views.items()}
+        read = {task: about.get("places", {}).get(task, 0) for task in tasks}
+        every = {task: max(1, places) if side == "train" else 1 for task, places in read.items()}
         shared = {
-            view: _records(arrays, view, about["features"][view], side, device, exact=trunks[view] is None)
-            for view in set(views.values())
+            (view, step): _records(
+                arrays, view, about["features"][view], side, device, exact=trunks[view] is None, every=step
+            )
+            for view, step in {(views[task], every[task]) for task in tasks}
         }
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise BadInput(
@@ -235,10 +239,11 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
     pooled: dict[str, Tensor] = {}
     records = {}
     for task, view in views.items():
-        chosen_R, features_RD, unit_R = shared[view]
-        if features_RD.dim() > 2 and not about.get("places", {}).get(task):
+        chosen_R, features_RD, unit_R = shared[view, every[task]]
+        if features_RD.dim() > 2 and not read[task]:
             features_RD = pooled.setdefault(view, features_RD.flatten(1, -2).mean(dim=1))
-        labels, mask_R = arrays[f"{task}/labels"][chosen_R].to(device), arrays[f"{task}/mask"][chosen_R].to(device)
+        labels = thin(arrays[f"{task}/labels"][chosen_R], every[task]).contiguous().to(device)
+        mask_R = arrays[f"{task}/mask"][chosen_R].to(device)
         records[task] = TaskRecords.of(features_RD, labels, mask_R, unit_R, num_units, trunk=about["trunks"][task])
     return Units(num_units, records)
 
@@ -264,12 +269,29 @@ def _digest(about: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> str:
 
 
 def _records(
-    arrays: Mapping[str, Tensor], view: str, features: str, side: Side, device: torch.device, *, exact: bool
+    arrays: Mapping[str, Tensor],
+    view: str,
+    features: str,
+    side: Side,
+    device: torch.device,
+    *,
+    exact: bool,
+    every: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a view's mask of records on a side, their features (`exact`: of 16-bit integers) and units."""
+    """Returns a view's mask of records on a side, their features and units.
+
+    Args:
+        arrays: what `prepare` wrote.
+        view: key of the view.
+        features: path of its features.
+        side: which records.
+        device: where the tensors are to be.
+        exact: whether features have to be 16-bit integers.
+        every: every so manieth place along each side is read.
+    """
     check_features(Path(features))
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
-    rows_R = rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy())
+    rows_R = rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy(), every)
     if exact and rows_R.dtype != np.int16:
         raise ValueError("expected features as 16-bit integers")
     return chosen_R, decode_rows(rows_R).to(device), arrays[f"{view}/unit"][chosen_R].to(device)

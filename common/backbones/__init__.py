@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from common.plugins import Frozen, LocalPath, Spec
 from common.types import BadInput
@@ -79,6 +79,25 @@ class Projection(Frozen):
     kernel: Kernel | None = None
 
 
+class Contrast(Frozen):
+    """Settings of how far each place stands out of its own picture (`common.backbones.parts.contrast`).
+
+    Attributes:
+        sides: sides, in places, of the squares around each place out of which it may stand, odd numbers.
+        levels: number of features over which each value is spread; a linear head is a curve with so many corners.
+    """
+
+    sides: Annotated[list[Annotated[int, Field(ge=3, le=255)]], Field(min_length=1, max_length=8)] = [7, 27]
+    levels: Annotated[int, Field(ge=2, le=64)] = 6
+
+    @field_validator("sides")
+    @classmethod
+    def _check_sides(cls, sides: list[int]) -> list[int]:
+        if len(set(sides)) != len(sides) or any(side % 2 == 0 for side in sides):
+            raise ValueError(f"expected different odd numbers of places, got {sides}")
+        return sides
+
+
 class Maps(Frozen):
     """Settings of feature maps.
 
@@ -87,12 +106,22 @@ class Maps(Frozen):
         grid: number of places along each side.
         colours: whether the picture's own colours stand beside the layers, as deviations from their mean over it.
         context: side, in places, of the square around each whose mean stands beside it; 1 for none.
+        contrast: whether, and how, what stands out of the picture itself is read beside the layers; null for none.
     """
 
     layers: Annotated[list[str], Field(min_length=1)]
     grid: Annotated[int, Field(ge=1, le=256)]
     colours: bool = False
     context: Annotated[int, Field(ge=1, le=63)] = 1
+    contrast: Contrast | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        # Older digests cover settings without it.
+        return (
+            values if self.contrast is not None else {key: value for key, value in values.items() if key != "contrast"}
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Maps:

@@ -30,6 +30,7 @@ from common.tasks import (
     LabelPrior,
     LaterSlope,
     SmoothLoss,
+    StaysCurved,
     Task,
     expect_slope,
     open_task,
@@ -222,7 +223,8 @@ def _choose_step(task: Task, rounds: int) -> dict[str, float]:
         return {"step": round(1.0 / (smoothness * task.squared_length), 6), **calm}
     # A smoothed loss has its least at outputs of finite length, where its curvature is left; where a loss changes
     # on the way, what was gathered under the first has to be forgotten.
-    is_calm = bool(getattr(task, "smoothing", 0.0)) or isinstance(task, ChangesWithRounds)
+    smoothed = bool(getattr(task, "smoothing", 0.0))
+    is_calm = smoothed or isinstance(task, StaysCurved | ChangesWithRounds)
     return {"step": round(STEP / smoothness, 6), **(calm if is_calm else {})}
 
 

@@ -24,7 +24,7 @@ from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
-from common.tasks import PlacesLabels, ReadsPlaces, Task
+from common.tasks import PlacesLabels, ReadsPlaces, Task, ThinsPlaces
 from common.types import BadInput
 
 
@@ -93,7 +93,8 @@ def create_modules(
         backbones: name -> open backbone, for those that the tasks stand on.
 
     Raises:
-        BadInput: a task labels places, and its backbone has one vector for a record, or places without marks.
+        BadInput: a task labels places, and its backbone has one vector for a record, places without marks, or other
+            places than the task trains on.
     """
     own = {name: run.backbone_of(name) for name in tasks}
     for name, task in tasks.items():
@@ -107,10 +108,21 @@ def create_modules(
                 f"tasks.{name}: expected a backbone with `maps` for a task of kind {task.kind}, got one whose features "
                 "are those of a whole record"
             )
+        _check_thinning(name, task, backbones[own[name]])
     dims = {name: backbones[own[name]].feature_dim for name in tasks}
     heads = create_heads(tasks, dims, run.seed)
     start_from_texts(heads, tasks, {name: backbones[own[name]] for name in tasks})
     return {**heads, **trunks(run, {name: backbones[name] for name in own.values()})}
+
+
+def _check_thinning(name: str, task: Task, backbone: Backbone) -> None:
+    """Raises BadInput where a task trains on some places, and its labels have other places than its backbone."""
+    labels = tuple(task.codec.missing().shape)
+    if isinstance(task, ThinsPlaces) and task.every > 1 and labels != backbone.grid:
+        raise BadInput(
+            f"tasks.{name}.every: expected 1 where labels of {' x '.join(map(str, labels))} places stand on a backbone "
+            f"of {' x '.join(map(str, backbone.grid))}, got {task.every}"
+        )
 
 
 def stand_in(num_rows: int, num_added: int) -> Trunk:

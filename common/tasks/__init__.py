@@ -231,6 +231,24 @@ class ChangesWithRounds(Protocol):
 
 
 @runtime_checkable
+class ThinsPlaces(Protocol):
+    """Optional part of a task that reads places and trains on some of them."""
+
+    @property
+    def every(self) -> int:
+        """Every so manieth place along each side is trained on; above 1 labels have the places of the outputs."""
+
+
+@runtime_checkable
+class StaysCurved(Protocol):
+    """Optional part of a task whose loss stays curved by the weights while it trains: large momentum would swing."""
+
+    @property
+    def stays_curved(self) -> bool:
+        """True where it does."""
+
+
+@runtime_checkable
 class LossGradient(Protocol):
     """Optional part of a task whose loss has a gradient in closed form, which is faster than autograd.
 

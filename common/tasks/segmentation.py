@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from common.inputs import CellName, CellNames, find_name, read_mask, read_mask_names, resize_mask, write_mask
 from common.plugins import Plugin
+from common.run import drop_unset
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
 from common.tasks.parts.head import HeadSettings
@@ -41,6 +42,8 @@ class Segmentation(Plugin):
         ignore: whole number of masks that means no label; null for none.
         weights: label -> factor from 0.01 to 100 on the loss of its places; labels without one have 1.
         scale: public factor on this task's loss, applied before joint clipping.
+        every: training looks at every so manieth place along each side, which saves memory and time; above 1 only where
+            the backbone's grid has as many places as the masks. Evaluation looks at all.
         head_settings: shape of the head, `head` in a file; it sees one place at a time.
     """
 
@@ -51,7 +54,12 @@ class Segmentation(Plugin):
     ignore: Annotated[int, Field(ge=0)] | None = None
     weights: LabelWeights = {}
     scale: Annotated[float, Field(gt=0)] = 1.0
+    every: Annotated[int, Field(ge=1, le=64)] = 1
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("every",))
 
     @model_validator(mode="after")
     def _check_names(self) -> Segmentation:
@@ -59,6 +67,8 @@ class Segmentation(Plugin):
             raise ValueError(f"background: expected one of the labels, got {self.background!r}")
         if self.head_settings.centre or self.head_settings.prior:
             raise ValueError("head: expected no `centre` and no `prior`, which are of a whole record")
+        if self.every > self.side:
+            raise ValueError(f"every: expected at most the side of {self.side} places, got {self.every}")
         order_by_label(self.weights, self.labels, "weights", default=1.0)
         return self
 
@@ -94,7 +104,7 @@ class Segmentation(Plugin):
         """Returns the mean cross entropy over each picture's places with a label, times their label's weights."""
         from common.tasks.parts.places import refine
 
-        log_BSSK = refine(outputs, self.side).log_softmax(dim=-1)
+        log_BSSK = refine(outputs, labels.shape[1]).log_softmax(dim=-1)
         index_BSS1 = self._clear(labels)
         weight_BSS = self._weigh(labels, log_BSSK)
         return -(log_BSSK.gather(-1, index_BSS1).squeeze(-1) * weight_BSS).sum(dim=(1, 2))
@@ -103,7 +113,7 @@ class Segmentation(Plugin):
         """Returns the probabilities minus the labels' unit vectors, gathered from the masks' places to the outputs'."""
         from common.tasks.parts.places import gather_slopes, refine
 
-        slope_BSSK = refine(outputs, self.side).softmax(dim=-1)
+        slope_BSSK = refine(outputs, labels.shape[1]).softmax(dim=-1)
         index_BSS1 = self._clear(labels)
         slope_BSSK = slope_BSSK.scatter_add_(-1, index_BSS1, slope_BSSK.new_full(index_BSS1.shape, -1.0))
         slope_BSSK *= self._weigh(labels, slope_BSSK).unsqueeze(-1)
@@ -126,6 +136,11 @@ class Segmentation(Plugin):
         Of nuclei on 32 x 32 places from .26 of it in the second round to .14 in the last.
         """
         return 0.25 * self.first_slope
+
+    @property
+    def stays_curved(self) -> bool:
+        """Features of places are not centred, and most places are alike: along these the loss is curved."""
+        return True
 
     @property
     def tolerated_noise(self) -> float:
@@ -181,7 +196,7 @@ class Segmentation(Plugin):
         from common.tasks.parts.places import refine
 
         known_BSS = labels != IGNORED
-        predicted_BSS = refine(outputs, self.side).argmax(dim=-1)
+        predicted_BSS = refine(outputs, labels.shape[1]).argmax(dim=-1)
         columns = []
         for index in self._scored():
             own_BSS = (labels == index) & known_BSS

@@ -93,7 +93,7 @@ class ImagePreprocessing(Frozen):
     crop: Side | None
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
     antialias: bool = True
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.backbones import Maps
+from common.backbones.parts.contrast import compute_contrast, count_values
 from common.errors import nearest
 from common.types import BadInput
 
@@ -51,7 +52,8 @@ class MapNetwork(nn.Module):
         self._channels_last = {name: _find_places(name, shape) for name, shape in shapes.items()}
         width = sum(shapes[name][-1 if last else 1] for name, last in self._channels_last.items())
         width += 3 if settings.colours else 0
-        self.feature_dim = int(width * (2 if settings.context > 1 else 1))
+        width *= 2 if settings.context > 1 else 1
+        self.feature_dim = int(width + (0 if settings.contrast is None else count_values(settings.contrast)))
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
         """Returns features_BGGD, of length 1 in each layer's part."""
@@ -67,6 +69,10 @@ class MapNetwork(nn.Module):
                 features_BDGG, self._settings.context, stride=1, padding=reach, count_include_pad=False
             )
             features_BDGG = torch.cat([features_BDGG, around], dim=1)
+        if self._settings.contrast is not None:
+            # The darkest channel: stains darken one of them, and grey pictures have three alike.
+            darkest_B1GG = _resize(pixels_B3SS.amin(dim=1, keepdim=True), self._settings.grid)
+            features_BDGG = torch.cat([features_BDGG, compute_contrast(darkest_B1GG, self._settings.contrast)], dim=1)
         return features_BDGG.movedim(1, -1)
 
 
