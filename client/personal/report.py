@@ -85,13 +85,19 @@ class SiteRun:
     missing: str = ""
 
 
-def make_site_page(site: Site, run_id: str | None, observe: Callable[[str, int, int], None]) -> ReportPage:
+def make_site_page(
+    site: Site,
+    run_id: str | None,
+    observe: Callable[[str, int, int], None],
+    pictures: Sequence[Section] = (),
+) -> ReportPage:
     """Returns a site's report of one run and of its budget.
 
     Args:
         site: the site.
         run_id: id of the run; by default the one whose final heads arrived last, else the one joined last.
         observe: receives the progress: phase, number of steps done, number of all steps.
+        pictures: a section with the site's own pictures, where there is one.
 
     Raises:
         BadInput: the site did not join the run.
@@ -117,6 +123,7 @@ def make_site_page(site: Site, run_id: str | None, observe: Callable[[str, int, 
         answers=list_site_answers(run),
         sections=[
             _show_results(run),
+            *pictures,
             *show_outcomes(shown),
             show_budget(config, lines),
             show_sent(page, config, run.run_id),
@@ -141,7 +148,7 @@ def evaluate_run(site: Site, run_id: str | None) -> SiteRun:
     Raises:
         BadInput: the site did not join the run.
     """
-    chosen = run_id or _find_last_run(site.config)
+    chosen = run_id or find_reported_run(site.config)
     if chosen is None:
         return SiteRun(None, missing="This site has joined no run yet.")
     try:
@@ -180,7 +187,7 @@ def _count(task: Task, outputs: torch.Tensor, labels: torch.Tensor) -> Outcomes 
     return join_score_ranges(task.count_outcomes(sums_S.numpy(), 0.0))
 
 
-def _find_last_run(config: SiteConfig) -> str | None:
+def find_reported_run(config: SiteConfig) -> str | None:
     """Returns the run whose final heads arrived last, else the one joined last; None where none was joined."""
     for pattern in (f"runs/*/{FINAL_HEADS}", "runs/*/offer.json"):
         paths = sorted(config.coordinator_dir.glob(pattern), key=lambda path: path.stat().st_mtime)

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import plain
-from common.inputs import Box, is_boxes, is_mask, read_boxes, read_mask, resize_mask
+from common.inputs import (
+    Box,
+    find_name,
+    is_boxes,
+    is_mask,
+    read_boxes,
+    read_mask,
+    read_mask_names,
+    resize_mask,
+)
 from common.report.figures import Figure
 
 if TYPE_CHECKING:
@@ -76,8 +85,25 @@ def draw_overlay(picture: Image.Image, cell: str, legend: Legend) -> Image.Image
         BadRecord: the cell cannot be read.
     """
     if is_mask(cell):
-        return _draw_mask(picture, resize_mask(read_mask(cell), picture.height, picture.width), legend)
+        return _draw_mask(picture, resize_mask(_read_indices(cell, legend), picture.height, picture.width), legend)
     return _draw_boxes(picture, read_boxes(cell), legend)
+
+
+def _read_indices(cell: str, legend: Legend) -> NDArray[np.int64]:
+    """Returns a mask as places in the legend; the background where it has no label of that."""
+    values_HW, names = read_mask(cell), read_mask_names(cell)
+    found = np.unique(values_HW)
+    # Masks of two labels are often written in black and white.
+    two = names is None and len(legend.names) == 2 and set(found.tolist()) <= {0, 255}
+    indices_HW = np.full(values_HW.shape, legend.background)
+    for value in found.tolist():
+        index = min(value, 1) if two else value
+        if names is not None:
+            place = find_name(names.get(value, str(value)), legend.names)
+            index = legend.background if place is None else place
+        if index < len(legend.names):
+            indices_HW[values_HW == value] = index
+    return indices_HW
 
 
 def _draw_mask(picture: Image.Image, values_HW: NDArray[np.int64], legend: Legend) -> Image.Image:
