@@ -121,10 +121,10 @@ class FrameInput:
     def preprocess(self, item: Any) -> Tensor:
         """Returns a recording, resampled and scaled as the model's extractor does."""
         rates = self.rates
-        samples_T = resample(item, rates.sample_rate)
-        if len(samples_T) > rates.longest:
-            # What is cut off would be missing of what is said.
+        # Before it is resampled: it may be hours long. What would be cut off would be missing of what is said.
+        if isinstance(item, Audio) and len(item.samples_T) * rates.sample_rate > rates.longest * item.sample_rate:
             raise BadRecord(f"expected a recording of at most {rates.longest / rates.sample_rate:g} s")
+        samples_T = resample(item, rates.sample_rate)[: rates.longest]
         own = rates.count_steps(len(samples_T))
         read = own + rates.silence
         more = {"max_length": read * int(self.extractor.hop_length)} if rates.spectral else {}
