@@ -157,6 +157,13 @@ def test_a_head_on_a_backbone_that_trains_has_no_centre() -> None:
     assert not any(task.settings()["head"].get("centre") for task in run.tasks.values())
 
 
+def test_a_trunk_moves_less_where_nothing_is_clipped() -> None:
+    trainable = {"backbone": {"from": "layer4"}}
+    private, free = auto(trainable=trainable), auto(trainable=trainable, privacy="non_private")
+    assert private.solver.settings()["trunk"]["learning_rate"] == 0.05
+    assert free.solver.settings()["trunk"]["learning_rate"] == 0.001
+
+
 def test_a_kind_without_a_rule_needs_settings() -> None:
     class Strange:
         kind = "strange"
