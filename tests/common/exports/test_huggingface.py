@@ -103,7 +103,11 @@ def test_every_backbone_that_the_format_holds_gives_the_models_numbers(kind: str
     assert read_config(out)["architectures"] == ["HeadwaterModel"]
 
 
-@pytest.mark.parametrize("kind", kinds("common.tasks"))
+@pytest.mark.parametrize(
+    # Frames of recordings need a backbone that marks them.
+    "kind",
+    [kind for kind in kinds("common.tasks") if len(plugin_class("common.tasks", kind).example().grid) != 1],
+)
 def test_every_task_is_held_or_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
     tasks = {"own": plugin_class("common.tasks", kind).example().settings}
     settings = plugin_class("common.backbones", "small_cnn").example(tmp_path).settings

@@ -85,7 +85,8 @@ SURE = ["none", "glioma", "meningioma"]
 HEADS = {
     "centred, with a prior": {"kind": "classification", "labels": SURE, "head": {"centre": True, "prior": True}},
     "hidden": {"kind": "classification", "labels": SURE, "head": {"hidden": 5}},
-    **{kind: example.settings for kind, example in EXAMPLES.items()},
+    # Frames of recordings are tried with their own backbone.
+    **{kind: example.settings for kind, example in EXAMPLES.items() if len(example.grid) != 1},
 }
 ON_VECTORS = [name for name in HEADS if name not in EXAMPLES or not EXAMPLES[name].grid]
 
@@ -179,7 +180,7 @@ def test_features_of_places_are_the_input_of_a_network_without_its_backbone(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.grid])
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if len(example.grid) == 2])
 def test_the_program_beside_an_onnx_file_gives_the_models_rows_and_masks(name: str, tmp_path: Path) -> None:
     model = open_maps(tmp_path, name, grid=5, colours=True, context=3)
     write_export(model, tmp_path / "out", open_format("onnx"))
