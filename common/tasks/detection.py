@@ -241,6 +241,26 @@ class Detection(Plugin):
         """Returns highest_BK: of each label the highest probability at any place."""
         return self._split(outputs)[0].flatten(1, 2).amax(dim=1).sigmoid()
 
+    @property
+    def map_summary(self) -> Literal["max"]:
+        """The highest probability at any place."""
+        return "max"
+
+    def name_maps(self) -> list[str]:
+        """Returns the labels, and the width and the height of an object of each."""
+        return [*self.labels, *(f"{side} {label}" for side in ("width", "height") for label in self.labels)]
+
+    def serve_maps(self, outputs: Tensor) -> Tensor:
+        """Returns maps_BCGG: probabilities of centres, then widths and heights as fractions of the picture's."""
+        import torch
+
+        from common.tasks.parts.boxes import MOST_SIZE
+
+        logits_BGGK, size_BGG2 = self._split(outputs)
+        times_BGG12 = (size_BGG2 + 1.0).clamp(1.0 / MOST_SIZE, MOST_SIZE).unsqueeze(-2)
+        sizes_BGGK2 = self._usual(outputs) * times_BGG12
+        return torch.cat([logits_BGGK.sigmoid(), *sizes_BGGK2.unbind(dim=-1)], dim=-1).movedim(-1, 1)
+
     def detect(self, outputs: Tensor) -> list[Detected]:
         """Returns the boxes that a head's outputs say of each picture, whatever their probability is."""
         from common.tasks.parts.boxes import detect_boxes

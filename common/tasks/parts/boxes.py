@@ -28,7 +28,7 @@ OVERLAPS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """Least overlaps of a box that counts as found, over which COCO takes the mean."""
 
 _MOST_LOGIT = 1e9
-_MOST_SIZE = 4.0
+MOST_SIZE = 4.0
 """Largest width or height in multiples of the usual one, and its inverse the least."""
 
 
@@ -117,7 +117,7 @@ def detect_boxes(logits_BGGK: Tensor, size_BGG2: Tensor, usual_K2: Tensor, most:
 
     # Infinite ones have no parabola.
     logits_BKGG = logits_BGGK.movedim(-1, 1).double().nan_to_num(nan=-_MOST_LOGIT).clamp(-_MOST_LOGIT, _MOST_LOGIT)
-    times_BGG2 = (size_BGG2.double() + 1.0).nan_to_num(nan=1.0).clamp(1.0 / _MOST_SIZE, _MOST_SIZE)
+    times_BGG2 = (size_BGG2.double() + 1.0).nan_to_num(nan=1.0).clamp(1.0 / MOST_SIZE, MOST_SIZE)
     peak_BKGG = logits_BKGG == nn.functional.max_pool2d(logits_BKGG, 3, stride=1, padding=1)
     padded_BKGG = nn.functional.pad(logits_BKGG, (1, 1, 1, 1), mode="replicate")
     grid_2 = logits_BKGG.new_tensor([logits_BKGG.shape[3], logits_BKGG.shape[2]])
