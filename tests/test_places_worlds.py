@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
+from common.inputs import Box, write_boxes
 from common.model.backbones import Backbone, open_backbones
 from common.run import ONLY_BACKBONE, RunConfig
 from tests.worlds import MEASURED, Replies, answer_run, make_run, make_site
 
 TASKS: dict[str, dict[str, Any]] = {
     "finding": {"kind": "classification", "labels": ["absent", "present"], "head": MEASURED},
+    "objects": {"kind": "detection", "labels": ["cell"], "sizes": {"cell": [0.6, 0.5]}, "most_boxes": 2, "scale": 6.0},
     "places": {"kind": "segmentation", "labels": ["ground", "cell"], "side": 8, "ignore": 9, "scale": 4.0},
 }
-COLUMNS = {"finding": "finding", "places": "mask"}
+COLUMNS = {"finding": "finding", "objects": "boxes", "places": "mask"}
 LARGEST = {"moments": 1.0, "update": 1.0, "statistics": len(TASKS) ** 0.5}
+NO_BOXES = write_boxes([], 1, 1)
 SIDES = {"moments": "train", "update": "train", "statistics": "test"}
 
 
@@ -42,6 +45,7 @@ class Picture:
         picture: bytes of the picture's file; None where it is missing.
         mask: bytes of the mask's file; None where it is missing, "" for an empty cell.
         finding: its label.
+        boxes: its boxes as a cell.
     """
 
     patient: str
@@ -49,6 +53,7 @@ class Picture:
     picture: bytes | None
     mask: bytes | str | None
     finding: str = "present"
+    boxes: str = NO_BOXES
 
 
 def write_png(pixels: Any) -> bytes:
@@ -70,7 +75,9 @@ def draw(patient: str, split: str, seed: int, height: int, width: int, *, empty:
     if not empty:
         mask[: height // 2, width // 3 :] = 1
         pixels[mask > 0] += 140
-    return Picture(patient, split, write_png(pixels), write_npy(mask), "absent" if empty else "present")
+    boxes = [] if empty else [Box("cell", width // 3, 0, width, height // 2)]
+    finding = "absent" if empty else "present"
+    return Picture(patient, split, write_png(pixels), write_npy(mask), finding, write_boxes(boxes, width, height))
 
 
 def honest(count: int) -> list[Picture]:
@@ -91,6 +98,9 @@ def hostile_units() -> dict[str, list[Picture]]:
     def of(mask: bytes | str | None, picture: bytes | None = shown) -> list[Picture]:
         return [Picture("pX", "train", picture, mask)]
 
+    def with_boxes(*boxes: Box, side: str = "train") -> list[Picture]:
+        return [replace(good, split=side, boxes=write_boxes(boxes, 1, 1))]
+
     cut = mask[:-30] if isinstance(mask, bytes) else b""
     # The header promises 40,000 x 40,000 places.
     absurd = write_npy(np.zeros((9, 21), np.uint8)).replace(b"(9, 21)", b"(40000,40000)")
@@ -101,6 +111,8 @@ def hostile_units() -> dict[str, list[Picture]]:
         "a mask of another size": of(write_npy(np.ones((8, 8), np.uint8))),
         "an unknown label": of(write_npy(np.full((9, 21), 5, np.uint8))),
         "held out": [test],
+        "boxes of another name": with_boxes(Box("grain", 0, 0, 1, 1)),
+        "too many boxes, held out": with_boxes(*[Box("cell", 0, 0, 1, 1)] * 3, side="test"),
         "no label anywhere": of(write_npy(np.full((9, 21), 9, np.uint8))),
         "held out, no label anywhere": [Picture("pX", "test", shown, write_npy(np.full((9, 21), 9, np.uint8)))],
         "no mask": of(""),
@@ -114,6 +126,11 @@ def hostile_units() -> dict[str, list[Picture]]:
         "no picture": of(mask, None),
         "one pixel": [Picture("pX", "train", write_png([[[255] * 3]]), write_npy([[1]]))],
         "good and bad": [good, *of(write_npy(np.ones((8, 8), np.uint8))), *of(mask, b"garbage")],
+        "a box without area": with_boxes(Box("cell", 0.5, 0.5, 0.5, 0.5)),
+        "a box outside": with_boxes(Box("cell", 2.0, 2.0, 3.0, 3.0)),
+        "boxes twice": with_boxes(*[Box("cell", 0, 0, 0.5, 0.5)] * 2),
+        "boxes cut off": [replace(good, boxes=good.boxes[:-4])],
+        "no boxes known": [replace(good, boxes="")],
         "many": [good] * 40,
     }
 
@@ -126,9 +143,9 @@ def write_source(folder: Path, pictures: Sequence[Picture]) -> dict[str, Any]:
             if isinstance(data, bytes):
                 (folder / name).write_bytes(data)
         mask = "" if each.mask == "" else f"{number}.npy"
-        rows.append((f"{number}.png", mask, each.finding, each.patient, each.split))
+        rows.append((f"{number}.png", mask, each.finding, each.boxes, each.patient, each.split))
     with (folder / "rows.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "mask", "finding", "patient", "split"), *rows])
+        csv.writer(file).writerows([("image", "mask", "finding", "boxes", "patient", "split"), *rows])
     listed = {"patient": "patient", "split": "split", "masks": ["mask"]}
     return {"kind": "manifest", "path": str(folder / "rows.csv"), **listed}
 

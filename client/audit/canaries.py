@@ -17,7 +17,7 @@ them what its own layer makes of them: so a canary has a feature, and a gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,8 +29,8 @@ from client.data.units import TaskRecords, Units
 from common.model.parameters import create_heads
 from common.model.trunks import stand_in
 from common.privacy.noise import NoiseStream
-from common.tasks import Task
-from common.types import BadInput, Delta, RunFailed, Unit
+from common.tasks import ReadsPlaces, Task
+from common.types import BadInput, BadRecord, Delta, RunFailed, Unit
 
 LIVE, FREE, BACKGROUND = 8, 32, 20
 
@@ -46,6 +46,25 @@ _LEAST_SLOPE = 0.05
 
 ADDED = 4
 """Outputs of a stand-in trunk's layer, large enough that heads' and trunk's gradients are of one size."""
+
+
+PLACES = 2
+"""Places along a side of the synthetic records of a task of places; all have the same features."""
+
+
+def spread_places(task: Task, rows: Tensor) -> Tensor:
+    """Returns rows, features or outputs, as a task's head has them: of a task of places the same at each place."""
+    if not (isinstance(task, ReadsPlaces) and task.reads_places):
+        return rows
+    return rows[:, None, None].expand(-1, PLACES, PLACES, -1)
+
+
+def read_label(task: Task, cells: Sequence[str]) -> Tensor | None:
+    """Returns a label that outputs were decoded to; None where it is none: they may say more objects than there are."""
+    try:
+        return task.codec.encode(cells)
+    except BadRecord:
+        return None
 
 
 def draw_normals(stream: NoiseStream, shape: tuple[int, ...]) -> Floats:
@@ -212,7 +231,8 @@ def _make_records(
     labels_U = _draw_labels(task, head, count, stream)
     # Some background units lack a task's label; canaries have all, so that the joint clip is the one under test.
     missing_U = torch.from_numpy(stream.coins(count, 0.2)) & (torch.arange(count) < BACKGROUND)
-    return TaskRecords.of(features_RD, labels_U[unit_R], ~missing_U[unit_R], unit_R, count, trunk=trunk)
+    placed = spread_places(task, features_RD)
+    return TaskRecords.of(placed, labels_U[unit_R], ~missing_U[unit_R], unit_R, count, trunk=trunk)
 
 
 def _draw_labels(task: Task, head: nn.Module, count: int, stream: NoiseStream) -> Tensor:
@@ -231,16 +251,18 @@ def _draw_labels(task: Task, head: nn.Module, count: int, stream: NoiseStream) -
         RunFailed: no label has one.
     """
     with torch.no_grad():
-        begin = head(torch.zeros(1, next(iter(head.parameters())).shape[1]))
+        begin = head(spread_places(task, torch.zeros(1, next(iter(head.parameters())).shape[1])))
     labels: list[Tensor] = [task.codec.missing()] * count
     waiting, steepest = list(range(count)), 0.0
     for _ in range(_MOST_DRAWS):
-        drawn = torch.from_numpy(draw_normals(stream, (len(waiting), begin.shape[1]))).float()
+        drawn = torch.from_numpy(draw_normals(stream, (len(waiting), *begin.shape[1:]))).float()
         for index, cells in zip(waiting, task.codec.decode(drawn), strict=True):
-            labels[index] = task.codec.encode(cells)
-        outputs = begin.repeat(len(waiting), 1).requires_grad_()
+            label = read_label(task, cells)
+            labels[index] = labels[index] if label is None else label
+        outputs = begin.repeat(len(waiting), *(1 for _ in begin.shape[1:])).requires_grad_()
         losses = task.losses(outputs, torch.stack([labels[index] for index in waiting]))
-        slopes = torch.autograd.grad(losses.sum(), outputs)[0].norm(dim=1).tolist()
+        gradient = torch.autograd.grad(losses.sum(), outputs)[0]
+        slopes = gradient.reshape(len(waiting), -1, begin.shape[-1]).sum(dim=1).norm(dim=1).tolist()
         steepest = max(steepest, *slopes)
         flat = [index for index, slope in zip(waiting, slopes, strict=True) if slope <= _LEAST_SLOPE * steepest]
         waiting = [index for index in flat if index >= BACKGROUND]

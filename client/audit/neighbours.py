@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.audit.canaries import ADDED
+from client.audit.canaries import ADDED, read_label, spread_places
 from client.audit.noise import InspectingStream, Integers, Released, is_whole
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver
@@ -241,8 +241,10 @@ def _make_person(run: Audited, modules: Mapping[str, nn.Module], random: np.rand
     labels = {}
     for name, task in run.tasks.items():
         num_outputs = next(reversed(list(modules[name].parameters()))).shape[0]
-        outputs = torch.from_numpy(random.normal(size=(count, num_outputs))).float()
-        labels[name] = torch.stack([task.codec.encode(cells) for cells in task.codec.decode(outputs)])
+        shape = spread_places(task, torch.zeros(count, num_outputs)).shape
+        outputs = torch.from_numpy(random.normal(size=tuple(shape))).float()
+        read = [read_label(task, cells) for cells in task.codec.decode(outputs)]
+        labels[name] = torch.stack([task.codec.missing() if label is None else label for label in read])
     masks = {name: torch.from_numpy(random.random(count) < 0.9) for name in run.tasks}
     return Person(torch.from_numpy(rows.astype(np.float32)), labels, masks)
 
@@ -255,7 +257,7 @@ def gather(run: Audited, people: Sequence[Person]) -> Units:
         len(people),
         {
             name: TaskRecords.of(
-                features_RD,
+                spread_places(run.tasks[name], features_RD),
                 torch.cat([person.labels[name] for person in people]),
                 torch.cat([person.masks[name] for person in people]),
                 unit_R,
@@ -365,9 +367,12 @@ def make_plain(run: Audited, random: np.random.Generator) -> tuple[dict[str, nn.
 
 def _meet_label(task: Task, drawn_1K: Tensor) -> tuple[Tensor, Tensor]:
     """Returns outputs and a label with little loss, where the opposite outputs have more."""
-    found = []
-    for outputs_1K in (torch.ones_like(drawn_1K), drawn_1K, 30.0 * drawn_1K):
-        label = task.codec.encode(task.codec.decode(outputs_1K)[0])[None]
-        loss, opposite = (float(task.losses(sign * outputs_1K, label).sum()) for sign in (1.0, -1.0))
-        found.append((opposite <= loss, loss, outputs_1K, label))
+    found: list[tuple[bool, float, Tensor, Tensor]] = []
+    for outputs_1K in (torch.ones_like(drawn_1K), drawn_1K, 30.0 * drawn_1K, -torch.ones_like(drawn_1K)):
+        placed = spread_places(task, outputs_1K)
+        label = read_label(task, task.codec.decode(placed)[0])
+        if label is None or len(found) == 3:
+            continue
+        loss, opposite = (float(task.losses(sign * placed, label[None]).sum()) for sign in (1.0, -1.0))
+        found.append((opposite <= loss, loss, outputs_1K, label[None]))
     return min(found, key=lambda each: each[:2])[2:]

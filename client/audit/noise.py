@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, chi2, gamma, norm
 from torch import Tensor, nn
 
+from client.audit.canaries import spread_places
 from client.audit.statistics import Bools, Floats
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver
@@ -192,7 +193,8 @@ def _hold_nobody(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module]) -> U
     for name, task in tasks.items():
         width = next(iter(heads[name].parameters())).shape[1]
         nothing = torch.zeros(0, dtype=torch.long)
-        made[name] = TaskRecords.of(torch.zeros(0, width), task.codec.missing()[None][:0], nothing.bool(), nothing, 0)
+        features_RD, labels = spread_places(task, torch.zeros(0, width)), task.codec.missing()[None][:0]
+        made[name] = TaskRecords.of(features_RD, labels, nothing.bool(), nothing, 0)
     return Units(0, made)
 
 

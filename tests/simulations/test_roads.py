@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from common.yaml import parse
+from common.types import BadInput
+from common.yaml import load, parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
 
@@ -142,3 +143,78 @@ def test_a_folder_of_cityscapes_trains_the_labels_that_are_mapped(tmp_path: Path
     )
     assert summary["tasks"]["places"]["metrics"]["dice"] > 0.8
     assert list_problems(tmp_path) == []
+
+
+def load_own(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> SimulationConfig:
+    """Returns configs/simulations/autonomous.yaml for scenes in a folder, smaller, with changes beside them."""
+    write_scenes(folder)
+    listed = json.loads((folder / "objects.json").read_text())
+    listed["categories"] += [{"id": 4, "name": "road"}, {"id": 5, "name": "person"}, {"id": 6, "name": "sky"}]
+    ground, above = [[0, 4, 32, 4, 32, 32, 0, 32]], [[0, 0, 32, 0, 32, 4, 0, 4]]
+    under = [
+        {"image_id": each["id"], "category_id": category, "bbox": [0, 0, 32, 28], "segmentation": polygon}
+        for each in listed["images"]
+        for category, polygon in ((4, ground), (6, above))
+    ]
+    # The car is the later object.
+    listed["annotations"] = under + listed["annotations"]
+    for side, first, last in (("train", 0, 30), ("val", 30, PICTURES)):
+        for name in ("annotations", "images"):
+            (folder / name).mkdir(exist_ok=True)
+        part = {**listed, "images": listed["images"][first:last]}
+        (folder / "annotations" / f"{side}.json").write_text(json.dumps(part))
+        (folder / "images" / side).symlink_to(folder / "leftImg8bit" / "train")
+    monkeypatch.setenv("ROADS", str(folder))
+    smaller: dict[str, Any] = {
+        "run.backbone.weights": folder / "weights.safetensors",
+        "run.backbone.preprocess": "{resize: 32, crop: null, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}",
+        "run.backbone.maps": "{layers: [features.1], grid: 16, colours: true}",
+        "run.tasks.places.side": 32,
+        "run.tasks.objects.sizes": "{car: [0.3, 0.3]}",
+        "run.tasks.objects.counts": "{car: 1, person: 1}",
+        "run.rounds": 24,
+        "run.privacy.target_epsilon": 100,
+        "budget.epsilon": 200,
+        "partition.num_sites": 2,
+        "tasks.places.public_size": 15,
+        "tasks.objects.public_size": 15,
+        "cache_dir": folder / "cache",
+        "runs_dir": folder / "runs",
+        **changes,
+    }
+    path = Path(__file__).parents[2] / "configs" / "simulations" / "autonomous.yaml"
+    return load(SimulationConfig, path, [f"{key}={value}" for key, value in smaller.items()])
+
+
+def read_scores(values: dict[str, Any]) -> dict[str, float]:
+    """Returns what each head is judged by, of a car."""
+    return {"places": values["places"]["dice car"], "objects": values["objects"]["ap_50 car"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"run.trust": "secure_sum", "run.colluding": 0, "run.cohort.min_sites": 2, "personal": "fit"},
+        {"personal": "prior"},
+    ],
+    ids=["noise at sites", "secure sum, fitted at home", "prior at home"],
+)
+def test_both_heads_learn_the_roads_of_ones_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    summary = json.loads(run_experiment(load_own(tmp_path, monkeypatch, **changes)).to_json())["tasks"]
+    scores = read_scores({name: task["metrics"] for name, task in summary.items()})
+    assert min(scores.values()) > 0.8, scores
+    if "personal" in changes:
+        at_home = read_scores({name: task["at_home"]["personal"]["mean"] for name, task in summary.items()})
+        assert min(at_home.values()) > 0.8, at_home
+
+
+def test_adapting_at_home_needs_a_task_with_classes_and_says_so_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BadInput, match="personal: expected a task of kind classification for `adapt`; `fit` takes any"):
+        run_experiment(load_own(tmp_path, monkeypatch, personal="adapt"))
+    assert not list(tmp_path.glob("runs/*/sites/*/state/ledgers/*"))
