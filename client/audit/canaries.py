@@ -49,14 +49,15 @@ ADDED = 4
 
 
 PLACES = 2
-"""Places along a side of the synthetic records of a task of places; all have the same features."""
+"""Places along each axis of the synthetic records of a task of places; all have the same features."""
 
 
 def spread_places(task: Task, rows: Tensor) -> Tensor:
     """Returns rows, features or outputs, as a task's head has them: of a task of places the same at each place."""
     if not (isinstance(task, ReadsPlaces) and task.reads_places):
         return rows
-    return rows[:, None, None].expand(-1, PLACES, PLACES, -1)
+    axes = len(type(task).example().grid)
+    return rows.view(len(rows), *(1,) * axes, rows.shape[-1]).expand(-1, *(PLACES,) * axes, -1)
 
 
 def read_label(task: Task, cells: Sequence[str]) -> Tensor | None:
