@@ -68,6 +68,9 @@ _BEGINNING = re.compile(r"mask [0-9]{1,6} [0-9]{1,6} [0-9]{1,10}\*[0-9]")
 MAX_PIXELS = 1 << 28
 """Places of a mask that are read at most."""
 
+MAX_RUNS = 1 << 21
+"""Runs of equal values of a mask that are read at most: a chequered picture of a few kilobytes may have any number."""
+
 
 def write_mask(values_HW: NDArray[Any], names: Mapping[int, str] | None = None) -> str:
     """Returns a mask of whole numbers as a cell: `mask H W value*length value*length ...`, row by row.
@@ -77,7 +80,7 @@ def write_mask(values_HW: NDArray[Any], names: Mapping[int, str] | None = None) 
         names: value -> name of the label that it means, "" for no label; without them a value is a label's position.
 
     Raises:
-        BadRecord: it is no picture of whole numbers from 0.
+        BadRecord: it is no picture of whole numbers from 0, or too large.
     """
     import numpy as np
 
@@ -85,10 +88,11 @@ def write_mask(values_HW: NDArray[Any], names: Mapping[int, str] | None = None) 
         raise BadRecord("expected a mask with one whole number from 0 for each place of the picture")
     if values_HW.size > MAX_PIXELS:
         raise BadRecord(f"expected a mask of at most {MAX_PIXELS} places")
-    flat = values_HW.reshape(-1).astype(np.int64)
-    starts = np.flatnonzero(np.diff(flat, prepend=flat[0] - 1))
-    lengths = np.diff(starts, append=len(flat))
-    runs = " ".join(f"{value}*{length}" for value, length in zip(flat[starts].tolist(), lengths.tolist(), strict=True))
+    flat = values_HW.reshape(-1)
+    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+    _check_runs(len(starts))
+    lengths, values = np.diff(starts, append=len(flat)).tolist(), flat[starts].astype(np.int64).tolist()
+    runs = " ".join(f"{value}*{length}" for value, length in zip(values, lengths, strict=True))
     return f"mask {values_HW.shape[0]} {values_HW.shape[1]} {runs}" + ("" if names is None else _write_names(names))
 
 
@@ -109,10 +113,16 @@ def read_mask(cell: str) -> NDArray[np.int64]:
     height, width = (int(found[1]), int(found[2])) if found else (0, 0)
     if found is None or not 0 < height * width <= MAX_PIXELS:
         raise BadRecord("expected a mask: a value for each place of the picture")
-    runs = np.array([part.split("*") for part in found[3].split()], dtype=np.int64)
+    _check_runs(found[3].count("*"))
+    runs = np.fromstring(found[3].replace("*", " "), dtype=np.int64, sep=" ").reshape(-1, 2)
     if int(runs[:, 1].sum()) != height * width:
         raise BadRecord("expected a mask whose runs fill its height and width")
     return np.repeat(runs[:, 0], runs[:, 1]).reshape(height, width)
+
+
+def _check_runs(count: int) -> None:
+    if count > MAX_RUNS:
+        raise BadRecord(f"expected a mask of at most {MAX_RUNS} runs of equal values")
 
 
 def read_mask_names(cell: str) -> dict[int, str] | None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.inputs import Box, is_boxes, is_mask, read_boxes, resize_mask, write_boxes, write_mask
+from common import inputs
+from common.inputs import Box, is_boxes, is_mask, read_boxes, read_mask, resize_mask, write_boxes, write_mask
 from common.types import BadRecord
 
 SIDE = st.integers(-4, 12).map(lambda eighths: eighths / 8)
@@ -52,6 +53,16 @@ def test_a_label_that_begins_like_a_mask_or_boxes_is_none() -> None:
     assert is_mask(write_mask(np.zeros((2, 3), np.uint8)))
     assert not any(map(is_mask, ("mask worn", "mask 2 3", "no mask 1 1 0*1", "mask")))
     assert not any(map(is_boxes, ("boxes of apples", "boxes", "boxes ")))
+
+
+def test_a_small_file_cannot_ask_for_a_mask_of_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    chequered = np.indices((4, 5)).sum(0) % 2
+    cell = write_mask(chequered)
+    assert np.array_equal(read_mask(cell), chequered)
+    monkeypatch.setattr(inputs, "MAX_RUNS", 19)
+    for work in (lambda: write_mask(chequered), lambda: read_mask(cell)):
+        with pytest.raises(BadRecord, match="at most 19 runs"):
+            work()
 
 
 def test_a_place_of_a_resized_mask_has_the_value_of_the_nearest() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 _FARTHEST = 1e6
 """Largest coordinate of a polygon, in pixels."""
+
+MAX_CORNERS = 1 << 17
+MAX_DRAWN = 1 << 33
+"""Corners of all polygons of a picture, and places within all polygons' rectangles and run lengths, at most: a few
+bytes of an annotation may otherwise ask for any amount of time."""
 
 
 class Coco(SourceSettings):
@@ -277,6 +282,22 @@ def _read_numbers(values: Any, count: int | None = None) -> list[float]:
     return [float(each) for each in values]
 
 
+@final
+@dataclass
+class _Work:
+    """What it takes to draw a picture's objects, so far."""
+
+    corners: int = 0
+    drawn: int = 0
+
+    def add(self, *, corners: int = 0, drawn: int = 0) -> None:
+        """Raises BadRecord where it becomes too much."""
+        self.corners += corners
+        self.drawn += drawn
+        if self.corners > MAX_CORNERS or self.drawn > MAX_DRAWN:
+            raise BadRecord("expected fewer or smaller objects on a picture, or polygons of fewer corners")
+
+
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
@@ -294,15 +315,17 @@ def draw_mask(
         BadRecord: an object without a category or a segmentation that can be read.
     """
     _check_count(annotations)
-    values_HW = np.zeros(size, np.uint16)
+    values_HW, work = np.zeros(size, np.uint16), _Work()
     for each in annotations:
         value = len(value_of) + 1 if each.get("iscrowd") else _find_category(each, value_of)
         found = each.get("segmentation")
         if isinstance(found, dict):
+            work.add(drawn=math.prod(size))
             values_HW[decode_runs(found, size)] = value
         elif isinstance(found, list) and found:
             for polygon in found:
-                _fill_polygon(values_HW, np.array(_read_numbers(polygon)).reshape(-1, 2), value)
+                corner_P2 = np.array(_read_numbers(polygon)).reshape(-1, 2)
+                work.add(corners=len(corner_P2), drawn=_fill_polygon(values_HW, corner_P2, value))
         else:
             raise BadRecord("expected polygons or run lengths of each object, got something else")
     return values_HW
@@ -355,19 +378,26 @@ def decode_counts(text: str) -> list[int]:
     return runs
 
 
-def _fill_polygon(values_HW: NDArray[np.uint16], corner_P2: NDArray[np.float64], value: int) -> None:
-    """Sets the places whose centres are within a polygon: to the right of an odd number of its edges."""
-    height, width = values_HW.shape
-    first = max(0, math.ceil(corner_P2[:, 1].min() - 0.5))
-    last = min(height, math.ceil(corner_P2[:, 1].max() - 0.5))
-    if first >= last:
-        return
-    crossed = np.zeros((last - first, width + 1), bool)
+def _fill_polygon(values_HW: NDArray[np.uint16], corner_P2: NDArray[np.float64], value: int) -> int:
+    """Sets the places whose centres are within a polygon: to the right of an odd number of its edges.
+
+    Returns:
+        The number of places in the rectangle around it.
+    """
+    ends = [(corner_P2[:, axis].min(), corner_P2[:, axis].max()) for axis in (1, 0)]
+    (first, last), (left, right) = (
+        (max(0, math.ceil(least - 0.5)), min(count, math.ceil(most - 0.5)))
+        for (least, most), count in zip(ends, values_HW.shape, strict=True)
+    )
+    if first >= last or left >= right or len(corner_P2) > MAX_CORNERS:
+        return 0
+    crossed = np.zeros((last - first, right - left + 1), bool)
     for one, other in zip(corner_P2, np.roll(corner_P2, -1, axis=0), strict=True):
         (x, y), (end_x, end_y) = (one, other) if one[1] <= other[1] else (other, one)
         rows = np.arange(max(first, math.ceil(y - 0.5)), min(last, math.ceil(end_y - 0.5)))
         if len(rows):
             across = x + (rows + 0.5 - y) * ((end_x - x) / (end_y - y))
             # Each row once: an edge crosses it in one place.
-            crossed[rows - first, np.clip(np.ceil(across - 0.5), 0, width).astype(np.int64)] ^= True
-    values_HW[first:last][np.logical_xor.accumulate(crossed[:, :width], axis=1)] = value
+            crossed[rows - first, np.clip(np.ceil(across - 0.5), left, right).astype(np.int64) - left] ^= True
+    values_HW[first:last, left:right][np.logical_xor.accumulate(crossed[:, :-1], axis=1)] = value
+    return crossed.size

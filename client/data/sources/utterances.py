@@ -1,7 +1,8 @@
 """Recordings of single words, joined into utterances whose transcripts are known.
 
 They stand in for recorded speech where a data set has words only: each recording is part of one utterance, in an order
-that a seed draws, with pauses between.
+that a seed draws, with pauses between. One recording more or less may change how all others are joined: this is for
+public recordings in simulations. What a site protects has to be whole utterances, such as a manifest lists.
 """
 
 from __future__ import annotations

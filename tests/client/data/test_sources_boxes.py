@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.data.sources import Source, open_source
+from client.data.sources import Source, coco, open_source
 from client.data.sources.coco import decode_counts, decode_runs, draw_mask
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.voc import MAX_BYTES, write_annotation
@@ -250,6 +250,28 @@ def test_a_place_is_on_an_object_where_its_centre_is_in_the_polygon(quarters: li
     found = draw_mask([{"category_id": 1, "segmentation": [[v for c in corners for v in c]]}], {1: 1}, (7, 8))
     expected = [[int(is_inside(x + 0.5, y + 0.5, corners)) for x in range(8)] for y in range(7)]
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        [{"segmentation": [[0, 0, 4, 0, 4, 4]] * 3}],
+        [{"segmentation": [[0, 0, 4, 0, 4, 4, 2, 4] * 2]}],
+        [{"segmentation": {"size": [4, 4], "counts": [16]}}] * 2,
+    ],
+    ids=["polygons", "corners", "runs"],
+)
+def test_a_few_bytes_cannot_ask_for_any_amount_of_drawing(
+    monkeypatch: pytest.MonkeyPatch, annotations: list[dict[str, Any]]
+) -> None:
+    own = [{"category_id": 1, **each} for each in annotations]
+    draw_mask(own, {1: 1}, (4, 4))
+    monkeypatch.setattr(coco, "MAX_CORNERS", 7)
+    # A polygon's columns are one more than its places.
+    monkeypatch.setattr(coco, "MAX_DRAWN", 2 * 16 - 1)
+    draw_mask([{"category_id": 1, "segmentation": [[0, 0, 4, 0, 4, 4]]}], {1: 1}, (4, 4))
+    with pytest.raises(BadRecord, match="fewer or smaller objects"):
+        draw_mask(own, {1: 1}, (4, 4))
 
 
 @pytest.mark.parametrize(
