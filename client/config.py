@@ -269,6 +269,7 @@ class SiteConfig(Frozen):
             for this machine's user, `$XDG_DATA_HOME/headwater/ledgers` (`~/.local/share/headwater/ledgers`).
         state_dir: folder of the approvals, stored replies and prepared data.
         cache_dir: folder of cached features, where they are to lie elsewhere.
+        cache_limit_gib: most GiB that the features of one source may take there; beyond it nothing is encoded.
         device: device of backbones and training.
         precision: precision inside backbones; bfloat16 takes half the time and changes features a little (the site's
             journal says by how much).
@@ -298,6 +299,7 @@ class SiteConfig(Frozen):
     ledger_dir: LocalPath | None = None
     state_dir: LocalPath
     cache_dir: LocalPath | None = None
+    cache_limit_gib: Annotated[float, Field(gt=0)] = 64.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
 

@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from client.config import SiteConfig
-from client.data.encoding.encode import Progress
+from client.data.encoding.encode import Progress, count_bytes
 from client.data.exclusions import Exclusions
 from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of, thin
 from client.data.records import (
@@ -302,6 +302,7 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
     exclusions = Exclusions.read(config.state_dir)
     kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
     opened = exclusions.applied(kind.open())
+    _refuse_too_many_features(config, len(opened.index()) * count_bytes(backbone))
     progress = encoding.named.get(view.backbone, encoding.progress)
     features = encoding.store.open_or_encode(
         opened, backbone, device=encoding.device, precision=config.precision, progress=progress
@@ -310,6 +311,15 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
     sides, unlisted = select_rows(kind.rows, index, exclusions.positions(index))
     usable, rejected = find_usable(view.source, index, sides, features.unusable, config.unit)
     return _LoadedView(features, usable, unlisted + rejected)
+
+
+def _refuse_too_many_features(config: SiteConfig, num_bytes: int) -> None:
+    """Raises BadInput where the features of a source would take more room than the site gives them."""
+    if num_bytes > config.cache_limit_gib * 2**30:
+        raise BadInput(
+            f"cache_limit_gib: expected at least {num_bytes / 2**30:.3g} for the features of the run's backbone, got "
+            f"{config.cache_limit_gib:g}; a coarser `grid` or fewer layers take less"
+        )
 
 
 def _select_view(placed: Sequence[PlacedRecord], view: _View, features: Features) -> list[PlacedRecord]:

@@ -34,6 +34,7 @@ from client.ledger.evaluation_budget import count_evaluations_left, list_unspent
 from client.ledger.history import History
 from client.protocol.balance import count_affordable_rounds, get_evaluation_budget, history_of, shown
 from client.protocol.requirements import (
+    count_places,
     count_trained,
     feature_dim,
     num_parameters,
@@ -83,6 +84,8 @@ class RunPlan:
         v: task -> mu N / (s C) of its head (`common/model/guessing.py`), where its kind has such a number.
         forecasts: task -> accuracy that privacy will cost it, where there is a forecast.
         hopeless: why the whole run cannot be better than guessing; None where it can.
+        cache_mib: MiB on the site's disk that the features of places of its declared units take, by backbone; backbones
+            with one vector for a record are left out.
         trunk_parameters: that train of the backbones here, by backbone; empty where they are frozen.
         trunk_noise_to_signal: of one round, the largest of these trunks; 0 without any.
         run_trunk_noise_to_signal: of the whole run, likewise.
@@ -113,6 +116,7 @@ class RunPlan:
     v: Mapping[str, float]
     forecasts: Mapping[str, Forecast]
     hopeless: str | None
+    cache_mib: Mapping[str, int]
     trunk_parameters: Mapping[str, int]
     trunk_noise_to_signal: float
     run_trunk_noise_to_signal: float
@@ -177,6 +181,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int, totals: Mapping
         v={name: v for name, v in compute_v(run, tasks, own_totals).items() if v is not None},
         forecasts=forecasts,
         hopeless=explain_hopeless(run, tasks, own_totals),
+        cache_mib=_estimate_cache(run, sizes),
         trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
         trunk_noise_to_signal=of_trunks,
         run_trunk_noise_to_signal=of_trunks / averaged,
@@ -202,7 +207,8 @@ def table(outlooks: list[RunPlan]) -> Table:
     title = f"plan: {first.rounds} round(s); epsilon per {first.unit}, {first.relation}, delta {first.delta:g}"
     made = Table("", *(each.site for each in outlooks), title=title, title_justify="left")
     trains = any(each.trunk_parameters for each in outlooks)
-    for name, cell in (_ROWS | _TRUNK_ROWS if trains else _ROWS).items():
+    rows = _ROWS | (_PLACES_ROWS if any(each.cache_mib for each in outlooks) else {})
+    for name, cell in (rows | _TRUNK_ROWS if trains else rows).items():
         made.add_row(name, *(cell(each) for each in outlooks))
     return made
 
@@ -216,6 +222,8 @@ noise/signal     of one round: expected length of its noise over that of the lar
                  warning says so; one round may be above 1. Below 1 nothing is promised, for true signals are smaller
 noise on a logit deviation of what the noise of the whole run adds to an output for a record; what training adds is to
                  be larger. It follows from the settings, and where `auto` chose them it is about 0.5 for any run
+features on disk of the declared units, where a record has features at many places; beyond the site file's
+                 `cache_limit_gib` nothing is encoded
 trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
 """Meanings of those rows of `table` that do not speak for themselves."""
 
@@ -241,11 +249,28 @@ _ROWS: dict[str, Callable[[RunPlan], str]] = {
     "noise on a logit": lambda each: "-" if each.logit_noise is None else f"{each.logit_noise:.2f}",
 }
 
+_PLACES_ROWS: dict[str, Callable[[RunPlan], str]] = {
+    "features on disk": lambda each: f"{sum(each.cache_mib.values()):,} MiB",
+}
+
 _TRUNK_ROWS: dict[str, Callable[[RunPlan], str]] = {
     "trunk parameters": lambda each: ", ".join(f"{width:,}" for width in each.trunk_parameters.values()) or "-",
     "trunk noise/signal": lambda each: f"{each.trunk_noise_to_signal:.2f}",
     "  trunk over the run": lambda each: f"{each.run_trunk_noise_to_signal:.2f}",
 }
+
+
+def _estimate_cache(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Returns the MiB that the cached features of a site's declared units take, of each backbone with places."""
+    estimates: dict[str, int] = {}
+    for task, size in sizes.items():
+        name = run.backbone_of(task)
+        places = count_places(run.backbone_specs[name])
+        if places:
+            # Each place has its features and one exponent, of 16 bits each.
+            values = size * places * (feature_dim(run.backbone_specs[name]) + 1)
+            estimates[name] = max(estimates.get(name, 1), values * 2 >> 20)
+    return estimates
 
 
 def _noise_to_signal(plan: Plan, num_parameters: int, size: int) -> float:

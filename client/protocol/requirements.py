@@ -6,10 +6,11 @@ fits, before anything is spent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from common.plugins import Spec
 from common.run import RunConfig, Trainable
@@ -42,12 +43,30 @@ def feature_dim(backbone: Spec) -> int:
     Raises:
         BadInput: a wrong setting, or a projection too large for a site.
     """
-    return _shape(backbone.model_dump_json(), backbone._base, "")[0]
+    return _shape(backbone.model_dump_json(), backbone._base, "").feature_dim
+
+
+def count_places(backbone: Spec) -> int:
+    """Returns the number of places of a record's features; 0 where a record has one vector.
+
+    Raises:
+        BadInput: a wrong setting, or a projection too large for a site.
+    """
+    grid = _shape(backbone.model_dump_json(), backbone._base, "").grid
+    return math.prod(grid) if grid else 0
+
+
+class _Shape(NamedTuple):
+    """Number of features, grid of places, and the trunk if something of a backbone trains."""
+
+    feature_dim: int
+    grid: tuple[int, ...]
+    trunk: nn.Module | None
 
 
 @lru_cache(maxsize=64)
-def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[int, nn.Module | None]:
-    """Number of features, and the trunk if something of the backbone of this name trains."""
+def _shape(settings: str, base: Path, trainable: str, name: str = "") -> _Shape:
+    """Returns the shape of what the backbone of this name hands on, from its settings."""
     import torch
 
     from common.backbones.parts.projection import ProjectionLayer
@@ -63,10 +82,10 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> tuple[i
         if values > MAX_PROJECTION:
             raise BadInput(f"a backbone's projection has {values} values, expected at most {MAX_PROJECTION}")
         if not trainable:
-            return dim, None
+            return _Shape(dim, untrained.grid, None)
         asked = Trainable.model_validate_json(trainable)
         kind, module, raw_dim = untrained.kind, untrained.module, untrained.feature_dim
-        return dim, make_empty_trunk(kind, module, raw_dim, asked, f"trainable.{name}")
+        return _Shape(dim, untrained.grid, make_empty_trunk(kind, module, raw_dim, asked, f"trainable.{name}"))
 
 
 def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
@@ -82,7 +101,7 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
         backbone_name = run.backbone_of(name)
         backbone, trainable = run.backbone_specs[backbone_name], run.trainable.get(backbone_name)
         asked = "" if trainable is None else trainable.model_dump_json()
-        dim, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, backbone_name if asked else "")
+        dim, _, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, backbone_name if asked else "")
         with torch.device("meta"):
             modules[name] = task.head(dim)
         group = run.trunk_of(name)

@@ -167,12 +167,14 @@ class Untrained:
         module: batch of preprocessed items -> raw features; its state is what `WeightedKind.pretrained` reads.
         feature_dim: number of raw features.
         weights_path: the file that `open_pretrained` will read; None where the settings name none.
+        grid: number of places along each axis of an item's features; none where an item has one vector.
     """
 
     kind: Kind
     module: nn.Module
     feature_dim: int
     weights_path: Path | None
+    grid: tuple[int, ...] = ()
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns one source item as one input. Raises BadRecord."""
@@ -230,7 +232,8 @@ def open_untrained(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Untra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         architecture = kind.architecture()
-    return Untrained(kind, architecture.module, architecture.feature_dim, find_weights_file(kind))
+    weights_path = find_weights_file(kind)
+    return Untrained(kind, architecture.module, architecture.feature_dim, weights_path, architecture.grid)
 
 
 def load_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> Backbone:

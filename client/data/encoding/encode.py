@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,12 @@ _Made = TypeVar("_Made")
 def choose_type(backbone: Backbone) -> str:
     """Returns the type of the stored rows: of what a trunk reads no bit is lost."""
     return "int16" if backbone.trunk is None else "float32"
+
+
+def count_bytes(backbone: Backbone) -> int:
+    """Returns the number of bytes that one record's stored features take."""
+    dtype = np.dtype(choose_type(backbone))
+    return math.prod(backbone.grid) * (backbone.feature_dim + (dtype == np.int16)) * dtype.itemsize
 
 
 def encode_source(folder: Path, source: Source, backbone: Backbone, progress: Progress | None) -> PartialArray:

@@ -43,7 +43,7 @@ TASKS = {"some": open_mask(4), "all": open_mask(1)}
 SIZE = open_task({"kind": "classification", "labels": ["0", "1"]}, "tasks.size")
 
 
-def read(folder: Path, side: Side, tasks: dict[str, Task]) -> Units:
+def read(folder: Path, side: Side, tasks: dict[str, Task], **changes: Any) -> Units:
     """Eight pictures with masks, at a site of its own."""
     random = np.random.default_rng(0)
     arrays = {"x": random.integers(0, 256, (8, 32, 32, 3), np.uint8), "mask": random.integers(0, 2, (8, 32, 32))}
@@ -69,6 +69,7 @@ def read(folder: Path, side: Side, tasks: dict[str, Task]) -> Units:
         "on_bad_record": "stop",
         "evaluation": "local",
         "state_dir": "state",
+        **changes,
     }
     site = parse(SiteConfig, values, base=folder)
     encoding = Encoding(FeatureStore(folder / "features"), CPU)
@@ -113,3 +114,13 @@ def test_masks_on_another_grid_than_the_backbone_s_are_not_thinned() -> None:
     )
     with pytest.raises(BadInput, match=r"tasks.cell.every: expected 1 where labels of 32 x 32 places .* of 16 x 16"):
         create_modules(run, {"cell": open_mask(2, side=32)}, {"backbone": BACKBONE})
+
+
+def test_features_beyond_the_site_s_limit_are_refused_before_a_record_is_encoded(tmp_path: Path) -> None:
+    """Eight pictures of 16 x 16 places with 16 features and an exponent, of two bytes each."""
+    needed = 8 * 16 * 16 * 17 * 2 / 2**30
+    read(tmp_path, "train", TASKS, cache_limit_gib=needed)
+    (tmp_path / "small").mkdir()
+    with pytest.raises(BadInput, match=r"cache_limit_gib: expected at least 6.48e-05 .* got 6.4"):
+        read(tmp_path / "small", "train", TASKS, cache_limit_gib=0.99 * needed)
+    assert not (tmp_path / "small" / "features").exists()
