@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.masks import LazyCells
 from client.data.sources.parts.named import NamedGroups, Naming
 from client.data.sources.parts.recordings import (
     SUFFIXES,
@@ -21,7 +22,10 @@ from client.data.sources.parts.recordings import (
 from client.data.sources.parts.tree import Tree, open_tree
 from common.inputs import Audio, CellName
 from common.plugins import Frozen, LocalPath
-from common.types import BadInput
+from common.types import BadInput, BadRecord
+
+_TEXT = ".txt"
+_MOST_TEXT_BYTES = 1 << 20
 
 
 class Excerpts(Frozen):
@@ -47,6 +51,8 @@ class Recordings(SourceSettings):
         test: column -> values: a recording is held out where any of its cells is listed; all others are to train on.
             Without it the source states no split.
         excerpts: cuts each recording into several records; without it a recording is one.
+        transcript: name of a column that holds the text of the .txt file beside each recording (`a.wav`, `a.txt`); a
+            recording without one has no transcript.
     """
 
     kind: Literal["audio"]
@@ -55,10 +61,13 @@ class Recordings(SourceSettings):
     patient: str | None = None
     test: dict[str, list[CellName]] | None = None
     excerpts: Excerpts | None = None
+    transcript: str | None = None
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Recordings:
         self.naming().check()
+        if self.transcript is not None and self.excerpts is not None:
+            raise ValueError("transcript: expected none beside `excerpts`: nobody says which words are in which part")
         return self
 
     @classmethod
@@ -82,10 +91,12 @@ class Recordings(SourceSettings):
     def open(self) -> Clips:
         """The opened folder. Raises BadInput: missing, or without a recording."""
         require_soundfile()
-        tree = open_tree(self.path, "recordings").chosen(lambda name: name.suffix.lower() in SUFFIXES)
-        if not tree.stamps:
+        suffixes = SUFFIXES if self.transcript is None else SUFFIXES | {_TEXT}
+        tree = open_tree(self.path, "recordings").chosen(lambda name: name.suffix.lower() in suffixes)
+        names = tuple(name for name in tree.stamps if Path(name).suffix.lower() in SUFFIXES)
+        if not names:
             raise BadInput(f"{self.path}: expected recordings ({', '.join(sorted(SUFFIXES))}), got none")
-        return Clips(self, tree, tuple(tree.stamps))
+        return Clips(self, tree, names)
 
     def naming(self) -> Naming:
         """Returns the rule by which a recording's path is read."""
@@ -101,7 +112,7 @@ class Clips:
     names: tuple[str, ...] = field(repr=False)
 
     def digest(self) -> str:
-        """Over every recording's path and its size and time of change, or its checksum in a zip; and the excerpts."""
+        """Over every file's path and its size and time of change, or its checksum in a zip; and the excerpts."""
         own, cut = self.tree.digest(), self.settings.excerpts
         return own if cut is None else digest([own.encode(), cut.model_dump_json().encode()])
 
@@ -112,7 +123,7 @@ class Clips:
             record
             for number, name in enumerate(self.names, start=1)
             # Excerpts of one recording have one key: they fall on the same side of a split.
-            for record in [naming.record(number, own.path.name, name)] * self._count()
+            for record in [self._add_transcript(naming.record(number, own.path.name, name))] * self._count()
         ]
 
     def load(self, position: int) -> Audio:
@@ -121,6 +132,25 @@ class Clips:
         cut = self.settings.excerpts
         part = None if cut is None else Excerpt(excerpt, cut.count, cut.seconds)
         return read_recording(self.tree.read(self.names[recording], "recording"), part)
+
+    def _add_transcript(self, record: SourceRecord) -> SourceRecord:
+        column = self.settings.transcript
+        path = str(PurePosixPath(record.path).with_suffix(_TEXT))
+        if column is None:
+            return record
+        if path not in self.tree.stamps:
+            return replace(record, cells={**record.cells, column: ""})
+        return replace(record, cells=LazyCells(record.cells, {column: lambda: self._read_text(path)}))
+
+    def _read_text(self, path: str) -> str:
+        data = self.tree.read(path, "transcript")
+        if len(data) > _MOST_TEXT_BYTES:
+            raise BadRecord(f"expected a transcript of at most {_MOST_TEXT_BYTES} bytes")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            # From None: the message would show the text.
+            raise BadRecord("expected a transcript in UTF-8") from None
 
     def _count(self) -> int:
         return 1 if self.settings.excerpts is None else self.settings.excerpts.count

@@ -68,6 +68,79 @@ def test_excerpts_are_parts_of_a_recording_evenly_spread_and_on_one_side(tmp_pat
     assert len({*digests, opened(**settings, excerpts={"count": 2, "seconds": 3}).digest()}) == 3
 
 
+def test_a_transcript_is_the_text_file_beside_a_recording(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        soundfile.write(tmp_path / f"{name}_x.wav", TONE, 8000)
+    (tmp_path / "a_x.txt").write_text("Grüß Gott.\n", encoding="utf-8-sig")
+    (tmp_path / "b_x.txt").write_bytes("Grüß Gott".encode("latin-1"))
+    (tmp_path / "c_x.txt").write_bytes(b"a" * (2**20 + 1))
+    settings = {"kind": "audio", "path": tmp_path, "pattern": "(?P<name>[a-d])_"}
+    source = opened(**settings, transcript="said")
+    first, second, third, fourth = (record.cells for record in source.index())
+    assert first["said"].strip() == "Grüß Gott." and first["name"] == "a" and fourth["said"] == ""
+    for cells, words in ((second, "in UTF-8"), (third, "at most 1048576 bytes")):
+        with pytest.raises(BadRecord, match=words):
+            cells["said"]
+    before = source.digest()
+    (tmp_path / "a_x.txt").write_text("another one")
+    assert opened(**settings, transcript="said").digest() != before
+    assert "said" not in opened(**settings).index()[0].cells
+    with pytest.raises(BadInput, match="transcript: expected none beside `excerpts`"):
+        opened(**settings, transcript="said", excerpts={"count": 2, "seconds": 1})
+
+
+def test_recordings_of_words_are_joined_each_into_one_utterance(tmp_path: Path) -> None:
+    lengths = {}
+    for speaker in ("ann", "bob"):
+        for word in ("yes", "no"):
+            for take in range(7):
+                lengths[f"{word}_{speaker}_{take}"] = length = 100 + len(lengths)
+                soundfile.write(tmp_path / f"{word}_{speaker}_{take}.wav", np.full(length, 0.5, np.float32), 8000)
+    settings = {
+        "kind": "utterances",
+        "path": tmp_path,
+        "pattern": r"(?P<word>\w+?)_(?P<speaker>\w+?)_(?P<take>\d+)",
+        "word": "word",
+        "by": ["speaker"],
+        "patient": "speaker",
+        "test": {"take": ["0", "1"]},
+        "words": [2, 3],
+        "pause_s": 0.01,
+    }
+    source = opened(**settings)
+    totals: dict[tuple[str | None, str | None], int] = {}
+    for position, record in enumerate(source.index()):
+        words = record.cells["transcript"].split()
+        assert 2 <= len(words) <= 3 and record.patient == record.cells["speaker"]
+        samples_T = source.load(position).samples_T
+        silent_T = samples_T == 0.0
+        # A pause of 80 samples between two words, and none at an end.
+        assert silent_T.sum() == 80 * (len(words) - 1) and not silent_T[0] and not silent_T[-1]
+        key = (record.patient, record.split)
+        totals[key] = totals.get(key, 0) + int((~silent_T).sum())
+    # Every recording is in one utterance, of its own speaker and side.
+    expected: dict[tuple[str | None, str | None], int] = {}
+    for name, length in lengths.items():
+        _, speaker, take = name.split("_")
+        side = "test" if take in "01" else "train"
+        expected[speaker, side] = expected.get((speaker, side), 0) + length
+    assert totals == expected
+    assert opened(**{**settings, "seed": 1}).digest() != source.digest()
+    with pytest.raises(BadInput, match="names fit the pattern"):
+        opened(**{**settings, "pattern": "(?P<word>x)(?P<speaker>y)(?P<take>z)"})
+    with pytest.raises(BadInput, match="patient: expected one of `by`"):
+        opened(**{**settings, "patient": "take"})
+    soundfile.write(tmp_path / "yes_ann_0.wav", TONE, 16000)
+    slow = opened(**settings)
+    faults = 0
+    for position in range(len(slow.index())):
+        try:
+            slow.load(position)
+        except BadRecord as error:
+            faults += "one sample rate" in str(error)
+    assert faults == 1
+
+
 def test_excerpts_of_ogg_are_read_from_the_middle(tmp_path: Path) -> None:
     time = np.arange(40_000) / 8000
     samples = np.where(time < 2.5, 0.0, 0.25 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
