@@ -59,7 +59,7 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
     table, blanks = _write_ranges(finding) if needs_ranges else ("", [])
     task = _to_name(finding.label)
     kind = _choose_task(finding.label_facts)
-    keys = {"regression": "range", "detection": "sizes"}
+    keys = {"regression": "range", "detection": "sizes", "ctc": "symbols and max_symbols"}
     if kind in keys and not site:
         blanks.insert(0, f"run.tasks.{task}.{keys[kind]} in {out.name}")
     blanks = [blank.replace("RANGES", ranges.name) for blank in blanks]
@@ -95,6 +95,12 @@ def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequ
             "      kind: detection",
             f"      labels: {_flow(_list_parts(facts))}",
             f"      sizes: {{{', '.join(f'{_flow(name)}: [{FILL_IN}, {FILL_IN}]' for name in _list_parts(facts))}}}",
+        ]
+    elif kind == "ctc":
+        own = [
+            "    # The symbols travel to all sites: words or letters that are public knowledge, in lower case.",
+            "    # They are never collected from transcripts; a record with others is not used.",
+            f"    {task}: {{kind: ctc, symbols: [{FILL_IN}], unit: words, max_symbols: {FILL_IN}}}",
         ]
     elif kind == "regression":
         own = [
@@ -207,6 +213,8 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
     where = None if path is None or not is_there else _relative(path, out)
     if finding.label_facts.kind in ("mask", "boxes"):
         return _maps(wanted, where)
+    if finding.label_facts.kind == "transcript":
+        return _frames(wanted, where)
     return {"image": _image, "text": _text, "audio": _audio}[finding.modality](wanted, where)
 
 
@@ -257,6 +265,18 @@ def _audio(wanted: str | None, where: Any) -> list[str]:
     return _backbone({"kind": "log_mel", "projection": {"normalize": True}}, {"kind": comment})
 
 
+def _frames(wanted: str | None, where: Any) -> list[str]:
+    place = {"model": wanted or "openai/whisper-tiny.en"} if where is None else {"folder": where}
+    frames = {"modality": "audio", "part": "encoder", "pooling": "frames", "seconds": 15.0}
+    return _backbone(
+        {"kind": "transformers", **place, **frames, "projection": {"dim": 128, "normalize": True}},
+        {
+            "model": "   # downloaded by transformers; or --backbone FOLDER",
+            "seconds": "   # of the longest recording that is used",
+        },
+    )
+
+
 def _backbone(settings: Mapping[str, Any], comments: Mapping[str, str] | None = None) -> list[str]:
     lines = [f"    {key}: {_flow(value)}{(comments or {}).get(key, '')}" for key, value in settings.items()]
     return ["  backbone:", *lines]
@@ -292,7 +312,13 @@ def _write_ranges(finding: Finding) -> tuple[str, list[str]]:
 
 
 def _choose_task(facts: ColumnFacts) -> str:
-    kinds = {"number": "regression", "several": "multilabel", "mask": "segmentation", "boxes": "detection"}
+    kinds = {
+        "number": "regression",
+        "several": "multilabel",
+        "mask": "segmentation",
+        "boxes": "detection",
+        "transcript": "ctc",
+    }
     return kinds.get(facts.kind, "classification")
 
 

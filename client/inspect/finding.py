@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}.*|\d{1,2}[./]\d{1,2}[./]\d{2,4}.*")
 _PATIENT = re.compile(r"patient|subject|person|participant|pidnum|^pid$|^mrn$|case_?id", re.IGNORECASE)
 _ID = re.compile(r"^$|(^|[_ ])(id|uid|key|index)$|^unnamed", re.IGNORECASE)
 _SPLIT = re.compile(r"^(split|fold|set|subset|side)$", re.IGNORECASE)
+_TRANSCRIPT = re.compile(r"transcript|transcription|sentence|text|utterance|said|words", re.IGNORECASE)
 _LABELS = (
     "label", "labels", "target", "class", "diagnosis", "outcome", "finding", "findings", "disease", "report",
     "sentiment", "category", "result", "grade", "y",
@@ -54,7 +55,20 @@ class ColumnFacts:
     """
 
     name: str
-    kind: Literal["number", "category", "several", "text", "path", "date", "id", "constant", "empty", "mask", "boxes"]
+    kind: Literal[
+        "number",
+        "category",
+        "several",
+        "text",
+        "path",
+        "date",
+        "id",
+        "constant",
+        "empty",
+        "mask",
+        "boxes",
+        "transcript",
+    ]
     distinct: int
     missing: int
     values: tuple[str, ...] = ()
@@ -173,6 +187,29 @@ def guess_patient(columns: Sequence[ColumnFacts], records: int) -> str | None:
         if _ID.search(column.name) and records / 20 < column.distinct < records - column.missing
     ]
     return repeated[0] if repeated else None
+
+
+def guess_transcript(columns: Sequence[ColumnFacts], task: str | None) -> str | None:
+    """Returns the column of what is said in recordings: the one that was asked for, or one that is named so.
+
+    Args:
+        columns: facts about all columns.
+        task: the label column that was asked for; None for a guess.
+    """
+    found = [column.name for column in columns if column.kind in ("text", "id") or column.name == task]
+    named = [name for name in found if _TRANSCRIPT.search(name) and task in (None, name)]
+    texts = [column.name for column in columns if column.kind == "text" and column.name == task]
+    return next(iter([*texts, *named]), None)
+
+
+def mark_transcript(column: ColumnFacts, name: str) -> ColumnFacts:
+    """Returns the facts about a column; of the one of that name that it holds transcripts, none of which is shown.
+
+    Args:
+        column: facts about a column.
+        name: name of the column of transcripts.
+    """
+    return column if column.name != name else replace(column, kind="transcript", values=(), observed=None)
 
 
 def guess_split(columns: Sequence[ColumnFacts]) -> str | None:

@@ -62,6 +62,8 @@ def _inspect_tree(path: Path, task: str | None) -> Finding:
     }
     lists = [name for name in everything.stamps if PurePosixPath(name).suffix.lower() in _LISTS and "/" not in name]
     kind = max(counts, key=lambda name: counts[name])
+    if kind == "recordings" and (spoken := _find_spoken(path, everything)) is not None:
+        return spoken
     if path.is_dir() and lists and (counts[kind] == 0 or len(lists) == 1):
         if len(lists) > 1:
             raise BadInput(f"{path}: expected one table, got {len(lists)}; inspect one of them: {', '.join(lists[:5])}")
@@ -76,6 +78,24 @@ def _inspect_tree(path: Path, task: str | None) -> Finding:
             "one of labels); write one with a first line such as file,finding and inspect that"
         )
     return _find_named(path, tree, "image" if kind == "pictures" else "audio", kind, task)
+
+
+def _find_spoken(path: Path, tree: Tree) -> Finding | None:
+    """Returns recordings of which most have a text file beside them; None where that is not so."""
+    heard = [PurePosixPath(name) for name in tree.stamps if PurePosixPath(name).suffix.lower() in RECORDINGS]
+    beside = [str(name.with_suffix(".txt")) in tree.stamps for name in heard]
+    if 2 * sum(beside) <= len(heard):
+        return None
+    return Finding(
+        path=path,
+        what=f"recordings, {sum(beside)} of them with a text file beside",
+        modality="audio",
+        records=len(heard),
+        columns=(ColumnFacts("transcript", "transcript", sum(beside), len(heard) - sum(beside)),),
+        source={"kind": "audio", "path": path, "pattern": r"(?P<name>[^/]+)\.\w+$", "transcript": "transcript"},
+        label="transcript",
+        notes=("Where a name says who speaks, let `pattern` read it and write `patient`.",),
+    )
 
 
 def _find_named(path: Path, tree: Tree, modality: Modality, kind: str, task: str | None) -> Finding:

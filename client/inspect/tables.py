@@ -25,6 +25,8 @@ from client.inspect.finding import (
     describe_column,
     guess_patient,
     guess_split,
+    guess_transcript,
+    mark_transcript,
 )
 from common.errors import instead
 from common.inputs import parse_number
@@ -101,6 +103,14 @@ def inspect_table(path: Path, task: str | None) -> Finding:
         drawn = find_masks(path, {**finding.source, "masks": [finding.label]}, finding.label, what)
         shown = tuple(drawn.label_facts if each.name == finding.label else each for each in columns)
         return replace(finding, source=drawn.source, columns=shown, notes=(*finding.notes, *drawn.notes))
+    heard = any(
+        column.kind == "path" and _first_cell(path, form, column.name).lower().endswith(tuple(RECORDINGS))
+        for column in columns
+    )
+    said = guess_transcript(columns, task) if heard else None
+    if said is not None:
+        finding = _find(path, form, columns, said, _Guesses(patient, split, len(rows), what))
+        return replace(finding, columns=tuple(mark_transcript(each, said) for each in columns))
     label = choose_label(columns, task, (patient, split), path)
     return _find(path, form, columns, label, _Guesses(patient, split, len(rows), what))
 

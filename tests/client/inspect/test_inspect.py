@@ -198,6 +198,39 @@ def test_names_of_recordings_are_read_as_columns(tmp_path: Path) -> None:
     assert "nearest: 'part2'" in refuse(folder, "--task", "part22", "--out", tmp_path / "other.yaml")
 
 
+@pytest.mark.parametrize("form", ["tsv", "txt"])
+def test_transcripts_beside_recordings_become_a_file_to_which_only_public_symbols_are_added(
+    tmp_path: Path, form: str
+) -> None:
+    from scipy.io import wavfile
+
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    lines, rng = ["file\tspeaker\tsentence"], random.Random(0)
+    for number in range(30):
+        wavfile.write(folder / f"u{number}.wav", 8000, np.zeros(800, dtype=np.int16))
+        said = " ".join(rng.choice(["seldom", "often", "again"]) for _ in range(5)) + f" {number}"
+        lines.append(f"u{number}.wav\t{'ab'[number % 2]}\t{said}")
+        if form == "txt":
+            (folder / f"u{number}.txt").write_text(said)
+    if form == "tsv":
+        (folder / "list.tsv").write_text("\n".join(lines))
+    shown = run(folder, "--out", tmp_path / "speech.yaml")
+    text = (tmp_path / "speech.yaml").read_text()
+    for word in ("seldom", "often", "again"):
+        assert word not in shown and word not in text
+    name = {"tsv": "sentence", "txt": "transcript"}[form]
+    assert f"fill in: run.tasks.{name}.symbols and max_symbols in speech.yaml" in shown
+    text = text.replace("[FILL_IN]", "[seldom, often, again]").replace("max_symbols: FILL_IN", "max_symbols: 8")
+    (tmp_path / "speech.yaml").write_text(text)
+    config = load(SimulationConfig, tmp_path / "speech.yaml")
+    assert config.run.tasks[name].kind == "ctc" and config.tasks[name].label == name
+    source = config.sources["records"].settings()
+    assert (source["audio"] == "file") if form == "tsv" else (source["transcript"] == name)
+    backbone = config.run.backbone_specs["backbone"].settings()
+    assert backbone["pooling"] == "frames" and backbone["model"] == "openai/whisper-tiny.en"
+
+
 def test_arrays_with_sides_and_names(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(
