@@ -15,10 +15,11 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 import headwater
 from common.backbones.parts.hub.huggingface import silence
 from common.tasks.parts.transcripts.symbols import count_edits
-from common.yaml import parse
+from common.yaml import load, parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
 
+ROOT = Path(__file__).resolve().parents[2]
 RATE = 16000
 TONES = {"low": 300.0, "high": 3000.0}
 
@@ -118,3 +119,15 @@ def test_a_backbone_without_marks_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path, backbone={**backbone, "pooling": "mean"})
     with pytest.raises(Exception, match="tasks.said: expected a backbone with `pooling: frames`"):
         run_experiment(config)
+
+
+@pytest.mark.slow
+def test_spoken_digits_are_transcribed_under_privacy_better_than_by_the_untouched_model(
+    tmp_path: Path, assets: Path
+) -> None:
+    """Whisper tiny.en with its own decoder, allowed nothing but digits, has .159 on such utterances."""
+    changes = ["baselines=[]", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={tmp_path / 'runs'}"]
+    assert assets.exists()
+    config = load(SimulationConfig, ROOT / "configs/simulations/speech.yaml", changes)
+    summary = json.loads(run_experiment(config).to_json())
+    assert summary["tasks"]["said"]["metrics"]["wer"] < 0.09
