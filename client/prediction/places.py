@@ -269,7 +269,7 @@ class PlacesWriter:
         shown = strip_suffix("/".join(inside)) if inside else f"{record.row:06}"
         first = [_make_folder_name(part.name)] if self._several else []
         name = "/".join([*first, shown])
-        if name.lower() in self._taken:
+        while name.lower() in self._taken:
             name = f"{name}.row{record.row}"
         self._taken.add(name.lower())
         return name

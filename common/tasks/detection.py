@@ -42,7 +42,7 @@ SIZE_STEP = 0.3
 MOST_LOGIT = 6.0
 """Score buckets are of equal width between logits of this and minus this."""
 
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.001, le=1.0)]
 
 
 @final
@@ -68,7 +68,7 @@ class Detection(Plugin):
     kind: Literal["detection"] = "detection"
     labels: Annotated[CellNames, Field(min_length=1, max_length=255)]
     sizes: dict[CellName, tuple[Fraction, Fraction]] = {}
-    counts: dict[CellName, Annotated[float, Field(gt=0.0, le=1000.0)]] = {}
+    counts: dict[CellName, Annotated[float, Field(ge=1e-6, le=1000.0)]] = {}
     learn_sizes: bool = True
     weights: LabelWeights = {}
     size_weight: Annotated[float, Field(ge=0.01, le=100.0)] = 4.0

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from client.data.sources import SourceExample, SourceRecord
-from client.data.sources.parts.base import SourceSettings
+from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.masks import LazyCells, decode_mask
 from client.data.sources.parts.named import NamedGroups, Naming, OneGroup, find_patient
 from client.data.sources.parts.pictures import read_picture, read_size, write_example_pictures
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
-from common.inputs import CellName
+from common.inputs import CellName, encode_text
 from common.plugins import LocalPath
 from common.types import BadInput
 
@@ -133,7 +133,10 @@ class Pictures:
 
     def digest(self) -> str:
         """Over every image's and mask's path and its size and time of change, or its checksum in a zip."""
-        return self.tree.digest()
+        if not self.masks:
+            return self.tree.digest()
+        # The same files may be the masks of one source and the images of another.
+        return digest(encode_text(text) for text in (self.tree.digest(), *self.names))
 
     def index(self) -> list[SourceRecord]:
         """Images in the order of their paths; `row` counts in this order."""

@@ -88,7 +88,7 @@ class NiftiSlices(ListedFiles):
     def _read_slices(self, path: Path) -> NDArray[np.uint8]:
         return _cut_volume(path, _stamp(path), self.plane, self.window)
 
-    def _read_masks(self, path: Path) -> NDArray[np.int64]:
+    def _read_masks(self, path: Path) -> NDArray[np.integer[Any]]:
         return _cut_labels(path, _stamp(path), self.plane)
 
 
@@ -148,7 +148,7 @@ class Slices:
     def _read_mask(self, column: str, row: int, at: int) -> str:
         if not self.labels[column].rows[row][column].strip():
             return ""
-        labels_SHW: NDArray[np.int64] = self.labels[column].load(row)
+        labels_SHW: NDArray[np.integer[Any]] = self.labels[column].load(row)
         slices_SHW: NDArray[np.uint8] = self.volumes.load(row)
         if labels_SHW.shape != slices_SHW.shape:
             raise BadRecord("expected a label volume of its volume's size, got one of another")
@@ -168,10 +168,12 @@ def _cut_volume(path: Path, stamp: tuple[int, int], plane: Plane, window: Window
 
 
 @lru_cache(maxsize=4)
-def _cut_labels(path: Path, stamp: tuple[int, int], plane: Plane) -> NDArray[np.int64]:
+def _cut_labels(path: Path, stamp: tuple[int, int], plane: Plane) -> NDArray[np.integer[Any]]:
     del stamp
     values = read_volume(path)
     # Not a number and infinity are no whole numbers either.
     if not (values == np.trunc(values)).all() or not np.abs(values).max() < 2**24:
         raise BadRecord("expected a label volume of whole numbers")
-    return cut_slices(values.astype(np.int64), plane)
+    # Several are kept, and a byte is enough for most labels.
+    kind = np.min_scalar_type(int(values.max())) if values.min() >= 0 else np.int32
+    return cut_slices(values.astype(kind), plane)

@@ -97,6 +97,26 @@ def test_another_mask_is_another_source(tmp_path: Path) -> None:
         listing(tmp_path, "m.npy", audio="image")
 
 
+def test_files_that_were_masks_are_another_source_where_they_are_the_pictures(tmp_path: Path) -> None:
+    """Else the features of some would be taken for those of the others."""
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(MASK).save(tmp_path / name)
+    one, other = (
+        source_of(tmp_path, pattern=rf"^{images}/(?P<n>\d).png", masks={"mask": f"{masks}/{{n}}.png"}, test=None)
+        for images, masks in (("a", "b"), ("b", "a"))
+    )
+    assert (one.index()[0].path, other.index()[0].path) == ("a/1.png", "b/1.png")
+    assert one.digest() != other.digest()
+    (tmp_path / "two.csv").write_text("image,mask\na/1.png,b/1.png\n")
+    (tmp_path / "one.csv").write_text("image\na/1.png\nb/1.png\n")
+    two, four = (
+        open_source({"kind": "manifest", "path": str(tmp_path / name), **more}, "s").open()
+        for name, more in (("two.csv", {"masks": ["mask"]}), ("one.csv", {}))
+    )
+    assert len(two.index()) == 1 and len(four.index()) == 2 and two.digest() != four.digest()
+
+
 ONE_HOT = np.eye(3, dtype=np.uint8)[MASK]
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from client.data.sources import Source, open_source
 from client.data.sources.dicom import write_dicom
+from client.data.sources.parts import scans
 from common.inputs import Several, read_mask
 from common.types import BadInput, BadRecord
 
@@ -36,6 +37,14 @@ def test_rescale_and_window_give_the_pixels_worked_out_by_hand(tmp_path: Path) -
     slope = write_dicom(tmp_path / "b.dcm", VALUES, RescaleSlope=2, RescaleIntercept=-2048)
     assert slope is None
     assert listed(tmp_path, "b.dcm", window=[80, 160]).load(0).tolist() == expected
+
+
+def test_a_large_volume_is_windowed_in_parts_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32).transpose(2, 0, 1)
+    expected = (255.0 * ((values.astype(np.float64) + 1.0) / 2.0).clip(0.0, 1.0)).round()
+    for part in (scans._PART, 13):
+        monkeypatch.setattr(scans, "_PART", part)
+        np.testing.assert_array_equal(scans.windowed(values, -1.0, 1.0), expected)
 
 
 def test_monochrome_1_is_turned(tmp_path: Path) -> None:

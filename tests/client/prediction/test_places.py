@@ -208,6 +208,9 @@ def test_names_never_leave_the_folder_nor_meet(model: Path, tmp_path: Path) -> N
     paths = [tmp_path / "one" / "same.png", tmp_path / "two" / "same.png"]
     table = headwater.load(model).predict(paths, masks=tmp_path / "m")
     assert [Path(cell).name for cell in table["cells"]] == ["same.png", "same.row2.png"]
+    draw(20, 20).save(tmp_path / "same.row3.png")
+    table = headwater.load(model).predict([tmp_path / "same.row3.png", *paths], masks=tmp_path / "l")
+    assert [Path(cell).name for cell in table["cells"]] == ["same.row3.png", "same.png", "same.row3.row3.png"]
     (tmp_path / "list.csv").write_text("path\none/../two/same.png\none/same.png\n")
     table = headwater.load(model).predict(tmp_path / "list.csv", masks=tmp_path / "n")
     assert [str(Path(cell).relative_to(tmp_path)) for cell in table["cells"]] == ["n/same.png", "n/one/same.png"]

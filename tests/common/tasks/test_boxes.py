@@ -87,6 +87,15 @@ def test_slopes_are_bounded_whatever_a_head_says() -> None:
         assert slopes[..., 2:].abs().max() <= 2.0
 
 
+def test_the_smallest_numbers_of_a_file_leave_slopes_finite() -> None:
+    least = {"sizes": {"cell": [0.001, 0.001]}, "counts": {"cell": 1e-6}, "weights": {"cell": 0.01}}
+    task, generator = make_task(**least), torch.Generator().manual_seed(0)
+    outputs = torch.randn(1, 8, 8, 4, generator=generator)
+    label = encode(task, [Box("cell", 0, 0, 1, 1), Box("cell", 0, 0, 2e-6, 1)])[None]
+    assert bool(torch.isfinite(task.loss_gradient(outputs, label)).all())
+    assert 0.0 < task.first_slope < task.smoothness + 1.0
+
+
 def test_a_picture_without_known_boxes_has_no_loss_and_one_without_objects_has() -> None:
     task = make_task()
     labels = torch.stack([task.codec.missing(), encode(task, [])])
@@ -148,6 +157,8 @@ def test_boxes_are_read_in_any_order_and_cut_off_at_the_picture() -> None:
         ({"sizes": {"Zell": [0.1, 0.1]}}, "sizes: expected each name to be another one of the task's labels"),
         ({"counts": {"cell": 1, "Cell": 2}}, "counts: expected each name"),
         ({"head": {"centre": True}}, "head: expected no `centre`"),
+        ({"sizes": {"cell": [1e-200, 0.1]}}, "sizes.cell.0: expected greater than or equal to 0.001"),
+        ({"counts": {"cell": 1e-300}}, "counts.cell: expected"),
     ],
 )
 def test_a_number_of_a_strange_label_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -87,7 +87,9 @@ class Listing:
     def digest(self) -> str:
         """Over every file's path, size and time of change: to read them all each time could take hours."""
         stamps = (self._stamp(row[column]) for row in self.rows for column in (self.reader.column, *self.masks))
-        return digest([self.reader.settings.encode(), *stamps])
+        # As many stamps may be those of more rows without masks.
+        layout = [encode_text("\0".join(("masks", *self.masks)))] if self.masks else []
+        return digest([self.reader.settings.encode(), *layout, *stamps])
 
     def index(self) -> list[SourceRecord]:
         """Rows in the table's order; the header and blank lines are not counted."""

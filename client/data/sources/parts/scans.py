@@ -21,6 +21,9 @@ from common.types import BadInput, BadRecord
 MAX_VALUES = 1 << 30
 """Pixels or voxels of one record."""
 
+_PART = 1 << 22
+"""Values that are in double precision at once."""
+
 Plane = Literal["axial", "coronal", "sagittal"]
 Window = tuple[float, float] | Literal["full"]
 
@@ -58,8 +61,12 @@ def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]
     if not high > low:
         # A picture of one value: black, not a division by zero.
         return np.zeros(values.shape, dtype=np.uint8)
-    scaled = (values.astype(np.float64) - low) / (high - low)
-    pixels: NDArray[np.uint8] = (255.0 * scaled.clip(0.0, 1.0)).round().astype(np.uint8)
+    pixels = np.empty(values.shape, dtype=np.uint8)
+    flat, pixels_N = values.reshape(-1), pixels.reshape(-1)
+    # In parts: a volume in double precision may not fit into memory.
+    for start in range(0, flat.size, _PART):
+        scaled = (flat[start : start + _PART].astype(np.float64) - low) / (high - low)
+        pixels_N[start : start + _PART] = (255.0 * scaled.clip(0.0, 1.0)).round()
     return pixels
 
 
