@@ -107,6 +107,10 @@ class Maps(Frozen):
         colours: whether the picture's own colours stand beside the layers, as deviations from their mean over it.
         context: side, in places, of the square around each whose mean stands beside it; 1 for none.
         contrast: whether, and how, what stands out of the picture itself is read beside the layers; null for none.
+        relative: whether the mean over a picture's own places is subtracted from each feature: what all of its places
+            have in common tells nothing of where something is, and takes a part of each clipped gradient.
+        directions: number of random directions, the same in every federation, onto which the features of a place are
+            projected at last; null for all features.
     """
 
     layers: Annotated[list[str], Field(min_length=1)]
@@ -114,14 +118,15 @@ class Maps(Frozen):
     colours: bool = False
     context: Annotated[int, Field(ge=1, le=63)] = 1
     contrast: Contrast | None = None
+    relative: bool = False
+    directions: Annotated[int, Field(ge=1, le=65536)] | None = None
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        # Older digests cover settings without it.
-        return (
-            values if self.contrast is not None else {key: value for key, value in values.items() if key != "contrast"}
-        )
+        # Older digests cover settings without them.
+        unset = {"contrast": None, "relative": False, "directions": None}
+        return {key: value for key, value in values.items() if key not in unset or value != unset[key]}
 
     @model_validator(mode="after")
     def _check(self) -> Maps:

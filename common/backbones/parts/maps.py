@@ -9,8 +9,10 @@ the others. A head on them is a linear map at each place.
 from __future__ import annotations
 
 import copy
+import math
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ _MOST_DEVIATIONS = 3.0
 @final
 class MapNetwork(nn.Module):
     """Some layers of a network as features of places, [B, 3, S, S] -> [B, G, G, D]."""
+
+    matrix: Tensor
 
     def __init__(self, network: nn.Module, settings: Maps, side: int) -> None:
         """Reads layers of a network, whose other layers are left out.
@@ -53,10 +57,17 @@ class MapNetwork(nn.Module):
         width = sum(shapes[name][-1 if last else 1] for name, last in self._channels_last.items())
         width += 3 if settings.colours else 0
         width *= 2 if settings.context > 1 else 1
-        self.feature_dim = int(width + (0 if settings.contrast is None else count_values(settings.contrast)))
+        width += 0 if settings.contrast is None else count_values(settings.contrast)
+        self.feature_dim = int(settings.directions or width)
+        if settings.directions is not None:
+            # Numpy's generator: its numbers are the same on every machine. They follow from the settings, and are no
+            # part of the weights.
+            matrix_DP = np.random.default_rng(0).standard_normal((int(width), settings.directions))
+            matrix_DP /= math.sqrt(settings.directions)
+            self.register_buffer("matrix", torch.from_numpy(matrix_DP).float(), persistent=False)
 
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
-        """Returns features_BGGD, of length 1 in each layer's part."""
+        """Returns features_BGGD; before means are subtracted, of length 1 in each layer's part."""
         outputs = self.extractor(pixels_B3SS)
         maps = [_arrange(outputs[name], last) for name, last in self._channels_last.items()]
         parts = [nn.functional.normalize(_resize(each, self._settings.grid), dim=1) for each in maps]
@@ -73,7 +84,10 @@ class MapNetwork(nn.Module):
             # The darkest channel: stains darken one of them, and grey pictures have three alike.
             darkest_B1GG = _resize(pixels_B3SS.amin(dim=1, keepdim=True), self._settings.grid)
             features_BDGG = torch.cat([features_BDGG, compute_contrast(darkest_B1GG, self._settings.contrast)], dim=1)
-        return features_BDGG.movedim(1, -1)
+        if self._settings.relative:
+            features_BDGG = features_BDGG - features_BDGG.mean(dim=(2, 3), keepdim=True)
+        features_BGGD = features_BDGG.movedim(1, -1)
+        return features_BGGD if self._settings.directions is None else features_BGGD @ self.matrix
 
 
 def _find_places(name: str, shape: torch.Size) -> bool | None:

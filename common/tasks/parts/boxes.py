@@ -49,36 +49,43 @@ class Targets(NamedTuple):
 def compute_targets(boxes_BM5: Tensor, grid: tuple[int, int], usual_K2: Tensor, reach: float) -> Targets:
     """Returns what a head should say at each place.
 
+    In float32, whatever a head's outputs are.
+
     Args:
         boxes_BM5: label's index, left, top, right and bottom of each box; NO_BOX and NO_LABEL boxes have no effect.
         grid: rows and columns of places.
-        usual_K2: usual width and height of each label, as fractions of the picture.
+        usual_K2: usual width and height of each label, as fractions of the picture; of the type that is returned.
         reach: part of half the width and height at which a centre has fallen to 0; a place at least.
     """
-    index_BM, left_BM, top_BM, right_BM, bottom_BM = boxes_BM5.to(usual_K2).unbind(-1)
+    like, usual_K2, boxes_BM5 = usual_K2, usual_K2.float(), boxes_BM5.to(usual_K2.device)
+    index_BM, left_BM, top_BM, right_BM, bottom_BM = boxes_BM5.unbind(-1)
     there_BM = (index_BM >= 0) & (index_BM < len(usual_K2))
     index_BM = torch.where(there_BM, index_BM, 0.0).long()
     width_BM, height_BM = right_BM - left_BM, bottom_BM - top_BM
-    usual_BM2 = usual_K2[index_BM]
-    size_BM2 = torch.stack([width_BM, height_BM], dim=-1) / usual_BM2 - 1.0
+    size_BM2 = torch.stack([width_BM, height_BM], dim=-1) / usual_K2[index_BM] - 1.0
     across_BMG = _fall_off((left_BM + right_BM) / 2.0, width_BM * (reach / 2.0), grid[1], there_BM)
     down_BMG = _fall_off((top_BM + bottom_BM) / 2.0, height_BM * (reach / 2.0), grid[0], there_BM)
-    own_BMK = index_BM.unsqueeze(-1) == torch.arange(len(usual_K2), device=index_BM.device)
-    centre_BGGK = usual_K2.new_zeros(len(boxes_BM5), *grid, len(usual_K2))
-    size_BGG2 = usual_K2.new_zeros(len(boxes_BM5), *grid, 2)
-    inside_BGG = usual_K2.new_zeros(len(boxes_BM5), *grid)
+    # By label, so that one box is one product; each in place, because there are as many steps as boxes.
+    own_BMK = (index_BM.unsqueeze(-1) == torch.arange(len(usual_K2), device=index_BM.device)).float()
+    centre_BKGG = size_BM2.new_zeros(len(boxes_BM5), len(usual_K2), *grid)
+    inside_BGG = size_BM2.new_zeros(len(boxes_BM5), *grid)
+    nearest_BGG = torch.zeros_like(inside_BGG, dtype=torch.long)
+    value_BGG, value_BKGG = torch.empty_like(inside_BGG), torch.empty_like(centre_BKGG)
     for box in range(boxes_BM5.shape[1]):
-        value_BGG = down_BMG[:, box, :, None] * across_BMG[:, box, None, :]
-        own_BK = own_BMK[:, box, None, None, :].to(value_BGG)
-        centre_BGGK = torch.maximum(centre_BGGK, value_BGG.unsqueeze(-1) * own_BK)
-        size_BGG2 = torch.where((value_BGG > inside_BGG).unsqueeze(-1), size_BM2[:, box, None, None, :], size_BGG2)
-        inside_BGG = torch.maximum(inside_BGG, value_BGG)
-    return Targets(centre_BGGK, size_BGG2, inside_BGG)
+        torch.mul(down_BMG[:, box, :, None], across_BMG[:, box, None, :], out=value_BGG)
+        torch.mul(value_BGG.unsqueeze(1), own_BMK[:, box, :, None, None], out=value_BKGG)
+        torch.maximum(centre_BKGG, value_BKGG, out=centre_BKGG)
+        nearest_BGG.masked_fill_(value_BGG > inside_BGG, box)
+        torch.maximum(inside_BGG, value_BGG, out=inside_BGG)
+    nearest_BP2 = nearest_BGG.flatten(1).unsqueeze(-1).expand(-1, -1, 2)
+    size_BGG2 = size_BM2.gather(1, nearest_BP2).view(*inside_BGG.shape, 2)
+    size_BGG2 = torch.where(inside_BGG.unsqueeze(-1) > 0.0, size_BGG2, 0.0)
+    return Targets(centre_BKGG.movedim(1, -1).to(like), size_BGG2.to(like), inside_BGG.to(like))
 
 
 def _fall_off(centre_BM: Tensor, radius_BM: Tensor, places: int, there_BM: Tensor) -> Tensor:
     """Returns value_BMG: 1 - (distance / radius)^2 at each place along one axis, at least 0; 0 without a box."""
-    at_G = (torch.arange(places, device=centre_BM.device) + 0.5).to(centre_BM) / places
+    at_G = (torch.arange(places, device=centre_BM.device) + 0.5) / places
     # The nearest place is within half a place, and counts.
     radius_BM = radius_BM.clamp(min=0.75 / places)
     value_BMG = 1.0 - ((at_G - centre_BM.unsqueeze(-1)) / radius_BM.unsqueeze(-1)).square()

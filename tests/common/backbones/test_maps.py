@@ -112,3 +112,19 @@ def test_settings_without_maps_have_the_digest_that_they_had() -> None:
     assert "maps" not in open_random(spec, "b", 1).public_spec()
     with pytest.raises(BadInput, match="weights"):
         open_pretrained(spec, "b")
+
+
+def test_relative_features_have_no_mean_over_a_picture_and_directions_keep_lengths_and_angles() -> None:
+    plain, relative = (open_random(settings(maps=maps), "b", 1) for maps in ({}, {"relative": True}))
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features, apart = (each.encode(pixels) / each.module.scale for each in (plain, relative))
+    torch.testing.assert_close(apart, features - features.mean(dim=(1, 2), keepdim=True), rtol=1e-4, atol=1e-5)
+    projected = open_random(settings(maps={"relative": True, "directions": 4000}), "b", 1)
+    short = projected.encode(pixels) / projected.module.scale
+    assert projected.feature_dim == short.shape[-1] == 4000
+    products, expected = (each.flatten(0, 2) @ each.flatten(0, 2).T for each in (short, apart))
+    assert (products - expected).abs().max() < 0.15 * expected.diagonal().max()
+    # What travels has the same directions, which are no part of the weights.
+    assert torch.equal(load_blob(projected.blob()).encode(pixels), projected.encode(pixels))
+    assert not any("matrix" in name for name in projected.module.state_dict())
+    assert len({plain.digest, relative.digest, projected.digest}) == 3
