@@ -224,8 +224,20 @@ def test_a_picture_with_unusually_many_objects_counts_no_more_than_a_usual_one()
     labels = torch.stack([encode(task, [Box("cell", 0.4, 0.4, 0.6, 0.6)] * 60)])
     row_S = task.statistic(16).rows(torch.zeros(1, 8, 8, 4), labels)[0]
     assert float(row_S[:33].norm()) == pytest.approx(1.0)
-    # 60 objects and the 8 detections that are counted.
-    assert float(row_S[32]) == pytest.approx(60 / np.hypot(60, 8))
+    # 60 objects and the 4 detections that are counted.
+    assert float(row_S[32]) == pytest.approx(60 / np.hypot(60, 4))
+
+
+def test_the_baseline_says_of_every_picture_what_known_ones_have_in_common() -> None:
+    task = make_task(sizes={"cell": [0.25, 0.25], "grain": [0.25, 0.25]})
+    always, once = Box("cell", 0.25, 0.25, 0.5, 0.5), Box("grain", 0.5, 0.5, 0.75, 0.75)
+    known = torch.stack([encode(task, boxes) for boxes in ([always], [always], [always], [always, once])])
+    outputs = task.predict_baseline(torch.zeros(2, 5), torch.zeros(4, 5), known)
+    assert outputs.shape == (2, 32, 32, 4) and torch.equal(outputs[0], outputs[1])
+    first, second = (read_boxes(cells[0]) for cells in task.codec.decode(outputs))
+    assert first == second and [box.name for box in first] == ["cell", "grain"]
+    assert [first[0].left, first[0].bottom] == pytest.approx([0.25, 0.5], abs=0.01)
+    assert first[0].score > 0.95 > first[1].score
 
 
 @pytest.mark.parametrize(
