@@ -286,11 +286,13 @@ class Detection(Plugin):
             known_labels: boxes of the known pictures.
         """
         del known_features
+        import torch
+
         from common.tasks.parts.boxes import compute_targets
 
         grid, usual_K2 = (_BASELINE_SIDE, _BASELINE_SIDE), self._usual(features)
         share_GGK = usual_K2.new_zeros(*grid, len(self.labels))
-        for boxes_BM5 in known_labels.split(256):
+        for boxes_BM5 in torch.split(known_labels, 256):
             share_GGK += compute_targets(boxes_BM5, grid, usual_K2, REACH).centre_BGGK.sum(dim=0)
         share_GGK = (share_GGK / max(1, len(known_labels))).clamp(1e-6, 1.0 - 1e-6)
         logits_GGK = (POSITIVES * share_GGK / (1.0 - share_GGK)).log()
