@@ -77,7 +77,7 @@ class Detection(Plugin):
     most_boxes: Annotated[int, Field(ge=1, le=MAX_BOXES)] = 64
     most_detections: Annotated[int, Field(ge=1, le=MAX_BOXES)] = 100
     overlap: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
-    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
 
