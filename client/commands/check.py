@@ -12,12 +12,16 @@ import typer
 
 from client.commands.parts.options import Json, SiteFile, locate_offers
 from client.config import SiteConfig
+from common.errors import plain
 from common.process.console import EXIT_FAILED, print_json, reported_errors
 from common.types import BadInput
 from common.yaml import load
 
 if TYPE_CHECKING:
     from client.connection.checks import Check
+
+_MOST_SHOWN = 4000
+"""Characters of a sentence that are shown."""
 
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
@@ -92,6 +96,7 @@ def _print_checks(found: Sequence[Check]) -> None:
     width = max(len(item.name) for item in found)
     for item in found:
         outcome = typer.style(item.outcome, fg=_COLOURS[item.outcome])
-        typer.echo(f"{outcome}  {item.name:<{width}}  {item.detail}")
+        # The names of labels may come from a stranger's file.
+        typer.echo(f"{outcome}  {item.name:<{width}}  {plain(item.detail, _MOST_SHOWN)}")
         if item.remedy:
-            typer.echo(f"      {'':<{width}}  -> {item.remedy}")
+            typer.echo(f"      {'':<{width}}  -> {plain(item.remedy, _MOST_SHOWN)}")

@@ -144,14 +144,14 @@ def _task_lines(finding: Finding, task: str, num_sites: int) -> list[str]:
     lines = ["tasks:", f"  {task}:", "    source: records", f"    label: {_flow(finding.label)}"]
     if _choose_task(facts) in ("segmentation", "detection"):
         names = zip(facts.values, _name_parts(facts), strict=True)
-        pairs = ", ".join(f"{json.dumps(local, ensure_ascii=False)}: {_flow(name)}" for local, name in names)
+        pairs = ", ".join(f"{_quote(local)}: {_flow(name)}" for local, name in names)
         lines.append(
             "    # Your number or name: the task's label. Rename labels here and in run.tasks; several may map to one."
         )
         lines.append(f"    values: {{{pairs}}}")
         lines.append("    unmapped: skip                      # places and objects of other names are left out")
     if _choose_task(facts) == "classification":
-        pairs = ", ".join(f"{json.dumps(v, ensure_ascii=False)}: {_flow(v)}" for v in list_levels(facts))
+        pairs = ", ".join(f"{_quote(v)}: {_flow(v)}" for v in list_levels(facts))
         lines.append("    # Your value: the task's label. Rename labels here and in run.tasks; several may map to one.")
         lines.append(f"    values: {{{pairs}}}")
     if facts.marks and finding.source["kind"] != "table":
@@ -390,5 +390,10 @@ def _flow(value: Any) -> str:
     if isinstance(value, str):
         is_word = re.fullmatch(r"(\./|/|\.\./)?[A-Za-z_][\w./ -]*", value) and not value.endswith(" ")
         is_plain = is_word and value.lower() not in ("yes", "no", "true", "false", "on", "off", "null", "y", "n")
-        return value if is_plain else json.dumps(value, ensure_ascii=False)
+        return value if is_plain else _quote(value)
     return "null" if value is None else json.dumps(value)
+
+
+def _quote(text: str) -> str:
+    """Returns a text in quotes, as YAML reads it; characters that control a terminal are not in it."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.errors import instead
+from common.errors import instead, plain
 from common.process.console import make_console, reported_errors
 from common.types import BadInput
 
@@ -20,6 +20,9 @@ _SHOWN = ("number", "category", "several", "constant", "mask", "boxes")
 
 _MOST_ROWS = 40
 """Columns that are shown; a wide table has hundreds."""
+
+_MOST_SHOWN = 4000
+"""Characters of a note that are shown."""
 
 
 def inspect(
@@ -72,12 +75,12 @@ def _show(finding: Finding) -> None:
         # Ids, dates, paths and notes belong to one record each: the screen shows none.
         seen = _describe(column) if column.kind in _SHOWN and not is_patient else ""
         cells = [column.name, column.kind, str(column.distinct), str(column.missing), seen, guess]
-        table.add_row(*cells)
+        table.add_row(*(plain(cell) for cell in cells))
     console.print(table)
     if len(finding.columns) > _MOST_ROWS:
         console.print(f"and {len(finding.columns) - _MOST_ROWS} more columns")
     for note in finding.notes:
-        console.print(note)
+        console.print(plain(note, _MOST_SHOWN))
 
 
 def _describe(column: ColumnFacts) -> str:

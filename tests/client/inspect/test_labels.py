@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from client.data.sources import open_source
 from client.data.sources.voc import write_annotation
@@ -17,6 +18,7 @@ from client.inspect.finding import Finding
 from client.inspect.folders import inspect
 from common.types import BadInput
 from common.yaml import load
+from headwater.__main__ import make_app
 from simulations.check import check_simulation
 from simulations.config import SimulationConfig
 
@@ -99,10 +101,10 @@ def test_a_folder_of_voc_becomes_a_detection(tmp_path: Path) -> None:
     assert (inner.source["images"], inner.source["lists"]) == ("VOC/JPEGImages", "VOC/ImageSets/Main")
 
 
-def coco(folder: Path, names: list[str], file: str) -> None:
+def coco(folder: Path, names: list[str], file: str, category: str = "rider") -> None:
     content: dict[str, Any] = {
         "images": [{"id": name, "file_name": name} for name in names],
-        "categories": [{"id": 1, "name": "rider"}],
+        "categories": [{"id": 1, "name": category}],
         "annotations": [
             {"image_id": name, "category_id": 1, "bbox": [0, 0, 3, 2], "segmentation": [[0, 0, 3, 0, 3, 2]]}
             for name in names
@@ -160,3 +162,32 @@ def test_classes_whose_pictures_have_equal_names_are_no_masks(tmp_path: Path) ->
             draw(tmp_path / name / f"{number}{'' if name != 'segments' else 'x'}.png")
     finding = inspect(tmp_path, None)
     assert (finding.label, finding.label_facts.values) == ("label", ("benign", "malignant", "segments"))
+
+
+def test_names_in_a_strangers_file_do_not_command_the_terminal(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    draw(data / "a.png")
+    draw(data / "b.png")
+    coco(data, ["a.png", "b.png"], "objects.json", category="\x1b]0;owned\x07\x9b31mred")
+    (data / "annotations" / "objects.json").rename(data / "objects.json")
+    site = {
+        "name": "north",
+        "registry": "north",
+        "unit": "example",
+        "budget": {"epsilon": 1, "delta": 1e-5},
+        "allow": {"tasks": "any", "backbones": "any", "solvers": "any"},
+        "sources": {"records": {"kind": "coco", "path": str(data / "objects.json")}},
+        "tasks": {"t": {"source": "records", "label": "boxes", "missing": "refuse", "public_size": 3}},
+        "split": {"test_fraction": 0.3},
+        "on_bad_record": "skip",
+        "evaluation": "local",
+        "ledger_dir": str(tmp_path / "ledgers"),
+        "state_dir": str(tmp_path / "state"),
+    }
+    (tmp_path / "site.yaml").write_text(json.dumps(site))
+    drafted = tmp_path / "draft.yaml"
+    for words in (["site", "check", "--offline", tmp_path / "site.yaml"], ["inspect", data, "--out", drafted]):
+        shown = CliRunner().invoke(make_app(), list(map(str, words)), color=True).output
+        assert "owned" in shown
+        assert "\x07" not in shown and "\x9b" not in shown and "\x1b]" not in shown
+    assert drafted.read_text(encoding="utf-8").replace("\n", "").isprintable()
