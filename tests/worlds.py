@@ -394,7 +394,7 @@ def answer_run(config: SiteConfig, run: RunConfig, backbone: Backbone) -> Replie
         (messages.JOIN, messages.JoinRequest("run-1", make_offer(run, only), list_digests(only))),
         (messages.PART, messages.PartRequest("run-1", digest, 0, 1, blob.weights)),
         (messages.PREPARE, messages.PrepareRequest("run-1", {digest: blob.spec})),
-        (messages.MOMENTS, messages.MomentsRequest("run-1")),
+        *([] if run.moments is None else [(messages.MOMENTS, messages.MomentsRequest("run-1"))]),
         (messages.TRAIN, messages.TrainRequest("run-1", 1, heads)),
         (messages.EVALUATE, messages.EvaluateRequest("run-1", 1, heads)),
         (messages.FINISH, messages.FinishRequest("run-1", heads, heads_digest(heads))),
@@ -416,7 +416,7 @@ def answer_run(config: SiteConfig, run: RunConfig, backbone: Backbone) -> Replie
         ]
         plain += [_without_keyed_digests(str(records["public"]["json"])).encode()]  # type: ignore[index]
     update = sums[messages.TRAIN] * (PUBLIC_SIZE / RATE)
-    return Replies(tuple(plain), sums[messages.MOMENTS], update, sums[messages.EVALUATE])
+    return Replies(tuple(plain), sums.get(messages.MOMENTS, np.zeros(0)), update, sums[messages.EVALUATE])
 
 
 def _without_keyed_digests(public: str) -> str:

@@ -285,7 +285,7 @@ def _read_numbers(values: Any, count: int | None = None) -> list[float]:
 @final
 @dataclass
 class _Work:
-    """What it takes to draw a picture's objects, so far."""
+    """The corners and places of a picture's objects that were drawn so far."""
 
     corners: int = 0
     drawn: int = 0
