@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from client.data.encoding.encode import BATCH_SIZE, encode_records
@@ -529,6 +530,24 @@ def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     assert len(set(seen)) == 1, "all batches have one shape"
     assert sorted(source.loads) == list(range(20))
     np.testing.assert_allclose(features.features_ND, held(np.array([VECTORS[:50].mean(0)] * 20)), rtol=0, atol=1e-4)
+
+
+def test_large_pictures_are_encoded_a_few_at_a_time(tmp_path: Path) -> None:
+    """What layers hand on of a hundred large ones is gigabytes, which the system hands out anew for each batch."""
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Watching(Reciprocal):
+        def preprocess(self, item: Any) -> Tensor:
+            return torch.zeros(3, item.width, 512)
+
+        def encode(self, items_B: Tensor) -> Tensor:
+            seen.append(len(items_B))
+            return items_B[:, 0, :DIM, 0]
+
+    pictures: list[Any] = [Image.new("RGB", (256, 8))] * 9
+    assert encoded(tmp_path, Vectors(pictures), Watching()).valid_N.all()
+    assert set(seen) == {8}
 
 
 def test_features_that_heads_read_take_half_the_room_and_are_what_training_computes_with(tmp_path: Path) -> None:
