@@ -110,12 +110,11 @@ def _draw_mask(picture: Image.Image, values_HW: NDArray[np.int64], legend: Legen
     from PIL import Image
 
     pixels_HW3 = np.asarray(picture).astype(np.float32)
-    # Of a site's own mask a value may be any number.
-    colours_HW3 = np.array(COLOURS, np.float32)[values_HW % len(COLOURS)]
+    colours_V3 = np.array(COLOURS, np.float32)[np.arange(int(values_HW.max()) + 1) % len(COLOURS)]
     # The edge is drawn in full colour: a tint alone is lost on a coloured picture.
     share_HW = np.where(_find_edges(values_HW), np.float32(1.0), np.float32(_TINT))
     share_HW1 = np.where(values_HW == legend.background, np.float32(0.0), share_HW)[..., None]
-    drawn_HW3 = (1.0 - share_HW1) * pixels_HW3 + share_HW1 * colours_HW3
+    drawn_HW3 = (1.0 - share_HW1) * pixels_HW3 + share_HW1 * colours_V3[values_HW]
     return Image.fromarray(drawn_HW3.round().astype(np.uint8))
 
 

@@ -67,12 +67,3 @@ def test_a_page_holds_pictures_and_loads_none() -> None:
     kind, data = re.fullmatch(r"data:(image/png);base64,(.*)", image.attrib["href"]).groups()  # type: ignore[union-attr]
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "image/png" and shown.size == (512 * 2 + 4, 256)
-
-
-def test_a_large_number_in_a_mask_takes_no_more_memory_than_a_small_one() -> None:
-    """A table of colours up to the number would take 30 GB."""
-    values = np.zeros((GREY.height, GREY.width), np.int64)
-    values[1:3, 1:3] = 10
-    large = np.where(values == 10, 2_000_000_002, 0)
-    small, drawn = (draw_overlay(GREY, write_mask(each), Legend()) for each in (values, large))
-    assert np.array_equal(np.asarray(small), np.asarray(drawn))
