@@ -317,6 +317,9 @@ def _format_number(value: object) -> object:
 def _strip(value: str) -> str:
     if not value.strip():
         raise ValueError("expected a name, got an empty one")
+    # Names are printed, and written into files that other programs read.
+    if any(unicodedata.category(char) == "Cc" for char in value.strip()):
+        raise ValueError("expected a name without control characters")
     return value.strip()
 
 

@@ -225,6 +225,11 @@ class Detection(Plugin):
         return self.first_slope / 6.0
 
     @property
+    def stays_curved(self) -> bool:
+        """Most places are alike: along these the loss is curved, and much momentum swings (docs/results.md)."""
+        return True
+
+    @property
     def tolerated_noise(self) -> float:
         """That of a logit (docs/results.md)."""
         return 0.5

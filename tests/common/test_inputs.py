@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from common import inputs
 from common.inputs import Box, is_boxes, is_mask, read_boxes, read_mask, resize_mask, write_boxes, write_mask
-from common.types import BadRecord
+from common.tasks import open_task
+from common.types import BadInput, BadRecord
 
 SIDE = st.integers(-4, 12).map(lambda eighths: eighths / 8)
 BOX = st.builds(Box, st.text(max_size=5), SIDE, SIDE, SIDE, SIDE, st.sampled_from([0.25, 1.0]))
@@ -70,3 +71,9 @@ def test_a_place_of_a_resized_mask_has_the_value_of_the_nearest() -> None:
     assert resize_mask(values, 4, 2).tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert resize_mask(np.arange(9).reshape(3, 3), 1, 1).tolist() == [[4]]
     assert np.array_equal(resize_mask(values, 2, 2), values)
+
+
+@pytest.mark.parametrize("name", ["cell\x1b[2J", "cell\x9b2J", "cell\nother"])
+def test_a_name_with_control_characters_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="expected a name without control characters"):
+        open_task({"kind": "classification", "labels": ["ground", name]}, "tasks.t")

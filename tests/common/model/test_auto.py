@@ -235,8 +235,12 @@ def test_losses_that_flatten_keep_their_steps() -> None:
     assert settings["step"] == pytest.approx(6.0) and "most_momentum" not in settings
 
 
-def test_masks_are_learned_with_a_momentum_that_does_not_swing() -> None:
-    tasks = {"cell": {"kind": "segmentation", "labels": ["ground", "cell"], "side": 8}}
+@pytest.mark.parametrize(
+    "task",
+    [{"kind": "segmentation", "labels": ["ground", "cell"], "side": 8}, {"kind": "detection", "labels": ["cell"]}],
+)
+def test_places_are_learned_with_a_momentum_that_does_not_swing(task: dict[str, Any]) -> None:
+    tasks = {"cell": task}
     settings = auto(tasks=tasks).aggregation_of("cell").settings()
     assert settings["most_momentum"] == pytest.approx(math.exp(-8 / 48), abs=1e-6)
 
