@@ -70,7 +70,7 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
     else:
         head.insert(0, "# A simulation: these data are divided into sites on this machine. See docs/your-data.md.")
         if blanks:
-            head.append("# Replace every FILL_IN by a number that is public knowledge; it travels to all sites.")
+            head.append("# Replace every FILL_IN by what is public knowledge; it travels to all sites.")
         lines = [*head, "", *_run_lines(finding, out, task, kind, _choose_backbone(finding, backbone, ranges, out)), ""]
         lines += [*_source_lines(finding, out), *_task_lines(finding, task, _SITES), "", *_rest_lines(finding)]
     files = {out: "\n".join(lines) + "\n"}

@@ -23,6 +23,9 @@ from common.types import BadInput
 _MOST_READ = 200
 """Records whose masks or boxes are read, evenly spaced."""
 
+_MOST_NAMED = 5
+"""Records that cannot be read whose rows and reasons are shown."""
+
 _FITTING = 0.8
 """Part of a folder's pictures that need a mask, from which the others are masks."""
 
@@ -198,12 +201,38 @@ def _find_pairs(path: Path, tree: Tree) -> _Found | None:
     side = f"(?P<side>{'|'.join(sorted(sides))})/" if has_sides else ""
     other_end = f"(?<!{re.escape(other)})" if images == masks else ""
     ending = "|".join(map(re.escape, suffixes))
-    pattern = f"^{re.escape(in_folder)}{side}(?P<name>.+){other_end}{re.escape(end)}({ending})$"
+    depth = len(PurePosixPath(images).parts) + 1 + has_sides
+    is_flat = all(len(file.parts) == depth for file in pictured)
+    mark = find_first_part([file.stem.removesuffix(end) for file in pictured]) if is_flat else None
+    named = "(?P<name>.+)" if mark is None else f"(?P<patient>[^{mark}/]+){mark}(?P<name>.+)"
+    same = "{name}" if mark is None else f"{{patient}}{mark}{{name}}"
+    pattern = f"^{re.escape(in_folder)}{side}{named}{other_end}{re.escape(end)}({ending})$"
     source: dict[str, Any] = {"kind": "image_folder", "path": path, "pattern": pattern}
-    source["masks"] = {"mask": f"{beside}{'{side}/' if has_sides else ''}{{name}}{other}{suffix}"}
+    source["masks"] = {"mask": f"{beside}{'{side}/' if has_sides else ''}{same}{other}{suffix}"}
+    source |= {} if mark is None else {"patient": "patient"}
     if has_sides:
         source["test"] = {"side": sorted(side for side in sides if _SIDES[side] == "test")}
     return source, ("mask",), f"pictures with masks {'beside them' if images == masks else f'in {masks}'}"
+
+
+def find_first_part(names: Sequence[str]) -> str | None:
+    """Returns the mark behind the first part of names such as `p007_a`, where these look like ids of patients.
+
+    They do where each has a figure, and some but not all stand in several names.
+
+    Args:
+        names: names of files without their ends.
+
+    Returns:
+        `_` or `-`; None where no first parts look so.
+    """
+    for mark in ("_", "-"):
+        firsts = [name.split(mark, 1)[0] for name in names if mark in name.strip(mark)]
+        has_figures = all(re.search(r"\d", first) for first in firsts)
+        are_several = max(1, len(names) / 20) < len(set(firsts)) < len(names)
+        if len(firsts) == len(names) and has_figures and are_several:
+            return mark
+    return None
 
 
 def _describe(path: Path, source: Mapping[str, Any], columns: Sequence[str], what: str, task: str | None) -> Finding:
@@ -215,16 +244,20 @@ def _describe(path: Path, source: Mapping[str, Any], columns: Sequence[str], wha
     for column in columns:
         read = list(_read(index, column))
         facts.append(describe_drawn(column, {row: cell for row, cell, reason in read if reason is None}))
-        bad = sum(reason is not None for _, _, reason in read)
+        bad = [f"row {row}: {reason}" for row, _, reason in read if reason is not None]
         if bad and column == (task or columns[0]):
-            notes.append(f"{bad} of the {column} that were looked at cannot be read; `check` lists them.")
+            more = f"; and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
+            notes.append(f"{column}: {len(bad)} of {len(read)} cannot be read ({'; '.join(bad[:_MOST_NAMED])}{more}).")
     number = len(_spread(index))
     if number < len(index):
         notes.append(f"{number} of {len(index)} records were looked at: further names may follow.")
     label = task or next((each.name for each in facts if each.values), columns[0])
     chosen = next(each for each in facts if each.name == label)
     if not chosen.values:
-        raise BadInput(f"{path}: expected {label} with an object, got none in the {number} records that were looked at")
+        raise BadInput(
+            f"{path}: expected {label} with an object, got none in the {number} records that were looked at"
+            + "".join(f"; {note}" for note in notes[:1])
+        )
     if chosen.kind == "mask" and len(chosen.values) > FEW and chosen.values[0].isdigit():
         raise BadInput(
             f"{path}: expected masks with at most {FEW} numbers, one for each label, got {len(chosen.values)}: do they "
@@ -233,8 +266,22 @@ def _describe(path: Path, source: Mapping[str, Any], columns: Sequence[str], wha
     has_split = any(record.split is not None for record in index)
     place = "folder" if path.is_dir() else "zip" if path.suffix.lower() == ".zip" else "file"
     what = f"{place} of {what}" if place != "file" else what
+    patient = source.get("patient")
+    patients = len({record.patient for record in index}) if patient else None
+    if patient and patient in source.get("pattern", ""):
+        notes.append(f"The first part of the names is taken for the patient: {patients} of them.")
     return Finding(
-        path, what, "image", len(index), tuple(facts), source, label, has_split=has_split, notes=tuple(notes)
+        path=path,
+        what=what,
+        modality="image",
+        records=len(index),
+        columns=tuple(facts),
+        source=source,
+        label=label,
+        patient=patient,
+        has_split=has_split,
+        patients=patients,
+        notes=tuple(notes),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,40 @@ def test_names_in_a_strangers_file_do_not_command_the_terminal(tmp_path: Path) -
         assert "owned" in shown
         assert "\x07" not in shown and "\x9b" not in shown and "\x1b]" not in shown
     assert drafted.read_text(encoding="utf-8").replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("names", "patients"),
+    [
+        (("p1_a", "p1_b", "p2_a", "p3_a"), 3),
+        (("07-a", "07-b", "08-a", "09-a"), 3),
+        (("p1_a", "p2_a", "p3_a", "p4_a"), None),  # Each once: nothing is told apart.
+        (("s2_1", "s2_2", "s2_3", "s2_4"), None),
+        (("red_1", "red_2", "blue_1", "blue_2"), None),  # Words are no ids.
+        (("p1_a", "p1_b", "p2_a", "other"), None),
+    ],
+)
+def test_names_that_begin_with_a_patients_id_make_the_patient_the_unit(
+    tmp_path: Path, names: Sequence[str], patients: int | None
+) -> None:
+    """A promise for each picture protects a patient with two of them half as well."""
+    data = tmp_path / "set"
+    for name in names:
+        draw(data / "images" / f"{name}.png")
+        draw(data / "masks" / f"{name}.png", MASK)
+    finding = inspect(data, None)
+    config = draft(finding, tmp_path)
+    assert (finding.patients, config.unit) == (patients, "patient" if patients else "example")
+
+
+def test_masks_that_cannot_be_read_are_named_by_row_and_reason(tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    for name in "abcd":
+        draw(data / "images" / f"{name}.png")
+        draw(data / "masks" / f"{name}.png", MASK)
+    (data / "masks" / "c.png").write_bytes(b"no picture")
+    assert inspect(data, None).notes == ("mask: 1 of 4 cannot be read (row 3: unreadable image).",)
+    for name in "abd":
+        (data / "masks" / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(BadInput, match=r"got none .*; mask: 4 of 4 cannot be read \(row 1: unreadable image; row 2"):
+        inspect(data, None)
