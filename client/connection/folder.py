@@ -41,7 +41,9 @@ allow:                            # nothing is allowed by omission; `any` must b
   non_private: false              # true lets runs without noise through; they count as an infinite loss
 approval: required                # join after `headwater site approve`; `automatic`: whatever `allow` covers
 
-sources:                          # where records are; kinds and their keys: docs/reference/kinds.md
+sources:                          # where records are; kinds and their keys: docs/reference/kinds.md. Where they lie in
+                                  # folders, or masks or boxes beside them, `headwater inspect DATA --site` writes this
+                                  # part and the next
   records:
     kind: manifest                # a CSV or Parquet file that lists images, labels and patients
     path: {mark}                  # such as ./records.csv
@@ -80,6 +82,7 @@ coordinator:
                                   # ~/.local/share/headwater/ledgers. In a container: on a volume that stays. Back it up
 state_dir: ./state                # approvals, replies, features, received backbones: for the owner only. Back it up
 # cache_dir: ./cache              # features elsewhere, such as on a larger disk
+# cache_limit_gib: 64             # most GiB of one source's features: those of masks and boxes take 350 KB a picture
 device: auto                      # `cpu`, `cuda`, or what is there
 # precision: bfloat16             # features in less time, with an error that is measured and logged; else float32
 """
