@@ -79,7 +79,7 @@ def _refuse_marks(values: Mapping[str, Any], path: Path) -> None:
     if FILL_IN not in repr(values):
         return
     lines = find_marks(path.read_text(encoding="utf-8"))
-    where = f" in lines {', '.join(map(str, lines))}" if lines else " in --set"
+    where = f" in line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}" if lines else " in --set"
     raise BadInput(f"{path}: expected every {FILL_IN} to be replaced, got some{where}")
 
 

@@ -79,7 +79,8 @@ class DrawnCounts:
             f"{name or 'without a label'} {count} in {self.records[name]} record(s)" for name, count in shown
         )
         more = f" and {len(self.parts) - _MAX_SHOWN} more" if len(self.parts) > _MAX_SHOWN else ""
-        return f"{column}: {self.number} drawn, {self.empty} of them without an object; {missing} empty; {parts}{more}"
+        drawn = f"{self.number} drawn, {self.empty} of them without an object; {missing} without a label"
+        return f"{column}: {drawn}; {parts}{more}"
 
     def list_warnings(self) -> list[tuple[str, str]]:
         """Returns what may be wrong with them and what to do, in words and counts."""

@@ -160,8 +160,8 @@ def test_check_counts_boxes_by_name_and_warns_of_each_kind_of_bad_ones(tmp_path:
     assert found == [
         (
             "warn",
-            "boxes: 3 drawn, 1 of them without an object; 1 empty; RBC 2 in 1 record(s), WBC 2 in 2 record(s); not in "
-            "`values`: WBC 2",
+            "boxes: 3 drawn, 1 of them without an object; 1 without a label; RBC 2 in 1 record(s), WBC 2 in 2 "
+            "record(s); not in `values`: WBC 2",
             "map them in tasks.cells.values",
         ),
         (
@@ -197,7 +197,9 @@ def test_check_warns_where_no_picture_has_a_label(tmp_path: Path) -> None:
 
 def test_check_of_good_boxes_passes_in_one_line(tmp_path: Path) -> None:
     found = checked(tmp_path, {"a": write_annotation(8, 4, [("RBC", 0, 0, 2, 2)])})
-    assert found == [("pass", "boxes: 1 drawn, 0 of them without an object; 0 empty; RBC 1 in 1 record(s)", "")]
+    assert found == [
+        ("pass", "boxes: 1 drawn, 0 of them without an object; 0 without a label; RBC 1 in 1 record(s)", "")
+    ]
 
 
 def test_check_of_an_offered_detection_names_what_it_lacks_and_counts_no_used_picture_as_lost(tmp_path: Path) -> None:
