@@ -100,6 +100,7 @@ def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequ
         own = [
             "    # The symbols travel to all sites: words or letters that are public knowledge, in lower case.",
             "    # They are never collected from transcripts; a record with others is not used.",
+            "    # Where transcripts hold figures, `figures: [zero, one, ...]` names a word for each of the ten.",
             f"    {task}: {{kind: ctc, symbols: [{FILL_IN}], unit: words, max_symbols: {FILL_IN}}}",
         ]
     elif kind == "regression":
