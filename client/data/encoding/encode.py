@@ -128,9 +128,7 @@ def encode_records(source: Source, backbone: Backbone) -> Iterator[EncodedRecord
     """
     cores = torch.get_num_threads()
     with nullcontext() if backbone.device.type == "cuda" else one_thread():
-        count = len(source.index())
-        # A few records do not wait for the trial of a large batch: their features are not kept beside others'.
-        for batch, encoded_BD in _Batches(source, backbone, count, cores, max(_LEAST_BATCH_SIZE, count)).encode(0):
+        for batch, encoded_BD in _Batches(source, backbone, len(source.index()), cores).encode(0):
             unusable, positions = dict(batch.unusable), batch.positions
             if encoded_BD is None:
                 positions, encoded_BD = [], np.zeros((0, *backbone.grid, backbone.feature_dim), np.float32)
@@ -190,11 +188,11 @@ class _Batches:
         conditions: what decides the bits of a row.
     """
 
-    def __init__(self, source: Source, backbone: Backbone, count: int, cores: int, most: int = CUDA_BATCH_SIZE) -> None:
-        """Loads the first batch, and decides by made-up inputs how all are encoded, at most so many at once."""
+    def __init__(self, source: Source, backbone: Backbone, count: int, cores: int) -> None:
+        """Loads the first batch, and decides by made-up inputs how all are encoded."""
         self._source, self._backbone, self._count, self._cores = source, backbone, count, cores
         self._on_gpu = backbone.device.type == "cuda"
-        size = min(most, CUDA_BATCH_SIZE if self._on_gpu else max(_LEAST_BATCH_SIZE, BATCH_SIZE // cores))
+        size = CUDA_BATCH_SIZE if self._on_gpu else max(_LEAST_BATCH_SIZE, BATCH_SIZE // cores)
         made_up = draw_inputs(backbone.preprocess, size) if count else None
         if made_up is not None and not self._on_gpu:
             size = min(size, max(_LEAST_BATCH_SIZE, BATCH_VALUES // made_up[0].numel()))

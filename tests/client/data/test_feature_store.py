@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from client.data.encoding.encode import BATCH_SIZE, encode_records
+from client.data.encoding.encode import BATCH_SIZE
 from client.data.feature_store import Features, FeatureStore, rows_of
 from client.data.quantised import QuantisedRows
 from client.data.sources import Source, SourceRecord, open_source
@@ -491,22 +491,6 @@ def test_a_record_of_several_items_is_refused_where_a_part_of_the_backbone_train
     features = encoded(tmp_path, source, Reciprocal(trunk="backbone.trunk"))
     assert list(features.unusable) == [2]
     assert "got several" in features.unusable[2]
-
-
-def test_a_few_records_to_predict_do_not_wait_for_a_large_batch() -> None:
-    seen: list[int] = []
-
-    @dataclass(frozen=True)
-    class Watching(Reciprocal):
-        device: torch.device = CPU
-        error: float | None = None
-
-        def encode(self, items_B: Tensor) -> Tensor:
-            seen.append(len(items_B))
-            return items_B
-
-    (encoded,) = encode_records(Vectors(list(VECTORS[:9])), Watching())  # type: ignore[arg-type]
-    assert len(encoded.features_BD) == 9 and set(seen) == {9}
 
 
 def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
