@@ -265,8 +265,8 @@ _TRUNK_ROWS: dict[str, Callable[[RunPlan], str]] = {
 def _estimate_cache(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     """Returns the MiB that the cached features of a site's declared units take, of each backbone with places."""
     estimates: dict[str, int] = {}
-    for task, size in sizes.items():
-        name = run.backbone_of(task)
+    for task in run.tasks:
+        name, size = run.backbone_of(task), sizes.get(task, 0)
         places = count_places(run.backbone_specs[name])
         if places:
             # Each place has its features and one exponent, of 16 bits each.
