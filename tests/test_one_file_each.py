@@ -416,6 +416,7 @@ def test_sites_vote_by_a_new_scorer(rooms: Path) -> None:
     assert len(choice["site_votes"]) == 3
 
 
+@pytest.mark.slow
 def test_sites_adapt_by_a_new_aligner(rooms: Path) -> None:
     changes = {
         "run.tasks.long": "{kind: classification, labels: [short, long]}",
@@ -436,6 +437,7 @@ def test_sites_adapt_by_a_new_aligner(rooms: Path) -> None:
     assert done.returncode == 0 and "long (recentred)" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_new_format_exports_what_is_there_and_a_backbone_without_raw_inputs_is_refused(rooms: Path) -> None:
     for name in ("headwater", "tests"):
         shutil.copytree(ROOT / name, rooms / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))

@@ -91,6 +91,7 @@ def simulate(folder: Path, **changes: Any) -> dict[str, float]:
     return metrics
 
 
+@pytest.mark.slow
 def test_utterances_are_transcribed_and_so_are_new_recordings(tmp_path: Path) -> None:
     write_words(tmp_path)
     plain = simulate(tmp_path, rounds=48)

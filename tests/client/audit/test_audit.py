@@ -306,6 +306,7 @@ def test_a_trunk_that_is_clipped_jointly_passes_with_the_planted_optimizer(
     assert join_reasons(audit(make_trunk_run(unit=unit))) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", list(Unit))
 @pytest.mark.parametrize("rule", [bugs.leave_trunk_out_of_norm, bugs.clip_trunk_by_itself, bugs.clip_heads_only])
 def test_a_trunk_that_is_not_clipped_jointly_is_caught(
@@ -373,6 +374,7 @@ def test_a_run_that_cannot_be_audited_is_refused(changes: dict[str, Any], sizes:
         audit_run(run, Unit.EXAMPLE, sizes)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_part_of_a_backbone_that_trains_is_audited_through_a_trunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

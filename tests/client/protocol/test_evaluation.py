@@ -444,6 +444,7 @@ def test_killed_before_sending_the_same_bytes_are_sent_again(killed: Callable[[s
     assert [charge.committed for charge in site.ledger().charges()] == [True]
 
 
+@pytest.mark.slow
 def test_masks_are_looked_at_few_at_once_and_none_changes_anothers_part() -> None:
     """Statistics of all pictures at once would fill a site's memory after they were charged."""
     task = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 256}, "cells")

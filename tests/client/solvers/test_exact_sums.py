@@ -420,6 +420,7 @@ def test_blocks_have_one_shape_and_hold_every_unit_once() -> None:
     assert torch.equal(torch.cat(seen).sort(dim=0).values, whole.sort(dim=0).values)
 
 
+@pytest.mark.slow
 def test_masks_are_looked_at_few_at_once_and_none_changes_anothers_part() -> None:
     """Of places too: whatever a picture or its mask is, and however many labels its mask has."""
     task = open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 256}, "cells")

@@ -322,6 +322,7 @@ def write_names(folder: Path, public: dict[str, Any], **changes: Any) -> Path:
     return write(folder / "names.yaml", {key: value for key, value in values.items() if value is not None})
 
 
+@pytest.mark.slow
 def test_names_alone_make_a_model_that_may_leave(
     start: Start, pictures: Path, public: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_directions_do_not_depend_on_the_order_or_offset_of_classes(seed: int) -
     torch.testing.assert_close(find_top_directions(classifier, 1), find_top_directions(moved, 1), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_directions_do_not_depend_on_the_number_of_threads() -> None:
     classifier_KD = torch.randn(1000, 640, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
