@@ -59,7 +59,7 @@ def make_config(folder: Path, **run: Any) -> SimulationConfig:
                 }
             },
             "solver": {"kind": "auto"},
-            "rounds": 24,
+            "rounds": 48,
             "privacy": "non_private",
             **run,
         },
