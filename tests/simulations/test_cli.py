@@ -193,7 +193,7 @@ def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
     legend = [line.strip() for line in result.stdout.splitlines()]
     for row in ("epsilon at end", "affords rounds", "count noise", "noise/signal", "over the run"):
         assert any(line.startswith(row) for line in legend), row
-    assert "Where this row is above 1 the result is hopeless" in result.stdout
+    assert "Where this row is above 1 the result may be poor" in result.stdout
     assert "legend" not in json.loads(command("plan", options=("--json",)).stdout)
 
 
