@@ -69,17 +69,24 @@ def write_finished(
     return folder
 
 
-def write_maps(folder: Path, **maps: Any) -> dict[str, Any]:
-    """Returns settings of maps of a MobileNetV2 at 32 pixels, whose random weights are written to the folder."""
+def write_maps(folder: Path, resize: int = 32, num_classes: int = 4, **maps: Any) -> dict[str, Any]:
+    """Returns settings of maps of a MobileNetV2, whose random weights are written to the folder.
+
+    Args:
+        folder: the folder.
+        resize: side of its pictures.
+        num_classes: of its last layer, which no map reads; with another number all weights are other random ones.
+        **maps: further settings of the maps.
+    """
     path = folder / "mobilenet.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_file(models.mobilenet_v2(weights=None, num_classes=4).state_dict(), path)
+        save_file(models.mobilenet_v2(weights=None, num_classes=num_classes).state_dict(), path)
     return {
         "kind": "torchvision",
         "model": "mobilenet_v2",
         "weights": str(path),
-        "num_classes": 4,
-        "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+        "num_classes": num_classes,
+        "preprocess": {"resize": resize, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
         "maps": {"layers": ["features.1"], "grid": 4, **maps},
     }

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from scipy.io import wavfile
-from torchvision import models
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 from client.data.sources.voc import write_annotation
 from common.backbones.parts.hub.huggingface import silence
 from common.model.backbones import open_backbones
 from common.run import ONLY_BACKBONE
+from tests.finished import write_maps
 from tests.test_places_worlds import write_png
 from tests.worlds import Replies, answer_run, make_run, make_site
 
@@ -130,17 +129,7 @@ def write_objects(folder: Path, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def make_maps(folder: Path) -> dict[str, Any]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
-    return {
-        "kind": "torchvision",
-        "model": "mobilenet_v2",
-        "weights": str(folder / "weights.safetensors"),
-        "preprocess": {"resize": 16, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-        "maps": {"layers": ["features.1"], "grid": 4, "colours": True},
-        "projection": {"normalize": True},
-    }
+    return {**write_maps(folder, num_classes=1000, resize=16, grid=4, colours=True), "projection": {"normalize": True}}
 
 
 # --- transcripts -----------------------------------------------------------------------------------------------------

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torchvision import models
 
 from common.inputs import Box, write_boxes
 from common.model.backbones import Backbone, open_backbones
 from common.run import ONLY_BACKBONE, RunConfig
+from tests.finished import write_maps
 from tests.worlds import MEASURED, Replies, answer_run, make_run, make_site
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -161,15 +159,8 @@ class Worlds:
 
     @classmethod
     def of(cls, folder: Path, unit: str) -> Worlds:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
         backbone = {
-            "kind": "torchvision",
-            "model": "mobilenet_v2",
-            "weights": str(folder / "weights.safetensors"),
-            "preprocess": {"resize": 16, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-            "maps": {"layers": ["features.1"], "grid": 4, "colours": True},
+            **write_maps(folder, num_classes=1000, resize=16, grid=4, colours=True),
             "projection": {"normalize": True},
         }
         run = make_run(backbone, unit, tasks=TASKS)

@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from client.config import SiteConfig
-from client.data.encoding.encode import Progress, count_bytes
+from client.data.encoding.encode import Progress, choose_type, count_bytes
 from client.data.exclusions import Exclusions
 from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of, thin
 from client.data.records import (
@@ -302,7 +302,9 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
     exclusions = Exclusions.read(config.state_dir)
     kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
     opened = exclusions.applied(kind.open())
-    _refuse_too_many_features(config, len(opened.index()) * count_bytes(backbone))
+    _refuse_too_many_features(
+        config, len(opened.index()) * count_bytes(backbone.feature_dim, backbone.grid, choose_type(backbone))
+    )
     progress = encoding.named.get(view.backbone, encoding.progress)
     features = encoding.store.open_or_encode(
         opened, backbone, device=encoding.device, precision=config.precision, progress=progress

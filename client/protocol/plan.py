@@ -36,7 +36,7 @@ from client.ledger.evaluation_budget import count_evaluations_left, list_unspent
 from client.ledger.history import History
 from client.protocol.balance import count_affordable_rounds, get_evaluation_budget, history_of, shown
 from client.protocol.requirements import (
-    count_places,
+    count_bytes_of_places,
     count_trained,
     feature_dim,
     num_parameters,
@@ -267,11 +267,9 @@ def _estimate_cache(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
     estimates: dict[str, int] = {}
     for task in run.tasks:
         name, size = run.backbone_of(task), sizes.get(task, 0)
-        places = count_places(run.backbone_specs[name])
-        if places:
-            # Each place has its features and one exponent, of 16 bits each.
-            values = size * places * (feature_dim(run.backbone_specs[name]) + 1)
-            estimates[name] = max(estimates.get(name, 1), values * 2 >> 20)
+        num_bytes = size * count_bytes_of_places(run.backbone_specs[name])
+        if num_bytes:
+            estimates[name] = max(estimates.get(name, 1), num_bytes >> 20)
     return estimates
 
 

@@ -6,7 +6,6 @@ fits, before anything is spent.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -46,14 +45,16 @@ def feature_dim(backbone: Spec) -> int:
     return _shape(backbone.model_dump_json(), backbone._base, "").feature_dim
 
 
-def count_places(backbone: Spec) -> int:
-    """Returns the number of places of a record's features; 0 where a record has one vector.
+def count_bytes_of_places(backbone: Spec) -> int:
+    """Returns the number of bytes that a record's stored features of places take; 0 where a record has one vector.
 
     Raises:
         BadInput: a wrong setting, or a projection too large for a site.
     """
-    grid = _shape(backbone.model_dump_json(), backbone._base, "").grid
-    return math.prod(grid) if grid else 0
+    from client.data.encoding.encode import count_bytes  # Here: it loads torch.
+
+    shape = _shape(backbone.model_dump_json(), backbone._base, "")
+    return count_bytes(shape.feature_dim, shape.grid, "int16") if shape.grid else 0
 
 
 class _Shape(NamedTuple):

@@ -49,8 +49,8 @@ CALM = 8.0
 TRUNK_RATE = 0.05
 """Rate of a trunk beside heads of rate 1, with privacy: what is pre-trained moves little."""
 FREE_TRUNK_RATE = 0.001
-"""The same without privacy, where momentum is up to .97 and nothing is clipped: at .05 three convolutions forgot what
-they knew (docs/transfer.md)."""
+"""Rate of a trunk beside heads of rate 1, without privacy. Nothing is clipped there and momentum is up to .97: with a
+rate of .05 pre-trained convolutions ended no better than guessing (docs/transfer.md)."""
 
 
 @dataclass(frozen=True)

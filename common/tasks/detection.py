@@ -17,10 +17,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from common.inputs import MAX_BOXES, Box, CellName, CellNames, find_name, read_boxes, write_boxes
-from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.places import PicturePlaces
 from common.tasks.parts.rates import RATE, Array, average_defined, compute_average_precision, compute_ratio
 from common.types import BadRecord
 
@@ -48,7 +48,7 @@ Fraction = Annotated[float, Field(ge=0.001, le=1.0)]
 
 
 @final
-class Detection(Plugin):
+class Detection(PicturePlaces):
     """Settings of a detection.
 
     Attributes:
@@ -102,11 +102,6 @@ class Detection(Plugin):
             "most_boxes": 3,
         }
         return TaskExample(settings, [[write_boxes(boxes, 1, 1)] for boxes in pictures], grid=(8, 8))
-
-    @property
-    def reads_places(self) -> bool:
-        """The head's outputs are those of places."""
-        return True
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -223,21 +218,6 @@ class Detection(Plugin):
         On blood cells half of it or twice as much was worse under noise (docs/results.md).
         """
         return self.first_slope / 6.0
-
-    @property
-    def stays_curved(self) -> bool:
-        """Most places are alike: along these the loss is curved, and much momentum swings (docs/results.md)."""
-        return True
-
-    @property
-    def tolerated_noise(self) -> float:
-        """That of a logit (docs/results.md)."""
-        return 0.5
-
-    @property
-    def centres(self) -> bool:
-        """The mean of a picture's features tells how much of what is on it."""
-        return False
 
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the names of what `serve` returns: one column for each label."""

@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from common.inputs import CellName, CellNames, find_name, read_mask, read_mask_names, resize_mask, write_mask
-from common.plugins import Plugin
 from common.run import drop_unset
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
 from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.places import PicturePlaces, gather_slopes, refine
 from common.tasks.parts.rates import RATE, Array, average_defined, compute_ratio
 from common.types import BadRecord
 
@@ -32,7 +32,7 @@ IGNORED = 255
 
 
 @final
-class Segmentation(Plugin):
+class Segmentation(PicturePlaces):
     """Settings of a segmentation.
 
     Attributes:
@@ -82,11 +82,6 @@ class Segmentation(Plugin):
         return TaskExample(settings, [[write_mask(mask)] for mask in masks], grid=(4, 4))
 
     @property
-    def reads_places(self) -> bool:
-        """The head's outputs are those of places."""
-        return True
-
-    @property
     def part_names(self) -> tuple[str, ...]:
         """The labels of places."""
         return self.labels
@@ -102,8 +97,6 @@ class Segmentation(Plugin):
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the mean cross entropy over each picture's places with a label, times their label's weights."""
-        from common.tasks.parts.places import refine
-
         log_BSSK = refine(outputs, labels.shape[1]).log_softmax(dim=-1)
         index_BSS1 = self._clear(labels)
         weight_BSS = self._weigh(labels, log_BSSK)
@@ -111,8 +104,6 @@ class Segmentation(Plugin):
 
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the probabilities minus the labels' unit vectors, gathered from the masks' places to the outputs'."""
-        from common.tasks.parts.places import gather_slopes, refine
-
         slope_BSSK = refine(outputs, labels.shape[1]).softmax(dim=-1)
         index_BSS1 = self._clear(labels)
         slope_BSSK = slope_BSSK.scatter_add_(-1, index_BSS1, slope_BSSK.new_full(index_BSS1.shape, -1.0))
@@ -137,21 +128,6 @@ class Segmentation(Plugin):
         """
         return 0.25 * self.first_slope
 
-    @property
-    def stays_curved(self) -> bool:
-        """Features of places are not centred, and most places are alike: along these the loss is curved."""
-        return True
-
-    @property
-    def tolerated_noise(self) -> float:
-        """That of a logit (docs/results.md)."""
-        return 0.5
-
-    @property
-    def centres(self) -> bool:
-        """The mean of a picture's features tells how much of what is on it."""
-        return False
-
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the names of what `serve` returns: one column for each label."""
         del num_outputs
@@ -172,8 +148,6 @@ class Segmentation(Plugin):
 
     def serve_maps(self, outputs: Tensor) -> Tensor:
         """Returns probability_BKSS of each label."""
-        from common.tasks.parts.places import refine
-
         return refine(outputs, self.side).softmax(dim=-1).movedim(-1, 1)
 
     def statistic(self, buckets: int) -> Statistic:
@@ -192,8 +166,6 @@ class Segmentation(Plugin):
 
     def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch
-
-        from common.tasks.parts.places import refine
 
         known_BSS = labels != IGNORED
         predicted_BSS = refine(outputs, labels.shape[1]).argmax(dim=-1)
@@ -303,6 +275,4 @@ class MaskCodec:
 
     def decode(self, outputs: torch.Tensor) -> list[list[str]]:
         """Returns the mask of the most probable labels of each picture, in one cell."""
-        from common.tasks.parts.places import refine
-
         return [[write_mask(mask)] for mask in refine(outputs, self.side).argmax(dim=-1).cpu().numpy()]

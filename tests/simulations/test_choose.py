@@ -184,7 +184,7 @@ def test_a_public_proxy_ranks_for_nothing_and_is_named(choose: Choose, tmp_path:
 
 
 def test_a_proxy_reads_only_the_listed_rows(choose: Choose, tmp_path: Path) -> None:
-    """Of 180 rows 40 count: the standard error is that of 40. A row that is not there is refused."""
+    """A list names 40 of 180 rows: the standard error is that of 40 records. A list that names row 181 is refused."""
     rows = tmp_path / "listed.csv"
     source = {"kind": "table", "path": str(tmp_path / "rows.csv"), "columns": ["x", "y"], "rows": str(rows)}
     proxy = write_proxy(tmp_path, source=source)

@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
-from torchvision import models
 
 import headwater
 from common.inputs import Box, read_boxes, write_boxes
 from common.yaml import parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
+from tests.finished import write_maps
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -32,9 +30,6 @@ def write_pictures(folder: Path, count: int) -> None:
             boxes.append(Box(name, column, row, column + 8, row + 8))
         cells.append(write_boxes(boxes, 32, 32))
     np.savez(folder / "pictures.npz", x=pictures, boxes=np.array(cells))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
 
 
 def make_config(folder: Path, **run: Any) -> SimulationConfig:
@@ -43,11 +38,7 @@ def make_config(folder: Path, **run: Any) -> SimulationConfig:
             "name": "squares",
             "seed": 1,
             "backbone": {
-                "kind": "torchvision",
-                "model": "mobilenet_v2",
-                "weights": "weights.safetensors",
-                "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-                "maps": {"layers": ["features.1"], "grid": 16, "colours": True, "context": 3},
+                **write_maps(folder, num_classes=1000, grid=16, colours=True, context=3),
                 "projection": {"normalize": True},
             },
             "tasks": {

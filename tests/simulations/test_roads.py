@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torchvision import models
 
 from common.types import BadInput
 from common.yaml import load, parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
+from tests.finished import write_maps
 
 PICTURES = 40
 ROAD, CAR, SKY = 7, 26, 23
@@ -55,9 +53,6 @@ def write_scenes(folder: Path) -> None:
     annotations.append({"image_id": 0, "category_id": 3, "bbox": [5, 5, 0, 0], "segmentation": [[5, 5, 5, 5, 5, 5]]})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "car"}]}
     (folder / "objects.json").write_text(json.dumps(content))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
 
 
 def simulate(folder: Path, tasks: dict[str, Any], source: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
@@ -66,11 +61,7 @@ def simulate(folder: Path, tasks: dict[str, Any], source: dict[str, Any], places
             "name": "roads",
             "seed": 1,
             "backbone": {
-                "kind": "torchvision",
-                "model": "mobilenet_v2",
-                "weights": "weights.safetensors",
-                "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-                "maps": {"layers": ["features.1"], "grid": 16, "colours": True},
+                **write_maps(folder, num_classes=1000, grid=16, colours=True),
                 "projection": {"normalize": True},
             },
             "tasks": tasks,
@@ -166,7 +157,7 @@ def load_own(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> S
         (folder / "images" / side).symlink_to(folder / "leftImg8bit" / "train")
     monkeypatch.setenv("ROADS", str(folder))
     smaller: dict[str, Any] = {
-        "run.backbone.weights": folder / "weights.safetensors",
+        "run.backbone.weights": write_maps(folder, num_classes=1000)["weights"],
         "run.backbone.preprocess": "{resize: 32, crop: null, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}",
         "run.backbone.maps": "{layers: [features.1], grid: 16, colours: true}",
         "run.tasks.places.side": 32,

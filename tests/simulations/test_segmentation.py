@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
-from torchvision import models
 
 import headwater
 from common.inputs import read_mask
@@ -18,6 +15,7 @@ from common.serving.folder import read_config
 from common.yaml import parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
+from tests.finished import write_maps
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -33,9 +31,6 @@ def write_pictures(folder: Path, count: int) -> None:
         picture[mask > 0] += 140
     sizes = np.array(["small", "large"])[large]
     np.savez(folder / "pictures.npz", x=pictures, mask=masks, size=sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
 
 
 def make_config(folder: Path, **run: Any) -> SimulationConfig:
@@ -44,11 +39,7 @@ def make_config(folder: Path, **run: Any) -> SimulationConfig:
             "name": "squares",
             "seed": 1,
             "backbone": {
-                "kind": "torchvision",
-                "model": "mobilenet_v2",
-                "weights": "weights.safetensors",
-                "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-                "maps": {"layers": ["features.1"], "grid": 16, "colours": True},
+                **write_maps(folder, num_classes=1000, grid=16, colours=True),
                 "projection": {"normalize": True},
             },
             "tasks": {

@@ -11,13 +11,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torchvision import models
 
 from client.data.prepare import open_units
 from common.yaml import parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
+from tests.finished import write_maps
 
 VOLUMES, DEPTHS = 10, (2, 3, 4)
 
@@ -41,9 +40,6 @@ def write_volumes(folder: Path) -> None:
     with (folder / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "organ", "patient"), *rows])
     np.savez(folder / "slices.npz", x=np.stack(pictures).astype(np.uint8), organ=np.stack(masks), patient=np.array(ids))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(models.mobilenet_v2(weights=None).state_dict(), folder / "weights.safetensors")
 
 
 ARRAYS = {"inputs": "x", "labels": {"organ": "organ"}, "patient": "patient"}
@@ -62,11 +58,7 @@ def simulate(folder: Path, kind: str) -> tuple[dict[str, Any], Path]:
             "name": "organs",
             "seed": 1,
             "backbone": {
-                "kind": "torchvision",
-                "model": "mobilenet_v2",
-                "weights": "weights.safetensors",
-                "preprocess": {"resize": 32, "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
-                "maps": {"layers": ["features.1"], "grid": 8, "colours": True},
+                **write_maps(folder, num_classes=1000, grid=8, colours=True),
                 "projection": {"normalize": True},
             },
             "tasks": {"organ": {"kind": "segmentation", "labels": ["ground", "organ"], "side": 16}},

@@ -63,10 +63,16 @@ def choose_type(backbone: Backbone) -> str:
     return "int16" if backbone.trunk is None else "float32"
 
 
-def count_bytes(backbone: Backbone) -> int:
-    """Returns the number of bytes that one record's stored features take."""
-    dtype = np.dtype(choose_type(backbone))
-    return math.prod(backbone.grid) * (backbone.feature_dim + (dtype == np.int16)) * dtype.itemsize
+def count_bytes(feature_dim: int, grid: tuple[int, ...], type_: str) -> int:
+    """Returns the number of bytes that one record's stored features take.
+
+    Args:
+        feature_dim: number of features of a place, or of the record.
+        grid: number of places along each axis; none of a record with one vector.
+        type_: type of the stored rows (`choose_type`).
+    """
+    dtype = np.dtype(type_)
+    return math.prod(grid) * (feature_dim + (dtype == np.int16)) * dtype.itemsize
 
 
 def encode_source(folder: Path, source: Source, backbone: Backbone, progress: Progress | None) -> PartialArray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
-import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,24 +22,10 @@ from pydantic import Field, model_validator
 
 from client.data.sources import Source, SourceExample
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.scans import MAX_VALUES, spread, windowed
+from client.data.sources.parts.scans import MAX_VALUES, UNREADABLE, spread, windowed
 from client.data.sources.parts.tree import require_file
 from common.inputs import Several
 from common.types import BadInput, BadRecord
-
-# What pydicom raises on arbitrary bytes, its own exceptions aside.
-_BROKEN = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 
 class Dicom(ListedFiles):
@@ -189,7 +174,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
     # Here: its package need not be installed where no DICOM file is read.
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
-    return *_BROKEN, BytesLengthException, InvalidDicomError
+    return *UNREADABLE, BytesLengthException, InvalidDicomError
 
 
 def _opened(path: Path, *, pixels: bool) -> Any:
@@ -232,5 +217,5 @@ def _first(value: Any) -> float | None:
     """The first of one or several numbers of a tag."""
     try:
         return float(value if isinstance(value, int | float | str) else value[0])
-    except _BROKEN:
+    except UNREADABLE:
         return None

@@ -13,8 +13,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.plugins import Plugin
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class PicturePlaces(Plugin):
+    """Base of the task kinds whose heads read the places of pictures."""
+
+    @property
+    def reads_places(self) -> bool:
+        """The head's outputs are those of places."""
+        return True
+
+    @property
+    def stays_curved(self) -> bool:
+        """Features are not centred and most places are alike: along these the loss is curved (docs/results.md)."""
+        return True
+
+    @property
+    def tolerated_noise(self) -> float:
+        """That of a logit (docs/results.md)."""
+        return 0.5
+
+    @property
+    def centres(self) -> bool:
+        """The mean of a picture's features tells how much of what is on it."""
+        return False
 
 
 @dataclass(frozen=True)

@@ -517,7 +517,7 @@ def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
 
 
 def test_large_pictures_are_encoded_a_few_at_a_time(tmp_path: Path) -> None:
-    """What layers hand on of a hundred large ones is gigabytes, which the system hands out anew for each batch."""
+    """A network's outputs between its layers take gigabytes for a hundred of them."""
     seen: list[int] = []
 
     @dataclass(frozen=True)

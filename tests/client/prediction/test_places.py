@@ -90,7 +90,7 @@ def test_each_record_has_a_mask_of_its_pictures_own_size(model: Path, tmp_path: 
 
 
 def test_a_table_of_pictures_and_predicted_masks_is_a_source(model: Path, tmp_path: Path) -> None:
-    """What was predicted can be corrected by hand and trained on."""
+    """The table that `predict --masks` writes is a manifest: corrected by hand, it can be trained on."""
     write_scans(tmp_path / "scans")
     assert (
         predict(model, "--data", tmp_path / "scans", "--out", tmp_path / "p.csv", "--masks", tmp_path / "m").exit_code

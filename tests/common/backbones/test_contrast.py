@@ -64,7 +64,7 @@ def test_each_value_is_spread_over_neighbouring_levels_that_add_up_to_one() -> N
 
 
 def test_a_local_score_follows_what_is_around_and_not_the_whole_picture() -> None:
-    """The same cell on a brighter half of the ground: beyond the threshold of the picture, both halves are cells."""
+    """Half of the picture is dark, half is bright, and each half has a cell that is brighter than its own ground."""
     values = torch.zeros(1, 1, 30, 40)
     values[..., 20:] = 2.0
     values[..., 12:16, 8:12] += 1.0

@@ -30,7 +30,7 @@ Window = tuple[float, float] | Literal["full"]
 _Read = TypeVar("_Read")
 _AXES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 
-_UNREADABLE = (
+UNREADABLE = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -43,6 +43,7 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
 )
+"""Errors that libraries of scans raise on arbitrary bytes, their own exceptions aside."""
 
 
 def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
@@ -141,6 +142,6 @@ def _read_nifti(path: Path, read: Callable[[Any], _Read]) -> _Read:
             if len(found.shape) != 3 or not 0 < int(np.prod(found.shape, dtype=np.float64)) <= MAX_VALUES:
                 raise BadRecord("expected a volume of three dimensions")
             return read(nibabel.as_closest_canonical(found))
-    except (*_UNREADABLE, OSError, ImageFileError):
+    except (*UNREADABLE, OSError, ImageFileError):
         # From None: nibabel's messages name the file.
         raise BadRecord("not a NIfTI volume that can be read") from None
