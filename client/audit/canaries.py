@@ -29,7 +29,7 @@ from client.data.units import TaskRecords, Units
 from common.model.parameters import create_heads
 from common.model.trunks import stand_in
 from common.privacy.noise import NoiseStream
-from common.tasks import ReadsPlaces, Task
+from common.tasks import Task, reads_places
 from common.types import BadInput, BadRecord, Delta, RunFailed, Unit
 
 LIVE, FREE, BACKGROUND = 8, 32, 20
@@ -54,7 +54,7 @@ PLACES = 2
 
 def spread_places(task: Task, rows: Tensor) -> Tensor:
     """Returns rows, features or outputs, as a task's head has them: of a task of places the same at each place."""
-    if not (isinstance(task, ReadsPlaces) and task.reads_places):
+    if not reads_places(task):
         return rows
     axes = len(type(task).example().grid)
     return rows.view(len(rows), *(1,) * axes, rows.shape[-1]).expand(-1, *(PLACES,) * axes, -1)

@@ -44,7 +44,7 @@ from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
 from client.data.units import TaskRecords, Units
 from common.files import private_folder, write_atomic
-from common.tasks import PlacesLabels, ReadsPlaces, Task, ThinsPlaces
+from common.tasks import PlacesLabels, Task, ThinsPlaces, reads_places
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def prepare(
         "features": {view.key: str(each.features.path) for view, each in loaded.items()},
         "trunks": {name: backbones[name].trunk for name in tasks},
     }
-    reading = {name: task for name, task in tasks.items() if isinstance(task, ReadsPlaces)}
+    reading = {name: task for name, task in tasks.items() if reads_places(task)}
     if reading:
         about["places"] = {name: task.every if isinstance(task, ThinsPlaces) else 1 for name, task in reading.items()}
     # One file, so that a crash leaves the old arrays or the new ones.

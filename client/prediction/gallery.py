@@ -20,7 +20,7 @@ from common.report.figures import Figure
 from common.report.overlays import draw_overlay, is_drawable, show_pictures
 from common.report.page import Section, count_of
 from common.serving.network import Model, open_model
-from common.tasks import ReadsPlaces
+from common.tasks import reads_places
 from common.types import BadInput, DigestMismatch
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def show_home_gallery(site: Site, run_id: str | None) -> list[Section]:
         return []
     try:
         # Most runs have no such task: their backbones are not opened.
-        if not any(isinstance(task, ReadsPlaces) for task in joined_run(site, chosen).tasks(site.config).values()):
+        if not any(reads_places(task) for task in joined_run(site, chosen).tasks(site.config).values()):
             return []
         model = open_home_model(site, chosen, torch.device("cpu"), federated=True).model
         tasks = [task for task in list_drawable(model) if task in site.config.tasks]

@@ -228,7 +228,7 @@ def _choose_step(task: Task, rounds: int) -> dict[str, float]:
     # A smoothed loss has its least at outputs of finite length, where its curvature is left; where a loss changes
     # on the way, what was gathered under the first has to be forgotten.
     smoothed = bool(getattr(task, "smoothing", 0.0))
-    is_calm = smoothed or isinstance(task, StaysCurved | ChangesWithRounds)
+    is_calm = smoothed or isinstance(task, ChangesWithRounds) or (isinstance(task, StaysCurved) and task.stays_curved)
     return {"step": round(STEP / smoothness, 6), **(calm if is_calm else {})}
 
 

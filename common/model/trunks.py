@@ -24,7 +24,7 @@ from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
-from common.tasks import PlacesLabels, ReadsPlaces, Task, ThinsPlaces
+from common.tasks import PlacesLabels, Task, ThinsPlaces, reads_places
 from common.types import BadInput
 
 
@@ -103,7 +103,7 @@ def create_modules(
                 f"tasks.{name}: expected a backbone with `pooling: frames` for a task of kind {task.kind}, got one "
                 "whose places have no marks"
             )
-        if isinstance(task, ReadsPlaces) and not backbones[own[name]].grid:
+        if reads_places(task) and not backbones[own[name]].grid:
             raise BadInput(
                 f"tasks.{name}: expected a backbone with `maps` for a task of kind {task.kind}, got one whose features "
                 "are those of a whole record"

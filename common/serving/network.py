@@ -20,7 +20,7 @@ from common.model.backbones import Backbone, FrozenBackbone, load_blob
 from common.model.parameters import load_parameters
 from common.model.trunks import cut
 from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
-from common.tasks import ReadsPlaces, Servable, ServesMaps, Task, open_task
+from common.tasks import Servable, ServesMaps, Task, open_task, reads_places
 from common.tasks.parts.adjusted import AdjustedHead
 from common.types import BadInput, DigestMismatch, Params
 
@@ -53,7 +53,7 @@ class ServedHead(nn.Module):
 
         A task of whole records reads the mean of features of places.
         """
-        if features_BD.dim() > 2 and not isinstance(self.task, ReadsPlaces):
+        if features_BD.dim() > 2 and not reads_places(self.task):
             features_BD = features_BD.flatten(1, -2).mean(dim=1)
         outputs_BO: Tensor = self.head(features_BD)
         return self.offset_O + (outputs_BO - self.offset_O) / self.temperature

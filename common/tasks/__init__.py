@@ -472,6 +472,11 @@ def expect_slope(task: SmoothLoss) -> float:
     return task.later_slope if isinstance(task, LaterSlope) else task.first_slope
 
 
+def reads_places(task: Task) -> bool:
+    """Returns true for a task whose head reads the features of a record's places (`ReadsPlaces`)."""
+    return isinstance(task, ReadsPlaces) and task.reads_places
+
+
 def open_tasks(run: RunConfig) -> dict[str, Task]:
     """Returns all tasks of a run by name; raises BadInput naming the key of one that is wrong."""
     return {name: open_task(spec, f"tasks.{name}") for name, spec in run.tasks.items()}

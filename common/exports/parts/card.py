@@ -17,7 +17,7 @@ from common.exports.parts.facts import RunFacts
 from common.exports.parts.markdown import escape, format_number, make_table, quote
 from common.privacy.accounting import round_up
 from common.serving.folder import Metric, ModelConfig, ModelPrivacy, ModelTask
-from common.tasks import Calibratable, PairMetrics, ReadsPlaces
+from common.tasks import Calibratable, PairMetrics, reads_places
 from common.types import Unit
 from common.yaml import format_yaml
 
@@ -109,7 +109,7 @@ def find_pipeline(exported: Exported) -> str | None:
         return f"{modality}-classification"
     if modality == "image" and all(isinstance(task, PairMetrics) for task in tasks):
         # None for boxes: what `serve` returns of them is a number for each label.
-        return None if any(isinstance(task, ReadsPlaces) for task in tasks) else "image-feature-extraction"
+        return None if any(reads_places(task) for task in tasks) else "image-feature-extraction"
     return None
 
 
