@@ -66,7 +66,7 @@ class LabelColumns(Frozen):
             such places of a mask, where its values have names.
     """
 
-    former_keys: ClassVar[Mapping[str, str]] = {"column": "`label`"}
+    former_keys: ClassVar[Mapping[str, str]] = {"column": "label"}
     source: str
     label: str | list[str]
     values: dict[CellText, CellText | dict[CellText, CellText]] | None = None

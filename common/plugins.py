@@ -40,16 +40,20 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     former_keys: ClassVar[Mapping[str, str]] = {}
-    """Key of an earlier version -> what to write in its place. A file that has one is refused with that."""
+    """Key of an earlier version -> its name now: either is read, both at once are refused."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_former_keys(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for former, now in cls.former_keys.items():
-                if former in values:
-                    raise ValueError(f"{former}: this key has another name now, write {now}")
-        return values
+    def _read_former_keys(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        renamed = dict(values)
+        for former, now in cls.former_keys.items():
+            if former in renamed:
+                if now in renamed:
+                    raise ValueError(f"{former}: this key has another name now, write `{now}`")
+                renamed[now] = renamed.pop(former)
+        return renamed
 
 
 class Plugin(Frozen):

@@ -135,7 +135,7 @@ class Pretrain(Frozen):
         seed: seed of initial weights, order and shifts.
     """
 
-    former_keys: ClassVar[Mapping[str, str]] = {"column": "`label`"}
+    former_keys: ClassVar[Mapping[str, str]] = {"column": "label"}
     backbone: Name | None = None
     sources: Annotated[list[Spec], Field(min_length=1)]
     label: str

@@ -37,7 +37,7 @@ class ArrayPart(Frozen):
         patient: array of patient ids.
     """
 
-    former_keys: ClassVar[Mapping[str, str]] = {"columns": "`labels`"}
+    former_keys: ClassVar[Mapping[str, str]] = {"columns": "labels"}
     inputs: str
     labels: dict[str, str]
     patient: str | None = None

@@ -37,9 +37,9 @@ class SeriesTable(SourceSettings):
 
     former_keys: ClassVar[Mapping[str, str]] = {
         **SourceSettings.former_keys,
-        "parts": "`path`",
-        "columns": "`labels`",
-        "names": "`labels`",
+        "parts": "path",
+        "columns": "labels",
+        "names": "labels",
     }
     kind: Literal["series"]
     path: FilesOfSides

@@ -42,7 +42,7 @@ class Table(SourceSettings):
         complete: columns that must not be missing: rows that lack one are no records at all.
     """
 
-    former_keys: ClassVar[Mapping[str, str]] = {**SourceSettings.former_keys, "inputs": "`columns`"}
+    former_keys: ClassVar[Mapping[str, str]] = {**SourceSettings.former_keys, "inputs": "columns"}
     kind: Literal["table"]
     path: LocalPath
     separator: Separator = ","

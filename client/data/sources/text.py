@@ -36,11 +36,7 @@ class Texts(SourceSettings):
         split: column of `train`, `test` or nothing, where `path` is one file.
     """
 
-    former_keys: ClassVar[Mapping[str, str]] = {
-        **SourceSettings.former_keys,
-        "parts": "`path`",
-        "columns": "the list of names as `header`",
-    }
+    former_keys: ClassVar[Mapping[str, str]] = {**SourceSettings.former_keys, "parts": "path", "columns": "header"}
     kind: Literal["text"]
     path: FilesOfSides
     separator: Separator = "\t"

@@ -153,15 +153,21 @@ def test_a_table_that_does_not_fit_its_settings_is_refused_without_a_word_of_its
     assert "q7" not in str(caught.value)
 
 
+def test_a_key_of_an_earlier_version_is_read_under_its_name_of_now(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b,person\n1,2,p\n")
+    settings = {"kind": "table", "path": str(path), "inputs": ["b"], "patient_column": "person"}
+    source = open_source(settings, "sources.rows").open()
+    assert loaded(source) == [{"b": "2"}]
+    assert [record.patient for record in source.index()] == ["p"]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"separator": "::"}, "sources.rows.separator: expected one character or 'whitespace', got '::'"),
         ({"header": False}, "sources.rows.header: expected the columns' names as a list"),
         ({"columns": []}, "sources.rows.columns"),
-        ({"inputs": ["a"]}, "sources.rows: inputs: this key has another name now, write `columns`"),
-        ({"patient_column": "p"}, "sources.rows: patient_column: this key has another name now, write `patient`"),
-        ({"split_column": "p"}, "sources.rows: split_column: this key has another name now, write `split`"),
+        ({"columns": ["a"], "inputs": ["a"]}, "sources.rows: inputs: this key has another name now, write `columns`"),
         ({"pateint": "p"}, "sources.rows.pateint: unknown key (nearest: 'patient')"),
     ],
 )

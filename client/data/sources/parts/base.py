@@ -21,7 +21,7 @@ class SourceSettings(Plugin):
             sites that share a source share its cached features.
     """
 
-    former_keys: ClassVar[Mapping[str, str]] = {"patient_column": "`patient`", "split_column": "`split`"}
+    former_keys: ClassVar[Mapping[str, str]] = {"patient_column": "patient", "split_column": "split"}
     rows: LocalPath | None = None
 
 
