@@ -27,6 +27,7 @@ from client.config import SiteConfig
 from client.data.encoding.encode import Progress, choose_type, count_bytes
 from client.data.exclusions import Exclusions
 from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of, thin
+from client.data.quantised import QuantisedRows
 from client.data.records import (
     SIDES,
     PlacedRecord,
@@ -42,7 +43,7 @@ from client.data.records import (
 )
 from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
-from client.data.units import TaskRecords, Units
+from client.data.units import DecodedFeatures, TaskRecords, Units
 from common.files import private_folder, write_atomic
 from common.tasks import PlacesLabels, Task, ThinsPlaces, reads_places
 from common.types import BadInput
@@ -239,12 +240,21 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
     pooled: dict[str, Tensor] = {}
     records = {}
     for task, view in views.items():
-        chosen_R, features_RD, unit_R = shared[view, every[task]]
+        chosen_R, decoded, unit_R = shared[view, every[task]]
+        features_RD = decoded.values_RD if isinstance(decoded, DecodedFeatures) else decoded
         if features_RD.dim() > 2 and not read[task]:
             features_RD = pooled.setdefault(view, features_RD.flatten(1, -2).mean(dim=1))
         labels = thin(arrays[f"{task}/labels"][chosen_R], every[task]).contiguous().to(device)
         mask_R = arrays[f"{task}/mask"][chosen_R].to(device)
-        records[task] = TaskRecords.of(features_RD, labels, mask_R, unit_R, num_units, trunk=about["trunks"][task])
+        records[task] = TaskRecords.of(
+            features_RD,
+            labels,
+            mask_R,
+            unit_R,
+            num_units,
+            trunk=about["trunks"][task],
+            decoded=decoded if isinstance(decoded, DecodedFeatures) else None,
+        )
     return Units(num_units, records)
 
 
@@ -277,7 +287,7 @@ def _records(
     *,
     exact: bool,
     every: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, DecodedFeatures | Tensor, Tensor]:
     """Returns a view's mask of records on a side, their features and units.
 
     Args:
@@ -294,7 +304,9 @@ def _records(
     rows_R = rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy(), every)
     if exact and rows_R.dtype != np.int16:
         raise ValueError("expected features as 16-bit integers")
-    return chosen_R, decode_rows(rows_R).to(device), arrays[f"{view}/unit"][chosen_R].to(device)
+    packed = rows_R.dtype == np.int16
+    found = DecodedFeatures.of(QuantisedRows.unpack(rows_R)) if packed else torch.from_numpy(rows_R)
+    return chosen_R, found.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 
 def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: Encoding) -> _LoadedView:

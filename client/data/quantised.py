@@ -85,6 +85,10 @@ class QuantisedRows:
         """Returns the same rows in double precision, as products want them."""
         return QuantisedRows(self.integers.double(), self.scale)
 
+    def typed(self) -> QuantisedRows:
+        """Returns the same rows in the type that `of` gives to so many."""
+        return self.widen() if self.integers.numel() <= _WIDE_VALUES else self
+
     def to(self, device: torch.device) -> QuantisedRows:
         """Returns the same rows on a device."""
         return QuantisedRows(self.integers.to(device), self.scale.to(device))

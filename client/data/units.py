@@ -15,8 +15,36 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from client.data.quantised import QuantisedRows
+
 _ROWS = 256
 """Records that pass a trunk at once outside training."""
+
+
+@dataclass(frozen=True)
+class DecodedFeatures:
+    """Features as they are kept, beside what they were decoded to.
+
+    Attributes:
+        rows: the integers, R x D or R x G x G x D.
+        values_RD: the same as float32.
+    """
+
+    rows: QuantisedRows = field(repr=False)
+    values_RD: Tensor = field(repr=False)
+
+    @classmethod
+    def of(cls, rows: QuantisedRows) -> DecodedFeatures:
+        """Returns rows with their decoded values."""
+        return cls(rows, rows.decode())
+
+    def taken(self, chosen: Tensor) -> DecodedFeatures:
+        """Returns some of the rows."""
+        return DecodedFeatures(self.rows[chosen], self.values_RD[chosen])
+
+    def to(self, device: torch.device) -> DecodedFeatures:
+        """Returns the same rows on a device."""
+        return DecodedFeatures(self.rows.to(device), self.values_RD.to(device))
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,7 @@ class TaskRecords:
         weight_R: the record's share of its unit.
         trunk: entry of the heads that the features still have to pass before the task's own head, the part of a
             backbone that trains; None where they are what the head reads.
+        decoded: what the features were decoded from, where it is known. See `rows`.
     """
 
     features_RD: Tensor = field(repr=False)
@@ -39,6 +68,12 @@ class TaskRecords:
     unit_R: Tensor = field(repr=False)
     weight_R: Tensor = field(repr=False)
     trunk: str | None = None
+    decoded: DecodedFeatures | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> QuantisedRows | None:
+        """The features as integers, where they are those of the store; None where others took their place."""
+        return self.decoded.rows if self.decoded is not None and self.decoded.values_RD is self.features_RD else None
 
     @classmethod
     def of(
@@ -50,6 +85,7 @@ class TaskRecords:
         num_units: int,
         *,
         trunk: str | None = None,
+        decoded: DecodedFeatures | None = None,
     ) -> TaskRecords:
         """Returns records with weights derived from their unit's number of records.
 
@@ -60,9 +96,11 @@ class TaskRecords:
             unit_R: int64 [R], number of each record's unit.
             num_units: number of units on this side, also of those without a record here.
             trunk: name of the trunk that trains on these features, or None.
+            decoded: what the features were decoded from, or None.
         """
         counts_U = torch.bincount(unit_R, minlength=num_units)
-        return cls(features_RD, labels, mask_R, unit_R, 1.0 / counts_U[unit_R].to(features_RD.dtype), trunk)
+        weight_R = 1.0 / counts_U[unit_R].to(features_RD.dtype)
+        return cls(features_RD, labels, mask_R, unit_R, weight_R, trunk, decoded)
 
     def labelled(self) -> TaskRecords:
         """Returns a copy of the records that have a label, with unchanged weights.
@@ -73,13 +111,15 @@ class TaskRecords:
 
     def taken(self, rows: Tensor, unit_R: Tensor) -> TaskRecords:
         """Some of the records, each with another index of its unit."""
+        decoded = None if self.rows is None or self.decoded is None else self.decoded.taken(rows)
         return replace(
             self,
-            features_RD=self.features_RD[rows],
+            features_RD=self.features_RD[rows] if decoded is None else decoded.values_RD,
             labels=self.labels[rows],
             mask_R=self.mask_R[rows],
             unit_R=unit_R[rows],
             weight_R=self.weight_R[rows],
+            decoded=decoded,
         )
 
 

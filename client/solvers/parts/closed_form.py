@@ -146,7 +146,8 @@ class Inputs:
         unit_R: index of the record's unit in [0, num_units), ascending.
         start_U: first record of each unit, and R: U + 1 values.
         factor_R: float64, the record's weight in its unit times the task's scale.
-        reach_R: float64, an upper bound of sqrt(|x|**2, + 1 with a bias); for maps one for each position.
+        reach_R: float64, an upper bound of sqrt(|x|**2, + 1 with a bias); zeros for maps, whose gradients
+            are formed.
         pairs_3Q: r, t and unit of all pairs of different records of a unit that is not too large, by unit.
         product_Q: float64, x_r . x_t, + 1 with a bias.
         bias: whether the head has one.
@@ -186,7 +187,10 @@ class Inputs:
         if isinstance(head, AdjustedHead):
             features, offset_K = head.adjust(features), head.offset_K
         vectors = features.dim() == 2
-        rows = QuantisedRows.of(features if vectors else features.flatten(1, -2))
+        # Of the store where a head reads just these: quantised again they would be the same.
+        rows = sorted_records.rows if features is sorted_records.features_RD else None
+        rows = QuantisedRows.of(features) if rows is None else rows.typed()
+        rows = rows if vectors else QuantisedRows(rows.integers.flatten(1, -2), rows.scale.flatten(1))
         bias = get_affine(head).bias is not None
         counts_U = torch.bincount(unit_R, minlength=num_units)
         pairs_3Q = _pair_records(unit_R, counts_U) if vectors else unit_R.new_empty((3, 0))
@@ -196,7 +200,7 @@ class Inputs:
             unit_R,
             torch.cat([counts_U.new_zeros(1), counts_U.cumsum(0)]),
             factor_R=sorted_records.weight_R.double() * scale,
-            reach_R=(rows.bound_norms().square_() + float(bias)).sqrt_(),
+            reach_R=_bound_reach(rows, bias) if vectors else rows.scale.new_zeros(len(rows)),
             pairs_3Q=pairs_3Q,
             product_Q=_pair_products(rows, pairs_3Q, bias),
             bias=bias,
@@ -509,6 +513,10 @@ def _compute_slopes(
     parts = zip(torch.split(shaped, size), torch.split(labels, size), strict=True)
     found = torch.cat([output_gradient(*part) for part in parts])[: len(outputs)].double()
     return found.flatten(2).mT if inputs.maps else found.flatten(1, -2)
+
+
+def _bound_reach(rows: QuantisedRows, bias: bool) -> Tensor:
+    return (rows.bound_norms().square_() + float(bias)).sqrt_()
 
 
 def _pair_records(unit_R: Tensor, counts_U: Tensor) -> Tensor:

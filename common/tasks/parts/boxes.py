@@ -180,9 +180,11 @@ def find_hits(
     true_M4 = boxes_M5[boxes_M5[:, 0] == label][:, 1:].to(found.box_D4)
     overlap_DM = box_iou(found.box_D4[chosen], true_M4).cpu().numpy()
     hits = np.zeros((len(overlaps), len(chosen)), np.bool_)
+    highest_D = overlap_DM.max(axis=1, initial=0.0)
     for level, least in enumerate(overlaps):
         free_DM = overlap_DM.copy()
-        for position in range(len(chosen) if len(true_M4) else 0):
+        # Of the many detections few are near any box.
+        for position in (highest_D >= least).nonzero()[0]:
             best = int(free_DM[position].argmax())
             if free_DM[position, best] >= least:
                 hits[level, position] = True

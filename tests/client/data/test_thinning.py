@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from client.data.feature_store import FeatureStore
 from client.data.prepare import Encoding, open_units, prepare
 from client.data.records import Side
 from client.data.units import Units
+from client.solvers.parts.closed_form import Inputs
 from common.model.backbones import open_random
 from common.model.trunks import create_modules
 from common.run import RunConfig
@@ -124,3 +126,22 @@ def test_features_beyond_the_site_s_limit_are_refused_before_a_record_is_encoded
     with pytest.raises(BadInput, match=r"cache_limit_gib: expected at least 6.48e-05 .* got 6.4"):
         read(tmp_path / "small", "train", TASKS, cache_limit_gib=0.99 * needed)
     assert not (tmp_path / "small" / "features").exists()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_round_sums_the_integers_of_the_store_as_if_quantised_anew(tmp_path: Path, name: str) -> None:
+    records = read(tmp_path, "train", TASKS).tasks[name].labelled()
+    head = TASKS[name].head(BACKBONE.feature_dim)
+    known = Inputs.from_records(head, records, 4)
+    anew = Inputs.from_records(head, replace(records, decoded=None), 4)
+    assert records.rows is not None and torch.equal(known.rows.scale, anew.rows.scale)
+    assert torch.equal(known.rows.integers, anew.rows.integers) and known.rows.integers.any()
+    assert known.rows.integers.dtype == anew.rows.integers.dtype
+
+
+def test_other_features_take_the_place_of_the_store_s(tmp_path: Path) -> None:
+    records = read(tmp_path, "train", TASKS).tasks["all"]
+    doubled = replace(records, features_RD=2.0 * records.features_RD)
+    assert doubled.rows is None and doubled.labelled().rows is None
+    scale = Inputs.from_records(TASKS["all"].head(BACKBONE.feature_dim), doubled, 4).rows.scale
+    assert torch.equal(scale, 2.0 * Inputs.from_records(TASKS["all"].head(BACKBONE.feature_dim), records, 4).rows.scale)
