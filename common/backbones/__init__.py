@@ -177,6 +177,59 @@ class RawInputs:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
+class Language(Protocol):
+    """The words of a backbone that writes texts: as public and as frozen as its weights.
+
+    A text's tokens stand at the first places of a record's features, each place holding the state from which its token
+    is told: what comes before is the true text (teacher forcing). A head maps states to states, and
+    `outputs . embedding + bias` are the logits of the tokens. To write a text, `begin` and `step` give the state behind
+    the tokens that are written so far.
+
+    Law (tests/contracts/test_backbones.py): the states that `step` gives behind a text's own tokens are those at the
+    places of its features.
+
+    Attributes:
+        longest: largest number of a text's tokens, with the one that ends it: T.
+        start: token that stands before a text.
+        end: token that ends a text.
+        scale: what the first head multiplies a state by, so that it tells what the backbone itself would.
+    """
+
+    longest: int
+    start: int
+    end: int
+    scale: float
+
+    @property
+    def embedding_VD(self) -> Tensor:
+        """The public rows of all tokens, float32, whose mean square length is 1."""
+
+    @property
+    def bias_V(self) -> Tensor:
+        """Numbers that are added to the tokens' logits, float32; the least one for tokens that are never written."""
+
+    def read(self, text: str) -> list[int]:
+        """Returns a text's tokens, without the one that ends it. Raises BadRecord: it is none of this language."""
+
+    def write(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens."""
+
+    def begin(self, features_BPD: Tensor) -> Any:
+        """Returns what is known of records before any token is written."""
+
+    def step(self, known: Any, tokens_B: Tensor, place: int) -> tuple[Tensor, Any]:
+        """Returns the features [B, D] from which the token at a place is told, and what is known then.
+
+        Args:
+            known: what `begin` or the last step returned.
+            tokens_B: the token before that place; at the first place, `start`.
+            place: the place, from 0.
+        """
+
+    def select(self, known: Any, rows_B: Tensor) -> Any:
+        """Returns what is known of some rows, any of them several times."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A network and the number of its features.
@@ -190,6 +243,7 @@ class Architecture:
         grid: number of places along each axis of an item's features; none where an item has one vector.
         num_marks: number of features at the end that are no features of a network but marks of places: they stay as
             they are, behind what a projection makes of the others.
+        language: what the network knows of the texts that it writes; None where it writes none.
     """
 
     module: nn.Module
@@ -198,6 +252,7 @@ class Architecture:
     open_raw: Callable[[], RawInputs] | None = None
     grid: tuple[int, ...] = ()
     num_marks: int = 0
+    language: Language | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from common.backbones import (
     Architecture,
     Kind,
+    Language,
     Precision,
     Pretrained,
     PublicShift,
@@ -99,6 +100,7 @@ class Backbone:
             pass (`common.model.trunks`); else None.
         grid: number of places along each axis of an item's features; none where an item has one vector.
         num_marks: number of features at the end that are marks of places.
+        language: what the network knows of the texts that it writes, computed on the CPU; None where it writes none.
     """
 
     kind: Kind
@@ -113,6 +115,7 @@ class Backbone:
     trunk: str | None = None
     grid: tuple[int, ...] = ()
     num_marks: int = 0
+    language: Language | None = dataclasses.field(default=None, repr=False)
 
     @cached_property
     def _fast(self) -> FastBackbone:
@@ -341,4 +344,5 @@ def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tens
         open_raw=architecture.open_raw,
         grid=architecture.grid,
         num_marks=architecture.num_marks,
+        language=architecture.language,
     )

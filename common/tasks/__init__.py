@@ -15,11 +15,13 @@ import numpy as np
 
 from common.events import Outcomes
 from common.plugins import Spec, resolve
+from common.types import BadInput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from common.backbones import Language
     from common.run import RunConfig
 
 EXACT_BUCKETS = 2048
@@ -228,6 +230,30 @@ class ChangesWithRounds(Protocol):
             round_: number of the round, from 1.
             rounds: number of rounds of the run.
         """
+
+
+@runtime_checkable
+class WritesTexts(Protocol):
+    """Optional part of a task whose predictions are texts that its backbone writes, with the head inside the loop.
+
+    Only the backbone knows the vocabulary: such a task reads labels, has a loss and predicts once it was opened on it.
+
+    Law (tests/contracts/test_tasks.py): what is generated of a record follows from its own features and the head alone;
+    `LabelCodec.decode`, `Statistic` and `Servable.serve` take it in place of a head's outputs.
+    """
+
+    def open_on(self, language: Language) -> Task:
+        """Returns the task with the language of its backbone. Raises BadInput: they do not fit."""
+
+    def start_head(self, head: nn.Module) -> None:
+        """Sets the weights of a new head of an opened task so that it predicts what its backbone itself would.
+
+        Raises:
+            BadInput: it is a head that cannot.
+        """
+
+    def generate(self, head: nn.Module, features_BPD: Tensor) -> Tensor:
+        """Returns what is written of records of an opened task: outputs, and behind them what was chosen."""
 
 
 @runtime_checkable
@@ -475,6 +501,43 @@ def expect_slope(task: SmoothLoss) -> float:
 def reads_places(task: Task) -> bool:
     """Returns true for a task whose head reads the features of a record's places (`ReadsPlaces`)."""
     return isinstance(task, ReadsPlaces) and task.reads_places
+
+
+def open_on_backbones(tasks: Mapping[str, Task], languages: Mapping[str, Language | None]) -> dict[str, Task]:
+    """Returns tasks with what their backbones know of texts; those that write none stay as they are.
+
+    Args:
+        tasks: the tasks by name.
+        languages: task -> language of its backbone; None of one that writes no texts.
+
+    Raises:
+        BadInput: a task and its backbone do not fit.
+    """
+    return {
+        name: _open_on(name, task, languages[name]) if isinstance(task, WritesTexts) else task
+        for name, task in tasks.items()
+    }
+
+
+def _open_on(name: str, task: WritesTexts, language: Language | None) -> Task:
+    if language is None:
+        raise BadInput(f"tasks.{name}: expected a backbone that writes texts, such as kind seq2seq, got another")
+    try:
+        return task.open_on(language)
+    except BadInput as error:
+        raise BadInput(f"tasks.{name}.{error}") from error
+
+
+def predict_outputs(task: Task, head: nn.Module, features: Tensor) -> Tensor:
+    """Returns what a head predicts of features: its outputs, or those of the texts that are written with it.
+
+    Args:
+        task: the task; one that writes texts was opened on its backbone.
+        head: its head.
+        features: features of some records.
+    """
+    outputs: Tensor = task.generate(head, features) if isinstance(task, WritesTexts) else head(features)
+    return outputs
 
 
 def open_tasks(run: RunConfig) -> dict[str, Task]:

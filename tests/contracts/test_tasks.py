@@ -30,6 +30,7 @@ from common.tasks import (
     SmoothLoss,
     Task,
     TaskExample,
+    WritesTexts,
     open_task,
     select_round,
 )
@@ -37,6 +38,7 @@ from common.tasks.parts.calibration import make_released_statistic
 from common.tasks.parts.outcomes import MOST_RANGES, join_score_ranges
 from common.tasks.parts.rates import RATE
 from common.types import BadRecord
+from tests.written import TinyLanguage
 
 FEATURE_DIM = 7
 
@@ -87,7 +89,12 @@ def example(request: pytest.FixtureRequest) -> TaskExample:
 
 @pytest.fixture(scope="module")
 def task(example: TaskExample) -> Task:
-    return open_task(example.settings, "task")
+    return open_whole(open_task(example.settings, "task"))
+
+
+def open_whole(task: Task) -> Task:
+    """The task with a backbone's language, where it needs one."""
+    return task.open_on(TinyLanguage()) if isinstance(task, WritesTexts) else task
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +256,23 @@ def test_opacus_validates_linear_and_hidden_heads(task: Task, example: TaskExamp
 def test_a_new_head_says_the_same_of_every_record(task: Task) -> None:
     outputs = task.head(FEATURE_DIM)(draw_features(task, 4))
     assert torch.equal(outputs, torch.zeros_like(outputs))
+
+
+def test_what_is_written_follows_from_the_record_alone_and_stands_in_for_outputs(task: Task, labels: Tensor) -> None:
+    if not isinstance(task, WritesTexts):
+        pytest.skip("the kind predicts a head's outputs")
+    head = task.head(FEATURE_DIM)
+    task.start_head(head)
+    features = draw_features(task, 40)
+    written = task.generate(head, features)
+    alone = torch.cat([task.generate(head, row) for row in features.split(1)])
+    torch.testing.assert_close(written, alone)
+    told = task.codec.decode(written)
+    assert len({text for (text,) in told}) > 10
+    assert told == [task.codec.decode(row)[0] for row in written.split(1)]
+    assert task.serve(written).shape == (40, 1)
+    labels = labels.repeat(10, 1)
+    assert task.statistic(EXACT_BUCKETS).rows(written, labels).shape == (40, task.statistic(EXACT_BUCKETS).size)
 
 
 @pytest.mark.parametrize("buckets", [EXACT_BUCKETS, NOISED_BUCKETS])

@@ -1,0 +1,1 @@
+"""A small decoder of texts, its vocabulary, and how it is decoded."""
