@@ -36,7 +36,7 @@ from server.rounds.checkpoint import Checkpoint, load_checkpoint, save_checkpoin
 
 _BACKBONES = "backbones.json"
 _CHECKPOINT = "checkpoint.safetensors"
-_PACKAGES = ("numpy", "peft", "safetensors", "torch", "torchvision", "transformers")
+_PACKAGES = ("monai", "numpy", "onnxruntime", "peft", "safetensors", "timm", "torch", "torchvision", "transformers")
 _MOST_PREPARED = 16
 """So many preparations are kept for the next command; runs keep their own."""
 

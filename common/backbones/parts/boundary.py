@@ -10,6 +10,7 @@ features of the whole network.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -66,23 +67,26 @@ def count_depths(trunk: nn.Module) -> dict[str, int]:
     return {name: max(0, num_blocks - blocks.get(name, 1)) for name in names}
 
 
-def divide_chain(network: nn.Module, block: str, item_shape: tuple[int, ...]) -> Divided:
+def divide_chain(
+    network: nn.Module, block: str, item_shape: tuple[int, ...], parts: Mapping[str, nn.Module] | None = None
+) -> Divided:
     """Returns both sides of a block of a network whose forward pass begins with its parts, one after the other.
 
     Names stay the network's own: each part below the block is replaced by the identity.
 
     Args:
         network: the network, in eval mode; it becomes the upper part.
-        block: a name in `list_chain`.
+        block: a name in `parts`.
         item_shape: shape of a preprocessed item.
+        parts: name -> part, in the order in which they are applied; None for those of `list_chain`.
 
     Raises:
         BadInput: the two sides do not make the whole.
     """
-    chain = list_chain(network)
+    chain = list_chain(network) if parts is None else parts
     before = list(chain)[: list(chain).index(block)]
     with torch.no_grad():
-        probe_B = _create_probe(item_shape, network)
+        probe_B = create_probe(item_shape, network)
         whole_BD = network(probe_B)
         below = nn.Sequential(*(chain[name] for name in before))
         for name in before:
@@ -92,7 +96,7 @@ def divide_chain(network: nn.Module, block: str, item_shape: tuple[int, ...]) ->
     return Divided(below, network, tuple(at_boundary_B.shape[1:]))
 
 
-def _create_probe(item_shape: tuple[int, ...], network: nn.Module) -> Tensor:
+def create_probe(item_shape: tuple[int, ...], network: nn.Module) -> Tensor:
     """Returns two public inputs, always the same."""
     device = next(network.parameters()).device
     values = torch.cos(0.37 * torch.arange(2 * math.prod(item_shape), dtype=torch.float32, device=device))

@@ -22,6 +22,7 @@ from common.errors import nearest
 from common.types import BadInput
 
 _MOST_DEVIATIONS = 3.0
+_MOST_FIRST = 5
 
 
 @final
@@ -54,7 +55,7 @@ class MapNetwork(nn.Module):
         outputs = copy.deepcopy(self.extractor).eval().to("meta")(empty)
         shapes = {name: output.shape for name, output in outputs.items()}
         self._channels_last = {name: _find_places(name, shape) for name, shape in shapes.items()}
-        width = sum(shapes[name][-1 if last else 1] for name, last in self._channels_last.items())
+        width = sum(shapes[name][1 if last is False else -1] for name, last in self._channels_last.items())
         width += 3 if settings.colours else 0
         width *= 2 if settings.context > 1 else 1
         width += 0 if settings.contrast is None else count_values(settings.contrast)
@@ -97,7 +98,7 @@ def _find_places(name: str, shape: torch.Size) -> bool | None:
     if len(shape) == 4 and shape[1] == shape[2]:
         return True
     side = int(shape[1] ** 0.5) if len(shape) == 3 else 0
-    if side and shape[1] in (side**2, side**2 + 1):
+    if side and shape[1] - side**2 <= _MOST_FIRST:
         return None
     raise BadInput(f"maps.layers: expected layers with places, got {name!r} of shape {tuple(shape[1:])}")
 
@@ -106,7 +107,7 @@ def _arrange(output: Tensor, channels_last: bool | None) -> Tensor:
     """Returns B x C x H x W of a layer's output."""
     if channels_last is None:
         side = int(output.shape[1] ** 0.5)
-        # A first token of the whole picture is no place.
+        # First tokens, of the whole picture or registers, are no places.
         patches_BTC = output[:, output.shape[1] - side**2 :]
         return patches_BTC.movedim(1, -1).reshape(len(output), output.shape[2], side, side)
     return output.movedim(-1, 1) if channels_last else output
