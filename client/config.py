@@ -61,7 +61,8 @@ class LabelColumns(Frozen):
         values: local value -> task value, of all columns alike or under a column's name; without it, local values are
             the task's own. Of a mask, local values are its numbers or their names, of boxes the names of objects.
         multiply: column -> number by which its numbers are multiplied, where the task's unit is another one.
-        missing: what an empty label means: `skip` (the record has no label for this task) or `refuse` (an error).
+        missing: what an empty label means: `skip` (the record has no label for this task), `refuse` (an error) or
+            `read` (it is a label as it stands, such as the transcript of a recording in which nothing is said).
         unmapped: what a value outside `values` and the task's labels means, likewise; `skip` leaves out such boxes, and
             such places of a mask, where its values have names.
     """
@@ -71,7 +72,7 @@ class LabelColumns(Frozen):
     label: str | list[str]
     values: dict[CellText, CellText | dict[CellText, CellText]] | None = None
     multiply: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    missing: Literal["skip", "refuse"]
+    missing: Literal["skip", "refuse", "read"]
     unmapped: Literal["skip", "refuse"] = "refuse"
 
     @model_validator(mode="after")

@@ -323,7 +323,7 @@ def _get_identity(placed: PlacedRecord) -> tuple[str, str]:
 
 def _encode_label(task: Task, own: LabelColumns, cells: list[str]) -> tuple[Tensor | None, str | None]:
     """Returns the label, or None with a reason to report the record, or None without one."""
-    if not (all(cells) if isinstance(task, NamedCells) else any(cells)):
+    if own.missing != "read" and not (all(cells) if isinstance(task, NamedCells) else any(cells)):
         return None, "missing label" if own.missing == "refuse" else None
 
     def encode() -> Tensor:

@@ -198,6 +198,9 @@ def guess_transcript(columns: Sequence[ColumnFacts], task: str | None) -> str | 
     """
     found = [column.name for column in columns if column.kind in ("text", "id") or column.name == task]
     named = [name for name in found if _TRANSCRIPT.search(name) and task in (None, name)]
+    # A list of two columns without a line of names: recordings and what is said in them.
+    if not named and task is None and len(columns) == 2 and len(found) == 1:
+        named = found
     texts = [column.name for column in columns if column.kind == "text" and column.name == task]
     return next(iter([*texts, *named]), None)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
+from client.data.sources.parts.recordings import find_text
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from client.inspect.drawn import find_drawn, find_list, find_masks, is_mask_name
 from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
@@ -83,12 +84,12 @@ def _inspect_tree(path: Path, task: str | None) -> Finding:
 def _find_spoken(path: Path, tree: Tree) -> Finding | None:
     """Returns recordings of which most have a text file beside them; None where that is not so."""
     heard = [PurePosixPath(name) for name in tree.stamps if PurePosixPath(name).suffix.lower() in RECORDINGS]
-    beside = [str(name.with_suffix(".txt")) in tree.stamps for name in heard]
+    beside = [find_text(tree, str(name)) is not None for name in heard]
     if 2 * sum(beside) <= len(heard):
         return None
     return Finding(
         path=path,
-        what=f"recordings, {sum(beside)} of them with a text file beside",
+        what=f"recordings, {sum(beside)} of them with a text beside",
         modality="audio",
         records=len(heard),
         columns=(ColumnFacts("transcript", "transcript", sum(beside), len(heard) - sum(beside)),),

@@ -138,8 +138,8 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         cell = _first_cell(path, form, paths[0].name).lower()
         kind, key, modality = _listed(cell)
         source = {"kind": kind, "path": path, key: paths[0].name, **shape, **people}
-        if form is not None and form.names is not None:
-            raise BadInput(f"{path}: expected a first line that names the columns of a list of files, got a record")
+        if form is not None:
+            source["header"] = form.names or True
         features = []
         if kind == "dicom":
             own, patients = _probe_dicom(source)
@@ -307,7 +307,8 @@ def sniff(path: Path) -> TextForm:
     # Between commas, a quoted 1,234 may as well be a thousand.
     comma = any(_COMMA.fullmatch(cell) and (separator != "," or not _THOUSANDS.fullmatch(cell)) for cell in cells)
     has_numbers = any(parse_number(cell.replace(",", ".") if comma else cell) is not None for cell in first)
-    is_named = all(first) and not has_numbers and len(set(first)) == len(first)
+    has_files = any(cell.lower().endswith((*PICTURES, *RECORDINGS, *_DICOM)) for cell in first)
+    is_named = all(first) and not has_numbers and not has_files and len(set(first)) == len(first)
     # Spreadsheets leave the name of a column of row numbers empty.
     is_named = is_named or (not has_numbers and len(rows) > 1 and sum(not cell for cell in first) == 1)
     names = None if is_named else [f"column{number}" for number, _ in enumerate(first, start=1)]

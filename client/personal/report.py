@@ -89,7 +89,7 @@ def make_site_page(
     site: Site,
     run_id: str | None,
     observe: Callable[[str, int, int], None],
-    pictures: Sequence[Section] = (),
+    examples: Sequence[Section] = (),
 ) -> ReportPage:
     """Returns a site's report of one run and of its budget.
 
@@ -97,7 +97,7 @@ def make_site_page(
         site: the site.
         run_id: id of the run; by default the one whose final heads arrived last, else the one joined last.
         observe: receives the progress: phase, number of steps done, number of all steps.
-        pictures: a section with the site's own pictures, where there is one.
+        examples: sections with records of the site, as labelled and as predicted; none where its tasks have none.
 
     Raises:
         BadInput: the site did not join the run.
@@ -123,7 +123,7 @@ def make_site_page(
         answers=list_site_answers(run),
         sections=[
             _show_results(run),
-            *pictures,
+            *examples,
             *show_outcomes(shown),
             show_budget(config, lines),
             show_sent(page, config, run.run_id),

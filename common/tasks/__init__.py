@@ -466,6 +466,17 @@ class JoinsCells(Protocol):
 
 
 @runtime_checkable
+class ComparesTexts(Protocol):
+    """Optional part of a task whose prediction is a text, judged by its words.
+
+    Law (tests/contracts/test_tasks.py): a text that was read reads as itself, and so does a prediction.
+    """
+
+    def read_text(self, cell: str) -> str:
+        """Returns a label's text in the form in which predictions are compared with it. Raises BadRecord."""
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing its records with each other, in pairs or in an order.
 

@@ -182,6 +182,11 @@ class Ctc(Plugin):
         """Each recording's own mean is gone already."""
         return False
 
+    def read_text(self, cell: str) -> str:
+        """Returns a transcript in its normal form. Raises BadRecord: it is not made of the task's symbols."""
+        symbols = self.codec.symbols
+        return symbols.write(symbols.read(cell, self.max_symbols))
+
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the name of the only column."""
         del num_outputs

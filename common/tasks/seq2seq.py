@@ -188,6 +188,10 @@ class Seq2seq(Plugin):
         """A state's mean is gone by its norm."""
         return False
 
+    def read_text(self, cell: str) -> str:
+        """Returns a text as it would be written. Raises BadRecord."""
+        return self.language.write(self.language.read(cell))
+
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the name of the only column."""
         del num_outputs

@@ -69,6 +69,7 @@ def _write_runs_page(folders: list[Path], pictures: Path | None) -> str:
 def _write_site_page(site: Path, run: str | None, coordinator: str | None) -> str:
     from client.config import SiteConfig
     from client.personal.report import make_site_page
+    from client.prediction.examples import show_home_examples
     from client.prediction.gallery import show_home_gallery
     from client.protocol.site import Site
     from common.privacy.noise import os_entropy
@@ -77,4 +78,5 @@ def _write_site_page(site: Path, run: str | None, coordinator: str | None) -> st
 
     with shown_progress() as observe:
         opened = Site(load(SiteConfig, site).select(coordinator), os_entropy)
-        return write_report(make_site_page(opened, run, observe, show_home_gallery(opened, run)))
+        own = [*show_home_gallery(opened, run), *show_home_examples(opened, run)]
+        return write_report(make_site_page(opened, run, observe, own))

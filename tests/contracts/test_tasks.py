@@ -20,6 +20,7 @@ from common.tasks import (
     EXACT_BUCKETS,
     NOISED_BUCKETS,
     Calibratable,
+    ComparesTexts,
     CountedOutcomes,
     LabelPrior,
     LossGradient,
@@ -309,6 +310,15 @@ def test_decoding_an_encoded_label_returns_it(task: Task, labels: Tensor) -> Non
     decoded = task.codec.decode(fitted(task, labels))
     assert all(isinstance(cell, str) for cells in decoded for cell in cells)
     torch.testing.assert_close(torch.stack([task.codec.encode(cells) for cells in decoded]), labels, rtol=0, atol=1e-4)
+
+
+def test_a_text_is_read_in_the_form_of_a_prediction(task: Task, example: TaskExample, labels: Tensor) -> None:
+    if not isinstance(task, ComparesTexts):
+        pytest.skip("its predictions are no texts")
+    texts = [task.read_text(*cells) for cells in example.cells]
+    assert [task.read_text(text) for text in texts] == texts
+    said = [cell for (cell,) in task.codec.decode(many(task, labels)[0])]
+    assert [task.read_text(text) for text in said] == said
 
 
 def test_a_foreign_label_is_refused_without_repeating_it(task: Task) -> None:

@@ -8,20 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy.io import wavfile
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 import headwater
-from common.backbones.parts.hub.huggingface import silence
 from common.tasks.parts.transcripts.symbols import count_edits
 from common.yaml import load, parse
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
+from tests.spoken import BACKBONE, RATE, TASK, TONES, say_word, write_network, write_wav
 
 ROOT = Path(__file__).resolve().parents[2]
-RATE = 16000
-TONES = {"low": 300.0, "high": 3000.0}
 
 
 def write_words(folder: Path) -> None:
@@ -29,18 +25,10 @@ def write_words(folder: Path) -> None:
     rng = np.random.default_rng(0)
     (folder / "words").mkdir()
     for speaker, loudness in (("ann", 0.4), ("bea", 0.1)):
-        for word, pitch in TONES.items():
+        for word in TONES:
             for take in range(40):
-                time = np.arange(rng.integers(700, 900)) / RATE
-                tone = loudness * np.sin(2 * np.pi * pitch * time) + rng.normal(scale=0.01, size=len(time))
-                wavfile.write(folder / "words" / f"{word}_{speaker}_{take}.wav", RATE, (2**15 * tone).astype(np.int16))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    layers = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
-    config = Wav2Vec2Config(feat_extract_norm="layer", num_conv_pos_embedding_groups=4, **sizes, **layers)
-    with silence():
-        Wav2Vec2Model(config).save_pretrained(folder / "network")
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder / "network")
+                write_wav(folder / "words" / f"{word}_{speaker}_{take}.wav", say_word(word, loudness, rng))
+    write_network(folder / "network")
 
 
 def make_config(folder: Path, **run: Any) -> SimulationConfig:
@@ -48,16 +36,8 @@ def make_config(folder: Path, **run: Any) -> SimulationConfig:
         "run": {
             "name": "tones",
             "seed": 1,
-            "backbone": {
-                "kind": "transformers",
-                "folder": "network",
-                "modality": "audio",
-                "pooling": "frames",
-                "every": 10,
-                "seconds": 0.4,
-                "projection": {"normalize": True},
-            },
-            "tasks": {"said": {"kind": "ctc", "symbols": list(TONES), "unit": "words", "max_symbols": 4}},
+            "backbone": {**BACKBONE, "folder": "network"},
+            "tasks": {"said": TASK},
             "solver": {"kind": "auto"},
             "rounds": 12,
             "privacy": "non_private",

@@ -14,9 +14,12 @@ from client.data.sources.parts.masks import LazyCells
 from client.data.sources.parts.named import NamedGroups, Naming
 from client.data.sources.parts.recordings import (
     SUFFIXES,
+    TEXT_SUFFIXES,
     Excerpt,
     example_recordings,
+    find_text,
     read_recording,
+    read_transcript,
     require_soundfile,
 )
 from client.data.sources.parts.tree import Tree, open_tree
@@ -24,7 +27,6 @@ from common.inputs import Audio, CellName
 from common.plugins import Frozen, LocalPath
 from common.types import BadInput, BadRecord
 
-_TEXT = ".txt"
 _MOST_TEXT_BYTES = 1 << 20
 
 
@@ -51,8 +53,9 @@ class Recordings(SourceSettings):
         test: column -> values: a recording is held out where any of its cells is listed; all others are to train on.
             Without it the source states no split.
         excerpts: cuts each recording into several records; without it a recording is one.
-        transcript: name of a column that holds the text of the .txt file beside each recording (`a.wav`, `a.txt`); a
-            recording without one has no transcript.
+        transcript: name of a column that holds the text of the .txt or .srt file beside each recording (`a.wav`,
+            `a.txt`), of subtitles without their times; a recording without one has no transcript, one with an empty one
+            has that of silence.
     """
 
     kind: Literal["audio"]
@@ -91,7 +94,7 @@ class Recordings(SourceSettings):
     def open(self) -> Clips:
         """The opened folder. Raises BadInput: missing, or without a recording."""
         require_soundfile()
-        suffixes = SUFFIXES if self.transcript is None else SUFFIXES | {_TEXT}
+        suffixes = SUFFIXES if self.transcript is None else SUFFIXES | set(TEXT_SUFFIXES)
         tree = open_tree(self.path, "recordings").chosen(lambda name: name.suffix.lower() in suffixes)
         names = tuple(name for name in tree.stamps if Path(name).suffix.lower() in SUFFIXES)
         if not names:
@@ -135,10 +138,10 @@ class Clips:
 
     def _add_transcript(self, record: SourceRecord) -> SourceRecord:
         column = self.settings.transcript
-        path = str(PurePosixPath(record.path).with_suffix(_TEXT))
         if column is None:
             return record
-        if path not in self.tree.stamps:
+        path = find_text(self.tree, record.path)
+        if path is None:
             return replace(record, cells={**record.cells, column: ""})
         return replace(record, cells=LazyCells(record.cells, {column: lambda: self._read_text(path)}))
 
@@ -146,11 +149,7 @@ class Clips:
         data = self.tree.read(path, "transcript")
         if len(data) > _MOST_TEXT_BYTES:
             raise BadRecord(f"expected a transcript of at most {_MOST_TEXT_BYTES} bytes")
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            # From None: the message would show the text.
-            raise BadRecord("expected a transcript in UTF-8") from None
+        return read_transcript(data, PurePosixPath(path).suffix.lower())
 
     def _count(self) -> int:
         return 1 if self.settings.excerpts is None else self.settings.excerpts.count

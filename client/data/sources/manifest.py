@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from client.data.sources import Source, SourceExample, SourceRecord
-from client.data.sources.parts.base import digest, digest_of_texts
+from client.data.sources.parts.base import digest, digest_of_texts, list_names
 from client.data.sources.parts.frame import FAULT, check_row, read_frame, require_columns
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
 from client.data.sources.parts.pictures import read_picture, write_example_pictures
@@ -73,7 +73,7 @@ class Manifest(ListedFiles):
     def open(self) -> Source:
         """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
         if self.text is not None:
-            frame = read_frame(self.path, self.separator, encoding=self.encoding)
+            frame = read_frame(self.path, self.separator, list_names(self.header), encoding=self.encoding)
             require_columns(frame, self.path, [self.text, self.text_pair, self.patient, self.split])
             return ListedTexts(self, frame.to_dict("records"))
         if self.audio is not None:

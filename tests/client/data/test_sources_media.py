@@ -89,6 +89,32 @@ def test_a_transcript_is_the_text_file_beside_a_recording(tmp_path: Path) -> Non
         opened(**settings, transcript="said", excerpts={"count": 2, "seconds": 1})
 
 
+def test_subtitles_are_read_without_their_times_and_an_empty_file_says_that_nothing_is_said(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        soundfile.write(tmp_path / f"{name}_x.wav", TONE, 8000)
+    first = "1\r\n00:00:00,000 --> 00:00:01,500 X1:40\r\n<i>Grüß</i> Gott,\r\n{\\an8}zwei\r\n\r\n"
+    second = "2\r\n00:00:02.000-->00:00:03.000\r\n3 < 4\r\n\r\nno subtitle\r\n"
+    (tmp_path / "a_x.srt").write_bytes((first + second).encode("utf-8-sig"))
+    (tmp_path / "b_x.srt").write_text("1\nhello\n")
+    (tmp_path / "c_x.txt").write_text(" \n")
+    source = opened(kind="audio", path=tmp_path, pattern="(?P<name>[a-d])_", transcript="said")
+    a, b, c, d = (record.cells for record in source.index())
+    assert a["said"].split() == ["Grüß", "Gott,", "zwei", "3", "<", "4"]
+    with pytest.raises(BadRecord, match="expected subtitles with times"):
+        b["said"]
+    letters = open_task({"kind": "ctc", "symbols": list("ab.,"), "unit": "characters", "max_symbols": 9}, "said")
+    silent = c["said"].strip()
+    assert silent and letters.codec.encode([silent]).tolist() == letters.codec.missing().tolist()
+    assert d["said"] == "", "nobody wrote it down"
+
+
+def test_a_list_of_recordings_without_a_line_of_names(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", TONE, 8000)
+    (tmp_path / "list.tsv").write_text("a.wav\tyes no\n")
+    source = opened(kind="manifest", path=tmp_path / "list.tsv", audio="file", separator="\t", header=["file", "said"])
+    assert [record.cells["said"] for record in source.index()] == ["yes no"] and len(source.load(0).samples_T)
+
+
 def test_recordings_of_words_are_joined_each_into_one_utterance(tmp_path: Path) -> None:
     lengths = {}
     for speaker in ("ann", "bob"):

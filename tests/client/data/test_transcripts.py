@@ -42,7 +42,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return open_pretrained({**settings, "every": 5, "seconds": 0.125}, "b")
 
 
-def make_site(folder: Path, rows: Sequence[Sequence[str]]) -> SiteConfig:
+def make_site(folder: Path, rows: Sequence[Sequence[str]], missing: str = "refuse") -> SiteConfig:
     with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["audio", "transcript"], *rows])
     values = {
@@ -52,7 +52,7 @@ def make_site(folder: Path, rows: Sequence[Sequence[str]]) -> SiteConfig:
         "budget": {"epsilon": 1.0, "delta": 1e-5},
         "allow": {"tasks": "any", "backbones": "any", "solvers": "any"},
         "sources": {"speech": {"kind": "manifest", "path": "list.csv", "audio": "audio"}},
-        "tasks": {"said": {"source": "speech", "label": "transcript", "missing": "refuse", "public_size": 10}},
+        "tasks": {"said": {"source": "speech", "label": "transcript", "missing": missing, "public_size": 10}},
         "split": {"test_fraction": 0.0},
         "on_bad_record": "skip",
         "evaluation": "local",
@@ -98,3 +98,16 @@ def test_what_cannot_be_used_is_said_in_one_sentence_and_costs_itself_only(tmp_p
     places = {tuple(symbols): int((label > 0).sum()) for symbols, label in zip(said, labels[:, 4:], strict=True)}
     assert places[0, 2] == 10 and places[()] == 15
     assert records.features_RD.shape[1:] == (20, 17)
+
+
+def test_where_a_site_says_so_an_empty_cell_is_the_transcript_of_silence(tmp_path: Path, backbone: Backbone) -> None:
+    write_noise(tmp_path / "a.wav", 1000)
+    said = {}
+    for missing in ("skip", "read"):
+        site = make_site(tmp_path, [("a.wav", "yes"), ("a.wav", "")], missing)
+        encoding = Encoding(FeatureStore(tmp_path / "features"), torch.device("cpu"))
+        prepared = prepare(site, {"said": TASK}, {"said": backbone}, encoding, tmp_path / missing)
+        assert not prepared.problems
+        records = open_units(tmp_path / missing, "train", ["said"], torch.device("cpu")).tasks["said"]
+        said[missing] = sorted(label[:4].tolist() for label in records.labels[records.mask_R])
+    assert said == {"skip": [[0, -1, -1, -1]], "read": [[-1, -1, -1, -1], [0, -1, -1, -1]]}

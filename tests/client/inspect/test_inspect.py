@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from client.data.sources import open_source
 from client.inspect.finding import describe_column
 from client.inspect.folders import inspect
 from client.inspect.tables import sniff
@@ -198,7 +199,7 @@ def test_names_of_recordings_are_read_as_columns(tmp_path: Path) -> None:
     assert "nearest: 'part2'" in refuse(folder, "--task", "part22", "--out", tmp_path / "other.yaml")
 
 
-@pytest.mark.parametrize("form", ["tsv", "txt"])
+@pytest.mark.parametrize("form", ["tsv", "two columns", "txt", "srt"])
 def test_transcripts_beside_recordings_become_a_file_to_which_only_public_symbols_are_added(
     tmp_path: Path, form: str
 ) -> None:
@@ -213,20 +214,27 @@ def test_transcripts_beside_recordings_become_a_file_to_which_only_public_symbol
         lines.append(f"u{number}.wav\t{'ab'[number % 2]}\t{said}")
         if form == "txt":
             (folder / f"u{number}.txt").write_text(said)
+        if form == "srt":
+            (folder / f"u{number}.srt").write_text(f"1\n00:00:00,000 --> 00:00:00,100\n{said}\n")
     if form == "tsv":
         (folder / "list.tsv").write_text("\n".join(lines))
+    if form == "two columns":
+        pairs = [line.split("\t")[::2] for line in lines[1:]]
+        (folder / "list.tsv").write_text("\n".join(map("\t".join, pairs)))
     shown = run(folder, "--out", tmp_path / "speech.yaml")
     text = (tmp_path / "speech.yaml").read_text()
     for word in ("seldom", "often", "again"):
         assert word not in shown and word not in text
-    name = {"tsv": "sentence", "txt": "transcript"}[form]
+    name = {"tsv": "sentence", "two columns": "column2"}.get(form, "transcript")
     assert f"fill in: run.tasks.{name}.symbols and max_symbols in speech.yaml" in shown
     text = text.replace("[FILL_IN]", "[seldom, often, again]").replace("max_symbols: FILL_IN", "max_symbols: 8")
     (tmp_path / "speech.yaml").write_text(text)
     config = load(SimulationConfig, tmp_path / "speech.yaml")
     assert config.run.tasks[name].kind == "ctc" and config.tasks[name].label == name
     source = config.sources["records"].settings()
-    assert (source["audio"] == "file") if form == "tsv" else (source["transcript"] == name)
+    listed = {"tsv": "file", "two columns": "column1"}
+    assert source["audio"] == listed[form] if form in listed else source["transcript"] == name
+    assert len(open_source(config.sources["records"], "records").open().index()) == 30
     backbone = config.run.backbone_specs["backbone"].settings()
     assert backbone["pooling"] == "frames" and backbone["model"] == "openai/whisper-tiny.en"
 

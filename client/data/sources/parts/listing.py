@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from client.data.sources import SourceRecord
-from client.data.sources.parts.base import SourceSettings, digest
+from client.data.sources.parts.base import Header, SourceSettings, digest, list_names
 from client.data.sources.parts.boundary import try_record
-from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.frame import (
+    FAULT,
+    Encoding,
+    Separator,
+    check_row,
+    read_frame,
+    require_columns,
+)
 from client.data.sources.parts.masks import LazyCells, read_mask_file
 from common.inputs import encode_text
 from common.plugins import LocalPath
@@ -26,6 +33,7 @@ class ListedFiles(SourceSettings):
         root: folder of the files; the table's own by default. A path that leaves it is refused.
         separator: of a text file: one character, or `whitespace`.
         encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
+        header: true where the first line of a text file names the columns; else their names.
         patient: column of patient ids.
         split: column of `train`, `test` or nothing.
     """
@@ -34,6 +42,7 @@ class ListedFiles(SourceSettings):
     root: LocalPath | None = None
     separator: Separator = ","
     encoding: Encoding = "utf-8"
+    header: Header = True
     patient: str | None = None
     split: str | None = None
 
@@ -68,7 +77,7 @@ def open_listing(settings: ListedFiles, reader: Reader, masks: Sequence[str] = (
     Raises:
         BadInput: missing, unreadable, or without a named column.
     """
-    frame = read_frame(settings.path, settings.separator, encoding=settings.encoding)
+    frame = read_frame(settings.path, settings.separator, list_names(settings.header), encoding=settings.encoding)
     require_columns(frame, settings.path, [reader.column, settings.patient, settings.split, *masks])
     root = (settings.root or settings.path.parent).resolve()
     return Listing(settings, reader, frame.to_dict("records"), root, tuple(masks))
