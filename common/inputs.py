@@ -57,9 +57,15 @@ class Audio:
 
 @dataclass(frozen=True, eq=False)
 class Several:
-    """One record that is several items; its features are the mean of theirs."""
+    """One record that is several items; its features are the mean of theirs.
+
+    Attributes:
+        items: the items.
+        passed_over: number of files beside them that hold none, for the site's staff.
+    """
 
     items: Sequence[Any] = field(repr=False)
+    passed_over: int = 0
 
 
 _MASK = re.compile(r"mask ([0-9]{1,6}) ([0-9]{1,6})((?: [0-9]{1,10}\*[0-9]{1,10})+)( \{.*\})?", re.DOTALL)

@@ -27,12 +27,12 @@ from client.data.records import (
     place_records,
     select_rows,
 )
-from client.data.sources import Source, SourceRecord, open_source
+from client.data.sources import PassesOver, Source, SourceRecord, open_source
 from client.data.sources.parts.boundary import try_record
 from client.ledger.overlap import record_patients
 from client.ledger.place import locate_ledgers
 from common.errors import instead
-from common.inputs import find_name, normalise_patient_id
+from common.inputs import Several, find_name, normalise_patient_id
 from common.run import RunConfig
 from common.tasks import NamedParts, Task, open_task
 from common.types import BadInput, Unit
@@ -98,11 +98,16 @@ def _loaded(name: str, opened: Source, config: SiteConfig, rejected: Sequence[Re
     left_out = Exclusions.read(config.state_dir).positions(opened.index())
     wanted = sorted({round(at) for at in np.linspace(0, count - 1, MAX_LOADED)} - left_out)
     bad: list[tuple[int | None, str]] = [(record.row, record.reason) for record in rejected]
+    several, passed_over = 0, opened.passed_over if isinstance(opened, PassesOver) else 0
     for position in wanted:
-        _, reason = try_record(lambda position=position: opened.load(position))  # type: ignore[misc]
+        item, reason = try_record(lambda position=position: opened.load(position))  # type: ignore[misc]
         if reason is not None:
             bad.append((opened.index()[position].row, reason))
+        if isinstance(item, Several):
+            several, passed_over = several + 1, passed_over + item.passed_over
     detail = f"{count} records, {len(wanted)} of them opened"
+    detail += f"; {several} of several pages, frames or slices, whose features are averaged" if several else ""
+    detail += f"; {passed_over} file(s) beside them passed over" if passed_over else ""
     if not bad:
         return f"source {name}", "pass", detail, ""
     outcome: Literal["warn", "fail"] = "warn" if config.on_bad_record == "skip" else "fail"

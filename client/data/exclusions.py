@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.data.sources import Source, SourceRecord
+from client.data.sources import PassesOver, Source, SourceRecord
 from common.files import private_folder, write_atomic
 from common.inputs import encode_text, normalise_patient_id
 from common.types import BadInput, BadRecord
@@ -108,6 +108,10 @@ class _Without:
 
     source: Source = field(repr=False)
     left_out: frozenset[int] = field(repr=False)
+
+    @property
+    def passed_over(self) -> int:
+        return self.source.passed_over if isinstance(self.source, PassesOver) else 0
 
     def digest(self) -> str:
         """Another one than the whole source's: their features are not the same."""

@@ -17,7 +17,7 @@ from client.data.sources.dicom import Dicom
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.nifti import Nifti
 from client.data.sources.parts.base import digest
-from client.data.sources.parts.pictures import read_picture
+from client.data.sources.parts.pictures import read_pictures
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
 from client.data.sources.parts.recordings import read_recording, require_soundfile
 from client.data.sources.parts.series import read_series
@@ -77,7 +77,7 @@ class FileKind:
 _DICOM = FileKind("DICOM files", frozenset({".dcm", ".dicom"}), _read_dicom, True, _require_package("pydicom", "dicom"))
 
 FILE_KINDS = (
-    FileKind("pictures", PICTURES, lambda data, path: read_picture(io.BytesIO(data))),
+    FileKind("pictures", PICTURES, lambda data, path: read_pictures(io.BytesIO(data))),
     _DICOM,
     FileKind("NIfTI volumes", frozenset({".nii", ".nii.gz"}), _read_nifti, True, _require_package("nibabel", "nifti")),
     FileKind("recordings", RECORDINGS, lambda data, path: read_recording(data), require=require_soundfile),

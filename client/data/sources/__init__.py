@@ -76,6 +76,19 @@ class LocatesFiles(Protocol):
         """Returns the path of the file of `index()[position]`. Raises BadRecord where it may not be read."""
 
 
+@runtime_checkable
+class PassesOver(Protocol):
+    """Optional part of a source of files in folders.
+
+    Attributes:
+        passed_over: number of files there that it does not read, for the site's staff.
+    """
+
+    @property
+    def passed_over(self) -> int:
+        """Number of files that it does not read."""
+
+
 @dataclass(frozen=True)
 class SourceExample:
     """A small instance of a kind: every kind is tested with its own.

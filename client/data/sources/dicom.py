@@ -1,18 +1,13 @@
 """DICOM pictures that a table lists: single files, multi-frame files, or a folder that holds a series.
 
-Stored values are rescaled (slope and intercept), windowed, and turned where MONOCHROME1 says that high is black.
-Compressed files are decoded. A series or multi-frame file is one record: its slices' features are averaged.
-
-No identifying tag appears in a message or log: pydicom's warnings, which quote values, are not shown.
+Grey values are rescaled, windowed, and turned where MONOCHROME1 says that high is black; colours are read as they are,
+those of a palette by its tables. Compressed files are decoded. What is not understood is refused by its name. A series
+or multi-frame file is one record: its slices' features are averaged, and what is no picture in a folder is passed over.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +16,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from client.data.sources import Source, SourceExample
+from client.data.sources.parts.dicom.files import NoPicture, SeriesFiles, list_series, open_dicom, quiet, read_patient
+from client.data.sources.parts.dicom.pixels import count_frames, read_frames
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.scans import MAX_VALUES, UNREADABLE, spread, windowed
-from client.data.sources.parts.tree import require_file
+from client.data.sources.parts.scans import spread
 from common.inputs import Several
 from common.types import BadInput, BadRecord
 
@@ -33,8 +29,8 @@ class Dicom(ListedFiles):
 
     Attributes:
         file: column of paths, of files or of folders that hold the files of one series.
-        window: [centre, width] after rescaling; `file` takes the first one of the file, `full` its lowest to highest
-            value.
+        window: [centre, width] of grey values after rescaling; `file` takes the first one of the file, or of each
+            frame, with its function, or the file's table; `full` its lowest to highest value, the padding left out.
         patient_from_tag: whether the patient id is the file's PatientID instead of a column.
         max_slices: of a series, evenly spread; null takes all.
         masks: columns of paths of masks of single pictures, as of a manifest.
@@ -75,71 +71,30 @@ class Dicom(ListedFiles):
             import pydicom  # noqa: F401
         except ImportError as error:
             raise BadInput("sources: expected the package pydicom; install headwater[dicom]") from error
-        settings = f"dicom {self.window} {self.max_slices}"
-        patient = _patient if self.patient_from_tag else None
+        settings = f"dicom 2 {self.window} {self.max_slices}"
+        patient = read_patient if self.patient_from_tag else None
         return open_listing(self, Reader(self.file, self.read, "DICOM file", settings, patient), self.masks)
 
     def read(self, path: Path) -> Any:
         """Returns a file's picture, or those of a multi-frame file or a folder's series. Raises BadRecord, OSError."""
-        if not path.is_dir():
-            frames = self._frames(path)
-            chosen = [frames[position] for position in spread(len(frames), self.max_slices)]
-            return chosen[0] if len(frames) == 1 else Several(chosen)
-        files = _in_order(path)
-        slices = [frame for p in spread(len(files), self.max_slices) for frame in self._frames(files[p])]
-        return Several(slices)
-
-    def _frames(self, path: Path) -> list[NDArray[np.uint8]]:
-        """Pictures of one file: H x W, or H x W x 3."""
-        from pydicom.pixels import apply_modality_lut
-
         with quiet():
-            found = _opened(path, pixels=True)
+            if not path.is_dir():
+                found = open_dicom(path, pixels=True)
+                pictures = read_frames(found, self.window, self.max_slices).pictures
+                return pictures[0] if count_frames(found) == 1 else Several(pictures)
+            return self._read_series(list_series(path))
+
+    def _read_series(self, series: SeriesFiles) -> Several:
+        slices: list[Any] = []
+        passed_over = series.passed_over
+        for at in spread(len(series.paths), self.max_slices):
             try:
-                colour = int(found.get("SamplesPerPixel", 1)) > 1
-                count = max(1, int(found.get("NumberOfFrames", 1) or 1))
-                if not 0 < _count_values(found, count) <= MAX_VALUES:
-                    raise BadRecord(f"expected at most {MAX_VALUES >> 20} million values")
-                stored = found.pixel_array
-                frames = stored if count > 1 else stored[np.newaxis]
-                if colour:
-                    if frames.dtype != np.uint8:
-                        raise BadRecord("expected a colour picture of 8 bits per value")
-                    return list(frames)
-                values = np.asarray(apply_modality_lut(frames, found))
-                low, high = self._range(found, values)
-                pixels = windowed(values, low, high)
-                return list(255 - pixels if found.PhotometricInterpretation == "MONOCHROME1" else pixels)
-            except _unreadable():
-                # From None: pydicom's own messages quote tags.
-                raise BadRecord("DICOM file without pixels that can be decoded") from None
-
-    def _range(self, found: Any, values: NDArray[Any]) -> tuple[float, float]:
-        if self.window == "full":
-            return float(values.min()), float(values.max())
-        if self.window == "file":
-            centre, width = (_first(found.get(name)) for name in ("WindowCenter", "WindowWidth"))
-            if centre is None or width is None or width <= 0:
-                raise BadRecord("DICOM file without a window of its own; write `window: [centre, width]` or `full`")
-        else:
-            centre, width = self.window
-        return centre - width / 2, centre + width / 2
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No warning and no log of pydicom's or its decoders': they quote the values of tags."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "libjpeg", "openjpeg")]
-    before = [(logger.disabled, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        # Children do not ask whether their parent is disabled; what they say ends at it.
-        logger.disabled, logger.propagate = True, False
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        for logger, (disabled, propagate) in zip(loggers, before, strict=True):
-            logger.disabled, logger.propagate = disabled, propagate
+                slices += read_frames(open_dicom(series.paths[at], pixels=True), self.window).pictures
+            except NoPicture:
+                passed_over += 1
+        if not slices:
+            raise BadRecord("expected a folder with the files of a series, got none with a picture")
+        return Several(slices, passed_over)
 
 
 def write_dicom(path: Path, values: NDArray[Any], **tags: Any) -> None:
@@ -163,59 +118,3 @@ def write_dicom(path: Path, values: NDArray[Any], **tags: Any) -> None:
     for name, value in tags.items():
         setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
-
-
-def _count_values(found: Any, count: int) -> int:
-    """Returns how many values a file says that its pixels are: a damaged header may ask for any amount of memory."""
-    return count * int(found.Rows) * int(found.Columns) * int(found.get("SamplesPerPixel", 1))
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    # Here: its package need not be installed where no DICOM file is read.
-    from pydicom.errors import BytesLengthException, InvalidDicomError
-
-    return *UNREADABLE, BytesLengthException, InvalidDicomError
-
-
-def _opened(path: Path, *, pixels: bool) -> Any:
-    """A dataset. Raises BadRecord: no DICOM file; OSError: missing."""
-    import pydicom
-
-    require_file(path, "DICOM file")
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=not pixels)
-    except _unreadable():
-        raise BadRecord("not a DICOM file that can be read") from None
-
-
-def _in_order(folder: Path) -> list[Path]:
-    """A series' files by instance number, then by name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not files:
-        raise BadRecord("expected a folder with the files of a series, got an empty one")
-    return sorted(files, key=lambda path: (_instance(path), path.relative_to(folder).as_posix()))
-
-
-def _instance(path: Path) -> int:
-    with quiet():
-        try:
-            return int(_opened(path, pixels=False).get("InstanceNumber") or 0)
-        except _unreadable():
-            return 0
-
-
-def _patient(path: Path) -> str:
-    with quiet():
-        first = _in_order(path)[0] if path.is_dir() else path
-        try:
-            return str(_opened(first, pixels=False).get("PatientID") or "").strip()
-        except _unreadable():
-            return ""
-
-
-def _first(value: Any) -> float | None:
-    """The first of one or several numbers of a tag."""
-    try:
-        return float(value if isinstance(value, int | float | str) else value[0])
-    except UNREADABLE:
-        return None

@@ -16,9 +16,17 @@ from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.masks import LazyCells, decode_mask
 from client.data.sources.parts.named import NamedGroups, Naming, OneGroup, find_patient
-from client.data.sources.parts.pictures import read_picture, read_size, write_example_pictures
+from client.data.sources.parts.pictures import (
+    Background,
+    Intensities,
+    Look,
+    read_picture,
+    read_pictures,
+    read_size,
+    write_example_pictures,
+)
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
-from common.inputs import CellName, encode_text
+from common.inputs import CellName, Several, encode_text
 from common.plugins import LocalPath
 from common.types import BadInput
 
@@ -47,6 +55,10 @@ class ImageFolder(SourceSettings):
             train on. Without it the source states no split.
         masks: column -> path of an image's mask, relative to `path`, with the pattern's groups in braces:
             `masks/{frame}.png`. Only images that fit the pattern are then records; one without the file has no label.
+        window: lowest and highest intensity of pictures of more than 8 bits per value, or `full`, each one's own;
+            without it they are bad records.
+        background: what is behind transparent parts, `black` or `white`; without it pictures that have some are bad
+            records.
     """
 
     kind: Literal["image_folder"]
@@ -57,6 +69,8 @@ class ImageFolder(SourceSettings):
     patient: str | None = None
     test: dict[str, list[CellName]] | None = None
     masks: dict[str, str] = {}
+    window: Intensities | None = None
+    background: Background | None = None
 
     @model_validator(mode="after")
     def _one_layout(self) -> ImageFolder:
@@ -106,7 +120,8 @@ class ImageFolder(SourceSettings):
             raise BadInput(f"{self.path}: expected images{layout}, got none")
         masks = {name: self._locate_masks(name, everything) for name in tree.stamps} if self.masks else {}
         used = {*tree.stamps, *(path for each in masks.values() for path in each.values())}
-        return Pictures(self, everything.chosen(lambda name: name.as_posix() in used), tuple(tree.stamps), masks)
+        visible, chosen = everything.chosen(lambda name: True), everything.chosen(lambda name: name.as_posix() in used)
+        return Pictures(self, chosen, tuple(tree.stamps), masks, len(visible.stamps) - len(chosen.stamps))
 
     def _locate_masks(self, name: str, tree: Tree) -> dict[str, str]:
         """Returns column -> path of each mask of an image that is there."""
@@ -130,13 +145,14 @@ class Pictures:
     tree: Tree = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
     masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    passed_over: int = 0
 
     def digest(self) -> str:
         """Over every image's and mask's path and its size and time of change, or its checksum in a zip."""
-        if not self.masks:
-            return self.tree.digest()
+        own = self.settings
         # The same files may be the masks of one source and the images of another.
-        return digest(encode_text(text) for text in (self.tree.digest(), *self.names))
+        names = self.names if self.masks else ()
+        return digest(map(encode_text, (f"2 {own.window} {own.background}", self.tree.digest(), *names)))
 
     def index(self) -> list[SourceRecord]:
         """Images in the order of their paths; `row` counts in this order."""
@@ -170,6 +186,9 @@ class Pictures:
         size = read_size(io.BytesIO(self.tree.read(name, "image")))
         return decode_mask(self.tree.read(path, "mask"), PurePosixPath(path).suffix, size)
 
-    def load(self, position: int) -> Image.Image:
-        """One image."""
-        return read_picture(io.BytesIO(self.tree.read(self.names[position], "image")))
+    def load(self, position: int) -> Image.Image | Several:
+        """One image, or the pages of one file."""
+        # A mask is of one picture.
+        read = read_picture if self.masks else read_pictures
+        look = Look(self.settings.window, self.settings.background)
+        return read(io.BytesIO(self.tree.read(self.names[position], "image")), look)

@@ -17,7 +17,14 @@ from client.data.sources import Source, SourceExample, SourceRecord
 from client.data.sources.parts.base import digest, digest_of_texts, list_names
 from client.data.sources.parts.frame import FAULT, check_row, read_frame, require_columns
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.pictures import read_picture, write_example_pictures
+from client.data.sources.parts.pictures import (
+    Background,
+    Intensities,
+    Look,
+    read_picture,
+    read_pictures,
+    write_example_pictures,
+)
 from client.data.sources.parts.recordings import read_recording, require_soundfile
 from client.data.sources.parts.series import read_series
 from client.data.sources.parts.tree import read_file
@@ -36,6 +43,10 @@ class Manifest(ListedFiles):
         text_pair: column of the texts that are read together with them.
         masks: columns of paths of masks, relative to `root`: pictures or .npy arrays of whole numbers, of the size of
             the row's picture; of arrays also height x width x labels with a single 1 at each place.
+        window: lowest and highest intensity of pictures of more than 8 bits per value, or `full`, each one's own;
+            without it they are bad records.
+        background: what is behind transparent parts, `black` or `white`; without it pictures that have some are bad
+            records.
     """
 
     kind: Literal["manifest"]
@@ -45,6 +56,8 @@ class Manifest(ListedFiles):
     text: str | None = None
     text_pair: str | None = None
     masks: list[str] = []
+    window: Intensities | None = None
+    background: Background | None = None
 
     @model_validator(mode="after")
     def _one_content(self) -> Manifest:
@@ -81,7 +94,13 @@ class Manifest(ListedFiles):
             return open_listing(self, Reader(self.audio, _recording, "recording"))
         if self.series is not None:
             return open_listing(self, Reader(self.series, _series, "series"))
-        return open_listing(self, Reader(self.image or "image", _picture, "image"), self.masks)
+        settings = f"picture 2 {self.window} {self.background}"
+        return open_listing(self, Reader(self.image or "image", self._read, "image", settings), self.masks)
+
+    def _read(self, path: Path) -> Any:
+        # A mask is of one picture.
+        read = read_picture if self.masks else read_pictures
+        return read(io.BytesIO(read_file(path, "image")), Look(self.window, self.background))
 
 
 @dataclass(frozen=True)
@@ -122,10 +141,6 @@ class ListedTexts:
         if own.text is None:
             raise BadInput("text: expected a column")
         return [row[own.text], *([row[own.text_pair]] if own.text_pair is not None else [])]
-
-
-def _picture(path: Path) -> Any:
-    return read_picture(io.BytesIO(read_file(path, "image")))
 
 
 def _recording(path: Path) -> Any:

@@ -32,7 +32,8 @@ def test_rescale_and_window_give_the_pixels_worked_out_by_hand(tmp_path: Path) -
     # Stored 1024 is 0 HU; the window [40, 80] is black at 0 and white at 80.
     write_dicom(tmp_path / "a.dcm", VALUES, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=80)
     expected = [[0, 0, 0], [128, 255, 255]]
-    assert listed(tmp_path, "a.dcm").load(0).tolist() == expected
+    # The standard's linear function (C.11.2.1.2.1): ((40 - 39.5) / 79 + 0.5) * 255 = 129.1.
+    assert listed(tmp_path, "a.dcm").load(0).tolist() == [[0, 0, 0], [129, 255, 255]]
     assert listed(tmp_path, "a.dcm", window=[40, 80]).load(0).tolist() == expected
     slope = write_dicom(tmp_path / "b.dcm", VALUES, RescaleSlope=2, RescaleIntercept=-2048)
     assert slope is None

@@ -244,7 +244,7 @@ def test_scans_are_read_from_a_folder(make_model: MakeModel, tmp_path: Path) -> 
     for folder in ("dicom", "nifti"):
         (tmp_path / folder).mkdir()
     pictures = rng.integers(0, 256, (2, SIDE, SIDE), dtype=np.uint16)
-    tags = {"WindowCenter": 127.5, "WindowWidth": 255, "PatientID": "q7-ann"}
+    tags = {"WindowCenter": 128, "WindowWidth": 256, "PatientID": "q7-ann"}
     write_dicom(tmp_path / "dicom" / "0.dcm", pictures[0], **tags)
     write_dicom(tmp_path / "dicom" / "1", pictures[1], **tags)
     write_dicom(tmp_path / "dicom" / "2.dcm", pictures[1])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from client.data.sources.parts.pictures import read_picture, read_size
+from client.data.sources.parts.pictures import read_size, read_values
 from client.data.sources.parts.tree import read_file
 from common.inputs import Box, Several, write_boxes, write_mask
 from common.types import BadRecord
@@ -118,7 +118,7 @@ def _read_array(data: bytes) -> NDArray[Any]:
 
 
 def _read_values(data: bytes) -> NDArray[Any]:
-    values = np.asarray(read_picture(io.BytesIO(data)))
+    values = read_values(io.BytesIO(data))
     if values.ndim == 3:
         colours = values[..., :3]
         if values.shape[2] not in (3, 4) or (colours != colours[..., :1]).any():

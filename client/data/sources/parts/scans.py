@@ -107,7 +107,7 @@ def read_volume(path: Path) -> NDArray[np.float32]:
 
 
 def read_pixels(path: Path, window: Window) -> NDArray[np.uint8]:
-    """Returns a NIfTI volume as X x Y x Z values from black to white.
+    """Returns a NIfTI volume as X x Y x Z values from black to white; what is not a number is black.
 
     Args:
         path: the file.
@@ -118,10 +118,13 @@ def read_pixels(path: Path, window: Window) -> NDArray[np.uint8]:
         OSError: it is missing.
     """
     volume = read_volume(path)
-    if not np.isfinite(volume).all():
+    # Brain extraction and statistics leave what is not the organ as not a number.
+    outside = np.isnan(volume)
+    inside = volume[~outside]
+    if not inside.size or not np.isfinite(inside).all():
         raise BadRecord("expected finite intensities")
-    low, high = np.percentile(volume, (0.5, 99.5)) if window == "full" else window
-    return windowed(volume, float(low), float(high))
+    low, high = np.percentile(inside, (0.5, 99.5)) if window == "full" else window
+    return windowed(np.where(outside, low, volume) if outside.any() else volume, float(low), float(high))
 
 
 def cut_slices(volume_XYZ: NDArray[Any], plane: Plane) -> NDArray[Any]:
@@ -138,10 +141,46 @@ def _read_nifti(path: Path, read: Callable[[Any], _Read]) -> _Read:
     path.open("rb").close()
     try:
         with warnings.catch_warnings(action="ignore"):
-            found = nibabel.load(path)
-            if len(found.shape) != 3 or not 0 < int(np.prod(found.shape, dtype=np.float64)) <= MAX_VALUES:
-                raise BadRecord("expected a volume of three dimensions")
+            found = _make_volume(nibabel.load(path))
             return read(nibabel.as_closest_canonical(found))
     except (*UNREADABLE, OSError, ImageFileError):
         # From None: nibabel's messages name the file.
         raise BadRecord("not a NIfTI volume that can be read") from None
+
+
+def _make_volume(found: Any) -> Any:
+    """Returns an image of three dimensions: further axes of length 1 are dropped, a single slice has a third.
+
+    Raises:
+        BadRecord: it has more than one volume, colours or complex numbers, or says no direction of its axes.
+    """
+    import nibabel
+
+    shape = tuple(int(length) for length in found.shape)
+    more = [length for length in shape[3:] if length != 1]
+    if more:
+        raise BadRecord(
+            f"expected one volume of three dimensions, got a fourth axis of {more[0]} (moments, channels or "
+            "directions); save each as a file of its own"
+        )
+    if len(shape) < 2 or not 0 < int(np.prod(shape, dtype=np.float64)) <= MAX_VALUES:
+        raise BadRecord("expected a volume of three dimensions")
+    if found.get_data_dtype().kind not in "biuf":
+        raise BadRecord("expected a volume of intensities, got one of colours or complex numbers")
+    if found.affine is None or np.isnan(nibabel.io_orientation(found.affine)).any():
+        raise BadRecord("expected a volume that says where its axes point")
+    if len(shape) == 3:
+        return found
+    flat = (*shape, 1)[:3]
+    return nibabel.Nifti1Image(_Reshaped(found.dataobj, flat), found.affine, dtype=found.get_data_dtype())
+
+
+class _Reshaped:
+    """Values of a file that are read when they are asked for, in another shape."""
+
+    def __init__(self, values: Any, shape: tuple[int, ...]) -> None:
+        self.values, self.shape, self.ndim = values, shape, len(shape)
+        self.dtype = np.dtype(np.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.values, dtype=dtype or np.float32).reshape(self.shape)
