@@ -1,0 +1,148 @@
+"""Settings of what a network reads that says nothing of it itself: pictures, recordings or series of one shape.
+
+# Shapes: B records, T time steps, C channels, L samples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from common.backbones.parts.images import ImagePreprocessing
+from common.plugins import Frozen
+from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RecordingForm(Frozen):
+    """Settings of recordings.
+
+    Attributes:
+        sample_rate: samples per second.
+        samples: every recording is brought to this length: a longer one gives its middle, a shorter one stands between
+            two silences.
+        window: number of samples of each of the pieces that the network reads one after the other; null reads the
+            recording in one piece.
+        step: number of samples from one piece to the next.
+    """
+
+    sample_rate: Annotated[int, Field(ge=1000, le=192_000)]
+    samples: Annotated[int, Field(ge=1, le=1 << 24)]
+    window: Annotated[int, Field(ge=1)] | None = None
+    step: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> RecordingForm:
+        if (self.window is None) != (self.step is None):
+            raise ValueError("window, step: expected both or none")
+        if self.window is not None and self.window > self.samples:
+            raise ValueError(f"window: expected at most samples ({self.samples}), got {self.window}")
+        return self
+
+
+class SeriesForm(Frozen):
+    """Settings of series.
+
+    Attributes:
+        length: time steps; a series of another length is interpolated to it.
+        channels: values of each time step.
+        standardise: whether each channel is brought to mean 0 and deviation 1; a constant one gives zeros.
+    """
+
+    length: Annotated[int, Field(ge=2, le=1 << 20)]
+    channels: Annotated[int, Field(ge=1, le=4096)] = 1
+    standardise: bool = True
+
+
+class Reads(Frozen):
+    """Settings of a network's input. Exactly one of `pictures`, `recordings` and `series`.
+
+    Attributes:
+        pictures: how a picture becomes 3 x H x W values.
+        recordings: how a recording becomes samples, L or windows x L.
+        series: how a series becomes C x T values.
+        channels_last: whether channels come last, as in H x W x 3 and T x C.
+    """
+
+    pictures: ImagePreprocessing | None = None
+    recordings: RecordingForm | None = None
+    series: SeriesForm | None = None
+    channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Reads:
+        if sum(each is not None for each in (self.pictures, self.recordings, self.series)) != 1:
+            raise ValueError("expected exactly one of pictures, recordings and series")
+        return self
+
+    def apply(self, item: Any) -> Tensor:
+        """Returns one source item as float32 values of the network's input. Raises BadRecord."""
+        if self.pictures is not None:
+            values = self.pictures.apply(item)
+            return values.permute(1, 2, 0).contiguous() if self.channels_last else values
+        if self.recordings is not None:
+            return _read_recording(self.recordings, item)
+        assert self.series is not None  # One of them is set.
+        values = read_series(self.series, item)
+        return values.T.contiguous() if self.channels_last else values
+
+    def draw(self, count: int) -> Tensor:
+        """Returns random inputs of the size and spread of real ones, from torch's current generator."""
+        import torch
+
+        shape: tuple[int, ...]
+        if self.recordings is not None:
+            samples_BL = 0.1 * torch.randn(count, self.recordings.samples)
+            if self.recordings.window is None or self.recordings.step is None:
+                return samples_BL
+            return samples_BL.unfold(1, self.recordings.window, self.recordings.step).contiguous()
+        if self.pictures is not None:
+            shape = (3, self.pictures.side, self.pictures.side)
+        else:
+            assert self.series is not None
+            shape = (self.series.channels, self.series.length)
+        values = torch.randn(count, *shape)
+        return values.movedim(1, -1).contiguous() if self.channels_last else values
+
+
+def _read_recording(settings: RecordingForm, item: Any) -> Tensor:
+    import torch
+
+    from common.backbones.parts.audio import fit_length, resample
+
+    samples_L = fit_length(resample(item, settings.sample_rate), settings.samples)
+    values = torch.from_numpy(np.ascontiguousarray(samples_L))
+    if settings.window is None or settings.step is None:
+        return values
+    return values.unfold(0, settings.window, settings.step).contiguous()
+
+
+def read_series(settings: SeriesForm, item: Any) -> Tensor:
+    """Returns C x T values of a series, T or T x C.
+
+    Args:
+        settings: length, channels and scale.
+        item: the series.
+
+    Raises:
+        BadRecord: no series of so many channels with at least two steps of finite numbers.
+    """
+    import torch
+
+    if not isinstance(item, np.ndarray) or item.dtype.kind not in "fiu" or item.ndim not in (1, 2) or len(item) < 2:
+        raise BadRecord("expected a series of at least two numbers")
+    values_TC = item.reshape(len(item), -1).astype(np.float64)
+    if values_TC.shape[1] != settings.channels:
+        raise BadRecord(f"expected a series of {settings.channels} channels, got {values_TC.shape[1]}")
+    if not np.isfinite(values_TC).all():
+        raise BadRecord("expected a series of finite numbers")
+    places = np.linspace(0, len(values_TC) - 1, settings.length)
+    steps_CT = np.stack([np.interp(places, np.arange(len(values_TC)), channel_T) for channel_T in values_TC.T])
+    if settings.standardise:
+        deviation_C1 = steps_CT.std(axis=1, keepdims=True)
+        steps_CT = (steps_CT - steps_CT.mean(axis=1, keepdims=True)) / np.where(deviation_C1 > 0, deviation_C1, 1.0)
+    return torch.from_numpy(steps_CT.astype(np.float32))
