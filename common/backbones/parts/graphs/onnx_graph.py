@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_BYTES = (2 << 30) - 1
 """Bytes of a graph at most: the file format has no longer ones."""
 
-ALLOWED = frozenset(
+_NAMES = (
     "Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant "
     "ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear "
     "Einsum Elu Equal Erf Exp Expand Flatten Floor GRU Gather GatherElements GatherND Gelu Gemm GlobalAveragePool "
@@ -37,8 +37,9 @@ ALLOWED = frozenset(
     "MaxPool Mean Min Mish Mod Mul Neg Not Or PRelu Pad Pow QuantizeLinear RMSNormalization RNN Range Reciprocal "
     "ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu "
     "Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size Slice Softmax Softplus Softsign "
-    "SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor".split()
+    "SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor"
 )
+ALLOWED = frozenset(_NAMES.split())
 """Operators of a graph: each gives the same numbers for the same input, and ends."""
 
 
@@ -125,7 +126,7 @@ class _Session:
         options.log_severity_level = 4
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001, its errors have no common class
+        except _list_errors() as error:
             raise BadInput(f"weights: expected a graph that onnxruntime opens, got {type(error).__name__}") from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)":
@@ -151,7 +152,7 @@ class _Session:
             values_B = np.expand_dims(values_B, ones[-1])
         try:
             (result,) = self._session.run(None, {self._input: values_B})
-        except Exception as error:  # noqa: BLE001, its errors have no common class
+        except _list_errors() as error:
             shapes = f"{values_B.shape[1:]}, the graph says {self._shape[1:]}"
             raise BadInput(f"reads: expected inputs that the graph takes, got {shapes}") from error
         values: NDArray[np.float32] = np.asarray(result, dtype=np.float32)
@@ -300,6 +301,14 @@ def _decode_error() -> type[Exception]:
 
     error: type[Exception] = DecodeError
     return error
+
+
+def _list_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of onnxruntime, which have no common class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as own
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+    return (*(getattr(own, name) for name in names), RuntimeError, ValueError)
 
 
 def _import(name: str) -> Any:
