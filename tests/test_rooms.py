@@ -81,6 +81,7 @@ DOORS = {
     "transformers": ("common/backbones/", "common/exports/parts/"),
     "torchvision": ("common/backbones/", "common/tasks/parts/"),
     "timm": ("common/backbones/",),
+    "open_clip": ("common/backbones/",),
     "onnxruntime": ("common/backbones/", "common/exports/"),
     "pandas": ("client/data/sources/", "client/prediction/"),
     "tensorboard": ("server/reports/trackers/",),

@@ -132,7 +132,8 @@ class Onnx(Plugin):
         from common.backbones.parts.graphs.onnx_graph import measure_width
 
         data = self._read()
-        with torch.random.fork_rng(devices=[]):
+        # Callers that only ask for shapes build networks without memory.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             width = measure_width(data, self.axis, self._has_windows(), self.reads.draw(1))
         return GraphSize(num_bytes=len(data), width=width)
 

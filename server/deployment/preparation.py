@@ -36,7 +36,18 @@ from server.rounds.checkpoint import Checkpoint, load_checkpoint, save_checkpoin
 
 _BACKBONES = "backbones.json"
 _CHECKPOINT = "checkpoint.safetensors"
-_PACKAGES = ("monai", "numpy", "onnxruntime", "peft", "safetensors", "timm", "torch", "torchvision", "transformers")
+_PACKAGES = (
+    "monai",
+    "numpy",
+    "onnxruntime",
+    "open_clip_torch",
+    "peft",
+    "safetensors",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 _MOST_PREPARED = 16
 """So many preparations are kept for the next command; runs keep their own."""
 

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from common.backbones import Example, WeightedKind, find_weights_file, resolve_settings
-from common.model.backbones import Backbone, load_blob, open_pretrained, open_random
+from common.model.backbones import Backbone, load_blob, open_pretrained, open_random, open_untrained
 from common.plugins import kinds, plugin_class
 from common.types import BackboneBlob, BadInput, DigestMismatch
 
@@ -52,6 +52,14 @@ def test_features_are_finite_float32_of_the_stated_width(backbone: Backbone, exa
     assert features_BD.dtype == torch.float32
     assert torch.isfinite(features_BD).all()
     assert len({tuple(row.tolist()) for row in features_BD}) > 1, "the example's items must differ"
+
+
+def test_a_network_without_memory_says_how_many_features_it_has(example: Example) -> None:
+    plain = {**example.settings, "projection": None}
+    with torch.device("meta"):
+        untrained = open_untrained(plain, "backbone", seed=0)
+    assert untrained.feature_dim == open_pretrained(plain, "backbone").feature_dim
+    assert all(values.device.type == "meta" for values in untrained.module.parameters())
 
 
 def test_encoding_twice_gives_the_same_bits_and_opening_twice_the_same_backbone(
