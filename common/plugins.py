@@ -2,7 +2,9 @@
 
 A plug-in file defines exactly one final class derived from `Plugin`: a frozen pydantic model whose fields are the
 settings a user writes and whose methods fulfil the folder's Protocol. Adding a kind adds one file and edits none.
-Only the file that a configuration names is imported.
+Only the file that a configuration names is imported. An installed package may bring further kinds by entry points of
+the group `headwater.FOLDER`, such as `headwater.backbones`: the name is the kind, the value its module. The project's
+own kinds are looked for first, so that no package replaces one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Protocol
@@ -115,7 +118,9 @@ def refuse_unknown_kind(package: str, kind: str, key: str) -> None:
     Raises:
         BadInput: there is no such kind.
     """
-    known = kinds(package)
+    if kind in kinds(package):
+        return
+    known = sorted({*kinds(package), *_find_installed(package)})
     if kind not in known:
         raise BadInput(f"{key}: expected one of {', '.join(known)}, got {plain(repr(kind), 80)}{nearest(kind, known)}")
 
@@ -156,10 +161,31 @@ def _module(package: str, kind: str, key: str, own: Path | None) -> ModuleType:
     taken = sorted(set(known) & set(further))
     if taken:
         raise BadInput(f"plugins: expected kinds of other names than the project's own, got {', '.join(taken)}")
-    everything = sorted([*known, *further])
-    if kind not in everything:
+    if kind in further:
+        return _load(further[kind])
+    if kind in known:
+        return importlib.import_module(f"{package}.{kind}")
+    installed = _find_installed(package)
+    if kind not in installed:
+        everything = sorted({*known, *further, *installed})
         raise BadInput(f"{key}: expected one of {', '.join(everything)}, got {kind!r}{nearest(kind, everything)}")
-    return _load(further[kind]) if kind in further else importlib.import_module(f"{package}.{kind}")
+    return _import_installed(installed[kind], key)
+
+
+def _find_installed(package: str) -> dict[str, EntryPoint]:
+    """Returns the kinds that installed packages bring, by name. It reads every package's description: it takes ms."""
+    points = entry_points(group=f"headwater.{package.rpartition('.')[2]}")
+    return {point.name: point for point in sorted(points, reverse=True)}
+
+
+def _import_installed(point: EntryPoint, key: str) -> ModuleType:
+    try:
+        return importlib.import_module(point.module)
+    except ImportError as error:
+        owner = point.dist.name if point.dist is not None else "its package"
+        raise BadInput(
+            f"{key}: expected {owner} to bring the kind {point.name!r}, got {type(error).__name__}"
+        ) from error
 
 
 @cache
