@@ -19,7 +19,7 @@ from common.inputs import CellName, find_name
 from common.plugins import Plugin
 from common.tasks import Statistic, TaskExample
 from common.tasks.classification import Classification
-from common.tasks.parts.codecs import ClassCodec
+from common.tasks.parts.declared import ClassCodec
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import RATE, Array
 

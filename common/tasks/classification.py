@@ -16,8 +16,9 @@ from common.events import Outcomes
 from common.inputs import CellName, CellNames
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
-from common.tasks.parts.codecs import MISSING_CLASS, ClassCodec
 from common.tasks.parts.declared import (
+    MISSING_CLASS,
+    ClassCodec,
     LabelRatios,
     LabelWeights,
     Smoothing,

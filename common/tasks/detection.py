@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from common.inputs import MAX_BOXES, Box, CellName, CellNames, find_name, read_boxes, write_boxes
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
-from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.head import PlacesHeadSettings
 from common.tasks.parts.places import PicturePlaces
 from common.tasks.parts.rates import RATE, Array, average_defined, compute_average_precision, compute_ratio
 from common.types import BadRecord
@@ -64,7 +64,7 @@ class Detection(PicturePlaces):
         overlap: overlap with a surer box of the same label above which a box is left out.
         threshold: probability from which a box is predicted; metrics look at all.
         scale: public factor on this task's loss, applied before joint clipping.
-        head_settings: shape of the head, `head` in a file; it sees one place at a time.
+        head_settings: shape of the head, `head` in a file.
     """
 
     kind: Literal["detection"] = "detection"
@@ -79,12 +79,10 @@ class Detection(PicturePlaces):
     overlap: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.6
     scale: Annotated[float, Field(gt=0)] = 1.0
-    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+    head_settings: PlacesHeadSettings = Field(default=PlacesHeadSettings(), alias="head")
 
     @model_validator(mode="after")
     def _check_names(self) -> Detection:
-        if self.head_settings.centre or self.head_settings.prior:
-            raise ValueError("head: expected no `centre` and no `prior`, which are of a whole record")
         for key in ("sizes", "counts", "weights"):
             order_by_label(dict.fromkeys(getattr(self, key), 1.0), self.labels, key, default=1.0)
         return self

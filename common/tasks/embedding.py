@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from common.inputs import CellNames, find_name
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
-from common.tasks.parts.codecs import ClassCodec
+from common.tasks.parts.declared import ClassCodec
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import RATE, Array, compute_ratio
 

@@ -17,7 +17,7 @@ from common.inputs import CellName, CellNames, find_name, read_mask, read_mask_n
 from common.run import drop_unset
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
-from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.head import PlacesHeadSettings
 from common.tasks.parts.places import PicturePlaces, gather_slopes, refine
 from common.tasks.parts.rates import RATE, Array, average_defined, compute_ratio
 from common.types import BadRecord
@@ -44,7 +44,7 @@ class Segmentation(PicturePlaces):
         scale: public factor on this task's loss, applied before joint clipping.
         every: training looks at every so manieth place along each side, which saves memory and time; above 1 only where
             the backbone's grid has as many places as the masks. Evaluation looks at all.
-        head_settings: shape of the head, `head` in a file; it sees one place at a time.
+        head_settings: shape of the head, `head` in a file.
     """
 
     kind: Literal["segmentation"] = "segmentation"
@@ -55,7 +55,7 @@ class Segmentation(PicturePlaces):
     weights: LabelWeights = {}
     scale: Annotated[float, Field(gt=0)] = 1.0
     every: Annotated[int, Field(ge=1, le=64)] = 1
-    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+    head_settings: PlacesHeadSettings = Field(default=PlacesHeadSettings(), alias="head")
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -65,10 +65,10 @@ class Segmentation(PicturePlaces):
     def _check_names(self) -> Segmentation:
         if self.background is not None and self.background not in self.labels:
             raise ValueError(f"background: expected one of the labels, got {self.background!r}")
-        if self.head_settings.centre or self.head_settings.prior:
-            raise ValueError("head: expected no `centre` and no `prior`, which are of a whole record")
         if self.every > self.side:
             raise ValueError(f"every: expected at most the side of {self.side} places, got {self.every}")
+        if self.every > 1 and self.head_settings.kernel > 1:
+            raise ValueError(f"every: expected 1 beside a head with `kernel`, which reads neighbours, got {self.every}")
         order_by_label(self.weights, self.labels, "weights", default=1.0)
         return self
 

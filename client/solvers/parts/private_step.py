@@ -9,6 +9,7 @@ record on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -165,7 +166,7 @@ def release_step(
     """
     check_unit_count(units.num_units)
     optimizer.reset_totals()
-    for block in split_fixed_blocks(select_batch(units, members), _count_block_records(modules)):
+    for block in split_fixed_blocks(select_batch(units, members), _count_block_records(modules, units)):
         optimizer.zero_grad(set_to_none=True)
         loss = sum_losses(modules, tasks, _require_input_gradients(block))
         assert loss is not None  # Every block has records of every task, if only added ones.
@@ -251,10 +252,14 @@ def _add_records(records: TaskRecords, unit: int, size: int) -> TaskRecords:
     )
 
 
-def _count_block_records(modules: Mapping[str, nn.Module]) -> int:
-    """Returns the number of records in a block, from the number of trainable parameters alone."""
-    parameters = (parameter for module in modules.values() for parameter in module.parameters())
-    values = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+def _count_block_records(modules: Mapping[str, nn.Module], units: Units) -> int:
+    """Returns the number of records in a block, from numbers of parameters and shapes of features alone."""
+    trained = {name: [each for each in module.parameters() if each.requires_grad] for name, module in modules.items()}
+    values = sum(parameter.numel() for own in trained.values() for parameter in own)
+    for name, records in units.tasks.items():
+        # Opacus lays out what a layer reads at each place of a record.
+        read = max((parameter[0].numel() for parameter in trained[name]), default=1)
+        values = max(values, math.prod(records.features_RD.shape[1:-1]) * read)
     return min(_BLOCK_RECORDS, max(1, _BLOCK_VALUES // max(1, values)))
 
 

@@ -1,4 +1,4 @@
-"""Numbers and texts that a run file declares for each label: the prior a head is served with, weights, thresholds.
+"""Names, numbers and texts that a run file declares of labels: the prior a head is served with, weights, thresholds.
 
 All of them are public. None may come from a site's records: a true label count inside a loss or an output would let one
 record change what is computed from all others.
@@ -7,13 +7,21 @@ record change what is computed from all others.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from common.inputs import CellName, find_name
 from common.plugins import Frozen
+from common.types import BadRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MISSING_CLASS = -100
+"""PyTorch's own mark of a class that contributes no loss."""
 
 LabelWeight = Annotated[float, Field(ge=0.01, le=100.0)]
 """Factor on a loss. It enters a unit's gradient before that is clipped, so that the clip norm bounds it as ever."""
@@ -80,3 +88,35 @@ def order_by_label(
 def compute_logit(probability: float) -> float:
     """Returns log(p / (1 - p))."""
     return math.log(probability) - math.log1p(-probability)
+
+
+@dataclass(frozen=True)
+class ClassCodec:
+    """Labels are the index of a name (int64 scalar).
+
+    Attributes:
+        names: public names, in the order of their indices.
+        predict: a head's outputs -> predicted index_B.
+    """
+
+    names: Sequence[str]
+    predict: Callable[[Tensor], Tensor]
+
+    def encode(self, cells: Sequence[str]) -> Tensor:
+        """Returns the index of the name in the only cell. Raises BadRecord."""
+        import torch
+
+        index = find_name(cells[0], self.names) if len(cells) == 1 else None
+        if index is None:
+            raise BadRecord("expected one of the task's labels in one column")
+        return torch.tensor(index)
+
+    def missing(self) -> Tensor:
+        """Returns MISSING_CLASS."""
+        import torch
+
+        return torch.tensor(MISSING_CLASS)
+
+    def decode(self, outputs: Tensor) -> list[list[str]]:
+        """Returns the predicted name of each example in one cell."""
+        return [[self.names[index]] for index in self.predict(outputs).tolist()]

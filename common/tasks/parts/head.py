@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from common.plugins import Frozen
 from common.run import drop_unset
@@ -67,3 +67,36 @@ class HeadSettings(Frozen):
         if self.hidden is None:
             return last
         return nn.Sequential(nn.Linear(feature_dim, self.hidden, bias=self.bias), nn.Tanh(), last)
+
+
+class PlacesHeadSettings(HeadSettings):
+    """Shape of a head that reads the places of a picture.
+
+    Attributes:
+        kernel: side of the square of places that each of its two layers reads; 1 for the place alone. Above 1 the head
+            needs `hidden`: two convolutions with tanh between them, which see a square of 2 * kernel - 1 places.
+    """
+
+    kernel: Annotated[int, Field(ge=1, le=15)] = 1
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("centre", "prior", "kernel"))
+
+    @model_validator(mode="after")
+    def _check(self) -> PlacesHeadSettings:
+        if self.centre or self.prior:
+            raise ValueError("expected no `centre` and no `prior`, which are of a whole record")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number of places, got {self.kernel}")
+        if self.kernel > 1 and self.hidden is None:
+            raise ValueError("hidden: expected a number of channels beside `kernel`")
+        return self
+
+    def _build_layers(self, feature_dim: int, num_outputs: int) -> nn.Module:
+        if self.kernel == 1:
+            return HeadSettings._build_layers(self, feature_dim, num_outputs)
+        from common.tasks.parts.decoder import Decoder
+
+        assert self.hidden is not None  # The validator has looked.
+        return Decoder(feature_dim, self.hidden, num_outputs, kernel=self.kernel, bias=self.bias)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from common.privacy.filters import TOLERANCE, choose_filter
 from common.privacy.noise import NoiseStream
 from common.run import Privacy
 from common.tasks import Task, open_task
+from common.tasks.segmentation import IGNORED
 from common.types import BadInput, Delta, Plan, RunFailed, Unit
 
 KEY = bytes(32)
@@ -51,8 +54,8 @@ class CountingSilentStream(SilentStream):
         return np.zeros(count, np.int64)
 
 
-def heads() -> dict[str, nn.Module]:
-    made = create_heads(TASKS, {name: FEATURES for name in TASKS}, seed=1)
+def heads(tasks: Mapping[str, Task] = TASKS) -> dict[str, nn.Module]:
+    made = create_heads(tasks, {name: FEATURES for name in tasks}, seed=1)
     generator = torch.Generator().manual_seed(2)
     for head in made.values():
         for parameter in head.parameters():
@@ -101,9 +104,11 @@ def solve(chosen: Solver, units: Units, numbers: Plan, stream: NoiseStream | Non
     return chosen.solve(heads(), TASKS, units, plan=numbers, public_sizes=SIZES, stream=stream)
 
 
-def one_at_a_time(units: Units, clip_norm: float) -> dict[str, dict[str, np.ndarray]]:
+def one_at_a_time(
+    units: Units, clip_norm: float, tasks: Mapping[str, Task] = TASKS
+) -> dict[str, dict[str, np.ndarray]]:
     """The clipped sum, one unit after the other with plain autograd: the definition, slowly."""
-    modules = heads()
+    modules = heads(tasks)
     trainable = [parameter for name in sorted(modules) for parameter in modules[name].parameters()]
     total = [torch.zeros_like(parameter) for parameter in trainable]
     for unit in range(units.num_units):
@@ -113,8 +118,8 @@ def one_at_a_time(units: Units, clip_norm: float) -> dict[str, dict[str, np.ndar
             for row in own:
                 if records.mask_R[row]:
                     output = modules[name](records.features_RD[row : row + 1])
-                    example = TASKS[name].losses(output, records.labels[row : row + 1])[0]
-                    loss = loss + TASKS[name].scale * example / len(own)
+                    example = tasks[name].losses(output, records.labels[row : row + 1])[0]
+                    loss = loss + tasks[name].scale * example / len(own)
         if not loss.requires_grad:
             continue
         gradients = torch.autograd.grad(loss, trainable, allow_unused=True, materialize_grads=True)
@@ -137,14 +142,40 @@ def test_the_released_sum_is_that_of_a_loop_over_units(
             assert -delta.heads[name][key] * SIZES[name] == pytest.approx(value, abs=1e-5, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shape", [{"hidden": 4}, {"hidden": 4, "kernel": 3}, {"hidden": 3, "kernel": 5, "bias": False}]
+)
+@pytest.mark.parametrize("clip_norm", [0.05, 20.0])
+def test_a_decoder_s_released_sum_is_that_of_a_loop_over_patients(shape: dict[str, Any], clip_norm: float) -> None:
+    """Two pictures of each patient, on a grid coarser than their masks; some places and one picture have no label."""
+    labels = ["ground", "cell", "edge"]
+    tasks = {"mask": open_task({"kind": "segmentation", "labels": labels, "side": 8, "head": shape}, "mask")}
+    generator = torch.Generator().manual_seed(3)
+    masks_RSS = torch.randint(0, 3, (10, 8, 8), generator=generator, dtype=torch.uint8)
+    masks_RSS[:, :2, 5:] = IGNORED
+    mask_R = torch.arange(10) != 4
+    features_RGGD = torch.randn(10, 4, 4, FEATURES, generator=generator)
+    units = Units(5, {"mask": TaskRecords.of(features_RGGD, masks_RSS, mask_R, torch.arange(10) // 2, 5)})
+    delta = solver().solve(
+        heads(tasks),
+        tasks,
+        units,
+        plan=plan(clip_norm=clip_norm),
+        public_sizes={"mask": 20},
+        stream=SilentStream(KEY),
+    )
+    for key, value in one_at_a_time(units, clip_norm, tasks)["mask"].items():
+        assert -delta.heads["mask"][key] * 20 == pytest.approx(value, abs=1e-5, rel=1e-5)
+
+
 def test_a_sample_too_large_for_memory_is_clipped_in_parts_and_noised_once() -> None:
     wide = {
         "grade": open_task({"kind": "classification", "labels": ["a", "b", "c"], "head": {"hidden": 4096}}, "grade")
     }
     modules = create_heads(wide, {"grade": FEATURES}, seed=1)
     count = 2 * private_step._BLOCK_RECORDS + 1
-    assert private_step._count_block_records(modules) < count
     everyone = site(3, count, 1, missing=0.0).only(["grade"])
+    assert private_step._count_block_records(modules, everyone) < count
     stream = CountingSilentStream(KEY)
 
     def released_sum(units: Units) -> np.ndarray:

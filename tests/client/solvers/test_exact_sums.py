@@ -384,6 +384,29 @@ def test_through_opacus_a_centre_that_is_a_units_own_direction_changes_no_other_
             assert torch.equal(total - rest, part)
 
 
+@pytest.mark.parametrize("count", [0, 5, 40])
+def test_through_convolutions_a_picture_adds_its_own_part_whatever_is_on_others(count: int) -> None:
+    settings = {"kind": "segmentation", "labels": ["ground", "cell"], "side": 8, "head": {"hidden": 6, "kernel": 3}}
+    tasks = {"cells": open_task(settings, "cells")}
+    generator = torch.Generator().manual_seed(4)
+    pictures = torch.randn(count + 1, 8, 8, FEATURES, generator=generator)
+    pictures[1::3] *= 1e6
+    masks = torch.randint(0, 2, (count + 1, 8, 8), generator=generator).to(torch.uint8)
+    masks[2::3] = 255
+
+    def add_up(rows: list[int]) -> list[Tensor]:
+        own = TaskRecords.of(
+            pictures[rows], masks[rows], torch.ones(len(rows), dtype=torch.bool), torch.arange(len(rows)), len(rows)
+        )
+        return sum_by_opacus(draw_heads(tasks, 0.5), Units(len(rows), {"cells": own}), tasks)
+
+    rest, own = list(range(1, count + 1)), add_up([0])
+    assert 0 < sum(int(value) ** 2 for total in own for value in total.flatten().tolist()) <= int(LATTICE.bound**2)
+    for place in {0, count // 2, count}:
+        for total, without, part in zip(add_up([*rest[:place], 0, *rest[place:]]), add_up(rest), own, strict=True):
+            assert torch.equal(total - without, part)
+
+
 def test_a_clip_factor_over_many_parameters_is_the_same_at_every_place() -> None:
     """Squares of parameters' norms that torch sums over an axis round differently in a vector and behind the last."""
     parameters = [nn.Parameter(torch.zeros(5)) for _ in range(9)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch.nn import functional
 from common.inputs import is_mask, read_mask, write_mask
 from common.tasks import EXACT_BUCKETS, open_task
 from common.tasks.parts.places import gather_slopes, refine
-from common.types import BadRecord
+from common.types import BadInput, BadRecord
 
 SEGMENTATION = open_task({"kind": "segmentation", "labels": ["ground", "cell", "edge"], "side": 4, "ignore": 9}, "t")
 
@@ -59,6 +62,34 @@ def test_black_and_white_masks_are_of_two_labels_and_other_numbers_are_refused()
     for wrong in (np.array([[0, 2]]), np.array([[1, 255]])):
         with pytest.raises(BadRecord, match="whole numbers from 0 to 1"):
             two.codec.encode([write_mask(wrong)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head": {"hidden": 4, "kernel": 2}}, "kernel: expected an odd number of places, got 2"),
+        ({"head": {"kernel": 3}}, "hidden: expected a number of channels beside `kernel`"),
+        ({"head": {"centre": True}}, "no `centre` and no `prior`"),
+        ({"head": {"hidden": 4, "kernel": 3}, "every": 2}, "every: expected 1 beside a head with `kernel`"),
+    ],
+)
+def test_heads_that_cannot_read_places_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        open_task({"kind": "segmentation", "labels": ["ground", "cell"], "side": 4, **changes}, "t")
+
+
+def test_a_head_with_a_kernel_sees_a_square_around_each_place_and_nothing_else() -> None:
+    settings = {"kind": "segmentation", "labels": ["ground", "cell"], "side": 9, "head": {"hidden": 4, "kernel": 3}}
+    head = open_task(settings, "t").head(5)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    features = torch.randn(1, 9, 9, 5, generator=torch.Generator().manual_seed(0))
+    changed = features.clone()
+    changed[0, 4, 4] += 1.0
+    moved = (head(changed) != head(features)).any(dim=-1)[0]
+    square = torch.zeros(9, 9, dtype=torch.bool)
+    square[2:7, 2:7] = True
+    assert torch.equal(moved, square)
 
 
 def test_places_without_a_label_count_nowhere() -> None:
