@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from common.backbones import CacheBits
 from common.inputs import CellText, find_name, is_boxes, is_mask, parse_number, rename_parts
 from common.plugins import Frozen, LocalPath, Spec
 from common.process.address import AddressText
@@ -271,6 +272,8 @@ class SiteConfig(Frozen):
         state_dir: folder of the approvals, stored replies and prepared data.
         cache_dir: folder of cached features, where they are to lie elsewhere.
         cache_limit_gib: most GiB that the features of one source may take there; beyond it nothing is encoded.
+        cache_bits: bits of a cached feature; 8 take half the disk and change features by up to a 128th of the largest
+            one of their place or record.
         device: device of backbones and training.
         precision: precision inside backbones; bfloat16 takes half the time and changes features a little (the site's
             journal says by how much).
@@ -301,6 +304,7 @@ class SiteConfig(Frozen):
     state_dir: LocalPath
     cache_dir: LocalPath | None = None
     cache_limit_gib: Annotated[float, Field(gt=0)] = 64.0
+    cache_bits: CacheBits = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from client.config import ALIGNERS, Budget, LabelColumns, NoisedEvaluation, Personal, SiteConfig
+from common.backbones import CacheBits
 from common.plugins import Frozen, LocalPath, Spec
 from common.run import MAX_PUBLIC_SIZE, Name, PositiveInt, RunConfig, SolverSpec
 from common.types import Unit
@@ -174,6 +175,7 @@ class SimulationConfig(Frozen):
         noise_seed: seed of sampling and noise, for papers only: the result is reproducible and not private.
         device: device of every site.
         precision: precision inside backbones, as in a site file.
+        cache_bits: bits of a cached feature, as in a site file.
         cache_dir: folder of cached features.
         runs_dir: folder of the runs' folders.
         sweep: settings of `simulations sweep`.
@@ -201,6 +203,7 @@ class SimulationConfig(Frozen):
     noise_seed: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    cache_bits: CacheBits = 16
     cache_dir: LocalPath
     runs_dir: LocalPath
     sweep: Sweep | None = None

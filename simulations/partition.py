@@ -152,6 +152,7 @@ def _write_site(
         cache_dir=config.cache_dir,
         device=config.device,
         precision=config.precision,
+        cache_bits=config.cache_bits,
     )
     write_yaml(folder / "site.yaml", site)
     return site

@@ -1,7 +1,7 @@
 """The feature store: a source is encoded once for a backbone, kept on disk, and read by memory map.
 
-Features that heads read are kept as the 16-bit integers that training computes with (`client.data.quantised`); what
-passes a trunk first is kept in float32.
+Features that heads read are kept as the 16-bit integers that training computes with (`client.data.quantised`), or in 8
+bits where the site says so; what passes a trunk first is kept in float32.
 
 Invariant: an entry appears whole, by one rename, or not at all; everything in it is readable by its owner only. An
 encoding that was interrupted goes on where it stopped (`client.data.encoding.partial`).
@@ -32,12 +32,12 @@ from torch import Tensor
 
 from client.data.encoding.encode import Progress, choose_type, encode_source
 from client.data.encoding.partial import BLOCKS
-from client.data.quantised import QuantisedRows
+from client.data.quantised import QuantisedRows, unpack_small_rows
 from client.data.sources import Source
 from common.files import flush_folder, lock_file, private_folder, stamp_file, write_atomic
 
 if TYPE_CHECKING:
-    from common.backbones import Precision
+    from common.backbones import CacheBits, Precision
     from common.model.backbones import Backbone
 
 _KEPT_S = 7 * 86400.0
@@ -50,7 +50,7 @@ _HEADER_BYTES = 1024
 """More than the first line of an array's file has."""
 
 StoredRows = NDArray[Any]
-"""int16: packed (`client.data.quantised.pack_rows`); float32: as they are."""
+"""int16 and int8: packed (`client.data.quantised`); float32: as they are."""
 
 _Places = TypeVar("_Places", StoredRows, Tensor)
 
@@ -132,13 +132,15 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("expected a NumPy array of format 1.0")
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
-    if by_columns or dtype not in (np.int16, np.float32):
-        raise ValueError("expected int16 or float32, row by row")
+    if by_columns or dtype not in (np.int8, np.int16, np.float32):
+        raise ValueError("expected int8, int16 or float32, row by row")
     return shape, dtype, stream.tell()
 
 
 def decode_rows(rows_R: StoredRows) -> Tensor:
     """Returns stored rows as float32."""
+    if rows_R.dtype == np.int8:
+        return unpack_small_rows(rows_R)
     return QuantisedRows.unpack(rows_R).decode() if rows_R.dtype == np.int16 else torch.from_numpy(rows_R)
 
 
@@ -155,6 +157,7 @@ class FeatureStore:
         *,
         device: torch.device,
         precision: Precision = "float32",
+        bits: CacheBits = 16,
         progress: Progress | None = None,
     ) -> Features:
         """The features of a source, encoded now if they are not there yet.
@@ -166,9 +169,10 @@ class FeatureStore:
             backbone: with what.
             device: where.
             precision: precision inside the backbone; other than float32 it is another entry of the store.
+            bits: bits of a stored feature that heads read; so are other than 16.
             progress: told (done, total) in records.
         """
-        how = f" {choose_type(backbone)}" + ("" if precision == "float32" else f" {precision}")
+        how = f" {choose_type(backbone, bits)}" + ("" if precision == "float32" else f" {precision}")
         key = hashlib.sha256(f"{backbone.digest} {source.digest()}{how}".encode()).hexdigest()
         entry = private_folder(self._folder) / key
         with lock_file(self._folder / f".{key}.lock"):
@@ -176,15 +180,17 @@ class FeatureStore:
             if found is None:
                 self._remove_leftovers(key)
                 moved = backbone.to(device)
-                self._write(entry, source, moved if precision == "float32" else moved.at(precision), progress)
+                self._write(entry, source, moved if precision == "float32" else moved.at(precision), progress, bits)
                 found = _open(entry)
         assert found is not None
         return found
 
-    def _write(self, entry: Path, source: Source, backbone: Backbone, progress: Progress | None) -> None:
+    def _write(
+        self, entry: Path, source: Source, backbone: Backbone, progress: Progress | None, bits: CacheBits
+    ) -> None:
         # What an earlier process left of this entry is gone on with. So it is after an error: it may be mended.
         partial = self._folder / f".{entry.name}.partial"
-        array = encode_source(partial, source, backbone, progress)
+        array = encode_source(partial, source, backbone, progress, bits)
         about = {
             "error": backbone.error,
             "bytes": array.path.stat().st_size,

@@ -302,10 +302,10 @@ def _records(
     check_features(Path(features))
     chosen_R = arrays[f"{view}/side"] == SIDES.index(side)
     rows_R = rows_of(Path(features), arrays[f"{view}/position"][chosen_R].numpy(), every)
-    if exact and rows_R.dtype != np.int16:
-        raise ValueError("expected features as 16-bit integers")
+    if exact and rows_R.dtype == np.float32:
+        raise ValueError("expected features as integers")
     packed = rows_R.dtype == np.int16
-    found = DecodedFeatures.of(QuantisedRows.unpack(rows_R)) if packed else torch.from_numpy(rows_R)
+    found = DecodedFeatures.of(QuantisedRows.unpack(rows_R)) if packed else decode_rows(rows_R)
     return chosen_R, found.to(device), arrays[f"{view}/unit"][chosen_R].to(device)
 
 
@@ -314,12 +314,16 @@ def _load_view(config: SiteConfig, view: _View, backbone: Backbone, encoding: En
     exclusions = Exclusions.read(config.state_dir)
     kind = open_source(config.sources[view.source], f"sources.{view.source}", config.plugins)
     opened = exclusions.applied(kind.open())
-    _refuse_too_many_features(
-        config, len(opened.index()) * count_bytes(backbone.feature_dim, backbone.grid, choose_type(backbone))
-    )
+    type_ = choose_type(backbone, config.cache_bits)
+    _refuse_too_many_features(config, len(opened.index()) * count_bytes(backbone.feature_dim, backbone.grid, type_))
     progress = encoding.named.get(view.backbone, encoding.progress)
     features = encoding.store.open_or_encode(
-        opened, backbone, device=encoding.device, precision=config.precision, progress=progress
+        opened,
+        backbone,
+        device=encoding.device,
+        precision=config.precision,
+        bits=config.cache_bits,
+        progress=progress,
     )
     index = opened.index()
     sides, unlisted = select_rows(kind.rows, index, exclusions.positions(index))
@@ -332,7 +336,7 @@ def _refuse_too_many_features(config: SiteConfig, num_bytes: int) -> None:
     if num_bytes > config.cache_limit_gib * 2**30:
         raise BadInput(
             f"cache_limit_gib: expected at least {num_bytes / 2**30:.3g} for the features of the run's backbone, got "
-            f"{config.cache_limit_gib:g}; a coarser `grid` or fewer layers take less"
+            f"{config.cache_limit_gib:g}; a coarser `grid`, fewer layers or `cache_bits: 8` take less"
         )
 
 

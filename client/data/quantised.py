@@ -26,6 +26,10 @@ _WIDE_VALUES = 2**21
 _ZERO_EXPONENT = -(2**15)
 """Packed exponent of a row of zeros: two to this power is zero."""
 
+_SMALL_BITS = 7
+_SMALL_ZERO = -(2**7)
+"""Bits of a value of a row in 8 bits, without its sign, and the exponent of a row of zeros."""
+
 _PEAK_BITS = 16
 NORM_BITS = 15
 """A row of integers has an L2 norm of at most 2**15."""
@@ -125,6 +129,25 @@ def pack_rows(values: Tensor) -> NDArray[np.int16]:
     packed[..., 0] = np.where(mantissa > 0.0, exponent - 1, _ZERO_EXPONENT)
     packed[..., 1:] = rows.integers.numpy()
     return packed
+
+
+def pack_small_rows(values: Tensor) -> NDArray[np.int8]:
+    """Returns finite rows ... x D in 8 bits, ... x (1 + D): each row's exponent of two, then its integers.
+
+    A value is off by at most a 128th of its row's largest. Training's 16-bit integers keep exactly what is decoded.
+    """
+    peak = values.abs().amax(dim=-1, keepdim=True).double()
+    # A row of less than 2**-121, the shortest that an exponent of 8 bits holds, is one of zeros.
+    _, exponent = torch.frexp(peak)
+    exponent = torch.where(peak > 0.0, exponent - _SMALL_BITS, _SMALL_ZERO).clamp(min=_SMALL_ZERO)
+    whole = torch.ldexp(values.double(), -exponent).round_().clamp_(-(2**_SMALL_BITS - 1), 2**_SMALL_BITS - 1)
+    whole.masked_fill_(exponent == _SMALL_ZERO, 0.0)
+    return torch.cat([exponent.to(torch.int8), whole.to(torch.int8)], dim=-1).numpy()
+
+
+def unpack_small_rows(packed: NDArray[np.int8]) -> Tensor:
+    """Returns rows as `pack_small_rows` packed them, as float32."""
+    return torch.from_numpy(np.ldexp(packed[..., 1:].astype(np.float32), packed[..., :1].astype(np.int32)))
 
 
 def _round_up_to_power(values: Tensor) -> Tensor:

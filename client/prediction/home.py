@@ -236,6 +236,7 @@ class StoredFeatures:
             backbone,
             device=backbone.device,
             precision=self.site.config.precision,
+            bits=self.site.config.cache_bits,
             progress=self.site.progress,
         )
         for first in range(0, len(positions), _ROWS):

@@ -45,6 +45,7 @@ from client.protocol.requirements import (
     untrained_modules,
 )
 from client.protocol.site import Joined, SiteDeclined, check_allowed, find_sum_rules, make_plan, plan_measurement
+from common.backbones import CacheBits
 from common.model.advice import estimate_points, list_contradictions
 from common.model.forecast import Forecast, forecast_loss
 from common.model.guessing import Totals, compute_v, explain_hopeless
@@ -183,7 +184,7 @@ def plan_run(config: SiteConfig, run: RunConfig, num_sites: int, totals: Mapping
         v={name: v for name, v in compute_v(run, tasks, own_totals).items() if v is not None},
         forecasts=forecasts,
         hopeless=explain_hopeless(run, tasks, own_totals),
-        cache_mib=_estimate_cache(run, sizes),
+        cache_mib=_estimate_cache(run, sizes, config.cache_bits),
         trunk_parameters={name.removesuffix(".trunk"): width for name, width in sorted(trunks.items())},
         trunk_noise_to_signal=of_trunks,
         run_trunk_noise_to_signal=of_trunks / averaged,
@@ -262,12 +263,12 @@ _TRUNK_ROWS: dict[str, Callable[[RunPlan], str]] = {
 }
 
 
-def _estimate_cache(run: RunConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+def _estimate_cache(run: RunConfig, sizes: Mapping[str, int], bits: CacheBits) -> dict[str, int]:
     """Returns the MiB that the cached features of a site's declared units take, of each backbone with places."""
     estimates: dict[str, int] = {}
     for task in run.tasks:
         name, size = run.backbone_of(task), sizes.get(task, 0)
-        num_bytes = size * count_bytes_of_places(run.backbone_specs[name])
+        num_bytes = size * count_bytes_of_places(run.backbone_specs[name], bits)
         if num_bytes:
             estimates[name] = max(estimates.get(name, 1), num_bytes >> 20)
     return estimates

@@ -20,6 +20,8 @@ from common.types import BadInput, Plan
 if TYPE_CHECKING:
     from torch import nn
 
+    from common.backbones import CacheBits
+
 MAX_PARAMETERS = 2**24
 """Most parameters that a run trains: one unit's gradient is then 64 MiB, about what a solver works on at once."""
 
@@ -45,8 +47,12 @@ def feature_dim(backbone: Spec) -> int:
     return _shape(backbone.model_dump_json(), backbone._base, "").feature_dim
 
 
-def count_bytes_of_places(backbone: Spec) -> int:
+def count_bytes_of_places(backbone: Spec, bits: CacheBits) -> int:
     """Returns the number of bytes that a record's stored features of places take; 0 where a record has one vector.
+
+    Args:
+        backbone: its settings.
+        bits: bits of a stored feature.
 
     Raises:
         BadInput: a wrong setting, or a projection too large for a site.
@@ -54,7 +60,7 @@ def count_bytes_of_places(backbone: Spec) -> int:
     from client.data.encoding.encode import count_bytes  # Here: it loads torch.
 
     shape = _shape(backbone.model_dump_json(), backbone._base, "")
-    return count_bytes(shape.feature_dim, shape.grid, "int16") if shape.grid else 0
+    return count_bytes(shape.feature_dim, shape.grid, f"int{bits}") if shape.grid else 0
 
 
 class _Shape(NamedTuple):

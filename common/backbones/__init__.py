@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Precision = Literal["float32", "bfloat16"]
+CacheBits = Literal[8, 16]
+"""Bits of a cached feature that heads read."""
 """Number format inside a backbone; its features are float32 in any case."""
 
 SPEECH, QUIET = 0.3, 0.285

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from client.data.encoding.batches import choose_batch_size, draw_inputs, draw_inputs_like, encode_padded
 from client.data.encoding.partial import Conditions, PartialArray
-from client.data.quantised import pack_rows
+from client.data.quantised import pack_rows, pack_small_rows
 from client.data.sources import Source
 from client.data.sources.parts.boundary import MAX_ITEMS, try_record
 from common.bundle import compute_code_digest
@@ -32,6 +32,7 @@ from common.process.threads import one_thread
 from common.types import BadRecord
 
 if TYPE_CHECKING:
+    from common.backbones import CacheBits
     from common.model.backbones import Backbone
 
 Progress = Callable[[int, int], None]
@@ -58,9 +59,14 @@ _LOADERS = 4
 _Made = TypeVar("_Made")
 
 
-def choose_type(backbone: Backbone) -> str:
-    """Returns the type of the stored rows: of what a trunk reads no bit is lost."""
-    return "int16" if backbone.trunk is None else "float32"
+def choose_type(backbone: Backbone, bits: CacheBits = 16) -> str:
+    """Returns the type of the stored rows: of what a trunk reads no bit is lost.
+
+    Args:
+        backbone: what encodes.
+        bits: bits of a feature that heads read.
+    """
+    return f"int{bits}" if backbone.trunk is None else "float32"
 
 
 def count_bytes(feature_dim: int, grid: tuple[int, ...], type_: str) -> int:
@@ -72,10 +78,17 @@ def count_bytes(feature_dim: int, grid: tuple[int, ...], type_: str) -> int:
         type_: type of the stored rows (`choose_type`).
     """
     dtype = np.dtype(type_)
-    return math.prod(grid) * (feature_dim + (dtype == np.int16)) * dtype.itemsize
+    return math.prod(grid) * (feature_dim + _count_exponents(dtype)) * dtype.itemsize
 
 
-def encode_source(folder: Path, source: Source, backbone: Backbone, progress: Progress | None) -> PartialArray:
+def _count_exponents(dtype: np.dtype[Any]) -> int:
+    """Returns the number of values that stand before a row's features: the exponent of integers."""
+    return int(dtype.kind == "i")
+
+
+def encode_source(
+    folder: Path, source: Source, backbone: Backbone, progress: Progress | None, bits: CacheBits = 16
+) -> PartialArray:
     """Writes the features of all records of a source to an array in a folder, and returns it.
 
     Args:
@@ -84,15 +97,16 @@ def encode_source(folder: Path, source: Source, backbone: Backbone, progress: Pr
         source: source of the records.
         backbone: what encodes them, on its device.
         progress: told (done, total) in records.
+        bits: bits of a stored feature that heads read.
 
     Raises:
         BadInput: the disk has no room, or the backbone does not encode.
     """
-    count, dtype = len(source.index()), np.dtype(choose_type(backbone))
+    count, dtype = len(source.index()), np.dtype(choose_type(backbone, bits))
     cores = torch.get_num_threads()
     with nullcontext() if backbone.device.type == "cuda" else one_thread():
         batches = _Batches(source, backbone, count, cores)
-        shape = (count, *backbone.grid, backbone.feature_dim + (dtype == np.int16))
+        shape = (count, *backbone.grid, backbone.feature_dim + _count_exponents(dtype))
         array = PartialArray(folder, shape, dtype, batches.conditions)
         if array.done and progress is not None:
             progress(array.done, count)
@@ -151,8 +165,9 @@ def _add(array: PartialArray, batch: _Batch, encoded_BD: NDArray[np.float32] | N
     if encoded_BD is not None:
         finite_B = _find_finite(encoded_BD)
         rows_BD = np.where(finite_B.reshape(-1, *(1,) * (encoded_BD.ndim - 1)), encoded_BD, np.float32(0.0))
-        if array.dtype == np.int16:
-            rows_BD = pack_rows(torch.from_numpy(rows_BD))
+        if array.dtype != np.float32:
+            pack = pack_rows if array.dtype == np.int16 else pack_small_rows
+            rows_BD = pack(torch.from_numpy(rows_BD))
         for index in np.flatnonzero(~finite_B):
             unusable[batch.positions[index]] = "features are not finite"
     array.add(batch.end, batch.positions, rows_BD, unusable)

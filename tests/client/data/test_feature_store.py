@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from client.data.encoding.encode import BATCH_SIZE
-from client.data.feature_store import Features, FeatureStore, rows_of
-from client.data.quantised import QuantisedRows
+from client.data.feature_store import Features, FeatureStore, decode_rows, rows_of
+from client.data.quantised import QuantisedRows, pack_small_rows, unpack_small_rows
 from client.data.sources import Source, SourceRecord, open_source
 from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
@@ -127,6 +127,26 @@ def test_another_backbone_and_other_data_have_entries_of_their_own(tmp_path: Pat
             np.testing.assert_array_equal(features.features_ND, held(backbone.encode(items)))
             paths.add(features.path)
     assert len(paths) == 4
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_features_in_8_bits_take_half_the_disk_and_are_nearly_the_same(tmp_path: Path, many: bool) -> None:
+    store, rng = FeatureStore(tmp_path), np.random.default_rng(0)
+    values = (rng.standard_normal((400 if many else COUNT, DIM)) * 10.0 ** rng.integers(-9, 9, (1, DIM))).astype("f4")
+    values[1], values[2] = 0.0, 1e38
+    small = store.open_or_encode(Vectors(list(values)), identity(), device=CPU, bits=8)
+    usual = store.open_or_encode(Vectors(list(values)), identity(), device=CPU)
+    assert small.rows_N.nbytes == usual.rows_N.nbytes / 2 and small.path != usual.path
+    kept = decode_rows(rows_of(small.path, np.arange(len(values)))).numpy()
+    assert (np.abs(kept - values) <= np.abs(values).max(axis=1, keepdims=True) / 128).all()
+    # Training's integers keep what is read, so that every exact sum stays exact.
+    np.testing.assert_array_equal(held(kept), kept)
+
+
+def test_a_feature_too_small_for_8_bits_is_zero_and_no_largest_one_is_lost() -> None:
+    rows = torch.tensor([[2.0**-130, 0.0], [2.0**-120, -(2.0**-126)], [float(np.float32(3.4e38)), 1.0], [-1.0, 0.999]])
+    kept = unpack_small_rows(pack_small_rows(rows))
+    assert kept.tolist() == [[0.0, 0.0], [2.0**-120, -(2.0**-126)], [127 * 2.0**121, 0.0], [-1.0, 1.0]]
 
 
 def test_another_precision_has_an_entry_of_its_own(tmp_path: Path) -> None:
