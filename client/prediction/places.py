@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.records import RejectedRecord
-from client.data.sources import LocatesFiles, SourceRecord
+from client.data.sources import LocatesFiles, LocatesSlices, SlicePlace, SourceRecord
 from client.data.sources.parts.boundary import try_record
+from client.data.sources.parts.scans import count_slices, write_slices
 from client.data.sources.parts.tree import make_readable
 from client.prediction.files import strip_suffix
 from client.prediction.records import Part, PredictedRecord, name_file, resolve
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _VOLUMES = (".nii", ".nii.gz")
+
+_UNSEEN = 255
+"""Value of the places of a slice that was not predicted: no label has it."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,40 @@ class _Drawn:
         overlays: task -> picture as PNG.
         masks: task -> values H x W.
         volumes: task -> the same as NIfTI, where its file is one that can hold them.
+        place: where it stands in a volume of several slices; None where it is in none.
     """
 
     size: tuple[int, int]
     overlays: Mapping[str, bytes] = field(repr=False)
     masks: Mapping[str, NDArray[np.uint8]] = field(repr=False)
     volumes: Mapping[str, bytes] = field(repr=False)
+    place: SlicePlace | None = None
+
+
+@dataclass
+class _Volume:
+    """The masks of a volume's slices, collected until all are there.
+
+    Attributes:
+        path: the file that is written.
+        place: where one of the slices stands.
+        left: how many slices are missing.
+        slices: number of the slice -> its mask; emptied when the file is written.
+    """
+
+    path: Path
+    place: SlicePlace
+    left: int
+    slices: dict[int, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+
+    def write(self) -> None:
+        """Writes what is there. Raises BadInput where the volume is no longer what it was."""
+        try:
+            content = write_slices(self.place.path, self.slices, self.place.plane, _UNSEEN)
+        except (BadRecord, OSError, ValueError) as error:
+            raise BadInput("--masks: expected volumes that stay as they are while they are predicted") from error
+        write_atomic(self.path, content)
+        self.slices.clear()
 
 
 @final
@@ -185,6 +217,7 @@ class PlacesWriter:
         self._several = len(parts) > 1
         self._taken: set[str] = set()
         self._arrays: dict[Path, tuple[list[int], list[NDArray[np.uint8]]]] = {}
+        self._volumes: dict[tuple[Path, str], _Volume] = {}
         self._coco = _Coco()
 
     def write(
@@ -214,6 +247,9 @@ class PlacesWriter:
     def finish(self) -> None:
         """Writes what was collected; only names are given after that."""
         with _explained():
+            for volume in self._volumes.values():
+                if volume.slices:
+                    volume.write()
             for path, (rows, masks) in self._arrays.items():
                 content = io.BytesIO()
                 np.savez_compressed(content, masks=np.stack(masks), rows=np.array(rows))
@@ -233,16 +269,16 @@ class PlacesWriter:
             return _Drawn((0, 0), {}, {}, {})
         picture = open_picture(part.source.load(each.position))
         overlays, masks = dict[str, bytes](), dict[str, NDArray[np.uint8]]()
-        volumes = dict[str, bytes]()
+        volumes, place = dict[str, bytes](), _locate_slice(part, each)
         for task in tasks:
             cell, _ = each.results[task]
             if self._output.overlays is not None:
                 overlays[task] = write_png(draw_overlay(picture, cell, self._legends[task]))
             if self._output.masks is not None and is_mask(cell):
                 masks[task] = resize_mask(read_mask(cell), picture.height, picture.width).astype(np.uint8)
-                volume = _write_volume(part, each, masks[task])
+                volume = None if place is not None else _write_volume(part, each, masks[task])
                 volumes |= {} if volume is None else {task: volume}
-        return _Drawn(picture.size, overlays, masks, volumes)
+        return _Drawn(picture.size, overlays, masks, volumes, place)
 
     def _save_record(
         self, part: Part, each: PredictedRecord, tasks: Sequence[str], drawn: _Drawn
@@ -285,6 +321,8 @@ class PlacesWriter:
             rows, masks = self._arrays.setdefault(path, ([], []))
             rows.append(record.row)
             masks.append(values_HW)
+        elif drawn.place is not None:
+            path = self._add_slice(drawn.place, task, name, values_HW)
         elif task in drawn.volumes:
             path = self._locate(self._output.masks, task, f"{name}.nii.gz")
             write_atomic(path, drawn.volumes[task])
@@ -294,6 +332,20 @@ class PlacesWriter:
         shown = self._output.masks / path.relative_to(self._staged[self._output.masks])
         start = self._output.shown_from
         return str(shown) if start is None else os.path.relpath(shown, start)
+
+    def _add_slice(self, place: SlicePlace, task: str, name: str, values_HW: NDArray[np.uint8]) -> Path:
+        """Returns the file of a slice's volume, which is written once the masks of all its slices are there."""
+        assert self._output.masks is not None  # The mask was made because it is asked for.
+        volume = self._volumes.get((place.path, task))
+        if volume is None:
+            path = self._locate(self._output.masks, task, f"{name}.nii.gz")
+            volume = _Volume(path, place, count_slices(place.path, place.plane))
+            self._volumes[place.path, task] = volume
+        volume.slices[place.at] = values_HW
+        volume.left -= 1
+        if volume.left == 0:
+            volume.write()
+        return volume.path
 
     def _locate(self, folder: Path, task: str, name: str) -> Path:
         """Returns a file's path in the folder that takes its place later; tasks have folders where they are several."""
@@ -325,6 +377,12 @@ def open_picture(item: Any) -> Image.Image:
 
 def _make_folder_name(name: str) -> str:
     return "".join(char if char.isalnum() or char in "-_" else "-" for char in name)
+
+
+def _locate_slice(part: Part, each: PredictedRecord) -> SlicePlace | None:
+    """Returns where a record stands in a volume; None where it is no slice of one."""
+    source, positions = resolve(part.source)
+    return source.locate_slice(positions[each.position]) if isinstance(source, LocatesSlices) else None
 
 
 def _write_volume(part: Part, each: PredictedRecord, values_HW: NDArray[np.uint8]) -> bytes | None:

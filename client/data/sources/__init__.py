@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from common.plugins import Spec, resolve
 
@@ -87,6 +87,29 @@ class PassesOver(Protocol):
     @property
     def passed_over(self) -> int:
         """Number of files that it does not read."""
+
+
+@dataclass(frozen=True)
+class SlicePlace:
+    """Where a record stands in a NIfTI volume of several slices.
+
+    Attributes:
+        path: the volume's file.
+        plane: across which it is sliced: axial, coronal or sagittal.
+        at: number of the slice, from 0.
+    """
+
+    path: Path
+    plane: Literal["axial", "coronal", "sagittal"]
+    at: int
+
+
+@runtime_checkable
+class LocatesSlices(Protocol):
+    """Optional part of a source each of whose records is a slice of a volume."""
+
+    def locate_slice(self, position: int) -> SlicePlace:
+        """Returns where `index()[position]` stands. Raises BadRecord where its file may not be read."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from client.data.sources import SourceExample, SourceRecord
+from client.data.sources import SlicePlace, SourceExample, SourceRecord
 from client.data.sources.parts.base import digest
 from client.data.sources.parts.boundary import MAX_ITEMS, try_record
 from client.data.sources.parts.listing import ListedFiles, Listing, Reader, open_listing
@@ -123,6 +123,11 @@ class Slices:
             raise BadRecord(record.fault)
         slice_HW: NDArray[np.uint8] = self.volumes.load(row)[at]
         return slice_HW
+
+    def locate_slice(self, position: int) -> SlicePlace:
+        """Returns where a record stands in its volume. Raises BadRecord."""
+        _, row, at = self._records[position]
+        return SlicePlace(self.volumes.locate(row), self.settings.plane, at)
 
     @cached_property
     def _records(self) -> list[tuple[SourceRecord, int, int]]:

@@ -138,6 +138,43 @@ def test_a_volume_of_one_slice_has_its_mask_at_its_place_in_the_body(model: Path
         assert body[x, y, 0] == flat_HW[body.shape[1] - 1 - y, x]
 
 
+@pytest.mark.parametrize(("plane", "axis"), [("axial", 2), ("sagittal", 0)])
+def test_a_volume_sliced_by_a_source_has_one_mask_stored_as_it_is(
+    model: Path, tmp_path: Path, plane: str, axis: int
+) -> None:
+    affine = np.array([[0, -2.0, 0, 5], [3.0, 0, 0, 1], [0, 0, -4.0, 2], [0, 0, 0, 1]])
+    rng = np.random.default_rng(0)
+    for name, most in (("v", 8), ("w", 3)):
+        values = rng.integers(0, 60, (6, 8, most)).astype(np.float32)
+        values[2:, :4] += 180
+        nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / f"{name}.nii")
+    (tmp_path / "list.csv").write_text("file\nv.nii\nw.nii\n")
+    kind = f"kind: nifti_slices\npath: list.csv\nplane: {plane}\nwindow: [0, 255]\n"
+    (tmp_path / "all.yaml").write_text(kind)
+    asked = ("--masks", tmp_path / "m", "--out", tmp_path / "p.csv")
+    result = predict(model, "--data", tmp_path / "all.yaml", *asked)
+    assert result.exit_code == 0, result.output
+    assert {row["cells"] for row in read(tmp_path / "p.csv")} == {"m/v.nii.gz", "m/w.nii.gz"}
+    loaded = headwater.load(model)
+    for name in ("v", "w"):
+        own, mask = nibabel.load(tmp_path / f"{name}.nii"), nibabel.load(tmp_path / "m" / f"{name}.nii.gz")
+        assert mask.shape == own.shape and np.allclose(mask.affine, own.affine)
+        assert np.asarray(mask.dataobj).max() == 1
+        # Along the body's axes, each slice as a picture has the same mask, its first row the top or the front.
+        whole, found = (np.asarray(nibabel.as_closest_canonical(each).dataobj) for each in (own, mask))
+        paths = [tmp_path / f"{name}{at}.png" for at in range(whole.shape[axis])]
+        for at, path in enumerate(paths):
+            Image.fromarray(np.take(whole, at, axis).T[::-1].astype(np.uint8)).save(path)
+        flat = loaded.predict(paths, masks=tmp_path / f"flat-{name}")["cells"]
+        for at, path in enumerate(flat):
+            assert np.array_equal(np.asarray(Image.open(path)), np.take(found, at, axis).T[::-1])
+    (tmp_path / "some.yaml").write_text(f"{kind}max_slices: 2\n")
+    loaded.predict(tmp_path / "some.yaml", masks=tmp_path / "s")
+    some = np.asarray(nibabel.as_closest_canonical(nibabel.load(tmp_path / "s" / "v.nii.gz")).dataobj)
+    seen = [at for at in range(some.shape[axis]) if (np.take(some, at, axis) < 2).all()]
+    assert len(seen) == 2 and (np.delete(some, seen, axis) == 255).all()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -130,6 +131,35 @@ def read_pixels(path: Path, window: Window) -> NDArray[np.uint8]:
 def cut_slices(volume_XYZ: NDArray[Any], plane: Plane) -> NDArray[Any]:
     """Returns a volume's slices, S x H x W: the first row of each is its top, or its front."""
     return np.ascontiguousarray(np.moveaxis(volume_XYZ, _AXES[plane], 0).transpose(0, 2, 1)[:, ::-1])
+
+
+def write_slices(path: Path, slices: Mapping[int, NDArray[np.uint8]], plane: Plane, missing: int) -> bytes:
+    """Returns slices as a compressed NIfTI file with the axes and the place in the body of the volume they are of.
+
+    Args:
+        path: the volume's file.
+        slices: number of the slice -> its values, H x W, as `cut_slices` cuts a volume.
+        plane: across which the volume is sliced.
+        missing: value of all places of a slice that is not there.
+
+    Raises:
+        BadRecord: the volume cannot be read, or its slices have another size.
+        OSError: it is missing.
+    """
+    import nibabel
+
+    def join(canonical: Any) -> bytes:
+        volume_XYZ = np.full(canonical.shape, missing, np.uint8)
+        # A view, into which slices are written as they are cut.
+        cut_SHW = np.moveaxis(volume_XYZ, _AXES[plane], 0).transpose(0, 2, 1)[:, ::-1]
+        for at, values_HW in slices.items():
+            cut_SHW[at] = values_HW
+        own = nibabel.io_orientation(nibabel.load(path).affine)
+        turn = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), own)
+        mask = nibabel.Nifti1Image(volume_XYZ, canonical.affine).as_reoriented(turn)
+        return gzip.compress(mask.to_bytes(), mtime=0)
+
+    return _read_nifti(path, join)
 
 
 def _read_nifti(path: Path, read: Callable[[Any], _Read]) -> _Read:
