@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from client.data.records import RejectedRecord
 from client.data.sources import LocatesFiles, LocatesSlices, SlicePlace, SourceRecord
+from client.data.sources.coco import encode_runs
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.scans import count_slices, write_slices
 from client.data.sources.parts.tree import make_readable
@@ -52,7 +53,7 @@ class PlacesOutput:
     """The files for masks, boxes and overlays; None for what is not asked for.
 
     Attributes:
-        masks: a folder with a mask for each record.
+        masks: a folder with a mask for each record, or a JSON file with the run lengths of all in COCO's format.
         boxes: a JSON file in COCO's format.
         overlays: a folder with a picture for each record.
         shown_from: folder to which the masks' paths in the table are relative; None shows them as they are.
@@ -75,7 +76,7 @@ def plan_places(output: PlacesOutput, model: Model, tasks: Sequence[str], *, for
         output: what is asked for.
         model: the model.
         tasks: names of the tasks that are predicted.
-        force: whether an earlier file of boxes may be replaced.
+        force: whether an earlier JSON file may be replaced.
 
     Raises:
         BadInput: no task predicts any, a folder has something in it, a file is there already, or the folder around
@@ -94,16 +95,21 @@ def plan_places(output: PlacesOutput, model: Model, tasks: Sequence[str], *, for
             raise BadInput(f"--{option}: expected a task that predicts {what}, got {', '.join(tasks)}")
         if not path.parent.is_dir():
             raise BadInput(f"--{option} {path}: expected a folder at {path.parent}, found none")
-        if option == "boxes":
-            if path.suffix.lower() != ".json":
-                raise BadInput(f"--boxes {path}: expected a name that ends in .json, got {path.suffix or 'none'!r}")
+        if option == "boxes" and not _is_json(path):
+            raise BadInput(f"--boxes {path}: expected a name that ends in .json, got {path.suffix or 'none'!r}")
+        if option != "overlays" and _is_json(path):
             if path.exists() and not (path.is_file() and force):
-                raise BadInput(f"--boxes: expected a new file, but there is {path} already; --force replaces it")
+                raise BadInput(f"--{option}: expected a new file, but there is {path} already; --force replaces it")
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise BadInput(f"--{option} {path}: expected a new or empty folder, found something there")
-    if output.masks is not None and output.overlays is not None and _is_same(output.masks, output.overlays):
-        raise BadInput(f"--overlays {output.overlays}: expected another folder than that of --masks")
+    for option, path in (("overlays", output.overlays), ("boxes", output.boxes)):
+        if output.masks is not None and path is not None and _is_same(output.masks, path):
+            raise BadInput(f"--{option} {path}: expected another place than that of --masks")
     return output
+
+
+def _is_json(path: Path | None) -> bool:
+    return path is not None and path.suffix.lower() == ".json"
 
 
 def _is_same(first: Path, second: Path) -> bool:
@@ -125,13 +131,13 @@ def opened_places(output: PlacesOutput, model: Model, parts: Sequence[Part]) -> 
     staged: dict[Path, Path] = {}
     try:
         with _explained():
-            for path in (output.masks, output.overlays):
-                if path is not None:
+            for path in (output.masks, output.boxes, output.overlays):
+                if path is not None and (path is output.overlays or not _is_json(path)):
                     staged[path] = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            if output.boxes is not None:
-                handle, name = tempfile.mkstemp(dir=output.boxes.parent, prefix=f".{output.boxes.name}.")
-                os.close(handle)
-                staged[output.boxes] = Path(name)
+                elif path is not None:
+                    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+                    os.close(handle)
+                    staged[path] = Path(name)
         yield PlacesWriter(output, model, parts, staged)
         with _explained():
             for path, temporary in staged.items():
@@ -218,7 +224,7 @@ class PlacesWriter:
         self._taken: set[str] = set()
         self._arrays: dict[Path, tuple[list[int], list[NDArray[np.uint8]]]] = {}
         self._volumes: dict[tuple[Path, str], _Volume] = {}
-        self._coco = _Coco()
+        self._coco, self._runs = _Coco(), _Coco()
 
     def write(
         self, part: Part, predicted: Sequence[PredictedRecord]
@@ -254,7 +260,16 @@ class PlacesWriter:
                 content = io.BytesIO()
                 np.savez_compressed(content, masks=np.stack(masks), rows=np.array(rows))
                 write_atomic(path, content.getvalue())
-            if self._output.masks is not None:
+            if self._output.masks is not None and _is_json(self._output.masks):
+                names = [
+                    name
+                    for task in self._drawn
+                    if is_mask(self._cells[task])
+                    for at, name in enumerate(self._legends[task].names)
+                    if at != self._legends[task].background
+                ]
+                write_atomic(self._staged[self._output.masks], self._runs.write(names))
+            elif self._output.masks is not None:
                 labels = {name: list(self._legends[name].names) for name in self._drawn if is_mask(self._cells[name])}
                 write_atomic(self._staged[self._output.masks] / "labels.json", json.dumps(labels, indent=2).encode())
             if self._output.boxes is not None:
@@ -291,7 +306,9 @@ class PlacesWriter:
             if task in drawn.overlays:
                 assert self._output.overlays is not None  # It was drawn because it is asked for.
                 write_atomic(self._locate(self._output.overlays, task, f"{name}.png"), drawn.overlays[task])
-            if task in drawn.masks:
+            if task in drawn.masks and _is_json(self._output.masks):
+                self._runs.add_mask(each.record, drawn.masks[task], self._legends[task])
+            elif task in drawn.masks:
                 results[task] = (self._save_mask(each.record, task, name, drawn), served_C)
             if self._output.boxes is not None and is_boxes(cell):
                 self._coco.add(each.record, drawn.size, cell)
@@ -405,10 +422,10 @@ def _write_volume(part: Part, each: PredictedRecord, values_HW: NDArray[np.uint8
 @final
 @dataclass
 class _Coco:
-    """Boxes as COCO's result files hold them, with the pictures and the categories that they refer to."""
+    """Objects as COCO's result files hold them, with the pictures and the categories that they refer to."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
-    boxes: list[tuple[int, str, list[float], float]] = field(default_factory=list)
+    objects: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
 
     def add(self, record: SourceRecord, size: tuple[int, int], cell: str) -> None:
         """Adds the boxes of a picture, in its pixels; what lies outside of it is cut off.
@@ -419,34 +436,51 @@ class _Coco:
             cell: its boxes.
         """
         width, height = size
-        image = len(self.images) + 1
-        own = {"id": image, "file_name": name_file(record), "width": width, "height": height, "row": record.row}
-        found = []
+        image = self._add_image(record, width, height)
         for box in read_boxes(cell):
             left, right = (min(max(side, 0.0), 1.0) * width for side in (box.left, box.right))
             top, bottom = (min(max(side, 0.0), 1.0) * height for side in (box.top, box.bottom))
             if right > left and bottom > top:
-                found.append((image, box.name, [left, top, right - left, bottom - top], box.score))
-        self.images.append(own)
-        self.boxes += found
+                sides = [left, top, right - left, bottom - top]
+                own = {"bbox": [round(side, 2) for side in sides], "area": round(sides[2] * sides[3], 2)}
+                self.objects.append((image, box.name, {**own, "iscrowd": 0, "score": round(box.score, 6)}))
+
+    def add_mask(self, record: SourceRecord, values_HW: NDArray[np.uint8], legend: Legend) -> None:
+        """Adds the places of each label but the background, by their run lengths.
+
+        Args:
+            record: the picture's record.
+            values_HW: indices of labels.
+            legend: the labels' names.
+        """
+        height, width = values_HW.shape
+        image = self._add_image(record, width, height)
+        for at in np.unique(values_HW).tolist():
+            if at == legend.background:
+                continue
+            inside_HW = values_HW == at
+            rows, columns = (np.flatnonzero(inside_HW.any(axis=axis)) for axis in (1, 0))
+            left, top = int(columns[0]), int(rows[0])
+            bbox = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+            own = {"segmentation": encode_runs(inside_HW), "bbox": bbox, "area": int(inside_HW.sum()), "iscrowd": 0}
+            self.objects.append((image, legend.names[at], own))
+
+    def _add_image(self, record: SourceRecord, width: int, height: int) -> int:
+        """Returns the number of a picture that is added."""
+        number = len(self.images) + 1
+        name = name_file(record)
+        self.images.append({"id": number, "file_name": name, "width": width, "height": height, "row": record.row})
+        return number
 
     def write(self, names: Sequence[str]) -> bytes:
         """Returns the file's content; categories are numbered from 1 in the order of names."""
-        known = list(dict.fromkeys([*names, *(name for _, name, _, _ in self.boxes)]))
+        known = list(dict.fromkeys([*names, *(name for _, name, _ in self.objects)]))
         values = {
             "images": self.images,
             "categories": [{"id": number, "name": name} for number, name in enumerate(known, start=1)],
             "annotations": [
-                {
-                    "id": number,
-                    "image_id": image,
-                    "category_id": known.index(name) + 1,
-                    "bbox": [round(side, 2) for side in bbox],
-                    "area": round(bbox[2] * bbox[3], 2),
-                    "iscrowd": 0,
-                    "score": round(score, 6),
-                }
-                for number, (image, name, bbox, score) in enumerate(self.boxes, start=1)
+                {"id": number, "image_id": image, "category_id": known.index(name) + 1, **own}
+                for number, (image, name, own) in enumerate(self.objects, start=1)
             ],
         }
         return json.dumps(values, ensure_ascii=False).encode("utf-8", "backslashreplace")

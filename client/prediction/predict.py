@@ -142,7 +142,8 @@ class LoadedModel:
             columns: of a table the column of texts or paths, and of pairs of texts the second one too; of an .npz file
                 the array; by default it is found.
             source: of a file with several sources, the one to read.
-            masks: new folder for the masks of a model that predicts some; the table then has their paths.
+            masks: new folder for the masks of a model that predicts some; the table then has their paths. A name that
+                ends in .json is a file of their run lengths, as COCO has them.
             boxes: new `.json` file for the boxes of a model that predicts some.
             overlays: new folder for the pictures with masks or boxes drawn on them.
 

@@ -29,7 +29,7 @@ def predict(
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write: .csv, .jsonl or .parquet")] = Path("predictions.csv"),
     masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A new folder for the masks of a model that predicts some")
+        Path | None, typer.Option(metavar="DIR", help="A new folder or .json file for a model's masks")
     ] = None,
     boxes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A new .json file for predicted boxes, in COCO's format")

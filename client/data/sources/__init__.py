@@ -91,7 +91,7 @@ class PassesOver(Protocol):
 
 @dataclass(frozen=True)
 class SlicePlace:
-    """Where a record stands in a NIfTI volume of several slices.
+    """Place of a record in a NIfTI volume of several slices.
 
     Attributes:
         path: the volume's file.

@@ -378,6 +378,33 @@ def decode_counts(text: str) -> list[int]:
     return runs
 
 
+def encode_runs(inside_HW: NDArray[np.bool_]) -> dict[str, Any]:
+    """Returns the run lengths of a mask, down its columns, as `decode_runs` reads them: `size`, and MaskApi's text.
+
+    Args:
+        inside_HW: true inside.
+    """
+    flat_N = inside_HW.T.ravel()
+    ends = np.flatnonzero(np.diff(flat_N)) + 1
+    # The first run is outside; where the first place is inside, it is empty.
+    edges = [0, *([0] if flat_N.size and flat_N[0] else []), *ends.tolist(), flat_N.size]
+    return {"size": list(inside_HW.shape), "counts": _encode_counts(np.diff(edges).tolist())}
+
+
+def _encode_counts(runs: Sequence[int]) -> str:
+    """Returns run lengths as `decode_counts` reads them."""
+    chars = []
+    for at, run in enumerate(runs):
+        number = run - (runs[at - 2] if at > 2 else 0)
+        more = True
+        while more:
+            bits, number = number & 31, number >> 5
+            # The last group's highest bit is the sign of all that follow.
+            more = number != (-1 if bits & 16 else 0)
+            chars.append(chr(48 + bits + (32 if more else 0)))
+    return "".join(chars)
+
+
 def _fill_polygon(values_HW: NDArray[np.uint16], corner_P2: NDArray[np.float64], value: int) -> int:
     """Sets the places whose centres are within a polygon: to the right of an odd number of its edges.
 

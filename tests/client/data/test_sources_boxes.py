@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from client.data.sources import Source, coco, open_source
-from client.data.sources.coco import decode_counts, decode_runs, draw_mask
+from client.data.sources.coco import decode_counts, decode_runs, draw_mask, encode_runs
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.voc import MAX_BYTES, write_annotation
 from common.inputs import Box, read_boxes, read_mask, read_mask_names
@@ -216,23 +217,19 @@ def test_run_lengths_are_read_as_their_definition_says() -> None:
     np.testing.assert_array_equal(inside, decode_runs({"size": [9, 10], "counts": runs}, (9, 10)))
 
 
-def write_counts(runs: list[int]) -> str:
-    """Returns run lengths as text: a transcription of MaskApi's rleToString."""
-    text = ""
-    for at, run in enumerate(runs):
-        number = run - runs[at - 2] if at > 2 else run
-        more = True
-        while more:
-            code = number & 31
-            number >>= 5
-            more = number != -1 if code & 16 else number != 0
-            text += chr((code | 32 if more else code) + 48)
-    return text
+@given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
+def test_a_mask_that_was_written_as_run_lengths_is_read_back(inside_HW: np.ndarray) -> None:
+    np.testing.assert_array_equal(decode_runs(encode_runs(inside_HW), inside_HW.shape), inside_HW)
 
 
-@given(st.lists(st.integers(0, 2**26), max_size=30))
-def test_run_lengths_that_were_written_as_text_are_read_back(runs: list[int]) -> None:
-    assert decode_counts(write_counts(runs)) == runs
+def test_run_lengths_are_written_as_maskapi_does() -> None:
+    runs = [6, 1, 40, 4, 5, 4, 5, 4, 21]
+    inside = decode_runs({"size": [9, 10], "counts": runs}, (9, 10))
+    assert encode_runs(inside) == {"size": [9, 10], "counts": "61X13mN000`0"}
+    # Runs of thousands take several characters.
+    large = np.zeros((3000, 40), bool)
+    large[17:, 3:31] = True
+    np.testing.assert_array_equal(decode_runs(encode_runs(large), large.shape), large)
 
 
 def is_inside(x: float, y: float, corners: list[tuple[float, float]]) -> bool:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import headwater
 from client.data.sources import open_source
+from client.data.sources.coco import decode_runs
 from client.data.sources.nifti import Nifti
 from client.prediction.data import choose_tasks, open_records
 from client.prediction.files import strip_suffix
@@ -87,6 +88,42 @@ def test_each_record_has_a_mask_of_its_pictures_own_size(model: Path, tmp_path: 
     assert [row["file"] for row in read(tmp_path / "p.rejected.csv")] == ["broken.png"]
     written = [*(tmp_path / "masks").rglob("*"), *(tmp_path / "overlays").rglob("*")]
     assert all(path.stat().st_mode & 0o077 == 0 for path in [tmp_path / "masks", tmp_path / "overlays", *written])
+
+
+def test_masks_in_one_json_file_are_the_same_by_their_run_lengths(model: Path, tmp_path: Path) -> None:
+    write_scans(tmp_path / "scans")
+    command = (
+        model,
+        "--data",
+        tmp_path / "scans",
+        "--task",
+        "cells",
+        "--force",
+        "--out",
+        tmp_path / "p.csv",
+        "--masks",
+    )
+    assert predict(*command, tmp_path / "m").exit_code == 0
+    assert predict(*command, tmp_path / "m.json").exit_code == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["categories"] == [{"id": 1, "name": "cell"}]
+    pictures = {each["id"]: each for each in found["images"]}
+    assert len(found["annotations"]) == len(pictures) == len(SIZES)
+    for each in found["annotations"]:
+        picture = pictures[each["image_id"]]
+        mask_HW = np.asarray(Image.open((tmp_path / "m" / picture["file_name"]).with_suffix(".png"))) == 1
+        assert mask_HW.shape == (picture["height"], picture["width"])
+        np.testing.assert_array_equal(decode_runs(each["segmentation"], mask_HW.shape), mask_HW)
+        left, top, width, height = each["bbox"]
+        assert each["area"] == mask_HW.sum() == mask_HW[top : top + height, left : left + width].sum()
+        assert mask_HW[top].any() and mask_HW[:, left].any()
+    assert "ground" not in (tmp_path / "m.json").read_text()
+    settings = {"kind": "coco", "path": str(tmp_path / "m.json"), "root": str(tmp_path / "scans")}
+    for record in open_source(settings, "s").open().index():
+        mask_HW = np.asarray(Image.open((tmp_path / "m" / record.path).with_suffix(".png")))
+        np.testing.assert_array_equal(read_mask(record.cells["mask"]), mask_HW)
+    again = predict(*[each for each in command if each != "--force"], tmp_path / "m.json", "--out", tmp_path / "q.csv")
+    assert again.exit_code == 2 and "there is" in again.stderr
 
 
 def test_a_table_of_pictures_and_predicted_masks_is_a_source(model: Path, tmp_path: Path) -> None:
@@ -181,7 +218,7 @@ def test_a_volume_sliced_by_a_source_has_one_mask_stored_as_it_is(
         (lambda folder: ["--boxes", folder / "b.json"], "--boxes: expected a task that predicts boxes, got cells"),
         (lambda folder: ["--masks", folder / "full"], "expected a new or empty folder, found something there"),
         (lambda folder: ["--masks", folder / "no" / "m"], "expected a folder at"),
-        (lambda folder: ["--masks", folder / "m", "--overlays", folder / "m"], "another folder than that of --masks"),
+        (lambda folder: ["--masks", folder / "m", "--overlays", folder / "m"], "another place than that of --masks"),
         (lambda folder: ["--masks", folder / "m", "--task", "finding"], "a task that predicts masks, got finding"),
     ],
 )
