@@ -296,7 +296,7 @@ def _records(
         features: path of its features.
         side: which records.
         device: where the tensors are to be.
-        exact: whether features have to be 16-bit integers.
+        exact: whether features have to be stored as integers.
         every: every so manieth place along each side is read.
     """
     check_features(Path(features))
