@@ -206,6 +206,8 @@ class Box:
         right: largest x.
         bottom: largest y.
         score: probability that it is there; 1 where it was drawn by a person.
+        ignored: whether it says nothing: neither that something is there nor that nothing is. So are VOC's difficult
+            objects and COCO's crowds.
     """
 
     name: str
@@ -214,6 +216,7 @@ class Box:
     right: float
     bottom: float
     score: float = 1.0
+    ignored: bool = False
 
 
 _BOXES = "boxes "
@@ -224,12 +227,17 @@ MAX_BOXES = 10_000
 def write_boxes(boxes: Sequence[Box], width: float, height: float) -> str:
     """Returns the boxes of a picture as a cell: `boxes` and JSON of its width, its height and a list for each box.
 
+    A list has a name, four sides and a score, and true behind them where the box is ignored.
+
     Args:
         boxes: boxes, in the unit of the width and the height; none is a picture without objects.
         width: of the picture.
         height: of the picture.
     """
-    rows = [[box.name, box.left, box.top, box.right, box.bottom, box.score] for box in boxes]
+    rows = [
+        [box.name, box.left, box.top, box.right, box.bottom, box.score, *([True] if box.ignored else [])]
+        for box in boxes
+    ]
     return _BOXES + json.dumps([width, height, rows], ensure_ascii=False)
 
 
@@ -249,11 +257,11 @@ def read_boxes(cell: str) -> list[Box]:
         if not (width > 0 and height > 0) or len(rows) > MAX_BOXES:
             raise ValueError
         boxes = []
-        for name, left, top, right, bottom, score in rows:
+        for name, left, top, right, bottom, score, *ignored in rows:
             sides = [left / width, top / height, right / width, bottom / height, float(score)]
             if not isinstance(name, str) or not all(map(math.isfinite, sides)):
                 raise ValueError
-            boxes.append(Box(name, *sides))
+            boxes.append(Box(name, *sides, ignored=ignored == [True]))
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise BadRecord("expected boxes: a name and four sides for each object on the picture") from None
     return boxes

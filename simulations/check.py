@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from client.aligners import open_aligners
+from client.data.checks import check_drawn
 from client.data.records import check_values
-from client.data.sources import open_source
+from client.data.sources import SourceRecord, open_source
 from client.protocol.requirements import untrained_modules
 from client.solvers import SummingSolver, open_solver
 from common.model.moments import has_classes, list_parts
 from common.plugins import resolve
 from common.run import RunConfig, resolve_backbone_paths
-from common.tasks import Task, open_task
+from common.tasks import NamedParts, Task, open_task
 from common.types import BadInput
 from server.rounds.aggregators import check_trust, open_aggregator
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.partition import list_sources
+
+MAX_LOOKED_AT = 1000
+"""Records of a source whose masks or boxes are read, evenly spaced."""
 
 
 def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
@@ -97,6 +102,36 @@ def list_missing_files(config: SimulationConfig) -> list[str]:
     # Several sites may name the same path: it is reported once, under the first key.
     missing = {path: key for key, path in reversed(named) if not path.exists()}
     return [f"{key}: {path} is missing" for path, key in reversed(missing.items())]
+
+
+def list_label_warnings(config: SimulationConfig, tasks: Mapping[str, Task]) -> Iterator[str]:
+    """Yields one sentence for each thing that may be wrong with masks or boxes, with counts and rows.
+
+    Labels of other kinds are not read.
+
+    Args:
+        config: the simulation.
+        tasks: its tasks by name.
+
+    Raises:
+        BadInput: a source cannot be opened, or has no column of labels.
+    """
+    for name, task in tasks.items():
+        own = config.tasks[name]
+        for key, spec in list_sources(config).items() if isinstance(task, NamedParts) else ():
+            if key.rpartition(".")[2] != own.source:
+                continue
+            index = open_source(spec, key).open().index()
+            records = _spread(index)
+            some = f" ({len(records)} of {len(index)} records were read)" if len(records) < len(index) else ""
+            for _, outcome, detail, remedy in check_drawn(name, own, task, records):
+                if outcome != "pass":
+                    yield f"{key}: tasks.{name}: {detail}{some}; {remedy}"
+
+
+def _spread(index: Sequence[SourceRecord]) -> list[SourceRecord]:
+    positions = {round(at) for at in np.linspace(0, len(index) - 1, MAX_LOOKED_AT)} if index else set()
+    return [index[position] for position in sorted(positions)]
 
 
 def _find_paths(value: Any, key: str) -> Iterator[tuple[str, Path]]:

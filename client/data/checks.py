@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from client.config import SiteConfig, SiteTask
+from client.config import LabelColumns, SiteConfig, SiteTask
 from client.data.drawn import DrawnCounts, count_drawn, find_unknown, is_drawn
 from client.data.exclusions import Exclusions
 from client.data.records import (
@@ -191,12 +191,11 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
         if members and column not in members[0].record.cells:
             raise BadInput(f"tasks.{name}.label: there is no column {column!r}")
         values, reasons = Counter[str](), list[tuple[int, str]]()
-        counts = count_drawn(_read_drawn(members, column, values, reasons))
-        reasons += counts.damaged
+        counts = count_drawn(_read_drawn((member.record for member in members), column, values, reasons))
         missing = values.pop("", 0)
-        if counts.number or reasons:
+        if counts.number or reasons or counts.damaged:
             yield from _drawn(name, own, task, column, counts, missing)
-            yield from _list_reasons(name, column, reasons)
+            yield from _list_reasons(name, column, [*reasons, *counts.damaged])
             continue
         unmapped = {value: count for value, count in values.items() if not _mapped(own, column, value)}
         shown = ", ".join(f"{value} {count}" for value, count in values.most_common(_MAX_SHOWN))
@@ -233,18 +232,51 @@ def _labels(name: str, own: SiteTask, task: Task | None, members: Sequence[Place
         yield f"task {name}", "pass", detail, ""
 
 
+def check_drawn(name: str, own: LabelColumns, task: Task, records: Sequence[SourceRecord]) -> Iterator[Found]:
+    """Yields what there is to say of masks or boxes, without anything of a run.
+
+    Args:
+        name: name of the task.
+        own: columns and mapping of values.
+        task: the task, whose label is a mask or boxes.
+        records: records whose labels are read.
+    """
+    for column in own.columns:
+        if records and column not in records[0].cells:
+            raise BadInput(f"tasks.{name}.label: there is no column {column!r}")
+        values, reasons = Counter[str](), list[tuple[int, str]]()
+        counts = count_drawn(_read_drawn(records, column, values, reasons))
+        missing = values.pop("", 0)
+        yield from _drawn(name, own, task, column, counts, missing)
+        yield from _list_reasons(name, column, [*reasons, *counts.damaged])
+        if missing:
+            yield (
+                f"labels {name}",
+                "warn",
+                f"{column}: {missing} of {len(records)} records are without a label",
+                "add their files, or leave it so: they are not trained on",
+            )
+        if values:
+            yield (
+                f"labels {name}",
+                "warn",
+                f"{column}: {values.total()} records have neither a mask nor boxes there",
+                "check the column",
+            )
+
+
 def _read_drawn(
-    members: Sequence[PlacedRecord], column: str, values: Counter[str], reasons: list[tuple[int, str]]
+    records: Iterable[SourceRecord], column: str, values: Counter[str], reasons: list[tuple[int, str]]
 ) -> Iterator[tuple[int, str]]:
     """Yields row and cell of each mask and of all boxes, one at a time: together they may not fit into memory.
 
     Args:
-        members: the records.
+        records: the records.
         column: name of the column.
         values: counts of other cells, which are added.
         reasons: row of each cell that cannot be read, and why, which are added.
     """
-    for record in (member.record for member in members):
+    for record in records:
         cell, reason = try_record(lambda record=record: record.cells[column].strip())  # type: ignore[misc]
         if cell is None:
             reasons.append((record.row, f"{reason}"))
@@ -255,7 +287,7 @@ def _read_drawn(
 
 
 def _drawn(
-    name: str, own: SiteTask, task: Task | None, column: str, counts: DrawnCounts, missing: int
+    name: str, own: LabelColumns, task: Task | None, column: str, counts: DrawnCounts, missing: int
 ) -> Iterator[Found]:
     known = task.part_names if isinstance(task, NamedParts) else None
     detail = counts.describe(column, missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def clip_boxes(cell: str) -> tuple[str, int, int]:
 
 def _clip(box: Box) -> Box:
     left, top, right, bottom = (min(1.0, max(0.0, side)) for side in (box.left, box.top, box.right, box.bottom))
-    return Box(box.name, left, top, right, bottom, box.score)
+    return replace(box, left=left, top=top, right=right, bottom=bottom)
 
 
 def _has_area(box: Box) -> bool:
@@ -125,7 +125,7 @@ def count_drawn(cells: Iterable[tuple[int, str]]) -> DrawnCounts:
             _, left_out, _ = clip_boxes(cell)
             flat |= {row: left_out} if left_out else {}
             as_fractions += [row] if _has_fractions(cell) else []
-            as_pixels += [row] if any(max(box.right, box.bottom) > _FAR for box in read_boxes(cell)) else []
+            as_pixels += [row] if _has_pixels(cell) else []
     return DrawnCounts(
         number, empty, parts, records, flat, tuple(as_fractions), tuple(as_pixels), damaged=tuple(damaged)
     )
@@ -134,8 +134,14 @@ def count_drawn(cells: Iterable[tuple[int, str]]) -> DrawnCounts:
 def _has_fractions(cell: str) -> bool:
     """Returns true for boxes all of which lie within the first pixel of a picture of several."""
     width, height, rows = json.loads(cell.removeprefix("boxes "))
-    within = all(max(right, bottom) < 1 + _NEAR for _, _, _, right, bottom, _ in rows)
+    within = all(max(right, bottom) < 1 + _NEAR for _, _, _, right, bottom, *_ in rows)
     return bool(rows) and max(width, height) > 1 and within
+
+
+def _has_pixels(cell: str) -> bool:
+    """Returns true for boxes in fractions of which one lies far outside the picture."""
+    width, height, _ = json.loads(cell.removeprefix("boxes "))
+    return max(width, height) <= 1 and any(max(box.right, box.bottom) > _FAR for box in read_boxes(cell))
 
 
 def find_unknown(parts: Iterable[str], own: LabelColumns, column: str, names: Sequence[str] | None) -> list[str]:

@@ -245,6 +245,9 @@ def _describe(path: Path, source: Mapping[str, Any], columns: Sequence[str], wha
         read = list(_read(index, column))
         facts.append(describe_drawn(column, {row: cell for row, cell, reason in read if reason is None}))
         bad = [f"row {row}: {reason}" for row, _, reason in read if reason is not None]
+        if column == (task or columns[0]):
+            counts = count_drawn((row, cell) for row, cell, _ in read if is_drawn(cell))
+            notes += [f"{column}: {warning}; {remedy}." for warning, remedy in counts.list_warnings()]
         if bad and column == (task or columns[0]):
             more = f"; and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
             notes.append(f"{column}: {len(bad)} of {len(read)} cannot be read ({'; '.join(bad[:_MOST_NAMED])}{more}).")

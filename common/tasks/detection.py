@@ -125,7 +125,7 @@ class Detection(PicturePlaces):
         aim, logits_BGGK, size_BGG2 = self._compare(outputs, labels)
         near_BGGK = POSITIVES * aim.centre_BGGK * functional.softplus(-logits_BGGK)
         entropy_BGGK = near_BGGK + (1.0 - aim.centre_BGGK) * functional.softplus(logits_BGGK)
-        losses_BGG = (entropy_BGGK * self._weights(outputs)).sum(dim=-1)
+        losses_BGG = (entropy_BGGK * aim.counted_BGGK * self._weights(outputs)).sum(dim=-1)
         if self.learn_sizes:
             error_BGG2 = functional.smooth_l1_loss(size_BGG2, aim.size_BGG2, reduction="none")
             losses_BGG = losses_BGG + self.size_weight * aim.inside_BGG * error_BGG2.sum(dim=-1)
@@ -137,7 +137,8 @@ class Detection(PicturePlaces):
 
         aim, logits_BGGK, size_BGG2 = self._compare(outputs, labels)
         weight_BGGK = 1.0 + (POSITIVES - 1.0) * aim.centre_BGGK
-        slopes = (logits_BGGK.sigmoid() * weight_BGGK - POSITIVES * aim.centre_BGGK) * self._weights(outputs)
+        slopes_BGGK = (logits_BGGK.sigmoid() * weight_BGGK - POSITIVES * aim.centre_BGGK) * self._weights(outputs)
+        slopes = slopes_BGGK * aim.counted_BGGK
         if self.learn_sizes:
             error_BGG2 = (size_BGG2 - aim.size_BGG2).clamp(-1.0, 1.0)
             slopes = torch.cat(
@@ -315,7 +316,8 @@ class Detection(PicturePlaces):
         for found, boxes_M5, index_P, value_P in pictures:
             start, first = 0, 0
             for label, (longest, most) in enumerate(zip(longest_K, most_K, strict=True)):
-                chosen, (hits,) = find_hits(found, boxes_M5, label, (0.5,))
+                chosen, (hits,), (skipped,) = find_hits(found, boxes_M5, label, (0.5,))
+                chosen, hits = chosen[torch.from_numpy(~skipped).to(chosen.device)], hits[~skipped]
                 # From the highest score.
                 bucket = buckets - 1 - np.searchsorted(edges_T, found.logit_D[chosen][:most].cpu().numpy())
                 where = np.where(hits[:most], bucket, buckets + bucket)
@@ -380,13 +382,15 @@ class BoxCodec:
         return torch.tensor(rows, dtype=torch.float32)
 
     def _read(self, box: Box) -> list[float]:
+        from common.tasks.parts.boxes import FIRST_IGNORED
+
         index = find_name(box.name, self.task.labels)
         if index is None:
             raise BadRecord("expected boxes of the task's labels, got one of another name")
         left, top, right, bottom = (min(max(side, 0.0), 1.0) for side in (box.left, box.top, box.right, box.bottom))
         if not (right - left > 1e-6 and bottom - top > 1e-6):
             raise BadRecord("expected boxes with an area on the picture, got one without")
-        return [float(index), left, top, right, bottom]
+        return [FIRST_IGNORED - index if box.ignored else float(index), left, top, right, bottom]
 
     def missing(self) -> torch.Tensor:
         """Returns a picture whose boxes are not known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import headwater
 from common.inputs import Box, read_boxes, write_boxes
 from common.yaml import parse
+from simulations.check import check_simulation, list_label_warnings
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
 from tests.finished import write_maps
@@ -75,6 +77,36 @@ def simulate(folder: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(run_experiment(make_config(folder, **changes)).to_json())
     metrics: dict[str, Any] = values["tasks"]["squares"]["metrics"]
     return metrics
+
+
+def test_check_counts_what_may_be_wrong_with_boxes(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 6)
+    config = make_config(tmp_path)
+    tasks = check_simulation(config)
+    assert list(list_label_warnings(config, tasks)) == []
+    bright = Box("bright", 8, 8, 16, 16)
+    cells = [
+        [Box("bright", 0.25, 0.25, 0.5, 0.5)],  # Fractions.
+        [Box("pale", 8, 8, 16, 16)],
+        [],
+        [replace(bright, right=8)],
+        None,
+        [bright],
+    ]
+    written = ["" if boxes is None else write_boxes(boxes, 32, 32) for boxes in cells]
+    pictures = dict(np.load(tmp_path / "pictures.npz"))
+    np.savez(tmp_path / "pictures.npz", **{**pictures, "boxes": np.array(written)})
+    said = [
+        line.removeprefix("sources.pictures: tasks.squares: boxes: ") for line in list_label_warnings(config, tasks)
+    ]
+    assert [line.partition(";")[0].partition(":")[0] for line in said] == [
+        "5 drawn, 1 of them without an object",
+        "boxes without area on their picture, which are left out while the pictures are used",
+        "boxes that look like fractions of the picture where pixels are expected",
+        "1 of 6 records are without a label",
+    ]
+    assert "not in `values` and the offered task: pale 1" in said[0] and "used: 1 (row 4)" in said[1]
+    assert "in 1 record(s) (row 1)" in said[2]
 
 
 @pytest.mark.slow

@@ -48,7 +48,9 @@ bytes of an annotation may otherwise ask for any amount of time."""
 class Coco(SourceSettings):
     """Settings: the annotation files and where the pictures are. Columns are `boxes` and `mask`.
 
-    A picture without annotations is one without objects. Crowds are no boxes, and their places have no label.
+    A picture without annotations is one without objects. The boxes of crowds, and of annotations with `ignore`, are
+    ignored: a head is neither trained to find something there nor to find nothing, and an evaluation counts neither.
+    The places of a crowd have no label in a mask.
 
     Attributes:
         path: the JSON file, or `train` and `test` -> its file.
@@ -256,10 +258,9 @@ def _read_boxes(place: _Place) -> str:
     _check_count(entry.annotations)
     boxes = []
     for each in entry.annotations:
-        if each.get("iscrowd"):
-            continue
+        ignored = bool(each.get("iscrowd") or each.get("ignore"))
         left, top, width, height = _read_numbers(each.get("bbox"), 4)
-        boxes.append(Box(_find_category(each, categories), left, top, left + width, top + height))
+        boxes.append(Box(_find_category(each, categories), left, top, left + width, top + height, ignored=ignored))
     size = (entry.size[0], entry.size[1]) if all(entry.size) else None
     return write_boxes_of(place.read(), boxes, size)
 

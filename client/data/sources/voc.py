@@ -43,7 +43,8 @@ class Voc(SourceSettings):
     """Settings: where pictures and annotations are. Their one column is `boxes`.
 
     A picture's annotation has its name; a picture without one has no label, and one whose annotation lists no object is
-    a picture without objects.
+    a picture without objects. Objects that are marked as difficult are ignored: a head is neither trained to find them
+    nor to leave them out, and an evaluation counts neither.
 
     Attributes:
         path: a folder or zip.
@@ -187,7 +188,7 @@ def read_annotation(data: bytes) -> tuple[tuple[float, float] | None, list[Box]]
         numbers = [side for side in sides if side is not None]
         if not name or len(numbers) < len(sides):
             raise BadRecord("expected a name and the numbers xmin, ymin, xmax and ymax of each object of an annotation")
-        boxes.append(Box(name, *numbers))
+        boxes.append(Box(name, *numbers, ignored=_read_number(found, "difficult") == 1))
     return (width, height) if width and height else None, boxes
 
 

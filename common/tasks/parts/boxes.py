@@ -24,6 +24,9 @@ NO_BOX, NO_LABEL = -1.0, -2.0
 """Marks in place of a label's index: of boxes that only fill up a picture's number of them, and of a picture whose
 boxes are not known."""
 
+FIRST_IGNORED = -3.0
+"""In place of the index of a label, this minus the index is an ignored box of that label."""
+
 OVERLAPS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """Least overlaps of a box that counts as found, over which COCO takes the mean."""
 
@@ -39,11 +42,13 @@ class Targets(NamedTuple):
         centre_BGGK: 1 at the centre of an object, falling to 0 at a part of its width and height; 0 elsewhere.
         size_BGG2: width and height of the object whose centre is nearest, over the usual ones, minus 1.
         inside_BGG: the largest of `centre_BGGK` over labels: how much the size counts.
+        counted_BGGK: 0 at places without an object of the label that lie in an ignored box of it; 1 elsewhere.
     """
 
     centre_BGGK: Tensor
     size_BGG2: Tensor
     inside_BGG: Tensor
+    counted_BGGK: Tensor
 
 
 def compute_targets(boxes_BM5: Tensor, grid: tuple[int, int], usual_K2: Tensor, reach: float) -> Targets:
@@ -52,7 +57,8 @@ def compute_targets(boxes_BM5: Tensor, grid: tuple[int, int], usual_K2: Tensor, 
     In float32, whatever a head's outputs are.
 
     Args:
-        boxes_BM5: label's index, left, top, right and bottom of each box; NO_BOX and NO_LABEL boxes have no effect.
+        boxes_BM5: label's index, left, top, right and bottom of each box; NO_BOX and NO_LABEL boxes have no effect,
+            ignored ones only on what counts.
         grid: rows and columns of places.
         usual_K2: usual width and height of each label, as fractions of the picture; of the type that is returned.
         reach: part of half the width and height at which a centre has fallen to 0; a place at least.
@@ -80,7 +86,28 @@ def compute_targets(boxes_BM5: Tensor, grid: tuple[int, int], usual_K2: Tensor, 
     nearest_BP2 = nearest_BGG.flatten(1).unsqueeze(-1).expand(-1, -1, 2)
     size_BGG2 = size_BM2.gather(1, nearest_BP2).view(*inside_BGG.shape, 2)
     size_BGG2 = torch.where(inside_BGG.unsqueeze(-1) > 0.0, size_BGG2, 0.0)
-    return Targets(centre_BKGG.movedim(1, -1).to(like), size_BGG2.to(like), inside_BGG.to(like))
+    ignored_BKGG = _find_ignored(boxes_BM5, grid, len(usual_K2))
+    counted_BKGG = torch.where(ignored_BKGG & (centre_BKGG == 0.0), 0.0, 1.0)
+    return Targets(
+        centre_BKGG.movedim(1, -1).to(like),
+        size_BGG2.to(like),
+        inside_BGG.to(like),
+        counted_BKGG.movedim(1, -1).to(like),
+    )
+
+
+def _find_ignored(boxes_BM5: Tensor, grid: tuple[int, int], num_labels: int) -> Tensor:
+    """Returns ignored_BKGG, true where an ignored box of the label holds a place's centre."""
+    index_BM, left_BM, top_BM, right_BM, bottom_BM = boxes_BM5.unbind(-1)
+
+    def hold(low_BM: Tensor, high_BM: Tensor, places: int) -> Tensor:
+        at_G = (torch.arange(places, device=low_BM.device) + 0.5) / places
+        return ((low_BM.unsqueeze(-1) <= at_G) & (at_G <= high_BM.unsqueeze(-1))).float()
+
+    own_BMK = (index_BM.unsqueeze(-1) == FIRST_IGNORED - torch.arange(num_labels, device=index_BM.device)).float()
+    down_BMG, across_BMG = hold(top_BM, bottom_BM, grid[0]), hold(left_BM, right_BM, grid[1])
+    # Counts of boxes, which are exact.
+    return torch.einsum("bmk,bmh,bmw->bkhw", own_BMK, down_BMG, across_BMG) > 0.0
 
 
 def _fall_off(centre_BM: Tensor, radius_BM: Tensor, places: int, there_BM: Tensor) -> Tensor:
@@ -160,10 +187,11 @@ def _find_top(lines_DG: Tensor, at_D: Tensor) -> Tensor:
 
 def find_hits(
     found: Detected, boxes_M5: Tensor, label: int, overlaps: Sequence[float]
-) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Returns which of a picture's detections of a label are true, as COCO decides it.
+) -> tuple[Tensor, NDArray[np.bool_], NDArray[np.bool_]]:
+    """Returns which of a picture's detections of a label are true, and which do not count, as COCO decides it.
 
-    The surest first, each takes the box of the label that it overlaps most and that none has taken yet.
+    The surest first, each takes the box of the label that it overlaps most and that none has taken yet. One that takes
+    none does not count where an ignored box of the label covers enough of it.
 
     Args:
         found: the detections.
@@ -172,7 +200,8 @@ def find_hits(
         overlaps: O least overlaps (intersection over union).
 
     Returns:
-        Positions of the label's detections, and [O, as many], true where the detection is.
+        Positions of the label's detections, and twice [O, as many]: true where the detection is true, and where it does
+        not count.
     """
     from torchvision.ops import box_iou
 
@@ -189,7 +218,19 @@ def find_hits(
             if free_DM[position, best] >= least:
                 hits[level, position] = True
                 free_DM[:, best] = -1.0
-    return chosen, hits
+    ignored_M4 = boxes_M5[boxes_M5[:, 0] == FIRST_IGNORED - label][:, 1:].to(found.box_D4)
+    covered_D = _cover(found.box_D4[chosen], ignored_M4).cpu().numpy()
+    return chosen, hits, ~hits & (covered_D >= np.array(overlaps)[:, None])
+
+
+def _cover(box_D4: Tensor, other_M4: Tensor) -> Tensor:
+    """Returns part_D of each box's area that the one of other boxes covers that covers most; 0 without others."""
+    if not len(other_M4):
+        return box_D4.new_zeros(len(box_D4))
+    corner_DM2 = torch.maximum(box_D4[:, None, :2], other_M4[:, :2])
+    side_DM2 = (torch.minimum(box_D4[:, None, 2:], other_M4[:, 2:]) - corner_DM2).clamp(min=0.0)
+    area_D = (box_D4[:, 2:] - box_D4[:, :2]).prod(dim=1).clamp(min=1e-12)
+    return side_DM2.prod(dim=2).amax(dim=1) / area_D
 
 
 def compute_mean_precision(found: Sequence[Detected], boxes_BM5: Tensor, num_labels: int) -> Array:
@@ -204,14 +245,17 @@ def compute_mean_precision(found: Sequence[Detected], boxes_BM5: Tensor, num_lab
     for label in range(num_labels):
         num_true = float((boxes_BM5[..., 0] == label).sum())
         scores, hits = [], [np.zeros((len(OVERLAPS), 0), np.bool_)]
+        skipped = list(hits)
         for own, boxes_M5 in zip(found, boxes_BM5, strict=True):
-            chosen, own_hits = find_hits(own, boxes_M5, label, OVERLAPS)
+            chosen, own_hits, own_skipped = find_hits(own, boxes_M5, label, OVERLAPS)
             scores.append(own.logit_D[chosen].cpu().numpy())
             hits.append(own_hits)
+            skipped.append(own_skipped)
         if not num_true:
             continue
         order = np.argsort(-np.concatenate(scores), kind="stable")
-        hits_OD = np.concatenate(hits, axis=1)[:, order].astype(np.float64)
-        for level, hits_D in enumerate(hits_OD):
-            precision_KO[label, level] = compute_average_precision(hits_D, 1.0 - hits_D, num_true, clip=True)
+        hits_OD, skipped_OD = (np.concatenate(each, axis=1)[:, order].astype(np.float64) for each in (hits, skipped))
+        for level, (hits_D, skipped_D) in enumerate(zip(hits_OD, skipped_OD, strict=True)):
+            wrong_D = 1.0 - hits_D - skipped_D
+            precision_KO[label, level] = compute_average_precision(hits_D, wrong_D, num_true, clip=True)
     return np.array([average_defined(precision_K) for precision_K in precision_KO.T])

@@ -53,6 +53,13 @@ def test_boxes_are_read_in_pixels_of_the_picture(tmp_path: Path) -> None:
     assert read(source) == [Box("cell", 0.25, 0.25, 0.75, 1.0), Box("q & r", 0, 0, 1, 1)]
 
 
+def test_difficult_objects_are_ignored(tmp_path: Path) -> None:
+    plain = write_annotation(8, 4, [("cell", 2, 1, 6, 4)])
+    for mark, ignored in (("1", True), ("0", False), ("", False)):
+        source = annotate(tmp_path, plain.replace("<bndbox>", f"<difficult>{mark}</difficult><bndbox>"))
+        assert read(source) == [Box("cell", 0.25, 0.25, 0.75, 1.0, ignored=ignored)]
+
+
 def test_a_picture_without_objects_has_a_label_and_one_without_an_annotation_has_none(tmp_path: Path) -> None:
     source = annotate(tmp_path, write_annotation(8, 4, []))
     assert read(source) == []
@@ -184,10 +191,20 @@ def mask_of(source: Source, position: int = 0) -> tuple[list[list[int]], dict[in
     return read_mask(cell).tolist(), read_mask_names(cell)
 
 
-def test_boxes_of_a_list_are_a_corner_with_width_and_height_and_crowds_are_none(tmp_path: Path) -> None:
-    boxes = [{"bbox": [2, 1, 4, 3]}, {"bbox": [0, 0, 8, 4], "iscrowd": 1}, {"bbox": [0, 0, 4, -1], "category_id": 1}]
+def test_boxes_of_a_list_are_a_corner_with_width_and_height_and_crowds_are_ignored(tmp_path: Path) -> None:
+    boxes = [
+        {"bbox": [2, 1, 4, 3], "ignore": 0},
+        {"bbox": [0, 0, 8, 4], "iscrowd": 1},
+        {"bbox": [0, 0, 4, 4], "ignore": 1},
+        {"bbox": [0, 0, 4, -1], "category_id": 1},
+    ]
     source = write_list(tmp_path, boxes)
-    assert read(source) == [Box("cell", 0.25, 0.25, 0.75, 1.0), Box("grain", 0, 0, 0.5, -0.25)]
+    assert read(source) == [
+        Box("cell", 0.25, 0.25, 0.75, 1.0),
+        Box("cell", 0, 0, 1, 1, ignored=True),
+        Box("cell", 0, 0, 0.5, 1, ignored=True),
+        Box("grain", 0, 0, 0.5, -0.25),
+    ]
     assert read(source, 1) == []
     assert [record.path for record in source.index()] == ["a.png", "sub/b.png"] and source.load(1).size == (5, 4)
 

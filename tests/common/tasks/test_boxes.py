@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +65,50 @@ def test_a_small_object_counts_at_the_place_nearest_to_its_centre() -> None:
     boxes_BM5 = torch.tensor([[[0.0, 0.49, 0.51, 0.491, 0.511]]])
     aim = compute_targets(boxes_BM5, (4, 4), USUAL_K2, reach=0.5)
     assert aim.centre_BGGK[0, 2, 1, 0] == aim.inside_BGG.max() > 0.3
+
+
+def test_an_ignored_box_trains_its_label_s_places_to_nothing_but_around_an_object() -> None:
+    task = make_task(sizes={"cell": [0.25, 0.25], "grain": [0.25, 0.25]})
+    ignored, cell = Box("cell", 0.0, 0.0, 0.5, 1.0, ignored=True), Box("cell", 0.0, 0.0, 0.25, 0.25)
+    labels = torch.stack([encode(task, boxes) for boxes in ([ignored], [], [ignored, cell], [cell])])
+    outputs = torch.randn(1, 8, 8, 4, generator=torch.Generator().manual_seed(0)).double().expand(4, -1, -1, -1)
+    alone, nothing, both, only = task.loss_gradient(outputs, labels)
+    assert not alone[:, :4, 0].any() and torch.equal(alone[:, 4:], nothing[:, 4:]) and nothing[:, :4, 0].all()
+    assert torch.equal(alone[..., 1:], nothing[..., 1:])
+    # The object's own places count, the others of the ignored box do not.
+    near_GG = compute_targets(labels[3:], (8, 8), USUAL_K2, reach=0.5).centre_BGGK[0, ..., 0] > 0
+    assert near_GG.any() and torch.equal(both[near_GG], only[near_GG]) and not both[4:, :4, 0].any()
+    leaf = outputs.detach().clone().requires_grad_()
+    (found,) = torch.autograd.grad(task.losses(leaf, labels).sum(), leaf)
+    torch.testing.assert_close(found, torch.stack([alone, nothing, both, only]))
+
+
+def test_a_detection_that_an_ignored_box_covers_counts_neither_way() -> None:
+    task = make_task(counts={"cell": 4, "grain": 4})
+    true, crowd = Box("cell", 0.0, 0.0, 0.25, 0.25), Box("cell", 0.5, 0.5, 1.0, 1.0, ignored=True)
+    box_D4 = torch.tensor([[0.5, 0.5, 0.75, 0.75], [0.0, 0.0, 0.25, 0.25]]).double()
+    found = Detected(torch.tensor([0, 0]), torch.tensor([2.0, 1.0]).double(), box_D4)
+    other = Detected(torch.tensor([1, 0]), torch.tensor([2.0, 1.0]).double(), box_D4)
+    for boxes, labels, expected in (
+        ([true, crowd], found, 1.0),
+        ([true], found, 0.5),  # The surest is wrong.
+        ([true, replace(crowd, left=0.7)], found, 0.5),  # Covers a fifth of it.
+        ([true, crowd, Box("grain", 0.0, 0.5, 0.25, 0.75)], other, 0.5),  # Of another label: wrong, and one missed.
+    ):
+        precision_O = compute_mean_precision([labels], encode(task, boxes)[None], 2)
+        assert precision_O[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_statistic_too_leaves_out_what_an_ignored_box_covers() -> None:
+    task = make_task(counts={"cell": 20, "grain": 20}, sizes={"cell": [0.25, 0.25], "grain": [0.25, 0.25]})
+    true, crowd = Box("cell", 0.0625, 0.0625, 0.3125, 0.3125), Box("cell", 0.5, 0.5, 1.0, 1.0, ignored=True)
+    outputs = torch.full((1, 8, 8, 4), -9.0).double()
+    outputs[..., 2:], outputs[0, 5, 5, 0], outputs[0, 1, 1, 0] = 0.0, 9.0, 8.0
+    statistic = task.statistic(64)
+    for boxes, low, high in (([true, crowd], 0.99, 1.0), ([true], 0.4, 0.6)):
+        labels = encode(task, boxes)[None]
+        ap = statistic.values(statistic.sums(outputs, labels))["ap_50 cell"]
+        assert low <= ap <= high and ap == pytest.approx(task.pair_metrics(outputs, labels)["map_50"], abs=0.01)
 
 
 def test_what_a_picture_trains_is_the_same_to_the_bit_beside_any_other() -> None:
