@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
@@ -26,6 +26,8 @@ _OLDEST = "1.4.0"
 """Version that the metadata names where MONAI is not installed here."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 _UNKNOWN = "not declared"
+_SCRIPTS = Path(__file__).parent / "parts" / "scripts"
+_WRITERS = ("write_masks", "write_boxes")
 _EXPRESSION = re.compile(r"^\s*[$%]|@|%#")
 
 
@@ -62,6 +64,9 @@ class MonaiFormat(Plugin):
         torch.export.save(program, folder / "models" / "model.pt2")
         write_atomic(folder / "configs" / "metadata.json", _to_json(_describe(floats, columns, told)))
         write_atomic(folder / "configs" / "inference.json", _to_json(_configure(steps, columns, told)))
+        if told.boxes:
+            (folder / "scripts").mkdir()
+            write_atomic(folder / "scripts" / "boxes.py", (_SCRIPTS / "boxes.py").read_bytes())
         write_atomic(folder / "LICENSE", _make_licence(exported).encode())
         used = [
             "`configs/inference.json`: with MONAI installed, and `fire`, `python -m monai.bundle run --config_file "
@@ -83,27 +88,32 @@ class _Returned:
         shape: places of a map.
         summary: how a map is summed up to a column.
         is_mask: whether the largest map of a place is its label.
+        boxes: the numbers by which boxes follow from the maps; empty where predictions are none.
     """
 
     maps: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     summary: str = ""
     is_mask: bool = False
+    boxes: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, exported: Exported) -> _Returned:
         """Returns the form of the one task that is exported."""
-        from common.tasks import ServesMaps
+        from common.tasks import FindsBoxes, ServesMaps
 
         (name,) = exported.tasks
         task = exported.model.tasks[name]
         if not isinstance(task, ServesMaps):
             return cls()
         shape = exported.find_shape(name)[1:]
-        return cls(tuple(task.name_maps()), shape, task.map_summary, exported.find_prediction(name) == "mask")
+        boxes = asdict(task.box_rule) if isinstance(task, FindsBoxes) else {}
+        return cls(tuple(task.name_maps()), shape, task.map_summary, exported.find_prediction(name) == "mask", boxes)
 
     def explain(self) -> str:
         """Returns the end of the sentence on what the inference writes."""
+        if self.boxes:
+            return ", and the boxes of all to the JSON file that `--boxes_file` names"
         return ", and its mask as PNG of its own size to the folder that `--masks_dir` names" if self.is_mask else ""
 
 
@@ -188,7 +198,21 @@ def _configure(steps: list[str], columns: list[str], told: _Returned) -> dict[st
         "write_masks": "$lambda: (pathlib.Path(@masks_dir).mkdir(exist_ok=True), [@write_mask(file, maps) for batch in "
         f"@dataloader for file, maps in zip(batch['file'], {predicted}.cpu())])",
     }
-    modules = [f"$import {module}" for module in ("csv", "io", "pathlib", "numpy", "torch")]
+    stated = {"maps": list(told.maps), "columns": columns, "boxes": dict(told.boxes)}
+    boxes = {
+        "boxes_file": "$@bundle_root + '/boxes.json'",
+        "stated": stated,
+        "find_boxes": "$runpy.run_path(@bundle_root + '/scripts/boxes.py')['find_boxes']",
+        # In pixels of the picture, as it is seen: left, top, right and bottom.
+        "list_boxes": "$lambda file, size, found: {'image': file, 'box': [[side * size[axis % 2] for axis, side in "
+        "enumerate(each[2])] for each in found], 'label': [each[0] for each in found], 'label_scores': [each[1] for "
+        "each in found]}",
+        "write_boxes": "$lambda: pathlib.Path(@boxes_file).write_text(json.dumps([@list_boxes(file, "
+        "ImageOps.exif_transpose(Image.open(file)).size, @find_boxes(maps.numpy(), @stated)) for batch in @dataloader "
+        f"for file, maps in zip(batch['file'], {predicted}.cpu())]), encoding='utf-8')",
+    }
+    added = {**(masks if told.is_mask else {}), **(boxes if told.boxes else {})}
+    modules = [f"$import {module}" for module in ("csv", "io", "json", "pathlib", "runpy", "numpy", "torch")]
     return {
         "imports": [*modules, "$from PIL import Image", "$from PIL import ImageOps"],
         "bundle_root": ".",
@@ -216,8 +240,8 @@ def _configure(steps: list[str], columns: list[str], told: _Returned) -> dict[st
         f"zip(batch['file'], {shown}.tolist())]",
         "write": "$lambda rows, buffer: (csv.writer(buffer).writerows([['file', *@columns], *rows]), "
         "pathlib.Path(@output).write_text(buffer.getvalue(), encoding='utf-8'))",
-        **(masks if told.is_mask else {}),
-        "run": ["$@write(@evaluator(), io.StringIO())", *(["$@write_masks()"] if told.is_mask else [])],
+        **added,
+        "run": ["$@write(@evaluator(), io.StringIO())", *(f"$@{name}()" for name in added if name in _WRITERS)],
     }
 
 

@@ -66,12 +66,16 @@ class OnnxFormat(Plugin):
         check(exported, inputs, _run(path, dict(zip(names, inputs, strict=True))))
         script = _choose_script(exported)
         has_masks = script == "pictures" and any(exported.find_prediction(task) == "mask" for task in exported.tasks)
+        has_boxes = script == "pictures" and exported.has_boxes
         write_atomic(folder / "predict.py", (_SCRIPTS / f"{script}.py").read_bytes())
+        if exported.has_boxes:
+            write_atomic(folder / "boxes.py", (_SCRIPTS / "boxes.py").read_bytes())
         return [
             f"`model.onnx` maps {', '.join(names)} to {', '.join(exported.tasks)}, for any number of records.",
             f"`python predict.py {_ARGUMENTS[script]}` prints a CSV row for each record, and needs these only: "
             f"`pip install onnxruntime {_NEEDS[script]}`."
-            + (" With `--masks FOLDER` first it writes each picture's mask, as PNG of its own size." * has_masks),
+            + (" With `--masks FOLDER` first it writes each picture's mask, as PNG of its own size." * has_masks)
+            + (" With `--boxes FILE.json` first it writes the boxes of all pictures, in COCO's format." * has_boxes),
         ]
 
 

@@ -135,15 +135,19 @@ def _draw_boxes(picture: Image.Image, boxes: Sequence[Box], legend: Legend) -> I
 
     drawn = picture.copy()
     pen, width = ImageDraw.Draw(drawn), max(1, round(min(picture.size) / 200))
-    # The surest on top.
-    for box in sorted(boxes, key=lambda box: box.score):
+    size = max(9, round(min(picture.size) / 32))
+    # The surest on top, and every name above all frames: on its own ground, because frames cross it.
+    ordered = sorted(boxes, key=lambda box: box.score)
+    corners = []
+    for box in ordered:
         xs = sorted(round(side * (picture.width - 1)) for side in (box.left, box.right))
         ys = sorted(round(side * (picture.height - 1)) for side in (box.top, box.bottom))
-        colour = legend.find_colour(box.name)
-        pen.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=colour, width=width)
-        size = max(9, round(min(picture.size) / 32))
+        pen.rectangle((xs[0], ys[0], xs[1], ys[1]), outline=legend.find_colour(box.name), width=width)
+        corners.append((xs[0] + width, ys[0] + width))
+    for box, corner in zip(ordered, corners, strict=True):
         said = plain(box.name, 30) if box.score == 1.0 else f"{plain(box.name, 30)} {box.score:.2f}"
-        pen.text((xs[0] + width + 1, ys[0] + width), said, fill=colour, font_size=size)
+        pen.rectangle(pen.textbbox(corner, said, font_size=size), fill=legend.find_colour(box.name))
+        pen.text(corner, said, fill="black", font_size=size)
     return drawn
 
 

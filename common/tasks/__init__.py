@@ -440,6 +440,33 @@ class ServesMaps(Protocol):
         """Returns maps_BCSS (float32) of a head's outputs: probabilities where the task has any."""
 
 
+@dataclass(frozen=True)
+class BoxRule:
+    """The numbers by which boxes follow from a detection's maps.
+
+    Attributes:
+        threshold: probability from which a box is predicted.
+        overlap: overlap with a surer box of the same label above which a box is left out.
+        most: most boxes of a picture.
+    """
+
+    threshold: float
+    overlap: float
+    most: int
+
+
+@runtime_checkable
+class FindsBoxes(Protocol):
+    """Optional part of a task that serves maps: its predictions are boxes, whose centres are the maps' peaks.
+
+    Of `ServesMaps.name_maps` the first are the labels, then come the boxes' widths and their heights, label by label.
+    """
+
+    @property
+    def box_rule(self) -> BoxRule:
+        """The numbers by which boxes follow from the maps."""
+
+
 @runtime_checkable
 class CountedOutcomes(Protocol):
     """Optional part of a task whose statistic counts predictions and scores: confusion matrices, curves.

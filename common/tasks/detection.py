@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from common.inputs import MAX_BOXES, Box, CellName, CellNames, find_name, read_boxes, write_boxes
-from common.tasks import SparseRows, Statistic, TaskExample
+from common.tasks import BoxRule, SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
 from common.tasks.parts.head import PlacesHeadSettings
 from common.tasks.parts.places import PicturePlaces
@@ -246,6 +246,11 @@ class Detection(PicturePlaces):
         times_BGG12 = (size_BGG2 + 1.0).clamp(1.0 / MOST_SIZE, MOST_SIZE).unsqueeze(-2)
         sizes_BGGK2 = self._usual(outputs) * times_BGG12
         return torch.cat([logits_BGGK.sigmoid(), *sizes_BGGK2.unbind(dim=-1)], dim=-1).movedim(-1, 1)
+
+    @property
+    def box_rule(self) -> BoxRule:
+        """The threshold, the overlap and the number of a prediction's boxes."""
+        return BoxRule(self.threshold, self.overlap, self.most_detections)
 
     def detect(self, outputs: Tensor) -> list[Detected]:
         """Returns the boxes that a head's outputs say of each picture, whatever their probability is."""

@@ -16,7 +16,7 @@ from common.exports.parts.facts import RunFacts
 from common.inputs import is_boxes, is_mask
 from common.serving.folder import ModelBackbone
 from common.serving.network import Model, Network
-from common.tasks import ServesMaps
+from common.tasks import FindsBoxes, ServesMaps
 from common.types import BadInput
 
 _EXAMPLES = 3
@@ -65,6 +65,11 @@ class Exported:
         tasks = {task: self.model.tasks[task] for task in self.tasks}
         return {name: task.name_maps() for name, task in tasks.items() if isinstance(task, ServesMaps)}
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether a task's predictions are boxes, which `boxes.py` finds in its maps."""
+        return any(isinstance(self.model.tasks[task], FindsBoxes) for task in self.tasks)
+
     def find_shape(self, task: str) -> tuple[int, ...]:
         """Returns the shape of what the network returns of one record for a task."""
         own = self.model.backbones[self.backbone]
@@ -112,7 +117,12 @@ class Exported:
         own = self.model.tasks[task]
         if not isinstance(own, ServesMaps):
             return {}
-        return {"prediction": self.find_prediction(task), "maps": own.name_maps(), "column_of_map": own.map_summary}
+        return {
+            "prediction": self.find_prediction(task),
+            "maps": own.name_maps(),
+            "column_of_map": own.map_summary,
+            **({"boxes": asdict(own.box_rule)} if isinstance(own, FindsBoxes) else {}),
+        }
 
     def explain_left_out(self) -> str:
         """Returns a sentence that says where a backbone that was left out can be got."""

@@ -28,6 +28,7 @@ for folder in sys.argv[1:]:
     configs = f"{folder}/bundle/configs"
     workflow = ConfigWorkflow(f"{configs}/inference.json", f"{configs}/metadata.json", None, workflow_type="infer")
     places = {"bundle_root": "bundle", "dataset_dir": "pictures", "output": "out.csv", "masks_dir": "masks"}
+    places["boxes_file"] = "boxes.json"
     for name, place in places.items():
         workflow.parser[name] = f"{folder}/{place}"
     workflow.initialize()
@@ -143,6 +144,28 @@ def test_monai_gets_the_models_masks(tmp_path: Path) -> None:
     for path in pictures:
         own, theirs = (np.asarray(Image.open(tmp_path / folder / path.name)) for folder in ("own", "masks"))
         assert np.array_equal(own, theirs), path.name
+
+
+@pytest.mark.slow
+def test_monai_gets_the_models_boxes(tmp_path: Path) -> None:
+    task = {**plugin_class("common.tasks", "detection").example().settings, "threshold": 0.0, "most_detections": 6}
+    export(tmp_path, write_maps(tmp_path, grid=12, colours=True), {"cells": task})
+    jsonschema.validate(json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text()), SCHEMA)
+    write_pictures(tmp_path / "pictures", [(71, 40), (33, 90), (32, 32)], "RGB")
+    predict_with_monai([tmp_path], tmp_path)
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    headwater.load(tmp_path / "model").predict(pictures, boxes=tmp_path / "own.json")
+    own = json.loads((tmp_path / "own.json").read_text())
+    names = {each["id"]: each["name"] for each in own["categories"]}
+    found = json.loads((tmp_path / "boxes.json").read_text())
+    assert [each["image"] for each in found] == list(map(str, pictures)) and len(own["annotations"]) > 3
+    for number, each in enumerate(found, start=1):
+        expected = [one for one in own["annotations"] if one["image_id"] == number]
+        assert each["label"] == [names[one["category_id"]] for one in expected]
+        for box, score, one in zip(each["box"], each["label_scores"], expected, strict=True):
+            left, top, width, height = one["bbox"]
+            assert box == pytest.approx([left, top, left + width, top + height], abs=0.03)
+            assert score == pytest.approx(one["score"], abs=1e-5)
 
 
 def test_the_metadata_fulfils_monais_schema(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from client.prediction.predict import LoadedModel
 from common.exports import open_format, write_export
 from common.exports.parts.exported import select
 from common.exports.parts.program import check, draw_inputs
-from common.inputs import Audio, is_mask, read_mask
+from common.inputs import Audio, is_boxes, is_mask, read_boxes, read_mask
 from common.plugins import kinds, plugin_class
 from common.serving.network import Model, open_model
 from common.tasks import TaskExample
@@ -89,6 +90,8 @@ HEADS = {
     # Frames of recordings are tried with their own backbone.
     **{kind: example.settings for kind, example in EXAMPLES.items() if len(example.grid) != 1},
 }
+# A head that was not trained is not sure.
+BOXES = HEADS["detection"] = {**HEADS["detection"], "threshold": 0.0, "most_detections": 6, "overlap": 0.2}
 ON_VECTORS = [name for name in HEADS if name not in EXAMPLES or not EXAMPLES[name].grid]
 
 
@@ -171,6 +174,28 @@ def test_the_likeliest_label_of_each_place_is_the_mask_that_is_predicted(tmp_pat
 
 
 @pytest.mark.slow
+def test_the_boxes_that_are_found_in_maps_are_those_that_are_predicted(tmp_path: Path) -> None:
+    settings = write_maps(tmp_path, grid=12, colours=True, context=3)
+    model = open_model(write_finished(tmp_path / "model", settings, {"first": BOXES}))
+    write_export(model, tmp_path / "out", open_format("torch"))
+    (stated,) = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["outputs"]
+    assert stated["boxes"] == {"threshold": 0.0, "overlap": 0.2, "most": 6}
+    find_boxes = runpy.run_path(str(tmp_path / "out" / "boxes.py"))["find_boxes"]
+    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    pictures = draw_pictures(6)
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    expected = [read_boxes(cell) for cell in LoadedModel(model).predict(paths)["first"]]
+    for maps, own in zip(program(*stack_inputs(model, pictures)), expected, strict=True):
+        found = find_boxes(maps.numpy(), stated)
+        assert [label for label, *_ in found] == [box.name for box in own]
+        for (_, score, sides), box in zip(found, own, strict=True):
+            assert [score, *sides] == pytest.approx([box.score, box.left, box.top, box.right, box.bottom], abs=1e-4)
+    assert sum(map(len, expected)) > 12 and max(map(len, expected)) == 6
+
+
+@pytest.mark.slow
 def test_features_of_places_are_the_input_of_a_network_without_its_backbone(tmp_path: Path) -> None:
     model = open_maps(tmp_path, "hidden")
     write_export(model, tmp_path / "out", open_format("torch"), without=["backbone"])
@@ -192,8 +217,8 @@ def test_the_program_beside_an_onnx_file_gives_the_models_rows_and_masks(name: s
     command = [
         sys.executable,
         str(tmp_path / "out" / "predict.py"),
-        "--masks",
-        str(tmp_path / "masks"),
+        *("--masks", str(tmp_path / "masks")),
+        *(("--boxes", str(tmp_path / "boxes.json")) if is_boxes(model.make_any_cell("first")) else ()),
         *map(str, paths),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -206,6 +231,15 @@ def test_the_program_beside_an_onnx_file_gives_the_models_rows_and_masks(name: s
         for path in paths:
             mine, theirs = (np.asarray(Image.open(tmp_path / folder / path.name)) for folder in ("own", "masks"))
             assert np.array_equal(mine, theirs)
+    if is_boxes(model.make_any_cell("first")):
+        LoadedModel(model).predict(paths, tasks=["first"], boxes=tmp_path / "own.json")
+        mine, theirs = (json.loads((tmp_path / name).read_text()) for name in ("own.json", "boxes.json"))
+        assert mine["categories"] == theirs["categories"] and len(mine["annotations"]) > 3
+        assert len(mine["images"]) == len(theirs["images"]) == 3
+        for one, other in zip(mine["annotations"], theirs["annotations"], strict=True):
+            assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
+            assert other["bbox"] == pytest.approx(one["bbox"], abs=0.02)
+            assert other["score"] == pytest.approx(one["score"], abs=1e-5)
 
 
 TRAINED = {

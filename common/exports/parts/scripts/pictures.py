@@ -1,7 +1,8 @@
-"""Prints what the exported network tells of pictures: `python predict.py [--masks FOLDER] PICTURE ...`.
+"""Prints what the exported network tells of pictures: `python predict.py [--masks FOLDER] [--boxes FILE] PICTURE ...`.
 
 With --masks, writes the mask of each picture where the network has masks: grey PNG of the picture's own size, whose
-values are the places of the labels in preprocessing.json. Needs onnxruntime, numpy and pillow.
+values are the places of the labels in preprocessing.json. With --boxes, writes the boxes of all pictures, where it has
+boxes, as one JSON file in COCO's format. Needs onnxruntime, numpy and pillow.
 """
 
 import json
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
-USAGE = "usage: python predict.py [--masks FOLDER] PICTURE ..."
+USAGE = "usage: python predict.py [--masks FOLDER] [--boxes FILE] PICTURE ..."
 
 
 class UnfitPicture(Exception):
@@ -55,6 +56,36 @@ def write_masks(folder: Path, path: str, size: tuple[int, int], told: list[np.nd
         Image.fromarray(own[np.ix_(rows, columns)]).save(folder / name)
 
 
+def collect_boxes(path: str, size: tuple[int, int], told: list[np.ndarray], coco: dict[str, list[Any]]) -> None:
+    """Adds a picture and its boxes, in pixels, to lists as COCO's files have them.
+
+    Args:
+        path: the picture's file.
+        size: width and height of the picture.
+        told: what the network tells of it, for each task.
+        coco: the lists.
+    """
+    from boxes import find_boxes  # Beside this file where the network has boxes.
+
+    known = {each["name"]: each["id"] for each in coco["categories"]}
+    number = len(coco["images"]) + 1
+    coco["images"].append({"id": number, "file_name": path, "width": size[0], "height": size[1]})
+    for stated, maps in zip(STATED["outputs"], told, strict=True):
+        for label, score, sides in find_boxes(maps, stated) if "boxes" in stated else ():
+            left, top, right, bottom = (side * size[axis % 2] for axis, side in enumerate(sides))
+            if right > left and bottom > top:
+                box = [round(each, 2) for each in (left, top, right - left, bottom - top)]
+                own = {"id": len(coco["annotations"]) + 1, "image_id": number, "category_id": known[label]}
+                area = round((right - left) * (bottom - top), 2)
+                coco["annotations"].append({**own, "bbox": box, "area": area, "iscrowd": 0, "score": round(score, 6)})
+
+
+def list_categories() -> list[dict[str, Any]]:
+    """Returns the labels of all boxes, numbered from 1; none where the network has no boxes."""
+    labels = [name for out in STATED["outputs"] if "boxes" in out for name in out["maps"][: len(out["columns"])]]
+    return [{"id": number, "name": name} for number, name in enumerate(dict.fromkeys(labels), start=1)]
+
+
 def read(opened: Image.Image) -> np.ndarray:
     """Returns the pixels of a picture as the network reads them, channels by rows by columns."""
     image, divisor = opened, None
@@ -85,8 +116,14 @@ def read(opened: Image.Image) -> np.ndarray:
 
 if __name__ == "__main__":
     asked = sys.argv[1:2] in (["-h"], ["--help"])
-    masks = Path(sys.argv[2]) if sys.argv[1:2] == ["--masks"] and len(sys.argv) > 2 else None
-    paths = sys.argv[1:] if masks is None else sys.argv[3:]
+    options: dict[str, Path] = {}
+    paths = sys.argv[1:]
+    while paths[:1] in (["--masks"], ["--boxes"]) and len(paths) > 1:
+        options[paths[0]], paths = Path(paths[1]), paths[2:]
+    masks, boxes = options.get("--masks"), options.get("--boxes")
+    coco: dict[str, list[Any]] = {"images": [], "categories": list_categories(), "annotations": []}
+    if boxes is not None and not coco["categories"]:
+        sys.exit("--boxes: expected a network with boxes, got one without")
     if asked or not paths:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
@@ -99,6 +136,8 @@ if __name__ == "__main__":
             told = [part[0] for part in session.run(None, {STATED["inputs"][0]["name"]: read(opened)[None]})]
             if masks is not None:
                 write_masks(masks, path, opened.size, told)
+            if boxes is not None:
+                collect_boxes(path, opened.size, told, coco)
         except Exception as error:  # Pillow raises many kinds; one picture costs itself only.
             other = f"expected a picture that Pillow opens, got {type(error).__name__}"
             print(f"{path}: {error if isinstance(error, UnfitPicture) else other}", file=sys.stderr)
@@ -106,4 +145,6 @@ if __name__ == "__main__":
             continue
         values = [value for out, part in zip(STATED["outputs"], told, strict=True) for value in sum_up(out, part)]
         print(",".join([path, *(f"{value:.7g}" for value in values)]))
+    if boxes is not None:
+        boxes.write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
     sys.exit(failed)
