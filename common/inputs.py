@@ -261,7 +261,7 @@ def read_boxes(cell: str) -> list[Box]:
             sides = [left / width, top / height, right / width, bottom / height, float(score)]
             if not isinstance(name, str) or not all(map(math.isfinite, sides)):
                 raise ValueError
-            boxes.append(Box(name, *sides, ignored == [True]))
+            boxes.append(Box(name, sides[0], sides[1], sides[2], sides[3], sides[4], ignored == [True]))
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise BadRecord("expected boxes: a name and four sides for each object on the picture") from None
     return boxes

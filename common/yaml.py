@@ -30,6 +30,7 @@ FILL_IN = "FILL_IN"
 
 MAX_VALUES = 200_000
 MAX_DEPTH = 64
+_MOST_TEXT = 1 << 20
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -157,6 +158,20 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     filled = _fill(values, "")
     assert isinstance(filled, dict)
     return filled
+
+
+def read_names(text: str) -> list[str]:
+    """Returns `names` of another program's YAML text, a list or numbers from 0 -> name; empty where it has none."""
+    try:
+        values = yaml.safe_load(text) if len(text) <= _MOST_TEXT else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return []
+    names = values.get("names") if isinstance(values, dict) else None
+    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        return []
+    return [str(name) for name in names]
 
 
 def _check_size(values: Mapping[str, Any], where: str) -> None:

@@ -19,6 +19,7 @@ from client.data.sources.parts.tree import MAX_FILE_BYTES, Tree
 from client.inspect.finding import FEW, ColumnFacts, Finding
 from common.errors import nearest
 from common.types import BadInput
+from common.yaml import read_names
 
 _MOST_READ = 200
 """Records whose masks or boxes are read, evenly spaced."""
@@ -45,7 +46,8 @@ def find_drawn(path: Path, tree: Tree, task: str | None) -> Finding | None:
     Raises:
         BadInput: its masks or boxes cannot be read, or the source has no such column.
     """
-    found = _find_voc(path, tree) or _find_coco(path, tree) or _find_pairs(path, tree)
+    ways = (_find_voc, _find_coco, _find_yolo, _find_objects, _find_pairs)
+    found = next((each for way in ways if (each := way(path, tree)) is not None), None)
     # A folder of classes may hold masks too.
     return None if found is None or task not in (None, *found[1]) else _describe(path, *found, task)
 
@@ -105,6 +107,59 @@ def _find_voc(path: Path, tree: Tree) -> _Found | None:
         source |= {"lists": folder} if folder != "ImageSets/Main" else {}
         source["sides"] = {"train": train, "test": test}
     return source, ("boxes",), "pictures with an XML file of boxes each"
+
+
+def _find_yolo(path: Path, tree: Tree) -> _Found | None:
+    """Returns pictures with text files of boxes, of which the layout's own YAML file or list names the classes."""
+    texts, pictures = _count_folders(tree, frozenset({".txt"})), _count_folders(tree, PICTURES)
+    roots = {folder.split("/")[0] for folder in texts if folder.split("/")[0] == "labels"}
+    fitting = sum(len(texts[folder] & pictures.get(f"images{folder[6:]}", set())) for folder in texts if roots)
+    if not fitting:
+        return None
+    names = _read_class_names(tree)
+    if not names:
+        raise BadInput(
+            f"{path}: expected the names of the classes in a file data.yaml (`names`) or classes.txt (a line each), "
+            "got none"
+        )
+    sides: dict[str, list[str]] = {}
+    for folder in sorted({folder[7:].split("/")[0] for folder in texts if folder.startswith("labels/")}):
+        if folder in _SIDES:
+            sides.setdefault(_SIDES[folder], []).append(folder)
+    source: dict[str, Any] = {"kind": "yolo", "path": path, "names": names}
+    source |= {"sides": sides} if set(sides) == {"train", "test"} else {}
+    return source, ("boxes",), "pictures with a text file of boxes each, as YOLO's programs read them"
+
+
+def _read_class_names(tree: Tree) -> list[str]:
+    for name in tree.stamps:
+        if "/" in name or not name.lower().endswith((".yaml", ".yml", "classes.txt", ".names")):
+            continue
+        content, _ = try_record(lambda name=name: tree.read(name, "list").decode("utf-8-sig"))  # type: ignore[misc]
+        if content is None:
+            continue
+        if name.lower().endswith((".yaml", ".yml")):
+            found = read_names(content)
+        else:
+            found = [line.strip() for line in content.splitlines() if line.strip()]
+        if found:
+            return found
+    return []
+
+
+def _find_objects(path: Path, tree: Tree) -> _Found | None:
+    """Returns pictures whose masks have a file for each object: `a/images/a.png` beside `a/masks/*.png`."""
+    files = [PurePosixPath(name) for name in tree.stamps]
+    masks = Counter(file.parent.parent.as_posix() for file in files if file.parent.name == "masks" and file.parts[:-2])
+    pictures = {file.parent.parent.as_posix() for file in files if file.parent.name == "images"}
+    both = pictures & set(masks)
+    deepest = max((len(PurePosixPath(each).parts) for each in both), default=0)
+    # A folder of pictures beside one of as many masks is another layout.
+    if len(both) < 2 or "." in both or any(len(PurePosixPath(each).parts) != deepest for each in both):
+        return None
+    pattern = r"^(?P<name>[^/]+(?:/[^/]+)*)/images/[^/]+$"
+    source = {"kind": "image_folder", "path": path, "pattern": pattern, "masks": {"mask": "{name}/masks/*"}}
+    return source, ("mask",), "pictures with a folder of masks each, one for each object"
 
 
 def _count_folders(tree: Tree, suffixes: frozenset[str]) -> dict[str, set[str]]:

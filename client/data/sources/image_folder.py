@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ from pydantic import model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
-from client.data.sources.parts.masks import LazyCells, decode_mask
+from client.data.sources.parts.masks import LazyCells, decode_mask, join_masks
 from client.data.sources.parts.named import NamedGroups, Naming, OneGroup, find_patient
 from client.data.sources.parts.pictures import (
     Background,
@@ -55,6 +55,8 @@ class ImageFolder(SourceSettings):
             train on. Without it the source states no split.
         masks: column -> path of an image's mask, relative to `path`, with the pattern's groups in braces:
             `masks/{frame}.png`. Only images that fit the pattern are then records; one without the file has no label.
+            With `*` in the file's name, as in `{frame}/masks/*.png`, an image has one mask for each object, of 0 and
+            any other number: together they are a mask of 0 and 1.
         window: lowest and highest intensity of pictures of more than 8 bits per value, or `full`, each one's own;
             without it they are bad records.
         background: what is behind transparent parts, `black` or `white`; without it pictures that have some are bad
@@ -118,19 +120,35 @@ class ImageFolder(SourceSettings):
         if not tree.stamps:
             layout = {None: "", 2: " as label/file", 3: " as split/label/file"}[depth]
             raise BadInput(f"{self.path}: expected images{layout}, got none")
-        masks = {name: self._locate_masks(name, everything) for name in tree.stamps} if self.masks else {}
-        used = {*tree.stamps, *(path for each in masks.values() for path in each.values())}
+        masks: dict[str, dict[str, tuple[str, ...]]] = {}
+        if self.masks:
+            folders: dict[str, list[str]] = {}
+            for name in everything.stamps:
+                folders.setdefault(PurePosixPath(name).parent.as_posix(), []).append(name)
+            masks = {name: self._locate_masks(name, folders) for name in tree.stamps}
+        used = {*tree.stamps, *(path for each in masks.values() for paths in each.values() for path in paths)}
         visible, chosen = everything.chosen(lambda name: True), everything.chosen(lambda name: name.as_posix() in used)
         return Pictures(self, chosen, tuple(tree.stamps), masks, len(visible.stamps) - len(chosen.stamps))
 
-    def _locate_masks(self, name: str, tree: Tree) -> dict[str, str]:
-        """Returns column -> path of each mask of an image that is there."""
+    def _locate_masks(self, name: str, folders: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        """Returns column -> paths of the files of each mask of an image that is there.
+
+        Args:
+            name: path of the image.
+            folders: path of each folder -> paths of the files in it.
+        """
         match = re.compile(f"{self.pattern}").search(name)
-        found = {
-            column: PurePosixPath(_BRACES.sub(lambda group: (match[group[1]] or "") if match else "", path)).as_posix()
-            for column, path in self.masks.items()
-        }
-        return {column: path for column, path in found.items() if path in tree.stamps}
+        found = {}
+        for column, written in self.masks.items():
+            path = PurePosixPath(_BRACES.sub(lambda group: (match[group[1]] or "") if match else "", written))
+            inside = folders.get(path.parent.as_posix(), ())
+            if "*" in PurePosixPath(written).name:
+                # What a group holds is no pattern.
+                escaped = re.escape(path.name).replace(re.escape("*"), ".*")
+                found[column] = tuple(each for each in inside if re.fullmatch(escaped, PurePosixPath(each).name))
+            else:
+                found[column] = tuple(each for each in inside if each == path.as_posix())
+        return {column: paths for column, paths in found.items() if paths}
 
     def naming(self) -> Naming | None:
         """Returns the rule by which an image's path is read where there is a pattern."""
@@ -144,7 +162,7 @@ class Pictures:
     settings: ImageFolder = field(repr=False)
     tree: Tree = field(repr=False)
     names: tuple[str, ...] = field(repr=False)
-    masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    masks: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict, repr=False)
     passed_over: int = 0
 
     def digest(self) -> str:
@@ -179,12 +197,13 @@ class Pictures:
             return record
         known = self.masks[record.key]
         blank = {column: "" for column in self.settings.masks}
-        read = {column: partial(self._read_mask, record.key, path) for column, path in known.items()}
+        read = {column: partial(self._read_mask, record.key, column) for column in known}
         return replace(record, cells=LazyCells({**record.cells, **blank}, read))
 
-    def _read_mask(self, name: str, path: str) -> str:
-        size = read_size(io.BytesIO(self.tree.read(name, "image")))
-        return decode_mask(self.tree.read(path, "mask"), PurePosixPath(path).suffix, size)
+    def _read_mask(self, name: str, column: str) -> str:
+        size, paths = read_size(io.BytesIO(self.tree.read(name, "image"))), self.masks[name][column]
+        cells = (decode_mask(self.tree.read(path, "mask"), PurePosixPath(path).suffix, size) for path in paths)
+        return next(cells) if "*" not in PurePosixPath(self.settings.masks[column]).name else join_masks(cells)
 
     def load(self, position: int) -> Image.Image | Several:
         """One image, or the pages of one file."""

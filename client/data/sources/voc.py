@@ -6,37 +6,33 @@ a document type, which could define entities without end, is refused.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal, final
 from xml.etree import ElementTree
 
 from pydantic import Field
 
-from client.data.sources import SourceExample, SourceRecord
+from client.data.sources import SourceExample
 from client.data.sources.image_folder import SUFFIXES
 from client.data.sources.parts.base import SourceSettings
-from client.data.sources.parts.masks import LazyCells, write_boxes_of
-from client.data.sources.parts.named import OneGroup, find_patient
-from client.data.sources.parts.pictures import read_picture, write_example_pictures
-from client.data.sources.parts.tree import Tree, make_readable, open_tree
+from client.data.sources.parts.masks import AnnotatedPicture, AnnotatedPictures, write_boxes_of
+from client.data.sources.parts.named import OneGroup
+from client.data.sources.parts.pictures import write_example_pictures
+from client.data.sources.parts.tree import Tree, open_tree
 from common.inputs import Box
 from common.plugins import LocalPath
 from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 MAX_BYTES = 1 << 22
 """Bytes of an annotation that are parsed at most."""
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
-_NO_IMAGE = "there is no image to its annotation"
 
 
 class Voc(SourceSettings):
@@ -80,14 +76,15 @@ class Voc(SourceSettings):
     def open(self) -> AnnotatedPictures:
         """The opened folder. Raises BadInput: missing, or without a picture, an annotation or a list."""
         tree = open_tree(self.path, "pictures and annotations").chosen(lambda name: True)
-        images = _by_stem(tree, self.images, SUFFIXES)
-        annotations = {stem: names[0] for stem, names in _by_stem(tree, self.annotations, frozenset({".xml"})).items()}
+        images = tree.group_by_stem(self.images, SUFFIXES)
+        xml = tree.group_by_stem(self.annotations, frozenset({".xml"}))
+        annotations = {stem: names[0] for stem, names in xml.items()}
         for found, folder, what in ((images, self.images, "images"), (annotations, self.annotations, ".xml files")):
             if not found:
                 raise BadInput(f"{self.path}: expected {what} in its folder {folder!r}, got none")
         side_of = None if self.sides is None else self._read_sides(tree, self.sides)
         entries = [
-            _Picture(stem, image, annotations.get(stem), None if side_of is None else side_of[stem])
+            AnnotatedPicture(stem, image, annotations.get(stem), None if side_of is None else side_of[stem])
             for stem in sorted({*images, *annotations})
             for image in images.get(stem, [None])
             if side_of is None or stem in side_of
@@ -95,7 +92,8 @@ class Voc(SourceSettings):
         if not entries:
             raise BadInput(f"{self.path}: expected names of its images in the lists of `sides`, got none")
         used = {name for each in entries for name in (each.image, each.annotation)}
-        return AnnotatedPictures(self, tree.chosen(lambda name: name.as_posix() in used), tuple(entries))
+        own = tree.chosen(lambda name: name.as_posix() in used)
+        return AnnotatedPictures(self.path, self.patient_pattern, own, tuple(entries), _make_cell)
 
     def _read_sides(self, tree: Tree, sides: Mapping[Literal["train", "test"], list[str]]) -> dict[str, str]:
         """Returns the side of each listed name."""
@@ -112,59 +110,9 @@ class Voc(SourceSettings):
         return side_of
 
 
-@dataclass(frozen=True)
-class _Picture:
-    stem: str
-    image: str | None
-    annotation: str | None
-    side: str | None
-
-
-@dataclass(frozen=True)
-class AnnotatedPictures:
-    """An opened folder or zip."""
-
-    settings: Voc = field(repr=False)
-    tree: Tree = field(repr=False)
-    pictures: tuple[_Picture, ...] = field(repr=False)
-
-    def digest(self) -> str:
-        """Over path, size and time of change, or checksum in a zip, of every picture and annotation."""
-        return self.tree.digest()
-
-    def index(self) -> list[SourceRecord]:
-        """Pictures in the order of their names; `row` counts in this order."""
-        return [
-            SourceRecord(
-                row=number,
-                file=self.settings.path.name,
-                key=each.image or f"{each.annotation}",
-                patient=find_patient(self.settings.patient_pattern, PurePosixPath(make_readable(each.stem)).name),
-                split=each.side,
-                cells=self._cells(each),
-                fault="" if each.image else _NO_IMAGE,
-                path=each.image or "",
-            )
-            for number, each in enumerate(self.pictures, start=1)
-        ]
-
-    def load(self, position: int) -> Image.Image:
-        """One picture."""
-        return read_picture(io.BytesIO(self._read_image(self.pictures[position])))
-
-    def _cells(self, picture: _Picture) -> Mapping[str, str]:
-        if picture.annotation is None or picture.image is None:
-            return {"boxes": ""}
-        return LazyCells({}, {"boxes": partial(self._read_boxes, picture, picture.annotation)})
-
-    def _read_image(self, picture: _Picture) -> bytes:
-        if picture.image is None:
-            raise BadRecord(_NO_IMAGE)
-        return self.tree.read(picture.image, "image")
-
-    def _read_boxes(self, picture: _Picture, annotation: str) -> str:
-        size, boxes = read_annotation(self.tree.read(annotation, "annotation"))
-        return write_boxes_of(self._read_image(picture), boxes, size)
+def _make_cell(image: bytes, annotation: bytes) -> str:
+    size, boxes = read_annotation(annotation)
+    return write_boxes_of(image, boxes, size)
 
 
 def read_annotation(data: bytes) -> tuple[tuple[float, float] | None, list[Box]]:
@@ -188,7 +136,8 @@ def read_annotation(data: bytes) -> tuple[tuple[float, float] | None, list[Box]]
         numbers = [side for side in sides if side is not None]
         if not name or len(numbers) < len(sides):
             raise BadRecord("expected a name and the numbers xmin, ymin, xmax and ymax of each object of an annotation")
-        boxes.append(Box(name, *numbers, ignored=_read_number(found, "difficult") == 1))
+        left, top, right, bottom = numbers
+        boxes.append(Box(name, left, top, right, bottom, ignored=_read_number(found, "difficult") == 1))
     return (width, height) if width and height else None, boxes
 
 
@@ -205,16 +154,6 @@ class _WithoutDocumentType(ElementTree.TreeBuilder):
     def doctype(self, *declaration: object) -> None:
         """Refuses it before any of its entities is read."""
         raise BadRecord("expected an annotation without a document type")
-
-
-def _by_stem(tree: Tree, folder: str, suffixes: frozenset[str]) -> dict[str, list[str]]:
-    """Returns the paths of a folder's files by path in the folder without suffix."""
-    found: dict[str, list[str]] = {}
-    for name in tree.stamps:
-        path = PurePosixPath(name)
-        if path.suffix.lower() in suffixes and path.is_relative_to(folder):
-            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(name)
-    return found
 
 
 def write_annotation(width: int, height: int, boxes: Sequence[tuple[str, float, float, float, float]]) -> str:

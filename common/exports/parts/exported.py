@@ -67,7 +67,7 @@ class Exported:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether a task's predictions are boxes, which `boxes.py` finds in its maps."""
+        """True where a task's predictions are boxes, which `boxes.py` finds in its maps."""
         return any(isinstance(self.model.tasks[task], FindsBoxes) for task in self.tasks)
 
     def find_shape(self, task: str) -> tuple[int, ...]:

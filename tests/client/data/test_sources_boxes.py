@@ -414,3 +414,57 @@ def test_sides_of_a_list_have_files_and_folders_of_their_own(tmp_path: Path) -> 
 def test_another_annotation_of_a_list_is_another_source(tmp_path: Path) -> None:
     before = write_list(tmp_path, []).digest()
     assert write_list(tmp_path, [{"bbox": [0, 0, 2, 2]}]).digest() != before
+
+
+def yolo(folder: Path, text: str | None, **settings: Any) -> Source:
+    draw(folder / "images" / "ward" / "a.png")
+    (folder / "labels" / "ward").mkdir(parents=True, exist_ok=True)
+    (folder / "labels" / "classes.txt").write_text("cell\ngrain\n")
+    if text is not None:
+        (folder / "labels" / "ward" / "a.txt").write_text(text)
+    spec = {"kind": "yolo", "path": str(folder), "names": ["cell", "grain"], **settings}
+    return open_source(spec, "s").open()
+
+
+def test_lines_of_numbers_are_the_middle_and_the_sides_of_boxes_or_corners_of_polygons(tmp_path: Path) -> None:
+    source = yolo(tmp_path, "1 0.5 0.25 0.5 0.5\n\n0 0.1 0.2 0.3 0.2 0.3 0.9\n")
+    assert read(source) == [Box("grain", 0.25, 0.0, 0.75, 0.5), Box("cell", 0.1, 0.2, 0.3, 0.9)]
+    assert len(source.index()) == 1 and source.load(0).size == (8, 4)
+
+
+def test_an_empty_text_file_shows_nothing_and_none_is_what_the_settings_say(tmp_path: Path) -> None:
+    assert yolo(tmp_path, None).index()[0].cells["boxes"] == ""
+    nothing = yolo(tmp_path, None, without_file="nothing")
+    assert read(nothing) == [] and nothing.digest() != yolo(tmp_path, None).digest()
+    assert read(yolo(tmp_path, "")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2 0.5 0.5 0.1 0.1", "number of a class that `names` lists"),
+        ("0.5 0.5 0.5 0.1 0.1", "number of a class that `names` lists"),
+        ("-1 0.5 0.5 0.1 0.1", "number of a class that `names` lists"),
+        ("0 0.5 0.5 0.1", "a class's number and four numbers"),
+        ("0 0.5 0.5 0.1 nan", "a class's number and four numbers"),
+        ("cell 0.5 0.5 0.1 0.1", "a class's number and four numbers"),
+        ("0 0.1 0.2 0.3 0.2 0.3", "a class's number and four numbers"),
+    ],
+)
+def test_a_bad_line_is_refused_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(BadRecord, match=said) as refused:
+        read(yolo(tmp_path, f"0 0.5 0.5 0.2 0.2\n{text}\n"))
+    assert "0.5" not in str(refused.value)
+
+
+def test_folders_below_the_pictures_are_sides(tmp_path: Path) -> None:
+    for name in ("train/b", "val/c", "other/d"):
+        draw(tmp_path / "images" / f"{name}.png")
+    source = yolo(tmp_path, "", sides={"train": ["train"], "test": ["val", "ward"]})
+    assert {record.path: record.split for record in source.index()} == {
+        "images/train/b.png": "train",
+        "images/val/c.png": "test",
+        "images/ward/a.png": "test",
+    }
+    with pytest.raises(BadInput, match="folders of `sides`"):
+        yolo(tmp_path, "", sides={"train": ["nowhere"]})

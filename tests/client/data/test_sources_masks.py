@@ -202,3 +202,28 @@ def test_a_mask_of_a_dicom_picture_is_read_and_one_of_a_series_is_refused(tmp_pa
     np.testing.assert_array_equal(read_mask(one.cells["mask"]), MASK)
     with pytest.raises(BadRecord, match="expected a mask of one picture, got one of several"):
         series.cells["mask"]
+
+
+def test_masks_of_single_objects_are_one_mask_of_their_picture(tmp_path: Path) -> None:
+    for name in ("q7[ann", "q7-bea", "q7-cem"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "masks").mkdir()
+        Image.fromarray(np.zeros((3, 5, 3), np.uint8)).save(tmp_path / name / "images" / f"{name}.png")
+    for number, value in ((1, 255), (2, 255)):
+        for name in ("q7[ann", "q7-bea"):
+            values = np.where(number == MASK, value, 0).astype(np.uint8)
+            Image.fromarray(values).save(tmp_path / name / "masks" / f"{number}.png")
+    Image.fromarray(np.zeros((2, 5), np.uint8)).save(tmp_path / "q7-bea" / "masks" / "3.png")
+
+    def open_objects() -> Source:
+        return source_of(tmp_path, pattern=r"^(?P<name>[^/]+)/images/", masks={"mask": "{name}/masks/*.png"}, test=None)
+
+    bad, none, good = open_objects().index()
+    np.testing.assert_array_equal(read_mask(good.cells["mask"]), MASK > 0)
+    assert none.cells["mask"] == "" and good.path == "q7[ann/images/q7[ann.png"
+    with pytest.raises(BadRecord, match="of its picture's size"):
+        bad.cells["mask"]
+    before = open_objects().digest()
+    (tmp_path / "q7[ann" / "masks" / "2.png").unlink()
+    assert open_objects().digest() != before
+    np.testing.assert_array_equal(read_mask(open_objects().index()[2].cells["mask"]), MASK == 1)

@@ -102,6 +102,41 @@ def test_a_folder_of_voc_becomes_a_detection(tmp_path: Path) -> None:
     assert (inner.source["images"], inner.source["lists"]) == ("VOC/JPEGImages", "VOC/ImageSets/Main")
 
 
+def test_a_folder_of_yolo_becomes_a_detection(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for number in range(4):
+        side = ["train", "val"][number % 2]
+        draw(data / "images" / side / f"{number}.jpg")
+        (data / "labels" / side).mkdir(parents=True, exist_ok=True)
+        (data / "labels" / side / f"{number}.txt").write_text(f"{number // 2} 0.5 0.5 0.5 0.5\n")
+    with pytest.raises(BadInput, match="names of the classes in a file data.yaml"):
+        inspect(data, None)
+    for names in ("[cell, grain]", "{0: cell, 1: grain}"):
+        (data / "data.yaml").write_text(f"train: images/train\nnames: {names}\nnc: 2\n")
+        finding = inspect(data, None)
+        assert finding.source["names"] == ["cell", "grain"]
+    config = draft(finding, tmp_path)
+    assert (config.run.tasks["boxes"].kind, config.partition.split) == ("detection", "source")
+    assert config.run.tasks["boxes"].settings()["labels"] == ["cell", "grain"]
+    (data / "data.yaml").unlink()
+    (data / "classes.txt").write_text("cell\ngrain\n")
+    assert inspect(data, None).source["names"] == ["cell", "grain"]
+
+
+def test_a_mask_for_each_object_becomes_a_segmentation(tmp_path: Path) -> None:
+    for number in range(4):
+        draw(tmp_path / "data" / f"q7{number}" / "images" / f"q7{number}.png", np.zeros((4, 6, 3), np.uint8))
+        for place in range(2 + number):
+            one = np.zeros((4, 6), np.uint8)
+            one[place % 4, place] = 255
+            draw(tmp_path / "data" / f"q7{number}" / "masks" / f"m{place}.png", one)
+    finding = inspect(tmp_path / "data", None)
+    assert (finding.records, finding.label, finding.label_facts.values) == (4, "mask", ("0", "1"))
+    config = draft(finding, tmp_path)
+    assert config.run.tasks["mask"].kind == "segmentation"
+    assert "q7" not in (tmp_path / "draft.yaml").read_text()
+
+
 def coco(folder: Path, names: list[str], file: str, category: str = "rider") -> None:
     content: dict[str, Any] = {
         "images": [{"id": name, "file_name": name} for name in names],

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from client.data.sources.parts.pictures import read_size, read_values
-from client.data.sources.parts.tree import read_file
-from common.inputs import Box, Several, write_boxes, write_mask
+from client.data.sources import SourceRecord
+from client.data.sources.parts.base import digest
+from client.data.sources.parts.boundary import MAX_ITEMS
+from client.data.sources.parts.named import find_patient
+from client.data.sources.parts.pictures import read_picture, read_size, read_values
+from client.data.sources.parts.tree import Tree, make_readable, read_file
+from common.inputs import Box, Several, encode_text, read_mask, write_boxes, write_mask
 from common.types import BadRecord
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _UNREADABLE = "missing or unreadable mask"
+_NO_IMAGE = "there is no image to its annotation"
 
 
 @final
@@ -89,6 +99,106 @@ def decode_mask(data: bytes, suffix: str, size: tuple[int, int]) -> str:
     if values.shape != size[::-1]:
         raise BadRecord("expected a mask of its picture's size, got one of another")
     return write_mask(values)
+
+
+def join_masks(cells: Iterable[str]) -> str:
+    """Returns masks of single objects as one: 1 where any of them is not 0.
+
+    Args:
+        cells: masks of one size, at least one, read one at a time.
+
+    Raises:
+        BadRecord: they are more than a record may have.
+    """
+    joined: NDArray[np.bool_] | None = None
+    for number, cell in enumerate(cells):
+        if number == MAX_ITEMS:
+            raise BadRecord(f"expected at most {MAX_ITEMS} masks of a picture's objects")
+        own = read_mask(cell) != 0
+        joined = own if joined is None else joined | own
+    if joined is None:
+        raise BadRecord(_UNREADABLE)
+    return write_mask(joined.astype(np.uint8))
+
+
+@final
+@dataclass(frozen=True)
+class AnnotatedPictures:
+    """An opened folder or zip of pictures, each with a file of its boxes.
+
+    Attributes:
+        path: the folder or zip.
+        patient_pattern: regular expression whose one group is the patient id in a picture's file name.
+        tree: its files.
+        pictures: the pictures.
+        make_cell: a picture's bytes and its annotation's -> the cell of boxes; raises BadRecord.
+    """
+
+    path: Path
+    patient_pattern: str | None
+    tree: Tree = field(repr=False)
+    pictures: tuple[AnnotatedPicture, ...] = field(repr=False)
+    make_cell: Callable[[bytes, bytes], str] = field(repr=False)
+    about: tuple[str, ...] = field(default=(), repr=False)
+
+    def digest(self) -> str:
+        """Over path, size and time of change, or checksum in a zip, of every picture and annotation."""
+        own = self.tree.digest()
+        return digest(encode_text(text) for text in (own, *self.about)) if self.about else own
+
+    def index(self) -> list[SourceRecord]:
+        """Pictures in the order of their names; `row` counts in this order."""
+        return [
+            SourceRecord(
+                row=number,
+                file=self.path.name,
+                key=each.image or f"{each.annotation}",
+                patient=find_patient(self.patient_pattern, PurePosixPath(make_readable(each.stem)).name),
+                split=each.side,
+                cells=self._cells(each),
+                fault="" if each.image else _NO_IMAGE,
+                path=each.image or "",
+            )
+            for number, each in enumerate(self.pictures, start=1)
+        ]
+
+    def load(self, position: int) -> Image.Image:
+        """One picture."""
+        return read_picture(io.BytesIO(self._read_image(self.pictures[position])))
+
+    def _cells(self, picture: AnnotatedPicture) -> Mapping[str, str]:
+        if picture.image is None:
+            return {"boxes": ""}
+        if picture.annotation is None:
+            return {"boxes": "" if picture.boxes is None else write_boxes(picture.boxes, 1, 1)}
+        return LazyCells({}, {"boxes": partial(self._read_boxes, picture, picture.annotation)})
+
+    def _read_image(self, picture: AnnotatedPicture) -> bytes:
+        if picture.image is None:
+            raise BadRecord(_NO_IMAGE)
+        return self.tree.read(picture.image, "image")
+
+    def _read_boxes(self, picture: AnnotatedPicture, annotation: str) -> str:
+        return self.make_cell(self._read_image(picture), self.tree.read(annotation, "annotation"))
+
+
+@dataclass(frozen=True)
+class AnnotatedPicture:
+    """A picture and the file of its boxes.
+
+    Attributes:
+        stem: the path that both have, without suffix.
+        image: path of the picture; None where there is only an annotation.
+        annotation: path of the annotation; None where there is none.
+        side: `train` or `test`, where the source says it.
+        boxes: what is known of a picture without an annotation; None where nothing is.
+    """
+
+    stem: str
+    image: str | None
+    annotation: str | None
+    side: str | None
+    boxes: tuple[Box, ...] | None = None
 
 
 def find_indices(values: NDArray[Any]) -> NDArray[Any]:

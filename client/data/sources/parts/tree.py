@@ -50,6 +50,20 @@ class Tree:
             self.archive,
         )
 
+    def group_by_stem(self, folder: str, suffixes: frozenset[str]) -> dict[str, list[str]]:
+        """Returns the paths of a folder's files by their path in the folder without suffix.
+
+        Args:
+            folder: the folder, or `.` for all of the tree.
+            suffixes: in small letters, with the dot.
+        """
+        found: dict[str, list[str]] = {}
+        for name in self.stamps:
+            path = PurePosixPath(name)
+            if path.suffix.lower() in suffixes and path.is_relative_to(folder):
+                found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(name)
+        return found
+
     def digest(self) -> str:
         """Over every file's path and stamp."""
         return digest(encode_text(text) for pair in self.stamps.items() for text in pair)
