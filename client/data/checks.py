@@ -23,6 +23,7 @@ from client.data.records import (
     UsableRecord,
     count_copies,
     encode_labels,
+    explain_label,
     find_usable,
     place_records,
     select_rows,
@@ -244,11 +245,11 @@ def check_drawn(name: str, own: LabelColumns, task: Task, records: Sequence[Sour
     for column in own.columns:
         if records and column not in records[0].cells:
             raise BadInput(f"tasks.{name}.label: there is no column {column!r}")
-        values, reasons = Counter[str](), list[tuple[int, str]]()
-        counts = count_drawn(_read_drawn(records, column, values, reasons))
+        values, reasons, unfit = Counter[str](), list[tuple[int, str]](), list[tuple[int, str]]()
+        counts = count_drawn(_explain_each(_read_drawn(records, column, values, reasons), own, task, unfit))
         missing = values.pop("", 0)
         yield from _drawn(name, own, task, column, counts, missing)
-        yield from _list_reasons(name, column, [*reasons, *counts.damaged])
+        yield from _list_reasons(name, column, sorted([*reasons, *unfit]))
         if missing:
             yield (
                 f"labels {name}",
@@ -263,6 +264,17 @@ def check_drawn(name: str, own: LabelColumns, task: Task, records: Sequence[Sour
                 f"{column}: {values.total()} records have neither a mask nor boxes there",
                 "check the column",
             )
+
+
+def _explain_each(
+    cells: Iterable[tuple[int, str]], own: LabelColumns, task: Task, unfit: list[tuple[int, str]]
+) -> Iterator[tuple[int, str]]:
+    """Yields the same cells; adds row and reason of each that cannot be the task's label to a list."""
+    for row, cell in cells:
+        reason = explain_label(task, own, cell)
+        if reason is not None:
+            unfit.append((row, reason))
+        yield row, cell
 
 
 def _read_drawn(

@@ -238,6 +238,19 @@ def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[Pl
     return TaskLabels(torch.stack(labels)[1:], torch.tensor(mask, dtype=torch.bool), tuple(rejected))
 
 
+def explain_label(task: Task, own: LabelColumns, cell: str) -> str | None:
+    """Returns why a mask or boxes cannot be a label; None where they can.
+
+    Args:
+        task: the task.
+        own: the site's columns and mapping of values for the task.
+        cell: the mask or the boxes.
+    """
+    reason = None
+    cells, reason = try_record(lambda: _leave_out_boxes([cell])[0])
+    return reason if cells is None else _encode_label(task, own, cells)[1]
+
+
 def place_labels(
     name: str, task: PlacesLabels, labels: TaskLabels, records: Sequence[PlacedRecord], marks_RP: Tensor
 ) -> TaskLabels:

@@ -103,10 +103,14 @@ def test_check_counts_what_may_be_wrong_with_boxes(tmp_path: Path) -> None:
         "5 drawn, 1 of them without an object",
         "boxes without area on their picture, which are left out while the pictures are used",
         "boxes that look like fractions of the picture where pixels are expected",
+        "1 unusable",
         "1 of 6 records are without a label",
     ]
     assert "not in `values` and the offered task: pale 1" in said[0] and "used: 1 (row 4)" in said[1]
     assert "in 1 record(s) (row 1)" in said[2]
+    assert (
+        said[3] == "1 unusable: expected boxes of the task's labels, got one of another name (row 2); mend these files"
+    )
 
 
 @pytest.mark.slow

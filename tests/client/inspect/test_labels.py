@@ -259,7 +259,7 @@ def test_masks_that_cannot_be_read_are_named_by_row_and_reason(tmp_path: Path) -
         draw(data / "images" / f"{name}.png")
         draw(data / "masks" / f"{name}.png", MASK)
     (data / "masks" / "c.png").write_bytes(b"no picture")
-    assert inspect(data, None).notes == ("mask: 1 of 4 cannot be read (row 3: unreadable image).",)
+    assert inspect(data, None).notes == ("mask: 1 of 4 cannot be read (row 3: unreadable mask).",)
     for name in "abd":
         (data / "masks" / f"{name}.png").write_bytes(b"no picture")
     with pytest.raises(BadInput, match=r"got none .*; mask: 4 of 4 cannot be read \(row 1: unreadable image; row 2"):

@@ -228,7 +228,7 @@ def _read_array(data: bytes) -> NDArray[Any]:
 
 
 def _read_values(data: bytes) -> NDArray[Any]:
-    values = read_values(io.BytesIO(data))
+    values = read_values(io.BytesIO(data), "mask")
     if values.ndim == 3:
         colours = values[..., :3]
         if values.shape[2] not in (3, 4) or (colours != colours[..., :1]).any():

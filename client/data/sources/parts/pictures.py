@@ -97,9 +97,17 @@ def read_pictures(file: IO[bytes], look: Look | None = None) -> Image.Image | Se
         return pictures[0] if len(pictures) == 1 else Several(pictures)
 
 
-def read_values(file: IO[bytes]) -> NDArray[Any]:
-    """Returns a picture's numbers as they are stored, turned as its EXIF says. Raises BadRecord."""
-    with _opened(file) as opened:
+def read_values(file: IO[bytes], what: str = "image") -> NDArray[Any]:
+    """Returns a picture's numbers as they are stored, turned as its EXIF says.
+
+    Args:
+        file: the file.
+        what: the name of such a file in messages.
+
+    Raises:
+        BadRecord: not a picture, truncated, or several of them.
+    """
+    with _opened(file, what) as opened:
         if len(_list_pages(opened)) > 1:
             raise BadRecord("expected one picture, got a file of several pages")
         return np.asarray(_decode(opened))
@@ -183,7 +191,7 @@ def _show(picture: Image.Image, look: Look, is_turned: bool) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
+def _opened(file: IO[bytes], what: str = "image") -> Iterator[Image.Image]:
     from PIL import Image
 
     try:
@@ -192,9 +200,10 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
             yield opened
     except Image.DecompressionBombError:
         # Raised before anything is decoded. From None: Pillow's own messages may name the file, and so a patient.
-        raise BadRecord(f"expected a picture of at most {MAX_MEGAPIXELS} million pixels") from None
+        named = "picture" if what == "image" else what
+        raise BadRecord(f"expected a {named} of at most {MAX_MEGAPIXELS} million pixels") from None
     except _UNREADABLE:
-        raise BadRecord("unreadable image") from None
+        raise BadRecord(f"unreadable {what}") from None
 
 
 def write_example_pictures(folder: Path, names: list[str]) -> None:
