@@ -262,5 +262,5 @@ def test_masks_that_cannot_be_read_are_named_by_row_and_reason(tmp_path: Path) -
     assert inspect(data, None).notes == ("mask: 1 of 4 cannot be read (row 3: unreadable mask).",)
     for name in "abd":
         (data / "masks" / f"{name}.png").write_bytes(b"no picture")
-    with pytest.raises(BadInput, match=r"got none .*; mask: 4 of 4 cannot be read \(row 1: unreadable image; row 2"):
+    with pytest.raises(BadInput, match=r"got none .*; mask: 4 of 4 cannot be read \(row 1: unreadable mask; row 2"):
         inspect(data, None)
