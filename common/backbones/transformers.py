@@ -9,7 +9,6 @@ architecture from its own transformers library, and `trust_remote_code` is never
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from common.backbones import Architecture, Divided, Example, Pretrained, Projection
+from common.errors import instead
 from common.inputs import Text
 from common.plugins import Frozen, LocalPath, Plugin
 from common.run import drop_unset
@@ -35,12 +35,30 @@ if TYPE_CHECKING:
 
     from common.backbones import RawInputs
     from common.backbones.parts.hub.huggingface import Location
-    from common.backbones.parts.hub.modalities import AudioInput, ImageInput, Modality
+    from common.backbones.parts.hub.modalities import ImageInput, Modality
+    from common.backbones.parts.hub.recordings import AudioInput
+    from common.backbones.parts.hub.sentences import SentenceSteps
     from common.backbones.parts.layers import PooledModel
 
 PackageFolder = Annotated[str, StringConstraints(pattern=r"^\w+(/\w[\w.-]*)*$")]
 HubName = Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 _MAX_TOKENIZER_BYTES = 64 << 20
+
+
+class Dense(Frozen):
+    """A linear layer and the function behind it.
+
+    Attributes:
+        inputs: number of inputs.
+        outputs: number of outputs.
+        bias: whether it has a bias.
+        activation: name of the function.
+    """
+
+    inputs: Annotated[int, Field(ge=1, le=65536, alias="in")]
+    outputs: Annotated[int, Field(ge=1, le=65536, alias="out")]
+    bias: bool
+    activation: Literal["Identity", "Tanh", "ReLU", "GELU", "SiLU"]
 
 
 class Files(Frozen):
@@ -50,11 +68,20 @@ class Files(Frozen):
         config: of the architecture.
         processor: of pictures or recordings.
         tokenizer_bytes: length of the tokenizer, which travels with the weights.
+        dense: linear layers behind the pooling, of a folder of sentence-transformers.
+        own_steps: says in the digest that recordings are averaged over their own steps; older digests are those of
+            averages over padding too.
     """
 
     config: dict[str, Any]
     processor: dict[str, Any] | None = None
     tokenizer_bytes: Annotated[int, Field(ge=0, le=_MAX_TOKENIZER_BYTES)] = 0
+    dense: list[Dense] = []
+    own_steps: Literal[True] | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("dense", "own_steps"))
 
 
 @final
@@ -69,9 +96,13 @@ class Transformers(Plugin):
         local_files_only: whether a name must be in the cache already.
         modality: what the model reads.
         part: submodule that encodes, such as `vision_model` of CLIP or `encoder` of T5; null is the whole model.
-        pooling: `mean` over the positions that count, `cls` the first, `pooler` the model's own; `tokens` keeps all
-            positions, one after the other, zeros where a text has ended; `frames` keeps the positions of a recording
-            apart, as places, its own mean subtracted and a mark behind them.
+        pooling: `mean` over the positions that count, `cls` the first, `last` the last, `pooler` the model's own;
+            `tokens` keeps all positions, one after the other, zeros where a text has ended; `frames` keeps the
+            positions of a recording apart, as places, its own mean subtracted and a mark behind them. Null does what a
+            folder of sentence-transformers says (pooling, linear layers and, without a `projection`, norm), and else
+            takes the mean.
+        prompt: what stands in front of every text: the name of one of such a folder's prompts, a text with a space or a
+            colon in it, or `none`; null takes the prompt that the folder uses by itself, if it names one.
         every: of `frames`, how many positions are averaged to one place.
         max_length: of a text, in tokens; longer ones are cut.
         seconds: of a recording; longer ones give their middle, and are left out with `frames`.
@@ -89,7 +120,8 @@ class Transformers(Plugin):
     local_files_only: bool = False
     modality: Literal["text", "image", "audio"]
     part: str | None = None
-    pooling: Literal["mean", "cls", "pooler", "tokens", "frames"] = "mean"
+    pooling: Literal["mean", "cls", "last", "pooler", "tokens", "frames"] | None = None
+    prompt: Annotated[str, Field(max_length=2048)] | None = None
     every: Annotated[int, Field(ge=1, le=100)] = 4
     max_length: Annotated[int, Field(ge=2, le=32768)] = 128
     seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -120,7 +152,7 @@ class Transformers(Plugin):
 
     @model_serializer(mode="wrap")
     def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return drop_unset(self, handler(self), ("every",))
+        return drop_unset(self, handler(self), ("every", "prompt"))
 
     @classmethod
     def example(cls, folder: Path) -> Example:
@@ -154,10 +186,28 @@ class Transformers(Plugin):
         """
         if self.files is not None:
             return self
-        other = {"text": {"seconds"}, "image": {"seconds", "max_length"}, "audio": {"max_length"}}[self.modality]
+        other = {
+            "text": {"seconds"},
+            "image": {"seconds", "max_length", "prompt"},
+            "audio": {"max_length", "prompt"},
+        }[self.modality]
         defaults = {name: type(self).model_fields[name].default for name in other}
         gone = {"model": None, "folder": None, "package": None, "revision": None, "local_files_only": False}
-        return self.model_copy(update={**gone, **defaults, "files": self._read()})
+        files = self._read()
+        more: dict[str, Any] = {"pooling": self.pooling or "mean"}
+        if self.modality == "text":
+            from common.backbones.parts.hub.sentences import find_prompt
+
+            steps = self._read_steps()
+            more["prompt"] = find_prompt(self._locate(), self.prompt, steps) or None
+            if steps is not None:
+                more["pooling"] = steps.pooling
+                files = files.model_copy(update={"dense": [Dense.model_validate(each) for each in steps.dense]})
+                if self.projection is None and steps.normalize:
+                    more["projection"] = Projection(normalize=True)
+        elif self.modality == "audio" and self.pooling != "frames":
+            files = files.model_copy(update={"own_steps": True})
+        return self.model_copy(update={**gone, **defaults, **more, "files": files})
 
     def list_weights_paths(self) -> list[Path] | None:
         """Returns the model's folder; None of a name on the Hub, where the weights may change. Raises BadInput."""
@@ -166,25 +216,32 @@ class Transformers(Plugin):
         return None if self.folder is None else [self.folder]
 
     def architecture(self) -> Architecture:
-        """Returns the model as transformers builds it from its configuration."""
+        """Returns the model as transformers builds it from its configuration.
+
+        Raises:
+            BadInput: it does not encode such records; names a part of it that does, where there is one.
+        """
         import torch
         from transformers import AutoModel
 
         from common.backbones.parts.hub.huggingface import read_config, silence
-        from common.backbones.parts.layers import PooledModel, read_width
+        from common.backbones.parts.hub.modalities import ImageInput
 
-        files = self.files or self._read()
-        config = read_config(files.config)
-        with silence():
-            whole = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
-        model = self._select_part(whole)
-        if self.pooling == "frames":
-            return self._open_frames(files, model.to(getattr(torch, self.dtype)))
-        module = PooledModel(model.to(getattr(torch, self.dtype)), files.tokenizer_bytes, self.pooling)
-        module.modality = self._open_modality(files, module, getattr(model, "config", config))
-        width = read_width(model, config)
-        feature_dim = width * self._count_positions(module, width)
-        return Architecture(module, feature_dim, module.modality.preprocess, partial(self._open_raw, files, module))
+        own = self.resolved()
+        assert own.files is not None  # `resolved` fills it in.
+        config = read_config(own.files.config)
+        try:
+            with silence():
+                whole = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        except (ImportError, ValueError) as error:
+            raise BadInput(f"model: expected one that transformers can build{instead(error)}") from error
+        model = own._select_part(whole)
+        if own.pooling == "frames":
+            return own._open_frames(own.files, model.to(getattr(torch, self.dtype)))
+        module, feature_dim = own._measure(whole, model, config)
+        if isinstance(module.modality, ImageInput):
+            module.modality.check_size()
+        return Architecture(module, feature_dim, module.modality.preprocess, partial(own._open_raw, own.files, module))
 
     def pretrained(self) -> Pretrained:
         """Returns the model's weights and its tokenizer."""
@@ -204,10 +261,13 @@ class Transformers(Plugin):
                 f"folder: expected weights of the whole model, found none for {len(absent)} tensors (first: "
                 f"{sorted(absent)[0]})"
             )
-        return Pretrained(
-            {**{f"model.{name}": tensor for name, tensor in state.items()}, **self._read_tokenizer(location)},
-            directions_KD,
-        )
+        own = {f"model.{name}": tensor for name, tensor in state.items()}
+        steps = self._read_steps()
+        if steps is not None:
+            from common.backbones.parts.hub.sentences import read_dense_state
+
+            own |= read_dense_state(location, steps)
+        return Pretrained({**own, **self._read_tokenizer(location)}, directions_KD)
 
     def random(self) -> Pretrained:
         """Returns weights as transformers initialises them, with the model's own tokenizer."""
@@ -246,45 +306,20 @@ class Transformers(Plugin):
 
         Embeddings stay frozen: all examples share the rows of positions, so that no example has a gradient of its own.
         """
-        from common.backbones.parts.layers import PooledModel, find_layers
+        from common.backbones.parts.hub.stack import find_layers
+        from common.backbones.parts.layers import PooledModel
 
-        assert isinstance(network, PooledModel)
+        if not isinstance(network, PooledModel):
+            raise BadInput("from: expected a backbone with one vector for each record, got one with `pooling: frames`")
         name, layers = find_layers(network.model)
         return [f"{name}.{number}" for number in range(len(layers))]
 
     def divide(self, network: nn.Module, block: str) -> Divided:
-        """Returns both sides of a layer of a model for texts or images. Raises BadInput."""
-        import torch
+        """Returns both sides of a layer. Raises BadInput."""
+        from common.backbones.parts.layers import PooledModel, divide
 
-        from common.backbones.parts import layers as parts
-        from common.backbones.parts.boundary import check_whole
-        from common.backbones.parts.hub.modalities import TextInput
-
-        assert isinstance(network, parts.PooledModel)
-        if self.modality == "audio" or self.pooling == "pooler":
-            raise BadInput("from: expected a backbone of texts or images with pooling mean, cls or tokens")
-        longest = network.modality.max_length if isinstance(network.modality, TextInput) else None
-        lower = copy.deepcopy(network).model
-        name, layers = parts.find_layers(lower)
-        first = int(block.rpartition(".")[2])
-        norm_name = parts.find_last_norm(lower, name)
-        norm = lower.get_submodule(norm_name) if norm_name else None
-        masked = longest is not None
-        above = parts.UpperLayers(
-            layers[first:], norm, self.pooling, masked=masked, max_positions=network.max_positions
-        )
-        lower.set_submodule(name, layers[:first])
-        if norm_name:
-            lower.set_submodule(norm_name, torch.nn.Identity())
-        below = parts.LowerLayers(lower, network.modality, longest)
-        if longest is not None and next(network.parameters()).device.type == "meta":
-            # Without values no text has a length.
-            return Divided(below, above, (longest, parts.read_width(network.model, network.model.config) + 1))
-        with torch.no_grad():
-            probe_B = network.modality.noise(2)
-            at_boundary_B = below(probe_B)
-            check_whole(above(at_boundary_B), network(probe_B), block)
-        return Divided(below, above, tuple(at_boundary_B.shape[1:]))
+        assert isinstance(network, PooledModel)
+        return divide(network, int(block.rpartition(".")[2]), block)
 
     def _locate(self) -> Location:
         from common.backbones.parts.hub.huggingface import Location
@@ -311,7 +346,17 @@ class Transformers(Plugin):
         processor = location.settings("preprocessor_config.json", "processor_config.json")
         if processor is None:
             raise BadInput(f"folder: expected a preprocessor_config.json at {location.name}, found none")
-        return Files(config=config, processor=processor)
+        # Newer folders keep the settings of all of a model's inputs in one file.
+        inner = processor.get("image_processor" if self.modality == "image" else "feature_extractor")
+        return Files(config=config, processor=inner if isinstance(inner, dict) else processor)
+
+    def _read_steps(self) -> SentenceSteps | None:
+        """Returns the steps of a folder of sentence-transformers, where they are to be taken."""
+        if self.modality != "text" or self.pooling is not None or self.part is not None:
+            return None
+        from common.backbones.parts.hub.sentences import read_steps
+
+        return read_steps(self._locate())
 
     def _read_tokenizer(self, location: Location) -> dict[str, Tensor]:
         import torch
@@ -330,10 +375,53 @@ class Transformers(Plugin):
         except AttributeError as error:
             names = ", ".join(name for name, _ in whole.named_children())
             raise BadInput(f"part: expected one of {names}, or a part of them, got {self.part!r}") from error
-        if self.pooling != "pooler" and isinstance(getattr(model, "pooler", None), nn.Module):
+        pooler = getattr(model, "pooler", None)
+        if self.pooling != "pooler" and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
             # Many checkpoints have no weights for it, and nothing here would read it.
             setattr(model, "pooler", None)  # noqa: B010
         return model
+
+    def _measure(self, whole: nn.Module, model: nn.Module, config: PretrainedConfig) -> tuple[PooledModel, int]:
+        """Returns a model that gives features, and their number, seen by a trial. Raises BadInput."""
+        from common.backbones.parts.layers import find_parts, read_width
+
+        try:
+            return self._open_pooled(model, config)
+        except BadInput as error:
+            device = next(whole.parameters()).device
+            if device.type == "meta":
+                module = self._wrap(model, config)
+                return module, read_width(model, config) * (module.max_positions or 1)
+            names = [name for name, part in find_parts(whole) if self._fits(part, config)]
+            write = f"; write `part: {names[0]}`" if names else ""
+            raise BadInput(f"{error}{write}") from error
+
+    def _fits(self, part: nn.Module, config: PretrainedConfig) -> bool:
+        try:
+            self._open_pooled(part, config)
+        except BadInput:
+            return False
+        return True
+
+    def _open_pooled(self, model: nn.Module, config: PretrainedConfig) -> tuple[PooledModel, int]:
+        module = self._wrap(model, config)
+        return module, module.measure(module.max_positions)
+
+    def _wrap(self, model: nn.Module, config: PretrainedConfig) -> PooledModel:
+        import torch
+
+        from common.backbones.parts.hub.modalities import TextInput
+        from common.backbones.parts.hub.sentences import build_dense
+        from common.backbones.parts.layers import PooledModel
+
+        assert self.files is not None and self.pooling is not None  # `resolved` fills them in.
+        dense = [part for each in self.files.dense for part in build_dense(each.model_dump(by_alias=True))]
+        model = model.to(getattr(torch, self.dtype))
+        module = PooledModel(model, self.files.tokenizer_bytes, self.pooling, dense)
+        module.modality = self._open_modality(self.files, module, getattr(model, "config", config))
+        if self.pooling == "tokens" and isinstance(module.modality, TextInput):
+            module.max_positions = module.modality.max_length
+        return module
 
     def _open_modality(self, files: Files, module: PooledModel, config: PretrainedConfig) -> Modality:
         from common.backbones.parts.hub.modalities import TextInput
@@ -342,12 +430,15 @@ class Transformers(Plugin):
         if self.modality == "image":
             return self._open_image(files)
         if self.modality == "audio":
-            return self._open_audio(files)
+            return self._open_audio(files, module.model)
+        config = config.get_text_config()
         types = (getattr(config, "type_vocab_size", None) or 0) > 1
         pad = getattr(config, "pad_token_id", None) or 0
         # The length is part of the input's shape: it is bounded by what the model has positions for.
         longest = min(self.max_length, count_positions(module.model, config) or self.max_length)
-        return TextInput(lambda: module.open_tokenizer(longest), longest, config.vocab_size, pad, types)
+        return TextInput(
+            lambda: module.open_tokenizer(longest), longest, config.vocab_size, pad, types, self.prompt or ""
+        )
 
     def _open_frames(self, files: Files, model: nn.Module) -> Architecture:
         from common.backbones.parts.hub.frames import FrameInput, FrameModel, FrameRates
@@ -379,27 +470,12 @@ class Transformers(Plugin):
 
         return ImageInput(open_image_processor(files.processor or {}))
 
-    def _open_audio(self, files: Files) -> AudioInput:
-        from common.backbones.parts.hub.modalities import AudioInput, open_feature_extractor
+    def _open_audio(self, files: Files, model: nn.Module | None = None) -> AudioInput:
+        from common.backbones.parts.hub.modalities import open_feature_extractor
+        from common.backbones.parts.hub.recordings import AudioInput
 
         extractor = open_feature_extractor(files.processor or {})
-        rate = int(extractor.sampling_rate)
-        return AudioInput(extractor, rate, round(self.seconds * rate), fixed=self.pooling == "tokens")
-
-    def _count_positions(self, module: PooledModel, width: int) -> int:
-        import torch
-
-        from common.backbones.parts.hub.modalities import TextInput
-
-        if self.pooling != "tokens":
-            return 1
-        if isinstance(module.modality, TextInput):
-            module.max_positions = module.modality.max_length
-            return module.max_positions
-        with torch.inference_mode():
-            # In eval mode: some models drop positions at random in training.
-            tokens: Tensor = module.train(False)(module.modality.noise(1))
-        return tokens.shape[1] // width
+        return AudioInput.of(extractor, self.seconds, fixed=self.pooling == "tokens", model=model)
 
 
 def _find_package_folder(package: str) -> Path:

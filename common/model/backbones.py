@@ -321,7 +321,7 @@ def _build(kind: Kind, parts: Pretrained) -> Backbone:
     resolved = resolve_settings(kind)
     architecture = resolved.architecture()
     raw_dim = architecture.feature_dim - architecture.num_marks
-    projection = compute_projection(kind.projection, raw_dim, parts.classifier_KD, parts.shift_D)
+    projection = compute_projection(resolved.projection, raw_dim, parts.classifier_KD, parts.shift_D)
     state |= {f"projection.{name}": tensor for name, tensor in projection.items()}
     return _freeze(resolved, architecture, state, "weights")
 

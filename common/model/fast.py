@@ -80,7 +80,7 @@ class FastBackbone:
 def _fold_batch_norms(network: nn.Module) -> nn.Module:
     try:
         folded: nn.Module = fuse(network)
-    except (TraceError, TypeError, ValueError, NotImplementedError, AttributeError):
+    except (TraceError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError):
         return network  # A forward pass that depends on values cannot be traced: it keeps its BatchNorms.
     return folded
 

@@ -122,11 +122,12 @@ def check_whole(composed_BD: Tensor, whole_BD: Tensor, block: str) -> None:
 
 
 def list_trainable(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of a module that may train: all but BatchNorms'.
+    """Returns the parameters of a module that may train: all but BatchNorms' and embeddings'.
 
-    A frozen BatchNorm is one affine map for every example; a trained one would need statistics of a batch.
+    A frozen BatchNorm is one affine map for every example; a trained one would need statistics of a batch. Embeddings
+    inside of layers are those of distances, which all examples share: none has a gradient of its own.
     """
-    owners = [part for part in module.modules() if not isinstance(part, _BATCH_NORMS)]
+    owners = [part for part in module.modules() if not isinstance(part, (*_BATCH_NORMS, nn.Embedding))]
     return [parameter for part in owners for parameter in part.parameters(recurse=False)]
 
 

@@ -1,31 +1,52 @@
 """A transformers model as a network that gives features, whole or divided between two of its layers.
 
 Below: embeddings and the first layers, as the model itself runs them. Above: the other layers, one after the other, the
-model's last norm where it has one, and pooling. A text's outputs carry its mask as one more feature of each position.
+model's last norm where it has one, and pooling. Where records have lengths, positions carry masks as further features:
+which of them others read, and of recordings also which of them are pooled.
 
-# Shapes: B examples, T positions, D features.
+# Shapes: B examples, T positions, D features, H and W places of a picture.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from typing import Any, final
 
 import tokenizers
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from common.backbones.parts.hub.modalities import Modality
+from common.backbones import Divided
+from common.backbones.parts.boundary import check_whole
+from common.backbones.parts.hub.modalities import Modality, TextInput
+from common.backbones.parts.hub.recordings import AudioInput
+from common.backbones.parts.hub.stack import (
+    Handed,
+    LayerCall,
+    Reached,
+    Watched,
+    find_layers,
+    make_probe,
+    stop_before,
+    watch,
+)
+from common.errors import instead
 from common.types import BadInput
 
-
-def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Returns the name and the layers of a model's stack. Raises BadInput where it has none."""
-    for name, part in model.named_modules():
-        if isinstance(part, nn.ModuleList) and len({type(layer) for layer in part}) == 1:
-            return name, part
-    raise BadInput("from: expected a backbone made of layers of one kind")
+UNFIT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors of a model on inputs that it does not take."""
 
 
 def pool_positions(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max_positions: int | None) -> Tensor:
@@ -34,11 +55,16 @@ def pool_positions(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max
     Args:
         hidden_BTD: [B, T, D], the model's outputs.
         mask_BT: [B, T], 1 where a position counts; None where all do.
-        pooling: `mean`, `cls` or `tokens`, as in the settings.
+        pooling: `mean`, `cls`, `last` or `tokens`, as in the settings.
         max_positions: number of positions of `tokens`; None for T.
     """
     if pooling == "cls":
         return hidden_BTD[:, 0]
+    if pooling == "last":
+        if mask_BT is None:
+            return hidden_BTD[:, -1]
+        last_B = (mask_BT.sum(1).long() - 1).clamp(min=0)
+        return hidden_BTD.gather(1, last_B[:, None, None].expand(-1, 1, hidden_BTD.shape[2]))[:, 0]
     if mask_BT is not None:
         hidden_BTD = hidden_BTD * mask_BT.unsqueeze(2)
     if pooling == "tokens":
@@ -48,43 +74,69 @@ def pool_positions(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max
     return hidden_BTD.float().sum(1) / count
 
 
+def list_positions(hidden: Tensor) -> Tensor:
+    """Returns outputs as positions [B, T, D]; those of convolutional encoders are B x D x H x W or B x H x W x D."""
+    if hidden.ndim != 4:
+        return hidden
+    _, first, second, last = hidden.shape
+    # The axis of another length than the other two are those of features; most encoders have them first.
+    if first == second != last:
+        return hidden.flatten(1, 2)
+    return hidden.flatten(2).transpose(1, 2)
+
+
 @final
 class LowerLayers(nn.Module):
-    """Preprocessed items -> outputs of the first layers, B x T x D, or with a mask B x T x (D + 1)."""
+    """Preprocessed items -> input of a layer, [B, T, D] and perhaps masks, or what a picture's layers have."""
 
-    def __init__(self, model: nn.Module, modality: Modality, max_length: int | None) -> None:
-        """Stores a model that keeps only its first layers.
+    def __init__(self, model: nn.Module, modality: Modality, positions: int | None, num_masks: int) -> None:
+        """Stores a model that stops before a layer (`stop_before`).
 
         Args:
-            model: the model without its upper layers and last norm.
+            model: the model.
             modality: how it reads a batch.
-            max_length: number of positions of every text; None where nothing is masked.
+            positions: number of positions of every record; None where nothing is masked.
+            num_masks: number of masks behind the features: 0, 1 or 2.
         """
         super().__init__()
         self.model = model
         self.modality = modality
-        self.max_length = max_length
+        self.positions = positions
+        self.num_masks = num_masks
 
     def forward(self, inputs_B: Tensor) -> Tensor:
-        """Returns the outputs; zeros, in the mask too, where a text has ended."""
+        """Returns the layer's input; zeros, in the masks too, where a record has ended."""
         if torch.compiler.is_exporting():
             # A graph has no groups: padding is masked, and all texts of a batch are as long as the longest.
-            return self._run(inputs_B)
+            return self.run(inputs_B)
         positions, states = [], []
         for rows, group_B in self.modality.groups(inputs_B):
             positions.append(rows)
-            states.append(self._run(group_B)[: len(rows)])
-        return torch.cat(states)[torch.argsort(torch.cat(positions))]
+            states.append(self.run(group_B)[: len(rows)])
+        encoded_B = torch.cat(states)
+        whole_B = encoded_B.new_zeros((len(inputs_B), *encoded_B.shape[1:]))
+        whole_B[torch.cat(positions)] = encoded_B
+        return whole_B
 
-    def _run(self, group_B: Tensor) -> Tensor:
-        output, mask_BT = self.modality.run(self.model, group_B)
-        hidden_BTD: Tensor = output.last_hidden_state
-        if self.max_length is None:
-            return hidden_BTD
-        assert mask_BT is not None
-        mask_BT1 = mask_BT.unsqueeze(2).to(hidden_BTD.dtype)
-        hidden_BTD = torch.cat([hidden_BTD * mask_BT1, mask_BT1], dim=2)
-        return nn.functional.pad(hidden_BTD, (0, 0, 0, self.max_length - hidden_BTD.shape[1]))
+    def run(self, group_B: Tensor) -> Tensor:
+        """Returns the layer's input of one group, padded."""
+        try:
+            self.modality.run(self.model, group_B)
+        except Reached as reached:
+            hidden = reached.hidden
+        else:
+            raise BadInput("from: expected a backbone whose layers run one after the other")
+        if not self.num_masks:
+            return hidden
+        pooled_BT = self.modality.mark(self.model, group_B, hidden.shape[1])
+        if pooled_BT is None:
+            pooled_BT = torch.ones_like(hidden[:, :, 0])
+        pooled_BT1 = pooled_BT.unsqueeze(2).to(hidden.dtype)
+        if self.num_masks == 2:
+            hidden = torch.cat([hidden, torch.ones_like(pooled_BT1), pooled_BT1], dim=2)
+        else:
+            hidden = torch.cat([hidden * pooled_BT1, pooled_BT1], dim=2)
+        return nn.functional.pad(hidden, (0, 0, 0, max(0, (self.positions or 0) - hidden.shape[1])))
 
 
 @final
@@ -92,45 +144,45 @@ class UpperLayers(nn.Module):
     """Outputs of `LowerLayers` -> raw features."""
 
     def __init__(
-        self, layers: nn.ModuleList, norm: nn.Module | None, pooling: str, *, masked: bool, max_positions: int | None
+        self, layers: nn.ModuleList, handed: Handed, norm: nn.Module | None, network: PooledModel, num_masks: int
     ) -> None:
+        """Stores the layers.
+
+        Args:
+            layers: the layers.
+            handed: what the model hands to each.
+            norm: the model's last norm; None where there is none.
+            network: the whole, whose pooling this has.
+            num_masks: number of masks behind the features.
+        """
         super().__init__()
         self.layers = layers
         self.norm = norm
-        self.pooling = pooling
-        self.masked = masked
-        self.max_positions = max_positions
+        self.handed = handed
+        self.dense = network.dense
+        self.pooling = network.pooling
+        self.num_masks = num_masks
+        self.max_positions = network.max_positions
 
     def forward(self, states: Tensor) -> Tensor:
         """Returns features_BD, or B x (T * D)."""
-        hidden_BTD, mask_BT, more = states, None, {}
-        if self.masked:
-            # Only as many positions as the longest text has: the others are masked for everyone.
+        hidden, read_BT, pooled_BT = states, None, None
+        if self.num_masks:
+            # Only as many positions as the longest record has: the others are masked for everyone.
+            read_BT = states[:, :, -self.num_masks]
             if torch.compiler.is_exporting():
                 longest = states.shape[1]
             else:
-                longest = max(1, int(states[:, :, -1].sum(1).max())) if len(states) else 1
-            hidden_BTD, mask_BT = states[:, :longest, :-1], states[:, :longest, -1]
-            more = {"attention_mask": _create_additive_mask(mask_BT)}
-        for layer in self.layers:
-            output = layer(hidden_BTD, **more)
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
+                longest = max(1, int(read_BT.sum(1).max())) if len(states) else 1
+            hidden, read_BT = states[:, :longest, : -self.num_masks], read_BT[:, :longest]
+            pooled_BT = states[:, :longest, -1]
+        for number, layer in enumerate(self.layers):
+            output = layer(hidden, **self.handed.list_arguments(number, hidden, read_BT))
+            hidden = output[0] if isinstance(output, tuple) else output
         if self.norm is not None:
-            hidden_BTD = self.norm(hidden_BTD)
-        return pool_positions(hidden_BTD, mask_BT, self.pooling, self.max_positions)
-
-
-def _create_additive_mask(mask_BT: Tensor) -> Tensor:
-    """Returns 0 where a position counts and the least number where not, for each head and query."""
-    return ((1.0 - mask_BT) * torch.finfo(mask_BT.dtype).min)[:, None, None, :]
-
-
-def find_last_norm(model: nn.Module, stack: str) -> str | None:
-    """Returns the name of the norm that a model applies after its layers; None where there is none."""
-    names = [name for name, _ in model.named_children()]
-    after = names[names.index(stack.split(".")[0]) + 1 :]
-    norms = [name for name in after if isinstance(model.get_submodule(name), nn.LayerNorm)]
-    return norms[0] if norms else None
+            hidden = self.norm(hidden)
+        features_BD = pool_positions(list_positions(hidden), pooled_BT, self.pooling, self.max_positions)
+        return self.dense(features_BD) if len(self.dense) else features_BD
 
 
 @final
@@ -140,10 +192,19 @@ class PooledModel(nn.Module):
     modality: Modality
     tokenizer: Tensor
 
-    def __init__(self, model: nn.Module, tokenizer_bytes: int, pooling: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer_bytes: int, pooling: str, dense: Sequence[nn.Module] = ()) -> None:
+        """Stores a model.
+
+        Args:
+            model: the model.
+            tokenizer_bytes: length of its tokenizer; 0 for none.
+            pooling: as in the settings.
+            dense: what follows the pooling.
+        """
         super().__init__()
         self.model = model
         self.pooling = pooling
+        self.dense = nn.Sequential(*dense)
         self.max_positions: int | None = None
         self._opened: tokenizers.Tokenizer | None = None
         if tokenizer_bytes:
@@ -176,16 +237,44 @@ class PooledModel(nn.Module):
             self._opened = opened
         return self._opened
 
+    def measure(self, positions: int | None = None) -> int:
+        """Returns the number of features, by encoding one random input.
+
+        Args:
+            positions: number of positions of `tokens`, where inputs have fewer; None for as many as an input has.
+
+        Raises:
+            BadInput: the model does not give finite features for such an input.
+        """
+        self.train(False)
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            probe_B = self.modality.noise(1)
+        self.max_positions = positions
+        try:
+            with torch.no_grad(), torch.device(device):
+                features_BD = self._pool(*self.modality.run(self.model, probe_B.to(device)))
+        except UNFIT as error:
+            raise BadInput(f"model: expected one that encodes such inputs by themselves{instead(error)}") from error
+        if features_BD.ndim != 2 or (device.type != "meta" and not bool(torch.isfinite(features_BD).all())):
+            raise BadInput("model: expected one that gives finite features of each position")
+        return features_BD.shape[1]
+
     def _pool(self, output: Any, mask_BL: Tensor | None) -> Tensor:
+        features_BD = self._pool_output(output, mask_BL)
+        if len(self.dense):
+            features_BD = self.dense(features_BD.float())
+        return features_BD
+
+    def _pool_output(self, output: Any, mask_BL: Tensor | None) -> Tensor:
         if self.pooling == "pooler":
             pooled: Tensor | None = getattr(output, "pooler_output", None)
             if pooled is None:
-                raise BadInput("pooling: expected mean, cls or tokens for a model without a pooler of its own")
+                raise BadInput("pooling: expected mean, cls, last or tokens for a model without a pooler of its own")
             return pooled.flatten(1)
-        hidden_BTD: Tensor = output.last_hidden_state
-        if hidden_BTD.ndim == 4:
-            # Convolutional encoders: B x D x H x W.
-            hidden_BTD = hidden_BTD.flatten(2).transpose(1, 2)
+        hidden_BTD = list_positions(output.last_hidden_state)
+        if mask_BL is not None and mask_BL.shape[1] != hidden_BTD.shape[1]:
+            raise BadInput("model: expected one with a position for each part of its input")
         return pool_positions(hidden_BTD, mask_BL, self.pooling, self.max_positions)
 
 
@@ -213,3 +302,53 @@ def read_width(model: nn.Module, config: PretrainedConfig) -> int:
     if not isinstance(width, int):
         raise BadInput("folder: expected a model whose configuration says its hidden_size; name its encoder by `part`")
     return width
+
+
+def find_parts(whole: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the models inside a model, by name, outer ones first."""
+    inner = [(name, part) for name, part in whole.named_modules() if name and isinstance(part, PreTrainedModel)]
+    return sorted(inner, key=lambda pair: pair[0].count("."))
+
+
+def divide(network: PooledModel, first: int, block: str) -> Divided:
+    """Returns both sides of a layer's input.
+
+    Args:
+        network: the whole, in eval mode, perhaps without memory (device meta).
+        first: number of the layer.
+        block: its name, for messages.
+
+    Raises:
+        BadInput: the network cannot be divided there.
+    """
+    if network.pooling == "pooler":
+        raise BadInput("from: expected a backbone with pooling mean, cls, last or tokens, got `pooler`")
+    modality = network.modality
+    device = next(network.parameters()).device
+    name, layers = find_layers(network.model)
+    is_audio = isinstance(modality, AudioInput)
+    alone = isinstance(modality, AudioInput) and not modality.whole
+    try:
+        watched = watch(network.model, modality, name, alone=alone)
+    except UNFIT as error:
+        if device.type != "meta":
+            raise BadInput(f"from: expected a backbone whose layers can be watched{instead(error)}") from error
+        watched = Watched(tuple(LayerCall() for _ in layers), None)
+    lower = copy.deepcopy(network).model
+    stop_before(lower, name, first)
+    norm = network.model.get_submodule(watched.norm) if watched.norm else None
+    handed = Handed(layers[first:], watched.calls[first:], adds_mask=alone)
+    probe_B = make_probe(modality).to(device)
+    num_masks = 2 if is_audio else int(modality.mark(network.model, probe_B, probe_B.shape[1] - 1) is not None)
+    above = UpperLayers(layers[first:], handed, norm, network, num_masks)
+    positions = modality.max_length if isinstance(modality, TextInput) else None
+    with torch.no_grad():
+        below = LowerLayers(lower, modality, positions, num_masks)
+        if is_audio:
+            below.positions = below.run(probe_B[:1]).shape[1]
+        if device.type == "meta":
+            one = below.run(probe_B[:1])
+            return Divided(below, above, (positions or one.shape[1], *one.shape[2:]))
+        at_boundary_B = below(probe_B)
+        check_whole(above(at_boundary_B), network(probe_B), block)
+    return Divided(below, above, tuple(at_boundary_B.shape[1:]))

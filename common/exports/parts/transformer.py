@@ -199,6 +199,11 @@ def _describe_network(exported: Exported) -> tuple[dict[str, Any], str]:
         return {"kind": kind, **more}, "pixel_values"
     if kind == "transformers":
         network = own.module.encoder
+        if len(raw.tensors[0].shape) == 2 or len(network.dense):
+            raise BadInput(
+                "--format huggingface holds no backbone of spectra, of patches, or with layers behind its pooling; "
+                "choose onnx or torch"
+            )
         settings = {name: spec[name] for name in ("part", "pooling", "dtype")}
         more = {"config": spec["files"]["config"], "max_positions": network.max_positions}
         return {"kind": kind, **settings, **more}, raw.tensors[0].name

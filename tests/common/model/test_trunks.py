@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from common.backbones import Divisible
 from common.backbones.parts.boundary import divide_chain
+from common.inputs import Audio, Text
 from common.model.backbones import Backbone, open_pretrained
 from common.model.parameters import parameters
 from common.model.trunks import create_modules, cut
@@ -112,12 +114,93 @@ def test_picture_encoders_of_the_library_are_divided_before_their_last_norm(pool
     check_every_block(backbone, inputs + 0.1 * torch.randn(inputs.shape))
 
 
-def test_a_recording_encoder_and_a_pooler_are_not_divided(tmp_path: Path) -> None:
+def test_a_pooler_is_not_divided(tmp_path: Path) -> None:
     settings = plugin_class("common.backbones", "transformers").example(tmp_path).settings
     backbone = open_pretrained({**settings, "pooling": "mean"}, "backbone")
-    audio = backbone.kind.model_copy(update={"modality": "audio"})
-    with pytest.raises(BadInput, match="texts or images"):
-        audio.divide(backbone.module.encoder, "encoder.layer.1")
+    backbone.module.encoder.pooling = "pooler"
+    with pytest.raises(BadInput, match="got `pooler`"):
+        backbone.kind.divide(backbone.module.encoder, "encoder.layer.1")
+
+
+def save_tiny(folder: Path, family: str) -> dict[str, Any]:
+    """Writes a small model with random weights; returns settings of a backbone that reads it."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    picture = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    if family in ("CLIPVision", "SiglipVision", "DINOv3ViT"):
+        config = getattr(transformers, f"{family}Config")(image_size=32, patch_size=8, **sizes)
+        getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
+        picture.save_pretrained(folder)
+        return {"modality": "image"}
+    if family == "Whisper":
+        sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+        own = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 20}
+        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+        transformers.WhisperModel(transformers.WhisperConfig(**sizes, **own, **tokens)).save_pretrained(folder)
+        transformers.WhisperFeatureExtractor().save_pretrained(folder)
+        return {"modality": "audio", "part": "encoder", "seconds": 1.0}
+    if family == "AST":
+        config = transformers.ASTConfig(max_length=64, num_mel_bins=32, **sizes)
+        transformers.ASTModel(config).save_pretrained(folder)
+        transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=32).save_pretrained(folder)
+        return {"modality": "audio", "seconds": 0.6}
+    if family == "Wav2Vec2":
+        waves = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+        config = transformers.Wav2Vec2Config(num_conv_pos_embedding_groups=4, **sizes, **waves)
+        transformers.Wav2Vec2Model(config).save_pretrained(folder)
+        transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+        return {"modality": "audio", "seconds": 0.2}
+    plugin_class("common.backbones", "transformers").example(folder)
+    if family == "T5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        transformers.T5Model(transformers.T5Config(vocab_size=12, **sizes)).save_pretrained(folder)
+        return {"modality": "text", "part": "encoder", "max_length": 24}
+    config = getattr(transformers, f"{family}Config")(vocab_size=12, pad_token_id=0, **sizes, **_HEADS.get(family, {}))
+    getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
+    return {"modality": "text", "max_length": 24, "pooling": "last" if family == "Qwen3" else "mean"}
+
+
+_HEADS: dict[str, dict[str, Any]] = {
+    "Qwen3": {"num_key_value_heads": 1, "head_dim": 8},
+    "ModernBert": {"local_attention": 4, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
+}
+"""More settings of small models."""
+
+
+def list_items(settings: dict[str, Any]) -> list[Any]:
+    """Returns four records of unequal length or content."""
+    rng = np.random.default_rng(0)
+    if settings["modality"] == "image":
+        return list(rng.integers(0, 256, (4, 40, 40, 3), dtype=np.uint8))
+    if settings["modality"] == "audio":
+        return [Audio(rng.normal(size=size).astype(np.float32) / 4, 16000) for size in (2400, 1500, 3000, 2000)]
+    return [Text("the scan shows no tumour . " * count) for count in (1, 2, 4, 3)]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["CLIPVision", "SiglipVision", "DINOv3ViT", "Whisper", "AST", "Wav2Vec2", "T5", "Qwen3", "ModernBert"],
+)
+def test_encoders_of_every_modality_are_divided_and_take_adapters(family: str, tmp_path: Path) -> None:
+    """Masks of a model's own, rotary tables, biases by distance and padding reach the layers above the boundary."""
+    from client.solvers.parts.private_step import hook_record_gradients
+
+    settings = save_tiny(tmp_path, family)
+    backbone = open_pretrained({"kind": "transformers", "folder": str(tmp_path), **settings}, "backbone")
+    inputs = torch.stack([backbone.preprocess(item) for item in list_items(settings)])
+    check_every_block(backbone, inputs)
+    last = backbone.kind.blocks(backbone.module.encoder)[-1]
+    linear = [
+        name for name, part in backbone.module.encoder.named_modules() if type(part) is nn.Linear and last in name
+    ]
+    lora = {"rank": 2, "alpha": 2, "targets": [linear[0].rpartition(".")[2]]}
+    own = cut(backbone, Trainable(**{"from": last, "lora": lora}), "backbone.trunk", "trainable", seed=1)
+    hooked = hook_record_gradients({"backbone.trunk": own.trunk})
+    own.trunk(own.below.encode(inputs).requires_grad_()).square().sum().backward()
+    trained = [parameter for parameter in hooked.parameters() if parameter.requires_grad]
+    assert trained and all(len(parameter.grad_sample) == 4 for parameter in trained)
 
 
 def test_an_unknown_block_is_refused_with_the_nearest_one(tmp_path: Path) -> None:

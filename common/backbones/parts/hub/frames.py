@@ -23,18 +23,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from common.backbones import QUIET, SPEECH
 from common.backbones.parts.audio import resample
+from common.backbones.parts.hub.spectra import SILENCE_FRAMES, STEPS_OF_FRAME, encode_spectra
 from common.inputs import Audio
 from common.types import BadInput, BadRecord
 
 _QUIET_DB = 30.0
 """A place is quiet where it is so much weaker than the loudest of its recording."""
-
-_STEPS_OF_FRAME = 2
-"""Steps of a spectrum that Whisper's encoder makes one frame of."""
-
-_SILENCE_FRAMES = 50
-"""Frames of silence that Whisper's encoder reads behind a recording: one second. It expects some; thirty seconds of it
-take ten times as long and are no better."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,8 @@ class FrameRates:
         sample_rate = int(extractor.sampling_rate)
         longest = round(seconds * sample_rate)
         if isinstance(model, WhisperEncoder):
-            hop = _STEPS_OF_FRAME * int(extractor.hop_length)
-            most = model.embed_positions.num_embeddings - _SILENCE_FRAMES
+            hop = STEPS_OF_FRAME * int(extractor.hop_length)
+            most = model.embed_positions.num_embeddings - SILENCE_FRAMES
             if longest > most * hop:
                 raise BadInput(
                     f"seconds: expected at most {most * hop / sample_rate:g} for this model, got {seconds:g}"
@@ -94,16 +88,16 @@ class FrameRates:
     @property
     def steps_of_frame(self) -> int:
         """Steps of an input that are of one frame."""
-        return _STEPS_OF_FRAME if self.spectral else self.hop
+        return STEPS_OF_FRAME if self.spectral else self.hop
 
     @property
     def silence(self) -> int:
         """Steps of silence behind a recording."""
-        return _STEPS_OF_FRAME * _SILENCE_FRAMES if self.spectral else 0
+        return STEPS_OF_FRAME * SILENCE_FRAMES if self.spectral else 0
 
     def count_steps(self, samples: int) -> int:
         """Returns the number of a recording's own steps."""
-        return _STEPS_OF_FRAME * math.ceil(samples / self.hop) if self.spectral else samples
+        return STEPS_OF_FRAME * math.ceil(samples / self.hop) if self.spectral else samples
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ class FrameInput:
         """Returns the own frames [B, T, D] of recordings of one length, and what their places [B, P] are: 1 or 2."""
         values_BCS, marks_BS = inputs_B[:, :-1].to(next(model.parameters()).dtype), inputs_B[:, -1]
         if isinstance(model, WhisperEncoder):
-            frames_BTD = _encode_spectra(model, values_BCS)
+            frames_BTD = encode_spectra(model, values_BCS)
         else:
             frames_BTD = model(values_BCS[:, 0]).last_hidden_state
         own = int((marks_BS[0] > 0).sum())
@@ -169,17 +163,6 @@ class FrameInput:
         loud_P = (energy_P > 0.0) & (energy_P >= energy_P.max() * 10.0 ** (-_QUIET_DB / 10.0))
         marks_P = np.where(loud_P, 2.0, 1.0).astype(np.float32)
         return torch.from_numpy(marks_P.repeat(rates.every * rates.steps_of_frame)[:own])
-
-
-def _encode_spectra(model: WhisperEncoder, spectra_BCS: Tensor) -> Tensor:
-    """Returns the frames of as many steps as there are; the model's own `forward` takes thirty seconds alone."""
-    hidden_BDT = nn.functional.gelu(model.conv2(nn.functional.gelu(model.conv1(spectra_BCS))))
-    hidden_BTD = hidden_BDT.movedim(1, 2) + model.embed_positions.weight[: hidden_BDT.shape[2]]
-    for layer in model.layers:
-        output = layer(hidden_BTD, None)
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
-    normed_BTD: Tensor = model.layer_norm(hidden_BTD)
-    return normed_BTD
 
 
 @final

@@ -82,8 +82,21 @@ class Location:
         for name in names:
             path = self.file(name)
             if path is not None:
-                return _read_json(path)
+                values = _read_json(path)
+                if not isinstance(values, dict):
+                    raise BadInput(f"folder: expected keys and values in {path}")
+                return {name: value for name, value in values.items() if name not in _UNUSED}
         return None
+
+    def list_settings(self, name: str) -> list[dict[str, Any]] | None:
+        """Returns a JSON file that is a list of keys and values; None where there is none. Raises BadInput."""
+        path = self.file(name)
+        if path is None:
+            return None
+        values = _read_json(path)
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise BadInput(f"folder: expected a list of keys and values in {path}")
+        return values
 
 
 def read_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -160,11 +173,8 @@ def _convert_tokenizer(location: Location) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_buffer(slow.backend_tokenizer.to_str().encode())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"folder: expected a readable JSON file {path}{instead(error)}") from error
-    if not isinstance(values, dict):
-        raise BadInput(f"folder: expected keys and values in {path}")
-    return {name: value for name, value in values.items() if name not in _UNUSED}

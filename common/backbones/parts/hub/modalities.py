@@ -22,10 +22,10 @@ from transformers.models.auto.feature_extraction_auto import feature_extractor_c
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
 from common.backbones import RawInputs, RawTensor
-from common.backbones.parts.audio import fit_length, resample
+from common.backbones.parts.hub.recordings import AudioInput, EqualRecordings
 from common.backbones.parts.images import convert_to_rgb
 from common.backbones.parts.raw import open_given
-from common.inputs import Audio, Text
+from common.inputs import Text
 from common.types import BadInput, BadRecord
 
 _TEXT_ROWS = 8
@@ -52,7 +52,16 @@ class Modality(Protocol):
         """
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """Returns the model's output on one group, and a mask [B, L] of the positions that count, None for all."""
+        """Returns the model's output on one group, and a mask [B, T] of the positions that count, None for all."""
+
+    def mark(self, model: nn.Module, inputs_B: Tensor, positions: int) -> Tensor | None:
+        """Returns the mask [B, T] of the positions of a group that count, None for all.
+
+        Args:
+            model: the model.
+            inputs_B: inputs of one group.
+            positions: number of positions T of the model's output.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class TextInput:
         vocab_size: number of tokens that the model knows.
         pad_id: token id at padded positions.
         has_types: whether the model tells the texts of a pair apart.
+        prompt: text in front of every text.
     """
 
     tokenizer: Callable[[], tokenizers.Tokenizer]
@@ -72,6 +82,7 @@ class TextInput:
     vocab_size: int
     pad_id: int
     has_types: bool
+    prompt: str = ""
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns tokens of a text or of a pair."""
@@ -79,7 +90,7 @@ class TextInput:
             raise BadRecord("expected a text")
         if not item.first.strip() or (item.second is not None and not item.second.strip()):
             raise BadRecord("expected a text, got an empty one")
-        encoding = self.tokenizer().encode(item.first, item.second)
+        encoding = self.tokenizer().encode(self.prompt + item.first, item.second)
         if not 0 < len(encoding.ids) <= self.max_length or max(encoding.ids) >= self.vocab_size:
             raise BadRecord("expected a text of at least one token that the model knows")
         padding = (0, self.max_length - len(encoding.ids))
@@ -108,84 +119,85 @@ class TextInput:
         ids_BL, mask_BL, types_BL = inputs_B.unbind(1)
         more = {"token_type_ids": types_BL} if self.has_types else {}
         ids_BL = ids_BL.masked_fill(mask_BL == 0, self.pad_id)
-        return model(input_ids=ids_BL, attention_mask=mask_BL, **more), mask_BL
+        # Without memory a mask has no values to look at, and shapes do not depend on it.
+        given_BL = None if mask_BL.device.type == "meta" else mask_BL
+        return model(input_ids=ids_BL, attention_mask=given_BL, **more), mask_BL
+
+    def mark(self, model: nn.Module, inputs_B: Tensor, positions: int) -> Tensor | None:
+        """Returns the mask of tokens.
+
+        Args:
+            model: the model.
+            inputs_B: inputs of one group.
+            positions: number of positions T of the model's output.
+        """
+        del model
+        return inputs_B[:, 1, :positions]
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Channels x H x W, by the model's own image processor."""
+    """Channels x H x W, or patches of pictures in their own shape, by the model's own image processor.
+
+    Patches stand as (N + 1) x (P + 1): behind each 1 where it is the picture's own, and in the last row the picture's
+    height and width in patches.
+    """
 
     processor: Any
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns the pixels of a picture, made RGB first."""
-        pixels: Tensor = self.processor(images=convert_to_rgb(item), return_tensors="pt")["pixel_values"][0]
-        return pixels.to(torch.float32)
+        made = self.processor(images=convert_to_rgb(item), return_tensors="pt")
+        pixels: Tensor = made["pixel_values"][0].to(torch.float32)
+        if "spatial_shapes" not in made:
+            return pixels
+        patches_NP = torch.cat([pixels, made["pixel_attention_mask"][0][:, None].to(pixels.dtype)], dim=1)
+        size_P = torch.zeros_like(patches_NP[0])
+        size_P[:2] = made["spatial_shapes"][0]
+        return torch.cat([patches_NP, size_P[None]])
+
+    def check_size(self) -> None:
+        """Raises BadInput where pictures of different shapes become inputs of different shapes."""
+        wide, high = (self.preprocess(np.zeros((*size, 3), dtype=np.uint8)) for size in ((64, 96), (96, 64)))
+        if wide.shape != high.shape:
+            raise BadInput(
+                "preprocessor_config.json: expected one size for all pictures, got one that depends on the picture; "
+                "write a fixed `size` (height and width) there"
+            )
 
     def noise(self, count: int) -> Tensor:
         """Returns standardised random pixels."""
         picture = self.preprocess(np.zeros((64, 64, 3), dtype=np.uint8))
-        return torch.randn(count, *picture.shape)
+        if picture.ndim == 3:
+            return torch.randn(count, *picture.shape)
+        noise = picture.expand(count, *picture.shape).clone()
+        noise[:, :-1, :-1] = torch.randn(count, len(picture) - 1, picture.shape[1] - 1, device=noise.device)
+        return noise
 
     def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields all inputs together."""
         yield torch.arange(len(inputs_B), device=inputs_B.device), inputs_B
 
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """Returns the output on pixels in the model's precision."""
-        return model(pixel_values=inputs_B.to(_get_dtype(model))), None
+        """Returns the output on pixels in the model's precision; a mask [B, N] of patches where there are some."""
+        dtype = next(parameter.dtype for parameter in model.parameters())
+        if inputs_B.ndim == 4:
+            return model(pixel_values=inputs_B.to(dtype)), None
+        patches_BNP, mask_BN = inputs_B[:, :-1, :-1], inputs_B[:, :-1, -1]
+        sizes_B2 = inputs_B[:, -1, :2].long()
+        more = {"pixel_attention_mask": mask_BN.long(), "spatial_shapes": sizes_B2}
+        return model(pixel_values=patches_BNP.to(dtype), **more), mask_BN
 
+    def mark(self, model: nn.Module, inputs_B: Tensor, positions: int) -> Tensor | None:
+        """Returns the mask of patches.
 
-@dataclass(frozen=True)
-class AudioInput:
-    """2 x L float32 (waveform and mask), or the spectrogram of fixed size that the model's feature extractor makes.
-
-    Attributes:
-        extractor: the model's own feature extractor.
-        sample_rate: samples per second that it expects.
-        num_samples: longer recordings give their middle.
-        fixed: whether every recording is brought to `num_samples`.
-    """
-
-    extractor: Any
-    sample_rate: int
-    num_samples: int
-    fixed: bool
-
-    def preprocess(self, item: Any) -> Tensor:
-        """Returns a recording, resampled, cut, and scaled as the model's extractor does."""
-        samples_T = resample(item, self.sample_rate)
-        if self.fixed or len(samples_T) > self.num_samples:
-            samples_T = fit_length(samples_T, self.num_samples)
-        inputs = self.extractor(samples_T, sampling_rate=self.sample_rate, return_tensors="pt")
-        values: Tensor = inputs[self.extractor.model_input_names[0]][0].to(torch.float32)
-        if values.ndim != 1:
-            return values
-        padding = (0, self.num_samples - len(values))
-        return torch.stack([nn.functional.pad(row, padding) for row in (values, torch.ones_like(values))])
-
-    def noise(self, count: int) -> Tensor:
-        """Returns white noise."""
-        samples = torch.randn(count, self.num_samples).clamp(-3, 3).numpy() / 3
-        return torch.stack([self.preprocess(Audio(row, self.sample_rate)) for row in samples])
-
-    def groups(self, inputs_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields each waveform by itself and at its exact length, so that none depends on the others."""
-        if not self.is_waveform(inputs_B):
-            yield torch.arange(len(inputs_B), device=inputs_B.device), inputs_B
-            return
-        lengths_B = inputs_B[:, 1].sum(1).long()
-        for row in torch.nonzero(lengths_B > 0).flatten():
-            yield row.unsqueeze(0), inputs_B[row : row + 1, :, : int(lengths_B[row])]
-
-    def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
-        """Returns the output on waveforms without their masks: nothing in them is padding any more."""
-        values_B = inputs_B[:, 0] if self.is_waveform(inputs_B) else inputs_B
-        return model(values_B.to(_get_dtype(model))), None
-
-    def is_waveform(self, inputs_B: Tensor) -> bool:
-        """Returns whether inputs are samples with their mask."""
-        return inputs_B.ndim == 3 and inputs_B.shape[1] == 2
+        Args:
+            model: the model.
+            inputs_B: inputs of one group.
+            positions: number of positions T of the model's output.
+        """
+        del model
+        return inputs_B[:, :-1, -1] if inputs_B.ndim == 3 and positions == inputs_B.shape[1] - 1 else None
 
 
 @final
@@ -195,14 +207,6 @@ class _Tokens(nn.Module):
     def forward(self, *rows_BL: Tensor) -> Tensor:
         untyped = [torch.zeros_like(rows_BL[0])] if len(rows_BL) == 2 else []
         return torch.stack([*rows_BL, *untyped], dim=1)
-
-
-@final
-class _Waveforms(nn.Module):
-    """Recordings of one length, B x L -> inputs B x 2 x L."""
-
-    def forward(self, values_BL: Tensor) -> Tensor:
-        return torch.stack([values_BL, torch.ones_like(values_BL)], dim=1)
 
 
 def open_raw_inputs(modality: Modality, processor: dict[str, Any] | None, tokenizer: bytes | None) -> RawInputs:
@@ -231,18 +235,27 @@ def open_raw_inputs(modality: Modality, processor: dict[str, Any] | None, tokeni
         },
         last,
     ]
-    example = modality.noise(1)[0]
     name = modality.extractor.model_input_names[0]
-    if not modality.is_waveform(example[None]):
-        return open_given(name, tuple(example.shape), "spectra", modality.preprocess, steps, files)
+    if modality.whole:
+        meaning = "spectra, one step in each column; in the last row 1 for the recording's own steps, else 0"
+        shape = tuple(modality.noise(1)[0].shape)
+        return open_given(name, shape, meaning, modality.preprocess, steps, files)
     meaning = "samples of recordings of one length, without any padding"
-    tensor = RawTensor(name, "float32", ("samples",), meaning, longest=modality.num_samples)
+    if len(modality.shape) > 1:
+        behind = f" but {modality.silence} steps of silence behind each" if modality.silence else ""
+        meaning = f"spectra of recordings of one length, without any padding{behind}"
+    lengths: tuple[int | str, ...] = tuple(
+        "samples" if axis == modality.axis else size for axis, size in enumerate(modality.shape)
+    )
+    tensor = RawTensor(name, "float32", lengths, meaning, longest=modality.num_steps)
 
     def prepare(item: Any) -> tuple[Tensor, ...]:
-        values_T, mask_T = modality.preprocess(item)
-        return (values_T[: int(mask_T.sum())],)
+        inputs = modality.preprocess(item)
+        own = int(inputs[-1].sum()) + modality.silence
+        rest = [size for axis, size in enumerate(modality.shape) if axis != modality.axis]
+        return (inputs[:-1, :own].reshape(*rest, -1).movedim(-1, modality.axis),)
 
-    return RawInputs((tensor,), _Waveforms(), steps, prepare, files)
+    return RawInputs((tensor,), EqualRecordings(modality), steps, prepare, files)
 
 
 def _open_tokens(modality: TextInput, tokenizer: bytes) -> RawInputs:
@@ -253,12 +266,13 @@ def _open_tokens(modality: TextInput, tokenizer: bytes) -> RawInputs:
         RawTensor(name, "int64", ("tokens",), meaning, longest=modality.max_length)
         for name, meaning in meanings.items()
     )
+    before = [{"step": "prepend", "text": modality.prompt}] if modality.prompt else []
     step = {"step": "tokenize", "file": "tokenizer.json", "max_length": modality.max_length, "pad_id": modality.pad_id}
 
     def prepare(item: Any) -> tuple[Tensor, ...]:
         return tuple(modality.preprocess(item)[: len(tensors)])
 
-    return RawInputs(tensors, _Tokens(), [step], prepare, {"tokenizer.json": tokenizer})
+    return RawInputs(tensors, _Tokens(), [*before, step], prepare, {"tokenizer.json": tokenizer})
 
 
 def open_image_processor(values: dict[str, Any]) -> Any:
@@ -279,7 +293,3 @@ def open_feature_extractor(values: dict[str, Any]) -> Any:
     if cls is None:
         raise BadInput(f"preprocessor_config.json: expected a feature extractor of transformers, got {name!r}")
     return cls.from_dict(values)
-
-
-def _get_dtype(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters())

@@ -67,6 +67,10 @@ class PooledTransformer(nn.Module):
             hidden_BTD = hidden_BTD.flatten(2).transpose(1, 2)
         if self.pooling == "cls":
             return hidden_BTD[:, 0].float()
+        if self.pooling == "last":
+            rows_B = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+            last_B = -torch.ones_like(rows_B) if mask_BT is None else mask_BT.sum(1).long() - 1
+            return hidden_BTD[rows_B, last_B].float()
         if mask_BT is not None:
             hidden_BTD = hidden_BTD * mask_BT.unsqueeze(2)
         if self.pooling == "tokens":
