@@ -25,7 +25,7 @@ _BEGIN, _END = "<!-- generated -->", "<!-- end -->"
 
 def list_examples() -> Iterator[tuple[str, Path]]:
     """Returns package and path of every DICOM file of pydicom-data, and of those that pydicom brings itself."""
-    import data_store  # type: ignore[import-untyped]
+    import data_store
     import pydicom
 
     folders = {

@@ -28,6 +28,9 @@ _WORDS = 4
 """Words of a cell on average, from which a column is text."""
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}.*|\d{1,2}[./]\d{1,2}[./]\d{2,4}.*")
+_CODE = re.compile(r"0\d+")
+"""Digits behind a zero: a code or an id, whose zeros count, and no amount."""
+
 _PATIENT = re.compile(r"patient|subject|person|participant|pidnum|^pid$|^mrn$|case_?id", re.IGNORECASE)
 _ID = re.compile(r"^$|(^|[_ ])(id|uid|key|index)$|^unnamed", re.IGNORECASE)
 _SPLIT = re.compile(r"^(split|fold|set|subset|side)$", re.IGNORECASE)
@@ -140,7 +143,7 @@ def describe_column(name: str, cells: Sequence[str], suffixes: Sequence[str] = (
         return make("constant")
     numbers = {cell: parse_number(cell) for cell in filled}
     found = [number for number in numbers.values() if number is not None]
-    if len(found) == distinct:
+    if len(found) == distinct and not any(_CODE.fullmatch(cell) for cell in filled):
         observed = (min(found), max(found))
         is_whole = all(number.is_integer() for number in found)
         distinct_numbers = len(set(found))

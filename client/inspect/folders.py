@@ -14,6 +14,7 @@ import numpy as np
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
 from client.data.sources.parts.recordings import find_text
+from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from client.inspect.drawn import find_drawn, find_list, find_masks, is_mask_name
 from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
@@ -22,7 +23,7 @@ from common.errors import instead, nearest
 from common.types import BadInput
 
 _DICOM = frozenset({".dcm", ".dicom"})
-_LISTS = frozenset({".csv", ".tsv", ".txt", ".parquet"})
+_LISTS = frozenset({".csv", ".tsv", ".txt", ".parquet"}) | SHEETS
 _SIDES = {"train", "test"}
 
 
@@ -169,7 +170,7 @@ def _inspect_npz(path: Path, task: str | None) -> Finding:
     """Returns what the arrays of an .npz file hold."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: _flatten(file[name]) for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
         raise BadInput(f"{path}: expected a readable .npz file without Python objects{instead(error)}") from None
     inputs = [name for name, array in arrays.items() if array.ndim >= 2 and array.dtype.kind in "uif"]
@@ -217,6 +218,12 @@ def _inspect_npz(path: Path, task: str | None) -> Finding:
         has_split=len(parts) == 2,
         dim=dim,
     )
+
+
+def _flatten(array: Any) -> Any:
+    """Returns labels that are written as N x 1 as N; other arrays as they are."""
+    is_column = array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind in "iuUb"
+    return array.reshape(-1) if is_column else array
 
 
 def _list_masks(name: str, arrays: dict[str, Any]) -> list[str]:

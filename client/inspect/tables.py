@@ -13,9 +13,10 @@ from typing import Any
 
 from client.data.sources import open_source
 from client.data.sources.image_folder import SUFFIXES as PICTURES
-from client.data.sources.parts.frame import FAULT, WHITESPACE, Encoding, read_frame
+from client.data.sources.parts.frame import FAULT, WHITESPACE, Encoding, Surroundings, read_frame
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
-from client.data.sources.table import replace_decimal_comma
+from client.data.sources.parts.tables.numbers import Decimal, Thousands, convert_number
+from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.inspect.drawn import find_masks, is_mask_name
 from client.inspect.finding import (
     FEW,
@@ -40,6 +41,14 @@ _FEWEST_STEPS = 16
 
 _COMMA = re.compile(r"[+-]?\d*,\d+")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+_THOUSANDS_POINT = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+\.\d+")
+_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+,\d+")
+_POINT = re.compile(r"[+-]?\d*\.\d+")
+_ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2}\.\d{3}")
+_APOSTROPHES = re.compile(r"[+-]?[1-9]\d{0,2}(['\u2019]\d{3})+(\.\d+)?")
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+"""Marks in front of UTF-16."""
+
 _DICOM = (".dcm", ".dicom")
 
 
@@ -53,6 +62,9 @@ class TextForm:
         names: names made up for a file without a line of them; None where it has one.
         quotes: whether quotes enclose cells.
         is_comma: whether the decimal sign is a comma.
+        thousands: the mark between thousands; None where there is none.
+        comment: beginning of the lines that are none of the table's; None where there are no such lines.
+        skip_lines: number of lines above the table.
     """
 
     separator: str
@@ -60,13 +72,33 @@ class TextForm:
     names: list[str] | None
     quotes: bool
     is_comma: bool
+    thousands: Thousands | None = None
+    comment: str | None = None
+    skip_lines: int = 0
+
+    @property
+    def decimal(self) -> Decimal:
+        """The decimal sign."""
+        return "," if self.is_comma else "."
+
+    @property
+    def layout(self) -> Surroundings:
+        """The parts of the file that are not the table."""
+        return Surroundings(self.comment, self.skip_lines)
+
+    def read_number(self, cell: str) -> str:
+        """Returns a number with a decimal point; other texts as they are."""
+        return convert_number(cell, self.decimal, self.thousands)
 
     def describe(self) -> str:
         """Returns the form in words."""
         separator = {"\t": "tab", WHITESPACE: "white space"}.get(self.separator, repr(self.separator))
         header = "its first line names the columns" if self.names is None else "no line of names"
         comma = ", decimal comma" if self.is_comma else ""
-        return f"text table, separator {separator}, {self.encoding}{comma}, {header}"
+        comma += f", {self.thousands!r} between thousands" if self.thousands not in (None, "none") else ""
+        around = f", {self.skip_lines} line(s) above it" if self.skip_lines else ""
+        around += f", comments after {self.comment!r}" if self.comment else ""
+        return f"text table, separator {separator}, {self.encoding}{comma}{around}, {header}"
 
 
 def inspect_table(path: Path, task: str | None) -> Finding:
@@ -79,7 +111,7 @@ def inspect_table(path: Path, task: str | None) -> Finding:
     Raises:
         BadInput: it cannot be read, or has no column that can be the label.
     """
-    form = None if path.suffix.lower() == ".parquet" else sniff(path)
+    form = None if path.suffix.lower() in {".parquet", *SHEETS} else sniff(path)
     frame = _read(path, form)
     rows = [row for row in frame.to_dict("records") if not row[FAULT]]
     if not rows:
@@ -88,7 +120,7 @@ def inspect_table(path: Path, task: str | None) -> Finding:
     suffixes = (*PICTURES, *RECORDINGS, *_DICOM)
     cells = {name: [_point(row[name], form) for row in rows] for name in names}
     columns = tuple(describe_column(name, cells[name], suffixes) for name in names)
-    what = "Parquet table" if form is None else form.describe()
+    what = form.describe() if form else "spreadsheet" if path.suffix.lower() in SHEETS else "Parquet table"
     bad = len(frame) - len(rows)
     what += f", {bad} unreadable row(s)" if bad else ""
     if form is not None and _is_series(form, columns):
@@ -133,7 +165,9 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
     source: dict[str, Any]
     notes: list[str] = []
     has_split, patients = found.split is not None, None
-    shape = {} if form is None else {"separator": form.separator, "encoding": form.encoding}
+    shape: dict[str, Any] = {} if form is None else {"separator": form.separator, "encoding": form.encoding}
+    if form is not None:
+        shape |= {"comment": form.comment, "skip_lines": form.skip_lines}
     if paths:
         cell = _first_cell(path, form, paths[0].name).lower()
         kind, key, modality = _listed(cell)
@@ -159,7 +193,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         marks = sorted({mark for column in columns for mark in column.marks})
         source = {"kind": "table", "path": path, **shape}
         if form is not None:
-            source |= {"decimal": "," if form.is_comma else ".", "header": form.names or True}
+            source |= {"decimal": form.decimal, "thousands": form.thousands, "header": form.names or True}
         source |= {"columns": features, **people, "missing_values": ["", *marks]}
         left = [column.name for column in others if column.name not in features]
         if left:
@@ -208,7 +242,15 @@ def _listed(cell: str) -> tuple[str, str, Any]:
 
 
 def _is_default(key: str, value: Any) -> bool:
-    usual = {"separator": None, "encoding": "utf-8", "decimal": ".", "patient": None, "split": None, "header": True}
+    usual: dict[str, Any] = {
+        "separator": None,
+        "encoding": "utf-8",
+        "decimal": ".",
+        "patient": None,
+        "split": None,
+        "header": True,
+    }
+    usual |= {"thousands": None, "comment": None, "skip_lines": 0}
     return (key in usual and value == usual[key]) or (key == "missing_values" and value == [""])
 
 
@@ -221,13 +263,14 @@ def _first_cell(path: Path, form: TextForm | None, name: str) -> str:
 
 
 def _point(cell: str, form: TextForm | None) -> str:
-    return replace_decimal_comma(cell) if form is not None and form.is_comma else cell
+    return cell if form is None else form.read_number(cell)
 
 
 def _read(path: Path, form: TextForm | None) -> Any:
     if form is None:
         return read_frame(path)
-    return read_frame(path, form.separator, form.names, quotes=form.quotes, encoding=form.encoding)
+    names, layout = form.names, form.layout
+    return read_frame(path, form.separator, names, quotes=form.quotes, encoding=form.encoding, layout=layout)
 
 
 # --- time series -----------------------------------------------------------------------------------------------------
@@ -281,41 +324,71 @@ def sniff(path: Path) -> TextForm:
         raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
     if not data.strip():
         raise BadInput(f"{path}: expected a table, got an empty file")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadInput(f"{path}: expected text in UTF-8, got UTF-16; save it as CSV UTF-8")
-    if b"\0" in data:
+    if b"\0" in data and not data.startswith(_WIDE):
         raise BadInput(
-            f"{path}: expected a CSV, Parquet or npz file, a zip, or a folder of pictures, recordings or DICOM files; "
-            "got a binary file of another kind"
+            f"{path}: expected a CSV, Parquet, .xlsx, .ods or npz file, a zip, or a folder of pictures, recordings or "
+            "DICOM files; got a binary file of another kind"
         )
     encoding = _find_encoding(data if len(data) < _SAMPLE_BYTES else data[: data.rfind(b"\n") + 1 or None])
     text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding, "replace")
-    separator, rows = _find_separator(text)
+    stated, text = _take_stated(text)
+    comment = "#" if text.startswith("#") and any(not line.startswith("#") for line in text.splitlines()) else None
+    if comment:
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(comment))
+    separator, rows = (stated, _take_rows(text, stated)) if stated else _find_separator(text)
+    skip_lines = 0 if separator == WHITESPACE else _count_titles(text, separator)
+    text = "".join(text.splitlines(keepends=True)[skip_lines:])
+    rows = _take_rows(text, separator) if skip_lines else rows
     quotes = separator != WHITESPACE and _has_quoted_cells(text, separator, rows)
     if not quotes and separator != WHITESPACE:
         rows = _split_lines(text, separator)
     if len(rows[0]) < 2:
-        title = next((index for index, row in enumerate(rows) if len(row) > 1), None)
-        found = (
-            "lines without a separator"
-            if title is None
-            else f"column names only behind line {title}: delete what is above them"
-        )
-        raise BadInput(f"{path}: expected a table of several columns, got {found}")
+        raise BadInput(f"{path}: expected a table of several columns, got lines without a separator")
     first = [cell.strip() for cell in rows[0]]
-    cells = [cell.strip() for row in rows for cell in row]
-    # Between commas, a quoted 1,234 may as well be a thousand.
-    comma = any(_COMMA.fullmatch(cell) and (separator != "," or not _THOUSANDS.fullmatch(cell)) for cell in cells)
-    has_numbers = any(parse_number(cell.replace(",", ".") if comma else cell) is not None for cell in first)
+    is_comma, thousands = _find_marks([cell.strip() for row in rows for cell in row], separator)
+    form = TextForm(separator, encoding, None, quotes, is_comma, thousands, comment, skip_lines)
+    has_numbers = any(parse_number(form.read_number(cell)) is not None for cell in first)
     has_files = any(cell.lower().endswith((*PICTURES, *RECORDINGS, *_DICOM)) for cell in first)
     is_named = all(first) and not has_numbers and not has_files and len(set(first)) == len(first)
-    # Spreadsheets leave the name of a column of row numbers empty.
+    # Spreadsheets leave the name of a column of row numbers empty, and end each line with a separator.
     is_named = is_named or (not has_numbers and len(rows) > 1 and sum(not cell for cell in first) == 1)
     names = None if is_named else [f"column{number}" for number, _ in enumerate(first, start=1)]
-    return TextForm(separator, encoding, names, quotes, comma)
+    return replace(form, names=names)
+
+
+def _take_stated(text: str) -> tuple[str | None, str]:
+    """Returns the separator that a line `sep=;` in front names, and what follows the line."""
+    found = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)
+    return (found[1], text[found.end() :]) if found else (None, text)
+
+
+def _count_titles(text: str, separator: str) -> int:
+    """Returns the number of lines in front of the first that has several cells."""
+    lines = text.splitlines()[:_SAMPLE_ROWS]
+    # A title has no separator, or nothing but separators behind it.
+    inner = [line.rstrip(f"{separator} ").count(separator) for line in lines]
+    return next((number for number, count in enumerate(inner) if count), 0)
+
+
+def _find_marks(cells: Sequence[str], separator: str) -> tuple[bool, Thousands | None]:
+    """Returns whether the decimal sign is a comma, and the mark between thousands."""
+    # Between commas, a quoted 1,234 may as well be a thousand.
+    is_comma = any(_COMMA.fullmatch(cell) and (separator != "," or not _THOUSANDS.fullmatch(cell)) for cell in cells)
+    is_comma |= any(_GROUPED.fullmatch(cell) for cell in cells)
+    is_comma &= not any(_THOUSANDS_POINT.fullmatch(cell) for cell in cells)
+    if is_comma:
+        points = [cell for cell in cells if _POINT.fullmatch(cell)]
+        if any(_GROUPED.fullmatch(cell) for cell in cells):
+            return True, "."
+        return True, "none" if any(not _ONE_GROUP.fullmatch(cell) for cell in points) else None
+    if any(_THOUSANDS_POINT.fullmatch(cell) or (_THOUSANDS.fullmatch(cell) and separator == ",") for cell in cells):
+        return False, ","
+    return False, "'" if any(_APOSTROPHES.fullmatch(cell) for cell in cells) else None
 
 
 def _find_encoding(data: bytes) -> Encoding:
+    if data.startswith(_WIDE):
+        return "utf-16"
     try:
         data.decode("utf-8")
         return "utf-8"

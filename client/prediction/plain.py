@@ -24,8 +24,9 @@ from client.data.sources.manifest import ListedTexts, Manifest
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.frame import FAULT, convert_frame, read_frame
 from client.data.sources.parts.listing import ListedFiles, Listing, Reader
+from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.data.sources.parts.tree import read_file
-from client.data.sources.table import Table, TableRows, replace_decimal_commas
+from client.data.sources.table import Table, TableRows
 from client.inspect.tables import sniff
 from client.prediction.files import FILE_KINDS, LooseFiles, find_kind, list_files, list_suffixes, open_files
 from common.backbones import ReadsColumns
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from common.model.backbones import Backbone
 
-TABLES = frozenset({".csv", ".tsv", ".tab", ".parquet", ".data"})
+TABLES = frozenset({".csv", ".tsv", ".tab", ".parquet", ".data"}) | SHEETS
 _TEXTS = ("text", "sentence", "note")
 _PATHS = ("path", "file", "filename", "image", "audio", "series")
 _ARRAYS = ("x", "images", "inputs", "data")
@@ -119,15 +120,15 @@ def _choose(found: Sequence[LooseFiles], backbone: Backbone) -> PlainData:
 
 def _read_table(path: Path, backbone: Backbone) -> pd.DataFrame:
     """Returns a table of texts in whatever form it is written, as `headwater inspect` finds it."""
-    if path.suffix.lower() == ".parquet":
+    if path.suffix.lower() in {".parquet", *SHEETS}:
         return read_frame(path)
     try:
         form = sniff(path)
     except BadInput:
         # One column has no separator; of all else the reader says what is wrong.
         return read_frame(path)
-    frame = read_frame(path, form.separator, encoding=form.encoding)
-    return replace_decimal_commas(frame) if form.is_comma and isinstance(backbone.kind, ReadsColumns) else frame
+    frame = read_frame(path, form.separator, encoding=form.encoding, layout=form.layout)
+    return frame.map(form.read_number) if isinstance(backbone.kind, ReadsColumns) else frame
 
 
 def _open_rows(

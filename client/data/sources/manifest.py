@@ -86,7 +86,8 @@ class Manifest(ListedFiles):
     def open(self) -> Source:
         """The opened manifest. Raises BadInput: missing, unreadable, or without a named column."""
         if self.text is not None:
-            frame = read_frame(self.path, self.separator, list_names(self.header), encoding=self.encoding)
+            names, layout = list_names(self.header), self.layout()
+            frame = read_frame(self.path, self.separator, names, encoding=self.encoding, layout=layout)
             require_columns(frame, self.path, [self.text, self.text_pair, self.patient, self.split])
             return ListedTexts(self, frame.to_dict("records"))
         if self.audio is not None:

@@ -112,6 +112,10 @@ class Npz(SourceSettings):
                 f"{self.path}: expected a readable .npz file without Python objects{instead(error)}"
             ) from None
         for part in self.parts.values():
+            for name in part.per_record():
+                # Some archives (MedMNIST) hold labels as N x 1.
+                if arrays[name].ndim == 2 and arrays[name].shape[1] == 1 and name != part.inputs:
+                    arrays[name] = arrays[name].reshape(-1)
             self._check(part, arrays)
         return Arrays(self, sha, arrays)
 

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import Header, SourceSettings, digest, list_names
-from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.frame import (
+    FAULT,
+    Encoding,
+    Separator,
+    TableFile,
+    check_row,
+    read_frame,
+    require_columns,
+)
+from client.data.sources.parts.tables.numbers import Decimal, Thousands, convert_number, find_fault
 from common.inputs import encode_text
 from common.plugins import LocalPath
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_GROUPED = r"^[+-]?[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+$"
-"""A number such as 1.234.567,8. Without its comma, 1.234 may as well have a decimal point: it is left as it is."""
 
-_WITH_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
-
-
-class Table(SourceSettings):
+class Table(TableFile):
     """Settings of a table.
 
     Attributes:
-        path: the file.
+        path: the file: text, Parquet, or a spreadsheet (.xlsx, .ods).
         header: true where the first line of a text file names the columns; else their names.
         separator: of a text file: one character, or `whitespace`.
-        encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
+        encoding: of a text file, by its usual name: `utf-8`, `utf-16`, `cp1252`, `latin-1` and others.
         decimal: the decimal sign; with "," a cell 1,5 of a text file is read as 1.5.
+        thousands: the mark between thousands: `.`, `,`, a blank or `'`; `none` says that points are decimal ones
+            wherever they stand. Without it a cell such as 1.234 of a column of inputs among decimal commas is a bad
+            record.
         columns: columns given to the backbone; labels never are by accident.
         patient: column of patient ids.
         split: column of `train`, `test` or nothing.
@@ -47,13 +53,20 @@ class Table(SourceSettings):
     path: LocalPath
     separator: Separator = ","
     encoding: Encoding = "utf-8"
-    decimal: Literal[".", ","] = "."
+    decimal: Decimal = "."
+    thousands: Thousands | None = None
     header: Header = True
     columns: Annotated[list[str], Field(min_length=1)]
     patient: str | None = None
     split: str | None = None
     missing_values: list[str] = [""]
     complete: list[str] = []
+
+    @model_validator(mode="after")
+    def _check_marks(self) -> Table:
+        if self.thousands == self.decimal:
+            raise ValueError("thousands: expected another mark than the decimal sign")
+        return self
 
     @classmethod
     def example(cls, folder: Path) -> SourceExample:
@@ -80,26 +93,24 @@ class Table(SourceSettings):
 
     def open(self) -> TableRows:
         """The opened table. Raises BadInput: missing, unreadable, or without a named column."""
-        frame = read_frame(self.path, self.separator, list_names(self.header), encoding=self.encoding)
+        names = list_names(self.header)
+        frame = read_frame(self.path, self.separator, names, encoding=self.encoding, layout=self.layout())
         require_columns(frame, self.path, [*self.columns, *self.complete, self.patient, self.split])
         frame = frame.replace(dict.fromkeys(self.missing_values, ""))
-        if self.decimal == ",":
-            frame = replace_decimal_commas(frame)
+        if self.decimal == "," or self.thousands is not None:
+            self._convert_numbers(frame)
         if self.complete:
             frame = frame[(frame[self.complete] != "").all(axis=1) | (frame[FAULT] != "")]
         return TableRows(self, frame.to_dict("records"), tuple(int(number) + 1 for number in frame.index))
 
-
-def replace_decimal_commas(frame: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table of texts in which a cell such as 1,5 is 1.5, and 1.234,5 is 1234.5."""
-    return frame.map(replace_decimal_comma)
-
-
-def replace_decimal_comma(cell: str) -> str:
-    """Returns a number that is written with a decimal comma, with a point; other texts as they are."""
-    if re.match(_GROUPED, cell):
-        cell = cell.replace(".", "")
-    return re.sub(_WITH_COMMA, r"\1.\2", cell)
+    def _convert_numbers(self, frame: pd.DataFrame) -> None:
+        """Writes numbers with a decimal point; a row with an input of which that cannot be said is a fault."""
+        for name in self.columns:
+            reasons = frame[name].map(lambda cell: find_fault(cell, self.decimal, self.thousands))
+            frame[FAULT] = frame[FAULT].where(frame[FAULT] != "", reasons)
+        # Ids are no numbers: those of another table of the site are written alike.
+        for name in frame.columns.difference([FAULT, self.patient, self.split], sort=False):
+            frame[name] = frame[name].map(lambda cell: convert_number(cell, self.decimal, self.thousands))
 
 
 @dataclass(frozen=True)

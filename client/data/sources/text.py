@@ -17,17 +17,25 @@ from client.data.sources.parts.base import (
     list_files,
     list_names,
 )
-from client.data.sources.parts.frame import FAULT, Encoding, Separator, check_row, read_frame, require_columns
+from client.data.sources.parts.frame import (
+    FAULT,
+    Encoding,
+    Separator,
+    TableFile,
+    check_row,
+    read_frame,
+    require_columns,
+)
 from common.inputs import Text, encode_text
 
 
-class Texts(SourceSettings):
+class Texts(TableFile):
     """Settings: the files, and which of their columns hold the texts.
 
     Attributes:
-        path: one file without a split, or `train` and `test` -> its file; text files or Parquet.
+        path: one file without a split, or `train` and `test` -> its file: text, Parquet or spreadsheets (.xlsx, .ods).
         separator: of a text file: one character (a tab by default), or `whitespace`.
-        encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
+        encoding: of a text file, by its usual name: `utf-8`, `utf-16`, `cp1252`, `latin-1` and others.
         quotes: whether a quote may enclose a cell; where it may not, it is a character of the text.
         header: true where the first line names the columns; else their names.
         text: column of texts.
@@ -68,9 +76,8 @@ class Texts(SourceSettings):
         """The opened files. Raises BadInput: missing, unreadable, or without a named column."""
         rows: list[tuple[str, str, int, dict[str, str]]] = []
         for part, path in list_files(self.path).items():
-            frame = read_frame(
-                path, self.separator, list_names(self.header), quotes=self.quotes, encoding=self.encoding
-            )
+            names, layout = list_names(self.header), self.layout()
+            frame = read_frame(path, self.separator, names, quotes=self.quotes, encoding=self.encoding, layout=layout)
             require_columns(frame, path, [self.text, self.text_pair, self.patient, self.split])
             rows += [(part, path.name, number, row) for number, row in enumerate(frame.to_dict("records"), start=1)]
         return Sentences(self, rows)

@@ -103,7 +103,10 @@ class Column(Frozen):
             return [float(index == level) for index, _ in enumerate(self.levels)]
         value = parse_number(text)
         if value is None or self.range is None:
-            raise BadRecord(f"column {self.name!r}: expected a number")
+            raise BadRecord(
+                f"column {self.name!r}: expected a number with a decimal point (a source `table` reads others with "
+                "`decimal` and `thousands`)"
+            )
         low, high = self.range
         return [2.0 * (min(max(value, low), high) - low) / (high - low) - 1.0]
 

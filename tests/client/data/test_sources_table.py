@@ -216,7 +216,7 @@ def test_the_four_hospitals_have_the_published_numbers_of_rows(assets: Path, hos
 
 def test_points_that_group_digits_are_no_decimal_points_where_the_decimal_sign_is_a_comma(tmp_path: Path) -> None:
     path = write(tmp_path, "a;b;label\n1.105;1.234.567,8;x\n-1.000,5;4.1;y\n0.192;0,5;z\n")
-    read = loaded(table(path, separator=";", decimal=","))
+    read = loaded(table(path, separator=";", decimal=",", thousands="none"))
     assert read == [{"a": "1.105", "b": "1234567.8"}, {"a": "-1000.5", "b": "4.1"}, {"a": "0.192", "b": "0.5"}]
     assert loaded(table(path, separator=";"))[1]["a"] == "-1.000,5"
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from client.data.sources import open_source
 from client.inspect.finding import describe_column
 from client.inspect.folders import inspect
-from client.inspect.tables import sniff
+from client.inspect.tables import inspect_table, sniff
 from common.types import BadInput
 from common.yaml import load
 from headwater.__main__ import make_app
@@ -107,11 +107,12 @@ def test_no_number_of_a_record_is_written(tmp_path: Path) -> None:
     assert "313" not in written and "dose,FILL_IN,FILL_IN,,middle," in written
 
 
-def test_a_title_above_the_column_names_is_named(tmp_path: Path) -> None:
+def test_a_title_above_the_column_names_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("Export of May\nage,finding\n" + "44,no\n50,yes\n" * 5, encoding="utf-8")
-    with pytest.raises(BadInput, match="column names only behind line 1: delete what is above them"):
-        sniff(path)
+    form = sniff(path)
+    assert (form.skip_lines, form.names) == (1, None)
+    assert [column.name for column in inspect_table(path, None).columns] == ["age", "finding"]
 
 
 def test_many_numbers_are_a_regression_whose_range_is_to_be_filled_in(tmp_path: Path) -> None:

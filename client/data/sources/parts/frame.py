@@ -10,13 +10,17 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
+from client.data.sources.parts.base import SourceSettings
 from client.data.sources.parts.boundary import try_record
-from common.errors import instead
+from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
+from client.data.sources.parts.tables.sheets import read_sheet
+from common.errors import instead, nearest
 from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ FAULT = "\0fault"
 
 _SURROGATE = re.compile("[\udc80-\udcff]")
 _UNREADABLE = "\udcff"
+_STATED = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)
 _NO_TIME = re.compile(r"( 00:00:00)?(\.0+)?$")
 _NO_TEXT = "the row is not UTF-8 text; save the table as CSV UTF-8, or set `encoding`"
 _MOST_CELL = 1 << 24
@@ -47,8 +52,52 @@ Separator = Annotated[str, AfterValidator(_one_character)]
 """The separator of the cells of a text file: one character, or any amount of white space."""
 
 
-Encoding = Literal["utf-8", "cp1252", "latin-1"]
-"""Characters of a text file: UTF-8, Windows' Western European ones, or ISO 8859-1."""
+def _known_encoding(value: str) -> str:
+    try:
+        "a,1".encode(value)
+    except (LookupError, UnicodeError):
+        usual = ("utf-8", "utf-16", "cp1252", "cp1250", "cp1251", "latin-1", "iso8859-15", "shift_jis", "gb18030")
+        raise ValueError(
+            f"expected an encoding such as {', '.join(usual)}, got {value!r}{nearest(value, usual)}"
+        ) from None
+    return value
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+"""Characters of a text file, by Python's name: UTF-8, Windows' Western European ones (cp1252), and others."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The parts of a file that are not the table.
+
+    Attributes:
+        comment: a line that begins with it is none of the table's; None where there are no such lines.
+        skip_lines: number of lines above the table.
+        sheet: name or 1-based number of a spreadsheet's sheet; None where only one holds anything.
+    """
+
+    comment: str | None = None
+    skip_lines: int = 0
+    sheet: int | str | None = None
+
+
+class TableFile(SourceSettings):
+    """Settings of every source that reads a table.
+
+    Attributes:
+        comment: beginning of lines that are no rows, such as `#`.
+        skip_lines: lines above the table, such as a title.
+        sheet: name or number, from 1, of the sheet of a spreadsheet (.xlsx, .ods) that has several.
+    """
+
+    comment: Annotated[str, Field(min_length=1)] | None = None
+    skip_lines: Annotated[int, Field(ge=0)] = 0
+    sheet: Annotated[int, Field(ge=1)] | str | None = None
+
+    def layout(self) -> Surroundings:
+        """Returns the parts of the file that are not the table."""
+        return Surroundings(self.comment, self.skip_lines, self.sheet)
 
 
 def read_frame(
@@ -58,15 +107,17 @@ def read_frame(
     *,
     quotes: bool = True,
     encoding: Encoding = "utf-8",
+    layout: Surroundings | None = None,
 ) -> pd.DataFrame:
     """A table of stripped texts; "" where a cell is empty or a row ends early, or all of a row with a `FAULT`.
 
     Args:
-        path: .parquet, or text in any other case.
+        path: .parquet, a spreadsheet (.xlsx, .ods), or text in any other case.
         separator: see `Separator`.
         columns: names for a text file without a header.
         quotes: whether a quote may enclose a cell of a text file.
         encoding: of a text file.
+        layout: see `Surroundings`.
 
     Returns:
         The table, without columns whose name occurs twice: to ask for one of them is an error.
@@ -82,7 +133,12 @@ def read_frame(
             frame, faults = _read_parquet(path)
             names = list(frame.columns)
         else:
-            rows, faults = _split_rows(_read_lines(path, encoding), separator, quotes, len(columns or ()))
+            found = layout or Surroundings()
+            if path.suffix.lower() in SHEETS:
+                rows, faults = _leave_out_rows(*read_sheet(path, found.sheet), found)
+            else:
+                lines = _read_lines(path, separator, encoding, found)
+                rows, faults = _split_rows(lines, separator, quotes, len(columns or ()))
             names, cells, faults = _align_rows(path, rows, faults, columns)
             frame = pd.DataFrame(cells, columns=range(len(names)), dtype="string")
     except (OSError, ValueError, OverflowError, TypeError, pyarrow.ArrowException) as error:
@@ -117,7 +173,7 @@ def read_rows(path: Path, separator: str) -> list[list[str]]:
 
     A row that cannot be read has no cells. Raises OSError; BadInput: UTF-16.
     """
-    rows, faults = _split_rows(_read_lines(path), separator, quotes=False, width=0)
+    rows, faults = _split_rows(_read_lines(path, separator), separator, quotes=False, width=0)
     return [[] if fault else [cell.strip() for cell in row] for row, fault in zip(rows, faults, strict=True)]
 
 
@@ -127,14 +183,47 @@ def check_row(row: Mapping[str, str]) -> None:
         raise BadRecord(row[FAULT])
 
 
-def _read_lines(path: Path, encoding: Encoding = "utf-8") -> list[str]:
-    """Returns the lines of a text file with their ends; bytes that are no characters become surrogates."""
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadInput(f"{path}: expected text in UTF-8, got UTF-16; save it as CSV UTF-8")
+def _read_lines(
+    path: Path, separator: str, encoding: Encoding = "utf-8", layout: Surroundings | None = None
+) -> list[str]:
+    """Returns the lines of a text file's table with their ends; bytes that are no characters become surrogates.
+
+    A line `sep=;` in front, by which some programs open a file, is none of the table's. Raises BadInput where it, or
+    the mark in front of UTF-16, says otherwise than the settings.
+    """
+    data, found = path.read_bytes(), layout or Surroundings()
+    is_wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32"))
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) and not is_wide:
+        raise BadInput(
+            f"{path}: expected text in {'UTF-8' if encoding == 'utf-8' else encoding}, got UTF-16; save it as CSV "
+            "UTF-8, or write `encoding: utf-16`"
+        )
+    try:
+        text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding, "strict" if is_wide else "surrogateescape")
+    except UnicodeError:
+        raise BadInput(f"{path}: expected text in {encoding}, got another encoding") from None
     # Only these ends: cells may hold other characters that Python takes for the end of a line.
-    text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding, "surrogateescape")
-    return list(io.StringIO(text, newline=""))
+    lines = list(io.StringIO(text, newline=""))
+    stated = _STATED.fullmatch(lines[0]) if lines else None
+    if stated and stated[1] != separator:
+        raise BadInput(
+            f"{path}: its first line says that the separator is {stated[1]!r}, got {separator!r}; write "
+            f"`separator: {stated[1]!r}`"
+        )
+    lines = lines[1 if stated else 0 :][found.skip_lines :]
+    return lines if found.comment is None else [line for line in lines if not line.startswith(found.comment)]
+
+
+def _leave_out_rows(
+    rows: list[list[str]], faults: list[str], layout: Surroundings
+) -> tuple[list[list[str]], list[str]]:
+    """Returns a sheet's rows of the table alone."""
+    kept = [
+        at
+        for at in range(layout.skip_lines, len(rows))
+        if not (layout.comment and rows[at][0].startswith(layout.comment))
+    ]
+    return [rows[at] for at in kept], [faults[at] for at in kept]
 
 
 def _split_rows(lines: Sequence[str], separator: str, quotes: bool, width: int) -> tuple[list[list[str]], list[str]]:
@@ -301,5 +390,14 @@ def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]
         if name is not None and name not in frame.columns:
             raise BadInput(
                 f"{path}: expected exactly one column {name!r} among its {frame.shape[1] - 1} column(s); see the "
-                "file's first line, or name the columns of a file without a header"
+                f"file's first line, or name the columns of a file without a header{_guess_separator(frame)}"
             )
+
+
+def _guess_separator(frame: pd.DataFrame) -> str:
+    """Returns advice where a table has one column whose name looks like several."""
+    names = [str(name) for name in frame.columns if name != FAULT]
+    if len(names) != 1:
+        return ""
+    most = max((";", "\t", "|", ","), key=names[0].count)
+    return f"; that line looks separated by {most!r}: write `separator: {most!r}`" if names[0].count(most) else ""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from client.data.sources import SourceRecord
-from client.data.sources.parts.base import Header, SourceSettings, digest, list_names
+from client.data.sources.parts.base import Header, digest, list_names
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.frame import (
     FAULT,
     Encoding,
     Separator,
+    TableFile,
     check_row,
     read_frame,
     require_columns,
@@ -25,14 +26,14 @@ from common.plugins import LocalPath
 from common.types import BadRecord
 
 
-class ListedFiles(SourceSettings):
+class ListedFiles(TableFile):
     """Settings that every listing has.
 
     Attributes:
-        path: the table, CSV or Parquet.
+        path: the table: CSV, Parquet, or a spreadsheet (.xlsx, .ods).
         root: folder of the files; the table's own by default. A path that leaves it is refused.
         separator: of a text file: one character, or `whitespace`.
-        encoding: of a text file: `utf-8`, `cp1252` or `latin-1`.
+        encoding: of a text file, by its usual name: `utf-8`, `utf-16`, `cp1252`, `latin-1` and others.
         header: true where the first line of a text file names the columns; else their names.
         patient: column of patient ids.
         split: column of `train`, `test` or nothing.
@@ -77,7 +78,8 @@ def open_listing(settings: ListedFiles, reader: Reader, masks: Sequence[str] = (
     Raises:
         BadInput: missing, unreadable, or without a named column.
     """
-    frame = read_frame(settings.path, settings.separator, list_names(settings.header), encoding=settings.encoding)
+    names, layout = list_names(settings.header), settings.layout()
+    frame = read_frame(settings.path, settings.separator, names, encoding=settings.encoding, layout=layout)
     require_columns(frame, settings.path, [reader.column, settings.patient, settings.split, *masks])
     root = (settings.root or settings.path.parent).resolve()
     return Listing(settings, reader, frame.to_dict("records"), root, tuple(masks))

@@ -1,0 +1,1 @@
+"""Tables of spreadsheet programs, and numbers as they write them."""
