@@ -9,6 +9,7 @@ An item is what a source hands to a backbone, where an array or a picture does n
 | mapping column -> text | tables | given features |
 | `Text` | sentences and pairs of them | of text |
 | `Audio` | recordings | of audio |
+| `Volume` | scans | of three dimensions |
 | `Several` | whatever is one record in several items: slices, frames | any: features are averaged |
 
 A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
@@ -53,6 +54,14 @@ class Audio:
 
     samples_T: NDArray[np.float32] = field(repr=False)
     sample_rate: int
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan: float32 values whose axes lead to the patient's right, front and head, and its spacing in mm."""
+
+    values_XYZ: NDArray[np.float32] = field(repr=False)
+    spacing_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from PIL import Image
 from client.data.sources import Source, SourceExample, open_source
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.masks import LazyCells
-from common.inputs import Audio, Several, Text
+from common.inputs import Audio, Several, Text, Volume
 from common.plugins import kinds, plugin_class
 from common.types import BadInput, BadRecord
 
@@ -63,6 +63,8 @@ def plain(item: Any) -> Any:
         return item.sample_rate, item.samples_T.tobytes()
     if isinstance(item, Text):
         return item.first, item.second
+    if isinstance(item, Volume):
+        return item.spacing_mm, item.values_XYZ.shape, item.values_XYZ.tobytes()
     return dict(item)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.sources.parts.tree import require_file
+from common.inputs import Volume
 from common.types import BadInput, BadRecord
 
 MAX_VALUES = 1 << 30
@@ -105,6 +106,18 @@ def read_volume(path: Path) -> NDArray[np.float32]:
         OSError: it is missing.
     """
     return _read_nifti(path, lambda image: np.asarray(image.dataobj, dtype=np.float32))
+
+
+def read_scan(path: Path) -> Volume:
+    """Returns a NIfTI volume with its spacing, in the patient's own axes. Raises BadRecord, OSError."""
+
+    def read(image: Any) -> Volume:
+        from nibabel.affines import voxel_sizes
+
+        x_mm, y_mm, z_mm = (float(size) for size in voxel_sizes(image.affine))
+        return Volume(np.asarray(image.dataobj, dtype=np.float32), (x_mm, y_mm, z_mm))
+
+    return _read_nifti(path, read)
 
 
 def read_pixels(path: Path, window: Window) -> NDArray[np.uint8]:
