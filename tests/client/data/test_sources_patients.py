@@ -1,0 +1,261 @@
+"""FHIR and OMOP: a patient's columns before and after an index date, against values worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.data.sources import Source, open_source
+from client.data.sources.parts.tables.events import read_dates
+from common.types import BadInput, BadRecord
+
+LOINC = "http://loinc.org"
+
+
+def patient(name: str, **more: Any) -> dict[str, Any]:
+    return {"resourceType": "Patient", "id": name, "gender": "female", "birthDate": "1960-06-15", **more}
+
+
+def observation(name: str, code: str, date: str, value: float, unit: str = "mmol/L", **more: Any) -> dict[str, Any]:
+    return {
+        "resourceType": "Observation",
+        "status": "final",
+        "subject": {"reference": f"Patient/{name}"},
+        "code": {"coding": [{"system": LOINC, "code": code}]},
+        "effectiveDateTime": date,
+        "valueQuantity": {"value": value, "unit": unit, "system": "http://unitsofmeasure.org", "code": unit},
+        **more,
+    }
+
+
+def condition(name: str, code: str, date: str, **more: Any) -> dict[str, Any]:
+    return {
+        "resourceType": "Condition",
+        "subject": {"reference": f"Patient/{name}"},
+        "code": {"coding": [{"system": "http://snomed.info/sct", "code": code}]},
+        "onsetDateTime": date,
+        **more,
+    }
+
+
+PATIENTS = [
+    patient("a", identifier=[{"system": "urn:mrn", "value": "0017"}]),
+    patient("b", gender="male", birthDate="1970"),
+    patient("c"),
+]
+PRESSURE = {
+    "code": {"coding": [{"system": LOINC, "code": "85354-9"}]},
+    "component": [
+        {"code": {"coding": [{"system": LOINC, "code": "8480-6"}]}, "valueQuantity": {"value": 140, "unit": "mm[Hg]"}},
+        {"code": {"coding": [{"system": LOINC, "code": "8462-4"}]}, "valueQuantity": {"value": 90, "unit": "mm[Hg]"}},
+    ],
+}
+RESOURCES = [
+    observation("a", "2345-7", "2020-01-01", 5.0),
+    observation("a", "2345-7", "2020-03-01T08:30:00+01:00", 7.0),
+    observation("a", "2345-7", "2021-02-01", 30.0),
+    observation("a", "2345-7", "2020-04-01", 99.0, status="entered-in-error"),
+    observation("b", "2345-7", "2020", 6.0),
+    {**observation("b", "x", "2020-02-01", 0), **PRESSURE, "valueQuantity": None},
+    condition("a", "38341003", "2020-06-15"),
+    condition("b", "38341003", "2021-01-01"),
+    condition("a", "22298006", "2020-09-01"),
+    condition("b", "22298006", "2020-12-01"),
+    condition("b", "22298006", "2021-05-01", verificationStatus={"coding": [{"code": "refuted"}]}),
+]
+CODES: dict[str, Any] = {
+    "glucose": {"code": "2345-7", "system": LOINC},
+    "glucose_mean": {"code": "2345-7", "take": "mean"},
+    "recent": {"code": "2345-7", "days": 120, "take": "count"},
+    "systolic": {"code": "8480-6", "take": "highest"},
+    "infarction": {"code": "22298006", "take": "any", "when": "after"},
+}
+
+
+def write_ndjson(folder: Path, resources: list[dict[str, Any]], *lines: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for kind in {each["resourceType"] for each in resources}:
+        own = [json.dumps(each) for each in resources if each["resourceType"] == kind]
+        (folder / f"{kind}.ndjson").write_text("\n".join([*own, *lines]) + "\n", encoding="utf-8")
+
+
+def fhir(path: Path, codes: dict[str, Any] | None = None, **settings: Any) -> Source:
+    chosen = CODES if codes is None else codes
+    values = {"kind": "fhir", "path": str(path), "codes": chosen, "columns": ["sex", *chosen], **settings}
+    return open_source(values, "sources.x").open()
+
+
+EXPECTED = [
+    # The index is the first 38341003: a on 2020-06-15, b on 2021-01-01; c has none and is no record.
+    {
+        "sex": "female",
+        "age": "60",
+        "glucose": "7.0",
+        "glucose_mean": "6.0",
+        "recent": "1",
+        "systolic": "",
+        "infarction": "1",
+    },
+    {
+        "sex": "male",
+        "age": "51",
+        "glucose": "6.0",
+        "glucose_mean": "6.0",
+        "recent": "0",
+        "systolic": "140.0",
+        "infarction": "0",
+    },
+]
+
+
+def test_columns_are_made_of_what_came_before_the_index_and_labels_of_what_came_after(tmp_path: Path) -> None:
+    write_ndjson(tmp_path / "export", [*PATIENTS, *RESOURCES])
+    source = fhir(tmp_path / "export", index={"code": "38341003"}, identifier="urn:mrn")
+    index = source.index()
+    assert [dict(record.cells) for record in index] == EXPECTED
+    assert [record.patient for record in index] == ["0017", ""]
+    assert source.load(0) == {key: EXPECTED[0][key] for key in ("sex", *CODES)}
+    fixed = fhir(tmp_path / "export", index="2020-02-15")
+    assert [record.cells["glucose"] for record in fixed.index()] == ["5.0", "", ""]
+    assert [record.patient for record in fixed.index()] == ["a", "b", "c"]
+
+
+def test_a_bundle_is_read_as_its_resources(tmp_path: Path) -> None:
+    write_ndjson(tmp_path / "export", [*PATIENTS, *RESOURCES])
+    (tmp_path / "bundles").mkdir()
+    for person in PATIENTS:
+        name = person["id"]
+        own = [each for each in RESOURCES if each["subject"]["reference"] == f"Patient/{name}"]
+        urn = [{**each, "subject": {"reference": f"urn:uuid:{name}"}} for each in own]
+        entries = [{"fullUrl": f"urn:uuid:{each.get('id')}", "resource": each} for each in (person, *urn)]
+        bundle = {"resourceType": "Bundle", "type": "transaction", "entry": entries}
+        (tmp_path / "bundles" / f"{name}.json").write_text(json.dumps(bundle, indent=1), encoding="utf-8")
+    one, other = (fhir(tmp_path / name, index={"code": "38341003"}) for name in ("export", "bundles"))
+    assert one.digest() == other.digest()
+    assert [record.cells for record in one.index()] == [record.cells for record in other.index()]
+
+
+def test_a_line_that_is_no_resource_costs_itself_only(tmp_path: Path) -> None:
+    write_ndjson(
+        tmp_path / "export", [PATIENTS[0]], '{"resourceType": "Observation", "q7-', '{"resourceType": "Observation"}'
+    )
+    source = fhir(tmp_path / "export", {"glucose": {"code": "2345-7"}})
+    faults = [(record.row, record.fault) for record in source.index()]
+    assert faults == [(1, ""), (2, "not a FHIR resource that can be read"), (3, "not a FHIR resource that can be read")]
+    with pytest.raises(BadRecord, match="not a FHIR resource"):
+        source.load(1)
+
+
+def test_several_units_are_refused_until_one_is_named(tmp_path: Path) -> None:
+    write_ndjson(tmp_path / "export", [*PATIENTS, *RESOURCES, observation("c", "2345-7", "2020-01-01", 90, "mg/dL")])
+    with pytest.raises(BadInput, match="codes.glucose.unit: expected one of the units of its values, as they have 2"):
+        fhir(tmp_path / "export", {"glucose": {"code": "2345-7"}})
+    source = fhir(tmp_path / "export", {"glucose": {"code": "2345-7", "unit": "mmol/L"}})
+    assert ["another" in record.fault for record in source.index()] == [False, False, True]
+
+
+def test_a_date_without_its_day_is_all_of_its_days() -> None:
+    assert [str(day) for day in read_dates("2020-02")] == ["2020-02-01", "2020-02-29"]
+    assert [str(day) for day in read_dates("2021")] == ["2021-01-01", "2021-12-31"]
+    assert read_dates("2020-13-01") == read_dates("last May") == (None, None)
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="expected some of glucose, sex"):
+        fhir(tmp_path, {"glucose": {"code": "1"}}, columns=["age"])
+    with pytest.raises(BadInput, match="index: expected a date or a code"):
+        fhir(tmp_path, {"dead": {"code": "1", "when": "after"}})
+    with pytest.raises(BadInput, match="resource Patient, got none"):
+        fhir(tmp_path, {"glucose": {"code": "1"}})
+
+
+TABLES: dict[str, list[tuple[Any, ...]]] = {
+    "person": [
+        ("person_id", "gender_concept_id", "year_of_birth", "month_of_birth", "day_of_birth"),
+        (1, 8532, 1960, 6, 15),
+        (2, 8507, 1970, None, None),
+        (3, 8532, 1980, 1, 1),
+    ],
+    "measurement": [
+        ("person_id", "measurement_concept_id", "measurement_date", "value_as_number", "unit_concept_id"),
+        (1, 3004501, "2020-01-01", 5.0, 8753),
+        (1, 3004501, "2020-03-01", 7.0, 8753),
+        (1, 3004501, "2021-02-01", 30.0, 8753),
+        (2, 3004501, "2020-05-01", 6.0, 8753),
+    ],
+    "condition_occurrence": [
+        ("person_id", "condition_concept_id", "condition_start_date"),
+        (1, 320128, "2020-06-15"),
+        (2, 320128, "2021-01-01"),
+        (1, 4329847, "2020-09-01"),
+    ],
+}
+OMOP: dict[str, Any] = {
+    "kind": "omop",
+    "codes": {
+        "glucose": {"code": 3004501},
+        "glucose_mean": {"code": [3004501, 1], "take": "mean"},
+        "infarction": {"code": 4329847, "take": "any", "when": "after", "days": 365},
+    },
+    "columns": ["sex", "age", "glucose", "glucose_mean"],
+    "index": {"code": 320128},
+}
+
+
+def write_omop(folder: Path, form: str) -> dict[str, Any]:
+    """Writes the tables in one of the forms, and returns where they are."""
+    if form == "csv":
+        for name, rows in TABLES.items():
+            with (folder / f"{name.upper()}.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([tuple(map(str.upper, rows[0])), *rows[1:]])
+        return {"path": str(folder)}
+    if form == "parquet":
+        pd = pytest.importorskip("pandas")
+        for name, rows in TABLES.items():
+            pd.DataFrame(rows[1:], columns=rows[0]).to_parquet(folder / f"{name}.parquet")
+        return {"path": str(folder)}
+    if form == "duckdb":
+        duckdb = pytest.importorskip("duckdb")
+        connection, address = duckdb.connect(str(folder / "cdm.duckdb")), {"path": str(folder / "cdm.duckdb")}
+    else:
+        import sqlite3
+
+        pytest.importorskip("sqlalchemy")
+        connection, address = sqlite3.connect(folder / "cdm.db"), {"database": "CDM_ADDRESS"}
+    for name, rows in TABLES.items():
+        kinds = [
+            "varchar" if isinstance(cell, str) else "double" if "value" in column else "integer"
+            for column, cell in zip(rows[0], rows[1], strict=True)
+        ]
+        connection.execute(
+            f"create table {name} ({', '.join(f'{c} {k}' for c, k in zip(rows[0], kinds, strict=True))})"
+        )
+        connection.executemany(f"insert into {name} values ({', '.join('?' * len(rows[0]))})", rows[1:])
+    connection.commit()
+    connection.close()
+    return address
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "duckdb", "sql"])
+def test_an_omop_model_is_read_in_each_form(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDM_ADDRESS", f"sqlite:///{tmp_path}/cdm.db")
+    source = open_source({**OMOP, **write_omop(tmp_path, form)}, "sources.x").open()
+    assert [record.patient for record in source.index()] == ["1", "2"]
+    assert [dict(record.cells) for record in source.index()] == [
+        {"sex": "female", "age": "60", "glucose": "7.0", "glucose_mean": "6.0", "infarction": "1"},
+        {"sex": "male", "age": "50", "glucose": "6.0", "glucose_mean": "6.0", "infarction": "0"},
+    ]
+
+
+def test_a_database_that_is_not_there_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sqlalchemy")
+    with pytest.raises(BadInput, match="environment variable CDM_ADDRESS"):
+        open_source({**OMOP, "database": "CDM_ADDRESS"}, "sources.x").open()
+    monkeypatch.setenv("CDM_ADDRESS", "nodialect://clinic:q7-secret@host/cdm")
+    with pytest.raises(BadInput, match="expected one that can be read at CDM_ADDRESS") as caught:
+        open_source({**OMOP, "database": "CDM_ADDRESS"}, "sources.x").open()
+    assert "q7" not in str(caught.value)
