@@ -91,6 +91,26 @@ def test_places_and_pictures_are_labelled_by_heads_on_the_same_maps(tmp_path: Pa
     assert predicted["square"] == pytest.approx(private["tasks"]["square"]["metrics"]["dice"], abs=0.2)
 
 
+@pytest.mark.slow
+def test_convolutions_train_privately_beside_a_label_on_features_in_8_bits(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 40)
+    config = make_config(tmp_path, privacy={"unit": "example", "delta": 1e-5, "target_epsilon": 80.0})
+    values = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    tasks = values["run"]["tasks"]
+    tasks["square"]["head"], tasks["size"]["head"] = {"hidden": 8, "kernel": 3}, {}
+    values["run"] = {key: values["run"][key] for key in ("name", "seed", "backbone", "tasks", "rounds", "privacy")}
+    values["run"]["solver"], values["cache_bits"] = {"kind": "auto"}, 8
+    decoded = parse(SimulationConfig, values, base=tmp_path)
+    assert decoded.run.solver.kind == "dp_sgd"
+    found = json.loads(run_experiment(decoded).to_json())["tasks"]
+    assert found["square"]["metrics"]["dice"] > 0.8 and found["size"]["metrics"]["accuracy"] >= 0.8
+    (cached,) = (tmp_path / "cache").rglob("features.npy")
+    assert np.load(cached, mmap_mode="r").dtype == np.int8
+    (folder,) = (tmp_path / "runs").iterdir()
+    # Predictions encode anew, and round no feature.
+    assert predict_again(tmp_path, folder)["square"] == pytest.approx(found["square"]["metrics"]["dice"], abs=0.2)
+
+
 def predict_again(folder: Path, run: Path) -> dict[str, float]:
     """Accuracy and Dice of what the run's model says of all pictures."""
     arrays = np.load(folder / "pictures.npz")
