@@ -307,7 +307,10 @@ def _drawn(
     if unknown:
         lost = ", ".join(f"{part} {counts.parts[part]}" for part in unknown[:_MAX_SHOWN])
         where = "`values`" if known is None else "`values` and the offered task"
-        yield f"labels {name}", "warn", f"{detail}; not in {where}: {lost}", f"map them in tasks.{name}.values"
+        if own.unmapped == "skip":
+            yield f"labels {name}", "pass", f"{detail}; not in {where}, and left out: {lost}", ""
+        else:
+            yield f"labels {name}", "warn", f"{detail}; not in {where}: {lost}", f"map them in tasks.{name}.values"
     else:
         yield f"labels {name}", "pass", detail, ""
     for warning, remedy in counts.list_warnings():

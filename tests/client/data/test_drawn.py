@@ -187,6 +187,12 @@ def test_check_counts_boxes_by_name_and_warns_of_each_kind_of_bad_ones(tmp_path:
     ]
 
 
+def test_check_does_not_warn_of_names_that_the_file_leaves_out(tmp_path: Path) -> None:
+    boxes = {"a": write_annotation(8, 4, [("RBC", 0, 0, 2, 2), ("WBC", 3, 1, 6, 4)])}
+    ((outcome, detail, remedy),) = checked(tmp_path, boxes, values={"RBC": "red"}, unmapped="skip")
+    assert (outcome, remedy) == ("pass", "") and detail.endswith("; not in `values`, and left out: WBC 1")
+
+
 def test_check_warns_where_no_picture_has_a_label(tmp_path: Path) -> None:
     (tmp_path / "voc" / "Annotations").mkdir(parents=True)
     (tmp_path / "voc" / "Annotations" / "z.xml").write_text(write_annotation(8, 4, []))
