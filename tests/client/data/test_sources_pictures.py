@@ -158,3 +158,15 @@ def test_the_sources_take_a_window_and_a_background(tmp_path: Path) -> None:
         assert np.asarray(source.load(0)).tolist() == GREY.tolist()
         assert np.asarray(source.load(1)).min() == 255
     assert source.passed_over == 2  # type: ignore[attr-defined]
+
+
+def test_a_table_of_another_system_names_its_files_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "ward").mkdir()
+    names = {"ward\\a.png": "ward/a.png", "ward/fu\u0308r.png": "ward/f\u00fcr.png", "d\u00fcr.png": "du\u0308r.png"}
+    for number, name in enumerate(names.values()):
+        Image.new("L", (2, 2), number).save(tmp_path / name)
+    (tmp_path / "list.csv").write_text("image,finding\n" + "".join(f"{name},z\n" for name in (*names, "..\\a.png")))
+    source = open_source({"kind": "manifest", "path": str(tmp_path / "list.csv")}, "sources.x").open()
+    assert [np.asarray(source.load(position)).max() for position in range(3)] == [0, 1, 2]
+    with pytest.raises(BadRecord, match="missing image|leaves the folder"):
+        source.load(3)

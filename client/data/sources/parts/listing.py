@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -152,13 +153,22 @@ class Listing:
 
     def _inside(self, name: str) -> Path:
         try:
-            path = (self.root / name).resolve()
+            path = self._find(name).resolve()
         except (OSError, ValueError, RuntimeError):
             # A null character, a loop of links, a name longer than the file system takes.
             raise BadRecord(f"{self.reader.what} path cannot be used") from None
         if not name or not path.is_relative_to(self.root):
             raise BadRecord(f"{self.reader.what} path is empty or leaves the folder")
         return path
+
+    def _find(self, name: str) -> Path:
+        """Returns a file's path, which another system may write as `scans\\a.png`, or with an accent by itself."""
+        path = self.root / name
+        if path.exists():
+            return path
+        others = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+        others += [other.replace("\\", "/") for other in (name, *others)]
+        return next((self.root / other for other in others if (self.root / other).exists()), path)
 
     def _stamp(self, name: str) -> bytes:
         try:
