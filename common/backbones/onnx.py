@@ -86,7 +86,7 @@ class Onnx(Plugin):
         """Returns settings with the graph's sizes, and without what only the file is asked for."""
         if self.graph is not None:
             return self
-        gone = {"weights": None, "output": None, "fill": {}}
+        gone: dict[str, Any] = {"weights": None, "output": None, "fill": {}}
         return self.model_copy(update={**gone, "graph": self._measure()})
 
     def architecture(self) -> Architecture:
