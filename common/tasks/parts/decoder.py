@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @final
-class Decoder(nn.Module):
+class PlacesDecoder(nn.Module):
     """Convolution, tanh, convolution: features_BGGD -> outputs_BGGK; the last layer starts at zero."""
 
     def __init__(self, feature_dim: int, hidden: int, num_outputs: int, *, kernel: int, bias: bool) -> None:

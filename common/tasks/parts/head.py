@@ -96,7 +96,7 @@ class PlacesHeadSettings(HeadSettings):
     def _build_layers(self, feature_dim: int, num_outputs: int) -> nn.Module:
         if self.kernel == 1:
             return HeadSettings._build_layers(self, feature_dim, num_outputs)
-        from common.tasks.parts.decoder import Decoder
+        from common.tasks.parts.decoder import PlacesDecoder
 
         assert self.hidden is not None  # The validator has looked.
-        return Decoder(feature_dim, self.hidden, num_outputs, kernel=self.kernel, bias=self.bias)
+        return PlacesDecoder(feature_dim, self.hidden, num_outputs, kernel=self.kernel, bias=self.bias)
