@@ -10,6 +10,8 @@ sites' held-out records together.
 | non_private | federated | none | `non_private_solver`, or the run's without clip and noise; same rounds |
 | central | all records in one place | none | as non_private |
 | random_backbone | federated | the run's | the same run on the same architecture with random weights |
+| untouched | none | none | none: what the whole pre-trained model hears in recordings, with its own decoder |
+| untouched_restricted | none | none | the same, allowed nothing but pieces of the task's symbols |
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from simulations.evaluate import (
 )
 from simulations.federate import Experiment, evaluate_heads, federate
 from simulations.partition import build_sites
+from simulations.public.untouched import compute_untouched
 
 TaskMetrics = dict[str, HeadEvaluation]
 """Task name -> metrics on the held-out records of all sites together, with their spreads."""
@@ -174,12 +177,26 @@ def _compute_random_backbone(experiment: Experiment, sites: Sequence[SiteConfig]
     return _federate_again(experiment, run, backbones=backbones, name="random_backbone")
 
 
+def _compute_untouched(experiment: Experiment, sites: Sequence[SiteConfig], *, restricted: bool) -> TaskMetrics:
+    config = experiment.config
+    found = compute_untouched(
+        config.run,
+        experiment.tasks,
+        config.list_judging_sites(sites),
+        restricted=restricted,
+        observe=experiment.observe,
+    )
+    return {task: HeadEvaluation(metrics, {}) for task, metrics in found.items()}
+
+
 _BASELINES: Mapping[str, Callable[[Experiment, Sequence[SiteConfig]], TaskMetrics]] = {
     "baseline_prediction": _compute_baseline_prediction,
     "local": _compute_local,
     "non_private": _compute_non_private,
     "central": _compute_central,
     "random_backbone": _compute_random_backbone,
+    "untouched": partial(_compute_untouched, restricted=False),
+    "untouched_restricted": partial(_compute_untouched, restricted=True),
 }
 
 

@@ -103,7 +103,15 @@ class Executor(Frozen):
 
 
 Baseline = Annotated[
-    Literal["baseline_prediction", "local", "non_private", "central", "random_backbone"],
+    Literal[
+        "baseline_prediction",
+        "local",
+        "non_private",
+        "central",
+        "random_backbone",
+        "untouched",
+        "untouched_restricted",
+    ],
     # The name in files that were written before the field's word was used.
     BeforeValidator(lambda name: "baseline_prediction" if name == "obvious" else name),
 ]

@@ -55,3 +55,26 @@ BACKBONE = {
 }
 """Settings of the network, but for its folder."""
 TASK = {"kind": "ctc", "symbols": list(TONES), "unit": "words", "max_symbols": 4}
+
+
+def write_whisper(folder: Path, words: Sequence[str]) -> None:
+    """Writes an English Whisper with random weights and a vocabulary of words."""
+    import tokenizers
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    names = [*words, "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    model = tokenizers.models.WordLevel({name: number for number, name in enumerate(names)}, unk_token=words[0])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    start, sizes = len(words) + 1, {"encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "max_target_positions": 12}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    ends = {"eos_token_id": start - 1, "bos_token_id": start - 1, "pad_token_id": start - 1}
+    config = WhisperConfig(
+        vocab_size=len(names), decoder_start_token_id=start, init_std=0.5, num_mel_bins=8, **sizes, **heads, **ends
+    )
+    torch.manual_seed(1)
+    with silence():
+        WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)

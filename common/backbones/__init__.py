@@ -26,6 +26,8 @@ from common.types import BadInput
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from common.inputs import Audio
+
 Precision = Literal["float32", "bfloat16"]
 CacheBits = Literal[8, 16]
 """Bits of a cached feature that heads read."""
@@ -412,6 +414,21 @@ class NamedClasses(Protocol):
 
     def list_classes(self) -> list[str]:
         """Returns the names of the classes of the classifier's rows, in their order; none where they are not known."""
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """A further member of a kind whose whole model writes what it hears, before anything of it is trained."""
+
+    def open_transcriber(self, allows: Callable[[str], bool] | None) -> Callable[[Audio], str]:
+        """Returns what the model writes of a recording.
+
+        Args:
+            allows: tells whether a piece of text may be written; None for all.
+
+        Raises:
+            BadInput: the model writes no text, or is not there.
+        """
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ architecture from its own transformers library, and `trust_remote_code` is never
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
@@ -24,7 +25,7 @@ from pydantic import (
 
 from common.backbones import Architecture, Divided, Example, Pretrained, Projection
 from common.errors import instead
-from common.inputs import Text
+from common.inputs import Audio, Text
 from common.plugins import Frozen, LocalPath, Plugin
 from common.run import drop_unset
 from common.types import BadInput, WeightsNeeded
@@ -286,6 +287,12 @@ class Transformers(Plugin):
         width = architecture.feature_dim - architecture.num_marks
         classifier = torch.nn.Linear(width, width + 1)
         return scale_random_weights(architecture, classifier.weight, module.modality.noise(4))
+
+    def open_transcriber(self, allows: Callable[[str], bool] | None) -> Callable[[Audio], str]:
+        """Returns what the whole model writes of a recording, greedily, as far as it is a Whisper model."""
+        from common.backbones.parts.hub.transcriber import open_transcriber
+
+        return open_transcriber(self._locate(), allows)
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns a picture or recording as an input; a text needs the tokenizer, which comes with the weights."""

@@ -504,6 +504,23 @@ class ComparesTexts(Protocol):
 
 
 @runtime_checkable
+class HeardTexts(Protocol):
+    """Optional part of a task whose labels a model of speech may hear without a head, to be compared with one.
+
+    Law (tests/contracts/test_tasks.py): of what a head predicts the rates are those of its statistic.
+    """
+
+    def read_text(self, cell: str) -> str:
+        """Returns a label's text in the form in which predictions are compared with it. Raises BadRecord."""
+
+    def allows_piece(self, piece: str) -> bool:
+        """Returns whether a piece of text may stand in what is heard where it has to be made of the task's symbols."""
+
+    def compare_heard(self, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """Returns the task's metrics of texts as they were heard, each beside its label's as `read_text` returns it."""
+
+
+@runtime_checkable
 class PairMetrics(Protocol):
     """Optional part of a task that is also judged by comparing its records with each other, in pairs or in an order.
 

@@ -187,6 +187,17 @@ class Ctc(Plugin):
         symbols = self.codec.symbols
         return symbols.write(symbols.read(cell, self.max_symbols))
 
+    def allows_piece(self, piece: str) -> bool:
+        """Returns whether a piece of text is made of symbols, or the comma between them."""
+        return bool(self.codec.symbols.find_indices(piece)) or piece.strip() == ","
+
+    def compare_heard(self, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """Returns word and character error rates of texts, which may hold other words, beside transcripts."""
+        sums_4 = np.zeros(4)
+        for heard, meant in pairs:
+            sums_4 += self._count(self.codec.symbols.normalise(heard), meant)
+        return _compute_rates(sums_4, True)
+
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the name of the only column."""
         del num_outputs
@@ -215,21 +226,21 @@ class Ctc(Plugin):
     def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch
 
-        codec = self.codec
-        most_words = self.max_symbols if self.unit == "words" else (self.max_symbols + 1) // 2
-        most_chars = self.max_symbols
-        if self.unit == "words":
-            most_chars = self.max_symbols * (codec.symbols.longest + 1) - 1
-        most_4 = [most_words, most_words, most_chars, most_chars]
         symbols_BS, count_B = self._gather_symbols(labels)
         values_B4 = torch.zeros(len(outputs), 4, dtype=torch.float64)
-        rows = zip(codec.decode(outputs), symbols_BS.tolist(), count_B.tolist(), strict=True)
+        rows = zip(self.codec.decode(outputs), symbols_BS.tolist(), count_B.tolist(), strict=True)
         for row, ((said,), symbols, count) in enumerate(rows):
-            meant = codec.symbols.write(symbols[:count])
-            words, chars = count_edits(said.split(), meant.split()), count_edits(said, meant)
-            counts = [words, len(meant.split()), chars, len(meant)]
-            values_B4[row] = torch.tensor([min(each / most, 1.0) for each, most in zip(counts, most_4, strict=True)])
+            values_B4[row] = torch.from_numpy(self._count(said, self.codec.symbols.write(symbols[:count])))
         return SparseRows(torch.arange(4).expand(values_B4.shape), values_B4)
+
+    def _count(self, said: str, meant: str) -> Array:
+        """Returns word errors, words, character errors and characters of a text, each over its largest number."""
+        most_words, most_chars = self.max_symbols, self.max_symbols * (self.codec.symbols.longest + 1) - 1
+        if self.unit == "characters":
+            most_words, most_chars = (self.max_symbols + 1) // 2, self.max_symbols
+        words, chars = count_edits(said.split(), meant.split()), count_edits(said, meant)
+        counts = np.array([words, len(meant.split()), chars, len(meant)], dtype=np.float64)
+        return np.minimum(counts / [most_words, most_words, most_chars, most_chars], 1.0)
 
 
 def _compute_rates(sums_4: Array, clip: bool) -> dict[str, float]:

@@ -27,6 +27,8 @@ BASELINES = {
     "non_private": "federated, not private",
     "central": "all in one place, not private",
     "random_backbone": "random backbone, private",
+    "untouched": "pre-trained model as it is",
+    "untouched_restricted": "pre-trained model, symbols alone",
 }
 """Name of each baseline -> what it is called on a page."""
 

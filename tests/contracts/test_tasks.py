@@ -22,6 +22,7 @@ from common.tasks import (
     Calibratable,
     ComparesTexts,
     CountedOutcomes,
+    HeardTexts,
     LabelPrior,
     LossGradient,
     PlacesLabels,
@@ -319,6 +320,18 @@ def test_a_text_is_read_in_the_form_of_a_prediction(task: Task, example: TaskExa
     assert [task.read_text(text) for text in texts] == texts
     said = [cell for (cell,) in task.codec.decode(many(task, labels)[0])]
     assert [task.read_text(text) for text in said] == said
+
+
+def test_what_a_model_hears_is_judged_as_a_prediction(task: Task, example: TaskExample, labels: Tensor) -> None:
+    if not isinstance(task, HeardTexts):
+        pytest.skip("no model hears its labels")
+    outputs, repeated = many(task, labels)
+    said = [cell for (cell,) in task.codec.decode(outputs)]
+    meant = [task.read_text(*cells) for cells in example.cells] * (len(repeated) // len(labels))
+    statistic = task.statistic(EXACT_BUCKETS)
+    rates = statistic.values(statistic.sums(outputs, repeated))
+    assert task.compare_heard(list(zip(said, meant, strict=True))) == pytest.approx(rates)
+    assert all(value > 0 for value in task.compare_heard([("nothing of it", text) for text in meant]).values())
 
 
 def test_a_foreign_label_is_refused_without_repeating_it(task: Task) -> None:
