@@ -1,4 +1,4 @@
-"""What a pre-trained model hears by itself, without a head and without training, in the held-out recordings.
+"""Judges the text that a pre-trained model hears by itself, without a head or training, in held-out recordings.
 
 Its text is brought into the form of the labels and judged as predictions are. Allowed nothing but pieces of the task's
 own symbols, which are public, it is the fair one to compare a head with.
