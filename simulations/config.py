@@ -135,11 +135,12 @@ class Pretrain(Frozen):
     Attributes:
         backbone: name of the backbone; needed where the run has several.
         sources: sources of public records, which are trained on together.
-        label: column of the labels.
+        label: column of the labels; none for a backbone that writes texts, which is trained on pairs of texts.
         labels: values of the column.
         epochs: number of passes over all records.
         batch_size: number of records in a step.
-        learning_rate: learning rate of the first step; it falls to 0 as a cosine.
+        learning_rate: learning rate of the first step, which falls to 0 as a cosine; of pairs of texts it rises in the
+            first steps and falls in a line.
         max_shift: each batch is shifted around the edge by up to this many pixels, as augmentation.
         seed: seed of initial weights, order and shifts.
     """
@@ -147,8 +148,8 @@ class Pretrain(Frozen):
     former_keys: ClassVar[Mapping[str, str]] = {"column": "label"}
     backbone: Name | None = None
     sources: Annotated[list[Spec], Field(min_length=1)]
-    label: str
-    labels: Annotated[list[str], Field(min_length=2)]
+    label: str | None = None
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
     epochs: PositiveInt
     batch_size: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)]

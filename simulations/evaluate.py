@@ -38,7 +38,7 @@ from client.personal.metrics import (
 )
 from common.events import FEDERATED, PERSONAL, PERSONAL_UNIFORM, HomeMetrics, Metrics, Outcomes
 from common.model.class_moments import unpack_class_moments
-from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task, open_tasks
+from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task
 from common.tasks.parts.outcomes import join_score_ranges
 from common.types import Heads
 from server.rounds.loop import Outcome
@@ -127,7 +127,7 @@ def _predict_each(
         if name not in heads:
             continue
         found = {
-            site: predict(open_head(heads[name], name, task, units), name, units)
+            site: predict(task, open_head(heads[name], name, task, units), name, units)
             for site, units in held_out.items()
             if name in units.tasks
         }
@@ -174,16 +174,19 @@ def evaluate_at_home(sites: Mapping[str, HomePredictions]) -> dict[str, dict[str
     return results
 
 
-def predict_left_out(config: SimulationConfig, site: SiteConfig, outcome: Outcome, run_id: str) -> HomePredictions:
+def predict_left_out(
+    config: SimulationConfig, tasks: Mapping[str, Task], site: SiteConfig, outcome: Outcome, run_id: str
+) -> HomePredictions:
     """Returns the outputs of the final heads, and of the same as the site that was left out adapts them.
 
     Args:
         config: the simulation.
+        tasks: task name -> task.
         site: the site that was left out; its records were prepared for the run.
         outcome: the end of the run.
         run_id: id of the run.
     """
-    tasks = {name: task for name, task in open_tasks(config.run).items() if name in site.tasks}
+    tasks = {name: task for name, task in tasks.items() if name in site.tasks}
     train, test = (open_prepared_units([site], run_id, tasks, side)[site.name] for side in ("train", "test"))
     modules = {name: open_head(outcome.heads[name], name, task, train) for name, task in tasks.items()}
     released = {}
@@ -196,7 +199,7 @@ def predict_left_out(config: SimulationConfig, site: SiteConfig, outcome: Outcom
     kinds: dict[str, Mapping[str, nn.Module]] = {FEDERATED: modules, PERSONAL: adapted}
     if released:
         kinds[PERSONAL_UNIFORM] = serve_equal_classes(adapted)
-    outputs = predict_held_out(kinds, list(tasks), test)
+    outputs = predict_held_out(kinds, tasks, test)
     return HomePredictions(run_id, config.personal, test.num_units, tasks, outputs, list_alignments(adapted))
 
 

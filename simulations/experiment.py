@@ -46,7 +46,7 @@ from simulations.baselines import compute_baseline
 from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data, predict_left_out
-from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress
+from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress, open_on
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless
 
@@ -90,6 +90,7 @@ def run(
         config = load(SimulationConfig, Path(config), overrides)
     tasks = check_simulation(config)
     backbones = open_backbones(config.run, RUN_PREFIX)
+    tasks = open_on(config.run, tasks, backbones)
     folder = create_folder(config, out)
     write_yaml(folder / "config.yaml", make_paths_absolute(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
@@ -138,7 +139,7 @@ def resume(
         raise BadInput(f"{path}: expected a checkpoint of this run, got one of {checkpoint.run_id}")
     backbones = open_backbones(config.run, RUN_PREFIX)
     sites = read_sites(folder / "sites")
-    tasks = check_simulation(config)
+    tasks = open_on(config.run, check_simulation(config), backbones)
     experiment = Experiment(config, tasks, backbones, folder, entropy or choose_entropy(config), observe)
     with watch(experiment.folder):
         return _complete(experiment, sites, checkpoint)
@@ -361,7 +362,7 @@ def _journal_at_home(experiment: Experiment, sites: Sequence[SiteConfig], outcom
     for position, site in enumerate(sites):
         experiment.observe("personal heads", position, len(sites))
         if experiment.config.leave_out is not None:
-            found[site.name] = predict_left_out(experiment.config, site, outcome, experiment.run_id)
+            found[site.name] = predict_left_out(experiment.config, experiment.tasks, site, outcome, experiment.run_id)
         elif (locate_prepared_data(site, experiment.run_id).with_name(FINAL_HEADS)).exists():
             found[site.name] = predict_at_home(Site(site, experiment.entropy), experiment.run_id, lenient=True)
     for task, heads in evaluate_at_home(found).items():

@@ -21,7 +21,7 @@ from common.model.trunks import freeze_parts, trunks
 from common.offers import list_digests
 from common.privacy.noise import Entropy
 from common.run import RunConfig
-from common.tasks import Task
+from common.tasks import Task, open_on_backbones
 from common.types import Heads
 from server.rounds.checkpoint import Checkpoint
 from server.rounds.loop import Outcome, run_federation
@@ -84,6 +84,17 @@ class Experiment:
     def run_id(self) -> str:
         """Id of the run."""
         return self.folder.name
+
+
+def open_on(run: RunConfig, tasks: Mapping[str, Task], backbones: Mapping[str, Backbone]) -> dict[str, Task]:
+    """Returns tasks with what their backbones know of texts (`common.tasks.open_on_backbones`).
+
+    Args:
+        run: the run.
+        tasks: some of its tasks by name.
+        backbones: backbone name -> opened backbone.
+    """
+    return open_on_backbones(tasks, {name: backbones[run.backbone_of(name)].language for name in tasks})
 
 
 def federate(
@@ -203,8 +214,9 @@ def _open_held_out(
     backbones: Mapping[str, Backbone],
 ) -> tuple[dict[str, Task], dict[str, Units]]:
     """Returns the tasks that have a head, and each site's held-out units with the features that these heads read."""
-    tasks = {name: task for name, task in experiment.tasks.items() if name in heads}
-    trained = {name: trunk for name, trunk in trunks(experiment.config.run, backbones).items() if name in heads}
+    run = experiment.config.run
+    tasks = open_on(run, {name: task for name, task in experiment.tasks.items() if name in heads}, backbones)
+    trained = {name: trunk for name, trunk in trunks(run, backbones).items() if name in heads}
     for name, trunk in trained.items():
         load_parameters(trunk, heads[name])
     held_out = open_prepared_units(experiment.config.list_judging_sites(sites), run_id, tasks, "test")

@@ -11,11 +11,12 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from common.backbones import Kind, find_public_mean_file, find_weights_file
+from common.backbones import Kind, Language, find_public_mean_file, find_weights_file
 from common.errors import instead
-from common.files import private_folder, write_atomic
+from common.files import private_folder, stamp_file, write_atomic
 from common.messages import PART_BYTES
 from common.model.backbones import Backbone, load_blob, open_pretrained, verify_blob
 from common.plugins import Spec, resolve
@@ -162,6 +163,21 @@ class BackboneStore:
             raise DigestMismatch("the stored backbone differs from its digest")
         return backbone
 
+    def open_language(self, digest: str) -> Language | None:
+        """Returns what a stored backbone knows of the texts that it writes; None of one that writes none.
+
+        It is asked in every round, and remembered while nobody touches the weights.
+
+        Raises:
+            BadInput: the backbone was never received.
+            DigestMismatch: its files changed since.
+        """
+        if digest in self._opened:
+            return self._opened[digest].language
+        if not self.has(digest):
+            raise BadInput("the backbone was not received yet")
+        return _read_language(self._folder, digest, stamp_file(self.locate_weights(digest)))
+
     def _verified(self, blob: BackboneBlob) -> Backbone:
         opened = self._opened.get(blob.digest)
         if opened is None:
@@ -185,6 +201,12 @@ class BackboneStore:
         about += [] if mean is None else [_stamp(mean)]
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"
+
+
+@lru_cache(maxsize=8)
+def _read_language(folder: Path, digest: str, stamp: tuple[int, ...]) -> Language | None:
+    del stamp
+    return BackboneStore(folder).open(digest).language
 
 
 def _stamp(file: Path | None) -> list[int] | None:

@@ -45,7 +45,7 @@ from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
 from client.data.units import DecodedFeatures, TaskRecords, Units
 from common.files import private_folder, write_atomic
-from common.tasks import PlacesLabels, Task, ThinsPlaces, reads_places
+from common.tasks import PlacesLabels, Task, ThinsPlaces, open_on_backbones, reads_places
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def prepare(
     Raises:
         BadInput: a source cannot be opened, or the site file was changed since the snapshot.
     """
+    tasks = open_on_backbones(tasks, {name: backbones[name].language for name in tasks})
     snapshot = open_snapshot(config, [config.tasks[name].source for name in tasks])
     views = {name: _View(config.tasks[name].source, backbones[name].digest) for name in tasks}
     by_view = {views[name]: backbones[name] for name in reversed(list(tasks))}

@@ -164,7 +164,7 @@ def compare_model(site: Site, path: Path) -> Comparison:
         kinds[PERSONAL] = adapt_model(site, adopted)
         if site.config.personal == "adapt":
             kinds[PERSONAL_UNIFORM] = serve_equal_classes(kinds[PERSONAL])
-    outputs = predict_held_out(kinds, list(adopted.tasks), test)
+    outputs = predict_held_out(kinds, adopted.tasks, test)
     run_id, alignments = adopted.model.config.run, list_alignments(kinds.get(PERSONAL, {}))
     return estimate_all(
         HomePredictions(run_id, site.config.personal, test.num_units, adopted.tasks, outputs, alignments)

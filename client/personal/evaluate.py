@@ -7,7 +7,7 @@ untrained head, which is what it could use if it never shared anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from client.personal.local_heads import LocalTraining, make_local_steps, train_a
 from client.personal.metrics import Predictions, predict
 from client.personal.personal_heads import PersonalHeads, list_head_parameters, save_personal_heads
 from client.personal.tied import tie_heads
-from client.protocol.site import FINAL_HEADS, Joined, Site, joined_run, load_modules
+from client.protocol.site import FINAL_HEADS, Joined, Site, joined_run, load_modules, open_on_stored
 from client.solvers import Solver, open_solver
 from common import messages
 from common.errors import instead
@@ -129,7 +129,7 @@ def predict_at_home(site: Site, run_id: str | None = None, *, lenient: bool = Fa
     """
     run_id = run_id or find_last_run(site)
     joined = joined_run(site, run_id)
-    run, tasks = joined.run, joined.tasks(site.config)
+    run, tasks = joined.run, open_on_stored(site, joined)
     device = torch.device("cpu")
     train, test = (open_units(joined.folder / "data", side, list(tasks), device) for side in ("train", "test"))
     if test.num_units == 0:
@@ -162,26 +162,26 @@ def predict_at_home(site: Site, run_id: str | None = None, *, lenient: bool = Fa
         untrained = load_modules(site, joined, tasks, start)
         own = adapt_heads("fit", untrained, tasks, train.passed(untrained))
         modules[ALONE_ADAPTED] = {**untrained, **own}
-    outputs = predict_held_out(modules, list(tasks), test)
+    outputs = predict_held_out(modules, tasks, test)
     alignments = list_alignments(modules.get(PERSONAL, {}))
     return HomePredictions(run_id, site.config.personal, test.num_units, tasks, outputs, alignments)
 
 
 def predict_held_out(
-    modules: Mapping[str, Mapping[str, torch.nn.Module]], tasks: Sequence[str], test: Units
+    modules: Mapping[str, Mapping[str, torch.nn.Module]], tasks: Mapping[str, Task], test: Units
 ) -> dict[str, dict[str, Predictions]]:
     """Returns task -> kind of heads -> outputs for held-out units; tasks without a labelled one are left out.
 
     Args:
         modules: kind of heads -> heads and trunks by name.
-        tasks: names of the tasks.
+        tasks: task -> its definition.
         test: the held-out units.
     """
     outputs: dict[str, dict[str, Predictions]] = {}
     for kind, own in modules.items():
         held_out = test.passed(own)
-        for name in tasks:
-            predictions = predict(own[name], name, held_out)
+        for name, task in tasks.items():
+            predictions = predict(task, own[name], name, held_out)
             if predictions is not None:
                 outputs.setdefault(name, {})[kind] = predictions
     return outputs
@@ -203,7 +203,7 @@ def adapt(site: Site, run_id: str | None = None, *, lenient: bool = False) -> di
     if mode == "none":
         raise BadInput("personal: expected prior, fit, tied or adapt in the site file, got none")
     joined = joined_run(site, run_id or find_last_run(site))
-    tasks, final = joined.tasks(site.config), load_final_heads(joined.folder)
+    tasks, final = open_on_stored(site, joined), load_final_heads(joined.folder)
     if mode == "tied":
         heads = {**final, **tie_heads(site, joined, tasks, final)}
         modules = load_modules(site, joined, tasks, heads)

@@ -27,7 +27,7 @@ from client.data.prepare import open_units
 from client.data.units import TaskRecords, Units
 from client.personal.evaluate import load_final_heads
 from client.personal.local_heads import LocalTraining, make_local_steps, train_alone
-from client.protocol.site import Joined, Site, joined_run, load_modules
+from client.protocol.site import Joined, Site, joined_run, load_modules, open_on_stored
 from client.solvers import open_solver
 from common.model.parameters import load_parameters
 from common.model.trunks import create_modules
@@ -72,7 +72,7 @@ def attack_heads(site: Site, run_id: str, observe: Progress) -> dict[str, Attack
         DigestMismatch: the heads on disk are not those that were sent.
     """
     joined = joined_run(site, run_id)
-    tasks, final = joined.tasks(site.config), load_final_heads(joined.folder)
+    tasks, final = open_on_stored(site, joined), load_final_heads(joined.folder)
     sides = [open_units(joined.folder / "data", side, list(tasks), torch.device("cpu")) for side in ("train", "test")]
     if sides[1].num_units == 0:
         raise BadInput("split: expected held-out units to compare members with, got none; use --no-attack")

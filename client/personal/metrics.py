@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from client.data.units import Units
 from common.events import Metrics
 from common.model.parameters import load_parameters
-from common.tasks import EXACT_BUCKETS, PairMetrics, Task
+from common.tasks import EXACT_BUCKETS, PairMetrics, Task, predict_outputs
 from common.types import Params
 
 
@@ -45,10 +45,11 @@ def open_head(params: Params, name: str, task: Task, units: Units) -> nn.Module:
     return module
 
 
-def predict(head: nn.Module, name: str, units: Units) -> Predictions | None:
-    """Returns a head's outputs for the labelled records of units, and their labels; None where there is none.
+def predict(task: Task, head: nn.Module, name: str, units: Units) -> Predictions | None:
+    """Returns what a head predicts of the labelled records of units, and their labels; None where there is none.
 
     Args:
+        task: the task's definition.
         head: the task's head.
         name: the task's name.
         units: units with the features that the head reads.
@@ -57,7 +58,7 @@ def predict(head: nn.Module, name: str, units: Units) -> Predictions | None:
     if len(records.features_RD) == 0:
         return None
     with torch.inference_mode():
-        return Predictions(head(records.features_RD), records.labels, records.unit_R)
+        return Predictions(predict_outputs(task, head, records.features_RD), records.labels, records.unit_R)
 
 
 def compute_metrics(task: Task, sums_S: Tensor) -> Metrics:

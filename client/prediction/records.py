@@ -24,7 +24,7 @@ from client.data.sources import Source, SourceRecord
 from client.data.sources.parts.tree import make_readable
 from common.model.backbones import Backbone
 from common.serving.network import Model, ServedHead
-from common.tasks import JoinsCells, Task
+from common.tasks import WRITTEN_AT_ONCE, JoinsCells, Task, WritesTexts
 
 _ROWS = 256
 """Rows that pass a head at once: vectors of records, or of places, where a record has many."""
@@ -208,7 +208,7 @@ def _join(parts: Sequence[EncodedRecords], first: int) -> EncodedRecords:
 
 def _apply_head(task: Task, head: ServedHead, features_BD: NDArray[np.float32]) -> TaskResult:
     num_places = math.prod(features_BD.shape[1:-1])
-    at_once = max(1, _ROWS // max(1, num_places))
+    at_once = WRITTEN_AT_ONCE if isinstance(task, WritesTexts) else max(1, _ROWS // max(1, num_places))
     with torch.inference_mode():
         outputs_BO = encode_padded(head.compute_outputs, torch.from_numpy(features_BD), at_once)
         # Outputs of places are refined: those of all records together would need more memory than the features.

@@ -28,6 +28,7 @@ from client.protocol.site import (
     SiteDeclined,
     check_prepared,
     load_modules,
+    open_on_stored,
 )
 from common import messages
 from common.events import ReplyResent, ReplySent
@@ -199,7 +200,7 @@ def open_request(
         SiteDeclined: the round or the heads are not the run's, or what was prepared for it is gone or damaged.
         BadInput: the site file names a device that is not there.
     """
-    tasks = joined.tasks(site.config)
+    tasks = open_on_stored(site, joined)
     if not joined.first_round <= request.round <= joined.run.rounds:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run, or before the site joined it")
     if set(request.heads) != set(joined.sizes(site.config)):

@@ -38,7 +38,7 @@ from common.privacy.accounting import Mechanism
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms, check_unit_count
 from common.privacy.noise import NoiseStream, open_stream
 from common.process.threads import steady_time
-from common.tasks import NOISED_BUCKETS, Statistic, Task
+from common.tasks import NOISED_BUCKETS, WRITTEN_AT_ONCE, Statistic, Task, WritesTexts, predict_outputs
 from common.tasks.parts.adjusted import AdjustedHead
 from common.tasks.parts.calibration import make_released_statistic
 from common.types import (
@@ -164,11 +164,11 @@ def sum_statistics(
     labelled = records.labelled()
     # A mask has a label at each of its places, for which outputs are refined.
     values = max([statistic.size, *(each.numel() for each in labelled.labels[:1])])
-    block = _count_block(labelled.features_RD)
+    block = _count_block(task, labelled.features_RD)
     at_once = min(MAX_UNITS, max(1, _CHUNK_VALUES // values // block) * block)
     for rows in torch.split(torch.arange(len(labelled.unit_R)), at_once):
         with torch.inference_mode():
-            outputs, labels = _compute_outputs(head, labelled.features_RD[rows]), labelled.labels[rows]
+            outputs, labels = _compute_outputs(task, head, labelled.features_RD[rows]), labelled.labels[rows]
             missing = len(outputs) - len(labels)
             padded = torch.cat([labels, labels[:1].expand(missing, *labels.shape[1:])])
             rows_RS = statistic.rows(outputs, padded)[: len(labels)].double() / statistic.bound
@@ -179,12 +179,12 @@ def sum_statistics(
     return total_S
 
 
-def _compute_outputs(head: nn.Module, features_RD: Tensor) -> Tensor:
+def _compute_outputs(task: Task, head: nn.Module, features_RD: Tensor) -> Tensor:
     """Returns a head's outputs for whole blocks of records: those of each record, and some more behind them.
 
     An affine head's outputs are exact integers before anything is rounded; other heads compute in blocks of one shape.
     """
-    block = _count_block(features_RD)
+    block = _count_block(task, features_RD)
     missing = -len(features_RD) % block
     padded_RD = torch.cat([features_RD, features_RD.new_zeros((missing, *features_RD.shape[1:]))])
     affine, offset_K = get_affine(head), None
@@ -194,10 +194,12 @@ def _compute_outputs(head: nn.Module, features_RD: Tensor) -> Tensor:
         bias_K = None if affine.bias is None else affine.bias.double()
         outputs = compute_outputs(QuantisedRows.of(padded_RD), round_weights(affine.weight), bias_K)
         return outputs if offset_K is None else outputs + offset_K.double()
-    return torch.cat([head(own) for own in torch.split(padded_RD, block)])
+    return torch.cat([predict_outputs(task, head, own) for own in torch.split(padded_RD, block)])
 
 
-def _count_block(features_RD: Tensor) -> int:
+def _count_block(task: Task, features_RD: Tensor) -> int:
     """Returns the number of records in a block, whose rows are places where features are those of places."""
+    if isinstance(task, WritesTexts):
+        return WRITTEN_AT_ONCE
     places = math.prod(features_RD.shape[1:-1]) if features_RD.dim() > 2 else 1
     return max(1, _BLOCK_RECORDS // max(1, places))

@@ -38,12 +38,13 @@ from common.scorers import Scorer, compute_min_size, open_scorer
 from common.secure_sum.attempt import Member
 from common.secure_sum.identity import format_public_key, read_identity
 from common.secure_sum.terms import SumRules
-from common.tasks import LabelPrior, Task, open_task, open_tasks
+from common.tasks import LabelPrior, Task, WritesTexts, open_on_backbones, open_task, open_tasks
 from common.types import (
     MAX_ROUND_STEPS,
     MAX_STEPS,
     BadInput,
     DeclineReason,
+    DigestMismatch,
     Heads,
     LedgerDamaged,
     Plan,
@@ -580,6 +581,27 @@ def load_modules(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: H
         except BadInput as error:
             raise SiteDeclined(DeclineReason.BAD_REQUEST, f"{name}: {error}") from error
     return modules
+
+
+def open_on_stored(site: Site, joined: Joined) -> dict[str, Task]:
+    """Returns the run's tasks that this site takes part in, those that write texts opened on their stored backbones.
+
+    Args:
+        site: the site.
+        joined: the run.
+
+    Raises:
+        SiteDeclined: a backbone is gone or damaged, or does not fit.
+    """
+    tasks = joined.tasks(site.config)
+    writing = [name for name, task in tasks.items() if isinstance(task, WritesTexts)]
+    try:
+        languages = {
+            name: site.backbones().open_language(joined.backbones[joined.run.backbone_of(name)]) for name in writing
+        }
+        return open_on_backbones(tasks, languages)
+    except (BadInput, DigestMismatch) as error:
+        raise SiteDeclined(DeclineReason.NOT_PREPARED, str(error)) from error
 
 
 def make_untrained_trunks(site: Site, joined: Joined, tasks: Mapping[str, Task]) -> dict[str, torch.nn.Module]:

@@ -409,6 +409,29 @@ class ReadsColumns(Protocol):
 
 
 @runtime_checkable
+class LearnsTexts(Protocol):
+    """Further members of a kind that writes texts, which is pre-trained on public pairs of them.
+
+    Attributes:
+        weights: the file that `pretrained` reads.
+        vocabulary: number of tokens of its vocabulary.
+    """
+
+    weights: Path | None
+    vocabulary: int
+
+    def build(self, vocabulary: bytes) -> Any:
+        """Returns the network to train (`common.backbones.parts.language.writer.Writer`), its encoder pre-trained.
+
+        Raises:
+            BadInput: its encoder cannot be opened, or the vocabulary does not fit.
+        """
+
+    def save(self, writer: Any, metadata: Mapping[str, str]) -> None:
+        """Writes what was trained to the file of the weights."""
+
+
+@runtime_checkable
 class NamedClasses(Protocol):
     """A further member of a kind whose pre-training's classes have known names."""
 
@@ -436,7 +459,7 @@ class _WithWeightsSetting(Protocol):
     weights: object
 
 
-OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns, NamedClasses)
+OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns, LearnsTexts, NamedClasses)
 """Protocols that a kind has as a whole or not at all."""
 
 

@@ -24,7 +24,7 @@ from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
-from common.tasks import PlacesLabels, Task, ThinsPlaces, reads_places
+from common.tasks import PlacesLabels, Task, ThinsPlaces, WritesTexts, open_on_backbones, reads_places
 from common.types import BadInput
 
 
@@ -97,6 +97,7 @@ def create_modules(
             places than the task trains on.
     """
     own = {name: run.backbone_of(name) for name in tasks}
+    tasks = open_on_backbones(tasks, {name: backbones[own[name]].language for name in tasks})
     for name, task in tasks.items():
         if isinstance(task, PlacesLabels) and not backbones[own[name]].num_marks:
             raise BadInput(
@@ -112,7 +113,22 @@ def create_modules(
     dims = {name: backbones[own[name]].feature_dim for name in tasks}
     heads = create_heads(tasks, dims, run.seed)
     start_from_texts(heads, tasks, {name: backbones[own[name]] for name in tasks})
+    _start_writing(heads, tasks)
     return {**heads, **trunks(run, {name: backbones[name] for name in own.values()})}
+
+
+def _start_writing(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task]) -> None:
+    """Sets the weights of heads of tasks that write texts, in place: they begin as their backbones would write.
+
+    Raises:
+        BadInput: a head cannot.
+    """
+    for name, task in tasks.items():
+        if isinstance(task, WritesTexts):
+            try:
+                task.start_head(heads[name])
+            except BadInput as error:
+                raise BadInput(f"tasks.{name}.{error}") from error
 
 
 def _check_thinning(name: str, task: Task, backbone: Backbone) -> None:

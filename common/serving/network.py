@@ -20,7 +20,17 @@ from common.model.backbones import Backbone, FrozenBackbone, load_blob
 from common.model.parameters import load_parameters
 from common.model.trunks import cut
 from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
-from common.tasks import Servable, ServesMaps, Task, open_task, reads_places
+from common.tasks import (
+    WRITTEN_AT_ONCE,
+    Servable,
+    ServesMaps,
+    Task,
+    WritesTexts,
+    open_on_backbones,
+    open_task,
+    predict_outputs,
+    reads_places,
+)
 from common.tasks.parts.adjusted import AdjustedHead
 from common.types import BadInput, DigestMismatch, Params
 
@@ -55,7 +65,7 @@ class ServedHead(nn.Module):
         """
         if features_BD.dim() > 2 and not reads_places(self.task):
             features_BD = features_BD.flatten(1, -2).mean(dim=1)
-        outputs_BO: Tensor = self.head(features_BD)
+        outputs_BO = predict_outputs(self.task, self.head, features_BD)
         return self.offset_O + (outputs_BO - self.offset_O) / self.temperature
 
     def forward(self, features_BD: Tensor) -> Tensor:
@@ -142,6 +152,7 @@ class Model:
                 features_BD = features[self.config.tasks[name].backbone]
                 # Outputs of places are refined, which takes much memory: one record after the other.
                 at_once = 1 if features_BD.dim() > 2 else max(1, len(features_BD))
+                at_once = WRITTEN_AT_ONCE if isinstance(self.tasks[name], WritesTexts) else at_once
                 served[name] = torch.cat([self.heads[name](part) for part in torch.split(features_BD, at_once)])
         return served
 
@@ -243,6 +254,7 @@ def open_model(path: Path, device: torch.device | None = None, *, backbones: Pat
     opened = {name: _open_backbone(path, name, config, heads, backbones) for name in config.backbones}
     if device is not None:
         opened = {name: backbone.to(device) for name, backbone in opened.items()}
+    tasks = open_on_backbones(tasks, {name: opened[own.backbone].language for name, own in config.tasks.items()})
     served = {}
     for name, own in config.tasks.items():
         head = tasks[name].head(opened[own.backbone].feature_dim)

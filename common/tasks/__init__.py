@@ -36,6 +36,10 @@ positives) in AUROC. Measured with 8 / 16 / 32 / 64 buckets, on normal scores of
 each truth .050 / .060 / .076 / .106."""
 
 
+WRITTEN_AT_ONCE = 32
+"""Texts that are written at once (`WritesTexts`); more records are a multiple of it, so that none depends on others."""
+
+
 @dataclass(frozen=True)
 class TaskExample:
     """A small instance of a kind, with which its contract tests run.

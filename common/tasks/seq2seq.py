@@ -46,6 +46,7 @@ _CHARS_OF_TOKEN = 6
 """Characters of a usual token, with which the largest number of a text's characters is set."""
 
 _USUAL_TOKENS = 16
+_TEXTS = 64
 
 
 @final
@@ -138,6 +139,7 @@ class Seq2seq(Plugin):
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns each text's mean loss of its tokens; 0 for a label that is missing."""
+        import torch
         from torch.nn import functional
 
         from common.tasks.parts.transcripts.generating import compute_logits
@@ -145,10 +147,13 @@ class Seq2seq(Plugin):
         outputs_BPD = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
         count = min(self.max_tokens, outputs_BPD.shape[1])
         outputs_BTD, tokens_BT = outputs_BPD[:, :count], labels[:, :count].long()
-        logits_BTV = compute_logits(self.language, outputs_BTD)
-        losses_BT = functional.cross_entropy(logits_BTV.movedim(2, 1), tokens_BT.clamp(min=0), reduction="none").to(
-            outputs.dtype
-        )
+        # Logits of many texts would fill the memory.
+        parts = zip(outputs_BTD.split(_TEXTS), tokens_BT.clamp(min=0).split(_TEXTS), strict=True)
+        losses = [
+            functional.cross_entropy(compute_logits(self.language, own_BTD).movedim(2, 1), own_BT, reduction="none")
+            for own_BTD, own_BT in parts
+        ]
+        losses_BT = torch.cat(losses).to(outputs.dtype)
         own_BT = tokens_BT != NONE
         return (losses_BT * own_BT).sum(dim=1) / own_BT.sum(dim=1).clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""Pre-training of one of a run's small backbones on public records, so that a demo needs no download.
+"""Pre-training of one of a run's small backbones on public records: a classifier's, or one that writes texts.
 
 The weights are kept where the metadata of their file names the digest of the same settings and records.
 """
@@ -16,13 +16,15 @@ from safetensors.torch import save
 from torch import nn
 
 from client.data.sources import Source, open_source
+from common.backbones import Kind, LearnsTexts
 from common.backbones.small_cnn import collect_tensors
 from common.files import write_atomic
 from common.model.backbones import Untrained, open_untrained
-from common.plugins import Spec
+from common.plugins import Spec, resolve
 from common.types import BadInput
 from server.rounds.messenger import Observe
 from simulations.config import Pretrain, SimulationConfig
+from simulations.public.pretrain_texts import train_writer
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class PretrainedBackbone:
 
     Attributes:
         path: file of the weights.
-        train_accuracy: accuracy on the public records; None where the weights are of an earlier call.
+        train_accuracy: accuracy on the public records; of texts, on their tokens in the last epoch; None where the
+            weights are of an earlier call.
         cached: whether the weights are of an earlier call.
     """
 
@@ -41,7 +44,9 @@ class PretrainedBackbone:
 
 
 def pretrain(config: SimulationConfig, observe: Observe) -> PretrainedBackbone:
-    """Trains a backbone of the run with a linear classifier on public records, and writes its weights.
+    """Trains a backbone of the run on public records and writes its weights.
+
+    With labels it is trained beside a linear classifier; one that writes texts makes its vocabulary first.
 
     Args:
         config: a simulation with a `pretrain` section.
@@ -55,6 +60,11 @@ def pretrain(config: SimulationConfig, observe: Observe) -> PretrainedBackbone:
     if plan is None:
         raise BadInput("pretrain: expected a section that says how to train the backbone, got nothing")
     key = f"run.{config.run.backbone_key(_name(config))}"
+    kind: Kind = resolve("common.backbones", _settings(config), key)
+    if isinstance(kind, LearnsTexts):
+        return _pretrain_texts(kind, config, key, observe)
+    if plan.label is None or plan.labels is None:
+        raise BadInput("pretrain.labels: expected `label` and `labels` for a backbone that is trained as a classifier")
     untrained = open_untrained(_settings(config), key, seed=plan.seed)
     if untrained.weights_path is None:
         raise BadInput(f"{key}.weights: expected a file to write the weights to, got nothing")
@@ -73,6 +83,21 @@ def pretrain(config: SimulationConfig, observe: Observe) -> PretrainedBackbone:
     return PretrainedBackbone(untrained.weights_path, accuracy, cached=False)
 
 
+def _pretrain_texts(kind: LearnsTexts, config: SimulationConfig, key: str, observe: Observe) -> PretrainedBackbone:
+    plan = config.pretrain
+    assert plan is not None
+    weights = kind.weights
+    if weights is None:
+        raise BadInput(f"{key}.weights: expected a file to write the weights to, got nothing")
+    sources = [open_source(spec, f"pretrain.sources.{i}").open() for i, spec in enumerate(plan.sources)]
+    made_from = _compute_digest(config, [source.digest() for source in sources])
+    if _is_cached(weights, made_from):
+        return PretrainedBackbone(weights, None, cached=True)
+    writer, accuracy = train_writer(kind, plan, sources, observe)
+    kind.save(writer, {"made_from": made_from})
+    return PretrainedBackbone(weights, accuracy, cached=False)
+
+
 def _name(config: SimulationConfig) -> str:
     name = config.pretrained_backbone()
     assert name is not None
@@ -87,8 +112,8 @@ def _load_records(plan: Pretrain, sources: list[Source], untrained: Untrained) -
     items, labels = [], []
     for source in sources:
         for position, record in enumerate(source.index()):
-            name = record.cells.get(plan.label)
-            if name not in plan.labels:
+            name = record.cells.get(plan.label or "")
+            if plan.labels is None or name not in plan.labels:
                 raise BadInput(f"pretrain.labels: {record.file} row {record.row} has another label in {plan.label!r}")
             items.append(untrained.preprocess(source.load(position)))
             labels.append(plan.labels.index(name))

@@ -48,10 +48,10 @@ def state_of(backbone: Backbone) -> dict[str, Tensor]:
 
 def test_features_are_finite_float32_of_the_stated_width(backbone: Backbone, example: Example) -> None:
     features_BD = backbone.encode(inputs_of(backbone, example))
-    assert features_BD.shape == (len(example.items), backbone.feature_dim)
+    assert features_BD.shape == (len(example.items), *backbone.grid, backbone.feature_dim)
     assert features_BD.dtype == torch.float32
     assert torch.isfinite(features_BD).all()
-    assert len({tuple(row.tolist()) for row in features_BD}) > 1, "the example's items must differ"
+    assert len({tuple(row.flatten().tolist()) for row in features_BD}) > 1, "the example's items must differ"
 
 
 def test_a_network_without_memory_says_how_many_features_it_has(example: Example) -> None:
@@ -179,7 +179,37 @@ def test_malformed_and_oversized_blobs_are_bad_input(backbone: Backbone) -> None
         load_blob(blob, max_weight_bytes=len(blob.weights) - 1)
 
 
+def test_a_language_writes_behind_its_own_tokens_from_the_states_of_the_features(
+    backbone: Backbone, example: Example
+) -> None:
+    language = backbone.language
+    if language is None:
+        pytest.skip("the kind writes no texts")
+    assert language.embedding_VD.square().sum(dim=1).mean().item() == pytest.approx(1.0, rel=1e-5)
+    pairs = [item for item in example.items if item.second is not None]
+    features_BPD = backbone.encode([backbone.preprocess(item) for item in pairs])
+    unread = backbone.encode([backbone.preprocess(dataclasses.replace(item, second=None)) for item in pairs])
+    for row, item in enumerate(pairs):
+        tokens = [*language.read(item.second), language.end]
+        assert language.write(tokens[:-1]) == item.second
+        # Without its text a record has the same source and nothing that tells the text.
+        known, before = language.begin(unread[row : row + 1]), language.start
+        assert not unread[row, : language.longest].any()
+        for place, token in enumerate(tokens):
+            state_1D, known = language.step(known, torch.tensor([before]), place)
+            torch.testing.assert_close(state_1D[0], features_BPD[row, place], rtol=1e-4, atol=1e-5)
+            before = token
+        assert not features_BPD[row, len(tokens) : language.longest].any()
+
+
+def has_projections(backbone: Backbone) -> bool:
+    """Whether the kind's features may be projected at all."""
+    return type(backbone.kind).model_fields["projection"].annotation is not type(None)  # type: ignore[attr-defined]
+
+
 def test_a_projection_of_the_same_weights_is_another_backbone(backbone: Backbone, example: Example) -> None:
+    if not has_projections(backbone):
+        pytest.skip("the kind's features stay as they are")
     other = open_pretrained({**example.settings, "projection": {"normalize": True}}, "backbone")
     assert other.digest != backbone.digest
     norms = other.encode(inputs_of(other, example)).norm(dim=1)
@@ -205,7 +235,7 @@ def test_random_features_are_as_large_as_real_ones_and_differ_between_items(exam
     shifted = {**example.settings, "projection": {"shift": "batch_norm", "normalize": True}}
     if not isinstance(open_pretrained(plain, "backbone").kind, WeightedKind):
         pytest.skip("this kind has no weights")
-    for settings in (plain, shifted):
+    for settings in (plain, shifted) if has_projections(open_pretrained(plain, "backbone")) else (plain,):
         backbone = open_random(settings, "backbone", seed=1)
         features_BD = backbone.encode(inputs_of(backbone, example))
         if settings is plain:

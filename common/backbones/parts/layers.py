@@ -206,6 +206,7 @@ class PooledModel(nn.Module):
         self.pooling = pooling
         self.dense = nn.Sequential(*dense)
         self.max_positions: int | None = None
+        self.tokenizer_bytes = tokenizer_bytes
         self._opened: tokenizers.Tokenizer | None = None
         if tokenizer_bytes:
             self.register_buffer("tokenizer", torch.zeros(tokenizer_bytes, dtype=torch.uint8))

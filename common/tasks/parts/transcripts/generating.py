@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from common.tasks import WRITTEN_AT_ONCE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from common.backbones import Language
 
 Head = Callable[["Tensor"], "Tensor"]
-
-ROWS = 32
-"""Records that are written at once; the last ones are filled up, so that none depends on how many there are."""
 
 
 def write_texts(language: Language, head: Head, features_BPD: Tensor, beam: int) -> Tensor:
@@ -37,9 +36,9 @@ def write_texts(language: Language, head: Head, features_BPD: Tensor, beam: int)
         rows = [_write_beam(language, head, row_1PD, beam) for row_1PD in features_BPD.split(1)]
         rows = rows or [_write_best(language, head, features_BPD)]
         return torch.cat(rows)
-    missing = -len(features_BPD) % ROWS
+    missing = -len(features_BPD) % WRITTEN_AT_ONCE
     padded_BPD = torch.cat([features_BPD, features_BPD.new_zeros((missing, *features_BPD.shape[1:]))])
-    written = [_write_best(language, head, each) for each in padded_BPD.split(ROWS)]
+    written = [_write_best(language, head, each) for each in padded_BPD.split(WRITTEN_AT_ONCE)]
     return torch.cat(written)[: len(features_BPD)]
 
 
