@@ -38,7 +38,7 @@ from client.personal.metrics import (
 )
 from common.events import FEDERATED, PERSONAL, PERSONAL_UNIFORM, HomeMetrics, Metrics, Outcomes
 from common.model.class_moments import unpack_class_moments
-from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task
+from common.tasks import EXACT_BUCKETS, BaselinePrediction, CountedOutcomes, PairMetrics, Task, WritesTexts
 from common.tasks.parts.outcomes import join_score_ranges
 from common.types import Heads
 from server.rounds.loop import Outcome
@@ -46,6 +46,9 @@ from simulations.config import SimulationConfig
 
 CURVE_POINTS = 50
 """Rounds, at most, after which a simulator evaluates the heads, besides the last one."""
+
+WRITTEN_POINTS = 4
+"""The same for tasks whose predictions are texts."""
 
 MOST_SITES = 50
 """Sites above which only the metrics of all together get intervals: a bootstrap of each would take minutes."""
@@ -114,9 +117,20 @@ def evaluate_pooled(heads: Heads, tasks: Mapping[str, Task], held_out: Mapping[s
     }
 
 
-def is_evaluated_after(round_: int, rounds: int) -> bool:
-    """Returns whether a simulator evaluates the heads after a round: about `CURVE_POINTS` rounds, and the last."""
-    return round_ % math.ceil(rounds / CURVE_POINTS) == 0 or round_ == rounds
+def is_evaluated_after(round_: int, rounds: int, points: int = CURVE_POINTS) -> bool:
+    """Returns whether a simulator evaluates heads after a round: about so many rounds, and the last.
+
+    Args:
+        round_: number of the round, from 1.
+        rounds: number of rounds of the run.
+        points: number of rounds that are evaluated, at most.
+    """
+    return round_ % math.ceil(rounds / points) == 0 or round_ == rounds
+
+
+def count_points(task: Task) -> int:
+    """Returns the number of rounds, at most, after which a task is evaluated: texts take long to write."""
+    return WRITTEN_POINTS if isinstance(task, WritesTexts) else CURVE_POINTS
 
 
 def _predict_each(

@@ -29,6 +29,7 @@ from server.rounds.messenger import Observe
 from simulations.config import SimulationConfig
 from simulations.evaluate import (
     HeadEvaluation,
+    count_points,
     evaluate,
     evaluate_pooled,
     is_evaluated_after,
@@ -141,8 +142,14 @@ def federate(
     journal = FileJournal(folder / "journal.jsonl")
 
     def evaluate_round(round_: int, heads: Heads) -> None:
-        if is_evaluated_after(round_, run.rounds):
+        asked = {
+            name
+            for name, task in experiment.tasks.items()
+            if is_evaluated_after(round_, run.rounds, count_points(task))
+        }
+        if asked:
             tasks, held_out = _open_held_out(experiment, heads, sites, folder.name, backbones)
+            tasks = {name: task for name, task in tasks.items() if name in asked}
             for task, pooled in evaluate_pooled(heads, tasks, held_out).items():
                 journal.write(RoundEvaluated(round=round_, task=task, pooled=pooled))
 

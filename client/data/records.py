@@ -266,8 +266,8 @@ def place_labels(
     import torch
 
     mask_R, rejected = labels.mask_R.clone(), list(labels.rejected)
-    # The first only gives the shape, also where there is no record.
-    placed = [torch.cat([task.codec.missing(), marks_RP.new_zeros(marks_RP.shape[1])])]
+    missing = task.codec.missing()
+    placed: list[Tensor | None] = []
     for row, (label, marks_P) in enumerate(zip(labels.labels, marks_RP, strict=True)):
         found, reason = None, None
         if mask_R[row]:
@@ -275,8 +275,12 @@ def place_labels(
         if reason is not None:
             rejected.append(RejectedRecord(records[row].record.file, records[row].record.row, reason, name))
             mask_R[row] = False
-        placed.append(placed[0] if found is None else found)
-    return TaskLabels(torch.stack(placed)[1:].to(labels.labels.dtype), mask_R, tuple(rejected))
+        placed.append(found)
+    known = [each for each in placed if each is not None]
+    # What a label is followed by, if by anything, is of one length; where there is no label, that of any will do.
+    blank = torch.cat([missing, missing.new_zeros(len(known[0]) - len(missing) if known else marks_RP.shape[1])])
+    stacked = torch.stack([blank, *(blank if each is None else each for each in placed)])
+    return TaskLabels(stacked[1:].to(labels.labels.dtype), mask_R, tuple(rejected))
 
 
 def _read_row_list(rows: Path, count: int) -> tuple[dict[int, str], list[RejectedRecord]]:

@@ -413,11 +413,9 @@ class LearnsTexts(Protocol):
     """Further members of a kind that writes texts, which is pre-trained on public pairs of them.
 
     Attributes:
-        weights: the file that `pretrained` reads.
         vocabulary: number of tokens of its vocabulary.
     """
 
-    weights: Path | None
     vocabulary: int
 
     def build(self, vocabulary: bytes) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from common.backbones import (
     Architecture,
@@ -58,7 +58,7 @@ class Seq2seqBackbone(Plugin):
     """
 
     kind: Literal["seq2seq"] = "seq2seq"
-    encoder: Spec
+    encoder: Annotated[Spec, WithJsonSchema({"type": "object", "additionalProperties": {}})]
     weights: LocalPath | None = None
     max_tokens: Annotated[int, Field(ge=2, le=1024)] = 40
     vocabulary: Annotated[int, Field(ge=4, le=65536)] = 4000

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from client.data.sources import Source, open_source
-from common.backbones import Kind, LearnsTexts
+from common.backbones import Kind, LearnsTexts, find_weights_file
 from common.backbones.small_cnn import collect_tensors
 from common.files import write_atomic
 from common.model.backbones import Untrained, open_untrained
@@ -83,10 +83,10 @@ def pretrain(config: SimulationConfig, observe: Observe) -> PretrainedBackbone:
     return PretrainedBackbone(untrained.weights_path, accuracy, cached=False)
 
 
-def _pretrain_texts(kind: LearnsTexts, config: SimulationConfig, key: str, observe: Observe) -> PretrainedBackbone:
+def _pretrain_texts(kind: Kind, config: SimulationConfig, key: str, observe: Observe) -> PretrainedBackbone:
     plan = config.pretrain
-    assert plan is not None
-    weights = kind.weights
+    assert plan is not None and isinstance(kind, LearnsTexts)
+    weights = find_weights_file(kind)
     if weights is None:
         raise BadInput(f"{key}.weights: expected a file to write the weights to, got nothing")
     sources = [open_source(spec, f"pretrain.sources.{i}").open() for i, spec in enumerate(plan.sources)]

@@ -34,7 +34,9 @@ from common.privacy.lattice import Lattice
 from common.privacy.noise import NoiseStream
 from common.tasks import PlacesLabels, Task, open_task, select_round
 from common.tasks.parts.adjusted import AdjustedHead, normalize_rows
+from common.tasks.seq2seq import Seq2seq
 from common.types import Plan, Unit
+from tests.written import TinyLanguage
 
 FEATURES = 40
 LATTICE = Lattice.of(0.5, 3.0)
@@ -523,3 +525,43 @@ def test_an_utterance_adds_its_own_part_whatever_is_said_in_others(round_: int) 
         )[0]
         expected = gradient * min(1.0, 0.5 / float(gradient.norm()))
         torch.testing.assert_close((parts[at] * LATTICE.spacing).float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_two_texts_of_a_patient_are_clipped_together_and_no_text_moves_another() -> None:
+    opened = open_task({"kind": "seq2seq", "max_tokens": 8}, "said")
+    assert isinstance(opened, Seq2seq)
+    language = TinyLanguage()
+    task, generator, count = opened.open_on(language), torch.Generator().manual_seed(3), 66
+    features_RPD = torch.randn(count, 10, 7, generator=generator)
+    texts = [" ".join(language.words[(row + at) % 8] for at in range(1 + row % 7)) for row in range(count)]
+    labels = torch.stack([task.codec.encode([text]) for text in texts])
+    head = task.head(7)
+    weights = [round_weights(torch.randn(head.weight.shape, generator=generator))]
+
+    def add_up(features_RPD: Tensor, labels: Tensor) -> Tensor:
+        unit_R = torch.arange(len(labels)) // 2
+        mask_R = torch.ones(len(labels), dtype=torch.bool)
+        num_units = len(labels) // 2
+        records = TaskRecords.of(features_RPD, labels, mask_R, unit_R, num_units)
+        inputs = {"said": Inputs.from_records(head, records, num_units)}
+        total = torch.zeros(head.weight.shape, dtype=torch.int64)
+        gradients = {"said": _get_output_gradient(task)}
+        for block in split_blocks(inputs, num_units, {"said": 6}):
+            add_clipped_parts(block, {"said": weights}, gradients, LATTICE, {"said": [total]})
+        return total
+
+    parts = [add_up(features_RPD[at : at + 2], labels[at : at + 2]) for at in range(0, count, 2)]
+    assert torch.equal(torch.stack(parts).sum(0), add_up(features_RPD, labels))
+    clipped = 0
+    for unit, part in enumerate(parts):
+        summed = torch.zeros(head.weight.shape)
+        for row in (2 * unit, 2 * unit + 1):
+            weight = weights[0].float().requires_grad_()
+            loss = task.losses((features_RPD[row] @ weight.T)[None], labels[row : row + 1])[0]
+            summed += torch.autograd.grad(loss, weight)[0] / 2
+        norm = float(summed.norm())
+        clipped += norm > 0.5
+        torch.testing.assert_close(
+            (part * LATTICE.spacing).float(), summed * min(1.0, 0.5 / norm), rtol=1e-3, atol=1e-4
+        )
+    assert clipped > 0

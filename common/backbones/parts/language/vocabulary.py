@@ -70,7 +70,9 @@ class Vocabulary:
     @property
     def end(self) -> int:
         """The token that ends a text."""
-        return int(self.tokenizer.token_to_id(END))
+        found = self.tokenizer.token_to_id(END)
+        assert found is not None  # Looked at when it was opened.
+        return found
 
     @property
     def unwritten(self) -> list[int]:

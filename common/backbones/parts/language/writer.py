@@ -26,7 +26,7 @@ from common.inputs import Text
 from common.types import BadRecord
 
 NONE = -1
-"""Where a text has no token."""
+"""Stands where a text has no token."""
 
 _ROWS_OF_SOURCE = 3
 
@@ -46,7 +46,7 @@ class Writer(nn.Module):
 
     @property
     def modality(self) -> TextInput:
-        """How the encoder reads a text."""
+        """The encoder's own way of reading a text."""
         assert isinstance(self.encoder.modality, TextInput)
         return self.encoder.modality
 
@@ -113,7 +113,7 @@ def _divisors(width: int, device: torch.device) -> Tensor:
 
 
 class _Known(NamedTuple):
-    """What a decoder knows of texts while they are written."""
+    """State of a decoder while texts are written: what it reads of sources, and of the tokens so far."""
 
     read: Cache
     mask_BL: Tensor
