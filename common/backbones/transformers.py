@@ -439,6 +439,8 @@ class Transformers(Plugin):
         if self.modality == "audio":
             return self._open_audio(files, module.model)
         config = config.get_text_config()
+        if not isinstance(getattr(config, "vocab_size", None), int):
+            raise BadInput("model: expected one that reads texts, got one without a vocabulary")
         types = (getattr(config, "type_vocab_size", None) or 0) > 1
         pad = getattr(config, "pad_token_id", None) or 0
         # The length is part of the input's shape: it is bounded by what the model has positions for.
