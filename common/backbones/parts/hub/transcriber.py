@@ -63,10 +63,9 @@ def open_transcriber(location: Location, allows: Callable[[str], bool] | None) -
         encoded = model.get_encoder()(inputs)
         tokens = [start]
         if config.vocab_size > _ENGLISH_TOKENS and languages:
-            heard = _tell_next(model, encoded, tokens)[languages].argmax()
-            tokens += [languages[int(heard)], tokenizer.token_to_id("<|transcribe|>")]
-        silent = tokenizer.token_to_id("<|notimestamps|>")
-        tokens += [] if silent is None else [silent]
+            tokens.append(languages[int(_tell_next(model, encoded, tokens)[languages].argmax())])
+            tokens += [token for token in [tokenizer.token_to_id("<|transcribe|>")] if token is not None]
+        tokens += [token for token in [tokenizer.token_to_id("<|notimestamps|>")] if token is not None]
         first, most = len(tokens), min(len(tokens) + _MOST_TOKENS, config.max_target_positions)
         while len(tokens) < most and tokens[-1] != end:
             tokens.append(int((_tell_next(model, encoded, tokens) + allowed_V).argmax()))
