@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.privacy.compiled import open_library
+
 _BLOCK_VALUES = 2**16
 _WIDE_VALUES = 2**21
 """Up to so many integers are kept in double precision (16 MiB), as products want them; more as 16 bits."""
@@ -40,12 +42,15 @@ class QuantisedRows:
     """Rows of features.
 
     Attributes:
-        integers: ... x D, of type float64 or, where they are many, int16; the norm over the last axis is at most 2**15.
+        integers: ... x D, of type float64, or int16 where they are many or compiled code reads them; the norm over the
+            last axis is at most 2**15.
         scale: float64, of the integers' shape without D; a row that could not be used has NaN.
+        norms: what `bound_norms` returns, where it is known already.
     """
 
     integers: Tensor
     scale: Tensor
+    norms: Tensor | None = None
 
     @classmethod
     def of(cls, values: Tensor) -> QuantisedRows:
@@ -54,6 +59,11 @@ class QuantisedRows:
         Args:
             values: ... x D in any floating-point type.
         """
+        library = open_library()
+        if library is not None and values.dtype == torch.float32 and values.device.type == "cpu" and values.numel():
+            integers, scale, norms = library.quantise(values.reshape(-1, values.shape[-1]).contiguous())
+            shape = values.shape[:-1]
+            return cls(integers.view(values.shape), scale.view(shape), norms.view(shape))
         # In blocks that a core's cache holds: a row's integers are the same in any block.
         blocks = torch.split(values, max(1, _BLOCK_VALUES // max(1, values[:1].numel())))
         parts = [cls._of_block(block, wide=values.numel() <= _WIDE_VALUES) for block in blocks]
@@ -99,6 +109,8 @@ class QuantisedRows:
 
     def bound_norms(self) -> Tensor:
         """Returns an upper bound (float64) of each row's L2 norm, of the scale's shape: the squares add exactly."""
+        if self.norms is not None:
+            return self.norms.clone()
         norm: Tensor = torch.linalg.vector_norm(self.integers.double(), dim=-1)
         return norm.mul_(1.0 + 2.0**-50).mul_(self.scale)
 

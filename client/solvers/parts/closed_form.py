@@ -8,12 +8,12 @@ features x; no gradient of a record is ever formed. With x = a q, q the integers
     part        sum_r t_r q_r',   t_r = trunc(s_r a_r f / spacing)          f: the unit's clip factor; an integer matrix
 
 (Goodfellow 2015, arXiv 1510.01799; Rochette et al. 2019.) Records of several positions (1x1 convolutions) have their
-small gradient formed, and so have the units with more than `_MOST_RECORDS` records.
+small gradient formed, and so have the units with more than `MOST_RECORDS` records.
 
 Guarantees, whatever features, labels and weights are:
 - A unit's part is an integer array that follows from that unit alone: every number it is computed from is an exact
   integer, or comes from operations on single values that are rounded correctly (products, sums of two, square
-  roots), or from a task's slopes, which are evaluated on whole blocks of `_LANES` rows.
+  roots), or from a task's slopes, which are evaluated on whole blocks of `LANES` rows.
 - The part's L2 norm over all heads is at most `Lattice.bound`: slopes are truncated toward zero; where a unit has
   several records its own threshold is lowered by the largest rounding they can have.
 - The sum of the parts is exact.
@@ -42,18 +42,18 @@ WEIGHT_BITS = 24
 """Weights are multiples of 2**-24 while a step is computed."""
 
 
-_MOST_RECORDS = 32
+MOST_RECORDS = 32
 """Most records of a unit whose norm comes from pairs of them; the pairs of more would outgrow its gradient."""
 
-_MOST_CANCELLATION = 16
+MOST_CANCELLATION = 16
 """A unit's norm counts as at least a 16th of the sum of its records' norms: the terms of its part are then at most so
 many times the part."""
 
-_LANES = 64
+LANES = 64
 """Rows on which a task's slopes are evaluated are a multiple of this, so that no row is in a loop's scalar remainder,
 where an exponential may have other last bits."""
 
-_SLOPE_BITS = 20
+SLOPE_BITS = 20
 _BLOCK_VALUES = 2**20
 """Features of a block in double precision: 8 MiB."""
 
@@ -214,6 +214,11 @@ class Inputs:
         """U."""
         return len(self.start_U) - 1
 
+    @property
+    def lanes(self) -> int:
+        """Records of whole lanes: the places of a record fill lanes of their own."""
+        return LANES // math.gcd(LANES, math.prod(self.positions or ()))
+
     @cached_property
     def counts_U(self) -> Tensor:
         """Records of each unit."""
@@ -229,7 +234,7 @@ class Inputs:
         """The units whose gradients are formed."""
         if self.positions is not None:
             return torch.arange(self.num_units, device=self.unit_R.device)
-        return (self.counts_U > _MOST_RECORDS).nonzero().squeeze(1)
+        return (self.counts_U > MOST_RECORDS).nonzero().squeeze(1)
 
     def select(self, members: Tensor) -> Inputs:
         """Returns the records of some units, in ascending order, which become units 0, 1, ..."""
@@ -305,10 +310,10 @@ class _Gradients:
         inputs, num_outputs = self._inputs, self._slopes_RK.shape[1]
         peak_R = self._slopes_RK.abs().amax(dim=1)
         # Slopes below 2**-1000 add nothing to any part.
-        whole_RK = (self._slopes_RK * (2.0**_SLOPE_BITS / peak_R.clamp(min=2.0**-1000))[:, None]).round_()
-        square_R = whole_RK.square().sum(dim=1).mul_(2.0 ** (-2 * _SLOPE_BITS))
+        whole_RK = (self._slopes_RK * (2.0**SLOPE_BITS / peak_R.clamp(min=2.0**-1000))[:, None]).round_()
+        square_R = whole_RK.square().sum(dim=1).mul_(2.0 ** (-2 * SLOPE_BITS))
         # What rounding `whole` may have taken from the norm, for each record.
-        rounding = 0.501 * num_outputs**0.5 * 2.0**-_SLOPE_BITS
+        rounding, slack = bound_rounding(num_outputs)
         weight_R = peak_R * inputs.reach_R
         norm_R: Tensor = square_R.sqrt().add_(rounding).mul_(weight_R).mul_(1.0 + 2.0**-40)
         # Also where each unit has one record: a single missing label would show in the time.
@@ -318,16 +323,14 @@ class _Gradients:
             return reach_U
         square_U = zero_U.index_add(0, inputs.unit_R, square_R * weight_R.square())
         first_Q, second_Q, unit_Q = inputs.pairs_3Q
-        dot_Q = (whole_RK[first_Q] * whole_RK[second_Q]).sum(dim=1).mul_(2.0 ** (1 - 2 * _SLOPE_BITS))
+        dot_Q = (whole_RK[first_Q] * whole_RK[second_Q]).sum(dim=1).mul_(2.0 ** (1 - 2 * SLOPE_BITS))
         square_U.index_add_(0, unit_Q, dot_Q * peak_R[first_Q] * peak_R[second_Q] * inputs.product_Q)
         norm_U = (square_U.clamp_(min=0.0) + reach_U.square() * 2.0**-40).sqrt_()
         norm_U += zero_U.index_add(0, inputs.unit_R, weight_R * rounding)
         several_U = inputs.counts_U > 1
-        self.slack_U = torch.where(
-            several_U, inputs.counts_U.double() * (num_outputs**0.5 * (2.0**NORM_BITS + 1.0)), 0.0
-        )
+        self.slack_U = torch.where(several_U, inputs.counts_U.double() * slack, 0.0)
         # A unit of one record has the norm that it has in a block of such units alone.
-        return torch.where(several_U, torch.maximum(norm_U, reach_U / _MOST_CANCELLATION), reach_U)
+        return torch.where(several_U, torch.maximum(norm_U, reach_U / MOST_CANCELLATION), reach_U)
 
     def add_clipped(self, factor_U: Tensor, lattice: Lattice, totals: Sequence[Tensor], exact: Tensor) -> None:
         """Adds the units' parts to integer totals.
@@ -354,6 +357,12 @@ class _Gradients:
             totals[0].add_((parts_RK.mT @ exact).long())
         if inputs.bias:
             totals[1].add_(slopes_RK.mul_(factor_R[:, None]).trunc_().sum(dim=0).to(totals[1].dtype))
+
+
+def bound_rounding(num_outputs: int) -> tuple[float, float]:
+    """Returns what rounding its slopes to 20 bits may take from a record's norm, in units of its largest slope, and the
+    largest norm of what truncating them adds to its part, in steps of the lattice."""
+    return 0.501 * num_outputs**0.5 * 2.0**-SLOPE_BITS, num_outputs**0.5 * (2.0**NORM_BITS + 1.0)
 
 
 @dataclass(frozen=True)
@@ -438,7 +447,7 @@ def split_blocks(
         outputs = positions * widths[name] * (_BLOCK_VALUES / _BLOCK_OUTPUTS)
         cost = max(cost, max(values, outputs) * len(own.unit_R) / max(1, num_units))
     size = max(1, min(_count_exact(inputs), int(_BLOCK_VALUES / cost)))
-    size -= size % _LANES if size > _LANES else 0
+    size -= size % LANES if size > LANES else 0
     for first in range(0, num_units, size):
         block = {name: own.slice(first, min(first + size, num_units)) for name, own in inputs.items()}
         yield {name: own for name, own in block.items() if len(own.unit_R)}
@@ -452,7 +461,7 @@ def choose_total_type(inputs: Mapping[str, Inputs], num_units: int) -> torch.dty
 def _count_exact(inputs: Mapping[str, Inputs]) -> int:
     """Returns the number of units whose parts, and all terms of these, add exactly in double precision."""
     several = any(own.most_records > 1 for own in inputs.values())
-    most: int = MAX_UNITS // (_MOST_CANCELLATION if several else 1)
+    most: int = MAX_UNITS // (MOST_CANCELLATION if several else 1)
     return most
 
 
@@ -492,26 +501,38 @@ def add_clipped_parts(
 def _compute_slopes(
     inputs: Inputs, rows: QuantisedRows, weights: Sequence[Tensor], output_gradient: OutputGradient
 ) -> Tensor:
-    """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again.
-
-    The places of a record fill lanes of their own.
-    """
+    """Returns R x K, or R x P x K, of a block: evaluated on whole lanes, the added rows cut off again."""
     outputs = compute_outputs(rows, weights[0], weights[1] if inputs.bias else None)
     if inputs.offset_K is not None:
         outputs = outputs + inputs.offset_K
-    padded, labels = outputs, inputs.labels
-    whole = _LANES // math.gcd(_LANES, math.prod(inputs.positions or ()))
-    if missing := -len(outputs) % whole:
-        padded = torch.cat([outputs, outputs[:1].expand(missing, *outputs.shape[1:])])
-        labels = torch.cat([labels, labels[:1].expand(missing, *labels.shape[1:])])
+    padded, labels = (pad_rows(values, inputs.lanes) for values in (outputs, inputs.labels))
+    return evaluate_slopes(inputs, padded, labels, output_gradient)
+
+
+def pad_rows(values: Tensor, lanes: int) -> Tensor:
+    """Returns whole lanes of rows: those added are the first row's."""
+    missing = -len(values) % lanes
+    return torch.cat([values, values[:1].expand(missing, *values.shape[1:])]) if missing else values
+
+
+def evaluate_slopes(inputs: Inputs, padded: Tensor, labels: Tensor, output_gradient: OutputGradient) -> Tensor:
+    """Returns R x K, or R x P x K, slopes in double precision.
+
+    Args:
+        inputs: a block's.
+        padded: outputs of whole lanes.
+        labels: labels of whole lanes.
+        output_gradient: gradient of the task's loss by the head's outputs.
+    """
+    count = len(inputs.labels)
     if inputs.positions is None:
-        return output_gradient(padded, labels)[: len(outputs)].double()
+        return output_gradient(padded, labels)[:count].double()
     shaped = padded.view(len(padded), *inputs.positions, -1)
     shaped = shaped.movedim(-1, 1) if inputs.maps else shaped
     # A task may refine outputs to as many places as a mask has: few records at once.
-    size = max(1, _MOST_REFINED // (labels[0].numel() * outputs.shape[-1]) // whole) * whole
+    size = max(1, _MOST_REFINED // (labels[0].numel() * padded.shape[-1]) // inputs.lanes) * inputs.lanes
     parts = zip(torch.split(shaped, size), torch.split(labels, size), strict=True)
-    found = torch.cat([output_gradient(*part) for part in parts])[: len(outputs)].double()
+    found = torch.cat([output_gradient(*part) for part in parts])[:count].double()
     return found.flatten(2).mT if inputs.maps else found.flatten(1, -2)
 
 
@@ -520,12 +541,12 @@ def _bound_reach(rows: QuantisedRows, bias: bool) -> Tensor:
 
 
 def _pair_records(unit_R: Tensor, counts_U: Tensor) -> Tensor:
-    """Returns r, t and unit of every pair of records of a unit of at most `_MOST_RECORDS` records, by unit."""
+    """Returns r, t and unit of every pair of records of a unit of at most `MOST_RECORDS` records, by unit."""
     found = [torch.empty((3, 0), dtype=torch.long, device=unit_R.device)]
     count_R = counts_U[unit_R]
-    most = min(int(counts_U.max()), _MOST_RECORDS) if len(unit_R) else 0
+    most = min(int(counts_U.max()), MOST_RECORDS) if len(unit_R) else 0
     for apart in range(1, most):
-        same = (unit_R[apart:] == unit_R[:-apart]) & (count_R[apart:] <= _MOST_RECORDS)
+        same = (unit_R[apart:] == unit_R[:-apart]) & (count_R[apart:] <= MOST_RECORDS)
         at = same.nonzero().squeeze(1)
         found.append(torch.stack([at, at + apart, unit_R[at]]))
     pairs_3Q = torch.cat(found, dim=1)

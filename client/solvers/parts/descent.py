@@ -15,12 +15,12 @@ from client.solvers.parts import objective
 from client.solvers.parts.closed_form import (
     Inputs,
     OutputGradient,
-    add_clipped_parts,
     check_affine,
     choose_total_type,
     round_weights,
     split_blocks,
 )
+from client.solvers.parts.compiled_step import AddParts, Update, prepare_block
 from client.solvers.parts.flat import Flat
 from common.model.parameters import MAX_ROW_NORM
 from common.privacy.lattice import Lattice, check_unit_count
@@ -68,36 +68,32 @@ def descend(
     lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
     flat = Flat.from_heads(modules)
     start = flat.copy_parameters().double()
-    weights = start.clone()
-    divisors = flat.expand(objective.compute_divisors(plan, public_sizes))
-    learning_rate = flat.expand({name: group.learning_rate for name, group in rates.items()})
-    weight_decay = flat.expand({name: group.weight_decay for name, group in rates.items()})
-    has_decay = any(group.weight_decay for group in rates.values())
-    velocity = torch.zeros_like(weights)
+    update = Update(
+        start.clone(),
+        divisor=flat.expand(objective.compute_divisors(plan, public_sizes)),
+        learning_rate=flat.expand({name: group.learning_rate for name, group in rates.items()}),
+        weight_decay=flat.expand({name: group.weight_decay for name, group in rates.items()}),
+        momentum=momentum,
+    )
     inputs = _open_inputs(flat, tasks, units)
-    widths = {name: len(parts[0]) for name, parts in flat.views(weights).items()}
+    parts = flat.views(update.grid_N)
+    widths = {name: len(own[0]) for name, own in parts.items()}
     output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
-    total = torch.zeros_like(weights, dtype=choose_total_type(inputs, units.num_units))
+    total = torch.zeros_like(start, dtype=choose_total_type(inputs, units.num_units))
     sums = flat.views(total)
-    everyone = list(split_blocks(inputs, units.num_units, widths)) if plan.sampling_rate >= 1.0 else []
+    everyone = list(_prepare(inputs, units.num_units, widths)) if plan.sampling_rate >= 1.0 else []
     with torch.no_grad():
         for members, noise in _draw_steps(units, plan, stream, len(total), lattice):
-            blocks: Iterable[dict[str, Inputs]] = everyone
+            blocks: Iterable[AddParts] = everyone
             if plan.sampling_rate < 1.0:
                 sample = {name: one.select(members) for name, one in inputs.items()}
-                blocks = split_blocks(sample, len(members), widths)
-            parts = flat.views(round_weights(weights))
+                blocks = _prepare(sample, len(members), widths)
             _check_weights(parts)
             total.zero_()
-            for block in blocks:
-                add_clipped_parts(block, parts, output_gradients, lattice, sums)
-            # The update of torch.optim.SGD; what follows the noise costs nothing.
-            step = lattice.release(total, noise, stream).div_(divisors)
-            if has_decay:
-                step.add_(weights * weight_decay)
-            velocity = velocity.mul_(momentum).add_(step) if momentum else step
-            weights.sub_(velocity * learning_rate)
-    return objective.check_update(flat.split_by_task((weights - start).float()))
+            for add_parts in blocks:
+                add_parts(parts, output_gradients, lattice, sums)
+            update.move(total, noise, lattice, stream)
+    return objective.check_update(flat.split_by_task((update.weight_N - start).float()))
 
 
 def release_sum(
@@ -134,8 +130,8 @@ def release_sum(
     sums = flat.views(total)
     noise = stream.rounded_gaussian(len(total), lattice.log2_deviation)
     with torch.no_grad():
-        for block in split_blocks(inputs, units.num_units, {name: len(own[0]) for name, own in parts.items()}):
-            add_clipped_parts(block, parts, output_gradients, lattice, sums)
+        for add_parts in _prepare(inputs, units.num_units, {name: len(own[0]) for name, own in parts.items()}):
+            add_parts(parts, output_gradients, lattice, sums)
         return flat.split_by_task(lattice.add_noise(total, noise, stream))
 
 
@@ -146,6 +142,10 @@ def _open_inputs(flat: Flat, tasks: Mapping[str, Task], units: Units) -> dict[st
         )
         for name, head in flat.heads.items()
     }
+
+
+def _prepare(inputs: Mapping[str, Inputs], num_units: int, widths: Mapping[str, int]) -> Iterator[AddParts]:
+    return (prepare_block(block, widths) for block in split_blocks(inputs, num_units, widths))
 
 
 def _check_weights(weights: Mapping[str, Sequence[Tensor]]) -> None:

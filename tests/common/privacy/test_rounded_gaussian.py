@@ -35,9 +35,14 @@ class Script:
         self.read.append(count)
         if self._calls:
             words = self._calls.pop(0)
-            assert len(words) == count
-            return words
+            assert len(words) <= count
+            return np.append(words, self._stream._draw_words(count - len(words)))
         return self._stream._draw_words(count)
+
+
+def point_at(lot: int, point: int) -> int:
+    """The word of a point of 42 bits with its lot of 22."""
+    return lot << 42 | point
 
 
 @pytest.mark.parametrize("log2_deviation", [MIN_LOG2, 37, MAX_LOG2])
@@ -58,9 +63,11 @@ def test_every_cell_has_its_probability_and_both_signs_are_alike() -> None:
 
 def test_points_within_a_cell_follow_the_density_not_a_uniform_law() -> None:
     """In the cell from 3 to 3 + 1/64 the density falls by 4.6 %: 2 million draws there would tell; here by its mean."""
-    cells = np.full(400_000, 3 * 64)
-    offsets, accepted = rounded_gaussian._draw_offsets(NoiseStream(KEY)._draw_words, cells, 40)
-    points = offsets[accepted] / 2.0**34  # From 0 to 1.
+    words = NoiseStream(KEY)._draw_words
+    drawn = words(400_000)
+    points = drawn & np.uint64(2**42 - 1)
+    accepted = rounded_gaussian._accept(points, drawn >> np.uint64(42), np.full(len(drawn), 3 * 64), words)
+    points = points[accepted] / 2.0**42  # From 0 to 1.
     lower, upper = 3.0, 3.0 + 1 / 64
     mass = math.erf(upper / math.sqrt(2)) - math.erf(lower / math.sqrt(2))
     mean = (math.exp(-(lower**2) / 2) - math.exp(-(upper**2) / 2)) * math.sqrt(2 / math.pi) / mass
@@ -70,76 +77,103 @@ def test_points_within_a_cell_follow_the_density_not_a_uniform_law() -> None:
 
 
 def test_the_smallest_words_reach_the_tail_and_the_largest_the_middle() -> None:
-    high, low = rounded_gaussian._tails()
-    assert high[0] == 0 and low[0] == 0 and high[-1] == 2**63
-    # 64 zeros tie with every boundary beyond 9; 64 more are in the last cell, from 799/64 on.
-    (far,) = draw_rounded_gaussian(Script([0], [0], [0], [2**64 - 1]), 1, 40)
+    tables = rounded_gaussian._tables()
+    assert tables.tails[0] == 0 and tables.tails[-1] == 2**127
+    certain = point_at(2**22 - 1, 0)
+    # 31 zeros tie with every boundary beyond 6; 96 more are in the last cell, from 799/64 on.
+    (far,) = draw_rounded_gaussian(Script([0, certain], [0, 0]), 1, 40)
     assert 799 * 2**34 <= far < 800 * 2**34
-    (less,) = draw_rounded_gaussian(Script([0], [2**64 - 1], [0], [2**64 - 1]), 1, 40)
-    assert 9 * 2**40 < less < 10 * 2**40
-    (near,) = draw_rounded_gaussian(Script([2**64 - 2], [0], [2**64 - 1]), 1, 40)
+    (less,) = draw_rounded_gaussian(Script([0, certain], [2**64 - 1, 2**64 - 1]), 1, 40)
+    assert 6 * 2**40 < less < 7 * 2**40
+    (near,) = draw_rounded_gaussian(Script([2**32 - 2, certain]), 1, 40)
     assert near == 0
-    (below,) = draw_rounded_gaussian(Script([2**64 - 1], [0], [2**64 - 1]), 1, 40)
+    (below,) = draw_rounded_gaussian(Script([2**32 - 1, certain]), 1, 40)
     assert below == -1, "floor of a number just below zero"
 
 
-def test_a_uniform_on_a_boundary_is_decided_by_64_more_bits() -> None:
-    high, low = rounded_gaussian._tails()
-    place = len(high) - 1 - 64  # P(|X| >= 1).
-    word = int(high[place]) << 1
-    for more, cell in ((int(low[place]) - 1, 64), (int(low[place]), 63)):
-        signs, cells = rounded_gaussian._draw_cells(Script([word], [more]), 1)
-        assert (signs[0], cells[0]) == (0, cell)
+def test_a_uniform_on_a_boundary_is_decided_by_96_more_bits() -> None:
+    tables = rounded_gaussian._tables()
+    place = len(tables.tails) - 1 - 64  # P(|X| >= 1).
+    uniform, rest = divmod(tables.tails[place], 2**96)
+    for more, cell in ((rest - 1, 64), (rest, 63)):
+        words = Script([more >> 32, more % 2**32 << 32])
+        assert rounded_gaussian._choose_cells(np.array([uniform], np.uint32), words) == [cell]
+        # As a whole, and so for compiled code, which must not decide it.
+        half = [uniform << 1, point_at(2**22 - 1, 0)]
+        (value,) = draw_rounded_gaussian(Script(half, [more >> 32, more % 2**32 << 32]), 1, 40)
+        assert value == cell << 34
 
 
 def test_boundaries_are_those_of_an_independent_computation() -> None:
-    high, low = rounded_gaussian._tails()
+    tails = rounded_gaussian._tables().tails
     with mp.workprec(300):
         for cell in (1, 64, 200, 799):
             integral = mp.quad(lambda x: mp.exp(-x * x / 2), [mpf(cell) / 64, mpf(cell) / 64 + 4, 20, 40])
             expected = integral * mp.sqrt(2 / mp.pi) * mpf(2) ** 127
-            place = len(high) - 1 - cell
-            assert abs((int(high[place]) << 64) + int(low[place]) - expected) < 2
+            assert abs(tails[len(tails) - 1 - cell] - expected) < 2
 
 
-def test_an_acceptance_too_close_to_call_is_decided_by_128_more_bits() -> None:
-    cell, point = 64, 2**49
+def test_an_acceptance_too_close_to_call_is_decided_by_192_more_bits() -> None:
+    cell, point = 64, 2**41
     with mp.workprec(320):
-        distance = (mpf(point) + mpf(1) / 2) / mpf(2) ** 62
-        exact = int(mp.floor(-mp.expm1(-distance * (1 + distance / 2)) * mpf(2) ** 192))
+        distance = (mpf(point) + mpf(1) / 2) / mpf(2) ** 48
+        exact = int(mp.floor(-mp.expm1(-distance * (1 + distance / 2)) * mpf(2) ** 214))
     for lot, accepted in ((exact + 1, True), (exact, False)):
-        words = [[point << 8], [lot >> 128], [(lot >> 64) % 2**64, lot % 2**64]]
-        offsets, accepts = rounded_gaussian._draw_offsets(Script(*words), np.array([cell]), 40)
-        assert accepts[0] == accepted and offsets[0] == point >> 22
+        words = Script([(lot >> shift) % 2**64 for shift in (128, 64, 0)])
+        arrays = np.array([point], np.uint64), np.array([lot >> 192], np.uint64), np.array([cell])
+        assert rounded_gaussian._accept(*arrays, words) == [accepted]
+        # As a whole, and so for compiled code, which must not decide it; a uniform number just above P(|X| >= 1.02).
+        uniform = (rounded_gaussian._tables().tails[800 - cell - 1] >> 96) + 1
+        drawn = [uniform << 1, point_at(lot >> 192, point)]
+        (value,) = draw_rounded_gaussian(Script(drawn, [(lot >> shift) % 2**64 for shift in (128, 64, 0)]), 1, 40)
+        assert value >> 34 == cell and (value == (cell << 34) + (point >> 8)) == accepted
+
+
+def test_the_series_decides_as_far_from_the_truth_as_is_claimed() -> None:
+    """A lot one doubt away from the probability is decided; so its error must be far smaller."""
+    with mp.workprec(200):
+        for cell in (0, 1, 64, 400, 799):
+            for point in (0, 1, 2**41, 2**42 - 1):
+                distance = (mpf(point) + mpf(1) / 2) / mpf(2) ** 48
+                exact = -mp.expm1(-distance * (mpf(cell) / 64 + distance / 2)) * 2**22
+                seen = rounded_gaussian._reject(np.array([point], np.uint64), np.array([cell]))[0]
+                assert abs(mpf(float(seen)) - exact) < rounded_gaussian._DOUBTFUL / 1000
 
 
 def test_a_lot_that_accepts_without_a_look_at_the_point_accepts_every_point_of_its_cell() -> None:
     """Against 320 bits at each cell's upper end, where rejection is most frequent; the slack exceeds any doubt."""
-    sure = rounded_gaussian._sure_lots()
+    sure = rounded_gaussian._tables().sure[::-1]
     assert len(sure) == 800
     with mp.workprec(320):
         for cell, lot in enumerate(sure.tolist()):
-            most = -mp.expm1(-(mpf(cell) / 64 + mpf(1) / 128) / 64) * mpf(2) ** 64
-            assert lot - most > 2 * rounded_gaussian._DOUBTFUL
-            assert rounded_gaussian._accepts(2**56 - 1, cell, 40, lot << 128)
+            most = -mp.expm1(-(mpf(cell) / 64 + mpf(1) / 128) / 64) * mpf(2) ** 22
+            assert lot - most > rounded_gaussian._DOUBTFUL
+            assert rounded_gaussian._accepts(2**42 - 1, cell, lot << 192)
 
 
-def test_only_buckets_without_a_boundary_decide_alone() -> None:
-    high, _ = rounded_gaussian._tails()
-    guide = rounded_gaussian._guide()
-    width = 2**63 // len(guide)
-    inside = {int(boundary) // width for boundary in high[:-1]}
-    for bucket, place in enumerate(guide.tolist()):
-        assert (place < 0) == (bucket in inside)
-        assert place < 0 or (int(high[place]) < bucket * width and (bucket + 1) * width <= int(high[place + 1]))
+def test_a_guide_begins_at_or_below_the_boundary_that_is_looked_for() -> None:
+    tables = rounded_gaussian._tables()
+    width = 2**31 // len(tables.guide)
+    for bucket, place in enumerate(tables.guide.tolist()):
+        assert tables.leading[place] <= bucket * width
+        assert place == 799 or bucket * width < tables.leading[place + 1]
 
 
 def test_a_rejected_point_is_drawn_again_in_its_own_cell() -> None:
-    # Lot 0 rejects a point at a cell's end; the second point is accepted.
-    script = Script([2**62], [2**64 - 1], [0], [5 << 30], [2**64 - 1])
+    # Lot 0 rejects a point at a cell's end; the second point, the first of the spare ones, is accepted.
+    script = Script([2**31, point_at(0, 2**42 - 1), point_at(2**22 - 1, 5 << 8)])
     (value,) = draw_rounded_gaussian(script, 1, 40)
-    (first,) = draw_rounded_gaussian(Script([2**62], [0], [2**64 - 1]), 1, 40)
-    assert script.read == [1, 1, 1, 1, 1] and value >> 34 == first >> 34
+    (first,) = draw_rounded_gaussian(Script([2**31, point_at(2**22 - 1, 0)]), 1, 40)
+    assert len(script.read) == 1 and value == first + 5
+
+
+def test_points_rejected_more_often_than_spare_words_last_are_drawn_again_all_the_same() -> None:
+    rejected = point_at(0, 2**42 - 1)
+    count = 1 + 1 + rounded_gaussian._count_spare(1)
+    script = Script([2**31] + [rejected] * (count - 1), [rejected], [point_at(2**22 - 1, 5 << 8)])
+    (value,) = draw_rounded_gaussian(script, 1, 40)
+    (first,) = draw_rounded_gaussian(Script([2**31, point_at(2**22 - 1, 0)]), 1, 40)
+    assert script.read == [count, 1, 1] and value == first + 5
 
 
 def test_the_distance_from_the_true_law_is_below_what_is_claimed() -> None:
@@ -147,8 +181,8 @@ def test_the_distance_from_the_true_law_is_below_what_is_claimed() -> None:
         beyond = mp.erfc(mpf(800) / 64 / mp.sqrt(2))
         boundaries = 800 * mpf(2) ** -127
         # The mean over a point's interval differs from its middle by a relative (second derivative) width**2 / 24.
-        middle = (mpf(12.5) ** 2 + 1) * mpf(2) ** (-2 * (MIN_LOG2 + 22)) / 24
-        lots = mpf(2) ** -190
+        middle = (mpf(12.5) ** 2 + 1) * mpf(2) ** -96 / 24
+        lots = mpf(2) ** -210
         assert beyond + boundaries + middle + lots < DISTANCE
 
 

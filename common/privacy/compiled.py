@@ -1,0 +1,91 @@
+"""The compiled form of exact sums and of their noise: `exact.c`, built where the package is installed.
+
+It returns what the Python code returns, to the bit; where it is missing, or `HEADWATER_COMPILED=0`, that code runs.
+
+# Shapes: R rows, D features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.privacy.rounded_gaussian import Tables
+
+SWITCH = "HEADWATER_COMPILED"
+"""Environment variable: 0 leaves the compiled code out."""
+
+_VERSION = 1
+_MODULE = "headwater._exact"
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double, "i": ctypes.c_int}
+_ARGUMENTS = {
+    "draw_gaussian": "ppnpnpppipp",
+    "quantise": "pnnppp",
+    "compute_block": "pn",
+    "add_block": "pnndddp",
+    "update": "ppndppdpppp",
+}
+"""Function -> kinds of its arguments: pointer, number, double, int."""
+
+
+@cache
+def open_library() -> Library | None:
+    """Returns the compiled code; None where there is none for this processor, or it is left out."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        # Where the package is installed: a Flower app has its own copy of this room, without what is compiled.
+        found = find_spec(_MODULE)
+    except ModuleNotFoundError:
+        found = None
+    if found is None or found.origin is None:
+        return None
+    code = ctypes.CDLL(found.origin)
+    return Library(code) if code.version() == _VERSION else None
+
+
+@final
+class Library:
+    """The functions of `exact.c` on contiguous tensors of this machine's memory; other threads run meanwhile."""
+
+    def __init__(self, code: ctypes.CDLL) -> None:
+        self.code = code
+        for name, kinds in _ARGUMENTS.items():
+            getattr(code, name).argtypes = [_KINDS[kind] for kind in kinds]
+
+    def draw_gaussian(
+        self, drawn: NDArray[np.uint64], tables: Tables, samples: NDArray[np.int64], log2_deviation: int
+    ) -> bool:
+        """Writes integers as `draw_rounded_gaussian` does; returns False where the words do not decide them all."""
+        count = len(samples)
+        points = (count + 1) // 2
+        spare = points + count
+        start = drawn.ctypes.data
+        waiting = np.empty(count + 1, np.int32)
+        decided = self.code.draw_gaussian(
+            *(start, start + 8 * points, count, start + 8 * spare, len(drawn) - spare),
+            *(*tables.addresses, log2_deviation, waiting.ctypes.data, samples.ctypes.data),
+        )
+        return bool(decided)
+
+    def quantise(self, values_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns integers_RD (int16), scale_R and bounds of norms of float32 rows, as `QuantisedRows` has them."""
+        import torch  # Here: noise is drawn without it.
+
+        integers_RD = values_RD.new_empty(values_RD.shape, dtype=torch.int16)
+        scale_R, norm_R = values_RD.new_empty((2, len(values_RD)), dtype=torch.double)
+        self.code.quantise(*_at(values_RD), *values_RD.shape, *_at(integers_RD, scale_R, norm_R))
+        return integers_RD, scale_R, norm_R
+
+
+def _at(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

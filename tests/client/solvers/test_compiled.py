@@ -1,0 +1,171 @@
+"""What is compiled returns what torch's operations return, bit by bit: features, sums, releases and noise.
+
+The laws of exact sums (test_exact_sums.py) are tested with whichever of the two runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from benchmarks.dense import PerPixel
+from client.data.quantised import QuantisedRows
+from client.data.units import TaskRecords, Units
+from client.solvers import open_solver
+from common.privacy.compiled import SWITCH, open_library
+from common.privacy.noise import NoiseStream
+from common.tasks import Task, open_task
+from common.tasks.detection import Detection
+from common.types import Plan, Unit
+from tests.client.solvers.test_exact_sums import PEOPLE, TASKS, Person, draw_heads, site
+
+pytestmark = pytest.mark.skipif(
+    open_library() is None, reason="the compiled code is missing: pip install --editable . builds it"
+)
+
+
+@contextmanager
+def without_library() -> Iterator[None]:
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    open_library.cache_clear()
+    try:
+        assert open_library() is None
+        yield
+    finally:
+        os.environ.pop(SWITCH) if before is None else os.environ.update({SWITCH: before})
+        open_library.cache_clear()
+
+
+def assert_same_round(
+    tasks: Mapping[str, Task], units: Units, heads: Mapping[str, nn.Module], rate: float = 1.0
+) -> None:
+    solver = open_solver(
+        {"kind": "dp_gd", "sampling_rate": rate, "steps": 3, "clip_norm": 0.5, "learning_rate": 0.5, "momentum": 0.5},
+        "solver",
+    )
+    plan = Plan(rate, 3, 0.5, 3.0, Unit.EXAMPLE)
+
+    def train() -> dict[str, dict[str, object]]:
+        sizes = dict.fromkeys(tasks, units.num_units + 1)
+        stream = NoiseStream(bytes(32))
+        delta = solver.solve(heads, tasks, units, plan=plan, public_sizes=sizes, stream=stream)
+        return {name: dict(delta.heads[name]) for name in tasks}
+
+    compiled = train()
+    with without_library():
+        plain = train()
+    for name in tasks:
+        for key, value in plain[name].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(compiled[name][key]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    people=st.lists(PEOPLE, max_size=70),
+    names=st.sets(st.sampled_from(sorted(TASKS)), min_size=1),
+    features=st.integers(1, 70),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    rate=st.sampled_from([1.0, 0.4]),
+    hostile=st.lists(st.sampled_from([float("nan"), float("inf"), -float("inf"), 3e38, 1e-44, 0.0]), max_size=5),
+)
+def test_a_round_is_the_same_with_and_without_it(
+    people: list[Person], names: set[str], features: int, scale: float, rate: float, hostile: list[float]
+) -> None:
+    tasks = {name: TASKS[name] for name in sorted(names)}
+    units = site(people, tasks, features)
+    for place, value in enumerate(hostile):  # Tasks share their features.
+        rows_RD = next(iter(units.tasks.values())).features_RD
+        if len(rows_RD):
+            rows_RD[(place * 7) % len(rows_RD), (place * 3) % features] = value
+    heads = draw_heads(tasks, scale, features)
+    assert_same_round(tasks, units, heads, rate)
+
+
+PLACES = {
+    "cells": open_task({"kind": "segmentation", "labels": ["ground", "cell", "wall"], "side": 8}, "cells"),
+    "boxes": open_task(dict(Detection.example().settings), "boxes"),
+    "per_pixel": PerPixel(classes=3),
+}
+
+BOXES = torch.stack([PLACES["boxes"].codec.encode(cells) for cells in Detection.example().cells])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.sampled_from([1, 1, 1, 2, 5]), max_size=9),
+    names=st.sets(st.sampled_from(sorted(PLACES)), min_size=1),
+    sides=st.sampled_from([(1, 1), (4, 4), (8, 8)]),
+    features=st.integers(1, 30),
+    whole=st.booleans(),
+    hostile=st.lists(st.sampled_from([float("nan"), float("inf"), 3e38, 1e-44, 0.0]), max_size=4),
+)
+def test_heads_of_places_are_trained_alike(
+    counts: list[int], names: set[str], sides: tuple[int, int], features: int, whole: bool, hostile: list[float]
+) -> None:
+    """Alone and beside a head of whole records, with patients of several pictures and pictures without labels."""
+    generator = torch.Generator().manual_seed(features)
+    unit_R = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+    records = len(unit_R)
+    maps = torch.randn(records, *sides, features, generator=generator)
+    for place, value in enumerate(hostile[:records]):
+        maps[place * 5 % records, 0, 0, place % features] = value
+    tasks: dict[str, Task] = {name: PLACES[name] for name in sorted(names)} | (
+        {"grade": TASKS["grade"]} if whole else {}
+    )
+    made = {}
+    for name in tasks:
+        labels = {
+            "cells": lambda: torch.tensor([0, 1, 2, 255]).to(torch.uint8)[
+                torch.randint(0, 4, (records, 8, 8), generator=generator)
+            ],
+            "per_pixel": lambda: torch.randint(0, 3, (records, *sides), generator=generator),
+            "boxes": lambda: BOXES[torch.randint(0, len(BOXES), (records,), generator=generator)],
+            "grade": lambda: torch.randint(0, 3, (records,), generator=generator),
+        }[name]()
+        own = maps.mean(dim=(1, 2)) if name == "grade" else maps.movedim(-1, 1) if name == "per_pixel" else maps
+        mask_R = torch.rand(records, generator=generator) > 0.2
+        made[name] = TaskRecords.of(own, labels, mask_R, unit_R, len(counts))
+    assert_same_round(tasks, Units(len(counts), made), draw_heads(tasks, 0.5, features))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([1.0, 1e-38, 1e-44, 1e37]),
+    power=st.booleans(),
+    hostile=st.lists(st.sampled_from([float("nan"), float("inf"), 3.4e38, 1e-45, 0.0, 1.0]), max_size=4),
+)
+def test_rows_are_quantised_alike(
+    shape: tuple[int, int], seed: int, scale: float, power: bool, hostile: list[float]
+) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    values = torch.exp2(torch.frexp(values).exponent.float()) if power else values
+    for place, value in enumerate(hostile):
+        values[place % len(values)] = value
+    compiled = QuantisedRows.of(values)
+    with without_library():
+        plain = QuantisedRows.of(values)
+        norms = plain.bound_norms()
+    assert torch.equal(compiled.integers.double(), plain.integers.double())
+    for one, other in ((compiled.scale, plain.scale), (compiled.bound_norms(), norms)):
+        assert torch.equal(one.nan_to_num(nan=-1.0), other.nan_to_num(nan=-1.0))
+
+
+@pytest.mark.parametrize("log2_deviation", [20, 33, 42, 48])
+@pytest.mark.parametrize("count", [1, 2, 17, 8191, 8193, 200_000])
+def test_noise_is_the_same_and_reads_as_much(count: int, log2_deviation: int) -> None:
+    """In 200,000 values some need more bits than a value's own: then the Python code decides."""
+    stream = NoiseStream(bytes(32))
+    compiled, after = stream.rounded_gaussian(count, log2_deviation), stream.uniform(1)
+    with without_library():
+        stream = NoiseStream(bytes(32))
+        assert (stream.rounded_gaussian(count, log2_deviation) == compiled).all() and stream.uniform(1) == after
