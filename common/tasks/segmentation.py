@@ -18,7 +18,7 @@ from common.run import drop_unset
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.declared import LabelWeights, order_by_label
 from common.tasks.parts.head import PlacesHeadSettings
-from common.tasks.parts.places import PicturePlaces, gather_slopes, refine
+from common.tasks.parts.places import PicturePlaces, compute_probabilities, gather_slopes, refine
 from common.tasks.parts.rates import RATE, Array, average_defined, compute_ratio
 from common.types import BadRecord
 
@@ -104,11 +104,11 @@ class Segmentation(PicturePlaces):
 
     def loss_gradient(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Returns the probabilities minus the labels' unit vectors, gathered from the masks' places to the outputs'."""
-        slope_BSSK = refine(outputs, labels.shape[1]).softmax(dim=-1)
-        index_BSS1 = self._clear(labels)
-        slope_BSSK = slope_BSSK.scatter_add_(-1, index_BSS1, slope_BSSK.new_full(index_BSS1.shape, -1.0))
-        slope_BSSK *= self._weigh(labels, slope_BSSK).unsqueeze(-1)
-        return gather_slopes(slope_BSSK, outputs.shape[1])
+        slope_KBSS = compute_probabilities(refine(outputs, labels.shape[1]))
+        index_1BSS = self._clear(labels).movedim(-1, 0)
+        slope_KBSS.scatter_add_(0, index_1BSS, slope_KBSS.new_full(index_1BSS.shape, -1.0))
+        slope_KBSS *= self._weigh(labels, slope_KBSS)
+        return gather_slopes(slope_KBSS.movedim(0, -1), outputs.shape[1])
 
     @property
     def smoothness(self) -> float:

@@ -43,6 +43,10 @@ class PicturePlaces(Plugin):
         return False
 
 
+_LANES = 64
+"""A multiple of the numbers that one instruction of any processor takes."""
+
+
 @dataclass(frozen=True)
 class _Taps:
     """The two places of the coarse grid between which each place of the fine one lies, and the weight of the second."""
@@ -68,6 +72,8 @@ def refine(outputs_BGGK: Tensor, side: int) -> Tensor:
         side: S.
     """
     for axis in (1, 2):
+        if outputs_BGGK.shape[axis] == side:
+            continue
         taps = _find_taps(outputs_BGGK.shape[axis], side)
         weight = outputs_BGGK.new_tensor(taps.weight).view(*(-1 if each == axis else 1 for each in range(4)))
         first = outputs_BGGK.index_select(axis, _as_index(taps.first, outputs_BGGK))
@@ -84,16 +90,33 @@ def gather_slopes(slopes_BSSK: Tensor, grid: int) -> Tensor:
         grid: G.
     """
     for axis in (1, 2):
+        if slopes_BSSK.shape[axis] == grid:
+            continue
         taps = _find_taps(grid, slopes_BSSK.shape[axis])
+        weight = slopes_BSSK.new_tensor(taps.weight).view(*(-1 if each == axis else 1 for each in range(4)))
         shape = list(slopes_BSSK.shape)
         shape[axis] = grid
+        # Each place after the other, so that a picture's sums are the same beside any other picture.
         gathered = slopes_BSSK.new_zeros(shape)
-        for place, (first, second, weight) in enumerate(zip(taps.first, taps.second, taps.weight, strict=True)):
-            slope = slopes_BSSK.select(axis, place)
-            gathered.select(axis, first).add_(slope * (1.0 - weight))
-            gathered.select(axis, second).add_(slope * weight)
+        gathered.index_add_(axis, _as_index(taps.first, slopes_BSSK), slopes_BSSK * (1.0 - weight))
+        gathered.index_add_(axis, _as_index(taps.second, slopes_BSSK), slopes_BSSK * weight)
         slopes_BSSK = gathered
     return slopes_BSSK
+
+
+def compute_probabilities(logits_BSSK: Tensor) -> Tensor:
+    """Returns the softmax over classes as K x B x S x S; a place's is the same to the bit wherever the place is.
+
+    Over the first axis torch's softmax is many times faster where classes are few; whole lanes of places leave none to
+    a loop's remainder, where an exponential may have other last bits.
+    """
+    logits_KN = logits_BSSK.flatten(0, -2).mT
+    missing = -logits_KN.shape[1] % _LANES
+    from torch.nn import functional
+
+    padded_KN = functional.pad(logits_KN, (0, missing)) if missing else logits_KN.contiguous()
+    probability_KN: Tensor = padded_KN.softmax(dim=0)[:, : logits_KN.shape[1]]
+    return probability_KN.unflatten(1, logits_BSSK.shape[:-1])
 
 
 def _as_index(places: list[int], like: Tensor) -> Tensor:
