@@ -9,17 +9,25 @@ The task is a plug-in as a user would write it: a class for each place of a B x 
 
 from __future__ import annotations
 
+import time
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import measure
 from benchmarks.heads import RATE, STEPS, private
-from benchmarks.measure import Work, compare
+from benchmarks.measure import Work
 from client.data.units import TaskRecords, Units
 from common.plugins import Plugin
 from common.process.threads import one_thread
+from common.tasks import Task, open_task
+from common.tasks.detection import Detection
+
+compare = partial(measure.compare, clock=time.process_time)
+"""In seconds of the processor: what else runs on a machine counts less."""
 
 SHAPES = [(64, 96, 2, 14), (64, 96, 10, 14), (32, 576, 10, 7), (128, 576, 2, 7)]
 
@@ -79,6 +87,32 @@ def main() -> None:
             name = f"private dense step / non-private closed form, {shape}"
             compare(name, step, closed_form(features, labels, K), target=1.15, repeats=7, note="16 steps each")
             compare(f"private dense step / Opacus, {shape}", step, oracle, target=0.2, repeats=3, note="16 steps each")
+        of_kinds()
+
+
+def of_kinds() -> None:
+    """Segmentation and detection as a run has them."""
+    for B, D, K, side in ((16, 48, 2, 64), (64, 96, 10, 14)):
+        features, labels = maps(B, D, K, side)
+        names = [str(k) for k in range(K)]
+        cells = open_task({"kind": "segmentation", "labels": names, "side": side}, "cells")
+        compare_kind(cells, features, labels.to(torch.uint8), closed_form(features, labels, K), f"K {K}")
+    features, labels = maps(32, 96, 5, 32)
+    example = Detection.example()
+    boxes = open_task(dict(example.settings), "boxes")
+    coded = torch.stack([boxes.codec.encode(cells) for cells in example.cells])[torch.arange(32) % len(example.cells)]
+    outputs = boxes.head(96)(torch.zeros(1, 1, 1, 96)).shape[-1]
+    compare_kind(boxes, features, coded, closed_form(features, labels % outputs, outputs), f"outputs {outputs}")
+
+
+def compare_kind(task: Task, features: Tensor, labels: Tensor, reference: Work, outputs: str) -> None:
+    """A private step of a kind's own head beside a softmax regression on the same places."""
+    B, D, side, _ = features.shape
+    rows = features.permute(0, 2, 3, 1).contiguous()
+    records = TaskRecords.of(rows, labels, torch.ones(B, dtype=torch.bool), torch.arange(B), B)
+    step = private(Units(B, {"task": records}), {"task": task}, {"task": task.head(D)})
+    name = f"private {task.kind} step / non-private closed form, B {B} D {D} {outputs} {side}x{side}"
+    compare(name, step, reference, target=1.15, repeats=7, note="16 steps each")
 
 
 if __name__ == "__main__":

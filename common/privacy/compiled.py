@@ -61,6 +61,7 @@ class Library:
         self.code = code
         for name, kinds in _ARGUMENTS.items():
             getattr(code, name).argtypes = [_KINDS[kind] for kind in kinds]
+        code.update.restype = ctypes.c_double
 
     def draw_gaussian(
         self, drawn: NDArray[np.uint64], tables: Tables, samples: NDArray[np.int64], log2_deviation: int

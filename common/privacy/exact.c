@@ -99,6 +99,7 @@ FAST void quantise(const float *values_RD, long R, long D, int16_t *integers_RD,
         }
         for (; d < D; d++) square += ceil(fabs(row[d] * to_whole)) * ceil(fabs(row[d] * to_whole));
         double scale = power_above(usable ? sqrt(square + add_lanes(squares)) : 1.0) * peak * 0x1p-31;
+        /* What is not finite becomes -2**31 or 0, whose lower 16 bits are zeros. */
         double to_integer = usable ? 1.0 / scale : 0.0;
         square = 0.0;
         squares = (Doubles){0};
@@ -110,10 +111,9 @@ FAST void quantise(const float *values_RD, long R, long D, int16_t *integers_RD,
             squares += whole * whole;
         }
         for (; d < D; d++) {
-            integers[d] = usable ? (int16_t)(int32_t)(row[d] * to_integer) : 0;
+            integers[d] = (int16_t)(int32_t)(row[d] * to_integer);
             square += (double)integers[d] * integers[d];
         }
-        if (!usable) memset(integers, 0, 2 * D);
         scale_R[r] = usable ? scale : finite ? 0.0 : NAN;
         norm_R[r] = own(sqrt(usable ? square + add_lanes(squares) : 0.0) * (1.0 + 0x1p-50)) * scale_R[r];
     }
@@ -412,17 +412,15 @@ FAST void add_block(const Head *heads, long num_heads, long U, double bound, dou
         if (head->gradient_UKD) {
             form_gradients(head, U, own_U);
         } else {
-        weigh(head->slopes_RK, head->factor_R, head->reach_R, head->R, head->K, head->rounding, head->weighted_RK,
-              head->several ? head->whole_RK : 0, head->sizes_2R, head->norm_R);
-        if (head->several) {
-            bound_units(head->whole_RK, head->sizes_2R, head->reach_R, head->norm_R, head->start_U, U, head->R, head->K,
-                        head->pairs_3Q, head->Q, head->product_Q, head->rounding, head->slack, least, square_U, own_U,
-                        head_slack_U);
-            for (long u = 0; u < U; u++) slack_U[u] = own(slack_U[u] + head_slack_U[u]);
-        } else {
+            weigh(head->slopes_RK, head->factor_R, head->reach_R, head->R, head->K, head->rounding, head->weighted_RK,
+                  head->several ? head->whole_RK : 0, head->sizes_2R, head->norm_R);
             memset(own_U, 0, 8 * U);
             for (long r = 0; r < head->R; r++) own_U[head->unit_R[r]] = head->norm_R[r];
-        }
+            if (head->several)
+                bound_units(head->whole_RK, head->sizes_2R, head->reach_R, head->norm_R, head->start_U, U, head->R,
+                            head->K, head->pairs_3Q, head->Q, head->product_Q, head->rounding, head->slack, least,
+                            square_U, own_U, head_slack_U);
+            for (long u = 0; head->several && u < U; u++) slack_U[u] = own(slack_U[u] + head_slack_U[u]);
         }
         if (head != heads)
             for (long u = 0; u < U; u++)
@@ -448,17 +446,20 @@ FAST void add_block(const Head *heads, long num_heads, long U, double bound, dou
 
 /* --- the update of client/solvers/parts/descent.py --------------------------------------------------------------- */
 
-/* Moves weights by a total with noise, and writes them on their grid. decay_N may be null. */
-FAST void update(const double *total_N, const int64_t *noise_N, long N, double spacing, const double *divisor_N,
-                 const double *decay_N, double momentum, const double *rate_N, double *weight_N, double *velocity_N,
-                 double *grid_N) {
+/* Moves weights by a total with noise, writes them on their grid, and returns the largest. decay_N may be null. */
+FAST double update(const double *total_N, const int64_t *noise_N, long N, double spacing, const double *divisor_N,
+                   const double *decay_N, double momentum, const double *rate_N, double *weight_N, double *velocity_N,
+                   double *grid_N) {
+    double peak = 0.0;
     for (long n = 0; n < N; n++) {
         double step = own(own((double)(noise_N[n] + (int64_t)total_N[n]) * spacing) / divisor_N[n]);
         if (decay_N) step = own(step + own(weight_N[n] * decay_N[n]));
         if (momentum != 0.0) step = velocity_N[n] = own(own(velocity_N[n] * momentum) + step);
         weight_N[n] = own(weight_N[n] - own(step * rate_N[n]));
         grid_N[n] = nearbyint(weight_N[n] * 0x1p24) * 0x1p-24;
+        peak = greater(peak, fabs(grid_N[n]));
     }
+    return peak;
 }
 
 /* --- draw_rounded_gaussian --------------------------------------------------------------------------------------- */

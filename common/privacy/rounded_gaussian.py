@@ -142,7 +142,8 @@ def _choose_cells(uniform: NDArray[np.uint32], words: Words) -> NDArray[np.int64
         whole = (int(uniform[index]) << 96) | (first << 32) | (second >> 32)
         while whole < tables.tails[place[index]]:
             place[index] -= 1
-    return np.subtract(_NUM_CELLS - 1, place, out=place)
+    cells: NDArray[np.int64] = np.subtract(_NUM_CELLS - 1, place, out=place)
+    return cells
 
 
 def _accept(

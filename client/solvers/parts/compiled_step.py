@@ -74,8 +74,10 @@ def prepare_block(block: Mapping[str, Inputs], widths: Mapping[str, int]) -> Add
 def _is_plain(inputs: Inputs, width: int) -> bool:
     integers = inputs.rows.integers
     narrow = integers.dtype == torch.int16 and integers.device.type == "cpu" and integers.is_contiguous()
-    large = inputs.positions is None and inputs.most_records > MOST_RECORDS
-    return narrow and not large and width <= _MOST_OUTPUTS
+    if inputs.positions is None:
+        return narrow and inputs.most_records <= MOST_RECORDS and width <= _MOST_OUTPUTS
+    # The gradients of a block's units, which are kept from step to step, need no more room than their features.
+    return narrow and width <= math.prod(inputs.positions)
 
 
 @final
@@ -104,7 +106,7 @@ class _CompiledBlock:
             sizes_3R = torch.empty(3, rows, dtype=torch.double)
             gradients = torch.empty(inputs.num_units if formed else 0, head.K * (head.D + 1) + 2, dtype=torch.double)
             gradient_UKD, gradient_UK, worth_2U = (
-                part.contiguous() for part in gradients.split([head.K * head.D, head.K, 2], dim=1)
+                part.contiguous() for part in torch.split(gradients, [head.K * head.D, head.K, 2], dim=1)
             )
             values = {
                 "integers_RD": inputs.rows.integers,
@@ -174,6 +176,7 @@ class Update:
     Attributes:
         weight_N: the weights.
         grid_N: the weights on their grid, `round_weights`.
+        peak: the largest of them; infinite where it is not known.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class Update:
     ) -> None:
         self.weight_N = weight_N
         self.grid_N = round_weights(weight_N)
+        self.peak = math.inf
         self._divisor, self._learning_rate, self._momentum = divisor, learning_rate, momentum
         # Where none decays, a weight that is not finite must not become one that is not a number.
         decays = isinstance(weight_decay, Tensor) or weight_decay != 0.0
@@ -223,7 +227,7 @@ class Update:
         stream.inspect(total_N, noise_N)
         divisor_N, decay_N, rate_N = self._at
         assert divisor_N is not None and rate_N is not None
-        self._library.code.update(
+        self.peak = self._library.code.update(
             *(total_N.data_ptr(), noise_N.ctypes.data, len(total_N), lattice.spacing, divisor_N.data_ptr()),
             *(None if decay_N is None else decay_N.data_ptr(), self._momentum, rate_N.data_ptr()),
             *(self.weight_N.data_ptr(), self._velocity_N.data_ptr(), self.grid_N.data_ptr()),

@@ -116,7 +116,7 @@ def compute_probabilities(logits_BSSK: Tensor) -> Tensor:
 
     padded_KN = functional.pad(logits_KN, (0, missing)) if missing else logits_KN.contiguous()
     probability_KN: Tensor = padded_KN.softmax(dim=0)[:, : logits_KN.shape[1]]
-    return probability_KN.unflatten(1, logits_BSSK.shape[:-1])
+    return probability_KN.reshape(-1, *logits_BSSK.shape[:-1])
 
 
 def _as_index(places: list[int], like: Tensor) -> Tensor:
