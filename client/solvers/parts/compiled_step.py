@@ -215,7 +215,9 @@ class Update:
             lattice: of the release.
             stream: where the noise is from.
         """
-        if self._library is None or not total_N.is_floating_point():
+        whole = noise_N.dtype == np.int64 and noise_N.flags.c_contiguous and total_N.dtype == torch.double
+        if self._library is None or not whole:
+            self.peak = math.inf
             step = lattice.release(total_N, noise_N, stream).div_(self._divisor)
             if self._weight_decay is not None:
                 step.add_(self.weight_N * self._weight_decay)

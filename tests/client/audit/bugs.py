@@ -18,7 +18,7 @@ from client.audit.audit import compute_ledger_epsilon
 from client.audit.canaries import ADDED, FREE, LIVE
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver, open_solver
-from client.solvers.parts import closed_form, private_step
+from client.solvers.parts import closed_form, compiled_step, private_step
 from common.plugins import plugin_class
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.lattice import Lattice, bound_norms
@@ -145,6 +145,7 @@ class ClipsNothing(BrokenSolver):
             return norm_U.isfinite().double()
 
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled_step, "open_library", lambda: None)
             patch.setattr(Lattice, "compute_factors", keep)
             return self.inner.solve(modules, tasks, units, **others)
 
