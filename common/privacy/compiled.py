@@ -25,7 +25,7 @@ SWITCH = "HEADWATER_COMPILED"
 """Environment variable: 0 leaves the compiled code out."""
 
 _VERSION = 1
-_MODULE = "headwater._exact"
+_MODULE = "headwater_exact"
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double, "i": ctypes.c_int}
 _ARGUMENTS = {
     "draw_gaussian": "ppnpnpppipp",
@@ -42,11 +42,8 @@ def open_library() -> Library | None:
     """Returns the compiled code; None where there is none for this processor, or it is left out."""
     if os.environ.get(SWITCH) == "0":
         return None
-    try:
-        # Where the package is installed: a Flower app has its own copy of this room, without what is compiled.
-        found = find_spec(_MODULE)
-    except ModuleNotFoundError:
-        found = None
+    # Beside the installed packages: a Flower app has its own copy of this room, without what is compiled.
+    found = find_spec(_MODULE)
     if found is None or found.origin is None:
         return None
     code = ctypes.CDLL(found.origin)
