@@ -337,7 +337,7 @@ class Kind(Protocol):
             WeightsNeeded: `Architecture.preprocess` is needed, or files that are not here.
         """
 
-    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]:
+    def model_dump(self, *, mode: str, by_alias: bool, exclude_unset: bool = False) -> dict[str, Any]:
         """Returns the settings as plain values (pydantic's)."""
 
     def model_copy(self, *, update: Mapping[str, Any]) -> Kind:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
-from pydantic import Field, WithJsonSchema, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from common.backbones import (
     Architecture,
@@ -68,6 +68,13 @@ class Seq2seqBackbone(Plugin):
     hidden: Width = 512
     projection: None = None
     vocabulary_bytes: Annotated[int, Field(ge=0, le=_MAX_VOCABULARY_BYTES)] | None = None
+
+    @field_validator("encoder")
+    @classmethod
+    def _make_paths_absolute(cls, encoder: Spec) -> Spec:
+        # Its paths are those of the file that it was read from.
+        kind: Kind = resolve("common.backbones", encoder, "encoder")
+        return Spec(**kind.model_dump(mode="json", by_alias=True, exclude_unset=True))
 
     @model_validator(mode="after")
     def _check(self) -> Seq2seqBackbone:
