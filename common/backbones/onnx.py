@@ -1,7 +1,8 @@
 """Any network in an ONNX file as a backbone: features are one of its tensors, whose others are never computed.
 
 The graph travels as bytes among the weights. What may stand in it is a fixed list of operators, checked here and again
-at each site (`common.backbones.parts.graphs.onnx_graph`); onnxruntime runs it with one thread, always the same.
+at each site (`common.backbones.parts.graphs.onnx_graph`); onnxruntime runs it with one thread, record by record, always
+the same.
 
 # Shapes: B records, D features.
 """

@@ -84,6 +84,88 @@ def test_a_site_checks_the_graph_that_it_receives(tmp_path: Path, monkeypatch: p
         load_blob(blob).encode(torch.zeros(1, 1, 6))
 
 
+def test_a_records_features_do_not_depend_on_a_neighbour_that_a_graph_looks_for(tmp_path: Path) -> None:
+    # The greatest value of the whole batch is added to all, but only where it is beyond what made-up inputs have.
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Sub", ["most", "limit"], ["beyond"]),
+        helper.make_node("Relu", ["beyond"], ["mark"]),
+        helper.make_node("Add", ["x", "mark"], ["y"]),
+    ]
+    held = [numpy_helper.from_array(np.float32(50), "limit")]
+    backbone = open_pretrained(write_graph(tmp_path / "net.onnx", nodes, held=held), "backbone")
+    inputs = torch.zeros(4, 1, 6)
+    changed = inputs.clone()
+    changed[2] = 1000.0
+    differs = (backbone.encode(changed) != backbone.encode(inputs)).any(dim=1)
+    assert differs.tolist() == [False, False, True, False]
+
+
+def _hold(**numbers: Any) -> list[Any]:
+    return [numpy_helper.from_array(np.asarray(value), name) for name, value in numbers.items()]
+
+
+_COUNTED = [
+    helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+    helper.make_node("Cast", ["most"], ["count"], to=TensorProto.INT64),
+    helper.make_node("Range", ["zero", "count", "one"], ["steps"]),
+    helper.make_node("Cast", ["steps"], ["y"], to=TensorProto.FLOAT),
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "held", "message"),
+    [
+        (_COUNTED, _hold(zero=0, one=1), "in which a record's values decide what Range gives back"),
+        # onnxruntime puts operators in order: what is counted would be looked at before it is known to be values.
+        (_COUNTED[::-1], _hold(zero=0, one=1), "whose operators do not stand in order"),
+        (
+            [helper.make_node("Dropout", ["x", "half", "yes"], ["y"])],
+            _hold(half=np.float32(0.5), yes=True),
+            "that leaves out features at random",
+        ),
+        (
+            [
+                helper.make_node(
+                    "Constant", [], ["s"], sparse_value=helper.make_sparse_tensor(*_hold(v=[1.0], i=[0]), [2])
+                ),
+                helper.make_node("Add", ["x", "s"], ["y"]),
+            ],
+            [],
+            "with graphs, lists of tensors or sparse tensors",
+        ),
+    ],
+)
+def test_what_would_depend_on_more_than_public_shapes_is_refused(
+    nodes: Any, held: Any, message: str, tmp_path: Path
+) -> None:
+    settings = write_graph(tmp_path / "net.onnx", nodes, held=held)
+    with pytest.raises(BadInput, match=rf"backbone\.weights: refused a graph {message}"):
+        open_pretrained(settings, "backbone")
+
+
+def test_shapes_that_follow_from_shapes_are_read(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "last"], ["length"]),
+        helper.make_node("Concat", ["rest", "length"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["y"]),
+    ]
+    settings = write_graph(tmp_path / "net.onnx", nodes, held=_hold(last=np.array([2]), rest=np.array([-1])))
+    assert open_pretrained(settings, "backbone").feature_dim == 6
+
+
+def test_a_short_graph_cannot_take_a_machines_memory(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("ConstantOfShape", ["count"], ["many"]),
+        helper.make_node("ReduceSum", ["many"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["x", "sum"], ["y"]),
+    ]
+    settings = write_graph(tmp_path / "net.onnx", nodes, held=_hold(count=np.array([1 << 36])))
+    with pytest.raises(BadInput, match=r"backbone\.reads: expected inputs that the graph takes, in 8 GiB of memory"):
+        open_pretrained(settings, "backbone")
+
+
 def test_weights_in_other_files_are_read_from_the_graphs_own_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     write_graph(tmp_path / "net.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])])
@@ -111,7 +193,7 @@ def test_weights_in_other_files_are_read_from_the_graphs_own_folder_alone(tmp_pa
         ({"axis": 5}, r"backbone\.axis: expected an axis of the output from 1 to 2, got 5"),
         ({"fill": {"state": 0}}, r"backbone\.fill: expected inputs of the graph, x, got 'state'"),
         ({"reads": {"series": {"length": 7}}}, r"backbone\.reads: expected inputs that the graph takes"),
-        ({"reads": {}}, r"backbone\.reads: expected exactly one of pictures, recordings and series"),
+        ({"reads": {}}, r"backbone\.reads: expected exactly one of pictures, recordings, series and volumes"),
         ({"weights": "absent.onnx"}, r"backbone\.weights: expected a readable ONNX file, .*no such file"),
     ],
 )

@@ -1,8 +1,10 @@
 """ONNX graphs as bytes that travel, and a module that runs them.
 
 Invariants: a graph that is run holds operators of a fixed list alone, all of ONNX's own domain: none draws random
-numbers, loops, branches, reads a file or calls code that a library brings. Its weights are inside. A runtime of one
-thread gives the same numbers every time.
+numbers, loops, branches, reads a file or calls code that a library brings. Its weights are inside, and no tensor's
+shape follows from a record's values: every record takes the same memory. A runtime of one thread gives the same numbers
+every time. Each record is read by itself, because a graph can do anything along the axis of records: it could add one
+record's values to all others' features, and do so for that record alone, which no trial on made-up inputs would show.
 
 # Shapes: B records, D features.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 MAX_BYTES = (2 << 30) - 1
 """Bytes of a graph at most: the file format has no longer ones."""
 
+MAX_MEMORY = 8 << 30
+"""Bytes that graphs' tensors take at most, together: a short file can ask for any number of them."""
+
 _NAMES = (
     "Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant "
     "ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear "
@@ -41,6 +47,26 @@ _NAMES = (
 )
 ALLOWED = frozenset(_NAMES.split())
 """Operators of a graph: each gives the same numbers for the same input, and ends."""
+
+_SHAPING = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Pad": (1, 3),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Unsqueeze": (1,),
+    "Upsample": (1,),
+}
+"""Operator -> which of its inputs decide its output's shape. Reductions' axes also do."""
+
+_PLAIN = ("FLOAT", "INT", "STRING", "TENSOR", "FLOATS", "INTS", "STRINGS")
+"""Types of an attribute: all but graphs, lists of tensors and sparse ones."""
 
 
 def read_graph(path: Path, output: str | None, fill: Mapping[str, float]) -> bytes:
@@ -75,7 +101,8 @@ def read_graph(path: Path, output: str | None, fill: Mapping[str, float]) -> byt
 
 
 def check_graph(model: onnx.ModelProto) -> None:
-    """Refuses a graph with anything but operators of the list and weights inside. Raises BadInput."""
+    """Refuses a graph with anything but operators of the list, weights inside and public shapes. Raises BadInput."""
+    onnx = _import("onnx")
     if model.functions or model.training_info or model.graph.sparse_initializer:
         raise BadInput("weights: refused a graph with functions, training or sparse weights of its own")
     for node in model.graph.node:
@@ -85,12 +112,43 @@ def check_graph(model: onnx.ModelProto) -> None:
                 f"weights: refused a graph with the operator {name}, which is not one of those that are run here; "
                 "export without branches and loops, or name an `output` in front of it"
             )
-        attributes = [attribute for attribute in node.attribute if attribute.graphs or attribute.HasField("g")]
-        if attributes:
-            raise BadInput("weights: refused a graph with graphs inside")
+        if node.op_type == "Dropout" and any(node.input[2:]):
+            raise BadInput("weights: refused a graph that leaves out features at random, as in training")
+        types = onnx.AttributeProto.AttributeType
+        if any(types.Name(attribute.type) not in _PLAIN or _is_nested(attribute) for attribute in node.attribute):
+            raise BadInput("weights: refused a graph with graphs, lists of tensors or sparse tensors inside")
     held = [*model.graph.initializer, *(each.t for node in model.graph.node for each in node.attribute)]
     if any(tensor.external_data or tensor.data_location for tensor in held):
         raise BadInput("weights: refused a graph whose weights lie in other files")
+    _refuse_shapes_of_values(model)
+
+
+def _is_nested(attribute: onnx.AttributeProto) -> bool:
+    lists = (attribute.graphs, attribute.tensors, attribute.sparse_tensors, attribute.type_protos)
+    return any(lists) or any(attribute.HasField(name) for name in ("g", "sparse_tensor", "tp"))
+
+
+def _refuse_shapes_of_values(model: onnx.ModelProto) -> None:
+    """Refuses a graph of which one record's values could decide how much memory it takes.
+
+    Whatever an operator makes of values is values, but for a tensor's shape: shapes are made of shapes alone.
+    """
+    held = {each.name for each in model.graph.initializer}
+    values = {each.name for each in model.graph.input} - held
+    known = held | values | {""}
+    for node in model.graph.node:
+        # Else values could come by a way that is looked at too late: onnxruntime puts operators in order itself.
+        if not known.issuperset(node.input):
+            raise BadInput("weights: refused a graph whose operators do not stand in order")
+        known.update(node.output)
+        shaping = (1,) if node.op_type.startswith("Reduce") else _SHAPING.get(node.op_type, ())
+        if any(at < len(node.input) and node.input[at] in values for at in shaping):
+            raise BadInput(
+                f"weights: refused a graph in which a record's values decide what {node.op_type} gives back; name an "
+                "`output` in front of it"
+            )
+        if node.op_type not in ("Shape", "Size") and values & set(node.input):
+            values |= set(node.output) - {""}
 
 
 def draw_graph(data: bytes) -> bytes:
@@ -112,7 +170,10 @@ def draw_graph(data: bytes) -> bytes:
 
 @final
 class _Session:
-    """A runtime's session. It keeps nothing between two runs, so that copies of a module may share it."""
+    """A runtime's session. It keeps nothing between two runs, so that copies of a module may share it.
+
+    What it is given is the graph that was checked, written anew: bytes that can be read as something else are not run.
+    """
 
     def __init__(self, data: bytes) -> None:
         onnx, onnxruntime = _import("onnx"), _import("onnxruntime")
@@ -120,12 +181,18 @@ class _Session:
             model = onnx.ModelProto.FromString(data)
         except _decode_error() as error:
             raise BadInput("backbone: expected an ONNX graph among the weights, got other bytes") from error
+        model.DiscardUnknownFields()
         check_graph(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        _bound_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         except _list_errors() as error:
             raise BadInput(f"weights: expected a graph that onnxruntime opens, got {type(error).__name__}") from error
         inputs = self._session.get_inputs()
@@ -138,12 +205,6 @@ class _Session:
         return self
 
     def run(self, values_B: NDArray[np.float32]) -> NDArray[np.float32]:
-        shape = self._shape
-        if shape and not isinstance(shape[0], int) and len(values_B) > 1:
-            return self._run(values_B)
-        return np.concatenate([self._run(values_B[row : row + 1]) for row in range(len(values_B))])
-
-    def _run(self, values_B: NDArray[np.float32]) -> NDArray[np.float32]:
         # Axes of length 1, such as one channel, are the graph's own affair.
         while self._shape and values_B.ndim < len(self._shape):
             ones = [axis for axis in range(1, len(self._shape)) if self._shape[axis] == 1]
@@ -154,9 +215,19 @@ class _Session:
             (result,) = self._session.run(None, {self._input: values_B})
         except _list_errors() as error:
             shapes = f"{values_B.shape[1:]}, the graph says {self._shape[1:]}"
-            raise BadInput(f"reads: expected inputs that the graph takes, got {shapes}") from error
+            raise BadInput(
+                f"reads: expected inputs that the graph takes, in {MAX_MEMORY >> 30} GiB of memory, got {shapes}"
+            ) from error
         values: NDArray[np.float32] = np.asarray(result, dtype=np.float32)
         return values
+
+
+@cache
+def _bound_memory() -> None:
+    onnxruntime = _import("onnxruntime")
+    arena = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    info = onnxruntime.OrtMemoryInfo("Cpu", arena, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg({"max_mem": MAX_MEMORY}))
 
 
 @final
@@ -186,10 +257,10 @@ class OnnxNetwork(nn.Module):
             self._session = _Session(self.graph.cpu().numpy().tobytes())
         values_B = inputs_B.detach().to("cpu", torch.float32).contiguous().numpy()
         if self._windows:
-            rows = [pool_axes(self._session._run(row_WL)[None], self._axis) for row_WL in values_B]
-            features_BD = np.concatenate(rows)
+            outputs = [self._session.run(row_WL)[None] for row_WL in values_B]
         else:
-            features_BD = pool_axes(self._session.run(values_B), self._axis)
+            outputs = [self._session.run(values_B[row : row + 1]) for row in range(len(values_B))]
+        features_BD = np.concatenate([pool_axes(output_1, self._axis) for output_1 in outputs])
         if self._width and features_BD.shape[1] != self._width:
             raise BadInput(f"weights: expected a graph with {self._width} features, got {features_BD.shape[1]}")
         return torch.from_numpy(np.ascontiguousarray(features_BD)).to(inputs_B.device)
