@@ -36,6 +36,9 @@ from pydantic import (
 from common.errors import describe, nearest, plain
 from common.types import BadInput
 
+_GROUP = "headwater"
+"""Entry points of installed packages stand in a group of this name, a dot and the folder's name."""
+
 
 class Frozen(BaseModel):
     """Base of every settings model: immutable, unknown keys refused, non-finite numbers refused."""
@@ -174,7 +177,7 @@ def _module(package: str, kind: str, key: str, own: Path | None) -> ModuleType:
 
 def _find_installed(package: str) -> dict[str, EntryPoint]:
     """Returns the kinds that installed packages bring, by name. It reads every package's description: it takes ms."""
-    points = entry_points(group=f"headwater.{package.rpartition('.')[2]}")
+    points = entry_points(group=f"{_GROUP}.{package.rpartition('.')[2]}")
     return {point.name: point for point in sorted(points, reverse=True)}
 
 

@@ -338,7 +338,13 @@ class Kind(Protocol):
         """
 
     def model_dump(self, *, mode: str, by_alias: bool, exclude_unset: bool = False) -> dict[str, Any]:
-        """Returns the settings as plain values (pydantic's)."""
+        """Returns the settings as plain values (pydantic's).
+
+        Args:
+            mode: `json` for values that JSON has.
+            by_alias: whether keys are those of a file.
+            exclude_unset: whether settings that nobody wrote are left out.
+        """
 
     def model_copy(self, *, update: Mapping[str, Any]) -> Kind:
         """Returns the same settings with some of them replaced (pydantic's)."""

@@ -63,7 +63,14 @@ class Library:
     def draw_gaussian(
         self, drawn: NDArray[np.uint64], tables: Tables, samples: NDArray[np.int64], log2_deviation: int
     ) -> bool:
-        """Writes integers as `draw_rounded_gaussian` does; returns False where the words do not decide them all."""
+        """Writes integers as `draw_rounded_gaussian` does; returns False where the words do not decide them all.
+
+        Args:
+            drawn: fresh words.
+            tables: numbers that are looked up.
+            samples: receives the integers.
+            log2_deviation: m.
+        """
         count = len(samples)
         points = (count + 1) // 2
         spare = points + count

@@ -56,7 +56,7 @@ _TERMS = 13
 
 @dataclass(frozen=True)
 class Tables:
-    """What is looked up for a value.
+    """Numbers that are looked up for a value.
 
     Attributes:
         tails: floor(2**127 P(|X| >= i / 64)) for i = 800 to 0, ascending.
@@ -73,7 +73,7 @@ class Tables:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
-        """Where the last three lie, for compiled code."""
+        """Places of the last three in memory, for compiled code."""
         return self.leading.ctypes.data, self.guide.ctypes.data, self.sure.ctypes.data
 
 

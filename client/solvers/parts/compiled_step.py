@@ -141,7 +141,14 @@ class _CompiledBlock:
         lattice: Lattice,
         totals: Weights,
     ) -> None:
-        """Does what `add_clipped_parts` does with this block."""
+        """Does what `add_clipped_parts` does with this block.
+
+        Args:
+            weights: task -> weight_KD and, where there is one, bias_K, on the grid.
+            output_gradients: task -> gradient of its loss by the head's outputs.
+            lattice: of the release.
+            totals: task -> sums of the weights' shapes; changed in place.
+        """
         sums = {name: _open_sums(totals[name]) for name in self._block}
         for head, (name, inputs) in zip(self._heads, self._block.items(), strict=True):
             head.weight_KD, head.total_KD = weights[name][0].data_ptr(), sums[name][0].data_ptr()

@@ -198,7 +198,7 @@ def _describe_network(exported: Exported) -> tuple[dict[str, Any], str]:
         more = {"model": spec["model"], "num_classes": IMAGENET_CLASSES, "options": options}
         return {"kind": kind, **more}, "pixel_values"
     if kind == "transformers":
-        network = own.module.encoder
+        network: Any = own.module.encoder
         if len(raw.tensors[0].shape) == 2 or len(network.dense):
             raise BadInput(
                 "--format huggingface holds no backbone of spectra, of patches, or with layers behind its pooling; "
