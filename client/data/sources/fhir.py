@@ -6,6 +6,7 @@ Each patient is one record, with columns made of observations, conditions, proce
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,9 @@ _DATES = {
     "MedicationAdministration": ("effectiveDateTime", "effectivePeriod"),
 }
 _NOT_TRUE = frozenset({"entered-in-error", "cancelled", "not-done", "refuted", "not-taken"})
+_ESCAPED = re.compile("[\udc80-\udcff]")
+"""What bytes that are no characters become."""
+
 _UNREADABLE = "not a FHIR resource that can be read"
 
 
@@ -108,7 +112,7 @@ class Fhir(SourceSettings):
                     people.setdefault(person.key, person)
                 else:
                     events += _read_events(resource)
-            except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError):
                 faults.append((file, row, _UNREADABLE))
         if not people:
             raise BadInput(f"{self.path}: expected .ndjson or .json files with a resource Patient, got none")
@@ -130,15 +134,16 @@ def _read_resources(tree: Tree) -> Iterator[tuple[str, int, Mapping[str, Any] | 
         # A file's name may be a patient's.
         file = f"file {number}"
         try:
-            text = tree.read(name, "FHIR file").decode("utf-8-sig")
-        except (BadRecord, UnicodeDecodeError):
+            # A byte that is no character is the fault of its own resource, not of all patients of the file.
+            text = tree.read(name, "FHIR file").decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+        except BadRecord:
             yield file, 0, None
             continue
         lines = text.split("\n") if name.lower().endswith(".ndjson") else [text]
         for row, line in enumerate(lines, start=1):
             if line.strip():
                 for resource in _unpack(line):
-                    yield file, row, resource
+                    yield file, row, None if _ESCAPED.search(line) and not _is_text(resource) else resource
 
 
 def _unpack(text: str) -> list[Mapping[str, Any] | None]:
@@ -151,19 +156,36 @@ def _unpack(text: str) -> list[Mapping[str, Any] | None]:
         return [None]
 
 
+def _is_text(resource: Any) -> bool:
+    try:
+        return _ESCAPED.search(json.dumps(resource, ensure_ascii=False)) is None
+    except RecursionError:
+        return False
+
+
 def _read_events(resource: Mapping[str, Any]) -> Iterator[PatientEvent]:
     """Returns the events of a resource: none where it is of a kind that is not read, or says what is not true."""
     kind = resource["resourceType"]
     if kind not in _DATES or _NOT_TRUE & {resource.get("status"), *_list_codes(resource.get("verificationStatus"))}:
         return
-    subject = str((resource.get("subject") or resource["patient"])["reference"])
-    patient = subject.rstrip("/").replace(":", "/").split("/")[-1]
+    patient = _find_patient(str((resource.get("subject") or resource["patient"])["reference"]))
+    if patient is None:
+        return
     start, end = _read_time(resource, _DATES[kind])
     coded = resource.get("code") or resource.get("medicationCodeableConcept") or {}
     # Blood pressure is one observation of two components.
     for part in ({**resource, "code": coded}, *resource.get("component", [])):
         codes = [(str(each.get("system", "")), str(each.get("code", ""))) for each in part["code"].get("coding", [])]
         yield PatientEvent(patient, codes, start, end, *_read_value(part))
+
+
+def _find_patient(reference: str) -> str | None:
+    """Returns the id in a reference; None where it is to something else, such as a group with a patient's id.
+
+    Before it there may be an address, and behind it a version: `http://host/Patient/12/_history/3`.
+    """
+    parts = reference.partition("/_history/")[0].rstrip("/").replace(":", "/").split("/")
+    return parts[-1] if len(parts) == 1 or parts[-2] in ("Patient", "uuid", "oid") else None
 
 
 def _list_codes(concept: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -125,34 +125,60 @@ class ImageFolder(SourceSettings):
             folders: dict[str, list[str]] = {}
             for name in everything.stamps:
                 folders.setdefault(PurePosixPath(name).parent.as_posix(), []).append(name)
-            masks = {name: self._locate_masks(name, folders) for name in tree.stamps}
+            masks = self._locate_masks(tree.stamps, folders)
         used = {*tree.stamps, *(path for each in masks.values() for paths in each.values() for path in paths)}
         visible, chosen = everything.chosen(lambda name: True), everything.chosen(lambda name: name.as_posix() in used)
         return Pictures(self, chosen, tuple(tree.stamps), masks, len(visible.stamps) - len(chosen.stamps))
 
-    def _locate_masks(self, name: str, folders: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-        """Returns column -> paths of the files of each mask of an image that is there.
+    def _locate_masks(
+        self, names: Iterable[str], folders: Mapping[str, Sequence[str]]
+    ) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Returns image -> column -> paths of the files of each mask that is there.
 
         Args:
-            name: path of the image.
+            names: paths of the images.
             folders: path of each folder -> paths of the files in it.
+
+        Raises:
+            BadInput: a file is a mask of two images, by names of which one begins as the other.
         """
-        match = re.compile(f"{self.pattern}").search(name)
-        found = {}
-        for column, written in self.masks.items():
-            path = PurePosixPath(_BRACES.sub(lambda group: (match[group[1]] or "") if match else "", written))
-            inside = folders.get(path.parent.as_posix(), ())
-            if "*" in PurePosixPath(written).name:
-                # What a group holds is no pattern.
-                escaped = re.escape(path.name).replace(re.escape("*"), ".*")
-                found[column] = tuple(each for each in inside if re.fullmatch(escaped, PurePosixPath(each).name))
-            else:
-                found[column] = tuple(each for each in inside if each == path.as_posix())
-        return {column: paths for column, paths in found.items() if paths}
+        fitting, known = re.compile(f"{self.pattern}"), {each for inside in folders.values() for each in inside}
+        located: dict[str, dict[str, tuple[str, ...]]] = {}
+        owners: dict[tuple[str, str], str] = {}
+        for name in names:
+            match, own = fitting.search(name), dict[str, tuple[str, ...]]()
+            for column, written in self.masks.items():
+                path = _fill(written, match)
+                whole = PurePosixPath(path)
+                if "*" not in whole.name:
+                    exact = _show(whole.as_posix())
+                    own |= {column: (exact,)} if exact in known else {}
+                    continue
+                inside = folders.get(_show(whole.parent.as_posix()), ())
+                escaped = re.compile(".*".join(re.escape(_show(part)) for part in whole.name.split("*")))
+                paths = tuple(each for each in inside if escaped.fullmatch(PurePosixPath(each).name))
+                if any(owners.setdefault((column, each), path) != path for each in paths):
+                    raise BadInput(
+                        f"masks.{column}: expected a path by which a file is a mask of one image, got one of two, as "
+                        "one image's name begins as another's; put more of the name in front of the `*`"
+                    )
+                own |= {column: paths} if paths else {}
+            located[name] = own
+        return located
 
     def naming(self) -> Naming | None:
         """Returns the rule by which an image's path is read where there is a pattern."""
         return None if self.pattern is None else Naming(self.pattern, self.patient, self.test)
+
+
+def _fill(written: str, match: re.Match[str] | None) -> str:
+    """Returns a path with what its groups hold; a star that one holds is no pattern, and is hidden (`_show`)."""
+    return _BRACES.sub(lambda group: ((match and match[group[1]]) or "").replace("*", "\0"), written)
+
+
+def _show(text: str) -> str:
+    """Returns a path with its own stars: none holds a null character."""
+    return text.replace("\0", "*")
 
 
 @dataclass(frozen=True)

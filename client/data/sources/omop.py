@@ -50,7 +50,8 @@ class Omop(SourceSettings):
     """Settings: where the tables are, and the columns that a person's rows become. Codes are concept ids.
 
     Attributes:
-        path: folder with person.csv or person.parquet, measurement and so on, or a DuckDB file.
+        path: folder with person.csv or person.parquet, measurement and so on, or a DuckDB file, whose
+            views may read nothing but itself.
         database: name of the environment variable that holds the address of a database, as SQLAlchemy reads it.
         schema_name: schema of its tables; null takes the database's own.
         codes: column -> concept ids of the rows that it is made of.
@@ -157,7 +158,9 @@ def _query_duckdb(path: Path, table: str, names: Sequence[str]) -> list[dict[str
     if not path.is_file():
         raise BadInput(f"{path}: expected a folder of tables or a DuckDB file, found none")
     try:
-        with duckdb.connect(str(path), read_only=True) as database:
+        # Nothing but this file: a view in it could read others.
+        only_this: dict[str, str | bool | int | float | list[str]] = {"enable_external_access": False}
+        with duckdb.connect(str(path), read_only=True, config=only_this) as database:
             found = database.execute(
                 "select column_name from information_schema.columns where lower(table_name) = ?", [table]
             ).fetchall()
@@ -197,7 +200,7 @@ def _query(variable: str, schema: str | None, table: str, names: Sequence[str]) 
             source = sa.table(own, *(sa.column(columns[name]) for name in chosen), schema=schema)
             rows = database.execute(sa.select(source)).fetchall()
         engine.dispose()
-    except (sa.exc.SQLAlchemyError, ImportError) as error:
+    except (sa.exc.SQLAlchemyError, ImportError, ValueError) as error:
         # From None: the address holds a password.
         raise BadInput(f"database: expected one that can be read at {variable}{instead(error)}") from None
     return _as_texts(chosen, rows)

@@ -204,6 +204,25 @@ def test_a_mask_of_a_dicom_picture_is_read_and_one_of_a_series_is_refused(tmp_pa
         series.cells["mask"]
 
 
+def test_masks_of_an_image_are_never_those_of_another(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for name in ("a*", "ab"):
+        write(tmp_path / "images", f"{name}.png", np.zeros((2, 2), np.uint8))
+        write(tmp_path / "masks", f"{name}-1.png", np.full((2, 2), name == "ab", np.uint8))
+
+    def open_masks(path: str) -> Source:
+        return source_of(tmp_path, pattern=r"^images/(?P<name>.+)\.png", masks={"mask": path}, test=None)
+
+    # A star in a file's own name stands for itself.
+    cells = [record.cells["mask"] for record in open_masks("masks/{name}-*.png").index()]
+    assert [read_mask(cell).max() for cell in cells] == [0, 1]
+    write(tmp_path / "images", "ab-2.png", np.zeros((2, 2), np.uint8))
+    write(tmp_path / "masks", "ab-2-1.png", np.zeros((2, 2), np.uint8))
+    with pytest.raises(BadInput, match=r"masks\.mask: expected a path by which a file is a mask of one image"):
+        open_masks("masks/{name}-*.png")
+
+
 def test_masks_of_single_objects_are_one_mask_of_their_picture(tmp_path: Path) -> None:
     for name in ("q7[ann", "q7-bea", "q7-cem"):
         (tmp_path / name / "images").mkdir(parents=True)

@@ -150,6 +150,46 @@ def test_a_line_that_is_no_resource_costs_itself_only(tmp_path: Path) -> None:
         source.load(1)
 
 
+def test_a_byte_that_is_no_character_costs_its_own_resource_only(tmp_path: Path) -> None:
+    write_ndjson(tmp_path, [patient("ann"), patient("bea"), observation("ann", "8480-6", "2020-01-01", 120.0)])
+    with (tmp_path / "Patient.ndjson").open("ab") as file:
+        file.write(json.dumps(patient("Müller"), ensure_ascii=False).encode("latin-1") + b"\n")
+    records = fhir(tmp_path, {"pressure": {"code": "8480-6"}}, columns=["pressure"]).index()
+    assert [(record.cells["pressure"], record.fault) for record in records] == [
+        ("120.0", ""),
+        ("", ""),
+        ("", "not a FHIR resource that can be read"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reference", "pressures"),
+    [
+        # Version 2 of ann's own resource is not the patient 2.
+        ("Patient/ann/_history/2", ["120.0", ""]),
+        ("http://host/fhir/Patient/ann", ["120.0", ""]),
+        ("urn:uuid:ann", ["120.0", ""]),
+        ("Group/2", ["", ""]),
+        ("Device/ann", ["", ""]),
+    ],
+)
+def test_an_event_is_of_the_patient_that_it_refers_to(tmp_path: Path, reference: str, pressures: list[str]) -> None:
+    found = observation("ann", "8480-6", "2020-01-01", 120.0) | {"subject": {"reference": reference}}
+    write_ndjson(tmp_path, [patient("ann"), patient("2"), found])
+    records = fhir(tmp_path, {"pressure": {"code": "8480-6"}}, columns=["pressure"]).index()
+    assert [record.cells["pressure"] for record in records] == pressures
+
+
+def test_a_view_of_a_database_file_reads_no_other_file(tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    (tmp_path / "other.csv").write_text("person_id\n1\n")
+    with duckdb.connect(str(tmp_path / "omop.duckdb")) as database:
+        database.execute(f"create view person as select * from read_csv('{tmp_path / 'other.csv'}')")
+    settings = {"path": str(tmp_path / "omop.duckdb"), "codes": {"x": {"code": 1}}, "columns": ["x"]}
+    with pytest.raises(BadInput, match="expected a DuckDB file that can be read, got PermissionException"):
+        open_source({"kind": "omop", **settings}, "s").open()
+
+
 def test_several_units_are_refused_until_one_is_named(tmp_path: Path) -> None:
     write_ndjson(tmp_path / "export", [*PATIENTS, *RESOURCES, observation("c", "2345-7", "2020-01-01", 90, "mg/dL")])
     with pytest.raises(BadInput, match="codes.glucose.unit: expected one of the units of its values, as they have 2"):
@@ -255,7 +295,9 @@ def test_a_database_that_is_not_there_is_named_without_its_password(monkeypatch:
     pytest.importorskip("sqlalchemy")
     with pytest.raises(BadInput, match="environment variable CDM_ADDRESS"):
         open_source({**OMOP, "database": "CDM_ADDRESS"}, "sources.x").open()
-    monkeypatch.setenv("CDM_ADDRESS", "nodialect://clinic:q7-secret@host/cdm")
-    with pytest.raises(BadInput, match="expected one that can be read at CDM_ADDRESS") as caught:
-        open_source({**OMOP, "database": "CDM_ADDRESS"}, "sources.x").open()
-    assert "q7" not in str(caught.value)
+    # A sign of the password that would have to be escaped makes the rest of it a port.
+    for address in ("nodialect://clinic:q7-secret@host/cdm", "sqlite://clinic@host:q7-secret/cdm"):
+        monkeypatch.setenv("CDM_ADDRESS", address)
+        with pytest.raises(BadInput, match="expected one that can be read at CDM_ADDRESS") as caught:
+            open_source({**OMOP, "database": "CDM_ADDRESS"}, "sources.x").open()
+        assert "q7" not in str(caught.value)

@@ -92,7 +92,7 @@ def test_a_records_features_do_not_depend_on_a_neighbour_that_a_graph_looks_for(
         helper.make_node("Relu", ["beyond"], ["mark"]),
         helper.make_node("Add", ["x", "mark"], ["y"]),
     ]
-    held = [numpy_helper.from_array(np.float32(50), "limit")]
+    held = [numpy_helper.from_array(np.array(50, np.float32), "limit")]
     backbone = open_pretrained(write_graph(tmp_path / "net.onnx", nodes, held=held), "backbone")
     inputs = torch.zeros(4, 1, 6)
     changed = inputs.clone()
@@ -127,7 +127,10 @@ _COUNTED = [
         (
             [
                 helper.make_node(
-                    "Constant", [], ["s"], sparse_value=helper.make_sparse_tensor(*_hold(v=[1.0], i=[0]), [2])
+                    "Constant",
+                    [],
+                    ["s"],
+                    sparse_value=helper.make_sparse_tensor(_hold(v=[1.0])[0], _hold(i=[0])[0], [2]),
                 ),
                 helper.make_node("Add", ["x", "s"], ["y"]),
             ],
