@@ -191,18 +191,23 @@ class Language(Protocol):
 
     Law (tests/contracts/test_backbones.py): the states that `step` gives behind a text's own tokens are those at the
     places of its features.
-
-    Attributes:
-        longest: largest number of a text's tokens, with the one that ends it: T.
-        start: token that stands before a text.
-        end: token that ends a text.
-        scale: what the first head multiplies a state by, so that it tells what the backbone itself would.
     """
 
-    longest: int
-    start: int
-    end: int
-    scale: float
+    @property
+    def longest(self) -> int:
+        """Largest number of a text's tokens, with the one that ends it: T."""
+
+    @property
+    def start(self) -> int:
+        """The token that stands before a text."""
+
+    @property
+    def end(self) -> int:
+        """The token that ends a text."""
+
+    @property
+    def scale(self) -> float:
+        """What the first head multiplies a state by, so that it tells what the backbone itself would."""
 
     @property
     def embedding_VD(self) -> Tensor:

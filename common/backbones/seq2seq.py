@@ -89,7 +89,8 @@ class Seq2seqBackbone(Plugin):
 
         from common.backbones.parts.language.vocabulary import make_vocabulary
 
-        encoder = plugin_class("common.backbones", "transformers").example(folder)
+        of_texts: Any = plugin_class("common.backbones", "transformers")
+        encoder = of_texts.example(folder)
         texts = ["der Befund ist gut .", "ein Schatten .", "der Schatten ist kein Befund .", "kein Schatten ist gut ."]
         sizes = {"max_tokens": 18, "vocabulary": 40, "width": 12, "layers": 2, "heads": 3, "hidden": 20}
         settings = {"kind": "seq2seq", "encoder": dict(encoder.settings), **sizes}

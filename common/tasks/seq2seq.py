@@ -148,7 +148,7 @@ class Seq2seq(Plugin):
         count = min(self.max_tokens, outputs_BPD.shape[1])
         outputs_BTD, tokens_BT = outputs_BPD[:, :count], labels[:, :count].long()
         # Logits of many texts would fill the memory.
-        parts = zip(outputs_BTD.split(_TEXTS), tokens_BT.clamp(min=0).split(_TEXTS), strict=True)
+        parts = zip(torch.split(outputs_BTD, _TEXTS), torch.split(tokens_BT.clamp(min=0), _TEXTS), strict=True)
         losses = [
             functional.cross_entropy(compute_logits(self.language, own_BTD).movedim(2, 1), own_BT, reduction="none")
             for own_BTD, own_BT in parts
@@ -246,9 +246,9 @@ class Seq2seq(Plugin):
             both, one, _ = count_matches(said_words, meant_words, order)
             values += [both / most_words, (one - both) / most_words]
         values.append(len(meant_words) / most_words)
-        chars = ["".join(text.split())[:most_chars] for text in (said, meant)]
+        said_chars, meant_chars = ("".join(text.split())[:most_chars] for text in (said, meant))
         for order in range(1, CHAR_ORDER + 1):
-            both, one, other = count_matches(*chars, order)
+            both, one, other = count_matches(said_chars, meant_chars, order)
             # As sacrebleu counts them: where a reference has no n-grams, a text has none either.
             one = one if other else 0
             values += [each / most_chars for each in (both, one - both, other - both)]

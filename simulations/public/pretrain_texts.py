@@ -69,11 +69,11 @@ def _preprocess(writer: Writer, pairs: Sequence[Text]) -> Tensor:
 
 def _encode_sources(writer: Writer, inputs_N: Tensor, observe: Observe) -> tuple[Tensor, Tensor]:
     """Returns the encoder's states in 16 bits, and how many tokens a source has."""
-    sources_N3L = inputs_N[:, : -writer.longest].unflatten(1, (3, -1))
+    sources_N3L = torch.unflatten(inputs_N[:, : -writer.longest], 1, (3, -1))
     writer.eval()
     parts = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for number, part in enumerate(sources_N3L.split(_ENCODED_AT_ONCE)):
+        for number, part in enumerate(torch.split(sources_N3L, _ENCODED_AT_ONCE)):
             observe("encoding", number * _ENCODED_AT_ONCE, len(inputs_N))
             parts.append(writer.encode(part).to(torch.bfloat16))
     # Cloned outside: autograd refuses inference tensors.
@@ -113,7 +113,7 @@ def _train(writer: Writer, plan: Pretrain, pairs: tuple[Tensor, Tensor, Tensor],
 def _divide(tokens_NT: Tensor, batch_size: int) -> list[Tensor]:
     """Returns batches of pairs of about one length, in a random order."""
     length_N = (tokens_NT != NONE).sum(dim=1) + 2.0 * torch.rand(len(tokens_NT))
-    batches = list(torch.argsort(length_N).split(batch_size))
+    batches = list(torch.split(torch.argsort(length_N), batch_size))
     return [batches[number] for number in torch.randperm(len(batches)).tolist()]
 
 

@@ -48,7 +48,7 @@ class Attention(nn.Module):
         return out
 
     def _divide(self, values_BTD: Tensor) -> Tensor:
-        return values_BTD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(values_BTD, 2, (self.heads, -1)).transpose(1, 2)
 
 
 @final
@@ -133,13 +133,13 @@ class Decoder(nn.Module):
         length = tokens_BT.shape[1]
         causal_TT = torch.ones(length, length, dtype=torch.bool, device=tokens_BT.device).tril()
         states_BTD = self._embed(tokens_BT, 0)
-        for layer in self.layers:
+        for layer in self._list_layers():
             states_BTD, _ = layer(states_BTD, layer.read.split(read_BSD), mask_BS[:, None, None], causal_TT, None)
         return self._norm(states_BTD)
 
     def prepare(self, read_BSD: Tensor) -> Cache:
         """Returns each layer's keys and values of sources."""
-        return [layer.read.split(read_BSD) for layer in self.layers]
+        return [layer.read.split(read_BSD) for layer in self._list_layers()]
 
     def step(
         self, tokens_B: Tensor, position: int, read: Cache, mask_BS: Tensor, said: Cache | None
@@ -155,11 +155,14 @@ class Decoder(nn.Module):
         """
         states_B1D = self._embed(tokens_B[:, None], position)
         after: Cache = []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self._list_layers()):
             before = None if said is None else said[number]
             states_B1D, own = layer(states_B1D, read[number], mask_BS[:, None, None], None, before)
             after.append(own)
         return self._norm(states_B1D)[:, 0], after
+
+    def _list_layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def _embed(self, tokens_BT: Tensor, first: int) -> Tensor:
         places_T = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device)

@@ -53,7 +53,7 @@ class Writer(nn.Module):
     def forward(self, inputs_B: Tensor) -> Tensor:
         """Returns the states of the texts' tokens, then what is read of the sources; zeros where either has ended."""
         source_BL, tokens_BT = inputs_B[:, : -self.longest], inputs_B[:, -self.longest :]
-        source_B3L = source_BL.unflatten(1, (_ROWS_OF_SOURCE, -1))
+        source_B3L = torch.unflatten(source_BL, 1, (_ROWS_OF_SOURCE, -1))
         mask_BL = source_B3L[:, 1] > 0
         read_BLD = self.decoder.read_memory(self.encode(source_B3L).to(self.decoder.bias.dtype))
         own_BT, before_BT = tokens_BT != NONE, torch.roll(tokens_BT, 1, dims=1)
@@ -65,7 +65,7 @@ class Writer(nn.Module):
 
     def encode(self, source_B3L: Tensor) -> Tensor:
         """Returns the encoder's states of sources beside its embeddings of their tokens, [B, L, M]; zeros behind."""
-        embed = self.encoder.model.get_input_embeddings()
+        embed = self.encoder.model.get_input_embeddings()  # type: ignore[operator]
         positions, states = [torch.zeros(0, dtype=torch.long, device=source_B3L.device)], []
         for rows, group_B in self.modality.groups(source_B3L):
             output, mask_BL = self.modality.run(self.encoder.model, group_B)

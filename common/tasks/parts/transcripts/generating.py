@@ -33,12 +33,12 @@ def write_texts(language: Language, head: Head, features_BPD: Tensor, beam: int)
     import torch
 
     if beam > 1:
-        rows = [_write_beam(language, head, row_1PD, beam) for row_1PD in features_BPD.split(1)]
+        rows = [_write_beam(language, head, row_1PD, beam) for row_1PD in torch.split(features_BPD, 1)]
         rows = rows or [_write_best(language, head, features_BPD)]
         return torch.cat(rows)
     missing = -len(features_BPD) % WRITTEN_AT_ONCE
     padded_BPD = torch.cat([features_BPD, features_BPD.new_zeros((missing, *features_BPD.shape[1:]))])
-    written = [_write_best(language, head, each) for each in padded_BPD.split(WRITTEN_AT_ONCE)]
+    written = [_write_best(language, head, each) for each in torch.split(padded_BPD, WRITTEN_AT_ONCE)]
     return torch.cat(written)[: len(features_BPD)]
 
 
