@@ -21,6 +21,7 @@ from client.config import LabelColumns, Split
 from client.data.drawn import clip_boxes
 from client.data.sources import SourceRecord
 from client.data.sources.parts.boundary import try_record
+from common.backbones import SPEECH
 from common.errors import instead
 from common.inputs import encode_text, find_name, is_boxes, is_mask, normalise_patient_id, read_mask_names, rename_parts
 from common.tasks import NamedCells, NamedParts, PlacesLabels, Task
@@ -276,9 +277,9 @@ def place_labels(
             rejected.append(RejectedRecord(records[row].record.file, records[row].record.row, reason, name))
             mask_R[row] = False
         placed.append(found)
-    known = [each for each in placed if each is not None]
-    # What a label is followed by, if by anything, is of one length; where there is no label, that of any will do.
-    blank = torch.cat([missing, missing.new_zeros(len(known[0]) - len(missing) if known else marks_RP.shape[1])])
+    # What a label is followed by, if by anything, is of one length, which a site without a label has too.
+    width = len(task.place_label(missing, torch.full_like(marks_RP[0], SPEECH))) if len(marks_RP) else len(missing)
+    blank = torch.cat([missing, missing.new_zeros(width - len(missing))])
     stacked = torch.stack([blank, *(blank if each is None else each for each in placed)])
     return TaskLabels(stacked[1:].to(labels.labels.dtype), mask_R, tuple(rejected))
 

@@ -7,12 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from client.config import Split
-from client.data.records import SIDES, UsableRecord, count_copies, find_usable, place_records, select_rows
+from client.data.records import (
+    SIDES,
+    TaskLabels,
+    UsableRecord,
+    count_copies,
+    find_usable,
+    place_labels,
+    place_records,
+    select_rows,
+)
 from client.data.sources import SourceRecord
+from common.backbones import SPEECH
+from common.tasks import PlacesLabels, open_task
 from common.types import Unit
 
 HALF = Split(test_fraction=0.5, salt="pepper")
@@ -204,3 +216,25 @@ def test_one_record_more_moves_no_other_where_each_is_a_unit_of_its_own() -> Non
             after, _ = place_records([*members, member("new", patient, side)], HALF, Unit.EXAMPLE)
             assert [found.side for found in after[:-1]] == [found.side for found in before]
             assert after[-1].side == side
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "ctc", "symbols": ["yes", "no"], "unit": "words", "max_symbols": 4},
+        {"kind": "seq2seq", "max_tokens": 4},
+    ],
+    ids=["behind each label stand its places", "nothing stands behind it"],
+)
+def test_a_site_without_a_label_has_labels_as_long_as_those_of_others(settings: dict[str, object]) -> None:
+    task = open_task(settings, "task")
+    assert isinstance(task, PlacesLabels)
+    label = torch.tensor([[0, 1, -1, -1]], dtype=torch.int32)
+    marks_RP = torch.full((1, 9), SPEECH)
+    widths = set()
+    for is_known in (True, False):
+        labels = TaskLabels(label, torch.tensor([is_known]), ())
+        placed = place_labels("said", task, labels, [], marks_RP)
+        assert placed.mask_R.tolist() == [is_known] and not placed.rejected
+        widths.add(placed.labels.shape[1])
+    assert len(widths) == 1
