@@ -184,7 +184,7 @@ def _find_installed(package: str) -> dict[str, EntryPoint]:
 def _import_installed(point: EntryPoint, key: str) -> ModuleType:
     try:
         return importlib.import_module(point.module)
-    except ImportError as error:
+    except Exception as error:
         owner = point.dist.name if point.dist is not None else "its package"
         raise BadInput(
             f"{key}: expected {owner} to bring the kind {point.name!r}, got {type(error).__name__}"

@@ -54,6 +54,9 @@ def site_packages(tmp_path: Path) -> Path:
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n")
     lines = ["[headwater.backbones]", "made_up = made_up_backbones", "broken = made_up_absent", "onnx = made_up_absent"]
+    (tmp_path / "made_up_failing.py").write_text("raise RuntimeError('q7')\n")
+    (tmp_path / "made_up_unfinished.py").write_text("def (\n")
+    lines += ["failing = made_up_failing", "unfinished = made_up_unfinished"]
     (about / "entry_points.txt").write_text("\n".join(lines))
     return tmp_path
 
@@ -76,8 +79,11 @@ def test_a_backbone_of_an_installed_package_is_opened_travels_and_encodes(
     expected_BD = torch.tensor([[4.0, (2 / 3) ** 0.5]])
     torch.testing.assert_close(received.encode([received.preprocess(series_T)]), expected_BD)
     refuse_unknown_kind("common.backbones", "made_up", "backbone.kind")
-    with pytest.raises(BadInput, match=r"backbone\.kind: expected made-up to bring the kind 'broken'"):
-        open_pretrained({"kind": "broken"}, "backbone")
+    for kind, error in (("broken", "ModuleNotFound"), ("failing", "Runtime"), ("unfinished", "Syntax")):
+        with pytest.raises(
+            BadInput, match=rf"^backbone\.kind: expected made-up to bring the kind '{kind}', got {error}Error$"
+        ):
+            open_pretrained({"kind": kind}, "backbone")
     with pytest.raises(BadInput, match=r"backbone\.kind: expected one of .*made_up.*nearest: 'made_up'"):
         open_pretrained({"kind": "made_upp"}, "backbone")
     # The project's own kinds are never replaced.

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from client.data.sources import SourceExample
 from client.data.sources.parts.base import SourceSettings
 from client.data.sources.parts.tables.events import (
+    Coded,
     EventColumn,
     Index,
     KnownPatient,
@@ -100,6 +101,7 @@ class Fhir(SourceSettings):
     def open(self) -> PatientRows:
         """The patients. Raises BadInput: missing, no patients, or values of several units."""
         tree = open_tree(self.path, "FHIR files").chosen(lambda name: name.suffix.lower() in {".ndjson", ".json"})
+        wanted = [*self.codes.values(), *([self.index] if isinstance(self.index, Coded) else [])]
         people: dict[str, KnownPatient] = {}
         events: list[PatientEvent] = []
         faults: list[tuple[str, int, str]] = []
@@ -111,7 +113,8 @@ class Fhir(SourceSettings):
                     person = self._read_person(resource)
                     people.setdefault(person.key, person)
                 else:
-                    events += _read_events(resource)
+                    # Most of an export is of no column: to keep it all would fill the memory.
+                    events += (event for event in _read_events(resource) if any(each.matches(event) for each in wanted))
             except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError):
                 faults.append((file, row, _UNREADABLE))
         if not people:
@@ -134,16 +137,16 @@ def _read_resources(tree: Tree) -> Iterator[tuple[str, int, Mapping[str, Any] | 
         # A file's name may be a patient's.
         file = f"file {number}"
         try:
-            # A byte that is no character is the fault of its own resource, not of all patients of the file.
-            text = tree.read(name, "FHIR file").decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+            # Line by line: neither a file's length nor a byte that is no character costs other patients theirs.
+            lines = (
+                tree.read_lines(name, "FHIR file") if name.lower().endswith(".ndjson") else [tree.read(name, "file")]
+            )
+            for row, data in enumerate(lines, start=1):
+                line = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+                for resource in _unpack(line) if line.strip() else ():
+                    yield file, row, None if _ESCAPED.search(line) and not _is_text(resource) else resource
         except BadRecord:
             yield file, 0, None
-            continue
-        lines = text.split("\n") if name.lower().endswith(".ndjson") else [text]
-        for row, line in enumerate(lines, start=1):
-            if line.strip():
-                for resource in _unpack(line):
-                    yield file, row, None if _ESCAPED.search(line) and not _is_text(resource) else resource
 
 
 def _unpack(text: str) -> list[Mapping[str, Any] | None]:

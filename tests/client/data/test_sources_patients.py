@@ -162,6 +162,14 @@ def test_a_byte_that_is_no_character_costs_its_own_resource_only(tmp_path: Path)
     ]
 
 
+def test_a_long_file_costs_no_patient_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [observation(f"p{number}", "8480-6", "2020-01-01", 100.0 + number) for number in range(9)]
+    write_ndjson(tmp_path, [*(patient(f"p{number}") for number in range(9)), *found])
+    monkeypatch.setattr("client.data.sources.parts.tree.MAX_FILE_BYTES", 1000)
+    records = fhir(tmp_path, {"pressure": {"code": "8480-6"}}, columns=["pressure"]).index()
+    assert [record.cells["pressure"] for record in records] == [f"{100.0 + number}" for number in range(9)]
+
+
 @pytest.mark.parametrize(
     ("reference", "pressures"),
     [

@@ -10,7 +10,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -82,6 +82,18 @@ class Tree:
         if len(data) > MAX_FILE_BYTES:
             raise BadRecord(f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB")
         return data
+
+    def read_lines(self, name: str, what: str) -> Iterator[bytes]:
+        """Yields a file's lines with their ends, however long it is. Raises BadRecord that calls it `what`."""
+        try:
+            if self.archive is None:
+                require_file(self.path / name, what)
+            with (self.path / name).open("rb") if self.archive is None else self.archive.open(name) as file:
+                while line := file.readline(MAX_FILE_BYTES):
+                    yield line
+        except _UNREADABLE:
+            # From None: these messages name the file, and so perhaps a patient.
+            raise BadRecord(f"missing {what}") from None
 
 
 def open_tree(path: Path, what: str) -> Tree:
