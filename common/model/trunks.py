@@ -234,7 +234,8 @@ def _add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[st
     Raises:
         BadInput: a target is no linear layer; names those there are.
     """
-    linear = {name.rpartition(".")[2] for name, part in module.named_modules() if type(part) is nn.Linear}
+    names = [name for name, part in module.named_modules() if type(part) is nn.Linear]
+    linear = {name.rpartition(".")[2] for name in names}
     wrong = sorted(set(targets) - linear)
     if wrong and not linear:
         raise BadInput(
@@ -249,7 +250,9 @@ def _add_adapters(module: nn.Module, rank: int, alpha: int, targets: Sequence[st
     except ImportError as error:
         raise BadInput("lora: expected the package peft; pip install 'headwater[lora]'") from error
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
+    # Whole names: something else may be called as a layer is, and peft would refuse it.
+    meant = [name for name in names if name.rpartition(".")[2] in targets]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=meant, lora_dropout=0.0, bias="none")
     inject_adapter_in_model(config, module)
     return [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
 

@@ -151,6 +151,9 @@ class Trunk(nn.Module):
             if getattr(part, "inplace", False):
                 # Opacus' hooks return views, which nothing may change in place.
                 setattr(part, "inplace", False)  # noqa: B010
+            # A part with weights of its own is put in training mode, where some drop attention weights themselves.
+            for name in [name for name, value in vars(part).items() if "drop" in name and isinstance(value, float)]:
+                setattr(part, name, 0.0)
 
     def open(self, parameters: list[nn.Parameter]) -> Trunk:
         """Lets these parameters train; returns the trunk itself, in training mode."""

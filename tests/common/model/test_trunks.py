@@ -152,6 +152,11 @@ def save_tiny(folder: Path, family: str) -> dict[str, Any]:
         transformers.Wav2Vec2Model(config).save_pretrained(folder)
         transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
         return {"modality": "audio", "seconds": 0.2}
+    if family == "Parakeet":
+        more = {"subsampling_conv_channels": 8, "num_mel_bins": 80, "conv_kernel_size": 3, "attention_bias": False}
+        transformers.ParakeetEncoder(transformers.ParakeetEncoderConfig(**sizes, **more)).save_pretrained(folder)
+        transformers.ParakeetFeatureExtractor().save_pretrained(folder)
+        return {"modality": "audio", "seconds": 1.0}
     plugin_class("common.backbones", "transformers").example(folder)
     if family == "T5":
         sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
@@ -181,7 +186,7 @@ def list_items(settings: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.parametrize(
     "family",
-    ["CLIPVision", "SiglipVision", "DINOv3ViT", "Whisper", "AST", "Wav2Vec2", "T5", "Qwen3", "ModernBert"],
+    ["CLIPVision", "SiglipVision", "DINOv3ViT", "Whisper", "AST", "Wav2Vec2", "T5", "Qwen3", "ModernBert", "Parakeet"],
 )
 def test_encoders_of_every_modality_are_divided_and_take_adapters(family: str, tmp_path: Path) -> None:
     """Masks of a model's own, rotary tables, biases by distance and padding reach the layers above the boundary."""
@@ -304,6 +309,21 @@ def test_adapters_change_nothing_at_first_and_are_the_same_for_one_seed(tmp_path
     assert set(drawn[0]) and all(".lora_" in name for name in drawn[0])
     (a,) = (name for name in drawn[0] if "lora_A" in name)
     assert np.array_equal(drawn[0][a], drawn[1][a]) and not np.array_equal(drawn[0][a], drawn[2][a])
+
+
+def test_adapters_stand_beside_layers_whose_name_something_else_has_too(tmp_path: Path) -> None:
+    backbone, inputs = opened("transformers", tmp_path)
+    lora = {"rank": 2, "alpha": 8, "targets": ["dense"]}
+    own = cut(backbone, Trainable(**{"from": "encoder.layer.1", "lora": lora}), "backbone.trunk", "trainable", seed=1)
+    assert any(name.endswith("dense") for name, _ in own.trunk.named_modules() if "layers" not in name)
+    beside = {name.partition(".lora_")[0] for name in parameters(own.trunk)}
+    assert {name.partition(".layers.0.")[2] for name in beside} == {
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(own.trunk(own.below.module(inputs)), backbone.module(inputs))
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")

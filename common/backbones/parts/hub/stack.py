@@ -18,6 +18,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderBlock
 
 from common.backbones.parts.hub.modalities import Modality, TextInput
 from common.backbones.parts.hub.recordings import AudioInput
@@ -35,10 +36,14 @@ class LayerCall:
         values: argument -> plain value, tensor, or tuple of tensors, each of one record (first axis 1) at the probe's
             length.
         axes: argument -> for each of its tensors, the axes along which positions lie.
+        batched: arguments whose tensors the model hands on once for each record, though they are the same.
+        positions: number of positions of the probe.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     axes: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    batched: frozenset[str] = frozenset()
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,24 +106,30 @@ def watch(model: nn.Module, modality: Modality, stack: str, *, alone: bool) -> W
     """
     device = next(model.parameters()).device
     probe_B = make_probe(modality).to(device)
-    runs = [_run_watched(model, modality, stack, probe_B[:1] if alone else probe_B)]
+    runs = [_run_watched(model, modality, stack, _repeat(probe_B[:1]) if alone else probe_B)]
     if isinstance(modality, TextInput):
         runs.append(_run_watched(model, modality, stack, probe_B[:, :, : _count_short(modality)]))
     elif isinstance(modality, AudioInput) and alone:
         short = _count_short(modality) + modality.silence
-        runs.append(_run_watched(model, modality, stack, probe_B[1:, :, :short]))
-    seen, norm = runs[0]
+        runs.append(_run_watched(model, modality, stack, _repeat(probe_B[1:, :, :short])))
+    seen, norm, positions = runs[0]
     others = runs[-1][0]
-    records = 1 if alone else len(probe_B)
-    return Watched(tuple(_read_call(*pair, records) for pair in zip(seen, others, strict=True)), norm)
+    calls = (_read_call(*pair, len(probe_B), positions) for pair in zip(seen, others, strict=True))
+    return Watched(tuple(calls), norm)
+
+
+def _repeat(probe_1: Tensor) -> Tensor:
+    """Returns an input twice: what a model makes for each record has a first axis of two."""
+    return probe_1.expand(2, *probe_1.shape[1:])
 
 
 def _run_watched(
     model: nn.Module, modality: Modality, stack: str, probe_B: Tensor
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Returns the arguments of each layer's call but the positions, and the name of the norm behind the last."""
+) -> tuple[list[dict[str, Any]], str | None, int]:
+    """Returns the arguments of each layer's call beside its input, the norm behind the last, number of positions."""
     layers = list(model.get_submodule(stack).children())
     seen: list[dict[str, Any]] = []
+    shapes: list[torch.Size] = []
     after: list[tuple[str, torch.Size]] = []
 
     def note_call(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -126,6 +137,7 @@ def _run_watched(
         bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
         bound |= bound.pop("kwargs", {})
         first = next(iter(bound))
+        shapes.append(bound[first].shape)
         seen.append({name: value for name, value in bound.items() if name != first})
 
     def note_norm(name: str, args: Any) -> None:
@@ -146,7 +158,7 @@ def _run_watched(
     if len(seen) != len(layers):
         raise BadInput("from: expected a backbone whose layers run once each, one after the other")
     norms = [name for name, shape in after if shape == final_shape[-1]]
-    return seen, norms[0] if norms else None
+    return seen, norms[0] if norms else None, shapes[0][1]
 
 
 class _hooked:  # A context manager.
@@ -165,15 +177,18 @@ def _first(output: Any) -> Tensor:
     return value
 
 
-def _read_call(seen: Mapping[str, Any], other: Mapping[str, Any], records: int) -> LayerCall:
+def _read_call(seen: Mapping[str, Any], other: Mapping[str, Any], records: int, positions: int) -> LayerCall:
     values: dict[str, Any] = {}
     axes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    batched: set[str] = set()
     for name, value in seen.items():
         tensors = value if isinstance(value, tuple) and value and isinstance(value[0], Tensor) else (value,)
         if isinstance(tensors[0], Tensor):
             short = other[name] if isinstance(value, tuple) else (other[name],)
             values[name] = tuple(_read_constant(name, tensor, records) for tensor in tensors)
             values[name] = values[name] if isinstance(value, tuple) else values[name][0]
+            if all(len(tensor) == records for tensor in tensors):
+                batched.add(name)
             axes[name] = tuple(
                 tuple(axis for axis, size in enumerate(tensor.shape) if size != less.shape[axis])
                 for tensor, less in zip(tensors, short, strict=True)
@@ -182,7 +197,7 @@ def _read_call(seen: Mapping[str, Any], other: Mapping[str, Any], records: int) 
         elif value is None or isinstance(value, bool | int | float | str | tuple):
             values[name] = value
         # Others, such as caches of a decoder, serve nothing here.
-    return LayerCall(values, axes)
+    return LayerCall(values, axes, frozenset(batched), positions)
 
 
 def _read_constant(name: str, tensor: Tensor, records: int) -> Tensor:
@@ -213,8 +228,11 @@ class Handed(nn.Module):
         """
         super().__init__()
         self._adds_mask = adds_mask
+        self._squares_mask = isinstance(layers[0], ParakeetEncoderBlock)
         self._calls: list[dict[str, Any]] = []
         self._axes = [call.axes for call in calls]
+        self._longest = [call.positions for call in calls]
+        self._batched = [call.batched for call in calls]
         numbers: dict[int, str] = {}
         for layer, call in zip(layers, calls, strict=True):
             own: dict[str, Any] = {}
@@ -240,12 +258,14 @@ class Handed(nn.Module):
         for name, value in self._calls[number].items():
             axes = self._axes[number].get(name, ())
             if isinstance(value, _Kept):
-                arguments[name] = self._cut(value, axes[0] if axes else (), hidden.shape[1])
+                arguments[name] = self._cut(value, axes[0] if axes else (), number, hidden.shape[1])
             elif isinstance(value, tuple) and value and isinstance(value[0], _Kept):
                 pairs = zip(value, axes, strict=True)
-                arguments[name] = tuple(self._cut(each, own, hidden.shape[1]) for each, own in pairs)
+                arguments[name] = tuple(self._cut(each, own, number, hidden.shape[1]) for each, own in pairs)
             else:
                 arguments[name] = value
+            if name in self._batched[number]:
+                arguments[name] = _expand(arguments[name], len(hidden))
             if mask_BT is not None and is_mask(name):
                 arguments[name] = self._join(arguments[name], mask_BT, hidden)
         return arguments
@@ -261,14 +281,22 @@ class Handed(nn.Module):
         numbers[id(value)] = name
         return _Kept(name)
 
-    def _cut(self, kept: _Kept, axes: tuple[int, ...], positions: int) -> Tensor:
-        value = self.get_buffer(kept.name)
+    def _cut(self, kept: _Kept, axes: tuple[int, ...], number: int, positions: int) -> Tensor:
+        value, longest = self.get_buffer(kept.name), self._longest[number]
         for axis in axes:
-            value = value.narrow(axis, 0, positions)
+            if value.shape[axis] == 2 * longest - 1:
+                # A row for each distance between two positions, the distance 0 in the middle.
+                value = value.narrow(axis, longest - positions, 2 * positions - 1)
+            else:
+                value = value.narrow(axis, 0, positions)
         return value
 
     def _join(self, own: Tensor | None, mask_BT: Tensor, hidden: Tensor) -> Tensor | None:
         """Returns a model's own mask joined with that of padding, in its own form."""
+        if own is None and self._squares_mask:
+            # Its convolution sees what no position may read.
+            own_BT = mask_BT.bool()
+            return (own_BT[:, :, None] & own_BT[:, None, :])[:, None]
         if own is None:
             return _create_additive_mask(mask_BT).to(hidden.dtype) if self._adds_mask else None
         if own.ndim == 2:
@@ -281,6 +309,13 @@ class Handed(nn.Module):
 @dataclass(frozen=True)
 class _Kept:
     name: str
+
+
+def _expand(value: Any, records: int) -> Any:
+    """Returns a tensor, or several, of one record as those of some records."""
+    if isinstance(value, tuple):
+        return tuple(each.expand(records, *each.shape[1:]) for each in value)
+    return value.expand(records, *value.shape[1:])
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
