@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
-from client.solvers.parts.private_step import compute_conv2d_gradients
+from client.solvers.parts.private_step import compute_conv2d_gradients, hook_record_gradients
 from common.backbones import Divided, Projection
 from common.backbones.parts.boundary import Trunk, count_depths, list_trainable
 from common.backbones.parts.projection import ProjectionLayer
@@ -293,6 +293,25 @@ def test_gradients_of_grouped_convolutions_are_those_of_opacus(groups: int) -> N
     found = compute_conv2d_gradients(layer, [x], slope)
     for parameter in (layer.weight, layer.bias):
         torch.testing.assert_close(found[parameter], expected[parameter], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_layer_norms_are_those_of_one_record_at_a_time(bias: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(4, bias=bias)
+    nn.init.normal_(norm.weight)
+    x_RTF = torch.randn(3, 5, 4)
+    hooked = hook_record_gradients({"norm": norm})
+    norm(x_RTF.requires_grad_()).square().sum().backward()
+    found = {name: parameter.grad_sample for name, parameter in norm.named_parameters()}
+    plain = nn.LayerNorm(4, bias=bias)
+    plain.load_state_dict(norm.state_dict())
+    for row, x_TF in enumerate(x_RTF.detach()):
+        plain.zero_grad()
+        plain(x_TF[None]).square().sum().backward()
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(found[name][row], parameter.grad, rtol=1e-4, atol=1e-5)
+    assert len(list(hooked.parameters())) == 1 + bias
 
 
 def test_batch_norms_stay_frozen_and_travel_nowhere(trunk_and_rows: tuple[Trunk, Tensor]) -> None:
