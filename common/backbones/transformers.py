@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 PackageFolder = Annotated[str, StringConstraints(pattern=r"^\w+(/\w[\w.-]*)*$")]
 HubName = Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 _MAX_TOKENIZER_BYTES = 64 << 20
+_RECORDS = {"text": "texts", "image": "pictures", "audio": "recordings"}
+_TABLE = "docs/reference/architectures.md lists them"
 
 
 class Dense(Frozen):
@@ -102,8 +104,9 @@ class Transformers(Plugin):
             positions of a recording apart, as places, its own mean subtracted and a mark behind them. Null does what a
             folder of sentence-transformers says (pooling, linear layers and, without a `projection`, norm), and else
             takes the mean.
-        prompt: what stands in front of every text: the name of one of such a folder's prompts, a text with a space or a
-            colon in it, or `none`; null takes the prompt that the folder uses by itself, if it names one.
+        prompt: what stands in front of every text, of a pair in front of the first: the name of one of such a folder's
+            prompts, a text with a space or a colon in it, or `none`; null takes the prompt that the folder uses by
+            itself, if it names one.
         every: of `frames`, how many positions are averaged to one place.
         max_length: of a text, in tokens; longer ones are cut.
         seconds: of a recording; longer ones give their middle, and are left out with `frames`.
@@ -400,8 +403,8 @@ class Transformers(Plugin):
                 module = self._wrap(model, config)
                 return module, read_width(model, config) * (module.max_positions or 1)
             names = [name for name, part in find_parts(whole) if self._fits(part, config)]
-            write = f"; write `part: {names[0]}`" if names else ""
-            raise BadInput(f"{error}{write}") from error
+            write = f"write `part: {names[0]}`" if names else f"name an encoder of {_RECORDS[self.modality]} ({_TABLE})"
+            raise BadInput(f"{error}; {write}") from error
 
     def _fits(self, part: nn.Module, config: PretrainedConfig) -> bool:
         try:

@@ -256,7 +256,10 @@ class PooledModel(nn.Module):
             with torch.no_grad(), torch.device(device):
                 features_BD = self._pool(*self.modality.run(self.model, probe_B.to(device)))
         except UNFIT as error:
-            raise BadInput(f"model: expected one that encodes such inputs by themselves{instead(error)}") from error
+            raise BadInput(
+                "model: expected one that encodes such inputs by themselves, got one that needs more beside them, or "
+                "whose config.json does not fit itself"
+            ) from error
         if features_BD.ndim != 2 or (device.type != "meta" and not bool(torch.isfinite(features_BD).all())):
             raise BadInput("model: expected one that gives finite features of each position")
         return features_BD.shape[1]
@@ -273,7 +276,9 @@ class PooledModel(nn.Module):
             if pooled is None:
                 raise BadInput("pooling: expected mean, cls, last or tokens for a model without a pooler of its own")
             return pooled.flatten(1)
-        hidden_BTD = list_positions(output.last_hidden_state)
+        hidden = getattr(output, "last_hidden_state", None)
+        # Some convolutional nets give the outputs of stages alone.
+        hidden_BTD = list_positions(output.feature_maps[-1] if hidden is None else hidden)
         if mask_BL is not None and mask_BL.shape[1] != hidden_BTD.shape[1]:
             raise BadInput("model: expected one with a position for each part of its input")
         return pool_positions(hidden_BTD, mask_BL, self.pooling, self.max_positions)

@@ -239,6 +239,110 @@ def test_other_steps_are_refused_with_what_to_write(
         open_pretrained({**sentences, **change}, "b")
 
 
+def test_a_prompt_stands_in_front_of_a_pairs_first_text(sentences: dict[str, Any]) -> None:
+    """As sentence-transformers has it."""
+    prompted = open_pretrained(sentences, "b")
+    plain = open_pretrained({**sentences, "prompt": "none"}, "b")
+    found = prompted.encode([prompted.preprocess(Text("shows an edema", "no tumour"))])
+    torch.testing.assert_close(encode(plain, [Text("the scan shows an edema", "no tumour")]), found)
+    both = encode(plain, [Text("the scan shows an edema", "the scan no tumour")])
+    assert not torch.allclose(both, found, atol=1e-3)
+
+
+@pytest.mark.parametrize("own", ["<s> $A", None])
+def test_a_token_that_only_the_settings_name_ends_every_text(own: str | None, tmp_path: Path) -> None:
+    """E5-Mistral's tokenizer.json begins texts, and tokenizer_config.json alone says that a token ends them."""
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    words = {"<s>": 0, "</s>": 1, "the": 2, "scan": 3, "[UNK]": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if own:
+        pair = "<s> $A <s>:1 $B:1"
+        tokenizer.post_processor = TemplateProcessing(single=own, pair=pair, special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=5, num_key_value_heads=1, head_dim=8, bos_token_id=0, eos_token_id=1, pad_token_id=1, **TINY
+    )
+    model = transformers.MistralModel(config).eval()
+    with silence():
+        model.save_pretrained(tmp_path)
+    settings = {"kind": "transformers", "folder": str(tmp_path), "modality": "text", "pooling": "last", "max_length": 4}
+    begin = [0] if own else []
+    plain = open_pretrained(settings, "b")
+    assert plain.preprocess(Text("the scan"))[0].tolist()[: len(begin) + 2] == [*begin, 2, 3]
+    end = {"add_eos_token": True, "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(end))
+    backbone = open_pretrained(settings, "b")
+    whole = [*begin, 2, 3, 1]
+    with torch.no_grad():
+        expected = model(torch.tensor([whole])).last_hidden_state[0, -1]
+    torch.testing.assert_close(encode(backbone, [Text("the scan")])[0], expected, rtol=1e-4, atol=1e-5)
+    assert backbone.preprocess(Text("the scan scan scan scan"))[0].tolist()[-1] == 1, "cut before the token that ends"
+    assert backbone.digest != plain.digest
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True, "eos_token": "<end>"}))
+    with pytest.raises(BadInput, match="folder: expected an eos_token of the tokenizer beside add_eos_token"):
+        open_pretrained(settings, "b")
+
+
+def test_the_linear_layers_behind_a_model_make_its_width(tmp_path: Path) -> None:
+    """EmbeddingGemma: Gemma 3 that reads both ways, the mean, two linear layers, and a norm."""
+    settings = dict(Transformers.example(tmp_path).settings)
+    torch.manual_seed(0)
+    sizes = {**TINY, "num_key_value_heads": 1, "head_dim": 8, "use_bidirectional_attention": True}
+    config = transformers.Gemma3TextConfig(vocab_size=12, pad_token_id=0, **sizes)
+    model = transformers.Gemma3TextModel(config).eval()
+    with silence():
+        model.save_pretrained(tmp_path)
+    steps = ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
+    modules = [{"path": f"{i}_{step}" if i else "", "type": f"x.{step}"} for i, step in enumerate(steps)]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    layers = []
+    for i, (wide, narrow) in ((2, (16, 64)), (3, (64, 20))):
+        folder = tmp_path / f"{i}_Dense"
+        folder.mkdir()
+        activation = "torch.nn.modules.linear.Identity"
+        dense = {"in_features": wide, "out_features": narrow, "bias": False, "activation_function": activation}
+        (folder / "config.json").write_text(json.dumps(dense))
+        layers.append(torch.randn(narrow, wide))
+        save_file({"linear.weight": layers[-1]}, folder / "model.safetensors")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    backbone = open_pretrained(settings, "b")
+    with torch.no_grad():
+        mean = model(torch.tensor([[2, 9, 10, 11, 3]])).last_hidden_state[0].mean(0)
+    expected = layers[1] @ (layers[0] @ mean)
+    found = encode(backbone, [Text("an edema ."), Text("the scan shows an edema .")])
+    assert backbone.feature_dim == 20
+    torch.testing.assert_close(found[0], expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_net_that_gives_outputs_of_stages_alone_is_read_at_its_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"stem_channels": [3, 8, 8], "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    stages = {"stage_in_channels": [8, 8], "stage_mid_channels": [8, 8], "stage_out_channels": [8, 16]}
+    shapes = {"stage_num_blocks": [1, 1], "stage_numb_of_layers": [1, 1], "stage_kernel_size": [3, 3]}
+    flags = {"stage_downsample": [False, True], "stage_light_block": [False, False]}
+    config = transformers.HGNetV2Config(**sizes, **stages, **shapes, **flags)
+    backbone = open_pretrained(save_model(tmp_path, transformers.HGNetV2Backbone(config), resize()), "b")
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        pixels = resize()(images=pictures(), return_tensors="pt")["pixel_values"]
+        expected = model(pixel_values=pixels).feature_maps[-1].mean((2, 3))
+    torch.testing.assert_close(encode(backbone, pictures()), expected, rtol=1e-3, atol=1e-5)
+    assert backbone.kind.blocks(backbone.module.encoder) == ["encoder.stages.0", "encoder.stages.1"]
+
+
+def test_a_model_that_no_part_of_encodes_such_records_says_where_others_stand(tmp_path: Path) -> None:
+    settings = Transformers.example(tmp_path).settings
+    processor = resize()
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"name an encoder of pictures \(docs/reference/architectures.md lists them\)"):
+        open_pretrained({"kind": "transformers", "folder": settings["folder"], "modality": "image"}, "b")
+
+
 def test_the_last_token_is_that_before_the_padding(tmp_path: Path) -> None:
     settings = {**Transformers.example(tmp_path).settings, "pooling": "last"}
     backbone = open_pretrained(settings, "b")

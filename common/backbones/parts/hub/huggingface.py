@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
@@ -40,13 +40,6 @@ _UNUSED = frozenset(
         "transformers.js_config",
     }
 )
-
-
-_CODE = ("attn_implementation", "experts_implementation", "quantization_config", "auto_map", "checkpoint_path")
-"""Beginnings of keys by which a configuration asks for other code than its architecture's own, or for a file."""
-
-_ELSEWHERE = re.compile("(hf[-_]hub|local[-_]dir):")
-"""Beginning of a name by which timm takes a part of a model from the Hub or from a folder."""
 
 
 @dataclass(frozen=True)
@@ -108,36 +101,22 @@ class Location:
 
 
 def read_config(values: dict[str, Any]) -> PretrainedConfig:
-    """Returns the configuration of a model that transformers itself knows.
-
-    A site gets it from the coordinator: whatever names other code, such as a kernel on the Hub, is left out.
-
-    Raises:
-        BadInput: the model is another, or a part of it would be fetched from elsewhere.
-    """
+    """Returns the configuration of a model that transformers itself knows. Raises BadInput."""
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise BadInput(f"config.json: expected a model_type that transformers knows, got {kind!r}")
-    config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(_leave_out_code(values))
-    return config
-
-
-def _leave_out_code(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _leave_out_code(inner) for key, inner in value.items() if not _is_code(key)}
-    if isinstance(value, list):
-        return [_leave_out_code(inner) for inner in value]
-    if isinstance(value, str) and _ELSEWHERE.match(value):
-        raise BadInput("config.json: expected a model whose parts are its own, got one that is fetched from elsewhere")
-    return value
-
-
-def _is_code(key: object) -> bool:
-    return isinstance(key, str) and key.lstrip("_").startswith(_CODE)
+    return CONFIG_MAPPING[kind].from_dict(values)
 
 
 def read_tokenizer(location: Location) -> bytes:
-    """Returns the tokenizer as the tokenizers library's own JSON, without padding and truncation. Raises BadInput."""
+    """Returns the tokenizer as the tokenizers library's own JSON, without padding and truncation.
+
+    Where tokenizer_config.json alone says that a token ends each text, the tokenizer adds it from then on: the features
+    of a last position are that token's.
+
+    Raises:
+        BadInput: there is none, or it lacks that token.
+    """
     path = location.file("tokenizer.json")
     try:
         tokenizer = (
@@ -147,8 +126,31 @@ def read_tokenizer(location: Location) -> bytes:
         raise BadInput(f"folder: expected a tokenizer.json, or files that convert to one{instead(error)}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    _add_end_token(tokenizer, location)
     text: str = tokenizer.to_str()
     return text.encode()
+
+
+def _add_end_token(tokenizer: tokenizers.Tokenizer, location: Location) -> None:
+    settings = location.settings("tokenizer_config.json") or {}
+    if settings.get("add_eos_token") is not True:
+        return
+    token = settings.get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    number = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    if number is None:
+        raise BadInput("folder: expected an eos_token of the tokenizer beside add_eos_token in tokenizer_config.json")
+    plain, own = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    if own[-1:] == [number]:
+        return
+    before = next(place for place in range(len(own)) if own[place : place + len(plain)] == plain)
+    added = [*own[:before], *own[before + len(plain) :], number]
+    names = [tokenizer.id_to_token(each) for each in added]
+    first = [*names[:before], "$A", *names[before:]]
+    second = [f"{each}:1" for each in [*names[:before], "$B", *names[before:]]]
+    tokenizer.post_processor = TemplateProcessing(
+        single=first, pair=[*first, *second], special_tokens=sorted(set(zip(names, added, strict=True)))
+    )
 
 
 def load_model(location: Location, config: PretrainedConfig) -> tuple[nn.Module, set[str]]:

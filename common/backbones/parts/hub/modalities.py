@@ -74,7 +74,7 @@ class TextInput:
         vocab_size: number of tokens that the model knows.
         pad_id: token id at padded positions.
         has_types: whether the model tells the texts of a pair apart.
-        prompt: text in front of every text.
+        prompt: text in front of every text, of a pair in front of the first, as sentence-transformers does.
     """
 
     tokenizer: Callable[[], tokenizers.Tokenizer]
