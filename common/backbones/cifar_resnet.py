@@ -71,12 +71,12 @@ class CifarResnet(Plugin):
 
     def pretrained(self) -> Pretrained:
         """Returns the network's weights, and the classifier's for a projection."""
-        from common.backbones.parts.weights import load_strict, read_state
+        from common.backbones.parts.weights import fit_names, load_strict, read_state
 
         if self.weights is None:
             raise BadInput("weights: expected a file with a CIFAR ResNet's weights, got nothing")
-        tensors = read_state(self.weights)
         network = self.architecture().module
+        tensors = fit_names(read_state(self.weights), network, f"weights: {self.weights}")
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CLASSIFIER)}
         load_strict(network, own, f"weights: {self.weights}")
         return Pretrained(network.state_dict(), tensors.get("linear.weight"))

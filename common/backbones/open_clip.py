@@ -10,7 +10,6 @@ which must be installed there too (`pip install "headwater[open_clip]"`).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -131,7 +130,7 @@ class OpenClip(Plugin):
 
     def pretrained(self) -> Pretrained:
         """Returns the tower's weights."""
-        from common.backbones.parts.weights import load_strict, read_state
+        from common.backbones.parts.weights import fit_names, load_strict, read_state
 
         network = self.architecture().module
         paths = [path for path in map(self._find, _WEIGHTS) if path is not None]
@@ -140,8 +139,8 @@ class OpenClip(Plugin):
         state = _rename(read_state(paths[0], key="folder"))
         prefix = "visual." if self.modality == "image" else "text."
         parts = {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
-        own = {name: values.float() if values.is_floating_point() else values for name, values in parts.items()}
-        load_strict(network, own, "folder: the weights")
+        source = "folder: the weights"
+        load_strict(network, fit_names(parts or state, network, source), source)
         return Pretrained(network.state_dict())
 
     def random(self) -> Pretrained:
@@ -201,8 +200,6 @@ def _check_tower(config: Mapping[str, Any], modality: str) -> None:
             "modality: expected a tower of texts with CLIP's own tokenizer; write `kind: transformers` with the name "
             f"of the text encoder, {config.get('hf_model_name') or config.get('hf_tokenizer_name')!r}"
         )
-    if not re.fullmatch(r"[\w.-]*", str(config.get("timm_model_name") or "")):
-        raise BadInput("tower: expected the name of an architecture of timm, got a place from which it is fetched")
 
 
 def _read_preprocessing(values: Mapping[str, Any], config: Mapping[str, Any]) -> ImagePreprocessing:

@@ -257,14 +257,15 @@ class Timm(Plugin):
         return self.preprocess_settings or _read_preprocessing(cfg)
 
     def _read_weights(self, name: str, options: Mapping[str, Any], cfg: Mapping[str, Any]) -> nn.Module:
-        from common.backbones.parts.weights import load_strict, read_state
+        from common.backbones.parts.weights import fit_names, load_strict, read_state
 
         num_classes = int(cfg.get("num_classes") or 0)
         if self.weights is not None:
             model = _build(name, options, num_classes)
             state = read_state(self.weights)
             source = f"weights: {self.weights}"
-            load_strict(model, _take_in_order(state, model, source) if self.names == "order" else state, source)
+            fit = _take_in_order if self.names == "order" else fit_names
+            load_strict(model, fit(state, model, source), source)
             return model
         if self.folder is not None:
             # timm's own loader knows the older names of published tensors.

@@ -146,7 +146,7 @@ def fit_names(state: Mapping[str, Tensor], module: nn.Module, source: str) -> di
         source: where the weights come from, for notes.
     """
     own = module.state_dict()
-    renamed = {_modernise(name): tensor for name, tensor in state.items()}
+    renamed = {name if name in own else _modernise(name): tensor for name, tensor in state.items()}
     if set(renamed) != set(state):
         _log.warning("%s: old names of layers are read as today's", source)
     prefixes = {name[: -len(key)] for key in list(own)[:1] for name in renamed if name.endswith(key)} - {""}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.backbones.parts.weights import compute_digest, fit_names, load_strict, read_state
 from common.model.backbones import open_pretrained
+from common.plugins import plugin_class
 from common.types import BadInput
 
 
@@ -248,3 +249,53 @@ def test_weights_in_several_files_are_read_through_their_index(tmp_path: Path) -
     index.write_text(json.dumps({"weight_map": {"a": "../model-1.safetensors"}}))
     with pytest.raises(BadInput, match="expected files beside"):
         open_pretrained(_settings(index), "b")
+
+
+_VIT = {"mlp.0.": "mlp.linear_1.", "mlp.3.": "mlp.linear_2."}
+
+
+def test_old_names_of_a_published_vit_are_todays(tmp_path: Path) -> None:
+    from torchvision.models import VisionTransformer
+
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 12}
+    torch.manual_seed(0)
+    published, model = VisionTransformer(**sizes), VisionTransformer(**sizes)
+    today = published.state_dict()
+    # As torchvision's file vit_b_16-c867db91.pth still has them.
+    old = {
+        name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): t for name, t in today.items()
+    }
+    assert "encoder.layers.encoder_layer_1.mlp.linear_2.bias" in old and old.keys() != today.keys()
+    load_strict(model, fit_names(old, model, "file"), "file")
+    assert all(torch.equal(tensor, today[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_networks_own_names_are_kept_where_they_look_like_old_ones() -> None:
+    module = nn.ModuleDict({"mlp": nn.ModuleDict({"linear_1": nn.Linear(2, 2)})})
+    block = nn.ModuleDict({"block": module})
+    assert set(fit_names(block.state_dict(), block, "file")) == {"block.mlp.linear_1.weight", "block.mlp.linear_1.bias"}
+
+
+def _wrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["timm", "open_clip", "cifar_resnet"])
+def test_a_trainings_prefix_is_removed_for_every_kind_that_reads_files(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip({"timm": "timm", "open_clip": "open_clip"}.get(kind, "torch"))
+    settings = dict(plugin_class("common.backbones", kind).example(tmp_path).settings)
+    if kind == "timm":
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        pixels = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+        settings = {"kind": "timm", "model": "vit_tiny_patch16_224", "options": sizes, "preprocess": pixels}
+        # Its name says 1000 classes.
+        import timm
+
+        torch.manual_seed(0)
+        save_file(timm.create_model("vit_tiny_patch16_224", **sizes).state_dict(), tmp_path / "model.safetensors")
+        settings["weights"] = str(tmp_path / "model.safetensors")
+    expected = open_pretrained(settings, "b").digest
+    (path,) = [path for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".pth")]
+    state = read_state(path)
+    save_file(_wrap(state), path) if path.suffix == ".safetensors" else torch.save(_wrap(state), path)
+    assert open_pretrained(settings, "b").digest == expected
