@@ -529,12 +529,13 @@ class RunConfig(Frozen):
     @model_validator(mode="wrap")
     @classmethod
     def _choose_settings(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
-        # Only its own file may name a table: an offer comes from elsewhere.
+        # Only its own file may name a table or a pack: an offer comes from elsewhere.
         if isinstance(values, Mapping) and info.context and info.context.get("is_file"):
             from common.backbones.parts.columns import replace_ranges  # Here: most files name none.
+            from common.backbones.parts.hub.packs import replace_packs  # As above.
 
             try:
-                values = replace_ranges(values, info.context["base"])
+                values = replace_ranges(replace_packs(values), info.context["base"])
             except BadInput as error:
                 raise ValueError(str(error)) from error
         if not (isinstance(values, Mapping) and _find_kind(values.get("solver")) == AUTO):

@@ -217,10 +217,10 @@ def _trains(settings: Transformers, block: str, targets: list[str] | None, input
     lora = {"lora": {"rank": 2, "alpha": 2, "targets": targets}} if targets else {}
     trainable = Trainable.model_validate({"from": block, **lora})
     try:
-        network = architecture.module
-        trunk = make_empty_trunk(settings, network, architecture.feature_dim, trainable, "trainable")
+        trunk = make_empty_trunk(settings, architecture.module, architecture.feature_dim, trainable, "trainable")
         with torch.no_grad():
-            boundary_B = settings.divide(network, block).below(inputs_B)
+            # Another one: a network that was divided is not used again.
+            boundary_B = settings.divide(settings.architecture().module.train(False), block).below(inputs_B)
     except BadInput:
         return None
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):

@@ -29,6 +29,7 @@ from client.config import SiteConfig
 from client.data.sources import Source, SourceKind
 from client.solvers import Solver
 from common.backbones import Divisible, Kind, ResolvedKind, WeightedKind, WeightsElsewhere
+from common.backbones.parts.hub.packs import Pack, list_packs, read_pack
 from common.events import Summary, summary_schema
 from common.exports import Format
 from common.messages import format_privacy_table
@@ -37,6 +38,7 @@ from common.run import RunConfig
 from common.scorers import Scorer
 from common.tasks import LabelCodec, Task
 from common.types import BadInput
+from common.yaml import format_yaml
 from headwater.__main__ import make_app
 from headwater.commands.schema import FIELDS, PLUGIN_FOLDERS, File, make_schema
 from server.reports.trackers import Tracker
@@ -77,6 +79,7 @@ def _make_pages() -> dict[str, str]:
             "`configs/simulations/` holds some.",
         ),
         "reference/kinds.md": _kinds_page(),
+        "reference/packs.md": _packs_page(),
         "reference/commands.md": _commands_page(),
         "reference/summary.md": _summary_page(),
         "reference/messages.md": _messages_page(),
@@ -164,6 +167,36 @@ def _kinds_page() -> str:
                 shown.add(inner)
                 parts.append(f"### {inner.__name__}\n\n{_first_paragraph(inner)}\n\n{_table(inner, {})}\n")
     return "\n".join(parts)
+
+
+def _packs_page() -> str:
+    parts = [
+        f"# Packs of backbones\n\n{NOTE}\nPublished models that hospitals ask for, as `configs/backbones` has them. In "
+        "a run file `backbone: {pack: NAME, folder: FOLDER}` stands for the settings below with the model that was "
+        "downloaded to that folder; without `folder` it is looked for on the Hub. Settings beside `pack` go before the "
+        "pack's own, and its licence is among the run's `licences`. Facts marked (unchecked) were found in no source "
+        "at hand: read the model's own card. No model but those with a digest was opened here.\n"
+    ]
+    for name in list_packs():
+        pack = read_pack(name, "pack")
+        facts = {
+            "Reads": pack.records,
+            "Licence": _mark(pack, "licence"),
+            "Parameters": _mark(pack, "parameters_m", " million"),
+            "Features": _mark(pack, "features"),
+            "Preprocessing": _mark(pack, "preprocessing"),
+            "Pre-trained on": _mark(pack, "pretrained_on"),
+            "Remarks": pack.remarks,
+            "Digest": pack.digest,
+        }
+        rows = "\n".join(f"| {fact} | {text} |" for fact, text in facts.items() if text)
+        settings = format_yaml(pack.backbone).strip()
+        parts.append(f"## {name}\n\n{pack.name}.\n\n| | |\n|---|---|\n{rows}\n\n```yaml\n{settings}\n```\n")
+    return "\n".join(parts)
+
+
+def _mark(pack: Pack, fact: str, unit: str = "") -> str:
+    return f"{getattr(pack, fact)}{unit}{' (unchecked)' if fact in pack.unchecked else ''}"
 
 
 def _table(model: type[BaseModel], shared: Mapping[str, str], *, defaults: bool = True) -> str:

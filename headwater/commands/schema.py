@@ -90,6 +90,7 @@ def make_schema(file: str) -> str:
         _add_kinds(definitions, role)
     if "solver" in used:
         _add_auto(definitions, definition_of["RunConfig"])
+        _add_packs(definitions)
     whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **values, "x-kinds": _list_kinds()}
     return json.dumps(whole, indent=1, sort_keys=True) + "\n"
 
@@ -112,6 +113,20 @@ def _add_auto(definitions: dict[str, Any], run: dict[str, Any]) -> None:
     run["properties"]["aggregation"] = {
         "anyOf": [{"$ref": "#/$defs/aggregator"}, {"$ref": "#/$defs/aggregator.auto"}, {"type": "null"}]
     }
+
+
+def _add_packs(definitions: dict[str, Any]) -> None:
+    """Adds `backbone: {pack: NAME}`, with any setting of the pack's kind beside it."""
+    from common.backbones.parts.hub.packs import list_packs
+
+    pack = {"enum": list_packs(), "title": "Pack", "type": "string"}
+    definitions["backbone.pack"] = {
+        "type": "object",
+        "properties": {"pack": pack, "kind": False},
+        "required": ["pack"],
+        "title": "Pack",
+    }
+    definitions["backbone"]["oneOf"].append({"$ref": "#/$defs/backbone.pack"})
 
 
 def _list_kinds() -> dict[str, list[str]]:
