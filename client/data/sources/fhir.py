@@ -111,6 +111,8 @@ class Fhir(SourceSettings):
                     raise ValueError
                 if resource.get("resourceType") == "Patient":
                     person = self._read_person(resource)
+                    if not person.key.strip():
+                        raise ValueError
                     people.setdefault(person.key, person)
                 else:
                     # Most of an export is of no column: to keep it all would fill the memory.

@@ -105,7 +105,14 @@ class Omop(SourceSettings):
     def open(self) -> PatientRows:
         """The persons. Raises BadInput: missing, no table of persons, or values of several units."""
         rows, faults = self._read("person", _PERSON)
-        people = {row["person_id"]: _read_person(row) for row in rows}
+        people: dict[str, KnownPatient] = {}
+        for number, row in enumerate(rows, start=1):
+            person = _read_person(row)
+            if person.key:
+                people[person.key] = person
+            else:
+                # Else all events of nobody would be one record.
+                faults.append(("person", number, "the row has no person_id"))
         if not people:
             raise BadInput(f"{self._name()}: expected a table `person` with rows, got none")
         events: list[PatientEvent] = []

@@ -188,6 +188,20 @@ def test_an_event_is_of_the_patient_that_it_refers_to(tmp_path: Path, reference:
     assert [record.cells["pressure"] for record in records] == pressures
 
 
+def test_one_id_is_one_patient_and_none_is_nobody(tmp_path: Path) -> None:
+    (tmp_path / "person.csv").write_text("person_id,gender_concept_id\n1,8507\n1.0,8507\n,8532\n")
+    concept = "person_id,measurement_concept_id,measurement_date,value_as_number"
+    (tmp_path / "measurement.csv").write_text(f"{concept}\n1,5,2020-01-01,7\n1.0,5,2021-01-01,8\n,5,2020-01-01,9\n")
+    settings = {"path": str(tmp_path), "codes": {"x": {"code": 5, "take": "mean"}}, "columns": ["x"]}
+    records = open_source({"kind": "omop", **settings}, "s").open().index()
+    assert [(record.patient, record.cells["x"], record.fault) for record in records] == [
+        ("1", "7.5", ""),
+        ("", "", "the row has no person_id"),
+    ]
+    write_ndjson(tmp_path, [patient("ann"), patient(""), observation("", "5", "2020-01-01", 9.0)])
+    assert [record.patient for record in fhir(tmp_path, {"x": {"code": "5"}}, columns=["x"]).index()] == ["ann", ""]
+
+
 def test_a_view_of_a_database_file_reads_no_other_file(tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     (tmp_path / "other.csv").write_text("person_id\n1\n")
