@@ -66,7 +66,7 @@ class SpeakerEncoder(Plugin):
         rng = np.random.default_rng(0)
         noises = [np.convolve(rng.normal(size=9000), np.ones(width)) / 10**width for width in (1, 2, 3, 4)]
         items = [Audio(noise.astype(np.float32), 8000) for noise in noises]
-        return Example({"kind": "speaker_encoder", "weights": str(path), "seconds": 2.4}, items)
+        return Example({"kind": "speaker_encoder", "weights": str(path), "seconds": 1.6}, items)
 
     def architecture(self) -> Architecture:
         """Returns mel spectra B x F x M -> features B x 256."""
