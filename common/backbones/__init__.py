@@ -207,7 +207,7 @@ class Language(Protocol):
 
     @property
     def scale(self) -> float:
-        """What the first head multiplies a state by, so that it tells what the backbone itself would."""
+        """The factor of a state in the first head, so that it tells what the backbone itself would."""
 
     @property
     def embedding_VD(self) -> Tensor:

@@ -40,7 +40,7 @@ _DATES = {
 }
 _NOT_TRUE = frozenset({"entered-in-error", "cancelled", "not-done", "refuted", "not-taken"})
 _ESCAPED = re.compile("[\udc80-\udcff]")
-"""What bytes that are no characters become."""
+"""Signs that stand for bytes that are no characters."""
 
 _UNREADABLE = "not a FHIR resource that can be read"
 

@@ -164,6 +164,18 @@ def test_an_ods_sheet_is_read_as_text(tmp_path: Path) -> None:
     assert cells(source) == [["41", "0.5", "007"], ["42", "0.001", "1"]]
 
 
+def test_a_spreadsheet_that_grows_when_it_is_unpacked_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[list[Any]] = [["age"], *([40] for _ in range(5000))]
+    write_xlsx(tmp_path / "a.xlsx", rows)
+    most = (tmp_path / "a.xlsx").stat().st_size
+    monkeypatch.setattr("client.data.sources.parts.tables.sheets.MAX_FILE_BYTES", most)
+    monkeypatch.setattr("openpyxl.load_workbook", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(BadInput, match=r"a\.xlsx: expected a spreadsheet of at most"):
+        opened(tmp_path / "a.xlsx", ("age",))
+
+
 def test_what_a_sheet_does_not_say_costs_its_row(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
     rows = [["age", "dose"], [41, 1], [42, "=A3*2"], [43, 3], [None, 4], [45, 5]]

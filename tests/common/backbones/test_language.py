@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from common.backbones.parts.language.decoder import Decoder
+from common.backbones.parts.language.vocabulary import Vocabulary, make_vocabulary
+from common.types import BadRecord
 
 
 def make_decoder() -> Decoder:
@@ -45,3 +48,10 @@ def test_padding_and_what_comes_later_change_nothing() -> None:
     torch.testing.assert_close(changed_BTD[:, :5], states_BTD[:, :5])
     assert not torch.equal(changed_BTD[:, 5:], states_BTD[:, 5:])
     torch.testing.assert_close(alone_TD, states_BTD[1, :4], rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_divided() -> None:
+    vocabulary = Vocabulary(make_vocabulary(["der Befund ist gut ."], 30))
+    assert vocabulary.read("der Befund")
+    with pytest.raises(BadRecord, match="expected a text of at most 131072 characters"):
+        vocabulary.read("der " * 40_000)

@@ -15,6 +15,9 @@ import tokenizers
 from common.types import BadInput, BadRecord
 
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[END]"
+_MOST_CHARS = 1 << 17
+"""Characters of a text: many times the longest that is written, and divided in half a second."""
+
 _MOST_UNKNOWN = 1 / 3
 """Part of a text's tokens that may be unknown; they are left out. Of a text in another script nearly all are."""
 
@@ -81,7 +84,9 @@ class Vocabulary:
         return [token for token in found if token is not None]
 
     def read(self, text: str) -> list[int]:
-        """Returns a text's tokens, unknown ones left out. Raises BadRecord: too many are unknown."""
+        """Returns a text's tokens, unknown ones left out. Raises BadRecord: too many are unknown, or it is too long."""
+        if len(text) > _MOST_CHARS:
+            raise BadRecord(f"expected a text of at most {_MOST_CHARS} characters")
         tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
         known = [token for token in tokens if token not in (*self.unwritten, self.end)]
         if not known or len(tokens) - len(known) > _MOST_UNKNOWN * len(tokens):

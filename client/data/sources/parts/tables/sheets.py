@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from client.data.sources.parts.tree import MAX_FILE_BYTES
 from common.errors import instead
 from common.types import BadInput
 
@@ -34,6 +35,11 @@ def read_sheet(path: Path, sheet: int | str | None) -> tuple[list[list[str]], li
     """
     read = _read_ods if path.suffix.lower() == ".ods" else _read_xlsx
     try:
+        with zipfile.ZipFile(path) as archive:
+            # A zip may be a thousand times as large when it is unpacked.
+            num_bytes = sum(info.file_size for info in archive.infolist())
+        if num_bytes > MAX_FILE_BYTES:
+            raise BadInput(f"{path}: expected a spreadsheet of at most {MAX_FILE_BYTES >> 20} MiB; save it as CSV")
         sheets = read(path)
     except ImportError:
         raise BadInput(f'{path}: expected a package for spreadsheets; pip install "headwater[excel]"') from None
