@@ -440,13 +440,15 @@ def split_blocks(
         widths: task -> K.
     """
     # Units of a block: by the mean number of records, which no exactness rests on.
-    cost = 1.0
+    cost, lanes = 1.0, 1
     for name, own in inputs.items():
         values = own.rows.integers[0].numel() if len(own.unit_R) else 0
         positions = max(1, values // max(1, own.rows.integers.shape[-1])) if values else 1
         outputs = positions * widths[name] * (_BLOCK_VALUES / _BLOCK_OUTPUTS)
         cost = max(cost, max(values, outputs) * len(own.unit_R) / max(1, num_units))
-    size = max(1, min(_count_exact(inputs), int(_BLOCK_VALUES / cost)))
+        # Fewer records would be filled up to whole lanes, and the slopes of what is added be computed in vain.
+        lanes = max(lanes, min(own.lanes, _BLOCK_VALUES // max(1, values)) if own.positions is not None else 1)
+    size = max(1, min(_count_exact(inputs), max(lanes, int(_BLOCK_VALUES / cost))))
     size -= size % LANES if size > LANES else 0
     for first in range(0, num_units, size):
         block = {name: own.slice(first, min(first + size, num_units)) for name, own in inputs.items()}

@@ -76,11 +76,13 @@ def descend(
         weight_decay=flat.expand({name: group.weight_decay for name, group in rates.items()}),
         momentum=momentum,
     )
-    inputs = _open_inputs(flat, tasks, units)
+    # Of few small samples only the members are read: a unit's part follows from that unit alone.
+    is_rare = plan.sampling_rate * plan.steps < 1.0
+    inputs = {} if is_rare else _open_inputs(flat, tasks, units)
     parts = flat.views(update.grid_N)
     widths = {name: len(own[0]) for name, own in parts.items()}
     output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
-    total = torch.zeros_like(start, dtype=choose_total_type(inputs, units.num_units))
+    total = torch.zeros_like(start, dtype=torch.int64 if is_rare else choose_total_type(inputs, units.num_units))
     sums = flat.views(total)
     everyone = list(_prepare(inputs, units.num_units, widths)) if plan.sampling_rate >= 1.0 else []
     with torch.no_grad():
@@ -88,6 +90,8 @@ def descend(
             blocks: Iterable[AddParts] = everyone
             if plan.sampling_rate < 1.0:
                 sample = {name: one.select(members) for name, one in inputs.items()}
+                if is_rare:
+                    sample = _open_inputs(flat, tasks, objective.select_batch(units, members))
                 blocks = _prepare(sample, len(members), widths)
             # Rows of weights that are all small are short.
             if not update.peak * math.sqrt(len(total)) <= MAX_ROW_NORM:

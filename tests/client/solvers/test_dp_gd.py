@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
-from client.solvers.parts import closed_form, descent
+from client.solvers.parts import closed_form, descent, objective
 from client.solvers.parts.closed_form import round_weights
 from common.plugins import Plugin
 from common.privacy.lattice import Lattice
@@ -282,6 +282,18 @@ def test_records_that_cancel_move_the_sum_by_at_most_the_clip_norm(size: float) 
 
     without = Units(50, {"grade": others})
     assert np.linalg.norm(released(units) - released(without)) <= 0.5 * (1 + 1e-5) + 1e-5
+
+
+def test_a_sample_of_which_only_the_members_are_read_has_their_sum() -> None:
+    units, numbers = site(ALL, 7, 40, 3), plan(rate=0.5)
+    members = objective.draw_participants(units, numbers, SilentStream(KEY))
+    assert 0 < len(members) < 40
+    sampled = solve("dp_gd", ALL, units, numbers, SilentStream(KEY))
+    made = heads(ALL)
+    solver = open_solver({"kind": "dp_gd", "steps": 1, "clip_norm": 1.0, "learning_rate": 1.0}, "solver")
+    batch, sizes = objective.select_batch(units, members), dict.fromkeys(ALL, 20)
+    whole = solver.solve(made, ALL, batch, plan=plan(), public_sizes=sizes, stream=SilentStream(KEY))
+    assert difference(sampled, whole) == 0.0
 
 
 def test_a_sample_of_maps_too_large_for_one_block_is_summed_in_parts() -> None:
