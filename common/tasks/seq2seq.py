@@ -142,16 +142,16 @@ class Seq2seq(Plugin):
         import torch
         from torch.nn import functional
 
-        from common.tasks.parts.transcripts.generating import compute_logits
+        from common.tasks.parts.transcripts.generating import open_logits
 
         outputs_BPD = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
         count = min(self.max_tokens, outputs_BPD.shape[1])
         outputs_BTD, tokens_BT = outputs_BPD[:, :count], labels[:, :count].long()
         # Logits of many texts would fill the memory.
         parts = zip(torch.split(outputs_BTD, _TEXTS), torch.split(tokens_BT.clamp(min=0), _TEXTS), strict=True)
+        tell = open_logits(self.language, outputs.device)
         losses = [
-            functional.cross_entropy(compute_logits(self.language, own_BTD).movedim(2, 1), own_BT, reduction="none")
-            for own_BTD, own_BT in parts
+            functional.cross_entropy(tell(own_BTD).movedim(2, 1), own_BT, reduction="none") for own_BTD, own_BT in parts
         ]
         losses_BT = torch.cat(losses).to(outputs.dtype)
         own_BT = tokens_BT != NONE
@@ -161,14 +161,14 @@ class Seq2seq(Plugin):
         """Returns the gradients of `losses` by the outputs; each text's tokens are computed apart from all others."""
         import torch
 
-        from common.tasks.parts.transcripts.generating import compute_logits
+        from common.tasks.parts.transcripts.generating import open_logits
 
-        gradient, language = torch.zeros_like(outputs), self.language
-        embedding_VD = language.embedding_VD.to(outputs.device)
+        gradient, tell = torch.zeros_like(outputs), open_logits(self.language, outputs.device)
+        embedding_VD = self.language.embedding_VD.to(outputs.device)
         for row, tokens_T in enumerate(labels[:, : outputs.shape[1]].long()):
             (own_C,) = (tokens_T != NONE).nonzero(as_tuple=True)
             if len(own_C):
-                slopes_CV = compute_logits(language, outputs[row, own_C]).softmax(dim=1)
+                slopes_CV = tell(outputs[row, own_C]).softmax(dim=1)
                 slopes_CV[torch.arange(len(own_C)), tokens_T[own_C]] -= 1.0
                 gradient[row, own_C] = ((slopes_CV @ embedding_VD) / len(own_C)).to(outputs.dtype)
         return gradient

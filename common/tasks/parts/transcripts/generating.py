@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from common.tasks import WRITTEN_AT_ONCE
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from common.backbones import Language
@@ -42,11 +43,20 @@ def write_texts(language: Language, head: Head, features_BPD: Tensor, beam: int)
     return torch.cat(written)[: len(features_BPD)]
 
 
+def open_logits(language: Language, device: torch.device) -> Head:
+    """Returns what computes logits [R, V] of outputs, in float32; the rows of all tokens are read once."""
+    embedding_VD, bias_V = language.embedding_VD.to(device), language.bias_V.to(device)
+
+    def compute(outputs_RD: Tensor) -> Tensor:
+        logits_RV: Tensor = outputs_RD.float() @ embedding_VD.T + bias_V
+        return logits_RV
+
+    return compute
+
+
 def compute_logits(language: Language, outputs_RD: Tensor) -> Tensor:
     """Returns the logits [R, V] of outputs, in float32."""
-    device = outputs_RD.device
-    logits_RV: Tensor = outputs_RD.float() @ language.embedding_VD.to(device).T + language.bias_V.to(device)
-    return logits_RV
+    return open_logits(language, outputs_RD.device)(outputs_RD)
 
 
 def _write_best(language: Language, head: Head, features_BPD: Tensor) -> Tensor:
@@ -54,10 +64,11 @@ def _write_best(language: Language, head: Head, features_BPD: Tensor) -> Tensor:
 
     tokens_B = torch.full((len(features_BPD),), language.start, device=features_BPD.device)
     known, going_B, columns = language.begin(features_BPD), torch.ones_like(tokens_B, dtype=torch.bool), []
+    tell = open_logits(language, features_BPD.device)
     for place in range(language.longest):
         states_BD, known = language.step(known, tokens_B, place)
         outputs_BD = head(states_BD).float()
-        tokens_B = compute_logits(language, outputs_BD).argmax(dim=1)
+        tokens_B = tell(outputs_BD).argmax(dim=1)
         columns.append(torch.cat([outputs_BD, (tokens_B + 1)[:, None].float()], dim=1) * going_B[:, None])
         going_B = going_B & (tokens_B != language.end)
     return torch.stack(columns, dim=1)
@@ -74,14 +85,14 @@ def _write_beam(language: Language, head: Head, features_1PD: Tensor, width: int
     """
     import torch
 
-    known = language.begin(features_1PD)
+    known, tell = language.begin(features_1PD), open_logits(language, features_1PD.device)
     tokens_W = torch.tensor([language.start], device=features_1PD.device)
     sums_W, written_WTD = tokens_W.new_zeros(1, dtype=torch.float64), None
     best: tuple[float, Tensor] | None = None
     for place in range(language.longest):
         states_WD, known = language.step(known, tokens_W, place)
         outputs_WD = head(states_WD).float()
-        sums_WV = sums_W[:, None] + compute_logits(language, outputs_WD).double().log_softmax(dim=1)
+        sums_WV = sums_W[:, None] + tell(outputs_WD).double().log_softmax(dim=1)
         if place + 1 < language.longest:
             ended_W, length = sums_WV[:, language.end].clone(), place + 1
             sums_WV[:, language.end] = -torch.inf
