@@ -202,6 +202,8 @@ def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
     if trial.refused:
         first = trial.refused[0]
         detail += f"; {len(trial.refused)} unusable, the first: {first.file} row {first.row}: {first.reason}"
+    if trial.is_swapped:
+        detail += "; the sources are of the language that is to be written, and the texts beside them are not"
     if not trial.has_enough:
         units = "unit" if trial.min_units == 1 else "units"
         needed = f"tasks.{trial.task}.min_units: expected at least {trial.min_units} usable {units} to train on"
@@ -216,6 +218,8 @@ def _judge_trial(config: SiteConfig, run: RunConfig, trial: TaskTrial) -> Check:
         counts = ", ".join(f"{column} {count}" for column, count in clipped.items())
         detail += f"; numbers beyond the run's ranges, which are clipped, of {num_usable} tried: {counts}"
         return Check(name, "warn", detail, "compare these columns' units with the run's `range`")
+    if trial.is_swapped:
+        return Check(name, "warn", detail, "exchange the columns or files of sources and texts")
     return Check(name, "pass", detail)
 
 

@@ -24,6 +24,7 @@ from client.data.snapshot import Survey
 from client.data.sources import Source
 from client.data.sources.parts.boundary import try_record
 from common.backbones import Kind, ReadsColumns, WeightedKind
+from common.inputs import Text
 from common.model.backbones import Backbone, open_pretrained
 from common.plugins import resolve
 from common.run import RunConfig
@@ -32,6 +33,9 @@ from common.types import BadInput, BadRecord, WeightsNeeded
 
 SAMPLE = 64
 """Records of a task on one side that are tried, evenly spaced over those that have a label."""
+
+_FEWEST_PAIRS, _SWAPPED = 8, 0.9
+"""Pairs of texts, and the part of them, from which on they count as swapped."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class TaskTrial:
         has_weights: whether records were encoded, not only preprocessed.
         refused: records that cannot be used, of those that were looked at.
         clipped: column -> number of usable records that were tried whose number lies beyond the run's range.
+        is_swapped: whether the sources, rather than the texts to write, are of the language that is written.
     """
 
     task: str
@@ -91,6 +96,7 @@ class TaskTrial:
     has_weights: bool
     refused: tuple[RejectedRecord, ...] = field(repr=False)
     clipped: Mapping[str, int] = field(repr=False)
+    is_swapped: bool
 
     @property
     def has_enough(self) -> bool:
@@ -162,9 +168,11 @@ def try_tasks(
         refused = [each for each in labels.rejected if not each.is_used]
         sides: dict[Side, SideTrial] = {}
         clipped = Counter[str]()
+        swapped = list[bool]()
         for at, side in enumerate(SIDES):
             here = [each for each in labelled if each.side == at]
             sample = _spread(here)
+            swapped += _compare_languages(backbones[backbone], survey.sources[own.source], sample)
             encoded = {each.position for each in sample}
             tried = here if config.on_bad_record == "stop" else sample
             usable = []
@@ -184,7 +192,14 @@ def try_tasks(
             )
         trials.append(
             TaskTrial(
-                name, backbone, own.min_units, sides, backbones[backbone].opened is not None, tuple(refused), clipped
+                name,
+                backbone,
+                own.min_units,
+                sides,
+                backbones[backbone].opened is not None,
+                tuple(refused),
+                clipped,
+                is_swapped=len(swapped) >= _FEWEST_PAIRS and sum(swapped) >= _SWAPPED * len(swapped),
             ),
         )
     return trials
@@ -204,6 +219,27 @@ def list_clipped(kind: Kind, source: Source, position: int) -> list[str]:
     if not isinstance(kind, ReadsColumns) or not kind.list_columns():
         return []
     return kind.list_clipped(source.load(position))
+
+
+def _compare_languages(backbone: OfferedBackbone, source: Source, records: Sequence[PlacedRecord]) -> list[bool]:
+    """Returns for each pair of texts whether its source takes fewer tokens a character than what is to be written.
+
+    A text of the language that is written takes few, because the vocabulary was made for it. Nothing is returned
+    without the vocabulary, and for records that are no pairs or cannot be read.
+    """
+    language = None if backbone.opened is None else backbone.opened.language
+    if language is None:
+        return []
+
+    def compare(position: int) -> bool | None:
+        item = source.load(position)
+        if not isinstance(item, Text) or not item.first or not item.second:
+            return None
+        first, second = (len(language.read(text)) / len(text) for text in (item.first, item.second))
+        return first < second
+
+    found = (try_record(lambda each=each: compare(each.position))[0] for each in records)  # type: ignore[misc]
+    return [each for each in found if each is not None]
 
 
 def _spread(records: Sequence[PlacedRecord]) -> list[PlacedRecord]:

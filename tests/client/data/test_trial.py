@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 from client.__main__ import app
 from client.config import SiteConfig
 from client.protocol.approvals import Approvals, read_offer
+from common.backbones.seq2seq import Seq2seqBackbone
 from common.backbones.small_cnn import SmallCnn
 from common.model.backbones import open_backbones
 from common.offers import encode_offer, make_offer
@@ -188,3 +190,25 @@ def test_a_column_in_another_unit_than_the_run_s_range_is_warned_of(tmp_path: Pa
     assert detail.endswith("; numbers beyond the run's ranges, which are clipped, of 20 tried: age 15")
     a_site(tmp_path, [row(at, str(3000 if at < 8 else 40)) for at in range(20)])
     assert checked(tmp_path)[0] == "pass", "a few outliers are clipped without a word"
+
+
+def test_sources_in_the_language_that_is_to_be_written_are_warned_of(tmp_path: Path) -> None:
+    """The backbone writes German; each sentence is another, so that each is a record of its own."""
+    own = dict(Seq2seqBackbone.example(tmp_path).settings)
+    backbones = open_backbones(run_config(backbone=own))
+    tasks = {"german": {"kind": "seq2seq", "max_tokens": own["max_tokens"]}}
+    offer = make_offer(run_config(backbone=own, tasks=tasks), backbones)
+    words = [" ".join(pair) for pair in itertools.permutations(["Befund", "Schatten", "gut", "kein"], 2)]
+    lines = {"de": words, "en": [f"a {word[::-1].lower()}" for word in words]}
+    for name, written in lines.items():
+        (tmp_path / name).write_text("\n".join(written) + "\n", encoding="utf-8")
+    found = {}
+    for source, target in (("en", "de"), ("de", "en")):
+        pairs = {"kind": "pairs", "source": str(tmp_path / source), "target": str(tmp_path / target)}
+        task = {"source": "captions", "label": "target", "missing": "refuse", "public_size": 10}
+        a_site(tmp_path, [], sources={"captions": pairs}, tasks={"german": task}, own_backbones=[own])
+        digests = {name: each.digest for name, each in backbones.items()}
+        (tmp_path / "offers" / "tiny.json").write_bytes(encode_offer(offer, digests))
+        found[source] = checked(tmp_path, "task german in tiny")
+    assert found["en"][0] == "pass"
+    assert found["de"][0] == "warn" and "the sources are of the language that is to be written" in found["de"][1]
