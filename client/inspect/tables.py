@@ -29,6 +29,7 @@ from client.inspect.finding import (
     guess_transcript,
     mark_transcript,
 )
+from client.inspect.pairs import guess_translation, mark_translation
 from common.errors import instead
 from common.inputs import parse_number
 from common.types import BadInput, BadRecord
@@ -143,6 +144,9 @@ def inspect_table(path: Path, task: str | None) -> Finding:
     if said is not None:
         finding = _find(path, form, columns, said, _Guesses(patient, split, len(rows), what))
         return replace(finding, columns=tuple(mark_transcript(each, said) for each in columns))
+    written = guess_translation(columns, task)
+    if written is not None:
+        return mark_translation(_find(path, form, columns, written, _Guesses(None, None, len(rows), what)))
     label = choose_label(columns, task, (patient, split), path)
     return _find(path, form, columns, label, _Guesses(patient, split, len(rows), what))
 

@@ -16,6 +16,7 @@ from client.data.sources import open_source
 from client.inspect.finding import describe_column
 from client.inspect.folders import inspect
 from client.inspect.tables import inspect_table, sniff
+from common.inputs import Text
 from common.types import BadInput
 from common.yaml import load
 from headwater.__main__ import make_app
@@ -238,6 +239,37 @@ def test_transcripts_beside_recordings_become_a_file_to_which_only_public_symbol
     assert len(open_source(config.sources["records"], "records").open().index()) == 30
     backbone = config.run.backbone_specs["backbone"].settings()
     assert backbone["pooling"] == "frames" and backbone["model"] == "openai/whisper-tiny.en"
+
+
+@pytest.mark.parametrize("form", ["files", "sides", "tsv"])
+def test_texts_and_their_translations_become_a_file_to_which_public_pairs_are_added(tmp_path: Path, form: str) -> None:
+    rng, folder = random.Random(0), tmp_path / "texts"
+    folder.mkdir()
+    pairs = []
+    for number in range(30):
+        texts = [" ".join(rng.choice(words) for _ in range(7)) for words in (["seldom", "often"], ["oft", "nie"])]
+        pairs.append([f"{text} {number}" for text in texts])
+    if form == "tsv":
+        (folder / "pairs.tsv").write_text("\n".join(map("\t".join, [["english", "german"], *pairs])))
+    else:
+        sides = {"captions": pairs} if form == "files" else {"train": pairs[:20], "test": pairs[20:]}
+        for side, own in sides.items():
+            for language, lines in zip(("en", "de"), zip(*own, strict=True), strict=True):
+                (folder / f"{side}.{language}").write_text("\n".join(lines) + "\n")
+    shown = run(folder, "--out", tmp_path / "texts.yaml")
+    text = (tmp_path / "texts.yaml").read_text()
+    for word in ("seldom", "often", "oft", "nie"):
+        assert word not in shown and word not in text
+    assert "fill in: pretrain.sources in texts.yaml" in shown
+    (tmp_path / "texts.yaml").write_text(text.replace("FILL_IN", "public"))
+    config = load(SimulationConfig, tmp_path / "texts.yaml")
+    ((name, own),) = config.tasks.items()
+    assert config.run.tasks[name].kind == "seq2seq" and config.run.backbone_specs["backbone"].kind == "seq2seq"
+    assert own.label == {"tsv": "german"}.get(form, "target")
+    opened = open_source(config.sources["records"], "records").open()
+    first = opened.load(0)
+    assert isinstance(first, Text) and [first.first, first.second] in pairs and len(opened.index()) == 30
+    assert config.partition.split == ("source" if form == "sides" else "hash")
 
 
 def test_arrays_with_sides_and_names(tmp_path: Path) -> None:
