@@ -26,7 +26,7 @@ _HELD_OUT, _HELD_OUT_OF_FEW, _FEW_UNITS = 0.2, 0.3, 100
 """Parts that are held out: of few units, chance may hold out none."""
 
 _MOST_TOKENS = 40
-"""Of a written text: about thirty words."""
+"""Largest number of a written text's tokens: about thirty words."""
 
 _PRETRAIN = [
     "pretrain:",
