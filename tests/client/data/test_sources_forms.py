@@ -167,7 +167,7 @@ def test_an_ods_sheet_is_read_as_text(tmp_path: Path) -> None:
 def test_a_spreadsheet_that_grows_when_it_is_unpacked_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[list[Any]] = [["age"], *([40] for _ in range(5000))]
+    rows: list[list[Any]] = [[40]] * 5000
     write_xlsx(tmp_path / "a.xlsx", rows)
     most = (tmp_path / "a.xlsx").stat().st_size
     monkeypatch.setattr("client.data.sources.parts.tables.sheets.MAX_FILE_BYTES", most)
