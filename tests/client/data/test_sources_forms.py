@@ -178,7 +178,7 @@ def test_a_spreadsheet_that_grows_when_it_is_unpacked_is_refused_unread(
 
 def test_what_a_sheet_does_not_say_costs_its_row(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
-    rows = [["age", "dose"], [41, 1], [42, "=A3*2"], [43, 3], [None, 4], [45, 5]]
+    rows: list[list[Any]] = [["age", "dose"], [41, 1], [42, "=A3*2"], [43, 3], [None, 4], [45, 5]]
     book = write_xlsx(tmp_path / "a.xlsx", rows)
     book.active.merge_cells("A4:A5")
     book.save(tmp_path / "a.xlsx")
