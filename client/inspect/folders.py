@@ -28,12 +28,13 @@ _LISTS = frozenset({".csv", ".tsv", ".txt", ".parquet"}) | SHEETS
 _SIDES = {"train", "test"}
 
 
-def inspect(path: Path, task: str | None) -> Finding:
+def inspect(path: Path, task: str | None, sheet: int | str | None = None) -> Finding:
     """Returns what a file or folder holds.
 
     Args:
         path: the file or folder.
         task: the label column; None for a guess.
+        sheet: name or 1-based number of a spreadsheet's sheet; None where only one holds anything.
 
     Raises:
         BadInput: it is missing, empty, of no known kind, or has no column that can be the label.
@@ -49,11 +50,11 @@ def inspect(path: Path, task: str | None) -> Finding:
             raise BadInput(f"{path}: expected a folder of such files, or a table that lists them, got one file")
         if path.suffix.lower() not in _LISTS and zipfile.is_zipfile(path):
             return _inspect_tree(path, task)
-        return inspect_table(path, task)
-    return _inspect_tree(path, task)
+        return inspect_table(path, task, sheet)
+    return _inspect_tree(path, task, sheet)
 
 
-def _inspect_tree(path: Path, task: str | None) -> Finding:
+def _inspect_tree(path: Path, task: str | None, sheet: int | str | None = None) -> Finding:
     everything = open_tree(path, "files").chosen(lambda name: True)
     drawn = find_drawn(path, everything, task)
     if drawn is not None:
@@ -72,7 +73,7 @@ def _inspect_tree(path: Path, task: str | None) -> Finding:
     if path.is_dir() and lists and (counts[kind] == 0 or len(lists) == 1):
         if len(lists) > 1:
             raise BadInput(f"{path}: expected one table, got {len(lists)}; inspect one of them: {', '.join(lists[:5])}")
-        return inspect_table(path / lists[0], task)
+        return inspect_table(path / lists[0], task, sheet)
     if counts[kind] == 0:
         said = "nothing that is known" if everything.stamps else "an empty one"
         raise BadInput(f"{path}: expected a folder with a table, pictures, recordings or DICOM files, got {said}")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +9,9 @@ from typing import Any
 
 from client.data.sources import open_source
 from client.data.sources.image_folder import SUFFIXES as PICTURES
-from client.data.sources.parts.frame import FAULT, WHITESPACE, Encoding, Surroundings, read_frame
+from client.data.sources.parts.dicom.files import is_marked
+from client.data.sources.parts.frame import FAULT, read_frame
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
-from client.data.sources.parts.tables.numbers import Decimal, Thousands, convert_number
 from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.inspect.drawn import find_masks, is_mask_name
 from client.inspect.finding import (
@@ -29,99 +25,42 @@ from client.inspect.finding import (
     guess_transcript,
     mark_transcript,
 )
+from client.inspect.form import DICOM, TextForm, sniff, sniff_sheet
 from client.inspect.pairs import guess_translation, mark_translation
-from common.errors import instead
-from common.inputs import parse_number
 from common.types import BadInput, BadRecord
 
-_SAMPLE_BYTES = 1 << 18
-_SAMPLE_ROWS = 200
-_SEPARATORS = (";", "\t", "|", ",")
 _FEWEST_STEPS = 16
 """Columns of numbers without names, from which a row is a time series."""
 
-_COMMA = re.compile(r"[+-]?\d*,\d+")
-_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
-_THOUSANDS_POINT = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+\.\d+")
-_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+,\d+")
-_POINT = re.compile(r"[+-]?\d*\.\d+")
-_ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2}\.\d{3}")
-_APOSTROPHES = re.compile(r"[+-]?[1-9]\d{0,2}(['\u2019]\d{3})+(\.\d+)?")
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
-"""Marks in front of UTF-16."""
-
-_DICOM = (".dcm", ".dicom")
+_SAMPLE_SCANS = 20
+"""Cells that are looked up as folders of DICOM files."""
 
 
-@dataclass(frozen=True)
-class TextForm:
-    """The form of a text file.
-
-    Attributes:
-        separator: of its cells.
-        encoding: its characters.
-        names: names made up for a file without a line of them; None where it has one.
-        quotes: whether quotes enclose cells.
-        is_comma: whether the decimal sign is a comma.
-        thousands: the mark between thousands; None where there is none.
-        comment: beginning of the lines that are none of the table's; None where there are no such lines.
-        skip_lines: number of lines above the table.
-    """
-
-    separator: str
-    encoding: Encoding
-    names: list[str] | None
-    quotes: bool
-    is_comma: bool
-    thousands: Thousands | None = None
-    comment: str | None = None
-    skip_lines: int = 0
-
-    @property
-    def decimal(self) -> Decimal:
-        """The decimal sign."""
-        return "," if self.is_comma else "."
-
-    @property
-    def layout(self) -> Surroundings:
-        """The parts of the file that are not the table."""
-        return Surroundings(self.comment, self.skip_lines)
-
-    def read_number(self, cell: str) -> str:
-        """Returns a number with a decimal point; other texts as they are."""
-        return convert_number(cell, self.decimal, self.thousands)
-
-    def describe(self) -> str:
-        """Returns the form in words."""
-        separator = {"\t": "tab", WHITESPACE: "white space"}.get(self.separator, repr(self.separator))
-        header = "its first line names the columns" if self.names is None else "no line of names"
-        comma = ", decimal comma" if self.is_comma else ""
-        comma += f", {self.thousands!r} between thousands" if self.thousands not in (None, "none") else ""
-        around = f", {self.skip_lines} line(s) above it" if self.skip_lines else ""
-        around += f", comments after {self.comment!r}" if self.comment else ""
-        return f"text table, separator {separator}, {self.encoding}{comma}{around}, {header}"
-
-
-def inspect_table(path: Path, task: str | None) -> Finding:
-    """Returns what a CSV, text table or Parquet file holds.
+def inspect_table(path: Path, task: str | None, sheet: int | str | None = None) -> Finding:
+    """Returns what a CSV, text table, Parquet file or spreadsheet holds.
 
     Args:
         path: the file.
         task: the label column; None for a guess.
+        sheet: name or 1-based number of a spreadsheet's sheet; None where only one holds anything.
 
     Raises:
         BadInput: it cannot be read, or has no column that can be the label.
     """
-    form = None if path.suffix.lower() in {".parquet", *SHEETS} else sniff(path)
+    form = _find_form(path, sheet)
     frame = _read(path, form)
     rows = [row for row in frame.to_dict("records") if not row[FAULT]]
     if not rows:
         raise BadInput(f"{path}: expected a table with records, got none")
     names = [str(name) for name in frame.columns if name != FAULT]
-    suffixes = (*PICTURES, *RECORDINGS, *_DICOM)
+    suffixes = (*PICTURES, *RECORDINGS, *DICOM)
     cells = {name: [_point(row[name], form) for row in rows] for name in names}
     columns = tuple(describe_column(name, cells[name], suffixes) for name in names)
-    what = form.describe() if form else "spreadsheet" if path.suffix.lower() in SHEETS else "Parquet table"
+    if (scans := _find_scans(path.parent, cells, columns)) is not None:
+        columns = tuple(
+            replace(each, kind="path", values=(), observed=None) if each is scans else each for each in columns
+        )
+    what = form.describe() if form else "Parquet table"
     bad = len(frame) - len(rows)
     what += f", {bad} unreadable row(s)" if bad else ""
     if form is not None and _is_series(form, columns):
@@ -169,14 +108,15 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
     source: dict[str, Any]
     notes: list[str] = []
     has_split, patients = found.split is not None, None
-    shape: dict[str, Any] = {} if form is None else {"separator": form.separator, "encoding": form.encoding}
+    is_text = form is not None and not form.is_sheet
+    shape: dict[str, Any] = {}
     if form is not None:
+        shape = {"sheet": form.sheet} if form.is_sheet else {"separator": form.separator, "encoding": form.encoding}
         shape |= {"comment": form.comment, "skip_lines": form.skip_lines}
     if paths:
-        cell = _first_cell(path, form, paths[0].name).lower()
-        kind, key, modality = _listed(cell)
+        kind, key, modality = _listed(_first_cell(path, form, paths[0].name).lower())
         source = {"kind": kind, "path": path, key: paths[0].name, **shape, **people}
-        if form is not None:
+        if form is not None and is_text:
             source["header"] = form.names or True
         features = []
         if kind == "dicom":
@@ -188,7 +128,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         sides = _find_sides(path)
         source = {"kind": "text", "path": sides or path, **shape, "text": texts[0].name, **people}
         source["separator"] = shape.get("separator", ",")
-        if form is not None:
+        if form is not None and is_text:
             source |= {"quotes": form.quotes, "header": form.names or True}
         if sides:
             has_split, source["split"] = True, None
@@ -197,7 +137,9 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         marks = sorted({mark for column in columns for mark in column.marks})
         source = {"kind": "table", "path": path, **shape}
         if form is not None:
-            source |= {"decimal": form.decimal, "thousands": form.thousands, "header": form.names or True}
+            source |= {"decimal": form.decimal, "thousands": form.thousands}
+        if form is not None and is_text:
+            source["header"] = form.names or True
         source |= {"columns": features, **people, "missing_values": ["", *marks]}
         left = [column.name for column in others if column.name not in features]
         if left:
@@ -220,6 +162,33 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
     )
 
 
+def _find_scans(root: Path, cells: Mapping[str, Sequence[str]], columns: Sequence[ColumnFacts]) -> ColumnFacts | None:
+    """Returns the column that names folders of DICOM series, or DICOM files without a suffix; None where none does.
+
+    Args:
+        root: folder of the table.
+        cells: cells of each column.
+        columns: facts about the columns.
+    """
+    if any(column.kind == "path" for column in columns):
+        return None
+    for column in columns:
+        named = dict.fromkeys(cell for cell in cells[column.name] if cell.strip(" ./"))
+        sample = [root / cell for cell, _ in zip(named, range(_SAMPLE_SCANS), strict=False)]
+        if sample and 2 * sum(map(_is_scan, sample)) > len(sample):
+            return column
+    return None
+
+
+def _is_scan(path: Path) -> bool:
+    """Returns whether a path is a DICOM file that says so at its beginning, or a folder that holds one."""
+    try:
+        files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+        return any(is_marked(file) for file in files if file.is_file())
+    except (OSError, ValueError):
+        return False
+
+
 def _probe_dicom(source: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     """Returns further settings of listed DICOM files, and the number of patients where their tags say it.
 
@@ -240,9 +209,12 @@ def _probe_dicom(source: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]
 
 
 def _listed(cell: str) -> tuple[str, str, Any]:
-    if cell.endswith(_DICOM):
+    if cell.endswith(DICOM):
         return "dicom", "file", "image"
-    return ("manifest", "audio", "audio") if cell.endswith(tuple(RECORDINGS)) else ("manifest", "image", "image")
+    if cell.endswith(tuple(RECORDINGS)):
+        return "manifest", "audio", "audio"
+    # Without a suffix it is a DICOM file, or a folder of a series: `_find_scans` looked inside.
+    return ("manifest", "image", "image") if cell.endswith(tuple(PICTURES)) else ("dicom", "file", "image")
 
 
 def _is_default(key: str, value: Any) -> bool:
@@ -254,12 +226,21 @@ def _is_default(key: str, value: Any) -> bool:
         "split": None,
         "header": True,
     }
-    usual |= {"thousands": None, "comment": None, "skip_lines": 0}
+    usual |= {"thousands": None, "comment": None, "skip_lines": 0, "sheet": None}
     return (key in usual and value == usual[key]) or (key == "missing_values" and value == [""])
 
 
 def _is_category(column: ColumnFacts) -> bool:
     return column.kind == "category" and 2 <= column.distinct <= FEW
+
+
+def _find_form(path: Path, sheet: int | str | None) -> TextForm | None:
+    """Returns the form of a text file or spreadsheet; None of a Parquet file. Raises BadInput."""
+    if path.suffix.lower() in SHEETS:
+        return sniff_sheet(path, sheet)
+    if sheet is not None:
+        raise BadInput(f"--sheet: expected a spreadsheet ({', '.join(sorted(SHEETS))}), got {path}")
+    return None if path.suffix.lower() == ".parquet" else sniff(path)
 
 
 def _first_cell(path: Path, form: TextForm | None, name: str) -> str:
@@ -314,139 +295,3 @@ def _find_sides(path: Path) -> dict[str, Path] | None:
         if word in path.stem and twin.is_file():
             return {"train": path, "test": twin}
     return None
-
-
-# --- the form of a text file -----------------------------------------------------------------------------------------
-
-
-def sniff(path: Path) -> TextForm:
-    """Returns the form of a text file. Raises BadInput where it is none."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_SAMPLE_BYTES)
-    except OSError as error:
-        raise BadInput(f"{path}: expected a readable table{instead(error)}") from None
-    if not data.strip():
-        raise BadInput(f"{path}: expected a table, got an empty file")
-    if b"\0" in data and not data.startswith(_WIDE):
-        raise BadInput(
-            f"{path}: expected a CSV, Parquet, .xlsx, .ods or npz file, a zip, or a folder of pictures, recordings or "
-            "DICOM files; got a binary file of another kind"
-        )
-    encoding = _find_encoding(data if len(data) < _SAMPLE_BYTES else data[: data.rfind(b"\n") + 1 or None])
-    text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding, "replace")
-    stated, text = _take_stated(text)
-    comment = "#" if text.startswith("#") and any(not line.startswith("#") for line in text.splitlines()) else None
-    if comment:
-        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(comment))
-    separator, rows = (stated, _take_rows(text, stated)) if stated else _find_separator(text)
-    skip_lines = 0 if separator == WHITESPACE else _count_titles(text, separator)
-    text = "".join(text.splitlines(keepends=True)[skip_lines:])
-    rows = _take_rows(text, separator) if skip_lines else rows
-    quotes = separator != WHITESPACE and _has_quoted_cells(text, separator, rows)
-    if not quotes and separator != WHITESPACE:
-        rows = _split_lines(text, separator)
-    if len(rows[0]) < 2:
-        raise BadInput(f"{path}: expected a table of several columns, got lines without a separator")
-    first = [cell.strip() for cell in rows[0]]
-    is_comma, thousands = _find_marks([cell.strip() for row in rows for cell in row], separator)
-    form = TextForm(separator, encoding, None, quotes, is_comma, thousands, comment, skip_lines)
-    has_numbers = any(parse_number(form.read_number(cell)) is not None for cell in first)
-    has_files = any(cell.lower().endswith((*PICTURES, *RECORDINGS, *_DICOM)) for cell in first)
-    is_named = all(first) and not has_numbers and not has_files and len(set(first)) == len(first)
-    # Spreadsheets leave the name of a column of row numbers empty, and end each line with a separator.
-    is_named = is_named or (not has_numbers and len(rows) > 1 and sum(not cell for cell in first) == 1)
-    names = None if is_named else [f"column{number}" for number, _ in enumerate(first, start=1)]
-    return replace(form, names=names)
-
-
-def _take_stated(text: str) -> tuple[str | None, str]:
-    """Returns the separator that a line `sep=;` in front names, and what follows the line."""
-    found = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)
-    return (found[1], text[found.end() :]) if found else (None, text)
-
-
-def _count_titles(text: str, separator: str) -> int:
-    """Returns the number of lines in front of the first that has several cells."""
-    lines = text.splitlines()[:_SAMPLE_ROWS]
-    # A title has no separator, or nothing but separators behind it.
-    inner = [line.rstrip(f"{separator} ").count(separator) for line in lines]
-    return next((number for number, count in enumerate(inner) if count), 0)
-
-
-def _find_marks(cells: Sequence[str], separator: str) -> tuple[bool, Thousands | None]:
-    """Returns whether the decimal sign is a comma, and the mark between thousands."""
-    # Between commas, a quoted 1,234 may as well be a thousand.
-    is_comma = any(_COMMA.fullmatch(cell) and (separator != "," or not _THOUSANDS.fullmatch(cell)) for cell in cells)
-    is_comma |= any(_GROUPED.fullmatch(cell) for cell in cells)
-    is_comma &= not any(_THOUSANDS_POINT.fullmatch(cell) for cell in cells)
-    if is_comma:
-        points = [cell for cell in cells if _POINT.fullmatch(cell)]
-        if any(_GROUPED.fullmatch(cell) for cell in cells):
-            return True, "."
-        return True, "none" if any(not _ONE_GROUP.fullmatch(cell) for cell in points) else None
-    if any(_THOUSANDS_POINT.fullmatch(cell) or (_THOUSANDS.fullmatch(cell) and separator == ",") for cell in cells):
-        return False, ","
-    return False, "'" if any(_APOSTROPHES.fullmatch(cell) for cell in cells) else None
-
-
-def _find_encoding(data: bytes) -> Encoding:
-    if data.startswith(_WIDE):
-        return "utf-16"
-    try:
-        data.decode("utf-8")
-        return "utf-8"
-    except UnicodeDecodeError:
-        pass
-    try:
-        data.decode("cp1252")
-    except UnicodeDecodeError:
-        return "latin-1"
-    return "cp1252" if any(0x80 <= byte < 0xA0 for byte in data) else "latin-1"
-
-
-def _find_separator(text: str) -> tuple[str, list[list[str]]]:
-    """Returns the separator that divides nearly all rows into as many cells, and the first rows."""
-    best: tuple[float, int, str, list[list[str]]] = (0.0, 1, ",", [[text.split("\n")[0]]])
-    for separator in _SEPARATORS:
-        try:
-            rows = _take_rows(text, separator)
-        except csv.Error:
-            continue
-        width, number = Counter(map(len, rows)).most_common(1)[0]
-        share = number / len(rows)
-        if width > 1 and share > best[0] + 0.05:
-            best = (share, width, separator, rows)
-    if best[0] >= 0.8:
-        return best[2], best[3]
-    lines = [line.split() for line in text.splitlines()[:_SAMPLE_ROWS] if line.strip()]
-    width, number = Counter(map(len, lines)).most_common(1)[0]
-    # Words of a sentence are no cells.
-    if width > 1 and number > 0.95 * len(lines) and sum(parse_number(c) is not None for c in lines[-1]) > width / 2:
-        return WHITESPACE, lines
-    return best[2], best[3]
-
-
-def _take_rows(text: str, separator: str) -> list[list[str]]:
-    csv.field_size_limit(1 << 24)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    rows = [row for row, _ in zip((row for row in reader if any(row)), range(_SAMPLE_ROWS), strict=False)]
-    return rows or [[""]]
-
-
-def _has_quoted_cells(text: str, separator: str, rows: Sequence[Sequence[str]]) -> bool:
-    """Returns whether quotes enclose cells: where none opens one, or rows fall apart so, they belong to the text."""
-    if '"' not in text:
-        return separator != "\t"
-    if not re.search(f'(?:^|{re.escape(separator)})"', text, re.MULTILINE):
-        return False
-    return _share_width(rows) >= _share_width(_split_lines(text, separator))
-
-
-def _split_lines(text: str, separator: str) -> list[list[str]]:
-    return [line.split(separator) for line in text.splitlines()[:_SAMPLE_ROWS] if line.strip()]
-
-
-def _share_width(rows: Sequence[Sequence[str]]) -> float:
-    """Returns the part of the rows that have the most frequent number of cells."""
-    return Counter(map(len, rows)).most_common(1)[0][1] / len(rows)

@@ -27,7 +27,7 @@ from client.data.sources.parts.listing import ListedFiles, Listing, Reader
 from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.data.sources.parts.tree import read_file
 from client.data.sources.table import Table, TableRows
-from client.inspect.tables import sniff
+from client.inspect.form import sniff, sniff_sheet
 from client.prediction.files import FILE_KINDS, LooseFiles, find_kind, list_files, list_suffixes, open_files
 from common.backbones import ReadsColumns
 from common.errors import instead
@@ -120,10 +120,10 @@ def _choose(found: Sequence[LooseFiles], backbone: Backbone) -> PlainData:
 
 def _read_table(path: Path, backbone: Backbone) -> pd.DataFrame:
     """Returns a table of texts in whatever form it is written, as `headwater inspect` finds it."""
-    if path.suffix.lower() in {".parquet", *SHEETS}:
+    if path.suffix.lower() == ".parquet":
         return read_frame(path)
     try:
-        form = sniff(path)
+        form = sniff_sheet(path, None) if path.suffix.lower() in SHEETS else sniff(path)
     except BadInput:
         # One column has no separator; of all else the reader says what is wrong.
         return read_frame(path)

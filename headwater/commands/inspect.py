@@ -31,6 +31,7 @@ def inspect(
     site: Annotated[bool, typer.Option("--site", help="Write the parts of a site file, no simulation")] = False,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default NAME.yaml")] = None,
     backbone: Annotated[str | None, typer.Option(help="Name or file of another backbone")] = None,
+    sheet: Annotated[str | None, typer.Option(help="Name or number of a spreadsheet's sheet, of several")] = None,
 ) -> None:
     """Looks at a table or folder that is new, and writes a simulation file for it.
 
@@ -40,7 +41,9 @@ def inspect(
         from client.inspect.draft import draft_file
         from client.inspect.folders import inspect as look
 
-        finding = look(data, task)
+        # Four digits are the name of a year's sheet.
+        is_number = sheet is not None and sheet.isdigit() and 0 < int(sheet) < 100
+        finding = look(data, task, int(sheet) if sheet is not None and is_number else sheet)
         target = out or Path(f"{data.resolve().stem}{'.site' * site}.yaml")
         draft = draft_file(finding, target, site=site, backbone=backbone)
         for path in draft.files:

@@ -12,7 +12,7 @@ import pytest
 from client.data.sources import Source, open_source
 from client.data.sources.parts.tables.numbers import convert_number
 from client.inspect.folders import inspect
-from client.inspect.tables import sniff
+from client.inspect.form import sniff
 from common.types import BadInput, BadRecord
 
 ROWS = [["age", "dose", "finding"], *[[str(40 + n), f"{n},5", "ab"[n % 2]] for n in range(6)]]

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from client.data.sources import open_source
 from client.inspect.finding import describe_column
 from client.inspect.folders import inspect
-from client.inspect.tables import inspect_table, sniff
-from common.inputs import Text
+from client.inspect.form import sniff
+from client.inspect.tables import inspect_table
+from common.inputs import Several, Text
 from common.types import BadInput
 from common.yaml import load
 from headwater.__main__ import make_app
@@ -186,6 +188,63 @@ def test_dicom_files_say_their_patients_and_windows(tmp_path: Path) -> None:
     config = check(tmp_path / "a.yaml")
     settings = config.sources["records"].settings()
     assert (settings["window"], settings["patient_from_tag"], config.unit) == ("full", True, "patient")
+
+
+@pytest.mark.parametrize("names", ["scan{:02}", "{}"])
+def test_a_list_of_folders_names_a_series_in_each(tmp_path: Path, names: str) -> None:
+    from client.data.sources.dicom import write_dicom
+
+    lines = ["folder,finding"]
+    for number in range(12):
+        series = tmp_path / names.format(number)
+        series.mkdir()
+        (series / "report.txt").write_text("no picture", encoding="utf-8")
+        for slice_number in range(2):
+            pixels = np.arange(16, dtype=np.uint16).reshape(4, 4)
+            write_dicom(series / f"IM{slice_number}", pixels, PatientID=f"p{number // 2}")
+        lines.append(f"{series.name},{'ab'[number % 2]}")
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    run(tmp_path, "--out", tmp_path / "a.yaml")
+    config = check(tmp_path / "a.yaml")
+    settings = config.sources["records"].settings()
+    assert (settings["kind"], settings["file"], config.unit) == ("dicom", "folder", "patient")
+    opened = open_source({**settings, "path": str(tmp_path / "list.csv")}, "sources.records").open()
+    record = opened.load(3)
+    assert isinstance(record, Several) and (len(record.items), record.passed_over) == (2, 1)
+
+
+def test_folders_without_a_dicom_file_are_no_scans(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"scan{number}").mkdir()
+        (tmp_path / f"scan{number}" / "report.txt").write_text("no picture", encoding="utf-8")
+    lines = ["folder,finding", *(f"scan{number},{'ab'[number % 2]}" for number in range(12))]
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert "columns beside the label" in refuse(tmp_path / "list.csv", "--out", tmp_path / "a.yaml")
+
+
+def test_a_sheet_with_a_title_and_decimal_commas_is_read_as_a_text_file_is(tmp_path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.title = "2025"
+    for row in [["Results of the year"], [], ["patient", "dose", "age", "finding"]]:
+        sheet.append(row)
+    for number in range(60):
+        sheet.append([f"{number // 2:04}", f"{10 + number},5", 40 + number, "ab"[number % 2]])
+    book.create_sheet("notes")["A1"] = "see above"
+    book.save(tmp_path / "a.xlsx")
+    assert "--sheet" in refuse(tmp_path / "a.xlsx", "--out", tmp_path / "a.yaml")
+    shown = run(tmp_path / "a.xlsx", "--sheet", "2025", "--out", tmp_path / "a.yaml")
+    assert "decimal comma" in shown and "10.5 to 69.5" in shown
+    settings = yaml.safe_load((tmp_path / "a.yaml").read_text(encoding="utf-8"))["sources"]["records"]
+    assert (settings["sheet"], settings["skip_lines"], settings["decimal"]) == ("2025", 1, ",")
+    opened = open_source({**settings, "path": str(tmp_path / "a.xlsx")}, "sources.records").open()
+    assert opened.load(0) == {"dose": "10.5", "age": "40"}
+    assert opened.index()[0].labels["finding"] == "a"
+    assert run(tmp_path / "a.xlsx", "--sheet", "1", "--out", tmp_path / "b.yaml").count("decimal comma") == 1
+    (tmp_path / "a.csv").write_text("x,y\n1,a\n2,b\n", encoding="utf-8")
+    assert "expected a spreadsheet" in refuse(tmp_path / "a.csv", "--sheet", "1", "--out", tmp_path / "c.yaml")
 
 
 def test_names_of_recordings_are_read_as_columns(tmp_path: Path) -> None:

@@ -80,11 +80,10 @@ def open_dicom(path: Path, *, pixels: bool) -> Any:
     import pydicom
 
     require_file(path, "DICOM file")
-    with path.open("rb") as file:
-        is_marked = file.read(132)[128:] == b"DICM"
+    has_mark = is_marked(path)
     try:
-        found = pydicom.dcmread(path, stop_before_pixels=not pixels, force=not is_marked)
-        if not is_marked and "SOPClassUID" not in found and "Modality" not in found:
+        found = pydicom.dcmread(path, stop_before_pixels=not pixels, force=not has_mark)
+        if not has_mark and "SOPClassUID" not in found and "Modality" not in found:
             raise NoPicture("not a DICOM file that can be read")
         has_size = "Rows" in found and "Columns" in found
         has_pixels = any(name in found for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
@@ -115,7 +114,7 @@ def list_series(folder: Path) -> SeriesFiles:
             numbered.append((_read_instance(found), path.relative_to(folder).as_posix(), path))
             series.add(str(found.get("SeriesInstanceUID") or ""))
         except NoPicture:
-            if path.suffix.lower() in _SUFFIXES and not _is_whole(path):
+            if path.suffix.lower() in _SUFFIXES and not is_marked(path):
                 # It may have been one of the slices.
                 raise BadRecord("a file of the series is not a DICOM file that can be read") from None
     if not numbered:
@@ -161,7 +160,8 @@ def _name_class(found: Any) -> str:
     return f" ({known[0]})" if known else ""
 
 
-def _is_whole(path: Path) -> bool:
+def is_marked(path: Path) -> bool:
+    """Returns whether a file has the letters DICM behind its first 128 bytes. Raises OSError."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 

@@ -49,7 +49,10 @@ def read_sheet(path: Path, sheet: int | str | None) -> tuple[list[list[str]], li
     filled = [number for number, (_, rows, _) in enumerate(sheets) if rows]
     if sheet is None:
         if len(filled) > 1:
-            raise BadInput(f"{path}: expected `sheet`, a name or a number from 1, as {len(filled)} sheets hold cells")
+            raise BadInput(
+                f"{path}: expected `sheet` (of inspect, --sheet), a name or a number from 1, as {len(filled)} sheets "
+                "hold cells"
+            )
         chosen = filled[:1]
     elif isinstance(sheet, int):
         chosen = [sheet - 1] if 1 <= sheet <= len(sheets) else []
