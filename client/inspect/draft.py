@@ -18,6 +18,7 @@ from typing import Any
 
 from client.inspect.finding import ColumnFacts, Finding, list_levels
 from common.backbones.parts.columns import BETWEEN, HEADER, MIDDLE, REFUSE
+from common.errors import instead
 from common.types import BadInput
 from common.yaml import FILL_IN
 
@@ -231,6 +232,9 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
         own = {"kind": "identity", "ranges": ranges.name, **({"missing_values": marks} if marks else {})}
         return _backbone({**own, "projection": {"normalize": True}}, {"ranges": comment})
     where = None if path is None or not is_there else _relative(path, out)
+    is_picture = finding.modality == "image" and finding.label_facts.kind not in ("mask", "boxes")
+    if path is not None and is_there and is_picture and (path.is_dir() or path.suffix.lower() == ".onnx"):
+        return _picture_model(path, where)
     if finding.label_facts.kind in ("mask", "boxes"):
         return _maps(wanted, where)
     if finding.label_facts.kind == "transcript":
@@ -255,8 +259,30 @@ def _image(wanted: str | None, where: Any) -> list[str]:
     return _backbone({**values, "projection": {"dim": 128, "shift": "batch_norm", "normalize": True}}, comments)
 
 
+def _picture_model(path: Path, where: Any) -> list[str]:
+    """Returns the settings of a published folder, or of an ONNX file, that reads pictures."""
+    if not path.is_dir():
+        comments = {"reads": "   # as the network was trained", "kind": "   # `output` and `axis` name inner features"}
+        pictures = {"resize": 224, "crop": None, **_IMAGENET}
+        values: dict[str, Any] = {"kind": "onnx", "weights": where, "reads": {"pictures": pictures}}
+        return _backbone({**values, "projection": {"normalize": True}}, comments)
+    if (path / "open_clip_config.json").is_file():
+        return _backbone({"kind": "open_clip", "folder": where, "projection": {"normalize": True}})
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--backbone {path}: expected a folder with a config.json{instead(error)}") from None
+    named = content if isinstance(content, dict) else {}
+    if "architecture" in named:
+        return _backbone({"kind": "timm", "folder": where, "projection": {"normalize": True}})
+    if "model_type" in named:
+        settings = {"kind": "transformers", "modality": "image", "folder": where}
+        return _backbone({**settings, "projection": {"normalize": True}})
+    raise BadInput(f"--backbone {path}: expected a config.json of timm (`architecture`) or transformers (`model_type`)")
+
+
 def _maps(wanted: str | None, where: Any) -> list[str]:
-    if wanted is not None and where is None:
+    if wanted is not None and (where is None or not Path(wanted).expanduser().is_file()):
         raise BadInput(f"--backbone {wanted}: expected the file of MobileNetV2's weights for masks and boxes")
     values: dict[str, Any] = {"kind": "torchvision", "model": "mobilenet_v2", "weights": where or "IMAGENET1K_V2"}
     values["preprocess"] = {"resize": 256, "crop": None, **_IMAGENET}

@@ -241,10 +241,28 @@ def test_a_sheet_with_a_title_and_decimal_commas_is_read_as_a_text_file_is(tmp_p
     assert (settings["sheet"], settings["skip_lines"], settings["decimal"]) == ("2025", 1, ",")
     opened = open_source({**settings, "path": str(tmp_path / "a.xlsx")}, "sources.records").open()
     assert opened.load(0) == {"dose": "10.5", "age": "40"}
-    assert opened.index()[0].labels["finding"] == "a"
+    assert opened.index()[0].cells["finding"] == "a"
     assert run(tmp_path / "a.xlsx", "--sheet", "1", "--out", tmp_path / "b.yaml").count("decimal comma") == 1
     (tmp_path / "a.csv").write_text("x,y\n1,a\n2,b\n", encoding="utf-8")
     assert "expected a spreadsheet" in refuse(tmp_path / "a.csv", "--sheet", "1", "--out", tmp_path / "c.yaml")
+
+
+def test_a_published_folder_or_onnx_file_is_named_by_its_own_kind(tmp_path: Path) -> None:
+    for number in range(12):
+        draw(tmp_path / "scans" / "ab"[number % 2] / f"{number}.png")
+    published = {"timm": '{"architecture": "resnet10t"}', "transformers": '{"model_type": "vit"}'}
+    for kind, content in published.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(content, encoding="utf-8")
+        run(tmp_path / "scans", "--backbone", tmp_path / kind, "--out", tmp_path / f"{kind}.yaml")
+        backbone = yaml.safe_load((tmp_path / f"{kind}.yaml").read_text(encoding="utf-8"))["run"]["backbone"]
+        assert (backbone["kind"], backbone["folder"]) == (kind, f"./{kind}")
+    (tmp_path / "net.onnx").write_bytes(b"")
+    run(tmp_path / "scans", "--backbone", tmp_path / "net.onnx", "--out", tmp_path / "onnx.yaml")
+    backbone = yaml.safe_load((tmp_path / "onnx.yaml").read_text(encoding="utf-8"))["run"]["backbone"]
+    assert (backbone["kind"], backbone["weights"], list(backbone["reads"])) == ("onnx", "./net.onnx", ["pictures"])
+    (tmp_path / "other").mkdir()
+    assert "config.json" in refuse(tmp_path / "scans", "--backbone", tmp_path / "other", "--out", tmp_path / "o.yaml")
 
 
 def test_names_of_recordings_are_read_as_columns(tmp_path: Path) -> None:
