@@ -187,7 +187,9 @@ def test_what_a_sheet_does_not_say_costs_its_row(tmp_path: Path) -> None:
     second = openpyxl.load_workbook(tmp_path / "a.xlsx")
     second.create_sheet("q7-bea").append(["age", "dose"])
     second.save(tmp_path / "b.xlsx")
-    with pytest.raises(BadInput, match="expected `sheet`, a name or a number from 1, as 2 sheets") as caught:
+    with pytest.raises(
+        BadInput, match=r"expected `sheet` \(of inspect, --sheet\), a name or a number from 1, as 2 sheets"
+    ) as caught:
         opened(tmp_path / "b.xlsx")
     assert "q7" not in str(caught.value)
     assert len(opened(tmp_path / "b.xlsx", sheet=1).index()) == 5
