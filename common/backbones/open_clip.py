@@ -10,6 +10,7 @@ which must be installed there too (`pip install "headwater[open_clip]"`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -200,6 +201,8 @@ def _check_tower(config: Mapping[str, Any], modality: str) -> None:
             "modality: expected a tower of texts with CLIP's own tokenizer; write `kind: transformers` with the name "
             f"of the text encoder, {config.get('hf_model_name') or config.get('hf_tokenizer_name')!r}"
         )
+    if not re.fullmatch(r"[\w.-]*", str(config.get("timm_model_name") or "")):
+        raise BadInput("tower: expected the name of an architecture of timm, got a place from which it is fetched")
 
 
 def _read_preprocessing(values: Mapping[str, Any], config: Mapping[str, Any]) -> ImagePreprocessing:

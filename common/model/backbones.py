@@ -48,6 +48,12 @@ from common.types import BackboneBlob, BadInput, DigestMismatch
 MAX_WEIGHT_BYTES = 8 << 30
 MAX_SPEC_CHARS = 1 << 20
 
+_PLACES = ("folder", "package", "weights")
+_FILLED_IN = ("files", "tower", "graph", "vocabulary_bytes")
+"""Settings that are read from a place, where they are not filled in."""
+
+_PLACE = "backbone: expected resolved settings without any location of weights"
+
 
 @final
 class FrozenBackbone(nn.Module):
@@ -255,10 +261,21 @@ def load_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
     if not isinstance(values, dict):
         raise BadInput("backbone: expected settings with keys")
     kind: Kind = resolve("common.backbones", values, "backbone")
+    _refuse_places(kind)
     if write_spec(resolve_settings(kind)) != blob.spec:
-        raise BadInput("backbone: expected resolved settings without any location of weights")
+        raise BadInput(_PLACE)
     with torch.random.fork_rng(devices=[]):
         return _freeze(kind, kind.architecture(), state, "backbone: the received weights")
+
+
+def _refuse_places(kind: Kind) -> None:
+    """Refuses settings that name a place, before it is looked at: a site opens no folder and asks no Hub. BadInput."""
+    named = any(getattr(kind, key, None) is not None for key in _PLACES) or "/" in (getattr(kind, "model", None) or "")
+    if named or any(getattr(kind, key, True) is None for key in _FILLED_IN):
+        raise BadInput(_PLACE)
+    encoder = getattr(kind, "encoder", None)
+    if isinstance(encoder, Spec):
+        _refuse_places(resolve("common.backbones", encoder, "encoder"))
 
 
 def verify_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from common.backbones import Example, WeightedKind, find_weights_file, resolve_settings
+from common.backbones.parts.weights import compute_digest
 from common.model.backbones import Backbone, load_blob, open_pretrained, open_random, open_untrained
 from common.plugins import kinds, plugin_class
 from common.types import BackboneBlob, BadInput, DigestMismatch
@@ -146,6 +147,37 @@ def test_a_blob_becomes_the_same_backbone(backbone: Backbone, example: Example) 
     assert received.digest == backbone.digest
     assert received.feature_dim == backbone.feature_dim
     assert torch.equal(received.encode(inputs), backbone.encode(inputs_of(backbone, example)))
+
+
+def test_a_site_looks_at_no_place_that_settings_name(backbone: Backbone, example: Example) -> None:
+    sent = backbone.blob()
+    for key in {"folder", "weights"} & set(example.settings):
+        # What is not there would be missed.
+        spec = json.dumps({**example.settings, key: "/nowhere/q7"}, sort_keys=True)
+        digest = compute_digest(spec, load(bytes(sent.weights)).items())
+        with pytest.raises(BadInput, match="expected resolved settings without any location of weights"):
+            load_blob(dataclasses.replace(sent, spec=spec, digest=digest))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "timm", "model": "hf-hub:q7/q7"},
+        {"kind": "transformers", "model": "q7", "modality": "text"},
+        {"kind": "open_clip", "model": "q7/q7"},
+        {"kind": "seq2seq", "encoder": {"kind": "transformers", "model": "q7", "modality": "text"}},
+    ],
+)
+def test_a_site_asks_no_hub_for_what_a_coordinator_names(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *place, **_: asked.append(place) or [])
+    spec = json.dumps(settings, sort_keys=True)
+    blob = BackboneBlob(spec=spec, weights=save({}), digest=compute_digest(spec, []))
+    with pytest.raises(BadInput, match="expected resolved settings without any location of weights"):
+        load_blob(blob)
+    assert asked == []
 
 
 def test_any_changed_tensor_is_a_digest_mismatch(backbone: Backbone) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.backbones.open_clip import OpenClip
 from common.inputs import Text
 from common.model.backbones import load_blob, open_pretrained
 from common.types import BadInput
@@ -78,6 +79,15 @@ def test_a_tower_of_timm_fetches_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(open_pretrained(settings, "backbone").encode(pixels), expected_BD, rtol=1e-4, atol=1e-5)
     with pytest.raises(BadInput, match=r"backbone\.modality: .*`kind: transformers`.*'owner/text-encoder'"):
         open_pretrained({**settings, "modality": "text"}, "backbone")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:q7/q7", "local-dir:/q7"])
+def test_a_tower_that_is_fetched_from_elsewhere_is_refused(name: str) -> None:
+    pixels = {"resize": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    tower = {"embed_dim": 16, "config": {"timm_model_name": name, "image_size": 32}}
+    sent = OpenClip.model_validate({"kind": "open_clip", "tower": tower, "preprocess": pixels})
+    with pytest.raises(BadInput, match="tower: expected the name of an architecture of timm"):
+        sent.architecture()
 
 
 @pytest.mark.parametrize(

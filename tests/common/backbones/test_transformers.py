@@ -29,11 +29,12 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from common.backbones.parts.hub.huggingface import silence
+from common.backbones.parts.hub.huggingface import read_config, silence
+from common.backbones.parts.weights import compute_digest
 from common.backbones.transformers import Transformers
 from common.inputs import Audio, Text
 from common.model.backbones import Backbone, load_blob, open_pretrained
-from common.types import BadInput, BadRecord, DigestMismatch
+from common.types import BackboneBlob, BadInput, BadRecord, DigestMismatch
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 WAVE = {**TINY, "conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
@@ -249,6 +250,30 @@ def test_code_in_a_models_folder_never_runs(bert: dict[str, Any], tmp_path: Path
     assert features(backbone, SENTENCES).shape == (3, 16)
     assert "auto_map" not in backbone.spec
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])
+def test_a_coordinator_chooses_no_other_code_for_a_sites_layers(bert: dict[str, Any], key: str) -> None:
+    backbone = open_pretrained(bert, "backbone")
+    sent, settings = backbone.blob(), backbone.public_spec()
+    # As a coordinator that was changed would send it: a kernel of the Hub, which transformers would fetch and run.
+    settings["files"]["config"][key] = "kernels-community/flash-attn"
+    spec = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    digest = compute_digest(spec, load(bytes(sent.weights)).items())
+    received = load_blob(BackboneBlob(spec=spec, weights=sent.weights, digest=digest))
+    item = Text("the scan shows no tumour .")
+    torch.testing.assert_close(features(received, [item]), features(backbone, [item]))
+
+
+def test_a_part_that_is_fetched_from_elsewhere_is_refused() -> None:
+    values = {"model_type": "timm_wrapper", "architecture": "hf-hub:q7/q7"}
+    with pytest.raises(BadInput, match="expected a model whose parts are its own"):
+        read_config(values)
+    with pytest.raises(BadInput, match="expected a model whose parts are its own"):
+        read_config({"model_type": "detr", "backbone_config": {**values, "architecture": "local-dir:/q7"}})
+    own = {"architecture": "q7", "num_classes": 2, "model_args": {"num_classes": 2, "checkpoint_path": "/q7"}}
+    read = read_config({"model_type": "timm_wrapper", **own})
+    assert "checkpoint_path" not in json.dumps(read.to_dict())
 
 
 def test_pickled_weights_are_refused(bert: dict[str, Any]) -> None:

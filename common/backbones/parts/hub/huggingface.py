@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ _UNUSED = frozenset(
         "transformers.js_config",
     }
 )
+
+
+_CODE = ("attn_implementation", "experts_implementation", "quantization_config", "auto_map", "checkpoint_path")
+"""Beginnings of keys by which a configuration asks for other code than its architecture's own, or for a file."""
+
+_ELSEWHERE = re.compile("(hf[-_]hub|local[-_]dir):")
+"""Beginning of a name by which timm takes a part of a model from the Hub or from a folder."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,32 @@ class Location:
 
 
 def read_config(values: dict[str, Any]) -> PretrainedConfig:
-    """Returns the configuration of a model that transformers itself knows. Raises BadInput."""
+    """Returns the configuration of a model that transformers itself knows.
+
+    A site gets it from the coordinator: whatever names other code, such as a kernel on the Hub, is left out.
+
+    Raises:
+        BadInput: the model is another, or a part of it would be fetched from elsewhere.
+    """
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise BadInput(f"config.json: expected a model_type that transformers knows, got {kind!r}")
-    return CONFIG_MAPPING[kind].from_dict(values)
+    config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(_leave_out_code(values))
+    return config
+
+
+def _leave_out_code(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _leave_out_code(inner) for key, inner in value.items() if not _is_code(key)}
+    if isinstance(value, list):
+        return [_leave_out_code(inner) for inner in value]
+    if isinstance(value, str) and _ELSEWHERE.match(value):
+        raise BadInput("config.json: expected a model whose parts are its own, got one that is fetched from elsewhere")
+    return value
+
+
+def _is_code(key: object) -> bool:
+    return isinstance(key, str) and key.lstrip("_").startswith(_CODE)
 
 
 def read_tokenizer(location: Location) -> bytes:
