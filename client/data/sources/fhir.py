@@ -93,13 +93,16 @@ class Fhir(SourceSettings):
         settings = {
             "kind": "fhir",
             "path": str(folder / "fhir"),
-            "codes": {"pressure": {"code": "8480-6"}, "hypertension": {"code": "38341003", "take": "any"}},
+            "codes": {
+                "pressure": {"code": "8480-6", "unit": "mmHg"},
+                "hypertension": {"code": "38341003", "take": "any"},
+            },
             "columns": ["pressure", "sex"],
         }
         return SourceExample(settings, ["q7-"])
 
     def open(self) -> PatientRows:
-        """The patients. Raises BadInput: missing, no patients, or values of several units."""
+        """The patients. Raises BadInput: missing, or no patients."""
         tree = open_tree(self.path, "FHIR files").chosen(lambda name: name.suffix.lower() in {".ndjson", ".json"})
         wanted = [*self.codes.values(), *([self.index] if isinstance(self.index, Coded) else [])]
         people: dict[str, KnownPatient] = {}

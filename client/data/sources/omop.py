@@ -97,13 +97,13 @@ class Omop(SourceSettings):
         settings = {
             "kind": "omop",
             "path": str(folder),
-            "codes": {"pressure": {"code": 3004249}, "hypertension": {"code": 320128, "take": "any"}},
+            "codes": {"pressure": {"code": 3004249, "unit": 8876}, "hypertension": {"code": 320128, "take": "any"}},
             "columns": ["pressure", "sex"],
         }
         return SourceExample(settings)
 
     def open(self) -> PatientRows:
-        """The persons. Raises BadInput: missing, no table of persons, or values of several units."""
+        """The persons. Raises BadInput: missing, or no table of persons."""
         rows, faults = self._read("person", _PERSON)
         people: dict[str, KnownPatient] = {}
         for number, row in enumerate(rows, start=1):

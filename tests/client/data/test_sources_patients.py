@@ -68,10 +68,10 @@ RESOURCES = [
     condition("b", "22298006", "2021-05-01", verificationStatus={"coding": [{"code": "refuted"}]}),
 ]
 CODES: dict[str, Any] = {
-    "glucose": {"code": "2345-7", "system": LOINC},
-    "glucose_mean": {"code": "2345-7", "take": "mean"},
+    "glucose": {"code": "2345-7", "system": LOINC, "unit": "mmol/L"},
+    "glucose_mean": {"code": "2345-7", "take": "mean", "unit": "mmol/L"},
     "recent": {"code": "2345-7", "days": 120, "take": "count"},
-    "systolic": {"code": "8480-6", "take": "highest"},
+    "systolic": {"code": "8480-6", "take": "highest", "unit": "mm[Hg]"},
     "infarction": {"code": "22298006", "take": "any", "when": "after"},
 }
 
@@ -154,7 +154,7 @@ def test_a_byte_that_is_no_character_costs_its_own_resource_only(tmp_path: Path)
     write_ndjson(tmp_path, [patient("ann"), patient("bea"), observation("ann", "8480-6", "2020-01-01", 120.0)])
     with (tmp_path / "Patient.ndjson").open("ab") as file:
         file.write(json.dumps(patient("Müller"), ensure_ascii=False).encode("latin-1") + b"\n")
-    records = fhir(tmp_path, {"pressure": {"code": "8480-6"}}, columns=["pressure"]).index()
+    records = fhir(tmp_path, {"pressure": {"code": "8480-6", "unit": "mmol/L"}}, columns=["pressure"]).index()
     assert [(record.cells["pressure"], record.fault) for record in records] == [
         ("120.0", ""),
         ("", ""),
@@ -166,7 +166,7 @@ def test_a_long_file_costs_no_patient_anything(tmp_path: Path, monkeypatch: pyte
     found = [observation(f"p{number}", "8480-6", "2020-01-01", 100.0 + number) for number in range(9)]
     write_ndjson(tmp_path, [*(patient(f"p{number}") for number in range(9)), *found])
     monkeypatch.setattr("client.data.sources.parts.tree.MAX_FILE_BYTES", 1000)
-    records = fhir(tmp_path, {"pressure": {"code": "8480-6"}}, columns=["pressure"]).index()
+    records = fhir(tmp_path, {"pressure": {"code": "8480-6", "unit": "mmol/L"}}, columns=["pressure"]).index()
     assert [record.cells["pressure"] for record in records] == [f"{100.0 + number}" for number in range(9)]
 
 
@@ -184,7 +184,7 @@ def test_a_long_file_costs_no_patient_anything(tmp_path: Path, monkeypatch: pyte
 def test_an_event_is_of_the_patient_that_it_refers_to(tmp_path: Path, reference: str, pressures: list[str]) -> None:
     found = observation("ann", "8480-6", "2020-01-01", 120.0) | {"subject": {"reference": reference}}
     write_ndjson(tmp_path, [patient("ann"), patient("2"), found])
-    records = fhir(tmp_path, {"pressure": {"code": "8480-6"}}, columns=["pressure"]).index()
+    records = fhir(tmp_path, {"pressure": {"code": "8480-6", "unit": "mmol/L"}}, columns=["pressure"]).index()
     assert [record.cells["pressure"] for record in records] == pressures
 
 
@@ -212,12 +212,16 @@ def test_a_view_of_a_database_file_reads_no_other_file(tmp_path: Path) -> None:
         open_source({"kind": "omop", **settings}, "s").open()
 
 
-def test_several_units_are_refused_until_one_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("unit", "usable"),
+    [({}, [False] * 3), ({"unit": "mmol/L"}, [True, True, False]), ({"take": "count"}, [True] * 3)],
+)
+def test_a_unit_that_a_column_does_not_name_costs_its_own_patient_alone(
+    tmp_path: Path, unit: dict[str, str], usable: list[bool]
+) -> None:
     write_ndjson(tmp_path / "export", [*PATIENTS, *RESOURCES, observation("c", "2345-7", "2020-01-01", 90, "mg/dL")])
-    with pytest.raises(BadInput, match="codes.glucose.unit: expected one of the units of its values, as they have 2"):
-        fhir(tmp_path / "export", {"glucose": {"code": "2345-7"}})
-    source = fhir(tmp_path / "export", {"glucose": {"code": "2345-7", "unit": "mmol/L"}})
-    assert ["another" in record.fault for record in source.index()] == [False, False, True]
+    source = fhir(tmp_path / "export", {"glucose": {"code": "2345-7", **unit}})
+    assert ["got another" not in record.fault for record in source.index()] == usable
 
 
 def test_a_date_without_its_day_is_all_of_its_days() -> None:

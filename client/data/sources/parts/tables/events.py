@@ -19,7 +19,7 @@ from client.data.sources import SourceRecord
 from client.data.sources.parts.base import digest
 from common.inputs import CellText, encode_text, parse_number
 from common.plugins import Frozen
-from common.types import BadInput, BadRecord
+from common.types import BadRecord
 
 _OWN = ("sex", "age")
 _DATE = re.compile(r"([0-9]{4})(?:-([0-9]{2})(?:-([0-9]{2})(?:[T ].*)?)?)?")
@@ -50,7 +50,8 @@ class EventColumn(Coded):
             `any`: 1 where there is an event, else 0.
         when: `before` the index date, or from it on: `after`.
         days: only events within so many days of the index date.
-        unit: unit of the numbers, as the events name it; needed where they have several.
+        unit: unit of the values, as the events name it; null for values without one. A patient with values of another
+            is a bad record.
     """
 
     take: Literal["latest", "first", "mean", "lowest", "highest", "count", "any"] = "latest"
@@ -213,19 +214,12 @@ def make_rows(
         events: their events; those of others, and of no code, are passed over.
         codes: column -> events that it is made of.
         index: see `Index`.
-
-    Raises:
-        BadInput: numbers of a column have several units, and it names none.
     """
     wanted = [*codes.values(), *([index] if isinstance(index, Coded) else [])]
     by_patient: dict[str, list[PatientEvent]] = {}
     for event in events:
         if any(column.matches(event) for column in wanted):
             by_patient.setdefault(event.patient, []).append(event)
-    for name, column in codes.items():
-        units = {e.unit for each in by_patient.values() for e in each if e.value and column.matches(e)}
-        if column.unit is None and column.take not in ("count", "any") and len(units) > 1:
-            raise BadInput(f"codes.{name}.unit: expected one of the units of its values, as they have {len(units)}")
     rows = []
     for person in people:
         own = by_patient.get(person.key, [])
@@ -236,8 +230,12 @@ def make_rows(
         fault = ""
         for name, column in codes.items():
             chosen = [event for event in own if column.matches(event) and _is_in_time(event, column, at)]
-            if column.unit is not None and any(event.value and event.unit != column.unit for event in chosen):
-                fault = f"column {name!r}: expected values of the unit that it names, got another"
+            # By the patient's own values alone: nobody's unit decides about another's record.
+            if column.take not in ("count", "any") and any(e.value and e.unit != (column.unit or "") for e in chosen):
+                expected = (
+                    "without a unit, or its name as `unit`" if column.unit is None else "of the unit that it names"
+                )
+                fault = f"column {name!r}: expected values {expected}, got another"
             cells[name] = _take(chosen, column.take)
         rows.append((person, cells, fault))
     return rows
