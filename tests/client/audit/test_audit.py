@@ -207,7 +207,7 @@ CAUGHT: dict[str, tuple[Callable[[], AuditedRun], str]] = {
     ),
     "one seed for all rounds": (
         lambda: replace(make_run(), entropy=lambda purpose: bytes(32)),
-        "repeats itself from step to step",
+        "occur twice in the same release or in another",
     ),
     "the same noise for all classes": (
         lambda: break_solver(make_run(tasks={"digit": TASKS["digit"]}), stream=bend_noise(bugs.repeat_for_all_classes)),

@@ -209,8 +209,9 @@ def test_a_label_is_mapped_skipped_or_refused_as_the_site_says(
 def test_a_record_without_features_is_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path, [ROWS[0], ["q7", 1, "red", 5, "", "train"], [1, "", "red", 5, "", "test"], ROWS[1]])
     assert prepared(tmp_path, site(tmp_path)).num_units == {"train": 1, "test": 1}
+    how = "(a source `table` reads others with `decimal` and `thousands`)"
     assert listed(tmp_path) == [
-        ["rows.csv", "2", "", "column 'a': expected a number"],
+        ["rows.csv", "2", "", f"column 'a': expected a number with a decimal point {how}"],
         ["rows.csv", "3", "", "column 'b': expected a value, got an empty cell"],
     ]
 

@@ -150,7 +150,9 @@ def test_a_table_is_read_by_the_models_own_columns(make_model: MakeModel, tmp_pa
     assert result.exit_code == 0, result.output
     assert [row["row"] for row in read(tmp_path / "p.csv")] == ["1", "3"]
     (rejected,) = read(tmp_path / "p.rejected.csv")
-    assert (rejected["row"], rejected["reason"]) == ("2", "column 'age': expected a number")
+    assert rejected["row"] == "2" and rejected["reason"].startswith(
+        "column 'age': expected a number with a decimal point"
+    )
     shown = result.output.replace(str(tmp_path), "")
     written = (tmp_path / "p.csv").read_text() + (tmp_path / "p.rejected.csv").read_text() + shown
     assert not any(word in written for word in ("ann", "bob", "old", "41"))
