@@ -27,6 +27,7 @@ from common.backbones.parts.hub.stack import (
     Handed,
     LayerCall,
     Reached,
+    Stop,
     Watched,
     find_layers,
     make_probe,
@@ -89,11 +90,12 @@ def list_positions(hidden: Tensor) -> Tensor:
 class LowerLayers(nn.Module):
     """Preprocessed items -> input of a layer, [B, T, D] and perhaps masks, or what a picture's layers have."""
 
-    def __init__(self, model: nn.Module, modality: Modality, positions: int | None, num_masks: int) -> None:
+    def __init__(self, model: nn.Module, stop: Stop, modality: Modality, positions: int | None, num_masks: int) -> None:
         """Stores a model that stops before a layer (`stop_before`).
 
         Args:
             model: the model.
+            stop: what stops it.
             modality: how it reads a batch.
             positions: number of positions of every record; None where nothing is masked.
             num_masks: number of masks behind the features: 0, 1 or 2.
@@ -101,6 +103,7 @@ class LowerLayers(nn.Module):
         super().__init__()
         self.model = model
         self.modality = modality
+        self._stop = stop
         self.positions = positions
         self.num_masks = num_masks
 
@@ -125,6 +128,8 @@ class LowerLayers(nn.Module):
         except Reached as reached:
             hidden = reached.hidden
         else:
+            hidden, self._stop.hidden = self._stop.hidden, None
+        if hidden is None:
             raise BadInput("from: expected a backbone whose layers run one after the other")
         if not self.num_masks:
             return hidden
@@ -136,7 +141,9 @@ class LowerLayers(nn.Module):
             hidden = torch.cat([hidden, torch.ones_like(pooled_BT1), pooled_BT1], dim=2)
         else:
             hidden = torch.cat([hidden * pooled_BT1, pooled_BT1], dim=2)
-        return nn.functional.pad(hidden, (0, 0, 0, max(0, (self.positions or 0) - hidden.shape[1])))
+        if self.positions is None:
+            return hidden
+        return nn.functional.pad(hidden, (0, 0, 0, self.positions - hidden.shape[1]))
 
 
 @final
@@ -341,7 +348,7 @@ def divide(network: PooledModel, first: int, block: str) -> Divided:
             raise BadInput(f"from: expected a backbone whose layers can be watched{instead(error)}") from error
         watched = Watched(tuple(LayerCall() for _ in layers), None)
     lower = copy.deepcopy(network).model
-    stop_before(lower, name, first)
+    stop = stop_before(lower, name, first)
     norm = network.model.get_submodule(watched.norm) if watched.norm else None
     handed = Handed(layers[first:], watched.calls[first:], adds_mask=alone)
     probe_B = make_probe(modality).to(device)
@@ -349,7 +356,7 @@ def divide(network: PooledModel, first: int, block: str) -> Divided:
     above = UpperLayers(layers[first:], handed, norm, network, num_masks)
     positions = modality.max_length if isinstance(modality, TextInput) else None
     with torch.no_grad():
-        below = LowerLayers(lower, modality, positions, num_masks)
+        below = LowerLayers(lower, stop, modality, positions, num_masks)
         if is_audio:
             below.positions = below.run(probe_B[:1]).shape[1]
         if device.type == "meta":

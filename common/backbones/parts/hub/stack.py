@@ -265,7 +265,8 @@ class Handed(nn.Module):
             else:
                 arguments[name] = value
             if name in self._batched[number]:
-                arguments[name] = _expand(arguments[name], len(hidden))
+                # Its length would be a constant of an exported graph.
+                arguments[name] = _expand(arguments[name], hidden.shape[0])
             if mask_BT is not None and is_mask(name):
                 arguments[name] = self._join(arguments[name], mask_BT, hidden)
         return arguments
@@ -337,20 +338,45 @@ class Reached(Exception):  # No error: a layer was reached.
         self.hidden = hidden
 
 
-def stop_before(model: nn.Module, stack: str, first: int) -> None:
-    """Makes a model raise `Reached` in place of running one of its layers; later ones are removed.
+class Stop:
+    """A hook in front of a layer, which ends the model's run there.
+
+    While a graph is exported the run goes on, for nothing: what exports keeps a list of the modules that it is in, and
+    an exception would leave some of them there.
+
+    Attributes:
+        hidden: the layer's input in a run that went on; None before one.
+    """
+
+    hidden: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Raises Reached, or keeps the layer's input.
+
+        Args:
+            layer: the layer.
+            args: its arguments.
+            kwargs: those with names.
+        """
+        del layer
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        if not torch.compiler.is_exporting():
+            raise Reached(hidden)
+        self.hidden = hidden
+
+
+def stop_before(model: nn.Module, stack: str, first: int) -> Stop:
+    """Makes a model stop in place of running one of its layers; later ones are removed. Returns what stops it.
 
     Args:
         model: the model; it is changed.
         stack: name of its layers.
         first: number of the layer.
     """
-
-    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise Reached(args[0] if args else next(iter(kwargs.values())))
-
     layers = model.get_submodule(stack)
     assert isinstance(layers, nn.ModuleList)  # `find_layers` says so.
     # The layer stays: models look at attributes of their layers before they call them.
+    stop = Stop()
     layers[first].register_forward_pre_hook(stop, with_kwargs=True)
     model.set_submodule(stack, layers[: first + 1])
+    return stop
