@@ -100,8 +100,9 @@ class QuantisedRows:
         return QuantisedRows(self.integers.double(), self.scale)
 
     def typed(self) -> QuantisedRows:
-        """Returns the same rows in the type that `of` gives to so many."""
-        return self.widen() if self.integers.numel() <= _WIDE_VALUES else self
+        """Returns the same rows in the type that `of` gives to so many: what is compiled reads 16 bits."""
+        is_wide = self.integers.numel() <= _WIDE_VALUES and open_library() is None
+        return self.widen() if is_wide else self
 
     def to(self, device: torch.device) -> QuantisedRows:
         """Returns the same rows on a device."""

@@ -154,7 +154,7 @@ def test_personal_heads_stand_beside_the_others_are_kept_here_and_cost_nothing(t
 
     task = open_task(TASKS["colour"], "colour")
     head = open_personal_head(kept.heads["colour"], task, DIM)
-    found = predict(head, "colour", open_units(folder / "data", "test", ["colour"], torch.device("cpu")))
+    found = predict(task, head, "colour", open_units(folder / "data", "test", ["colour"], torch.device("cpu")))
     assert found is not None
     assert list_values(estimate_metrics(task, [found])) == list_values(result.tasks["colour"][PERSONAL])
 

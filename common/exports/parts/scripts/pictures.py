@@ -121,12 +121,12 @@ if __name__ == "__main__":
     while paths[:1] in (["--masks"], ["--boxes"]) and len(paths) > 1:
         options[paths[0]], paths = Path(paths[1]), paths[2:]
     masks, boxes = options.get("--masks"), options.get("--boxes")
-    coco: dict[str, list[Any]] = {"images": [], "categories": list_categories(), "annotations": []}
-    if boxes is not None and not coco["categories"]:
-        sys.exit("--boxes: expected a network with boxes, got one without")
     if asked or not paths:
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
+    coco: dict[str, list[Any]] = {"images": [], "categories": list_categories(), "annotations": []}
+    if boxes is not None and not coco["categories"]:
+        sys.exit("--boxes: expected a network with boxes, got one without")
     failed = 0
     session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
     print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
