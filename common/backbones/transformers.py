@@ -393,13 +393,12 @@ class Transformers(Plugin):
 
     def _measure(self, whole: nn.Module, model: nn.Module, config: PretrainedConfig) -> tuple[PooledModel, int]:
         """Returns a model that gives features, and their number, seen by a trial. Raises BadInput."""
-        from common.backbones.parts.layers import find_parts, read_width
+        from common.backbones.parts.layers import find_device, find_parts, read_width
 
         try:
             return self._open_pooled(model, config)
         except BadInput as error:
-            device = next(whole.parameters()).device
-            if device.type == "meta":
+            if find_device(whole).type == "meta":
                 module = self._wrap(model, config)
                 return module, read_width(model, config) * (module.max_positions or 1)
             names = [name for name, part in find_parts(whole) if self._fits(part, config)]

@@ -75,6 +75,15 @@ def pool_positions(hidden_BTD: Tensor, mask_BT: Tensor | None, pooling: str, max
     return hidden_BTD.float().sum(1) / count
 
 
+def find_device(model: nn.Module) -> torch.device:
+    """Returns the device of a model's parameters: meta where any of them has no memory.
+
+    Some models make a few on the CPU whatever the device is, such as wav2vec2 the vector of masked steps.
+    """
+    devices = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type == "meta"), devices[0])
+
+
 def list_positions(hidden: Tensor) -> Tensor:
     """Returns outputs as positions [B, T, D]; those of convolutional encoders are B x D x H x W or B x H x W x D."""
     if hidden.ndim != 4:
@@ -255,7 +264,7 @@ class PooledModel(nn.Module):
             BadInput: the model does not give finite features for such an input.
         """
         self.train(False)
-        device = next(self.model.parameters()).device
+        device = find_device(self.model)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             probe_B = self.modality.noise(1)
         self.max_positions = positions
@@ -337,7 +346,7 @@ def divide(network: PooledModel, first: int, block: str) -> Divided:
     if network.pooling == "pooler":
         raise BadInput("from: expected a backbone with pooling mean, cls, last or tokens, got `pooler`")
     modality = network.modality
-    device = next(network.parameters()).device
+    device = find_device(network)
     name, layers = find_layers(network.model)
     is_audio = isinstance(modality, AudioInput)
     alone = isinstance(modality, AudioInput) and not modality.whole
