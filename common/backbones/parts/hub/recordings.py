@@ -131,7 +131,7 @@ class AudioInput:
         """Returns the output on recordings of one length; a mask [B, T] of their own positions, None for all."""
         values_BCS = inputs_B[:, :-1]
         rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        values_B = values_BCS.reshape(len(values_BCS), *rest, values_BCS.shape[2]).movedim(-1, self.axis + 1)
+        values_B = values_BCS.reshape(values_BCS.shape[0], *rest, values_BCS.shape[2]).movedim(-1, self.axis + 1)
         values_B = values_B.to(next(parameter.dtype for parameter in model.parameters()))
         if isinstance(model, WhisperEncoder):
             output = BaseModelOutput(last_hidden_state=encode_spectra(model, values_B))
