@@ -132,6 +132,7 @@ class LowerLayers(nn.Module):
 
     def run(self, group_B: Tensor) -> Tensor:
         """Returns the layer's input of one group, padded."""
+        hidden: Tensor | None
         try:
             self.modality.run(self.model, group_B)
         except Reached as reached:
