@@ -63,7 +63,7 @@ def private(units: Units, tasks: dict[str, Task], heads: dict[str, nn.Module], k
 
 
 def plain(work: Work) -> Work:
-    """The same work by torch's operations alone."""
+    """Returns the work as it runs without compiled code."""
 
     def run() -> object:
         os.environ[SWITCH] = "0"

@@ -102,7 +102,7 @@ def _shorten_types(types: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """What one family does with one kind of record.
+    """A line of the table: an architecture and the kind of record that it was tried on.
 
     Attributes:
         family: `model_type` of its config.json.

@@ -48,7 +48,7 @@ CURVE_POINTS = 50
 """Rounds, at most, after which a simulator evaluates the heads, besides the last one."""
 
 WRITTEN_POINTS = 4
-"""The same for tasks whose predictions are texts."""
+"""Rounds, at most, after which texts are written and judged, besides the last one: writing them takes long."""
 
 MOST_SITES = 50
 """Sites above which only the metrics of all together get intervals: a bootstrap of each would take minutes."""

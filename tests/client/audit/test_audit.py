@@ -48,7 +48,7 @@ SAMPLED = {"sampling_rate": 0.25, "steps": 4}
 
 
 def writes_texts(kind: str) -> bool:
-    """Whether a kind of task needs its backbone to have a loss: an audit makes records up, and has none."""
+    """Returns whether the loss of a kind of task needs a backbone. An audit has none: it makes features up."""
     return issubclass(plugin_class("common.tasks", kind), WritesTexts)
 
 

@@ -1,4 +1,4 @@
-"""What a DICOM file says of its values is done, or refused by name: pixels against values worked out by hand."""
+"""DICOM pixels, compared with values worked out by hand; a tag whose meaning is not read is refused by name."""
 
 from __future__ import annotations
 

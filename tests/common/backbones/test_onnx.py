@@ -12,10 +12,14 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load, save
 
+from common.backbones import resolve_settings, write_spec
+from common.backbones.parts.weights import compute_digest
 from common.inputs import Audio
 from common.model.backbones import load_blob, open_pretrained
-from common.types import BadInput
+from common.plugins import resolve
+from common.types import BackboneBlob, BadInput
 
 SERIES = {"series": {"length": 6, "standardise": False}}
 WEIGHTS = np.arange(18, dtype=np.float32).reshape(6, 3)
@@ -74,14 +78,20 @@ def test_other_operators_are_refused(node: Any, domain: str, message: str, tmp_p
         open_pretrained(settings, "backbone")
 
 
-def test_a_site_checks_the_graph_that_it_receives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = write_graph(tmp_path / "net.onnx", [helper.make_node("RandomNormalLike", ["x"], ["y"])])
-    # As a coordinator that was changed would do it.
-    monkeypatch.setattr("common.backbones.parts.graphs.onnx_graph.check_graph", lambda model: None)
-    blob = open_pretrained(settings, "backbone").blob()
-    monkeypatch.undo()
+def test_a_site_checks_the_graph_that_it_receives(tmp_path: Path) -> None:
+    right = open_pretrained(write_graph(tmp_path / "right.onnx", [helper.make_node("Relu", ["x"], ["y"])]), "backbone")
+    write_graph(tmp_path / "wrong.onnx", [helper.make_node("RandomNormalLike", ["x"], ["y"])])
+    # As a coordinator that was changed would send it.
+    graph = (tmp_path / "wrong.onnx").read_bytes()
+    state = load(bytes(right.blob().weights))
+    (name,) = (name for name in state if name.endswith("graph"))
+    state[name] = torch.frombuffer(bytearray(graph), dtype=torch.uint8)
+    settings = right.public_spec()
+    settings["graph"]["num_bytes"] = len(graph)
+    spec = write_spec(resolve_settings(resolve("common.backbones", settings, "backbone")))
+    sent = BackboneBlob(spec=spec, weights=save(state), digest=compute_digest(spec, state.items()))
     with pytest.raises(BadInput, match="RandomNormalLike"):
-        load_blob(blob).encode(torch.zeros(1, 1, 6))
+        load_blob(sent).encode(torch.zeros(1, 1, 6))
 
 
 def test_a_records_features_do_not_depend_on_a_neighbour_that_a_graph_looks_for(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import struct
 import warnings
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.sources import SourceExample
 from client.data.sources.parts.tree import require_file
 from common.inputs import Volume
 from common.types import BadInput, BadRecord
@@ -216,6 +218,22 @@ def _make_volume(found: Any) -> Any:
         return found
     flat = (*shape, 1)[:3]
     return nibabel.Nifti1Image(_Reshaped(found.dataobj, flat), found.affine, dtype=found.get_data_dtype())
+
+
+def write_example(folder: Path, kind: str) -> SourceExample:
+    """Writes four small volumes of three patients with a list of them; returns settings of a kind that reads it."""
+    import nibabel
+
+    rng = np.random.default_rng(0)
+    names = ["q7-a.nii", "q7-b.nii.gz", "q7-c.nii", "q7-d.nii"]
+    for name in names:
+        volume = rng.normal(size=(5, 6, 3)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(volume, np.diag([1.0, 1.0, 3.0, 1.0])), folder / name)
+    with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [(name, f"q7-pat{number // 2}", f"z-{number % 2}") for number, name in enumerate(names)]
+        csv.writer(file).writerows([("file", "patient", "finding"), *rows])
+    settings = {"kind": kind, "path": str(folder / "list.csv"), "patient": "patient"}
+    return SourceExample(settings, ["q7-", "z-0", "z-1"])
 
 
 class _Reshaped:
