@@ -34,7 +34,7 @@ def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return example_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def backbone(example: Example) -> Backbone:
     return open_pretrained(example.settings, "backbone")
 

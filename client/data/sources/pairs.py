@@ -36,7 +36,8 @@ class Pairs(SourceSettings):
         topics: topic -> words; the first topic that has a word of a source is its column `topic`, which is else
             `other`.
         take: topic -> the first of its records to train on that is read, from 0, and the first that is not; of topics
-            that are not named none is read, and of the others all that are held out. Without it all are read.
+            that are not named none is read, and of the others all that are held out. It counts records, so it is for
+            simulations. Without it all are read.
         terms: word of the translations -> what stands in its place.
     """
 
