@@ -95,7 +95,7 @@ class Onnx(Plugin):
         from common.backbones.parts.graphs.onnx_graph import OnnxNetwork
 
         size = self.graph or self._measure()
-        return Architecture(OnnxNetwork(size.num_bytes, size.width, self.axis, self._has_windows()), size.width)
+        return Architecture(OnnxNetwork(size.num_bytes, size.width, self.axis, self.reads.windows), size.width)
 
     def pretrained(self) -> Pretrained:
         """Returns the file's graph."""
@@ -117,9 +117,6 @@ class Onnx(Plugin):
         """Returns a picture, recording or series as an input. Raises BadRecord."""
         return self.reads.apply(item)
 
-    def _has_windows(self) -> bool:
-        return self.reads.recordings is not None and self.reads.recordings.window is not None
-
     def _read(self) -> bytes:
         from common.backbones.parts.graphs.onnx_graph import read_graph
 
@@ -135,7 +132,7 @@ class Onnx(Plugin):
         data = self._read()
         # Callers that only ask for shapes build networks without memory.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            width = measure_width(data, self.axis, self._has_windows(), self.reads.draw(1))
+            width = measure_width(data, self.axis, self.reads.windows, self.reads.draw(1))
         return GraphSize(num_bytes=len(data), width=width)
 
     @staticmethod

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.backbones.parts.graphs.reads import average_axes
 from common.errors import instead, plain
 from common.types import BadInput
 
@@ -260,21 +261,10 @@ class OnnxNetwork(nn.Module):
             outputs = [self._session.run(row_WL)[None] for row_WL in values_B]
         else:
             outputs = [self._session.run(values_B[row : row + 1]) for row in range(len(values_B))]
-        features_BD = np.concatenate([pool_axes(output_1, self._axis) for output_1 in outputs])
+        features_BD = torch.cat([average_axes(torch.from_numpy(output_1), self._axis) for output_1 in outputs])
         if self._width and features_BD.shape[1] != self._width:
             raise BadInput(f"weights: expected a graph with {self._width} features, got {features_BD.shape[1]}")
-        return torch.from_numpy(np.ascontiguousarray(features_BD)).to(inputs_B.device)
-
-
-def pool_axes(values_B: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
-    """Returns features_BD: means over all axes but the first and one, or all numbers one after the other."""
-    if axis is None or values_B.ndim < 3:
-        return values_B.reshape(len(values_B), -1)
-    if not -values_B.ndim < axis < values_B.ndim or axis % values_B.ndim == 0:
-        raise BadInput(f"axis: expected an axis of the output from 1 to {values_B.ndim - 1}, got {axis}")
-    last = np.moveaxis(values_B, axis, -1)
-    means: NDArray[np.float32] = last.reshape(len(last), -1, last.shape[-1]).mean(axis=1)
-    return means
+        return features_BD.contiguous().to(inputs_B.device)
 
 
 def measure_width(data: bytes, axis: int | None, windows: bool, inputs_B: Tensor) -> int:

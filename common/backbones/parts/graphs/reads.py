@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints, model_validator
 from common.backbones.parts.images import ImagePreprocessing
 from common.inputs import Volume
 from common.plugins import Frozen
-from common.types import BadRecord
+from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +115,11 @@ class Reads(Frozen):
         if sum(each is not None for each in (self.pictures, self.recordings, self.series, self.volumes)) != 1:
             raise ValueError("expected exactly one of pictures, recordings, series and volumes")
         return self
+
+    @property
+    def windows(self) -> bool:
+        """True where a record is several pieces, which a network reads one after the other."""
+        return self.recordings is not None and self.recordings.window is not None
 
     def apply(self, item: Any) -> Tensor:
         """Returns one source item as float32 values of the network's input. Raises BadRecord."""
@@ -235,3 +240,20 @@ def _fit_size(values: Tensor, size: tuple[int, int, int]) -> Tensor:
         # Padding is named from the last axis on.
         padding = [missing // 2, missing - missing // 2, *padding]
     return torch.nn.functional.pad(values, padding, value=float(values.min()))
+
+
+def average_axes(values_B: Tensor, axis: int | None) -> Tensor:
+    """Returns features_BD: means over all axes but the first and one, or all numbers one after the other.
+
+    Args:
+        values_B: what a network gives, [B, ...].
+        axis: the axis of features, counted with that of records; None keeps all numbers.
+
+    Raises:
+        BadInput: there is no such axis.
+    """
+    if axis is None or values_B.ndim < 3:
+        return values_B.flatten(1) if values_B.ndim > 1 else values_B[:, None]
+    if not -values_B.ndim < axis < values_B.ndim or axis % values_B.ndim == 0:
+        raise BadInput(f"axis: expected an axis of the output from 1 to {values_B.ndim - 1}, got {axis}")
+    return values_B.movedim(axis, -1).flatten(1, -2).mean(dim=1)
