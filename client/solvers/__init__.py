@@ -6,7 +6,7 @@ with, so that commands that only plan start fast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from common.plugins import Spec, resolve
@@ -15,9 +15,12 @@ from common.tasks import Task
 from common.types import Delta, Plan, Unit
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from client.data.units import Units
+    from client.solvers.parts.many_sites import ManySites, Trained
     from common.privacy.lattice import Lattice
     from common.privacy.noise import NoiseStream
     from common.secure_sum.vectors import WholeHeads
@@ -134,6 +137,38 @@ class SummingSolver(Solver, Protocol):
 
         Raises:
             BadInput: a module cannot be trained as the solver promises.
+        """
+
+
+@runtime_checkable
+class ManySitesSolver(Solver, Protocol):
+    """A solver that trains many sites of a simulation at once.
+
+    Law (tests/client/solvers/test_many_sites.py): each site's change is, to the bit, what `solve` returns for its units
+    from the same stream, wherever `Trained.sound` says so.
+    """
+
+    def solve_each(
+        self,
+        modules: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        many: ManySites,
+        sites: NDArray[np.int64],
+        *,
+        plan: Plan,
+        public_sizes: Sequence[Mapping[str, int]],
+        streams: Sequence[NoiseStream],
+    ) -> Trained:
+        """Trains copies of the modules at each of some sites.
+
+        Args:
+            modules: parameter group -> module at the start of the round, the same at all sites.
+            tasks: task -> its definition.
+            many: the units of many sites.
+            sites: a block of `ManySites.list_blocks`, of sites in `ManySites.fits`.
+            plan: the plan of one round.
+            public_sizes: for each site of the block, parameter group -> declared number of units.
+            streams: for each site, the only source of its randomness.
         """
 
 

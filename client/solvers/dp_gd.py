@@ -16,7 +16,7 @@ the site's stream alone. Opacus is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field, model_validator
@@ -29,9 +29,12 @@ from common.tasks import Task
 from common.types import CLIP_NORMS, SAMPLING_RATES, BadInput, Delta, Plan, Unit
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from client.data.units import Units
+    from client.solvers.parts.many_sites import ManySites, Trained
     from common.privacy.noise import NoiseStream
 
 
@@ -133,8 +136,6 @@ class DpGd(Plugin):
         """
         from client.solvers.parts.descent import descend  # Here: a site that only plans needs no torch.
 
-        default = Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        rates = {name: self.tasks.get(name, default) for name in modules}
         return descend(
             modules,
             tasks,
@@ -142,6 +143,43 @@ class DpGd(Plugin):
             plan=plan,
             public_sizes=public_sizes,
             stream=stream,
-            rates=rates,
+            rates=self._list_rates(modules),
             momentum=self.momentum,
         )
+
+    def solve_each(
+        self,
+        modules: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        many: ManySites,
+        sites: NDArray[np.int64],
+        *,
+        plan: Plan,
+        public_sizes: Sequence[Mapping[str, int]],
+        streams: Sequence[NoiseStream],
+    ) -> Trained:
+        """Returns what `solve` returns at each of some sites. See `client.solvers.ManySitesSolver.solve_each`.
+
+        Args:
+            modules: parameter group -> head at the round's start.
+            tasks: task -> its definition.
+            many: the units of many sites.
+            sites: a block of them.
+            plan: what `plan` returned.
+            public_sizes: for each site of the block, parameter group -> declared number of units.
+            streams: for each, the only source of its randomness.
+        """
+        return many.descend_each(
+            modules,
+            tasks,
+            sites,
+            plan=plan,
+            public_sizes=public_sizes,
+            streams=streams,
+            rates=self._list_rates(modules),
+            momentum=self.momentum,
+        )
+
+    def _list_rates(self, modules: Mapping[str, nn.Module]) -> dict[str, Rates]:
+        default = Rates(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        return {name: self.tasks.get(name, default) for name in modules}

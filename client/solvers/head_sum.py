@@ -10,7 +10,7 @@ standard deviation noise_multiplier * clip_norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 from pydantic import Field
@@ -23,9 +23,12 @@ from common.tasks import Task
 from common.types import CLIP_NORMS, BadInput, Delta, Plan, Unit
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from client.data.units import Units
+    from client.solvers.parts.many_sites import ManySites, Trained
     from common.privacy.lattice import Lattice
     from common.privacy.noise import NoiseStream
     from common.secure_sum.vectors import WholeHeads
@@ -100,7 +103,6 @@ class HeadSum(Plugin):
         """
         from client.solvers.parts.descent import descend  # Here: a site that only plans needs no torch.
 
-        rates = dict.fromkeys(modules, Rates(learning_rate=1.0))
         return descend(
             modules,
             tasks,
@@ -108,7 +110,40 @@ class HeadSum(Plugin):
             plan=plan,
             public_sizes=public_sizes,
             stream=stream,
-            rates=rates,
+            rates=dict.fromkeys(modules, Rates(learning_rate=1.0)),
+            solver=self.kind,
+        )
+
+    def solve_each(
+        self,
+        modules: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        many: ManySites,
+        sites: NDArray[np.int64],
+        *,
+        plan: Plan,
+        public_sizes: Sequence[Mapping[str, int]],
+        streams: Sequence[NoiseStream],
+    ) -> Trained:
+        """Returns what `solve` returns at each of some sites. See `client.solvers.ManySitesSolver.solve_each`.
+
+        Args:
+            modules: parameter group -> head at the round's start.
+            tasks: task -> its definition.
+            many: the units of many sites.
+            sites: a block of them.
+            plan: what `plan` returned.
+            public_sizes: for each site of the block, parameter group -> declared number of units.
+            streams: for each, the only source of its noise.
+        """
+        return many.descend_each(
+            modules,
+            tasks,
+            sites,
+            plan=plan,
+            public_sizes=public_sizes,
+            streams=streams,
+            rates=dict.fromkeys(modules, Rates(learning_rate=1.0)),
             solver=self.kind,
         )
 

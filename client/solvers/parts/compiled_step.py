@@ -12,7 +12,7 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ Weights = Mapping[str, Sequence[Tensor]]
 AddParts = Callable[[Weights, Mapping[str, OutputGradient], Lattice, Weights], None]
 """Weights, gradients of losses by outputs, lattice and totals -> None, as `add_clipped_parts` of one block."""
 
-_MOST_OUTPUTS = 4096
+MOST_OUTPUTS = 4096
 """Squares of so many slopes of 20 bits add exactly."""
 
 _COUNTS = ("R", "D", "K", "Q", "P", "padded", "several")
@@ -50,12 +50,16 @@ _POINTERS = (
 )
 
 
+HEAD_FIELDS: tuple[tuple[str, Any], ...] = (
+    *((name, ctypes.c_int64) for name in _COUNTS),
+    *((name, ctypes.c_void_p) for name in _POINTERS),
+    *((name, ctypes.c_double) for name in ("rounding", "slack")),
+)
+"""The fields of `Head` in exact.c, of eight bytes each."""
+
+
 class _Head(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _COUNTS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_double) for name in ("rounding", "slack")),
-    ]
+    _fields_ = list(HEAD_FIELDS)
 
 
 def prepare_block(block: Mapping[str, Inputs], widths: Mapping[str, int]) -> AddParts:
@@ -75,7 +79,7 @@ def _is_plain(inputs: Inputs, width: int) -> bool:
     integers = inputs.rows.integers
     narrow = integers.dtype == torch.int16 and integers.device.type == "cpu" and integers.is_contiguous()
     if inputs.positions is None:
-        return narrow and inputs.most_records <= MOST_RECORDS and width <= _MOST_OUTPUTS
+        return narrow and inputs.most_records <= MOST_RECORDS and width <= MOST_OUTPUTS
     # The gradients of a block's units, which are kept from step to step, need no more room than their features.
     return narrow and width <= math.prod(inputs.positions)
 

@@ -78,10 +78,10 @@ def descend(
     )
     # Of few small samples only the members are read: a unit's part follows from that unit alone.
     is_rare = plan.sampling_rate * plan.steps < 1.0
-    inputs = {} if is_rare else _open_inputs(flat, tasks, units)
+    inputs = {} if is_rare else open_inputs(flat, tasks, units)
     parts = flat.views(update.grid_N)
     widths = {name: len(own[0]) for name, own in parts.items()}
-    output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
+    output_gradients = {name: get_output_gradient(tasks[name]) for name in flat.heads}
     total = torch.zeros_like(start, dtype=torch.int64 if is_rare else choose_total_type(inputs, units.num_units))
     sums = flat.views(total)
     everyone = list(_prepare(inputs, units.num_units, widths)) if plan.sampling_rate >= 1.0 else []
@@ -91,7 +91,7 @@ def descend(
             if plan.sampling_rate < 1.0:
                 sample = {name: one.select(members) for name, one in inputs.items()}
                 if is_rare:
-                    sample = _open_inputs(flat, tasks, objective.select_batch(units, members))
+                    sample = open_inputs(flat, tasks, objective.select_batch(units, members))
                 blocks = _prepare(sample, len(members), widths)
             # Rows of weights that are all small are short.
             if not update.peak * math.sqrt(len(total)) <= MAX_ROW_NORM:
@@ -131,8 +131,8 @@ def release_sum(
     flat = Flat.from_heads(modules)
     parts = flat.views(round_weights(flat.copy_parameters()))
     _check_weights(parts)
-    inputs = _open_inputs(flat, tasks, units)
-    output_gradients = {name: _get_output_gradient(tasks[name]) for name in flat.heads}
+    inputs = open_inputs(flat, tasks, units)
+    output_gradients = {name: get_output_gradient(tasks[name]) for name in flat.heads}
     total = torch.zeros_like(flat.copy_parameters(), dtype=choose_total_type(inputs, units.num_units))
     sums = flat.views(total)
     noise = stream.rounded_gaussian(len(total), lattice.log2_deviation)
@@ -142,7 +142,14 @@ def release_sum(
         return flat.split_by_task(lattice.add_noise(total, noise, stream))
 
 
-def _open_inputs(flat: Flat, tasks: Mapping[str, Task], units: Units) -> dict[str, Inputs]:
+def open_inputs(flat: Flat, tasks: Mapping[str, Task], units: Units) -> dict[str, Inputs]:
+    """Returns the inputs of each head: the usable records of its task, by unit.
+
+    Args:
+        flat: the heads.
+        tasks: task -> its definition.
+        units: training units.
+    """
     return {
         name: Inputs.from_records(
             head, objective.select_usable_records(units.tasks[name]), units.num_units, tasks[name].scale
@@ -185,7 +192,7 @@ def _draw_steps(
         yield waiting.result()
 
 
-def _get_output_gradient(task: Task) -> OutputGradient:
+def get_output_gradient(task: Task) -> OutputGradient:
     """Returns the gradient of a task's loss by the head's outputs: the task's own, or autograd's for any other loss."""
     if isinstance(task, LossGradient):
         return task.loss_gradient

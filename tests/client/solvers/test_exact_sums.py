@@ -26,7 +26,7 @@ from client.solvers.parts.closed_form import (
     round_weights,
     split_blocks,
 )
-from client.solvers.parts.descent import _get_output_gradient
+from client.solvers.parts.descent import get_output_gradient
 from client.solvers.parts.private_step import StreamOptimizer, hook_record_gradients, release_step, split_fixed_blocks
 from common.backbones import QUIET, SPEECH
 from common.model.parameters import MAX_ROW_NORM, load_parameters, parameters
@@ -106,7 +106,7 @@ def sum_parts(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task], units: 
         name: Inputs.from_records(head, usable[name], units.num_units, tasks[name].scale)
         for name, head in heads.items()
     }
-    gradients = {name: _get_output_gradient(task) for name, task in tasks.items()}
+    gradients = {name: get_output_gradient(task) for name, task in tasks.items()}
     with torch.no_grad():
         for block in split_blocks(inputs, units.num_units, {name: len(parts[0]) for name, parts in weights.items()}):
             add_clipped_parts(block, weights, gradients, LATTICE, totals)
@@ -236,7 +236,7 @@ def test_parts_of_few_units_add_in_double_precision_to_the_same_sum(count: int, 
     if few:
         weights = {"grade": [round_weights(part.detach()) for part in head.parameters()]}
         totals = {"grade": [torch.zeros_like(part) for part in weights["grade"]]}
-        gradients = {"grade": _get_output_gradient(tasks["grade"])}
+        gradients = {"grade": get_output_gradient(tasks["grade"])}
         for block in split_blocks(inputs, count, {"grade": 3}):
             add_clipped_parts(block, weights, gradients, LATTICE, totals)
         exact = sum_parts({"grade": head}, tasks, units)
@@ -256,7 +256,7 @@ def test_a_sample_of_units_has_the_sum_of_its_members() -> None:
     expected = sum_parts(heads, TASKS, chosen)
     weights = {name: [round_weights(part.detach()) for part in head.parameters()] for name, head in heads.items()}
     totals = {name: [torch.zeros_like(part, dtype=torch.int64) for part in parts] for name, parts in weights.items()}
-    gradients = {name: _get_output_gradient(task) for name, task in TASKS.items()}
+    gradients = {name: get_output_gradient(task) for name, task in TASKS.items()}
     sample = {name: one.select(members) for name, one in inputs.items()}
     for block in split_blocks(sample, len(members), {name: len(parts[0]) for name, parts in weights.items()}):
         add_clipped_parts(block, weights, gradients, LATTICE, totals)
@@ -507,7 +507,7 @@ def test_an_utterance_adds_its_own_part_whatever_is_said_in_others(round_: int) 
         records = TaskRecords.of(features_RPD[first:last], torch.stack(labels[first:last]), mask_R, own, len(own))
         inputs = {"said": Inputs.from_records(head, records, len(own))}
         total = torch.zeros(head.weight.shape, dtype=torch.int64)
-        gradients = {"said": _get_output_gradient(task)}
+        gradients = {"said": get_output_gradient(task)}
         for block in split_blocks(inputs, len(own), {"said": 3}):
             add_clipped_parts(block, {"said": weights}, gradients, LATTICE, {"said": [total]})
         return total
@@ -545,7 +545,7 @@ def test_two_texts_of_a_patient_are_clipped_together_and_no_text_moves_another()
         records = TaskRecords.of(features_RPD, labels, mask_R, unit_R, num_units)
         inputs = {"said": Inputs.from_records(head, records, num_units)}
         total = torch.zeros(head.weight.shape, dtype=torch.int64)
-        gradients = {"said": _get_output_gradient(task)}
+        gradients = {"said": get_output_gradient(task)}
         for block in split_blocks(inputs, num_units, {"said": 6}):
             add_clipped_parts(block, {"said": weights}, gradients, LATTICE, {"said": [total]})
         return total
