@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, InstanceOf, Strict, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
@@ -732,6 +733,18 @@ def _to_bytes(values: np.ndarray, precision: DeltaPrecision) -> bytes:
     if precision == "float16":
         values = np.clip(values, -_LARGEST_HALF, _LARGEST_HALF)  # Else infinite, and the whole reply is rejected.
     return np.asarray(values, dtype=_DTYPES[precision], order="C").tobytes()
+
+
+def round_as_sent(values: NDArray[np.float32], precision: DeltaPrecision) -> NDArray[np.float32]:
+    """Returns values as a receiver reads them.
+
+    Args:
+        values: what is sent.
+        precision: precision in which it travels.
+    """
+    if precision == "float32":
+        return values
+    return np.frombuffer(_to_bytes(values, precision), _DTYPES[precision]).astype(np.float32).reshape(values.shape)
 
 
 def _unpack_arrays(record: ConfigRecord, precision: DeltaPrecision) -> Heads:

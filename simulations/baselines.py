@@ -41,8 +41,8 @@ from simulations.evaluate import (
     evaluate_baseline_predictions,
     open_prepared_units,
 )
+from simulations.executors.gathered import build_for_executor
 from simulations.federate import Experiment, evaluate_heads, federate
-from simulations.partition import build_sites
 from simulations.public.untouched import compute_untouched
 
 TaskMetrics = dict[str, HeadEvaluation]
@@ -250,7 +250,7 @@ def _federate_again(
     folder = experiment.folder / "baselines" / name
     shutil.rmtree(folder, ignore_errors=True)  # Left by an attempt that was interrupted.
     folder.mkdir(parents=True)
-    sites = build_sites(experiment.config, folder / "sites", non_private=run.requested_privacy is None)
+    sites = build_for_executor(experiment.config, folder / "sites", non_private=run.requested_privacy is None)
     outcome = federate(experiment, run, sites, backbones=backbones, folder=folder)
     return _evaluate_pooled(experiment, outcome.heads, sites, folder.name, backbones)
 

@@ -22,6 +22,7 @@ from common.tasks import NamedParts, Task, open_task
 from common.types import BadInput
 from server.rounds.aggregators import check_trust, open_aggregator
 from simulations.config import RUN_PREFIX, SimulationConfig
+from simulations.executors.gathered import check_gathered
 from simulations.partition import list_sources
 
 MAX_LOOKED_AT = 1000
@@ -64,6 +65,8 @@ def check_simulation(config: SimulationConfig) -> Mapping[str, Task]:
         raise BadInput("personal: expected none beside `leave_out` where a backbone trains")
     if config.personal == "adapt":
         _check_adaptable(run, tasks)
+    if config.executor.kind == "batched":
+        check_gathered(config)
     if config.non_private_solver is not None:
         other = open_solver(config.non_private_solver, "non_private_solver")
         if other.private:

@@ -87,16 +87,19 @@ class Partition(Frozen):
 
 
 class Executor(Frozen):
-    """The executor: `in_process` runs all sites in this process, `flower` runs them as Ray actors.
+    """The executor: `in_process` runs all sites in this process one after the other, `batched` runs many sites of one
+    source as rows of arrays, `flower` runs them as Ray actors.
 
     Attributes:
         kind: the executor.
+        encoded_sites: number of sites a round that are asked by encoded messages and compared, with `batched`.
         cpus_per_site: CPU cores that each Ray actor reserves.
         gpus_per_site: GPUs that each Ray actor reserves.
         ray_address: address of a running Ray cluster, with `flower`; without it, Ray starts on this machine.
     """
 
-    kind: Literal["in_process", "flower"] = "in_process"
+    kind: Literal["in_process", "batched", "flower"] = "in_process"
+    encoded_sites: PositiveInt = 3
     cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_site: Annotated[float, Field(ge=0)] = 0.0
     ray_address: str | None = None

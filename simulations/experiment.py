@@ -46,7 +46,8 @@ from simulations.baselines import compute_baseline
 from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data, predict_left_out
-from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress, open_on
+from simulations.executors.gathered import build_for_executor, sum_public_sizes
+from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress, list_epsilons, open_on
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless
 
@@ -94,10 +95,10 @@ def run(
     folder = create_folder(config, out)
     write_yaml(folder / "config.yaml", make_paths_absolute(config))
     write_environment(folder / "environment.json", {"run": config.run.seed, "noise": config.noise_seed})
-    sites = build_sites(config, folder / "sites", non_private=config.run.requested_privacy is None)
+    sites = build_for_executor(config, folder / "sites", non_private=config.run.requested_privacy is None)
     if not anyway:
         try:
-            refuse_hopeless(config.list_training_sites(sites), config.run)
+            refuse_hopeless(sum_public_sizes(config, sites), config.run)
         except BadInput:
             shutil.rmtree(folder)
             raise
@@ -323,10 +324,9 @@ def _journal_left_out(experiment: Experiment, sites: Sequence[SiteConfig]) -> No
 def _journal_epsilon(experiment: Experiment, sites: Sequence[SiteConfig]) -> None:
     if experiment.config.run.requested_privacy is None:
         return
-    for site in experiment.config.list_training_sites(sites):
-        epsilon = Site(site, os_entropy).ledger().compute_run_epsilon(experiment.run_id)
+    for site, epsilon in list_epsilons(experiment, sites).items():
         if epsilon > 0:
-            experiment.journal.write(EpsilonSpent(site=site.name, epsilon=epsilon))
+            experiment.journal.write(EpsilonSpent(site=site, epsilon=epsilon))
 
 
 def _journal_metrics(
@@ -339,7 +339,8 @@ def _journal_metrics(
         event = MetricsEvaluated(
             task=task,
             pooled=result.pooled,
-            per_site=result.per_site,
+            # Gathered sites are one here.
+            per_site={} if experiment.config.executor.kind == "batched" else result.per_site,
             pooled_intervals=list_intervals(result.estimates),
             per_site_intervals={site: list_intervals(each) for site, each in result.site_estimates.items()},
             errors=tuple(sorted(result.errors)),

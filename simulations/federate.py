@@ -10,21 +10,21 @@ from flwr.serverapp import Grid
 
 from client.app import make_app
 from client.config import SiteConfig
-from client.data.prepare import Encoding, prepare
+from client.data.prepare import Encoding, Preparation, prepare
 from client.data.units import Units
 from client.protocol.site import Site
-from common.events import FileJournal, RoundEvaluated
+from common.events import FileJournal, RoundEvaluated, RunPrepared
 from common.files import without_flushing
 from common.model.backbones import Backbone
 from common.model.parameters import load_parameters
 from common.model.trunks import freeze_parts, trunks
 from common.offers import list_digests
-from common.privacy.noise import Entropy
+from common.privacy.noise import Entropy, os_entropy
 from common.run import RunConfig
 from common.tasks import Task, open_on_backbones
 from common.types import Heads
 from server.rounds.checkpoint import Checkpoint
-from server.rounds.loop import Outcome, run_federation
+from server.rounds.loop import AfterRound, Outcome, run_federation
 from server.rounds.messenger import Observe
 from simulations.config import SimulationConfig
 from simulations.evaluate import (
@@ -36,7 +36,9 @@ from simulations.evaluate import (
     locate_prepared_data,
     open_prepared_units,
 )
+from simulations.executors.batched import BatchedSites, Gathering
 from simulations.executors.flower import run_on_flower
+from simulations.executors.gathered import read_gathered
 from simulations.executors.in_process import InProcessGrid
 
 
@@ -125,10 +127,12 @@ def federate(
     if "patience_s" not in run.cohort.model_fields_set:
         # A simulated site that failed does not come back.
         run = run.model_copy(update={"cohort": run.cohort.model_copy(update={"patience_s": 0.0})})
+    if experiment.config.executor.kind == "batched":
+        return _federate_batched(experiment, run, sites[0], backbones=backbones, folder=folder, resume=resume)
     by_position = experiment.config.list_training_sites(sites)
     for site in sites:
         if site not in by_position:
-            _prepare_unseen(experiment, run, site, backbones, folder.name)
+            _prepare_unasked(experiment, run, site, backbones, folder.name)
     executor = experiment.config.executor
     # Ray's actors are other processes: they open backbones themselves.
     opened = {one.digest: one for one in backbones.values()} if executor.kind == "in_process" else None
@@ -140,18 +144,7 @@ def federate(
     )
 
     journal = FileJournal(folder / "journal.jsonl")
-
-    def evaluate_round(round_: int, heads: Heads) -> None:
-        asked = {
-            name
-            for name, task in experiment.tasks.items()
-            if is_evaluated_after(round_, run.rounds, count_points(task))
-        }
-        if asked:
-            tasks, held_out = _open_held_out(experiment, heads, sites, folder.name, backbones)
-            tasks = {name: task for name, task in tasks.items() if name in asked}
-            for task, pooled in evaluate_pooled(heads, tasks, held_out).items():
-                journal.write(RoundEvaluated(round=round_, task=task, pooled=pooled))
+    evaluate_round = _make_evaluation(experiment, run, sites, journal, backbones, folder.name)
 
     def coordinate(grid: Grid) -> Outcome:
         return run_federation(
@@ -174,14 +167,120 @@ def federate(
         return coordinate(InProcessGrid(app, len(by_position)))
 
 
-def _prepare_unseen(
+def _make_evaluation(
+    experiment: Experiment,
+    run: RunConfig,
+    sites: Sequence[SiteConfig],
+    journal: FileJournal,
+    backbones: Mapping[str, Backbone],
+    run_id: str,
+) -> AfterRound:
+    """Returns what evaluates the heads after a round, where that is due, and writes it to the journal."""
+
+    def evaluate_round(round_: int, heads: Heads) -> None:
+        asked = {
+            name
+            for name, task in experiment.tasks.items()
+            if is_evaluated_after(round_, run.rounds, count_points(task))
+        }
+        if asked:
+            tasks, held_out = _open_held_out(experiment, heads, sites, run_id, backbones)
+            tasks = {name: task for name, task in tasks.items() if name in asked}
+            for task, pooled in evaluate_pooled(heads, tasks, held_out).items():
+                journal.write(RoundEvaluated(round=round_, task=task, pooled=pooled))
+
+    return evaluate_round
+
+
+def _federate_batched(
+    experiment: Experiment,
+    run: RunConfig,
+    site: SiteConfig,
+    *,
+    backbones: Mapping[str, Backbone],
+    folder: Path,
+    resume: Checkpoint | None,
+) -> Outcome:
+    """Runs a federation whose sites are rows of arrays (`simulations.executors.batched`)."""
+    sites = open_batched(experiment, run, site, backbones, folder.name)
+    journal = FileJournal(folder / "journal.jsonl")
+    return run_federation(
+        InProcessGrid(sites.answer, len(sites)),
+        run,
+        backbones,
+        run_id=folder.name,
+        folder=folder,
+        journal=journal,
+        executor=experiment.config.executor.kind,
+        observe=experiment.observe if folder == experiment.folder else ignore_progress,
+        resume=resume,
+        after_round=_make_evaluation(experiment, run, [site], journal, backbones, folder.name),
+        at_hand=sites,
+    )
+
+
+def open_batched(
     experiment: Experiment, run: RunConfig, site: SiteConfig, backbones: Mapping[str, Backbone], run_id: str
-) -> None:
-    """Encodes the records of a site that does not train, so that heads can be judged on them."""
+) -> BatchedSites:
+    """Returns the sites of a run as rows of arrays.
+
+    Args:
+        experiment: the simulation.
+        run: the run.
+        site: the one file of all sites.
+        backbones: backbone name -> opened backbone.
+        run_id: id of the run.
+    """
+
+    def prepare_all() -> None:
+        preparation = _prepare_unasked(experiment, run, site, backbones, run_id)
+        left_out = {(each.file, each.row) for each in preparation.problems if each.row and not each.is_used}
+        event = RunPrepared(
+            run_id=run_id,
+            num_left_out=len(left_out),
+            num_records=preparation.num_records,
+            num_usable=max(0, preparation.num_records - len(left_out)),
+            precision_error=preparation.precision_error,
+        )
+        FileJournal(site.state_dir / "site.jsonl").write(event)
+
+    gathering = Gathering(
+        site,
+        read_gathered(experiment.config, site),
+        run_id,
+        run,
+        {name: (backbone.feature_dim, backbone.digest) for name, backbone in backbones.items()},
+        experiment.entropy,
+        open_on(run, experiment.tasks, backbones),
+        experiment.config.executor.encoded_sites,
+    )
+    return BatchedSites(gathering, prepare_all)
+
+
+def list_epsilons(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, float]:
+    """Returns epsilon of the simulation's own run at each site that trains, from its ledger.
+
+    Args:
+        experiment: the simulation.
+        sites: its sites.
+    """
+    if experiment.config.executor.kind == "batched":
+        run, (site,) = experiment.config.run, sites
+        return open_batched(experiment, run, site, experiment.backbones, experiment.run_id).list_epsilons()
+    return {
+        site.name: Site(site, os_entropy).ledger().compute_run_epsilon(experiment.run_id)
+        for site in experiment.config.list_training_sites(sites)
+    }
+
+
+def _prepare_unasked(
+    experiment: Experiment, run: RunConfig, site: SiteConfig, backbones: Mapping[str, Backbone], run_id: str
+) -> Preparation:
+    """Encodes the records of a site that is sent no message, so that heads can be trained or judged on them."""
     tasks = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
     frozen = freeze_parts(run, backbones)
     opened = Site(site, experiment.entropy)
-    prepare(
+    return prepare(
         site,
         tasks,
         {name: frozen[run.backbone_of(name)] for name in tasks},

@@ -58,9 +58,9 @@ def build_sites(config: SimulationConfig, folder: Path, *, non_private: bool = F
     Raises:
         BadInput: the partition leaves a site without any of its tasks' sources, or names unknown sites.
     """
-    layout = _lay_out_natural(config) if config.partition.kind == "natural" else _lay_out_divided(config)
+    layout = _lay_out_natural(config) if config.partition.kind == "natural" else lay_out_divided(config)
     names = sorted(layout.sources)
-    _check_site_names(config, names)
+    check_site_names(config, names)
     sums: dict[str, SecureSum] = {}
     if config.run.trust is not None:
         sums = _make_sums(config.run, [name for name in names if name != config.leave_out], folder)
@@ -93,7 +93,8 @@ def list_sources(config: SimulationConfig) -> dict[str, Spec]:
     return named
 
 
-def _check_site_names(config: SimulationConfig, names: list[str]) -> None:
+def check_site_names(config: SimulationConfig, names: list[str]) -> None:
+    """Raises BadInput where the simulation names a site that is not one of these."""
     if config.leave_out is not None and (config.leave_out not in names or len(names) == 1):
         others = " beside another that trains" if len(names) == 1 else ""
         raise BadInput(f"leave_out: expected one of the sites {', '.join(names)}{others}, got {config.leave_out!r}")
@@ -130,7 +131,7 @@ def _write_site(
     sources = {}
     for source_name in used:
         rows = layout.rows.get(name, {}).get(source_name)
-        sources[source_name] = _make_site_source(layout.sources[name][source_name], source_name, rows, folder)
+        sources[source_name] = make_site_source(layout.sources[name][source_name], source_name, rows, folder)
     explicit = config.partition.split != "hash"
     site = SiteConfig(
         name=name,
@@ -168,7 +169,15 @@ def _make_site_task(task: SimulatedTask, task_name: str, site: str) -> SiteTask:
     return SiteTask(**values, public_size=size)
 
 
-def _make_site_source(spec: Spec, name: str, rows: list[Row] | None, folder: Path) -> Spec:
+def make_site_source(spec: Spec, name: str, rows: list[Row] | None, folder: Path) -> Spec:
+    """Returns a source as a site's file names it, with the list of the site's rows beside the file.
+
+    Args:
+        spec: the source in the simulation file.
+        name: name of the source.
+        rows: rows of the site; None for all.
+        folder: folder that receives the list.
+    """
     kind = open_source(spec, f"sources.{name}")
     # Opened settings have absolute paths, so that the site file may lie in any folder.
     settings: dict[str, Any] = kind.model_dump(mode="json", exclude_none=True)  # type: ignore[attr-defined]
@@ -228,7 +237,7 @@ def _select_kept(index: list[SourceRecord], positions: list[int], keep: Keep, ke
     return kept
 
 
-def _lay_out_divided(config: SimulationConfig) -> Layout:
+def lay_out_divided(config: SimulationConfig) -> Layout:
     """Returns sites that share all sources, each with rows of its own."""
     if not config.sources:
         raise BadInput("sources: expected at least one source to divide into sites, got nothing")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from client.config import SiteConfig
 from client.protocol.plan import RunPlan, plan_run
 from common.model.guessing import Totals, explain_hopeless
 from common.run import RunConfig
@@ -14,21 +13,14 @@ from common.tasks import open_task
 from common.types import BadInput
 from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
+from simulations.executors.gathered import sum_totals
 from simulations.partition import build_sites
 
 
-def sum_totals(sites: Sequence[SiteConfig], run: RunConfig) -> dict[str, Totals]:
-    """Returns the public numbers of each of a run's tasks over all sites that have it."""
-    sizes = {
-        name: {site.name: site.tasks[name].public_size for site in sites if name in site.tasks} for name in run.tasks
-    }
-    return {name: Totals.of(run, name, own) for name, own in sizes.items() if own}
-
-
-def refuse_hopeless(sites: Sequence[SiteConfig], run: RunConfig) -> None:
-    """Raises BadInput where no task of a run can be better than guessing."""
+def refuse_hopeless(totals: Mapping[str, Totals], run: RunConfig) -> None:
+    """Raises BadInput where no task of a run can be better than guessing with these public numbers."""
     tasks = {name: open_task(spec, f"{RUN_PREFIX}tasks.{name}") for name, spec in run.tasks.items()}
-    reason = explain_hopeless(run, tasks, sum_totals(sites, run))
+    reason = explain_hopeless(run, tasks, totals)
     if reason is not None:
         raise BadInput(f"{reason}; `--anyway` runs it")
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -257,6 +258,20 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
             decoded=decoded if isinstance(decoded, DecodedFeatures) else None,
         )
     return Units(num_units, records)
+
+
+def list_positions(folder: Path, side: Side, tasks: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Returns the position in its source of each record that `open_units` returns, by task.
+
+    Args:
+        folder: what `prepare` wrote.
+        side: "train" or "test".
+        tasks: which of the prepared tasks.
+    """
+    about, arrays = _read(folder / ARRAYS)
+    views = {task: about["views"][task] for task in tasks}
+    chosen = {view: arrays[f"{view}/side"] == SIDES.index(side) for view in views.values()}
+    return {task: arrays[f"{view}/position"][chosen[view]].numpy() for task, view in views.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -223,6 +223,75 @@ LedgerEvent = (
 )
 
 
+class SharedLedgerCreated(LedgerFacts):
+    """A ledger of many sites begins.
+
+    Attributes:
+        num_sites: number of the sites.
+        names: SHA-256 over their names, in their order.
+    """
+
+    event: Literal["shared"] = "shared"
+    num_sites: int
+    names: str
+    unit: Unit
+    epsilon_cap: float
+    delta: float
+    relation: str
+    filter: FilterKind | None = None
+
+
+class SitesEarmarked(LedgerFacts):
+    """Some sites joined a run; the fields are those of `RunEarmarked`, and the sites as bits."""
+
+    event: Literal["sites_earmarked"] = "sites_earmarked"
+    run: str
+    mechanism: Mechanism
+    rounds: int
+    sites: str
+
+
+class SitesReserved(LedgerFacts):
+    """Some sites are charged; the fields are those of `ChargeReserved`, and the sites as bits."""
+
+    event: Literal["sites_reserved"] = "sites_reserved"
+    run: str
+    round: int
+    request: str
+    mechanism: Mechanism
+    sites: str
+
+
+class SitesRefused(LedgerFacts):
+    """Some sites' budgets do not cover a charge, and nothing of theirs is spent."""
+
+    event: Literal["sites_refused"] = "sites_refused"
+    run: str
+    round: int
+    request: str
+    mechanism: Mechanism
+    sites: str
+
+
+class SitesReleased(LedgerFacts):
+    """The run ended: nothing is held for it any more."""
+
+    event: Literal["sites_released"] = "sites_released"
+    run: str
+
+
+SharedLedgerEvent = (
+    SharedLedgerCreated
+    | SitesEarmarked
+    | SitesReserved
+    | SitesRefused
+    | SitesReleased
+    | ChargeCommitted
+    | TornLineRemoved
+)
+"""The lines of a ledger that many simulated sites share (`client.ledger.shared`); no other ledger has any of them."""
+
+
 @dataclass(frozen=True)
 class LedgerLine:
     """One line of a ledger.
@@ -247,9 +316,24 @@ def read_lines(bodies: Sequence[str]) -> list[LedgerLine]:
     return [_read_line(body) for body in bodies]
 
 
-def write_facts(event: LedgerEvent) -> dict[str, Any]:
+def write_facts(event: LedgerFacts) -> dict[str, Any]:
     """Returns the fields of an event that stand on disk beside its name: all that were given, in their order."""
     return event.model_dump(mode="json", exclude={"event"}, exclude_unset=True)
+
+
+def read_shared_line(body: str) -> SharedLedgerEvent:
+    """Returns a line of a ledger that many sites share, of a chain that verified.
+
+    Raises:
+        LedgerDamaged: it is none of these events.
+    """
+    values = json.loads(body)
+    number = values.pop("n")
+    values.pop("time")
+    try:
+        return _shared_adapter().validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise LedgerDamaged(f"line {number + 1} of the ledger is none of a ledger that many sites share") from error
 
 
 @lru_cache(maxsize=2**15)
@@ -271,3 +355,8 @@ def _read_line(body: str) -> LedgerLine:
 @cache
 def _adapter() -> TypeAdapter[LedgerEvent]:
     return TypeAdapter(Annotated[LedgerEvent, Field(discriminator="event")])
+
+
+@cache
+def _shared_adapter() -> TypeAdapter[SharedLedgerEvent]:
+    return TypeAdapter(Annotated[SharedLedgerEvent, Field(discriminator="event")])

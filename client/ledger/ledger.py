@@ -186,10 +186,10 @@ class Ledger:
         charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=TRAINING)
         with chain.exclusive(self._folder) as opened:
             history = _read_history(opened)
-            held = [*list_unspent(evaluation_budget, history), *history.list_earmarked(run, round)]
-            if history.is_within_cap([mechanism, *held]) or (allow_infinite and mechanism.kind == "none"):
+            if covers_charge(history, charge, evaluation_budget, allow_infinite=allow_infinite):
                 return _reserve(opened, charge)
             _append(opened, _refuse(charge))
+        held = _list_held(history, charge, evaluation_budget)
         share, terms = history.compute_share([mechanism, *held]), history.terms
         beside = " and what is held for evaluations and joined runs" if held else ""
         raise BudgetExhausted(
@@ -310,9 +310,8 @@ class Ledger:
             history = _read_history(opened)
             wanted = RunEarmarked(run=run, mechanism=mechanism, rounds=rounds, before=before)
             after = history.extend([LedgerLine(len(opened.bodies), 0.0, wanted)])
-            # Runs first: where nothing was charged yet, the first of these fixes the filter.
-            held = [*after.list_earmarked(), *list_unspent(evaluation_budget, history)]
-            if not history.is_within_cap(held):
+            if not covers_earmark(history, wanted, evaluation_budget):
+                held = _list_held_after(history, wanted, evaluation_budget)
                 share = 100.0 * history.compute_share(held)
                 raise BudgetExhausted(
                     f"the run's whole price exceeds what the registry has left: {round_up(share, 1)} % of the budget "
@@ -363,6 +362,48 @@ class Ledger:
         with chain.exclusive(self._folder) as opened:
             bodies = opened.bodies
         return read_lines(bodies)
+
+
+def covers_charge(
+    history: History,
+    charge: ChargeReserved,
+    evaluation_budget: NoisedEvaluation | None = None,
+    *,
+    allow_infinite: bool = False,
+) -> bool:
+    """Returns whether a balance covers a charge beside everything that is held.
+
+    Args:
+        history: the balance.
+        charge: the charge.
+        evaluation_budget: the part of the budget that is held for evaluations.
+        allow_infinite: whether the site lets a mechanism without noise pass.
+    """
+    held = _list_held(history, charge, evaluation_budget)
+    return history.is_within_cap([charge.mechanism, *held]) or (allow_infinite and charge.mechanism.kind == "none")
+
+
+def covers_earmark(history: History, wanted: RunEarmarked, evaluation_budget: NoisedEvaluation | None = None) -> bool:
+    """Returns whether a balance covers what is left of a run's price beside everything else that is held.
+
+    Args:
+        history: the balance.
+        wanted: the run.
+        evaluation_budget: the part of the budget that is held for evaluations.
+    """
+    return history.is_within_cap(_list_held_after(history, wanted, evaluation_budget))
+
+
+def _list_held(history: History, charge: ChargeReserved, evaluation_budget: NoisedEvaluation | None) -> list[Mechanism]:
+    return [*list_unspent(evaluation_budget, history), *history.list_earmarked(charge.run, charge.round)]
+
+
+def _list_held_after(
+    history: History, wanted: RunEarmarked, evaluation_budget: NoisedEvaluation | None
+) -> list[Mechanism]:
+    after = history.extend([LedgerLine(0, 0.0, wanted)])
+    # Runs first: where nothing was charged yet, the first of these fixes the filter.
+    return [*after.list_earmarked(), *list_unspent(evaluation_budget, history)]
 
 
 def amend(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from client.audit.verdict import AuditTooSlow, get_audit_verdict
+from client.config import SiteConfig
 from client.ledger.ledger import Ledger
 from client.ledger.older_copy import check_witness
 from client.protocol.approvals import Approvals, check_offer
@@ -49,6 +50,7 @@ from common.types import (
     BadInput,
     BudgetExhausted,
     DeclineReason,
+    Plan,
     RunFailed,
 )
 
@@ -77,13 +79,7 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         raise SiteDeclined(declined.reason, declined.detail, logged=not _let_wait(site, request)) from declined
     if joined.run.choice is not None:
         return _join_choice(site, joined, request)
-    try:
-        refuse_what_does_not_fit(joined.run, tasks)
-        plan = make_plan(site.config, joined)
-        refuse_what_takes_too_long(plan, num_parameters(joined.run, tasks), max(joined.sizes(site.config).values()))
-    except BadInput as error:
-        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
-    _check_heads(joined, tasks)
+    plan = accept_training(site.config, joined)
     ledger = site.ledger()
     check_witness(ledger, request.witness)
     if rules is not None:
@@ -104,6 +100,28 @@ def join(site: Site, request: messages.JoinRequest) -> messages.JoinReply:
         except BudgetExhausted as error:
             raise SiteDeclined(DeclineReason.BUDGET, str(error)) from error
     return _agree(site, joined, request, ledger)
+
+
+def accept_training(config: SiteConfig, joined: Joined) -> Plan:
+    """Returns the plan of one round of a run whose training a site can do as it promises.
+
+    Args:
+        config: the site file.
+        joined: the run.
+
+    Raises:
+        SiteDeclined: what the run trains, its steps or its time do not fit.
+    """
+    tasks = joined.tasks(config)
+    try:
+        refuse_what_does_not_fit(joined.run, tasks)
+        plan = make_plan(config, joined)
+        refuse_what_takes_too_long(plan, num_parameters(joined.run, tasks), max(joined.sizes(config).values()))
+        # Now: once a round is charged it is too late.
+        open_solver(joined.run.solver, "solver").check_modules(untrained_modules(joined.run, tasks))
+    except BadInput as error:
+        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
+    return plan
 
 
 def _join_choice(site: Site, joined: Joined, request: messages.JoinRequest) -> messages.JoinReply:
@@ -233,11 +251,3 @@ def _pass_audit(site: Site, joined: Joined, request: messages.JoinRequest, tasks
     site.journal.write(RunAudited(run_id=joined.run_id, verdict=verdict))
     if not verdict.passed:
         raise SiteDeclined(DeclineReason.AUDIT, f"the audit that the run requires failed: {verdict.reasons[0]}")
-
-
-def _check_heads(joined: Joined, tasks: Mapping[str, Task]) -> None:
-    """Decline heads the solver cannot train, now: once a round is charged it is too late."""
-    try:
-        open_solver(joined.run.solver, "solver").check_modules(untrained_modules(joined.run, tasks))
-    except BadInput as error:
-        raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error

@@ -127,7 +127,7 @@ class Summary(Facts):
     schema_version: Literal[2] = Field(SCHEMA_VERSION, description="Version of this schema.")
     run: str | None = Field(description="Name of the run; null where it failed before it started.")
     path: str | None = Field(description="Folder of the run; null where it failed before it started.")
-    executor: str | None = Field(description="in_process, flower, flower_app (`flwr run`) or deployment.")
+    executor: str | None = Field(description="in_process, batched, flower, flower_app (`flwr run`) or deployment.")
     rounds: int = Field(description="Number of completed rounds.")
     status: Literal["completed", "partial", "interrupted", "failed"] = Field(
         description="completed: all rounds are done, with every site that was asked and every head and trunk; partial: "

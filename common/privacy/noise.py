@@ -94,8 +94,8 @@ class NoiseStream:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
 
 
-def open_stream(entropy: Entropy, run: str, site: str, release: str) -> NoiseStream:
-    """Returns the stream of one release: of a site's rounds and evaluations, and of its audit, which tests this code.
+def draw_key(entropy: Entropy, run: str, site: str, release: str) -> bytes:
+    """Returns the key of one release: of a site's rounds and evaluations, and of its audit, which tests this code.
 
     The purpose names everything that makes a release distinct; a key from the operating system ignores it.
 
@@ -105,4 +105,16 @@ def open_stream(entropy: Entropy, run: str, site: str, release: str) -> NoiseStr
         site: name of the site.
         release: the round's number, and the kind of release where it is not a round's update.
     """
-    return NoiseStream(entropy(f"{run}/{site}/{release}"))
+    return entropy(f"{run}/{site}/{release}")
+
+
+def open_stream(entropy: Entropy, run: str, site: str, release: str) -> NoiseStream:
+    """Returns the stream of one release, under a key of its own (`draw_key`).
+
+    Args:
+        entropy: source of the key.
+        run: name of the run.
+        site: name of the site.
+        release: the round's number, and the kind of release where it is not a round's update.
+    """
+    return NoiseStream(draw_key(entropy, run, site, release))

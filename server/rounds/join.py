@@ -90,7 +90,7 @@ def join_sites(
             _offer_run(messenger, request, due, roll_call, node_ids, deadline - now)
             roll_call.asked_at |= dict.fromkeys(due, time.monotonic())
             continue
-        problem = _describe_missing_quorum(run, roll_call.participants)
+        problem = describe_missing_quorum(run, roll_call.participants)
         is_over = now > deadline or not (undecided or len(present) < expected)
         if problem is None and (is_over or not waits_for_all):
             return sorted(roll_call.participants.values(), key=lambda participant: participant.site)
@@ -145,7 +145,7 @@ def prepare_sites(
     roll_call.participants = {
         participant.site: participant for participant in participants if participant.node_id in answers.accepted
     }
-    problem = _describe_missing_quorum(messenger.run, roll_call.participants)
+    problem = describe_missing_quorum(messenger.run, roll_call.participants)
     if problem is not None:
         rejected = {item.node_id: item for item in answers.rejected}
         raise RunFailed(f"{problem}: {_describe_reasons(rejected, None, set())}")
@@ -319,7 +319,7 @@ def find_join_problem(
     return None
 
 
-def _describe_missing_quorum(run: RunConfig, participants: Mapping[str, Participant]) -> str | None:
+def describe_missing_quorum(run: RunConfig, participants: Mapping[str, Participant]) -> str | None:
     """Returns what the participants lack to be a quorum, of all and for each task; None where nothing is missing."""
     if len(participants) < run.cohort.min_sites:
         return f"expected at least {run.cohort.min_sites} site(s) to join, got {len(participants)}"

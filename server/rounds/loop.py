@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from flwr.serverapp import Grid
 
@@ -74,6 +74,35 @@ class Outcome:
     moments: Heads
 
 
+class SitesAtHand(Protocol):
+    """Sites that a simulation has beside the coordinator, in one process, and that it need not ask by messages."""
+
+    def join(self, messenger: Messenger) -> list[Participant]:
+        """Returns the sites that agree to the run and are prepared, by name.
+
+        Raises:
+            RunFailed: they are no quorum.
+        """
+
+    def collect(
+        self, messenger: Messenger, participants: Sequence[Participant], heads: Heads, round_: int
+    ) -> RoundUpdates:
+        """Returns the updates of a cohort; see `collect_updates`, whose rules are kept.
+
+        Args:
+            messenger: connection to the sites, with the run and its journal.
+            participants: sites that joined.
+            heads: heads and trunks before the round.
+            round_: number of the round, from 1.
+
+        Raises:
+            RunInterrupted: the round did not reach its quorum.
+        """
+
+    def finish(self, heads: Heads) -> None:
+        """Takes the final heads."""
+
+
 def run_federation(
     grid: Grid,
     run: RunConfig,
@@ -89,6 +118,7 @@ def run_federation(
     witnesses: Path | None = None,
     anyway: bool = True,
     after_round: AfterRound | None = None,
+    at_hand: SitesAtHand | None = None,
 ) -> Outcome:
     """Trains a run's heads with the sites behind a grid.
 
@@ -107,6 +137,8 @@ def run_federation(
         witnesses: file of the witnesses of sites' ledgers, which outlives runs; None keeps none.
         anyway: whether training is begun also where no task can be better than guessing.
         after_round: called after each round; it changes nothing of the run.
+        at_hand: the sites, where they are in this process and asked without messages; such a run measures and evaluates
+            nothing at sites.
 
     Returns:
         The final heads, and how often each was updated.
@@ -130,10 +162,14 @@ def run_federation(
         )
     )
     roll_call, next_round = RollCall(), 1 if resume is None else resume.rounds_done + 1
-    participants = join_sites(messenger, backbones, node_ids, roll_call=roll_call, first_round=next_round)
-    observe("joined", len(participants), len(participants))
     started = time.monotonic()
-    participants = prepare_sites(messenger, participants, backbones, roll_call)
+    if at_hand is not None:
+        participants = at_hand.join(messenger)
+    else:
+        participants = join_sites(messenger, backbones, node_ids, roll_call=roll_call, first_round=next_round)
+        observe("joined", len(participants), len(participants))
+        started = time.monotonic()
+        participants = prepare_sites(messenger, participants, backbones, roll_call)
     journal.write(FeaturesReady(seconds=round(time.monotonic() - started, 3)))
     state = resume or _create_initial_state(messenger, backbones)
     if not anyway and state.rounds_done == 0:
@@ -141,15 +177,16 @@ def run_federation(
     if run.moments is not None and state.rounds_done == 0:
         state = measure_moments(messenger, participants, state, folder=folder, digests=list_digests(backbones))
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
-    messenger.while_waiting.append(late.look)
+    if at_hand is None:
+        messenger.while_waiting.append(late.look)
     temperatures: Mapping[str, float] = {}
     if run.evaluation is not None and run.evaluation.calibrate and state.rounds_done == run.rounds:
         # Resumed with nothing left to train: sites answer from stored replies.
         temperatures = evaluate_round(messenger, participants, state.heads, run.rounds)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
-        participants = late.admit(participants, round_)
+        participants = late.admit(participants, round_) if at_hand is None else participants
         observe("rounds", round_ - 1, run.rounds)
-        state = one_round(messenger, participants, state, round_)
+        state = one_round(messenger, participants, state, round_, at_hand)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
         temperatures = evaluate_round(messenger, participants, state.heads, round_)
         if after_round is not None:
@@ -157,7 +194,11 @@ def run_federation(
         save_checkpoint(folder / "checkpoint.safetensors", state)
     observe("rounds", run.rounds, run.rounds)
     final = _serve(messenger.run, state.heads)
-    missing = send_final_heads(messenger, participants, final, temperatures, state.moments)
+    missing: Mapping[str, str] = {}
+    if at_hand is not None:
+        at_hand.finish(final)
+    else:
+        missing = send_final_heads(messenger, participants, final, temperatures, state.moments)
     journal.write(
         RunEnded(
             updates=dict(state.updates),
@@ -170,7 +211,13 @@ def run_federation(
     return Outcome(final, state.updates, state.moments)
 
 
-def one_round(messenger: Messenger, participants: list[Participant], state: Checkpoint, round_: int) -> Checkpoint:
+def one_round(
+    messenger: Messenger,
+    participants: list[Participant],
+    state: Checkpoint,
+    round_: int,
+    at_hand: SitesAtHand | None = None,
+) -> Checkpoint:
     """Asks a cohort to train and aggregates its updates task by task.
 
     Args:
@@ -178,6 +225,7 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
         participants: sites that joined; the cohort is drawn from them.
         state: state before the round.
         round_: number of the round, from 1.
+        at_hand: the sites, where they are in this process.
 
     Returns:
         The state after the round; a task that too few of the cohort have keeps its head.
@@ -187,6 +235,7 @@ def one_round(messenger: Messenger, participants: list[Participant], state: Chec
     """
     started = time.monotonic()
     collect = _collect_updates if messenger.run.trust is None else collect_sum
+    collect = collect if at_hand is None else at_hand.collect
     collected = collect(messenger, participants, state.heads, round_)
     new, updated = _aggregate(messenger.run, state, collected, round_)
     messenger.journal.write(
@@ -206,7 +255,7 @@ def _collect_updates(
     messenger: Messenger, participants: Sequence[Participant], heads: Heads, round_: int
 ) -> RoundUpdates:
     """Returns the updates of a cohort, each by itself."""
-    sampled = _sample_cohort(messenger.run, participants, round_)
+    sampled = sample_cohort(messenger.run, participants, round_)
     # A site that owes its update of the round before is not asked for this one: it would pay twice and be used once.
     late = [each for each in participants if each.node_id in messenger.late and each not in sampled]
     cohort = [*sampled, *late]
@@ -216,8 +265,7 @@ def _collect_updates(
     missing = quorum.describe_missing(answers.accepted)
     if missing is not None:
         raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(answers.rejected, map_names(cohort))}")
-    changes: dict[str, dict[str, tuple[float, Params]]] = {name: {} for name in heads}
-    accepted = {}
+    accepted, deltas = {}, {}
     for participant in cohort:
         if participant.node_id not in answers.accepted:
             continue
@@ -230,10 +278,30 @@ def _collect_updates(
             weights=dict(participant.parameter_groups),
             round=None if answered == round_ else answered,
         )
-        for group, delta in reply.delta.heads.items():
-            changes[group][participant.site] = float(participant.parameter_groups[group]), delta
-    by_group = {group: _weigh(messenger.run, group, own) for group, own in changes.items()}
-    return RoundUpdates(accepted, by_group, {group: len(deltas) for group, deltas in by_group.items()})
+        deltas[participant.site] = participant, reply.delta.heads
+    return gather_updates(messenger.run, heads, accepted, deltas)
+
+
+def gather_updates(
+    run: RunConfig,
+    heads: Heads,
+    accepted: Mapping[str, AcceptedUpdate],
+    deltas: Mapping[str, tuple[Participant, Heads]],
+) -> RoundUpdates:
+    """Returns the updates of a round with their public weights.
+
+    Args:
+        run: the run.
+        heads: heads and trunks before the round.
+        accepted: site -> facts of its update.
+        deltas: site -> the site as it joined, and its update.
+    """
+    changes: dict[str, dict[str, tuple[float, Params]]] = {name: {} for name in heads}
+    for site, (participant, delta) in deltas.items():
+        for group, change in delta.items():
+            changes[group][site] = float(participant.parameter_groups[group]), change
+    by_group = {group: _weigh(run, group, own) for group, own in changes.items()}
+    return RoundUpdates(accepted, by_group, {group: len(own) for group, own in by_group.items()})
 
 
 def _weigh(run: RunConfig, group: str, changes: Mapping[str, tuple[float, Params]]) -> list[Weighted]:
@@ -255,17 +323,8 @@ def _ask_to_train(
 ) -> Answers[messages.TrainReply]:
     """Returns the updates of a cohort that can be used, once they are a quorum and the grace of the others is over."""
     run, names = messenger.run, map_names(cohort)
-    by_node = {participant.node_id: participant for participant in cohort}
-
-    def check(node: int, reply: messages.TrainReply) -> None:
-        messenger.witnesses.keep({names[node]: reply.witness})
-        sent = _select_trained(heads, by_node[node].parameter_groups)
-        check_delta(reply.delta, sent, run.max_delta_norm, bound_update_norms(run, by_node[node].tasks, sent))
-        check_plan(reply.plan, run)
-
-    requests = _build_requests(
-        cohort, lambda groups: messages.TrainRequest(messenger.run_id, round_, _select_groups(heads, groups))
-    )
+    check = make_update_check(messenger, cohort, heads)
+    requests = _build_requests(cohort, lambda groups: build_request(messenger.run_id, heads, groups, round_))
     return messenger.send(
         Request(
             messages.TRAIN,
@@ -281,6 +340,39 @@ def _ask_to_train(
             takes_late=open_aggregator(run.aggregation_of(None), "aggregation").needs_sum,
         )
     )
+
+
+def build_request(run_id: str, heads: Heads, groups: Collection[str], round_: int) -> messages.TrainRequest:
+    """Returns what sites are asked in a round.
+
+    Args:
+        run_id: id of the run.
+        heads: all heads and trunks.
+        groups: names of those that the sites train.
+        round_: number of the round.
+    """
+    return messages.TrainRequest(run_id, round_, {name: heads[name] for name in sorted(groups)})
+
+
+def make_update_check(
+    messenger: Messenger, cohort: Sequence[Participant], heads: Heads
+) -> Callable[[int, messages.TrainReply], None]:
+    """Returns the check of an update, called with a node's id and its reply; it raises BadInput for one to reject.
+
+    Args:
+        messenger: connection to the sites, with the run.
+        cohort: the sites that are asked.
+        heads: heads and trunks before the round.
+    """
+    run, by_node = messenger.run, {participant.node_id: participant for participant in cohort}
+
+    def check(node: int, reply: messages.TrainReply) -> None:
+        messenger.witnesses.keep({by_node[node].site: reply.witness})
+        sent = select_trained_groups(heads, by_node[node].parameter_groups)
+        check_delta(reply.delta, sent, run.max_delta_norm, bound_update_norms(run, by_node[node].tasks, sent))
+        check_plan(reply.plan, run)
+
+    return check
 
 
 def evaluate_round(
@@ -421,7 +513,8 @@ def _select_groups(heads: Heads, groups: Collection[str]) -> Heads:
     return {name: heads[name] for name in sorted(groups)}
 
 
-def _select_trained(heads: Heads, groups: Collection[str]) -> Heads:
+def select_trained_groups(heads: Heads, groups: Collection[str]) -> Heads:
+    """Returns the parameters that train of some heads and trunks."""
     return {name: select_trained(heads[name]) for name in sorted(groups)}
 
 
@@ -434,7 +527,14 @@ def _create_initial_state(messenger: Messenger, backbones: Mapping[str, SentBack
     return create_initial_state(messenger.run, messenger.run_id, opened)
 
 
-def _sample_cohort(run: RunConfig, participants: Sequence[Participant], round_: int) -> list[Participant]:
+def sample_cohort(run: RunConfig, participants: Sequence[Participant], round_: int) -> list[Participant]:
+    """Returns the sites that are asked in a round.
+
+    Args:
+        run: the run.
+        participants: the sites that joined.
+        round_: number of the round.
+    """
     count = run.cohort.count_asked(len(participants))
     if count >= len(participants):
         return list(participants)

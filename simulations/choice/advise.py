@@ -28,8 +28,8 @@ from server.rounds.aggregators import check_trust
 from simulations.check import check_simulation
 from simulations.choice.candidates import time_record
 from simulations.config import RUN_PREFIX, SimulationConfig
+from simulations.executors.gathered import sum_totals
 from simulations.partition import build_sites
-from simulations.plan import sum_totals
 
 LEAST_SECURE = 3
 """Number of sites from which a secure sum stands one that colludes with the coordinator."""

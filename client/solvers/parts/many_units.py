@@ -41,7 +41,7 @@ class ManyUnits:
 
         Args:
             units: all units, numbered in the order of their first records.
-            sites: for each task of `units.tasks`, the site of each of its records, from 0.
+            sites: for each task of `units.tasks`, the site of each of its records, from 0; -1 for one that is left out.
             num_sites: number of sites S, also of those without a record.
         """
         # One number for each unit of each site, ascending by site, then by the unit's number.
@@ -49,10 +49,10 @@ class ManyUnits:
             own * units.num_units + records.unit_R.numpy()
             for own, records in zip(sites, units.tasks.values(), strict=True)
         ]
-        present = np.unique(np.concatenate(keys))
+        present = np.unique(np.concatenate([key_R[key_R >= 0] for key_R in keys]))
         divided, rows = {}, {}
         for (name, records), key_R, site_R in zip(units.tasks.items(), keys, sites, strict=True):
-            order_R = np.argsort(site_R, kind="stable")
+            order_R = np.argsort(site_R, kind="stable")[np.count_nonzero(site_R < 0) :]
             moved = records.taken(torch.from_numpy(order_R), torch.from_numpy(np.searchsorted(present, key_R)))
             weighed = TaskRecords.of(moved.features_RD, moved.labels, moved.mask_R, moved.unit_R, len(present))
             divided[name] = replace(moved, weight_R=weighed.weight_R)

@@ -1,0 +1,201 @@
+"""The sites of a simulation gathered in one place: one site file with all records, and which row is whose.
+
+Records are opened, encoded, split and labelled once for all sites. What a site then has is what it would have prepared
+by itself: no step of a preparation looks at another record, but for units, which sites divide again among themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.config import Allow, SiteConfig, SiteTask, Split
+from common.model.guessing import Totals
+from common.run import MAX_PUBLIC_SIZE, RunConfig
+from common.types import BadInput
+from common.yaml import write_yaml
+from simulations.config import SimulatedTask, SimulationConfig
+from simulations.partition import build_sites, check_site_names, lay_out_divided, make_site_source
+
+GATHERED = "all-sites"
+"""Name of the one site file."""
+
+_SITES = "sites.npz"
+_BASELINES = {"baseline_prediction", "non_private", "central", "random_backbone"}
+
+
+@dataclass(frozen=True)
+class GatheredSites:
+    """Which row is whose.
+
+    Attributes:
+        names: the sites, in the order of their numbers.
+        sizes: for each site, task -> declared number of units.
+        site_P: int64, the site of each row of the source; -1 for a row that is nobody's.
+    """
+
+    names: list[str]
+    sizes: list[Mapping[str, int]]
+    site_P: NDArray[np.int64]
+
+    def sum_totals(self, config: SimulationConfig) -> dict[str, Totals]:
+        """Returns the public numbers of each of the run's tasks over all sites that have it."""
+        pairs = list(zip(self.names, self.sizes, strict=True))
+        by_task = {name: {site: own[name] for site, own in pairs if name in own} for name in config.run.tasks}
+        return {name: Totals.of(config.run, name, own) for name, own in by_task.items() if own}
+
+
+def check_gathered(config: SimulationConfig) -> None:
+    """Checks that a simulation is one whose sites can be gathered.
+
+    Raises:
+        BadInput: it is not; the message names the executor that takes it.
+    """
+    run, used = config.run, {task.source for task in config.tasks.values()}
+    reasons = {
+        "partition.kind": (config.partition.kind == "natural", "one source that is divided into sites"),
+        "sources": (len(used) > 1, "one source for all tasks"),
+        "leave_out": (config.leave_out is not None, "no site that is left out"),
+        "run.trust": (run.trust is not None, "no secure sum"),
+        "run.trainable": (bool(run.trainable), "frozen backbones"),
+        "run.moments": (run.moments is not None, "nothing that is measured before the first round"),
+        "run.evaluation": (run.evaluation is not None, "no evaluation at the sites"),
+        "evaluation": (config.evaluation != "local", "`local`"),
+        "personal": (config.personal != "none", "`none`"),
+        "baselines": (not set(config.baselines) <= _BASELINES, f"some of {', '.join(sorted(_BASELINES))}"),
+    }
+    for key, (is_other, expected) in reasons.items():
+        if is_other:
+            raise BadInput(
+                f"{key}: expected {expected} with `executor.kind: batched`, got another; `executor.kind: in_process` "
+                "takes it"
+            )
+
+
+def gather_sites(config: SimulationConfig, folder: Path, *, non_private: bool = False) -> SiteConfig:
+    """Writes the one site file and which row is whose, and returns the site.
+
+    Args:
+        config: the simulation.
+        folder: folder that receives `all-sites/`, and later its state with the sites' shared ledger.
+        non_private: whether the sites accept a run without privacy.
+
+    Raises:
+        BadInput: the partition names unknown sites, or the simulation is none whose sites can be gathered.
+    """
+    check_gathered(config)
+    layout = lay_out_divided(config)
+    names, place = sorted(layout.sources), folder / GATHERED
+    check_site_names(config, names)
+    (source,) = {task.source for task in config.tasks.values()}
+    rows = {name: layout.rows[name].get(source, []) for name in names}
+    place.mkdir(parents=True)
+    number = {name: at for at, name in enumerate(names)}
+    owner = {row: number[name] for name, own in rows.items() for row, _ in own}
+    site_P = np.full(max(owner, default=0), -1, np.int64)
+    for row, home in owner.items():
+        site_P[row - 1] = home
+    np.savez(place / _SITES, names=np.array(names), site_P=site_P)
+    merged = sorted(row for own in rows.values() for row in own)
+    sizes = [_list_sizes(config, name) for name in names]
+    explicit = config.partition.split != "hash"
+    site = SiteConfig(
+        name=GATHERED,
+        registry=f"{GATHERED}-registry",
+        unit=config.unit,
+        budget=config.budget,
+        allow=Allow(tasks="any", backbones="any", solvers="any", non_private=non_private),
+        sources={source: make_site_source(config.sources[source], source, merged, place)},
+        tasks={name: _gather_task(task, sum(own.get(name, 0) for own in sizes)) for name, task in config.tasks.items()},
+        split=Split(test_fraction=0.0 if explicit else config.partition.test_fraction, salt=str(config.partition.seed)),
+        on_bad_record=config.on_bad_record,
+        evaluation="local",
+        approval="automatic",
+        ledger_dir=place / "state" / "ledgers",
+        state_dir=place / "state",
+        cache_dir=config.cache_dir,
+        device=config.device,
+        precision=config.precision,
+        cache_bits=config.cache_bits,
+    )
+    write_yaml(place / "site.yaml", site)
+    return site
+
+
+def read_gathered(config: SimulationConfig, site: SiteConfig) -> GatheredSites:
+    """Returns which row is whose, as `gather_sites` wrote it.
+
+    Args:
+        config: the simulation.
+        site: the one site.
+    """
+    with np.load(site.state_dir.parent / _SITES) as stored:
+        names, site_P = stored["names"].tolist(), stored["site_P"]
+    # Sites with equal declarations share them.
+    known: dict[tuple[tuple[str, int], ...], Mapping[str, int]] = {}
+    sizes = []
+    for name in names:
+        own = _list_sizes(config, name)
+        sizes.append(known.setdefault(tuple(own.items()), own))
+    return GatheredSites(names, sizes, site_P)
+
+
+def _list_sizes(config: SimulationConfig, site: str) -> dict[str, int]:
+    """Returns the tasks of a site with its declared numbers of units."""
+    sizes = {}
+    for name, task in config.tasks.items():
+        if task.sites == "all" or site in task.sites:
+            size = task.public_size
+            if isinstance(size, dict) and site not in size:
+                raise BadInput(f"tasks.{name}.public_size: expected a number for site {site!r}, got nothing")
+            sizes[name] = size[site] if isinstance(size, dict) else size
+    if not sizes:
+        raise BadInput(f"tasks: site {site!r} has none; list it in at least one task's `sites`")
+    return sizes
+
+
+def _gather_task(task: SimulatedTask, size: int) -> SiteTask:
+    return SiteTask(**task.model_dump(exclude={"sites", "public_size"}), public_size=max(1, min(size, MAX_PUBLIC_SIZE)))
+
+
+# --- whatever the executor ---
+
+
+def build_for_executor(config: SimulationConfig, folder: Path, *, non_private: bool = False) -> list[SiteConfig]:
+    """Returns the site files of a simulation: one for each site, or the one of all sites with `batched`.
+
+    Args:
+        config: the simulation.
+        folder: folder that receives them.
+        non_private: whether the sites accept a run without privacy.
+
+    Raises:
+        BadInput: the partition leaves a site without a task, or names unknown sites.
+    """
+    if config.executor.kind == "batched":
+        return [gather_sites(config, folder, non_private=non_private)]
+    return build_sites(config, folder, non_private=non_private)
+
+
+def sum_public_sizes(config: SimulationConfig, sites: Sequence[SiteConfig]) -> dict[str, Totals]:
+    """Returns the public numbers of each task over the sites that train and have it.
+
+    Args:
+        config: the simulation.
+        sites: what `build_for_executor` returned.
+    """
+    if config.executor.kind == "batched":
+        return read_gathered(config, sites[0]).sum_totals(config)
+    return sum_totals(config.list_training_sites(sites), config.run)
+
+
+def sum_totals(sites: Sequence[SiteConfig], run: RunConfig) -> dict[str, Totals]:
+    """Returns the public numbers of each of a run's tasks over all sites that have it."""
+    sizes = {
+        name: {site.name: site.tasks[name].public_size for site in sites if name in site.tasks} for name in run.tasks
+    }
+    return {name: Totals.of(run, name, own) for name, own in sizes.items() if own}

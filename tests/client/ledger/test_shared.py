@@ -1,0 +1,156 @@
+"""A ledger that many simulated sites share decides for each of them as a ledger of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.ledger.chain import read_legible
+from client.ledger.events import Terms
+from client.ledger.ledger import Ledger
+from client.ledger.shared import SharedLedger
+from common.privacy.accounting import Mechanism
+from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMES = [f"site-{number}" for number in range(5)]
+TERMS = Terms(Unit.EXAMPLE, 3.0, 1e-5)
+EVERYONE = np.ones(5, np.bool_)
+
+
+def gaussian(sigma: float, rate: float = 1.0, steps: int = 1) -> Mechanism:
+    return Mechanism("gaussian", sigma, rate, steps, 1.0)
+
+
+def masked(sites: set[int]) -> np.ndarray:
+    return np.isin(np.arange(5), list(sites))
+
+
+def open_own(folder: Path, name: str, terms: Terms = TERMS) -> Ledger:
+    return Ledger.open(folder, population=name, unit=terms.unit, epsilon_cap=terms.epsilon_cap, delta=terms.delta)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    cohorts=st.lists(st.tuples(st.sets(st.integers(0, 4)), st.booleans()), max_size=9),
+    rounds=st.sampled_from([None, 3, 6]),
+    sigma=st.sampled_from([1.5, 2.5, 4.0]),
+    rate=st.sampled_from([1.0, 0.1]),
+)
+def test_each_site_is_refused_in_the_round_in_which_its_own_ledger_refuses_it(
+    tmp_path_factory: pytest.TempPathFactory,
+    cohorts: list[tuple[set[int], bool]],
+    rounds: int | None,
+    sigma: float,
+    rate: float,
+) -> None:
+    """Cohorts of any sites, rounds that are charged again after a crash, and a process that begins anew."""
+    folder, mechanism = tmp_path_factory.mktemp("ledgers"), gaussian(sigma, rate, 2)
+    own = [open_own(folder / "own", name) for name in NAMES]
+    shared = SharedLedger.open(folder / "shared", NAMES, TERMS)
+    if rounds is not None:
+        whole = gaussian(sigma, rate, 2 * rounds)
+        held = shared.earmark(whole, run="run", rounds=rounds)
+        for number, ledger in enumerate(own):
+            try:
+                ledger.earmark(whole, run="run", rounds=rounds)
+                assert held[number]
+            except BudgetExhausted:
+                assert not held[number]
+    round_ = 0
+    for cohort, is_repeated in cohorts:
+        round_ += not is_repeated or round_ == 0
+        shared = SharedLedger.open(folder / "shared", NAMES, TERMS)
+        got = shared.reserve(mechanism, masked(cohort), run="run", round=round_, request="00", most_charges=99)
+        assert not got.answered_S.any()
+        for number in cohort:
+            try:
+                own[number].reserve(mechanism, run="run", round=round_, request="00")
+                assert got.granted_S[number] and not got.refused_S[number]
+            except BudgetExhausted:
+                assert got.refused_S[number] and not got.granted_S[number]
+    assert shared.compute_epsilons() == [ledger.spent().reserved_epsilon for ledger in own]
+
+
+def test_a_round_is_one_line_however_many_sites_it_charges(tmp_path: Path) -> None:
+    names = [f"site-{number}" for number in range(10_000)]
+    shared = SharedLedger.open(tmp_path / "shared", names, TERMS)
+    before = len(read_legible(tmp_path / "shared"))
+    got = shared.reserve(gaussian(9.0), np.ones(10_000, np.bool_), run="run", round=1, request="00", most_charges=3)
+    assert got.granted_S.all() and len(read_legible(tmp_path / "shared")) == before + 1
+
+
+def test_a_round_that_was_answered_is_not_charged_to_another_request(tmp_path: Path) -> None:
+    shared, some = SharedLedger.open(tmp_path / "shared", NAMES, TERMS), masked({0, 1})
+    shared.commit(shared.reserve(gaussian(9.0), some, run="run", round=2, request="00", most_charges=3))
+
+    def ask(round_: int, request: str) -> list[bool]:
+        got = shared.reserve(gaussian(9.0), EVERYONE, run="run", round=round_, request=request, most_charges=3)
+        return got.answered_S.tolist()
+
+    assert ask(1, "00") == [True, True, False, False, False], "an earlier round was overtaken"
+    assert ask(2, "01") == [True, True, False, False, False], "it was answered already, to another request"
+
+
+def test_a_round_is_charged_again_a_few_times_after_crashes_and_then_no_more(tmp_path: Path) -> None:
+    for left in (True, True, True, False):
+        shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+        got = shared.reserve(gaussian(9.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
+        assert bool(got.granted_S.all()) is left and bool(got.answered_S.any()) is not left
+
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from tests.client.ledger.test_shared import EVERYONE, NAMES, TERMS, gaussian
+from client.ledger.shared import SharedLedger
+shared = SharedLedger.open(Path(sys.argv[1]), NAMES, TERMS)
+shared.reserve(gaussian(1.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_charge_that_a_crash_follows_stays_spent(tmp_path: Path) -> None:
+    process = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path / "shared")], cwd=ROOT, check=False)
+    assert process.returncode == -signal.SIGKILL
+    shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+    own = open_own(tmp_path / "own", "site")
+    own.reserve(gaussian(1.0), run="run", round=1, request="00")
+    assert shared.compute_epsilons() == [own.spent().reserved_epsilon] * 5 and own.spent().reserved_epsilon > 1.0
+
+
+def test_an_edited_ledger_charges_nothing(tmp_path: Path) -> None:
+    shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+    shared.reserve(gaussian(9.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
+    path = tmp_path / "shared" / "ledger.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"sites":"f8"', b'"sites":"00"'))
+    with pytest.raises(LedgerDamaged):
+        shared.reserve(gaussian(9.0), EVERYONE, run="run", round=2, request="01", most_charges=3)
+
+
+def test_a_ledger_serves_the_sites_and_terms_that_it_was_made_for(tmp_path: Path) -> None:
+    SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+    with pytest.raises(BadInput, match="expected the ledger of these 4 sites"):
+        SharedLedger.open(tmp_path / "shared", NAMES[:4], TERMS)
+    with pytest.raises(BadInput, match="terms"):
+        SharedLedger.open(tmp_path / "shared", NAMES, Terms(Unit.EXAMPLE, 30.0, 1e-5))
+    with pytest.raises(LedgerDamaged, match="another version"):
+        open_own(tmp_path, "shared")
+
+
+def test_a_charge_is_flushed_before_it_is_granted(tmp_path: Path) -> None:
+    """strace is not everywhere: the file's time of flushing is not seen, but its bytes are, from another process."""
+    shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+    got = shared.reserve(gaussian(9.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
+    code = f"print(open({str(tmp_path / 'shared' / 'ledger.jsonl')!r}).read().count('sites_reserved'))"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=dict(os.environ))
+    assert seen.stdout.strip() == b"1" and got.witness.length == got.number + 1  # type: ignore[operator]
