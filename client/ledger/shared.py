@@ -220,7 +220,7 @@ class SharedLedger:
 
 @final
 class _Balances:
-    """What each site spent and what is held at it.
+    """The spendings of each site, and what is held at it.
 
     Attributes:
         histories: the different balances.

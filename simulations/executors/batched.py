@@ -114,7 +114,7 @@ class _Alike:
 
 @dataclass
 class _Round:
-    """What the sites are asked in the round under way.
+    """The round under way: its keys and its charges.
 
     Attributes:
         number: its number.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from client.config import Allow, SiteConfig, SiteTask, Split
 from common.model.guessing import Totals
-from common.run import MAX_PUBLIC_SIZE, RunConfig
+from common.run import RunConfig
 from common.types import BadInput
 from common.yaml import write_yaml
 from simulations.config import SimulatedTask, SimulationConfig
@@ -25,12 +25,12 @@ GATHERED = "all-sites"
 """Name of the one site file."""
 
 _SITES = "sites.npz"
-_BASELINES = {"baseline_prediction", "non_private", "central", "random_backbone"}
+_BASELINES = {"baseline_prediction", "non_private", "random_backbone"}
 
 
 @dataclass(frozen=True)
 class GatheredSites:
-    """Which row is whose.
+    """The gathered sites and the rows of each.
 
     Attributes:
         names: the sites, in the order of their numbers.
@@ -110,7 +110,7 @@ def gather_sites(config: SimulationConfig, folder: Path, *, non_private: bool = 
         budget=config.budget,
         allow=Allow(tasks="any", backbones="any", solvers="any", non_private=non_private),
         sources={source: make_site_source(config.sources[source], source, merged, place)},
-        tasks={name: _gather_task(task, sum(own.get(name, 0) for own in sizes)) for name, task in config.tasks.items()},
+        tasks={name: _gather_task(task, max(own.get(name, 1) for own in sizes)) for name, task in config.tasks.items()},
         split=Split(test_fraction=0.0 if explicit else config.partition.test_fraction, salt=str(config.partition.seed)),
         on_bad_record=config.on_bad_record,
         evaluation="local",
@@ -159,7 +159,7 @@ def _list_sizes(config: SimulationConfig, site: str) -> dict[str, int]:
 
 
 def _gather_task(task: SimulatedTask, size: int) -> SiteTask:
-    return SiteTask(**task.model_dump(exclude={"sites", "public_size"}), public_size=max(1, min(size, MAX_PUBLIC_SIZE)))
+    return SiteTask(**task.model_dump(exclude={"sites", "public_size"}), public_size=size)
 
 
 # --- whatever the executor ---

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from client.ledger.chain import read_legible
 from client.ledger.events import Terms
 from client.ledger.ledger import Ledger
 from client.ledger.shared import SharedLedger
+from common.files import without_flushing
 from common.privacy.accounting import Mechanism
 from common.types import BadInput, BudgetExhausted, LedgerDamaged, Unit
 
@@ -53,11 +55,17 @@ def test_each_site_is_refused_in_the_round_in_which_its_own_ledger_refuses_it(
     rate: float,
 ) -> None:
     """Cohorts of any sites, rounds that are charged again after a crash, and a process that begins anew."""
-    folder, mechanism = tmp_path_factory.mktemp("ledgers"), gaussian(sigma, rate, 2)
+    with without_flushing():
+        compare_ledgers(tmp_path_factory.mktemp("ledgers"), cohorts, rounds, gaussian(sigma, rate, 2))
+
+
+def compare_ledgers(
+    folder: Path, cohorts: list[tuple[set[int], bool]], rounds: int | None, mechanism: Mechanism
+) -> None:
     own = [open_own(folder / "own", name) for name in NAMES]
     shared = SharedLedger.open(folder / "shared", NAMES, TERMS)
     if rounds is not None:
-        whole = gaussian(sigma, rate, 2 * rounds)
+        whole = replace(mechanism, steps=2 * rounds)
         held = shared.earmark(whole, run="run", rounds=rounds)
         for number, ledger in enumerate(own):
             try:
@@ -77,7 +85,8 @@ def test_each_site_is_refused_in_the_round_in_which_its_own_ledger_refuses_it(
                 assert got.granted_S[number] and not got.refused_S[number]
             except BudgetExhausted:
                 assert got.refused_S[number] and not got.granted_S[number]
-    assert shared.compute_epsilons() == [ledger.spent().reserved_epsilon for ledger in own]
+    if mechanism.sampling_rate == 1.0:  # The epsilon of samples takes a fifth of a second, and is the same function's.
+        assert shared.compute_epsilons() == [ledger.spent().reserved_epsilon for ledger in own]
 
 
 def test_a_round_is_one_line_however_many_sites_it_charges(tmp_path: Path) -> None:
@@ -114,7 +123,7 @@ import numpy as np
 from tests.client.ledger.test_shared import EVERYONE, NAMES, TERMS, gaussian
 from client.ledger.shared import SharedLedger
 shared = SharedLedger.open(Path(sys.argv[1]), NAMES, TERMS)
-shared.reserve(gaussian(1.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
+shared.reserve(gaussian(3.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -124,8 +133,8 @@ def test_a_charge_that_a_crash_follows_stays_spent(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
     own = open_own(tmp_path / "own", "site")
-    own.reserve(gaussian(1.0), run="run", round=1, request="00")
-    assert shared.compute_epsilons() == [own.spent().reserved_epsilon] * 5 and own.spent().reserved_epsilon > 1.0
+    own.reserve(gaussian(3.0), run="run", round=1, request="00")
+    assert shared.compute_epsilons() == [own.spent().reserved_epsilon] * 5 and own.spent().reserved_epsilon > 0.5
 
 
 def test_an_edited_ledger_charges_nothing(tmp_path: Path) -> None:
@@ -147,8 +156,7 @@ def test_a_ledger_serves_the_sites_and_terms_that_it_was_made_for(tmp_path: Path
         open_own(tmp_path, "shared")
 
 
-def test_a_charge_is_flushed_before_it_is_granted(tmp_path: Path) -> None:
-    """strace is not everywhere: the file's time of flushing is not seen, but its bytes are, from another process."""
+def test_another_process_sees_a_charge_once_it_is_granted(tmp_path: Path) -> None:
     shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
     got = shared.reserve(gaussian(9.0), EVERYONE, run="run", round=1, request="00", most_charges=3)
     code = f"print(open({str(tmp_path / 'shared' / 'ledger.jsonl')!r}).read().count('sites_reserved'))"

@@ -1,0 +1,178 @@
+"""The `batched` executor makes the heads of `in_process`, to the bit, and charges as it does."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from common.events import RoundEnded, SiteRejected, read_run_journal, select_events
+from common.privacy.noise import SeededEntropy
+from common.types import BadInput, RunFailed
+from simulations.experiment import run
+
+ROOT = Path(__file__).resolve().parents[2]
+DP_GD = "{kind: dp_gd, steps: %d, clip_norm: 1.0, learning_rate: 4.0, momentum: 0.5, weight_decay: 0.01}"
+ONE_STEP = ["run.rounds=2", f"run.solver={DP_GD % 1}"]
+SAMPLED = "{kind: dp_gd, sampling_rate: 0.4, steps: 3, clip_norm: 1.0, learning_rate: 4.0}"
+TWO_TASKS = (
+    "run.tasks={colour: {kind: classification, labels: [red, blue]}, x: {kind: regression, range: [-5, 5]}}",
+    "tasks={colour: {source: rows, label: colour, missing: refuse, public_size: 48}, "
+    "x: {source: rows, label: x, missing: refuse, public_size: {site-1: 40, site-3: 50}, sites: [site-1, site-3]}}",
+)
+
+
+def run_on(file: Path, kind: str, folder: Path, overrides: list[str]) -> dict[str, dict[str, bytes]]:
+    """Runs a simulation and returns the bytes of its final heads."""
+    places = [f"cache_dir={folder / kind / 'cache'}", f"executor.kind={kind}"]
+    summary = run(file, overrides=[*overrides, *places], out=folder / kind / "run", entropy=SeededEntropy(5))
+    assert summary.status == "completed" and summary.executor == kind
+    heads = (folder / kind / "run" / "model" / "heads").iterdir()
+    return {path.name: {name: array.tobytes() for name, array in load_file(path).items()} for path in heads}
+
+
+def write_patients(file: Path) -> None:
+    """Gives the simulation's table three records of each patient, and half of them no usable label."""
+    path = file.parent / "rows.csv"
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["x", "y", "colour", "patient"])
+        writer.writeheader()
+        for number, row in enumerate(rows):
+            writer.writerow({**row, "patient": f"p{number * 7 % 60}", "colour": row["colour"] if number % 5 else ""})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ONE_STEP,
+        pytest.param([f"run.solver={DP_GD % 3}"], marks=pytest.mark.slow),
+        pytest.param([f"run.solver={SAMPLED}", "run.delta_precision=float16"], marks=pytest.mark.slow),
+        pytest.param(["run.solver={kind: head_sum, clip_norm: 1.0}"], marks=pytest.mark.slow),
+        pytest.param([*TWO_TASKS, f"run.solver={SAMPLED}"], marks=pytest.mark.slow),
+        pytest.param([f"run.solver={DP_GD % 2}", "run.cohort.fraction=0.6"], marks=pytest.mark.slow),
+        pytest.param(
+            ["run.privacy=non_private", "run.solver={kind: sgd, sampling_rate: 0.5, steps: 2, learning_rate: 1.0}"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one step", "three steps", "samples", "head_sum", "two tasks", "cohorts", "sgd"],
+)
+def test_the_heads_are_those_of_in_process_to_the_bit(
+    simulation_file: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    heads = [run_on(simulation_file, kind, tmp_path, overrides) for kind in ("in_process", "batched")]
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.slow
+def test_patients_have_the_heads_of_in_process_to_the_bit(simulation_file: Path, tmp_path: Path) -> None:
+    write_patients(simulation_file)
+    patients = ["unit=patient", "run.privacy.unit=patient", "sources.rows.patient=patient", f"run.solver={SAMPLED}"]
+    overrides = [*patients, "tasks.colour.missing=skip", "tasks.colour.public_size=16"]
+    heads = [run_on(simulation_file, kind, tmp_path, overrides) for kind in ("in_process", "batched")]
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.slow
+def test_each_site_has_the_epsilon_and_the_facts_that_it_has_in_process(simulation_file: Path, tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    for kind in ("in_process", "batched"):
+        run_on(simulation_file, kind, tmp_path, ONE_STEP)
+        events = read_run_journal(tmp_path / kind / "run" / "journal.jsonl")
+        rounds = select_events(events, RoundEnded)
+        found[kind] = [
+            {site: (update.plan, dict(update.weights)) for site, update in each.sites.items()} for each in rounds
+        ]
+        assert len(rounds) == 2 and all(update.bytes_up > 0 for update in rounds[0].sites.values())
+    assert found["in_process"] == found["batched"]
+
+
+@pytest.mark.parametrize("kind", ["in_process", "batched"])
+def test_a_budget_below_the_price_refuses_every_site_before_the_first_round(
+    simulation_file: Path, tmp_path: Path, kind: str
+) -> None:
+    overrides = [*ONE_STEP, "budget.epsilon=1.0", f"executor.kind={kind}"]
+    with pytest.raises(RunFailed, match="expected at least 1 site"):
+        run(simulation_file, overrides=overrides, out=tmp_path / "run")
+    rejected = select_events(read_run_journal(tmp_path / "run" / "journal.jsonl"), SiteRejected)
+    assert {(each.site, each.reason) for each in rejected} == {
+        (f"site-{number}", "declined: budget") for number in (1, 2, 3)
+    }
+
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+from common.privacy.noise import SeededEntropy
+from simulations.experiment import run
+keys = SeededEntropy(5)
+def die_in_round_two(purpose):
+    if purpose.endswith("/2"):
+        os.kill(os.getpid(), signal.SIGKILL)  # Charged, and no key is drawn yet.
+    return keys(purpose)
+run(Path(sys.argv[1]), overrides=sys.argv[3:], out=Path(sys.argv[2]), entropy=die_in_round_two)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_room", [True, False], ids=["room for another charge", "none"])
+def test_a_crash_between_charge_and_result_spends_and_releases_nothing(
+    simulation_file: Path, tmp_path: Path, has_room: bool
+) -> None:
+    from simulations.experiment import resume
+
+    budget = "budget.epsilon=20.0" if has_room else "budget.epsilon=8.0"
+    overrides = ["executor.kind=batched", f"run.solver={DP_GD % 2}", budget, f"cache_dir={tmp_path / 'cache'}"]
+    command = [sys.executable, "-c", CRASH, str(simulation_file), str(tmp_path / "run"), *overrides]
+    process = subprocess.run(command, cwd=ROOT, check=False, env=dict(os.environ))
+    assert process.returncode == -signal.SIGKILL
+    rounds = select_events(read_run_journal(tmp_path / "run" / "journal.jsonl"), RoundEnded)
+    assert [each.round for each in rounds] == [1]
+    if not has_room:
+        # The second round was paid for already: paid twice, the run would exceed the budget that it exhausts.
+        with pytest.raises(RunFailed, match="budget"):
+            resume(tmp_path / "run", entropy=SeededEntropy(5))
+        return
+    summary = resume(tmp_path / "run", entropy=SeededEntropy(5))
+    whole = run_on(simulation_file, "in_process", tmp_path, overrides[1:])
+    heads = {
+        path.name: {name: array.tobytes() for name, array in load_file(path).items()}
+        for path in (tmp_path / "run" / "model" / "heads").iterdir()
+    }
+    assert summary.status == "completed" and heads == whole
+    assert all((site.epsilon or 0.0) > 8.0 for site in summary.sites.values()), "four charges of a run of three rounds"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("personal=prior", "personal"),
+        ("leave_out=site-1", "leave_out"),
+        ("baselines=[local]", "baselines"),
+        ("evaluation={evaluations: 2, share: 0.1}", "evaluation"),
+        ("partition={kind: natural, divide: {rows: {a: all, b: all}}}", "partition.kind"),
+    ],
+)
+def test_what_it_does_not_take_is_refused_in_a_sentence_that_names_in_process(
+    simulation_file: Path, tmp_path: Path, override: str, key: str
+) -> None:
+    with pytest.raises(BadInput, match=rf"{key}: expected .*`executor.kind: in_process` takes it"):
+        run(simulation_file, overrides=["executor.kind=batched", *ONE_STEP, override], out=tmp_path / "run")
+
+
+def test_a_round_of_many_sites_encodes_messages_of_a_few(simulation_file: Path, tmp_path: Path) -> None:
+    """What one site costs a round is not a message: sizes of messages stand in the journal all the same."""
+    run_on(simulation_file, "batched", tmp_path, [*ONE_STEP, "executor.encoded_sites=1", "partition.num_sites=20"])
+    rounds = select_events(read_run_journal(tmp_path / "batched" / "run" / "journal.jsonl"), RoundEnded)
+    assert {len(each.sites) for each in rounds} == {20}
+    assert np.unique([update.bytes_up for each in rounds for update in each.sites.values()]).size <= 2
