@@ -10,7 +10,7 @@ An item is what a source hands to a backbone, where an array or a picture does n
 | `Text` | sentences and pairs of them | of text |
 | `Audio` | recordings | of audio |
 | `Volume` | scans | of three dimensions |
-| `Several` | whatever is one record in several items: slices, frames | any: features are averaged |
+| `Several` | whatever is one record in several items: slices, frames | any: averaged, or kept (kind `bag`) |
 
 A plain string is no item: a path or a name that got somewhere by mistake must not be taken for a text.
 
@@ -64,9 +64,25 @@ class Volume:
     spacing_mm: tuple[float, float, float]
 
 
+MAX_ITEMS = 4096
+"""Items, such as slices, of one record."""
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """Returns positions of at most so many items, evenly spread over all and always the same.
+
+    Args:
+        count: number of items.
+        most: largest number of positions; None for all.
+    """
+    if most is None or count <= most:
+        return list(range(count))
+    return [int((2 * number + 1) * count / (2 * most)) for number in range(most)]
+
+
 @dataclass(frozen=True, eq=False)
 class Several:
-    """One record that is several items; its features are the mean of theirs.
+    """One record that is several items; its features are the mean of theirs, or theirs side by side (a bag).
 
     Attributes:
         items: the items.

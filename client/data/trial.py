@@ -259,12 +259,13 @@ def _find_fault(survey: Survey, source: str, backbone: OfferedBackbone, position
     def try_one() -> None:
         item = survey.sources[source].load(position)
         try:
-            has_places = backbone.opened is not None and bool(backbone.opened.grid)
+            bag = None if backbone.opened is None else backbone.opened.bag
+            has_places = backbone.opened is not None and bool(backbone.opened.grid) and bag is None
             one = explain_one(has_trunk=backbone.has_trunk, has_places=has_places)
-            inputs = list_inputs(item, backbone.preprocess, one=one)
+            inputs = list_inputs(item, backbone.preprocess, bag=bag, one=one)
         except WeightsNeeded:
             return
-        if encode and backbone.opened is not None and not backbone.opened.encode(inputs).isfinite().all():
+        if encode and backbone.opened is not None and not backbone.opened.encode_items(inputs).isfinite().all():
             raise BadRecord("features are not finite")
 
     return try_record(try_one)[1]

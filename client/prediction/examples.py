@@ -14,11 +14,11 @@ import torch
 from client.config import LabelColumns
 from client.data.sources import SourceRecord
 from client.data.sources.parts.boundary import try_record
-from client.data.sources.parts.scans import spread
 from client.personal.report import find_reported_run
 from client.prediction.home import StoredFeatures, open_home_model, open_home_records
 from client.prediction.records import Chosen, Part, name_file, predict_part
 from client.protocol.site import Site, SiteDeclined, joined_run
+from common.inputs import spread
 from common.report.page import ReportTable, Section, count_of
 from common.serving.network import Model
 from common.tasks import ComparesTexts

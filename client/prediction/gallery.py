@@ -9,13 +9,13 @@ import torch
 
 from client.config import LabelColumns
 from client.data.sources.parts.boundary import try_record
-from client.data.sources.parts.scans import spread
 from client.personal.report import find_reported_run
 from client.prediction.data import Records, open_records
 from client.prediction.home import open_home_model, open_home_records
 from client.prediction.places import make_legend, open_picture
 from client.prediction.records import Part
 from client.protocol.site import Site, SiteDeclined, joined_run
+from common.inputs import spread
 from common.report.figures import Figure
 from common.report.overlays import draw_overlay, is_drawable, show_pictures
 from common.report.page import Section, count_of

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from common.inputs import MAX_ITEMS, Several, spread
 from common.plugins import Frozen, LocalPath, Spec
-from common.types import BadInput
+from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -240,6 +241,39 @@ class Language(Protocol):
 
 
 @dataclass(frozen=True)
+class Bag:
+    """The rule by which a record of several items stays a bag: its items stand side by side, as places.
+
+    Attributes:
+        max_items: largest number of items of a record, the number of its places; what stands behind its last item is
+            zeros, the mark too.
+        cuts: whether of a record with more items so many are read, evenly spread; else it cannot be used.
+    """
+
+    max_items: int
+    cuts: bool
+
+
+def list_items(item: Any, bag: Bag | None) -> Sequence[Any]:
+    """Returns the items of a record that a backbone reads: one, or those of `common.inputs.Several`.
+
+    Args:
+        item: the content of a record.
+        bag: the backbone's rule for records of several items; None where their features are averaged.
+
+    Raises:
+        BadRecord: there is none, or there are more than a record may have.
+    """
+    items = item.items if isinstance(item, Several) else [item]
+    most = MAX_ITEMS if bag is None or bag.cuts else bag.max_items
+    if not 0 < len(items) <= most:
+        raise BadRecord(f"expected between one and {most} items in the record")
+    if bag is None or len(items) <= bag.max_items:
+        return items
+    return [items[at] for at in spread(len(items), bag.max_items)]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A network and the number of its features.
 
@@ -253,6 +287,8 @@ class Architecture:
         num_marks: number of features at the end that are no features of a network but marks of places: they stay as
             they are, behind what a projection makes of the others.
         language: what the network knows of the texts that it writes; None where it writes none.
+        bag: where a record stays a bag of its items, which `module` encodes one by one, without the axis of `grid`;
+            None averages the features of a record's items.
     """
 
     module: nn.Module
@@ -262,6 +298,7 @@ class Architecture:
     grid: tuple[int, ...] = ()
     num_marks: int = 0
     language: Language | None = None
+    bag: Bag | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from common.tasks import (
     Task,
     expect_slope,
     open_task,
+    pools_items,
 )
 from common.types import BadInput
 
@@ -150,7 +151,8 @@ def _read_privacy(value: Any) -> Privacy | None:
 
 
 def _has_hidden_layer(spec: Mapping[str, Any]) -> bool:
-    return _as_mapping(spec.get("head")).get("hidden") is not None
+    head = _as_mapping(spec.get("head"))
+    return head.get("hidden") is not None or head.get("pooling") is not None
 
 
 def _choose_head(task: Task, spec: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +161,8 @@ def _choose_head(task: Task, spec: Mapping[str, Any], values: Mapping[str, Any])
     # Features of a backbone that trains have no mean that could be measured before.
     backbone = spec.get("backbone") or next(iter(_as_mapping(values.get("backbones"))), ONLY_BACKBONE)
     trained = backbone in _as_mapping(values.get("trainable"))
-    if isinstance(task, SmoothLoss) and task.centres and not trained and not _has_public_mean(values, spec):
+    of_vectors = not (trained or pools_items(task))
+    if isinstance(task, SmoothLoss) and task.centres and of_vectors and not _has_public_mean(values, spec):
         chosen["centre"] = True
     if isinstance(task, LabelPrior):
         chosen |= {"bias": False, "prior": True}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.backbones import (
     Architecture,
+    Bag,
     Kind,
     Language,
     Precision,
@@ -107,6 +108,7 @@ class Backbone:
         grid: number of places along each axis of an item's features; none where an item has one vector.
         num_marks: number of features at the end that are marks of places.
         language: what the network knows of the texts that it writes, computed on the CPU; None where it writes none.
+        bag: the rule by which a record stays a bag of its items; None where their features are averaged.
     """
 
     kind: Kind
@@ -122,6 +124,7 @@ class Backbone:
     grid: tuple[int, ...] = ()
     num_marks: int = 0
     language: Language | None = dataclasses.field(default=None, repr=False)
+    bag: Bag | None = None
 
     @cached_property
     def _fast(self) -> FastBackbone:
@@ -142,7 +145,11 @@ class Backbone:
         return self.prepare(item)
 
     def encode(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
-        """Returns features of preprocessed items, B x grid x D float32, on the CPU; heads can be trained on them."""
+        """Returns features of records of one preprocessed item each: B x grid x D float32, on the CPU."""
+        return join_items(self.encode_items(items_B), [1] * len(items_B), self.bag)
+
+    def encode_items(self, items_B: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns features of preprocessed items in float32, on the CPU; heads can be trained on them."""
         batch = items_B if isinstance(items_B, Tensor) else torch.stack(list(items_B))
         # Again before every use: `train()` on an inner module would not pass through FrozenBackbone.train.
         self.module.train(False)
@@ -165,6 +172,25 @@ class Backbone:
     def at(self, precision: Precision) -> Backbone:
         """Returns the same backbone with this number format inside."""
         return dataclasses.replace(self, precision=precision)
+
+
+def join_items(features_ID: Tensor, sizes: Sequence[int], bag: Bag | None) -> Tensor:
+    """Returns the features of records from those of their items: the mean, or a bag with zeros behind the last.
+
+    Args:
+        features_ID: what `Backbone.encode_items` returned of the items of consecutive records.
+        sizes: number of items of each record.
+        bag: the backbone's rule for records of several items.
+    """
+    parts = torch.split(features_ID, list(sizes))
+    if bag is not None:
+        features_BND = features_ID.new_zeros(len(sizes), bag.max_items, *features_ID.shape[1:])
+        for row, part_ID in zip(features_BND, parts, strict=True):
+            row[: len(part_ID)] = part_ID
+        return features_BND
+    if len(features_ID) == len(sizes):
+        return features_ID
+    return torch.stack([part_ID.mean(dim=0) for part_ID in parts])
 
 
 @dataclass(frozen=True)
@@ -362,4 +388,5 @@ def _freeze(resolved: Kind, architecture: Architecture, state: Mapping[str, Tens
         grid=architecture.grid,
         num_marks=architecture.num_marks,
         language=architecture.language,
+        bag=architecture.bag,
     )

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.run import Moments, RunConfig
-from common.tasks import LabelPrior, ServedPrior, Task
+from common.tasks import LabelPrior, ServedPrior, Task, pools_items
 from common.types import FIXED, BadInput, Heads, Params
 
 CENTRE, OFFSET = f"{FIXED}centre", f"{FIXED}offset"
@@ -99,6 +99,8 @@ def _list_class_sums(run: RunConfig, moments: Moments, counted: Mapping[str, Tas
             raise BadInput(
                 f"moments.{key}: expected a task of kind classification whose head has `prior: true`, got none"
             )
+        if share and any(pools_items(counted[name]) for name in classed):
+            raise BadInput(f"moments.{key}: expected 0 where a head has `pooling`, because a bag has many vectors")
         for name in set(backbones) & set(run.trainable) if share else ():
             raise BadInput(f"trainable: expected nothing of {name} to train, because of `moments.{key}`")
     if moments.scatter and not moments.classes:

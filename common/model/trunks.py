@@ -24,7 +24,7 @@ from common.model.backbones import Backbone, FrozenBackbone
 from common.model.parameters import compute_seed, create_heads
 from common.model.text_start import start_from_texts
 from common.run import Name, RunConfig, Trainable
-from common.tasks import PlacesLabels, Task, ThinsPlaces, WritesTexts, open_on_backbones, reads_places
+from common.tasks import PlacesLabels, Task, ThinsPlaces, WritesTexts, open_on_backbones, pools_items, reads_places
 from common.types import BadInput
 
 
@@ -94,11 +94,14 @@ def create_modules(
 
     Raises:
         BadInput: a task labels places, and its backbone has one vector for a record, places without marks, or other
-            places than the task trains on.
+            places than the task trains on; of a head with `pooling` and a backbone of bags there is one alone.
     """
     own = {name: run.backbone_of(name) for name in tasks}
     tasks = open_on_backbones(tasks, {name: backbones[own[name]].language for name in tasks})
     for name, task in tasks.items():
+        if pools_items(task) != (backbones[own[name]].bag is not None):
+            expected = "a backbone of kind bag" if pools_items(task) else "a head with `pooling` on a backbone of bags"
+            raise BadInput(f"tasks.{name}: expected {expected}, got another")
         if isinstance(task, PlacesLabels) and not backbones[own[name]].num_marks:
             raise BadInput(
                 f"tasks.{name}: expected a backbone with `pooling: frames` for a task of kind {task.kind}, got one "

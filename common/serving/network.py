@@ -13,10 +13,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from common.backbones import RawInputs
+from common.backbones import RawInputs, list_items
 from common.backbones.parts.projection import ProjectionLayer
-from common.inputs import Several
-from common.model.backbones import Backbone, FrozenBackbone, load_blob
+from common.model.backbones import Backbone, FrozenBackbone, join_items, load_blob
 from common.model.parameters import load_parameters
 from common.model.trunks import cut
 from common.serving.folder import ModelConfig, read_backbone, read_config, read_heads
@@ -167,12 +166,13 @@ class Model:
             BadRecord: one of them cannot be used.
         """
         own = self.backbones[backbone]
-        parts = [list(item.items) if isinstance(item, Several) else [item] for item in items]
+        parts = [list_items(item, own.bag) for item in items]
         inputs = [own.preprocess(part) for several in parts for part in several]
         if not inputs:
             return torch.zeros(0, *own.grid, own.feature_dim)
-        features = torch.cat([own.encode(inputs[first : first + _CHUNK]) for first in range(0, len(inputs), _CHUNK)])
-        return torch.stack([rows.mean(dim=0) for rows in torch.split(features, [len(several) for several in parts])])
+        chunks = [inputs[first : first + _CHUNK] for first in range(0, len(inputs), _CHUNK)]
+        features = torch.cat([own.encode_items(chunk) for chunk in chunks])
+        return join_items(features, [len(several) for several in parts], own.bag)
 
     def list_columns(self, task: str) -> list[str]:
         """Returns the names of the columns that a task serves."""

@@ -201,6 +201,15 @@ class ReadsPlaces(Protocol):
 
 
 @runtime_checkable
+class PoolsItems(Protocol):
+    """Optional part of a task whose head may pool the items of bags (`common.backbones.Bag`) to one vector."""
+
+    @property
+    def pools_items(self) -> bool:
+        """True where the head reads bags."""
+
+
+@runtime_checkable
 class PlacesLabels(Protocol):
     """Optional part of a task that reads the marks of a record's places (`common.backbones.Architecture.num_marks`).
 
@@ -557,9 +566,14 @@ def expect_slope(task: SmoothLoss) -> float:
     return task.later_slope if isinstance(task, LaterSlope) else task.first_slope
 
 
+def pools_items(task: Task) -> bool:
+    """Returns true for a task whose head reads bags (`PoolsItems`)."""
+    return isinstance(task, PoolsItems) and task.pools_items
+
+
 def reads_places(task: Task) -> bool:
-    """Returns true for a task whose head reads the features of a record's places (`ReadsPlaces`)."""
-    return isinstance(task, ReadsPlaces) and task.reads_places
+    """Returns true for a task whose head reads the features of a record's places (`ReadsPlaces`), or of its items."""
+    return pools_items(task) or (isinstance(task, ReadsPlaces) and task.reads_places)
 
 
 def open_on_backbones(tasks: Mapping[str, Task], languages: Mapping[str, Language | None]) -> dict[str, Task]:

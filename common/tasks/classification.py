@@ -27,7 +27,7 @@ from common.tasks.parts.declared import (
     compute_logit,
     order_by_label,
 )
-from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.head import BagHeadSettings
 from common.tasks.parts.outcomes import make_confusions, make_scores
 from common.tasks.parts.rates import (
     RATE,
@@ -76,7 +76,7 @@ class Classification(Plugin):
     start: TextStart | None = None
     smoothing: Smoothing = 0.0
     scale: Annotated[float, Field(gt=0)] = 1.0
-    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+    head_settings: BagHeadSettings = Field(default=BagHeadSettings(), alias="head")
 
     @model_validator(mode="after")
     def _check_positive_is_a_label(self) -> Classification:
@@ -93,8 +93,9 @@ class Classification(Plugin):
             total = math.fsum(order_by_label(self.prior, self.labels, "prior"))
             if abs(total - 1.0) > 1e-6:
                 raise ValueError(f"prior: expected shares that add up to 1, got {total:.6g}")
-        if self.list_start_texts() and self.head_settings.hidden is not None:
-            raise ValueError("start: expected a head without `hidden`, whose rows texts can give")
+        own = self.head_settings
+        if self.list_start_texts() and (own.hidden is not None or own.pooling is not None):
+            raise ValueError("start: expected a head without `hidden` and `pooling`, whose rows texts can give")
         return self
 
     @classmethod
@@ -107,6 +108,11 @@ class Classification(Plugin):
     def codec(self) -> ClassCodec:
         """Class indices; the prediction is the most probable class, or by the threshold where there is one."""
         return ClassCodec(self.labels, self._predict)
+
+    @property
+    def pools_items(self) -> bool:
+        """True where the head pools the items of bags."""
+        return self.head_settings.pooling is not None
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BD -> logits_BK."""

@@ -27,7 +27,7 @@ from common.tasks.parts.declared import (
     compute_logit,
     order_by_label,
 )
-from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.head import BagHeadSettings
 from common.tasks.parts.outcomes import make_label_confusions, make_scores
 from common.tasks.parts.rates import (
     RATE,
@@ -75,7 +75,7 @@ class Multilabel(Plugin):
     prior: LabelRatios | Literal["uniform"] = "uniform"
     smoothing: Smoothing = 0.0
     scale: Annotated[float, Field(gt=0)] = 1.0
-    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+    head_settings: BagHeadSettings = Field(default=BagHeadSettings(), alias="head")
 
     @model_validator(mode="after")
     def _check_names(self) -> Multilabel:
@@ -106,6 +106,11 @@ class Multilabel(Plugin):
         given = self.threshold if isinstance(self.threshold, dict) else dict.fromkeys(self.labels, self.threshold)
         thresholds = order_by_label(given, self.labels, "threshold", default=0.5)
         return MultilabelCodec(self.labels, self.none, [compute_logit(threshold) for threshold in thresholds])
+
+    @property
+    def pools_items(self) -> bool:
+        """True where the head pools the items of bags."""
+        return self.head_settings.pooling is not None
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BD -> logits_BL."""

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from common.inputs import parse_number
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
-from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.head import BagHeadSettings
 from common.tasks.parts.rates import RATE, Array
 from common.types import BadRecord
 
@@ -38,7 +38,7 @@ class Regression(Plugin):
     range: tuple[float, float]
     outside: Literal["clip", "refuse"] = "refuse"
     scale: Annotated[float, Field(gt=0)] = 1.0
-    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+    head_settings: BagHeadSettings = Field(default=BagHeadSettings(), alias="head")
 
     @field_validator("range")
     @classmethod
@@ -56,6 +56,11 @@ class Regression(Plugin):
     def codec(self) -> RangeCodec:
         """Targets and predictions in the target's own unit."""
         return RangeCodec(*self.range, clips=self.outside == "clip")
+
+    @property
+    def pools_items(self) -> bool:
+        """True where the head pools the items of bags."""
+        return self.head_settings.pooling is not None
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BD -> outputs [B, 1]."""

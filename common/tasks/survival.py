@@ -28,7 +28,7 @@ from common.inputs import find_name, parse_number
 from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.curves import Counts, compute_brier, compute_concordance, estimate_hazard_logits
-from common.tasks.parts.head import HeadSettings
+from common.tasks.parts.head import BagHeadSettings
 from common.tasks.parts.rates import RATE, Array
 from common.types import BadRecord
 
@@ -73,7 +73,7 @@ class Survival(Plugin):
     outside: Literal["censor", "refuse"] = "censor"
     variation: Annotated[float, Field(ge=0.01, le=1.0)] = 0.1
     scale: Annotated[float, Field(gt=0)] = 1.0
-    head_settings: HeadSettings = Field(default=HeadSettings(), alias="head")
+    head_settings: BagHeadSettings = Field(default=BagHeadSettings(), alias="head")
 
     @field_validator("boundaries")
     @classmethod
@@ -97,6 +97,11 @@ class Survival(Plugin):
     def codec(self) -> SurvivalCodec:
         """Vectors of what is known of each interval; the prediction is the median time."""
         return SurvivalCodec(self.boundaries, refuses=self.outside == "refuse", variation=self.variation)
+
+    @property
+    def pools_items(self) -> bool:
+        """True where the head pools the items of bags."""
+        return self.head_settings.pooling is not None
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BD -> outputs_BK."""

@@ -25,9 +25,10 @@ from client.data.encoding.batches import choose_batch_size, draw_inputs, draw_in
 from client.data.encoding.partial import Conditions, PartialArray
 from client.data.quantised import pack_rows, pack_small_rows
 from client.data.sources import Source
-from client.data.sources.parts.boundary import MAX_ITEMS, try_record
+from client.data.sources.parts.boundary import try_record
+from common.backbones import Bag, list_items
 from common.bundle import compute_code_digest
-from common.inputs import Several
+from common.model.backbones import join_items
 from common.process.threads import one_thread
 from common.types import BadRecord
 
@@ -223,7 +224,7 @@ class _Batches:
             made_up = draw_inputs_like(self._first.items_I[0], size)
         self._made_up = made_up
         # The first inputs that a backbone encodes, and those that decide how, are nobody's.
-        self._step = 1 if made_up is None else choose_batch_size(backbone.encode, made_up, size)
+        self._step = 1 if made_up is None else choose_batch_size(backbone.encode_items, made_up, size)
         # Volumes hold many items each: as many records are read at once as the first batch says fit.
         sizes = self._first.sizes
         self._size = max(1, size * len(sizes) // sum(sizes)) if sizes else size
@@ -313,8 +314,8 @@ def _pinned(source: Source, backbone: Backbone, positions: range, like_I: Tensor
 
 
 def _load_inputs(source: Source, position: int, backbone: Backbone) -> list[Tensor]:
-    one = explain_one(has_trunk=backbone.trunk is not None, has_places=bool(backbone.grid))
-    return list_inputs(source.load(position), backbone.preprocess, one=one)
+    one = explain_one(has_trunk=backbone.trunk is not None, has_places=bool(backbone.grid) and backbone.bag is None)
+    return list_inputs(source.load(position), backbone.preprocess, bag=backbone.bag, one=one)
 
 
 def explain_one(*, has_trunk: bool, has_places: bool) -> str:
@@ -322,7 +323,7 @@ def explain_one(*, has_trunk: bool, has_places: bool) -> str:
 
     Args:
         has_trunk: whether a part of the backbone trains.
-        has_places: whether its features are those of places.
+        has_places: whether its features are those of an item's places.
     """
     # What trains above is not linear: the mean of its inputs is not the input of its mean.
     if has_trunk:
@@ -330,24 +331,22 @@ def explain_one(*, has_trunk: bool, has_places: bool) -> str:
     return "features are those of places" if has_places else ""
 
 
-def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, one: str) -> list[Tensor]:
+def list_inputs(item: Any, preprocess: Callable[[Any], Tensor], *, bag: Bag | None, one: str) -> list[Tensor]:
     """Returns one record's inputs: one, or one for each of its items.
 
     Args:
         item: the content of a record.
         preprocess: source item -> input of the backbone.
+        bag: the backbone's rule for records of several items.
         one: what `explain_one` says of the backbone.
 
     Raises:
         BadRecord: the record cannot be used.
     """
-    if not isinstance(item, Several):
-        return [preprocess(item)]
-    if not 0 < len(item.items) <= MAX_ITEMS:
-        raise BadRecord(f"expected between one and {MAX_ITEMS} items in the record")
-    if one and len(item.items) > 1:
+    items = list_items(item, bag)
+    if one and len(items) > 1:
         raise BadRecord(f"expected one item in the record where {one}, got several")
-    return [preprocess(part) for part in item.items]
+    return [preprocess(part) for part in items]
 
 
 def _encode_batch(
@@ -364,29 +363,27 @@ def _encode_batch(
     items_I = batch.items_I
     if items_I is None:
         return batch, None
-    encoded_BD, _ = try_record(lambda: _means(backbone, items_I, batch.sizes, step))
+    encoded_BD, _ = try_record(lambda: _encode_rows(backbone, items_I, batch.sizes, step))
     if encoded_BD is not None:
         return batch, encoded_BD
     rows: dict[int, NDArray[np.float32]] = {}
     unusable = dict(batch.unusable)
     for position, part_I in zip(batch.positions, torch.split(items_I, batch.sizes), strict=True):
-        row_1D, reason = try_record(lambda part_I=part_I: _means(backbone, part_I, [len(part_I)], step))  # type: ignore[misc]
+        row_1D, reason = try_record(lambda part_I=part_I: _encode_rows(backbone, part_I, [len(part_I)], step))  # type: ignore[misc]
         if row_1D is not None:
             rows[position] = row_1D
             continue
         if made_up is not None:
             # Raises where it is the machine that fails: else all of its records would be kept as bad ones.
-            encode_padded(backbone.encode, made_up, step)
+            encode_padded(backbone.encode_items, made_up, step)
         unusable[position] = str(reason)
     # Only positions and reasons are read of a batch that is encoded.
     done = replace(batch, positions=list(rows), items_I=None, unusable=unusable)
     return done, np.concatenate(list(rows.values())) if rows else None
 
 
-def _means(backbone: Backbone, items_I: Tensor, sizes: list[int], step: int) -> NDArray[np.float32]:
-    """Features of consecutive records, each the mean of as many inputs as its size says, `step` inputs at once."""
-    encoded_ID = encode_padded(backbone.encode, items_I, step)
-    if len(encoded_ID) == len(sizes):
-        means: NDArray[np.float32] = encoded_ID.numpy()
-        return means
-    return np.stack([part.mean(0).numpy() for part in torch.split(encoded_ID, sizes)])
+def _encode_rows(backbone: Backbone, items_I: Tensor, sizes: list[int], step: int) -> NDArray[np.float32]:
+    """Features of consecutive records, each of as many inputs as its size says, `step` inputs at once."""
+    encoded_ID = encode_padded(backbone.encode_items, items_I, step)
+    joined: NDArray[np.float32] = join_items(encoded_ID, sizes, backbone.bag).numpy()
+    return joined

@@ -19,8 +19,7 @@ from client.data.sources import Source, SourceExample
 from client.data.sources.parts.dicom.files import NoPicture, SeriesFiles, list_series, open_dicom, quiet, read_patient
 from client.data.sources.parts.dicom.pixels import count_frames, read_frames
 from client.data.sources.parts.listing import ListedFiles, Reader, open_listing
-from client.data.sources.parts.scans import spread
-from common.inputs import Several
+from common.inputs import Several, spread
 from common.types import BadInput, BadRecord
 
 

@@ -15,10 +15,9 @@ from client.data.sources.parts.scans import (
     cut_slices,
     read_pixels,
     require_nibabel,
-    spread,
     write_example,
 )
-from common.inputs import Several
+from common.inputs import Several, spread
 
 
 class Nifti(ListedFiles):

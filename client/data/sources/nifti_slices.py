@@ -18,7 +18,7 @@ from pydantic import Field
 
 from client.data.sources import SlicePlace, SourceExample, SourceRecord
 from client.data.sources.parts.base import digest
-from client.data.sources.parts.boundary import MAX_ITEMS, try_record
+from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.listing import ListedFiles, Listing, Reader, open_listing
 from client.data.sources.parts.masks import LazyCells
 from client.data.sources.parts.scans import (
@@ -29,9 +29,8 @@ from client.data.sources.parts.scans import (
     read_pixels,
     read_volume,
     require_nibabel,
-    spread,
 )
-from common.inputs import write_mask
+from common.inputs import MAX_ITEMS, spread, write_mask
 from common.types import BadRecord
 
 

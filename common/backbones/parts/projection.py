@@ -22,6 +22,10 @@ from common.types import BadInput
 
 Array = NDArray[np.float64]
 
+_LEAST_PART = 2.0**-6
+"""The least part that a mark is of the largest feature beside it. The store's roundings (of 8 bits to a 128th of that,
+of 16 bits to 2**-15 of a row's length) leave it above zero, so that no item is taken for one that is not there."""
+
 _ACTIVATIONS = (
     nn.ReLU,
     nn.ReLU6,
@@ -69,6 +73,28 @@ class ProjectionLayer(nn.Module):
         angles_BR = features_BP @ self.frequencies + self.phases
         features_BR: Tensor = angles_BR.cos() * math.sqrt(2.0 / self.out_dim)
         return features_BR
+
+
+@final
+class ItemNetwork(nn.Module):
+    """A network with its scale and projection: items -> B x (D + 1), of which the last is the mark.
+
+    A mark is 1, and more only where a feature is larger than 64.
+    """
+
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, projection: Projection | None, raw_dim: int) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("scale", torch.ones(()))
+        self.projection = ProjectionLayer(projection, raw_dim)
+
+    def forward(self, items_B: Tensor) -> Tensor:
+        """Returns features and marks of items, in float32."""
+        features_BD = self.projection(self.network(items_B).to(torch.float32) * self.scale)
+        marks_B1 = (features_BD.abs().amax(dim=-1, keepdim=True) * _LEAST_PART).clamp(min=1.0)
+        return torch.cat([features_BD, marks_B1], dim=-1)
 
 
 def compute_projection(

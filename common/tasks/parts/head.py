@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -69,6 +69,53 @@ class HeadSettings(Frozen):
         return nn.Sequential(nn.Linear(feature_dim, self.hidden, bias=self.bias), nn.Tanh(), last)
 
 
+class BagHeadSettings(HeadSettings):
+    """Shape of a head that may stand on bags, records of several items each (backbones of kind `bag`).
+
+    Attributes:
+        pooling: how the items of a record become one vector: their `mean`, the `max` of each feature, or a weighted
+            mean whose weights are learned (`attention`, `gated_attention`). `hidden` is then a layer that each item
+            passes before. Null reads one vector for each record.
+        width: width of the layer from which attention follows.
+    """
+
+    pooling: Literal["mean", "max", "attention", "gated_attention"] | None = None
+    width: Annotated[int, Field(ge=1, le=65536)] = 64
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("centre", "prior", "pooling", "width"))
+
+    @property
+    def _attends(self) -> bool:
+        return self.pooling in ("attention", "gated_attention")
+
+    @model_validator(mode="after")
+    def _check_pooling(self) -> BagHeadSettings:
+        if self.pooling is not None and self.centre:
+            raise ValueError("centre: expected false beside `pooling`, because a bag has many vectors")
+        if "width" in self.model_fields_set and not self._attends:
+            raise ValueError("width: expected it beside `pooling: attention` or `gated_attention`")
+        return self
+
+    def _build_layers(self, feature_dim: int, num_outputs: int) -> nn.Module:
+        if self.pooling is None:
+            return HeadSettings._build_layers(self, feature_dim, num_outputs)
+        from torch import nn
+
+        from common.tasks.parts.nets.bags import BagHead, ItemScores
+
+        pooled = self.hidden or feature_dim
+        items = None if self.hidden is None else nn.Linear(feature_dim, self.hidden, bias=self.bias)
+        last = nn.Linear(pooled, num_outputs, bias=self.bias)
+        nn.init.zeros_(last.weight)
+        if self.bias:
+            nn.init.zeros_(last.bias)
+        gated = self.pooling == "gated_attention"
+        scores = ItemScores(pooled, self.width, gated=gated, bias=self.bias) if self._attends else None
+        return BagHead(items, last, self.pooling, scores)
+
+
 class PlacesHeadSettings(HeadSettings):
     """Shape of a head that reads the places of a picture.
 
@@ -96,7 +143,7 @@ class PlacesHeadSettings(HeadSettings):
     def _build_layers(self, feature_dim: int, num_outputs: int) -> nn.Module:
         if self.kernel == 1:
             return HeadSettings._build_layers(self, feature_dim, num_outputs)
-        from common.tasks.parts.decoder import PlacesDecoder
+        from common.tasks.parts.nets.decoder import PlacesDecoder
 
         assert self.hidden is not None  # The validator has looked.
         return PlacesDecoder(feature_dim, self.hidden, num_outputs, kernel=self.kernel, bias=self.bias)

@@ -70,6 +70,7 @@ class Reciprocal:
     error: float | None = None
     trunk: str | None = None
     grid: tuple[int, ...] = ()
+    bag: None = None
 
     def to(self, device: torch.device) -> Reciprocal:
         del device
@@ -78,7 +79,7 @@ class Reciprocal:
     def preprocess(self, item: Any) -> Tensor:
         return torch.from_numpy(item)
 
-    def encode(self, items_B: Tensor) -> Tensor:
+    def encode_items(self, items_B: Tensor) -> Tensor:
         return 1.0 / items_B
 
 
@@ -257,7 +258,7 @@ class Failing(Reciprocal):
             raise item.error("q7-secret")
         return torch.full((DIM,), torch.nan) if isinstance(item, Hostile) else torch.from_numpy(item)
 
-    def encode(self, items_B: Tensor) -> Tensor:
+    def encode_items(self, items_B: Tensor) -> Tensor:
         self.calls.append(items_B.numpy().tobytes())
         if len(self.calls) > self.fails_after or items_B.isnan().any():
             raise RuntimeError("q7-secret")
@@ -522,7 +523,7 @@ def test_records_of_many_items_are_read_a_few_at_a_time(tmp_path: Path) -> None:
         device: torch.device = CPU
         error: float | None = None
 
-        def encode(self, items_B: Tensor) -> Tensor:
+        def encode_items(self, items_B: Tensor) -> Tensor:
             seen.append(len(items_B))
             return items_B
 
@@ -545,7 +546,7 @@ def test_large_pictures_are_encoded_a_few_at_a_time(tmp_path: Path) -> None:
         def preprocess(self, item: Any) -> Tensor:
             return torch.zeros(3, item.width, 512)
 
-        def encode(self, items_B: Tensor) -> Tensor:
+        def encode_items(self, items_B: Tensor) -> Tensor:
             seen.append(len(items_B))
             return items_B[:, 0, :DIM, 0]
 

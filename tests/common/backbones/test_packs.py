@@ -57,6 +57,15 @@ def test_what_stands_beside_a_pack_goes_before_its_own(tmp_path: Path) -> None:
     assert run.licences == {"notes": "Apache-2.0", "scans": "as our contract says"}
 
 
+def test_the_encoder_of_a_bag_may_be_a_pack(tmp_path: Path) -> None:
+    head = {"finding": {**RUN["tasks"]["finding"], "head": {"pooling": "attention"}}}
+    bag = {"kind": "bag", "max_items": 9, "encoder": {"pack": "phikon_v2", "folder": "./phikon"}}
+    run = load(RunConfig, write_run(tmp_path, backbone=bag, tasks=head))
+    assert run.backbone is not None and run.licences == {"backbone": read_pack("phikon_v2", "pack").licence}
+    encoder = resolve("common.backbones", run.backbone, "backbone").encoder.settings()
+    assert encoder["kind"] == "transformers" and encoder["folder"] == str((tmp_path / "phikon").resolve())
+
+
 def test_a_simulations_run_may_name_a_pack(tmp_path: Path) -> None:
     demo = load(SimulationConfig, Path("configs/simulations/demo.yaml")).model_dump(mode="json", by_alias=True)
     demo["run"]["backbone"] = {"pack": "dinov2_base", "folder": "./dinov2"}

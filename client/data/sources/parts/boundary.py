@@ -13,9 +13,6 @@ from typing import TypeVar
 
 from common.types import BadRecord
 
-MAX_ITEMS = 4096
-"""Items, such as slices, of one record."""
-
 _Made = TypeVar("_Made")
 
 

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from client.data.sources import SourceRecord
 from client.data.sources.parts.base import digest
-from client.data.sources.parts.boundary import MAX_ITEMS
 from client.data.sources.parts.named import find_patient
 from client.data.sources.parts.pictures import read_picture, read_size, read_values
 from client.data.sources.parts.tree import Tree, make_readable, read_file
-from common.inputs import Box, Several, encode_text, read_mask, write_boxes, write_mask
+from common.inputs import MAX_ITEMS, Box, Several, encode_text, read_mask, write_boxes, write_mask
 from common.types import BadRecord
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.sources.parts.boundary import MAX_ITEMS
 from client.data.sources.parts.scans import MAX_VALUES, windowed
-from common.inputs import Several
+from common.inputs import MAX_ITEMS, Several
 from common.types import BadRecord
 
 if TYPE_CHECKING:

@@ -75,13 +75,6 @@ def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]
     return pixels
 
 
-def spread(count: int, most: int | None) -> list[int]:
-    """Positions of at most `most` slices, evenly spread over all and always the same."""
-    if most is None or count <= most:
-        return list(range(count))
-    return [int((2 * number + 1) * count / (2 * most)) for number in range(most)]
-
-
 def require_nibabel() -> None:
     """Raises BadInput where the package that reads NIfTI files is not installed."""
     try:

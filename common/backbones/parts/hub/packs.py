@@ -86,14 +86,19 @@ def replace_packs(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     several = values.get("backbones")
     specs = several if isinstance(several, Mapping) else {"backbone": values.get("backbone")}
-    named = {name: spec for name, spec in specs.items() if isinstance(spec, Mapping) and "pack" in spec}
-    if not named:
-        return values
     opened, licences = {}, {}
-    for name, spec in named.items():
+    for name, spec in specs.items():
         key = name if several is None else f"backbones.{name}"
-        pack = read_pack(spec["pack"], f"{key}.pack")
-        opened[name], licences[name] = _open(pack, spec, key), pack.licence
+        # The encoder of a bag, or of what writes texts, may be a pack too.
+        encoder = spec.get("encoder") if isinstance(spec, Mapping) else None
+        inner = isinstance(encoder, Mapping) and "pack" in encoder
+        given, key = (encoder, f"{key}.encoder") if inner else (spec, key)
+        if isinstance(given, Mapping) and "pack" in given:
+            pack = read_pack(given["pack"], f"{key}.pack")
+            settings = _open(pack, given, key)
+            opened[name], licences[name] = {**spec, "encoder": settings} if inner else settings, pack.licence
+    if not opened:
+        return values
     own = opened if several is None else {"backbones": {**specs, **opened}}
     return {**values, **own, "licences": {**licences, **(values.get("licences") or {})}}
 

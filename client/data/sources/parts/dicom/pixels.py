@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.sources.parts.dicom.files import list_errors
-from client.data.sources.parts.scans import MAX_VALUES, UNREADABLE, spread, windowed
+from client.data.sources.parts.scans import MAX_VALUES, UNREADABLE, windowed
+from common.inputs import spread
 from common.types import BadRecord
 
 Window = tuple[float, float] | Literal["file", "full"]

@@ -1,0 +1,1 @@
+"""Records of many items: grouped rows, and the tiles of slides."""

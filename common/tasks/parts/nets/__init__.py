@@ -1,0 +1,1 @@
+"""Networks of heads that are more than one layer."""
