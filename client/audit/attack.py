@@ -181,7 +181,7 @@ class Attack:
         planted = self.planted
         sizes = {name: size * size_factor for name, size in self.run.public_sizes.items()}
         update = self.run.solver.solve(
-            planted.modules, self.run.tasks, units, plan=plan, public_sizes=sizes, stream=stream
+            planted.modules, planted.tasks, units, plan=plan, public_sizes=sizes, stream=stream
         )
         return Release(
             {name: planted.read_canary_weights(update, name) for name in planted.modules},

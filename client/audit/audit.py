@@ -70,7 +70,7 @@ from common.privacy.accounting import Mechanism, compute_epsilon, round_up
 from common.privacy.noise import Entropy, NoiseStream, os_entropy
 from common.process.threads import steady_time
 from common.run import RunConfig, TaskSpec
-from common.tasks import WritesTexts, open_task
+from common.tasks import open_task
 from common.types import BadInput, Plan, Unit
 
 
@@ -113,12 +113,6 @@ def audit_run(
     tasks = {name: open_task(_without_fixed_steps(run.tasks[name]), f"run.tasks.{name}") for name in whole}
     if not tasks:
         raise BadInput("run.tasks: expected at least one task that the site has, got none")
-    for name, task in whole.items():
-        if isinstance(task, WritesTexts):
-            raise BadInput(
-                f"run.tasks.{name}: expected a task whose loss an audit can compute without a backbone, got one that "
-                "writes texts"
-            )
     audited = AuditedRun(
         solver=solver,
         plan=solver.plan(run.training_privacy, unit, run.rounds),
@@ -160,7 +154,7 @@ def audit(run: AuditedRun, observe: Observe = _ignore_progress) -> AuditVerdict:
             stream=NoiseStream(run.entropy("audit/records")),
         )
         attack = Attack(run, planted)
-        audited = Audited(run.solver, plan, run.whole_tasks or run.tasks, run.trunks, run.public_sizes)
+        audited = Audited(run.solver, plan, run.whole_tasks or run.tasks, run.trunks, run.public_sizes).open_tasks()
         worlds = []
         for compared in compare_worlds(audited, NoiseStream(run.entropy("audit/worlds"))):
             worlds.append(compared)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.audit.stand_ins import open_on_stand_ins
 from client.audit.statistics import Bools, Floats
 from client.data.units import TaskRecords, Units
 from common.model.parameters import create_heads
@@ -79,7 +80,7 @@ class Planted:
     """Canaries, background units, heads and trunks of one audit.
 
     Attributes:
-        tasks: the run's tasks.
+        tasks: the run's tasks; those that write texts are opened on a stand-in language.
         modules: parameter group -> head or trunk, with random weights, zero for all features but the live ones.
         direction: parameter group -> [W, M], each canary's gradient by the weights of its own feature; over all
             parameter groups its L2 norm is 1.
@@ -186,6 +187,7 @@ def plant(
     """
     width = LIVE + num_canaries + FREE
     dims = {name: width + ADDED if name in trunks else width for name in tasks}
+    tasks = open_on_stand_ins(tasks, dims)
     modules = {
         **create_heads(tasks, dims, seed=0),
         **{name: stand_in(width, ADDED) for name in sorted(set(trunks.values()))},

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from client.audit.canaries import ADDED, read_label, spread_places
 from client.audit.noise import InspectingStream, Integers, Released, is_whole
+from client.audit.stand_ins import open_on_stand_ins
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver
 from common import messages
@@ -67,6 +68,15 @@ class Audited:
     tasks: Mapping[str, Task]
     trunks: Mapping[str, str]
     public_sizes: Mapping[str, int]
+
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        """Task -> number of features that its head reads."""
+        return {name: WIDTH + ADDED * (name in self.trunks) for name in self.tasks}
+
+    def open_tasks(self) -> Audited:
+        """Returns the same with tasks that need no backbone (`stand_ins`)."""
+        return replace(self, tasks=open_on_stand_ins(self.tasks, self.feature_dims))
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ def answer(run: Audited, modules: Mapping[str, nn.Module], units: Units, noise: 
 def make_modules(run: Audited) -> dict[str, nn.Module]:
     """Returns untrained heads and stand-in trunks."""
     return {
-        **create_heads(run.tasks, {name: WIDTH + ADDED * (name in run.trunks) for name in run.tasks}, seed=0),
+        **create_heads(run.tasks, run.feature_dims, seed=0),
         **{name: stand_in(WIDTH, ADDED) for name in sorted(set(run.trunks.values()))},
     }
 

@@ -30,6 +30,7 @@ from scipy.stats import binom, chi2, gamma, norm
 from torch import Tensor, nn
 
 from client.audit.canaries import spread_places
+from client.audit.stand_ins import open_on_stand_ins
 from client.audit.statistics import Bools, Floats
 from client.data.units import TaskRecords, Units
 from client.solvers import Solver
@@ -141,6 +142,7 @@ def observe_noise(
         entropy: source of the keys, as the site uses it.
     """
     heads, count = _make_wide_heads(tasks)
+    tasks = open_on_stand_ins(tasks, {name: _read_width(head) for name, head in heads.items()})
     nobody, sizes = _hold_nobody(tasks, heads), {name: public_sizes[name] for name in heads}
     short = replace(plan, steps=min(plan.steps, MOST_STEPS))
     requests = [("one", "1", "a round"), ("one", "2", "the next round"), ("two", "1", "a round of another run")]
@@ -188,10 +190,14 @@ def _make_wide_heads(tasks: Mapping[str, Task]) -> tuple[dict[str, nn.Module], i
     return heads, count
 
 
+def _read_width(head: nn.Module) -> int:
+    return next(iter(head.parameters())).shape[1]
+
+
 def _hold_nobody(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module]) -> Units:
     made = {}
     for name, task in tasks.items():
-        width = next(iter(heads[name].parameters())).shape[1]
+        width = _read_width(heads[name])
         nothing = torch.zeros(0, dtype=torch.long)
         features_RD, labels = spread_places(task, torch.zeros(0, width)), task.codec.missing()[None][:0]
         made[name] = TaskRecords.of(features_RD, labels, nothing.bool(), nothing, 0)

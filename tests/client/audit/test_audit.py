@@ -27,7 +27,6 @@ from common.plugins import kinds, plugin_class
 from common.privacy.accounting import Mechanism, compute_epsilon
 from common.privacy.noise import NoiseStream, SeededEntropy
 from common.run import Privacy, RunConfig
-from common.tasks import WritesTexts
 from common.tasks.parts.adjusted import AdjustedHead, normalize_rows
 from common.types import BadInput, Unit
 from common.yaml import parse
@@ -45,11 +44,6 @@ from tests.client.audit.bugs import (
 
 PRIVATE_SOLVERS = [kind for kind in kinds("client.solvers") if plugin_class("client.solvers", kind).private]
 SAMPLED = {"sampling_rate": 0.25, "steps": 4}
-
-
-def writes_texts(kind: str) -> bool:
-    """Returns whether the loss of a kind of task needs a backbone. An audit has none: it makes features up."""
-    return issubclass(plugin_class("common.tasks", kind), WritesTexts)
 
 
 def join_reasons(result: AuditVerdict) -> str:
@@ -111,7 +105,7 @@ def test_the_closed_form_solver_passes_and_its_planted_bugs_are_caught(unit: Uni
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", PRIVATE_SOLVERS)
-@pytest.mark.parametrize("task", [kind for kind in kinds("common.tasks") if not writes_texts(kind)])
+@pytest.mark.parametrize("task", kinds("common.tasks"))
 def test_a_run_of_one_task_of_any_kind_passes_and_half_of_its_noise_is_caught(task: str, solver: str) -> None:
     tasks = {"only": plugin_class("common.tasks", task).example().settings}
     run = make_run(tasks=tasks, unit=Unit.PATIENT, kind=solver, num_canaries=100)
@@ -119,11 +113,14 @@ def test_a_run_of_one_task_of_any_kind_passes_and_half_of_its_noise_is_caught(ta
     assert "times" in join_reasons(audit(break_solver(run, stream=bend_noise(lambda noise: noise / 2))))
 
 
-def test_a_task_that_writes_texts_is_refused_because_its_backbone_is_not_there() -> None:
+def test_a_task_that_writes_texts_is_audited_without_its_backbone() -> None:
     tasks = {"said": plugin_class("common.tasks", "seq2seq").example().settings}
-    run = parse(RunConfig, {**RUN, "tasks": tasks}, base=Path.cwd())
-    with pytest.raises(BadInput, match=r"run\.tasks\.said: expected a task .* writes texts"):
-        audit_run(run, Unit.EXAMPLE, {"said": 100})
+    run = make_run(tasks=tasks, kind="dp_gd", num_canaries=60)
+    assert join_reasons(audit(run)) == ""
+    assert "not clipped" in join_reasons(audit(break_solver(run, bugs.ClipsNothing)))
+    short = make_run(tasks={"said": {"kind": "seq2seq", "max_tokens": 2}}, kind="dp_gd")
+    with pytest.raises(BadInput, match=r"run\.tasks\.said\.max_tokens: .* at least 3 tokens, got 2"):
+        audit(short)
 
 
 def test_a_head_too_large_for_many_canaries_is_audited_with_fewer() -> None:
