@@ -64,7 +64,13 @@ class StandInLanguage:
         raise NotImplementedError
 
     def step(self, known: Any, tokens_B: Tensor, place: int) -> NoReturn:
-        """Raises NotImplementedError."""
+        """Raises NotImplementedError.
+
+        Args:
+            known: not looked at.
+            tokens_B: not looked at.
+            place: not looked at.
+        """
         raise NotImplementedError
 
     def select(self, known: Any, rows_B: Tensor) -> NoReturn:

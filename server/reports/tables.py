@@ -22,6 +22,8 @@ BASELINES = {
     "non_private": "federated\nnot private",
     "central": "central\nnot private",
     "random_backbone": "federated\nprivate\nrandom\nbackbone",
+    "untouched": "pre-trained\nas it is",
+    "untouched_restricted": "pre-trained\nsymbols\nalone",
 }
 """Name of each baseline -> the heading of its column."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -12,9 +13,11 @@ from rich.console import Console
 from common.events import RoundEnded, RunEnded, RunEvent, SiteJoined, SiteRejected, Summary, read_run_journal
 from common.privacy.gaussian import gdp_epsilon
 from common.types import BadInput, Plan, Unit
+from server.reports import answers, tables
 from server.reports.summary import list_failures, summarize
 from server.reports.tables import render_summary
 from server.rounds.replies import check_plan
+from simulations.config import Baseline
 from tests.server.rounds.test_loop import federate
 from tests.tiny import run_config, site_config
 
@@ -60,6 +63,11 @@ def test_a_run_cut_short_is_failed_and_says_which_task_was_never_updated(events:
     assert list(list_failures(summary)) == [
         f"task {name} was never updated: no site's contribution was accepted" for name in ("colour", "size")
     ]
+
+
+def test_each_baseline_has_a_column_and_a_name() -> None:
+    (literal,) = (part for part in get_args(Baseline) if get_args(part))
+    assert list(tables.BASELINES) == list(answers.BASELINES) == list(get_args(literal))
 
 
 def test_the_tables_name_unit_and_neighbours_beside_epsilon(events: list[RunEvent]) -> None:
