@@ -109,6 +109,7 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every module a file names in an import, wherever the import stands, and in `import_module("...")`."""
     found: set[str] = set()
