@@ -26,6 +26,8 @@ from tests.finished import write_maps
 from tests.test_places_worlds import write_png
 from tests.worlds import Replies, answer_run, make_run, make_site
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 RATE = 16000
 
 

@@ -22,6 +22,8 @@ from common.run import ONLY_BACKBONE, RunConfig
 from tests.finished import write_maps
 from tests.worlds import MEASURED, Replies, answer_run, make_run, make_site
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 TASKS: dict[str, dict[str, Any]] = {
     "finding": {"kind": "classification", "labels": ["absent", "present"], "head": MEASURED},
     "objects": {"kind": "detection", "labels": ["cell"], "sizes": {"cell": [0.6, 0.5]}, "most_boxes": 2, "scale": 6.0},

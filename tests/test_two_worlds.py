@@ -17,6 +17,8 @@ import pytest
 
 from tests.worlds import MEDIA, TASKS, Experiment, Replies, Row, honest_rows
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 Sums = Mapping[str, np.ndarray[Any, Any]]
 LARGEST = {"moments": 1.0, "update": 1.0, "statistics": len(TASKS) ** 0.5}
 SIDES = {"moments": "train", "update": "train", "statistics": "test"}

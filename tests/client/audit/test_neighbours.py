@@ -15,6 +15,8 @@ from common.types import Unit
 from tests.client.audit import bugs
 from tests.client.audit.bugs import EVERY_KIND, LINEAR, break_solver, make_run, make_trunk_run
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ANOMALY = {"strange": {"kind": "anomaly", "normal": "n", "anomalous": "a"}}
 
 

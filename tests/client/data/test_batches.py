@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from client.data.encoding.batches import choose_batch_size, encode_padded
 from common.types import BadInput
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 INPUTS = torch.randn(11, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 

@@ -31,6 +31,8 @@ from common.model.backbones import Backbone, open_pretrained
 from common.types import BadInput, BadRecord
 from tests.small_disk import run_on_small_disk
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 COUNT, DIM = 2 * BATCH_SIZE + 7, 3
@@ -333,6 +335,7 @@ from client.data.feature_store import FeatureStore
 from client.data.sources import open_source
 from common.model.backbones import open_pretrained
 
+torch.set_num_threads(2)
 partial.BLOCK_S = 0.0
 parts = {"all": {"inputs": "x", "labels": {}}}
 source = open_source({"kind": "npz", "path": sys.argv[1], "parts": parts}, "source").open()

@@ -26,9 +26,12 @@ from common.tasks.detection import Detection
 from common.types import Plan, Unit
 from tests.client.solvers.test_exact_sums import PEOPLE, TASKS, Person, draw_heads, site
 
-pytestmark = pytest.mark.skipif(
-    open_library() is None, reason="the compiled code is missing: pip install --editable . builds it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        open_library() is None, reason="the compiled code is missing: pip install --editable . builds it"
+    ),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 @contextmanager

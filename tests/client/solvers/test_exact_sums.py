@@ -38,6 +38,8 @@ from common.tasks.seq2seq import Seq2seq
 from common.types import Plan, Unit
 from tests.written import TinyLanguage
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FEATURES = 40
 LATTICE = Lattice.of(0.5, 3.0)
 TASKS: dict[str, Task] = {
