@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,9 @@ from pydantic import (
 from common.errors import describe, nearest
 from common.plugins import Frozen, Spec, resolve
 from common.types import DELTAS, EPSILONS, MAX_BACKBONES, NOISE_MULTIPLIERS, BadInput, Unit
+
+if TYPE_CHECKING:
+    from common.backbones.parts.hub.packs import StatedWeights
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Names of runs, sites and tasks become file and record names: short, lower case, no dots or slashes."""
@@ -525,26 +528,31 @@ class RunConfig(Frozen):
     max_delta_norm: Annotated[float, Field(gt=0)] = 1e4
     audit: Literal["required", "on_request"] = "on_request"
     _chosen: tuple[str, ...] = PrivateAttr(default=())
+    _stated: Mapping[str, StatedWeights] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
     def _choose_settings(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        stated: Mapping[str, StatedWeights] = {}
         # Only its own file may name a table or a pack: an offer comes from elsewhere.
         if isinstance(values, Mapping) and info.context and info.context.get("is_file"):
             from common.backbones.parts.columns import replace_ranges  # Here: most files name none.
             from common.backbones.parts.hub.packs import replace_packs  # As above.
 
             try:
-                values = replace_ranges(replace_packs(values), info.context["base"])
+                replaced = replace_packs(values)
+                values, stated = replace_ranges(replaced.values, info.context["base"]), replaced.stated
             except BadInput as error:
                 raise ValueError(str(error)) from error
         if not (isinstance(values, Mapping) and _find_kind(values.get("solver")) == AUTO):
-            return handler(values)
+            run = handler(values)
+            run._stated = stated
+            return run
         from common.model.auto import choose_settings  # Here: it reads what this module defines.
 
         choice = choose_settings(values)
         run = handler(choice.settings)
-        run._chosen = choice.reasons
+        run._chosen, run._stated = choice.reasons, stated
         return run
 
     @model_serializer(mode="wrap")
@@ -555,6 +563,11 @@ class RunConfig(Frozen):
     def chosen(self) -> tuple[str, ...]:
         """The choices of `solver: {kind: auto}` and their reasons, one sentence each; none where it was not used."""
         return self._chosen
+
+    @property
+    def stated_weights(self) -> Mapping[str, StatedWeights]:
+        """Name of a backbone that the file takes from a pack -> what the pack says of its weights."""
+        return self._stated
 
     @model_validator(mode="after")
     def _each_task_on_a_backbone(self) -> RunConfig:

