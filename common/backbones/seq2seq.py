@@ -8,6 +8,7 @@ told behind the true ones (`common.tasks.seq2seq`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
@@ -117,13 +118,12 @@ class Seq2seqBackbone(Plugin):
 
     def architecture(self) -> Architecture:
         """Returns an encoder and a decoder, sources and texts -> places of texts, then of sources."""
-        from common.backbones.parts.language.writer import WriterLanguage
+        from common.backbones.parts.language.writer import WriterLanguage, open_raw_sources
 
         writer = self._build(self.vocabulary_bytes or 0)
-        grid = (self.max_tokens + writer.modality.max_length,)
-        return Architecture(
-            writer, self.width + 1, writer.preprocess, grid=grid, num_marks=1, language=WriterLanguage(writer)
-        )
+        grid, language = (self.max_tokens + writer.modality.max_length,), WriterLanguage(writer)
+        open_raw = partial(open_raw_sources, writer)
+        return Architecture(writer, self.width + 1, writer.preprocess, open_raw, grid, num_marks=1, language=language)
 
     def pretrained(self) -> Pretrained:
         """Returns the encoder's weights, the decoder's and the vocabulary."""

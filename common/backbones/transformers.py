@@ -452,7 +452,7 @@ class Transformers(Plugin):
         )
 
     def _open_frames(self, files: Files, model: nn.Module) -> Architecture:
-        from common.backbones.parts.hub.frames import FrameInput, FrameModel, FrameRates
+        from common.backbones.parts.hub.frames import FrameInput, FrameModel, FrameRates, open_raw_frames
         from common.backbones.parts.hub.modalities import open_feature_extractor
         from common.backbones.parts.layers import read_width
 
@@ -460,7 +460,8 @@ class Transformers(Plugin):
         modality = FrameInput(extractor, FrameRates.of(model, extractor, self.seconds, self.every))
         width = read_width(model, model.config)
         module = FrameModel(model, modality, width)
-        return Architecture(module, width + 1, modality.preprocess, grid=(modality.rates.places,), num_marks=1)
+        grid, open_raw = (modality.rates.places,), partial(open_raw_frames, modality, files.processor or {})
+        return Architecture(module, width + 1, modality.preprocess, open_raw, grid, num_marks=1)
 
     def _find_directions(self, whole: nn.Module) -> Tensor:
         from common.backbones.parts.hub.frames import draw_directions, find_cross_attention

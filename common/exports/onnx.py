@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from common.exports.parts.exported import Exported
 
-_SCRIPTS = Path(__file__).parent / "parts" / "scripts"
 _NEEDS = {"pictures": "numpy pillow", "texts": "numpy tokenizers", "table": "numpy", "arrays": "numpy"}
 _ARGUMENTS = {
     "pictures": "a.png b.png",
@@ -39,6 +38,7 @@ class OnnxFormat(Plugin):
         """Writes `model.onnx` and `predict.py`; compares the file's outputs with the network's."""
         import torch
 
+        from common.exports.parts.exported import SCRIPTS
         from common.exports.parts.program import UNTRACEABLE, check, draw_inputs, list_axes
 
         path = folder / "model.onnx"
@@ -67,9 +67,8 @@ class OnnxFormat(Plugin):
         script = _choose_script(exported)
         has_masks = script == "pictures" and any(exported.find_prediction(task) == "mask" for task in exported.tasks)
         has_boxes = script == "pictures" and exported.has_boxes
-        write_atomic(folder / "predict.py", (_SCRIPTS / f"{script}.py").read_bytes())
-        if exported.has_boxes:
-            write_atomic(folder / "boxes.py", (_SCRIPTS / "boxes.py").read_bytes())
+        write_atomic(folder / "predict.py", (SCRIPTS / f"{script}.py").read_bytes())
+        exported.write_readers(folder)
         return [
             f"`model.onnx` maps {', '.join(names)} to {', '.join(exported.tasks)}, for any number of records.",
             f"`python predict.py {_ARGUMENTS[script]}` prints a CSV row for each record, and needs these only: "

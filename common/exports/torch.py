@@ -11,8 +11,6 @@ from common.plugins import Plugin
 if TYPE_CHECKING:
     from common.exports.parts.exported import Exported
 
-_SCRIPTS = Path(__file__).parent / "parts" / "scripts"
-
 _LOADER = '''"""Loads the exported network; needs torch only. Inputs and outputs are described in preprocessing.json."""
 
 from pathlib import Path
@@ -57,12 +55,12 @@ class TorchFormat(Plugin):
         names = ", ".join(tensor.name for tensor in exported.raw.tensors)
         loader = _LOADER.format(example="\n    ".join(examples), names=names)
         write_atomic(folder / "load.py", loader.encode())
-        if exported.has_boxes:
-            write_atomic(folder / "boxes.py", (_SCRIPTS / "boxes.py").read_bytes())
+        exported.write_readers(folder)
         outputs = ", ".join(exported.tasks)
         return [
             '`model.pt2`: `torch.export.load("model.pt2").module()` is a module from '
             f"`{names}` to the outputs of {outputs}; torch is all it needs.",
             "`python load.py` loads it, and runs it on two empty records; it takes no argument.",
             *(["`boxes.find_boxes(maps, stated)`: a picture's boxes; numpy is all it needs."] * exported.has_boxes),
+            *(["`written.read_text(told, stated)`: a record's text and its confidence."] * exported.has_texts),
         ]

@@ -23,6 +23,7 @@ from common.tasks import (
     WRITTEN_AT_ONCE,
     Servable,
     ServesMaps,
+    ServesTexts,
     Task,
     WritesTexts,
     open_on_backbones,
@@ -72,8 +73,10 @@ class ServedHead(nn.Module):
         return self.serve(self.compute_outputs(features_BD))
 
     def tell(self, features_BD: Tensor) -> Tensor:
-        """Returns what an exported network does: maps_BCSS of a task that has some (`ServesMaps`), else served_BC."""
+        """Returns what an exported network does: maps_BCSS or what texts are read from, else served_BC."""
         outputs_BO = self.compute_outputs(features_BD)
+        if isinstance(self.task, ServesTexts):
+            return self.task.serve_texts(outputs_BO)
         return self.task.serve_maps(outputs_BO) if isinstance(self.task, ServesMaps) else self.serve(outputs_BO)
 
     def serve(self, outputs_BO: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class ServedHead(nn.Module):
 
 @final
 class _Told(nn.Module):
-    """A head as an exported network has it: features -> maps_BCSS of a task that has some, else served_BC."""
+    """A head as an exported network has it: features -> what `ServedHead.tell` returns."""
 
     def __init__(self, head: ServedHead) -> None:
         super().__init__()

@@ -481,6 +481,21 @@ class FindsBoxes(Protocol):
 
 
 @runtime_checkable
+class ServesTexts(Protocol):
+    """Optional part of a task whose predictions are texts: what an exported network tells of them.
+
+    Law (tests/common/exports/test_texts.py): `common/exports/parts/scripts/written.py`, which knows nothing of
+    Headwater, reads `decode`'s text and `serve`'s numbers from it by the stated rule; torch can export `serve_texts`.
+    """
+
+    def describe_texts(self) -> dict[str, Any]:
+        """Returns the rule by which a text is read, as plain values. Raises BadInput: no graph can hold the task."""
+
+    def serve_texts(self, outputs: Tensor) -> Tensor:
+        """Returns what a text is read from, float32, places behind records."""
+
+
+@runtime_checkable
 class CountedOutcomes(Protocol):
     """Optional part of a task whose statistic counts predictions and scores: confusion matrices, curves.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
@@ -210,6 +210,16 @@ class Ctc(Plugin):
         best_BP = outputs_BPK.log_softmax(dim=-1).amax(dim=-1) * own_BP
         return (best_BP.sum(dim=1, keepdim=True) / own_BP.sum(dim=1, keepdim=True).clamp(min=1)).exp().float()
 
+    def describe_texts(self) -> dict[str, Any]:
+        """Returns the rule by which a transcript is read from the outputs of frames."""
+        symbols = self.codec.symbols
+        join = " " if self.unit == "words" else ""
+        return {"rule": "ctc", "symbols": symbols.all, "join": join, "most": self.max_symbols, "beam": self.beam}
+
+    def serve_texts(self, outputs: Tensor) -> Tensor:
+        """Returns the outputs of frames, that of the blank first; zeros where a recording has ended."""
+        return outputs.float() if outputs.dim() > 2 else outputs.unsqueeze(1).float()
+
     def statistic(self, buckets: int) -> Statistic:
         """Returns word and character errors and the numbers of words and characters, each over its largest number."""
         del buckets
@@ -285,12 +295,11 @@ class TranscriptCodec:
 
         A head without a bias has such outputs where a recording has ended, and nowhere else once it is trained.
         """
-        from common.tasks.parts.transcripts.decoding import search_prefixes, take_best_path
+        from common.tasks.parts.transcripts.decoding import find_symbols
 
         outputs_BPK = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
         texts = []
         for outputs_PK in outputs_BPK.detach().double().cpu().numpy():
             own_TK = outputs_PK[(outputs_PK != 0.0).any(axis=1)]
-            found = take_best_path(own_TK) if self.beam == 1 else search_prefixes(own_TK, self.beam)
-            texts.append([self.symbols.write(found[: self.max_symbols])])
+            texts.append([self.symbols.write(find_symbols(own_TK, self.beam)[: self.max_symbols])])
         return texts

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
@@ -204,13 +204,31 @@ class Seq2seq(Plugin):
 
     def serve(self, outputs: Tensor) -> Tensor:
         """Returns confidence_B1: the geometric mean of the probabilities of a text's tokens."""
+        told_BT, tokens_BT = self._tell(outputs)
+        own_BT = tokens_BT != NONE
+        return (told_BT.sum(dim=1, keepdim=True) / own_BT.sum(dim=1, keepdim=True).clamp(min=1)).exp().float()
+
+    def describe_texts(self) -> dict[str, Any]:
+        """Returns the rule by which a text is read. Raises BadInput: several texts are kept while one is written."""
+        if self.beam > 1:
+            raise BadInput(f"beam: expected 1, because an exported network takes the best token, got {self.beam}")
+        return {"rule": "tokens", "file": "vocabulary.json", "end": self.language.end}
+
+    def serve_texts(self, outputs: Tensor) -> Tensor:
+        """Returns [B, T, 2]: the tokens of a text, -1 behind its last, and the logarithms of their probabilities."""
+        import torch
+
+        told_BT, tokens_BT = self._tell(outputs)
+        return torch.stack([tokens_BT.float(), told_BT.float()], dim=2)
+
+    def _tell(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logarithms of the probabilities of a text's tokens, 0 behind its last, and the tokens."""
         from common.tasks.parts.transcripts.generating import compute_logits
 
         states_BTD, tokens_BT = self._split(outputs)
-        own_BT = tokens_BT != NONE
         log_BTV = compute_logits(self.language, states_BTD).log_softmax(dim=-1)
-        told_BT = log_BTV.gather(2, tokens_BT.clamp(min=0).unsqueeze(2)).squeeze(2) * own_BT
-        return (told_BT.sum(dim=1, keepdim=True) / own_BT.sum(dim=1, keepdim=True).clamp(min=1)).exp().float()
+        told_BT = log_BTV.gather(2, tokens_BT.clamp(min=0).unsqueeze(2)).squeeze(2) * (tokens_BT != NONE)
+        return told_BT, tokens_BT
 
     def statistic(self, buckets: int) -> Statistic:
         """Returns shared n-grams of words and characters and further ones of either text, each over a largest number.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,11 +14,17 @@ from torch import Tensor, nn
 from common.backbones import RawInputs, RawTensor
 from common.errors import nearest
 from common.exports.parts.facts import RunFacts
+from common.files import write_atomic
 from common.inputs import is_boxes, is_mask
 from common.serving.folder import ModelBackbone
 from common.serving.network import Model, Network
-from common.tasks import FindsBoxes, ServesMaps
+from common.tasks import FindsBoxes, ServesMaps, ServesTexts, Task, WritesTexts
+from common.tasks.parts.transcripts import decoding
 from common.types import BadInput
+
+SCRIPTS = Path(__file__).parent / "scripts"
+"""Files that are written beside a network; they know nothing of Headwater."""
+_DECODING = [Path(decoding.__file__)]
 
 _EXAMPLES = 3
 _LENGTH = 16
@@ -76,8 +83,15 @@ class Exported:
         with torch.inference_mode():
             return tuple(self.model.heads[task].tell(torch.zeros(1, *own.grid, own.feature_dim)).shape[1:])
 
-    def find_prediction(self, task: str) -> Literal["mask", "boxes", "cell"]:
+    @property
+    def has_texts(self) -> bool:
+        """True where a task's predictions are texts, which `written.py` reads from what the network tells."""
+        return any(isinstance(self.model.tasks[task], ServesTexts) for task in self.tasks)
+
+    def find_prediction(self, task: str) -> Literal["mask", "boxes", "text", "cell"]:
         """Returns what a prediction of a task is, as its cell shows."""
+        if isinstance(self.model.tasks[task], ServesTexts):
+            return "text"
         cell = self.model.make_any_cell(task)
         return "mask" if is_mask(cell) else "boxes" if is_boxes(cell) else "cell"
 
@@ -103,7 +117,7 @@ class Exported:
                     "task": task,
                     "kind": config.tasks[task].settings["kind"],
                     "shape": ["batch", *self.find_shape(task)],
-                    **self._describe_maps(task),
+                    **self._describe_prediction(task),
                     "columns": columns,
                     "settings": config.tasks[task].settings,
                 }
@@ -112,9 +126,11 @@ class Exported:
             "backbone": backbone,
         }
 
-    def _describe_maps(self, task: str) -> dict[str, Any]:
-        """Returns what is said of a task that labels places; of another one nothing."""
+    def _describe_prediction(self, task: str) -> dict[str, Any]:
+        """Returns what is said of a task that labels places or writes texts; of another one nothing."""
         own = self.model.tasks[task]
+        if isinstance(own, ServesTexts):
+            return {"prediction": "text", "text": own.describe_texts()}
         if not isinstance(own, ServesMaps):
             return {}
         return {
@@ -131,6 +147,12 @@ class Exported:
             f"The backbone {self.backbone} is not part of this folder: {source}digest {self.origin.digest}; "
             "the network begins at its features."
         )
+
+    def write_readers(self, folder: Path) -> None:
+        """Writes the files that read boxes and texts from what the network tells, for formats of one program."""
+        readers = [SCRIPTS / "boxes.py"] * self.has_boxes + [SCRIPTS / "written.py", *_DECODING] * self.has_texts
+        for path in readers:
+            write_atomic(folder / path.name, path.read_bytes())
 
     def write_metadata(self) -> bytes:
         """Returns the content of `preprocessing.json`."""
@@ -157,11 +179,23 @@ def select(model: Model, tasks: Sequence[str], without: Sequence[str], *, one_ta
         raise BadInput(f"--task: expected tasks of one backbone, got {', '.join(chosen)}; export one after the other")
     backbone = model.find_backbone(chosen)
     left_out = backbone in {_find_backbone(model, each) for each in without}
+    for task in chosen:
+        _check_texts(model.tasks[task], task, left_out)
     raw = _open_features(model, backbone) if left_out else model.open_raw(backbone)
     network = model.torch(*chosen)
     if left_out:
         network = Network(nn.Identity(), nn.Identity(), [model.heads[task] for task in chosen])
     return Exported(model, chosen, backbone, left_out, raw, network)
+
+
+def _check_texts(task: Task, name: str, left_out: bool) -> None:
+    if isinstance(task, WritesTexts) and left_out:
+        raise BadInput(f"--without-backbone: expected to keep the backbone of {name}, whose decoder writes its texts")
+    if isinstance(task, ServesTexts):
+        try:
+            task.describe_texts()
+        except BadInput as error:
+            raise BadInput(f"tasks.{name}.{error}") from error
 
 
 def _find_backbone(model: Model, wanted: str) -> str:

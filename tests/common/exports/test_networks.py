@@ -29,7 +29,7 @@ from common.tasks import TaskExample
 from common.types import BadInput
 from tests.finished import MASKS, write_finished, write_maps
 
-# Neither is exported: a backbone of kind onnx is a graph already, which torch cannot trace; one of texts is none.
+# One of kind onnx is a graph already, which torch cannot trace; one of texts is exported in test_texts.py.
 KINDS = [kind for kind in kinds("common.backbones") if kind not in ("onnx", "seq2seq")]
 SCRIPTS = Path("common/exports/parts/scripts").resolve()
 QUICK = ("identity", "small_cnn", "series_cnn", "log_mel")

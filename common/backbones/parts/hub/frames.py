@@ -10,6 +10,7 @@ recording has ended, and else nearly the same number, by which a head has its bi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from common.backbones import QUIET, SPEECH
+from common.backbones import QUIET, SPEECH, RawInputs, RawTensor
 from common.backbones.parts.audio import resample
 from common.backbones.parts.hub.spectra import SILENCE_FRAMES, STEPS_OF_FRAME, encode_spectra
 from common.inputs import Audio
@@ -142,12 +143,16 @@ class FrameInput:
     def run(self, model: nn.Module, inputs_B: Tensor) -> tuple[Any, Tensor | None]:
         """Returns the own frames [B, T, D] of recordings of one length, and what their places [B, P] are: 1 or 2."""
         values_BCS, marks_BS = inputs_B[:, :-1].to(next(model.parameters()).dtype), inputs_B[:, -1]
+        # A graph does not look at numbers: what it is given has one length.
+        own: Any = inputs_B.shape[2] - self.rates.silence
+        if not torch.compiler.is_exporting():
+            own = int((marks_BS[0] > 0).sum())
         if isinstance(model, WhisperEncoder):
             frames_BTD = encode_spectra(model, values_BCS)
         else:
             frames_BTD = model(values_BCS[:, 0]).last_hidden_state
-        own = int((marks_BS[0] > 0).sum())
-        frames_BTD = frames_BTD[:, : math.ceil(own / self.rates.steps_of_frame)]
+        # Upwards by an addition: ONNX rounds negative quotients towards zero.
+        frames_BTD = frames_BTD[:, : (own + self.rates.steps_of_frame - 1) // self.rates.steps_of_frame]
         return frames_BTD, marks_BS[:, : own : self.rates.every * self.rates.steps_of_frame]
 
     def _count_all(self) -> int:
@@ -178,6 +183,10 @@ class FrameModel(nn.Module):
     def forward(self, inputs_B: Tensor) -> Tensor:
         """Returns features and marks; zeros where a recording has ended."""
         rates, features = self.modality.rates, []
+        if torch.compiler.is_exporting():
+            frames_BTD, marks_BP = self.modality.run(self.model, inputs_B)
+            assert marks_BP is not None
+            return _pool_frames(frames_BTD.float(), marks_BP, rates)
         rows_B = [torch.zeros(0, dtype=torch.long, device=inputs_B.device)]
         for rows, group_B in self.modality.groups(inputs_B):
             frames_BTD, marks_BP = self.modality.run(self.model, group_B)
@@ -190,13 +199,62 @@ class FrameModel(nn.Module):
         return whole_BPD
 
 
+@final
+class EqualFrames(nn.Module):
+    """Inputs of recordings of one length and silence behind them -> the same with nothing but marks in the last row."""
+
+    def __init__(self, silence: int) -> None:
+        super().__init__()
+        self.silence = silence
+
+    def forward(self, inputs_BCS: Tensor) -> Tensor:
+        """Returns the inputs; what a recording's steps are marked with is 1 or 2, and 0 behind them."""
+        own = inputs_BCS.shape[2] - self.silence
+        marks_B1S = 1.0 + (inputs_BCS[:, -1:, :own] > 1.5).to(inputs_BCS.dtype)
+        return torch.cat([inputs_BCS[:, :-1], nn.functional.pad(marks_B1S, (0, self.silence))], dim=1)
+
+
+def open_raw_frames(modality: FrameInput, processor: dict[str, Any]) -> RawInputs:
+    """Returns the inputs of a network of frames: recordings of one length, with the marks of their steps.
+
+    Args:
+        modality: how the model reads a recording.
+        processor: content of preprocessor_config.json.
+    """
+    rates, name = modality.rates, modality.extractor.model_input_names[0]
+    channels, longest = modality.preprocess(Audio(np.zeros(rates.hop, np.float32), rates.sample_rate)).shape
+    behind = f", then {rates.silence} steps of silence" if rates.silence else ""
+    meaning = (
+        f"recordings of one length{behind}; in the last row 2 for the steps of loud places, 1 for those of quiet ones "
+        "and 0 behind them"
+    )
+    place = rates.every * rates.steps_of_frame
+    before: list[dict[str, Any]] = [
+        {"step": "resample", "sample_rate": rates.sample_rate, "channels": 1, "range": [-1, 1]},
+        {"step": "expect_length", "samples": rates.longest},
+        {"step": "processor", "file": "preprocessor_config.json", "library": "transformers", "silence": rates.silence},
+        {"step": "mark", "samples": rates.hop * rates.every, "steps": place, "decibels_below_loudest": _QUIET_DB},
+    ]
+    files = {"preprocessor_config.json": json.dumps(processor, indent=2).encode()}
+
+    def prepare(item: Any) -> tuple[Tensor, ...]:
+        inputs_CS = modality.preprocess(item)
+        return (inputs_CS[:, : int((inputs_CS[-1] > 0).sum()) + rates.silence],)
+
+    tensor = RawTensor(name, "float32", (channels, "steps"), meaning, longest=longest)
+    return RawInputs((tensor,), EqualFrames(rates.silence), before, prepare, files)
+
+
 def _pool_frames(frames_BTD: Tensor, loud_BP: Tensor, rates: FrameRates) -> Tensor:
     """Returns the features of all places of recordings of one length, their own mean subtracted; then their marks."""
     # A model that needs several frames' samples for its first frame may have one place less.
-    places = math.ceil(frames_BTD.shape[1] / rates.every)
+    places = (frames_BTD.shape[1] + rates.every - 1) // rates.every
     centred_BTD = frames_BTD - frames_BTD.mean(dim=1, keepdim=True)
-    # The last place may have fewer frames: its mean is over those.
-    pooled_BPD = nn.functional.avg_pool1d(centred_BTD.movedim(1, 2), rates.every, ceil_mode=True).movedim(1, 2)
+    # The last place may have fewer frames: its mean is over those. No pooling: that of ONNX would leave it out.
+    padded_BTD = nn.functional.pad(centred_BTD, (0, 0, 0, places * rates.every - frames_BTD.shape[1]))
+    sums_BPD = torch.unflatten(padded_BTD, 1, (places, rates.every)).sum(dim=2)
+    first_P = rates.every * torch.arange(places, device=sums_BPD.device)
+    pooled_BPD = sums_BPD / (frames_BTD.shape[1] - first_P).clamp(max=rates.every)[:, None]
     marks_BP1 = torch.where(loud_BP[:, :places, None] > 1.5, SPEECH, QUIET)
     return nn.functional.pad(torch.cat([pooled_BPD, marks_BP1], dim=2), (0, 0, 0, rates.places - places))
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from common.backbones import QUIET, SPEECH
-from common.backbones.parts.hub.modalities import TextInput
+from common.backbones import QUIET, SPEECH, RawInputs
+from common.backbones.parts.hub.modalities import TextInput, open_raw_inputs
 from common.backbones.parts.language.decoder import Cache, Decoder
 from common.backbones.parts.language.vocabulary import Vocabulary
 from common.backbones.parts.layers import PooledModel
@@ -66,6 +66,10 @@ class Writer(nn.Module):
     def encode(self, source_B3L: Tensor) -> Tensor:
         """Returns the encoder's states of sources beside its embeddings of their tokens, [B, L, M]; zeros behind."""
         embed = self.encoder.model.get_input_embeddings()  # type: ignore[operator]
+        if torch.compiler.is_exporting():
+            output, mask_BL = self.modality.run(self.encoder.model, source_B3L)
+            assert mask_BL is not None
+            return torch.cat([output.last_hidden_state, embed(source_B3L[:, 0])], dim=2) * mask_BL.unsqueeze(2)
         positions, states = [torch.zeros(0, dtype=torch.long, device=source_B3L.device)], []
         for rows, group_B in self.modality.groups(source_B3L):
             output, mask_BL = self.modality.run(self.encoder.model, group_B)
@@ -98,6 +102,35 @@ class Writer(nn.Module):
         if len(tokens) > self.longest:
             raise BadRecord(f"expected a text of at most {self.longest - 1} tokens")
         return torch.cat([source_3L.flatten(), torch.tensor(tokens + [NONE] * (self.longest - len(tokens)))])
+
+
+@final
+class _Sources(nn.Module):
+    """Tokens of sources as a tokenizer gives them -> inputs of a writer, without a text."""
+
+    def __init__(self, longest_source: int, longest_text: int) -> None:
+        super().__init__()
+        self.longest_source = longest_source
+        self.longest_text = longest_text
+
+    def forward(self, *rows_BL: Tensor) -> Tensor:
+        types = [torch.zeros_like(rows_BL[0])] if len(rows_BL) < _ROWS_OF_SOURCE else []
+        source_B3L = torch.stack([*rows_BL, *types], dim=1)
+        source_B3L = nn.functional.pad(source_B3L, (0, self.longest_source - source_B3L.shape[2]))
+        return nn.functional.pad(source_B3L.flatten(1), (0, self.longest_text), value=NONE)
+
+
+def open_raw_sources(writer: Writer) -> RawInputs:
+    """Returns the inputs of a writer that is handed on: a source's tokens; its vocabulary lies beside the tokenizer."""
+    # A graph cannot read the bytes of a buffer.
+    vocabulary, modality = writer.open_vocabulary(), writer.modality
+    raw = open_raw_inputs(modality, None, writer.encoder.tokenizer.cpu().numpy().tobytes())
+    files = {**raw.files, "vocabulary.json": vocabulary.data}
+
+    def prepare(item: Any) -> tuple[Tensor, ...]:
+        return raw.prepare(Text(item.first) if isinstance(item, Text) else item)
+
+    return replace(raw, module=_Sources(modality.max_length, writer.longest), prepare=prepare, files=files)
 
 
 def _mark(values_BPD: Tensor, own_BP: Tensor, mark: float) -> Tensor:
@@ -148,12 +181,12 @@ class WriterLanguage:
     @property
     def scale(self) -> float:
         """The length of a state times that of a usual token's row."""
-        return math.sqrt(self.writer.decoder.width) * self._length
+        return math.sqrt(self.writer.decoder.width) * float(self._length)
 
     @property
     def embedding_VD(self) -> Tensor:
         """The rows of all tokens, whose mean square length is 1."""
-        return self.writer.decoder.embedding.weight.detach() / self._length
+        return self.writer.decoder.embedding.weight.detach() / self._length.float()
 
     @property
     def bias_V(self) -> Tensor:
@@ -197,8 +230,9 @@ class WriterLanguage:
         return _Known(_select(known.read, rows_B), known.mask_BL[rows_B], said)
 
     @property
-    def _length(self) -> float:
-        return float(self.writer.decoder.embedding.weight.detach().double().square().sum(dim=1).mean().sqrt())
+    def _length(self) -> Tensor:
+        """The root mean square length of the tokens' rows; no number, because graphs have none."""
+        return self.writer.decoder.embedding.weight.detach().double().square().sum(dim=1).mean().sqrt()
 
     def _open_decoder(self, device: torch.device) -> Decoder:
         decoder = self.writer.decoder

@@ -3,9 +3,11 @@
 Needs onnxruntime, numpy and tokenizers.
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -30,6 +32,22 @@ def read(texts: list[str]) -> dict[str, np.ndarray]:
     }
 
 
+def list_columns(stated: dict[str, Any]) -> list[str]:
+    """Returns the names of a task's cells."""
+    named = [f"{stated['task']}: {name}" for name in stated["columns"]]
+    return [stated["task"], *named] if "text" in stated else named
+
+
+def tell(stated: dict[str, Any], told: np.ndarray) -> list[str]:
+    """Returns a task's cells of one text."""
+    if "text" not in stated:
+        return [f"{value:.7g}" for value in told]
+    from written import read_text
+
+    written, confidence = read_text(told, stated)
+    return [written, f"{confidence:.7g}"]
+
+
 if __name__ == "__main__":
     asked = sys.argv[1:2] in (["-h"], ["--help"])
     if asked or not sys.argv[1:]:
@@ -37,7 +55,7 @@ if __name__ == "__main__":
         sys.exit(0 if asked else 2)
     failed = 0
     session = onnxruntime.InferenceSession(FOLDER / "model.onnx")
-    print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
+    csv.writer(sys.stdout).writerow(["record", *(name for out in STATED["outputs"] for name in list_columns(out))])
     for number, text in enumerate(sys.argv[1:], start=1):
         try:
             served = session.run(None, read([text]))
@@ -45,5 +63,8 @@ if __name__ == "__main__":
             print(f"text {number}: expected words in UTF-8, got {type(error).__name__}", file=sys.stderr)
             failed = 1
             continue
-        print(",".join([str(number), *(f"{value:.7g}" for part in served for value in part[0])]))
+        cells = [str(number)]
+        for out, part in zip(STATED["outputs"], served, strict=True):
+            cells += tell(out, part[0])
+        csv.writer(sys.stdout).writerow(cells)
     sys.exit(failed)

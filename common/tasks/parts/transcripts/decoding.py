@@ -20,6 +20,16 @@ _Beam = dict[tuple[int, ...], tuple[float, float]]
 """Prefix -> logarithms of the probability of its paths that end in a blank, and of those that end in a symbol."""
 
 
+def find_symbols(outputs_TK: Array, beam: int) -> list[int]:
+    """Returns the indices of a transcript's symbols.
+
+    Args:
+        outputs_TK: logits of the recording's own frames.
+        beam: number of prefixes that are kept after each frame; 1 takes the most probable path.
+    """
+    return take_best_path(outputs_TK) if beam == 1 else search_prefixes(outputs_TK, beam)
+
+
 def take_best_path(outputs_TK: Array) -> list[int]:
     """Returns the indices of the symbols on the most probable path."""
     best_T = outputs_TK.argmax(axis=1)

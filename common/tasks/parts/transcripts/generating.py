@@ -33,6 +33,9 @@ def write_texts(language: Language, head: Head, features_BPD: Tensor, beam: int)
     """
     import torch
 
+    if torch.compiler.is_exporting():
+        # A graph has no parts of a fixed size.
+        return _write_best(language, head, features_BPD)
     if beam > 1:
         rows = [_write_beam(language, head, row_1PD, beam) for row_1PD in torch.split(features_BPD, 1)]
         rows = rows or [_write_best(language, head, features_BPD)]
@@ -62,7 +65,7 @@ def compute_logits(language: Language, outputs_RD: Tensor) -> Tensor:
 def _write_best(language: Language, head: Head, features_BPD: Tensor) -> Tensor:
     import torch
 
-    tokens_B = torch.full((len(features_BPD),), language.start, device=features_BPD.device)
+    tokens_B = torch.full((features_BPD.shape[0],), language.start, device=features_BPD.device)
     known, going_B, columns = language.begin(features_BPD), torch.ones_like(tokens_B, dtype=torch.bool), []
     tell = open_logits(language, features_BPD.device)
     for place in range(language.longest):
