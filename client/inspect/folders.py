@@ -19,6 +19,7 @@ from client.data.sources.parts.tree import Tree, make_readable, open_tree
 from client.inspect.drawn import find_drawn, find_list, find_masks, is_mask_name
 from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
 from client.inspect.pairs import find_pairs
+from client.inspect.patients import describe_patients, find_patients
 from client.inspect.tables import inspect_table
 from common.errors import instead, nearest
 from common.types import BadInput
@@ -46,6 +47,8 @@ def inspect(path: Path, task: str | None, sheet: int | str | None = None) -> Fin
             return _inspect_npz(path, task)
         if path.suffix.lower() == ".json":
             return find_list(path, task)
+        if path.suffix.lower() == ".duckdb":
+            return describe_patients(path, "omop", task)
         if path.suffix.lower() in PICTURES | RECORDINGS | _DICOM:
             raise BadInput(f"{path}: expected a folder of such files, or a table that lists them, got one file")
         if path.suffix.lower() not in _LISTS and zipfile.is_zipfile(path):
@@ -56,6 +59,9 @@ def inspect(path: Path, task: str | None, sheet: int | str | None = None) -> Fin
 
 def _inspect_tree(path: Path, task: str | None, sheet: int | str | None = None) -> Finding:
     everything = open_tree(path, "files").chosen(lambda name: True)
+    known = find_patients(path, everything, task)
+    if known is not None:
+        return known
     drawn = find_drawn(path, everything, task)
     if drawn is not None:
         return drawn

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from client.data.sources import SourceExample
 from client.data.sources.parts.base import SourceSettings
+from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.tables.events import (
     Coded,
     EventColumn,
@@ -103,12 +104,11 @@ class Fhir(SourceSettings):
 
     def open(self) -> PatientRows:
         """The patients. Raises BadInput: missing, or no patients."""
-        tree = open_tree(self.path, "FHIR files").chosen(lambda name: name.suffix.lower() in {".ndjson", ".json"})
         wanted = [*self.codes.values(), *([self.index] if isinstance(self.index, Coded) else [])]
         people: dict[str, KnownPatient] = {}
         events: list[PatientEvent] = []
         faults: list[tuple[str, int, str]] = []
-        for file, row, resource in _read_resources(tree):
+        for file, row, resource in _read_resources(self._open_tree()):
             try:
                 if resource is None:
                     raise ValueError
@@ -126,6 +126,16 @@ class Fhir(SourceSettings):
             raise BadInput(f"{self.path}: expected .ndjson or .json files with a resource Patient, got none")
         rows = make_rows(people.values(), events, self.codes, self.index)
         return PatientRows(self.path.name, tuple(self.columns), rows, faults)
+
+    def list_events(self) -> Iterator[PatientEvent]:
+        """Yields every event that can be read."""
+        for _, _, resource in _read_resources(self._open_tree()):
+            if resource is not None:
+                events, _ = try_record(lambda resource=resource: list(_read_events(resource)))  # type: ignore[misc]
+                yield from events or ()
+
+    def _open_tree(self) -> Tree:
+        return open_tree(self.path, "FHIR files").chosen(lambda name: name.suffix.lower() in {".ndjson", ".json"})
 
     def _read_person(self, resource: Mapping[str, Any]) -> KnownPatient:
         patient = str(resource["id"])

@@ -124,6 +124,11 @@ class Omop(SourceSettings):
             self._name(), tuple(self.columns), make_rows(people.values(), events, self.codes, self.index), faults
         )
 
+    def list_events(self) -> Iterator[PatientEvent]:
+        """Yields every event that can be read."""
+        for table, names in _EVENTS.items():
+            yield from _read_events(table, self._read(table, ("person_id", *(name for name in names if name)))[0])
+
     def _name(self) -> str:
         return "database" if self.path is None else self.path.name
 

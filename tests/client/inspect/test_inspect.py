@@ -242,7 +242,8 @@ def test_a_sheet_with_a_title_and_decimal_commas_is_read_as_a_text_file_is(tmp_p
     opened = open_source({**settings, "path": str(tmp_path / "a.xlsx")}, "sources.records").open()
     assert opened.load(0) == {"dose": "10.5", "age": "40"}
     assert opened.index()[0].cells["finding"] == "a"
-    assert run(tmp_path / "a.xlsx", "--sheet", "1", "--out", tmp_path / "b.yaml").count("decimal comma") == 1
+    again = run(tmp_path / "a.xlsx", "--sheet", "1", "--out", tmp_path / "b.yaml")
+    assert " ".join(again.split()).count("decimal comma") == 1  # A long path breaks the line elsewhere.
     (tmp_path / "a.csv").write_text("x,y\n1,a\n2,b\n", encoding="utf-8")
     assert "expected a spreadsheet" in refuse(tmp_path / "a.csv", "--sheet", "1", "--out", tmp_path / "c.yaml")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import calendar
 import datetime
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from client.data.sources import SourceRecord
+from client.data.sources import Source, SourceRecord
 from client.data.sources.parts.base import digest
 from common.inputs import CellText, encode_text, parse_number
 from common.plugins import Frozen
@@ -100,6 +101,55 @@ class KnownPatient:
     patient: str = field(repr=False)
     sex: str = field(repr=False)
     birth: datetime.date | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CodeCount:
+    """A code and who has it, for drafts.
+
+    Attributes:
+        code: the code.
+        patients: number of patients with an event of it.
+        is_number: whether most of its events have a number.
+        unit: the most frequent unit of its numbers, "" where they have none.
+    """
+
+    code: str
+    patients: int
+    is_number: bool
+    unit: str
+
+
+@runtime_checkable
+class ListsEvents(Protocol):
+    """A kind of source that makes records of patients' events."""
+
+    def list_events(self) -> Iterator[PatientEvent]:
+        """Yields every event that can be read, whatever its code is."""
+
+    def open(self) -> Source:
+        """The opened source."""
+
+
+def count_codes(events: Iterable[PatientEvent]) -> list[CodeCount]:
+    """Returns every code, from the one that most patients have; of several of one event the first counts."""
+    patients: dict[str, set[str]] = {}
+    units: dict[str, Counter[str]] = {}
+    totals: Counter[str] = Counter()
+    for event in events:
+        code = next((code for _, code in event.codes if code not in ("", "0")), None)
+        if code is None:
+            continue
+        patients.setdefault(code, set()).add(event.patient)
+        totals[code] += 1
+        if parse_number(event.value) is not None:
+            units.setdefault(code, Counter())[event.unit] += 1
+    found = []
+    for code, having in patients.items():
+        own = units.get(code, Counter())
+        unit = own.most_common(1)[0][0] if own else ""
+        found.append(CodeCount(code, len(having), 2 * own.total() > totals[code], unit))
+    return sorted(found, key=lambda each: (-each.patients, each.code))
 
 
 def read_dates(text: str) -> tuple[datetime.date, datetime.date] | tuple[None, None]:
