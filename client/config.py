@@ -272,6 +272,8 @@ class SiteConfig(Frozen):
         state_dir: folder of the approvals, stored replies and prepared data.
         cache_dir: folder of cached features, where they are to lie elsewhere.
         cache_limit_gib: most GiB that the features of one source may take there; beyond it nothing is encoded.
+        backbone_limit_gib: most GiB of a backbone's network and weights; a larger one is declined before memory is
+            taken for it.
         cache_bits: bits of a cached feature; 8 take half the disk and change features by up to a 128th of the largest
             one of their place or record.
         device: device of backbones and training.
@@ -304,6 +306,7 @@ class SiteConfig(Frozen):
     state_dir: LocalPath
     cache_dir: LocalPath | None = None
     cache_limit_gib: Annotated[float, Field(gt=0)] = 64.0
+    backbone_limit_gib: Annotated[float, Field(gt=0, le=8)] = 8.0
     cache_bits: CacheBits = 16
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -83,6 +83,7 @@ coordinator:
 state_dir: ./state                # approvals, replies, features, received backbones: for the owner only. Back it up
 # cache_dir: ./cache              # features elsewhere, such as on a larger disk
 # cache_limit_gib: 64             # most GiB of one source's features: those of masks and boxes take 350 KB a picture
+# backbone_limit_gib: 2          # most GiB of a backbone that a run names; else 8
 # cache_bits: 8                   # features take half the disk and change a little
 device: auto                      # `cpu`, `cuda`, or what is there
 # precision: bfloat16             # features in less time, with an error that is measured and logged; else float32

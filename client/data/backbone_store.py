@@ -18,7 +18,7 @@ from common.backbones import Kind, Language, find_public_mean_file, find_weights
 from common.errors import instead
 from common.files import private_folder, stamp_file, write_atomic
 from common.messages import PART_BYTES
-from common.model.backbones import Backbone, load_blob, open_pretrained, verify_blob
+from common.model.backbones import MAX_WEIGHT_BYTES, Backbone, load_blob, open_pretrained, verify_blob
 from common.plugins import Spec, resolve
 from common.types import BackboneBlob, BadInput, DigestMismatch
 
@@ -34,10 +34,14 @@ class BackboneStore:
         folder: where.
         opened: digest -> backbone that is open in this process already: its bytes are verified, and it is not built
             from them once more. Sites of one simulation share theirs.
+        max_bytes: larger ones are not received.
     """
 
-    def __init__(self, folder: Path, opened: Mapping[str, Backbone] | None = None) -> None:
+    def __init__(
+        self, folder: Path, opened: Mapping[str, Backbone] | None = None, *, max_bytes: int = MAX_WEIGHT_BYTES
+    ) -> None:
         self._folder = folder
+        self._max_bytes = max_bytes
         self._opened = opened or {}
 
     def has(self, digest: str) -> bool:
@@ -62,8 +66,13 @@ class BackboneStore:
             data: bytes of the part.
 
         Raises:
-            BadInput: the whole would not leave enough of the disk free.
+            BadInput: the whole would not leave enough of the disk free, or is larger than this site takes.
         """
+        if (total - 1) * PART_BYTES > self._max_bytes:
+            raise BadInput(
+                f"backbone_limit_gib: expected a backbone of at most {self._max_bytes / 2**30:.3g} GiB, got "
+                f"{total * PART_BYTES / 2**30:.3g}"
+            )
         folder = private_folder(private_folder(self._folder) / f"{digest}.parts")
         whole = set(self._whole_parts(digest).values())
         for other in folder.iterdir():
@@ -181,8 +190,8 @@ class BackboneStore:
     def _verified(self, blob: BackboneBlob) -> Backbone:
         opened = self._opened.get(blob.digest)
         if opened is None:
-            return load_blob(blob)
-        verify_blob(blob)
+            return load_blob(blob, self._max_bytes)
+        verify_blob(blob, self._max_bytes)
         return opened
 
     def _parts(self, digest: str) -> Path:

@@ -115,7 +115,8 @@ def open_at_hand(config: SiteConfig, run: RunConfig, digests: Mapping[str, str])
     Raises:
         BadInput: the settings of one are wrong.
     """
-    store = BackboneStore(config.coordinator_dir / "backbones")
+    limit = int(config.backbone_limit_gib * 2**30)
+    store = BackboneStore(config.coordinator_dir / "backbones", max_bytes=limit)
     return {name: _open_one(config, run, name, digest, store) for name, digest in digests.items()}
 
 

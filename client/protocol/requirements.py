@@ -76,14 +76,16 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> _Shape:
     """Returns the shape of what the backbone of this name hands on, from its settings."""
     import torch
 
+    from common.backbones.parts.graphs.sizes import bound_network
     from common.backbones.parts.projection import ProjectionLayer
-    from common.model.backbones import open_untrained
+    from common.model.backbones import MAX_WEIGHT_BYTES, open_untrained
     from common.model.trunks import make_empty_trunk
 
     # Once for equal settings: to build a network takes 0.1 s, and each site of a simulation is asked the same.
     backbone = Spec.model_validate_json(settings, context={"base": base})
     with torch.device("meta"):
-        untrained = open_untrained(backbone, "backbone", seed=0)
+        with bound_network(MAX_WEIGHT_BYTES):
+            untrained = open_untrained(backbone, "backbone", seed=0)
         projection = ProjectionLayer(untrained.kind.projection, untrained.feature_dim)
         dim, values = projection.out_dim, sum(buffer.numel() for buffer in projection.buffers())
         if values > MAX_PROJECTION:

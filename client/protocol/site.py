@@ -141,7 +141,8 @@ class Site:
         """Returns the store of the backbones received so far."""
         from client.data.backbone_store import BackboneStore
 
-        return BackboneStore(self.config.coordinator_dir / "backbones", self.opened)
+        limit = int(self.config.backbone_limit_gib * 2**30)
+        return BackboneStore(self.config.coordinator_dir / "backbones", self.opened, max_bytes=limit)
 
     def features(self) -> FeatureStore:
         """Cached features; sites of one simulation may share the folder."""

@@ -38,6 +38,7 @@ from common.backbones import (
     resolve_settings,
     write_spec,
 )
+from common.backbones.parts.graphs.sizes import check_network
 from common.backbones.parts.projection import ProjectionLayer, compute_projection
 from common.backbones.parts.public_mean import read_public_mean
 from common.backbones.parts.weights import compute_digest, load_strict
@@ -276,7 +277,7 @@ def load_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
 
     Args:
         blob: settings, weights and digest as received.
-        max_weight_bytes: larger weights are refused unread.
+        max_weight_bytes: larger weights are refused unread, and a larger network before memory is taken for it.
 
     Raises:
         DigestMismatch: settings or weights are not the ones the digest names.
@@ -290,6 +291,10 @@ def load_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> B
     _refuse_places(kind)
     if write_spec(resolve_settings(kind)) != blob.spec:
         raise BadInput(_PLACE)
+    try:
+        check_network(kind, max_weight_bytes)
+    except BadInput as error:
+        raise BadInput(f"backbone: {error}") from error
     with torch.random.fork_rng(devices=[]):
         return _freeze(kind, kind.architecture(), state, "backbone: the received weights")
 

@@ -136,3 +136,10 @@ def test_a_backbone_that_is_open_already_is_not_built_again_but_its_bytes_are_ve
     other.put_part(frozen.digest, 0, 1, blob.weights[:-1] + b"\x01")
     with pytest.raises(DigestMismatch):
         other.assemble(frozen.digest, blob.spec)
+
+
+def test_a_backbone_beyond_the_sites_limit_is_not_received(tmp_path: Path) -> None:
+    small = BackboneStore(tmp_path / "backbones", max_bytes=2 * PART_BYTES)
+    small.put_part(DIGEST, 0, 2, b"0" * PART_BYTES)
+    with pytest.raises(BadInput, match="backbone_limit_gib: expected a backbone of at most"):
+        small.put_part(DIGEST, 0, 4, b"0" * PART_BYTES)
