@@ -40,12 +40,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+MAX_CHARS = 1 << 20
+"""Characters of a text that are read at most: a tokenizer goes through all of them, however few a model keeps."""
+
+
 @dataclass(frozen=True)
 class Text:
-    """A text, or a pair of texts that are read together."""
+    """A text, or a pair of texts that are read together. Raises BadRecord: it is longer than `MAX_CHARS`."""
 
     first: str = field(repr=False)
     second: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if max(len(self.first), len(self.second or "")) > MAX_CHARS:
+            raise BadRecord(f"expected a text of at most {MAX_CHARS} characters")
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,7 @@ FILE_KINDS = (
     _DICOM,
     FileKind("NIfTI volumes", frozenset({".nii", ".nii.gz"}), _read_nifti, True, _require_package("nibabel", "nifti")),
     FileKind("recordings", RECORDINGS, lambda data, path: read_recording(data), require=require_soundfile),
-    FileKind("arrays", frozenset({".npy"}), lambda data, path: read_series(data, binary=True)),
+    FileKind("arrays", frozenset({".npy"}), lambda data, path: read_series(data, ".npy")),
     FileKind("texts", frozenset({".txt"}), _read_text),
 )
 """In this order they are tried where a folder holds several."""

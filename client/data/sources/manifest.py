@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from client.data.sources.parts.pictures import (
     write_example_pictures,
 )
 from client.data.sources.parts.recordings import read_recording, require_soundfile
-from client.data.sources.parts.series import read_series
+from client.data.sources.parts.series import Gaps, read_series
 from client.data.sources.parts.tree import read_file
 from common.inputs import Text, encode_text
 from common.types import BadInput
@@ -38,7 +39,10 @@ class Manifest(ListedFiles):
     Attributes:
         image: column of image paths, relative to `root`.
         audio: column of paths of recordings (wav, flac, ogg).
-        series: column of paths of time series (.npy, or text with one time step a line).
+        series: column of paths of time series: .npy, or text with one time step a line, channels separated by commas,
+            semicolons, tabs or blanks, with or without a first line of names.
+        gaps: what an empty value within a series means: `refuse`, the default, makes it a bad record, `hold` takes the
+            value before it and `interpolate` a straight line; at the ends the nearest value.
         text: column of texts.
         text_pair: column of the texts that are read together with them.
         masks: columns of paths of masks, relative to `root`: pictures or .npy arrays of whole numbers, of the size of
@@ -53,6 +57,7 @@ class Manifest(ListedFiles):
     image: str | None = None
     audio: str | None = None
     series: str | None = None
+    gaps: Gaps | None = None
     text: str | None = None
     text_pair: str | None = None
     masks: list[str] = []
@@ -64,6 +69,8 @@ class Manifest(ListedFiles):
         named = [name for name in ("image", "audio", "series", "text") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"expected at most one of image, audio, series and text, got {' and '.join(named)}")
+        if self.gaps is not None and self.series is None:
+            raise ValueError("gaps: expected it beside `series`")
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair: expected it beside `text`")
         if self.masks and named not in ([], ["image"]):
@@ -94,7 +101,10 @@ class Manifest(ListedFiles):
             require_soundfile()
             return open_listing(self, Reader(self.audio, _recording, "recording"))
         if self.series is not None:
-            return open_listing(self, Reader(self.series, _series, "series"))
+            # As it was where nothing is said of gaps: encoded series keep their place.
+            settings = "" if self.gaps in (None, "refuse") else f"gaps {self.gaps}"
+            read = partial(_read_series, gaps=self.gaps or "refuse")
+            return open_listing(self, Reader(self.series, read, "series", settings))
         settings = f"picture 2 {self.window} {self.background}"
         return open_listing(self, Reader(self.image or "image", self._read, "image", settings), self.masks)
 
@@ -148,5 +158,5 @@ def _recording(path: Path) -> Any:
     return read_recording(read_file(path, "recording"))
 
 
-def _series(path: Path) -> Any:
-    return read_series(read_file(path, "series"), binary=path.suffix.lower() == ".npy")
+def _read_series(path: Path, gaps: Gaps) -> Any:
+    return read_series(read_file(path, "series"), path.suffix, gaps)

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import FilesOfSides, SourceSettings, digest, digest_of_texts, list_files
 from client.data.sources.parts.frame import FAULT, Separator, read_frame, read_rows, require_columns
-from client.data.sources.parts.series import series_of_cells
+from client.data.sources.parts.series import Gaps, series_of_cells
 from common.errors import instead
 from common.inputs import encode_text
 from common.types import BadInput
@@ -31,6 +31,8 @@ class SeriesTable(SourceSettings):
         labels: names of the columns that are no time steps but labels, patient ids or sides, in files with a header;
             name -> 1-based position in files without one.
         channels: values of each time step, side by side.
+        gaps: what an empty value within a series means: `refuse` makes it a bad record, `hold` takes the value before
+            it and `interpolate` a straight line; at the ends the nearest value.
         patient: one of those columns: patient ids.
         split: one of those columns: `train`, `test` or nothing, where `path` is one file.
     """
@@ -46,6 +48,7 @@ class SeriesTable(SourceSettings):
     separator: Separator = ","
     labels: list[str] | dict[str, Position]
     channels: Annotated[int, Field(ge=1, le=4096)] = 1
+    gaps: Gaps = "refuse"
     patient: str | None = None
     split: str | None = None
 
@@ -123,7 +126,9 @@ class SeriesRows:
 
     def digest(self) -> str:
         """Over all series."""
-        return digest_of_texts([[str(self.settings.channels)], *(row.steps for row in self.rows)])
+        own = self.settings
+        shape = [str(own.channels), *([own.gaps] if own.gaps != "refuse" else [])]
+        return digest_of_texts([shape, *(row.steps for row in self.rows)])
 
     def index(self) -> list[SourceRecord]:
         """Rows part by part, in the files' order; `row` counts on from file to file."""
@@ -131,7 +136,7 @@ class SeriesRows:
 
     def load(self, position: int) -> NDArray[np.float32]:
         """One series, T or T x channels."""
-        return series_of_cells(self.rows[position].steps, self.settings.channels)
+        return series_of_cells(self.rows[position].steps, self.settings.channels, self.settings.gaps)
 
     def _record(self, number: int, row: SeriesRow) -> SourceRecord:
         own = self.settings
