@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from common.events.facts import AuditVerdict, Event, Facts, Interval, Intervals, Metrics, nest_verdict
 from common.events.outcomes import Outcomes
@@ -171,7 +171,10 @@ class RoundEnded(Event):
     former_names = {"tasks": "num_updates"}
 
     round: int = Field(description="Number of the round, from 1.")
-    sites: Mapping[str, AcceptedUpdate] = Field(description="Name of each site whose update was used -> its update.")
+    sites: Mapping[str, AcceptedUpdate] = Field(
+        description="Name of each site whose update was used -> its update; names of sites whose updates have the same "
+        "facts stand together, with commas between them."
+    )
     num_updates: Mapping[str, int] = Field(
         description="Name of each head and trunk -> number of sites whose update of it was used."
     )
@@ -182,6 +185,21 @@ class RoundEnded(Event):
         "early versions.",
     )
     seconds: float = Field(description="Duration of the round, in seconds.")
+
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _separate_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not any("," in name for name in values):
+            return values
+        shared = {names: AcceptedUpdate.model_validate(update) for names, update in values.items()}
+        return {name: update for names, update in shared.items() for name in names.split(",")}
+
+    @field_serializer("sites")
+    def _join_names(self, values: Mapping[str, AcceptedUpdate]) -> dict[str, AcceptedUpdate]:
+        names: dict[int, list[str]] = {}
+        for name, update in values.items():
+            names.setdefault(id(update), []).append(name)
+        return {",".join(own): values[own[0]] for own in names.values()}
 
 
 class Calibration(Facts):

@@ -82,6 +82,32 @@ class Library:
         )
         return bool(decided)
 
+    def draw_many_gaussians(
+        self, drawn_SW: NDArray[np.uint64], tables: Tables, samples_SN: NDArray[np.int64], log2_deviation: int
+    ) -> list[int]:
+        """Writes rows of integers as `draw_gaussian` does; returns the rows that their words do not decide.
+
+        Args:
+            drawn_SW: fresh words of each row.
+            tables: numbers that are looked up.
+            samples_SN: receives the integers.
+            log2_deviation: m.
+        """
+        (num_rows, num_words), count = drawn_SW.shape, samples_SN.shape[1]
+        points = (count + 1) // 2
+        spare = points + count
+        assert drawn_SW.flags.c_contiguous and samples_SN.flags.c_contiguous
+        waiting = np.empty(count + 1, np.int32)
+        draw, at, into = self.code.draw_gaussian, drawn_SW.ctypes.data, samples_SN.ctypes.data
+        looked_up = (*tables.addresses, log2_deviation, waiting.ctypes.data)
+        undecided = []
+        for row in range(num_rows):
+            start = at + 8 * num_words * row
+            ends = (start, start + 8 * points, count, start + 8 * spare, num_words - spare)
+            if not draw(*ends, *looked_up, into + 8 * count * row):
+                undecided.append(row)
+        return undecided
+
     def quantise(self, values_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns integers_RD (int16), scale_R and bounds of norms of float32 rows, as `QuantisedRows` has them."""
         import torch  # Here: noise is drawn without it.

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 from common.privacy.exponential import choose_least_cost
-from common.privacy.rounded_gaussian import draw_rounded_gaussian
+from common.privacy.rounded_gaussian import draw_many_rounded_gaussians, draw_rounded_gaussian
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +92,21 @@ class NoiseStream:
 
     def _draw_words(self, count: int) -> NDArray[np.uint64]:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+
+    def _write_words(self, words: NDArray[np.uint64]) -> None:
+        self._cipher.update_into(bytes(words.nbytes), memoryview(words).cast("B"))
+
+    @staticmethod
+    def draw_each(streams: Sequence[NoiseStream], count: int, log2_deviation: int) -> NDArray[np.int64]:
+        """Returns what `rounded_gaussian` returns from each of some streams: S x `count` integers.
+
+        Args:
+            streams: the streams, each of its own key.
+            count: number of integers from each.
+            log2_deviation: as in `rounded_gaussian`.
+        """
+        writers, sources = [each._write_words for each in streams], [each._draw_words for each in streams]
+        return draw_many_rounded_gaussians(writers, sources, count, log2_deviation)
 
 
 def draw_key(entropy: Entropy, run: str, site: str, release: str) -> bytes:

@@ -18,7 +18,7 @@ Guarantees, each with its test in tests/common/privacy/test_rounded_gaussian.py:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -98,6 +98,35 @@ def draw_rounded_gaussian(words: Words, count: int, log2_deviation: int) -> NDAr
         # What is compiled gives up where a bit more has to be drawn: once in a few hundred chunks.
         if library is None or not library.draw_gaussian(drawn, _tables(), part, log2_deviation):
             _fill(part, drawn, words, log2_deviation)
+    return samples
+
+
+def draw_many_rounded_gaussians(
+    fill: Sequence[Callable[[NDArray[np.uint64]], None]], words: Sequence[Words], count: int, log2_deviation: int
+) -> NDArray[np.int64]:
+    """Returns what `draw_rounded_gaussian` returns for each of many sources: S x `count` integers.
+
+    Args:
+        fill: for each source, writes fresh words into an array: the next ones that its `words` would return.
+        words: the sources.
+        count: number of integers of each.
+        log2_deviation: m, from MIN_LOG2 to MAX_LOG2.
+
+    Raises:
+        ValueError: m is out of its bounds.
+    """
+    library = open_library()
+    if library is None or not 0 < count <= _CHUNK or not words:
+        rows = [draw_rounded_gaussian(each, count, log2_deviation) for each in words]
+        return np.array(rows, np.int64).reshape(len(words), count)
+    if not MIN_LOG2 <= log2_deviation <= MAX_LOG2:
+        raise ValueError(f"expected a deviation of 2**{MIN_LOG2} to 2**{MAX_LOG2}, got 2**{log2_deviation}")
+    samples = np.empty((len(words), count), np.int64)
+    drawn = np.empty((len(words), (count + 1) // 2 + count + _count_spare(count)), np.uint64)
+    for row, write in zip(drawn, fill, strict=True):
+        write(row)
+    for undecided in library.draw_many_gaussians(drawn, _tables(), samples, log2_deviation):
+        _fill(samples[undecided], drawn[undecided], words[undecided], log2_deviation)
     return samples
 
 

@@ -120,11 +120,15 @@ class _Round:
         number: its number.
         keys: site -> key of its stream.
         reservation: the charges.
+        bounds: identity of a site's declared sizes -> parameter group -> largest norm of its change.
+        doubtful: the sites whose updates are not surely short enough.
     """
 
     number: int
     keys: Mapping[int, bytes]
     reservation: SharedReservation
+    bounds: dict[int, dict[str, float]]
+    doubtful: set[int]
 
 
 @final
@@ -137,6 +141,7 @@ class BatchedSites:
         self._solver: Solver = open_solver(gathering.run.solver, "solver")
         self._alike: list[_Alike] = []
         self._group_S = np.zeros(len(gathering.sites.names), np.int64)
+        self._groups: dict[int, Mapping[str, int]] = {}
         self._round: _Round | None = None
         self._plan: Plan | None = None
 
@@ -166,17 +171,16 @@ class BatchedSites:
         )
         participants, rejected = [], []
         digests = {name: messages.Held(True, ()) for name in run.backbone_specs}
-        shared: dict[int, tuple[Mapping[str, int], Mapping[str, messages.Held]]] = {}
+        shared: dict[int, Mapping[str, messages.Held]] = {}
         for number, (name, sizes) in enumerate(zip(sites.names, sites.sizes, strict=True)):
             node = FIRST_NODE_ID + number
             if not held_S[number]:
                 rejected.append(Rejected(node, f"{DECLINED}{DeclineReason.BUDGET.value}", name))
                 continue
             if id(sizes) not in shared:
-                own = {key: digests[key] for task in sizes for key in run.backbones_of(task)}
-                shared[id(sizes)] = run.parameter_group_sizes(sizes), own
-            groups, backbones = shared[id(sizes)]
-            budget = self._all.site.budget
+                shared[id(sizes)] = {key: digests[key] for task in sizes for key in run.backbones_of(task)}
+            backbones, budget = shared[id(sizes)], self._all.site.budget
+            groups = self._list_groups(number)
             participants.append(Participant(node, name, sizes, groups, backbones, budget.epsilon, budget.delta))
         with without_flushing():  # One line for each site; the next that is flushed puts them all on the disk.
             messenger.write_rejected(rejected, {}, "join")
@@ -259,7 +263,12 @@ class BatchedSites:
         granted = [number for number in by_site if reservation.granted_S[number]]
         name_of, run = self._all.sites.names, self._all.run
         keys = {number: draw_key(self._all.entropy, run.name, name_of[number], str(round_)) for number in granted}
-        self._round = _Round(round_, keys, reservation)
+        bounds = {}
+        for each in cohort:
+            if id(each.tasks) not in bounds:
+                sent = select_trained_groups(heads, each.parameter_groups)
+                bounds[id(each.tasks)] = bound_update_norms(run, each.tasks, sent)
+        self._round = _Round(round_, keys, reservation, bounds, set())
         deltas = self._train(heads, granted, rejected)
         self._check(messenger, by_site, heads, deltas, rejected)
         self._ledger.commit(reservation)
@@ -338,6 +347,7 @@ class BatchedSites:
                 streams=[NoiseStream(self._round.keys[number]) for number in numbers],
             )
             parts = many.split(self._round_as_sent(trained.change_SN))
+            self._round.doubtful.update(self._find_doubtful(numbers, parts))
             for place, number in enumerate(numbers):
                 if trained.sound[place]:
                     found[number] = {
@@ -345,8 +355,30 @@ class BatchedSites:
                     }
         return found
 
+    def _find_doubtful(
+        self, numbers: Sequence[int], parts: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    ) -> list[int]:
+        """Returns the sites whose update may be longer than it may be; the others' surely is not.
+
+        Args:
+            numbers: the sites.
+            parts: task -> parameter -> the sites' changes, one after the other.
+        """
+        assert self._round is not None
+        all_S, is_long_S = np.zeros(len(numbers)), np.zeros(len(numbers), np.bool_)
+        for name, own in parts.items():
+            flat = [values.reshape(len(numbers), -1) for values in own.values()]
+            square_S = sum(np.square(each, dtype=np.float64).sum(axis=1) for each in flat)
+            limit_S = [self._round.bounds[id(self._all.sites.sizes[number])][name] for number in numbers]
+            is_long_S |= np.sqrt(square_S) > np.array(limit_S) * _NEARLY
+            all_S += square_S
+        is_long_S |= np.sqrt(all_S) > self._all.run.max_delta_norm * _NEARLY
+        return [numbers[place] for place in np.flatnonzero(is_long_S).tolist()]
+
     def _train_alone(self, alike: _Alike, heads: Heads, number: int) -> Heads | None:
         """Returns a site's update as it is sent; None where its training fails."""
+        assert self._round is not None
+        self._round.doubtful.add(number)
         try:
             delta = self._solve(alike, alike.open_modules(heads), number)
         except RunFailed:
@@ -367,7 +399,11 @@ class BatchedSites:
         )
 
     def _list_groups(self, number: int) -> Mapping[str, int]:
-        return self._all.run.parameter_group_sizes(self._all.sites.sizes[number])
+        """Returns the declared sizes of the parameter groups of a site: one mapping for sites with equal ones."""
+        sizes = self._all.sites.sizes[number]
+        if id(sizes) not in self._groups:
+            self._groups[id(sizes)] = self._all.run.parameter_group_sizes(sizes)
+        return self._groups[id(sizes)]
 
     def _round_as_sent(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         return messages.round_as_sent(values, self._all.run.delta_precision)
@@ -380,15 +416,14 @@ class BatchedSites:
         deltas: dict[int, Heads],
         rejected: list[Rejected],
     ) -> None:
-        """Removes the updates that the coordinator's checks reject."""
-        run, bounds = messenger.run, dict[int, dict[str, float]]()
-        for number, delta in list(deltas.items()):
+        """Removes the updates that the coordinator's checks reject; shapes and finite numbers are their making."""
+        assert self._round is not None
+        for number in sorted(self._round.doubtful & deltas.keys()):
             participant = by_site[number]
             sent = select_trained_groups(heads, participant.parameter_groups)
-            if id(participant.tasks) not in bounds:
-                bounds[id(participant.tasks)] = bound_update_norms(run, participant.tasks, sent)
+            bounds = self._round.bounds[id(participant.tasks)]
             try:
-                check_delta(Delta(delta), sent, run.max_delta_norm, bounds[id(participant.tasks)])
+                check_delta(Delta(deltas[number]), sent, messenger.run.max_delta_norm, bounds)
             except BadInput as error:
                 rejected.append(Rejected(participant.node_id, str(error)))
                 del deltas[number]
@@ -405,9 +440,10 @@ class BatchedSites:
         """
         assert self._round is not None and self._plan is not None
         drawn = random.Random(f"{messenger.run.seed}/{self._round.number}/encoded")
+        order = drawn.sample(list(deltas), len(deltas))
         # One of each kind of site at least: what it is sent and what it sends has a size of its own.
-        firsts = {self._group_S[number]: number for number in deltas}
-        some = sorted({*firsts.values(), *drawn.sample(sorted(deltas), min(self._all.num_encoded, len(deltas)))})
+        firsts = {int(self._group_S[number]): number for number in order}
+        some = sorted({*firsts.values(), *order[: max(0, self._all.num_encoded - len(firsts))]})
         cohort = [by_site[number] for number in some]
         by_update = make_update_check(messenger, cohort, heads)
 

@@ -161,7 +161,7 @@ class ManySites:
                 if block is None:
                     block = self._prepare_sample(sites, streams, plan.sampling_rate)
                 # In a stream's own order: the coins of a step, then its noise.
-                noise_SN = [stream.rounded_gaussian(step.size, step.lattice.log2_deviation) for stream in streams]
+                noise_SN = NoiseStream.draw_each(streams, step.size, step.lattice.log2_deviation)
                 step.add(block, gradients)
                 step.move(noise_SN)
         return Trained(sites, *step.finish())
@@ -223,12 +223,11 @@ class _Steps:
             rates: task -> learning rate and weight decay.
             momentum: momentum of the steps.
         """
-        expand, known = self._expand, {}
-        for sizes in public_sizes:
-            key = tuple(sorted(sizes.items()))
-            if key not in known:
-                known[key] = expand(objective.compute_divisors(plan, sizes))
-        self._divisors = [known[tuple(sorted(sizes.items()))] for sizes in public_sizes]
+        expand = self._expand
+        # Sites with equal declarations share one mapping.
+        different = {id(sizes): sizes for sizes in public_sizes}
+        self._divisors = {key: expand(objective.compute_divisors(plan, each)) for key, each in different.items()}
+        self._divisor_at = [self._divisors[id(sizes)].data_ptr() for sizes in public_sizes]
         self._rate_N = expand({name: group.learning_rate for name, group in rates.items()})
         decay = {name: group.weight_decay for name, group in rates.items()}
         # As in `Update`: where none decays, a weight that is not finite must not become one that is not a number.
@@ -277,23 +276,23 @@ class _Steps:
             if count:
                 self._code.add_block(at, count, num_units, *numbers, room.ctypes.data)
 
-    def move(self, noise_SN: Sequence[NDArray[np.int64]]) -> None:
+    def move(self, noise_SN: NDArray[np.int64]) -> None:
         """Moves each site's weights by its sum with its noise."""
         row, code, size = 8 * self.size, self._code, self.size
         total, weight, velocity, grid = (
             each.data_ptr() for each in (self._total_SN, self._weight_SN, self._velocity_SN, self._grid_SN)
         )
-        rate = self._rate_N.data_ptr()
+        rate, noise = self._rate_N.data_ptr(), noise_SN.ctypes.data
         decay = None if self._decay_N is None else self._decay_N.data_ptr()
-        limit = MAX_ROW_NORM / math.sqrt(size)
-        for site, (noise_N, divisor_N) in enumerate(zip(noise_SN, self._divisors, strict=True)):
-            at = row * site
-            peak = code.update(
-                *(total + at, noise_N.ctypes.data, size, self.lattice.spacing, divisor_N.data_ptr(), decay),
-                *(self._momentum, rate, weight + at, velocity + at, grid + at),
+        spacing, momentum = self.lattice.spacing, self._momentum
+        peaks = [
+            code.update(
+                *(total + at, noise + at, size, spacing, divisor, decay),
+                *(momentum, rate, weight + at, velocity + at, grid + at),
             )
-            if not peak <= limit:
-                self._sound_S[site] = False
+            for at, divisor in zip(range(0, row * len(noise_SN), row), self._divisor_at, strict=True)
+        ]
+        self._sound_S &= np.array(peaks) <= MAX_ROW_NORM / math.sqrt(size)
 
     def finish(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Returns each site's change, and whether it can be relied on."""
