@@ -35,11 +35,11 @@ ENGINE_COUNTS = (10, 100)
 
 
 def simulation(
-    folder: Path, num_sites: int, rounds: int = ROUNDS, *, dim: int = DIM, classes: int = 2
+    folder: Path, num_sites: int, rounds: int = ROUNDS, *, dim: int = DIM, classes: int = 2, held_out: float = 0.2
 ) -> SimulationConfig:
     """A simulation of vectors that come as features."""
     rng = np.random.default_rng(0)
-    count = num_sites * RECORDS * 5 // 4
+    count = round(num_sites * RECORDS / (1.0 - held_out))
     names = np.array([f"c{number}" for number in range(classes)])
     np.savez(
         folder / "rows.npz",
@@ -60,7 +60,7 @@ def simulation(
         },
         "sources": {"rows": {"kind": "npz", "path": str(folder / "rows.npz"), "parts": parts}},
         "tasks": {"task": {"source": "rows", "label": "y", "missing": "refuse", "public_size": RECORDS}},
-        "partition": {"kind": "iid", "num_sites": num_sites, "split": "hash", "test_fraction": 0.2},
+        "partition": {"kind": "iid", "num_sites": num_sites, "split": "hash", "test_fraction": held_out},
         "unit": "example",
         "budget": {"epsilon": 10.0, "delta": 1e-5},
         "cache_dir": str(folder / "cache"),

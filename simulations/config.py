@@ -99,7 +99,7 @@ class Executor(Frozen):
     """
 
     kind: Literal["in_process", "batched", "flower"] = "in_process"
-    encoded_sites: PositiveInt = 3
+    encoded_sites: PositiveInt = 2
     cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_site: Annotated[float, Field(ge=0)] = 0.0
     ray_address: str | None = None

@@ -13,6 +13,7 @@ from client.config import SiteConfig
 from client.data.prepare import Encoding, Preparation, prepare
 from client.data.units import Units
 from client.protocol.site import Site
+from client.solvers import open_solver
 from common.events import FileJournal, RoundEvaluated, RunPrepared
 from common.files import without_flushing
 from common.model.backbones import Backbone
@@ -26,7 +27,7 @@ from common.types import Heads
 from server.rounds.checkpoint import Checkpoint
 from server.rounds.loop import AfterRound, Outcome, run_federation
 from server.rounds.messenger import Observe
-from simulations.config import SimulationConfig
+from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import (
     HeadEvaluation,
     count_points,
@@ -253,6 +254,7 @@ def open_batched(
         experiment.entropy,
         open_on(run, experiment.tasks, backbones),
         experiment.config.executor.encoded_sites,
+        open_solver(run.solver, f"{RUN_PREFIX}solver"),
     )
     return BatchedSites(gathering, prepare_all)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -217,7 +217,7 @@ def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[Pl
     import torch
 
     check_columns(name, task, own)
-    columns = own.columns
+    columns, encode = own.columns, _make_encoder(task, own)
     labels, mask, rejected = [task.codec.missing()], [], []
     for record in (each.record for each in records):
         absent = [column for column in columns if column not in record.cells]
@@ -230,7 +230,7 @@ def encode_labels(name: str, task: Task, own: LabelColumns, records: Iterable[Pl
             cells, note = _leave_out_boxes(cells)
             if note is not None:
                 rejected.append(RejectedRecord(record.file, record.row, note, name, is_used=True))
-            label, reason = _encode_label(task, own, cells)
+            label, reason = encode(cells)
         if reason is not None:
             rejected.append(RejectedRecord(record.file, record.row, reason, name))
         labels.append(task.codec.missing() if label is None else label)
@@ -249,7 +249,7 @@ def explain_label(task: Task, own: LabelColumns, cell: str) -> str | None:
     """
     reason = None
     cells, reason = try_record(lambda: _leave_out_boxes([cell])[0])
-    return reason if cells is None else _encode_label(task, own, cells)[1]
+    return reason if cells is None else _make_encoder(task, own)(cells)[1]
 
 
 def place_labels(
@@ -339,19 +339,26 @@ def _get_identity(placed: PlacedRecord) -> tuple[str, str]:
     return placed.source, placed.record.key
 
 
-def _encode_label(task: Task, own: LabelColumns, cells: list[str]) -> tuple[Tensor | None, str | None]:
-    """Returns the label, or None with a reason to report the record, or None without one."""
-    if own.missing != "read" and not (all(cells) if isinstance(task, NamedCells) else any(cells)):
-        return None, "missing label" if own.missing == "refuse" else None
+def _make_encoder(task: Task, own: LabelColumns) -> Callable[[list[str]], tuple[Tensor | None, str | None]]:
+    """Returns what turns cells into the label, or None with a reason to report the record, or None without one."""
+    # Once: looking for a protocol's members takes longer than encoding a label.
+    is_complete = all if isinstance(task, NamedCells) else any
+    selects = isinstance(task, NamedParts) and own.unmapped == "skip"
+    columns = own.columns
 
-    def encode() -> Tensor:
-        read = [own.read_cell(column, cell) for column, cell in zip(own.columns, cells, strict=True)]
-        if isinstance(task, NamedParts) and own.unmapped == "skip":
-            read = [_select_parts(cell, task.part_names) for cell in read]
-        return task.codec.encode(read)
+    def read(cells: list[str]) -> Tensor:
+        found = [own.read_cell(column, cell) for column, cell in zip(columns, cells, strict=True)]
+        if selects and isinstance(task, NamedParts):
+            found = [_select_parts(cell, task.part_names) for cell in found]
+        return task.codec.encode(found)
 
-    label, reason = try_record(encode)
-    return label, reason if own.unmapped == "refuse" else None
+    def encode(cells: list[str]) -> tuple[Tensor | None, str | None]:
+        if own.missing != "read" and not is_complete(cells):
+            return None, "missing label" if own.missing == "refuse" else None
+        label, reason = try_record(lambda: read(cells))
+        return label, reason if own.unmapped == "refuse" else None
+
+    return encode
 
 
 def _leave_out_boxes(cells: list[str]) -> tuple[list[str], str | None]:

@@ -94,7 +94,7 @@ class NoiseStream:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
 
     def _write_words(self, words: NDArray[np.uint64]) -> None:
-        self._cipher.update_into(bytes(words.nbytes), memoryview(words).cast("B"))
+        self._cipher.update_into(bytes(words.nbytes), words.data.cast("B"))
 
     @staticmethod
     def draw_each(streams: Sequence[NoiseStream], count: int, log2_deviation: int) -> NDArray[np.int64]:

@@ -34,7 +34,7 @@ from client.ledger.shared import SharedLedger, SharedReservation
 from client.protocol.answer import MAX_CHARGES
 from client.protocol.join import accept_training
 from client.protocol.site import Joined, SiteDeclined, check_allowed
-from client.solvers import ManySitesSolver, Solver, open_solver
+from client.solvers import ManySitesSolver, Solver
 from client.solvers.parts.many_sites import ManySites
 from client.solvers.parts.many_units import ManyUnits
 from common import messages
@@ -72,6 +72,7 @@ class Gathering:
         entropy: source of the keys of sampling and noise.
         tasks: the run's tasks by name.
         num_encoded: number of sites a round whose messages are encoded.
+        solver: the run's solver.
     """
 
     site: SiteConfig
@@ -82,6 +83,7 @@ class Gathering:
     entropy: Entropy
     tasks: Mapping[str, Task]
     num_encoded: int
+    solver: Solver
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,17 @@ class _Round:
 
 @final
 class BatchedSites:
-    """The sites of a run as arrays; see `server.rounds.loop.SitesAtHand`."""
+    """The sites of a run as arrays; see `server.rounds.loop.SitesAtHand`.
+
+    Attributes:
+        gathering: the sites.
+        prepare: encodes the records of the one site for the run.
+    """
 
     def __init__(self, gathering: Gathering, prepare: Callable[[], None]) -> None:
-        """Args: gathering: the sites; prepare: encodes the records of the one site for the run."""
-        self._all, self._prepare = gathering, prepare
-        self._solver: Solver = open_solver(gathering.run.solver, "solver")
+        """Args: as the attributes."""
+        self.gathering, self.prepare = gathering, prepare
+        self._all, self._solver = gathering, gathering.solver
         self._alike: list[_Alike] = []
         self._group_S = np.zeros(len(gathering.sites.names), np.int64)
         self._groups: dict[int, Mapping[str, int]] = {}
@@ -190,7 +197,7 @@ class BatchedSites:
         if problem is not None:
             raise RunFailed(f"{problem}: {describe_reasons(rejected[:3], {})}")
         messenger.observe("joined", len(participants), len(participants))
-        self._prepare()
+        self.prepare()
         self._open()
         return participants
 

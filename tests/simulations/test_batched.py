@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from client.solvers.dp_gd import DpGd
+from client.solvers.parts.many_sites import Trained
 from common.events import RoundEnded, SiteRejected, read_run_journal, select_events
+from common.model.backbones import open_backbones
 from common.privacy.noise import SeededEntropy
 from common.types import BadInput, RunFailed
+from common.yaml import load
+from server.rounds.loop import run_federation
+from simulations.check import check_simulation
+from simulations.config import SimulationConfig
+from simulations.executors.batched import BatchedSites
+from simulations.executors.gathered import build_for_executor
+from simulations.executors.in_process import InProcessGrid
 from simulations.experiment import run
+from simulations.federate import Experiment, open_batched, open_on
 
 ROOT = Path(__file__).resolve().parents[2]
 DP_GD = "{kind: dp_gd, steps: %d, clip_norm: 1.0, learning_rate: 4.0, momentum: 0.5, weight_decay: 0.01}"
@@ -168,6 +180,55 @@ def test_what_it_does_not_take_is_refused_in_a_sentence_that_names_in_process(
 ) -> None:
     with pytest.raises(BadInput, match=rf"{key}: expected .*`executor.kind: in_process` takes it"):
         run(simulation_file, overrides=["executor.kind=batched", *ONE_STEP, override], out=tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_updates_that_are_too_long_are_rejected_at_the_same_sites(simulation_file: Path, tmp_path: Path) -> None:
+    rejected: dict[str, set[tuple[str, str, int | None]]] = {}
+    for kind in ("in_process", "batched"):
+        overrides = [*ONE_STEP, "run.max_delta_norm=0.6", "partition.num_sites=6", f"executor.kind={kind}"]
+        run(simulation_file, overrides=overrides, out=tmp_path / kind, entropy=SeededEntropy(5))
+        events = select_events(read_run_journal(tmp_path / kind / "journal.jsonl"), SiteRejected)
+        rejected[kind] = {(each.site, each.reason, each.round) for each in events}
+    assert rejected["in_process"] == rejected["batched"]
+    assert 0 < len(rejected["batched"]) < 12, "some are too long and some are not"
+
+
+class WrongSolver:
+    """Trains a site by itself as `dp_gd` does, and many at once a little differently."""
+
+    kind, private = "dp_gd", True
+
+    def __init__(self, honest: DpGd) -> None:
+        self.plan, self.solve, self.check_modules = honest.plan, honest.solve, honest.check_modules
+        self.without_privacy, self.example, self._honest = honest.without_privacy, honest.example, honest
+
+    def solve_each(self, *arguments: Any, **named: Any) -> Trained:
+        trained = self._honest.solve_each(*arguments, **named)
+        return replace(trained, change_SN=trained.change_SN + np.float32(1e-6))
+
+
+def test_a_site_whose_message_says_something_else_ends_the_run(simulation_file: Path, tmp_path: Path) -> None:
+    config = load(SimulationConfig, simulation_file, [*ONE_STEP, "executor.kind=batched"])
+    backbones = open_backbones(config.run, "run.")
+    tasks = open_on(config.run, check_simulation(config), backbones)
+    experiment = Experiment(config, tasks, backbones, tmp_path, SeededEntropy(5), lambda phase, done, total: None)
+    (site,) = build_for_executor(config, tmp_path / "sites")
+    sites = open_batched(experiment, config.run, site, backbones, tmp_path.name)
+    honest = sites.gathering.solver
+    assert isinstance(honest, DpGd)
+    wrong = BatchedSites(replace(sites.gathering, solver=WrongSolver(honest)), sites.prepare)
+    with pytest.raises(RunFailed, match="not what was computed for it"):
+        run_federation(
+            InProcessGrid(wrong.answer, len(wrong)),
+            config.run,
+            backbones,
+            run_id=tmp_path.name,
+            folder=tmp_path,
+            journal=experiment.journal,
+            executor="batched",
+            at_hand=wrong,
+        )
 
 
 def test_a_round_of_many_sites_encodes_messages_of_a_few(simulation_file: Path, tmp_path: Path) -> None:

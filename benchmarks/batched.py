@@ -1,0 +1,170 @@
+"""Rounds of many sites as rows of arrays, beside the same sites one after the other, Flower's engine and pfl-research.
+
+    pip install --no-deps --target FOLDER pfl==0.6.0 'prv-accountant<0.3' 'multiprocess<0.71' dill
+    python -m benchmarks.batched [FOLDER]
+
+Sites have 40 records of 64 features, a linear head of two classes, two private local steps and noise of their own.
+Timed is the processor's time of a whole round: charges, training, checks, messages of two sites, aggregation, journal
+and checkpoint. pfl trains the same head on as many records in two local steps with its local Gaussian mechanism;
+without FOLDER its rows are left out. Flower's clients do nothing; beside them it is the time that passes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from benchmarks.measure import stated
+from benchmarks.sites import RECORDS, seconds_of_engine, simulation
+from simulations.config import Executor
+from simulations.experiment import run
+
+ROUNDS, TURNS, MANY_ROUNDS = 8, 2, 1000
+
+PFL = """
+import json, sys, time
+from itertools import cycle
+import numpy as np, torch
+from pfl.aggregate.simulate import SimulatedBackend
+from pfl.algorithm.base import NNAlgorithmParams
+from pfl.algorithm.federated_averaging import FederatedAveraging
+from pfl.callback.base import TrainingProcessCallback
+from pfl.data.dataset import Dataset
+from pfl.data.federated_dataset import FederatedDataset
+from pfl.hyperparam import NNTrainHyperParams
+from pfl.metrics import Metrics
+from pfl.model.pytorch import PyTorchModel
+from pfl.privacy.gaussian_mechanism import GaussianMechanism
+
+sites, rounds, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+x = torch.tensor(rng.normal(size=(sites, 40, 64)), dtype=torch.float32)
+y = torch.tensor(rng.integers(0, 2, (sites, 40)))
+
+class Linear(torch.nn.Linear):
+    def loss(self, x, y, is_eval=False):
+        return torch.nn.functional.cross_entropy(self(x), y)
+
+    def metrics(self, x, y, is_eval=False):
+        return {}
+
+class Clock(TrainingProcessCallback):
+    seconds = []
+
+    def on_train_begin(self, *, model):
+        self.started = time.process_time()
+        return Metrics()
+
+    def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+        now = time.process_time()
+        self.seconds.append(now - self.started)
+        self.started = now
+        return False, Metrics()
+
+module = Linear(64, 2)
+model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), lr=1.0))
+users, names = {number: Dataset((x[number], y[number])) for number in range(sites)}, cycle(range(sites))
+data = FederatedDataset(users.__getitem__, lambda: next(names))
+backend = SimulatedBackend(training_data=data, val_data=data, postprocessors=[GaussianMechanism(1.0, 3.0)])
+asked = NNAlgorithmParams(
+    central_num_iterations=rounds + 1, evaluation_frequency=10**9, train_cohort_size=sites, val_cohort_size=None
+)
+local = NNTrainHyperParams(local_num_epochs=2, local_learning_rate=0.1, local_batch_size=None)
+FederatedAveraging().run(asked, backend, model, local, callbacks=[Clock()])
+with open(path, "w") as file:
+    json.dump(Clock.seconds[1:], file)
+"""
+
+
+def time_rounds(folder: Path, kind: str, num_sites: int, rounds: int = ROUNDS) -> tuple[list[float], list[float]]:
+    """Returns the seconds of each round but the first: of the processor, and as they pass."""
+    folder.mkdir()
+    executor = Executor.model_validate({"kind": kind})
+    config = simulation(folder, num_sites, rounds + 1, held_out=0.0).model_copy(update={"executor": executor})
+    marks: list[tuple[float, float]] = []
+
+    def observe(phase: str, done: int, total: int) -> None:
+        if phase == "rounds":
+            marks.append((time.process_time(), time.perf_counter()))
+
+    run(config, observe=observe)
+    pairs = list(pairwise(marks))[1:]
+    return [after[0] - before[0] for before, after in pairs], [after[1] - before[1] for before, after in pairs]
+
+
+def time_pfl(place: str, folder: Path, num_sites: int, rounds: int = ROUNDS) -> list[float]:
+    """Returns the processor's seconds of each round of pfl but the first."""
+    path = folder / "pfl.json"
+    environment = {**os.environ, "PYTHONPATH": place}
+    command = [sys.executable, "-c", PFL, str(num_sites), str(rounds), str(path)]
+    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+    seconds: list[float] = json.loads(path.read_text())
+    return seconds
+
+
+def main() -> None:
+    """Times all of them in turns."""
+    pfl = sys.argv[1] if len(sys.argv) > 1 else None
+    note = f"{RECORDS} records x 64, 2 steps; seconds of the processor"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        cpu: dict[tuple[str, int], list[float]] = {}
+        passed: dict[tuple[str, int], list[float]] = {}
+        for turn in range(TURNS):
+            for kind in ("in_process", "batched"):
+                own, wall = time_rounds(folder / f"{kind}-{turn}", kind, 100)
+                cpu.setdefault((kind, 100), []).extend(own)
+                passed.setdefault((kind, 100), []).extend(wall)
+            passed.setdefault(("flower", 100), []).extend(seconds_of_engine(100, folder))
+            cpu.setdefault(("batched", 1000), []).extend(time_rounds(folder / f"1000-{turn}", "batched", 1000)[0])
+            for count in (100, 1000) if pfl is not None else ():
+                cpu.setdefault(("pfl", count), []).extend(time_pfl(str(pfl), folder, count, 2000 // count // 4))
+        cpu["batched", 10_000] = time_rounds(folder / "10000", "batched", 10_000, 4)[0]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        long_, _ = time_rounds(folder / "long", "batched", 100, MANY_ROUNDS)
+    each = {key: median(seconds) for key, seconds in cpu.items()}
+    repeats = len(cpu["batched", 100])
+    one_by_one = each["in_process", 100]
+    stated(
+        "round of 100 sites: batched / in_process",
+        each["batched", 100],
+        one_by_one,
+        target=0.05,
+        repeats=repeats,
+        note=note,
+    )
+    stated(
+        "round of 100 sites: batched / Flower on Ray, idle clients",
+        median(passed["batched", 100]),
+        median(passed["flower", 100]),
+        target=0.1,
+        repeats=repeats,
+        note="seconds that pass",
+    )
+    for count, limit, number in ((1000, 0.2, repeats), (10_000, 1.0, 4)):
+        name = f"round of {count} sites, batched / {limit:g} s"
+        stated(name, each["batched", count], limit, target=1.0, repeats=number, note=note)
+        name = f"seconds per site and round, batched: {count} sites / 100 sites"
+        stated(name, each["batched", count] / count, each["batched", 100] / 100, target=1.2, repeats=number, note=note)
+    for count in (100, 1000) if pfl is not None else ():
+        for kind, target in (("in_process", 1.0), ("batched", 0.05)):
+            # in_process is flat in the number of sites (benchmarks/sites.py), and timed at 100 only.
+            subject = each.get((kind, count), one_by_one * count / 100)
+            name = f"round of {count} sites: {kind} / pfl 0.6"
+            stated(name, subject, each["pfl", count], target=target, repeats=len(cpu["pfl", count]), note=note)
+    stated("peak memory with 10000 sites, batched / 3 GiB", peak, 3.0, target=1.0, repeats=1, note="GiB, not seconds")
+    name = f"batched, 100 sites: the last hundred of {MANY_ROUNDS} rounds / the first hundred"
+    stated(name, median(long_[-100:]), median(long_[:100]), target=1.1, repeats=100, note=note)
+
+
+if __name__ == "__main__":
+    main()
