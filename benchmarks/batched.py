@@ -28,6 +28,7 @@ from simulations.config import Executor
 from simulations.experiment import run
 
 ROUNDS, TURNS, MANY_ROUNDS = 8, 2, 1000
+NOTE = f"{RECORDS} records x 64, 2 steps; seconds of the processor"
 
 PFL = """
 import json, sys, time
@@ -111,59 +112,63 @@ def time_pfl(place: str, folder: Path, num_sites: int, rounds: int = ROUNDS) -> 
     return seconds
 
 
-def main() -> None:
-    """Times all of them in turns."""
-    pfl = sys.argv[1] if len(sys.argv) > 1 else None
-    note = f"{RECORDS} records x 64, 2 steps; seconds of the processor"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        cpu: dict[tuple[str, int], list[float]] = {}
-        passed: dict[tuple[str, int], list[float]] = {}
-        for turn in range(TURNS):
-            for kind in ("in_process", "batched"):
-                own, wall = time_rounds(folder / f"{kind}-{turn}", kind, 100)
-                cpu.setdefault((kind, 100), []).extend(own)
-                passed.setdefault((kind, 100), []).extend(wall)
-            passed.setdefault(("flower", 100), []).extend(seconds_of_engine(100, folder))
-            cpu.setdefault(("batched", 1000), []).extend(time_rounds(folder / f"1000-{turn}", "batched", 1000)[0])
-            for count in (100, 1000) if pfl is not None else ():
-                cpu.setdefault(("pfl", count), []).extend(time_pfl(str(pfl), folder, count, 2000 // count // 4))
-        cpu["batched", 10_000] = time_rounds(folder / "10000", "batched", 10_000, 4)[0]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        long_, _ = time_rounds(folder / "long", "batched", 100, MANY_ROUNDS)
-    each = {key: median(seconds) for key, seconds in cpu.items()}
-    repeats = len(cpu["batched", 100])
-    one_by_one = each["in_process", 100]
-    stated(
-        "round of 100 sites: batched / in_process",
-        each["batched", 100],
-        one_by_one,
-        target=0.05,
-        repeats=repeats,
-        note=note,
-    )
-    stated(
-        "round of 100 sites: batched / Flower on Ray, idle clients",
-        median(passed["batched", 100]),
-        median(passed["flower", 100]),
-        target=0.1,
-        repeats=repeats,
-        note="seconds that pass",
-    )
-    for count, limit, number in ((1000, 0.2, repeats), (10_000, 1.0, 4)):
-        name = f"round of {count} sites, batched / {limit:g} s"
-        stated(name, each["batched", count], limit, target=1.0, repeats=number, note=note)
-        name = f"seconds per site and round, batched: {count} sites / 100 sites"
-        stated(name, each["batched", count] / count, each["batched", 100] / 100, target=1.2, repeats=number, note=note)
+def compare_side_by_side(folder: Path, pfl: str | None) -> float:
+    """Times 100 and 1,000 sites in turns, states how they compare, and returns the seconds of 100 batched sites."""
+    cpu: dict[tuple[str, int], list[float]] = {}
+    for turn in range(TURNS):
+        for kind, count in (("in_process", 100), ("batched", 100), ("batched", 1000)):
+            own, _ = time_rounds(folder / f"{kind}-{count}-{turn}", kind, count)
+            cpu.setdefault((kind, count), []).extend(own)
+            if pfl is not None and kind == "batched":
+                cpu.setdefault(("pfl", count), []).extend(time_pfl(pfl, folder, count, 500 // count + 3))
+    each, repeats = {key: median(seconds) for key, seconds in cpu.items()}, len(cpu["batched", 100])
+    few, one_by_one = each["batched", 100], each["in_process", 100]
+    stated("round of 100 sites: batched / in_process", few, one_by_one, target=0.05, repeats=repeats, note=NOTE)
+    state_many(1000, each["batched", 1000], few, repeats)
     for count in (100, 1000) if pfl is not None else ():
         for kind, target in (("in_process", 1.0), ("batched", 0.05)):
             # in_process is flat in the number of sites (benchmarks/sites.py), and timed at 100 only.
             subject = each.get((kind, count), one_by_one * count / 100)
             name = f"round of {count} sites: {kind} / pfl 0.6"
-            stated(name, subject, each["pfl", count], target=target, repeats=len(cpu["pfl", count]), note=note)
-    stated("peak memory with 10000 sites, batched / 3 GiB", peak, 3.0, target=1.0, repeats=1, note="GiB, not seconds")
-    name = f"batched, 100 sites: the last hundred of {MANY_ROUNDS} rounds / the first hundred"
-    stated(name, median(long_[-100:]), median(long_[:100]), target=1.1, repeats=100, note=note)
+            stated(name, subject, each["pfl", count], target=target, repeats=len(cpu["pfl", count]), note=NOTE)
+    return few
+
+
+def state_many(count: int, seconds: float, of_hundred: float, repeats: int) -> None:
+    """States a round of many sites beside what was asked for, and its cost per site beside that of 100 sites.
+
+    Args:
+        count: number of the sites.
+        seconds: of their round.
+        of_hundred: of a round of 100 sites.
+        repeats: number of rounds that were timed.
+    """
+    limit = {1000: 0.2, 10_000: 1.0}[count]
+    name = f"round of {count} sites, batched / {limit:g} s"
+    stated(name, seconds, limit, target=1.0, repeats=repeats, note=NOTE)
+    name = f"seconds per site and round, batched: {count} sites / 100 sites"
+    stated(name, seconds / count, of_hundred / 100, target=1.2, repeats=repeats, note=NOTE)
+
+
+def main() -> None:
+    """Times all of them, in turns where they are compared."""
+    pfl = sys.argv[1] if len(sys.argv) > 1 else None
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        few = compare_side_by_side(folder, pfl)
+        state_many(10_000, median(time_rounds(folder / "10000", "batched", 10_000, 4)[0]), few, 4)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        name = "peak memory with 10000 sites, batched / 3 GiB"
+        stated(name, peak, 3.0, target=1.0, repeats=1, note="GiB, not seconds")
+        long_, _ = time_rounds(folder / "long", "batched", 100, MANY_ROUNDS)
+        name = f"batched, 100 sites: the last hundred of {MANY_ROUNDS} rounds / the first hundred"
+        stated(name, median(long_[-100:]), median(long_[:100]), target=1.1, repeats=100, note=NOTE)
+        passed, engine = [], []
+        for turn in range(TURNS):
+            passed += time_rounds(folder / f"passed-{turn}", "batched", 100)[1]
+            engine += seconds_of_engine(100, folder)
+        name = "round of 100 sites: batched / Flower on Ray, idle clients"
+        stated(name, median(passed), median(engine), target=0.1, repeats=len(passed), note="seconds that pass")
 
 
 if __name__ == "__main__":

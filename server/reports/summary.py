@@ -235,13 +235,17 @@ def _compose_epsilons(
         votes: the votes of a choice; None in a run that trains.
     """
     releases: dict[str, tuple[list[Mechanism], float]] = {}
+    mechanisms: dict[int, Mechanism] = {}  # By the identity of plans, which many sites share.
     for site, event in joined.items():
         plans = [each.sites[site].plan for each in rounds if site in each.sites]
         if plans and all(plan.private for plan in plans):
             others: list[HeadsEvaluated | MomentsMeasured] = [*evaluations, *measured[-1:]]
             noises = [each.noise_multipliers[site] for each in others if site in each.noise_multipliers]
             beside = [Mechanism("gaussian", noise, 1.0, 1, 1.0) for noise in noises]
-            releases[site] = ([*(Mechanism.of(plan) for plan in plans), *beside], event.delta)
+            for plan in plans:
+                if id(plan) not in mechanisms:
+                    mechanisms[id(plan)] = Mechanism.of(plan)
+            releases[site] = ([*(mechanisms[id(plan)] for plan in plans), *beside], event.delta)
     if votes is not None:
         vote = Mechanism.of_choice(votes.epsilon, votes.sensitivity)
         releases |= {site: ([vote], joined[site].delta) for site in votes.votes if site in joined}

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.events import (
+    AcceptedUpdate,
     ApprovalEvent,
     BackboneSent,
     DaemonEvent,
@@ -191,3 +192,17 @@ def test_a_summary_is_immutable() -> None:
 def test_the_written_schema_is_that_of_the_model() -> None:
     path = Path(__file__).resolve().parents[2] / "docs" / "summary.schema.json"
     assert path.read_text(encoding="utf-8") == summary_schema(), "write `common.events.summary_schema()` to this file"
+
+
+def test_sites_whose_updates_are_one_object_stand_together_and_are_read_apart(tmp_path: Path) -> None:
+    plan = Plan(1.0, 2, 1.0, 3.0, Unit.EXAMPLE)
+    shared, own = (AcceptedUpdate(bytes_down=number, bytes_up=2, plan=plan, weights={"t": 4.0}) for number in (1, 3))
+    sites = {**{f"site-{number}": shared for number in range(500)}, "other": own}
+    ended = RoundEnded(round=1, sites=sites, num_updates={"t": 501}, updated=("t",), seconds=0.5)
+    journal = FileJournal(tmp_path / "journal.jsonl")
+    journal.write(ended)
+    (read,) = read_run_journal(journal.path)
+    assert read == ended and isinstance(read, RoundEnded) and list(read.sites) == list(sites)
+    assert journal.path.stat().st_size < 10_000
+    alone = ended.model_copy(update={"sites": {"other": own}})
+    assert set(alone.model_dump(mode="json")["sites"]) == {"other"}
