@@ -36,10 +36,15 @@ def collect_simulation_evidence(
         entropy: source of the attack's random numbers.
 
     Raises:
-        BadInput: there is no finished run with a model, or a site has no charge of it.
+        BadInput: there is no finished run with a model, its sites share a ledger, or a site has no charge of it.
         DigestMismatch: a head was changed since the model was written.
     """
     folder, summary, _ = read_run(path)
+    if summary.executor == "batched":
+        raise BadInput(
+            f"{folder}: expected a run whose sites have a ledger each, got one of `executor.kind: batched`; "
+            "`executor.kind: in_process` has them"
+        )
     own = collect_run_evidence(path)
     took_part = [site for site in read_sites(folder / "sites") if _took_part(site, folder.name)]
     if not took_part:

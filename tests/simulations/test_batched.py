@@ -25,6 +25,7 @@ from common.yaml import load
 from server.rounds.loop import run_federation
 from simulations.check import check_simulation
 from simulations.config import SimulationConfig
+from simulations.evidence import collect_simulation_evidence
 from simulations.executors.batched import BatchedSites
 from simulations.executors.gathered import build_for_executor
 from simulations.executors.in_process import InProcessGrid
@@ -180,6 +181,13 @@ def test_what_it_does_not_take_is_refused_in_a_sentence_that_names_in_process(
 ) -> None:
     with pytest.raises(BadInput, match=rf"{key}: expected .*`executor.kind: in_process` takes it"):
         run(simulation_file, overrides=["executor.kind=batched", *ONE_STEP, override], out=tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_evidence_needs_a_ledger_for_each_site(simulation_file: Path, tmp_path: Path) -> None:
+    run_on(simulation_file, "batched", tmp_path, ONE_STEP)
+    with pytest.raises(BadInput, match="a ledger each"):
+        collect_simulation_evidence(tmp_path / "batched" / "run", attack=False, observe=lambda phase, done, total: None)
 
 
 @pytest.mark.slow

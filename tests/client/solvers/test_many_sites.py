@@ -30,11 +30,11 @@ def divide(people: list[Person], homes: list[int], names: list[str], num_sites: 
     )
 
 
-def make_solver(kind: str, rate: float, steps: int) -> tuple[ManySitesSolver, Plan]:
+def make_solver(kind: str, rate: float, steps: int, learning_rate: float = 0.5) -> tuple[ManySitesSolver, Plan]:
     settings_ = {"kind": "head_sum", "clip_norm": CLIP}
     if kind == "dp_gd":
         rates = {"grade": {"learning_rate": 2.0, "weight_decay": 0.01}}
-        settings_ = {**settings_, "kind": kind, "sampling_rate": rate, "steps": steps, "learning_rate": 0.5}
+        settings_ = {**settings_, "kind": kind, "sampling_rate": rate, "steps": steps, "learning_rate": learning_rate}
         settings_ |= {"momentum": 0.5, "tasks": rates}
     solver = open_solver(settings_, "solver")
     assert isinstance(solver, ManySitesSolver)
@@ -103,6 +103,21 @@ def test_sites_of_several_blocks_have_the_heads_that_they_train_alone(rate: floa
     people = [Person(number, number % 3 + 1) for number in range(6000)]
     units = divide(people, [number % 60 for number in range(6000)], ["grade", "signs"], 60)
     assert assert_same_heads(units, ["grade", "signs"], "dp_gd", rate=rate) == 60
+
+
+def test_a_site_whose_weights_leave_the_range_of_exact_products_is_left_to_its_own_solver() -> None:
+    """Its last step leaves the range too, after which nothing is computed: `solve` returns that change."""
+    tasks, units = {"only": TASKS["only"]}, divide([Person(1), Person(2)], [0, 1], ["only"], 2)
+    heads = draw_heads(tasks)
+    for steps in (1, 2):
+        solver, plan = make_solver("dp_gd", 1.0, steps, learning_rate=1e6)
+        named = {"plan": plan, "public_sizes": [{"only": 10}] * 2}
+        many, streams = ManySites(heads, tasks, units), [NoiseStream(bytes(32)) for _ in range(2)]
+        assert not solver.solve_each(heads, tasks, many, np.arange(2), streams=streams, **named).sound.any()
+    with pytest.raises(RunFailed, match="diverged"):
+        solver.solve(
+            heads, tasks, units.select_site(0), plan=plan, public_sizes={"only": 10}, stream=NoiseStream(bytes(32))
+        )
 
 
 def test_a_site_has_the_units_that_it_would_have_opened_by_itself() -> None:
