@@ -96,7 +96,7 @@ class _Alike:
         place_S: int64, the place of each site among them; -1 for the others.
         units: their units.
         many: these, opened for training; None where the solver trains one site at a time.
-        widths: task -> width of its features.
+        modules: task -> head, whose parameters are those that were opened last.
     """
 
     tasks: Mapping[str, Task]
@@ -104,14 +104,13 @@ class _Alike:
     place_S: NDArray[np.int64]
     units: ManyUnits
     many: ManySites | None
-    widths: Mapping[str, int]
+    modules: Mapping[str, nn.Module]
 
-    def open_modules(self, heads: Heads) -> dict[str, nn.Module]:
-        """Returns the heads as modules, as a site opens them."""
-        modules = {name: task.head(self.widths[name]) for name, task in self.tasks.items()}
-        for name, module in modules.items():
+    def open_modules(self, heads: Heads) -> Mapping[str, nn.Module]:
+        """Returns the heads as modules, as a site opens them; no solver changes them."""
+        for name, module in self.modules.items():
             load_parameters(module, heads[name])
-        return modules
+        return self.modules
 
 
 @dataclass
@@ -246,10 +245,9 @@ class BatchedSites:
             self._group_S[sites] = len(self._alike)
             homes = [place_S[gathered.site_P[positions[name]]] for name in tasks]
             divided = ManyUnits.divide(units.only(list(tasks)), homes, len(sites))
-            widths = {name: self._all.backbones[run.backbone_of(name)][0] for name in tasks}
-            heads = {name: task.head(widths[name]) for name, task in tasks.items()}
+            heads = {name: task.head(self._all.backbones[run.backbone_of(name)][0]) for name, task in tasks.items()}
             many = ManySites(heads, tasks, divided) if isinstance(self._solver, ManySitesSolver) else None
-            self._alike.append(_Alike(tasks, sites, place_S, divided, many, widths))
+            self._alike.append(_Alike(tasks, sites, place_S, divided, many, heads))
 
     # --- a round -----------------------------------------------------------------------------------------------------
 
@@ -447,10 +445,11 @@ class BatchedSites:
         """
         assert self._round is not None and self._plan is not None
         drawn = random.Random(f"{messenger.run.seed}/{self._round.number}/encoded")
-        order = drawn.sample(list(deltas), len(deltas))
+        chosen = drawn.sample(list(deltas), min(self._all.num_encoded, len(deltas)))
         # One of each kind of site at least: what it is sent and what it sends has a size of its own.
-        firsts = {int(self._group_S[number]): number for number in order}
-        some = sorted({*firsts.values(), *order[: max(0, self._all.num_encoded - len(firsts))]})
+        groups = self._group_S[list(deltas)]
+        others = np.setdiff1d(groups, self._group_S[chosen]).tolist() if deltas else []
+        some = sorted({*chosen, *(list(deltas)[int(np.argmax(groups == group))] for group in others)})
         cohort = [by_site[number] for number in some]
         by_update = make_update_check(messenger, cohort, heads)
 

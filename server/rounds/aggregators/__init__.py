@@ -14,6 +14,9 @@ from common.plugins import Plugin, Spec, resolve
 from common.run import RunConfig
 from common.types import BadInput, Params
 
+_AT_ONCE = 64
+"""Updates that are added up in one array."""
+
 State = Mapping[str, Params]
 """The arrays, by name, that an aggregator keeps between rounds for one task; they go into the checkpoint."""
 
@@ -143,8 +146,10 @@ def weighted_mean(deltas: Sequence[Weighted]) -> dict[str, NDArray[np.float64]]:
     mean: dict[str, NDArray[np.float64]] = {}
     for name, first in ordered[0].delta.items():
         mean[name] = np.zeros(first.shape)
-        for item in ordered:
-            mean[name] += item.weight / total * item.delta[name]
+        for start in range(0, len(ordered), _AT_ONCE):
+            some = ordered[start : start + _AT_ONCE]
+            weights = np.array([item.weight / total for item in some]).reshape(-1, *(1,) * first.ndim)
+            mean[name] += (weights * np.stack([item.delta[name] for item in some])).sum(axis=0)
     return mean
 
 

@@ -59,6 +59,11 @@ def test_each_site_is_refused_in_the_round_in_which_its_own_ledger_refuses_it(
         compare_ledgers(tmp_path_factory.mktemp("ledgers"), cohorts, rounds, gaussian(sigma, rate, 2))
 
 
+def test_a_round_charged_again_is_refused_where_the_rest_of_the_run_would_not_be_covered(tmp_path: Path) -> None:
+    """Four rounds of an eighth of a squared mu each, of .517: the first one twice, and three held, are too much."""
+    compare_ledgers(tmp_path, [({0, 1}, False), ({0}, True), ({0, 1, 2}, False)], 4, gaussian(4.0, 1.0, 2))
+
+
 def compare_ledgers(
     folder: Path, cohorts: list[tuple[set[int], bool]], rounds: int | None, mechanism: Mechanism
 ) -> None:
