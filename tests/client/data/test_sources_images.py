@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from client.data.sources import Source, open_source
+from client.data.sources.parts.pictures import write_example_pictures
 from common.types import BadInput, BadRecord
 
 
@@ -255,3 +256,20 @@ def test_cifar_is_read_from_its_zip(assets: Path) -> None:
     assert [sum(record.split == side for record in index) for side in ("train", "test")] == [5000, 2000]
     assert len({record.cells["label"] for record in index}) == 10
     assert np.asarray(source.load(6999)).shape == (32, 32, 3)
+
+
+def test_folders_behind_links_are_read_and_a_loop_of_links_ends(tmp_path: Path) -> None:
+    write_example_pictures(tmp_path / "archive", ["scans/1.png", "scans/2.png"])
+    (tmp_path / "set").mkdir()
+    for name in ("benign", "malignant"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "archive" / "scans")
+    (tmp_path / "archive" / "scans" / "again").symlink_to(tmp_path / "archive" / "scans")
+    (tmp_path / "set" / "gone").symlink_to(tmp_path / "nowhere")
+    source = open_source({"kind": "image_folder", "path": str(tmp_path / "set")}, "sources.scans").open()
+    assert [record.path for record in source.index()] == [
+        "benign/1.png",
+        "benign/2.png",
+        "malignant/1.png",
+        "malignant/2.png",
+    ]
+    source.load(3)

@@ -137,13 +137,33 @@ def make_readable(name: str) -> str:
 
 def _stamps(folder: Path) -> dict[str, str]:
     found = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            file = Path(parent, name)
-            stamp = _stamp(file)
-            if stamp is not None:
-                found[file.relative_to(folder).as_posix()] = stamp
+    for file in _walk(folder, frozenset()):
+        stamp = _stamp(file)
+        if stamp is not None:
+            found[file.relative_to(folder).as_posix()] = stamp
     return found
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """Yields all that is no folder below one, also behind links; a link to a folder above is not followed.
+
+    Args:
+        folder: the folder; one that may not be read is empty.
+        above: device and number of the folders that it lies in.
+    """
+    try:
+        status = folder.stat()
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return
+    own = (status.st_dev, status.st_ino)
+    if own in above:
+        return
+    for path in inside:
+        if path.is_dir():
+            yield from _walk(path, above | {own})
+        else:
+            yield path
 
 
 def _stamp(file: Path) -> str | None:
