@@ -24,6 +24,7 @@ from common.plugins import Plugin
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import RATE, Array, compute_ratio
+from common.tasks.parts.transcripts.bigrams import Bigrams, compute_prior
 from common.tasks.parts.transcripts.symbols import Symbols, count_edits
 from common.types import BadRecord
 
@@ -53,6 +54,7 @@ class Ctc(Plugin):
         max_symbols: most symbols of a transcript; records with more are bad ones.
         even_part: part of the rounds, from the first, in which symbols are divided evenly among frames.
         beam: number of prefixes that decoding keeps; 1 takes the most probable path.
+        language: what follows what in public texts, with a `beam` above 1; none leaves it to the frames alone.
         scale: public factor on this task's loss, applied before joint clipping.
         head_settings: shape of the head, `head` in a file; without a bias, because the mark of a frame serves as one.
     """
@@ -64,6 +66,7 @@ class Ctc(Plugin):
     max_symbols: Annotated[int, Field(ge=1, le=1000)]
     even_part: Annotated[float, Field(ge=0, le=1)] = 0.5
     beam: Annotated[int, Field(ge=1, le=1000)] = 1
+    language: Bigrams | None = None
     scale: Annotated[float, Field(gt=0)] = 1.0
     head_settings: HeadSettings = Field(default=HeadSettings(bias=False), alias="head")
     _even: bool = PrivateAttr(default=False)
@@ -71,6 +74,12 @@ class Ctc(Plugin):
     @model_validator(mode="after")
     def _check(self) -> Ctc:
         if fault := self.codec.symbols.find_fault():
+            raise ValueError(fault)
+        if self.language is not None and self.beam == 1:
+            raise ValueError(
+                "beam: expected more than 1 beside `language`, which compares the beginnings that it keeps"
+            )
+        if self.language is not None and (fault := self.language.find_fault(self.codec.symbols)):
             raise ValueError(fault)
         own = self.head_settings
         if own.bias or own.centre or own.prior:
@@ -91,7 +100,9 @@ class Ctc(Plugin):
     @property
     def codec(self) -> TranscriptCodec:
         """Transcripts as indices of symbols."""
-        return TranscriptCodec(Symbols(self.symbols, self.unit, self.figures or ()), self.max_symbols, self.beam)
+        return TranscriptCodec(
+            Symbols(self.symbols, self.unit, self.figures or ()), self.max_symbols, self.beam, self.language
+        )
 
     def head(self, feature_dim: int) -> nn.Module:
         """Returns a head, features_BPD -> logits_BPK."""
@@ -214,7 +225,9 @@ class Ctc(Plugin):
         """Returns the rule by which a transcript is read from the outputs of frames."""
         symbols = self.codec.symbols
         join = " " if self.unit == "words" else ""
-        return {"rule": "ctc", "symbols": symbols.all, "join": join, "most": self.max_symbols, "beam": self.beam}
+        prior = None if self.language is None else compute_prior(self.language, symbols)
+        rule = {"rule": "ctc", "symbols": symbols.all, "join": join, "most": self.max_symbols, "beam": self.beam}
+        return {**rule, "prior": prior}
 
     def serve_texts(self, outputs: Tensor) -> Tensor:
         """Returns the outputs of frames, that of the blank first; zeros where a recording has ended."""
@@ -269,11 +282,13 @@ class TranscriptCodec:
         symbols: what transcripts are made of.
         max_symbols: S.
         beam: number of prefixes that decoding keeps; 1 takes the most probable path.
+        language: what follows what in public texts; None for none.
     """
 
     symbols: Symbols
     max_symbols: int
     beam: int
+    language: Bigrams | None
 
     def encode(self, cells: Sequence[str]) -> torch.Tensor:
         """Returns the symbols of a transcript. Raises BadRecord."""
@@ -298,8 +313,9 @@ class TranscriptCodec:
         from common.tasks.parts.transcripts.decoding import find_symbols
 
         outputs_BPK = outputs if outputs.dim() > 2 else outputs.unsqueeze(1)
+        prior = None if self.language is None else compute_prior(self.language, self.symbols)
         texts = []
         for outputs_PK in outputs_BPK.detach().double().cpu().numpy():
             own_TK = outputs_PK[(outputs_PK != 0.0).any(axis=1)]
-            texts.append([self.symbols.write(find_symbols(own_TK, self.beam)[: self.max_symbols])])
+            texts.append([self.symbols.write(find_symbols(own_TK, self.beam, prior)[: self.max_symbols])])
         return texts

@@ -82,9 +82,16 @@ def check_same(found: Sequence[Sequence[Any]], expected: Sequence[tuple[str, flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("opened", "beam"), [(open_spoken, 1), (open_spoken, 4), (open_written, 1)])
-def test_a_program_of_torch_tells_the_models_texts(opened: Any, beam: int, tmp_path: Path) -> None:
-    model, items = opened(tmp_path, beam=beam)
+@pytest.mark.parametrize(
+    ("opened", "changes"),
+    [
+        (open_spoken, {}),
+        (open_spoken, {"beam": 4, "language": {"texts": ["low high"], "weight": 2}}),
+        (open_written, {}),
+    ],
+)
+def test_a_program_of_torch_tells_the_models_texts(opened: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    model, items = opened(tmp_path, **changes)
     write_export(model, tmp_path / "out", open_format("torch"))
     command = [sys.executable, "-c", READ, str(tmp_path / "out"), *map(str, write_inputs(model, items, tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -140,6 +140,39 @@ def test_decoding_takes_the_best_path_or_the_best_sum_of_paths() -> None:
     assert take_best_path(np.zeros((0, 3))) == search_prefixes(np.zeros((0, 3)), 5) == []
 
 
+def test_a_language_of_public_texts_counts_beside_the_frames() -> None:
+    # Behind nothing: yes, yes, no; behind yes: no, no; behind no: three ends. One is added to each.
+    behind = {(0, 0): 1, (0, 1): 3, (0, 2): 2, (1, 0): 1, (1, 1): 1, (1, 2): 3, (2, 0): 4, (2, 1): 1, (2, 2): 1}
+    language = {"texts": ["Yes, no.", "yes no", "no"], "weight": 0.7}
+    task, changed = make_task(symbols=["yes", "no"], max_symbols=4, beam=100, language=language), 0
+    for seed in range(40):
+        outputs_TK, scores = draw_outputs(4, seed=seed), {}
+        for symbols, probability in sum_paths(outputs_TK).items():
+            steps = itertools.pairwise([0, *(index + 1 for index in symbols), 0])
+            each = [behind[step] / sum(behind[step[0], other] for other in range(3)) for step in steps]
+            scores[symbols] = probability * math.prod(each) ** 0.7
+        best = max(scores, key=lambda symbols: scores[symbols])
+        ((said,),) = task.codec.decode(outputs_TK[None])
+        assert said.split() == [["yes", "no"][index] for index in best]
+        changed += list(best) != search_prefixes(outputs_TK.numpy(), 100)
+    assert changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"language": {"texts": ["yes"], "weight": 1.0}}, "beam: expected more than 1 beside `language`"),
+        ({"beam": 2, "language": {"texts": ["yes", "maybe"], "weight": 1.0}}, "symbols, got other words in text 2"),
+        ({"beam": 2, "language": {"texts": ["yes " * 400_000], "weight": 1.0}}, "at most 1048576 characters"),
+        ({"beam": 2, "language": {"texts": ["yes"], "weight": 0.0}}, "weight"),
+    ],
+    ids=["one prefix", "other words", "too long", "no weight"],
+)
+def test_a_language_that_cannot_help_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        make_task(**settings)
+
+
 def test_a_narrow_beam_is_no_worse_than_the_best_path_where_that_is_sure() -> None:
     path = [1, 1, 0, 1, 2, 2, 0]
     outputs_TK = 20.0 * np.eye(3)[path]

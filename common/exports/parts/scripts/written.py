@@ -29,7 +29,7 @@ def _read_frames(told: np.ndarray, rule: dict[str, Any]) -> tuple[str, float]:
     from decoding import find_symbols
 
     own = told[(told != 0.0).any(axis=1)].astype(np.float64)
-    found = find_symbols(own, rule["beam"])
+    found = find_symbols(own, rule["beam"], rule["prior"])
     text = rule["join"].join(rule["symbols"][index] for index in found[: rule["most"]])
     best = own.max(axis=1, keepdims=True, initial=-math.inf)
     sure = -np.log(np.exp(own - best).sum(axis=1))

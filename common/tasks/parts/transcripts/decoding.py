@@ -16,18 +16,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 BLANK = 0
+Prior = Sequence[Sequence[float]]
+"""Weighted logarithms of probabilities of symbols behind others: [previous][next], 0 before a text and behind it."""
 _Beam = dict[tuple[int, ...], tuple[float, float]]
 """Prefix -> logarithms of the probability of its paths that end in a blank, and of those that end in a symbol."""
 
 
-def find_symbols(outputs_TK: Array, beam: int) -> list[int]:
+def find_symbols(outputs_TK: Array, beam: int, prior: Prior | None = None) -> list[int]:
     """Returns the indices of a transcript's symbols.
 
     Args:
         outputs_TK: logits of the recording's own frames.
         beam: number of prefixes that are kept after each frame; 1 takes the most probable path.
+        prior: language of the transcripts, with several prefixes; None for none.
     """
-    return take_best_path(outputs_TK) if beam == 1 else search_prefixes(outputs_TK, beam)
+    return take_best_path(outputs_TK) if beam == 1 else search_prefixes(outputs_TK, beam, prior)
 
 
 def take_best_path(outputs_TK: Array) -> list[int]:
@@ -38,21 +41,35 @@ def take_best_path(outputs_TK: Array) -> list[int]:
     return found
 
 
-def search_prefixes(outputs_TK: Array, width: int) -> list[int]:
+def search_prefixes(outputs_TK: Array, width: int, prior: Prior | None = None) -> list[int]:
     """Returns the indices of the symbols that are most probable over all their paths, as far as a beam finds them.
 
     Args:
         outputs_TK: logits.
         width: number of prefixes that are kept after each frame; as many as there are gives the exact answer.
+        prior: language of the transcripts, whose logarithm is added to that of the frames; None for none.
     """
+    known: dict[tuple[int, ...], float] = {(): 0.0}
+
+    def read_prior(prefix: tuple[int, ...]) -> float:
+        if prior is None or prefix in known:
+            return known.get(prefix, 0.0)
+        before = prefix[:-1]
+        known[prefix] = read_prior(before) + prior[before[-1] + 1 if before else 0][prefix[-1] + 1]
+        return known[prefix]
+
+    def rank(item: tuple[tuple[int, ...], tuple[float, float]], ended: bool = False) -> tuple[float, tuple[int, ...]]:
+        prefix, logs = item
+        end = prior[prefix[-1] + 1 if prefix else 0][0] if prior is not None and ended else 0.0
+        return -(_add_logs(*logs) + read_prior(prefix) + end), prefix
+
     shifted_TK = outputs_TK - outputs_TK.max(axis=1, keepdims=True, initial=-math.inf)
     log_TK = shifted_TK - np.log(np.exp(shifted_TK).sum(axis=1, keepdims=True))
     beam: _Beam = {(): (0.0, -math.inf)}
     for log_K in log_TK.tolist():
         grown = _grow(beam, log_K)
-        best = sorted(grown.items(), key=lambda item: (-_add_logs(*item[1]), item[0]))
-        beam = dict(best[:width])
-    return list(min(beam.items(), key=lambda item: (-_add_logs(*item[1]), item[0]))[0])
+        beam = dict(sorted(grown.items(), key=rank)[:width])
+    return list(min(beam.items(), key=lambda item: rank(item, ended=True))[0])
 
 
 def _grow(beam: _Beam, log_K: Sequence[float]) -> _Beam:
