@@ -2,6 +2,7 @@
 # make docs : the documentation as a site in build/site
 # make test-flower : the contract with Flower on every version that pyproject.toml allows
 # make test : the same, then the quick tests; make test-all : every test; make lint : style and types; make bench : every claim of speed
+# make bench-compare OLD=old.json NEW=new.json : rows that became worse by more than their spread
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo bench docs test test-slow test-all test-flower lint install clean
+.PHONY: demo bench bench-compare docs test test-slow test-all test-flower lint install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m simulations pretrain configs/simulations/demo.yaml
@@ -48,6 +49,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+bench-compare: $(STAMP)
+	$(BIN)/python -m benchmarks.regressions $(OLD) $(NEW)
 
 install: $(STAMP)
 

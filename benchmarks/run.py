@@ -24,7 +24,7 @@ SCRIPTS = (
     "cuda",
 )
 RESULTS = Path(__file__).parent / "results"
-KEYS = ("name", "ratio", "target", "subject_s", "reference_s", "repeats")
+KEYS = ("name", "ratio", "target", "subject_s", "reference_s", "repeats", "low", "high")
 TIMEOUT_S = 600
 
 

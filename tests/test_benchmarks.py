@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,35 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_benchmark_is_this_projects_and_not_an_installed_packages(script: str) -> None:
-    code = f"from importlib.util import find_spec; print(find_spec('benchmarks.{script}').origin)"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert found.stdout.strip() == str(ROOT / "benchmarks" / f"{script}.py")
+def test_benchmarks_are_this_projects_and_not_an_installed_packages() -> None:
+    code = "import json, sys; from importlib.util import find_spec\n"
+    code += "print(json.dumps([find_spec(f'benchmarks.{name}').origin for name in sys.argv[1:]]))"
+    command = [sys.executable, "-c", code, *SCRIPTS]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(found.stdout) == [str(ROOT / "benchmarks" / f"{script}.py") for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "worse"),
+    [
+        ({"ratio": 1.0, "low": 0.9, "high": 1.1}, {"ratio": 1.15, "low": 1.1, "high": 1.2}, False),
+        ({"ratio": 1.0, "low": 0.9, "high": 1.1}, {"ratio": 1.25, "low": 1.2, "high": 1.3}, True),
+        ({"ratio": 1.0, "low": 0.99, "high": 1.01}, {"ratio": 1.25, "low": 1.0, "high": 1.5}, False),
+        ({"ratio": 1.0, "low": 0.99, "high": 1.01}, {"ratio": 0.5, "low": 0.49, "high": 0.51}, False),
+        ({"ratio": 1.0}, {"ratio": 1.05}, False),
+        ({"ratio": 1.0}, {"ratio": 1.2}, True),
+    ],
+)
+def test_a_row_is_worse_where_it_grew_by_more_than_either_spread(
+    old: dict[str, float], new: dict[str, float], worse: bool, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, row in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps([{"name": "step / loop", **row}]))
+    command = [sys.executable, "-m", "benchmarks.regressions", *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == int(worse)
+    assert ("step / loop: 1 -> " in done.stdout) == worse
 
 
 @pytest.mark.parametrize("name", [*PICTURES, *SLICES])
