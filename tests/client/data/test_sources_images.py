@@ -273,3 +273,11 @@ def test_folders_behind_links_are_read_and_a_loop_of_links_ends(tmp_path: Path) 
         "malignant/2.png",
     ]
     source.load(3)
+
+
+@pytest.mark.parametrize("path", ["C:\\\\scans\\\\q7.png", "D:/q7.png", "\\\\\\\\server\\\\q7.png"])
+def test_a_path_of_windows_with_its_drive_is_named_as_what_it_is(tmp_path: Path, path: str) -> None:
+    (tmp_path / "list.csv").write_text(f"image\n{path}\n", encoding="utf-8")
+    source = open_source({"kind": "manifest", "path": str(tmp_path / "list.csv")}, "sources.scans").open()
+    with pytest.raises(BadRecord, match=r"^image path begins with a drive or server of Windows; write it relative to"):
+        source.load(0)

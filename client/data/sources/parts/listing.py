@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,9 @@ from client.data.sources.parts.masks import LazyCells, read_mask_file
 from common.inputs import encode_text
 from common.plugins import LocalPath
 from common.types import BadRecord
+
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+"""Beginnings of paths that no other system has."""
 
 
 class ListedFiles(TableFile):
@@ -152,6 +157,10 @@ class Listing:
         return row[self.settings.patient] if self.settings.patient else None
 
     def _inside(self, name: str) -> Path:
+        if _OF_WINDOWS.match(name) and os.name != "nt":
+            raise BadRecord(
+                f"{self.reader.what} path begins with a drive or server of Windows; write it relative to `root`"
+            )
         try:
             path = self._find(name).resolve()
         except (OSError, ValueError, RuntimeError):
