@@ -31,7 +31,7 @@ from client.protocol.site import Joined, Site, joined_run, load_modules, open_on
 from client.solvers import open_solver
 from common.model.parameters import load_parameters
 from common.model.trunks import create_modules
-from common.tasks import Task
+from common.tasks import Task, force_outputs
 from common.types import BadInput
 
 NUM_SHADOWS = 16
@@ -157,7 +157,7 @@ def rate_units(task: Task, head: nn.Module, records: TaskRecords, num_units: int
     """
     labelled = records.labelled()
     with torch.inference_mode():
-        outputs = head(labelled.features_RD)
+        outputs = force_outputs(task, head, labelled.features_RD, labelled.labels)
         loss_R = task.losses(outputs, labelled.labels).double()
         # Some tasks train on a part of their labels; a record whose loss is zero for any head has no part in it.
         has_loss_R = (loss_R != 0.0) | (task.losses(torch.zeros_like(outputs), labelled.labels) != 0.0)

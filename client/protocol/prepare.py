@@ -21,6 +21,7 @@ from client.protocol.site import (
     digest_of_offer,
     joined_run,
     load_modules,
+    open_on_stored,
 )
 from common import messages
 from common.events import ChoiceEnded, EncodingContinues, HeadsReceived, RunPrepared
@@ -125,7 +126,7 @@ def finish(site: Site, request: messages.FinishRequest) -> messages.Ready:
     joined = joined_run(site, request.run_id)
     if joined.run.choice is not None:
         return _end_choice(site, joined, request)
-    tasks = joined.tasks(site.config)
+    tasks = open_on_stored(site, joined)
     heads, moments = split_class_moments(request.heads)
     if set(heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the final heads are not those of this site's tasks")

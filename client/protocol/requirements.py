@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from common.plugins import Spec
 from common.run import RunConfig, Trainable
-from common.tasks import Task
+from common.tasks import Task, WritesTexts
 from common.tasks.parts.calibration import make_released_statistic
 from common.types import BadInput, Plan
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from common.backbones import CacheBits
+    from common.backbones import CacheBits, Language
 
 MAX_PARAMETERS = 2**24
 """Most parameters that a run trains: one unit's gradient is then 64 MiB, about what a solver works on at once."""
@@ -64,11 +64,12 @@ def count_bytes_of_places(backbone: Spec, bits: CacheBits) -> int:
 
 
 class _Shape(NamedTuple):
-    """Number of features, grid of places, and the trunk if something of a backbone trains."""
+    """Number of features, grid of places, and the backbone's trunk and language where it has one."""
 
     feature_dim: int
     grid: tuple[int, ...]
     trunk: nn.Module | None
+    language: Language | None
 
 
 @lru_cache(maxsize=64)
@@ -91,10 +92,11 @@ def _shape(settings: str, base: Path, trainable: str, name: str = "") -> _Shape:
         if values > MAX_PROJECTION:
             raise BadInput(f"a backbone's projection has {values} values, expected at most {MAX_PROJECTION}")
         if not trainable:
-            return _Shape(dim, untrained.grid, None)
+            return _Shape(dim, untrained.grid, None, untrained.language)
         asked = Trainable.model_validate_json(trainable)
         kind, module, raw_dim = untrained.kind, untrained.module, untrained.feature_dim
-        return _Shape(dim, untrained.grid, make_empty_trunk(kind, module, raw_dim, asked, f"trainable.{name}"))
+        trunk = make_empty_trunk(kind, module, raw_dim, asked, f"trainable.{name}")
+        return _Shape(dim, untrained.grid, trunk, untrained.language)
 
 
 def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn.Module]:
@@ -110,8 +112,12 @@ def untrained_modules(run: RunConfig, tasks: Mapping[str, Task]) -> dict[str, nn
         backbone_name = run.backbone_of(name)
         backbone, trainable = run.backbone_specs[backbone_name], run.trainable.get(backbone_name)
         asked = "" if trainable is None else trainable.model_dump_json()
-        dim, _, trunk = _shape(backbone.model_dump_json(), backbone._base, asked, backbone_name if asked else "")
+        dim, _, trunk, language = _shape(
+            backbone.model_dump_json(), backbone._base, asked, backbone_name if asked else ""
+        )
         with torch.device("meta"):
+            if isinstance(task, WritesTexts) and language is not None:
+                task = task.open_on(language)
             modules[name] = task.head(dim)
         group = run.trunk_of(name)
         if group is not None and trunk is not None:

@@ -240,6 +240,63 @@ class Language(Protocol):
         """Returns what is known of some rows, any of them several times."""
 
 
+class Adapters(Frozen):
+    """Low-rank adapters beside linear layers of a decoder: y = W x + (alpha / rank) B A x, of which B alone trains.
+
+    Attributes:
+        rank: rank of the product B A.
+        alpha: factor alpha of the formula.
+        targets: last parts of the layers' names, such as `encoder_attn.q_proj`.
+        seed: public seed of A, which stays as it is drawn.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[int, Field(ge=1, le=65536)]
+    targets: Annotated[list[str], Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class DecoderPart(Frozen):
+    """The part of a backbone's decoder that trains in the head of a task.
+
+    Attributes:
+        lora: adapters; null for none.
+        last: whether the decoder's last block trains.
+    """
+
+    lora: Adapters | None = None
+    last: bool = False
+
+
+@runtime_checkable
+class DecoderLanguage(Protocol):
+    """Further members of a language whose decoder stands in a head, where a part of it may train.
+
+    The features of its backbone are those of sources alone.
+
+    Law (tests/contracts/test_backbones.py): the states that `step` gives behind a text's own tokens are those that a
+    copy of the decoder gives for all of them at once.
+    """
+
+    def make_first_map(self) -> Tensor:
+        """Returns weights of a first head's linear map, by which it tells what the backbone itself would."""
+
+    def find_map_shape(self) -> tuple[int, int]:
+        """Returns the shape of those weights, also before there are any of the backbone's."""
+
+    def restrict(self, texts: Sequence[str]) -> Language:
+        """Returns the language of those tokens that some public texts are made of, each with a row of its own."""
+
+    def open_decoder(self) -> nn.Module:
+        """Returns a frozen copy of the decoder: encoded sources and the tokens before each place -> states."""
+
+    def open_part(self, decoder: nn.Module, part: DecoderPart) -> None:
+        """Lets a part of a copy of the decoder train, in place. Raises BadInput: it has no such part."""
+
+    def write_through(self, decoder: nn.Module) -> Language:
+        """Returns the language as another decoder writes it, such as one that was trained."""
+
+
 @dataclass(frozen=True)
 class Bag:
     """The rule by which a record of several items stays a bag: its items stand side by side, as places.

@@ -204,6 +204,7 @@ class Untrained:
         feature_dim: number of raw features.
         weights_path: the file that `open_pretrained` will read; None where the settings name none.
         grid: number of places along each axis of an item's features; none where an item has one vector.
+        language: what the network will know of the texts that it writes; None where it writes none.
     """
 
     kind: Kind
@@ -211,6 +212,7 @@ class Untrained:
     feature_dim: int
     weights_path: Path | None
     grid: tuple[int, ...] = ()
+    language: Language | None = None
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns one source item as one input. Raises BadRecord."""
@@ -269,7 +271,9 @@ def open_untrained(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Untra
         torch.manual_seed(seed)
         architecture = kind.architecture()
     weights_path = find_weights_file(kind)
-    return Untrained(kind, architecture.module, architecture.feature_dim, weights_path, architecture.grid)
+    return Untrained(
+        kind, architecture.module, architecture.feature_dim, weights_path, architecture.grid, architecture.language
+    )
 
 
 def load_blob(blob: BackboneBlob, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> Backbone:

@@ -265,6 +265,15 @@ class WritesTexts(Protocol):
             BadInput: it is a head that cannot.
         """
 
+    def force(self, head: nn.Module, features_BPD: Tensor, labels: Tensor) -> Tensor:
+        """Returns a head's outputs on records of an opened task whose true texts are known (teacher forcing).
+
+        Args:
+            head: a head of the task.
+            features_BPD: features of the records.
+            labels: their labels.
+        """
+
     def generate(self, head: nn.Module, features_BPD: Tensor) -> Tensor:
         """Returns what is written of records of an opened task: outputs, and behind them what was chosen."""
 
@@ -625,6 +634,19 @@ def predict_outputs(task: Task, head: nn.Module, features: Tensor) -> Tensor:
         features: features of some records.
     """
     outputs: Tensor = task.generate(head, features) if isinstance(task, WritesTexts) else head(features)
+    return outputs
+
+
+def force_outputs(task: Task, head: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+    """Returns a head's outputs of which `Task.losses` tells how far they are from known labels.
+
+    Args:
+        task: the task; one that writes texts was opened on its backbone.
+        head: its head.
+        features: features of some records.
+        labels: their labels.
+    """
+    outputs: Tensor = task.force(head, features, labels) if isinstance(task, WritesTexts) else head(features)
     return outputs
 
 

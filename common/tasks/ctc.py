@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
-import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
 
 from common.backbones import QUIET, SPEECH
 from common.inputs import CellNames
 from common.plugins import Plugin
-from common.tasks import SparseRows, Statistic, TaskExample
+from common.tasks import Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
-from common.tasks.parts.rates import RATE, Array, compute_ratio
 from common.tasks.parts.transcripts.bigrams import Bigrams, compute_prior
-from common.tasks.parts.transcripts.symbols import Symbols, count_edits
+from common.tasks.parts.transcripts.errors import ErrorRates
+from common.tasks.parts.transcripts.symbols import Symbols
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -204,10 +203,7 @@ class Ctc(Plugin):
 
     def compare_heard(self, pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         """Returns word and character error rates of texts, which may hold other words, beside transcripts."""
-        sums_4 = np.zeros(4)
-        for heard, meant in pairs:
-            sums_4 += self._count(self.codec.symbols.normalise(heard), meant)
-        return _compute_rates(sums_4, True)
+        return self._errors.compare_heard([(self.codec.symbols.normalise(heard), meant) for heard, meant in pairs])
 
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the name of the only column."""
@@ -236,42 +232,20 @@ class Ctc(Plugin):
     def statistic(self, buckets: int) -> Statistic:
         """Returns word and character errors and the numbers of words and characters, each over its largest number."""
         del buckets
-        return Statistic(
-            size=4,
-            # Each entry is at most 1.
-            bound=2.0,
-            entries=self._entries,
-            compute=_compute_rates,
-            ranges={"wer": RATE, "cer": RATE},
-            errors=frozenset({"wer", "cer"}),
-        )
+        return self._errors.open_statistic(self._compare)
 
-    def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
-        import torch
-
-        symbols_BS, count_B = self._gather_symbols(labels)
-        values_B4 = torch.zeros(len(outputs), 4, dtype=torch.float64)
-        rows = zip(self.codec.decode(outputs), symbols_BS.tolist(), count_B.tolist(), strict=True)
-        for row, ((said,), symbols, count) in enumerate(rows):
-            values_B4[row] = torch.from_numpy(self._count(said, self.codec.symbols.write(symbols[:count])))
-        return SparseRows(torch.arange(4).expand(values_B4.shape), values_B4)
-
-    def _count(self, said: str, meant: str) -> Array:
-        """Returns word errors, words, character errors and characters of a text, each over its largest number."""
+    @property
+    def _errors(self) -> ErrorRates:
         most_words, most_chars = self.max_symbols, self.max_symbols * (self.codec.symbols.longest + 1) - 1
         if self.unit == "characters":
             most_words, most_chars = (self.max_symbols + 1) // 2, self.max_symbols
-        words, chars = count_edits(said.split(), meant.split()), count_edits(said, meant)
-        counts = np.array([words, len(meant.split()), chars, len(meant)], dtype=np.float64)
-        return np.minimum(counts / [most_words, most_words, most_chars, most_chars], 1.0)
+        return ErrorRates(most_words, most_chars)
 
-
-def _compute_rates(sums_4: Array, clip: bool) -> dict[str, float]:
-    wrong_words, words, wrong_chars, chars = (np.asarray(each) for each in sums_4)
-    return {
-        "wer": float(compute_ratio(wrong_words, words, clip=clip)),
-        "cer": float(compute_ratio(wrong_chars, chars, clip=clip)),
-    }
+    def _compare(self, outputs: Tensor, labels: Tensor) -> list[tuple[str, str]]:
+        """Returns what is told of each recording, beside its transcript."""
+        symbols_BS, count_B = self._gather_symbols(labels)
+        meant = [self.codec.symbols.write(row[:count]) for row, count in zip(symbols_BS.tolist(), count_B, strict=True)]
+        return [(said, own) for (said,), own in zip(self.codec.decode(outputs), meant, strict=True)]
 
 
 @dataclass(frozen=True)

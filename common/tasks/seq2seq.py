@@ -13,16 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import numpy as np
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from common.inputs import CellNames
+from common.backbones import DecoderLanguage, DecoderPart
+from common.inputs import CellName, CellNames
 from common.plugins import Plugin
+from common.run import drop_unset
 from common.tasks import SparseRows, Statistic, TaskExample
 from common.tasks.parts.head import HeadSettings
 from common.tasks.parts.rates import RATE, Array, compute_ratio
+from common.tasks.parts.transcripts.errors import ErrorRates
 from common.tasks.parts.transcripts.overlap import (
     CHAR_ORDER,
     WORD_ORDER,
@@ -31,6 +35,7 @@ from common.tasks.parts.transcripts.overlap import (
     count_matches,
     split_words,
 )
+from common.tasks.parts.transcripts.spelling import Spelling
 from common.types import BadInput, BadRecord
 
 if TYPE_CHECKING:
@@ -56,6 +61,10 @@ class Seq2seq(Plugin):
     Attributes:
         max_tokens: largest number of a text's tokens, with the one that ends it, as the backbone has places for; texts
             with more are bad records.
+        rates: whether texts are judged as translations (BLEU and chrF) or as transcripts (word and character errors).
+        symbols: word -> what the backbone writes for it: nothing else is read or written then, and the head has a row
+            of its own for each token of theirs. None for all that the backbone writes.
+        decoder: what trains of the backbone's decoder, where it is a part of the head; null for nothing.
         terms: words of which is told how many of those in the references the written texts have too, such as a house's
             own terms.
         beam: number of texts that are kept at each token while one is written; 1 takes the most probable token.
@@ -65,6 +74,9 @@ class Seq2seq(Plugin):
 
     kind: Literal["seq2seq"] = "seq2seq"
     max_tokens: Annotated[int, Field(ge=2, le=1024)]
+    rates: Literal["translation", "transcript"] = "translation"
+    symbols: Annotated[dict[CellName, CellName], Field(min_length=1, max_length=10_000)] | None = None
+    decoder: DecoderPart | None = None
     terms: CellNames = ()
     beam: Annotated[int, Field(ge=1, le=64)] = 1
     scale: Annotated[float, Field(gt=0)] = 1.0
@@ -76,7 +88,15 @@ class Seq2seq(Plugin):
         own = self.head_settings
         if own.bias or own.centre or own.prior:
             raise ValueError("head: expected `bias: false`, no `centre` and no `prior`; a place's mark serves as bias")
+        if self.terms and self.rates == "transcript":
+            raise ValueError("terms: expected them only beside `rates: translation`")
+        if self._spelling is not None and (fault := self._spelling.find_fault()):
+            raise ValueError(fault)
         return self
+
+    @model_serializer(mode="wrap")
+    def _serialize_as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return drop_unset(self, handler(self), ("rates", "symbols", "decoder"))
 
     @classmethod
     def example(cls) -> TaskExample:
@@ -92,6 +112,12 @@ class Seq2seq(Plugin):
                 f"max_tokens: expected {language.longest}, as the backbone has places for, got {self.max_tokens}"
             )
         chosen = self.model_copy()
+        if isinstance(language, DecoderLanguage):
+            if self._spelling is not None:
+                language = language.restrict(list(self._spelling.written.values()))
+        elif self.symbols is not None or self.decoder is not None:
+            key = "symbols" if self.symbols is not None else "decoder"
+            raise BadInput(f"{key}: expected it only on a backbone of kind encoder_decoder, got another")
         chosen._language = language
         return chosen
 
@@ -110,29 +136,75 @@ class Seq2seq(Plugin):
     @property
     def codec(self) -> TextCodec:
         """Texts as tokens."""
-        return TextCodec(self.max_tokens, self._language)
+        return TextCodec(self.max_tokens, self._language, self._spelling)
 
     def head(self, feature_dim: int) -> nn.Module:
-        """Returns a head, features_BPD -> outputs_BPD of which the public embedding makes logits."""
-        return self.head_settings.build(feature_dim, feature_dim - 1)
+        """Returns a head, features_BPD -> outputs_BPD of which the public embedding makes logits.
+
+        Where the backbone's decoder is a part of it, it reads the tokens before each place beside the features.
+        """
+        language = self._language
+        if not isinstance(language, DecoderLanguage):
+            return self.head_settings.build(feature_dim, feature_dim - 1)
+        from common.tasks.parts.transcripts.writing import WritingHead
+
+        outputs, features = language.find_map_shape()
+        decoder = language.open_decoder()
+        if self.decoder is not None:
+            language.open_part(decoder, self.decoder)
+        return WritingHead(decoder, self.head_settings.build(features, outputs))
 
     def start_head(self, head: nn.Module) -> None:
         """Sets a head's weights so that it tells what the backbone itself would. Raises BadInput: it is not linear."""
         import torch
 
-        if not isinstance(head, torch.nn.Linear):
+        language, last = self.language, self._split_head(head)[1]
+        if not isinstance(last, torch.nn.Linear):
             raise BadInput("head.hidden: expected none, because a head of texts begins as the backbone's own")
         with torch.no_grad():
-            head.weight.copy_(self.language.scale * torch.eye(*head.weight.shape))
+            if isinstance(language, DecoderLanguage):
+                last.weight.copy_(language.make_first_map())
+            else:
+                last.weight.copy_(language.scale * torch.eye(*last.weight.shape))
+
+    def force(self, head: nn.Module, features_BPD: Tensor, labels: Tensor) -> Tensor:
+        """Returns a head's outputs at the places of the true texts, each told behind the true tokens before it.
+
+        Args:
+            head: a head of the task.
+            features_BPD: features of the records.
+            labels: their labels.
+        """
+        if self._split_head(head)[0] is None:
+            outputs_BPD: Tensor = head(features_BPD)
+            return outputs_BPD
+        import torch
+
+        before_BT = torch.roll(labels.long().clamp(min=0), 1, dims=1)
+        before_BT[:, 0] = self.language.start
+        outputs_BTK: Tensor = head(features_BPD, before_BT)
+        return outputs_BTK
 
     def generate(self, head: nn.Module, features_BPD: Tensor) -> Tensor:
         """Returns the outputs [B, T, D + 1] of texts that are written with a head (`generating.write_texts`)."""
         from common.tasks.parts.transcripts.generating import write_texts
 
-        return write_texts(self.language, head, features_BPD, self.beam)
+        language, (decoder, last) = self.language, self._split_head(head)
+        if decoder is not None and isinstance(language, DecoderLanguage):
+            language = language.write_through(decoder)
+        return write_texts(language, last, features_BPD, self.beam)
+
+    def _split_head(self, head: nn.Module) -> tuple[nn.Module | None, nn.Module]:
+        """Returns the decoder of a head, None where it has none, and its linear map."""
+        from common.tasks.parts.transcripts.writing import WritingHead
+
+        return (head.decoder, head.last) if isinstance(head, WritingHead) else (None, head)
 
     def place_label(self, label: Tensor, marks_P: Tensor) -> Tensor:
         """Returns the label as it is. Raises BadRecord: the record has places for a shorter text only."""
+        if isinstance(self._language, DecoderLanguage):
+            # The places are those of the source alone.
+            return label
         if int((label != NONE).sum()) > int((marks_P[: self.max_tokens] > 0).sum()):
             raise BadRecord("expected the label to be the text that the backbone reads beside the source")
         return label
@@ -195,7 +267,7 @@ class Seq2seq(Plugin):
 
     def read_text(self, cell: str) -> str:
         """Returns a text as it would be written. Raises BadRecord."""
-        return self.language.write(self.language.read(cell))
+        return self.codec.write(self.codec.encode([cell]))
 
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the name of the only column."""
@@ -237,6 +309,8 @@ class Seq2seq(Plugin):
         row is shorter than its entries one by one would allow.
         """
         del buckets
+        if self.rates == "transcript":
+            return self._errors.open_statistic(self._compare)
         rates = ("bleu", "chrf", *(("terms",) if self.terms else ()))
         return Statistic(
             size=2 * WORD_ORDER + 1 + 3 * CHAR_ORDER + 2 * bool(self.terms),
@@ -246,13 +320,23 @@ class Seq2seq(Plugin):
             ranges=dict.fromkeys(rates, RATE),
         )
 
+    @property
+    def _errors(self) -> ErrorRates:
+        longest = _CHARS_OF_TOKEN if self._spelling is None else 1 + self._spelling.symbols.longest
+        return ErrorRates(self.max_tokens, self.max_tokens * longest)
+
+    def _compare(self, outputs: Tensor, labels: Tensor) -> list[tuple[str, str]]:
+        """Returns each text that is written, beside its reference."""
+        codec = self.codec
+        return [(said, codec.write(own_T)) for (said,), own_T in zip(codec.decode(outputs), labels, strict=True)]
+
     def _entries(self, outputs: Tensor, labels: Tensor) -> SparseRows:
         import torch
 
-        size, codec = self.statistic(0).size, self.codec
+        size = self.statistic(0).size
         values_BS = torch.zeros(len(outputs), size, dtype=torch.float64)
-        for row, ((said,), tokens_T) in enumerate(zip(codec.decode(outputs), labels, strict=True)):
-            values_BS[row] = torch.tensor(self._count(said, codec.write(tokens_T)), dtype=torch.float64)
+        for row, pair in enumerate(self._compare(outputs, labels)):
+            values_BS[row] = torch.tensor(self._count(*pair), dtype=torch.float64)
         return SparseRows(torch.arange(size).expand(values_BS.shape), values_BS)
 
     def _count(self, said: str, meant: str) -> list[float]:
@@ -291,6 +375,10 @@ class Seq2seq(Plugin):
             rates["terms"] = float(compute_ratio(np.asarray(right), np.asarray(right + missed), clip=clip))
         return rates
 
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        return None if self.symbols is None else Spelling(self.symbols)
+
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the outputs [B, T, D] of texts and their tokens, NONE behind the last."""
         return split_outputs(outputs, self.language, self.max_tokens)
@@ -323,10 +411,12 @@ class TextCodec:
     Attributes:
         max_tokens: T.
         language: language of the backbone; None where only is asked whether a cell holds a text.
+        spelling: words and what is written for them; None where texts are as they are written.
     """
 
     max_tokens: int
     language: Language | None
+    spelling: Spelling | None = None
 
     def encode(self, cells: Sequence[str]) -> torch.Tensor:
         """Returns the tokens of a text. Raises BadRecord."""
@@ -336,9 +426,10 @@ class TextCodec:
             raise BadRecord("expected a text in one column")
         if not cells[0].strip():
             raise BadRecord("expected a text to write, got an empty one")
+        text = cells[0] if self.spelling is None else self.spelling.spell(cells[0])
         if self.language is None:
             return self.missing()
-        tokens = [*self.language.read(cells[0]), self.language.end]
+        tokens = [*self.language.read(text), self.language.end]
         if len(tokens) > self.max_tokens:
             raise BadRecord(f"expected a text of at most {self.max_tokens - 1} tokens")
         return torch.tensor(tokens + [NONE] * (self.max_tokens - len(tokens)), dtype=torch.int32)
@@ -359,4 +450,5 @@ class TextCodec:
         """Returns the text of a label's tokens."""
         assert self.language is not None, "expected a task that was opened on its backbone"
         own = [token for token in tokens_T.tolist() if token not in (NONE, self.language.end)]
-        return self.language.write(own)
+        text = self.language.write(own)
+        return text if self.spelling is None else self.spelling.read(text)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from common.backbones import Example, WeightedKind, find_weights_file, resolve_settings
+from common.backbones import DecoderLanguage, Example, Language, WeightedKind, find_weights_file, resolve_settings
 from common.backbones.parts.weights import compute_digest
 from common.inputs import Text
 from common.model.backbones import Backbone, load_blob, open_pretrained, open_random, open_untrained
@@ -224,6 +224,9 @@ def test_a_language_writes_behind_its_own_tokens_from_the_states_of_the_features
     assert language.embedding_VD.square().sum(dim=1).mean().item() == pytest.approx(1.0, rel=1e-5)
     pairs = [item for item in example.items if item.second is not None]
     features_BPD = backbone.encode([backbone.preprocess(item) for item in pairs])
+    if isinstance(language, DecoderLanguage):
+        check_decoder(language, features_BPD, [item.second for item in pairs])
+        return
     unread = backbone.encode([backbone.preprocess(dataclasses.replace(item, second=None)) for item in pairs])
     for row, item in enumerate(pairs):
         tokens = [*language.read(item.second), language.end]
@@ -236,6 +239,22 @@ def test_a_language_writes_behind_its_own_tokens_from_the_states_of_the_features
             torch.testing.assert_close(state_1D[0], features_BPD[row, place], rtol=1e-4, atol=1e-5)
             before = token
         assert not features_BPD[row, len(tokens) : language.longest].any()
+
+
+def check_decoder(language: Language, features_BPM: Tensor, texts: list[str]) -> None:
+    """Checks that a copy of the decoder tells whole texts as the language does token by token."""
+    assert isinstance(language, DecoderLanguage)
+    for row, text in enumerate(texts):  # type: ignore[unreachable]
+        tokens = [*language.read(text), language.end]
+        assert language.write(tokens[:-1]) == text and len(tokens) <= language.longest
+        before = [language.start, *tokens[:-1]]
+        with torch.no_grad():
+            whole_TD = language.open_decoder()(features_BPM[row : row + 1], torch.tensor([before]))[0]
+            known = language.begin(features_BPM[row : row + 1])
+            for place, token in enumerate(before):
+                state_1D, known = language.step(known, torch.tensor([token]), place)
+                torch.testing.assert_close(state_1D[0], whole_TD[place], rtol=1e-4, atol=1e-5)
+        assert language.make_first_map().shape == language.find_map_shape()
 
 
 def has_projections(backbone: Backbone) -> bool:

@@ -26,7 +26,7 @@ from common.backbones.parts.boundary import count_depths
 from common.model.parameters import parameters
 from common.privacy.noise import NoiseStream
 from common.run import Rates, TrunkRates
-from common.tasks import Task
+from common.tasks import Task, force_outputs
 from common.types import BadInput, Delta, Heads, Plan, RunFailed, select_trained
 
 # --- units and batches -----------------------------------------------------------------------------------------------
@@ -95,11 +95,24 @@ def sum_losses(modules: Mapping[str, nn.Module], tasks: Mapping[str, Task], batc
     """
     features = compute_features(modules, batch)
     terms = [
-        tasks[name].scale * (records.weight_R * tasks[name].losses(modules[name](features[name]), records.labels)).sum()
+        tasks[name].scale
+        * (records.weight_R * compute_losses(modules[name], tasks[name], features[name], records)).sum()
         for name, records in sorted(batch.tasks.items())
         if len(records.unit_R)
     ]
     return torch.stack(terms).sum() if terms else None
+
+
+def compute_losses(head: nn.Module, task: Task, features_RD: Tensor, records: TaskRecords) -> Tensor:
+    """Returns the loss of each record.
+
+    Args:
+        head: the task's head.
+        task: the task.
+        features_RD: what the head reads of the records.
+        records: the records.
+    """
+    return task.losses(force_outputs(task, head, features_RD, records.labels), records.labels)
 
 
 def compute_features(modules: Mapping[str, nn.Module], batch: Units) -> dict[str, Tensor]:

@@ -36,6 +36,10 @@ _BLOCK_RECORDS = 256
 """Most records of one task in a block."""
 
 
+_LEAST_RECORDS = 8
+"""Records of each task in a block at least, where they fit."""
+
+
 class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
     """Opacus' optimizer with clipping and summing in integers, and noise from the site's stream.
 
@@ -59,6 +63,13 @@ class StreamOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped.
         self._lattice = Lattice.of(plan.clip_norm, plan.noise_multiplier)
         self._totals: list[Tensor] = []
         self.reset_totals()
+
+    def count_usual_units(self) -> int:
+        """Returns the power of two from the expected number of units of a step on, at least `_LEAST_RECORDS`.
+
+        A block of many more would hold little but added records.
+        """
+        return max(_LEAST_RECORDS, 1 << math.ceil(math.log2(max(1.0, *self._divisors))))
 
     def reset_totals(self) -> None:
         """Sets the sums of clipped gradients to zero, before the first block of a step."""
@@ -190,7 +201,8 @@ def release_step(
     """
     check_unit_count(units.num_units)
     optimizer.reset_totals()
-    for block in split_fixed_blocks(select_batch(units, members), _count_block_records(modules, units)):
+    num_records = min(_count_block_records(modules, units), optimizer.count_usual_units())
+    for block in split_fixed_blocks(select_batch(units, members), num_records):
         optimizer.zero_grad(set_to_none=True)
         loss = sum_losses(modules, tasks, _require_input_gradients(block))
         assert loss is not None  # Every block has records of every task, if only added ones.

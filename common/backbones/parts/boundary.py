@@ -131,6 +131,24 @@ def list_trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in owners for parameter in part.parameters(recurse=False)]
 
 
+def drop_nothing(module: nn.Module) -> None:
+    """Makes a module compute the same in training as in use, in a way that Opacus' hooks bear; in place."""
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            # Opacus' hooks return views, which nothing may change in place.
+            setattr(part, "inplace", False)  # noqa: B010
+        # A part with weights of its own is put in training mode, where some drop attention weights themselves.
+        for name in [name for name, value in vars(part).items() if "drop" in name and isinstance(value, float)]:
+            setattr(part, name, 0.0)
+
+
+def train_opened_parts(module: nn.Module, mode: bool) -> None:
+    """Sets the mode of those parts of a module that hold something to train: Opacus looks there, dropout does not."""
+    for part in module.modules():
+        if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+            part.training = mode
+
+
 @final
 class Trunk(nn.Module):
     """The part of a backbone above the boundary, as a module to train: cached outputs -> features.
@@ -147,13 +165,7 @@ class Trunk(nn.Module):
         self.above = divided.above.float().requires_grad_(False)
         self.register_buffer("scale", scale.clone())
         self.projection = projection
-        for part in self.modules():
-            if getattr(part, "inplace", False):
-                # Opacus' hooks return views, which nothing may change in place.
-                setattr(part, "inplace", False)  # noqa: B010
-            # A part with weights of its own is put in training mode, where some drop attention weights themselves.
-            for name in [name for name, value in vars(part).items() if "drop" in name and isinstance(value, float)]:
-                setattr(part, name, 0.0)
+        drop_nothing(self)
 
     def open(self, parameters: list[nn.Parameter]) -> Trunk:
         """Lets these parameters train; returns the trunk itself, in training mode."""
@@ -165,9 +177,7 @@ class Trunk(nn.Module):
         """Puts only those parts in training mode that hold something to train: Opacus looks there, dropout does not."""
         super().train(False)
         self.training = mode
-        for part in self.modules():
-            if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
-                part.training = mode
+        train_opened_parts(self, mode)
         return self
 
     def forward(self, boundary_BF: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -182,15 +181,20 @@ def _add_end_token(tokenizer: tokenizers.Tokenizer, location: Location) -> None:
     )
 
 
-def load_model(location: Location, config: PretrainedConfig) -> tuple[nn.Module, set[str]]:
+def load_model(location: Location, config: PretrainedConfig, opened_by: Any = AutoModel) -> tuple[Any, set[str]]:
     """Returns the model with its weights in float32, and the names of parameters that the weights lack.
+
+    Args:
+        location: the model.
+        config: its configuration.
+        opened_by: class of transformers that builds it; by default without the layers of any use.
 
     Raises:
         BadInput: no safetensors weights, or weights of another architecture.
     """
     try:
         with silence():
-            model, info = AutoModel.from_pretrained(
+            model, info = opened_by.from_pretrained(
                 str(location.name),
                 config=config,
                 revision=location.revision or "main",
