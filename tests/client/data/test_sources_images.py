@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.data.sources import Source, open_source
+from client.data.sources import PassesOver, Source, open_source
 from client.data.sources.parts.pictures import write_example_pictures
 from common.types import BadInput, BadRecord
 
@@ -273,6 +273,8 @@ def test_folders_behind_links_are_read_and_a_loop_of_links_ends(tmp_path: Path) 
         "malignant/2.png",
     ]
     source.load(3)
+    # The link to nowhere alone: behind `again` the same pictures would come back without end.
+    assert isinstance(source, PassesOver) and source.passed_over == 1
 
 
 @pytest.mark.parametrize("path", ["C:\\\\scans\\\\q7.png", "D:/q7.png", "\\\\\\\\server\\\\q7.png"])
