@@ -120,6 +120,9 @@ def test_symbols_alone_are_told_as_the_model_itself_ranks_them(backbone: Backbon
     label = some.codec.encode(["two, ZERO 1!"])
     assert some.codec.write(label) == "two zero one" and some.read_text("2 0 one") == "two zero one"
     assert label.tolist()[3:] == [some.language.end, -1, -1]
+    # A site's settings are sorted on the way.
+    turned = make_task(backbone, symbols=dict(reversed(SYMBOLS.items())))
+    assert turned.codec.encode(["two, ZERO 1!"]).tolist() == label.tolist()
     features_BPM = encode(backbone, name)
     heads = [task.head(backbone.feature_dim) for task in (whole, some)]
     outputs = []

@@ -95,7 +95,8 @@ class WholeLanguage:
             some = [token for token in range(len(texts) + 1) if token != self.model.end][: len(texts)]
             return replace(self, tokens=(*some, self.model.end))
         try:
-            found = dict.fromkeys(token for text in texts for token in self.model.read(text))
+            # In an order of their own: the texts are keys of a file, which are sorted on the way to a site.
+            found = sorted({token for text in texts for token in self.model.read(text)})
         except BadRecord as error:
             raise BadInput(f"symbols: {error}") from error
         return replace(self, tokens=(*found, self.model.end))
