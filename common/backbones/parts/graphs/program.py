@@ -22,12 +22,16 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from common.backbones.parts.graphs.operands import check_operands, count_numbers
 from common.backbones.parts.graphs.reads import average_axes
 from common.errors import plain
 from common.types import BadInput
 
 MAX_MEMORY = 8 << 30
 """Bytes that the values of a program take at most at one time."""
+
+MAX_NUMBERS = 1 << 40
+"""Numbers that the steps of a program read and give at most: each takes time, also of a tensor that repeats one."""
 
 MAX_STEPS = 200_000
 _MAX_INTEGER = 1 << 62
@@ -79,6 +83,7 @@ _INTEGERS: Mapping[str, Callable[..., Any]] = {
 }
 """Functions of lengths, which are numbers of Python's."""
 
+_COUNTS = ("sym_size", "sym_numel")
 _OFF = {"train": False, "training": False, "dropout_p": 0.0}
 """Arguments that would make an operator draw random numbers, or learn."""
 
@@ -209,6 +214,11 @@ def _open(name: str) -> Any:
     called = getattr(operators, overload) if operators is not None and overload in operators.overloads() else None
     if called is None or called._schema.is_mutable:
         raise BadInput(f"weights: refused a program with {plain(repr(name), 80)}, which this torch does not have")
+    # Others are functions of texts and lists, which no bound of memory covers.
+    if any(str(each.type) not in ("Tensor", "List[Tensor]") for each in called._schema.returns) and (
+        packet not in _COUNTS or str(called._schema.arguments[0].type) != "Tensor"
+    ):
+        raise BadInput(f"weights: refused a program with {plain(repr(name), 80)}, which gives no tensor")
     # Of those on the list, this one's shape follows from values only where a mask selects.
     if torch.Tag.dynamic_output_shape in called.tags and packet != "index":
         raise BadInput(f"weights: refused a program in which a record's values decide what {name} gives back")
@@ -249,6 +259,7 @@ class _Runner:
 
     def _run(self, tensors: Sequence[Tensor], input_1: Tensor, *, measured: bool) -> Tensor:
         values: dict[int, Any] = dict(enumerate([*tensors, input_1]))
+        num_read = 0
         for step, call, gone in zip(self._program.steps, self._calls, self._gone, strict=True):
             arguments = {name: _fill(value, values) for name, value in step.arguments.items()}
             try:
@@ -263,6 +274,11 @@ class _Runner:
             values.update(zip(step.outputs, given, strict=False))
             if measured and _count_bytes(values) > MAX_MEMORY:
                 raise BadInput(f"weights: refused a program of which a record takes more than {MAX_MEMORY >> 30} GiB")
+            num_read += count_numbers([*arguments.values(), *given]) if measured else 0
+            if num_read > MAX_NUMBERS:
+                raise BadInput(
+                    "weights: refused a program of which a record takes too many numbers one after the other"
+                )
             for at in gone:
                 values.pop(at, None)
         result = values[self._program.result]
@@ -287,6 +303,8 @@ def _fill(value: Any, values: Mapping[int, Any]) -> Any:
 
 def _call(call: Any, step: Step, arguments: Mapping[str, Any], device: torch.device) -> list[Any]:
     if step.name.startswith("int."):
+        if any(type(value) not in (int, float, bool) for value in arguments.values()):
+            raise BadInput("weights: refused a program that counts with what is no number")
         number = call(*arguments.values())
         if abs(number) > _MAX_INTEGER:
             raise BadInput("weights: refused a program that counts beyond all lengths")
@@ -295,6 +313,7 @@ def _call(call: Any, step: Step, arguments: Mapping[str, Any], device: torch.dev
         for index in arguments.get("indices") or ():
             if index is not None and index.dtype not in (torch.int64, torch.int32):
                 raise BadInput("weights: refused a program in which a record's values decide what index gives back")
+    check_operands(step.name, arguments)
     if any(each.name == "device" for each in call._schema.arguments):
         arguments = {**arguments, "device": device}
     given = call(**arguments)
