@@ -237,7 +237,7 @@ class _Balances:
         self._numbers = {_describe(self.histories[0]): 0}
         self._times_S = np.zeros(num_sites, np.int64)
         self._line_S = np.full(num_sites, -1)
-        self._committed_S = np.zeros(num_sites, np.bool_)
+        self._answered_S = np.full(num_sites, -1)
         self._requests: dict[int, str] = {}
         self._runs: set[str] = set()
 
@@ -263,7 +263,7 @@ class _Balances:
         """
         this_S = self.newest_S == round_
         same = np.array([number for number, each in self._requests.items() if each == request], np.int64)
-        other_S = self._committed_S & ~np.isin(self._line_S, same)
+        other_S = (self._answered_S >= 0) & ~np.isin(self._answered_S, same)
         found: Mask = (self.newest_S > round_) | (this_S & (other_S | (self._times_S >= most_charges)))
         return found
 
@@ -294,13 +294,14 @@ class _Balances:
                         ),
                     )
                 self._times_S[sites_S] = np.where(again_S[sites_S], self._times_S[sites_S], 0) + 1
+                self._answered_S[sites_S & ~again_S] = -1
                 self.newest_S[sites_S], self._line_S[sites_S] = event.round, number
-                self._committed_S[sites_S] = False
                 # Only lines of the newest round are ever compared.
-                self._requests = {line: each for line, each in self._requests.items() if line in self._line_S}
+                known = {*np.unique(self._line_S).tolist(), *np.unique(self._answered_S).tolist()}
+                self._requests = {line: each for line, each in self._requests.items() if line in known}
                 self._requests[number] = event.request
             case ChargeCommitted():
-                self._committed_S |= self._line_S == event.reserved
+                self._answered_S[self._line_S == event.reserved] = event.reserved
             case SitesReleased():
                 self._runs.discard(event.run)
                 self._move(np.ones(len(self.history_S), np.bool_), lambda history: replace(history, earmarks={}))

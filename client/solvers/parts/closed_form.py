@@ -57,7 +57,7 @@ SLOPE_BITS = 20
 _BLOCK_VALUES = 2**20
 """Features of a block in double precision: 8 MiB."""
 
-_BLOCK_OUTPUTS = 2**15
+BLOCK_OUTPUTS = 2**15
 """Outputs of a block: below torch's grain, so that no operation on single values is divided among threads."""
 
 _MOST_REFINED = 2**22
@@ -444,7 +444,7 @@ def split_blocks(
     for name, own in inputs.items():
         values = own.rows.integers[0].numel() if len(own.unit_R) else 0
         positions = max(1, values // max(1, own.rows.integers.shape[-1])) if values else 1
-        outputs = positions * widths[name] * (_BLOCK_VALUES / _BLOCK_OUTPUTS)
+        outputs = positions * widths[name] * (_BLOCK_VALUES / BLOCK_OUTPUTS)
         cost = max(cost, max(values, outputs) * len(own.unit_R) / max(1, num_units))
         # Fewer records would be filled up to whole lanes, and the slopes of what is added be computed in vain.
         lanes = max(lanes, min(own.lanes, _BLOCK_VALUES // max(1, values)) if own.positions is not None else 1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from client.solvers.parts import objective
 from client.solvers.parts.closed_form import (
+    BLOCK_OUTPUTS,
     MOST_CANCELLATION,
     MOST_RECORDS,
     Inputs,
@@ -44,9 +45,6 @@ from common.privacy.noise import NoiseStream
 from common.run import Rates
 from common.tasks import Task
 from common.types import Plan
-
-_BLOCK_OUTPUTS = 2**15
-"""Outputs of a block of sites, as of a block of one site's units."""
 
 _BLOCK_VALUES = 2**21
 """Weights of a block of sites: five numbers of each are kept meanwhile, 80 MiB."""
@@ -108,7 +106,7 @@ class ManySites:
             return []
         outputs = [self._rows[name].count_S[sites] * shapes[0][0] for name, shapes in self._shapes.items()]
         largest = max(1, int(np.max(outputs)))
-        size = max(1, min(_BLOCK_OUTPUTS // largest, _BLOCK_VALUES // sum(self._flat.sizes)))
+        size = max(1, min(BLOCK_OUTPUTS // largest, _BLOCK_VALUES // sum(self._flat.sizes)))
         return [sites[start : start + size] for start in range(0, len(sites), size)]
 
     def split(self, change_SN: NDArray[np.float32]) -> dict[str, dict[str, NDArray[np.float32]]]:

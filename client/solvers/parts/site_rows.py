@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.solvers.parts.closed_form import LANES, Inputs, OutputGradient, bound_rounding, pad_rows
+from client.solvers.parts.closed_form import BLOCK_OUTPUTS, LANES, Inputs, OutputGradient, bound_rounding, pad_rows
 from client.solvers.parts.compiled_step import HEAD_FIELDS
 
 HEAD = np.dtype([(name, np.float64 if kind is ctypes.c_double else np.int64) for name, kind in HEAD_FIELDS])
@@ -151,4 +151,7 @@ class SiteBlock:
         count = int(self.heads_S["R"].sum())
         # As `pad_rows`: rows that are added are the first one's.
         self._outputs_RK[count:] = self._outputs_RK[:1]
-        return output_gradient(self._outputs_RK, self._labels)[:count].double().contiguous()
+        # Threads would divide more outputs between lanes, where a row's last bits depend on how many others there are.
+        size = max(1, BLOCK_OUTPUTS // (LANES * self._outputs_RK.shape[1])) * LANES
+        parts = zip(self._outputs_RK.split(size), self._labels.split(size), strict=True)
+        return torch.cat([output_gradient(*part) for part in parts])[:count].double().contiguous()

@@ -114,6 +114,16 @@ def test_a_round_that_was_answered_is_not_charged_to_another_request(tmp_path: P
     assert ask(2, "01") == [True, True, False, False, False], "it was answered already, to another request"
 
 
+def test_a_round_that_was_answered_stays_so_where_a_crash_cut_it_off_when_it_was_asked_again(tmp_path: Path) -> None:
+    shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+    named = {"run": "run", "round": 1, "most_charges": 9}
+    shared.commit(shared.reserve(gaussian(9.0), EVERYONE, request="aa", **named))
+    assert shared.reserve(gaussian(9.0), masked({0, 1}), request="aa", **named).granted_S.sum() == 2
+    again = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)
+    assert again.reserve(gaussian(9.0), EVERYONE, request="bb", **named).answered_S.all()
+    assert again.reserve(gaussian(9.0), masked({0}), request="aa", **named).granted_S[0]
+
+
 def test_a_round_is_charged_again_a_few_times_after_crashes_and_then_no_more(tmp_path: Path) -> None:
     for left in (True, True, True, False):
         shared = SharedLedger.open(tmp_path / "shared", NAMES, TERMS)

@@ -299,7 +299,7 @@ def test_a_sample_of_which_only_the_members_are_read_has_their_sum() -> None:
 def test_a_sample_of_maps_too_large_for_one_block_is_summed_in_parts() -> None:
     wide: dict[str, Task] = {"map": PerPixel(classes=4096)}
     head = {"map": wide["map"].head(FEATURES)}
-    count = 1 + 2 * closed_form._BLOCK_OUTPUTS // (4096 * 2)
+    count = 1 + 2 * closed_form.BLOCK_OUTPUTS // (4096 * 2)
     generator = torch.Generator().manual_seed(3)
     maps, labels = torch.randn(count, FEATURES, 1, 2, generator=generator), torch.zeros(count, 1, 2, dtype=torch.long)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from client.solvers import ManySitesSolver, open_solver
 from client.solvers.parts.many_sites import ManySites
 from client.solvers.parts.many_units import ManyUnits
+from client.solvers.parts.site_rows import HEAD, SiteBlock
 from common.privacy.compiled import open_library
 from common.privacy.noise import NoiseStream
 from common.types import Delta, Plan, RunFailed, Unit
@@ -145,3 +146,19 @@ def test_sites_that_do_not_add_up_in_double_precision_are_left_to_their_own_solv
     units = divide([*few, *many, *long_], homes, ["grade"], 3)
     tasks = {"grade": TASKS["grade"]}
     assert ManySites(draw_heads(tasks), tasks, units).fits.tolist() == [True, False, False]
+
+
+def test_no_slope_depends_on_how_many_threads_share_a_large_sites_records() -> None:
+    """Where threads divide rows between lanes, the last row of a part has an exponential with other last bits."""
+    heads, count = np.zeros(1, HEAD), 70_000
+    heads["R"] = count
+    outputs_RK = torch.randn(count + -count % 64, 1, dtype=torch.double, generator=torch.Generator().manual_seed(5)) * 3
+    block = SiteBlock(torch.zeros(len(outputs_RK), 1), outputs_RK, heads, np.array([count]), [])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        slopes = block.evaluate_slopes(lambda outputs, labels: torch.sigmoid(outputs) - labels)
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.cat([torch.sigmoid(part.contiguous()) for part in outputs_RK.split(64)])[:count]
+    assert torch.equal(slopes, alone)
