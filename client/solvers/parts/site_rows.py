@@ -153,5 +153,5 @@ class SiteBlock:
         self._outputs_RK[count:] = self._outputs_RK[:1]
         # Threads would divide more outputs between lanes, where a row's last bits depend on how many others there are.
         size = max(1, BLOCK_OUTPUTS // (LANES * self._outputs_RK.shape[1])) * LANES
-        parts = zip(self._outputs_RK.split(size), self._labels.split(size), strict=True)
+        parts = zip(torch.split(self._outputs_RK, size), torch.split(self._labels, size), strict=True)
         return torch.cat([output_gradient(*part) for part in parts])[:count].double().contiguous()

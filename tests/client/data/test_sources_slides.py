@@ -128,6 +128,16 @@ def test_a_damaged_slide_is_a_bad_record_without_its_name(slide: Path, keep: int
     assert "q7" not in str(error.value)
 
 
+def test_a_slide_that_claims_huge_tiles_is_a_bad_record_and_does_not_end_the_process(slide: Path) -> None:
+    path = slide / "q7-ann.tif"
+    data = path.read_bytes()
+    for tag in (322, 323):  # Width and length of a tile, of the first level alone.
+        data = data.replace(struct.pack("<HHII", tag, 4, 1, SIDE), struct.pack("<HHII", tag, 4, 1, 1 << 20), 1)
+    path.write_bytes(data)
+    with pytest.raises(BadRecord, match="stored in tiles of at most 178 million pixels"):
+        opened(slide, ["q7-ann.tif"]).load(0)
+
+
 def test_the_numbers_that_choose_tiles_are_in_the_digest(slide: Path) -> None:
     digests = {
         opened(slide, ["q7-ann.tif"], **changes).digest()

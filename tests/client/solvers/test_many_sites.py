@@ -160,5 +160,5 @@ def test_no_slope_depends_on_how_many_threads_share_a_large_sites_records() -> N
         slopes = block.evaluate_slopes(lambda outputs, labels: torch.sigmoid(outputs) - labels)
     finally:
         torch.set_num_threads(threads)
-    alone = torch.cat([torch.sigmoid(part.contiguous()) for part in outputs_RK.split(64)])[:count]
+    alone = torch.cat([torch.sigmoid(part.contiguous()) for part in torch.split(outputs_RK, 64)])[:count]
     assert torch.equal(slopes, alone)

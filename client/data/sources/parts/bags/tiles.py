@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def list_slide_tiles(path: Path, rule: TileRule) -> Several:
     require_file(path, "slide")
     try:
         slide: Any = openslide.OpenSlide(path)
+        _check_stored_tiles(slide.properties)
         places = _find_tissue(slide, rule)
     except openslide.OpenSlideError:
         # From None: its messages may name the file.
@@ -113,6 +115,14 @@ def list_slide_tiles(path: Path, rule: TileRule) -> Several:
             raise BadRecord("a tile that cannot be read") from None
 
     return Several(Items(spread(len(places), min(rule.max_tiles, MAX_ITEMS)), read))
+
+
+def _check_stored_tiles(properties: Mapping[str, str]) -> None:
+    """Refuses a file that claims huge tiles of its own: openslide ends the process where memory does not suffice."""
+    for level in range(int(properties["openslide.level-count"])):
+        sizes = [properties.get(f"openslide.level[{level}].tile-{side}", "0") for side in ("width", "height")]
+        if int(sizes[0]) * int(sizes[1]) > MAX_MEGAPIXELS * 10**6:
+            raise BadRecord(f"expected a slide stored in tiles of at most {MAX_MEGAPIXELS} million pixels")
 
 
 def _find_tissue(slide: Any, rule: TileRule) -> list[tuple[int, int]]:
