@@ -6,7 +6,7 @@ import difflib
 import errno
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -60,6 +60,11 @@ def explain_os_error(error: OSError) -> str:
     reason = _REASONS.get(error.errno or 0, error.strerror or plain(str(error), 200) or type(error).__name__)
     name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
     return f"{plain(str(name))}: {reason}" if name else reason
+
+
+def list_some(words: Sequence[str], most: int = 8) -> str:
+    """Returns a list of names, cut after so many: a message on hundreds of sites is read too."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 _OPTIONS = ("function-", "literal[", "dict[", "list[", "constrained-")

@@ -46,6 +46,7 @@ from client.protocol.requirements import (
 )
 from client.protocol.site import Joined, SiteDeclined, check_allowed, find_sum_rules, make_plan, plan_measurement
 from common.backbones import CacheBits
+from common.errors import list_some
 from common.model.advice import estimate_points, list_contradictions
 from common.model.forecast import Forecast, forecast_loss
 from common.model.guessing import Totals, compute_v, explain_hopeless
@@ -205,14 +206,23 @@ def as_json(outlook: RunPlan) -> dict[str, Any]:
 
 
 def table(outlooks: list[RunPlan]) -> Table:
-    """The outlooks side by side, one site a column, each epsilon rounded up."""
+    """The outlooks side by side, each epsilon rounded up: a site a column, or many alike."""
     first = outlooks[0]
     title = f"plan: {first.rounds} round(s); epsilon per {first.unit}, {first.relation}, delta {first.delta:g}"
-    made = Table("", *(each.site for each in outlooks), title=title, title_justify="left")
-    trains = any(each.trunk_parameters for each in outlooks)
     rows = _ROWS | (_PLACES_ROWS if any(each.cache_mib for each in outlooks) else {})
-    for name, cell in (rows | _TRUNK_ROWS if trains else rows).items():
-        made.add_row(name, *(cell(each) for each in outlooks))
+    rows |= _TRUNK_ROWS if any(each.trunk_parameters for each in outlooks) else {}
+    columns = [(each.site, tuple(cell(each) for cell in rows.values())) for each in outlooks]
+    if len(columns) > _MOST_COLUMNS:
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for site, cells in columns:
+            alike.setdefault(cells, []).append(site)
+        columns = [(list_some(sites, 1), cells) for cells, sites in alike.items()]
+    kept = columns[:_MOST_COLUMNS]
+    made = Table("", *(site for site, _ in kept), title=title, title_justify="left")
+    for name, *cells in zip(rows, *(cells for _, cells in kept), strict=True):
+        made.add_row(name, *cells)
+    if len(columns) > len(kept):
+        made.caption = f"left out: {len(columns) - len(kept)} column(s) of sites with other numbers; `--json` has all"
     return made
 
 
@@ -229,6 +239,10 @@ features on disk of the declared units, where a record has features at many plac
                  `cache_limit_gib` nothing is encoded
 trunk            the same of what trains of a backbone (`trainable`), alone: above 1 over the run a warning says so"""
 """Meanings of those rows of `table` that do not speak for themselves."""
+
+
+_MOST_COLUMNS = 8
+"""Of a table on a terminal."""
 
 
 def _shown_up(epsilon: float) -> str:

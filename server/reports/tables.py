@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import list_some
 from common.events import PERSONAL, AuditSummary, Calibration, Interval, SiteSummary, Summary
 from common.privacy.accounting import round_up
 from common.process.lines import describe_duration
@@ -38,6 +39,10 @@ def render_summary(summary: Summary) -> Group:
         results.append(_render_evaluations(summary))
     footnote = Text(_write_footnote(summary, evaluated), no_wrap=True, overflow="ignore")
     return Group(*results, _render_sites(summary), footnote)
+
+
+_MOST_ROWS = 20
+"""Number of sites from which on those that have the same row share it."""
 
 
 def _new_table(title: str | None, left: Sequence[str], right: Sequence[str] = ()) -> Table:
@@ -131,10 +136,10 @@ def _add_calibration(table: Table, calibration: Calibration) -> None:
 def _render_sites(summary: Summary) -> Table:
     columns = ["site", "tasks", "status", "rounds", "epsilon\nof budget", "delta", "unit\nneighbours"]
     table = _new_table("sites", columns)
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name, site in summary.sites.items():
         tasks = [task for task, result in summary.tasks.items() if name in result.sites]
-        table.add_row(
-            name,
+        cells = (
             ", ".join(tasks),
             _format_status(site),
             str(site.rounds),
@@ -142,6 +147,9 @@ def _render_sites(summary: Summary) -> Table:
             f"{site.delta:g}" if site.delta else "",
             f"{site.unit}\n{site.relation}" if site.unit else "",
         )
+        rows.setdefault(cells if len(summary.sites) > _MOST_ROWS else (*cells, name), []).append(name)
+    for cells, names in rows.items():
+        table.add_row(list_some(names, 1), *cells[: len(columns) - 1])
     return table
 
 
@@ -161,15 +169,17 @@ def _write_footnote(summary: Summary, evaluated: bool) -> str:
     down, up = _format_bytes(sizes.down_per_site_round), _format_bytes(sizes.up_per_site_round)
     status = "" if summary.status == "completed" else f"{summary.status}{missed}\n"
     times = f"{seconds.features:.1f} features, {seconds.training:.1f} training, {seconds.baselines:.1f} baselines"
-    left_out = "".join(
+    left_out = [
         f"{name}: {site.left_out.num_records} record(s) left out, listed in {site.left_out.path}\n"
         for name, site in summary.sites.items()
         if site.left_out
-    )
+    ]
+    if len(left_out) > _MOST_ROWS:
+        left_out[_MOST_ROWS:] = [f"{len(left_out) - _MOST_ROWS} more sites left records out: see summary.json\n"]
     backbone = _format_bytes(sizes.backbone_per_site)
     view = "Baselines and pooled metrics are the simulator's own view, outside the privacy promise."
     return (
-        f"{left_out}{status}{_describe_audit(summary.audit)}bytes per site and round: {down} down, {up} up; "
+        f"{''.join(left_out)}{status}{_describe_audit(summary.audit)}bytes per site and round: {down} down, {up} up; "
         f"backbone once per site: {backbone}\n"
         f"seconds: {seconds.total:.1f} in all; {times}" + (f"\n{view}" if evaluated else "")
     )
@@ -178,7 +188,7 @@ def _write_footnote(summary: Summary, evaluated: bool) -> str:
 def _list_missed(sites: Mapping[str, int], tasks: Mapping[str, int]) -> str:
     """Returns the sites and tasks that missed rounds, as the end of a line; an empty text where none did."""
     missed = [*sites.items(), *((f"task {name}", count) for name, count in tasks.items())]
-    return "; missed rounds: " + ", ".join(f"{name} {count}" for name, count in missed) if missed else ""
+    return "; missed rounds: " + list_some([f"{name} {count}" for name, count in missed], _MOST_ROWS) if missed else ""
 
 
 def _describe_audit(audit: AuditSummary) -> str:

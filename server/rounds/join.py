@@ -14,10 +14,10 @@ from common import messages
 from common.events import BackboneSent, SiteJoined
 from common.offers import SentBackbone, list_digests, make_offer
 from common.run import MAX_PUBLIC_SIZE, RunConfig
-from common.types import BackboneBlob, BadInput, RunFailed, explain_rejection
+from common.types import BackboneBlob, BadInput, RunFailed
 from server.rounds.aggregators import count_required_updates
 from server.rounds.messenger import Answers, Messenger, Participant
-from server.rounds.replies import MAY_CHANGE, Rejected
+from server.rounds.replies import MAY_CHANGE, Rejected, describe_reasons
 
 _POLL_S = 0.2
 _ASK_AGAIN_S = 5.0
@@ -334,6 +334,5 @@ def describe_missing_quorum(run: RunConfig, participants: Mapping[str, Participa
 
 def _describe_reasons(rejected: Mapping[int, Rejected], node_ids: Mapping[int, str] | None, present: set[int]) -> str:
     names = node_ids or {}
-    reasons = [f"{item.name(names)}: {explain_rejection(item.reason)}" for _, item in sorted(rejected.items())]
-    reasons += [f"{name}: not connected" for node, name in sorted(names.items()) if node not in present]
-    return "; ".join(reasons) or "no other site was connected"
+    absent = [Rejected(node, "not connected") for node in names if node not in present]
+    return describe_reasons([*rejected.values(), *absent], names) or "no other site was connected"

@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Message
 
 from common import messages
+from common.errors import list_some
 from common.events import AcceptedUpdate
 from common.flower import ErrorCode
 from common.model.moments import MOST_STORED_NOISE
@@ -86,9 +87,11 @@ class RoundUpdates:
 
 
 def describe_reasons(rejected: Iterable[Rejected], names: Mapping[int, str]) -> str:
-    """Returns each site's name with the reason why its reply is missing."""
-    ordered = sorted(rejected, key=lambda item: item.name(names))
-    return "; ".join(f"{item.name(names)}: {explain_rejection(item.reason)}" for item in ordered)
+    """Returns the sites' names with the reason why their replies are missing, once for all that have the same."""
+    sites: dict[str, list[str]] = {}
+    for item in sorted(rejected, key=lambda item: item.name(names)):
+        sites.setdefault(item.reason, []).append(item.name(names))
+    return "; ".join(f"{list_some(alike)}: {explain_rejection(reason)}" for reason, alike in sites.items())
 
 
 class _SiteDeclined(BadInput):

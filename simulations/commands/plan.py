@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from client.protocol.plan import LEGEND, as_json, describe_forecasts, table
+from common.errors import list_some
 from common.process.console import EXIT_FAILED, reported_errors
 from common.yaml import load
 from simulations.commands.parts.options import Anyway, Json, Set, SimulationFile
@@ -43,7 +44,7 @@ def plan(config: SimulationFile, set_: Set = None, anyway: Anyway = False, json_
                 for warning in each.warnings:
                     warned.setdefault(warning, []).append(each.site)
             for warning, names in warned.items():
-                typer.echo(f"warning: {', '.join(names)}: {warning}")
+                typer.echo(f"warning: {list_some(names)}: {warning}")
         hopeless = all(each.hopeless for each in outlooks) and not anyway
         if hopeless or all(each.declines for each in outlooks):
             raise typer.Exit(EXIT_FAILED)

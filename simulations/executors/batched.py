@@ -194,7 +194,7 @@ class BatchedSites:
                 messenger.journal.write(self._describe_joined(each))
         problem = describe_missing_quorum(run, {each.site: each for each in participants})
         if problem is not None:
-            raise RunFailed(f"{problem}: {describe_reasons(rejected[:3], {})}")
+            raise RunFailed(f"{problem}: {describe_reasons(rejected, {})}")
         messenger.observe("joined", len(participants), len(participants))
         self.prepare()
         self._open()
@@ -282,7 +282,7 @@ class BatchedSites:
         messenger.write_rejected(rejected, map_names(cohort), "train", round_)
         missing = Quorum.of(run, map_groups(cohort), {}).describe_missing([FIRST_NODE_ID + number for number in deltas])
         if missing is not None:
-            raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(rejected[:3], map_names(cohort))}")
+            raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(rejected, map_names(cohort))}")
         pairs = {by_site[number].site: (by_site[number], delta) for number, delta in deltas.items()}
         return gather_updates(run, heads, accepted, pairs)
 

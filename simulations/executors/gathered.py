@@ -56,24 +56,35 @@ def check_gathered(config: SimulationConfig) -> None:
         BadInput: it is not; the message names the executor that takes it.
     """
     run, used = config.run, {task.source for task in config.tasks.values()}
+    trained, baselines = ", ".join(run.trainable), [name for name in config.baselines if name not in _BASELINES]
     reasons = {
-        "partition.kind": (config.partition.kind == "natural", "one source that is divided into sites"),
-        "sources": (len(used) > 1, "one source for all tasks"),
-        "leave_out": (config.leave_out is not None, "no site that is left out"),
-        "run.trust": (run.trust is not None, "no secure sum"),
-        "run.trainable": (bool(run.trainable), "frozen backbones"),
-        "run.moments": (run.moments is not None, "nothing that is measured before the first round"),
-        "run.evaluation": (run.evaluation is not None, "no evaluation at the sites"),
-        "evaluation": (config.evaluation != "local", "`local`"),
-        "personal": (config.personal != "none", "`none`"),
-        "baselines": (not set(config.baselines) <= _BASELINES, f"some of {', '.join(sorted(_BASELINES))}"),
+        "partition.kind": ("one source that is divided", "`natural`" if config.partition.kind == "natural" else ""),
+        "sources": ("one source for all tasks", ", ".join(sorted(used)) if len(used) > 1 else ""),
+        "leave_out": ("no site that is left out", config.leave_out),
+        "run.trust": ("no secure sum", run.trust and f"`{run.trust}`"),
+        "run.trainable": ("frozen backbones", trained and f"parts of {trained}"),
+        "run.moments": ("nothing that is measured before the first round", run.moments and _explain_moments(run)),
+        "run.evaluation": ("no evaluation at the sites", run.evaluation and "one"),
+        "evaluation": ("`local`", "" if config.evaluation == "local" else "shares of the sites' budgets"),
+        "personal": ("`none`", "" if config.personal == "none" else f"`{config.personal}`"),
+        "baselines": (f"some of {', '.join(sorted(_BASELINES))}", ", ".join(baselines)),
     }
-    for key, (is_other, expected) in reasons.items():
-        if is_other:
+    for key, (expected, got) in reasons.items():
+        if got:
             raise BadInput(
-                f"{key}: expected {expected} with `executor.kind: batched`, got another; `executor.kind: in_process` "
+                f"{key}: expected {expected} with `executor.kind: batched`, got {got}; `executor.kind: in_process` "
                 "takes it"
             )
+
+
+def _explain_moments(run: RunConfig) -> str:
+    """Returns what measures something, and how to do without it."""
+    if not run.chosen:
+        return "`moments`"
+    return (
+        "`solver: {kind: auto}`, which measures; name the settings, such as `solver: {kind: dp_gd, steps: 2, "
+        "clip_norm: 1.0, learning_rate: 1.0}`, `rounds: 20` and `aggregation: {kind: mean}`"
+    )
 
 
 def gather_sites(config: SimulationConfig, folder: Path, *, non_private: bool = False) -> SiteConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,6 +182,15 @@ def test_what_it_does_not_take_is_refused_in_a_sentence_that_names_in_process(
 ) -> None:
     with pytest.raises(BadInput, match=rf"{key}: expected .*`executor.kind: in_process` takes it"):
         run(simulation_file, overrides=["executor.kind=batched", *ONE_STEP, override], out=tmp_path / "run")
+
+
+def test_auto_measures_and_is_refused_with_settings_to_take_instead(simulation_file: Path, tmp_path: Path) -> None:
+    auto = ["executor.kind=batched", "run.solver={kind: auto}", "run.aggregation=null"]
+    with pytest.raises(BadInput, match=r"got `solver: \{kind: auto\}`, which measures") as error:
+        run(simulation_file, overrides=auto, out=tmp_path / "run")
+    solver, rounds, aggregation = re.findall(r"`(?:solver|rounds|aggregation): ([^`]+)`", str(error.value))[1:]
+    instead = [f"run.solver={solver}", f"run.rounds={rounds}", f"run.aggregation={aggregation}"]
+    run_on(simulation_file, "batched", tmp_path, instead)
 
 
 @pytest.mark.slow

@@ -197,6 +197,16 @@ def test_a_plan_says_what_its_rows_mean(command: Command) -> None:
     assert "legend" not in json.loads(command("plan", options=("--json",)).stdout)
 
 
+def test_a_plan_of_many_sites_has_one_column_for_those_with_equal_numbers(command: Command) -> None:
+    result = command("plan", "partition.num_sites=40", "tasks.colour.public_size=2")
+    assert "┃ site-01 and 39 more ┃" in result.stdout and "site-02 " not in result.stdout
+    (warning, *_) = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: site-01, site-02, ") and " and 32 more: " in warning
+    sizes = ", ".join(f"site-{number}: {10 + number}" for number in range(1, 10))
+    unlike = command("plan", "partition.num_sites=9", f"tasks.colour.public_size={{{sizes}}}").stdout
+    assert "left out: 1 column(s) of sites with other numbers; `--json` has all" in " ".join(unlike.split())
+
+
 def test_a_run_that_cannot_be_better_than_guessing_is_refused_unless_told_otherwise(
     command: Command, tmp_path: Path
 ) -> None:

@@ -78,6 +78,17 @@ def test_the_tables_name_unit_and_neighbours_beside_epsilon(events: list[RunEven
     assert "add_remove" in text and "example" in text and "1e-05" in text
 
 
+def test_many_sites_with_equal_rows_share_one(events: list[RunEvent]) -> None:
+    summary = summarize(events)
+    east = summary.sites["east"]
+    many = summary.model_copy(update={"sites": summary.sites | {f"east-{number}": east for number in range(30)}})
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render_summary(many))
+    console.file.close()
+    rows = [line for line in console.export_text().splitlines() if "completed" in line]
+    assert len(rows) == 2 and "east-0 and 29 more" in rows[1]  # `east` alone has tasks.
+
+
 def test_the_journal_on_disk_gives_the_same_summary(tmp_path: Path) -> None:
     _, events = federate(tmp_path / "run", [site_config(tmp_path, "east")])
     assert summarize(read_run_journal(tmp_path / "run" / "journal.jsonl")) == summarize(events)
