@@ -452,7 +452,7 @@ def test_a_new_format_exports_what_is_there_and_a_backbone_without_raw_inputs_is
     assert done.returncode == 0, done.stdout + done.stderr
     assert (rooms / "names" / "names.txt").read_text() == "none\nglioma\nmeningioma"
     refused = python(rooms, "-m", "headwater", "export", "spectra", "no", "--format", "names")
-    assert refused.returncode == 2 and "expected a kind with raw inputs" in refused.stderr
+    assert refused.returncode == 2 and "--without-backbone backbone" in refused.stderr
     assert not (rooms / "no").exists()
 
 

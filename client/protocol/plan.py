@@ -219,8 +219,8 @@ def table(outlooks: list[RunPlan]) -> Table:
         columns = [(list_some(sites, 1), cells) for cells, sites in alike.items()]
     kept = columns[:_MOST_COLUMNS]
     made = Table("", *(site for site, _ in kept), title=title, title_justify="left")
-    for name, *cells in zip(rows, *(cells for _, cells in kept), strict=True):
-        made.add_row(name, *cells)
+    for line in zip(rows, *(cells for _, cells in kept), strict=True):
+        made.add_row(*line)
     if len(columns) > len(kept):
         made.caption = f"left out: {len(columns) - len(kept)} column(s) of sites with other numbers; `--json` has all"
     return made
@@ -242,7 +242,7 @@ trunk            the same of what trains of a backbone (`trainable`), alone: abo
 
 
 _MOST_COLUMNS = 8
-"""Of a table on a terminal."""
+"""Number of columns of numbers that a terminal shows."""
 
 
 def _shown_up(epsilon: float) -> str:

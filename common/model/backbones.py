@@ -351,8 +351,14 @@ def open_backbones(
     for name, spec in run.backbone_specs.items():
         key = prefix + run.backbone_key(name)
         opened[name] = opened_by(spec, key)
-        if name in run.stated_weights and opened_by is open_pretrained:
-            run.stated_weights[name].check(opened[name].digest, key)
+        stated = run.stated_weights.get(name) if opened_by is open_pretrained else None
+        if stated is not None and stated.digest and stated.part:
+            # The digest of the whole covers more: the part is opened once by itself.
+            part_key = f"{key}.{stated.part}"
+            whole = resolve("common.backbones", spec, key).model_dump(mode="json", by_alias=True)
+            stated.check(open_pretrained(whole[stated.part], part_key).digest, part_key)
+        elif stated is not None:
+            stated.check(opened[name].digest, key)
     return opened
 
 

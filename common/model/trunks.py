@@ -100,8 +100,12 @@ def create_modules(
     tasks = open_on_backbones(tasks, {name: backbones[own[name]].language for name in tasks})
     for name, task in tasks.items():
         if pools_items(task) != (backbones[own[name]].bag is not None):
-            expected = "a backbone of kind bag" if pools_items(task) else "a head with `pooling` on a backbone of bags"
-            raise BadInput(f"tasks.{name}: expected {expected}, got another")
+            raise BadInput(
+                f"tasks.{name}.head.pooling: expected none but on a backbone of kind bag, got one"
+                if pools_items(task)
+                else f"tasks.{name}.head: expected `pooling`, such as attention, on a backbone of kind bag (a "
+                "classification, multilabel, regression or survival), got none"
+            )
         if isinstance(task, PlacesLabels) and not backbones[own[name]].num_marks:
             raise BadInput(
                 f"tasks.{name}: expected a backbone with `pooling: frames` for a task of kind {task.kind}, got one "

@@ -225,7 +225,9 @@ class Model:
         own = self.backbones[backbone]
         if own.open_raw is None:
             raise BadInput(
-                f"backbone {backbone}: expected a kind with raw inputs (`Architecture.open_raw`), got {own.kind.kind!r}"
+                f"backbone {backbone}: expected one whose records other programs can prepare, got kind "
+                f"{own.kind.kind!r}; `headwater predict` and `headwater.load` serve the model as it is, and `headwater "
+                f"export --without-backbone {backbone}` writes its heads, which begin at features"
             )
         return own.open_raw()
 

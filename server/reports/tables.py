@@ -139,7 +139,7 @@ def _render_sites(summary: Summary) -> Table:
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, site in summary.sites.items():
         tasks = [task for task, result in summary.tasks.items() if name in result.sites]
-        cells = (
+        cells: tuple[str, ...] = (
             ", ".join(tasks),
             _format_status(site),
             str(site.rounds),
@@ -148,8 +148,8 @@ def _render_sites(summary: Summary) -> Table:
             f"{site.unit}\n{site.relation}" if site.unit else "",
         )
         rows.setdefault(cells if len(summary.sites) > _MOST_ROWS else (*cells, name), []).append(name)
-    for cells, names in rows.items():
-        table.add_row(list_some(names, 1), *cells[: len(columns) - 1])
+    for row, names in rows.items():
+        table.add_row(list_some(names, 1), *row[: len(columns) - 1])
     return table
 
 

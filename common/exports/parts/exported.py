@@ -181,10 +181,11 @@ def select(model: Model, tasks: Sequence[str], without: Sequence[str], *, one_ta
     left_out = backbone in {_find_backbone(model, each) for each in without}
     for task in chosen:
         _check_texts(model.tasks[task], task, left_out)
-    raw = _open_features(model, backbone) if left_out else model.open_raw(backbone)
-    network = model.torch(*chosen)
     if left_out:
-        network = Network(nn.Identity(), nn.Identity(), [model.heads[task] for task in chosen])
+        raw, heads = _open_features(model, backbone), [model.heads[task] for task in chosen]
+        return Exported(model, chosen, backbone, left_out, raw, Network(nn.Identity(), nn.Identity(), heads))
+    raw = model.open_raw(backbone)
+    network = model.torch(*chosen)
     return Exported(model, chosen, backbone, left_out, raw, network)
 
 
@@ -210,13 +211,14 @@ def _find_backbone(model: Model, wanted: str) -> str:
 
 
 def _open_features(model: Model, backbone: str) -> RawInputs:
-    shape = (*model.backbones[backbone].grid, model.backbones[backbone].feature_dim)
-    digest = model.config.backbones[backbone].digest
-    tensor = RawTensor("features", "float32", shape, f"features of the backbone with digest {digest}")
+    own, digest = model.backbones[backbone], model.config.backbones[backbone].digest
+    meaning = f"features of the backbone with digest {digest}"
+    if own.num_marks:
+        meaning += "; the last value of a place is above 0, and all values are 0 at places behind a record's last"
+    tensor = RawTensor("features", "float32", (*own.grid, own.feature_dim), meaning)
 
     def prepare(item: Any) -> tuple[Tensor, ...]:
-        own = model.backbones[backbone]
-        return (own.encode([own.preprocess(item)])[0],)
+        return (model.encode(backbone, [item])[0],)
 
     return RawInputs((tensor,), nn.Identity(), [{"step": "encode", "digest": digest}], prepare)
 

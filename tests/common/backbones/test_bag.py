@@ -129,16 +129,20 @@ def test_what_cannot_be_an_item_is_refused(changes: dict[str, Any], said: str) -
 @pytest.mark.parametrize(
     ("backbone", "tasks", "said"),
     [
-        ({"kind": "identity", "dim": DIM}, RUN_TASKS, "expected a backbone of kind bag"),
+        (
+            {"kind": "identity", "dim": DIM},
+            RUN_TASKS,
+            "head.pooling: expected none but on a backbone of kind bag, got one",
+        ),
         (
             settings(),
             {"colour": {"kind": "classification", "labels": ["red", "blue"]}},
-            "expected a head with `pooling` on a backbone of bags",
+            "head: expected `pooling`, such as attention, on a backbone of kind bag",
         ),
         (
             settings(),
             {"colour": {"kind": "ctc", "symbols": ["red"], "unit": "words", "max_symbols": 2}},
-            "expected a head with `pooling` on a backbone of bags",
+            "head: expected `pooling`, such as attention, on a backbone of kind bag",
         ),
     ],
 )
@@ -146,7 +150,7 @@ def test_bags_and_heads_that_do_not_fit_are_refused_in_a_sentence(
     backbone: dict[str, Any], tasks: dict[str, Any], said: str
 ) -> None:
     run = run_config(backbone=backbone, tasks=tasks)
-    with pytest.raises(BadInput, match=re.escape(f"tasks.colour: {said}")):
+    with pytest.raises(BadInput, match=re.escape(f"tasks.colour.{said}")):
         create_modules(run, open_tasks(run), {"backbone": open_pretrained(backbone, "backbone")})
 
 

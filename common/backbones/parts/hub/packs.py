@@ -88,11 +88,13 @@ class StatedWeights:
         pack: name of the pack.
         digest: digest of the backbone with the pack's own settings; None where it is unknown, or settings are others.
         reason: why there is no digest to compare with; "" where there is one.
+        part: key of the settings that are the pack's, such as `encoder`; "" where all are.
     """
 
     pack: str
     digest: str | None
     reason: str = ""
+    part: str = ""
 
     def check(self, digest: str, key: str) -> None:
         """Compares the digest of the backbone that was opened with the pack's, where the pack states one.
@@ -163,15 +165,15 @@ def _state(pack: Pack, name: str, settings: Mapping[str, Any], *, is_inner: bool
         pack: the pack.
         name: its name.
         settings: settings of the backbone, with what stands beside the pack.
-        is_inner: whether the backbone is a part of another, whose digest covers more.
+        is_inner: whether the backbone is the encoder of another.
     """
     if pack.digest == "unknown":
         return StatedWeights(name, None, f"the digest of pack {name} is unknown: whatever weights are found are taken")
-    if is_inner or _drop_places(settings) != _drop_places(pack.backbone):
+    if _drop_places(settings) != _drop_places(pack.backbone):
         return StatedWeights(
             name, None, f"the settings are not those of pack {name} alone: its digest is of others and is not compared"
         )
-    return StatedWeights(name, pack.digest)
+    return StatedWeights(name, pack.digest, part="encoder" if is_inner else "")
 
 
 def _drop_places(settings: Mapping[str, Any]) -> dict[str, Any]:
