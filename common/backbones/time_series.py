@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import model_validator
 
 from common.backbones import Architecture, Example, Pretrained, Projection
+from common.backbones.parts.graphs.reads import MAX_INPUT
 from common.errors import instead
 from common.plugins import Frozen, LocalPath, Plugin
 from common.types import BadInput, BadRecord
@@ -41,6 +42,8 @@ class TimeSeriesFiles(Frozen):
         for key, least in (("num_input_channels", 1), ("context_length", 2)):
             if not isinstance(self.config.get(key), int) or not least <= self.config[key] <= 1 << 20:
                 raise ValueError(f"{key}: expected a number from {least} on in the model's config.json")
+        if 2 * self.config["num_input_channels"] * self.config["context_length"] > MAX_INPUT:
+            raise ValueError(f"context_length: expected inputs of at most {MAX_INPUT:,} numbers")
         return self
 
 

@@ -39,15 +39,16 @@ def normalise(name: str, **further: Any) -> list[Step]:
     ]
 
 
-def recur(rows: int, hidden: int, records: int = 1) -> list[Step]:
-    """Returns steps of an LSTM over the series, whose weights have so many rows."""
+def recur(rows: int, hidden: int, records: int = 1, depth: int = 0) -> list[Step]:
+    """Returns steps of an LSTM over the series, whose weights have so many rows, and a second state more axes."""
     weights = [{"at": 2}, {"at": 3}]
     plain = {"has_biases": False, "num_layers": 1, "dropout": 0.0, "train": False, "bidirectional": False}
-    arguments = {"input": INPUT, "hx": [LAST, LAST], "params": weights, **plain, "batch_first": True}
-    shapes = [(1, records, hidden), (rows, 6), (rows, hidden)]
+    arguments = {"input": INPUT, "hx": [LAST, {"at": 4}], "params": weights, **plain, "batch_first": True}
+    state = (1, records, hidden)
+    shapes = [state, (rows, 6), (rows, hidden), (*state, depth) if depth else state]
     return [
         *(make_ones(number, *shape) for number, shape in enumerate(shapes, 1)),
-        Step("lstm.input", arguments, [4, 5, 6]),
+        Step("lstm.input", arguments, [5, 6, 7]),
     ]
 
 
@@ -79,6 +80,7 @@ HOSTILE = {
     ],
     "lstm_rows": recur(4, 512),
     "lstm_records": recur(64, 16, records=2),
+    "lstm_states": recur(64, 16, depth=4),
     "weight_norm": [make_ones(1, 1), Step("_weight_norm.default", {"v": INPUT, "g": LAST, "dim": 0}, [2])],
     "resize": resize(0.001),
     "divide": divide("trunc"),

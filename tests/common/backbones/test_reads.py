@@ -89,3 +89,16 @@ def test_a_network_of_three_dimensions_reads_scans(tmp_path: Path) -> None:
     torch.testing.assert_close(features_BD, torch.tensor([[np.mean(sums), -np.mean(sums)]], dtype=torch.float32))
     with pytest.raises(BadInput, match="orientation: expected one side of each pair"):
         open_pretrained({**settings, "reads": {"volumes": {"size": [2, 3, 4], "orientation": "RLS"}}}, "backbone")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recordings": {"sample_rate": 8000, "samples": 80_000, "window": 40_000, "step": 1}},
+        {"series": {"length": 1 << 20, "channels": 4096}},
+        {"volumes": {"size": [2048, 2048, 2048]}},
+    ],
+)
+def test_an_input_of_any_size_cannot_be_asked_for(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected inputs of at most 536,870,912 numbers"):
+        Reads.model_validate(settings)

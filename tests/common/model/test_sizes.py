@@ -64,3 +64,39 @@ def test_only_what_this_thread_builds_counts_and_only_inside() -> None:
         with pytest.raises(BadInput):
             build()
     build()
+
+
+BOMBS = {
+    "labels": (
+        {
+            "kind": "transformers",
+            "modality": "text",
+            "pooling": "mean",
+            "files": {"config": {"model_type": "bert", "num_labels": 10**9}, "tokenizer_bytes": 9},
+        },
+        "expected numbers of layers and labels of at most 131,072",
+    ),
+    "rates": (
+        {"kind": "timm", "model": "vit_tiny_patch16_224", "options": {"depth": 10**9}},
+        "expected a network that counts to at most 16,777,216, got 1,000,000,000",
+    ),
+    "depths": (
+        {
+            "kind": "transformers",
+            "modality": "image",
+            "pooling": "mean",
+            "files": {
+                "config": {"model_type": "swin", "depths": [10**9], "num_heads": [1]},
+                "processor": {"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}},
+            },
+        },
+        "expected numbers of layers and labels of at most 4,096",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_numbers_that_a_network_counts_to_are_bounded(name: str) -> None:
+    settings, message = BOMBS[name]
+    with pytest.raises(BadInput, match=message):
+        load_blob(send(settings))

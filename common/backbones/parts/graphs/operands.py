@@ -58,6 +58,8 @@ def _check_recurrent(packet: str, overload: str, arguments: Mapping[str, Any]) -
         raise ValueError("expected series of one length")
     inputs, params, states = arguments["input"], arguments["params"], arguments["hx"]
     states = states if isinstance(states, list) else [states]
+    _expect(all(each.dim() == 3 for each in [inputs, *states]) and arguments["num_layers"] > 0)
+    _expect(len({each.dtype for each in [inputs, *params, *states]}) == 1)
     hidden, sides = states[0].shape[-1], 1 + bool(arguments["bidirectional"])
     if any(state.shape[-1] != hidden for state in states):
         return  # States of another width have an implementation that checks.
@@ -70,9 +72,8 @@ def _check_recurrent(packet: str, overload: str, arguments: Mapping[str, Any]) -
         for side in range(sides):
             first = (layer * sides + side) * len(wanted)
             _expect([tuple(each.shape) for each in params[first : first + len(wanted)]] == wanted)
-    _expect(inputs.dim() == 3 and all(tuple(state.shape) == expected for state in states))
+    _expect(all(tuple(state.shape) == expected for state in states))
     _expect(len(params) == arguments["num_layers"] * sides * (4 if arguments["has_biases"] else 2))
-    _expect(len({each.dtype for each in [inputs, *params, *states]}) == 1)
 
 
 def _check_norm(arguments: Mapping[str, Any]) -> None:

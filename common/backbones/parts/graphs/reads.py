@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MAX_INPUT = 1 << 29
+"""Numbers of one input at most: 2 GiB."""
+
+
 class RecordingForm(Frozen):
     """Settings of recordings.
 
@@ -114,7 +118,19 @@ class Reads(Frozen):
     def _check_one(self) -> Reads:
         if sum(each is not None for each in (self.pictures, self.recordings, self.series, self.volumes)) != 1:
             raise ValueError("expected exactly one of pictures, recordings, series and volumes")
+        if self._count() > MAX_INPUT:
+            raise ValueError(f"expected inputs of at most {MAX_INPUT:,} numbers, got {self._count():,}")
         return self
+
+    def _count(self) -> int:
+        if self.recordings is not None:
+            own = self.recordings
+            if own.window is None or own.step is None:
+                return own.samples
+            return own.window * (1 + (own.samples - own.window) // own.step)
+        if self.series is not None:
+            return self.series.length * self.series.channels
+        return math.prod(self.volumes.size) if self.volumes is not None else 0
 
     @property
     def windows(self) -> bool:

@@ -9,17 +9,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
 
 from common.backbones import Kind
 from common.types import BadInput
 
+MAX_COUNTED = 1 << 24
+"""Numbers that a network counts up to at most, such as rates of its layers or positions."""
+
 MAX_PARTS = 1_000_000
 """Layers of a network at most: also those without weights take memory and time."""
+
+
+@final
+class _BoundedCounting(TorchFunctionMode):
+    """Refuses rows of numbers that are longer than any network's: some are made on the CPU whatever device is asked."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = dict(kwargs or {})
+        if func in (torch.linspace, torch.arange, torch.logspace):
+            count = func(*args, **{**kwargs, "device": "meta"}).numel()
+            if count > MAX_COUNTED:
+                raise BadInput(f"expected a network that counts to at most {MAX_COUNTED:,}, got {count:,}")
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -75,7 +93,7 @@ def check_network(kind: Kind, max_bytes: int) -> None:
         BadInput: it is larger, or cannot be built so.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), bound_network(max_bytes):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), _BoundedCounting(), bound_network(max_bytes):
             kind.architecture()
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise BadInput(

@@ -45,6 +45,9 @@ _UNUSED = frozenset(
 _CODE = ("attn_implementation", "experts_implementation", "quantization_config", "auto_map", "checkpoint_path")
 """Beginnings of keys by which a configuration asks for other code than its architecture's own, or for a file."""
 
+_MOST = (("labels", 1 << 17), ("layers", 1 << 12), ("depth", 1 << 12), ("blocks", 1 << 12))
+"""Parts of the names of counts, and the largest of each."""
+
 _ELSEWHERE = re.compile("(hf[-_]hub|local[-_]dir):")
 """Beginning of a name by which timm takes a part of a model from the Hub or from a folder."""
 
@@ -118,8 +121,22 @@ def read_config(values: dict[str, Any]) -> PretrainedConfig:
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise BadInput(f"config.json: expected a model_type that transformers knows, got {kind!r}")
+    _check_counts(values)
     config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(_leave_out_code(values))
     return config
+
+
+def _check_counts(value: Any, most: int | None = None) -> None:
+    """Refuses counts for which Python makes a list before any layer is built, however large."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            own = next((limit for part, limit in _MOST if isinstance(key, str) and part in key), None)
+            _check_counts(inner, own or most)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_counts(inner, most)
+    elif most is not None and isinstance(value, int | float) and value > most:
+        raise BadInput(f"config.json: expected numbers of layers and labels of at most {most:,}, got a larger one")
 
 
 def _leave_out_code(value: Any) -> Any:
