@@ -171,3 +171,16 @@ def test_a_model_that_writes_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "pad_token_id": 0}))
     with pytest.raises(BadInput, match="model: expected an encoder-decoder, such as whisper, marian or t5, got bert"):
         open_pretrained({"kind": "encoder_decoder", "folder": str(tmp_path)}, "backbone")
+
+
+def test_a_text_with_a_token_beyond_the_models_rows_is_a_bad_record(name: str, tmp_path: Path) -> None:
+    """A tokenizer travels with the weights: else one record with such a word would end a site's round."""
+    settings = WRITERS[name](tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["word"] = 500
+    path.write_text(json.dumps(tokenizer))
+    language = language_of(open_pretrained(settings, "backbone"))
+    assert max(language.read("0 2")) < len(language.embedding_VD)
+    with pytest.raises(BadRecord, match="a text of the backbone's own tokens"):
+        language.read("0 word 2")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from common.backbones.parts.language.decoder import Decoder
 from common.backbones.parts.language.vocabulary import Vocabulary, make_vocabulary
-from common.types import BadRecord
+from common.backbones.parts.weights import compute_digest
+from common.backbones.seq2seq import Seq2seqBackbone
+from common.model.backbones import load_blob, open_pretrained
+from common.types import BackboneBlob, BadInput, BadRecord
 
 
 def make_decoder() -> Decoder:
@@ -55,3 +61,15 @@ def test_a_text_that_is_far_too_long_is_refused_before_it_is_divided() -> None:
     assert vocabulary.read("der Befund")
     with pytest.raises(BadRecord, match="expected a text of at most 131072 characters"):
         vocabulary.read("der " * 40_000)
+
+
+def test_a_vocabulary_with_numbers_beyond_the_decoders_rows_is_refused(tmp_path: Path) -> None:
+    sent = open_pretrained(Seq2seqBackbone.example(tmp_path).settings, "backbone").blob()
+    state = load(bytes(sent.weights))
+    data = state["encoder.vocabulary"].numpy().tobytes().replace(b'"nd":39', b'"nd":99')
+    state["encoder.vocabulary"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    changed = BackboneBlob(spec=sent.spec, weights=save(state), digest=compute_digest(sent.spec, state.items()))
+    language = load_blob(changed).language
+    assert language is not None
+    with pytest.raises(BadInput, match="whose tokens all have a row"):
+        language.read("fund")

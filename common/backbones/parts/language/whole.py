@@ -262,10 +262,14 @@ class WholeModel(nn.Module):
         probe = opened.decode(opened.encode(" a", add_special_tokens=False).ids)
         blank = " " if probe.startswith(" ") else ""
         tokens: list[int] = opened.encode(blank + text.strip(), add_special_tokens=False).ids
-        unwritten = {*self.unwritten, self.end}
-        if not tokens or not unwritten.isdisjoint(tokens):
+        unwritten, known = {*self.unwritten, self.end}, min(len(self.told_bias), self._count_read())
+        # A tokenizer may give numbers for which the model has no row.
+        if not tokens or not unwritten.isdisjoint(tokens) or max(tokens) >= known:
             raise BadRecord("expected a text of the backbone's own tokens, got one with others")
         return tokens
+
+    def _count_read(self) -> int:
+        return len(self.decoder.model.get_input_embeddings().weight)
 
     def write(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens."""

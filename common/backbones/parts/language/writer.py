@@ -23,7 +23,7 @@ from common.backbones.parts.language.decoder import Cache, Decoder
 from common.backbones.parts.language.vocabulary import Vocabulary
 from common.backbones.parts.layers import PooledModel
 from common.inputs import Text
-from common.types import BadRecord
+from common.types import BadInput, BadRecord
 
 NONE = -1
 """Stands where a text has no token."""
@@ -85,6 +85,9 @@ class Writer(nn.Module):
         found: Vocabulary | None = getattr(self, "_opened", None)
         if found is None:
             found = Vocabulary(self.vocabulary.cpu().numpy().tobytes())
+            # At a site it comes from elsewhere: one text with a token without a row would end a round.
+            if max(found.tokenizer.get_vocab().values()) >= len(self.decoder.embedding.weight):
+                raise BadInput("weights: expected a tokenizer whose tokens all have a row, got a number beyond them")
             self._opened = found
         return found
 
