@@ -251,3 +251,20 @@ def test_an_inner_value_can_be_the_features(tmp_path: Path) -> None:
     torch.testing.assert_close(features_BD[0], inner.preprocess(series_TC).tanh().mean(dim=1))
     with pytest.raises(BadInput, match=r"backbone\.output: expected the name of a value"):
         open_pretrained({**settings, "output": "nowhere"}, "backbone")
+
+
+def test_one_number_that_is_repeated_without_end_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    settings = export(tmp_path / "net.pt2", nn.Sequential(nn.Linear(6, 6)))
+
+    def change(name: str, data: bytes) -> bytes:
+        if not name.endswith("model_weights_config.json"):
+            return data
+        values = json.loads(data)
+        for entry in values["config"].values():
+            entry["tensor_meta"]["sizes"] = [{"as_int": 1 << 31}]
+            entry["tensor_meta"]["strides"] = [{"as_int": 0}]
+        return json.dumps(values).encode()
+
+    rewrite(tmp_path / "net.pt2", change)
+    with pytest.raises(BadInput, match="whose tensors take more than 2 GiB"):
+        open_pretrained(settings, "backbone")

@@ -315,6 +315,8 @@ def _read_tensors(
         raw = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.zeros(0, dtype=torch.uint8)
         pieces += [raw, torch.zeros(align(len(raw)) - len(raw), dtype=torch.uint8)]
         length += align(len(raw))
+        if length > MAX_BYTES:
+            raise BadInput("weights: refused a program whose tensors take more than 2 GiB")
     moved = [
         replace(step, arguments=_renumber(dict(step.arguments), numbers), outputs=[numbers[at] for at in step.outputs])
         for step in steps
@@ -337,6 +339,8 @@ def _read_tensor_bytes(
     sizes, strides = ([each["as_int"] for each in meta[key]] for key in ("sizes", "strides"))
     if not math.prod(sizes):
         return torch.zeros(sizes, dtype=DTYPES[dtype])
+    if math.prod(sizes) * DTYPES[dtype].itemsize > MAX_BYTES:
+        raise BadInput("weights: refused a program whose tensors take more than 2 GiB")
     values = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype])
     if min(strides, default=0) < 0 or min(sizes, default=0) < 0:
         raise BadInput("weights: refused a program whose tensors lie outside of their bytes")
