@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.files import flush, flush_folder, private_folder, stamp_file, write_atomic
+from common.recent import Recent
 from common.types import BadInput, HeadwaterError, LedgerDamaged, LedgerWitness
 
 _CHAIN, _KEY, _ANCHOR, _LOCK = "ledger.jsonl", "ledger.key", "anchor.json", "lock"
@@ -163,18 +165,27 @@ def identify_files(folder: Path) -> tuple[int, ...]:
 def exclusive(folder: Path) -> Iterator[OpenChain]:
     """The chain, verified as a whole and healed from a crash, while no other process or thread has it.
 
+    A thread that has it already gets the same chain again, which nobody else can have changed meanwhile.
+
     Raises:
         LedgerDamaged: a file is missing, or a line or the anchor does not verify; says what was seen.
     """
+    place = str(folder)
+    held = _HELD.chains.get(place)
+    if held is not None:
+        yield held
+        return
     with _locked(folder):
         chain = _verified(folder)
-        seen = _SEEN.get(str(folder))
+        seen = _SEEN.get(place)
         times = 0 if seen is None else seen.times_behind + chain.lacks(seen)
         try:
-            _SEEN[str(folder)] = chain.note_seen(times)
+            _SEEN[place] = chain.note_seen(times)
+            _HELD.chains[place] = chain
             yield chain
         finally:
-            _SEEN[str(folder)] = chain.note_seen(times)
+            _HELD.chains.pop(place, None)
+            _SEEN[place] = chain.note_seen(times)
 
 
 def read_verifiable(folder: Path) -> list[str]:
@@ -290,9 +301,18 @@ class _Verified:
 _SEEN: dict[str, Seen] = {}
 """Folder -> what was seen; used and changed under the chain's lock only."""
 
-_MOST_CHAINS = 64
-_KNOWN: dict[str, _Verified] = {}
-"""Folder -> what verified; used and changed under the chain's lock only."""
+
+class _Held(threading.local):
+    """The chains whose lock a thread has, by folder."""
+
+    def __init__(self) -> None:
+        self.chains: dict[str, OpenChain] = {}
+
+
+_HELD = _Held()
+
+_KNOWN = Recent[_Verified](64 << 20)
+"""Folder -> what verified, up to so many bytes of lines; used and changed under the chain's lock only."""
 
 
 def _remembered_lines(folder: Path, data: bytes, key: bytes) -> tuple[list[str], list[str], int]:
@@ -300,14 +320,13 @@ def _remembered_lines(folder: Path, data: bytes, key: bytes) -> tuple[list[str],
 
     All bytes are compared, so that an edit anywhere is seen at once. That takes a thousandth of the HMACs' time.
     """
-    known = _KNOWN.pop(str(folder), None)
+    known = _KNOWN.take(str(folder))
     if known is None or known.key != key or not data.startswith(known.data):
         known = _Verified(key, b"", [], [])
     bodies, macs, length = _whole_lines(data[len(known.data) :], key, known.macs[-1] if known.macs else _START)
     bodies, macs, end = known.bodies + bodies, known.macs + macs, len(known.data) + length
-    while len(_KNOWN) >= _MOST_CHAINS:
-        _KNOWN.pop(next(iter(_KNOWN)), None)
-    _KNOWN[str(folder)] = _Verified(key, data if end == len(data) else data[:end], list(bodies), list(macs))
+    verified = _Verified(key, data if end == len(data) else data[:end], list(bodies), list(macs))
+    _KNOWN.keep(str(folder), verified, end)
     return bodies, macs, end
 
 

@@ -17,9 +17,9 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from client.config import NoisedEvaluation
@@ -45,6 +45,7 @@ from client.ledger.events import (
 from client.ledger.history import Charge, History
 from common.files import write_atomic
 from common.privacy.accounting import Mechanism, round_up
+from common.recent import Recent
 from common.types import BadInput, BudgetExhausted, FilterKind, LedgerDamaged, LedgerWitness, Unit
 
 
@@ -86,6 +87,7 @@ class Spent:
 @dataclass(frozen=True)
 class Ledger:
     """One population's ledger. Every method reads, verifies and locks the file anew: other processes may write too.
+    Only in `hold`, where they cannot, it was verified before.
 
     Each raises LedgerDamaged if the file does not verify; nothing is then written.
     """
@@ -249,6 +251,15 @@ class Ledger:
                 raise BadInput(f"reservation {reservation.number}: expected one that is open")
             # Not flushed: if it is lost, the charge counts as reserved, which is the same price.
             _append(opened, ChargeCommitted(reserved=reservation.number), durable=False)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps others from it: what this thread asks meanwhile is read and verified once, and is of one moment.
+
+        Not for long: other sites of the population and the site's staff wait.
+        """
+        with chain.exclusive(self._folder):
+            yield
 
     def identify_files(self) -> tuple[int, ...]:
         """Returns numbers that change where the ledger's folder is replaced or restored; charges do not change them."""
@@ -447,22 +458,21 @@ def amend(
         _append(opened, TermsAmended(before=before, **wanted.list_fields(), reason=reason))
 
 
-@lru_cache(maxsize=64)
-def _remember(start: str) -> list[tuple[int, str, History]]:
-    """Returns the place of a chain's last history, by the HMAC of its first line: number and HMAC of its last line."""
-    return []
+_HISTORIES = Recent[tuple[int, str, History]](2**17)
+"""HMAC of a chain's first line -> number and HMAC of a later line, and the history up to it; up to so many lines."""
 
 
 def _read_history(opened: chain.OpenChain) -> History:
     """Returns the history that a chain's lines state; only lines that are new to this process are read."""
-    place = _remember(opened.get_mac(0))
-    known = place[-1] if place else None
-    count = len(opened.bodies)
-    if known is not None and known[0] < count and opened.get_mac(known[0]) == known[1]:
+    start, count = opened.get_mac(0), len(opened.bodies)
+    known = _HISTORIES.take(start)
+    if known is None or known[0] >= count or opened.get_mac(known[0]) != known[1]:
+        history = History.of(read_lines(opened.bodies))
+    elif known[0] < count - 1:
         history = known[2].extend(read_lines(opened.bodies[known[0] + 1 :]))
     else:
-        history = History.of(read_lines(opened.bodies))
-    place[:] = [(count - 1, opened.get_mac(count - 1), history)]
+        history = known[2]
+    _HISTORIES.keep(start, (count - 1, opened.get_mac(count - 1), history), count)
     return history
 
 

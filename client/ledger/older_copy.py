@@ -77,9 +77,8 @@ def check_reply(ledger: Ledger, reply: Path) -> None:
     Raises:
         LedgerDamaged: it has no charge.
     """
-    lines = ledger.lines()
-    charged = any(isinstance(line.event, ChargeReserved) and line.event.request == reply.name for line in lines[::-1])
-    if not charged and reply.stat().st_mtime > _find_last_recovery(lines):
+    charged = any(charge.request == reply.name for charge in ledger.charges())
+    if not charged and reply.stat().st_mtime > _find_last_recovery(ledger.lines()):
         raise _describe(ledger, reply.parents[1].name)
 
 

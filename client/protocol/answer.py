@@ -26,7 +26,6 @@ from client.protocol.site import (
     Joined,
     Site,
     SiteDeclined,
-    check_prepared,
     load_modules,
     open_on_stored,
 )
@@ -87,14 +86,14 @@ def answer_once(
                     ReplyResent(run_id=joined.run_id, round=request.round, purpose=what, size_bytes=len(stored))
                 )
                 return messages.from_bytes(stored)
-            ledger = site.ledger()
-            check_witness(ledger, request.witness)
-            newest = replies.find_newest()
-            if newest is not None:
-                check_reply(ledger, newest)
-            charged = site.config.name_charge(joined.run_id)
-            _check_not_overtaken(ledger, joined, charged, request.round)
-            _check_asked_once(ledger, charged, request, what, digest)
+            with site.hold_ledger() as ledger:
+                check_witness(ledger, request.witness)
+                newest = replies.find_newest()
+                if newest is not None:
+                    check_reply(ledger, newest)
+                charged = site.config.name_charge(joined.run_id)
+                _check_not_overtaken(ledger, joined, charged, request.round)
+                _check_asked_once(ledger, charged, request, what, digest)
             _check_room(ledger, joined, request)
             reply, reservation, num_releases = answer(digest, ledger)
             records = messages.encode(reply)
@@ -205,9 +204,9 @@ def open_request(
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run, or before the site joined it")
     if set(request.heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
-    check_prepared(joined)
+    loaded = load_modules(site, joined, tasks, request.heads)
     device = site.device()
-    modules = {name: module.to(device) for name, module in load_modules(site, joined, tasks, request.heads).items()}
+    modules = {name: module.to(device) for name, module in loaded.items()}
     in_round = select_round(tasks, request.round, joined.run.rounds)
     return Opened(in_round, modules, open_side(joined, tasks, side, device))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +138,18 @@ class Site:
             filter=config.budget.filter,
         )
 
+    @contextmanager
+    def hold_ledger(self) -> Iterator[Ledger]:
+        """Yields what `ledger` returns, for several questions that it is read and verified once for (`Ledger.hold`).
+
+        Raises:
+            BadInput: see `ledger`.
+            LedgerDamaged: see `ledger`.
+        """
+        known = Ledger.find(locate_ledgers(self.config), self.config.registry)
+        with nullcontext() if known is None else known.hold():
+            yield self.ledger()
+
     def backbones(self) -> BackboneStore:
         """Returns the store of the backbones received so far."""
         from client.data.backbone_store import BackboneStore
@@ -212,10 +225,29 @@ class Joined:
     def tasks(self, config: SiteConfig) -> dict[str, Task]:
         """The run's tasks that this site takes part in."""
         return {
-            name: open_task(spec, f"tasks.{name}")
-            for name, spec in self.run.tasks.items()
+            name: self._open_task(name)
+            for name in self.run.tasks
             if name in config.tasks and (config.allow.tasks == "any" or name in config.allow.tasks)
         }
+
+    # Opened once: a run is remembered, and each of its rounds asks several times.
+    def _open_task(self, name: str) -> Task:
+        if name not in self._opened:
+            self._opened[name] = open_task(self.run.tasks[name], f"tasks.{name}")
+        return self._opened[name]
+
+    @cached_property
+    def _opened(self) -> dict[str, Task]:
+        return {}
+
+    @cached_property
+    def solver(self) -> Solver:
+        """The run's solver.
+
+        Raises:
+            BadInput: its settings are not valid.
+        """
+        return open_solver(self.run.solver, "solver")
 
     def sizes(self, config: SiteConfig) -> dict[str, int]:
         """The entries of the heads that this site trains, with their public sizes: its tasks', and those of trunks."""
@@ -351,7 +383,7 @@ def make_plan(config: SiteConfig, joined: Joined) -> Plan:
     if joined.run.choice is not None:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run is a choice among backbones, which trains nothing")
     try:
-        solver: Solver = open_solver(joined.run.solver, "solver")
+        solver = joined.solver
         plan = solver.plan(joined.run.training_privacy, config.unit, joined.num_rounds)
     except BadInput as error:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, str(error)) from error
@@ -441,7 +473,7 @@ def find_sum_rules(config: SiteConfig, joined: Joined) -> SumRules | None:
             f"the run sums at least {run.cohort.min_sites} sites of which {run.colluding} may collude, and this site's "
             f"file says {rules.min_sites} and {rules.colluding}",
         )
-    if not isinstance(open_solver(run.solver, "solver"), SummingSolver):
+    if not isinstance(joined.solver, SummingSolver):
         raise SiteDeclined(
             DeclineReason.SOLVER_NOT_ALLOWED, f"solver {run.solver.kind} cannot be summed securely; kind head_sum can"
         )

@@ -21,7 +21,6 @@ from client.protocol.site import (
     make_plan,
     plan_measurement,
 )
-from client.solvers import open_solver
 from common import messages
 from common.events import ReplyResent
 from common.privacy.accounting import Mechanism
@@ -45,7 +44,6 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         opened = open_request(site, joined, request, "train")
         plan = make_plan(site.config, joined)
-        solver = open_solver(joined.run.solver, "solver")
         reservation = ledger.reserve(
             Mechanism.of(plan),
             run=site.config.name_charge(joined.run_id),
@@ -57,7 +55,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
         # The purpose names everything that makes a release distinct; a key from the operating system ignores it.
         stream = open_stream(site.entropy, joined.run.name, site.config.name, str(request.round))
         with steady_time():
-            delta = solver.solve(
+            delta = joined.solver.solve(
                 opened.modules,
                 opened.tasks,
                 opened.units,

@@ -30,7 +30,7 @@ from client.protocol.site import (
     open_member,
 )
 from client.secure_sum.store import AttemptStore
-from client.solvers import SummingSolver, open_solver
+from client.solvers import SummingSolver
 from common import messages
 from common.privacy.lattice import Lattice
 from common.privacy.noise import open_stream
@@ -113,7 +113,7 @@ def train_masked(site: Site, request: messages.MaskedRequest) -> RecordDict:
         # Again: several runs may have joined under one approval, before any of them was charged.
         check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
         opened = open_request(site, joined, request, "train")
-        solver = open_solver(joined.run.solver, "solver")
+        solver = joined.solver
         assert isinstance(solver, SummingSolver)  # `find_sum_rules` has looked.
         # Again: the site file may name another ledger since the site joined.
         claim_sums(site.config, joined, ledger)

@@ -23,6 +23,7 @@ def gdp_delta(epsilon: float, mu: float) -> float:
     return float(math.exp(near) - math.exp(far)) if far < near else 0.0
 
 
+@lru_cache(maxsize=1024)
 def gdp_epsilon(mu: float, delta: float) -> float:
     """Returns the smallest epsilon >= 0 with which a mu-GDP mechanism is (epsilon, delta)-DP.
 

@@ -412,3 +412,34 @@ def test_what_was_verified_before_is_verified_again_when_a_byte_changed(tmp_path
     path.write_bytes(path.read_bytes().replace(b'"cost":7', b'"cost":6'))
     with pytest.raises(LedgerDamaged, match="line 2 of 2"), chain.exclusive(place):
         pass
+
+
+def test_a_thread_that_has_a_chain_gets_it_again_and_every_other_waits(folder: Path) -> None:
+    entered, order = threading.Event(), []
+
+    def append_elsewhere() -> None:
+        entered.set()
+        append(folder, 7)
+        order.append("other")
+
+    other = threading.Thread(target=append_elsewhere)
+    with chain.exclusive(folder) as outer:
+        with chain.exclusive(folder) as inner:
+            assert inner is outer
+        other.start()
+        assert entered.wait(60)
+        other.join(0.2)  # Leaving the inner one gives nothing away.
+        append(folder, 6)
+        order.append("own")
+        assert outer.bodies[-1] == inner.bodies[-1]
+    other.join(60)
+    assert order == ["own", "other"]
+    assert facts(folder) == [*range(8)]
+
+
+def test_a_chain_that_was_held_is_verified_anew_afterwards(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), chain.exclusive(folder), chain.exclusive(folder):
+        raise ZeroDivisionError
+    write(folder, lines(folder)[:-1])
+    with pytest.raises(LedgerDamaged, match="it was cut"), chain.exclusive(folder):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,27 @@ def test_a_round_is_charged_and_its_reply_fits_the_request(site: Site, frozen: B
         task: {name: array.shape for name, array in params.items()} for task, params in reply.delta.heads.items()
     } == {task: {name: array.shape for name, array in params.items()} for task, params in heads(frozen).items()}
     assert spent(site) > 0
+
+
+def test_an_answer_reads_its_ledger_once_to_check_once_to_charge_and_once_to_commit(
+    site: Site, frozen: Backbone
+) -> None:
+    ready(site, frozen)
+    given = heads(frozen)
+    train(site, messages.TrainRequest("run-1", 1, given))
+    opened: list[str] = []
+    watching = True
+
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(args[0]).endswith("ledger.jsonl") and args[1] == "r":
+            opened.append(str(args[0]))
+
+    sys.addaudithook(note)  # It cannot be removed.
+    try:
+        train(site, messages.TrainRequest("run-1", 2, given))
+    finally:
+        watching = False
+    assert len(opened) == 3
 
 
 def test_float16_contributions_are_the_noised_ones_rounded_and_cost_the_same(tmp_path: Path, frozen: Backbone) -> None:
