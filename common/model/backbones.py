@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -269,7 +270,12 @@ def open_untrained(spec: Spec | Mapping[str, Any], key: str, seed: int) -> Untra
     kind: Kind = resolve("common.backbones", spec, key)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        architecture = kind.architecture()
+        try:
+            architecture = kind.architecture()
+        except BadInput as error:
+            # Of a setting, or of the network as a whole.
+            names_setting = re.match(r"[\w.]+: ", str(error)) is not None
+            raise BadInput(f"{key}.{error}" if names_setting else f"{key}: {error}") from error
     weights_path = find_weights_file(kind)
     return Untrained(
         kind, architecture.module, architecture.feature_dim, weights_path, architecture.grid, architecture.language

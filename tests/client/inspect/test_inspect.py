@@ -258,11 +258,17 @@ def test_a_published_folder_or_onnx_file_is_named_by_its_own_kind(tmp_path: Path
         run(tmp_path / "scans", "--backbone", tmp_path / kind, "--out", tmp_path / f"{kind}.yaml")
         backbone = yaml.safe_load((tmp_path / f"{kind}.yaml").read_text(encoding="utf-8"))["run"]["backbone"]
         assert (backbone["kind"], backbone["folder"]) == (kind, f"./{kind}")
-    (tmp_path / "net.onnx").write_bytes(b"")
-    run(tmp_path / "scans", "--backbone", tmp_path / "net.onnx", "--out", tmp_path / "onnx.yaml")
-    backbone = yaml.safe_load((tmp_path / "onnx.yaml").read_text(encoding="utf-8"))["run"]["backbone"]
-    assert (backbone["kind"], backbone["weights"], list(backbone["reads"])) == ("onnx", "./net.onnx", ["pictures"])
+    for name, kind in {"net.onnx": "onnx", "net.pt2": "torch_export"}.items():
+        (tmp_path / name).write_bytes(b"")
+        run(tmp_path / "scans", "--backbone", tmp_path / name, "--out", tmp_path / f"{kind}.yaml")
+        backbone = yaml.safe_load((tmp_path / f"{kind}.yaml").read_text(encoding="utf-8"))["run"]["backbone"]
+        assert (backbone["kind"], backbone["weights"], list(backbone["reads"])) == (kind, f"./{name}", ["pictures"])
+    (tmp_path / "net.py").write_text("", encoding="utf-8")
+    assert ".safetensors" in refuse(tmp_path / "scans", "--backbone", tmp_path / "net.py", "--out", tmp_path / "o.yaml")
     (tmp_path / "other").mkdir()
+    (tmp_path / "timm" / "config.json").write_text('{"model_type": "patchtst"}', encoding="utf-8")
+    told = refuse(tmp_path / "scans", "--backbone", tmp_path / "timm", "--out", tmp_path / "o.yaml")
+    assert "got one of time series" in told
     assert "config.json" in refuse(tmp_path / "scans", "--backbone", tmp_path / "other", "--out", tmp_path / "o.yaml")
 
 
