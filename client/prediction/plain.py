@@ -24,6 +24,7 @@ from client.data.sources.manifest import ListedTexts, Manifest
 from client.data.sources.parts.boundary import try_record
 from client.data.sources.parts.frame import FAULT, convert_frame, read_frame
 from client.data.sources.parts.listing import ListedFiles, Listing, Reader
+from client.data.sources.parts.series import read_series
 from client.data.sources.parts.tables.sheets import SUFFIXES as SHEETS
 from client.data.sources.parts.tree import read_file
 from client.data.sources.table import Table, TableRows
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 TABLES = frozenset({".csv", ".tsv", ".tab", ".parquet", ".data"}) | SHEETS
 _TEXTS = ("text", "sentence", "note")
 _PATHS = ("path", "file", "filename", "image", "audio", "series")
+_SERIES = (".csv", ".tsv")
+"""Ends of files that a table lists as series; given by themselves they are tables."""
 _ARRAYS = ("x", "images", "inputs", "data")
 _TRIED = 8
 """Records with which it is tried whether a backbone takes a source."""
@@ -197,8 +200,10 @@ def _read_any(path: Path) -> Any:
     kind = find_kind(path.name, path)
     if path.is_dir():
         kind = next(kind for kind in FILE_KINDS if kind.name == "DICOM files")
+    if kind is None and path.suffix.lower() in _SERIES:
+        return read_series(read_file(path, "file"), path.suffix.lower())
     if kind is None:
-        raise BadRecord(f"expected a file that ends in {list_suffixes()}, got another")
+        raise BadRecord(f"expected a file that ends in {', '.join(_SERIES)}, {list_suffixes()}, got another")
     return kind.read(b"" if kind.by_path else read_file(path, "file"), path)
 
 

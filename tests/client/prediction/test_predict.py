@@ -28,10 +28,12 @@ from client.data.sources.parts.recordings import example_recordings
 from client.prediction.data import choose_tasks, open_records
 from client.prediction.output import plan_output
 from client.prediction.predict import write_predictions
+from common.backbones.series_cnn import SeriesCnn
 from common.inputs import Audio, Text
 from common.types import BadInput
 from headwater.__main__ import make_app
 from tests.client.prediction.conftest import FINDING, SIDE, MakeModel, write_pictures
+from tests.finished import write_finished
 
 ON_PICTURES = {"finding": {**FINDING, "backbone": "pictures"}}
 ON_ROWS = {"finding": {**FINDING, "backbone": "rows"}}
@@ -66,6 +68,22 @@ def test_a_folder_of_pictures_gives_a_row_for_each_that_the_model_gives_alone(
     ]
     assert "p.rejected.csv: 1 record(s) that could not be used" in result.stdout
     assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in ("p.csv", "p.rejected.csv"))
+
+
+def test_a_table_may_list_series_as_text_and_one_with_a_gap_costs_itself(tmp_path: Path) -> None:
+    example = SeriesCnn.example(tmp_path)
+    model = write_finished(tmp_path / "model", example.settings)
+    values = np.sin(np.arange(40) / 3).astype(np.float32)[:, None]
+    np.savetxt(tmp_path / "a.csv", values, fmt="%.9g")
+    (tmp_path / "b.csv").write_text("I,II\n0.5,1\n,2\n", encoding="utf-8")
+    (tmp_path / "list.csv").write_text("path\na.csv\nb.csv\n", encoding="utf-8")
+    result = predict(model, "--data", tmp_path / "list.csv", "--out", tmp_path / "p.csv")
+    assert result.exit_code == 0, result.output
+    (row,), ((alone),) = read(tmp_path / "p.csv"), headwater.load(model)([values])["finding"].tolist()
+    assert [float(row[f"finding.{label}"]) for label in ("none", "glioma", "meningioma")] == pytest.approx(
+        alone, abs=1e-6
+    )
+    assert "gaps" in read(tmp_path / "p.rejected.csv")[0]["reason"]
 
 
 def test_a_records_row_does_not_depend_on_the_others(make_model: MakeModel, tmp_path: Path) -> None:

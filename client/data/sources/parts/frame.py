@@ -390,7 +390,8 @@ def require_columns(frame: pd.DataFrame, path: Path, names: Iterable[str | None]
         if name is not None and name not in frame.columns:
             raise BadInput(
                 f"{path}: expected exactly one column {name!r} among its {frame.shape[1] - 1} column(s); see the "
-                f"file's first line, or name the columns of a file without a header{_guess_separator(frame)}"
+                f"file's first line, and name one of its columns in the source's settings, or all of them with "
+                f"`header` where it has no line of names{_guess_separator(frame)}"
             )
 
 
