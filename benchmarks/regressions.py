@@ -33,8 +33,8 @@ def read_rows(text: str) -> dict[str, Row]:
     """
     try:
         rows = [(str(row["name"]), float(row["ratio"]), row.get("low"), row.get("high")) for row in json.loads(text)]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError("expected a table that `make bench` wrote") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("expected a table that `make bench` wrote, such as benchmarks/results/latest.json") from error
     return {
         name: Row(ratio, float(high - low) if low is not None and high is not None and high > low else SINGLE * ratio)
         for name, ratio, low, high in rows
