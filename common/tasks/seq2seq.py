@@ -267,7 +267,7 @@ class Seq2seq(Plugin):
 
     def read_text(self, cell: str) -> str:
         """Returns a text as it would be written. Raises BadRecord."""
-        return self.codec.write(self.codec.encode([cell]))
+        return self.codec.normalise(cell)
 
     def name_served(self, num_outputs: int) -> list[str]:
         """Returns the name of the only column."""
@@ -449,6 +449,14 @@ class TextCodec:
     def write(self, tokens_T: torch.Tensor) -> str:
         """Returns the text of a label's tokens."""
         assert self.language is not None, "expected a task that was opened on its backbone"
-        own = [token for token in tokens_T.tolist() if token not in (NONE, self.language.end)]
-        text = self.language.write(own)
+        return self._write([token for token in tokens_T.tolist() if token not in (NONE, self.language.end)])
+
+    def normalise(self, text: str) -> str:
+        """Returns a text of any length, also none, as it would be written. Raises BadRecord."""
+        assert self.language is not None, "expected a task that was opened on its backbone"
+        return self._write(self.language.read(text if self.spelling is None else self.spelling.spell(text)))
+
+    def _write(self, tokens: Sequence[int]) -> str:
+        assert self.language is not None
+        text = self.language.write(tokens)
         return text if self.spelling is None else self.spelling.read(text)
