@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -219,6 +220,7 @@ def _table(model: type[BaseModel], shared: Mapping[str, str], *, defaults: bool 
     return "\n".join(rows) if len(rows) > 2 else "No settings of its own."
 
 
+@cache
 def read_meanings(model: type[BaseModel]) -> dict[str, str]:
     """Returns what each field of a model means.
 

@@ -81,7 +81,9 @@ def compute_part(before: Replies, after: Replies, hostile: Sequence[Row]) -> Sum
     return part
 
 
-@pytest.mark.parametrize("medium", MEDIA)
+@pytest.mark.parametrize(
+    "medium", [pytest.param(name, marks=() if name in ("table", "text") else pytest.mark.slow) for name in MEDIA]
+)
 def test_one_hostile_patient_moves_nothing_but_the_noised_sums(tmp_path: Path, medium: str) -> None:
     experiment = Experiment.of(tmp_path, medium, "patient")
     others = honest_rows(experiment.medium.content, FEW)

@@ -306,6 +306,7 @@ def test_an_unusable_item_is_a_bad_record_that_does_not_repeat_it(backbone: Back
     assert secret not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
     here = {}
     for kind in KINDS:

@@ -55,7 +55,7 @@ def test_colours_are_those_of_the_picture_itself_and_context_is_the_mean_around(
 @pytest.mark.parametrize(
     ("model", "layer", "resize"),
     [
-        ("vit_b_16", "encoder.layers.encoder_layer_1", 64),
+        pytest.param("vit_b_16", "encoder.layers.encoder_layer_1", 64, marks=pytest.mark.slow),
         ("swin_t", "features.1", 64),
         ("convnext_tiny", "features.1", 64),
     ],

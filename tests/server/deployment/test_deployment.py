@@ -174,7 +174,9 @@ def test_an_expired_certificate_stops_the_start(federation: Federation, tmp_path
     refused(server("start", federation.folder, run_file(tmp_path)), "expired on", "headwater coordinator renew")
 
 
-@pytest.mark.parametrize("setting", ["bind", "control_port", "health_port"])
+@pytest.mark.parametrize(
+    "setting", ["bind", *(pytest.param(name, marks=pytest.mark.slow) for name in ("control_port", "health_port"))]
+)
 def test_a_port_in_use_stops_the_start_and_is_named(federation: Federation, tmp_path: Path, setting: str) -> None:
     import socket
 
