@@ -127,10 +127,9 @@ def compare_side_by_side(folder: Path, pfl: str | None) -> float:
     state_many(1000, each["batched", 1000], few, repeats)
     for count in (100, 1000) if pfl is not None else ():
         for kind, target in (("in_process", 1.0), ("batched", 0.05)):
-            # in_process is flat in the number of sites (benchmarks/sites.py), and timed at 100 only.
-            subject = each.get((kind, count), one_by_one * count / 100)
-            name = f"round of {count} sites: {kind} / pfl 0.6"
-            stated(name, subject, each["pfl", count], target=target, repeats=len(cpu["pfl", count]), note=NOTE)
+            if (kind, count) in each:
+                name, repeats = f"round of {count} sites: {kind} / pfl 0.6", len(cpu["pfl", count])
+                stated(name, each[kind, count], each["pfl", count], target=target, repeats=repeats, note=NOTE)
     return few
 
 
