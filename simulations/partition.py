@@ -132,6 +132,30 @@ def _write_site(
     for source_name in used:
         rows = layout.rows.get(name, {}).get(source_name)
         sources[source_name] = make_site_source(layout.sources[name][source_name], source_name, rows, folder)
+    return write_site_file(config, name, folder, sources, tasks, secure_sum=secure_sum, non_private=non_private)
+
+
+def write_site_file(
+    config: SimulationConfig,
+    name: str,
+    folder: Path,
+    sources: Mapping[str, Spec],
+    tasks: Mapping[str, SiteTask],
+    *,
+    secure_sum: SecureSum | None = None,
+    non_private: bool = False,
+) -> SiteConfig:
+    """Writes the file of a simulated site, which accepts any run on what it has, and returns it.
+
+    Args:
+        config: the simulation.
+        name: name of the site.
+        folder: existing folder that receives the file, and later the site's state.
+        sources: the site's sources by name.
+        tasks: the site's tasks by name.
+        secure_sum: the site's part in secure sums; None for none.
+        non_private: whether the site accepts a run without privacy.
+    """
     explicit = config.partition.split != "hash"
     site = SiteConfig(
         name=name,
@@ -139,8 +163,8 @@ def _write_site(
         unit=config.unit,
         budget=config.budget,
         allow=Allow(tasks="any", backbones="any", solvers="any", non_private=non_private),
-        sources=sources,
-        tasks=tasks,
+        sources=dict(sources),
+        tasks=dict(tasks),
         split=Split(test_fraction=0.0 if explicit else config.partition.test_fraction, salt=str(config.partition.seed)),
         on_bad_record=config.on_bad_record,
         evaluation=config.evaluation,

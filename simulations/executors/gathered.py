@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.config import Allow, SiteConfig, SiteTask, Split
+from client.config import SiteConfig, SiteTask
 from common.model.guessing import Totals
 from common.run import RunConfig
 from common.types import BadInput
-from common.yaml import write_yaml
 from simulations.config import SimulatedTask, SimulationConfig
-from simulations.partition import build_sites, check_site_names, lay_out_divided, make_site_source
+from simulations.partition import build_sites, check_site_names, lay_out_divided, make_site_source, write_site_file
 
 GATHERED = "all-sites"
 """Name of the one site file."""
@@ -113,28 +112,9 @@ def gather_sites(config: SimulationConfig, folder: Path, *, non_private: bool = 
     np.savez(place / _SITES, names=np.array(names), site_P=site_P)
     merged = sorted(row for own in rows.values() for row in own)
     sizes = [_list_sizes(config, name) for name in names]
-    explicit = config.partition.split != "hash"
-    site = SiteConfig(
-        name=GATHERED,
-        registry=f"{GATHERED}-registry",
-        unit=config.unit,
-        budget=config.budget,
-        allow=Allow(tasks="any", backbones="any", solvers="any", non_private=non_private),
-        sources={source: make_site_source(config.sources[source], source, merged, place)},
-        tasks={name: _gather_task(task, max(own.get(name, 1) for own in sizes)) for name, task in config.tasks.items()},
-        split=Split(test_fraction=0.0 if explicit else config.partition.test_fraction, salt=str(config.partition.seed)),
-        on_bad_record=config.on_bad_record,
-        evaluation="local",
-        approval="automatic",
-        ledger_dir=place / "state" / "ledgers",
-        state_dir=place / "state",
-        cache_dir=config.cache_dir,
-        device=config.device,
-        precision=config.precision,
-        cache_bits=config.cache_bits,
-    )
-    write_yaml(place / "site.yaml", site)
-    return site
+    sources = {source: make_site_source(config.sources[source], source, merged, place)}
+    tasks = {name: _gather_task(task, max(own.get(name, 1) for own in sizes)) for name, task in config.tasks.items()}
+    return write_site_file(config, GATHERED, place, sources, tasks, non_private=non_private)
 
 
 def read_gathered(config: SimulationConfig, site: SiteConfig) -> GatheredSites:

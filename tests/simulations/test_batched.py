@@ -250,7 +250,7 @@ def test_a_site_whose_message_says_something_else_ends_the_run(simulation_file: 
 
 
 def test_a_round_of_many_sites_encodes_messages_of_a_few(simulation_file: Path, tmp_path: Path) -> None:
-    """What one site costs a round is not a message: sizes of messages stand in the journal all the same."""
+    """The journal has sizes of messages for all sites, though only those of a few were encoded."""
     run_on(simulation_file, "batched", tmp_path, [*ONE_STEP, "executor.encoded_sites=1", "partition.num_sites=20"])
     rounds = select_events(read_run_journal(tmp_path / "batched" / "run" / "journal.jsonl"), RoundEnded)
     assert {len(each.sites) for each in rounds} == {20}

@@ -149,7 +149,7 @@ def test_sites_that_do_not_add_up_in_double_precision_are_left_to_their_own_solv
 
 
 def test_no_slope_depends_on_how_many_threads_share_a_large_sites_records() -> None:
-    """Where threads divide rows between lanes, the last row of a part has an exponential with other last bits."""
+    """Threads that divided the rows within a vector of the processor would change the last bit of an exponential."""
     heads, count = np.zeros(1, HEAD), 70_000
     heads["R"] = count
     outputs_RK = torch.randn(count + -count % 64, 1, dtype=torch.double, generator=torch.Generator().manual_seed(5)) * 3
