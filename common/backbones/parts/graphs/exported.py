@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +28,7 @@ from common.backbones.parts.graphs.program import (
     is_allowed,
     read_program,
 )
+from common.backbones.parts.weights import DAMAGED
 from common.errors import instead
 from common.types import BadInput
 
@@ -49,21 +48,6 @@ _IGNORED = (
 _VIEWS = ("view.default", "_unsafe_view.default")
 _LENGTHS = ("_operator.", "math.", "torch.sym_")
 _INPUTS = ("parameter", "buffer", "tensor_constant")
-_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    StopIteration,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
 
 
 def read_exported(path: Path, output: str | None) -> tuple[bytes, Tensor]:
@@ -87,7 +71,7 @@ def read_exported(path: Path, output: str | None) -> tuple[bytes, Tensor]:
             reader = _Reader(model["graph"], model["signature"])
             program = reader.read(output)
             kept, tensors = _read_tensors(archive, files, program, reader.sources)
-    except (*_ERRORS, RecursionError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, StopIteration) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"weights: expected a program that torch.export saved, at {path}{instead(error)}") from error
