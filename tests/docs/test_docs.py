@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -115,6 +116,10 @@ def require_downloads(path: Path) -> None:
     for name in re.findall(r"weights: \.\./\.\./(\.cache/\S+\.onnx)", read(path)):
         if not (ROOT / name).exists():
             pytest.skip(f"needs {name}; {path.name} says where it comes from")
+    assets = Path(os.environ.get("HEADWATER_ASSETS", ROOT.parent / "shared" / "assets"))
+    for name in re.findall(r"folder: \$\{HEADWATER_ASSETS:-[^}]*\}/(\S+)", read(path)):
+        if not (assets / name).is_dir():
+            pytest.skip(f"needs {name} of the shared assets, whose folder HEADWATER_ASSETS names")
 
 
 # --- simulations -----------------------------------------------------------------------------------------------------

@@ -424,7 +424,8 @@ def _fill_polygon(values_HW: NDArray[np.uint16], corner_P2: NDArray[np.float64],
         (x, y), (end_x, end_y) = (one, other) if one[1] <= other[1] else (other, one)
         rows = np.arange(max(first, math.ceil(y - 0.5)), min(last, math.ceil(end_y - 0.5)))
         if len(rows):
-            across = x + (rows + 0.5 - y) * ((end_x - x) / (end_y - y))
+            # Divided last: a centre that lies on an edge is then met exactly.
+            across = x + (rows + 0.5 - y) * (end_x - x) / (end_y - y)
             # Each row once: an edge crosses it in one place.
             crossed[rows - first, np.clip(np.ceil(across - 0.5), left, right).astype(np.int64) - left] ^= True
     values_HW[first:last, left:right][np.logical_xor.accumulate(crossed[:, :-1], axis=1)] = value

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -259,6 +259,7 @@ def is_inside(x: float, y: float, corners: list[tuple[float, float]]) -> bool:
 
 
 @given(st.lists(st.tuples(st.integers(-8, 40), st.integers(-8, 40)), min_size=3, max_size=8))
+@example([(0, 0), (-5, 31), (25, 5)])
 def test_a_place_is_on_an_object_where_its_centre_is_in_the_polygon(quarters: list[tuple[int, int]]) -> None:
     corners = [(x / 4, y / 4) for x, y in quarters]
     found = draw_mask([{"category_id": 1, "segmentation": [[v for c in corners for v in c]]}], {1: 1}, (7, 8))
