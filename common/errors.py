@@ -71,6 +71,37 @@ _OPTIONS = ("function-", "literal[", "dict[", "list[", "constrained-")
 """Beginnings of the names that pydantic gives to validators and to the options of a union."""
 
 
+_EXPECTED = {
+    "model_type": "keys and values",
+    "model_attributes_type": "keys and values",
+    "dataclass_type": "keys and values",
+    "dict_type": "keys and values",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "text that matches {pattern}",
+}
+"""Type of a pydantic error -> what a user should have written."""
+
+
 def describe(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """Returns a pydantic validation's errors as one sentence: up to three, else the first and the number of the others.
 
@@ -109,8 +140,11 @@ def _sentence(item: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
         expected = str(item.get("ctx", {}).get("expected", "another value"))
         hint = nearest(str(got), [word.strip(" '") for word in expected.replace(" or ", ",").split(",")])
         return f"{key}: expected {expected}, got {_short(got)}{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "expected")
+    if item["type"] in _EXPECTED:
+        expected = _EXPECTED[item["type"]].format(**item.get("ctx", {}))
+        keys = sorted(_fields_at(model, path)) if expected == "keys and values" else []
+        return f"{key}: expected {expected}{f' ({list_some(keys)})' if keys else ''}, got {_short(got)}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if item["type"] == "value_error" and not path and not prefix:
         return message  # What several keys of a file say together: it begins with one of them.
     shown = "" if item["type"] == "value_error" else f", got {_short(got)}"

@@ -37,6 +37,8 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
+Rounds = Annotated[int, Field(ge=1, le=100_000)]
+
 MAX_PUBLIC_SIZE = 100_000_000
 
 AUTO = "auto"
@@ -509,7 +511,7 @@ class RunConfig(Frozen):
 
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    rounds: Rounds
     backbone: Spec | None = None
     backbones: Annotated[dict[Name, Spec], Field(min_length=1, max_length=MAX_BACKBONES)] | None = None
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]

@@ -19,11 +19,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from common.backbones import declares_public_mean
+from common.errors import describe
 from common.model.momentum import Momentum
 from common.plugins import Spec
 from common.privacy.filters import choose_noise_multiplier
 from common.privacy.shares import keep_for_rounds
-from common.run import ONLY_BACKBONE, Adjustment, Moments, Privacy
+from common.run import ONLY_BACKBONE, Adjustment, Moments, Privacy, Rounds
 from common.tasks import (
     ChangesWithRounds,
     ConstantCurvature,
@@ -94,7 +95,7 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
         tasks |= {name: {**tasks[name], "scale": scale} for name, scale in scales.items()}
         opened = {name: _open(name, spec) for name, spec in tasks.items()}
         privacy = _read_privacy(values.get("privacy"))
-        rounds = TypeAdapter(int).validate_python(values.get("rounds", ROUNDS))
+        rounds = TypeAdapter(Rounds).validate_python(values.get("rounds", ROUNDS))
     except (BadInput, ValidationError, TypeError):
         # What is wrong is named where the file's values are validated.
         opened, tasks, scales, privacy, rounds = {}, {}, {}, None, ROUNDS
@@ -104,7 +105,10 @@ def choose_settings(values: Mapping[str, Any]) -> Choice:
     for name, head in heads.items():
         if head:
             chosen["tasks"][name] = {**tasks[name], "head": head}
-    moments = _choose_moments(heads.values(), asked)
+    try:
+        moments = _choose_moments(heads.values(), asked)
+    except ValidationError as error:
+        raise ValueError(describe(error, Moments, "moments")) from error
     if moments is not None:
         chosen["moments"] = moments.model_dump()
     clip_norm = _choose_clip_norm(opened)

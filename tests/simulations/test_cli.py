@@ -234,7 +234,7 @@ def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> N
     ("override", "said"),
     [
         ("run.ronds=3", ("run.ronds: unknown key", "nearest: 'rounds'")),
-        ("run.rounds=many", ("run.rounds", "integer", "'many'")),
+        ("run.rounds=many", ("run.rounds", "a whole number", "'many'")),
         ("run.privacy.unit=pateint", ("run.privacy.unit", "'patient'", "'pateint'")),
         ("run.privacy.unit=patient", ("run.privacy.unit", "sites' unit 'example'")),
         ("run.solver.clip_nrom=1", ("run.solver.clip_nrom: unknown key", "nearest: 'clip_norm'")),
@@ -247,7 +247,7 @@ def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> N
         ("partition.kind=natural", ("partition.sites: expected a value",)),
         ("baselines=[centrl]", ("baselines", "nearest: 'central'")),
         ("run.solver.sampling_rate=1.5", ("run.solver.sampling_rate", "got 1.5")),
-        ("run.privacy.target_epsilon=-1", ("run.privacy.target_epsilon", "greater than or equal to 0.0001", "got -1")),
+        ("run.privacy.target_epsilon=-1", ("run.privacy.target_epsilon", "at least 0.0001", "got -1")),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(command: Command, override: str, said: tuple[str, ...]) -> None:

@@ -50,6 +50,19 @@ def price(run: RunConfig) -> list[Mechanism]:
     return [Mechanism.of(Plan(1.0, run.rounds, 1.0, sigma, Unit.EXAMPLE)), Mechanism.of(first)]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rounds", 0, "rounds: expected a number of at least 1, got 0"),
+        ("moments", {"classes": 2}, r"moments\.classes: expected a number below"),
+        ("moments", {"classes": 0.9, "scatter": 0.2}, r"moments.*: expected parts that are together"),
+    ],
+)
+def test_a_wrong_value_beside_auto_is_named(key: str, value: Any, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        auto(**{key: value})
+
+
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 3.0, 8.0])
 def test_rounds_and_the_release_before_them_cost_what_was_asked_for_and_not_less(epsilon: float) -> None:
     run = auto(privacy={**AUTO["privacy"], "target_epsilon": epsilon})
