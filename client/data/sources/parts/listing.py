@@ -64,6 +64,7 @@ class Reader:
         what: it is called in messages.
         settings: everything that shapes items besides the files; part of the digest.
         patient: a patient id from the file itself, "" where it has none; None takes it from the table.
+        parts: all files of the record that a row names; None means the one file or folder.
     """
 
     column: str
@@ -71,6 +72,7 @@ class Reader:
     what: str
     settings: str = ""
     patient: Callable[[Path], str] | None = None
+    parts: Callable[[Path], list[Path]] | None = None
 
 
 def open_listing(settings: ListedFiles, reader: Reader, masks: Sequence[str] = ()) -> Listing:
@@ -182,8 +184,11 @@ class Listing:
     def _stamp(self, name: str) -> bytes:
         try:
             path = self._inside(name)
-            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-            stamps = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+            if self.reader.parts is not None:
+                stamps = [(file.name, file.stat()) for file in self.reader.parts(path)]
+            else:
+                files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+                stamps = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
         except (OSError, ValueError, BadRecord):
             return encode_text(f"{name}\0missing")
         listed = "\0".join(f"{inner}\0{status.st_size}\0{status.st_mtime_ns}" for inner, status in stamps)

@@ -36,7 +36,7 @@ def read_series(data: bytes, suffix: str, gaps: Gaps = "refuse") -> NDArray[np.f
         BadRecord: unreadable, empty, or not numbers; nothing of it is repeated.
     """
     if suffix.lower() in _WAVEFORMS:
-        raise BadRecord("expected a series as .npy or text, got another format (WFDB, EDF, ...); convert it")
+        raise BadRecord("expected a series as .npy or text; other files have a source of kind waveforms (WFDB, EDF)")
     try:
         # NumPy's warnings describe the file.
         with warnings.catch_warnings(action="ignore"):
