@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from client.data.sources import SourceRecord
@@ -17,11 +17,13 @@ from client.data.sources.dicom import Dicom
 from client.data.sources.image_folder import SUFFIXES as PICTURES
 from client.data.sources.nifti import Nifti
 from client.data.sources.parts.base import digest
+from client.data.sources.parts.dicom.files import has_frames
 from client.data.sources.parts.pictures import read_pictures
 from client.data.sources.parts.recordings import SUFFIXES as RECORDINGS
 from client.data.sources.parts.recordings import read_recording, require_soundfile
 from client.data.sources.parts.series import read_series
 from client.data.sources.parts.tree import make_readable, open_tree, read_file
+from client.data.sources.volumes import Volumes
 from common.inputs import Text, encode_text
 from common.types import BadInput, BadRecord
 
@@ -47,6 +49,11 @@ def _read_nifti(data: bytes, path: Path) -> Any:
     return Nifti(kind="nifti", path=path).read(path)
 
 
+def _read_volume(data: bytes, path: Path) -> Any:
+    del data
+    return Volumes(kind="volumes", path=path).read(path)
+
+
 def _require_package(package: str, extra: str) -> Callable[[], None]:
     def require() -> None:
         if importlib.util.find_spec(package) is None:
@@ -65,6 +72,7 @@ class FileKind:
         read: reads one.
         by_path: whether the reader opens the file itself, which then stands in no zip.
         require: raises BadInput where a package is missing.
+        as_volumes: the same files, each read as a whole volume; None where they hold none.
     """
 
     name: str
@@ -72,14 +80,20 @@ class FileKind:
     read: Read = field(repr=False)
     by_path: bool = False
     require: Callable[[], None] = lambda: None
+    as_volumes: FileKind | None = None
 
 
-_DICOM = FileKind("DICOM files", frozenset({".dcm", ".dicom"}), _read_dicom, True, _require_package("pydicom", "dicom"))
+def _make_scans(name: str, suffixes: frozenset[str], read: Read, require: Callable[[], None]) -> FileKind:
+    whole = FileKind(f"{name}, read whole", suffixes, _read_volume, True, _require_package("nibabel", "nifti"))
+    return FileKind(name, suffixes, read, True, require, whole)
+
+
+_DICOM = _make_scans("DICOM files", frozenset({".dcm", ".dicom"}), _read_dicom, _require_package("pydicom", "dicom"))
 
 FILE_KINDS = (
     FileKind("pictures", PICTURES, lambda data, path: read_pictures(io.BytesIO(data))),
     _DICOM,
-    FileKind("NIfTI volumes", frozenset({".nii", ".nii.gz"}), _read_nifti, True, _require_package("nibabel", "nifti")),
+    _make_scans("NIfTI volumes", frozenset({".nii", ".nii.gz"}), _read_nifti, _require_package("nibabel", "nifti")),
     FileKind("recordings", RECORDINGS, lambda data, path: read_recording(data), require=require_soundfile),
     FileKind("arrays", frozenset({".npy"}), lambda data, path: read_series(data, ".npy")),
     FileKind("texts", frozenset({".txt"}), _read_text),
@@ -133,6 +147,7 @@ class LooseFiles:
         fetch: name -> content; raises BadRecord or OSError.
         find: name -> path.
         stamps: name -> size and time of change.
+        folders: name -> name of its folder, whose files may be one volume; None where files were named one by one.
     """
 
     kind: FileKind
@@ -140,6 +155,25 @@ class LooseFiles:
     fetch: Callable[[str], bytes] = field(repr=False)
     find: Callable[[str], Path] = field(repr=False)
     stamps: Mapping[str, str] = field(repr=False)
+    folders: Callable[[str], str] | None = field(default=None, repr=False)
+
+    def as_volumes(self) -> LooseFiles | None:
+        """Returns the same files as whole volumes; None where they are none.
+
+        DICOM files of one picture each are a volume together with those in their folder.
+        """
+        whole = self.kind.as_volumes
+        if whole is None:
+            return None
+        whole.require()
+        if self.kind is not _DICOM or self.folders is None:
+            return replace(self, kind=whole)
+        files: dict[str, list[str]] = {}
+        for name in self.names:
+            own = name if has_frames(self.find(name)) else self.folders(name)
+            files.setdefault(own, []).append(name)
+        stamps = {name: " ".join(self.stamps.get(each, "") for each in own) for name, own in files.items()}
+        return replace(self, kind=whole, names=list(files), stamps=stamps)
 
     def digest(self) -> str:
         """Over every file's name, size and time of change."""
@@ -148,8 +182,8 @@ class LooseFiles:
     def index(self) -> list[SourceRecord]:
         """Returns the files in their order."""
         return [
-            SourceRecord(row=number, file=make_readable(name), key=name, patient=None, split=None, cells={}, path=name)
-            for number, name in enumerate(self.names, start=1)
+            SourceRecord(number, make_readable(shown), name, patient=None, split=None, cells={}, path=shown)
+            for number, (name, shown) in enumerate(zip(self.names, map(self._show, self.names), strict=True), start=1)
         ]
 
     def load(self, position: int) -> Any:
@@ -164,6 +198,10 @@ class LooseFiles:
     def locate(self, position: int) -> Path:
         """Returns one file's path."""
         return self.find(self.names[position])
+
+    def _show(self, name: str) -> str:
+        # The files of the folder itself are one volume, which is called like it.
+        return self.find(name).resolve().name if name == "." else name
 
 
 def open_files(path: Path) -> list[LooseFiles]:
@@ -184,6 +222,7 @@ def open_files(path: Path) -> list[LooseFiles]:
         lambda name: tree.path / name,
         tree.stamps,
     )
+    found = [replace(files, folders=lambda name: str(PurePosixPath(name).parent)) for files in found]
     if tree.archive is not None and found[0].kind.by_path:
         raise BadInput(f"{path}: expected a folder with {found[0].kind.name}, got a zip; unpack it")
     return found

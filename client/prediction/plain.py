@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +114,14 @@ def _open_path(path: Path, backbone: Backbone, columns: Sequence[str]) -> PlainD
 
 def _choose(found: Sequence[LooseFiles], backbone: Backbone) -> PlainData:
     """Returns the files of the kind that the backbone takes; of the first kind where it takes none of them."""
-    chosen = next((files for files in found if takes(backbone, files)), found[0])
-    others = sum(len(files.names) for files in found if files is not chosen)
+    at = next((at for at, files in enumerate(found) if takes(backbone, files)), None)
+    chosen = found[at or 0]
+    if at is None:
+        # Scans as slices are no volumes, and those of a network of three dimensions are read whole.
+        whole = ((at, files.as_volumes()) for at, files in enumerate(found))
+        fits = ((at, files) for at, files in whole if files is not None and takes(backbone, files))
+        at, chosen = next(fits, (0, chosen))
+    others = sum(len(files.names) for other, files in enumerate(found) if other != at)
     return PlainData(chosen, f"{chosen.kind.name}" + (f"; {others} file(s) of other kinds left out" if others else ""))
 
 
@@ -169,7 +176,11 @@ def _open_rows(
     reader = Reader(chosen[0], _read_any, "file")
     if root is None:
         rows = [{**row, chosen[0]: str(Path(row[chosen[0]]).absolute()) if row[chosen[0]] else ""} for row in rows]
-    return PlainData(Listing(settings, reader, rows, root or Path("/")), f"files of column {chosen[0]}")
+    listing = Listing(settings, reader, rows, root or Path("/"))
+    if not takes(backbone, listing):
+        whole = replace(listing, reader=replace(reader, read=partial(_read_any, as_volume=True)))
+        listing = whole if takes(backbone, whole) else listing
+    return PlainData(listing, f"files of column {chosen[0]}")
 
 
 def _open_features(path: Path, rows: list[dict[str, str]], needed: Sequence[str], known: Sequence[str]) -> PlainData:
@@ -196,10 +207,12 @@ def _find_column(path: Path, known: Sequence[str], usual: Sequence[str], what: s
     return [found]
 
 
-def _read_any(path: Path) -> Any:
+def _read_any(path: Path, *, as_volume: bool = False) -> Any:
     kind = find_kind(path.name, path)
     if path.is_dir():
         kind = next(kind for kind in FILE_KINDS if kind.name == "DICOM files")
+    if kind is not None and as_volume:
+        kind = kind.as_volumes or kind
     if kind is None and path.suffix.lower() in _SERIES:
         return read_series(read_file(path, "file"), path.suffix.lower())
     if kind is None:

@@ -66,10 +66,7 @@ class Dicom(ListedFiles):
 
     def open(self) -> Source:
         """The opened table. Raises BadInput: missing, without a named column, or pydicom is not installed."""
-        try:
-            import pydicom  # noqa: F401
-        except ImportError as error:
-            raise BadInput("sources: expected the package pydicom; install headwater[dicom]") from error
+        require_pydicom()
         settings = f"dicom 2 {self.window} {self.max_slices}"
         patient = read_patient if self.patient_from_tag else None
         return open_listing(self, Reader(self.file, self.read, "DICOM file", settings, patient), self.masks)
@@ -94,6 +91,14 @@ class Dicom(ListedFiles):
         if not slices:
             raise BadRecord("expected a folder with the files of a series, got none with a picture")
         return Several(slices, passed_over)
+
+
+def require_pydicom() -> None:
+    """Raises BadInput where the package that reads DICOM files is not installed."""
+    try:
+        import pydicom  # noqa: F401
+    except ImportError as error:
+        raise BadInput("sources: expected the package pydicom; install headwater[dicom]") from error
 
 
 def write_dicom(path: Path, values: NDArray[Any], **tags: Any) -> None:

@@ -105,14 +105,26 @@ def read_volume(path: Path) -> NDArray[np.float32]:
 
 def read_scan(path: Path) -> Volume:
     """Returns a NIfTI volume with its spacing, in the patient's own axes. Raises BadRecord, OSError."""
+    return _read_nifti(path, _make_scan)
 
-    def read(image: Any) -> Volume:
-        from nibabel.affines import voxel_sizes
 
-        x_mm, y_mm, z_mm = (float(size) for size in voxel_sizes(image.affine))
-        return Volume(np.asarray(image.dataobj, dtype=np.float32), (x_mm, y_mm, z_mm))
+def turn_scan(values_IJK: NDArray[np.float32], to_mm: NDArray[np.float64]) -> Volume:
+    """Returns values as a scan in the patient's own axes.
 
-    return _read_nifti(path, read)
+    Args:
+        values_IJK: the values.
+        to_mm: the 4 x 4 matrix from indices to mm to the patient's right, front and top.
+    """
+    import nibabel
+
+    return _make_scan(nibabel.as_closest_canonical(nibabel.Nifti1Image(values_IJK, to_mm)))
+
+
+def _make_scan(canonical: Any) -> Volume:
+    from nibabel.affines import voxel_sizes
+
+    x_mm, y_mm, z_mm = (float(size) for size in voxel_sizes(canonical.affine))
+    return Volume(np.asarray(canonical.dataobj, dtype=np.float32), (x_mm, y_mm, z_mm))
 
 
 def read_pixels(path: Path, window: Window) -> NDArray[np.uint8]:

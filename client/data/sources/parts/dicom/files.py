@@ -127,6 +127,15 @@ def list_series(folder: Path) -> SeriesFiles:
     return SeriesFiles(tuple(path for *_, path in sorted(numbered)), len(files) - len(numbered))
 
 
+def has_frames(path: Path) -> bool:
+    """Returns whether a file says that it has several pictures."""
+    with quiet():
+        try:
+            return int(open_dicom(path, pixels=False).get("NumberOfFrames", 1) or 1) > 1
+        except (*list_errors(), BadRecord, OSError):
+            return False
+
+
 def read_patient(path: Path) -> str:
     """Returns the PatientID of a file, or of the first of a folder's series; "" where it has none."""
     with quiet():
@@ -158,6 +167,11 @@ def _name_class(found: Any) -> str:
     meta = getattr(found, "file_meta", None) or {}
     known = UID_dictionary.get(str(found.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or ""))
     return f" ({known[0]})" if known else ""
+
+
+def is_dicom(path: Path) -> bool:
+    """Returns whether a path is a folder, or a file that by its name or first bytes is DICOM. Raises OSError."""
+    return path.is_dir() or path.suffix.lower() in _SUFFIXES or is_marked(path)
 
 
 def is_marked(path: Path) -> bool:

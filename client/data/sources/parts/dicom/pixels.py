@@ -1,4 +1,6 @@
-"""From the stored values of a DICOM file to 8-bit pictures, as the standard says (PS3.3, C.7.6.3, C.11 and C.7.6.16).
+"""From the stored values of a DICOM file to 8-bit pictures, or to intensities, as the standard says.
+
+(PS3.3, C.7.6.3, C.11 and C.7.6.16.)
 
 Grey values pass through the modality's rescale or table, then through a window or a table of the values of interest;
 those of an enhanced file may have their own of both in each frame. What is not understood is refused by its name:
@@ -57,17 +59,11 @@ def read_frames(found: Any, window: Window, most: int | None = None) -> Frames:
     """
     try:
         count = count_frames(found)
-        samples = int(found.get("SamplesPerPixel", 1) or 1)
-        if not 0 < count * int(found.Rows) * int(found.Columns) * samples <= MAX_VALUES:
-            # A damaged header may ask for any amount of memory.
-            raise BadRecord(f"expected at most {MAX_VALUES >> 20} million values")
-        kind = _check_kind(found, samples)
+        kind = _check_picture(found, count)
         chosen = spread(count, most)
         # The lowest and highest value are those of all frames.
         needed = list(range(count)) if window == "full" and kind in _GREY else chosen
         frames = _decode(found, needed)
-        if frames.shape[1:3] != (int(found.Rows), int(found.Columns)):
-            raise BadRecord("DICOM file whose pixels have another shape than it says")
         if kind in _COLOURS:
             return Frames(list(_to_eight_bits(found, frames)), (f"{kind} of {int(found.BitsStored)} bits",))
         if kind == _PALETTE:
@@ -79,9 +75,47 @@ def read_frames(found: Any, window: Window, most: int | None = None) -> Frames:
         raise BadRecord("DICOM file whose tags about its picture cannot be read") from None
 
 
+def read_intensities(found: Any) -> NDArray[np.float32]:
+    """Returns all frames' grey values after rescaling, F x H x W; padding is not a number.
+
+    Which of them are shown dark, as MONOCHROME1 says, does not change what they measure.
+
+    Raises:
+        BadRecord: it has colours, or its pixels cannot be decoded.
+    """
+    try:
+        count = count_frames(found)
+        kind = _check_picture(found, count)
+        if kind not in _GREY:
+            raise BadRecord(f"expected grey values, got {kind}")
+        numbers = list(range(count))
+        grey = _Grey(found, _decode(found, numbers), numbers, is_turned=False)
+        values_FHW = np.stack(
+            [
+                _apply_scale(found, *each).astype(np.float32)
+                for each in zip(grey.frames_FHW, grey.find_scales(), strict=True)
+            ]
+        )
+        padding = _find_padding(found, grey.frames_FHW.dtype)
+        if padding is not None:
+            values_FHW[(grey.frames_FHW >= padding[0]) & (grey.frames_FHW <= padding[1])] = np.nan
+        return values_FHW
+    except list_errors():
+        raise BadRecord("DICOM file whose tags about its picture cannot be read") from None
+
+
 def count_frames(found: Any) -> int:
     """Returns the number of pictures that a file says it has, at least 1."""
     return max(1, int(found.get("NumberOfFrames", 1) or 1))
+
+
+def _check_picture(found: Any, count: int) -> str:
+    """Returns the photometric interpretation of a file of so many frames. Raises BadRecord: too large, or not read."""
+    samples = int(found.get("SamplesPerPixel", 1) or 1)
+    if not 0 < count * int(found.Rows) * int(found.Columns) * samples <= MAX_VALUES:
+        # A damaged header may ask for any amount of memory.
+        raise BadRecord(f"expected at most {MAX_VALUES >> 20} million values")
+    return _check_kind(found, samples)
 
 
 def _check_kind(found: Any, samples: int) -> str:
@@ -121,9 +155,12 @@ def _decode(found: Any, frames: list[int]) -> NDArray[Any]:
     except (NotImplementedError, *UNREADABLE):
         raise BadRecord(f"its pixels are stored as {name}, which is not read") from None
     try:
-        return np.stack(list(iter_pixels(found, indices=frames)))
+        values = np.stack(list(iter_pixels(found, indices=frames)))
     except list_errors():
         raise BadRecord(f"DICOM file without pixels that can be decoded ({name})") from None
+    if values.shape[1:3] != (int(found.Rows), int(found.Columns)):
+        raise BadRecord("DICOM file whose pixels have another shape than it says")
+    return values
 
 
 # --- colours ---------------------------------------------------------------------------------------------------------
@@ -234,8 +271,14 @@ def _find_padding(found: Any, dtype: np.dtype[Any]) -> tuple[int, int] | None:
     return min(read), max(read)
 
 
-def _find_group(found: Any, frame: int, name: str) -> Any:
-    """Returns an item of a frame's own functional groups, or of those that all share; None where there is none."""
+def find_group(found: Any, frame: int, name: str) -> Any:
+    """Returns an item of a frame's own functional groups, or of those that all share; None where there is none.
+
+    Args:
+        found: the dataset.
+        frame: the frame's place in the file, from 0.
+        name: name of the group's sequence.
+    """
     own, shared = found.get("PerFrameFunctionalGroupsSequence"), found.get("SharedFunctionalGroupsSequence")
     for groups in ([own[frame]] if own and frame < len(own) else [], shared or []):
         for group in groups:
@@ -246,7 +289,7 @@ def _find_group(found: Any, frame: int, name: str) -> Any:
 
 def _find_scale(found: Any, frame: int) -> tuple[float, float] | None:
     """Returns slope and intercept of a frame; None where it has none. Raises BadRecord: one of them is missing or 0."""
-    own = _find_group(found, frame, "PixelValueTransformationSequence")
+    own = find_group(found, frame, "PixelValueTransformationSequence")
     slope, intercept = (
         _read_number((found if own is None else own).get(f"Rescale{x}")) for x in ("Slope", "Intercept")
     )
@@ -282,7 +325,7 @@ def _apply_window(
         # Values are rounded into the table, as the modality's may be fractions.
         highest = (1 << int(tables[0].LUTDescriptor[2])) - 1
         return windowed(apply_voi(np.rint(values), found), 0.0, float(highest)), "table of values of interest"
-    own = _find_group(found, frame, "FrameVOILUTSequence")
+    own = find_group(found, frame, "FrameVOILUTSequence")
     tags = found if own is None else own
     centre, width = (_read_number(tags.get(name)) for name in ("WindowCenter", "WindowWidth"))
     if centre is None or width is None or width <= 0:
