@@ -1,4 +1,4 @@
-"""The compiled form of exact sums and of their noise: `exact.c`, built where the package is installed.
+"""The compiled form of exact sums and of their noise: `exact.c` and `products.c`, built where the package is installed.
 
 It returns what the Python code returns, to the bit; where it is missing, or `HEADWATER_COMPILED=0`, that code runs.
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SWITCH = "HEADWATER_COMPILED"
 """Environment variable: 0 leaves the compiled code out."""
 
-_VERSION = 1
+_VERSION = 2
 _MODULE = "headwater_exact"
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double, "i": ctypes.c_int}
 _ARGUMENTS = {
@@ -32,6 +32,9 @@ _ARGUMENTS = {
     "quantise": "pnnppp",
     "compute_block": "pn",
     "add_block": "pnndddp",
+    "multiply_exactly": "pnnpnp",
+    "add_exactly": "ppnnnip",
+    "limit_width": "i",
     "update": "ppndppdpppp",
 }
 """Function -> kinds of its arguments: pointer, number, double, int."""

@@ -2,28 +2,23 @@
 
 The specification is Python: client/data/quantised.py, client/solvers/parts/closed_form.py, common/privacy/lattice.py and
 rounded_gaussian.py say what each function returns and why that is private. Here is the same, equal to the bit:
-- Products and sums of whole numbers below 2**53 are exact in double precision, so they may be added in any order and in
-  one instruction with the product.
-- Everything else is done with the specification's own operations in its own order. `own` keeps a compiler from joining
-  such a product with the sum that follows it.
+- Products and sums of whole numbers below 2**53 are exact in double precision, so they may be added in any order, and be
+  computed from shorter integers (products.c).
+- Everything else is done with the specification's own operations in its own order.
 - No branch and no address depends on the value of a feature, a label or a slope.
 
 Arrays are contiguous. R rows, U units, D features, K outputs, Q pairs of records of one unit, P rows of each unit.
 */
+#include "products.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FAST
-#endif
-#define INLINE static inline __attribute__((always_inline))
+/* No product is joined with the sum that follows it: it would be rounded once instead of twice. */
+#pragma GCC optimize("fp-contract=off")
+
 #define UNROLL _Pragma("GCC unroll 32")
 #define LANES 8
-#define ROWS 32 /* Rows whose integers stay in the first cache while their parts are added. */
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 typedef double Doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -31,23 +26,7 @@ typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
 typedef int32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-int version(void) { return 1; }
-
-INLINE double own(double value) {
-#if defined(__x86_64__)
-    __asm__("" : "+x"(value));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(value));
-#else
-    volatile double kept = value;
-    value = kept;
-#endif
-    return value;
-}
-
-INLINE Doubles widen(const int16_t *from) {
-    return __builtin_convertvector(__builtin_convertvector(*(const Shorts *)from, Words), Doubles);
-}
+int version(void) { return 2; }
 
 INLINE double add_lanes(Doubles values) {
     double sum = 0.0;
@@ -115,70 +94,22 @@ FAST void quantise(const float *values_RD, long R, long D, int16_t *integers_RD,
             square += (double)integers[d] * integers[d];
         }
         scale_R[r] = usable ? scale : finite ? 0.0 : NAN;
-        norm_R[r] = own(sqrt(usable ? square + add_lanes(squares) : 0.0) * (1.0 + 0x1p-50)) * scale_R[r];
+        norm_R[r] = (sqrt(usable ? square + add_lanes(squares) : 0.0) * (1.0 + 0x1p-50)) * scale_R[r];
     }
 }
 
 /* --- compute_outputs --------------------------------------------------------------------------------------------- */
 
-/* The sums over lanes of eight vectors, one in each lane. */
-INLINE Doubles add_lanes_of(const Doubles *v) {
-    Doubles a[4], b[2];
-    UNROLL for (int i = 0; i < 4; i++)
-        a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (Longs){0, 8, 2, 10, 4, 12, 6, 14}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1], (Longs){1, 9, 3, 11, 5, 13, 7, 15});
-    UNROLL for (int i = 0; i < 2; i++)
-        b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], (Longs){0, 1, 8, 9, 4, 5, 12, 13}) +
-               __builtin_shuffle(a[2 * i], a[2 * i + 1], (Longs){2, 3, 10, 11, 6, 7, 14, 15});
-    return __builtin_shuffle(b[0], b[1], (Longs){0, 1, 2, 3, 8, 9, 10, 11}) +
-           __builtin_shuffle(b[0], b[1], (Longs){4, 5, 6, 7, 12, 13, 14, 15});
-}
-
-INLINE void multiply_tile(const int16_t *rows, long D, const double *weight, const int N, const int M, double *outputs,
-                          long K) {
-    Doubles sums[24];
-    UNROLL for (int i = 0; i < 24; i++) sums[i] = (Doubles){0};
-    long d = 0;
-    for (; d + LANES <= D; d += LANES) {
-        Doubles x[4];
-        UNROLL for (int n = 0; n < N; n++) x[n] = widen(rows + n * D + d);
-        UNROLL for (int m = 0; m < M; m++) {
-            Doubles w = *(const Doubles *)(weight + m * D + d);
-            UNROLL for (int n = 0; n < N; n++) sums[n * M + m] += x[n] * w;
-        }
-    }
-    UNROLL for (int i = 0; i < N * M; i += LANES) {
-        Doubles added = add_lanes_of(sums + i);
-        UNROLL for (int lane = 0; lane < MIN(LANES, N * M - i); lane++)
-            outputs[(i + lane) / M * K + (i + lane) % M] = added[lane];
-    }
-    for (; d < D; d++)
-        UNROLL for (int n = 0; n < N; n++) UNROLL for (int m = 0; m < M; m++)
-            outputs[n * K + m] += rows[n * D + d] * weight[m * D + d];
-}
-
-INLINE void multiply_rows(const int16_t *rows, long D, const double *weight_KD, long K, const int N, double *outputs) {
-    long k = 0;
-    for (; k + 5 <= K; k += 5) multiply_tile(rows, D, weight_KD + k * D, N, 5, outputs + k, K);
-    switch (K - k) {
-        case 4: multiply_tile(rows, D, weight_KD + k * D, N, 4, outputs + k, K); break;
-        case 3: multiply_tile(rows, D, weight_KD + k * D, N, 3, outputs + k, K); break;
-        case 2: multiply_tile(rows, D, weight_KD + k * D, N, 2, outputs + k, K); break;
-        case 1: multiply_tile(rows, D, weight_KD + k * D, N, 1, outputs + k, K); break;
-    }
-}
-
-INLINE void multiply(const int16_t *integers_RD, const double *scale_R, long R, long D, const double *weight_KD,
-                   const double *bias_K, const double *offset_K, long K, double *outputs_RK) {
-    long r = 0;
-    for (; r + 4 <= R; r += 4) multiply_rows(integers_RD + r * D, D, weight_KD, K, 4, outputs_RK + r * K);
-    for (; r < R; r++) multiply_rows(integers_RD + r * D, D, weight_KD, K, 1, outputs_RK + r * K);
-    for (r = 0; r < R; r++)
+INLINE int multiply(const int16_t *integers_RD, const double *scale_R, long R, long D, const double *weight_KD,
+                    const double *bias_K, const double *offset_K, long K, double *outputs_RK) {
+    if (!multiply_exactly(integers_RD, R, D, weight_KD, K, outputs_RK)) return 0;
+    for (long r = 0; r < R; r++)
         for (long k = 0; k < K; k++) {
-            double output = own(outputs_RK[r * K + k] * scale_R[r]);
-            if (bias_K) output = own(output + bias_K[k]);
+            double output = outputs_RK[r * K + k] * scale_R[r];
+            if (bias_K) output += bias_K[k];
             outputs_RK[r * K + k] = offset_K ? output + offset_K[k] : output;
         }
+    return 1;
 }
 
 /* --- _Gradients._bound_norms ------------------------------------------------------------------------------------- */
@@ -194,14 +125,14 @@ INLINE void weigh(const double *slopes_RK, const double *factor_R, const double 
         }
         double to_whole = 0x1p20 / greater(peak, 0x1p-1000);
         for (long k = 0; k < K; k++) {
-            double whole = nearbyint(own(weighted[k] * to_whole));
+            double whole = nearbyint((weighted[k] * to_whole));
             if (whole_RK) whole_RK[r * K + k] = whole;
             square += whole * whole;
         }
         square *= 0x1p-40;
         sizes_2R[r] = peak;
         sizes_2R[R + r] = square;
-        norm_R[r] = own(own(own(sqrt(square)) + rounding) * own(peak * reach_R[r])) * (1.0 + 0x1p-40);
+        norm_R[r] = (((sqrt(square)) + rounding) * (peak * reach_R[r])) * (1.0 + 0x1p-40);
     }
 }
 
@@ -214,9 +145,9 @@ INLINE void bound_units(const double *whole_RK, const double *sizes_2R, const do
     for (long u = 0; u < U; u++) {
         double reach = 0.0, square = 0.0;
         for (long r = start_U[u]; r < start_U[u + 1]; r++) {
-            double weight = own(peak_R[r] * reach_R[r]);
-            reach = own(reach + norm_R[r]);
-            square = own(square + own(square_R[r] * own(weight * weight)));
+            double weight = (peak_R[r] * reach_R[r]);
+            reach = (reach + norm_R[r]);
+            square = (square + (square_R[r] * (weight * weight)));
         }
         norm_U[u] = reach;
         square_U[u] = square;
@@ -225,18 +156,18 @@ INLINE void bound_units(const double *whole_RK, const double *sizes_2R, const do
         long first = pairs_3Q[q], second = pairs_3Q[Q + q], unit = pairs_3Q[2 * Q + q];
         double dot = 0.0;
         for (long k = 0; k < K; k++) dot += whole_RK[first * K + k] * whole_RK[second * K + k];
-        dot = own(own(own(dot * 0x1p-39) * peak_R[first]) * peak_R[second]);
-        square_U[unit] = own(square_U[unit] + own(dot * product_Q[q]));
+        dot = (((dot * 0x1p-39) * peak_R[first]) * peak_R[second]);
+        square_U[unit] = (square_U[unit] + (dot * product_Q[q]));
     }
     for (long u = 0; u < U; u++) {
         long count = start_U[u + 1] - start_U[u];
         double reach = norm_U[u], added = 0.0;
-        double norm = own(sqrt(greater(0.0, square_U[u]) + own(own(reach * reach) * 0x1p-40)));
+        double norm = (sqrt(greater(0.0, square_U[u]) + ((reach * reach) * 0x1p-40)));
         for (long r = start_U[u]; r < start_U[u + 1]; r++)
-            added = own(added + own(own(peak_R[r] * reach_R[r]) * rounding));
-        norm = greater(own(norm + added), reach * least);
+            added = (added + ((peak_R[r] * reach_R[r]) * rounding));
+        norm = greater((norm + added), reach * least);
         norm_U[u] = count > 1 ? norm : reach;
-        slack_U[u] = count > 1 ? own(count * slack) : 0.0;
+        slack_U[u] = count > 1 ? (count * slack) : 0.0;
     }
 }
 
@@ -256,50 +187,6 @@ INLINE void truncate_slopes(double *slopes_RK, const double *scale_R, const doub
     }
 }
 
-INLINE void add_tile(const int16_t *rows, long R, long D, const double *parts, long K, const int N, const int M,
-                     double *total) {
-    Doubles sums[10][4];
-    UNROLL for (int n = 0; n < N; n++) UNROLL for (int m = 0; m < M; m++)
-        sums[n][m] = *(const Doubles *)(total + n * D + m * LANES);
-    for (long r = 0; r < R; r++) {
-        Doubles x[4];
-        UNROLL for (int m = 0; m < M; m++) x[m] = widen(rows + r * D + m * LANES);
-        UNROLL for (int n = 0; n < N; n++) UNROLL for (int m = 0; m < M; m++) sums[n][m] += x[m] * parts[r * K + n];
-    }
-    UNROLL for (int n = 0; n < N; n++) UNROLL for (int m = 0; m < M; m++)
-        *(Doubles *)(total + n * D + m * LANES) = sums[n][m];
-}
-
-INLINE void add_columns(const int16_t *rows, long R, long D, const double *parts, long K, const int N, const int M,
-                        double *total) {
-    long d = 0;
-    for (; d + M * LANES <= D; d += M * LANES) add_tile(rows + d, R, D, parts, K, N, M, total + d);
-    for (; d + LANES <= D; d += LANES) add_tile(rows + d, R, D, parts, K, N, 1, total + d);
-    for (; d < D; d++)
-        for (int n = 0; n < N; n++) {
-            double sum = total[n * D + d];
-            for (long r = 0; r < R; r++) sum += parts[r * K + n] * rows[r * D + d];
-            total[n * D + d] = sum;
-        }
-}
-
-/* total_KD += parts' rows: every sum on the way is a whole number below 2**53. */
-INLINE void add_products(const int16_t *integers_RD, const double *parts_RK, long R, long D, long K, double *total_KD) {
-    for (long first = 0; first < R; first += ROWS) {
-        long count = MIN(ROWS, R - first), k = 0;
-        const int16_t *rows = integers_RD + first * D;
-        const double *parts = parts_RK + first * K;
-        for (; k + 10 <= K; k += 10) add_columns(rows, count, D, parts + k, K, 10, 2, total_KD + k * D);
-        for (; k + 5 <= K; k += 5) add_columns(rows, count, D, parts + k, K, 5, 4, total_KD + k * D);
-        switch (K - k) {
-            case 4: add_columns(rows, count, D, parts + k, K, 4, 4, total_KD + k * D); break;
-            case 3: add_columns(rows, count, D, parts + k, K, 3, 4, total_KD + k * D); break;
-            case 2: add_columns(rows, count, D, parts + k, K, 2, 4, total_KD + k * D); break;
-            case 1: add_columns(rows, count, D, parts + k, K, 1, 4, total_KD + k * D); break;
-        }
-    }
-}
-
 /* --- add_clipped_parts ------------------------------------------------------------------------------------------- */
 
 /* One head's records of a block, and room to compute in; client/solvers/parts/compiled_step.py has the same fields. */
@@ -315,15 +202,17 @@ typedef struct {
 } Head;
 
 
-/* Writes outputs of whole lanes of rows: those added are the first row's. */
-FAST void compute_block(const Head *heads, long num_heads) {
+/* Writes outputs of whole lanes of rows: those added are the first row's. Returns 0 where memory is short. */
+FAST int compute_block(const Head *heads, long num_heads) {
     for (const Head *head = heads; head < heads + num_heads; head++) {
         long values = head->P * head->K;
-        multiply(head->integers_RD, head->scale_R, head->R * head->P, head->D, head->weight_KD, head->bias_K,
-                 head->offset_K, head->K, head->outputs_RK);
+        if (!multiply(head->integers_RD, head->scale_R, head->R * head->P, head->D, head->weight_KD, head->bias_K,
+                      head->offset_K, head->K, head->outputs_RK))
+            return 0;
         for (long r = head->R; r < head->padded; r++)
             memcpy(head->outputs_RK + r * values, head->outputs_RK, 8 * values);
     }
+    return 1;
 }
 
 /* bound_norms of common/privacy/lattice.py for one row. */
@@ -332,10 +221,10 @@ INLINE double bound_norm(const double *values, long N, int bits) {
     for (long n = 0; n < N; n++) peak = greater(peak, fabs(values[n]));
     double divisor = peak > 0.0 ? peak : 1.0;
     for (long n = 0; n < N; n++) {
-        double whole = ceil(own(fabs(values[n]) / divisor) * most);
+        double whole = ceil((fabs(values[n]) / divisor) * most);
         square += whole * whole;
     }
-    return own(own(sqrt(square)) * peak) * own(ldexp(1.0, -bits) * (1.0 + 0x1p-40));
+    return ((sqrt(square)) * peak) * (ldexp(1.0, -bits) * (1.0 + 0x1p-40));
 }
 
 INLINE int count_bits(long value) {
@@ -345,7 +234,7 @@ INLINE int count_bits(long value) {
 }
 
 /* _Formed.of for every unit: gradients in integers, what one is worth, and bounds of their norms. */
-INLINE void form_gradients(const Head *head, long U, double *norm_U) {
+INLINE int form_gradients(const Head *head, long U, double *norm_U) {
     long D = head->D, K = head->K, P = head->P;
     int weight_bits = (52 - count_bits(K * D - 1)) / 2 - 1, bias_bits = (52 - count_bits(K - 1)) / 2 - 1;
     for (long u = 0; u < U; u++) {
@@ -358,7 +247,7 @@ INLINE void form_gradients(const Head *head, long U, double *norm_U) {
         for (long r = 0; r < rows; r++) {
             double factor = head->factor_R[(first + r) / P], scale = head->scale_R[first + r];
             for (long k = 0; k < K; k++) {
-                weighted[r * K + k] = own(slopes[r * K + k] * factor);
+                weighted[r * K + k] = (slopes[r * K + k] * factor);
                 scaled[r * K + k] = weighted[r * K + k] * scale;
             }
         }
@@ -368,19 +257,26 @@ INLINE void form_gradients(const Head *head, long U, double *norm_U) {
         double divisor = worth > 0.0 ? worth : 1.0, bias_divisor = bias_worth > 0.0 ? bias_worth : 1.0;
         for (long i = 0; i < rows * K; i++) scaled[i] = trunc(scaled[i] / divisor);
         memset(weight, 0, 8 * K * D);
-        add_products(head->integers_RD + first * D, scaled, rows, D, K, weight);
-        double norm = own(bound_norm(weight, K * D, weight_bits) * worth);
+        const int16_t *integers_RD = head->integers_RD + first * D;
+        if (rows > 4) { /* Below 2**35, as parts of units of several records. */
+            if (!add_exactly(integers_RD, scaled, rows, D, K, 1, weight)) return 0;
+        } else {
+            for (long r = 0; r < rows; r++)
+                for (long i = 0; i < K * D; i++) weight[i] += scaled[r * K + i / D] * integers_RD[r * D + i % D];
+        }
+        double norm = (bound_norm(weight, K * D, weight_bits) * worth);
         if (head->total_K) {
             memset(bias, 0, 8 * K);
             for (long r = 0; r < rows; r++)
                 for (long k = 0; k < K; k++) bias[k] += trunc(weighted[r * K + k] / bias_divisor);
-            double bias_norm = own(bound_norm(bias, K, bias_bits) * bias_worth);
-            norm = own(sqrt(own(norm * norm) + own(bias_norm * bias_norm))) * (1.0 + 0x1p-40);
+            double bias_norm = (bound_norm(bias, K, bias_bits) * bias_worth);
+            norm = (sqrt((norm * norm) + (bias_norm * bias_norm))) * (1.0 + 0x1p-40);
         }
         head->worth_2U[2 * u] = worth;
         head->worth_2U[2 * u + 1] = bias_worth;
         norm_U[u] = norm;
     }
+    return 1;
 }
 
 /* _Formed.add_clipped. */
@@ -389,28 +285,29 @@ INLINE void add_formed(const Head *head, const double *factor_U, long U, double 
     for (long u = 0; u < U; u++) {
         double factor = factor_U[u] / spacing;
         int any = factor_U[u] > 0.0;
-        double weight = own(head->worth_2U[2 * u] * factor), bias = own(head->worth_2U[2 * u + 1] * factor);
+        double weight = (head->worth_2U[2 * u] * factor), bias = (head->worth_2U[2 * u + 1] * factor);
         /* What is not a number has the factor 0. */
         weight = any ? weight : 0.0;
         bias = any ? bias : 0.0;
         for (long i = 0; i < values; i++)
-            head->total_KD[i] += weight > 0.0 ? trunc(own(head->gradient_UKD[u * values + i] * weight)) : 0.0;
+            head->total_KD[i] += weight > 0.0 ? trunc((head->gradient_UKD[u * values + i] * weight)) : 0.0;
         if (head->total_K)
             for (long k = 0; k < head->K; k++)
-                head->total_K[k] += bias > 0.0 ? trunc(own(head->gradient_UK[u * head->K + k] * bias)) : 0.0;
+                head->total_K[k] += bias > 0.0 ? trunc((head->gradient_UK[u * head->K + k] * bias)) : 0.0;
     }
 }
 
-/* Adds the clipped parts of units to the heads' totals. room_5U: five numbers for each unit. */
-FAST void add_block(const Head *heads, long num_heads, long U, double bound, double spacing, double least,
-                    double *room_5U) {
+/* Adds the clipped parts of units to the heads' totals. room_5U: five numbers for each unit. Returns 0 where memory is
+short. */
+FAST int add_block(const Head *heads, long num_heads, long U, double bound, double spacing, double least,
+                   double *room_5U) {
     double *norm_U = room_5U, *slack_U = norm_U + U, *head_norm_U = slack_U + U, *head_slack_U = head_norm_U + U;
     double *square_U = head_slack_U + U;
     memset(slack_U, 0, 8 * U);
     for (const Head *head = heads; head < heads + num_heads; head++) {
         double *own_U = head == heads ? norm_U : head_norm_U;
         if (head->gradient_UKD) {
-            form_gradients(head, U, own_U);
+            if (!form_gradients(head, U, own_U)) return 0;
         } else {
             weigh(head->slopes_RK, head->factor_R, head->reach_R, head->R, head->K, head->rounding, head->weighted_RK,
                   head->several ? head->whole_RK : 0, head->sizes_2R, head->norm_R);
@@ -420,16 +317,16 @@ FAST void add_block(const Head *heads, long num_heads, long U, double bound, dou
                 bound_units(head->whole_RK, head->sizes_2R, head->reach_R, head->norm_R, head->start_U, U, head->R,
                             head->K, head->pairs_3Q, head->Q, head->product_Q, head->rounding, head->slack, least,
                             square_U, own_U, head_slack_U);
-            for (long u = 0; head->several && u < U; u++) slack_U[u] = own(slack_U[u] + head_slack_U[u]);
+            for (long u = 0; head->several && u < U; u++) slack_U[u] = (slack_U[u] + head_slack_U[u]);
         }
         if (head != heads)
             for (long u = 0; u < U; u++)
-                norm_U[u] = sqrt(own(norm_U[u] * norm_U[u]) + own(head_norm_U[u] * head_norm_U[u]));
+                norm_U[u] = sqrt((norm_U[u] * norm_U[u]) + (head_norm_U[u] * head_norm_U[u]));
     }
     /* Lattice.compute_factors. */
     double *factor_U = norm_U;
     for (long u = 0; u < U; u++) {
-        double factor = own((bound - slack_U[u]) * spacing) / greater(norm_U[u], 0x1p-1000);
+        double factor = ((bound - slack_U[u]) * spacing) / greater(norm_U[u], 0x1p-1000);
         factor = factor < 0.0 ? 0.0 : factor > 1.0 ? 1.0 : factor;
         factor_U[u] = factor == factor ? factor : 0.0;
     }
@@ -440,8 +337,10 @@ FAST void add_block(const Head *heads, long num_heads, long U, double bound, dou
         }
         truncate_slopes(head->weighted_RK, head->scale_R, factor_U, head->unit_R, head->R, head->K, spacing,
                         head->total_K);
-        add_products(head->integers_RD, head->weighted_RK, head->R, head->D, head->K, head->total_KD);
+        if (!add_exactly(head->integers_RD, head->weighted_RK, head->R, head->D, head->K, head->several, head->total_KD))
+            return 0;
     }
+    return 1;
 }
 
 /* --- the update of client/solvers/parts/descent.py --------------------------------------------------------------- */
@@ -452,10 +351,10 @@ FAST double update(const double *total_N, const int64_t *noise_N, long N, double
                    double *grid_N) {
     double peak = 0.0;
     for (long n = 0; n < N; n++) {
-        double step = own(own((double)(noise_N[n] + (int64_t)total_N[n]) * spacing) / divisor_N[n]);
-        if (decay_N) step = own(step + own(weight_N[n] * decay_N[n]));
-        if (momentum != 0.0) step = velocity_N[n] = own(own(velocity_N[n] * momentum) + step);
-        weight_N[n] = own(weight_N[n] - own(step * rate_N[n]));
+        double step = (((double)(noise_N[n] + (int64_t)total_N[n]) * spacing) / divisor_N[n]);
+        if (decay_N) step = (step + (weight_N[n] * decay_N[n]));
+        if (momentum != 0.0) step = velocity_N[n] = ((velocity_N[n] * momentum) + step);
+        weight_N[n] = (weight_N[n] - (step * rate_N[n]));
         grid_N[n] = nearbyint(weight_N[n] * 0x1p24) * 0x1p-24;
         peak = greater(peak, fabs(grid_N[n]));
     }
@@ -470,11 +369,11 @@ FAST double update(const double *total_N, const int64_t *noise_N, long N, double
 /* 1: accepted; 0: rejected; -1: more bits have to decide. */
 INLINE int accept(uint64_t word, int cell) {
     double distance = ((double)(word & ((1ull << POINT_BITS) - 1)) + 0.5) * 0x1p-48, rejection = 1.0;
-    double exponent = distance * own(own(distance * 0.5) + own(cell * 0.015625));
-    UNROLL for (int term = TERMS; term > 1; term--) rejection = 1.0 - own(own(exponent * (1.0 / term)) * rejection);
+    double exponent = distance * ((distance * 0.5) + (cell * 0.015625));
+    UNROLL for (int term = TERMS; term > 1; term--) rejection = 1.0 - ((exponent * (1.0 / term)) * rejection);
     rejection *= exponent * 0x1p22;
     double lot = (double)(word >> POINT_BITS);
-    return lot >= own(rejection) + 0x1p-20 ? 1 : lot + 1.0 > own(rejection) - 0x1p-20 ? -1 : 0;
+    return lot >= (rejection) + 0x1p-20 ? 1 : lot + 1.0 > (rejection) - 0x1p-20 ? -1 : 0;
 }
 
 INLINE int64_t place_point(int64_t cell, uint64_t word, int log2_deviation) {

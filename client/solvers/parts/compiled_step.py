@@ -158,21 +158,29 @@ class _CompiledBlock:
             head.weight_KD, head.total_KD = weights[name][0].data_ptr(), sums[name][0].data_ptr()
             if inputs.bias:
                 head.bias_K, head.total_K = weights[name][1].data_ptr(), sums[name][1].data_ptr()
-        self._code.compute_block(self._heads, len(self._heads))
+        check_memory(self._code.compute_block(self._heads, len(self._heads)))
         slopes = {
             name: evaluate_slopes(inputs, self._outputs[name], self._labels[name], output_gradients[name]).contiguous()
             for name, inputs in self._block.items()
         }
         for head, slopes_RK in zip(self._heads, slopes.values(), strict=True):
             head.slopes_RK = slopes_RK.data_ptr()
-        self._code.add_block(
-            *(self._heads, len(self._heads), len(self._room_5U) // 5, lattice.bound * (1.0 - 2.0**-36)),
-            *(lattice.spacing, 1.0 / MOST_CANCELLATION, self._room_5U.data_ptr()),
+        check_memory(
+            self._code.add_block(
+                *(self._heads, len(self._heads), len(self._room_5U) // 5, lattice.bound * (1.0 - 2.0**-36)),
+                *(lattice.spacing, 1.0 / MOST_CANCELLATION, self._room_5U.data_ptr()),
+            )
         )
         for name, parts in sums.items():
             for total, part in zip(totals[name], parts, strict=True):
                 if part is not total:
                     total.add_(part.long())
+
+
+def check_memory(done: int) -> None:
+    """Raises MemoryError where compiled code found too little memory to compute in."""
+    if not done:
+        raise MemoryError("expected memory for digits of weights and parts, got none; close other programs")
 
 
 def _open_sums(totals: Sequence[Tensor]) -> Sequence[Tensor]:

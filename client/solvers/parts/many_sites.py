@@ -33,7 +33,7 @@ from client.solvers.parts.closed_form import (
     check_affine,
     round_weights,
 )
-from client.solvers.parts.compiled_step import MOST_OUTPUTS
+from client.solvers.parts.compiled_step import MOST_OUTPUTS, check_memory
 from client.solvers.parts.descent import get_output_gradient, open_inputs
 from client.solvers.parts.flat import Flat
 from client.solvers.parts.many_units import ManyUnits
@@ -255,7 +255,7 @@ class _Steps:
                 table["bias_K"] = self._grid_SN.data_ptr() + row + 8 * bias_at
                 table["total_K"] = self._total_SN.data_ptr() + row + 8 * bias_at
             if table["R"].sum():
-                self._code.compute_block(table.ctypes.data, len(table))
+                check_memory(self._code.compute_block(table.ctypes.data, len(table)))
                 slopes = block[name].evaluate_slopes(gradients[name])
                 kept.append(slopes)
                 at_S = np.cumsum(table["R"]) - table["R"]
@@ -272,7 +272,7 @@ class _Steps:
         numbers = (self.lattice.bound * (1.0 - 2.0**-36), self.lattice.spacing, 1.0 / MOST_CANCELLATION)
         for at, count, num_units in zip(at_S.tolist(), num_heads_S.tolist(), num_units_S.tolist(), strict=True):
             if count:
-                self._code.add_block(at, count, num_units, *numbers, room.ctypes.data)
+                check_memory(self._code.add_block(at, count, num_units, *numbers, room.ctypes.data))
 
     def move(self, noise_SN: NDArray[np.int64]) -> None:
         """Moves each site's weights by its sum with its noise."""

@@ -5,14 +5,17 @@ The laws of exact sums (test_exact_sums.py) are tested with whichever of the two
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.dense import PerPixel
@@ -137,6 +140,69 @@ def test_heads_of_places_are_trained_alike(
         mask_R = torch.rand(records, generator=generator) > 0.2
         made[name] = TaskRecords.of(own, labels, mask_R, unit_R, len(counts))
     assert_same_round(tasks, Units(len(counts), made), draw_heads(tasks, 0.5, features))
+
+
+@pytest.fixture(params=[0, 1, 2])
+def code(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    """The compiled code with vectors of 128, 256 and 512 bits, where the processor has them."""
+    library = open_library()
+    assert library is not None
+    if request.param > library.code.limit_width(request.param):
+        pytest.skip("this processor's family has one width of vectors")
+    yield library.code
+    library.code.limit_width(2)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 13)),
+    many=st.sampled_from([0, 0, 0, 600]),
+    seed=st.integers(0, 1000),
+    length=st.sampled_from([2.0**-24, 0.1, 1.0, 50.0, 2.0**14]),
+    several=st.booleans(),
+)
+def test_products_of_digits_are_those_of_whole_numbers(
+    code: ctypes.CDLL, shape: tuple[int, int, int], many: int, seed: int, length: float, several: bool
+) -> None:
+    (R, D, K), generator = shape, np.random.default_rng(seed)
+    R += many
+    rows = generator.normal(size=(R, D)) * 10.0 ** generator.uniform(-3, 0, size=(R, D))
+    integers = np.trunc(rows / np.linalg.norm(rows, axis=1, keepdims=True) * 32767.0).astype(np.int16)
+    weights = generator.normal(size=(K, D))
+    whole = np.trunc(weights / np.linalg.norm(weights, axis=1, keepdims=True) * length * 2.0**24)
+    assert_exact(
+        code, integers, whole, np.trunc(generator.uniform(-1, 1, (R, K)) * 2.0 ** (32 if several else 28)), several
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_digits_and_rows_as_large_as_they_can_be_stay_in_32_bits(code: ctypes.CDLL, several: bool) -> None:
+    """Every digit half a unit of the next, every row along one feature; rows and weights that are alike everywhere."""
+    bits = 12 if several else 10
+    half = 2.0 ** (bits - 1) * (1.0 + 2.0**bits + 2.0 ** (2 * bits - 1))
+    for sign in (1, -1):
+        one = np.zeros((300, 40), np.int16)
+        one[:, 3] = one[::2, 37] = sign * 32767
+        parts = np.tile([half, -half, 2.0 ** (bits - 1), sign * 2.0 ** (3 * bits - 2)], (300, 1))
+        along = np.zeros((4, 40))
+        along[:, 3] = np.array([1.0, -1.0, 32000.5 / 2.0**24, 2.0**14]) * 2.0**24 // 1.0
+        assert_exact(code, one, along, parts, several)
+        for features in (64, 1024):
+            alike = np.full((5, features), sign * 32767 // features**0.5, np.int16)
+            digits = np.repeat(2.0 ** np.arange(5, 15), features).reshape(10, features)
+            assert_exact(code, alike, digits, np.full((5, 10), half), several)
+
+
+def assert_exact(
+    code: ctypes.CDLL, integers: NDArray[np.int16], whole: NDArray[np.double], parts: NDArray[np.double], several: bool
+) -> None:
+    """Compares both products with NumPy's of 64-bit integers."""
+    (R, D), K = integers.shape, len(whole)
+    weights, outputs, total = np.ldexp(whole, -24), np.empty((R, K)), np.ones((K, D))
+    assert code.multiply_exactly(integers.ctypes.data, R, D, weights.ctypes.data, K, outputs.ctypes.data)
+    assert (np.ldexp(outputs, 24) == integers.astype(np.int64) @ whole.astype(np.int64).T).all()
+    assert code.add_exactly(integers.ctypes.data, parts.ctypes.data, R, D, K, several, total.ctypes.data)
+    assert (total == 1 + parts.astype(np.int64).T @ integers.astype(np.int64)).all()
 
 
 @settings(max_examples=100, deadline=None)
