@@ -72,7 +72,31 @@ def test_a_gap_is_no_value_and_other_series_are_bad_records(tmp_path: Path) -> N
             backbone.preprocess(bad)
 
 
+@pytest.mark.parametrize("family", ["patchtst", "patchtsmixer"])
+def test_a_channel_without_any_value_is_read_as_one_gap(family: str, tmp_path: Path) -> None:
+    make_model(family, tmp_path)
+    backbone = open_pretrained({"kind": "time_series", "folder": str(tmp_path), "channels": "apart"}, "backbone")
+    series_TC = np.random.default_rng(0).normal(size=(40, 3))
+    series_TC[:, 2] = np.nan
+    inputs_2CT = backbone.preprocess(series_TC)
+    assert not inputs_2CT[:, 2].any()
+    assert backbone.encode(inputs_2CT[None]).isfinite().all()
+
+
+def test_a_patchtst_has_its_own_channels_and_length_and_pads_on_request(tmp_path: Path) -> None:
+    make_model("patchtst", tmp_path)
+    settings = {"kind": "time_series", "folder": str(tmp_path)}
+    padded = open_pretrained({**settings, "fit": "pad", "standardise": False}, "backbone").preprocess(np.ones((30, 3)))
+    assert not padded[:, :, :2].any()
+    assert padded[:, :, 2:].all()
+    for key, value in (("num_channels", 2), ("length", 16)):
+        with pytest.raises(BadInput, match=f"{key}: expected (3|32), that of the model, or nothing, got {value}"):
+            open_pretrained({**settings, key: value}, "backbone")
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
-    with pytest.raises(BadInput, match=r"backbone\.folder: expected the config\.json of a patchtst or patchtsmixer"):
+    with pytest.raises(
+        BadInput, match=r"backbone\.folder: .*model_type: expected one of patchtst, patchtsmixer, .*got 'bert'"
+    ):
         open_pretrained({"kind": "time_series", "folder": str(tmp_path)}, "backbone")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers.processors import TemplateProcessing
 from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
@@ -116,13 +117,16 @@ def read_config(values: dict[str, Any]) -> PretrainedConfig:
     A site gets it from the coordinator: whatever names other code, such as a kernel on the Hub, is left out.
 
     Raises:
-        BadInput: the model is another, or a part of it would be fetched from elsewhere.
+        BadInput: the model is another, a value is none of its, or a part of it would be fetched from elsewhere.
     """
     kind = values.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise BadInput(f"config.json: expected a model_type that transformers knows, got {kind!r}")
     _check_counts(values)
-    config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(_leave_out_code(values))
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(_leave_out_code(values))
+    except StrictDataclassError as error:
+        raise BadInput(f"config.json: expected values that a {kind} can have{instead(error)}") from error
     return config
 
 
