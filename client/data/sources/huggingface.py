@@ -16,7 +16,7 @@ from client.data.sources import SourceExample, SourceRecord
 from client.data.sources.parts.base import SourceSettings, digest
 from client.data.sources.parts.pictures import read_picture
 from client.data.sources.parts.recordings import read_recording, require_soundfile
-from client.data.sources.parts.series import checked
+from client.data.sources.parts.series import Gaps, checked
 from client.data.sources.parts.tree import open_tree
 from common.inputs import Text
 from common.plugins import LocalPath
@@ -37,6 +37,9 @@ class HuggingFace(SourceSettings):
         image: column of images.
         audio: column of recordings.
         series: column of time series.
+        gaps: what an empty value within a series means: `refuse`, the default, makes it a bad record, `hold` takes the
+            value before it and `interpolate` a straight line, at the ends the nearest value; `keep` leaves it empty for
+            a backbone that reads gaps, such as `time_series`.
         text: column of texts.
         text_pair: column of the texts that are read together with `text`.
         patient: column of patient ids.
@@ -49,6 +52,7 @@ class HuggingFace(SourceSettings):
     image: str | None = None
     audio: str | None = None
     series: str | None = None
+    gaps: Gaps | None = None
     text: str | None = None
     text_pair: str | None = None
     splits: dict[str, Literal["train", "test"]] = _SIDES
@@ -59,6 +63,8 @@ class HuggingFace(SourceSettings):
         named = [name for name in ("image", "audio", "series", "text") if getattr(self, name) is not None]
         if len(named) != 1:
             raise ValueError(f"expected exactly one of image, audio, series and text, got {len(named)}")
+        if self.gaps is not None and self.series is None:
+            raise ValueError("gaps: expected it beside `series`")
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair: expected it beside `text`")
         return self
@@ -98,6 +104,8 @@ class HuggingFace(SourceSettings):
         contents = [self.image, self.audio, self.series]
         parts = [SplitTable(side, table, _columns(table, contents)) for side, table in tables]
         settings = f"{contents} {self.text} {self.text_pair} {sorted(self.splits.items())}"
+        # As it was where nothing is said of gaps: encoded series keep their place.
+        settings += "" if self.gaps in (None, "refuse") else f" gaps {self.gaps}"
         return DatasetRows(self, parts, digest([stamps.encode(), settings.encode()]))
 
     def content(self) -> str:
@@ -204,7 +212,7 @@ class DatasetRows:
                 raise BadRecord("expected a text")
             return Text(content, pair)
         if own.series is not None:
-            return _series(content)
+            return _series(content, own.gaps or "refuse")
         data = content.get("bytes") if isinstance(content, Mapping) else None
         if not data:
             raise BadRecord("expected the bytes of a file within the data set")
@@ -240,12 +248,12 @@ def _cell(value: Any, names: Sequence[str] | None) -> str:
     return str(value).strip()
 
 
-def _series(values: Any) -> Any:
+def _series(values: Any, gaps: Gaps) -> Any:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise BadRecord("expected a series of numbers") from None
-    return checked(array)
+    return checked(array, gaps)
 
 
 @contextlib.contextmanager

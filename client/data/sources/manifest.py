@@ -42,7 +42,8 @@ class Manifest(ListedFiles):
         series: column of paths of time series: .npy, or text with one time step a line, channels separated by commas,
             semicolons, tabs or blanks, with or without a first line of names.
         gaps: what an empty value within a series means: `refuse`, the default, makes it a bad record, `hold` takes the
-            value before it and `interpolate` a straight line; at the ends the nearest value.
+            value before it and `interpolate` a straight line, at the ends the nearest value; `keep` leaves it empty for
+            a backbone that reads gaps, such as `time_series`.
         text: column of texts.
         text_pair: column of the texts that are read together with them.
         masks: columns of paths of masks, relative to `root`: pictures or .npy arrays of whole numbers, of the size of

@@ -32,7 +32,8 @@ class SeriesTable(SourceSettings):
             name -> 1-based position in files without one.
         channels: values of each time step, side by side.
         gaps: what an empty value within a series means: `refuse` makes it a bad record, `hold` takes the value before
-            it and `interpolate` a straight line; at the ends the nearest value.
+            it and `interpolate` a straight line, at the ends the nearest value; `keep` leaves it empty for a backbone
+            that reads gaps, such as `time_series`.
         patient: one of those columns: patient ids.
         split: one of those columns: `train`, `test` or nothing, where `path` is one file.
     """

@@ -45,6 +45,9 @@ def test_gaps_are_refused_until_the_settings_say_what_they_mean(tmp_path: Path) 
         load(tmp_path, GAPPY)
     assert load(tmp_path, GAPPY, gaps="hold") == [[1, 7], [1, 7], [2, 9], [2, 9], [4, 9]]
     assert load(tmp_path, GAPPY, gaps="interpolate") == [[1, 7], [1, 8], [2, 9], [3, 9], [4, 9]]
+    nan = np.nan
+    kept = [[nan, 7], [1, nan], [2, 9], [nan, nan], [4, nan]]
+    np.testing.assert_array_equal(load(tmp_path, GAPPY, gaps="keep"), kept)
 
 
 def test_a_gap_never_moves_the_values_behind_it_to_another_channel(tmp_path: Path) -> None:
@@ -64,6 +67,11 @@ def test_what_is_no_table_of_numbers_is_a_bad_record(tmp_path: Path, text: str) 
 def test_a_channel_without_any_value_and_waveforms_of_other_formats_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadRecord, match="a value in each channel"):
         load(tmp_path, "a,b,c\n1,,2\n3,,4\n", gaps="hold")
+    np.testing.assert_array_equal(load(tmp_path, "a,b\n1,\n3,\n", gaps="keep"), [[1, np.nan], [3, np.nan]])
+    with pytest.raises(BadRecord, match="a series with a value, got empty ones only"):
+        load(tmp_path, "a,b\n1,NaN\n".replace("1", "NaN"), gaps="keep")
+    with pytest.raises(BadRecord, match="finite numbers"):
+        load(tmp_path, "a,b\n1,NaN\n2,1e99\n", gaps="keep")
     with pytest.raises(BadRecord, match="a source of kind waveforms"):
         load(tmp_path, "100 2 360\n", name="100.hea")
 

@@ -102,10 +102,11 @@ def open_folder(folder: Path, **settings: Any) -> Any:
     return load_blob(backbone.blob())
 
 
+@pytest.mark.parametrize("standardise", [True, False])
 @pytest.mark.parametrize("family", ["bolt", "moment"])
-def test_features_are_those_of_the_published_code(family: str, tmp_path: Path) -> None:
+def test_features_are_those_of_the_published_code(family: str, standardise: bool, tmp_path: Path) -> None:
     write_published(family, tmp_path)
-    backbone = open_folder(tmp_path, num_channels=2)
+    backbone = open_folder(tmp_path, num_channels=2, standardise=standardise)
     features_D = backbone.encode(backbone.preprocess(make_series())[None])[0]
     torch.testing.assert_close(features_D[:4], torch.tensor(REFERENCE[family]), rtol=1e-4, atol=1e-5)
     if importlib.util.find_spec("chronos" if family == "bolt" else "momentfm"):

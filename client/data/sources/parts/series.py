@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from common.inputs import parse_number
 from common.types import BadRecord
 
-Gaps = Literal["refuse", "hold", "interpolate"]
-"""The meaning of an empty value in a series: a bad record, the value before it, or a straight line between its
-neighbours; before the first value and behind the last, that value."""
+Gaps = Literal["refuse", "hold", "interpolate", "keep"]
+"""The meaning of an empty value in a series: a bad record, the value before it, a straight line between its neighbours
+(before the first value and behind the last, that value), or that nothing was observed there: not a number, which only
+some backbones read."""
 
 _MISSING = frozenset({"", "nan", "na", "n/a", "null"})
 _WAVEFORMS = frozenset({".hea", ".edf", ".bdf", ".scp"})
@@ -58,16 +59,17 @@ def _read_text(text: str) -> NDArray[np.float64]:
         return fast
     except ValueError:
         rows = [[cell.strip() for cell in line.split(separator)] for line in text.splitlines() if line.strip()]
-    # A first line of names, and an end of line that is one more separator.
-    if rows and all(parse_number(cell) is None for cell in rows[0]):
-        rows = rows[1:]
-    if rows and all(len(row) > 1 and not row[-1] for row in rows):
+    # A first line of names, and an end of line that is one more separator; a channel with a name and no value stays.
+    names = rows[0] if rows and all(parse_number(cell) is None for cell in rows[0]) else []
+    rows = rows[1:] if names else rows
+    if rows and not (names and names[-1]) and all(len(row) > 1 and not row[-1] for row in rows):
         rows = [row[:-1] for row in rows]
-    values = np.array([[_read_cell(cell) for cell in row] for row in rows], dtype=np.float64)
+    values = np.array([[read_cell(cell) for cell in row] for row in rows], dtype=np.float64)
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
 
-def _read_cell(cell: str) -> float:
+def read_cell(cell: str) -> float:
+    """Returns a number, or not a number for an empty cell and for words that mean nothing. Raises ValueError."""
     value = parse_number(cell)
     if value is None and cell.lower() not in _MISSING:
         raise ValueError
@@ -78,14 +80,18 @@ def checked(values: NDArray[np.generic], gaps: Gaps = "refuse") -> NDArray[np.fl
     """Returns the values as float32. Raises BadRecord: no finite numbers T or T x C, or gaps that are refused."""
     if values.dtype.kind not in "fiu" or values.ndim not in (1, 2) or values.size == 0:
         raise BadRecord("expected a series of numbers, one or several for each time step")
-    series = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        series = values.astype(np.float32)
     if np.isnan(series).any():
         if gaps == "refuse":
             raise BadRecord(
-                "expected a series without gaps; write `gaps: hold` (the value before) or `interpolate`, or fill them"
+                "expected a series without gaps; write `gaps: hold` (the value before), `interpolate`, or `keep` for a "
+                "backbone that reads gaps (time_series), or fill them"
             )
-        series = _fill_gaps(series, gaps)
-    if not np.isfinite(series).all():
+        if np.isnan(series).all():
+            raise BadRecord("expected a series with a value, got empty ones only")
+        series = series if gaps == "keep" else _fill_gaps(series, gaps)
+    if np.isinf(series).any():
         raise BadRecord("expected a series of finite numbers")
     return series
 
@@ -96,7 +102,7 @@ def _fill_gaps(series: NDArray[np.float32], gaps: Gaps) -> NDArray[np.float32]:
     for channel_T in filled.T:
         known = np.flatnonzero(~np.isnan(channel_T))
         if not len(known):
-            raise BadRecord("expected a value in each channel of a series")
+            raise BadRecord("expected a value in each channel of a series; `gaps: keep` reads one without any as a gap")
         steps = np.arange(len(channel_T))
         if gaps == "hold":
             before = known[np.maximum(np.searchsorted(known, steps, side="right") - 1, 0)]
@@ -123,7 +129,7 @@ def series_of_cells(cells: Sequence[str], channels: int, gaps: Gaps = "refuse") 
     # The last time step may end with channels that are empty.
     filled += [""] * (min(-len(filled) % channels, len(cells) - len(filled)) if gaps != "refuse" else 0)
     try:
-        values = [_read_cell(cell) for cell in filled]
+        values = [read_cell(cell) for cell in filled]
     except ValueError:
         values = []
     if not values or len(values) % channels:
