@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from client.inspect.finding import ColumnFacts, Finding, list_levels
+from client.inspect.series import draft_backbone
 from common.backbones.parts.columns import BETWEEN, HEADER, MIDDLE, REFUSE
 from common.errors import instead
 from common.types import BadInput
@@ -78,6 +79,8 @@ def draft_file(finding: Finding, out: Path, *, site: bool, backbone: str | None)
     keys = {"regression": "range", "detection": "sizes", "ctc": "symbols and max_symbols"}
     if kind in keys and not site:
         blanks.insert(0, f"run.tasks.{task}.{keys[kind]} in {out.name}")
+    if finding.modality == "series" and backbone is None and not site:
+        blanks.insert(0, f"run.backbone.folder in {out.name}")
     needs_pairs = kind == "seq2seq" and backbone is None and not site
     if needs_pairs:
         blanks.insert(0, f"pretrain.sources in {out.name}")
@@ -223,6 +226,9 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
     is_path = wanted is not None and (wanted.endswith(".safetensors") or wanted[:1] in (".", "/", "~"))
     if is_path and not is_there:
         raise BadInput(f"--backbone {wanted}: there is no such file")
+    where = None if path is None or not is_there else _relative(path, out)
+    if finding.modality == "series" or (finding.source["kind"] == "series" and wanted is not None):
+        return _backbone(*draft_backbone(finding, wanted, where))
     if finding.modality in ("table", "vector"):
         if wanted is not None:
             raise BadInput("--backbone: expected none for tables and vectors, whose numbers are the features")
@@ -233,7 +239,6 @@ def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Pa
         # The model's own too: predictions read plain tables.
         own = {"kind": "identity", "ranges": ranges.name, **({"missing_values": marks} if marks else {})}
         return _backbone({**own, "projection": {"normalize": True}}, {"ranges": comment})
-    where = None if path is None or not is_there else _relative(path, out)
     is_picture = finding.modality == "image" and finding.label_facts.kind not in ("mask", "boxes")
     graph = _GRAPHS.get(path.suffix.lower()) if path is not None and is_there and path.is_file() else None
     if graph is not None and (is_picture or (finding.modality == "audio" and finding.label_facts.kind != "transcript")):

@@ -40,7 +40,7 @@ _LABELS = (
     "sentiment", "category", "result", "grade", "y",
 )  # fmt: skip
 
-Modality = Literal["table", "image", "audio", "text", "vector"]
+Modality = Literal["table", "image", "audio", "text", "vector", "series"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Finding:
         patient: name of the column of patient ids; None where there is none, "" where the source has them otherwise.
         has_split: whether the source says what is held out.
         features: names of the columns that a backbone is given, of a table.
-        dim: length of the vectors, where a record is one.
+        dim: length of the vectors, where a record is one; number of channels, where it is a series.
         patients: number of patients that the source itself knows.
         notes: sentences for whoever reads the file that is written.
     """

@@ -20,6 +20,8 @@ from client.inspect.drawn import find_drawn, find_list, find_masks, is_mask_name
 from client.inspect.finding import FEW, ColumnFacts, Finding, Modality, choose_label, describe_column, guess_patient
 from client.inspect.pairs import find_pairs
 from client.inspect.patients import describe_patients, find_patients
+from client.inspect.series import FILES as SERIES
+from client.inspect.steps import is_of_steps
 from client.inspect.tables import inspect_table
 from common.errors import instead, nearest
 from common.types import BadInput
@@ -27,6 +29,8 @@ from common.types import BadInput
 _DICOM = frozenset({".dcm", ".dicom"})
 _LISTS = frozenset({".csv", ".tsv", ".txt", ".parquet"}) | SHEETS
 _SIDES = {"train", "test"}
+_SAMPLE_BYTES, _FEW_TABLES = 1 << 16, 10
+"""Bytes of tables that are looked at for the names of others, and tables that are read for what they hold."""
 
 
 def inspect(path: Path, task: str | None, sheet: int | str | None = None) -> Finding:
@@ -77,9 +81,20 @@ def _inspect_tree(path: Path, task: str | None, sheet: int | str | None = None) 
     if kind == "recordings" and (spoken := _find_spoken(path, everything)) is not None:
         return spoken
     if path.is_dir() and lists and (counts[kind] == 0 or len(lists) == 1):
+        if len(lists) > 1 and (name := _find_main(path, lists)) is not None:
+            return inspect_table(path / name, task, sheet)
         if len(lists) > 1:
-            raise BadInput(f"{path}: expected one table, got {len(lists)}; inspect one of them: {', '.join(lists[:5])}")
+            raise BadInput(
+                f"{path}: expected one table, got {len(lists)}; inspect one of them: {', '.join(lists[:5])}; or, where "
+                "each holds one series, write a CSV beside them with a first line such as file,finding that lists them"
+            )
         return inspect_table(path / lists[0], task, sheet)
+    series = sum(PurePosixPath(name).suffix.lower() in SERIES for name in everything.stamps)
+    if counts[kind] == 0 and series:
+        raise BadInput(
+            f"{path}: expected a CSV in it that lists its {series} file(s) of series (a column of their paths, one of "
+            "labels); write one with a first line such as file,finding and inspect that"
+        )
     if counts[kind] == 0:
         said = "nothing that is known" if everything.stamps else "an empty one"
         raise BadInput(f"{path}: expected a folder with a table, pictures, recordings or DICOM files, got {said}")
@@ -90,6 +105,18 @@ def _inspect_tree(path: Path, task: str | None, sheet: int | str | None = None) 
             "one of labels); write one with a first line such as file,finding and inspect that"
         )
     return _find_named(path, tree, "image" if kind == "pictures" else "audio", kind, task)
+
+
+def _find_main(root: Path, lists: Sequence[str]) -> str | None:
+    """Returns the one of several tables that lists the others, or whose labels are in another; None where none does."""
+    for name in lists:
+        with (root / name).open("rb") as file:
+            beginning = file.read(_SAMPLE_BYTES)
+        if sum(other.encode() in beginning for other in lists if other != name) > 1:
+            return name
+    if len(lists) > _FEW_TABLES:
+        return None
+    return next((name for name in lists if is_of_steps(root / name)), None)
 
 
 def _find_spoken(path: Path, tree: Tree) -> Finding | None:

@@ -34,6 +34,7 @@ _WIDE = (b"\xff\xfe", b"\xfe\xff")
 """Marks in front of UTF-16."""
 
 DICOM = (".dcm", ".dicom")
+_SERIES = (".npy", ".csv", ".tsv", ".hea", ".edf")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def sniff(path: Path) -> TextForm:
     is_comma, thousands = _find_marks([cell.strip() for row in rows for cell in row], separator)
     form = TextForm(separator, encoding, None, quotes, is_comma, thousands, comment, skip_lines)
     has_numbers = any(parse_number(form.read_number(cell)) is not None for cell in first)
-    has_files = any(cell.lower().endswith((*PICTURES, *RECORDINGS, *DICOM)) for cell in first)
+    has_files = any(cell.lower().endswith((*PICTURES, *RECORDINGS, *DICOM, *_SERIES)) for cell in first)
     is_named = all(first) and not has_numbers and not has_files and len(set(first)) == len(first)
     # Spreadsheets leave the name of a column of row numbers empty, and end each line with a separator.
     is_named = is_named or (not has_numbers and len(rows) > 1 and sum(not cell for cell in first) == 1)

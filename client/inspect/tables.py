@@ -27,10 +27,10 @@ from client.inspect.finding import (
 )
 from client.inspect.form import DICOM, TextForm, sniff, sniff_sheet
 from client.inspect.pairs import guess_translation, mark_translation
+from client.inspect.series import FILES as SERIES
+from client.inspect.series import find_rows, find_sides, probe_files
+from client.inspect.steps import find_steps
 from common.types import BadInput, BadRecord
-
-_FEWEST_STEPS = 16
-"""Columns of numbers without names, from which a row is a time series."""
 
 _SAMPLE_SCANS = 20
 """Cells that are looked up as folders of DICOM files."""
@@ -53,7 +53,7 @@ def inspect_table(path: Path, task: str | None, sheet: int | str | None = None) 
     if not rows:
         raise BadInput(f"{path}: expected a table with records, got none")
     names = [str(name) for name in frame.columns if name != FAULT]
-    suffixes = (*PICTURES, *RECORDINGS, *DICOM)
+    suffixes = (*PICTURES, *RECORDINGS, *DICOM, *SERIES)
     cells = {name: [_point(row[name], form) for row in rows] for name in names}
     columns = tuple(describe_column(name, cells[name], suffixes) for name in names)
     if (scans := _find_scans(path.parent, cells, columns)) is not None:
@@ -63,8 +63,10 @@ def inspect_table(path: Path, task: str | None, sheet: int | str | None = None) 
     what = form.describe() if form else "Parquet table"
     bad = len(frame) - len(rows)
     what += f", {bad} unreadable row(s)" if bad else ""
-    if form is not None and _is_series(form, columns):
-        return _find_series(path, form, columns, len(rows), what)
+    series = None if form is None else find_rows(path, form, cells, columns, task)
+    series = series or find_steps(path, form, cells, columns, task)
+    if series is not None:
+        return replace(series, what=f"{series.what}, {bad} unreadable row(s)" if bad else series.what)
     patient, split = guess_patient(columns, len(rows)), guess_split(columns)
     masks = [column.name for column in columns if column.kind == "path" and is_mask_name(column.name)]
     plain = [
@@ -107,7 +109,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
     people: dict[str, Any] = {"patient": patient, "split": found.split}
     source: dict[str, Any]
     notes: list[str] = []
-    has_split, patients = found.split is not None, None
+    has_split, patients, dim = found.split is not None, None, None
     is_text = form is not None and not form.is_sheet
     shape: dict[str, Any] = {}
     if form is not None:
@@ -123,9 +125,11 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
             own, patients = _probe_dicom(source)
             source |= own
             patient = "" if patients else patient
+        if modality == "series":
+            dim, source["gaps"] = probe_files(path.parent, list(_read(path, form)[paths[0].name])), "keep"
     elif texts and len(features) <= 2:
         modality, features = "text", []
-        sides = _find_sides(path)
+        sides = find_sides(path)
         source = {"kind": "text", "path": sides or path, **shape, "text": texts[0].name, **people}
         source["separator"] = shape.get("separator", ",")
         if form is not None and is_text:
@@ -158,6 +162,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         has_split=has_split,
         features=tuple(features),
         patients=patients,
+        dim=dim,
         notes=tuple(notes),
     )
 
@@ -213,6 +218,8 @@ def _listed(cell: str) -> tuple[str, str, Any]:
         return "dicom", "file", "image"
     if cell.endswith(tuple(RECORDINGS)):
         return "manifest", "audio", "audio"
+    if cell.endswith(SERIES):
+        return "manifest", "series", "series"
     # Without a suffix it is a DICOM file, or a folder of a series: `_find_scans` looked inside.
     return ("manifest", "image", "image") if cell.endswith(tuple(PICTURES)) else ("dicom", "file", "image")
 
@@ -256,42 +263,3 @@ def _read(path: Path, form: TextForm | None) -> Any:
         return read_frame(path)
     names, layout = form.names, form.layout
     return read_frame(path, form.separator, names, quotes=form.quotes, encoding=form.encoding, layout=layout)
-
-
-# --- time series -----------------------------------------------------------------------------------------------------
-
-
-def _is_series(form: TextForm, columns: Sequence[ColumnFacts]) -> bool:
-    return (
-        form.names is not None
-        and len(columns) > _FEWEST_STEPS
-        and columns[0].distinct <= FEW
-        and all(column.observed is not None for column in columns)
-    )
-
-
-def _find_series(path: Path, form: TextForm, columns: Sequence[ColumnFacts], records: int, what: str) -> Finding:
-    label = ColumnFacts("label", "category", columns[0].distinct, columns[0].missing, columns[0].values)
-    sides = _find_sides(path)
-    source: dict[str, Any] = {"kind": "series", "path": sides or path, "separator": form.separator}
-    return Finding(
-        path=path,
-        what=f"{what}: the first column has few values and is taken for the label, the other {len(columns) - 1} for "
-        "the steps of a time series",
-        modality="vector",
-        records=records,
-        columns=(label,),
-        source={**source, "labels": {"label": 1}},
-        label="label",
-        has_split=sides is not None,
-        dim=len(columns) - 1,
-    )
-
-
-def _find_sides(path: Path) -> dict[str, Path] | None:
-    """Returns `train` and `test` -> file, where a file's name says so and another lies beside it."""
-    for word, other in (("train", "test"), ("TRAIN", "TEST"), ("Train", "Test")):
-        twin = path.with_name(path.name.replace(word, other))
-        if word in path.stem and twin.is_file():
-            return {"train": path, "test": twin}
-    return None

@@ -95,7 +95,7 @@ FILE_KINDS = (
     _DICOM,
     _make_scans("NIfTI volumes", frozenset({".nii", ".nii.gz"}), _read_nifti, _require_package("nibabel", "nifti")),
     FileKind("recordings", RECORDINGS, lambda data, path: read_recording(data), require=require_soundfile),
-    FileKind("arrays", frozenset({".npy"}), lambda data, path: read_series(data, ".npy")),
+    FileKind("arrays", frozenset({".npy"}), lambda data, path: read_series(data, ".npy", "keep")),
     FileKind("texts", frozenset({".txt"}), _read_text),
 )
 """In this order they are tried where a folder holds several."""

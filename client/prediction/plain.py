@@ -214,7 +214,7 @@ def _read_any(path: Path, *, as_volume: bool = False) -> Any:
     if kind is not None and as_volume:
         kind = kind.as_volumes or kind
     if kind is None and path.suffix.lower() in _SERIES:
-        return read_series(read_file(path, "file"), path.suffix.lower())
+        return read_series(read_file(path, "file"), path.suffix.lower(), "keep")
     if kind is None:
         raise BadRecord(f"expected a file that ends in {', '.join(_SERIES)}, {list_suffixes()}, got another")
     return kind.read(b"" if kind.by_path else read_file(path, "file"), path)

@@ -128,5 +128,5 @@ class SeriesCnn(Plugin):
             raise BadRecord("expected a series of one channel")
         values_T = item.reshape(-1).astype(np.float64)
         if not np.isfinite(values_T).all():
-            raise BadRecord("expected a series of finite numbers")
+            raise BadRecord("expected a series of finite numbers, without gaps")
         return values_T

@@ -124,7 +124,7 @@ class StepsTable(TableFile):
 
 
 @dataclass(frozen=True)
-class Series:
+class StepRows:
     """Rows of one series.
 
     Attributes:
@@ -144,7 +144,7 @@ class Series:
     fault: str = ""
 
 
-def _group_rows(frame: pd.DataFrame, file: str, keys: Sequence[str], names: Sequence[str]) -> list[Series]:
+def _group_rows(frame: pd.DataFrame, file: str, keys: Sequence[str], names: Sequence[str]) -> list[StepRows]:
     """Returns the series of a table, in the order of their first rows.
 
     Args:
@@ -161,11 +161,11 @@ def _group_rows(frame: pd.DataFrame, file: str, keys: Sequence[str], names: Sequ
             values = sorted(set(frame[column].iloc[positions]) - {""})
             cells[column] = values[0] if len(values) == 1 else ""
             fault = fault or (f"its rows differ in the column {column!r}" if len(values) > 1 else "")
-        found.append(Series(positions[0] + 1, file, name, positions, cells, fault))
+        found.append(StepRows(positions[0] + 1, file, name, positions, cells, fault))
     return sorted(found, key=lambda series: series.row)
 
 
-def _match_rows(frame: pd.DataFrame, file: str, record: str, table: pd.DataFrame, table_file: str) -> list[Series]:
+def _match_rows(frame: pd.DataFrame, file: str, record: str, table: pd.DataFrame, table_file: str) -> list[StepRows]:
     """Returns a series for each row of another table, and one without an end for each row that cannot be read.
 
     Args:
@@ -187,7 +187,7 @@ def _match_rows(frame: pd.DataFrame, file: str, record: str, table: pd.DataFrame
             fault = f"another row has the same value in the column {record!r}"
         elif not fault and name not in steps:
             fault = f"no time step in {file}"
-        found.append(Series(row, table_file, name, steps.get(name, ()), {each: cells[each] for each in names}, fault))
+        found.append(StepRows(row, table_file, name, steps.get(name, ()), {each: cells[each] for each in names}, fault))
     return found + _find_faults(frame, file, names, after=len(found))
 
 
@@ -201,11 +201,11 @@ def _find_rows(frame: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[str, ...]
     return found
 
 
-def _find_faults(frame: pd.DataFrame, file: str, names: Sequence[str], after: int = 0) -> list[Series]:
+def _find_faults(frame: pd.DataFrame, file: str, names: Sequence[str], after: int = 0) -> list[StepRows]:
     """Returns rows that cannot be read, each as a bad record: nobody knows whose they are."""
     places = np.flatnonzero((frame[FAULT] != "").to_numpy())
     blank = dict.fromkeys(names, "")
-    return [Series(after + int(at) + 1, file, "", (), blank, str(frame[FAULT].iloc[at])) for at in places]
+    return [StepRows(after + int(at) + 1, file, "", (), blank, str(frame[FAULT].iloc[at])) for at in places]
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Steps:
     settings: StepsTable = field(repr=False)
     frame: pd.DataFrame = field(repr=False)
     inputs: Sequence[str] = field(repr=False)
-    series: Sequence[Series] = field(repr=False)
+    series: Sequence[StepRows] = field(repr=False)
 
     def digest(self) -> str:
         """Over all time steps, and how they are read."""
@@ -259,7 +259,7 @@ class Steps:
         own = self.settings
         if own.time is None:
             return np.arange(float(len(rows)))
-        return np.array([_read_time(convert_number(cell, own.decimal, None)) for cell in rows[own.time]])
+        return np.array([read_time(convert_number(cell, own.decimal, None)) for cell in rows[own.time]])
 
     def _read_values(self, rows: pd.DataFrame) -> NDArray[np.float64]:
         """Returns the rows' values, [N, C]; not a number where a row has none of a channel."""
@@ -279,13 +279,14 @@ class Steps:
         return values_NC
 
 
-def _make_key(series: Series, patient: str | None) -> str:
+def _make_key(series: StepRows, patient: str | None) -> str:
     """Returns what stays the same where rows are sorted anew; a row that cannot be read has only its place."""
     texts = [series.name, series.cells[patient] if patient else ""]
     return digest(map(encode_text, texts if series.name else [*texts, str(series.row)]))
 
 
-def _read_time(cell: str) -> float:
+def read_time(cell: str) -> float:
+    """Returns a number, or the seconds of a date and time. Raises BadRecord for another text."""
     number = parse_number(cell)
     if number is not None:
         return number

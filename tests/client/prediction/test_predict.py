@@ -75,7 +75,7 @@ def test_a_table_may_list_series_as_text_and_one_with_a_gap_costs_itself(tmp_pat
     model = write_finished(tmp_path / "model", example.settings)
     values = np.sin(np.arange(40) / 3).astype(np.float32)[:, None]
     np.savetxt(tmp_path / "a.csv", values, fmt="%.9g")
-    (tmp_path / "b.csv").write_text("I,II\n0.5,1\n,2\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("0.5\nNaN\n2\n", encoding="utf-8")
     (tmp_path / "list.csv").write_text("path\na.csv\nb.csv\n", encoding="utf-8")
     result = predict(model, "--data", tmp_path / "list.csv", "--out", tmp_path / "p.csv")
     assert result.exit_code == 0, result.output

@@ -29,7 +29,7 @@ _UNUSED = "encoder.embed_tokens.weight"
 """Rows for words, which no series reads."""
 
 
-class _Reader(Protocol):
+class _ChannelReader(Protocol):
     def __call__(self, values_NT: Tensor, seen_NT: Tensor) -> tuple[Tensor, Tensor]:
         """Returns states_NPD, and 1 for patches with an observed step, [N, P]."""
 
@@ -68,7 +68,7 @@ class PatchedT5(nn.Module):
         """Returns features_BD; those of a channel without an observed step are 0."""
         shape = inputs_B2CT.shape
         values_NT, seen_NT = inputs_B2CT.transpose(0, 1).flatten(1, 2).unbind(0)
-        read: _Reader = self.model
+        read: _ChannelReader = self.model
         states_NPD, shown_NP = read(values_NT, seen_NT)
         sums_ND = (states_NPD * shown_NP[..., None]).sum(1)
         features_BCD = (sums_ND / shown_NP.sum(1, keepdim=True).clamp_min(1.0)).view(shape[0], shape[2], -1)
@@ -99,7 +99,7 @@ def _measure(values_NT: Tensor, seen_NT: Tensor) -> tuple[Tensor, Tensor]:
     return means_N1, (squares_NT.sum(1, keepdim=True) / counts_N1).sqrt()
 
 
-class _Block(nn.Module):
+class _ResidualLayers(nn.Module):
     """A hidden layer beside a linear one (Das et al. 2023, arXiv 2304.08424)."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, activation: str) -> None:
@@ -126,7 +126,7 @@ class _ChronosBolt(nn.Module):
         self._size, self._stride = int(own["input_patch_size"]), int(own["input_patch_stride"])
         self._with_token = own.get("use_reg_token", False) is True
         self.shared = nn.Embedding(2 if self._with_token else 1, self.width)
-        self.input_patch_embedding = _Block(2 * self._size, inner.d_ff, self.width, inner.dense_act_fn)
+        self.input_patch_embedding = _ResidualLayers(2 * self._size, inner.d_ff, self.width, inner.dense_act_fn)
 
     def forward(self, values_NT: Tensor, seen_NT: Tensor) -> tuple[Tensor, Tensor]:
         means_N1, deviations_N1 = _measure(values_NT, seen_NT)

@@ -202,7 +202,7 @@ def read_series(settings: SeriesForm, item: Any) -> Tensor:
     if values_TC.shape[1] != settings.channels:
         raise BadRecord(f"expected a series of {settings.channels} channels, got {values_TC.shape[1]}")
     if not np.isfinite(values_TC).all():
-        raise BadRecord("expected a series of finite numbers")
+        raise BadRecord("expected a series of finite numbers, without gaps")
     places = np.linspace(0, len(values_TC) - 1, settings.length)
     steps_CT = np.stack([np.interp(places, np.arange(len(values_TC)), channel_T) for channel_T in values_TC.T])
     if settings.standardise:
