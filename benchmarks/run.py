@@ -17,6 +17,7 @@ SCRIPTS = (
     "features",
     "workload",
     "accounting",
+    "memory",
     "sites",
     "site_round",
     "bytes",

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from benchmarks.faults.parts import (
     expect_end,
     expect_end_or_resume,
+    expect_resume,
     find_sentence,
     kill_daemon,
     row,
@@ -63,12 +64,10 @@ def coordinator_restored(made: Deployment) -> str:
     shutil.move(made.fed, made.folder / "fed-lost")
     shutil.move(kept, made.fed)
     charged = {name: len(read_charges(site.ledger)) for name, site in made.sites.items()}
-    made.start_coordinator()
-    again = made.resume()
-    assert again.wait(400) == 0, again.last_line
+    said = expect_resume(made, run)
     more = {name: len(read_charges(site.ledger)) - charged[name] for name, site in made.sites.items()}
     shutil.rmtree(made.folder / "fed-lost")
-    return f"resumed and completed; further rounds charged: {more}"
+    return f"{said}; further rounds charged: {more}"
 
 
 @row

@@ -105,7 +105,7 @@ def cut_ledger(made: Deployment) -> str:
     place = site.ledger
     kept = made.folder / "ledger-whole"
     shutil.copytree(place, kept)
-    _cut_last_line(place / "ledger.jsonl")
+    _cut_last_charge(place / "ledger.jsonl")
     made.start_site("beta")
     try:
         said = expect_end_or_resume(made, run)
@@ -126,6 +126,12 @@ def _cut_half(path: Path) -> None:
 def _cut_last_line(path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+
+
+def _cut_last_charge(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if b'"event":"reserved"' in line)
+    path.write_bytes(b"".join(lines[:last]) + lines[last][: len(lines[last]) // 2])
 
 
 def _add_half_a_line(path: Path) -> None:

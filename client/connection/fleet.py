@@ -69,6 +69,8 @@ _OBJECT = 1 << 30
 _MAX_OBJECTS = 100_000
 _RETRY_FOR_S = 600.0
 """Seconds for which the transfer of a message is tried again: once handed out, Flower never hands it out again."""
+_CONFIRM_S = 5.0
+"""Seconds after which a key that was known is refused for good."""
 _PASSING = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_EARLY, httpx.codes.TOO_MANY_REQUESTS)
 _OF_NO_RUN = ("activate-node", "deactivate-node", "pull-messages", "send-node-heartbeat")
 _AROUND_OBJECT = 1024
@@ -168,6 +170,7 @@ class Fleet:
         self._stopping, self._report = stopping, report
         self._key = key
         self._has_answered = False
+        self._refused_since: float | None = None
         self._public = public_key_to_bytes(key.public_key())
         self._versions = make_version_headers()
         self._max_upload: int | None = None
@@ -371,7 +374,7 @@ class Fleet:
         if stated.isascii() and stated.isdigit() and len(stated) < 16:
             self._max_upload = int(stated)
         parsed = _parse(response, content)
-        self._has_answered = True
+        self._has_answered, self._refused_since = True, None
         return parsed
 
     def _explain_tls_failure(self, error: httpx.HTTPError) -> Exception:
@@ -407,6 +410,12 @@ class Fleet:
             clock = explain_clock_skew(measure_clock_skew(reply.headers.get("date"), signed))
             if clock:
                 return ExplainedLoss(clock)
+            # Right after the coordinator's own clock was moved, the time that it states lags behind the one that it
+            # checks by: a key that it knew a moment ago is refused for good only when it is refused again later.
+            if self._has_answered:
+                self._refused_since = self._refused_since or time.monotonic()
+                if time.monotonic() - self._refused_since < _CONFIRM_S:
+                    return ExplainedLoss("the coordinator refuses this site's signature")
             return ConnectionRefused(
                 self._explain_unknown_key("the coordinator does not know this site's key (any more)")
             )

@@ -205,6 +205,17 @@ def test_a_refused_signature_with_a_wrong_clock_names_the_clock(
         site.activate()
 
 
+def test_a_key_that_was_known_is_not_refused_for_good_at_once(tmp_path: Path, authority: Authority) -> None:
+    """A coordinator's clock that is moved refuses signatures, while the time that it states is still the old one."""
+    answers = [Answer(), Answer(status=401), Answer(status=401), Answer()]
+    with reached(tmp_path, authority, lambda path: answers.pop(0)) as (site, _):
+        site.activate()
+        for _ in range(2):
+            with pytest.raises(ExplainedLoss, match="refuses this site's signature"):
+                site.activate()
+        site.activate()
+
+
 def test_the_clock_may_differ_by_what_flower_tolerates() -> None:
     assert [explain_clock_skew(skew) is None for skew in (None, 0.0, 3.0, -200.0, 5.0, -305.0)] == [True] * 4 + [
         False
