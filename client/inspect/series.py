@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from client.data.sources.parts.series import read_series
+from client.data.sources.waveforms import list_channels, require_readers
 from client.inspect.finding import (
     FEW,
     ColumnFacts,
@@ -21,9 +23,9 @@ from client.inspect.form import TextForm
 from common.types import BadInput, BadRecord
 from common.yaml import FILL_IN
 
-WAVEFORMS = (".hea", ".dat", ".edf", ".bdf", ".scp")
+WAVEFORMS = (".hea", ".edf", ".bdf")
 FILES = (".npy", ".csv", ".tsv", *WAVEFORMS)
-"""Endings of files that hold one series each; of the last ones nothing is read."""
+"""Endings of files that hold one series each."""
 
 _FEWEST_COLUMNS = 16
 """Columns of numbers without names, or of counted steps, from which a row is a time series."""
@@ -122,14 +124,9 @@ def probe_files(root: Path, cells: Sequence[str]) -> int:
         cells: their paths.
 
     Raises:
-        BadInput: they are of a format that is not read, or the first ones cannot be read.
+        BadInput: the first ones cannot be read.
     """
     first = [cell for cell in cells if cell][:5]
-    if any(cell.lower().endswith(WAVEFORMS) for cell in first):
-        raise BadInput(
-            f"{root}: expected series as .npy or text with one time step a line, got WFDB, EDF or SCP files; convert "
-            "each to a .npy array of steps x channels, for example with the packages wfdb or pyedflib"
-        )
     for cell in first:
         path = root / cell
         try:
@@ -140,6 +137,41 @@ def probe_files(root: Path, cells: Sequence[str]) -> int:
     raise BadInput(
         f"{root}: expected files with a series each, .npy or text with one time step a line; none of the "
         f"first {len(first)} that are listed can be read"
+    )
+
+
+def is_waveform(root: Path, cell: str) -> bool:
+    """Returns whether a cell names a WFDB record, with or without its header's ending, or a file of EDF or BDF.
+
+    Args:
+        root: folder of the table.
+        cell: the cell.
+    """
+    try:
+        return cell.lower().endswith(WAVEFORMS) or (bool(cell) and (root / f"{cell}.hea").is_file())
+    except (OSError, ValueError):
+        return False
+
+
+def describe_waveforms(root: Path, cells: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that the first readable waveform gives: its channels and its rate.
+
+    Args:
+        root: folder of the table that lists them.
+        cells: their paths.
+
+    Raises:
+        BadInput: the first ones cannot be read, or the packages for it are not installed.
+    """
+    require_readers()
+    first = [cell for cell in cells if cell][:5]
+    for cell in first:
+        with contextlib.suppress(OSError, BadRecord):
+            channels, rate_hz = list_channels(root / cell)
+            if channels:
+                return {"channels": channels, "rate_hz": rate_hz}
+    raise BadInput(
+        f"{root}: expected WFDB records or EDF files; none of the first {len(first)} that are listed can be read"
     )
 
 

@@ -28,7 +28,7 @@ from client.inspect.finding import (
 from client.inspect.form import DICOM, TextForm, sniff, sniff_sheet
 from client.inspect.pairs import guess_translation, mark_translation
 from client.inspect.series import FILES as SERIES
-from client.inspect.series import find_rows, find_sides, probe_files
+from client.inspect.series import describe_waveforms, find_rows, find_sides, is_waveform, probe_files
 from client.inspect.steps import find_steps
 from common.types import BadInput, BadRecord
 
@@ -116,7 +116,10 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         shape = {"sheet": form.sheet} if form.is_sheet else {"separator": form.separator, "encoding": form.encoding}
         shape |= {"comment": form.comment, "skip_lines": form.skip_lines}
     if paths:
-        kind, key, modality = _listed(_first_cell(path, form, paths[0].name).lower())
+        first = _first_cell(path, form, paths[0].name)
+        kind, key, modality = _listed(first.lower())
+        if is_wave := is_waveform(path.parent, first):
+            kind, key, modality = "waveforms", "record", "series"
         source = {"kind": kind, "path": path, key: paths[0].name, **shape, **people}
         if form is not None and is_text:
             source["header"] = form.names or True
@@ -126,7 +129,11 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
             source |= own
             patient = "" if patients else patient
         if modality == "series":
-            dim, source["gaps"] = probe_files(path.parent, list(_read(path, form)[paths[0].name])), "keep"
+            listed, source["gaps"] = list(_read(path, form)[paths[0].name]), "keep"
+            source |= describe_waveforms(path.parent, listed) if is_wave else {}
+            dim = len(source["channels"]) if is_wave else probe_files(path.parent, listed)
+            if is_wave:
+                notes.append("`channels` and `rate_hz` are those of the first record: name channels that all have.")
     elif texts and len(features) <= 2:
         modality, features = "text", []
         sides = find_sides(path)
@@ -168,7 +175,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
 
 
 def _find_scans(root: Path, cells: Mapping[str, Sequence[str]], columns: Sequence[ColumnFacts]) -> ColumnFacts | None:
-    """Returns the column that names folders of DICOM series, or DICOM files without a suffix; None where none does.
+    """Returns the column that names folders of DICOM series, or DICOM files or WFDB records without a suffix.
 
     Args:
         root: folder of the table.
@@ -186,8 +193,10 @@ def _find_scans(root: Path, cells: Mapping[str, Sequence[str]], columns: Sequenc
 
 
 def _is_scan(path: Path) -> bool:
-    """Returns whether a path is a DICOM file that says so at its beginning, or a folder that holds one."""
+    """Returns whether a path is a DICOM file that says so at its beginning, a folder of such, or a WFDB record."""
     try:
+        if path.with_name(f"{path.name}.hea").is_file():
+            return True
         files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
         return any(is_marked(file) for file in files if file.is_file())
     except (OSError, ValueError):

@@ -110,6 +110,29 @@ def find_parts(path: Path) -> list[Path]:
     return [file for ending in (".hea", *_SIGNALS) if (file := Path(f"{stem}{ending}")).exists()]
 
 
+def list_channels(path: Path) -> tuple[list[str], float]:
+    """Returns the names of a record's channels, and its samples a second, of its first channel where they differ.
+
+    Raises:
+        BadRecord: unreadable.
+        OSError: missing.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            if path.suffix.lower() not in _EDF:
+                require_file(Path(f"{_find_stem(path)}.hea"), "waveform")
+                header = _import_wfdb().rdheader(str(_find_stem(path)))
+                return [str(name) for name in header.sig_name or []], float(header.fs)
+            from pyedflib import EdfReader
+
+            with _READING, EdfReader(str(path)) as file:
+                return [str(name).strip() for name in file.getSignalLabels()], float(file.getSampleFrequency(0))
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError):
+        raise BadRecord("unreadable waveform") from None
+
+
 def read_waveform(path: Path, names: Sequence[str], rate_hz: float, gaps: Gaps) -> NDArray[np.float32]:
     """Returns some channels of a record at one rate: T x C, or T of a single one; volts in millivolts.
 

@@ -132,10 +132,28 @@ def test_files_of_series_are_read_from_the_table_that_lists_them(tmp_path: Path)
     assert (source["kind"], source["series"], source["gaps"]) == ("manifest", "file", "keep")
     assert found["run"]["backbone"]["num_channels"] == 2
     np.testing.assert_array_equal(load(found, tmp_path), [[60, np.nan], [61, 70]])
-    (folder / "labels.csv").write_text("\n".join(["file,finding", *listed]).replace(".csv", ".hea"), encoding="utf-8")
-    assert "got WFDB, EDF or SCP files; convert" in refuse(folder / "labels.csv", "--out", tmp_path / "a.yaml")
     (folder / "labels.csv").write_text("\n".join(["file,finding", *listed]).replace("m", "n"), encoding="utf-8")
     assert "none of the first 5 that are listed" in refuse(folder / "labels.csv", "--out", tmp_path / "a.yaml")
     (tmp_path / "arrays" / "ill").mkdir(parents=True)
     np.save(tmp_path / "arrays" / "ill" / "a.npy", np.zeros(9))
     assert "a CSV in it that lists its 1 file(s) of series" in refuse(tmp_path / "arrays", "--out", tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("ending", ["", ".hea"])
+def test_a_list_of_wfdb_records_names_their_channels_and_rate(ending: str, tmp_path: Path) -> None:
+    wfdb = pytest.importorskip("wfdb")
+    for n in range(24):
+        leads_TC = np.stack([np.sin(np.arange(100) / (n + 3)), np.cos(np.arange(100) / 9)], axis=1)
+        kept = {"units": ["mV"] * 2, "sig_name": ["I", "V5"], "fmt": ["16"] * 2, "write_dir": str(tmp_path)}
+        wfdb.wrsamp(f"r{n}", 250, p_signal=leads_TC, **kept)
+    rows = [f"r{n}{ending},p{n},{['sinus', 'flutter'][n % 2]}" for n in range(24)]
+    (tmp_path / "ecg.csv").write_text("\n".join(["recording,patient,rhythm", *rows]) + "\n", encoding="utf-8")
+    found = draft(tmp_path / "ecg.csv")
+    source = found["sources"]["records"]
+    assert (source["kind"], source["record"], source["patient"]) == ("waveforms", "recording", "patient")
+    assert (source["channels"], source["rate_hz"], source["gaps"]) == (["I", "V5"], 250.0, "keep")
+    assert found["run"]["backbone"]["num_channels"] == 2
+    assert load(found, tmp_path).shape == (100, 2)
+    for file in tmp_path.glob("*.hea"):
+        file.write_text("broken", encoding="utf-8")
+    assert "none of the first 5 that are listed" in refuse(tmp_path / "ecg.csv", "--out", tmp_path / "a.yaml")
