@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import BinaryIO
 from common.types import BadInput
 
 _PAGE_BYTES = 4096
+_numbers = itertools.count()
 _flushing: ContextVar[bool] = ContextVar("flushing", default=True)
 
 
@@ -67,7 +69,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 @contextmanager
 def opened_atomic(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that takes its place, whole and on disk, when the block ends; nothing stays where it fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = _create_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -78,6 +80,17 @@ def opened_atomic(path: Path) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def _create_beside(path: Path) -> tuple[int, str]:
+    """Returns the descriptor and the path of a new file of the owner's beside a place."""
+    for number in _numbers:
+        beside = f"{path.parent}/.{path.name}.{os.getpid():x}-{number:x}"
+        try:
+            return os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), beside
+        except FileExistsError:
+            continue  # What an earlier process of this number left.
+    raise AssertionError("there is always a next number")
 
 
 def _written_over(path: Path, data: bytes) -> bool:
@@ -98,9 +111,9 @@ def _written_over(path: Path, data: bytes) -> bool:
         os.close(descriptor)
 
 
-def stamp_file(path: Path) -> tuple[int, ...]:
-    """Returns numbers that change whenever a file is written to or replaced."""
-    status = path.stat()
+def stamp_file(file: Path | str | int) -> tuple[int, ...]:
+    """Returns numbers that change whenever a file is written to or replaced, given by its path or its descriptor."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -13,6 +13,11 @@ moment
 
 A folder is created whole, under another name, and renamed: a missing file in it is damage too.
 
+A process verifies a chain's lines once and keeps them. It reads the files again when they are not as it left them, by
+their stamps (inode, size, times; it sets a time of its own at each append, so that a later write shows even where the
+clock of the file system is coarse). An edit that forges all stamps is found by the next process that opens the chain;
+until then this one goes on from what it verified, so no charge is ever forgotten.
+
 A chain alone cannot tell that all of it, its anchor too, is an older copy of itself. Whoever keeps a witness of it can
 (`LedgerWitness`): how many lines there were and the HMAC of the last one, with an HMAC over both that tells the chain's
 own witnesses from invented ones. `client/ledger/older_copy.py` says who keeps what.
@@ -48,6 +53,8 @@ _NOTE = "committed"
 """The one event that is written without being flushed and anchored by itself."""
 
 
+Stamp = tuple[int, ...]
+"""Numbers of a file, as `stamp_file` returns them."""
 Standing = Literal["held", "behind", "unknown"]
 """A chain has the line that a witness names; or lacks it, or has another there; or the witness was not made with its
 key."""
@@ -79,7 +86,13 @@ class OpenChain:
     _macs: list[str]
     _num_anchored: int
     bodies: list[str]
-    """JSON text of each line without its HMAC."""
+    """JSON text of each line without its HMAC. It grows with the chain: not to be read without its lock."""
+    _data: bytearray
+    _stamps: tuple[Stamp, ...] = ()
+
+    def is_as_left(self) -> bool:
+        """Returns true where nobody has touched the files since this process verified or wrote them."""
+        return bool(self._stamps) and self._stamps == _stamp_files(self._folder)
 
     def append(self, event: str, facts: Mapping[str, Any], *, durable: bool = True) -> int:
         """Add one fact; it is on disk and anchored when this returns its number (from 0).
@@ -93,13 +106,35 @@ class OpenChain:
         line = {"n": number, "time": round(time.time(), 3), "event": event, **facts}
         body = json.dumps(line, separators=(",", ":"), allow_nan=False)
         mac = _mac(self._key, self._macs[-1] if self._macs else _START, body)
-        _write_through(self._folder / _CHAIN, f'{body[:-1]},"mac":"{mac}"}}\n'.encode(), durable)
-        if durable:
-            _write_anchor(self._folder, self._key, number + 1, mac)
-            self._num_anchored = number + 1
+        row = f'{body[:-1]},"mac":"{mac}"}}\n'.encode()
+        # Where a write fails, or somebody else wrote without the lock, the chain is read again.
+        known, self._stamps = self._stamps, ()
+        before, after = _write_through(self._folder, row, durable)
+        anchor = _write_anchor(self._folder, self._key, number + 1, mac) if durable else None
         self.bodies.append(body)
         self._macs.append(mac)
+        self._data += row
+        if durable:
+            self._num_anchored = number + 1
+        if known and before == known[0]:
+            self._stamps = after, anchor or known[1], known[2]
         return number
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all lines."""
+        return len(self._data)
+
+    def list_lines(self, key: bytes, data: bytes) -> tuple[list[str], list[str], int] | None:
+        """Returns bodies and HMACs of the lines, and their size; None where a chain's file has another key or start."""
+        size = len(self._data)
+        return (self.bodies, self._macs, size) if key == self._key and data[:size] == self._data else None
+
+    def anchor(self) -> None:
+        """Writes the anchor of all lines."""
+        stamp = _write_anchor(self._folder, self._key, len(self._macs), self._macs[-1])
+        self._stamps = self._stamps[0], stamp, self._stamps[2]
+        self._num_anchored = len(self._macs)
 
     def get_mac(self, number: int) -> str:
         """Returns the HMAC of a line, which stands for it and every line before."""
@@ -176,7 +211,9 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
         yield held
         return
     with _locked(folder):
-        chain = _verified(folder)
+        chain = _KNOWN.take(place)
+        if chain is None or not chain.is_as_left():
+            chain = _verified(folder, chain)
         seen = _SEEN.get(place)
         times = 0 if seen is None else seen.times_behind + chain.lacks(seen)
         try:
@@ -186,6 +223,7 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
         finally:
             _HELD.chains.pop(place, None)
             _SEEN[place] = chain.note_seen(times)
+            _KNOWN.keep(place, chain, chain.num_bytes)
 
 
 def read_verifiable(folder: Path) -> list[str]:
@@ -239,7 +277,7 @@ def _draft(folder: Path, facts: Sequence[tuple[str, Mapping[str, Any]]]) -> Path
         write_atomic(draft / _KEY, key)
         write_atomic(draft / _LOCK, b"")
         write_atomic(draft / _CHAIN, b"")
-        chain = OpenChain(draft, key, [], 0, [])
+        chain = OpenChain(draft, key, [], 0, [], bytearray())
         for event, about in facts:
             chain.append(event, about)
     except BaseException:
@@ -270,32 +308,41 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _verified(folder: Path) -> OpenChain:
+def _verified(folder: Path, known: OpenChain | None) -> OpenChain:
+    """Returns a chain as its files have it, healed from a crash.
+
+    All bytes are compared with those that verified before in this process, so that an edit anywhere is seen; HMACs are
+    computed over new ones only. That takes a thousandth of all HMACs' time.
+
+    Args:
+        folder: folder of the chain.
+        known: the chain as this process had it last; None where it had not.
+    """
+    stamps = _stamp_files(folder)  # Before anything is read: who writes meanwhile changes them.
     key = _read(folder, _KEY)
     if len(key) != _KEY_BYTES:
         raise LedgerDamaged(f"ledger {folder.name}: its key does not have {_KEY_BYTES} bytes")
     length, anchored_mac = _read_anchor(folder, key)
     data = _read(folder, _CHAIN)
-    bodies, macs, end = _remembered_lines(folder, data, key)
+    bodies, macs, end = _whole_lines_after(known, data, key)
     _check_against_anchor(folder.name, macs, data[end:], length, anchored_mac)
-    chain = OpenChain(folder, key, macs, length, bodies)
+    chain = OpenChain(folder, key, macs, length, bodies, bytearray(data[:end]), stamps)
     if end < len(data):
         _cut(folder / _CHAIN, end)
         chain.append("sealed", {"bytes": len(data) - end})
     elif any(json.loads(body)["event"] != _NOTE for body in bodies[length:]):
-        _write_anchor(folder, key, len(macs), macs[-1])
-        chain = OpenChain(folder, key, macs, len(macs), bodies)
+        chain.anchor()
     return chain
 
 
-@dataclass(frozen=True)
-class _Verified:
-    """Lines that verified before in this process, and the very bytes that they were read from."""
-
-    key: bytes
-    data: bytes
-    bodies: list[str]
-    macs: list[str]
+def _whole_lines_after(known: OpenChain | None, data: bytes, key: bytes) -> tuple[list[str], list[str], int]:
+    """Returns what `_whole_lines` does, without computing HMACs over lines that a chain has already."""
+    lines = None if known is None else known.list_lines(key, data)
+    if lines is None:
+        return _whole_lines(data, key)
+    bodies, macs, start = lines
+    new_bodies, new_macs, length = _whole_lines(data[start:], key, macs[-1] if macs else _START)
+    return bodies + new_bodies, macs + new_macs, start + length
 
 
 _SEEN: dict[str, Seen] = {}
@@ -311,23 +358,8 @@ class _Held(threading.local):
 
 _HELD = _Held()
 
-_KNOWN = Recent[_Verified](64 << 20)
-"""Folder -> what verified, up to so many bytes of lines; used and changed under the chain's lock only."""
-
-
-def _remembered_lines(folder: Path, data: bytes, key: bytes) -> tuple[list[str], list[str], int]:
-    """Returns what `_whole_lines` does, without computing an HMAC again over bytes that verified before.
-
-    All bytes are compared, so that an edit anywhere is seen at once. That takes a thousandth of the HMACs' time.
-    """
-    known = _KNOWN.take(str(folder))
-    if known is None or known.key != key or not data.startswith(known.data):
-        known = _Verified(key, b"", [], [])
-    bodies, macs, length = _whole_lines(data[len(known.data) :], key, known.macs[-1] if known.macs else _START)
-    bodies, macs, end = known.bodies + bodies, known.macs + macs, len(known.data) + length
-    verified = _Verified(key, data if end == len(data) else data[:end], list(bodies), list(macs))
-    _KNOWN.keep(str(folder), verified, end)
-    return bodies, macs, end
+_KNOWN = Recent[OpenChain](64 << 20)
+"""Folder -> the chain as this process left it, up to so many bytes of lines; used and changed under its lock only."""
 
 
 def _whole_lines(data: bytes, key: bytes, previous: str = _START) -> tuple[list[str], list[str], int]:
@@ -383,9 +415,13 @@ def _mac(key: bytes, previous: str, body: str) -> str:
 # --- anchor and bytes ------------------------------------------------------------------------------------------------
 
 
-def _write_anchor(folder: Path, key: bytes, length: int, mac: str) -> None:
+def _write_anchor(folder: Path, key: bytes, length: int, mac: str) -> Stamp:
+    """Writes the anchor and returns its stamp."""
     anchor = {"length": length, "last": mac, "mac": _mac(key, "anchor", f"{length} {mac}")}
-    write_atomic(folder / _ANCHOR, json.dumps(anchor).encode())
+    path = folder / _ANCHOR
+    write_atomic(path, json.dumps(anchor).encode())
+    _set_own_time(path)
+    return stamp_file(path)
 
 
 def _read_anchor(folder: Path, key: bytes) -> tuple[int, str]:
@@ -417,13 +453,37 @@ def _describe_unreadable(folder: Path, name: str, error: OSError) -> HeadwaterEr
     return BadInput(f"ledger {folder.name}: its file {name!r} cannot be opened: {error.strerror}")
 
 
-def _write_through(path: Path, data: bytes, durable: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+def _stamp_files(folder: Path) -> tuple[Stamp, ...]:
+    """Returns the stamps of chain, anchor and key; none where one of them cannot be opened."""
     try:
+        # Opened first: a network file system may answer for a closed file from what it remembers.
+        descriptor = os.open(f"{folder}/{_CHAIN}", os.O_RDONLY)
+        try:
+            chain = stamp_file(descriptor)
+        finally:
+            os.close(descriptor)
+        return chain, stamp_file(f"{folder}/{_ANCHOR}"), stamp_file(f"{folder}/{_KEY}")
+    except OSError:
+        return ()
+
+
+def _set_own_time(file: int | Path) -> None:
+    """Gives a file that was just written a time of its own: a later write has another, however coarse the clock is."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
+
+
+def _write_through(folder: Path, data: bytes, durable: bool) -> tuple[Stamp, Stamp]:
+    """Appends to a chain's file and returns its stamps before and after."""
+    descriptor = os.open(f"{folder}/{_CHAIN}", os.O_WRONLY | os.O_APPEND)
+    try:
+        before = stamp_file(descriptor)
         while data:
             data = data[os.write(descriptor, data) :]
+        _set_own_time(descriptor)
         if durable:
             flush(descriptor)
+        return before, stamp_file(descriptor)
     finally:
         os.close(descriptor)
 

@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -371,7 +372,7 @@ class Ledger:
     def lines(self) -> list[LedgerLine]:
         """Returns every line in order, verified now: charges, refusals, amendments, removed torn lines."""
         with chain.exclusive(self._folder) as opened:
-            bodies = opened.bodies
+            bodies = list(opened.bodies)
         return read_lines(bodies)
 
 
@@ -472,12 +473,22 @@ def _read_history(opened: chain.OpenChain) -> History:
         history = known[2].extend(read_lines(opened.bodies[known[0] + 1 :]))
     else:
         history = known[2]
-    _HISTORIES.keep(start, (count - 1, opened.get_mac(count - 1), history), count)
+    _keep_history(opened, history)
     return history
 
 
+def _keep_history(opened: chain.OpenChain, history: History) -> None:
+    """Remembers the history of all of a chain's lines."""
+    count = len(opened.bodies)
+    _HISTORIES.keep(opened.get_mac(0), (count - 1, opened.get_mac(count - 1), history), count)
+
+
 def _append(opened: chain.OpenChain, event: LedgerEvent, *, durable: bool = True) -> int:
-    return opened.append(event.event, write_facts(event), durable=durable)
+    """Adds a line; the history follows it once it is on the disk."""
+    history = _read_history(opened)
+    number = opened.append(event.event, write_facts(event), durable=durable)
+    _keep_history(opened, history.extend([LedgerLine(number, time.time(), event)]))
+    return number
 
 
 def _reserve(opened: chain.OpenChain, charge: ChargeReserved) -> Reservation:

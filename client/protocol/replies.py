@@ -81,7 +81,7 @@ class Replies:
         """Keep a reply; durable when this returns. The digest first: a reply without one counts as damaged."""
         line = b"%s %s\n" % (request.encode(), _digest_of(data))
         # Over what a crash left of a line.
-        end = len(self._lines()) * _LINE_BYTES
+        end = os.fstat(self._digests).st_size // _LINE_BYTES * _LINE_BYTES
         if os.pwrite(self._digests, line, end) != _LINE_BYTES:
             raise OSError(f"{self._run_folder}: expected room for a reply's digest, got a full disk")
         flush(self._digests)

@@ -41,12 +41,17 @@ class FileJournal:
         """Append an event and flush it to the disk."""
         values = event.model_dump(mode="json")
         line = json.dumps({"time": values.pop("time"), "event": event.event_name, **values}, allow_nan=False)
-        with self.path.open("ab") as file:
-            if file.tell() and not _ends_with_newline(self.path):
-                file.write(b"\n")  # Seal a line torn by a crash, so that this one stays readable.
-            file.write(line.encode() + b"\n")
-            file.flush()
-            flush(file.fileno())
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            # Seal a line torn by a crash, so that this one stays readable.
+            seal = b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
+            data = seal + line.encode() + b"\n"
+            while data:
+                data = data[os.write(descriptor, data) :]
+            flush(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_run_journal(path: Path) -> list[RunEvent]:
@@ -128,9 +133,3 @@ def _parse(text: str, kinds: Iterable[type[Any]]) -> list[Any]:
         except (ValueError, TypeError, RecursionError, HeadwaterError):
             continue  # Torn by a crash while writing, or written by a version that this one does not understand.
     return events
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -414,6 +414,42 @@ def test_what_was_verified_before_is_verified_again_when_a_byte_changed(tmp_path
         pass
 
 
+def edit_in_place(folder: Path) -> None:
+    """Changes one digit of a fact, and gives the file its time back."""
+    path = folder / "ledger.jsonl"
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(b'"number":2'))
+        file.write(b'"number":7')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_edit_of_one_digit_that_gives_the_file_its_size_and_time_back_is_seen(folder: Path) -> None:
+    assert facts(folder) == [*range(6)]
+    time.sleep(0.02)  # Longer than the coarsest clock of a file system here.
+    edit_in_place(folder)
+    with pytest.raises(LedgerDamaged, match="line 3 of 6"), chain.exclusive(folder):
+        pass
+
+
+def test_an_edit_by_one_who_takes_no_lock_is_seen_after_the_fact_that_was_under_way(folder: Path) -> None:
+    with chain.exclusive(folder) as opened:
+        time.sleep(0.02)
+        edit_in_place(folder)
+        opened.append("fact", {"number": 6})
+    with pytest.raises(LedgerDamaged, match="line 3 of 7"), chain.exclusive(folder):
+        pass
+
+
+def test_facts_of_another_process_are_read_and_followed(folder: Path) -> None:
+    assert facts(folder) == [*range(6)]
+    run(APPEND_TOGETHER, str(folder)).communicate(timeout=60)
+    append(folder, 15)
+    assert facts(folder) == [*range(6), *range(16)]
+    chain._KNOWN.clear()  # As in a new process.
+    assert facts(folder) == [*range(6), *range(16)]
+
+
 def test_a_thread_that_has_a_chain_gets_it_again_and_every_other_waits(folder: Path) -> None:
     entered, order = threading.Event(), []
 

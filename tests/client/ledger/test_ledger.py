@@ -44,6 +44,17 @@ def test_a_new_ledger_has_spent_nothing(tmp_path: Path) -> None:
     assert (spent.population, spent.terms.unit, spent.terms.relation) == ("oncology", Unit.PATIENT, "add_remove")
 
 
+def test_the_history_that_charges_leave_is_the_one_that_their_lines_state(tmp_path: Path) -> None:
+    ledger = opened(tmp_path, cap=9.0)
+    ledger.earmark(gaussian(4.0, steps=9), run="run", rounds=3)
+    ledger.commit(charge(ledger, gaussian(4.0, steps=3)))
+    charge(ledger, gaussian(3.0, 0.5), run="other", round_=2)
+    with pytest.raises(BudgetExhausted):
+        charge(ledger, gaussian(0.1), run="third")
+    ledger.release("run")
+    assert ledger.history() == History.of(ledger.lines())
+
+
 def test_twenty_rounds_cost_the_composed_truth_not_the_last_round(tmp_path: Path) -> None:
     """Each round opens the ledger anew, as a site does; dp_accounting bounds the truth from both sides."""
     round_mechanism = gaussian(1.5, 0.1, 10)
