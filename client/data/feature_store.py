@@ -49,6 +49,8 @@ _FEW_ROWS = 256
 _HEADER_BYTES = 1024
 """More than the first line of an array's file has."""
 
+_ABOUT = "about.json"
+
 StoredRows = NDArray[Any]
 """int16 and int8: packed (`client.data.quantised`); float32: as they are."""
 
@@ -94,6 +96,11 @@ def check_features(path: Path) -> None:
         ValueError: it is damaged.
     """
     _read_about(path.parent)
+
+
+def list_feature_files(path: Path) -> tuple[Path, Path]:
+    """Returns the files that `check_features` looks at, by the path of the array's."""
+    return path, path.parent / _ABOUT
 
 
 def rows_of(path: Path, positions_R: NDArray[np.int64], every: int = 1) -> StoredRows:
@@ -198,7 +205,7 @@ class FeatureStore:
             "unusable": {str(position): reason for position, reason in array.unusable.items()},
         }
         signed = {"about": about, "sha256": _digest(about)}
-        write_atomic(partial / "about.json", json.dumps(signed).encode())
+        write_atomic(partial / _ABOUT, json.dumps(signed).encode())
         (partial / BLOCKS).unlink()
         partial.rename(entry)
         flush_folder(self._folder)
@@ -234,7 +241,7 @@ def _read_about(entry: Path) -> dict[str, Any]:
     """Returns what was noted of a complete entry. Raises OSError or ValueError where it is gone or damaged."""
     path = entry / "features.npy"
     try:
-        signed = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        signed = json.loads((entry / _ABOUT).read_text(encoding="utf-8"))
         about: dict[str, Any] = signed["about"]
         whole = signed["sha256"] == _digest(about) and path.stat().st_size == about["bytes"]
         whole = whole and _hash_file(path, stamp_file(path)) == about["content"]

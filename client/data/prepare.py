@@ -27,7 +27,15 @@ from torch import Tensor
 from client.config import SiteConfig
 from client.data.encoding.encode import Progress, choose_type, count_bytes
 from client.data.exclusions import Exclusions
-from client.data.feature_store import Features, FeatureStore, check_features, decode_rows, rows_of, thin
+from client.data.feature_store import (
+    Features,
+    FeatureStore,
+    check_features,
+    decode_rows,
+    list_feature_files,
+    rows_of,
+    thin,
+)
 from client.data.quantised import QuantisedRows
 from client.data.records import (
     SIDES,
@@ -44,8 +52,9 @@ from client.data.records import (
 )
 from client.data.snapshot import open_snapshot
 from client.data.sources import open_source
-from client.data.units import DecodedFeatures, TaskRecords, Units
-from common.files import private_folder, write_atomic
+from client.data.units import DecodedFeatures, TaskRecords, Units, list_versions
+from common.files import private_folder, stamp_file, write_atomic
+from common.recent import Recent
 from common.tasks import PlacesLabels, Task, ThinsPlaces, open_on_backbones, reads_places
 from common.types import BadInput
 
@@ -210,7 +219,8 @@ def prepare_candidates(
 def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> Units:
     """Returns one side's units of a prepared run; tasks on one source and one backbone share their features.
 
-    Everything that is read is the bytes that were written, by their digests.
+    Everything that is read is the bytes that were written, by their digests. Units that are not too large are kept in
+    memory for the next round, and returned again as long as nobody touches them or the files that they were read from.
 
     Args:
         folder: what `prepare` wrote.
@@ -221,9 +231,51 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
     Raises:
         BadInput: not prepared, or the arrays or the cached features are gone or damaged.
     """
+    key = "\n".join((str(folder), side, str(device), *tasks))
+    known = _OPENED.take(key)
+    if known is None or not known.is_current():
+        known = _open_units(folder, side, tasks, device)
+    if device.type == "cpu" and known.num_bytes <= _MOST_KEPT_BYTES:
+        _OPENED.keep(key, known, known.num_bytes)
+    return known.units
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Units, the files that they were read from with their stamps of before, and torch's numbers of changes."""
+
+    units: Units
+    stamps: Mapping[Path, tuple[int, ...]]
+    versions: Sequence[int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the units and of what solvers keep with them, as much again and room for slopes."""
+        views = {id(each.features_RD): each.features_RD.nbytes for each in self.units.tasks.values()}
+        return 4 * sum(views.values())
+
+    def is_current(self) -> bool:
+        """Returns true where nobody has touched the files since, nor any of the units' values."""
+        try:
+            same = all(stamp_file(path) == stamp for path, stamp in self.stamps.items())
+        except OSError:
+            same = False
+        return same and list_versions(self.units) == self.versions
+
+
+_MOST_KEPT_BYTES = 256 << 20
+_OPENED = Recent[_Opened](_MOST_KEPT_BYTES)
+"""Folder, side, device and tasks -> units that were opened last."""
+
+
+def _open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.device) -> _Opened:
+    """Reads what `open_units` returns."""
     try:
+        stamps = {folder / ARRAYS: stamp_file(folder / ARRAYS)}
         about, arrays = _read(folder / ARRAYS)
         views = {task: about["views"][task] for task in tasks}
+        for view in set(views.values()):
+            stamps |= {path: stamp_file(path) for path in list_feature_files(Path(about["features"][view]))}
         trunks = {view: about["trunks"][task] for task, view in views.items()}
         read = {task: about.get("places", {}).get(task, 0) for task in tasks}
         every = {task: max(1, places) if side == "train" else 1 for task, places in read.items()}
@@ -257,7 +309,8 @@ def open_units(folder: Path, side: Side, tasks: Sequence[str], device: torch.dev
             trunk=about["trunks"][task],
             decoded=decoded if isinstance(decoded, DecodedFeatures) else None,
         )
-    return Units(num_units, records)
+    units = Units(num_units, records)
+    return _Opened(units, stamps, list_versions(units))
 
 
 def list_positions(folder: Path, side: Side, tasks: Sequence[str]) -> dict[str, NDArray[np.int64]]:

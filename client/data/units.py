@@ -9,14 +9,17 @@ missing label changes no divisor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from client.data.quantised import QuantisedRows
 
+_Computed = TypeVar("_Computed")
 _ROWS = 256
 """Records that pass a trunk at once outside training."""
 
@@ -129,6 +132,20 @@ class Units:
 
     num_units: int = field(repr=False)
     tasks: Mapping[str, TaskRecords]
+    _computed: dict[object, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @contextmanager
+    def borrow(self, key: object, make: Callable[[], _Computed]) -> Iterator[_Computed]:
+        """Yields what is computed from these units alone: made once, kept with them, and had by one thread at a time.
+
+        Args:
+            key: everything else that it follows from; what another thread has is made anew.
+            make: makes it.
+        """
+        kept = self._computed.pop(key, None)  # In one step: another thread may ask at the same time.
+        (computed,) = (make(),) if kept is None else kept
+        yield computed
+        self._computed[key] = (computed,)
 
     def only(self, names: list[str]) -> Units:
         """The same units with some of the tasks."""
@@ -153,6 +170,15 @@ class Units:
                 done[key] = torch.cat(parts)[: len(records.features_RD)]
             tasks[name] = replace(records, features_RD=done[key], trunk=None)
         return replace(self, tasks=tasks)
+
+
+def list_versions(units: Units) -> list[int]:
+    """Returns torch's numbers of changes in place of all of the units' values."""
+    return [
+        tensor._version
+        for each in units.tasks.values()
+        for tensor in (each.features_RD, each.labels, each.mask_R, each.unit_R, each.weight_R)
+    ]
 
 
 def _some(features_RD: Tensor) -> Tensor:

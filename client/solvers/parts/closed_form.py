@@ -75,6 +75,12 @@ def get_affine(head: nn.Module) -> nn.Module:
     return head.layers if type(head) is AdjustedHead else head
 
 
+def describe_head(head: nn.Module) -> tuple[object, ...]:
+    """Returns everything of an affine head that its `Inputs` follow from, beside the records: nothing that trains."""
+    layer = get_affine(head)
+    return type(head), type(layer), layer.bias is not None, *(each.cpu().numpy().tobytes() for each in head.buffers())
+
+
 def check_affine(heads: Mapping[str, nn.Module], solver: str = "dp_gd") -> None:
     """Refuses heads for which the formula is not exact, and trunks.
 

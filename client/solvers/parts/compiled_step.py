@@ -209,7 +209,7 @@ class Update:
     ) -> None:
         self.weight_N = weight_N
         self.grid_N = round_weights(weight_N)
-        self.peak = math.inf
+        self.peak = float(self.grid_N.abs().max()) if len(weight_N) else 0.0
         self._divisor, self._learning_rate, self._momentum = divisor, learning_rate, momentum
         # Where none decays, a weight that is not finite must not become one that is not a number.
         decays = isinstance(weight_decay, Tensor) or weight_decay != 0.0

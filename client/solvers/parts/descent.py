@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,12 +20,15 @@ from client.solvers.parts.closed_form import (
     OutputGradient,
     check_affine,
     choose_total_type,
+    describe_head,
     round_weights,
     split_blocks,
 )
 from client.solvers.parts.compiled_step import AddParts, Update, prepare_block
 from client.solvers.parts.flat import Flat
 from common.model.parameters import MAX_ROW_NORM
+from common.plugins import fulfils
+from common.privacy.compiled import open_library
 from common.privacy.lattice import Lattice, check_unit_count
 from common.privacy.noise import NoiseStream
 from common.run import Rates
@@ -78,18 +83,17 @@ def descend(
     )
     # Of few small samples only the members are read: a unit's part follows from that unit alone.
     is_rare = plan.sampling_rate * plan.steps < 1.0
-    inputs = {} if is_rare else open_inputs(flat, tasks, units)
     parts = flat.views(update.grid_N)
     widths = {name: len(own[0]) for name, own in parts.items()}
     output_gradients = {name: get_output_gradient(tasks[name]) for name in flat.heads}
-    total = torch.zeros_like(start, dtype=torch.int64 if is_rare else choose_total_type(inputs, units.num_units))
-    sums = flat.views(total)
-    everyone = list(_prepare(inputs, units.num_units, widths)) if plan.sampling_rate >= 1.0 else []
-    with torch.no_grad():
+    with torch.no_grad(), _borrow(flat, tasks, units, None if is_rare else plan) as prepared:
+        exact = torch.int64 if is_rare else choose_total_type(prepared.inputs, units.num_units)
+        total = torch.zeros_like(start, dtype=exact)
+        sums = flat.views(total)
         for members, noise in _draw_steps(units, plan, stream, len(total), lattice):
-            blocks: Iterable[AddParts] = everyone
+            blocks: Iterable[AddParts] = prepared.everyone
             if plan.sampling_rate < 1.0:
-                sample = {name: one.select(members) for name, one in inputs.items()}
+                sample = {name: one.select(members) for name, one in prepared.inputs.items()}
                 if is_rare:
                     sample = open_inputs(flat, tasks, objective.select_batch(units, members))
                 blocks = _prepare(sample, len(members), widths)
@@ -158,6 +162,43 @@ def open_inputs(flat: Flat, tasks: Mapping[str, Task], units: Units) -> dict[str
     }
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that stays the same from step to step and from round to round: it follows from the units alone.
+
+    Attributes:
+        inputs: head -> its inputs.
+        everyone: the blocks of a step with all units; empty where units are sampled.
+    """
+
+    inputs: Mapping[str, Inputs]
+    everyone: Sequence[AddParts] = ()
+
+
+def _borrow(
+    flat: Flat, tasks: Mapping[str, Task], units: Units, plan: Plan | None
+) -> AbstractContextManager[_Prepared]:
+    """Yields what a round's steps begin from; it is kept with the units for the next round.
+
+    Args:
+        flat: the heads.
+        tasks: task -> its definition.
+        units: training units.
+        plan: public numbers of the round; None where only the few members of each sample are read.
+    """
+    if plan is None:
+        return nullcontext(_Prepared({}))
+    widths = {name: len(own[0]) for name, own in flat.views(flat.copy_parameters()).items()}
+    full = plan.sampling_rate >= 1.0
+
+    def make() -> _Prepared:
+        inputs = open_inputs(flat, tasks, units)
+        return _Prepared(inputs, list(_prepare(inputs, units.num_units, widths)) if full else ())
+
+    heads = [(name, tasks[name].scale, widths[name], *describe_head(head)) for name, head in flat.heads.items()]
+    return units.borrow((_Prepared, full, open_library() is None, *heads), make)
+
+
 def _prepare(inputs: Mapping[str, Inputs], num_units: int, widths: Mapping[str, int]) -> Iterator[AddParts]:
     return (prepare_block(block, widths) for block in split_blocks(inputs, num_units, widths))
 
@@ -194,7 +235,7 @@ def _draw_steps(
 
 def get_output_gradient(task: Task) -> OutputGradient:
     """Returns the gradient of a task's loss by the head's outputs: the task's own, or autograd's for any other loss."""
-    if isinstance(task, LossGradient):
+    if fulfils(task, LossGradient):
         return task.loss_gradient
 
     def differentiate(outputs: Tensor, labels: Tensor) -> Tensor:

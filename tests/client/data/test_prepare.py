@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from client.config import SiteConfig
 from client.data.feature_store import FeatureStore
-from client.data.prepare import Encoding, Preparation, open_units, prepare
+from client.data.prepare import ARRAYS, Encoding, Preparation, open_units, prepare
 from client.data.records import Side
 from client.data.snapshot import freeze_snapshot, survey_sources
 from client.data.sources import open_source
@@ -351,6 +351,38 @@ def test_units_are_not_opened_before_they_are_prepared_nor_after_their_features_
     shutil.rmtree(tmp_path / "features")
     with pytest.raises(BadInput, match="prepare the run again"):
         units(tmp_path)
+
+
+def test_units_are_kept_in_memory_until_somebody_touches_their_files(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    prepared(tmp_path, site(tmp_path))
+    first = units(tmp_path)
+    assert units(tmp_path) is first
+    assert units(tmp_path, "test") is not first and units(tmp_path, tasks=["colour"]) is not first
+    for path in (tmp_path / "run" / "data" / ARRAYS, next(tmp_path.glob("features/*/features.npy"))):
+        kept = units(tmp_path)
+        path.touch()
+        assert units(tmp_path) is not kept
+        damaged = bytearray(path.read_bytes())
+        damaged[-1] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(BadInput, match="prepare the run again"):
+            units(tmp_path)
+        damaged[-1] ^= 1
+        path.write_bytes(damaged)
+
+
+def test_what_is_computed_from_units_is_made_once_and_had_by_one_at_a_time(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    prepared(tmp_path, site(tmp_path))
+    made = iter(range(9))
+    opened = units(tmp_path)
+    with opened.borrow("key", lambda: next(made)) as first, opened.borrow("key", lambda: next(made)) as second:
+        assert (first, second) == (0, 1)
+    with opened.borrow("key", lambda: next(made)) as again:
+        assert again in (first, second)
+    with opened.borrow("other", lambda: next(made)) as third:
+        assert third == 2
 
 
 def test_training_on_the_units_leaves_the_cache_as_it_is(tmp_path: Path) -> None:
