@@ -85,6 +85,9 @@ from flwr.supercore.date import now as now
 # An app bundle with its hash.
 from flwr.supercore.fab import Fab as Fab
 
+# A record, some records or a message: what becomes bytes as one object.
+from flwr.supercore.inflatable.inflatable_object import InflatableObject as InflatableObject
+
 # Raised where an object's bytes are not what its name says.
 from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError as UnexpectedObjectContentError
 

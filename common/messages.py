@@ -20,8 +20,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields
+from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
@@ -637,12 +638,22 @@ def encode(message: Payload, packed: dict[int, ConfigRecord] | None = None) -> R
         message: The message.
         packed: Arrays packed before, by the identity of the object that holds them; those of this message are added.
     """
-    values = {name: getattr(message, name) for name in _FIELDS[type(message)]}
+    return _encode(message, {name: getattr(message, name) for name in _FIELDS[type(message)]}, packed)
+
+
+def _encode(message: Payload, values: dict[str, Any], packed: dict[int, ConfigRecord] | None) -> RecordDict:
+    """Returns a message's records.
+
+    Args:
+        message: The message.
+        values: Its fields by name, or others in their place.
+        packed: As in `encode`.
+    """
     values = {name: value for name, value in values.items() if value or name not in _LATER[type(message)]}
     binary = {name: values.pop(name) for name, record in _FIELDS[type(message)].items() if record}
     # Sorted keys and no spaces: the same message is the same bytes.
     named = {"payload": type(message).__name__, **values}
-    text = json.dumps(named, default=asdict, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(named, default=_list_fields, sort_keys=True, separators=(",", ":"))
     records = RecordDict({_PUBLIC: ConfigRecord({"json": text})})
     for content in binary.values():
         if isinstance(content, bytes):
@@ -654,6 +665,11 @@ def encode(message: Payload, packed: dict[int, ConfigRecord] | None = None) -> R
                 known[id(heads)] = _pack_arrays(heads, values.get("precision", "float32"))
             records[_ARRAYS.key] = known[id(heads)]
     return records
+
+
+def _list_fields(value: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass by name; `dataclasses.asdict` copies everything in them."""
+    return {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 def decode(records: RecordDict, expected: type[_Payload]) -> _Payload:
@@ -760,9 +776,10 @@ def _unpack_arrays(record: ConfigRecord, precision: DeltaPrecision) -> Heads:
     if dtype.itemsize * sum(sizes) != len(data) or len(data) > MAX_HEAD_BYTES:
         raise BadInput(f"expected {precision} arrays whose bytes match their shapes")
     values = np.frombuffer(data, dtype=dtype).astype(np.float32)
-    parts = iter(np.split(values, np.cumsum(sizes)[:-1]) if sizes else [])
+    ends = iter(accumulate(sizes))
     return {
-        task: {name: next(parts).reshape(shape) for name, shape in shapes.items()} for task, shapes in layout.items()
+        task: {name: values[(end := next(ends)) - math.prod(shape) : end].reshape(shape) for name, shape in own.items()}
+        for task, own in layout.items()
     }
 
 
@@ -794,4 +811,5 @@ def from_bytes(data: bytes) -> RecordDict:
 
 def request_digest(request: MomentsRequest | VoteRequest | TrainRequest | MaskedRequest | EvaluateRequest) -> str:
     """Returns 64 hex digits that identify a request: equal requests get the identical stored reply."""
-    return hashlib.sha256(to_bytes(encode(replace(request, witness=None)))).hexdigest()
+    values = {name: getattr(request, name) for name in _FIELDS[type(request)]}
+    return hashlib.sha256(to_bytes(_encode(request, {**values, "witness": None}, None))).hexdigest()

@@ -21,7 +21,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, TypeGuard, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -60,6 +60,23 @@ class Frozen(BaseModel):
                     raise ValueError(f"{former}: this key has another name now, write `{now}`")
                 renamed[now] = renamed.pop(former)
         return renamed
+
+
+_Members = TypeVar("_Members")
+_fulfils: dict[tuple[type, type], bool] = {}
+
+
+def fulfils(plugin: object, protocol: type[_Members]) -> TypeGuard[_Members]:
+    """Returns what `isinstance` does for a plug-in and a Protocol, which takes Python 20 to 50 us: once for each class.
+
+    Args:
+        plugin: a plug-in; all of its class have the same members.
+        protocol: a runtime-checkable Protocol.
+    """
+    key = type(plugin), protocol
+    if key not in _fulfils:
+        _fulfils[key] = isinstance(plugin, protocol)
+    return _fulfils[key]
 
 
 class Plugin(Frozen):

@@ -16,7 +16,6 @@ from client.protocol.site import (
     SiteDeclined,
     check_approved,
     check_prepared,
-    digest_of_offer,
     joined_run,
     plan_vote,
 )
@@ -43,7 +42,7 @@ def vote(site: Site, request: messages.VoteRequest) -> RecordDict:
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         # Again: several runs may have joined under one approval, before any of them was charged.
-        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
+        check_approved(site, joined.run_id, joined.offer_digest, use=True)
         if (joined.folder / CHOSEN).exists():
             raise SiteDeclined(DeclineReason.OVERTAKEN, "the votes of this choice were counted; nothing was charged")
         candidates, charged = check_prepared(joined), site.config.name_charge(joined.run_id)

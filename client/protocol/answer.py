@@ -26,7 +26,7 @@ from client.protocol.site import (
     Joined,
     Site,
     SiteDeclined,
-    load_modules,
+    load_kept_modules,
     open_on_stored,
 )
 from common import messages
@@ -204,11 +204,9 @@ def open_request(
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the round is outside the run, or before the site joined it")
     if set(request.heads) != set(joined.sizes(site.config)):
         raise SiteDeclined(DeclineReason.TASK_NOT_ALLOWED, "the heads are not those of this site's tasks")
-    loaded = load_modules(site, joined, tasks, request.heads)
-    device = site.device()
-    modules = {name: module.to(device) for name, module in loaded.items()}
+    modules = load_kept_modules(site, joined, tasks, request.heads)
     in_round = select_round(tasks, request.round, joined.run.rounds)
-    return Opened(in_round, modules, open_side(joined, tasks, side, device))
+    return Opened(in_round, modules, open_side(joined, tasks, side, site.device()))
 
 
 def open_side(joined: Joined, tasks: Collection[str], side: Side, device: torch.device) -> Units:

@@ -29,7 +29,6 @@ from client.protocol.site import (
     Site,
     SiteDeclined,
     check_approved,
-    digest_of_offer,
     joined_run,
 )
 from client.solvers.parts.closed_form import compute_outputs, get_affine, round_weights
@@ -74,7 +73,7 @@ def evaluate(site: Site, request: messages.EvaluateRequest) -> RecordDict:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run does not evaluate after this round")
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
-        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
+        check_approved(site, joined.run_id, joined.offer_digest, use=True)
         opened = open_request(site, joined, request, "test")
         _check_offsets(request.offsets, opened.modules)
         reservation, mechanism = ledger.reserve_evaluation(

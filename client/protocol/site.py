@@ -32,6 +32,7 @@ from common.model.moments import (
     select_parts,
 )
 from common.offers import parse_offer
+from common.plugins import fulfils
 from common.privacy.accounting import Mechanism
 from common.privacy.shares import plan_moments
 from common.run import RunConfig
@@ -127,10 +128,10 @@ class Site:
             BadInput: there is one under other terms, or there are two.
             LedgerDamaged: it does not verify, is gone from a site that has answered before, or is an older copy.
         """
-        config = self.config
-        find_ledger(config)
+        config, folder = self.config, locate_ledgers(self.config)
+        _check_ledger(config, folder, Ledger.find(folder, config.registry))
         return Ledger.open(
-            locate_ledgers(config),
+            folder,
             population=config.registry,
             unit=config.unit,
             epsilon_cap=config.budget.epsilon,
@@ -183,12 +184,17 @@ def find_ledger(config: SiteConfig) -> Ledger | None:
     """
     folder = locate_ledgers(config)
     ledger = Ledger.find(folder, config.registry)
+    _check_ledger(config, folder, ledger)
+    return ledger
+
+
+def _check_ledger(config: SiteConfig, folder: Path, ledger: Ledger | None) -> None:
+    """Checks what was found of a ledger in a folder of ledgers; raises LedgerDamaged as `find_ledger` does."""
     if ledger is None and has_replies(config):
         raise LedgerDamaged(f"ledger {config.registry}: it is missing in {folder}, at a site that has answered before")
     if ledger is not None:
         check_claims(ledger)
         check_replies(ledger, config.list_coordinator_dirs())
-    return ledger
 
 
 def has_replies(config: SiteConfig) -> bool:
@@ -209,6 +215,7 @@ class Joined:
         backbones: digests of all of the run's backbones, by name.
         folder: the run's folder at the site.
         first_round: the first round for which the site plans its noise and its price.
+        offer_digest: the digest under which the run was offered; "" where it came without an offer.
     """
 
     run_id: str
@@ -216,6 +223,7 @@ class Joined:
     backbones: Mapping[str, str]
     folder: Path
     first_round: int = 1
+    offer_digest: str = ""
 
     @property
     def num_rounds(self) -> int:
@@ -238,6 +246,11 @@ class Joined:
 
     @cached_property
     def _opened(self) -> dict[str, Task]:
+        return {}
+
+    @cached_property
+    def heads(self) -> dict[tuple[str, int], torch.nn.Module]:
+        """Task and number of features -> its head, whose values are those of the last request (`load_kept_modules`)."""
         return {}
 
     @cached_property
@@ -306,7 +319,8 @@ def joined_run(site: Site, run_id: str) -> Joined:
 def _joined(run_id: str, offer: bytes, folder: Path, first_round: int) -> Joined:
     # Remembered for these very bytes: a site reads the same ones in every round.
     parsed = parse_offer(offer, str(folder / "offer.json"))
-    return Joined(run_id, parsed.run_config(folder), parsed.backbones, folder, first_round)
+    digest = hashlib.sha256(offer).hexdigest()
+    return Joined(run_id, parsed.run_config(folder), parsed.backbones, folder, first_round, digest)
 
 
 def read_first_round(folder: Path) -> int:
@@ -338,9 +352,9 @@ def check_prepared(joined: Joined) -> dict[str, int]:
         SiteDeclined: the run is not prepared, or for another offer, or the note is damaged.
     """
     try:
-        prepared = json.loads((joined.folder / "prepared.json").read_text(encoding="utf-8"))
+        prepared = json.loads((joined.folder / "prepared.json").read_bytes())
         feature_dims: dict[str, int] = prepared["feature_dims"]
-        current = prepared["offer"] == digest_of_offer(joined.folder)
+        current = prepared["offer"] == joined.offer_digest
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         current = False
     if not current:
@@ -603,11 +617,41 @@ def load_modules(site: Site, joined: Joined, tasks: Mapping[str, Task], heads: H
     Raises:
         SiteDeclined: they do not fit, a value is not finite or too large, or the run is not prepared.
     """
-    from common.model.parameters import load_parameters
-
     feature_dims = check_prepared(joined)
     modules = {name: task.head(feature_dims[name]) for name, task in tasks.items()}
-    modules |= make_untrained_trunks(site, joined, tasks)
+    return _load_parameters(modules | make_untrained_trunks(site, joined, tasks), heads)
+
+
+def load_kept_modules(
+    site: Site, joined: Joined, tasks: Mapping[str, Task], heads: Heads
+) -> dict[str, torch.nn.Module]:
+    """Returns what `load_modules` does, in heads that are built once for a run: one request at a time may have them.
+
+    Args:
+        site: the site.
+        joined: the run, whose replies' lock is held.
+        tasks: task -> its definition, for the tasks of this site.
+        heads: parameter group -> parameters.
+
+    Raises:
+        SiteDeclined: see `load_modules`.
+    """
+    device, modules = site.device(), {}
+    for name, feature_dim in check_prepared(joined).items():
+        if name in tasks:
+            key = (name, feature_dim)
+            if key not in joined.heads:
+                joined.heads[key] = tasks[name].head(feature_dim).to(device)
+            modules[name] = joined.heads[key]
+    trunks = make_untrained_trunks(site, joined, tasks)
+    modules = {name: modules[name] for name in tasks} | {name: trunk.to(device) for name, trunk in trunks.items()}
+    return _load_parameters(modules, heads)
+
+
+def _load_parameters(modules: dict[str, torch.nn.Module], heads: Heads) -> dict[str, torch.nn.Module]:
+    """Puts parameters that were sent into modules, and returns these. Raises SiteDeclined as `load_modules` does."""
+    from common.model.parameters import load_parameters
+
     for name, module in modules.items():
         try:
             load_parameters(module, heads[name])
@@ -627,7 +671,7 @@ def open_on_stored(site: Site, joined: Joined) -> dict[str, Task]:
         SiteDeclined: a backbone is gone or damaged, or does not fit.
     """
     tasks = joined.tasks(site.config)
-    writing = [name for name, task in tasks.items() if isinstance(task, WritesTexts)]
+    writing = [name for name, task in tasks.items() if fulfils(task, WritesTexts)]
     try:
         languages = {
             name: site.backbones().open_language(joined.backbones[joined.run.backbone_of(name)]) for name in writing

@@ -16,7 +16,6 @@ from client.protocol.site import (
     SiteDeclined,
     check_approved,
     check_prepared,
-    digest_of_offer,
     joined_run,
     make_plan,
     plan_measurement,
@@ -41,7 +40,7 @@ def train(site: Site, request: messages.TrainRequest) -> RecordDict:
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         # Again: several runs may have joined under one approval, before any of them was charged.
-        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
+        check_approved(site, joined.run_id, joined.offer_digest, use=True)
         opened = open_request(site, joined, request, "train")
         plan = make_plan(site.config, joined)
         reservation = ledger.reserve(
@@ -79,7 +78,7 @@ def measure(site: Site, request: messages.MomentsRequest) -> RecordDict:
     asked = plan_measurement(site.config, joined)
     if not asked.parts or joined.first_round > 1:
         raise SiteDeclined(DeclineReason.BAD_REQUEST, "the run measures nothing at this site before its first round")
-    check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
+    check_approved(site, joined.run_id, joined.offer_digest, use=True)
     if asked.plan is None:
         ledger = site.ledger()
         check_witness(ledger, request.witness)

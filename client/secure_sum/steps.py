@@ -23,7 +23,6 @@ from client.protocol.site import (
     SiteDeclined,
     check_approved,
     claim_sums,
-    digest_of_offer,
     find_sum_rules,
     joined_run,
     make_plan,
@@ -111,7 +110,7 @@ def train_masked(site: Site, request: messages.MaskedRequest) -> RecordDict:
 
     def answer(digest: str, ledger: Ledger) -> tuple[messages.Reply, Reservation, int]:
         # Again: several runs may have joined under one approval, before any of them was charged.
-        check_approved(site, joined.run_id, digest_of_offer(joined.folder), use=True)
+        check_approved(site, joined.run_id, joined.offer_digest, use=True)
         opened = open_request(site, joined, request, "train")
         solver = joined.solver
         assert isinstance(solver, SummingSolver)  # `find_sum_rules` has looked.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 import numpy as np
 
 from common.events import Outcomes
-from common.plugins import Spec, resolve
+from common.plugins import Spec, fulfils, resolve
 from common.types import BadInput
 
 if TYPE_CHECKING:
@@ -611,7 +611,7 @@ def open_on_backbones(tasks: Mapping[str, Task], languages: Mapping[str, Languag
         BadInput: a task and its backbone do not fit.
     """
     return {
-        name: _open_on(name, task, languages[name]) if isinstance(task, WritesTexts) else task
+        name: _open_on(name, task, languages[name]) if fulfils(task, WritesTexts) else task
         for name, task in tasks.items()
     }
 
@@ -664,7 +664,7 @@ def select_round(tasks: Mapping[str, Task], round_: int, rounds: int) -> dict[st
         rounds: number of rounds of the run.
     """
     return {
-        name: task.select_round(round_, rounds) if isinstance(task, ChangesWithRounds) else task
+        name: task.select_round(round_, rounds) if fulfils(task, ChangesWithRounds) else task
         for name, task in tasks.items()
     }
 

@@ -365,11 +365,16 @@ def make_update_check(
         heads: heads and trunks before the round.
     """
     run, by_node = messenger.run, {participant.node_id: participant for participant in cohort}
+    # Sites with equal declarations have equal bounds.
+    bounds: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
 
     def check(node: int, reply: messages.TrainReply) -> None:
         messenger.witnesses.keep({by_node[node].site: reply.witness})
         sent = select_trained_groups(heads, by_node[node].parameter_groups)
-        check_delta(reply.delta, sent, run.max_delta_norm, bound_update_norms(run, by_node[node].tasks, sent))
+        declared = tuple(by_node[node].tasks.items())
+        if declared not in bounds:
+            bounds[declared] = bound_update_norms(run, by_node[node].tasks, sent)
+        check_delta(reply.delta, sent, run.max_delta_norm, bounds[declared])
         check_plan(reply.plan, run)
 
     return check

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from common.flower import (
     ErrorCode,
+    InflatableObject,
     Run,
     get_all_nested_objects,
     inflate_object_from_contents,
@@ -96,8 +97,9 @@ class InProcessGrid(Grid):
         sent = list(messages)
         for message in sent:
             _set_id(message)
+        records: dict[str, InflatableObject] = {}
         for message, serialized in zip(sent, _serialize(sent), strict=True):
-            self._replies[message.metadata.message_id] = self._deliver(message.metadata, serialized)
+            self._replies[message.metadata.message_id] = self._deliver(message.metadata, serialized, records)
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -109,16 +111,18 @@ class InProcessGrid(Grid):
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
-    def _deliver(self, metadata: Metadata, serialized: _SerializedMessage) -> Message:
+    def _deliver(
+        self, metadata: Metadata, serialized: _SerializedMessage, records: dict[str, InflatableObject]
+    ) -> Message:
         context = self._contexts[metadata.dst_node_id]
-        received = _parse(serialized, metadata.message_id)
+        received = _parse(serialized, metadata.message_id, records)
         try:
             reply = self._app(received, context)
         except Exception as error:  # noqa: BLE001 - stands in for Flower's engine, which turns any error into a reply
             reason = f"{type(error)}:<'{error}'>"
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=received)
         _set_id(reply)
-        return _parse(_serialize([reply])[0], reply.metadata.message_id)
+        return _parse(_serialize([reply])[0], reply.metadata.message_id, {})
 
 
 def _set_id(message: Message) -> None:
@@ -126,8 +130,9 @@ def _set_id(message: Message) -> None:
 
 
 def _serialize(messages: Sequence[Message]) -> list[_SerializedMessage]:
-    """Returns messages as bytes; a content that several messages share is serialized once."""
+    """Returns messages as bytes; a record that several messages share is serialized once."""
     contents: dict[int, dict[str, bytes]] = {}
+    known: dict[str, bytes] = {}
     serialized = []
     # Nobody changes a message meanwhile: without this, Flower encodes and hashes every part for each part above it.
     with no_object_id_recompute():
@@ -135,16 +140,25 @@ def _serialize(messages: Sequence[Message]) -> list[_SerializedMessage]:
             content = message.content if message.has_content() else None
             if content is not None and id(content) not in contents:
                 nested = get_all_nested_objects(content)
-                contents[id(content)] = {key: inner.deflate() for key, inner in nested.items()}
+                known |= {key: inner.deflate() for key, inner in nested.items() if key not in known}
+                contents[id(content)] = {key: known[key] for key in nested}
             parts = contents[id(content)] if content is not None else {}
             serialized.append(_SerializedMessage(message.deflate(), parts))
     return serialized
 
 
-def _parse(serialized: _SerializedMessage, message_id: str) -> Message:
-    """Returns the message that its receiver gets, made from bytes alone."""
+def _parse(serialized: _SerializedMessage, message_id: str, records: dict[str, InflatableObject]) -> Message:
+    """Returns the message that its receiver gets, made from bytes alone.
+
+    Args:
+        serialized: its bytes.
+        message_id: its id.
+        records: records that were made from the same bytes for another receiver, by their ids; those of this message
+            are added. Receivers read records and change none.
+    """
     objects = {**serialized.content, _MESSAGE: serialized.message}
-    copy = inflate_object_from_contents(_MESSAGE, objects)
+    copy = inflate_object_from_contents(_MESSAGE, objects, objects=records)
+    del records[_MESSAGE]
     assert isinstance(copy, Message)
     set_metadata(copy, message_id=message_id)
     return copy

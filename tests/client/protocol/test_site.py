@@ -66,9 +66,7 @@ def test_a_round_is_charged_and_its_reply_fits_the_request(site: Site, frozen: B
     assert spent(site) > 0
 
 
-def test_an_answer_reads_its_ledger_once_to_check_once_to_charge_and_once_to_commit(
-    site: Site, frozen: Backbone
-) -> None:
+def test_an_answer_reads_its_ledger_where_somebody_touched_it_and_only_then(site: Site, frozen: Backbone) -> None:
     ready(site, frozen)
     given = heads(frozen)
     train(site, messages.TrainRequest("run-1", 1, given))
@@ -82,9 +80,12 @@ def test_an_answer_reads_its_ledger_once_to_check_once_to_charge_and_once_to_com
     sys.addaudithook(note)  # It cannot be removed.
     try:
         train(site, messages.TrainRequest("run-1", 2, given))
+        assert not opened
+        (site.ledger().folder / "ledger.jsonl").touch()
+        assert len(site.ledger().charges()) == 2
     finally:
         watching = False
-    assert len(opened) == 3
+    assert len(opened) == 1
 
 
 def test_float16_contributions_are_the_noised_ones_rounded_and_cost_the_same(tmp_path: Path, frozen: Backbone) -> None:
