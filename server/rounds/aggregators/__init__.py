@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -13,6 +14,7 @@ from pydantic import Field
 from common.plugins import Plugin, Spec, resolve
 from common.run import RunConfig
 from common.types import BadInput, Params
+from server.rounds.aggregators.parts.exact_sum import ExactSum
 
 _AT_ONCE = 64
 """Updates that are added up in one array."""
@@ -27,7 +29,7 @@ class Weighted:
 
     Attributes:
         weight: positive; the site's declared public size.
-        delta: new minus old parameters, by name.
+        delta: new minus old parameters, by name; float32, or float64 where it is the mean of several sites' changes.
         sites: number of sites whose changes it is the weighted mean of, each with noise of its own; of a secure sum,
             the variance of its noise in multiples of one site's.
     """
@@ -135,22 +137,27 @@ def count_required_updates(run: RunConfig) -> int:
 
 
 def sort_updates(deltas: Sequence[Weighted]) -> list[Weighted]:
-    """Returns the updates in an order of their own bytes, so that rounding does not depend on who answered first."""
+    """Returns the updates in an order of their own bytes, so that a choice does not depend on who answered first."""
     return sorted(deltas, key=lambda item: (item.weight, *(item.delta[name].tobytes() for name in sorted(item.delta))))
 
 
 def weighted_mean(deltas: Sequence[Weighted]) -> dict[str, NDArray[np.float64]]:
-    """Returns the weighted mean of the changes in float64, by parameter name."""
-    ordered = sort_updates(deltas)
-    total = sum(item.weight for item in ordered)
-    mean: dict[str, NDArray[np.float64]] = {}
-    for name, first in ordered[0].delta.items():
-        mean[name] = np.zeros(first.shape)
-        for start in range(0, len(ordered), _AT_ONCE):
-            some = ordered[start : start + _AT_ONCE]
-            weights = np.array([item.weight / total for item in some]).reshape(-1, *(1,) * first.ndim)
-            mean[name] += (weights * np.stack([item.delta[name] for item in some])).sum(axis=0)
-    return mean
+    """Returns the weighted mean of the changes, by parameter name: the exact sum rounded once, over all weights.
+
+    It is the same to the bit in any order, and where parts of the updates were added up elsewhere
+    (`server.rounds.aggregators.parts.exact_sum`). Changes in float64 are a mean already, which is returned as it is.
+    """
+    only = deltas[0].delta if len(deltas) == 1 else {}
+    if only and all(change.dtype == np.float64 for change in only.values()):
+        return {name: np.array(change, np.float64) for name, change in only.items()}
+    total = math.fsum(item.weight for item in deltas)
+    sums = {name: ExactSum(first.shape) for name, first in deltas[0].delta.items()}
+    for start in range(0, len(deltas), _AT_ONCE):
+        some = deltas[start : start + _AT_ONCE]
+        weights_S = np.array([item.weight for item in some], np.float64)
+        for name, own in sums.items():
+            own.add(weights_S, np.stack([np.asarray(item.delta[name], np.float32) for item in some]))
+    return {name: own.round() / total for name, own in sums.items()}
 
 
 def stack_changes(deltas: Sequence[Weighted]) -> dict[str, NDArray[np.float64]]:

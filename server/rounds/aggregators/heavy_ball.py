@@ -6,6 +6,7 @@ of `common.model.momentum`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,8 @@ class HeavyBall(Plugin, Momentum):
             state: what `start` or the last `update` returned.
             deltas: updates with public weights, at least one.
         """
-        num_units, num_sites = sum(item.weight for item in deltas), sum(item.sites for item in deltas)
+        num_units = math.fsum(item.weight for item in deltas)
+        num_sites = math.fsum(item.sites for item in deltas)
         step, momentum = self.choose_step(num_units, num_sites)
         mean = weighted_mean(deltas)
         velocity = {name: momentum * state["velocity"][name].astype(np.float64) + mean[name] for name in params}
