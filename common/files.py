@@ -47,6 +47,15 @@ def flush(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
+def flush_surely(path: Path) -> None:
+    """Puts what was written to a file on the disk, in `without_flushing` too: the one order that must hold there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def private_folder(path: Path) -> Path:
     """The folder, created with its parents where missing; it, and each created, is readable by its owner only."""
     try:

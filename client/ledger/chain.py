@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.files import flush, flush_folder, private_folder, stamp_file, write_atomic
+from common.files import flush, flush_folder, flush_surely, private_folder, stamp_file, write_atomic
 from common.recent import Recent
 from common.types import BadInput, HeadwaterError, LedgerDamaged, LedgerWitness
 
@@ -224,6 +224,14 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
             _HELD.chains.pop(place, None)
             _SEEN[place] = chain.note_seen(times)
             _KNOWN.keep(place, chain, chain.num_bytes)
+
+
+def make_durable(folder: Path) -> None:
+    """Puts all lines on the disk, where a simulation leaves its other files to the operating system.
+
+    The anchor follows when it may: behind more lines than it counts, a chain is sound.
+    """
+    flush_surely(folder / _CHAIN)
 
 
 def read_verifiable(folder: Path) -> list[str]:

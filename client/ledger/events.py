@@ -249,6 +249,7 @@ class SitesEarmarked(LedgerFacts):
     mechanism: Mechanism
     rounds: int
     sites: str
+    before: Mechanism | None = None
 
 
 class SitesReserved(LedgerFacts):
@@ -260,6 +261,7 @@ class SitesReserved(LedgerFacts):
     request: str
     mechanism: Mechanism
     sites: str
+    purpose: Purpose = TRAINING
 
 
 class SitesRefused(LedgerFacts):
@@ -271,6 +273,7 @@ class SitesRefused(LedgerFacts):
     request: str
     mechanism: Mechanism
     sites: str
+    purpose: Purpose = TRAINING
 
 
 class SitesReleased(LedgerFacts):

@@ -230,9 +230,7 @@ class Ledger:
             history = _read_history(opened)
             mechanism = make_evaluation_mechanism(evaluation_budget, history.terms, num_tasks)
             charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=EVALUATION)
-            lost = allow_infinite and history.compute_epsilon() == math.inf
-            covered = covers_evaluation(evaluation_budget, history, mechanism)
-            if covered and (lost or history.is_within_cap([mechanism, *history.list_earmarked()])):
+            if covers_one_evaluation(evaluation_budget, history, mechanism, allow_infinite=allow_infinite):
                 return _reserve(opened, charge), mechanism
             _append(opened, _refuse(charge))
         raise BudgetExhausted(
@@ -393,6 +391,22 @@ def covers_charge(
     """
     held = _list_held(history, charge, evaluation_budget)
     return history.is_within_cap([charge.mechanism, *held]) or (allow_infinite and charge.mechanism.kind == "none")
+
+
+def covers_one_evaluation(
+    evaluation_budget: NoisedEvaluation, history: History, mechanism: Mechanism, *, allow_infinite: bool = False
+) -> bool:
+    """Returns whether a balance, and the part of it that evaluations may spend, cover one more evaluation.
+
+    Args:
+        evaluation_budget: the part of the budget that evaluations may spend.
+        history: the balance.
+        mechanism: the evaluation.
+        allow_infinite: whether evaluations go on after a release without noise.
+    """
+    lost = allow_infinite and history.compute_epsilon() == math.inf
+    covered = covers_evaluation(evaluation_budget, history, mechanism)
+    return covered and (lost or history.is_within_cap([mechanism, *history.list_earmarked()]))
 
 
 def covers_earmark(history: History, wanted: RunEarmarked, evaluation_budget: NoisedEvaluation | None = None) -> bool:

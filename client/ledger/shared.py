@@ -28,11 +28,16 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from client.config import NoisedEvaluation
 from client.ledger import chain
+from client.ledger.evaluation_budget import make_evaluation_mechanism
 from client.ledger.events import (
+    EVALUATION,
+    TRAINING,
     ChargeCommitted,
     ChargeReserved,
     LedgerLine,
+    Purpose,
     RunEarmarked,
     SharedLedgerCreated,
     SharedLedgerEvent,
@@ -44,8 +49,8 @@ from client.ledger.events import (
     read_shared_line,
     write_facts,
 )
-from client.ledger.history import Earmark, History
-from client.ledger.ledger import covers_charge, covers_earmark
+from client.ledger.history import History
+from client.ledger.ledger import covers_charge, covers_earmark, covers_one_evaluation
 from common.privacy.accounting import Mechanism
 from common.types import BadInput, LedgerDamaged, LedgerWitness
 
@@ -105,27 +110,38 @@ class SharedLedger:
             ledger._read(opened)
         return ledger
 
-    def earmark(self, mechanism: Mechanism, *, run: str, rounds: int, allow_infinite: bool = False) -> Mask:
-        """Holds the run's price at each site that it does not exceed; returns the sites at which it is held.
+    def earmark(
+        self,
+        mechanism: Mechanism,
+        sites_S: Mask,
+        *,
+        run: str,
+        rounds: int,
+        before: Mechanism | None = None,
+        evaluation_budget: NoisedEvaluation | None = None,
+    ) -> Mask:
+        """Holds the run's price at each of some sites that it does not exceed; returns the sites at which it is held.
 
         Args:
             mechanism: releases of all rounds of the run together.
+            sites_S: the sites.
             run: id of the run.
             rounds: number of its rounds.
-            allow_infinite: whether sites let a run without noise pass, for which nothing is held.
+            before: the release before its first round; None without one.
+            evaluation_budget: the part of each site's budget that is held for evaluations.
         """
-        everyone = np.ones(self._num_sites, np.bool_)
-        if allow_infinite and mechanism.kind == "none":
-            return everyone
         with chain.exclusive(self._place) as opened:
             balances = self._read(opened)
-            if balances.is_earmarked(run):
-                return balances.earmarked_S.copy()
-            event = RunEarmarked(run=run, mechanism=mechanism, rounds=rounds)
-            held_S = balances.select(everyone, lambda history: covers_earmark(history, event))
-            bits = _pack(held_S)
-            self._append(opened, SitesEarmarked(run=run, mechanism=mechanism, rounds=rounds, sites=bits))
-        return held_S
+            known_S = balances.find_earmarked(run)
+            wanted = RunEarmarked(run=run, mechanism=mechanism, rounds=rounds, before=before)
+            held_S = balances.select(
+                sites_S & ~known_S, lambda history: covers_earmark(history, wanted, evaluation_budget)
+            )
+            if held_S.any():
+                bits = _pack(held_S)
+                event = SitesEarmarked(run=run, mechanism=mechanism, rounds=rounds, sites=bits, before=before)
+                self._append(opened, event)
+            return held_S | (known_S & sites_S)
 
     def reserve(
         self,
@@ -137,6 +153,7 @@ class SharedLedger:
         request: str,
         most_charges: int,
         allow_infinite: bool = False,
+        evaluation_budget: NoisedEvaluation | None = None,
     ) -> SharedReservation:
         """Charges a mechanism to some sites before anything is computed from their records; durable when this returns.
 
@@ -148,33 +165,84 @@ class SharedLedger:
             request: digest of what the sites are asked.
             most_charges: so often one round may be charged to a site: once, and again after crashes.
             allow_infinite: whether the sites let a mechanism without noise pass.
+            evaluation_budget: the part of each site's budget that is held for evaluations.
         """
         charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism)
+
+        def covers(history: History, again: bool) -> bool:
+            noted = _note_round(history, charge, again)
+            return covers_charge(noted, charge, evaluation_budget, allow_infinite=allow_infinite)
+
         with chain.exclusive(self._place) as opened:
-            balances = self._read(opened)
-            answered_S = sites_S & balances.find_answered(round, request, most_charges)
-            asked_S = sites_S & ~answered_S
-            again_S = balances.newest_S == round
-            granted_S = np.zeros_like(asked_S)
-            for again in (False, True):
-                some_S = asked_S & (again_S == again)
-                granted_S |= balances.select(
-                    some_S,
-                    lambda history, again=again: covers_charge(  # type: ignore[misc]
-                        _note_round(history, charge, again), charge, allow_infinite=allow_infinite
-                    ),
-                )
-            refused_S = asked_S & ~granted_S
-            number = None
-            if refused_S.any():
-                bits = _pack(refused_S)
-                refused = SitesRefused(run=run, round=round, request=request, mechanism=mechanism, sites=bits)
-                self._append(opened, refused)
-            if granted_S.any():
-                bits = _pack(granted_S)
-                granted = SitesReserved(run=run, round=round, request=request, mechanism=mechanism, sites=bits)
-                number = self._append(opened, granted)
-            return SharedReservation(number, granted_S, refused_S, answered_S, opened.make_witness())
+            return self._reserve(opened, charge, sites_S, most_charges, covers)
+
+    def reserve_evaluation(
+        self,
+        evaluation_budget: NoisedEvaluation,
+        num_tasks: int,
+        sites_S: Mask,
+        *,
+        run: str,
+        round: int,
+        request: str,
+        most_charges: int,
+        allow_infinite: bool = False,
+    ) -> tuple[SharedReservation, Mechanism]:
+        """Charges one evaluation to some sites, each to its part of its budget, as `Ledger.reserve_evaluation`.
+
+        Args:
+            evaluation_budget: the part of each site's budget that evaluations may spend.
+            num_tasks: number of tasks that this one release evaluates.
+            sites_S: the sites that are asked.
+            run: id of the run that is charged.
+            round: number of the round after which the evaluation takes place.
+            request: digest of what the sites are asked.
+            most_charges: so often the evaluation of one round may be charged to a site.
+            allow_infinite: whether evaluations go on after a release without noise.
+        """
+        with chain.exclusive(self._place) as opened:
+            terms = self._read(opened).histories[0].terms
+            mechanism = make_evaluation_mechanism(evaluation_budget, terms, num_tasks)
+            charge = ChargeReserved(run=run, round=round, request=request, mechanism=mechanism, purpose=EVALUATION)
+
+            def covers(history: History, again: bool) -> bool:
+                del again
+                return covers_one_evaluation(evaluation_budget, history, mechanism, allow_infinite=allow_infinite)
+
+            return self._reserve(opened, charge, sites_S, most_charges, covers), mechanism
+
+    def _reserve(
+        self,
+        opened: chain.OpenChain,
+        charge: ChargeReserved,
+        sites_S: Mask,
+        most_charges: int,
+        covers: Callable[[History, bool], bool],
+    ) -> SharedReservation:
+        """Charges the sites whose balance covers it; `covers` is also told whether the round was charged before."""
+        balances = self._read(opened)
+        answered_S = sites_S & balances.find_answered(charge, most_charges)
+        asked_S = sites_S & ~answered_S
+        again_S = balances.is_charged_again(charge)
+        granted_S = np.zeros_like(asked_S)
+        for again in (False, True):
+            some_S = asked_S & (again_S == again)
+            granted_S |= balances.select(some_S, lambda history, again=again: covers(history, again))  # type: ignore[misc]
+        refused_S = asked_S & ~granted_S
+        number = None
+        facts = charge.model_dump(include={"run", "round", "request"})
+        facts |= {"mechanism": charge.mechanism}
+        if charge.purpose != TRAINING:
+            facts["purpose"] = charge.purpose
+        if refused_S.any():
+            self._append(opened, SitesRefused(**facts, sites=_pack(refused_S)))
+        if granted_S.any():
+            number = self._append(opened, SitesReserved(**facts, sites=_pack(granted_S)))
+        return SharedReservation(number, granted_S, refused_S, answered_S, opened.make_witness())
+
+    def make_durable(self) -> None:
+        """Puts all lines on the disk, where a simulation leaves its other files to the operating system."""
+        chain.make_durable(self._place)
 
     def commit(self, reservation: SharedReservation) -> None:
         """Notes that what a reservation paid for was handed over. A power cut may lose the note, and nothing else."""
@@ -187,7 +255,7 @@ class SharedLedger:
     def release(self, run: str) -> None:
         """Holds nothing for a run any more."""
         with chain.exclusive(self._place) as opened:
-            if self._read(opened).is_earmarked(run):
+            if self._read(opened).find_earmarked(run).any():
                 self._append(opened, SitesReleased(run=run))
 
     def compute_epsilons(self) -> list[float]:
@@ -218,6 +286,61 @@ class SharedLedger:
         return self._balances
 
 
+@dataclass
+class _Charged:
+    """The rounds of one purpose that sites were charged.
+
+    Attributes:
+        newest_S: the newest round that each site was charged; -1 for none.
+        times_S: number of its charges.
+        line_S: line of the newest of them; -1 for none.
+        answered_S: line of its charge that was answered; -1 for none.
+        requests: line -> what the sites were asked; only lines of newest rounds are ever compared.
+    """
+
+    newest_S: NDArray[np.int64]
+    times_S: NDArray[np.int64]
+    line_S: NDArray[np.int64]
+    answered_S: NDArray[np.int64]
+    requests: dict[int, str]
+
+    @classmethod
+    def of_nobody(cls, num_sites: int) -> _Charged:
+        """Returns what is known before the first charge."""
+        nothing = [np.full(num_sites, -1) for _ in range(3)]
+        return cls(nothing[0], np.zeros(num_sites, np.int64), nothing[1], nothing[2], {})
+
+    def note_charge(self, number: int, sites_S: Mask, round_: int, request: str) -> None:
+        """Notes a charge.
+
+        Args:
+            number: number of its line.
+            sites_S: the sites that are charged.
+            round_: number of the round.
+            request: digest of what they are asked.
+        """
+        again_S = self.newest_S == round_
+        self.times_S[sites_S] = np.where(again_S[sites_S], self.times_S[sites_S], 0) + 1
+        self.answered_S[sites_S & ~again_S] = -1
+        self.newest_S[sites_S], self.line_S[sites_S] = round_, number
+        known = {*np.unique(self.line_S).tolist(), *np.unique(self.answered_S).tolist()}
+        self.requests = {line: each for line, each in self.requests.items() if line in known}
+        self.requests[number] = request
+
+    def is_answered(self, round_: int, request: str, most_charges: int) -> Mask:
+        """Returns the sites that answered another request of this round, or were charged it too often.
+
+        Args:
+            round_: number of the round.
+            request: digest of the request.
+            most_charges: so often it may be charged.
+        """
+        same = np.array([number for number, each in self.requests.items() if each == request], np.int64)
+        other_S = (self.answered_S >= 0) & ~np.isin(self.answered_S, same)
+        found: Mask = (self.newest_S == round_) & (other_S | (self.times_S >= most_charges))
+        return found
+
+
 @final
 class _Balances:
     """The spendings of each site, and what is held at it.
@@ -225,25 +348,20 @@ class _Balances:
     Attributes:
         histories: the different balances.
         history_S: number of each site's.
-        newest_S: the newest round that each site was charged; 0 for none.
-        earmarked_S: the sites at which the run is held.
     """
 
     def __init__(self, terms: Terms, num_sites: int) -> None:
         self.histories = [History(terms, {}, None, {})]
         self.history_S = np.zeros(num_sites, np.int64)
-        self.newest_S = np.zeros(num_sites, np.int64)
-        self.earmarked_S = np.zeros(num_sites, np.bool_)
+        self._asked: dict[Purpose, _Charged] = {
+            purpose: _Charged.of_nobody(num_sites) for purpose in (TRAINING, EVALUATION)
+        }
+        self._earmarked: dict[str, Mask] = {}
         self._numbers = {_describe(self.histories[0]): 0}
-        self._times_S = np.zeros(num_sites, np.int64)
-        self._line_S = np.full(num_sites, -1)
-        self._answered_S = np.full(num_sites, -1)
-        self._requests: dict[int, str] = {}
-        self._runs: set[str] = set()
 
-    def is_earmarked(self, run: str) -> bool:
-        """Returns whether the run was joined and has not ended."""
-        return run in self._runs
+    def find_earmarked(self, run: str) -> Mask:
+        """Returns the sites at which a run is held that was joined and has not ended."""
+        return self._earmarked.get(run, np.zeros(len(self.history_S), np.bool_))
 
     def select(self, sites_S: Mask, covers: Callable[[History], bool]) -> Mask:
         """Returns those of the sites whose balance passes a test, which is made once for equal balances."""
@@ -253,18 +371,16 @@ class _Balances:
         selected: Mask = sites_S & passed_H[self.history_S]
         return selected
 
-    def find_answered(self, round_: int, request: str, most_charges: int) -> Mask:
-        """Returns the sites that may not be asked a round; see `client.protocol.answer`, whose rules these are.
+    def is_charged_again(self, charge: ChargeReserved) -> Mask:
+        """Returns the sites that were charged this round for this purpose before."""
+        again: Mask = self._asked[charge.purpose].newest_S == charge.round
+        return again
 
-        Args:
-            round_: number of the round.
-            request: digest of the request.
-            most_charges: so often it may be charged.
-        """
-        this_S = self.newest_S == round_
-        same = np.array([number for number, each in self._requests.items() if each == request], np.int64)
-        other_S = (self._answered_S >= 0) & ~np.isin(self._answered_S, same)
-        found: Mask = (self.newest_S > round_) | (this_S & (other_S | (self._times_S >= most_charges)))
+    def find_answered(self, charge: ChargeReserved, most_charges: int) -> Mask:
+        """Returns the sites that may not be asked a round; see `client.protocol.answer`, whose rules these are."""
+        newest_S = np.max([asked.newest_S for asked in self._asked.values()], axis=0)
+        own = self._asked[charge.purpose].is_answered(charge.round, charge.request, most_charges)
+        found: Mask = (newest_S > charge.round) | own
         return found
 
     def apply(self, number: int, event: SharedLedgerEvent) -> None:
@@ -276,16 +392,20 @@ class _Balances:
         """
         match event:
             case SitesEarmarked():
-                sites_S, self._runs = _unpack(event.sites, len(self.history_S)), self._runs | {event.run}
-                held = RunEarmarked(run=event.run, mechanism=event.mechanism, rounds=event.rounds)
-                self.earmarked_S |= sites_S
+                sites_S = _unpack(event.sites, len(self.history_S))
+                held = RunEarmarked(run=event.run, mechanism=event.mechanism, rounds=event.rounds, before=event.before)
+                self._earmarked[event.run] = self.find_earmarked(event.run) | sites_S
                 self._move(sites_S, lambda history: history.extend([LedgerLine(number, 0.0, held)]))
             case SitesReserved():
                 sites_S = _unpack(event.sites, len(self.history_S))
                 charge = ChargeReserved(
-                    run=event.run, round=event.round, request=event.request, mechanism=event.mechanism
+                    run=event.run,
+                    round=event.round,
+                    request=event.request,
+                    mechanism=event.mechanism,
+                    purpose=event.purpose,
                 )
-                again_S = self.newest_S == event.round
+                again_S = self.is_charged_again(charge)
                 for again in (False, True):
                     self._move(
                         sites_S & (again_S == again),
@@ -293,17 +413,12 @@ class _Balances:
                             [LedgerLine(number, 0.0, charge)]
                         ),
                     )
-                self._times_S[sites_S] = np.where(again_S[sites_S], self._times_S[sites_S], 0) + 1
-                self._answered_S[sites_S & ~again_S] = -1
-                self.newest_S[sites_S], self._line_S[sites_S] = event.round, number
-                # Only lines of the newest round are ever compared.
-                known = {*np.unique(self._line_S).tolist(), *np.unique(self._answered_S).tolist()}
-                self._requests = {line: each for line, each in self._requests.items() if line in known}
-                self._requests[number] = event.request
+                self._asked[event.purpose].note_charge(number, sites_S, event.round, event.request)
             case ChargeCommitted():
-                self._answered_S[self._line_S == event.reserved] = event.reserved
+                for asked in self._asked.values():
+                    asked.answered_S[asked.line_S == event.reserved] = event.reserved
             case SitesReleased():
-                self._runs.discard(event.run)
+                self._earmarked.pop(event.run, None)
                 self._move(np.ones(len(self.history_S), np.bool_), lambda history: replace(history, earmarks={}))
 
     def _move(self, sites_S: Mask, change: Callable[[History], History]) -> None:
@@ -321,27 +436,34 @@ class _Balances:
 def _note_round(history: History, charge: ChargeReserved, again: bool) -> History:
     """Returns a balance in which one of its charged rounds is that of a charge, where this was charged before."""
     held = history.earmarks.get(charge.run)
-    if not again or held is None:
+    if not again or held is None or charge.purpose != TRAINING or charge.round == 0:
         return history
-    charged = frozenset([charge.round, *range(1 - len(held.charged), 0)])
+    others = held.charged - {0}
+    charged = (held.charged & {0}) | {charge.round, *range(1 - len(others), 0)}
     return replace(history, earmarks={**history.earmarks, charge.run: replace(held, charged=charged)})
 
 
 def _forget_rounds(history: History) -> History:
     """Returns a balance without the numbers of its rounds, of which only the newest is ever asked for again.
 
-    A price depends on how many there are: so sites that took part in as many rounds have equal balances.
+    A price depends on how many there are: so sites that took part in as many rounds have equal balances. Whether the
+    release before the first round was charged is kept, and so are evaluations, of which a part of the budget pays.
     """
     earmarks = {
-        run: Earmark(held.mechanism, held.rounds, frozenset(range(-len(held.charged), 0)))
+        run: replace(held, charged=(held.charged & {0}) | frozenset(range(-len(held.charged - {0}), 0)))
         for run, held in history.earmarks.items()
     }
-    return History(history.terms, {}, None, history.merged, earmarks)
+    evaluated = [charge for charge in history.charges.values() if charge.purpose == EVALUATION]
+    charges = {
+        -number: replace(charge, run="", round=0, request="", committed=False)
+        for number, charge in enumerate(evaluated, start=1)
+    }
+    return History(history.terms, charges, None, history.merged, earmarks)
 
 
 def _describe(history: History) -> object:
     """Returns what is equal for equal balances."""
-    return tuple((history.merged or {}).items()), tuple(history.earmarks.items())
+    return tuple((history.merged or {}).items()), tuple(history.earmarks.items()), tuple(history.charges.items())
 
 
 def _pack(sites_S: Mask) -> str:

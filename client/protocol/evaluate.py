@@ -158,9 +158,35 @@ def sum_statistics(
         lattice: of the release.
         statistic: what is summed; by default the task's own statistic.
     """
+    everyone_R = torch.zeros(len(records.unit_R), dtype=torch.int64)
+    return sum_statistics_each(head, task, records, lattice, everyone_R, 1, statistic)[0]
+
+
+def sum_statistics_each(
+    head: nn.Module,
+    task: Task,
+    records: TaskRecords,
+    lattice: Lattice,
+    site_R: Tensor,
+    num_sites: int,
+    statistic: Statistic | None = None,
+) -> Tensor:
+    """Returns what `sum_statistics` returns for the records of each of some sites, one site a row.
+
+    A record's row follows from that record alone: so it does not matter whose records stand beside it.
+
+    Args:
+        head: the task's head.
+        task: the task.
+        records: the held-out records of all of them.
+        lattice: of the releases.
+        site_R: int64, on the CPU, the site of each record, from 0.
+        num_sites: number of the sites.
+        statistic: what is summed; by default the task's own statistic.
+    """
     statistic = statistic or task.statistic(NOISED_BUCKETS)
-    total_S = torch.zeros(statistic.size, dtype=torch.int64)
-    labelled = records.labelled()
+    total_NS = torch.zeros(num_sites, statistic.size, dtype=torch.int64)
+    labelled, site_R = records.labelled(), site_R[records.mask_R.cpu()]
     # A mask has a label at each of its places, for which outputs are refined.
     values = max([statistic.size, *(each.numel() for each in labelled.labels[:1])])
     block = _count_block(task, labelled.features_RD)
@@ -174,8 +200,9 @@ def sum_statistics(
             # A row that is not finite counts as none; one that breaks its task's bound is shortened.
             factor_R = (1.0 / bound_norms(rows_RS).clamp(min=1.0)).nan_to_num(nan=0.0) * (1.0 - 2.0**-36)
             weight_R = 1.0 / (1.0 / labelled.weight_R[rows].double()).round()
-            total_S += lattice.truncate(rows_RS, factor_R * weight_R).sum(dim=0).long().cpu()
-    return total_S
+            parts_RS = lattice.truncate(rows_RS, factor_R * weight_R).long().cpu()
+            total_NS.index_add_(0, site_R[rows], parts_RS)
+    return total_NS
 
 
 def _compute_outputs(task: Task, head: nn.Module, features_RD: Tensor) -> Tensor:

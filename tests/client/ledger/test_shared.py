@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.config import NoisedEvaluation
 from client.ledger.chain import read_legible
 from client.ledger.events import Terms
 from client.ledger.ledger import Ledger
@@ -71,7 +73,7 @@ def compare_ledgers(
     shared = SharedLedger.open(folder / "shared", NAMES, TERMS)
     if rounds is not None:
         whole = replace(mechanism, steps=2 * rounds)
-        held = shared.earmark(whole, run="run", rounds=rounds)
+        held = shared.earmark(whole, EVERYONE, run="run", rounds=rounds)
         for number, ledger in enumerate(own):
             try:
                 ledger.earmark(whole, run="run", rounds=rounds)
@@ -92,6 +94,78 @@ def compare_ledgers(
                 assert got.refused_S[number] and not got.granted_S[number]
     if mechanism.sampling_rate == 1.0:  # The epsilon of samples takes a fifth of a second, and is the same function's.
         assert shared.compute_epsilons() == [ledger.spent().reserved_epsilon for ledger in own]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    releases=st.lists(
+        st.tuples(st.sets(st.integers(0, 4), min_size=1), st.sampled_from(["round", "evaluation"])), max_size=9
+    ),
+    sigma=st.sampled_from([2.5, 4.0]),
+    before=st.sampled_from([None, 3.0, 9.0]),
+)
+def test_evaluations_and_sums_before_the_first_round_are_refused_as_by_each_sites_own_ledger(
+    tmp_path_factory: pytest.TempPathFactory,
+    releases: list[tuple[set[int], str]],
+    sigma: float,
+    before: float | None,
+) -> None:
+    """A part of the budget is held for evaluations, and pays for two; training leaves it alone."""
+    budget, folder = NoisedEvaluation(evaluations=2, share=0.3), tmp_path_factory.mktemp("ledgers")
+    named, first = {"run": "run", "request": "00"}, None if before is None else gaussian(before)
+    with without_flushing():
+        own = [open_own(folder / "own", name) for name in NAMES]
+        shared = SharedLedger.open(folder / "shared", NAMES, TERMS)
+        held_S = shared.earmark(
+            gaussian(sigma, steps=4), EVERYONE, run="run", rounds=4, before=first, evaluation_budget=budget
+        )
+        for number, ledger in enumerate(own):
+            held = {"run": "run", "rounds": 4, "before": first, "evaluation_budget": budget}
+            assert held_S[number] == passes(
+                lambda ledger=ledger, held=held: ledger.earmark(gaussian(sigma, steps=4), **held)
+            )
+        if first is not None:
+            got = shared.reserve(first, EVERYONE, round=0, most_charges=99, evaluation_budget=budget, **named)
+            for number, ledger in enumerate(own):
+                charge = {"round": 0, "evaluation_budget": budget, **named}
+                assert got.granted_S[number] == passes(
+                    lambda ledger=ledger, charge=charge: ledger.reserve(first, **charge)
+                )
+        for round_, (cohort, what) in enumerate(releases, start=1):
+            shared = SharedLedger.open(folder / "shared", NAMES, TERMS)
+            asked = {"round": round_, **named}
+            if what == "round":
+                kept = {"evaluation_budget": budget, **asked}
+                got = shared.reserve(gaussian(sigma), masked(cohort), most_charges=99, **kept)
+                charges = [lambda each=each, kept=kept: each.reserve(gaussian(sigma), **kept) for each in own]
+            else:
+                got, _ = shared.reserve_evaluation(budget, 1, masked(cohort), most_charges=99, **asked)
+                charges = [lambda each=each, asked=asked: each.reserve_evaluation(budget, 1, **asked) for each in own]
+            for number in cohort:
+                assert got.granted_S[number] == passes(charges[number])
+        assert shared.compute_epsilons() == [ledger.spent().reserved_epsilon for ledger in own]
+
+
+def passes(charge: Callable[[], object]) -> bool:
+    """Returns whether a ledger takes a charge."""
+    try:
+        charge()
+    except BudgetExhausted:
+        return False
+    return True
+
+
+def test_an_evaluation_of_a_round_is_asked_for_once_and_not_after_a_later_round(tmp_path: Path) -> None:
+    shared, budget = SharedLedger.open(tmp_path / "shared", NAMES, TERMS), NoisedEvaluation(evaluations=9, share=0.3)
+    named = {"run": "run", "most_charges": 3}
+    shared.reserve(gaussian(9.0), EVERYONE, round=1, request="00", **named)
+    got, _ = shared.reserve_evaluation(budget, 1, masked({0, 1}), round=1, request="aa", **named)
+    shared.commit(got)
+    again, _ = shared.reserve_evaluation(budget, 1, EVERYONE, round=1, request="bb", **named)
+    assert again.answered_S.tolist() == [True, True, False, False, False]
+    shared.reserve(gaussian(9.0), masked({3}), round=2, request="00", **named)
+    late, _ = shared.reserve_evaluation(budget, 1, masked({2, 3}), round=1, request="bb", **named)
+    assert late.answered_S.tolist() == [False, False, False, True, False]
 
 
 def test_a_round_is_one_line_however_many_sites_it_charges(tmp_path: Path) -> None:
