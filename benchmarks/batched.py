@@ -18,14 +18,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from benchmarks.measure import stated
 from benchmarks.sites import RECORDS, seconds_of_engine, simulation
+from common.files import without_flushing
+from common.model.backbones import open_backbones
+from common.privacy.noise import SeededEntropy
+from server.rounds.loop import run_federation
+from simulations.check import check_simulation
 from simulations.config import Executor
+from simulations.executors.batched import BatchedSites
+from simulations.executors.gathered import build_for_executor
+from simulations.executors.in_process import InProcessGrid
+from simulations.executors.ray_shards import open_on_ray
+from simulations.executors.shard import Shard
 from simulations.experiment import run
+from simulations.federate import Experiment, open_batched, open_on
 
 ROUNDS, TURNS, MANY_ROUNDS = 8, 2, 1000
 NOTE = f"{RECORDS} records x 64, 2 steps; seconds of the processor"
@@ -102,6 +116,90 @@ def time_rounds(folder: Path, kind: str, num_sites: int, rounds: int = ROUNDS) -
     return [after[0] - before[0] for before, after in pairs], [after[1] - before[1] for before, after in pairs]
 
 
+@dataclass(frozen=True)
+class RoundCost:
+    """What a round took, in seconds.
+
+    Attributes:
+        passed: seconds that passed.
+        coordinator: seconds of the processor in the coordinator's process, without shards that are in it.
+        shards: for each shard, seconds of the processor.
+    """
+
+    passed: float
+    coordinator: float
+    shards: list[float]
+
+    @property
+    def alone(self) -> float:
+        """The seconds that would pass with a core for each process."""
+        return self.coordinator + max(self.shards)
+
+
+def time_shards(folder: Path, num_sites: int, num_shards: int, rounds: int) -> list[RoundCost]:
+    """Returns what each round but the first took, with shards as Ray actors, also where there is only one."""
+    folder.mkdir()
+    executor = Executor(kind="batched", shards=num_shards, cpus_per_site=0.5)
+    config = simulation(folder, num_sites, rounds + 2, held_out=0.0).model_copy(update={"executor": executor})
+    backbones = open_backbones(config.run, "run.")
+    marks: list[tuple[float, float, list[float]]] = []
+
+    def observe(phase: str, done: int, total: int) -> None:
+        if phase == "rounds":
+            assert sites.shards is not None
+            cpu = sites.shards.ask(read_clock, [None] * num_shards)
+            marks.append((time.perf_counter(), time.process_time(), cpu))
+
+    tasks = open_on(config.run, check_simulation(config), backbones)
+    experiment = Experiment(config, tasks, backbones, folder, SeededEntropy(1), observe)
+    (site,) = build_for_executor(config, folder / "sites")
+    whole = open_batched(experiment, config.run, site, backbones, folder.name)
+    sites = BatchedSites(whole.gathering, whole.prepare, open_on_ray(executor), num_shards)
+    try:
+        with without_flushing():
+            run_federation(
+                InProcessGrid(sites.answer, len(sites)),
+                config.run,
+                backbones,
+                run_id=folder.name,
+                folder=folder,
+                journal=experiment.journal,
+                executor="batched",
+                observe=observe,
+                at_hand=sites,
+            )
+    finally:
+        sites.close()
+    return [
+        RoundCost(after[0] - before[0], after[1] - before[1], np.subtract(after[2], before[2]).tolist())
+        for before, after in list(pairwise(marks))[2:]
+    ]
+
+
+def read_clock(shard: Shard, argument: None) -> float:
+    """Returns the seconds of the processor that a shard's process has taken."""
+    del shard, argument
+    return time.process_time()
+
+
+def compare_shards(folder: Path, num_sites: int = 10_000) -> None:
+    """Times one and two shards in turns, each a process of its own, and states how they compare."""
+    spent: dict[int, list[RoundCost]] = {1: [], 2: []}
+    for turn in range(TURNS):
+        for number, own in spent.items():
+            own += time_shards(folder / f"shards-{number}-{turn}", num_sites, number, 6)
+    passed = {number: median(each.passed for each in own) for number, own in spent.items()}
+    alone = {number: median(each.alone for each in own) for number, own in spent.items()}
+    name, repeats = f"round of {num_sites} sites: two shards / one", len(spent[2])
+    stated(name, passed[2], passed[1], target=1 / 1.6, repeats=repeats, note="seconds that pass")
+    name = f"round of {num_sites} sites: two shards / one, a core for each process"
+    note = "seconds of the processor: the coordinator's and the largest of the shards'"
+    stated(name, alone[2], alone[1], target=1 / 1.6, repeats=repeats, note=note)
+    both = [median(each.coordinator for each in own) for own in spent.values()]
+    name = "the coordinator's part of a round: with two shards / with one"
+    stated(name, both[1], both[0], target=1.2, repeats=repeats, note="seconds of the processor")
+
+
 def time_pfl(place: str, folder: Path, num_sites: int, rounds: int = ROUNDS) -> list[float]:
     """Returns the processor's seconds of each round of pfl but the first."""
     path = folder / "pfl.json"
@@ -162,6 +260,7 @@ def main() -> None:
         long_, _ = time_rounds(folder / "long", "batched", 100, MANY_ROUNDS)
         name = f"batched, 100 sites: the last hundred of {MANY_ROUNDS} rounds / the first hundred"
         stated(name, median(long_[-100:]), median(long_[:100]), target=1.1, repeats=100, note=NOTE)
+        compare_shards(folder)
         passed, engine = [], []
         for turn in range(TURNS):
             passed += time_rounds(folder / f"passed-{turn}", "batched", 100)[1]

@@ -36,12 +36,12 @@ from common.types import Heads, Params
 from server.rounds.aggregators import State, Weighted, open_aggregator
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import (
+    MOST_SITES,
     HeadEvaluation,
     average_evaluations,
     evaluate_baseline_predictions,
-    open_prepared_units,
 )
-from simulations.executors.gathered import build_for_executor
+from simulations.executors.gathered import build_for_executor, list_declared_sizes, open_judged, open_sides
 from simulations.federate import Experiment, evaluate_heads, federate
 from simulations.public.untouched import compute_untouched
 
@@ -132,33 +132,38 @@ def make_non_private_run(config: SimulationConfig) -> RunConfig:
 def _compute_baseline_prediction(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
     train = _open_training_units(experiment, sites)
     judging = experiment.config.list_judging_sites(sites)
-    held_out = open_prepared_units(judging, experiment.run_id, experiment.tasks, "test")
+    held_out, _ = open_judged(experiment.config, judging, experiment.run_id, experiment.tasks)
     return evaluate_baseline_predictions(_select_tasks(experiment, train), train, held_out)
 
 
 def _compute_local(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
     run = experiment.config.run
     train = _open_training_units(experiment, sites)
+    declared = list_declared_sizes(experiment.config, sites)
     results: dict[str, list[HeadEvaluation]] = {}
-    for site in sites:
-        if site.name not in train:
-            continue
-        tasks = {name: task for name, task in experiment.tasks.items() if name in site.tasks}
-        sizes = {name: site.tasks[name].public_size for name in tasks}
-        heads = _train_alone(experiment, run, tasks, train[site.name], sizes, purpose=f"local/{site.name}")
-        metrics = _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
+    for site, units in train.items():
+        tasks = {name: task for name, task in experiment.tasks.items() if name in declared[site]}
+        sizes = {name: declared[site][name] for name in tasks}
+        heads = _train_alone(experiment, run, tasks, units, sizes, purpose=f"local/{site}")
+        # Of thousands of sites a bootstrap each would take hours.
+        metrics = evaluate_heads(
+            experiment,
+            heads,
+            sites,
+            run_id=experiment.run_id,
+            backbones=experiment.backbones,
+            intervals=len(train) <= MOST_SITES,
+        )
         for task, values in metrics.items():
             results.setdefault(task, []).append(values)
+        experiment.observe("baseline local", len(next(iter(results.values()))), len(train))
     return {task: average_evaluations(each) for task, each in results.items()}
 
 
 def _compute_central(experiment: Experiment, sites: Sequence[SiteConfig]) -> TaskMetrics:
     train = _open_training_units(experiment, sites)
-    tasks = _select_tasks(experiment, train)
-    sizes = {
-        name: sum(site.tasks[name].public_size for site in sites if site.name in train and name in site.tasks)
-        for name in tasks
-    }
+    tasks, declared = _select_tasks(experiment, train), list_declared_sizes(experiment.config, sites)
+    sizes = {name: sum(own[name] for site, own in declared.items() if site in train and name in own) for name in tasks}
     run = make_non_private_run(experiment.config)
     heads = _train_alone(experiment, run, tasks, pool_units(train, tasks), sizes, purpose="central")
     return _evaluate_pooled(experiment, heads, sites, experiment.run_id, experiment.backbones)
@@ -206,7 +211,7 @@ _BASELINES: Mapping[str, Callable[[Experiment, Sequence[SiteConfig]], TaskMetric
 def _open_training_units(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, Units]:
     """Returns the training units of each site that trains."""
     training = experiment.config.list_training_sites(sites)
-    return open_prepared_units(training, experiment.run_id, experiment.tasks, "train")
+    return open_sides(experiment.config, training, experiment.run_id, experiment.tasks, "train")
 
 
 def _select_tasks(experiment: Experiment, units: Mapping[str, Units]) -> dict[str, Task]:

@@ -92,7 +92,10 @@ class Executor(Frozen):
 
     Attributes:
         kind: the executor.
-        encoded_sites: number of sites a round that are asked by encoded messages and compared, with `batched`.
+        encoded_sites: number of sites that are asked by encoded messages and compared, with `batched`.
+        encoded_every: so many rounds lie between two in which that is done; it is done in the first too.
+        shards: number of parts into which `batched` divides the sites; above 1 each is a Ray actor, on this machine or
+            on those of `ray_address`, and the result is the same to the bit.
         cpus_per_site: CPU cores that each Ray actor reserves.
         gpus_per_site: GPUs that each Ray actor reserves.
         ray_address: address of a running Ray cluster, with `flower`; without it, Ray starts on this machine.
@@ -100,6 +103,8 @@ class Executor(Frozen):
 
     kind: Literal["in_process", "batched", "flower"] = "in_process"
     encoded_sites: PositiveInt = 2
+    encoded_every: PositiveInt = 10
+    shards: PositiveInt = 1
     cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_site: Annotated[float, Field(ge=0)] = 0.0
     ray_address: str | None = None

@@ -47,6 +47,7 @@ from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data, predict_left_out
 from simulations.executors.gathered import build_for_executor, sum_public_sizes
+from simulations.executors.shard import ShardEnded
 from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress, list_epsilons, open_on
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless
@@ -202,6 +203,11 @@ def _train_and_report(experiment: Experiment, sites: list[SiteConfig], resume: C
     except BadInput:
         write_results(experiment.folder, run_, experiment.backbones, {})
         raise
+    except ShardEnded as error:
+        raise ShardEnded(
+            f"{error}; what the round was charged stays charged, and nothing of it was used; `headwater simulate "
+            f"resume {experiment.folder}` charges it again and continues after the last whole round"
+        ) from error
     except RunFailed as error:
         write_results(experiment.folder, run_, experiment.backbones, {})
         _raise_with_detail(error, sites)
@@ -339,8 +345,7 @@ def _journal_metrics(
         event = MetricsEvaluated(
             task=task,
             pooled=result.pooled,
-            # Gathered sites are one here.
-            per_site={} if experiment.config.executor.kind == "batched" else result.per_site,
+            per_site=result.per_site,
             pooled_intervals=list_intervals(result.estimates),
             per_site_intervals={site: list_intervals(each) for site, each in result.site_estimates.items()},
             errors=tuple(sorted(result.errors)),

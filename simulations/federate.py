@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -35,12 +35,14 @@ from simulations.evaluate import (
     evaluate_pooled,
     is_evaluated_after,
     locate_prepared_data,
-    open_prepared_units,
 )
-from simulations.executors.batched import BatchedSites, Gathering
+from simulations.executors.alike import Gathering
+from simulations.executors.batched import BatchedSites, OpenShards
 from simulations.executors.flower import run_on_flower
-from simulations.executors.gathered import read_gathered
+from simulations.executors.gathered import open_judged, read_gathered
 from simulations.executors.in_process import InProcessGrid
+from simulations.executors.ray_shards import open_on_ray
+from simulations.executors.shard import LocalShards
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:
@@ -177,6 +179,7 @@ def _make_evaluation(
     run_id: str,
 ) -> AfterRound:
     """Returns what evaluates the heads after a round, where that is due, and writes it to the journal."""
+    opened: list[tuple[dict[str, Units], bool]] = []
 
     def evaluate_round(round_: int, heads: Heads) -> None:
         asked = {
@@ -185,7 +188,7 @@ def _make_evaluation(
             if is_evaluated_after(round_, run.rounds, count_points(task))
         }
         if asked:
-            tasks, held_out = _open_held_out(experiment, heads, sites, run_id, backbones)
+            tasks, held_out, _ = _open_held_out(experiment, heads, sites, run_id, backbones, opened)
             tasks = {name: task for name, task in tasks.items() if name in asked}
             for task, pooled in evaluate_pooled(heads, tasks, held_out).items():
                 journal.write(RoundEvaluated(round=round_, task=task, pooled=pooled))
@@ -205,19 +208,24 @@ def _federate_batched(
     """Runs a federation whose sites are rows of arrays (`simulations.executors.batched`)."""
     sites = open_batched(experiment, run, site, backbones, folder.name)
     journal = FileJournal(folder / "journal.jsonl")
-    return run_federation(
-        InProcessGrid(sites.answer, len(sites)),
-        run,
-        backbones,
-        run_id=folder.name,
-        folder=folder,
-        journal=journal,
-        executor=experiment.config.executor.kind,
-        observe=experiment.observe if folder == experiment.folder else ignore_progress,
-        resume=resume,
-        after_round=_make_evaluation(experiment, run, [site], journal, backbones, folder.name),
-        at_hand=sites,
-    )
+    try:
+        # As below, but for the ledger's lines: these are put on the disk before anything is computed from a record.
+        with without_flushing():
+            return run_federation(
+                InProcessGrid(sites.answer, len(sites)),
+                run,
+                backbones,
+                run_id=folder.name,
+                folder=folder,
+                journal=journal,
+                executor=experiment.config.executor.kind,
+                observe=experiment.observe if folder == experiment.folder else ignore_progress,
+                resume=resume,
+                after_round=_make_evaluation(experiment, run, [site], journal, backbones, folder.name),
+                at_hand=sites,
+            )
+    finally:
+        sites.close()
 
 
 def open_batched(
@@ -253,10 +261,12 @@ def open_batched(
         {name: (backbone.feature_dim, backbone.digest) for name, backbone in backbones.items()},
         experiment.entropy,
         open_on(run, experiment.tasks, backbones),
-        experiment.config.executor.encoded_sites,
+        experiment.config.executor,
         open_solver(run.solver, f"{RUN_PREFIX}solver"),
     )
-    return BatchedSites(gathering, prepare_all)
+    executor = experiment.config.executor
+    open_shards: OpenShards = LocalShards if executor.shards == 1 else open_on_ray(executor)
+    return BatchedSites(gathering, prepare_all, open_shards, executor.shards)
 
 
 def list_epsilons(experiment: Experiment, sites: Sequence[SiteConfig]) -> dict[str, float]:
@@ -310,8 +320,11 @@ def evaluate_heads(
         backbones: backbones that the trunks belong to.
         intervals: whether the spreads of the metrics are computed too.
     """
-    tasks, held_out = _open_held_out(experiment, heads, sites, run_id, backbones)
-    return evaluate(heads, tasks, held_out, intervals=intervals)
+    tasks, held_out, is_by_site = _open_held_out(experiment, heads, sites, run_id, backbones)
+    found = evaluate(heads, tasks, held_out, intervals=intervals)
+    if is_by_site:
+        return found
+    return {name: replace(each, per_site={}, site_estimates={}) for name, each in found.items()}
 
 
 def _open_held_out(
@@ -320,12 +333,27 @@ def _open_held_out(
     sites: Sequence[SiteConfig],
     run_id: str,
     backbones: Mapping[str, Backbone],
-) -> tuple[dict[str, Task], dict[str, Units]]:
-    """Returns the tasks that have a head, and each site's held-out units with the features that these heads read."""
+    opened: list[tuple[dict[str, Units], bool]] | None = None,
+) -> tuple[dict[str, Task], dict[str, Units], bool]:
+    """Returns the tasks that have a head, and held-out units with the features that these heads read.
+
+    The last value says whether the units are those of each site by itself (`open_judged`).
+
+    Args:
+        experiment: the simulation.
+        heads: parameters of heads and trunks by name.
+        sites: the sites.
+        run_id: id of the run for which the sites prepared their records.
+        backbones: backbones that the trunks belong to.
+        opened: keeps the units of gathered sites from one call to the next; thousands of them take a while to divide.
+    """
     run = experiment.config.run
     tasks = open_on(run, {name: task for name, task in experiment.tasks.items() if name in heads}, backbones)
     trained = {name: trunk for name, trunk in trunks(run, backbones).items() if name in heads}
     for name, trunk in trained.items():
         load_parameters(trunk, heads[name])
-    held_out = open_prepared_units(experiment.config.list_judging_sites(sites), run_id, tasks, "test")
-    return tasks, {site: units.passed(trained) for site, units in held_out.items()}
+    judging = experiment.config.list_judging_sites(sites)
+    held_out, is_by_site = opened[0] if opened else open_judged(experiment.config, judging, run_id, tasks)
+    if opened == [] and experiment.config.executor.kind == "batched":
+        opened.append((held_out, is_by_site))
+    return tasks, {site: units.passed(trained) for site, units in held_out.items()}, is_by_site

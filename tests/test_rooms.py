@@ -73,7 +73,7 @@ PLUGIN_FOLDERS = (
 )
 MOST_MODULES = 12
 DOORS = {
-    "ray": ("simulations/executors/flower.py",),
+    "ray": ("simulations/executors/flower.py", "simulations/executors/ray_shards.py"),
     "opacus": ("client/solvers/", "common/privacy/"),
     "grpc": ("common/process/health.py",),
     "yaml": ("common/yaml.py",),

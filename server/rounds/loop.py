@@ -56,6 +56,7 @@ AfterRound = Callable[[int, Heads], None]
 _START = "start"
 """Name in an aggregator's state of the parameters before the first round, where a run decays towards them."""
 
+_Reply = TypeVar("_Reply")
 _Request = TypeVar("_Request", messages.TrainRequest, messages.EvaluateRequest, messages.FinishRequest)
 
 
@@ -99,6 +100,14 @@ class SitesAtHand(Protocol):
             RunInterrupted: the round did not reach its quorum.
         """
 
+    def send(self, messenger: Messenger, request: Request[_Reply]) -> Answers[_Reply]:
+        """Returns the answers to a request for statistics, or for sums before the first round; see `Messenger.send`.
+
+        Args:
+            messenger: connection to the sites, with the run and its journal.
+            request: the request, whose check is made of every answer.
+        """
+
     def finish(self, heads: Heads) -> None:
         """Takes the final heads."""
 
@@ -137,8 +146,7 @@ def run_federation(
         witnesses: file of the witnesses of sites' ledgers, which outlives runs; None keeps none.
         anyway: whether training is begun also where no task can be better than guessing.
         after_round: called after each round; it changes nothing of the run.
-        at_hand: the sites, where they are in this process and asked without messages; such a run measures and evaluates
-            nothing at sites.
+        at_hand: the sites, where they are in this process and asked without messages.
 
     Returns:
         The final heads, and how often each was updated.
@@ -175,20 +183,21 @@ def run_federation(
     if not anyway and state.rounds_done == 0:
         _refuse_hopeless(run, participants)
     if run.moments is not None and state.rounds_done == 0:
-        state = measure_moments(messenger, participants, state, folder=folder, digests=list_digests(backbones))
+        digests = list_digests(backbones)
+        state = measure_moments(messenger, participants, state, folder=folder, digests=digests, at_hand=at_hand)
     late = LateRollCall(messenger, backbones, node_ids, roll_call)
     if at_hand is None:
         messenger.while_waiting.append(late.look)
     temperatures: Mapping[str, float] = {}
     if run.evaluation is not None and run.evaluation.calibrate and state.rounds_done == run.rounds:
         # Resumed with nothing left to train: sites answer from stored replies.
-        temperatures = evaluate_round(messenger, participants, state.heads, run.rounds)
+        temperatures = evaluate_round(messenger, participants, state.heads, run.rounds, at_hand)
     for round_ in range(state.rounds_done + 1, run.rounds + 1):
         participants = late.admit(participants, round_) if at_hand is None else participants
         observe("rounds", round_ - 1, run.rounds)
         state = one_round(messenger, participants, state, round_, at_hand)
         # Before the checkpoint: a run that dies here does its round again, from stored replies, and evaluates then.
-        temperatures = evaluate_round(messenger, participants, state.heads, round_)
+        temperatures = evaluate_round(messenger, participants, state.heads, round_, at_hand)
         if after_round is not None:
             after_round(round_, _serve(messenger.run, state.heads))
         save_checkpoint(folder / "checkpoint.safetensors", state)
@@ -381,7 +390,11 @@ def make_update_check(
 
 
 def evaluate_round(
-    messenger: Messenger, participants: list[Participant], heads: Heads, round_: int
+    messenger: Messenger,
+    participants: list[Participant],
+    heads: Heads,
+    round_: int,
+    at_hand: SitesAtHand | None = None,
 ) -> dict[str, float]:
     """Asks every participant for noised statistics of its held-out units, where the run evaluates after this round.
 
@@ -390,6 +403,7 @@ def evaluate_round(
         participants: sites that joined.
         heads: heads and trunks after the round.
         round_: number of the round, from 1.
+        at_hand: the sites, where they are in this process.
 
     Returns:
         Task -> temperature of its head, where the run asks for it and the noise leaves it readable.
@@ -414,17 +428,16 @@ def evaluate_round(
         messenger.witnesses.keep({names[node]: reply.witness})
         check_evaluation(reply, site_tasks[node], calibrate=evaluation.calibrate)
 
-    answers = messenger.send(
-        Request(
-            messages.EVALUATE,
-            messenger.witnesses.show(requests, names),
-            messages.EvaluateReply,
-            Waiting.of(messenger.run),
-            round=round_,
-            names=names,
-            check=check,
-        )
+    request = Request(
+        messages.EVALUATE,
+        messenger.witnesses.show(requests, names),
+        messages.EvaluateReply,
+        Waiting.of(messenger.run),
+        round=round_,
+        names=names,
+        check=check,
     )
+    answers = messenger.send(request) if at_hand is None else at_hand.send(messenger, request)
     releases = [
         SiteRelease(participant.site, answers.accepted[participant.node_id][0])
         for participant in participants

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -29,8 +30,20 @@ from common.tasks import open_tasks
 from common.types import RunInterrupted, Unit, heads_digest
 from server.rounds.checkpoint import Checkpoint
 from server.rounds.inquiry import Quorum, Waiting
-from server.rounds.messenger import Messenger, Participant, Request, map_groups, map_names
+from server.rounds.messenger import Answers, Messenger, Participant, Request, map_groups, map_names
 from server.rounds.replies import check_moments, describe_reasons
+
+
+class AnswersAtHand(Protocol):
+    """Sites beside the coordinator, in one process, that answer without messages (`server.rounds.loop.SitesAtHand`)."""
+
+    def send(self, messenger: Messenger, request: Request[messages.MomentsReply]) -> Answers[messages.MomentsReply]:
+        """Returns the answers to a request; see `Messenger.send`.
+
+        Args:
+            messenger: connection to the sites, with the run and its journal.
+            request: the request, whose check is made of every answer.
+        """
 
 
 def measure_moments(
@@ -40,6 +53,7 @@ def measure_moments(
     *,
     folder: Path,
     digests: Mapping[str, str],
+    at_hand: AnswersAtHand | None = None,
 ) -> Checkpoint:
     """Asks every participant for the sums that the run measures, and sets the heads' fixed numbers by them.
 
@@ -51,6 +65,7 @@ def measure_moments(
         state: state before the first round.
         folder: folder of the run, which receives each site's means of features.
         digests: backbone -> its digest.
+        at_hand: the sites, where they are in this process and asked without messages.
 
     Raises:
         RunInterrupted: the sums did not reach the quorum of a round in time.
@@ -74,16 +89,15 @@ def measure_moments(
     units = {each.node_id: count_units(own[each.node_id], run, each.tasks) for each in asked}
     quorum = Quorum.of(run, map_groups(asked), {})
     request = messages.MomentsRequest(messenger.run_id)
-    answers = messenger.send(
-        Request(
-            messages.MOMENTS,
-            messenger.witnesses.show({each.node_id: request for each in asked}, names),
-            messages.MomentsReply,
-            Waiting.of(run, quorum),
-            names=names,
-            check=check,
-        )
+    sent = Request(
+        messages.MOMENTS,
+        messenger.witnesses.show({each.node_id: request for each in asked}, names),
+        messages.MomentsReply,
+        Waiting.of(run, quorum),
+        names=names,
+        check=check,
     )
+    answers = messenger.send(sent) if at_hand is None else at_hand.send(messenger, sent)
     messenger.write_rejected(answers.rejected, names, "moments")
     missing = quorum.describe_missing(answers.accepted)
     if missing is not None:

@@ -1,10 +1,10 @@
-"""The `batched` executor: the sites are rows of arrays in this process, and a round trains all of them at once.
+"""The `batched` executor: the sites are rows of arrays, in this process or in shards, and a round trains them together.
 
-The heads are those of `in_process`, to the bit, from the same keys. Each site keeps a key of its own for each round, a
-balance of its own in the shared ledger, and a check of its own update; the ledger is charged, durably, before anything
-is computed from a record. What is done once for all sites: joining, preparing, the line of a round's charge, the
-request. Messages are encoded for a few sites a round: these are asked as by the other executors, through Flower's
-bytes, the site's solver and the coordinator's checks, and what they answer must be what was computed for them.
+The heads are those of `in_process`, to the bit, from the same keys, however many shards there are. Each site keeps a
+key of its own for each round, a balance of its own in the shared ledger, and a check of its own update. One chained
+ledger lies beside the coordinator: a charge is on the disk before any shard is asked, so before a key is drawn. What is
+done once for all sites: joining, preparing, the line of a charge, the request. Messages are encoded for a few sites
+(`simulations.executors.encoded`).
 
 A site that the solver cannot train beside others (see `client.solvers.parts.many_sites`), and every site with a solver
 that trains one at a time, is trained by itself: the same update, more slowly.
@@ -15,121 +15,43 @@ that trains one at a time, is trained by itself: the same update, more slowly.
 from __future__ import annotations
 
 import hashlib
-import random
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import replace
+from typing import Any, TypeVar, final
 
 import numpy as np
-import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from numpy.typing import NDArray
-from torch import nn
 
-from client.config import SiteConfig
-from client.data.prepare import list_positions, open_units
+from client.config import NoisedEvaluation
 from client.ledger.events import Terms
 from client.ledger.place import locate_ledgers
 from client.ledger.shared import SharedLedger, SharedReservation
 from client.protocol.answer import MAX_CHARGES
 from client.protocol.join import accept_training
-from client.protocol.site import Joined, SiteDeclined, check_allowed
-from client.solvers import ManySitesSolver, Solver
-from client.solvers.parts.many_sites import ManySites
-from client.solvers.parts.many_units import ManyUnits
+from client.protocol.site import Joined, Measurement, SiteDeclined, check_allowed, plan_measurement
 from common import messages
 from common.events import AcceptedUpdate, SiteJoined
-from common.files import without_flushing
-from common.model.parameters import load_parameters
 from common.privacy.accounting import Mechanism
-from common.privacy.noise import Entropy, NoiseStream, draw_key
-from common.privacy.update_norm import bound_update_norms
-from common.run import RunConfig
-from common.tasks import Task, select_round
-from common.types import DECLINED, BadInput, DeclineReason, Delta, Heads, Plan, RunFailed, RunInterrupted
-from server.rounds.inquiry import Quorum, Waiting
+from common.types import DECLINED, BadInput, DeclineReason, Heads, Plan, RunFailed, RunInterrupted
+from server.rounds.aggregators import Weighted, open_aggregator
+from server.rounds.aggregators.parts.exact_sum import ExactSum
+from server.rounds.inquiry import Quorum
 from server.rounds.join import describe_missing_quorum
-from server.rounds.loop import build_request, gather_updates, make_update_check, sample_cohort, select_trained_groups
-from server.rounds.messenger import Messenger, Participant, Request, map_groups, map_names
-from server.rounds.replies import Rejected, RoundUpdates, check_delta, describe_reasons
-from simulations.executors.gathered import GatheredSites
+from server.rounds.loop import build_request, gather_updates, sample_cohort
+from server.rounds.messenger import Answers, Messenger, Participant, Request, map_groups, map_names
+from server.rounds.replies import Rejected, RoundUpdates, describe_reasons
+from simulations.executors.alike import Gathering
+from simulations.executors.encoded import Encoded, compare_answers, list_accepted
+from simulations.executors.gathered import list_kinds
 from simulations.executors.in_process import FIRST_NODE_ID
+from simulations.executors.shard import Asked, Shard, Shards
 
-_NEARLY = 1.0 - 2.0**-20
-"""Updates nearly as long as they may be are looked at one by one."""
+_Reply = TypeVar("_Reply")
 
-
-@dataclass(frozen=True)
-class Gathering:
-    """The sites of a run, gathered and prepared.
-
-    Attributes:
-        site: the one site file.
-        sites: which row is whose.
-        run_id: id of the run.
-        run: the run.
-        backbones: name -> width of its features, and its digest.
-        entropy: source of the keys of sampling and noise.
-        tasks: the run's tasks by name.
-        num_encoded: number of sites a round whose messages are encoded.
-        solver: the run's solver.
-    """
-
-    site: SiteConfig
-    sites: GatheredSites
-    run_id: str
-    run: RunConfig
-    backbones: Mapping[str, tuple[int, str]]
-    entropy: Entropy
-    tasks: Mapping[str, Task]
-    num_encoded: int
-    solver: Solver
-
-
-@dataclass(frozen=True)
-class _Alike:
-    """The sites that train the same heads.
-
-    Attributes:
-        tasks: their tasks.
-        sites: int64, their numbers.
-        place_S: int64, the place of each site among them; -1 for the others.
-        units: their units.
-        many: these, opened for training; None where the solver trains one site at a time.
-        modules: task -> head, whose parameters are those that were opened last.
-    """
-
-    tasks: Mapping[str, Task]
-    sites: NDArray[np.int64]
-    place_S: NDArray[np.int64]
-    units: ManyUnits
-    many: ManySites | None
-    modules: Mapping[str, nn.Module]
-
-    def open_modules(self, heads: Heads) -> Mapping[str, nn.Module]:
-        """Returns the heads as modules, as a site opens them; no solver changes them."""
-        for name, module in self.modules.items():
-            load_parameters(module, heads[name])
-        return self.modules
-
-
-@dataclass
-class _Round:
-    """The round under way: its keys and its charges.
-
-    Attributes:
-        number: its number.
-        keys: site -> key of its stream.
-        reservation: the charges.
-        bounds: identity of a site's declared sizes -> parameter group -> largest norm of its change.
-        doubtful: the sites whose updates are not surely short enough.
-    """
-
-    number: int
-    keys: Mapping[int, bytes]
-    reservation: SharedReservation
-    bounds: dict[int, dict[str, float]]
-    doubtful: set[int]
+OpenShards = Callable[[Gathering, Sequence[NDArray[np.int64]]], Shards]
+"""Opens the shards of prepared sites: all of them, and the sites of each."""
 
 
 @final
@@ -139,17 +61,35 @@ class BatchedSites:
     Attributes:
         gathering: the sites.
         prepare: encodes the records of the one site for the run.
+        shards: the sites' shards, once they have joined.
     """
 
-    def __init__(self, gathering: Gathering, prepare: Callable[[], None]) -> None:
-        """Args: as the attributes."""
+    def __init__(
+        self, gathering: Gathering, prepare: Callable[[], None], open_shards: OpenShards, num_shards: int = 1
+    ) -> None:
+        """Takes the sites of a run.
+
+        Args:
+            gathering: the sites.
+            prepare: encodes their records.
+            open_shards: opens the shards once that is done.
+            num_shards: number of the shards.
+        """
         self.gathering, self.prepare = gathering, prepare
-        self._all, self._solver = gathering, gathering.solver
-        self._alike: list[_Alike] = []
-        self._group_S = np.zeros(len(gathering.sites.names), np.int64)
+        self._all, self._open_shards = gathering, open_shards
+        everyone = np.arange(len(gathering.sites.names))
+        self._divided = [own for own in np.array_split(everyone, num_shards) if len(own)]
+        self._kinds, self._kind_S = list_kinds(gathering.sites)
         self._groups: dict[int, Mapping[str, int]] = {}
-        self._round: _Round | None = None
+        self.shards: Shards | None = None
+        self._encoded: Encoded | None = None
         self._plan: Plan | None = None
+        self._measured: list[Measurement] = []
+
+    @property
+    def _evaluation_budget(self) -> NoisedEvaluation | None:
+        config = self._all.site
+        return None if config.evaluation == "local" else config.evaluation
 
     def ledger(self) -> SharedLedger:
         """Returns the ledger that the sites share."""
@@ -164,17 +104,19 @@ class BatchedSites:
         """Returns epsilon of everything that each site was charged."""
         return dict(zip(self._all.sites.names, self.ledger().compute_epsilons(), strict=True))
 
+    def close(self) -> None:
+        """Ends the shards' processes."""
+        if self.shards is not None:
+            self.shards.close()
+
     # --- before the first round --------------------------------------------------------------------------------------
 
     def join(self, messenger: Messenger) -> list[Participant]:
         """Returns the sites that agree to the run, prepared. See `SitesAtHand.join`."""
         run, sites = self._all.run, self._all.sites
         plan = self._accept()
-        rounds = run.rounds
         self._plan, self._ledger = plan, self.ledger()
-        held_S = self._ledger.earmark(
-            Mechanism.of(plan.over(rounds)), run=self._all.run_id, rounds=rounds, allow_infinite=not plan.private
-        )
+        held_S = self._earmark(plan)
         participants, rejected = [], []
         digests = {name: messages.Held(True, ()) for name in run.backbone_specs}
         shared: dict[int, Mapping[str, messages.Held]] = {}
@@ -185,19 +127,20 @@ class BatchedSites:
                 continue
             if id(sizes) not in shared:
                 shared[id(sizes)] = {key: digests[key] for task in sizes for key in run.backbones_of(task)}
+                self._groups[id(sizes)] = run.parameter_group_sizes(sizes)
             backbones, budget = shared[id(sizes)], self._all.site.budget
-            groups = self._list_groups(number)
+            groups = self._groups[id(sizes)]
             participants.append(Participant(node, name, sizes, groups, backbones, budget.epsilon, budget.delta))
-        with without_flushing():  # One line for each site; the next that is flushed puts them all on the disk.
-            messenger.write_rejected(rejected, {}, "join")
-            for each in participants:
-                messenger.journal.write(self._describe_joined(each))
+        messenger.write_rejected(rejected, {}, "join")
+        for each in participants:
+            messenger.journal.write(self._describe_joined(each))
         problem = describe_missing_quorum(run, {each.site: each for each in participants})
         if problem is not None:
             raise RunFailed(f"{problem}: {describe_reasons(rejected, {})}")
         messenger.observe("joined", len(participants), len(participants))
         self.prepare()
-        self._open()
+        self.shards = self._open_shards(self._all, self._divided)
+        self._encoded = Encoded(self._all, plan, self._kind_S, self._locate)
         return participants
 
     def _accept(self) -> Plan:
@@ -209,16 +152,35 @@ class BatchedSites:
         for sizes in {id(each): each for each in self._all.sites.sizes}.values():
             kept = largest.setdefault(frozenset(sizes), dict(sizes))
             kept |= {name: max(size, kept[name]) for name, size in sizes.items()}
-        plans = []
-        for most in largest.values():
-            tasks = {name: config.tasks[name].model_copy(update={"public_size": size}) for name, size in most.items()}
+        plans, self._measured = [], []
+        for kind in self._kinds:
+            tasks = {
+                name: config.tasks[name].model_copy(update={"public_size": size})
+                for name, size in largest[kind].items()
+            }
             own = config.model_copy(update={"tasks": tasks})
             try:
                 check_allowed(own, joined)
                 plans.append(accept_training(own, joined))
+                self._measured.append(plan_measurement(own, joined))
             except SiteDeclined as declined:
                 raise BadInput(declined.detail) from declined
         return plans[0]
+
+    def _earmark(self, plan: Plan) -> NDArray[np.bool_]:
+        """Holds the run's price at each site, and returns the sites whose budgets cover it."""
+        rounds = self._all.run.rounds
+        held_S = np.full(len(self), not plan.private)
+        for kind, measured in enumerate(self._measured) if plan.private else ():
+            held_S |= self._ledger.earmark(
+                Mechanism.of(plan.over(rounds)),
+                self._kind_S == kind,
+                run=self._all.run_id,
+                rounds=rounds,
+                before=None if measured.plan is None else Mechanism.of(measured.plan),
+                evaluation_budget=self._evaluation_budget,
+            )
+        return held_S
 
     def _describe_joined(self, participant: Participant) -> SiteJoined:
         return SiteJoined(
@@ -228,26 +190,6 @@ class BatchedSites:
             delta=participant.delta,
             budget_epsilon=participant.budget_epsilon,
         )
-
-    def _open(self) -> None:
-        """Opens the prepared units, divided among the sites."""
-        gathered, run = self._all.sites, self._all.run
-        folder, names = self._all.site.state_dir / "runs" / self._all.run_id / "data", list(self._all.tasks)
-        units = open_units(folder, "train", names, torch.device("cpu"))
-        positions = list_positions(folder, "train", names)
-        groups: dict[frozenset[str], list[int]] = {}
-        for number, sizes in enumerate(gathered.sizes):
-            groups.setdefault(frozenset(sizes), []).append(number)
-        for own, members in groups.items():
-            tasks, sites = {name: self._all.tasks[name] for name in names if name in own}, np.array(members)
-            place_S = np.full(len(gathered.names) + 1, -1)  # The last is of rows that are nobody's.
-            place_S[sites] = np.arange(len(sites))
-            self._group_S[sites] = len(self._alike)
-            homes = [place_S[gathered.site_P[positions[name]]] for name in tasks]
-            divided = ManyUnits.divide(units.only(list(tasks)), homes, len(sites))
-            heads = {name: task.head(self._all.backbones[run.backbone_of(name)][0]) for name, task in tasks.items()}
-            many = ManySites(heads, tasks, divided) if isinstance(self._solver, ManySitesSolver) else None
-            self._alike.append(_Alike(tasks, sites, place_S, divided, many, heads))
 
     # --- a round -----------------------------------------------------------------------------------------------------
 
@@ -262,256 +204,208 @@ class BatchedSites:
             heads: heads before the round.
             round_: number of the round, from 1.
         """
-        cohort = sample_cohort(messenger.run, participants, round_)
+        assert self.shards is not None and self._encoded is not None and self._plan is not None
+        run, cohort = self._all.run, sample_cohort(messenger.run, participants, round_)
         by_site = {each.node_id - FIRST_NODE_ID: each for each in cohort}
-        reservation, rejected = self._charge(by_site, heads, round_)
-        granted = [number for number in by_site if reservation.granted_S[number]]
-        name_of, run = self._all.sites.names, self._all.run
-        keys = {number: draw_key(self._all.entropy, run.name, name_of[number], str(round_)) for number in granted}
-        bounds = {}
-        for each in cohort:
-            if id(each.tasks) not in bounds:
-                sent = select_trained_groups(heads, each.parameter_groups)
-                bounds[id(each.tasks)] = bound_update_norms(run, each.tasks, sent)
-        self._round = _Round(round_, keys, reservation, bounds, set())
-        deltas = self._train(heads, granted, rejected)
-        self._check(messenger, by_site, heads, deltas, rejected)
-        self._ledger.commit(reservation)
-        accepted = self._encode_some(messenger, by_site, heads, deltas)
-        rejected = sorted(rejected, key=lambda item: item.node_id)
-        messenger.write_rejected(rejected, map_names(cohort), "train", round_)
-        missing = Quorum.of(run, map_groups(cohort), {}).describe_missing([FIRST_NODE_ID + number for number in deltas])
-        if missing is not None:
-            raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(rejected, map_names(cohort))}")
-        pairs = {by_site[number].site: (by_site[number], delta) for number, delta in deltas.items()}
-        return gather_updates(run, heads, accepted, pairs)
-
-    def _charge(
-        self, by_site: Mapping[int, Participant], heads: Heads, round_: int
-    ) -> tuple[SharedReservation, list[Rejected]]:
-        """Charges a round to the sites of a cohort, and returns with the charges the sites that decline it."""
-        assert self._plan is not None
-        asked_S = np.zeros(len(self._group_S), np.bool_)
-        asked_S[list(by_site)] = True
-        requests = [build_request(self._all.run_id, heads, alike.tasks, round_) for alike in self._alike]
-        digests = [messages.request_digest(request) for request in requests]
+        requests = [build_request(self._all.run_id, heads, kind, round_) for kind in self._kinds]
+        digest = hashlib.sha256("".join(map(messages.request_digest, requests)).encode()).hexdigest()
         reservation = self._ledger.reserve(
             Mechanism.of(self._plan),
-            asked_S,
+            self._mask(list(by_site)),
             run=self._all.run_id,
             round=round_,
-            request=hashlib.sha256("".join(digests).encode()).hexdigest(),
+            request=digest,
             most_charges=MAX_CHARGES,
             allow_infinite=not self._plan.private,
+            evaluation_budget=self._evaluation_budget,
         )
-        reasons = ((reservation.refused_S, DeclineReason.BUDGET), (reservation.answered_S, DeclineReason.BAD_REQUEST))
-        rejected = [
-            Rejected(FIRST_NODE_ID + number, f"{DECLINED}{reason.value}")
-            for mask_S, reason in reasons
-            for number in np.flatnonzero(mask_S).tolist()
-        ]
-        return reservation, rejected
+        self._ledger.make_durable()
+        plans: list[Plan | Mechanism | Measurement | None] = [self._plan] * len(self._kinds)
+        asked = Asked(str(round_), round_, heads, np.flatnonzero(reservation.granted_S), plans, {})
+        answered = self.shards.ask(Shard.train, self._divide(asked))
+        self._ledger.commit(reservation)
+        used = np.concatenate([each.accepted for each in answered])
+        self._encoded.begin(asked, reservation.witness)
+        accepted = list_accepted(self._encoded, messenger, by_site, heads, used, self.shards)
+        rejected = [*_list_refused(reservation), *(item for each in answered for item in each.rejected)]
+        rejected.sort(key=lambda item: item.node_id)
+        messenger.write_rejected(rejected, map_names(cohort), "train", round_)
+        missing = Quorum.of(run, map_groups(cohort), {}).describe_missing((FIRST_NODE_ID + used).tolist())
+        if missing is not None:
+            raise RunInterrupted(f"round {round_}: {missing}: {describe_reasons(rejected, map_names(cohort))}")
+        if open_aggregator(run.aggregation_of(None), "aggregation").needs_sum:
+            return self._add_up(by_site, heads, used, accepted)
+        updates = {number: each for shard in self._list_all(used) for number, each in shard.items()}
+        pairs = {by_site[number].site: (by_site[number], updates[number]) for number in used.tolist()}
+        return gather_updates(run, heads, accepted, pairs)
 
-    def _train(self, heads: Heads, granted: Sequence[int], rejected: list[Rejected]) -> dict[int, Heads]:
-        """Returns site -> its update; sites whose training fails are added to those that are rejected."""
-        assert self._round is not None and self._plan is not None
-        deltas: dict[int, Heads] = {}
-        group_S = self._group_S[granted] if granted else np.empty(0, np.int64)
-        for index, alike in enumerate(self._alike):
-            own = np.array(granted, np.int64)[group_S == index]
-            trained = self._train_alike(alike, heads, own)
-            for number in own.tolist():
-                delta = trained.get(number)
-                if delta is None:
-                    delta = self._train_alone(alike, heads, number)
-                if delta is None:
-                    rejected.append(Rejected(FIRST_NODE_ID + number, f"{DECLINED}{DeclineReason.INTERNAL.value}"))
-                else:
-                    deltas[number] = delta
-        return dict(sorted(deltas.items()))
-
-    def _train_alike(self, alike: _Alike, heads: Heads, sites: NDArray[np.int64]) -> dict[int, Heads]:
-        """Returns the updates of the sites that can be trained at once."""
-        assert self._round is not None and self._plan is not None
-        many, solver = alike.many, self._solver
-        if many is None or not isinstance(solver, ManySitesSolver):
-            return {}
-        places = alike.place_S[sites]
-        tasks = select_round(alike.tasks, self._round.number, self._all.run.rounds)
-        modules = alike.open_modules(heads)
-        found: dict[int, Heads] = {}
-        for block in many.list_blocks(places[many.fits[places]]):
-            numbers = alike.sites[block].tolist()
-            trained = solver.solve_each(
-                modules,
-                tasks,
-                many,
-                block,
-                plan=self._plan,
-                public_sizes=[self._list_groups(number) for number in numbers],
-                streams=[NoiseStream(self._round.keys[number]) for number in numbers],
-            )
-            parts = many.split(self._round_as_sent(trained.change_SN))
-            self._round.doubtful.update(self._find_doubtful(numbers, parts))
-            for place, number in enumerate(numbers):
-                if trained.sound[place]:
-                    found[number] = {
-                        name: {key: values[place] for key, values in own.items()} for name, own in parts.items()
-                    }
-        return found
-
-    def _find_doubtful(
-        self, numbers: Sequence[int], parts: Mapping[str, Mapping[str, NDArray[np.float32]]]
-    ) -> list[int]:
-        """Returns the sites whose update may be longer than it may be; the others' surely is not.
-
-        Args:
-            numbers: the sites.
-            parts: task -> parameter -> the sites' changes, one after the other.
-        """
-        assert self._round is not None
-        all_S, is_long_S = np.zeros(len(numbers)), np.zeros(len(numbers), np.bool_)
-        for name, own in parts.items():
-            flat = [values.reshape(len(numbers), -1) for values in own.values()]
-            square_S = sum(np.square(each, dtype=np.float64).sum(axis=1) for each in flat)
-            limit_S = [self._round.bounds[id(self._all.sites.sizes[number])][name] for number in numbers]
-            is_long_S |= np.sqrt(square_S) > np.array(limit_S) * _NEARLY
-            all_S += square_S
-        is_long_S |= np.sqrt(all_S) > self._all.run.max_delta_norm * _NEARLY
-        return [numbers[place] for place in np.flatnonzero(is_long_S).tolist()]
-
-    def _train_alone(self, alike: _Alike, heads: Heads, number: int) -> Heads | None:
-        """Returns a site's update as it is sent; None where its training fails."""
-        assert self._round is not None
-        self._round.doubtful.add(number)
-        try:
-            delta = self._solve(alike, alike.open_modules(heads), number)
-        except RunFailed:
-            return None
-        return {
-            name: {key: self._round_as_sent(values) for key, values in own.items()} for name, own in delta.heads.items()
-        }
-
-    def _solve(self, alike: _Alike, modules: Mapping[str, nn.Module], number: int) -> Delta:
-        assert self._round is not None and self._plan is not None
-        return self._solver.solve(
-            modules,
-            select_round(alike.tasks, self._round.number, self._all.run.rounds),
-            alike.units.select_site(int(alike.place_S[number])),
-            plan=self._plan,
-            public_sizes=self._list_groups(number),
-            stream=NoiseStream(self._round.keys[number]),
-        )
-
-    def _list_groups(self, number: int) -> Mapping[str, int]:
-        """Returns the declared sizes of the parameter groups of a site: one mapping for sites with equal ones."""
-        sizes = self._all.sites.sizes[number]
-        if id(sizes) not in self._groups:
-            self._groups[id(sizes)] = self._all.run.parameter_group_sizes(sizes)
-        return self._groups[id(sizes)]
-
-    def _round_as_sent(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return messages.round_as_sent(values, self._all.run.delta_precision)
-
-    def _check(
+    def _add_up(
         self,
-        messenger: Messenger,
         by_site: Mapping[int, Participant],
         heads: Heads,
-        deltas: dict[int, Heads],
-        rejected: list[Rejected],
-    ) -> None:
-        """Removes the updates that the coordinator's checks reject; shapes and finite numbers are their making."""
-        assert self._round is not None
-        for number in sorted(self._round.doubtful & deltas.keys()):
-            participant = by_site[number]
-            sent = select_trained_groups(heads, participant.parameter_groups)
-            bounds = self._round.bounds[id(participant.tasks)]
-            try:
-                check_delta(Delta(deltas[number]), sent, messenger.run.max_delta_norm, bounds)
-            except BadInput as error:
-                rejected.append(Rejected(participant.node_id, str(error)))
-                del deltas[number]
+        used: NDArray[np.int64],
+        accepted: Mapping[str, AcceptedUpdate],
+    ) -> RoundUpdates:
+        """Returns the updates of a round as one for each head: the mean of the shards' exact sums.
 
-    # --- messages ----------------------------------------------------------------------------------------------------
+        Args:
+            by_site: number of a site -> the site, of the cohort.
+            heads: heads before the round.
+            used: int64, the sites whose updates are used, ascending.
+            accepted: site -> facts of its update.
+        """
+        assert self.shards is not None
+        weights, totals = {}, {}
+        for group in heads:
+            own = [by_site[number] for number in used.tolist() if group in by_site[number].parameter_groups]
+            sizes = {each.site: float(each.parameter_groups[group]) for each in own}
+            found = self._all.run.aggregation.select_adjustment(group).weigh_sites(sizes) if sizes else {}
+            weights[group] = np.zeros(len(self))
+            weights[group][[each.node_id - FIRST_NODE_ID for each in own]] = list(found.values())
+            # As `server.rounds.loop` weighs each update: a site whose units count twice brings twice its noise.
+            noise = math.fsum((found[site] / size) ** 2 for site, size in sizes.items())
+            totals[group] = math.fsum(found.values()), noise, len(own)
+        shares = [{group: each[own] for group, each in weights.items()} for own in self._divided]
+        sums: dict[str, dict[str, ExactSum]] = {}
+        for part in self.shards.ask(Shard.add_up, shares):
+            for group, params in part.items():
+                known = sums.setdefault(group, params)
+                for key, each in params.items() if known is not params else ():
+                    known[key].merge(each)
+        by_group: dict[str, list[Weighted]] = {group: [] for group in heads}
+        for group, params in sums.items():
+            weight, noise, count = totals[group]
+            if count:
+                mean: dict[str, NDArray[Any]] = {key: each.round() / weight for key, each in params.items()}
+                by_group[group] = [Weighted(weight, mean, noise)]
+        return RoundUpdates(accepted, by_group, {group: count for group, (_, _, count) in totals.items()})
 
-    def _encode_some(
-        self, messenger: Messenger, by_site: Mapping[int, Participant], heads: Heads, deltas: Mapping[int, Heads]
-    ) -> dict[str, AcceptedUpdate]:
-        """Asks a few sites by messages, compares what they answer, and returns the facts of all updates.
+    # --- other releases ----------------------------------------------------------------------------------------------
+
+    def send(self, messenger: Messenger, request: Request[_Reply]) -> Answers[_Reply]:
+        """Returns the sites' answers to a request for sums or statistics. See `SitesAtHand.send`.
+
+        Args:
+            messenger: connection to the sites, with the run and its journal.
+            request: the request.
+        """
+        assert self.shards is not None and self._encoded is not None
+        by_kind: dict[int, messages.Request] = {}
+        for node, payload in request.payloads.items():
+            by_kind.setdefault(int(self._kind_S[node - FIRST_NODE_ID]), payload)
+        granted_S, rejected = np.zeros(len(self), np.bool_), []
+        plans: list[Plan | Mechanism | Measurement | None] = [None] * len(self._kinds)
+        charges = []
+        for kind, payload in by_kind.items():
+            some_S = self._mask([node - FIRST_NODE_ID for node in request.payloads]) & (self._kind_S == kind)
+            reservation, plans[kind] = self._charge(payload, kind, some_S)
+            charges.append(reservation)
+            granted_S |= reservation.granted_S
+            rejected += _list_refused(reservation)
+        self._ledger.make_durable()
+        first = next(iter(by_kind.values()))
+        is_evaluation = isinstance(first, messages.EvaluateRequest)
+        heads: Heads = {name: each for one in by_kind.values() for name, each in _list_heads(one).items()}
+        offsets = {name: each for one in by_kind.values() for name, each in _list_offsets(one).items()}
+        release = f"evaluation/{request.round}" if is_evaluation else str(request.round)
+        asked = Asked(release, request.round, heads, np.flatnonzero(granted_S), plans, offsets)
+        method = Shard.evaluate if is_evaluation else Shard.measure
+        found = {number: own for part in self.shards.ask(method, self._divide(asked)) for number, own in part.items()}
+        for reservation in charges:
+            self._ledger.commit(reservation)
+        self._encoded.begin(asked, charges[-1].witness)
+        return compare_answers(self._encoded, messenger, request, found, rejected)
+
+    def _charge(
+        self, payload: messages.Request, kind: int, sites_S: NDArray[np.bool_]
+    ) -> tuple[SharedReservation, Mechanism | Measurement]:
+        """Charges a release to the sites of one kind, and returns the charge and what they are to release.
+
+        Args:
+            payload: what they are asked.
+            kind: number of the kind.
+            sites_S: those of them that are asked.
 
         Raises:
-            RunFailed: a site's answer differs from what was computed for it.
+            BadInput: sites of this simulation release nothing of the sort.
         """
-        assert self._round is not None and self._plan is not None
-        drawn = random.Random(f"{messenger.run.seed}/{self._round.number}/encoded")
-        chosen = drawn.sample(list(deltas), min(self._all.num_encoded, len(deltas)))
-        # One of each kind of site at least: what it is sent and what it sends has a size of its own.
-        groups = self._group_S[list(deltas)]
-        others = np.setdiff1d(groups, self._group_S[chosen]).tolist() if deltas else []
-        some = sorted({*chosen, *(list(deltas)[int(np.argmax(groups == group))] for group in others)})
-        cohort = [by_site[number] for number in some]
-        by_update = make_update_check(messenger, cohort, heads)
-
-        def check(node: int, reply: messages.TrainReply) -> None:
-            by_update(node, reply)
-            expected = deltas[node - FIRST_NODE_ID]
-            for name, own in reply.delta.heads.items():
-                if any(values.tobytes() != expected[name][key].tobytes() for key, values in own.items()):
-                    raise BadInput(f"{name}: expected the update that was computed for this site, got another one")
-
-        requests: dict[int, messages.Request] = {
-            each.node_id: build_request(messenger.run_id, heads, each.parameter_groups, self._round.number)
-            for each in cohort
-        }
-        answers = messenger.send(
-            Request(
-                messages.TRAIN,
-                requests,
-                messages.TrainReply,
-                Waiting(messenger.run.cohort.timeout_s, asks_again=False),
-                round=self._round.number,
-                names=map_names(cohort),
-                check=check,
-            )
-        )
-        if answers.rejected:
-            raise RunFailed(
-                f"round {self._round.number}: what a site answers by messages is not what was computed for it "
-                f"({describe_reasons(answers.rejected, map_names(cohort))}); take `executor.kind: in_process`, and "
-                "report it"
-            )
-        facts: dict[tuple[int, int], AcceptedUpdate] = {}
-        sizes = {self._group_S[number]: FIRST_NODE_ID + number for number in some}
-        accepted = {}
-        for number in deltas:
-            participant, group = by_site[number], int(self._group_S[number])
-            key = group, id(participant.parameter_groups)
-            if key not in facts:
-                node = sizes[group]
-                facts[key] = AcceptedUpdate(
-                    bytes_down=answers.bytes_sent[node],
-                    bytes_up=answers.accepted[node][1],
-                    plan=self._plan,
-                    weights=dict(participant.parameter_groups),
+        assert self._plan is not None
+        budget, run_id = self._evaluation_budget, self._all.run_id
+        if isinstance(payload, messages.EvaluateRequest):
+            if budget is None:
+                raise BadInput(
+                    "evaluation: expected a share of the sites' budgets where the run has an `evaluation`, such as "
+                    "`evaluation: {evaluations: 2, share: 0.1}`, got `local`"
                 )
-            accepted[participant.site] = facts[key]
-        return accepted
+            return self._ledger.reserve_evaluation(
+                budget,
+                len(self._kinds[kind]),
+                sites_S,
+                run=run_id,
+                round=payload.round,
+                request=messages.request_digest(payload),
+                most_charges=MAX_CHARGES,
+                allow_infinite=not self._plan.private,
+            )
+        assert isinstance(payload, messages.MomentsRequest)
+        measured = self._measured[kind]
+        assert measured.plan is not None  # Only sites that measure something are asked.
+        reservation = self._ledger.reserve(
+            Mechanism.of(measured.plan),
+            sites_S,
+            run=run_id,
+            round=payload.round,
+            request=messages.request_digest(payload),
+            most_charges=MAX_CHARGES,
+            allow_infinite=not measured.plan.private,
+            evaluation_budget=budget,
+        )
+        return reservation, measured
 
     def answer(self, message: Message, context: Context) -> Message:
-        """Returns a site's answer to the request of the round under way, computed for this site alone."""
-        assert self._round is not None and self._plan is not None
-        number = int(context.node_config["partition-id"])
-        alike = self._alike[int(self._group_S[number])]
-        request = messages.decode(message.content, messages.TrainRequest)
-        assert (request.run_id, request.round) == (self._all.run_id, self._round.number)
-        delta = self._solve(alike, alike.open_modules(request.heads), number)
-        witness = self._round.reservation.witness
-        reply = messages.TrainReply(delta, self._plan, self._all.run.delta_precision, witness)
-        records: RecordDict = messages.encode(reply)
-        return Message(records, reply_to=message)
+        """Returns a site's answer to the request under way, computed for this site alone."""
+        assert self.shards is not None and self._encoded is not None
+        return self._encoded.answer(message, int(context.node_config["partition-id"]), self.shards)
 
     def finish(self, heads: Heads) -> None:
         """Holds nothing for the run any more. See `SitesAtHand.finish`."""
         del heads
         self._ledger.release(self._all.run_id)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _mask(self, numbers: Sequence[int]) -> NDArray[np.bool_]:
+        found_S = np.zeros(len(self), np.bool_)
+        found_S[np.array(numbers, np.int64)] = True
+        return found_S
+
+    def _divide(self, asked: Asked) -> list[Asked]:
+        """Returns what each shard is asked: all of it, of its own sites."""
+        return [replace(asked, granted=asked.granted[np.isin(asked.granted, own)]) for own in self._divided]
+
+    def _locate(self, number: int) -> int:
+        """Returns the number of a site's shard."""
+        return next(at for at, own in enumerate(self._divided) if own[0] <= number <= own[-1])
+
+    def _list_all(self, used: NDArray[np.int64]) -> list[dict[int, Heads]]:
+        """Returns the updates of some sites, shard by shard."""
+        assert self.shards is not None
+        return self.shards.ask(Shard.list_updates, [used[np.isin(used, own)].tolist() for own in self._divided])
+
+
+def _list_refused(reservation: SharedReservation) -> list[Rejected]:
+    """Returns the sites that are charged nothing, and why."""
+    reasons = ((reservation.refused_S, DeclineReason.BUDGET), (reservation.answered_S, DeclineReason.BAD_REQUEST))
+    return [
+        Rejected(FIRST_NODE_ID + number, f"{DECLINED}{reason.value}")
+        for mask_S, reason in reasons
+        for number in np.flatnonzero(mask_S).tolist()
+    ]
+
+
+def _list_heads(payload: messages.Request) -> Heads:
+    return payload.heads if isinstance(payload, messages.EvaluateRequest) else {}
+
+
+def _list_offsets(payload: messages.Request) -> Mapping[str, Sequence[float]]:
+    return payload.offsets if isinstance(payload, messages.EvaluateRequest) else {}

@@ -11,20 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from client.config import SiteConfig, SiteTask
+from client.data.prepare import list_positions, open_units
+from client.data.records import Side
+from client.data.units import Units
+from client.solvers.parts.many_units import ManyUnits
 from common.model.guessing import Totals
 from common.run import RunConfig
+from common.tasks import Task
 from common.types import BadInput
 from simulations.config import SimulatedTask, SimulationConfig
+from simulations.evaluate import MOST_SITES, locate_prepared_data, open_prepared_units
 from simulations.partition import build_sites, check_site_names, lay_out_divided, make_site_source, write_site_file
 
 GATHERED = "all-sites"
 """Name of the one site file."""
 
 _SITES = "sites.npz"
-_BASELINES = {"baseline_prediction", "non_private", "random_backbone"}
+_BASELINES = {"baseline_prediction", "local", "non_private", "central", "random_backbone"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,6 @@ def check_gathered(config: SimulationConfig) -> None:
         "leave_out": ("no site that is left out", config.leave_out),
         "run.trust": ("no secure sum", run.trust and f"`{run.trust}`"),
         "run.trainable": ("frozen backbones", trained and f"parts of {trained}"),
-        "run.moments": ("nothing that is measured before the first round", run.moments and _explain_moments(run)),
-        "run.evaluation": ("no evaluation at the sites", run.evaluation and "one"),
-        "evaluation": ("`local`", "" if config.evaluation == "local" else "shares of the sites' budgets"),
         "personal": ("`none`", "" if config.personal == "none" else f"`{config.personal}`"),
         "baselines": (f"some of {', '.join(sorted(_BASELINES))}", ", ".join(baselines)),
     }
@@ -74,16 +78,6 @@ def check_gathered(config: SimulationConfig) -> None:
                 f"{key}: expected {expected} with `executor.kind: batched`, got {got}; `executor.kind: in_process` "
                 "takes it"
             )
-
-
-def _explain_moments(run: RunConfig) -> str:
-    """Returns what measures something, and how to do without it."""
-    if not run.chosen:
-        return "`moments`"
-    return (
-        "`solver: {kind: auto}`, which measures; name the settings, such as `solver: {kind: dp_gd, steps: 2, "
-        "clip_norm: 1.0, learning_rate: 1.0}`, `rounds: 20` and `aggregation: {kind: mean}`"
-    )
 
 
 def gather_sites(config: SimulationConfig, folder: Path, *, non_private: bool = False) -> SiteConfig:
@@ -153,7 +147,99 @@ def _gather_task(task: SimulatedTask, size: int) -> SiteTask:
     return SiteTask(**task.model_dump(exclude={"sites", "public_size"}), public_size=size)
 
 
+def list_kinds(sites: GatheredSites) -> tuple[list[frozenset[str]], NDArray[np.int64]]:
+    """Returns the different sets of tasks that sites have, and the number of each site's."""
+    numbers: dict[frozenset[str], int] = {}
+    kind_S = np.array([numbers.setdefault(frozenset(sizes), len(numbers)) for sizes in sites.sizes], np.int64)
+    return list(numbers), kind_S
+
+
+def open_divided(
+    site: SiteConfig, sites: GatheredSites, run_id: str, side: Side, names: Sequence[str], place_S: NDArray[np.int64]
+) -> ManyUnits:
+    """Returns one side of the prepared units, divided among some sites.
+
+    Args:
+        site: the one site file.
+        sites: which row is whose.
+        run_id: id of the run for which they were prepared.
+        side: the side.
+        names: the sites' tasks.
+        place_S: the place of each site among them, -1 for the others; one number more, for rows that are nobody's.
+    """
+    folder, names = locate_prepared_data(site, run_id), list(names)
+    units, positions = open_units(folder, side, names, torch.device("cpu")), list_positions(folder, side, names)
+    homes = [place_S[sites.site_P[positions[name]]] for name in names]
+    return ManyUnits.divide(units, homes, int(place_S.max()) + 1)
+
+
 # --- whatever the executor ---
+
+
+def open_sides(
+    config: SimulationConfig, sites: Sequence[SiteConfig], run_id: str, tasks: Mapping[str, Task], side: Side
+) -> dict[str, Units]:
+    """Returns each site's units of one side as it prepared them; sites that prepared none are left out.
+
+    Args:
+        config: the simulation.
+        sites: some of what `build_for_executor` returned.
+        run_id: id of the run for which they were prepared.
+        tasks: tasks to open, by name.
+        side: the side of the records.
+    """
+    if config.executor.kind != "batched":
+        return open_prepared_units(sites, run_id, tasks, side)
+    gathered = read_gathered(config, sites[0])
+    kinds, kind_S = list_kinds(gathered)
+    found: dict[str, Units] = {}
+    for kind, own in enumerate(kinds):
+        names, numbers = [name for name in tasks if name in own], np.flatnonzero(kind_S == kind)
+        place_S = np.full(len(kind_S) + 1, -1)  # The last is of rows that are nobody's.
+        place_S[numbers] = np.arange(len(numbers))
+        many = open_divided(sites[0], gathered, run_id, side, names, place_S)
+        found |= {gathered.names[number]: many.select_site(place) for place, number in enumerate(numbers.tolist())}
+    return {name: found[name] for name in gathered.names}
+
+
+def open_judged(
+    config: SimulationConfig, sites: Sequence[SiteConfig], run_id: str, tasks: Mapping[str, Task]
+) -> tuple[dict[str, Units], bool]:
+    """Returns the held-out units that judge heads, and whether they are those of each site by itself.
+
+    Above `MOST_SITES` sites with `batched`, the records of all sites that have the same tasks stand together, and are
+    judged in one go: the same metrics up to rounding, of thousands of sites in one call instead of as many.
+
+    Args:
+        config: the simulation.
+        sites: the sites whose records judge.
+        run_id: id of the run for which they were prepared.
+        tasks: tasks to open, by name.
+    """
+    if config.executor.kind != "batched":
+        return open_prepared_units(sites, run_id, tasks, "test"), True
+    gathered = read_gathered(config, sites[0])
+    if len(gathered.names) <= MOST_SITES:
+        return open_sides(config, sites, run_id, tasks, "test"), True
+    kinds, kind_S = list_kinds(gathered)
+    found = {}
+    for kind, own in enumerate(kinds):
+        names, place_S = [name for name in tasks if name in own], np.append(np.where(kind_S == kind, 0, -1), -1)
+        found[f"sites of kind {kind}"] = open_divided(sites[0], gathered, run_id, "test", names, place_S).select_site(0)
+    return found, False
+
+
+def list_declared_sizes(config: SimulationConfig, sites: Sequence[SiteConfig]) -> dict[str, Mapping[str, int]]:
+    """Returns the declared number of units of each task at each site.
+
+    Args:
+        config: the simulation.
+        sites: some of what `build_for_executor` returned.
+    """
+    if config.executor.kind == "batched":
+        gathered = read_gathered(config, sites[0])
+        return dict(zip(gathered.names, gathered.sizes, strict=True))
+    return {site.name: {name: task.public_size for name, task in site.tasks.items()} for site in sites}
 
 
 def build_for_executor(config: SimulationConfig, folder: Path, *, non_private: bool = False) -> list[SiteConfig]:

@@ -18,7 +18,19 @@ from safetensors.numpy import load_file
 
 from client.solvers.dp_gd import DpGd
 from client.solvers.parts.many_sites import Trained
-from common.events import RoundEnded, SiteRejected, read_run_journal, select_events
+from common.events import (
+    BaselineEvaluated,
+    EpsilonSpent,
+    HeadsEvaluated,
+    MetricsEvaluated,
+    MomentsMeasured,
+    RoundEnded,
+    RoundEvaluated,
+    SiteRejected,
+    Summary,
+    read_run_journal,
+    select_events,
+)
 from common.model.backbones import open_backbones
 from common.privacy.noise import SeededEntropy
 from common.types import BadInput, RunFailed
@@ -30,6 +42,7 @@ from simulations.evidence import collect_simulation_evidence
 from simulations.executors.batched import BatchedSites
 from simulations.executors.gathered import build_for_executor
 from simulations.executors.in_process import InProcessGrid
+from simulations.executors.shard import LocalShards
 from simulations.experiment import run
 from simulations.federate import Experiment, open_batched, open_on
 
@@ -44,13 +57,56 @@ TWO_TASKS = (
 )
 
 
+RELEASES = (MomentsMeasured, HeadsEvaluated, RoundEvaluated, MetricsEvaluated, BaselineEvaluated, EpsilonSpent)
+"""Events that a run has in common whatever executes it, but for times."""
+
+
+def list_facts(folder: Path) -> list[dict[str, Any]]:
+    """Returns what a run's journal says of releases and metrics."""
+    events = read_run_journal(folder / "journal.jsonl")
+    listed = [each for kind in RELEASES for each in select_events(events, kind)]
+    return [each.model_dump(mode="json", exclude={"time", "seconds"}) for each in listed]
+
+
+def read_heads(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Returns the bytes of a run's final heads."""
+    heads = (folder / "model" / "heads").iterdir()
+    return {path.name: {name: array.tobytes() for name, array in load_file(path).items()} for path in heads}
+
+
+def open_sites(config: SimulationConfig, folder: Path) -> tuple[Experiment, BatchedSites]:
+    """Returns a simulation and its sites as arrays, without running anything."""
+    backbones = open_backbones(config.run, "run.")
+    tasks = open_on(config.run, check_simulation(config), backbones)
+    experiment = Experiment(config, tasks, backbones, folder, SeededEntropy(5), lambda phase, done, total: None)
+    (site,) = build_for_executor(config, folder / "sites")
+    return experiment, open_batched(experiment, config.run, site, backbones, folder.name)
+
+
+def federate_sites(experiment: Experiment, sites: BatchedSites) -> dict[str, dict[str, bytes]]:
+    """Runs the federation alone and returns the bytes of its final heads."""
+    outcome = run_federation(
+        InProcessGrid(sites.answer, len(sites)),
+        experiment.config.run,
+        experiment.backbones,
+        run_id=experiment.folder.name,
+        folder=experiment.folder,
+        journal=experiment.journal,
+        executor="batched",
+        at_hand=sites,
+    )
+    return {
+        f"{group}.safetensors": {key: each.tobytes() for key, each in own.items()}
+        for group, own in outcome.heads.items()
+    }
+
+
 def run_on(file: Path, kind: str, folder: Path, overrides: list[str]) -> dict[str, dict[str, bytes]]:
     """Runs a simulation and returns the bytes of its final heads."""
     places = [f"cache_dir={folder / kind / 'cache'}", f"executor.kind={kind}"]
     summary = run(file, overrides=[*overrides, *places], out=folder / kind / "run", entropy=SeededEntropy(5))
     assert summary.status == "completed" and summary.executor == kind
-    heads = (folder / kind / "run" / "model" / "heads").iterdir()
-    return {path.name: {name: array.tobytes() for name, array in load_file(path).items()} for path in heads}
+    return read_heads(folder / kind / "run")
 
 
 def write_patients(file: Path) -> None:
@@ -86,6 +142,43 @@ def test_the_heads_are_those_of_in_process_to_the_bit(
 ) -> None:
     heads = [run_on(simulation_file, kind, tmp_path, overrides) for kind in ("in_process", "batched")]
     assert heads[0] == heads[1]
+
+
+MEASURED = ["run.solver={kind: auto}", "run.aggregation=null"]
+EVALUATED = ["evaluation={evaluations: 4, share: 0.1}", "run.evaluation={every: 2, calibrate: true}"]
+THREE_BASELINES = "baselines=[local, central, baseline_prediction]"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*MEASURED, *EVALUATED],
+        pytest.param([*ONE_STEP, *TWO_TASKS, *EVALUATED, THREE_BASELINES], marks=pytest.mark.slow),
+        pytest.param([*MEASURED, "run.moments={classes: 0.1, scatter: 0.05}"], marks=pytest.mark.slow),
+    ],
+    ids=["auto, evaluated", "two tasks, baselines", "moments of classes"],
+)
+def test_measures_evaluations_and_metrics_are_those_of_in_process_to_the_bit(
+    simulation_file: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    heads = [run_on(simulation_file, kind, tmp_path, overrides) for kind in ("in_process", "batched")]
+    facts = [list_facts(tmp_path / kind / "run") for kind in ("in_process", "batched")]
+    assert heads[0] == heads[1] and facts[0] == facts[1] and len(facts[0]) > 3
+
+
+@pytest.mark.parametrize("aggregation", ["{kind: mean}", "{kind: median}"])
+def test_shards_have_the_heads_of_one_process_to_the_bit(
+    simulation_file: Path, tmp_path: Path, aggregation: str
+) -> None:
+    """Also where an aggregation needs each update, and where the last shard has fewer sites than the others."""
+    overrides = [*ONE_STEP, "executor.kind=batched", "partition.num_sites=4", f"run.aggregation={aggregation}"]
+    config = load(SimulationConfig, simulation_file, overrides)
+    found = []
+    for number in (1, 2, 3):
+        (tmp_path / f"run-{number}").mkdir()
+        experiment, sites = open_sites(config, tmp_path / f"run-{number}")
+        found.append(federate_sites(experiment, BatchedSites(sites.gathering, sites.prepare, LocalShards, number)))
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow
@@ -159,11 +252,7 @@ def test_a_crash_between_charge_and_result_spends_and_releases_nothing(
         return
     summary = resume(tmp_path / "run", entropy=SeededEntropy(5))
     whole = run_on(simulation_file, "in_process", tmp_path, overrides[1:])
-    heads = {
-        path.name: {name: array.tobytes() for name, array in load_file(path).items()}
-        for path in (tmp_path / "run" / "model" / "heads").iterdir()
-    }
-    assert summary.status == "completed" and heads == whole
+    assert summary.status == "completed" and read_heads(tmp_path / "run") == whole
     assert all((site.epsilon or 0.0) > 8.0 for site in summary.sites.values()), "four charges of a run of three rounds"
 
 
@@ -172,8 +261,7 @@ def test_a_crash_between_charge_and_result_spends_and_releases_nothing(
     [
         ("personal=prior", "personal"),
         ("leave_out=site-1", "leave_out"),
-        ("baselines=[local]", "baselines"),
-        ("evaluation={evaluations: 2, share: 0.1}", "evaluation"),
+        ("baselines=[untouched]", "baselines"),
         ("partition={kind: natural, divide: {rows: {a: all, b: all}}}", "partition.kind"),
     ],
 )
@@ -184,13 +272,42 @@ def test_what_it_does_not_take_is_refused_in_a_sentence_that_names_in_process(
         run(simulation_file, overrides=["executor.kind=batched", *ONE_STEP, override], out=tmp_path / "run")
 
 
-def test_auto_measures_and_is_refused_with_settings_to_take_instead(simulation_file: Path, tmp_path: Path) -> None:
-    auto = ["executor.kind=batched", "run.solver={kind: auto}", "run.aggregation=null"]
-    with pytest.raises(BadInput, match=r"got `solver: \{kind: auto\}`, which measures") as error:
-        run(simulation_file, overrides=auto, out=tmp_path / "run")
-    solver, rounds, aggregation = re.findall(r"`(?:solver|rounds|aggregation): ([^`]+)`", str(error.value))[1:]
-    instead = [f"run.solver={solver}", f"run.rounds={rounds}", f"run.aggregation={aggregation}"]
-    run_on(simulation_file, "batched", tmp_path, instead)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from common.privacy.noise import SeededEntropy
+from simulations.experiment import resume, run
+keys, journal, mark = SeededEntropy(5), Path(sys.argv[2]) / "journal.jsonl", Path(sys.argv[2] + ".killed")
+def die_in_round_two(purpose):
+    if purpose.endswith("/2") and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)  # A shard draws its keys once its sites are charged.
+    return keys(purpose)
+if journal.exists():
+    resume(journal.parent, entropy=keys)
+else:
+    run(Path(sys.argv[1]), overrides=sys.argv[3:], out=journal.parent, entropy=die_in_round_two)
+"""
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_killed_is_one_sentence_and_a_resumed_run_has_the_same_heads(
+    simulation_file: Path, tmp_path: Path
+) -> None:
+    overrides = [f"run.solver={DP_GD % 2}", "budget.epsilon=20.0", *EVALUATED, f"cache_dir={tmp_path / 'cache'}"]
+    sharded = ["executor.kind=batched", "executor.shards=2", "executor.cpus_per_site=0.5"]
+    command = [sys.executable, "-c", KILLED, str(simulation_file), str(tmp_path / "run"), *overrides, *sharded]
+    # Each in a process of its own: Ray leaves warnings in the one that starts it.
+    process = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    said = process.stderr.splitlines()[-1]
+    assert re.search(r"ShardEnded: shard [12] of 2 ended: .*`headwater simulate resume \S+/run` charges it again", said)
+    rounds = select_events(read_run_journal(tmp_path / "run" / "journal.jsonl"), RoundEnded)
+    assert [each.round for each in rounds] == [1]
+    subprocess.run(command, cwd=ROOT, check=True)
+    summary = Summary.model_validate_json((tmp_path / "run" / "summary.json").read_text())
+    assert summary.status == "completed"
+    assert read_heads(tmp_path / "run") == run_on(simulation_file, "in_process", tmp_path, overrides)
+    assert all((site.epsilon or 0.0) > 8.0 for site in summary.sites.values()), "round 2 was charged twice"
 
 
 @pytest.mark.slow
@@ -228,25 +345,12 @@ class WrongSolver:
 
 def test_a_site_whose_message_says_something_else_ends_the_run(simulation_file: Path, tmp_path: Path) -> None:
     config = load(SimulationConfig, simulation_file, [*ONE_STEP, "executor.kind=batched"])
-    backbones = open_backbones(config.run, "run.")
-    tasks = open_on(config.run, check_simulation(config), backbones)
-    experiment = Experiment(config, tasks, backbones, tmp_path, SeededEntropy(5), lambda phase, done, total: None)
-    (site,) = build_for_executor(config, tmp_path / "sites")
-    sites = open_batched(experiment, config.run, site, backbones, tmp_path.name)
+    experiment, sites = open_sites(config, tmp_path)
     honest = sites.gathering.solver
     assert isinstance(honest, DpGd)
-    wrong = BatchedSites(replace(sites.gathering, solver=WrongSolver(honest)), sites.prepare)
+    wrong = BatchedSites(replace(sites.gathering, solver=WrongSolver(honest)), sites.prepare, LocalShards)
     with pytest.raises(RunFailed, match="not what was computed for it"):
-        run_federation(
-            InProcessGrid(wrong.answer, len(wrong)),
-            config.run,
-            backbones,
-            run_id=tmp_path.name,
-            folder=tmp_path,
-            journal=experiment.journal,
-            executor="batched",
-            at_hand=wrong,
-        )
+        federate_sites(experiment, wrong)
 
 
 def test_a_round_of_many_sites_encodes_messages_of_a_few(simulation_file: Path, tmp_path: Path) -> None:
