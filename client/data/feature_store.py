@@ -35,6 +35,7 @@ from client.data.encoding.partial import BLOCKS
 from client.data.quantised import QuantisedRows, unpack_small_rows
 from client.data.sources import Source
 from common.files import flush_folder, lock_file, private_folder, stamp_file, write_atomic
+from common.model.fast import WAY
 
 if TYPE_CHECKING:
     from common.backbones import CacheBits, Precision
@@ -152,7 +153,7 @@ def decode_rows(rows_R: StoredRows) -> Tensor:
 
 
 class FeatureStore:
-    """A folder of encoded sources, keyed by backbone (weights and preprocessing) and data digests."""
+    """A folder of encoded sources, keyed by backbone (weights and preprocessing), data digests and way of encoding."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -174,13 +175,14 @@ class FeatureStore:
         Args:
             source: what to encode.
             backbone: with what.
-            device: where.
-            precision: precision inside the backbone; other than float32 it is another entry of the store.
-            bits: bits of a stored feature that heads read; so are other than 16.
+            device: where; a processor's features and a GPU's are different entries of the store.
+            precision: precision inside the backbone; so are those of each.
+            bits: bits of a stored feature that heads read; so are those of each.
             progress: told (done, total) in records.
         """
-        how = f" {choose_type(backbone, bits)}" + ("" if precision == "float32" else f" {precision}")
-        key = hashlib.sha256(f"{backbone.digest} {source.digest()}{how}".encode()).hexdigest()
+        # Another way of computing gives other last bits, for all records at once.
+        how = f"{choose_type(backbone, bits)} {precision} {device.type} {WAY}"
+        key = hashlib.sha256(f"{backbone.digest} {source.digest()} {how}".encode()).hexdigest()
         entry = private_folder(self._folder) / key
         with lock_file(self._folder / f".{key}.lock"):
             found = _open(entry)

@@ -1,11 +1,16 @@
-"""Settings of torch on a CPU: the number of its threads, and the arithmetic of very small numbers."""
+"""Settings of a process on a CPU: torch's threads, the arithmetic of very small numbers, and memory that is kept."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Names of `mallopt`, as glibc's malloc.h has them."""
 
 
 @contextmanager
@@ -35,3 +40,29 @@ def steady_time() -> Iterator[None]:
             yield
         finally:
             torch.set_flush_denormal(False)
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Memory of large tensors stays with the process meanwhile, and goes back to the system at the end.
+
+    Left to itself, glibc gives it back when a layer's output is freed, and the next batch waits for new pages: a sixth
+    to a half of the time of encoding (docs/benchmarks.md, Encoding). Elsewhere nothing is changed.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    try:
+        set_option, trim = (None, None) if libc is None else (libc.mallopt, libc.malloc_trim)
+    except AttributeError:  # Another library of C.
+        set_option = trim = None
+    if set_option is None or trim is None:
+        yield
+        return
+    set_option(_MMAP_THRESHOLD, 1 << 30)
+    set_option(_TRIM_THRESHOLD, 1 << 30)
+    try:
+        yield
+    finally:
+        # Where glibc's own thresholds end up in a process that frees large tensors.
+        set_option(_MMAP_THRESHOLD, 32 << 20)
+        set_option(_TRIM_THRESHOLD, 64 << 20)
+        trim(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
@@ -28,6 +29,7 @@ from client.data.quantised import QuantisedRows, pack_small_rows, unpack_small_r
 from client.data.sources import Source, SourceRecord, open_source
 from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
+from common.model.fast import WAY
 from common.types import BadInput, BadRecord
 from tests.small_disk import run_on_small_disk
 
@@ -130,6 +132,18 @@ def test_another_backbone_and_other_data_have_entries_of_their_own(tmp_path: Pat
             np.testing.assert_array_equal(features.features_ND, held(backbone.encode(items)))
             paths.add(features.path)
     assert len(paths) == 4
+
+
+def test_what_an_older_way_of_encoding_made_is_not_read(tmp_path: Path) -> None:
+    source, backbone = Vectors(list(VECTORS)), identity()
+    older = f"{backbone.digest} {source.digest()} int16"
+    newer = f"{older} float32 cpu {WAY}"
+    path = encoded(tmp_path, source, backbone).path
+    assert path.parent.name == hashlib.sha256(newer.encode()).hexdigest()
+    path.parent.rename(path.parent.with_name(hashlib.sha256(older.encode()).hexdigest()))
+    source.loads.clear()
+    encoded(tmp_path, source, backbone)
+    assert source.loads == list(range(COUNT))
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -107,3 +107,99 @@ def test_a_copy_that_computes_something_else_is_not_used() -> None:
     with torch.inference_mode():
         original(images())
         assert torch.equal(fast(images()), original(images()))
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """A library's own BatchNorm, which holds the activation that follows."""
+
+    def __init__(self, channels: int, factor: float = 1.0) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(nn.BatchNorm2d.forward(self, input)) * self.factor
+        return output
+
+
+class ReadTwice(nn.Module):
+    """A convolution whose output is also read beside the BatchNorm; all that comes before is called twice."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1, bias=False)
+        self.shared = NormAndActivation(3, factor)
+        self.convolution = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, items_B: Tensor) -> Tensor:
+        items_B = self.shared(self.first(self.shared(self.first(items_B))))
+        maps = self.convolution(items_B)
+        both: Tensor = (self.norm(maps) + maps).mean(dim=(2, 3))
+        return both
+
+
+class RefusesChannelsLast(nn.Module):
+    """A network of which no kernel takes what the fast copy is given."""
+
+    def forward(self, items_B: Tensor) -> Tensor:
+        if items_B.is_contiguous(memory_format=torch.channels_last):
+            raise RuntimeError("expected another order")
+        return items_B.mean(dim=(2, 3))
+
+
+def compare(network: nn.Module, dim: int, items: Tensor) -> FastBackbone:
+    """Checks that the fast copy gives the original's features, and returns it."""
+    original = frozen(network, dim, normalize=False)
+    fast = FastBackbone(original, "float32", CPU)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(items), original(items), rtol=1e-5, atol=1e-5)
+    return fast
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_librarys_norm_is_folded_where_it_is_a_norm_and_what_it_holds(factor: float) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndActivation(8, factor), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fast = compare(network, 8, images())
+    assert fast.error, "the copy is used"
+    assert any(isinstance(part, nn.BatchNorm2d) for part in fast._fast.modules()) == (factor != 1.0)
+
+
+def test_a_norm_is_folded_only_where_nothing_else_reads_its_convolution() -> None:
+    fast = compare(ReadTwice(1.0), 8, images())
+    assert fast.error, "the copy is used"
+    assert sum(isinstance(part, nn.BatchNorm2d) for part in fast._fast.modules()) == 2
+
+
+def test_layers_that_libraries_hang_things_on_give_the_originals_features() -> None:
+    linear = nn.Linear(6, 6)
+    linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3.0,))
+    attention = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+    convolution = nn.Conv2d(1, 4, 3, padding="same", groups=1)
+    mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", dilation=1, groups=2)
+    network = nn.Sequential(linear, attention, nn.Unflatten(1, (1, 5)), convolution, mirrored, nn.Flatten())
+    fast = compare(network, 4 * 5 * 6, torch.rand(6, 5, 6, generator=torch.Generator().manual_seed(2)))
+    assert fast.error, "the copy is used"
+
+
+def test_where_a_kernel_is_missing_the_original_encodes() -> None:
+    network = nn.Sequential(RefusesChannelsLast(), nn.Unflatten(1, (3, 1, 1)), nn.Conv2d(3, 5, 1), nn.Flatten())
+    assert compare(network, 5, images()).error == 0.0
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "vision_transformer"])
+def test_a_records_features_do_not_depend_on_the_records_beside_it(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "mobilenet_v2":
+        network = models.get_model(name, weights=None)
+    else:
+        sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+        network = models.VisionTransformer(image_size=48, patch_size=16, **sizes)
+    fast = FastBackbone(frozen(network, 1000), "float32", CPU)
+    items = images(8)
+    with torch.inference_mode():
+        together = fast(items)
+        for position in range(3):
+            others = torch.full_like(items, 1e4)
+            others[-1 - position] = items[position]
+            assert torch.equal(fast(others)[-1 - position], together[position])

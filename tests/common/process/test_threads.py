@@ -1,0 +1,38 @@
+"""Memory of large tensors, which stays with the process while it encodes."""
+
+from __future__ import annotations
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from common.process.threads import kept_memory
+
+PAGES = (48 << 20) // resource.getpagesize()
+"""Pages of a tensor that is larger than anything glibc keeps by itself."""
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library of C than glibc")
+
+
+def count_new_pages() -> int:
+    """Returns the pages that the system hands out while a large tensor is made and freed four times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(12 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def read_resident_mib() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_a_large_tensors_memory_is_used_again_and_goes_back_at_the_end() -> None:
+    with kept_memory():
+        count_new_pages()
+        assert count_new_pages() < PAGES // 8
+        held = read_resident_mib()
+    assert read_resident_mib() < held - 40
+    assert count_new_pages() > PAGES // 8, "huge pages apart, new ones each time"
