@@ -10,14 +10,11 @@ import torch
 
 from common.process.threads import kept_memory
 
-PAGES = (48 << 20) // resource.getpagesize()
-"""Pages of a tensor that is larger than anything glibc keeps by itself."""
-
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library of C than glibc")
 
 
 def count_new_pages() -> int:
-    """Returns the pages that the system hands out while a large tensor is made and freed four times."""
+    """Returns the pages that are handed out while a tensor of 48 MiB, which glibc never keeps, is made four times."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
         torch.ones(12 << 20)
@@ -32,7 +29,7 @@ def read_resident_mib() -> float:
 def test_a_large_tensors_memory_is_used_again_and_goes_back_at_the_end() -> None:
     with kept_memory():
         count_new_pages()
-        assert count_new_pages() < PAGES // 8
-        held = read_resident_mib()
+        meanwhile, held = count_new_pages(), read_resident_mib()
     assert read_resident_mib() < held - 40
-    assert count_new_pages() > PAGES // 8, "huge pages apart, new ones each time"
+    # One of four may be new inside: another piece of memory came to lie in the way.
+    assert 2 * meanwhile < count_new_pages()
