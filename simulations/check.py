@@ -1,4 +1,4 @@
-"""Checks of a simulation file before anything runs: every setting, and the presence of every file that it names."""
+"""Checks of a simulation file before anything runs: every setting, the files that it names, and their columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from client.data.records import check_values
 from client.data.sources import SourceRecord, open_source
 from client.protocol.requirements import untrained_modules
 from client.solvers import SummingSolver, open_solver
+from common.backbones import Kind, ReadsBags
 from common.model.moments import has_classes, list_parts
-from common.plugins import resolve
+from common.plugins import Spec, resolve
 from common.run import RunConfig, resolve_backbone_paths
 from common.tasks import NamedParts, Task, open_task
-from common.types import BadInput
+from common.types import BadInput, Unit
 from server.rounds.aggregators import check_trust, open_aggregator
-from simulations.config import RUN_PREFIX, SimulationConfig
+from simulations.config import RUN_PREFIX, SimulatedTask, SimulationConfig
 from simulations.executors.gathered import check_gathered
 from simulations.partition import list_sources
 
@@ -101,35 +102,68 @@ def list_missing_files(config: SimulationConfig) -> list[str]:
     for name, spec in run.backbone_specs.items():
         if name != config.pretrained_backbone():
             key = f"{RUN_PREFIX}{run.backbone_key(name)}"
-            named += _find_paths(resolve("common.backbones", spec, key), key)
+            kind: Kind = resolve("common.backbones", spec, key)
+            named += _find_paths(kind, key)
+            if isinstance(kind, ReadsBags):
+                named += _find_paths(kind.open_encoder(), f"{key}.encoder")
     # Several sites may name the same path: it is reported once, under the first key.
     missing = {path: key for key, path in reversed(named) if not path.exists()}
     return [f"{key}: {path} is missing" for path, key in reversed(missing.items())]
 
 
-def list_label_warnings(config: SimulationConfig, tasks: Mapping[str, Task]) -> Iterator[str]:
-    """Yields one sentence for each thing that may be wrong with masks or boxes, with counts and rows.
+def check_sources(config: SimulationConfig, tasks: Mapping[str, Task]) -> Iterator[str]:
+    """Opens every source, and yields one sentence for each thing that may be wrong with masks or boxes.
 
-    Labels of other kinds are not read.
+    Of other labels the columns are looked for, and no cell is read.
 
     Args:
         config: the simulation.
         tasks: its tasks by name.
 
     Raises:
-        BadInput: a source cannot be opened, or has no column of labels.
+        BadInput: a source cannot be opened, lacks a column of labels, or has no patients where they are the unit.
     """
-    for name, task in tasks.items():
-        own = config.tasks[name]
-        for key, spec in list_sources(config).items() if isinstance(task, NamedParts) else ():
+    for key, spec in list_sources(config).items():
+        index = _open_index(spec, key)
+        if config.unit is Unit.PATIENT and index and all(record.patient is None for record in index):
+            raise BadInput(f"{key}: expected patients, because `unit` is patient; name their column as `patient`")
+        for name, task in tasks.items():
+            own = config.tasks[name]
             if key.rpartition(".")[2] != own.source:
                 continue
-            index = open_source(spec, key).open().index()
-            records = _spread(index)
-            some = f" ({len(records)} of {len(index)} records were read)" if len(records) < len(index) else ""
-            for _, outcome, detail, remedy in check_drawn(name, own, task, records):
-                if outcome != "pass":
-                    yield f"{key}: tasks.{name}: {detail}{some}; {remedy}"
+            _check_columns(index, own.columns, f"{key}: tasks.{name}.label")
+            if isinstance(task, NamedParts):
+                yield from _list_drawn_warnings(index, own, task, f"{key}: tasks.{name}", name)
+    if config.pretrain is not None:
+        for position, spec in enumerate(config.pretrain.sources):
+            index = _open_index(spec, f"pretrain.sources.{position}")
+            if config.pretrain.label is not None:
+                _check_columns(index, [config.pretrain.label], f"pretrain.sources.{position}: pretrain.label")
+
+
+def _open_index(spec: Spec, key: str) -> Sequence[SourceRecord]:
+    opened = open_source(spec, key)
+    try:
+        return opened.open().index()
+    except BadInput as error:
+        raise BadInput(f"{key}: {error}") from error
+
+
+def _check_columns(index: Sequence[SourceRecord], columns: Sequence[str], key: str) -> None:
+    """Raises BadInput where records lack a column. No other column is named: a file may have no line of names."""
+    absent = [column for column in columns if index and not any(column in record.cells for record in index)]
+    if absent:
+        raise BadInput(f"{key}: expected a column of the source, got {absent[0]!r}, which it does not have")
+
+
+def _list_drawn_warnings(
+    index: Sequence[SourceRecord], own: SimulatedTask, task: Task, key: str, name: str
+) -> Iterator[str]:
+    records = _spread(index)
+    some = f" ({len(records)} of {len(index)} records were read)" if len(records) < len(index) else ""
+    for _, outcome, detail, remedy in check_drawn(name, own, task, records):
+        if outcome != "pass":
+            yield f"{key}: {detail}{some}; {remedy}"
 
 
 def _spread(index: Sequence[SourceRecord]) -> list[SourceRecord]:

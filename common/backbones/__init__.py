@@ -339,7 +339,8 @@ class Architecture:
         feature_dim: number of features before any projection.
         preprocess: used in place of `Kind.preprocess` where preprocessing needs what travels with the weights, such as
             a vocabulary.
-        open_raw: opens the inputs of a network that is handed on; None where there are none but preprocessed items.
+        open_raw: opens the inputs of a network that is handed on, those of one item where records are bags; None where
+            there are none but preprocessed items.
         grid: number of places along each axis of an item's features; none where an item has one vector.
         num_marks: number of features at the end that are no features of a network but marks of places: they stay as
             they are, behind what a projection makes of the others.
@@ -535,6 +536,17 @@ class LearnsTexts(Protocol):
 
 
 @runtime_checkable
+class ReadsBags(Protocol):
+    """A further member of a kind whose records are bags of items."""
+
+    def open_encoder(self) -> Kind:
+        """Returns the settings of the backbone of one item, with its projection. Their key is `encoder`."""
+
+    def join_weights(self, parts: Pretrained) -> Pretrained:
+        """Returns the weights of the whole from those of the backbone of one item, with the shift of its projection."""
+
+
+@runtime_checkable
 class NamedClasses(Protocol):
     """A further member of a kind whose pre-training's classes have known names."""
 
@@ -562,7 +574,7 @@ class _WithWeightsSetting(Protocol):
     weights: object
 
 
-OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns, LearnsTexts, NamedClasses)
+OPTIONAL = (WeightedKind, ResolvedKind, WeightsElsewhere, Divisible, ReadsColumns, LearnsTexts, ReadsBags, NamedClasses)
 """Protocols that a kind has as a whole or not at all."""
 
 

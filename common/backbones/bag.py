@@ -20,7 +20,6 @@ from common.backbones import (
     Kind,
     Pretrained,
     draw_random,
-    find_public_mean_file,
     list_weights_paths,
     read_pretrained,
     resolve_settings,
@@ -56,11 +55,6 @@ class BagBackbone(Plugin):
     def _make_paths_absolute(cls, encoder: Spec) -> Spec:
         # Its paths are those of the file that it was read from.
         kind: Kind = resolve("common.backbones", encoder, "encoder")
-        if find_public_mean_file(kind) is not None:
-            raise ValueError(
-                "encoder.projection.shift: expected none or batch_norm in a bag, whose digest is not the one that a "
-                "public mean names"
-            )
         return Spec(**kind.model_dump(mode="json", by_alias=True, exclude_unset=True))
 
     @classmethod
@@ -72,12 +66,12 @@ class BagBackbone(Plugin):
 
     def resolved(self) -> BagBackbone:
         """Returns settings with those of the encoder resolved."""
-        encoder = resolve_settings(self._open_encoder()).model_dump(mode="json", by_alias=True)
+        encoder = resolve_settings(self.open_encoder()).model_dump(mode="json", by_alias=True)
         return self.model_copy(update={"encoder": Spec(**encoder)})
 
     def list_weights_paths(self) -> list[Path] | None:
         """Returns the files of the encoder; None where they are elsewhere."""
-        return list_weights_paths(self._open_encoder())
+        return list_weights_paths(self.open_encoder())
 
     def architecture(self) -> Architecture:
         """Returns the encoder with its projection, items -> features with a mark.
@@ -87,7 +81,7 @@ class BagBackbone(Plugin):
         """
         from common.backbones.parts.projection import ItemNetwork
 
-        encoder = self._open_encoder()
+        encoder = self.open_encoder()
         own = resolve_settings(encoder).architecture()
         if own.grid:
             raise BadInput("encoder: expected a backbone with one vector for each item, got one with places")
@@ -96,6 +90,7 @@ class BagBackbone(Plugin):
             module,
             module.projection.out_dim + 1,
             own.preprocess,
+            own.open_raw,
             grid=(self.max_items,),
             num_marks=1,
             bag=Bag(self.max_items, cuts=self.over == "cut"),
@@ -103,22 +98,23 @@ class BagBackbone(Plugin):
 
     def pretrained(self) -> Pretrained:
         """Returns the encoder's weights and its projection."""
-        return self._project(read_pretrained(self._open_encoder()))
+        return self.join_weights(read_pretrained(self.open_encoder()))
 
     def random(self) -> Pretrained:
         """Returns random weights of the encoder and their projection."""
-        return self._project(draw_random(self._open_encoder()))
+        return self.join_weights(draw_random(self.open_encoder()))
 
     def preprocess(self, item: Any) -> Tensor:
         """Returns one item as the encoder reads it. Raises BadRecord."""
-        return self._open_encoder().preprocess(item)
+        return self.open_encoder().preprocess(item)
 
-    def _project(self, parts: Pretrained) -> Pretrained:
+    def join_weights(self, parts: Pretrained) -> Pretrained:
+        """Returns the weights of the encoder and those of its projection, from those of the encoder by itself."""
         import torch
 
         from common.backbones.parts.projection import compute_projection
 
-        encoder = self._open_encoder()
+        encoder = self.open_encoder()
         raw_dim = resolve_settings(encoder).architecture().feature_dim
         try:
             projection = compute_projection(encoder.projection, raw_dim, parts.classifier_KD, parts.shift_D)
@@ -131,6 +127,7 @@ class BagBackbone(Plugin):
         }
         return Pretrained(state)
 
-    def _open_encoder(self) -> Kind:
+    def open_encoder(self) -> Kind:
+        """Returns the backbone of one item."""
         encoder: Kind = resolve("common.backbones", self.encoder, "encoder")
         return encoder

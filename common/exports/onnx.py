@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _NEEDS = {"pictures": "numpy pillow", "texts": "numpy tokenizers", "table": "numpy", "arrays": "numpy"}
 _ARGUMENTS = {
     "pictures": "a.png b.png",
+    "bags": "a-folder-of-pictures another-one",
     "texts": "'a text' 'another text'",
     "table": "rows.csv",
     "arrays": "records.npz",
@@ -65,13 +66,14 @@ class OnnxFormat(Plugin):
                 ) from error
         check(exported, inputs, _run(path, dict(zip(names, inputs, strict=True))))
         script = _choose_script(exported)
+        argument = "bags" if script == "pictures" and exported.of_bags else script
         has_masks = script == "pictures" and any(exported.find_prediction(task) == "mask" for task in exported.tasks)
         has_boxes = script == "pictures" and exported.has_boxes
         write_atomic(folder / "predict.py", (SCRIPTS / f"{script}.py").read_bytes())
         exported.write_readers(folder)
         return [
             f"`model.onnx` maps {', '.join(names)} to {', '.join(exported.tasks)}, for any number of records.",
-            f"`python predict.py {_ARGUMENTS[script]}` prints a CSV row for each record, and needs these only: "
+            f"`python predict.py {_ARGUMENTS[argument]}` prints a CSV row for each record, and needs these only: "
             f"`pip install onnxruntime {_NEEDS[script]}`."
             + (" With `--masks FOLDER` first it writes each picture's mask, as PNG of its own size." * has_masks)
             + (" With `--boxes FILE.json` first it writes the boxes of all pictures, in COCO's format." * has_boxes),
@@ -90,6 +92,8 @@ def _run(path: Path, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor] | to
 
 def _choose_script(exported: Exported) -> str:
     steps = [str(step["step"]) for step in exported.raw.before]
+    if exported.of_bags and "convert" not in steps:
+        return "arrays"
     if "tokenize" in steps:
         return "texts"
     if "columns" in steps:

@@ -32,6 +32,7 @@ from common.backbones import (
     Pretrained,
     PublicShift,
     RawInputs,
+    ReadsBags,
     draw_random,
     find_public_mean_file,
     find_weights_file,
@@ -377,6 +378,12 @@ def _assemble(kind: Kind, read_weights: Callable[[Kind], Pretrained], key: str) 
 
 def _read_with_public_mean(kind: Kind) -> Pretrained:
     """Returns a kind's weights, with the declared public mean as shift where its projection names one."""
+    if isinstance(kind, ReadsBags):
+        try:
+            of_item = _read_with_public_mean(kind.open_encoder())
+        except BadInput as error:
+            raise BadInput(f"encoder.{error}") from error
+        return kind.join_weights(of_item)
     parts = read_pretrained(kind)
     if kind.projection is None or not isinstance(kind.projection.shift, PublicShift):
         return parts

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from common.backbones import RawInputs, list_items
+from common.backbones import Bag, RawInputs, RawTensor, list_items
 from common.backbones.parts.projection import ProjectionLayer
 from common.model.backbones import Backbone, FrozenBackbone, join_items, load_blob
 from common.model.parameters import load_parameters
@@ -32,7 +32,10 @@ from common.tasks import (
     reads_places,
 )
 from common.tasks.parts.adjusted import AdjustedHead
-from common.types import BadInput, DigestMismatch, Params
+from common.types import BadInput, BadRecord, DigestMismatch, Params
+
+ITEMS = "items"
+"""The axis of raw inputs along which a bag's items stand."""
 
 _CHUNK = 64
 """Records that are encoded at once where a caller hands all of them over."""
@@ -100,11 +103,15 @@ class _Told(nn.Module):
 class Network(nn.Module):
     """Tasks of a model as one module: raw inputs (`common.backbones.RawInputs`) -> what each task tells.
 
-    This is the module that is exported: what it computes of a batch, a graph of torch or ONNX can compute.
+    This is the module that is exported: what it computes of a batch, a graph of torch or ONNX can compute. Inputs of
+    bags have an axis of items behind that of records: all bags of a batch have as many.
     """
 
-    def __init__(self, start: nn.Module, backbone: nn.Module, heads: Sequence[ServedHead]) -> None:
+    def __init__(
+        self, start: nn.Module, backbone: nn.Module, heads: Sequence[ServedHead], *, of_bags: bool = False
+    ) -> None:
         super().__init__()
+        self.of_bags = of_bags
         self.start = start
         self.backbone = backbone
         self.heads = nn.ModuleList(_Told(head) for head in heads)
@@ -117,7 +124,12 @@ class Network(nn.Module):
         Args:
             *inputs_B: one batch for each raw input, in their order.
         """
-        features_BD = self.backbone(self.start(*inputs_B))
+        if self.of_bags:
+            # Each item by itself, and then side by side: B x N x D.
+            of_items = self.backbone(self.start(*(each.flatten(0, 1) for each in inputs_B)))
+            features_BD = of_items.reshape(inputs_B[0].shape[0], inputs_B[0].shape[1], of_items.shape[1])
+        else:
+            features_BD = self.backbone(self.start(*inputs_B))
         served = tuple(head(features_BD) for head in self.heads)
         return served[0] if len(served) == 1 else served
 
@@ -207,7 +219,8 @@ class Model:
         names = tasks or (self.choose_task(None),)
         name = self.find_backbone(names)
         backbone = self.backbones[name].to(torch.device("cpu"))
-        return Network(self.open_raw(name).module, backbone.module, [self.heads[task] for task in names])
+        heads = [self.heads[task] for task in names]
+        return Network(self.open_raw(name).module, backbone.module, heads, of_bags=backbone.bag is not None)
 
     def find_backbone(self, tasks: Sequence[str]) -> str:
         """Returns the name of the backbone that tasks share. Raises BadInput."""
@@ -229,7 +242,7 @@ class Model:
                 f"{own.kind.kind!r}; `headwater predict` and `headwater.load` serve the model as it is, and `headwater "
                 f"export --without-backbone {backbone}` writes its heads, which begin at features"
             )
-        return own.open_raw()
+        return own.open_raw() if own.bag is None else _open_bags(own.open_raw(), own.bag)
 
     def choose_task(self, task: str | None) -> str:
         """Returns the named task, or the only one. Raises BadInput."""
@@ -239,6 +252,27 @@ class Model:
             got = "none" if task is None else repr(task)
             raise BadInput(f"task: expected one of {', '.join(self.tasks)}, got {got}")
         return task
+
+
+def _open_bags(of_item: RawInputs, bag: Bag) -> RawInputs:
+    """Returns the inputs of bags from those of one item, with the items of each side by side."""
+
+    def prepare(item: Any) -> tuple[Tensor, ...]:
+        prepared = [of_item.prepare(each) for each in list_items(item, bag)]
+        return tuple(_stack_items(each) for each in zip(*prepared, strict=True))
+
+    def widen(tensor: RawTensor) -> RawTensor:
+        return replace(tensor, shape=(ITEMS, *tensor.shape), meaning=f"of each item of a record: {tensor.meaning}")
+
+    step = {"step": ITEMS, "most": bag.max_items, "more": "evenly spread" if bag.cuts else "refused"}
+    return replace(of_item, tensors=tuple(map(widen, of_item.tensors)), before=[step, *of_item.before], prepare=prepare)
+
+
+def _stack_items(items: Sequence[Tensor]) -> Tensor:
+    if len({each.shape for each in items}) > 1 and any(each.is_floating_point() for each in items):
+        raise BadRecord("expected items of one length in a record, got several")
+    # Of tokens a mask says where they end.
+    return nn.utils.rnn.pad_sequence(list(items), batch_first=True)
 
 
 def open_model(path: Path, device: torch.device | None = None, *, backbones: Path | None = None) -> Model:

@@ -7,15 +7,15 @@ import typer
 from common.process.console import reported_errors
 from common.types import BadInput
 from common.yaml import load
-from simulations.check import check_simulation, list_label_warnings, list_missing_files
+from simulations.check import check_simulation, check_sources, list_missing_files
 from simulations.commands.parts.options import Set, SimulationFile
 from simulations.config import SimulationConfig
 
 
 def check(config: SimulationFile, set_: Set = None) -> None:
-    """Validates a simulation file and checks that the files it names are there. Nothing is trained.
+    """Validates a simulation file and checks that the files it names are there, with the columns it names.
 
-    Masks and boxes are read, and what may be wrong with them is counted.
+    Masks and boxes are read, and what may be wrong with them is counted. Nothing is trained.
 
     Example: headwater simulate check demo.yaml
     """
@@ -25,6 +25,6 @@ def check(config: SimulationFile, set_: Set = None) -> None:
         absent = list_missing_files(loaded)
         if absent:
             raise BadInput("; ".join(absent))
-        for warning in list_label_warnings(loaded, tasks):
+        for warning in check_sources(loaded, tasks):
             typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"{config}: valid; {len(loaded.run.tasks)} task(s), {loaded.run.rounds} round(s)")

@@ -3,6 +3,8 @@
 Features of most networks have a large common part. Heads without a bias learn faster under noise once it is subtracted,
 and what it is can be seen on any records like those of the task: on public ones it costs no budget.
 
+Of a backbone that reads bags it is the mean of the items' features.
+
 The file also holds the records as a home sample: the mean of the whole backbone's features of length 1, to which the
 distance of a site can be measured (`common.serving.means`). Of records like those of the pre-training, it can be
 written to a file of its own, and then any backbone has one.
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from client.data.feature_store import Features, FeatureStore, decode_rows
 from client.data.sources import Source, SourceRecord, open_source
-from common.backbones import Kind, find_public_mean_file
+from common.backbones import Kind, ReadsBags, find_public_mean_file
 from common.backbones.parts.public_mean import write_public_mean
 from common.errors import instead
 from common.model.backbones import Backbone, open_pretrained
@@ -92,15 +94,19 @@ def measure_public_mean(
     name = _choose_backbone(run, backbone)
     key = prefix + run.backbone_key(name)
     kind: Kind = resolve("common.backbones", run.backbone_specs[name], key)
+    if isinstance(kind, ReadsBags):
+        # Public records are items: the mean is that of the backbone of one.
+        kind, key = kind.open_encoder(), f"{key}.encoder"
+    spec = kind.model_dump(mode="json", by_alias=True)
     path = find_public_mean_file(kind)
     if path is None and out is None:
         raise BadInput(
             f"{key}.projection.shift: expected `{{public: FILE}}`, the file to write the mean to; --out FILE writes a "
             "home sample of any backbone"
         )
-    plain = open_pretrained({**kind.model_dump(mode="json", by_alias=True), "projection": None}, key)
+    plain = open_pretrained({**spec, "projection": None}, key)
     # Here already: records are encoded for nothing where it cannot be opened.
-    whole = None if out is None else open_pretrained(run.backbone_specs[name], key)
+    whole = None if out is None else open_pretrained(spec, key)
     sources = list(_open_sources(records))
     if shrink is not None:
         sources = [ShrunkPictures(source, shrink) for source in sources]
@@ -120,7 +126,7 @@ def measure_public_mean(
             raw = _add_up(encoded.list_blocks())
             write = partial(write_public_mean, path, raw.mean_D.float(), digest=plain.digest, num_records=raw.count)
             write()  # The whole backbone subtracts it.
-            whole = open_pretrained(run.backbone_specs[name], key)
+            whole = open_pretrained(spec, key)
             home = _add_up(_list_unit_features(encoded, whole))
             tensors, notes = pack_means([_make_home(home, whole, records)])
             write(others={each: torch.from_numpy(values) for each, values in tensors.items()}, notes=notes)

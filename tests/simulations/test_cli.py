@@ -182,6 +182,27 @@ def test_check_asks_for_no_weights_that_pretraining_is_to_write(command: Command
     refused(command("check", backbone, absent), 2, f"pretrain.sources.0.path: {tmp_path / 'others.csv'} is missing")
 
 
+def test_check_opens_every_source_and_looks_for_its_columns(command: Command, tmp_path: Path) -> None:
+    refused(
+        command("check", "tasks.colour.label=color"), 2, "sources.rows: tasks.colour.label", "got 'color', which it"
+    )
+    refused(command("check", "sources.rows.patient=who"), 2, "sources.rows: ", "'who'")
+    units = ("unit=patient", "run.privacy.unit=patient")
+    refused(command("check", *units), 2, "sources.rows: expected patients, because `unit` is patient")
+    (tmp_path / "list.csv").write_text("file,slide,colour\na.png,s1,red\nb.png,s1,red\nc.png,s2,blue\n")
+    listed = f"of: {{kind: manifest, path: {tmp_path / 'list.csv'}, image: file}}"
+    bags = f"sources.rows={{kind: bags, column: slide, {listed}}}"
+    assert command("check", bags).exit_code == 0
+    refused(command("check", bags.replace("slide", "slides")), 2, "sources.rows: column: expected", "got 'slides'")
+    refused(command("check", bags.replace("image: file", "image: path")), 2, "sources.rows: ", "'path'")
+    refused(command("check", bags, "tasks.colour.label=grade"), 2, "sources.rows: tasks.colour.label", "'grade'")
+    weights = tmp_path / "net.safetensors"
+    encoder = f"{{kind: small_cnn, input_size: 12, channels: [4, 8], weights: {weights}}}"
+    missing = f"run.backbone={{kind: bag, max_items: 3, encoder: {encoder}}}"
+    head = "run.tasks.colour.head={pooling: mean}"
+    refused(command("check", bags, missing, head), 2, f"run.backbone.encoder.weights: {weights} is missing")
+
+
 def test_a_file_that_is_missing_is_called_missing(command: Command, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").unlink()
     refused(command("run"), 2, str(tmp_path / "rows.csv"), "but there is no such file")

@@ -13,7 +13,7 @@ import pytest
 import headwater
 from common.inputs import Box, read_boxes, write_boxes
 from common.yaml import parse
-from simulations.check import check_simulation, list_label_warnings
+from simulations.check import check_simulation, check_sources
 from simulations.config import SimulationConfig
 from simulations.experiment import run as run_experiment
 from tests.finished import write_maps
@@ -83,7 +83,7 @@ def test_check_counts_what_may_be_wrong_with_boxes(tmp_path: Path) -> None:
     write_pictures(tmp_path, 6)
     config = make_config(tmp_path)
     tasks = check_simulation(config)
-    assert list(list_label_warnings(config, tasks)) == []
+    assert list(check_sources(config, tasks)) == []
     bright = Box("bright", 8, 8, 16, 16)
     cells = [
         [Box("bright", 0.25, 0.25, 0.5, 0.5)],  # Fractions.
@@ -96,9 +96,7 @@ def test_check_counts_what_may_be_wrong_with_boxes(tmp_path: Path) -> None:
     written = ["" if boxes is None else write_boxes(boxes, 32, 32) for boxes in cells]
     pictures = dict(np.load(tmp_path / "pictures.npz"))
     np.savez(tmp_path / "pictures.npz", **{**pictures, "boxes": np.array(written)})
-    said = [
-        line.removeprefix("sources.pictures: tasks.squares: boxes: ") for line in list_label_warnings(config, tasks)
-    ]
+    said = [line.removeprefix("sources.pictures: tasks.squares: boxes: ") for line in check_sources(config, tasks)]
     assert [line.partition(";")[0].partition(":")[0] for line in said] == [
         "5 drawn, 1 of them without an object",
         "boxes without area on their picture, which are left out while the pictures are used",

@@ -61,12 +61,12 @@ def test_a_federation_learns_from_series_and_predicts_the_same_of_a_series_and_i
     rows = []
     (tmp_path / "scans").mkdir()
     for number in range(PATIENTS):
-        values = np.rint(rng.normal(40, 20, (SIDE // 2, SIDE, SIDE)))
-        values[1:4, 2:9, 2:9] += 150 * (number % 2)
-        write_series(tmp_path / "scans" / f"s{number:02d}", values, f"P{number}", rng)
+        scan = np.rint(rng.normal(40, 20, (SIDE // 2, SIDE, SIDE)))
+        scan[1:4, 2:9, 2:9] += 150 * (number % 2)
+        write_series(tmp_path / "scans" / f"s{number:02d}", scan, f"P{number}", rng)
         if number < 2:
             (tmp_path / "again").mkdir(exist_ok=True)
-            write_nifti(tmp_path / "again" / f"s{number:02d}.nii.gz", values)
+            write_nifti(tmp_path / "again" / f"s{number:02d}.nii.gz", scan)
         rows.append((f"s{number:02d}", ("no", "yes")[number % 2]))
     sorted((tmp_path / "scans" / "s05").iterdir())[0].unlink()
     with (tmp_path / "scans" / "list.csv").open("w", newline="") as file:

@@ -99,7 +99,7 @@ def find_pipeline(exported: Exported) -> str | None:
     """Returns Hugging Face's name of what a network does; None where it has none."""
     tasks = [exported.model.tasks[name] for name in exported.tasks]
     modality = _MODALITIES.get(exported.raw.tensors[0].name)
-    if modality is None:
+    if modality is None or exported.of_bags:
         return None
     predictions = {exported.find_prediction(name) for name in exported.tasks}
     if predictions & set(_OF_PLACES):

@@ -17,7 +17,7 @@ from common.exports.parts.facts import RunFacts
 from common.files import write_atomic
 from common.inputs import is_boxes, is_mask
 from common.serving.folder import ModelBackbone
-from common.serving.network import Model, Network
+from common.serving.network import ITEMS, Model, Network
 from common.tasks import FindsBoxes, ServesMaps, ServesTexts, Task, WritesTexts
 from common.tasks.parts.transcripts import decoding
 from common.types import BadInput
@@ -29,6 +29,8 @@ _DECODING = [Path(decoding.__file__)]
 _EXAMPLES = 3
 _LENGTH = 16
 """Length of tokens and series in examples, where as much is allowed."""
+_ITEMS = 5
+"""Items of a bag in examples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,11 @@ class Exported:
     def files(self) -> Mapping[str, bytes]:
         """Name -> content of the files that preprocessing needs."""
         return self.raw.files
+
+    @property
+    def of_bags(self) -> bool:
+        """True where a record is a bag of items, each of which the network encodes."""
+        return self.network.of_bags
 
     def list_columns(self) -> dict[str, list[str]]:
         """Returns task -> names of what it serves, in order."""
@@ -227,7 +234,8 @@ def _draw(tensor: RawTensor, count: int) -> Tensor:
     longest = tensor.longest or _LENGTH
     # Recordings must be long enough for the layers behind them.
     length = longest if tensor.dtype == "float32" else min(_LENGTH, longest)
-    shape = (count, *(length if isinstance(axis, str) else axis for axis in tensor.shape))
+    lengths = {ITEMS: _ITEMS}
+    shape = (count, *(lengths.get(axis, length) if isinstance(axis, str) else axis for axis in tensor.shape))
     if tensor.dtype == "uint8":
         return torch.randint(256, shape, dtype=torch.uint8)
     if tensor.dtype == "int64":

@@ -9,6 +9,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from common.exports.parts.exported import Exported
+from common.serving.network import ITEMS
 from common.types import BadInput
 
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, NotImplementedError)
@@ -24,8 +25,9 @@ def list_axes(exported: Exported) -> tuple[dict[int, Any], ...]:
         axis: Dim.DYNAMIC if tensor.dtype == "float32" else Dim(axis, min=2, max=tensor.longest)
         for tensor in exported.raw.tensors
         for axis in tensor.shape
-        if isinstance(axis, str)
+        if isinstance(axis, str) and axis != ITEMS
     }
+    named[ITEMS] = Dim(ITEMS, min=1)
     return tuple(
         {0: batch, **{1 + index: named[axis] for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}}
         for tensor in exported.raw.tensors

@@ -93,7 +93,10 @@ class BagHeadSettings(HeadSettings):
     @model_validator(mode="after")
     def _check_pooling(self) -> BagHeadSettings:
         if self.pooling is not None and self.centre:
-            raise ValueError("centre: expected false beside `pooling`, because a bag has many vectors")
+            raise ValueError(
+                "centre: expected false beside `pooling`, because a bag has many vectors; subtract a public mean of "
+                "items instead (`encoder: {projection: {shift: {public: FILE}}}` of the backbone)"
+            )
         if "width" in self.model_fields_set and not self._attends:
             raise ValueError("width: expected it beside `pooling: attention` or `gated_attention`")
         return self

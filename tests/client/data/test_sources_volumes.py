@@ -249,7 +249,7 @@ def test_series_of_real_scanners_are_volumes_or_say_what_is_missing(tmp_path: Pa
 @pytest.mark.slow
 def test_monais_reader_has_the_same_volume_of_a_series_in_order(tmp_path: Path) -> None:
     import nibabel
-    from monai.data import PydicomReader
+    from monai.data.image_reader import PydicomReader
 
     series = SCANS / "98892001" / "CT5N"
     reader = PydicomReader(swap_ij=True)

@@ -113,7 +113,7 @@ def test_the_rule_of_bags_travels_with_the_backbone() -> None:
         ({"encoder": settings()}, "encoder: expected a backbone with one vector for each item"),
         (
             {"encoder": {"kind": "identity", "dim": 4, "projection": {"shift": {"public": "x"}, "normalize": True}}},
-            "encoder.projection.shift: expected none or batch_norm in a bag",
+            "backbone.encoder.projection.shift.public: expected the mean of this backbone's features, found no file",
         ),
         (
             {"encoder": {"kind": "identity", "dim": 4, "projection": {"dim": 2, "normalize": True}}},

@@ -23,7 +23,7 @@ from common.backbones import Example
 from common.exports import open_format, write_export
 from common.exports.parts.exported import select
 from common.exports.parts.program import check, draw_inputs
-from common.inputs import Audio, Several, is_boxes, is_mask, read_boxes, read_mask
+from common.inputs import Audio, is_boxes, is_mask, read_boxes, read_mask
 from common.model.backbones import open_pretrained
 from common.plugins import kinds, plugin_class
 from common.serving.network import Model, open_model
@@ -210,23 +210,6 @@ def test_features_of_places_are_the_input_of_a_network_without_its_backbone(tmp_
     pictures = draw_pictures()
     for own, expected in zip(program(model.encode("backbone", pictures)), model(pictures).values(), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_head_of_bags_is_exported_without_the_backbone_and_only_so(tmp_path: Path) -> None:
-    bag = {"kind": "bag", "max_items": 4, "encoder": {"kind": "identity", "dim": 3}}
-    head = {"kind": "classification", "labels": ["no", "yes"], "head": {"pooling": "attention"}}
-    model = open_model(write_finished(tmp_path / "model", bag, {"found": head}))
-    with pytest.raises(BadInput, match="got kind 'bag'; `headwater predict` .* --without-backbone backbone`"):
-        write_export(model, tmp_path / "out", open_format("torch"))
-    write_export(model, tmp_path / "out", open_format("torch"), without=["backbone"])
-    program = torch.export.load(tmp_path / "out" / "model.pt2").module()
-    rng = np.random.default_rng(0)
-    bags = [Several([rng.normal(size=3).astype(np.float32) for _ in range(count)]) for count in (1, 3, 4)]
-    own = program(model.encode("backbone", bags))
-    torch.testing.assert_close(own, model(bags)["found"], rtol=1e-5, atol=1e-5)
-    (stated,) = json.loads((tmp_path / "out" / "preprocessing.json").read_text())["inputs"]
-    assert stated["shape"] == ["batch", 4, 4] and "the last value of a place is above 0" in stated["meaning"]
 
 
 @pytest.mark.slow

@@ -13,13 +13,15 @@ import yaml
 from click.testing import Result
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from common.inputs import Text
-from common.model.backbones import Backbone, open_pretrained
+from common.model.backbones import Backbone, load_blob, open_pretrained
 from common.plugins import Spec, plugin_class
 from common.run import RunConfig
 from common.serving.means import read_means
+from common.types import BadInput
 from common.yaml import load
 from simulations.__main__ import app
 
@@ -193,3 +195,37 @@ def test_a_home_file_of_other_records_holds_the_mean_of_the_whole_backbones_feat
 
 def test_help_says_that_every_site_receives_the_mean() -> None:
     assert "never make it of private records" in CliRunner().invoke(app, ["public-mean", "--help"]).stdout
+
+
+def test_a_bags_items_are_centred_by_the_public_mean_of_items(tmp_path: Path) -> None:
+    file = make_run_file(tmp_path, normalize=True, shift={"public": "mean.safetensors"})
+    run = yaml.safe_load(file.read_text())
+    encoder = run["backbone"]
+    run["backbone"] = {"kind": "bag", "max_items": 3, "encoder": encoder}
+    run["tasks"]["colour"]["head"] = {"pooling": "mean"}
+    file.write_text(yaml.safe_dump(run))
+    pictures = write_pictures(tmp_path / "public", SIDE)
+    result = call(file, tmp_path / "public")
+    assert result.exit_code == 0 and "public mean: " in result.output, result.output
+    bag = open_pretrained(read_backbone(file), "backbone")
+    plain = open_pretrained({**encoder, "projection": None}, "backbone")
+    raw_BD = plain.encode(torch.stack([plain.preprocess(picture) for picture in pictures]))
+    mean_D = load_file(tmp_path / "mean.safetensors")["mean"]
+    torch.testing.assert_close(mean_D, raw_BD.mean(dim=0), rtol=1e-3, atol=1e-3)
+    expected_BD = torch.nn.functional.normalize(raw_BD - mean_D, dim=1)
+    features_BD = bag.encode_items([bag.preprocess(picture) for picture in pictures])
+    torch.testing.assert_close(features_BD[:, :-1], expected_BD, rtol=1e-4, atol=1e-5)
+    assert (features_BD[:, -1] == 1.0).all()
+    # The mean travels within the backbone, and its file's place does not.
+    assert load_blob(bag.blob()).digest == bag.digest and "mean.safetensors" not in bag.spec
+    other = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(encoder["weights"]).items()
+    }
+    save_file(other, tmp_path / "other.safetensors")
+    run["backbone"]["encoder"] = {**encoder, "weights": str(tmp_path / "other.safetensors")}
+    file.write_text(yaml.safe_dump(run))
+    with pytest.raises(
+        BadInput, match=r"backbone\.encoder\.projection\.shift\.public: .* got that of another backbone"
+    ):
+        open_pretrained(read_backbone(file), "backbone")

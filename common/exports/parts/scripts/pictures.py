@@ -1,5 +1,7 @@
 """Prints what the exported network tells of pictures: `python predict.py [--masks FOLDER] [--boxes FILE] PICTURE ...`.
 
+Where a record is a bag of pictures, each argument is a folder that holds one.
+
 With --masks, writes the mask of each picture where the network has masks: grey PNG of the picture's own size, whose
 values are the places of the labels in preprocessing.json. With --boxes, writes the boxes of all pictures, where it has
 boxes, as one JSON file in COCO's format. Needs onnxruntime, numpy and pillow.
@@ -17,6 +19,9 @@ from PIL import Image, ImageOps
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
 USAGE = "usage: python predict.py [--masks FOLDER] [--boxes FILE] PICTURE ..."
+
+
+BAG = next((step for step in STATED["before"] if step["step"] == "items"), None)
 
 
 class UnfitPicture(Exception):
@@ -114,6 +119,20 @@ def read(opened: Image.Image) -> np.ndarray:
     return pixels if divisor is None else pixels.astype(np.float32) / divisor
 
 
+def read_record(path: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns the pixels of a picture and its size, or those of all pictures of a folder where a record is a bag."""
+    if BAG is None:
+        opened = ImageOps.exif_transpose(Image.open(path))
+        return read(opened), opened.size
+    files = sorted(each for each in Path(path).iterdir() if each.is_file() and not each.name.startswith("."))
+    count, most = len(files), BAG["most"]
+    if not files or (count > most and BAG["more"] == "refused"):
+        raise UnfitPicture(f"expected a folder with one to {most} pictures, got {count}")
+    if count > most:
+        files = [files[int((2 * number + 1) * count / (2 * most))] for number in range(most)]
+    return np.stack([read(ImageOps.exif_transpose(Image.open(each))) for each in files]), (0, 0)
+
+
 if __name__ == "__main__":
     asked = sys.argv[1:2] in (["-h"], ["--help"])
     options: dict[str, Path] = {}
@@ -132,12 +151,12 @@ if __name__ == "__main__":
     print(",".join(["record", *(f"{out['task']}: {name}" for out in STATED["outputs"] for name in out["columns"])]))
     for path in paths:
         try:
-            opened = ImageOps.exif_transpose(Image.open(path))
-            told = [part[0] for part in session.run(None, {STATED["inputs"][0]["name"]: read(opened)[None]})]
+            pixels, size = read_record(path)
+            told = [part[0] for part in session.run(None, {STATED["inputs"][0]["name"]: pixels[None]})]
             if masks is not None:
-                write_masks(masks, path, opened.size, told)
+                write_masks(masks, path, size, told)
             if boxes is not None:
-                collect_boxes(path, opened.size, told, coco)
+                collect_boxes(path, size, told, coco)
         except Exception as error:  # Pillow raises many kinds; one picture costs itself only.
             other = f"expected a picture that Pillow opens, got {type(error).__name__}"
             print(f"{path}: {error if isinstance(error, UnfitPicture) else other}", file=sys.stderr)

@@ -132,7 +132,7 @@ def has_frames(path: Path) -> bool:
     with quiet():
         try:
             return int(open_dicom(path, pixels=False).get("NumberOfFrames", 1) or 1) > 1
-        except (*list_errors(), BadRecord, OSError):
+        except (BadRecord, OSError, ValueError, TypeError):
             return False
 
 
