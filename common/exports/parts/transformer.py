@@ -188,7 +188,8 @@ def _describe_network(exported: Exported) -> tuple[dict[str, Any], str]:
     if exported.origin.trainable is not None:
         raise BadInput("--format huggingface holds frozen backbones, got one with a trained part; choose onnx or torch")
     if own.grid:
-        raise BadInput("--format huggingface holds no backbone with maps and none of bags; choose onnx or torch")
+        what = "with maps" if own.bag is None else "of bags"
+        raise BadInput(f"--format huggingface holds no backbone {what}; choose onnx or torch")
     kind, spec = own.kind.kind, own.public_spec()
     if kind == "torchvision":
         from common.backbones.torchvision import IMAGENET_CLASSES, list_options

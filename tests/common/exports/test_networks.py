@@ -29,7 +29,7 @@ from common.plugins import kinds, plugin_class
 from common.serving.network import Model, open_model
 from common.tasks import TaskExample
 from common.types import BadInput
-from tests.finished import MASKS, write_finished, write_maps
+from tests.finished import MASKS, TASKS, write_finished, write_maps
 
 # What writes texts is exported in test_texts.py.
 KINDS = [kind for kind in kinds("common.backbones") if kind != "seq2seq"]
@@ -48,9 +48,12 @@ def stack_inputs(model: Model, items: Any) -> tuple[Tensor, ...]:
 def open_example(kind: str, folder: Path) -> tuple[Model, Example]:
     """Returns a model on a kind's example. Skips where others cannot prepare its records."""
     example = plugin_class("common.backbones", kind).example(folder)
-    if open_pretrained(example.settings, "backbone").open_raw is None:
+    backbone = open_pretrained(example.settings, "backbone")
+    if backbone.open_raw is None:
         pytest.skip("the kind says of no raw inputs: it is not exported")
-    return open_model(write_finished(folder / "model", example.settings)), example
+    head = {} if backbone.bag is None else {"head": {"pooling": "attention"}}
+    tasks = {"finding": {**TASKS["finding"], **head}}
+    return open_model(write_finished(folder / "model", example.settings, tasks)), example
 
 
 def mark_slow(kinds: Sequence[str], quick: Sequence[str]) -> list[Any]:
