@@ -90,9 +90,10 @@ def torn_reply(made: Deployment) -> str:
     whole = newest.read_bytes()
     _cut_half(newest)
     made.start_site("beta")
-    said = _expect_site_in(made, run)
-    newest.write_bytes(whole)  # What left is replayed.
-    return said
+    try:
+        return _expect_site_in(made, run)
+    finally:
+        newest.write_bytes(whole)  # What left is replayed.
 
 
 @row
