@@ -47,7 +47,7 @@ from simulations.check import check_simulation
 from simulations.config import RUN_PREFIX, SimulationConfig
 from simulations.evaluate import HeadEvaluation, evaluate_at_home, locate_prepared_data, predict_left_out
 from simulations.executors.gathered import build_for_executor, sum_public_sizes
-from simulations.executors.shard import ShardEnded
+from simulations.executors.shards import ShardEnded
 from simulations.federate import Experiment, evaluate_heads, federate, ignore_progress, list_epsilons, open_on
 from simulations.partition import build_sites, read_sites
 from simulations.plan import refuse_hopeless

@@ -37,12 +37,12 @@ from simulations.evaluate import (
     locate_prepared_data,
 )
 from simulations.executors.alike import Gathering
-from simulations.executors.batched import BatchedSites, OpenShards
+from simulations.executors.batched import BatchedSites
 from simulations.executors.flower import run_on_flower
 from simulations.executors.gathered import open_judged, read_gathered
 from simulations.executors.in_process import InProcessGrid
 from simulations.executors.ray_shards import open_on_ray
-from simulations.executors.shard import LocalShards
+from simulations.executors.shards import LocalShards, OpenShards
 
 
 def ignore_progress(phase: str, done: int, total: int) -> None:

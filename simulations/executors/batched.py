@@ -29,10 +29,9 @@ from client.ledger.events import Terms
 from client.ledger.place import locate_ledgers
 from client.ledger.shared import SharedLedger, SharedReservation
 from client.protocol.answer import MAX_CHARGES
-from client.protocol.join import accept_training
-from client.protocol.site import Joined, Measurement, SiteDeclined, check_allowed, plan_measurement
+from client.protocol.site import Measurement
 from common import messages
-from common.events import AcceptedUpdate, SiteJoined
+from common.events import AcceptedUpdate
 from common.privacy.accounting import Mechanism
 from common.types import DECLINED, BadInput, DeclineReason, Heads, Plan, RunFailed, RunInterrupted
 from server.rounds.aggregators import Weighted, open_aggregator
@@ -46,12 +45,11 @@ from simulations.executors.alike import Gathering
 from simulations.executors.encoded import Encoded, compare_answers, list_accepted
 from simulations.executors.gathered import list_kinds
 from simulations.executors.in_process import FIRST_NODE_ID
-from simulations.executors.shard import Asked, Shard, Shards
+from simulations.executors.joining import accept_run, describe_joined
+from simulations.executors.shard import Asked, Shard
+from simulations.executors.shards import OpenShards, Shards
 
 _Reply = TypeVar("_Reply")
-
-OpenShards = Callable[[Gathering, Sequence[NDArray[np.int64]]], Shards]
-"""Opens the shards of prepared sites: all of them, and the sites of each."""
 
 
 @final
@@ -114,7 +112,7 @@ class BatchedSites:
     def join(self, messenger: Messenger) -> list[Participant]:
         """Returns the sites that agree to the run, prepared. See `SitesAtHand.join`."""
         run, sites = self._all.run, self._all.sites
-        plan = self._accept()
+        plan, self._measured = accept_run(self._all)
         self._plan, self._ledger = plan, self.ledger()
         held_S = self._earmark(plan)
         participants, rejected = [], []
@@ -133,7 +131,7 @@ class BatchedSites:
             participants.append(Participant(node, name, sizes, groups, backbones, budget.epsilon, budget.delta))
         messenger.write_rejected(rejected, {}, "join")
         for each in participants:
-            messenger.journal.write(self._describe_joined(each))
+            messenger.journal.write(describe_joined(self._all, each))
         problem = describe_missing_quorum(run, {each.site: each for each in participants})
         if problem is not None:
             raise RunFailed(f"{problem}: {describe_reasons(rejected, {})}")
@@ -142,30 +140,6 @@ class BatchedSites:
         self.shards = self._open_shards(self._all, self._divided)
         self._encoded = Encoded(self._all, plan, self._kind_S, self._locate)
         return participants
-
-    def _accept(self) -> Plan:
-        """Returns the plan of a round, which is the same at all sites. Raises BadInput where a site would decline."""
-        config, run = self._all.site, self._all.run
-        digests = {name: digest for name, (_, digest) in self._all.backbones.items()}
-        joined = Joined(self._all.run_id, run, digests, config.state_dir / "runs" / self._all.run_id)
-        largest: dict[frozenset[str], dict[str, int]] = {}
-        for sizes in {id(each): each for each in self._all.sites.sizes}.values():
-            kept = largest.setdefault(frozenset(sizes), dict(sizes))
-            kept |= {name: max(size, kept[name]) for name, size in sizes.items()}
-        plans, self._measured = [], []
-        for kind in self._kinds:
-            tasks = {
-                name: config.tasks[name].model_copy(update={"public_size": size})
-                for name, size in largest[kind].items()
-            }
-            own = config.model_copy(update={"tasks": tasks})
-            try:
-                check_allowed(own, joined)
-                plans.append(accept_training(own, joined))
-                self._measured.append(plan_measurement(own, joined))
-            except SiteDeclined as declined:
-                raise BadInput(declined.detail) from declined
-        return plans[0]
 
     def _earmark(self, plan: Plan) -> NDArray[np.bool_]:
         """Holds the run's price at each site, and returns the sites whose budgets cover it."""
@@ -181,15 +155,6 @@ class BatchedSites:
                 evaluation_budget=self._evaluation_budget,
             )
         return held_S
-
-    def _describe_joined(self, participant: Participant) -> SiteJoined:
-        return SiteJoined(
-            site=participant.site,
-            tasks=dict(participant.tasks),
-            unit=self._all.site.unit,
-            delta=participant.delta,
-            budget_epsilon=participant.budget_epsilon,
-        )
 
     # --- a round -----------------------------------------------------------------------------------------------------
 

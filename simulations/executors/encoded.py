@@ -28,7 +28,8 @@ from server.rounds.messenger import Answers, Messenger, Participant, Request, ma
 from server.rounds.replies import Rejected, describe_reasons
 from simulations.executors.alike import Gathering
 from simulations.executors.in_process import FIRST_NODE_ID
-from simulations.executors.shard import Asked, Shard, Shards
+from simulations.executors.shard import Asked, Shard
+from simulations.executors.shards import Shards
 
 _Reply = TypeVar("_Reply")
 _AnswerableRequest = messages.TrainRequest | messages.EvaluateRequest | messages.MomentsRequest

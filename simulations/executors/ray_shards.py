@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from simulations.config import Executor
 from simulations.executors.alike import Gathering
-from simulations.executors.shard import Shard, ShardEnded, Shards
+from simulations.executors.shard import Shard
+from simulations.executors.shards import ShardEnded, Shards
 
 _Argument = TypeVar("_Argument")
 _Answer = TypeVar("_Answer")
@@ -40,7 +41,7 @@ class _Actor:
 
 @final
 class RayShards:
-    """Shards as Ray actors; see `simulations.executors.shard.Shards`."""
+    """Shards as Ray actors; see `simulations.executors.shards.Shards`."""
 
     def __init__(self, gathering: Gathering, divided: Sequence[NDArray[np.int64]], executor: Executor) -> None:
         """Starts the actors, and waits until all have opened their sites.

@@ -10,9 +10,9 @@ sites stand in which shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,6 @@ from simulations.executors.releases import evaluate_alone, evaluate_each, measur
 
 _NEARLY = 1.0 - 2.0**-20
 """Updates nearly as long as they may be are looked at one by one."""
-
-_Argument = TypeVar("_Argument")
-_Answer = TypeVar("_Answer")
 
 Updates = dict[str, dict[str, NDArray[np.float32]]]
 """Head -> parameter -> the updates of some sites, one after the other along the first axis."""
@@ -92,43 +89,6 @@ class _Updated:
     sites: NDArray[np.int64]
     updates: Updates
     is_used_B: NDArray[np.bool_]
-
-
-class ShardEnded(RunFailed):
-    """A shard's process ended; the run can be resumed after its last whole round."""
-
-
-class Shards(Protocol):
-    """The shards of a run, wherever they are."""
-
-    def __len__(self) -> int:
-        """The number of shards."""
-
-    def ask(self, method: Callable[[Shard, _Argument], _Answer], arguments: Sequence[_Argument]) -> list[_Answer]:
-        """Returns what a method of each shard returns, of all at the same time where there are several processes.
-
-        Args:
-            method: the method.
-            arguments: for each shard its argument.
-
-        Raises:
-            ShardEnded: a shard's process ended.
-        """
-
-    def ask_one(self, shard: int, method: Callable[[Shard, _Argument], _Answer], argument: _Argument) -> _Answer:
-        """Returns what a method of one shard returns.
-
-        Args:
-            shard: number of the shard.
-            method: the method.
-            argument: its argument.
-
-        Raises:
-            ShardEnded: the shard's process ended.
-        """
-
-    def close(self) -> None:
-        """Ends the shards' processes."""
 
 
 @final
@@ -378,32 +338,3 @@ class Shard:
                 stream=stream,
             )
         return self._solve(alike, alike.open_modules(heads), number).heads
-
-
-@final
-class LocalShards:
-    """Shards in this process, one after the other."""
-
-    def __init__(self, gathering: Gathering, divided: Sequence[NDArray[np.int64]]) -> None:
-        """Args: gathering: all sites; divided: the sites of each shard."""
-        self._shards = [Shard(gathering, numbers) for numbers in divided]
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def ask(self, method: Callable[[Shard, _Argument], _Answer], arguments: Sequence[_Argument]) -> list[_Answer]:
-        """Returns what a method of each shard returns. See `Shards.ask`."""
-        return [method(shard, argument) for shard, argument in zip(self._shards, arguments, strict=True)]
-
-    def ask_one(self, shard: int, method: Callable[[Shard, _Argument], _Answer], argument: _Argument) -> _Answer:
-        """Returns what a method of one shard returns. See `Shards.ask_one`.
-
-        Args:
-            shard: number of the shard.
-            method: the method.
-            argument: its argument.
-        """
-        return method(self._shards[shard], argument)
-
-    def close(self) -> None:
-        """Does nothing."""

@@ -42,7 +42,7 @@ from simulations.evidence import collect_simulation_evidence
 from simulations.executors.batched import BatchedSites
 from simulations.executors.gathered import build_for_executor
 from simulations.executors.in_process import InProcessGrid
-from simulations.executors.shard import LocalShards
+from simulations.executors.shards import LocalShards
 from simulations.experiment import run
 from simulations.federate import Experiment, open_batched, open_on
 
