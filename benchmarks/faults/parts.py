@@ -21,6 +21,9 @@ Row = Callable[[Deployment], str]
 
 ROWS: dict[str, Row] = {}
 
+LONG = 60
+"""Number of rounds in which a site that was killed surely comes back: it counts as connected for a minute."""
+
 
 def row(function: Row) -> Row:
     """Adds a row; its docstring names the event."""

@@ -7,6 +7,7 @@ import signal
 import time
 
 from benchmarks.faults.parts import (
+    LONG,
     expect_all_running,
     expect_end,
     expect_end_or_resume,
@@ -79,7 +80,7 @@ def site_stopped_long(made: Deployment) -> str:
 def late_and_gone(made: Deployment) -> str:
     """a site starts after the roll call, another leaves in the middle and does not come back"""
     made.stop_site("gamma")
-    run = made.start_run(rounds=12, cohort__join_timeout_s=20)
+    run = made.start_run(rounds=LONG, cohort__join_timeout_s=20)
     made.wait_for_round(1, run=run)
     made.start_site("gamma")
     assert wait_until(lambda: any("gamma" in event.sites for event in made.rounds()), 120), "it is never used"
