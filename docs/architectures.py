@@ -8,6 +8,7 @@ lines that were printed. A slow test compares some of the rows with what the cod
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "d_hidden")
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads", "n_head", "n_heads")
 _INNER = ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "ffn_dim", "hidden_dim", "mlp_dim")
 _FEW = ("num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
+_CONVOLVED = ("conv_dim", "conv_channels")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
 _WIDTH, _VOCABULARY = 32, 120
 
@@ -66,6 +68,9 @@ def shrink(cls: type[PretrainedConfig]) -> dict[str, Any]:
             small[name] = min(value, 4)
         elif name in _INNER and isinstance(value, int):
             small[name] = 2 * _WIDTH
+        elif name in _CONVOLVED and isinstance(value, int | list | tuple):
+            # Else they outweigh the layers, which are found as the largest stack.
+            small[name] = _WIDTH // 4 if isinstance(value, int) else [_WIDTH // 4] * len(value)
         elif name in _FEW and isinstance(value, int):
             small[name] = min(value, 2)
         elif name == "vocab_size" and isinstance(value, int):
@@ -144,6 +149,9 @@ def survey(family: str) -> list[Row]:
 def _list_modalities(model: nn.Module) -> list[Literal["text", "image", "audio"]]:
     inputs = {"input_ids": "text", "pixel_values": "image", "input_values": "audio", "input_features": "audio"}
     names = {getattr(part, "main_input_name", "") for part in model.modules()}
+    # Some parts inherit the name of their whole's input.
+    own = {name for name in inputs if name in inspect.signature(model.forward).parameters}
+    names = own if own and getattr(model, "main_input_name", "") not in own else names
     wanted = {inputs[name] for name in names if name in inputs}
     return [modality for modality in MODALITIES if modality in wanted] or ["text"]
 
@@ -203,10 +211,12 @@ def _survey_depth(settings: Transformers, network: PooledModel, inputs_B: Tensor
             if type(part) is nn.Linear
         }
     )
+    # A linear layer of positions, which all records share, has no gradient of each: the others do.
+    tried = [targets, *([each] for each in targets)] if targets else []
     return {
         "divided": divided,
         "trains": bool(_trains(settings, last, None, inputs_B)),
-        "adapts": bool(targets) and bool(_trains(settings, last, targets, inputs_B)),
+        "adapts": any(_trains(settings, last, each, inputs_B) for each in tried),
     }
 
 
@@ -326,7 +336,7 @@ def write_page(lines: Sequence[str]) -> None:
         "What a backbone of kind `transformers` does with each family (`model_type` of config.json) with an encoder:",
         "a small model with random weights, made by a rule, encodes two records, is divided at each of its layers, and",
         "gives a gradient for each record through its last layer. `part` is what to write where the whole does not",
-        "encode. `trains`: the last layer's own weights; `adapts`: LoRA beside its linear layers.",
+        "encode. `trains`: the last layer's own weights; `adapts`: LoRA beside its linear layers, or some of them.",
         "",
         "| family | records | part | pooling | divides at | trains | adapts |",
         "|---|---|---|---|---|---|---|",

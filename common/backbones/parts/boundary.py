@@ -137,7 +137,10 @@ def drop_nothing(module: nn.Module) -> None:
         if getattr(part, "inplace", False):
             # Opacus' hooks return views, which nothing may change in place.
             setattr(part, "inplace", False)  # noqa: B010
-        # A part with weights of its own is put in training mode, where some drop attention weights themselves.
+        # A part with weights of its own is put in training mode, where some drop attention weights themselves, at a
+        # rate of their own or that of the dropout beside them.
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
         for name in [name for name, value in vars(part).items() if "drop" in name and isinstance(value, float)]:
             setattr(part, name, 0.0)
 

@@ -193,9 +193,13 @@ class UpperLayers(nn.Module):
                 longest = max(1, int(read_BT.sum(1).max())) if len(states) else 1
             hidden, read_BT = states[:, :longest, : -self.num_masks], read_BT[:, :longest]
             pooled_BT = states[:, :longest, -1]
-        for number, layer in enumerate(self.layers):
-            output = layer(hidden, **self.handed.list_arguments(number, hidden, read_BT))
-            hidden = output[0] if isinstance(output, tuple) else output
+        self.handed.padding.read_BT = read_BT
+        try:
+            for number, layer in enumerate(self.layers):
+                output = layer(hidden, **self.handed.list_arguments(number, hidden, read_BT))
+                hidden = output[0] if isinstance(output, tuple) else output
+        finally:
+            self.handed.padding.read_BT = None
         if self.norm is not None:
             hidden = self.norm(hidden)
         features_BD = pool_positions(list_positions(hidden), pooled_BT, self.pooling, self.max_positions)

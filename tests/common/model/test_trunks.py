@@ -140,10 +140,11 @@ def save_tiny(folder: Path, family: str) -> dict[str, Any]:
         transformers.ASTModel(config).save_pretrained(folder)
         transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=32).save_pretrained(folder)
         return {"modality": "audio", "seconds": 0.6}
-    if family == "Wav2Vec2":
+    if family.startswith("Wav2Vec2"):
         waves = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
-        config = transformers.Wav2Vec2Config(num_conv_pos_embedding_groups=4, **sizes, **waves)
-        transformers.Wav2Vec2Model(config).save_pretrained(folder)
+        waves |= {"conv_depthwise_kernel_size": 7} if family == "Wav2Vec2Conformer" else {}
+        config = getattr(transformers, f"{family}Config")(num_conv_pos_embedding_groups=4, **sizes, **waves)
+        getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
         transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
         return {"modality": "audio", "seconds": 0.2}
     if family == "Parakeet":
@@ -180,7 +181,10 @@ def list_items(settings: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.parametrize(
     "family",
-    ["CLIPVision", "SiglipVision", "DINOv3ViT", "Whisper", "AST", "Wav2Vec2", "T5", "Qwen3", "ModernBert", "Parakeet"],
+    [
+        *("CLIPVision", "SiglipVision", "DINOv3ViT", "Whisper", "AST", "Wav2Vec2", "Wav2Vec2Conformer"),
+        *("T5", "Qwen3", "ModernBert", "Parakeet"),
+    ],
 )
 def test_encoders_of_every_modality_are_divided_and_take_adapters(family: str, tmp_path: Path) -> None:
     """Masks of a model's own, rotary tables, biases by distance and padding reach the layers above the boundary."""

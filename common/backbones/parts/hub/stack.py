@@ -228,6 +228,10 @@ class Handed(nn.Module):
         """
         super().__init__()
         self._adds_mask = adds_mask
+        self.padding = Padding()
+        for part in layers.modules() if adds_mask else ():
+            if type(part) is nn.Conv1d and part.kernel_size[0] > 1:
+                part.register_forward_pre_hook(self.padding.hide)
         self._squares_mask = isinstance(layers[0], ParakeetEncoderBlock)
         self._calls: list[dict[str, Any]] = []
         self._axes = [call.axes for call in calls]
@@ -305,6 +309,32 @@ class Handed(nn.Module):
         if own.dtype == torch.bool:
             return own & mask_BT.bool()[:, None, None, :]
         return own + _create_additive_mask(mask_BT).to(own.dtype)
+
+
+class Padding:
+    """Hides padding from convolutions over positions, which would carry what stands there to a record's own ones.
+
+    No module, and no tensor of one: while a graph is exported a module may be given none.
+
+    Attributes:
+        read_BT: 1 where a position counts of the records that `UpperLayers` reads now; None where all do, and where the
+            layers run in the whole model.
+    """
+
+    read_BT: Tensor | None = None
+
+    def hide(self, conv: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Returns a convolution's input, [B, channels, T], with zeros in padding, as where a record is alone.
+
+        Args:
+            conv: the convolution.
+            args: its input.
+        """
+        del conv
+        (states_BCT,) = args
+        if self.read_BT is None or states_BCT.shape[2] != self.read_BT.shape[1]:
+            return args
+        return (states_BCT * self.read_BT[:, None].to(states_BCT.dtype),)
 
 
 @dataclass(frozen=True)
