@@ -1,4 +1,4 @@
-"""Encoding records once: the site's way beside the plain eager loop, and what a restart reads.
+"""Encoding records once: the site's way beside the plain eager loop and onnxruntime, and what a restart reads.
 
     python -m benchmarks.features
 
@@ -7,7 +7,9 @@ A pass has 4000 images, 3 x 96 x 96, mobilenet_v3_small. The network's weights a
 
 from __future__ import annotations
 
+import io
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from benchmarks.measure import Work, compare, seconds_of
 from client.data.feature_store import FeatureStore
 from client.data.sources import SourceRecord
 from common.model.backbones import Backbone, open_pretrained
-from common.process.threads import one_thread
+from common.process.threads import kept_memory, one_thread
 
 COUNT, SIDE = 4000, 96
 CPU = torch.device("cpu")
@@ -108,8 +110,38 @@ def store(backbone: Backbone, items: torch.Tensor, folder: Path, precision: Any 
     return work
 
 
+def run_onnx(backbone: Backbone, items: torch.Tensor) -> Work:
+    """The same network exported once for onnxruntime, on one thread."""
+    import onnxruntime
+
+    exported = io.BytesIO()
+    with torch.no_grad():
+        torch.onnx.export(backbone.module, (items,), exported, input_names=["items"], dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(exported.getvalue(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"items": items.numpy()})
+
+
+def compare_onnx(folder: Path) -> None:
+    """A batch of 8 pictures of 224 x 224 pixels on one thread, in seconds of the processor."""
+    items = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for model in ("mobilenet_v2", "resnet18", "vit_b_16"):
+        backbone = backbone_of(folder, model, 224)
+        reference = run_onnx(backbone, items)
+        with one_thread(), kept_memory():
+            compare(
+                f"batch of {model} / onnxruntime",
+                lambda backbone=backbone: backbone.encode_items(items),  # type: ignore[misc]
+                reference,
+                target=1.2,
+                repeats=5,
+                clock=time.process_time,
+            )
+
+
 def main() -> None:
-    """Both precisions, the features' difference, and a restart."""
+    """Both precisions, the features' difference, another runtime, and a restart."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         backbone = backbone_of(folder)
@@ -118,6 +150,7 @@ def main() -> None:
         backbone.encode(items[:4])
         note = f"relative difference of features {backbone.error:.1e}"
         compare("feature pass float32 / eager NCHW", passes, reference, target=0.6, repeats=5, note=note)
+        compare_onnx(folder)
         half = backbone.at("bfloat16")
         half.encode(items[:4])
         note = f"relative difference of features {half.error:.1e}"

@@ -45,8 +45,8 @@ BATCH_SIZE = 100
 BATCH_VALUES = 2**20
 """Values of the inputs that one core encodes together, at most, but for 8 inputs: 26 pictures of 112 x 112 pixels.
 
-More gain nothing and take memory: MobileNetV2 at 224 pixels took 9.5 to 10.2 ms of the processor a picture and 1.07 GB
-in batches of 8, decoding included, and 10.5 to 14.1 ms and 1.30 GB in batches of 13 (measured).
+More gain nothing and take memory: MobileNetV2 at 224 pixels took 9.5 to 10.2 ms of the processor a picture and 1.05 GiB
+in batches of 8, decoding included, and 10.5 to 14.1 ms and 1.27 GiB in batches of 13 (measured).
 """
 
 CUDA_BATCH_SIZE = 256
