@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 SWITCH = "HEADWATER_COMPILED"
 """Environment variable: 0 leaves the compiled code out."""
 
-_VERSION = 2
+_VERSION = 3
 _MODULE = "headwater_exact"
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_long, "d": ctypes.c_double, "i": ctypes.c_int}
 _ARGUMENTS = {
-    "draw_gaussian": "ppnpnpppipp",
+    "draw_gaussian": "ppnpnppppipp",
     "quantise": "pnnppp",
     "compute_block": "pn",
     "add_block": "pnndddp",

@@ -26,7 +26,7 @@ typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
 typedef int32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-int version(void) { return 2; }
+int version(void) { return 3; }
 
 INLINE double add_lanes(Doubles values) {
     double sum = 0.0;
@@ -364,6 +364,8 @@ FAST double update(const double *total_N, const int64_t *noise_N, long N, double
 /* --- draw_rounded_gaussian --------------------------------------------------------------------------------------- */
 
 #define POINT_BITS 42
+#define LOT_BITS 22
+#define GUIDE_SHIFT 19
 #define TERMS 13
 
 /* 1: accepted; 0: rejected; -1: more bits have to decide. */
@@ -380,27 +382,48 @@ INLINE int64_t place_point(int64_t cell, uint64_t word, int log2_deviation) {
     return (cell << (log2_deviation - 6)) + (int64_t)(word << (64 - POINT_BITS) >> (64 + 48 - POINT_BITS - log2_deviation));
 }
 
-/* Writes integers from n half words, n words and spare ones; returns 0 where these do not decide everything. */
+#define CHUNK 512
+
+/* The boundary at or below a uniform number of 31 bits. */
+INLINE long find_place(uint32_t uniform, const uint32_t *leading, const int16_t *guide) {
+    long place = guide[uniform >> GUIDE_SHIFT];
+    while (uniform >= leading[place + 1]) place++;
+    return place;
+}
+
+/* Writes integers from n half words, n words and spare ones; returns 0 where these do not decide everything.
+
+Most values need one number alone, `near`: in 32 bits the boundary above the guide's, in 10 the guide's place, and in 22 the
+largest lot that has to be looked at. It is all ones where more than one boundary follows. */
 FAST int draw_gaussian(const uint32_t *restrict heads, const uint64_t *restrict points, long n,
-                       const uint64_t *restrict spare, long num_spare, const uint32_t *restrict leading,
-                       const int16_t *restrict guide, const uint32_t *restrict sure, int log2_deviation,
-                       int32_t *restrict waiting, int64_t *restrict samples) {
+                       const uint64_t *restrict spare, long num_spare, const uint64_t *restrict near,
+                       const uint32_t *restrict leading, const int16_t *restrict guide, const uint32_t *restrict sure,
+                       int log2_deviation, int32_t *restrict waiting, int64_t *restrict samples) {
     long close = 0, left = 0;
     int doubt = 0;
-    for (long i = 0; i < n; i++) {
-        uint32_t uniform = heads[i] >> 1;
-        long place = guide[uniform >> 19];
-        place += uniform >= leading[place + 1];
-        while (__builtin_expect(uniform >= leading[place + 1], 0)) place++; /* Three values of a thousand. */
-        doubt |= uniform == leading[place];
-        waiting[close] = (int32_t)i;
-        close += points[i] >> POINT_BITS < sure[place];
-        samples[i] = place_point(799 - place, points[i], log2_deviation) ^ -(int64_t)(heads[i] & 1);
+    uint8_t looked_at[CHUNK];
+    for (long first = 0; first < n; first += CHUNK) {
+        long count = MIN(CHUNK, n - first);
+        for (long i = 0; i < count; i++) {
+            uint64_t head = heads[first + i], point = points[first + i], uniform = head >> 1;
+            uint64_t entry = near[uniform >> GUIDE_SHIFT], boundary = entry >> 32;
+            int64_t place = (int64_t)(entry >> LOT_BITS & 0x3ff) + (uniform >= boundary);
+            samples[first + i] = place_point(799 - place, point, log2_deviation) ^ -(int64_t)(head & 1);
+            looked_at[i] = (point >> POINT_BITS <= (entry & ((1 << LOT_BITS) - 1))) | (uniform == boundary) |
+                           ((uniform & ((1 << GUIDE_SHIFT) - 1)) == 0);
+        }
+        for (long i = 0; i < count; i++) {
+            waiting[close] = (int32_t)(first + i);
+            close += looked_at[i];
+        }
     }
     for (long j = 0; j < close; j++) {
         int32_t i = waiting[j];
-        int64_t cell = (samples[i] ^ samples[i] >> 63) >> (log2_deviation - 6);
-        int accepted = accept(points[i], (int)cell);
+        uint32_t uniform = heads[i] >> 1;
+        long place = find_place(uniform, leading, guide);
+        doubt |= uniform == leading[place];
+        samples[i] = place_point(799 - place, points[i], log2_deviation) ^ -(int64_t)(heads[i] & 1);
+        int accepted = points[i] >> POINT_BITS >= sure[place] ? 1 : accept(points[i], (int)(799 - place));
         doubt |= accepted < 0;
         waiting[left] = i;
         left += accepted == 0;

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32
 
+_ZEROS = memoryview(bytes(2**17))
+"""What is enciphered, so that the stream itself comes out; as much as most draws take."""
+
 Entropy = Callable[[str], bytes]
 """Purpose -> 32 bytes of key. Injected through one argument of the client app's factory; never set by a file."""
 
@@ -91,10 +94,14 @@ class NoiseStream:
         """
 
     def _draw_words(self, count: int) -> NDArray[np.uint64]:
-        return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+        words = np.empty(count, "<u8")
+        self._write_words(words)
+        return words
 
     def _write_words(self, words: NDArray[np.uint64]) -> None:
-        self._cipher.update_into(bytes(words.nbytes), words.data.cast("B"))
+        size = words.nbytes
+        if size:  # An empty view has no bytes to cast to.
+            self._cipher.update_into(_ZEROS[:size] if size <= len(_ZEROS) else bytes(size), words.data.cast("B"))
 
     @staticmethod
     def draw_each(streams: Sequence[NoiseStream], count: int, log2_deviation: int) -> NDArray[np.int64]:

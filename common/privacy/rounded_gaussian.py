@@ -64,17 +64,20 @@ class Tables:
         guide: int16, for each leading 12 bits the last boundary whose leading bits are at most these and zeros.
         sure: uint32, for each cell from the last to the first the least lot that accepts all of its points beyond any
             doubt: none is rejected more often than its upper end.
+        near: uint64, the same for compiled code: for each leading 12 bits the boundary above the guide's (32 bits), the
+            guide's place (10), and the largest lot that is looked at (22), any where several boundaries follow.
     """
 
     tails: list[int]
     leading: NDArray[np.uint32]
     guide: NDArray[np.int16]
     sure: NDArray[np.uint32]
+    near: NDArray[np.uint64]
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """Places of the last three in memory, for compiled code."""
-        return self.leading.ctypes.data, self.guide.ctypes.data, self.sure.ctypes.data
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Places in memory of `near`, `leading`, `guide` and `sure`, for compiled code."""
+        return self.near.ctypes.data, self.leading.ctypes.data, self.guide.ctypes.data, self.sure.ctypes.data
 
 
 def draw_rounded_gaussian(words: Words, count: int, log2_deviation: int) -> NDArray[np.int64]:
@@ -227,5 +230,15 @@ def _tables() -> Tables:
     # Never beyond the last but one, so that there is a boundary above; none of bits that are all zero.
     guide = np.maximum(np.searchsorted(leading, starts, side="right") - 1, 0)
     rejected = -np.expm1(-_WIDTH * (np.arange(_NUM_CELLS) * _WIDTH + _WIDTH / 2))
-    sure = np.ceil(rejected * 2.0**_LOT_BITS + 2.0 * _DOUBTFUL).astype(np.uint32)
-    return Tables(tails, leading, guide.astype(np.int16), sure[::-1].copy())
+    sure = np.ceil(rejected * 2.0**_LOT_BITS + 2.0 * _DOUBTFUL).astype(np.uint32)[::-1].copy()
+    return Tables(tails, leading, guide.astype(np.int16), sure, _join_tables(leading, guide, sure))
+
+
+def _join_tables(leading: NDArray[np.uint32], guide: NDArray[np.int64], sure: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Returns `Tables.near`: a value below the next boundary, or above it alone, needs nothing else."""
+    most = np.append(np.maximum(sure[:-1], sure[1:]), sure[-1]) - np.uint32(1)
+    after = np.append(leading, np.uint32(2**_UNIFORM_BITS))[guide + 2]
+    ends = np.arange(1, len(guide) + 1) << (_UNIFORM_BITS - _GUIDE_BITS)
+    lots = np.where(after < ends, 2**_LOT_BITS - 1, most[guide]).astype(np.uint64)
+    places = guide.astype(np.uint64) << np.uint64(_LOT_BITS)
+    return leading[guide + 1].astype(np.uint64) << np.uint64(32) | places | lots

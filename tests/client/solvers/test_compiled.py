@@ -22,6 +22,7 @@ from benchmarks.dense import PerPixel
 from client.data.quantised import QuantisedRows
 from client.data.units import TaskRecords, Units
 from client.solvers import open_solver
+from common.privacy import rounded_gaussian
 from common.privacy.compiled import SWITCH, open_library
 from common.privacy.noise import NoiseStream
 from common.tasks import Task, open_task
@@ -238,3 +239,26 @@ def test_noise_is_the_same_and_reads_as_much(count: int, log2_deviation: int) ->
     with without_library():
         stream = NoiseStream(bytes(32))
         assert (stream.rounded_gaussian(count, log2_deviation) == compiled).all() and stream.uniform(1) == after
+
+
+@pytest.mark.parametrize("lots", ["first", "least that is sure", "two below"])
+def test_noise_is_the_same_beside_every_boundary(lots: str) -> None:
+    """Uniform numbers one above and one below every boundary and every lookup's first number."""
+    library, tables = open_library(), rounded_gaussian._tables()
+    assert library is not None
+    near = np.concatenate([tables.leading.astype(np.int64), np.arange(1, 4096) << 19])
+    uniform = np.setdiff1d(np.concatenate([near - 1, near + 1, near]), tables.leading)
+    uniform = uniform[(uniform > 0) & (uniform < 2**31)].astype(np.uint32)
+    sure = tables.sure[np.searchsorted(tables.leading, uniform, side="right") - 1].astype(np.uint64)
+    lot = {"first": np.full_like(sure, 2**22 - 1), "least that is sure": sure, "two below": sure - np.uint64(2)}[lots]
+    count, stream = len(uniform), NoiseStream(bytes(32))
+    drawn = stream._draw_words((count + 1) // 2 + 4 * count)
+    drawn[: (count + 1) // 2].view(np.uint32)[:count] = uniform << np.uint32(1) | drawn.view(np.uint32)[:count] % 2
+    # The upper end of a cell is rejected most often.
+    drawn[(count + 1) // 2 :][:count] = np.uint64(2**42 - 1) | lot << np.uint64(42)
+    compiled, plain = np.empty(count, np.int64), np.empty(count, np.int64)
+    assert library.draw_gaussian(drawn, tables, compiled, 42)
+    rounded_gaussian._fill(plain, drawn, stream._draw_words, 42)
+    assert (compiled == plain).all()
+    drawn.view(np.uint32)[0] = tables.leading[750] << np.uint32(1)
+    assert not library.draw_gaussian(drawn, tables, compiled, 42)
