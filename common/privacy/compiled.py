@@ -34,6 +34,7 @@ _ARGUMENTS = {
     "add_block": "pnndddp",
     "multiply_exactly": "pnnpnp",
     "add_exactly": "ppnnnip",
+    "multiply_pairs": "pnppnp",
     "limit_width": "i",
     "update": "ppndppdpppp",
 }
@@ -119,6 +120,24 @@ class Library:
         scale_R, norm_R = values_RD.new_empty((2, len(values_RD)), dtype=torch.double)
         self.code.quantise(*_at(values_RD), *values_RD.shape, *_at(integers_RD, scale_R, norm_R))
         return integers_RD, scale_R, norm_R
+
+    def multiply_pairs(self, integers_RD: Tensor, first_Q: Tensor, second_Q: Tensor) -> Tensor:
+        """Returns the exact products of pairs of 16-bit rows, float64.
+
+        Args:
+            integers_RD: int16, as `QuantisedRows` has them.
+            first_Q: int64, the first rows.
+            second_Q: int64, the second rows.
+        """
+        import torch
+
+        product_Q = torch.empty(len(first_Q), dtype=torch.double)
+        assert integers_RD.is_contiguous() and first_Q.is_contiguous() and second_Q.is_contiguous()
+        self.code.multiply_pairs(
+            *(integers_RD.data_ptr(), integers_RD.shape[1], first_Q.data_ptr(), second_Q.data_ptr()),
+            *(len(first_Q), product_Q.data_ptr()),
+        )
+        return product_Q
 
 
 def _at(*tensors: Tensor) -> list[int]:

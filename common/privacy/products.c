@@ -183,6 +183,17 @@ int multiply_exactly(const int16_t *integers_RD, long R, long D, const double *w
     return 1;
 }
 
+/* Writes products of pairs of rows: with norms below 2**15 no sum leaves 32 bits. */
+FAST void multiply_pairs(const int16_t *integers_RD, long D, const int64_t *first_Q, const int64_t *second_Q, long Q,
+                         double *product_Q) {
+    for (long q = 0; q < Q; q++) {
+        const int16_t *first = integers_RD + first_Q[q] * D, *second = integers_RD + second_Q[q] * D;
+        int32_t sum = 0;
+        for (long d = 0; d < D; d++) sum += (int32_t)first[d] * second[d];
+        product_Q[q] = sum;
+    }
+}
+
 /* --- sums of parts ----------------------------------------------------------------------------------------------- */
 
 /* Writes the digits of parts of two rows, of `count` outputs: the second row's in the higher half of a word. */

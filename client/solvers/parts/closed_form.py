@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from client.data.quantised import NORM_BITS, QuantisedRows
 from client.data.units import TaskRecords
+from common.privacy.compiled import open_library
 from common.privacy.lattice import MAX_UNITS, Lattice, bound_norms
 from common.tasks.parts.adjusted import AdjustedHead
 from common.types import BadInput
@@ -563,13 +564,14 @@ def _pair_records(unit_R: Tensor, counts_U: Tensor) -> Tensor:
 
 def _pair_products(rows: QuantisedRows, pairs_3Q: Tensor, bias: bool) -> Tensor:
     """Returns x_r . x_t, + 1 with a bias, of pairs of records; the integers' product is exact."""
-    products = [torch.empty(0, dtype=torch.double, device=pairs_3Q.device)]
-    if not pairs_3Q.shape[1]:
-        return products[0]
-    for first_Q, second_Q, _ in torch.split(pairs_3Q, max(1, _BLOCK_VALUES // max(1, rows.integers.shape[-1])), dim=1):
-        whole_Q = (rows.integers[first_Q].double() * rows.integers[second_Q]).sum(dim=1)
-        products.append(whole_Q * rows.scale[first_Q] * rows.scale[second_Q] + float(bias))
-    return torch.cat(products)
+    integers, (first_Q, second_Q, _) = rows.integers, pairs_3Q
+    if integers.dtype == torch.int16 and integers.device.type == "cpu" and (library := open_library()) is not None:
+        whole_Q = library.multiply_pairs(integers.contiguous(), first_Q, second_Q)
+    else:
+        at_once = max(1, _BLOCK_VALUES // max(1, integers.shape[-1]))
+        blocks = zip(torch.split(first_Q, at_once), torch.split(second_Q, at_once), strict=True)
+        whole_Q = torch.cat([(integers[first].double() * integers[second]).sum(dim=1) for first, second in blocks])
+    return whole_Q * rows.scale[first_Q] * rows.scale[second_Q] + float(bias)
 
 
 def _count_formed(inputs: Inputs, num_outputs: int) -> int:
