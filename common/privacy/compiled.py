@@ -36,7 +36,7 @@ _ARGUMENTS = {
     "add_exactly": "ppnnnip",
     "multiply_pairs": "pnppnp",
     "limit_width": "i",
-    "update": "ppndppdpppp",
+    "update": "ppndppdpippp",
 }
 """Function -> kinds of its arguments: pointer, number, double, int."""
 

@@ -345,20 +345,41 @@ FAST int add_block(const Head *heads, long num_heads, long U, double bound, doub
 
 /* --- the update of client/solvers/parts/descent.py --------------------------------------------------------------- */
 
-/* Moves weights by a total with noise, writes them on their grid, and returns the largest. decay_N may be null. */
-FAST double update(const double *total_N, const int64_t *noise_N, long N, double spacing, const double *divisor_N,
-                   const double *decay_N, double momentum, const double *rate_N, double *weight_N, double *velocity_N,
-                   double *grid_N) {
-    double peak = 0.0;
+INLINE double move(const double *restrict total_N, const int64_t *restrict noise_N, long N, double spacing,
+                   const double *restrict divisor_N, const double *restrict decay_N, double momentum,
+                   const double *restrict rate_N, const int each, double *restrict weight_N, double *restrict velocity_N,
+                   double *restrict grid_N) {
+    double divisor = divisor_N[0], rate = rate_N[0], decay = decay_N ? decay_N[0] : 0.0;
     for (long n = 0; n < N; n++) {
-        double step = (((double)(noise_N[n] + (int64_t)total_N[n]) * spacing) / divisor_N[n]);
-        if (decay_N) step = (step + (weight_N[n] * decay_N[n]));
-        if (momentum != 0.0) step = velocity_N[n] = ((velocity_N[n] * momentum) + step);
-        weight_N[n] = (weight_N[n] - (step * rate_N[n]));
-        grid_N[n] = nearbyint(weight_N[n] * 0x1p24) * 0x1p-24;
-        peak = greater(peak, fabs(grid_N[n]));
+        double step = (double)(noise_N[n] + (int64_t)total_N[n]) * spacing / (each ? divisor_N[n] : divisor);
+        if (decay_N) step += weight_N[n] * (each ? decay_N[n] : decay);
+        if (momentum != 0.0) step = velocity_N[n] = velocity_N[n] * momentum + step;
+        double moved = weight_N[n] - step * (each ? rate_N[n] : rate);
+        weight_N[n] = moved;
+        grid_N[n] = nearbyint(moved * 0x1p24) * 0x1p-24;
     }
+    /* Without their sign, doubles are in the order of their bits; what is not a number is last. */
+    uint64_t most = 0;
+    for (long n = 0; n < N; n++) {
+        uint64_t bits;
+        memcpy(&bits, grid_N + n, 8);
+        bits &= INT64_MAX;
+        most = bits > most ? bits : most;
+    }
+    double peak;
+    memcpy(&peak, &most, 8);
     return peak;
+}
+
+/* Moves weights by a total with noise, writes them on their grid, and returns the largest. Divisors, decays and rates are
+one of each weight, or one alone of all; decay_N may be null. */
+FAST double update(const double *restrict total_N, const int64_t *restrict noise_N, long N, double spacing,
+                   const double *restrict divisor_N, const double *restrict decay_N, double momentum,
+                   const double *restrict rate_N, int each, double *restrict weight_N, double *restrict velocity_N,
+                   double *restrict grid_N) {
+    if (each)
+        return move(total_N, noise_N, N, spacing, divisor_N, decay_N, momentum, rate_N, 1, weight_N, velocity_N, grid_N);
+    return move(total_N, noise_N, N, spacing, divisor_N, decay_N, momentum, rate_N, 0, weight_N, velocity_N, grid_N);
 }
 
 /* --- draw_rounded_gaussian --------------------------------------------------------------------------------------- */

@@ -268,6 +268,8 @@ class Inputs:
 
     def slice(self, first: int, last: int) -> Inputs:
         """Returns the records of the units `first` to `last` - 1; views, nothing is copied."""
+        if (first, last) == (0, self.num_units):
+            return self
         start, end = int(self.start_U[first]), int(self.start_U[last])
         bounds = torch.searchsorted(self.pairs_3Q[2], torch.tensor([first, last], device=self.unit_R.device))
         low, high = bounds.tolist()
@@ -565,6 +567,8 @@ def _pair_records(unit_R: Tensor, counts_U: Tensor) -> Tensor:
 def _pair_products(rows: QuantisedRows, pairs_3Q: Tensor, bias: bool) -> Tensor:
     """Returns x_r . x_t, + 1 with a bias, of pairs of records; the integers' product is exact."""
     integers, (first_Q, second_Q, _) = rows.integers, pairs_3Q
+    if not len(first_Q):
+        return torch.empty(0, dtype=torch.double, device=integers.device)
     if integers.dtype == torch.int16 and integers.device.type == "cpu" and (library := open_library()) is not None:
         whole_Q = library.multiply_pairs(integers.contiguous(), first_Q, second_Q)
     else:

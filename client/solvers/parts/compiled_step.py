@@ -217,13 +217,15 @@ class Update:
         self._velocity_N = torch.zeros_like(weight_N)
         self._library = open_library() if weight_N.device.type == "cpu" else None
         if self._library is not None:
-            self._at = [self._expand(each) for each in (divisor, self._weight_decay, learning_rate)]
+            numbers = (divisor, self._weight_decay, learning_rate)
+            self._differ = any(isinstance(each, Tensor) for each in numbers)
+            self._at = [self._expand(each) for each in numbers]
 
     def _expand(self, value: Tensor | float | None) -> Tensor | None:
-        """Returns a number of each weight."""
+        """Returns a number of each weight, or one alone where every number is the same for all weights."""
         if value is None or isinstance(value, Tensor):
             return value
-        return torch.full_like(self.weight_N, value)
+        return torch.full_like(self.weight_N if self._differ else self.weight_N[:1], value)
 
     def move(self, total_N: Tensor, noise_N: NDArray[np.int64], lattice: Lattice, stream: NoiseStream) -> None:
         """Moves the weights by a sum with noise; what follows the noise costs no privacy.
@@ -250,6 +252,6 @@ class Update:
         assert divisor_N is not None and rate_N is not None
         self.peak = self._library.code.update(
             *(total_N.data_ptr(), noise_N.ctypes.data, len(total_N), lattice.spacing, divisor_N.data_ptr()),
-            *(None if decay_N is None else decay_N.data_ptr(), self._momentum, rate_N.data_ptr()),
+            *(None if decay_N is None else decay_N.data_ptr(), self._momentum, rate_N.data_ptr(), self._differ),
             *(self.weight_N.data_ptr(), self._velocity_N.data_ptr(), self.grid_N.data_ptr()),
         )

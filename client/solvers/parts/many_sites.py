@@ -286,7 +286,7 @@ class _Steps:
         peaks = [
             code.update(
                 *(total + at, noise + at, size, spacing, divisor, decay),
-                *(momentum, rate, weight + at, velocity + at, grid + at),
+                *(momentum, rate, True, weight + at, velocity + at, grid + at),
             )
             for at, divisor in zip(range(0, row * len(noise_SN), row), self._divisor_at, strict=True)
         ]
