@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 
 _ZEROS = memoryview(bytes(2**17))
-"""What is enciphered, so that the stream itself comes out; as much as most draws take."""
+"""Zeros are enciphered, so that the stream itself comes out; most draws take no more."""
 
 Entropy = Callable[[str], bytes]
 """Purpose -> 32 bytes of key. Injected through one argument of the client app's factory; never set by a file."""
