@@ -77,7 +77,7 @@ def check_reply(ledger: Ledger, reply: Path) -> None:
     Raises:
         LedgerDamaged: it has no charge.
     """
-    charged = any(charge.request == reply.name for charge in ledger.charges())
+    charged = any(charge.request == reply.name for charge in reversed(ledger.charges()))
     if not charged and reply.stat().st_mtime > _find_last_recovery(ledger.lines()):
         raise _describe(ledger, reply.parents[1].name)
 

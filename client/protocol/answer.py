@@ -155,8 +155,9 @@ def _check_asked_once(ledger: Ledger, charged: str, request: Charged, what: Purp
     Raises:
         SiteDeclined: another request of this round was answered, or it was charged too often.
     """
-    about = (charged, what, request.round)
-    charges = [charge for charge in ledger.charges() if (charge.run, charge.purpose, charge.round) == about]
+    # By round first: a ledger has many charges of a run, and few of one round.
+    of_round = [charge for charge in ledger.charges() if charge.round == request.round]
+    charges = [charge for charge in of_round if (charge.run, charge.purpose) == (charged, what)]
     if isinstance(request, messages.MaskedRequest):
         if any(charge.committed and charge.request == digest for charge in charges):
             raise SiteDeclined(DeclineReason.BAD_REQUEST, "this attempt's vector left already, and is not stored here")
