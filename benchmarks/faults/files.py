@@ -101,7 +101,7 @@ def torn_reply(made: Deployment) -> str:
 def cut_ledger(made: Deployment) -> str:
     """lines that a site's ledger had flushed are gone: it declines until its staff runs `recover`"""
     site = made.sites["beta"]
-    run = made.start_run(rounds=4)
+    run = made.start_run(rounds=LONG)
     made.wait_for_round(2, run=run)
     kill_site(made, "beta")
     place = site.ledger

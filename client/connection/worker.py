@@ -252,4 +252,8 @@ if __name__ == "__main__":
     # Whatever a library prints must not land between two frames.
     private = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    serve(sys.stdin.buffer, private)
+    try:
+        serve(sys.stdin.buffer, private)
+    except BrokenPipeError:
+        # The parent was killed while an answer was made: it is stored, and the next process sends it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), private.fileno())

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from common.backbones import Kind, Language, find_public_mean_file, find_weights_file
+from common.backbones import Kind, Language, list_weights_paths
 from common.errors import instead
 from common.files import private_folder, stamp_file, write_atomic
 from common.messages import PART_BYTES
@@ -205,9 +205,8 @@ class BackboneStore:
     def _known(self, spec: Spec, key: str) -> Path:
         """Returns the path where the digest of one of the site's own backbones is kept while its file is unchanged."""
         kind: Kind = resolve("common.backbones", spec, key)
-        about: list[object] = [kind.model_dump(mode="json", by_alias=True), _stamp(find_weights_file(kind))]
-        mean = find_public_mean_file(kind)
-        about += [] if mean is None else [_stamp(mean)]
+        about: list[object] = [kind.model_dump(mode="json", by_alias=True)]
+        about += [_stamp(file) for path in list_weights_paths(kind) or () for file in _list_files(path)]
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         return private_folder(private_folder(self._folder) / "own") / f"{name}.digest"
 
@@ -218,6 +217,10 @@ def _read_language(folder: Path, digest: str, stamp: tuple[int, ...]) -> Languag
     return BackboneStore(folder).open(digest).language
 
 
-def _stamp(file: Path | None) -> list[int] | None:
-    status = file.stat() if file is not None and file.exists() else None
+def _list_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _stamp(file: Path) -> list[int] | None:
+    status = file.stat() if file.exists() else None
     return status and [status.st_size, status.st_mtime_ns]

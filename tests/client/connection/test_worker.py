@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from flwr.app import Message, RecordDict
 
 from client.connection.fleet import Delivery, Outgoing
-from client.connection.worker import Worker, WorkerDied, make_declined_reply
+from client.connection.worker import SITE_VARIABLE, Worker, WorkerDied, make_declined_reply
 from common import messages
 from common.flower import (
     get_all_nested_objects,
@@ -21,7 +24,7 @@ from common.flower import (
 )
 from common.types import DeclineReason
 from common.yaml import write_yaml
-from tests.federation import environment
+from tests.federation import ROOT, environment
 from tests.tiny import backbone, offered, run_config, site_config
 
 
@@ -81,3 +84,18 @@ def test_a_process_that_died_is_named_as_often_as_it_is_asked(tmp_path: Path) ->
         with pytest.raises(WorkerDied):
             worker.fetch_balance()
         assert worker.has_ended
+
+
+def test_a_worker_whose_parent_was_killed_ends_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    write_yaml(path, site_config(tmp_path, "north"))
+    asks_for_balance = struct.pack(">IQ", 1, 7) + b"balance"
+    command = [sys.executable, "-m", "client.connection.worker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env={**environment(), SITE_VARIABLE: str(path)}, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(asks_for_balance)
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 0

@@ -109,12 +109,16 @@ def test_an_entry_that_cannot_be_opened_does_not_hide_the_ones_after_it(store: B
         store.adopt("0" * 64, [unusable, IDENTITY])
 
 
-def test_a_weights_file_that_was_replaced_is_looked_at_again(tmp_path: Path, store: BackboneStore) -> None:
+@pytest.mark.parametrize("in_a_bag", [False, True])
+def test_a_weights_file_that_was_replaced_is_looked_at_again(
+    tmp_path: Path, store: BackboneStore, in_a_bag: bool
+) -> None:
     path = tmp_path / "weights.safetensors"
-    spec = Spec(**SMALL, weights=str(path))
+    alone = Spec(**SMALL, weights=str(path))
+    spec = Spec(kind="bag", encoder=alone.model_dump(), max_items=3) if in_a_bag else alone
     digests = []
     for seed in (0, 1):
-        untrained = open_untrained(spec, "backbone", seed=seed)
+        untrained = open_untrained(alone, "backbone", seed=seed)
         save_file(collect_tensors(untrained.module, None), path)
         digests.append(open_pretrained(spec, "backbone").digest)
         assert store.adopt(digests[-1], [spec])
