@@ -181,6 +181,9 @@ class _PackedConvolution:
         self._bias = part.bias
         self._weight: Tensor = torch.ops.mkldnn._reorder_convolution_weight(part.weight.detach(), *self._how, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PackedConvolution:
+        return self  # Its weights never change, and torch cannot copy them.
+
     def __call__(self, input: Tensor) -> Tensor:
         nothing: tuple[str, list[Any], str] = ("none", [], "")
         output: Tensor = torch.ops.mkldnn._convolution_pointwise(input, self._weight, self._bias, *self._how, *nothing)
@@ -194,6 +197,9 @@ class _PackedLinear:
     def __init__(self, part: nn.Linear) -> None:
         self._bias = part.bias
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(part.weight.detach(), None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PackedLinear:
+        return self  # Its weights never change, and torch cannot copy them.
 
     def __call__(self, input: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._weight, self._bias, "none", [], "")
