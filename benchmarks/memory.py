@@ -25,16 +25,16 @@ WIDTH, CLASSES, RECORDS = 1280, 1000, 4000
 
 
 def measure(command: Sequence[str]) -> float:
-    """Returns the peak of resident memory of one command, in GiB. Raises RuntimeError where it fails."""
+    """Runs Python with some words; returns its peak of resident memory, GiB. Raises RuntimeError where it fails."""
     process = os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "simulations", *command],
+        [sys.executable, *command],
         os.environ,
         file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)],
     )
     _, status, usage = os.wait4(process, 0)
     if status:
-        raise RuntimeError(f"simulations {' '.join(command)}: exit code {os.waitstatus_to_exitcode(status)}")
+        raise RuntimeError(f"python {command[0]}: exit code {os.waitstatus_to_exitcode(status)}")
     return usage.ru_maxrss / 2**20
 
 
@@ -86,9 +86,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = {
-            "demo": ["run", str(EXAMPLES / "demo.yaml")],
-            "brain MRI": ["run", str(EXAMPLES / "brain_mri.yaml")],
-            f"a head of {WIDTH} x {CLASSES}": ["run", str(write_wide(folder))],
+            "demo": ["-m", "simulations", "run", str(EXAMPLES / "demo.yaml")],
+            "brain MRI": ["-m", "simulations", "run", str(EXAMPLES / "brain_mri.yaml")],
+            f"a head of {WIDTH} x {CLASSES}": ["-m", "simulations", "run", str(write_wide(folder))],
         }
         own = ["--set", f"cache_dir={folder / 'cache'}", "--set", f"runs_dir={folder / 'runs'}"]
         for what, command in runs.items():

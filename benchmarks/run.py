@@ -22,6 +22,7 @@ SCRIPTS = (
     "site_round",
     "bytes",
     "flower_opacus",
+    "cold",
     "cuda",
 )
 RESULTS = Path(__file__).parent / "results"
