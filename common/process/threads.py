@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+_Made = TypeVar("_Made")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Names of `mallopt`, as glibc's malloc.h has them."""
@@ -66,3 +71,21 @@ def kept_memory() -> Iterator[None]:
         set_option(_MMAP_THRESHOLD, 32 << 20)
         set_option(_TRIM_THRESHOLD, 64 << 20)
         trim(0)
+
+
+def make_ahead(make: Callable[[range], _Made], ranges: list[range], workers: int) -> Iterator[_Made]:
+    """Yields the result for each range, in order, made by some threads; only a few are held at once.
+
+    Args:
+        make: makes it.
+        ranges: the ranges.
+        workers: number of threads.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[_Made]] = deque()
+        for some in ranges:
+            waiting.append(pool.submit(make, some))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

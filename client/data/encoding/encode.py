@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ from client.data.sources.parts.boundary import try_record
 from common.backbones import Bag, list_items
 from common.bundle import compute_code_digest
 from common.model.backbones import join_items
-from common.process.threads import kept_memory, one_thread
+from common.process.threads import kept_memory, make_ahead, one_thread
 from common.types import BadRecord
 
 if TYPE_CHECKING:
@@ -56,8 +54,6 @@ _LEAST_BATCH_SIZE = 8
 
 _LOADERS = 4
 """Threads that load and preprocess the next batches while a GPU encodes."""
-
-_Made = TypeVar("_Made")
 
 
 def choose_type(backbone: Backbone, bits: CacheBits = 16) -> str:
@@ -220,8 +216,14 @@ class _Batches:
             size = min(size, max(_LEAST_BATCH_SIZE, BATCH_VALUES // made_up[0].numel()))
             made_up = made_up[:size]
         self._first = _load(source, backbone, range(min(size, count)), made_up, most=size)
-        if made_up is None and self._first.items_I is not None:
-            made_up = draw_inputs_like(self._first.items_I[0], size)
+        like_I = self._first.items_I
+        for start in range(self._first.end, count, size):
+            # Where none of the first records can be used, the next one says only what form they all have.
+            if made_up is not None or like_I is not None:
+                break
+            like_I = _load(source, backbone, range(start, min(start + size, count)), None, most=1).items_I
+        if made_up is None and like_I is not None:
+            made_up = draw_inputs_like(like_I[0], size)
         self._made_up = made_up
         # The first inputs that a backbone encodes, and those that decide how, are nobody's.
         self._step = 1 if made_up is None else choose_batch_size(backbone.encode_items, made_up, size)
@@ -238,10 +240,10 @@ class _Batches:
         ranges = [range(start, min(start + self._size, self._count)) for start in range(done, self._count, self._size)]
         source, backbone, made_up = self._source, self._backbone, self._made_up
         if self._on_gpu:
-            loaded = _made_ahead(lambda some: _pinned(source, backbone, some, made_up), ranges, _LOADERS)
+            loaded = make_ahead(lambda some: _pinned(source, backbone, some, made_up), ranges, _LOADERS)
             yield from map(self._encode_one, loaded)
         else:
-            yield from _made_ahead(
+            yield from make_ahead(
                 lambda some: self._encode_one(_load(source, backbone, some, made_up)), ranges, self._cores
             )
 
@@ -268,18 +270,6 @@ def _name_device(device: torch.device) -> str:
 @cache
 def _name_versions() -> str:
     return f"torch {torch.__version__}, numpy {np.__version__}, code {compute_code_digest()}"
-
-
-def _made_ahead(make: Callable[[range], _Made], ranges: list[range], workers: int) -> Iterator[_Made]:
-    """Yields the result for each range, in order, made by some threads; only a few are held at once."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[_Made]] = deque()
-        for some in ranges:
-            waiting.append(pool.submit(make, some))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _load(

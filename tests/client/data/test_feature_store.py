@@ -328,6 +328,16 @@ def test_no_record_decides_how_others_are_encoded(tmp_path: Path) -> None:
     assert first[0] == first[1]
 
 
+@pytest.mark.parametrize("unusable", [1, BATCH_SIZE])
+def test_records_that_cannot_be_used_decide_nothing_either(tmp_path: Path, unusable: int) -> None:
+    """Where all of the first batch were unusable, others were once encoded one by one, beginning with a real one."""
+    backbone = Failing()
+    encoded(tmp_path, FailingVectors([*[Hostile("load", OSError)] * unusable, VECTORS[0] * 1e30, *VECTORS]), backbone)
+    plain = Failing()
+    encoded(tmp_path / "plain", FailingVectors(list(VECTORS)), plain)
+    assert backbone.calls[:4] == plain.calls[:4]
+
+
 def test_a_record_of_another_size_is_left_out(tmp_path: Path) -> None:
     features = encoded(tmp_path, Vectors([VECTORS[0], VECTORS[0][:2], VECTORS[1].astype(np.float64)]), Reciprocal())
     assert features.unusable == dict.fromkeys((1, 2), "its size is another than that of the others")
