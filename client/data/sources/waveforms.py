@@ -26,7 +26,10 @@ from client.data.sources.parts.tree import MAX_FILE_BYTES, require_file
 from common.types import BadInput, BadRecord
 
 MAX_SAMPLES = 1 << 27
-"""Largest number of samples of the channels that are read: a day of three channels at 500 Hz, 1 GiB."""
+"""Largest number of samples of the files that are read: a day of three channels at 500 Hz, 1 GiB."""
+
+MAX_RATIO = 100
+"""So many samples may become of one at most: the filter's length, and with it the memory, grows with it."""
 
 _EDF = frozenset({".edf", ".bdf", ".rec"})
 _SIGNALS = (".dat", ".mat", ".xyz")
@@ -171,14 +174,18 @@ def _read_wfdb(path: Path, names: Sequence[str]) -> list[_Channel]:
     if isinstance(header, wfdb.MultiRecord):
         raise BadRecord("expected a WFDB record of one segment, got several; join them, or list the segments")
     indices = _find(names, header.sig_name or [])
+    frames = [header.samps_per_frame[index] for index in indices]
     for file in {header.file_name[index] for index in indices}:
         # A header is data: it reads no other file than its own.
         if file not in {f"{stem.name}{ending}" for ending in _SIGNALS}:
             raise BadRecord("expected a WFDB record's signals beside its header, as its name with .dat, .mat or .xyz")
-        if require_file(stem.with_name(file), "waveform") > MAX_FILE_BYTES:
+        size = require_file(stem.with_name(file), "waveform")
+        if size > MAX_FILE_BYTES:
             raise BadRecord(f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB")
-    frames = [header.samps_per_frame[index] for index in indices]
-    _require_size((header.sig_len or 0) * sum(frames))
+        # All channels of a file are read to get one. Where the header does not say how many samples there are, the
+        # library counts bytes, of which a sample takes at least one.
+        beside = [each for each, name in zip(header.samps_per_frame, header.file_name, strict=True) if name == file]
+        _require_size(header.sig_len * sum(beside) if header.sig_len else size)
     record = wfdb.rdrecord(str(stem), channels=indices, smooth_frames=False)
     return [
         _Channel(values_T, header.fs * frame, unit)
@@ -223,7 +230,10 @@ def _resample(channel: _Channel, rate_hz: float, gaps: Gaps) -> NDArray[np.float
         return values_T
     if np.isnan(values_T).any():
         raise BadRecord("expected a waveform without gaps, to bring it to another rate; write `gaps: interpolate`")
-    if not ratio or len(values_T) * ratio > MAX_SAMPLES:
-        raise BadRecord(f"expected at most {MAX_SAMPLES >> 20} million samples at {rate_hz:g} Hz, and at least one")
+    if not 0 < ratio <= MAX_RATIO or len(values_T) * ratio > MAX_SAMPLES:
+        raise BadRecord(
+            f"expected at most {MAX_SAMPLES >> 20} million samples at {rate_hz:g} Hz, and from one of a thousand "
+            f"samples to {MAX_RATIO} of one"
+        )
     brought_T: NDArray[np.float32] = resample_poly(values_T, ratio.numerator, ratio.denominator, padtype="line")
     return brought_T

@@ -230,6 +230,18 @@ def test_a_file_of_one_picture_and_frames_without_a_place_are_no_volume(tmp_path
 SCANS = Path(pydicom.__file__).parent / "data" / "test_files" / "dicomdirtests"
 
 
+def test_frames_that_a_file_only_says_it_has_are_not_counted_one_by_one(tmp_path: Path) -> None:
+    write_enhanced(tmp_path / "many.dcm", AXIAL)
+    found = pydicom.dcmread(tmp_path / "many.dcm")
+    shared = found.SharedFunctionalGroupsSequence[0]
+    shared.PlanePositionSequence = found.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence
+    for count, side in ((2_000_000_000, ROWS), (200_000_000, 1)):
+        found.NumberOfFrames, found.Rows, found.Columns = count, side, side
+        found.save_as(tmp_path / "many.dcm")
+        with pytest.raises(BadRecord, match="at most 65536 frames"):
+            load(tmp_path, "many.dcm")
+
+
 def test_series_of_real_scanners_are_volumes_or_say_what_is_missing(tmp_path: Path) -> None:
     """The 5 slices of CT5N are whole; of CT2 most are left out of pydicom's files, and MR700 turns around an axis."""
     (tmp_path / "list.csv").write_text("file\n98892001/CT5N\n77654033/CT2\n98892003/MR700\n")

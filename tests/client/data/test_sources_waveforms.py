@@ -12,6 +12,7 @@ import wfdb
 from numpy.typing import NDArray
 
 from client.data.sources import Source, open_source
+from client.data.sources.waveforms import MAX_SAMPLES
 from common.types import BadRecord
 
 TIME = np.arange(1000) / 500
@@ -131,6 +132,11 @@ def test_a_channel_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
         ("a 2 500 1000\nb.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16 1000/mV 16 0 0 0 0 aVR\n", "beside its header"),
         ("a 2 500 1000\ns3://x/a.dat 16 1 16 0 0 0 0 I\na.dat 16 1000/mV 16 0 0 0 0 aVR\n", "unreadable waveform"),
         ("a 2 500 999999999999\na.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16 1000/mV 16 0 0 0 0 aVR\n", "million samples"),
+        (
+            "a 2 500 1000\na.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16x999999 1000/mV 16 0 0 0 0 aVR\n",
+            "at most 128 million samples",
+        ),
+        ("a 2 .0001 2\na.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16 1000/mV 16 0 0 0 0 aVR\n", "to 100 of one"),
         ("a/2 3 500 1000\nb 500\nc 500\n", "one segment"),
         ("Ann Example", "unreadable waveform"),
         ("", "unreadable waveform"),
@@ -141,8 +147,29 @@ def test_a_header_that_is_wrong_costs_its_record_alone(tmp_path: Path, header: s
     write(tmp_path, LEADS[:, :2])
     (tmp_path / "a.hea").write_text(header, encoding="utf-8")
     with pytest.raises(BadRecord, match=said) as caught:
-        open_list(tmp_path).load(0)
+        open_list(tmp_path, channels="I").load(0)
     assert "Ann" not in str(caught.value)
+
+
+def test_a_large_file_whose_header_says_no_length_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, LEADS[:, :1])
+    (tmp_path / "a.hea").write_text("a 1 500\na.dat 80 1000/mV 8 128 0 0 0 I\n", encoding="utf-8")
+    assert len(open_list(tmp_path, channels="I", gaps="hold").load(0)) == 2000
+    with (tmp_path / "a.dat").open("r+b") as file:
+        file.truncate(MAX_SAMPLES + 1)
+    with pytest.raises(BadRecord, match="million samples"):
+        open_list(tmp_path, channels="I").load(0)
+
+
+@pytest.mark.parametrize("part", ["a.hea", "a.dat"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, part: str) -> None:
+    write(tmp_path)
+    (tmp_path / "root").mkdir()
+    for name in ("a.hea", "a.dat"):
+        place = tmp_path / "root" / name
+        place.symlink_to(tmp_path / name) if name == part else place.hardlink_to(tmp_path / name)
+    with pytest.raises(BadRecord, match="a link out of the folder"):
+        open_list(tmp_path, channels="I", root=str(tmp_path / "root")).load(0)
 
 
 @pytest.mark.parametrize("data", [b"", b"0" * 256, b"not an EDF file"])

@@ -134,6 +134,9 @@ class Listing:
         check_row(self.rows[position])
         path = self._inside(self.rows[position][self.reader.column])
         try:
+            parts = [] if self.reader.parts is None else self.reader.parts(path)
+            if not all(part.resolve().is_relative_to(self.root) for part in parts):
+                raise BadRecord(f"{self.reader.what} has a file that is a link out of the folder")
             return self.reader.read(path)
         except (OSError, ValueError):
             # From None: these messages name the file, and so perhaps a patient.

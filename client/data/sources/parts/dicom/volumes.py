@@ -32,6 +32,10 @@ _SHIFTED = 0.5
 """Pixels by which a slice may lie beside the others, as rounding moves it."""
 
 _PARALLEL = 1e-3
+
+MAX_FRAMES = 1 << 16
+"""Largest number of frames of a file: each takes some time, however small it is."""
+
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])
 """DICOM's axes lead to the patient's left and back."""
 
@@ -85,20 +89,24 @@ def read_series_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.floa
                 if not path.is_dir():
                     raise
                 continue
-            own = _find_planes(found)
+            own = _find_planes(found, room)
             room -= len(own) * own[0].shape[0] * own[0].shape[1]
-            if room < 0:
-                raise BadRecord(f"expected a volume of at most {MAX_VALUES >> 20} million values")
             _check_alike((planes or own)[0], own)
             planes += own
             pictures += list(read_intensities(found))
     return _stack(planes, pictures)
 
 
-def _find_planes(found: Any) -> list[_Plane]:
-    """Returns the place of each frame of a file."""
+def _find_planes(found: Any, room: int) -> list[_Plane]:
+    """Returns the place of each frame of a file. Raises BadRecord: more frames or values than there is room for."""
     try:
-        return [_find_plane(found, frame) for frame in range(count_frames(found))]
+        count = count_frames(found)
+        # First: a file says how many frames it has, and need not have them.
+        if count > MAX_FRAMES or count * int(found.Rows) * int(found.Columns) > room:
+            raise BadRecord(
+                f"expected a volume of at most {MAX_VALUES >> 20} million values, and at most {MAX_FRAMES} frames"
+            )
+        return [_find_plane(found, frame) for frame in range(count)]
     except list_errors():
         raise BadRecord(
             "expected slices that say where they lie (ImagePositionPatient, ImageOrientationPatient and PixelSpacing; "
