@@ -111,9 +111,9 @@ class OpenChain:
         known, self._stamps = self._stamps, ()
         before, after = _write_through(self._folder, row, durable)
         anchor = _write_anchor(self._folder, self._key, number + 1, mac) if durable else None
+        self._data += row
         self.bodies.append(body)
         self._macs.append(mac)
-        self._data += row
         if durable:
             self._num_anchored = number + 1
         if known and before == known[0]:
@@ -133,7 +133,7 @@ class OpenChain:
     def anchor(self) -> None:
         """Writes the anchor of all lines."""
         stamp = _write_anchor(self._folder, self._key, len(self._macs), self._macs[-1])
-        self._stamps = self._stamps[0], stamp, self._stamps[2]
+        self._stamps = (self._stamps[0], stamp, self._stamps[2]) if self._stamps else ()
         self._num_anchored = len(self._macs)
 
     def get_mac(self, number: int) -> str:
@@ -220,10 +220,11 @@ def exclusive(folder: Path) -> Iterator[OpenChain]:
             _SEEN[place] = chain.note_seen(times)
             _HELD.chains[place] = chain
             yield chain
+            # Not after an error, which may have come between two changes of it: the next one reads all lines.
+            _KNOWN.keep(place, chain, chain.num_bytes)
         finally:
             _HELD.chains.pop(place, None)
             _SEEN[place] = chain.note_seen(times)
-            _KNOWN.keep(place, chain, chain.num_bytes)
 
 
 def make_durable(folder: Path) -> None:

@@ -473,6 +473,15 @@ def test_a_thread_that_has_a_chain_gets_it_again_and_every_other_waits(folder: P
     assert facts(folder) == [*range(8)]
 
 
+def test_what_an_error_left_of_a_chain_in_memory_is_not_gone_on_from(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), chain.exclusive(folder) as opened:
+        opened.append("fact", {"number": 6})
+        opened.bodies.append(opened.bodies[-1])  # As far as an interrupted append may come.
+        raise KeyboardInterrupt
+    append(folder, 7)
+    assert facts(folder) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
 def test_a_chain_that_was_held_is_verified_anew_afterwards(folder: Path) -> None:
     with pytest.raises(ZeroDivisionError), chain.exclusive(folder), chain.exclusive(folder):
         raise ZeroDivisionError
