@@ -177,8 +177,12 @@ def list_versions(units: Units) -> list[int]:
     return [
         tensor._version
         for each in units.tasks.values()
-        for tensor in (each.features_RD, each.labels, each.mask_R, each.unit_R, each.weight_R)
+        for tensor in (each.features_RD, each.labels, each.mask_R, each.unit_R, each.weight_R, *_list_stored(each))
     ]
+
+
+def _list_stored(records: TaskRecords) -> tuple[Tensor, ...]:
+    return () if records.decoded is None else (records.decoded.rows.integers, records.decoded.rows.scale)
 
 
 def _some(features_RD: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from client.data.prepare import ARRAYS, Encoding, Preparation, open_units, prepa
 from client.data.records import Side
 from client.data.snapshot import freeze_snapshot, survey_sources
 from client.data.sources import open_source
-from client.data.units import Units
+from client.data.units import TaskRecords, Units
 from common.model.backbones import Backbone, open_pretrained, open_random
 from common.plugins import plugin_class
 from common.tasks import Task, open_task
@@ -370,6 +370,20 @@ def test_units_are_kept_in_memory_until_somebody_touches_their_files(tmp_path: P
             units(tmp_path)
         damaged[-1] ^= 1
         path.write_bytes(damaged)
+
+
+def test_units_whose_values_a_solver_changed_are_read_again(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    prepared(tmp_path, site(tmp_path))
+    whole = [each.clone() for each in list_values(units(tmp_path).tasks["colour"])]
+    for place, value in enumerate(whole):
+        list_values(units(tmp_path).tasks["colour"])[place].zero_()
+        assert torch.equal(list_values(units(tmp_path).tasks["colour"])[place], value)
+
+
+def list_values(records: TaskRecords) -> list[torch.Tensor]:
+    assert records.rows is not None
+    return [records.features_RD, records.labels, records.mask_R, records.rows.integers, records.rows.scale]
 
 
 def test_what_is_computed_from_units_is_made_once_and_had_by_one_at_a_time(tmp_path: Path) -> None:
