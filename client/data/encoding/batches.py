@@ -111,7 +111,8 @@ def choose_batch_size(encode: Encode, inputs: Tensor, batch_size: int) -> int:
     moved = encode_padded(encode, elsewhere, batch_size)
     alone = encode_padded(encode, inputs[:1], batch_size)
     independent = _are_same(torch.cat([moved[-1:], moved[:-1]]), together) and _are_same(alone, together[:1])
-    return batch_size if independent else 1
+    # What is not a number is the same whatever stands beside it: it tells nothing of other inputs.
+    return batch_size if independent and bool(together.isfinite().all()) else 1
 
 
 def _are_same(first: Tensor, second: Tensor) -> bool:

@@ -54,6 +54,10 @@ def test_a_network_whose_rows_depend_on_each_other_is_encoded_record_by_record(m
     assert choose_batch_size(mix, INPUTS[:8], 8) == 1
 
 
+def test_a_network_that_gives_no_numbers_to_try_it_on_encodes_record_by_record() -> None:
+    assert choose_batch_size(lambda inputs: inputs.flatten(1) - torch.inf + torch.inf, INPUTS[:8], 8) == 1
+
+
 def test_a_network_that_is_random_in_evaluation_mode_is_refused_in_one_sentence() -> None:
     with pytest.raises(BadInput, match="same features each time") as caught:
         choose_batch_size(lambda inputs: inputs.flatten(1) * torch.rand(1), INPUTS, 16)
