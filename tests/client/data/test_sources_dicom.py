@@ -164,6 +164,18 @@ def test_every_way_to_write_tags_gives_the_same_picture(tmp_path: Path, syntax: 
     assert (one == other).all()
 
 
+def test_a_large_deflated_file_is_not_inflated(tmp_path: Path) -> None:
+    """A megabyte of them may hold a gigabyte."""
+    values = np.random.default_rng(0).integers(0, 2**16, (800, 800)).astype(np.uint16)
+    write_dicom(tmp_path / "a.dcm", values)
+    found = pydicom.dcmread(tmp_path / "a.dcm")
+    found.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    pydicom.dcmwrite(tmp_path / "b.dcm", found)
+    assert loaded(tmp_path, "a.dcm", window="full").shape == (800, 800)
+    with pytest.raises(BadRecord, match="a deflated DICOM file of less than 1 MiB"):
+        loaded(tmp_path, "b.dcm")
+
+
 def write_series(folder: Path, **tags: Any) -> None:
     folder.mkdir()
     for number in range(3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from client.data.sources.parts.scans import UNREADABLE
-from client.data.sources.parts.tree import require_file
+from client.data.sources.parts.tree import MAX_FILE_BYTES, require_file
 from common.types import BadRecord
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+"""The transfer syntax of a file that is deflated as a whole; pydicom inflates it whatever comes out."""
+
+_MOST_INFLATED = 1024
+"""So many bytes become of one at most, by how deflating works."""
 
 _SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 
@@ -79,7 +86,7 @@ def open_dicom(path: Path, *, pixels: bool) -> Any:
     """
     import pydicom
 
-    require_file(path, "DICOM file")
+    _check_size(path)
     has_mark = is_marked(path)
     try:
         found = pydicom.dcmread(path, stop_before_pixels=not pixels, force=not has_mark)
@@ -95,6 +102,17 @@ def open_dicom(path: Path, *, pixels: bool) -> Any:
     except list_errors():
         raise BadRecord("not a DICOM file that can be read") from None
     return found
+
+
+def _check_size(path: Path) -> None:
+    """Raises BadRecord where a file takes too much memory, inflated where it says that it is deflated; OSError."""
+    size = require_file(path, "DICOM file")
+    if size > MAX_FILE_BYTES:
+        raise BadRecord(f"expected a file of at most {MAX_FILE_BYTES >> 20} MiB")
+    if size > MAX_FILE_BYTES // _MOST_INFLATED:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data.find(_DEFLATED) >= 0:
+                raise BadRecord("expected a deflated DICOM file of less than 1 MiB; inflate larger ones")
 
 
 def list_series(folder: Path) -> SeriesFiles:
