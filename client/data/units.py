@@ -23,6 +23,9 @@ _Computed = TypeVar("_Computed")
 _ROWS = 256
 """Records that pass a trunk at once outside training."""
 
+_MOST_COMPUTED = 2
+"""So much of what is computed from units is kept with them: rounds with other tasks may take turns."""
+
 
 @dataclass(frozen=True)
 class DecodedFeatures:
@@ -138,6 +141,8 @@ class Units:
     def borrow(self, key: object, make: Callable[[], _Computed]) -> Iterator[_Computed]:
         """Yields what is computed from these units alone: made once, kept with them, and had by one thread at a time.
 
+        Only what was had last is kept: who sends other heads each round cannot fill the memory.
+
         Args:
             key: everything else that it follows from; what another thread has is made anew.
             make: makes it.
@@ -146,6 +151,8 @@ class Units:
         (computed,) = (make(),) if kept is None else kept
         yield computed
         self._computed[key] = (computed,)
+        for old in list(self._computed)[:-_MOST_COMPUTED]:
+            self._computed.pop(old, None)
 
     def only(self, names: list[str]) -> Units:
         """The same units with some of the tasks."""

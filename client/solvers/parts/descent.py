@@ -188,13 +188,17 @@ def _borrow(
     """
     if plan is None:
         return nullcontext(_Prepared({}))
-    widths = {name: len(own[0]) for name, own in flat.views(flat.copy_parameters()).items()}
+    shapes = {name: own[0].shape for name, own in flat.views(flat.copy_parameters()).items()}
+    widths = {name: shape[0] for name, shape in shapes.items()}
     full = plan.sampling_rate >= 1.0
 
     def make() -> _Prepared:
         inputs = open_inputs(flat, tasks, units)
         return _Prepared(inputs, list(_prepare(inputs, units.num_units, widths)) if full else ())
 
+    # What is kept has room for outputs, and is counted by the features' size.
+    if any(num_outputs > num_features for num_outputs, num_features in shapes.values()):
+        return nullcontext(make())
     heads = [(name, tasks[name].scale, widths[name], *describe_head(head)) for name, head in flat.heads.items()]
     return units.borrow((_Prepared, full, open_library() is None, *heads), make)
 

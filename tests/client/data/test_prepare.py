@@ -397,6 +397,11 @@ def test_what_is_computed_from_units_is_made_once_and_had_by_one_at_a_time(tmp_p
         assert again in (first, second)
     with opened.borrow("other", lambda: next(made)) as third:
         assert third == 2
+    for key in ("third", "other"):
+        with opened.borrow(key, lambda: next(made)) as last:
+            assert last == 2 + (key == "third")
+    with opened.borrow("key", lambda: next(made)) as gone:
+        assert gone == 4
 
 
 def test_training_on_the_units_leaves_the_cache_as_it_is(tmp_path: Path) -> None:
