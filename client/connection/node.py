@@ -291,7 +291,7 @@ class Node:
         if saved.isascii() and saved.isdigit():
             node = int(saved)
             # A site that crashed a moment ago still counts as online, and activating it again would be refused.
-            with contextlib.suppress(ConnectionRefused):
+            try:
                 if self._fleet.send_heartbeat(node):
                     if self._has_joined:
                         return node
@@ -300,13 +300,21 @@ class Node:
                     # the time the coordinator only sees that it is silent.
                     self._fleet.deactivate(node)
                     self._leaving.event.wait(AWAY_S)
+            except ConnectionRefused:
+                # A number of another coordinator or a torn one is as good as none; the one that this process joined as
+                # is right, and so its key is not known any more.
+                if self._has_joined:
+                    raise
         try:
             node = self._fleet.activate()
         except KeyInUse as error:
             if not path.is_file():
                 raise
-            # It was connected before, so the key is known; what tells its number is damaged.
-            raise ConnectionLost("this site still counts as connected, for about a minute after a crash") from error
+            # It was connected before: what tells its number is damaged, or its key was removed since.
+            raise ConnectionLost(
+                "this site still counts as connected, for about a minute after a crash; if that goes on, its key was "
+                "removed, or another process is connected with it"
+            ) from error
         try:
             write_atomic(path, str(node).encode())
         except OSError as error:
