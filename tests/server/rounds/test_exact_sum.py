@@ -44,3 +44,9 @@ def test_a_value_that_is_not_finite_leaves_no_number() -> None:
     total = add_up(np.ones(1), values_SN[:1])
     total.merge(add_up(np.ones(1), values_SN[1:]))
     assert np.isnan(total.round()).all()
+
+
+def test_no_updates_at_all_add_nothing() -> None:
+    total = ExactSum((2, 3))
+    total.add(np.zeros(0), np.zeros((0, 2, 3), np.float32))
+    assert total.round().tolist() == [[0.0] * 3] * 2

@@ -44,7 +44,7 @@ class ExactSum:
             weights_S: weight of each update.
             values_SN: float32, S arrays of this sum's shape; at most 2**20 of them.
         """
-        flat_SN = values_SN.reshape(len(weights_S), -1)
+        flat_SN = values_SN.reshape(len(weights_S), math.prod(self.shape))
         first_S = weights_S.astype(np.float32).astype(np.float64)
         rows = max(1, _AT_ONCE // max(1, flat_SN.shape[1]))
         for start in range(0, len(flat_SN), rows):
