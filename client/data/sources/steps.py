@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 1 << 20
 """Time steps of a series: one mistyped year among minutes would fill the memory."""
+
+
+MAX_VALUES = 1 << 25
+"""Values of a series, of all channels: half a gigabyte while they are averaged."""
 
 
 class StepsTable(TableFile):
@@ -117,7 +122,8 @@ class StepsTable(TableFile):
         table = self._read(self.records)
         require_columns(table, self.records, [self.record, self.patient, self.split])
         table[self.record] = table[self.record].map(normalise_patient_id)
-        return Steps(self, frame, inputs, _match_rows(frame, self.path.name, self.record, table, self.records.name))
+        keys = [self.record] if self.patient is None else [self.record, self.patient]
+        return Steps(self, frame, inputs, _match_rows(frame, self.path.name, keys, table, self.records.name))
 
     def _read(self, path: Path) -> pd.DataFrame:
         return read_frame(path, self.separator, encoding=self.encoding, layout=self.layout())
@@ -165,25 +171,31 @@ def _group_rows(frame: pd.DataFrame, file: str, keys: Sequence[str], names: Sequ
     return sorted(found, key=lambda series: series.row)
 
 
-def _match_rows(frame: pd.DataFrame, file: str, record: str, table: pd.DataFrame, table_file: str) -> list[StepRows]:
+def _match_rows(
+    frame: pd.DataFrame, file: str, keys: Sequence[str], table: pd.DataFrame, table_file: str
+) -> list[StepRows]:
     """Returns a series for each row of another table, and one without an end for each row that cannot be read.
+
+    Two rows of one patient for one series are bad records; a row of another patient does not make them so.
 
     Args:
         frame: time steps.
         file: name of their file.
-        record: column of both tables.
+        keys: the record's column, of both tables, and the patient's where there is one, of the table of labels.
         table: labels.
         table_file: name of its file.
     """
+    record = keys[0]
     steps = {name: positions for (name, *_), positions in _find_rows(frame, [record]).items()}
-    counts = table[record].value_counts()
+    whose = list(zip(*(table[key].map(normalise_patient_id) for key in keys), strict=True))
+    counts = Counter(whose)
     names = [str(name) for name in table.columns if name != FAULT]
     found = []
     for row, cells in enumerate(table.to_dict("records"), start=1):
         name, fault = cells[record], cells[FAULT]
         if not fault and not name:
             fault = f"no value in the column {record!r}"
-        elif not fault and counts[name] > 1:
+        elif not fault and counts[whose[row - 1]] > 1:
             fault = f"another row has the same value in the column {record!r}"
         elif not fault and name not in steps:
             fault = f"no time step in {file}"
@@ -314,6 +326,8 @@ def _place(times_N: NDArray[np.float64], values_NC: NDArray[np.float64], every: 
         if not steps_N.max() < MAX_STEPS:
             raise BadRecord(f"expected a series of at most {MAX_STEPS:,} steps of `every`")
         places_N, length = steps_N.astype(np.int64), int(steps_N.max()) + 1
+    if length * values_NC.shape[1] > MAX_VALUES:
+        raise BadRecord(f"expected a series of at most {MAX_VALUES >> 20} million values")
     sums_TC, counts_TC = np.zeros((length, values_NC.shape[1])), np.zeros((length, values_NC.shape[1]))
     np.add.at(sums_TC, places_N, np.nan_to_num(values_NC))
     np.add.at(counts_TC, places_N, ~np.isnan(values_NC))

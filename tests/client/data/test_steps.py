@@ -85,9 +85,24 @@ def test_labels_of_another_table_belong_to_the_series_of_their_number(tmp_path: 
     ]
     assert [r.fault for r in index] == ["", "", "no time step in vitals.csv", "no value in the column 'stay'"]
     np.testing.assert_array_equal(source.load(0), [[NAN, 90]])
-    (tmp_path / "stays.csv").write_text("died;stay;who\n1;2;p2\n0;2;p1\n", encoding="utf-8")
-    twice = open_long(tmp_path, records=str(tmp_path / "stays.csv"), patient="who")
-    assert {r.fault for r in twice.index()} == {"another row has the same value in the column 'stay'"}
+
+
+def test_rows_of_labels_for_one_series_make_those_of_no_other_patient_unusable(tmp_path: Path) -> None:
+    labels, said = tmp_path / "stays.csv", "another row has the same value in the column 'stay'"
+    labels.write_text("died;stay;who\n1;2;p2\n0;2;p1\n0;2.0;p1.0\n0;2;1\n0;2;1.0\n", encoding="utf-8")
+    found = open_long(tmp_path, records=str(labels), patient="who").index()
+    assert [record.fault for record in found] == ["", "", "", said, said]
+    assert {record.fault for record in open_long(tmp_path, records=str(labels)).index()} == {said}
+
+
+def test_a_long_series_of_many_channels_takes_no_more_memory_than_others(tmp_path: Path) -> None:
+    (tmp_path / "wide.csv").write_text("stay,hour,what,is\nA,0,c0,1\nA,10000,c0,1\nB,0,c0,1\n", encoding="utf-8")
+    columns = {"record": "stay", "time": "hour", "name": "what", "value": "is", "every": 1, "gaps": "keep"}
+    settings = {"kind": "steps", "path": str(tmp_path / "wide.csv"), "columns": [f"c{at}" for at in range(4096)]}
+    source = open_source(settings | columns, "sources.vitals").open()
+    assert source.load(1).shape == (1, 4096)
+    with pytest.raises(BadRecord, match="at most 32 million values"):
+        source.load(0)
 
 
 @pytest.mark.parametrize(
